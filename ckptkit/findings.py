@@ -1,0 +1,60 @@
+"""What a check found, and the report that holds it."""
+
+from __future__ import annotations
+
+import html
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptkit.errors import CkptkitError
+from ckptkit.text import printable
+
+__all__ = ["Finding", "Report", "Severity"]
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding: a stable ``code``, the FQN it is about (or empty), what is wrong and the way out."""
+
+    code: str
+    severity: Severity
+    key: str
+    message: str
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings of one check, in the order in which they were found; ``ok`` where none is an error."""
+
+    findings: tuple[Finding, ...] = ()
+    error: type[CkptkitError] = CkptkitError
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Number of errors, warnings and notes."""
+        count = Counter(finding.severity for finding in self.findings)
+        return {"errors": count["error"], "warnings": count["warning"], "notes": count["note"]}
+
+    def raise_for_errors(self) -> None:
+        """Raise the first error, saying how many more there are; do nothing where there is none."""
+        errors = [finding for finding in self.findings if finding.severity == "error"]
+        if errors:
+            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+            raise self.error(f"{errors[0].message}{more}", hint=errors[0].hint or None)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(printable(cell))}</td>" for cell in cells) + "</tr>"
+            for cells in ((f.severity, f.code, f.key, f.message, f.hint) for f in self.findings)
+        )
+        head = "".join(f"<th>{name}</th>" for name in ("severity", "code", "key", "message", "hint"))
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
