@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
@@ -13,7 +13,19 @@ from ckptkit.text import quoted
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["DTYPES", "Checkpoint", "DType", "Entry", "Payload", "TensorInfo", "View", "shared_keys"]
+__all__ = [
+    "DTYPES",
+    "Checkpoint",
+    "DType",
+    "Entry",
+    "Payload",
+    "TensorInfo",
+    "View",
+    "is_contiguous",
+    "overlapping",
+    "reach",
+    "shared_keys",
+]
 
 
 class DType(NamedTuple):
@@ -253,40 +265,59 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.close()
 
 
-def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-    """Return for each tensor that shares memory the keys that overlap it, directly or through others.
+def reach(info: TensorInfo) -> tuple[int, int]:
+    """Return the first byte in its storage that a view covers, and the one behind the last."""
+    if info.view is None or info.elements == 0:
+        return 0, 0
+    bits = DTYPES[info.dtype].bits
+    last = info.view.offset + sum((n - 1) * step for n, step in zip(info.shape, info.view.stride, strict=True))
+    return info.view.offset * bits // 8, ((last + 1) * bits + 7) // 8
 
-    Two views of one storage that do not overlap do not share anything, as in safetensors.
+
+def is_contiguous(info: TensorInfo) -> bool:
+    """Return whether the elements lie in memory in row-major order, without gaps."""
+    if info.view is None or info.elements == 0:
+        return True
+    expected = 1
+    for size, step in zip(reversed(info.shape), reversed(info.view.stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def overlapping(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+    """Return the groups of two or more views that overlap in memory, directly or through others.
+
+    Two views of one storage that do not overlap share nothing, as in safetensors.
     """
-    storages: dict[int, list[tuple[int, int, str]]] = {}
-    for info in infos.values():
+    storages: dict[int, list[TensorInfo]] = {}
+    for info in infos:
         if info.view is not None and info.elements:
-            bits = DTYPES[info.dtype].bits if info.dtype in DTYPES else 8
-            first = info.view.offset
-            last = first + sum((n - 1) * step for n, step in zip(info.shape, info.view.stride, strict=True))
-            storages.setdefault(info.view.storage, []).append((first * bits, (last + 1) * bits, info.key))
-    shared: dict[str, tuple[str, ...]] = {}
-    for spans in storages.values():
-        if len(spans) > 1:
-            for cluster in _clusters(sorted(spans)):
-                if len(cluster) > 1:
-                    for key in cluster:
-                        others = tuple(other for other in cluster[:_MOST_SHARED] if other != key)
-                        shared[key] = others
-    return shared
+            storages.setdefault(info.view.storage, []).append(info)
+    groups: list[list[TensorInfo]] = []
+    for views in storages.values():
+        if len(views) > 1:
+            end = -1
+            for info in sorted(views, key=reach):
+                first, last = reach(info)
+                if first >= end:
+                    groups.append([])
+                    end = last
+                groups[-1].append(info)
+                end = max(end, last)
+    return [group for group in groups if len(group) > 1]
 
 
 # A hostile file can make every tensor share one storage; listing all pairs would be quadratic.
 _MOST_SHARED = 64
 
 
-def _clusters(spans: Sequence[tuple[int, int, str]]) -> Iterator[list[str]]:
-    cluster: list[str] = []
-    end = -1
-    for first, last, key in spans:
-        if cluster and first >= end:
-            yield cluster
-            cluster = []
-        cluster.append(key)
-        end = max(end, last) if len(cluster) > 1 else last
-    yield cluster
+def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    """Return for each tensor that shares memory the keys of those that share it (the first 64 of them)."""
+    shared: dict[str, tuple[str, ...]] = {}
+    for group in overlapping(infos.values()):
+        keys = [info.key for info in group]
+        for key in keys:
+            shared[key] = tuple(other for other in keys[:_MOST_SHARED] if other != key)
+    return shared

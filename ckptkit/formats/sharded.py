@@ -1,0 +1,182 @@
+"""A directory of shards with an index: ``weight_map`` says which file holds which tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from pathlib import PureWindowsPath
+from typing import Any
+
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats.safetensors import parse_json
+from ckptkit.storage import LocalFile
+from ckptkit.tensors import Checkpoint, Payload, TensorInfo
+from ckptkit.text import plural, quoted
+
+__all__ = ["INDEX_SUFFIXES", "find_index", "open_sharded"]
+
+INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json", ".pt.index.json")
+_LARGEST_INDEX = 256 << 20
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
+
+
+def find_index(names: list[str]) -> str | None:
+    """Return which of a directory's file names is the index to read, or None.
+
+    With one of each kind, that of the safetensors shards. Raises ``FormatError`` where two of a kind compete.
+    """
+    for suffix in INDEX_SUFFIXES:
+        found = sorted(name for name in names if name.endswith(suffix))
+        if len(found) > 1:
+            raise FormatError(f"holds {len(found)} indexes: {', '.join(found)}", hint="give the path of the one meant")
+        if found:
+            return found[0]
+    return None
+
+
+def open_sharded(
+    directory: str, index_name: str, open_shard: Callable[[str], Checkpoint], *, whole: bool
+) -> Checkpoint:
+    """Return one Checkpoint over every shard that the index names, each opened by ``open_shard``.
+
+    With ``whole``, a shard beside the index that the index does not name is an error: it is usually left
+    over from another save. Raises ``FormatError`` for a missing shard, a tensor in the wrong place or in
+    none, and a shard name that leads out of the directory.
+    """
+    index_path = os.path.join(directory, index_name)
+    index = _read_index(index_path)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise FormatError("the index has no weight_map", path=index_path)
+    shards: dict[str, list[str]] = {}
+    for key, name in weight_map.items():
+        _check_name(key, name, index_name, index_path)
+        shards.setdefault(name, []).append(key)
+    if whole:
+        _refuse_extra(directory, shards)
+    opened: dict[str, Checkpoint] = {}
+    try:
+        for name, keys in shards.items():
+            opened[name] = _open_one(os.path.join(directory, name), keys, open_shard)
+        return _joined(directory, index_path, index, weight_map, opened)
+    except BaseException:
+        for shard in opened.values():
+            shard.close()
+        raise
+
+
+def _read_index(path: str) -> Mapping[str, Any]:
+    file = LocalFile(path)
+    try:
+        if file.size > _LARGEST_INDEX:
+            raise FormatError(
+                f"the index has {file.size:,} bytes, more than the limit of {_LARGEST_INDEX:,}", path=path
+            )
+        try:
+            return parse_json(file.read(0, file.size), "the index")
+        except FormatError as error:
+            raise FormatError(error.reason, path=path) from None
+    finally:
+        file.close()
+
+
+def _check_name(key: str, name: object, index_name: str, path: str) -> None:
+    if not isinstance(name, str):
+        raise FormatError(f"the index maps {quoted(key)} to {json.dumps(name)[:60]}, not to a file name", path=path)
+    # Windows rules see drives, roots and both kinds of slash, on every system.
+    parts = PureWindowsPath(name)
+    if not name or parts.name != name or parts.drive or name in (".", "..") or "\0" in name:
+        raise FormatError(f"the index names the unsafe shard {quoted(name)}", path=path)
+    kind = index_name.removesuffix(".index.json").rpartition(".")[2]
+    if kind == "safetensors" and not name.endswith(".safetensors"):
+        raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
+
+
+def _refuse_extra(directory: str, shards: Mapping[str, object]) -> None:
+    families = {match[1] for name in shards if (match := _NUMBERED.fullmatch(name))}
+    suffixes = {name.rpartition(".")[2] for name in shards}
+    for name in sorted(os.listdir(directory)):
+        match = _NUMBERED.fullmatch(name)
+        if match and match[1] in families and match[4] in suffixes and name not in shards:
+            raise FormatError(
+                f"shard {quoted(name)} lies beside the index and is not named in it: left from another save?",
+                hint="remove it, or give the path of the index itself to read without it",
+                path=directory,
+            )
+
+
+def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
+    # A link may lead anywhere (caches link shards to their blobs): the name is plain, and what it names is only read.
+    try:
+        shard = open_shard(path)
+    except CkptkitError as error:
+        raise FormatError(
+            f"{error.reason} (a shard that should hold {quoted(keys[0])})", hint=error.hint, path=error.path or path
+        ) from None
+    absent = [key for key in keys if key not in shard]
+    extra = sorted(shard.keys() - set(keys))
+    if absent or extra:
+        shard.close()
+        key, others = (absent or extra)[0], len(absent or extra) - 1
+        more = f" and {others} more" if others else ""
+        what = "does not hold it" if absent else "the index does not say so"
+        how = "the index places" if absent else "the shard holds"
+        raise FormatError(f"{how} {quoted(key)}{more} here, but {what}", path=path)
+    return shard
+
+
+def _joined(
+    directory: str,
+    index_path: str,
+    index: Mapping[str, Any],
+    weight_map: Mapping[str, str],
+    opened: Mapping[str, Checkpoint],
+) -> Checkpoint:
+    order = list(opened)
+    infos: dict[str, TensorInfo] = {}
+    for name, shard in opened.items():
+        base = order.index(name) << 32
+        for key, info in shard.items():
+            view = info.view._replace(storage=info.view.storage + base) if info.view else None
+            infos[key] = TensorInfo(key, info.dtype, info.shape, view, info.kind)
+    warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
+    total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
+    actual = sum(info.nbytes for info in infos.values())
+    if total is not None and total != actual:
+        warnings.append(f"the index gives a total size of {total} bytes, the tensors have {actual}")
+    metadata: dict[str, str] = {}
+    for shard in opened.values():
+        metadata |= shard.metadata
+
+    def close() -> None:
+        for shard in opened.values():
+            shard.close()
+
+    def check() -> None:
+        for shard in opened.values():
+            shard.check_unchanged()
+
+    def payload(info: TensorInfo) -> Payload:
+        return opened[weight_map[info.key]].payload(info.key)
+
+    def span(info: TensorInfo) -> Payload | None:
+        return opened[weight_map[info.key]].span(info.key)
+
+    formats = {shard.format for shard in opened.values()}
+    return Checkpoint(
+        infos,
+        payload,
+        path=directory,
+        format=f"sharded {'/'.join(sorted(formats))} ({plural(len(opened), 'shard')})",
+        metadata=metadata,
+        entries=[entry for shard in opened.values() for entry in shard.entries],
+        warnings=warnings,
+        references=list(dict.fromkeys(name for shard in opened.values() for name in shard.references)),
+        suspicious=any(shard.suspicious for shard in opened.values()),
+        span=span,
+        files=[index_path, *(file for shard in opened.values() for file in shard.files)],
+        check=check,
+        close=close,
+    )

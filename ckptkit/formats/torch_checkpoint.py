@@ -1,0 +1,188 @@
+"""From the inert tree of a torch file to a Checkpoint: names, geometry and byte ranges, all checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptkit.errors import FormatError
+from ckptkit.formats.inert import MappingValue, Placeholder
+from ckptkit.formats.torch_objects import HARMLESS, SUSPICIOUS, StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select
+from ckptkit.storage import Region
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach
+from ckptkit.text import plural, printable, quoted
+from ckptkit.torch_bridge import gather
+
+__all__ = ["TorchFile", "assemble"]
+
+_BUDGET_PER_BYTE = 2
+_MOST_TENSORS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """What a container reader found: the inert tree, the builders that made it, and where each storage lies."""
+
+    tree: object
+    objects: TorchObjects
+    pickle_size: int
+    locate: Callable[[StorageRef], Region]  # raises FormatError where the storage is not in the file
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Strided:
+    """A tensor whose elements do not lie in order, or stand for their conjugate or negative."""
+
+    span: Payload
+    info: TensorInfo
+    conj: bool
+    neg: bool
+
+    @property
+    def nbytes(self) -> int:
+        return self.info.nbytes
+
+    def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
+        view = self.info.view
+        assert view is not None  # noqa: S101 - made only for tensors with a place in a storage
+        data = b"".join(bytes(chunk) for chunk in self.span.chunks())
+        yield from gather(data, self.info.dtype, self.info.shape, view.stride, conj=self.conj, neg=self.neg)
+
+
+def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Callable[[], None],  # noqa: A002
+             check: Callable[[], None]) -> Checkpoint:  # fmt: skip
+    """Return the Checkpoint of the mapping ``inner`` (empty: found by its signature) in a torch file.
+
+    Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.
+    """
+    value, chosen = select(file.tree, inner)
+    if isinstance(value, TensorRef):
+        value = {"": value} if not chosen else {chosen[-1]: value}
+    if isinstance(value, Placeholder):
+        raise FormatError(
+            f"holds a pickled object of class {quoted(str(value.factory))}, not a state_dict",
+            hint="save its state_dict() and give that",
+        )
+    tensors, entries, warnings = _sort_leaves(value, _BUDGET_PER_BYTE * file.pickle_size + 1000)
+    places: dict[str, Region] = {}
+    ids: dict[str, int] = {}
+    infos: dict[str, TensorInfo] = {}
+    for key, (tensor, ambiguous) in tensors.items():
+        infos[key] = _info(key, tensor, ids, ambiguous=ambiguous)
+        if tensor.storage is not None and tensor.storage.key not in places:
+            places[tensor.storage.key] = file.locate(tensor.storage)
+    entries = _outside(file.tree, chosen) + entries
+    references = [name for name in file.objects.interpreter.references if not name.startswith(HARMLESS)]
+    suspicious = [name for name in references if name.startswith(SUSPICIOUS)]
+    warnings += [*file.warnings, *_code_warnings(references, suspicious)]
+    if file.objects.sources:
+        warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
+
+    def span(info: TensorInfo) -> Payload | None:
+        tensor = tensors[info.key][0]
+        if tensor.conj or tensor.neg or info.kind != "dense" or tensor.storage is None:
+            return None
+        return _span(info, places[tensor.storage.key])
+
+    def payload(info: TensorInfo) -> Payload:
+        tensor = tensors[info.key][0]
+        if info.kind != "dense" or tensor.storage is None:
+            raise FormatError(f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=path)
+        bytes_ = _span(info, places[tensor.storage.key])
+        plain = is_contiguous(info) and not tensor.conj and not tensor.neg
+        return bytes_ if plain else _Strided(bytes_, info, tensor.conj, tensor.neg)
+
+    return Checkpoint(
+        infos,
+        payload,
+        path=path,
+        format=format,
+        entries=entries,
+        warnings=warnings,
+        references=references,
+        suspicious=bool(suspicious),
+        envelope=flat_key(chosen) if chosen else "",
+        span=span,
+        files=[path],
+        check=check,
+        close=close,
+    )
+
+
+def _sort_leaves(value: object, budget: int) -> tuple[dict[str, tuple[TensorRef, bool]], list[Entry], list[str]]:
+    tensors: dict[str, tuple[TensorRef, bool]] = {}
+    entries: list[Entry] = []
+    warnings: list[str] = []
+    if isinstance(value, MappingValue) and value.attributes:
+        entries.extend(describe((name,), inner) for name, inner in value.attributes.items())
+    for place, leaf in leaves(value, budget):
+        if not isinstance(leaf, TensorRef):
+            if place:
+                entries.append(describe(place, leaf))
+            continue
+        if len(tensors) >= _MOST_TENSORS:
+            raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
+        key = flat_key(place)
+        if key in tensors:
+            exact = exact_key(place)
+            warnings.append(f"two tensors would both be called {quoted(key)}: one is listed as {printable(exact)}")
+            tensors[key] = (tensors[key][0], True)
+            tensors[exact] = (leaf, True)
+        else:
+            tensors[key] = (leaf, False)
+    return tensors, entries, warnings
+
+
+def _outside(tree: object, chosen: tuple[object, ...]) -> list[Entry]:
+    entries: list[Entry] = []
+    level = tree
+    for depth, key in enumerate(chosen):
+        if not isinstance(level, Mapping):
+            break
+        entries.extend(describe((*chosen[:depth], other), level[other]) for other in level if other is not key)
+        level = level[key]
+    return entries
+
+
+def _code_warnings(references: list[str], suspicious: list[str]) -> list[str]:
+    if suspicious:
+        named = ", ".join(printable(name) for name in suspicious[:8])
+        return [f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"]
+    if references:
+        named = ", ".join(printable(name) for name in references[:8])
+        more = f" and {len(references) - 8} more" if len(references) > 8 else ""
+        return [f"contains {plural(len(references), 'code reference')}, not run: {named}{more}"]
+    return []
+
+
+def _info(key: str, tensor: TensorRef, ids: dict[str, int], *, ambiguous: bool) -> TensorInfo:
+    kind = "ambiguous" if ambiguous and tensor.kind == "dense" else tensor.kind
+    if tensor.storage is None:
+        return TensorInfo(key, tensor.dtype, tensor.shape, kind=kind)
+    shape, stride, offset, bits = tensor.shape, tensor.stride, tensor.offset, DTYPES[tensor.dtype].bits
+    if tensor.dtype == "F4":
+        # torch counts bytes of two elements each, the safetensors code counts the elements.
+        if not shape or stride[-1] != 1:
+            return TensorInfo(key, tensor.dtype, shape, kind="packed")
+        shape, offset = (*shape[:-1], 2 * shape[-1]), 2 * offset
+        stride = (*(2 * step for step in stride[:-1]), 1)
+    storage = tensor.storage
+    length = storage.nbytes if storage.length < 0 else storage.length
+    view = View(ids.setdefault(storage.key, len(ids)), offset + storage.start * 8 // bits, stride)
+    info = TensorInfo(key, tensor.dtype, shape, view, kind)
+    first, last = reach(info)
+    if last - storage.start > length:
+        raise FormatError(
+            f"{quoted(key)}: the view ends at byte {last - storage.start} of storage {quoted(storage.key)}, "
+            f"which has {length}"
+        )
+    if storage.start * 8 % bits:
+        raise FormatError(f"{quoted(key)}: begins inside an element, at byte {first}")
+    return info
+
+
+def _span(info: TensorInfo, whole: Region) -> Payload:
+    first, last = reach(info)
+    return whole.slice(first, last - first)

@@ -1,0 +1,112 @@
+"""torch's format before 1.6: five pickles in a row, then each storage behind its length."""
+
+from __future__ import annotations
+
+import struct
+from typing import Final
+
+from ckptkit.errors import FormatError
+from ckptkit.formats.inert import Interpreter
+from ckptkit.formats.pickle_machine import TruncatedPickleError
+from ckptkit.formats.torch_checkpoint import TorchFile, assemble
+from ckptkit.formats.torch_objects import StorageRef, TorchObjects
+from ckptkit.formats.unpickle import unpickle
+from ckptkit.storage import Extent, LocalFile, Region
+from ckptkit.tensors import DTYPES, Checkpoint
+from ckptkit.text import quoted
+
+__all__ = ["LEGACY_MAGIC", "open_torch_legacy"]
+
+LEGACY_MAGIC: Final = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_PROTOCOL = 1001
+_FIRST_WINDOW = 1 << 20
+_LARGEST_PICKLE = 512 << 20
+_LENGTH = struct.Struct("<q")
+
+
+def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint in a legacy torch file; takes over the file.
+
+    Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
+    """
+    objects = TorchObjects()
+    plain = Interpreter({}, {})
+    protocol, pos = _pickle(file, plain, len(LEGACY_MAGIC))
+    if protocol != _PROTOCOL:
+        raise FormatError(f"a legacy torch file of protocol {str(protocol)[:20]}, not {_PROTOCOL}")
+    _, pos = _pickle(file, plain, pos)
+    start = pos
+    tree, pos = _pickle(file, objects.interpreter, pos)
+    size = pos - start
+    keys, pos = _pickle(file, plain, pos)
+    starts = _storage_starts(file, objects, keys, pos)
+
+    def locate(storage: StorageRef) -> Region:
+        if storage.key not in starts:
+            raise FormatError(f"storage {quoted(storage.key)} is not in the file")
+        return Extent(file, starts[storage.key], storage.nbytes)
+
+    return assemble(
+        TorchFile(tree, objects, size, locate),
+        path=file.path,
+        format="torch-legacy",
+        inner=inner,
+        close=file.close,
+        check=file.check_unchanged,
+    )
+
+
+def _pickle(file: LocalFile, interpreter: Interpreter, start: int) -> tuple[object, int]:
+    # Where a pickle ends is known only by reading it, and the storages behind it may be large:
+    # so a window is read, and a larger one only if the pickle did not end inside it.
+    window = _FIRST_WINDOW
+    while True:
+        data = file.read(start, min(window, file.size - start))
+        try:
+            value, end = unpickle(data, interpreter)
+        except TruncatedPickleError as error:
+            if len(data) == file.size - start:
+                raise FormatError(error.reason, hint="download or copy it again") from None
+            if window >= _LARGEST_PICKLE:
+                raise FormatError(f"a pickle of more than {_LARGEST_PICKLE} bytes") from None
+            window *= 4
+        else:
+            return value, start + end
+
+
+def _storage_starts(file: LocalFile, objects: TorchObjects, keys: object, pos: int) -> dict[str, int]:
+    if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
+        raise FormatError("a legacy torch file without a list of storages")
+    starts: dict[str, int] = {}
+    for key in map(str, keys):
+        storage = objects.storages.get(key)
+        if storage is None:
+            raise FormatError(f"storage {quoted(key)} is in the file and belongs to no tensor")
+        if key in starts:
+            raise FormatError(f"storage {quoted(key)} is listed twice")
+        if pos + _LENGTH.size > file.size:
+            raise FormatError(f"ends before storage {quoted(key)}: truncated?", hint="download or copy it again")
+        (numel,) = _LENGTH.unpack(file.read(pos, _LENGTH.size))
+        pos += _LENGTH.size
+        _check_numel(key, storage, numel)
+        starts[key] = pos
+        pos += storage.nbytes
+        if pos > file.size:
+            raise FormatError(
+                f"ends {pos - file.size} bytes before the end of storage {quoted(key)}: truncated?",
+                hint="download or copy it again",
+            )
+    missing = [key for key in objects.storages if key not in starts]
+    if missing:
+        raise FormatError(f"storage {quoted(missing[0])} is not in the file")
+    if pos != file.size:
+        raise FormatError(f"{file.size - pos} bytes follow the last storage")
+    return starts
+
+
+def _check_numel(key: str, storage: StorageRef, numel: int) -> None:
+    width = DTYPES[storage.dtype].bits // 8 if storage.dtype else 1
+    if numel * width != storage.nbytes:
+        raise FormatError(
+            f"storage {quoted(key)}: {storage.nbytes} bytes named, {numel} elements of {width} bytes stored"
+        )

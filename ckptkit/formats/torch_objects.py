@@ -1,0 +1,293 @@
+"""What torch's own pickles build: storages and tensors as references, containers as values.
+
+Argument orders are those of ``torch/_utils.py`` and ``torch/_tensor.py``; nothing of them is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from ckptkit.errors import FormatError
+from ckptkit.formats.inert import Interpreter, MappingValue, Placeholder
+from ckptkit.tensors import DTYPES
+from ckptkit.text import quoted
+
+__all__ = ["HARMLESS", "SUSPICIOUS", "StorageRef", "TensorRef", "TorchObjects"]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StorageType:
+    """A storage class of torch; ``dtype`` is empty for the untyped one, which counts bytes."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DTypeRef:
+    """A dtype of torch, by its safetensors code."""
+
+    code: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StorageRef:
+    """A storage as a pickle names it: which record, what it holds, and the part a legacy view takes of it."""
+
+    key: str
+    dtype: str
+    nbytes: int
+    start: int = 0  # bytes; legacy files can name a part of a storage
+    length: int = -1  # bytes of that part
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TensorRef:
+    """A tensor as a pickle describes it; ``storage`` is None where the file holds no bytes for it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    storage: StorageRef | None = None
+    offset: int = 0
+    stride: tuple[int, ...] = ()
+    conj: bool = False
+    neg: bool = False
+    kind: str = "dense"
+
+
+_STORAGES: Final[Mapping[str, str]] = {
+    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
+    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexDouble": "C128", "ComplexFloat": "C64",
+    "QInt8": "QI8", "QUInt8": "QU8", "QInt32": "QI32", "QUInt4x2": "QU4X2", "QUInt2x4": "QU2X4",
+}  # fmt: skip
+_DTYPE_ALIASES: Final[Mapping[str, str]] = {
+    "half": "F16", "float": "F32", "double": "F64", "short": "I16", "int": "I32", "long": "I64",
+    "cfloat": "C64", "cdouble": "C128", "chalf": "C32",
+}  # fmt: skip
+
+
+def _constants() -> dict[str, object]:
+    table: dict[str, object] = {f"torch.{d.torch_name}": DTypeRef(d.code) for d in DTYPES.values() if d.torch_name}
+    table |= {f"torch.{name}": DTypeRef(code) for name, code in _DTYPE_ALIASES.items()}
+    for name, code in _STORAGES.items():
+        kind = StorageType(code)
+        table |= {f"{home}.{name}Storage": kind for home in ("torch", "torch.cuda", "torch.storage")}
+    untyped = StorageType("")
+    table |= {f"torch.storage.{name}Storage": untyped for name in ("Untyped", "_Untyped")}
+    table |= {f"torch.{name}Storage": untyped for name in ("Untyped",)}
+    for scheme in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric"):
+        table[f"torch.per_{scheme}"] = scheme
+    table["torch.per_channel_affine_float_qparams"] = "channel_affine_float_qparams"
+    table |= dict.fromkeys(("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"), "tensor")
+    return table
+
+
+_CONSTANTS: Final = _constants()
+
+# Named by many honest checkpoints and harmless to show: no warning for these, and still nothing of them is run.
+HARMLESS: Final = (
+    "argparse.", "types.SimpleNamespace", "pathlib.", "datetime.", "decimal.", "uuid.", "functools.partial", "enum.",
+    "omegaconf.", "typing.", "numpy.", "collections.", "transformers.training_args.", "transformers.trainer_utils.",
+    "torch.optim.", "torch.Size", "torch.device", "torch.torch_version.", "copyreg.", "copy_reg.", "_codecs.",
+    "pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict",
+)  # fmt: skip
+# Nothing that a checkpoint needs; the list only sharpens the words of a warning and cannot be complete.
+SUSPICIOUS: Final = (
+    "os.", "posix.", "nt.", "subprocess.", "sys.", "runpy.", "socket.", "pty.", "shutil.", "importlib.", "ctypes.",
+    "webbrowser.", "urllib.", "http.", "requests.", "pickle.", "code.", "asyncio.", "multiprocessing.", "platform.",
+    "torch.load", "torch.hub.", "torch.serialization.load", "operator.", "builtins.eval", "builtins.exec",
+    "builtins.compile", "builtins.getattr", "builtins.setattr", "builtins.__import__", "builtins.open",
+    "__builtin__.eval", "__builtin__.exec", "__builtin__.compile", "__builtin__.getattr", "__builtin__.__import__",
+    "__builtin__.open", "__builtin__.apply", "__builtin__.execfile", "__builtin__.file", "builtins.breakpoint",
+)  # fmt: skip
+
+
+class TorchObjects:
+    """Everything that one torch file's pickles may build, and the storages they named."""
+
+    def __init__(self) -> None:
+        """Start with no storage seen."""
+        self.storages: dict[str, StorageRef] = {}
+        self.sources: list[str] = []  # source files that a legacy full-module pickle embeds
+        self.interpreter = Interpreter(self._builders(), _CONSTANTS, self._persistent)
+
+    def _builders(self) -> dict[str, Callable[..., object]]:
+        builders: dict[str, Callable[..., object]] = {
+            "torch._utils._rebuild_tensor": _tensor,
+            "torch._utils._rebuild_tensor_v2": _tensor_v2,
+            "torch._utils._rebuild_tensor_v3": _tensor_v3,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter_with_state": _parameter,
+            "torch._utils._rebuild_qtensor": _quantized,
+            "torch._utils._rebuild_sparse_tensor": _sparse,
+            "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+            "torch._utils._rebuild_nested_tensor": _nested,
+            "torch._utils._rebuild_wrapper_subclass": _subclass,
+            "torch.serialization._get_layout": str,
+            "torch.Size": _size,
+            "torch.device": lambda *parts: ":".join(map(str, parts)),
+            "_codecs.encode": self._encode,
+            "collections.deque": self._copy(list),
+        }
+        for home in ("torch._tensor", "torch.tensor"):
+            builders[f"{home}._rebuild_from_type"] = self._from_type
+            builders[f"{home}._rebuild_from_type_v2"] = self._from_type
+        for name in ("OrderedDict", "defaultdict", "Counter"):
+            builders[f"collections.{name}"] = partial(self._mapping, name)
+        for home in ("builtins", "__builtin__"):
+            builders[f"{home}.dict"] = partial(self._mapping, "dict")
+            for kind in (list, set, frozenset, tuple):
+                builders[f"{home}.{kind.__name__}"] = self._copy(kind)
+            builders[f"{home}.complex"] = complex
+            builders[f"{home}.slice"] = lambda *parts: ["slice", *parts]
+        return builders
+
+    def _mapping(self, kind: str, *args: object) -> object:
+        made = MappingValue(kind)
+        source = args[-1] if args else ()
+        if isinstance(source, dict):
+            self.interpreter.spend(source)
+            made.update(source)
+        elif isinstance(source, list | tuple):
+            self.interpreter.spend(source)
+            for pair in source:
+                key, value = pair
+                if isinstance(key, tuple | int) and not (isinstance(key, int) and abs(key) < 2**60):
+                    raise FormatError("corrupt pickle: a mapping is built from pairs with keys that are no names")
+                made[key] = value
+        return made
+
+    def _copy(self, kind: Callable[[Iterable[object]], object]) -> Callable[..., object]:
+        def build(source: object = (), *_: object) -> object:
+            if not isinstance(source, list | tuple | dict | set | frozenset):
+                raise TypeError(f"a {type(source).__name__}")
+            self.interpreter.spend(source)
+            if kind in (set, frozenset) and any(isinstance(item, tuple | int) for item in source):
+                return list(source)  # hashing these can be made expensive, and nobody asks a checkpoint's set
+            return kind(source)
+
+        return build
+
+    def _encode(self, text: object, encoding: object = "utf-8") -> object:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            return Placeholder("_codecs.encode", (text, encoding))
+        self.interpreter.spend(text)
+        return text.encode("latin-1")
+
+    def _from_type(self, function: object, _kind: object, args: object, _state: object = None) -> object:
+        made = self.interpreter.call(function, args)
+        if isinstance(made, TensorRef) and _kind != "tensor" and made.kind == "dense":
+            return replace(made, kind="subclass")
+        return made
+
+    def _persistent(self, pid: object) -> object:
+        if isinstance(pid, tuple) and pid and pid[0] == "module" and len(pid) == 4:
+            self.sources.append(str(pid[2]))
+            return pid[1]
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise FormatError("corrupt pickle: a persistent id that names no storage")
+        kind, key, numel = pid[1], pid[2], pid[4]
+        if isinstance(key, int) and not isinstance(key, bool):
+            key = str(key)
+        if not isinstance(kind, StorageType) or not isinstance(key, str) or type(numel) is not int or numel < 0:
+            raise FormatError("corrupt pickle: a persistent id with a storage of unknown type, key or size")
+        width = _width(kind.dtype)
+        storage = StorageRef(key, kind.dtype, numel * width)
+        known = self.storages.setdefault(key, storage)
+        if known.nbytes != storage.nbytes:
+            raise FormatError(f"storage {quoted(key)} is given two sizes, {known.nbytes} and {storage.nbytes} bytes")
+        if len(pid) == 6 and pid[5] is not None:
+            return self._part(storage, pid[5], width)
+        return known if known.dtype == storage.dtype else storage
+
+    def _part(self, storage: StorageRef, view: object, width: int) -> StorageRef:
+        if not isinstance(view, tuple) or len(view) != 3 or any(type(n) is not int or n < 0 for n in view[1:]):
+            raise FormatError(f"storage {quoted(storage.key)}: a view of it is described wrongly")
+        start, length = view[1] * width, view[2] * width
+        if start + length > storage.nbytes:
+            raise FormatError(
+                f"storage {quoted(storage.key)}: a view of it ends at byte {start + length} of {storage.nbytes}"
+            )
+        return replace(storage, start=start, length=length)
+
+
+def _width(dtype: str) -> int:
+    return DTYPES[dtype].bits // 8 if dtype else 1
+
+
+def _size(sizes: object = ()) -> tuple[int, ...]:
+    if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
+        raise TypeError("sizes that are no integers")
+    if any(n < 0 for n in sizes):
+        raise FormatError(f"corrupt pickle: a tensor with the negative size or stride {list(sizes)}")
+    return tuple(sizes)
+
+
+def _tensor(storage: object, offset: object, size: object, stride: object) -> TensorRef:
+    if not isinstance(storage, StorageRef) or type(offset) is not int:
+        raise TypeError("a storage or an offset of the wrong type")
+    return _place(storage, storage.dtype or "U8", offset, size, stride)
+
+
+def _tensor_v2(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
+    return _flags(_tensor(storage, offset, size, stride), rest[2] if len(rest) > 2 else None)
+
+
+def _tensor_v3(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
+    dtype = rest[2]
+    if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, DTypeRef):
+        raise TypeError("a storage, an offset or a dtype of the wrong type")
+    return _flags(_place(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
+
+
+def _place(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
+    shape, steps = _size(size), _size(stride)
+    if len(shape) != len(steps):
+        raise FormatError(f"corrupt pickle: a tensor of {len(shape)} dimensions with {len(steps)} strides")
+    if offset < 0:
+        raise FormatError(f"corrupt pickle: a tensor at the negative offset {offset}")
+    return TensorRef(dtype, shape, storage, offset, steps)
+
+
+def _flags(tensor: TensorRef, metadata: Any) -> TensorRef:
+    if not isinstance(metadata, dict):
+        return tensor
+    return replace(tensor, conj=bool(metadata.get("conj")), neg=bool(metadata.get("neg")))
+
+
+def _parameter(data: object, *_: object) -> object:
+    if not isinstance(data, TensorRef):
+        raise TypeError("a parameter that is no tensor")
+    return data
+
+
+def _quantized(
+    storage: object, offset: object, size: object, stride: object, _quantizer: object, *_: object
+) -> TensorRef:
+    return replace(_tensor(storage, offset, size, stride), kind="quantized")
+
+
+def _sparse(layout: object, data: Any) -> TensorRef:
+    parts = [part for part in data if isinstance(part, TensorRef)]
+    size = data[2] if layout == "torch.sparse_coo" else data[3]
+    return TensorRef(parts[-1].dtype, _size(size), kind="sparse")
+
+
+def _meta(dtype: object, size: object, stride: object, _grad: object) -> TensorRef:
+    if not isinstance(dtype, DTypeRef):
+        raise TypeError("a dtype of the wrong type")
+    return TensorRef(dtype.code, _size(size), stride=_size(stride), kind="meta")
+
+
+def _nested(buffer: object, *_: object) -> TensorRef:
+    if not isinstance(buffer, TensorRef):
+        raise TypeError("a nested tensor without a buffer")
+    return replace(buffer, kind="nested")
+
+
+def _subclass(_kind: object, dtype: object, size: object, stride: object, *_: object) -> TensorRef:
+    if not isinstance(dtype, DTypeRef):
+        raise TypeError("a dtype of the wrong type")
+    return TensorRef(dtype.code, _size(size), stride=_size(stride), kind="subclass")

@@ -1,0 +1,111 @@
+"""torch's zip format (torch 1.6 and later): ``ROOT/data.pkl`` beside one stored entry per storage."""
+
+from __future__ import annotations
+
+import zlib
+
+from ckptkit.errors import FormatError
+from ckptkit.formats.torch_checkpoint import TorchFile, assemble
+from ckptkit.formats.torch_objects import StorageRef, TorchObjects
+from ckptkit.formats.unpickle import unpickle
+from ckptkit.formats.zip_directory import ZipDirectory, read_zip_directory
+from ckptkit.storage import LocalFile, Region
+from ckptkit.tensors import Checkpoint
+from ckptkit.text import plural, quoted
+
+__all__ = ["open_torch_zip"]
+
+_LARGEST_PICKLE = 256 << 20
+_NEWEST_VERSION = 10
+
+
+def open_torch_zip(file: LocalFile, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint in a torch zip archive; takes over the file.
+
+    Raises ``FormatError`` where the archive is no torch checkpoint, contradicts itself, or holds less
+    than its pickle says.
+    """
+    archive = read_zip_directory(file)
+    root = _root(archive)
+    warnings = _check_records(archive, root)
+    data = _read_pickle(archive, f"{root}data.pkl")
+    objects = TorchObjects()
+    tree, end = unpickle(data, objects.interpreter)
+    if end != len(data):
+        warnings.append(f"{len(data) - end} bytes follow the pickle in data.pkl")
+
+    def locate(storage: StorageRef) -> Region:
+        name = f"{root}data/{storage.key}"
+        entry = archive.entries.get(name)
+        if entry is None:
+            raise FormatError(f"storage {quoted(storage.key)} is not in the archive")
+        if entry.size != storage.nbytes:
+            raise FormatError(
+                f"storage {quoted(storage.key)}: {storage.nbytes} bytes named, {entry.size} stored",
+                hint="the file was damaged or made by a faulty writer",
+            )
+        return archive.region(name)
+
+    unused = [name for name in archive.entries if name.startswith(f"{root}data/") and name[len(root) + 5 :]
+              not in objects.storages]  # fmt: skip
+    if unused:
+        warnings.append(f"{plural(len(unused), 'stored record')} belong to no tensor: {quoted(unused[0])}")
+    return assemble(
+        TorchFile(tree, objects, len(data), locate, tuple(warnings)),
+        path=file.path,
+        format="torch-zip",
+        inner=inner,
+        close=file.close,
+        check=file.check_unchanged,
+    )
+
+
+def _root(archive: ZipDirectory) -> str:
+    # Users rename files, so the root says nothing about the file's name.
+    roots = [
+        name[: -len("data.pkl")] for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1
+    ]
+    if "data.pkl" in archive.entries:
+        roots.append("")
+    if len(roots) != 1:
+        what = "no data.pkl" if not roots else f"{len(roots)} entries called data.pkl"
+        raise FormatError(f"a zip archive with {what}: not a torch checkpoint")
+    if f"{roots[0]}constants.pkl" in archive.entries:
+        raise FormatError(
+            "a TorchScript archive", hint="save the state_dict() of the module that torch.jit.load returns"
+        )
+    return roots[0]
+
+
+def _check_records(archive: ZipDirectory, root: str) -> list[str]:
+    version = _small(archive, f"{root}version")
+    if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
+        raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
+    order = _small(archive, f"{root}byteorder")
+    if order not in (None, "little"):
+        raise FormatError(
+            "written on a big-endian machine" if order == "big" else f"its byte order is {quoted(str(order)[:20])}",
+            hint="load and save it with torch first",
+        )
+    if any(entry.method for entry in archive.entries.values()):
+        return ["the archive is compressed: tensors are inflated while they are read"]
+    return []
+
+
+def _small(archive: ZipDirectory, name: str) -> str | None:
+    if name not in archive.entries:
+        return None
+    if archive.entries[name].size > 1000:
+        raise FormatError(f"zip entry {quoted(name)} has {archive.entries[name].size} bytes")
+    return b"".join(bytes(chunk) for chunk in archive.region(name).chunks()).decode("ascii", "replace").strip()
+
+
+def _read_pickle(archive: ZipDirectory, name: str) -> bytes:
+    entry = archive.entries[name]
+    if entry.size > _LARGEST_PICKLE:
+        raise FormatError(f"data.pkl has {entry.size} bytes, more than the limit of {_LARGEST_PICKLE}")
+    data = b"".join(bytes(chunk) for chunk in archive.region(name).chunks())
+    # A checksum of zero is how torch writes "none" (torch.serialization.set_crc32_options).
+    if entry.crc and zlib.crc32(data) != entry.crc:
+        raise FormatError("data.pkl does not match its checksum: damaged")
+    return data

@@ -1,0 +1,178 @@
+"""Walking the inert tree of a pickle: where the weights are, what else there is, all within bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+from ckptkit.errors import FormatError
+from ckptkit.formats.inert import Global, MappingValue, Placeholder
+from ckptkit.formats.torch_objects import TensorRef
+from ckptkit.tensors import Entry
+from ckptkit.text import plural, printable, quoted
+from ckptkit.wrappers import choose_envelope
+
+__all__ = ["describe", "leaves", "select"]
+
+_DEEPEST = 200
+_MOST_SHOWN = 64
+_LONGEST_SHOWN = 2000
+Path = tuple[object, ...]
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, TensorRef)
+
+
+def select(tree: object, inner: str) -> tuple[object, Path]:
+    """Return the mapping meant by ``inner`` (``a.b``; empty: found by its signature) and its path in the tree.
+
+    Raises ``FormatError`` where there is no such mapping, or several by signature.
+    """
+    if inner:
+        return _descend(tree, inner)
+    if not isinstance(tree, Mapping):
+        return tree, ()
+    path = choose_envelope(tree, _is_tensor)
+    value: object = tree
+    for key in path:
+        value = value[key] if isinstance(value, Mapping) else None
+    return value, path
+
+
+def _descend(tree: object, inner: str) -> tuple[object, Path]:
+    value, path, rest = tree, [], inner
+    while rest:
+        keys = _children(value)
+        # Keys contain dots themselves: the longest one that fits is meant.
+        fitting = [key for key in keys if rest == _name(key) or rest.startswith(f"{_name(key)}.")]
+        if not fitting:
+            known = ", ".join(printable(_name(key)) for key in list(keys)[:12])
+            raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"at that level there is: {known or 'nothing'}")
+        key = max(fitting, key=lambda key: len(_name(key)))
+        value = keys[key]
+        path.append(key)
+        rest = rest[len(_name(key)) + 1 :]
+    return value, tuple(path)
+
+
+def _children(value: object) -> Mapping[object, object]:
+    if isinstance(value, Mapping):
+        return value
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, Placeholder) and isinstance(value.state, Mapping):
+        return value.state
+    return {}
+
+
+def _name(key: object) -> str:
+    if isinstance(key, str):
+        return key
+    if isinstance(key, int | float | None):
+        return str(key)
+    return f"<{_type(key)}>"
+
+
+def leaves(value: object, budget: int) -> Iterator[tuple[Path, object]]:
+    """Yield each leaf below ``value`` with its path, in order, descending into plain containers only.
+
+    Raises ``FormatError`` where the structure is nested too deeply, or expands to more than ``budget``
+    places: a kilobyte of shared lists can stand for 2^60 of them.
+    """
+    stack: list[Iterator[tuple[Path, object]]] = [iter([((), value)])]
+    while stack:
+        for path, item in stack[-1]:
+            budget -= 1
+            if budget < 0:
+                raise FormatError("the structure refers to its own parts so often that it expands too far")
+            if isinstance(item, Mapping | list | tuple) and item:
+                if len(stack) > _DEEPEST:
+                    raise FormatError(f"nested too deeply: more than {_DEEPEST} levels")
+                pairs = item.items() if isinstance(item, Mapping) else enumerate(item)
+                stack.append(_below(path, pairs))
+                break
+            yield path, item
+        else:
+            stack.pop()
+
+
+def _below(path: Path, pairs: object) -> Iterator[tuple[Path, object]]:
+    for key, value in pairs:  # type: ignore[attr-defined]
+        yield (*path, key), value
+
+
+def flat_key(path: Path) -> str:
+    """Return the dotted key of a path, as ``state_dict`` would name it."""
+    return path[0] if len(path) == 1 and isinstance(path[0], str) else ".".join(map(_name, path))
+
+
+def exact_key(path: Path) -> str:
+    """Return the path written out key by key, for where dotted keys would collide."""
+    return "".join(f"[{key!r}]" if isinstance(key, str | int) else f"[{_name(key)}]" for key in path)
+
+
+def describe(path: Path, value: object) -> Entry:
+    """Return an entry for ``value``: itself where it is small and JSON can hold it, else what it is made of."""
+    shown = _plain(value, [_MOST_SHOWN], 4)
+    return Entry(flat_key(path), _type(value), _outline(value) if shown is _TOO_MUCH else shown)
+
+
+_TOO_MUCH = object()
+
+
+def _plain(value: object, left: list[int], depth: int) -> object:
+    left[0] -= 1
+    if left[0] < 0 or depth < 0:
+        return _TOO_MUCH
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, int):
+        return value if value.bit_length() <= 64 else _TOO_MUCH
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, str):
+        return value if len(value) <= _LONGEST_SHOWN else _TOO_MUCH
+    if isinstance(value, Placeholder) and isinstance(value.state, dict) and not value.items and not value.pairs:
+        return _plain(value.state, left, depth)
+    if isinstance(value, Mapping):
+        if not all(isinstance(key, str) for key in value):
+            return _TOO_MUCH
+        pairs = {str(key): _plain(item, left, depth - 1) for key, item in list(value.items())[: _MOST_SHOWN + 1]}
+        return _TOO_MUCH if _TOO_MUCH in pairs.values() else pairs
+    if isinstance(value, list | tuple):
+        items = [_plain(item, left, depth - 1) for item in value[: _MOST_SHOWN + 1]]
+        return _TOO_MUCH if any(item is _TOO_MUCH for item in items) else items
+    return _TOO_MUCH
+
+
+def _outline(value: object) -> str:
+    if isinstance(value, TensorRef):
+        return f"{value.dtype} {list(value.shape)}"
+    if isinstance(value, int):
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes | bytearray):
+        return plural(len(value), "character" if isinstance(value, str) else "byte")
+    if isinstance(value, Placeholder):
+        return "code reference, not run"
+    if not isinstance(value, Mapping | list | tuple):
+        return "not shown"
+    tensors = 0
+    try:
+        for _, leaf in leaves(value, 1_000_000):
+            tensors += isinstance(leaf, TensorRef)
+    except FormatError as error:
+        return f"{plural(len(value), 'item')}, {error.reason}"
+    return plural(len(value), "item") + (f", {plural(tensors, 'tensor')}" if tensors else "")
+
+
+def _type(value: object) -> str:
+    if isinstance(value, TensorRef):
+        return "tensor"
+    if isinstance(value, MappingValue):
+        return value.kind
+    if isinstance(value, Placeholder):
+        return str(value.factory) if isinstance(value.factory, Global) else "object"
+    if isinstance(value, Global):
+        return str(value)
+    return "null" if value is None else type(value).__name__

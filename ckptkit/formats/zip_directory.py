@@ -1,0 +1,194 @@
+"""The directory of a zip archive, read strictly: every disagreement inside the file is an error.
+
+Readers that forgive disagree about which bytes they mean, and that is how one file shows one thing
+to a scanner and another to a loader.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from ckptkit.errors import FormatError
+from ckptkit.storage import Extent, Inflated, LocalFile, Region
+from ckptkit.text import plural, quoted
+
+__all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
+
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_LARGEST_DIRECTORY = 256 << 20
+_STORED, _DEFLATED = 0, 8
+_ENCRYPTED = 0x1 | 0x40
+_DOS_DIRECTORY = 0x10
+
+
+@dataclass(frozen=True, slots=True)
+class ZipEntry:
+    """One file in the archive, as the central directory describes it."""
+
+    name: str
+    method: int
+    crc: int
+    packed: int  # bytes in the archive
+    size: int  # bytes after inflating
+    header: int  # offset of the local header
+
+
+@dataclass(frozen=True, slots=True)
+class ZipDirectory:
+    """The entries of an archive by name, and where the bytes of each begin."""
+
+    file: LocalFile
+    entries: dict[str, ZipEntry]
+    starts: dict[str, int]
+
+    def region(self, name: str) -> Region:
+        """Return the content of an entry, unread."""
+        entry = self.entries[name]
+        extent = Extent(self.file, self.starts[name], entry.packed)
+        return extent if entry.method == _STORED else Inflated(extent, entry.size, 0, entry.size)
+
+
+def read_zip_directory(file: LocalFile) -> ZipDirectory:
+    """Return the directory of the archive that begins at byte 0; raises ``FormatError`` for any disagreement."""
+    count, offset, size, end = _find_end(file)
+    if size > _LARGEST_DIRECTORY:
+        raise FormatError(f"the zip directory has {size} bytes, more than the limit of {_LARGEST_DIRECTORY}")
+    if offset + size > end:
+        raise FormatError("the zip directory lies beyond the end of the archive")
+    entries = _central(file.read(offset, size), count)
+    return ZipDirectory(file, entries, _check_local(file, entries, offset))
+
+
+def _find_end(file: LocalFile) -> tuple[int, int, int, int]:
+    start = max(file.size - 65557, 0)
+    tail = file.read(start, file.size - start)
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < _END.size:
+        raise FormatError("a zip archive without a directory at its end: truncated?", hint="download or copy it again")
+    _, disk, first_disk, here, count, size, offset, comment = _END.unpack_from(tail, at)
+    behind = len(tail) - at - _END.size - comment
+    if behind:
+        what = f"{behind} bytes follow" if behind > 0 else "the comment is cut off at"
+        raise FormatError(f"{what} the end of the zip archive")
+    end = start + at
+    if 0xFFFF in (count, here) or 0xFFFFFFFF in (size, offset):
+        if end < _LOCATOR64.size:
+            raise FormatError("a zip archive that claims to be zip64 and is not")
+        magic, _, where, _ = _LOCATOR64.unpack(file.read(end - _LOCATOR64.size, _LOCATOR64.size))
+        if magic == b"PK\6\7":
+            if where + _END64.size > end:
+                raise FormatError("the zip64 directory lies beyond the end of the archive")
+            magic, _, _, _, disk, first_disk, here, count, size, offset = _END64.unpack(file.read(where, _END64.size))
+            if magic != b"PK\6\6":
+                raise FormatError("the zip64 directory is not where the archive says")
+            end = where
+    if disk or first_disk or here != count:
+        raise FormatError("a zip archive in several parts")
+    return count, offset, size, end
+
+
+def _central(data: bytes, count: int) -> dict[str, ZipEntry]:
+    entries: dict[str, ZipEntry] = {}
+    pos = 0
+    for _ in range(count):
+        if pos + _CENTRAL.size > len(data) or data[pos : pos + 4] != b"PK\1\2":
+            raise FormatError(f"the zip directory ends after {len(entries)} of {plural(count, 'entry', 'entries')}")
+        (
+            _,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            name_len,
+            extra_len,
+            comment_len,
+            _,
+            _,
+            attributes,
+            header,
+        ) = _CENTRAL.unpack_from(data, pos)
+        pos += _CENTRAL.size
+        raw = data[pos : pos + name_len]
+        extra = data[pos + name_len : pos + name_len + extra_len]
+        pos += name_len + extra_len + comment_len
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise FormatError(f"a zip entry has a name that is not UTF-8: {raw[:40]!r}") from None
+        if 0xFFFFFFFF in (packed, size, header):
+            size, packed, header = _zip64(extra, name, size, packed, header)
+        entry = ZipEntry(name, method, crc, packed, size, header)
+        _refuse_odd(entry, flags, attributes)
+        if name in entries:
+            raise FormatError(f"two zip entries are called {quoted(name)}")
+        entries[name] = entry
+    if pos != len(data):
+        raise FormatError("the zip directory holds more than its entries")
+    return entries
+
+
+def _zip64(extra: bytes, name: str, size: int, packed: int, header: int) -> tuple[int, int, int]:
+    pos = 0
+    while pos + 4 <= len(extra):
+        tag, length = struct.unpack_from("<HH", extra, pos)
+        if tag == 1:
+            field = extra[pos + 4 : pos + 4 + length]
+            values = [size, packed, header]
+            at = 0
+            for index, value in enumerate(values):
+                if value == 0xFFFFFFFF:
+                    if at + 8 > len(field):
+                        break
+                    (values[index],) = struct.unpack_from("<Q", field, at)
+                    at += 8
+            else:
+                return values[0], values[1], values[2]
+        pos += 4 + length
+    raise FormatError(f"zip entry {quoted(name)}: its 64-bit sizes are missing")
+
+
+def _refuse_odd(entry: ZipEntry, flags: int, attributes: int) -> None:
+    name = entry.name
+    if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
+        raise FormatError(f"a zip entry has the unsafe name {quoted(name)}")
+    if flags & _ENCRYPTED:
+        raise FormatError(f"zip entry {quoted(name)} is encrypted")
+    if entry.method not in (_STORED, _DEFLATED):
+        raise FormatError(f"zip entry {quoted(name)}: compression method {entry.method} is not supported")
+    if entry.method == _STORED and entry.packed != entry.size:
+        raise FormatError(f"zip entry {quoted(name)} is stored with {entry.packed} bytes and claims {entry.size}")
+    if attributes & _DOS_DIRECTORY and entry.size:
+        raise FormatError(f"zip entry {quoted(name)} is marked as a directory and has content")
+
+
+def _check_local(file: LocalFile, entries: dict[str, ZipEntry], limit: int) -> dict[str, int]:
+    starts: dict[str, int] = {}
+    reached = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.header):
+        raw = entry.name.encode()
+        if entry.header < reached:
+            raise FormatError(f"zip entry {quoted(entry.name)} overlaps the one before it")
+        if entry.header + _LOCAL.size + len(raw) > limit:
+            raise FormatError(f"zip entry {quoted(entry.name)} lies beyond the archive")
+        data = file.read(entry.header, _LOCAL.size + len(raw))
+        magic, _, flags, method, _, _, _, _, _, name_len, extra_len = _LOCAL.unpack_from(data)
+        if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
+            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
+        if method != entry.method or flags & _ENCRYPTED:
+            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its method")
+        start = entry.header + _LOCAL.size + name_len + extra_len
+        reached = start + entry.packed
+        if reached > limit:
+            raise FormatError(f"zip entry {quoted(entry.name)} ends beyond the archive")
+        starts[entry.name] = start
+    return starts

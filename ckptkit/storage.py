@@ -1,0 +1,154 @@
+"""Byte ranges of local files: opened once, checked to be regular, read with ``pread``."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptkit.errors import ChangedError, FormatError, PathError
+from ckptkit.tensors import Payload
+
+__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region"]
+
+CHUNK = 4 << 20
+
+_REASONS = {
+    errno.ENOENT: "no such file or directory",
+    errno.EACCES: "permission denied",
+    errno.ELOOP: "too many levels of symbolic links",
+    errno.ENXIO: "not a regular file",
+}
+
+
+class LocalFile:
+    """A regular file open for reading.
+
+    Never mapped into memory: a map dies with SIGBUS when somebody truncates the file, ``pread`` says so.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Open ``path``; raises ``PathError`` where it is missing, unreadable or not a regular file."""
+        self.path = path
+        try:
+            # Without O_NONBLOCK the open of a FIFO that nobody writes to never returns.
+            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError as error:
+            reason = _REASONS.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
+            if error.errno == errno.ENOENT and os.path.islink(path):
+                reason = f"a symbolic link to {os.readlink(path)}, which does not exist"
+            raise PathError(reason, path=path) from None
+        except ValueError as error:  # a NUL byte in the name
+            raise PathError(str(error), path=path) from None
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode):
+            os.close(self._fd)
+            raise PathError("not a regular file", path=path)
+        self.size = status.st_size
+        self._seen = (status.st_size, status.st_mtime_ns)
+
+    def fileno(self) -> int:
+        """Return the descriptor, for the kernel's own copying."""
+        return self._fd
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return exactly ``count`` bytes; raises ``ChangedError`` where the file has become shorter."""
+        data = os.pread(self._fd, count, offset)
+        if len(data) == count:
+            return data
+        parts = [data]
+        missing = count - len(data)
+        while missing:
+            data = os.pread(self._fd, missing, offset + count - missing)
+            if not data:
+                raise ChangedError("the file became shorter while it was read", path=self.path)
+            parts.append(data)
+            missing -= len(data)
+        return b"".join(parts)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``; raises ``ChangedError`` where the file has become shorter."""
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            if count == 0:
+                raise ChangedError("the file became shorter while it was read", path=self.path)
+            done += count
+
+    def check_unchanged(self) -> None:
+        """Raise ``ChangedError`` where size or modification time are no longer those of the opening."""
+        status = os.fstat(self._fd)
+        if (status.st_size, status.st_mtime_ns) != self._seen:
+            raise ChangedError("the file changed while it was read", path=self.path)
+
+    def close(self) -> None:
+        """Close the descriptor, once."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Region(Payload, Protocol):
+    """A payload of which a part can be taken without reading the rest first."""
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        """Return ``nbytes`` of it from byte ``start``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A plain range of bytes in a file: the payload that the kernel can copy by itself."""
+
+    file: LocalFile
+    offset: int
+    nbytes: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the range through one reused buffer."""
+        buffer = memoryview(bytearray(min(self.nbytes, CHUNK)))
+        for done in range(0, self.nbytes, CHUNK):
+            piece = buffer[: min(CHUNK, self.nbytes - done)]
+            self.file.read_into(piece, self.offset + done)
+            yield piece
+
+    def slice(self, start: int, nbytes: int) -> Extent:
+        """Return a part of the range."""
+        return Extent(self.file, self.offset + start, nbytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Inflated:
+    """A range of what a deflated range of a file expands to; expanded while it is read, never further than asked."""
+
+    packed: Extent
+    size: int
+    start: int = 0
+    nbytes: int = 0
+
+    def chunks(self) -> Iterator[bytes]:
+        """Yield the range, inflating what lies before it too."""
+        skip, left = self.start, self.nbytes
+        if not left:
+            return
+        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        for piece in self.packed.chunks():
+            data = machine.decompress(piece, CHUNK)
+            while data:
+                part = data[skip : skip + left]
+                skip -= min(skip, len(data))
+                left -= len(part)
+                if part:
+                    yield part
+                if not left:
+                    return
+                data = machine.decompress(machine.unconsumed_tail, CHUNK)
+        raise FormatError(f"compressed data ends {left} bytes early", path=self.packed.file.path)
+
+    def slice(self, start: int, nbytes: int) -> Inflated:
+        """Return a part of the range."""
+        return Inflated(self.packed, self.size, self.start + start, nbytes)

@@ -1,0 +1,201 @@
+"""The one bridge between torch's tensors and stored bytes; torch is imported when it is crossed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.errors import ModelError, PlanError
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View
+from ckptkit.text import quoted
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Cast", "StateDictLike", "as_checkpoint", "describe_state_dict", "gather"]
+
+_BLOCK = 4 << 20
+StateDictLike = Any  # a Checkpoint, a Module, a Mapping of tensors, or a Mapping of TensorInfo
+
+
+def gather(
+    data: bytes, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], *, conj: bool = False, neg: bool = False
+) -> Iterator[memoryview]:
+    """Yield the contiguous bytes of a strided view whose first element is the first of ``data``."""
+    import torch
+
+    kind = DTYPES[dtype]
+    plain = _from_bytes(data)
+    # Moving bytes needs no arithmetic: integers of the same width serve every dtype, sub-byte and quantised ones too.
+    width = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64, 128: torch.complex128}.get(kind.bits)
+    if width is None:
+        raise PlanError(f"a view of {dtype} with strides {list(stride)} cannot be made contiguous")
+    view = plain.view(getattr(torch, kind.torch_name) if conj or neg else width).as_strided(shape, stride)
+    for block in _blocks(view):
+        values = block.conj().resolve_conj() if conj else block
+        yield _bytes_of(-values if neg else values)
+
+
+def _blocks(view: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield a tensor in pieces along its leading dimensions, each of bounded size."""
+    if view.dim() == 0 or view.numel() * view.element_size() <= _BLOCK:
+        yield view
+        return
+    row = max(view[0].numel() * view.element_size(), 1)
+    if row > _BLOCK:
+        for inner in view:
+            yield from _blocks(inner)
+    else:
+        rows = _BLOCK // row
+        for first in range(0, len(view), rows):
+            yield view[first : first + rows]
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    buffer = bytearray(tensor.numel() * tensor.element_size())
+    if buffer:
+        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat)
+    return memoryview(buffer)
+
+
+def _from_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
+    import torch
+
+    writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
+    return torch.frombuffer(data if writable else bytearray(data), dtype=torch.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Live:
+    tensor: torch.Tensor
+    nbytes: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        for block in _blocks(self.tensor.detach().resolve_conj().resolve_neg()):
+            yield _bytes_of(block.cpu())
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """A payload whose elements become another dtype on the way, as ``Tensor.to`` would make them."""
+
+    source: Payload
+    found: TensorInfo
+    made: TensorInfo
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes after the cast."""
+        return self.made.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the cast bytes, piece by piece."""
+        import torch
+
+        old, new = (getattr(torch, DTYPES[info.dtype].torch_name) for info in (self.found, self.made))
+        width = DTYPES[self.found.dtype].bits // 8
+        rest = b""
+        for chunk in self.source.chunks():
+            data = rest + bytes(chunk) if rest else chunk
+            whole = len(data) // width * width
+            rest = bytes(data[whole:])
+            if whole:
+                values = _from_bytes(data[:whole]).view(old)
+                yield _bytes_of(values.to(new))
+
+
+def as_checkpoint(thing: StateDictLike, role: str) -> Checkpoint:
+    """Return a Checkpoint of whatever stands for a state_dict: itself, a Module, or a mapping of tensors.
+
+    A mapping of ``TensorInfo`` has names and shapes but no bytes. ``role`` names it in messages.
+    Raises ``ModelError`` for anything else, a path included: ``open_checkpoint`` is the one door for those.
+    """
+    if isinstance(thing, Checkpoint):
+        return thing
+    if isinstance(thing, str | bytes) or hasattr(thing, "__fspath__"):
+        raise ModelError(f"{role} is a path", hint="open it first: open_checkpoint(path)")
+    if isinstance(thing, Mapping):
+        if thing and all(isinstance(value, TensorInfo) for value in thing.values()):
+            return Checkpoint(thing, _no_bytes, path=role, format="description")
+        return describe_state_dict(thing, role)
+    if not callable(getattr(thing, "state_dict", None)):
+        raise ModelError(f"{role} is a {type(thing).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
+    _refuse_lazy(thing)
+    return describe_state_dict(thing.state_dict(keep_vars=True), role)
+
+
+def _no_bytes(info: TensorInfo) -> Payload:
+    raise PlanError(f"{quoted(info.key)} is only described: there are no bytes to read")
+
+
+def _refuse_lazy(model: Any) -> None:
+    from torch.nn.parameter import is_lazy
+
+    for name, value in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(value):
+            raise ModelError(
+                f"{quoted(name)} is uninitialised: a lazy module has no shapes yet", hint="run one forward pass first"
+            )
+
+
+def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live model") -> Checkpoint:  # noqa: A002
+    """Return a Checkpoint of a mapping from names to live tensors; what is no tensor becomes an entry.
+
+    Tensors on the meta device are described and cannot be read.
+    """
+    import torch
+
+    infos: dict[str, TensorInfo] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    entries: list[Entry] = []
+    for key, value in state.items():
+        if not isinstance(key, str):
+            raise ModelError(f"the key {key!r} is no string")
+        if isinstance(value, torch.Tensor):
+            tensors[key] = value
+            infos[key] = _describe(key, value)
+        else:
+            entries.append(Entry(key, type(value).__name__, value if isinstance(value, str | int | float) else None))
+
+    def payload(info: TensorInfo) -> Payload:
+        tensor = tensors[info.key]
+        if tensor.is_meta or info.kind != "dense":
+            raise ModelError(
+                f"{quoted(info.key)} has no values: it is a {'meta' if tensor.is_meta else info.kind} tensor"
+            )
+        return _Live(tensor, info.nbytes)
+
+    return Checkpoint(infos, payload, path=path, format=format, entries=entries)
+
+
+def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:
+    import torch
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    code = next((dtype.code for dtype in DTYPES.values() if dtype.torch_name == name), name.upper())
+    kind = "dense"
+    if tensor.layout is not torch.strided:
+        kind = "sparse"
+    elif tensor.is_quantized:
+        kind = "quantized"
+    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        kind = "subclass"
+    shape = tuple(tensor.shape)
+    if kind != "dense":
+        return TensorInfo(key, code, shape, kind=kind)
+    stride, offset = tensor.stride(), tensor.storage_offset()
+    if code == "F4":
+        if not shape or stride[-1] != 1:
+            return TensorInfo(key, code, shape, kind="packed")
+        shape, offset = (*shape[:-1], 2 * shape[-1]), 2 * offset
+        stride = (*(2 * step for step in stride[:-1]), 1)
+    return TensorInfo(key, code, shape, View(_storage_id(tensor), int(offset), tuple(map(int, stride))))
+
+
+def _storage_id(tensor: torch.Tensor) -> int:
+    # Not data_ptr: every tensor on the meta device has none, and ties between them still count.
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch's own test of identity
