@@ -1,0 +1,21 @@
+"""Which parameter trains with which options: specs, groups for torch optimizers, and proof that they fit the model."""
+
+from __future__ import annotations
+
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter, check_spec, plan_param_groups
+from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, parse_spec
+from ckptkit.param_groups.validate import validate_param_groups
+
+__all__ = [
+    "GroupRule",
+    "ParamGroupSpec",
+    "ParamGroupsPlan",
+    "PlannedGroup",
+    "PlannedParameter",
+    "build_param_groups",
+    "check_spec",
+    "parse_spec",
+    "plan_param_groups",
+    "validate_param_groups",
+]

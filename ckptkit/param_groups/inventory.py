@@ -1,0 +1,127 @@
+"""The live model, seen once: every parameter by identity, with all the names it goes by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from ckptkit.errors import GroupsError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Module, Parameter
+
+__all__ = ["Inventory", "LiveParameter", "take_inventory"]
+
+# torch's own wrappers put these segments into names without touching the parameters behind them.
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LiveParameter:
+    """One parameter object of a model: its first registered name, and the others of a tied one."""
+
+    name: str
+    aliases: tuple[str, ...]
+    tensor: Parameter  # a strong reference: an id that is compared must not be recycled meanwhile
+    trainable: bool
+    lazy: bool  # uninitialised: it has no shape before the first forward pass
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape, or ``()`` while it has none."""
+        return () if self.lazy else tuple(self.tensor.shape)
+
+    @property
+    def elements(self) -> int:
+        """Number of elements, or 0 while it has no shape."""
+        return 0 if self.lazy else self.tensor.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Inventory:
+    """All parameters and buffers of one model by ``id()``, held alive, in the order of registration."""
+
+    model: Module
+    parameters: Mapping[int, LiveParameter]
+
+    @cached_property
+    def buffers(self) -> Mapping[int, tuple[str, Tensor]]:
+        """Every buffer with its first registered name."""
+        found: dict[int, tuple[str, Tensor]] = {}
+        for name, buffer in self.model.named_buffers(remove_duplicate=False):
+            found.setdefault(id(buffer), (name, buffer))
+        return found
+
+    @cached_property
+    def by_name(self) -> Mapping[str, LiveParameter]:
+        """Every name of every parameter, aliases included."""
+        return {name: live for live in self.parameters.values() for name in (live.name, *live.aliases)}
+
+    @cached_property
+    def by_bare_name(self) -> Mapping[str, LiveParameter]:
+        """As ``by_name``, under the names that the parameters had before the model was wrapped."""
+        bare: dict[str, LiveParameter] = {}
+        for name, live in self.by_name.items():
+            bare.setdefault(bare_name(name), live)
+        return bare
+
+    @cached_property
+    def by_address(self) -> Mapping[int, LiveParameter]:
+        """The parameters by where their memory begins; without those that have none."""
+        found: dict[int, LiveParameter] = {}
+        for live in self.parameters.values():
+            if start := address(live.tensor):
+                found.setdefault(start, live)
+        return found
+
+    def named(self, name: str) -> LiveParameter | None:
+        """Return the parameter that goes by ``name``, before or after wrapping, or None."""
+        return self.by_name.get(name) or self.by_bare_name.get(bare_name(name))
+
+    def trainable(self) -> Iterator[LiveParameter]:
+        """Yield what an optimizer should hold."""
+        return (live for live in self.parameters.values() if live.trainable)
+
+
+def take_inventory(model: Module) -> Inventory:
+    """Return every parameter and buffer of ``model``, tied ones once, lazy ones marked.
+
+    Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``.
+    """
+    from torch.nn import Module
+    from torch.nn.parameter import is_lazy
+
+    if not isinstance(model, Module):
+        raise GroupsError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module",
+            hint="groups are compared with the live model by identity, so it must be the module that will train",
+        )
+    names: dict[int, tuple[Parameter, list[str]]] = {}
+    for name, tensor in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(tensor), (tensor, []))[1].append(name)
+    return Inventory(
+        model,
+        {
+            key: LiveParameter(first, tuple(others), tensor, tensor.requires_grad, is_lazy(tensor))
+            for key, (tensor, (first, *others)) in names.items()
+        },
+    )
+
+
+def bare_name(name: str) -> str:
+    """Return ``name`` without the segments that torch's wrappers add: ``module.`` in front, ``_orig_mod`` anywhere."""
+    segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    while len(segments) > 1 and segments[0] == "module":
+        del segments[0]
+    return ".".join(segments)
+
+
+def address(tensor: Tensor) -> int:
+    """Return where the memory of ``tensor`` begins, or 0 where it has none (meta, empty, uninitialised)."""
+    try:
+        return tensor.data_ptr() if tensor.numel() else 0
+    except (RuntimeError, ValueError):  # lazy and fake tensors refuse to say
+        return 0

@@ -1,0 +1,80 @@
+"""Whether the options of live groups are numbers to train with, and are read by anybody."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+from ckptkit.findings import Finding
+from ckptkit.param_groups.members import Group
+from ckptkit.param_groups.spec import number_fault
+from ckptkit.text import quoted
+
+__all__ = ["check_options"]
+
+# Not read by an optimizer, and no slip either: bookkeeping of torch, of its schedulers, and of common recipes.
+_TORCHS = frozenset(
+    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
+)
+_KNOWN = _TORCHS | {"name", "group_name", "base_lr", "lr_scale", "lr_mult", "decay_mult", "layer_id"}
+# Added to the defaults, but not to the groups, when torch loads a state_dict.
+_LATE = frozenset({"differentiable"})
+_MEANT = {
+    "learning_rate": "lr",
+    "learningrate": "lr",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "l2": "weight_decay",
+    "epsilon": "eps",
+    "beta": "betas",
+}
+
+
+def check_options(groups: Iterable[Group]) -> Iterator[Finding]:
+    """Yield a finding for each learning rate that is none, and each option that the optimizer does not know."""
+    for group in groups:
+        defaults: Mapping[str, Any] | None = getattr(group.optimizer, "defaults", None)
+        for key in ("lr", "weight_decay"):
+            if key not in group.options or (defaults is not None and defaults.get(key, 0) is None):
+                continue
+            fault = number_fault(group.options[key])
+            if fault is not None:
+                yield Finding(
+                    "groups.option-value", "error", "", f"{group.where}: {key} {fault}", "a finite number, 0 or more"
+                )
+        yield from _unread(group, defaults)
+        for key in defaults or ():
+            if key not in group.options and key not in _LATE:
+                yield Finding(
+                    "groups.option-missing",
+                    "error",
+                    "",
+                    f"{group.where} has no {quoted(key)}, which {_class(group)} reads in its step",
+                    "set it in the group, or load a state_dict of the same optimizer class",
+                )
+
+
+def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Finding]:
+    torchs_own = type(group.optimizer).__module__.startswith("torch.optim")
+    for key in group.options:
+        if key in _KNOWN or (defaults is not None and key in defaults):
+            continue
+        meant = _MEANT.get(str(key).lower())
+        near: str | None = meant
+        if defaults is not None and meant not in defaults:
+            near = next(iter(difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.7)), None)
+        # Other people's optimizers keep counters of their own in a group; only a near miss is worth a word there.
+        if near is not None or torchs_own:
+            reader = "torch.optim" if defaults is None else _class(group)
+            yield Finding(
+                "groups.option-unread",
+                "warning",
+                "",
+                f"{group.where}: {quoted(str(key))} is not read by {reader}",
+                f"did you mean {quoted(near)}?" if near is not None else "remove it, or correct its name",
+            )
+
+
+def _class(group: Group) -> str:
+    return type(group.optimizer).__name__
