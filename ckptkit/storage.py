@@ -107,6 +107,7 @@ class Extent:
     file: LocalFile
     offset: int
     nbytes: int
+    crc: int | None = None  # CRC-32 of the whole range, where a container has recorded it
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the range through one reused buffer."""
@@ -118,7 +119,8 @@ class Extent:
 
     def slice(self, start: int, nbytes: int) -> Extent:
         """Return a part of the range."""
-        return Extent(self.file, self.offset + start, nbytes)
+        whole = start == 0 and nbytes == self.nbytes
+        return self if whole else Extent(self.file, self.offset + start, nbytes)
 
 
 @dataclass(frozen=True, slots=True)

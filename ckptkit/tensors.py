@@ -152,7 +152,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
 
     Close it, or use it as a context manager. ``entries`` lists what is no tensor of the mapping,
     ``references`` the code that the file names and that was not run, ``envelope`` which mapping
-    inside the file was taken (empty: the file itself).
+    inside the file was taken (empty: the file itself), ``versions`` the module versions that a
+    state_dict carries as its ``_metadata``.
     """
 
     def __init__(
@@ -168,6 +169,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         references: Sequence[str] = (),
         suspicious: bool = False,
         envelope: str = "",
+        versions: Mapping[str, int] | None = None,
         span: Callable[[TensorInfo], Payload | None] | None = None,
         files: Sequence[str] = (),
         check: Callable[[], None] | None = None,
@@ -187,6 +189,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.references = tuple(references)
         self.suspicious = suspicious
         self.envelope = envelope
+        self.versions: Mapping[str, int] = MappingProxyType(dict(versions or {}))
         self.files = tuple(files)
 
     def __getitem__(self, key: str) -> TensorInfo:
@@ -321,3 +324,12 @@ def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
         for key in keys:
             shared[key] = tuple(other for other in keys[:_MOST_SHARED] if other != key)
     return shared
+
+
+def versions_from(table: Mapping[Any, Any]) -> dict[str, int]:
+    """Return the module versions in the ``_metadata`` of a state_dict, by module prefix."""
+    return {
+        prefix: entry["version"]
+        for prefix, entry in table.items()
+        if isinstance(prefix, str) and isinstance(entry, Mapping) and type(entry.get("version")) is int
+    }

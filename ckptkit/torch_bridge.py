@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, versions_from
 from ckptkit.text import quoted
 
 if TYPE_CHECKING:
@@ -169,7 +169,19 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
             )
         return _Live(tensor, info.nbytes)
 
-    return Checkpoint(infos, payload, path=path, format=format, entries=entries)
+    def span(info: TensorInfo) -> Payload | None:
+        plain = is_contiguous(info) and not tensors[info.key].is_conj() and not tensors[info.key].is_neg()
+        return payload(info) if plain else None
+
+    return Checkpoint(
+        infos,
+        payload,
+        path=path,
+        format=format,
+        entries=entries,
+        span=span,
+        versions=versions_from(getattr(state, "_metadata", {})),
+    )
 
 
 def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:

@@ -10,7 +10,7 @@ from ckptkit.formats.inert import MappingValue, Placeholder
 from ckptkit.formats.torch_objects import HARMLESS, SUSPICIOUS, StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select
 from ckptkit.storage import Region
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
 from ckptkit.text import plural, printable, quoted
 from ckptkit.torch_bridge import gather
 
@@ -103,6 +103,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         warnings=warnings,
         references=references,
         suspicious=bool(suspicious),
+        versions=_versions(value),
         envelope=flat_key(chosen) if chosen else "",
         span=span,
         files=[path],
@@ -133,6 +134,11 @@ def _sort_leaves(value: object, budget: int) -> tuple[dict[str, tuple[TensorRef,
         else:
             tensors[key] = (leaf, False)
     return tensors, entries, warnings
+
+
+def _versions(value: object) -> dict[str, int]:
+    table = value.attributes.get("_metadata") if isinstance(value, MappingValue) else None
+    return versions_from(table) if isinstance(table, Mapping) else {}
 
 
 def _outside(tree: object, chosen: tuple[object, ...]) -> list[Entry]:

@@ -49,8 +49,10 @@ class ZipDirectory:
     def region(self, name: str) -> Region:
         """Return the content of an entry, unread."""
         entry = self.entries[name]
-        extent = Extent(self.file, self.starts[name], entry.packed)
-        return extent if entry.method == _STORED else Inflated(extent, entry.size, 0, entry.size)
+        if entry.method == _STORED:
+            # A checksum of zero is how torch writes "none" (torch.serialization.set_crc32_options).
+            return Extent(self.file, self.starts[name], entry.size, entry.crc or None)
+        return Inflated(Extent(self.file, self.starts[name], entry.packed), entry.size, 0, entry.size)
 
 
 def read_zip_directory(file: LocalFile) -> ZipDirectory:

@@ -1,0 +1,237 @@
+"""Carrying a plan out: the only room that moves tensor bytes. It decides nothing; it can only fail."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptkit.errors import OutputError, PlanError
+from ckptkit.formats import open_checkpoint
+from ckptkit.plan import Plan, Step
+from ckptkit.shards import Shard, is_shard_name, split_into_shards, weight_index
+from ckptkit.tensors import Checkpoint, Payload, TensorInfo
+from ckptkit.text import printable, quoted
+from ckptkit.torch_bridge import Cast, StateDictLike, as_checkpoint
+from ckptkit.writers.atomic import AtomicFile, atomic_directory, prepare_target
+from ckptkit.writers.safetensors import layout_safetensors, write_safetensors
+from ckptkit.writers.torch_zip import layout_torch_zip, write_torch_zip
+
+__all__ = ["FORMATS", "Output", "Written", "choose_output", "execute"]
+
+FORMATS = ("safetensors", "torch")
+_SUFFIXES = {
+    ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch", ".pkl": "torch",
+}  # fmt: skip
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where and how to write: a file of one format, or a directory of shards."""
+
+    path: str
+    format: str
+    max_shard_size: int | None = None
+    force: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What was written, as read back from it."""
+
+    path: str
+    format: str
+    tensors: int
+    nbytes: int
+    files: tuple[str, ...]
+
+
+def choose_output(
+    path: str | os.PathLike[str], *, format: str | None = None, max_shard_size: int | None = None, force: bool = False  # noqa: A002
+) -> Output:  # fmt: skip
+    """Return how to write to ``path``: the format by ``format`` or the suffix, shards where a size limit is given.
+
+    Raises ``OutputError`` where neither tells the format, or shards are asked of a format other than safetensors.
+    """
+    name = os.fspath(path)
+    chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
+    if max_shard_size is not None:
+        if (format or "safetensors") != "safetensors":
+            raise OutputError("shards are written as safetensors only", hint="leave out --format", path=name)
+        if os.path.splitext(name)[1] in _SUFFIXES:
+            raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
+        if max_shard_size <= 0:
+            raise OutputError(f"a shard of at most {max_shard_size} bytes holds nothing", path=name)
+        return Output(name, "safetensors", max_shard_size, force)
+    if chosen is None:
+        raise OutputError("its suffix tells no format", hint=f"use --format {' or '.join(FORMATS)}", path=name)
+    if chosen not in FORMATS:
+        raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
+    return Output(name, chosen, None, force)
+
+
+def execute(
+    plan: Plan,
+    sources: Mapping[str, StateDictLike] | StateDictLike,
+    out: Output | str | os.PathLike[str],
+    *,
+    progress: Progress | None = None,
+) -> Written:
+    """Write the output that ``plan`` describes, whole or not at all, and read back that it is there.
+
+    ``sources`` maps the plan's roles (``source``; ``base``, ``donor``) to what the plan was made from; a
+    single one may be given as it is. ``out`` is a path, whose suffix tells the format, or an ``Output``.
+    Tensors are streamed: memory does not grow with the checkpoint. Raises ``OutputError`` where the
+    output exists (without ``force``), is an input that would be harmed, or has no room; ``PlanError``
+    where the format cannot hold a tensor; ``ChangedError`` where an input changed meanwhile.
+    """
+    output = out if isinstance(out, Output) else choose_output(out)
+    roles = _by_role(plan, sources)
+    _refuse_harm(output, roles.values())
+    steps = {step.out.key: step for step in plan.steps}
+    if len(steps) != len(plan.steps):
+        raise PlanError("the plan writes two tensors under one name")
+    read = _Reading(steps, roles)
+    report = progress or (lambda _: None)
+    if output.max_shard_size is not None:
+        return _write_shards(plan, output, read, report)
+    target = prepare_target(output.path, force=output.force)
+    infos = [step.out for step in plan.steps]
+    if output.format == "safetensors":
+        size = _write_safetensors(target, infos, plan.metadata, read, report)
+    else:
+        size = _write_torch(target, infos, read, report)
+    return Written(output.path, output.format, len(plan.steps), size, (target,))
+
+
+@dataclass(frozen=True, slots=True)
+class _Reading:
+    """From an output's description to its bytes."""
+
+    steps: Mapping[str, Step]
+    roles: Mapping[str, Checkpoint]
+
+    def payload(self, info: TensorInfo) -> Payload:
+        step = self.steps[info.key]
+        source = step.sources[0]
+        checkpoint = self.roles[source.role]
+        if source.key not in checkpoint:
+            raise PlanError(f"{quoted(source.key)} is no longer in the {source.role}", path=checkpoint.path)
+        found = checkpoint[source.key]
+        payload = checkpoint.payload(source.key)
+        if step.operation == "cast":
+            return Cast(payload, found, step.out)
+        if step.operation != "copy" or payload.nbytes != step.out.nbytes:
+            raise PlanError(f"{quoted(source.key)} is not what the plan was made from", path=checkpoint.path)
+        return payload
+
+    def span(self, info: TensorInfo) -> Payload | None:
+        step = self.steps[info.key]
+        source = step.sources[0]
+        return self.roles[source.role].span(source.key) if step.operation == "copy" else None
+
+    def distinct(self, infos: Iterable[TensorInfo]) -> list[TensorInfo]:
+        """Return the infos with storage numbers that stay apart when inputs are mixed."""
+        order = {role: number for number, role in enumerate(self.roles)}
+        made = []
+        for info in infos:
+            if info.view is not None:
+                role = order[self.steps[info.key].sources[0].role]
+                info = replace(info, view=info.view._replace(storage=info.view.storage * len(order) + role))  # noqa: PLW2901
+            made.append(info)
+        return made
+
+    def check(self) -> None:
+        for checkpoint in self.roles.values():
+            checkpoint.check_unchanged()
+
+
+def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike) -> dict[str, Checkpoint]:
+    wanted = list(dict.fromkeys(source.role for step in plan.steps for source in step.sources))
+    is_roles = isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) and set(wanted) <= set(sources)
+    if not is_roles:
+        if len(wanted) != 1:
+            raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
+        return {wanted[0]: as_checkpoint(sources, wanted[0])}
+    return {role: as_checkpoint(thing, role) for role, thing in sources.items()}
+
+
+def _refuse_harm(output: Output, inputs: Iterable[Checkpoint]) -> None:
+    for checkpoint in inputs:
+        same = [file for file in checkpoint.files if _same_file(file, output.path)]
+        inside = os.path.isdir(checkpoint.path) and _same_file(checkpoint.path, output.path)
+        if not same and not inside:
+            continue
+        if not output.force:
+            raise OutputError("is an input", hint="write elsewhere, or --force to replace it", path=output.path)
+        if len(checkpoint.files) > 1 and not inside:
+            raise OutputError("is a shard of an input, which would no longer fit together", path=output.path)
+        lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata"]
+        if lost:
+            named = ", ".join(map(printable, lost[:4]))
+            raise OutputError(
+                f"is an input that holds more than tensors ({named}), which replacing it would lose",
+                hint="write elsewhere",
+                path=output.path,
+            )
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return os.path.samefile(one, other)
+    except OSError:
+        return False
+
+
+def _write_safetensors(
+    target: str, infos: Sequence[TensorInfo], metadata: Mapping[str, str], read: _Reading, report: Progress
+) -> int:
+    layout = layout_safetensors(infos, metadata)
+    payloads = {info.key: read.payload(info) for info in infos}
+    with AtomicFile(target, layout.nbytes) as file:
+        _finish(write_safetensors(layout, payloads, file), file, infos, read, report)
+    return layout.nbytes
+
+
+def _write_torch(target: str, infos: Sequence[TensorInfo], read: _Reading, report: Progress) -> int:
+    layout = layout_torch_zip(read.distinct(infos), read.payload, read.span)
+    with AtomicFile(target, layout.nbytes) as file:
+        _finish(write_torch_zip(layout, file), file, infos, read, report)
+    return layout.nbytes
+
+
+def _finish(
+    work: Iterator[int], file: AtomicFile, infos: Sequence[TensorInfo], read: _Reading, report: Progress
+) -> None:
+    for count in work:
+        report(count)
+    read.check()
+    # Success is measured on the output: what does not read back as planned never gets its name.
+    with open_checkpoint(file.temporary) as written:
+        if {key: (info.dtype, info.shape) for key, info in written.items()} != {
+            info.key: (info.dtype, info.shape) for info in infos
+        }:
+            raise OutputError("does not read back as planned, so it was not kept", path=file.target)
+
+
+def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) -> Written:
+    assert output.max_shard_size is not None  # noqa: S101 - the caller chose shards because of it
+    shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
+    existing = os.listdir(output.path) if os.path.isdir(output.path) else []
+    ours = frozenset(name for name in existing if is_shard_name(name))
+    total = 0
+    with atomic_directory(output.path, force=output.force, ours=ours) as directory:
+        for shard in shards:
+            target = os.path.join(directory, shard.name)
+            total += _write_safetensors(target, shard.infos, plan.metadata, read, report)
+        name, data = weight_index(shards)
+        if len(shards) > 1:
+            with AtomicFile(os.path.join(directory, name), len(data)) as file:
+                file.write(data, 0)
+    names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
+    return Written(output.path, _describe_shards(shards), len(plan.steps), total, names)
+
+
+def _describe_shards(shards: Sequence[Shard]) -> str:
+    return f"sharded safetensors ({len(shards)} shards)" if len(shards) > 1 else "safetensors"

@@ -1,0 +1,148 @@
+"""Loading a checkpoint into a live model, and proving that it arrived."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptkit.errors import ModelError
+from ckptkit.findings import Finding, Report
+from ckptkit.plan import Plan, Step, plan_merge
+from ckptkit.rules import Rules
+from ckptkit.tensors import Checkpoint
+from ckptkit.text import plural, quoted
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoadReport", "load_into"]
+
+_BATCH = 256 << 20
+
+
+@dataclass(frozen=True)
+class LoadReport(Report):
+    """What was loaded, by key of the model; ``kept`` stays as the model had it."""
+
+    loaded: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    coverage: float = 0.0
+
+    def __str__(self) -> str:
+        """Say in one line what happened."""
+        return (
+            f"loaded {len(self.loaded)} of {plural(len(self.loaded) + len(self.kept), 'tensor')}, "
+            f"{100 * self.coverage:.1f} % of the elements; kept {len(self.kept)} as they were"
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self))}</p>{super()._repr_html_()}"
+
+
+def load_into(
+    model: torch.nn.Module,
+    checkpoint: StateDictLike,
+    rules: Rules | list[str] | None = None,
+    *,
+    on_missing: str = "keep",
+    on_unexpected: str = "skip",
+    on_mismatch: str = "error",
+) -> LoadReport:
+    """Load what fits into ``model``, in place, and prove by identity and value that it is there.
+
+    ``rules`` and the policies are those of ``plan_merge`` (``on_unexpected="add"`` has no meaning here and
+    is refused). torch's own ``load_state_dict`` does the copying, so the model's hooks run and values are
+    cast as torch casts. Raises ``PlanError`` where a policy says so, and ``ModelError`` where a tensor of
+    the model is on the meta device or does not have the checkpoint's value afterwards.
+    """
+    if on_unexpected == "add":
+        raise ModelError(
+            "a model cannot take over keys that it does not have", hint='on_unexpected is "skip" or "error"'
+        )
+    base, donor = as_checkpoint(model, "model"), as_checkpoint(checkpoint, "checkpoint")
+    plan = plan_merge(base, donor, rules, on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch)
+    taken = [step for step in plan.steps if step.sources[0].role == "donor"]
+    before = model.state_dict(keep_vars=True)
+    _refuse_meta(before, taken)
+    for batch in _batches(taken):
+        _load_batch(model, before, donor, batch)
+    loaded = {step.out.key for step in taken}
+    kept = [key for key in base if key not in loaded]
+    elements = sum(info.elements for info in base.values())
+    filled = sum(base[key].elements for key in loaded)
+    findings = (*_kept_findings(kept, plan), *_dropped_findings(plan))
+    return LoadReport(
+        findings,
+        ModelError,
+        loaded=tuple(step.out.key for step in taken),
+        kept=tuple(kept),
+        coverage=filled / elements if elements else 1.0,
+    )
+
+
+def _refuse_meta(state: dict[str, torch.Tensor], steps: Sequence[Step]) -> None:
+    for step in steps:
+        if state[step.out.key].is_meta:
+            raise ModelError(
+                f"{quoted(step.out.key)} is on the meta device and can hold no value",
+                hint="model.to_empty(device=...) gives it memory, or build the model on a real device",
+            )
+
+
+def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
+    batch: list[Step] = []
+    size = 0
+    for step in steps:
+        batch.append(step)
+        size += step.out.nbytes
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _load_batch(
+    model: torch.nn.Module, before: dict[str, torch.Tensor], donor: Checkpoint, batch: Sequence[Step]
+) -> None:
+    import torch
+
+    values = {step.out.key: donor.read(step.sources[0].key) for step in batch}
+    try:
+        model.load_state_dict(values, strict=False)
+    except RuntimeError as error:
+        raise ModelError(f"load_state_dict refused: {' '.join(str(error).split())}") from error
+    after = model.state_dict(keep_vars=True)
+    for key, value in values.items():
+        if after[key] is not before[key]:
+            raise ModelError(f"{quoted(key)} became another object while loading: optimizers still hold the old one")
+        there = after[key].detach().to("cpu")
+        if not torch.equal(_bits(there), _bits(value.to(there.dtype))):
+            raise ModelError(
+                f"{quoted(key)} does not have the checkpoint's value after loading",
+                hint="another key that shares its memory was loaded over it, or a hook of the model changed it",
+            )
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    # Bytes, not numbers: NaN is not equal to itself, and -0.0 is equal to 0.0.
+    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _kept_findings(kept: Sequence[str], plan: Plan) -> Iterator[Finding]:
+    mismatched = {drop.key for drop in plan.dropped if drop.reason.startswith("shape ")}
+    for key in kept:
+        if key not in mismatched:
+            yield Finding("load.missing", "warning", key, f"{quoted(key)} is not in the checkpoint and stays as it was")
+
+
+def _dropped_findings(plan: Plan) -> Iterator[Finding]:
+    for drop in plan.dropped:
+        mismatch = drop.reason.startswith("shape ")
+        code, severity = ("load.shape", "warning") if mismatch else ("load.skipped", "note")
+        yield Finding(code, severity, drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")  # type: ignore[arg-type]

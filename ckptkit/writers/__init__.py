@@ -1,0 +1,1 @@
+"""Streaming writers: the output appears whole or not at all."""

@@ -1,0 +1,261 @@
+"""A file or a directory that takes its name only when it is whole and on the disk."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from ckptkit.errors import ChangedError, OutputError
+from ckptkit.storage import CHUNK, Extent
+from ckptkit.tensors import Payload
+from ckptkit.text import human_bytes
+
+__all__ = ["AtomicFile", "atomic_directory", "prepare_target"]
+
+_LONGEST_NAME = 200  # bytes of the final name that go into the temporary one, so that it stays below 255
+
+
+def prepare_target(path: str, *, force: bool) -> str:
+    """Return the real path of an output file, through any symbolic link.
+
+    Raises ``OutputError`` where its directory is missing, it is no regular file, or it exists without ``force``.
+    """
+    try:
+        target = os.path.realpath(path)
+        parent = os.path.dirname(target)
+        if not os.path.isdir(parent):
+            what = "is not a directory" if os.path.exists(parent) else "does not exist"
+            raise OutputError(f"its directory {parent} {what}", path=path)
+        status = os.stat(target) if os.path.lexists(target) else None
+    except OSError as error:
+        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
+    if status is not None and not stat.S_ISREG(status.st_mode):
+        what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
+        raise OutputError(f"is {what}", hint="give a file name", path=path)
+    if status is not None and not force:
+        raise OutputError("already exists", hint="--force replaces it, whole or not at all", path=path)
+    return target
+
+
+class AtomicFile:
+    """A file of known size beside its target, renamed over it on a clean exit and removed on any other."""
+
+    def __init__(self, target: str, size: int) -> None:
+        """Remember the real path of the target and the exact size in bytes."""
+        self.target = target
+        self.size = size
+        self._fd = -1
+        self._temporary = ""
+
+    def __enter__(self) -> Self:
+        """Create the temporary file and reserve its size; raises ``OutputError`` where the disk has no room."""
+        name = os.fsencode(os.path.basename(self.target))[:_LONGEST_NAME].decode("utf-8", "ignore")
+        parent = os.path.dirname(self.target)
+        self._temporary = os.path.join(parent, f"{name}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            self._fd = os.open(self._temporary, flags, 0o600)
+            _reserve(self._fd, self.size)
+        except BaseException as error:
+            self._discard()
+            if isinstance(error, OSError):
+                raise self._refusal(error) from None
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the file its name, or remove it."""
+        try:
+            if kind is None:
+                self._commit()
+        except OSError as failure:
+            raise self._refusal(failure) from None
+        finally:
+            self._discard()
+        if isinstance(error, OSError):
+            raise self._refusal(error) from None
+
+    @property
+    def temporary(self) -> str:
+        """The path under which the file can be read back before it takes its name."""
+        return self._temporary
+
+    def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
+        """Write all of ``data`` at ``offset``."""
+        view = memoryview(data)
+        done = 0
+        while done < len(view):
+            done += os.pwrite(self._fd, view[done:], offset + done)
+
+    def copy(self, payload: Payload, offset: int) -> Iterator[int]:
+        """Copy a payload to ``offset``, in the kernel where it can; yield the bytes of each step.
+
+        Raises ``ChangedError`` where the source has become shorter.
+        """
+        if isinstance(payload, Extent):
+            yield from self._copy_extent(payload, offset)
+            return
+        done = 0
+        for chunk in payload.chunks():
+            self.write(chunk, offset + done)
+            done += len(chunk)
+            yield len(chunk)
+
+    def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
+        done = 0
+        while done < extent.nbytes:
+            count = min(extent.nbytes - done, 16 * CHUNK)
+            try:
+                copied = os.copy_file_range(extent.file.fileno(), self._fd, count, extent.offset + done, offset + done)
+            except OSError as error:
+                if error.errno not in (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM):
+                    raise
+                rest = extent.slice(done, extent.nbytes - done)
+                for chunk in rest.chunks():
+                    self.write(chunk, offset + done)
+                    done += len(chunk)
+                    yield len(chunk)
+                return
+            if copied == 0:
+                raise ChangedError("the file became shorter while it was read", path=extent.file.path)
+            done += copied
+            yield copied
+
+    def _commit(self) -> None:
+        os.fchmod(self._fd, _mode_for(self.target))
+        os.fsync(self._fd)
+        os.replace(self._temporary, self.target)
+        self._temporary = ""
+        sync_directory(os.path.dirname(self.target))
+
+    def _discard(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+        if self._temporary:
+            with contextlib.suppress(OSError):
+                os.unlink(self._temporary)
+            self._temporary = ""
+
+    def _refusal(self, error: OSError) -> OutputError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            disk = os.statvfs(os.path.dirname(self.target))
+            free = disk.f_bavail * disk.f_frsize
+            reason = f"no room: needs {human_bytes(self.size)}, {human_bytes(free)} free"
+            return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
+        return OutputError((error.strerror or str(error)).lower(), path=self.target)
+
+
+def _reserve(fd: int, size: int) -> None:
+    if not size:
+        return
+    try:
+        os.posix_fallocate(fd, 0, size)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+        os.ftruncate(fd, size)  # a file system that cannot reserve; a full disk then shows while writing
+
+
+def _mode_for(target: str) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return stat.S_IMODE(os.stat(target).st_mode)
+    return 0o666 & ~current_umask()
+
+
+def current_umask() -> int:
+    """Return the umask without changing it, which another thread could notice, where the system tells it."""
+    with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def sync_directory(path: str) -> None:
+    """Make the names in a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterator[str]:
+    """Give a directory in which to write; on a clean exit it takes the place of ``path``, whole.
+
+    Of an existing directory (only with ``force``) the files in ``ours`` are replaced or go, every other
+    file stays. Raises ``OutputError`` where it exists without ``force``, or holds directories of its own.
+    """
+    import shutil
+
+    target = os.path.realpath(path)
+    parent, name = os.path.split(target)
+    if not os.path.isdir(parent):
+        raise OutputError(f"its directory {parent} does not exist", path=path)
+    exists = os.path.lexists(target)
+    if exists:
+        _check_replaceable(target, path, force=force)
+    temporary = os.path.join(parent, f"{name[:_LONGEST_NAME]}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        os.mkdir(temporary)
+        os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode) if exists else 0o777 & ~current_umask())
+        yield temporary
+        if exists:
+            _bring_along(target, temporary, ours)
+        sync_directory(temporary)
+        _swap(temporary, target, exists=exists)
+        sync_directory(parent)
+    except OSError as error:
+        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(target: str, path: str, *, force: bool) -> None:
+    if not os.path.isdir(target):
+        raise OutputError("is a file, and shards need a directory", path=path)
+    entries = list(os.scandir(target))
+    inner = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
+    if inner is not None:
+        raise OutputError(f"holds the directory {inner}, so it is not replaced", hint="give a new directory", path=path)
+    if entries and not force:
+        raise OutputError("already exists", hint="--force replaces its shards and keeps its other files", path=path)
+
+
+def _bring_along(target: str, temporary: str, ours: frozenset[str]) -> None:
+    for entry in os.scandir(target):
+        goal = os.path.join(temporary, entry.name)
+        if entry.name in ours or os.path.lexists(goal):
+            continue
+        if entry.is_symlink():
+            os.symlink(os.readlink(entry.path), goal)
+        else:
+            os.link(entry.path, goal)
+
+
+def _swap(temporary: str, target: str, *, exists: bool) -> None:
+    if not exists:
+        os.rename(temporary, target)
+        return
+    import ctypes
+
+    # RENAME_EXCHANGE: at no moment is there no directory of this name, or half of one.
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    at_cwd, flag = -100, 2
+    if exchange is not None and exchange(at_cwd, os.fsencode(temporary), at_cwd, os.fsencode(target), flag) == 0:
+        return
+    aside = f"{temporary}.old"
+    os.rename(target, aside)
+    os.rename(temporary, target)
+    os.rename(aside, temporary)
