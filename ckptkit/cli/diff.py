@@ -1,0 +1,64 @@
+"""``$ ckpt diff``."""
+
+from __future__ import annotations
+
+import click
+
+from ckptkit.cli.options import (
+    about,
+    echo_json,
+    echo_lines,
+    expand_option,
+    json_option,
+    opened,
+    path_argument,
+    quiet_option,
+    rule_options,
+)
+from ckptkit.diff import diff as compare
+from ckptkit.report.diff import diff_document, diff_text
+from ckptkit.rules import Rules
+
+__all__ = ["diff"]
+
+
+@click.command()
+@path_argument("expected")
+@path_argument("found")
+@rule_options
+@click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
+@expand_option
+@json_option
+@quiet_option
+@click.pass_context
+def diff(
+    context: click.Context,
+    expected: str,
+    found: str,
+    *,
+    rules: Rules,
+    everything: bool,
+    expand: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare what a model expects with what a checkpoint has.
+
+    EXPECTED is what the model wants, FOUND what is there; the rules rename and filter the keys of FOUND
+    first. Exit code 0 where nothing differs, 1 where something does. No tensor is read.
+
+    \b
+    ckpt diff py:mynet:build pretrained.pth
+    ckpt diff base.safetensors run.ckpt --rename 'module.*=*'
+    """  # noqa: D301 - \b is click's mark
+    with opened(expected, found, quiet=quiet) as (left, right):
+        with about(found):
+            result = compare(left, right, rules)
+        if as_json:
+            echo_json(diff_document(result, left, right))
+        else:
+            echo_lines(diff_text(result, left, right, expand=expand, everything=everything))
+            if not quiet:
+                for hint in result.hints:
+                    click.echo(f"hint: {hint.message}", err=True)
+    context.exit(1 if result.different else 0)

@@ -1,0 +1,85 @@
+"""``$ ckpt groups``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from ckptkit.cli.options import about, echo_json, echo_lines, json_option, quiet_option, read_toml
+from ckptkit.errors import ModelError
+from ckptkit.formats import LIVE_PREFIX, build_model
+from ckptkit.param_groups import build_param_groups, check_spec, plan_param_groups, validate_param_groups
+from ckptkit.report.findings import findings_document, findings_text
+from ckptkit.report.groups import groups_document, groups_text
+
+__all__ = ["groups"]
+
+_model_option = click.option("--model", required=True, metavar="py:MODULE:CALLABLE", help="The live model.")
+
+
+@click.group()
+def groups() -> None:
+    """Check which parameter trains with which options, against the live model."""
+
+
+@groups.command()
+@_model_option
+@click.argument("spec", type=click.Path())
+@json_option
+@quiet_option
+@click.pass_context
+def validate(context: click.Context, model: str, spec: str, *, as_json: bool, quiet: bool) -> None:
+    """Prove that a spec owns every trainable parameter of the model exactly once.
+
+    SPEC is a TOML or JSON file of ordered groups. Exit code 0 where nothing was found, 1 otherwise.
+
+    \b
+    ckpt groups validate --model py:mynet:build groups.toml
+    """  # noqa: D301 - \b is click's mark
+    live = _module(model)
+    table = read_toml(spec)
+    with about(spec):
+        report = check_spec(live, table)
+        if report.ok:
+            report = validate_param_groups(live, build_param_groups(live, table))
+    if as_json:
+        echo_json(findings_document(report))
+    elif not quiet or report.findings:
+        echo_lines(findings_text(report))
+    context.exit(1 if report.summary["errors"] or report.summary["warnings"] else 0)
+
+
+@groups.command()
+@_model_option
+@click.argument("spec", type=click.Path())
+@json_option
+@quiet_option
+def table(model: str, spec: str, *, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - accepted everywhere
+    """Show each group with its parameters, elements and options.
+
+    \b
+    ckpt groups table --model py:mynet:build groups.toml
+    """  # noqa: D301 - quiet is accepted everywhere; \b is click's mark
+    live = _module(model)
+    with about(spec):
+        plan = plan_param_groups(live, read_toml(spec))
+    if as_json:
+        echo_json(groups_document(plan))
+    else:
+        echo_lines(groups_text(plan).splitlines())
+
+
+def _module(target: str) -> Any:
+    from torch.nn import Module
+
+    if not target.startswith(LIVE_PREFIX):
+        raise ModelError("is no live model", hint="write py:package.module:callable", path=target)
+    with about(target):
+        try:
+            made = build_model(target.removeprefix(LIVE_PREFIX), device="meta")
+        except ModelError:
+            made = build_model(target.removeprefix(LIVE_PREFIX))
+        if not isinstance(made, Module):
+            raise ModelError(f"gives a {type(made).__name__}, and param groups need a Module")
+        return made

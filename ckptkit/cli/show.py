@@ -1,0 +1,51 @@
+"""``$ ckpt show``."""
+
+from __future__ import annotations
+
+import click
+
+from ckptkit.cli.options import (
+    about,
+    echo_json,
+    echo_lines,
+    expand_option,
+    filter_options,
+    json_option,
+    opened,
+    path_argument,
+    quiet_option,
+)
+from ckptkit.report.show import show_document, show_text, show_tree
+from ckptkit.rules import apply_rules, parse_rules
+
+__all__ = ["show"]
+
+
+@click.command()
+@path_argument("path")
+@filter_options
+@click.option("--tree", is_flag=True, help="Show modules as a tree, with what is below each.")
+@expand_option
+@json_option
+@quiet_option
+def show(
+    path: str, *, keep: tuple[str, ...], drop: tuple[str, ...], tree: bool, expand: bool, as_json: bool, quiet: bool
+) -> None:
+    """Show what is in a checkpoint: tensors, other entries, metadata, warnings.
+
+    Reads headers only, imports nothing that the file names, and runs none of it.
+
+    \b
+    ckpt show model.safetensors
+    ckpt show run.ckpt --tree --keep 'encoder.*'
+    ckpt show run.ckpt::optimizer --json
+    """  # noqa: D301 - \b is click's mark
+    with opened(path, quiet=quiet) as (checkpoint,), about(path):
+        chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
+        infos = {key: checkpoint[key] for key in chosen}
+        if as_json:
+            echo_json(show_document(checkpoint, infos))
+        elif tree:
+            echo_lines(show_tree(checkpoint, infos))
+        else:
+            echo_lines(show_text(checkpoint, infos, expand=expand))

@@ -1,0 +1,120 @@
+"""A comparison as text and as a JSON document."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckptkit.diff import Pair, StateDictDiff
+from ckptkit.report.show import describe, totals
+from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.tensors import Checkpoint, TensorInfo
+from ckptkit.text import plural, printable
+
+__all__ = ["diff_document", "diff_text"]
+
+
+def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint) -> dict[str, Any]:
+    """Return the document of ``ckpt diff --json``."""
+    return {
+        "schema": "ckptkit.diff/1",
+        "expected": _side(expected),
+        "found": _side(found),
+        "matched": [
+            {
+                "key": pair.key,
+                "found_key": pair.found.key,
+                "dtype": pair.expected.dtype,
+                "shape": list(pair.found.shape),
+            }
+            for pair in result.matched
+        ],
+        "missing": [_tensor(info) for info in result.missing],
+        "unexpected": [_tensor(info) for info in result.unexpected],
+        "shape_mismatched": [_pair(pair) for pair in result.shape_mismatched],
+        "dtype_mismatched": [_pair(pair) for pair in result.dtype_mismatched],
+        "values": None,
+        "hints": [{"message": hint.message, "rename": hint.rename} for hint in result.hints],
+        "summary": {
+            "matched": len(result.matched),
+            "missing": len(result.missing),
+            "unexpected": len(result.unexpected),
+            "shape_mismatched": len(result.shape_mismatched),
+            "dtype_mismatched": len(result.dtype_mismatched),
+            "coverage": result.coverage,
+            "loads_strict": result.loads_strict,
+            "loads": result.loads,
+            "different": result.different,
+        },
+    }
+
+
+def _side(checkpoint: Checkpoint) -> dict[str, Any]:
+    return {"path": checkpoint.path, "format": checkpoint.format, **totals(checkpoint.values())}
+
+
+def _tensor(info: TensorInfo) -> dict[str, Any]:
+    return {"key": info.key, "dtype": info.dtype, "shape": list(info.shape)}
+
+
+def _pair(pair: Pair) -> dict[str, Any]:
+    sides = {"expected": pair.expected, "found": pair.found}
+    made = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sides.items()}
+    return {"key": pair.key, "found_key": pair.found.key, **made}
+
+
+def diff_text(
+    result: StateDictDiff, expected: Checkpoint, found: Checkpoint, *, expand: bool, everything: bool
+) -> list[str]:
+    """Return the lines of ``ckpt diff``: what differs, marked as in a diff, then the verdict.
+
+    ``-`` is missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
+    """
+    lines = [
+        f"expected  {describe(expected, expected.values())}",
+        f"found     {describe(found, found.values())}",
+    ]
+    table = plain_table(_rows(result, expand=expand, everything=everything), ["", "key", "expected", "found"])
+    counts = [
+        f"{len(result.matched):,} matched",
+        f"{len(result.missing):,} missing",
+        f"{len(result.unexpected):,} unexpected",
+        f"{len(result.shape_mismatched):,} shape-mismatched",
+        f"{len(result.dtype_mismatched):,} dtype-mismatched",
+    ]
+    wanted = sum(info.elements for info in result.expected.values())
+    lines += ["", *table, *([""] if table else []), ", ".join(counts)]
+    lines.append(f"coverage {_percent(result.coverage)} of {plural(wanted, 'element')}")
+    lines.append(_verdict(result))
+    return lines
+
+
+def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:
+    rows: list[Row] = []
+    if everything:
+        rows += [_row("=", pair) for pair in result.matched if pair not in set(result.dtype_mismatched)]
+    rows += [Row(info.key, ("-", str(info), "")) for info in result.missing]
+    rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
+    rows += [_row("~", pair) for pair in result.shape_mismatched]
+    rows += [_row("≈", pair) for pair in result.dtype_mismatched]
+    rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
+    rows += [Row(key, ("~", "extra state on one side", "")) for key in result.extra_state]
+    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
+    return [(mark, key, *rest) for key, mark, *rest in cells]
+
+
+def _row(mark: str, pair: Pair) -> Row:
+    renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
+    return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}"))
+
+
+def _percent(share: float) -> str:
+    # A rounded 100.0 % would say that nothing is missing.
+    return "100 %" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
+
+
+def _verdict(result: StateDictDiff) -> str:
+    if result.loads_strict:
+        return "load_state_dict accepts it"
+    if result.loads:
+        return "load_state_dict raises with strict=True; with strict=False it loads what matched and says nothing"
+    return "load_state_dict raises, with strict=False too"

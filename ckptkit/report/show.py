@@ -1,0 +1,144 @@
+"""What a checkpoint holds, as text, as a tree and as a JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.tensors import Checkpoint, Entry, TensorInfo, shared_keys
+from ckptkit.text import human_bytes, plural, printable
+
+__all__ = ["show_document", "show_text", "show_tree", "totals"]
+
+_LONGEST_VALUE = 80
+
+
+def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
+    """Return the number of tensors, of their elements, and of their bytes."""
+    listed = list(infos)
+    return {
+        "tensors": len(listed),
+        "elements": sum(info.elements for info in listed),
+        "bytes": sum(info.nbytes for info in listed),
+    }
+
+
+def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Return the document of ``ckpt show --json`` for the tensors chosen of a checkpoint."""
+    shared = shared_keys(checkpoint)
+    return {
+        "schema": "ckptkit.show/1",
+        "path": checkpoint.path,
+        "format": checkpoint.format,
+        "tensors": [
+            {
+                "key": info.key,
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "elements": info.elements,
+                "bytes": info.nbytes,
+                "shared_with": list(shared.get(info.key, ())),
+            }
+            for info in infos.values()
+        ],
+        "entries": [{"path": entry.path, "type": entry.type, "value": entry.value} for entry in checkpoint.entries],
+        "metadata": dict(checkpoint.metadata),
+        "warnings": list(checkpoint.warnings),
+        "summary": totals(infos.values()),
+    }
+
+
+def describe(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> str:
+    """Return one line that says what a checkpoint is, and which mapping inside it was taken."""
+    count = totals(infos)
+    inside = f" at ::{printable(checkpoint.envelope)}" if checkpoint.envelope else ""
+    return (
+        f"{printable(checkpoint.path)}{inside}: {checkpoint.format}, {plural(count['tensors'], 'tensor')}, "
+        f"{plural(count['elements'], 'element')}, {human_bytes(count['bytes'])}"
+    )
+
+
+def show_text(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand: bool) -> list[str]:
+    """Return the lines of ``ckpt show``: tensors, totals, then everything that is no tensor."""
+    shared = shared_keys(checkpoint)
+    rows = []
+    for info in infos.values():
+        others = shared.get(info.key, ())
+        ties = ", ".join(map(printable, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
+        rows.append(Row(info.key, (dtype, str(list(info.shape)), human_bytes(info.nbytes), ties)))
+    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
+    headers = ["key", "dtype", "shape", "bytes", "shares memory with"]
+    if not any(row.cells[-1] for row in rows):
+        cells, headers = [cell[:-1] for cell in cells], headers[:-1]
+    lines = [describe(checkpoint, infos.values()), ""]
+    lines += plain_table(cells, headers, right=["bytes"]) or ["no tensors"]
+    return [*lines, *_totals(infos.values()), *_others(checkpoint)]
+
+
+def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> list[str]:
+    """Return the lines of ``ckpt show --tree``: modules by their place in the names, with what is below each."""
+    below: dict[tuple[str, ...], list[TensorInfo]] = {}
+    for info in infos.values():
+        path = tuple(info.key.split("."))
+        for depth in range(1, len(path)):
+            below.setdefault(path[:depth], []).append(info)
+    lines = [describe(checkpoint, infos.values()), ""]
+    opened: set[tuple[str, ...]] = set()
+    for info in infos.values():
+        path = tuple(info.key.split("."))
+        for depth in range(1, len(path)):
+            if path[:depth] not in opened:
+                opened.add(path[:depth])
+                count = totals(below[path[:depth]])
+                what = f"{plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
+                lines.append(
+                    f"{'  ' * (depth - 1)}{printable(path[depth - 1])}  ({what}, {human_bytes(count['bytes'])})"
+                )
+        lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}")
+    return [*lines, *_others(checkpoint)]
+
+
+def _totals(infos: Iterable[TensorInfo]) -> list[str]:
+    sections: dict[str, list[TensorInfo]] = {}
+    dtypes: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        sections.setdefault(info.key.partition(".")[0], []).append(info)
+        dtypes.setdefault(info.dtype, []).append(info)
+    lines = []
+    for title, parts in (("section", sections), ("dtype", dtypes)):
+        if len(parts) > 1 and (title == "dtype" or len(parts) <= 40):
+            rows = []
+            for name, group in parts.items():
+                count = totals(group)
+                rows.append(
+                    (printable(name), f"{count['tensors']:,}", f"{count['elements']:,}", human_bytes(count["bytes"]))
+                )
+            numbers = ["tensors", "elements", "bytes"]
+            lines += ["", *plain_table(rows, [f"by {title}", *numbers], right=numbers)]
+    return lines
+
+
+def _others(checkpoint: Checkpoint) -> list[str]:
+    lines = []
+    if checkpoint.entries:
+        rows = [(printable(entry.path), printable(entry.type), _value(entry)) for entry in checkpoint.entries]
+        lines += ["", *plain_table(rows, ["also holds", "type", "value"])]
+    if checkpoint.metadata:
+        pairs = [(printable(key), _cut(printable(value))) for key, value in checkpoint.metadata.items()]
+        lines += ["", *plain_table(pairs, ["metadata", "value"])]
+    if checkpoint.references:
+        lines += ["", "code references, not run:", *(f"  {printable(name)}" for name in checkpoint.references)]
+    return lines
+
+
+def _value(entry: Entry) -> str:
+    if isinstance(entry.value, str):
+        return _cut(printable(entry.value))
+    return _cut(printable(json.dumps(entry.value, ensure_ascii=False)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"

@@ -1,0 +1,110 @@
+"""Rows as a table, with names that stay exact; keys that differ in an index alone on one line."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from ckptkit.text import printable
+
+__all__ = ["Row", "collapse", "plain_table"]
+
+# An index as torch writes it; "0012" and "1_000" are names.
+_INDEX = re.compile(r"0|[1-9]\d{0,17}")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A line of a table: a key, and what is said of it."""
+
+    key: str
+    cells: tuple[str, ...]
+
+
+def plain_table(rows: Iterable[Sequence[str]], headers: Sequence[str], *, right: Iterable[str] = ()) -> list[str]:
+    """Return the lines of a table without rules; the columns named in ``right`` are set flush right."""
+    from tabulate import tabulate
+
+    body = [[_exact(cell) for cell in row] for row in rows]
+    if not body:
+        return []
+    align = ["right" if header in set(right) else "left" for header in headers]
+    text = tabulate(body, headers, tablefmt="plain", disable_numparse=True, colalign=align)
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def _exact(cell: str) -> str:
+    # Tables are padded with spaces, so those that belong to a name have to show.
+    inner = cell.strip(" ")
+    if inner == cell:
+        return cell
+    lead = len(cell) - len(cell.lstrip(" "))
+    return "\\x20" * lead + inner + "\\x20" * (len(cell) - lead - len(inner))
+
+
+def collapse(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """Return finished cells, with rows that say the same of keys that differ in indices alone joined into one.
+
+    ``layers.{0..11}.attn.q.weight ×12`` stands for exactly the twelve keys it spells: holes are shown
+    (``{0..3,7}``), and several indices are joined only where every combination is there.
+    """
+    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[int, ...]]] = {}
+    order: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for row in rows:
+        segments = row.key.split(".")
+        indices = tuple(int(segment) for segment in segments if _INDEX.fullmatch(segment))
+        shape = tuple("" if _INDEX.fullmatch(segment) else segment for segment in segments)
+        if (shape, row.cells) not in groups:
+            order.append((shape, row.cells))
+        groups.setdefault((shape, row.cells), []).append(indices)
+    return [(_spelled(shape, sets), *cells) for shape, cells in order for sets in _products(groups[shape, cells])]
+
+
+_Sets = tuple[tuple[int, ...], ...]
+
+
+def _products(members: Iterable[tuple[int, ...]]) -> list[_Sets]:
+    """Return products of index sets that together are exactly the members."""
+    products: list[_Sets] = [tuple((index,) for index in member) for member in members]
+    width = len(products[0])
+    for place in reversed(range(width)):
+
+        def rest(product: _Sets, place: int = place) -> _Sets:
+            return (*product[:place], *product[place + 1 :])
+
+        joined: list[_Sets] = []
+        for _, same in groupby(sorted(products, key=rest), key=rest):
+            group = list(same)
+            union = tuple(sorted({index for product in group for index in product[place]}))
+            joined.append((*group[0][:place], union, *group[0][place + 1 :]))
+        products = joined
+    return sorted(products)
+
+
+def _spelled(shape: tuple[str, ...], sets: _Sets) -> str:
+    rest = iter(sets)
+    count = 1
+    segments = []
+    for segment in shape:
+        if segment:
+            segments.append(printable(segment))
+            continue
+        indices = next(rest, None)
+        if indices is None:
+            segments.append("")
+        else:
+            count *= len(indices)
+            segments.append(_ranges(indices))
+    return ".".join(segments) + (f" ×{count}" if count > 1 else "")
+
+
+def _ranges(indices: tuple[int, ...]) -> str:
+    if len(indices) == 1:
+        return str(indices[0])
+    parts = []
+    for _, run in groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0]):
+        values = [value for _, value in run]
+        parts.append(f"{values[0]}..{values[-1]}" if len(values) > 2 else ",".join(map(str, values)))
+    return "{" + ",".join(parts) + "}"
