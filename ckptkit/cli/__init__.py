@@ -6,21 +6,16 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from types import FrameType
 
 import click
 
-from ckptkit.cli.convert import convert
-from ckptkit.cli.diff import diff
-from ckptkit.cli.groups import groups
-from ckptkit.cli.merge import merge
-from ckptkit.cli.remap import remap
-from ckptkit.cli.show import show
 from ckptkit.errors import CkptkitError
 from ckptkit.text import printable
 
@@ -35,7 +30,34 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
         context.exit()
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+class _Commands(click.Group):
+    """Commands by name, each imported from its own file when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        return list(_SUMMARIES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
+        if cmd_name not in _SUMMARIES:
+            return None
+        command: click.Command = getattr(import_module(f"ckptkit.cli.{cmd_name}"), cmd_name)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_SUMMARIES.items()))
+
+
+_SUMMARIES = {
+    "show": "What is in a checkpoint: tensors, other entries, warnings.",
+    "diff": "What a model expects against what a checkpoint has.",
+    "remap": "Rename, keep, drop and cast tensors, and write the rest.",
+    "merge": "Lay the values of donors over a base where they fit.",
+    "convert": "Write another format, shards, or another dtype.",
+    "groups": "Check param groups against the live model.",
+}
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("-V", "--version", is_flag=True, callback=_version, expose_value=False, is_eager=True,
               help="Show the version and exit.")  # fmt: skip
 @click.pass_context
@@ -53,10 +75,6 @@ def ckpt(context: click.Context) -> None:
         context.color = False
 
 
-for command in (show, diff, remap, merge, convert, groups):
-    ckpt.add_command(command)
-
-
 class _Stopped(BaseException):
     """A signal asked for the end; raised so that temporary files are removed on the way out."""
 
@@ -67,6 +85,7 @@ def _stop(number: int, _frame: FrameType | None) -> None:
 
 def run() -> None:
     """Run the program on the process's arguments and exit with its code."""
+    gc.disable()  # a command lives for seconds and makes no cycles; looking for them costs half of a large diff
     sys.exit(main(sys.argv[1:]))
 
 
@@ -129,6 +148,8 @@ def _output_gone(code: int) -> int:
 
 
 def _bug() -> int:
+    import traceback
+
     traceback.print_exc()
     _say("ckpt: this is a bug in ckptkit; please report it with the lines above")
     return 70

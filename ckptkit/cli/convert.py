@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.options import Job, about, carry_out, opened, output_options, path_argument
+from ckptkit.cli.options import about, opened, path_argument
+from ckptkit.cli.outputs import Job, carry_out, output_options
 from ckptkit.plan import plan_remap
 
 __all__ = ["convert"]

@@ -5,35 +5,25 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import re
-import sys
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import click
 
 from ckptkit.errors import CkptkitError, PathError, RuleError
-from ckptkit.execute import FORMATS, Output, Written, choose_output, execute
 from ckptkit.formats import open_checkpoint
-from ckptkit.plan import Plan, ties_broken
-from ckptkit.report.plan import plan_document, plan_text, written_text
 from ckptkit.rules import parse_rules
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import printable
 
 __all__ = [
-    "Job",
     "about",
-    "carry_out",
     "echo_json",
     "echo_lines",
     "expand_option",
     "filter_options",
     "json_option",
     "opened",
-    "output_options",
     "path_argument",
     "quiet_option",
     "read_toml",
@@ -41,8 +31,6 @@ __all__ = [
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
@@ -98,63 +86,10 @@ def rule_options(command: _Command) -> _Command:
     return with_rules  # type: ignore[return-value]
 
 
-@dataclass(frozen=True, slots=True)
-class Job:
-    """How the output of a command is asked for."""
-
-    output: Output
-    dry_run: bool
-    as_json: bool
-    quiet: bool
-    expand: bool
-
-
-def output_options(command: _Command) -> _Command:
-    """Add every option about an output, and pass them on as one ``job`` argument."""
-
-    @functools.wraps(command)
-    def with_job(
-        *args: Any,
-        output: str,
-        output_format: str | None,
-        max_shard_size: int | None,
-        force: bool,
-        dry_run: bool,
-        as_json: bool,
-        quiet: bool,
-        expand: bool,
-        **others: Any,
-    ) -> Any:
-        chosen = choose_output(output, format=output_format, max_shard_size=max_shard_size, force=force)
-        return command(*args, job=Job(chosen, dry_run, as_json, quiet, expand), **others)
-
-    decorators = (
-        click.option("-o", "--output", required=True, type=click.Path(), help="Where to write; its suffix says how."),
-        click.option("--format", "output_format", type=click.Choice(FORMATS), help="The format, whatever the suffix."),
-        click.option("--max-shard-size", callback=_parse_size, metavar="SIZE",
-                     help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB)."),
-        click.option("--force", is_flag=True, help="Replace an existing output, whole or not at all."),
-        click.option("-n", "--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing."),
-        expand_option,
-        json_option,
-        quiet_option,
-    )  # fmt: skip
-    for decorator in reversed(decorators):
-        with_job = decorator(with_job)
-    return with_job  # type: ignore[return-value]
-
-
-def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise click.BadParameter(f"{value!r} is no size; write 2GB or 500MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower().removesuffix("b")])
-
-
 def read_toml(path: str) -> Mapping[str, Any]:
     """Return the content of a TOML (or, by its suffix, JSON) file; raises ``RuleError`` where it is neither."""
+    import tomllib
+
     try:
         with open(path, "rb") as file:
             return json.load(file) if path.endswith(".json") else tomllib.load(file)
@@ -185,30 +120,6 @@ def opened(*paths: str, quiet: bool) -> Iterator[list[Checkpoint]]:
                 for warning in checkpoint.warnings:
                     click.echo(f"ckpt: {printable(checkpoint.path)}: warning: {warning}", err=True)
         yield checkpoints
-
-
-def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
-    """Print the plan, or execute it and say what was written."""
-    if job.dry_run:
-        if job.as_json:
-            echo_json(plan_document(command, plan, None))
-        else:
-            echo_lines(plan_text(plan, expand=job.expand))
-        return
-    written = _execute(plan, sources, job)
-    if job.as_json:
-        echo_json(plan_document(command, plan, written))
-    if not job.quiet:
-        shared = ties_broken(plan) if job.output.format == "safetensors" else []
-        for note in (*plan.notes, *written_text(plan, written, shared)):
-            click.echo(note, err=True)
-
-
-def _execute(plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> Written:
-    if job.quiet or not sys.stderr.isatty():
-        return execute(plan, sources, job.output)
-    with click.progressbar(length=plan.nbytes, label="writing", file=sys.stderr) as bar:
-        return execute(plan, sources, job.output, progress=bar.update)
 
 
 def echo_json(document: Mapping[str, Any]) -> None:

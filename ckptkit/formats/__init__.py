@@ -8,8 +8,6 @@ from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.live import LIVE_PREFIX, build_model, open_live
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, open_sharded
-from ckptkit.formats.torch_legacy import LEGACY_MAGIC, open_torch_legacy
-from ckptkit.formats.torch_zip import open_torch_zip
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import quoted
@@ -21,6 +19,7 @@ _SINGLE_FILES = (
     "diffusion_pytorch_model.safetensors", "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _UNPACK = "unpack it first"
 _KNOWN_MAGICS = (
     (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
@@ -121,9 +120,14 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
     if file.size == 0:
         raise FormatError("the file is empty", hint="download or copy it again")
     head = file.read(0, min(file.size, 512))
+    # The pickle machine is a quarter of all code: safetensors files are listed without importing it.
     if head.startswith(b"PK\3\4"):
+        from ckptkit.formats.torch_zip import open_torch_zip
+
         return open_torch_zip(file, inner)
-    if head.startswith(LEGACY_MAGIC):
+    if head.startswith(_LEGACY_MAGIC):
+        from ckptkit.formats.torch_legacy import open_torch_legacy
+
         return open_torch_legacy(file, inner)
     if _looks_like_safetensors(head):
         if inner:

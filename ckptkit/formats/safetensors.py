@@ -19,6 +19,7 @@ __all__ = ["LARGEST_HEADER", "METADATA", "open_safetensors", "parse_json"]
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 METADATA = "__metadata__"
 _MOST_DIMENSIONS = 1024
+_LARGEST_SIZE = 2**63  # torch counts with signed 64-bit sizes
 _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 
 
@@ -41,11 +42,11 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     data = file.read(8, size)
     if not data.startswith(b"{"):
         raise FormatError("the header does not begin with '{': not a safetensors file")
-    header = parse_json(data, "the header")
-    metadata = _metadata(header.pop(METADATA, None))
     with _without_collection():
+        header = parse_json(data, "the header")
+        metadata = _metadata(header.pop(METADATA, None))
         infos, offsets, warnings = _entries(header)
-    _check_tiling(infos, offsets, file.size - 8 - size)
+        _check_tiling(offsets, file.size - 8 - size)
     base = 8 + size
 
     def payload(info: TensorInfo) -> Payload:
@@ -81,8 +82,7 @@ def _without_collection() -> Iterator[None]:
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object in ``data``; raises ``FormatError`` for anything else, a key given twice included."""
     try:
-        with _without_collection():
-            value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} is not UTF-8 at byte {error.start}") from None
     except RecursionError:
@@ -135,7 +135,7 @@ def _entries(header: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str
         if type(shape) is not list or len(shape) > _MOST_DIMENSIONS:
             _explain(key, entry)
         for size in shape:
-            if type(size) is not int or size < 0:
+            if type(size) is not int or not 0 <= size < _LARGEST_SIZE:
                 _explain(key, entry)
             elements *= size
         if type(begin) is not int or type(end) is not int or elements * bits != 8 * (end - begin):
@@ -156,7 +156,7 @@ def _explain(key: str, entry: object) -> NoReturn:
     code, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(code, str) or code not in _BITS:
         raise FormatError(f"{name}: unknown dtype {quoted(str(code)[:40])}")
-    if not isinstance(shape, list) or any(type(size) is not int or not 0 <= size < 2**64 for size in shape):
+    if not isinstance(shape, list) or any(type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in shape):
         raise FormatError(f"{name}: the shape {str(shape)[:80]} is no list of sizes")
     if not isinstance(span, list) or len(span) != 2 or any(type(at) is not int or at < 0 for at in span):
         raise FormatError(f"{name}: the offsets {str(span)[:80]} are no begin and end")
@@ -169,15 +169,12 @@ def _explain(key: str, entry: object) -> NoReturn:
     raise FormatError(f"{name}: {code} {shape} needs {size} bytes, offsets give {span[1] - span[0]}")
 
 
-def _check_tiling(infos: Mapping[str, TensorInfo], offsets: Mapping[str, tuple[int, int]], size: int) -> None:
+def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
     reached = 0
-    ordered = sorted(offsets.items(), key=lambda item: item[1])
-    for key, (begin, end) in ordered:
+    for begin, end in offsets.values():
         if begin != reached:
-            what = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
-            raise FormatError(f"{quoted(key)} {what}: it begins at byte {begin}, and {reached} are taken")
-        if max(infos[key].shape, default=0) >= 2**63:
-            raise FormatError(f"{quoted(key)}: the shape {list(infos[key].shape)} overflows")
+            reached = _reach_of_sorted(offsets)  # most headers are in the order of their data; others cost a sort
+            break
         reached = end
     if reached > size:
         raise FormatError(
@@ -186,3 +183,13 @@ def _check_tiling(infos: Mapping[str, TensorInfo], offsets: Mapping[str, tuple[i
         )
     if reached < size:
         raise FormatError(f"{size - reached:,} bytes follow the last tensor and belong to none")
+
+
+def _reach_of_sorted(offsets: Mapping[str, tuple[int, int]]) -> int:
+    reached = 0
+    for key, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
+        if begin != reached:
+            what = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
+            raise FormatError(f"{quoted(key)} {what}: it begins at byte {begin}, and {reached} are taken")
+        reached = end
+    return reached

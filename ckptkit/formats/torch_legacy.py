@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import Final
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter
@@ -15,9 +14,9 @@ from ckptkit.storage import Extent, LocalFile, Region
 from ckptkit.tensors import DTYPES, Checkpoint
 from ckptkit.text import quoted
 
-__all__ = ["LEGACY_MAGIC", "open_torch_legacy"]
+__all__ = ["open_torch_legacy"]
 
-LEGACY_MAGIC: Final = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_MAGIC_SIZE = 15  # the first of the five pickles, a number that the format is told by
 _PROTOCOL = 1001
 _FIRST_WINDOW = 1 << 20
 _LARGEST_PICKLE = 512 << 20
@@ -31,7 +30,7 @@ def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
     """
     objects = TorchObjects()
     plain = Interpreter({}, {})
-    protocol, pos = _pickle(file, plain, len(LEGACY_MAGIC))
+    protocol, pos = _pickle(file, plain, _MAGIC_SIZE)
     if protocol != _PROTOCOL:
         raise FormatError(f"a legacy torch file of protocol {str(protocol)[:20]}, not {_PROTOCOL}")
     _, pos = _pickle(file, plain, pos)

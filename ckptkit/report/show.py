@@ -17,12 +17,12 @@ _LONGEST_VALUE = 80
 
 def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
     """Return the number of tensors, of their elements, and of their bytes."""
-    listed = list(infos)
-    return {
-        "tensors": len(listed),
-        "elements": sum(info.elements for info in listed),
-        "bytes": sum(info.nbytes for info in listed),
-    }
+    tensors = elements = nbytes = 0
+    for info in infos:
+        tensors += 1
+        elements += info.elements
+        nbytes += info.nbytes
+    return {"tensors": tensors, "elements": elements, "bytes": nbytes}
 
 
 def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
