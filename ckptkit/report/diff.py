@@ -69,10 +69,8 @@ def diff_text(
 
     ``-`` is missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
     """
-    lines = [
-        f"expected  {describe(expected, expected.values())}",
-        f"found     {describe(found, found.values())}",
-    ]
+    wanted, given = totals(expected.values()), totals(found.values())
+    lines = [f"expected  {describe(expected, wanted)}", f"found     {describe(found, given)}"]
     table = plain_table(_rows(result, expand=expand, everything=everything), ["", "key", "expected", "found"])
     counts = [
         f"{len(result.matched):,} matched",
@@ -81,9 +79,8 @@ def diff_text(
         f"{len(result.shape_mismatched):,} shape-mismatched",
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
     ]
-    wanted = sum(info.elements for info in result.expected.values())
     lines += ["", *table, *([""] if table else []), ", ".join(counts)]
-    lines.append(f"coverage {_percent(result.coverage)} of {plural(wanted, 'element')}")
+    lines.append(f"coverage {_percent(result.coverage)} of {plural(wanted['elements'], 'element')}")
     lines.append(_verdict(result))
     return lines
 

@@ -7,21 +7,24 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ckptkit.report.table import Row, collapse, plain_table
-from ckptkit.tensors import Checkpoint, Entry, TensorInfo, shared_keys
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, shared_keys
 from ckptkit.text import human_bytes, plural, printable
 
 __all__ = ["show_document", "show_text", "show_tree", "totals"]
 
 _LONGEST_VALUE = 80
+_MOST_PARTS = 40
 
 
 def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
     """Return the number of tensors, of their elements, and of their bytes."""
     tensors = elements = nbytes = 0
     for info in infos:
+        count = info.elements
         tensors += 1
-        elements += info.elements
-        nbytes += info.nbytes
+        elements += count
+        if info.dtype in DTYPES:
+            nbytes += (count * DTYPES[info.dtype].bits + 7) // 8
     return {"tensors": tensors, "elements": elements, "bytes": nbytes}
 
 
@@ -50,9 +53,8 @@ def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> di
     }
 
 
-def describe(checkpoint: Checkpoint, infos: Iterable[TensorInfo]) -> str:
-    """Return one line that says what a checkpoint is, and which mapping inside it was taken."""
-    count = totals(infos)
+def describe(checkpoint: Checkpoint, count: Mapping[str, int]) -> str:
+    """Return one line that says what a checkpoint is, which mapping inside it was taken, and its totals."""
     inside = f" at ::{printable(checkpoint.envelope)}" if checkpoint.envelope else ""
     return (
         f"{printable(checkpoint.path)}{inside}: {checkpoint.format}, {plural(count['tensors'], 'tensor')}, "
@@ -73,7 +75,7 @@ def show_text(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand
     headers = ["key", "dtype", "shape", "bytes", "shares memory with"]
     if not any(row.cells[-1] for row in rows):
         cells, headers = [cell[:-1] for cell in cells], headers[:-1]
-    lines = [describe(checkpoint, infos.values()), ""]
+    lines = [describe(checkpoint, totals(infos.values())), ""]
     lines += plain_table(cells, headers, right=["bytes"]) or ["no tensors"]
     return [*lines, *_totals(infos.values()), *_others(checkpoint)]
 
@@ -85,7 +87,7 @@ def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> list[s
         path = tuple(info.key.split("."))
         for depth in range(1, len(path)):
             below.setdefault(path[:depth], []).append(info)
-    lines = [describe(checkpoint, infos.values()), ""]
+    lines = [describe(checkpoint, totals(infos.values())), ""]
     opened: set[tuple[str, ...]] = set()
     for info in infos.values():
         path = tuple(info.key.split("."))
@@ -109,7 +111,7 @@ def _totals(infos: Iterable[TensorInfo]) -> list[str]:
         dtypes.setdefault(info.dtype, []).append(info)
     lines = []
     for title, parts in (("section", sections), ("dtype", dtypes)):
-        if len(parts) > 1 and (title == "dtype" or len(parts) <= 40):
+        if 1 < len(parts) <= _MOST_PARTS and len(parts) < sum(map(len, parts.values())):
             rows = []
             for name, group in parts.items():
                 count = totals(group)

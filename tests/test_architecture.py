@@ -1,0 +1,149 @@
+"""The rules of the house: imports point down, rooms are small, heavy guests wait outside."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ckptkit
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "ckptkit"
+
+# From the floor to the roof; a module may import only from a floor below its own.
+FLOORS = (
+    {"errors", "text"},
+    {"tensors", "findings"},
+    {"keys", "storage"},
+    {"rules", "wrappers", "torch_bridge", "shards"},
+    {"formats.inert", "formats.safetensors", "formats.zip_directory"},
+    {"formats.pickle_machine", "formats.torch_objects"},
+    {"formats.unpickle", "formats.tree"},
+    {"formats.torch_checkpoint"},
+    {"formats.torch_zip", "formats.torch_legacy", "formats.sharded", "formats.live"},
+    {"formats", "compare", "writers"},
+    {"plan", "writers.atomic", "writers.torch_pickle"},
+    {"writers.safetensors", "writers.torch_zip"},
+    {"param_groups.spec", "param_groups.suggest", "param_groups.inventory"},
+    {"param_groups.members", "param_groups.plan", "param_groups.strangers"},
+    {"param_groups.options", "param_groups.build"},
+    {"param_groups.validate"},
+    {"param_groups"},
+    {"execution", "load", "report", "report.table", "report.findings", "report.groups"},
+    {"report.show", "report.plan"},
+    {"report.diff"},
+    {"cli.options"},
+    {"cli.outputs"},
+    {"cli.show", "cli.diff", "cli.merge", "cli.remap", "cli.convert", "cli.groups"},
+    {"cli"},
+    {""},
+    {"__main__"},
+)
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+# The command line finds its commands by name, so that each is imported only when it is used.
+HEAVY = {"torch", "numpy"}
+
+
+def room_of(path: Path) -> str:
+    """Return the dotted name of a module below the package; the package itself is the empty name."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {room_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Return every module that a file imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in MODULES}
+    return found
+
+
+MODULES = {f"ckptkit.{room}" if room else "ckptkit" for room in FILES}
+
+
+def test_every_room_has_a_floor() -> None:
+    """A new module is given its place in the house."""
+    assert set(FILES) == set(LEVEL)
+
+
+@pytest.mark.parametrize("room", sorted(FILES))
+def test_imports_point_down(room: str) -> None:
+    """No module imports from its own floor or one above."""
+    rooms = [name.removeprefix("ckptkit").removeprefix(".") for name in imports_of(FILES[room]) if name in MODULES]
+    # "from ckptkit.report import table" names the package too; a package door imports nothing upward.
+    wrong = [
+        other for other in rooms if other != room and LEVEL[other] >= LEVEL[room] and other != room.rpartition(".")[0]
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("room", sorted(FILES))
+def test_no_file_is_over_400_lines(room: str) -> None:
+    """A room that outgrows this wants a wall."""
+    assert len(FILES[room].read_text(encoding="utf-8").splitlines()) <= 400
+
+
+@pytest.mark.parametrize(
+    ("guest", "homes"),
+    [("click", ("cli",)), ("tabulate", ("report",)), ("pickle", ()), ("mmap", ())],
+    ids=["click", "tabulate", "pickle", "mmap"],
+)
+def test_guests_stay_in_their_rooms(guest: str, homes: tuple[str, ...]) -> None:
+    """click is for the command line, tabulate for reports; pickle and mmap are for nobody."""
+    users = [room for room, path in FILES.items() if guest in {name.partition(".")[0] for name in imports_of(path)}]
+    assert [room for room in users if not room.startswith(homes)] == ([] if homes else [])
+
+
+def test_public_names_are_sorted_and_real() -> None:
+    """Every name in ``__all__`` exists, is listed by ``dir``, and the list is in order."""
+    assert sorted(ckptkit.__all__) == list(ckptkit.__all__)
+    assert [name for name in ckptkit.__all__ if not hasattr(ckptkit, name)] == []
+    assert set(ckptkit.__all__) <= set(dir(ckptkit))
+
+
+@pytest.mark.parametrize("room", sorted(FILES))
+def test_every_all_is_sorted_and_real(room: str) -> None:
+    """What a module says it offers is there."""
+    module = __import__(f"ckptkit.{room}" if room else "ckptkit", fromlist=["*"])
+    if room == "__main__":
+        return
+    names = getattr(module, "__all__", [])
+    assert list(names) == sorted(names)
+    assert [name for name in names if not hasattr(module, name)] == []
+
+
+LIGHT_COMMANDS = {
+    "import": "import ckptkit",
+    "every public name": "import ckptkit; [getattr(ckptkit, name) for name in ckptkit.__all__]",
+    "help": "main(['--help'])",
+    "show safetensors": "main(['show', 'fixtures/lenet_10class.safetensors'])",
+    "show torch zip": "main(['show', 'fixtures/lenet_ddp.pt'])",
+    "show torch legacy": "main(['show', 'fixtures/lenet_10class.pth'])",
+    "show shards": "main(['show', 'fixtures/encoder_sharded'])",
+    "diff": "main(['diff', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
+    "remap": "main(['remap', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/a.safetensors', '--rename', 'fc3.*=*'])",
+    "remap to torch": "main(['remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/a.pt', '--rename', 'module.*=*'])",
+    "convert": "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/b.safetensors'])",
+    "merge": "main(['merge', 'fixtures/lenet_10class.pth', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/c.pt'])",
+}
+
+
+@pytest.mark.parametrize("code", LIGHT_COMMANDS.values(), ids=LIGHT_COMMANDS.keys())
+def test_heavy_guests_wait_outside(code: str, tmp_path: Path) -> None:
+    """Neither torch nor numpy is imported to list, compare, rename or convert bytes."""
+    program = f"OUT = {str(tmp_path)!r}\nimport sys\nfrom ckptkit.cli import main\n{code}\nprint(file=sys.stderr)\n"
+    program += f"print('HEAVY', sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "HEAVY []"
