@@ -97,7 +97,7 @@ def main(arguments: Sequence[str]) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _stop)
     try:
-        code = ckpt.main(list(arguments), prog_name="ckpt", standalone_mode=False)
+        code = _invoke(list(arguments))
         sys.stdout.flush()
     except CkptkitError as error:
         return _complain(error.reason, error.hint, error.path)
@@ -106,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         return _complain(error.format_message(), f"see {context} --help", None)
     except click.ClickException as error:
         return _complain(error.format_message(), None, None)
-    except click.Abort:
+    except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except _Stopped as stopped:
         return 128 + int(stopped.args[0])
@@ -119,7 +119,20 @@ def main(arguments: Sequence[str]) -> int:
         return _bug()
     except Exception:  # noqa: BLE001 - a bug must not look like a finding
         return _bug()
-    return code if isinstance(code, int) else 0
+    return code
+
+
+def _invoke(arguments: list[str]) -> int:
+    if "_CKPT_COMPLETE" in os.environ:
+        ckpt.main(arguments, prog_name="ckpt", standalone_mode=False)
+        return 0
+    # Not click's own main: it ends a broken pipe with 1, which here would mean "different".
+    try:
+        with ckpt.make_context("ckpt", arguments) as context:
+            ckpt.invoke(context)
+    except click.exceptions.Exit as leaving:
+        return leaving.exit_code
+    return 0
 
 
 def _complain(reason: str, hint: str | None, path: str | None) -> int:

@@ -12,6 +12,7 @@ from ckptkit.formats import LIVE_PREFIX, build_model
 from ckptkit.param_groups import build_param_groups, check_spec, plan_param_groups, validate_param_groups
 from ckptkit.report.findings import findings_document, findings_text
 from ckptkit.report.groups import groups_document, groups_text
+from ckptkit.text import plural
 
 __all__ = ["groups"]
 
@@ -38,15 +39,19 @@ def validate(context: click.Context, model: str, spec: str, *, as_json: bool, qu
     ckpt groups validate --model py:mynet:build groups.toml
     """  # noqa: D301 - \b is click's mark
     live = _module(model)
-    table = read_toml(spec)
+    given = read_toml(spec)
     with about(spec):
-        report = check_spec(live, table)
+        report = check_spec(live, given)
         if report.ok:
-            report = validate_param_groups(live, build_param_groups(live, table))
+            report = validate_param_groups(live, build_param_groups(live, given))
     if as_json:
         echo_json(findings_document(report))
-    elif not quiet or report.findings:
+    elif report.findings:
         echo_lines(findings_text(report))
+    elif not quiet:
+        plan = plan_param_groups(live, given)
+        count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
+        click.echo(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
     context.exit(1 if report.summary["errors"] or report.summary["warnings"] else 0)
 
 

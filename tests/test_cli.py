@@ -1,0 +1,335 @@
+"""The command line: arguments, exit codes, what goes to stdout and what to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ckptkit.cli import ckpt
+from tests.helpers_cli import ROOT, run_ckpt
+
+TEN, DDP, MODEL = "fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", "py:fixtures.lenet:build"
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    monkeypatch.chdir(ROOT)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+CASES: dict[str, tuple[list[str], int, str, str]] = {
+    # id: (arguments, exit code, a piece of stdout, a piece of stderr)
+    "help": (["--help"], 0, "show     What is in a checkpoint", ""),
+    "short help": (["-h"], 0, "Exit codes: 0", ""),
+    "version": (["-V"], 0, "ckpt 0.", ""),
+    "no command": ([], 2, "", "ckpt: "),
+    "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
+    "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
+    "missing argument": (["diff", TEN], 2, "", "hint: see ckpt diff --help"),
+    "show": (["show", TEN], 0, "fc3.weight    F32      [10, 84]", ""),
+    "show tree": (["show", "--tree", TEN], 0, "fc3  (2 tensors, 850 elements, 3.4 kB)\n  weight  F32 [10, 84]", ""),
+    "show keep": (["show", TEN, "--keep", "fc3.*"], 0, "2 tensors, 850 elements", ""),
+    "show keep nothing": (["show", TEN, "--keep", "fc4.*"], 2, "", "--keep 'fc4.*' matches none of 10 keys"),
+    "show collapsed": (["show", "fixtures/encoder_tied.pt"], 0, "layers.{0..11}.attn.q.weight ×12  F32", ""),
+    "show expanded": (["show", "fixtures/encoder_tied.pt", "--expand"], 0, "layers.11.attn.q.weight", ""),
+    "show ties": (["show", "fixtures/encoder_tied.pt"], 0, "2.0 kB  head.weight", ""),
+    "show entries": (["show", DDP], 0, "best_acc      float   0.653", ""),
+    "show inside": (["show", f"{DDP}::optimizer"], 0, "no tensors", ""),
+    "show nothing inside": (["show", f"{DDP}::ema"], 2, "", "holds nothing at 'ema'"),
+    "show shards": (["show", "fixtures/encoder_sharded"], 0, "2 shards", ""),
+    "show model": (["show", MODEL], 0, "live model, 10 tensors", ""),
+    "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
+    "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts it", ""),
+    "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
+    "diff prefix": (["diff", TEN, DDP], 1, "coverage 0.0 %", "all 10 keys match after --rename 'module.*=*'"),
+    "diff renamed": (["diff", TEN, DDP, "--rename", "module.*=*"], 0, "10 matched", ""),
+    "diff all": (["diff", "-a", TEN, DDP, "--rename", "module.*=*"], 0, "F32 [10]  as module.fc3.bias", ""),
+    "diff quiet": (["diff", "-q", TEN, DDP], 1, "10 missing", ""),
+    "diff bad rule": (["diff", TEN, DDP, "--rename", "module"], 2, "", "not of the form OLD=NEW"),
+    "diff unused rule": (["diff", TEN, TEN, "--drop", "x"], 2, "", f"ckpt: {TEN}: --drop 'x' matches none"),
+    "diff unused allowed": (["diff", TEN, TEN, "--drop", "x", "--allow-unused"], 0, "10 matched", ""),
+    "model without callable": (["show", "py:fixtures.lenet"], 2, "", "names no callable"),
+    "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
+    "groups table": (["groups", "table", "--model", MODEL, "fixtures/groups.toml"], 0, "head", ""),
+    "groups valid": (
+        ["groups", "validate", "--model", MODEL, "fixtures/groups.toml"],
+        0,
+        "10 trainable parameters, each in exactly one of 2 groups",
+        "",
+    ),
+    "groups not a model": (["groups", "table", "--model", TEN, "fixtures/groups.toml"], 2, "", "is no live model"),
+    "groups no file": (["groups", "validate", "--model", MODEL, "none.toml"], 2, "", "none.toml: no such file"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "code", "out", "err"), CASES.values(), ids=CASES.keys())
+def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each command ends with its exit code; trouble leaves stdout empty and says one line and a hint."""
+    ran = run_ckpt(capsys, *arguments)
+    assert ran.code == code, ran.err
+    assert out in ran.out
+    assert err in ran.err
+    if code == 2:
+        assert ran.out == ""
+        assert [line.partition(":")[0] for line in ran.err.splitlines()] in (["ckpt"], ["ckpt", "hint"])
+
+
+WRITES: dict[str, tuple[list[str], str]] = {
+    "remap": (["remap", DDP, "--rename", "module.*=*"], "10 from source"),
+    "merge": (["merge", MODEL, TEN, "--on-mismatch", "skip"], "8 from donor, 2 from base"),
+    "convert": (["convert", TEN], "10 from source"),
+    "cast": (["convert", TEN, "--dtype", "bfloat16"], "124.0 kB"),
+}
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
+@pytest.mark.parametrize(("arguments", "said"), WRITES.values(), ids=WRITES.keys())
+def test_writing(
+    arguments: list[str], said: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan is printed without writing; the output is not replaced unless asked; --json names what was written."""
+    out = tmp_path / name
+    dry = run_ckpt(capsys, *arguments, "-o", out, "--dry-run")
+    assert (dry.code, list(tmp_path.iterdir())) == (0, [])
+    assert said in dry.out
+    assert "nothing was written" in dry.out
+    first = run_ckpt(capsys, *arguments, "-o", out)
+    assert (first.code, first.out) == (0, "")
+    assert said in first.err
+    before = out.read_bytes()
+    second = run_ckpt(capsys, *arguments, "-o", out)
+    assert (second.code, second.out, out.read_bytes()) == (2, "", before)
+    assert "already exists" in second.err
+    third = run_ckpt(capsys, *arguments, "-o", out, "--force", "--json", "-q")
+    document = json.loads(third.out)
+    assert (third.code, third.err) == (0, "")
+    assert document["output"]["path"] == str(out)
+    assert document["output"]["bytes"] == out.stat().st_size
+    assert document["output"]["tensors"] == len(document["plan"]) == 10
+
+
+def _shape(value: Any) -> Any:
+    """Return the field names of a document, with lists reduced to their first element."""
+    if isinstance(value, dict):
+        return {key: _shape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_shape(value[0])] if value else []
+    return type(value).__name__
+
+
+def test_show_document(capsys: pytest.CaptureFixture[str]) -> None:
+    """``show --json`` has exactly the fields of its schema."""
+    document = json.loads(run_ckpt(capsys, "show", "fixtures/encoder_tied.pt", "--json").out)
+    assert document["schema"] == "ckptkit.show/1"
+    assert list(document) == ["schema", "path", "format", "tensors", "entries", "metadata", "warnings", "summary"]
+    assert document["tensors"][0] == {
+        "key": "embed.weight", "dtype": "F32", "shape": [32, 16], "elements": 512, "bytes": 2048,
+        "shared_with": ["head.weight"],
+    }  # fmt: skip
+    assert document["summary"] == {"tensors": 62, "elements": 13504, "bytes": 54016}
+
+
+def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
+    """``diff --json`` has exactly the fields of its schema."""
+    document = json.loads(run_ckpt(capsys, "diff", MODEL, DDP, "--rename", "module.*=*", "--json").out)
+    side = {"path": "str", "format": "str", "tensors": "int", "elements": "int", "bytes": "int"}
+    tensor = {"dtype": "str", "shape": ["int"]}
+    assert _shape(document) == {
+        "schema": "str", "expected": side, "found": side,
+        "matched": [{"key": "str", "found_key": "str", **tensor}],
+        "missing": [], "unexpected": [],
+        "shape_mismatched": [{"key": "str", "found_key": "str", "expected": tensor, "found": tensor}],
+        "dtype_mismatched": [], "values": "NoneType", "hints": [],
+        "summary": {
+            "matched": "int", "missing": "int", "unexpected": "int", "shape_mismatched": "int",
+            "dtype_mismatched": "int", "coverage": "float", "loads_strict": "bool", "loads": "bool",
+            "different": "bool",
+        },
+    }  # fmt: skip
+    assert document["summary"]["coverage"] == pytest.approx(61156 / 61496)
+    assert document["matched"][0]["found_key"] == "module.conv1.weight"
+
+
+@pytest.mark.parametrize("command", ["merge", "remap", "convert"])
+def test_plan_document(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The writing commands share one form of document, with no output after a dry run."""
+    sources = [TEN, TEN] if command == "merge" else [TEN]
+    ran = run_ckpt(capsys, command, *sources, "-o", tmp_path / "o.pt", "--json", "--dry-run")
+    document = json.loads(ran.out)
+    assert list(document) == ["schema", "plan", "dropped", "summary", "output"]
+    assert document["schema"] == f"ckptkit.{command}/1"
+    assert list(document["plan"][0]) == ["key", "dtype", "shape", "sources", "operation", "rule"]
+    assert list(document["plan"][0]["sources"][0]) == ["role", "key"]
+    assert document["dropped"][0] == {
+        "role": document["dropped"][0]["role"], "key": "_metadata",
+        "reason": "not a tensor of the state_dict (OrderedDict)",
+    }  # fmt: skip
+    assert document["output"] is None
+
+
+def test_findings_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``groups validate --json`` lists findings with their way out, and ends with 1."""
+    spec = tmp_path / "groups.toml"
+    spec.write_text('[[group]]\nparams = "fc3.*"\nlr = 0.1\n', encoding="utf-8")
+    ran = run_ckpt(capsys, "groups", "validate", "--model", MODEL, spec, "--json")
+    document = json.loads(ran.out)
+    assert ran.code == 1
+    assert document["schema"] == "ckptkit.check/1"
+    assert list(document["findings"][0]) == ["code", "severity", "key", "message", "hint"]
+    assert document["summary"]["errors"] == len(document["findings"])
+    assert "rest = true" in document["findings"][0]["hint"]
+
+
+def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help names the command as it is typed, with an example that is not a placeholder."""
+
+    def walk(command: click.Command, path: list[str]) -> Iterator[list[str]]:
+        if isinstance(command, click.Group):
+            context = click.Context(command)
+            for name in command.list_commands(context):
+                inner = command.get_command(context, name)
+                assert inner is not None
+                yield from walk(inner, [*path, name])
+        else:
+            yield path
+
+    paths = list(walk(ckpt, []))
+    assert len(paths) == 7
+    for path in paths:
+        ran = run_ckpt(capsys, *path, "--help")
+        assert ran.code == 0
+        assert f"ckpt {' '.join(path)} " in ran.out.split("Options:")[0].split("\n", 2)[2]
+        assert "--json" in ran.out
+        assert "-q, --quiet" in ran.out
+
+
+HOSTILE_NAMES = [
+    "\x1b[2Jgone",
+    "a\nckpt: b",
+    "\u202ecod.exe",
+    "0012",
+    "1e5",
+    "=cmd|x",
+    "<img onerror=1>",
+    "a|b",
+    " pad ",
+    "nan",
+]
+
+
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_names_are_printed_exactly_and_harmlessly(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name cannot move the cursor or break a line, in tables, errors and messages; JSON has it exactly."""
+    path = tmp_path / "names.safetensors"
+    save_file({name: torch.ones(2), "zz": torch.ones(3)}, path)
+    shown = run_ckpt(capsys, "show", path)
+    tree = run_ckpt(capsys, "show", path, "--tree")
+    refused = run_ckpt(capsys, "remap", path, "-o", tmp_path / "o.safetensors", "--rename", "*=same")
+    differing = run_ckpt(capsys, "diff", path, "fixtures/dtypes.safetensors")
+    for text in (shown.out, tree.out, refused.err, differing.out):
+        assert not {char for char in text if char != "\n" and not char.isprintable()}
+    assert name in [tensor["key"] for tensor in json.loads(run_ckpt(capsys, "show", path, "--json").out)["tensors"]]
+    if name.isprintable() and name == name.strip():
+        assert any(line.split("  ")[0] == name for line in shown.out.splitlines())
+
+
+def _ckpt(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "ckptkit", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False, **settings)
+
+
+def test_a_closed_pipe_is_quiet() -> None:
+    """``ckpt show … | head`` ends without a word."""
+    command = f"{sys.executable} -m ckptkit show fixtures/encoder_tied.pt --expand | true; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.strip() == "141"
+
+
+def test_a_full_stdout_is_trouble() -> None:
+    """Output that cannot be written is one line on stderr and exit code 2."""
+    with open("/dev/full", "wb") as full:
+        command = [sys.executable, "-m", "ckptkit", "show", TEN]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (2, b"ckpt: standard output: no space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_terminal_without_unicode(encoding: str) -> None:
+    """What the terminal cannot show is escaped, and nothing crashes."""
+    done = _ckpt("show", "fixtures/encoder_tied.pt", env={**os.environ, "PYTHONIOENCODING": encoding})
+    assert done.returncode == 0
+    assert b"layers.{0..11}.attn.q.weight" in done.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
+def test_a_signal_removes_the_temporary_file(number: signal.Signals, tmp_path: Path) -> None:
+    """Stopped in mid-write, the program ends with 128 + n and leaves nothing behind."""
+    source, out = tmp_path / "in.pt", tmp_path / "out" / "o.pt"
+    out.parent.mkdir()
+    torch.save({str(index): torch.zeros(1_000_000)[::2] for index in range(150)}, source)  # gathered: slow to write
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ckptkit", "remap", source, "-o", out, "--rename", "*=x.*"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    while not any(out.parent.iterdir()) and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode in (128 + number, 0), err
+    assert [path.name for path in out.parent.iterdir()] == ([] if process.returncode else ["o.pt"])
+
+
+def test_colour_is_for_terminals_that_want_it() -> None:
+    """No escape code reaches a pipe; NO_COLOR is obeyed by passing it on to click."""
+    done = _ckpt("diff", MODEL, TEN)
+    assert b"\x1b" not in done.stdout + done.stderr
+
+
+def test_completion_lists_commands() -> None:
+    """The shell's completion works without importing a command."""
+    environment = {**os.environ, "_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": "ckpt ", "COMP_CWORD": "1"}
+    done = _ckpt(env=environment)
+    assert {b"plain,show", b"plain,diff", b"plain,merge"} <= set(done.stdout.split())
+
+
+def test_rule_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``--rules FILE`` takes the rules that the README shows, and its errors name the file."""
+    rules, out = tmp_path / "rules.toml", tmp_path / "o.safetensors"
+    rules.write_text(
+        'keep = ["layers.*"]\n[[rule]]\nfrom = "layers.{i:int}.*"\nto = "h.{i+1}.*"\n'
+        '[[stage]]\n[[stage.rule]]\nfrom = "h.12.*"\ndrop = true\n',
+        encoding="utf-8",
+    )
+    assert run_ckpt(capsys, "remap", "fixtures/encoder_tied.pt", "-o", out, "--rules", rules).code == 0
+    assert {key.split(".")[1] for key in load_file(out)} == {str(index) for index in range(1, 12)}
+    rules.write_text("[[rule]]\nfrom = 3\n", encoding="utf-8")
+    ran = run_ckpt(capsys, "remap", "fixtures/encoder_tied.pt", "-o", out, "--force", "--rules", rules)
+    assert ran.err.startswith(f"ckpt: {rules}: [[rule]] 1 has no pattern")
+
+
+def test_max_shard_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sizes are given as people write them; the shards read back as one checkpoint."""
+    out = tmp_path / "shards"
+    arguments = ("convert", "fixtures/encoder_tied.pt", "-o", out, "--max-shard-size")
+    assert run_ckpt(capsys, *arguments, "20kB").code == 0
+    assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3
+    assert run_ckpt(capsys, "diff", "fixtures/encoder_tied.pt", out).code == 0
+    assert run_ckpt(capsys, *arguments, "huge").code == 2

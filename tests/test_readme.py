@@ -1,0 +1,83 @@
+"""The README is true: its commands run, and print what it shows."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ckptkit.rules import parse_rules
+from tests.helpers_cli import ROOT, run_ckpt
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+COMMANDS = re.findall(r"^(pip install .*)$", README, re.MULTILINE)
+
+
+def _sessions() -> list[tuple[str, str]]:
+    pairs = []
+    for block in CONSOLE:
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, output = part.partition("\n")
+            pairs.append((command, output))
+    return pairs
+
+
+@pytest.mark.parametrize(("command", "output"), _sessions(), ids=[command[:40] for command, _ in _sessions()])
+def test_sessions(
+    command: str, output: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each command of the README prints, on a terminal that shows both streams, exactly what stands below it."""
+    shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
+    monkeypatch.chdir(tmp_path)
+    ran = run_ckpt(capfd, *shlex.split(command)[1:])
+    assert (ran.out + ran.err).strip() == output.strip()
+
+
+def test_python_example(tmp_path: Path) -> None:
+    """The script runs as it stands, from the checkout."""
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    script = tmp_path / "train.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{block}", encoding="utf-8")
+    done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "8 matched, 2 shape-mismatched",
+        "loaded 8 of 10 tensors, 99.4 % of the elements; kept 2 as they were",
+    ]
+
+
+def test_rule_file_example(capsys: pytest.CaptureFixture[str]) -> None:
+    """The rule file of the README is one that is read."""
+    import tomllib
+
+    block = next(text for text in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[[rule]]" in text)
+    rules = parse_rules(file=tomllib.loads(block))
+    assert [len(stage.rules) for stage in rules.stages] == [2, 1]
+    assert capsys.readouterr().err == ""
+
+
+def test_two_commands_do_everything(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first installs and does the main job, the second installs and tests; both under the constraints."""
+    assert len(COMMANDS) == 2
+    assert all(command.startswith("pip install -c constraints.txt ") for command in COMMANDS)
+    shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
+    monkeypatch.chdir(tmp_path)
+    job = COMMANDS[0].partition(" && ")[2]
+    assert run_ckpt(capsys, *shlex.split(job)[1:]).code == 0
+    assert COMMANDS[1].endswith("&& python -m pytest -q")
+
+
+def test_everything_that_is_named_is_there() -> None:
+    """Files that the README, CONTRIBUTING and the changelog link to or name exist."""
+    for document in ("README.md", "CONTRIBUTING.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        for name in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"`((?:tests|fixtures|\.ci)/[\w./]+)`", text):
+            assert (ROOT / name).exists(), f"{document} names {name}"

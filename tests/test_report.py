@@ -1,0 +1,58 @@
+"""Results as text: joined rows spell exactly the keys they stand for."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptkit.report.table import Row, collapse, plain_table
+
+
+def _spelled(cell: str) -> list[str]:
+    """Return the keys that a joined key stands for, read back from its text."""
+    text, _, count = cell.partition(" ×")
+    parts = []
+    tokens = re.split(r"(\{[^}]*\})", text)
+    for token in tokens:
+        if token.startswith("{"):
+            values: list[str] = []
+            for piece in token[1:-1].split(","):
+                first, _, last = piece.partition("..")
+                values += map(str, range(int(first), int(last or first) + 1))
+            parts.append(values)
+        else:
+            parts.append([token])
+    keys = ["".join(choice) for choice in itertools.product(*parts)]
+    assert len(keys) == int(count or 1)
+    return keys
+
+
+_keys = st.lists(
+    st.lists(st.sampled_from(["a", "b", "0", "1", "2", "5", "10", "012"]), min_size=1, max_size=4).map(".".join),
+    unique=True,
+    max_size=60,
+)
+
+
+@given(_keys, st.integers(1, 3))
+def test_joined_rows_stand_for_exactly_their_keys(keys: list[str], kinds: int) -> None:
+    """No key is claimed that is not there, none is lost, and different contents are never joined."""
+    rows = [Row(key, (f"F32 [{sum(map(ord, key)) % kinds}]",)) for key in keys]
+    found = [(key, cell) for joined, cell in collapse(rows) for key in _spelled(joined)]
+    assert sorted(found) == sorted((row.key, *row.cells) for row in rows)
+
+
+def test_holes_and_crossings_are_shown() -> None:
+    """A missing index is a hole in the range; several indices are joined only where all combinations are there."""
+    keys = [f"layers.{i}.w" for i in (0, 1, 2, 3, 7)] + ["e.0.x.0", "e.1.x.1"]
+    assert collapse(Row(key, ()) for key in keys) == [("layers.{0..3,7}.w ×5",), ("e.0.x.0",), ("e.1.x.1",)]
+
+
+def test_names_that_look_like_numbers_stay_names() -> None:
+    """``0012`` is no index, and a table changes no cell."""
+    rows = [Row("0012", ("1e5",)), Row("0013", ("1e5",))]
+    assert collapse(rows) == [("0012", "1e5"), ("0013", "1e5")]
+    assert plain_table(collapse(rows), ["key", "x"]) == ["key    x", "0012   1e5", "0013   1e5"]
