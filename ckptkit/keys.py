@@ -12,12 +12,12 @@ from ckptkit.text import quoted
 
 __all__ = ["Pattern", "Template", "matches_any", "parse_pattern", "parse_rename", "parse_template"]
 
-_NAME = r"[A-Za-z_][A-Za-z0-9_]*"
+_NAME = r"[A-Za-z][A-Za-z0-9_]*"  # a leading underscore is left to the groups that stars make
 _PATTERN_TOKEN = re.compile(
     rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<int>:int)?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
 )
 _TEMPLATE_TOKEN = re.compile(
-    rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<shift>[+-]\d+)?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
+    rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<shift>[+-][0-9]{{1,18}})?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
 )
 _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
@@ -52,7 +52,7 @@ def parse_pattern(text: str) -> Pattern:
     if text.startswith("re:"):
         try:
             return Pattern(text, regex=re.compile(text[3:], re.DOTALL))
-        except (re.error, RecursionError, OverflowError) as error:
+        except (re.error, RecursionError, OverflowError, ValueError) as error:
             raise RuleError(f"{quoted(text)} is not a regular expression: {error}") from None
     if not text:
         raise RuleError("a pattern is empty", hint="'*' matches every key")

@@ -192,7 +192,7 @@ def _pass(
             rule_of[key] = f"{rule_of[key]}, {rule}" if key in rule_of else str(rule)
         if new is None:
             dropped[key] = str(rule)
-        elif not new:
+        elif not new and name:  # a checkpoint that is one bare tensor has the key ''
             raise RuleError(f"{rule} leaves {quoted(key)} without a name")
         elif new not in owner or _takes(owner[new], (key, rule), new, dropped, made):
             made[key] = new

@@ -139,7 +139,7 @@ class Inflated:
             return
         machine = zlib.decompressobj(-zlib.MAX_WBITS)
         for piece in self.packed.chunks():
-            data = machine.decompress(piece, CHUNK)
+            data = self._expand(machine, piece)
             while data:
                 part = data[skip : skip + left]
                 skip -= min(skip, len(data))
@@ -148,8 +148,14 @@ class Inflated:
                     yield part
                 if not left:
                     return
-                data = machine.decompress(machine.unconsumed_tail, CHUNK)
+                data = self._expand(machine, machine.unconsumed_tail)
         raise FormatError(f"compressed data ends {left} bytes early", path=self.packed.file.path)
+
+    def _expand(self, machine: zlib._Decompress, data: bytes | memoryview) -> bytes:
+        try:
+            return machine.decompress(data, CHUNK)
+        except zlib.error as error:
+            raise FormatError(f"compressed data is damaged: {error}", path=self.packed.file.path) from None
 
     def slice(self, start: int, nbytes: int) -> Inflated:
         """Return a part of the range."""

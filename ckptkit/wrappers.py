@@ -39,10 +39,11 @@ def choose_envelope(
 
     Raises ``FormatError`` listing the candidates where there are several.
     """
+    seen: dict[tuple[int, int], bool] = {}
     children = {
         key: value
         for key, value in tree.items()
-        if isinstance(key, str) and isinstance(value, Mapping) and _holds_weights(value, is_tensor)
+        if isinstance(key, str) and isinstance(value, Mapping) and _holds_weights(value, is_tensor, seen)
     }
     named = {key: value for key, value in children.items() if key in ENVELOPES}
     candidates = named or ({} if is_state_dict(tree, is_tensor) else children)
@@ -60,12 +61,21 @@ def choose_envelope(
     return (key, *choose_envelope(value, is_tensor, f"{at}{key}."))
 
 
-def _holds_weights(value: Mapping[object, object], is_tensor: Callable[[object], bool], depth: int = 3) -> bool:
-    if is_state_dict(value, is_tensor):
-        return True
-    if depth == 0 or value.keys() >= _OPTIMIZER_KEYS:
-        return False
-    return any(
-        key in ENVELOPES and isinstance(inner, Mapping) and _holds_weights(inner, is_tensor, depth - 1)
-        for key, inner in value.items()
-    )
+def _holds_weights(
+    value: Mapping[object, object],
+    is_tensor: Callable[[object], bool],
+    seen: dict[tuple[int, int], bool],
+    depth: int = 3,
+) -> bool:
+    # Remembered by identity: a small file can refer to one mapping from a million places.
+    place = (id(value), depth)
+    if place not in seen:
+        seen[place] = is_state_dict(value, is_tensor) or (
+            depth > 0
+            and not value.keys() >= _OPTIMIZER_KEYS
+            and any(
+                key in ENVELOPES and isinstance(inner, Mapping) and _holds_weights(inner, is_tensor, seen, depth - 1)
+                for key, inner in value.items()
+            )
+        )
+    return seen[place]

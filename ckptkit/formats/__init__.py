@@ -19,7 +19,7 @@ _SINGLE_FILES = (
     "diffusion_pytorch_model.safetensors", "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
 _TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
-_LEGACY_MAGIC = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
+_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
 _UNPACK = "unpack it first"
 _KNOWN_MAGICS = (
     (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
@@ -125,7 +125,7 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
         from ckptkit.formats.torch_zip import open_torch_zip
 
         return open_torch_zip(file, inner)
-    if head.startswith(_LEGACY_MAGIC):
+    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]:
         from ckptkit.formats.torch_legacy import open_torch_legacy
 
         return open_torch_legacy(file, inner)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sized
 
 from ckptkit.errors import FormatError
 
-__all__ = ["Global", "Interpreter", "MappingValue", "Placeholder"]
+__all__ = ["Global", "Interpreter", "MappingValue", "Placeholder", "check_key"]
 
 
 class Global:
@@ -51,6 +51,22 @@ class MappingValue(dict[object, object]):
 
 
 _LONGEST_NAME = 1000
+_LARGEST_KEY = 2**61 - 1  # integers equal modulo this collide in every dict
+
+
+def check_key(key: object) -> None:
+    """Raise ``FormatError`` where hashing or comparing ``key`` could be made expensive, or is not possible.
+
+    Tuples are left to the caller; complex numbers can all be made to collide, and comparing two
+    frozen sets of frozen sets takes exponential time.
+    """
+    if isinstance(key, str | bytes | float | None):
+        return
+    if isinstance(key, int):
+        if not -_LARGEST_KEY < key < _LARGEST_KEY:
+            raise FormatError(f"a dict key is an integer of {key.bit_length()} bits")
+    elif type(key).__hash__ is not object.__hash__:
+        raise FormatError(f"corrupt pickle: a {type(key).__name__} as dict key")
 
 
 class Interpreter:

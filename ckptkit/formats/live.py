@@ -33,7 +33,7 @@ def build_model(target: str, *, device: str | None = None) -> Any:
     with contextlib.redirect_stdout(sys.stderr):
         try:
             made: Any = importlib.import_module(module_name)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelError(f"importing {quoted(module_name)} failed: {_first_line(error)}") from error
         for part in name.split("."):
             if not hasattr(made, part):
@@ -52,7 +52,7 @@ def _call(function: Any, name: str, device: str | None) -> Any:
     try:
         with torch.device(device) if device else contextlib.nullcontext():
             made = function()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(f"calling {quoted(name)} failed: {_first_line(error)}") from error
     if not _is_model(made) and not isinstance(made, Mapping):
         raise ModelError(f"{quoted(name)} returned a {type(made).__name__}, not a model or a state_dict")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from ckptkit.errors import FormatError
-from ckptkit.formats.inert import Interpreter, MappingValue, Placeholder
+from ckptkit.formats.inert import Interpreter, MappingValue, Placeholder, check_key
 
 __all__ = ["MARK", "Operation", "PickleMachine", "TruncatedPickleError"]
 
@@ -17,8 +17,8 @@ class TruncatedPickleError(FormatError):
 
 
 MARK: Final = object()
-_LARGEST_KEY = 2**61 - 1  # integers equal modulo this collide in every dict
-_MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide too
+_MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide
+_LONGEST_TUPLE_KEY = 64
 
 
 class PickleMachine:
@@ -93,23 +93,18 @@ class PickleMachine:
 
     def key(self, key: object) -> object:
         """Return ``key`` where hashing it is cheap and collides with nothing; refuse everything else."""
-        if isinstance(key, str | bytes | float | None):
+        if isinstance(key, str):
             return key
-        if isinstance(key, int):
-            if -_LARGEST_KEY < key < _LARGEST_KEY:
-                return key
-            raise FormatError(f"a dict key is an integer of {key.bit_length()} bits")
         if isinstance(key, tuple):
             self.tuple_keys += 1
             if self.tuple_keys > _MOST_TUPLE_KEYS:
                 raise FormatError(f"more than {_MOST_TUPLE_KEYS} dict keys are tuples")
-            if any(isinstance(item, tuple) for item in key):
-                raise FormatError("a dict key is a tuple of tuples, too deep to be a name")
+            if len(key) > _LONGEST_TUPLE_KEY or any(isinstance(item, tuple) for item in key):
+                raise FormatError("a dict key is a long tuple or a tuple of tuples, too deep to be a name")
             for item in key:
-                self.key(item)
+                check_key(item)
             return key
-        if isinstance(key, list | dict | set | bytearray):
-            raise FormatError(f"corrupt pickle: a {type(key).__name__} as dict key at byte {self.pos - 1}")
+        check_key(key)
         return key
 
     def put_items(self, target: object, pairs: list[Any]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -20,6 +21,8 @@ LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 METADATA = "__metadata__"
 _MOST_DIMENSIONS = 1024
 _LARGEST_SIZE = 2**63  # torch counts with signed 64-bit sizes
+_DEEPEST_EXTRA = 100  # the library stops at 127 levels
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 
 
@@ -82,9 +85,19 @@ def _without_collection() -> Iterator[None]:
 def parse_json(data: bytes, what: str) -> dict[str, Any]:
     """Return the JSON object in ``data``; raises ``FormatError`` for anything else, a key given twice included."""
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_no_constant,
+            parse_float=_finite,
+            parse_int=_integer if b"-0" in data else None,
+        )
+        if _LONE_SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} is not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise FormatError(f"{what} holds half of a surrogate pair, which is no text") from None
     except RecursionError:
         raise FormatError(f"{what} is nested too deeply") from None
     except _JsonError as error:
@@ -111,6 +124,17 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _no_constant(name: str) -> NoReturn:
     raise _JsonError(f"holds {name}, which is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _JsonError(f"holds {text[:40]}, which is no finite number")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # no integer to the safetensors library, and none to us
 
 
 def _metadata(value: object) -> Mapping[str, str]:
@@ -140,10 +164,24 @@ def _entries(header: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str
             elements *= size
         if type(begin) is not int or type(end) is not int or elements * bits != 8 * (end - begin):
             _explain(key, entry)
-        odd += len(entry) != 3
+        if (elements == 0 and math.prod(size or 1 for size in shape) >= _LARGEST_SIZE) or end >= _LARGEST_SIZE:
+            raise FormatError(f"{quoted(key)}: the shape {str(shape)[:80]} overflows")
+        if len(entry) != 3:
+            odd += 1
+            _check_extra(key, entry, 0)
         infos[key] = TensorInfo(key, code, tuple(shape))
         offsets[key] = (begin, end)
     return infos, offsets, [f"{plural(odd, 'entry', 'entries')} with fields that are not known"] if odd else []
+
+
+def _check_extra(key: str, value: object, depth: int) -> None:
+    if depth > _DEEPEST_EXTRA:
+        raise FormatError(f"{quoted(key)}: the header entry is nested too deeply")
+    if type(value) is int and value.bit_length() > 1000:
+        raise FormatError(f"{quoted(key)}: the header entry holds an integer of {value.bit_length()} bits")
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            _check_extra(key, inner, depth + 1)
 
 
 def _explain(key: str, entry: object) -> NoReturn:

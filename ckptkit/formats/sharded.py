@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -84,7 +83,7 @@ def _read_index(path: str) -> Mapping[str, Any]:
 
 def _check_name(key: str, name: object, index_name: str, path: str) -> None:
     if not isinstance(name, str):
-        raise FormatError(f"the index maps {quoted(key)} to {json.dumps(name)[:60]}, not to a file name", path=path)
+        raise FormatError(f"the index maps {quoted(key)} to a {type(name).__name__}, not to a file name", path=path)
     # Windows rules see drives, roots and both kinds of slash, on every system.
     parts = PureWindowsPath(name)
     if not name or parts.name != name or parts.drive or name in (".", "..") or "\0" in name:
@@ -145,7 +144,8 @@ def _joined(
     total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
     actual = sum(info.nbytes for info in infos.values())
     if total is not None and total != actual:
-        warnings.append(f"the index gives a total size of {total} bytes, the tensors have {actual}")
+        stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
+        warnings.append(f"the index gives a total size of {stated} bytes, the tensors have {actual}")
     metadata: dict[str, str] = {}
     for shard in opened.values():
         metadata |= shard.metadata

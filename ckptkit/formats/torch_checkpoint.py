@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
 from ckptkit.formats.torch_objects import HARMLESS, SUSPICIOUS, StorageRef, TensorRef, TorchObjects
-from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select
+from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select, type_name
 from ckptkit.storage import Region
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
 from ckptkit.text import plural, printable, quoted
@@ -17,6 +18,8 @@ from ckptkit.torch_bridge import gather
 __all__ = ["TorchFile", "assemble"]
 
 _BUDGET_PER_BYTE = 2
+_NAMES_PER_BYTE = 64
+_MOST_OUTLINED = 1_000_000
 _MOST_TENSORS = 1_000_000
 
 
@@ -62,10 +65,11 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         value = {"": value} if not chosen else {chosen[-1]: value}
     if isinstance(value, Placeholder):
         raise FormatError(
-            f"holds a pickled object of class {quoted(str(value.factory))}, not a state_dict",
+            f"holds a pickled object of class {quoted(type_name(value))}, not a state_dict",
             hint="save its state_dict() and give that",
         )
-    tensors, entries, warnings = _sort_leaves(value, _BUDGET_PER_BYTE * file.pickle_size + 1000)
+    outlined = [_MOST_OUTLINED]
+    tensors, entries, warnings = _sort_leaves(value, file.pickle_size, outlined)
     places: dict[str, Region] = {}
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
@@ -73,7 +77,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         infos[key] = _info(key, tensor, ids, ambiguous=ambiguous)
         if tensor.storage is not None and tensor.storage.key not in places:
             places[tensor.storage.key] = file.locate(tensor.storage)
-    entries = _outside(file.tree, chosen) + entries
+    entries = _outside(file.tree, chosen, outlined) + entries
     references = [name for name in file.objects.interpreter.references if not name.startswith(HARMLESS)]
     suspicious = [name for name in references if name.startswith(SUSPICIOUS)]
     warnings += [*file.warnings, *_code_warnings(references, suspicious)]
@@ -112,22 +116,30 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     )
 
 
-def _sort_leaves(value: object, budget: int) -> tuple[dict[str, tuple[TensorRef, bool]], list[Entry], list[str]]:
+def _sort_leaves(
+    value: object, size: int, outlined: list[int]
+) -> tuple[dict[str, tuple[TensorRef, bool]], list[Entry], list[str]]:
     tensors: dict[str, tuple[TensorRef, bool]] = {}
     entries: list[Entry] = []
     warnings: list[str] = []
     if isinstance(value, MappingValue) and value.attributes:
-        entries.extend(describe((name,), inner) for name, inner in value.attributes.items())
-    for place, leaf in leaves(value, budget):
+        entries.extend(describe((name,), inner, outlined) for name, inner in value.attributes.items())
+    names = _NAMES_PER_BYTE * size + 1_000_000
+    for place, leaf in leaves(value, [_BUDGET_PER_BYTE * size + 1000]):
+        key = flat_key(place)
+        names -= len(key)
+        if names < 0:
+            raise FormatError("the structure is nested so that its names take many times its own size")
         if not isinstance(leaf, TensorRef):
             if place:
-                entries.append(describe(place, leaf))
+                entries.append(describe(place, leaf, outlined))
             continue
         if len(tensors) >= _MOST_TENSORS:
             raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
-        key = flat_key(place)
         if key in tensors:
             exact = exact_key(place)
+            while exact in tensors:  # keys that are no names, such as tuples, are written alike
+                exact = f"{exact}#{len(tensors)}"
             warnings.append(f"two tensors would both be called {quoted(key)}: one is listed as {printable(exact)}")
             tensors[key] = (tensors[key][0], True)
             tensors[exact] = (leaf, True)
@@ -141,13 +153,14 @@ def _versions(value: object) -> dict[str, int]:
     return versions_from(table) if isinstance(table, Mapping) else {}
 
 
-def _outside(tree: object, chosen: tuple[object, ...]) -> list[Entry]:
+def _outside(tree: object, chosen: tuple[object, ...], outlined: list[int]) -> list[Entry]:
     entries: list[Entry] = []
     level = tree
     for depth, key in enumerate(chosen):
         if not isinstance(level, Mapping):
             break
-        entries.extend(describe((*chosen[:depth], other), level[other]) for other in level if other is not key)
+        others = [other for other in level if other is not key]
+        entries.extend(describe((*chosen[:depth], other), level[other], outlined) for other in others)
         level = level[key]
     return entries
 
@@ -164,6 +177,8 @@ def _code_warnings(references: list[str], suspicious: list[str]) -> list[str]:
 
 
 def _info(key: str, tensor: TensorRef, ids: dict[str, int], *, ambiguous: bool) -> TensorInfo:
+    if math.prod(size or 1 for size in tensor.shape) >= 2**63:
+        raise FormatError(f"{quoted(key)}: the shape {str(list(tensor.shape))[:80]} overflows")
     kind = "ambiguous" if ambiguous and tensor.kind == "dense" else tensor.kind
     if tensor.storage is None:
         return TensorInfo(key, tensor.dtype, tensor.shape, kind=kind)

@@ -16,10 +16,10 @@ from ckptkit.text import quoted
 
 __all__ = ["open_torch_legacy"]
 
-_MAGIC_SIZE = 15  # the first of the five pickles, a number that the format is told by
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the five pickles, a number that the format is told by
 _PROTOCOL = 1001
 _FIRST_WINDOW = 1 << 20
-_LARGEST_PICKLE = 512 << 20
+_LARGEST_PICKLE = 256 << 20
 _LENGTH = struct.Struct("<q")
 
 
@@ -30,9 +30,12 @@ def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
     """
     objects = TorchObjects()
     plain = Interpreter({}, {})
-    protocol, pos = _pickle(file, plain, _MAGIC_SIZE)
+    magic, pos = _pickle(file, plain, 0)
+    if magic != _MAGIC:
+        raise FormatError("a bare pickle, not a file of torch.save")
+    protocol, pos = _pickle(file, plain, pos)
     if protocol != _PROTOCOL:
-        raise FormatError(f"a legacy torch file of protocol {str(protocol)[:20]}, not {_PROTOCOL}")
+        raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
     _, pos = _pickle(file, plain, pos)
     start = pos
     tree, pos = _pickle(file, objects.interpreter, pos)
@@ -74,7 +77,9 @@ def _pickle(file: LocalFile, interpreter: Interpreter, start: int) -> tuple[obje
 
 
 def _storage_starts(file: LocalFile, objects: TorchObjects, keys: object, pos: int) -> dict[str, int]:
-    if not isinstance(keys, list) or not all(isinstance(key, str | int) for key in keys):
+    if not isinstance(keys, list) or not all(
+        isinstance(key, str) or (type(key) is int and 0 <= key < 2**64) for key in keys
+    ):
         raise FormatError("a legacy torch file without a list of storages")
     starts: dict[str, int] = {}
     for key in map(str, keys):

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any, Final
 
 from ckptkit.errors import FormatError
-from ckptkit.formats.inert import Interpreter, MappingValue, Placeholder
+from ckptkit.formats.inert import Global, Interpreter, MappingValue, Placeholder, check_key
 from ckptkit.tensors import DTYPES
 from ckptkit.text import quoted
 
@@ -66,6 +66,11 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
     "half": "F16", "float": "F32", "double": "F64", "short": "I16", "int": "I32", "long": "I64",
     "cfloat": "C64", "cdouble": "C128", "chalf": "C32",
 }  # fmt: skip
+
+
+_MOST_DIMENSIONS = 1024
+_COMPLEX = ("C32", "C64", "C128")
+_NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
 
 
 def _constants() -> dict[str, object]:
@@ -125,9 +130,9 @@ class TorchObjects:
             "torch._utils._rebuild_meta_tensor_no_storage": _meta,
             "torch._utils._rebuild_nested_tensor": _nested,
             "torch._utils._rebuild_wrapper_subclass": _subclass,
-            "torch.serialization._get_layout": str,
+            "torch.serialization._get_layout": _name,
             "torch.Size": _size,
-            "torch.device": lambda *parts: ":".join(map(str, parts)),
+            "torch.device": lambda *parts: ":".join(map(_name, parts)),
             "_codecs.encode": self._encode,
             "collections.deque": self._copy(list),
         }
@@ -140,7 +145,7 @@ class TorchObjects:
             builders[f"{home}.dict"] = partial(self._mapping, "dict")
             for kind in (list, set, frozenset, tuple):
                 builders[f"{home}.{kind.__name__}"] = self._copy(kind)
-            builders[f"{home}.complex"] = complex
+            builders[f"{home}.complex"] = _complex
             builders[f"{home}.slice"] = lambda *parts: ["slice", *parts]
         return builders
 
@@ -154,8 +159,7 @@ class TorchObjects:
             self.interpreter.spend(source)
             for pair in source:
                 key, value = pair
-                if isinstance(key, tuple | int) and not (isinstance(key, int) and abs(key) < 2**60):
-                    raise FormatError("corrupt pickle: a mapping is built from pairs with keys that are no names")
+                check_key(key)
                 made[key] = value
         return made
 
@@ -164,8 +168,8 @@ class TorchObjects:
             if not isinstance(source, list | tuple | dict | set | frozenset):
                 raise TypeError(f"a {type(source).__name__}")
             self.interpreter.spend(source)
-            if kind in (set, frozenset) and any(isinstance(item, tuple | int) for item in source):
-                return list(source)  # hashing these can be made expensive, and nobody asks a checkpoint's set
+            if kind in (set, frozenset) and not all(isinstance(item, str | bytes | float | None) for item in source):
+                return list(source)  # hashing others can be made expensive, and nobody asks a checkpoint's set
             return kind(source)
 
         return build
@@ -177,6 +181,8 @@ class TorchObjects:
         return text.encode("latin-1")
 
     def _from_type(self, function: object, _kind: object, args: object, _state: object = None) -> object:
+        if isinstance(function, Global) and function.name.startswith("_rebuild_from_type"):
+            raise TypeError("itself")  # nested a thousand times, it would exhaust the interpreter's own stack
         made = self.interpreter.call(function, args)
         if isinstance(made, TensorRef) and _kind != "tensor" and made.kind == "dense":
             return replace(made, kind="subclass")
@@ -184,14 +190,15 @@ class TorchObjects:
 
     def _persistent(self, pid: object) -> object:
         if isinstance(pid, tuple) and pid and pid[0] == "module" and len(pid) == 4:
-            self.sources.append(str(pid[2]))
+            if isinstance(pid[2], str):
+                self.sources.append(pid[2])
             return pid[1]
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
             raise FormatError("corrupt pickle: a persistent id that names no storage")
         kind, key, numel = pid[1], pid[2], pid[4]
         if isinstance(key, int) and not isinstance(key, bool):
             key = str(key)
-        if not isinstance(kind, StorageType) or not isinstance(key, str) or type(numel) is not int or numel < 0:
+        if not isinstance(kind, StorageType) or not isinstance(key, str) or not _is_count(numel):
             raise FormatError("corrupt pickle: a persistent id with a storage of unknown type, key or size")
         width = _width(kind.dtype)
         storage = StorageRef(key, kind.dtype, numel * width)
@@ -203,7 +210,7 @@ class TorchObjects:
         return known if known.dtype == storage.dtype else storage
 
     def _part(self, storage: StorageRef, view: object, width: int) -> StorageRef:
-        if not isinstance(view, tuple) or len(view) != 3 or any(type(n) is not int or n < 0 for n in view[1:]):
+        if not isinstance(view, tuple) or len(view) != 3 or not all(map(_is_count, view[1:])):
             raise FormatError(f"storage {quoted(storage.key)}: a view of it is described wrongly")
         start, length = view[1] * width, view[2] * width
         if start + length > storage.nbytes:
@@ -213,6 +220,23 @@ class TorchObjects:
         return replace(storage, start=start, length=length)
 
 
+def _is_count(number: object) -> bool:
+    # torch counts with signed 64 bits; Python would go on, to numbers that cannot be printed.
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _name(part: object) -> str:
+    if not isinstance(part, str | int):
+        raise TypeError("a name that is no string")
+    return str(part)
+
+
+def _complex(real: object = 0.0, imag: object = 0.0) -> complex:
+    if not isinstance(real, int | float) or not isinstance(imag, int | float):
+        raise TypeError("parts that are no numbers")
+    return complex(real, imag)
+
+
 def _width(dtype: str) -> int:
     return DTYPES[dtype].bits // 8 if dtype else 1
 
@@ -220,8 +244,10 @@ def _width(dtype: str) -> int:
 def _size(sizes: object = ()) -> tuple[int, ...]:
     if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
         raise TypeError("sizes that are no integers")
-    if any(n < 0 for n in sizes):
-        raise FormatError(f"corrupt pickle: a tensor with the negative size or stride {list(sizes)}")
+    if len(sizes) > _MOST_DIMENSIONS:
+        raise FormatError(f"corrupt pickle: a tensor of {len(sizes)} dimensions")
+    if not all(map(_is_count, sizes)):
+        raise FormatError(f"corrupt pickle: a tensor with a size or stride below 0 or above 2^63: {str(sizes)[:80]}")
     return tuple(sizes)
 
 
@@ -246,15 +272,18 @@ def _place(storage: StorageRef, dtype: str, offset: int, size: object, stride: o
     shape, steps = _size(size), _size(stride)
     if len(shape) != len(steps):
         raise FormatError(f"corrupt pickle: a tensor of {len(shape)} dimensions with {len(steps)} strides")
-    if offset < 0:
-        raise FormatError(f"corrupt pickle: a tensor at the negative offset {offset}")
+    if not _is_count(offset):
+        raise FormatError(f"corrupt pickle: a tensor at the offset {offset}, below 0 or above 2^63")
     return TensorRef(dtype, shape, storage, offset, steps)
 
 
 def _flags(tensor: TensorRef, metadata: Any) -> TensorRef:
     if not isinstance(metadata, dict):
         return tensor
-    return replace(tensor, conj=bool(metadata.get("conj")), neg=bool(metadata.get("neg")))
+    conj, neg = bool(metadata.get("conj")), bool(metadata.get("neg"))
+    if (conj and tensor.dtype not in _COMPLEX) or (neg and tensor.dtype not in _NEGATABLE):
+        raise FormatError(f"corrupt pickle: a {tensor.dtype} tensor marked as conjugate or negative")
+    return replace(tensor, conj=conj, neg=neg)
 
 
 def _parameter(data: object, *_: object) -> object:
@@ -270,6 +299,8 @@ def _quantized(
 
 
 def _sparse(layout: object, data: Any) -> TensorRef:
+    if not isinstance(data, tuple) or len(data) > 5:
+        raise TypeError("parts that are no short tuple")
     parts = [part for part in data if isinstance(part, TensorRef)]
     size = data[2] if layout == "torch.sparse_coo" else data[3]
     return TensorRef(parts[-1].dtype, _size(size), kind="sparse")

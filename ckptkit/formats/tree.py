@@ -12,7 +12,7 @@ from ckptkit.tensors import Entry
 from ckptkit.text import plural, printable, quoted
 from ckptkit.wrappers import choose_envelope
 
-__all__ = ["describe", "leaves", "select"]
+__all__ = ["describe", "exact_key", "flat_key", "leaves", "select", "type_name"]
 
 _DEEPEST = 200
 _MOST_SHOWN = 64
@@ -71,20 +71,20 @@ def _name(key: object) -> str:
         return key
     if isinstance(key, int | float | None):
         return str(key)
-    return f"<{_type(key)}>"
+    return f"<{type_name(key)}>"
 
 
-def leaves(value: object, budget: int) -> Iterator[tuple[Path, object]]:
+def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
     """Yield each leaf below ``value`` with its path, in order, descending into plain containers only.
 
-    Raises ``FormatError`` where the structure is nested too deeply, or expands to more than ``budget``
-    places: a kilobyte of shared lists can stand for 2^60 of them.
+    Raises ``FormatError`` where the structure is nested too deeply, or expands to more places than
+    ``budget[0]``, which is counted down: a kilobyte of shared lists can stand for 2^60 of them.
     """
     stack: list[Iterator[tuple[Path, object]]] = [iter([((), value)])]
     while stack:
         for path, item in stack[-1]:
-            budget -= 1
-            if budget < 0:
+            budget[0] -= 1
+            if budget[0] < 0:
                 raise FormatError("the structure refers to its own parts so often that it expands too far")
             if isinstance(item, Mapping | list | tuple) and item:
                 if len(stack) > _DEEPEST:
@@ -112,10 +112,13 @@ def exact_key(path: Path) -> str:
     return "".join(f"[{key!r}]" if isinstance(key, str | int) else f"[{_name(key)}]" for key in path)
 
 
-def describe(path: Path, value: object) -> Entry:
-    """Return an entry for ``value``: itself where it is small and JSON can hold it, else what it is made of."""
+def describe(path: Path, value: object, budget: list[int]) -> Entry:
+    """Return an entry for ``value``: itself where it is small and JSON can hold it, else what it is made of.
+
+    ``budget[0]`` bounds the places that are looked at, over all calls together.
+    """
     shown = _plain(value, [_MOST_SHOWN], 4)
-    return Entry(flat_key(path), _type(value), _outline(value) if shown is _TOO_MUCH else shown)
+    return Entry(flat_key(path), type_name(value), _outline(value, budget) if shown is _TOO_MUCH else shown)
 
 
 _TOO_MUCH = object()
@@ -136,9 +139,9 @@ def _plain(value: object, left: list[int], depth: int) -> object:
     if isinstance(value, Placeholder) and isinstance(value.state, dict) and not value.items and not value.pairs:
         return _plain(value.state, left, depth)
     if isinstance(value, Mapping):
-        if not all(isinstance(key, str) for key in value):
+        if len(value) > _MOST_SHOWN or not all(isinstance(key, str) for key in value):
             return _TOO_MUCH
-        pairs = {str(key): _plain(item, left, depth - 1) for key, item in list(value.items())[: _MOST_SHOWN + 1]}
+        pairs = {str(key): _plain(item, left, depth - 1) for key, item in value.items()}
         return _TOO_MUCH if _TOO_MUCH in pairs.values() else pairs
     if isinstance(value, list | tuple):
         items = [_plain(item, left, depth - 1) for item in value[: _MOST_SHOWN + 1]]
@@ -146,7 +149,7 @@ def _plain(value: object, left: list[int], depth: int) -> object:
     return _TOO_MUCH
 
 
-def _outline(value: object) -> str:
+def _outline(value: object, budget: list[int]) -> str:
     if isinstance(value, TensorRef):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, int):
@@ -159,14 +162,15 @@ def _outline(value: object) -> str:
         return "not shown"
     tensors = 0
     try:
-        for _, leaf in leaves(value, 1_000_000):
+        for _, leaf in leaves(value, budget):
             tensors += isinstance(leaf, TensorRef)
-    except FormatError as error:
-        return f"{plural(len(value), 'item')}, {error.reason}"
+    except FormatError:
+        return f"{plural(len(value), 'item')}, too deep or too many to count"
     return plural(len(value), "item") + (f", {plural(tensors, 'tensor')}" if tensors else "")
 
 
-def _type(value: object) -> str:
+def type_name(value: object) -> str:
+    """Return what kind of thing ``value`` is, by the class that the pickle names for it."""
     if isinstance(value, TensorRef):
         return "tensor"
     if isinstance(value, MappingValue):

@@ -9,6 +9,7 @@ length field claims and hashes what it is told to.
 from __future__ import annotations
 
 import codecs
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Final
@@ -68,10 +69,15 @@ def _old_string(data: bytes) -> object:
         return data
 
 
+_ESCAPED = re.compile(r"""(?:[^\\]|\\(?:[\\'"abfnrtv]|x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}))*""")
+
+
 def _quoted_string(machine: PickleMachine) -> None:
     text = machine.line().strip()
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "\"'":
         raise FormatError(f"corrupt pickle: a string without quotes before byte {machine.pos}")
+    if not _ESCAPED.fullmatch(text[1:-1]):
+        raise FormatError(f"corrupt pickle: a string with an unknown escape before byte {machine.pos}")
     machine.stack.append(_old_string(codecs.escape_decode(text[1:-1].encode())[0]))
 
 

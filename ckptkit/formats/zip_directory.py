@@ -23,6 +23,7 @@ _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_DIRECTORY = 256 << 20
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40
+_DESCRIPTOR = 0x8
 _DOS_DIRECTORY = 0x10
 
 
@@ -183,11 +184,15 @@ def _check_local(file: LocalFile, entries: dict[str, ZipEntry], limit: int) -> d
         if entry.header + _LOCAL.size + len(raw) > limit:
             raise FormatError(f"zip entry {quoted(entry.name)} lies beyond the archive")
         data = file.read(entry.header, _LOCAL.size + len(raw))
-        magic, _, flags, method, _, _, _, _, _, name_len, extra_len = _LOCAL.unpack_from(data)
+        magic, _, flags, method, _, _, *stated, name_len, extra_len = _LOCAL.unpack_from(data)
         if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
             raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
         if method != entry.method or flags & _ENCRYPTED:
             raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its method")
+        # Where a data descriptor follows, the local header leaves these fields empty; zip64 fills them with ones.
+        empty = flags & _DESCRIPTOR or not any(stated) or 0xFFFFFFFF in stated[1:]
+        if not empty and stated != [entry.crc, entry.packed, entry.size]:
+            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its size")
         start = entry.header + _LOCAL.size + name_len + extra_len
         reached = start + entry.packed
         if reached > limit:

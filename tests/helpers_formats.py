@@ -1,0 +1,208 @@
+"""Files for the tests of the readers: honest ones made by torch and safetensors, hostile ones put together by hand."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import struct
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptkit.errors import CkptkitError
+from ckptkit.formats import open_checkpoint
+from ckptkit.tensors import DTYPES, Checkpoint
+
+CODE_OF = {getattr(torch, dtype.torch_name): dtype.code for dtype in DTYPES.values() if dtype.torch_name}
+MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def write(tmp_path: Path, data: bytes, name: str = "file.pt") -> str:
+    path = tmp_path / name
+    path.write_bytes(data)
+    return str(path)
+
+
+def opened(tmp_path: Path, data: bytes, name: str = "file.pt") -> Checkpoint:
+    return open_checkpoint(write(tmp_path, data, name))
+
+
+def read_everything(path: str) -> dict[str, bytes]:
+    with open_checkpoint(path) as checkpoint:
+        return {key: checkpoint.read_bytes(key) for key in checkpoint}
+
+
+def refusal(path: str) -> CkptkitError:
+    """The error of opening ``path`` and of reading everything in it: one line that names the file."""
+    with pytest.raises(CkptkitError) as caught:
+        read_everything(path)
+    assert caught.value.path
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def refused(tmp_path: Path, data: bytes, name: str = "file.pt") -> CkptkitError:
+    return refusal(write(tmp_path, data, name))
+
+
+def random_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
+    """Random bits, so that every NaN and every unused code of a dtype is among them."""
+    generator = torch.Generator().manual_seed(seed)
+    top = 2 if dtype is torch.bool else 256
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.randint(0, top, (count,), dtype=torch.uint8, generator=generator).view(dtype).reshape(tuple(shape))
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    """The logical values of a tensor as contiguous bytes."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return bytes(plain.view(torch.uint8).tolist())
+
+
+def assert_same(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> None:
+    """Names, order, dtypes, shapes and bytes are those of ``expected``, by every way of reading."""
+    assert list(checkpoint) == list(expected)
+    for key, tensor in expected.items():
+        info = checkpoint[key]
+        assert info.dtype == CODE_OF[tensor.dtype], key
+        assert info.kind == "dense", key
+        doubled = (*tensor.shape[:-1], 2 * tensor.shape[-1]) if info.dtype == "F4" else tuple(tensor.shape)
+        assert info.shape == doubled, key
+        assert info.nbytes == checkpoint.payload(key).nbytes == tensor.numel() * tensor.element_size(), key
+        assert checkpoint.read_bytes(key) == bits(tensor), key
+        read = checkpoint.read(key)
+        assert (read.dtype, read.shape) == (tensor.dtype, tensor.shape), key
+        assert bits(read) == bits(tensor), key
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def safetensors_file(header: Mapping[str, Any] | str | bytes, data: bytes = b"") -> bytes:
+    text = json.dumps(header) if isinstance(header, Mapping) else header
+    raw = text.encode() if isinstance(text, str) else text
+    return struct.pack("<Q", len(raw)) + raw + data
+
+
+def f32(begin: int = 0, end: int = 4, shape: Sequence[int] = (1,), dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+# --- what torch.save makes -------------------------------------------------------------------------------------------
+
+
+def saved(thing: object, *, legacy: bool = False, protocol: int = 2) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(thing, buffer, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
+    return buffer.getvalue()
+
+
+def zip_of(entries: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in entries:
+            archive.writestr(zipfile.ZipInfo(name), data, method)
+    return buffer.getvalue()
+
+
+def rezip(data: bytes, changes: Mapping[str, bytes | None] | None = None, method: int = zipfile.ZIP_STORED) -> bytes:
+    """The archive written anew by zipfile, some entries replaced, added, or (None) left out."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        entries: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
+    entries |= changes or {}
+    return zip_of([(name, content) for name, content in entries.items() if content is not None], method)
+
+
+CENTRAL = {"flags": (8, "H"), "method": (10, "H"), "crc": (16, "L"), "packed": (20, "L"), "size": (24, "L"),
+           "attributes": (38, "L"), "header": (42, "L")}  # fmt: skip
+
+
+def patch_central(data: bytes, name: str, **fields: int) -> bytes:
+    """The archive with fields of one entry of its central directory overwritten."""
+    raw = name.encode()
+    at = data.rfind(raw) - 46
+    assert data[at : at + 4] == b"PK\1\2"
+    made = bytearray(data)
+    for field, value in fields.items():
+        offset, code = CENTRAL[field]
+        struct.pack_into(f"<{code}", made, at + offset, value)
+    return bytes(made)
+
+
+# --- pickles by hand (protocol 2) ------------------------------------------------------------------------------------
+
+
+def glob(dotted: str) -> bytes:
+    module, _, name = dotted.rpartition(".")
+    return f"c{module}\n{name}\n".encode()
+
+
+def text(value: str) -> bytes:
+    raw = value.encode("utf-8", "surrogatepass")
+    return b"X" + struct.pack("<I", len(raw)) + raw
+
+
+def number(value: int) -> bytes:
+    raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(raw)]) + raw if len(raw) < 256 else b"\x8b" + struct.pack("<i", len(raw)) + raw
+
+
+def several(*items: bytes) -> bytes:
+    return b"(" + b"".join(items) + b"t"
+
+
+def call(dotted: str, *args: bytes) -> bytes:
+    return glob(dotted) + several(*args) + b"R"
+
+
+def mapping(pairs: Mapping[str, bytes]) -> bytes:
+    return b"}(" + b"".join(text(key) + value for key, value in pairs.items()) + b"u"
+
+
+def storage(
+    key: str = "0", numel: int = 4, kind: str = "torch.FloatStorage", location: str = "cpu", *more: bytes
+) -> bytes:
+    return several(text("storage"), glob(kind), text(key), text(location), number(numel), *more) + b"Q"
+
+
+def tensor(
+    where: bytes | None = None, *, offset: int = 0, size: Sequence[int] = (2, 2), stride: Sequence[int] = (2, 1),
+    more: bytes = b"",
+) -> bytes:  # fmt: skip
+    return call(
+        "torch._utils._rebuild_tensor_v2",
+        storage() if where is None else where,
+        number(offset),
+        several(*map(number, size)),
+        several(*map(number, stride)),
+        b"\x89",
+        call("collections.OrderedDict"),
+        more,
+    )
+
+
+def pickled(body: bytes) -> bytes:
+    return b"\x80\x02" + body + b"."
+
+
+def torch_zip(body: bytes, records: Mapping[str, bytes] | None = None) -> bytes:
+    """A torch zip around a pickle made by hand; one storage of 16 bytes unless told otherwise."""
+    stored = {"0": bytes(range(16))} if records is None else records
+    entries = [("archive/data.pkl", pickled(body)), ("archive/byteorder", b"little")]
+    entries += [(f"archive/data/{key}", data) for key, data in stored.items()]
+    return zip_of([*entries, ("archive/version", b"3\n")])
+
+
+def legacy_file(
+    body: bytes, keys: object = ("0",), stored: bytes | None = None, magic: int = MAGIC, protocol: int = 1001
+) -> bytes:
+    """A legacy file around a pickle made by hand; one storage of four floats unless told otherwise."""
+    info = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
+    head = b"".join(pickle.dumps(part, 2) for part in (magic, protocol, info))
+    tail = struct.pack("<q", 4) + bytes(range(16)) if stored is None else stored
+    return head + pickled(body) + pickle.dumps(list(keys) if isinstance(keys, tuple) else keys, 2) + tail

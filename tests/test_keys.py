@@ -1,0 +1,207 @@
+"""One pattern language everywhere: which keys are meant, and what they are called afterwards."""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptkit.errors import RuleError
+from ckptkit.keys import matches_any, parse_pattern, parse_rename, parse_template
+from ckptkit.text import human_bytes, plural, printable, quoted
+
+KEYS = st.text(string.ascii_lowercase + string.digits + "._", min_size=1, max_size=20)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fits", "fits_not"),
+    [
+        pytest.param("layers.1", ["layers.1"], ["layers.10", "layers.1.w", "xlayers.1", "layersx1"], id="whole key"),
+        pytest.param("*", ["", "a", "a.b.c", "a\nb"], [], id="star is anything"),
+        pytest.param("h.*.w", ["h.0.w", "h.0.attn.w", "h..w"], ["h.w", "h.0.w.x"], id="star crosses dots"),
+        pytest.param("h.{i}.w", ["h.0.w", "h.attn.w"], ["h.0.attn.w", "h..w"], id="capture is one segment"),
+        pytest.param(
+            "h.{i:int}.w", ["h.0.w", "h.007.w"], ["h.x.w", "h.1a.w", "h.-1.w", "h.\u0663.w"], id="int capture"
+        ),
+        pytest.param("{a}.{b}.{a}", ["x.y.x", "1.1.1"], ["x.y.z", "x.y.xx"], id="repeated capture"),
+        pytest.param("{i:int}.{i:int}", ["3.3"], ["3.03", "3.4"], id="repeated int capture"),
+        pytest.param("a.b+c(d)[e]?^$|\\", ["a.b+c(d)[e]?^$|\\"], ["aXb+c(d)[e]?^$|\\"], id="all else is literal"),
+        pytest.param("layer{i}.w", ["layer12.w"], ["layer.w", "layer1.2.w"], id="capture inside a segment"),
+        pytest.param("re:h\\.\\d+", ["h.1", "h.12"], ["h.1.w", "xh.1", "h.x"], id="regex, full match"),
+        pytest.param("re:a.b", ["a\nb"], ["ab"], id="regex, dot is any character"),
+        pytest.param("re:(?i)W", ["w", "W"], ["ww"], id="regex, flags"),
+        pytest.param("re:", [""], ["a"], id="regex, empty"),
+        pytest.param("0012", ["0012"], ["12", "00120"], id="digits are text"),
+        pytest.param("1e5", ["1e5"], ["100000", "1e50"], id="numbers are text"),
+    ],
+)
+def test_a_pattern_fits_whole_keys(pattern: str, fits: list[str], fits_not: list[str]) -> None:
+    parsed = parse_pattern(pattern)
+    assert [key for key in fits if parsed.match(key) is None] == []
+    assert [key for key in fits_not if parsed.match(key) is not None] == []
+    assert matches_any([parse_pattern("no.such"), parsed], fits[0])
+    assert not matches_any([], fits[0])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "reason"),
+    [
+        pytest.param("", "is empty", id="empty"),
+        pytest.param("a.{", "brace", id="open brace"),
+        pytest.param("a.}", "brace", id="closing brace"),
+        pytest.param("a.{}", "brace", id="no name"),
+        pytest.param("a.{1x}", "brace", id="name begins with a digit"),
+        pytest.param("a.{_0}.*", "brace", id="name of a star's own group"),
+        pytest.param("a.{x:float}", "brace", id="unknown kind"),
+        pytest.param("a.{x+1}", "brace", id="arithmetic on the left"),
+        pytest.param("re:(", "is not a regular expression", id="open group"),
+        pytest.param("re:a{99999999999999999999}", "is not a regular expression", id="overflow"),
+        pytest.param("re:" + "(" * 5000, "is not a regular expression", id="nested too deeply"),
+        pytest.param("re:(?a)(?u)x", "is not a regular expression", id="flags that exclude each other"),
+        pytest.param("re:(?<=a*)b", "is not a regular expression", id="variable look-behind"),
+    ],
+)
+def test_a_pattern_that_is_none_is_refused(pattern: str, reason: str) -> None:
+    with pytest.raises(RuleError, match=reason):
+        parse_pattern(pattern)
+
+
+@pytest.mark.parametrize(
+    ("rename", "old", "new"),
+    [
+        pytest.param("module.*=*", "module.fc.weight", "fc.weight", id="strip a prefix"),
+        pytest.param("*=model.*", "fc.weight", "model.fc.weight", id="add a prefix"),
+        pytest.param("*.gamma=*.weight", "bn.gamma", "bn.weight", id="a suffix"),
+        pytest.param(
+            "h.{i}.attn.*=layers.{i}.self_attn.*", "h.3.attn.q.w", "layers.3.self_attn.q.w", id="capture, star"
+        ),
+        pytest.param("*.a.*=*.b.*", "x.a.y", "x.b.y", id="stars in order"),
+        pytest.param("*.a.*=*.b.*", "x.a.y.a.z", "x.a.y.b.z", id="the first star takes the most"),
+        pytest.param("{a}.{b}={b}.{a}", "x.y", "y.x", id="captures by name"),
+        pytest.param("{a}.{b}={a}", "x.y", "x", id="a capture may be left out"),
+        pytest.param("{a}.w={a}.{a}.w", "x.w", "x.x.w", id="a capture may come twice"),
+        pytest.param("b.{i:int}.*=b.{i+1}.*", "b.9.w", "b.10.w", id="plus"),
+        pytest.param("b.{i:int}.*=b.{i-10}.*", "b.10.w", "b.0.w", id="minus, down to zero"),
+        pytest.param("b.{i:int}.*=b.{i+0}.*", "b.007.w", "b.7.w", id="counting makes a number"),
+        pytest.param("b.{i:int}.*=c.{i}.*", "b.007.w", "c.007.w", id="without counting digits stay"),
+        pytest.param("b.{i:int}=b.{i+1}", "b." + "9" * 18, "b.1" + "0" * 18, id="18 digits"),
+        pytest.param("re:h\\.(\\d+)\\.(.*)=layers.\\1.\\2", "h.3.w", "layers.3.w", id="regex, by number"),
+        pytest.param("re:(?P<x>.*)_g=\\g<x>", "w_g", "w", id="regex, by name"),
+        pytest.param("re:a=b=c", "a=b", "c", id="regex, the last = divides"),
+        pytest.param("re:(a)|(b)=x\\2", "a", "x", id="regex, a group that took no part is empty"),
+        pytest.param("a=", "a", "", id="an empty name is the rules' matter"),
+        pytest.param("module.*=*", "fc.module.w", None, id="fits not"),
+    ],
+)
+def test_a_rename_says_the_new_name(rename: str, old: str, new: str | None) -> None:
+    assert parse_rename(rename).apply(old) == new
+
+
+@pytest.mark.parametrize(
+    ("rename", "reason"),
+    [
+        pytest.param("module.*", "OLD=NEW", id="no ="),
+        pytest.param("a=b=c", "OLD=NEW", id="two ="),
+        pytest.param("=a", "is empty", id="nothing on the left"),
+        pytest.param("*=a", "1 '\\*' on the left and 0 on the right", id="a star is lost"),
+        pytest.param("a=*", "0 '\\*' on the left and 1 on the right", id="a star from nowhere"),
+        pytest.param("*.*=*", "2 '\\*' on the left and 1 on the right", id="one of two stars is lost"),
+        pytest.param("a.{i}=b.{j}", "'a.{i}' does not capture", id="unbound capture"),
+        pytest.param("a.{i}=b.{i+1}", "counts with {i}", id="arithmetic on text"),
+        pytest.param("a.{i:int}=b.{i:int}", "brace", id="a kind on the right"),
+        pytest.param("a.{i:int}=b.{i+}", "brace", id="nothing to add"),
+        pytest.param("a.{i:int}=b.{i*2}", "brace", id="no multiplication"),
+        pytest.param("a.{i:int}=b.{i+" + "9" * 5000 + "}", "brace", id="a number without end"),
+        pytest.param("a=b}", "brace", id="stray brace on the right"),
+        pytest.param("re:a=\\1", "does not fit", id="regex, no such group"),
+        pytest.param("re:a=\\g<x>", "does not fit", id="regex, no such name"),
+        pytest.param("re:a=\\", "does not fit", id="regex, bad escape"),
+    ],
+)
+def test_a_rename_that_cannot_work_is_refused_before_any_key_is_seen(rename: str, reason: str) -> None:
+    with pytest.raises(RuleError, match=reason):
+        parse_rename(rename)
+
+
+@pytest.mark.parametrize(
+    ("rename", "key", "reason"),
+    [
+        pytest.param("b.{i:int}.*=b.{i-1}.*", "b.0.w", "index -1, below zero", id="below zero"),
+        pytest.param("b.{i:int}=b.{i+1}", "b." + "9" * 19, "19 digits", id="too many digits"),
+    ],
+)
+def test_arithmetic_that_makes_no_index_names_the_key(rename: str, key: str, reason: str) -> None:
+    with pytest.raises(RuleError, match=reason) as caught:
+        parse_rename(rename).apply(key)
+    assert key in caught.value.reason
+
+
+@given(KEYS)
+def test_every_key_without_signs_is_a_pattern_for_itself_alone(key: str) -> None:
+    pattern = parse_pattern(key)
+    assert pattern.match(key) is not None
+    assert pattern.match(f"{key}0") is None
+    assert parse_template(key, parse_pattern("x")).apply("x") == key
+
+
+@given(KEYS, KEYS)
+def test_adding_a_prefix_then_stripping_it_is_identity(key: str, prefix: str) -> None:
+    added = parse_rename(f"*={prefix}.*").apply(key)
+    assert added == f"{prefix}.{key}"
+    assert parse_rename(f"{prefix}.*=*").apply(added) == key
+
+
+@pytest.mark.parametrize("name", ["0012", "1e5", "nan", "1_000", "a.b", "weiß", "層.0", "", " ", "=cmd|'/c'!A0", "<b>"])
+def test_harmless_names_are_printed_exactly(name: str) -> None:
+    assert printable(name) == name
+    assert quoted(name) == f"'{name}'"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        pytest.param("a\x1b[2Jb", "a\\x1b[2Jb", id="escape sequence"),
+        pytest.param("a\x1b]0;t\x07", "a\\x1b]0;t\\x07", id="window title"),
+        pytest.param("a\x9b2J", "a\\x9b2J", id="C1"),
+        pytest.param("a\r\nb\tc\x00\x7f", "a\\x0d\\x0ab\\x09c\\x00\\x7f", id="C0 and DEL"),
+        pytest.param("a\u202eb\u2066c\u061cd\u200fe", "a\\u202eb\\u2066c\\u061cd\\u200fe", id="bidi"),
+        pytest.param(
+            "a\u200bb\u200dc\ufeff\u2028\u2029", "a\\u200bb\\u200dc\\ufeff\\u2028\\u2029", id="zero width, lines"
+        ),
+        pytest.param("a\ud800", "a\\ud800", id="lone surrogate"),
+        pytest.param("a\U000e0041\U0010ffff", "a\\U000e0041\\U0010ffff", id="tags and the last code point"),
+        pytest.param("a\\x1b", "a\\\\x1b", id="a backslash becomes two"),
+    ],
+)
+def test_characters_that_do_something_are_escaped(name: str, shown: str) -> None:
+    assert printable(name) == shown
+
+
+@given(st.text())
+def test_a_printed_name_is_one_line_without_controls(name: str) -> None:
+    shown = printable(name)
+    assert len(shown.splitlines()) <= 1
+    assert {unicodedata.category(char) for char in shown}.isdisjoint({"Cc", "Cf", "Cs", "Cn", "Zl", "Zp"})
+    assert printable(f"{name}\\") != printable(f"{name}\\\\")
+
+
+def test_a_very_long_name_is_cut_in_the_middle_and_says_so() -> None:
+    shown = printable("a" * 500_000 + "\n" * 500_000)
+    assert shown == "a" * 200 + "...<999600 more characters>..." + "\\x0a" * 200
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (248_000, "248.0 kB"), (999_950, "1.0 MB"), (10**9, "1.0 GB"),
+     (10**24, "1000.0 ZB")],
+)  # fmt: skip
+def test_sizes_are_decimal(count: int, shown: str) -> None:
+    assert human_bytes(count) == shown
+
+
+def test_counts_agree_with_their_noun() -> None:
+    assert [plural(count, "tensor") for count in (0, 1, 1234)] == ["0 tensors", "1 tensor", "1,234 tensors"]
+    assert plural(2, "entry", "entries") == "2 entries"
