@@ -1,0 +1,152 @@
+"""Time ckptkit against a named rival, in pairs, and print ratios: ``python tests/benchmarks/run.py``.
+
+Each pair runs the two commands in turn, as whole processes, so that a machine whose speed drifts
+drifts for both. The figure is the median of the ratios; memory is the peak of the process. Seconds mean
+nothing across machines and are printed only for orientation. Ends with 1 where a limit is passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+MB = 1_000_000
+PYTHON = sys.executable
+CKPT = [PYTHON, "-m", "ckptkit"]
+
+
+@dataclass(frozen=True)
+class Race:
+    """A command of ours, its rival, and how much time and memory it may take."""
+
+    name: str
+    ours: list[str]
+    rival: list[str]
+    limit: float
+    memory_limit: int | None = None  # bytes
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a process."""
+
+    seconds: float
+    peak: int
+
+
+def _run(command: list[str], directory: Path) -> Run:
+    begin = time.perf_counter()
+    process = subprocess.Popen(command, cwd=directory, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - begin
+    if os.waitstatus_to_exitcode(status) not in (0, 1):
+        raise SystemExit(f"failed: {shlex.join(command)}")
+    return Run(seconds, usage.ru_maxrss * 1024)
+
+
+def _write_safetensors(path: Path, count: int, elements: int, prefix: str = "") -> None:
+    header = {}
+    for index in range(count):
+        begin = index * elements * 4
+        header[f"{prefix}layers.{index // 100}.block.{index % 100}.weight"] = {
+            "dtype": "F32",
+            "shape": [elements],
+            "data_offsets": [begin, begin + elements * 4],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for _ in range(count):
+            file.write(os.urandom(elements * 4) if elements < 1000 else os.urandom(1 << 20) * (elements * 4 >> 20))
+
+
+def _write_torch(path: Path, count: int, elements: int) -> None:
+    tensors = f"{{f'layers.{{i}}.weight': torch.randn({elements}) for i in range({count})}}"
+    program = f"import torch; torch.save({tensors}, {str(path)!r})"
+    subprocess.run([PYTHON, "-c", program], check=True)
+
+
+def races(directory: Path, gigabytes: float) -> Iterable[Race]:
+    """Make the files that each race needs, and yield it."""
+    _write_safetensors(directory / "small.safetensors", 10, 16)
+    show = [*CKPT, "show", "small.safetensors"]
+    torch_tool = (
+        "import torch\nfrom safetensors import safe_open\n"
+        "with safe_open('small.safetensors', 'pt') as f:\n for k in f.keys(): print(k, f.get_slice(k).get_shape())"
+    )
+    yield Race("show a small file / the same with torch", show, [PYTHON, "-c", torch_tool], 0.5)
+    yield Race("show a small file / import click", show, [PYTHON, "-c", "import click"], 3.0)
+
+    for name in ("a", "b"):
+        _write_safetensors(directory / f"{name}.safetensors", 100_000, 4)
+    parse = (
+        "import json\nfor n in 'ab':\n with open(n + '.safetensors', 'rb') as f:\n"
+        "  json.loads(f.read(int.from_bytes(f.read(8), 'little')))"
+    )
+    diff = [*CKPT, "diff", "a.safetensors", "b.safetensors"]
+    yield Race("diff 2 x 100,000 tensors / json.loads", diff, [PYTHON, "-c", parse], 3.0, 400 * MB)
+
+    _write_torch(directory / "many.pt", 2000, 4096)
+    load = "import torch; torch.load('many.pt', mmap=True, weights_only=True)"
+    yield Race("list 2,000 tensors of a .pt / torch.load", [*CKPT, "show", "many.pt"], [PYTHON, "-c", load], 0.2)
+
+    tensors = max(int(gigabytes * 64), 1)
+    _write_safetensors(directory / "large.safetensors", tensors, 4 << 20, "module.")
+    _write_torch(directory / "large.pt", tensors, 4 << 20)
+    rename = [*CKPT, "remap", "large.safetensors", "-o", "out.safetensors", "--force", "--rename", "module.*=*"]
+    convert = [*CKPT, "convert", "large.pt", "-o", "out.safetensors", "--force"]
+    rename_pt = [*CKPT, "remap", "large.pt", "-o", "out.pt", "--force", "--rename", "layers.*=h.*"]
+    yield Race(
+        f"rename {gigabytes:g} GB of safetensors / cp + fsync", rename, _copy("large.safetensors"), 1.3, 100 * MB
+    )
+    yield Race(f"convert {gigabytes:g} GB of .pt / cp + fsync", convert, _copy("large.pt"), 1.5, 150 * MB)
+    yield Race(f"rename {gigabytes:g} GB of .pt / cp + fsync", rename_pt, _copy("large.pt"), 1.5, 150 * MB)
+
+
+def _copy(name: str) -> list[str]:
+    # As ours: beside the target, flushed, then renamed over the file of the run before.
+    return ["sh", "-c", f"cp {name} copy.tmp && sync copy.tmp && mv copy.tmp copy && sync ."]
+
+
+def main() -> int:
+    """Run every race and print a line for each; return 1 where one is over its limit."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=5, help="pairs that count, after one that does not")
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the large files")
+    parser.add_argument("--only", default="", help="only races whose name contains this")
+    options = parser.parse_args()
+    over = False
+    print(f"{'race':52} {'ratio':>6} {'limit':>6}  {'from - to':13} {'ours':>8} {'rival':>8} {'peak':>8}")
+    with tempfile.TemporaryDirectory(prefix="ckptkit-benchmark-") as name:
+        directory = Path(name)
+        for race in races(directory, options.gigabytes):
+            if options.only not in race.name:
+                continue
+            pairs = [(_run(race.ours, directory), _run(race.rival, directory)) for _ in range(options.runs + 1)][1:]
+            ratios = sorted(ours.seconds / rival.seconds for ours, rival in pairs)
+            ratio, peak = statistics.median(ratios), max(ours.peak for ours, _ in pairs)
+            over |= ratio > race.limit or (race.memory_limit is not None and peak > race.memory_limit)
+            ours, rival = (statistics.median(run.seconds for run in runs) for runs in zip(*pairs, strict=True))
+            spread = f"{ratios[0]:.2f} - {ratios[-1]:.2f}"
+            print(
+                f"{race.name:52} {ratio:6.2f} {race.limit:6.1f}  {spread:13} "
+                f"{ours:6.2f} s {rival:6.2f} s {peak / MB:5.0f} MB",
+                flush=True,
+            )
+    return int(over)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
