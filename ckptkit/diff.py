@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -9,13 +10,16 @@ from functools import cached_property
 
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.text import quoted
+from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 from ckptkit.wrappers import WRAPPER_PREFIXES
 
 __all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff"]
 
 _EXTRA_STATE = "_extra_state"
+_STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
 _COUNTER = "num_batches_tracked"
+_SPECIAL = re.compile(r"[*{}=]|^re:")  # what a pattern would not take literally
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +36,10 @@ class Pair:
 
     @property
     def loads(self) -> bool:
-        """Whether ``load_state_dict`` takes it: equal shapes, or the one pair that torch converts."""
-        # torch keeps scalars of before 0.4, saved with one dimension, loadable: it takes their first element.
-        scalar = self.expected.shape == () and len(self.found.shape) == 1 and self.found.shape[0] > 0
-        return scalar or self.expected.shape == self.found.shape
+        """Whether ``load_state_dict`` takes its shape: an equal one, or one of the two cases that torch makes fit."""
+        # Scalars of before torch 0.4 were saved with one dimension; extra state may have any shape.
+        scalar = self.expected.shape == () and self.found.shape == (1,)
+        return scalar or self.expected.shape == self.found.shape or _state_key(self.key) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,9 @@ class StateDictDiff:
 
     ``missing``: expected, not found. ``unexpected``: found, not expected. ``shape_mismatched``: same key,
     other shape. ``dtype_mismatched``: a matched key with another dtype, which torch would cast; it is
-    listed under ``matched`` too. ``blocked`` names expected keys whose found value is no tensor at all.
+    listed under ``matched`` too, as is ``uncopyable``: torch cannot copy the found values, since they are sparse,
+    quantised or none, or of a dtype that nothing is cast from. ``blocked`` names expected keys whose found value
+    is no tensor at all.
     """
 
     expected: Mapping[str, TensorInfo]
@@ -64,26 +70,30 @@ class StateDictDiff:
     shape_mismatched: tuple[Pair, ...]
     dtype_mismatched: tuple[Pair, ...]
     blocked: tuple[str, ...] = ()
+    uncopyable: tuple[Pair, ...] = ()
+    foreign: tuple[str, ...] = ()  # keys of found that are not expected and hold no tensor
     extra_state: tuple[str, ...] = ()  # keys of extra state that only one side has
     filled: frozenset[str] = frozenset()  # missing keys that torch fills in for checkpoints of before 0.4.1
+    unseen: frozenset[str] = frozenset()  # unexpected keys below a submodule that is None: torch looks at none of them
 
     @property
     def loads(self) -> bool:
         """Whether ``load_state_dict(strict=False)`` would accept the found tensors."""
-        return not self.blocked and all(pair.loads for pair in self.shape_mismatched)
+        return not self.blocked and not self.uncopyable and all(pair.loads for pair in self.shape_mismatched)
 
     @property
     def loads_strict(self) -> bool:
         """Whether ``load_state_dict(strict=True)`` would accept the found tensors."""
         missing = any(info.key not in self.filled for info in self.missing)
-        return self.loads and not missing and not self.unexpected and not self.extra_state
+        unexpected = any(info.key not in self.unseen for info in self.unexpected)
+        return self.loads and not missing and not unexpected and not self.foreign and not self.extra_state
 
     @property
     def different(self) -> bool:
         """Whether there is anything to report."""
         return bool(
             self.missing or self.unexpected or self.shape_mismatched or self.dtype_mismatched
-            or self.blocked or self.extra_state
+            or self.uncopyable or self.blocked or self.foreign or self.extra_state
         )  # fmt: skip
 
     @property
@@ -111,14 +121,23 @@ def diff(expected: StateDictLike, found: StateDictLike, rules: Rules | list[str]
 def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
     """Return the difference, with the keys of ``found`` named as ``key_map`` says."""
     by_new_name = {new: found[old] for old, new in key_map.renamed.items()}
+    values = _values_elsewhere(found, by_new_name)
+    wanted_state = _states(expected, expected)
+    found_state = _states(found, by_new_name)
+    absent = tuple(f"{entry.path}." for entry in expected.entries if entry.type == ABSENT)
     matched: list[Pair] = []
     missing: list[TensorInfo] = []
     shapes: list[Pair] = []
     dtypes: list[Pair] = []
+    uncopyable: list[Pair] = []
+    blocked: list[str] = []
     for key, info in expected.items():
         other = by_new_name.get(key)
         if other is None:
-            missing.append(info)
+            if _state_key(key, expected) not in found_state:
+                missing.append(info)
+                if key in values:
+                    blocked.append(key)
         elif info.shape != other.shape:
             shapes.append(Pair(info, other))
         else:
@@ -126,35 +145,76 @@ def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDi
             matched.append(pair)
             if info.dtype != other.dtype:
                 dtypes.append(pair)
-    unexpected = tuple(found[old] for old, new in key_map.renamed.items() if new not in expected)
-    wanted_state = {entry.path for entry in expected.entries if entry.path.endswith(_EXTRA_STATE)}
-    found_state = {entry.path for entry in found.entries if entry.path.endswith(_EXTRA_STATE)}
+            if (info.dtype != other.dtype or info.kind != other.kind) and not _copies(pair):
+                uncopyable.append(pair)
+    unexpected = {
+        new: other
+        for new, other in by_new_name.items()
+        if new not in expected and _state_key(new, found) not in wanted_state
+    }
+    foreign = [key for key in values if key not in expected and _state_key(key, found) is None]
+    told = {info.key for info in missing} | unexpected.keys()
     return StateDictDiff(
         expected,
         found,
         key_map.renamed,
         tuple(matched),
         tuple(missing),
-        unexpected,
+        tuple(unexpected.values()),
         tuple(shapes),
         tuple(dtypes),
-        blocked=tuple(entry.path for entry in found.entries if entry.path in expected),
-        extra_state=tuple(sorted(wanted_state ^ found_state)),
+        blocked=tuple(blocked),
+        uncopyable=tuple(uncopyable),
+        foreign=tuple(key for key in foreign if not key.startswith(absent)),
+        extra_state=tuple(sorted(key for key in (wanted_state ^ found_state) - told if not key.startswith(absent))),
         filled=_filled(missing, expected, found, key_map),
+        unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent)),
     )
+
+
+def _values_elsewhere(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
+    """Return the keys of found's own mapping that hold no tensor, in order."""
+    # With an envelope, entries may lie outside of the mapping: an epoch beside it is not in the way.
+    paths = [entry.path for entry in found.entries] if not found.envelope else []
+    return dict.fromkeys(path for path in paths if path not in tensors and path != "_metadata")
+
+
+def _states(side: Checkpoint, tensors: Iterable[str]) -> set[str]:
+    """Return the keys of extra state on one side."""
+    keys = (_state_key(key, side) for key in (*(entry.path for entry in side.entries), *tensors))
+    return {key for key in keys if key is not None}
+
+
+def _state_key(key: str, side: Checkpoint | None = None) -> str | None:
+    """Return the key of the extra state that ``key`` is, or lies inside of; None where it is anything else."""
+    match = _STATE_KEY.match(key) if _EXTRA_STATE in key else None
+    # Nested mappings of a file are listed flat, so what lies inside a state is that state; live keys are exact.
+    if match is None or (side is not None and not side.files and match.end() < len(key)):
+        return None
+    return match[0]
+
+
+def _copies(pair: Pair) -> bool:
+    """Whether torch copies the found values into the expected ones, as far as their kinds and dtypes decide."""
+    kinds = {pair.expected.kind, pair.found.kind}
+    dtypes = {pair.expected.dtype, pair.found.dtype}
+    kinds_fit = len(kinds) == 1 or not kinds & {"sparse", "quantized", "meta", "nested"}
+    return _state_key(pair.key) is not None or (kinds_fit and (len(dtypes) == 1 or dtypes <= CASTABLE))
 
 
 def _filled(missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> frozenset[str]:
     """Return the missing counters that batch norm fills in where the state_dict gives it no version, or one below 2."""
     renamed = any(old != new for old, new in key_map.renamed.items())
     versions = {} if renamed else found.versions
-    counters = [info.key for info in missing if info.key.endswith(_COUNTER)]
-    return frozenset(
-        key
-        for key in counters
-        if f"{key.removesuffix(_COUNTER)}running_mean" in expected
-        and versions.get(key.removesuffix(_COUNTER).removesuffix("."), 0) < 2
-    )
+    filled = set()
+    for key in (info.key for info in missing):
+        prefix, _, name = key.rpartition(".")
+        mean = f"{prefix}.running_mean" if prefix else "running_mean"
+        # A live model tells the versions of its own modules: batch norm has 2, a look-alike has 1.
+        is_norm = mean in expected and expected.versions.get(prefix, 2) >= 2
+        if name == _COUNTER and is_norm and versions.get(prefix, 0) < 2:
+            filled.add(key)
+    return frozenset(filled)
 
 
 def _hints(result: StateDictDiff) -> list[Hint]:
@@ -166,16 +226,15 @@ def _hints(result: StateDictDiff) -> list[Hint]:
     hints: list[tuple[int, Hint]] = []
     for rename, mapping in _candidates(result):
         hits = sum(new in expected and expected[new].shape == found[old].shape for old, new in mapping.items())
-        if hits > now:
+        if hits > now and len(set(mapping.values())) == len(mapping):
             hints.append((hits, Hint(_praise(hits, len(expected), rename), rename)))
     hints.sort(key=lambda pair: -pair[0])
     return [hint for hits, hint in hints if hits == hints[0][0]][:3]
 
 
 def _praise(hits: int, wanted: int, rename: str) -> str:
-    if hits == wanted:
-        return f"all {wanted:,} keys match after --rename '{rename}'"
-    return f"{hits:,} of {wanted:,} keys match after --rename '{rename}'"
+    share = f"all {wanted:,}" if hits == wanted else f"{hits:,} of {wanted:,}"
+    return f"{share} keys match after --rename {quoted(rename)}"
 
 
 def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:
@@ -203,7 +262,7 @@ def _prefixes(key: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, 
     found = []
     at = key.find(".")
     while at >= 0:
-        if others.get(key[at + 1 :]) == shape:
+        if others.get(key[at + 1 :]) == shape and not _SPECIAL.search(key[: at + 1]):
             found.append(key[: at + 1])
         at = key.find(".", at + 1)
     return found

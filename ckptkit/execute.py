@@ -120,11 +120,10 @@ class _Reading:
             raise PlanError(f"{quoted(source.key)} is no longer in the {source.role}", path=checkpoint.path)
         found = checkpoint[source.key]
         payload = checkpoint.payload(source.key)
-        if step.operation == "cast":
-            return Cast(payload, found, step.out)
-        if step.operation != "copy" or payload.nbytes != step.out.nbytes:
+        same = found.shape == step.out.shape and (step.operation == "cast" or found.dtype == step.out.dtype)
+        if not same or step.operation not in ("copy", "cast"):
             raise PlanError(f"{quoted(source.key)} is not what the plan was made from", path=checkpoint.path)
-        return payload
+        return Cast(payload, found, step.out) if step.operation == "cast" else payload
 
     def span(self, info: TensorInfo) -> Payload | None:
         step = self.steps[info.key]
@@ -150,17 +149,25 @@ class _Reading:
 def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike) -> dict[str, Checkpoint]:
     wanted = list(dict.fromkeys(source.role for step in plan.steps for source in step.sources))
     is_roles = isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) and set(wanted) <= set(sources)
-    if not is_roles:
+    # A state_dict may well have a tensor called "source".
+    if not is_roles or not all(isinstance(sources[role], Mapping) or _is_model(sources[role]) for role in wanted):
         if len(wanted) != 1:
             raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
         return {wanted[0]: as_checkpoint(sources, wanted[0])}
     return {role: as_checkpoint(thing, role) for role, thing in sources.items()}
 
 
+def _is_model(thing: object) -> bool:
+    return callable(getattr(thing, "state_dict", None))
+
+
 def _refuse_harm(output: Output, inputs: Iterable[Checkpoint]) -> None:
     for checkpoint in inputs:
         same = [file for file in checkpoint.files if _same_file(file, output.path)]
-        inside = os.path.isdir(checkpoint.path) and _same_file(checkpoint.path, output.path)
+        inside = output.max_shard_size is not None and any(
+            is_shard_name(os.path.basename(file)) and _same_file(os.path.dirname(file) or ".", output.path)
+            for file in checkpoint.files
+        )
         if not same and not inside:
             continue
         if not output.force:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ckptkit.errors import ModelError
 from ckptkit.findings import Finding, Report
 from ckptkit.plan import Plan, Step, plan_merge
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint
+from ckptkit.tensors import Checkpoint, shared_keys
 from ckptkit.text import plural, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
@@ -25,7 +26,7 @@ _BATCH = 256 << 20
 
 @dataclass(frozen=True)
 class LoadReport(Report):
-    """What was loaded, by key of the model; ``kept`` stays as the model had it."""
+    """What was loaded, by key of the model and through ties; ``kept`` stays as the model had it."""
 
     loaded: tuple[str, ...] = ()
     kept: tuple[str, ...] = ()
@@ -67,17 +68,26 @@ def load_into(
     taken = [step for step in plan.steps if step.sources[0].role == "donor"]
     before = model.state_dict(keep_vars=True)
     _refuse_meta(before, taken)
-    for batch in _batches(taken):
-        _load_batch(model, before, donor, batch)
+    versions = {} if any(step.out.key != step.sources[0].key for step in taken) else donor.versions
+    batches = list(_batches(taken))
+    for batch in batches:
+        _load_batch(model, before, donor, batch, versions)
     loaded = {step.out.key for step in taken}
-    kept = [key for key in base if key not in loaded]
+    if len(batches) > 1:
+        # What shares memory with a tensor of a later batch may have been written over since it was proved.
+        shared = shared_keys({key: base[key] for key in loaded})
+        for batch in batches:
+            again = [step for step in batch if step.out.key in shared]
+            _prove(model.state_dict(keep_vars=True), before, _values(donor, again))
+    tied = _tied(base, loaded)
+    kept = [key for key in base if key not in loaded and key not in tied]
     elements = sum(info.elements for info in base.values())
-    filled = sum(base[key].elements for key in loaded)
-    findings = (*_kept_findings(kept, plan), *_dropped_findings(plan))
+    filled = sum(info.elements for key, info in base.items() if key in loaded or key in tied)
+    findings = (*_kept_findings(kept, plan), *_tied_findings(tied), *_dropped_findings(plan))
     return LoadReport(
         findings,
         ModelError,
-        loaded=tuple(step.out.key for step in taken),
+        loaded=tuple(key for key in base if key in loaded or key in tied),
         kept=tuple(kept),
         coverage=filled / elements if elements else 1.0,
     )
@@ -106,25 +116,52 @@ def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def _load_batch(
-    model: torch.nn.Module, before: dict[str, torch.Tensor], donor: Checkpoint, batch: Sequence[Step]
+    model: torch.nn.Module,
+    before: dict[str, torch.Tensor],
+    donor: Checkpoint,
+    batch: Sequence[Step],
+    versions: Mapping[str, int],
 ) -> None:
-    import torch
-
-    values = {step.out.key: donor.read(step.sources[0].key) for step in batch}
+    values = _values(donor, batch)
+    if versions:
+        # Modules take values without a version for those of their oldest one, and may convert them.
+        values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
     try:
         model.load_state_dict(values, strict=False)
     except RuntimeError as error:
         raise ModelError(f"load_state_dict refused: {' '.join(str(error).split())}") from error
-    after = model.state_dict(keep_vars=True)
+    _prove(model.state_dict(keep_vars=True), before, values)
+
+
+def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, torch.Tensor]:
+    return OrderedDict((step.out.key, donor.read(step.sources[0].key)) for step in steps)
+
+
+def _prove(
+    after: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]
+) -> None:
     for key, value in values.items():
         if after[key] is not before[key]:
             raise ModelError(f"{quoted(key)} became another object while loading: optimizers still hold the old one")
-        there = after[key].detach().to("cpu")
-        if not torch.equal(_bits(there), _bits(value.to(there.dtype))):
+        if not _same(after[key].detach().to("cpu"), value):
             raise ModelError(
                 f"{quoted(key)} does not have the checkpoint's value after loading",
                 hint="another key that shares its memory was loaded over it, or a hook of the model changed it",
             )
+
+
+def _same(there: torch.Tensor, value: torch.Tensor) -> bool:
+    import torch
+
+    wanted = value.to(there.dtype)
+    if torch.equal(_bits(there), _bits(wanted)):
+        return True
+    if there.dtype == value.dtype or not (there.is_floating_point() or there.is_complex()):
+        return False
+    # Which bits a NaN gets by a cast depends on the memory layout: torch has several kernels for it.
+    differ = (_bits(there) != _bits(wanted)).reshape(there.numel(), -1).any(dim=1)
+    wide = torch.complex128 if there.is_complex() else torch.float64
+    return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -134,8 +171,23 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
+def _tied(base: Checkpoint, loaded: Container[str]) -> dict[str, str]:
+    """Return the keys that are the same memory as a loaded one, with the key that brought the values."""
+    tied = {}
+    for key, others in shared_keys(base).items():
+        same = (other for other in others if other in loaded and replace(base[other], key=key) == base[key])
+        if key not in loaded and (by := next(same, None)) is not None:
+            tied[key] = by
+    return tied
+
+
+def _tied_findings(tied: Mapping[str, str]) -> Iterator[Finding]:
+    for key, by in tied.items():
+        yield Finding("load.tied", "note", key, f"{quoted(key)} is tied to {quoted(by)}, which was loaded")
+
+
 def _kept_findings(kept: Sequence[str], plan: Plan) -> Iterator[Finding]:
-    mismatched = {drop.key for drop in plan.dropped if drop.reason.startswith("shape ")}
+    mismatched = {drop.wanted for drop in plan.dropped}
     for key in kept:
         if key not in mismatched:
             yield Finding("load.missing", "warning", key, f"{quoted(key)} is not in the checkpoint and stays as it was")
@@ -143,6 +195,5 @@ def _kept_findings(kept: Sequence[str], plan: Plan) -> Iterator[Finding]:
 
 def _dropped_findings(plan: Plan) -> Iterator[Finding]:
     for drop in plan.dropped:
-        mismatch = drop.reason.startswith("shape ")
-        code, severity = ("load.shape", "warning") if mismatch else ("load.skipped", "note")
+        code, severity = ("load.shape", "warning") if drop.wanted else ("load.skipped", "note")
         yield Finding(code, severity, drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")  # type: ignore[arg-type]

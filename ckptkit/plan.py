@@ -10,7 +10,7 @@ from ckptkit.errors import PlanError
 from ckptkit.rules import Rules, apply_rules, as_rules
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, overlapping
 from ckptkit.text import plural, printable, quoted
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 
 __all__ = [
     "ON_MISMATCH",
@@ -27,11 +27,6 @@ __all__ = [
 ON_MISSING = ("keep", "error")
 ON_UNEXPECTED = ("skip", "add", "error")
 ON_MISMATCH = ("error", "skip")
-_CASTABLE = {
-    dtype.code
-    for dtype in DTYPES.values()
-    if dtype.torch_name and dtype.bits >= 8 and not dtype.code.startswith(("Q", "BITS"))
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +49,15 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something of an input that the output will not have, and why."""
+    """Something of an input that the output will not have, and why.
+
+    ``wanted`` is the key of the base that it would have filled, where its shape is the reason.
+    """
 
     role: str
     key: str
     reason: str
+    wanted: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +144,7 @@ def plan_merge(
         )
     steps = [taken.get(key) or _kept(info) for key, info in base.items()]
     dropped = [*_dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
+    dropped += _replaced(overlays, taken | added)
     notes = tuple(note for overlay in overlays for note in overlay.notes)
     return Plan((*steps, *added.values()), tuple(dropped), base.metadata, notes)
 
@@ -185,7 +185,9 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
         taken[pair.key] = _step(pair.expected, pair.found, source, key_map.rule_of.get(pair.found.key, ""))
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
     dropped += [
-        Dropped(role, pair.found.key, f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}")
+        Dropped(
+            role, pair.found.key, f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}", pair.key
+        )
         for pair in result.shape_mismatched
     ]
     if policy.on_unexpected == "skip":
@@ -196,6 +198,16 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
             added[out.key] = _step(out, info, Source(role, info.key), key_map.rule_of.get(info.key, ""))
     dropped += _dropped_entries(donor, role)
     return _Overlay(taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
+
+
+def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
+    """Return what an earlier donor has and a later one has too."""
+    steps = [step for overlay in overlays for step in (*overlay.taken.values(), *overlay.added.values())]
+    return [
+        Dropped(step.sources[0].role, step.sources[0].key, f"{last} has it too, and comes later")
+        for step in steps
+        if (last := final[step.out.key].sources[0].role) != step.sources[0].role
+    ]
 
 
 def _and_more(count: int) -> str:
@@ -218,15 +230,19 @@ def _kept(info: TensorInfo) -> Step:
 
 def _step(out: TensorInfo, found: TensorInfo, source: Source, rule: str) -> Step:
     """Return the step that makes ``out`` of ``found``: its bytes as they are, or cast to another dtype."""
+    leave_out = f"leave it out: --drop {quoted(found.key)}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
-        raise PlanError(
-            f"{quoted(found.key)} cannot be written: {why}", hint=f"leave it out: --drop '{printable(found.key)}'"
-        )
+        raise PlanError(f"{quoted(found.key)} cannot be written: {why}", hint=leave_out)
     if out.dtype == found.dtype:
         return Step(replace(out, view=found.view), (source,), "copy", rule)
-    if not {out.dtype, found.dtype} <= _CASTABLE:
-        raise PlanError(f"{quoted(found.key)} is {found.dtype}, which cannot be cast to {out.dtype}")
+    if not {out.dtype, found.dtype} <= CASTABLE:
+        raise PlanError(f"{quoted(found.key)} is {found.dtype}, which cannot be cast to {out.dtype}", hint=leave_out)
+    if DTYPES[found.dtype].parts > DTYPES[out.dtype].parts:
+        raise PlanError(
+            f"{quoted(found.key)} is {found.dtype}, and a cast to {out.dtype} would lose its imaginary part",
+            hint=leave_out,
+        )
     return Step(replace(out, view=None), (source,), "cast", rule)
 
 
@@ -242,7 +258,7 @@ def _is_float(code: str) -> bool:
 def _float_dtype(name: str) -> str:
     for dtype in DTYPES.values():
         if name.upper() == dtype.code or name.removeprefix("torch.") == dtype.torch_name:
-            if _is_float(dtype.code) and dtype.code in _CASTABLE:
+            if _is_float(dtype.code) and dtype.code in CASTABLE:
                 return dtype.code
             raise PlanError(f"{dtype.code} is not a dtype that floating-point tensors can be cast to")
     raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names of them")
@@ -266,7 +282,7 @@ _WHY_NOT = {
 
 
 def _dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
-    return [Dropped(role, entry.path, _entry_reason(entry)) for entry in checkpoint.entries]
+    return [Dropped(role, entry.path, _entry_reason(entry)) for entry in checkpoint.entries if entry.type != ABSENT]
 
 
 def _entry_reason(entry: Entry) -> str:

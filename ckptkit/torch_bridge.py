@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, versions_from
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
 from ckptkit.text import quoted
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Cast", "StateDictLike", "as_checkpoint", "describe_state_dict", "gather"]
+__all__ = ["ABSENT", "CASTABLE", "Cast", "StateDictLike", "as_checkpoint", "describe_state_dict", "gather"]
 
+ABSENT = "absent module"  # the type of an entry for a submodule that is None: torch looks at no key below it
+CASTABLE = frozenset(
+    dtype.code
+    for dtype in DTYPES.values()
+    if dtype.torch_name and dtype.bits >= 8 and not dtype.code.startswith(("Q", "BITS"))
+)
 _BLOCK = 4 << 20
 StateDictLike = Any  # a Checkpoint, a Module, a Mapping of tensors, or a Mapping of TensorInfo
 
@@ -25,6 +31,8 @@ def gather(
     """Yield the contiguous bytes of a strided view whose first element is the first of ``data``."""
     import torch
 
+    if not data:
+        return
     kind = DTYPES[dtype]
     plain = _from_bytes(data)
     # Moving bytes needs no arithmetic: integers of the same width serve every dtype, sub-byte and quantised ones too.
@@ -119,27 +127,31 @@ def as_checkpoint(thing: StateDictLike, role: str) -> Checkpoint:
     if isinstance(thing, str | bytes) or hasattr(thing, "__fspath__"):
         raise ModelError(f"{role} is a path", hint="open it first: open_checkpoint(path)")
     if isinstance(thing, Mapping):
-        if thing and all(isinstance(value, TensorInfo) for value in thing.values()):
+        if all(isinstance(value, TensorInfo) for value in thing.values()):
             return Checkpoint(thing, _no_bytes, path=role, format="description")
         return describe_state_dict(thing, role)
-    if not callable(getattr(thing, "state_dict", None)):
+    if not callable(getattr(thing, "state_dict", None)) or not _is_module(thing):
         raise ModelError(f"{role} is a {type(thing).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
-    _refuse_lazy(thing)
-    return describe_state_dict(thing.state_dict(keep_vars=True), role)
+    checkpoint = describe_state_dict(thing.state_dict(keep_vars=True), role)
+    checkpoint.entries += tuple(_absent(thing))
+    return checkpoint
+
+
+def _is_module(thing: Any) -> bool:
+    import torch
+
+    return isinstance(thing, torch.nn.Module)
+
+
+def _absent(model: torch.nn.Module) -> Iterator[Entry]:
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name, child in module._modules.items():  # noqa: SLF001 - children() leaves out what is None
+            if child is None:
+                yield Entry(f"{path}.{name}" if path else name, ABSENT, None)
 
 
 def _no_bytes(info: TensorInfo) -> Payload:
     raise PlanError(f"{quoted(info.key)} is only described: there are no bytes to read")
-
-
-def _refuse_lazy(model: Any) -> None:
-    from torch.nn.parameter import is_lazy
-
-    for name, value in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(value):
-            raise ModelError(
-                f"{quoted(name)} is uninitialised: a lazy module has no shapes yet", hint="run one forward pass first"
-            )
 
 
 def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live model") -> Checkpoint:  # noqa: A002
@@ -170,8 +182,14 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
         return _Live(tensor, info.nbytes)
 
     def span(info: TensorInfo) -> Payload | None:
-        plain = is_contiguous(info) and not tensors[info.key].is_conj() and not tensors[info.key].is_neg()
-        return payload(info) if plain else None
+        tensor = tensors[info.key]
+        if tensor.is_conj() or tensor.is_neg():
+            return None
+        if is_contiguous(info) or tensor.is_meta or info.kind != "dense":
+            return payload(info)
+        first, last = reach(info)
+        raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+        return _Live(raw.set_(tensor.untyped_storage(), first, (last - first,), (1,)), last - first)
 
     return Checkpoint(
         infos,
@@ -186,7 +204,12 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
 
 def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:
     import torch
+    from torch.nn.parameter import is_lazy
 
+    if is_lazy(tensor):
+        raise ModelError(
+            f"{quoted(key)} is uninitialised: a lazy module has no shapes yet", hint="run one forward pass first"
+        )
     name = str(tensor.dtype).removeprefix("torch.")
     code = next((dtype.code for dtype in DTYPES.values() if dtype.torch_name == name), name.upper())
     kind = "dense"
@@ -196,6 +219,8 @@ def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:
         kind = "quantized"
     elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
         kind = "subclass"
+    if tensor.is_nested:
+        return TensorInfo(key, code, (), kind="nested")
     shape = tuple(tensor.shape)
     if kind != "dense":
         return TensorInfo(key, code, shape, kind=kind)

@@ -54,9 +54,7 @@ class AtomicFile:
 
     def __enter__(self) -> Self:
         """Create the temporary file and reserve its size; raises ``OutputError`` where the disk has no room."""
-        name = os.fsencode(os.path.basename(self.target))[:_LONGEST_NAME].decode("utf-8", "ignore")
-        parent = os.path.dirname(self.target)
-        self._temporary = os.path.join(parent, f"{name}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        self._temporary = _beside(self.target)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
             self._fd = os.open(self._temporary, flags, 0o600)
@@ -107,6 +105,8 @@ class AtomicFile:
             self.write(chunk, offset + done)
             done += len(chunk)
             yield len(chunk)
+        if done != payload.nbytes:
+            raise ChangedError(f"a tensor gave {done} bytes, and {payload.nbytes} were announced")
 
     def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
         done = 0
@@ -151,6 +151,13 @@ class AtomicFile:
             reason = f"no room: needs {human_bytes(self.size)}, {human_bytes(free)} free"
             return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
+
+
+def _beside(target: str) -> str:
+    """Return a new name in the target's directory, which says whose it is and never gets too long."""
+    parent, name = os.path.split(target)
+    short = os.fsencode(name)[:_LONGEST_NAME].decode("utf-8", "ignore")
+    return os.path.join(parent, f"{short}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
 
 
 def _reserve(fd: int, size: int) -> None:
@@ -200,13 +207,13 @@ def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterato
     import shutil
 
     target = os.path.realpath(path)
-    parent, name = os.path.split(target)
+    parent = os.path.dirname(target)
     if not os.path.isdir(parent):
         raise OutputError(f"its directory {parent} does not exist", path=path)
     exists = os.path.lexists(target)
     if exists:
         _check_replaceable(target, path, force=force)
-    temporary = os.path.join(parent, f"{name[:_LONGEST_NAME]}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    temporary = _beside(target)
     try:
         os.mkdir(temporary)
         os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode) if exists else 0o777 & ~current_umask())
@@ -216,6 +223,9 @@ def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterato
         sync_directory(temporary)
         _swap(temporary, target, exists=exists)
         sync_directory(parent)
+    except OutputError as error:
+        error.path = path  # the temporary path inside is nothing to look for
+        raise
     except OSError as error:
         raise OutputError((error.strerror or str(error)).lower(), path=path) from None
     finally:
@@ -255,7 +265,11 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
     at_cwd, flag = -100, 2
     if exchange is not None and exchange(at_cwd, os.fsencode(temporary), at_cwd, os.fsencode(target), flag) == 0:
         return
-    aside = f"{temporary}.old"
+    aside = _beside(target)
     os.rename(target, aside)
-    os.rename(temporary, target)
+    try:
+        os.rename(temporary, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
     os.rename(aside, temporary)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from ckptkit.tensors import DTYPES, TensorInfo
 
-__all__ = ["StoredTensor", "pickle_state_dict"]
+__all__ = ["STORAGE_CLASSES", "StoredTensor", "pickle_state_dict"]
 
 # The dtypes that have a storage class of their own; torch writes the others through untyped storages.
-_STORAGE_CLASSES = {
+STORAGE_CLASSES = {
     "F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
     "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
     "BOOL": "BoolStorage", "C128": "ComplexDoubleStorage", "C64": "ComplexFloatStorage",
@@ -48,7 +48,7 @@ def _tensor(emit: _Emitter, tensor: StoredTensor) -> None:
     if dtype == "F4":  # torch counts bytes of two elements each
         shape, offset = (*shape[:-1], shape[-1] // 2), offset // 2
         stride = (*(step // 2 for step in stride[:-1]), 1)
-    storage = _STORAGE_CLASSES.get(dtype)
+    storage = STORAGE_CLASSES.get(dtype)
     emit.name("torch._utils", "_rebuild_tensor_v2" if storage else "_rebuild_tensor_v3")
     emit.out += b"(("
     emit.constant("storage")

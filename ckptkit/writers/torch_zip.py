@@ -7,12 +7,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from ckptkit.errors import PlanError
+from ckptkit.errors import ChangedError, PlanError
 from ckptkit.storage import Extent
 from ckptkit.tensors import DTYPES, Payload, TensorInfo, is_contiguous, overlapping, reach
 from ckptkit.text import quoted
 from ckptkit.writers.atomic import AtomicFile
-from ckptkit.writers.torch_pickle import StoredTensor, pickle_state_dict
+from ckptkit.writers.torch_pickle import STORAGE_CLASSES, StoredTensor, pickle_state_dict
 
 __all__ = ["TorchZipLayout", "layout_torch_zip", "write_torch_zip"]
 
@@ -122,21 +122,25 @@ def _records(
 
 def _union(group: Sequence[TensorInfo], span: Callable[[TensorInfo], Payload | None]) -> tuple[int, Payload] | None:
     """Return the first byte and the bytes that a group of views covers, or None where writing them apart is better."""
+    if len({info.dtype for info in group}) > 1 and any(info.dtype in STORAGE_CLASSES for info in group):
+        return None  # torch gives all tensors of a typed storage the dtype of the first one
     spans = [span(info) for info in group]
     first, last = min(reach(info)[0] for info in group), max(reach(info)[1] for info in group)
     distinct = {(reach(info), info.shape, info.dtype): info.nbytes for info in group}
     widths = {DTYPES[info.dtype].bits // 8 or 1 for info in group}
     if last - first > sum(distinct.values()) or any((last - first) % width or first % width for width in widths):
         return None
-    if all(isinstance(part, Extent) for part in spans):
-        extents = [part for part in spans if isinstance(part, Extent)]
-        low = min(extents, key=lambda extent: extent.offset)
-        whole = max(extents, key=lambda extent: extent.nbytes)
-        if whole.nbytes == last - first:
-            return first, whole
-        return first, Extent(low.file, low.offset, last - first)
-    same = len(distinct) == 1 and all(part is not None for part in spans)
-    return (first, spans[0]) if same and spans[0] is not None else None
+    known = [part for part in spans if part is not None]
+    extents = [part for part in known if isinstance(part, Extent)]
+    if len(known) < len(spans):
+        return None
+    whole = max(known, key=lambda part: part.nbytes)
+    if whole.nbytes == last - first:
+        return first, whole
+    if len(extents) < len(spans):
+        return None
+    low = min(extents, key=lambda extent: extent.offset)
+    return first, Extent(low.file, low.offset, last - first)
 
 
 def _single(
@@ -173,6 +177,8 @@ def write_torch_zip(layout: TorchZipLayout, out: AtomicFile) -> Iterator[int]:
                 out.write(chunk, entry.start + done)
                 done += len(chunk)
                 yield len(chunk)
+            if done != entry.content.nbytes:
+                raise ChangedError(f"a tensor gave {done} bytes, and {entry.content.nbytes} were announced")
         out.write(_local_header(entry, crc), entry.header)
         directory += _central_header(entry, crc)
     out.write(directory + _end(len(layout.entries), len(directory), layout.directory), layout.directory)

@@ -1,0 +1,96 @@
+"""State_dicts of every shape for the tests of plans, writers and loading, and the oracles they are held against."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from ckptkit.tensors import DTYPES, TensorInfo
+
+CODES = tuple(code for code, dtype in DTYPES.items() if dtype.torch_name and not code.startswith(("Q", "BITS", "F4")))
+STORABLE = tuple(code for code in CODES if DTYPES[code].storable)
+
+
+def dtype_of(code: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
+    return dtype
+
+
+def tensor_of(code: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
+    """A tensor of random bits, so that every NaN and every odd code of a dtype comes up."""
+    dtype = dtype_of(code)
+    count = torch.Size(shape).numel() * dtype.itemsize
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 2 if code == "BOOL" else 256, (count,), dtype=torch.uint8, generator=generator)
+    return data.view(dtype).reshape(tuple(shape))
+
+
+def raw(tensor: torch.Tensor) -> bytes:
+    """The logical elements as contiguous bytes: what a checkpoint must hold."""
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+    return bytes(plain.tolist())
+
+
+def described(**tensors: Sequence[int]) -> dict[str, TensorInfo]:
+    """F32 descriptions by key; a double underscore stands for a dot."""
+    named = {name.replace("__", "."): tuple(shape) for name, shape in tensors.items()}
+    return {key: TensorInfo(key, "F32", shape) for key, shape in named.items()}
+
+
+def same_state(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> bool:
+    """Same keys in any order; same dtype, shape and bytes under each."""
+    return found.keys() == wanted.keys() and all(
+        (found[key].dtype, found[key].shape, raw(found[key])) == (value.dtype, value.shape, raw(value))
+        for key, value in wanted.items()
+    )
+
+
+def sha256(path: str | Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def names_in(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@st.composite
+def state_dicts(draw: st.DrawFn, codes: Iterable[str] = CODES) -> dict[str, torch.Tensor]:
+    """A random state_dict: contiguous, transposed, sliced, expanded, empty and 0-dim tensors, ties and views."""
+    choice = st.sampled_from(tuple(codes))
+    made: dict[str, torch.Tensor] = {}
+    for number in range(draw(st.integers(1, 6))):
+        shape = draw(st.lists(st.integers(0, 4), max_size=3))
+        whole = tensor_of(draw(choice), shape, seed=number)
+        tensor = _laid_out(whole, draw(st.sampled_from(("plain", "transposed", "sliced", "expanded", "stepped"))))
+        made[f"{draw(st.sampled_from(('a.', 'b.', 'ü.', ' ', '')))}t{number}"] = tensor
+        relative = draw(st.sampled_from(("none", "none", "tie", "view", "transpose", "row")))
+        if relative != "none":
+            made[f"again.{number}"] = _relative(tensor, relative)
+    return made
+
+
+def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+    if layout == "transposed" and tensor.dim() >= 2:
+        return tensor.transpose(0, -1)
+    if layout == "sliced" and tensor.dim():
+        return tensor[..., 1:]
+    if layout == "stepped" and tensor.dim():
+        return tensor[..., ::2]
+    if layout == "expanded":
+        return tensor.unsqueeze(0).expand(3, *tensor.shape)
+    return tensor
+
+
+def _relative(tensor: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "view" and tensor.is_contiguous():
+        return tensor.view(-1)
+    if kind == "transpose" and tensor.dim() >= 2:
+        return tensor.transpose(0, 1)
+    if kind == "row" and tensor.dim() and len(tensor):
+        return tensor[0]
+    return tensor
