@@ -8,7 +8,8 @@ import click
 
 from ckptkit.cli.options import about, echo_json, echo_lines, json_option, quiet_option, read_toml
 from ckptkit.errors import ModelError
-from ckptkit.formats import LIVE_PREFIX, build_model
+from ckptkit.formats import LIVE_PREFIX
+from ckptkit.formats.live import build_shapes
 from ckptkit.param_groups import build_param_groups, check_spec, plan_param_groups, validate_param_groups
 from ckptkit.report.findings import findings_document, findings_text
 from ckptkit.report.groups import groups_document, groups_text
@@ -81,10 +82,7 @@ def _module(target: str) -> Any:
     if not target.startswith(LIVE_PREFIX):
         raise ModelError("is no live model", hint="write py:package.module:callable", path=target)
     with about(target):
-        try:
-            made = build_model(target.removeprefix(LIVE_PREFIX), device="meta")
-        except ModelError:
-            made = build_model(target.removeprefix(LIVE_PREFIX))
+        made = build_shapes(target.removeprefix(LIVE_PREFIX))
         if not isinstance(made, Module):
             raise ModelError(f"gives a {type(made).__name__}, and param groups need a Module")
         return made

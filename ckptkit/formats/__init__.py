@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 
 from ckptkit.errors import CkptkitError, FormatError, PathError
-from ckptkit.formats.live import LIVE_PREFIX, build_model, open_live
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
-from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, open_sharded
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import quoted
 
-__all__ = ["LIVE_PREFIX", "build_model", "open_checkpoint"]
+__all__ = ["LIVE_PREFIX", "open_checkpoint"]
 
+# Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
+LIVE_PREFIX = "py:"
 _SINGLE_FILES = (
     "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
     "diffusion_pytorch_model.safetensors", "consolidated.safetensors", "consolidated.00.pth",
@@ -45,7 +45,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     name = os.fspath(path)
     try:
         if name.startswith(LIVE_PREFIX):
-            return open_live(name.removeprefix(LIVE_PREFIX))
+            from ckptkit.formats.live import open_live
+
+            return open_live(name.removeprefix(LIVE_PREFIX), name)
         return _open_path(name)
     except CkptkitError as error:
         if error.path is None:
@@ -63,7 +65,7 @@ def _open_path(name: str) -> Checkpoint:
         raise PathError("remote paths are not read yet", hint="download it first", path=name)
     if os.path.isdir(name):
         return _open_directory(name, inner)
-    if name.endswith(INDEX_SUFFIXES):
+    if name.endswith(".index.json"):
         directory, index = os.path.split(name)
         return _open_shards(directory or ".", index, inner, whole=False)
     return _open_file(name, inner)
@@ -72,10 +74,14 @@ def _open_path(name: str) -> Checkpoint:
 def _open_shards(directory: str, index: str, inner: str, *, whole: bool) -> Checkpoint:
     if inner:
         raise FormatError(f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep '{inner}.*'")
+    from ckptkit.formats.sharded import open_sharded
+
     return open_sharded(directory, index, lambda path: _open_file(path, ""), whole=whole)
 
 
 def _open_directory(directory: str, inner: str) -> Checkpoint:
+    from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index
+
     names = os.listdir(directory)
     index = find_index(names)
     single = next((name for name in _SINGLE_FILES if name in names), None)
@@ -120,7 +126,6 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
     if file.size == 0:
         raise FormatError("the file is empty", hint="download or copy it again")
     head = file.read(0, min(file.size, 512))
-    # The pickle machine is a quarter of all code: safetensors files are listed without importing it.
     if head.startswith(b"PK\3\4"):
         from ckptkit.formats.torch_zip import open_torch_zip
 

@@ -14,9 +14,7 @@ from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import as_checkpoint
 
-__all__ = ["LIVE_PREFIX", "build_model", "open_live"]
-
-LIVE_PREFIX = "py:"
+__all__ = ["build_model", "build_shapes", "open_live"]
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
@@ -68,17 +66,24 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def open_live(target: str) -> Checkpoint:
+def build_shapes(target: str) -> Any:
+    """Return the model built on the meta device, or for real where it cannot be; raises ``ModelError``."""
+    try:
+        return build_model(target, device="meta")
+    except ModelError:
+        return build_model(target)
+
+
+def open_live(target: str, path: str) -> Checkpoint:
     """Return the Checkpoint of a live model, built on the meta device where it can be.
 
     Values are wanted rarely; where they are, the model is built a second time, for real.
     """
-    path = f"{LIVE_PREFIX}{target}"
     try:
         shapes = as_checkpoint(build_model(target, device="meta"), path)
     except CkptkitError as meta_error:
         try:
-            return _named(as_checkpoint(build_model(target), path), path)
+            return as_checkpoint(build_model(target), path)
         except CkptkitError as error:
             raise error from meta_error
     real: list[Checkpoint] = []
@@ -94,9 +99,17 @@ def open_live(target: str) -> Checkpoint:
             raise ModelError(f"{quoted(info.key)} is not the same when the model is built again", path=path)
         return built.payload(info.key)
 
-    return Checkpoint(shapes, payload, path=path, format="live model", entries=shapes.entries, warnings=shapes.warnings)
+    def span(info: TensorInfo) -> Payload | None:
+        payload(info)
+        return values().span(info.key)
 
-
-def _named(checkpoint: Checkpoint, path: str) -> Checkpoint:
-    checkpoint.path = path
-    return checkpoint
+    return Checkpoint(
+        shapes,
+        payload,
+        path=path,
+        format="live model",
+        entries=shapes.entries,
+        warnings=shapes.warnings,
+        versions=shapes.versions,
+        span=span,
+    )
