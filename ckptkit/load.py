@@ -14,7 +14,7 @@ from ckptkit.plan import Plan, Step, plan_merge
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint, shared_keys
 from ckptkit.text import plural, quoted
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint, flat_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -143,7 +143,7 @@ def _prove(
     for key, value in values.items():
         if after[key] is not before[key]:
             raise ModelError(f"{quoted(key)} became another object while loading: optimizers still hold the old one")
-        if not _same(after[key].detach().to("cpu"), value):
+        if not _same(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
             raise ModelError(
                 f"{quoted(key)} does not have the checkpoint's value after loading",
                 hint="another key that shares its memory was loaded over it, or a hook of the model changed it",
@@ -154,21 +154,18 @@ def _same(there: torch.Tensor, value: torch.Tensor) -> bool:
     import torch
 
     wanted = value.to(there.dtype)
-    if torch.equal(_bits(there), _bits(wanted)):
+    found, expected = (
+        flat_bytes(there),
+        flat_bytes(wanted),
+    )  # not numbers: NaN is not equal to itself, and -0.0 is to 0.0
+    if torch.equal(found, expected):
         return True
     if there.dtype == value.dtype or not (there.is_floating_point() or there.is_complex()):
         return False
     # Which bits a NaN gets by a cast depends on the memory layout: torch has several kernels for it.
-    differ = (_bits(there) != _bits(wanted)).reshape(there.numel(), -1).any(dim=1)
+    differ = (found != expected).reshape(there.numel(), -1).any(dim=1)
     wide = torch.complex128 if there.is_complex() else torch.float64
     return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
-
-
-def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    # Bytes, not numbers: NaN is not equal to itself, and -0.0 is equal to 0.0.
-    return tensor.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
 
 
 def _tied(base: Checkpoint, loaded: Container[str]) -> dict[str, str]:

@@ -233,7 +233,7 @@ def _step(out: TensorInfo, found: TensorInfo, source: Source, rule: str) -> Step
     leave_out = f"leave it out: --drop {quoted(found.key)}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
-        raise PlanError(f"{quoted(found.key)} cannot be written: {why}", hint=leave_out)
+        raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
     if out.dtype == found.dtype:
         return Step(replace(out, view=found.view), (source,), "copy", rule)
     if not {out.dtype, found.dtype} <= CASTABLE:

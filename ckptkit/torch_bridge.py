@@ -13,7 +13,16 @@ from ckptkit.text import quoted
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ABSENT", "CASTABLE", "Cast", "StateDictLike", "as_checkpoint", "describe_state_dict", "gather"]
+__all__ = [
+    "ABSENT",
+    "CASTABLE",
+    "Cast",
+    "StateDictLike",
+    "as_checkpoint",
+    "describe_state_dict",
+    "flat_bytes",
+    "gather",
+]
 
 ABSENT = "absent module"  # the type of an entry for a submodule that is None: torch looks at no key below it
 CASTABLE = frozenset(
@@ -65,9 +74,16 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
     buffer = bytearray(tensor.numel() * tensor.element_size())
     if buffer:
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat)
+        torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat_bytes(tensor))
     return memoryview(buffer)
+
+
+def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the elements of a tensor in order, as a flat tensor of bytes."""
+    import torch
+
+    # A single element counts as contiguous with any stride, and view() wants the stride to be 1.
+    return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
 def _from_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:

@@ -32,8 +32,8 @@ def tensor_of(code: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
 
 def raw(tensor: torch.Tensor) -> bytes:
     """The logical elements as contiguous bytes: what a checkpoint must hold."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-    return bytes(plain.tolist())
+    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
+    return bytes(plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).tolist())
 
 
 def described(**tensors: Sequence[int]) -> dict[str, TensorInfo]:

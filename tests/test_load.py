@@ -1,0 +1,299 @@
+"""What was loaded is really in the model: by identity, by value, and by what the report says."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import nn
+
+import ckptkit.load
+from ckptkit import LoadReport, load_into, open_checkpoint
+from ckptkit.errors import CkptkitError, ModelError, PlanError
+from tests.helpers_outputs import raw, same_state, tensor_of
+
+
+class Net(nn.Module):
+    """A body with batch norm, and a head."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2))
+        self.head = nn.Linear(8, classes)
+
+
+class Tied(nn.Module):
+    """An embedding and an output layer that are one parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(6, 4)
+        self.body = nn.Linear(4, 4)
+        self.lm_head = nn.Linear(4, 6, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+
+def randomised(model: nn.Module, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for tensor in model.state_dict(keep_vars=True).values():
+            tensor.copy_(torch.randint(-9, 9, tensor.shape))
+    return model
+
+
+def codes(report: LoadReport) -> list[tuple[str, str, str]]:
+    return [(finding.severity, finding.code, finding.key) for finding in report.findings]
+
+
+def refusal(act: Callable[[], object], error: type[CkptkitError]) -> CkptkitError:
+    with pytest.raises(error) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+# --- what arrives ----------------------------------------------------------------------------------------------------
+
+
+def test_everything_arrives_in_the_very_same_parameters() -> None:
+    """Batch norm's statistics and counter too; an optimizer made before still holds the model's parameters."""
+    model, donor = Net(), randomised(Net())
+    before = model.state_dict(keep_vars=True)
+    report = load_into(model, donor)
+    assert same_state(model.state_dict(), donor.state_dict())
+    assert all(tensor is before[key] for key, tensor in model.state_dict(keep_vars=True).items())
+    assert (report.ok, report.findings, report.kept, report.coverage) == (True, (), (), 1.0)
+    assert report.loaded == tuple(model.state_dict())
+    assert str(report) == "loaded 9 of 9 tensors, 100.0 % of the elements; kept 0 as they were"
+
+
+def test_the_head_stays_where_classes_differ(tmp_path: Path) -> None:
+    """The journey: a pretrained file under DDP's prefix, a new head, and a report of what happened to each."""
+    donor = randomised(Net(classes=10))
+    save_file({f"module.{key}": value for key, value in donor.state_dict().items()}, tmp_path / "pre.safetensors")
+    model = Net(classes=3)
+    head = copy.deepcopy(model.head.state_dict())
+    with open_checkpoint(tmp_path / "pre.safetensors") as pretrained:
+        report = load_into(model, pretrained, ["module.*=*"], on_mismatch="skip")
+    assert same_state(model.body.state_dict(), donor.body.state_dict())  # type: ignore[union-attr]
+    assert same_state(model.head.state_dict(), head)
+    assert report.kept == ("head.weight", "head.bias")
+    assert codes(report) == [
+        ("warning", "load.shape", "module.head.weight"),
+        ("warning", "load.shape", "module.head.bias"),
+    ]
+    body = sum(tensor.numel() for tensor in donor.body.state_dict().values())  # type: ignore[union-attr]
+    assert report.coverage == body / (body + 27)
+
+
+def test_missing_and_unexpected_keys_are_told_apart() -> None:
+    """A kept key is a warning, a donor's surplus a note; neither is an error."""
+    model = nn.Linear(2, 2)
+    bias = model.bias.detach().clone()
+    report = load_into(model, {"weight": torch.ones(2, 2), "extra": torch.ones(1), "epoch": 3})
+    assert codes(report) == [
+        ("warning", "load.missing", "bias"),
+        ("note", "load.skipped", "extra"),
+        ("note", "load.skipped", "epoch"),
+    ]
+    assert (report.ok, report.summary) == (True, {"errors": 0, "warnings": 1, "notes": 2})
+    assert (report.loaded, report.kept, report.coverage) == (("weight",), ("bias",), 4 / 6)
+    assert torch.equal(model.bias, bias)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from(("F32", "F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64")), st.integers(0, 9), st.booleans())
+def test_nan_and_every_other_bit_pattern_arrive(code: str, seed: int, strided: bool) -> None:
+    """Values are compared as bytes, so NaN is equal to itself and -0.0 is not 0.0."""
+    value = tensor_of(code, (3, 5), seed)
+    target = torch.zeros(5, 3, dtype=value.dtype).t() if strided else torch.zeros(3, 5, dtype=value.dtype)
+    model = nn.Module()
+    model.register_buffer("w", target)
+    load_into(model, {"w": value})
+    assert raw(target) == raw(value)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.sampled_from((torch.bfloat16, torch.float16, torch.float8_e4m3fn)), st.integers(0, 9), st.booleans())
+def test_a_low_precision_model_takes_float32_with_nan(dtype: torch.dtype, seed: int, strided: bool) -> None:
+    """Cast as torch casts, in any memory layout: the kernels for strided memory make other bits of a NaN."""
+    value = tensor_of("F32", (4, 3, 5, 5), seed)
+    value[0] = float("nan")
+    layout = torch.channels_last if strided else torch.contiguous_format
+    target = torch.zeros(4, 3, 5, 5, dtype=dtype).contiguous(memory_format=layout)
+    model = nn.Module()
+    model.register_buffer("w", target)
+    assert load_into(model, {"w": value}).coverage == 1.0
+    assert torch.equal(target.float().isnan(), value.to(dtype).float().isnan())
+    assert torch.equal(target.float().nan_to_num(), value.to(dtype).float().nan_to_num())
+
+
+def test_integers_and_booleans_are_cast_as_torch_casts_them() -> None:
+    """A counter kept as another integer is the common case."""
+    model = nn.BatchNorm1d(2)
+    load_into(model, {"num_batches_tracked": torch.tensor(7, dtype=torch.int32)})
+    assert model.num_batches_tracked is not None
+    assert (model.num_batches_tracked.item(), model.num_batches_tracked.dtype) == (7, torch.int64)
+
+
+class Versioned(nn.Linear):
+    """Takes state without a version for that of its first one, and converts it, as torch's own modules do."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *rest: Any) -> None:
+        if local_metadata.get("version", 1) < 2 and f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}weight"] = state_dict[f"{prefix}weight"] * 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+
+
+def test_module_versions_travel_with_the_values(tmp_path: Path) -> None:
+    """From a model and from a file of torch.save alike; without them a converting module is caught."""
+    donor = nn.Sequential(Versioned(2, 2))
+    torch.save(donor.state_dict(), tmp_path / "a.pt")
+    model = nn.Sequential(Versioned(2, 2))
+    with open_checkpoint(tmp_path / "a.pt") as saved:
+        for source in (donor, saved):
+            randomised(model, 5)
+            load_into(model, source)
+            assert same_state(model.state_dict(), donor.state_dict())
+    refusal(lambda: load_into(model, dict(donor.state_dict())), ModelError)
+
+
+# --- ties ------------------------------------------------------------------------------------------------------------
+
+
+def test_tied_weights_load_from_equal_values() -> None:
+    """Both keys are there with one value: the tie stays a tie."""
+    model, donor = Tied(), randomised(Tied())
+    assert load_into(model, donor).coverage == 1.0
+    assert model.lm_head.weight is model.wte.weight
+    assert same_state(model.state_dict(), donor.state_dict())
+
+
+def test_a_tie_brings_what_the_file_left_out() -> None:
+    """safetensors files have one of two tied keys: the other is loaded through it, and said to be."""
+    model, state = Tied(), randomised(Tied()).state_dict()
+    del state["lm_head.weight"]
+    report = load_into(model, state)
+    assert report.coverage == 1.0
+    assert report.kept == ()
+    assert set(report.loaded) == set(model.state_dict())
+    assert codes(report) == [("note", "load.tied", "lm_head.weight")]
+    assert torch.equal(model.lm_head.weight, state["wte.weight"])
+
+
+@pytest.mark.parametrize("batch", [1 << 28, 1], ids=["at once", "one by one"])
+def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of the two would be lost silently, in whichever batches they come."""
+    monkeypatch.setattr(ckptkit.load, "_BATCH", batch)
+    state = randomised(Tied()).state_dict()
+    state["lm_head.weight"] = state["wte.weight"] + 1
+    error = refusal(lambda: load_into(Tied(), state), ModelError)
+    assert error.reason == "'wte.weight' does not have the checkpoint's value after loading"
+    assert error.hint is not None
+    assert "shares its memory" in error.hint
+
+
+def test_many_batches_load_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How much is read at a time changes nothing."""
+    monkeypatch.setattr(ckptkit.load, "_BATCH", 40)
+    model, donor = Net(), randomised(Net())
+    assert load_into(model, donor).coverage == 1.0
+    assert same_state(model.state_dict(), donor.state_dict())
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_on_the_meta_device_is_refused() -> None:
+    """torch would warn and load nothing; with memory it works."""
+    with torch.device("meta"):
+        model = nn.Linear(2, 2)
+    error = refusal(lambda: load_into(model, nn.Linear(2, 2)), ModelError)
+    assert error.reason == "'weight' is on the meta device and can hold no value"
+    assert error.hint is not None
+    assert "to_empty" in error.hint
+    assert load_into(model.to_empty(device="cpu"), nn.Linear(2, 2)).coverage == 1.0
+
+
+def test_a_hook_that_changes_values_is_caught() -> None:
+    """Success is measured on the model, not on the call."""
+    model = nn.Linear(2, 2)
+
+    def spoil(module: nn.Module, _: object) -> None:
+        assert isinstance(module, nn.Linear)
+        module.weight.data[0, 0] += 1
+
+    model.register_load_state_dict_post_hook(spoil)  # type: ignore[no-untyped-call]
+    error = refusal(lambda: load_into(model, {"weight": torch.zeros(2, 2)}), ModelError)
+    assert error.reason == "'weight' does not have the checkpoint's value after loading"
+
+
+def test_a_hook_that_puts_in_another_object_is_caught() -> None:
+    """An optimizer would go on training the old one."""
+    model = nn.Linear(2, 2)
+
+    def swap(module: nn.Module, _: object) -> None:
+        assert isinstance(module, nn.Linear)
+        module.weight = nn.Parameter(module.weight.detach().clone())
+
+    model.register_load_state_dict_post_hook(swap)  # type: ignore[no-untyped-call]
+    error = refusal(lambda: load_into(model, {"weight": torch.zeros(2, 2)}), ModelError)
+    assert "became another object" in error.reason
+
+
+def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
+    """A buffer that is one element expanded cannot be written: torch says so, on one line."""
+    model = nn.Module()
+    model.register_buffer("w", torch.zeros(1).expand(3))
+    error = refusal(lambda: load_into(model, {"w": torch.arange(3.0)}), ModelError)
+    assert error.reason.startswith("load_state_dict refused: ")
+
+
+@pytest.mark.parametrize(
+    ("state", "policies", "error", "reason"),
+    [
+        ({"weight": torch.ones(3, 2)}, {}, PlanError, "'weight' is [2, 2] in the base and [3, 2] in the donor"),
+        ({"weight": torch.ones(2, 2)}, {"on_missing": "error"}, PlanError, "no donor has 'bias'"),
+        (
+            {"weight": torch.ones(2, 2), "x": torch.ones(1)},
+            {"on_unexpected": "error"},
+            PlanError,
+            "the base has no 'x'",
+        ),
+        ({"weight": torch.ones(2, 2)}, {"on_unexpected": "add"}, ModelError, "a model cannot take over keys"),
+        ({"module.weight": torch.ones(2, 2)}, {}, PlanError, "no key and shape of the base is in the donor"),
+        ({"weight": torch.ones(2, 2).to_sparse()}, {}, PlanError, "'weight' cannot be copied: it is a sparse tensor"),
+        ({"weight": torch.ones(2, 2) * 1j}, {}, PlanError, "'weight' is C64, and a cast to F32 would lose"),
+    ],
+    ids=["mismatch", "missing", "unexpected", "add", "no match", "sparse", "complex"],
+)
+def test_a_refused_plan_leaves_the_model_as_it_was(
+    state: dict[str, torch.Tensor], policies: dict[str, Any], error: type[CkptkitError], reason: str
+) -> None:
+    """Policies are those of a merge, and decide before the first value is copied."""
+    model = nn.Linear(2, 2)
+    before = copy.deepcopy(model.state_dict())
+    assert refusal(lambda: load_into(model, state, **policies), error).reason.startswith(reason)
+    assert same_state(model.state_dict(), before)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_a_report_in_a_notebook_is_escaped() -> None:
+    """Keys come from other people's files: they never become markup, nor move a cursor."""
+    hostile = "<script>alert(1)</script>\x1b[31m"
+    html = load_into(nn.Linear(2, 2), {"weight": torch.ones(2, 2), hostile: torch.ones(1)})._repr_html_()
+    assert html.startswith("<p>loaded 1 of 2 tensors, 66.7 % of the elements; kept 1 as they were</p><table>")
+    assert "<script>" not in html
+    assert "&lt;script&gt;" in html
+    assert "\x1b" not in html

@@ -1,0 +1,318 @@
+"""Plans are values: what an output will hold is decided, and refused, before a byte is read."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit import Plan, TensorInfo, open_checkpoint, plan_merge, plan_remap
+from ckptkit.errors import CkptkitError, PlanError, RuleError
+from ckptkit.plan import Source, Step, ties_broken
+from ckptkit.rules import parse_rules
+from ckptkit.tensors import View
+from tests.helpers_outputs import described
+
+BASE = described(fc1__weight=(5, 4), fc1__bias=(5,), fc3__weight=(2, 5), fc3__bias=(2,))
+
+
+def refusal(make: Callable[[], Plan], error: type[CkptkitError] = PlanError) -> CkptkitError:
+    """The error of making a plan: one sentence and a way out."""
+    with pytest.raises(error) as caught:
+        make()
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def told(plan: Plan) -> list[tuple[str, str, str]]:
+    """Each step in short: the key, where it comes from, the operation."""
+    return [(step.out.key, f"{step.sources[0].role}:{step.sources[0].key}", step.operation) for step in plan.steps]
+
+
+def left_out(plan: Plan) -> list[tuple[str, str]]:
+    return [(drop.role, drop.key) for drop in plan.dropped]
+
+
+# --- remap -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_remap_is_a_list_of_steps_in_the_order_of_the_file() -> None:
+    """Every step names its source, its operation and the rule that spoke; equal inputs give equal plans."""
+    rules = ["fc3.*=head.*"]
+    plan = plan_remap(BASE, rules)
+    assert plan.steps[2] == Step(
+        TensorInfo("head.weight", "F32", (2, 5)),
+        (Source("source", "fc3.weight"),),
+        "copy",
+        "--rename 'fc3.*=head.*'",
+    )
+    assert [step.out.key for step in plan.steps] == ["fc1.weight", "fc1.bias", "head.weight", "head.bias"]
+    assert plan == plan_remap(dict(BASE), rules)
+    assert (plan.elements, plan.nbytes, plan.dropped) == (37, 148, ())
+
+
+def test_what_is_left_out_is_listed_with_the_reason() -> None:
+    """Dropped by a rule, kept by none, or no tensor at all: nothing is lost silently."""
+    source = {**{key: torch.zeros(info.shape) for key, info in BASE.items()}, "epoch": 3}
+    plan = plan_remap(source, parse_rules(keep=["fc*"], drop=["*.bias"]))
+    assert [step.out.key for step in plan.steps] == ["fc1.weight", "fc3.weight"]
+    assert [(drop.role, drop.key, drop.reason) for drop in plan.dropped] == [
+        ("source", "fc1.bias", "--drop '*.bias'"),
+        ("source", "fc3.bias", "--drop '*.bias'"),
+        ("source", "epoch", "not a tensor of the state_dict (int)"),
+    ]
+
+
+def test_dtype_casts_floats_and_leaves_the_rest_alone() -> None:
+    """Integers, booleans and complex numbers keep their dtype, and so do floats that have it already."""
+    codes = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "U8", "BOOL", "C64")
+    plan = plan_remap({code: TensorInfo(code, code, (3,)) for code in codes}, dtype="bfloat16")
+    assert {step.out.key: (step.out.dtype, step.operation) for step in plan.steps} == {
+        **dict.fromkeys(("F64", "F32", "F16", "F8_E4M3"), ("BF16", "cast")),
+        **{code: (code, "copy") for code in ("BF16", "I64", "U8", "BOOL", "C64")},
+    }
+
+
+@pytest.mark.parametrize("name", ["BF16", "bf16", "bfloat16", "torch.bfloat16"])
+def test_a_dtype_has_two_names(name: str) -> None:
+    """The safetensors code in either case, and torch's own name."""
+    assert plan_remap(BASE, dtype=name).steps[0].out.dtype == "BF16"
+
+
+@pytest.mark.parametrize("name", ["I64", "int64", "F4", "float4_e2m1fn_x2", "BOOL", "float", "half", "", "BF16 "])
+def test_what_floats_cannot_become_is_refused(name: str) -> None:
+    """A dtype that is none, or that would lose what floats are."""
+    assert refusal(lambda: plan_remap(BASE, dtype=name)).reason
+
+
+@pytest.mark.parametrize(
+    ("rules", "error", "reason"),
+    [
+        (parse_rules(drop=["*"]), PlanError, "nothing would be left of 4 tensors"),
+        (parse_rules(rename=["{a}.weight=w"]), RuleError, "'fc1.weight' and 'fc3.weight' would both be called 'w'"),
+        (parse_rules(rename=["fc9.*=x.*"]), RuleError, "--rename 'fc9.*=x.*' matches none of 4 keys"),
+    ],
+    ids=["nothing left", "collision", "unused"],
+)
+def test_a_remap_that_goes_wrong_is_refused(rules: Any, error: type[CkptkitError], reason: str) -> None:
+    """The sentence names the keys and the rule."""
+    assert refusal(lambda: plan_remap(BASE, rules), error).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("value", "why"),
+    [
+        (torch.ones(2, 2).to_sparse(), "sparse tensor"),
+        (torch.ones(2, 2).as_subclass(type("Mine", (torch.Tensor,), {})), "tensor subclass"),
+        (TensorInfo("odd", "F32", (2,), kind="meta"), "saved from the meta device"),
+        (TensorInfo("odd", "F32", (2,), kind="ambiguous"), "two tensors would have this name"),
+        (TensorInfo("odd", "QI8", (2,), kind="quantized"), "quantized tensor"),
+    ],
+    ids=["sparse", "subclass", "meta", "ambiguous", "quantised"],
+)
+def test_what_cannot_be_copied_is_refused_by_name(value: Any, why: str) -> None:
+    """The hint leaves exactly that tensor out, and following it works."""
+    plain = TensorInfo("w", "F32", (1,)) if isinstance(value, TensorInfo) else torch.zeros(1)
+    error = refusal(lambda: plan_remap({"w": plain, "odd": value}))
+    assert error.reason.startswith("'odd' cannot be copied: ")
+    assert why in error.reason
+    assert error.hint == "leave it out: --drop 'odd'"
+    assert [step.out.key for step in plan_remap({"w": plain, "odd": value}, parse_rules(drop=["odd"])).steps] == ["w"]
+
+
+def test_f4_has_no_cast() -> None:
+    """Packed halves of bytes are copied as they are or not at all."""
+    packed = {"w": TensorInfo("w", "F4", (4,))}
+    assert plan_remap(packed).steps[0].operation == "copy"
+    assert "cannot be cast to F32" in refusal(lambda: plan_remap(packed, dtype="F32")).reason
+
+
+def test_ties_that_a_flat_file_would_break_are_known() -> None:
+    """Views of one storage that overlap are grouped; what is cast or shares nothing is not."""
+    tied = {
+        key: TensorInfo(key, "F32", (2,), View(storage, offset, (1,)))
+        for key, storage, offset in (("a", 0, 0), ("b", 0, 1), ("c", 0, 2), ("d", 0, 8), ("e", 1, 0))
+    }
+    assert ties_broken(plan_remap(tied)) == [("a", "b", "c")]
+    assert ties_broken(plan_remap(tied, dtype="F16")) == []
+
+
+# --- merge: the policies ---------------------------------------------------------------------------------------------
+
+
+def test_an_overlay_takes_what_fits_and_keeps_the_rest() -> None:
+    """The keys of the base in its order; the donor's value where key and shape agree; its extras are left out."""
+    donor = {**{key: BASE[key] for key in ("fc1.bias", "fc1.weight")}, **described(fc9=(7,))}
+    plan = plan_merge(BASE, donor)
+    assert told(plan) == [
+        ("fc1.weight", "donor:fc1.weight", "copy"),
+        ("fc1.bias", "donor:fc1.bias", "copy"),
+        ("fc3.weight", "base:fc3.weight", "copy"),
+        ("fc3.bias", "base:fc3.bias", "copy"),
+    ]
+    assert left_out(plan) == [("donor", "fc9")]
+
+
+def test_rules_rename_the_donor_only() -> None:
+    """The source keeps the name that it has in its own file."""
+    donor = {f"module.{key}": TensorInfo(f"module.{key}", "F32", info.shape) for key, info in BASE.items()}
+    plan = plan_merge(BASE, donor, ["module.*=*"])
+    assert told(plan)[0] == ("fc1.weight", "donor:module.fc1.weight", "copy")
+    assert plan.steps[0].rule == "--rename 'module.*=*'"
+
+
+def test_values_are_cast_to_the_dtype_of_the_base() -> None:
+    """As load_state_dict does it; a cast that would lose the imaginary part is refused instead."""
+    base = {"w": TensorInfo("w", "BF16", (2,))}
+    step = plan_merge(base, described(w=(2,))).steps[0]
+    assert (step.out.dtype, step.operation) == ("BF16", "cast")
+    error = refusal(lambda: plan_merge(base, {"w": TensorInfo("w", "C64", (2,))}))
+    assert error.reason == "'w' is C64, and a cast to BF16 would lose its imaginary part"
+    assert error.hint == "leave it out: --drop 'w'"
+
+
+@pytest.mark.parametrize(
+    ("policies", "keys", "dropped"),
+    [
+        ({}, ["a", "b"], ["x"]),
+        ({"on_unexpected": "skip"}, ["a", "b"], ["x"]),
+        ({"on_unexpected": "add"}, ["a", "b", "x"], []),
+    ],
+    ids=["default", "skip", "add"],
+)
+def test_unexpected_keys_are_skipped_or_added(policies: dict[str, Any], keys: list[str], dropped: list[str]) -> None:
+    """Added ones come last; skipped ones are listed."""
+    plan = plan_merge(described(a=(1,), b=(2,)), described(x=(3,), a=(1,)), **policies)
+    assert [step.out.key for step in plan.steps] == keys
+    assert [drop.key for drop in plan.dropped] == dropped
+
+
+def test_a_mismatch_may_be_skipped() -> None:
+    """Then the base keeps its value, and the list says which of its keys was meant, renamed or not."""
+    donor = described(m__fc1__weight=(5, 4), m__fc1__bias=(5,), m__fc3__weight=(9, 5), m__fc3__bias=(9,))
+    plan = plan_merge(BASE, donor, ["m.*=*"], on_mismatch="skip")
+    assert [source for _, source, _ in told(plan)[2:]] == ["base:fc3.weight", "base:fc3.bias"]
+    assert [(drop.key, drop.reason, drop.wanted) for drop in plan.dropped] == [
+        ("m.fc3.weight", "shape [9, 5] does not fit [2, 5]", "fc3.weight"),
+        ("m.fc3.bias", "shape [9] does not fit [2]", "fc3.bias"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("donor", "policies", "reason", "hint"),
+    [
+        (
+            described(fc1__weight=(5, 4), fc3__weight=(9, 5), fc3__bias=(9,)),
+            {},
+            "'fc3.weight' is [2, 5] in the base and [9, 5] in the donor, and 1 more differ in shape",
+            "--on-mismatch skip",
+        ),
+        (
+            described(fc1__weight=(5, 4)),
+            {"on_missing": "error"},
+            "no donor has 'fc1.bias' and 2 more",
+            "--on-missing keep",
+        ),
+        (
+            described(fc1__weight=(5, 4), x=(1,), y=(1,)),
+            {"on_unexpected": "error"},
+            "the base has no 'x' and 1 more",
+            "--on-unexpected skip",
+        ),
+        (
+            {f"module.{key}": TensorInfo(f"module.{key}", "F32", info.shape) for key, info in BASE.items()},
+            {},
+            "no key and shape of the base is in the donor, so there is nothing to merge",
+            "all 4 keys match after --rename 'module.*=*'",
+        ),
+        (described(x=(1,)), {}, "no key and shape of the base is in the donor", "compare the names: ckpt diff"),
+        (described(fc1__bias=(6,)), {"on_mismatch": "skip"}, "no key and shape of the base", "ckpt diff BASE DONOR"),
+        (BASE, {"on_missing": "skip"}, "on_missing is 'skip'", "keep, error"),
+        (BASE, {"on_unexpected": "keep"}, "on_unexpected is 'keep'", "skip, add, error"),
+        (BASE, {"on_mismatch": ""}, "on_mismatch is ''", "error, skip"),
+    ],
+    ids=["mismatch", "missing", "unexpected", "prefix", "no match", "only mismatches", "word 1", "word 2", "word 3"],
+)
+def test_a_merge_that_would_go_wrong_is_refused(
+    donor: dict[str, TensorInfo], policies: dict[str, Any], reason: str, hint: str
+) -> None:
+    """The sentence names the key, the hint the way out."""
+    error = refusal(lambda: plan_merge(BASE, donor, **policies))
+    assert error.reason.startswith(reason)
+    assert error.hint is not None
+    assert hint in error.hint
+
+
+def test_of_several_donors_the_last_one_wins() -> None:
+    """What an earlier one would have brought is listed; a key that one of them has is not missing."""
+    first, second = described(a=(1,), b=(2,), x=(4,)), described(b=(2,), x=(4,))
+    plan = plan_merge(
+        described(a=(1,), b=(2,)), [first, second], on_unexpected="add", on_missing="error", on_mismatch="error"
+    )
+    assert told(plan) == [("a", "donor1:a", "copy"), ("b", "donor2:b", "copy"), ("x", "donor2:x", "copy")]
+    assert left_out(plan) == [("donor1", "b"), ("donor1", "x")]
+    assert {drop.reason for drop in plan.dropped} == {"donor2 has it too, and comes later"}
+
+
+def test_a_merge_needs_a_donor_and_each_must_match() -> None:
+    """An empty list is a slip, and so is a donor that brings nothing."""
+    assert "no donor" in refusal(lambda: plan_merge(BASE, [])).reason
+    assert "in the donor2" in refusal(lambda: plan_merge(BASE, [BASE, described(x=(1,))])).reason
+
+
+def test_models_and_state_dicts_are_merged_alike() -> None:
+    """A module on the meta device is as good as a description."""
+    live, state = nn.Linear(2, 3), nn.Linear(2, 3).state_dict()
+    with torch.device("meta"):
+        shapes = nn.Linear(2, 3)
+    assert told(plan_merge(live, state)) == told(plan_merge(shapes, state))
+
+
+# --- hostile input ---------------------------------------------------------------------------------------------------
+
+
+class Canary:
+    """Pickles as a call of os.system."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        import os
+
+        return os.system, (self.command,)
+
+
+def test_nothing_is_made_from_a_file_that_asks_for_code(tmp_path: Path) -> None:
+    """Neither plan reads it as a source, a base or a donor, and the code never runs."""
+    canary, bad = tmp_path / "canary", tmp_path / "bad.pt"
+    torch.save({"w": torch.zeros(2)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(bad, "w") as made:
+        for name in good.namelist():
+            data = good.read(name)
+            if name.endswith("data.pkl"):
+                call = pickle.dumps(Canary(f"touch {canary}"), protocol=2)
+                data = data[:2] + call[2:-1] + b"0" + data[2:]
+            made.writestr(name, data)
+    assert b"system" in bad.read_bytes()
+    with open_checkpoint(bad) as hostile, open_checkpoint(tmp_path / "good.pt") as honest:
+        assert list(hostile) == ["w"]
+        makers: list[Callable[[], Plan]] = [
+            lambda: plan_remap(hostile),
+            lambda: plan_merge(honest, hostile),
+            lambda: plan_merge(hostile, honest),
+            lambda: plan_merge(honest, [honest, hostile]),
+        ]
+        for make in makers:
+            error = refusal(make)
+            assert "system" in error.reason
+            assert error.path == str(bad)
+    assert not canary.exists()
+    torch.load(bad, weights_only=False)
+    assert canary.exists()  # the file would have done it

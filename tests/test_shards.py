@@ -1,0 +1,81 @@
+"""Shards are cut by sizes alone, named as Hugging Face libraries name them, and indexed in full."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptkit.shards import is_shard_name, split_into_shards, weight_index
+from ckptkit.tensors import TensorInfo
+
+
+def sized(*sizes: int) -> list[TensorInfo]:
+    return [TensorInfo(f"t{number}", "U8", (size,)) for number, size in enumerate(sizes)]
+
+
+@given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
+def test_every_tensor_is_in_one_shard_in_order(sizes: list[int], limit: int) -> None:
+    """A shard is within the limit unless it is one tensor that is not, and none could take its successor too."""
+    infos = sized(*sizes)
+    shards = split_into_shards(infos, limit)
+    assert [info for shard in shards for info in shard.infos] == infos
+    totals = [sum(info.nbytes for info in shard.infos) for shard in shards]
+    for number, (shard, total) in enumerate(zip(shards, totals, strict=True)):
+        assert total <= limit or sum(1 for info in shard.infos if info.nbytes) == 1
+        if number + 1 < len(shards):
+            assert total + shards[number + 1].infos[0].nbytes > limit
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "names"),
+    [
+        ((), 10, ["model.safetensors"]),
+        ((4, 6), 10, ["model.safetensors"]),
+        ((99,), 10, ["model.safetensors"]),
+        ((6, 6), 10, ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]),
+        ((1, 99, 1), 10, [f"model-0000{number}-of-00003.safetensors" for number in (1, 2, 3)]),
+    ],
+    ids=["none", "fits", "one too large", "two", "large one in the middle"],
+)
+def test_names_are_those_of_the_field(sizes: tuple[int, ...], limit: int, names: list[str]) -> None:
+    """One shard has the plain name, several are numbered from 1."""
+    assert [shard.name for shard in split_into_shards(sized(*sizes), limit)] == names
+
+
+def test_the_index_says_where_everything_is() -> None:
+    """Its total is that of the tensors, its map has every key, and keys survive JSON."""
+    infos = [TensorInfo("ü\n\ud800", "F32", (2,)), TensorInfo("b", "BF16", (3,))]
+    shards = split_into_shards(infos, 8)
+    name, data = weight_index(shards)
+    assert name == "model.safetensors.index.json"
+    assert json.loads(data) == {
+        "metadata": {"total_size": 14},
+        "weight_map": {"ü\n\ud800": shards[0].name, "b": shards[1].name},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "stale"),
+    [
+        ("model-00001-of-00002.safetensors", True),
+        ("pytorch_model-00003-of-00003.bin", True),
+        ("model.safetensors", True),
+        ("pytorch_model.bin", True),
+        ("model.safetensors.index.json", True),
+        ("pytorch_model.bin.index.json", True),
+        ("config.json", False),
+        ("tokenizer.model", False),
+        ("optimizer.pt", False),
+        ("training_args.bin", False),
+        ("adapter_model.safetensors", False),
+        ("model-1-of-2.safetensors", False),
+        ("model-00001-of-00002.safetensors.bak", False),
+        ("index.json", False),
+    ],
+)
+def test_only_shards_and_indexes_of_a_model_are_stale(name: str, *, stale: bool) -> None:
+    """Beside new shards these would be read instead or refused; everything else in a directory stays."""
+    assert is_shard_name(name) is stale

@@ -1,0 +1,264 @@
+"""Across the bridge between live tensors and stored bytes nothing changes on its way; torch is the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ckptkit import Checkpoint, TensorInfo
+from ckptkit.errors import ModelError, PlanError
+from ckptkit.tensors import View
+from ckptkit.torch_bridge import CASTABLE, Cast, as_checkpoint, gather
+from tests.helpers_outputs import CODES, dtype_of, raw, state_dicts, tensor_of
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Casting complex values to real:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning"),
+    pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*quantiz.*:UserWarning"),
+]
+
+
+# --- strided views ---------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def views(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
+    """A view with any strides into a storage of any dtype, its own first element at any offset."""
+    code = draw(st.sampled_from(CODES))
+    shape = draw(st.lists(st.integers(1, 5), max_size=4))
+    stride = [draw(st.integers(0, 6)) for _ in shape]
+    reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
+    offset = draw(st.integers(0, 3))
+    return code, tensor_of(code, (offset + reach,), seed=reach).as_strided(shape, stride, offset)
+
+
+@settings(deadline=None, max_examples=200)
+@given(case=views(), conj=st.booleans(), neg=st.booleans())
+def test_gather_gives_the_elements_in_order(case: tuple[str, torch.Tensor], *, conj: bool, neg: bool) -> None:
+    """For every dtype, stride, conjugate and negative view: the bytes of torch's own contiguous copy."""
+    code, view = case
+    wanted = view
+    conj = conj and view.is_complex()
+    neg = neg and (code in ("F32", "BF16", "C64", "C128") or (code == "C32" and not conj))  # where torch itself can
+    if conj:
+        wanted = wanted.conj()
+    if neg:
+        wanted = torch._neg_view(wanted)
+    last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
+    span = raw(view.as_strided((last + 1,), (1,)))
+    made = b"".join(gather(span, code, tuple(view.shape), view.stride(), conj=conj, neg=neg))
+    assert made == raw(wanted)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [((3, 700_001), (1, 3)), ((700_001, 3), (1, 700_001)), ((2, 2, 600_000), (1_200_000, 1, 2)), ((1_500_000,), (2,))],
+    ids=["long rows", "many rows", "deep", "flat"],
+)
+def test_gather_in_several_blocks(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
+    """Views larger than a block come in pieces of bounded size, none missing and none twice."""
+    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+    data = torch.arange(last + 1, dtype=torch.int32)
+    blocks = [bytes(block) for block in gather(data.numpy().tobytes(), "I32", shape, stride)]
+    assert b"".join(blocks) == data.as_strided(shape, stride).contiguous().numpy().tobytes()
+    if len(shape) > 1:
+        assert max(map(len, blocks)) <= 4 << 20
+        assert len(blocks) > 1
+
+
+def test_gather_of_nothing_is_nothing() -> None:
+    """A conjugate view without elements has no bytes, and no error."""
+    assert list(gather(b"", "C64", (0, 2), (2, 1), conj=True)) == []
+
+
+def test_packed_halves_of_bytes_have_no_strides() -> None:
+    """Two elements a byte cannot be picked apart without arithmetic: refused by name."""
+    with pytest.raises(PlanError, match="a view of F4"):
+        list(gather(b"\0\0\0\0", "F4", (2, 2), (4, 1)))
+
+
+# --- casts -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """A payload that comes in pieces of the given size, whatever that does to its elements."""
+
+    data: bytes
+    size: int
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[bytes]:
+        yield from (self.data[at : at + self.size] for at in range(0, len(self.data), self.size))
+
+
+def cast(tensor: torch.Tensor, before: str, after: str, size: int) -> bytes:
+    shape = tuple(tensor.shape)
+    payload = Cast(Pieces(raw(tensor), size), TensorInfo("w", before, shape), TensorInfo("w", after, shape))
+    made = b"".join(bytes(chunk) for chunk in payload.chunks())
+    assert payload.nbytes == len(made)
+    return made
+
+
+@pytest.mark.parametrize("before", sorted(CASTABLE))
+def test_a_cast_is_that_of_tensor_to(before: str) -> None:
+    """From every castable dtype to every other, over odd piece boundaries; which bits a NaN gets is torch's affair."""
+    # Within the range of every integer: converting what one cannot hold is undefined, and differs between kernels.
+    source = torch.linspace(0, 100, 67).to(dtype_of(before))
+    for after in sorted(CASTABLE):
+        wanted = source.to(dtype_of(after))
+        for size in (7, 24, 1000):
+            made = torch.frombuffer(bytearray(cast(source, before, after, size)), dtype=torch.uint8).view(wanted.dtype)
+            assert alike(made, wanted), (before, after, size)
+
+
+def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Equal bits, or NaN on both sides."""
+    wide = torch.complex128 if one.is_complex() else torch.float64
+    differ = one.view(torch.uint8).reshape(len(one), -1) != other.view(torch.uint8).reshape(len(other), -1)
+    rest = differ.any(dim=1)
+    return all(bool(tensor.to(wide)[rest].isnan().all()) for tensor in (one, other))
+
+
+@pytest.mark.parametrize("after", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F64"])
+def test_every_bit_pattern_of_a_float_is_cast_as_torch_casts_it(after: str) -> None:
+    """Subnormals, infinities, NaN and values beyond the range: nothing about them is ours."""
+    source = tensor_of("F32", (4099,), seed=5)
+    made = torch.frombuffer(bytearray(cast(source, "F32", after, 4093)), dtype=torch.uint8).view(dtype_of(after))
+    assert alike(made, source.to(dtype_of(after)))
+
+
+# --- describing ------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=100)
+@given(state_dicts())
+def test_a_state_dict_is_described_as_it_is(state: dict[str, torch.Tensor]) -> None:
+    """Key, dtype, shape, strides and sharing; reading gives the same tensor in memory of its own."""
+    checkpoint = as_checkpoint(state, "state")
+    assert list(checkpoint) == list(state)
+    for key, tensor in state.items():
+        info = checkpoint[key]
+        assert (dtype_of(info.dtype), info.shape, info.kind) == (tensor.dtype, tuple(tensor.shape), "dense")
+        assert info.view is not None
+        assert (info.view.offset, info.view.stride) == (tensor.storage_offset(), tensor.stride())
+        assert checkpoint.read_bytes(key) == raw(tensor)
+        read = checkpoint.read(key)
+        assert raw(read) == raw(tensor)
+        assert not tensor.numel() or read.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        for other, info_there in checkpoint.items():
+            shares = tensor.untyped_storage()._cdata == state[other].untyped_storage()._cdata
+            assert info_there.view is not None
+            assert (info.view.storage == info_there.view.storage) == shares
+
+
+@settings(deadline=None, max_examples=100)
+@given(state_dicts())
+def test_a_span_is_what_lies_between_first_and_last_element(state: dict[str, torch.Tensor]) -> None:
+    """Laid out again with the view's own strides, it gives the view."""
+    checkpoint = as_checkpoint(state, "state")
+    for key, tensor in state.items():
+        span = checkpoint.span(key)
+        assert span is not None
+        data = bytearray(b"".join(bytes(chunk) for chunk in span.chunks()))
+        assert len(data) == span.nbytes
+        if tensor.numel():
+            plain = torch.frombuffer(data, dtype=torch.uint8).view(tensor.dtype)
+            assert raw(plain.as_strided(tensor.shape, tensor.stride())) == raw(tensor)
+
+
+def test_conjugate_and_negative_views_are_read_resolved() -> None:
+    """Their stored bytes say less than their values, so there is no span."""
+    wave = tensor_of("C64", (3, 2))
+    views = {"conj": wave.conj(), "neg": torch._neg_view(wave), "both": wave.conj().imag}
+    checkpoint = as_checkpoint(views, "state")
+    for key, tensor in views.items():
+        assert checkpoint.read_bytes(key) == raw(tensor)
+        assert checkpoint.span(key) is None
+
+
+def test_float4_counts_elements_and_copies_bytes() -> None:
+    """torch counts bytes of two elements, the safetensors code counts elements."""
+    packed = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 3)
+    checkpoint = as_checkpoint({"w": packed}, "state")
+    assert (checkpoint["w"].dtype, checkpoint["w"].shape, checkpoint["w"].nbytes) == ("F4", (2, 6), 6)
+    assert checkpoint.read_bytes("w") == bytes(range(6))
+    assert as_checkpoint({"w": packed.t()}, "state")["w"].kind == "packed"
+
+
+def test_a_model_on_the_meta_device_has_shapes_and_ties_but_no_values() -> None:
+    """Descriptions are complete, and reading says why it cannot be."""
+    with torch.device("meta"):
+        model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
+        model["b"].weight = model["a"].weight
+    checkpoint = as_checkpoint(model, "model")
+    first, second = checkpoint["a.weight"].view, checkpoint["b.weight"].view
+    assert isinstance(first, View)
+    assert first == second
+    with pytest.raises(ModelError, match=r"'a\.weight' has no values: it is a meta tensor"):
+        checkpoint.read("a.weight")
+
+
+@pytest.mark.parametrize("lazy", [nn.LazyLinear(3), nn.Sequential(nn.ReLU(), nn.LazyBatchNorm1d())])
+def test_lazy_modules_are_refused(lazy: nn.Module) -> None:
+    """They have no shapes yet: the hint says how they get them. Their state_dict is refused alike."""
+    for thing in (lazy, dict(lazy.state_dict())):
+        with pytest.raises(ModelError, match="is uninitialised: a lazy module has no shapes yet") as caught:
+            as_checkpoint(thing, "model")
+        assert caught.value.hint == "run one forward pass first"
+
+
+def odd_kinds() -> dict[str, torch.Tensor]:
+    plain = torch.ones(2, 2)
+    return {
+        "sparse": plain.to_sparse(),
+        "csr": plain.to_sparse_csr(),
+        "quantized": torch._empty_affine_quantized([2, 2], scale=0.1, zero_point=0, dtype=torch.qint8),
+        "subclass": plain.as_subclass(type("Mine", (torch.Tensor,), {})),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    }
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support:UserWarning")
+@pytest.mark.parametrize(("key", "kind"), [("sparse",) * 2, ("csr", "sparse"), ("quantized",) * 2, ("subclass",) * 2,
+                                           ("nested",) * 2])  # fmt: skip
+def test_other_kinds_are_listed_and_not_read(key: str, kind: str) -> None:
+    """Their bytes alone do not say what they are."""
+    checkpoint = as_checkpoint({key: odd_kinds()[key]}, "state")
+    assert checkpoint[key].kind == kind
+    with pytest.raises(ModelError, match=f"it is a {kind} tensor"):
+        checkpoint.payload(key)
+
+
+def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
+    """Extra state, an epoch, a submodule that is None: named, and no tensor."""
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(1, 1))
+    model[1] = None  # type: ignore[assignment]
+    checkpoint = as_checkpoint(model, "model")
+    assert [(entry.path, entry.type) for entry in checkpoint.entries] == [("1", "absent module")]
+    assert checkpoint.versions["0"] == 2
+    found = as_checkpoint({"w": torch.ones(1), "epoch": 3, "args": {"lr": 1}}, "state")
+    assert [(entry.path, entry.type, entry.value) for entry in found.entries] == [
+        ("epoch", "int", 3),
+        ("args", "dict", None),
+    ]
+
+
+def test_descriptions_have_no_bytes_and_checkpoints_stay_themselves() -> None:
+    """A mapping of TensorInfo is enough for every plan and for no reading."""
+    described = as_checkpoint({"w": TensorInfo("w", "F32", (2,))}, "base")
+    assert isinstance(described, Checkpoint)
+    assert as_checkpoint(described, "base") is described
+    with pytest.raises(PlanError, match="'w' is only described"):
+        described.read_bytes("w")
