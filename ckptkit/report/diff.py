@@ -88,20 +88,24 @@ def diff_text(
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:
     rows: list[Row] = []
     if everything:
-        rows += [_row("=", pair) for pair in result.matched if pair not in set(result.dtype_mismatched)]
-    rows += [Row(info.key, ("-", str(info), "")) for info in result.missing]
+        other = {pair.key for pair in (*result.dtype_mismatched, *result.uncopyable)}
+        rows += [_row("=", pair) for pair in result.matched if pair.key not in other]
+    rows += [Row(info.key, ("-", str(info), "")) for info in result.missing if info.key not in result.blocked]
     rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
     rows += [_row("~", pair) for pair in result.shape_mismatched]
-    rows += [_row("≈", pair) for pair in result.dtype_mismatched]
+    fatal = {pair.key for pair in result.uncopyable}
+    rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in fatal]
+    rows += [_row("≈", pair, "  torch cannot copy it") for pair in result.uncopyable]
     rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
-    rows += [Row(key, ("~", "extra state on one side", "")) for key in result.extra_state]
+    rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
+    rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
     cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
     return [(mark, key, *rest) for key, mark, *rest in cells]
 
 
-def _row(mark: str, pair: Pair) -> Row:
+def _row(mark: str, pair: Pair, remark: str = "") -> Row:
     renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
-    return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}"))
+    return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
 
 
 def _percent(share: float) -> str:
