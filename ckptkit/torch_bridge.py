@@ -50,8 +50,10 @@ def gather(
         raise PlanError(f"a view of {dtype} with strides {list(stride)} cannot be made contiguous")
     view = plain.view(getattr(torch, kind.torch_name) if conj or neg else width).as_strided(shape, stride)
     for block in _blocks(view):
-        values = block.conj().resolve_conj() if conj else block
-        yield _bytes_of(-values if neg else values)
+        # torch's own materialisation: arithmetic on complex numbers would lose the sign of a zero.
+        marked = block.conj() if conj else block
+        marked = torch._neg_view(marked) if neg else marked  # noqa: SLF001 - nothing public sets the bit
+        yield _bytes_of(marked.resolve_conj().resolve_neg())
 
 
 def _blocks(view: torch.Tensor) -> Iterator[torch.Tensor]:
