@@ -1,20 +1,25 @@
 """See what a checkpoint holds, see what will load, make it fit, and prove what the optimizer trains.
 
-Importing this imports neither torch nor numpy; functions that need them do so when called.
+Importing this costs nothing: each name is fetched from its room when it is first used, and torch only by
+the functions that need it.
 """
 
 from __future__ import annotations
 
-from ckptkit.diff import StateDictDiff, diff
-from ckptkit.errors import CkptkitError
-from ckptkit.execute import Output, Written, choose_output, execute
-from ckptkit.findings import Finding, Report
-from ckptkit.formats import open_checkpoint
-from ckptkit.load import LoadReport, load_into
-from ckptkit.param_groups import ParamGroupSpec, build_param_groups, plan_param_groups, validate_param_groups
-from ckptkit.plan import Plan, plan_merge, plan_remap
-from ckptkit.rules import Rules, parse_rules
-from ckptkit.tensors import Checkpoint, TensorInfo
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckptkit.compare import StateDictDiff, diff
+    from ckptkit.errors import CkptkitError
+    from ckptkit.execution import Output, Written, choose_output, execute
+    from ckptkit.findings import Finding, Report
+    from ckptkit.formats import open_checkpoint
+    from ckptkit.load import LoadReport, load_into
+    from ckptkit.param_groups import ParamGroupSpec, build_param_groups, plan_param_groups, validate_param_groups
+    from ckptkit.plan import Plan, plan_merge, plan_remap
+    from ckptkit.rules import Rules, parse_rules
+    from ckptkit.tensors import Checkpoint, TensorInfo
 
 __all__ = [
     "Checkpoint",
@@ -41,3 +46,31 @@ __all__ = [
     "plan_remap",
     "validate_param_groups",
 ]
+
+_ROOMS = {
+    "compare": ("StateDictDiff", "diff"),
+    "errors": ("CkptkitError",),
+    "execution": ("Output", "Written", "choose_output", "execute"),
+    "findings": ("Finding", "Report"),
+    "formats": ("open_checkpoint",),
+    "load": ("LoadReport", "load_into"),
+    "param_groups": ("ParamGroupSpec", "build_param_groups", "plan_param_groups", "validate_param_groups"),
+    "plan": ("Plan", "plan_merge", "plan_remap"),
+    "rules": ("Rules", "parse_rules"),
+    "tensors": ("Checkpoint", "TensorInfo"),
+}
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    """Fetch a public name from its room."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
+    value = getattr(import_module(f"ckptkit.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names."""
+    return __all__

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptkit.diff import StateDictDiff, compare
+from ckptkit.compare import StateDictDiff, compare
 from ckptkit.errors import PlanError
 from ckptkit.rules import Rules, apply_rules, as_rules
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, overlapping

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +50,11 @@ def same_state(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> 
         (found[key].dtype, found[key].shape, raw(found[key])) == (value.dtype, value.shape, raw(value))
         for key, value in wanted.items()
     )
+
+
+def scratch() -> tempfile.TemporaryDirectory[str]:
+    """A directory for one example of a property test, in memory where the system has such a place: fsync costs."""
+    return tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 
 
 def sha256(path: str | Path) -> str:

@@ -15,7 +15,7 @@ from ckptkit.cli.options import (
     quiet_option,
     rule_options,
 )
-from ckptkit.diff import diff as compare
+from ckptkit.compare import diff as compare
 from ckptkit.report.diff import diff_document, diff_text
 from ckptkit.rules import Rules
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.options import echo_json, echo_lines, expand_option, json_option, quiet_option
-from ckptkit.execute import FORMATS, Output, Written, choose_output, execute
+from ckptkit.execution import FORMATS, Output, Written, choose_output, execute
 from ckptkit.plan import Plan, ties_broken
 from ckptkit.report.plan import plan_document, plan_text, written_text
 from ckptkit.tensors import Checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptkit.diff import Pair, StateDictDiff
+from ckptkit.compare import Pair, StateDictDiff
 from ckptkit.report.show import describe, totals
 from ckptkit.report.table import Row, collapse, plain_table
 from ckptkit.tensors import Checkpoint, TensorInfo

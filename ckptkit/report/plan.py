@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from ckptkit.execute import Written
+from ckptkit.execution import Written
 from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.report.table import Row, collapse, plain_table
 from ckptkit.text import human_bytes, plural, printable

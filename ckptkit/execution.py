@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptkit.errors import OutputError, PlanError
+from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint
 from ckptkit.plan import Plan, Step
 from ckptkit.shards import Shard, is_shard_name, split_into_shards, weight_index
@@ -215,11 +215,14 @@ def _finish(
         report(count)
     read.check()
     # Success is measured on the output: what does not read back as planned never gets its name.
-    with open_checkpoint(file.temporary) as written:
-        if {key: (info.dtype, info.shape) for key, info in written.items()} != {
-            info.key: (info.dtype, info.shape) for info in infos
-        }:
-            raise OutputError("does not read back as planned, so it was not kept", path=file.target)
+    wanted = {info.key: (info.dtype, info.shape) for info in infos}
+    try:
+        with open_checkpoint(file.temporary) as written:
+            found = {key: (info.dtype, info.shape) for key, info in written.items()}
+    except CkptkitError as error:
+        raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=file.target) from error
+    if found != wanted:
+        raise OutputError("does not read back as planned, so it was not kept", path=file.target)
 
 
 def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) -> Written:
