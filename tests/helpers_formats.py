@@ -198,6 +198,11 @@ def torch_zip(body: bytes, records: Mapping[str, bytes] | None = None) -> bytes:
     return zip_of([*entries, ("archive/version", b"3\n")])
 
 
+def with_weights(**more: bytes) -> bytes:
+    """A torch zip of a mapping with one tensor, ``w``, and whatever else is asked for."""
+    return torch_zip(mapping({"w": tensor(), **more}))
+
+
 def legacy_file(
     body: bytes, keys: object = ("0",), stored: bytes | None = None, magic: int = MAGIC, protocol: int = 1001
 ) -> bytes:

@@ -42,6 +42,8 @@ class PickleMachine:
                 opcode = self.data[self.pos]
                 self.pos += 1
                 if opcode == 0x2E:  # STOP
+                    if not self.stack:
+                        raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}")
                     return self.pop(), self.pos
                 operation = operations.get(opcode)
                 if operation is None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
-from ckptkit.formats.torch_objects import HARMLESS, SUSPICIOUS, StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
 from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select, type_name
 from ckptkit.storage import Region
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
@@ -20,6 +20,7 @@ __all__ = ["TorchFile", "assemble"]
 _BUDGET_PER_BYTE = 2
 _NAMES_PER_BYTE = 64
 _MOST_OUTLINED = 1_000_000
+_MOST_ENTRIES = 100_000
 _MOST_TENSORS = 1_000_000
 
 
@@ -78,8 +79,8 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         if tensor.storage is not None and tensor.storage.key not in places:
             places[tensor.storage.key] = file.locate(tensor.storage)
     entries = _outside(file.tree, chosen, outlined) + entries
-    references = [name for name in file.objects.interpreter.references if not name.startswith(HARMLESS)]
-    suspicious = [name for name in references if name.startswith(SUSPICIOUS)]
+    references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
+    suspicious = [name for name in references if is_suspicious(name)]
     warnings += [*file.warnings, *_code_warnings(references, suspicious)]
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
@@ -125,7 +126,11 @@ def _sort_leaves(
     if isinstance(value, MappingValue) and value.attributes:
         entries.extend(describe((name,), inner, outlined) for name, inner in value.attributes.items())
     names = _NAMES_PER_BYTE * size + 1_000_000
+    unlisted = 0
     for place, leaf in leaves(value, [_BUDGET_PER_BYTE * size + 1000]):
+        if len(entries) >= _MOST_ENTRIES and not isinstance(leaf, TensorRef):
+            unlisted += 1
+            continue
         key = flat_key(place)
         names -= len(key)
         if names < 0:
@@ -145,6 +150,8 @@ def _sort_leaves(
             tensors[exact] = (leaf, True)
         else:
             tensors[key] = (leaf, False)
+    if unlisted:
+        warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
     return tensors, entries, warnings
 
 

@@ -1,0 +1,204 @@
+"""Small files that stand for much: reading one ends soon, in little memory, as a list or as a refusal."""
+
+from __future__ import annotations
+
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from tests.helpers_formats import (
+    call,
+    glob,
+    legacy_file,
+    mapping,
+    number,
+    pickled,
+    several,
+    storage,
+    tensor,
+    text,
+    torch_zip,
+    with_weights,
+    write,
+)
+
+WEIGHTS = tensor()
+CHILD = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
+from ckptkit.errors import CkptkitError
+from ckptkit.formats import open_checkpoint
+try:
+    with open_checkpoint(sys.argv[1]) as checkpoint:
+        print("listed", len(checkpoint), sum(len(str(entry)) for entry in checkpoint.entries) < 10_000_000)
+except CkptkitError as error:
+    print("refused", len(error.reason) < 1000, error.reason[:200])
+"""
+
+
+def put(index: int) -> bytes:
+    return b"r" + struct.pack("<I", index)
+
+
+def get(index: int) -> bytes:
+    return b"j" + struct.pack("<I", index)
+
+
+def laughs(levels: int, open_: bytes = b"](", close: bytes = b"e") -> bytes:
+    """A list of two lists of two lists...: a few bytes a level, two to the power of the levels when walked."""
+    made = b"]" + put(0)
+    for level in range(1, levels + 1):
+        made += open_ + get(level - 1) * 2 + close + put(level)
+    return made
+
+
+def keyed_by(*keys: bytes) -> bytes:
+    return b"}(" + b"".join(key + b"N" for key in keys) + b"u"
+
+
+WIDE = b"}(" + b"".join(text(str(index)) + b"N" for index in range(50_000)) + b"u" + put(1)
+NAMES = b"ABCD"
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "C6 LONG_BINPUT 2^31": lambda: torch_zip(b"}" + put(2**31 - 1) + text("w") + WEIGHTS + b"s"),
+    "C7 tuple hash": lambda: torch_zip(b"}" + laughs(60, b"", b"\x86") + b"Ns"),
+    "C7 one long tuple as key, often": lambda: torch_zip(
+        b"(" + b"N" * 500_000 + b"t" + put(0) + b"0" + keyed_by(*[get(0)] * 4000)
+    ),
+    "C7 frozensets as keys": lambda: torch_zip(keyed_by(laughs(40, b"(", b"\x91"), laughs(40, b"(", b"\x91"))),
+    "C7 complex keys that collide": lambda: torch_zip(
+        keyed_by(*(call("builtins.complex", number(-1_000_003 * n), number(n)) for n in range(30_000)))
+    ),
+    "C7 the same from pairs": lambda: torch_zip(
+        call(
+            "collections.OrderedDict",
+            b"]("
+            + b"".join(
+                several(call("builtins.complex", number(-1_000_003 * n), number(n)), b"N") for n in range(30_000)
+            )
+            + b"e",
+        )
+    ),
+    "C8 laughs": lambda: torch_zip(mapping({"w": WEIGHTS, "x": laughs(60)})),
+    "C8 laughs beside the weights": lambda: torch_zip(
+        mapping({"model": mapping({"w": WEIGHTS}), "x": laughs(60)} | {str(n): get(60 - n % 9) for n in range(20_000)})
+    ),
+    "C8 laughs as a class": lambda: torch_zip(laughs(60) + b")R"),
+    "C8 laughs as a device": lambda: torch_zip(mapping({"w": WEIGHTS, "x": call("torch.device", laughs(60))})),
+    "C8 laughs as a layout": lambda: torch_zip(call("torch.serialization._get_layout", laughs(60))),
+    "C8 laughs as a source file": lambda: legacy_file(several(text("module"), b"N", laughs(60), b"N") + b"Q"),
+    "C8 wide mappings behind many names": lambda: torch_zip(
+        WIDE + b"0" + mapping({str(n): b"}" + text("model") + get(1) + b"s" for n in range(20_000)})
+    ),
+    "C8 wide mappings as entries": lambda: torch_zip(
+        WIDE + b"0" + mapping({"model": mapping({"w": WEIGHTS})} | {str(n): get(1) for n in range(20_000)})
+    ),
+    "C8 long names, nested": lambda: torch_zip(
+        text("x" * 1_000_000) + put(0) + b"0" + (b"}" + get(0)) * 150 + b"](" + b"N" * 1000 + b"e" + b"s" * 150
+    ),
+    "C9 100,000 lists": lambda: torch_zip(b"]" * 100_000 + b"a" * 99_999),
+    "C9 100,000 tuples": lambda: torch_zip(b")" + b"\x85" * 100_000),
+    "C9 100,000 dicts": lambda: torch_zip((b"}" + text("x")) * 100_000 + b"N" + b"s" * 100_000),
+    "C9 100,000 objects": lambda: torch_zip(
+        mapping({"w": WEIGHTS, "x": glob("a.b") * 100_000 + b")" + b"\x85R" * 100_000})
+    ),
+    "C9 100,000 rebuilds": lambda: torch_zip(
+        (
+            b"("
+            + (glob("torch._tensor._rebuild_from_type_v2") + b"N(") * 50_000
+            + b"N" * 3
+            + b"tNt"
+            + b"Nt" * 49_999
+            + b"R"
+        )[1:]
+    ),
+    "C10 a list in itself": lambda: torch_zip(mapping({"w": WEIGHTS, "x": b"]" + put(0) + get(0) + b"a"})),
+    "C10 a dict in itself": lambda: torch_zip(b"}" + put(0) + text("model") + get(0) + b"s"),
+    "C11 int keys": lambda: torch_zip(keyed_by(*(number(n * (2**61 - 1)) for n in range(50_000)))),
+    "C11 tuple keys": lambda: torch_zip(keyed_by(*(b"(" + number(n * (2**61 - 1)) + b"t" for n in range(50_000)))),
+    "C16 bytearray": lambda: with_weights(x=call("builtins.bytearray", number(2**38))),
+    "C16 FloatTensor": lambda: with_weights(x=call("torch.FloatTensor", number(2**38))),
+    "C16 qtensor": lambda: with_weights(
+        x=call(
+            "torch._utils._rebuild_qtensor",
+            storage(),
+            number(0),
+            several(number(2**38)),
+            several(number(0)),
+            b"N",
+            b"N",
+            b"N",
+        )
+    ),
+    "C16 a storage of 2^60": lambda: with_weights(x=tensor(storage("9", 2**60))),
+    "OrderedDict by memo": lambda: torch_zip(
+        b"]("
+        + several(text("a"), b"N") * 10_000
+        + b"e"
+        + put(0)
+        + b"0]("
+        + (glob("collections.OrderedDict") + b"(" + get(0) + b"tR") * 20_000
+        + b"e"
+    ),
+    "list by memo": lambda: torch_zip(
+        b"]("
+        + b"N" * 100_000
+        + b"e"
+        + put(0)
+        + b"0]("
+        + (glob("builtins.list") + b"(" + get(0) + b"tR") * 20_000
+        + b"e"
+    ),
+    "sparse parts by memo": lambda: torch_zip(
+        b"("
+        + b"N" * 500_000
+        + b"t"
+        + put(0)
+        + b"0]("
+        + (glob("torch._utils._rebuild_sparse_tensor") + b"(" + text("torch.sparse_coo") + get(0) + b"tR") * 20_000
+        + b"e"
+    ),
+    "a shape by memo": lambda: torch_zip(
+        b"(" + number(2**62) * 500_000 + b"t" + put(0) + b"0" + call("torch.Size", get(0)) * 2 + b"\x86"
+    ),
+    "B20 deflated pickle": lambda: deflated("data.pkl"),
+    "B20 deflated storage": lambda: deflated("data/0"),
+    "B20 deflated version": lambda: deflated("version"),
+    "a legacy file with room": lambda: legacy_file(b"X\xff\xff\xff\x7f", ()),
+}
+
+
+@cache
+def half_a_gigabyte() -> bytes:
+    machine = zlib.compressobj(1, zlib.DEFLATED, -15)
+    return b"".join(machine.compress(bytes(1 << 20)) for _ in range(512)) + machine.flush()
+
+
+def deflated(bomb: str) -> bytes:
+    """An archive with one entry of a few megabytes that inflates to half a gigabyte of zeros."""
+    contents = {"data.pkl": pickled(mapping({"w": WEIGHTS})), "data/0": bytes(16), "version": b"3"}
+    parts, directory = b"", b""
+    for name, content in contents.items():
+        packed = half_a_gigabyte() if name == bomb else zlib.compress(content, wbits=-15)
+        raw, size = f"archive/{name}".encode(), (512 << 20 if name == bomb else len(content))
+        common = struct.pack("<HHHHLLLHH", 0, 8, 0, 0, 0, len(packed), size, len(raw), 0)
+        directory += b"PK\1\2" + struct.pack("<HH", 20, 20) + common
+        directory += struct.pack("<HHHLL", 0, 0, 0, 0, len(parts)) + raw
+        parts += b"PK\3\4" + struct.pack("<H", 20) + common + raw + packed
+    return parts + directory + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, len(directory), len(parts), 0)
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_bomb_ends_as_a_list_or_a_refusal(tmp_path: Path, name: str) -> None:
+    """The limits of memory and of CPU time are the child's; ending by either of them fails the test."""
+    path = write(tmp_path, BOMBS[name]())
+    done = subprocess.run([sys.executable, "-c", CHILD, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.match(r"listed \d+ True|refused True \S", done.stdout), done.stdout
