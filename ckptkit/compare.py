@@ -120,7 +120,8 @@ def diff(expected: StateDictLike, found: StateDictLike, rules: Rules | list[str]
 
 def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
     """Return the difference, with the keys of ``found`` named as ``key_map`` says."""
-    by_new_name = {new: found[old] for old, new in key_map.renamed.items()}
+    there = dict(found.items())
+    by_new_name = {new: there[old] for old, new in key_map.renamed.items()}
     values = _values_elsewhere(found, by_new_name)
     wanted_state = _states(expected, expected)
     found_state = _states(found, by_new_name)

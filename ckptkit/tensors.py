@@ -204,6 +204,10 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Return the number of tensors."""
         return len(self._infos)
 
+    def __contains__(self, key: object) -> bool:
+        """Return whether there is a tensor of this key."""
+        return key in self._infos
+
     def items(self) -> ItemsView[str, TensorInfo]:
         """Return keys and descriptions, at the speed of a dict."""
         return self._infos.items()

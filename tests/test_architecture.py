@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -29,8 +30,8 @@ FLOORS = (
     {"plan", "writers.atomic", "writers.torch_pickle"},
     {"writers.safetensors", "writers.torch_zip"},
     {"param_groups.spec", "param_groups.suggest", "param_groups.inventory"},
-    {"param_groups.members", "param_groups.plan", "param_groups.strangers"},
-    {"param_groups.options", "param_groups.build"},
+    {"param_groups.members", "param_groups.plan"},
+    {"param_groups.strangers", "param_groups.options", "param_groups.build"},
     {"param_groups.validate"},
     {"param_groups"},
     {"execution", "load", "report", "report.table", "report.findings", "report.groups"},
@@ -103,7 +104,7 @@ def test_no_file_is_over_400_lines(room: str) -> None:
 def test_guests_stay_in_their_rooms(guest: str, homes: tuple[str, ...]) -> None:
     """click is for the command line, tabulate for reports; pickle and mmap are for nobody."""
     users = [room for room, path in FILES.items() if guest in {name.partition(".")[0] for name in imports_of(path)}]
-    assert [room for room in users if not room.startswith(homes)] == ([] if homes else [])
+    assert [room for room in users if not room.startswith(homes or ("none",))] == []
 
 
 def test_public_names_are_sorted_and_real() -> None:
@@ -113,15 +114,11 @@ def test_public_names_are_sorted_and_real() -> None:
     assert set(ckptkit.__all__) <= set(dir(ckptkit))
 
 
-@pytest.mark.parametrize("room", sorted(FILES))
-def test_every_all_is_sorted_and_real(room: str) -> None:
-    """What a module says it offers is there."""
-    module = __import__(f"ckptkit.{room}" if room else "ckptkit", fromlist=["*"])
-    if room == "__main__":
-        return
-    names = getattr(module, "__all__", [])
-    assert list(names) == sorted(names)
-    assert [name for name in names if not hasattr(module, name)] == []
+@pytest.mark.parametrize("room", sorted(FILES.keys() - {"__main__"}))  # importing that one runs the program
+def test_every_all_is_real(room: str) -> None:
+    """What a module says it offers is there; the linter keeps each list in order."""
+    module = import_module(f"ckptkit.{room}" if room else "ckptkit")
+    assert [name for name in getattr(module, "__all__", []) if not hasattr(module, name)] == []
 
 
 LIGHT_COMMANDS = {
@@ -133,7 +130,7 @@ LIGHT_COMMANDS = {
     "show torch legacy": "main(['show', 'fixtures/lenet_10class.pth'])",
     "show shards": "main(['show', 'fixtures/encoder_sharded'])",
     "diff": "main(['diff', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt'])",
-    "remap": "main(['remap', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/a.safetensors', '--rename', 'fc3.*=*'])",
+    "remap": "main(['remap', 'fixtures/encoder_sharded', '-o', OUT + '/a.safetensors', '--rename', '*=x.*'])",
     "remap to torch": "main(['remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/a.pt', '--rename', 'module.*=*'])",
     "convert": "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/b.safetensors'])",
     "merge": "main(['merge', 'fixtures/lenet_10class.pth', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/c.pt'])",
