@@ -14,7 +14,7 @@ from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import plural, quoted
 
-__all__ = ["INDEX_SUFFIXES", "find_index", "open_sharded"]
+__all__ = ["INDEX_SUFFIXES", "find_index", "is_plain_name", "open_sharded"]
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json", ".pt.index.json")
 _LARGEST_INDEX = 256 << 20
@@ -81,12 +81,17 @@ def _read_index(path: str) -> Mapping[str, Any]:
         file.close()
 
 
+def is_plain_name(name: str) -> bool:
+    """Return whether ``name`` names a file of the directory itself, on every system, and leads nowhere else."""
+    # Windows rules see drives, roots and both kinds of slash.
+    parts = PureWindowsPath(name)
+    return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name
+
+
 def _check_name(key: str, name: object, index_name: str, path: str) -> None:
     if not isinstance(name, str):
         raise FormatError(f"the index maps {quoted(key)} to a {type(name).__name__}, not to a file name", path=path)
-    # Windows rules see drives, roots and both kinds of slash, on every system.
-    parts = PureWindowsPath(name)
-    if not name or parts.name != name or parts.drive or name in (".", "..") or "\0" in name:
+    if not is_plain_name(name):
         raise FormatError(f"the index names the unsafe shard {quoted(name)}", path=path)
     kind = index_name.removesuffix(".index.json").rpartition(".")[2]
     if kind == "safetensors" and not name.endswith(".safetensors"):
@@ -120,7 +125,7 @@ def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint
         shard.close()
         key, others = (absent or extra)[0], len(absent or extra) - 1
         more = f" and {others} more" if others else ""
-        what = "does not hold it" if absent else "the index does not say so"
+        what = "the shard does not hold it" if absent else "the index does not say so"
         how = "the index places" if absent else "the shard holds"
         raise FormatError(f"{how} {quoted(key)}{more} here, but {what}", path=path)
     return shard

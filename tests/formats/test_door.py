@@ -1,0 +1,299 @@
+"""Whatever a path leads to, the door says what it is: by content, at once, in one line that names the path."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import re
+import socket
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ckptkit.errors import CkptkitError, FormatError, ModelError, PathError
+from ckptkit.formats import open_checkpoint
+from ckptkit.formats.live import build_model
+from tests.helpers_formats import (
+    assert_same,
+    bits,
+    f32,
+    opened,
+    refusal,
+    refused,
+    safetensors_file,
+    saved,
+    write,
+    zip_of,
+)
+
+STATE = {"w": torch.arange(4.0)}
+GOOD = safetensors_file({"w": f32(0, 16, [4])}, bits(STATE["w"]))
+
+NO_CHECKPOINT = [
+    pytest.param(b"", "the file is empty", id="A1 empty"),
+    pytest.param(b"P", "too short to be a checkpoint: 1 bytes", id="A2 one byte"),
+    pytest.param(b"PK\3\4", "without a directory", id="A2 a zip's first bytes"),
+    pytest.param(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer", id="A3 pointer"),
+    pytest.param(b"<!DOCTYPE html><html>404</html>", "an HTML page, not a checkpoint", id="A4 HTML"),
+    pytest.param(b"\r\n <html lang='en'>", "an HTML page, not a checkpoint", id="A4 HTML behind blanks"),
+    pytest.param(b"<?xml version='1.0'?><Error>AccessDenied</Error>", "an HTML page", id="A4 XML of a bucket"),
+    pytest.param(b"\0" * 4096, "only zero bytes", id="A5 zeros"),
+    pytest.param(b"\0" * 4, "only zero bytes", id="A5 four zeros"),
+    pytest.param(gzip.compress(GOOD), "a gzip-compressed file", id="A6 gzip"),
+    pytest.param(b"BZh91AY", "a bzip2-compressed file", id="A6 bzip2"),
+    pytest.param(b"\x28\xb5\x2f\xfd" + bytes(20), "a zstd-compressed file", id="A6 zstd"),
+    pytest.param(b"7z\xbc\xaf\x27\x1c" + bytes(20), "a 7-zip archive", id="A6 7z"),
+    pytest.param(b"hello, world, this is text", "an unknown format; it begins with 68 65 6c 6c 6f", id="A7 text"),
+    pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(20), "a PNG picture", id="A7 PNG"),
+    pytest.param(bytes(257) + b"ustar" + b"x" * 300, "a tar archive", id="A7 tar"),
+    pytest.param(b"GGUF" + bytes(20), "a GGUF file", id="A14 GGUF"),
+    pytest.param(b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file", id="A14 HDF5"),
+    pytest.param(b"\x93NUMPY" + bytes(20), "a NumPy array", id="A14 npy"),
+    pytest.param(zip_of([("arr_0.npy", b"\x93NUMPY")]), "no data.pkl: not a torch checkpoint", id="A14 npz"),
+    pytest.param(
+        zip_of([("m/data.pkl", b"}."), ("m/constants.pkl", b").")]), "a TorchScript archive", id="TorchScript"
+    ),
+    pytest.param(b"\x80\x02}q\0.", "a bare pickle, not a file of torch.save", id="a bare pickle"),
+    pytest.param(
+        b"\x80\x04\x95" + bytes(30), "a bare pickle, not a file of torch.save", id="a bare pickle, protocol 4"
+    ),
+]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin.incomplete", ""])
+@pytest.mark.parametrize(("data", "reason"), NO_CHECKPOINT)
+def test_what_is_no_checkpoint_is_told_by_its_content(tmp_path: Path, data: bytes, reason: str, suffix: str) -> None:
+    error = refused(tmp_path, data, f"file{suffix}")
+    assert isinstance(error, FormatError)
+    assert reason in error.reason
+    assert error.path == str(tmp_path / f"file{suffix}")
+
+
+def test_a_pickled_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    error = refused(tmp_path, saved(torch.nn.Linear(2, 2)))
+    assert "a pickled object of class 'torch.nn.modules.linear.Linear', not a state_dict" in error.reason
+    assert error.hint == "save its state_dict() and give that"
+
+
+def test_a_directory_of_distributed_shards_without_readable_metadata_is_refused(tmp_path: Path) -> None:
+    (tmp_path / ".metadata").write_bytes(b"x")
+    (tmp_path / "__0_0.distcp").write_bytes(b"x")
+    assert isinstance(refusal(str(tmp_path)), FormatError)
+
+
+@pytest.mark.parametrize(
+    "what", ["missing", "missing directory", "file as directory", "dangling", "loop", "NUL", "long", "no name"]
+)
+def test_a_path_that_leads_to_nothing_says_why(tmp_path: Path, what: str) -> None:
+    (tmp_path / "dangling").symlink_to("gone.pt")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").write_bytes(GOOD)
+    paths = {
+        "missing": (str(tmp_path / "no.pt"), "no such file or directory"),
+        "missing directory": (str(tmp_path / "no/such/file.pt"), "no such file or directory"),
+        "file as directory": (str(tmp_path / "file/x.pt"), "not a directory"),
+        "dangling": (str(tmp_path / "dangling"), "a symbolic link to gone.pt, which does not exist"),
+        "loop": (str(tmp_path / "loop"), "too many levels of symbolic links"),
+        "NUL": (str(tmp_path / "a\0b"), "null"),
+        "long": (str(tmp_path / ("x" * 5000)), "file name too long"),
+        "no name": ("", "no such file"),
+    }
+    path, reason = paths[what]
+    with pytest.raises(PathError) as caught:
+        open_checkpoint(path)
+    assert reason in caught.value.reason
+    assert caught.value.path == path
+
+
+@pytest.mark.parametrize("what", ["fifo", "socket", "device", "link to a fifo"])
+def test_what_is_no_regular_file_is_refused_without_waiting_for_it(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A10: opening a FIFO that nobody writes to would never return, and reading /dev/zero never ends."""
+    monkeypatch.chdir(tmp_path)  # the name of a socket must be short
+    os.mkfifo("fifo")
+    os.symlink("fifo", "link to a fifo")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        error = refusal("/dev/zero" if what == "device" else what)
+    assert isinstance(error, PathError)
+    assert error.reason == "not a regular file"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("directory", [False, True])
+def test_what_may_not_be_read_says_so(tmp_path: Path, directory: bool) -> None:
+    target = tmp_path / "x"
+    target.mkdir() if directory else target.write_bytes(GOOD)
+    target.chmod(0)
+    error = refusal(str(target))
+    target.chmod(0o700)
+    assert isinstance(error, PathError)
+    assert error.reason == "permission denied"
+
+
+@pytest.mark.parametrize(
+    ("data", "name", "warning"),
+    [
+        pytest.param(GOOD, "x.pt", "the name says torch, the content is safetensors", id="A12 safetensors as .pt"),
+        pytest.param(
+            saved(STATE), "x.safetensors", "the name says safetensors, the content is torch-zip", id="A12 zip"
+        ),
+        pytest.param(saved(STATE, legacy=True), "x.safetensors", "the content is torch-legacy", id="A12 legacy"),
+        pytest.param(GOOD, "x.safetensors", "", id="the right name"),
+        pytest.param(saved(STATE), "x.anything", "", id="a name that says nothing"),
+        pytest.param(saved(STATE), "x", "", id="a name without a suffix"),
+    ],
+)
+def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, data: bytes, name: str, warning: str) -> None:
+    with opened(tmp_path, data, name) as checkpoint:
+        assert_same(checkpoint, STATE)
+        assert len(checkpoint.warnings) == bool(warning)
+        assert warning in "".join(checkpoint.warnings)
+
+
+@pytest.mark.parametrize("name", ["a b.pt", "ü.pt", "a::b.pt", "a://b.pt", "-x.pt", "a\nb.pt", os.fsdecode(b"\xff.pt")])
+def test_a_path_may_have_any_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = Path(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(saved({"m": {"w": STATE["w"]}, "epoch": 1}))
+    with open_checkpoint(name) as checkpoint:
+        assert_same(checkpoint, STATE)
+    with open_checkpoint(f"{name}::m") as checkpoint:
+        assert_same(checkpoint, STATE)
+
+
+def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
+    error = refusal(f"{write(tmp_path, GOOD, 'x.safetensors')}::a.b")
+    assert "there is no mapping 'a.b' inside" in error.reason
+    assert error.hint == "use --keep 'a.b.*'"
+
+
+def test_a_closed_checkpoint_releases_its_file(tmp_path: Path) -> None:
+    before = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else set()
+    checkpoint = opened(tmp_path, GOOD)
+    checkpoint.close()
+    checkpoint.close()
+    for data, _ in (param.values for param in NO_CHECKPOINT):
+        with pytest.raises(CkptkitError):
+            opened(tmp_path, data)  # type: ignore[arg-type]
+    assert (set(os.listdir("/proc/self/fd")) if before else before) <= before
+
+
+# --- live models -----------------------------------------------------------------------------------------------------
+
+MODULE = """
+    import sys
+    import torch
+    from torch import nn
+
+    print("importing")
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(2, 3)
+            with torch.no_grad():
+                self.fc.weight.fill_(2.0)
+
+    class Stubborn(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.tensor([float(torch.ones(1, device="cpu").item())]))
+            if self.table.is_meta:
+                raise RuntimeError("no meta device for me")
+
+    instance = Net()
+    table = {"w": torch.ones(2)}
+    number = 5
+
+    def build():
+        return Net()
+
+    def fails():
+        raise ValueError("no data set at hand\\nsecond line")
+
+    def leaves():
+        sys.exit(3)
+
+    def wrong():
+        return 5
+
+    def demanding(size):
+        return Net()
+"""
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "livemodels").mkdir()
+    (tmp_path / "livemodels" / "__init__.py").write_text("")
+    (tmp_path / "livemodels" / "nets.py").write_text(textwrap.dedent(MODULE))
+    (tmp_path / "livemodels" / "broken.py").write_text("import no_such_module_at_all")
+    (tmp_path / "livemodels" / "exits.py").write_text("raise SystemExit(0)")
+    (tmp_path / "livemodels" / "syntax.py").write_text("def")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "livemodels"]:
+        del sys.modules[name]
+
+
+@pytest.mark.parametrize("name", ["build", "Net", "instance"])
+def test_a_live_model_is_a_checkpoint(modules: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with open_checkpoint(f"py:livemodels.nets:{name}") as checkpoint:
+        assert {key: str(info) for key, info in checkpoint.items()} == {"fc.weight": "F32 [3, 2]", "fc.bias": "F32 [3]"}
+        assert checkpoint.format == "live model"
+        assert checkpoint.path == f"py:livemodels.nets:{name}"
+        assert checkpoint.read_bytes("fc.weight") == bits(torch.full((3, 2), 2.0))
+    assert capsys.readouterr().out == ""
+    assert modules.exists()
+
+
+def test_a_model_that_cannot_be_built_on_meta_is_built_for_real(modules: Path) -> None:
+    with open_checkpoint("py:livemodels.nets:Stubborn") as checkpoint:
+        assert_same(checkpoint, {"table": torch.ones(1)})
+    with open_checkpoint("py:livemodels.nets:table") as checkpoint:
+        assert_same(checkpoint, {"w": torch.ones(2)})
+    assert isinstance(build_model("livemodels.nets:build", device="meta"), torch.nn.Module)
+    assert modules.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        pytest.param("livemodels.nets", "names no callable", id="no colon"),
+        pytest.param("livemodels.nets:", "names no callable", id="no name"),
+        pytest.param(":build", "names no callable", id="no module"),
+        pytest.param("", "names no callable", id="nothing"),
+        pytest.param(
+            "livemodels.none:build", "importing 'livemodels.none' failed: ModuleNotFoundError", id="no such module"
+        ),
+        pytest.param("livemodels.broken:build", "No module named 'no_such_module_at_all'", id="an import inside fails"),
+        pytest.param(
+            "livemodels.exits:build", "importing 'livemodels.exits' failed: SystemExit", id="the module exits"
+        ),
+        pytest.param("livemodels.syntax:build", "importing 'livemodels.syntax' failed: SyntaxError", id="no Python"),
+        pytest.param("livemodels.nets:none", "'livemodels.nets' has no 'none'", id="no such name"),
+        pytest.param("livemodels.nets:Net.none", "'livemodels.nets' has no 'Net.none'", id="no such attribute"),
+        pytest.param("livemodels.nets:number", "'number' is a int, not a callable or a model", id="a number"),
+        pytest.param("livemodels.nets:fails", "calling 'fails' failed: ValueError: no data set at hand", id="it fails"),
+        pytest.param("livemodels.nets:leaves", "calling 'leaves' failed: SystemExit: 3", id="it exits"),
+        pytest.param("livemodels.nets:wrong", "'wrong' returned a int, not a model", id="it returns a number"),
+        pytest.param("livemodels.nets:demanding", "calling 'demanding' failed: TypeError", id="it wants arguments"),
+        pytest.param("..:x", "importing '..' failed", id="a relative name"),
+    ],
+)
+def test_a_live_model_that_cannot_be_had_says_why(modules: Path, target: str, reason: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        open_checkpoint(f"py:{target}")
+    assert re.search(re.escape(reason), caught.value.reason), caught.value.reason
+    assert caught.value.path == f"py:{target}"
+    assert "\n" not in str(caught.value)
+    assert modules.exists()
