@@ -100,24 +100,29 @@ def _records(
     span: Callable[[TensorInfo], Payload | None],
 ) -> tuple[list[Payload], list[StoredTensor]]:
     """Decide which tensors share a record, and how each lies in its own."""
-    records: list[Payload] = []
-    placed: dict[str, StoredTensor] = {}
+    unions: dict[str, tuple[int, Payload]] = {}
     for group in overlapping(infos):
         shared = _union(group, span)
-        if shared is None:
-            continue
-        first, region = shared
-        for info in group:
-            assert info.view is not None  # noqa: S101 - overlapping() returns views only
-            offset = info.view.offset - first * 8 // DTYPES[info.dtype].bits
-            placed[info.key] = StoredTensor(info, len(records), region.nbytes, offset, info.view.stride)
-        records.append(region)
+        if shared is not None:
+            unions.update((info.key, shared) for info in group)
+    records: list[Payload] = []
+    known: dict[object, StoredTensor] = {}  # what makes two tensors one record -> the first of them
+    stored = []
     for info in infos:
-        if info.key not in placed:
+        if info.key in unions and info.view is not None:
+            first, content = unions[info.key]
+            same: object = id(content)
+            place = info.view.offset - first * 8 // DTYPES[info.dtype].bits, info.view.stride
+        else:
             content, stride = _single(info, payload, span)
-            placed[info.key] = StoredTensor(info, len(records), content.nbytes, 0, stride)
+            # Two names of one view are one record, gaps or not; without a span, equal views may differ in value.
+            same = (info.view, info.shape, info.dtype) if info.view and info.elements and span(info) else info.key
+            place = 0, stride
+        if same not in known:
+            known[same] = StoredTensor(info, len(records), content.nbytes, *place)
             records.append(content)
-    return records, [placed[info.key] for info in infos]
+        stored.append(StoredTensor(info, known[same].record, known[same].record_nbytes, *place))
+    return records, stored
 
 
 def _union(group: Sequence[TensorInfo], span: Callable[[TensorInfo], Payload | None]) -> tuple[int, Payload] | None:

@@ -1,0 +1,387 @@
+"""An output appears whole, where and as it was asked for, and harms no input."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from ckptkit import TensorInfo, choose_output, execute, open_checkpoint, parse_rules, plan_merge, plan_remap
+from ckptkit.errors import ChangedError, CkptkitError, OutputError, PlanError
+from tests.helpers_outputs import names_in, same_state, scratch, sha256, state_dicts, tensor_of
+
+ROOT = Path(__file__).parent.parent
+STATE = {"a.weight": tensor_of("F32", (4, 3)), "a.bias": tensor_of("F32", (4,), 1), "b": tensor_of("BF16", (5,), 2)}
+BYTES = 48 + 16 + 10
+
+
+def refusal(act: Callable[[], object], error: type[CkptkitError] = OutputError) -> CkptkitError:
+    with pytest.raises(error) as caught:
+        act()
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def convert(source: Any, out: Path, *, shards: int | None = None, force: bool = False, **more: Any) -> Any:
+    return execute(plan_remap(source), source, choose_output(out, max_shard_size=shards, force=force), **more)
+
+
+def saved(path: Path, state: dict[str, Any] | None = None) -> Path:
+    state = STATE if state is None else state
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def state_at(path: Path) -> dict[str, torch.Tensor]:
+    with open_checkpoint(path) as checkpoint:
+        return {key: checkpoint.read(key) for key in checkpoint}
+
+
+# --- roles and plans -------------------------------------------------------------------------------------------------
+
+
+def test_several_inputs_make_one_output(tmp_path: Path) -> None:
+    """Base and donor by role, copied and cast; storages of different inputs are never mixed up in a torch file."""
+    base = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.arange(3.0)}
+    donor = {"a": torch.tensor([1.5, 2.0, -7.0]), "x": torch.ones(2)}
+    saved(tmp_path / "base.pt", base)
+    saved(tmp_path / "donor.pt", donor)
+    with open_checkpoint(tmp_path / "base.pt") as first, open_checkpoint(tmp_path / "donor.pt") as second:
+        plan = plan_merge(first, second, on_unexpected="add")
+        for name in ("out.pt", "out.safetensors"):
+            written = execute(plan, {"base": first, "donor": second}, tmp_path / name)
+            assert (written.tensors, written.nbytes) == (3, (tmp_path / name).stat().st_size)
+            wanted = {"a": donor["a"].to(torch.bfloat16), "b": base["b"], "x": donor["x"]}
+            assert same_state(state_at(tmp_path / name), wanted)
+
+
+def test_a_single_source_needs_no_role(tmp_path: Path) -> None:
+    """Not even one that has a tensor called ``source``; a plan of two roles asks for both."""
+    state = {"source": torch.ones(2), "w": torch.zeros(1)}
+    execute(plan_remap(state), state, tmp_path / "a.safetensors")
+    execute(plan_remap(state), {"source": state}, tmp_path / "b.safetensors")
+    assert same_state(load_file(tmp_path / "a.safetensors"), state)
+    assert sha256(tmp_path / "a.safetensors") == sha256(tmp_path / "b.safetensors")
+    plan = plan_merge({**state, "z": torch.ones(1)}, state)
+    assert "the plan reads donor, base" in refusal(lambda: execute(plan, state, tmp_path / "c.pt"), PlanError).reason
+
+
+@pytest.mark.parametrize(
+    ("now", "reason"),
+    [
+        ({"w": torch.ones(2, dtype=torch.int32)}, "'w' is not what the plan was made from"),
+        ({"w": torch.ones(1, 2)}, "'w' is not what the plan was made from"),
+        ({"v": torch.ones(2)}, "'w' is no longer in the source"),
+        ({"w": TensorInfo("w", "F32", (2,))}, "'w' is only described"),
+    ],
+    ids=["dtype", "shape", "gone", "no bytes"],
+)
+def test_a_plan_is_carried_out_on_what_it_was_made_from(now: Any, reason: str, tmp_path: Path) -> None:
+    """Equal sizes are not enough: the same bytes under another dtype are other weights."""
+    plan = plan_remap({"w": torch.ones(2)})
+    error = refusal(lambda: execute(plan, now, tmp_path / "a.safetensors"), PlanError)
+    assert error.reason.startswith(reason)
+    assert names_in(tmp_path) == []
+
+
+def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
+    """What is reported adds up to what is written, so a bar ends at its end."""
+    for name in ("a.safetensors", "a.pt"):
+        seen: list[int] = []
+        written = convert(STATE, tmp_path / name, progress=seen.append)
+        assert BYTES <= sum(seen) <= written.nbytes
+
+
+# --- where to write --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "reason"),
+    [
+        ("out", {}, "its suffix tells no format"),
+        ("out.txt", {}, "its suffix tells no format"),
+        ("out.pt", {"format": "gguf"}, "unknown format 'gguf'"),
+        ("out", {"max_shard_size": 0}, "a shard of at most 0 bytes holds nothing"),
+        ("out.safetensors", {"max_shard_size": 9}, "shards need a directory"),
+        ("out", {"max_shard_size": 9, "format": "torch"}, "shards are written as safetensors only"),
+    ],
+)
+def test_an_output_that_makes_no_sense_is_refused(name: str, options: dict[str, Any], reason: str) -> None:
+    """Before anything is read."""
+    assert refusal(lambda: choose_output(name, **options)).reason == reason
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.write_bytes(b"old"), "already exists"),
+        (lambda path: path.mkdir(), "is a directory"),
+        (os.mkfifo, "is not a regular file"),
+        (lambda path: path.symlink_to("/dev/full"), "is not a regular file"),
+        (lambda path: path.symlink_to(path), "too many levels of symbolic links"),
+    ],
+    ids=["exists", "directory", "FIFO", "device", "loop"],
+)
+def test_what_is_there_already_is_left_alone(make: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+    """Without force a file, and even with it whatever is no file."""
+    out = tmp_path / "out.pt"
+    make(out)
+    before = os.lstat(out)
+    for force in (False, *([True] if reason != "already exists" else [])):
+        error = refusal(lambda force=force: convert(STATE, out, force=force))  # type: ignore[misc]
+        assert (error.reason, error.path) == (reason, str(out))
+    assert os.lstat(out) == before
+    assert names_in(tmp_path) == ["out.pt"]
+
+
+@pytest.mark.parametrize("shards", [None, 20])
+def test_the_directory_must_be_there(shards: int | None, tmp_path: Path) -> None:
+    """It is named, and not made: a typing slip would scatter files."""
+    out = tmp_path / "no" / ("out" if shards else "out.pt")
+    assert refusal(lambda: convert(STATE, out, shards=shards)).reason == f"its directory {out.parent} does not exist"
+    if not shards:
+        (tmp_path / "no").write_bytes(b"")
+        assert refusal(lambda: convert(STATE, out)).reason == f"its directory {out.parent} is not a directory"
+
+
+def test_modes_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:
+    """A new file follows the umask, a replaced one keeps its mode."""
+    old = os.umask(0o027)
+    try:
+        for name in ("new.pt", "new.safetensors"):
+            convert(STATE, tmp_path / name)
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
+            (tmp_path / name).chmod(0o604)
+            convert(STATE, tmp_path / name, force=True)
+            assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o604
+        convert(STATE, tmp_path / "new", shards=20)
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o750
+        (tmp_path / "new").chmod(0o705)
+        convert(STATE, tmp_path / "new", shards=20, force=True)
+        assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o705
+    finally:
+        os.umask(old)
+
+
+@pytest.mark.parametrize("shards", [None, 20], ids=["file", "directory"])
+@pytest.mark.parametrize("dangling", [True, False], ids=["dangling", "to something"])
+def test_symbolic_links_are_written_through(tmp_path: Path, shards: int | None, *, dangling: bool) -> None:
+    """The link stays a link; a dangling one gets its target."""
+    (tmp_path / "store").mkdir()
+    target = tmp_path / "store" / ("blob" if shards else "blob.pt")
+    link = tmp_path / ("link" if shards else "link.pt")
+    link.symlink_to(target)
+    if not dangling:
+        convert({"old": torch.ones(1)}, target, shards=shards)
+    convert(STATE, link, shards=shards, force=True)
+    assert link.is_symlink()
+    assert not target.is_symlink()
+    assert same_state(state_at(target), STATE)
+    assert names_in(tmp_path / "store") == [target.name]
+
+
+@pytest.mark.parametrize(
+    "name", ["n" * 247 + ".pt", "é" * 123 + "x.pt", "重" * 84 + ".pt", os.fsdecode(b"\xff.pt"), "a::b.pt", "py:x.pt"]
+)
+@pytest.mark.parametrize("shards", [None, 20], ids=["file", "directory"])
+def test_every_name_that_the_disk_takes_is_taken(name: str, shards: int | None, tmp_path: Path) -> None:
+    """Names as long as names can be, names that are no text, names with a meaning of their own."""
+    out = tmp_path / (name.removesuffix(".pt") if shards else name)
+    convert(STATE, out, shards=shards)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    convert(STATE, out, shards=shards, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["in.safetensors", "in.pt"])
+@pytest.mark.parametrize("way", ["same", "dot", "symlink", "hardlink"])
+def test_an_input_is_replaced_only_by_force_and_then_rightly(name: str, way: str, tmp_path: Path) -> None:
+    """However it is spelt; bytes are still read from the old file while the new one is made."""
+    source = saved(tmp_path / name)
+    out = tmp_path / f"out{source.suffix}"
+    if way == "same":
+        out = source
+    elif way == "dot":
+        out = tmp_path / "." / name
+    elif way == "symlink":
+        out.symlink_to(source)
+    else:
+        os.link(source, out)
+    before = sha256(source)
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_remap(checkpoint, ["a.*=c.a.*"])
+        assert refusal(lambda: execute(plan, checkpoint, choose_output(out))).reason == "is an input"
+        assert sha256(source) == before
+        execute(plan, checkpoint, choose_output(out, force=True))
+    wanted = {key.replace("a.", "c.a."): value for key, value in STATE.items()}
+    assert same_state(state_at(out), wanted)
+    assert sha256(source) == (before if way == "hardlink" else sha256(out))
+
+
+def test_a_training_checkpoint_is_not_replaced_by_its_weights(tmp_path: Path) -> None:
+    """What is no tensor would be lost: an epoch, an optimizer."""
+    source = saved(tmp_path / "in.pt", {"state_dict": STATE, "epoch": 3})
+    before = sha256(source)
+    with open_checkpoint(source) as checkpoint:
+        error = refusal(lambda: convert(checkpoint, source, force=True))
+    assert error.reason == "is an input that holds more than tensors (epoch), which replacing it would lose"
+    assert sha256(source) == before
+
+
+def test_the_shard_of_an_input_is_never_an_output(tmp_path: Path) -> None:
+    """The others would no longer fit to it; the directory as a whole may be replaced, by force, and rightly."""
+    convert(STATE, tmp_path / "in", shards=50)
+    before = {name: sha256(tmp_path / "in" / name) for name in names_in(tmp_path / "in")}
+    shard = next(name for name in before if name.endswith("00001-of-00002.safetensors"))
+    with open_checkpoint(tmp_path / "in") as checkpoint:
+        assert (
+            "is a shard of an input" in refusal(lambda: convert(checkpoint, tmp_path / "in" / shard, force=True)).reason
+        )
+        assert "is an input" in refusal(lambda: convert(checkpoint, tmp_path / "in", shards=20)).reason
+        assert {name: sha256(tmp_path / "in" / name) for name in names_in(tmp_path / "in")} == before
+        convert(checkpoint, tmp_path / "in", shards=20, force=True)
+    assert same_state(state_at(tmp_path / "in"), STATE)
+    assert not set(before) & set(names_in(tmp_path / "in")) - {"model.safetensors.index.json"}
+
+
+def test_shards_do_not_sweep_away_an_input_that_holds_more(tmp_path: Path) -> None:
+    """A single file in the directory of the output counts as its shard, and is looked at like one."""
+    (tmp_path / "run").mkdir()
+    source = saved(tmp_path / "run" / "pytorch_model.bin", {"state_dict": STATE, "epoch": 3})
+    with open_checkpoint(source) as checkpoint:
+        assert (
+            "holds more than tensors"
+            in refusal(lambda: convert(checkpoint, tmp_path / "run", shards=20, force=True)).reason
+        )
+    saved(source)
+    with open_checkpoint(source) as checkpoint:
+        assert refusal(lambda: convert(checkpoint, tmp_path / "run", shards=20)).reason == "is an input"
+        convert(checkpoint, tmp_path / "run", shards=20, force=True)
+    assert same_state(state_at(tmp_path / "run"), STATE)
+
+
+def shorter(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 9)
+
+
+def touched(path: Path) -> None:
+    os.utime(path, ns=(1, 1))
+
+
+@pytest.mark.parametrize("change", [shorter, touched])
+@pytest.mark.parametrize("before_the_first_byte", [True, False], ids=["before", "during"])
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])
+@pytest.mark.parametrize("name", ["in.safetensors", "in.pt"])
+def test_an_input_that_changes_meanwhile_is_noticed(
+    name: str, out: str, change: Callable[[Path], None], tmp_path: Path, *, before_the_first_byte: bool
+) -> None:
+    """Half of one file and half of another are no checkpoint: the old output stays, and nothing beside it."""
+    source, target = saved(tmp_path / name), tmp_path / out
+    target.write_bytes(b"old")
+    with open_checkpoint(source) as checkpoint:
+        plan = plan_remap(checkpoint, parse_rules(keep=["*"]), dtype="F16")
+        if before_the_first_byte:
+            change(source)
+        output = choose_output(target, force=True)
+        error = refusal(lambda: execute(plan, checkpoint, output, progress=lambda _: change(source)), ChangedError)
+    assert error.path == str(source)
+    assert target.read_bytes() == b"old"
+    assert names_in(tmp_path) == sorted([name, out])
+
+
+# --- shards ----------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=40)
+@given(state_dicts(("F32", "BF16", "U8")), st.integers(1, 100))
+def test_shards_are_a_checkpoint_of_their_own(state: dict[str, torch.Tensor], limit: int) -> None:
+    """Each is within the limit unless one tensor is not; the index is whole; read back, it is what went in."""
+    with scratch() as name:
+        out = Path(name, "out")
+        written = convert(state, out, shards=limit)
+        assert sorted(written.files) == names_in(out)
+        shards = {path.name: load_file(path) for path in out.glob("*.safetensors")}
+        for tensors in shards.values():
+            sizes = [value.nbytes for value in tensors.values()]
+            assert sum(sizes) <= limit or sum(map(bool, sizes)) == 1
+        if len(shards) > 1:
+            index = json.loads((out / "model.safetensors.index.json").read_bytes())
+            assert index["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
+            assert index["weight_map"] == {key: shard for shard, tensors in shards.items() for key in tensors}
+        assert same_state(state_at(out), state)
+
+
+def test_other_files_stay_and_stale_shards_go(tmp_path: Path) -> None:
+    """A directory holds one set of shards, and a config.json that is nobody's shard; a link stays a link."""
+    out = tmp_path / "out"
+    convert(STATE, out, shards=20)
+    assert len(names_in(out)) == 4
+    (out / "config.json").write_text("{}")
+    (out / "latest").symlink_to("config.json")
+    (out / "pytorch_model.bin").write_bytes(b"older still")
+    assert refusal(lambda: convert(STATE, out, shards=50)).reason == "already exists"
+    convert(STATE, out, shards=50, force=True)
+    assert names_in(out) == [
+        "config.json",
+        "latest",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    assert os.readlink(out / "latest") == "config.json"
+    convert(STATE, out, shards=5000, force=True)
+    assert names_in(out) == ["config.json", "latest", "model.safetensors"]
+    assert names_in(tmp_path) == ["out"]
+
+
+def test_directories_that_are_more_than_shards_are_not_replaced(tmp_path: Path) -> None:
+    """One with directories inside, or a file of that name; an empty one is as good as none."""
+    (tmp_path / "out" / "logs").mkdir(parents=True)
+    assert refusal(lambda: convert(STATE, tmp_path / "out", shards=20, force=True)).reason == (
+        "holds the directory logs, so it is not replaced"
+    )
+    (tmp_path / "file").write_bytes(b"old")
+    assert "is a file" in refusal(lambda: convert(STATE, tmp_path / "file", shards=20, force=True)).reason
+    (tmp_path / "empty").mkdir()
+    convert(STATE, tmp_path / "empty", shards=20)
+    assert same_state(state_at(tmp_path / "empty"), STATE)
+    assert names_in(tmp_path) == ["empty", "file", "out"]
+
+
+# --- lightness -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("source", "out"),
+    [("in.safetensors", "out.safetensors"), ("in.pt", "out.safetensors"), ("in.pt", "out.pt"), ("in.pt", "out"),
+     ("in.safetensors", "out.pt")],
+)  # fmt: skip
+def test_copying_bytes_needs_no_torch(source: str, out: str, tmp_path: Path) -> None:
+    """Renaming, converting and sharding contiguous tensors start at once and stay small."""
+    saved(tmp_path / source)
+    code = (
+        "import sys; from ckptkit import *\n"
+        f"c = open_checkpoint({str(tmp_path / source)!r})\n"
+        f"o = choose_output({str(tmp_path / out)!r}, max_shard_size={20 if out == 'out' else None})\n"
+        "execute(plan_remap(c, ['a.*=c.*']), c, o)\n"
+        "assert not {'torch', 'numpy', 'safetensors'} & set(sys.modules), 'heavy'\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], cwd=ROOT, check=True)
+    assert same_state(state_at(tmp_path / out), {key.replace("a.", "c."): value for key, value in STATE.items()})

@@ -1,0 +1,348 @@
+"""What is written is read back by torch, safetensors and zipfile themselves, to the byte."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ckptkit import TensorInfo, choose_output, execute, open_checkpoint, plan_merge, plan_remap
+from ckptkit.errors import ChangedError, OutputError, PlanError
+from ckptkit.storage import Extent, LocalFile
+from ckptkit.tensors import DTYPES, View, is_contiguous, reach
+from ckptkit.torch_bridge import as_checkpoint
+from ckptkit.writers.atomic import AtomicFile
+from ckptkit.writers.safetensors import layout_safetensors, merge_extents
+from ckptkit.writers.torch_zip import layout_torch_zip, write_torch_zip
+from tests.helpers_outputs import CODES, STORABLE, described, raw, same_state, scratch, state_dicts, tensor_of
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+State = dict[str, torch.Tensor]
+
+
+def written(state: Any, name: str, directory: Path) -> Path:
+    out = directory / name
+    execute(plan_remap(state), state, choose_output(out, force=True))
+    return out
+
+
+def loaded(path: Path, *, mmap: bool = False) -> State:
+    state: State = torch.load(path, weights_only=True, mmap=mmap)
+    return state
+
+
+# --- safetensors -----------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None, max_examples=120)
+@given(state_dicts(STORABLE))
+def test_safetensors_reads_what_was_written(state: State) -> None:
+    """Every storable dtype, stride and tie: the library's own reader finds the same keys, dtypes, shapes and bytes."""
+    with scratch() as name:
+        out = written(state, "a.safetensors", Path(name))
+        assert same_state(load_file(out), state)
+        with safe_open(out, framework="pt") as file:
+            assert set(file.keys()) == set(state)
+        again = written(open_checkpoint(out), "b.safetensors", Path(name))
+        assert again.read_bytes() == out.read_bytes()
+
+
+@settings(deadline=None, max_examples=60)
+@given(state_dicts(STORABLE))
+def test_torch_files_become_safetensors(state: State) -> None:
+    """From torch.save with strides and shared storages to a flat file, with every value in its place."""
+    with scratch() as name:
+        torch.save(state, Path(name, "a.pt"))
+        with open_checkpoint(Path(name, "a.pt")) as source:
+            assert same_state(load_file(written(source, "a.safetensors", Path(name))), state)
+
+
+def test_metadata_travels_and_data_is_aligned(tmp_path: Path) -> None:
+    """The metadata of the source is kept; every tensor begins at a multiple of its element size."""
+    state = {"a": tensor_of("U8", (3,)), "b": tensor_of("F64", (2,)), "c": tensor_of("BF16", (5,))}
+    save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt", "ü": '"\n'})
+    with open_checkpoint(tmp_path / "a.safetensors") as source:
+        out = written(source, "b.safetensors", tmp_path)
+    with safe_open(out, framework="pt") as file:
+        assert file.metadata() == {"format": "pt", "ü": '"\n'}
+    assert same_state(load_file(out), state)
+    data = out.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    assert size % 8 == 0
+    assert all(header[key]["data_offsets"][0] % value.itemsize == 0 for key, value in state.items())
+
+
+def test_the_order_is_kept_where_alignment_allows() -> None:
+    """Equal element sizes stay in the order of the plan; else the widest come first, otherwise in order."""
+    floats = [TensorInfo(key, "F32", (1,)) for key in "cab"]
+    assert [info.key for info in layout_safetensors(floats, {}).infos] == ["c", "a", "b"]
+    mixed = [TensorInfo("x", "U8", (1,)), *floats, TensorInfo("y", "I64", (1,))]
+    assert [info.key for info in layout_safetensors(mixed, {}).infos] == ["y", "c", "a", "b", "x"]
+
+
+@pytest.mark.parametrize(
+    ("info", "reason"),
+    [
+        (TensorInfo("w", "C128", (2,)), "'w' is C128, which safetensors cannot store"),
+        (TensorInfo("w", "NEW", (2,)), "'w' is NEW, which safetensors cannot store"),
+        (TensorInfo("__metadata__", "F32", (2,)), "a tensor is called '__metadata__'"),
+        (TensorInfo("a\ud800", "F32", (2,)), "a name is not Unicode text"),
+        (TensorInfo("k" * 100_000_001, "F32", (2,)), "the header would have 100,000,"),
+    ],
+    ids=["dtype", "unknown dtype", "reserved name", "surrogate", "header too large"],
+)
+def test_what_safetensors_cannot_hold_is_refused(info: TensorInfo, reason: str) -> None:
+    """By name, before a byte is written."""
+    with pytest.raises(PlanError, match="^" + reason.replace("(", r"\(")):
+        layout_safetensors([info], {})
+
+
+def test_neighbours_in_one_file_are_copied_in_one_call(tmp_path: Path) -> None:
+    """Only what adjoins in the same file is joined, and what comes from elsewhere stays where it is in the order."""
+    (tmp_path / "a").write_bytes(bytes(100))
+    one, other = LocalFile(str(tmp_path / "a")), LocalFile(str(tmp_path / "a"))
+    live = as_checkpoint({"w": torch.ones(1)}, "live").payload("w")
+    parts = [Extent(one, 0, 10), Extent(one, 10, 5), live, Extent(one, 15, 5), Extent(other, 20, 5), Extent(one, 30, 1)]
+    made = [(part.offset, part.nbytes) if isinstance(part, Extent) else part for part in merge_extents(parts)]
+    assert made == [(0, 15), live, (15, 5), (20, 5), (30, 1)]
+    one.close()
+    other.close()
+
+
+# --- torch files -----------------------------------------------------------------------------------------------------
+
+
+def share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+
+
+def check_layout(state: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    """Ties are ties; where keeping a layout costs no room, it is kept."""
+    infos = as_checkpoint(dict(state), "state")
+    for key, tensor in state.items():
+        first, last = reach(infos[key])
+        if tensor.numel() and last - first <= infos[key].nbytes and not is_contiguous(infos[key]):
+            assert found[key].stride() == tensor.stride()
+        for other, value in state.items():
+            same = tensor.is_set_to(value) and tensor.numel()
+            assert not same or found[key].is_set_to(found[other])
+            assert not share(found[key], found[other]) or share(tensor, value) or not tensor.numel()
+
+
+@settings(deadline=None, max_examples=120)
+@given(state_dicts())
+def test_torch_loads_what_was_written(state: State) -> None:
+    """weights_only, with and without mmap; the archive passes its own test; ties and strides are still there."""
+    with scratch() as name:
+        out = written(state, "a.pt", Path(name))
+        with zipfile.ZipFile(out) as archive:
+            assert archive.testzip() is None
+            assert all(info.compress_type == zipfile.ZIP_STORED for info in archive.infolist())
+        found = loaded(out)
+        assert list(found) == list(state)
+        assert same_state(found, state)
+        check_layout(state, found)
+        assert same_state(loaded(out, mmap=True), state)
+
+
+@settings(deadline=None, max_examples=80)
+@given(state_dicts())
+def test_torch_files_are_rewritten_as_they_were(state: State) -> None:
+    """From torch.save, legacy or zip, to our own and once more: values, ties and views stay."""
+    with scratch() as name:
+        torch.save(state, Path(name, "a.pt"))
+        with open_checkpoint(Path(name, "a.pt")) as source:
+            first = written(source, "b.pt", Path(name))
+        with open_checkpoint(first) as source:
+            second = written(source, "c.pt", Path(name))
+        for out in (first, second):
+            found = loaded(out)
+            assert same_state(found, state)
+            check_layout(state, found)
+            with zipfile.ZipFile(out) as archive:
+                assert archive.testzip() is None
+        assert second.read_bytes() == first.read_bytes()
+
+
+FUSED = torch.arange(24.0).reshape(6, 4)
+VIEWS: dict[str, State] = {
+    "rows of one": {"qkv": FUSED, "q": FUSED[:2], "k": FUSED[2:4], "v": FUSED[4:]},
+    "chained rows": {"a": FUSED[:3], "b": FUSED[2:5], "c": FUSED[4:]},
+    "transpose": {"w": FUSED, "t": FUSED.t()},
+    "flat": {"w": FUSED, "flat": FUSED.view(-1)},
+}
+
+
+@pytest.mark.parametrize("state", VIEWS.values(), ids=VIEWS)
+@pytest.mark.parametrize("from_file", [True, False], ids=["file", "live"])
+def test_views_of_one_storage_stay_views_of_one(state: State, tmp_path: Path, *, from_file: bool) -> None:
+    """Training one still trains the other; the file holds the shared bytes once."""
+    torch.save(state, tmp_path / "a.pt")
+    source: Any = open_checkpoint(tmp_path / "a.pt") if from_file else state
+    found = loaded(written(source, "b.pt", tmp_path))
+    assert same_state(found, state)
+    names = list(state)
+    if from_file or names != ["a", "b", "c"]:  # live views that only overlap have no one span that covers them
+        assert all(share(found[names[0]], found[name]) for name in names)
+        assert sum(info.file_size for info in records(tmp_path / "b.pt")) == 96
+
+
+def records(path: Path) -> list[zipfile.ZipInfo]:
+    with zipfile.ZipFile(path) as archive:
+        return [info for info in archive.infolist() if "/data/" in info.filename]
+
+
+def test_two_small_views_do_not_drag_a_large_storage_along(tmp_path: Path) -> None:
+    """What a slice leaves out of a large tensor is left out of the file."""
+    large = torch.arange(100_000.0)
+    out = written({"a": large[:4], "b": large[-4:], "c": large[::50_000]}, "a.pt", tmp_path)
+    assert out.stat().st_size < 3000
+    assert same_state(loaded(out), {"a": large[:4], "b": large[-4:], "c": large[::50_000]})
+
+
+def test_views_of_two_dtypes_are_written_apart(tmp_path: Path) -> None:
+    """torch gives all tensors of a typed storage the dtype of the first: sharing one would turn values into others."""
+    data = tensor_of("F32", (4,))
+    info = [TensorInfo(key, code, (4,), View(0, 0, (1,))) for key, code in (("f", "F32"), ("i", "I32"))]
+    live = as_checkpoint({"f": data, "i": data.view(torch.int32)}, "live")
+    layout = layout_torch_zip(info, lambda info: live.payload(info.key), lambda info: live.span(info.key))
+    with AtomicFile(str(tmp_path / "a.pt"), layout.nbytes) as file:
+        list(write_torch_zip(layout, file))
+    assert same_state(loaded(tmp_path / "a.pt"), {"f": data, "i": data.view(torch.int32)})
+
+
+@pytest.mark.parametrize("code", [*CODES, "F4"])
+def test_every_dtype_of_torch_has_a_place(code: str, tmp_path: Path) -> None:
+    """Through a storage class of its own or an untyped storage, as torch itself would write it."""
+    value = tensor_of(code, (2, 6)) if code != "F4" else tensor_of("U8", (2, 6)).view(torch.float4_e2m1fn_x2)
+    assert same_state(loaded(written({"w": value}, "a.pt", tmp_path)), {"w": value})
+
+
+@pytest.mark.parametrize("code", ["QI8", "F6_E2M3", "BITS8", "NEW"])
+def test_what_torch_has_no_type_for_is_refused(code: str) -> None:
+    """By name, before a byte is written."""
+    with pytest.raises(PlanError, match=f"'w' is {code}, which cannot be written to a torch file"):
+        layout_torch_zip([TensorInfo("w", code, (2,))], lambda _: Nothing(), lambda _: None)
+
+
+class Nothing:
+    """A payload that says it has bytes and gives none."""
+
+    nbytes = 8
+
+    def chunks(self) -> Iterator[bytes]:
+        return iter(())
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_tensor_that_changes_its_size_meanwhile_is_noticed(name: str, tmp_path: Path) -> None:
+    """Zeros in the place of what never came would look like weights."""
+    source = as_checkpoint(described(w=(2,)), "source")
+    source._payload = lambda _: Nothing()
+    with pytest.raises(ChangedError, match="gave 0 bytes, and 8 were announced"):
+        execute(plan_remap(source), source, tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("key", ["", ".", "a\nb", "a\0b", "ключ.重み", "\ud800", "data.pkl", "x" * 5000, "a.b.c", "0"])
+def test_every_name_survives(key: str, tmp_path: Path) -> None:
+    """A torch file holds any string as a key; the flat format any that is Unicode text."""
+    state = {key: torch.ones(2), "plain": torch.zeros(1)}
+    assert same_state(loaded(written(state, "a.pt", tmp_path)), state)
+    if key != "\ud800":
+        assert same_state(load_file(written(state, "a.safetensors", tmp_path)), state)
+
+
+def test_a_checkpoint_without_tensors_is_still_one(tmp_path: Path) -> None:
+    """A merge into a model that has no state: an empty file that both libraries read."""
+    plan = plan_merge({}, {"x": torch.ones(1)})
+    execute(plan, {"base": {}, "donor": {}}, tmp_path / "a.safetensors")
+    assert load_file(tmp_path / "a.safetensors") == {}
+
+
+# --- archives beyond the limits of the first zip format --------------------------------------------------------------
+
+
+class Holes:
+    """An output in which copied payloads are left as holes: gigabytes that take no room."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open("wb")
+
+    def write(self, data: bytes, offset: int) -> None:
+        self.file.seek(offset)
+        self.file.write(data)
+
+    def copy(self, payload: Extent, offset: int) -> Iterator[int]:
+        assert offset % 64 == 0
+        yield payload.nbytes
+
+
+@pytest.mark.parametrize("large", [2**32 - 2, 2**32 - 1, 2**32, 4_800_000_000], ids=["below", "at", "above", "4.8 GB"])
+def test_records_beyond_4_gib(large: int, tmp_path: Path) -> None:
+    """Sizes and offsets of 64 bits where they are needed: zipfile, torch and ckptkit find what lies behind them."""
+    (tmp_path / "zeros").write_bytes(b"")
+    source = LocalFile(str(tmp_path / "zeros"))
+    tail = torch.arange(5.0)
+    infos = [TensorInfo("large", "U8", (large,)), TensorInfo("tail", "F32", (5,)), TensorInfo("end", "F32", (5,))]
+    live = as_checkpoint({"tail": tail, "end": tail + 1}, "live")
+
+    def payload(info: TensorInfo) -> Any:
+        return Extent(source, 0, large, crc=0) if info.key == "large" else live.payload(info.key)
+
+    layout = layout_torch_zip(infos, payload, lambda _: None)
+    out = Holes(tmp_path / "big.pt")
+    assert sum(write_torch_zip(layout, out)) > large  # type: ignore[arg-type]
+    out.file.close()
+    assert (tmp_path / "big.pt").stat().st_size == layout.nbytes
+    with zipfile.ZipFile(tmp_path / "big.pt") as archive:
+        assert archive.getinfo("archive/data/0").file_size == large
+        assert archive.read("archive/data/2") == raw(tail + 1)
+        assert archive.getinfo("archive/data/2").header_offset > large
+    found = loaded(tmp_path / "big.pt", mmap=True)
+    assert found["large"].shape == (large,)
+    assert torch.equal(found["tail"], tail)
+    with open_checkpoint(tmp_path / "big.pt") as checkpoint:
+        assert checkpoint["large"].nbytes == large
+        assert torch.equal(checkpoint.read("end"), tail + 1)
+    source.close()
+
+
+def test_more_entries_than_16_bits_count(tmp_path: Path) -> None:
+    """65,536 entries: the directory needs its larger form, and everybody reads it."""
+    live = as_checkpoint({"w": torch.ones(1)}, "live").payload("w")
+    infos = [TensorInfo(f"t{number}", "F32", (1,)) for number in range(0x10000 - 3)]
+    layout = layout_torch_zip(infos, lambda _: live, lambda _: None)
+    with AtomicFile(str(tmp_path / "many.pt"), layout.nbytes) as file:
+        list(write_torch_zip(layout, file))
+    with zipfile.ZipFile(tmp_path / "many.pt") as archive:
+        assert len(archive.namelist()) == 0x10000
+    found = loaded(tmp_path / "many.pt")
+    assert list(found) == [info.key for info in infos]
+    assert all(value.item() == 1 for value in found.values())
+
+
+def test_an_output_error_names_the_target(tmp_path: Path) -> None:
+    """The temporary name is nobody's business."""
+    with (
+        pytest.raises(OutputError, match="operation not permitted") as caught,
+        AtomicFile(str(tmp_path / "a.pt"), 1),
+    ):
+        raise PermissionError(1, "Operation not permitted")
+    assert caught.value.path == str(tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_widths_of_the_table_are_those_of_torch() -> None:
+    """The writers count bytes by the table: it must say what torch says."""
+    for code in CODES:
+        assert DTYPES[code].bits == 8 * tensor_of(code, (1,)).itemsize
