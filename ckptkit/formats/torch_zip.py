@@ -13,7 +13,7 @@ from ckptkit.storage import LocalFile, Region
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
 
-__all__ = ["open_torch_zip"]
+__all__ = ["open_torch_zip", "read_torch_zip"]
 
 _LARGEST_PICKLE = 256 << 20
 _NEWEST_VERSION = 10
@@ -25,6 +25,18 @@ def open_torch_zip(file: LocalFile, inner: str = "") -> Checkpoint:
     Raises ``FormatError`` where the archive is no torch checkpoint, contradicts itself, or holds less
     than its pickle says.
     """
+    return assemble(
+        read_torch_zip(file),
+        path=file.path,
+        format="torch-zip",
+        inner=inner,
+        close=file.close,
+        check=file.check_unchanged,
+    )
+
+
+def read_torch_zip(file: LocalFile) -> TorchFile:
+    """Return the inert tree in a torch zip archive, and where its storages lie; raises ``FormatError`` likewise."""
     archive = read_zip_directory(file)
     root = _root(archive)
     warnings = _check_records(archive, root)
@@ -50,14 +62,7 @@ def open_torch_zip(file: LocalFile, inner: str = "") -> Checkpoint:
               not in objects.storages]  # fmt: skip
     if unused:
         warnings.append(f"{plural(len(unused), 'stored record')} belong to no tensor: {quoted(unused[0])}")
-    return assemble(
-        TorchFile(tree, objects, len(data), locate, tuple(warnings)),
-        path=file.path,
-        format="torch-zip",
-        inner=inner,
-        close=file.close,
-        check=file.check_unchanged,
-    )
+    return TorchFile(tree, objects, len(data), locate, tuple(warnings))
 
 
 def _root(archive: ZipDirectory) -> str:
