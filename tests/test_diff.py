@@ -198,8 +198,12 @@ class Counter(nn.Module):
 def test_only_batch_norm_fills_in_its_counter() -> None:
     """Checkpoints of before 0.4.1 have no counter: missing, and still loaded strictly; a look-alike's does not."""
     found = described(running_mean=(2,), running_var=(2,))
-    norm = diff(nn.BatchNorm1d(2, affine=False), found)
+    model = nn.BatchNorm1d(2, affine=False)
+    norm = diff(model, found)
     assert ([info.key for info in norm.missing], norm.loads_strict) == (["num_batches_tracked"], True)
+    state = model.state_dict()  # it carries its version, so torch knows that the counter should be there
+    del state["num_batches_tracked"]
+    assert not diff(model, state).loads_strict
     assert not diff(Counter(), described(running_mean=(2,))).loads_strict
 
 

@@ -1,0 +1,360 @@
+"""Whatever fails, and whenever: the output is the old one or the new one, inputs are untouched, and no litter stays."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import itertools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckptkit import choose_output, execute, open_checkpoint, plan_remap
+from ckptkit.errors import CkptkitError, OutputError
+from tests.helpers_outputs import names_in, sha256, tensor_of
+
+ROOT = Path(__file__).parent.parent
+CALLS = ("open", "pwrite", "copy_file_range", "posix_fallocate", "fchmod", "fsync", "replace", "rename", "mkdir",
+         "chmod", "link", "symlink", "pread", "preadv")  # fmt: skip
+NEW = {"a.weight": tensor_of("F32", (40, 3)), "a.bias": tensor_of("F32", (40,), 1), "b": tensor_of("BF16", (50,), 2)}
+OLD = {"old": tensor_of("F64", (70,), 3), "older": tensor_of("U8", (30,), 4)}
+
+
+class Case(NamedTuple):
+    """An input, an output, and the largest shard where it is a directory."""
+
+    name: str
+    out: str
+    shards: int | None = None
+
+
+CASES = [
+    Case("in.safetensors", "out.safetensors"),
+    Case("in.pt", "out.pt"),
+    Case("in.pt", "out.safetensors"),
+    Case("in.safetensors", "out", 300),
+]
+each_case = pytest.mark.parametrize("case", CASES, ids=[f"{case.name}-{case.out}" for case in CASES])
+TEMPORARY = re.compile(r"out.*\.ckptkit-\d+-[0-9a-f]{8}\.tmp")
+
+
+def saved(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def write(state: Any, out: Path, shards: int | None) -> None:
+    execute(plan_remap(state), state, choose_output(out, max_shard_size=shards, force=True))
+
+
+def outcome(act: Callable[[], object]) -> CkptkitError | None:
+    """How something was refused, or None where it was done; anything else is a bug and comes through."""
+    try:
+        act()
+    except CkptkitError as refusal:
+        return refusal
+    return None
+
+
+def content(path: Path) -> dict[str, str] | None:
+    """What stands at a path, by name and digest; None where nothing does."""
+    if path.is_dir():
+        return {name: sha256(path / name) for name in names_in(path)}
+    return {path.name: sha256(path)} if path.exists() else None
+
+
+class Faults:
+    """Counts system calls by name and lets chosen ones fail: the one stand-in of these tests."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...] = CALLS) -> None:
+        self.monkeypatch = monkeypatch
+        self.calls = calls
+        self.count = 0
+
+    def arm(self, nth: int, error: int) -> None:
+        """Let the ``nth`` call from now on fail, and only that one."""
+        self.count = 0
+        for name in self.calls:
+            self.monkeypatch.setattr(os, name, self._wrapped(getattr(os, name), nth, error))
+
+    def _wrapped(self, real: Callable[..., Any], nth: int, error: int) -> Callable[..., Any]:
+        def call(*args: Any, **options: Any) -> Any:
+            if "dir_fd" not in options:  # shutil.rmtree cleans up through these
+                self.count += 1
+                if self.count == nth:
+                    raise OSError(error, os.strerror(error))
+            return real(*args, **options)
+
+        return call
+
+    def disarm(self) -> None:
+        self.monkeypatch.undo()
+
+
+@pytest.fixture
+def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
+    return Faults(monkeypatch)
+
+
+def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
+    """The old and the new content of the output, made where nothing fails."""
+    _, out, shards = case
+    place = tmp_path / "made"
+    place.mkdir()
+    write(OLD, place / out, shards)
+    old = content(place / out)
+    if shards:
+        (place / out / "config.json").write_text("{}")
+        old = content(place / out)
+    with open_checkpoint(source) as checkpoint:
+        write(checkpoint, place / out, shards)
+    return old, content(place / out)
+
+
+@pytest.mark.parametrize("error", [errno.EIO, errno.ENOSPC], ids=["EIO", "ENOSPC"])
+@pytest.mark.parametrize("present", [True, False], ids=["old output", "no output"])
+@each_case
+def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults: Faults, *, present: bool) -> None:
+    """The n-th call fails, for n = 1 until all succeed: each time one refusal, and old or new to the byte."""
+    name, out, shards = case
+    source = saved(tmp_path / name, NEW)
+    old, new = expected(tmp_path, source, case)
+    digest, place = sha256(source), tmp_path / "place"
+    for nth in itertools.count(1):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        if present:
+            write(OLD, place / out, shards)
+            if shards:
+                (place / out / "config.json").write_text("{}")
+        with open_checkpoint(source) as checkpoint:
+            plan = plan_remap(checkpoint)
+            output = choose_output(place / out, max_shard_size=shards, force=True)
+            faults.arm(nth, error)
+            refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
+            faults.disarm()
+        found = content(place / out)
+        wanted_new = new if present or not shards else {key: new[key] for key in new if key != "config.json"}
+        assert found in ((old if present else None), wanted_new), nth
+        assert names_in(place) == ([out] if found else []), nth
+        assert sha256(source) == digest
+        if refusal is not None:
+            assert isinstance(refusal, OutputError) or refusal.path == str(source)
+            assert ".ckptkit-" not in str(refusal)
+        else:
+            assert found == wanted_new
+            assert nth > 8
+            return
+
+
+def test_without_an_exchange_of_names_a_directory_still_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system has no renameat2, a failure between the two renames puts the old directory back."""
+
+    def no_library(*_: object, **__: object) -> object:
+        return object()
+
+    for nth in (1, 2, 3, 4):
+        place = tmp_path / str(nth)
+        place.mkdir()
+        write(OLD, place / "out", 300)
+        old = content(place / "out")
+        faults = Faults(monkeypatch, ("rename",))
+        monkeypatch.setattr(ctypes, "CDLL", no_library)
+        faults.arm(nth, errno.EIO)
+        refusal = outcome(lambda: write(NEW, place / "out", 300))  # noqa: B023 - called at once
+        faults.disarm()
+        assert isinstance(refusal, OutputError) == (nth < 4)
+        found = content(place / "out")
+        assert found is not None
+        assert (found == old) == (nth <= 2)
+        assert "out" in names_in(place)
+
+
+SHORT = {
+    "pwrite": lambda real: lambda fd, data, at: real(fd, bytes(data[:7]), at),
+    "copy_file_range": lambda real: lambda src, dst, count, *at: real(src, dst, min(count, 5), *at),
+    "preadv": lambda real: lambda fd, buffers, at: real(fd, [buffers[0][:3]], at),
+    "pread": lambda real: lambda fd, count, at: real(fd, min(count, 11), at),
+}
+
+
+def unsupported(code: int) -> Callable[[Any], Callable[..., Any]]:
+    def wrap(_: object) -> Callable[..., Any]:
+        def call(*_: object) -> None:
+            raise OSError(code, os.strerror(code))
+
+        return call
+
+    return wrap
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        SHORT,
+        *({"copy_file_range": unsupported(code)} for code in (errno.EXDEV, errno.ENOSYS, errno.EINVAL)),
+        {"posix_fallocate": unsupported(errno.EOPNOTSUPP)},
+        {"copy_file_range": unsupported(errno.EXDEV), **SHORT},
+    ],
+    ids=["short", "EXDEV", "ENOSYS", "EINVAL", "no reserve", "both"],
+)
+@each_case
+def test_calls_may_do_less_than_asked(
+    case: Case, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Short reads and writes, other file systems, no reservation: the same bytes in the end."""
+    name, out, shards = case
+    source = saved(tmp_path / name, NEW)
+    _, new = expected(tmp_path, source, case)
+    for call, wrap in calls.items():
+        monkeypatch.setattr(os, call, wrap(getattr(os, call)))
+    (tmp_path / "place").mkdir()
+    with open_checkpoint(source) as checkpoint:
+        write(checkpoint, tmp_path / "place" / out, shards)
+    monkeypatch.undo()
+    new.pop("config.json", None)
+    assert content(tmp_path / "place" / out) == new
+
+
+# --- the process dies ------------------------------------------------------------------------------------------------
+
+KILLED = """
+import json, os, shutil, signal, sys
+from ckptkit import *
+source, old, place, out, shards, calls = json.loads(sys.argv[1])
+execute_now = execute  # imported before the fork, as is all that it needs
+results = []
+for nth in range(1, 1000):
+    shutil.rmtree(place, ignore_errors=True)
+    shutil.copytree(old, place)
+    child = os.fork()
+    if child == 0:
+        with open_checkpoint(source) as checkpoint:
+            plan = plan_remap(checkpoint)
+            count = 0
+            def wrapped(real):
+                def call(*args, **options):
+                    global count
+                    count += 1
+                    if count == nth:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    return real(*args, **options)
+                return call
+            for name in calls:
+                setattr(os, name, wrapped(getattr(os, name)))
+            execute(plan, checkpoint, choose_output(os.path.join(place, out), max_shard_size=shards, force=True))
+            os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    shutil.copytree(place, f"{place}.{nth}")
+    results.append(status)
+    if status != -9:
+        break
+print(json.dumps(results))
+"""
+
+
+@each_case
+def test_a_process_may_be_killed_at_any_system_call(case: Case, tmp_path: Path) -> None:
+    """SIGKILL before each call in turn: old or new, never mixed; what stays beside it says whose it is."""
+    name, out, shards = case
+    source = saved(tmp_path / name, NEW)
+    old, new = expected(tmp_path, source, case)
+    (tmp_path / "before").mkdir()
+    write(OLD, tmp_path / "before" / out, shards)
+    if shards:
+        (tmp_path / "before" / out / "config.json").write_text("{}")
+    digest, place = sha256(source), tmp_path / "place"
+    task = json.dumps([str(source), str(tmp_path / "before"), str(place), out, shards, CALLS])
+    done = subprocess.run([sys.executable, "-c", KILLED, task], cwd=ROOT, check=True, capture_output=True, text=True)
+    statuses = json.loads(done.stdout)
+    assert set(statuses[:-1]) == {-9}
+    assert statuses[-1] == 0
+    assert len(statuses) > 8
+    outcomes = []
+    for nth in range(1, len(statuses) + 1):
+        after = tmp_path / f"place.{nth}"
+        outcomes.append(content(after / out))
+        assert outcomes[-1] in (old, new), nth
+        assert all(TEMPORARY.fullmatch(litter) for litter in names_in(after) if litter != out)
+    assert outcomes[0] == old
+    assert outcomes[-1] == new
+    assert sha256(source) == digest
+
+
+# --- the disk is full ------------------------------------------------------------------------------------------------
+
+FULL = """
+import json, resource, sys
+from ckptkit import *
+from ckptkit.errors import OutputError
+source, out, shards, limit = json.loads(sys.argv[1])
+if limit:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+with open_checkpoint(source) as checkpoint:
+    try:
+        execute(plan_remap(checkpoint), checkpoint, choose_output(out, max_shard_size=shards, force=True))
+    except OutputError as error:
+        print(json.dumps([error.reason, error.path]))
+"""
+
+
+def refused(source: Path, out: Path, shards: int | None, limit: int) -> list[str]:
+    task = json.dumps([str(source), str(out), shards, limit])
+    done = subprocess.run([sys.executable, "-c", FULL, task], cwd=ROOT, check=True, capture_output=True, text=True)
+    told: list[str] = json.loads(done.stdout)
+    return told
+
+
+@each_case
+def test_a_limit_on_file_sizes_is_a_refusal(case: Case, tmp_path: Path) -> None:
+    """Before the first byte, with what is needed and what is free; the old output stays."""
+    name, out, shards = case
+    source, place = saved(tmp_path / name, NEW), tmp_path / "place"
+    place.mkdir()
+    write(OLD, place / out, shards)
+    old = content(place / out)
+    reason, path = refused(source, place / out, shards, 200)
+    assert re.fullmatch(r"no room: needs [\d.]+ k?B, [\d.]+ .?B free", reason)
+    assert path == str(place / out)
+    assert content(place / out) == old
+    assert names_in(place) == [out]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 64 kB, where the system lets us have one."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, check=False, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs needs privileges that this user does not have")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+@pytest.mark.parametrize(("out", "shards"), [("out.safetensors", None), ("out.pt", None), ("out", 30_000)])
+def test_a_full_disk_is_a_refusal(out: str, shards: int | None, tmp_path: Path, small_disk: Path) -> None:
+    """On a real one: the reason gives both sizes, the old output stays, and nothing else."""
+    source = saved(tmp_path / "in.safetensors", {f"t{number}": torch.ones(5000) for number in range(4)})
+    write(OLD, small_disk / out, shards)
+    old = content(small_disk / out)
+    reason, path = refused(source, small_disk / out, shards, 0)
+    assert re.fullmatch(r"no room: needs [\d.]+ kB, [\d.]+ k?B free", reason)
+    assert path == str(small_disk / out)
+    assert content(small_disk / out) == old
+    assert names_in(small_disk) == [out]
