@@ -142,11 +142,17 @@ class Inflated:
             data = self._expand(machine, piece)
             while data:
                 part = data[skip : skip + left]
+                behind = len(data) - skip - len(part)
                 skip -= min(skip, len(data))
                 left -= len(part)
                 if part:
                     yield part
                 if not left:
+                    last = self.start + self.nbytes == self.size
+                    if last and (behind > 0 or (not machine.eof and self._expand(machine, machine.unconsumed_tail))):
+                        raise FormatError(
+                            f"compressed data goes on behind {self.size} bytes", path=self.packed.file.path
+                        )
                     return
                 data = self._expand(machine, machine.unconsumed_tail)
         raise FormatError(f"compressed data ends {left} bytes early", path=self.packed.file.path)

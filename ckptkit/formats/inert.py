@@ -109,8 +109,10 @@ class Interpreter:
     def call(self, function: object, args: object) -> object:
         """Return what calling ``function`` would make: a value where a builder knows it, else a placeholder."""
         builder = self.builders.get(f"{function.module}.{function.name}") if isinstance(function, Global) else None
-        if builder is None or not isinstance(args, tuple):
+        if builder is None:
             return Placeholder(function, args)
+        if not isinstance(args, tuple):
+            raise FormatError(f"corrupt pickle: {function} was given a {type(args).__name__} for its arguments")
         try:
             return builder(*args)
         except (TypeError, ValueError, OverflowError, LookupError, AttributeError) as error:

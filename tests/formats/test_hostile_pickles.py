@@ -193,6 +193,9 @@ CORRUPT = [
     pytest.param(
         call("torch._utils._rebuild_tensor_v3", storage(), b"NNNNNN"), "arguments it does not take", id="no dtype"
     ),
+    pytest.param(
+        glob("collections.OrderedDict") + b"]R", "was given a list for its arguments", id="no tuple of arguments"
+    ),
     pytest.param(b"](" + tensor() + tensor(storage("0", 5)) + b"e", "two sizes, 16 and 20 bytes", id="D8 two sizes"),
 ]
 

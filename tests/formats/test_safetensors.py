@@ -259,7 +259,7 @@ def test_unknown_fields_are_warned_of(tmp_path: Path) -> None:
 
 def test_many_empty_tensors_are_listed(tmp_path: Path) -> None:
     """G13: the library takes seconds for these, and no byte of data is behind them."""
-    names = {f"t{index}": f32(0, 0, [0]) for index in range(50_000)}
+    names = {f"t{index}": f32(0, 0, [0]) for index in range(20_000)}
     with opened(tmp_path, safetensors_file(names), "x.safetensors") as checkpoint:
         assert list(checkpoint) == list(names)
 

@@ -193,7 +193,11 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
         SECOND,
     ),
     "H4 in the index only": (lambda at: edit(at, x=FIRST), "the index places 'x' here, but the shard does not", FIRST),
-    "H4 in the wrong shard": (lambda at: edit(at, **{"a.w": SECOND}), "places 'a.w' here, but the shard does not", FIRST),
+    "H4 in the wrong shard": (
+        lambda at: edit(at, **{"a.w": SECOND}),
+        "places 'a.w' here, but the shard does not",
+        SECOND,
+    ),
     "H4 in the shard only": (lambda at: edit(at, **{"a.b": ""}), "the shard holds 'a.b' here, but the index", FIRST),
     "H4 in two shards": (
         lambda at: save({"c.w": STATE["c.w"], "a.w": STATE["a.w"]}, at.parent / SECOND),

@@ -300,6 +300,12 @@ def damaged(data: bytes, name: str) -> bytes:
     return data[:at] + b"\xff" + data[at + 1 :]
 
 
+def longer_than_said() -> bytes:
+    data = rezip(GOOD, {"archive/data/0": bytes(400)}, zipfile.ZIP_DEFLATED)
+    at = data.find(b"archive/data/0") - 8
+    return patch_central(data[:at] + struct.pack("<L", 24) + data[at + 4 :], "archive/data/0", size=24)
+
+
 HOSTILE = [
     pytest.param(b"PK\3\4", "without a directory at its end", id="A2 only the magic"),
     pytest.param(GOOD[: len(GOOD) // 2], "without a directory at its end: truncated", id="B1 half"),
@@ -354,6 +360,7 @@ HOSTILE = [
     pytest.param(
         damaged(rezip(GOOD, method=8), "archive/data/0"), "compressed data is damaged", id="B17 flipped deflate"
     ),
+    pytest.param(longer_than_said(), "compressed data goes on behind 24 bytes", id="B20 inflates to more than named"),
     pytest.param(rezip(GOOD, {"archive/version": b"99\n"}), "format version is '99', newer", id="B22 version"),
     pytest.param(rezip(GOOD, {"archive/version": b"x" * 5000}), "has 5000 bytes", id="B22 a long version"),
     pytest.param(rezip(GOOD, {"archive/byteorder": b"big"}), "big-endian machine", id="B23 big"),

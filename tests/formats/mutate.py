@@ -1,0 +1,281 @@
+"""Honest files, damaged by chance, read by us and by their own libraries: only refusals may escape, and we agree.
+
+A long run: ``python -m tests.formats.mutate --mutants 100000 --seed 1`` from the root of the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import re
+import sys
+import tempfile
+import warnings
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ckptkit.errors import CkptkitError
+from ckptkit.formats import open_checkpoint
+from ckptkit.tensors import DTYPES, shared_keys
+from tests.helpers_formats import CODE_OF, bits, f32, rezip, safetensors_file, saved
+
+BASE = torch.arange(12, dtype=torch.float32)
+STATE = OrderedDict(
+    [("a.weight", BASE.reshape(3, 4)), ("a.bias", BASE[4:8]), ("t", BASE.reshape(3, 4).T), ("n", torch.tensor(7))]
+)
+KINDS = ("safetensors", "zip", "legacy", "index")
+_NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
+_TOKENS = (
+    *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
+    *(b'"F32"', b'"F4"', b'"U8"', b'"\\ud800"', b",", b":", b"[", b"]", b"{", b"}", b'"', b" ", b"\\"),
+)
+_LARGEST_READ = 1 << 20
+
+
+def corpus(kind: str) -> list[bytes]:
+    """Small files of one kind, as their own libraries write them."""
+    if kind == "safetensors":
+        header = {"__metadata__": {"format": "pt"}, "w": f32(0, 24, [2, 3]), "b": f32(24, 26, [2], "U8")}
+        plain = safetensors_file(header, bytes(range(26)))
+        return [
+            plain,
+            safetensors_file({"x": f32(0, 0, [0, 3]), "y": f32(0, 2, [4], "F4"), "z": f32(2, 4, [], "BF16")}, b"abcd"),
+        ]
+    if kind == "index":
+        weight_map = {"w": "one.safetensors", "v": "two.safetensors"}
+        return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]
+    nested = {
+        "model": STATE,
+        "epoch": 3,
+        "lr": 0.5,
+        "optimizer": {"state": {0: {"m": BASE}}, "param_groups": [{"params": [0]}]},
+    }
+    legacy = kind == "legacy"
+    made = [saved(tree, legacy=legacy) for tree in (STATE, nested)]
+    if legacy:
+        made = [_with_stable_keys(data) for data in made]
+    else:
+        # Without checksums damage reaches the pickle machine, which is what is to be tested.
+        torch.serialization.set_crc32_options(False)
+        made += [
+            saved(tree)
+            for tree in (STATE, nested, {"w": BASE.to(torch.float8_e5m2), "c": BASE.to(torch.complex64).conj()})
+        ]
+        torch.serialization.set_crc32_options(True)
+        made.append(rezip(made[0], method=8))
+    return made
+
+
+def _with_stable_keys(data: bytes) -> bytes:
+    # torch names a legacy storage by its address, which differs from run to run; the order of names is kept.
+    for number, key in enumerate(sorted(set(re.findall(rb"\d{12,}", data)))):
+        data = data.replace(key, b"%0*d" % (len(key), number))
+    return data
+
+
+def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """One to four kinds of damage: bits, bytes, numbers and tokens, cuts, repeats, and pieces of other files."""
+    made = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
+        at = rng.randrange(len(made) + 1)
+        span = rng.choice((1, 2, 4, 8, 16, 64))
+        how = rng.randrange(10)
+        if how <= 1 and at < len(made):
+            made[at] ^= 1 << rng.randrange(8)
+        elif how == 2 and at < len(made):
+            made[at] = rng.randrange(256)
+        elif how == 3:
+            width = rng.choice((1, 2, 4, 8))
+            made[at : at + width] = (rng.choice(_NUMBERS) % 2 ** (8 * width)).to_bytes(width, "little")
+        elif how == 4:
+            made[at:at] = rng.choice(_TOKENS)
+        elif how == 5:
+            numbers = [match.span() for match in re.finditer(rb"-?\d+|\"[^\"]*\"", made)]
+            first, last = rng.choice(numbers) if numbers else (at, at)
+            made[first:last] = rng.choice(_TOKENS) if rng.random() < 0.3 else b"%d" % rng.randrange(9)
+        elif how == 6:
+            del made[at : at + span]
+        elif how == 7:
+            made[at:at] = made[at : at + span]
+        elif how == 8:
+            other = rng.choice(others)
+            start = rng.randrange(len(other))
+            made[at : at + span] = other[start : start + span]
+        elif rng.random() < 0.3:
+            del made[at:]
+        else:
+            _swap(made, rng)
+    return bytes(made)
+
+
+def _swap(made: bytearray, rng: random.Random) -> None:
+    if len(made) > 2:
+        one, two = rng.randrange(len(made)), rng.randrange(len(made))
+        made[one], made[two] = made[two], made[one]
+
+
+def _other_layout(data: bytes, rng: random.Random) -> bytes:
+    """The file with a header that is still JSON, and says something else in one or two places."""
+    size = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:size])
+    for _ in range(rng.choice((1, 2))):
+        key = rng.choice([key for key in header if key != "__metadata__"])
+        entry = header[key]
+        how = rng.randrange(8)
+        if how == 0:
+            entry["dtype"] = rng.choice(sorted(DTYPES))
+        elif how == 1:
+            rng.shuffle(entry["shape"])
+        elif how == 2:
+            entry["shape"].insert(0, rng.choice((1, 1, 2, 0)))
+        elif how == 3 and entry["shape"]:
+            entry["shape"].pop()
+        elif how == 4:
+            entry["data_offsets"][rng.randrange(2)] += rng.choice((-4, -1, 1, 4))
+        elif how == 5:
+            entry[rng.choice(("x", "dtype ", "strides"))] = rng.choice((1, None, [1], {"a": "b"}, 1e10))
+        elif how == 6:
+            header[rng.choice(("", "\0", "\x1b[2J", "w", "\u202e"))] = header.pop(key)
+        else:
+            header["__metadata__"] = rng.choice(({}, {"a": "b"}, {"a": 1}, None, []))
+    cut = rng.choice((0, 0, 0, 0, 1, 4))
+    return safetensors_file(header, data[size : len(data) - cut])
+
+
+Seen = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def ours(path: str) -> Seen | None:
+    """Names, dtypes, shapes and bytes as we read them; None for a refusal. Anything else is a bug, and escapes."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            shared_keys(checkpoint)
+            repr((checkpoint.entries, checkpoint.warnings, checkpoint.versions))
+            return {
+                key: (info.dtype, info.shape, checkpoint.read_bytes(key))
+                for key, info in checkpoint.items()
+                if info.kind == "dense" and info.nbytes <= _LARGEST_READ
+            }
+    except CkptkitError as error:
+        if not error.path or "\n" in f"{error.reason} {error.hint}":
+            raise AssertionError(f"an error without a path, or of several lines: {error}") from error
+        return None
+
+
+def by_safetensors(path: str) -> Seen | None:
+    """The same by the safetensors library; None where it refuses the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            slices = {key: file.get_slice(key) for key in names}
+            shapes = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    return {key: (code, shape, _bytes_by_safetensors(path, key)) for key, (code, shape) in shapes.items()}
+
+
+def _bytes_by_safetensors(path: str, key: str) -> bytes:
+    try:
+        with safe_open(path, "pt") as file:
+            return bits(file.get_tensor(key))
+    except Exception:  # noqa: BLE001 - listed, and for torch there is no such tensor: F6, or an odd row of F4
+        return b""
+
+
+def by_torch(path: str) -> Seen | None:
+    """The same by torch.load(weights_only=True), where it gives a flat mapping; None else.
+
+    Asked only about files that we accept: on others it may allocate or hang. Where a deflated record is
+    damaged, torch 2.13 hands out uninitialised memory: nothing can be compared with that.
+    """
+    with open_checkpoint(path) as checkpoint:
+        if any("compressed" in line for line in checkpoint.warnings):
+            return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, weights_only=True)
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    tree = state.get("model", state) if isinstance(state, dict) else {}
+    if not isinstance(tree, dict) or not tree:
+        return None
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tree.items()):
+        return None
+    return {
+        key: (CODE_OF[value.dtype], tuple(value.shape), bits(value))
+        for key, value in tree.items()
+        if value.layout is torch.strided and value.numel() * value.element_size() <= _LARGEST_READ
+    }
+
+
+def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
+    rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence is what is wanted
+    files = corpus(kind)
+    for index in range(count):
+        data = files[index % len(files)]
+        if kind == "safetensors" and rng.random() < 0.5:
+            yield _other_layout(data, rng)
+        elif kind == "safetensors" and rng.random() < 0.8:
+            # Most damage to the header changes its length: told so, the reader looks further.
+            size = 8 + int.from_bytes(data[:8], "little")
+            yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
+        else:
+            yield mutate(data, files, rng)
+
+
+def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
+    """Read ``count`` mutants; return how they ended. Raises ``AssertionError`` where the two readings differ."""
+    path = directory / {"safetensors": "x.safetensors", "index": "x.safetensors.index.json"}.get(kind, "x.pt")
+    for name, key in (("one", "w"), ("two", "v")):
+        (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))
+    oracles: dict[str, Callable[[str], Seen | None]] = {
+        "safetensors": by_safetensors,
+        "zip": by_torch,
+        "legacy": by_torch,
+    }
+    ends: Counter[str] = Counter()
+    for number, data in enumerate(mutants(kind, count, seed)):
+        path.write_bytes(data)
+        try:
+            seen = ours(str(path))
+            ends["accepted" if seen is not None else "refused"] += 1
+            if seen is not None and kind in oracles:
+                ends[_compared(kind, seen, oracles[kind](str(path)))] += 1
+        except BaseException as error:
+            error.add_note(f"mutant {number} of {kind}, seed {seed}: {data!r}")
+            raise
+    return ends
+
+
+def _compared(kind: str, seen: Seen, expected: Seen | None) -> str:
+    if expected is None:
+        if kind == "safetensors":
+            raise AssertionError("we accept what the library refuses")
+        return "no oracle"
+    if kind == "safetensors":
+        expected = {key: (code, shape, data or seen[key][2]) for key, (code, shape, data) in expected.items()}
+    differing = {key for key in seen.keys() | expected.keys() if seen.get(key) != expected.get(key)}
+    if differing:
+        raise AssertionError(f"{differing} differ: {seen} and {expected}")
+    return "agreed"
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(description="read damaged checkpoints, and compare with torch and safetensors")
+    parser.add_argument("--mutants", type=int, default=10_000, help="of each kind")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", choices=KINDS, action="append")
+    options = parser.parse_args(arguments)
+    for kind in options.kind or KINDS:
+        with tempfile.TemporaryDirectory() as directory:
+            ends = run(kind, options.mutants, options.seed, Path(directory))
+        sys.stdout.write(f"{kind}: {dict(ends)}\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,23 @@
+"""Three thousand damaged files: only refusals escape, and where others read a file too, they read the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.formats.mutate import run
+
+SEED = 20
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "agreed"), [("safetensors", 1000, 50), ("zip", 900, 60), ("legacy", 700, 40), ("index", 400, 0)]
+)
+def test_only_refusals_escape_and_the_libraries_agree(tmp_path: Path, kind: str, count: int, agreed: int) -> None:
+    """``run`` compares; the counts prove that damage of every kind got through to be compared, and to be refused."""
+    ends = run(kind, count, SEED, tmp_path)
+    assert ends["accepted"] + ends["refused"] == count
+    assert ends["refused"] > count // 4
+    assert ends["accepted"] > count // 50
+    assert ends["agreed"] >= agreed
