@@ -24,6 +24,7 @@ FLOORS = (
     {"formats.inert", "formats.safetensors", "formats.zip_directory"},
     {"formats.pickle_machine", "formats.torch_objects"},
     {"formats.unpickle", "formats.tree"},
+    {"formats.modules"},
     {"formats.torch_checkpoint"},
     {"formats.torch_zip", "formats.torch_legacy", "formats.sharded", "formats.live"},
     {"formats", "compare", "writers"},

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
+from ckptkit.formats.modules import open_modules
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
 from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select, type_name
 from ckptkit.storage import Region
@@ -61,7 +62,8 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
 
     Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.
     """
-    value, chosen = select(file.tree, inner)
+    tree, notes = open_modules(file.tree, file.pickle_size)
+    value, chosen = select(tree, inner)
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
     if isinstance(value, Placeholder):
@@ -78,10 +80,10 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         infos[key] = _info(key, tensor, ids, ambiguous=ambiguous)
         if tensor.storage is not None and tensor.storage.key not in places:
             places[tensor.storage.key] = file.locate(tensor.storage)
-    entries = _outside(file.tree, chosen, outlined) + entries
+    entries = _outside(tree, chosen, outlined) + entries
     references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
-    warnings += [*file.warnings, *_code_warnings(references, suspicious)]
+    warnings += [*file.warnings, *notes, *_code_warnings(references, suspicious)]
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 

@@ -73,9 +73,10 @@ def test_what_is_no_checkpoint_is_told_by_its_content(tmp_path: Path, data: byte
     assert error.path == str(tmp_path / f"file{suffix}")
 
 
-def test_a_pickled_module_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    error = refused(tmp_path, saved(torch.nn.Linear(2, 2)))
-    assert "a pickled object of class 'torch.nn.modules.linear.Linear', not a state_dict" in error.reason
+def test_a_pickled_object_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    error = refused(tmp_path, saved(torch.Generator()))
+    assert "a pickled object of class" in error.reason
+    assert "not a state_dict" in error.reason
     assert error.hint == "save its state_dict() and give that"
 
 

@@ -1,0 +1,84 @@
+"""Pickled modules: read as the state_dict that torch would give, with no class imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit import open_checkpoint
+from ckptkit.errors import FormatError
+
+SOURCE = """
+import torch
+from torch import nn
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 3, bias=False)
+        self.norm = nn.BatchNorm2d(3)
+        self.register_buffer("scratch", torch.ones(2), persistent=False)
+        self.stride = torch.tensor([8.0, 16.0])
+
+class Detector(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(Block(), Block())
+        self.head = nn.Linear(4, 2)
+        self.tied = nn.Linear(4, 2)
+        self.tied.weight = self.head.weight
+"""
+
+SAVE = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import detector
+torch.manual_seed(0)
+model = detector.Detector()
+torch.save(model.state_dict(), sys.argv[1] + "/state.pt")
+new = sys.argv[2] == "zip"
+torch.save(model, sys.argv[1] + "/model.pt", _use_new_zipfile_serialization=new)
+torch.save({"epoch": 3, "model": None, "ema": model}, sys.argv[1] + "/trainer.pt", _use_new_zipfile_serialization=new)
+"""
+
+
+@pytest.fixture(params=["zip", "legacy"])
+def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Return a directory with a model of unknown classes, saved whole by a process that knew them."""
+    (tmp_path / "detector.py").write_text(SOURCE, encoding="utf-8")
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", SAVE, tmp_path, request.param], check=True, capture_output=True
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["model.pt", "trainer.pt"])
+def test_a_module_is_its_state_dict(saved: Path, name: str) -> None:
+    """Names, order, values and ties are those of ``state_dict()``; what that leaves out is named."""
+    state = torch.load(saved / "state.pt", weights_only=True)
+    with open_checkpoint(saved / name) as checkpoint:
+        assert list(checkpoint) == list(state)
+        assert all(torch.equal(checkpoint.read(key), value) for key, value in state.items())
+        view = checkpoint["head.weight"].view
+        assert view is not None
+        assert view == checkpoint["tied.weight"].view
+        assert "detector.Detector" in checkpoint.references
+        assert any("non-persistent buffer" in text and "layers.0.scratch" in text for text in checkpoint.warnings)
+        assert any("tensor attribute" in text and "layers.0.stride" in text for text in checkpoint.warnings)
+        assert checkpoint.envelope == ("ema" if name == "trainer.pt" else "")
+    assert "detector" not in sys.modules
+
+
+def test_a_module_that_contains_itself_ends(tmp_path: Path) -> None:
+    """A cycle of modules is refused, not followed."""
+    model = nn.Sequential(nn.Linear(1, 1))
+    model._modules["again"] = model
+    path = tmp_path / "loop.pt"
+    torch.save(model, path)
+    with pytest.raises(FormatError, match=r"nested too deeply|expand too far"):
+        open_checkpoint(path)
