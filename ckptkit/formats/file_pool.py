@@ -1,0 +1,123 @@
+"""Many files as one checkpoint: all looked at when it is opened, only the last used kept open."""
+
+from __future__ import annotations
+
+import os
+
+from ckptkit.errors import ChangedError
+from ckptkit.storage import LocalFile
+
+__all__ = ["FilePool", "PooledFile", "Section"]
+
+_MOST_OPEN = 128  # a save of a thousand ranks has a thousand files, and a process may open about as many
+
+
+class FilePool:
+    """The files of one directory, each under a plain name and opened when it is first asked for."""
+
+    def __init__(self, directory: str) -> None:
+        """Start with no file."""
+        self.directory = directory
+        self.files: dict[str, PooledFile] = {}
+        self._recent: dict[PooledFile, None] = {}
+        self._closed = False
+
+    def get(self, name: str) -> PooledFile:
+        """Return the file; raises ``PathError`` where it is missing or not a regular file."""
+        if name not in self.files:
+            self.files[name] = PooledFile(os.path.join(self.directory, name), self)
+        return self.files[name]
+
+    def use(self, file: PooledFile) -> bool:
+        """Move ``file`` to the end of the queue, close the first of too many; return whether it may be open."""
+        self._recent.pop(file, None)
+        if self._closed:
+            return False
+        self._recent[file] = None
+        if len(self._recent) > _MOST_OPEN:
+            oldest = next(iter(self._recent))
+            del self._recent[oldest]
+            oldest.close()
+        return True
+
+    def check_unchanged(self) -> None:
+        """Raise ``ChangedError`` where one of the files changed since it was first opened."""
+        for file in self.files.values():
+            file.check_unchanged()
+
+    def close(self) -> None:
+        """Close every file; reading afterwards is an error."""
+        self._closed = True
+        self._recent.clear()
+        for file in self.files.values():
+            file.close()
+
+
+class PooledFile(LocalFile):
+    """A file that its pool may close at any time, and that opens itself again when it is read."""
+
+    def __init__(self, path: str, pool: FilePool) -> None:
+        """Open ``path`` for the first time."""
+        super().__init__(path)
+        self._pool = pool
+        pool.use(self)
+
+    def fileno(self) -> int:
+        """Return the descriptor: valid until a hundred other files of the pool have been read."""
+        self._wake()
+        return super().fileno()
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return exactly ``count`` bytes."""
+        self._wake()
+        return super().read(offset, count)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset``."""
+        self._wake()
+        super().read_into(buffer, offset)
+
+    def check_unchanged(self) -> None:
+        """Raise ``ChangedError`` where size or modification time are no longer those of the first opening."""
+        self._wake()
+        super().check_unchanged()
+
+    def _wake(self) -> None:
+        if not self._pool.use(self) or self._fd >= 0:
+            return
+        seen = self._seen
+        super().__init__(self.path)
+        if self._seen != seen:
+            self.close()
+            raise ChangedError("the file changed while it was read", path=self.path)
+
+
+class Section(LocalFile):
+    """A range of a file that is a file of its own to its reader."""
+
+    def __init__(self, file: LocalFile, offset: int, size: int) -> None:
+        """Show ``size`` bytes of ``file`` from ``offset``; the caller has checked that they are there."""
+        # Not opened, so LocalFile's own beginning is not called.
+        self.path = file.path
+        self.size = size
+        self.file = file
+        self.offset = offset
+
+    def fileno(self) -> int:
+        """Refuse: the kernel would count from the beginning of the whole file."""
+        raise ValueError("a section of a file has no descriptor")
+
+    def read(self, offset: int, count: int) -> bytes:
+        """Return exactly ``count`` bytes of the section."""
+        return self.file.read(self.offset + offset, count)
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill ``buffer`` from ``offset`` of the section."""
+        self.file.read_into(buffer, self.offset + offset)
+
+    def check_unchanged(self) -> None:
+        """Raise ``ChangedError`` where the whole file changed."""
+        self.file.check_unchanged()
+
+    def close(self) -> None:
+        """Leave the file to its owner."""
