@@ -19,6 +19,7 @@ __all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff"]
 _EXTRA_STATE = "_extra_state"
 _STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
 _COUNTER = "num_batches_tracked"
+_MOST_SEGMENTS = 64  # of a prefix: a hostile name can have a million
 _SPECIAL = re.compile(r"[*{}=]|^re:")  # what a pattern would not take literally
 
 
@@ -175,8 +176,7 @@ def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDi
 
 def _values_elsewhere(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
     """Return the keys of found's own mapping that hold no tensor, in order."""
-    # With an envelope, entries may lie outside of the mapping: an epoch beside it is not in the way.
-    paths = [entry.path for entry in found.entries] if not found.envelope else []
+    paths = [entry.path for entry in found.entries if not entry.outside]
     return dict.fromkeys(path for path in paths if path not in tensors and path != "_metadata")
 
 
@@ -262,7 +262,9 @@ def _prefixes(key: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, 
     """Return what stands before those endings of ``key`` that are keys of ``others`` with the same shape."""
     found = []
     at = key.find(".")
-    while at >= 0:
+    for _ in range(_MOST_SEGMENTS):
+        if at < 0:
+            break
         if others.get(key[at + 1 :]) == shape and not _SPECIAL.search(key[: at + 1]):
             found.append(key[: at + 1])
         at = key.find(".", at + 1)

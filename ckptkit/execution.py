@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint
-from ckptkit.plan import Plan, Step
+from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.shards import Shard, is_shard_name, split_into_shards, weight_index
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
+from ckptkit.tensors import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.text import printable, quoted
 from ckptkit.torch_bridge import Cast, StateDictLike, as_checkpoint
 from ckptkit.writers.atomic import AtomicFile, atomic_directory, prepare_target
-from ckptkit.writers.safetensors import layout_safetensors, write_safetensors
-from ckptkit.writers.torch_zip import layout_torch_zip, write_torch_zip
+from ckptkit.writers.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
+from ckptkit.writers.torch_zip import layout_torch_zip, refuse_unwritable, write_torch_zip
 
-__all__ = ["FORMATS", "Output", "Written", "choose_output", "execute"]
+__all__ = ["FORMATS", "Output", "Written", "choose_output", "execute", "fit"]
 
 FORMATS = ("safetensors", "torch")
 _SUFFIXES = {
@@ -71,6 +72,27 @@ def choose_output(
     return Output(name, chosen, None, force)
 
 
+def fit(plan: Plan, output: Output) -> Plan:
+    """Return the plan with what the output's format has no place for listed as dropped.
+
+    Raises what ``execute`` would raise before its first byte: ``PlanError`` for a tensor that the format
+    cannot hold, ``OutputError`` for an output that exists (without ``force``) or cannot be one.
+    """
+    infos = [step.out for step in plan.steps]
+    lost: list[Dropped] = []
+    if output.format == "torch":
+        refuse_unwritable(infos)
+        if any(key != "format" for key in plan.metadata):
+            lost.append(Dropped("output", "__metadata__", "a torch file has no place for it", entry=True))
+    else:
+        refuse_unstorable(infos)
+        if plan.versions:
+            lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", entry=True))
+    if output.max_shard_size is None:
+        prepare_target(output.path, force=output.force)
+    return replace(plan, dropped=(*plan.dropped, *lost))
+
+
 def execute(
     plan: Plan,
     sources: Mapping[str, StateDictLike] | StateDictLike,
@@ -101,7 +123,7 @@ def execute(
     if output.format == "safetensors":
         size = _write_safetensors(target, infos, plan.metadata, read, report)
     else:
-        size = _write_torch(target, infos, read, report)
+        size = _write_torch(target, infos, plan.versions, read, report)
     return Written(output.path, output.format, len(plan.steps), size, (target,))
 
 
@@ -128,18 +150,32 @@ class _Reading:
     def span(self, info: TensorInfo) -> Payload | None:
         step = self.steps[info.key]
         source = step.sources[0]
-        return self.roles[source.role].span(source.key) if step.operation == "copy" else None
+        # A cast tensor, and one of a file without views, lies in the output as its contiguous bytes.
+        if step.operation == "cast" or step.out.view is None:
+            return self.payload(info)
+        return self.roles[source.role].span(source.key)
 
-    def distinct(self, infos: Iterable[TensorInfo]) -> list[TensorInfo]:
-        """Return the infos with storage numbers that stay apart when inputs are mixed."""
+    def placed(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """Return the infos with views such that one tensor of an input is one in the output, and nothing else is."""
         order = {role: number for number, role in enumerate(self.roles)}
+        whole = {info.key: self._whole(self.steps[info.key]) for info in infos}
+        count = Counter(whole.values())
+        numbers = {identity: -1 - number for number, identity in enumerate(count)}
         made = []
         for info in infos:
-            if info.view is not None:
+            identity = whole[info.key]
+            view = info.view
+            if view is not None and self.steps[info.key].operation == "copy":
                 role = order[self.steps[info.key].sources[0].role]
-                info = replace(info, view=info.view._replace(storage=info.view.storage * len(order) + role))  # noqa: PLW2901
-            made.append(info)
+                view = view._replace(storage=view.storage * len(order) + role)
+            else:
+                view = View(numbers[identity], 0, row_major(info.shape)) if count[identity] > 1 else None
+            made.append(replace(info, view=view))
         return made
+
+    def _whole(self, step: Step) -> tuple[object, ...]:
+        source = step.sources[0]
+        return source.role, step.out.view or source.key, step.out.shape, step.out.dtype, step.operation
 
     def check(self) -> None:
         for checkpoint in self.roles.values():
@@ -201,8 +237,10 @@ def _write_safetensors(
     return layout.nbytes
 
 
-def _write_torch(target: str, infos: Sequence[TensorInfo], read: _Reading, report: Progress) -> int:
-    layout = layout_torch_zip(read.distinct(infos), read.payload, read.span)
+def _write_torch(
+    target: str, infos: Sequence[TensorInfo], versions: Mapping[str, int], read: _Reading, report: Progress
+) -> int:
+    layout = layout_torch_zip(read.placed(infos), read.payload, read.span, versions)
     with AtomicFile(target, layout.nbytes) as file:
         _finish(write_torch_zip(layout, file), file, infos, read, report)
     return layout.nbytes

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import html
 from collections import OrderedDict
-from collections.abc import Container, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ckptkit.errors import ModelError
 from ckptkit.findings import Finding, Report
-from ckptkit.plan import Plan, Step, plan_merge
+from ckptkit.plan import TIED, Plan, Step, plan_merge
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint, shared_keys
 from ckptkit.text import plural, quoted
@@ -79,15 +79,14 @@ def load_into(
         for batch in batches:
             again = [step for step in batch if step.out.key in shared]
             _prove(model.state_dict(keep_vars=True), before, _values(donor, again))
-    tied = _tied(base, loaded)
-    kept = [key for key in base if key not in loaded and key not in tied]
+    kept = [key for key in base if key not in loaded]
     elements = sum(info.elements for info in base.values())
-    filled = sum(info.elements for key, info in base.items() if key in loaded or key in tied)
-    findings = (*_kept_findings(kept, plan), *_tied_findings(tied), *_dropped_findings(plan))
+    filled = sum(info.elements for key, info in base.items() if key in loaded)
+    findings = (*_kept_findings(kept, plan), *_tied_findings(taken), *_dropped_findings(plan))
     return LoadReport(
         findings,
         ModelError,
-        loaded=tuple(key for key in base if key in loaded or key in tied),
+        loaded=tuple(key for key in base if key in loaded),
         kept=tuple(kept),
         coverage=filled / elements if elements else 1.0,
     )
@@ -168,19 +167,11 @@ def _same(there: torch.Tensor, value: torch.Tensor) -> bool:
     return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
 
 
-def _tied(base: Checkpoint, loaded: Container[str]) -> dict[str, str]:
-    """Return the keys that are the same memory as a loaded one, with the key that brought the values."""
-    tied = {}
-    for key, others in shared_keys(base).items():
-        same = (other for other in others if other in loaded and replace(base[other], key=key) == base[key])
-        if key not in loaded and (by := next(same, None)) is not None:
-            tied[key] = by
-    return tied
-
-
-def _tied_findings(tied: Mapping[str, str]) -> Iterator[Finding]:
-    for key, by in tied.items():
-        yield Finding("load.tied", "note", key, f"{quoted(key)} is tied to {quoted(by)}, which was loaded")
+def _tied_findings(taken: Sequence[Step]) -> Iterator[Finding]:
+    for step in taken:
+        if step.rule.startswith(TIED):
+            key = step.out.key
+            yield Finding("load.tied", "note", key, f"{quoted(key)} is {step.rule}, which was loaded")
 
 
 def _kept_findings(kept: Sequence[str], plan: Plan) -> Iterator[Finding]:

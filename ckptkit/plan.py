@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from ckptkit.compare import StateDictDiff, compare
 from ckptkit.errors import PlanError
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, overlapping
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, overlapping, tied
 from ckptkit.text import plural, printable, quoted
 from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 
@@ -16,6 +16,7 @@ __all__ = [
     "ON_MISMATCH",
     "ON_MISSING",
     "ON_UNEXPECTED",
+    "TIED",
     "Dropped",
     "Plan",
     "Source",
@@ -24,6 +25,7 @@ __all__ = [
     "plan_remap",
 ]
 
+TIED = "tied to "  # begins the rule of a step that follows a tie of the base
 ON_MISSING = ("keep", "error")
 ON_UNEXPECTED = ("skip", "add", "error")
 ON_MISMATCH = ("error", "skip")
@@ -51,13 +53,15 @@ class Step:
 class Dropped:
     """Something of an input that the output will not have, and why.
 
-    ``wanted`` is the key of the base that it would have filled, where its shape is the reason.
+    ``wanted`` is the key of the base that it would have filled, where its shape is the reason. ``entry`` says
+    that it is no tensor of the mapping taken, but something else that the input holds.
     """
 
     role: str
     key: str
     reason: str
     wanted: str = ""
+    entry: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +72,7 @@ class Plan:
     dropped: tuple[Dropped, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)  # of modules, by prefix; torch files carry them
 
     @property
     def elements(self) -> int:
@@ -100,7 +105,20 @@ def plan_remap(source: StateDictLike, rules: Rules | list[str] | None = None, *,
         raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]
     dropped += _dropped_entries(checkpoint, "source")
-    return Plan(tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes)
+    versions = _carried(checkpoint.versions, key_map.renamed)
+    return Plan(tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions)
+
+
+def _carried(versions: Mapping[str, int], renamed: Mapping[str, str]) -> dict[str, int]:
+    """Return module versions under the modules' new names; a module whose tensors part ways has none."""
+    if all(old == new for old, new in renamed.items()):
+        return dict(versions)
+    homes: dict[str, set[str]] = {}
+    for old, new in renamed.items():
+        (home, _, leaf), (new_home, _, new_leaf) = old.rpartition("."), new.rpartition(".")
+        homes.setdefault(home, set()).add(new_home if leaf == new_leaf else "*")
+    moved = {home: new for home, (new, *others) in homes.items() if not others and new != "*"}
+    return {moved[home]: version for home, version in versions.items() if home in moved}
 
 
 def plan_merge(
@@ -135,6 +153,7 @@ def plan_merge(
         overlays.append(_overlay(base, as_checkpoint(thing, role), role, as_rules(rules), policy))
     taken = {key: step for overlay in overlays for key, step in overlay.taken.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
+    taken, notes = _follow_ties(base, taken)
     present = taken.keys() | {key for overlay in overlays for key in overlay.mismatched}
     missing = [key for key in base if key not in present]
     if missing and on_missing == "error":
@@ -145,8 +164,29 @@ def plan_merge(
     steps = [taken.get(key) or _kept(info) for key, info in base.items()]
     dropped = [*_dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
     dropped += _replaced(overlays, taken | added)
-    notes = tuple(note for overlay in overlays for note in overlay.notes)
-    return Plan((*steps, *added.values()), tuple(dropped), base.metadata, notes)
+    notes += [note for overlay in overlays for note in overlay.notes]
+    return Plan((*steps, *added.values()), tuple(dropped), base.metadata, tuple(notes), base.versions)
+
+
+def _follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
+    """Return the steps with every key that the base ties to a taken one taken with it, and what remains in doubt.
+
+    A model that loads the output writes both names into one memory, the last one over the others.
+    """
+    made, notes = dict(taken), []
+    for keys in tied(base.values()):
+        leader = next((key for key in keys if key in taken), None)
+        if leader is None:
+            continue
+        for key in keys:
+            if key not in taken:
+                out = replace(taken[leader].out, key=key)
+                made[key] = replace(taken[leader], out=out, rule=f"{TIED}{quoted(leader)}")
+            elif key != leader and (made[key].out.view is None or made[key].out.view != made[leader].out.view):
+                notes.append(
+                    f"{quoted(leader)} and {quoted(key)} are one tensor in the base, and two where they come from"
+                )
+    return made, notes
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +283,7 @@ def _step(out: TensorInfo, found: TensorInfo, source: Source, rule: str) -> Step
             f"{quoted(found.key)} is {found.dtype}, and a cast to {out.dtype} would lose its imaginary part",
             hint=leave_out,
         )
-    return Step(replace(out, view=None), (source,), "cast", rule)
+    return Step(replace(out, view=found.view), (source,), "cast", rule)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
@@ -282,11 +322,16 @@ _WHY_NOT = {
 
 
 def _dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
-    return [Dropped(role, entry.path, _entry_reason(entry)) for entry in checkpoint.entries if entry.type != ABSENT]
+    return [
+        Dropped(role, entry.path, _entry_reason(entry), entry=True)
+        for entry in checkpoint.entries
+        if entry.type != ABSENT and not (entry.path == "_metadata" and checkpoint.versions)
+    ]
 
 
 def _entry_reason(entry: Entry) -> str:
-    return f"not a tensor of the state_dict ({printable(entry.type)})"
+    where = "beside the state_dict" if entry.outside else "in the state_dict, and no tensor"
+    return f"{where} ({printable(entry.type)})"
 
 
 def _no_match_error(result: StateDictDiff, role: str) -> PlanError:
@@ -297,7 +342,10 @@ def _no_match_error(result: StateDictDiff, role: str) -> PlanError:
 def ties_broken(plan: Plan) -> list[tuple[str, ...]]:
     """Return the keys of each group of outputs that share memory in their source, and would not in a flat file."""
     by_role: dict[str, list[TensorInfo]] = {}
+    by_source: dict[Source, list[str]] = {}
     for step in plan.steps:
-        if step.operation == "copy":
-            by_role.setdefault(step.sources[0].role, []).append(step.out)
-    return [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping(infos)]
+        by_role.setdefault(step.sources[0].role, []).append(step.out)
+        by_source.setdefault(step.sources[0], []).append(step.out.key)
+    groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping(infos)]
+    known = {key for group in groups for key in group}
+    return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]

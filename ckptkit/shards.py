@@ -12,10 +12,7 @@ from ckptkit.tensors import TensorInfo
 __all__ = ["Shard", "is_shard_name", "split_into_shards", "weight_index"]
 
 _INDEX = "model.safetensors.index.json"
-_OURS = re.compile(
-    r".+-\d{5}-of-\d{5}\.(safetensors|bin|pt)|.+\.(safetensors|bin|pt)\.index\.json"
-    r"|(model|pytorch_model)\.(safetensors|bin)"
-)
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
 @dataclass(frozen=True, slots=True)

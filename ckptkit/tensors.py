@@ -24,7 +24,9 @@ __all__ = [
     "is_contiguous",
     "overlapping",
     "reach",
+    "row_major",
     "shared_keys",
+    "tied",
 ]
 
 
@@ -126,12 +128,14 @@ class TensorInfo:
 class Entry(NamedTuple):
     """Something in a checkpoint that is no tensor of the state_dict: an epoch, an optimizer, arguments.
 
-    ``value`` is the value itself where JSON can hold it, else a short description.
+    ``value`` is the value itself where JSON can hold it, else a short description. ``outside`` says that it
+    lies beside the mapping of weights and not in it.
     """
 
     path: str
     type: str
     value: object
+    outside: bool = False
 
 
 class Payload(Protocol):
@@ -301,6 +305,25 @@ def is_contiguous(info: TensorInfo) -> bool:
     return True
 
 
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of this shape, in elements."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def tied(infos: Iterable[TensorInfo]) -> list[list[str]]:
+    """Return the groups of two or more keys that are the very same tensor: one place, one shape, one dtype."""
+    places: dict[tuple[View, tuple[int, ...], str], list[str]] = {}
+    for info in infos:
+        if info.view is not None and info.elements:
+            places.setdefault((info.view, info.shape, info.dtype), []).append(info.key)
+    return [keys for keys in places.values() if len(keys) > 1]
+
+
 def overlapping(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     """Return the groups of two or more views that overlap in memory, directly or through others.
 
@@ -343,5 +366,8 @@ def versions_from(table: Mapping[Any, Any]) -> dict[str, int]:
     return {
         prefix: entry["version"]
         for prefix, entry in table.items()
-        if isinstance(prefix, str) and isinstance(entry, Mapping) and type(entry.get("version")) is int
+        if isinstance(prefix, str)
+        and isinstance(entry, Mapping)
+        and type(entry.get("version")) is int
+        and 0 <= entry["version"] < 2**31
     }

@@ -45,8 +45,11 @@ def choose_envelope(
         for key, value in tree.items()
         if isinstance(key, str) and isinstance(value, Mapping) and _holds_weights(value, is_tensor, seen)
     }
+    if is_state_dict(tree, is_tensor):
+        return ()
     named = {key: value for key, value in children.items() if key in ENVELOPES}
-    candidates = named or ({} if is_state_dict(tree, is_tensor) else children)
+    # Tensors at this level would be left out: then only a name that says "weights" is reason enough to go below.
+    candidates = named or ({} if any(map(is_tensor, tree.values())) else children)
     if not candidates:
         return ()
     if len(candidates) > 1:

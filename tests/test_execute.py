@@ -264,7 +264,8 @@ def test_the_shard_of_an_input_is_never_an_output(tmp_path: Path) -> None:
 def test_shards_do_not_sweep_away_an_input_that_holds_more(tmp_path: Path) -> None:
     """A single file in the directory of the output counts as its shard, and is looked at like one."""
     (tmp_path / "run").mkdir()
-    source = saved(tmp_path / "run" / "pytorch_model.bin", {"state_dict": STATE, "epoch": 3})
+    source = tmp_path / "run" / "model.safetensors"  # told by its content, which torch wrote
+    torch.save({"state_dict": STATE, "epoch": 3}, source)
     with open_checkpoint(source) as checkpoint:
         assert (
             "holds more than tensors"
@@ -335,7 +336,7 @@ def test_other_files_stay_and_stale_shards_go(tmp_path: Path) -> None:
     assert len(names_in(out)) == 4
     (out / "config.json").write_text("{}")
     (out / "latest").symlink_to("config.json")
-    (out / "pytorch_model.bin").write_bytes(b"older still")
+    (out / "pytorch_model.bin").write_bytes(b"of another format, and not ours to remove")
     assert refusal(lambda: convert(STATE, out, shards=50)).reason == "already exists"
     convert(STATE, out, shards=50, force=True)
     assert names_in(out) == [
@@ -344,10 +345,11 @@ def test_other_files_stay_and_stale_shards_go(tmp_path: Path) -> None:
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
         "model.safetensors.index.json",
+        "pytorch_model.bin",
     ]
     assert os.readlink(out / "latest") == "config.json"
     convert(STATE, out, shards=5000, force=True)
-    assert names_in(out) == ["config.json", "latest", "model.safetensors"]
+    assert names_in(out) == ["config.json", "latest", "model.safetensors", "pytorch_model.bin"]
     assert names_in(tmp_path) == ["out"]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit import Plan, TensorInfo, open_checkpoint, plan_merge, plan_remap
+from ckptkit import Plan, TensorInfo, execute, open_checkpoint, plan_merge, plan_remap
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plan import Source, Step, ties_broken
 from ckptkit.rules import parse_rules
@@ -65,7 +65,7 @@ def test_what_is_left_out_is_listed_with_the_reason() -> None:
     assert [(drop.role, drop.key, drop.reason) for drop in plan.dropped] == [
         ("source", "fc1.bias", "--drop '*.bias'"),
         ("source", "fc3.bias", "--drop '*.bias'"),
-        ("source", "epoch", "not a tensor of the state_dict (int)"),
+        ("source", "epoch", "in the state_dict, and no tensor (int)"),
     ]
 
 
@@ -134,13 +134,13 @@ def test_f4_has_no_cast() -> None:
 
 
 def test_ties_that_a_flat_file_would_break_are_known() -> None:
-    """Views of one storage that overlap are grouped; what is cast or shares nothing is not."""
+    """Views of one storage that overlap are grouped, cast or not; what shares nothing is not."""
     tied = {
         key: TensorInfo(key, "F32", (2,), View(storage, offset, (1,)))
         for key, storage, offset in (("a", 0, 0), ("b", 0, 1), ("c", 0, 2), ("d", 0, 8), ("e", 1, 0))
     }
     assert ties_broken(plan_remap(tied)) == [("a", "b", "c")]
-    assert ties_broken(plan_remap(tied, dtype="F16")) == []
+    assert ties_broken(plan_remap(tied, dtype="F16")) == [("a", "b", "c")]
 
 
 # --- merge: the policies ---------------------------------------------------------------------------------------------
@@ -316,3 +316,66 @@ def test_nothing_is_made_from_a_file_that_asks_for_code(tmp_path: Path) -> None:
     assert not canary.exists()
     torch.load(bad, weights_only=False)
     assert canary.exists()  # the file would have done it
+
+
+# --- ties of the base ------------------------------------------------------------------------------------------------
+
+
+class Tied(torch.nn.Module):
+    """An embedding and a head that are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 3)
+        self.head = torch.nn.Linear(3, 5, bias=False)
+        self.head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("present", ["embed.weight", "head.weight"])
+@pytest.mark.parametrize("on_missing", ["keep", "error"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_follows_the_ties_of_the_base(
+    present: str, on_missing: str, suffix: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """A donor that has one of two tied keys fills both; the base's own values do not come back through the other."""
+    model, donor = Tied(), {present: torch.arange(15.0).reshape(5, 3).to(dtype)}
+    plan = plan_merge(model, donor, on_missing=on_missing)
+    execute(plan, {"base": model, "donor": donor}, tmp_path / f"out.{suffix}")
+    fresh = Tied()
+    with open_checkpoint(tmp_path / f"out.{suffix}") as merged:
+        fresh.load_state_dict({key: merged.read(key) for key in merged})
+        shared = merged["embed.weight"].view
+        assert (shared is not None and shared == merged["head.weight"].view) is (suffix == "pt")
+    assert torch.equal(fresh.embed.weight, donor[present].float())
+
+
+def test_a_tie_of_the_base_that_the_donor_does_not_have_is_said() -> None:
+    """Two tensors for one place are written, and named."""
+    donor = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
+    assert plan_merge(Tied(), donor).notes == (
+        "'embed.weight' and 'head.weight' are one tensor in the base, and two where they come from",
+    )
+
+
+def test_a_cast_keeps_ties(tmp_path: Path) -> None:
+    """What was one tensor is one after a cast."""
+    weight = torch.randn(4)
+    plan = plan_remap({"a": weight, "b": weight, "c": weight[:2]}, dtype="BF16")
+    execute(plan, {"a": weight, "b": weight, "c": weight[:2]}, tmp_path / "out.pt")
+    out = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert out["a"].data_ptr() == out["b"].data_ptr() != out["c"].data_ptr()
+    assert torch.equal(out["a"], weight.bfloat16())
+    assert torch.equal(out["c"], weight[:2].bfloat16())
+
+
+def test_torch_files_carry_module_versions(tmp_path: Path) -> None:
+    """``_metadata`` goes along, under the modules' new names; torch's loader sees it."""
+    norm: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2)).state_dict()
+    execute(plan_remap(norm, ["0.*=norm.*"]), norm, tmp_path / "out.pt")
+    assert torch.load(tmp_path / "out.pt", weights_only=True)._metadata == {"norm": {"version": 2}, "1": {"version": 1}}
+    execute(plan_remap(norm), norm, tmp_path / "same.pt")
+    same = torch.load(tmp_path / "same.pt", weights_only=True)._metadata
+    assert {key: dict(value) for key, value in same.items()} == {
+        key: {"version": value["version"]} for key, value in norm._metadata.items() if "version" in value
+    }

@@ -61,11 +61,11 @@ def test_the_index_says_where_everything_is() -> None:
     ("name", "stale"),
     [
         ("model-00001-of-00002.safetensors", True),
-        ("pytorch_model-00003-of-00003.bin", True),
+        ("pytorch_model-00003-of-00003.bin", False),
         ("model.safetensors", True),
-        ("pytorch_model.bin", True),
+        ("pytorch_model.bin", False),
         ("model.safetensors.index.json", True),
-        ("pytorch_model.bin.index.json", True),
+        ("pytorch_model.bin.index.json", False),
         ("config.json", False),
         ("tokenizer.model", False),
         ("optimizer.pt", False),
@@ -77,5 +77,5 @@ def test_the_index_says_where_everything_is() -> None:
     ],
 )
 def test_only_shards_and_indexes_of_a_model_are_stale(name: str, *, stale: bool) -> None:
-    """Beside new shards these would be read instead or refused; everything else in a directory stays."""
+    """Beside new shards these would be read or refused; everything else in a directory stays."""
     assert is_shard_name(name) is stale

@@ -92,8 +92,8 @@ def test_the_order_is_kept_where_alignment_allows() -> None:
 @pytest.mark.parametrize(
     ("info", "reason"),
     [
-        (TensorInfo("w", "C128", (2,)), "'w' is C128, which safetensors cannot store"),
-        (TensorInfo("w", "NEW", (2,)), "'w' is NEW, which safetensors cannot store"),
+        (TensorInfo("w", "C128", (2,)), "'w' would be C128, which safetensors cannot store"),
+        (TensorInfo("w", "NEW", (2,)), "'w' would be NEW, which safetensors cannot store"),
         (TensorInfo("__metadata__", "F32", (2,)), "a tensor is called '__metadata__'"),
         (TensorInfo("a\ud800", "F32", (2,)), "a name is not Unicode text"),
         (TensorInfo("k" * 100_000_001, "F32", (2,)), "the header would have 100,000,"),

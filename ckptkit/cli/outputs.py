@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.options import echo_json, echo_lines, expand_option, json_option, quiet_option
-from ckptkit.execution import FORMATS, Output, Written, choose_output, execute
+from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
 from ckptkit.plan import Plan, ties_broken
 from ckptkit.report.plan import plan_document, plan_text, written_text
 from ckptkit.tensors import Checkpoint
@@ -81,6 +81,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 
 def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
     """Print the plan, or execute it and say what was written."""
+    plan = fit(plan, job.output)
     if job.dry_run:
         if job.as_json:
             echo_json(plan_document(command, plan, None))

@@ -80,10 +80,13 @@ def _open_shards(directory: str, index: str, inner: str, *, whole: bool) -> Chec
 
 
 def _open_directory(directory: str, inner: str) -> Checkpoint:
+    from ckptkit.formats.dcp import is_dcp, open_dcp
     from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index
 
     names = os.listdir(directory)
     index = find_index(names)
+    if index is None and is_dcp(names):
+        return open_dcp(directory, inner)
     single = next((name for name in _SINGLE_FILES if name in names), None)
     if index is not None:
         checkpoint = _open_shards(directory, index, inner, whole=True)

@@ -66,6 +66,11 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     value, chosen = select(tree, inner)
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
+    if inner and not isinstance(value, Mapping | list | tuple):
+        raise FormatError(
+            f"holds no mapping at {quoted(inner)}, but {quoted(type_name(value))}",
+            hint="ckpt show without the :: part lists its value",
+        )
     if isinstance(value, Placeholder):
         raise FormatError(
             f"holds a pickled object of class {quoted(type_name(value))}, not a state_dict",
@@ -169,7 +174,8 @@ def _outside(tree: object, chosen: tuple[object, ...], outlined: list[int]) -> l
         if not isinstance(level, Mapping):
             break
         others = [other for other in level if other is not key]
-        entries.extend(describe((*chosen[:depth], other), level[other], outlined) for other in others)
+        described = (describe((*chosen[:depth], other), level[other], outlined) for other in others)
+        entries.extend(entry._replace(outside=True) for entry in described)
         level = level[key]
     return entries
 

@@ -80,12 +80,12 @@ def _summary(plan: Plan) -> str:
 def written_text(plan: Plan, written: Written, shared: Iterable[tuple[str, ...]]) -> list[str]:
     """Return what to say after writing: what it is, where from, and what was left out."""
     lines = [f"wrote {printable(written.path)}: {written.format}, {_summary(plan)}"]
-    tensors = [drop for drop in plan.dropped if not drop.reason.startswith("not a tensor")]
-    others = [drop.key for drop in plan.dropped if drop.reason.startswith("not a tensor")]
+    tensors = [drop for drop in plan.dropped if not drop.entry]
+    others = [drop.key for drop in plan.dropped if drop.entry]
     if tensors:
         lines += _dropped_table(tensors, expand=False)
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-        lines.append(f"left out, being no tensors: {', '.join(map(printable, others[:8]))}{more}")
+        lines.append(f"left out, not among the tensors taken: {', '.join(map(printable, others[:8]))}{more}")
     lines += [f"written apart, shared before: {', '.join(map(printable, group[:8]))}" for group in shared]
     return lines

@@ -56,6 +56,8 @@ class AtomicFile:
         """Create the temporary file and reserve its size; raises ``OutputError`` where the disk has no room."""
         self._temporary = _beside(self.target)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        if self.size >= 2**63:
+            raise OutputError(f"no room: needs {human_bytes(self.size)}", path=self.target)
         try:
             self._fd = os.open(self._temporary, flags, 0o600)
             _reserve(self._fd, self.size)
@@ -237,6 +239,10 @@ def _check_replaceable(target: str, path: str, *, force: bool) -> None:
         raise OutputError("is a file, and shards need a directory", path=path)
     entries = list(os.scandir(target))
     inner = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
+    if os.path.samefile(target, os.getcwd()):
+        raise OutputError(
+            "is the current directory, which replacing would leave deleted", hint="work above it", path=path
+        )
     if inner is not None:
         raise OutputError(f"holds the directory {inner}, so it is not replaced", hint="give a new directory", path=path)
     if entries and not force:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from ckptkit.errors import PlanError
 from ckptkit.storage import Extent
 from ckptkit.tensors import DTYPES, Payload, TensorInfo
-from ckptkit.text import printable, quoted
+from ckptkit.text import quoted
 from ckptkit.writers.atomic import AtomicFile
 
-__all__ = ["SafetensorsLayout", "layout_safetensors", "merge_extents", "write_safetensors"]
+__all__ = ["SafetensorsLayout", "layout_safetensors", "merge_extents", "refuse_unstorable", "write_safetensors"]
 
 _LARGEST_HEADER = 100_000_000
 _ALIGNMENT = 8
@@ -34,8 +34,7 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     is ``__metadata__``, and a header above the format's limit of 100 MB.
     """
     order = list(infos)
-    for info in order:
-        _refuse_unstorable(info)
+    refuse_unstorable(order)
     if not _aligned(order):
         order.sort(key=lambda info: -DTYPES[info.dtype].bits)
     header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -54,15 +53,17 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     return SafetensorsLayout(len(text).to_bytes(8, "little") + text, tuple(order), len(text) + 8 + offset)
 
 
-def _refuse_unstorable(info: TensorInfo) -> None:
-    if info.key == "__metadata__":
-        raise PlanError("a tensor is called '__metadata__', which safetensors keeps for itself", hint="rename it")
-    dtype = DTYPES.get(info.dtype)
-    if dtype is None or not dtype.storable:
-        raise PlanError(
-            f"{quoted(info.key)} is {info.dtype}, which safetensors cannot store",
-            hint=f"write a .pt file, or leave it out: --drop '{printable(info.key)}'",
-        )
+def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
+    """Raise ``PlanError`` for a dtype that the format has no code for, and for the name it keeps for itself."""
+    for info in infos:
+        if info.key == "__metadata__":
+            raise PlanError("a tensor is called '__metadata__', which safetensors keeps for itself", hint="rename it")
+        dtype = DTYPES.get(info.dtype)
+        if dtype is None or not dtype.storable:
+            raise PlanError(
+                f"{quoted(info.key)} would be {info.dtype}, which safetensors cannot store",
+                hint="write a .pt file, or leave it out of the input: ckpt remap with --drop",
+            )
 
 
 def _aligned(infos: Sequence[TensorInfo]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ckptkit.tensors import DTYPES, TensorInfo
@@ -29,8 +29,8 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
-def pickle_state_dict(tensors: Iterable[StoredTensor]) -> bytes:
-    """Return the pickle of an ``OrderedDict`` from names to tensors, in order."""
+def pickle_state_dict(tensors: Iterable[StoredTensor], versions: Mapping[str, int]) -> bytes:
+    """Return the pickle of an ``OrderedDict`` of names and tensors in order, with module versions as ``_metadata``."""
     emit = _Emitter()
     emit.out += b"\x80\x02"
     emit.ordered_dict()
@@ -38,8 +38,25 @@ def pickle_state_dict(tensors: Iterable[StoredTensor]) -> bytes:
     for tensor in tensors:
         emit.text(tensor.info.key)
         _tensor(emit, tensor)
-    emit.out += b"u."
+    emit.out += b"u"
+    if versions:
+        _metadata(emit, versions)
+    emit.out += b"."
     return bytes(emit.out)
+
+
+def _metadata(emit: _Emitter, versions: Mapping[str, int]) -> None:
+    emit.out += b"}"
+    emit.text("_metadata")
+    emit.ordered_dict()
+    emit.out += b"("
+    for prefix, version in versions.items():
+        emit.text(prefix)
+        emit.out += b"}"
+        emit.text("version")
+        emit.integer(version)
+        emit.out += b"s"
+    emit.out += b"usb"
 
 
 def _tensor(emit: _Emitter, tensor: StoredTensor) -> None:

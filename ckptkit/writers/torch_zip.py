@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.errors import ChangedError, PlanError
 from ckptkit.storage import Extent
-from ckptkit.tensors import DTYPES, Payload, TensorInfo, is_contiguous, overlapping, reach
+from ckptkit.tensors import DTYPES, Payload, TensorInfo, is_contiguous, overlapping, reach, row_major
 from ckptkit.text import quoted
 from ckptkit.writers.atomic import AtomicFile
 from ckptkit.writers.torch_pickle import STORAGE_CLASSES, StoredTensor, pickle_state_dict
 
-__all__ = ["TorchZipLayout", "layout_torch_zip", "write_torch_zip"]
+__all__ = ["TorchZipLayout", "layout_torch_zip", "refuse_unwritable", "write_torch_zip"]
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -60,22 +60,29 @@ class TorchZipLayout:
     nbytes: int
 
 
+def refuse_unwritable(infos: Iterable[TensorInfo]) -> None:
+    """Raise ``PlanError`` for a dtype that torch has no type for, or none that its files can hold."""
+    for info in infos:
+        if info.dtype not in DTYPES or not DTYPES[info.dtype].torch_name or info.dtype.startswith(("Q", "BITS")):
+            raise PlanError(f"{quoted(info.key)} is {info.dtype}, which cannot be written to a torch file")
+
+
 def layout_torch_zip(
     infos: Sequence[TensorInfo],
     payload: Callable[[TensorInfo], Payload],
     span: Callable[[TensorInfo], Payload | None],
+    versions: Mapping[str, int] | None = None,
 ) -> TorchZipLayout:
     """Return the layout of an archive with these tensors as one state_dict, in order.
 
-    Tensors that share memory in their source share a storage in the output too; strides are kept where
-    that costs no room. Raises ``PlanError`` for a dtype that torch has no type for.
+    Tensors that share memory in their source share a storage in the output too, as far as their bytes can be
+    copied as they lie; strides are kept where that costs no room. ``versions`` become the ``_metadata``.
+    Raises ``PlanError`` for a dtype that torch has no type for.
     """
-    for info in infos:
-        if info.dtype not in DTYPES or not DTYPES[info.dtype].torch_name or info.dtype.startswith(("Q", "BITS")):
-            raise PlanError(f"{quoted(info.key)} is {info.dtype}, which cannot be written to a torch file")
+    refuse_unwritable(infos)
     records, stored = _records(infos, payload, span)
     contents: list[tuple[str, Payload]] = [
-        ("archive/data.pkl", _Bytes(pickle_state_dict(stored))),
+        ("archive/data.pkl", _Bytes(pickle_state_dict(stored, versions or {}))),
         ("archive/byteorder", _Bytes(b"little")),
         *((f"archive/data/{number}", record) for number, record in enumerate(records)),
         ("archive/version", _Bytes(b"3\n")),
@@ -155,16 +162,7 @@ def _single(
         raw = span(info)
         if raw is not None and raw.nbytes <= info.nbytes:
             return raw, info.view.stride
-    return payload(info), _row_major(info.shape)
-
-
-def _row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
+    return payload(info), row_major(info.shape)
 
 
 def write_torch_zip(layout: TorchZipLayout, out: AtomicFile) -> Iterator[int]:
