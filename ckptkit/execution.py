@@ -6,11 +6,13 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint
 from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.shards import Shard, is_shard_name, split_into_shards, weight_index
+from ckptkit.storage import CHUNK
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.text import printable, quoted
 from ckptkit.torch_bridge import Cast, StateDictLike, as_checkpoint
@@ -115,6 +117,8 @@ def execute(
     if len(steps) != len(plan.steps):
         raise PlanError("the plan writes two tensors under one name")
     read = _Reading(steps, roles)
+    for step in plan.steps:
+        _prove_equal(step, roles)
     report = progress or (lambda _: None)
     if output.max_shard_size is not None:
         return _write_shards(plan, output, read, report)
@@ -180,6 +184,29 @@ class _Reading:
     def check(self) -> None:
         for checkpoint in self.roles.values():
             checkpoint.check_unchanged()
+
+
+def _prove_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
+    first = step.sources[0]
+    for source in step.sources[1:]:
+        pairs = zip_longest(_bytes(roles[first.role], first.key), _bytes(roles[source.role], source.key))
+        if any(one != other for one, other in pairs):
+            raise PlanError(
+                f"{quoted(first.key)} and {quoted(source.key)} would both be called {quoted(step.out.key)}, "
+                "and are not equal",
+                path=roles[source.role].path,
+            )
+
+
+def _bytes(checkpoint: Checkpoint, key: str) -> Iterator[bytes]:
+    """Yield the bytes of a tensor in pieces of one size, however it is stored."""
+    rest = bytearray()
+    for chunk in checkpoint.payload(key).chunks():
+        rest += chunk
+        while len(rest) >= CHUNK:
+            yield bytes(rest[:CHUNK])
+            del rest[:CHUNK]
+    yield bytes(rest)
 
 
 def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike) -> dict[str, Checkpoint]:

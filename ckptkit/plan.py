@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from ckptkit.compare import StateDictDiff, compare
 from ckptkit.errors import PlanError
-from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, overlapping, tied
 from ckptkit.text import plural, printable, quoted
 from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
@@ -41,7 +41,10 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of the output: what it will be, from what, by which operation and rule."""
+    """One tensor of the output: what it will be, from what, by which operation and rule.
+
+    Further sources are tensors that a rule says have the same bytes as the first; ``execute`` proves it.
+    """
 
     out: TensorInfo
     sources: tuple[Source, ...]
@@ -100,7 +103,8 @@ def plan_remap(source: StateDictLike, rules: Rules | list[str] | None = None, *,
     for old, new in key_map.renamed.items():
         info = checkpoint[old]
         out = replace(info, key=new, dtype=wanted if wanted and _is_float(info.dtype) else info.dtype)
-        steps.append(_step(out, info, Source("source", old), key_map.rule_of.get(old, "")))
+        step = _step(out, info, Source("source", old), key_map.rule_of.get(old, ""))
+        steps.append(_with_equals(step, checkpoint, key_map))
     if not steps:
         raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]
@@ -222,7 +226,8 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     taken, added = {}, {}
     for pair in result.matched:
         source = Source(role, pair.found.key)
-        taken[pair.key] = _step(pair.expected, pair.found, source, key_map.rule_of.get(pair.found.key, ""))
+        step = _step(pair.expected, pair.found, source, key_map.rule_of.get(pair.found.key, ""))
+        taken[pair.key] = _with_equals(step, donor, key_map)
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
     dropped += [
         Dropped(
@@ -235,7 +240,8 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     else:
         for info in result.unexpected:
             out = replace(info, key=key_map.renamed[info.key])
-            added[out.key] = _step(out, info, Source(role, info.key), key_map.rule_of.get(info.key, ""))
+            step = _step(out, info, Source(role, info.key), key_map.rule_of.get(info.key, ""))
+            added[out.key] = _with_equals(step, donor, key_map)
     dropped += _dropped_entries(donor, role)
     return _Overlay(taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
 
@@ -289,6 +295,19 @@ def _step(out: TensorInfo, found: TensorInfo, source: Source, rule: str) -> Step
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
     if value not in known:
         raise PlanError(f"{name} is {value!r}", hint=f"it is one of {', '.join(known)}")
+
+
+def _with_equals(step: Step, checkpoint: Checkpoint, key_map: KeyMap) -> Step:
+    """Return the step with the tensors that have to equal its own, as a rule promised, among its sources."""
+    source = step.sources[0]
+    others = key_map.equals.get(source.key, ())
+    for key in others:
+        if (checkpoint[key].dtype, checkpoint[key].shape) != (
+            checkpoint[source.key].dtype,
+            checkpoint[source.key].shape,
+        ):
+            raise PlanError(f"{quoted(key)} is {checkpoint[key]} and cannot equal {quoted(source.key)}")
+    return replace(step, sources=(source, *(Source(source.role, key) for key in others))) if others else step
 
 
 def _is_float(code: str) -> bool:

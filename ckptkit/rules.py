@@ -12,7 +12,7 @@ from ckptkit.text import plural, quoted
 
 __all__ = ["KeyMap", "Rule", "Rules", "Stage", "apply_rules", "as_rules", "parse_rules", "rules_from_table"]
 
-_COLLISIONS = ("error", "first", "last")
+_COLLISIONS = ("error", "first", "last", "equal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +20,8 @@ class Rule:
     """One rule: a rename where ``template`` is given, else a drop.
 
     ``on_collision`` says whose value stays where the new name is taken already: ``"first"`` or
-    ``"last"`` in the order of the keys, or ``"error"``.
+    ``"last"`` in the order of the keys, ``"equal"`` where both have the same bytes (proved before anything is
+    written), or ``"error"``.
     """
 
     pattern: Pattern
@@ -58,6 +59,7 @@ class KeyMap:
     renamed: Mapping[str, str]
     rule_of: Mapping[str, str] = field(default_factory=dict)  # old key -> the rules that spoke, where one did
     dropped: Mapping[str, str] = field(default_factory=dict)  # old key -> the reason
+    equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # old key -> dropped ones that must equal it
     notes: tuple[str, ...] = ()
 
 
@@ -163,41 +165,43 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
     pattern that matches nothing (unless it is optional, or unused rules are allowed).
     """
     renamed = {key: key for key in keys}
-    rule_of: dict[str, str] = {}
-    dropped: dict[str, str] = {}
-    notes: list[str] = []
+    ledger = _Ledger()
     for stage in rules.stages:
-        renamed = _pass(stage, renamed, rule_of, dropped, notes, allow_unused=rules.allow_unused)
-    return KeyMap(renamed, rule_of, dropped, tuple(notes))
+        renamed = _pass(stage, renamed, ledger, allow_unused=rules.allow_unused)
+    equals = {kept: others for kept, others in ledger.equals.items() if kept in renamed}
+    return KeyMap(renamed, ledger.rule_of, ledger.dropped, equals, tuple(ledger.notes))
 
 
-def _pass(
-    stage: Stage,
-    names: Mapping[str, str],
-    rule_of: dict[str, str],
-    dropped: dict[str, str],
-    notes: list[str],
-    *,
-    allow_unused: bool,
-) -> dict[str, str]:
+@dataclass(slots=True)
+class _Ledger:
+    """What the passes have said so far, by old key."""
+
+    rule_of: dict[str, str] = field(default_factory=dict)
+    dropped: dict[str, str] = field(default_factory=dict)
+    equals: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _pass(stage: Stage, names: Mapping[str, str], ledger: _Ledger, *, allow_unused: bool) -> dict[str, str]:
     hits = [0] * len(stage.rules)
     made: dict[str, str] = {}
     owner: dict[str, tuple[str, Rule | None]] = {}
     for key, name in names.items():
         if stage.keep and not matches_any(stage.keep, name):
-            dropped[key] = "fits no --keep"
+            ledger.dropped[key] = "fits no --keep"
             continue
         new, rule = _first_match(stage.rules, name, hits)
         if rule is not None:
-            rule_of[key] = f"{rule_of[key]}, {rule}" if key in rule_of else str(rule)
+            said = ledger.rule_of.get(key)
+            ledger.rule_of[key] = f"{said}, {rule}" if said else str(rule)
         if new is None:
-            dropped[key] = str(rule)
+            ledger.dropped[key] = str(rule)
         elif not new and name:  # a checkpoint that is one bare tensor has the key ''
             raise RuleError(f"{rule} leaves {quoted(key)} without a name")
-        elif new not in owner or _takes(owner[new], (key, rule), new, dropped, made):
+        elif new not in owner or _takes(owner[new], (key, rule), new, ledger, made):
             made[key] = new
             owner[new] = (key, rule)
-    _refuse_unused(stage, names.values(), hits, notes, allow_unused=allow_unused)
+    _refuse_unused(stage, names.values(), hits, ledger.notes, allow_unused=allow_unused)
     return made
 
 
@@ -211,24 +215,24 @@ def _first_match(rules: Sequence[Rule], name: str, hits: list[int]) -> tuple[str
 
 
 def _takes(
-    holder: tuple[str, Rule | None],
-    newcomer: tuple[str, Rule | None],
-    name: str,
-    dropped: dict[str, str],
-    made: dict[str, str],
+    holder: tuple[str, Rule | None], newcomer: tuple[str, Rule | None], name: str, ledger: _Ledger, made: dict[str, str]
 ) -> bool:
     """Decide who keeps a name that two keys want, as their rules say; True where it is the newcomer."""
     policies = {rule.on_collision for _, rule in (holder, newcomer) if rule is not None} - {"error"}
     if len(policies) != 1:
         raise RuleError(
             f"{quoted(holder[0])} and {quoted(newcomer[0])} would both be called {quoted(name)}",
-            hint='drop one of them, or choose in a rule file: on_collision = "first" or "last"',
+            hint='drop one of them, or choose in a rule file: on_collision = "first", "last" or "equal"',
         )
-    last = policies == {"last"}
-    loser = holder[0] if last else newcomer[0]
+    (policy,) = policies
+    winner, loser = (newcomer[0], holder[0]) if policy == "last" else (holder[0], newcomer[0])
     made.pop(loser, None)
-    dropped[loser] = f"{quoted(name)} is taken by {quoted(newcomer[0] if last else holder[0])}"
-    return last
+    if policy == "equal":
+        ledger.equals[winner] = (*ledger.equals.get(winner, ()), loser)
+        ledger.dropped[loser] = f"has to equal {quoted(winner)}, which takes the name {quoted(name)}"
+    else:
+        ledger.dropped[loser] = f"{quoted(name)} is taken by {quoted(winner)}"
+    return policy == "last"
 
 
 def _refuse_unused(

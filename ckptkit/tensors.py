@@ -250,6 +250,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
         info = self._infos[key]
         name = DTYPES[info.dtype].torch_name if info.dtype in DTYPES else ""
         dtype: Any = getattr(torch, name, None) if name else None
+        if info.dtype == "F4" and (not info.shape or info.shape[-1] % 2):
+            raise TypeError(f"{quoted(key)}: torch holds F4 in pairs, and the last of {list(info.shape)} is not even")
         if dtype is None:
             raise TypeError(f"{quoted(key)}: this torch has no dtype for {info.dtype}")
         shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" and info.shape else info.shape

@@ -379,3 +379,20 @@ def test_torch_files_carry_module_versions(tmp_path: Path) -> None:
     assert {key: dict(value) for key, value in same.items()} == {
         key: {"version": value["version"]} for key, value in norm._metadata.items() if "version" in value
     }
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_collision_of_equals(same: bool, tmp_path: Path) -> None:
+    """``on_collision = "equal"``: one name for two tensors where their bytes are the same, refused where not."""
+    source = {"a.w": torch.arange(4.0), "b.w": torch.arange(4.0) + (not same)}
+    rules = parse_rules(file={"rule": [{"from": "{x}.w", "to": "w", "on_collision": "equal"}]})
+    plan = plan_remap(source, rules)
+    assert [step.sources for step in plan.steps] == [(Source("source", "a.w"), Source("source", "b.w"))]
+    if same:
+        execute(plan, source, tmp_path / "out.safetensors")
+        with open_checkpoint(tmp_path / "out.safetensors") as out:
+            assert torch.equal(out.read("w"), source["a.w"])
+    else:
+        with pytest.raises(PlanError, match="'a.w' and 'b.w' would both be called 'w', and are not equal"):
+            execute(plan, source, tmp_path / "out.safetensors")
+        assert list(tmp_path.iterdir()) == []
