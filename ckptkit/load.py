@@ -127,7 +127,7 @@ def _load_batch(
         values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
     try:
         model.load_state_dict(values, strict=False)
-    except RuntimeError as error:
+    except Exception as error:  # the model's own hooks may raise anything
         raise ModelError(f"load_state_dict refused: {' '.join(str(error).split())}") from error
     _prove(model.state_dict(keep_vars=True), before, values)
 
