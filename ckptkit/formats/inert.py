@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sized
 
 from ckptkit.errors import FormatError
+from ckptkit.text import printable
 
 __all__ = ["Global", "Interpreter", "MappingValue", "Placeholder", "check_key"]
 
@@ -116,4 +117,5 @@ class Interpreter:
         try:
             return builder(*args)
         except (TypeError, ValueError, OverflowError, LookupError, AttributeError) as error:
-            raise FormatError(f"corrupt pickle: {function} was given arguments it does not take ({error})") from None
+            told = printable(str(error))
+            raise FormatError(f"corrupt pickle: {function} was given arguments it does not take ({told})") from None

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter, MappingValue, Placeholder, check_key
+from ckptkit.text import printable
 
 __all__ = ["MARK", "Operation", "PickleMachine", "TruncatedPickleError"]
 
@@ -54,7 +55,7 @@ class PickleMachine:
                 raise TruncatedPickleError(f"the pickle that starts at byte {start} has no end: truncated?") from None
             raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}") from None
         except (ValueError, OverflowError, struct.error) as error:
-            raise FormatError(f"corrupt pickle: {error} at byte {self.pos}") from None
+            raise FormatError(f"corrupt pickle: {printable(str(error))} at byte {self.pos}") from None
 
     def pop(self) -> Any:
         value = self.stack.pop()

@@ -21,6 +21,7 @@ from ckptkit.formats.pickle_machine import MARK, Operation, PickleMachine, Trunc
 __all__ = ["unpickle"]
 
 _BUDGET_PER_BYTE = 4
+_MOST_MEMO = 2**32  # what LONG_BINPUT can name; decimal indexes beyond it can be made to collide in the memo
 
 
 def unpickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
@@ -183,7 +184,10 @@ def _get(read: Callable[[PickleMachine], int]) -> Operation:
 
 def _put(read: Callable[[PickleMachine], int]) -> Operation:
     def run(machine: PickleMachine) -> None:
-        machine.memo[read(machine)] = machine.stack[-1]
+        index = read(machine)
+        if not 0 <= index < _MOST_MEMO:
+            raise FormatError(f"corrupt pickle: a memo index below 0 or beyond 2^32 before byte {machine.pos}")
+        machine.memo[index] = machine.stack[-1]
 
     return run
 

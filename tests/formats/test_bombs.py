@@ -123,6 +123,7 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "C10 a dict in itself": lambda: torch_zip(b"}" + put(0) + text("model") + get(0) + b"s"),
     "C11 int keys": lambda: torch_zip(keyed_by(*(number(n * (2**61 - 1)) for n in range(50_000)))),
     "C11 tuple keys": lambda: torch_zip(keyed_by(*(b"(" + number(n * (2**61 - 1)) + b"t" for n in range(50_000)))),
+    "C11 memo indexes": lambda: torch_zip(b"}" + b"".join(b"p%d\n" % (n * (2**61 - 1)) for n in range(1, 50_000))),
     "C16 bytearray": lambda: with_weights(x=call("builtins.bytearray", number(2**38))),
     "C16 FloatTensor": lambda: with_weights(x=call("torch.FloatTensor", number(2**38))),
     "C16 qtensor": lambda: with_weights(
