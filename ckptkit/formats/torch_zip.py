@@ -92,9 +92,17 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
             "written on a big-endian machine" if order == "big" else f"its byte order is {quoted(str(order)[:20])}",
             hint="load and save it with torch first",
         )
+    warnings = []
     if any(entry.method for entry in archive.entries.values()):
-        return ["the archive is compressed: tensors are inflated while they are read"]
-    return []
+        warnings.append("the archive is compressed: tensors are inflated while they are read")
+    unchecked = [entry.name for entry in archive.entries.values() if entry.size and not entry.crc]
+    skipped = [name for name in unchecked if name.startswith(f"{root}data/")]
+    if len(unchecked) == sum(entry.size > 0 for entry in archive.entries.values()):
+        warnings.append("no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen")
+    elif skipped and archive.entries[f"{root}data.pkl"].crc:
+        what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
+        warnings.append(f"storage bytes were skipped at save (torch.serialization.skip_data): {what}")
+    return warnings
 
 
 def _small(archive: ZipDirectory, name: str) -> str | None:

@@ -204,6 +204,20 @@ def test_torch_options_of_saving_change_nothing(tmp_path: Path) -> None:
     for data in (without, aligned):
         with opened(tmp_path, data) as checkpoint:
             assert_same(checkpoint, STATE)
+            assert [line for line in checkpoint.warnings if "no checksums in the archive" in line]
+            assert len(checkpoint.warnings) == 1
+
+
+def test_storages_skipped_at_save_are_said_to_be(tmp_path: Path) -> None:
+    """B19: the records are there, with zeros in place of what was never written; empty ones lack nothing."""
+    with torch.serialization.skip_data():
+        skipped, empty = saved(STATE), saved({"e": torch.zeros(0)})
+    with opened(tmp_path, skipped) as checkpoint:
+        (line,) = checkpoint.warnings
+        assert re.match(r"storage bytes were skipped at save .*: 2 records .*, such as 'archive/data/0'$", line)
+        assert checkpoint.read_bytes("w") == bytes(24)
+    with opened(tmp_path, empty) as checkpoint:
+        assert checkpoint.warnings == ()
 
 
 @pytest.mark.parametrize("name", ["a.b.c.pt", "noext", "wéights.pt", "x y.bin"])
