@@ -12,6 +12,7 @@ from typing import Protocol
 
 from ckptkit.errors import ChangedError, FormatError, PathError
 from ckptkit.tensors import Payload
+from ckptkit.text import quoted
 
 __all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region"]
 
@@ -40,7 +41,7 @@ class LocalFile:
         except OSError as error:
             reason = _REASONS.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
             if error.errno == errno.ENOENT and os.path.islink(path):
-                reason = f"a symbolic link to {os.readlink(path)}, which does not exist"
+                reason = f"a symbolic link to {quoted(os.readlink(path))}, which does not exist"
             raise PathError(reason, path=path) from None
         except ValueError as error:  # a NUL byte in the name
             raise PathError(str(error), path=path) from None

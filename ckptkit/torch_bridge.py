@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
-from ckptkit.text import quoted
+from ckptkit.text import printable, quoted
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +21,7 @@ __all__ = [
     "StateDictLike",
     "as_checkpoint",
     "describe_state_dict",
+    "first_line",
     "flat_bytes",
     "gather",
 ]
@@ -150,9 +152,21 @@ def as_checkpoint(thing: StateDictLike, role: str) -> Checkpoint:
         return describe_state_dict(thing, role)
     if not callable(getattr(thing, "state_dict", None)) or not _is_module(thing):
         raise ModelError(f"{role} is a {type(thing).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
-    checkpoint = describe_state_dict(thing.state_dict(keep_vars=True), role)
+    try:
+        state = thing.state_dict(keep_vars=True)
+    except Exception as error:  # extra state and hooks are the user's code: what works on no meta device, for one
+        raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
+    if not isinstance(state, Mapping):
+        raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
+    checkpoint = describe_state_dict(state, role)
     checkpoint.entries += tuple(_absent(thing))
     return checkpoint
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of what it says, printable."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
 
 
 def _is_module(thing: Any) -> bool:
@@ -184,12 +198,12 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
     entries: list[Entry] = []
     for key, value in state.items():
         if not isinstance(key, str):
-            raise ModelError(f"the key {key!r} is no string")
+            raise ModelError(f"the key {printable(repr(key))} is no string")
         if isinstance(value, torch.Tensor):
             tensors[key] = value
             infos[key] = _describe(key, value)
         else:
-            entries.append(Entry(key, type(value).__name__, value if isinstance(value, str | int | float) else None))
+            entries.append(Entry(key, type(value).__name__, _shown(value)))
 
     def payload(info: TensorInfo) -> Payload:
         tensor = tensors[info.key]
@@ -218,6 +232,14 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
         span=span,
         versions=versions_from(getattr(state, "_metadata", {})),
     )
+
+
+def _shown(value: object) -> str | int | float | None:
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has neither nan nor infinity
+    return value if isinstance(value, str | int | float) else None
 
 
 def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:

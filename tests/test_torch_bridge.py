@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -256,6 +257,29 @@ def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
         ("epoch", "int", 3),
         ("args", "dict", None),
     ]
+
+
+def test_numbers_that_json_cannot_hold_are_entries_as_text() -> None:
+    """Non-finite floats and very large integers."""
+    state = {"a": float("nan"), "b": float("-inf"), "c": 10**5000, "d": 0.5, "e": "text", "f": True}
+    entries = as_checkpoint(state, "state").entries
+    assert [entry.value for entry in entries] == ["nan", "-inf", "an integer of 16610 bits", 0.5, "text", True]
+    json.dumps([entry.value for entry in entries], allow_nan=False)
+
+
+def test_a_state_dict_that_fails_is_a_refusal() -> None:
+    """Hooks and extra state are the user's code: what they raise, or give, is told in one line."""
+
+    class Failing(nn.Linear):
+        def get_extra_state(self) -> float:
+            return 1 / 0
+
+    model = Failing(1, 1)
+    with pytest.raises(ModelError, match=r"^state_dict\(\) of model failed: ZeroDivisionError: "):
+        as_checkpoint(model, "model")
+    model.state_dict = lambda **_: [1]  # type: ignore[method-assign,assignment]
+    with pytest.raises(ModelError, match=r"^state_dict\(\) of model returned a list, not a mapping$"):
+        as_checkpoint(model, "model")
 
 
 def test_descriptions_have_no_bytes_and_checkpoints_stay_themselves() -> None:

@@ -8,7 +8,7 @@ from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import quoted
+from ckptkit.text import printable, quoted
 
 __all__ = ["LIVE_PREFIX", "open_checkpoint"]
 
@@ -73,7 +73,9 @@ def _open_path(name: str) -> Checkpoint:
 
 def _open_shards(directory: str, index: str, inner: str, *, whole: bool) -> Checkpoint:
     if inner:
-        raise FormatError(f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep '{inner}.*'")
+        raise FormatError(
+            f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {quoted(inner + '.*')}"
+        )
     from ckptkit.formats.sharded import open_sharded
 
     return open_sharded(directory, index, lambda path: _open_file(path, ""), whole=whole)
@@ -99,7 +101,7 @@ def _open_directory(directory: str, inner: str) -> Checkpoint:
     if len(weights) == 1:
         return _open_file(os.path.join(directory, weights[0]), inner)
     if weights:
-        listed = ", ".join(weights[:4])
+        listed = ", ".join(map(printable, weights[:4]))
         raise FormatError(
             f"a directory with {len(weights)} files of weights and no index, such as {listed}",
             hint="give the path of the one meant",
@@ -139,7 +141,9 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
         return open_torch_legacy(file, inner)
     if _looks_like_safetensors(head):
         if inner:
-            raise FormatError(f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep '{inner}.*'")
+            raise FormatError(
+                f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {quoted(inner + '.*')}"
+            )
         return open_safetensors(file)
     raise _unknown(file, head)
 

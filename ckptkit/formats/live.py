@@ -7,12 +7,13 @@ import importlib
 import os
 import sys
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import quoted
-from ckptkit.torch_bridge import as_checkpoint
+from ckptkit.torch_bridge import as_checkpoint, first_line
 
 __all__ = ["build_model", "build_shapes", "open_live"]
 
@@ -32,7 +33,8 @@ def build_model(target: str, *, device: str | None = None) -> Any:
         try:
             made: Any = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:
-            raise ModelError(f"importing {quoted(module_name)} failed: {_first_line(error)}") from error
+            looked = "looked in the current directory and on sys.path" if isinstance(error, ImportError) else None
+            raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=looked) from error
         for part in name.split("."):
             if not hasattr(made, part):
                 raise ModelError(f"{quoted(module_name)} has no {quoted(name)}")
@@ -51,7 +53,9 @@ def _call(function: Any, name: str, device: str | None) -> Any:
         with torch.device(device) if device else contextlib.nullcontext():
             made = function()
     except (Exception, SystemExit) as error:
-        raise ModelError(f"calling {quoted(name)} failed: {_first_line(error)}") from error
+        wants = isinstance(error, TypeError) and "missing" in str(error) and "required" in str(error)
+        hint = "it is called without arguments" if wants else None
+        raise ModelError(f"calling {quoted(name)} failed: {first_line(error)}", hint=hint) from error
     if not _is_model(made) and not isinstance(made, Mapping):
         raise ModelError(f"{quoted(name)} returned a {type(made).__name__}, not a model or a state_dict")
     return made
@@ -59,11 +63,6 @@ def _call(function: Any, name: str, device: str | None) -> Any:
 
 def _is_model(thing: Any) -> bool:
     return not isinstance(thing, type) and callable(getattr(thing, "state_dict", None))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def build_shapes(target: str) -> Any:
@@ -74,34 +73,69 @@ def build_shapes(target: str) -> Any:
         return build_model(target)
 
 
+def _describe(target: str, path: str, device: str | None = None) -> Checkpoint:
+    made = build_model(target, device=device)
+    with contextlib.redirect_stdout(sys.stderr):  # state_dict() is the user's code too
+        return as_checkpoint(made, path)
+
+
+def _place(info: TensorInfo) -> tuple[int, list[int]] | None:
+    """Return where a view begins and how it steps, as far as either decides which elements it has."""
+    if info.view is None or not info.elements:
+        return None
+    return info.view.offset, [step for size, step in zip(info.shape, info.view.stride, strict=True) if size != 1]
+
+
+def _shared_otherwise(shapes: Checkpoint, built: Checkpoint) -> frozenset[str]:
+    """Return the keys whose storage holds other keys in one build than in the other."""
+    groups = [_storages(side, shapes.keys() & built.keys()) for side in (shapes, built)]
+    return frozenset().union(*(groups[0] ^ groups[1]))
+
+
+def _storages(side: Checkpoint, keys: AbstractSet[str]) -> set[frozenset[str]]:
+    storages: dict[int, list[str]] = {}
+    for key in keys:
+        info = side[key]
+        if info.view is not None and info.elements:
+            storages.setdefault(info.view.storage, []).append(key)
+    return {frozenset(group) for group in storages.values()}
+
+
 def open_live(target: str, path: str) -> Checkpoint:
     """Return the Checkpoint of a live model, built on the meta device where it can be.
 
     Values are wanted rarely; where they are, the model is built a second time, for real.
     """
     try:
-        shapes = as_checkpoint(build_model(target, device="meta"), path)
+        shapes = _describe(target, path, "meta")
     except CkptkitError as meta_error:
         try:
-            return as_checkpoint(build_model(target), path)
+            return _describe(target, path)
         except CkptkitError as error:
             raise error from meta_error
-    real: list[Checkpoint] = []
+    real: list[tuple[Checkpoint, frozenset[str]]] = []
 
-    def values() -> Checkpoint:
+    def values(info: TensorInfo) -> Checkpoint:
         if not real:
-            real.append(as_checkpoint(build_model(target), path))
-        return real[0]
+            made = _describe(target, path)
+            real.append((made, _shared_otherwise(shapes, made)))
+        built, moved = real[0]
+        other = built.get(info.key)
+        if other is None or (other.shape, other.dtype, other.kind) != (info.shape, info.dtype, info.kind):
+            raise ModelError(f"{quoted(info.key)} is not the same when the model is built again", path=path)
+        if info.key in moved or _place(other) != _place(info):
+            raise ModelError(
+                f"{quoted(info.key)} is laid out differently when the model is built again",
+                hint="save its state_dict() with torch.save and give that file",
+                path=path,
+            )
+        return built
 
     def payload(info: TensorInfo) -> Payload:
-        built = values()
-        if info.key not in built or built[info.key].shape != info.shape or built[info.key].dtype != info.dtype:
-            raise ModelError(f"{quoted(info.key)} is not the same when the model is built again", path=path)
-        return built.payload(info.key)
+        return values(info).payload(info.key)
 
     def span(info: TensorInfo) -> Payload | None:
-        payload(info)
-        return values().span(info.key)
+        return values(info).span(info.key)
 
     return Checkpoint(
         shapes,

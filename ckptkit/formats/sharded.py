@@ -12,7 +12,7 @@ from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.text import plural, quoted
+from ckptkit.text import plural, printable, quoted
 
 __all__ = ["INDEX_SUFFIXES", "find_index", "is_plain_name", "open_sharded"]
 
@@ -29,7 +29,8 @@ def find_index(names: list[str]) -> str | None:
     for suffix in INDEX_SUFFIXES:
         found = sorted(name for name in names if name.endswith(suffix))
         if len(found) > 1:
-            raise FormatError(f"holds {len(found)} indexes: {', '.join(found)}", hint="give the path of the one meant")
+            listed = ", ".join(map(printable, found[:4]))
+            raise FormatError(f"holds {len(found)} indexes: {listed}", hint="give the path of the one meant")
         if found:
             return found[0]
     return None

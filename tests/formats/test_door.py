@@ -97,7 +97,7 @@ def test_a_path_that_leads_to_nothing_says_why(tmp_path: Path, what: str) -> Non
         "missing": (str(tmp_path / "no.pt"), "no such file or directory"),
         "missing directory": (str(tmp_path / "no/such/file.pt"), "no such file or directory"),
         "file as directory": (str(tmp_path / "file/x.pt"), "not a directory"),
-        "dangling": (str(tmp_path / "dangling"), "a symbolic link to gone.pt, which does not exist"),
+        "dangling": (str(tmp_path / "dangling"), "a symbolic link to 'gone.pt', which does not exist"),
         "loop": (str(tmp_path / "loop"), "too many levels of symbolic links"),
         "NUL": (str(tmp_path / "a\0b"), "null"),
         "long": (str(tmp_path / ("x" * 5000)), "file name too long"),
@@ -209,6 +209,40 @@ MODULE = """
             if self.table.is_meta:
                 raise RuntimeError("no meta device for me")
 
+    class Asks(Net):  # its extra state has a value on no meta device
+        def get_extra_state(self):
+            print("on stdout")
+            return {"norm": self.fc.weight.sum().item()}
+
+        def set_extra_state(self, state):
+            pass
+
+    class Hopeless(Net):
+        def get_extra_state(self):
+            raise KeyError("no\x1b[2Jpe")
+
+    def varying(meta, real):
+        base = torch.arange(12.0)
+        return (meta if base.is_meta else real)(base)
+
+    def transposed():
+        return varying(lambda base: {"w": base.view(3, 4).T, "v": base[:2]},
+                       lambda base: {"w": base.view(4, 3), "v": base[:2]})
+
+    def shifted():
+        return varying(lambda base: {"w": base[:4]}, lambda base: {"w": base[4:8]})
+
+    def untied():
+        return varying(lambda base: {"w": base, "v": base, "other": base + 1},
+                       lambda base: {"w": base, "v": base.clone(), "other": base + 1})
+
+    def tied():
+        return varying(lambda base: {"w": base, "v": base.clone()}, lambda base: {"w": base, "v": base})
+
+    def same():
+        base = torch.arange(12.0)
+        return {"w": base.view(3, 4).T, "v": base[2:3], "other": base.clone(), "e": base[:0]}
+
     instance = Net()
     table = {"w": torch.ones(2)}
     number = 5
@@ -266,9 +300,64 @@ def test_a_model_that_cannot_be_built_on_meta_is_built_for_real(modules: Path) -
     assert modules.exists()
 
 
+def test_extra_state_that_needs_values_is_had_from_a_real_build(
+    modules: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open_checkpoint("py:livemodels.nets:Asks") as checkpoint:
+        assert [entry.path for entry in checkpoint.entries] == ["_extra_state"]
+        assert checkpoint.read_bytes("fc.weight") == bits(torch.full((3, 2), 2.0))
+    assert capsys.readouterr().out == ""
+    assert modules.exists()
+
+
+@pytest.mark.parametrize("name", ["transposed", "shifted", "untied", "tied"])
+def test_a_model_laid_out_differently_in_the_real_build_is_refused(modules: Path, name: str) -> None:
+    """A span of one layout with the views of the other would be wrong bytes."""
+    with open_checkpoint(f"py:livemodels.nets:{name}") as checkpoint:
+        for read in (checkpoint.payload, checkpoint.span):
+            with pytest.raises(ModelError, match="'w' is laid out differently when the model is built again") as caught:
+                read("w")
+            assert caught.value.hint
+        if "other" in checkpoint:
+            assert checkpoint.read_bytes("other") == bits(torch.arange(12.0) + 1)
+    with open_checkpoint("py:livemodels.nets:same") as checkpoint:
+        base = torch.arange(12.0)
+        assert_same(checkpoint, {"w": base.view(3, 4).T, "v": base[2:3], "other": base, "e": base[:0]})
+    assert modules.exists()
+
+
+@pytest.mark.parametrize(
+    ("target", "hint"),
+    [
+        ("livemodels.none:build", "looked in the current directory and on sys.path"),
+        ("livemodels.nets:demanding", "it is called without arguments"),
+        ("livemodels.syntax:build", None),
+        ("livemodels.nets:fails", None),
+    ],
+)
+def test_the_hint_says_what_was_tried(modules: Path, target: str, hint: str | None) -> None:
+    with pytest.raises(ModelError) as caught:
+        open_checkpoint(f"py:{target}")
+    assert caught.value.hint == hint
+    assert modules.exists()
+
+
+def test_names_of_links_and_files_cannot_move_the_cursor(tmp_path: Path) -> None:
+    (tmp_path / "link.pt").symlink_to("gone\x1b[2J")
+    assert r"gone\x1b[2J" in refusal(str(tmp_path / "link.pt")).reason
+    for directory, suffix in (("files", ".pt"), ("indexes", ".bin.index.json")):
+        (tmp_path / directory).mkdir()
+        for name in ("a\x1b[2J", "b"):
+            (tmp_path / directory / f"{name}{suffix}").write_bytes(b"")
+        reason = refusal(str(tmp_path / directory)).reason
+        assert r"a\x1b[2J" in reason
+        assert reason.isprintable()
+
+
 @pytest.mark.parametrize(
     ("target", "reason"),
     [
+        pytest.param("livemodels.nets:Hopeless", r"failed: KeyError: 'no\\x1b[2Jpe'", id="its extra state fails"),
         pytest.param("livemodels.nets", "names no callable", id="no colon"),
         pytest.param("livemodels.nets:", "names no callable", id="no name"),
         pytest.param(":build", "names no callable", id="no module"),

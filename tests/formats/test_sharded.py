@@ -189,7 +189,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "H3 a directory": (lambda at: _replace(at.parent / SECOND, Path.mkdir), "not a regular file", SECOND),
     "H3 a dangling link": (
         lambda at: _replace(at.parent / SECOND, lambda path: path.symlink_to("gone")),
-        "link to gone",
+        "link to 'gone'",
         SECOND,
     ),
     "H4 in the index only": (lambda at: edit(at, x=FIRST), "the index places 'x' here, but the shard does not", FIRST),
