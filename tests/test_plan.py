@@ -393,6 +393,6 @@ def test_a_collision_of_equals(same: bool, tmp_path: Path) -> None:
         with open_checkpoint(tmp_path / "out.safetensors") as out:
             assert torch.equal(out.read("w"), source["a.w"])
     else:
-        with pytest.raises(PlanError, match="'a.w' and 'b.w' would both be called 'w', and are not equal"):
+        with pytest.raises(PlanError, match=r"'a\.w' and 'b\.w' would both be called 'w', and are not equal"):
             execute(plan, source, tmp_path / "out.safetensors")
         assert list(tmp_path.iterdir()) == []
