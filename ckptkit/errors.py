@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ckptkit.text import printable
+
 __all__ = [
     "ChangedError",
     "CkptkitError",
@@ -12,7 +14,17 @@ __all__ = [
     "PathError",
     "PlanError",
     "RuleError",
+    "one_line",
 ]
+
+
+def one_line(sentence: str) -> str:
+    """Return ``sentence`` without line breaks and control characters; what is escaped in it already stays as it is."""
+    joined = sentence.replace("\n", " ")
+    if joined.isascii() and joined.isprintable():
+        return joined
+    # Names quoted in it have their backslashes doubled already, so those are left alone.
+    return "".join(char if char == "\\" else printable(char) for char in joined)
 
 
 class CkptkitError(Exception):
@@ -29,7 +41,7 @@ class CkptkitError(Exception):
         """Everything on one line, for a traceback or a log."""
         where = f"{self.path}: " if self.path else ""
         way_out = f" ({self.hint})" if self.hint else ""
-        return f"{where}{self.reason}{way_out}"
+        return one_line(f"{where}{self.reason}{way_out}")
 
 
 class PathError(CkptkitError):

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptkit.cli import ckpt
+from ckptkit.errors import CkptkitError
 from tests.helpers_cli import ROOT, run_ckpt
 
 TEN, DDP, MODEL = "fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", "py:fixtures.lenet:build"
@@ -37,7 +38,6 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "help": (["--help"], 0, "show     What is in a checkpoint", ""),
     "short help": (["-h"], 0, "Exit codes: 0", ""),
     "version": (["-V"], 0, "ckpt 0.", ""),
-    "no command": ([], 2, "", "ckpt: "),
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "missing argument": (["diff", TEN], 2, "", "hint: see ckpt diff --help"),
@@ -53,6 +53,10 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show nothing inside": (["show", f"{DDP}::ema"], 2, "", "holds nothing at 'ema'"),
     "show shards": (["show", "fixtures/encoder_sharded"], 0, "2 shards", ""),
     "show model": (["show", MODEL], 0, "live model, 10 tensors", ""),
+    "show what may be a model": (["show", "mynet:build"], 2, "", "hint: for a live model write py:mynet:build\n"),
+    "show no model's name": (["show", "a-b:c"], 2, "", "ckpt: a-b:c: no such file or directory\n"),
+    "show control characters": (["show", "\x1b[2J\\a"], 2, "", "ckpt: \\x1b[2J\\\\a: no such file or directory\n"),
+    "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "is no size that"),
     "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts it", ""),
     "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
@@ -87,6 +91,60 @@ def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: p
     if code == 2:
         assert ran.out == ""
         assert [line.partition(":")[0] for line in ran.err.splitlines()] in (["ckpt"], ["ckpt", "hint"])
+
+
+@pytest.mark.parametrize(("arguments", "last"), [((), "Check param groups"), (("groups",), "validate  Prove that")])
+def test_no_command(arguments: tuple[str, ...], last: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a command the help itself is on stderr, and the exit code is that of a wrong use."""
+    ran = run_ckpt(capsys, *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Usage: ckpt")
+    assert last in ran.err.splitlines()[-1]
+
+
+BAD_FILES: dict[str, tuple[str, str, str]] = {
+    # id: (name, content, a piece of stderr)
+    "array": ("r.json", "[1]", "holds a JSON array, not an object"),
+    "empty array": ("r.json", "[]", "holds a JSON array, not an object"),
+    "null": ("r.json", "null", "holds a JSON null, not an object"),
+    "number": ("r.json", "1", "holds a JSON number, not an object"),
+    "string": ("r.json", '"a"', "holds a JSON string, not an object"),
+    "no JSON": ("r.json", "{", "is no JSON: "),
+    "no TOML": ("r.toml", "a", "is no TOML: "),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "err"), BAD_FILES.values(), ids=BAD_FILES.keys())
+def test_files_of_rules_and_groups(
+    name: str, content: str, err: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is no table at the top is refused, with the name of the file."""
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    for arguments in (("diff", TEN, TEN, "--rules", path), ("groups", "validate", "--model", MODEL, path)):
+        ran = run_ckpt(capsys, *arguments)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err.startswith(f"ckpt: {path}: {err}")
+
+
+def test_a_pipe_of_rules_does_not_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A FIFO that nobody writes to is refused at once."""
+    os.mkfifo(tmp_path / "r.toml")
+    ran = run_ckpt(capsys, "diff", TEN, TEN, "--rules", tmp_path / "r.toml")
+    assert (ran.code, ran.err) == (2, f"ckpt: {tmp_path / 'r.toml'}: not a regular file\n")
+
+
+def test_errors_are_one_harmless_line() -> None:
+    """Reason, hint and path are printable; what is escaped already is not escaped again."""
+    error = CkptkitError("no \x1b[2J\nhere '\\\\x1b'", hint="\u202edo", path="a\nb")
+    assert str(error) == "a b: no \\x1b[2J here '\\\\x1b' (\\u202edo)"
+
+
+@pytest.mark.parametrize("donors", [1, 2])
+def test_merge_blames_a_donor_only_where_it_is_the_only_one(donors: int, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "merge", TEN, *[DDP] * donors, "-o", "o.pt", "-n", "--drop", "x")
+    assert ran.code == 2
+    assert ran.err.startswith(f"ckpt: {DDP}: --drop" if donors == 1 else "ckpt: --drop")
 
 
 WRITES: dict[str, tuple[list[str], str]] = {
@@ -268,6 +326,32 @@ def test_a_full_stdout_is_trouble() -> None:
         command = [sys.executable, "-m", "ckptkit", "show", TEN]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
     assert (done.returncode, done.stderr) == (2, b"ckpt: standard output: no space left on device\n")
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_closed_streams(closing: str, tmp_path: Path) -> None:
+    """A stream that the caller closed is no crash, and nothing is printed into the output instead."""
+    out = tmp_path / "o.safetensors"
+    for arguments in (f"show {TEN}", f"convert {TEN} -o {out}"):
+        command = f"{sys.executable} -m ckptkit {arguments} {closing}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert len(load_file(out)) == 10
+
+
+def test_ignored_signals_stay_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    """Under nohup a hangup stays without effect."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_ckpt(capsys, "show", TEN).code == 0
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_torch_without_numpy_is_no_news() -> None:
+    """Its warning does not reach stderr."""
+    program = "import sys; sys.modules['numpy'] = None; from ckptkit.cli import run; run()"
+    command = [sys.executable, "-c", program, "show", MODEL]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])

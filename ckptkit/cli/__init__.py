@@ -10,13 +10,14 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from types import FrameType
 
 import click
 
-from ckptkit.errors import CkptkitError
+from ckptkit.errors import CkptkitError, one_line
 from ckptkit.text import printable
 
 __all__ = ["ckpt", "main", "run"]
@@ -91,16 +92,23 @@ def run() -> None:
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program and return the exit code; every expected failure is one line on stderr."""
+    _stand_in_for_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not turn a name into a crash
             stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _stop)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants it ignored
+            signal.signal(number, _stop)
+    # torch without numpy is a supported set-up, and a warning on every live model says nothing about the model.
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy", category=UserWarning)
     try:
         code = _invoke(list(arguments))
         sys.stdout.flush()
     except CkptkitError as error:
         return _complain(error.reason, error.hint, error.path)
+    except click.exceptions.NoArgsIsHelpError as error:  # its message is the whole help
+        _say(error.format_message())
+        return 2
     except click.UsageError as error:
         context = error.ctx.command_path if error.ctx else "ckpt"
         return _complain(error.format_message(), f"see {context} --help", None)
@@ -122,6 +130,17 @@ def main(arguments: Sequence[str]) -> int:
     return code
 
 
+def _stand_in_for_closed_streams() -> None:
+    if sys.stdout is not None and sys.stderr is not None:
+        return
+    # A number below 3 that is free would go to the next file opened, and whatever torch prints would end up in it.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the end
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def _invoke(arguments: list[str]) -> int:
     if "_CKPT_COMPLETE" in os.environ:
         ckpt.main(arguments, prog_name="ckpt", standalone_mode=False)
@@ -137,14 +156,10 @@ def _invoke(arguments: list[str]) -> int:
 
 def _complain(reason: str, hint: str | None, path: str | None) -> int:
     where = f"{printable(path)}: " if path else ""
-    _say(f"ckpt: {where}{_one_line(reason)}")
+    _say(f"ckpt: {where}{one_line(reason)}")
     if hint:
-        _say(f"hint: {_one_line(hint)}")
+        _say(f"hint: {one_line(hint)}")
     return 2
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split("\n"))
 
 
 def _say(line: str) -> None:

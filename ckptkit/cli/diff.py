@@ -16,6 +16,7 @@ from ckptkit.cli.options import (
     rule_options,
 )
 from ckptkit.compare import diff as compare
+from ckptkit.errors import one_line
 from ckptkit.report.diff import diff_document, diff_text
 from ckptkit.rules import Rules
 
@@ -60,5 +61,5 @@ def diff(
             echo_lines(diff_text(result, left, right, expand=expand, everything=everything))
             if not quiet:
                 for hint in result.hints:
-                    click.echo(f"hint: {hint.message}", err=True)
+                    click.echo(f"hint: {one_line(hint.message)}", err=True)
     context.exit(1 if result.different else 0)

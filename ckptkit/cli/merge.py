@@ -43,7 +43,7 @@ def merge(
     ckpt merge base.safetensors ddp.pt -o out.safetensors --rename 'module.*=*' --dry-run
     """  # noqa: D301 - \b is click's mark
     with opened(base, *donors, quiet=job.quiet) as (first, *others):
-        with about(donors[0]):
+        with about(donors[0] if len(donors) == 1 else None):  # of several, nobody knows here which one it is
             plan = plan_merge(
                 first,
                 others,

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
 
-from ckptkit.errors import CkptkitError, PathError, RuleError
-from ckptkit.formats import open_checkpoint
+from ckptkit.errors import CkptkitError, PathError, RuleError, one_line
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint
 from ckptkit.rules import parse_rules
+from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import printable
 
@@ -31,6 +34,8 @@ __all__ = [
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
+_JSON_KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+_IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
@@ -90,13 +95,22 @@ def read_toml(path: str) -> Mapping[str, Any]:
     """Return the content of a TOML (or, by its suffix, JSON) file; raises ``RuleError`` where it is neither."""
     import tomllib
 
+    as_json = path.endswith(".json")
+    with contextlib.closing(LocalFile(path)) as file:  # which refuses a FIFO, whose reading might never end
+        try:
+            data = file.read(0, file.size)
+        except OSError as error:
+            raise PathError((error.strerror or str(error)).lower(), path=path) from None
     try:
-        with open(path, "rb") as file:
-            return json.load(file) if path.endswith(".json") else tomllib.load(file)
-    except OSError as error:
-        raise PathError((error.strerror or str(error)).lower(), path=path) from None
+        content = json.loads(data) if as_json else tomllib.loads(data.decode())
     except (ValueError, RecursionError) as error:
-        raise RuleError(f"is no {'JSON' if path.endswith('.json') else 'TOML'}: {error}", path=path) from None
+        raise RuleError(f"is no {'JSON' if as_json else 'TOML'}: {error}", path=path) from None
+    if not isinstance(content, dict):
+        kind = _JSON_KINDS.get(type(content), "number")
+        raise RuleError(
+            f"holds a JSON {kind}, not an object", hint="write the same keys as in the TOML form", path=path
+        )
+    return content
 
 
 @contextlib.contextmanager
@@ -114,12 +128,21 @@ def about(path: str | None) -> Iterator[None]:
 def opened(*paths: str, quiet: bool) -> Iterator[list[Checkpoint]]:
     """Open checkpoints, say on stderr what is odd about each, and close them at the end."""
     with contextlib.ExitStack() as stack:
-        checkpoints = [stack.enter_context(open_checkpoint(path)) for path in paths]
+        checkpoints = [stack.enter_context(_open(path)) for path in paths]
         for checkpoint in checkpoints:
             if not quiet:
                 for warning in checkpoint.warnings:
-                    click.echo(f"ckpt: {printable(checkpoint.path)}: warning: {warning}", err=True)
+                    click.echo(f"ckpt: {printable(checkpoint.path)}: warning: {one_line(warning)}", err=True)
         yield checkpoints
+
+
+def _open(path: str) -> Checkpoint:
+    try:
+        return open_checkpoint(path)
+    except PathError as error:
+        if error.hint is None and _IMPORTABLE.fullmatch(path) and not os.path.lexists(path):
+            error.hint = f"for a live model write {LIVE_PREFIX}{path}"
+        raise
 
 
 def echo_json(document: Mapping[str, Any]) -> None:

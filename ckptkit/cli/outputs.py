@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -12,10 +13,12 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.options import echo_json, echo_lines, expand_option, json_option, quiet_option
+from ckptkit.errors import one_line
 from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
 from ckptkit.plan import Plan, ties_broken
 from ckptkit.report.plan import plan_document, plan_text, written_text
 from ckptkit.tensors import Checkpoint
+from ckptkit.text import quoted
 
 __all__ = ["Job", "carry_out", "output_options"]
 
@@ -58,7 +61,8 @@ def output_options(command: _Command) -> _Command:
         click.option("-o", "--output", required=True, type=click.Path(), help="Where to write; its suffix says how."),
         click.option("--format", "output_format", type=click.Choice(FORMATS), help="The format, whatever the suffix."),
         click.option("--max-shard-size", callback=_parse_size, metavar="SIZE",
-                     help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB)."),
+                     help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB); "
+                     "a larger tensor gets a shard of its own."),
         click.option("--force", is_flag=True, help="Replace an existing output, whole or not at all."),
         click.option("-n", "--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing."),
         expand_option,
@@ -75,8 +79,11 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
         return None
     match = _SIZE.fullmatch(value.strip())
     if match is None:
-        raise click.BadParameter(f"{value!r} is no size; write 2GB or 500MiB")
-    return int(float(match[1]) * _UNITS[match[2].lower().removesuffix("b")])
+        raise click.BadParameter(f"{quoted(value)} is no size; write 2GB or 500MiB")
+    size = float(match[1]) * _UNITS[match[2].lower().removesuffix("b")]
+    if not math.isfinite(size):
+        raise click.BadParameter(f"{quoted(value)} is no size that a file can have; write 2GB or 500MiB")
+    return int(size)
 
 
 def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
@@ -94,7 +101,7 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
     if not job.quiet:
         shared = ties_broken(plan) if job.output.format == "safetensors" else []
         for note in (*plan.notes, *written_text(plan, written, shared)):
-            click.echo(note, err=True)
+            click.echo(one_line(note), err=True)
 
 
 def _execute(plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> Written:
