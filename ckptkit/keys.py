@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from ckptkit.errors import RuleError
 from ckptkit.text import quoted
 
-__all__ = ["Pattern", "Template", "matches_any", "parse_pattern", "parse_rename", "parse_template"]
+__all__ = ["Fit", "Pattern", "Template", "matches_any", "parse_pattern", "parse_rename", "parse_template"]
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"  # a leading underscore is left to the groups that stars make
 _PATTERN_TOKEN = re.compile(
@@ -23,6 +23,18 @@ _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
 
 @dataclass(frozen=True, slots=True)
+class Fit:
+    """What the stars of a pattern stand for in ``string``; read like the match of a regex."""
+
+    string: str
+    gaps: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> str:
+        """Return the text of a star, by the name of its group: ``_0`` is the first."""
+        return self.gaps[int(name[1:])]
+
+
+@dataclass(frozen=True, slots=True)
 class Pattern:
     """A parsed pattern; it fits a whole key or not at all."""
 
@@ -30,15 +42,36 @@ class Pattern:
     stars: int = 0
     captures: Mapping[str, bool] = field(default_factory=dict)  # name -> whether it is an int
     regex: re.Pattern[str] = field(default=re.compile(""), repr=False)
+    literals: tuple[str, ...] = field(default=(), repr=False)  # the texts between stars and captures
 
-    def match(self, key: str) -> re.Match[str] | None:
+    def match(self, key: str) -> re.Match[str] | Fit | None:
         """Return the match of the whole ``key``, or None."""
+        if len(self.literals) > 2:  # a regex tries every choice of places, and a long key has millions of them
+            gaps = _gaps(self.literals, key)
+            if gaps is None or not self.captures:
+                return None if gaps is None else Fit(key, gaps)
         return self.regex.fullmatch(key)
 
     @property
     def is_regex(self) -> bool:
         """Whether it was written as ``re:...``."""
         return self.text.startswith("re:")
+
+
+def _gaps(literals: Sequence[str], key: str) -> tuple[str, ...] | None:
+    """Return what lies between the literals, laid over the key from its end: so the first gap is the longest."""
+    first, *middle, last = literals
+    start, end = len(first), len(key) - len(last)
+    if start > end or not key.startswith(first) or not key.endswith(last):
+        return None
+    gaps = []
+    for literal in reversed(middle):
+        at = key.rfind(literal, start, end)
+        if at < 0:
+            return None
+        gaps.append(key[at + len(literal) : end])
+        end = at
+    return (key[start:end], *reversed(gaps))
 
 
 @lru_cache(maxsize=4096)
@@ -58,13 +91,17 @@ def parse_pattern(text: str) -> Pattern:
         raise RuleError("a pattern is empty", hint="'*' matches every key")
     parts: list[str] = []
     captures: dict[str, bool] = {}
+    literals = [""]
     stars = 0
     for token in _PATTERN_TOKEN.finditer(text):
         if token["bad"]:
             raise RuleError(f"{quoted(text)} has a brace that closes no capture", hint=_AS_REGEX)
         if token["literal"]:
             parts.append(re.escape(token["literal"]))
-        elif token["star"]:
+            literals[-1] = token["literal"]
+            continue
+        literals.append("")
+        if token["star"]:
             parts.append(f"(?P<_{stars}>.*)")
             stars += 1
         elif (name := token["name"]) in captures:
@@ -72,7 +109,7 @@ def parse_pattern(text: str) -> Pattern:
         else:
             captures[name] = token["int"] is not None
             parts.append(f"(?P<{name}>{'[0-9]+' if captures[name] else '[^.]+'})")
-    return Pattern(text, stars, captures, re.compile("".join(parts), re.DOTALL))
+    return Pattern(text, stars, captures, re.compile("".join(parts), re.DOTALL), tuple(literals))
 
 
 def matches_any(patterns: Iterable[Pattern], key: str) -> bool:
@@ -96,9 +133,9 @@ class Template:
         match = self.pattern.match(key)
         return None if match is None else self.expand(match)
 
-    def expand(self, match: re.Match[str]) -> str:
+    def expand(self, match: re.Match[str] | Fit) -> str:
         """Return the new name for a match of this template's pattern."""
-        if self.pattern.is_regex:
+        if self.pattern.is_regex and isinstance(match, re.Match):
             return match.expand(self.text)
         made = []
         for kind, value, shift in self.parts:
@@ -110,7 +147,7 @@ class Template:
                 made.append(self._shifted(match, value, shift))
         return "".join(made)
 
-    def _shifted(self, match: re.Match[str], name: str, shift: int) -> str:
+    def _shifted(self, match: re.Match[str] | Fit, name: str, shift: int) -> str:
         digits = match[name]
         if len(digits) > 18:
             raise RuleError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import time
 import unicodedata
 
 import pytest
@@ -152,6 +153,32 @@ def test_adding_a_prefix_then_stripping_it_is_identity(key: str, prefix: str) ->
     added = parse_rename(f"*={prefix}.*").apply(key)
     assert added == f"{prefix}.{key}"
     assert parse_rename(f"{prefix}.*=*").apply(added) == key
+
+
+@given(
+    st.lists(st.sampled_from(["*", "a", "b", ".", "ab", "{x}"]), min_size=1, max_size=8), st.text("ab.", max_size=16)
+)
+def test_stars_take_what_the_regex_gives_them(parts: list[str], key: str) -> None:
+    pattern = parse_pattern("".join(parts))
+    match, oracle = pattern.match(key), pattern.regex.fullmatch(key)
+    assert (match is None) == (oracle is None)
+    if match is not None and oracle is not None:
+        assert [match[name] for name in oracle.groupdict()] == list(oracle.groupdict().values())
+
+
+@pytest.mark.parametrize(
+    ("pattern", "key"),
+    [
+        pytest.param("*a*a*a*b", "a" * 3000, id="fits not"),
+        pytest.param("*a*a*{x}*a*b", "a" * 3000, id="fits not, with a capture"),
+        pytest.param("*a*b*c*d*a*b*d", "abcd" + "a" * 1000 + "b" * 1000 + "d", id="fits in one way alone"),
+        pytest.param("*" * 50 + "b", "a" * 3000, id="many stars"),
+    ],
+)
+def test_many_stars_over_a_long_key_take_no_time(pattern: str, key: str) -> None:
+    begin = time.process_time()
+    parse_pattern(pattern).match(key)
+    assert time.process_time() - begin < 1
 
 
 @pytest.mark.parametrize("name", ["0012", "1e5", "nan", "1_000", "a.b", "weiß", "層.0", "", " ", "=cmd|'/c'!A0", "<b>"])

@@ -5,10 +5,13 @@ from __future__ import annotations
 import itertools
 import re
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.report.show import show_text, show_tree
 from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.tensors import Checkpoint, TensorInfo
 
 
 def _spelled(cell: str) -> list[str]:
@@ -31,7 +34,7 @@ def _spelled(cell: str) -> list[str]:
 
 
 _keys = st.lists(
-    st.lists(st.sampled_from(["a", "b", "0", "1", "2", "5", "10", "012"]), min_size=1, max_size=4).map(".".join),
+    st.lists(st.sampled_from(["a", "b", "0", "1", "2", "5", "10", "012", ""]), min_size=1, max_size=4).map(".".join),
     unique=True,
     max_size=60,
 )
@@ -56,3 +59,18 @@ def test_names_that_look_like_numbers_stay_names() -> None:
     rows = [Row("0012", ("1e5",)), Row("0013", ("1e5",))]
     assert collapse(rows) == [("0012", "1e5"), ("0013", "1e5")]
     assert plain_table(collapse(rows), ["key", "x"]) == ["key    x", "0012   1e5", "0013   1e5"]
+
+
+@pytest.mark.parametrize("key", ["." * 20_000, ".".join("0" * 8_000), ".".join("a" * 8_000)], ids=["dots", "0s", "as"])
+def test_a_key_of_thousands_of_segments(key: str) -> None:
+    """It costs what its length costs, and its depth is cut short: the rest is on the last line."""
+    info = TensorInfo(key, "F32", (1,))
+    checkpoint = Checkpoint({key: info}, lambda _: pytest.fail("it is read"), path="x.pt", format="safetensors")
+    assert sum(map(len, show_tree(checkpoint, {key: info}))) < 20_000
+    assert show_tree(checkpoint, {key: info})[-1].startswith("  " * 64)
+    assert "F32" in show_text(checkpoint, {key: info}, expand=False)[-1]
+
+
+def test_digits_that_torch_does_not_write_are_no_index() -> None:
+    """``1\u0663`` is the number 13 to ``int`` alone."""
+    assert collapse([Row("a.1\u0663", ()), Row("a.14", ())]) == [("a.1\u0663",), ("a.14",)]

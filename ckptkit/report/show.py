@@ -14,6 +14,7 @@ __all__ = ["show_document", "show_text", "show_tree", "totals"]
 
 _LONGEST_VALUE = 80
 _MOST_PARTS = 40
+_DEEPEST = 64  # a name can be nothing but dots; what lies deeper stays in one piece on its last line
 
 
 def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
@@ -84,13 +85,13 @@ def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> list[s
     """Return the lines of ``ckpt show --tree``: modules by their place in the names, with what is below each."""
     below: dict[tuple[str, ...], list[TensorInfo]] = {}
     for info in infos.values():
-        path = tuple(info.key.split("."))
+        path = tuple(info.key.split(".", _DEEPEST))
         for depth in range(1, len(path)):
             below.setdefault(path[:depth], []).append(info)
     lines = [describe(checkpoint, totals(infos.values())), ""]
     opened: set[tuple[str, ...]] = set()
     for info in infos.values():
-        path = tuple(info.key.split("."))
+        path = tuple(info.key.split(".", _DEEPEST))
         for depth in range(1, len(path)):
             if path[:depth] not in opened:
                 opened.add(path[:depth])

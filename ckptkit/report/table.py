@@ -12,7 +12,8 @@ from ckptkit.text import printable
 __all__ = ["Row", "collapse", "plain_table"]
 
 # An index as torch writes it; "0012" and "1_000" are names.
-_INDEX = re.compile(r"0|[1-9]\d{0,17}")
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
+_MOST_INDICES = 16  # no model nests deeper, and the work grows with their square
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,18 +51,20 @@ def collapse(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     ``layers.{0..11}.attn.q.weight ×12`` stands for exactly the twelve keys it spells: holes are shown
     (``{0..3,7}``), and several indices are joined only where every combination is there.
     """
-    groups: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[int, ...]]] = {}
-    order: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    groups: dict[tuple[_Shape, tuple[str, ...]], list[tuple[int, ...]]] = {}
+    order: list[tuple[_Shape, tuple[str, ...]]] = []
     for row in rows:
-        segments = row.key.split(".")
-        indices = tuple(int(segment) for segment in segments if _INDEX.fullmatch(segment))
-        shape = tuple("" if _INDEX.fullmatch(segment) else segment for segment in segments)
+        shape: _Shape = tuple(None if _INDEX.fullmatch(segment) else segment for segment in row.key.split("."))
+        indices = tuple(int(segment) for segment in row.key.split(".") if _INDEX.fullmatch(segment))
+        if len(indices) > _MOST_INDICES:
+            shape, indices = (row.key,), ()
         if (shape, row.cells) not in groups:
             order.append((shape, row.cells))
         groups.setdefault((shape, row.cells), []).append(indices)
     return [(_spelled(shape, sets), *cells) for shape, cells in order for sets in _products(groups[shape, cells])]
 
 
+_Shape = tuple[str | None, ...]  # the segments of a key, None where an index is
 _Sets = tuple[tuple[int, ...], ...]
 
 
@@ -83,20 +86,17 @@ def _products(members: Iterable[tuple[int, ...]]) -> list[_Sets]:
     return sorted(products)
 
 
-def _spelled(shape: tuple[str, ...], sets: _Sets) -> str:
+def _spelled(shape: _Shape, sets: _Sets) -> str:
     rest = iter(sets)
     count = 1
     segments = []
     for segment in shape:
-        if segment:
+        if segment is not None:
             segments.append(printable(segment))
             continue
-        indices = next(rest, None)
-        if indices is None:
-            segments.append("")
-        else:
-            count *= len(indices)
-            segments.append(_ranges(indices))
+        indices = next(rest)
+        count *= len(indices)
+        segments.append(_ranges(indices))
     return ".".join(segments) + (f" ×{count}" if count > 1 else "")
 
 
