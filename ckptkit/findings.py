@@ -7,8 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
-from ckptkit.errors import CkptkitError
-from ckptkit.text import printable
+from ckptkit.errors import CkptkitError, one_line
+from ckptkit.text import plural, printable
 
 __all__ = ["Finding", "Report", "Severity"]
 
@@ -43,6 +43,15 @@ class Report:
         """Number of errors, warnings and notes."""
         count = Counter(finding.severity for finding in self.findings)
         return {"errors": count["error"], "warnings": count["warning"], "notes": count["note"]}
+
+    def __str__(self) -> str:
+        """One line a finding with its hint, then the count."""
+        lines = [
+            one_line(f"{f.severity}: {f.message}  [{f.code}]" + (f" ({f.hint})" if f.hint else ""))
+            for f in self.findings
+        ]
+        parts = [plural(count, name.removesuffix("s")) for name, count in self.summary.items() if count]
+        return "\n".join([*lines, ", ".join(parts) or "no findings"])
 
     def raise_for_errors(self) -> None:
         """Raise the first error, saying how many more there are; do nothing where there is none."""

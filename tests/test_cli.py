@@ -252,6 +252,15 @@ def test_findings_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "rest = true" in document["findings"][0]["hint"]
 
 
+def test_an_option_nobody_reads_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A slip in an option's name is a warning, and ends with 1."""
+    spec = tmp_path / "groups.toml"
+    spec.write_text("[[group]]\nrest = true\nlrr = 0.1\n", encoding="utf-8")
+    ran = run_ckpt(capsys, "groups", "validate", "--model", MODEL, spec)
+    assert ran.code == 1
+    assert "did you mean 'lr'?" in ran.out
+
+
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
     """Help names the command as it is typed, with an example that is not a placeholder."""
 

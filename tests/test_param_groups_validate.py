@@ -658,6 +658,39 @@ def test_betas_are_not_for_sgd() -> None:
     assert [finding.code for finding in findings(model, torch.optim.Adam(model.parameters()))] == []
 
 
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("lrr", "did you mean 'lr'?"),
+        ("weight_dekay", "did you mean 'weight_decay'?"),
+        ("wd", "did you mean 'weight_decay'?"),
+        ("whatever", "remove it, or correct its name"),
+        ("rho", None),
+        ("fused", None),
+        ("lr_scale", None),
+    ],
+)
+def test_an_option_that_no_optimizer_reads(key: str, hint: str | None) -> None:
+    """Before an optimizer is chosen, whatever a class of torch.optim takes is right."""
+    model = Net()
+    groups = build_param_groups(model, [{"rest": True, key: 0.5}])
+    if hint is None:
+        assert findings(model, groups) == ()
+    else:
+        finding = only(model, groups, "groups.option-unread")
+        assert (finding.severity, finding.hint) == ("warning", hint)
+
+
+def test_a_report_is_printed_a_line_a_finding() -> None:
+    model = Net()
+    report = validate_param_groups(model, [{"params": [p for n, p in model.named_parameters() if n != "fc3.bias"]}])
+    (line, count) = str(report).splitlines()
+    assert line.startswith("error: 'fc3.bias' (3,) is trainable but in no group")
+    assert "  [groups.missing] (" in line
+    assert count == "1 error"
+    assert str(validate_param_groups(model, list(model.parameters()))) == "no findings"
+
+
 def test_other_peoples_optimizers_may_keep_counters_in_a_group() -> None:
     class Own(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -56,16 +58,18 @@ def check_options(groups: Iterable[Group]) -> Iterator[Finding]:
 
 
 def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Finding]:
-    torchs_own = type(group.optimizer).__module__.startswith("torch.optim")
+    # Without an optimizer any may follow; what none of torch's reads is worth a word, as nobody else will say it.
+    read = defaults if defaults is not None else _torchs_options() if group.optimizer is None else None
+    told = group.optimizer is None or type(group.optimizer).__module__.startswith("torch.optim")
     for key in group.options:
-        if key in _KNOWN or (defaults is not None and key in defaults):
+        if key in _KNOWN or (read is not None and key in read):
             continue
         meant = _MEANT.get(str(key).lower())
         near: str | None = meant
-        if defaults is not None and meant not in defaults:
-            near = next(iter(difflib.get_close_matches(str(key), defaults, n=1, cutoff=0.7)), None)
+        if read is not None and meant not in read:
+            near = next(iter(difflib.get_close_matches(str(key), read, n=1, cutoff=0.7)), None)
         # Other people's optimizers keep counters of their own in a group; only a near miss is worth a word there.
-        if near is not None or torchs_own:
+        if near is not None or told:
             reader = "torch.optim" if defaults is None else _class(group)
             yield Finding(
                 "groups.option-unread",
@@ -74,6 +78,20 @@ def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Findin
                 f"{group.where}: {quoted(str(key))} is not read by {reader}",
                 f"did you mean {quoted(near)}?" if near is not None else "remove it, or correct its name",
             )
+
+
+@functools.cache
+def _torchs_options() -> tuple[str, ...]:
+    """Return every option that a class of torch.optim takes."""
+    import torch
+
+    classes = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+    options = [key for kind in classes if issubclass(kind, torch.optim.Optimizer) for key in _parameters(kind)]
+    return tuple(sorted(set(options) - {"self", "params", "defaults"}))
+
+
+def _parameters(kind: type) -> Iterable[str]:
+    return inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
 def _class(group: Group) -> str:
