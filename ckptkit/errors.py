@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckptkit.text import printable
+import unicodedata
 
 __all__ = [
     "ChangedError",
@@ -21,10 +21,12 @@ __all__ = [
 def one_line(sentence: str) -> str:
     """Return ``sentence`` without line breaks and control characters; what is escaped in it already stays as it is."""
     joined = sentence.replace("\n", " ")
-    if joined.isascii() and joined.isprintable():
+    if joined.isprintable():
         return joined
     # Names quoted in it have their backslashes doubled already, so those are left alone.
-    return "".join(char if char == "\\" else printable(char) for char in joined)
+    return "".join(
+        char if char.isprintable() or unicodedata.category(char) == "Zs" else ascii(char)[1:-1] for char in joined
+    )
 
 
 class CkptkitError(Exception):
