@@ -130,7 +130,7 @@ class _Owners:
 
     def __init__(self, spec: ParamGroupSpec) -> None:
         self._flat = [
-            (index, pattern.text, pattern.regex.fullmatch)
+            (index, pattern.text, pattern.match)
             for index, rule in enumerate(spec.rules)
             for pattern in rule.patterns
         ]

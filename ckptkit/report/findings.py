@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckptkit.errors import one_line
 from ckptkit.findings import Report
-from ckptkit.text import plural, printable
+from ckptkit.text import plural
 
 __all__ = ["findings_document", "findings_text"]
 
@@ -32,9 +33,9 @@ def findings_text(report: Report) -> list[str]:
     """Return one line a finding, its hint below it, then the count."""
     lines = []
     for finding in report.findings:
-        lines.append(f"{finding.severity}: {printable(finding.message)}  [{finding.code}]")
+        lines.append(f"{finding.severity}: {one_line(finding.message)}  [{finding.code}]")
         if finding.hint:
-            lines.append(f"  {printable(finding.hint)}")
+            lines.append(f"  {one_line(finding.hint)}")
     count = report.summary
     parts = [plural(count[name], name.removesuffix("s")) for name in ("errors", "warnings", "notes") if count[name]]
     return [*lines, ", ".join(parts) or "no findings"]
