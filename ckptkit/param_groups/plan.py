@@ -130,9 +130,7 @@ class _Owners:
 
     def __init__(self, spec: ParamGroupSpec) -> None:
         self._flat = [
-            (index, pattern.text, pattern.match)
-            for index, rule in enumerate(spec.rules)
-            for pattern in rule.patterns
+            (index, pattern.text, pattern.match) for index, rule in enumerate(spec.rules) for pattern in rule.patterns
         ]
         self._rest = len(spec.rules) - 1 if spec.rules[-1].rest else None
         self.hits: set[tuple[int, str]] = set()

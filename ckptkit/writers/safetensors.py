@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.errors import PlanError
+from ckptkit.formats.safetensors import LARGEST_HEADER, METADATA
 from ckptkit.storage import Extent
 from ckptkit.tensors import DTYPES, Payload, TensorInfo
 from ckptkit.text import quoted
@@ -14,7 +15,6 @@ from ckptkit.writers.atomic import AtomicFile
 
 __all__ = ["SafetensorsLayout", "layout_safetensors", "merge_extents", "refuse_unstorable", "write_safetensors"]
 
-_LARGEST_HEADER = 100_000_000
 _ALIGNMENT = 8
 
 
@@ -37,7 +37,7 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     refuse_unstorable(order)
     if not _aligned(order):
         order.sort(key=lambda info: -DTYPES[info.dtype].bits)
-    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: dict[str, object] = {METADATA: dict(metadata)} if metadata else {}
     offset = 0
     for info in order:
         end = offset + info.nbytes
@@ -48,7 +48,7 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     except UnicodeEncodeError as error:
         raise PlanError(f"a name is not Unicode text: {quoted(error.object[error.start : error.end])}") from None
     text += b" " * (-len(text) % _ALIGNMENT)
-    if len(text) > _LARGEST_HEADER:
+    if len(text) > LARGEST_HEADER:
         raise PlanError(f"the header would have {len(text):,} bytes, more than safetensors allows", hint="write shards")
     return SafetensorsLayout(len(text).to_bytes(8, "little") + text, tuple(order), len(text) + 8 + offset)
 
@@ -56,8 +56,8 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
 def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
     """Raise ``PlanError`` for a dtype that the format has no code for, and for the name it keeps for itself."""
     for info in infos:
-        if info.key == "__metadata__":
-            raise PlanError("a tensor is called '__metadata__', which safetensors keeps for itself", hint="rename it")
+        if info.key == METADATA:
+            raise PlanError(f"a tensor is called '{METADATA}', which safetensors keeps for itself", hint="rename it")
         dtype = DTYPES.get(info.dtype)
         if dtype is None or not dtype.storable:
             raise PlanError(
