@@ -26,6 +26,7 @@ from ckptkit.formats.torch_checkpoint import TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch_zip import read_torch_zip
 from ckptkit.formats.tree import leaves, type_name
+from ckptkit.formats.zip_directory import read_zip_directory
 from ckptkit.storage import Extent, Inflated, Region
 from ckptkit.tensors import DTYPES, Checkpoint, Payload, TensorInfo
 from ckptkit.text import human_bytes, plural, quoted
@@ -225,7 +226,7 @@ class _Items:
     def read(self, key: str, place: Place) -> TorchFile:
         file = self.pool.get(place.name)
         try:
-            return read_torch_zip(Section(file, place.offset, place.length))
+            return read_torch_zip(read_zip_directory(Section(file, place.offset, place.length)))
         except ChangedError:
             raise
         except FormatError as error:

@@ -8,8 +8,8 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.torch_checkpoint import TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
-from ckptkit.formats.zip_directory import ZipDirectory, read_zip_directory
-from ckptkit.storage import LocalFile, Region
+from ckptkit.formats.zip_directory import ZipDirectory
+from ckptkit.storage import Region
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
 
@@ -19,14 +19,15 @@ _LARGEST_PICKLE = 256 << 20
 _NEWEST_VERSION = 10
 
 
-def open_torch_zip(file: LocalFile, inner: str = "") -> Checkpoint:
-    """Return the Checkpoint in a torch zip archive; takes over the file.
+def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint in a torch zip archive; takes over its file.
 
     Raises ``FormatError`` where the archive is no torch checkpoint, contradicts itself, or holds less
     than its pickle says.
     """
+    file = archive.file
     return assemble(
-        read_torch_zip(file),
+        read_torch_zip(archive),
         path=file.path,
         format="torch-zip",
         inner=inner,
@@ -35,9 +36,8 @@ def open_torch_zip(file: LocalFile, inner: str = "") -> Checkpoint:
     )
 
 
-def read_torch_zip(file: LocalFile) -> TorchFile:
+def read_torch_zip(archive: ZipDirectory) -> TorchFile:
     """Return the inert tree in a torch zip archive, and where its storages lie; raises ``FormatError`` likewise."""
-    archive = read_zip_directory(file)
     root = _root(archive)
     warnings = _check_records(archive, root)
     data = _read_pickle(archive, f"{root}data.pkl")

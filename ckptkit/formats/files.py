@@ -1,0 +1,65 @@
+"""One file, and which reader takes it: told by its first bytes, never by its name."""
+
+from __future__ import annotations
+
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats.recognise import refusal_of, refuse_inner
+from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
+from ckptkit.storage import LocalFile
+from ckptkit.tensors import Checkpoint
+
+__all__ = ["TORCH_SUFFIXES", "open_file"]
+
+# Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
+
+
+def open_file(name: str, inner: str) -> Checkpoint:
+    """Return the checkpoint in the file ``name``, or the mapping ``inner`` inside it; the content says which format.
+
+    Raises ``PathError`` where nothing readable is there, ``FormatError`` where it is no whole and honest checkpoint.
+    """
+    file = LocalFile(name)
+    try:
+        checkpoint = _open_by_content(file, inner)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, CkptkitError) and error.path is None:
+            error.path = name
+        raise
+    named = "safetensors" if name.endswith(".safetensors") else "torch" if name.endswith(TORCH_SUFFIXES) else None
+    if named is not None and not checkpoint.format.startswith(named):
+        checkpoint.warnings += (f"the name says {named}, the content is {checkpoint.format}: read by content",)
+    return checkpoint
+
+
+def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
+    if file.size == 0:
+        raise FormatError("the file is empty", hint="download or copy it again")
+    head = file.read(0, min(file.size, 512))
+    if head.startswith(b"PK\3\4"):
+        from ckptkit.formats.zip_files import open_zip
+
+        return open_zip(file, inner)
+    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]:
+        from ckptkit.formats.torch_legacy import open_torch_legacy
+
+        return open_torch_legacy(file, inner)
+    if _looks_like_safetensors(head):
+        refuse_inner(inner)
+        return open_safetensors(file)
+    raise refusal_of(file, head)
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    size = int.from_bytes(head[:8], "little")
+    if len(head) >= 9 and head[8:9] == b"{":
+        return size < 2**56
+    # A length that only a safetensors header would have, with a broken header behind it, deserves its own message.
+    return (
+        0 < size <= LARGEST_HEADER
+        and len(head) >= 8
+        and head[4:8] == b"\0\0\0\0"
+        and head[8:].strip()[:1] in (b"{", b"")
+    )

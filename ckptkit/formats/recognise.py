@@ -1,0 +1,56 @@
+"""What a file is that no reader here takes: named by its first bytes, with one line that says what would read it."""
+
+from __future__ import annotations
+
+from ckptkit.errors import FormatError
+from ckptkit.storage import LocalFile
+from ckptkit.text import quoted
+
+__all__ = ["refusal_of", "refuse_inner"]
+
+_UNPACK = "unpack it first"
+_KNOWN_MAGICS = (
+    (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
+    (b"7z\xbc\xaf\x27\x1c", "a 7-zip archive", _UNPACK),
+    (b"BZh", "a bzip2-compressed file", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),
+    (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run git lfs pull"),
+    (b"GGUF", "a GGUF file, which is not read yet", "gguf-py reads it"),
+    (b"\x89HDF", "an HDF5 file (Keras?), which is not read", "h5py reads it"),
+    (b"\x93NUMPY", "a NumPy array, which is not read yet", "numpy.load reads it"),
+    (b"\x89PNG", "a PNG picture", None),
+)
+
+
+def refusal_of(file: LocalFile, head: bytes) -> FormatError:
+    """Return the error that says what ``file`` is, which begins with ``head``, and what to do about it."""
+    for magic, what, hint in _KNOWN_MAGICS:
+        if head.startswith(magic):
+            return FormatError(f"{what}", hint=hint)
+    start = head.lstrip()[:64].lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
+        return FormatError("an HTML page, not a checkpoint (a failed download?)", hint="download it again")
+    if head[257:262] == b"ustar":
+        return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
+    if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return FormatError(
+            "a bare pickle, not a file of torch.save", hint="load it where it was made, and torch.save it"
+        )
+    if not head.strip(b"\0") and not _has_content(file):
+        return FormatError("only zero bytes (an interrupted write?)", hint="copy it again")
+    if len(head) < 8:
+        return FormatError(f"too short to be a checkpoint: {file.size} bytes")
+    return FormatError(f"an unknown format; it begins with {head[:8].hex(' ')}")
+
+
+def refuse_inner(inner: str) -> None:
+    """Raise ``FormatError`` where a mapping inside is asked for, of a format that has none."""
+    if inner:
+        raise FormatError(
+            f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {quoted(inner + '.*')}"
+        )
+
+
+def _has_content(file: LocalFile) -> bool:
+    size = min(file.size, 1 << 20)
+    return any(file.read(0, size))

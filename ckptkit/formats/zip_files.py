@@ -1,0 +1,18 @@
+"""A zip archive, and which reader takes it: told by the entries in it."""
+
+from __future__ import annotations
+
+from ckptkit.formats.torch_zip import open_torch_zip
+from ckptkit.formats.zip_directory import read_zip_directory
+from ckptkit.storage import LocalFile
+from ckptkit.tensors import Checkpoint
+
+__all__ = ["open_zip"]
+
+
+def open_zip(file: LocalFile, inner: str) -> Checkpoint:
+    """Return the Checkpoint in a zip archive; takes over the file.
+
+    Raises ``FormatError`` where the archive contradicts itself, or is none of a known kind.
+    """
+    return open_torch_zip(read_zip_directory(file), inner)

@@ -1,0 +1,112 @@
+"""The contract for bad input, checked on the program itself: its own process, with limits on memory and time."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.helpers_cli import ROOT, Ran
+
+__all__ = ["MEMORY", "Bad", "Odd", "assert_odd", "assert_refused", "run_limited"]
+
+MEMORY = 300 << 20  # address space, in bytes: more than the program may ever hold
+_SECONDS = 20  # of processor time, so that a busy machine fails no test; what hangs is stopped
+
+Maker = Callable[[Path], Path]  # writes a file into an empty directory, and returns the path to give to ckpt
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Input that is refused: how to make it, and a part of the reason."""
+
+    make: Maker
+    reason: str
+
+
+@dataclass(frozen=True)
+class Odd:
+    """Input that works: how to make it, what stderr warns of, and what stdout shows."""
+
+    make: Maker
+    warning: str = ""
+    shown: str = ""
+
+
+def run_limited(*arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT) -> Ran:
+    """Run ``ckpt`` in a process of its own that can take no more than ``memory`` bytes."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    command = [sys.executable, "-m", "ckptkit", *(os.fspath(argument) for argument in arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, errors="surrogateescape", check=False, preexec_fn=limit,
+        env=environment, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None:
+    """The input is refused: exit 2, one line with the reason, stdout empty, nothing written, no canary sings."""
+    ran, before = _run(directory, case.make, command)
+    assert (ran.code, ran.out) == (2, ""), ran
+    lines = ran.err.splitlines()
+    assert [line.partition(":")[0] for line in lines] in (["ckpt"], ["ckpt", "hint"]), ran.err
+    assert case.reason in lines[0], ran.err
+    assert len(ran.err) < 3000
+    _assert_harmless(ran)
+    _assert_untouched(directory, before)
+
+
+def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
+    """The input works: exit 0, the warning on stderr, and still nothing run and nothing written."""
+    ran, before = _run(directory, case.make, command)
+    assert ran.code == 0, ran.err
+    assert case.warning in ran.err, ran.err
+    assert case.shown in ran.out, ran.out
+    _assert_harmless(ran)
+    _assert_untouched(directory, before)
+
+
+def _run(directory: Path, make: Maker, command: str) -> tuple[Ran, dict[str, bytes | None]]:
+    inputs = directory / "in"
+    inputs.mkdir()
+    (directory / "out").mkdir()
+    path = make(inputs)
+    before = _content(inputs)
+    output: list[str | Path] = [] if command == "show" else ["-o", directory / "out" / "o.safetensors"]
+    # Inside the empty directory: a file that the program dropped where it stands would be seen.
+    return run_limited(command, path, *output, cwd=directory / "out"), before
+
+
+def _assert_harmless(ran: Ran) -> None:
+    said = ran.out + ran.err
+    assert not any(char < " " and char != "\n" for char in said)
+    assert "Traceback" not in said
+    assert not re.search(r"\bsafe\b", said)
+
+
+def _assert_untouched(directory: Path, before: dict[str, bytes | None]) -> None:
+    assert list((directory / "out").iterdir()) == []
+    assert _content(directory / "in") == before
+
+
+def _content(directory: Path) -> dict[str, bytes | None]:
+    """What lies there, so that a change is seen; the sparse giants and what may not be read count by name alone."""
+    return {
+        os.fsdecode(path.relative_to(directory)): path.read_bytes() if _is_small(path) else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+def _is_small(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size < 1 << 26 and os.access(path, os.R_OK)
