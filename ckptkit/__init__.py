@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from ckptkit.findings import Finding, Report
     from ckptkit.formats import open_checkpoint
     from ckptkit.load import LoadReport, load_into
+    from ckptkit.merging import plan_merge
     from ckptkit.param_groups import ParamGroupSpec, build_param_groups, plan_param_groups, validate_param_groups
-    from ckptkit.plan import Plan, plan_merge, plan_remap
+    from ckptkit.plan import Plan
+    from ckptkit.remapping import plan_remap
     from ckptkit.rules import Rules, parse_rules
     from ckptkit.tensors import Checkpoint, TensorInfo
 
@@ -54,8 +56,10 @@ _ROOMS = {
     "findings": ("Finding", "Report"),
     "formats": ("open_checkpoint",),
     "load": ("LoadReport", "load_into"),
+    "merging": ("plan_merge",),
     "param_groups": ("ParamGroupSpec", "build_param_groups", "plan_param_groups", "validate_param_groups"),
-    "plan": ("Plan", "plan_merge", "plan_remap"),
+    "plan": ("Plan",),
+    "remapping": ("plan_remap",),
     "rules": ("Rules", "parse_rules"),
     "tensors": ("Checkpoint", "TensorInfo"),
 }

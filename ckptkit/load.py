@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from ckptkit.errors import ModelError
 from ckptkit.findings import Finding, Report
-from ckptkit.plan import TIED, Plan, Step, plan_merge
+from ckptkit.merging import TIED, plan_merge
+from ckptkit.plan import Plan, Step
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint, shared_keys
 from ckptkit.text import plural, quoted

@@ -6,7 +6,7 @@ import click
 
 from ckptkit.cli.options import about, opened, path_argument, rule_options
 from ckptkit.cli.outputs import Job, carry_out, output_options
-from ckptkit.plan import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
+from ckptkit.merging import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
 from ckptkit.rules import Rules
 
 __all__ = ["merge"]

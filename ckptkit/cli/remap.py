@@ -6,7 +6,7 @@ import click
 
 from ckptkit.cli.options import about, opened, path_argument, rule_options
 from ckptkit.cli.outputs import Job, carry_out, output_options
-from ckptkit.plan import plan_remap
+from ckptkit.remapping import plan_remap
 from ckptkit.rules import Rules
 
 __all__ = ["remap"]

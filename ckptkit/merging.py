@@ -1,0 +1,181 @@
+"""Plans of a base and its donors: the base's keys, the donors' values where they fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptkit.compare import StateDictDiff, compare
+from ckptkit.errors import PlanError
+from ckptkit.plan import Dropped, Plan, Source, Step
+from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.steps import dropped_entries, make_step, refuse_suspicious, with_equals
+from ckptkit.tensors import Checkpoint, TensorInfo, tied
+from ckptkit.text import quoted
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+
+__all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "plan_merge"]
+
+TIED = "tied to "  # begins the rule of a step that follows a tie of the base
+ON_MISSING = ("keep", "error")
+ON_UNEXPECTED = ("skip", "add", "error")
+ON_MISMATCH = ("error", "skip")
+
+
+def plan_merge(
+    base: StateDictLike,
+    donors: StateDictLike | Sequence[StateDictLike],
+    rules: Rules | list[str] | None = None,
+    *,
+    on_missing: str = "keep",
+    on_unexpected: str = "skip",
+    on_mismatch: str = "error",
+) -> Plan:
+    """Return the plan of an overlay: the keys of ``base``, with the donors' values where key and shape agree.
+
+    ``rules`` rename and filter the donors' keys first; of several donors the last that has a key wins.
+    Values of another dtype are cast to the base's. ``on_missing`` (``keep``, ``error``): a base key that no
+    donor has. ``on_unexpected`` (``skip``, ``add``, ``error``): a donor key that the base does not have.
+    ``on_mismatch`` (``error``, ``skip``): another shape. Raises ``PlanError`` where a policy says so, or
+    nothing matches at all.
+    """
+    policy = _Policy(on_unexpected, on_mismatch)
+    _check_choice("on_missing", on_missing, ON_MISSING)
+    _check_choice("on_unexpected", on_unexpected, ON_UNEXPECTED)
+    _check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
+    base = as_checkpoint(base, "base")
+    refuse_suspicious(base, "base")
+    given = list(donors) if isinstance(donors, Sequence) else [donors]
+    if not given:
+        raise PlanError("there is no donor to take values from")
+    overlays = []
+    for number, thing in enumerate(given, start=1):
+        role = "donor" if len(given) == 1 else f"donor{number}"
+        overlays.append(_overlay(base, as_checkpoint(thing, role), role, as_rules(rules), policy))
+    taken = {key: step for overlay in overlays for key, step in overlay.taken.items()}
+    added = {key: step for overlay in overlays for key, step in overlay.added.items()}
+    taken, notes = _follow_ties(base, taken)
+    present = taken.keys() | {key for overlay in overlays for key in overlay.mismatched}
+    missing = [key for key in base if key not in present]
+    if missing and on_missing == "error":
+        raise PlanError(
+            f"no donor has {quoted(missing[0])}{_and_more(len(missing) - 1)}",
+            hint="--on-missing keep keeps the base's own values",
+        )
+    steps = [taken.get(key) or _kept(info) for key, info in base.items()]
+    dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
+    dropped += _replaced(overlays, taken | added)
+    notes += [note for overlay in overlays for note in overlay.notes]
+    return Plan((*steps, *added.values()), tuple(dropped), base.metadata, tuple(notes), base.versions)
+
+
+def _follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
+    """Return the steps with every key that the base ties to a taken one taken with it, and what remains in doubt.
+
+    A model that loads the output writes both names into one memory, the last one over the others.
+    """
+    made, notes = dict(taken), []
+    for keys in tied(base.values()):
+        leader = next((key for key in keys if key in taken), None)
+        if leader is None:
+            continue
+        for key in keys:
+            if key not in taken:
+                out = replace(taken[leader].out, key=key)
+                made[key] = replace(taken[leader], out=out, rule=f"{TIED}{quoted(leader)}")
+            elif key != leader and (made[key].out.view is None or made[key].out.view != made[leader].out.view):
+                notes.append(
+                    f"{quoted(leader)} and {quoted(key)} are one tensor in the base, and two where they come from"
+                )
+    return made, notes
+
+
+@dataclass(frozen=True, slots=True)
+class _Policy:
+    on_unexpected: str
+    on_mismatch: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Overlay:
+    """What one donor brings."""
+
+    taken: Mapping[str, Step]
+    added: Mapping[str, Step]
+    mismatched: Sequence[str]
+    dropped: Sequence[Dropped]
+    notes: Sequence[str]
+
+
+def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, policy: _Policy) -> _Overlay:
+    refuse_suspicious(donor, role)
+    key_map = apply_rules(rules, donor)
+    result = compare(base, donor, key_map)
+    if result.shape_mismatched and policy.on_mismatch == "error":
+        raise _mismatch_error(result, role)
+    if not result.matched and base and not (result.unexpected and policy.on_unexpected == "add"):
+        raise _no_match_error(result, role)
+    if result.unexpected and policy.on_unexpected == "error":
+        raise PlanError(
+            f"the base has no {quoted(result.unexpected[0].key)}{_and_more(len(result.unexpected) - 1)}",
+            hint="--on-unexpected skip leaves them out, add takes them over",
+        )
+    taken, added = {}, {}
+    for pair in result.matched:
+        source = Source(role, pair.found.key)
+        step = make_step(pair.expected, pair.found, source, key_map.rule_of.get(pair.found.key, ""))
+        taken[pair.key] = with_equals(step, donor, key_map)
+    dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
+    dropped += [
+        Dropped(
+            role, pair.found.key, f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}", pair.key
+        )
+        for pair in result.shape_mismatched
+    ]
+    if policy.on_unexpected == "skip":
+        dropped += [Dropped(role, info.key, "the base does not have it") for info in result.unexpected]
+    else:
+        for info in result.unexpected:
+            out = replace(info, key=key_map.renamed[info.key])
+            step = make_step(out, info, Source(role, info.key), key_map.rule_of.get(info.key, ""))
+            added[out.key] = with_equals(step, donor, key_map)
+    dropped += dropped_entries(donor, role)
+    return _Overlay(taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
+
+
+def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
+    """Return what an earlier donor has and a later one has too."""
+    steps = [step for overlay in overlays for step in (*overlay.taken.values(), *overlay.added.values())]
+    return [
+        Dropped(step.sources[0].role, step.sources[0].key, f"{last} has it too, and comes later")
+        for step in steps
+        if (last := final[step.out.key].sources[0].role) != step.sources[0].role
+    ]
+
+
+def _and_more(count: int) -> str:
+    return f" and {count} more" if count else ""
+
+
+def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
+    first, others = result.shape_mismatched[0], len(result.shape_mismatched) - 1
+    wanted, given = list(first.expected.shape), list(first.found.shape)
+    more = f", and {others} more differ in shape" if others else ""
+    return PlanError(
+        f"{quoted(first.key)} is {wanted} in the base and {given} in the {role}{more}",
+        hint="--on-mismatch skip keeps the base's values there",
+    )
+
+
+def _kept(info: TensorInfo) -> Step:
+    return make_step(info, info, Source("base", info.key), "")
+
+
+def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise PlanError(f"{name} is {value!r}", hint=f"it is one of {', '.join(known)}")
+
+
+def _no_match_error(result: StateDictDiff, role: str) -> PlanError:
+    hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff BASE {role.upper()}"
+    return PlanError(f"no key and shape of the base is in the {role}, so there is nothing to merge", hint=hint)
