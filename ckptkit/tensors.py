@@ -357,9 +357,10 @@ def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
     """Return for each tensor that shares memory the keys of those that share it (the first 64 of them)."""
     shared: dict[str, tuple[str, ...]] = {}
     for group in overlapping(infos.values()):
-        keys = [info.key for info in group]
-        for key in keys:
-            shared[key] = tuple(other for other in keys[:_MOST_SHARED] if other != key)
+        keys = tuple(info.key for info in group)
+        first = keys[:_MOST_SHARED]
+        shared |= dict.fromkeys(keys[_MOST_SHARED:], first)
+        shared |= {key: tuple(other for other in first if other != key) for key in first}
     return shared
 
 

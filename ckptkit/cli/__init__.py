@@ -125,9 +125,11 @@ def main(arguments: Sequence[str]) -> int:
             _output_gone(2)
             return _complain(f"standard output: {os.strerror(error.errno).lower()}", None, None)
         return _bug()
+    except MemoryError:
+        code = None  # said below: until the exception is gone, it holds on to what filled the memory
     except Exception:  # noqa: BLE001 - a bug must not look like a finding
         return _bug()
-    return code
+    return _complain("the work takes more memory than there is", None, None) if code is None else code
 
 
 def _stand_in_for_closed_streams() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ckptkit.errors import CkptkitError, PathError
+from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.files import open_file
 from ckptkit.tensors import Checkpoint
 
@@ -35,6 +35,9 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise
     except OSError as error:
         raise PathError((error.strerror or str(error)).lower(), path=name) from None
+    except MemoryError:
+        pass  # refused below: until the exception is gone, it holds on to what filled the memory
+    raise FormatError("describing it takes more memory than there is", path=name)
 
 
 def _open_path(name: str) -> Checkpoint:

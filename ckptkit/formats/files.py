@@ -12,6 +12,7 @@ __all__ = ["TORCH_SUFFIXES", "open_file"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+_UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
 
 
@@ -27,6 +28,8 @@ def open_file(name: str, inner: str) -> Checkpoint:
         file.close()
         if isinstance(error, CkptkitError) and error.path is None:
             error.path = name
+        if isinstance(error, FormatError) and name.endswith(_UNFINISHED):
+            error.hint = "its name is that of an unfinished download: let it finish, or start it again"
         raise
     named = "safetensors" if name.endswith(".safetensors") else "torch" if name.endswith(TORCH_SUFFIXES) else None
     if named is not None and not checkpoint.format.startswith(named):

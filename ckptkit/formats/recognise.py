@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ckptkit.errors import FormatError
 from ckptkit.storage import LocalFile
 from ckptkit.text import quoted
@@ -20,6 +22,7 @@ _KNOWN_MAGICS = (
     (b"\x93NUMPY", "a NumPy array, which is not read yet", "numpy.load reads it"),
     (b"\x89PNG", "a PNG picture", None),
 )
+_ONNX = re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]+")  # its version, then the name of its producer
 
 
 def refusal_of(file: LocalFile, head: bytes) -> FormatError:
@@ -30,6 +33,8 @@ def refusal_of(file: LocalFile, head: bytes) -> FormatError:
     start = head.lstrip()[:64].lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return FormatError("an HTML page, not a checkpoint (a failed download?)", hint="download it again")
+    if _ONNX.match(head):
+        return FormatError("an ONNX model, which is not read", hint="onnx.load reads it")
     if head[257:262] == b"ustar":
         return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):

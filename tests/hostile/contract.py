@@ -11,9 +11,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from ckptkit.text import printable
 from tests.helpers_cli import ROOT, Ran
 
-__all__ = ["MEMORY", "Bad", "Odd", "assert_odd", "assert_refused", "run_limited"]
+__all__ = ["MEMORY", "Bad", "Odd", "assert_odd", "assert_refused", "run_limited", "written"]
 
 MEMORY = 300 << 20  # address space, in bytes: more than the program may ever hold
 _SECONDS = 20  # of processor time, so that a busy machine fails no test; what hangs is stopped
@@ -38,6 +39,16 @@ class Odd:
     shown: str = ""
 
 
+def written(data: bytes | Callable[[], bytes], name: str = "file.pt") -> Maker:
+    """Return the maker of one file; bytes that take long to put together are put together by a function."""
+
+    def make(directory: Path) -> Path:
+        (directory / name).write_bytes(data() if callable(data) else data)
+        return directory / name
+
+    return make
+
+
 def run_limited(*arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT) -> Ran:
     """Run ``ckpt`` in a process of its own that can take no more than ``memory`` bytes."""
 
@@ -56,11 +67,14 @@ def run_limited(*arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT) 
 
 
 def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None:
-    """The input is refused: exit 2, one line with the reason, stdout empty, nothing written, no canary sings."""
-    ran, before = _run(directory, case.make, command)
+    """The input is refused: exit 2, one line with path and reason, stdout empty, nothing written, no canary sings."""
+    ran, path, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
-    lines = ran.err.splitlines()
-    assert [line.partition(":")[0] for line in lines] in (["ckpt"], ["ckpt", "hint"]), ran.err
+    lines = ran.err.split("\n")
+    assert [line.partition(":")[0] for line in lines] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
+    where = ran.err.removeprefix("ckpt: ")
+    # The path as it was given, or that of the part of it that is wrong, such as a shard.
+    assert where.startswith((f"{printable(str(path))}: ", printable(f"{directory / 'in'}/"))), ran.err
     assert case.reason in lines[0], ran.err
     assert len(ran.err) < 3000
     _assert_harmless(ran)
@@ -69,7 +83,7 @@ def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None
 
 def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
     """The input works: exit 0, the warning on stderr, and still nothing run and nothing written."""
-    ran, before = _run(directory, case.make, command)
+    ran, _, before = _run(directory, case.make, command)
     assert ran.code == 0, ran.err
     assert case.warning in ran.err, ran.err
     assert case.shown in ran.out, ran.out
@@ -77,7 +91,7 @@ def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
     _assert_untouched(directory, before)
 
 
-def _run(directory: Path, make: Maker, command: str) -> tuple[Ran, dict[str, bytes | None]]:
+def _run(directory: Path, make: Maker, command: str) -> tuple[Ran, Path, dict[str, bytes | None]]:
     inputs = directory / "in"
     inputs.mkdir()
     (directory / "out").mkdir()
@@ -85,12 +99,12 @@ def _run(directory: Path, make: Maker, command: str) -> tuple[Ran, dict[str, byt
     before = _content(inputs)
     output: list[str | Path] = [] if command == "show" else ["-o", directory / "out" / "o.safetensors"]
     # Inside the empty directory: a file that the program dropped where it stands would be seen.
-    return run_limited(command, path, *output, cwd=directory / "out"), before
+    return run_limited(command, path, *output, cwd=directory / "out"), path, before
 
 
 def _assert_harmless(ran: Ran) -> None:
     said = ran.out + ran.err
-    assert not any(char < " " and char != "\n" for char in said)
+    assert all(char.isprintable() or char == "\n" for char in said), ascii(said)
     assert "Traceback" not in said
     assert not re.search(r"\bsafe\b", said)
 

@@ -1,0 +1,98 @@
+"""Table A: what is no checkpoint, or none any more, is said to be what it is."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from tests.helpers_formats import saved
+from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+
+STATE = {"w": torch.arange(4.0)}
+SAFETENSORS, ZIP = save(STATE), saved(STATE)
+
+
+def unreadable(directory: Path) -> Path:
+    path = written(SAFETENSORS)(directory)
+    path.chmod(0)
+    return path
+
+
+def linked(name: str, target: str, directory: Path) -> Path:
+    (directory / name).symlink_to(target)
+    return directory / name
+
+
+def fifo(directory: Path) -> Path:
+    os.mkfifo(directory / "fifo")
+    return directory / "fifo"
+
+
+def listening(directory: Path) -> Path:
+    here = os.getcwd()
+    os.chdir(directory)  # the name of a socket must be short
+    try:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind("socket")
+    finally:
+        os.chdir(here)
+    return directory / "socket"
+
+
+def readme(directory: Path) -> Path:
+    written(b"# A model", "README.md")(directory)
+    return directory
+
+
+BAD: dict[str, Bad] = {
+    "A1 empty": Bad(written(b""), "the file is empty"),
+    "A2 one byte": Bad(written(b"P"), "too short to be a checkpoint: 1 bytes"),
+    "A2 the first bytes of a zip": Bad(written(b"PK\3\4"), "without a directory at its end: truncated?"),
+    "A3 pointer": Bad(written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a git-lfs pointer"),
+    "A4 HTML": Bad(written(b"<!DOCTYPE html><title>404</title>"), "an HTML page, not a checkpoint"),
+    "A5 zeros": Bad(written(bytes(4096)), "only zero bytes (an interrupted write?)"),
+    "A6 gzip": Bad(written(gzip.compress(ZIP)), "a gzip-compressed file"),
+    "A7 text": Bad(written(b"epoch 1, loss 0.3\n"), "an unknown format; it begins with 65 70 6f 63 68"),
+    "A7 PNG": Bad(written(b"\x89PNG\r\n\x1a\n" + bytes(20)), "a PNG picture"),
+    "A7 7z": Bad(written(b"7z\xbc\xaf\x27\x1c" + bytes(20)), "a 7-zip archive"),
+    "A8 an empty directory": Bad(lambda directory: directory, "a directory without a checkpoint in it"),
+    "A8 a directory of other files": Bad(readme, "a directory without a checkpoint in it"),
+    "A9 missing": Bad(lambda directory: directory / "none.pt", "no such file or directory"),
+    "A10 FIFO": Bad(fifo, "not a regular file"),
+    "A10 device": Bad(lambda _: Path("/dev/zero"), "not a regular file"),
+    "A10 socket": Bad(listening, "not a regular file"),
+    "A11 dangling": Bad(lambda directory: linked("x.pt", "gone.pt", directory), "a symbolic link to 'gone.pt', which"),
+    "A11 loop": Bad(lambda directory: linked("x.pt", "x.pt", directory), "too many levels of symbolic links"),
+    "A13 unfinished zip": Bad(written(ZIP[:-100], "x.pt.incomplete"), "without a directory at its end: truncated?"),
+    "A13 unfinished safetensors": Bad(written(SAFETENSORS[:-8], "x.crdownload"), "8 of 16 bytes are missing"),
+    "A14 HDF5": Bad(written(b"\x89HDF\r\n\x1a\n" + bytes(20), "x.h5"), "an HDF5 file"),
+    "A14 ONNX": Bad(written(b"\x08\x07\x12\x07pytorch\x1a\x031.8", "x.onnx"), "an ONNX model"),
+}
+ODD: dict[str, Odd] = {
+    "A12 safetensors as .pt": Odd(written(SAFETENSORS), "the name says torch, the content is safetensors", "F32"),
+    "A12 zip as .safetensors": Odd(
+        written(ZIP, "x.safetensors"), "the name says safetensors, the content is torch-zip", "F32"
+    ),
+}
+OTHER = ("A9 unreadable",)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_it_is_refused(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BAD[name])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_it_is_read_by_its_content(name: str, tmp_path: Path) -> None:
+    assert_odd(tmp_path, ODD[name])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a9_what_may_not_be_read_says_so(tmp_path: Path) -> None:
+    assert_refused(tmp_path, Bad(unreadable, "permission denied"))
