@@ -1,0 +1,245 @@
+"""Several tensors into one and back: concat and split, stack and unstack, interleave and deinterleave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ckptkit.tensor_ops.operation import Moving, Shape, unflatten
+from ckptkit.tensor_ops.parameters import Int, Ints
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Concat", "Deinterleave", "Interleave", "Split", "Stack", "Unstack"]
+
+
+@dataclass(frozen=True, slots=True)
+class Split(Moving):
+    """One tensor cut along a dim, into ``sizes`` or into equal ``parts``."""
+
+    dim: Int = 0
+    sizes: Ints | None = None
+    parts: Int | None = None
+    name: ClassVar[str] = "split"
+
+    def __post_init__(self) -> None:
+        """Refuse both ways of saying how many, and neither."""
+        if (self.sizes is None) == (self.parts is None):
+            raise self.refusal("needs either sizes or parts")
+        if self.outputs < 1 or any(size < 0 for size in self.sizes or ()):
+            raise self.refusal(f"cannot cut into {self.parts if self.sizes is None else list(self.sizes)}")
+
+    @property
+    def outputs(self) -> int:
+        """Number of pieces."""
+        return self.parts or 0 if self.sizes is None else len(self.sizes)
+
+    def _sizes(self, shape: Shape, dim: int) -> tuple[int, ...]:
+        if self.sizes is None:
+            if shape[dim] % self.outputs:
+                raise self.refusal(f"dim {self.dim} of {list(shape)} does not divide into {self.outputs} equal parts")
+            return (shape[dim] // self.outputs,) * self.outputs
+        if sum(self.sizes) != shape[dim]:
+            total = f"{' + '.join(map(str, self.sizes))} = {sum(self.sizes)}"
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is {shape[dim]}, and {total}")
+        return self.sizes
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return one shape a piece."""
+        shape = self.only(inputs)
+        dim = self.axis(self.dim, shape)
+        return tuple((*shape[:dim], size, *shape[dim + 1 :]) for size in self._sizes(shape, dim))
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Cut."""
+        import torch
+
+        (tensor,) = tensors
+        shape = tuple(tensor.shape)
+        return torch.split(tensor, list(self._sizes(shape, self.axis(self.dim, shape))), self.dim)
+
+    def inverse(self, inputs: Sequence[Shape]) -> Concat:
+        """Return the concatenation along the same dim."""
+        del inputs
+        return Concat(self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Concat(Moving):
+    """Tensors put one behind the other along a dim, in the order given."""
+
+    dim: Int = 0
+    name: ClassVar[str] = "concat"
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the one shape, whose size along the dim is the sum."""
+        if not inputs:
+            raise self.refusal("there is nothing to join")
+        first = inputs[0]
+        dim = self.axis(self.dim, first)
+        for shape in inputs:
+            if len(shape) != len(first) or any(
+                one != other for at, (one, other) in enumerate(zip(shape, first, strict=True)) if at != dim
+            ):
+                raise self.refusal(f"{list(first)} and {list(shape)} differ in more than dim {self.dim}")
+        return ((*first[:dim], sum(shape[dim] for shape in inputs), *first[dim + 1 :]),)
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Join."""
+        import torch
+
+        return [torch.cat(list(tensors), self.dim)]
+
+    def inverse(self, inputs: Sequence[Shape]) -> Split:
+        """Return the split into the sizes that went in."""
+        self.shapes(inputs)
+        return Split(self.dim, tuple(shape[self.dim] for shape in inputs))
+
+
+def _same(operation: Moving, inputs: Sequence[Shape]) -> Shape:
+    if not inputs:
+        raise operation.refusal("there is nothing to join")
+    for shape in inputs:
+        if shape != inputs[0]:
+            raise operation.refusal(f"the tensors differ in shape: {list(inputs[0])} and {list(shape)}")
+    return inputs[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Stack(Moving):
+    """Tensors of one shape along a new dim: the experts of a layer into one tensor."""
+
+    dim: Int = 0
+    name: ClassVar[str] = "stack"
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the one shape, with the number of tensors as a new size."""
+        shape = _same(self, inputs)
+        dim = self.axis(self.dim, (*shape, 0))
+        return ((*shape[:dim], len(inputs), *shape[dim:]),)
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Stack."""
+        import torch
+
+        return [torch.stack(list(tensors), self.dim)]
+
+    def inverse(self, inputs: Sequence[Shape]) -> Unstack:
+        """Return the taking apart along the same dim."""
+        return Unstack(len(inputs), self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Unstack(Moving):
+    """One tensor taken apart along a dim of size ``parts``, which goes away."""
+
+    parts: Int
+    dim: Int = 0
+    name: ClassVar[str] = "unstack"
+
+    def __post_init__(self) -> None:
+        """Refuse to make nothing."""
+        if self.parts < 1:
+            raise self.refusal(f"cannot take apart into {self.parts}")
+
+    @property
+    def outputs(self) -> int:
+        """Number of pieces."""
+        return self.parts
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape without the dim, once a piece."""
+        shape = self.only(inputs)
+        dim = self.axis(self.dim, shape)
+        if shape[dim] != self.parts:
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is {shape[dim]}, not {self.parts}")
+        return ((*shape[:dim], *shape[dim + 1 :]),) * self.parts
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Take apart."""
+        return tensors[0].unbind(self.dim)
+
+    def inverse(self, inputs: Sequence[Shape]) -> Stack:
+        """Return the stacking along the same dim."""
+        del inputs
+        return Stack(self.dim)
+
+
+@dataclass(frozen=True, slots=True)
+class Interleave(Moving):
+    """Tensors of one shape taken in turns along a dim, ``block`` rows at a time: gate and up of a fused MLP."""
+
+    dim: Int = 0
+    block: Int = 1
+    name: ClassVar[str] = "interleave"
+
+    def __post_init__(self) -> None:
+        """Refuse turns without a row."""
+        if self.block < 1:
+            raise self.refusal(f"cannot take turns of {self.block}")
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the one shape, whose size along the dim is the sum."""
+        shape = _same(self, inputs)
+        dim = self.axis(self.dim, shape)
+        if shape[dim] % self.block:
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is not made of blocks of {self.block}")
+        return ((*shape[:dim], shape[dim] * len(inputs), *shape[dim + 1 :]),)
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Take turns."""
+        import torch
+
+        dim = self.dim % tensors[0].dim()
+        blocks = tensors[0].shape[dim] // self.block
+        parts = [unflatten(tensor, dim, (blocks, self.block)) for tensor in tensors]
+        return [torch.stack(parts, dim + 1).flatten(dim, dim + 2)]
+
+    def inverse(self, inputs: Sequence[Shape]) -> Deinterleave:
+        """Return the taking apart into as many tensors."""
+        return Deinterleave(self.dim, len(inputs), self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Deinterleave(Moving):
+    """One tensor dealt out along a dim into ``parts`` tensors, ``block`` rows at a time."""
+
+    dim: Int = 0
+    parts: Int = 2
+    block: Int = 1
+    name: ClassVar[str] = "deinterleave"
+
+    def __post_init__(self) -> None:
+        """Refuse turns without a row, and nobody to take them."""
+        if self.parts < 1 or self.block < 1:
+            raise self.refusal(f"cannot deal out blocks of {self.block} into {self.parts}")
+
+    @property
+    def outputs(self) -> int:
+        """Number of pieces."""
+        return self.parts
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of each part."""
+        shape = self.only(inputs)
+        dim = self.axis(self.dim, shape)
+        if shape[dim] % (self.parts * self.block):
+            raise self.refusal(
+                f"dim {self.dim} of {list(shape)} is not made of {self.parts} parts in blocks of {self.block}"
+            )
+        return ((*shape[:dim], shape[dim] // self.parts, *shape[dim + 1 :]),) * self.parts
+
+    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Deal out."""
+        (tensor,) = tensors
+        dim = self.dim % tensor.dim()
+        blocks = tensor.shape[dim] // (self.parts * self.block)
+        dealt = unflatten(tensor, dim, (blocks, self.parts, self.block)).unbind(dim + 1)
+        return [part.flatten(dim, dim + 1) for part in dealt]
+
+    def inverse(self, inputs: Sequence[Shape]) -> Interleave:
+        """Return the taking in turns."""
+        del inputs
+        return Interleave(self.dim, self.block)

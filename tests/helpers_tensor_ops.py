@@ -1,0 +1,33 @@
+"""Tensors of random bits, and how to compare them bit by bit."""
+
+from __future__ import annotations
+
+import torch
+
+from ckptkit.tensors import DTYPES
+from ckptkit.torch_bridge import CASTABLE, flat_bytes
+
+MOVABLE = sorted(CASTABLE)
+
+
+def dtype_of(code: str) -> torch.dtype:
+    dtype = getattr(torch, DTYPES[code].torch_name)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def random_bits(shape: tuple[int, ...], code: str, seed: int = 0) -> torch.Tensor:
+    """Any bit pattern at all: NaNs with payloads, negative zeros, booleans that are neither 0 nor 1."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype = dtype_of(code)
+    count = torch.Size(shape).numel()
+    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
+    return raw.view(dtype).reshape(shape)
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return bytes(flat_bytes(tensor).tolist())
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and one.dtype == other.dtype and bits(one) == bits(other)

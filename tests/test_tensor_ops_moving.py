@@ -1,0 +1,340 @@
+"""Operations that move elements: shapes told before a byte is read, every bit kept, and undone exactly."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptkit.errors import RuleError
+from ckptkit.tensor_ops import (
+    NAMES,
+    Shape,
+    apply_chain,
+    chain_dtypes,
+    chain_shapes,
+    invert_chain,
+    parse_operation,
+    parse_operations,
+)
+from tests.helpers_tensor_ops import MOVABLE, random_bits, same
+
+sizes = st.integers(0, 4)
+some = st.integers(1, 3)
+
+
+def shape_of(rank: int) -> st.SearchStrategy[Shape]:
+    return st.tuples(*([sizes] * rank))
+
+
+@st.composite
+def moves(draw: st.DrawFn) -> tuple[dict[str, Any], list[Shape]]:
+    """An operation that moves elements, and shapes that it takes."""
+    name = draw(st.sampled_from(MOVES))
+    rank = draw(st.integers(1, 4))
+    shape = draw(shape_of(rank))
+    dim = draw(st.integers(-rank, rank - 1))
+    count = draw(some)
+    block = draw(some)
+
+    def along(size: int) -> Shape:
+        return tuple(size if at == dim % rank else old for at, old in enumerate(shape))
+
+    if name == "transpose":
+        return {name: {"dim0": dim, "dim1": draw(st.integers(-rank, rank - 1))}}, [shape]
+    if name == "permute":
+        signs = draw(st.permutations(range(rank)))
+        return {name: {"dims": [at - rank * draw(st.integers(0, 1)) for at in signs]}}, [shape]
+    if name == "reshape":
+        wanted = [shape[at] for at in draw(st.permutations(range(rank)))]
+        return {name: {"shape": [1, *wanted]}}, [shape]
+    if name == "slice":
+        start = draw(st.integers(0, shape[dim]))
+        return {name: {"dim": dim, "start": start, "stop": draw(st.integers(start, shape[dim]))}}, [shape]
+    if name == "split":
+        cuts = draw(st.lists(sizes, min_size=1, max_size=4))
+        return {name: {"dim": dim, "sizes": cuts}}, [along(sum(cuts))]
+    if name == "concat":
+        return {name: {"dim": dim}}, [along(size) for size in draw(st.lists(sizes, min_size=1, max_size=4))]
+    if name == "stack":
+        return {name: {"dim": draw(st.integers(-rank - 1, rank))}}, [shape] * count
+    if name == "unstack":
+        return {name: {"dim": dim, "parts": count}}, [along(count)]
+    if name == "interleave":
+        return {name: {"dim": dim, "block": block}}, [along(block * draw(sizes))] * count
+    if name == "deinterleave":
+        return {name: {"dim": dim, "parts": count, "block": block}}, [along(count * block * draw(sizes))]
+    if name == "rope_permute":
+        direction = draw(st.sampled_from(["to_hf", "to_original"]))
+        rows = 2 * count * draw(sizes)
+        return {name: {"heads": count, "direction": direction}}, [(rows, *shape[1:])]
+    kv_heads, share, head_dim = count, draw(some), draw(some)
+    layout = draw(st.sampled_from(["concat", "interleaved"]))
+    params = {"heads": kv_heads * share, "kv_heads": kv_heads, "layout": layout, "dim": dim}
+    query, key = along(kv_heads * share * head_dim), along(kv_heads * head_dim)
+    if name == "split_qkv":
+        return {name: params}, [along(kv_heads * (share + 2) * head_dim)]
+    return {name: params}, [query, key, key]
+
+
+MOVES = (
+    "concat", "deinterleave", "fuse_qkv", "interleave", "permute", "reshape", "rope_permute", "slice", "split",
+    "split_qkv", "stack", "transpose", "unstack",
+)  # fmt: skip
+
+
+@settings(max_examples=400, deadline=None)
+@given(moves(), st.sampled_from(MOVABLE))
+def test_what_moves_is_moved_back_bit_for_bit(move: tuple[dict[str, Any], list[Shape]], code: str) -> None:
+    """The inverse gives back the very bits, whatever they mean; shapes are told truly, there and back."""
+    table, shapes = move
+    operation = parse_operation(table)
+    tensors = [random_bits(shape, code, seed) for seed, shape in enumerate(shapes)]
+    made = operation.apply(tensors)
+    assert tuple(tuple(tensor.shape) for tensor in made) == operation.shapes(shapes)
+    assert operation.dtypes([code] * len(shapes)) == (code,) * len(made)
+    assert all(str(tensor.dtype) == str(tensors[0].dtype) for tensor in made)
+    inverse = operation.inverse(shapes)
+    assert (inverse is None) == operation.lossy == (operation.name == "slice")
+    if inverse is not None:
+        assert inverse.shapes(operation.shapes(shapes)) == tuple(shapes)
+        back = inverse.apply(made)
+        assert len(back) == len(tensors)
+        assert all(same(one, other) for one, other in zip(back, tensors, strict=True))
+
+
+@given(moves())
+def test_parameters_survive_json(move: tuple[dict[str, Any], list[Shape]]) -> None:
+    """What an operation says of itself makes it again."""
+    operation = parse_operation(move[0])
+    assert parse_operation(json.loads(json.dumps({operation.name: operation.params()}))) == operation
+
+
+def test_every_move_is_drawn() -> None:
+    """The table above knows every operation that moves elements."""
+    lossless = {name for name in NAMES if name in MOVES}
+    assert lossless == set(MOVES)
+
+
+NUMBERS = torch.arange(24.0)
+
+
+def only(table: Any, *tensors: torch.Tensor) -> torch.Tensor:
+    (made,) = parse_operation(table).apply(tensors)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("table", "shape", "wanted"),
+    [
+        ("transpose", (4, 6), lambda t: t.T),
+        ({"transpose": {"dim0": 0, "dim1": -1}}, (2, 3, 4), lambda t: t.transpose(0, 2)),
+        ({"permute": {"dims": [3, 2, 0, 1]}}, (1, 2, 3, 4), lambda t: t.permute(3, 2, 0, 1)),
+        ({"reshape": {"shape": [3, -1]}}, (2, 12), lambda t: t.view(3, 8)),
+        ({"slice": {"dim": 1, "start": 1, "stop": 3}}, (4, 6), lambda t: t[:, 1:3]),
+        ({"slice": {"start": 1}}, (4, 6), lambda t: t[1:]),
+    ],
+    ids=["transpose", "transpose dims", "HWIO to OIHW", "reshape", "slice", "slice to the end"],
+)
+def test_one_tensor_is_moved_as_torch_moves_it(table: Any, shape: Shape, wanted: Any) -> None:
+    assert torch.equal(only(table, NUMBERS.view(shape)), wanted(NUMBERS.view(shape)))
+
+
+def test_gate_and_up_take_turns() -> None:
+    """Row 0 of the gate, row 0 of up, row 1 of the gate; in blocks where asked."""
+    gate, up = torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11, 12, 13])
+    assert only("interleave", gate, up).tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
+    assert only({"interleave": {"block": 2}}, gate, up).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+def test_rope_rows_follow_the_published_conversion(*, bias: bool) -> None:
+    """Both orders, derived from the rotation itself: pair i is rows (2i, 2i+1), or rows (i, i + half)."""
+    heads, head_dim, width = 3, 8, 5
+    shape = (heads * head_dim,) if bias else (heads * head_dim, width)
+    original = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    made = only({"rope_permute": {"heads": heads, "direction": "to_hf"}}, original)
+    for head in range(heads):
+        for pair in range(head_dim // 2):
+            first = head * head_dim
+            assert torch.equal(made[first + pair], original[first + 2 * pair])
+            assert torch.equal(made[first + pair + head_dim // 2], original[first + 2 * pair + 1])
+
+
+def test_rotating_gives_the_same_scores_after_the_permutation() -> None:
+    """Queries and keys in either order, rotated in the manner of that order, give the same attention."""
+    heads, head_dim, width = 2, 6, 7
+    generator = torch.Generator().manual_seed(1)
+    query, key = (torch.randn(heads * head_dim, width, generator=generator, dtype=torch.float64) for _ in "qk")
+    states = torch.randn(4, width, generator=generator, dtype=torch.float64)
+    angles = torch.outer(torch.arange(4.0), torch.tensor([1.0, 0.3, 0.05])).double()
+
+    def side_by_side(weight: torch.Tensor) -> torch.Tensor:
+        pairs = torch.view_as_complex((states @ weight.T).view(4, heads, head_dim // 2, 2))
+        return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)[:, None]).flatten(-2)
+
+    def half_apart(weight: torch.Tensor) -> torch.Tensor:
+        one, other = (states @ weight.T).view(4, heads, head_dim).chunk(2, -1)
+        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+        return torch.cat([one * cos - other * sin, other * cos + one * sin], -1)
+
+    scores = torch.einsum("qhd,khd->hqk", side_by_side(query), side_by_side(key))
+    table = {"rope_permute": {"heads": heads, "direction": "to_hf"}}
+    permuted = torch.einsum("qhd,khd->hqk", half_apart(only(table, query)), half_apart(only(table, key)))
+    torch.testing.assert_close(permuted, scores)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)], ids=["one each", "grouped", "one for all"])
+@pytest.mark.parametrize("layout", ["concat", "interleaved"])
+def test_fused_rows_lie_where_the_layout_says(layout: str, heads: int, kv_heads: int, *, bias: bool) -> None:
+    """Each row of the fused projection is looked up by hand."""
+    head_dim, share = 3, heads // kv_heads
+    rows = (heads + 2 * kv_heads) * head_dim
+    fused = torch.arange(float(rows)) if bias else torch.arange(float(rows * 2)).view(rows, 2)
+    table = {"split_qkv": {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim, "layout": layout}}
+    query, key, value = parse_operation(table).apply([fused])
+    heads_of = fused.view(heads + 2 * kv_heads, head_dim, *fused.shape[1:])
+    for head in range(heads):
+        at = head if layout == "concat" else head // share * (share + 2) + head % share
+        assert torch.equal(query[head * head_dim : (head + 1) * head_dim], heads_of[at])
+    for head in range(kv_heads):
+        at = heads + head if layout == "concat" else head * (share + 2) + share
+        assert torch.equal(key[head * head_dim : (head + 1) * head_dim], heads_of[at])
+        at = heads + kv_heads + head if layout == "concat" else head * (share + 2) + share + 1
+        assert torch.equal(value[head * head_dim : (head + 1) * head_dim], heads_of[at])
+
+
+@pytest.mark.parametrize(
+    ("table", "shapes", "reason"),
+    [
+        ("transpose", [(2, 3, 4)], "transpose: [2, 3, 4] is no matrix"),
+        ("transpose", [(2, 3), (2, 3)], "transpose: takes one tensor, and there are 2"),
+        ({"transpose": {"dim0": 0, "dim1": 2}}, [(2, 3)], "transpose: [2, 3] has no dim 2"),
+        ({"permute": {"dims": [0, 0]}}, [(2, 3)], "permute: dims [0, 0] do not name each dim of [2, 3] once"),
+        ({"reshape": {"shape": [5]}}, [(2, 3)], "reshape: [2, 3] has 6 elements, and [5] has 5"),
+        ({"reshape": {"shape": [4, -1]}}, [(2, 3)], "reshape: the 6 elements of [2, 3] do not fill [4, -1]"),
+        ({"reshape": {"shape": [0, -1]}}, [(0, 3)], "reshape: the 0 elements of [0, 3] do not fill [0, -1]"),
+        ({"slice": {"stop": 4}}, [(3, 2)], "slice: dim 0 of [3, 2] does not reach from 0 to 4"),
+        ({"split": {"sizes": [4, 2, 1]}}, [(8, 3)], "split: dim 0 of [8, 3] is 8, and 4 + 2 + 1 = 7"),
+        ({"split": {"parts": 3}}, [(8, 3)], "split: dim 0 of [8, 3] does not divide into 3 equal parts"),
+        ("concat", [], "concat: there is nothing to join"),
+        ("concat", [()], "concat: [] has no dim 0"),
+        ("concat", [(2, 3), (2, 4)], "concat: [2, 3] and [2, 4] differ in more than dim 0"),
+        ("concat", [(2, 3), (2,)], "concat: [2, 3] and [2] differ in more than dim 0"),
+        ("stack", [(2, 3), (2, 4)], "stack: the tensors differ in shape: [2, 3] and [2, 4]"),
+        ({"unstack": {"parts": 4}}, [(3, 2)], "unstack: dim 0 of [3, 2] is 3, not 4"),
+        ({"interleave": {"block": 2}}, [(3,), (3,)], "interleave: dim 0 of [3] is not made of blocks of 2"),
+        ("deinterleave", [(3, 2)], "deinterleave: dim 0 of [3, 2] is not made of 2 parts in blocks of 1"),
+        ({"split_qkv": {"heads": 2}}, [(7, 4)], "split_qkv: dim 0 of [7, 4] is not 6 heads"),
+        ({"split_qkv": {"heads": 2, "head_dim": 3}}, [(12, 4)], "split_qkv: dim 0 of [12, 4] is not 6 heads of 3"),
+        (
+            {"fuse_qkv": {"heads": 4, "kv_heads": 2}}, [(8, 4), (8, 4), (4, 4)],
+            "fuse_qkv: the key is [8, 4], and a query of [8, 4] asks for [4, 4]",
+        ),
+        ({"fuse_qkv": {"heads": 4}}, [(8, 4)], "fuse_qkv: takes query, key and value, and there are 1"),
+        (
+            {"rope_permute": {"heads": 2, "direction": "to_hf"}}, [(6, 4)],
+            "rope_permute: the rows of [6, 4] are not 2 heads of pairs",
+        ),
+    ],
+)  # fmt: skip
+def test_shapes_that_do_not_fit_are_refused(table: Any, shapes: list[Shape], reason: str) -> None:
+    """Before a byte is read, and by apply too, in one sentence with the sizes."""
+    operation = parse_operation(table)
+    with pytest.raises(RuleError) as caught:
+        operation.shapes(shapes)
+    assert caught.value.reason == reason
+    with pytest.raises(RuleError):
+        operation.apply([torch.zeros(shape) for shape in shapes])
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "reason"),
+    [
+        (["F32", "BF16"], "concat: the tensors differ in dtype (BF16, F32)"),
+        (["F4", "F4"], "concat: elements of F4 cannot be moved one by one"),
+        (["X\n", "X\n"], "concat: elements of 'X\\x0a' cannot be moved one by one"),
+    ],
+    ids=["two dtypes", "packed", "made up"],
+)
+def test_dtypes_that_do_not_fit_are_refused(dtypes: list[str], reason: str) -> None:
+    with pytest.raises(RuleError) as caught:
+        parse_operation("concat").dtypes(dtypes)
+    assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(
+    ("value", "reason", "hint"),
+    [
+        ("transpoze", "there is no operation 'transpoze'", "did you mean 'transpose'?"),
+        ({"qqq": {}}, "there is no operation 'qqq'", "known: "),
+        ({"split": {"sizes": [1], "axis": 0}}, "split has no parameter 'axis'", "its parameters: dim, sizes, parts"),
+        ("permute", "permute needs dims", "its parameters: dims"),
+        ("split", "split: needs either sizes or parts", None),
+        ({"split": {"sizes": [1], "parts": 1}}, "split: needs either sizes or parts", None),
+        ({"split": {"parts": True}}, "split: parts: True is not an integer", None),
+        ({"split": {"parts": 1.0}}, "split: parts: 1.0 is not an integer", None),
+        ({"split": {"parts": 0}}, "split: cannot cut into 0", None),
+        ({"split": {"sizes": []}}, "split: cannot cut into []", None),
+        ({"split": {"sizes": [3, -1]}}, "split: cannot cut into [3, -1]", None),
+        ({"split": {"sizes": "n"}}, "split: sizes: 'n' is not a list of integers", None),
+        ({"split": {"sizes": ["m"]}}, "split: sizes: 'm' uses the unknown variable 'm'", "known: n"),
+        ({"split": 3}, "the parameters of split are no table", "split = { NAME = VALUE, ... }"),
+        ({"split": {"parts": 2**64}}, "split: parts: an integer of more than 64 bits is no size", None),
+        ({"transpose": {"dim0": 1}}, "transpose: needs both dim0 and dim1, or neither", None),
+        ({"reshape": {"shape": [-1, -1]}}, "reshape: [-1, -1] is no shape", None),
+        ({"slice": {"start": 3, "stop": 2}}, "slice: 3 to 2 is no range", None),
+        ({"unstack": {"parts": 0}}, "unstack: cannot take apart into 0", None),
+        ({"interleave": {"block": 0}}, "interleave: cannot take turns of 0", None),
+        ({"deinterleave": {"parts": 0}}, "deinterleave: cannot deal out blocks of 1 into 0", None),
+        ({"split_qkv": {"heads": 4, "kv_heads": 3}}, "split_qkv: 4 heads do not share 3 key-value heads evenly", None),
+        ({"split_qkv": {"heads": 0}}, "split_qkv: 0 heads do not share 0 key-value heads evenly", None),
+        ({"split_qkv": {"heads": 4, "head_dim": 0}}, "split_qkv: a head is not 0 rows", None),
+        ({"split_qkv": {"heads": 4, "layout": "x"}}, "split_qkv: layout is 'x'", "it is concat or interleaved"),
+        ({"split_qkv": {"heads": 4, "layout": 1}}, "split_qkv: layout: 1 is not a text", None),
+        ({"rope_permute": {"heads": 1, "direction": "x"}}, "rope_permute: direction is 'x'", "it is to_hf or"),
+        ({"rope_permute": {"heads": 0, "direction": "to_hf"}}, "rope_permute: there are no 0 heads", None),
+        ({"stack": {}, "concat": {}}, "an operation is a name and its parameters, and here are 2 names", "for example"),
+        ([], "the list of operations is empty", None),
+        ([3], "an operation is a name or a table, not 3", None),
+    ],
+)
+def test_what_is_written_wrong_is_refused(value: Any, reason: str, hint: str | None) -> None:
+    """The sentence names the operation and the parameter; the hint says what there is."""
+    with pytest.raises(RuleError) as caught:
+        parse_operations(value, {"n": 3})
+    assert caught.value.reason == reason
+    assert (caught.value.hint or "").startswith(hint or "")
+
+
+def test_parameters_are_arithmetic_with_variables() -> None:
+    """As a rule file writes them, and resolved from then on."""
+    variables = {"heads": 4, "kv": 2, "hd": 8}
+    operation = parse_operation({"split": {"sizes": ["heads*hd", "kv*hd", "kv*hd"]}}, variables)
+    assert operation == parse_operation({"split": {"sizes": [32, 16, 16]}})
+    assert str(operation) == "split(dim=0, sizes=[32, 16, 16])"
+
+
+def test_a_chain_is_carried_out_in_order_and_undone_in_reverse() -> None:
+    """Transposed Conv1D rows, taken apart; every bit comes back."""
+    chain = parse_operations(["transpose", {"split_qkv": {"heads": 2, "layout": "interleaved"}}])
+    fused = random_bits((4, 12), "BF16")
+    assert chain_shapes(chain, [(4, 12)]) == ((4, 4),) * 3
+    assert chain_dtypes(chain, ["BF16"]) == ("BF16",) * 3
+    made = apply_chain(chain, [fused])
+    back = invert_chain(chain, [(4, 12)])
+    assert back is not None
+    assert [operation.name for operation in back] == ["fuse_qkv", "transpose"]
+    assert same(apply_chain(back, made)[0], fused)
+    assert invert_chain(parse_operations(["transpose", {"slice": {"stop": 2}}]), [(4, 12)]) is None
+
+
+def test_conjugated_and_negated_views_move_as_their_values() -> None:
+    """A lazy conjugate is resolved before its bits are moved."""
+    tensor = torch.tensor([[1 + 2j, 3 - 4j]])
+    assert torch.equal(only("transpose", tensor.conj()), torch.tensor([[1 - 2j], [3 + 4j]]))
