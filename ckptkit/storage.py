@@ -8,13 +8,13 @@ import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 from ckptkit.errors import ChangedError, FormatError, PathError
 from ckptkit.tensors import Payload
 from ckptkit.text import quoted
 
-__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region"]
+__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region", "seekable"]
 
 CHUNK = 4 << 20
 
@@ -167,3 +167,8 @@ class Inflated:
     def slice(self, start: int, nbytes: int) -> Inflated:
         """Return a part of the range."""
         return Inflated(self.packed, self.size, self.start + start, nbytes)
+
+
+def seekable(payload: Payload) -> TypeGuard[Region]:
+    """Return whether a part of it can be read without reading what lies before it."""
+    return isinstance(payload, Extent)

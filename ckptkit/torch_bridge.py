@@ -23,7 +23,6 @@ __all__ = [
     "describe_state_dict",
     "first_line",
     "flat_bytes",
-    "gather",
 ]
 
 ABSENT = "absent module"  # the type of an entry for a submodule that is None: torch looks at no key below it
@@ -34,28 +33,6 @@ CASTABLE = frozenset(
 )
 _BLOCK = 4 << 20
 StateDictLike = Any  # a Checkpoint, a Module, a Mapping of tensors, or a Mapping of TensorInfo
-
-
-def gather(
-    data: bytes, dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], *, conj: bool = False, neg: bool = False
-) -> Iterator[memoryview]:
-    """Yield the contiguous bytes of a strided view whose first element is the first of ``data``."""
-    import torch
-
-    if not data:
-        return
-    kind = DTYPES[dtype]
-    plain = _from_bytes(data)
-    # Moving bytes needs no arithmetic: integers of the same width serve every dtype, sub-byte and quantised ones too.
-    width = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64, 128: torch.complex128}.get(kind.bits)
-    if width is None:
-        raise PlanError(f"a view of {dtype} with strides {list(stride)} cannot be made contiguous")
-    view = plain.view(getattr(torch, kind.torch_name) if conj or neg else width).as_strided(shape, stride)
-    for block in _blocks(view):
-        # torch's own materialisation: arithmetic on complex numbers would lose the sign of a zero.
-        marked = block.conj() if conj else block
-        marked = torch._neg_view(marked) if neg else marked  # noqa: SLF001 - nothing public sets the bit
-        yield _bytes_of(marked.resolve_conj().resolve_neg())
 
 
 def _blocks(view: torch.Tensor) -> Iterator[torch.Tensor]:

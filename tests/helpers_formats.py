@@ -60,7 +60,7 @@ def random_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int = 0) -> to
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The logical values of a tensor as contiguous bytes."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
     return bytes(plain.view(torch.uint8).tolist())
 
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 
 import ckptkit
 
@@ -25,11 +26,11 @@ FLOORS = (
         "formats.inert",
         "formats.safetensors",
         "formats.zip_directory",
-        "formats.blocks",
+        "formats.strided",
         "formats.file_pool",
         "formats.recognise",
     },
-    {"formats.pickle_machine", "formats.torch_objects"},
+    {"formats.pickle_machine", "formats.torch_objects", "formats.blocks"},
     {"formats.unpickle", "formats.tree"},
     {"formats.modules"},
     {"formats.torch_checkpoint", "formats.dcp_metadata", "formats.dcp_safetensors"},
@@ -91,6 +92,11 @@ def imports_of(path: Path) -> set[str]:
 MODULES = {f"ckptkit.{room}" if room else "ckptkit" for room in FILES}
 
 
+def rooms_of(names: set[str]) -> list[str]:
+    """Return the rooms among the names of modules."""
+    return [name.removeprefix("ckptkit").removeprefix(".") for name in names if name in MODULES]
+
+
 def test_every_room_has_a_floor() -> None:
     """A new module is given its place in the house."""
     assert set(FILES) == set(LEVEL)
@@ -99,7 +105,7 @@ def test_every_room_has_a_floor() -> None:
 @pytest.mark.parametrize("room", sorted(FILES))
 def test_imports_point_down(room: str) -> None:
     """No module imports from its own floor or one above."""
-    rooms = [name.removeprefix("ckptkit").removeprefix(".") for name in imports_of(FILES[room]) if name in MODULES]
+    rooms = rooms_of(imports_of(FILES[room]))
     # "from ckptkit.report import table" names the package too; a package door imports nothing upward.
     wrong = [
         other for other in rooms if other != room and LEVEL[other] >= LEVEL[room] and other != room.rpartition(".")[0]
@@ -122,6 +128,29 @@ def test_guests_stay_in_their_rooms(guest: str, homes: tuple[str, ...]) -> None:
     """click is for the command line, tabulate for reports; pickle and mmap are for nobody."""
     users = [room for room, path in FILES.items() if guest in {name.partition(".")[0] for name in imports_of(path)}]
     assert [room for room in users if not room.startswith(homes or ("none",))] == []
+
+
+def reached_from(room: str) -> set[str]:
+    """Return every room that a room imports, at once or later, itself or through others."""
+    reached: set[str] = set()
+    waiting = [room]
+    while waiting:
+        current = waiting.pop()
+        if current not in reached and current != "formats.live":  # a live model is torch's own
+            reached.add(current)
+            waiting += rooms_of(imports_of(FILES[current]))
+    return reached
+
+
+@pytest.mark.parametrize(
+    "room", sorted(room for room in FILES if room.startswith("formats") and room != "formats.live")
+)
+def test_no_reader_reaches_torch(room: str) -> None:
+    """A file is read without torch and numpy, to its last byte; only ``Checkpoint.read`` makes a tensor of it."""
+    guests = {
+        other: HEAVY & {name.partition(".")[0] for name in imports_of(FILES[other])} for other in reached_from(room)
+    }
+    assert {other for other, heavy in guests.items() if heavy} <= {"tensors"}
 
 
 def test_public_names_are_sorted_and_real() -> None:
@@ -150,6 +179,7 @@ LIGHT_COMMANDS = {
     "remap": "main(['remap', 'fixtures/encoder_sharded', '-o', OUT + '/a.safetensors', '--rename', '*=x.*'])",
     "remap to torch": "main(['remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/a.pt', '--rename', 'module.*=*'])",
     "convert": "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/b.safetensors'])",
+    "convert views": "main(['convert', OUT + '/views.pt', '-o', OUT + '/d.safetensors'])",
     "merge": "main(['merge', 'fixtures/lenet_10class.pth', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/c.pt'])",
 }
 
@@ -157,6 +187,8 @@ LIGHT_COMMANDS = {
 @pytest.mark.parametrize("code", LIGHT_COMMANDS.values(), ids=LIGHT_COMMANDS.keys())
 def test_heavy_guests_wait_outside(code: str, tmp_path: Path) -> None:
     """Neither torch nor numpy is imported to list, compare, rename or convert bytes."""
+    views = {"w": torch.arange(6.0).view(2, 3).T, "c": torch.ones(2, dtype=torch.complex64).conj()}
+    torch.save(views, tmp_path / "views.pt")
     program = f"OUT = {str(tmp_path)!r}\nimport sys\nfrom ckptkit.cli import main\n{code}\nprint(file=sys.stderr)\n"
     program += f"print('HEAVY', sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -9,14 +9,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit import Checkpoint, TensorInfo
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.tensors import View
-from ckptkit.torch_bridge import CASTABLE, Cast, as_checkpoint, gather
-from tests.helpers_outputs import CODES, dtype_of, raw, state_dicts, tensor_of
+from ckptkit.torch_bridge import CASTABLE, Cast, as_checkpoint
+from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning"),
@@ -25,68 +24,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*quantiz.*:UserWarning"),
 ]
-
-
-# --- strided views ---------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def views(draw: st.DrawFn) -> tuple[str, torch.Tensor]:
-    """A view with any strides into a storage of any dtype, its own first element at any offset."""
-    code = draw(st.sampled_from(CODES))
-    shape = draw(st.lists(st.integers(1, 5), max_size=4))
-    stride = [draw(st.integers(0, 6)) for _ in shape]
-    reach = sum((size - 1) * step for size, step in zip(shape, stride, strict=True)) + 1
-    offset = draw(st.integers(0, 3))
-    return code, tensor_of(code, (offset + reach,), seed=reach).as_strided(shape, stride, offset)
-
-
-@settings(deadline=None, max_examples=200)
-@given(case=views(), conj=st.booleans(), neg=st.booleans())
-def test_gather_gives_the_elements_in_order(case: tuple[str, torch.Tensor], *, conj: bool, neg: bool) -> None:
-    """For every dtype, stride, conjugate and negative view: the bytes of torch's own contiguous copy."""
-    code, view = case
-    wanted = view
-    conj = conj and view.is_complex()
-    neg = neg and (code in ("F32", "BF16", "C64", "C128") or (code == "C32" and not conj))  # where torch itself can
-    if conj or neg:  # the sign of a NaN after a negation is whatever the kernel of that layout makes it
-        whole = view.as_strided((view.untyped_storage().nbytes() // view.element_size(),), (1,), 0)
-        whole.copy_(torch.where(whole.isnan(), torch.zeros_like(whole), whole))
-    if conj:
-        wanted = wanted.conj()
-    if neg:
-        wanted = torch._neg_view(wanted)
-    last = sum((size - 1) * step for size, step in zip(view.shape, view.stride(), strict=True))
-    span = raw(view.as_strided((last + 1,), (1,)))
-    made = b"".join(gather(span, code, tuple(view.shape), view.stride(), conj=conj, neg=neg))
-    assert made == raw(wanted)
-
-
-@pytest.mark.parametrize(
-    ("shape", "stride"),
-    [((3, 700_001), (1, 3)), ((700_001, 3), (1, 700_001)), ((2, 2, 600_000), (1_200_000, 1, 2)), ((1_500_000,), (2,))],
-    ids=["long rows", "many rows", "deep", "flat"],
-)
-def test_gather_in_several_blocks(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """Views larger than a block come in pieces of bounded size, none missing and none twice."""
-    last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-    data = torch.arange(last + 1, dtype=torch.int32)
-    blocks = [bytes(block) for block in gather(data.numpy().tobytes(), "I32", shape, stride)]
-    assert b"".join(blocks) == data.as_strided(shape, stride).contiguous().numpy().tobytes()
-    if len(shape) > 1:
-        assert max(map(len, blocks)) <= 4 << 20
-        assert len(blocks) > 1
-
-
-def test_gather_of_nothing_is_nothing() -> None:
-    """A conjugate view without elements has no bytes, and no error."""
-    assert list(gather(b"", "C64", (0, 2), (2, 1), conj=True)) == []
-
-
-def test_packed_halves_of_bytes_have_no_strides() -> None:
-    """Two elements a byte cannot be picked apart without arithmetic: refused by name."""
-    with pytest.raises(PlanError, match="a view of F4"):
-        list(gather(b"\0\0\0\0", "F4", (2, 2), (4, 1)))
 
 
 # --- casts -----------------------------------------------------------------------------------------------------------

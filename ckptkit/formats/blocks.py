@@ -8,21 +8,20 @@ block is read once, from its first byte to its last.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Final, Literal, NamedTuple
+from typing import NamedTuple
 
 from ckptkit.errors import FormatError
-from ckptkit.storage import CHUNK, Extent, Region
-from ckptkit.tensors import Payload
+from ckptkit.formats.strided import loops_of, move
+from ckptkit.storage import CHUNK, Region, seekable
+from ckptkit.tensors import Payload, row_major
 from ckptkit.text import quoted
 
 __all__ = ["Block", "BlockTensor", "Box", "InMemory", "check_cover", "step_budget"]
 
 _STEPS, _STEPS_PER_BOX = 1_000_000, 4  # a grid needs about three for each box
-_MOST_STRIPES = 32
-_WORDS: Final[Mapping[int, Literal["B", "H", "I", "Q"]]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 
 
 class Box(NamedTuple):
@@ -204,7 +203,7 @@ class _Assembly:
             if nbytes == payload.nbytes:
                 return payload
             # What cannot be read in part, such as a shard of a transposed tensor, is read once and kept until used up.
-            self.regions[index] = payload if isinstance(payload, Extent) else InMemory(memoryview(_joined(payload)))
+            self.regions[index] = payload if seekable(payload) else InMemory(memoryview(_joined(payload)))
         region, start = self.regions[index], self.done[index]
         self.done[index] += nbytes
         if self.done[index] == region.nbytes:
@@ -222,45 +221,10 @@ class _Assembly:
             count = math.prod(sizes) * self.width
             data = memoryview(_joined(self.take(index, count)))
             at = sum(offset * step for offset, step in zip(offsets, steps[1:], strict=True))
-            _scatter(out, at, data, *_runs(sizes, steps, self.width))
+            of = [step * self.width for step in row_major(sizes)]
+            move(out[at:], data, *loops_of(sizes, steps, of, self.width))
         return out
 
 
 def _joined(payload: Payload) -> bytes:
     return b"".join(bytes(piece) for piece in payload.chunks())
-
-
-def _runs(sizes: Sequence[int], steps: Sequence[int], width: int) -> tuple[list[tuple[int, int]], int]:
-    """Return the loops, outermost first, over the runs of bytes that lie together, and the length of a run."""
-    run = width
-    loops: list[tuple[int, int]] = []
-    for size, step in zip(reversed(sizes), reversed(steps), strict=True):
-        if not loops and step == run:
-            run *= size
-        elif loops and step == loops[-1][0] * loops[-1][1]:
-            loops[-1] = (loops[-1][0] * size, loops[-1][1])
-        elif size > 1:
-            loops.append((size, step))
-    return loops[::-1], run
-
-
-def _scatter(out: memoryview, at: int, data: memoryview, loops: list[tuple[int, int]], run: int) -> None:
-    if not loops:
-        out[at : at + run] = data
-        return
-    (count, step), *inner = loops
-    if inner:
-        size = len(data) // count
-        for index in range(count):
-            _scatter(out, at + index * step, data[index * size : (index + 1) * size], inner, run)
-        return
-    unit = math.gcd(step, run, 8)
-    if run // unit > min(_MOST_STRIPES, count):
-        for index in range(count):
-            out[at + index * step : at + index * step + run] = data[index * run : (index + 1) * run]
-        return
-    # Many short runs: one strided copy for each word of a run, instead of one short copy for each run.
-    target = out[at : at + (count - 1) * step + run].cast(_WORDS[unit])
-    source = data.cast(_WORDS[unit])
-    for word in range(run // unit):
-        target[word :: step // unit] = source[word :: run // unit]

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
 from ckptkit.formats.modules import open_modules
+from ckptkit.formats.strided import Strided
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
 from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select, type_name
 from ckptkit.storage import Region
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
 from ckptkit.text import plural, printable, quoted
-from ckptkit.torch_bridge import gather
 
 __all__ = ["TorchFile", "assemble"]
 
@@ -34,26 +34,6 @@ class TorchFile:
     pickle_size: int
     locate: Callable[[StorageRef], Region]  # raises FormatError where the storage is not in the file
     warnings: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class _Strided:
-    """A tensor whose elements do not lie in order, or stand for their conjugate or negative."""
-
-    span: Payload
-    info: TensorInfo
-    conj: bool
-    neg: bool
-
-    @property
-    def nbytes(self) -> int:
-        return self.info.nbytes
-
-    def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
-        view = self.info.view
-        assert view is not None  # noqa: S101 - made only for tensors with a place in a storage
-        data = b"".join(bytes(chunk) for chunk in self.span.chunks())
-        yield from gather(data, self.info.dtype, self.info.shape, view.stride, conj=self.conj, neg=self.neg)
 
 
 def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Callable[[], None],  # noqa: A002
@@ -102,9 +82,9 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         tensor = tensors[info.key][0]
         if info.kind != "dense" or tensor.storage is None:
             raise FormatError(f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=path)
-        bytes_ = _span(info, places[tensor.storage.key])
+        whole = places[tensor.storage.key]
         plain = is_contiguous(info) and not tensor.conj and not tensor.neg
-        return bytes_ if plain else _Strided(bytes_, info, tensor.conj, tensor.neg)
+        return _span(info, whole) if plain else Strided(whole, info, tensor.conj, tensor.neg)
 
     return Checkpoint(
         infos,

@@ -83,12 +83,13 @@ VIEWS = {
     "int8": torch.arange(6, dtype=torch.int8).view(2, 3).T,
     "bool": torch.tensor([[True, False], [False, False]]).T,
     "float8": random_tensor(torch.float8_e4m3fn, (3, 4)).T,
+    "float4": random_tensor(torch.float4_e2m1fn_x2, (3, 8))[:, 1:3],
     "uint64": random_tensor(torch.uint64, (3, 4))[:, 1],
     "complex128": random_tensor(torch.complex128, (3, 2)).T,
     "many ones": BASE.view(1, 24, *[1] * 60).transpose(1, 0),
 }
 # torch 2.13 writes these into legacy files and cannot load them from there.
-UNLOADABLE = (torch.float8_e4m3fn, torch.uint64, torch.complex32)
+UNLOADABLE = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.uint64, torch.complex32)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
