@@ -99,7 +99,8 @@ class TensorInfo:
     """An entry of a state_dict minus the numbers: key (FQN), dtype (safetensors code) and shape.
 
     ``kind`` is ``"dense"`` for everything whose bytes can be copied; anything else (``"sparse"``,
-    ``"quantized"``, ``"meta"``, …) is listed and cannot be written.
+    ``"quantized"``, ``"meta"``, …) is listed and cannot be written. ``stored`` is the size in bytes where the
+    dtype is none of ours, such as the blocks of GGUF.
     """
 
     key: str
@@ -107,6 +108,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     view: View | None = None
     kind: str = "dense"
+    stored: int = 0
 
     @property
     def elements(self) -> int:
@@ -117,7 +119,7 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes that the elements take when stored contiguously."""
         dtype = DTYPES.get(self.dtype)
-        return 0 if dtype is None else (self.elements * dtype.bits + 7) // 8
+        return self.stored if dtype is None else (self.elements * dtype.bits + 7) // 8
 
     def __str__(self) -> str:
         """Dtype and shape, as every table and message gives them: ``F32 [64, 3]``."""

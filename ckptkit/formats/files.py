@@ -49,6 +49,11 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
         from ckptkit.formats.torch_legacy import open_torch_legacy
 
         return open_torch_legacy(file, inner)
+    if head.startswith(b"GGUF"):
+        from ckptkit.formats.gguf import open_gguf
+
+        refuse_inner(inner)
+        return open_gguf(file)
     if _looks_like_safetensors(head):
         refuse_inner(inner)
         return open_safetensors(file)

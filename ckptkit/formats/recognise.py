@@ -17,7 +17,6 @@ _KNOWN_MAGICS = (
     (b"BZh", "a bzip2-compressed file", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),
     (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run git lfs pull"),
-    (b"GGUF", "a GGUF file, which is not read yet", "gguf-py reads it"),
     (b"\x89HDF", "an HDF5 file (Keras?), which is not read", "h5py reads it"),
     (b"\x93NUMPY", "a NumPy array, which is not read yet", "numpy.load reads it"),
     (b"\x89PNG", "a PNG picture", None),

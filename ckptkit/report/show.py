@@ -24,8 +24,7 @@ def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
         count = info.elements
         tensors += 1
         elements += count
-        if info.dtype in DTYPES:
-            nbytes += (count * DTYPES[info.dtype].bits + 7) // 8
+        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored
     return {"tensors": tensors, "elements": elements, "bytes": nbytes}
 
 

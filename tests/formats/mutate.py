@@ -16,6 +16,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -23,12 +25,13 @@ from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
 from ckptkit.tensors import DTYPES, shared_keys
 from tests.helpers_formats import CODE_OF, bits, f32, rezip, safetensors_file, saved
+from tests.helpers_gguf import written
 
 BASE = torch.arange(12, dtype=torch.float32)
 STATE = OrderedDict(
     [("a.weight", BASE.reshape(3, 4)), ("a.bias", BASE[4:8]), ("t", BASE.reshape(3, 4).T), ("n", torch.tensor(7))]
 )
-KINDS = ("safetensors", "zip", "legacy", "index")
+KINDS = ("safetensors", "zip", "legacy", "index", "gguf")
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
@@ -49,6 +52,8 @@ def corpus(kind: str) -> list[bytes]:
     if kind == "index":
         weight_map = {"w": "one.safetensors", "v": "two.safetensors"}
         return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]
+    if kind == "gguf":
+        return [written(_plain_gguf), written(_quantised_gguf)]
     nested = {
         "model": STATE,
         "epoch": 3,
@@ -69,6 +74,20 @@ def corpus(kind: str) -> list[bytes]:
         torch.serialization.set_crc32_options(True)
         made.append(rezip(made[0], method=8))
     return made
+
+
+def _plain_gguf(writer: gguf.GGUFWriter) -> None:
+    writer.add_custom_alignment(8)
+    writer.add_tensor("w", np.arange(6, dtype=np.float32).reshape(2, 3))
+    writer.add_tensor("b", np.arange(4, dtype=np.int8))
+    writer.add_tensor("h", np.arange(2, dtype=np.float16))
+
+
+def _quantised_gguf(writer: gguf.GGUFWriter) -> None:
+    writer.add_token_list([f"t{index}" for index in range(20)])
+    writer.add_array("few", [1, 2, 3])
+    writer.add_tensor("q", np.zeros((2, 34), dtype=np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
+    writer.add_tensor("n", np.arange(3, dtype=np.int64))
 
 
 def _with_stable_keys(data: bytes) -> bytes:
@@ -213,6 +232,20 @@ def by_torch(path: str) -> Seen | None:
     }
 
 
+def by_gguf(path: str) -> Seen | None:
+    """The tensors of plain numbers by gguf-py; None where it refuses the file."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tensors = gguf.GGUFReader(path).tensors
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    return {
+        tensor.name: (tensor.tensor_type.name, tuple(int(size) for size in tensor.shape)[::-1], tensor.data.tobytes())
+        for tensor in tensors
+        if tensor.tensor_type.name in DTYPES and tensor.n_bytes <= _LARGEST_READ
+    }
+
+
 def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
     rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence is what is wanted
     files = corpus(kind)
@@ -230,13 +263,15 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
 
 def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
     """Read ``count`` mutants; return how they ended. Raises ``AssertionError`` where the two readings differ."""
-    path = directory / {"safetensors": "x.safetensors", "index": "x.safetensors.index.json"}.get(kind, "x.pt")
+    names = {"safetensors": "x.safetensors", "index": "x.safetensors.index.json", "gguf": "x.gguf"}
+    path = directory / names.get(kind, "x.pt")
     for name, key in (("one", "w"), ("two", "v")):
         (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))
     oracles: dict[str, Callable[[str], Seen | None]] = {
         "safetensors": by_safetensors,
         "zip": by_torch,
         "legacy": by_torch,
+        "gguf": by_gguf,
     }
     ends: Counter[str] = Counter()
     for number, data in enumerate(mutants(kind, count, seed)):

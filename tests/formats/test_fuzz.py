@@ -1,4 +1,4 @@
-"""Three thousand damaged files: only refusals escape, and where others read a file too, they read the same."""
+"""Thousands of damaged files: only refusals escape, and where others read a file too, they read the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ SEED = 20
 
 
 @pytest.mark.parametrize(
-    ("kind", "count", "agreed"), [("safetensors", 1000, 50), ("zip", 900, 60), ("legacy", 700, 40), ("index", 400, 0)]
+    ("kind", "count", "agreed"),
+    [("safetensors", 1000, 50), ("zip", 900, 60), ("legacy", 700, 40), ("index", 400, 0), ("gguf", 600, 60)],
 )
 def test_only_refusals_escape_and_the_libraries_agree(tmp_path: Path, kind: str, count: int, agreed: int) -> None:
     """``run`` compares; the counts prove that damage of every kind got through to be compared, and to be refused."""
