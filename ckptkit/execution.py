@@ -237,7 +237,7 @@ def _refuse_harm(output: Output, inputs: Iterable[Checkpoint]) -> None:
             raise OutputError("is an input", hint="write elsewhere, or --force to replace it", path=output.path)
         if len(checkpoint.files) > 1 and not inside:
             raise OutputError("is a shard of an input, which would no longer fit together", path=output.path)
-        lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata"]
+        lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.apart]
         if lost:
             named = ", ".join(map(printable, lost[:4]))
             raise OutputError(

@@ -131,13 +131,14 @@ class Entry(NamedTuple):
     """Something in a checkpoint that is no tensor of the state_dict: an epoch, an optimizer, arguments.
 
     ``value`` is the value itself where JSON can hold it, else a short description. ``outside`` says that it
-    lies beside the mapping of weights and not in it.
+    lies beside the mapping of weights and not in it, ``apart`` that it is a file of its own.
     """
 
     path: str
     type: str
     value: object
     outside: bool = False
+    apart: bool = False
 
 
 class Payload(Protocol):

@@ -38,6 +38,7 @@ FLOORS = (
     {"formats.torch_zip", "formats.torch_legacy", "formats.sharded", "formats.live"},
     {"formats.dcp", "formats.zip_files"},
     {"formats.files"},
+    {"formats.beside"},
     {"formats.directories"},
     {"tensor_ops.expressions", "tensor_ops.operation"},
     {"tensor_ops.parameters"},

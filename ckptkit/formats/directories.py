@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
+from itertools import islice
 
 from ckptkit.errors import FormatError
+from ckptkit.formats.beside import is_beside, named_beside, read_beside
 from ckptkit.formats.dcp import is_dcp, open_dcp
 from ckptkit.formats.files import TORCH_SUFFIXES, open_file
 from ckptkit.formats.recognise import refuse_inner
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, open_sharded
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import printable, quoted
+from ckptkit.text import plural, printable, quoted
 
 __all__ = ["open_directory", "open_index"]
 
-_SINGLE_FILES = (
-    "model.safetensors", "pytorch_model.bin", "adapter_model.safetensors", "adapter_model.bin",
-    "diffusion_pytorch_model.safetensors", "consolidated.safetensors", "consolidated.00.pth",
+_WHOLE = (
+    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+    "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
+_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+_ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)")  # accelerate numbers all models after the first
+_MOST_NAMES = 1_000_000
 
 
 def open_index(directory: str, index: str, inner: str, *, whole: bool = False) -> Checkpoint:
@@ -29,30 +36,74 @@ def open_index(directory: str, index: str, inner: str, *, whole: bool = False) -
 def open_directory(directory: str, inner: str) -> Checkpoint:
     """Return the checkpoint in ``directory``, or the mapping ``inner`` inside it.
 
-    Raises ``FormatError`` where there is none, where there are several, and where a part of it is missing.
+    What trainers write beside weights is among its entries; ``inner`` can also begin with the name of such a file,
+    which then is what is opened: ``optimizer.pt`` or ``optimizer.pt.state``. Raises ``FormatError`` where there is no
+    checkpoint, where there are several, and where a part of it is missing.
     """
-    names = os.listdir(directory)
+    names = _names(directory)
+    beside = named_beside(names, inner)
+    if beside is not None:
+        return _open_beside(directory, *beside)
+    checkpoint = _open_weights(directory, names, inner)
+    try:
+        entries, warnings = read_beside(directory, names)
+    except BaseException:
+        checkpoint.close()
+        raise
+    checkpoint.entries += entries
+    checkpoint.warnings += warnings
+    return checkpoint
+
+
+def _names(directory: str) -> list[str]:
+    with os.scandir(directory) as listing:
+        names = [entry.name for entry in islice(listing, _MOST_NAMES + 1)]
+    if len(names) > _MOST_NAMES:
+        raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of the one meant")
+    return names
+
+
+def _open_beside(directory: str, name: str, inner: str) -> Checkpoint:
+    if name.endswith(".json"):
+        raise FormatError(
+            "a JSON file, which holds no tensors",
+            hint="ckpt show of the directory lists its values",
+            path=os.path.join(directory, name),
+        )
+    return open_file(os.path.join(directory, name), inner)
+
+
+def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoint:
     index = find_index(names)
     if index is None and is_dcp(names):
         return open_dcp(directory, inner)
-    single = next((name for name in _SINGLE_FILES if name in names), None)
-    if index is not None:
-        checkpoint = open_index(directory, index, inner, whole=True)
-        if single is not None:
-            checkpoint.warnings += (f"{quoted(single)} lies beside the index {quoted(index)}, which is the one read",)
-        return checkpoint
-    if single is not None:
-        return open_file(os.path.join(directory, single), inner)
-    weights = sorted(name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)))
-    if len(weights) == 1:
-        return open_file(os.path.join(directory, weights[0]), inner)
-    if weights:
-        listed = ", ".join(map(printable, weights[:4]))
+    known = [name for name in (*_WHOLE, *_ADAPTER) if name in names]
+    adapter = [name for name in known if name in _ADAPTER]
+    chosen = index or next(iter(known), None) or _only(names)
+    if adapter and chosen not in adapter:
         raise FormatError(
-            f"a directory with {len(weights)} files of weights and no index, such as {listed}",
+            f"holds a whole model and an adapter: {printable(chosen)}, {adapter[0]}",
             hint="give the path of the one meant",
         )
-    raise FormatError(
-        "a directory without a checkpoint in it",
-        hint=f"looked for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_SINGLE_FILES[:2])}",
+    others = [name for name in (*known, *sorted(filter(_ANOTHER.fullmatch, names))) if name != chosen]
+    checkpoint = (
+        open_index(directory, index, inner, whole=True) if index else open_file(os.path.join(directory, chosen), inner)
     )
+    what = f"the index {quoted(chosen)}" if index else quoted(chosen)
+    checkpoint.warnings += tuple(f"{quoted(name)} lies beside {what}, which is the one read" for name in others[:4])
+    return checkpoint
+
+
+def _only(names: Sequence[str]) -> str:
+    """Return the only file that by its name holds weights; raises ``FormatError`` where there are none or several."""
+    weights = sorted(name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_beside(name))
+    if not weights:
+        looked = f"looked for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WHOLE[:2])}"
+        raise FormatError("a directory without a checkpoint in it", hint=looked)
+    if len(weights) > 1:
+        listed = ", ".join(map(printable, weights[:4]))
+        raise FormatError(
+            f"a directory with {plural(len(weights), 'file')} of weights and no index, such as {listed}",
+            hint="give the path of the one meant",
+        )
+    return weights[0]

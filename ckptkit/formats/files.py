@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.recognise import refusal_of, refuse_inner
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 
-__all__ = ["TORCH_SUFFIXES", "open_file"]
+if TYPE_CHECKING:
+    from ckptkit.formats.torch_checkpoint import TorchFile
+
+__all__ = ["TORCH_SUFFIXES", "open_file", "read_torch"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
+_ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
 
 
@@ -38,14 +44,12 @@ def open_file(name: str, inner: str) -> Checkpoint:
 
 
 def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
-    if file.size == 0:
-        raise FormatError("the file is empty", hint="download or copy it again")
-    head = file.read(0, min(file.size, 512))
-    if head.startswith(b"PK\3\4"):
+    head = _head(file)
+    if head.startswith(_ZIP_MAGIC):
         from ckptkit.formats.zip_files import open_zip
 
         return open_zip(file, inner)
-    if head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]:
+    if _is_legacy(head):
         from ckptkit.formats.torch_legacy import open_torch_legacy
 
         return open_torch_legacy(file, inner)
@@ -58,6 +62,34 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
         refuse_inner(inner)
         return open_safetensors(file)
     raise refusal_of(file, head)
+
+
+def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
+    """Return the inert tree in a file of ``torch.save``, of whatever class it is.
+
+    Raises ``FormatError`` where it is none or not whole, or its pickle has more than ``largest`` bytes.
+    """
+    head = _head(file)
+    if head.startswith(_ZIP_MAGIC):
+        from ckptkit.formats.torch_zip import read_torch_zip
+        from ckptkit.formats.zip_directory import read_zip_directory
+
+        return read_torch_zip(read_zip_directory(file), largest=largest)
+    if _is_legacy(head):
+        from ckptkit.formats.torch_legacy import read_torch_legacy
+
+        return read_torch_legacy(file, largest=largest)
+    raise refusal_of(file, head)
+
+
+def _head(file: LocalFile) -> bytes:
+    if file.size == 0:
+        raise FormatError("the file is empty", hint="download or copy it again")
+    return file.read(0, min(file.size, 512))
+
+
+def _is_legacy(head: bytes) -> bool:
+    return head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]
 
 
 def _looks_like_safetensors(head: bytes) -> bool:

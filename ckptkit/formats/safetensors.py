@@ -82,14 +82,17 @@ def _without_collection() -> Iterator[None]:
             gc.enable()
 
 
-def parse_json(data: bytes, what: str) -> dict[str, Any]:
-    """Return the JSON object in ``data``; raises ``FormatError`` for anything else, a key given twice included."""
+def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]:
+    """Return the JSON object in ``data``; raises ``FormatError`` for anything else, a key given twice included.
+
+    Without ``finite``, NaN and Infinity are read as Python writes them.
+    """
     try:
         value = json.loads(
             data.decode("utf-8"),
             object_pairs_hook=_unique,
-            parse_constant=_no_constant,
-            parse_float=_finite,
+            parse_constant=_no_constant if finite else None,
+            parse_float=_finite if finite else None,
             parse_int=_integer if b"-0" in data else None,
         )
         if _LONE_SURROGATE.search(data):

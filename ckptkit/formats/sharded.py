@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import PureWindowsPath
 from typing import Any
 
@@ -21,7 +21,7 @@ _LARGEST_INDEX = 256 << 20
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 
 
-def find_index(names: list[str]) -> str | None:
+def find_index(names: Sequence[str]) -> str | None:
     """Return which of a directory's file names is the index to read, or None.
 
     With one of each kind, that of the safetensors shards. Raises ``FormatError`` where two of a kind compete.

@@ -16,8 +16,9 @@ from ckptkit.storage import Region
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
 from ckptkit.text import plural, printable, quoted
 
-__all__ = ["TorchFile", "assemble"]
+__all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "code_warnings"]
 
+LARGEST_PICKLE = 256 << 20
 _BUDGET_PER_BYTE = 2
 _NAMES_PER_BYTE = 64
 _MOST_OUTLINED = 1_000_000
@@ -68,7 +69,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     entries = _outside(tree, chosen, outlined) + entries
     references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
-    warnings += [*file.warnings, *notes, *_code_warnings(references, suspicious)]
+    warnings += [*file.warnings, *notes, *code_warnings(references, suspicious)]
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
@@ -160,7 +161,8 @@ def _outside(tree: object, chosen: tuple[object, ...], outlined: list[int]) -> l
     return entries
 
 
-def _code_warnings(references: list[str], suspicious: list[str]) -> list[str]:
+def code_warnings(references: list[str], suspicious: list[str]) -> list[str]:
+    """Return what to say of the code that a file names: ``suspicious`` where there is any, else ``references``."""
     if suspicious:
         named = ", ".join(printable(name) for name in suspicious[:8])
         return [f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"]

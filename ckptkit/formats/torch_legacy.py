@@ -7,19 +7,18 @@ import struct
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter
 from ckptkit.formats.pickle_machine import TruncatedPickleError
-from ckptkit.formats.torch_checkpoint import TorchFile, assemble
+from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.storage import Extent, LocalFile, Region
 from ckptkit.tensors import DTYPES, Checkpoint
 from ckptkit.text import quoted
 
-__all__ = ["open_torch_legacy"]
+__all__ = ["open_torch_legacy", "read_torch_legacy"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of the five pickles, a number that the format is told by
 _PROTOCOL = 1001
 _FIRST_WINDOW = 1 << 20
-_LARGEST_PICKLE = 256 << 20
 _LENGTH = struct.Struct("<q")
 
 
@@ -28,28 +27,8 @@ def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
 
     Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
     """
-    objects = TorchObjects()
-    plain = Interpreter({}, {})
-    magic, pos = _pickle(file, plain, 0)
-    if magic != _MAGIC:
-        raise FormatError("a bare pickle, not a file of torch.save")
-    protocol, pos = _pickle(file, plain, pos)
-    if protocol != _PROTOCOL:
-        raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
-    _, pos = _pickle(file, plain, pos)
-    start = pos
-    tree, pos = _pickle(file, objects.interpreter, pos)
-    size = pos - start
-    keys, pos = _pickle(file, plain, pos)
-    starts = _storage_starts(file, objects, keys, pos)
-
-    def locate(storage: StorageRef) -> Region:
-        if storage.key not in starts:
-            raise FormatError(f"storage {quoted(storage.key)} is not in the file")
-        return Extent(file, starts[storage.key], storage.nbytes)
-
     return assemble(
-        TorchFile(tree, objects, size, locate),
+        read_torch_legacy(file),
         path=file.path,
         format="torch-legacy",
         inner=inner,
@@ -58,7 +37,35 @@ def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
     )
 
 
-def _pickle(file: LocalFile, interpreter: Interpreter, start: int) -> tuple[object, int]:
+def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:
+    """Return the inert tree in a legacy torch file, and where its storages lie.
+
+    Raises ``FormatError`` likewise, and where a pickle has more than ``largest`` bytes.
+    """
+    objects = TorchObjects()
+    plain = Interpreter({}, {})
+    magic, pos = _pickle(file, plain, 0, largest)
+    if magic != _MAGIC:
+        raise FormatError("a bare pickle, not a file of torch.save")
+    protocol, pos = _pickle(file, plain, pos, largest)
+    if protocol != _PROTOCOL:
+        raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
+    _, pos = _pickle(file, plain, pos, largest)
+    start = pos
+    tree, pos = _pickle(file, objects.interpreter, pos, largest)
+    size = pos - start
+    keys, pos = _pickle(file, plain, pos, largest)
+    starts = _storage_starts(file, objects, keys, pos)
+
+    def locate(storage: StorageRef) -> Region:
+        if storage.key not in starts:
+            raise FormatError(f"storage {quoted(storage.key)} is not in the file")
+        return Extent(file, starts[storage.key], storage.nbytes)
+
+    return TorchFile(tree, objects, size, locate)
+
+
+def _pickle(file: LocalFile, interpreter: Interpreter, start: int, largest: int) -> tuple[object, int]:
     # Where a pickle ends is known only by reading it, and the storages behind it may be large:
     # so a window is read, and a larger one only if the pickle did not end inside it.
     window = _FIRST_WINDOW
@@ -69,8 +76,8 @@ def _pickle(file: LocalFile, interpreter: Interpreter, start: int) -> tuple[obje
         except TruncatedPickleError as error:
             if len(data) == file.size - start:
                 raise FormatError(error.reason, hint="download or copy it again") from None
-            if window >= _LARGEST_PICKLE:
-                raise FormatError(f"a pickle of more than {_LARGEST_PICKLE} bytes") from None
+            if window >= largest:
+                raise FormatError(f"a pickle of more than {largest} bytes") from None
             window *= 4
         else:
             return value, start + end

@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 
 from ckptkit.errors import FormatError
-from ckptkit.formats.torch_checkpoint import TorchFile, assemble
+from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.formats.zip_directory import ZipDirectory
@@ -15,7 +15,6 @@ from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_zip", "read_torch_zip"]
 
-_LARGEST_PICKLE = 256 << 20
 _NEWEST_VERSION = 10
 
 
@@ -36,11 +35,14 @@ def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
     )
 
 
-def read_torch_zip(archive: ZipDirectory) -> TorchFile:
-    """Return the inert tree in a torch zip archive, and where its storages lie; raises ``FormatError`` likewise."""
+def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> TorchFile:
+    """Return the inert tree in a torch zip archive, and where its storages lie.
+
+    Raises ``FormatError`` likewise, and where the pickle has more than ``largest`` bytes.
+    """
     root = _root(archive)
     warnings = _check_records(archive, root)
-    data = _read_pickle(archive, f"{root}data.pkl")
+    data = _read_pickle(archive, f"{root}data.pkl", largest)
     objects = TorchObjects()
     tree, end = unpickle(data, objects.interpreter)
     if end != len(data):
@@ -113,10 +115,10 @@ def _small(archive: ZipDirectory, name: str) -> str | None:
     return b"".join(bytes(chunk) for chunk in archive.region(name).chunks()).decode("ascii", "replace").strip()
 
 
-def _read_pickle(archive: ZipDirectory, name: str) -> bytes:
+def _read_pickle(archive: ZipDirectory, name: str, largest: int) -> bytes:
     entry = archive.entries[name]
-    if entry.size > _LARGEST_PICKLE:
-        raise FormatError(f"data.pkl has {entry.size} bytes, more than the limit of {_LARGEST_PICKLE}")
+    if entry.size > largest:
+        raise FormatError(f"data.pkl has {entry.size} bytes, more than the limit of {largest}")
     data = b"".join(bytes(chunk) for chunk in archive.region(name).chunks())
     # A checksum of zero is how torch writes "none" (torch.serialization.set_crc32_options).
     if entry.crc and zlib.crc32(data) != entry.crc:

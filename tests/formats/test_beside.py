@@ -1,0 +1,270 @@
+"""What trainers write beside the weights: listed with them, opened by name, never run, never in the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ckptkit import plan_remap
+from ckptkit.errors import FormatError
+from ckptkit.execution import Output, execute
+from ckptkit.formats import open_checkpoint
+from ckptkit.tensors import Entry
+from tests.helpers_cli import run_ckpt
+from tests.helpers_formats import assert_same, mapping, refusal, text, torch_zip, with_weights
+
+STATE = {"net.weight": torch.arange(6.0).reshape(2, 3), "net.bias": torch.ones(2)}
+TRAINER_STATE: dict[str, object] = {
+    "best_global_step": None, "best_metric": float("nan"), "best_model_checkpoint": None, "epoch": 0.5,
+    "eval_steps": 500, "global_step": 2, "is_hyper_param_search": False,
+    "log_history": [{"epoch": 0.5, "grad_norm": float("inf"), "loss": float("nan"), "step": 2}],
+    "max_steps": 4, "stateful_callbacks": {"TrainerControl": {"args": {}}}, "total_flos": 864000.0, "trial_name": None,
+}  # fmt: skip
+CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "model_type": "llama", "rope_parameters": {"a": 1}}
+
+
+class TrainingArguments(Namespace):
+    """Stands for the class of transformers: hundreds of fields, and code that is not here."""
+
+
+def trained() -> dict[str, Any]:
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def trainer_directory(directory: Path) -> Path:
+    """Write what transformers' Trainer writes at a checkpoint, file by file."""
+    directory.mkdir(exist_ok=True)
+    save_file(STATE, directory / "model.safetensors", {"format": "pt"})
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+    (directory / "trainer_state.json").write_text(json.dumps(TRAINER_STATE))
+    (directory / "README.md").write_text("a model")
+    torch.save(trained(), directory / "optimizer.pt")
+    torch.save({"last_epoch": 2, "_last_lr": [0.5], "lr_lambdas": [{}]}, directory / "scheduler.pt")
+    torch.save({"python": (3, tuple(range(625)), None), "cpu": torch.get_rng_state()}, directory / "rng_state.pth")
+    torch.save(TrainingArguments(**{f"field_{n}": n for n in range(100)}), directory / "training_args.bin")
+    return directory
+
+
+def entries_of(directory: Path) -> dict[str, Entry]:
+    with open_checkpoint(directory) as checkpoint:
+        assert all(entry.outside and entry.apart for entry in checkpoint.entries)
+        return {entry.path: entry for entry in checkpoint.entries}
+
+
+def test_a_checkpoint_of_the_trainer_is_its_weights_and_lists_the_rest(tmp_path: Path) -> None:
+    with open_checkpoint(trainer_directory(tmp_path)) as checkpoint:
+        assert {key: info.shape for key, info in checkpoint.items()} == {"net.bias": (2,), "net.weight": (2, 3)}
+        assert checkpoint.warnings == ()
+        assert checkpoint.references == ()
+    entries = entries_of(tmp_path)
+    assert {path: (entry.type, entry.value) for path, entry in entries.items()} == {
+        "config.json": ("json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 16}),
+        "generation_config.json": ("json", {"eos_token_id": 2}),
+        "optimizer.pt": ("dict", "2 items, 6 tensors"),
+        "rng_state.pth": ("dict", "2 items, 1 tensor"),
+        "scheduler.pt": ("dict", {"last_epoch": 2, "_last_lr": [0.5], "lr_lambdas": [{}]}),
+        "trainer_state.json": (
+            "json",
+            {"global_step": 2, "epoch": 0.5, "best_metric": "nan", "max_steps": 4, "eval_steps": 500,
+             "is_hyper_param_search": False, "total_flos": 864000.0},
+        ),
+        "training_args.bin": (f"{__name__}.TrainingArguments", "code reference, not run"),
+    }  # fmt: skip
+
+
+def test_what_is_written_says_what_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = trainer_directory(tmp_path / "checkpoint-2")
+    ran = run_ckpt(capsys, "convert", directory, "-o", tmp_path / "out.pt")
+    assert ran.code == 0
+    assert "left out, not among the tensors taken: config.json, generation_config.json, optimizer.pt" in ran.err
+
+
+def test_weights_are_replaced_in_place_beside_their_other_files(tmp_path: Path) -> None:
+    """Files of their own are not lost when the one that holds the weights is replaced."""
+    directory = trainer_directory(tmp_path)
+    before = {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "model.safetensors"}
+    with open_checkpoint(directory) as checkpoint:
+        plan = plan_remap(checkpoint, ["net.*=*"])
+        execute(plan, {"source": checkpoint}, Output(str(directory / "model.safetensors"), "safetensors", force=True))
+    with open_checkpoint(directory) as checkpoint:
+        assert set(checkpoint) == {"weight", "bias"}
+    assert {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "model.safetensors"} == before
+
+
+def test_a_file_beside_the_weights_is_opened_by_its_name(tmp_path: Path) -> None:
+    """``DIR::optimizer.pt`` is that file, and what follows is a mapping inside it."""
+    directory = trainer_directory(tmp_path)
+    expected = torch.load(directory / "optimizer.pt", weights_only=True)["state"]
+    flat = {f"{index}.{name}": value for index, state in expected.items() for name, value in state.items()}
+    with open_checkpoint(f"{directory}::optimizer.pt.state") as checkpoint:
+        assert_same(checkpoint, flat)
+        assert checkpoint.path == str(directory / "optimizer.pt")
+    with open_checkpoint(f"{directory}::optimizer.pt") as checkpoint:
+        assert list(checkpoint) == [f"state.{key}" for key in flat]
+    error = refusal(f"{directory}::trainer_state.json")
+    assert "a JSON file, which holds no tensors" in error.reason
+    error = refusal(f"{directory}::optimizer.pt.steak")
+    assert "holds nothing at 'steak'" in error.reason
+    error = refusal(f"{directory}::optimizer")
+    assert "is flat: there is no mapping 'optimizer' inside" in error.reason
+
+
+def test_states_of_many_ranks_are_one_entry(tmp_path: Path) -> None:
+    directory = trainer_directory(tmp_path)
+    os.rename(directory / "rng_state.pth", directory / "rng_state_0.pth")
+    for rank in range(1, 300):
+        (directory / f"rng_state_{rank}.pth").write_bytes(b"not looked at: it is like the first")
+    with open_checkpoint(directory) as checkpoint:
+        assert checkpoint.warnings == ()
+    assert entries_of(directory)["rng_state_*.pth"][1:3] == ("300 files", "2 items, 1 tensor")
+    with open_checkpoint(f"{directory}::rng_state_0.pth") as checkpoint:
+        assert list(checkpoint) == ["cpu"]
+
+
+def test_the_states_of_accelerate_are_listed(tmp_path: Path) -> None:
+    """Its files are of the same kind under other names; a second model is mentioned, not read."""
+    save_file(STATE, tmp_path / "model.safetensors")
+    save_file(STATE, tmp_path / "model_1.safetensors")
+    names = ("custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl", "sampler.bin", "scheduler.bin")
+    for name in names:
+        torch.save({"a": 1}, tmp_path / name)
+    assert {path: entry.value for path, entry in entries_of(tmp_path).items()} == {name: {"a": 1} for name in names}
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.warnings == ("'model_1.safetensors' lies beside 'model.safetensors', which is the one read",)
+
+
+def test_any_one_file_of_weights_may_have_company(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "my_run.pth")
+    torch.save(trained(), tmp_path / "optimizer.pt")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_same(checkpoint, STATE)
+        assert [entry.path for entry in checkpoint.entries] == ["optimizer.pt"]
+
+
+def _huge_json(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(17 << 20)
+
+
+BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "empty": ("optimizer.pt", lambda path: path.write_bytes(b""), "optimizer.pt is not read: the file is empty"),
+    "truncated": (
+        "optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[:-50]), "optimizer.pt is not read: "),
+    "no torch file": (
+        "scheduler.pt", lambda path: path.write_bytes(b"\x80\x04}."), "scheduler.pt is not read: a bare pickle"),
+    "a directory": ("scaler.pt", Path.mkdir, "scaler.pt is not read: not a regular file"),
+    "a dangling link": ("scaler.pt", lambda path: path.symlink_to("gone"), "scaler.pt is not read: a symbolic li"),
+    "a pipe": ("scaler.pt", os.mkfifo, "scaler.pt is not read: not a regular file"),
+    "not JSON": (
+        "trainer_state.json", lambda path: path.write_text("{"), "trainer_state.json is not read: it is not JSON"),
+    "a list": ("config.json", lambda path: path.write_text("[]"), "config.json is not read: it is a JSON list"),
+    "deep": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json is not read: it is nested too"),
+    "17 MB": ("config.json", _huge_json, "config.json is not read: it has 17.8 MB, more than the limit of 16.8 MB"),
+    "a pickle of 9 MB": (
+        "optimizer.pt",
+        lambda path: path.write_bytes(torch_zip(mapping({"w": text("x" * (9 << 20))}))),
+        "optimizer.pt is not read: data.pkl has 9437201 bytes, more than the limit of 8388608",
+    ),
+    "malicious": (
+        "training_args.bin",
+        lambda path: path.write_bytes(with_weights(x=b"cposix\nsystem\n" + b"X\4\0\0\0true\x85R")),
+        "training_args.bin looks malicious: it asks for posix.system to be called; not run",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_beside_the_weights_is_a_warning(tmp_path: Path, case: str) -> None:
+    """The weights are whole, and are read; the file is named."""
+    name, damage, said = BROKEN[case]
+    damage(trainer_directory(tmp_path) / name)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.read_bytes("net.bias") == b"\0\0\x80\x3f" * 2
+        assert [text.startswith(said) for text in checkpoint.warnings] == [True], checkpoint.warnings
+        assert [entry.path for entry in checkpoint.entries].count(name) == 1
+
+
+def test_all_that_is_beside_is_bounded(tmp_path: Path) -> None:
+    """A configuration of a million values, and long ones, takes a line."""
+    directory = trainer_directory(tmp_path)
+    (directory / "config.json").write_text(
+        json.dumps({"model_type": "x" * 5000, "big": 2**70} | {f"k{n}": n for n in range(100_000)})
+    )
+    value = entries_of(directory)["config.json"].value
+    assert isinstance(value, dict)
+    assert len(value) == 64
+    assert value["model_type"] == "5,000 characters"
+    assert value["big"] == "an integer of 71 bits"
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (["model.safetensors", "adapter_model.safetensors"], "model.safetensors, adapter_model.safetensors"),
+        (["pytorch_model.bin", "adapter_model.bin"], "pytorch_model.bin, adapter_model.bin"),
+    ],
+)
+def test_a_model_and_an_adapter_are_two_candidates(tmp_path: Path, names: list[str], said: str) -> None:
+    for name in names:
+        torch.save(STATE, tmp_path / name)
+    error = refusal(str(tmp_path))
+    assert isinstance(error, FormatError)
+    assert error.reason == f"holds a whole model and an adapter: {said}"
+    assert error.hint == "give the path of the one meant"
+
+
+def test_the_older_form_of_the_same_weights_is_mentioned(tmp_path: Path) -> None:
+    save_file(STATE, tmp_path / "model.safetensors")
+    torch.save(STATE, tmp_path / "pytorch_model.bin")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.format == "safetensors"
+        assert checkpoint.warnings == ("'pytorch_model.bin' lies beside 'model.safetensors', which is the one read",)
+
+
+def test_a_directory_with_nothing_but_company_holds_no_checkpoint(tmp_path: Path) -> None:
+    trainer_directory(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    assert "a directory without a checkpoint in it" in refusal(str(tmp_path)).reason
+
+
+class HyperParameters(dict[str, Any]):
+    """Stands for the AttributeDict of Lightning."""
+
+
+def test_a_checkpoint_of_lightning_is_its_state_dict(tmp_path: Path) -> None:
+    """``state_dict`` is taken; loops, callbacks, optimizers and hyper-parameters of unknown classes are entries."""
+    path = tmp_path / "epoch=0-step=4.ckpt"
+    content = {
+        "epoch": 0, "global_step": 4, "pytorch-lightning_version": "2.6.6", "state_dict": STATE,
+        "loops": {"fit_loop": {"state_dict": {}, "epoch_progress": {"total": {"ready": 1}}}},
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {"best_model_score": torch.ones(()), "dirpath": "/x"}},
+        "optimizer_states": [trained()], "lr_schedulers": [{"step_size": 1, "gamma": 0.1}], "hparams_name": "kwargs",
+        "hyper_parameters": HyperParameters(width=4, opts=Namespace(a=1)), "MixedPrecision": {"scale": 65536.0},
+    }  # fmt: skip
+    torch.save(content, path, pickle_module=pickle)
+    with open_checkpoint(path) as checkpoint:
+        assert_same(checkpoint, STATE)
+        assert checkpoint.envelope == "state_dict"
+        entries = {entry.path: entry for entry in checkpoint.entries}
+        assert all(entry.outside and not entry.apart for entry in entries.values())
+        assert entries.keys() == content.keys() - {"state_dict"}
+        assert entries["optimizer_states"].value == "1 item, 6 tensors"
+        assert entries["callbacks"].value == "1 item, 1 tensor"
+        assert entries["hyper_parameters"].type == f"{__name__}.HyperParameters"
+        assert entries["MixedPrecision"].value == {"scale": 65536.0}
+        assert checkpoint.references == (f"{__name__}.HyperParameters",)
