@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptkit.errors import RuleError
 from ckptkit.keys import Pattern, Template, matches_any, parse_pattern, parse_rename, parse_template
-from ckptkit.text import plural, quoted
+from ckptkit.text import plural, quoted, shell_word
 
 __all__ = ["KeyMap", "Rule", "Rules", "Stage", "apply_rules", "as_rules", "parse_rules", "rules_from_table"]
 
@@ -32,8 +32,8 @@ class Rule:
     def __str__(self) -> str:
         """Show the rule as it is written on a command line."""
         if self.template is None:
-            return f"--drop {quoted(self.pattern.text)}"
-        return f"--rename {quoted(f'{self.pattern.text}={self.template.text}')}"
+            return f"--drop {shell_word(self.pattern.text)}"
+        return f"--rename {shell_word(f'{self.pattern.text}={self.template.text}')}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +241,7 @@ def _refuse_unused(
     names = list(names)
     kept = [name for name in names if not stage.keep or matches_any(stage.keep, name)]
     unused = [
-        (f"--keep {quoted(pattern.text)} matches none of {plural(len(names), 'key')}", False)
+        (f"--keep {shell_word(pattern.text)} matches none of {plural(len(names), 'key')}", False)
         for pattern in stage.keep
         if not any(pattern.match(name) for name in names)
     ]

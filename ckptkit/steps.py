@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.errors import PlanError
+from ckptkit.keys import literal
 from ckptkit.plan import Dropped, Source, Step
 from ckptkit.rules import KeyMap
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
-from ckptkit.text import printable, quoted
+from ckptkit.text import printable, quoted, shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE
 
 __all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_suspicious", "with_equals"]
@@ -22,7 +23,7 @@ _WHY_NOT = {
 
 def make_step(out: TensorInfo, found: TensorInfo, source: Source, rule: str) -> Step:
     """Return the step that makes ``out`` of ``found``: its bytes as they are, or cast to another dtype."""
-    leave_out = f"leave it out: --drop {quoted(found.key)}"
+    leave_out = f"leave it out: --drop {shell_word(literal(found.key))}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
