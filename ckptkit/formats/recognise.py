@@ -13,6 +13,7 @@ __all__ = ["refusal_of", "refuse_inner"]
 _UNPACK = "unpack it first"
 _KNOWN_MAGICS = (
     (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
+    (b"PK\5\6", "an empty zip archive", None),
     (b"7z\xbc\xaf\x27\x1c", "a 7-zip archive", _UNPACK),
     (b"BZh", "a bzip2-compressed file", _UNPACK),
     (b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),

@@ -15,6 +15,8 @@ from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_zip", "read_torch_zip"]
 
+_LARGEST_UNDOUBTED = 16 << 20
+_MOST_FOLD = 100  # names that repeat are deflated ten- or twentyfold
 _NEWEST_VERSION = 10
 
 
@@ -63,7 +65,7 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
     unused = [name for name in archive.entries if name.startswith(f"{root}data/") and name[len(root) + 5 :]
               not in objects.storages]  # fmt: skip
     if unused:
-        warnings.append(f"{plural(len(unused), 'stored record')} belong to no tensor: {quoted(unused[0])}")
+        warnings.append(f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}")
     return TorchFile(tree, objects, len(data), locate, tuple(warnings))
 
 
@@ -119,6 +121,8 @@ def _read_pickle(archive: ZipDirectory, name: str, largest: int) -> bytes:
     entry = archive.entries[name]
     if entry.size > largest:
         raise FormatError(f"data.pkl has {entry.size} bytes, more than the limit of {largest}")
+    if entry.size > max(_LARGEST_UNDOUBTED, _MOST_FOLD * entry.packed):
+        raise FormatError(f"data.pkl would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
     data = b"".join(bytes(chunk) for chunk in archive.region(name).chunks())
     # A checksum of zero is how torch writes "none" (torch.serialization.set_crc32_options).
     if entry.crc and zlib.crc32(data) != entry.crc:

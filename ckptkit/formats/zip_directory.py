@@ -21,6 +21,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_DIRECTORY = 256 << 20
+_MOST_ENTRIES = 500_000  # each takes memory and a read of its own
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40
 _DESCRIPTOR = 0x8
@@ -61,6 +62,8 @@ def read_zip_directory(file: LocalFile) -> ZipDirectory:
     count, offset, size, end = _find_end(file)
     if size > _LARGEST_DIRECTORY:
         raise FormatError(f"the zip directory has {size} bytes, more than the limit of {_LARGEST_DIRECTORY}")
+    if count > _MOST_ENTRIES:
+        raise FormatError(f"the zip directory has {count:,} entries, more than the limit of {_MOST_ENTRIES:,}")
     if offset + size > end:
         raise FormatError("the zip directory lies beyond the end of the archive")
     entries = _central(file.read(offset, size), count)

@@ -6,9 +6,7 @@ import re
 import struct
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,7 +17,6 @@ from tests.helpers_formats import (
     legacy_file,
     mapping,
     number,
-    pickled,
     several,
     storage,
     tensor,
@@ -169,31 +166,8 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "a shape by memo": lambda: torch_zip(
         b"(" + number(2**62) * 500_000 + b"t" + put(0) + b"0" + call("torch.Size", get(0)) * 2 + b"\x86"
     ),
-    "B20 deflated pickle": lambda: deflated("data.pkl"),
-    "B20 deflated storage": lambda: deflated("data/0"),
-    "B20 deflated version": lambda: deflated("version"),
     "a legacy file with room": lambda: legacy_file(b"X\xff\xff\xff\x7f", ()),
 }
-
-
-@cache
-def half_a_gigabyte() -> bytes:
-    machine = zlib.compressobj(1, zlib.DEFLATED, -15)
-    return b"".join(machine.compress(bytes(1 << 20)) for _ in range(512)) + machine.flush()
-
-
-def deflated(bomb: str) -> bytes:
-    """An archive with one entry of a few megabytes that inflates to half a gigabyte of zeros."""
-    contents = {"data.pkl": pickled(mapping({"w": WEIGHTS})), "data/0": bytes(16), "version": b"3"}
-    parts, directory = b"", b""
-    for name, content in contents.items():
-        packed = half_a_gigabyte() if name == bomb else zlib.compress(content, wbits=-15)
-        raw, size = f"archive/{name}".encode(), (512 << 20 if name == bomb else len(content))
-        common = struct.pack("<HHHHLLLHH", 0, 8, 0, 0, 0, len(packed), size, len(raw), 0)
-        directory += b"PK\1\2" + struct.pack("<HH", 20, 20) + common
-        directory += struct.pack("<HHHLL", 0, 0, 0, 0, len(parts)) + raw
-        parts += b"PK\3\4" + struct.pack("<H", 20) + common + raw + packed
-    return parts + directory + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 3, 3, len(directory), len(parts), 0)
 
 
 @pytest.mark.parametrize("name", BOMBS)

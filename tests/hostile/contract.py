@@ -70,9 +70,9 @@ def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None
     """The input is refused: exit 2, one line with path and reason, stdout empty, nothing written, no canary sings."""
     ran, path, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
-    lines = ran.err.split("\n")
+    lines = [line for line in ran.err.split("\n") if ": warning: " not in line]
     assert [line.partition(":")[0] for line in lines] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
-    where = ran.err.removeprefix("ckpt: ")
+    where = lines[0].removeprefix("ckpt: ")
     # The path as it was given, or that of the part of it that is wrong, such as a shard.
     assert where.startswith((f"{printable(str(path))}: ", printable(f"{directory / 'in'}/"))), ran.err
     assert case.reason in lines[0], ran.err
