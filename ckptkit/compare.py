@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.text import shell_word
+from ckptkit.text import quoted
 from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 from ckptkit.wrappers import WRAPPER_PREFIXES
 
@@ -121,8 +121,7 @@ def diff(expected: StateDictLike, found: StateDictLike, rules: Rules | list[str]
 
 def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
     """Return the difference, with the keys of ``found`` named as ``key_map`` says."""
-    there = dict(found.items())
-    by_new_name = {new: there[old] for old, new in key_map.renamed.items()}
+    by_new_name = key_map.describe(dict(found.items()))
     values = _values_elsewhere(found, by_new_name)
     wanted_state = _states(expected, expected)
     found_state = _states(found, by_new_name)
@@ -205,7 +204,7 @@ def _copies(pair: Pair) -> bool:
 
 def _filled(missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> frozenset[str]:
     """Return the missing counters that batch norm fills in where the state_dict gives it no version, or one below 2."""
-    renamed = any(old != new for old, new in key_map.renamed.items())
+    renamed = bool(key_map.made) or any(old != new for old, new in key_map.renamed.items())
     versions = {} if renamed else found.versions
     filled = set()
     for key in (info.key for info in missing):
@@ -235,7 +234,7 @@ def _hints(result: StateDictDiff) -> list[Hint]:
 
 def _praise(hits: int, wanted: int, rename: str) -> str:
     share = f"all {wanted:,}" if hits == wanted else f"{hits:,} of {wanted:,}"
-    return f"{share} keys match after --rename {shell_word(rename)}"
+    return f"{share} keys match after --rename {quoted(rename)}"
 
 
 def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:

@@ -10,12 +10,13 @@ from itertools import zip_longest
 
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint
+from ckptkit.making import Maker
 from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.shards import Shard, is_shard_name, split_into_shards, weight_index
 from ckptkit.storage import CHUNK
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.text import printable, quoted
-from ckptkit.torch_bridge import Cast, StateDictLike, as_checkpoint
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.writers.atomic import AtomicFile, atomic_directory, prepare_target
 from ckptkit.writers.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.writers.torch_zip import layout_torch_zip, refuse_unwritable, write_torch_zip
@@ -116,7 +117,7 @@ def execute(
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
         raise PlanError("the plan writes two tensors under one name")
-    read = _Reading(steps, roles)
+    read = _Reading(steps, roles, Maker(roles))
     for step in plan.steps:
         _prove_equal(step, roles)
     report = progress or (lambda _: None)
@@ -137,25 +138,16 @@ class _Reading:
 
     steps: Mapping[str, Step]
     roles: Mapping[str, Checkpoint]
+    maker: Maker
 
     def payload(self, info: TensorInfo) -> Payload:
-        step = self.steps[info.key]
-        source = step.sources[0]
-        checkpoint = self.roles[source.role]
-        if source.key not in checkpoint:
-            raise PlanError(f"{quoted(source.key)} is no longer in the {source.role}", path=checkpoint.path)
-        found = checkpoint[source.key]
-        payload = checkpoint.payload(source.key)
-        same = found.shape == step.out.shape and (step.operation == "cast" or found.dtype == step.out.dtype)
-        if not same or step.operation not in ("copy", "cast"):
-            raise PlanError(f"{quoted(source.key)} is not what the plan was made from", path=checkpoint.path)
-        return Cast(payload, found, step.out) if step.operation == "cast" else payload
+        return self.maker.payload(self.steps[info.key])
 
     def span(self, info: TensorInfo) -> Payload | None:
         step = self.steps[info.key]
         source = step.sources[0]
         # A cast tensor, and one of a file without views, lies in the output as its contiguous bytes.
-        if step.operation == "cast" or step.out.view is None:
+        if step.operation != "copy" or step.out.view is None:
             return self.payload(info)
         return self.roles[source.role].span(source.key)
 
@@ -179,7 +171,8 @@ class _Reading:
 
     def _whole(self, step: Step) -> tuple[object, ...]:
         source = step.sources[0]
-        return source.role, step.out.view or source.key, step.out.shape, step.out.dtype, step.operation
+        identity = step.sources if step.recipe else step.out.view or source.key
+        return source.role, identity, step.recipe, step.out.shape, step.out.dtype, step.operation
 
     def check(self) -> None:
         for checkpoint in self.roles.values():
@@ -188,7 +181,7 @@ class _Reading:
 
 def _prove_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
     first = step.sources[0]
-    for source in step.sources[1:]:
+    for source in step.equals:
         pairs = zip_longest(_bytes(roles[first.role], first.key), _bytes(roles[source.role], source.key))
         if any(one != other for one, other in pairs):
             raise PlanError(
@@ -210,7 +203,7 @@ def _bytes(checkpoint: Checkpoint, key: str) -> Iterator[bytes]:
 
 
 def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike) -> dict[str, Checkpoint]:
-    wanted = list(dict.fromkeys(source.role for step in plan.steps for source in step.sources))
+    wanted = list(dict.fromkeys(source.role for step in plan.steps for source in (*step.sources, *step.equals)))
     is_roles = isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) and set(wanted) <= set(sources)
     # A state_dict may well have a tensor called "source".
     if not is_roles or not all(isinstance(sources[role], Mapping) or _is_model(sources[role]) for role in wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.errors import ModelError
 from ckptkit.findings import Finding, Report
+from ckptkit.making import Maker
 from ckptkit.merging import TIED, plan_merge
 from ckptkit.plan import Plan, Step
 from ckptkit.rules import Rules
@@ -40,7 +42,7 @@ class LoadReport(Report):
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{self}</p>{super()._repr_html_()}"
+        return f"<p>{html.escape(str(self))}</p>{super()._repr_html_()}"
 
 
 def load_into(
@@ -133,7 +135,8 @@ def _load_batch(
 
 
 def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, torch.Tensor]:
-    return OrderedDict((step.out.key, donor.read(step.sources[0].key)) for step in steps)
+    maker = Maker({"donor": donor})
+    return OrderedDict((step.out.key, maker.tensor(step)) for step in steps)
 
 
 def _prove(

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 
 from ckptkit.compare import StateDictDiff, compare
 from ckptkit.errors import PlanError
-from ckptkit.plan import Dropped, Plan, Source, Step
-from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.steps import dropped_entries, make_step, refuse_suspicious, with_equals
+from ckptkit.plan import Dropped, Plan, Step
+from ckptkit.rules import Made, Rules, apply_rules, as_rules
+from ckptkit.steps import dropped_entries, make_step, refuse_suspicious
 from ckptkit.tensors import Checkpoint, TensorInfo, tied
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
@@ -62,7 +62,7 @@ def plan_merge(
             f"no donor has {quoted(missing[0])}{_and_more(len(missing) - 1)}",
             hint="--on-missing keep keeps the base's own values",
         )
-    steps = [taken.get(key) or _kept(info) for key, info in base.items()]
+    steps = [taken.get(key) or _kept(info, base) for key, info in base.items()]
     dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
     dropped += _replaced(overlays, taken | added)
     notes += [note for overlay in overlays for note in overlay.notes]
@@ -120,11 +120,9 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
             f"the base has no {quoted(result.unexpected[0].key)}{_and_more(len(result.unexpected) - 1)}",
             hint="--on-unexpected skip leaves them out, add takes them over",
         )
-    taken, added = {}, {}
-    for pair in result.matched:
-        source = Source(role, pair.found.key)
-        step = make_step(pair.expected, pair.found, source, key_map.rule_of.get(pair.found.key, ""))
-        taken[pair.key] = with_equals(step, donor, key_map)
+    outputs = key_map.outputs()
+    taken = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
+    added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
     dropped += [
         Dropped(
@@ -135,10 +133,11 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     if policy.on_unexpected == "skip":
         dropped += [Dropped(role, info.key, "the base does not have it") for info in result.unexpected]
     else:
-        for info in result.unexpected:
-            out = replace(info, key=key_map.renamed[info.key])
-            step = make_step(out, info, Source(role, info.key), key_map.rule_of.get(info.key, ""))
-            added[out.key] = with_equals(step, donor, key_map)
+        unexpected = {info.key for info in result.unexpected}
+        for new, how in outputs.items():
+            info = how.describe(new, donor)
+            if new not in base and info.key in unexpected:
+                added[new] = make_step(replace(info, key=new), how, role, donor)
     dropped += dropped_entries(donor, role)
     return _Overlay(taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
 
@@ -167,8 +166,8 @@ def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
     )
 
 
-def _kept(info: TensorInfo) -> Step:
-    return make_step(info, info, Source("base", info.key), "")
+def _kept(info: TensorInfo, base: Checkpoint) -> Step:
+    return make_step(info, Made((info.key,)), "base", base)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

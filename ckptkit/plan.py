@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from ckptkit.recipes import Recipe
 from ckptkit.tensors import TensorInfo, overlapping
 
 __all__ = ["Dropped", "Plan", "Source", "Step", "ties_broken"]
@@ -22,13 +23,16 @@ class Source:
 class Step:
     """One tensor of the output: what it will be, from what, by which operation and rule.
 
-    Further sources are tensors that a rule says have the same bytes as the first; ``execute`` proves it.
+    Without a ``recipe`` it is its one source, copied or cast; with one, what the recipe makes of its sources, cast
+    where the dtypes differ. ``equals`` are tensors that a rule says have the same bytes as it; ``execute`` proves it.
     """
 
     out: TensorInfo
     sources: tuple[Source, ...]
     operation: str = "copy"
     rule: str = ""
+    recipe: Recipe | None = None
+    equals: tuple[Source, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +77,8 @@ def ties_broken(plan: Plan) -> list[tuple[str, ...]]:
     by_source: dict[Source, list[str]] = {}
     for step in plan.steps:
         by_role.setdefault(step.sources[0].role, []).append(step.out)
-        by_source.setdefault(step.sources[0], []).append(step.out.key)
+        if step.recipe is None:
+            by_source.setdefault(step.sources[0], []).append(step.out.key)
     groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping(infos)]
     known = {key for group in groups for key in group}
     return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptkit.errors import PlanError
-from ckptkit.plan import Dropped, Plan, Source
+from ckptkit.plan import Dropped, Plan
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.steps import dropped_entries, float_dtype, is_float, make_step, refuse_suspicious, with_equals
+from ckptkit.steps import dropped_entries, float_dtype, is_float, make_step, refuse_suspicious
 from ckptkit.text import plural
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
@@ -27,11 +27,10 @@ def plan_remap(source: StateDictLike, rules: Rules | list[str] | None = None, *,
     key_map = apply_rules(as_rules(rules), checkpoint)
     wanted = None if dtype is None else float_dtype(dtype)
     steps = []
-    for old, new in key_map.renamed.items():
-        info = checkpoint[old]
+    for new, how in key_map.outputs().items():
+        info = how.describe(new, checkpoint)
         out = replace(info, key=new, dtype=wanted if wanted and is_float(info.dtype) else info.dtype)
-        step = make_step(out, info, Source("source", old), key_map.rule_of.get(old, ""))
-        steps.append(with_equals(step, checkpoint, key_map))
+        steps.append(make_step(out, how, "source", checkpoint))
     if not steps:
         raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.errors import PlanError
-from ckptkit.keys import literal
 from ckptkit.plan import Dropped, Source, Step
-from ckptkit.rules import KeyMap
+from ckptkit.recipes import outline
+from ckptkit.rules import Made
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
-from ckptkit.text import printable, quoted, shell_word
+from ckptkit.text import printable, quoted
 from ckptkit.torch_bridge import ABSENT, CASTABLE
 
-__all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_suspicious", "with_equals"]
+__all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_suspicious"]
 
 _WHY_NOT = {
     "ambiguous": "two tensors would have this name when written flat",
@@ -21,42 +21,44 @@ _WHY_NOT = {
 }
 
 
-def make_step(out: TensorInfo, found: TensorInfo, source: Source, rule: str) -> Step:
-    """Return the step that makes ``out`` of ``found``: its bytes as they are, or cast to another dtype."""
-    leave_out = f"leave it out: --drop {shell_word(literal(found.key))}"
+def make_step(out: TensorInfo, how: Made, role: str, checkpoint: Checkpoint) -> Step:
+    """Return the step that makes ``out`` of the tensors of an input, as rules say: copied, operated on, or cast.
+
+    Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where an operation does not fit.
+    """
+    found = how.describe(out.key, checkpoint)
+    leave_out = f"leave it out: --drop {quoted(how.sources[0])}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
-    if out.dtype == found.dtype:
-        return Step(replace(out, view=found.view), (source,), "copy", rule)
-    if not {out.dtype, found.dtype} <= CASTABLE:
-        raise PlanError(f"{quoted(found.key)} is {found.dtype}, which cannot be cast to {out.dtype}", hint=leave_out)
-    if DTYPES[found.dtype].parts > DTYPES[out.dtype].parts:
+    if out.dtype != found.dtype:
+        _refuse_cast(found, out.dtype, leave_out)
+    sources, equals = (tuple(Source(role, key) for key in keys) for keys in (how.sources, how.equals))
+    for key in how.equals:
+        if (checkpoint[key].dtype, checkpoint[key].shape) != (found.dtype, found.shape):
+            raise PlanError(f"{quoted(key)} is {checkpoint[key]} and cannot equal {quoted(found.key)}")
+    names = [] if how.recipe is None else [outline(how.recipe)]
+    names += ["cast"] if out.dtype != found.dtype else []
+    made = replace(out, view=found.view, kind="dense")
+    return Step(made, sources, ", ".join(names) or "copy", how.rule, how.recipe, equals)
+
+
+def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:
+    if not {dtype, found.dtype} <= CASTABLE:
+        raise PlanError(f"{quoted(found.key)} is {found.dtype}, which cannot be cast to {dtype}", hint=hint)
+    if DTYPES[found.dtype].parts > DTYPES[dtype].parts:
         raise PlanError(
-            f"{quoted(found.key)} is {found.dtype}, and a cast to {out.dtype} would lose its imaginary part",
-            hint=leave_out,
+            f"{quoted(found.key)} is {found.dtype}, and a cast to {dtype} would lose its imaginary part", hint=hint
         )
-    return Step(replace(out, view=found.view), (source,), "cast", rule)
-
-
-def with_equals(step: Step, checkpoint: Checkpoint, key_map: KeyMap) -> Step:
-    """Return the step with the tensors that have to equal its own, as a rule promised, among its sources."""
-    source = step.sources[0]
-    others = key_map.equals.get(source.key, ())
-    for key in others:
-        if (checkpoint[key].dtype, checkpoint[key].shape) != (
-            checkpoint[source.key].dtype,
-            checkpoint[source.key].shape,
-        ):
-            raise PlanError(f"{quoted(key)} is {checkpoint[key]} and cannot equal {quoted(source.key)}")
-    return replace(step, sources=(source, *(Source(source.role, key) for key in others))) if others else step
 
 
 def is_float(code: str) -> bool:
+    """Return whether a dtype is of floating point."""
     return code.startswith(("F", "BF"))
 
 
 def float_dtype(name: str) -> str:
+    """Return the code of a floating-point dtype by its code or torch's name; raises ``PlanError`` for any other."""
     for dtype in DTYPES.values():
         if name.upper() == dtype.code or name.removeprefix("torch.") == dtype.torch_name:
             if is_float(dtype.code) and dtype.code in CASTABLE:
@@ -66,6 +68,7 @@ def float_dtype(name: str) -> str:
 
 
 def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
+    """Raise ``PlanError`` where an input refers to code that no checkpoint needs."""
     if checkpoint.suspicious:
         raise PlanError(
             f"the {role} asks for code that no checkpoint needs ({printable(checkpoint.references[0])}); "
@@ -76,6 +79,7 @@ def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
 
 
 def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
+    """Return what an input holds besides tensors, as left out."""
     return [
         Dropped(role, entry.path, _entry_reason(entry), entry=True)
         for entry in checkpoint.entries

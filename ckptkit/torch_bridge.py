@@ -18,6 +18,7 @@ __all__ = [
     "ABSENT",
     "CASTABLE",
     "Cast",
+    "Live",
     "StateDictLike",
     "as_checkpoint",
     "describe_state_dict",
@@ -75,11 +76,14 @@ def _from_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _Live:
+class Live:
+    """A payload that is a tensor in memory; ``nbytes`` is what its elements take."""
+
     tensor: torch.Tensor
     nbytes: int
 
     def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes, piece by piece."""
         for block in _blocks(self.tensor.detach().resolve_conj().resolve_neg()):
             yield _bytes_of(block.cpu())
 
@@ -188,7 +192,7 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
             raise ModelError(
                 f"{quoted(info.key)} has no values: it is a {'meta' if tensor.is_meta else info.kind} tensor"
             )
-        return _Live(tensor, info.nbytes)
+        return Live(tensor, info.nbytes)
 
     def span(info: TensorInfo) -> Payload | None:
         tensor = tensors[info.key]
@@ -198,7 +202,7 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
             return payload(info)
         first, last = reach(info)
         raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        return _Live(raw.set_(tensor.untyped_storage(), first, (last - first,), (1,)), last - first)
+        return Live(raw.set_(tensor.untyped_storage(), first, (last - first,), (1,)), last - first)
 
     return Checkpoint(
         infos,

@@ -414,7 +414,7 @@ def test_rule_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {key.split(".")[1] for key in load_file(out)} == {str(index) for index in range(1, 12)}
     rules.write_text("[[rule]]\nfrom = 3\n", encoding="utf-8")
     ran = run_ckpt(capsys, "remap", "fixtures/encoder_tied.pt", "-o", out, "--force", "--rules", rules)
-    assert ran.err.startswith(f"ckpt: {rules}: [[rule]] 1 has no pattern")
+    assert ran.err.startswith(f"ckpt: {rules}: line 1: from is a string")
 
 
 def test_max_shard_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -144,7 +144,7 @@ def test_a_rule_that_does_nothing_is_an_error_unless_allowed(options: Any, reaso
 def test_an_optional_rule_may_do_nothing_and_that_is_noted() -> None:
     made = from_file('[[rule]]\nfrom = "x"\nto = "y"\noptional = true', ["a"])
     assert dict(made.renamed) == {"a": "a"}
-    assert made.notes == ("--rename 'x=y' matches none of 1 key",)
+    assert made.notes == ("rule 'x=y' ([[rule]] 1) matches none of 1 key",)
 
 
 def test_a_name_that_a_rule_empties_is_an_error_naming_rule_and_key() -> None:
@@ -174,8 +174,10 @@ def test_stages_see_the_names_that_the_one_before_made() -> None:
     """
     made = from_file(text, NET)
     assert dict(made.renamed) == {"module.fc.weight": "head.weight"}
-    assert made.rule_of["module.fc.weight"] == "--rename 'module.*=*', --rename 'fc.weight=head.weight'"
-    assert made.dropped["module.fc.bias"] == "--drop '*.bias'"
+    assert made.rule_of["module.fc.weight"] == (
+        "rule 'module.*=*' ([[rule]] 1), rule 'fc.weight=head.weight' ([[stage]] 1, [[rule]] 1)"
+    )
+    assert made.dropped["module.fc.bias"] == "drop '*.bias' ([[stage]] 2, [[rule]] 1)"
     assert made.dropped["step"] == "fits no --keep"
 
 
@@ -192,19 +194,23 @@ def test_a_command_line_comes_before_the_file() -> None:
         pytest.param("rule = [1]", "rule must be a list of tables", id="no tables"),
         pytest.param("keep = 1", "keep must be a pattern", id="keep is a number"),
         pytest.param("keep = ['a', 1]", "keep must be a pattern", id="keep holds a number"),
-        pytest.param("[[rule]]\nto = 'a'", "[[rule]] 1 has no pattern", id="no from"),
-        pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\n[[rule]]\nfrom = 'a'", "[[rule]] 2 needs either", id="no to"),
-        pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\ndrop = true", "[[rule]] 1 needs either", id="to and drop"),
-        pytest.param("[[rule]]\nfrom = 'a'\nto = 1", "[[rule]] 1 needs either", id="to is a number"),
+        pytest.param("[[rule]]\nto = 'a'", "[[rule]] 1: there is no pattern", id="no from"),
+        pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\n[[rule]]\nfrom = 'a'", "[[rule]] 2: it needs either", id="no to"),
+        pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\ndrop = true", "[[rule]] 1: it needs either", id="to and drop"),
+        pytest.param("[[rule]]\nfrom = 'a'\nto = 1", "[[rule]] 1: to is a string", id="to is a number"),
         pytest.param("[[rule]]\nfrom = 'a'\ndrop = 'yes'", "[[rule]] 1: drop and optional are", id="drop is text"),
         pytest.param("[[rule]]\nfrom = 'a{'\nto = 'b'", "[[rule]] 1: 'a{' has a brace", id="bad pattern"),
         pytest.param("[[rule]]\nfrom = 'a'\nto = '*'", "[[rule]] 1: 'a=*' has 0 '*'", id="bad template"),
         pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\non_collision = []", "[[rule]] 1: on_collision", id="collision"),
         pytest.param(
-            "[[rule]]\nfrom = 'a'\nto = 'b'\nif = 1", "[[rule]] 1 has the unknown key 'if'", id="unknown in rule"
+            "[[rule]]\nfrom = 'a'\nto = 'b'\nif = 1",
+            "[[rule]] 1: the rule has the unknown key 'if'",
+            id="unknown in rule",
         ),
         pytest.param(
-            "[[stage]]\n[[stage]]\n[[stage.rule]]\nfrom = 1", "[[stage]] 2, [[rule]] 1 has no", id="in a stage"
+            "[[stage]]\n[[stage]]\n[[stage.rule]]\nfrom = 1",
+            "[[stage]] 2, [[rule]] 1: from is a string",
+            id="in a stage",
         ),
         pytest.param("[[stage]]\nstage = []", "[[stage]] 1 has the unknown key 'stage'", id="a stage in a stage"),
     ],

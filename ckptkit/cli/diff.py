@@ -5,33 +5,31 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.options import (
-    Form,
     about,
-    echo_report,
+    echo_json,
+    echo_lines,
     expand_option,
-    form_options,
+    json_option,
     opened,
     path_argument,
     quiet_option,
-    rule_options,
 )
+from ckptkit.cli.rules import rule_options
 from ckptkit.compare import diff as compare
 from ckptkit.errors import one_line
-from ckptkit.report.diff import diff_document, diff_page
+from ckptkit.report.diff import diff_document, diff_text
 from ckptkit.rules import Rules
 
 __all__ = ["diff"]
-
-_COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
 @click.command()
 @path_argument("expected")
 @path_argument("found")
-@rule_options
+@rule_options(beside="found")
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
-@form_options
+@json_option
 @quiet_option
 @click.pass_context
 def diff(
@@ -42,7 +40,7 @@ def diff(
     rules: Rules,
     everything: bool,
     expand: bool,
-    form: Form,
+    as_json: bool,
     quiet: bool,
 ) -> None:
     """Compare what a model expects with what a checkpoint has.
@@ -57,13 +55,11 @@ def diff(
     with opened(expected, found, quiet=quiet) as (left, right):
         with about(found):
             result = compare(left, right, rules)
-        echo_report(
-            form,
-            lambda: diff_page(result, left, right, expand=expand, everything=everything),
-            lambda: diff_document(result, left, right),
-            _COLOURS,
-        )
-        if form is not Form.JSON and not quiet:
-            for hint in result.hints:
-                click.echo(f"hint: {one_line(hint.message)}", err=True)
+        if as_json:
+            echo_json(diff_document(result, left, right))
+        else:
+            echo_lines(diff_text(result, left, right, expand=expand, everything=everything))
+            if not quiet:
+                for hint in result.hints:
+                    click.echo(f"hint: {one_line(hint.message)}", err=True)
     context.exit(1 if result.different else 0)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.options import about, opened, path_argument, rule_options
+from ckptkit.cli.options import about, opened, path_argument
 from ckptkit.cli.outputs import Job, carry_out, output_options
+from ckptkit.cli.rules import rule_options
 from ckptkit.merging import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
 from ckptkit.rules import Rules
 
@@ -16,7 +17,7 @@ __all__ = ["merge"]
 @path_argument("base")
 @path_argument("donors", nargs=-1, required=True)
 @output_options
-@rule_options
+@rule_options(beside="donors")
 @click.option("--on-missing", type=click.Choice(ON_MISSING), default="keep", show_default=True,
               help="A key of BASE that no DONOR has.")  # fmt: skip
 @click.option("--on-unexpected", type=click.Choice(ON_UNEXPECTED), default="skip", show_default=True,

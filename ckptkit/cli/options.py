@@ -3,50 +3,38 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
-from enum import Enum
-from types import MappingProxyType
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import click
 
 from ckptkit.errors import CkptkitError, PathError, RuleError, one_line
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint
-from ckptkit.report.page import Page, as_markdown, as_text
-from ckptkit.rules import parse_rules
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import printable
 
 __all__ = [
-    "Form",
     "about",
-    "echo_report",
+    "echo_json",
+    "echo_lines",
     "expand_option",
     "filter_options",
-    "form_options",
+    "json_option",
     "opened",
     "path_argument",
     "quiet_option",
+    "read_text",
     "read_toml",
-    "rule_options",
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _JSON_KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
-
-
-class Form(Enum):
-    """How a result is printed."""
-
-    TEXT = "text"
-    JSON = "json"
-    MARKDOWN = "markdown"
+_COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
 def path_argument(name: str, **settings: Any) -> Callable[[_Command], _Command]:
@@ -54,24 +42,9 @@ def path_argument(name: str, **settings: Any) -> Callable[[_Command], _Command]:
     return click.argument(name, type=click.Path(), **settings)
 
 
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No messages on stderr but errors.")
 expand_option = click.option("--expand", is_flag=True, help="One line a tensor: do not join layers.")
-
-
-def form_options(command: _Command) -> _Command:
-    """Add --json and --markdown, and pass on as ``form`` in which form the result is printed."""
-
-    @functools.wraps(command)
-    def with_form(*args: Any, as_json: bool, as_markdown: bool, **others: Any) -> Any:
-        if as_json and as_markdown:
-            raise click.UsageError("--json and --markdown exclude each other")
-        form = Form.JSON if as_json else Form.MARKDOWN if as_markdown else Form.TEXT
-        return command(*args, form=form, **others)
-
-    markdown = click.option("--markdown", "as_markdown", is_flag=True, help="Print a report for a GitHub issue.")
-    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(  # type: ignore[return-value]
-        markdown(with_form)
-    )
 
 
 def filter_options(command: _Command) -> _Command:
@@ -84,50 +57,28 @@ def filter_options(command: _Command) -> _Command:
     )
 
 
-def rule_options(command: _Command) -> _Command:
-    """Add every option that makes rules, and pass them on as one ``rules`` argument.
+def read_text(path: str) -> str:
+    """Return the text of a small file; raises ``PathError`` where it is none, ``RuleError`` where it is no UTF-8."""
+    with contextlib.closing(LocalFile(path)) as file:  # which refuses a FIFO, whose reading might never end
+        try:
+            return file.read(0, file.size).decode()
+        except OSError as error:
+            raise PathError((error.strerror or str(error)).lower(), path=path) from None
+        except UnicodeDecodeError as error:
+            raise RuleError(f"is no text: {error}", path=path) from None
 
-    However they are mixed on the command line, keeping comes first, then dropping, then renaming.
+
+def read_toml(path: str, text: str | None = None) -> Mapping[str, Any]:
+    """Return the content of a TOML (or, by its suffix, JSON) file, which holds ``text`` where that was read before.
+
+    Raises ``RuleError`` where it is neither.
     """
-
-    @functools.wraps(command)
-    def with_rules(
-        *args: Any,
-        rename: tuple[str, ...],
-        keep: tuple[str, ...],
-        drop: tuple[str, ...],
-        rules_file: str | None,
-        allow_unused: bool,
-        **others: Any,
-    ) -> Any:
-        file = None if rules_file is None else read_toml(rules_file)
-        with about(rules_file):
-            rules = parse_rules(rename=rename, keep=keep, drop=drop, file=file, allow_unused=allow_unused)
-        return command(*args, rules=rules, **others)
-
-    decorators = (
-        click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename keys, as in 'module.*=*'. Repeatable."),
-        filter_options,
-        click.option("--rules", "rules_file", type=click.Path(), metavar="FILE", help="Read rules from a TOML file."),
-        click.option("--allow-unused", is_flag=True, help="A rule that matches nothing is no error."),
-    )
-    for decorator in reversed(decorators):
-        with_rules = decorator(with_rules)
-    return with_rules  # type: ignore[return-value]
-
-
-def read_toml(path: str) -> Mapping[str, Any]:
-    """Return the content of a TOML (or, by its suffix, JSON) file; raises ``RuleError`` where it is neither."""
     import tomllib
 
     as_json = path.endswith(".json")
-    with contextlib.closing(LocalFile(path)) as file:  # which refuses a FIFO, whose reading might never end
-        try:
-            data = file.read(0, file.size)
-        except OSError as error:
-            raise PathError((error.strerror or str(error)).lower(), path=path) from None
+    text = read_text(path) if text is None else text
     try:
-        content = json.loads(data) if as_json else tomllib.loads(data.decode())
+        content = json.loads(text) if as_json else tomllib.loads(text)
     except (ValueError, RecursionError) as error:
         raise RuleError(f"is no {'JSON' if as_json else 'TOML'}: {error}", path=path) from None
     if not isinstance(content, dict):
@@ -170,23 +121,13 @@ def _open(path: str) -> Checkpoint:
         raise
 
 
-def echo_report(
-    form: Form,
-    page: Callable[[], Page],
-    document: Callable[[], Mapping[str, Any]],
-    colours: Mapping[str, str] = MappingProxyType({}),
-) -> None:
-    """Print a result in the form that was asked for; only that one is made.
+def echo_json(document: Mapping[str, Any]) -> None:
+    """Print one JSON document; names are exact, and ASCII whatever the terminal can show."""
+    click.echo(json.dumps(document, allow_nan=False))
 
-    In JSON names are exact, and ASCII whatever the terminal can show. ``colours`` are those of the lines of a text
-    that begin with a mark.
-    """
-    if form is Form.JSON:
-        click.echo(json.dumps(document(), allow_nan=False))
-    elif form is Form.MARKDOWN:
-        for line in as_markdown(page()):
-            click.echo(line)
-    else:
-        for line in as_text(page()):
-            colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
-            click.echo(click.style(line, fg=colour) if colour else line)
+
+def echo_lines(lines: Iterable[str]) -> None:
+    """Print lines; those marked as in a diff in its colours, where colours are wanted."""
+    for line in lines:
+        colour = _COLOURS.get(line[:1]) if line[1:2] in (" ", "") else None
+        click.echo(click.style(line, fg=colour) if colour else line)

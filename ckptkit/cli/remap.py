@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.options import about, opened, path_argument, rule_options
+from ckptkit.cli.options import about, opened, path_argument
 from ckptkit.cli.outputs import Job, carry_out, output_options
+from ckptkit.cli.rules import rule_options
 from ckptkit.remapping import plan_remap
 from ckptkit.rules import Rules
 
@@ -15,7 +16,7 @@ __all__ = ["remap"]
 @click.command()
 @path_argument("source")
 @output_options
-@rule_options
+@rule_options(beside="source")
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, as in BF16 or bfloat16.")
 def remap(source: str, *, job: Job, rules: Rules, dtype: str | None) -> None:
     """Rename, keep, drop and cast the tensors of a checkpoint, and write the rest.

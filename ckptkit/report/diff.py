@@ -1,17 +1,16 @@
-"""A comparison as a page and as a JSON document."""
+"""A comparison as text and as a JSON document."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ckptkit.compare import Pair, StateDictDiff
-from ckptkit.report.page import Line, Page, Table
 from ckptkit.report.show import describe, totals
-from ckptkit.report.table import Row, spelled
+from ckptkit.report.table import Row, collapse, plain_table
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import plural, printable
 
-__all__ = ["diff_document", "diff_page"]
+__all__ = ["diff_document", "diff_text"]
 
 
 def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint) -> dict[str, Any]:
@@ -63,15 +62,16 @@ def _pair(pair: Pair) -> dict[str, Any]:
     return {"key": pair.key, "found_key": pair.found.key, **made}
 
 
-def diff_page(
+def diff_text(
     result: StateDictDiff, expected: Checkpoint, found: Checkpoint, *, expand: bool, everything: bool
-) -> Page:
-    """Return the page of ``ckpt diff``: what differs, marked as in a diff, then the verdict.
+) -> list[str]:
+    """Return the lines of ``ckpt diff``: what differs, marked as in a diff, then the verdict.
 
     ``-`` is missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
     """
     wanted, given = totals(expected.values()), totals(found.values())
-    rows = _rows(result, expand=expand, everything=everything)
+    lines = [f"expected  {describe(expected, wanted)}", f"found     {describe(found, given)}"]
+    table = plain_table(_rows(result, expand=expand, everything=everything), ["", "key", "expected", "found"])
     counts = [
         f"{len(result.matched):,} matched",
         f"{len(result.missing):,} missing",
@@ -79,14 +79,10 @@ def diff_page(
         f"{len(result.shape_mismatched):,} shape-mismatched",
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
     ]
-    return [
-        Line(("expected  ", *describe(expected, wanted))),
-        Line(("found     ", *describe(found, given))),
-        *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
-        Line((", ".join(counts),)),
-        Line((f"coverage {_percent(result.coverage)} of {plural(wanted['elements'], 'element')}",)),
-        Line((_verdict(result),)),
-    ]
+    lines += ["", *table, *([""] if table else []), ", ".join(counts)]
+    lines.append(f"coverage {_percent(result.coverage)} of {plural(wanted['elements'], 'element')}")
+    lines.append(_verdict(result))
+    return lines
 
 
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:
@@ -103,7 +99,8 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
     rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
     rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
-    return [(mark, key, *rest) for key, mark, *rest in spelled(rows, expand=expand)]
+    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
+    return [(mark, key, *rest) for key, mark, *rest in cells]
 
 
 def _row(mark: str, pair: Pair, remark: str = "") -> Row:

@@ -1,4 +1,4 @@
-"""The findings of a check as a page and as a JSON document."""
+"""The findings of a check as text and as a JSON document."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ from typing import Any
 
 from ckptkit.errors import one_line
 from ckptkit.findings import Report
-from ckptkit.report.page import Code, Line, Page
 from ckptkit.text import plural
 
-__all__ = ["findings_document", "findings_page"]
+__all__ = ["findings_document", "findings_text"]
 
 
 def findings_document(report: Report) -> dict[str, Any]:
@@ -30,14 +29,13 @@ def findings_document(report: Report) -> dict[str, Any]:
     }
 
 
-def findings_page(report: Report) -> Page:
+def findings_text(report: Report) -> list[str]:
     """Return one line a finding, its hint below it, then the count."""
-    lines: list[Line] = []
+    lines = []
     for finding in report.findings:
-        code = f"  [{finding.code}]"
-        lines.append(Line((f"{finding.severity}: ", Code(one_line(finding.message)), code)))
+        lines.append(f"{finding.severity}: {one_line(finding.message)}  [{finding.code}]")
         if finding.hint:
-            lines.append(Line((Code(one_line(finding.hint)),), under=True))
+            lines.append(f"  {one_line(finding.hint)}")
     count = report.summary
     parts = [plural(count[name], name.removesuffix("s")) for name in ("errors", "warnings", "notes") if count[name]]
-    return [*lines, Line((", ".join(parts) or "no findings",))]
+    return [*lines, ", ".join(parts) or "no findings"]

@@ -1,0 +1,79 @@
+"""The options that make rules, for every command that renames."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import click
+
+from ckptkit.cli.options import about, filter_options, read_text, read_toml
+from ckptkit.rules import Rules, Settings, parse_rules, parse_setting, rule_lines
+
+__all__ = ["rule_options"]
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+_CONFIG = "config.json"
+
+
+def rule_options(beside: str) -> Callable[[_Command], _Command]:
+    """Add every option that makes rules, and pass them on as one ``rules`` argument.
+
+    However they are mixed on the command line, keeping comes first, then dropping, then renaming. ``beside`` names the
+    argument of the command by whose checkpoint the ``config.json`` lies that rule files may refer to.
+    """
+
+    def decorate(command: _Command) -> _Command:
+        @functools.wraps(command)
+        def with_rules(
+            *args: Any,
+            rename: tuple[str, ...],
+            keep: tuple[str, ...],
+            drop: tuple[str, ...],
+            rules_file: str | None,
+            settings: tuple[str, ...],
+            allow_unused: bool,
+            **others: Any,
+        ) -> Any:
+            if settings and rules_file is None:
+                raise click.UsageError("--set gives a variable of a rule file, and there is no --rules")
+            path = others[beside] if isinstance(others[beside], str) else others[beside][0]
+            given = Settings(dict(map(parse_setting, settings)), _config_of(path))
+            rules = _read(rules_file, rename=rename, keep=keep, drop=drop, allow_unused=allow_unused, settings=given)
+            return command(*args, rules=rules, **others)
+
+        decorated: Any = with_rules
+        for option in reversed(_OPTIONS):
+            decorated = option(decorated)
+        return decorated  # type: ignore[no-any-return]
+
+    return decorate
+
+
+_OPTIONS = (
+    click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename keys, as in 'module.*=*'. Repeatable."),
+    filter_options,
+    click.option("--rules", "rules_file", type=click.Path(), metavar="FILE", help="Read rules from a TOML file."),
+    click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
+                 help="Set a variable of the rule file, such as heads=32. Repeatable."),
+    click.option("--allow-unused", is_flag=True, help="A rule that matches nothing is no error."),
+)  # fmt: skip
+
+
+def _read(path: str | None, **options: Any) -> Rules:
+    if path is None:
+        return parse_rules(**options)
+    text = read_text(path)
+    file = read_toml(path, text)
+    with about(path):
+        return parse_rules(file=file, lines=rule_lines(text), **options)
+
+
+def _config_of(path: str) -> Callable[[], Mapping[str, Any]] | None:
+    """Return how to read the configuration beside a checkpoint, or None where there is none."""
+    file = path if os.path.exists(path) else path.rpartition("::")[0]
+    directory = file if os.path.isdir(file) else os.path.dirname(file)
+    config = os.path.join(directory, _CONFIG)
+    return functools.partial(read_toml, config) if file and os.path.isfile(config) else None

@@ -1,0 +1,76 @@
+"""How a tensor is made of others: a tree of operations, whose leaves are tensors that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptkit.tensor_ops import Operation, Shape, apply_chain, chain_dtypes, chain_shapes
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Recipe", "compose", "cook", "outline", "recipe_dtype", "recipe_shape"]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """One of the tensors that a chain of operations makes.
+
+    An input is the number of a source, in whatever list goes with the recipe, or what another recipe makes;
+    ``part`` counts the outputs of the last operation.
+    """
+
+    inputs: tuple[int | Recipe, ...]
+    operations: tuple[Operation, ...]
+    part: int = 0
+
+
+def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: tuple[Operation, ...]) -> list[Recipe]:
+    """Return the recipes, one for each output, of a chain over tensors that have recipes (None: a source as it is).
+
+    ``counts`` says how many sources each of them has; the new recipes count through all of them in order.
+    """
+    inputs: list[int | Recipe] = []
+    first = 0
+    for recipe, count in zip(parts, counts, strict=True):
+        inputs.append(first if recipe is None else _shifted(recipe, first))
+        first += count
+    only = inputs[0] if len(inputs) == 1 else None
+    if isinstance(only, Recipe) and only.operations[-1].outputs == 1:
+        inputs, operations = list(only.inputs), only.operations + operations  # one chain, which can be undone
+    return [Recipe(tuple(inputs), operations, part) for part in range(operations[-1].outputs)]
+
+
+def _shifted(recipe: Recipe, by: int) -> Recipe:
+    if not by:
+        return recipe
+    moved = tuple(item + by if isinstance(item, int) else _shifted(item, by) for item in recipe.inputs)
+    return Recipe(moved, recipe.operations, recipe.part)
+
+
+def recipe_shape(recipe: int | Recipe, sources: Sequence[Shape]) -> Shape:
+    """Return the shape of what is made of sources with these shapes; raises ``RuleError`` where they do not fit."""
+    if isinstance(recipe, int):
+        return sources[recipe]
+    return chain_shapes(recipe.operations, [recipe_shape(item, sources) for item in recipe.inputs])[recipe.part]
+
+
+def recipe_dtype(recipe: int | Recipe, sources: Sequence[str]) -> str:
+    """Return the dtype of what is made of sources with these dtypes; raises ``RuleError`` where they do not fit."""
+    if isinstance(recipe, int):
+        return sources[recipe]
+    return chain_dtypes(recipe.operations, [recipe_dtype(item, sources) for item in recipe.inputs])[recipe.part]
+
+
+def cook(recipe: Recipe, read: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return every output of the recipe's last operation; ``read`` gives a source by its number."""
+    inputs = [read(item) if isinstance(item, int) else cook(item, read)[item.part] for item in recipe.inputs]
+    return apply_chain(recipe.operations, inputs)
+
+
+def outline(recipe: Recipe) -> str:
+    """Return the names of the operations in the order in which they run: ``stack, transpose``."""
+    inner = dict.fromkeys(outline(item) for item in recipe.inputs if isinstance(item, Recipe))
+    return ", ".join([*inner, *(operation.name for operation in recipe.operations)])
