@@ -10,14 +10,15 @@ from itertools import zip_longest
 
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint
+from ckptkit.formats.files import TORCH_SUFFIXES
 from ckptkit.making import Maker
 from ckptkit.plan import Dropped, Plan, Step
-from ckptkit.shards import Shard, is_shard_name, split_into_shards, weight_index
+from ckptkit.shards import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.storage import CHUNK
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.text import printable, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
-from ckptkit.writers.atomic import AtomicFile, atomic_directory, prepare_target
+from ckptkit.writers.atomic import AtomicFile, atomic_directory, prepare_directory, prepare_target
 from ckptkit.writers.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.writers.torch_zip import layout_torch_zip, refuse_unwritable, write_torch_zip
 
@@ -27,6 +28,7 @@ FORMATS = ("safetensors", "torch")
 _SUFFIXES = {
     ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch", ".pkl": "torch",
 }  # fmt: skip
+_WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
 Progress = Callable[[int], None]
 
 
@@ -49,6 +51,7 @@ class Written:
     tensors: int
     nbytes: int
     files: tuple[str, ...]
+    beside: tuple[str, ...] = ()  # other files of weights that were in the directory, and stay
 
 
 def choose_output(
@@ -59,6 +62,8 @@ def choose_output(
     Raises ``OutputError`` where neither tells the format, or shards are asked of a format other than safetensors.
     """
     name = os.fspath(path)
+    if not name:
+        raise OutputError("the output has no name", hint="give -o a file name")
     chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
     if max_shard_size is not None:
         if (format or "safetensors") != "safetensors":
@@ -83,16 +88,17 @@ def fit(plan: Plan, output: Output) -> Plan:
     """
     infos = [step.out for step in plan.steps]
     lost: list[Dropped] = []
+    try:
+        (refuse_unwritable if output.format == "torch" else refuse_unstorable)(infos)
+    except PlanError as error:
+        error.path = output.path
+        raise
     if output.format == "torch":
-        refuse_unwritable(infos)
         if any(key != "format" for key in plan.metadata):
             lost.append(Dropped("output", "__metadata__", "a torch file has no place for it", entry=True))
-    else:
-        refuse_unstorable(infos)
-        if plan.versions:
-            lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", entry=True))
-    if output.max_shard_size is None:
-        prepare_target(output.path, force=output.force)
+    elif plan.versions:
+        lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", entry=True))
+    (prepare_target if output.max_shard_size is None else prepare_directory)(output.path, force=output.force)
     return replace(plan, dropped=(*plan.dropped, *lost))
 
 
@@ -126,9 +132,9 @@ def execute(
     target = prepare_target(output.path, force=output.force)
     infos = [step.out for step in plan.steps]
     if output.format == "safetensors":
-        size = _write_safetensors(target, infos, plan.metadata, read, report)
+        size = _write_safetensors(target, infos, plan.metadata, read, report, replace=output.force)
     else:
-        size = _write_torch(target, infos, plan.versions, read, report)
+        size = _write_torch(target, infos, plan.versions, read, report, replace=output.force)
     return Written(output.path, output.format, len(plan.steps), size, (target,))
 
 
@@ -218,13 +224,17 @@ def _is_model(thing: object) -> bool:
 
 
 def _refuse_harm(output: Output, inputs: Iterable[Checkpoint]) -> None:
+    parent, name = os.path.split(os.path.realpath(output.path))
     for checkpoint in inputs:
-        same = [file for file in checkpoint.files if _same_file(file, output.path)]
+        same = any(_same_file(file, output.path) for file in checkpoint.files)
+        parents = {os.path.dirname(file) or "." for file in checkpoint.files}
         inside = output.max_shard_size is not None and any(
             is_shard_name(os.path.basename(file)) and _same_file(os.path.dirname(file) or ".", output.path)
             for file in checkpoint.files
         )
         if not same and not inside:
+            if len(checkpoint.files) > 1 and is_part_name(name) and any(_same_file(at, parent) for at in parents):
+                raise OutputError("would be taken for a shard of an input", hint="write elsewhere", path=output.path)
             continue
         if not output.force:
             raise OutputError("is an input", hint="write elsewhere, or --force to replace it", path=output.path)
@@ -248,20 +258,32 @@ def _same_file(one: str, other: str) -> bool:
 
 
 def _write_safetensors(
-    target: str, infos: Sequence[TensorInfo], metadata: Mapping[str, str], read: _Reading, report: Progress
+    target: str,
+    infos: Sequence[TensorInfo],
+    metadata: Mapping[str, str],
+    read: _Reading,
+    report: Progress,
+    *,
+    replace: bool,
 ) -> int:
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: read.payload(info) for info in infos}
-    with AtomicFile(target, layout.nbytes) as file:
+    with AtomicFile(target, layout.nbytes, replace=replace) as file:
         _finish(write_safetensors(layout, payloads, file), file, infos, read, report)
     return layout.nbytes
 
 
 def _write_torch(
-    target: str, infos: Sequence[TensorInfo], versions: Mapping[str, int], read: _Reading, report: Progress
+    target: str,
+    infos: Sequence[TensorInfo],
+    versions: Mapping[str, int],
+    read: _Reading,
+    report: Progress,
+    *,
+    replace: bool,
 ) -> int:
     layout = layout_torch_zip(read.placed(infos), read.payload, read.span, versions)
-    with AtomicFile(target, layout.nbytes) as file:
+    with AtomicFile(target, layout.nbytes, replace=replace) as file:
         _finish(write_torch_zip(layout, file), file, infos, read, report)
     return layout.nbytes
 
@@ -273,14 +295,20 @@ def _finish(
         report(count)
     read.check()
     # Success is measured on the output: what does not read back as planned never gets its name.
-    wanted = {info.key: (info.dtype, info.shape) for info in infos}
     try:
-        with open_checkpoint(file.temporary) as written:
-            found = {key: (info.dtype, info.shape) for key, info in written.items()}
+        as_planned = _reads_as(file.temporary, infos)
     except CkptkitError as error:
         raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=file.target) from error
-    if found != wanted:
+    if not as_planned:
         raise OutputError("does not read back as planned, so it was not kept", path=file.target)
+
+
+def _reads_as(path: str, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
+    """Return whether what is read at ``path`` are these tensors, from no files but the named ones."""
+    with open_checkpoint(path) as written:
+        found = {key: (info.dtype, info.shape) for key, info in written.items()}
+        files = {os.path.basename(file) for file in written.files}
+    return found == {info.key: (info.dtype, info.shape) for info in infos} and (names is None or files <= set(names))
 
 
 def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) -> Written:
@@ -292,13 +320,26 @@ def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) 
     with atomic_directory(output.path, force=output.force, ours=ours) as directory:
         for shard in shards:
             target = os.path.join(directory, shard.name)
-            total += _write_safetensors(target, shard.infos, plan.metadata, read, report)
+            total += _write_safetensors(target, shard.infos, plan.metadata, read, report, replace=True)
         name, data = weight_index(shards)
         if len(shards) > 1:
             with AtomicFile(os.path.join(directory, name), len(data)) as file:
                 file.write(data, 0)
-    names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
-    return Written(output.path, _describe_shards(shards), len(plan.steps), total, names)
+        names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
+        _prove_directory(directory, plan, names)
+    beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
+    return Written(output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside))
+
+
+def _prove_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
+    # Files of other names stay in the directory: an index among them, or stale shards, could be what is read there.
+    why = "other weights in it would be read instead"
+    try:
+        as_planned = _reads_as(directory, [step.out for step in plan.steps], names)
+    except CkptkitError as error:
+        as_planned, why = False, f"beside what is in it, the shards could not be read: {error.reason}"
+    if not as_planned:
+        raise OutputError(why, hint="give a new directory, or remove its other weights")
 
 
 def _describe_shards(shards: Sequence[Shard]) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 
 from ckptkit.tensors import TensorInfo
 
-__all__ = ["Shard", "is_shard_name", "split_into_shards", "weight_index"]
+__all__ = ["Shard", "is_part_name", "is_shard_name", "split_into_shards", "weight_index"]
 
 _INDEX = "model.safetensors.index.json"
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_PART = re.compile(r".+-\d{5}-of-\d{5}\.\w+|.+\.index\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,11 @@ class Shard:
 def is_shard_name(name: str) -> bool:
     """Return whether a file of this name would be stale beside new shards."""
     return _OURS.fullmatch(name) is not None
+
+
+def is_part_name(name: str) -> bool:
+    """Return whether a file of this name would be taken for a part of the sharded checkpoint that it lies beside."""
+    return _PART.fullmatch(name) is not None
 
 
 def split_into_shards(infos: Sequence[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:

@@ -50,7 +50,7 @@ class LocalFile:
             os.close(self._fd)
             raise PathError("not a regular file", path=path)
         self.size = status.st_size
-        self._seen = (status.st_size, status.st_mtime_ns)
+        self._seen = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def fileno(self) -> int:
         """Return the descriptor, for the kernel's own copying."""
@@ -83,7 +83,7 @@ class LocalFile:
     def check_unchanged(self) -> None:
         """Raise ``ChangedError`` where size or modification time are no longer those of the opening."""
         status = os.fstat(self._fd)
-        if (status.st_size, status.st_mtime_ns) != self._seen:
+        if (status.st_ino, status.st_size, status.st_mtime_ns) != self._seen:
             raise ChangedError("the file changed while it was read", path=self.path)
 
     def close(self) -> None:

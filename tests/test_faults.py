@@ -24,7 +24,7 @@ from ckptkit.errors import CkptkitError, OutputError
 from tests.helpers_outputs import names_in, sha256, tensor_of
 
 ROOT = Path(__file__).parent.parent
-CALLS = ("open", "pwrite", "copy_file_range", "posix_fallocate", "fchmod", "fsync", "replace", "rename", "mkdir",
+CALLS = ("open", "pwrite", "copy_file_range", "posix_fallocate", "fsync", "replace", "rename", "mkdir",
          "chmod", "link", "symlink", "pread", "preadv")  # fmt: skip
 NEW = {"a.weight": tensor_of("F32", (40, 3)), "a.bias": tensor_of("F32", (40,), 1), "b": tensor_of("BF16", (50,), 2)}
 OLD = {"old": tensor_of("F64", (70,), 3), "older": tensor_of("U8", (30,), 4)}

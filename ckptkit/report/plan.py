@@ -89,5 +89,8 @@ def written_text(plan: Plan, written: Written, shared: Iterable[tuple[str, ...]]
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         lines.append(f"left out, not among the tensors taken: {', '.join(map(printable, others[:8]))}{more}")
+    if written.beside:
+        more = f" and {len(written.beside) - 4} more" if len(written.beside) > 4 else ""
+        lines.append(f"other weights stay beside them: {', '.join(map(printable, written.beside[:4]))}{more}")
     lines += [f"written apart, shared before: {', '.join(map(printable, group[:8]))}" for group in shared]
     return lines

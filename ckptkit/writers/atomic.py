@@ -13,11 +13,12 @@ from typing import Self
 from ckptkit.errors import ChangedError, OutputError
 from ckptkit.storage import CHUNK, Extent
 from ckptkit.tensors import Payload
-from ckptkit.text import human_bytes
+from ckptkit.text import human_bytes, printable, quoted
 
-__all__ = ["AtomicFile", "atomic_directory", "prepare_target"]
+__all__ = ["AtomicFile", "atomic_directory", "prepare_directory", "prepare_target"]
 
 _LONGEST_NAME = 200  # bytes of the final name that go into the temporary one, so that it stays below 255
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # of file systems without them
 
 
 def prepare_target(path: str, *, force: bool) -> str:
@@ -25,15 +26,7 @@ def prepare_target(path: str, *, force: bool) -> str:
 
     Raises ``OutputError`` where its directory is missing, it is no regular file, or it exists without ``force``.
     """
-    try:
-        target = os.path.realpath(path)
-        parent = os.path.dirname(target)
-        if not os.path.isdir(parent):
-            what = "is not a directory" if os.path.exists(parent) else "does not exist"
-            raise OutputError(f"its directory {parent} {what}", path=path)
-        status = os.stat(target) if os.path.lexists(target) else None
-    except OSError as error:
-        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
+    target, status = _look(path)
     if status is not None and not stat.S_ISREG(status.st_mode):
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise OutputError(f"is {what}", hint="give a file name", path=path)
@@ -42,13 +35,65 @@ def prepare_target(path: str, *, force: bool) -> str:
     return target
 
 
-class AtomicFile:
-    """A file of known size beside its target, renamed over it on a clean exit and removed on any other."""
+def prepare_directory(path: str, *, force: bool) -> str:
+    """Return the real path of an output directory, through any symbolic link.
 
-    def __init__(self, target: str, size: int) -> None:
-        """Remember the real path of the target and the exact size in bytes."""
+    Raises ``OutputError`` where the directory above it is missing, where it is no directory, is the current one,
+    holds directories of its own, or holds anything without ``force``.
+    """
+    target, status = _look(path)
+    if status is None:
+        return target
+    if not stat.S_ISDIR(status.st_mode):
+        raise OutputError("is a file, and shards need a directory", hint="give a new name", path=path)
+    try:
+        entries = list(os.scandir(target))
+    except OSError as error:
+        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
+    inner = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
+    if os.path.samefile(target, os.getcwd()):
+        raise OutputError(
+            "is the current directory, which replacing would leave deleted", hint="work above it", path=path
+        )
+    if inner is not None:
+        raise OutputError(
+            f"holds the directory {quoted(inner)}, so it is not replaced", hint="give a new directory", path=path
+        )
+    if entries and not force:
+        raise OutputError("already exists", hint="--force replaces its shards and keeps its other files", path=path)
+    return target
+
+
+def _look(path: str) -> tuple[str, os.stat_result | None]:
+    """Return the real path of an output and what stands there; every fault of the name shows before the first byte."""
+    target = os.path.realpath(path)
+    parent = os.path.dirname(target)
+    try:
+        above = os.stat(parent).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        raise OutputError(f"its directory {printable(parent)} does not exist", path=path) from None
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise OutputError(f"its directory {printable(parent)}: {reason}", path=path) from None
+    if not stat.S_ISDIR(above):
+        raise OutputError(f"its directory {printable(parent)} is not a directory", path=path)
+    try:
+        # Not of the real path: a pipe behind /dev/stdout has none.
+        return target, os.stat(path)
+    except FileNotFoundError:
+        return target, None
+    except OSError as error:
+        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
+
+
+class AtomicFile:
+    """A file of known size beside its target, which takes its name on a clean exit and is removed on any other."""
+
+    def __init__(self, target: str, size: int, *, replace: bool = True) -> None:
+        """Remember the real path of the target, the exact size in bytes, and whether a file there may be replaced."""
         self.target = target
         self.size = size
+        self.replace = replace
         self._fd = -1
         self._temporary = ""
 
@@ -131,11 +176,29 @@ class AtomicFile:
             yield copied
 
     def _commit(self) -> None:
-        os.fchmod(self._fd, _mode_for(self.target))
+        _keep_owner_and_mode(self._fd, self.target)
         os.fsync(self._fd)
-        os.replace(self._temporary, self.target)
+        if self.replace:
+            os.replace(self._temporary, self.target)
+        else:
+            self._take_free_name()
         self._temporary = ""
         sync_directory(os.path.dirname(self.target))
+
+    def _take_free_name(self) -> None:
+        try:
+            # Unlike a rename, a link never replaces what another process has put there meanwhile.
+            os.link(self._temporary, self.target)
+        except FileExistsError:
+            raise OutputError(
+                "came to be while this was written, and was left alone", hint="--force replaces it", path=self.target
+            ) from None
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            os.rename(self._temporary, self.target)
+            return
+        os.unlink(self._temporary)
 
     def _discard(self) -> None:
         if self._fd >= 0:
@@ -151,6 +214,8 @@ class AtomicFile:
             disk = os.statvfs(os.path.dirname(self.target))
             free = disk.f_bavail * disk.f_frsize
             reason = f"no room: needs {human_bytes(self.size)}, {human_bytes(free)} free"
+            if disk.f_files and not disk.f_favail:
+                reason = "no room: the disk takes no more files"
             return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
 
@@ -173,10 +238,25 @@ def _reserve(fd: int, size: int) -> None:
         os.ftruncate(fd, size)  # a file system that cannot reserve; a full disk then shows while writing
 
 
-def _mode_for(target: str) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return stat.S_IMODE(os.stat(target).st_mode)
-    return 0o666 & ~current_umask()
+def _keep_owner_and_mode(new: int | str, target: str) -> None:
+    """Give the new file or directory what the old one of that name has, or what any new file gets."""
+    try:
+        old = os.stat(target)
+    except FileNotFoundError:
+        if isinstance(new, int):  # it was created for nobody else's eyes; a directory was not
+            os.chmod(new, 0o666 & ~current_umask())
+        return
+    made = os.stat(new)
+    mode = stat.S_IMODE(old.st_mode)
+    if made.st_gid != old.st_gid:
+        try:
+            os.chown(new, -1, old.st_gid)
+        except PermissionError:
+            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # another group must not get what that one had
+    if made.st_uid != old.st_uid:
+        with contextlib.suppress(PermissionError):
+            os.chown(new, old.st_uid, -1)
+    os.chmod(new, mode)
 
 
 def current_umask() -> int:
@@ -204,27 +284,22 @@ def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterato
     """Give a directory in which to write; on a clean exit it takes the place of ``path``, whole.
 
     Of an existing directory (only with ``force``) the files in ``ours`` are replaced or go, every other
-    file stays. Raises ``OutputError`` where it exists without ``force``, or holds directories of its own.
+    file stays and is there from the beginning. Raises what ``prepare_directory`` raises.
     """
     import shutil
 
-    target = os.path.realpath(path)
-    parent = os.path.dirname(target)
-    if not os.path.isdir(parent):
-        raise OutputError(f"its directory {parent} does not exist", path=path)
+    target = prepare_directory(path, force=force)
     exists = os.path.lexists(target)
-    if exists:
-        _check_replaceable(target, path, force=force)
     temporary = _beside(target)
     try:
         os.mkdir(temporary)
-        os.chmod(temporary, stat.S_IMODE(os.stat(target).st_mode) if exists else 0o777 & ~current_umask())
-        yield temporary
+        _keep_owner_and_mode(temporary, target)
         if exists:
             _bring_along(target, temporary, ours)
+        yield temporary
         sync_directory(temporary)
         _swap(temporary, target, exists=exists)
-        sync_directory(parent)
+        sync_directory(os.path.dirname(target))
     except OutputError as error:
         error.path = path  # the temporary path inside is nothing to look for
         raise
@@ -234,25 +309,10 @@ def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _check_replaceable(target: str, path: str, *, force: bool) -> None:
-    if not os.path.isdir(target):
-        raise OutputError("is a file, and shards need a directory", path=path)
-    entries = list(os.scandir(target))
-    inner = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
-    if os.path.samefile(target, os.getcwd()):
-        raise OutputError(
-            "is the current directory, which replacing would leave deleted", hint="work above it", path=path
-        )
-    if inner is not None:
-        raise OutputError(f"holds the directory {inner}, so it is not replaced", hint="give a new directory", path=path)
-    if entries and not force:
-        raise OutputError("already exists", hint="--force replaces its shards and keeps its other files", path=path)
-
-
 def _bring_along(target: str, temporary: str, ours: frozenset[str]) -> None:
     for entry in os.scandir(target):
         goal = os.path.join(temporary, entry.name)
-        if entry.name in ours or os.path.lexists(goal):
+        if entry.name in ours:
             continue
         if entry.is_symlink():
             os.symlink(os.readlink(entry.path), goal)

@@ -76,12 +76,13 @@ def _aligned(infos: Sequence[TensorInfo]) -> bool:
 
 
 def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload], out: AtomicFile) -> Iterator[int]:
-    """Write header and tensors into ``out``; yield the bytes of each step."""
-    out.write(layout.header, 0)
+    """Write tensors and header into ``out``; yield the bytes of each step."""
     offset = len(layout.header)
     for payload in merge_extents(payloads[info.key] for info in layout.infos):
         yield from out.copy(payload, offset)
         offset += payload.nbytes
+    # Last, so that what a killed process leaves behind is no checkpoint of zeros.
+    out.write(layout.header, 0)
 
 
 def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ckptkit.text import printable
 from tests.helpers_cli import ROOT, Ran
 
-__all__ = ["MEMORY", "Bad", "Odd", "assert_odd", "assert_refused", "run_limited", "written"]
+__all__ = [
+    "MEMORY",
+    "Bad",
+    "Command",
+    "Maker",
+    "Odd",
+    "assert_odd",
+    "assert_refused",
+    "paused",
+    "run_limited",
+    "written",
+]
 
 MEMORY = 300 << 20  # address space, in bytes: more than the program may ever hold
 _SECONDS = 20  # of processor time, so that a busy machine fails no test; what hangs is stopped
 
 Maker = Callable[[Path], Path]  # writes a file into an empty directory, and returns the path to give to ckpt
+Command = Callable[[Path], list[str | Path]]  # the same, for a whole command line
 
 
 @dataclass(frozen=True)
 class Bad:
     """Input that is refused: how to make it, and a part of the reason."""
 
-    make: Maker
+    make: Maker | Command
     reason: str
 
 
@@ -34,7 +48,7 @@ class Bad:
 class Odd:
     """Input that works: how to make it, what stderr warns of, and what stdout shows."""
 
-    make: Maker
+    make: Maker | Command
     warning: str = ""
     shown: str = ""
 
@@ -49,32 +63,70 @@ def written(data: bytes | Callable[[], bytes], name: str = "file.pt") -> Maker:
     return make
 
 
-def run_limited(*arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT) -> Ran:
+def run_limited(
+    *arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT, file_size: int = resource.RLIM_INFINITY
+) -> Ran:
     """Run ``ckpt`` in a process of its own that can take no more than ``memory`` bytes."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
     command = [sys.executable, "-m", "ckptkit", *(os.fspath(argument) for argument in arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
     done = subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, errors="surrogateescape", check=False, preexec_fn=limit,
-        env=environment, stdin=subprocess.DEVNULL,
+        command, cwd=cwd, capture_output=True, text=True, errors="surrogateescape", check=False,
+        preexec_fn=partial(_limit, memory, file_size), env=_environment(), stdin=subprocess.DEVNULL,
     )  # fmt: skip
     return Ran(done.returncode, done.stdout, done.stderr)
 
 
+def _limit(memory: int, file_size: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+
+
+def _environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+
+
+_PAUSED = f"""
+import os, resource, signal, sys
+resource.setrlimit(resource.RLIMIT_AS, ({MEMORY}, {MEMORY}))
+from ckptkit.cli import run
+def paused(real):
+    def call(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        return real(*arguments, **options)
+    return call
+name = sys.argv.pop(1)
+setattr(os, name, paused(getattr(os, name)))
+run()
+"""
+
+
+@contextlib.contextmanager
+def paused(call: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """Run ``ckpt`` up to its first ``os.call``, before which it stands still until it gets SIGCONT."""
+    command = [sys.executable, "-c", _PAUSED, call, *(os.fspath(argument) for argument in arguments)]
+    with subprocess.Popen(
+        command, cwd=ROOT, text=True, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+    ) as process:  # fmt: skip
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status), f"ended without calling os.{call}"
+            yield process
+        finally:
+            process.kill()
+
+
 def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None:
     """The input is refused: exit 2, one line with path and reason, stdout empty, nothing written, no canary sings."""
-    ran, path, before = _run(directory, case.make, command)
+    ran, made, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
     lines = [line for line in ran.err.split("\n") if ": warning: " not in line]
     assert [line.partition(":")[0] for line in lines] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
     where = lines[0].removeprefix("ckpt: ")
     # The path as it was given, or that of the part of it that is wrong, such as a shard.
-    assert where.startswith((f"{printable(str(path))}: ", printable(f"{directory / 'in'}/"))), ran.err
+    if not isinstance(made, list):
+        assert where.startswith((f"{printable(str(made))}: ", printable(f"{directory / 'in'}/"))), ran.err
     assert case.reason in lines[0], ran.err
     assert len(ran.err) < 3000
     _assert_harmless(ran)
@@ -91,15 +143,18 @@ def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
     _assert_untouched(directory, before)
 
 
-def _run(directory: Path, make: Maker, command: str) -> tuple[Ran, Path, dict[str, bytes | None]]:
+def _run(
+    directory: Path, make: Maker | Command, command: str
+) -> tuple[Ran, Path | list[str | Path], dict[str, bytes | None]]:
     inputs = directory / "in"
     inputs.mkdir()
     (directory / "out").mkdir()
-    path = make(inputs)
+    made = make(inputs)
     before = _content(inputs)
     output: list[str | Path] = [] if command == "show" else ["-o", directory / "out" / "o.safetensors"]
+    arguments = made if isinstance(made, list) else [command, made, *output]
     # Inside the empty directory: a file that the program dropped where it stands would be seen.
-    return run_limited(command, path, *output, cwd=directory / "out"), path, before
+    return run_limited(*arguments, cwd=directory / "out"), made, before
 
 
 def _assert_harmless(ran: Ran) -> None:
@@ -123,4 +178,4 @@ def _content(directory: Path) -> dict[str, bytes | None]:
 
 
 def _is_small(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size < 1 << 26 and os.access(path, os.R_OK)
+    return not path.is_symlink() and path.is_file() and path.stat().st_size < 1 << 26 and os.access(path, os.R_OK)
