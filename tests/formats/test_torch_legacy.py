@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-import re
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from ckptkit.tensors import DTYPES, shared_keys
 from tests.helpers_formats import (
@@ -91,87 +87,6 @@ def test_a_view_of_a_part_of_a_storage_is_read_as_torch_reads_it(tmp_path: Path)
         assert_same(checkpoint, torch.load(path, weights_only=True))
         assert checkpoint.read_bytes("part") == bytes(range(8, 16))
         assert shared_keys(checkpoint) == {"all": ("part",), "part": ("all",)}
-
-
-def test_source_code_that_a_legacy_module_embeds_is_reported(tmp_path: Path) -> None:
-    """F6: the file holds the path of somebody's source file, and its text."""
-    body = mapping(
-        {"w": tensor(), "m": several(text("module"), text("Net"), text("net.py"), text("class Net: ...")) + b"Q"}
-    )
-    with opened(tmp_path, legacy_file(body)) as checkpoint:
-        assert checkpoint.warnings == ("embeds source code of net.py",)
-        assert checkpoint.read_bytes("w") == bytes(range(16))
-
-
-GOOD = legacy_file(mapping({"w": tensor()}))
-TWO = mapping({"w": tensor(), "v": tensor(storage("1"))})
-FLOATS = struct.pack("<q", 4) + bytes(16)
-LARGE = struct.pack("<q", 2**50) + bytes(16)
-LAUGHS: Any = [1]
-for _ in range(60):
-    LAUGHS = [LAUGHS, LAUGHS]
-
-
-@pytest.mark.parametrize(
-    ("data", "reason"),
-    [
-        pytest.param(legacy_file(mapping({"w": tensor()}), magic=0x1950), "a bare pickle", id="F1 magic"),
-        pytest.param(
-            legacy_file(mapping({"w": tensor()}), protocol=1002), "another protocol than 1001", id="F1 protocol"
-        ),
-        pytest.param(
-            legacy_file(b"}", protocol=10**5000), "another protocol than 1001", id="F1 protocol of 5,000 digits"
-        ),
-        pytest.param(
-            GOOD.replace(pickle.dumps(1001, 2), pickle.dumps(LAUGHS, 2)), "another protocol", id="F1 protocol of laughs"
-        ),
-        pytest.param(
-            legacy_file(mapping({"w": tensor()}), (), b""), "storage '0' is not in the file", id="F2 empty list"
-        ),
-        pytest.param(legacy_file(TWO, ("0",), FLOATS), "storage '1' is not in the file", id="F2 one is missing"),
-        pytest.param(
-            legacy_file(mapping({"w": tensor()}), ("9",)), "'9' is in the file and belongs to no", id="F2 unknown"
-        ),
-        pytest.param(legacy_file(TWO, ("0", "0"), FLOATS + FLOATS), "storage '0' is listed twice", id="F2 twice"),
-        pytest.param(legacy_file(b"}", {"0": 1}), "without a list of storages", id="F2 no list"),
-        pytest.param(legacy_file(b"}", (1.5,)), "without a list of storages", id="F2 no names"),
-        pytest.param(legacy_file(b"}", (10**5000,)), "without a list of storages", id="F2 a name of 5,000 digits"),
-        pytest.param(
-            legacy_file(mapping({"w": tensor()}), stored=struct.pack("<q", 5) + bytes(20)),
-            "storage '0': 16 bytes named, 5 elements of 4 bytes stored",
-            id="F3 more than named",
-        ),
-        pytest.param(
-            legacy_file(mapping({"w": tensor()}), stored=struct.pack("<q", -4) + bytes(16)),
-            "-4 elements",
-            id="F3 negative",
-        ),
-        pytest.param(
-            legacy_file(mapping({"w": tensor()}), stored=LARGE), "1125899906842624 elements", id="F3 2^50 stored"
-        ),
-        pytest.param(
-            legacy_file(mapping({"w": tensor(storage("0", 2**50))}), stored=LARGE),
-            "ends 4503599627370480 bytes before the end of storage '0'",
-            id="F3 2^50 named and stored",
-        ),
-        pytest.param(GOOD[:-1], "ends 1 bytes before the end of storage '0'", id="F4 truncated"),
-        pytest.param(GOOD[:-20], "ends before storage '0'", id="F4 no length"),
-        pytest.param(GOOD + b"junk", "4 bytes follow the last storage", id="F4 junk behind"),
-        pytest.param(
-            legacy_file(mapping({"w": tensor(part(2, 3))})), "ends at byte 20 of 16", id="F5 view past the end"
-        ),
-        pytest.param(
-            legacy_file(mapping({"w": tensor(part(2, 2))})), "'w': .* byte 16 .* has 8", id="F5 past its part"
-        ),
-        pytest.param(legacy_file(mapping({"w": tensor(part(-1, 2))})), "described wrongly", id="F5 negative"),
-        pytest.param(legacy_file(mapping({"w": tensor(part(1))})), "described wrongly", id="F5 two numbers"),
-        pytest.param(legacy_file(mapping({"w": tensor(part(2**70, 1))})), "described wrongly", id="F5 beyond 64 bits"),
-    ],
-)
-def test_a_file_that_contradicts_itself_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
-    error = refused(tmp_path, data)
-    assert isinstance(error, FormatError)
-    assert re.search(reason, error.reason), error.reason
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])

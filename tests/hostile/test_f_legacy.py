@@ -1,0 +1,92 @@
+"""Table F: torch's format before 1.6 is believed in nothing that the rest of the file does not bear out."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import io
+import pickle
+import struct
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers_formats import legacy_file, mapping, number, several, storage, tensor, text
+from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+
+
+def part(*numbers: int) -> bytes:
+    """A storage of four floats, of which the pickle takes a part: (key of the view, offset, size), in elements."""
+    return storage("0", 4, "torch.FloatStorage", "cpu", several(text("v"), *map(number, numbers)))
+
+
+def tar() -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("pickle"))
+    return buffer.getvalue()
+
+
+ONE = mapping({"w": tensor()})
+TWO = mapping({"w": tensor(), "v": tensor(storage("1"))})
+GOOD = legacy_file(ONE)
+FLOATS = struct.pack("<q", 4) + bytes(16)
+LARGE = struct.pack("<q", 2**50) + bytes(16)
+LAUGHS: Any = [1]
+for _ in range(60):
+    LAUGHS = [LAUGHS, LAUGHS]
+MODULE = several(text("module"), text("Net"), text("net.py"), text("class Net: ...")) + b"Q"
+
+BAD: dict[str, Bad] = {
+    "F1 magic": Bad(written(legacy_file(ONE, magic=0x1950)), "a bare pickle"),
+    "F1 protocol": Bad(written(legacy_file(ONE, protocol=1002)), "another protocol than 1001"),
+    "F1 protocol of 5,000 digits": Bad(written(legacy_file(b"}", protocol=10**5000)), "another protocol than 1001"),
+    "F1 protocol of laughs": Bad(
+        written(lambda: GOOD.replace(pickle.dumps(1001, 2), pickle.dumps(LAUGHS, 2))), "another protocol than 1001"
+    ),
+    "F2 empty list": Bad(written(legacy_file(ONE, (), b"")), "storage '0' is not in the file"),
+    "F2 one is missing": Bad(written(legacy_file(TWO, ("0",), FLOATS)), "storage '1' is not in the file"),
+    "F2 unknown": Bad(written(legacy_file(ONE, ("9",))), "'9' is in the file and belongs to no tensor"),
+    "F2 twice": Bad(written(legacy_file(TWO, ("0", "0"), FLOATS + FLOATS)), "storage '0' is listed twice"),
+    "F2 no list": Bad(written(legacy_file(b"}", {"0": 1})), "without a list of storages"),
+    "F2 no names": Bad(written(legacy_file(b"}", (1.5,))), "without a list of storages"),
+    "F2 a name of 5,000 digits": Bad(written(legacy_file(b"}", (10**5000,))), "without a list of storages"),
+    "F3 more than named": Bad(
+        written(legacy_file(ONE, stored=struct.pack("<q", 5) + bytes(20))),
+        "storage '0': 16 bytes named, 5 elements of 4 bytes stored",
+    ),
+    "F3 negative": Bad(written(legacy_file(ONE, stored=struct.pack("<q", -4) + bytes(16))), "-4 elements"),
+    "F3 2^50 stored": Bad(written(legacy_file(ONE, stored=LARGE)), "1125899906842624 elements of 4 bytes stored"),
+    "F3 2^50 named and stored": Bad(
+        written(legacy_file(mapping({"w": tensor(storage("0", 2**50))}), stored=LARGE)),
+        "ends 4503599627370480 bytes before the end of storage '0'",
+    ),
+    "F4 truncated": Bad(written(GOOD[:-1]), "ends 1 bytes before the end of storage '0'"),
+    "F4 no length": Bad(written(GOOD[:-20]), "ends before storage '0': truncated?"),
+    "F4 junk behind": Bad(written(GOOD + b"junk"), "4 bytes follow the last storage"),
+    "F5 view past the end": Bad(written(legacy_file(mapping({"w": tensor(part(2, 3))}))), "ends at byte 20 of 16"),
+    "F5 past its part": Bad(written(legacy_file(mapping({"w": tensor(part(2, 2))}))), "'w': the view ends at byte 16"),
+    "F5 negative": Bad(written(legacy_file(mapping({"w": tensor(part(-1, 2))}))), "described wrongly"),
+    "F5 one number short": Bad(written(legacy_file(mapping({"w": tensor(part(1))}))), "described wrongly"),
+    "F5 beyond 64 bits": Bad(written(legacy_file(mapping({"w": tensor(part(2**70, 1))}))), "described wrongly"),
+    "F8 gzip": Bad(written(gzip.compress(tar()), "x.tar.gz"), "a gzip-compressed file"),
+    "F8 bzip2": Bad(written(bz2.compress(tar()), "x.tar.bz2"), "a bzip2-compressed file"),
+}
+ODD: dict[str, Odd] = {
+    "F6 embedded source": Odd(
+        written(legacy_file(mapping({"w": tensor(), "m": MODULE}))), "embeds source code of net.py", "F32"
+    ),
+}
+OTHER = ()
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_it_is_refused(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BAD[name])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_it_is_read_and_said(name: str, tmp_path: Path) -> None:
+    assert_odd(tmp_path, ODD[name])
