@@ -22,10 +22,10 @@ def part(*numbers: int) -> bytes:
     return storage("0", 4, "torch.FloatStorage", "cpu", several(text("v"), *map(number, numbers)))
 
 
-def tar() -> bytes:
+def tar(name: str) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo("pickle"))
+        archive.addfile(tarfile.TarInfo(name))
     return buffer.getvalue()
 
 
@@ -71,8 +71,9 @@ BAD: dict[str, Bad] = {
     "F5 negative": Bad(written(legacy_file(mapping({"w": tensor(part(-1, 2))}))), "described wrongly"),
     "F5 one number short": Bad(written(legacy_file(mapping({"w": tensor(part(1))}))), "described wrongly"),
     "F5 beyond 64 bits": Bad(written(legacy_file(mapping({"w": tensor(part(2**70, 1))}))), "described wrongly"),
-    "F8 gzip": Bad(written(gzip.compress(tar()), "x.tar.gz"), "a gzip-compressed file"),
-    "F8 bzip2": Bad(written(bz2.compress(tar()), "x.tar.bz2"), "a bzip2-compressed file"),
+    "F7 a member that climbs out": Bad(written(tar("../pickle"), "x.tar"), "a tar archive"),
+    "F8 gzip": Bad(written(gzip.compress(tar("pickle")), "x.tar.gz"), "a gzip-compressed file"),
+    "F8 bzip2": Bad(written(bz2.compress(tar("pickle")), "x.tar.bz2"), "a bzip2-compressed file"),
 }
 ODD: dict[str, Odd] = {
     "F6 embedded source": Odd(
