@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import array
 import errno
 import os
 import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import Final, Protocol, TypeGuard
 
 from ckptkit.errors import ChangedError, FormatError, PathError
 from ckptkit.tensors import Payload
 from ckptkit.text import quoted
 
-__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region", "seekable"]
+__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region", "Swapped", "seekable"]
 
 CHUNK = 4 << 20
 
@@ -169,6 +170,38 @@ class Inflated:
         return Inflated(self.packed, self.size, self.start + start, nbytes)
 
 
+_WORDS: Final = {2: "H", 4: "I", 8: "Q"}
+
+
+@dataclass(frozen=True, slots=True)
+class Swapped:
+    """A range of big-endian numbers of ``width`` bytes each (2, 4 or 8), as little-endian ones."""
+
+    source: Extent | Inflated
+    width: int
+
+    @property
+    def nbytes(self) -> int:
+        """As many bytes as in the file."""
+        return self.source.nbytes
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the range, its numbers swapped."""
+        rest = b""
+        for chunk in self.source.chunks():
+            data = rest + chunk if rest else chunk
+            whole = len(data) - len(data) % self.width
+            rest = bytes(data[whole:])
+            numbers = array.array(_WORDS[self.width])
+            numbers.frombytes(data[:whole])
+            numbers.byteswap()
+            yield memoryview(numbers).cast("B")
+
+    def slice(self, start: int, nbytes: int) -> Swapped:
+        """Return a part of the range; it begins and ends between two numbers."""
+        return Swapped(self.source.slice(start, nbytes), self.width)
+
+
 def seekable(payload: Payload) -> TypeGuard[Region]:
     """Return whether a part of it can be read without reading what lies before it."""
-    return isinstance(payload, Extent)
+    return isinstance(payload.source if isinstance(payload, Swapped) else payload, Extent)

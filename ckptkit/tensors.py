@@ -39,6 +39,11 @@ class DType(NamedTuple):
     storable: bool = True  # whether the safetensors format has a code for it
     parts: int = 1  # numbers in an element: byte order is a property of each part
 
+    @property
+    def part_bytes(self) -> int:
+        """Bytes of one number; 1 where several share a byte."""
+        return max(self.bits // 8 // self.parts, 1)
+
 
 DTYPES: Mapping[str, DType] = MappingProxyType(
     {

@@ -167,9 +167,7 @@ class Strided:
     def _flip_signs(self, buffer: bytearray, end: int) -> None:
         # Arithmetic would lose the sign of a zero and the bits of a NaN; the sign is the top bit of the last byte.
         dtype = DTYPES[self.info.dtype]
-        width = dtype.bits // 8
-        part = width // dtype.parts
         for index, flip in enumerate((self.neg, self.neg != self.conj)[: dtype.parts]):
             if flip:
-                top = slice((index + 1) * part - 1, end, width)
+                top = slice((index + 1) * dtype.part_bytes - 1, end, dtype.bits // 8)
                 buffer[top] = buffer[top].translate(_SIGN_FLIPPED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
@@ -35,6 +35,7 @@ class TorchFile:
     pickle_size: int
     locate: Callable[[StorageRef], Region]  # raises FormatError where the storage is not in the file
     warnings: tuple[str, ...] = ()
+    uncertain: Callable[[TensorRef], bool] = lambda _: False  # whether the order of its bytes cannot be known
 
 
 def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Callable[[], None],  # noqa: A002
@@ -63,6 +64,8 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
     for key, (tensor, ambiguous) in tensors.items():
+        if tensor.kind == "dense" and file.uncertain(tensor):
+            tensor = replace(tensor, kind="big-endian")  # noqa: PLW2901 - what is listed of it
         infos[key] = _info(key, tensor, ids, ambiguous=ambiguous)
         if tensor.storage is not None and tensor.storage.key not in places:
             places[tensor.storage.key] = file.locate(tensor.storage)

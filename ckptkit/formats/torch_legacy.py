@@ -8,7 +8,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter
 from ckptkit.formats.pickle_machine import TruncatedPickleError
 from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
-from ckptkit.formats.torch_objects import StorageRef, TorchObjects
+from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.storage import Extent, LocalFile, Region
 from ckptkit.tensors import DTYPES, Checkpoint
@@ -50,7 +50,8 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
     protocol, pos = _pickle(file, plain, pos, largest)
     if protocol != _PROTOCOL:
         raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
-    _, pos = _pickle(file, plain, pos, largest)
+    info, pos = _pickle(file, plain, pos, largest)
+    big = isinstance(info, dict) and info.get("little_endian") is False
     start = pos
     tree, pos = _pickle(file, objects.interpreter, pos, largest)
     size = pos - start
@@ -62,7 +63,14 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
             raise FormatError(f"storage {quoted(storage.key)} is not in the file")
         return Extent(file, starts[storage.key], storage.nbytes)
 
-    return TorchFile(tree, objects, size, locate)
+    def uncertain(tensor: TensorRef) -> bool:
+        # torch wrote numbers of up to 8 bytes little-endian everywhere; of complex ones it mixed up the parts.
+        dtype = DTYPES[tensor.dtype]
+        untyped = tensor.storage is not None and not tensor.storage.dtype
+        return big and (dtype.parts > 1 or (untyped and dtype.part_bytes > 1))
+
+    said = ("written on a big-endian machine: read as torch reads it, its numbers are little-endian",) if big else ()
+    return TorchFile(tree, objects, size, locate, said, uncertain)
 
 
 def _pickle(file: LocalFile, interpreter: Interpreter, start: int, largest: int) -> tuple[object, int]:

@@ -6,11 +6,11 @@ import zlib
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
-from ckptkit.formats.torch_objects import StorageRef, TorchObjects
+from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.formats.zip_directory import ZipDirectory
-from ckptkit.storage import Region
-from ckptkit.tensors import Checkpoint
+from ckptkit.storage import Region, Swapped
+from ckptkit.tensors import DTYPES, Checkpoint
 from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_zip", "read_torch_zip"]
@@ -44,11 +44,23 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
     """
     root = _root(archive)
     warnings = _check_records(archive, root)
+    big = _byte_order(archive, root) == "big"
+    if big:
+        warnings.append("written on a big-endian machine: numbers are swapped while they are read")
     data = _read_pickle(archive, f"{root}data.pkl", largest)
     objects = TorchObjects()
     tree, end = unpickle(data, objects.interpreter)
     if end != len(data):
         warnings.append(f"{len(data) - end} bytes follow the pickle in data.pkl")
+
+    def swapped_width(key: str) -> int:
+        # As torch does: by the type under which the file names the storage first, an untyped one not at all.
+        dtype = objects.storages[key].dtype
+        return DTYPES[dtype].part_bytes if dtype else 1
+
+    def uncertain(tensor: TensorRef) -> bool:
+        width = DTYPES[tensor.dtype].part_bytes
+        return big and tensor.storage is not None and width != swapped_width(tensor.storage.key)
 
     def locate(storage: StorageRef) -> Region:
         name = f"{root}data/{storage.key}"
@@ -60,13 +72,14 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
                 f"storage {quoted(storage.key)}: {storage.nbytes} bytes named, {entry.size} stored",
                 hint="the file was damaged or made by a faulty writer",
             )
-        return archive.region(name)
+        region, width = archive.region(name), swapped_width(storage.key)
+        return Swapped(region, width) if big and width > 1 else region
 
     unused = [name for name in archive.entries if name.startswith(f"{root}data/") and name[len(root) + 5 :]
               not in objects.storages]  # fmt: skip
     if unused:
         warnings.append(f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}")
-    return TorchFile(tree, objects, len(data), locate, tuple(warnings))
+    return TorchFile(tree, objects, len(data), locate, tuple(warnings), uncertain)
 
 
 def _root(archive: ZipDirectory) -> str:
@@ -90,12 +103,6 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
     version = _small(archive, f"{root}version")
     if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
         raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
-    order = _small(archive, f"{root}byteorder")
-    if order not in (None, "little"):
-        raise FormatError(
-            "written on a big-endian machine" if order == "big" else f"its byte order is {quoted(str(order)[:20])}",
-            hint="load and save it with torch first",
-        )
     warnings = []
     if any(entry.method for entry in archive.entries.values()):
         warnings.append("the archive is compressed: tensors are inflated while they are read")
@@ -107,6 +114,13 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
         what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
         warnings.append(f"storage bytes were skipped at save (torch.serialization.skip_data): {what}")
     return warnings
+
+
+def _byte_order(archive: ZipDirectory, root: str) -> str:
+    order = _small(archive, f"{root}byteorder")
+    if order not in (None, "little", "big"):
+        raise FormatError(f"its byte order is {quoted(order[:20])}", hint="torch knows little and big")
+    return order or "little"
 
 
 def _small(archive: ZipDirectory, name: str) -> str | None:

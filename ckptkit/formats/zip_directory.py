@@ -10,7 +10,7 @@ import struct
 from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
-from ckptkit.storage import Extent, Inflated, LocalFile, Region
+from ckptkit.storage import Extent, Inflated, LocalFile
 from ckptkit.text import plural, quoted
 
 __all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
@@ -48,7 +48,7 @@ class ZipDirectory:
     entries: dict[str, ZipEntry]
     starts: dict[str, int]
 
-    def region(self, name: str) -> Region:
+    def region(self, name: str) -> Extent | Inflated:
         """Return the content of an entry, unread."""
         entry = self.entries[name]
         if entry.method == _STORED:

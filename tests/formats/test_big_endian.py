@@ -1,0 +1,162 @@
+"""Files of big-endian machines: read as torch reads them, and what torch itself would misread is refused by name."""
+
+from __future__ import annotations
+
+import io
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ckptkit.errors import FormatError
+from ckptkit.formats import open_checkpoint
+from ckptkit.tensors import DTYPES
+from tests.helpers_formats import (
+    CODE_OF,
+    assert_same,
+    bits,
+    legacy_file,
+    mapping,
+    opened,
+    random_tensor,
+    rezip,
+    saved,
+    storage,
+    tensor,
+    torch_zip,
+    write,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+# Written through an untyped storage, of which torch does not know in how many bytes to swap it.
+UNTYPED = {code for code in DTYPES if code.startswith(("U16", "U32", "U64", "C32", "BITS16"))}
+IN_TORCH = [dtype for dtype in DTYPES.values() if dtype.torch_name and not dtype.code.startswith("Q")]
+
+
+def reversed_in(data: bytes, width: int) -> bytes:
+    return b"".join(data[at : at + width][::-1] for at in range(0, len(data), width))
+
+
+def big(data: bytes, width: int, method: int = zipfile.ZIP_STORED) -> bytes:
+    """The archive as a big-endian machine would have written it, all of its numbers of ``width`` bytes."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        stored = {name: archive.read(name) for name in archive.namelist() if name.startswith("archive/data/")}
+    changes: dict[str, bytes | None] = {name: reversed_in(content, width) for name, content in stored.items()}
+    return rezip(data, changes | {"archive/byteorder": b"big"}, method)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+@pytest.mark.parametrize("dtype", [pytest.param(d, id=d.code) for d in IN_TORCH if d.code not in UNTYPED])
+def test_every_element_is_swapped_as_torch_swaps_it(tmp_path: Path, dtype: Any, method: int) -> None:
+    kind = getattr(torch, dtype.torch_name)
+    state = {"m": random_tensor(kind, (3, 4)), "e": random_tensor(kind, (0, 2)), "v": random_tensor(kind, (6,), 1)}
+    path = write(tmp_path, big(saved(state), dtype.part_bytes, method))
+    with open_checkpoint(path) as checkpoint:
+        assert_same(checkpoint, state)
+        assert_same(checkpoint, torch.load(path, weights_only=True))
+        assert any("big-endian machine: numbers are swapped" in line for line in checkpoint.warnings)
+
+
+def views(kind: torch.dtype) -> dict[str, torch.Tensor]:
+    base = random_tensor(kind, (4, 6))
+    return {
+        "whole": base,
+        "transposed": base.T,
+        "row": base[2],
+        "column": base[:, 3],
+        "expanded": base[:1].expand(5, 6),
+        **({"conj": base.conj()} if kind.is_complex else {}),
+    }
+
+
+@pytest.mark.parametrize("kind", [torch.int16, torch.float32, torch.complex64, torch.complex128])
+def test_views_of_one_storage_are_swapped_once(tmp_path: Path, kind: torch.dtype) -> None:
+    state = views(kind)
+    width = DTYPES[CODE_OF[kind]].part_bytes
+    path = write(tmp_path, big(saved(state), width))
+    with open_checkpoint(path) as checkpoint:
+        assert_same(checkpoint, state)
+        assert_same(checkpoint, torch.load(path, weights_only=True))
+        for key, info in checkpoint.items():
+            span = checkpoint.span(key)
+            assert (span is None) == (key == "conj")
+            if span is not None and key == "row":
+                assert b"".join(bytes(chunk) for chunk in span.chunks()) == checkpoint.read_bytes(key)
+                assert span.nbytes == info.nbytes
+
+
+def test_the_parts_of_a_complex_storage_are_numbers_of_their_own(tmp_path: Path) -> None:
+    values = random_tensor(torch.complex64, (4,))
+    state = {"real": values.real, "imag": values.conj().imag}
+    path = write(tmp_path, big(saved(state), 4))
+    with open_checkpoint(path) as checkpoint:
+        assert_same(checkpoint, state)
+        assert_same(checkpoint, torch.load(path, weights_only=True))
+
+
+def test_a_large_deflated_storage_is_swapped_across_its_pieces(tmp_path: Path) -> None:
+    state = {"w": torch.arange(1_500_000, dtype=torch.int64) * 0x0102030405}
+    state["tail"] = state["w"][1_400_001:]
+    with opened(tmp_path, big(saved(state), 8, zipfile.ZIP_DEFLATED)) as checkpoint:
+        assert_same(checkpoint, state)
+
+
+@pytest.mark.parametrize("code", sorted(UNTYPED))
+def test_what_has_no_type_in_the_file_is_listed_and_not_read(tmp_path: Path, code: str) -> None:
+    """torch swaps a storage by its type, and gives other values here than the writing machine had."""
+    state = {
+        "x": random_tensor(getattr(torch, DTYPES[code].torch_name), (3, 2)),
+        "w": torch.arange(3, dtype=torch.int8),
+    }
+    width = DTYPES[code].part_bytes
+    path = write(tmp_path, big(saved({"x": state["x"]}), width))
+    assert bits(torch.load(path, weights_only=True)["x"]) == reversed_in(bits(state["x"]), width)
+    with opened(tmp_path, big(saved(state), 1)) as checkpoint:
+        assert (checkpoint["x"].kind, checkpoint["x"].dtype, checkpoint["x"].shape) == ("big-endian", code, (3, 2))
+        assert checkpoint.read_bytes("w") == b"\0\1\2"
+        with pytest.raises(FormatError, match="'x' is a big-endian tensor"):
+            checkpoint.payload("x")
+
+
+def test_a_storage_of_two_types_is_swapped_by_the_first_as_torch_does(tmp_path: Path) -> None:
+    """Where the second has numbers of another width, nobody can say what it holds."""
+    first, same = tensor(storage("0", 4)), tensor(storage("0", 4, "torch.IntStorage"))
+    other = tensor(storage("0", 8, "torch.HalfStorage"), size=(8,), stride=(1,))
+    swapped = reversed_in(bytes(range(16)), 4)
+    agreeing = rezip(torch_zip(mapping({"first": first, "same": same})), {"archive/byteorder": b"big"})
+    path = write(tmp_path, agreeing)
+    with open_checkpoint(path) as checkpoint:
+        theirs = torch.load(path, weights_only=True)
+        assert {key: checkpoint.read_bytes(key) for key in checkpoint} == {"first": swapped, "same": swapped}
+        assert {key: bits(value) for key, value in theirs.items()} == {"first": swapped, "same": swapped}
+    differing = rezip(torch_zip(mapping({"first": first, "other": other})), {"archive/byteorder": b"big"})
+    with opened(tmp_path, differing) as checkpoint:
+        assert [info.kind for info in checkpoint.values()] == ["dense", "big-endian"]
+        assert checkpoint.read_bytes("first") == swapped
+
+
+def test_legacy_storages_are_little_endian_everywhere(tmp_path: Path) -> None:
+    """torch looks at no flag there, since it writes little-endian; of complex numbers it mixed up the parts."""
+    body = mapping(
+        {
+            "w": tensor(storage("0", 4, "torch.FloatStorage", "cpu", b"N")),
+            "c": tensor(storage("1", 2, "torch.ComplexFloatStorage", "cpu", b"N"), size=(2,), stride=(1,)),
+        }
+    )
+    record = (4).to_bytes(8, "little") + bytes(range(16))
+    data = legacy_file(body, ("0", "1"), record + (2).to_bytes(8, "little") + bytes(16))
+    assert data.count(b"\x88") == 1
+    path = write(tmp_path, data.replace(b"\x88", b"\x89"))
+    with open_checkpoint(path) as checkpoint:
+        theirs = torch.load(path, weights_only=True)
+        assert checkpoint.read_bytes("w") == bits(theirs["w"]) == bytes(range(16))
+        assert checkpoint["c"].kind == "big-endian"
+        assert any("written on a big-endian machine" in line for line in checkpoint.warnings)
+
+
+def test_a_little_endian_file_says_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="error"), opened(tmp_path, saved({"w": torch.ones(2)})) as checkpoint:
+        assert checkpoint.warnings == ()
