@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.text import quoted
+from ckptkit.text import shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 from ckptkit.wrappers import WRAPPER_PREFIXES
 
@@ -234,7 +234,7 @@ def _hints(result: StateDictDiff) -> list[Hint]:
 
 def _praise(hits: int, wanted: int, rename: str) -> str:
     share = f"all {wanted:,}" if hits == wanted else f"{hits:,} of {wanted:,}"
-    return f"{share} keys match after --rename {quoted(rename)}"
+    return f"{share} keys match after --rename {shell_word(rename)}"
 
 
 def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:

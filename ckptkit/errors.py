@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
-
 __all__ = [
     "ChangedError",
     "CkptkitError",
@@ -21,12 +19,8 @@ __all__ = [
 def one_line(sentence: str) -> str:
     """Return ``sentence`` without line breaks and control characters; what is escaped in it already stays as it is."""
     joined = sentence.replace("\n", " ")
-    if joined.isprintable():
-        return joined
     # Names quoted in it have their backslashes doubled already, so those are left alone.
-    return "".join(
-        char if char.isprintable() or unicodedata.category(char) == "Zs" else ascii(char)[1:-1] for char in joined
-    )
+    return joined if joined.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
 
 
 class CkptkitError(Exception):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import html
 from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
 from ckptkit.errors import CkptkitError, one_line
-from ckptkit.text import plural, printable
+from ckptkit.text import html_table, plural, printable
 
 __all__ = ["Finding", "Report", "Severity"]
 
@@ -61,9 +60,7 @@ class Report:
             raise self.error(f"{errors[0].message}{more}", hint=errors[0].hint or None)
 
     def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(printable(cell))}</td>" for cell in cells) + "</tr>"
-            for cells in ((f.severity, f.code, f.key, f.message, f.hint) for f in self.findings)
+        return html_table(
+            ("severity", "code", "key", "message", "hint"),
+            [(f.severity, f.code, printable(f.key), one_line(f.message), one_line(f.hint)) for f in self.findings],
         )
-        head = "".join(f"<th>{name}</th>" for name in ("severity", "code", "key", "message", "hint"))
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"

@@ -10,7 +10,7 @@ from functools import lru_cache
 from ckptkit.errors import RuleError
 from ckptkit.text import quoted
 
-__all__ = ["Fit", "Pattern", "Template", "matches_any", "parse_pattern", "parse_rename", "parse_template"]
+__all__ = ["Fit", "Pattern", "Template", "literal", "matches_any", "parse_pattern", "parse_rename", "parse_template"]
 
 _NAME = r"[A-Za-z][A-Za-z0-9_]*"  # a leading underscore is left to the groups that stars make
 _PATTERN_TOKEN = re.compile(
@@ -19,6 +19,7 @@ _PATTERN_TOKEN = re.compile(
 _TEMPLATE_TOKEN = re.compile(
     rf"(?P<star>\*)|\{{(?P<name>{_NAME})(?P<shift>[+-][0-9]{{1,18}})?\}}|(?P<literal>[^*{{}}]+)|(?P<bad>[{{}}])"
 )
+_SPECIAL = re.compile(r"[*{}]|^re:")  # what a pattern does not take as it stands
 _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
 
@@ -110,6 +111,11 @@ def parse_pattern(text: str) -> Pattern:
             captures[name] = token["int"] is not None
             parts.append(f"(?P<{name}>{'[0-9]+' if captures[name] else '[^.]+'})")
     return Pattern(text, stars, captures, re.compile("".join(parts), re.DOTALL), tuple(literals))
+
+
+def literal(key: str) -> str:
+    """Return a pattern that fits ``key`` and nothing else."""
+    return f"re:{re.escape(key)}" if not key or _SPECIAL.search(key) else key
 
 
 def matches_any(patterns: Iterable[Pattern], key: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -42,7 +41,7 @@ class LoadReport(Report):
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(str(self))}</p>{super()._repr_html_()}"
+        return f"<p>{self}</p>{super()._repr_html_()}"
 
 
 def load_into(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ckptkit.errors import PlanError
+from ckptkit.keys import literal
 from ckptkit.plan import Dropped, Source, Step
 from ckptkit.recipes import outline
 from ckptkit.rules import Made
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
-from ckptkit.text import printable, quoted
+from ckptkit.text import printable, quoted, shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE
 
 __all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_suspicious"]
@@ -27,7 +28,7 @@ def make_step(out: TensorInfo, how: Made, role: str, checkpoint: Checkpoint) -> 
     Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where an operation does not fit.
     """
     found = how.describe(out.key, checkpoint)
-    leave_out = f"leave it out: --drop {quoted(how.sources[0])}"
+    leave_out = f"leave it out: --drop {shell_word(literal(how.sources[0]))}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)

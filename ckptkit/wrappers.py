@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from ckptkit.errors import FormatError
-from ckptkit.text import printable, quoted
+from ckptkit.text import printable, shell_word
 
 __all__ = ["ENVELOPES", "WRAPPER_PREFIXES", "choose_envelope", "is_state_dict"]
 
@@ -53,7 +53,7 @@ def choose_envelope(
     if not candidates:
         return ()
     if len(candidates) > 1:
-        listed = ", ".join(quoted(f"::{at}{key}") for key in candidates)
+        listed = ", ".join(shell_word(f"::{at}{key}") for key in candidates)
         raise FormatError(
             f"holds {len(candidates)} mappings of weights: {', '.join(printable(key) for key in candidates)}",
             hint=f"say which one is meant by adding {listed} to the path",

@@ -24,7 +24,8 @@ from ckptkit.param_groups import (
     plan_param_groups,
     validate_param_groups,
 )
-from ckptkit.report.groups import groups_document, groups_rows, groups_text
+from ckptkit.report.groups import groups_document, groups_page, groups_rows
+from ckptkit.report.page import as_text
 
 HEAD_AND_REST = {
     "defaults": {"lr": 0.001},
@@ -375,7 +376,7 @@ def test_the_table_and_the_document_say_what_the_optimizer_gets() -> None:
         "other options": "betas=[0.9, 0.99]",
     }
     assert rows[1] == ("b\\x1b", "(rest)", "4", "35", "66.0%", "0.001", "", "betas=[0.9, 0.99], eps=1e-12")
-    text = groups_text(plan)
+    text = "\n".join(as_text(groups_page(plan)))
     assert "6 parameters in 2 groups, 53 elements" in text
     assert "1 frozen parameter in no group, 9 elements" in text
     assert "optional group 'zz' owns nothing" in text

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.report.show import show_text, show_tree
-from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.report.page import Table, as_text
+from ckptkit.report.show import show_page, show_tree
+from ckptkit.report.table import Row, collapse
 from ckptkit.tensors import Checkpoint, TensorInfo
 
 
@@ -58,7 +59,7 @@ def test_names_that_look_like_numbers_stay_names() -> None:
     """``0012`` is no index, and a table changes no cell."""
     rows = [Row("0012", ("1e5",)), Row("0013", ("1e5",))]
     assert collapse(rows) == [("0012", "1e5"), ("0013", "1e5")]
-    assert plain_table(collapse(rows), ["key", "x"]) == ["key    x", "0012   1e5", "0013   1e5"]
+    assert as_text([Table(("key", "x"), tuple(collapse(rows)))]) == ["key    x", "0012   1e5", "0013   1e5"]
 
 
 @pytest.mark.parametrize("key", ["." * 20_000, ".".join("0" * 8_000), ".".join("a" * 8_000)], ids=["dots", "0s", "as"])
@@ -66,9 +67,13 @@ def test_a_key_of_thousands_of_segments(key: str) -> None:
     """It costs what its length costs, and its depth is cut short: the rest is on the last line."""
     info = TensorInfo(key, "F32", (1,))
     checkpoint = Checkpoint({key: info}, lambda _: pytest.fail("it is read"), path="x.pt", format="safetensors")
-    assert sum(map(len, show_tree(checkpoint, {key: info}))) < 20_000
-    assert show_tree(checkpoint, {key: info})[-1].startswith("  " * 64)
-    assert "F32" in show_text(checkpoint, {key: info}, expand=False)[-1]
+    tree = as_text(show_tree(checkpoint, {key: info}))
+    assert sum(map(len, tree)) < 20_000
+    assert tree[-1].startswith("  " * 64)
+    (row,) = as_text(show_page(checkpoint, {key: info}, expand=False))[3:]
+    assert len(row) < 500
+    assert "more characters>" in row
+    assert "F32" in row
 
 
 def test_digits_that_torch_does_not_write_are_no_index() -> None:

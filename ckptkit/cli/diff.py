@@ -5,11 +5,11 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.options import (
+    Form,
     about,
-    echo_json,
-    echo_lines,
+    echo_report,
     expand_option,
-    json_option,
+    form_options,
     opened,
     path_argument,
     quiet_option,
@@ -17,10 +17,12 @@ from ckptkit.cli.options import (
 from ckptkit.cli.rules import rule_options
 from ckptkit.compare import diff as compare
 from ckptkit.errors import one_line
-from ckptkit.report.diff import diff_document, diff_text
+from ckptkit.report.diff import diff_document, diff_page
 from ckptkit.rules import Rules
 
 __all__ = ["diff"]
+
+_COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
 @click.command()
@@ -29,7 +31,7 @@ __all__ = ["diff"]
 @rule_options(beside="found")
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
-@json_option
+@form_options
 @quiet_option
 @click.pass_context
 def diff(
@@ -40,7 +42,7 @@ def diff(
     rules: Rules,
     everything: bool,
     expand: bool,
-    as_json: bool,
+    form: Form,
     quiet: bool,
 ) -> None:
     """Compare what a model expects with what a checkpoint has.
@@ -55,11 +57,13 @@ def diff(
     with opened(expected, found, quiet=quiet) as (left, right):
         with about(found):
             result = compare(left, right, rules)
-        if as_json:
-            echo_json(diff_document(result, left, right))
-        else:
-            echo_lines(diff_text(result, left, right, expand=expand, everything=everything))
-            if not quiet:
-                for hint in result.hints:
-                    click.echo(f"hint: {one_line(hint.message)}", err=True)
+        echo_report(
+            form,
+            lambda: diff_page(result, left, right, expand=expand, everything=everything),
+            lambda: diff_document(result, left, right),
+            _COLOURS,
+        )
+        if form is not Form.JSON and not quiet:
+            for hint in result.hints:
+                click.echo(f"hint: {one_line(hint.message)}", err=True)
     context.exit(1 if result.different else 0)

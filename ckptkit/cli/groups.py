@@ -6,13 +6,13 @@ from typing import Any
 
 import click
 
-from ckptkit.cli.options import about, echo_json, echo_lines, json_option, quiet_option, read_toml
+from ckptkit.cli.options import Form, about, echo_report, form_options, quiet_option, read_toml
 from ckptkit.errors import ModelError
 from ckptkit.formats import LIVE_PREFIX
 from ckptkit.formats.live import build_shapes
 from ckptkit.param_groups import build_param_groups, check_spec, plan_param_groups, validate_param_groups
-from ckptkit.report.findings import findings_document, findings_text
-from ckptkit.report.groups import groups_document, groups_text
+from ckptkit.report.findings import findings_document, findings_page
+from ckptkit.report.groups import groups_document, groups_page
 from ckptkit.text import plural
 
 __all__ = ["groups"]
@@ -28,10 +28,10 @@ def groups() -> None:
 @groups.command()
 @_model_option
 @click.argument("spec", type=click.Path())
-@json_option
+@form_options
 @quiet_option
 @click.pass_context
-def validate(context: click.Context, model: str, spec: str, *, as_json: bool, quiet: bool) -> None:
+def validate(context: click.Context, model: str, spec: str, *, form: Form, quiet: bool) -> None:
     """Prove that a spec owns every trainable parameter of the model exactly once.
 
     SPEC is a TOML or JSON file of ordered groups. Exit code 0 where nothing was found, 1 otherwise.
@@ -45,10 +45,8 @@ def validate(context: click.Context, model: str, spec: str, *, as_json: bool, qu
         report = check_spec(live, given)
         if report.ok:
             report = validate_param_groups(live, build_param_groups(live, given))
-    if as_json:
-        echo_json(findings_document(report))
-    elif report.findings:
-        echo_lines(findings_text(report))
+    if form is Form.JSON or report.findings:
+        echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
     elif not quiet:
         plan = plan_param_groups(live, given)
         count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
@@ -59,9 +57,9 @@ def validate(context: click.Context, model: str, spec: str, *, as_json: bool, qu
 @groups.command()
 @_model_option
 @click.argument("spec", type=click.Path())
-@json_option
+@form_options
 @quiet_option
-def table(model: str, spec: str, *, as_json: bool, quiet: bool) -> None:  # noqa: ARG001 - accepted everywhere
+def table(model: str, spec: str, *, form: Form, quiet: bool) -> None:  # noqa: ARG001 - accepted everywhere
     """Show each group with its parameters, elements and options.
 
     \b
@@ -70,10 +68,7 @@ def table(model: str, spec: str, *, as_json: bool, quiet: bool) -> None:  # noqa
     live = _module(model)
     with about(spec):
         plan = plan_param_groups(live, read_toml(spec))
-    if as_json:
-        echo_json(groups_document(plan))
-    else:
-        echo_lines(groups_text(plan).splitlines())
+    echo_report(form, lambda: groups_page(plan), lambda: groups_document(plan))
 
 
 def _module(target: str) -> Any:

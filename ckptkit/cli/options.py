@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import click
 
 from ckptkit.errors import CkptkitError, PathError, RuleError, one_line
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint
+from ckptkit.report.page import Page, as_markdown, as_text
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import printable
 
 __all__ = [
+    "Form",
     "about",
-    "echo_json",
-    "echo_lines",
+    "echo_report",
     "expand_option",
     "filter_options",
-    "json_option",
+    "form_options",
     "opened",
     "path_argument",
     "quiet_option",
@@ -34,7 +38,14 @@ __all__ = [
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _JSON_KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
-_COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
+
+
+class Form(Enum):
+    """How a result is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
 
 
 def path_argument(name: str, **settings: Any) -> Callable[[_Command], _Command]:
@@ -42,9 +53,24 @@ def path_argument(name: str, **settings: Any) -> Callable[[_Command], _Command]:
     return click.argument(name, type=click.Path(), **settings)
 
 
-json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 quiet_option = click.option("-q", "--quiet", is_flag=True, help="No messages on stderr but errors.")
 expand_option = click.option("--expand", is_flag=True, help="One line a tensor: do not join layers.")
+
+
+def form_options(command: _Command) -> _Command:
+    """Add --json and --markdown, and pass on as ``form`` in which form the result is printed."""
+
+    @functools.wraps(command)
+    def with_form(*args: Any, as_json: bool, as_markdown: bool, **others: Any) -> Any:
+        if as_json and as_markdown:
+            raise click.UsageError("--json and --markdown exclude each other")
+        form = Form.JSON if as_json else Form.MARKDOWN if as_markdown else Form.TEXT
+        return command(*args, form=form, **others)
+
+    markdown = click.option("--markdown", "as_markdown", is_flag=True, help="Print a report for a GitHub issue.")
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(  # type: ignore[return-value]
+        markdown(with_form)
+    )
 
 
 def filter_options(command: _Command) -> _Command:
@@ -121,13 +147,23 @@ def _open(path: str) -> Checkpoint:
         raise
 
 
-def echo_json(document: Mapping[str, Any]) -> None:
-    """Print one JSON document; names are exact, and ASCII whatever the terminal can show."""
-    click.echo(json.dumps(document, allow_nan=False))
+def echo_report(
+    form: Form,
+    page: Callable[[], Page],
+    document: Callable[[], Mapping[str, Any]],
+    colours: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Print a result in the form that was asked for; only that one is made.
 
-
-def echo_lines(lines: Iterable[str]) -> None:
-    """Print lines; those marked as in a diff in its colours, where colours are wanted."""
-    for line in lines:
-        colour = _COLOURS.get(line[:1]) if line[1:2] in (" ", "") else None
-        click.echo(click.style(line, fg=colour) if colour else line)
+    In JSON names are exact, and ASCII whatever the terminal can show. ``colours`` are those of the lines of a text
+    that begin with a mark.
+    """
+    if form is Form.JSON:
+        click.echo(json.dumps(document(), allow_nan=False))
+    elif form is Form.MARKDOWN:
+        for line in as_markdown(page()):
+            click.echo(line)
+    else:
+        for line in as_text(page()):
+            colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
+            click.echo(click.style(line, fg=colour) if colour else line)

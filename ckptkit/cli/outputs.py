@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.options import echo_json, echo_lines, expand_option, json_option, quiet_option
+from ckptkit.cli.options import Form, echo_report, expand_option, form_options, quiet_option
 from ckptkit.errors import one_line
 from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
 from ckptkit.plan import Plan, ties_broken
-from ckptkit.report.plan import plan_document, plan_text, written_text
+from ckptkit.report.plan import plan_document, plan_page, written_text
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import quoted
 
@@ -33,7 +33,7 @@ class Job:
 
     output: Output
     dry_run: bool
-    as_json: bool
+    form: Form
     quiet: bool
     expand: bool
 
@@ -49,13 +49,13 @@ def output_options(command: _Command) -> _Command:
         max_shard_size: int | None,
         force: bool,
         dry_run: bool,
-        as_json: bool,
+        form: Form,
         quiet: bool,
         expand: bool,
         **others: Any,
     ) -> Any:
         chosen = choose_output(output, format=output_format, max_shard_size=max_shard_size, force=force)
-        return command(*args, job=Job(chosen, dry_run, as_json, quiet, expand), **others)
+        return command(*args, job=Job(chosen, dry_run, form, quiet, expand), **others)
 
     decorators = (
         click.option("-o", "--output", required=True, type=click.Path(), help="Where to write; its suffix says how."),
@@ -66,7 +66,7 @@ def output_options(command: _Command) -> _Command:
         click.option("--force", is_flag=True, help="Replace an existing output, whole or not at all."),
         click.option("-n", "--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing."),
         expand_option,
-        json_option,
+        form_options,
         quiet_option,
     )  # fmt: skip
     for decorator in reversed(decorators):
@@ -89,16 +89,14 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
     """Print the plan, or execute it and say what was written."""
     plan = fit(plan, job.output)
-    if job.dry_run:
-        if job.as_json:
-            echo_json(plan_document(command, plan, None))
-        else:
-            echo_lines(plan_text(plan, expand=job.expand))
-        return
-    written = _execute(plan, sources, job)
-    if job.as_json:
-        echo_json(plan_document(command, plan, written))
-    if not job.quiet:
+    written = None if job.dry_run else _execute(plan, sources, job)
+    if job.dry_run or job.form is not Form.TEXT:
+        echo_report(
+            job.form,
+            lambda: plan_page(plan, written, expand=job.expand),
+            lambda: plan_document(command, plan, written),
+        )
+    if written is not None and not job.quiet:
         shared = ties_broken(plan) if job.output.format == "safetensors" else []
         for note in (*plan.notes, *written_text(plan, written, shared)):
             click.echo(one_line(note), err=True)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.options import (
+    Form,
     about,
-    echo_json,
-    echo_lines,
+    echo_report,
     expand_option,
     filter_options,
-    json_option,
+    form_options,
     opened,
     path_argument,
     quiet_option,
 )
-from ckptkit.report.show import show_document, show_text, show_tree
+from ckptkit.report.show import show_document, show_page, show_tree
 from ckptkit.rules import apply_rules, parse_rules
 
 __all__ = ["show"]
@@ -26,10 +26,10 @@ __all__ = ["show"]
 @filter_options
 @click.option("--tree", is_flag=True, help="Show modules as a tree, with what is below each.")
 @expand_option
-@json_option
+@form_options
 @quiet_option
 def show(
-    path: str, *, keep: tuple[str, ...], drop: tuple[str, ...], tree: bool, expand: bool, as_json: bool, quiet: bool
+    path: str, *, keep: tuple[str, ...], drop: tuple[str, ...], tree: bool, expand: bool, form: Form, quiet: bool
 ) -> None:
     """Show what is in a checkpoint: tensors, other entries, metadata, warnings.
 
@@ -43,9 +43,8 @@ def show(
     with opened(path, quiet=quiet) as (checkpoint,), about(path):
         chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
         infos = {key: checkpoint[key] for key in chosen}
-        if as_json:
-            echo_json(show_document(checkpoint, infos))
-        elif tree:
-            echo_lines(show_tree(checkpoint, infos))
-        else:
-            echo_lines(show_text(checkpoint, infos, expand=expand))
+        echo_report(
+            form,
+            lambda: show_tree(checkpoint, infos) if tree else show_page(checkpoint, infos, expand=expand),
+            lambda: show_document(checkpoint, infos),
+        )

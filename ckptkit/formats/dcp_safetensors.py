@@ -20,7 +20,7 @@ from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_bu
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.safetensors import open_safetensors, parse_json
 from ckptkit.tensors import DTYPES, Checkpoint, Payload, TensorInfo
-from ckptkit.text import plural, quoted
+from ckptkit.text import plural, quoted, shell_word
 
 __all__ = ["is_dcp_shard", "open_dcp_safetensors"]
 
@@ -55,8 +55,11 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], inner: str = "") 
     shard's absence cannot be seen: a warning says so.
     """
     if inner:
-        raise FormatError(f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep '{inner}.*'",
-                          path=directory)  # fmt: skip
+        raise FormatError(
+            f"is flat: there is no mapping {quoted(inner)} inside",
+            hint=f"use --keep {shell_word(inner + '.*')}",
+            path=directory,
+        )
     found = [match for name in names if (match := _SHARD.fullmatch(name))]
     shards = sorted(_Shard(int(match[1]), int(match[2]), int(match[3]), match[0]) for match in found)
     if not shards:

@@ -6,7 +6,7 @@ import re
 
 from ckptkit.errors import FormatError
 from ckptkit.storage import LocalFile
-from ckptkit.text import quoted
+from ckptkit.text import quoted, shell_word
 
 __all__ = ["refusal_of", "refuse_inner"]
 
@@ -52,7 +52,7 @@ def refuse_inner(inner: str) -> None:
     """Raise ``FormatError`` where a mapping inside is asked for, of a format that has none."""
     if inner:
         raise FormatError(
-            f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {quoted(inner + '.*')}"
+            f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {shell_word(inner + '.*')}"
         )
 
 

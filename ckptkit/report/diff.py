@@ -1,16 +1,17 @@
-"""A comparison as text and as a JSON document."""
+"""A comparison as a page and as a JSON document."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from ckptkit.compare import Pair, StateDictDiff
+from ckptkit.report.page import Line, Page, Table
 from ckptkit.report.show import describe, totals
-from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.report.table import Row, spelled
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import plural, printable
 
-__all__ = ["diff_document", "diff_text"]
+__all__ = ["diff_document", "diff_page"]
 
 
 def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint) -> dict[str, Any]:
@@ -62,16 +63,15 @@ def _pair(pair: Pair) -> dict[str, Any]:
     return {"key": pair.key, "found_key": pair.found.key, **made}
 
 
-def diff_text(
+def diff_page(
     result: StateDictDiff, expected: Checkpoint, found: Checkpoint, *, expand: bool, everything: bool
-) -> list[str]:
-    """Return the lines of ``ckpt diff``: what differs, marked as in a diff, then the verdict.
+) -> Page:
+    """Return the page of ``ckpt diff``: what differs, marked as in a diff, then the verdict.
 
     ``-`` is missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
     """
     wanted, given = totals(expected.values()), totals(found.values())
-    lines = [f"expected  {describe(expected, wanted)}", f"found     {describe(found, given)}"]
-    table = plain_table(_rows(result, expand=expand, everything=everything), ["", "key", "expected", "found"])
+    rows = _rows(result, expand=expand, everything=everything)
     counts = [
         f"{len(result.matched):,} matched",
         f"{len(result.missing):,} missing",
@@ -79,10 +79,14 @@ def diff_text(
         f"{len(result.shape_mismatched):,} shape-mismatched",
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
     ]
-    lines += ["", *table, *([""] if table else []), ", ".join(counts)]
-    lines.append(f"coverage {_percent(result.coverage)} of {plural(wanted['elements'], 'element')}")
-    lines.append(_verdict(result))
-    return lines
+    return [
+        Line(("expected  ", *describe(expected, wanted))),
+        Line(("found     ", *describe(found, given))),
+        *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
+        Line((", ".join(counts),)),
+        Line((f"coverage {_percent(result.coverage)} of {plural(wanted['elements'], 'element')}",)),
+        Line((_verdict(result),)),
+    ]
 
 
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:
@@ -99,8 +103,7 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
     rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
     rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
-    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
-    return [(mark, key, *rest) for key, mark, *rest in cells]
+    return [(mark, key, *rest) for key, mark, *rest in spelled(rows, expand=expand)]
 
 
 def _row(mark: str, pair: Pair, remark: str = "") -> Row:

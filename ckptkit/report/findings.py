@@ -1,4 +1,4 @@
-"""The findings of a check as text and as a JSON document."""
+"""The findings of a check as a page and as a JSON document."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import Any
 
 from ckptkit.errors import one_line
 from ckptkit.findings import Report
+from ckptkit.report.page import Code, Line, Page
 from ckptkit.text import plural
 
-__all__ = ["findings_document", "findings_text"]
+__all__ = ["findings_document", "findings_page"]
 
 
 def findings_document(report: Report) -> dict[str, Any]:
@@ -29,13 +30,14 @@ def findings_document(report: Report) -> dict[str, Any]:
     }
 
 
-def findings_text(report: Report) -> list[str]:
+def findings_page(report: Report) -> Page:
     """Return one line a finding, its hint below it, then the count."""
-    lines = []
+    lines: list[Line] = []
     for finding in report.findings:
-        lines.append(f"{finding.severity}: {one_line(finding.message)}  [{finding.code}]")
+        code = f"  [{finding.code}]"
+        lines.append(Line((f"{finding.severity}: ", Code(one_line(finding.message)), code)))
         if finding.hint:
-            lines.append(f"  {one_line(finding.hint)}")
+            lines.append(Line((Code(one_line(finding.hint)),), under=True))
     count = report.summary
     parts = [plural(count[name], name.removesuffix("s")) for name in ("errors", "warnings", "notes") if count[name]]
-    return [*lines, ", ".join(parts) or "no findings"]
+    return [*lines, Line((", ".join(parts) or "no findings",))]

@@ -1,4 +1,4 @@
-"""A param-groups plan as a table, and as one JSON document."""
+"""A param-groups plan as a page, and as one JSON document."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptkit.param_groups import GroupRule, ParamGroupsPlan, PlannedParameter
+from ckptkit.report.page import Code, Line, Page, Table
 from ckptkit.text import plural, printable, quoted
 
-__all__ = ["groups_document", "groups_rows", "groups_text"]
+__all__ = ["groups_document", "groups_page", "groups_rows"]
 
 SCHEMA = "ckptkit.groups/1"
 _COLUMNS = ("group", "rule", "parameters", "elements", "share", "lr", "weight_decay", "other options")
+_NUMBERS = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
 
 
 def groups_rows(plan: ParamGroupsPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
@@ -35,30 +37,18 @@ def groups_rows(plan: ParamGroupsPlan) -> tuple[tuple[str, ...], list[tuple[str,
     return _COLUMNS, rows
 
 
-def groups_text(plan: ParamGroupsPlan) -> str:
+def groups_page(plan: ParamGroupsPlan) -> Page:
     """Return the table, and below it what trains, what is frozen, and which optional groups own nothing."""
-    from tabulate import tabulate
-
     headers, rows = groups_rows(plan)
-    right = {"parameters", "elements", "share", "lr", "weight_decay"}
-    table = tabulate(
-        rows,
-        headers,
-        tablefmt="simple",
-        disable_numparse=True,
-        colalign=["right" if header in right else "left" for header in headers] if rows else None,
-    )
     trained = sum(len(group.parameters) for group in plan.groups)
-    lines = [
-        table,
-        "",
-        f"{plural(trained, 'parameter')} in {plural(len(plan.groups), 'group')}, {plural(plan.elements, 'element')}",
-    ]
+    counts = [plural(trained, "parameter"), plural(len(plan.groups), "group"), plural(plan.elements, "element")]
+    lines = [Line((f"{counts[0]} in {counts[1]}, {counts[2]}",))]
     if plan.frozen:
         frozen = sum(parameter.elements for parameter in plan.frozen)
-        lines.append(f"{plural(len(plan.frozen), 'frozen parameter')} in no group, {plural(frozen, 'element')}")
-    lines.extend(f"optional group {quoted(rule.name)} owns nothing" for rule in plan.idle)
-    return "\n".join(lines)
+        text = f"{plural(len(plan.frozen), 'frozen parameter')} in no group, {plural(frozen, 'element')}"
+        lines.append(Line((text,)))
+    lines.extend(Line(("optional group ", Code(quoted(rule.name)), " owns nothing")) for rule in plan.idle)
+    return [Table(headers, tuple(rows), _NUMBERS), *lines]
 
 
 def groups_document(plan: ParamGroupsPlan) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A plan as text and as a JSON document, before it is carried out and after."""
+"""A plan as a page and as a JSON document, before it is carried out and after."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any
 
 from ckptkit.execution import Written
 from ckptkit.plan import Dropped, Plan, Step
-from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.report.page import Code, Line, Page, Table, as_text, code
+from ckptkit.report.table import Row, spelled
 from ckptkit.text import human_bytes, plural, printable
 
-__all__ = ["plan_document", "plan_text", "written_text"]
+__all__ = ["plan_document", "plan_page", "written_text"]
 
 
 def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str, Any]:
@@ -49,14 +50,13 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
     }
 
 
-def plan_text(plan: Plan, *, expand: bool) -> list[str]:
-    """Return the lines of ``--dry-run``: every tensor of the output with its source, and what is left out."""
+def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
+    """Return the page of a writing command: every tensor of the output with its source, and what is left out."""
     rows = [Row(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
-    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
-    lines = plain_table(cells, ["key", "tensor", "from", "operation", "rule"])
-    if plan.dropped:
-        lines += ["", *_dropped_table(plan.dropped, expand=expand)]
-    return [*lines, "", f"{_summary(plan)}; nothing was written"]
+    tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(spelled(rows, expand=expand)))
+    left = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
+    last = (f"{_summary(plan)}; nothing was written",) if written is None else _wrote(plan, written)
+    return [tensors, *left, Line(last)]
 
 
 def _origin(step: Step) -> str:
@@ -66,10 +66,9 @@ def _origin(step: Step) -> str:
     return f"{source.role}: {printable(source.key)}" + (f" and {others} more" if others else "")
 
 
-def _dropped_table(dropped: Iterable[Dropped], *, expand: bool) -> list[str]:
+def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
     rows = [Row(drop.key, (drop.role, drop.reason)) for drop in dropped]
-    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
-    return plain_table(cells, ["left out", "of", "because"])
+    return Table(("left out", "of", "because"), tuple(spelled(rows, expand=expand)))
 
 
 def _summary(plan: Plan) -> str:
@@ -79,13 +78,17 @@ def _summary(plan: Plan) -> str:
     return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{left}"
 
 
+def _wrote(plan: Plan, written: Written) -> tuple[str | Code, ...]:
+    return "wrote ", code(written.path), f": {written.format}, {_summary(plan)}"
+
+
 def written_text(plan: Plan, written: Written, shared: Iterable[tuple[str, ...]]) -> list[str]:
     """Return what to say after writing: what it is, where from, and what was left out."""
-    lines = [f"wrote {printable(written.path)}: {written.format}, {_summary(plan)}"]
+    lines = as_text([Line(_wrote(plan, written))])
     tensors = [drop for drop in plan.dropped if not drop.entry]
     others = [drop.key for drop in plan.dropped if drop.entry]
     if tensors:
-        lines += _dropped_table(tensors, expand=False)
+        lines += as_text([_left_out(tensors, expand=False)])
     if others:
         more = f" and {len(others) - 8} more" if len(others) > 8 else ""
         lines.append(f"left out, not among the tensors taken: {', '.join(map(printable, others[:8]))}{more}")

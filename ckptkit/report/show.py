@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as text, as a tree and as a JSON document."""
+"""What a checkpoint holds, as a page, as a tree and as a JSON document."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckptkit.report.table import Row, collapse, plain_table
+from ckptkit.report.page import Block, Code, Line, Listing, Page, Table, code
+from ckptkit.report.table import Row, spelled
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, shared_keys
 from ckptkit.text import human_bytes, plural, printable
 
-__all__ = ["show_document", "show_text", "show_tree", "totals"]
+__all__ = ["describe", "show_document", "show_page", "show_tree", "totals"]
 
 _LONGEST_VALUE = 80
 _MOST_PARTS = 40
@@ -53,17 +54,15 @@ def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> di
     }
 
 
-def describe(checkpoint: Checkpoint, count: Mapping[str, int]) -> str:
-    """Return one line that says what a checkpoint is, which mapping inside it was taken, and its totals."""
-    inside = f" at ::{printable(checkpoint.envelope)}" if checkpoint.envelope else ""
-    return (
-        f"{printable(checkpoint.path)}{inside}: {checkpoint.format}, {plural(count['tensors'], 'tensor')}, "
-        f"{plural(count['elements'], 'element')}, {human_bytes(count['bytes'])}"
-    )
+def describe(checkpoint: Checkpoint, count: Mapping[str, int]) -> tuple[str | Code, ...]:
+    """Return the parts of a line that says what a checkpoint is, which mapping inside it was taken, and its totals."""
+    inside = (" at ", Code(f"::{printable(checkpoint.envelope)}")) if checkpoint.envelope else ()
+    what = f": {checkpoint.format}, {plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
+    return code(checkpoint.path), *inside, f"{what}, {human_bytes(count['bytes'])}"
 
 
-def show_text(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand: bool) -> list[str]:
-    """Return the lines of ``ckpt show``: tensors, totals, then everything that is no tensor."""
+def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand: bool) -> Page:
+    """Return the page of ``ckpt show``: tensors, totals, then everything that is no tensor."""
     shared = shared_keys(checkpoint)
     rows = []
     for info in infos.values():
@@ -71,23 +70,22 @@ def show_text(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand
         ties = ", ".join(map(printable, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
         dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
         rows.append(Row(info.key, (dtype, str(list(info.shape)), human_bytes(info.nbytes), ties)))
-    cells = [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
-    headers = ["key", "dtype", "shape", "bytes", "shares memory with"]
-    if not any(row.cells[-1] for row in rows):
-        cells, headers = [cell[:-1] for cell in cells], headers[:-1]
-    lines = [describe(checkpoint, totals(infos.values())), ""]
-    lines += plain_table(cells, headers, right=["bytes"]) or ["no tensors"]
-    return [*lines, *_totals(infos.values()), *_others(checkpoint)]
+    headers = ("key", "dtype", "shape", "bytes", "shares memory with")
+    width = len(headers) if any(row.cells[-1] for row in rows) else -1
+    cells = tuple(cell[:width] for cell in spelled(rows, expand=expand))
+    tensors = Table(headers[:width], cells, frozenset({"bytes"})) if rows else Listing(("no tensors",))
+    title = Line(describe(checkpoint, totals(infos.values())))
+    return [title, tensors, *_totals(infos.values()), *_others(checkpoint)]
 
 
-def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> list[str]:
-    """Return the lines of ``ckpt show --tree``: modules by their place in the names, with what is below each."""
+def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
+    """Return the page of ``ckpt show --tree``: modules by their place in the names, with what is below each."""
     below: dict[tuple[str, ...], list[TensorInfo]] = {}
     for info in infos.values():
         path = tuple(info.key.split(".", _DEEPEST))
         for depth in range(1, len(path)):
             below.setdefault(path[:depth], []).append(info)
-    lines = [describe(checkpoint, totals(infos.values())), ""]
+    lines = []
     opened: set[tuple[str, ...]] = set()
     for info in infos.values():
         path = tuple(info.key.split(".", _DEEPEST))
@@ -100,16 +98,20 @@ def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> list[s
                     f"{'  ' * (depth - 1)}{printable(path[depth - 1])}  ({what}, {human_bytes(count['bytes'])})"
                 )
         lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}")
-    return [*lines, *_others(checkpoint)]
+    return [
+        Line(describe(checkpoint, totals(infos.values()))),
+        Listing(tuple(lines or ["no tensors"])),
+        *_others(checkpoint),
+    ]
 
 
-def _totals(infos: Iterable[TensorInfo]) -> list[str]:
+def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
     sections: dict[str, list[TensorInfo]] = {}
     dtypes: dict[str, list[TensorInfo]] = {}
     for info in infos:
         sections.setdefault(info.key.partition(".")[0], []).append(info)
         dtypes.setdefault(info.dtype, []).append(info)
-    lines = []
+    tables: list[Block] = []
     for title, parts in (("section", sections), ("dtype", dtypes)):
         if 1 < len(parts) <= _MOST_PARTS and len(parts) < sum(map(len, parts.values())):
             rows = []
@@ -118,22 +120,20 @@ def _totals(infos: Iterable[TensorInfo]) -> list[str]:
                 rows.append(
                     (printable(name), f"{count['tensors']:,}", f"{count['elements']:,}", human_bytes(count["bytes"]))
                 )
-            numbers = ["tensors", "elements", "bytes"]
-            lines += ["", *plain_table(rows, [f"by {title}", *numbers], right=numbers)]
-    return lines
+            numbers = ("tensors", "elements", "bytes")
+            tables.append(Table((f"by {title}", *numbers), tuple(rows), frozenset(numbers)))
+    return tables
 
 
-def _others(checkpoint: Checkpoint) -> list[str]:
-    lines = []
-    if checkpoint.entries:
-        rows = [(printable(entry.path), printable(entry.type), _value(entry)) for entry in checkpoint.entries]
-        lines += ["", *plain_table(rows, ["also holds", "type", "value"])]
-    if checkpoint.metadata:
-        pairs = [(printable(key), _cut(printable(value))) for key, value in checkpoint.metadata.items()]
-        lines += ["", *plain_table(pairs, ["metadata", "value"])]
-    if checkpoint.references:
-        lines += ["", "code references, not run:", *(f"  {printable(name)}" for name in checkpoint.references)]
-    return lines
+def _others(checkpoint: Checkpoint) -> list[Block]:
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
+        ("also holds", "type", "value"): [
+            (printable(entry.path), printable(entry.type), _value(entry)) for entry in checkpoint.entries
+        ],
+        ("metadata", "value"): [(printable(key), _cut(printable(text))) for key, text in checkpoint.metadata.items()],
+        ("code references, not run",): [(printable(name),) for name in checkpoint.references],
+    }
+    return [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
 
 
 def _value(entry: Entry) -> str:

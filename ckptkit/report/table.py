@@ -1,19 +1,22 @@
-"""Rows as a table, with names that stay exact; keys that differ in an index alone on one line."""
+"""Rows of a table about keys, with names that stay exact; keys that differ in an index alone on one line."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
 
 from ckptkit.text import printable
 
-__all__ = ["Row", "collapse", "plain_table"]
+__all__ = ["Row", "collapse", "spelled"]
 
 # An index as torch writes it; "0012" and "1_000" are names.
 _INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
 _MOST_INDICES = 16  # no model nests deeper, and the work grows with their square
+_LONGEST_KEY = 400  # longer ones are cut, and only as a whole
+_LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # what else only the count of joined keys looks like
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,25 +27,9 @@ class Row:
     cells: tuple[str, ...]
 
 
-def plain_table(rows: Iterable[Sequence[str]], headers: Sequence[str], *, right: Iterable[str] = ()) -> list[str]:
-    """Return the lines of a table without rules; the columns named in ``right`` are set flush right."""
-    from tabulate import tabulate
-
-    body = [[_exact(cell) for cell in row] for row in rows]
-    if not body:
-        return []
-    align = ["right" if header in set(right) else "left" for header in headers]
-    text = tabulate(body, headers, tablefmt="plain", disable_numparse=True, colalign=align)
-    return [line.rstrip() for line in text.splitlines()]
-
-
-def _exact(cell: str) -> str:
-    # Tables are padded with spaces, so those that belong to a name have to show.
-    inner = cell.strip(" ")
-    if inner == cell:
-        return cell
-    lead = len(cell) - len(cell.lstrip(" "))
-    return "\\x20" * lead + inner + "\\x20" * (len(cell) - lead - len(inner))
+def spelled(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
+    """Return finished cells, one line a key, or with the keys joined that differ in indices alone."""
+    return [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
 
 
 def collapse(rows: Iterable[Row]) -> list[tuple[str, ...]]:
@@ -56,7 +43,7 @@ def collapse(rows: Iterable[Row]) -> list[tuple[str, ...]]:
     for row in rows:
         shape: _Shape = tuple(None if _INDEX.fullmatch(segment) else segment for segment in row.key.split("."))
         indices = tuple(int(segment) for segment in row.key.split(".") if _INDEX.fullmatch(segment))
-        if len(indices) > _MOST_INDICES:
+        if len(indices) > _MOST_INDICES or len(row.key) > _LONGEST_KEY:
             shape, indices = (row.key,), ()
         if (shape, row.cells) not in groups:
             order.append((shape, row.cells))
@@ -87,17 +74,17 @@ def _products(members: Iterable[tuple[int, ...]]) -> list[_Sets]:
 
 
 def _spelled(shape: _Shape, sets: _Sets) -> str:
+    count = math.prod(map(len, sets))
     rest = iter(sets)
-    count = 1
-    segments = []
-    for segment in shape:
-        if segment is not None:
-            segments.append(printable(segment))
-            continue
-        indices = next(rest)
-        count *= len(indices)
-        segments.append(_ranges(indices))
-    return ".".join(segments) + (f" ×{count}" if count > 1 else "")
+    if count == 1:
+        text = ".".join(str(next(rest)[0]) if segment is None else printable(segment) for segment in shape)
+        return _LIKE_A_COUNT.sub(r" \\xd7", text)
+    segments = (_ranges(next(rest)) if segment is None else _without_braces(segment) for segment in shape)
+    return f"{'.'.join(segments)} ×{count}"
+
+
+def _without_braces(segment: str) -> str:
+    return printable(segment).replace("{", "\\x7b").replace("}", "\\x7d")
 
 
 def _ranges(indices: tuple[int, ...]) -> str:

@@ -12,7 +12,7 @@ from ckptkit.errors import RuleError
 from ckptkit.keys import Fit, matches_any
 from ckptkit.recipes import compose
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
-from ckptkit.text import plural, quoted
+from ckptkit.text import plural, quoted, shell_word
 
 __all__ = ["apply_rules"]
 
@@ -221,7 +221,7 @@ def _refuse_unused(
     names = list(names)
     kept = [name for name in names if not stage.keep or matches_any(stage.keep, name)]
     unused = [
-        (f"--keep {quoted(pattern.text)} matches none of {plural(len(names), 'key')}", False)
+        (f"--keep {shell_word(pattern.text)} matches none of {plural(len(names), 'key')}", False)
         for pattern in stage.keep
         if not any(pattern.match(name) for name in names)
     ]

@@ -10,7 +10,7 @@ from ckptkit.keys import Pattern, Template
 from ckptkit.recipes import Recipe, recipe_dtype, recipe_shape
 from ckptkit.tensor_ops import Operation
 from ckptkit.tensors import TensorInfo
-from ckptkit.text import quoted
+from ckptkit.text import quoted, shell_word
 
 __all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage"]
 
@@ -49,7 +49,7 @@ class Rule:
         new = "" if self.drops else ", ".join(name.text for name in self.templates[0])
         if self.where:
             return f"{'drop' if self.drops else 'rule'} {quoted(old if self.drops else f'{old}={new}')} ({self.where})"
-        return f"--drop {quoted(old)}" if self.drops else f"--rename {quoted(f'{old}={new}')}"
+        return f"--drop {shell_word(old)}" if self.drops else f"--rename {shell_word(f'{old}={new}')}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,139 @@
+"""Reports as Markdown: a parser of GitHub's dialect finds the tables and names that are there, and nothing else."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+from safetensors.torch import save_file
+
+from ckptkit.report.page import Block, Code, Line, Listing, Table, as_markdown, as_text, code
+from ckptkit.text import printable
+from tests.helpers_cli import ROOT, run_ckpt
+
+PARSER = MarkdownIt("gfm-like", {"linkify": False})
+PLAIN = {"text", "code_inline", "softbreak"}
+ANY = st.text(st.characters(exclude_categories=())) | st.text("`|\\\\<>[]()*_~&; a\n-+#=1.:@", max_size=30)
+
+
+def _tokens(lines: list[str]) -> list[Token]:
+    tokens = PARSER.parse("\n".join(lines))
+    inline = [child for token in tokens for child in token.children or ()]
+    assert {token.type for token in inline} <= PLAIN, lines
+    assert not {token.type for token in tokens} & {"html_block", "heading_open", "hr", "blockquote_open", "code_block"}
+    return tokens
+
+
+def _cells(tokens: list[Token]) -> list[list[str]]:
+    """The cells of each row of a page's tables, as a reader sees them; headers too."""
+    rows: list[list[str]] = []
+    for before, token in pairwise(tokens):
+        if token.type == "tr_open":
+            rows.append([])
+        elif before.type in ("th_open", "td_open"):
+            rows[-1].append("".join(child.content for child in token.children or ()))
+    return rows
+
+
+@given(st.lists(ANY, min_size=1, max_size=4))
+def test_a_table_has_its_rows_and_exact_names(names: list[str]) -> None:
+    """Every name is the content of one code span, one row each, whatever it is made of."""
+    table = Table(("key", "bytes"), tuple((printable(name), "1.0 kB") for name in names), frozenset({"bytes"}))
+    tokens = _tokens(as_markdown([table]))
+    assert _cells(tokens) == [["key", "bytes"], *([printable(name), "1.0 kB"] for name in names)]
+    spans = [child.content for token in tokens for child in token.children or () if child.type == "code_inline"]
+    assert spans == [printable(name) for name in names if name]
+
+
+@given(ANY, ANY)
+def test_lines_quote_names_and_nothing_else(first: str, second: str) -> None:
+    """In a sentence and below it a name is the content of a code span; our own words are text."""
+    page = [Line((code(first), " <is> *not* `that` [x](y) & ", code(second))), Line((code(second),), under=True)]
+    tokens = _tokens(as_markdown(page))
+    said = ["".join(child.content for child in token.children) for token in tokens if token.children]
+    assert said[0] == f"{printable(first)} <is> *not* `that` [x](y) & {printable(second)}".strip()
+    assert said[1:] == ([printable(second)] if second else [])
+    assert as_text(page)[1] == f"  {printable(second)}"
+
+
+@given(st.lists(ANY, min_size=1, max_size=4))
+def test_a_listing_is_one_block_of_code(names: list[str]) -> None:
+    """Its lines stand as they are, however many backticks are in them."""
+    lines = tuple(f"  {printable(name)}" for name in names)
+    (token,) = PARSER.parse("\n".join(as_markdown([Listing(lines)])))
+    assert (token.type, token.content) == ("fence", "".join(f"{line}\n" for line in lines))
+
+
+def test_blocks_are_apart() -> None:
+    """A run of lines is one list, a line alone is a paragraph, and a table or listing never joins its neighbours."""
+    table = Table(("a",), (("1",),))
+    page: list[Block] = [
+        Line(("one",)),
+        table,
+        table,
+        Line(("two",)),
+        Line(("three",)),
+        Listing(("x",)),
+        Line(("four",)),
+    ]
+    found = [token.type for token in _tokens(as_markdown(page)) if token.level == 0 and token.nesting >= 0]
+    assert found == ["paragraph_open", "table_open", "table_open", "bullet_list_open", "fence", "paragraph_open"]
+    assert as_text(page) == ["one", "", "a", "1", "", "a", "1", "", "two", "three", "", "x", "", "four"]
+
+
+def test_quoted_text_that_is_empty_leaves_no_mark() -> None:
+    assert as_markdown([Line((Code(""), "x"))]) == ["x"]
+
+
+MODEL, DDP = "py:fixtures.lenet:build", "fixtures/lenet_ddp.pt"
+REPORTS: dict[str, list[str]] = {
+    "show": ["show", DDP],
+    "show tree": ["show", DDP, "--tree"],
+    "show ties": ["show", "fixtures/encoder_tied.pt"],
+    "diff": ["diff", MODEL, DDP],
+    "diff all": ["diff", MODEL, DDP, "-a", "--rename", "module.*=*"],
+    "remap": ["remap", DDP, "--rename", "module.*=*", "-o", "OUT", "-n"],
+    "merge": ["merge", MODEL, DDP, "--rename", "module.*=*", "--on-mismatch", "skip", "-o", "OUT", "-n"],
+    "convert": ["convert", DDP, "-o", "OUT", "-n"],
+    "groups table": ["groups", "table", "--model", MODEL, "fixtures/groups.toml"],
+    "groups validate": ["groups", "validate", "--model", MODEL, "SPEC"],
+}
+
+
+@pytest.mark.parametrize("arguments", REPORTS.values(), ids=REPORTS.keys())
+def test_every_report_has_a_markdown_form(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends as the text does and says the same, word for word; with --json it is a wrong use."""
+    monkeypatch.chdir(ROOT)
+    spec = tmp_path / "spec.toml"
+    spec.write_text('[[group]]\nparams = "fc3.*"\nlrr = 0.1\n', encoding="utf-8")
+    places = {"OUT": str(tmp_path / "o.safetensors"), "SPEC": str(spec)}
+    arguments = [places.get(argument, argument) for argument in arguments]
+    text, ran = run_ckpt(capsys, *arguments), run_ckpt(capsys, *arguments, "--markdown")
+    assert (ran.code, ran.err) == (text.code, text.err)
+    tokens = _tokens(ran.out.splitlines())
+    said = [token.content if token.type == "fence" else "" for token in tokens]
+    said += ["".join(child.content for child in token.children or ()) for token in tokens]
+    assert sorted(re.findall(r"\S+", " ".join(said))) == sorted(re.findall(r"\S+", text.out))
+    both = run_ckpt(capsys, *arguments, "--markdown", "--json")
+    assert (both.code, both.out) == (2, "")
+    assert both.err.startswith("ckpt: --json and --markdown exclude each other\nhint: see ckpt ")
+
+
+def test_what_was_written_is_a_report_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a dry run the page ends with the output; the messages are the same as ever."""
+    source, out = tmp_path / "a|b`.safetensors", tmp_path / "o.safetensors"
+    save_file({"x|`": torch.ones(1)}, source)
+    ran = run_ckpt(capsys, "convert", source, "-o", out, "--markdown")
+    assert ran.code == 0
+    assert "| `` x\\|` ``" in ran.out
+    assert ran.out.splitlines()[-1].startswith(f"wrote `{out}`: safetensors, 1 tensor")
+    assert ran.err.startswith(f"wrote {out}: safetensors, 1 tensor")

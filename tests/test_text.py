@@ -1,0 +1,119 @@
+"""Names as text: printable, on one line, and still exact: Python reads the printed form back."""
+
+from __future__ import annotations
+
+import ast
+import shlex
+import subprocess
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ckptkit.errors import one_line
+from ckptkit.text import html_table, human_bytes, plural, printable, quoted, shell_word
+
+ANY = st.text(st.characters(exclude_categories=()))  # all of Unicode, lone surrogates and unassigned code points too
+
+
+@pytest.mark.parametrize(
+    "name", ["0012", "1e5", "nan", "1_000", "a.b", "weiß", "層.0", "", "a b", '=cmd|"/c"!A0', "<b>"]
+)
+def test_harmless_names_are_printed_exactly(name: str) -> None:
+    assert printable(name) == name
+    assert quoted(name) == shell_word(name) == f"'{name}'"
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        pytest.param("a\x1b[2Jb", "a\\x1b[2Jb", id="escape sequence"),
+        pytest.param("a\x1b]0;t\x07", "a\\x1b]0;t\\x07", id="window title"),
+        pytest.param("a\x9b2J", "a\\x9b2J", id="C1"),
+        pytest.param("a\r\nb\tc\x00\x7f", "a\\x0d\\x0ab\\x09c\\x00\\x7f", id="C0 and DEL"),
+        pytest.param("a\u202eb\u2066c\u061cd\u200fe", "a\\u202eb\\u2066c\\u061cd\\u200fe", id="bidi"),
+        pytest.param(
+            "a\u200bb\u200dc\ufeff\u2028\u2029", "a\\u200bb\\u200dc\\ufeff\\u2028\\u2029", id="zero width, lines"
+        ),
+        pytest.param("a\ud800", "a\\ud800", id="lone surrogate"),
+        pytest.param("a\U000e0041\U0010ffff", "a\\U000e0041\\U0010ffff", id="tags and the last code point"),
+        pytest.param("a\ufe0f\u3164\u034f\u2800", "a\\ufe0f\\u3164\\u034f\\u2800", id="selectors, fillers, a blank"),
+        pytest.param("a\u00a0b\u3000", "a\\xa0b\\u3000", id="spaces that are none"),
+        pytest.param(" a  b   ", "\\x20a \\x20b\\x20\\x20\\x20", id="spaces that a table would hide"),
+        pytest.param("a\\x1b", "a\\\\x1b", id="a backslash becomes two"),
+    ],
+)
+def test_characters_that_do_something_are_escaped(name: str, shown: str) -> None:
+    assert printable(name) == shown
+
+
+@given(ANY)
+def test_python_reads_a_printed_name_back(name: str) -> None:
+    """Printed names are printable, one line, free of runs of spaces, and a string literal of Python: so injective."""
+    shown = quoted(name)
+    assert shown.isprintable()
+    assert one_line(shown) == shown
+    assert "  " not in shown
+    assert printable(name) == printable(name).strip()
+    assert ast.literal_eval(shown) == name
+
+
+@given(ANY)
+def test_whatever_an_error_says_is_one_printable_line(sentence: str) -> None:
+    assert one_line(sentence).isprintable()
+
+
+def test_a_very_long_name_is_cut_in_the_middle_and_says_so() -> None:
+    shown = printable("a" * 500_000 + "\n" * 500_000)
+    assert shown == "a" * 200 + "...<999600 more characters>..." + "\\x0a" * 200
+
+
+@pytest.mark.parametrize("count", [400, 1_000_000])
+def test_a_name_of_spaces_costs_what_its_length_costs(count: int) -> None:
+    assert printable(" " * count).startswith("\\x20" * 200)
+    assert len(printable("a" + " " * (count - 2) + "b")) < 2000
+
+
+@given(st.text(max_size=50).filter(lambda text: "\0" not in text) | st.text("'\"$`\\;&|\n !a", max_size=30))
+def test_a_word_for_the_shell_is_data(text: str) -> None:
+    """What a hint shows can be pasted: on one line, and nothing in it is run."""
+    word = shell_word(text)
+    assert one_line(word) == word
+    if not word.startswith("$"):
+        assert shlex.split(word) == [text]
+
+
+@pytest.mark.parametrize(
+    "text", ["'; touch pwned; '", "$(touch pwned)", "a\x1b[2Jb\x9b", "\u202ea\U000e0041", "a  b\\'c\n", "`touch pwned`"]
+)
+def test_the_shell_reads_a_word_back(text: str) -> None:
+    command = ["bash", "-c", f"printf %s {shell_word(text)}"]
+    done = subprocess.run(command, capture_output=True, check=True, env={"LC_ALL": "C.UTF-8"})
+    assert done.stdout.decode() == text
+
+
+def test_a_word_too_long_to_paste_is_cut() -> None:
+    assert "more characters" in shell_word("a" * 1000)
+
+
+def test_html_tables_are_escaped_and_bounded() -> None:
+    """A cell is text, and a notebook is not flooded."""
+    made = html_table(("a", "b"), [("<img src=x onerror=1>", '"><script>')] * 600)
+    assert "<img" not in made
+    assert "<script" not in made
+    assert made.count("<tr>") == 501
+    assert made.endswith("<p>and 100 rows more</p>")
+
+
+@pytest.mark.parametrize(
+    ("count", "shown"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (248_000, "248.0 kB"), (999_950, "1.0 MB"), (10**9, "1.0 GB"),
+     (10**24, "1000.0 ZB")],
+)  # fmt: skip
+def test_sizes_are_decimal(count: int, shown: str) -> None:
+    assert human_bytes(count) == shown
+
+
+def test_counts_agree_with_their_noun() -> None:
+    assert [plural(count, "tensor") for count in (0, 1, 1234)] == ["0 tensors", "1 tensor", "1,234 tensors"]
+    assert plural(2, "entry", "entries") == "2 entries"
