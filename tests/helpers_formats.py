@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
@@ -91,6 +92,16 @@ def safetensors_file(header: Mapping[str, Any] | str | bytes, data: bytes = b"")
 
 def f32(begin: int = 0, end: int = 4, shape: Sequence[int] = (1,), dtype: str = "F32") -> dict[str, Any]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def library_accepts(path: str | Path) -> bool:
+    """Return whether the safetensors library takes this for a whole file."""
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return False
+    return True
 
 
 # --- what torch.save makes -------------------------------------------------------------------------------------------

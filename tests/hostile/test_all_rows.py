@@ -12,6 +12,7 @@ ROWS = {
     "A": 14,
     "B": 30,
     "F": 8,
+    "G": 18,
 }
 NOT_APPLICABLE: dict[str, str] = {}  # a row, and in a sentence why nothing can be tested of it
 
