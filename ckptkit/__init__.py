@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptkit.checks import run_checks
     from ckptkit.compare import StateDictDiff, diff
     from ckptkit.errors import CkptkitError
     from ckptkit.execution import Output, Written, choose_output, execute
@@ -46,10 +47,12 @@ __all__ = [
     "plan_merge",
     "plan_param_groups",
     "plan_remap",
+    "run_checks",
     "validate_param_groups",
 ]
 
 _ROOMS = {
+    "checks": ("run_checks",),
     "compare": ("StateDictDiff", "diff"),
     "errors": ("CkptkitError",),
     "execution": ("Output", "Written", "choose_output", "execute"),

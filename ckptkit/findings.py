@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from ckptkit.errors import CkptkitError, one_line
 from ckptkit.text import html_table, plural, printable
 
-__all__ = ["Finding", "Report", "Severity"]
+__all__ = ["Finding", "Remark", "Report", "Severity"]
 
 Severity = Literal["error", "warning", "note"]
 
@@ -23,6 +23,20 @@ class Finding:
     key: str
     message: str
     hint: str = ""
+
+
+class Remark(str):
+    """What a reader warns of, and under which code a check reports it; to everybody else it is its text."""
+
+    __slots__ = ("code", "severity")
+    code: str
+    severity: Severity
+
+    def __new__(cls, text: str, code: str, severity: Severity = "warning") -> Self:
+        """Return the text, with its code."""
+        made = super().__new__(cls, text)
+        made.code, made.severity = code, severity
+        return made
 
 
 @dataclass(frozen=True)

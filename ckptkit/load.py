@@ -13,7 +13,8 @@ from ckptkit.making import Maker
 from ckptkit.merging import TIED, plan_merge
 from ckptkit.plan import Plan, Step
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint, shared_keys
+from ckptkit.sharing import shared_keys
+from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint, flat_bytes
 

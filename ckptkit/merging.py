@@ -9,8 +9,9 @@ from ckptkit.compare import StateDictDiff, compare
 from ckptkit.errors import PlanError
 from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.rules import Made, Rules, apply_rules, as_rules
+from ckptkit.sharing import tied
 from ckptkit.steps import dropped_entries, make_step, refuse_suspicious
-from ckptkit.tensors import Checkpoint, TensorInfo, tied
+from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 

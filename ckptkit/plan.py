@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.recipes import Recipe
-from ckptkit.tensors import TensorInfo, overlapping
+from ckptkit.sharing import overlapping
+from ckptkit.tensors import TensorInfo
 
 __all__ = ["Dropped", "Plan", "Source", "Step", "ties_broken"]
 

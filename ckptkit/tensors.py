@@ -19,14 +19,12 @@ __all__ = [
     "DType",
     "Entry",
     "Payload",
+    "Record",
     "TensorInfo",
     "View",
     "is_contiguous",
-    "overlapping",
     "reach",
     "row_major",
-    "shared_keys",
-    "tied",
 ]
 
 
@@ -159,6 +157,19 @@ class Payload(Protocol):
         ...
 
 
+class Record(NamedTuple):
+    """A stretch of the file at ``path`` that its container keeps as one, still unread.
+
+    ``crc`` is the CRC-32 of the payload's bytes, where one is recorded; ``keys`` name the tensors that lie in it.
+    """
+
+    path: str
+    name: str
+    payload: Payload
+    crc: int | None = None
+    keys: tuple[str, ...] = ()
+
+
 class Checkpoint(Mapping[str, TensorInfo]):
     """An open checkpoint: a mapping from key to ``TensorInfo`` whose bytes are read only on request.
 
@@ -183,6 +194,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         envelope: str = "",
         versions: Mapping[str, int] | None = None,
         span: Callable[[TensorInfo], Payload | None] | None = None,
+        records: Callable[[], Iterable[Record]] | None = None,
         files: Sequence[str] = (),
         check: Callable[[], None] | None = None,
         close: Callable[[], None] | None = None,
@@ -193,6 +205,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self._span = span
         self._check = check
         self._close = close
+        self._records = records
         self.path = path
         self.format = format
         self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
@@ -243,6 +256,13 @@ class Checkpoint(Mapping[str, TensorInfo]):
         the logical values (a conjugate or negative view, a format without views).
         """
         return None if self._span is None else self._span(self._infos[key])
+
+    def records(self) -> Iterable[Record]:
+        """Return all that is stored, in the order of the files, unread; nothing of what lies in memory alone."""
+        if self._records is not None:
+            return self._records()
+        stored = [info for info in self.values() if info.kind == "dense"] if self.files else []
+        return (Record(self.path, info.key, self._payload(info), keys=(info.key,)) for info in stored)
 
     def read_bytes(self, key: str) -> bytes:
         """Return the contiguous little-endian bytes of one tensor."""
@@ -323,53 +343,6 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
         strides.append(step)
         step *= max(size, 1)
     return tuple(reversed(strides))
-
-
-def tied(infos: Iterable[TensorInfo]) -> list[list[str]]:
-    """Return the groups of two or more keys that are the very same tensor: one place, one shape, one dtype."""
-    places: dict[tuple[View, tuple[int, ...], str], list[str]] = {}
-    for info in infos:
-        if info.view is not None and info.elements:
-            places.setdefault((info.view, info.shape, info.dtype), []).append(info.key)
-    return [keys for keys in places.values() if len(keys) > 1]
-
-
-def overlapping(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
-    """Return the groups of two or more views that overlap in memory, directly or through others.
-
-    Two views of one storage that do not overlap share nothing, as in safetensors.
-    """
-    storages: dict[int, list[TensorInfo]] = {}
-    for info in infos:
-        if info.view is not None and info.elements:
-            storages.setdefault(info.view.storage, []).append(info)
-    groups: list[list[TensorInfo]] = []
-    for views in storages.values():
-        if len(views) > 1:
-            end = -1
-            for info in sorted(views, key=reach):
-                first, last = reach(info)
-                if first >= end:
-                    groups.append([])
-                    end = last
-                groups[-1].append(info)
-                end = max(end, last)
-    return [group for group in groups if len(group) > 1]
-
-
-# A hostile file can make every tensor share one storage; listing all pairs would be quadratic.
-_MOST_SHARED = 64
-
-
-def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-    """Return for each tensor that shares memory the keys of those that share it (the first 64 of them)."""
-    shared: dict[str, tuple[str, ...]] = {}
-    for group in overlapping(infos.values()):
-        keys = tuple(info.key for info in group)
-        first = keys[:_MOST_SHARED]
-        shared |= dict.fromkeys(keys[_MOST_SHARED:], first)
-        shared |= {key: tuple(other for other in first if other != key) for key in first}
-    return shared
 
 
 def versions_from(table: Mapping[Any, Any]) -> dict[str, int]:

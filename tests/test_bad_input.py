@@ -139,7 +139,7 @@ def _refused(said: str, err: str) -> None:
     assert not any(char < " " for line in lines for char in line)
 
 
-@pytest.mark.parametrize("command", ["show", "diff", "remap", "merge", "convert"])
+@pytest.mark.parametrize("command", ["show", "check", "diff", "remap", "merge", "convert"])
 @pytest.mark.parametrize(("make", "said"), BAD.values(), ids=BAD.keys())
 def test_bad_files_are_refused(
     command: str, make: Maker, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -150,7 +150,9 @@ def test_bad_files_are_refused(
     path = make(tmp_path / "in")
     good = ROOT / "fixtures" / "lenet_10class.pth"
     more: list[str | Path] = [good] if command in ("diff", "merge") else []
-    output: list[str | Path] = [] if command in ("show", "diff") else ["-o", tmp_path / "out" / "o.safetensors"]
+    output: list[str | Path] = (
+        [] if command in ("show", "check", "diff") else ["-o", tmp_path / "out" / "o.safetensors"]
+    )
     ran = run_ckpt(capsys, command, path, *more, *output)
     assert (ran.code, ran.out) == (2, "")
     _refused(said, ran.err)

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "unknown option": (["show", "--colour", TEN], 2, "", "ckpt: No such option"),
     "missing argument": (["diff", TEN], 2, "", "hint: see ckpt diff --help"),
     "show": (["show", TEN], 0, "fc3.weight    F32      [10, 84]", ""),
+    "show not scanned": (["show", TEN], 0, "\nheaders only: no tensor value was read\n", ""),
+    "show tree not scanned": (["show", "--tree", TEN], 0, "\nheaders only: no tensor value was read\n", ""),
     "show tree": (["show", "--tree", TEN], 0, "fc3  (2 tensors, 850 elements, 3.4 kB)\n  weight  F32 [10, 84]", ""),
     "show keep": (["show", TEN, "--keep", "fc3.*"], 0, "2 tensors, 850 elements", ""),
     "show keep nothing": (["show", TEN, "--keep", "fc4.*"], 2, "", "--keep 'fc4.*' matches none of 10 keys"),
@@ -58,6 +60,14 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show control characters": (["show", "\x1b[2J\\a"], 2, "", "ckpt: \\x1b[2J\\\\a: no such file or directory\n"),
     "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "is no size that"),
     "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
+    "check": (["check", DDP], 0, "16 compared with a checksum; values were not judged", ""),
+    "check unchecked": (["check", TEN, "-q"], 0, "no checksum is recorded for 10 of 10 records (248.0 kB)", ""),
+    "check fast": (["check", "--fast", DDP], 0, "note: headers only: no stored byte of a tensor was read", ""),
+    "check keep": (["check", DDP, "--keep", "*.fc3.*"], 0, "3.4 kB in 2 records read, 2 compared", ""),
+    "check keep nothing": (["check", DDP, TEN, "--keep", "fc4.*"], 2, "", f"ckpt: {DDP}: --keep 'fc4.*' matches"),
+    "check missing": (["check", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
+    "check model": (["check", MODEL], 0, "held in memory, not in a file", ""),
+    "check no path": (["check"], 2, "", "hint: see ckpt check --help"),
     "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts it", ""),
     "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
     "diff prefix": (["diff", TEN, DDP], 1, "coverage 0.0 %", "all 10 keys match after --rename 'module.*=*'"),
@@ -275,7 +285,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 7
+    assert len(paths) == 8
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

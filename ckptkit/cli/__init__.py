@@ -50,6 +50,7 @@ class _Commands(click.Group):
 
 _SUMMARIES = {
     "show": "What is in a checkpoint: tensors, other entries, warnings.",
+    "check": "Read every stored byte, and say what is damaged or odd.",
     "diff": "What a model expects against what a checkpoint has.",
     "remap": "Rename, keep, drop and cast tensors, and write the rest.",
     "merge": "Lay the values of donors over a base where they fit.",

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.errors import CkptkitError, PathError, RuleError, one_line
+from ckptkit.findings import Report
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint
 from ckptkit.report.page import Page, as_markdown, as_text
 from ckptkit.storage import LocalFile
@@ -25,6 +26,7 @@ __all__ = [
     "Form",
     "about",
     "echo_report",
+    "exit_code",
     "expand_option",
     "filter_options",
     "form_options",
@@ -145,6 +147,11 @@ def _open(path: str) -> Checkpoint:
         if error.hint is None and _IMPORTABLE.fullmatch(path) and not os.path.lexists(path):
             error.hint = f"for a live model write {LIVE_PREFIX}{path}"
         raise
+
+
+def exit_code(report: Report) -> int:
+    """Return 1 where there is an error or a warning among the findings; notes are no reason."""
+    return 1 if report.summary["errors"] or report.summary["warnings"] else 0
 
 
 def echo_report(

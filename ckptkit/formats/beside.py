@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats.files import read_torch
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.torch_checkpoint import code_warnings
@@ -111,7 +112,8 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         made = read_torch(file, largest=left[0])
         left[0] -= made.pickle_size
         suspicious = [code for code in made.objects.interpreter.references if is_suspicious(code)]
-        warnings.extend(f"{name} {text}" for text in code_warnings([], suspicious))
+        said = code_warnings([], suspicious)
+        warnings.extend(Remark(f"{name} {text}", text.code, text.severity) for text in said)
         return describe((name,), made.tree, outlined)
     finally:
         file.close()

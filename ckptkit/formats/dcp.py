@@ -7,10 +7,11 @@ first read, and nothing is run.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -26,9 +27,9 @@ from ckptkit.formats.torch_checkpoint import TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch_zip import read_torch_zip
 from ckptkit.formats.tree import leaves, type_name
-from ckptkit.formats.zip_directory import read_zip_directory
+from ckptkit.formats.zip_directory import ZipDirectory, read_zip_directory
 from ckptkit.storage import Extent, Inflated, Region
-from ckptkit.tensors import DTYPES, Checkpoint, Payload, TensorInfo
+from ckptkit.tensors import DTYPES, Checkpoint, Payload, Record, TensorInfo
 from ckptkit.text import human_bytes, plural, quoted
 
 __all__ = ["is_dcp", "open_dcp"]
@@ -108,6 +109,7 @@ def _open(pool: FilePool, inner: str, names: list[str]) -> Checkpoint:
             torch,
             file.size + objects.nbytes,
             lambda storage: _region(metadata.tensors[storage.key], items),
+            partial(_records, metadata, items),
             tuple(_warnings(metadata, objects, set(names) - pool.files.keys())),
         ),
         path=pool.directory,
@@ -223,10 +225,19 @@ class _Items:
         self.pool = pool
         self.known: dict[Place, Extent] = {}
 
+    def archive(self, key: str, place: Place) -> ZipDirectory:
+        with self._about(key, place):
+            return read_zip_directory(Section(self.pool.get(place.name), place.offset, place.length))
+
     def read(self, key: str, place: Place) -> TorchFile:
-        file = self.pool.get(place.name)
+        archive = self.archive(key, place)
+        with self._about(key, place):
+            return read_torch_zip(archive)
+
+    @contextlib.contextmanager
+    def _about(self, key: str, place: Place) -> Iterator[None]:
         try:
-            return read_torch_zip(read_zip_directory(Section(file, place.offset, place.length)))
+            yield
         except ChangedError:
             raise
         except FormatError as error:
@@ -238,33 +249,72 @@ class _Items:
 
     def chunk(self, tensor: StoredTensor, box: Box, place: Place) -> Payload:
         """Return the bytes of a chunk, whose own header says the same as the metadata."""
-        if place in self.known:
-            return self.known[place]
-        file = self.read(tensor.key, place)
+        if place not in self.known:
+            payload = self.payload(self.read(tensor.key, place), tensor, box, place)
+            if not isinstance(payload, Extent) or not isinstance(payload.file, Section):
+                return payload
+            section = payload.file
+            self.known[place] = Extent(section.file, section.offset + payload.offset, payload.nbytes, payload.crc)
+        return self.known[place]
+
+    def payload(self, file: TorchFile, tensor: StoredTensor, box: Box, place: Place) -> Payload:
+        """Return what an item holds; raises ``FormatError`` where that is not the chunk of the metadata."""
         if not isinstance(file.tree, TensorRef):
             self.refuse(tensor.key, place, f"holds no tensor but {quoted(type_name(file.tree))}")
-        try:
+        with self._about(tensor.key, place):
             found = assemble(file, path="", format="", inner="", close=_nothing, check=_nothing)
-            info = found[""]
-            expected = TensorInfo("", tensor.dtype, _shown_shape(tensor.dtype, box.sizes))
-            if (info.dtype, info.shape, info.kind) != (expected.dtype, expected.shape, "dense"):
-                self.refuse(tensor.key, place, f"holds {info}, and the metadata says {expected}")
-            payload = found.payload("")
-            if isinstance(payload, Inflated):
-                self.refuse(tensor.key, place, "is compressed, which DCP does not do")
-            if isinstance(payload, Extent) and isinstance(payload.file, Section):
-                section = payload.file
-                self.known[place] = Extent(section.file, section.offset + payload.offset, payload.nbytes, payload.crc)
-                return self.known[place]
-        except FormatError as error:
-            if error.path:
-                raise
-            self.refuse(tensor.key, place, error.reason)
+        info = found[""]
+        expected = TensorInfo("", tensor.dtype, _shown_shape(tensor.dtype, box.sizes))
+        if (info.dtype, info.shape, info.kind) != (expected.dtype, expected.shape, "dense"):
+            self.refuse(tensor.key, place, f"holds {info}, and the metadata says {expected}")
+        payload = found.payload("")
+        if isinstance(payload, Inflated):
+            self.refuse(tensor.key, place, "is compressed, which DCP does not do")
         return payload
 
 
 def _nothing() -> None:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """The payload of an item that is not what it should be."""
+
+    error: CkptkitError
+    nbytes: int = 0
+
+    def chunks(self) -> Iterator[bytes]:
+        raise self.error
+
+
+def _records(metadata: DcpMetadata, items: _Items, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+    chunks = [(place, key, box) for key, tensor in metadata.tensors.items() for box, place in tensor.chunks]
+    places = [*chunks, *((place, key, None) for key, place in metadata.objects.items())]
+    for place, key, box in sorted(places, key=lambda item: (item[0].name, item[0].offset)):
+        where = f"the item at byte {place.offset:,}"
+        try:
+            for record in _entries(metadata, items, keys, (place, key, box)):
+                yield record._replace(name=f"{record.name} in {where}")
+        except CkptkitError as error:
+            yield Record(
+                os.path.join(items.pool.directory, place.name),
+                where,
+                _Refused(error),
+                keys=tuple(keys.get(key, (key,))),
+            )
+
+
+def _entries(
+    metadata: DcpMetadata, items: _Items, keys: Mapping[str, Sequence[str]], item: tuple[Place, str, Box | None]
+) -> Iterable[Record]:
+    place, key, box = item
+    if box is None:
+        return items.archive(key, place).records({})
+    file = items.read(key, place)
+    items.payload(file, metadata.tensors[key], box, place)
+    storage = file.tree.storage if isinstance(file.tree, TensorRef) else None
+    return file.records({storage.key: keys.get(key, (key,))} if storage else {})
 
 
 def _read_objects(objects: Mapping[str, Place], items: _Items) -> _Objects:

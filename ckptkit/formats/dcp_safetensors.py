@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import NamedTuple
 
 from ckptkit.errors import FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.safetensors import open_safetensors, parse_json
@@ -79,8 +80,10 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], inner: str = "") 
         return opened[info.key]()
 
     warnings = list(dict.fromkeys(text for file in files for text in file.warnings))
-    warnings.append(f"{plural(len(numbers), 'shard')} joined; a missing last one could not be noticed: "
-                    "this form of DCP records neither their number nor whole shapes")  # fmt: skip
+    said = f"{plural(len(numbers), 'shard')} joined; a missing last one could not be noticed: "
+    warnings.append(
+        Remark(f"{said}this form of DCP records neither their number nor whole shapes", "uncounted", "note")
+    )
     version = next((text for file in files if (text := file.metadata.get(_VERSION)) != _KNOWN_VERSION), _KNOWN_VERSION)
     if version != _KNOWN_VERSION:
         warnings.append(f"written in version {quoted(str(version))} of the form; {_KNOWN_VERSION} is known")
@@ -92,6 +95,7 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], inner: str = "") 
         metadata={key: text for file in files for key, text in file.metadata.items() if key not in (_INFO, _VERSION)},
         warnings=warnings,
         span=payload,
+        records=lambda: chain.from_iterable(file.records() for file in files),
         files=[file.path for file in files],
         check=pool.check_unchanged,
         close=pool.close,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.gguf_header import Cursor, read_metadata
 from ckptkit.storage import Extent, LocalFile
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, Record, TensorInfo
 from ckptkit.text import plural, quoted
 
 __all__ = ["open_gguf"]
@@ -106,6 +107,10 @@ def open_gguf(file: LocalFile) -> Checkpoint:
     def span(info: TensorInfo) -> Payload | None:
         return payload(info) if info.kind == "dense" else None
 
+    def records() -> Iterator[Record]:
+        for info, offset in sorted(places.values(), key=lambda place: place.offset):
+            yield Record(file.path, info.key, Extent(file, base + offset, info.nbytes), keys=(info.key,))
+
     return Checkpoint(
         {key: place.info for key, place in places.items()},
         payload,
@@ -114,6 +119,7 @@ def open_gguf(file: LocalFile) -> Checkpoint:
         entries=metadata.entries,
         warnings=warnings,
         span=span,
+        records=records,
         files=[file.path],
         check=file.check_unchanged,
         close=file.close,

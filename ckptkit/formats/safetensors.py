@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ckptkit.errors import FormatError
 from ckptkit.storage import Extent, LocalFile
-from ckptkit.tensors import DTYPES, Checkpoint, Payload, TensorInfo
+from ckptkit.tensors import DTYPES, Checkpoint, Payload, Record, TensorInfo
 from ckptkit.text import plural, quoted
 
 __all__ = ["LARGEST_HEADER", "METADATA", "open_safetensors", "parse_json"]
@@ -56,6 +56,10 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
         begin, end = offsets[info.key]
         return Extent(file, base + begin, end - begin)
 
+    def records() -> Iterator[Record]:
+        for key in sorted(offsets, key=offsets.__getitem__):
+            yield Record(file.path, key, payload(infos[key]), keys=(key,))
+
     return Checkpoint(
         infos,
         payload,
@@ -64,6 +68,7 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
         metadata=metadata,
         warnings=warnings,
         span=payload,
+        records=records,
         files=[file.path],
         check=file.check_unchanged,
         close=file.close,

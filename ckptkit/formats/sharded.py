@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import PureWindowsPath
 from typing import Any
 
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.storage import LocalFile
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
+from ckptkit.tensors import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.text import plural, printable, quoted
 
 __all__ = ["INDEX_SUFFIXES", "find_index", "is_plain_name", "open_sharded"]
@@ -170,6 +171,9 @@ def _joined(
     def span(info: TensorInfo) -> Payload | None:
         return opened[weight_map[info.key]].span(info.key)
 
+    def records() -> Iterable[Record]:
+        return chain.from_iterable(shard.records() for shard in opened.values())
+
     formats = {shard.format for shard in opened.values()}
     return Checkpoint(
         infos,
@@ -182,6 +186,7 @@ def _joined(
         references=list(dict.fromkeys(name for shard in opened.values() for name in shard.references)),
         suspicious=any(shard.suspicious for shard in opened.values()),
         span=span,
+        records=records,
         files=[index_path, *(file for shard in opened.values() for file in shard.files)],
         check=check,
         close=close,

@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.errors import FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats.inert import MappingValue, Placeholder
 from ckptkit.formats.modules import open_modules
 from ckptkit.formats.strided import Strided
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
 from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select, type_name
 from ckptkit.storage import Region
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, TensorInfo, View, is_contiguous, reach, versions_from
+from ckptkit.tensors import (
+    DTYPES,
+    Checkpoint,
+    Entry,
+    Payload,
+    Record,
+    TensorInfo,
+    View,
+    is_contiguous,
+    reach,
+    versions_from,
+)
 from ckptkit.text import plural, printable, quoted
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "code_warnings"]
@@ -28,12 +41,16 @@ _MOST_TENSORS = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What a container reader found: the inert tree, the builders that made it, and where each storage lies."""
+    """What a container reader found: the inert tree, the builders that made it, and where each storage lies.
+
+    ``records`` goes over everything stored, told which tensors lie in the storage of a key.
+    """
 
     tree: object
     objects: TorchObjects
     pickle_size: int
     locate: Callable[[StorageRef], Region]  # raises FormatError where the storage is not in the file
+    records: Callable[[Mapping[str, Sequence[str]]], Iterable[Record]]
     warnings: tuple[str, ...] = ()
     uncertain: Callable[[TensorRef], bool] = lambda _: False  # whether the order of its bytes cannot be known
 
@@ -90,6 +107,13 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         plain = is_contiguous(info) and not tensor.conj and not tensor.neg
         return _span(info, whole) if plain else Strided(whole, info, tensor.conj, tensor.neg)
 
+    def records() -> Iterable[Record]:
+        held: dict[str, list[str]] = {}
+        for key, (tensor, _) in tensors.items():
+            if tensor.storage is not None:
+                held.setdefault(tensor.storage.key, []).append(key)
+        return file.records({**_held_outside(tree, file.pickle_size), **held} if chosen else held)
+
     return Checkpoint(
         infos,
         payload,
@@ -102,6 +126,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         versions=_versions(value),
         envelope=flat_key(chosen) if chosen else "",
         span=span,
+        records=records,
         files=[path],
         check=check,
         close=close,
@@ -164,15 +189,27 @@ def _outside(tree: object, chosen: tuple[object, ...], outlined: list[int]) -> l
     return entries
 
 
-def code_warnings(references: list[str], suspicious: list[str]) -> list[str]:
+def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
+    """Return the names of all tensors, those beside the mapping of weights too, by the key of their storage."""
+    held: dict[str, list[str]] = {}
+    with contextlib.suppress(FormatError):  # a tree that expands without end: what was named until then will do
+        for place, leaf in leaves(tree, [_BUDGET_PER_BYTE * size + 1000]):
+            if isinstance(leaf, TensorRef) and leaf.storage is not None:
+                held.setdefault(leaf.storage.key, []).append(flat_key(place))
+    return held
+
+
+def code_warnings(references: list[str], suspicious: list[str]) -> list[Remark]:
     """Return what to say of the code that a file names: ``suspicious`` where there is any, else ``references``."""
     if suspicious:
         named = ", ".join(printable(name) for name in suspicious[:8])
-        return [f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"]
+        said = f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"
+        return [Remark(said, "code-suspicious", "error")]
     if references:
         named = ", ".join(printable(name) for name in references[:8])
         more = f" and {len(references) - 8} more" if len(references) > 8 else ""
-        return [f"contains {plural(len(references), 'code reference')}, not run: {named}{more}"]
+        said = f"contains {plural(len(references), 'code reference')}, not run: {named}{more}"
+        return [Remark(said, "code-reference")]
     return []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter
@@ -11,7 +12,7 @@ from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.storage import Extent, LocalFile, Region
-from ckptkit.tensors import DTYPES, Checkpoint
+from ckptkit.tensors import DTYPES, Checkpoint, Record
 from ckptkit.text import quoted
 
 __all__ = ["open_torch_legacy", "read_torch_legacy"]
@@ -69,8 +70,12 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
         untyped = tensor.storage is not None and not tensor.storage.dtype
         return big and (dtype.parts > 1 or (untyped and dtype.part_bytes > 1))
 
+    def records(held: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+        for key in starts:
+            yield Record(file.path, f"storage {key}", locate(objects.storages[key]), keys=tuple(held.get(key, ())))
+
     said = ("written on a big-endian machine: read as torch reads it, its numbers are little-endian",) if big else ()
-    return TorchFile(tree, objects, size, locate, said, uncertain)
+    return TorchFile(tree, objects, size, locate, records, said, uncertain)
 
 
 def _pickle(file: LocalFile, interpreter: Interpreter, start: int, largest: int) -> tuple[object, int]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterator, Mapping, Sequence
 
 from ckptkit.errors import FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.formats.zip_directory import ZipDirectory
 from ckptkit.storage import Region, Swapped
-from ckptkit.tensors import DTYPES, Checkpoint
+from ckptkit.tensors import DTYPES, Checkpoint, Record
 from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_zip", "read_torch_zip"]
@@ -78,8 +80,13 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
     unused = [name for name in archive.entries if name.startswith(f"{root}data/") and name[len(root) + 5 :]
               not in objects.storages]  # fmt: skip
     if unused:
-        warnings.append(f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}")
-    return TorchFile(tree, objects, len(data), locate, tuple(warnings), uncertain)
+        said = f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}"
+        warnings.append(Remark(said, "unused-record"))
+
+    def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+        return archive.records({f"{root}data/{key}": named for key, named in keys.items()})
+
+    return TorchFile(tree, objects, len(data), locate, records, tuple(warnings), uncertain)
 
 
 def _root(archive: ZipDirectory) -> str:
@@ -103,16 +110,19 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
     version = _small(archive, f"{root}version")
     if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
         raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
-    warnings = []
+    warnings: list[str] = []
     if any(entry.method for entry in archive.entries.values()):
-        warnings.append("the archive is compressed: tensors are inflated while they are read")
+        said = "the archive is compressed: tensors are inflated while they are read"
+        warnings.append(Remark(said, "compressed", "note"))
     unchecked = [entry.name for entry in archive.entries.values() if entry.size and not entry.crc]
     skipped = [name for name in unchecked if name.startswith(f"{root}data/")]
     if len(unchecked) == sum(entry.size > 0 for entry in archive.entries.values()):
-        warnings.append("no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen")
+        said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
+        warnings.append(Remark(said, "no-checksum", "note"))
     elif skipped and archive.entries[f"{root}data.pkl"].crc:
         what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
-        warnings.append(f"storage bytes were skipped at save (torch.serialization.skip_data): {what}")
+        said = f"storage bytes were skipped at save (torch.serialization.skip_data): {what}"
+        warnings.append(Remark(said, "skipped-data"))
     return warnings
 
 
@@ -138,7 +148,6 @@ def _read_pickle(archive: ZipDirectory, name: str, largest: int) -> bytes:
     if entry.size > max(_LARGEST_UNDOUBTED, _MOST_FOLD * entry.packed):
         raise FormatError(f"data.pkl would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
     data = b"".join(bytes(chunk) for chunk in archive.region(name).chunks())
-    # A checksum of zero is how torch writes "none" (torch.serialization.set_crc32_options).
     if entry.crc and zlib.crc32(data) != entry.crc:
         raise FormatError("data.pkl does not match its checksum: damaged")
     return data

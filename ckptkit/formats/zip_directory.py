@@ -7,10 +7,12 @@ to a scanner and another to a loader.
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
 from ckptkit.storage import Extent, Inflated, LocalFile
+from ckptkit.tensors import Record
 from ckptkit.text import plural, quoted
 
 __all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
@@ -34,7 +36,7 @@ class ZipEntry:
 
     name: str
     method: int
-    crc: int
+    crc: int  # zero is how torch writes "none" (torch.serialization.set_crc32_options)
     packed: int  # bytes in the archive
     size: int  # bytes after inflating
     header: int  # offset of the local header
@@ -46,15 +48,21 @@ class ZipDirectory:
 
     file: LocalFile
     entries: dict[str, ZipEntry]
-    starts: dict[str, int]
+    starts: dict[str, int]  # in the order of the file
 
     def region(self, name: str) -> Extent | Inflated:
         """Return the content of an entry, unread."""
         entry = self.entries[name]
         if entry.method == _STORED:
-            # A checksum of zero is how torch writes "none" (torch.serialization.set_crc32_options).
             return Extent(self.file, self.starts[name], entry.size, entry.crc or None)
         return Inflated(Extent(self.file, self.starts[name], entry.packed), entry.size, 0, entry.size)
+
+    def records(self, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+        """Yield every entry in the order of the file; ``keys`` says which tensors lie in the entry of a name."""
+        for name in self.starts:
+            yield Record(
+                self.file.path, name, self.region(name), self.entries[name].crc or None, tuple(keys.get(name, ()))
+            )
 
 
 def read_zip_directory(file: LocalFile) -> ZipDirectory:

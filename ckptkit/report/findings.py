@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from ckptkit.errors import one_line
-from ckptkit.findings import Report
+from ckptkit.findings import Finding, Report
 from ckptkit.report.page import Code, Line, Page
-from ckptkit.text import plural
+from ckptkit.text import plural, printable
 
-__all__ = ["findings_document", "findings_page"]
+__all__ = ["Checked", "findings_by_path", "findings_document", "findings_page", "in_one"]
+
+
+class Checked(NamedTuple):
+    """What a check found at one of several paths; ``title`` says what is there."""
+
+    path: str
+    title: tuple[str | Code, ...]
+    findings: tuple[Finding, ...]
+
+
+def in_one(checked: Iterable[Checked]) -> Report:
+    """Return the findings about several paths as one report, each with its path at the front of its message."""
+    return Report(
+        tuple(
+            replace(finding, message=f"{printable(one.path)}: {finding.message}")
+            for one in checked
+            for finding in one.findings
+        )
+    )
 
 
 def findings_document(report: Report) -> dict[str, Any]:
@@ -32,12 +53,25 @@ def findings_document(report: Report) -> dict[str, Any]:
 
 def findings_page(report: Report) -> Page:
     """Return one line a finding, its hint below it, then the count."""
+    return [*_lines(report.findings), _count(report)]
+
+
+def findings_by_path(checked: Sequence[Checked]) -> Page:
+    """Return the title of each path with its findings below it, then the count of them all."""
     lines: list[Line] = []
-    for finding in report.findings:
-        code = f"  [{finding.code}]"
-        lines.append(Line((f"{finding.severity}: ", Code(one_line(finding.message)), code)))
+    for one in checked:
+        lines += [Line(one.title), *_lines(one.findings), Line(())]
+    return [*lines, _count(in_one(checked))]
+
+
+def _lines(findings: Iterable[Finding]) -> Iterator[Line]:
+    for finding in findings:
+        yield Line((f"{finding.severity}: ", Code(one_line(finding.message)), f"  [{finding.code}]"))
         if finding.hint:
-            lines.append(Line((Code(one_line(finding.hint)),), under=True))
+            yield Line((Code(one_line(finding.hint)),), under=True)
+
+
+def _count(report: Report) -> Line:
     count = report.summary
     parts = [plural(count[name], name.removesuffix("s")) for name in ("errors", "warnings", "notes") if count[name]]
-    return [*lines, Line((", ".join(parts) or "no findings",))]
+    return Line((", ".join(parts) or "no findings",))

@@ -8,7 +8,8 @@ from typing import Any
 
 from ckptkit.report.page import Block, Code, Line, Listing, Page, Table, code
 from ckptkit.report.table import Row, spelled
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo, shared_keys
+from ckptkit.sharing import shared_keys
+from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.text import human_bytes, plural, printable
 
 __all__ = ["describe", "show_document", "show_page", "show_tree", "totals"]
@@ -133,7 +134,8 @@ def _others(checkpoint: Checkpoint) -> list[Block]:
         ("metadata", "value"): [(printable(key), _cut(printable(text))) for key, text in checkpoint.metadata.items()],
         ("code references, not run",): [(printable(name),) for name in checkpoint.references],
     }
-    return [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
+    found: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
+    return [*found, Line(("headers only: no tensor value was read",))] if checkpoint.files else found
 
 
 def _value(entry: Entry) -> str:

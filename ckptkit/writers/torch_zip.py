@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.errors import ChangedError, PlanError
+from ckptkit.sharing import overlapping
 from ckptkit.storage import Extent
-from ckptkit.tensors import DTYPES, Payload, TensorInfo, is_contiguous, overlapping, reach, row_major
+from ckptkit.tensors import DTYPES, Payload, TensorInfo, is_contiguous, reach, row_major
 from ckptkit.text import quoted
 from ckptkit.writers.atomic import AtomicFile
 from ckptkit.writers.torch_pickle import STORAGE_CLASSES, StoredTensor, pickle_state_dict

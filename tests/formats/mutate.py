@@ -23,7 +23,8 @@ from safetensors import safe_open
 
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import DTYPES, shared_keys
+from ckptkit.sharing import shared_keys
+from ckptkit.tensors import DTYPES
 from tests.helpers_formats import CODE_OF, bits, f32, rezip, safetensors_file, saved
 from tests.helpers_gguf import written
 

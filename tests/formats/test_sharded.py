@@ -14,7 +14,7 @@ import torch
 
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import shared_keys
+from ckptkit.sharing import shared_keys
 from tests.helpers_formats import assert_same, refusal
 
 STATE = {"a.w": torch.arange(6.0).reshape(2, 3), "a.b": torch.ones(2, dtype=torch.bfloat16), "c.w": torch.arange(4)}

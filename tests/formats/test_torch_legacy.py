@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import DTYPES, shared_keys
+from ckptkit.sharing import shared_keys
+from ckptkit.tensors import DTYPES
 from tests.helpers_formats import (
     assert_same,
     bits,

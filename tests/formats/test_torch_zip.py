@@ -14,7 +14,8 @@ from torch import nn
 
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import DTYPES, shared_keys
+from ckptkit.sharing import shared_keys
+from ckptkit.tensors import DTYPES
 from tests.helpers_formats import (
     assert_same,
     bits,

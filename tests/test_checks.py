@@ -1,0 +1,501 @@
+"""``ckpt check``: damage is found wherever a checksum is recorded, and what was not looked at is said."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ckptkit import Finding, Report, open_checkpoint, run_checks
+from ckptkit.errors import RuleError
+from ckptkit.formats.zip_directory import read_zip_directory
+from ckptkit.storage import LocalFile
+from ckptkit.tensors import Checkpoint
+from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_dcp import save, write_cut
+from tests.helpers_formats import bits, rezip, saved, write
+from tests.hostile.contract import run_limited
+
+WEIGHT = torch.arange(3000, dtype=torch.float32)
+TIED = {"a": WEIGHT, "n": torch.tensor(7), "b": WEIGHT}
+IN_RUN = {"w": torch.full((4,), 2.0), "b": torch.full((2,), 3.0), "optimizer.m": torch.full((6,), 5.0)}
+TRAINED = {
+    "model": {"w": IN_RUN["w"], "b": IN_RUN["b"]},
+    "optimizer": {"m": IN_RUN["optimizer.m"]},
+    "epoch": 3,
+}
+
+
+def checked(path: str | Path, **settings: Any) -> Report:
+    with open_checkpoint(path) as checkpoint:
+        return run_checks(checkpoint, **settings)
+
+
+def codes(report: Report) -> list[str]:
+    return [finding.code for finding in report.findings]
+
+
+def only(report: Report, code: str) -> Finding:
+    (finding,) = [finding for finding in report.findings if finding.code == code]
+    return finding
+
+
+def flipped(data: bytes, at: int) -> bytes:
+    return data[:at] + bytes([data[at] ^ 0x10]) + data[at + 1 :]
+
+
+def middle_of(data: bytes, name: str) -> int:
+    """The place of the middle byte of an entry's content, as ``zipfile`` finds it."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        info = archive.getinfo(name)
+    name_length, extra_length = struct.unpack_from("<HH", data, info.header_offset + 26)
+    return info.header_offset + 30 + int(name_length) + int(extra_length) + info.compress_size // 2
+
+
+def bad_entry(data: bytes) -> str | None:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return archive.testzip()
+
+
+# --- clean files -----------------------------------------------------------------------------------------------------
+
+
+def _torch(thing: object, **settings: Any) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        torch.save(thing, directory / "file.pt", **settings)
+        return directory / "file.pt"
+
+    return make
+
+
+def _safetensors(directory: Path) -> Path:
+    save_file({"w": torch.ones(3, 3), "e": torch.ones(0), "h": torch.ones(2, dtype=torch.float16)}, directory / "f.st")
+    return directory / "f.st"
+
+
+def _shards(suffix: str, store: Callable[[dict[str, torch.Tensor], Path], object]) -> Callable[[Path], Path]:
+    def make(directory: Path) -> Path:
+        names = {key: f"model-0000{number}-of-00002.{suffix}" for number, key in enumerate(("one", "two"), 1)}
+        for key, name in names.items():
+            store({key: torch.ones(500)}, directory / name)
+        index = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
+        (directory / f"{index}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+        return directory
+
+    return make
+
+
+def _dcp(directory: Path) -> Path:
+    return Path(save(directory / "run", TRAINED))
+
+
+def _dcp_safetensors(directory: Path) -> Path:
+    for rank in (1, 2):
+        info = json.dumps({"w": {"saved_offsets": [3 * rank - 3, 0]}})
+        name = f"shard-0000{rank}-model-00001-of-00001.safetensors"
+        save_file({"w": torch.ones(3, 2)}, directory / name, {"DCP_SHARDING_INFO": info, "DCP_VERSION": "1.0"})
+    return directory
+
+
+def _deflated(directory: Path) -> Path:
+    return Path(write(directory, rezip(saved(TIED), method=zipfile.ZIP_DEFLATED)))
+
+
+CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
+    # id: (maker, codes, bytes of the tensors that lie in the files)
+    "torch zip": (_torch(TIED), ["not-scanned"], 12008),
+    "torch zip of a run": (_torch(TRAINED), ["not-scanned"], 48),
+    "torch legacy": (_torch(TIED, _use_new_zipfile_serialization=False), ["no-checksum", "not-scanned"], 12008),
+    "safetensors": (_safetensors, ["no-checksum", "not-scanned"], 40),
+    "sharded safetensors": (_shards("safetensors", save_file), ["no-checksum", "not-scanned"], 4000),
+    "sharded torch": (_shards("bin", torch.save), ["not-scanned"], 4000),
+    "dcp": (_dcp, ["not-scanned"], 48),
+    "dcp safetensors": (_dcp_safetensors, ["uncounted", "no-checksum", "not-scanned"], 48),
+    "deflated": (_deflated, ["compressed", "not-scanned"], 12008),
+}
+
+
+@pytest.mark.parametrize(("make", "expected", "nbytes"), CLEAN.values(), ids=CLEAN.keys())
+def test_clean_files_have_notes_alone(
+    make: Callable[[Path], Path], expected: list[str], nbytes: int, tmp_path: Path
+) -> None:
+    """No error and no warning for an honest file of any format; each stored tensor is read, and read once."""
+    with open_checkpoint(make(tmp_path)) as checkpoint:
+        report = run_checks(checkpoint)
+        records = [record for record in checkpoint.records() if record.keys]
+    assert (codes(report), report.ok) == (expected, True)
+    assert {finding.severity for finding in report.findings} == {"note"}
+    assert sum(record.payload.nbytes for record in records) == nbytes
+    assert set(checkpoint) <= {key for record in records for key in record.keys}
+
+
+def test_all_entries_of_an_archive_are_read_in_its_order(tmp_path: Path) -> None:
+    """Every entry, whether a tensor lies in it or not, and as many bytes as zipfile counts."""
+    path = write(tmp_path, rezip(saved(TIED), {"archive/extra": b"x" * 70}))
+    seen: list[int] = []
+    with zipfile.ZipFile(path) as archive, open_checkpoint(path) as checkpoint:
+        entries = sorted(archive.infolist(), key=lambda info: info.header_offset)
+        records = list(checkpoint.records())
+        run_checks(checkpoint, progress=seen.append)
+    assert [(record.name, record.crc) for record in records] == [(info.filename, info.CRC) for info in entries]
+    assert sum(seen) == sum(info.file_size for info in entries)
+
+
+def test_safetensors_are_read_in_the_order_of_their_bytes(tmp_path: Path) -> None:
+    """A header may name tensors in any order; reading goes forward all the same."""
+    header = {key: {"dtype": "U8", "shape": [4], "data_offsets": [at, at + 4]} for key, at in (("z", 4), ("a", 0))}
+    text = json.dumps(header).encode()
+    path = write(tmp_path, struct.pack("<Q", len(text)) + text + b"01234567", "f.safetensors")
+    with open_checkpoint(path) as checkpoint:
+        assert list(checkpoint) == ["z", "a"]
+        assert [record.keys for record in checkpoint.records()] == [("a",), ("z",)]
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+GOOD = saved(TIED)
+
+
+@pytest.mark.parametrize("name", ["archive/data/0", "archive/data/1", "archive/.data/serialization_id"])
+def test_a_flipped_bit_is_found(name: str, tmp_path: Path) -> None:
+    """B16: the record that zipfile finds bad is named, and every tensor that lies in it, ties too; showing it works."""
+    data = flipped(GOOD, middle_of(GOOD, name))
+    assert bad_entry(data) == name
+    report = checked(write(tmp_path, data))
+    finding = only(report, "checksum")
+    assert (finding.severity, report.ok, codes(report)) == ("error", False, ["checksum", "not-scanned"])
+    assert finding.message.startswith(f"'{name}' does not match its checksum: CRC-32 ")
+    held = {"archive/data/0": "; it holds 'a', 'b'", "archive/data/1": "; it holds 'n'"}.get(name, "")
+    assert finding.message.endswith(f"{zlib.crc32(_content(data, name)):08x} read{held}")
+    assert finding.key == {"archive/data/0": "a", "archive/data/1": "n"}.get(name, "")
+
+
+def _content(data: bytes, name: str) -> bytes:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        size = archive.getinfo(name).file_size
+    at = middle_of(data, name) - size // 2
+    return data[at : at + size]
+
+
+@pytest.mark.parametrize("level", [0, 9], ids=["stored blocks", "compressed"])
+def test_damage_in_a_deflated_record_is_found(level: int, tmp_path: Path) -> None:
+    """Where the stream still inflates, by the checksum of what it inflates to; else because it does not."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(GOOD)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name), zipfile.ZIP_DEFLATED, level)
+    good = buffer.getvalue()
+    assert checked(write(tmp_path, good)).ok
+    data = flipped(good, middle_of(good, "archive/data/0"))
+    try:
+        expected = {"archive/data/0": "checksum"}[str(bad_entry(data))]
+    except zlib.error:
+        expected = "unreadable"
+    assert expected == "checksum" or level
+    finding = only(checked(write(tmp_path, data)), expected)
+    assert (finding.severity, finding.key) == ("error", "a")
+
+
+def test_damage_in_a_distributed_checkpoint_is_found(tmp_path: Path) -> None:
+    """The item is named by its file and place, the tensor by its name in the mapping; what is beside it by its path."""
+    path = save(tmp_path / "run", TRAINED)
+    file = tmp_path / "run" / "__0_0.distcp"
+    whole = file.read_bytes()
+    for key, tensor in IN_RUN.items():
+        file.write_bytes(flipped(whole, whole.index(bits(tensor))))
+        finding = only(checked(path), "checksum")
+        assert (finding.key, f"it holds '{key}'" in finding.message) == (key, True)
+        assert "' of '__0_0.distcp' does not match" in finding.message
+
+
+def test_a_damaged_item_of_a_distributed_checkpoint_does_not_hide_the_next(tmp_path: Path) -> None:
+    """An item whose own header is broken is one finding, and the reading goes on."""
+    cuts = [([0], [2]), ([2], [2]), ([4], [2])]
+    path = write_cut(tmp_path / "cut", {"w": (torch.arange(6.0) + 9, cuts)}, files=1)
+    file = tmp_path / "cut" / "__0_0.distcp"
+    data = bytearray(file.read_bytes())
+    second = data.index(b"PK\3\4", data.index(b"PK\5\6"))
+    data[second : second + 2] = b"??"
+    data[data.index(bits(torch.tensor([13.0, 14.0])))] ^= 1
+    file.write_bytes(data)
+    report = checked(path)
+    assert codes(report) == ["unreadable", "checksum", "not-scanned"]
+    assert f"'the item at byte {second:,}' of '__0_0.distcp' cannot be read: " in report.findings[0].message
+    assert {finding.key for finding in report.findings[:2]} == {"w"}
+
+
+def test_damage_in_a_shard_names_the_shard(tmp_path: Path) -> None:
+    """Which file to fetch again, and which tensor was in it."""
+    path = CLEAN["sharded torch"][0](tmp_path)
+    shard = path / "model-00002-of-00002.bin"
+    data = shard.read_bytes()
+    (root,) = {name.partition("/")[0] for name in zipfile.ZipFile(shard).namelist()}
+    shard.write_bytes(flipped(data, middle_of(data, f"{root}/data/0")))
+    finding = only(checked(path), "checksum")
+    assert finding.key == "two"
+    assert f"'{root}/data/0' of 'model-00002-of-00002.bin' does not match" in finding.message
+
+
+def test_damage_beside_the_weights_is_named_by_its_path(tmp_path: Path) -> None:
+    """The optimizer's tensors are none of the mapping, and their bytes are compared all the same."""
+    data = saved(TRAINED)
+    finding = only(checked(write(tmp_path, flipped(data, middle_of(data, "archive/data/2")))), "checksum")
+    assert finding.key == "optimizer.m"
+    assert finding.message.endswith("; it holds 'optimizer.m'")
+
+
+def test_chosen_tensors_alone_are_read(tmp_path: Path) -> None:
+    """Rules leave out what holds none of the tensors kept, which is said; a rule that hits nothing is an error."""
+    path = write(tmp_path, flipped(GOOD, middle_of(GOOD, "archive/data/0")))
+    clean = checked(path, rules={"keep": ["n"]})
+    assert codes(clean) == ["not-scanned"]
+    assert "8 B in 1 record read, 1 compared" in clean.findings[0].message
+    assert "without a chosen tensor not read" in clean.findings[0].message
+    assert not checked(path, rules={"keep": ["b"]}).ok
+    with pytest.raises(RuleError, match="matches none"):
+        checked(path, rules={"keep": ["c"]})
+
+
+def test_fast_reads_no_data(tmp_path: Path) -> None:
+    """Damage to data goes unseen, and the report says that nobody looked."""
+    path = write(tmp_path, flipped(GOOD, middle_of(GOOD, "archive/data/0")))
+    seen: list[int] = []
+    report = checked(path, fast=True, progress=seen.append)
+    assert (codes(report), seen) == (["not-scanned"], [])
+    assert report.findings[0].message == "headers only: no stored byte of a tensor was read, no checksum compared"
+
+
+# --- what readers say, and what cannot be compared -------------------------------------------------------------------
+
+
+class _Evil:
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
+        return os.system, ("false",)
+
+
+def _without_checksums(directory: Path) -> Path:
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        return _torch(TIED)(directory)
+    finally:
+        torch.serialization.set_crc32_options(before)
+
+
+def _skipped(directory: Path) -> Path:
+    with torch.serialization.skip_data():
+        return _torch(TIED)(directory)
+
+
+def _unused(directory: Path) -> Path:
+    return Path(write(directory, rezip(GOOD, {"archive/data/9": b"x"})))
+
+
+def _misnamed(directory: Path) -> Path:
+    return _torch(TIED)(directory).rename(directory / "f.safetensors")
+
+
+SAID: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
+    # id: (maker, code, severity, a piece of the message)
+    "B18 no checksums": (_without_checksums, "no-checksum", "note", "no checksums in the archive"),
+    "B19 skipped data": (_skipped, "skipped-data", "warning", "2 records without a checksum"),
+    "B30 unused": (_unused, "unused-record", "warning", "archive/data/9"),
+    "another suffix": (_misnamed, "reader-warning", "warning", "the name says safetensors"),
+    "code": (_torch({"w": torch.ones(2), "net": nn.ReLU()}), "code-reference", "warning", "not run: torch.nn"),
+    "malicious": (_torch({"w": torch.ones(2), "x": _Evil()}), "code-suspicious", "error", "posix.system"),
+    "sparse": (_torch({"w": torch.ones(2), "s": torch.eye(3).to_sparse()}), "not-dense", "note", "1 sparse tensor"),
+}
+
+
+@pytest.mark.parametrize(("make", "code", "severity", "said"), SAID.values(), ids=SAID.keys())
+def test_what_readers_notice_has_a_code(
+    make: Callable[[Path], Path], code: str, severity: str, said: str, tmp_path: Path
+) -> None:
+    """Each oddity is one finding under a code that stays, headers alone suffice for it, and show says the same."""
+    for fast in (False, True):
+        path = make(tmp_path)
+        finding = only(checked(path, fast=fast), code)
+        assert (finding.severity, said in finding.message) == (severity, True)
+        with open_checkpoint(path) as checkpoint:
+            assert finding.message in checkpoint.warnings or code == "not-dense"
+
+
+def test_skipped_records_are_counted_as_unchecked(tmp_path: Path) -> None:
+    """B19: of some records a checksum is there, and of some not."""
+    assert "2 of 8 records (12.0 kB)" in only(checked(_skipped(tmp_path)), "no-checksum").message
+
+
+def test_what_is_in_memory_alone_is_not_read() -> None:
+    """A model has no file; its names can be given all the same, and no claim is made."""
+    report = run_checks(nn.Linear(2, 2))
+    assert [(finding.code, finding.message[:14]) for finding in report.findings] == [("not-scanned", "held in memory")]
+
+
+def test_a_reader_without_records_is_read_tensor_by_tensor(tmp_path: Path) -> None:
+    """What is known of no container is still read, once a tensor, and said to be unchecked."""
+    path = _safetensors(tmp_path)
+    with open_checkpoint(path) as inner:
+        bare = Checkpoint(inner, lambda info: inner.payload(info.key), path=str(path), format="new", files=[str(path)])
+        report = run_checks(bare)
+    assert codes(report) == ["no-checksum", "not-scanned"]
+    assert "2 of 2 records (40 B)" in report.findings[0].message
+
+
+# --- files that change, and files that cannot be read ----------------------------------------------------------------
+
+
+def test_a_file_that_becomes_shorter_is_a_finding(tmp_path: Path) -> None:
+    """Reading ends there, in words and not in an exception, and the rest is said to be unread."""
+    path = tmp_path / "f.safetensors"
+    save_file({str(index): torch.ones(1000) for index in range(4)}, path)
+    report = checked(path, progress=lambda _: os.truncate(path, 5000))
+    assert codes(report) == ["changed", "no-checksum", "not-scanned"]
+    assert "cannot be read: the file became shorter" in report.findings[0].message
+    assert report.findings[-1].message.endswith("the rest was not read")
+
+
+def test_a_file_that_is_written_to_is_a_finding(tmp_path: Path) -> None:
+    path = _torch(TIED)(tmp_path)
+    report = checked(path, progress=lambda _: os.utime(path, (1, 1)))
+    assert (codes(report), report.findings[0].severity) == (["changed", "not-scanned"], "error")
+
+
+def test_a_read_that_fails_is_a_finding(tmp_path: Path) -> None:
+    """The system's own word, with the record that it is about; here for a descriptor that is closed."""
+    checkpoint = open_checkpoint(_safetensors(tmp_path))
+    checkpoint.close()
+    report = run_checks(checkpoint)
+    assert "'w' cannot be read: bad file descriptor; it holds 'w'" in [finding.message for finding in report.findings]
+    assert not report.ok
+
+
+def test_records_of_any_zip_archive(tmp_path: Path) -> None:
+    """The seam for other archives: entries in order, each with the keys that its reader gives it."""
+    path = tmp_path / "a.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("w.npy", b"123")
+        archive.writestr("empty", b"")
+    file = LocalFile(str(path))
+    records = list(read_zip_directory(file).records({"w.npy": ["w"]}))
+    file.close()
+    assert [(record.name, record.crc, record.keys) for record in records] == [
+        ("w.npy", zlib.crc32(b"123"), ("w",)),
+        ("empty", None, ()),
+    ]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Mapping[str, Path]:
+    paths = {name: tmp_path / f"{name}.pt" for name in ("clean", "damaged", "broken", "odd", "unchecked")}
+    paths["clean"].write_bytes(GOOD)
+    paths["damaged"].write_bytes(flipped(GOOD, middle_of(GOOD, "archive/data/0")))
+    paths["broken"].write_bytes(GOOD[:-10])
+    paths["odd"].write_bytes(rezip(GOOD, {"archive/data/9": b"x"}))
+    torch.save(TIED, paths["unchecked"], _use_new_zipfile_serialization=False)
+    return paths
+
+
+CODES: dict[str, tuple[list[str], int, str]] = {
+    "clean": (["clean"], 0, "1 note"),
+    "clean and unchecked": (["clean", "unchecked"], 0, "3 notes"),
+    "odd": (["odd"], 1, "1 warning, 1 note"),
+    "damaged first": (["damaged", "clean"], 1, "1 error, 2 notes"),
+    "damaged last": (["clean", "damaged"], 1, "1 error, 2 notes"),
+    "broken in the middle": (["clean", "broken", "damaged"], 2, "2 errors, 2 notes"),
+    "broken twice": (["broken", "broken"], 2, "2 errors"),
+}
+
+
+@pytest.mark.parametrize(("names", "code", "count"), CODES.values(), ids=CODES.keys())
+def test_several_paths(
+    names: list[str], code: int, count: str, files: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every path is looked at, whatever was before it; findings stand below their path; the worst decides the code."""
+    ran = run_ckpt(capsys, "check", *(files[name] for name in names))
+    assert (ran.code, ran.err, ran.out.splitlines()[-1]) == (code, "", count)
+    titles = [line for line in ran.out.splitlines() if line.startswith("/")]
+    assert [title.partition(":")[0] for title in titles] == [str(files[name]) for name in names]
+    as_json = run_ckpt(capsys, "check", "--json", *(files[name] for name in names))
+    document = json.loads(as_json.out)
+    assert (as_json.code, list(document), document["schema"]) == (
+        code, ["schema", "findings", "summary"], "ckptkit.check/1",
+    )  # fmt: skip
+    for finding in document["findings"]:
+        assert list(finding) == ["code", "severity", "key", "message", "hint"]
+        assert any(finding["message"].startswith(f"{files[name]}: ") for name in names)
+    broken = [finding for finding in document["findings"] if finding["code"] == "unreadable"]
+    assert [finding["hint"] for finding in broken] == ["download or copy it again"] * names.count("broken")
+
+
+@pytest.mark.parametrize("options", [[], ["--json"], ["--fast"]], ids=["text", "json", "fast"])
+def test_one_path_that_cannot_be_opened_is_trouble(
+    options: list[str], files: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As with every command: stdout is empty, and one line and a hint say why."""
+    ran = run_ckpt(capsys, "check", files["broken"], *options)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith(f"ckpt: {files['broken']}: a zip archive without a directory at its end")
+
+
+def test_names_in_findings_are_printed_harmlessly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tensor's name cannot move the cursor; the document has it exactly."""
+    name = "\x1b[2J\u202egone"
+    data = saved({name: torch.ones(9)})
+    path = write(tmp_path, flipped(data, middle_of(data, "archive/data/0")))
+    shown = run_ckpt(capsys, "check", path)
+    assert all(char.isprintable() or char == "\n" for char in shown.out)
+    assert r"it holds '\x1b[2J\u202egone'" in shown.out
+    document = json.loads(run_ckpt(capsys, "check", path, "--json").out)
+    assert document["findings"][0]["key"] == name
+
+
+@pytest.mark.parametrize("kind", ["stored", "deflated"])
+def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
+    """300 MB are read by a process that may take 200 MB, its interpreter included; what inflates to them as well."""
+    path, size = tmp_path / "large", 300_000_000
+    if kind == "stored":
+        text = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text)
+        os.truncate(path, path.stat().st_size + size)
+    else:
+        data = saved({"w": torch.zeros(size // 4).to_sparse().to_dense()[:1].clone()})
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, True, 1) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+            with new.open("archive/extra", "w") as entry:
+                for _ in range(300):
+                    entry.write(bytes(1_000_000))
+    ran = run_limited("check", path, memory=200 << 20)
+    assert (ran.code, ran.err) == (0, "")
+    assert "300.0 MB in " in ran.out
+
+
+def test_progress_is_shown_on_a_terminal_alone(tmp_path: Path) -> None:
+    """A bar on stderr where that is a terminal, none with -q, and stdout has the findings alone."""
+    path = _torch(TIED)(tmp_path)
+    for options, expected in (((), True), (("-q",), False), (("--fast",), False)):
+        terminal, end = pty.openpty()
+        command = [sys.executable, "-m", "ckptkit", "check", str(path), *options]
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, check=True)
+        os.write(end, b".")  # so that there is something to read, whatever the program said
+        os.close(end)
+        shown = os.read(terminal, 10_000)
+        os.close(terminal)
+        assert (b"reading" in shown, b"reading" in done.stdout) == (expected, False)
