@@ -25,6 +25,13 @@ def random_bits(shape: tuple[int, ...], code: str, seed: int = 0) -> torch.Tenso
     return raw.view(dtype).reshape(shape)
 
 
+def as_integers(tensor: torch.Tensor) -> torch.Tensor:
+    """The bits of each element as one number; 128 of them as a complex one."""
+    return tensor.view(
+        {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.itemsize, tensor.dtype)
+    )
+
+
 def bits(tensor: torch.Tensor) -> bytes:
     return bytes(flat_bytes(tensor).tolist())
 

@@ -11,16 +11,20 @@ from ckptkit.tensor_ops.chains import (
     parse_operation,
     parse_operations,
 )
+from ckptkit.tensor_ops.fits import MISMATCH_NAMES, fitting, suggestions
 from ckptkit.tensor_ops.operation import Operation, Shape
 
 __all__ = [
+    "MISMATCH_NAMES",
     "NAMES",
     "Operation",
     "Shape",
     "apply_chain",
     "chain_dtypes",
     "chain_shapes",
+    "fitting",
     "invert_chain",
     "parse_operation",
     "parse_operations",
+    "suggestions",
 ]

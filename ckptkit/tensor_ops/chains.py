@@ -8,11 +8,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from ckptkit.errors import RuleError
+from ckptkit.tensor_ops.arithmetic import Add, Cast, Scale
+from ckptkit.tensor_ops.folding import FoldBatchNorm, FoldWeightNorm
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, Interleave, Split, Stack, Unstack
+from ckptkit.tensor_ops.low_rank import ExtractLora, FoldLora
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
 from ckptkit.tensor_ops.operation import Operation, Shape
 from ckptkit.tensor_ops.parameters import read_parameters
 from ckptkit.tensor_ops.qkv import FuseQkv, SplitQkv
+from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 from ckptkit.text import quoted
 
 if TYPE_CHECKING:
@@ -29,7 +33,8 @@ __all__ = [
 ]
 
 _KINDS: tuple[type[Operation], ...] = (
-    Concat, Deinterleave, FuseQkv, Interleave, Permute, Reshape, RopePermute, Slice, Split, SplitQkv, Stack, Transpose,
+    Add, Cast, Concat, ConvInChannels, Deinterleave, ExtractLora, FoldBatchNorm, FoldLora, FoldWeightNorm, FuseQkv,
+    Interleave, Pad, Permute, Reshape, ResizePosEmbed, RopePermute, Scale, Slice, Split, SplitQkv, Stack, Transpose,
     Unstack,
 )  # fmt: skip
 _BY_NAME = {kind.name: kind for kind in _KINDS}

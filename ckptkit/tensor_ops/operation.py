@@ -22,8 +22,11 @@ __all__ = [
     "Moving",
     "Operation",
     "Shape",
+    "code_of",
     "elements",
+    "printable_code",
     "times",
+    "torch_dtype",
     "unflatten",
     "working_dtype",
 ]
@@ -77,7 +80,7 @@ class Operation(ABC):
     def apply(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the outputs, contiguous, maybe in the inputs' memory; raises ``RuleError`` where they do not fit."""
         self.shapes([tuple(tensor.shape) for tensor in tensors])
-        self.dtypes([_code(tensor) for tensor in tensors])
+        self.dtypes([code_of(tensor) for tensor in tensors])
         return self.make([tensor.detach().resolve_conj().resolve_neg() for tensor in tensors])
 
     def params(self) -> dict[str, Any]:
@@ -121,7 +124,7 @@ class Moving(Operation):
         if len(different) != 1:
             raise self.refusal(f"the tensors differ in dtype ({', '.join(different)})", "cast them first")
         if different[0] not in CASTABLE:
-            raise self.refusal(f"elements of {_printable(different[0])} cannot be moved one by one")
+            raise self.refusal(f"elements of {printable_code(different[0])} cannot be moved one by one")
         return (different[0],) * self.outputs
 
     def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -137,7 +140,7 @@ class Moving(Operation):
 
 
 class Arithmetic(Operation):
-    """An operation that computes in F32 (in F64 where a tensor is), and rounds to the first tensor's dtype once."""
+    """An operation that computes in F32 (in F64 where a tensor is), and rounds once to what ``dtypes`` says."""
 
     __slots__ = ()
 
@@ -146,17 +149,28 @@ class Arithmetic(Operation):
         """Rounding cannot be undone."""
         return True
 
+    @abstractmethod
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Return the outputs for inputs of one wide dtype, which are left as they are."""
+
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
         """Return the first dtype for every output; raises ``RuleError`` for what is no float of 16 bits or more."""
         for code in inputs:
             if code not in ARITHMETIC:
                 raise self.refusal(
-                    f"computes with {', '.join(sorted(ARITHMETIC))}, not with {_printable(code)}", "cast it first"
+                    f"computes with {', '.join(sorted(ARITHMETIC))}, not with {printable_code(code)}", "cast it first"
                 )
         return (inputs[0],) * self.outputs
 
+    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Widen, compute, round."""
+        wide = working_dtype(tensors)
+        made = self.compute([tensor.to(wide) for tensor in tensors])
+        codes = self.dtypes([code_of(tensor) for tensor in tensors])
+        return tuple(tensor.to(torch_dtype(code)).contiguous() for tensor, code in zip(made, codes, strict=True))
 
-def _printable(code: str) -> str:
+
+def printable_code(code: str) -> str:
     """Return a dtype code for a message; one that a file made up is quoted."""
     return code if code in DTYPES else quoted(code)
 
@@ -168,9 +182,18 @@ def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def _code(tensor: torch.Tensor) -> str:
+def code_of(tensor: torch.Tensor) -> str:
+    """Return the safetensors code of a tensor's dtype; torch's name in capitals where there is none."""
     name = str(tensor.dtype).removeprefix("torch.")
     return next((dtype.code for dtype in DTYPES.values() if dtype.torch_name == name), name.upper())
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """Return torch's dtype for a code."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
+    return dtype
 
 
 def elements(shape: Shape) -> int:

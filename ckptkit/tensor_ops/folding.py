@@ -1,0 +1,104 @@
+"""Several tensors folded into the weight that they stand for: weight norm, batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from ckptkit.tensor_ops.operation import Arithmetic, Shape
+from ckptkit.tensor_ops.parameters import Flag, Int, Number
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["FoldBatchNorm", "FoldWeightNorm"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldWeightNorm(Arithmetic):
+    """``[g, v]`` into the weight: ``weight_g``, ``weight_v``, or ``parametrizations.weight.original0``, ``original1``.
+
+    ``dim`` is that of ``torch.nn.utils.weight_norm``; -1 stands for its ``dim=None``, a norm over everything.
+    """
+
+    dim: Int = 0
+    name: ClassVar[str] = "fold_weight_norm"
+
+    def __post_init__(self) -> None:
+        """Refuse a dim below -1, which torch takes for another."""
+        if self.dim < -1:
+            raise self.refusal(f"dim is {self.dim}", "count it from the front; -1 is a norm over everything")
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of v; raises ``RuleError`` where g is not one length for each of its slices."""
+        if len(inputs) != 2:
+            raise self.refusal(f"takes g and v, and there are {len(inputs)}")
+        lengths, vectors = inputs
+        wanted: Shape = ()
+        if self.dim >= 0:
+            dim = self.axis(self.dim, vectors)
+            wanted = tuple(size if at == dim else 1 for at, size in enumerate(vectors))
+        if lengths != wanted:
+            raise self.refusal(
+                f"g is {list(lengths)}, and a v of {list(vectors)} asks for {list(wanted)}",
+                "the order is g, v; dim is that of the weight norm",
+            )
+        return (vectors,)
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Give each slice of v the length that g says."""
+        import torch
+
+        lengths, vectors = tensors
+        return [torch._weight_norm(vectors, lengths, self.dim)]  # noqa: SLF001 - what weight_norm itself computes
+
+
+@dataclass(frozen=True, slots=True)
+class FoldBatchNorm(Arithmetic):
+    """A batch norm into the layer before it, as it acts in evaluation: a weight and a bias.
+
+    Takes ``weight, [bias,] bn.weight, bn.bias, running_mean, running_var`` of a convolution (``transposed`` where it is
+    one) or a Linear. Right only where nothing else reads what lies between the two.
+    """
+
+    eps: Number = 1e-5
+    transposed: Flag = False
+    name: ClassVar[str] = "fold_batch_norm"
+
+    @property
+    def outputs(self) -> int:
+        """Weight and bias."""
+        return 2
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shapes of weight and bias; raises ``RuleError`` where a vector is not one number a channel."""
+        if len(inputs) not in (5, 6):
+            raise self.refusal(
+                f"there are {len(inputs)} tensors", "weight, [bias,] bn.weight, bn.bias, running_mean, running_var"
+            )
+        weight, *vectors = inputs
+        channels = (weight[self.axis(int(self.transposed), weight)],)
+        for shape in vectors:
+            if shape != channels:
+                raise self.refusal(f"a weight of {list(weight)} has {channels[0]} channels, and here is {list(shape)}")
+        return weight, channels
+
+    def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
+        """Return the dtypes of weight and bias: a bias that there was keeps its own."""
+        (weight, _) = Arithmetic.dtypes(self, inputs)
+        return weight, inputs[1] if len(inputs) == 6 else weight
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Scale the rows and shift the bias, in torch's own order of operations."""
+        import torch
+
+        weight, *bias, gain, shift, mean, variance = tensors
+        inverse = torch.rsqrt(variance + self.eps)
+        scale = gain * inverse
+        shape = [1] * weight.dim()
+        shape[int(self.transposed)] = -1
+        centred = (bias[0] if bias else torch.zeros_like(mean)) - mean
+        # torch fuses a Linear with another association than a convolution; the last bit depends on it.
+        moved = centred * scale if weight.dim() == 2 else centred * inverse * gain
+        return [weight * scale.reshape(shape), moved + shift]

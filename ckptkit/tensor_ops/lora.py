@@ -1,0 +1,245 @@
+"""Adapters of peft on names and shapes alone: which factors fold into which weight, and that none is left over."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from ckptkit.errors import RuleError
+from ckptkit.tensor_ops.low_rank import FoldLora
+from ckptkit.tensor_ops.operation import Shape
+from ckptkit.text import plural, printable, quoted
+
+__all__ = ["AdapterPlan", "Fold", "account_for_adapter"]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.(?P<name>[^.]+))??(?:\.(?P<leaf>weight|bias))?"
+)
+_TO_SAVE = re.compile(r"(?P<module>.+)\.modules_to_save\.(?:(?P<name>[^.]+)\.)?(?P<leaf>.+)")
+_BASE_LAYER = re.compile(r"(?<![^.])base_layer\.")
+# Each of these computes something else than W + scale * B @ A.
+_OTHER_MATHS = (
+    "use_dora", "use_qalora", "use_bdlora", "layer_replication", "target_parameters", "alora_invocation_tokens",
+    "arrow_config", "kasa_config", "monteclora_config", "trainable_token_indices",
+)  # fmt: skip
+_BASE_AS_IT_WAS = (None, True, False, "gaussian", "eva", "orthogonal")
+_MOST_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One weight of the base and what folds into it: ``operation`` takes the weight, then ``factors`` in order.
+
+    ``replaced_by`` names the tensor of the adapter that takes the weight's place first, where there is one.
+    """
+
+    key: str
+    factors: tuple[str, ...]
+    operation: FoldLora
+    replaced_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterPlan:
+    """What an adapter does to its base: weights folded, and tensors replaced (base key → adapter key), in order."""
+
+    folds: tuple[Fold, ...]
+    replacements: Mapping[str, str] = field(default_factory=dict)
+
+
+def account_for_adapter(
+    adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape]
+) -> AdapterPlan:
+    """Return what an adapter with this ``adapter_config.json`` does to ``base``; every tensor of it has its place.
+
+    A replacement may have another shape than what it replaces (a grown vocabulary). Raises ``RuleError`` where a tensor
+    has no place in the base, a factor lacks its partner or its rank is not what the config says, and for what is not
+    folded by this formula: DoRA and other variants, and initialisations that changed the base.
+    """
+    _refuse_other_maths(adapter, config)
+    parts = _sorted_out(adapter)
+    _refuse_strangers(parts, len(adapter), base)
+    replacements = dict(parts.replacements)
+    scales = _Scales(config)
+    shapes = {**base, **{key: adapter[name] for key, name in replacements.items()}}
+    oriented = _Orientation(bool(config.get("fan_in_fan_out")))
+    folds = []
+    for module, sides in parts.factors.items():
+        home, (down, up) = f"{module}.weight", _pair(sides)
+        operation = FoldLora(scales.scale(module, down, adapter[down]))
+        if down.rpartition(".lora_")[2].startswith("embedding_"):
+            operation = replace(operation, fan_in_fan_out=True)
+        else:
+            operation = oriented.turned(operation, home, (shapes[home], adapter[down], adapter[up]))
+        folds.append(Fold(home, (down, up), operation, replacements.pop(home, "")))
+        if module in parts.biases:
+            name, key = parts.biases.pop(module), f"{module}.bias"
+            folds.append(Fold(key, (name,), FoldLora(operation.scale), replacements.pop(key, "")))
+    if parts.biases:
+        raise RuleError(f"{quoted(next(iter(parts.biases.values())))} has no factors beside it")
+    oriented.refuse_doubt()
+    for fold in folds:
+        _check(fold, shapes, adapter)
+    return AdapterPlan(tuple(folds), replacements)
+
+
+def _refuse_strangers(parts: _Parts, count: int, base: Mapping[str, Shape]) -> None:
+    lost = [name for key, name in parts.replacements.items() if key not in base]
+    lost += [name for module, name in parts.biases.items() if f"{module}.bias" not in base]
+    for module, sides in parts.factors.items():
+        names = list(sides.values())
+        if f"{module}.in_proj_weight" in base:
+            raise RuleError(
+                f"{quoted(names[0])} adapts an attention block, where peft adds the update of out_proj twice",
+                hint="merge with peft",
+            )
+        lost += [] if f"{module}.weight" in base else names
+    if lost:
+        more = f" and {len(lost) - 1} more have" if lost[1:] else " has"
+        raise RuleError(
+            f"of {plural(count, 'tensor')}, {quoted(lost[0])}{more} no place in the base",
+            hint="is it this base's adapter? Rename the keys of one to those of the other",
+        )
+
+
+def _check(fold: Fold, shapes: Mapping[str, Shape], adapter: Mapping[str, Shape]) -> None:
+    try:
+        fold.operation.shapes([shapes[fold.key], *(adapter[name] for name in fold.factors)])
+    except RuleError as error:
+        raise RuleError(f"{quoted(fold.key)}: {error.reason}", hint=error.hint) from None
+
+
+def _refuse_other_maths(adapter: Mapping[str, Shape], config: Mapping[str, object]) -> None:
+    kind = config.get("peft_type", "LORA")
+    if kind != "LORA":
+        raise RuleError(f"the adapter is of type {printable(str(kind))}, and only LORA is folded")
+    dora = next((key for key in adapter if ".lora_magnitude_vector" in key), None)
+    if dora is not None:
+        raise RuleError(f"{quoted(dora)} belongs to DoRA, which is not folded by this formula", hint="merge with peft")
+    named = next((name for name in _OTHER_MATHS if config.get(name)), None)
+    if named is not None:
+        raise RuleError(f"the adapter uses {named}, which is not folded by this formula", hint="merge with peft")
+    start = config.get("init_lora_weights")
+    if not isinstance(start, bool | str | None) or start not in _BASE_AS_IT_WAS:
+        raise RuleError(
+            f"init_lora_weights is {quoted(str(start))}, and such an adapter fits the base that its start left behind",
+            hint="save it as a plain one: save_pretrained(path_initial_model_for_weight_conversion=...)",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    factors: dict[str, dict[str, str]]  # module -> side -> adapter key
+    biases: dict[str, str]  # module -> adapter key of the update
+    replacements: dict[str, str]  # base key -> adapter key
+
+
+def _sorted_out(adapter: Mapping[str, Shape]) -> _Parts:
+    parts = _Parts({}, {}, {})
+    names: set[str] = set()
+    for key in adapter:
+        plain = _BASE_LAYER.sub("", key.removeprefix(_PREFIX))
+        found = _FACTOR.fullmatch(plain) or _TO_SAVE.fullmatch(plain)
+        names.add((found["name"] if found is not None else None) or "")
+        if found is None:
+            table, place, value = parts.replacements, plain, key
+        elif found.re is _TO_SAVE:
+            table, place, value = parts.replacements, f"{found['module']}.{found['leaf']}", key
+        elif found["leaf"] == "bias":
+            if found["side"] == "A":
+                raise RuleError(f"{quoted(key)} is no tensor of an adapter")
+            table, place, value = parts.biases, found["module"], key
+        else:
+            table, place, value = parts.factors.setdefault(found["module"], {}), found["side"], key
+        if place in table:
+            raise RuleError(f"{quoted(table[place])} and {quoted(key)} have one place in the base")
+        table[place] = value
+    several = sorted(names - {""})
+    if len(several) > 1:
+        raise RuleError(f"there are {len(several)} adapters ({', '.join(map(quoted, several[:4]))})", hint="keep one")
+    if not parts.factors:
+        raise RuleError(f"none of {plural(len(adapter), 'tensor')} is a factor lora_A or lora_B")
+    return parts
+
+
+def _pair(sides: Mapping[str, str]) -> tuple[str, str]:
+    if len(sides) != 2:
+        raise RuleError(f"{quoted(next(iter(sides.values())))} has no partner beside it")
+    return sides["A"], sides["B"]
+
+
+class _Scales:
+    """The scale of each module, as the config and its patterns say."""
+
+    def __init__(self, config: Mapping[str, object]) -> None:
+        self._root = bool(config.get("use_rslora"))
+        self._rank = _number(config, "r", config.get("r"))
+        self._alpha = _number(config, "lora_alpha", config.get("lora_alpha"))
+        self._ranks = _patterns(config, "rank_pattern")
+        self._alphas = _patterns(config, "alpha_pattern")
+
+    def scale(self, module: str, key: str, down: Shape) -> float:
+        rank = _first_fit(self._ranks, module, self._rank)
+        if not down or rank != down[0]:
+            raise RuleError(f"{quoted(key)} is {list(down)}, and the config says rank {rank:g}")
+        return _first_fit(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._root else rank)
+
+
+def _number(config: Mapping[str, object], name: str, value: object) -> float:
+    if name not in config:
+        raise RuleError(f"the config has no {name}", hint="it belongs beside the adapter: adapter_config.json")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 2**53:
+        raise RuleError(f"the config's {name} is {printable(repr(value))}")
+    return value
+
+
+def _patterns(config: Mapping[str, object], name: str) -> Sequence[tuple[re.Pattern[str], float]]:
+    table = config.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise RuleError(f"the config's {name} is no table")
+    made = []
+    for text, value in table.items():
+        # It comes from a file, so it is held to what cannot run for minutes on a name of ordinary length.
+        if len(text) > 1000 or re.search(r"\)[*+{]", text) or sum(map(text.count, "*+{")) > _MOST_REPEATS:
+            raise RuleError(f"the pattern {quoted(text)} of {name} repeats too much to be tried")
+        try:
+            made.append((re.compile(rf"(.*\.)?({text})"), _number(config, name, value)))
+        except (re.error, RecursionError, OverflowError, ValueError):
+            raise RuleError(f"the pattern {quoted(text)} of {name} is no regular expression") from None
+    return made
+
+
+def _first_fit(patterns: Sequence[tuple[re.Pattern[str], float]], module: str, default: float) -> float:
+    return next((value for pattern, value in patterns if pattern.fullmatch(module)), default)
+
+
+class _Orientation:
+    """Whether weights are stored ``[in, out]``: told by their shapes where these can, else by the config."""
+
+    def __init__(self, configured: bool) -> None:
+        self._configured = configured
+        self._square = ""
+        self._against = ""
+
+    def turned(self, operation: FoldLora, key: str, shapes: Sequence[Shape]) -> FoldLora:
+        weight, down, up = shapes
+        if len(weight) != 2 or len(down) != 2 or len(up) != 2:
+            return operation
+        plain, turned = weight == (up[0], down[1]), weight == (down[1], up[0])
+        if plain and turned:
+            self._square = self._square or key
+        elif plain or turned:
+            self._against = self._against or (key if turned != self._configured else "")
+        return replace(operation, fan_in_fan_out=self._configured if plain == turned else turned)
+
+    def refuse_doubt(self) -> None:
+        """Refuse a square weight where another's shape shows that the config does not speak for all."""
+        if self._square and self._against:
+            raise RuleError(
+                f"fan_in_fan_out is {str(self._configured).lower()}, which {quoted(self._against)} belies, "
+                f"and {quoted(self._square)} is square: its shape does not tell",
+                hint="merge with peft",
+            )

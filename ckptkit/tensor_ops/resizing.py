@@ -1,0 +1,250 @@
+"""One tensor made larger or smaller: padded rows, another grid of position embeddings, other input channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, ClassVar
+
+from ckptkit.tensor_ops.joining import Concat
+from ckptkit.tensor_ops.moving import Slice
+from ckptkit.tensor_ops.operation import ARITHMETIC, Arithmetic, Operation, Shape, printable_code, times
+from ckptkit.tensor_ops.parameters import Flag, Int, Ints, NumberOrText, Text
+from ckptkit.tensors import DTYPES
+from ckptkit.text import plural, quoted
+from ckptkit.torch_bridge import CASTABLE
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["ConvInChannels", "Pad", "ResizePosEmbed"]
+
+_FILLS = ("zeros", "mean", "normal")
+_CHUNK = 1 << 20
+_LARGEST: Mapping[str, float] = MappingProxyType(
+    {"F16": 65504.0, "BF16": 3.3895e38, "F32": 3.4028234e38, "F64": math.inf}
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Pad(Operation):
+    """Rows added at the end of a dim until it is ``size`` long; those that were there keep every bit.
+
+    ``fill`` is ``zeros``, ``mean`` (the mean of the rows there are), ``normal`` (drawn around that mean with the
+    standard deviation of each column, by ``seed``), or a number.
+    """
+
+    size: Int
+    dim: Int = 0
+    fill: NumberOrText = "zeros"
+    seed: Int = 0
+    name: ClassVar[str] = "pad"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown fill and a size that is none."""
+        if isinstance(self.fill, str) and self.fill not in _FILLS:
+            raise self.refusal(f"fill is {quoted(self.fill)}", f"it is {', '.join(_FILLS)}, or a number")
+        if self.size < 0:
+            raise self.refusal(f"{self.size} is no size")
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape with one size grown."""
+        shape = self.only(inputs)
+        dim = self.axis(self.dim, shape)
+        if shape[dim] > self.size:
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is larger than {self.size} already", "use slice")
+        if shape[dim] == 0 and self.fill in ("mean", "normal"):
+            raise self.refusal(f"{list(shape)} has no rows to take a mean of")
+        return ((*shape[:dim], self.size, *shape[dim + 1 :]),)
+
+    def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
+        """Return the dtype as it is; raises ``RuleError`` where it cannot hold the fill."""
+        for code in inputs:
+            if self.fill == "zeros":
+                if code not in CASTABLE or code == "F8_E8M0":  # which is powers of two only
+                    raise self.refusal(f"{printable_code(code)} does not hold zeros")
+            elif isinstance(self.fill, str):
+                if code not in ARITHMETIC:
+                    raise self.refusal(f"there is no {self.fill} of {printable_code(code)}", 'fill = "zeros"')
+            elif not _holds(code, self.fill):
+                raise self.refusal(f"{printable_code(code)} does not hold {self.fill}")
+        return (inputs[0],)
+
+    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Add the rows."""
+        (tensor,) = tensors
+        dim = self.dim % tensor.dim()
+        shape = [*tensor.shape[:dim], self.size - tensor.shape[dim], *tensor.shape[dim + 1 :]]
+        return Concat(dim).make([tensor, self._rows(tensor, dim, shape).to(tensor.dtype)])
+
+    def _rows(self, tensor: torch.Tensor, dim: int, shape: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        if self.fill == "zeros":
+            return torch.zeros(*shape, tensor.itemsize, dtype=torch.uint8).view(tensor.dtype).reshape(list(shape))
+        if not isinstance(self.fill, str):
+            return torch.full(list(shape), self.fill, dtype=tensor.dtype)
+        mean, deviation = _moments(tensor.movedim(dim, 0))
+        if self.fill == "mean":
+            return mean.unsqueeze(dim).expand(*shape)
+        noise = torch.randn(list(shape), generator=torch.Generator().manual_seed(self.seed), dtype=torch.float64)
+        return mean.unsqueeze(dim) + deviation.unsqueeze(dim) * noise
+
+    def inverse(self, inputs: Sequence[Shape]) -> Slice:
+        """Return the cut back to what there was."""
+        shape = self.only(inputs)
+        return Slice(self.dim, 0, shape[self.axis(self.dim, shape)])
+
+
+def _holds(code: str, value: float) -> bool:
+    if code in _LARGEST:
+        return abs(value) <= _LARGEST[code]
+    if code == "BOOL":
+        return value in (0, 1)
+    bits = DTYPES[code].bits if code in CASTABLE else 0
+    if code == f"I{bits}":
+        return value == int(value) and -(2 ** (bits - 1)) <= value < 2 ** (bits - 1)
+    return code == f"U{bits}" and value == int(value) and 0 <= value < 2 ** min(bits, 63)
+
+
+def _moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return mean and standard deviation of each column in F64, a bounded piece of rows at a time."""
+    import torch
+
+    count = rows.shape[0]
+    step = max(1, _CHUNK // max(1, rows[0].numel()))
+    pieces = range(0, count, step)
+    mean = torch.zeros(rows.shape[1:], dtype=torch.float64)
+    for first in pieces:
+        mean += rows[first : first + step].double().sum(0)
+    mean /= count
+    squares = torch.zeros_like(mean)
+    for first in pieces:
+        squares += (rows[first : first + step].double() - mean).square_().sum(0)
+    return mean, (squares / max(1, count - 1)).sqrt_()
+
+
+@dataclass(frozen=True, slots=True)
+class ResizePosEmbed(Arithmetic):
+    """Absolute position embeddings for another number of positions; tensors of ``[N, D]`` or ``[1, N, D]``.
+
+    ``new`` is a grid ``[height, width]`` (bicubic, with antialiasing unless switched off) or a length ``[n]``
+    (linear). ``old`` is what the tensor has now; a grid not given is square. The first ``prefix`` tokens (class,
+    distillation) are no part of the grid and keep every bit.
+    """
+
+    new: Ints
+    old: Ints | None = None
+    prefix: Int = 0
+    antialias: Flag = True
+    name: ClassVar[str] = "resize_pos_embed"
+
+    def __post_init__(self) -> None:
+        """Refuse grids that are neither one nor two sizes."""
+        for grid in (self.new, self.old or self.new):
+            if len(grid) != len(self.new) or len(grid) not in (1, 2) or min(grid) < 1:
+                raise self.refusal(f"{list(grid)} is no grid", "[height, width], or [length]")
+        if self.prefix < 0:
+            raise self.refusal(f"there are no {self.prefix} prefix tokens")
+
+    def _old(self, shape: Shape) -> tuple[int, ...]:
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
+            raise self.refusal(f"{list(shape)} is neither [N, D] nor [1, N, D]")
+        count = shape[-2] - self.prefix
+        kept = f" after {plural(self.prefix, 'prefix token')}" if self.prefix else ""
+        if self.old is not None:
+            if math.prod(self.old) != count:
+                raise self.refusal(f"{list(shape)} has {count} positions{kept}, not {times(self.old)}")
+            return self.old
+        if len(self.new) == 1 and count > 0:
+            return (count,)
+        side = math.isqrt(max(count, 0))
+        if count < 1 or side * side != count:
+            raise self.refusal(f"{list(shape)} has {count} positions{kept}, no square grid", "give old, or prefix")
+        return side, side
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape with the new number of tokens."""
+        shape = self.only(inputs)
+        self._old(shape)
+        return ((*shape[:-2], self.prefix + math.prod(self.new), shape[-1]),)
+
+    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Resize the grid, and put the prefix in front of it as it was."""
+        (tensor,) = tensors
+        dim = tensor.dim() - 2
+        if self._old(tuple(tensor.shape)) == self.new:
+            return (tensor.contiguous(),)
+        grid = tensor.narrow(dim, self.prefix, tensor.shape[dim] - self.prefix)
+        (made,) = Arithmetic.make(self, [grid])
+        return Concat(dim).make([tensor.narrow(dim, 0, self.prefix), made])
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Interpolate a grid without prefix."""
+        import torch
+
+        (tensor,) = tensors
+        width = tensor.shape[-1]
+        old = self.old or ((tensor.shape[-2],) if len(self.new) == 1 else (math.isqrt(tensor.shape[-2]),) * 2)
+        image = tensor.reshape(1, *old, width).movedim(-1, 1)
+        made = torch.nn.functional.interpolate(
+            image,
+            size=list(self.new),
+            mode="linear" if len(self.new) == 1 else "bicubic",
+            antialias=self.antialias and len(self.new) == 2,
+        )
+        return [made.movedim(1, -1).reshape(*tensor.shape[:-2], -1, width)]
+
+
+@dataclass(frozen=True, slots=True)
+class ConvInChannels(Arithmetic):
+    """The first convolution of an image model for another number of input channels.
+
+    ``sum`` adds the channels up (to one); ``repeat`` takes them in turn as often as needed and scales by old over new,
+    so that an equal input in all channels gives what it gave. Where ``mode`` is not given, one channel is the sum.
+    ``base`` is the number of channels of the image, where space-to-depth made the weight's own a multiple of it.
+    """
+
+    channels: Int
+    mode: Text | None = None
+    base: Int | None = None
+    name: ClassVar[str] = "conv_in_channels"
+
+    def __post_init__(self) -> None:
+        """Refuse an unknown mode, and a sum that is several channels."""
+        if self.mode not in (None, "sum", "repeat"):
+            raise self.refusal(f"mode is {quoted(self.mode or '')}", "it is sum or repeat")
+        if self.channels < 1 or (self.base is not None and self.base < 1):
+            raise self.refusal(f"there are no {self.channels if self.channels < 1 else self.base} channels")
+        if self.mode == "sum" and self.channels != 1:
+            raise self.refusal(f"a sum is one channel, not {self.channels}")
+
+    @property
+    def sums(self) -> bool:
+        """Whether the channels are added up."""
+        return self.mode == "sum" or (self.mode is None and self.channels == 1)
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape with other input channels."""
+        shape = self.only(inputs)
+        if len(shape) < 3:
+            raise self.refusal(f"{list(shape)} is no weight of a convolution")
+        base = self.base or shape[1]
+        if shape[1] == 0 or shape[1] % base or (shape[1] != base and not self.sums):
+            raise self.refusal(f"dim 1 of {list(shape)} is not {plural(base, 'channel')}")
+        return ((shape[0], shape[1] // base if self.sums else self.channels, *shape[2:]),)
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Add up, or repeat and scale."""
+        (tensor,) = tensors
+        outs, ins, *kernel = tensor.shape
+        base = self.base or ins
+        if base == self.channels:
+            return [tensor]
+        if self.sums:
+            return [tensor.reshape(outs, ins // base, base, *kernel).sum(2)]
+        times_over = math.ceil(self.channels / base)
+        repeated = tensor.repeat(1, times_over, *(1 for _ in kernel))[:, : self.channels]
+        return [repeated * (base / self.channels)]
