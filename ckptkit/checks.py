@@ -45,8 +45,8 @@ def run_checks(
 
     Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``; of warnings: ``code-reference``,
     ``skipped-data``, ``unused-record``, ``reader-warning``; of notes: ``no-checksum``, ``not-dense``, ``compressed``,
-    ``uncounted``, and ``not-scanned``, which is always there. Raises ``RuleError`` where a rule goes wrong; what is
-    wrong with a file is a finding.
+    ``constants``, ``uncounted``, and ``not-scanned``, which is always there. Raises ``RuleError`` where a rule goes
+    wrong; what is wrong with a file is a finding.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")
     chosen = apply_rules(as_rules(rules), opened).renamed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 
 from ckptkit.errors import FormatError
@@ -17,8 +16,6 @@ from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_zip", "read_torch_zip"]
 
-_LARGEST_UNDOUBTED = 16 << 20
-_MOST_FOLD = 100  # names that repeat are deflated ten- or twentyfold
 _NEWEST_VERSION = 10
 
 
@@ -49,7 +46,7 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
     big = _byte_order(archive, root) == "big"
     if big:
         warnings.append("written on a big-endian machine: numbers are swapped while they are read")
-    data = _read_pickle(archive, f"{root}data.pkl", largest)
+    data = archive.read(f"{root}data.pkl", largest)
     objects = TorchObjects()
     tree, end = unpickle(data, objects.interpreter)
     if end != len(data):
@@ -91,11 +88,7 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
 
 def _root(archive: ZipDirectory) -> str:
     # Users rename files, so the root says nothing about the file's name.
-    roots = [
-        name[: -len("data.pkl")] for name in archive.entries if name.endswith("/data.pkl") and name.count("/") == 1
-    ]
-    if "data.pkl" in archive.entries:
-        roots.append("")
+    roots = archive.roots("data.pkl")
     if len(roots) != 1:
         what = "no data.pkl" if not roots else f"{len(roots)} entries called data.pkl"
         raise FormatError(f"a zip archive with {what}: not a torch checkpoint")
@@ -107,19 +100,13 @@ def _root(archive: ZipDirectory) -> str:
 
 
 def _check_records(archive: ZipDirectory, root: str) -> list[str]:
-    version = _small(archive, f"{root}version")
+    version = archive.text(f"{root}version")
     if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
         raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
-    warnings: list[str] = []
-    if any(entry.method for entry in archive.entries.values()):
-        said = "the archive is compressed: tensors are inflated while they are read"
-        warnings.append(Remark(said, "compressed", "note"))
-    unchecked = [entry.name for entry in archive.entries.values() if entry.size and not entry.crc]
-    skipped = [name for name in unchecked if name.startswith(f"{root}data/")]
-    if len(unchecked) == sum(entry.size > 0 for entry in archive.entries.values()):
-        said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
-        warnings.append(Remark(said, "no-checksum", "note"))
-    elif skipped and archive.entries[f"{root}data.pkl"].crc:
+    warnings = archive.doubts()
+    skipped = [entry.name for entry in archive.entries.values()
+               if entry.size and not entry.crc and entry.name.startswith(f"{root}data/")]  # fmt: skip
+    if skipped and archive.entries[f"{root}data.pkl"].crc:
         what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
         said = f"storage bytes were skipped at save (torch.serialization.skip_data): {what}"
         warnings.append(Remark(said, "skipped-data"))
@@ -127,27 +114,7 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
 
 
 def _byte_order(archive: ZipDirectory, root: str) -> str:
-    order = _small(archive, f"{root}byteorder")
+    order = archive.text(f"{root}byteorder")
     if order not in (None, "little", "big"):
         raise FormatError(f"its byte order is {quoted(order[:20])}", hint="torch knows little and big")
     return order or "little"
-
-
-def _small(archive: ZipDirectory, name: str) -> str | None:
-    if name not in archive.entries:
-        return None
-    if archive.entries[name].size > 1000:
-        raise FormatError(f"zip entry {quoted(name)} has {archive.entries[name].size} bytes")
-    return b"".join(bytes(chunk) for chunk in archive.region(name).chunks()).decode("ascii", "replace").strip()
-
-
-def _read_pickle(archive: ZipDirectory, name: str, largest: int) -> bytes:
-    entry = archive.entries[name]
-    if entry.size > largest:
-        raise FormatError(f"data.pkl has {entry.size} bytes, more than the limit of {largest}")
-    if entry.size > max(_LARGEST_UNDOUBTED, _MOST_FOLD * entry.packed):
-        raise FormatError(f"data.pkl would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
-    data = b"".join(bytes(chunk) for chunk in archive.region(name).chunks())
-    if entry.crc and zlib.crc32(data) != entry.crc:
-        raise FormatError("data.pkl does not match its checksum: damaged")
-    return data

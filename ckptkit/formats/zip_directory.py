@@ -7,13 +7,15 @@ to a scanner and another to a loader.
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.errors import FormatError
+from ckptkit.findings import Remark
 from ckptkit.storage import Extent, Inflated, LocalFile
 from ckptkit.tensors import Record
-from ckptkit.text import plural, quoted
+from ckptkit.text import plural, printable, quoted
 
 __all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
 
@@ -24,6 +26,9 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_DIRECTORY = 256 << 20
 _MOST_ENTRIES = 500_000  # each takes memory and a read of its own
+_LARGEST_UNDOUBTED = 16 << 20
+_MOST_FOLD = 100  # names that repeat are deflated ten- or twentyfold
+_LONGEST_TEXT = 1000
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40
 _DESCRIPTOR = 0x8
@@ -50,12 +55,50 @@ class ZipDirectory:
     entries: dict[str, ZipEntry]
     starts: dict[str, int]  # in the order of the file
 
+    def roots(self, name: str) -> list[str]:
+        """Return what stands before each entry of this name: nothing, or the one directory that it lies in."""
+        return [entry.removesuffix(name) for entry in self.entries if entry == name
+                or (entry.endswith(f"/{name}") and entry.count("/") == 1)]  # fmt: skip
+
     def region(self, name: str) -> Extent | Inflated:
         """Return the content of an entry, unread."""
         entry = self.entries[name]
         if entry.method == _STORED:
             return Extent(self.file, self.starts[name], entry.size, entry.crc or None)
         return Inflated(Extent(self.file, self.starts[name], entry.packed), entry.size, 0, entry.size)
+
+    def read(self, name: str, most: int) -> bytes:
+        """Return the whole content of an entry; raises ``FormatError`` where it is damaged, or longer than ``most``."""
+        entry = self.entries[name]
+        short = printable(name.rpartition("/")[2])
+        if entry.size > most:
+            raise FormatError(f"{short} has {entry.size} bytes, more than the limit of {most}")
+        if entry.size > max(_LARGEST_UNDOUBTED, _MOST_FOLD * entry.packed):
+            raise FormatError(f"{short} would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
+        data = b"".join(bytes(chunk) for chunk in self.region(name).chunks())
+        if entry.crc and zlib.crc32(data) != entry.crc:
+            raise FormatError(f"{short} does not match its checksum: damaged")
+        return data
+
+    def text(self, name: str) -> str | None:
+        """Return the content of a short entry as text without blanks around it, or None where there is none."""
+        if name not in self.entries:
+            return None
+        if self.entries[name].size > _LONGEST_TEXT:
+            raise FormatError(f"zip entry {quoted(name)} has {self.entries[name].size} bytes")
+        return self.read(name, _LONGEST_TEXT).decode("ascii", "replace").strip()
+
+    def doubts(self) -> list[str]:
+        """Return what to warn of: that tensors are inflated while they are read, or that damage goes unseen."""
+        doubts: list[str] = []
+        if any(entry.method for entry in self.entries.values()):
+            said = "the archive is compressed: tensors are inflated while they are read"
+            doubts.append(Remark(said, "compressed", "note"))
+        checksums = [entry.crc for entry in self.entries.values() if entry.size]
+        if not any(checksums):
+            said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
+            doubts.append(Remark(said, "no-checksum", "note"))
+        return doubts
 
     def records(self, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         """Yield every entry in the order of the file; ``keys`` says which tensors lie in the entry of a name."""

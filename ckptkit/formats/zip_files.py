@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ckptkit.formats.torch_zip import open_torch_zip
 from ckptkit.formats.zip_directory import read_zip_directory
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
@@ -15,4 +14,11 @@ def open_zip(file: LocalFile, inner: str) -> Checkpoint:
 
     Raises ``FormatError`` where the archive contradicts itself, or is none of a known kind.
     """
-    return open_torch_zip(read_zip_directory(file), inner)
+    archive = read_zip_directory(file)
+    if archive.roots("archive_format"):
+        from ckptkit.formats.torch_export import open_torch_export
+
+        return open_torch_export(archive, inner)
+    from ckptkit.formats.torch_zip import open_torch_zip
+
+    return open_torch_zip(archive, inner)

@@ -6,12 +6,14 @@ A long run: ``python -m tests.formats.mutate --mutants 100000 --seed 1`` from th
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import random
 import re
 import sys
 import tempfile
 import warnings
+import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -25,6 +27,7 @@ from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
 from ckptkit.sharing import shared_keys
 from ckptkit.tensors import DTYPES
+from tests.helpers_export import small
 from tests.helpers_formats import CODE_OF, bits, f32, rezip, safetensors_file, saved
 from tests.helpers_gguf import written
 
@@ -32,7 +35,7 @@ BASE = torch.arange(12, dtype=torch.float32)
 STATE = OrderedDict(
     [("a.weight", BASE.reshape(3, 4)), ("a.bias", BASE[4:8]), ("t", BASE.reshape(3, 4).T), ("n", torch.tensor(7))]
 )
-KINDS = ("safetensors", "zip", "legacy", "index", "gguf")
+KINDS = ("safetensors", "zip", "legacy", "index", "gguf", "pt2")
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
@@ -53,6 +56,8 @@ def corpus(kind: str) -> list[bytes]:
     if kind == "index":
         weight_map = {"w": "one.safetensors", "v": "two.safetensors"}
         return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]
+    if kind == "pt2":
+        return [small()]
     if kind == "gguf":
         return [written(_plain_gguf), written(_quantised_gguf)]
     nested = {
@@ -167,6 +172,13 @@ def _other_layout(data: bytes, rng: random.Random) -> bytes:
     return safetensors_file(header, data[size : len(data) - cut])
 
 
+def _other_entry(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
+    """The archive with one entry damaged, and checksums that say that it is whole."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        name = rng.choice([name for name in archive.namelist() if archive.getinfo(name).file_size])
+        return rezip(data, {name: mutate(archive.read(name), files, rng)})
+
+
 Seen = dict[str, tuple[str, tuple[int, ...], bytes]]
 
 
@@ -258,13 +270,15 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
             # Most damage to the header changes its length: told so, the reader looks further.
             size = 8 + int.from_bytes(data[:8], "little")
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
+        elif kind == "pt2" and rng.random() < 0.7:
+            yield _other_entry(data, files, rng)
         else:
             yield mutate(data, files, rng)
 
 
 def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
     """Read ``count`` mutants; return how they ended. Raises ``AssertionError`` where the two readings differ."""
-    names = {"safetensors": "x.safetensors", "index": "x.safetensors.index.json", "gguf": "x.gguf"}
+    names = {"safetensors": "x.safetensors", "index": "x.safetensors.index.json", "gguf": "x.gguf", "pt2": "x.pt2"}
     path = directory / names.get(kind, "x.pt")
     for name, key in (("one", "w"), ("two", "v")):
         (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))

@@ -13,7 +13,14 @@ SEED = 20
 
 @pytest.mark.parametrize(
     ("kind", "count", "agreed"),
-    [("safetensors", 1000, 50), ("zip", 900, 60), ("legacy", 700, 40), ("index", 400, 0), ("gguf", 600, 60)],
+    [
+        ("safetensors", 1000, 50),
+        ("zip", 900, 60),
+        ("legacy", 700, 40),
+        ("index", 400, 0),
+        ("gguf", 600, 60),
+        ("pt2", 500, 0),
+    ],
 )
 def test_only_refusals_escape_and_the_libraries_agree(tmp_path: Path, kind: str, count: int, agreed: int) -> None:
     """``run`` compares; the counts prove that damage of every kind got through to be compared, and to be refused."""
