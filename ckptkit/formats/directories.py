@@ -75,9 +75,9 @@ def _open_beside(directory: str, name: str, inner: str) -> Checkpoint:
 
 def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoint:
     index = find_index(names)
-    if index is None and is_dcp(names):
-        return open_dcp(directory, inner)
     known = [name for name in (*_WHOLE, *_ADAPTER) if name in names]
+    if index is None and is_dcp(names):
+        return _with_others(open_dcp(directory, inner), "the distributed checkpoint", known)
     adapter = [name for name in known if name in _ADAPTER]
     chosen = index or next(iter(known), None) or _only(names)
     if adapter and chosen not in adapter:
@@ -85,12 +85,18 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
             f"holds a whole model and an adapter: {printable(chosen)}, {adapter[0]}",
             hint="give the path of the one meant",
         )
-    others = [name for name in (*known, *sorted(filter(_ANOTHER.fullmatch, names))) if name != chosen]
+    numbered = sorted(filter(_ANOTHER.fullmatch, names))
+    indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIXES))
     checkpoint = (
         open_index(directory, index, inner, whole=True) if index else open_file(os.path.join(directory, chosen), inner)
     )
     what = f"the index {quoted(chosen)}" if index else quoted(chosen)
-    checkpoint.warnings += tuple(f"{quoted(name)} lies beside {what}, which is the one read" for name in others[:4])
+    return _with_others(checkpoint, what, [name for name in (*known, *numbered, *indexes) if name != chosen])
+
+
+def _with_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
+    warnings = (f"{quoted(name)} lies beside {chosen}, which is the one read" for name in others[:4])
+    checkpoint.warnings += tuple(warnings)
     return checkpoint
 
 

@@ -148,6 +148,11 @@ def _joined(
             view = info.view._replace(storage=info.view.storage + base) if info.view else None
             infos[key] = TensorInfo(key, info.dtype, info.shape, view, info.kind)
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
+    folded = {name.casefold(): name for name in order}
+    alike = next((name for name in order if folded[name.casefold()] != name), None)
+    if alike is not None:
+        other = folded[alike.casefold()]
+        warnings.append(f"shards {quoted(alike)} and {quoted(other)} differ in case alone: one file on some systems")
     total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
     actual = sum(info.nbytes for info in infos.values())
     if total is not None and total != actual:

@@ -3,55 +3,18 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from ckptkit.sharing import shared_keys
 from tests.helpers_formats import assert_same, refusal
-
-STATE = {"a.w": torch.arange(6.0).reshape(2, 3), "a.b": torch.ones(2, dtype=torch.bfloat16), "c.w": torch.arange(4)}
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
-TOTAL = 24 + 4 + 32
-NAMES = {
-    "safetensors": (
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-        "model.safetensors.index.json",
-    ),
-    "bin": ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin", "pytorch_model.bin.index.json"),
-}
-
-
-def save(state: Mapping[str, torch.Tensor], path: Path) -> None:
-    if path.suffix == ".safetensors":
-        safetensors.torch.save_file(dict(state), path, {"format": "pt"})
-    else:
-        torch.save(dict(state), path)
-
-
-def shard(directory: Path, kind: str = "safetensors", total: Any = TOTAL) -> Path:
-    """Write the state as two shards; return the path of the index."""
-    directory.mkdir(exist_ok=True)
-    first, second, index = NAMES[kind]
-    save({key: STATE[key] for key in ("a.w", "a.b")}, directory / first)
-    save({"c.w": STATE["c.w"]}, directory / second)
-    weight_map = {"a.w": first, "a.b": first, "c.w": second}
-    (directory / index).write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
-    return directory / index
-
-
-def edit(index: Path, **weight_map: Any) -> None:
-    document = json.loads(index.read_text())
-    document["weight_map"] = {key: value for key, value in (document["weight_map"] | weight_map).items() if value != ""}
-    index.write_text(json.dumps(document))
+from tests.helpers_shards import NAMES, STATE, TOTAL, edit, save, shard
 
 
 @pytest.mark.parametrize("by", ["directory", "index"])
@@ -166,73 +129,6 @@ def test_a_shard_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str)
     error = refusal(str(tmp_path / "x"))
     assert "the index names the unsafe shard" in error.reason
     assert error.path == str(index)
-
-
-def _rewrite(index: Path, text: str) -> None:
-    index.write_text(text)
-
-
-def _replace(path: Path, make: Callable[[Path], object]) -> None:
-    path.unlink()
-    make(path)
-
-
-BROKEN: dict[str, tuple[Callable[[Path], object], str, str]] = {
-    "H3 missing": (lambda at: (at.parent / SECOND).unlink(), "no such file .*should hold 'c.w'", SECOND),
-    "H3 empty": (lambda at: (at.parent / SECOND).write_bytes(b""), "the file is empty .*should hold 'c.w'", SECOND),
-    "H3 a pointer": (lambda at: (at.parent / SECOND).write_bytes(LFS), "git-lfs pointer.*should hold 'c.w'", SECOND),
-    "H3 truncated": (
-        lambda at: (at.parent / SECOND).write_bytes((at.parent / SECOND).read_bytes()[:-1]),
-        "truncated: 1 of",
-        SECOND,
-    ),
-    "H3 a directory": (lambda at: _replace(at.parent / SECOND, Path.mkdir), "not a regular file", SECOND),
-    "H3 a dangling link": (
-        lambda at: _replace(at.parent / SECOND, lambda path: path.symlink_to("gone")),
-        "link to 'gone'",
-        SECOND,
-    ),
-    "H4 in the index only": (lambda at: edit(at, x=FIRST), "the index places 'x' here, but the shard does not", FIRST),
-    "H4 in the wrong shard": (
-        lambda at: edit(at, **{"a.w": SECOND}),
-        "places 'a.w' here, but the shard does not",
-        SECOND,
-    ),
-    "H4 in the shard only": (lambda at: edit(at, **{"a.b": ""}), "the shard holds 'a.b' here, but the index", FIRST),
-    "H4 in two shards": (
-        lambda at: save({"c.w": STATE["c.w"], "a.w": STATE["a.w"]}, at.parent / SECOND),
-        "the shard holds 'a.w'",
-        SECOND,
-    ),
-    "H4 a third shard": (
-        lambda at: save({"z": torch.ones(1)}, at.parent / "model-00003-of-00003.safetensors"),
-        "'model-00003-of-00003.safetensors' lies beside the index and is not named",
-        "",
-    ),
-    "H5 not JSON": (lambda at: _rewrite(at, "{"), "the index is not JSON", INDEX),
-    "H5 empty": (lambda at: _rewrite(at, ""), "the index is not JSON", INDEX),
-    "H5 a list": (lambda at: _rewrite(at, "[]"), "the index is a JSON list", INDEX),
-    "H5 not UTF-8": (lambda at: at.write_bytes(b'{"\xff":1}'), "the index is not UTF-8", INDEX),
-    "H5 nested": (lambda at: _rewrite(at, "[" * 10**5), "nested too deeply|not JSON", INDEX),
-    "H5 no map": (lambda at: _rewrite(at, "{}"), "the index has no weight_map", INDEX),
-    "H5 an empty map": (lambda at: _rewrite(at, '{"weight_map":{}}'), "the index has no weight_map", INDEX),
-    "H5 a list as map": (lambda at: _rewrite(at, '{"weight_map":[1]}'), "the index has no weight_map", INDEX),
-    "H5 a number": (lambda at: edit(at, **{"a.w": 1}), "maps 'a.w' to a int, not to a file name", INDEX),
-    "H5 an object": (lambda at: edit(at, **{"a.w": {"file": FIRST}}), "maps 'a.w' to a dict, not", INDEX),
-    "H5 null": (lambda at: edit(at, **{"a.w": None}), "maps 'a.w' to a NoneType, not to a file", INDEX),
-    "H5 twice": (lambda at: _rewrite(at, '{"weight_map":{"a":"x","a":"y"}}'), "the index names 'a' twice", INDEX),
-    "H7 a pickle": (lambda at: edit(at, **{"a.w": "x.bin"}), "an index of safetensors shards names 'x.bin'", INDEX),
-}
-
-
-@pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_set_of_shards_names_the_file_and_the_tensor(tmp_path: Path, case: str) -> None:
-    damage, reason, name = BROKEN[case]
-    damage(shard(tmp_path))
-    error = refusal(str(tmp_path))
-    assert isinstance(error, CkptkitError)
-    assert re.search(reason, error.reason), error.reason
-    assert error.path == str(tmp_path / name if name else tmp_path)
 
 
 def test_an_extra_shard_is_no_matter_where_the_index_itself_is_given(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ ROWS = {
     "B": 30,
     "F": 8,
     "G": 18,
+    "H": 17,
 }
-NOT_APPLICABLE: dict[str, str] = {}  # a row, and in a sentence why nothing can be tested of it
+NOT_APPLICABLE: dict[str, str] = {  # a row, and in a sentence why nothing can be tested of it
+    "H15": "DeepSpeed's ZeRO directories are not read yet.",
+}
 
 TABLES = [path.stem for path in sorted(Path(__file__).parent.glob("test_*.py")) if path.stem != "test_all_rows"]
 

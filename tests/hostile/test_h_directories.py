@@ -1,0 +1,266 @@
+"""Table H: directories of shards, of distributed checkpoints, and of whatever else may lie in one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties
+
+from tests.helpers_dcp import Cut, metadata_of, put_metadata, write_cut
+from tests.helpers_dcp import edit as edit_metadata
+from tests.helpers_dcp import save as save_distributed
+from tests.helpers_outputs import scratch
+from tests.helpers_shards import NAMES, STATE, edit, save, shard
+from tests.hostile.contract import Bad, Maker, Odd, assert_odd, assert_refused, run_limited
+
+FIRST, SECOND, INDEX = NAMES["safetensors"]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
+PIECE = "shard-{:05}-model-00001-of-00001.safetensors"
+
+
+class Attack:
+    """Makes a file in the current directory when it is unpickled by anything that obeys."""
+
+    def __reduce__(self) -> Any:
+        return os.system, ("touch canary",)
+
+
+def shards(change: Callable[[Path], object]) -> Maker:
+    """Two shards and their index, changed by a function of the index."""
+
+    def make(directory: Path) -> Path:
+        change(shard(directory / "shards"))
+        return directory / "shards"
+
+    return make
+
+
+def second(change: Callable[[Path], object]) -> Maker:
+    """The same, with the second shard replaced."""
+
+    def damage(index: Path) -> None:
+        (index.parent / SECOND).unlink()
+        change(index.parent / SECOND)
+
+    return shards(damage)
+
+
+def index_of(text: str | bytes) -> Maker:
+    return shards(lambda index: index.write_bytes(text.encode() if isinstance(text, str) else text))
+
+
+def outside(path: Path) -> None:
+    """A link to a file elsewhere, as the caches of hubs are full of."""
+    (path.parent.parent / "blobs").mkdir()
+    save({"c.w": STATE["c.w"]}, path.parent.parent / "blobs" / "0a1b.safetensors")
+    path.symlink_to("../blobs/0a1b.safetensors")
+
+
+def in_two_shards(index: Path) -> None:
+    save({"c.w": STATE["c.w"], "a.w": STATE["a.w"]}, index.parent / SECOND)
+
+
+def third(index: Path) -> None:
+    save({"z": torch.ones(1)}, index.parent / "model-00003-of-00003.safetensors")
+
+
+def beside(name: str) -> Maker:
+    return shards(lambda index: save({"other": torch.ones(1)}, index.parent / name))
+
+
+def both_kinds(directory: Path) -> Path:
+    shard(directory / "shards", "bin")
+    return shard(directory / "shards").parent
+
+
+def case_alone(directory: Path) -> Path:
+    """Where the system takes no notice of case, one of the two shards has overwritten the other."""
+    path = directory / "shards"
+    path.mkdir()
+    save({"a": torch.ones(1)}, path / "Model-00001-of-00002.safetensors")
+    save({"b": torch.ones(1)}, path / "model-00001-of-00002.safetensors")
+    weight_map = {"a": "Model-00001-of-00002.safetensors", "b": "model-00001-of-00002.safetensors"}
+    (path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    return path
+
+
+def distributed(change: Callable[[str], object]) -> Maker:
+    def make(directory: Path) -> Path:
+        state = {"w": torch.arange(21.0).reshape(7, 3), "v": torch.ones(2)}
+        cuts: dict[str, tuple[torch.Tensor, list[Cut]]] = {
+            "w": (state["w"], [((0, 0), (4, 3)), ((4, 0), (3, 3))]),
+            "v": (state["v"], [((0,), (2,))]),
+        }
+        change(write_cut(directory / "run", cuts))
+        return directory / "run"
+
+    return make
+
+
+def metadata(change: Callable[[Any], object]) -> Maker:
+    return distributed(lambda path: edit_metadata(path, change))
+
+
+def moved(**fields: Any) -> Maker:
+    """The place of the second chunk changed."""
+
+    def change(found: Any) -> None:
+        place = MetadataIndex("w", (4, 0))
+        found.storage_data[place] = dataclasses.replace(found.storage_data[place], **fields)
+
+    return metadata(change)
+
+
+def without_second_chunk(found: Any) -> None:
+    chunk = found.state_dict_metadata["w"].chunks.pop()
+    del found.storage_data[MetadataIndex("w", chunk.offsets)]
+
+
+def second_chunk(offsets: tuple[int, int], sizes: tuple[int, int]) -> Maker:
+    def change(found: Any) -> None:
+        chunk = found.state_dict_metadata["w"].chunks[1]
+        place = found.storage_data.pop(MetadataIndex("w", chunk.offsets))
+        chunk.offsets, chunk.sizes = torch.Size(offsets), torch.Size(sizes)
+        found.storage_data[MetadataIndex("w", offsets)] = place
+
+    return metadata(change)
+
+
+def code_beside(path: str) -> None:
+    found = metadata_of(path)
+    found.planner_data["more"] = Attack()
+    put_metadata(path, found)
+
+
+def code_as_item(directory: Path) -> Path:
+    return Path(save_distributed(directory / "run", {"model": {"w": torch.ones(2)}, "x": Attack()}))
+
+
+def pieces(lost: int) -> Maker:
+    """Three ranks' files of DCP's safetensors form, one of them gone."""
+
+    def make(directory: Path) -> Path:
+        for number in {1, 2, 3} - {lost}:
+            info = json.dumps({"w": {"saved_offsets": [3 * (number - 1), 0]}})
+            save_file({"w": torch.ones(3, 2)}, directory / PIECE.format(number), {"DCP_SHARDING_INFO": info})
+        return directory
+
+    return make
+
+
+def configuration(directory: Path) -> Path:
+    (directory / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 8}')
+    return directory
+
+
+BAD: dict[str, Bad] = {
+    "H1 climbs": Bad(shards(lambda at: edit(at, **{"a.w": "../x.safetensors"})), "unsafe shard '../x.safetensors'"),
+    "H1 absolute": Bad(shards(lambda at: edit(at, **{"a.w": "/etc/passwd"})), "unsafe shard '/etc/passwd'"),
+    "H1 Windows": Bad(shards(lambda at: edit(at, **{"a.w": "C:\\x"})), "unsafe shard 'C:"),
+    "H2 a link to no checkpoint": Bad(second(lambda at: at.symlink_to("/etc/passwd")), "should hold 'c.w'"),
+    "H2 a link to a device": Bad(second(lambda at: at.symlink_to("/dev/zero")), "not a regular file"),
+    "H3 missing": Bad(second(lambda _: None), "no such file or directory (a shard that should hold 'c.w')"),
+    "H3 empty": Bad(second(lambda at: at.touch()), "the file is empty (a shard that should hold 'c.w')"),
+    "H3 a pointer": Bad(second(lambda at: at.write_bytes(LFS)), "git-lfs pointer"),
+    "H3 truncated": Bad(
+        shards(lambda at: os.truncate(at.parent / SECOND, os.path.getsize(at.parent / SECOND) - 1)), "truncated: 1 of"
+    ),
+    "H3 a directory": Bad(second(lambda at: at.mkdir()), "not a regular file (a shard that should hold"),
+    "H3 a dangling link": Bad(second(lambda at: at.symlink_to("gone")), "a symbolic link to 'gone', which does not"),
+    "H4 in the index only": Bad(
+        shards(lambda at: edit(at, x=FIRST)), "the index places 'x' here, but the shard does not hold it"
+    ),
+    "H4 in the wrong shard": Bad(shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' here, but the shard"),
+    "H4 in the shard only": Bad(
+        shards(lambda at: edit(at, **{"a.b": ""})), "the shard holds 'a.b' here, but the index does not say so"
+    ),
+    "H4 in two shards": Bad(shards(in_two_shards), "the shard holds 'a.w' here, but the index does not"),
+    "H4 a third shard": Bad(shards(third), "shard 'model-00003-of-00003.safetensors' lies beside the index and is not"),
+    "H5 not JSON": Bad(index_of("{"), "the index is not JSON"),
+    "H5 empty": Bad(index_of(""), "the index is not JSON"),
+    "H5 a list": Bad(index_of("[]"), "the index is a JSON list"),
+    "H5 not UTF-8": Bad(index_of(b'{"\xff":1}'), "the index is not UTF-8"),
+    "H5 nested": Bad(index_of("[" * 10**5), "the index is nested too deeply"),
+    "H5 no map": Bad(index_of("{}"), "the index has no weight_map"),
+    "H5 an empty map": Bad(index_of('{"weight_map":{}}'), "the index has no weight_map"),
+    "H5 a list as map": Bad(index_of('{"weight_map":[1]}'), "the index has no weight_map"),
+    "H5 a number": Bad(shards(lambda at: edit(at, **{"a.w": 1})), "maps 'a.w' to a int, not to a file name"),
+    "H5 an object": Bad(shards(lambda at: edit(at, **{"a.w": {"file": FIRST}})), "maps 'a.w' to a dict, not"),
+    "H5 null": Bad(shards(lambda at: edit(at, **{"a.w": None})), "maps 'a.w' to a NoneType, not to a file"),
+    "H5 twice": Bad(index_of('{"weight_map":{"a":"x","a":"y"}}'), "the index names 'a' twice"),
+    "H5 300 MB": Bad(shards(lambda at: os.truncate(at, 300 << 20)), "the index has 314,572,800 bytes, more than the"),
+    "H7 a pickle": Bad(shards(lambda at: edit(at, **{"a.w": "x.bin"})), "of safetensors shards names 'x.bin'"),
+    "H10 code instead of metadata": Bad(
+        distributed(lambda path: put_metadata(path, Attack())), "the pickle is no Metadata of DCP but a 'posix.system'"
+    ),
+    "H11 no metadata": Bad(
+        distributed(lambda path: os.remove(f"{path}/.metadata")), "no .metadata, which is written last: an interrupted"
+    ),
+    "H12 missing": Bad(distributed(lambda path: os.remove(f"{path}/__1_0.distcp")), "no such file or directory (the"),
+    "H12 truncated": Bad(distributed(lambda path: os.truncate(f"{path}/__1_0.distcp", 100)), "truncated?"),
+    "H12 climbs": Bad(moved(relative_path="../outside.distcp"), "the unsafe file '../outside.distcp'"),
+    "H12 offset past the end": Bad(moved(offset=10**9), "is said to lie at bytes 1,000,000,000"),
+    "H13 hole": Bad(metadata(without_second_chunk), "'w': rows 4-6 are covered by no chunk"),
+    "H13 overlap": Bad(second_chunk((3, 0), (4, 3)), "'w': row 3 is covered by 2 chunks"),
+    "H13 outside": Bad(second_chunk((5, 0), (3, 3)), "'w': a chunk at [5, 0] of size [3, 3] reaches outside"),
+    "H14 the first shard": Bad(pieces(1), "'w': rows 0-2 are covered by no chunk"),
+    "H14 the middle shard": Bad(pieces(2), "'w': rows 3-5 are covered by no chunk"),
+    "H16 a configuration without its adapter": Bad(configuration, "a directory without a checkpoint in it"),
+}
+ODD: dict[str, Odd] = {
+    "H2 a link as in a cache": Odd(second(outside), "", "3 tensors"),
+    "H6 a wrong total": Odd(
+        lambda directory: shard(directory, total=5).parent, "gives a total size of 5 bytes, the tensors have 60", "c.w"
+    ),
+    "H8 an index and a single file": Odd(
+        beside("model.safetensors"), "'model.safetensors' lies beside the index", "3 tensors"
+    ),
+    "H8 two kinds of index": Odd(both_kinds, "'pytorch_model.bin.index.json' lies beside the index", "3 tensors"),
+    "H8 distributed and a single file": Odd(
+        distributed(lambda path: save(STATE, Path(path) / "model.safetensors")), "'model.safetensors' lies beside", "w"
+    ),
+    "H9 names that differ in case": Odd(case_alone, "differ in case alone", "2 tensors"),
+    "H10 code in the metadata": Odd(distributed(code_beside), "looks malicious: it asks for posix.system", "[7, 3]"),
+    "H10 code as an item": Odd(code_as_item, "looks malicious: it asks for posix.system", "posix.system"),
+    "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last one could not be noticed", "[6, 2]"),
+}
+OTHER = ("H13 another dtype", "H17 a hundred thousand files")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_it_is_refused(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BAD[name])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_it_is_read_and_said(name: str, tmp_path: Path) -> None:
+    assert_odd(tmp_path, ODD[name])
+
+
+def test_h13_a_chunk_of_another_dtype_is_an_error_when_it_is_read(tmp_path: Path) -> None:
+    """Its header is read with its bytes: what was begun of the output goes again."""
+
+    def other(found: Any) -> None:
+        found.state_dict_metadata["w"].properties = TensorProperties(dtype=torch.int32)
+
+    case = Bad(metadata(other), "holds F32 [4, 3], and the metadata says I32 [4, 3]")
+    assert_refused(tmp_path, case, command="convert")
+
+
+def test_h17_a_hundred_thousand_files_and_a_closed_directory_are_no_matter() -> None:
+    with scratch() as name:
+        for number in range(100_000):
+            os.mknod(f"{name}/{number}.txt")
+        os.mkdir(f"{name}/closed", 0)
+        save(STATE, Path(name) / "model.safetensors")
+        ran = run_limited("show", name)
+        assert (ran.code, ran.err) == (0, "")
+        assert "3 tensors" in ran.out
