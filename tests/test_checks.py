@@ -28,6 +28,7 @@ from ckptkit.tensors import Checkpoint
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_dcp import save, write_cut
 from tests.helpers_formats import bits, rezip, saved, write
+from tests.helpers_gguf import gguf_file, info
 from tests.hostile.contract import run_limited
 
 WEIGHT = torch.arange(3000, dtype=torch.float32)
@@ -115,6 +116,17 @@ def _deflated(directory: Path) -> Path:
     return Path(write(directory, rezip(saved(TIED), method=zipfile.ZIP_DEFLATED)))
 
 
+def _trainer(directory: Path) -> Path:
+    save_file({"w": torch.ones(10)}, directory / "model.safetensors")
+    torch.save({"state": {}, "param_groups": []}, directory / "optimizer.pt")
+    return directory
+
+
+def _gguf(directory: Path) -> Path:
+    infos = [info("v", offset=32), info("q", (32,), kind=8, offset=64), info("w")]
+    return Path(write(directory, gguf_file(infos, data=bytes(98)), "f.gguf"))
+
+
 CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
     # id: (maker, codes, bytes of the tensors that lie in the files)
     "torch zip": (_torch(TIED), ["not-scanned"], 12008),
@@ -125,6 +137,8 @@ CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
     "sharded torch": (_shards("bin", torch.save), ["not-scanned"], 4000),
     "dcp": (_dcp, ["not-scanned"], 48),
     "dcp safetensors": (_dcp_safetensors, ["uncounted", "no-checksum", "not-scanned"], 48),
+    "trainer's directory": (_trainer, ["no-checksum", "not-scanned"], 40),
+    "gguf": (_gguf, ["not-dense", "no-checksum", "not-scanned"], 66),
     "deflated": (_deflated, ["compressed", "not-scanned"], 12008),
 }
 
@@ -153,6 +167,29 @@ def test_all_entries_of_an_archive_are_read_in_its_order(tmp_path: Path) -> None
         run_checks(checkpoint, progress=seen.append)
     assert [(record.name, record.crc) for record in records] == [(info.filename, info.CRC) for info in entries]
     assert sum(seen) == sum(info.file_size for info in entries)
+
+
+def test_tensors_of_an_unknown_size_are_read_up_to_the_next(tmp_path: Path) -> None:
+    """A type that nobody knows leaves no byte of the file unread."""
+    infos = [info("v", kind=99, offset=32), info("w", kind=99), info("far", (0,), kind=99, offset=1 << 40)]
+    path = write(tmp_path, gguf_file(infos, data=bytes(70)), "f.gguf")
+    with open_checkpoint(path) as checkpoint:
+        sizes = {record.name: record.payload.nbytes for record in checkpoint.records()}
+        report = run_checks(checkpoint)
+    assert (sizes, report.ok) == ({"w": 32, "v": 38, "far": 0}, True)
+
+
+def test_files_beside_the_weights_are_said_to_be_unread(tmp_path: Path) -> None:
+    """What trainers write beside weights is listed with them; its bytes are another path's matter."""
+    assert checked(_trainer(tmp_path)).findings[-1].message.endswith("other files were not read ('optimizer.pt')")
+
+
+def test_the_bytes_of_big_endian_files_are_compared_as_they_are_stored(tmp_path: Path) -> None:
+    """Checksums are of what lies in the file, and not of the numbers as they are read."""
+    data = rezip(GOOD, {"archive/byteorder": b"big"})
+    assert codes(checked(write(tmp_path, data))) == ["reader-warning", "not-scanned"]
+    damaged = flipped(data, middle_of(data, "archive/data/0"))
+    assert only(checked(write(tmp_path, damaged)), "checksum").key == "a"
 
 
 def test_safetensors_are_read_in_the_order_of_their_bytes(tmp_path: Path) -> None:

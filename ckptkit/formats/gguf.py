@@ -108,8 +108,12 @@ def open_gguf(file: LocalFile) -> Checkpoint:
         return payload(info) if info.kind == "dense" else None
 
     def records() -> Iterator[Record]:
-        for info, offset in sorted(places.values(), key=lambda place: place.offset):
-            yield Record(file.path, info.key, Extent(file, base + offset, info.nbytes), keys=(info.key,))
+        order = sorted(places.values(), key=lambda place: place.offset)
+        room = max(file.size - base, 0)
+        for (info, offset), end in zip(order, [*(place.offset for place in order[1:]), room], strict=True):
+            # Of a type that nobody knows the size is not told: all that lies before the next tensor is read.
+            nbytes = max(min(end, room) - offset, 0) if info.kind == "unknown" else info.nbytes
+            yield Record(file.path, info.key, Extent(file, base + offset, nbytes), keys=(info.key,))
 
     return Checkpoint(
         {key: place.info for key, place in places.items()},

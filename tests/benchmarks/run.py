@@ -119,6 +119,10 @@ def races(directory: Path, gigabytes: float) -> Iterable[Race]:
     rename = [*CKPT, "remap", "large.safetensors", "-o", "out.safetensors", "--force", "--rename", "module.*=*"]
     convert = [*CKPT, "convert", "large.pt", "-o", "out.safetensors", "--force"]
     rename_pt = [*CKPT, "remap", "large.pt", "-o", "out.pt", "--force", "--rename", "layers.*=h.*"]
+    crc = "import zlib\nf, c = open('large.pt', 'rb', 0), 0\nwhile d := f.read(4 << 20): c = zlib.crc32(d, c)"
+    yield Race(
+        f"check {gigabytes:g} GB of .pt / crc32", [*CKPT, "check", "large.pt"], [PYTHON, "-c", crc], 1.3, 100 * MB
+    )
     yield Race(
         f"rename {gigabytes:g} GB of safetensors / cp + fsync", rename, _copy("large.safetensors"), 1.3, 100 * MB
     )

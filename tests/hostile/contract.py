@@ -151,7 +151,7 @@ def _run(
     (directory / "out").mkdir()
     made = make(inputs)
     before = _content(inputs)
-    output: list[str | Path] = [] if command == "show" else ["-o", directory / "out" / "o.safetensors"]
+    output: list[str | Path] = [] if command in ("show", "check") else ["-o", directory / "out" / "o.safetensors"]
     arguments = made if isinstance(made, list) else [command, made, *output]
     # Inside the empty directory: a file that the program dropped where it stands would be seen.
     return run_limited(*arguments, cwd=directory / "out"), made, before
