@@ -18,6 +18,7 @@ __all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_su
 _WHY_NOT = {
     "ambiguous": "two tensors would have this name when written flat",
     "meta": "it has no values: it was saved from the meta device",
+    "unknown": "nothing is known here of its dtype",
     "subclass": "it is a tensor subclass, whose parts only its own code can put together",
 }
 

@@ -197,6 +197,26 @@ def tensor(
     )
 
 
+def put(index: int) -> bytes:
+    return b"r" + struct.pack("<I", index)
+
+
+def get(index: int) -> bytes:
+    return b"j" + struct.pack("<I", index)
+
+
+def laughs(levels: int, open_: bytes = b"](", close: bytes = b"e") -> bytes:
+    """A list of two lists of two lists...: a few bytes a level, two to the power of the levels when walked."""
+    made = b"]" + put(0) + b"0"
+    for level in range(1, levels + 1):
+        made += open_ + get(level - 1) * 2 + close + put(level) + b"0"
+    return made + get(levels)
+
+
+def keyed_by(*keys: bytes) -> bytes:
+    return b"}(" + b"".join(key + b"N" for key in keys) + b"u"
+
+
 def pickled(body: bytes) -> bytes:
     return b"\x80\x02" + body + b"."
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import resource
 import shutil
 import signal
@@ -12,7 +11,6 @@ import struct
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -47,20 +45,6 @@ def _cut(source: str, drop: int) -> Maker:
     return _bytes(data[:-drop], source)
 
 
-def _view_beyond(directory: Path) -> Path:
-    path = directory / "view.pt"
-    torch.save({"w": torch.zeros(4)}, path)
-    made = directory / "beyond.pt"
-    with zipfile.ZipFile(path) as good, zipfile.ZipFile(made, "w") as bad:
-        for name in good.namelist():
-            data = good.read(name)
-            # BININT1 4 inside the size tuple: four elements become two hundred.
-            bad.writestr(
-                name, data.replace(b"K\x00K\x04\x85", b"K\x00K\xc8\x85") if name.endswith("data.pkl") else data
-            )
-    return made
-
-
 def _shards(change: Callable[[Path], None]) -> Maker:
     def make(directory: Path) -> Path:
         shutil.copytree(ROOT / "fixtures" / "encoder_sharded", directory / "shards")
@@ -79,26 +63,9 @@ def _extra(directory: Path) -> None:
     shutil.copy(directory / "model-00001-of-00002.safetensors", directory / "model-00003-of-00003.safetensors")
 
 
-def _deep(depth: int) -> bytes:
-    return b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b"."
-
-
-def _deep_pickle(directory: Path) -> Path:
-    path = directory / "deep.pt"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("archive/data.pkl", _deep(100_000))
-        archive.writestr("archive/version", "3\n")
-    return path
-
-
 BAD: dict[str, tuple[Maker, str]] = {
     "missing": (lambda directory: directory / "none.pt", "no such file"),
     "empty": (_bytes(b""), "the file is empty"),
-    "one byte": (_bytes(b"P"), "too short"),
-    "html": (_bytes(b"<!DOCTYPE html><title>404</title>"), "an HTML page"),
-    "lfs pointer": (_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"), "git-lfs pointer"),
-    "zeros": (_bytes(bytes(4096)), "only zero bytes"),
-    "gzip": (_bytes(b"\x1f\x8b\x08" + bytes(40)), "gzip"),
     "truncated safetensors": (_cut("lenet_10class.safetensors", 12), "12 of 248,024 bytes are missing"),
     "truncated zip": (_cut("lenet_ddp.pt", 100), "truncated"),
     "truncated legacy": (_cut("lenet_10class.pth", 12), "truncated"),
@@ -123,11 +90,9 @@ BAD: dict[str, tuple[Maker, str]] = {
         "names 'a' twice",
     ),
     "escape code in a key": (_bytes(_safetensors({"\x1b[2J": _entry([3], 0, 16)}, 16)), r"'\x1b[2J': F32"),
-    "view beyond its storage": (_view_beyond, "'w': the view ends at byte 800 of storage '0', which has 16"),
     "missing shard": (_shards(lambda d: (d / "model-00002-of-00002.safetensors").unlink()), "no such file"),
     "extra shard": (_shards(_extra), "lies beside the index and is not named in it"),
     "shard that climbs out": (_shards(_climb), "unsafe shard"),
-    "deep pickle": (_deep_pickle, "nested too deeply"),
     "directory": (lambda directory: directory, "a directory without a checkpoint in it"),
 }
 
@@ -165,32 +130,6 @@ def test_a_wrong_suffix_works_with_a_note(tmp_path: Path, capsys: pytest.Capture
     ran = run_ckpt(capsys, "show", path)
     assert ran.code == 0
     assert "the name says torch, the content is safetensors" in ran.err
-
-
-class _Evil:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
-def test_code_is_listed_and_not_run(legacy: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A pickle that asks for os.system is shown, by name; nothing is run, and nothing is made from it."""
-    canary, path = tmp_path / "canary", tmp_path / "evil.pt"
-    evil = {"w": torch.zeros(2), "x": _Evil(f"touch {canary}")}
-    torch.save(evil, path, pickle_module=pickle, _use_new_zipfile_serialization=not legacy)
-    shown = run_ckpt(capsys, "show", path)
-    assert shown.code == 0
-    assert "posix.system" in shown.out
-    assert "looks malicious" in shown.err
-    commands: list[list[str | Path]] = [["remap", path], ["convert", path], ["merge", path, path]]
-    for arguments in commands:
-        ran = run_ckpt(capsys, *arguments, "-o", tmp_path / "o.safetensors", "-q")
-        assert (ran.code, ran.out) == (2, "")
-        _refused("asks for code that no checkpoint needs (posix.system)", ran.err)
-    assert {item.name for item in tmp_path.iterdir()} == {"evil.pt"}
 
 
 def _ckpt(*arguments: str | Path) -> list[str]:

@@ -88,6 +88,7 @@ class Interpreter:
         self.constants = constants
         self.persistent = persistent
         self.references: dict[str, int] = {}
+        self.repeated: str | None = None  # a key that was set twice in one mapping
         self.budget = 0
 
     def spend(self, work: Sized) -> None:
@@ -95,6 +96,12 @@ class Interpreter:
         self.budget -= len(work)
         if self.budget < 0:
             raise FormatError("the pickle asks for copies of many times its own size")
+
+    def set_item(self, target: dict[object, object], key: object, value: object) -> None:
+        """Set an item as a pickle says, remembering a key that comes twice: nobody sees what its first value was."""
+        if key in target and self.repeated is None:
+            self.repeated = str(key)
+        target[key] = value
 
     def lookup(self, module: str, name: str) -> object:
         """Return what a global stands for: a constant, or its name."""

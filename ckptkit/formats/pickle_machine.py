@@ -120,7 +120,7 @@ class PickleMachine:
         else:
             raise FormatError(f"corrupt pickle: items set on a {type(target).__name__} at byte {self.pos - 1}")
         for index in range(0, len(pairs), 2):
-            into[self.key(pairs[index])] = pairs[index + 1]
+            self.interpreter.set_item(into, self.key(pairs[index]), pairs[index + 1])
 
     def put_values(self, target: object, values: list[Any]) -> None:
         if isinstance(target, list):

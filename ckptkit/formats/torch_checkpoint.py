@@ -90,6 +90,9 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
     warnings += [*file.warnings, *notes, *code_warnings(references, suspicious)]
+    if (repeated := file.objects.interpreter.repeated) is not None:
+        warnings.append(f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch")
+    warnings += _seen_twice(infos, {key: tensor for key, (tensor, _) in tensors.items()})
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
@@ -152,7 +155,7 @@ def _sort_leaves(
         if names < 0:
             raise FormatError("the structure is nested so that its names take many times its own size")
         if not isinstance(leaf, TensorRef):
-            if place:
+            if place or isinstance(leaf, list | tuple):
                 entries.append(describe(place, leaf, outlined))
             continue
         if len(tensors) >= _MOST_TENSORS:
@@ -169,6 +172,16 @@ def _sort_leaves(
     if unlisted:
         warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
     return tensors, entries, warnings
+
+
+def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:
+    first: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if tensor.storage is not None and infos[first.setdefault(tensor.storage.key, key)].dtype != tensor.dtype:
+            one, other = infos[first[tensor.storage.key]], infos[key]
+            names = f"{quoted(one.key)} is {one}, {quoted(key)} is {other}"
+            return [f"one storage is seen as two dtypes, which torch.save refuses: {names}"]
+    return []
 
 
 def _versions(value: object) -> dict[str, int]:

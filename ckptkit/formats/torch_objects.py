@@ -5,6 +5,7 @@ Argument orders are those of ``torch/_utils.py`` and ``torch/_tensor.py``; nothi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -68,6 +69,7 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
 }  # fmt: skip
 
 
+_NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
 _MOST_DIMENSIONS = 1024
 _COMPLEX = ("C32", "C64", "C128")
 _NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
@@ -132,6 +134,7 @@ class TorchObjects:
     def __init__(self) -> None:
         """Start with no storage seen."""
         self.storages: dict[str, StorageRef] = {}
+        self._locations: dict[str, str] = {}
         self.sources: list[str] = []  # source files that a legacy full-module pickle embeds
         self.interpreter = Interpreter(self._builders(), _CONSTANTS, self._persistent)
 
@@ -177,7 +180,7 @@ class TorchObjects:
             for pair in source:
                 key, value = pair
                 check_key(key)
-                made[key] = value
+                self.interpreter.set_item(made, key, value)
         return made
 
     def _copy(self, kind: Callable[[Iterable[object]], object]) -> Callable[..., object]:
@@ -222,6 +225,10 @@ class TorchObjects:
         known = self.storages.setdefault(key, storage)
         if known.nbytes != storage.nbytes:
             raise FormatError(f"storage {quoted(key)} is given two sizes, {known.nbytes} and {storage.nbytes} bytes")
+        if isinstance(pid[3], str) and self._locations.setdefault(key, pid[3]) != pid[3]:
+            raise FormatError(
+                f"storage {quoted(key)} is given two locations, {quoted(self._locations[key])} and {quoted(pid[3])}"
+            )
         if len(pid) == 6 and pid[5] is not None:
             return self._part(storage, pid[5], width)
         return known if known.dtype == storage.dtype else storage
@@ -280,6 +287,8 @@ def _tensor_v2(storage: object, offset: object, size: object, stride: object, *r
 
 def _tensor_v3(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
     dtype = rest[2]
+    if isinstance(dtype, Global) and dtype.module == "torch" and _NAME.fullmatch(dtype.name):
+        return TensorRef(str(dtype), _size(size), kind="unknown")  # of a torch that is newer than this table
     if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, DTypeRef):
         raise TypeError("a storage, an offset or a dtype of the wrong type")
     return _flags(_place(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)

@@ -17,6 +17,8 @@ __all__ = ["describe", "exact_key", "flat_key", "leaves", "select", "type_name"]
 _DEEPEST = 200
 _MOST_SHOWN = 64
 _LONGEST_SHOWN = 2000
+_LONGEST_LISTED = 1000
+_SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 Path = tuple[object, ...]
 
 
@@ -77,6 +79,8 @@ def _name(key: object) -> str:
 def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
     """Yield each leaf below ``value`` with its path, in order, descending into plain containers only.
 
+    A long list of nothing but numbers, such as the losses of a run, is one leaf.
+
     Raises ``FormatError`` where the structure is nested too deeply, or expands to more places than
     ``budget[0]``, which is counted down: a kilobyte of shared lists can stand for 2^60 of them.
     """
@@ -86,7 +90,7 @@ def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
             budget[0] -= 1
             if budget[0] < 0:
                 raise FormatError("the structure refers to its own parts so often that it expands too far")
-            if isinstance(item, Mapping | list | tuple) and item:
+            if isinstance(item, Mapping | list | tuple) and item and not _is_long_list(item, budget):
                 if len(stack) > _DEEPEST:
                     raise FormatError(f"nested too deeply: more than {_DEEPEST} levels")
                 pairs = item.items() if isinstance(item, Mapping) else enumerate(item)
@@ -95,6 +99,13 @@ def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
             yield path, item
         else:
             stack.pop()
+
+
+def _is_long_list(item: Mapping[object, object] | list[object] | tuple[object, ...], budget: list[int]) -> bool:
+    if isinstance(item, Mapping) or len(item) <= _LONGEST_LISTED or not isinstance(item[0], int | float | str | None):
+        return False
+    budget[0] -= len(item)
+    return _SCALARS.issuperset(map(type, item))
 
 
 def _below(path: Path, pairs: object) -> Iterator[tuple[Path, object]]:

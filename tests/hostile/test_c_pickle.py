@@ -1,0 +1,232 @@
+"""Table C: pickles that ask for code, lie or blow up: nothing of them is run, and each ends soon, in little memory."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ckptkit.errors import FormatError
+from tests.helpers_formats import (
+    call,
+    get,
+    glob,
+    keyed_by,
+    laughs,
+    legacy_file,
+    mapping,
+    number,
+    opened,
+    pickled,
+    put,
+    refused,
+    several,
+    storage,
+    tensor,
+    text,
+    torch_zip,
+    with_weights,
+    zip_of,
+)
+from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+
+WEIGHTS = tensor()
+
+
+# --- code: `touch` makes a canary where it is run --------------------------------------------------------------------
+
+CODE: dict[str, Callable[[str], bytes]] = {
+    "REDUCE": lambda touch: call("posix.system", text(touch)),
+    "REDUCE os": lambda touch: call("os.system", text(touch)),
+    "STACK_GLOBAL": lambda touch: text("posix") + text("system") + b"\x93" + several(text(touch)) + b"R",
+    "INST": lambda touch: b"(" + text(touch) + b"iposix\nsystem\n",
+    "OBJ": lambda touch: b"(" + glob("posix.system") + text(touch) + b"o",
+    "NEWOBJ": lambda touch: glob("posix.system") + several(text(touch)) + b"\x81",
+    "NEWOBJ_EX": lambda touch: glob("posix.system") + several(text(touch)) + b"}\x92",
+    "BUILD on a class": lambda touch: glob("posix.system") + mapping({"__setstate__": text(touch)}) + b"b",
+    "eval": lambda touch: call("builtins.eval", text(f"__import__('os').system({touch!r})")),
+    "Python 2": lambda touch: call("__builtin__.eval", text(f"__import__('os').system({touch!r})")),
+    "getattr": lambda _: call("builtins.getattr", call("builtins.__import__", text("os")), text("system")),
+    "dotted": lambda touch: text("torch.serialization") + text("os.system") + b"\x93" + several(text(touch)) + b"R",
+    "by way of another module": lambda touch: call("pathlib.os.system", text(touch)),
+    "by a private name": lambda touch: call("collections._sys.modules.get", text(touch)),
+    "subprocess": lambda touch: call("subprocess.Popen", b"](" + text("sh") + text("-c") + text(touch) + b"e"),
+    "runpy": lambda touch: call("runpy._run_code", text(f"import os; os.system({touch!r})"), b"}"),
+    "nested load": lambda touch: call("pickle.loads", b"C" + _short(pickled(call("os.system", text(touch))))),
+    "torch.load": lambda touch: call("torch.load", text(touch)),
+    "argument": lambda touch: call("collections.OrderedDict", b"](" + several(text("a"), CODE["REDUCE"](touch)) + b"e"),
+    "discarded": lambda touch: CODE["REDUCE"](touch) + b"0N",
+    "key": lambda touch: b"}" + CODE["REDUCE"](touch) + b"Ns",
+}
+
+
+def _short(raw: bytes) -> bytes:
+    return bytes([len(raw)]) + raw
+
+
+EVIL = mapping({"w": WEIGHTS, "x": CODE["REDUCE"]("touch canary")})
+EVERY_WAY = mapping({"w": WEIGHTS} | {name: code("touch canary") for name, code in CODE.items()})
+
+
+def module(name: str, **state: bytes) -> bytes:
+    """An ``nn.Module`` of a class that nobody here knows."""
+    return glob(name) + b")\x81" + mapping(state) + b"b"
+
+
+CONV = module("ultralytics.nn.modules.Conv", _parameters=mapping({"bias": WEIGHTS}))
+MODULE = module(
+    "ultralytics.nn.tasks.DetectionModel",
+    stride=WEIGHTS,
+    _parameters=mapping({"weight": WEIGHTS}),
+    _buffers=mapping({"mean": WEIGHTS}),
+    _modules=mapping({"conv": CONV}),
+)
+FUNCTION = call(
+    "cloudpickle.cloudpickle._make_function", call("types.CodeType", b"K\0", b"C\4touc"), b"N", text("f"), b"N", b"N"
+)
+
+
+WHOLE = mapping({"w": WEIGHTS, "name": text("net"), "step": number(2**40), "loss": b"G" + bytes(8)})
+
+
+def archive(pickle: bytes) -> bytes:
+    return zip_of([("archive/data.pkl", pickle), ("archive/data/0", bytes(16)), ("archive/version", b"3")])
+
+
+def at_once(value: bytes) -> Callable[[Path], Path]:
+    return written(torch_zip(value))
+
+
+BAD: dict[str, Bad] = {
+    "C3 cut in the middle": Bad(written(archive(pickled(WHOLE)[:100])), "has no end: truncated?"),
+    "C4 no STOP": Bad(written(archive(b"\x80\x02}")), "the pickle that starts at byte 0 has no end: truncated?"),
+    "C5 underflow": Bad(at_once(b"R"), "corrupt pickle: nothing on the stack at byte 2"),
+    "C5 no MARK": Bad(at_once(b"t"), "corrupt pickle: no MARK at byte 2"),
+    "C5 memo": Bad(at_once(b"h\5"), "memo 5 is read before it is written, at byte 3"),
+    "C7 hash": Bad(at_once(b"}" + laughs(60, b"", b"\x86") + b"Ns"), "a tuple of tuples, too deep to be a name"),
+    "C8 laughs": Bad(at_once(mapping({"w": WEIGHTS, "x": laughs(60)})), "so often that it expands too far"),
+    "C9 lists": Bad(written(lambda: torch_zip(b"]" * 200_000 + b"a" * 199_999)), "nested too deeply"),
+    "C9 tuples": Bad(written(lambda: torch_zip(b")" + b"\x85" * 200_000)), "nested too deeply"),
+    "C10 a list in itself": Bad(
+        at_once(mapping({"w": WEIGHTS, "x": b"]" + put(0) + get(0) + b"a"})), "nested too deeply"
+    ),
+    "C10 a dict in itself": Bad(
+        at_once(mapping({"w": WEIGHTS, "x": b"}" + put(0) + text("x") + get(0) + b"s"})), "nested too deeply"
+    ),
+    "C11 keys that collide": Bad(
+        written(lambda: torch_zip(keyed_by(*(number(n * (2**61 - 1)) for n in range(20_000))))),
+        "a dict key is an integer of 61 bits",
+    ),
+    "C12 a list as key": Bad(at_once(b"}]Ns"), "corrupt pickle: a list as dict key"),
+    "C13 BINUNICODE": Bad(at_once(b"X\xff\xff\xff\x7f"), "a length of 2147483647 bytes at byte 7 points past the end"),
+    "C13 BINBYTES8": Bad(at_once(b"\x8e" + struct.pack("<Q", 2**40)), "a length of 1099511627776 bytes"),
+    "C13 FRAME": Bad(at_once(b"\x95" + struct.pack("<Q", 2**62)), "the frame at byte 11 is longer than the file"),
+    "C13 LONG4": Bad(at_once(b"\x8b" + struct.pack("<i", 2**28)), "a length of 268435456 bytes"),
+    "C13 INT": Bad(written(lambda: torch_zip(b"I" + b"9" * 10**6 + b"\n")), "corrupt pickle: Exceeds the limit"),
+    "C14 bad UTF-8": Bad(at_once(b"X\1\0\0\0\xff"), "can't decode byte 0xff"),
+    "C15 protocol 9": Bad(at_once(b"\x80\x09N"), "pickle protocol 9 is not known"),
+    "C15 EXT1": Bad(at_once(b"\x82\1"), "an extension registry at byte 2, which no checkpoint needs"),
+    "C15 NEXT_BUFFER": Bad(at_once(b"\x97"), "out-of-band buffers at byte 2, which no checkpoint needs"),
+    "C16 qtensor": Bad(
+        written(
+            with_weights(
+                x=call(
+                    "torch._utils._rebuild_qtensor",
+                    storage(),
+                    number(0),
+                    several(number(2**38)),
+                    several(number(1)),
+                    b"NNN",
+                )
+            )
+        ),
+        "'x': the view ends at byte 1099511627776 of storage '0', which has 16",
+    ),
+    "C18 str": Bad(at_once(text("0") + b"Q"), "a persistent id that names no storage"),
+    "C18 1-tuple": Bad(at_once(several(text("storage")) + b"Q"), "a persistent id that names no storage"),
+    "C18 module": Bad(at_once(several(text("module"), b"NN") + b"Q"), "a persistent id that names no storage"),
+    "C18 unknown tag": Bad(at_once(several(text("tensor"), b"NNNN") + b"Q"), "a persistent id that names no storage"),
+}
+ODD: dict[str, Odd] = {
+    "C1 zip": Odd(written(torch_zip(EVIL)), "looks malicious: it asks for posix.system", "posix.system"),
+    "C1 legacy": Odd(written(legacy_file(EVIL)), "looks malicious: it asks for posix.system", "posix.system"),
+    "C2 every way": Odd(written(torch_zip(EVERY_WAY)), "looks malicious: it asks for", "subprocess.Popen"),
+    "C4 behind STOP": Odd(
+        written(torch_zip(mapping({"w": WEIGHTS}) + b".junk")), "5 bytes follow the pickle in data.pkl", "F32"
+    ),
+    "C6 memo of 2^31": Odd(written(torch_zip(b"}" + put(2**31 - 1) + text("w") + WEIGHTS + b"s")), "", "F32"),
+    "C14 lone surrogate": Odd(written(torch_zip(mapping({"\ud800": WEIGHTS}))), "", r"\ud800"),
+    "C16 bytearray": Odd(
+        written(with_weights(x=call("builtins.bytearray", number(2**38)))), "1 code reference, not run", "F32"
+    ),
+    "C16 FloatTensor": Odd(
+        written(with_weights(x=call("torch.FloatTensor", number(2**38)))), "1 code reference, not run", "F32"
+    ),
+    "C17 attributes": Odd(
+        written(
+            torch_zip(call("collections.OrderedDict") + text("w") + WEIGHTS + b"s" + mapping({"items": b"N"}) + b"b")
+        ),
+        "",
+        "items",
+    ),
+    "C19 function": Odd(written(with_weights(f=FUNCTION)), "2 code references, not run: cloudpickle", "_make_function"),
+    "C20 module": Odd(
+        written(torch_zip(mapping({"epoch": b"K\3", "model": MODULE}))),
+        "2 code references, not run: ultralytics.nn.tasks.DetectionModel",
+        "conv.bias",
+    ),
+}
+OTHER = ("C1 written", "C1 canary", "C2 each way", "C3 every length")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_hostile_pickle_is_refused(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BAD[name])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_pickle_is_listed_and_nothing_of_it_run(name: str, tmp_path: Path) -> None:
+    assert_odd(tmp_path, ODD[name])
+
+
+def test_c1_the_canary_sings_where_such_a_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: what is not run above is what Python's own pickle runs."""
+    monkeypatch.chdir(tmp_path)
+    pickle.loads(pickled(CODE["REDUCE"]("touch canary")))
+    assert (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "remap", "merge"])
+def test_c1_nothing_is_written_from_a_file_that_asks_for_code(command: str, tmp_path: Path) -> None:
+    def make(directory: Path) -> list[str | Path]:
+        path = written(torch_zip(EVIL))(directory)
+        return [command, *([path, path] if command == "merge" else [path]), "-o", "o.safetensors", "-q"]
+
+    assert_refused(tmp_path, Bad(make, "asks for code that no checkpoint needs (posix.system)"))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy"])
+@pytest.mark.parametrize("name", CODE)
+def test_c2_code_is_named_and_never_run(tmp_path: Path, name: str, kind: str) -> None:
+    canary = tmp_path / "canary"
+    body = mapping({"w": WEIGHTS, "x": CODE[name](f"touch '{canary}'")})
+    with opened(tmp_path, torch_zip(body) if kind == "zip" else legacy_file(body)) as checkpoint:
+        assert checkpoint.suspicious
+        assert checkpoint.references != ()
+        assert any("looks malicious" in line and checkpoint.references[0] in line for line in checkpoint.warnings)
+        assert checkpoint.read_bytes("w") == bytes(range(16))
+        assert "touch" not in repr(checkpoint)
+    assert not canary.exists()
+
+
+def test_c3_a_pickle_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    """Never an answer made of half a pickle; the archive around it is whole, and its checksum right."""
+    whole = pickled(WHOLE)
+    for length in range(len(whole)):
+        error = refused(tmp_path, archive(whole[:length]))
+        assert isinstance(error, FormatError)
+        assert re.search("truncated|points past the end", error.reason), error.reason

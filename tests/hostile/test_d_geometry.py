@@ -1,0 +1,136 @@
+"""Table D: tensors that reach where nothing is are refused before anything is allocated; odd ones are listed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers_formats import (
+    call,
+    glob,
+    mapping,
+    saved,
+    several,
+    storage,
+    tensor,
+    text,
+    torch_zip,
+)
+from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+
+
+def made(value: bytes, records: dict[str, bytes] | None = None) -> Callable[[Path], Path]:
+    """A checkpoint with this value beside a tensor that is in order."""
+    return written(torch_zip(mapping({"w": tensor(), "v": value}), records))
+
+
+def v3(dtype: str) -> bytes:
+    """A tensor of four bytes as torch describes the dtypes that came after its storage classes."""
+    untyped = storage("0", 16, "torch.storage.UntypedStorage")
+    return call(
+        "torch._utils._rebuild_tensor_v3", untyped, b"K\0", several(b"K\4"), several(b"K\1"), b"\x89N", glob(dtype)
+    )
+
+
+class Marked(torch.Tensor):
+    """A subclass that nobody else knows."""
+
+
+def kinds() -> bytes:
+    """A tensor of every kind that torch saves and that is no block of numbers."""
+    with warnings.catch_warnings(action="ignore"):
+        return saved(
+            {
+                "w": torch.ones(2),
+                "meta": torch.empty(3, 3, device="meta"),
+                "sparse": torch.eye(3).to_sparse(),
+                "quantized": torch.quantize_per_tensor(torch.ones(3, 3), 0.5, 0, torch.qint8),
+                "nested": torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+                "subclass": torch.ones(3, 3).as_subclass(Marked),
+            }
+        )
+
+
+def dtensor() -> bytes:
+    """The pickle of ``DTensor``: a wrapper around the tensor that one process holds."""
+    cls = glob("torch.distributed.tensor.DTensor")
+    shape, device = several(b"K\4"), call("torch.device", text("cpu"))
+    args = several(cls, glob("torch.float32"), shape, several(b"K\1"), b"K\0", b"N", device, b"\x89")
+    return call(
+        "torch._tensor._rebuild_from_type_v2",
+        glob("torch._utils._rebuild_wrapper_subclass"),
+        cls,
+        args,
+        mapping({"_local_tensor": tensor()}),
+    )
+
+
+SEEN_AS_BYTES = tensor(storage("0", 16, "torch.ByteStorage"), size=(16,), stride=(1,))
+EXPANDED = tensor(size=(2**40,), stride=(0,))
+
+
+def converted(directory: Path) -> list[str | Path]:
+    return ["convert", made(EXPANDED)(directory), "-o", "o.safetensors"]
+
+
+BAD: dict[str, Bad] = {
+    "D1 stride": Bad(made(tensor(stride=(1000, 1))), "'v': the view ends at byte 4008 of storage '0', which has 16"),
+    "D1 offset": Bad(made(tensor(offset=100)), "'v': the view ends at byte 416 of storage '0', which has 16"),
+    "D2 shape": Bad(made(tensor(size=(2**40, 2**40))), "'v': the shape [1099511627776, 1099511627776] overflows"),
+    "D4 size": Bad(made(tensor(size=(-2, 2))), "a size or stride below 0 or above 2^63: (-2, 2)"),
+    "D4 stride": Bad(made(tensor(stride=(-2, 1))), "a size or stride below 0 or above 2^63: (-2, 1)"),
+    "D4 offset": Bad(made(tensor(offset=-1)), "at the offset -1, below 0"),
+    "D5 rank": Bad(made(tensor(size=(4,))), "a tensor of 1 dimensions with 2 strides"),
+    "D6 more stored": Bad(made(b"N", {"0": bytes(20)}), "storage '0': 16 bytes named, 20 stored"),
+    "D6 less stored": Bad(made(b"N", {"0": bytes(12)}), "storage '0': 16 bytes named, 12 stored"),
+    "D6 2^40": Bad(
+        made(tensor(storage("1", 2**40)), {"0": bytes(16), "1": bytes(16)}),
+        "storage '1': 4398046511104 bytes named, 16 stored",
+    ),
+    "D6 negative": Bad(made(tensor(storage("1", -1))), "a storage of unknown type, key or size"),
+    "D7 missing": Bad(made(b"N", {}), "storage '0' is not in the archive"),
+    "D7 a key that climbs": Bad(made(tensor(storage("../data/0"))), "storage '../data/0' is not in the archive"),
+    "D8 two sizes": Bad(made(tensor(storage("0", 5))), "storage '0' is given two sizes, 16 and 20 bytes"),
+    "D8 two locations": Bad(
+        made(tensor(storage(location="cuda:0"))), "storage '0' is given two locations, 'cpu' and 'cuda:0'"
+    ),
+    "D11 a storage of no known dtype": Bad(made(tensor(storage("1", 4, "torch.Float3Storage"))), "unknown type"),
+}
+ODD: dict[str, Odd] = {
+    "D3 expanded": Odd(made(EXPANDED), "", "[1099511627776]   4.4 TB"),
+    "D9 two dtypes": Odd(made(SEEN_AS_BYTES), "one storage is seen as two dtypes", "U8"),
+    "D10 location": Odd(made(tensor(storage("1", location="cuda:9999")), {"0": bytes(16), "1": bytes(16)}), "", "v"),
+    "D11 dtype": Odd(made(v3("torch.float3")), "", "torch.float3 (unknown)"),
+    "D12 empty": Odd(made(tensor(size=(0, 5), stride=(5, 1), offset=99)), "", "[0, 5]"),
+    "D12 scalar": Odd(made(tensor(size=(), stride=())), "", "[]"),
+    "D12 1,000 dimensions": Odd(made(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
+    "D13 float8": Odd(written(saved({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, legacy=True)), "", "F8_E4M3"),
+    "D14 DTensor": Odd(made(dtensor()), "", "F32 (subclass)"),
+    **{f"D14 {kind}": Odd(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
+}
+UNWRITABLE: dict[str, Bad] = {
+    "D3 expanded": Bad(converted, "no room: needs 4.4 TB, "),
+    "D11 dtype": Bad(made(v3("torch.float3")), "'v' cannot be copied: nothing is known here of its dtype"),
+    "D14 DTensor": Bad(made(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
+    "D14 all": Bad(written(kinds), "'meta' cannot be copied: it has no values"),
+}
+OTHER = tuple(f"{name} written" for name in UNWRITABLE)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_an_impossible_tensor_is_refused(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BAD[name])
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_tensor_is_listed(name: str, tmp_path: Path) -> None:
+    assert_odd(tmp_path, ODD[name])
+
+
+@pytest.mark.parametrize("name", UNWRITABLE)
+def test_what_cannot_be_written_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, UNWRITABLE[name], command="convert")
