@@ -17,6 +17,10 @@ __all__ = ["TORCH_SUFFIXES", "open_file", "read_torch"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+_SUFFIXES = (
+    (".safetensors", "safetensors"), (".pt2", "torch-export"), (".gguf", "gguf"), (".npz", "npz"), (".npy", "npy"),
+    *((suffix, "torch") for suffix in TORCH_SUFFIXES),
+)  # fmt: skip
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
 _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
@@ -37,7 +41,7 @@ def open_file(name: str, inner: str) -> Checkpoint:
         if isinstance(error, FormatError) and name.endswith(_UNFINISHED):
             error.hint = "its name is that of an unfinished download: let it finish, or start it again"
         raise
-    named = "safetensors" if name.endswith(".safetensors") else "torch" if name.endswith(TORCH_SUFFIXES) else None
+    named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
     if named is not None and not checkpoint.format.startswith(named):
         checkpoint.warnings += (f"the name says {named}, the content is {checkpoint.format}: read by content",)
     return checkpoint
@@ -58,6 +62,11 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
 
         refuse_inner(inner)
         return open_gguf(file)
+    if head.startswith(b"\x93NUMPY"):
+        from ckptkit.formats.numpy_arrays import open_npy
+
+        refuse_inner(inner)
+        return open_npy(file)
     if _looks_like_safetensors(head):
         refuse_inner(inner)
         return open_safetensors(file)

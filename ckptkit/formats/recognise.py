@@ -19,7 +19,6 @@ _KNOWN_MAGICS = (
     (b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),
     (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run git lfs pull"),
     (b"\x89HDF", "an HDF5 file (Keras?), which is not read", "h5py reads it"),
-    (b"\x93NUMPY", "a NumPy array, which is not read yet", "numpy.load reads it"),
     (b"\x89PNG", "a PNG picture", None),
 )
 _ONNX = re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]+")  # its version, then the name of its producer

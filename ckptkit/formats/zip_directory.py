@@ -67,6 +67,18 @@ class ZipDirectory:
             return Extent(self.file, self.starts[name], entry.size, entry.crc or None)
         return Inflated(Extent(self.file, self.starts[name], entry.packed), entry.size, 0, entry.size)
 
+    def head(self, name: str, count: int) -> bytes:
+        """Return the first bytes of an entry, ``count`` or all of them; of a deflated one no more is inflated."""
+        entry = self.entries[name]
+        # What deflate cannot shrink it stores, with few bytes more.
+        packed = self.file.read(self.starts[name], min(entry.packed, count + 1024))
+        if entry.method == _STORED:
+            return packed[:count]
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, count)
+        except zlib.error as error:
+            raise FormatError(f"zip entry {quoted(name)}: compressed data is damaged: {error}") from None
+
     def read(self, name: str, most: int) -> bytes:
         """Return the whole content of an entry; raises ``FormatError`` where it is damaged, or longer than ``most``."""
         entry = self.entries[name]

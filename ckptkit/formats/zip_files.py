@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ckptkit.formats.recognise import refuse_inner
 from ckptkit.formats.zip_directory import read_zip_directory
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
@@ -19,6 +20,11 @@ def open_zip(file: LocalFile, inner: str) -> Checkpoint:
         from ckptkit.formats.torch_export import open_torch_export
 
         return open_torch_export(archive, inner)
+    if archive.entries and all(name.endswith(".npy") for name in archive.entries):
+        from ckptkit.formats.numpy_arrays import open_npz
+
+        refuse_inner(inner)
+        return open_npz(archive)
     from ckptkit.formats.torch_zip import open_torch_zip
 
     return open_torch_zip(archive, inner)

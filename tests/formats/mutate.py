@@ -6,6 +6,7 @@ A long run: ``python -m tests.formats.mutate --mutants 100000 --seed 1`` from th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import json
 import random
@@ -17,6 +18,7 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -35,7 +37,12 @@ BASE = torch.arange(12, dtype=torch.float32)
 STATE = OrderedDict(
     [("a.weight", BASE.reshape(3, 4)), ("a.bias", BASE[4:8]), ("t", BASE.reshape(3, 4).T), ("n", torch.tensor(7))]
 )
-KINDS = ("safetensors", "zip", "legacy", "index", "gguf", "pt2")
+ARRAYS: tuple[dict[str, np.ndarray[Any, Any]], ...] = (
+    {"w": np.arange(6, dtype="<f4").reshape(2, 3), "b": np.arange(4, dtype="|i1")},
+    {"w": np.asfortranarray(np.arange(6, dtype=">f8").reshape(3, 2)), "n": np.array(7, dtype=">i2")},
+    {"w": np.arange(3, dtype="<c16"), "odd": np.array([{}, None], dtype=object), "e": np.zeros((0, 2), dtype="|b1")},
+)
+KINDS = ("safetensors", "zip", "legacy", "index", "gguf", "pt2", "npy", "npz")
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
@@ -56,6 +63,8 @@ def corpus(kind: str) -> list[bytes]:
     if kind == "index":
         weight_map = {"w": "one.safetensors", "v": "two.safetensors"}
         return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]
+    if kind in ("npy", "npz"):
+        return [_by_numpy(arrays, kind) for arrays in ARRAYS]
     if kind == "pt2":
         return [small()]
     if kind == "gguf":
@@ -80,6 +89,17 @@ def corpus(kind: str) -> list[bytes]:
         torch.serialization.set_crc32_options(True)
         made.append(rezip(made[0], method=8))
     return made
+
+
+def _by_numpy(arrays: dict[str, np.ndarray[Any, Any]], kind: str) -> bytes:
+    buffer = io.BytesIO()
+    if kind == "npy":
+        np.save(buffer, arrays["w"], allow_pickle=True)
+    elif "odd" in arrays:
+        np.savez_compressed(buffer, allow_pickle=True, **arrays)
+    else:
+        np.savez(buffer, allow_pickle=True, **arrays)
+    return buffer.getvalue()
 
 
 def _plain_gguf(writer: gguf.GGUFWriter) -> None:
@@ -259,6 +279,25 @@ def by_gguf(path: str) -> Seen | None:
     }
 
 
+def by_numpy(path: str) -> Seen | None:
+    """The arrays of numbers by numpy.load, without pickles; None where it refuses the file, no key where an array."""
+    seen: Seen = {}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            loaded = np.load(path, allow_pickle=False)
+        arrays = loaded if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    for key in arrays:
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+            array = arrays[key]
+            code = CODE_OF.get(getattr(torch, array.dtype.name, None))
+            if code and array.nbytes <= _LARGEST_READ:
+                little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+                seen[key] = (code, array.shape, little.tobytes())
+    return seen
+
+
 def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
     rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence is what is wanted
     files = corpus(kind)
@@ -270,7 +309,7 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
             # Most damage to the header changes its length: told so, the reader looks further.
             size = 8 + int.from_bytes(data[:8], "little")
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
-        elif kind == "pt2" and rng.random() < 0.7:
+        elif kind in ("pt2", "npz") and rng.random() < 0.7:
             yield _other_entry(data, files, rng)
         else:
             yield mutate(data, files, rng)
@@ -278,7 +317,14 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
 
 def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
     """Read ``count`` mutants; return how they ended. Raises ``AssertionError`` where the two readings differ."""
-    names = {"safetensors": "x.safetensors", "index": "x.safetensors.index.json", "gguf": "x.gguf", "pt2": "x.pt2"}
+    names = {
+        "safetensors": "x.safetensors",
+        "index": "x.safetensors.index.json",
+        "gguf": "x.gguf",
+        "pt2": "x.pt2",
+        "npy": "x.npy",
+        "npz": "x.npz",
+    }
     path = directory / names.get(kind, "x.pt")
     for name, key in (("one", "w"), ("two", "v")):
         (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))
@@ -287,6 +333,8 @@ def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
         "zip": by_torch,
         "legacy": by_torch,
         "gguf": by_gguf,
+        "npy": by_numpy,
+        "npz": by_numpy,
     }
     ends: Counter[str] = Counter()
     for number, data in enumerate(mutants(kind, count, seed)):
@@ -309,6 +357,9 @@ def _compared(kind: str, seen: Seen, expected: Seen | None) -> str:
         return "no oracle"
     if kind == "safetensors":
         expected = {key: (code, shape, data or seen[key][2]) for key, (code, shape, data) in expected.items()}
+    if kind == "npz":
+        # Listing inflates no array: damage that numpy sees in one, where it reads that, is no difference.
+        seen = {key: entry for key, entry in seen.items() if key in expected}
     differing = {key for key in seen.keys() | expected.keys() if seen.get(key) != expected.get(key)}
     if differing:
         raise AssertionError(f"{differing} differ: {seen} and {expected}")

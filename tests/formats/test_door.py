@@ -50,10 +50,7 @@ NO_CHECKPOINT = [
     pytest.param(b"hello, world, this is text", "an unknown format; it begins with 68 65 6c 6c 6f", id="A7 text"),
     pytest.param(b"\x89PNG\r\n\x1a\n" + bytes(20), "a PNG picture", id="A7 PNG"),
     pytest.param(bytes(257) + b"ustar" + b"x" * 300, "a tar archive", id="A7 tar"),
-    pytest.param(b"GGUF" + bytes(20), "a GGUF file", id="A14 GGUF"),
     pytest.param(b"\x89HDF\r\n\x1a\n" + bytes(20), "an HDF5 file", id="A14 HDF5"),
-    pytest.param(b"\x93NUMPY" + bytes(20), "a NumPy array", id="A14 npy"),
-    pytest.param(zip_of([("arr_0.npy", b"\x93NUMPY")]), "no data.pkl: not a torch checkpoint", id="A14 npz"),
     pytest.param(
         zip_of([("m/data.pkl", b"}."), ("m/constants.pkl", b").")]), "a TorchScript archive", id="TorchScript"
     ),

@@ -20,6 +20,8 @@ SEED = 20
         ("index", 400, 0),
         ("gguf", 600, 60),
         ("pt2", 500, 0),
+        ("npy", 500, 60),
+        ("npz", 500, 60),
     ],
 )
 def test_only_refusals_escape_and_the_libraries_agree(tmp_path: Path, kind: str, count: int, agreed: int) -> None:
