@@ -114,6 +114,8 @@ def test_rows_drawn_are_spread_as_those_there_are_and_the_same_each_time() -> No
     torch.testing.assert_close(added.std(0), tensor.std(0), rtol=0.03, atol=0)
     assert same(made, only({"pad": {"size": 20_400, "fill": "normal"}}, tensor))
     assert not same(made, only({"pad": {"size": 20_400, "fill": "normal", "seed": 1}}, tensor))
+    pair = only({"pad": {"size": 20_002, "fill": "normal"}}, torch.tensor([[0.0], [2.0]]))
+    torch.testing.assert_close(pair[2:].std(), torch.tensor(math.sqrt(2)), rtol=0.03, atol=0)
     single = only({"pad": {"size": 3, "fill": "normal"}}, torch.tensor([[2.0, 5.0]]))
     assert single.tolist() == [[2.0, 5.0]] * 3
 
@@ -261,7 +263,7 @@ BATCH_NORMS = {
     "conv without bias": (torch.nn.Conv2d(3, 6, 3, bias=False), torch.nn.BatchNorm2d(6), (2, 3, 8, 8)),
     "conv1d, groups": (torch.nn.Conv1d(4, 6, 3, groups=2), torch.nn.BatchNorm1d(6), (2, 4, 8)),
     "transposed": (torch.nn.ConvTranspose2d(3, 6, 3), torch.nn.BatchNorm2d(6), (2, 3, 8, 8)),
-    "linear": (torch.nn.Linear(5, 6), torch.nn.BatchNorm1d(6), (4, 5)),
+    "linear": (torch.nn.Linear(5, 600), torch.nn.BatchNorm1d(600), (4, 5)),
 }
 
 
@@ -270,7 +272,7 @@ def test_a_batch_norm_folds_as_torch_fuses_it(layer: Any, norm: Any, shape: Shap
     """Bit for bit torch.nn.utils.fusion, and the two layers in evaluation."""
     with torch.no_grad():
         for seed, tensor in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
-            tensor.copy_(randn(6, seed=seed).abs() + 0.1)
+            tensor.copy_(randn(norm.num_features, seed=seed).abs() + 0.1)
         norm.eps = 1e-3
         transposed = isinstance(layer, torch.nn.ConvTranspose2d)
         bias = [] if layer.bias is None else [layer.bias]
