@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import zip_longest
 
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint
@@ -14,7 +13,7 @@ from ckptkit.formats.files import TORCH_SUFFIXES
 from ckptkit.making import Maker
 from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.shards import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
-from ckptkit.storage import CHUNK
+from ckptkit.storage import same_bytes
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.text import printable, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
@@ -188,24 +187,12 @@ class _Reading:
 def _prove_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
     first = step.sources[0]
     for source in step.equals:
-        pairs = zip_longest(_bytes(roles[first.role], first.key), _bytes(roles[source.role], source.key))
-        if any(one != other for one, other in pairs):
+        if not same_bytes(*(roles[one.role].payload(one.key) for one in (first, source))):
             raise PlanError(
                 f"{quoted(first.key)} and {quoted(source.key)} would both be called {quoted(step.out.key)}, "
                 "and are not equal",
                 path=roles[source.role].path,
             )
-
-
-def _bytes(checkpoint: Checkpoint, key: str) -> Iterator[bytes]:
-    """Yield the bytes of a tensor in pieces of one size, however it is stored."""
-    rest = bytearray()
-    for chunk in checkpoint.payload(key).chunks():
-        rest += chunk
-        while len(rest) >= CHUNK:
-            yield bytes(rest[:CHUNK])
-            del rest[:CHUNK]
-    yield bytes(rest)
 
 
 def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike) -> dict[str, Checkpoint]:

@@ -15,7 +15,7 @@ from ckptkit.errors import ChangedError, FormatError, PathError
 from ckptkit.tensors import Payload
 from ckptkit.text import quoted
 
-__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region", "Swapped", "seekable"]
+__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region", "Swapped", "same_bytes", "seekable"]
 
 CHUNK = 4 << 20
 
@@ -205,3 +205,37 @@ class Swapped:
 def seekable(payload: Payload) -> TypeGuard[Region]:
     """Return whether a part of it can be read without reading what lies before it."""
     return isinstance(payload.source if isinstance(payload, Swapped) else payload, Extent)
+
+
+def same_bytes(one: Payload, other: Payload) -> bool:
+    """Return whether two payloads are equal, byte by byte; reads both in pieces, and no further than they agree."""
+    if one.nbytes != other.nbytes:
+        return False
+    left, right = (_Pieces(payload.chunks()) for payload in (one, other))
+    done = 0
+    while done < one.nbytes:
+        count = min(len(left.current()), len(right.current()))
+        if not count or left.take(count) != right.take(count):
+            return False
+        done += count
+    return True
+
+
+class _Pieces:
+    """The pieces of a payload, taken in lengths of one's own."""
+
+    def __init__(self, chunks: Iterator[bytes | bytearray | memoryview]) -> None:
+        self._chunks = chunks
+        self._rest = memoryview(b"")
+
+    def current(self) -> memoryview:
+        while not self._rest:
+            chunk = next(self._chunks, None)
+            if chunk is None:
+                break
+            self._rest = memoryview(chunk).cast("B")
+        return self._rest
+
+    def take(self, count: int) -> memoryview:
+        piece, self._rest = self._rest[:count], self._rest[count:]
+        return piece

@@ -96,14 +96,14 @@ def read_text(path: str) -> str:
             raise RuleError(f"is no text: {error}", path=path) from None
 
 
-def read_toml(path: str, text: str | None = None) -> Mapping[str, Any]:
-    """Return the content of a TOML (or, by its suffix, JSON) file, which holds ``text`` where that was read before.
+def read_toml(path: str, text: str | None = None, *, as_json: bool | None = None) -> Mapping[str, Any]:
+    """Return the content of a TOML file, which holds ``text`` where that was read before.
 
-    Raises ``RuleError`` where it is neither.
+    It is JSON where ``as_json`` says so, or else its suffix. Raises ``RuleError`` where it is neither.
     """
     import tomllib
 
-    as_json = path.endswith(".json")
+    as_json = path.endswith(".json") if as_json is None else as_json
     text = read_text(path) if text is None else text
     try:
         content = json.loads(text) if as_json else tomllib.loads(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import sys
@@ -12,15 +13,19 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.options import Form, echo_report, expand_option, form_options, quiet_option
+from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml
 from ckptkit.errors import one_line
 from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
+from ckptkit.inversion import invert_plan
 from ckptkit.plan import Plan, ties_broken
+from ckptkit.plan_files import apply_plan, plan_from_json, plan_to_json
 from ckptkit.report.plan import plan_document, plan_page, written_text
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import quoted
+from ckptkit.text import plural, quoted
+from ckptkit.verification import verify
+from ckptkit.writers.atomic import AtomicFile, prepare_target
 
-__all__ = ["Job", "carry_out", "output_options"]
+__all__ = ["Job", "carry_out", "output_options", "planned"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
@@ -36,6 +41,8 @@ class Job:
     form: Form
     quiet: bool
     expand: bool
+    plan_file: str | None = None
+    verify: bool = False
 
 
 def output_options(command: _Command) -> _Command:
@@ -52,10 +59,12 @@ def output_options(command: _Command) -> _Command:
         form: Form,
         quiet: bool,
         expand: bool,
+        plan_file: str | None,
+        verify: bool,
         **others: Any,
     ) -> Any:
         chosen = choose_output(output, format=output_format, max_shard_size=max_shard_size, force=force)
-        return command(*args, job=Job(chosen, dry_run, form, quiet, expand), **others)
+        return command(*args, job=Job(chosen, dry_run, form, quiet, expand, plan_file, verify), **others)
 
     decorators = (
         click.option("-o", "--output", required=True, type=click.Path(), help="Where to write; its suffix says how."),
@@ -65,6 +74,9 @@ def output_options(command: _Command) -> _Command:
                      "a larger tensor gets a shard of its own."),
         click.option("--force", is_flag=True, help="Replace an existing output, whole or not at all."),
         click.option("-n", "--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing."),
+        click.option("--plan", "plan_file", type=click.Path(), metavar="FILE",
+                     help="Write the plan to FILE, as JSON that --apply and --invert read."),
+        click.option("--verify", is_flag=True, help="Read the output back and prove every tensor against the plan."),
         expand_option,
         form_options,
         quiet_option,
@@ -89,6 +101,8 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
     """Print the plan, or execute it and say what was written."""
     plan = fit(plan, job.output)
+    if job.plan_file is not None:
+        _write_plan(job.plan_file, plan_to_json(plan, sources), force=job.output.force)
     written = None if job.dry_run else _execute(plan, sources, job)
     if job.dry_run or job.form is not Form.TEXT:
         echo_report(
@@ -96,10 +110,28 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
             lambda: plan_page(plan, written, expand=job.expand),
             lambda: plan_document(command, plan, written),
         )
+    proved = verify(plan, sources, job.output.path) if written is not None and job.verify else None
     if written is not None and not job.quiet:
         shared = ties_broken(plan) if job.output.format == "safetensors" else []
         for note in (*plan.notes, *written_text(plan, written, shared)):
             click.echo(one_line(note), err=True)
+        if proved is not None:
+            click.echo(f"verified: each of {plural(proved, 'tensor')} is what the plan makes, bit by bit", err=True)
+
+
+def planned(sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None) -> Plan:
+    """Return the plan of a file for these inputs, by role: as it is, or turned round."""
+    path = apply_file or invert_file
+    assert path is not None  # noqa: S101 - the commands ask for one of them
+    with about(path):
+        saved = plan_from_json(read_toml(path, as_json=True))
+        return apply_plan(invert_plan(saved) if invert_file else saved, sources)
+
+
+def _write_plan(path: str, document: Mapping[str, Any], *, force: bool) -> None:
+    data = json.dumps(document, indent=1).encode() + b"\n"
+    with AtomicFile(prepare_target(path, force=force), len(data)) as file:
+        file.write(data, 0)
 
 
 def _execute(plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> Written:

@@ -1,0 +1,35 @@
+"""Proving an output against its plan: read back, tensor by tensor, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ckptkit.errors import OutputError
+from ckptkit.formats import open_checkpoint
+from ckptkit.making import Maker
+from ckptkit.plan import Plan
+from ckptkit.storage import same_bytes
+from ckptkit.tensors import Checkpoint
+from ckptkit.text import quoted
+
+__all__ = ["verify"]
+
+
+def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str) -> int:
+    """Return the number of tensors in the output at ``path``, each of them proved to be what ``plan`` makes.
+
+    Everything is made anew from ``sources`` and compared with what is read back, in bounded memory. Raises
+    ``OutputError`` naming the first tensor that is missing, is one too many, or differs.
+    """
+    maker = Maker(sources)
+    with open_checkpoint(path) as written:
+        surplus = [key for key in written if key not in {step.out.key for step in plan.steps}]
+        if surplus:
+            raise OutputError(f"holds {quoted(surplus[0])}, which the plan does not make", path=path)
+        for step in plan.steps:
+            info = written.get(step.out.key)
+            if info is None or (info.dtype, info.shape) != (step.out.dtype, step.out.shape):
+                raise OutputError(f"{quoted(step.out.key)} should be {step.out}, and is {info or 'missing'}", path=path)
+            if not same_bytes(maker.payload(step), written.payload(step.out.key)):
+                raise OutputError(f"{quoted(step.out.key)} does not have the bytes that the plan makes", path=path)
+    return len(plan.steps)
