@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptkit.compare import StateDictDiff, compare
+from ckptkit.compare import Pair, StateDictDiff, compare
 from ckptkit.errors import PlanError
 from ckptkit.plan import Dropped, Plan, Step
+from ckptkit.recipes import compose
 from ckptkit.rules import Made, Rules, apply_rules, as_rules
 from ckptkit.sharing import tied
 from ckptkit.steps import dropped_entries, make_step, refuse_suspicious
+from ckptkit.tensor_ops import MISMATCH_NAMES, fitting, suggestions
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
@@ -20,7 +22,7 @@ __all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "plan_merge"]
 TIED = "tied to "  # begins the rule of a step that follows a tie of the base
 ON_MISSING = ("keep", "error")
 ON_UNEXPECTED = ("skip", "add", "error")
-ON_MISMATCH = ("error", "skip")
+ON_MISMATCH = ("error", "skip", *MISMATCH_NAMES)
 
 
 def plan_merge(
@@ -37,8 +39,8 @@ def plan_merge(
     ``rules`` rename and filter the donors' keys first; of several donors the last that has a key wins.
     Values of another dtype are cast to the base's. ``on_missing`` (``keep``, ``error``): a base key that no
     donor has. ``on_unexpected`` (``skip``, ``add``, ``error``): a donor key that the base does not have.
-    ``on_mismatch`` (``error``, ``skip``): another shape. Raises ``PlanError`` where a policy says so, or
-    nothing matches at all.
+    ``on_mismatch`` (``error``, ``skip``, or the name of a tensor operation, such as ``pad``): another shape. Raises
+    ``PlanError`` where a policy says so, the operation does not make the shapes fit, or nothing matches at all.
     """
     policy = _Policy(on_unexpected, on_mismatch)
     _check_choice("on_missing", on_missing, ON_MISSING)
@@ -114,15 +116,18 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     result = compare(base, donor, key_map)
     if result.shape_mismatched and policy.on_mismatch == "error":
         raise _mismatch_error(result, role)
-    if not result.matched and base and not (result.unexpected and policy.on_unexpected == "add"):
+    outputs = key_map.outputs()
+    mended = {}
+    if policy.on_mismatch in MISMATCH_NAMES:
+        mended = {pair.key: _mended(pair, outputs[pair.key], role, donor, policy) for pair in result.shape_mismatched}
+    if not result.matched and not mended and base and not (result.unexpected and policy.on_unexpected == "add"):
         raise _no_match_error(result, role)
     if result.unexpected and policy.on_unexpected == "error":
         raise PlanError(
             f"the base has no {quoted(result.unexpected[0].key)}{_and_more(len(result.unexpected) - 1)}",
             hint="--on-unexpected skip leaves them out, add takes them over",
         )
-    outputs = key_map.outputs()
-    taken = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
+    taken = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched} | mended
     added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
     dropped += [
@@ -130,6 +135,7 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
             role, pair.found.key, f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}", pair.key
         )
         for pair in result.shape_mismatched
+        if pair.key not in mended
     ]
     if policy.on_unexpected == "skip":
         dropped += [Dropped(role, info.key, "the base does not have it") for info in result.unexpected]
@@ -141,6 +147,28 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
                 added[new] = make_step(replace(info, key=new), how, role, donor)
     dropped += dropped_entries(donor, role)
     return _Overlay(taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
+
+
+def _mended(pair: Pair, how: Made, role: str, donor: Checkpoint, policy: _Policy) -> Step:
+    """Return the step that makes a donor's tensor fit, by the operation that was asked for."""
+    name, wanted, given = policy.on_mismatch, pair.expected.shape, pair.found.shape
+    operation = fitting(name, given, wanted, pair.key)
+    if operation is None:
+        raise PlanError(
+            f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
+            f"which {name} does not change into each other",
+            hint=_ways_out(pair),
+        )
+    (recipe,) = compose([how.recipe], [len(how.sources)], (operation,))
+    rule = f"{how.rule}, --on-mismatch {name}" if how.rule else f"--on-mismatch {name}"
+    return make_step(pair.expected, replace(how, recipe=recipe, rule=rule), role, donor)
+
+
+def _ways_out(pair: Pair) -> str:
+    ways = [
+        f"--on-mismatch {name}: {why}" for name, why in suggestions(pair.found.shape, pair.expected.shape, pair.key)
+    ]
+    return "; ".join([*ways[:3], "--on-mismatch skip keeps the base's values there"])
 
 
 def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
@@ -163,7 +191,7 @@ def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
     more = f", and {others} more differ in shape" if others else ""
     return PlanError(
         f"{quoted(first.key)} is {wanted} in the base and {given} in the {role}{more}",
-        hint="--on-mismatch skip keeps the base's values there",
+        hint=_ways_out(first),
     )
 
 

@@ -94,16 +94,7 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
         headers = {_text(role): _text(source["header"]) for role, source in document["sources"].items()}
         inputs: dict[Source, TensorInfo] = {}
         steps = tuple(_step(item, inputs) for item in document["plan"])
-        dropped = tuple(
-            Dropped(
-                _text(item["role"]),
-                _text(item["key"]),
-                _text(item["reason"]),
-                _text(item["wanted"]),
-                item["entry"] is True,
-            )  # fmt: skip
-            for item in document["dropped"]
-        )
+        dropped = tuple(map(_dropped, document["dropped"]))
         metadata = {_text(key): _text(value) for key, value in document["metadata"].items()}
         versions = {_text(key): int(value) for key, value in document["versions"].items()}
         notes = tuple(map(_text, document["notes"]))
@@ -112,6 +103,11 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
     except RuleError as error:
         raise PlanError(f"is no plan that can be followed: {error.reason}", hint=error.hint) from None
     return SavedPlan(Plan(steps, dropped, metadata, notes, versions), headers, inputs)
+
+
+def _dropped(item: Mapping[str, Any]) -> Dropped:
+    role, key, reason, wanted = (_text(item[name]) for name in ("role", "key", "reason", "wanted"))
+    return Dropped(role, key, reason, wanted, item["entry"] is True)
 
 
 def _step(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Step:

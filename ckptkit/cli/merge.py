@@ -23,7 +23,7 @@ __all__ = ["merge"]
 @click.option("--on-unexpected", type=click.Choice(ON_UNEXPECTED), default="skip", show_default=True,
               help="A key of a DONOR that BASE does not have.")  # fmt: skip
 @click.option("--on-mismatch", type=click.Choice(ON_MISMATCH), default="error", show_default=True,
-              help="A key whose shapes differ.")  # fmt: skip
+              help="A key whose shapes differ: refuse, keep BASE's, or an operation that makes it fit.")  # fmt: skip
 def merge(
     base: str,
     donors: tuple[str, ...],
