@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
@@ -10,10 +11,19 @@ from ckptkit.formats.torch_objects import TensorRef
 from ckptkit.formats.tree import type_name
 from ckptkit.text import plural, printable
 
-__all__ = ["open_modules"]
+__all__ = ["ModuleWalker", "Parts", "open_modules"]
 
 _DEEPEST = 200
 _PARTS = ("_parameters", "_buffers", "_modules")
+
+
+class Parts(NamedTuple):
+    """What a module keeps itself, by name: entries of its state_dict, its children, and tensors that are no entries."""
+
+    entries: list[tuple[str, object]]
+    children: list[tuple[str, object]]
+    hidden: list[str]
+    loose: list[str]
 
 
 def open_modules(tree: object, budget: int) -> tuple[object, list[str]]:
@@ -23,7 +33,7 @@ def open_modules(tree: object, budget: int) -> tuple[object, list[str]]:
     are tensors that it keeps as plain attributes. Raises ``FormatError`` where modules are nested too
     deeply, or refer to each other so often that there are more than ``budget`` places.
     """
-    walker = _Walker(budget)
+    walker = ModuleWalker(_parts, budget)
     if _is_module(tree):
         return walker.state_dict(tree), walker.notes
     if isinstance(tree, Mapping) and any(map(_is_module, tree.values())):
@@ -41,14 +51,36 @@ def _is_module(value: object) -> bool:
     )
 
 
-class _Walker:
-    """One walk over nested modules, in the order of ``state_dict``: parameters, buffers, then children."""
+def _parts(state: Mapping[object, object]) -> Parts:
+    skipped = state.get("_non_persistent_buffers_set")
+    skipped = set(skipped) if isinstance(skipped, set | frozenset | list | tuple) else set()
+    buffers = _items(state, "_buffers")
+    kept = [(name, value) for name, value in buffers if name not in skipped]
+    return Parts(
+        [(name, value) for name, value in _items(state, "_parameters") + kept if value is not None],
+        _items(state, "_modules"),
+        [name for name, _ in buffers if name in skipped],
+        [str(name) for name, value in state.items() if isinstance(value, TensorRef)],
+    )
 
-    def __init__(self, budget: int) -> None:
+
+def _items(state: Mapping[object, object], part: str) -> list[tuple[str, object]]:
+    items = state.get(part)
+    pairs = items.items() if isinstance(items, Mapping) else ()
+    return [(name, value) for name, value in pairs if isinstance(name, str)]
+
+
+class ModuleWalker:
+    """Walks over nested modules in the order of ``state_dict``: parameters, buffers, then children."""
+
+    def __init__(self, parts: Callable[[Mapping[object, object]], Parts], budget: int) -> None:
+        """Take what finds the parts in the state of a module, and how many places there may be."""
+        self.parts = parts
         self.budget = budget
         self.notes: list[str] = []
 
     def state_dict(self, module: object) -> MappingValue:
+        """Return the state_dict of a module, and note what it leaves out; raises ``FormatError`` beyond the bounds."""
         made = MappingValue(type_name(module))
         loose: list[str] = []
         hidden: list[str] = []
@@ -59,27 +91,15 @@ class _Walker:
                 continue
             if depth > _DEEPEST:
                 raise FormatError(f"modules are nested too deeply: more than {_DEEPEST} levels")
-            state = current.state
-            skipped = state.get("_non_persistent_buffers_set")
-            skipped = set(skipped) if isinstance(skipped, set | frozenset | list | tuple) else set()
-            for part in ("_parameters", "_buffers"):
-                for name, value in self._items(state, part):
-                    if part == "_buffers" and name in skipped:
-                        hidden.append(prefix + name)
-                    elif value is not None:
-                        made[prefix + name] = value
-            loose += [f"{prefix}{name}" for name, value in state.items() if isinstance(value, TensorRef)]
-            children = [(f"{prefix}{name}.", child, depth + 1) for name, child in self._items(state, "_modules")]
-            stack.extend(reversed(children))
+            parts = self.parts(current.state)
+            self.budget -= 3 + len(parts.entries) + len(parts.children) + len(parts.hidden)
+            if self.budget < 0:
+                raise FormatError("modules refer to each other so often that they expand too far")
+            made.update((prefix + name, value) for name, value in parts.entries)
+            hidden += [prefix + name for name in parts.hidden]
+            loose += [prefix + name for name in parts.loose]
+            stack.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(parts.children))
         for keys, what in ((hidden, "non-persistent buffer"), (loose, "tensor attribute")):
             if keys:
                 self.notes.append(f"{plural(len(keys), what)} not part of the state_dict: {printable(keys[0])}")
         return made
-
-    def _items(self, state: Mapping[object, object], part: str) -> list[tuple[str, object]]:
-        items = state.get(part)
-        pairs = list(items.items()) if isinstance(items, Mapping) else []
-        self.budget -= 1 + len(pairs)
-        if self.budget < 0:
-            raise FormatError("modules refer to each other so often that they expand too far")
-        return [(name, value) for name, value in pairs if isinstance(name, str)]

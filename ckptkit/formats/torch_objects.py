@@ -101,7 +101,8 @@ _HARMLESS: Final = (
     "pytorch_lightning.utilities.parsing.AttributeDict", "lightning.pytorch.utilities.parsing.AttributeDict",
     "numpy.dtype", "numpy.ndarray", "numpy.bool", "numpy.int", "numpy.uint", "numpy.float", "numpy.complex",
     "numpy.core.multiarray.", "numpy._core.multiarray.", "numpy.core.numeric._frombuffer",
-    "numpy._core.numeric._frombuffer", "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
+    "numpy._core.numeric._frombuffer", "__torch__.", "torch.jit._pickle.",
+    "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
 )  # fmt: skip
 # Nothing that a checkpoint needs; the list only sharpens the words of a warning and cannot be complete.
 _SUSPICIOUS: Final = (
@@ -135,6 +136,7 @@ class TorchObjects:
         """Start with no storage seen."""
         self.storages: dict[str, StorageRef] = {}
         self._locations: dict[str, str] = {}
+        self.prefix = ""  # of the keys of the storages that the next pickle names
         self.sources: list[str] = []  # source files that a legacy full-module pickle embeds
         self.interpreter = Interpreter(self._builders(), _CONSTANTS, self._persistent)
 
@@ -220,6 +222,7 @@ class TorchObjects:
             key = str(key)
         if not isinstance(kind, StorageType) or not isinstance(key, str) or not _is_count(numel):
             raise FormatError("corrupt pickle: a persistent id with a storage of unknown type, key or size")
+        key = self.prefix + key
         width = _width(kind.dtype)
         storage = StorageRef(key, kind.dtype, numel * width)
         known = self.storages.setdefault(key, storage)

@@ -14,7 +14,7 @@ from ckptkit.storage import Region, Swapped
 from ckptkit.tensors import DTYPES, Checkpoint, Record
 from ckptkit.text import plural, quoted
 
-__all__ = ["open_torch_zip", "read_torch_zip"]
+__all__ = ["open_torch_zip", "read_pickles", "read_torch_zip", "root_of"]
 
 _NEWEST_VERSION = 10
 
@@ -41,16 +41,42 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
 
     Raises ``FormatError`` likewise, and where the pickle has more than ``largest`` bytes.
     """
-    root = _root(archive)
+    root = root_of(archive)
+    if f"{root}constants.pkl" in archive.entries:
+        raise FormatError(
+            "a TorchScript archive", hint="save the state_dict() of the module that torch.jit.load returns"
+        )
+    return read_pickles(archive, root, largest=largest)[1]
+
+
+def read_pickles(
+    archive: ZipDirectory, root: str, others: Sequence[str] = (), *, largest: int = LARGEST_PICKLE
+) -> tuple[list[object], TorchFile]:
+    """Return the trees of ``data.pkl`` and of ``NAME.pkl`` for each of ``others``, and the file with the first tree.
+
+    The storages of ``NAME.pkl`` are the records below ``NAME/``, and have keys that begin with it.
+    """
     warnings = _check_records(archive, root)
     big = _byte_order(archive, root) == "big"
     if big:
         warnings.append("written on a big-endian machine: numbers are swapped while they are read")
-    data = archive.read(f"{root}data.pkl", largest)
     objects = TorchObjects()
-    tree, end = unpickle(data, objects.interpreter)
-    if end != len(data):
-        warnings.append(f"{len(data) - end} bytes follow the pickle in data.pkl")
+    trees: list[object] = []
+    size = 0
+    prefixes = tuple(f"{home}/" for home in others)
+    for home in ("data", *others):
+        objects.prefix = "" if home == "data" else f"{home}/"
+        data = archive.read(f"{root}{home}.pkl", largest)
+        tree, end = unpickle(data, objects.interpreter)
+        if end != len(data):
+            warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")
+        trees.append(tree)
+        size += len(data)
+        if home == "data" and any(key.startswith(prefixes) for key in objects.storages):
+            raise FormatError("data.pkl names storages of another pickle")
+
+    def record(key: str) -> str:
+        return f"{root}{key}" if key.startswith(prefixes) else f"{root}data/{key}"
 
     def swapped_width(key: str) -> int:
         # As torch does: by the type under which the file names the storage first, an untyped one not at all.
@@ -62,7 +88,7 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
         return big and tensor.storage is not None and width != swapped_width(tensor.storage.key)
 
     def locate(storage: StorageRef) -> Region:
-        name = f"{root}data/{storage.key}"
+        name = record(storage.key)
         entry = archive.entries.get(name)
         if entry is None:
             raise FormatError(f"storage {quoted(storage.key)} is not in the archive")
@@ -74,38 +100,39 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
         region, width = archive.region(name), swapped_width(storage.key)
         return Swapped(region, width) if big and width > 1 else region
 
-    unused = [name for name in archive.entries if name.startswith(f"{root}data/") and name[len(root) + 5 :]
-              not in objects.storages]  # fmt: skip
+    used = set(map(record, objects.storages))
+    unused = [name for name in archive.entries if name.startswith(_homes(root)) and name not in used]
     if unused:
         said = f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}"
         warnings.append(Remark(said, "unused-record"))
 
     def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
-        return archive.records({f"{root}data/{key}": named for key, named in keys.items()})
+        return archive.records({record(key): named for key, named in keys.items()})
 
-    return TorchFile(tree, objects, len(data), locate, records, tuple(warnings), uncertain)
+    return trees, TorchFile(trees[0], objects, size, locate, records, tuple(warnings), uncertain)
 
 
-def _root(archive: ZipDirectory) -> str:
+def root_of(archive: ZipDirectory) -> str:
+    """Return what the names of all records begin with; raises ``FormatError`` where there is no one ``data.pkl``."""
     # Users rename files, so the root says nothing about the file's name.
     roots = archive.roots("data.pkl")
     if len(roots) != 1:
         what = "no data.pkl" if not roots else f"{len(roots)} entries called data.pkl"
         raise FormatError(f"a zip archive with {what}: not a torch checkpoint")
-    if f"{roots[0]}constants.pkl" in archive.entries:
-        raise FormatError(
-            "a TorchScript archive", hint="save the state_dict() of the module that torch.jit.load returns"
-        )
     return roots[0]
+
+
+def _homes(root: str) -> tuple[str, str]:
+    return f"{root}data/", f"{root}constants/"
 
 
 def _check_records(archive: ZipDirectory, root: str) -> list[str]:
     version = archive.text(f"{root}version")
     if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
         raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
-    warnings = archive.doubts()
+    warnings = archive.doubts(*_homes(root))
     skipped = [entry.name for entry in archive.entries.values()
-               if entry.size and not entry.crc and entry.name.startswith(f"{root}data/")]  # fmt: skip
+               if entry.size and not entry.crc and entry.name.startswith(_homes(root))]  # fmt: skip
     if skipped and archive.entries[f"{root}data.pkl"].crc:
         what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
         said = f"storage bytes were skipped at save (torch.serialization.skip_data): {what}"

@@ -100,10 +100,10 @@ class ZipDirectory:
             raise FormatError(f"zip entry {quoted(name)} has {self.entries[name].size} bytes")
         return self.read(name, _LONGEST_TEXT).decode("ascii", "replace").strip()
 
-    def doubts(self) -> list[str]:
-        """Return what to warn of: that tensors are inflated while they are read, or that damage goes unseen."""
+    def doubts(self, *homes: str) -> list[str]:
+        """Return what to warn of: that tensors, below ``homes``, have to be inflated, or that damage goes unseen."""
         doubts: list[str] = []
-        if any(entry.method for entry in self.entries.values()):
+        if any(entry.method for name, entry in self.entries.items() if name.startswith(homes)):
             said = "the archive is compressed: tensors are inflated while they are read"
             doubts.append(Remark(said, "compressed", "note"))
         checksums = [entry.crc for entry in self.entries.values() if entry.size]

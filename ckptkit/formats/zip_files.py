@@ -25,6 +25,10 @@ def open_zip(file: LocalFile, inner: str) -> Checkpoint:
 
         refuse_inner(inner)
         return open_npz(archive)
+    if archive.roots("constants.pkl"):
+        from ckptkit.formats.torchscript import open_torchscript
+
+        return open_torchscript(archive, inner)
     from ckptkit.formats.torch_zip import open_torch_zip
 
     return open_torch_zip(archive, inner)
