@@ -17,13 +17,14 @@ _LONGEST = 10_000  # the limit of numpy itself
 HEAD = 12 + _LONGEST  # in this many bytes a header ends, or is none
 _MOST_DIMENSIONS = 64
 _LENGTH_BYTES: Final = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
+_BLANKS = " \t\n"
 _FIELD = re.compile(
-    r"""\s*(?P<quote>['"])(?P<name>descr|fortran_order|shape)(?P=quote)\s*:\s*
+    r"""[ \t\n]*(?P<quote>['"])(?P<name>descr|fortran_order|shape)(?P=quote)[ \t\n]*:[ \t\n]*
     (?: (?P<flag>True|False)
-      | \((?P<sizes>(?:\s*(?:0|[1-9][0-9]{0,18})L?\s*,)*(?:\s*(?:0|[1-9][0-9]{0,18})L?)?\s*)\)
+      | \((?P<sizes>(?:[ \t\n]*(?:0|[1-9][0-9]{0,18})L?[ \t\n]*,)*(?:[ \t\n]*(?:0|[1-9][0-9]{0,18})L?)?[ \t\n]*)\)
       | (?P<mark>['"])(?P<text>[^'"\\]*)(?P=mark)
       | (?P<nested>[\[(])
-    )\s*(?:,\s*|$)?""",
+    )(?:[ \t\n]*(?:,|\Z)[ \t\n]*|(?<=[\[(]))""",
     re.VERBOSE,
 )
 _CODES: Final = {
@@ -74,7 +75,7 @@ def parse_npy_header(head: bytes, what: str) -> NpyHeader:
     if start + size > len(head):
         raise FormatError(f"{what} ends within its header: truncated?", hint="download or copy it again")
     try:
-        text = head[start : start + size].decode("utf-8" if head[6] == 3 else "latin-1").strip()
+        text = head[start : start + size].decode("utf-8" if head[6] == 3 else "latin-1").strip(_BLANKS)
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} has a header that is not UTF-8 at byte {error.start}") from None
     return _header(text, start + size, what)
@@ -86,7 +87,7 @@ def _header(text: str, start: int, what: str) -> NpyHeader:
         raise wrong
     found: dict[str, str] = {}
     at, end = 1, len(text) - 1
-    while text[at:end].strip():
+    while text[at:end].strip(_BLANKS):
         match = _FIELD.match(text, at, end)
         if match is None or match["name"] in found:
             raise wrong

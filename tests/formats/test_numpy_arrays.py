@@ -273,6 +273,13 @@ HOSTILE = [
         "does not write",
         id="one more field",
     ),
+    pytest.param(by_hand("{'descr': '<f4' 'fortran_order': False, 'shape': (2,)}"), "does not write", id="no comma"),
+    pytest.param(
+        by_hand("{'descr': '<f4', 'fortran_order': False, 'shape': (2,)}\v"), "does not write", id="a vertical tab"
+    ),
+    pytest.param(
+        by_hand("{'descr': '<f4',\xa0'fortran_order': False, 'shape': (2,)}"), "does not write", id="a wide blank"
+    ),
     pytest.param(by_hand("__import__('os').system('x')"), "does not write", id="a call"),
     pytest.param(fields(shape="__import__('os')"), "does not write", id="a call for a shape"),
     pytest.param(fields(shape="(1+1,)"), "does not write", id="a sum"),
