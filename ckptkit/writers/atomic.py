@@ -190,9 +190,7 @@ class AtomicFile:
             # Unlike a rename, a link never replaces what another process has put there meanwhile.
             os.link(self._temporary, self.target)
         except FileExistsError:
-            raise OutputError(
-                "came to be while this was written, and was left alone", hint="--force replaces it", path=self.target
-            ) from None
+            raise _come_between(self.target) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -218,6 +216,10 @@ class AtomicFile:
                 reason = "no room: the disk takes no more files"
             return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
+
+
+def _come_between(target: str) -> OutputError:
+    return OutputError("came to be while this was written, and was left alone", hint="--force replaces it", path=target)
 
 
 def _beside(target: str) -> str:
@@ -322,7 +324,12 @@ def _bring_along(target: str, temporary: str, ours: frozenset[str]) -> None:
 
 def _swap(temporary: str, target: str, *, exists: bool) -> None:
     if not exists:
-        os.rename(temporary, target)
+        try:
+            os.rename(temporary, target)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise _come_between(target) from None
+            raise
         return
     import ctypes
 

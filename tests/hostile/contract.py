@@ -8,7 +8,7 @@ import re
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ __all__ = [
     "Odd",
     "assert_odd",
     "assert_refused",
+    "one_of_each_row",
     "paused",
     "run_limited",
     "written",
@@ -141,6 +142,11 @@ def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
     assert case.shown in ran.out, ran.out
     _assert_harmless(ran)
     _assert_untouched(directory, before)
+
+
+def one_of_each_row(names: Iterable[str]) -> list[str]:
+    """Return the first case of every row: enough processes where all are held to their reasons without one."""
+    return list({name.split()[0]: name for name in reversed(list(names))}.values())
 
 
 def _run(

@@ -16,6 +16,7 @@ ROWS = {
     "F": 8,
     "G": 18,
     "H": 17,
+    "I": 20,
 }
 NOT_APPLICABLE: dict[str, str] = {  # a row, and in a sentence why nothing can be tested of it
     "H15": "DeepSpeed's ZeRO directories are not read yet.",

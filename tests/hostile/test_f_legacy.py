@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers_formats import legacy_file, mapping, number, several, storage, tensor, text
-from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+from tests.helpers_formats import legacy_file, mapping, number, refusal, several, storage, tensor, text
+from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, one_of_each_row, written
 
 
 def part(*numbers: int) -> bytes:
@@ -84,6 +84,11 @@ OTHER = ()
 
 
 @pytest.mark.parametrize("name", BAD)
+def test_the_reason_is_given(name: str, tmp_path: Path) -> None:
+    assert BAD[name].reason in refusal(str(BAD[name].make(tmp_path))).reason
+
+
+@pytest.mark.parametrize("name", one_of_each_row(BAD))
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
     assert_refused(tmp_path, BAD[name])
 

@@ -17,9 +17,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorPropertie
 from tests.helpers_dcp import Cut, metadata_of, put_metadata, write_cut
 from tests.helpers_dcp import edit as edit_metadata
 from tests.helpers_dcp import save as save_distributed
+from tests.helpers_formats import refusal
 from tests.helpers_outputs import scratch
 from tests.helpers_shards import NAMES, STATE, edit, save, shard
-from tests.hostile.contract import Bad, Maker, Odd, assert_odd, assert_refused, run_limited
+from tests.hostile.contract import Bad, Maker, Odd, assert_odd, assert_refused, one_of_each_row, run_limited
 
 FIRST, SECOND, INDEX = NAMES["safetensors"]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
@@ -236,6 +237,11 @@ OTHER = ("H13 another dtype", "H17 a hundred thousand files")
 
 
 @pytest.mark.parametrize("name", BAD)
+def test_the_reason_is_given(name: str, tmp_path: Path) -> None:
+    assert BAD[name].reason in refusal(str(BAD[name].make(tmp_path))).reason
+
+
+@pytest.mark.parametrize("name", one_of_each_row(BAD))
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
     assert_refused(tmp_path, BAD[name])
 

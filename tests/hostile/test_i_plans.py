@@ -1,0 +1,117 @@
+"""Table I, what is asked for: plans that would lose or mix up tensors are refused by name, before a byte is written."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.helpers_outputs import names_in, same_state, scratch
+from tests.helpers_shards import STATE, save
+from tests.hostile.contract import Bad, Command, Odd, assert_refused, run_limited
+
+WITH_TORCH = 8 << 30  # address space: importing torch alone takes gigabytes of it
+FIVE = torch.arange(5.0)
+COMPLEX = torch.complex(torch.arange(3.0), torch.ones(3))
+
+
+def renaming(*rules: str) -> Command:
+    def make(directory: Path) -> list[str | Path]:
+        save(STATE, directory / "in.safetensors")
+        return ["remap", directory / "in.safetensors", "-o", directory / "o.safetensors", *rules]
+
+    return make
+
+
+def merging(*donors: dict[str, torch.Tensor]) -> Command:
+    def make(directory: Path) -> list[str | Path]:
+        save(STATE, directory / "base.safetensors")
+        paths = [directory / f"donor{number}.safetensors" for number in range(len(donors))]
+        for path, donor in zip(paths, donors, strict=True):
+            save(donor, path)
+        return ["merge", directory / "base.safetensors", *paths, "-o", directory / "o.safetensors"]
+
+    return make
+
+
+def storing(tensor: Any) -> Command:
+    def make(directory: Path) -> list[str | Path]:
+        torch.save({"w": tensor, "v": torch.ones(1)}, directory / "in.pt")
+        return ["convert", directory / "in.pt", "-o", directory / "o.safetensors"]
+
+    return make
+
+
+def quantized(directory: Path) -> list[str | Path]:
+    with pytest.warns(UserWarning, match="quantized"):
+        return storing(torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.quint8))(directory)
+
+
+BAD: dict[str, Bad] = {
+    "I17 two names become one": Bad(renaming("--rename", "re:a\\..*=x"), "would both be called 'x'"),
+    "I17 no name": Bad(renaming("--rename", "c.w="), "leaves 'c.w' without a name"),
+    "I17 the name of the metadata": Bad(renaming("--rename", "c.w=__metadata__"), "a tensor is called '__metadata__'"),
+    "I17 a rule that matches nothing": Bad(renaming("--rename", "zz=y"), "--rename 'zz=y' matches none of 3 keys"),
+    "I17 a bad regular expression": Bad(renaming("--rename", "re:(=y"), "'re:(' is not a regular expression"),
+    "I17 a group that is not there": Bad(renaming("--rename", "re:c.w=\\9"), "does not fit 're:c.w': invalid group"),
+    "I17 a star too few": Bad(renaming("--rename", "a.*=x"), "has 1 '*' on the left and 0 on the right"),
+    "I17 nothing is left": Bad(renaming("--drop", "*"), "nothing would be left of 3 tensors"),
+    "I18 another shape": Bad(merging({**STATE, "a.w": torch.ones(2, 2)}), "'a.w' is [2, 3] in the base and [2, 2] in"),
+    "I18 no key in common": Bad(merging({"z": torch.ones(1)}), "no key and shape of the base is in the donor"),
+    "I18 no donor": Bad(merging(), "Missing argument 'DONORS...'"),
+    "I19 complex128": Bad(storing(torch.ones(2, dtype=torch.complex128)), "'w' would be C128, which safetensors"),
+    "I19 sparse": Bad(storing(torch.eye(3).to_sparse()), "'w' cannot be copied: it is a sparse tensor"),
+    "I19 meta": Bad(storing(torch.ones(2, device="meta")), "'w' cannot be copied: it has no values"),
+    "I19 quantized": Bad(quantized, "'w' cannot be copied: it is a quantized tensor"),
+    "I19 a giant expanded": Bad(storing(torch.ones(1).expand(2**40)), "no room: needs 4.4 TB"),
+}
+ODD: dict[str, Odd] = {}
+OTHER = ("I18 odd donors", "I19 views are written as their values")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_it_is_refused(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BAD[name])
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    with scratch() as name:
+        yield Path(name)
+
+
+DONORS = {
+    "NaN": {"a.w": torch.full((2, 3), torch.nan)},
+    "integers": {"c.w": torch.tensor([4, 3, 2, 1])},
+    "the base itself": STATE,
+}
+
+
+@pytest.mark.parametrize("case", DONORS)
+def test_i18_values_of_a_donor_are_taken_as_they_are(case: str, place: Path) -> None:
+    """An overlay computes nothing: NaN and integers are bytes like any other."""
+    arguments = merging(DONORS[case])(place)
+    ran = run_limited(*arguments)
+    assert ran.code == 0, ran.err
+    assert same_state(load_file(place / "o.safetensors"), {**STATE, **DONORS[case]})
+
+
+VIEWS: dict[str, dict[str, torch.Tensor]] = {
+    "conj": {"w": COMPLEX.conj()},
+    "neg": {"w": COMPLEX.conj().imag},
+    "expanded": {"w": torch.tensor([1.0, 2.0]).expand(3, 2)},
+    "overlapping": {"x": FIVE[:3], "y": FIVE[1:4]},
+}
+
+
+@pytest.mark.parametrize("case", VIEWS)
+def test_i19_views_are_written_as_their_values(case: str, place: Path) -> None:
+    torch.save(VIEWS[case], place / "in.pt")
+    ran = run_limited("convert", place / "in.pt", "-o", place / "o.safetensors", memory=WITH_TORCH)
+    assert ran.code == 0, ran.err
+    assert same_state(load_file(place / "o.safetensors"), VIEWS[case])
+    assert names_in(place) == ["in.pt", "o.safetensors"]

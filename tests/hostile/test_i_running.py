@@ -1,0 +1,168 @@
+"""Table I, while it runs: whatever stops the program or comes between, the output is the old one or the new one."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.helpers_cli import ROOT
+from tests.helpers_outputs import names_in, same_state, scratch
+from tests.helpers_shards import STATE, save
+from tests.hostile.contract import Bad, Odd, paused, run_limited
+
+BAD: dict[str, Bad] = {}
+ODD: dict[str, Odd] = {}
+OTHER = (
+    "I7 killed at a step", "I8 a signal", "I11 a broken pipe", "I12 closed streams", "I12 ascii", "I12 full",
+    "I13 a name that is no text", "I14 two runs, one output", "I15 the input changes", "I15 the input is replaced",
+    "I16 killed between shards",
+)  # fmt: skip
+TEMPORARY = re.compile(r"out.*\.ckptkit-\d+-[0-9a-f]{8}\.tmp")
+OLD = {"old": torch.ones(2)}
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """A directory on a disk that is quick to sync, with a good file and an older output in it."""
+    with scratch() as name:
+        save(STATE, Path(name) / "in.safetensors")
+        save(OLD, Path(name) / "out.safetensors")
+        yield Path(name)
+
+
+def converting(place: Path, name: str = "out.safetensors", *options: str) -> list[str | Path]:
+    return ["convert", place / "in.safetensors", "-o", place / name, *options]
+
+
+@pytest.mark.parametrize("step", ["posix_fallocate", "copy_file_range", "fsync", "replace"])
+def test_i7_killed_at_a_step_the_old_output_is_whole(step: str, place: Path) -> None:
+    """What stays says whose it is and, until all is written, is no checkpoint that anybody could take for one."""
+    with paused(step, *converting(place, "out.safetensors", "--force")) as process:
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert same_state(load_file(place / "out.safetensors"), OLD)
+    (litter,) = set(names_in(place)) - {"in.safetensors", "out.safetensors"}
+    assert TEMPORARY.fullmatch(litter)
+    if step in ("posix_fallocate", "copy_file_range"):
+        assert run_limited("show", place / litter).code == 2
+    assert run_limited(*converting(place, "out.safetensors", "--force")).code == 0
+    assert same_state(load_file(place / "out.safetensors"), STATE)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
+@pytest.mark.parametrize("options", [(), ("--max-shard-size", "30")], ids=["file", "shards"])
+def test_i8_a_signal_removes_what_was_begun(number: signal.Signals, options: tuple[str, ...], place: Path) -> None:
+    """Stopped in mid-write, the program ends with 128 + n without a word, and leaves nothing behind."""
+    before = names_in(place)
+    with paused("pwrite", *converting(place, "new" if options else "new.pt", *options)) as process:
+        assert names_in(place) != before
+        process.send_signal(number)
+        process.send_signal(signal.SIGCONT)
+        said = process.communicate()
+    assert (process.returncode, said) == (128 + number, ("", ""))
+    assert names_in(place) == before
+
+
+def test_i11_a_broken_pipe_is_quiet(place: Path) -> None:
+    """``ckpt show … | head -1`` ends without a word, of an output that no pipe holds."""
+    save_file({f"{number:05}.weight": torch.ones(1) for number in range(4000)}, place / "many.safetensors")
+    command = f"{sys.executable} -m ckptkit show {place}/many.safetensors | head -1; echo ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[1:] == ["141"]
+
+
+def test_i12_a_full_stdout_is_trouble(place: Path) -> None:
+    """Output that cannot be written is one line on stderr and exit code 2."""
+    with open("/dev/full", "wb") as full:
+        command: list[str | Path] = [sys.executable, "-m", "ckptkit", "show", place / "in.safetensors"]
+        done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (2, b"ckpt: standard output: no space left on device\n")
+
+
+@pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_i12_closed_streams_are_no_crash(closing: str, place: Path) -> None:
+    """Nor is anything printed into the output instead."""
+    for arguments in (f"show {place}/in.safetensors", f"convert {place}/in.safetensors -o {place}/new.safetensors"):
+        command = f"{sys.executable} -m ckptkit {arguments} {closing}"
+        done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
+        assert (done.returncode, b"Traceback" in done.stderr) == (0, False)
+    assert same_state(load_file(place / "new.safetensors"), STATE)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_i12_what_a_terminal_cannot_show_is_no_crash(encoding: str, place: Path) -> None:
+    """It is escaped; click takes ASCII alone for a mistake, and writes UTF-8 there."""
+    save_file({"κ": torch.ones(1), "layers.0.w": torch.ones(1), "layers.1.w": torch.ones(1)}, place / "x.safetensors")
+    command: list[str | Path] = [sys.executable, "-m", "ckptkit", "show", place / "x.safetensors"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert (b"\\u03ba" if encoding == "cp1252" else "κ".encode()) in done.stdout
+    assert b"layers.{0,1}.w" in done.stdout
+
+
+def test_i13_a_name_that_is_no_text_works_and_is_shown_escaped(place: Path) -> None:
+    source, out = place / os.fsdecode(b"\xff.safetensors"), place / os.fsdecode(b"\xfe.pt")
+    os.rename(place / "in.safetensors", source)
+    shown = run_limited("show", source)
+    made = run_limited("convert", source, "-o", out)
+    assert (shown.code, made.code) == (0, 0)
+    assert shown.out.startswith(f"{place}/\\udcff.safetensors: safetensors")
+    assert made.err.startswith(f"wrote {place}/\\udcfe.pt: torch")
+    assert same_state(torch.load(out, weights_only=True), STATE)
+
+
+@pytest.mark.parametrize("name", ["new.safetensors", "new.pt", "set"])
+@pytest.mark.parametrize("force", [True, False], ids=["with force", "without"])
+def test_i14_of_two_runs_to_one_output_one_wins_whole(name: str, place: Path, *, force: bool) -> None:
+    """By force the last one; without it the first one, though the other began before there was anything."""
+    last_wins = force and name != "set"  # a directory that came to be meanwhile may hold what nobody looked at
+    options = (*(("--force",) if force else ()), *(("--max-shard-size", "1kB") if name == "set" else ()))
+    with paused("posix_fallocate", *converting(place, name, *options)) as late:
+        other = run_limited("remap", place / "in.safetensors", "-o", place / name, "--rename", "*=x.*", *options)
+        assert other.code == 0
+        late.send_signal(signal.SIGCONT)
+        _, err = late.communicate()
+    assert late.returncode == (0 if last_wins else 2), err
+    assert last_wins or err.startswith(f"ckpt: {place / name}: came to be while this was written, and was left alone")
+    found = place / name / "model.safetensors" if name == "set" else place / name
+    state = torch.load(found, weights_only=True) if name == "new.pt" else load_file(found)
+    assert same_state(state, STATE if last_wins else {f"x.{key}": value for key, value in STATE.items()})
+    assert names_in(place) == sorted(["in.safetensors", "out.safetensors", name])
+
+
+def test_i15_an_input_that_is_replaced_meanwhile_is_the_one_that_was_opened(place: Path) -> None:
+    """The name leads to another file; what was read was one file, from its beginning to its end."""
+    with paused("posix_fallocate", *converting(place, "new.safetensors")) as process:
+        os.replace(place / "out.safetensors", place / "in.safetensors")
+        process.send_signal(signal.SIGCONT)
+        _, err = process.communicate()
+    assert process.returncode == 0, err
+    assert same_state(load_file(place / "new.safetensors"), STATE)
+
+
+@pytest.mark.parametrize("present", [True, False], ids=["old set", "none"])
+def test_i16_killed_between_shards_the_old_set_is_whole(place: Path, *, present: bool) -> None:
+    """The new ones lie in a directory of another name until the last of them and the index are there."""
+    options = ("--max-shard-size", "30", "--force")
+    if present:
+        assert run_limited("convert", place / "out.safetensors", "-o", place / "set", *options).code == 0
+    before = names_in(place)
+    with paused("replace", *converting(place, "set", *options)) as process:
+        process.send_signal(signal.SIGCONT)
+        os.waitpid(process.pid, os.WUNTRACED)  # the first shard has its name, the second is about to get it
+        process.kill()
+    (litter,) = set(names_in(place)) - set(before)
+    assert re.fullmatch(r"set\.ckptkit-\d+-[0-9a-f]{8}\.tmp", litter)
+    assert "model.safetensors.index.json" not in names_in(place / litter)
+    assert not present or same_state(load_file(place / "set" / "model.safetensors"), OLD)
