@@ -44,8 +44,9 @@ def run_checks(
     holds none of the tensors kept. ``progress`` is told the number of bytes after each piece.
 
     Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``; of warnings: ``code-reference``,
-    ``skipped-data``, ``unused-record``, ``reader-warning``; of notes: ``no-checksum``, ``not-dense``, ``compressed``,
-    ``constants``, ``uncounted``, and ``not-scanned``, which is always there. Raises ``RuleError`` where a rule goes
+    ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``reader-warning``; of notes:
+    ``no-checksum``, ``not-dense``, ``compressed``, ``constants``, ``uncounted``, and ``not-scanned``, which is always
+    there. Raises ``RuleError`` where a rule goes
     wrong; what is wrong with a file is a finding.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")

@@ -11,7 +11,7 @@ from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.recipes import compose
 from ckptkit.rules import Made, Rules, apply_rules, as_rules
 from ckptkit.sharing import tied
-from ckptkit.steps import dropped_entries, make_step, refuse_suspicious
+from ckptkit.steps import dropped_entries, make_step, refuse_made_up, refuse_suspicious
 from ckptkit.tensor_ops import MISMATCH_NAMES, fitting, suggestions
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
@@ -48,6 +48,7 @@ def plan_merge(
     _check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
     base = as_checkpoint(base, "base")
     refuse_suspicious(base, "base")
+    refuse_made_up(base, base)
     given = list(donors) if isinstance(donors, Sequence) else [donors]
     if not given:
         raise PlanError("there is no donor to take values from")

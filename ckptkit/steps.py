@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from ckptkit.errors import PlanError
@@ -13,10 +14,9 @@ from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.text import printable, quoted, shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE
 
-__all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_suspicious"]
+__all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_made_up", "refuse_suspicious"]
 
 _WHY_NOT = {
-    "ambiguous": "two tensors would have this name when written flat",
     "meta": "it has no values: it was saved from the meta device",
     "unknown": "nothing is known here of its dtype",
     "subclass": "it is a tensor subclass, whose parts only its own code can put together",
@@ -28,6 +28,7 @@ def make_step(out: TensorInfo, how: Made, role: str, checkpoint: Checkpoint) -> 
 
     Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where an operation does not fit.
     """
+    refuse_made_up(checkpoint, [key for key in how.sources if key == out.key])
     found = how.describe(out.key, checkpoint)
     leave_out = f"leave it out: --drop {shell_word(literal(how.sources[0]))}"
     if found.kind != "dense":
@@ -78,6 +79,24 @@ def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
             hint="get the weights from a source that you trust",
             path=checkpoint.path,
         )
+
+
+def refuse_made_up(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+    """Raise ``PlanError`` where one of the keys, which shall name a tensor of an output, is a name of ours."""
+    made_up = checkpoint.made_up
+    key = next((key for key in keys if key in made_up), None) if made_up else None
+    if key is None:
+        return
+    dotted = made_up[key]
+    others = [dotted] if dotted in checkpoint and dotted not in made_up else []
+    others += [other for other, name in made_up.items() if name == dotted and other != key]
+    raise PlanError(
+        f"{quoted(others[0])} and {quoted(key)} would both be called {quoted(dotted)}"
+        if others
+        else f"{quoted(key)} is no name: the file has another thing than a string for a key",
+        hint=f"leave it out: --drop {shell_word(literal(key))}, or give it a name with --rename",
+        path=checkpoint.path,
+    )
 
 
 def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:

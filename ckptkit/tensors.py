@@ -176,7 +176,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     Close it, or use it as a context manager. ``entries`` lists what is no tensor of the mapping,
     ``references`` the code that the file names and that was not run, ``envelope`` which mapping
     inside the file was taken (empty: the file itself), ``versions`` the module versions that a
-    state_dict carries as its ``_metadata``.
+    state_dict carries as its ``_metadata``, ``made_up`` the keys that are names of ours, since the dotted names that
+    they stand for are those of several places, or made of keys that are no strings.
     """
 
     def __init__(
@@ -193,6 +194,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         suspicious: bool = False,
         envelope: str = "",
         versions: Mapping[str, int] | None = None,
+        made_up: Mapping[str, str] | None = None,
         span: Callable[[TensorInfo], Payload | None] | None = None,
         records: Callable[[], Iterable[Record]] | None = None,
         files: Sequence[str] = (),
@@ -215,6 +217,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.suspicious = suspicious
         self.envelope = envelope
         self.versions: Mapping[str, int] = MappingProxyType(dict(versions or {}))
+        self.made_up: Mapping[str, str] = MappingProxyType(dict(made_up or {}))
         self.files = tuple(files)
 
     def __getitem__(self, key: str) -> TensorInfo:

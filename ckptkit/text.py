@@ -44,8 +44,11 @@ def _escape(char: str) -> str:
 
 
 def quoted(name: str) -> str:
-    """Return ``name`` printable and in single quotes, for use inside a sentence."""
-    inner = printable(name).replace("'", "\\'")
+    """Return ``name`` printable and in quotes, as Python would write it, for use inside a sentence."""
+    shown = printable(name)
+    if "'" in shown and '"' not in shown:
+        return f'"{shown}"'
+    inner = shown.replace("'", "\\'")
     return f"'{inner}'"
 
 
@@ -56,6 +59,8 @@ def shell_word(text: str) -> str:
     """
     if printable(text) == text and "'" not in text:
         return f"'{text}'"
+    if printable(text) == text and not any(char in text for char in '"$`\\!'):
+        return f'"{text}"'
     if len(text) > _LONGEST:
         return quoted(text)
     return "$'" + "".join(map(_for_shell, text)) + "'"

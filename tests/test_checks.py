@@ -351,6 +351,12 @@ SAID: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     "B18 no checksums": (_without_checksums, "no-checksum", "note", "no checksums in the archive"),
     "B19 skipped data": (_skipped, "skipped-data", "warning", "2 records without a checksum"),
     "B30 unused": (_unused, "unused-record", "warning", "archive/data/9"),
+    "E1 one name": (
+        _torch({"a.b": torch.ones(2), "a": {"b": torch.ones(2)}}),
+        "same-name",
+        "warning",
+        "both be called",
+    ),
     "another suffix": (_misnamed, "reader-warning", "warning", "the name says safetensors"),
     "code": (_torch({"w": torch.ones(2), "net": nn.ReLU()}), "code-reference", "warning", "not run: torch.nn"),
     "malicious": (_torch({"w": torch.ones(2), "x": _Evil()}), "code-suspicious", "error", "posix.system"),

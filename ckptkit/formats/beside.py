@@ -106,7 +106,7 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         found = read_json(directory, name)
         chosen = [key for key in _TOLD[name] if found.get(key) is not None]
         chosen += [key for key, value in found.items() if key not in chosen and isinstance(value, str | int | float)]
-        return Entry(name, "json", {key: describe((key,), found[key], outlined).value for key in chosen[:_MOST_VALUES]})
+        return Entry(name, "json", {key: describe(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]})
     file = LocalFile(os.path.join(directory, name))
     try:
         made = read_torch(file, largest=left[0])
@@ -114,6 +114,6 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         suspicious = [code for code in made.objects.interpreter.references if is_suspicious(code)]
         said = code_warnings([], suspicious)
         warnings.extend(Remark(f"{name} {text}", text.code, text.severity) for text in said)
-        return describe((name,), made.tree, outlined)
+        return describe(name, made.tree, outlined)
     finally:
         file.close()

@@ -22,11 +22,12 @@ from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_bu
 from ckptkit.formats.dcp_metadata import DcpMetadata, Path, Place, StoredTensor, read_metadata
 from ckptkit.formats.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
 from ckptkit.formats.file_pool import FilePool, Section
+from ckptkit.formats.naming import type_name
 from ckptkit.formats.sharded import is_plain_name
 from ckptkit.formats.torch_checkpoint import TorchFile, assemble
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch_zip import read_torch_zip
-from ckptkit.formats.tree import leaves, type_name
+from ckptkit.formats.tree import leaves
 from ckptkit.formats.zip_directory import ZipDirectory, read_zip_directory
 from ckptkit.storage import Extent, Inflated, Region
 from ckptkit.tensors import DTYPES, Checkpoint, Payload, Record, TensorInfo

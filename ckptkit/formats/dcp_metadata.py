@@ -13,8 +13,8 @@ from typing import Final
 from ckptkit.errors import FormatError
 from ckptkit.formats.blocks import Box
 from ckptkit.formats.inert import Global, Interpreter, Placeholder
+from ckptkit.formats.naming import type_name
 from ckptkit.formats.torch_objects import DTypeRef, TorchObjects
-from ckptkit.formats.tree import type_name
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.text import plural, quoted
 

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import MappingValue, Placeholder
+from ckptkit.formats.naming import type_name
 from ckptkit.formats.torch_objects import TensorRef
-from ckptkit.formats.tree import type_name
-from ckptkit.text import plural, printable
+from ckptkit.text import plural, printable, quoted
 
 __all__ = ["ModuleWalker", "Parts", "open_modules"]
 
@@ -95,7 +95,10 @@ class ModuleWalker:
             self.budget -= 3 + len(parts.entries) + len(parts.children) + len(parts.hidden)
             if self.budget < 0:
                 raise FormatError("modules refer to each other so often that they expand too far")
-            made.update((prefix + name, value) for name, value in parts.entries)
+            for name, value in parts.entries:
+                if prefix + name in made:
+                    raise FormatError(f"two tensors of the module would both be called {quoted(prefix + name)}")
+                made[prefix + name] = value
             hidden += [prefix + name for name in parts.hidden]
             loose += [prefix + name for name in parts.loose]
             stack.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(parts.children))

@@ -11,9 +11,10 @@ from ckptkit.errors import FormatError
 from ckptkit.findings import Remark
 from ckptkit.formats.inert import MappingValue, Placeholder
 from ckptkit.formats.modules import open_modules
+from ckptkit.formats.naming import Names, Path, flat_key, key_name, name_places, type_name
 from ckptkit.formats.strided import Strided
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
-from ckptkit.formats.tree import describe, exact_key, flat_key, leaves, select, type_name
+from ckptkit.formats.tree import describe, leaves, select
 from ckptkit.storage import Region
 from ckptkit.tensors import (
     DTYPES,
@@ -34,6 +35,7 @@ __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "code_warnings"]
 LARGEST_PICKLE = 256 << 20
 _BUDGET_PER_BYTE = 2
 _NAMES_PER_BYTE = 64
+_PART = 4  # what a part of a path costs beside its characters
 _MOST_OUTLINED = 1_000_000
 _MOST_ENTRIES = 100_000
 _MOST_TENSORS = 1_000_000
@@ -76,34 +78,35 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
             hint="save its state_dict() and give that",
         )
     outlined = [_MOST_OUTLINED]
-    tensors, entries, warnings = _sort_leaves(value, file.pickle_size, outlined)
+    tensors, entries, names = _sort_leaves(value, file.pickle_size, outlined)
     places: dict[str, Region] = {}
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
-    for key, (tensor, ambiguous) in tensors.items():
+    for key, tensor in tensors.items():
         if tensor.kind == "dense" and file.uncertain(tensor):
             tensor = replace(tensor, kind="big-endian")  # noqa: PLW2901 - what is listed of it
-        infos[key] = _info(key, tensor, ids, ambiguous=ambiguous)
+        infos[key] = _info(key, tensor, ids)
         if tensor.storage is not None and tensor.storage.key not in places:
             places[tensor.storage.key] = file.locate(tensor.storage)
     entries = _outside(tree, chosen, outlined) + entries
     references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
-    warnings += [*file.warnings, *notes, *code_warnings(references, suspicious)]
+    warnings = [*names.warnings, *file.warnings, *notes, *code_warnings(references, suspicious)]
     if (repeated := file.objects.interpreter.repeated) is not None:
-        warnings.append(f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch")
-    warnings += _seen_twice(infos, {key: tensor for key, (tensor, _) in tensors.items()})
+        said = f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch"
+        warnings.append(Remark(said, "repeated-key"))
+    warnings += _seen_twice(infos, tensors)
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
     def span(info: TensorInfo) -> Payload | None:
-        tensor = tensors[info.key][0]
+        tensor = tensors[info.key]
         if tensor.conj or tensor.neg or info.kind != "dense" or tensor.storage is None:
             return None
         return _span(info, places[tensor.storage.key])
 
     def payload(info: TensorInfo) -> Payload:
-        tensor = tensors[info.key][0]
+        tensor = tensors[info.key]
         if info.kind != "dense" or tensor.storage is None:
             raise FormatError(f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=path)
         whole = places[tensor.storage.key]
@@ -112,7 +115,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
 
     def records() -> Iterable[Record]:
         held: dict[str, list[str]] = {}
-        for key, (tensor, _) in tensors.items():
+        for key, tensor in tensors.items():
             if tensor.storage is not None:
                 held.setdefault(tensor.storage.key, []).append(key)
         return file.records({**_held_outside(tree, file.pickle_size), **held} if chosen else held)
@@ -127,7 +130,8 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         references=references,
         suspicious=bool(suspicious),
         versions=_versions(value),
-        envelope=flat_key(chosen) if chosen else "",
+        envelope=inner or (flat_key(chosen) if chosen else ""),
+        made_up={name: dotted for name, dotted in names.made_up.items() if name in infos},
         span=span,
         records=records,
         files=[path],
@@ -136,42 +140,33 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     )
 
 
-def _sort_leaves(
-    value: object, size: int, outlined: list[int]
-) -> tuple[dict[str, tuple[TensorRef, bool]], list[Entry], list[str]]:
-    tensors: dict[str, tuple[TensorRef, bool]] = {}
-    entries: list[Entry] = []
-    warnings: list[str] = []
-    if isinstance(value, MappingValue) and value.attributes:
-        entries.extend(describe((name,), inner, outlined) for name, inner in value.attributes.items())
-    names = _NAMES_PER_BYTE * size + 1_000_000
-    unlisted = 0
+def _sort_leaves(value: object, size: int, outlined: list[int]) -> tuple[dict[str, TensorRef], list[Entry], Names]:
+    found: list[tuple[Path, object]] = []
+    budget = _NAMES_PER_BYTE * size + 1_000_000
+    tensors = unlisted = 0
     for place, leaf in leaves(value, [_BUDGET_PER_BYTE * size + 1000]):
-        if len(entries) >= _MOST_ENTRIES and not isinstance(leaf, TensorRef):
+        is_tensor = isinstance(leaf, TensorRef)
+        if not is_tensor and not (place or isinstance(leaf, list | tuple)):
+            continue
+        if not is_tensor and len(found) - tensors >= _MOST_ENTRIES:
             unlisted += 1
             continue
-        key = flat_key(place)
-        names -= len(key)
-        if names < 0:
+        budget -= len(flat_key(place)) + _PART * len(place)
+        if budget < 0:
             raise FormatError("the structure is nested so that its names take many times its own size")
-        if not isinstance(leaf, TensorRef):
-            if place or isinstance(leaf, list | tuple):
-                entries.append(describe(place, leaf, outlined))
-            continue
-        if len(tensors) >= _MOST_TENSORS:
+        tensors += is_tensor
+        if tensors > _MOST_TENSORS:
             raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
-        if key in tensors:
-            exact = exact_key(place)
-            while exact in tensors:  # keys that are no names, such as tuples, are written alike
-                exact = f"{exact}#{len(tensors)}"
-            warnings.append(f"two tensors would both be called {quoted(key)}: one is listed as {printable(exact)}")
-            tensors[key] = (tensors[key][0], True)
-            tensors[exact] = (leaf, True)
-        else:
-            tensors[key] = (leaf, False)
+        found.append((place, leaf))
+    names = name_places([place for place, _ in found])
+    named = list(zip(names.names, (leaf for _, leaf in found), strict=True))
+    entries = []
+    if isinstance(value, MappingValue):
+        entries += [describe(key_name(name), inner, outlined) for name, inner in value.attributes.items()]
+    entries += [describe(name, leaf, outlined) for name, leaf in named if not isinstance(leaf, TensorRef)]
     if unlisted:
-        warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
-    return tensors, entries, warnings
+        names.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
+    return {name: leaf for name, leaf in named if isinstance(leaf, TensorRef)}, entries, names
 
 
 def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:
@@ -189,17 +184,17 @@ def _versions(value: object) -> dict[str, int]:
     return versions_from(table) if isinstance(table, Mapping) else {}
 
 
-def _outside(tree: object, chosen: tuple[object, ...], outlined: list[int]) -> list[Entry]:
-    entries: list[Entry] = []
+def _outside(tree: object, chosen: Path, outlined: list[int]) -> list[Entry]:
+    found: list[tuple[Path, object]] = []
     level = tree
     for depth, key in enumerate(chosen):
         if not isinstance(level, Mapping):
             break
-        others = [other for other in level if other is not key]
-        described = (describe((*chosen[:depth], other), level[other], outlined) for other in others)
-        entries.extend(entry._replace(outside=True) for entry in described)
+        found += [((*chosen[:depth], other), level[other]) for other in level if other is not key]
         level = level[key]
-    return entries
+    names = name_places([place for place, _ in found]).names
+    entries = (describe(name, value, outlined) for name, (_, value) in zip(names, found, strict=True))
+    return [entry._replace(outside=True) for entry in entries]
 
 
 def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
@@ -226,10 +221,10 @@ def code_warnings(references: list[str], suspicious: list[str]) -> list[Remark]:
     return []
 
 
-def _info(key: str, tensor: TensorRef, ids: dict[str, int], *, ambiguous: bool) -> TensorInfo:
+def _info(key: str, tensor: TensorRef, ids: dict[str, int]) -> TensorInfo:
     if math.prod(size or 1 for size in tensor.shape) >= 2**63:
         raise FormatError(f"{quoted(key)}: the shape {str(list(tensor.shape))[:80]} overflows")
-    kind = "ambiguous" if ambiguous and tensor.kind == "dense" else tensor.kind
+    kind = tensor.kind
     if tensor.storage is None:
         return TensorInfo(key, tensor.dtype, tensor.shape, kind=kind)
     shape, stride, offset, bits = tensor.shape, tensor.stride, tensor.offset, DTYPES[tensor.dtype].bits

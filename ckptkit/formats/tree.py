@@ -6,20 +6,20 @@ import math
 from collections.abc import Iterator, Mapping
 
 from ckptkit.errors import FormatError
-from ckptkit.formats.inert import Global, MappingValue, Placeholder
+from ckptkit.formats.inert import Placeholder
+from ckptkit.formats.naming import Path, exact_key, key_name, type_name
 from ckptkit.formats.torch_objects import TensorRef
 from ckptkit.tensors import Entry
-from ckptkit.text import plural, printable, quoted
+from ckptkit.text import plural, printable, quoted, shell_word
 from ckptkit.wrappers import choose_envelope
 
-__all__ = ["describe", "exact_key", "flat_key", "leaves", "select", "type_name"]
+__all__ = ["describe", "leaves", "select"]
 
 _DEEPEST = 200
 _MOST_SHOWN = 64
 _LONGEST_SHOWN = 2000
 _LONGEST_LISTED = 1000
 _SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
-Path = tuple[object, ...]
 
 
 def _is_tensor(value: object) -> bool:
@@ -43,19 +43,38 @@ def select(tree: object, inner: str) -> tuple[object, Path]:
 
 
 def _descend(tree: object, inner: str) -> tuple[object, Path]:
-    value, path, rest = tree, [], inner
-    while rest:
-        keys = _children(value)
-        # Keys contain dots themselves: the longest one that fits is meant.
-        fitting = [key for key in keys if rest == _name(key) or rest.startswith(f"{_name(key)}.")]
-        if not fitting:
-            known = ", ".join(printable(_name(key)) for key in list(keys)[:12])
-            raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"at that level there is: {known or 'nothing'}")
-        key = max(fitting, key=lambda key: len(_name(key)))
-        value = keys[key]
-        path.append(key)
-        rest = rest[len(_name(key)) + 1 :]
-    return value, tuple(path)
+    """Follow every reading of ``inner`` at once: keys have dots themselves, and may be given as ``['a.b']`` too."""
+    reached: list[tuple[object, Path]] = []
+    open_: list[tuple[object, Path, str]] = [(tree, (), inner)]
+    seen: set[tuple[int, int]] = set()
+    stuck, deepest = tree, 0
+    while open_:
+        value, path, rest = open_.pop()
+        if not rest:
+            reached.append((value, path))
+            continue
+        if (id(value), len(rest)) in seen:  # a small file can reach one value on many ways
+            continue
+        seen.add((id(value), len(rest)))
+        further = list(_steps(value, rest))
+        open_.extend((inside, (*path, key), left) for key, inside, left in reversed(further))
+        if not further and len(path) >= deepest:
+            stuck, deepest = value, len(path)
+    if len(reached) > 1:
+        listed = " or ".join(shell_word(f"::{exact_key(path)}") for _, path in reached[:4])
+        raise FormatError(f"{quoted(inner)} is {len(reached)} things in it", hint=f"write {listed}")
+    if not reached:
+        known = ", ".join(printable(key_name(key)) for key in list(_children(stuck))[:12])
+        raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"at that level there is: {known or 'nothing'}")
+    return reached[0]
+
+
+def _steps(value: object, rest: str) -> Iterator[tuple[object, object, str]]:
+    """Yield each key of ``value`` that ``rest`` can begin with, what is there, and what is left of ``rest``."""
+    for key, inside in _children(value).items():
+        for written in (key_name(key), exact_key((key,))):
+            if rest.startswith(written) and rest[len(written) : len(written) + 1] in ("", ".", "["):
+                yield key, inside, rest[len(written) :].removeprefix(".")
 
 
 def _children(value: object) -> Mapping[object, object]:
@@ -66,14 +85,6 @@ def _children(value: object) -> Mapping[object, object]:
     if isinstance(value, Placeholder) and isinstance(value.state, Mapping):
         return value.state
     return {}
-
-
-def _name(key: object) -> str:
-    if isinstance(key, str):
-        return key
-    if isinstance(key, int | float | None):
-        return str(key)
-    return f"<{type_name(key)}>"
 
 
 def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
@@ -113,23 +124,13 @@ def _below(path: Path, pairs: object) -> Iterator[tuple[Path, object]]:
         yield (*path, key), value
 
 
-def flat_key(path: Path) -> str:
-    """Return the dotted key of a path, as ``state_dict`` would name it."""
-    return path[0] if len(path) == 1 and isinstance(path[0], str) else ".".join(map(_name, path))
-
-
-def exact_key(path: Path) -> str:
-    """Return the path written out key by key, for where dotted keys would collide."""
-    return "".join(f"[{key!r}]" if isinstance(key, str | int) else f"[{_name(key)}]" for key in path)
-
-
-def describe(path: Path, value: object, budget: list[int]) -> Entry:
+def describe(name: str, value: object, budget: list[int]) -> Entry:
     """Return an entry for ``value``: itself where it is small and JSON can hold it, else what it is made of.
 
     ``budget[0]`` bounds the places that are looked at, over all calls together.
     """
     shown = _plain(value, [_MOST_SHOWN], 4)
-    return Entry(flat_key(path), type_name(value), _outline(value, budget) if shown is _TOO_MUCH else shown)
+    return Entry(name, type_name(value), _outline(value, budget) if shown is _TOO_MUCH else shown)
 
 
 _TOO_MUCH = object()
@@ -178,16 +179,3 @@ def _outline(value: object, budget: list[int]) -> str:
     except FormatError:
         return f"{plural(len(value), 'item')}, too deep or too many to count"
     return plural(len(value), "item") + (f", {plural(tensors, 'tensor')}" if tensors else "")
-
-
-def type_name(value: object) -> str:
-    """Return what kind of thing ``value`` is, by the class that the pickle names for it."""
-    if isinstance(value, TensorRef):
-        return "tensor"
-    if isinstance(value, MappingValue):
-        return value.kind
-    if isinstance(value, Placeholder):
-        return str(value.factory) if isinstance(value.factory, Global) else "object"
-    if isinstance(value, Global):
-        return str(value)
-    return "null" if value is None else type(value).__name__

@@ -164,20 +164,3 @@ def test_unusual_trees_are_listed(tmp_path: Path, legacy: bool, tree: Any, keys:
     with opened(tmp_path, saved(tree, legacy=legacy)) as checkpoint:
         assert list(checkpoint) == keys
         assert {checkpoint.read_bytes(key) for key in keys} <= {bits(torch.ones(1)), bits(torch.ones(2))}
-
-
-@pytest.mark.parametrize(
-    "tree",
-    [
-        pytest.param({"a.b": torch.zeros(1), "a": {"b": torch.ones(1)}}, id="E1 a dot and a level"),
-        pytest.param({0: torch.zeros(1), "0": torch.ones(1)}, id="E2 int and str"),
-        pytest.param({(0, 1): torch.zeros(1), (0, 2): torch.ones(1), (0, 3): torch.ones(1)}, id="E4 tuples"),
-        pytest.param({"[0]": torch.ones(1), 0: torch.ones(1), "0": torch.zeros(1)}, id="a name that looks exact"),
-    ],
-)
-def test_keys_that_would_collide_are_all_listed_and_none_can_be_mistaken(tmp_path: Path, tree: dict[Any, Any]) -> None:
-    tree = {"": {}, **tree}
-    with opened(tmp_path, saved({"x": tree, "n": 1, "m": 2})) as checkpoint:
-        assert len(checkpoint) == len(tree) - 1
-        assert [info.kind for info in checkpoint.values()].count("ambiguous") >= 2
-        assert any("would both be called" in text for text in checkpoint.warnings)
