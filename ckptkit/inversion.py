@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from ckptkit.errors import PlanError
 from ckptkit.plan import Plan, Source, Step
 from ckptkit.plan_files import SavedPlan, header_digest
-from ckptkit.recipes import Recipe, outline
+from ckptkit.recipes import Recipe
 from ckptkit.tensor_ops import invert_chain
 from ckptkit.tensors import TensorInfo
 from ckptkit.text import quoted
@@ -71,15 +71,15 @@ def _undo(group: list[Step], saved: SavedPlan) -> list[Step] | str:
     if first.recipe is None:
         return [_back(source, (first,), None, saved) for source in (*first.sources, *first.equals)]
     if any(isinstance(item, Recipe) for item in first.recipe.inputs):
-        return f"{name} was made in several passes ({outline(first.recipe)})"
+        return f"{name} was made in several passes ({first.recipe.outline()})"
     chain = invert_chain(first.recipe.operations, [saved.inputs[source].shape for source in first.sources])
     if chain is None:
-        return f"{name} was made by {outline(first.recipe)}, which loses something"
+        return f"{name} was made by {first.recipe.outline()}, which loses something"
     parts = {step.recipe.part: step for step in group if step.recipe is not None}
     missing = first.recipe.operations[-1].outputs - len(parts)
     if missing:
         return (
-            f"{name} is one of {missing + len(parts)} parts that {outline(first.recipe)} makes, and not all were kept"
+            f"{name} is one of {missing + len(parts)} parts that {first.recipe.outline()} makes, and not all were kept"
         )
     news = tuple(parts[part] for part in sorted(parts))
     inputs = tuple(range(len(news)))
@@ -90,5 +90,5 @@ def _back(source: Source, news: tuple[Step, ...], recipe: Recipe | None, saved: 
     info = saved.inputs[source]
     out = TensorInfo(source.key, info.dtype, info.shape)
     rule = f"undoes {quoted(news[0].rule)}" if news[0].rule else ""
-    names = "copy" if recipe is None else outline(recipe)
+    names = "copy" if recipe is None else recipe.outline()
     return Step(out, tuple(Source(_ROLE, step.out.key) for step in news), names, rule, recipe)

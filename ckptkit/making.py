@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plan import Step
-from ckptkit.recipes import Recipe, cook, recipe_dtype, recipe_shape
 from ckptkit.tensors import DTYPES, Checkpoint, Payload, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import Cast, Live
@@ -49,6 +48,8 @@ class Maker:
         if step.recipe is None:
             made = self._read(step, 0)
         else:
+            from ckptkit.recipes import Recipe, cook
+
             # All outputs of one chain over the same sources are one piece of work.
             work = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
             if self._made is None or self._made[0] != work:
@@ -73,6 +74,8 @@ class Maker:
         shape, dtype = infos[0].shape, infos[0].dtype
         try:
             if step.recipe is not None:
+                from ckptkit.recipes import recipe_dtype, recipe_shape
+
                 shape = recipe_shape(step.recipe, [info.shape for info in infos])
                 dtype = recipe_dtype(step.recipe, [info.dtype for info in infos])
             same = shape == step.out.shape and (dtype == step.out.dtype or step.operation.endswith("cast"))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from ckptkit.recipes import Recipe
 from ckptkit.sharing import overlapping
 from ckptkit.tensors import TensorInfo
+
+if TYPE_CHECKING:
+    from ckptkit.recipes import Recipe
 
 __all__ = ["Dropped", "Plan", "Source", "Step", "ties_broken"]
 

@@ -11,7 +11,7 @@ from ckptkit.tensor_ops import Operation, Shape, apply_chain, chain_dtypes, chai
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Recipe", "compose", "cook", "outline", "recipe_dtype", "recipe_shape"]
+__all__ = ["Recipe", "compose", "cook", "recipe_dtype", "recipe_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,11 @@ class Recipe:
     inputs: tuple[int | Recipe, ...]
     operations: tuple[Operation, ...]
     part: int = 0
+
+    def outline(self) -> str:
+        """Return the names of the operations in the order in which they run: ``stack, transpose``."""
+        inner = dict.fromkeys(item.outline() for item in self.inputs if isinstance(item, Recipe))
+        return ", ".join([*inner, *(operation.name for operation in self.operations)])
 
 
 def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: tuple[Operation, ...]) -> list[Recipe]:
@@ -68,9 +73,3 @@ def cook(recipe: Recipe, read: Callable[[int], torch.Tensor]) -> tuple[torch.Ten
     """Return every output of the recipe's last operation; ``read`` gives a source by its number."""
     inputs = [read(item) if isinstance(item, int) else cook(item, read)[item.part] for item in recipe.inputs]
     return apply_chain(recipe.operations, inputs)
-
-
-def outline(recipe: Recipe) -> str:
-    """Return the names of the operations in the order in which they run: ``stack, transpose``."""
-    inner = dict.fromkeys(outline(item) for item in recipe.inputs if isinstance(item, Recipe))
-    return ", ".join([*inner, *(operation.name for operation in recipe.operations)])

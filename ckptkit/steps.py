@@ -8,7 +8,6 @@ from dataclasses import replace
 from ckptkit.errors import PlanError
 from ckptkit.keys import literal
 from ckptkit.plan import Dropped, Source, Step
-from ckptkit.recipes import outline
 from ckptkit.rules import Made
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.text import printable, quoted, shell_word
@@ -40,7 +39,7 @@ def make_step(out: TensorInfo, how: Made, role: str, checkpoint: Checkpoint) -> 
     for key in how.equals:
         if (checkpoint[key].dtype, checkpoint[key].shape) != (found.dtype, found.shape):
             raise PlanError(f"{quoted(key)} is {checkpoint[key]} and cannot equal {quoted(found.key)}")
-    names = [] if how.recipe is None else [outline(how.recipe)]
+    names = [] if how.recipe is None else [how.recipe.outline()]
     names += ["cast"] if out.dtype != found.dtype else []
     made = replace(out, view=found.view, kind="dense")
     return Step(made, sources, ", ".join(names) or "copy", how.rule, how.recipe, equals)

@@ -16,9 +16,7 @@ import click
 from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml
 from ckptkit.errors import one_line
 from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
-from ckptkit.inversion import invert_plan
 from ckptkit.plan import Plan, ties_broken
-from ckptkit.plan_files import apply_plan, plan_from_json, plan_to_json
 from ckptkit.report.plan import plan_document, plan_page, written_text
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
@@ -102,6 +100,8 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
     """Print the plan, or execute it and say what was written."""
     plan = fit(plan, job.output)
     if job.plan_file is not None:
+        from ckptkit.plan_files import plan_to_json
+
         _write_plan(job.plan_file, plan_to_json(plan, sources), force=job.output.force)
     written = None if job.dry_run else _execute(plan, sources, job)
     if job.dry_run or job.form is not Form.TEXT:
@@ -121,6 +121,9 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
 
 def planned(sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None) -> Plan:
     """Return the plan of a file for these inputs, by role: as it is, or turned round."""
+    from ckptkit.inversion import invert_plan
+    from ckptkit.plan_files import apply_plan, plan_from_json
+
     path = apply_file or invert_file
     assert path is not None  # noqa: S101 - the commands ask for one of them
     with about(path):

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 from ckptkit.errors import RuleError
 from ckptkit.keys import Fit, matches_any
-from ckptkit.recipes import compose
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
 from ckptkit.text import plural, quoted, shell_word
 
@@ -136,6 +135,8 @@ class _Pass:
 
     def finish(self, rule: Rule, names: Sequence[str], members: Sequence[_Member]) -> None:
         """Give what the rule's operations make of a whole group of tensors to the names that wait for it."""
+        from ckptkit.recipes import compose
+
         inputs = [member for which in range(len(rule.sources)) for member in _in_order(rule, which, names, members)]
         sources = tuple(source for member in inputs for source in member.made.sources)
         said = dict.fromkeys(member.made.rule for member in inputs if member.made.rule)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from ckptkit.errors import RuleError
 from ckptkit.keys import Pattern, Template
-from ckptkit.recipes import Recipe, recipe_dtype, recipe_shape
-from ckptkit.tensor_ops import Operation
 from ckptkit.tensors import TensorInfo
 from ckptkit.text import quoted, shell_word
+
+if TYPE_CHECKING:  # commands that only rename, or list, need no operations
+    from ckptkit.recipes import Recipe
+    from ckptkit.tensor_ops import Operation
 
 __all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage"]
 
@@ -88,6 +91,8 @@ class Made:
         first = infos[self.sources[0]]
         if self.recipe is None:
             return first
+        from ckptkit.recipes import recipe_dtype, recipe_shape
+
         sources = [infos[name] for name in self.sources]
         try:
             for info in sources:

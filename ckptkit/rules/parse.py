@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import RuleError
 from ckptkit.keys import Template, parse_pattern, parse_rename, parse_template
 from ckptkit.rules.model import Rule, Rules, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
-from ckptkit.tensor_ops import Operation, parse_operations
 from ckptkit.text import quoted
+
+if TYPE_CHECKING:
+    from ckptkit.tensor_ops import Operation
 
 __all__ = ["as_rules", "parse_rules", "rule_lines", "rules_from_table"]
 
@@ -123,6 +125,8 @@ def _rule(table: Mapping[str, Any], where: str, variables: Mapping[str, int]) ->
     )
     operations: tuple[Operation, ...] = ()
     if "op" in table:
+        from ckptkit.tensor_ops import parse_operations
+
         operations = parse_operations(table["op"], variables)
         _check_operations(operations, targets, on_collision, is_regex=any(source.is_regex for source in sources))
     return Rule(sources, templates if targets else (), operations, optional, on_collision, where)

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.expressions import evaluate
 from ckptkit.text import quoted
 
 __all__ = ["NO_VARIABLES", "Settings", "parse_setting"]
@@ -53,6 +52,8 @@ class Settings:
             raise RuleError("it is no integer", hint='write a number, arithmetic, or "config:NAME"')
         if value.startswith(_FROM_CONFIG):
             return self._from_config(value.removeprefix(_FROM_CONFIG))
+        from ckptkit.tensor_ops.expressions import evaluate
+
         return evaluate(value, known)
 
     def _from_config(self, path: str) -> int:
