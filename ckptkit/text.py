@@ -5,9 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["html_table", "human_bytes", "plural", "printable", "quoted", "shell_word"]
+__all__ = ["html_table", "human_bytes", "look_alikes", "plural", "printable", "quoted", "shell_word"]
 
 _LONGEST = 400
+# Letters of Cyrillic and Greek that are drawn like Latin ones; of compatibility forms, such as wide letters, Unicode
+# itself knows what they stand for.
+_DRAWN_ALIKE = str.maketrans(
+    "\u0430\u0435\u043e\u0440\u0441\u0443\u0445\u0456\u0458\u0455\u0501\u04bb\u051b\u051d"
+    "\u0410\u0412\u0415\u041a\u041c\u041d\u041e\u0420\u0421\u0422\u0425\u0406\u0408\u0405"
+    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7"
+    "\u03b1\u03b3\u03b9\u03bd\u03bf\u03c1\u03c5\u0131",
+    "aeopcyxijsdhqwABEKMHOPCTXIJSABEZHIKMNOPTYXayivopui",
+)
 # Characters that str.isprintable() lets pass and that nothing is drawn for: fillers, joiners, variation selectors.
 _INVISIBLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -74,6 +83,28 @@ def _for_shell(char: str) -> str:
     code = ord(char)
     # A shell takes \x for a byte, and \u for a character.
     return f"\\x{code:02x}" if code < 0x80 else f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"
+
+
+def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
+    """Return the first two different names that a reader would take for the same, or None.
+
+    Composed and decomposed accents, characters that are not drawn, wide letters, and the letters of Cyrillic and
+    Greek that look Latin are told apart by a machine alone.
+    """
+    names = list(names)
+    if all(map(str.isascii, names)):
+        return None
+    import unicodedata
+
+    seen: dict[str, str] = {}
+    for name in names:
+        drawn = name
+        if not name.isascii():
+            plain = unicodedata.normalize("NFKC", name).translate(_DRAWN_ALIKE)
+            drawn = "".join(char for char in plain if unicodedata.category(char) != "Cf" and not _INVISIBLE.match(char))
+        if seen.setdefault(drawn, name) != name:
+            return seen[drawn], name
+    return None
 
 
 def plural(count: int, noun: str, nouns: str | None = None) -> str:

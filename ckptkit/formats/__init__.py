@@ -7,6 +7,7 @@ import os
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.files import open_file
 from ckptkit.tensors import Checkpoint
+from ckptkit.text import look_alikes
 
 __all__ = ["LIVE_PREFIX", "open_checkpoint"]
 
@@ -28,7 +29,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
-        return _open_path(name)
+        return _with_names_compared(_open_path(name))
     except CkptkitError as error:
         if error.path is None:
             error.path = name
@@ -38,6 +39,12 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     except MemoryError:
         pass  # refused below: until the exception is gone, it holds on to what filled the memory
     raise FormatError("describing it takes more memory than there is", path=name)
+
+
+def _with_names_compared(checkpoint: Checkpoint) -> Checkpoint:
+    if (alike := look_alikes(checkpoint)) is not None:
+        checkpoint.warnings += (f"two names look alike: {alike[0][:200]!a} and {alike[1][:200]!a}",)
+    return checkpoint
 
 
 def _open_path(name: str) -> Checkpoint:

@@ -205,7 +205,13 @@ ODD: dict[str, Odd] = {
         written(with_record("archive/data/9")), "no tensor refers to 1 stored record, such as 'archive/data/9'", "F32"
     ),
 }
-OTHER = ("B20 storage that hides it", "B23 big", "B26 TorchScript", "B28 beyond four gigabytes")
+OTHER = (
+    "B16 flipped storage checked",
+    "B20 storage that hides it",
+    "B23 big",
+    "B26 TorchScript",
+    "B28 beyond four gigabytes",
+)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -222,6 +228,15 @@ def test_b20_a_storage_that_inflates_to_more_than_named_is_never_written(tmp_pat
     """``show`` reads no tensor; what does stops where the named size ends."""
     case = Bad(lambda directory: bomb("data/0", size=16, directory=directory), "compressed data goes on behind 16")
     assert_refused(tmp_path, case, command="convert")
+
+
+def test_b16_a_flipped_bit_is_found_by_whoever_reads(tmp_path: Path) -> None:
+    """``show`` reads headers only, and says so; ``check`` reads every byte."""
+    (tmp_path / "x.pt").write_bytes(damaged(GOOD, "archive/data/0"))
+    ran = run_limited("check", tmp_path / "x.pt")
+    assert (ran.code, ran.err) == (1, "")
+    assert "'archive/data/0' does not match its checksum" in ran.out
+    assert "it holds 'w'" in ran.out
 
 
 def test_b23_big_endian_storages_are_swapped_or_refused(tmp_path: Path) -> None:
