@@ -64,7 +64,7 @@ FLOORS = (
     {"formats.modules"},
     {"formats.torch_checkpoint", "formats.dcp_metadata", "formats.dcp_safetensors"},
     {"formats.torch_zip", "formats.torch_legacy", "formats.sharded", "formats.live"},
-    {"formats.torchscript"},
+    {"formats.torchscript", "formats.torch_tar"},
     {"formats.dcp", "formats.zip_files"},
     {"formats.files"},
     {"formats.beside"},

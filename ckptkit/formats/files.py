@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.recognise import refusal_of, refuse_inner
+from ckptkit.formats.recognise import is_torch_tar, refusal_of, refuse_inner
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
@@ -67,6 +67,10 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
 
         refuse_inner(inner)
         return open_npy(file)
+    if is_torch_tar(head):
+        from ckptkit.formats.torch_tar import open_torch_tar
+
+        return open_torch_tar(file, inner)
     if _looks_like_safetensors(head):
         refuse_inner(inner)
         return open_safetensors(file)

@@ -8,8 +8,9 @@ from ckptkit.errors import FormatError
 from ckptkit.storage import LocalFile
 from ckptkit.text import quoted, shell_word
 
-__all__ = ["refusal_of", "refuse_inner"]
+__all__ = ["TAR_MEMBERS", "is_torch_tar", "refusal_of", "refuse_inner"]
 
+TAR_MEMBERS = ("sys_info", "pickle", "tensors", "storages")
 _UNPACK = "unpack it first"
 _KNOWN_MAGICS = (
     (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
@@ -22,6 +23,11 @@ _KNOWN_MAGICS = (
     (b"\x89PNG", "a PNG picture", None),
 )
 _ONNX = re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]+")  # its version, then the name of its producer
+
+
+def is_torch_tar(head: bytes) -> bool:
+    """Return whether ``head`` begins a tar archive whose first member is one of those of torch."""
+    return head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (name.encode() for name in TAR_MEMBERS)
 
 
 def refusal_of(file: LocalFile, head: bytes) -> FormatError:

@@ -15,7 +15,7 @@ from ckptkit.storage import Extent, LocalFile, Region
 from ckptkit.tensors import DTYPES, Checkpoint, Record
 from ckptkit.text import quoted
 
-__all__ = ["open_torch_legacy", "read_torch_legacy"]
+__all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of the five pickles, a number that the format is told by
 _PROTOCOL = 1001
@@ -45,18 +45,18 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
     """
     objects = TorchObjects()
     plain = Interpreter({}, {})
-    magic, pos = _pickle(file, plain, 0, largest)
+    magic, pos = read_pickle(file, plain, 0, largest=largest)
     if magic != _MAGIC:
         raise FormatError("a bare pickle, not a file of torch.save")
-    protocol, pos = _pickle(file, plain, pos, largest)
+    protocol, pos = read_pickle(file, plain, pos, largest=largest)
     if protocol != _PROTOCOL:
         raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
-    info, pos = _pickle(file, plain, pos, largest)
+    info, pos = read_pickle(file, plain, pos, largest=largest)
     big = isinstance(info, dict) and info.get("little_endian") is False
     start = pos
-    tree, pos = _pickle(file, objects.interpreter, pos, largest)
+    tree, pos = read_pickle(file, objects.interpreter, pos, largest=largest)
     size = pos - start
-    keys, pos = _pickle(file, plain, pos, largest)
+    keys, pos = read_pickle(file, plain, pos, largest=largest)
     starts = _storage_starts(file, objects, keys, pos)
 
     def locate(storage: StorageRef) -> Region:
@@ -78,10 +78,20 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
     return TorchFile(tree, objects, size, locate, records, said, uncertain)
 
 
-def _pickle(file: LocalFile, interpreter: Interpreter, start: int, largest: int) -> tuple[object, int]:
+def read_pickle(
+    file: LocalFile,
+    interpreter: Interpreter,
+    start: int,
+    *,
+    largest: int = LARGEST_PICKLE,
+    window: int = _FIRST_WINDOW,
+) -> tuple[object, int]:
+    """Return the inert value of the pickle at ``start`` and the offset behind it.
+
+    Raises ``FormatError`` where there is none, or one of more than ``largest`` bytes.
+    """
     # Where a pickle ends is known only by reading it, and the storages behind it may be large:
     # so a window is read, and a larger one only if the pickle did not end inside it.
-    window = _FIRST_WINDOW
     while True:
         data = file.read(start, min(window, file.size - start))
         try:

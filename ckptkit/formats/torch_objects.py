@@ -16,7 +16,18 @@ from ckptkit.formats.inert import Global, Interpreter, MappingValue, Placeholder
 from ckptkit.tensors import DTYPES
 from ckptkit.text import quoted
 
-__all__ = ["StorageRef", "TensorRef", "TorchObjects", "is_harmless", "is_suspicious"]
+__all__ = [
+    "STORAGE_TYPES",
+    "TENSOR_TYPES",
+    "DTypeRef",
+    "StorageRef",
+    "StorageType",
+    "TensorRef",
+    "TorchObjects",
+    "is_harmless",
+    "is_suspicious",
+    "place_tensor",
+]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -69,25 +80,36 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
 }  # fmt: skip
 
 
+_PARAMETER = "torch.nn.parameter.Parameter"
 _NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
 _MOST_DIMENSIONS = 1024
 _COMPLEX = ("C32", "C64", "C128")
 _NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
 
 
-def _constants() -> dict[str, object]:
-    table: dict[str, object] = {f"torch.{d.torch_name}": DTypeRef(d.code) for d in DTYPES.values() if d.torch_name}
-    table |= {f"torch.{name}": DTypeRef(code) for name, code in _DTYPE_ALIASES.items()}
+def _storage_types() -> dict[str, StorageType]:
+    table: dict[str, StorageType] = {}
     for name, code in _STORAGES.items():
         kind = StorageType(code)
         table |= {f"{home}.{name}Storage": kind for home in ("torch", "torch.cuda", "torch.storage")}
-    untyped = StorageType("")
-    table |= {f"torch.storage.{name}Storage": untyped for name in ("Untyped", "_Untyped")}
-    table |= {f"torch.{name}Storage": untyped for name in ("Untyped",)}
+    untyped = ("torch.storage.UntypedStorage", "torch.storage._UntypedStorage", "torch.UntypedStorage")
+    return table | dict.fromkeys(untyped, StorageType(""))
+
+
+STORAGE_TYPES: Final[Mapping[str, StorageType]] = _storage_types()
+TENSOR_TYPES: Final[Mapping[str, DTypeRef]] = {
+    f"{home}.{name}Tensor": DTypeRef(code) for name, code in _STORAGES.items() for home in ("torch", "torch.cuda")
+}
+
+
+def _constants() -> dict[str, object]:
+    table: dict[str, object] = {f"torch.{d.torch_name}": DTypeRef(d.code) for d in DTYPES.values() if d.torch_name}
+    table |= {f"torch.{name}": DTypeRef(code) for name, code in _DTYPE_ALIASES.items()}
+    table |= STORAGE_TYPES
     for scheme in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric"):
         table[f"torch.per_{scheme}"] = scheme
     table["torch.per_channel_affine_float_qparams"] = "channel_affine_float_qparams"
-    table |= dict.fromkeys(("torch.Tensor", "torch._tensor.Tensor", "torch.nn.parameter.Parameter"), "tensor")
+    table |= dict.fromkeys(("torch.Tensor", "torch._tensor.Tensor"), "tensor")
     return table
 
 
@@ -132,13 +154,13 @@ def is_harmless(name: str) -> bool:
 class TorchObjects:
     """Everything that one torch file's pickles may build, and the storages they named."""
 
-    def __init__(self) -> None:
-        """Start with no storage seen."""
+    def __init__(self, persistent: Callable[[object], object] | None = None) -> None:
+        """Start with no storage seen; ``persistent`` reads persistent ids that do not describe storages."""
         self.storages: dict[str, StorageRef] = {}
         self._locations: dict[str, str] = {}
         self.prefix = ""  # of the keys of the storages that the next pickle names
         self.sources: list[str] = []  # source files that a legacy full-module pickle embeds
-        self.interpreter = Interpreter(self._builders(), _CONSTANTS, self._persistent)
+        self.interpreter = Interpreter(self._builders(), _CONSTANTS, persistent or self._persistent)
 
     def _builders(self) -> dict[str, Callable[..., object]]:
         builders: dict[str, Callable[..., object]] = {
@@ -147,6 +169,7 @@ class TorchObjects:
             "torch._utils._rebuild_tensor_v3": _tensor_v3,
             "torch._utils._rebuild_parameter": _parameter,
             "torch._utils._rebuild_parameter_with_state": _parameter,
+            _PARAMETER: _old_parameter,
             "torch._utils._rebuild_qtensor": _quantized,
             "torch._utils._rebuild_sparse_tensor": _sparse,
             "torch._utils._rebuild_meta_tensor_no_storage": _meta,
@@ -206,7 +229,8 @@ class TorchObjects:
         if isinstance(function, Global) and function.name.startswith("_rebuild_from_type"):
             raise TypeError("itself")  # nested a thousand times, it would exhaust the interpreter's own stack
         made = self.interpreter.call(function, args)
-        if isinstance(made, TensorRef) and _kind != "tensor" and made.kind == "dense":
+        plain = _kind == "tensor" or (isinstance(_kind, Global) and str(_kind) == _PARAMETER)
+        if isinstance(made, TensorRef) and not plain and made.kind == "dense":
             return replace(made, kind="subclass")
         return made
 
@@ -281,7 +305,7 @@ def _size(sizes: object = ()) -> tuple[int, ...]:
 def _tensor(storage: object, offset: object, size: object, stride: object) -> TensorRef:
     if not isinstance(storage, StorageRef) or type(offset) is not int:
         raise TypeError("a storage or an offset of the wrong type")
-    return _place(storage, storage.dtype or "U8", offset, size, stride)
+    return place_tensor(storage, storage.dtype or "U8", offset, size, stride)
 
 
 def _tensor_v2(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
@@ -294,10 +318,11 @@ def _tensor_v3(storage: object, offset: object, size: object, stride: object, *r
         return TensorRef(str(dtype), _size(size), kind="unknown")  # of a torch that is newer than this table
     if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, DTypeRef):
         raise TypeError("a storage, an offset or a dtype of the wrong type")
-    return _flags(_place(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
+    return _flags(place_tensor(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
 
 
-def _place(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
+def place_tensor(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
+    """Return the tensor of a view into a storage; raises ``FormatError`` for numbers that torch cannot count with."""
     shape, steps = _size(size), _size(stride)
     if len(shape) != len(steps):
         raise FormatError(f"corrupt pickle: a tensor of {len(shape)} dimensions with {len(steps)} strides")
@@ -319,6 +344,11 @@ def _parameter(data: object, *_: object) -> object:
     if not isinstance(data, TensorRef):
         raise TypeError("a parameter that is no tensor")
     return data
+
+
+def _old_parameter(*args: object) -> object:
+    # Before 0.4 a parameter was made anew from its data, and the rest set on it.
+    return args[0] if args and isinstance(args[0], TensorRef) else Placeholder(Global(*_PARAMETER.rsplit(".", 1)), args)
 
 
 def _quantized(
