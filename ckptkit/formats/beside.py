@@ -82,7 +82,7 @@ def read_beside(directory: str, names: Iterable[str]) -> Beside:
         try:
             entry = _describe(directory, members[0], left, outlined, warnings)
         except CkptkitError as error:
-            warnings.append(f"{members[0]} is not read: {error.reason}")
+            warnings.append(Remark(f"{members[0]} is not read: {error.reason}", "beside-unread"))
             entry = Entry("", "file", "not read")
         path = members[0] if len(members) == 1 else family
         kind = entry.type if len(members) == 1 else plural(len(members), "file")

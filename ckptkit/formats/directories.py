@@ -12,7 +12,9 @@ from ckptkit.formats.beside import is_beside, named_beside, read_beside
 from ckptkit.formats.dcp import is_dcp, open_dcp
 from ckptkit.formats.files import TORCH_SUFFIXES, open_file
 from ckptkit.formats.recognise import refuse_inner
-from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, open_sharded
+from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, open_sharded
+from ckptkit.formats.zero import is_zero, named_states, open_zero
+from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, printable, quoted
 
@@ -23,8 +25,10 @@ _WHOLE = (
     "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-_ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)")  # accelerate numbers all models after the first
+# accelerate numbers all models after the first; of a step of DeepSpeed the fp32 weights are put together
+_ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)|global_step\d+")
 _MOST_NAMES = 1_000_000
+_LATEST, _LONGEST_TAG = "latest", 1000
 
 
 def open_index(directory: str, index: str, inner: str, *, whole: bool = False) -> Checkpoint:
@@ -41,7 +45,7 @@ def open_directory(directory: str, inner: str) -> Checkpoint:
     checkpoint, where there are several, and where a part of it is missing.
     """
     names = _names(directory)
-    beside = named_beside(names, inner)
+    beside = named_beside(names, inner) or named_states(names, inner)
     if beside is not None:
         return _open_beside(directory, *beside)
     checkpoint = _open_weights(directory, names, inner)
@@ -78,6 +82,13 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
     known = [name for name in (*_WHOLE, *_ADAPTER) if name in names]
     if index is None and is_dcp(names):
         return _with_others(open_dcp(directory, inner), "the distributed checkpoint", known)
+    if index is None and not known:
+        if is_zero(names):
+            if inner:
+                raise FormatError(f"holds nothing at {quoted(inner)}", hint="a *_states.pt file can follow the ::")
+            return open_zero(directory, names)
+        if _LATEST in names:
+            return open_directory(_tagged(directory), inner)
     adapter = [name for name in known if name in _ADAPTER]
     chosen = index or next(iter(known), None) or _only(names)
     if adapter and chosen not in adapter:
@@ -98,6 +109,22 @@ def _with_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> 
     warnings = (f"{quoted(name)} lies beside {chosen}, which is the one read" for name in others[:4])
     checkpoint.warnings += tuple(warnings)
     return checkpoint
+
+
+def _tagged(directory: str) -> str:
+    """Return the directory that the file ``latest`` names, as DeepSpeed has it: the last one saved."""
+    path = os.path.join(directory, _LATEST)
+    file = LocalFile(path)
+    try:
+        tag = file.read(0, min(file.size, _LONGEST_TAG)).decode("utf-8", "replace").strip()
+    finally:
+        file.close()
+    if not is_plain_name(tag):
+        raise FormatError(f"names the unsafe directory {quoted(tag)}", path=path)
+    inside = os.path.join(directory, tag)
+    if not os.path.isdir(inside) or os.path.exists(os.path.join(inside, _LATEST)):
+        raise FormatError(f"names {quoted(tag)}, which is no directory of a save here", path=path)
+    return inside
 
 
 def _only(names: Sequence[str]) -> str:

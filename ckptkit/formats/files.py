@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats.recognise import is_torch_tar, refusal_of, refuse_inner
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
+from ckptkit.text import plural
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch_checkpoint import TorchFile
@@ -44,6 +46,7 @@ def open_file(name: str, inner: str) -> Checkpoint:
     named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
     if named is not None and not checkpoint.format.startswith(named):
         checkpoint.warnings += (f"the name says {named}, the content is {checkpoint.format}: read by content",)
+    checkpoint.warnings += _hollow(checkpoint)
     return checkpoint
 
 
@@ -75,6 +78,14 @@ def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
         refuse_inner(inner)
         return open_safetensors(file)
     raise refusal_of(file, head)
+
+
+def _hollow(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.envelope != "module" or all(entry.path != "param_shapes" for entry in checkpoint.entries):
+        return ()
+    empty = sum(0 in info.shape for info in checkpoint.values())
+    where = "are empty here, as ZeRO-3 leaves them: the optim_states files have them, so open the directory"
+    return (Remark(f"{plural(empty, 'weight')} {where}", "empty-weights"),) if empty else ()
 
 
 def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
