@@ -6,121 +6,38 @@ A long run: ``python -m tests.formats.mutate --mutants 100000 --seed 1`` from th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import io
 import json
 import random
 import re
+import resource
 import sys
 import tempfile
-import warnings
 import zipfile
-from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-import gguf
-import numpy as np
-import torch
-from safetensors import safe_open
-
-from ckptkit.errors import CkptkitError
-from ckptkit.formats import open_checkpoint
-from ckptkit.sharing import shared_keys
 from ckptkit.tensors import DTYPES
-from tests.helpers_export import small
-from tests.helpers_formats import CODE_OF, bits, f32, rezip, safetensors_file, saved
-from tests.helpers_gguf import written
+from tests.formats.corpora import corpus, items
+from tests.formats.oracles import Seen, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch, ours
+from tests.helpers_formats import f32, rezip, safetensors_file
 
-BASE = torch.arange(12, dtype=torch.float32)
-STATE = OrderedDict(
-    [("a.weight", BASE.reshape(3, 4)), ("a.bias", BASE[4:8]), ("t", BASE.reshape(3, 4).T), ("n", torch.tensor(7))]
-)
-ARRAYS: tuple[dict[str, np.ndarray[Any, Any]], ...] = (
-    {"w": np.arange(6, dtype="<f4").reshape(2, 3), "b": np.arange(4, dtype="|i1")},
-    {"w": np.asfortranarray(np.arange(6, dtype=">f8").reshape(3, 2)), "n": np.array(7, dtype=">i2")},
-    {"w": np.arange(3, dtype="<c16"), "odd": np.array([{}, None], dtype=object), "e": np.zeros((0, 2), dtype="|b1")},
-)
-KINDS = ("safetensors", "zip", "legacy", "index", "gguf", "pt2", "npy", "npz")
+KINDS = ("safetensors", "zip", "legacy", "index", "gguf", "pt2", "npy", "npz", "dcp", "torchscript")
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
     *(b'"F32"', b'"F4"', b'"U8"', b'"\\ud800"', b",", b":", b"[", b"]", b"{", b"}", b'"', b" ", b"\\"),
 )
-_LARGEST_READ = 1 << 20
-
-
-def corpus(kind: str) -> list[bytes]:
-    """Small files of one kind, as their own libraries write them."""
-    if kind == "safetensors":
-        header = {"__metadata__": {"format": "pt"}, "w": f32(0, 24, [2, 3]), "b": f32(24, 26, [2], "U8")}
-        plain = safetensors_file(header, bytes(range(26)))
-        return [
-            plain,
-            safetensors_file({"x": f32(0, 0, [0, 3]), "y": f32(0, 2, [4], "F4"), "z": f32(2, 4, [], "BF16")}, b"abcd"),
-        ]
-    if kind == "index":
-        weight_map = {"w": "one.safetensors", "v": "two.safetensors"}
-        return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]
-    if kind in ("npy", "npz"):
-        return [_by_numpy(arrays, kind) for arrays in ARRAYS]
-    if kind == "pt2":
-        return [small()]
-    if kind == "gguf":
-        return [written(_plain_gguf), written(_quantised_gguf)]
-    nested = {
-        "model": STATE,
-        "epoch": 3,
-        "lr": 0.5,
-        "optimizer": {"state": {0: {"m": BASE}}, "param_groups": [{"params": [0]}]},
-    }
-    legacy = kind == "legacy"
-    made = [saved(tree, legacy=legacy) for tree in (STATE, nested)]
-    if legacy:
-        made = [_with_stable_keys(data) for data in made]
-    else:
-        # Without checksums damage reaches the pickle machine, which is what is to be tested.
-        torch.serialization.set_crc32_options(False)
-        made += [
-            saved(tree)
-            for tree in (STATE, nested, {"w": BASE.to(torch.float8_e5m2), "c": BASE.to(torch.complex64).conj()})
-        ]
-        torch.serialization.set_crc32_options(True)
-        made.append(rezip(made[0], method=8))
-    return made
-
-
-def _by_numpy(arrays: dict[str, np.ndarray[Any, Any]], kind: str) -> bytes:
-    buffer = io.BytesIO()
-    if kind == "npy":
-        np.save(buffer, arrays["w"], allow_pickle=True)
-    elif "odd" in arrays:
-        np.savez_compressed(buffer, allow_pickle=True, **arrays)
-    else:
-        np.savez(buffer, allow_pickle=True, **arrays)
-    return buffer.getvalue()
-
-
-def _plain_gguf(writer: gguf.GGUFWriter) -> None:
-    writer.add_custom_alignment(8)
-    writer.add_tensor("w", np.arange(6, dtype=np.float32).reshape(2, 3))
-    writer.add_tensor("b", np.arange(4, dtype=np.int8))
-    writer.add_tensor("h", np.arange(2, dtype=np.float16))
-
-
-def _quantised_gguf(writer: gguf.GGUFWriter) -> None:
-    writer.add_token_list([f"t{index}" for index in range(20)])
-    writer.add_array("few", [1, 2, 3])
-    writer.add_tensor("q", np.zeros((2, 34), dtype=np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-    writer.add_tensor("n", np.arange(3, dtype=np.int64))
-
-
-def _with_stable_keys(data: bytes) -> bytes:
-    # torch names a legacy storage by its address, which differs from run to run; the order of names is kept.
-    for number, key in enumerate(sorted(set(re.findall(rb"\d{12,}", data)))):
-        data = data.replace(key, b"%0*d" % (len(key), number))
-    return data
+_MOST_MEMORY = 300_000  # kB
+FILES = {
+    "safetensors": "x.safetensors", "index": "x.safetensors.index.json", "gguf": "x.gguf", "pt2": "x.pt2",
+    "npy": "x.npy", "npz": "x.npz", "dcp": "saved/.metadata",
+}  # fmt: skip
+ORACLES: Mapping[str, Callable[[str], Seen | None]] = {
+    "safetensors": by_safetensors, "zip": by_torch, "legacy": by_torch, "gguf": by_gguf, "npy": by_numpy,
+    "npz": by_numpy, "dcp": by_dcp,
+}  # fmt: skip
 
 
 def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
@@ -199,105 +116,6 @@ def _other_entry(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
         return rezip(data, {name: mutate(archive.read(name), files, rng)})
 
 
-Seen = dict[str, tuple[str, tuple[int, ...], bytes]]
-
-
-def ours(path: str) -> Seen | None:
-    """Names, dtypes, shapes and bytes as we read them; None for a refusal. Anything else is a bug, and escapes."""
-    try:
-        with open_checkpoint(path) as checkpoint:
-            shared_keys(checkpoint)
-            repr((checkpoint.entries, checkpoint.warnings, checkpoint.versions))
-            return {
-                key: (info.dtype, info.shape, checkpoint.read_bytes(key))
-                for key, info in checkpoint.items()
-                if info.kind == "dense" and info.nbytes <= _LARGEST_READ
-            }
-    except CkptkitError as error:
-        if not error.path or "\n" in f"{error.reason} {error.hint}":
-            raise AssertionError(f"an error without a path, or of several lines: {error}") from error
-        return None
-
-
-def by_safetensors(path: str) -> Seen | None:
-    """The same by the safetensors library; None where it refuses the file."""
-    try:
-        with safe_open(path, "pt") as file:
-            names = file.keys()
-            slices = {key: file.get_slice(key) for key in names}
-            shapes = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
-    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
-        return None
-    return {key: (code, shape, _bytes_by_safetensors(path, key)) for key, (code, shape) in shapes.items()}
-
-
-def _bytes_by_safetensors(path: str, key: str) -> bytes:
-    try:
-        with safe_open(path, "pt") as file:
-            return bits(file.get_tensor(key))
-    except Exception:  # noqa: BLE001 - listed, and for torch there is no such tensor: F6, or an odd row of F4
-        return b""
-
-
-def by_torch(path: str) -> Seen | None:
-    """The same by torch.load(weights_only=True), where it gives a flat mapping; None else.
-
-    Asked only about files that we accept: on others it may allocate or hang. Where a deflated record is
-    damaged, torch 2.13 hands out uninitialised memory: nothing can be compared with that.
-    """
-    with open_checkpoint(path) as checkpoint:
-        if any("compressed" in line for line in checkpoint.warnings):
-            return None
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            state = torch.load(path, weights_only=True)
-    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
-        return None
-    tree = state.get("model", state) if isinstance(state, dict) else {}
-    if not isinstance(tree, dict) or not tree:
-        return None
-    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tree.items()):
-        return None
-    return {
-        key: (CODE_OF[value.dtype], tuple(value.shape), bits(value))
-        for key, value in tree.items()
-        if value.layout is torch.strided and value.numel() * value.element_size() <= _LARGEST_READ
-    }
-
-
-def by_gguf(path: str) -> Seen | None:
-    """The tensors of plain numbers by gguf-py; None where it refuses the file."""
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            tensors = gguf.GGUFReader(path).tensors
-    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
-        return None
-    return {
-        tensor.name: (tensor.tensor_type.name, tuple(int(size) for size in tensor.shape)[::-1], tensor.data.tobytes())
-        for tensor in tensors
-        if tensor.tensor_type.name in DTYPES and tensor.n_bytes <= _LARGEST_READ
-    }
-
-
-def by_numpy(path: str) -> Seen | None:
-    """The arrays of numbers by numpy.load, without pickles; None where it refuses the file, no key where an array."""
-    seen: Seen = {}
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            loaded = np.load(path, allow_pickle=False)
-        arrays = loaded if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
-    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
-        return None
-    for key in arrays:
-        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
-            array = arrays[key]
-            code = CODE_OF.get(getattr(torch, array.dtype.name, None))
-            if code and array.nbytes <= _LARGEST_READ:
-                little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
-                seen[key] = (code, array.shape, little.tobytes())
-    return seen
-
-
 def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
     rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence is what is wanted
     files = corpus(kind)
@@ -309,7 +127,7 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
             # Most damage to the header changes its length: told so, the reader looks further.
             size = 8 + int.from_bytes(data[:8], "little")
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
-        elif kind in ("pt2", "npz") and rng.random() < 0.7:
+        elif kind in ("pt2", "npz", "torchscript") and rng.random() < 0.7:
             yield _other_entry(data, files, rng)
         else:
             yield mutate(data, files, rng)
@@ -317,37 +135,33 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
 
 def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
     """Read ``count`` mutants; return how they ended. Raises ``AssertionError`` where the two readings differ."""
-    names = {
-        "safetensors": "x.safetensors",
-        "index": "x.safetensors.index.json",
-        "gguf": "x.gguf",
-        "pt2": "x.pt2",
-        "npy": "x.npy",
-        "npz": "x.npz",
-    }
-    path = directory / names.get(kind, "x.pt")
+    path = directory / FILES.get(kind, "x.pt")
     for name, key in (("one", "w"), ("two", "v")):
         (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))
-    oracles: dict[str, Callable[[str], Seen | None]] = {
-        "safetensors": by_safetensors,
-        "zip": by_torch,
-        "legacy": by_torch,
-        "gguf": by_gguf,
-        "npy": by_numpy,
-        "npz": by_numpy,
-    }
+    if kind == "dcp":
+        items(path.parent)
+    opened = path.parent if kind == "dcp" else path
     ends: Counter[str] = Counter()
     for number, data in enumerate(mutants(kind, count, seed)):
         path.write_bytes(data)
         try:
-            seen = ours(str(path))
+            seen = _bounded(str(opened))
             ends["accepted" if seen is not None else "refused"] += 1
-            if seen is not None and kind in oracles:
-                ends[_compared(kind, seen, oracles[kind](str(path)))] += 1
+            if seen is not None and kind in ORACLES:
+                ends[_compared(kind, seen, ORACLES[kind](str(opened)))] += 1
         except BaseException as error:
             error.add_note(f"mutant {number} of {kind}, seed {seed}: {data!r}")
             raise
     return ends
+
+
+def _bounded(path: str) -> Seen | None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    seen = ours(path)
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    if grown > _MOST_MEMORY:
+        raise AssertionError(f"reading it took {grown} kB")
+    return seen
 
 
 def _compared(kind: str, seen: Seen, expected: Seen | None) -> str:

@@ -1,0 +1,140 @@
+"""Checkpoints as we read them and as their own libraries do, in one form, so that they can be compared."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch.distributed.checkpoint.api import CheckpointException
+
+from ckptkit.errors import CkptkitError
+from ckptkit.formats import open_checkpoint
+from ckptkit.sharing import shared_keys
+from ckptkit.tensors import DTYPES
+from tests.helpers_dcp import loaded
+from tests.helpers_formats import CODE_OF, bits
+
+_LARGEST_READ = 1 << 20
+Seen = dict[str, tuple[str, tuple[int, ...], bytes]]
+
+
+def ours(path: str) -> Seen | None:
+    """Names, dtypes, shapes and bytes as we read them; None for a refusal. Anything else is a bug, and escapes."""
+    try:
+        with open_checkpoint(path) as checkpoint:
+            shared_keys(checkpoint)
+            repr((checkpoint.entries, checkpoint.warnings, checkpoint.versions))
+            return {
+                key: (info.dtype, info.shape, checkpoint.read_bytes(key))
+                for key, info in checkpoint.items()
+                if info.kind == "dense" and info.nbytes <= _LARGEST_READ
+            }
+    except CkptkitError as error:
+        if not error.path or "\n" in f"{error.reason} {error.hint}":
+            raise AssertionError(f"an error without a path, or of several lines: {error}") from error
+        return None
+
+
+def by_safetensors(path: str) -> Seen | None:
+    """The same by the safetensors library; None where it refuses the file."""
+    try:
+        with safe_open(path, "pt") as file:
+            names = file.keys()
+            slices = {key: file.get_slice(key) for key in names}
+            shapes = {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in slices.items()}
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    return {key: (code, shape, _bytes_by_safetensors(path, key)) for key, (code, shape) in shapes.items()}
+
+
+def _bytes_by_safetensors(path: str, key: str) -> bytes:
+    try:
+        with safe_open(path, "pt") as file:
+            return bits(file.get_tensor(key))
+    except Exception:  # noqa: BLE001 - listed, and for torch there is no such tensor: F6, or an odd row of F4
+        return b""
+
+
+def by_torch(path: str) -> Seen | None:
+    """The same by torch.load(weights_only=True), where it gives a flat mapping; None else.
+
+    Asked only about files that we accept: on others it may allocate or hang. Where a deflated record is
+    damaged, torch 2.13 hands out uninitialised memory: nothing can be compared with that.
+    """
+    with open_checkpoint(path) as checkpoint:
+        if any("compressed" in line for line in checkpoint.warnings):
+            return None
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            state = torch.load(path, weights_only=True)
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    tree = state.get("model", state) if isinstance(state, dict) else {}
+    if not isinstance(tree, dict) or not tree:
+        return None
+    if not all(isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tree.items()):
+        return None
+    return {
+        key: (CODE_OF[value.dtype], tuple(value.shape), bits(value))
+        for key, value in tree.items()
+        if value.layout is torch.strided and value.numel() * value.element_size() <= _LARGEST_READ
+    }
+
+
+def by_gguf(path: str) -> Seen | None:
+    """The tensors of plain numbers by gguf-py; None where it refuses the file."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tensors = gguf.GGUFReader(path).tensors
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    return {
+        tensor.name: (tensor.tensor_type.name, tuple(int(size) for size in tensor.shape)[::-1], tensor.data.tobytes())
+        for tensor in tensors
+        if tensor.tensor_type.name in DTYPES and tensor.n_bytes <= _LARGEST_READ
+    }
+
+
+def by_numpy(path: str) -> Seen | None:
+    """The arrays of numbers by numpy.load, without pickles; None where it refuses the file, no key where an array."""
+    seen: Seen = {}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            loaded = np.load(path, allow_pickle=False)
+        arrays = loaded if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
+    except Exception:  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    for key in arrays:
+        with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+            array = arrays[key]
+            code = CODE_OF.get(getattr(torch, array.dtype.name, None))
+            if code and array.nbytes <= _LARGEST_READ:
+                little = np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False))
+                seen[key] = (code, array.shape, little.tobytes())
+    return seen
+
+
+def by_dcp(path: str) -> Seen | None:
+    """The tensors of a distributed checkpoint by torch's own converter, where it gives a flat mapping; None else.
+
+    Asked only about metadata that we accept, which then names no code but torch's own.
+    """
+    logging.disable()  # torch logs each refusal with its traceback
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            state = loaded(path, Path(directory))
+    except (Exception, CheckpointException):  # noqa: BLE001 - whatever it raises, it refuses
+        return None
+    finally:
+        logging.disable(logging.NOTSET)
+    tree = state.get("model", state) if isinstance(state, dict) else {}
+    if not isinstance(tree, dict) or not all(isinstance(value, torch.Tensor) for value in tree.values()):
+        return None
+    return {str(key): (CODE_OF[value.dtype], tuple(value.shape), bits(value)) for key, value in tree.items()}
