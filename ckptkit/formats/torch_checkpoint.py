@@ -33,7 +33,7 @@ from ckptkit.text import plural, printable, quoted
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "code_warnings"]
 
 LARGEST_PICKLE = 256 << 20
-_BUDGET_PER_BYTE = 2
+_LEAST_PLACES = 1_000  # and one for each byte of the pickle: more takes parts that are shared
 _NAMES_PER_BYTE = 64
 _PART = 4  # what a part of a path costs beside its characters
 _MOST_OUTLINED = 1_000_000
@@ -144,7 +144,7 @@ def _sort_leaves(value: object, size: int, outlined: list[int]) -> tuple[dict[st
     found: list[tuple[Path, object]] = []
     budget = _NAMES_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
-    for place, leaf in leaves(value, [_BUDGET_PER_BYTE * size + 1000]):
+    for place, leaf in leaves(value, [_LEAST_PLACES + size]):
         is_tensor = isinstance(leaf, TensorRef)
         if not is_tensor and not (place or isinstance(leaf, list | tuple)):
             continue
@@ -201,7 +201,7 @@ def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
     """Return the names of all tensors, those beside the mapping of weights too, by the key of their storage."""
     held: dict[str, list[str]] = {}
     with contextlib.suppress(FormatError):  # a tree that expands without end: what was named until then will do
-        for place, leaf in leaves(tree, [_BUDGET_PER_BYTE * size + 1000]):
+        for place, leaf in leaves(tree, [_LEAST_PLACES + size]):
             if isinstance(leaf, TensorRef) and leaf.storage is not None:
                 held.setdefault(leaf.storage.key, []).append(flat_key(place))
     return held
