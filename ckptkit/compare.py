@@ -10,7 +10,7 @@ from functools import cached_property
 
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.text import shell_word
+from ckptkit.text import html_table, printable, shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 from ckptkit.wrappers import WRAPPER_PREFIXES
 
@@ -102,6 +102,20 @@ class StateDictDiff:
         """Share of the expected elements that found fills, between 0 and 1; 1 where nothing is expected."""
         wanted = sum(info.elements for info in self.expected.values())
         return sum(pair.expected.elements for pair in self.matched) / wanted if wanted else 1.0
+
+    def _repr_html_(self) -> str:
+        rows = [("missing", info.key, str(info), "") for info in self.missing]
+        rows += [("unexpected", info.key, "", str(info)) for info in self.unexpected]
+        for how, pairs in (
+            ("shape-mismatched", self.shape_mismatched),
+            ("dtype-mismatched", self.dtype_mismatched),
+            ("cannot be copied", self.uncopyable),
+        ):
+            rows += [(how, pair.key, str(pair.expected), str(pair.found)) for pair in pairs]
+        rows += [("no tensor", key, "", "") for key in (*self.blocked, *self.foreign)]
+        rows += [("extra state on one side", key, "", "") for key in self.extra_state]
+        table = html_table(("", "key", "expected", "found"), [(how, printable(key), *rest) for how, key, *rest in rows])
+        return f"<p>{len(self.matched):,} matched, {len(rows):,} that differ</p>{table}"
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.sharing import overlapping
 from ckptkit.tensors import TensorInfo
+from ckptkit.text import html_table, printable
 
 if TYPE_CHECKING:
     from ckptkit.recipes import Recipe
@@ -73,6 +74,21 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all tensors in the output."""
         return sum(step.out.nbytes for step in self.steps)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                printable(step.out.key),
+                str(step.out),
+                ", ".join(f"{source.role}: {printable(source.key)}" for source in step.sources),
+                step.operation,
+                step.rule,
+            )
+            for step in self.steps
+        ]
+        left_out = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
+        made = html_table(("key", "tensor", "from", "operation", "rule"), rows)
+        return made + (html_table(("left out", "of", "because"), left_out) if left_out else "")
 
 
 def ties_broken(plan: Plan) -> list[tuple[str, ...]]:

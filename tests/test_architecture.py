@@ -89,6 +89,7 @@ FLOORS = (
     {"report.findings", "report.groups"},
     {"report.show", "report.plan"},
     {"report.diff"},
+    {"cli.streams"},
     {"cli.options"},
     {"cli.outputs", "cli.rules"},
     {"cli.show", "cli.diff", "cli.merge", "cli.remap", "cli.convert", "cli.groups", "cli.check"},

@@ -17,7 +17,8 @@ from types import FrameType
 
 import click
 
-from ckptkit.errors import CkptkitError, one_line
+from ckptkit.cli.streams import put, tell
+from ckptkit.errors import CkptkitError
 from ckptkit.text import printable
 
 __all__ = ["ckpt", "main", "run"]
@@ -27,7 +28,7 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
     if value and not context.resilient_parsing:
         from importlib.metadata import version
 
-        click.echo(f"ckpt {version('ckptkit')}")
+        put(f"ckpt {version('ckptkit')}")
         context.exit()
 
 
@@ -108,7 +109,8 @@ def main(arguments: Sequence[str]) -> int:
     except CkptkitError as error:
         return _complain(error.reason, error.hint, error.path)
     except click.exceptions.NoArgsIsHelpError as error:  # its message is the whole help
-        _say(error.format_message())
+        for line in error.format_message().split("\n"):
+            _say(line)
         return 2
     except click.UsageError as error:
         context = error.ctx.command_path if error.ctx else "ckpt"
@@ -159,15 +161,15 @@ def _invoke(arguments: list[str]) -> int:
 
 def _complain(reason: str, hint: str | None, path: str | None) -> int:
     where = f"{printable(path)}: " if path else ""
-    _say(f"ckpt: {where}{one_line(reason)}")
+    _say(f"ckpt: {where}{reason}")
     if hint:
-        _say(f"hint: {one_line(hint)}")
+        _say(f"hint: {hint}")
     return 2
 
 
 def _say(line: str) -> None:
     try:
-        click.echo(line, err=True)
+        tell(line)
     except OSError:  # nobody reads stderr either
         return
 
@@ -181,6 +183,7 @@ def _output_gone(code: int) -> int:
 def _bug() -> int:
     import traceback
 
-    traceback.print_exc()
+    for line in traceback.format_exc().split("\n")[:-1]:  # which may quote names too
+        _say(line)
     _say("ckpt: this is a bug in ckptkit; please report it with the lines above")
     return 70

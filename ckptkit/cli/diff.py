@@ -15,8 +15,8 @@ from ckptkit.cli.options import (
     quiet_option,
 )
 from ckptkit.cli.rules import rule_options
+from ckptkit.cli.streams import tell
 from ckptkit.compare import diff as compare
-from ckptkit.errors import one_line
 from ckptkit.report.diff import diff_document, diff_page
 from ckptkit.rules import Rules
 
@@ -65,5 +65,5 @@ def diff(
         )
         if form is not Form.JSON and not quiet:
             for hint in result.hints:
-                click.echo(f"hint: {one_line(hint.message)}", err=True)
+                tell(f"hint: {hint.message}")
     context.exit(1 if result.different else 0)

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, quiet_option, read_toml
+from ckptkit.cli.streams import put
 from ckptkit.errors import ModelError
 from ckptkit.formats import LIVE_PREFIX
 from ckptkit.formats.live import build_shapes
@@ -50,7 +51,7 @@ def validate(context: click.Context, model: str, spec: str, *, form: Form, quiet
     elif not quiet:
         plan = plan_param_groups(live, given)
         count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
-        click.echo(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
+        put(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
     context.exit(exit_code(report))
 
 

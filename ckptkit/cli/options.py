@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.errors import CkptkitError, PathError, RuleError, one_line
+from ckptkit.cli.streams import put, tell
+from ckptkit.errors import CkptkitError, PathError, RuleError
 from ckptkit.findings import Report
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint
 from ckptkit.report.page import Page, as_markdown, as_text
@@ -136,7 +137,7 @@ def opened(*paths: str, quiet: bool) -> Iterator[list[Checkpoint]]:
         for checkpoint in checkpoints:
             if not quiet:
                 for warning in checkpoint.warnings:
-                    click.echo(f"ckpt: {printable(checkpoint.path)}: warning: {one_line(warning)}", err=True)
+                    tell(f"ckpt: {printable(checkpoint.path)}: warning: {warning}")
         yield checkpoints
 
 
@@ -166,11 +167,11 @@ def echo_report(
     that begin with a mark.
     """
     if form is Form.JSON:
-        click.echo(json.dumps(document(), allow_nan=False))
+        put(json.dumps(document(), allow_nan=False))
     elif form is Form.MARKDOWN:
         for line in as_markdown(page()):
-            click.echo(line)
+            put(line)
     else:
         for line in as_text(page()):
             colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
-            click.echo(click.style(line, fg=colour) if colour else line)
+            put(line, colour=colour)

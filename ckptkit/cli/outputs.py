@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml
-from ckptkit.errors import one_line
+from ckptkit.cli.streams import tell
 from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
 from ckptkit.plan import Plan, ties_broken
 from ckptkit.report.plan import plan_document, plan_page, written_text
@@ -114,9 +114,9 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
     if written is not None and not job.quiet:
         shared = ties_broken(plan) if job.output.format == "safetensors" else []
         for note in (*plan.notes, *written_text(plan, written, shared)):
-            click.echo(one_line(note), err=True)
+            tell(note)
         if proved is not None:
-            click.echo(f"verified: each of {plural(proved, 'tensor')} is what the plan makes, bit by bit", err=True)
+            tell(f"verified: each of {plural(proved, 'tensor')} is what the plan makes, bit by bit")
 
 
 def planned(sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None) -> Plan:

@@ -11,7 +11,7 @@ from ckptkit.findings import Finding, Report
 from ckptkit.param_groups.inventory import Inventory, LiveParameter, take_inventory
 from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, SpecLike, is_tensor, parse_spec
 from ckptkit.param_groups.suggest import suggest_pattern
-from ckptkit.text import plural, quoted
+from ckptkit.text import html_table, plural, printable, quoted
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -59,6 +59,12 @@ class ParamGroupsPlan:
     def elements(self) -> int:
         """Number of elements that all groups train."""
         return sum(group.elements for group in self.groups)
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            ("group", "parameters", "elements"),
+            [(printable(group.name), f"{len(group.parameters):,}", f"{group.elements:,}") for group in self.groups],
+        )
 
 
 def plan_param_groups(model: Module, spec: SpecLike) -> ParamGroupsPlan:
