@@ -20,6 +20,7 @@ from tests.helpers_dcp import metadata_of, save
 from tests.helpers_export import small
 from tests.helpers_formats import f32, rezip, safetensors_file, saved
 from tests.helpers_gguf import written
+from tests.helpers_tar import parts, tar
 
 BASE = torch.arange(12, dtype=torch.float32)
 STATE = OrderedDict(
@@ -46,6 +47,9 @@ def corpus(kind: str) -> list[bytes]:
         return [json.dumps({"metadata": {"total_size": 8}, "weight_map": weight_map}).encode()]
     if kind in ("npy", "npz"):
         return [_by_numpy(arrays, kind) for arrays in ARRAYS]
+    if kind == "tar":
+        tensors = (BASE.reshape(3, 4), BASE[4:8], torch.arange(5))
+        return [tar(parts({"model": dict(zip("abn", tensors, strict=True)), "epoch": 3}, tensors))]
     if kind == "torchscript":
         return [_scripted()]
     if kind == "dcp":

@@ -12,6 +12,7 @@ import random
 import re
 import resource
 import sys
+import tarfile
 import tempfile
 import zipfile
 from collections import Counter
@@ -22,8 +23,9 @@ from ckptkit.tensors import DTYPES
 from tests.formats.corpora import corpus, items
 from tests.formats.oracles import Seen, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch, ours
 from tests.helpers_formats import f32, rezip, safetensors_file
+from tests.helpers_tar import tar
 
-KINDS = ("safetensors", "zip", "legacy", "index", "gguf", "pt2", "npy", "npz", "dcp", "torchscript")
+KINDS = ("safetensors", "zip", "legacy", "tar", "index", "gguf", "pt2", "npy", "npz", "dcp", "torchscript")
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
@@ -116,6 +118,14 @@ def _other_entry(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
         return rezip(data, {name: mutate(archive.read(name), files, rng)})
 
 
+def _other_member(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
+    """The tar archive with one member damaged, in headers that say that it is whole."""
+    with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+        members = {info.name: file.read() for info in archive if (file := archive.extractfile(info))}
+    name = rng.choice(list(members))
+    return tar(members | {name: mutate(members[name], files, rng)})
+
+
 def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
     rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence is what is wanted
     files = corpus(kind)
@@ -127,6 +137,8 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
             # Most damage to the header changes its length: told so, the reader looks further.
             size = 8 + int.from_bytes(data[:8], "little")
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
+        elif kind == "tar" and rng.random() < 0.8:
+            yield _other_member(data, files, rng)
         elif kind in ("pt2", "npz", "torchscript") and rng.random() < 0.7:
             yield _other_entry(data, files, rng)
         else:

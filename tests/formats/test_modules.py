@@ -44,6 +44,12 @@ torch.save(model.state_dict(), sys.argv[1] + "/state.pt")
 new = sys.argv[2] == "zip"
 torch.save(model, sys.argv[1] + "/model.pt", _use_new_zipfile_serialization=new)
 torch.save({"epoch": 3, "model": None, "ema": model}, sys.argv[1] + "/trainer.pt", _use_new_zipfile_serialization=new)
+half = model.half()
+torch.save(half.state_dict(), sys.argv[1] + "/half.pt")
+args = {"task": "detect", "imgsz": 640, "lr0": 0.01, "model": "detector.yaml"}
+best = {"epoch": -1, "best_fitness": None, "model": half, "ema": None, "updates": None, "optimizer": None,
+        "train_args": args, "train_metrics": {"fitness": 0.5}, "date": "2026-01-01", "version": "8.4.0"}
+torch.save(best, sys.argv[1] + "/best.pt", _use_new_zipfile_serialization=new)
 """
 
 
@@ -71,6 +77,20 @@ def test_a_module_is_its_state_dict(saved: Path, name: str) -> None:
         assert any("non-persistent buffer" in text and "layers.0.scratch" in text for text in checkpoint.warnings)
         assert any("tensor attribute" in text and "layers.0.stride" in text for text in checkpoint.warnings)
         assert checkpoint.envelope == ("ema" if name == "trainer.pt" else "")
+    assert "detector" not in sys.modules
+
+
+def test_what_a_detector_trainer_publishes_is_the_state_dict_of_its_model(saved: Path) -> None:
+    """The model in half precision, the ema taken out, the arguments of the training beside it."""
+    state = torch.load(saved / "half.pt", weights_only=True)
+    with open_checkpoint(saved / "best.pt") as checkpoint:
+        assert checkpoint.envelope == "model"
+        assert list(checkpoint) == list(state)
+        assert {info.dtype for info in checkpoint.values()} == {"F16", "I64"}
+        assert all(torch.equal(checkpoint.read(key), value) for key, value in state.items())
+        entries = {entry.path: entry.value for entry in checkpoint.entries}
+        assert (entries["ema"], entries["epoch"], entries["best_fitness"]) == (None, -1, None)
+        assert entries["train_args"] == {"task": "detect", "imgsz": 640, "lr0": 0.01, "model": "detector.yaml"}
     assert "detector" not in sys.modules
 
 
