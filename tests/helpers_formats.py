@@ -61,7 +61,9 @@ def random_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int = 0) -> to
 
 def bits(tensor: torch.Tensor) -> bytes:
     """The logical values of a tensor as contiguous bytes."""
-    plain = tensor.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).reshape(-1)
+    plain = tensor.detach().resolve_conj().resolve_neg()
+    plain = plain.view(torch.uint8) if plain.dtype is torch.bool else plain  # copied as booleans, odd bytes become 1
+    plain = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
     return bytes(plain.view(torch.uint8).tolist())
 
 
