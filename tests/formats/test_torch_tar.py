@@ -118,14 +118,8 @@ def patched(data: bytes, at: int, new: bytes) -> bytes:
 GOOD = tar(PARTS)
 SHORT = {name: content[:-3] for name, content in PARTS.items()}
 HOSTILE = {
-    **{f"without {left}": (tar({name: content for name, content in PARTS.items() if name != left}),
-                           f"without its member '{left}'") for left in PARTS},
-    "twice": (tar_of([*PARTS.items(), ("storages", b"")]), "two members of the tar archive are called 'storages'"),
     "another member": (tar({**PARTS, "readme": b"x"}), "with a member 'readme'"),
-    "a member that climbs out": (tar({**PARTS, "../pickle": b"x"}), "with a member '../pickle'"),
     "an absolute member": (patched(GOOD, 345, b"/etc"), "with a member 'sys_info'"),
-    "symbolic link": (linked(tarfile.SYMTYPE), "member 'pickle' of the tar archive is a link"),
-    "hard link": (linked(tarfile.LNKTYPE), "member 'pickle' of the tar archive is a link"),
     "directory": (linked(tarfile.DIRTYPE), "with a member 'pickle/'"),
     "device": (linked(tarfile.CHRTYPE), "is a link or something else"),
     "checksum": (GOOD[:100] + b"7" + GOOD[101:], "a damaged header"),

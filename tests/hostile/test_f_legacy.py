@@ -22,11 +22,25 @@ def part(*numbers: int) -> bytes:
     return storage("0", 4, "torch.FloatStorage", "cpu", several(text("v"), *map(number, numbers)))
 
 
-def tar(name: str) -> bytes:
+TAR = ("sys_info", "pickle", "tensors", "storages")
+
+
+def tar(*names: str, kind: bytes = tarfile.REGTYPE) -> bytes:
+    """A tar archive with members of these names; the first is of the kind, and all are looked at before any is read."""
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        archive.addfile(tarfile.TarInfo(name))
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (kind, "/etc/passwd") if name == names[0] else (tarfile.REGTYPE, "")
+            archive.addfile(info)
     return buffer.getvalue()
+
+
+def too_large() -> bytes:
+    """The archive with a first member that is said to have more bytes than the file."""
+    info = tarfile.TarInfo(TAR[0])
+    info.size = 1 << 30
+    return info.tobuf(tarfile.USTAR_FORMAT) + tar(*TAR[1:])
 
 
 ONE = mapping({"w": tensor()})
@@ -71,9 +85,16 @@ BAD: dict[str, Bad] = {
     "F5 negative": Bad(written(legacy_file(mapping({"w": tensor(part(-1, 2))}))), "described wrongly"),
     "F5 one number short": Bad(written(legacy_file(mapping({"w": tensor(part(1))}))), "described wrongly"),
     "F5 beyond 64 bits": Bad(written(legacy_file(mapping({"w": tensor(part(2**70, 1))}))), "described wrongly"),
-    "F7 a member that climbs out": Bad(written(tar("../pickle"), "x.tar"), "a tar archive"),
-    "F8 gzip": Bad(written(gzip.compress(tar("pickle")), "x.tar.gz"), "a gzip-compressed file"),
-    "F8 bzip2": Bad(written(bz2.compress(tar("pickle")), "x.tar.bz2"), "a bzip2-compressed file"),
+    "F7 a symbolic link": Bad(
+        written(tar(*TAR, kind=tarfile.SYMTYPE)), "member 'sys_info' of the tar archive is a link"
+    ),
+    "F7 a hard link": Bad(written(tar(*TAR, kind=tarfile.LNKTYPE)), "member 'sys_info' of the tar archive is a link"),
+    "F7 a member is missing": Bad(written(tar(*TAR[:3])), "without its member 'storages'"),
+    "F7 a member that climbs out": Bad(written(tar(*TAR, "../x")), "with a member '../x', which has no place there"),
+    "F7 a member twice": Bad(written(tar(*TAR, "storages")), "two members of the tar archive are called 'storages'"),
+    "F7 a size beyond the file": Bad(written(too_large()), "member 'sys_info' of the tar archive ends"),
+    "F8 gzip": Bad(written(gzip.compress(tar(*TAR)), "x.tar.gz"), "a gzip-compressed file"),
+    "F8 bzip2": Bad(written(bz2.compress(tar(*TAR)), "x.tar.bz2"), "a bzip2-compressed file"),
 }
 ODD: dict[str, Odd] = {
     "F6 embedded source": Odd(

@@ -162,6 +162,23 @@ def configuration(directory: Path) -> Path:
     return directory
 
 
+def adapter(directory: Path) -> Path:
+    save({"base_model.model.q.lora_A.weight": torch.ones(2, 4)}, directory / "adapter_model.safetensors")
+    return directory
+
+
+def adapter_and_model(directory: Path) -> Path:
+    save(STATE, directory / "model.safetensors")
+    return adapter(directory)
+
+
+def hollow(directory: Path) -> Path:
+    """What ZeRO-3 writes as a rank's model_states: names, shapes, and no weights."""
+    state = {"module": {"w": torch.empty(0)}, "param_shapes": [{"w": torch.Size((2, 3))}]}
+    torch.save(state, directory / "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    return directory / "zero_pp_rank_0_mp_rank_00_model_states.pt"
+
+
 BAD: dict[str, Bad] = {
     "H1 climbs": Bad(shards(lambda at: edit(at, **{"a.w": "../x.safetensors"})), "unsafe shard '../x.safetensors'"),
     "H1 absolute": Bad(shards(lambda at: edit(at, **{"a.w": "/etc/passwd"})), "unsafe shard '/etc/passwd'"),
@@ -214,6 +231,7 @@ BAD: dict[str, Bad] = {
     "H13 outside": Bad(second_chunk((5, 0), (3, 3)), "'w': a chunk at [5, 0] of size [3, 3] reaches outside"),
     "H14 the first shard": Bad(pieces(1), "'w': rows 0-2 are covered by no chunk"),
     "H14 the middle shard": Bad(pieces(2), "'w': rows 3-5 are covered by no chunk"),
+    "H16 an adapter beside a whole model": Bad(adapter_and_model, "holds a whole model and an adapter"),
     "H16 a configuration without its adapter": Bad(configuration, "a directory without a checkpoint in it"),
 }
 ODD: dict[str, Odd] = {
@@ -231,6 +249,8 @@ ODD: dict[str, Odd] = {
     "H9 names that differ in case": Odd(case_alone, "differ in case alone", "2 tensors"),
     "H10 code in the metadata": Odd(distributed(code_beside), "looks malicious: it asks for posix.system", "[7, 3]"),
     "H10 code as an item": Odd(code_as_item, "looks malicious: it asks for posix.system", "posix.system"),
+    "H15 the model_states of ZeRO-3 alone": Odd(hollow, "empty here, as ZeRO-3 leaves them: the optim_states", "w"),
+    "H16 an adapter without its configuration": Odd(adapter, "", "lora_A"),
     "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last one could not be noticed", "[6, 2]"),
 }
 OTHER = ("H13 another dtype", "H17 a hundred thousand files")
