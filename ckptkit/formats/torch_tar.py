@@ -1,4 +1,4 @@
-"""torch's format before 0.2: a tar archive of a pickle, its tensors, and their storages; nothing of it is unpacked."""
+"""The format of torch 0.1: a tar archive of a pickle, its tensors, and their storages; nothing of it is unpacked."""
 
 from __future__ import annotations
 

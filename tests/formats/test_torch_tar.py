@@ -1,4 +1,4 @@
-"""torch's tar archives of before 0.2 are read as torch reads them and never unpacked; one that lies is refused."""
+"""torch's tar archives of 0.1 are read as torch reads them and never unpacked; one that lies is refused."""
 
 from __future__ import annotations
 
