@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptkit.merging import plan_merge
     from ckptkit.param_groups import ParamGroupSpec, build_param_groups, plan_param_groups, validate_param_groups
     from ckptkit.plan import Plan
+    from ckptkit.presets import preset_names, preset_rules
     from ckptkit.remapping import plan_remap
     from ckptkit.rules import Rules, parse_rules
     from ckptkit.tensors import Checkpoint, TensorInfo
@@ -47,6 +48,8 @@ __all__ = [
     "plan_merge",
     "plan_param_groups",
     "plan_remap",
+    "preset_names",
+    "preset_rules",
     "run_checks",
     "validate_param_groups",
 ]
@@ -62,6 +65,7 @@ _ROOMS = {
     "merging": ("plan_merge",),
     "param_groups": ("ParamGroupSpec", "build_param_groups", "plan_param_groups", "validate_param_groups"),
     "plan": ("Plan",),
+    "presets": ("preset_names", "preset_rules"),
     "remapping": ("plan_remap",),
     "rules": ("Rules", "parse_rules"),
     "tensors": ("Checkpoint", "TensorInfo"),

@@ -40,6 +40,7 @@ FLOORS = (
     {"rules.model", "rules.variables"},
     {"rules.apply", "rules.parse"},
     {"rules"},
+    {"presets"},
     {
         "formats.inert",
         "formats.safetensors",
@@ -73,7 +74,7 @@ FLOORS = (
     {"formats.torchscript", "formats.torch_tar"},
     {"formats.dcp", "formats.zip_files"},
     {"formats.files"},
-    {"formats.adapter", "formats.beside", "formats.zero"},
+    {"formats.beside", "formats.zero"},
     {"formats.directories"},
     {"formats", "compare", "checks", "plan", "writers"},
     {"steps", "making", "writers.atomic", "writers.torch_pickle"},

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.options import about, filter_options, read_text, read_toml
+from ckptkit.presets import PRESET_PREFIX, preset_text
 from ckptkit.rules import Rules, Settings, parse_rules, parse_setting, rule_lines
 
 __all__ = ["rule_options"]
@@ -55,7 +56,8 @@ def rule_options(beside: str) -> Callable[[_Command], _Command]:
 _OPTIONS = (
     click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename keys, as in 'module.*=*'. Repeatable."),
     filter_options,
-    click.option("--rules", "rules_file", type=click.Path(), metavar="FILE", help="Read rules from a TOML file."),
+    click.option("--rules", "rules_file", type=click.Path(), metavar="FILE",
+                 help="Read rules from a TOML file, or those of preset:NAME (preset:? lists them)."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
                  help="Set a variable of the rule file, such as heads=32. Repeatable."),
     click.option("--allow-unused", is_flag=True, help="A rule that matches nothing is no error."),
@@ -65,9 +67,10 @@ _OPTIONS = (
 def _read(path: str | None, **options: Any) -> Rules:
     if path is None:
         return parse_rules(**options)
-    text = read_text(path)
-    file = read_toml(path, text)
     with about(path):
+        preset = path.startswith(PRESET_PREFIX)
+        text = preset_text(path.removeprefix(PRESET_PREFIX)) if preset else read_text(path)
+        file = read_toml(path, text)
         return parse_rules(file=file, lines=rule_lines(text), **options)
 
 
