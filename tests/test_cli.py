@@ -13,8 +13,7 @@ from typing import Any
 
 import click
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ckptkit.cli import ckpt
 from ckptkit.errors import CkptkitError
@@ -293,38 +292,6 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
         assert "-q, --quiet" in ran.out
 
 
-HOSTILE_NAMES = [
-    "\x1b[2Jgone",
-    "a\nckpt: b",
-    "\u202ecod.exe",
-    "0012",
-    "1e5",
-    "=cmd|x",
-    "<img onerror=1>",
-    "a|b",
-    " pad ",
-    "nan",
-]
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_names_are_printed_exactly_and_harmlessly(
-    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A name cannot move the cursor or break a line, in tables, errors and messages; JSON has it exactly."""
-    path = tmp_path / "names.safetensors"
-    save_file({name: torch.ones(2), "zz": torch.ones(3)}, path)
-    shown = run_ckpt(capsys, "show", path)
-    tree = run_ckpt(capsys, "show", path, "--tree")
-    refused = run_ckpt(capsys, "remap", path, "-o", tmp_path / "o.safetensors", "--rename", "*=same")
-    differing = run_ckpt(capsys, "diff", path, "fixtures/dtypes.safetensors")
-    for text in (shown.out, tree.out, refused.err, differing.out):
-        assert not {char for char in text if char != "\n" and not char.isprintable()}
-    assert name in [tensor["key"] for tensor in json.loads(run_ckpt(capsys, "show", path, "--json").out)["tensors"]]
-    if name.isprintable() and name == name.strip():
-        assert any(line.split("  ")[0] == name for line in shown.out.splitlines())
-
-
 def _ckpt(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:
     command = [sys.executable, "-m", "ckptkit", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, check=False, **settings)
@@ -343,12 +310,6 @@ def test_torch_without_numpy_is_no_news() -> None:
     command = [sys.executable, "-c", program, "show", MODEL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-
-
-def test_colour_is_for_terminals_that_want_it() -> None:
-    """No escape code reaches a pipe; NO_COLOR is obeyed by passing it on to click."""
-    done = _ckpt("diff", MODEL, TEN)
-    assert b"\x1b" not in done.stdout + done.stderr
 
 
 def test_completion_lists_commands() -> None:

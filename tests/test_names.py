@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from ckptkit import diff, load_into, open_checkpoint, plan_remap, run_checks
 from ckptkit.keys import literal
-from ckptkit.text import printable
+from ckptkit.text import printable, quoted
 from tests.helpers_cli import ROOT, Ran, run_ckpt
 
 NAMES: dict[str, str] = {
@@ -150,6 +151,26 @@ def test_names_are_read_back(name: str, tmp_path: Path, capsys: pytest.CaptureFi
 def _literal(cell: str) -> str:
     quote = cell.replace("'", "\\'")
     return f"'{quote}'"
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
+def test_names_survive_writing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch and safetensors read every name back exactly, through a plan in a file too; or it is refused by name."""
+    path, plan = _made(tmp_path, name), tmp_path / "plan.json"
+    out = {suffix: tmp_path / f"o.{suffix}" for suffix in ("pt", "safetensors")}
+    assert run_ckpt(capsys, "remap", path, "-o", out["pt"], "--rename", "z=y", "--plan", plan, "-q").code == 0
+    expected = [f"{name}.weight", f"{name}.bias", "y", f"{name}.tied"]
+    assert list(torch.load(out["pt"], weights_only=True)) == expected
+    again = run_ckpt(capsys, "remap", path, "-o", out["pt"], "--apply", plan, "--force", "-q")
+    assert (again.code, list(torch.load(out["pt"], weights_only=True))) == (0, expected), again.err
+    ran = run_ckpt(capsys, "remap", path, "-o", out["safetensors"], "--rename", "z=y", "-q")
+    if ran.code:
+        assert name.encode(errors="surrogatepass") != name.encode(errors="replace")
+        assert (ran.code, ran.out, quoted(f"{name}.weight") in ran.err) == (2, "", True)
+        assert not out["safetensors"].exists()
+    else:
+        with safe_open(out["safetensors"], "pt") as file:
+            assert sorted(file.keys()) == sorted(expected)
 
 
 MODEL = """

@@ -46,7 +46,11 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise PlanError(f"a name is not Unicode text: {quoted(error.object[error.start : error.end])}") from None
+        odd = error.object[error.start]
+        name = next((info.key for info in order if odd in info.key), odd)
+        raise PlanError(
+            f"a name is not Unicode text: {quoted(name)}", hint="give it another with --rename, or write a .pt file"
+        ) from None
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > LARGEST_HEADER:
         raise PlanError(f"the header would have {len(text):,} bytes, more than safetensors allows", hint="write shards")
