@@ -44,9 +44,10 @@ def run_checks(
     holds none of the tensors kept. ``progress`` is told the number of bytes after each piece.
 
     Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``; of warnings: ``code-reference``,
-    ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``beside-unread``, ``empty-weights``,
-    ``not-in-parts``, ``reader-warning``; of notes: ``no-checksum``, ``not-dense``, ``compressed``, ``constants``,
-    ``uncounted``, ``master-weights``, ``not-in-parts``, and ``not-scanned``, which is always there.
+    ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``beside-unread``, ``adapter-config``,
+    ``adapter-rank``, ``empty-weights``, ``not-in-parts``, ``reader-warning``; of notes:
+    ``no-checksum``, ``not-dense``, ``compressed``, ``constants``, ``uncounted``, ``adapter-base``, ``master-weights``,
+    ``not-in-parts``, and ``not-scanned``, which is always there.
     Raises ``RuleError`` where a rule goes wrong; what is wrong with a file is a finding.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")

@@ -74,7 +74,7 @@ FLOORS = (
     {"formats.torchscript", "formats.torch_tar"},
     {"formats.dcp", "formats.zip_files"},
     {"formats.files"},
-    {"formats.beside", "formats.zero"},
+    {"formats.adapter", "formats.beside", "formats.zero"},
     {"formats.directories"},
     {"formats", "compare", "checks", "plan", "writers"},
     {"steps", "making", "writers.atomic", "writers.torch_pickle"},

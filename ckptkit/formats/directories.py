@@ -7,8 +7,9 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
-from ckptkit.errors import FormatError
-from ckptkit.formats.beside import is_beside, named_beside, read_beside
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats.adapter import CONFIG, adapter_remarks
+from ckptkit.formats.beside import is_beside, named_beside, read_beside, read_json
 from ckptkit.formats.dcp import is_dcp, open_dcp
 from ckptkit.formats.files import TORCH_SUFFIXES, open_file
 from ckptkit.formats.recognise import refuse_inner
@@ -101,6 +102,8 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
     checkpoint = (
         open_index(directory, index, inner, whole=True) if index else open_file(os.path.join(directory, chosen), inner)
     )
+    if chosen.startswith("adapter_model"):
+        checkpoint.warnings += _adapter_warnings(checkpoint, directory, names)
     what = f"the index {quoted(chosen)}" if index else quoted(chosen)
     return _with_others(checkpoint, what, [name for name in (*known, *numbered, *indexes) if name != chosen])
 
@@ -109,6 +112,14 @@ def _with_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> 
     warnings = (f"{quoted(name)} lies beside {chosen}, which is the one read" for name in others[:4])
     checkpoint.warnings += tuple(warnings)
     return checkpoint
+
+
+def _adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequence[str]) -> tuple[str, ...]:
+    try:
+        config = read_json(directory, CONFIG) if CONFIG in names else None
+    except CkptkitError:
+        return ()  # said of the file, as of every one beside the weights
+    return tuple(adapter_remarks(checkpoint, config))
 
 
 def _tagged(directory: str) -> str:
@@ -130,6 +141,10 @@ def _tagged(directory: str) -> str:
 def _only(names: Sequence[str]) -> str:
     """Return the only file that by its name holds weights; raises ``FormatError`` where there are none or several."""
     weights = sorted(name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_beside(name))
+    if not weights and CONFIG in names:
+        raise FormatError(
+            f"holds {CONFIG} and no weights of the adapter", hint=f"they are called {_ADAPTER[0]} or {_ADAPTER[1]}"
+        )
     if not weights:
         looked = f"looked for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WHOLE[:2])}"
         raise FormatError("a directory without a checkpoint in it", hint=looked)
