@@ -46,8 +46,8 @@ def run_checks(
     Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``; of warnings: ``code-reference``,
     ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``beside-unread``, ``adapter-config``,
     ``adapter-rank``, ``empty-weights``, ``not-in-parts``, ``reader-warning``; of notes:
-    ``no-checksum``, ``not-dense``, ``compressed``, ``constants``, ``uncounted``, ``adapter-base``, ``master-weights``,
-    ``not-in-parts``, and ``not-scanned``, which is always there.
+    ``no-checksum``, ``not-dense``, ``compressed``, ``constants``, ``uncounted``, ``adapter-base``, ``link-outside``,
+    ``master-weights``, ``not-in-parts``, and ``not-scanned``, which is always there.
     Raises ``RuleError`` where a rule goes wrong; what is wrong with a file is a finding.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")

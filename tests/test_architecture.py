@@ -39,7 +39,7 @@ FLOORS = (
     {"recipes"},
     {"rules.model", "rules.variables"},
     {"rules.apply", "rules.parse"},
-    {"rules"},
+    {"rules", "formats.foreign"},
     {"presets"},
     {
         "formats.inert",

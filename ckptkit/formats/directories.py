@@ -12,8 +12,9 @@ from ckptkit.formats.adapter import CONFIG, adapter_remarks
 from ckptkit.formats.beside import is_beside, named_beside, read_beside, read_json
 from ckptkit.formats.dcp import is_dcp, open_dcp
 from ckptkit.formats.files import TORCH_SUFFIXES, open_file
+from ckptkit.formats.foreign import foreign_directory
 from ckptkit.formats.recognise import refuse_inner
-from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, open_sharded
+from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, links_outside, open_sharded
 from ckptkit.formats.zero import is_zero, named_states, open_zero
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
@@ -28,7 +29,8 @@ _WHOLE = (
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # accelerate numbers all models after the first; of a step of DeepSpeed the fp32 weights are put together
 _ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)|global_step\d+")
-_MOST_NAMES = 1_000_000
+_MOST_NAMES, _MOST_LOOKED_AT = 1_000_000, 1000
+_METADATA = "metadata.json"  # of Megatron
 _LATEST, _LONGEST_TAG = "latest", 1000
 
 
@@ -91,7 +93,7 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
         if _LATEST in names:
             return open_directory(_tagged(directory), inner)
     adapter = [name for name in known if name in _ADAPTER]
-    chosen = index or next(iter(known), None) or _only(names)
+    chosen = index or next(iter(known), None) or _only(directory, names)
     if adapter and chosen not in adapter:
         raise FormatError(
             f"holds a whole model and an adapter: {printable(chosen)}, {adapter[0]}",
@@ -102,6 +104,8 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
     checkpoint = (
         open_index(directory, index, inner, whole=True) if index else open_file(os.path.join(directory, chosen), inner)
     )
+    if not index:
+        checkpoint.warnings += tuple(links_outside(directory, [chosen]))
     if chosen.startswith("adapter_model"):
         checkpoint.warnings += _adapter_warnings(checkpoint, directory, names)
     what = f"the index {quoted(chosen)}" if index else quoted(chosen)
@@ -138,7 +142,22 @@ def _tagged(directory: str) -> str:
     return inside
 
 
-def _only(names: Sequence[str]) -> str:
+def _megatron(directory: str, names: Sequence[str]) -> FormatError | None:
+    if _METADATA not in names:
+        return None
+    try:
+        backend = read_json(directory, _METADATA).get("sharded_backend")
+    except CkptkitError:
+        return None
+    if not isinstance(backend, str):
+        return None
+    return FormatError(
+        f"a checkpoint of Megatron in {quoted(backend)}, which is not read",
+        hint="save it with --dist-ckpt-format torch_dist",
+    )
+
+
+def _only(directory: str, names: Sequence[str]) -> str:
     """Return the only file that by its name holds weights; raises ``FormatError`` where there are none or several."""
     weights = sorted(name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_beside(name))
     if not weights and CONFIG in names:
@@ -146,6 +165,12 @@ def _only(names: Sequence[str]) -> str:
             f"holds {CONFIG} and no weights of the adapter", hint=f"they are called {_ADAPTER[0]} or {_ADAPTER[1]}"
         )
     if not weights:
+        if (foreign := foreign_directory(names) or _megatron(directory, names)) is not None:
+            raise foreign
+        inside = [name for name in sorted(names)[:_MOST_LOOKED_AT] if os.path.isdir(os.path.join(directory, name))]
+        if inside:
+            listed = ", ".join(map(printable, inside[:4])) + (", …" if len(inside) > 4 else "")
+            raise FormatError("a directory without a checkpoint in it", hint=f"look into those inside it: {listed}")
         looked = f"looked for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WHOLE[:2])}"
         raise FormatError("a directory without a checkpoint in it", hint=looked)
     if len(weights) > 1:

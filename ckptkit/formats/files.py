@@ -84,8 +84,9 @@ def _hollow(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.envelope != "module" or all(entry.path != "param_shapes" for entry in checkpoint.entries):
         return ()
     empty = sum(0 in info.shape for info in checkpoint.values())
-    where = "are empty here, as ZeRO-3 leaves them: the optim_states files have them, so open the directory"
-    return (Remark(f"{plural(empty, 'weight')} {where}", "empty-weights"),) if empty else ()
+    what = f"{plural(empty, 'weight is', 'weights are')} empty here, as ZeRO-3 leaves them"
+    said = f"{what}: the optim_states files have their elements, so open the directory"
+    return (Remark(said, "empty-weights"),) if empty else ()
 
 
 def read_torch(file: LocalFile, *, largest: int) -> TorchFile:

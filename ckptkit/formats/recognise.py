@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
-
 from ckptkit.errors import FormatError
+from ckptkit.formats.foreign import is_flax, is_onnx, is_tensorflow_index, is_tensorflow_shard
 from ckptkit.storage import LocalFile
 from ckptkit.text import quoted, shell_word
 
@@ -12,6 +11,7 @@ __all__ = ["TAR_MEMBERS", "is_torch_tar", "refusal_of", "refuse_inner"]
 
 TAR_MEMBERS = ("sys_info", "pickle", "tensors", "storages")
 _UNPACK = "unpack it first"
+_TENSORFLOW = "tf.train.load_checkpoint reads it"
 _KNOWN_MAGICS = (
     (b"\x1f\x8b", "a gzip-compressed file", _UNPACK),
     (b"PK\5\6", "an empty zip archive", None),
@@ -20,9 +20,9 @@ _KNOWN_MAGICS = (
     (b"\x28\xb5\x2f\xfd", "a zstd-compressed file", _UNPACK),
     (b"version https://git-lfs", "a git-lfs pointer, not the weights", "run git lfs pull"),
     (b"\x89HDF", "an HDF5 file (Keras?), which is not read", "h5py reads it"),
+    (b"model_checkpoint_path:", "the state of a TensorFlow checkpoint, which is not read", _TENSORFLOW),
     (b"\x89PNG", "a PNG picture", None),
 )
-_ONNX = re.compile(rb"\x08[\x01-\x1f]\x12[\x01-\x7f][\x20-\x7e]+")  # its version, then the name of its producer
 
 
 def is_torch_tar(head: bytes) -> bool:
@@ -38,7 +38,7 @@ def refusal_of(file: LocalFile, head: bytes) -> FormatError:
     start = head.lstrip()[:64].lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return FormatError("an HTML page, not a checkpoint (a failed download?)", hint="download it again")
-    if _ONNX.match(head):
+    if is_onnx(head, file.size, file.read):
         return FormatError("an ONNX model, which is not read", hint="onnx.load reads it")
     if head[257:262] == b"ustar":
         return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
@@ -46,6 +46,12 @@ def refusal_of(file: LocalFile, head: bytes) -> FormatError:
         return FormatError(
             "a bare pickle, not a file of torch.save", hint="load it where it was made, and torch.save it"
         )
+    if is_flax(head):
+        return FormatError(
+            "a msgpack file of flax, which is not read", hint="flax.serialization.msgpack_restore reads it"
+        )
+    if is_tensorflow_index(file.read, file.size) or is_tensorflow_shard(file.path):
+        return FormatError("a part of a TensorFlow checkpoint, which is not read", hint=_TENSORFLOW)
     if not head.strip(b"\0") and not _has_content(file):
         return FormatError("only zero bytes (an interrupted write?)", hint="copy it again")
     if len(head) < 8:

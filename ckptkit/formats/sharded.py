@@ -10,15 +10,17 @@ from pathlib import PureWindowsPath
 from typing import Any
 
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.text import plural, printable, quoted
 
-__all__ = ["INDEX_SUFFIXES", "find_index", "is_plain_name", "open_sharded"]
+__all__ = ["INDEX_SUFFIXES", "find_index", "is_plain_name", "links_outside", "open_sharded"]
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json", ".pt.index.json")
 _LARGEST_INDEX = 256 << 20
+_CACHE = "blobs"  # where the caches of hubs keep the files that their snapshots are links to
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 
 
@@ -90,6 +92,26 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name
 
 
+def links_outside(directory: str, names: Iterable[str]) -> list[Remark]:
+    """Return a remark where some of these files are links out of the directory; those of a hub's cache are as usual."""
+    home = os.path.realpath(directory)
+    found = []
+    for name in names:
+        path = os.path.join(directory, name)
+        if os.path.islink(path):
+            target = os.path.realpath(path)
+            where = os.path.dirname(target)
+            if where != home and os.path.basename(where) != _CACHE:
+                found.append((name, target))
+    if not found:
+        return []
+    (name, target), more = found[0], len(found) - 1
+    others = f", and {plural(more, 'other')} too" if more else ""
+    return [
+        Remark(f"{quoted(name)} is a link out of the directory, to {quoted(target)}{others}", "link-outside", "note")
+    ]
+
+
 def _check_name(key: str, name: object, index_name: str, path: str) -> None:
     if not isinstance(name, str):
         raise FormatError(f"the index maps {quoted(key)} to a {type(name).__name__}, not to a file name", path=path)
@@ -148,6 +170,7 @@ def _joined(
             view = info.view._replace(storage=info.view.storage + base) if info.view else None
             infos[key] = TensorInfo(key, info.dtype, info.shape, view, info.kind)
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
+    warnings += links_outside(directory, order)
     folded = {name.casefold(): name for name in order}
     alike = next((name for name in order if folded[name.casefold()] != name), None)
     if alike is not None:

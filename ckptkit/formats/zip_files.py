@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ckptkit.errors import FormatError
 from ckptkit.formats.recognise import refuse_inner
 from ckptkit.formats.zip_directory import read_zip_directory
 from ckptkit.storage import LocalFile
@@ -29,6 +30,8 @@ def open_zip(file: LocalFile, inner: str) -> Checkpoint:
         from ckptkit.formats.torchscript import open_torchscript
 
         return open_torchscript(archive, inner)
+    if "model.weights.h5" in archive.entries:
+        raise FormatError("a Keras archive, which is not read", hint="keras.saving.load_model reads it")
     from ckptkit.formats.torch_zip import open_torch_zip
 
     return open_torch_zip(archive, inner)

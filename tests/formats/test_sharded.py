@@ -169,3 +169,22 @@ def test_a_mapping_inside_shards_is_refused_with_the_way_out(tmp_path: Path) -> 
     error = refusal(f"{tmp_path}::a")
     assert "there is no mapping 'a' inside" in error.reason
     assert error.hint == "use --keep 'a.*'"
+
+
+def test_a_link_to_elsewhere_is_followed_and_said(tmp_path: Path) -> None:
+    """H2: the person who keeps shards on another disk may do so; whoever unpacked a stranger's archive shall see it."""
+    shard(tmp_path / "run")
+    (tmp_path / "disk").mkdir()
+    for name in (FIRST, SECOND):
+        (tmp_path / "run" / name).rename(tmp_path / "disk" / name)
+        (tmp_path / "run" / name).symlink_to(Path("../disk") / name)
+    with open_checkpoint(tmp_path / "run") as checkpoint:
+        assert_same(checkpoint, STATE)
+        assert checkpoint.warnings == (
+            f"'{FIRST}' is a link out of the directory, to '{tmp_path / 'disk' / FIRST}', and 1 other too",
+        )
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "model.safetensors").symlink_to(tmp_path / "disk" / SECOND)
+    with open_checkpoint(tmp_path / "one") as checkpoint:
+        assert list(checkpoint) == ["c.w"]
+        assert ["is a link out of the directory" in text for text in checkpoint.warnings] == [True]

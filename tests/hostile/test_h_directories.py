@@ -232,7 +232,7 @@ BAD: dict[str, Bad] = {
     "H14 the first shard": Bad(pieces(1), "'w': rows 0-2 are covered by no chunk"),
     "H14 the middle shard": Bad(pieces(2), "'w': rows 3-5 are covered by no chunk"),
     "H16 an adapter beside a whole model": Bad(adapter_and_model, "holds a whole model and an adapter"),
-    "H16 a configuration without its adapter": Bad(configuration, "a directory without a checkpoint in it"),
+    "H16 a configuration without its adapter": Bad(configuration, "holds adapter_config.json and no weights"),
 }
 ODD: dict[str, Odd] = {
     "H2 a link as in a cache": Odd(second(outside), "", "3 tensors"),
@@ -250,7 +250,9 @@ ODD: dict[str, Odd] = {
     "H10 code in the metadata": Odd(distributed(code_beside), "looks malicious: it asks for posix.system", "[7, 3]"),
     "H10 code as an item": Odd(code_as_item, "looks malicious: it asks for posix.system", "posix.system"),
     "H15 the model_states of ZeRO-3 alone": Odd(hollow, "empty here, as ZeRO-3 leaves them: the optim_states", "w"),
-    "H16 an adapter without its configuration": Odd(adapter, "", "lora_A"),
+    "H16 an adapter without its configuration": Odd(
+        adapter, "no adapter_config.json beside the weights: their scale", "lora_A"
+    ),
     "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last one could not be noticed", "[6, 2]"),
 }
 OTHER = ("H13 another dtype", "H17 a hundred thousand files")

@@ -1,0 +1,134 @@
+"""Formats of others, told by their structure so that a reader can be named; nothing of them is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection
+
+from ckptkit.errors import FormatError
+
+__all__ = ["foreign_directory", "is_flax", "is_onnx", "is_tensorflow_index", "is_tensorflow_shard"]
+
+_VERSION, _GRAPH, _PRODUCER = 0x08, 0x3A, 0x12
+_STRINGS = (_PRODUCER, 0x1A, 0x22, 0x32)  # producer and its version, domain, documentation
+_MODEL_VERSION = 0x28
+_BEHIND_GRAPH = (0x42, 0x72, 0xA2, 0xCA)  # opset imports, metadata, training, functions
+_IN_GRAPH = (0x0A, 0x12, 0x2A)  # nodes, name, initializers
+_TABLE_END = bytes.fromhex("57fb808b247547db")
+_TENSORFLOW_SHARD = re.compile(r".+\.data-\d{5}-of-\d{5}")
+_NEWEST_ONNX = 63
+
+
+def foreign_directory(names: Collection[str]) -> FormatError | None:
+    """Return the error that says whose checkpoint a directory with these file names is; None where it is not known."""
+    if not {"saved_model.pb", "saved_model.pbtxt"}.isdisjoint(names):
+        return FormatError("a SavedModel of TensorFlow, which is not read", hint="tf.saved_model.load reads it")
+    if not {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}.isdisjoint(names):
+        return FormatError("a checkpoint of Orbax (JAX), which is not read", hint="orbax.checkpoint reads it")
+    if not {".zarray", ".zgroup", "zarr.json"}.isdisjoint(names):
+        return FormatError("a directory of zarr arrays, which is not read", hint="zarr reads it")
+    if any(_TENSORFLOW_SHARD.fullmatch(name) for name in names):
+        return FormatError("a checkpoint of TensorFlow, which is not read", hint="tf.train.load_checkpoint reads it")
+    return None
+
+
+def is_tensorflow_shard(path: str) -> bool:
+    """Return whether this is what TensorFlow calls a file of nothing but the bytes of its tensors."""
+    return _TENSORFLOW_SHARD.fullmatch(path) is not None
+
+
+def is_tensorflow_index(read: Callable[[int, int], bytes], size: int) -> bool:
+    """Return whether a file ends as the tables do in which TensorFlow lists the tensors of a checkpoint."""
+    return size >= 48 and read(size - 8, 8) == _TABLE_END
+
+
+def is_onnx(head: bytes, size: int, read: Callable[[int, int], bytes]) -> bool:
+    """Return whether a file of ``size`` bytes is a model of ONNX: fields in order, up to a graph of its length."""
+    if len(head) < 4 or head[0] != _VERSION or not 0 < head[1] <= _NEWEST_ONNX:
+        return False
+    at, last = 2, _VERSION
+    while at < len(head) and last < head[at]:
+        last = head[at]
+        value, at = _varint(head, at + 1)
+        if last == _GRAPH:
+            end = at + value
+            return at < len(head) and head[at] in _IN_GRAPH and end < size and read(end, 1)[0] in _BEHIND_GRAPH
+        if last in _STRINGS:
+            text = head[at : at + value]
+            at += value
+            if last == _PRODUCER and value and len(text) == value and text.isascii() and text.decode().isprintable():
+                return True
+        elif last != _MODEL_VERSION:
+            return False
+    return False
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while at < len(data) and shift < 64:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            break
+    return value, at
+
+
+# --- msgpack -------------------------------------------------------------------------------------------------------
+
+_FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8,
+          0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}  # fmt: skip
+_SIZED = {0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC4: 1, 0xC5: 2, 0xC6: 4}  # text and bytes, by the width of their length
+_MAPS = {0xDE: 2, 0xDF: 4}
+_EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
+_ARRAY, _OF_THREE = 1, 0x93  # flax: an extension of this type, of shape, dtype and bytes
+
+
+def is_flax(head: bytes) -> bool:
+    """Return whether a file begins as what flax serialises: nested mappings from names to arrays of its own type."""
+    at, left = 0, [1]
+    while at < len(head):
+        byte = head[at]
+        if 0x80 <= byte <= 0x8F or byte in _MAPS:
+            width = _MAPS.get(byte, 0)
+            count = int.from_bytes(head[at + 1 : at + 1 + width]) if width else byte & 0x0F
+            at += 1 + width
+            left.append(count)
+        elif len(left) == 1:
+            return False
+        elif byte in _EXTENSIONS:
+            width = _EXTENSIONS[byte]
+            return head[at + 1 + width : at + 3 + width] == bytes((_ARRAY, _OF_THREE))
+        else:
+            end = _behind(head, at)
+            if end is None:
+                return False
+            at = end
+            left[-1] -= 1
+        while len(left) > 1 and not left[-1]:
+            left.pop()
+            left[-1] -= 1
+        if len(left) == 1:
+            return False
+        end = _behind(head, at)
+        if end is None or not (0xA0 <= head[at] <= 0xBF or head[at] in (0xD9, 0xDA)):
+            return False
+        at = end
+    return False
+
+
+def _behind(head: bytes, at: int) -> int | None:
+    """Return where the scalar at ``at`` ends, None where there is none."""
+    if at >= len(head):
+        return None
+    byte = head[at]
+    if byte < 0x80 or byte >= 0xE0:
+        return at + 1
+    if 0xA0 <= byte <= 0xBF:
+        return at + 1 + (byte & 0x1F)
+    if byte in _FIXED:
+        return at + 1 + _FIXED[byte]
+    if byte in _SIZED:
+        width = _SIZED[byte]
+        return at + 1 + width + int.from_bytes(head[at + 1 : at + 1 + width])
+    return None
