@@ -41,8 +41,8 @@ _PICKLED = re.compile(
     r"|(?:random_states|custom_checkpoint)_(\d+)\.pkl|(?:sampler|dl_state_dict)(?:_(\d+))?\.bin"
 )
 _NUMBER = re.compile(r"_\d+(?=\.\w+$)")
-_LARGEST_JSON = 16 << 20
-_LARGEST_PICKLES = 8 << 20  # of all files together
+_LARGEST_JSON = 6 << 20
+_LARGEST_PICKLES = 3 << 20  # of all files together; what is made of a byte takes up to seventy
 _MOST_FILES = 64
 _MOST_VALUES = 64  # of a JSON file
 _MOST_OUTLINED = 200_000

@@ -22,6 +22,7 @@ from ckptkit.formats import open_checkpoint
 from ckptkit.tensors import Entry
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import assert_same, mapping, refusal, text, torch_zip, with_weights
+from tests.hostile.contract import run_limited
 
 STATE = {"net.weight": torch.arange(6.0).reshape(2, 3), "net.bias": torch.ones(2)}
 TRAINER_STATE: dict[str, object] = {
@@ -174,11 +175,11 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "trainer_state.json", lambda path: path.write_text("{"), "trainer_state.json is not read: it is not JSON"),
     "a list": ("config.json", lambda path: path.write_text("[]"), "config.json is not read: it is a JSON list"),
     "deep": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json is not read: it is nested too"),
-    "17 MB": ("config.json", _huge_json, "config.json is not read: it has 17.8 MB, more than the limit of 16.8 MB"),
+    "17 MB": ("config.json", _huge_json, "config.json is not read: it has 17.8 MB, more than the limit of 6.3 MB"),
     "a pickle of 9 MB": (
         "optimizer.pt",
         lambda path: path.write_bytes(torch_zip(mapping({"w": text("x" * (9 << 20))}))),
-        "optimizer.pt is not read: data.pkl has 9437201 bytes, more than the limit of 8388608",
+        "optimizer.pt is not read: data.pkl has 9437201 bytes, more than the limit of 3145728",
     ),
     "malicious": (
         "training_args.bin",
@@ -268,3 +269,19 @@ def test_a_checkpoint_of_lightning_is_its_state_dict(tmp_path: Path) -> None:
         assert entries["hyper_parameters"].type == f"{__name__}.HyperParameters"
         assert entries["MixedPrecision"].value == {"scale": 65536.0}
         assert checkpoint.references == (f"{__name__}.HyperParameters",)
+
+
+BOMBS = {
+    "a pickle of empty mappings": ("optimizer.pt", torch_zip(b"](" + b"}" * ((3 << 20) - 99) + b"e")),
+    "JSON of empty objects": ("config.json", b'{"a":[' + b"{}," * ((2 << 20) - 99) + b"1]}"),
+}
+
+
+@pytest.mark.parametrize("case", BOMBS)
+def test_what_expands_beside_the_weights_stays_within_bounds(tmp_path: Path, case: str) -> None:
+    """At the largest size that is read, the weights are shown within the limit for bad input."""
+    name, data = BOMBS[case]
+    (trainer_directory(tmp_path) / name).write_bytes(data)
+    ran = run_limited("show", tmp_path)
+    assert ran.code == 0, ran.err
+    assert "net.weight" in ran.out
