@@ -167,6 +167,11 @@ def adapter(directory: Path) -> Path:
     return directory
 
 
+def of_another_rank(directory: Path) -> Path:
+    configuration(directory)
+    return adapter(directory)
+
+
 def adapter_and_model(directory: Path) -> Path:
     save(STATE, directory / "model.safetensors")
     return adapter(directory)
@@ -252,6 +257,9 @@ ODD: dict[str, Odd] = {
     "H15 the model_states of ZeRO-3 alone": Odd(hollow, "empty here, as ZeRO-3 leaves them: the optim_states", "w"),
     "H16 an adapter without its configuration": Odd(
         adapter, "no adapter_config.json beside the weights: their scale", "lora_A"
+    ),
+    "H16 another rank than the configuration gives": Odd(
+        of_another_rank, "has rank 2, and adapter_config.json", "q.lora"
     ),
     "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last one could not be noticed", "[6, 2]"),
 }
