@@ -47,7 +47,7 @@ def run_checks(
     ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``beside-unread``, ``adapter-config``,
     ``adapter-rank``, ``empty-weights``, ``not-in-parts``, ``reader-warning``; of notes:
     ``no-checksum``, ``not-dense``, ``compressed``, ``constants``, ``uncounted``, ``adapter-base``, ``link-outside``,
-    ``master-weights``, ``not-in-parts``, and ``not-scanned``, which is always there.
+    ``master-weights``, ``not-in-parts``, ``average-beside``, and ``not-scanned``, which is always there.
     Raises ``RuleError`` where a rule goes wrong; what is wrong with a file is a finding.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")

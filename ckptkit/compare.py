@@ -8,11 +8,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.keys import parse_rename
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import html_table, printable, shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
-from ckptkit.wrappers import WRAPPER_PREFIXES
+from ckptkit.wrappers import PREFIXES, SEGMENTS
 
 __all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff"]
 
@@ -75,6 +76,7 @@ class StateDictDiff:
     foreign: tuple[str, ...] = ()  # keys of found that are not expected and hold no tensor
     extra_state: tuple[str, ...] = ()  # keys of extra state that only one side has
     filled: frozenset[str] = frozenset()  # missing keys that torch fills in for checkpoints of before 0.4.1
+    notes: tuple[str, ...] = ()  # what the rules have to say
     unseen: frozenset[str] = frozenset()  # unexpected keys below a submodule that is None: torch looks at none of them
 
     @property
@@ -183,6 +185,7 @@ def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDi
         foreign=tuple(key for key in foreign if not key.startswith(absent)),
         extra_state=tuple(sorted(key for key in (wanted_state ^ found_state) - told if not key.startswith(absent))),
         filled=_filled(missing, expected, found, key_map),
+        notes=key_map.notes,
         unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent)),
     )
 
@@ -260,12 +263,16 @@ def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:
         strip.update(_prefixes(key, shape, missing))
     for key, shape in missing.items():
         add.update(_prefixes(key, shape, unexpected))
-    strips = {name for name, _ in strip.most_common(3)} | set(WRAPPER_PREFIXES)
+    strips = {name for name, _ in strip.most_common(3)} | set(PREFIXES)
     made = {
         f"{prefix}*=*": {key: key.removeprefix(prefix) for key in result.names}
         for prefix in sorted(strips)
         if any(key.startswith(prefix) for key in unexpected)
     }
+    for segment in SEGMENTS:
+        if any(f".{segment}." in key for key in unexpected):
+            rename = parse_rename(f"*.{segment}.*=*.*")
+            made[f"*.{segment}.*=*.*"] = {key: rename.apply(key) or key for key in result.names}
     for prefix, _ in add.most_common(3):
         made[f"*={prefix}*"] = {key: f"{prefix}{key}" for key in result.names}
     return list(made.items())

@@ -69,7 +69,9 @@ def plan_merge(
     steps = [taken.get(key) or _kept(info, base) for key, info in base.items()]
     dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
     dropped += _replaced(overlays, taken | added)
-    notes += [note for overlay in overlays for note in overlay.notes]
+    notes += [
+        f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
+    ]
     return Plan((*steps, *added.values()), tuple(dropped), base.metadata, tuple(notes), base.versions)
 
 
@@ -104,6 +106,7 @@ class _Policy:
 class _Overlay:
     """What one donor brings."""
 
+    role: str
     taken: Mapping[str, Step]
     added: Mapping[str, Step]
     mismatched: Sequence[str]
@@ -147,7 +150,7 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
             if new not in base and info.key in unexpected:
                 added[new] = make_step(replace(info, key=new), how, role, donor)
     dropped += dropped_entries(donor, role)
-    return _Overlay(taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
+    return _Overlay(role, taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
 
 
 def _mended(pair: Pair, how: Made, role: str, donor: Checkpoint, policy: _Policy) -> Step:

@@ -22,6 +22,8 @@ FLOORS = (
     {"errors", "text"},
     {"tensors", "findings"},
     {"keys", "sharing", "storage"},
+    {"wrappers.envelopes", "wrappers.table"},
+    {"wrappers.explain"},
     {"wrappers", "torch_bridge", "shards"},
     {"tensor_ops.expressions", "tensor_ops.operation"},
     {"tensor_ops.parameters"},
@@ -38,7 +40,8 @@ FLOORS = (
     {"tensor_ops"},
     {"recipes"},
     {"rules.model", "rules.variables"},
-    {"rules.apply", "rules.parse"},
+    {"rules.strip", "rules.parse"},
+    {"rules.apply"},
     {"rules", "formats.foreign"},
     {"presets"},
     {

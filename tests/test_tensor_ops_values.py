@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
-from torch.nn.utils import fusion, parametrizations, weight_norm
+from torch.nn.utils import fusion, parametrizations, prune, weight_norm
 
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops import NAMES, Shape, parse_operation
@@ -29,6 +29,8 @@ TABLES: dict[str, tuple[dict[str, Any], list[Shape]]] = {
     "conv_in_channels": ({"channels": 4}, [(2, 3, 5, 5)]),
     "conv_in_channels base": ({"channels": 1, "base": 3}, [(2, 12, 5, 5)]),
     "fold_weight_norm": ({"dim": 1}, [(1, 5, 1), (4, 5, 3)]),
+    "fold_spectral_norm": ({"dim": 1}, [(4, 5, 3), (5,), (12,)]),
+    "fold_mask": ({}, [(4, 5), (4, 5)]),
     "fold_batch_norm": ({"eps": 0.001, "transposed": True}, [(3, 4, 2, 2), (4,), (4,), (4,), (4,), (4,)]),
     "fold_lora": ({"alpha": 16, "r": 2, "rslora": True, "fan_in_fan_out": True}, [(6, 4), (2, 6), (4, 2)]),
     "fold_lora bias": ({"scale": 2.0}, [(4,), (4,)]),
@@ -258,6 +260,35 @@ def test_a_weight_norm_folds_into_the_very_weight_of_the_module(style: str, dim:
         assert torch.equal(made, module.weight)
 
 
+@pytest.mark.parametrize("style", ["old", "parametrization"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_spectral_norm_folds_into_the_very_weight_of_evaluation(style: str, dim: int) -> None:
+    """Bit for bit what the module computes in evaluation, for a convolution and a transposed one."""
+    module = torch.nn.ConvTranspose1d(3, 4, 5) if dim else torch.nn.Conv1d(3, 4, 5)
+    keys: tuple[str, ...]
+    if style == "old":
+        torch.nn.utils.spectral_norm(module, n_power_iterations=3)
+        keys = ("weight_orig", "weight_u", "weight_v")
+    else:
+        parametrizations.spectral_norm(module, n_power_iterations=3)
+        keys = tuple(f"parametrizations.weight.{leaf}" for leaf in ("original", "0._u", "0._v"))
+    with torch.no_grad():
+        for _ in range(3):
+            module(torch.zeros(1, 3, 9))
+        module.eval()(torch.zeros(1, 3, 9))
+        state = module.state_dict()
+        made = only({"fold_spectral_norm": {"dim": dim}}, *(state[key] for key in keys))
+        assert torch.equal(made, module.weight)
+
+
+def test_a_mask_folds_into_the_very_weight_of_the_pruned_module() -> None:
+    """Signs of zeros among them."""
+    module = torch.nn.Linear(6, 5)
+    prune.random_unstructured(module, "weight", amount=0.5)  # type: ignore[no-untyped-call]
+    state = module.state_dict()
+    assert same(only("fold_mask", state["weight_orig"], state["weight_mask"]), module.weight.detach())
+
+
 BATCH_NORMS = {
     "conv": (torch.nn.Conv2d(3, 6, 3), torch.nn.BatchNorm2d(6), (2, 3, 8, 8)),
     "conv without bias": (torch.nn.Conv2d(3, 6, 3, bias=False), torch.nn.BatchNorm2d(6), (2, 3, 8, 8)),
@@ -337,6 +368,12 @@ def test_a_bias_keeps_its_own_dtype_and_statistics_may_be_wider() -> None:
         ({"conv_in_channels": {"channels": 1}}, [(4, 0, 3)], "conv_in_channels: dim 1 of [4, 0, 3] is not 0 channels"),
         ("fold_weight_norm", [(4, 1), (3, 5)], "fold_weight_norm: g is [4, 1], and a v of [3, 5] asks for [3, 1]"),
         ("fold_weight_norm", [(3, 1)], "fold_weight_norm: takes g and v, and there are 1"),
+        ("fold_spectral_norm", [(3, 4), (3,)], "fold_spectral_norm: takes orig, u and v, and there are 2"),
+        (
+            "fold_spectral_norm", [(3, 4, 2), (8,), (3,)],
+            "fold_spectral_norm: an orig of [3, 4, 2] asks for u of [3] and v of [8], and here are [8] and [3]",
+        ),
+        ("fold_mask", [(3, 4), (4, 3)], "fold_mask: takes orig and a mask of its shape, and here are [3, 4], [4, 3]"),
         ("fold_batch_norm", [(3, 1)], "fold_batch_norm: there are 1 tensors"),
         (
             "fold_batch_norm", [(4, 3, 1, 1), (4,), (4,), (3,), (4,)],

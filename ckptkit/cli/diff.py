@@ -52,7 +52,8 @@ def diff(
 
     \b
     ckpt diff py:mynet:build pretrained.pth
-    ckpt diff base.safetensors run.ckpt --rename 'module.*=*'
+    ckpt diff base.safetensors run.ckpt --strip auto
+    ckpt diff base.safetensors run.ckpt --rename 'h.*=layers.*'
     """  # noqa: D301 - \b is click's mark
     with opened(expected, found, quiet=quiet) as (left, right):
         with about(found):
@@ -63,6 +64,8 @@ def diff(
             lambda: diff_document(result, left, right),
             _COLOURS,
         )
+        for note in () if quiet else result.notes:
+            tell(note)
         if form is not Form.JSON and not quiet:
             for hint in result.hints:
                 tell(f"hint: {hint.message}")

@@ -111,9 +111,10 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
             lambda: plan_document(command, plan, written),
         )
     proved = verify(plan, sources, job.output.path) if written is not None and job.verify else None
-    if written is not None and not job.quiet:
+    if not job.quiet:
         shared = ties_broken(plan) if job.output.format == "safetensors" else []
-        for note in (*plan.notes, *written_text(plan, written, shared)):
+        said = [] if written is None else written_text(plan, written, shared)
+        for note in (*plan.notes, *said):
             tell(note)
         if proved is not None:
             tell(f"verified: each of {plural(proved, 'tensor')} is what the plan makes, bit by bit")

@@ -22,8 +22,9 @@ _CONFIG = "config.json"
 def rule_options(beside: str) -> Callable[[_Command], _Command]:
     """Add every option that makes rules, and pass them on as one ``rules`` argument.
 
-    However they are mixed on the command line, keeping comes first, then dropping, then renaming. ``beside`` names the
-    argument of the command by whose checkpoint the ``config.json`` lies that rule files may refer to.
+    However they are mixed on the command line, keeping comes first, then dropping, then stripping, then renaming.
+    ``beside`` names the argument of the command by whose checkpoint the ``config.json`` lies that rule files may
+    refer to.
     """
 
     def decorate(command: _Command) -> _Command:
@@ -33,6 +34,7 @@ def rule_options(beside: str) -> Callable[[_Command], _Command]:
             rename: tuple[str, ...],
             keep: tuple[str, ...],
             drop: tuple[str, ...],
+            strip: tuple[str, ...],
             rules_file: str | None,
             settings: tuple[str, ...],
             allow_unused: bool,
@@ -42,7 +44,9 @@ def rule_options(beside: str) -> Callable[[_Command], _Command]:
                 raise click.UsageError("--set gives a variable of a rule file, and there is no --rules")
             path = others[beside] if isinstance(others[beside], str) else others[beside][0]
             given = Settings(dict(map(parse_setting, settings)), _config_of(path))
-            rules = _read(rules_file, rename=rename, keep=keep, drop=drop, allow_unused=allow_unused, settings=given)
+            rules = _read(
+                rules_file, rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused, settings=given
+            )
             return command(*args, rules=rules, **others)
 
         decorated: Any = with_rules
@@ -56,6 +60,9 @@ def rule_options(beside: str) -> Callable[[_Command], _Command]:
 _OPTIONS = (
     click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename keys, as in 'module.*=*'. Repeatable."),
     filter_options,
+    click.option("--strip", multiple=True, metavar="auto|PREFIX",
+                 help="Take a prefix off every key; auto undoes DataParallel, torch.compile, FSDP and other known "
+                 "wrappers, and says which. Repeatable."),
     click.option("--rules", "rules_file", type=click.Path(), metavar="FILE",
                  help="Read rules from a TOML file, or those of preset:NAME (preset:? lists them)."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",

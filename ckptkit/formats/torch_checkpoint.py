@@ -14,7 +14,7 @@ from ckptkit.formats.modules import open_modules
 from ckptkit.formats.naming import Names, Path, flat_key, key_name, name_places, type_name
 from ckptkit.formats.strided import Strided
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
-from ckptkit.formats.tree import describe, leaves, select
+from ckptkit.formats.tree import describe, is_tensor, leaves, select
 from ckptkit.storage import Region
 from ckptkit.tensors import (
     DTYPES,
@@ -29,6 +29,7 @@ from ckptkit.tensors import (
     versions_from,
 )
 from ckptkit.text import plural, printable, quoted
+from ckptkit.wrappers import which_is_which
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "code_warnings"]
 
@@ -65,6 +66,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     """
     tree, notes = open_modules(file.tree, file.pickle_size)
     value, chosen = select(tree, inner)
+    averages = [Remark(said, "average-beside", "note") for said in which_is_which(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
     if inner and not isinstance(value, Mapping | list | tuple):
@@ -91,7 +93,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
     entries = _outside(tree, chosen, outlined) + entries
     references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
-    warnings = [*names.warnings, *file.warnings, *notes, *code_warnings(references, suspicious)]
+    warnings = [*names.warnings, *file.warnings, *notes, *averages, *code_warnings(references, suspicious)]
     if (repeated := file.objects.interpreter.repeated) is not None:
         said = f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch"
         warnings.append(Remark(said, "repeated-key"))

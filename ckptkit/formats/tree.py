@@ -13,7 +13,7 @@ from ckptkit.tensors import Entry
 from ckptkit.text import plural, printable, quoted, shell_word
 from ckptkit.wrappers import choose_envelope
 
-__all__ = ["describe", "leaves", "select"]
+__all__ = ["describe", "is_tensor", "leaves", "select"]
 
 _DEEPEST = 200
 _MOST_SHOWN = 64
@@ -22,7 +22,8 @@ _LONGEST_LISTED = 1000
 _SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 
 
-def _is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> bool:
+    """Return whether a node of a tree is a tensor."""
     return isinstance(value, TensorRef)
 
 
@@ -35,7 +36,7 @@ def select(tree: object, inner: str) -> tuple[object, Path]:
         return _descend(tree, inner)
     if not isinstance(tree, Mapping):
         return tree, ()
-    path = choose_envelope(tree, _is_tensor)
+    path = choose_envelope(tree, is_tensor)
     value: object = tree
     for key in path:
         value = value[key] if isinstance(value, Mapping) else None

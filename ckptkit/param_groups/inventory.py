@@ -8,15 +8,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ckptkit.errors import GroupsError
+from ckptkit.wrappers import SEGMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.nn import Module, Parameter
 
 __all__ = ["Inventory", "LiveParameter", "take_inventory"]
-
-# torch's own wrappers put these segments into names without touching the parameters behind them.
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,7 +111,7 @@ def take_inventory(model: Module) -> Inventory:
 
 def bare_name(name: str) -> str:
     """Return ``name`` without the segments that torch's wrappers add: ``module.`` in front, ``_orig_mod`` anywhere."""
-    segments = [segment for segment in name.split(".") if segment not in _WRAPPERS]
+    segments = [segment for segment in name.split(".") if segment not in SEGMENTS]
     while len(segments) > 1 and segments[0] == "module":
         del segments[0]
     return ".".join(segments)

@@ -11,6 +11,8 @@ from itertools import pairwise
 from ckptkit.errors import RuleError
 from ckptkit.keys import Fit, matches_any
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
+from ckptkit.rules.strip import strip_stages
+from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted, shell_word
 
 __all__ = ["apply_rules"]
@@ -19,6 +21,7 @@ __all__ = ["apply_rules"]
 def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
     """Return what the rules make of the keys; nothing is renamed by accident.
 
+    Of a Checkpoint, what lies beside its tensors can tell which wrapper their names come of.
     Raises ``RuleError`` for two keys with one new name, an empty new name, a rule or a kept pattern that matches
     nothing (unless it is optional, or unused rules are allowed), and an operation that lacks one of its inputs.
     """
@@ -27,8 +30,18 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
     state = {key: Made((key,)) for key in keys}
     dropped: dict[str, str] = {}
     notes: list[str] = []
+    beside = [entry.path for entry in keys.entries] if isinstance(keys, Checkpoint) else []
     for stage in rules.stages:
-        state = _Pass(stage, dropped, notes).over(state, allow_unused=rules.allow_unused)
+        passes = [stage] if not stage.strip else [Stage(stage.keep)] if stage.keep else []
+        for one in passes:
+            state = _Pass(one, dropped, notes).over(state, allow_unused=rules.allow_unused)
+        for how in stage.strip:
+            undoing, said = strip_stages(how, state, beside)
+            notes.extend(said)
+            for one in undoing:
+                state = _Pass(one, dropped, notes).over(state, allow_unused=rules.allow_unused)
+        if stage.strip and stage.rules:
+            state = _Pass(Stage((), stage.rules), dropped, notes).over(state, allow_unused=rules.allow_unused)
     return KeyMap.of(state, dropped, notes)
 
 

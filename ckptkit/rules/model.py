@@ -57,10 +57,14 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pass: a filter of what is kept (empty: everything), then the first rule that fits each key."""
+    """One pass: a filter of what is kept (empty: everything), then the first rule that fits each key.
+
+    ``strip`` comes between the two, as passes of its own: prefixes to take off, or ``"auto"``.
+    """
 
     keep: tuple[Pattern, ...] = ()
     rules: tuple[Rule, ...] = ()
+    strip: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ def parse_rules(
     rename: Iterable[str] = (),
     keep: Iterable[str] = (),
     drop: Iterable[str] = (),
+    strip: Iterable[str] = (),
     file: Mapping[str, Any] | None = None,
     allow_unused: bool = False,
     lines: Sequence[int] = (),
@@ -33,16 +34,16 @@ def parse_rules(
 ) -> Rules:
     """Return the rules of a command line, followed by those of a parsed rule file.
 
-    Keeping comes first, then dropping, then renaming; the file's stages follow as passes of their own
+    Keeping comes first, then dropping, then stripping, then renaming; the file's stages follow as passes of their own
     where the command line has rules too. ``lines`` are those of the file's rules, for messages, and
     ``settings`` what its variables are set to. Raises ``RuleError``.
     """
-    stages = []
+    stages: list[Stage] = []
     drops = tuple(Rule((parse_pattern(text),)) for text in drop)
     renames = tuple(Rule((template.pattern,), ((template,),)) for template in map(parse_rename, rename))
-    first = Stage(tuple(map(parse_pattern, keep)), drops + renames)
-    if first != Stage():
-        stages.append(first)
+    kept, stripped = tuple(map(parse_pattern, keep)), _prefixes(list(strip), "strip")
+    passes = [Stage(kept, drops), Stage((), renames, stripped)] if stripped else [Stage(kept, drops + renames)]
+    stages.extend(stage for stage in passes if stage != Stage())
     if file is not None:
         stages.extend(rules_from_table(file, lines=lines, settings=settings))
     return Rules(tuple(stages), allow_unused)
@@ -72,17 +73,17 @@ def rule_lines(text: str) -> tuple[int, ...]:
 def rules_from_table(
     table: Mapping[str, Any], *, lines: Sequence[int] = (), settings: Settings = NO_VARIABLES
 ) -> tuple[Stage, ...]:
-    """Return the passes that a rule file describes: ``keep``, ``[[rule]]``, then each ``[[stage]]``.
+    """Return the passes that a rule file describes: ``keep``, ``strip``, ``[[rule]]``, then each ``[[stage]]``.
 
     Raises ``RuleError`` naming the rule by its line, or by its number, counted from 1.
     """
-    _known(table, {"keep", "rule", "stage", "vars"}, "a rule file")
+    _known(table, {"keep", "strip", "rule", "stage", "vars"}, "a rule file")
     variables = settings.resolve(table.get("vars", {}))
     passes: list[tuple[str, Mapping[str, Any]]] = [
         ("", {name: value for name, value in table.items() if name not in ("stage", "vars")})
     ]
     for number, inner in enumerate(_tables(table, "stage"), start=1):
-        _known(inner, {"keep", "rule"}, f"[[stage]] {number}")
+        _known(inner, {"keep", "strip", "rule"}, f"[[stage]] {number}")
         passes.append((f"[[stage]] {number}, ", inner))
     count = sum(len(_tables(inner, "rule")) for _, inner in passes)
     at = iter(lines if len(lines) == count else ())  # rules written as inline tables have no header of their own
@@ -103,7 +104,15 @@ def _stage(table: Mapping[str, Any], where: str, lines: Iterable[int], variables
             rules.append(_rule(inner, place, variables))
         except RuleError as error:
             raise RuleError(f"{place}: {error.reason}", hint=error.hint) from None
-    return Stage(tuple(map(parse_pattern, keep)), tuple(rules))
+    strip = table.get("strip", [])
+    strip = [strip] if isinstance(strip, str) else strip
+    return Stage(tuple(map(parse_pattern, keep)), tuple(rules), _prefixes(strip, f"{where}strip"))
+
+
+def _prefixes(strip: object, where: str) -> tuple[str, ...]:
+    if not isinstance(strip, list) or not all(isinstance(text, str) and text for text in strip):
+        raise RuleError(f'{where} must be "auto", a prefix, or a list of prefixes')
+    return tuple(strip)
 
 
 def _rule(table: Mapping[str, Any], where: str, variables: Mapping[str, int]) -> Rule:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.arithmetic import Add, Cast, Scale
-from ckptkit.tensor_ops.folding import FoldBatchNorm, FoldWeightNorm
+from ckptkit.tensor_ops.folding import FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, Interleave, Split, Stack, Unstack
 from ckptkit.tensor_ops.low_rank import ExtractLora, FoldLora
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
@@ -33,9 +33,9 @@ __all__ = [
 ]
 
 _KINDS: tuple[type[Operation], ...] = (
-    Add, Cast, Concat, ConvInChannels, Deinterleave, ExtractLora, FoldBatchNorm, FoldLora, FoldWeightNorm, FuseQkv,
-    Interleave, Pad, Permute, Reshape, ResizePosEmbed, RopePermute, Scale, Slice, Split, SplitQkv, Stack, Transpose,
-    Unstack,
+    Add, Cast, Concat, ConvInChannels, Deinterleave, ExtractLora, FoldBatchNorm, FoldLora, FoldMask, FoldSpectralNorm,
+    FoldWeightNorm, FuseQkv, Interleave, Pad, Permute, Reshape, ResizePosEmbed, RopePermute, Scale, Slice, Split,
+    SplitQkv, Stack, Transpose, Unstack,
 )  # fmt: skip
 _BY_NAME = {kind.name: kind for kind in _KINDS}
 NAMES = tuple(sorted(_BY_NAME))

@@ -1,7 +1,8 @@
-"""Several tensors folded into the weight that they stand for: weight norm, batch norm."""
+"""Several tensors folded into the weight that they stand for: weight norm, spectral norm, pruning, batch norm."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -12,7 +13,7 @@ from ckptkit.tensor_ops.parameters import Flag, Int, Number
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FoldBatchNorm", "FoldWeightNorm"]
+__all__ = ["FoldBatchNorm", "FoldMask", "FoldSpectralNorm", "FoldWeightNorm"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,60 @@ class FoldWeightNorm(Arithmetic):
 
         lengths, vectors = tensors
         return [torch._weight_norm(vectors, lengths, self.dim)]  # noqa: SLF001 - what weight_norm itself computes
+
+
+@dataclass(frozen=True, slots=True)
+class FoldSpectralNorm(Arithmetic):
+    """``[orig, u, v]`` into the weight that evaluation takes: ``orig`` over the singular value that u and v point to.
+
+    They are ``weight_orig``, ``weight_u``, ``weight_v``, or ``parametrizations.weight.original``, ``.0._u``, ``.0._v``.
+    ``dim`` is that of the spectral norm: 1 for a transposed convolution, else 0.
+    """
+
+    dim: Int = 0
+    name: ClassVar[str] = "fold_spectral_norm"
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of orig; raises ``RuleError`` where u and v are not vectors of its two sides."""
+        if len(inputs) != 3:
+            raise self.refusal(f"takes orig, u and v, and there are {len(inputs)}")
+        weight, *vectors = inputs
+        dim = self.axis(self.dim, weight)
+        rows, columns = weight[dim], math.prod(weight[:dim] + weight[dim + 1 :])
+        if vectors != [(rows,), (columns,)]:
+            raise self.refusal(
+                f"an orig of {list(weight)} asks for u of [{rows}] and v of [{columns}], and here are "
+                f"{' and '.join(str(list(shape)) for shape in vectors)}",
+                "the order is orig, u, v; dim is that of the spectral norm",
+            )
+        return (weight,)
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Divide by the singular value."""
+        import torch
+
+        weight, left, right = tensors
+        matrix = weight.movedim(self.dim, 0).flatten(1)
+        return [weight / torch.dot(left, torch.mv(matrix, right))]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldMask(Arithmetic):
+    """``[orig, mask]`` into their product, the pruned weight: ``weight_orig``, ``weight_mask`` of ``utils.prune``."""
+
+    name: ClassVar[str] = "fold_mask"
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of orig; raises ``RuleError`` where the mask has another."""
+        if len(inputs) != 2 or inputs[0] != inputs[1]:
+            raise self.refusal(
+                f"takes orig and a mask of its shape, and here are {', '.join(str(list(shape)) for shape in inputs)}"
+            )
+        return (inputs[0],)
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Multiply."""
+        return [tensors[0] * tensors[1]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ckptkit.errors import FormatError
+from ckptkit.findings import Remark
 from ckptkit.formats import open_checkpoint
 from ckptkit.tensors import Entry
 from tests.helpers_formats import assert_same, bits, opened, saved, write
@@ -43,6 +44,13 @@ def legacy(request: pytest.FixtureRequest) -> bool:
         pytest.param({"model": WEIGHTS, "stats": {"mean": torch.ones(1)}}, "model", id="a known name goes first"),
         pytest.param({**WEIGHTS, "epoch": 3}, "", id="a state_dict with an epoch in it"),
         pytest.param(OrderedDict(model=OrderedDict(WEIGHTS), a=1), "model", id="ordered"),
+        pytest.param({"model_state": WEIGHTS, "cfg": {"a": 1}}, "model_state", id="pycls"),
+        pytest.param({"module": WEIGHTS, "dp_world_size": 1}, "module", id="DeepSpeed"),
+        pytest.param(
+            {"phase": 1, "classy_state_dict": {"base_model": {"model": {"trunk": WEIGHTS}}}},
+            "classy_state_dict.base_model.model.trunk",
+            id="ClassyVision",
+        ),
     ],
 )
 def test_the_weights_are_found_and_it_is_said_where(tmp_path: Path, legacy: bool, tree: Any, envelope: str) -> None:
@@ -67,6 +75,60 @@ def test_two_candidates_are_an_error_that_lists_them(tmp_path: Path, tree: Any, 
     with pytest.raises(FormatError, match="holds 2 mappings of weights") as caught:
         opened(tmp_path, saved(tree))
     assert [text for text in listed if text not in (caught.value.hint or "")] == []
+
+
+def mmengine() -> dict[str, Any]:
+    """What EMAHook saves: the values of the two swapped, before the averaged model's own prefix and counter."""
+    trained = {f"module.{key}": value for key, value in WEIGHTS.items()}
+    return {"meta": {}, "message_hub": {}, "state_dict": OTHER, "ema_state_dict": {"steps": torch.tensor(3), **trained}}
+
+
+AVERAGES: dict[str, tuple[dict[str, Any], str, str]] = {
+    # id: (tree, where the average is, where the weights as trained are)
+    "mmengine": (mmengine(), "state_dict", "ema_state_dict"),
+    "Lightning": (
+        {"state_dict": OTHER, "current_model_state": WEIGHTS, "averaging_state": {"n_averaged": torch.tensor(3)}},
+        "state_dict", "current_model_state",
+    ),
+    "timm": ({"state_dict": WEIGHTS, "state_dict_ema": OTHER}, "state_dict_ema", "state_dict"),
+    "ultralytics": ({"model": WEIGHTS, "ema": OTHER}, "ema", "model"),
+    "BasicSR": ({"params": WEIGHTS, "params_ema": OTHER}, "params_ema", "params"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("tree", "average", "trained"), AVERAGES.values(), ids=AVERAGES.keys())
+def test_an_average_is_told_by_what_lies_beside_it_and_never_by_a_name(
+    tmp_path: Path, tree: dict[str, Any], average: str, trained: str
+) -> None:
+    """The refusal says which is which, and so does whoever opens one of them."""
+    path = write(tmp_path, saved(tree))
+    with pytest.raises(FormatError) as caught:
+        open_checkpoint(path)
+    assert f"{average} (the average of the weights: " in caught.value.reason
+    assert f"{trained} (the weights as trained: " in caught.value.reason
+    for inner, first, second in (
+        (average, "the average of the weights", f"'{trained}' beside it the weights as trained"),
+        (trained, "the weights as trained", f"'{average}' beside it the average of the weights"),
+    ):
+        with open_checkpoint(f"{path}::{inner}") as checkpoint:
+            (said,) = checkpoint.warnings
+            assert isinstance(said, Remark)
+            assert (said.code, said.severity) == ("average-beside", "note")
+            assert said.startswith(f"'{inner}' holds {first}, and {second} (")
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        pytest.param({"state_dict": WEIGHTS, "ema_state_dict": {}, "message_hub": {}}, id="an empty one"),
+        pytest.param({"model": None, "ema": WEIGHTS}, id="ultralytics, when it is done"),
+        pytest.param({"state_dict": WEIGHTS, "message_hub": {}}, id="mmengine without"),
+    ],
+)
+def test_weights_without_another_beside_them_need_no_word(tmp_path: Path, tree: dict[str, Any]) -> None:
+    with opened(tmp_path, saved(tree)) as checkpoint:
+        assert_same(checkpoint, WEIGHTS)
+        assert checkpoint.warnings == ()
 
 
 def test_an_optimizer_is_never_taken_for_the_weights(tmp_path: Path, legacy: bool) -> None:
