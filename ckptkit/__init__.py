@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ckptkit.adapters import plan_lora
     from ckptkit.checks import run_checks
     from ckptkit.compare import StateDictDiff, diff
     from ckptkit.errors import CkptkitError
@@ -45,6 +46,7 @@ __all__ = [
     "load_into",
     "open_checkpoint",
     "parse_rules",
+    "plan_lora",
     "plan_merge",
     "plan_param_groups",
     "plan_remap",
@@ -55,6 +57,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "adapters": ("plan_lora",),
     "checks": ("run_checks",),
     "compare": ("StateDictDiff", "diff"),
     "errors": ("CkptkitError",),

@@ -17,7 +17,7 @@ from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
-__all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "plan_merge"]
+__all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "follow_ties", "plan_merge"]
 
 TIED = "tied to "  # begins the rule of a step that follows a tie of the base
 ON_MISSING = ("keep", "error")
@@ -58,7 +58,7 @@ def plan_merge(
         overlays.append(_overlay(base, as_checkpoint(thing, role), role, as_rules(rules), policy))
     taken = {key: step for overlay in overlays for key, step in overlay.taken.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
-    taken, notes = _follow_ties(base, taken)
+    taken, notes = follow_ties(base, taken)
     present = taken.keys() | {key for overlay in overlays for key in overlay.mismatched}
     missing = [key for key in base if key not in present]
     if missing and on_missing == "error":
@@ -75,7 +75,7 @@ def plan_merge(
     return Plan((*steps, *added.values()), tuple(dropped), base.metadata, tuple(notes), base.versions)
 
 
-def _follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
+def follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
     """Return the steps with every key that the base ties to a taken one taken with it, and what remains in doubt.
 
     A model that loads the output writes both names into one memory, the last one over the others.

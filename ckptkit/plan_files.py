@@ -11,8 +11,8 @@ from typing import Any
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plan import Dropped, Plan, Source, Step
 from ckptkit.recipes import Recipe
-from ckptkit.rules import Made
-from ckptkit.steps import make_step, refuse_suspicious
+from ckptkit.rules import describe_made
+from ckptkit.steps import complete_step, refuse_suspicious
 from ckptkit.tensor_ops import parse_operation
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import plural, quoted
@@ -158,18 +158,12 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
             )
     steps = []
     for step in saved.plan.steps:
-        role = step.sources[0].role
-        how = Made(
-            tuple(source.key for source in step.sources),
-            step.recipe,
-            step.rule,
-            tuple(source.key for source in step.equals),
-        )
         try:
-            made = make_step(step.out, how, role, sources[role])
+            made = complete_step(step, sources)
         except (CkptkitError, KeyError) as error:
             raise PlanError(f"the plan cannot be followed for {quoted(step.out.key)}: {error}") from None
-        found = how.describe(step.out.key, sources[role])
+        infos = [sources[source.role][source.key] for source in step.sources]
+        found = describe_made(step.out.key, infos, step.recipe, step.rule)
         if made.operation != step.operation or found.shape != step.out.shape:
             raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
         steps.append(made)

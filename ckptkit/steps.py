@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from ckptkit.errors import PlanError
 from ckptkit.keys import literal
 from ckptkit.plan import Dropped, Source, Step
-from ckptkit.rules import Made
+from ckptkit.rules import Made, describe_made
 from ckptkit.tensors import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.text import printable, quoted, shell_word
 from ckptkit.torch_bridge import ABSENT, CASTABLE
 
-__all__ = ["dropped_entries", "float_dtype", "is_float", "make_step", "refuse_made_up", "refuse_suspicious"]
+__all__ = [
+    "complete_step",
+    "dropped_entries",
+    "float_dtype",
+    "is_float",
+    "make_step",
+    "refuse_made_up",
+    "refuse_suspicious",
+]
 
 _WHY_NOT = {
     "meta": "it has no values: it was saved from the meta device",
@@ -27,22 +35,34 @@ def make_step(out: TensorInfo, how: Made, role: str, checkpoint: Checkpoint) -> 
 
     Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where an operation does not fit.
     """
-    refuse_made_up(checkpoint, [key for key in how.sources if key == out.key])
-    found = how.describe(out.key, checkpoint)
-    leave_out = f"leave it out: --drop {shell_word(literal(how.sources[0]))}"
+    sources, equals = (tuple(Source(role, key) for key in keys) for keys in (how.sources, how.equals))
+    return complete_step(Step(out, sources, "", how.rule, how.recipe, equals), {role: checkpoint})
+
+
+def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
+    """Return the step, checked against the inputs that it reads, by role, and with its operation told.
+
+    Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where the recipe does not fit.
+    """
+    out, sources = step.out, step.sources
+    for source in sources:
+        if source.key == out.key:
+            refuse_made_up(roles[source.role], [source.key])
+    infos = [roles[source.role][source.key] for source in sources]
+    found = describe_made(out.key, infos, step.recipe, step.rule)
+    leave_out = f"leave it out: --drop {shell_word(literal(sources[0].key))}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
     if out.dtype != found.dtype:
         _refuse_cast(found, out.dtype, leave_out)
-    sources, equals = (tuple(Source(role, key) for key in keys) for keys in (how.sources, how.equals))
-    for key in how.equals:
-        if (checkpoint[key].dtype, checkpoint[key].shape) != (found.dtype, found.shape):
-            raise PlanError(f"{quoted(key)} is {checkpoint[key]} and cannot equal {quoted(found.key)}")
-    names = [] if how.recipe is None else [how.recipe.outline()]
+    for source in step.equals:
+        other = roles[source.role][source.key]
+        if (other.dtype, other.shape) != (found.dtype, found.shape):
+            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(found.key)}")
+    names = [] if step.recipe is None else [step.recipe.outline()]
     names += ["cast"] if out.dtype != found.dtype else []
-    made = replace(out, view=found.view, kind="dense")
-    return Step(made, sources, ", ".join(names) or "copy", how.rule, how.recipe, equals)
+    return replace(step, out=replace(out, view=found.view, kind="dense"), operation=", ".join(names) or "copy")
 
 
 def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:

@@ -82,7 +82,7 @@ FLOORS = (
     {"formats", "compare", "checks", "plan", "writers"},
     {"steps", "making", "writers.atomic", "writers.torch_pickle"},
     {"remapping", "merging", "plan_files"},
-    {"inversion"},
+    {"inversion", "adapters"},
     {"writers.safetensors", "writers.torch_zip"},
     {"param_groups.spec", "param_groups.suggest", "param_groups.inventory"},
     {"param_groups.members", "param_groups.plan"},

@@ -71,6 +71,13 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "diff prefix": (["diff", TEN, DDP], 1, "coverage 0.0 %", "all 10 keys match after --rename 'module.*=*'"),
     "diff stripped": (["diff", TEN, DDP, "--strip", "auto"], 0, "10 matched", "--strip auto: 'module.' (DataParallel"),
     "diff strip not there": (["diff", TEN, TEN, "--strip", "net."], 2, "", "'net.' is in front of none of 10 keys"),
+    "merge scale alone": (["merge", TEN, TEN, "-o", "o.pt", "--scale", "2"], 2, "", "no meaning with --method overlay"),
+    "merge lora alone": (
+        ["merge", TEN, TEN, "-o", "o.pt", "--method", "lora"],
+        2,
+        "",
+        "has no adapter_config.json beside",
+    ),
     "remap strip": (["remap", DDP, "-o", "o.pt", "-n", "--strip", "auto"], 0, "fc1.weight", "from 10 keys\n"),
     "diff renamed": (["diff", TEN, DDP, "--rename", "module.*=*"], 0, "10 matched", ""),
     "diff all": (["diff", "-a", TEN, DDP, "--rename", "module.*=*"], 0, "F32 [10]  as module.fc3.bias", ""),

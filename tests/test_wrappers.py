@@ -211,7 +211,7 @@ MIXED: dict[str, tuple[list[str], str, str]] = {
     "PEFT": (
         ["base_model.model.a.base_layer.weight", "base_model.model.a.lora_A.default.weight"],
         "'base_model.model.' (PeftModel) is on 1 key that no new name undoes",
-        "fold them into the weights, or leave them out: --drop '*.lora_*'",
+        "folds one that was saved; or leave them out: --drop '*.lora_*'",
     ),
     "endless": (["_orig_mod." * 40 + "w"], "is wrapped more than 32 times", ""),
 }  # fmt: skip

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
-import click
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from ckptkit.cli.options import about, opened, path_argument
+import click
+from click.core import ParameterSource
+
+from ckptkit.cli.options import about, file_beside, opened, path_argument, read_toml
 from ckptkit.cli.outputs import Job, carry_out, output_options
 from ckptkit.cli.rules import rule_options
+from ckptkit.errors import PlanError
 from ckptkit.merging import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
+from ckptkit.plan import Plan
 from ckptkit.rules import Rules
+from ckptkit.tensors import Checkpoint
 
 __all__ = ["merge"]
+
+_CONFIG = "adapter_config.json"
+_METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that are its own
+    "overlay": ("on_missing", "on_unexpected", "on_mismatch"),
+    "lora": ("scale",),
+}
 
 
 @click.command()
@@ -18,40 +31,61 @@ __all__ = ["merge"]
 @path_argument("donors", nargs=-1, required=True)
 @output_options
 @rule_options(beside="donors")
+@click.option("--method", type=click.Choice(list(_METHODS)), default="overlay", show_default=True,
+              help="How: lay the values of each DONOR over BASE; fold a LoRA adapter of PEFT into it.")  # fmt: skip
 @click.option("--on-missing", type=click.Choice(ON_MISSING), default="keep", show_default=True,
               help="A key of BASE that no DONOR has.")  # fmt: skip
 @click.option("--on-unexpected", type=click.Choice(ON_UNEXPECTED), default="skip", show_default=True,
               help="A key of a DONOR that BASE does not have.")  # fmt: skip
 @click.option("--on-mismatch", type=click.Choice(ON_MISMATCH), default="error", show_default=True,
               help="A key whose shapes differ: refuse, keep BASE's, or an operation that makes it fit.")  # fmt: skip
+@click.option("--scale", type=float, default=1.0, show_default=True,
+              help="With lora: multiply what the adapter's own configuration says.")  # fmt: skip
 def merge(
     base: str,
     donors: tuple[str, ...],
     *,
     job: Job,
     rules: Rules,
-    on_missing: str,
-    on_unexpected: str,
-    on_mismatch: str,
+    method: str,
+    **options: Any,
 ) -> None:
     """Lay the values of each DONOR over BASE, where key and shape agree.
 
     The output has the keys, shapes and dtypes of BASE. The rules rename and filter the keys of the donors
-    first; of several donors the last that has a key wins. Refuses where nothing matches.
+    first; of several donors the last that has a key wins. Refuses where nothing matches. With --method
+    lora, DONOR is an adapter with its adapter_config.json, and each of its tensors has to have its place.
 
     \b
     ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch skip
-    ckpt merge base.safetensors ddp.pt -o out.safetensors --rename 'module.*=*' --dry-run
+    ckpt merge base.safetensors ddp.pt -o out.safetensors --strip auto --dry-run
+    ckpt merge base.safetensors adapter/ -o merged.safetensors --method lora
     """  # noqa: D301 - \b is click's mark
+    _check_options(method, options)
+    if method == "lora" and len(donors) > 1:
+        raise click.UsageError("--method lora folds one adapter; fold the next into what comes of it")
     with opened(base, *donors, quiet=job.quiet) as (first, *others):
         with about(donors[0] if len(donors) == 1 else None):  # of several, nobody knows here which one it is
-            plan = plan_merge(
-                first,
-                others,
-                rules,
-                on_missing=on_missing,
-                on_unexpected=on_unexpected,
-                on_mismatch=on_mismatch,
-            )
+            if method == "lora":
+                plan = _lora(first, others[0], donors[0], rules, options["scale"])
+            else:
+                plan = plan_merge(first, others, rules, **{name: options[name] for name in _METHODS[method]})
         roles = ["donor"] if len(others) == 1 else [f"donor{number}" for number in range(1, len(others) + 1)]
         carry_out("merge", plan, {"base": first, **dict(zip(roles, others, strict=True))}, job)
+
+
+def _check_options(method: str, names: Iterable[str]) -> None:
+    context = click.get_current_context()
+    for name in names:
+        given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and name not in _METHODS[method]:
+            raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
+
+
+def _lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, scale: float) -> Plan:
+    from ckptkit.adapters import plan_lora
+
+    config = file_beside(path, _CONFIG)
+    if config is None:
+        raise PlanError(f"has no {_CONFIG} beside it, and only that tells the scale of an adapter", path=path)
+    return plan_lora(base, adapter, read_toml(config, as_json=True), rules, scale=scale)

@@ -29,6 +29,7 @@ __all__ = [
     "echo_report",
     "exit_code",
     "expand_option",
+    "file_beside",
     "filter_options",
     "form_options",
     "opened",
@@ -84,6 +85,13 @@ def filter_options(command: _Command) -> _Command:
     return click.option("--keep", multiple=True, metavar="PATTERN", help="Take only keys that fit. Repeatable.")(
         command
     )
+
+
+def file_beside(path: str, name: str) -> str | None:
+    """Return the path of the file ``name`` that lies with a checkpoint, in its directory; None where there is none."""
+    file = path if os.path.exists(path) else path.rpartition("::")[0]
+    found = os.path.join(file if os.path.isdir(file) else os.path.dirname(file), name)
+    return found if file and os.path.isfile(found) else None
 
 
 def read_text(path: str) -> str:

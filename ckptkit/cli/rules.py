@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.options import about, filter_options, read_text, read_toml
+from ckptkit.cli.options import about, file_beside, filter_options, read_text, read_toml
 from ckptkit.presets import PRESET_PREFIX, preset_text
 from ckptkit.rules import Rules, Settings, parse_rules, parse_setting, rule_lines
 
@@ -83,7 +82,5 @@ def _read(path: str | None, **options: Any) -> Rules:
 
 def _config_of(path: str) -> Callable[[], Mapping[str, Any]] | None:
     """Return how to read the configuration beside a checkpoint, or None where there is none."""
-    file = path if os.path.exists(path) else path.rpartition("::")[0]
-    directory = file if os.path.isdir(file) else os.path.dirname(file)
-    config = os.path.join(directory, _CONFIG)
-    return functools.partial(read_toml, config) if file and os.path.isfile(config) else None
+    config = file_beside(path, _CONFIG)
+    return None if config is None else functools.partial(read_toml, config)

@@ -36,7 +36,7 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "elements": plan.elements,
             "bytes": plan.nbytes,
             "dropped": len(plan.dropped),
-            "by_source": dict(Counter(step.sources[0].role for step in plan.steps)),
+            "by_source": dict(Counter(map(_roles, plan.steps))),
             "by_operation": dict(Counter(step.operation for step in plan.steps)),
         },
         "output": None
@@ -61,9 +61,13 @@ def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
 
 def _origin(step: Step) -> str:
     source, others = step.sources[0], len(step.sources) - 1
-    if source.key == step.out.key and not others:
-        return source.role
-    return f"{source.role}: {printable(source.key)}" + (f" and {others} more" if others else "")
+    if source.key == step.out.key and (not others or _roles(step) != source.role):
+        return _roles(step)
+    return f"{_roles(step)}: {printable(source.key)}" + (f" and {others} more" if others else "")
+
+
+def _roles(step: Step) -> str:
+    return " and ".join(dict.fromkeys(source.role for source in step.sources))
 
 
 def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
@@ -72,7 +76,7 @@ def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
 
 
 def _summary(plan: Plan) -> str:
-    by_source = Counter(step.sources[0].role for step in plan.steps)
+    by_source = Counter(map(_roles, plan.steps))
     parts = ", ".join(f"{count:,} from {role}" for role, count in by_source.items())
     left = f", {plural(len(plan.dropped), 'entry', 'entries')} left out" if plan.dropped else ""
     return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{left}"

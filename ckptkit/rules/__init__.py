@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage
+from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, describe_made
 from ckptkit.rules.parse import as_rules, parse_rules, rule_lines, rules_from_table
 from ckptkit.rules.variables import Settings, parse_setting
 
@@ -16,6 +16,7 @@ __all__ = [
     "Stage",
     "apply_rules",
     "as_rules",
+    "describe_made",
     "parse_rules",
     "parse_setting",
     "rule_lines",

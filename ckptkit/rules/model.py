@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # commands that only rename, or list, need no operations
     from ckptkit.recipes import Recipe
     from ckptkit.tensor_ops import Operation
 
-__all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage"]
+__all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage", "describe_made"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,21 +92,27 @@ class Made:
 
         ``key`` is its new name, for the message.
         """
-        first = infos[self.sources[0]]
-        if self.recipe is None:
-            return first
-        from ckptkit.recipes import recipe_dtype, recipe_shape
+        return describe_made(key, [infos[name] for name in self.sources], self.recipe, self.rule)
 
-        sources = [infos[name] for name in self.sources]
-        try:
-            for info in sources:
-                if info.kind != "dense":
-                    raise RuleError(f"{quoted(info.key)} is a {info.kind} tensor")
-            shape = recipe_shape(self.recipe, [info.shape for info in sources])
-            dtype = recipe_dtype(self.recipe, [info.dtype for info in sources])
-        except RuleError as error:
-            raise RuleError(f"{self.rule}: {quoted(key)}: {error.reason}", hint=error.hint) from None
-        return TensorInfo(" + ".join(dict.fromkeys(self.sources)), dtype, shape)
+
+def describe_made(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None, rule: str) -> TensorInfo:
+    """Return what a recipe makes of these tensors (None: the first as it is), called by their names.
+
+    ``key`` is its new name and ``rule`` who asks for it, for the message of the ``RuleError`` where none can be.
+    """
+    if recipe is None:
+        return sources[0]
+    from ckptkit.recipes import recipe_dtype, recipe_shape
+
+    try:
+        for info in sources:
+            if info.kind != "dense":
+                raise RuleError(f"{quoted(info.key)} is a {info.kind} tensor")
+        shape = recipe_shape(recipe, [info.shape for info in sources])
+        dtype = recipe_dtype(recipe, [info.dtype for info in sources])
+    except RuleError as error:
+        raise RuleError(f"{rule}: {quoted(key)}: {error.reason}", hint=error.hint) from None
+    return TensorInfo(" + ".join(dict.fromkeys(info.key for info in sources)), dtype, shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.low_rank import FoldLora
 from ckptkit.tensor_ops.operation import Shape
-from ckptkit.text import plural, printable, quoted
+from ckptkit.text import plural, printable, quoted, shell_word
 
 __all__ = ["AdapterPlan", "Fold", "account_for_adapter"]
 
@@ -87,22 +87,39 @@ def account_for_adapter(
 
 
 def _refuse_strangers(parts: _Parts, count: int, base: Mapping[str, Shape]) -> None:
-    lost = [name for key, name in parts.replacements.items() if key not in base]
-    lost += [name for module, name in parts.biases.items() if f"{module}.bias" not in base]
+    places = [(key, [name]) for key, name in parts.replacements.items()]
+    places += [(f"{module}.bias", [name]) for module, name in parts.biases.items()]
     for module, sides in parts.factors.items():
-        names = list(sides.values())
         if f"{module}.in_proj_weight" in base:
+            first = next(iter(sides.values()))
             raise RuleError(
-                f"{quoted(names[0])} adapts an attention block, where peft adds the update of out_proj twice",
+                f"{quoted(first)} adapts an attention block, where peft adds the update of out_proj twice",
                 hint="merge with peft",
             )
-        lost += [] if f"{module}.weight" in base else names
+        places.append((f"{module}.weight", list(sides.values())))
+    lost = [name for key, names in places if key not in base for name in names]
     if lost:
         more = f" and {len(lost) - 1} more have" if lost[1:] else " has"
         raise RuleError(
             f"of {plural(count, 'tensor')}, {quoted(lost[0])}{more} no place in the base",
-            hint="is it this base's adapter? Rename the keys of one to those of the other",
+            hint=_renaming([key for key, _ in places], lost[0], base)
+            or "is it this base's adapter? Rename the keys of one to those of the other",
         )
+
+
+def _renaming(places: Sequence[str], name: str, base: Mapping[str, Shape]) -> str | None:
+    """Return the way out where one prefix, put before every place or taken off it, makes a key of the base of each."""
+    first = next(key for key in places if key not in base)
+    head = _PREFIX if name.startswith(_PREFIX) else ""
+    longer = (key[: -len(first)] for key in base if key.endswith(f".{first}"))
+    shorter = (first[: at + 1] for at, char in enumerate(first) if char == "." and first[at + 1 :] in base)
+    for prefix in longer:
+        if all(f"{prefix}{key}" in base for key in places):
+            return f"every one has after --rename {shell_word(f'{head}*={head}{prefix}*')}"
+    for prefix in shorter:
+        if all(key.startswith(prefix) and key.removeprefix(prefix) in base for key in places):
+            return f"every one has after --rename {shell_word(f'{head}{prefix}*={head}*')}"
+    return None
 
 
 def _check(fold: Fold, shapes: Mapping[str, Shape], adapter: Mapping[str, Shape]) -> None:

@@ -47,7 +47,8 @@ WRAPPERS = (
     Wrapper("online_model", "EMA of ema-pytorch, the model that trains"),
     Wrapper(
         _PEFT, "PeftModel", refuses=_FACTORS,
-        hint="they belong to an adapter: fold them into the weights, or leave them out: --drop '*.lora_*'",
+        hint="they are of an adapter: ckpt merge --method lora folds one that was saved; or leave them out: "
+        "--drop '*.lora_*'",
     ),
     Wrapper("base_layer", "an adapted layer of a PeftModel", anywhere=True, after=_PEFT),
     Wrapper("original_module", "a module of a PeftModel as it was", anywhere=True, after=_PEFT),

@@ -1,0 +1,91 @@
+"""Plans of a base and an adapter: the update folded into the weights that it adapts, one weight at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptkit.errors import PlanError
+from ckptkit.merging import follow_ties
+from ckptkit.plan import Dropped, Plan, Source, Step
+from ckptkit.recipes import Recipe
+from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.sharing import tied
+from ckptkit.steps import complete_step, dropped_entries, refuse_made_up, refuse_suspicious
+from ckptkit.tensor_ops.lora import AdapterPlan, account_for_adapter
+from ckptkit.tensors import Checkpoint
+from ckptkit.text import quoted
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+
+__all__ = ["plan_lora"]
+
+_BASE, _DONOR = "base", "donor"
+_WHOLE = "saved whole with the adapter"
+
+
+def plan_lora(
+    base: StateDictLike,
+    adapter: StateDictLike,
+    config: Mapping[str, object],
+    rules: Rules | list[str] | None = None,
+    *,
+    scale: float = 1.0,
+) -> Plan:
+    """Return the plan that folds an adapter of peft into ``base``: ``W + scale * B @ A``, in F32, rounded once.
+
+    ``config`` is the content of its ``adapter_config.json``, ``rules`` rename and filter its keys first, and ``scale``
+    multiplies what the config says. The output has the keys and dtypes of ``base``; what the adapter saves whole takes
+    the place of what the base has, in its own shape. Every tensor of the adapter has its place, or ``RuleError`` names
+    one that has none; ``PlanError`` where two folds would meet in one tied tensor, or the scale is no number.
+    """
+    if not math.isfinite(scale):
+        raise PlanError(f"{scale} is no scale", hint="1 is the adapter as it was trained")
+    base, donor = as_checkpoint(base, _BASE), as_checkpoint(adapter, _DONOR)
+    roles = {_BASE: base, _DONOR: donor}
+    for role, checkpoint in roles.items():
+        refuse_suspicious(checkpoint, role)
+    refuse_made_up(base, base)
+    key_map = apply_rules(as_rules(rules), donor)
+    if key_map.made:
+        raise PlanError("an adapter is folded as it is: rules may rename and drop its tensors, not copy or make others")
+    names = {new: old for old, new in key_map.renamed.items()}
+    account = account_for_adapter(
+        {new: donor[old].shape for new, old in names.items()}, config, {key: info.shape for key, info in base.items()}
+    )
+    taken = _changed(account, roles, names, scale)
+    _refuse_two_folds(base, taken)
+    taken, notes = follow_ties(base, taken)
+    steps = [taken.get(key) or complete_step(Step(info, (Source(_BASE, key),)), roles) for key, info in base.items()]
+    dropped = [*dropped_entries(base, _BASE), *dropped_entries(donor, _DONOR)]
+    dropped += [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
+    return Plan(tuple(steps), tuple(dropped), base.metadata, (*notes, *key_map.notes), base.versions)
+
+
+def _changed(
+    account: AdapterPlan, roles: Mapping[str, Checkpoint], names: Mapping[str, str], scale: float
+) -> dict[str, Step]:
+    made = {}
+    base, donor = roles[_BASE], roles[_DONOR]
+    for fold in account.folds:
+        operation = replace(fold.operation, scale=(fold.operation.scale or 0.0) * scale)
+        first = Source(_DONOR, names[fold.replaced_by]) if fold.replaced_by else Source(_BASE, fold.key)
+        sources = first, *(Source(_DONOR, names[factor]) for factor in fold.factors)
+        out = replace(base[fold.key], shape=roles[first.role][first.key].shape)
+        recipe = Recipe(tuple(range(len(sources))), (operation,))
+        step = Step(out, sources, "", f"lora, scale {operation.scale:g}", recipe)
+        made[fold.key] = complete_step(step, roles)
+    for key, name in account.replacements.items():
+        out = replace(base[key], shape=donor[names[name]].shape)
+        made[key] = complete_step(Step(out, (Source(_DONOR, names[name]),), "", _WHOLE), roles)
+    return made
+
+
+def _refuse_two_folds(base: Checkpoint, taken: Mapping[str, Step]) -> None:
+    for keys in tied(base.values()):
+        changed = [key for key in keys if key in taken]
+        if len(changed) > 1 and any(taken[key].recipe is not None for key in changed):
+            raise PlanError(
+                f"{quoted(changed[0])} and {quoted(changed[1])} are one tensor in the base, and both are adapted",
+                hint="merge with peft",
+            )
