@@ -24,6 +24,7 @@ _INVISIBLE = re.compile(
 # Tables are laid out with spaces: those at an end of a name and those beside another have to show.
 _SPACES = re.compile(r"(?<= ) +|^ +| +$")
 _MOST_ROWS = 500
+_MOST_DRAWN = 2_000_000  # characters that names are compared by
 
 
 def printable(name: str) -> str:
@@ -37,7 +38,9 @@ def printable(name: str) -> str:
         return f"{printable(name[: _LONGEST // 2])}...<{cut} more characters>...{printable(name[-_LONGEST // 2 :])}"
     if name.isascii() and name.isprintable() and "\\" not in name:
         return _SPACES.sub(_escaped, name) if " " in name else name
-    shown = "".join(char if char.isprintable() else _escape(char) for char in name.replace("\\", "\\\\"))
+    shown = name.replace("\\", "\\\\")
+    if not shown.isprintable():
+        shown = "".join(char if char.isprintable() else _escape(char) for char in shown)
     return _SPACES.sub(_escaped, _INVISIBLE.sub(_escaped, shown))
 
 
@@ -97,11 +100,17 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
     import unicodedata
 
     seen: dict[str, str] = {}
+    left = _MOST_DRAWN
     for name in names:
         drawn = name
-        if not name.isascii():
-            plain = unicodedata.normalize("NFKC", name).translate(_DRAWN_ALIKE)
-            drawn = "".join(char for char in plain if unicodedata.category(char) != "Cf" and not _INVISIBLE.match(char))
+        # Of a longer one nobody sees all; and a run of accents takes a time that grows with its square.
+        if not name.isascii() and len(name) <= _LONGEST:
+            drawn = _INVISIBLE.sub("", unicodedata.normalize("NFKC", name).translate(_DRAWN_ALIKE))
+            if not drawn.isprintable():
+                drawn = "".join(char for char in drawn if unicodedata.category(char) != "Cf")
+            left -= len(drawn)
+            if left < 0:
+                return None
         if seen.setdefault(drawn, name) != name:
             return seen[drawn], name
     return None

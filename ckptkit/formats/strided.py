@@ -7,8 +7,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
-from ckptkit.storage import CHUNK, Region, seekable
+from ckptkit.errors import FormatError
+from ckptkit.storage import CHUNK, Inflated, Region, Swapped, seekable
 from ckptkit.tensors import DTYPES, TensorInfo, reach, row_major
+from ckptkit.text import human_bytes, quoted
 
 __all__ = ["Loop", "Strided", "loops_of", "move"]
 
@@ -126,7 +128,10 @@ class Strided:
         return self.info.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes in row-major order, in pieces of bounded size."""
+        """Yield the bytes in row-major order, in pieces of bounded size.
+
+        Raises ``FormatError`` where they lie far apart in compressed data: what expands to much has to be held whole.
+        """
         if not self.nbytes:
             return
         data, loops, run = self._read()
@@ -141,9 +146,11 @@ class Strided:
         loops, run = self._loops()
         first, last = reach(self.info)
         span = last - first
-        if span <= max(_WINDOW, self.nbytes) or not seekable(self.storage):
+        if span <= max(_WINDOW, self.nbytes):
             payload = self.storage.slice(first, span)
             return memoryview(b"".join(bytes(chunk) for chunk in payload.chunks())), loops, run
+        if not seekable(self.storage):
+            raise self._too_far_apart(span)
         # Mostly holes: the elements are read in the order in which they lie, and put next to each other.
         inward = sorted((index for index, loop in enumerate(loops) if loop.of), key=lambda index: -loops[index].of)
         sizes = tuple(loops[index].times for index in inward)
@@ -156,6 +163,14 @@ class Strided:
             data = memoryview(b"".join(bytes(chunk) for chunk in part.chunks()))
             move(packed[piece.to :], data, piece.loops, piece.run)
         return packed, [loop._replace(of=steps.get(index, 0)) for index, loop in enumerate(loops)], run
+
+    def _too_far_apart(self, span: int) -> FormatError:
+        stored = self.storage.source if isinstance(self.storage, Swapped) else self.storage
+        return FormatError(
+            f"{quoted(self.info.key)}: {human_bytes(self.nbytes)} that lie in {human_bytes(span)} of compressed data",
+            hint="save it again with torch.save, which does not compress",
+            path=stored.packed.file.path if isinstance(stored, Inflated) else None,
+        )
 
     def _loops(self) -> tuple[list[Loop], int]:
         assert self.info.view is not None  # noqa: S101 - made only for tensors with a place in a storage

@@ -140,7 +140,11 @@ def _storages(section: Section) -> tuple[dict[int, StorageRef], dict[str, int]]:
     if not isinstance(views, list):
         raise FormatError("a tar archive of torch without its list of views")
     for view in views:
-        if not isinstance(view, tuple) or len(view) != 4 or not all(type(part) is int for part in view):
+        if (
+            not isinstance(view, tuple)
+            or len(view) != 4
+            or not all(type(part) is int and 0 <= part < 2**64 for part in view)
+        ):
             raise FormatError("a view of a storage is described wrongly")
         target, root, offset, numel = view
         stored[_key(target, stored)] = _view(stored, root, offset, numel)
@@ -155,7 +159,7 @@ def _view(stored: Mapping[int, StorageRef], root: int, offset: int, numel: int) 
         raise FormatError(f"a view of the storage '{root}', which is not in the file")
     width = DTYPES[whole.dtype].bits // 8
     limit = whole.nbytes if whole.length < 0 else whole.length
-    if offset < 0 or numel < 0 or (offset + numel) * width > limit:
+    if (offset + numel) * width > limit:
         raise FormatError(f"a view of {numel} elements of the storage '{root}' from {offset} on reaches beyond it")
     return replace(whole, start=whole.start + offset * width, length=numel * width)
 

@@ -17,6 +17,7 @@ from ckptkit.text import plural, quoted
 __all__ = ["open_torch_zip", "read_pickles", "read_torch_zip", "root_of"]
 
 _NEWEST_VERSION = 10
+_MOST_FOLD = 20  # pickles of weights are deflated four- to sixfold, and each byte of one can take a hundred in memory
 
 
 def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
@@ -66,7 +67,7 @@ def read_pickles(
     prefixes = tuple(f"{home}/" for home in others)
     for home in ("data", *others):
         objects.prefix = "" if home == "data" else f"{home}/"
-        data = archive.read(f"{root}{home}.pkl", largest)
+        data = archive.read(f"{root}{home}.pkl", largest, fold=_MOST_FOLD)
         tree, end = unpickle(data, objects.interpreter)
         if end != len(data):
             warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")

@@ -35,6 +35,8 @@ def open_torchscript(archive: ZipDirectory, inner: str = "") -> Checkpoint:
     order = archive.text(f"{root}byteorder")
     if order not in (None, "little"):
         raise FormatError("a TorchScript archive of a big-endian machine", hint="torch.jit.load misreads it here too")
+    if f"{root}constants.pkl" not in archive.entries:
+        raise FormatError("constants.pkl lies elsewhere than data.pkl: two checkpoints in one")
     (module, constants), file = read_pickles(archive, root, ("constants",))
     if not isinstance(module, Placeholder) or not isinstance(module.state, Mapping) or not isinstance(constants, tuple):
         raise FormatError("a TorchScript archive without a module")

@@ -21,6 +21,7 @@ from ckptkit.formats.pickle_machine import MARK, Operation, PickleMachine, Trunc
 __all__ = ["unpickle"]
 
 _BUDGET_PER_BYTE = 4
+_SET = range(12)  # what an empty one costs: a byte makes it, and it takes the memory of four lists
 _MOST_MEMO = 2**32  # what LONG_BINPUT can name; decimal indexes beyond it can be made to collide in the memo
 
 
@@ -107,7 +108,13 @@ def _dict_from_mark(machine: PickleMachine) -> None:
     machine.stack.append(made)
 
 
+def _set(machine: PickleMachine) -> None:
+    machine.interpreter.spend(_SET)
+    machine.stack.append(set())
+
+
 def _frozenset_from_mark(machine: PickleMachine) -> None:
+    machine.interpreter.spend(_SET)
     machine.stack.append(frozenset(machine.key(item) for item in machine.pop_mark()))
 
 
@@ -285,7 +292,7 @@ _OPCODES: Final[Mapping[int, Operation]] = {
     0x8C: _text(_U1),
     0x8D: _text(_U8),
     0x8E: _raw(_U8, bytes),
-    0x8F: _empty(set),
+    0x8F: _set,
     0x90: _append_all,
     0x91: _frozenset_from_mark,
     0x92: _new_with_keywords,

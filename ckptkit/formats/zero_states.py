@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.naming import type_name
@@ -16,6 +17,7 @@ __all__ = ["ModelStates", "OptimStates", "Shapes", "model_states", "optim_states
 Shapes = Mapping[str, tuple[int, ...]]
 _PARTS = "optimizer_state_dict"
 _LARGEST = 2**62
+_MOST_DIMENSIONS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +31,7 @@ class ModelStates:
     frozen: Shapes
     fragments: Mapping[str, TensorRef]
     shared: Mapping[str, str]  # a name, and the name whose weight it shares
-    step: object
+    step: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,7 @@ def model_states(tree: object) -> ModelStates:
         raise FormatError(f"param_shapes is no list but {quoted(type_name(groups))}")
     fragments = _mapping(top.get("frozen_param_fragments") or {}, "frozen_param_fragments")
     shared = _mapping(top.get("shared_params") or {}, "shared_params")
+    step = top.get("global_steps")
     return ModelStates(
         tree=top,
         module=module,
@@ -67,7 +70,7 @@ def model_states(tree: object) -> ModelStates:
         frozen=_shapes(top.get("frozen_param_shapes") or {}),
         fragments={str(name): value for name, value in fragments.items() if isinstance(value, TensorRef)},
         shared={one: two for one, two in shared.items() if isinstance(one, str) and isinstance(two, str)},
-        step=top.get("global_steps"),
+        step=step if type(step) is int and 0 <= step < _LARGEST else None,
     )
 
 
@@ -80,8 +83,8 @@ def optim_states(tree: object) -> OptimStates:
     if not isinstance(parts, list | tuple) or not all(isinstance(part, TensorRef) for part in parts):
         raise FormatError(f"holds no fp32 weights: {_PARTS} has no list {key} of tensors")
     stated = states.get("partition_count")
-    counts = [n for n in (stated if isinstance(stated, list | tuple) else [stated]) if isinstance(n, int)]
-    if not counts:
+    counts: Sequence[Any] = stated if isinstance(stated, list | tuple) else [stated]
+    if not counts or not all(type(n) is int and 0 < n < _LARGEST for n in counts):
         raise FormatError(f"{_PARTS} has no partition_count")
     if len(set(counts)) > 1:
         raise FormatError(
@@ -100,8 +103,8 @@ def _mapping(value: object, what: str) -> Mapping[object, object]:
 def _shapes(value: object) -> Shapes:
     shapes: dict[str, tuple[int, ...]] = {}
     for name, shape in _mapping(value, "param_shapes").items():
-        sizes = tuple(shape) if isinstance(shape, list | tuple) else None
-        if not isinstance(name, str) or sizes is None or not all(type(size) is int and size >= 0 for size in sizes):
+        sizes = tuple(shape) if isinstance(shape, list | tuple) and len(shape) <= _MOST_DIMENSIONS else None
+        if not isinstance(name, str) or sizes is None or not all(type(n) is int and 0 <= n < _LARGEST for n in sizes):
             raise FormatError(f"param_shapes has no shape for {quoted(str(name))}")
         if math.prod(size or 1 for size in sizes) >= _LARGEST:
             raise FormatError(f"{quoted(name)}: the shape {str(list(sizes))[:80]} overflows")

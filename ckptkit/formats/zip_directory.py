@@ -26,8 +26,8 @@ _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_DIRECTORY = 256 << 20
 _MOST_ENTRIES = 500_000  # each takes memory and a read of its own
-_LARGEST_UNDOUBTED = 16 << 20
-_MOST_FOLD = 100  # names that repeat are deflated ten- or twentyfold
+_LARGEST_UNDOUBTED = 1 << 20
+_MOST_FOLD = 100  # JSON that repeats itself is deflated seventyfold
 _LONGEST_TEXT = 1000
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40
@@ -79,13 +79,16 @@ class ZipDirectory:
         except zlib.error as error:
             raise FormatError(f"zip entry {quoted(name)}: compressed data is damaged: {error}") from None
 
-    def read(self, name: str, most: int) -> bytes:
-        """Return the whole content of an entry; raises ``FormatError`` where it is damaged, or longer than ``most``."""
+    def read(self, name: str, most: int, *, fold: int = _MOST_FOLD) -> bytes:
+        """Return the whole content of an entry.
+
+        Raises ``FormatError`` where it is damaged, longer than ``most``, or long and deflated more than ``fold`` times.
+        """
         entry = self.entries[name]
         short = printable(name.rpartition("/")[2])
         if entry.size > most:
             raise FormatError(f"{short} has {entry.size} bytes, more than the limit of {most}")
-        if entry.size > max(_LARGEST_UNDOUBTED, _MOST_FOLD * entry.packed):
+        if entry.size > max(_LARGEST_UNDOUBTED, fold * entry.packed):
             raise FormatError(f"{short} would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
         data = b"".join(bytes(chunk) for chunk in self.region(name).chunks())
         if entry.crc and zlib.crc32(data) != entry.crc:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 
 from tests.helpers_formats import (
     call,
+    f32,
     get,
     glob,
     keyed_by,
@@ -20,6 +23,8 @@ from tests.helpers_formats import (
     mapping,
     number,
     put,
+    rezip,
+    safetensors_file,
     several,
     storage,
     tensor,
@@ -127,6 +132,20 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     ),
     "a shape by memo": lambda: torch_zip(
         b"(" + number(2**62) * 500_000 + b"t" + put(0) + b"0" + call("torch.Size", get(0)) * 2 + b"\x86"
+    ),
+    "16 MB of sets, deflated": lambda: rezip(torch_zip(b"\x8f" * 16_000_000), method=zipfile.ZIP_DEFLATED),
+    "16 MB of lists, deflated": lambda: rezip(torch_zip(b"]" * 16_000_000), method=zipfile.ZIP_DEFLATED),
+    "2 MB of sets": lambda: torch_zip(b"\x8f" * 2_000_000),
+    "a name of accents": lambda: safetensors_file({"a" + "\u0300\u0316" * 200_000: f32(0, 0, (0,))}),
+    "names that expand when they are compared": lambda: torch_zip(
+        b"}("
+        + text("a")
+        + tensor()
+        + put(7)
+        + text("\ufdfa" * 390)
+        + b"}("
+        + b"".join(b"M" + struct.pack("<H", index) + get(7) for index in range(60_000))
+        + b"uu"
     ),
     "a legacy file with room": lambda: legacy_file(b"X\xff\xff\xff\x7f", ()),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.errors import FormatError
 from ckptkit.formats import strided
 from ckptkit.formats.blocks import InMemory
 from ckptkit.formats.strided import Strided
-from ckptkit.storage import CHUNK, Extent, LocalFile, Region
+from ckptkit.storage import CHUNK, Extent, Inflated, LocalFile, Region
 from ckptkit.tensors import DTYPES, TensorInfo, View
 from tests.helpers_formats import CODE_OF, bits, random_tensor
 
@@ -143,3 +145,18 @@ def test_what_lies_between_the_elements_is_not_held(
 
 def test_a_conjugate_of_nothing_is_nothing() -> None:
     assert gathered(torch.empty(0, 2, dtype=torch.complex64), conj=True) == b""
+
+
+def test_what_lies_far_apart_in_compressed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a megabyte can stand for half a gigabyte, and between two of its elements all of it would be held."""
+    view = torch.arange(2**21, dtype=torch.int32)[:: 2**21 - 1]
+    packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
+    (tmp_path / "packed").write_bytes(packer.compress(stored(view)) + packer.flush())
+    file = LocalFile(str(tmp_path / "packed"))
+    whole = Inflated(Extent(file, 0, file.size), 2**23, 0, 2**23)
+    assert gathered(view, whole) == bits(view)
+    monkeypatch.setattr(strided, "_WINDOW", 1 << 20)
+    with pytest.raises(FormatError, match=r"8 B that lie in 8\.4 MB") as caught:
+        gathered(view, whole)
+    file.close()
+    assert caught.value.path == file.path

@@ -276,6 +276,10 @@ HOSTILE = {
     ),
     "nested": (script(nested(300)), "modules are nested too deeply"),
     "laughs": (script(laughing(60)), "expand too far"),
+    "constants of another root": (
+        zip_of([("a/data.pkl", pickled(b")")), ("b/constants.pkl", pickled(b")"))]),
+        "constants.pkl lies elsewhere than data.pkl",
+    ),
     "two modules": (
         zip_of([(f"{r}/{n}.pkl", pickled(b")")) for r in "ab" for n in ("data", "constants")]),
         "2 entries",

@@ -282,6 +282,12 @@ def _shape(at: Path, *shape: int) -> None:
     change(at / MODEL, lambda states: states["param_shapes"][0].update({"l2.weight": torch.Size(shape)}))
 
 
+def _inside_itself() -> list[Any]:
+    made: list[Any] = []
+    made.append(made)
+    return made
+
+
 def _remove_optim(at: Path) -> None:
     for path in at.glob("*_optim_states.pt"):
         path.unlink()
@@ -358,6 +364,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
     "stage 3: another step": (
         save_stage3, lambda at: change(at / model_of(1), lambda states: states.update(global_steps=3)),
         f"saved at step 3, and {model_of(0)} at step 2", model_of(1)),
+    "stage 3: a step that is none": (
+        save_stage3, lambda at: change(at / model_of(1), lambda states: states.update(global_steps=10**6000)),
+        f"saved at step None, and {model_of(0)} at step 2", model_of(1)),
+    "an enormous number of ranks": (
+        save_stage2, _inner(0, lambda states: states.update(partition_count=[10**6000] * 2)),
+        "has no partition_count", optim(0)),
+    "an enormous size": (
+        save_stage2, lambda at: change(at / MODEL, lambda states: states["param_shapes"][0].update(scale=[10**6000])),
+        "no shape for 'scale'", MODEL),
+    "300,000 sizes": (
+        save_stage2,
+        lambda at: change(at / MODEL, lambda states: states["param_shapes"][0].update(scale=[255] * 300_000)),
+        "no shape for 'scale'", MODEL),
 }  # fmt: skip
 
 
@@ -398,6 +417,14 @@ def test_a_model_file_of_stage_3_says_where_its_weights_are(tmp_path: Path) -> N
     with open_checkpoint(path) as checkpoint:
         assert checkpoint["l1.weight"].shape == (0,)
         assert [text.startswith("10 weights are empty here, as ZeRO-3") for text in checkpoint.warnings] == [True]
+
+
+def test_steps_that_contain_themselves_are_not_compared(tmp_path: Path) -> None:
+    save_stage3(tmp_path / "run")
+    for rank in range(2):
+        change(tmp_path / "run" / STEP / model_of(rank), lambda states: states.update(global_steps=_inside_itself()))
+    with open_checkpoint(tmp_path / "run") as checkpoint:
+        assert_whole(checkpoint, expected())
 
 
 def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
