@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from ckptkit.adapters import plan_lora
     from ckptkit.checks import run_checks
     from ckptkit.compare import StateDictDiff, diff
+    from ckptkit.destination import Output, choose_output
     from ckptkit.errors import CkptkitError
-    from ckptkit.execution import Output, Written, choose_output, execute
+    from ckptkit.execution import Written, execute
     from ckptkit.findings import Finding, Report
     from ckptkit.formats import open_checkpoint
     from ckptkit.load import LoadReport, load_into
@@ -60,8 +61,9 @@ _ROOMS = {
     "adapters": ("plan_lora",),
     "checks": ("run_checks",),
     "compare": ("StateDictDiff", "diff"),
+    "destination": ("Output", "choose_output"),
     "errors": ("CkptkitError",),
-    "execution": ("Output", "Written", "choose_output", "execute"),
+    "execution": ("Written", "execute"),
     "findings": ("Finding", "Report"),
     "formats": ("open_checkpoint",),
     "load": ("LoadReport", "load_into"),

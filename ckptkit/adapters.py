@@ -12,7 +12,7 @@ from ckptkit.plan import Dropped, Plan, Source, Step
 from ckptkit.recipes import Recipe
 from ckptkit.rules import Rules, apply_rules, as_rules
 from ckptkit.sharing import tied
-from ckptkit.steps import complete_step, dropped_entries, refuse_made_up, refuse_suspicious
+from ckptkit.steps import complete_step, dropped_entries, keeps_rest, refuse_made_up, refuse_suspicious
 from ckptkit.tensor_ops.lora import AdapterPlan, account_for_adapter
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import quoted
@@ -59,7 +59,8 @@ def plan_lora(
     steps = [taken.get(key) or complete_step(Step(info, (Source(_BASE, key),)), roles) for key, info in base.items()]
     dropped = [*dropped_entries(base, _BASE), *dropped_entries(donor, _DONOR)]
     dropped += [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
-    return Plan(tuple(steps), tuple(dropped), base.metadata, (*notes, *key_map.notes), base.versions)
+    keeps = keeps_rest(base, _BASE)
+    return Plan(tuple(steps), tuple(dropped), base.metadata, (*notes, *key_map.notes), base.versions, keeps)
 
 
 def _changed(

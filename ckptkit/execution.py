@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from ckptkit.destination import Output, choose_output
 from ckptkit.errors import CkptkitError, OutputError, PlanError
-from ckptkit.formats import open_checkpoint
+from ckptkit.formats import open_checkpoint, open_inside, refusing
 from ckptkit.formats.files import TORCH_SUFFIXES
+from ckptkit.keeping import Editor, editor_for
 from ckptkit.making import Maker
 from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.shards import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
@@ -19,26 +21,19 @@ from ckptkit.text import printable, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.writers.atomic import AtomicFile, atomic_directory, prepare_directory, prepare_target
 from ckptkit.writers.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
-from ckptkit.writers.torch_zip import layout_torch_zip, refuse_unwritable, write_torch_zip
+from ckptkit.writers.torch_zip import (
+    TorchZipLayout,
+    arrange,
+    layout_archive,
+    layout_torch_zip,
+    refuse_unwritable,
+    write_torch_zip,
+)
 
-__all__ = ["FORMATS", "Output", "Written", "choose_output", "execute", "fit"]
+__all__ = ["Written", "execute", "fit"]
 
-FORMATS = ("safetensors", "torch")
-_SUFFIXES = {
-    ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch", ".pkl": "torch",
-}  # fmt: skip
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """Where and how to write: a file of one format, or a directory of shards."""
-
-    path: str
-    format: str
-    max_shard_size: int | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,39 +46,15 @@ class Written:
     nbytes: int
     files: tuple[str, ...]
     beside: tuple[str, ...] = ()  # other files of weights that were in the directory, and stay
+    envelope: str = ""  # the mapping of the file that the tensors are in
 
 
-def choose_output(
-    path: str | os.PathLike[str], *, format: str | None = None, max_shard_size: int | None = None, force: bool = False  # noqa: A002
-) -> Output:  # fmt: skip
-    """Return how to write to ``path``: the format by ``format`` or the suffix, shards where a size limit is given.
-
-    Raises ``OutputError`` where neither tells the format, or shards are asked of a format other than safetensors.
-    """
-    name = os.fspath(path)
-    if not name:
-        raise OutputError("the output has no name", hint="give -o a file name")
-    chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
-    if max_shard_size is not None:
-        if (format or "safetensors") != "safetensors":
-            raise OutputError("shards are written as safetensors only", hint="leave out --format", path=name)
-        if os.path.splitext(name)[1] in _SUFFIXES:
-            raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
-        if max_shard_size <= 0:
-            raise OutputError(f"a shard of at most {max_shard_size} bytes holds nothing", path=name)
-        return Output(name, "safetensors", max_shard_size, force)
-    if chosen is None:
-        raise OutputError("its suffix tells no format", hint=f"use --format {' or '.join(FORMATS)}", path=name)
-    if chosen not in FORMATS:
-        raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
-    return Output(name, chosen, None, force)
-
-
-def fit(plan: Plan, output: Output) -> Plan:
-    """Return the plan with what the output's format has no place for listed as dropped.
+def fit(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
+    """Return the plan with what the output keeps beside the tensors, and with what it has no place for as dropped.
 
     Raises what ``execute`` would raise before its first byte: ``PlanError`` for a tensor that the format
-    cannot hold, ``OutputError`` for an output that exists (without ``force``) or cannot be one.
+    cannot hold, or a file that cannot be edited, ``OutputError`` for an output that exists (without ``force``) or
+    cannot be one.
     """
     infos = [step.out for step in plan.steps]
     lost: list[Dropped] = []
@@ -98,7 +69,14 @@ def fit(plan: Plan, output: Output) -> Plan:
     elif plan.versions:
         lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", entry=True))
     (prepare_target if output.max_shard_size is None else prepare_directory)(output.path, force=output.force)
-    return replace(plan, dropped=(*plan.dropped, *lost))
+    editor = editor_for(plan, output, sources)
+    if editor is None:
+        return replace(plan, dropped=(*plan.dropped, *lost))
+    entries = [entry.path for entry in sources[plan.keeps].entries if not entry.apart]
+    stay = {drop for drop in plan.dropped if drop.entry and drop.role == plan.keeps and drop.key in set(entries)}
+    left = [drop for drop in plan.dropped if drop not in stay]
+    kept = tuple(entry for entry in entries if entry in {drop.key for drop in stay})
+    return replace(plan, dropped=(*left, *lost), kept=kept, notes=tuple(dict.fromkeys((*plan.notes, *editor.notes))))
 
 
 def execute(
@@ -112,13 +90,16 @@ def execute(
 
     ``sources`` maps the plan's roles (``source``; ``base``, ``donor``) to what the plan was made from; a
     single one may be given as it is. ``out`` is a path, whose suffix tells the format, or an ``Output``.
-    Tensors are streamed: memory does not grow with the checkpoint. Raises ``OutputError`` where the
+    A torch file made of a torch file that holds more than the mapping of tensors is a copy of that file with the
+    tensors of the mapping made anew; ``Output`` says how to have the tensors alone. Tensors are streamed: memory does
+    not grow with the checkpoint. Raises ``OutputError`` where the
     output exists (without ``force``), is an input that would be harmed, or has no room; ``PlanError``
     where the format cannot hold a tensor; ``ChangedError`` where an input changed meanwhile.
     """
     output = out if isinstance(out, Output) else choose_output(out)
-    roles = _by_role(plan, sources)
-    _refuse_harm(output, roles.values())
+    roles = _by_role(plan, sources, output)
+    editor = editor_for(plan, output, roles)
+    _refuse_harm(output, roles, "" if editor is None else plan.keeps)
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
         raise PlanError("the plan writes two tensors under one name")
@@ -132,9 +113,12 @@ def execute(
     infos = [step.out for step in plan.steps]
     if output.format == "safetensors":
         size = _write_safetensors(target, infos, plan.metadata, read, report, replace=output.force)
-    else:
-        size = _write_torch(target, infos, plan.versions, read, report, replace=output.force)
-    return Written(output.path, output.format, len(plan.steps), size, (target,))
+        return Written(output.path, output.format, len(plan.steps), size, (target,))
+    layout = _lay_out_torch(infos, plan, read, editor)
+    inner = "" if editor is None else roles[plan.keeps].envelope
+    with AtomicFile(target, layout.nbytes, replace=output.force) as file:
+        _finish(write_torch_zip(layout, file), file, infos, read, report, inner=inner)
+    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target,), (), inner)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +179,10 @@ def _prove_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
             )
 
 
-def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike) -> dict[str, Checkpoint]:
-    wanted = list(dict.fromkeys(source.role for step in plan.steps for source in (*step.sources, *step.equals)))
+def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike, output: Output) -> dict[str, Checkpoint]:
+    read = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
+    edited = [plan.keeps] if plan.keeps and output.format == "torch" and not output.only_tensors else []
+    wanted = list(dict.fromkeys([*read, *edited]))
     is_roles = isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) and set(wanted) <= set(sources)
     # A state_dict may well have a tensor called "source".
     if not is_roles or not all(isinstance(sources[role], Mapping) or _is_model(sources[role]) for role in wanted):
@@ -210,9 +196,9 @@ def _is_model(thing: object) -> bool:
     return callable(getattr(thing, "state_dict", None))
 
 
-def _refuse_harm(output: Output, inputs: Iterable[Checkpoint]) -> None:
+def _refuse_harm(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
     parent, name = os.path.split(os.path.realpath(output.path))
-    for checkpoint in inputs:
+    for role, checkpoint in roles.items():
         same = any(_same_file(file, output.path) for file in checkpoint.files)
         parents = {os.path.dirname(file) or "." for file in checkpoint.files}
         inside = output.max_shard_size is not None and any(
@@ -228,7 +214,7 @@ def _refuse_harm(output: Output, inputs: Iterable[Checkpoint]) -> None:
         if len(checkpoint.files) > 1 and not inside:
             raise OutputError("is a shard of an input, which would no longer fit together", path=output.path)
         lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.apart]
-        if lost:
+        if lost and role != edited:
             named = ", ".join(map(printable, lost[:4]))
             raise OutputError(
                 f"is an input that holds more than tensors ({named}), which replacing it would lose",
@@ -260,41 +246,44 @@ def _write_safetensors(
     return layout.nbytes
 
 
-def _write_torch(
-    target: str,
-    infos: Sequence[TensorInfo],
-    versions: Mapping[str, int],
-    read: _Reading,
-    report: Progress,
-    *,
-    replace: bool,
-) -> int:
-    layout = layout_torch_zip(read.placed(infos), read.payload, read.span, versions)
-    with AtomicFile(target, layout.nbytes, replace=replace) as file:
-        _finish(write_torch_zip(layout, file), file, infos, read, report)
-    return layout.nbytes
+def _lay_out_torch(infos: Sequence[TensorInfo], plan: Plan, read: _Reading, editor: Editor | None) -> TorchZipLayout:
+    placed = read.placed(infos)
+    if editor is None:
+        return layout_torch_zip(placed, read.payload, read.span, plan.versions)
+    changed = {step.out.key for step in editor.changed}
+    records, stored = arrange([info for info in placed if info.key in changed], read.payload, read.span)
+    with refusing(read.roles[plan.keeps].path):
+        edited = editor.edited(stored)
+    storages = [records[one] if isinstance(one, int) else editor.rest.storage(one) for one in edited.storages]
+    return layout_archive(edited.pickle, storages, editor.rest.others())
 
 
 def _finish(
-    work: Iterator[int], file: AtomicFile, infos: Sequence[TensorInfo], read: _Reading, report: Progress
+    work: Iterator[int],
+    file: AtomicFile,
+    infos: Sequence[TensorInfo],
+    read: _Reading,
+    report: Progress,
+    *,
+    inner: str = "",
 ) -> None:
     for count in work:
         report(count)
     read.check()
     # Success is measured on the output: what does not read back as planned never gets its name.
     try:
-        as_planned = _reads_as(file.temporary, infos)
+        with open_inside(file.temporary, inner) as written:
+            as_planned = _reads_as(written, infos)
     except CkptkitError as error:
         raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=file.target) from error
     if not as_planned:
         raise OutputError("does not read back as planned, so it was not kept", path=file.target)
 
 
-def _reads_as(path: str, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
-    """Return whether what is read at ``path`` are these tensors, from no files but the named ones."""
-    with open_checkpoint(path) as written:
-        found = {key: (info.dtype, info.shape) for key, info in written.items()}
-        files = {os.path.basename(file) for file in written.files}
+def _reads_as(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
+    """Return whether what is read are these tensors, from no files but the named ones."""
+    found = {key: (info.dtype, info.shape) for key, info in written.items()}
+    files = {os.path.basename(file) for file in written.files}
     return found == {info.key: (info.dtype, info.shape) for info in infos} and (names is None or files <= set(names))
 
 
@@ -322,7 +311,8 @@ def _prove_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
     # Files of other names stay in the directory: an index among them, or stale shards, could be what is read there.
     why = "other weights in it would be read instead"
     try:
-        as_planned = _reads_as(directory, [step.out for step in plan.steps], names)
+        with open_checkpoint(directory) as written:
+            as_planned = _reads_as(written, [step.out for step in plan.steps], names)
     except CkptkitError as error:
         as_planned, why = False, f"beside what is in it, the shards could not be read: {error.reason}"
     if not as_planned:

@@ -43,7 +43,7 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     inputs = {Source(_ROLE, info.key): TensorInfo(info.key, info.dtype, info.shape) for info in outs}
     entries = [drop.key for drop in saved.plan.dropped if drop.entry]
     notes = (f"not among the tensors, and gone: {', '.join(map(quoted, entries))}",) if entries else ()
-    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes)
+    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, keeps=saved.plan.keeps and _ROLE)
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
 
 

@@ -11,7 +11,7 @@ from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.recipes import compose
 from ckptkit.rules import Made, Rules, apply_rules, as_rules
 from ckptkit.sharing import tied
-from ckptkit.steps import dropped_entries, make_step, refuse_made_up, refuse_suspicious
+from ckptkit.steps import dropped_entries, keeps_rest, make_step, refuse_made_up, refuse_suspicious
 from ckptkit.tensor_ops import MISMATCH_NAMES, fitting, suggestions
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
@@ -72,7 +72,8 @@ def plan_merge(
     notes += [
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
-    return Plan((*steps, *added.values()), tuple(dropped), base.metadata, tuple(notes), base.versions)
+    outs, keeps = (*steps, *added.values()), keeps_rest(base, "base")
+    return Plan(outs, tuple(dropped), base.metadata, tuple(notes), base.versions, keeps)
 
 
 def follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:

@@ -57,13 +57,19 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of an output in order, what is left out, and the metadata it will carry."""
+    """All steps of an output in order, what is left out, and the metadata it will carry.
+
+    ``keeps`` is the role of the input whose file an output of torch is an edited copy of, where there is one;
+    ``kept`` is what of it stays as it is beside the tensors, by ``fit``.
+    """
 
     steps: tuple[Step, ...]
     dropped: tuple[Dropped, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: Mapping[str, int] = field(default_factory=dict)  # of modules, by prefix; torch files carry them
+    keeps: str = ""
+    kept: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:

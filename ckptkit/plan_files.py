@@ -12,7 +12,7 @@ from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plan import Dropped, Plan, Source, Step
 from ckptkit.recipes import Recipe
 from ckptkit.rules import describe_made
-from ckptkit.steps import complete_step, refuse_suspicious
+from ckptkit.steps import complete_step, dropped_entries, keeps_rest, refuse_suspicious
 from ckptkit.tensor_ops import parse_operation
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import plural, quoted
@@ -70,6 +70,8 @@ def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any
         "metadata": dict(plan.metadata),
         "versions": dict(plan.versions),
         "notes": list(plan.notes),
+        "keeps": plan.keeps,
+        "kept": list(plan.kept),
     }
 
 
@@ -98,11 +100,12 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
         metadata = {_text(key): _text(value) for key, value in document["metadata"].items()}
         versions = {_text(key): int(value) for key, value in document["versions"].items()}
         notes = tuple(map(_text, document["notes"]))
+        keeps, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise PlanError(f"is no whole plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
         raise PlanError(f"is no plan that can be followed: {error.reason}", hint=error.hint) from None
-    return SavedPlan(Plan(steps, dropped, metadata, notes, versions), headers, inputs)
+    return SavedPlan(Plan(steps, dropped, metadata, notes, versions, keeps, kept), headers, inputs)
 
 
 def _dropped(item: Mapping[str, Any]) -> Dropped:
@@ -167,7 +170,11 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
         if made.operation != step.operation or found.shape != step.out.shape:
             raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
         steps.append(made)
-    return replace(saved.plan, steps=tuple(steps))
+    # What is no tensor is looked up anew: whether it is kept depends on the output, and what there is on the input.
+    dropped = [drop for drop in saved.plan.dropped if not drop.entry]
+    dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]
+    keeps = keeps_rest(sources[saved.plan.keeps], saved.plan.keeps) if saved.plan.keeps in sources else ""
+    return replace(saved.plan, steps=tuple(steps), dropped=tuple(dropped), keeps=keeps, kept=())
 
 
 def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:

@@ -8,7 +8,15 @@ from dataclasses import replace
 from ckptkit.errors import PlanError
 from ckptkit.plan import Dropped, Plan
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.steps import dropped_entries, float_dtype, is_float, make_step, refuse_suspicious
+from ckptkit.steps import (
+    dropped_entries,
+    float_dtype,
+    is_float,
+    keeps_rest,
+    make_step,
+    moved_modules,
+    refuse_suspicious,
+)
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import plural, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
@@ -53,8 +61,11 @@ def plan_remap(
         raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]
     dropped += [*surplus, *dropped_entries(checkpoint, "source")]
-    versions = _carried(checkpoint.versions, key_map.renamed)
-    return Plan(tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions)
+    moved = moved_modules(checkpoint.versions, key_map.renamed)
+    versions = {new: checkpoint.versions[old] for old, new in moved.items()}
+    return Plan(
+        tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, keeps_rest(checkpoint, "source")
+    )
 
 
 def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -73,15 +84,3 @@ def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, Te
             hint="rename or reshape what is there with rules, or lay it over a model: ckpt merge",
         )
     return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}
-
-
-def _carried(versions: Mapping[str, int], renamed: Mapping[str, str]) -> dict[str, int]:
-    """Return module versions under the modules' new names; a module whose tensors part ways has none."""
-    if all(old == new for old, new in renamed.items()):
-        return dict(versions)
-    homes: dict[str, set[str]] = {}
-    for old, new in renamed.items():
-        (home, _, leaf), (new_home, _, new_leaf) = old.rpartition("."), new.rpartition(".")
-        homes.setdefault(home, set()).add(new_home if leaf == new_leaf else "*")
-    moved = {home: new for home, (new, *others) in homes.items() if not others and new != "*"}
-    return {moved[home]: version for home, version in versions.items() if home in moved}

@@ -18,7 +18,9 @@ __all__ = [
     "dropped_entries",
     "float_dtype",
     "is_float",
+    "keeps_rest",
     "make_step",
+    "moved_modules",
     "refuse_made_up",
     "refuse_suspicious",
 ]
@@ -125,6 +127,43 @@ def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
         for entry in checkpoint.entries
         if entry.type != ABSENT and not (entry.path == "_metadata" and checkpoint.versions)
     ]
+
+
+def keeps_rest(checkpoint: Checkpoint, role: str) -> str:
+    """Return the role of an input whose file holds more than the tensors taken, and can be written again; else none."""
+    return role if checkpoint.rest is not None else ""
+
+
+def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
+    """Return the new prefix of each module, of the old and new names of tensors; one whose tensors part ways has none.
+
+    A module without tensors of its own goes where everything below it goes.
+    """
+    if all(old == new for old, new in renamed.items()):
+        return {module: module for module in modules}
+    homes: dict[str, set[str]] = {}
+    for old, new in renamed.items():
+        home, _, leaf = old.rpartition(".")
+        homes.setdefault(home, set()).add(_above(new, leaf))
+    containers = {module for module in modules if module not in homes}
+    for old, new in renamed.items():
+        above, _, _ = old.rpartition(".")
+        while above:
+            above, _, _ = above.rpartition(".")
+            if above in containers:
+                homes.setdefault(above, set()).add(_above(new, old[len(above) + 1 :] if above else old))
+    moved = {home: new for home, (new, *others) in homes.items() if not others and new != _NOWHERE}
+    return {module: moved[module] for module in modules if module in moved}
+
+
+_NOWHERE = "*"  # no module is called so
+
+
+def _above(key: str, below: str) -> str:
+    """Return the module in which a key has the name ``below``."""
+    if key == below:
+        return ""
+    return key[: -len(below) - 1] if key.endswith(f".{below}") else _NOWHERE
 
 
 def _entry_reason(entry: Entry) -> str:

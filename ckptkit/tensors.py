@@ -20,6 +20,7 @@ __all__ = [
     "Entry",
     "Payload",
     "Record",
+    "Rest",
     "TensorInfo",
     "View",
     "is_contiguous",
@@ -170,6 +171,25 @@ class Record(NamedTuple):
     keys: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Rest:
+    """A file that holds more than the mapping of tensors taken from it, as it lies there: enough to write it again.
+
+    ``path`` are the keys that lead to the mapping, ``places`` those that lead from there to each tensor. ``storage``
+    gives the bytes of a storage by its name in the pickle, ``others`` what else the container holds, by name.
+    ``references`` name code that torch's own weights-only loader would refuse; ``doubt`` says why nothing can be
+    written again, if so.
+    """
+
+    path: tuple[object, ...]
+    places: Mapping[str, tuple[object, ...]]
+    pickle: Callable[[], bytes]
+    storage: Callable[[str], Payload]
+    others: Callable[[], Sequence[tuple[str, Payload]]]
+    references: tuple[str, ...] = ()
+    doubt: str = ""
+
+
 class Checkpoint(Mapping[str, TensorInfo]):
     """An open checkpoint: a mapping from key to ``TensorInfo`` whose bytes are read only on request.
 
@@ -177,7 +197,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     ``references`` the code that the file names and that was not run, ``envelope`` which mapping
     inside the file was taken (empty: the file itself), ``versions`` the module versions that a
     state_dict carries as its ``_metadata``, ``made_up`` the keys that are names of ours, since the dotted names that
-    they stand for are those of several places, or made of keys that are no strings.
+    they stand for are those of several places, or made of keys that are no strings; ``rest`` what the file holds beside
+    the mapping, where that can be written again.
     """
 
     def __init__(
@@ -200,6 +221,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         files: Sequence[str] = (),
         check: Callable[[], None] | None = None,
         close: Callable[[], None] | None = None,
+        rest: Rest | None = None,
     ) -> None:
         """Take over the callbacks of the reader that opened the file."""
         self._infos = infos
@@ -219,6 +241,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.versions: Mapping[str, int] = MappingProxyType(dict(versions or {}))
         self.made_up: Mapping[str, str] = MappingProxyType(dict(made_up or {}))
         self.files = tuple(files)
+        self.rest = rest
 
     def __getitem__(self, key: str) -> TensorInfo:
         """Return the description of one tensor."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ckptkit.errors import OutputError
-from ckptkit.formats import open_checkpoint
+from ckptkit.formats import open_checkpoint, open_inside
 from ckptkit.making import Maker
 from ckptkit.plan import Plan
 from ckptkit.storage import same_bytes
@@ -15,14 +15,15 @@ from ckptkit.text import quoted
 __all__ = ["verify"]
 
 
-def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str) -> int:
+def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str = "") -> int:
     """Return the number of tensors in the output at ``path``, each of them proved to be what ``plan`` makes.
 
-    Everything is made anew from ``sources`` and compared with what is read back, in bounded memory. Raises
-    ``OutputError`` naming the first tensor that is missing, is one too many, or differs.
+    ``inner`` is the mapping of the file that they are in. Everything is made anew from ``sources`` and compared with
+    what is read back, in bounded memory. Raises ``OutputError`` naming the first tensor that is missing, is one too
+    many, or differs.
     """
     maker = Maker(sources)
-    with open_checkpoint(path) as written:
+    with open_inside(path, inner) if inner else open_checkpoint(path) as written:
         surplus = [key for key in written if key not in {step.out.key for step in plan.steps}]
         if surplus:
             raise OutputError(f"holds {quoted(surplus[0])}, which the plan does not make", path=path)

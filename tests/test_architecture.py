@@ -46,6 +46,7 @@ FLOORS = (
     {"presets"},
     {
         "formats.inert",
+        "formats.code_names",
         "formats.safetensors",
         "formats.zip_directory",
         "formats.strided",
@@ -65,7 +66,7 @@ FLOORS = (
     },
     {"formats.unpickle", "formats.naming"},
     {"formats.tree"},
-    {"formats.modules"},
+    {"formats.modules", "formats.pickle_nodes"},
     {
         "formats.torch_checkpoint",
         "formats.dcp_metadata",
@@ -80,8 +81,8 @@ FLOORS = (
     {"formats.adapter", "formats.beside", "formats.zero"},
     {"formats.directories"},
     {"formats", "compare", "checks", "plan", "writers"},
-    {"steps", "making", "writers.atomic", "writers.torch_pickle"},
-    {"remapping", "merging", "plan_files"},
+    {"steps", "making", "destination", "writers.atomic", "writers.torch_pickle", "writers.pickle_nodes"},
+    {"remapping", "merging", "plan_files", "keeping"},
     {"inversion", "adapters"},
     {"writers.safetensors", "writers.torch_zip"},
     {"param_groups.spec", "param_groups.suggest", "param_groups.inventory"},

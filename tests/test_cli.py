@@ -245,16 +245,20 @@ def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
 def test_plan_document(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The writing commands share one form of document, with no output after a dry run."""
     sources = [DDP, DDP] if command == "merge" else [DDP]
-    ran = run_ckpt(capsys, command, *sources, "-o", tmp_path / "o.pt", "--json", "--dry-run")
-    document = json.loads(ran.out)
-    assert list(document) == ["schema", "plan", "dropped", "summary", "output"]
+    asked: tuple[str | Path, ...] = (command, *sources, "-o", tmp_path / "o.pt", "--json", "--dry-run")
+    document = json.loads(run_ckpt(capsys, *asked, "--only-tensors").out)
+    assert list(document) == ["schema", "plan", "dropped", "kept", "summary", "output"]
     assert document["schema"] == f"ckptkit.{command}/1"
     assert list(document["plan"][0]) == ["key", "dtype", "shape", "sources", "operation", "rule"]
     assert list(document["plan"][0]["sources"][0]) == ["role", "key"]
     assert document["dropped"][0] == {
         "role": "base" if command == "merge" else "source", "key": "epoch", "reason": "beside the state_dict (int)",
     }  # fmt: skip
+    assert document["kept"] == []
     assert document["output"] is None
+    document = json.loads(run_ckpt(capsys, *asked).out)
+    assert document["kept"] == ["epoch", "optimizer", "best_acc"]
+    assert [drop["role"] for drop in document["dropped"]] == (["donor"] * 3 if command == "merge" else [])
 
 
 def test_findings_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -41,6 +41,7 @@ class Case(NamedTuple):
 CASES = [
     Case("in.safetensors", "out.safetensors"),
     Case("in.pt", "out.pt"),
+    Case("run.pt", "out.pt"),  # with an epoch and an optimizer, which are kept
     Case("in.pt", "out.safetensors"),
     Case("in.safetensors", "out", 300),
 ]
@@ -52,7 +53,8 @@ def saved(path: Path, state: dict[str, torch.Tensor]) -> Path:
     if path.suffix == ".safetensors":
         save_file(state, path)
     else:
-        torch.save(state, path)
+        run = {"model": state, "optimizer": {"state": list(state.values())}, "epoch": 3}
+        torch.save(run if path.stem == "run" else state, path)
     return path
 
 

@@ -15,7 +15,8 @@ import click
 
 from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml
 from ckptkit.cli.streams import tell
-from ckptkit.execution import FORMATS, Output, Written, choose_output, execute, fit
+from ckptkit.destination import FORMATS, Output, choose_output
+from ckptkit.execution import Written, execute, fit
 from ckptkit.plan import Plan, ties_broken
 from ckptkit.report.plan import plan_document, plan_page, written_text
 from ckptkit.tensors import Checkpoint
@@ -53,6 +54,8 @@ def output_options(command: _Command) -> _Command:
         output_format: str | None,
         max_shard_size: int | None,
         force: bool,
+        only_tensors: bool,
+        keep_unknown: bool,
         dry_run: bool,
         form: Form,
         quiet: bool,
@@ -61,7 +64,14 @@ def output_options(command: _Command) -> _Command:
         verify: bool,
         **others: Any,
     ) -> Any:
-        chosen = choose_output(output, format=output_format, max_shard_size=max_shard_size, force=force)
+        chosen = choose_output(
+            output,
+            format=output_format,
+            max_shard_size=max_shard_size,
+            force=force,
+            only_tensors=only_tensors,
+            keep_unknown=keep_unknown,
+        )
         return command(*args, job=Job(chosen, dry_run, form, quiet, expand, plan_file, verify), **others)
 
     decorators = (
@@ -71,6 +81,10 @@ def output_options(command: _Command) -> _Command:
                      help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB); "
                      "a larger tensor gets a shard of its own."),
         click.option("--force", is_flag=True, help="Replace an existing output, whole or not at all."),
+        click.option("--only-tensors", is_flag=True,
+                     help="Write the tensors alone, without what else is in a torch file (epoch, optimizer)."),
+        click.option("--keep-unknown", is_flag=True,
+                     help="Keep code references that torch.load(weights_only=True) refuses; they are not run."),
         click.option("-n", "--dry-run", is_flag=True, help="Print the plan; read headers only and write nothing."),
         click.option("--plan", "plan_file", type=click.Path(), metavar="FILE",
                      help="Write the plan to FILE, as JSON that --apply and --invert read."),
@@ -98,7 +112,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 
 def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
     """Print the plan, or execute it and say what was written."""
-    plan = fit(plan, job.output)
+    plan = fit(plan, job.output, sources)
     if job.plan_file is not None:
         from ckptkit.plan_files import plan_to_json
 
@@ -110,7 +124,9 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
             lambda: plan_page(plan, written, expand=job.expand),
             lambda: plan_document(command, plan, written),
         )
-    proved = verify(plan, sources, job.output.path) if written is not None and job.verify else None
+    proved = None
+    if written is not None and job.verify:
+        proved = verify(plan, sources, written.path, written.envelope)
     if not job.quiet:
         shared = ties_broken(plan) if job.output.format == "safetensors" else []
         said = [] if written is None else written_text(plan, written, shared)

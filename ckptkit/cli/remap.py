@@ -36,6 +36,7 @@ def remap(
 
     A pattern fits the whole key: * is any run of characters, {name} one segment, {i:int} a segment of
     digits; re:... is a regex. Two keys with one new name, and a rule that matches nothing, are errors.
+    A torch file made of a torch file keeps what else is in it (epoch, optimizer), unless --only-tensors.
 
     \b
     ckpt remap ddp.pt -o plain.safetensors --rename 'module.*=*'

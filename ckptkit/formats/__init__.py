@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.files import open_file
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import look_alikes
 
-__all__ = ["LIVE_PREFIX", "open_checkpoint"]
+__all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "refusing"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 LIVE_PREFIX = "py:"
@@ -24,12 +26,25 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     checkpoint, and ``ModelError`` where a live model cannot be built.
     """
     name = os.fspath(path)
-    try:
+    with refusing(name):
         if name.startswith(LIVE_PREFIX):
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
         return _with_names_compared(_open_path(name))
+
+
+def open_inside(path: str, inner: str) -> Checkpoint:
+    """Return the mapping ``inner`` (empty: found by its signature) of the file ``path``; raises likewise."""
+    with refusing(path):
+        return open_file(path, inner)
+
+
+@contextlib.contextmanager
+def refusing(name: str) -> Iterator[None]:
+    """Turn what can go wrong while the file ``name`` is read into refusals that name it."""
+    try:
+        yield
     except CkptkitError as error:
         if error.path is None:
             error.path = name
@@ -38,6 +53,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise PathError((error.strerror or str(error)).lower(), path=name) from None
     except MemoryError:
         pass  # refused below: until the exception is gone, it holds on to what filled the memory
+    else:
+        return
     raise FormatError("describing it takes more memory than there is", path=name)
 
 

@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.findings import Remark
+from ckptkit.formats.code_names import is_suspicious
 from ckptkit.formats.files import read_torch
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.torch_checkpoint import code_warnings
-from ckptkit.formats.torch_objects import is_suspicious
 from ckptkit.formats.tree import describe
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Entry

@@ -20,6 +20,7 @@ class TruncatedPickleError(FormatError):
 MARK: Final = object()
 _MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide
 _LONGEST_TUPLE_KEY = 64
+_BUDGET_PER_BYTE = 4
 
 
 class PickleMachine:
@@ -31,6 +32,7 @@ class PickleMachine:
         self.end = len(data)
         self.pos = start
         self.interpreter = interpreter
+        interpreter.budget += _BUDGET_PER_BYTE * len(data)
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
         self.tuple_keys = 0

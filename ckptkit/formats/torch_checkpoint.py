@@ -9,11 +9,12 @@ from dataclasses import dataclass, replace
 
 from ckptkit.errors import FormatError
 from ckptkit.findings import Remark
+from ckptkit.formats.code_names import is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.inert import MappingValue, Placeholder
 from ckptkit.formats.modules import open_modules
 from ckptkit.formats.naming import Names, Path, flat_key, key_name, name_places, type_name
 from ckptkit.formats.strided import Strided
-from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects, is_harmless, is_suspicious
+from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.tree import describe, is_tensor, leaves, select
 from ckptkit.storage import Region
 from ckptkit.tensors import (
@@ -22,6 +23,7 @@ from ckptkit.tensors import (
     Entry,
     Payload,
     Record,
+    Rest,
     TensorInfo,
     View,
     is_contiguous,
@@ -46,7 +48,8 @@ _MOST_TENSORS = 1_000_000
 class TorchFile:
     """What a container reader found: the inert tree, the builders that made it, and where each storage lies.
 
-    ``records`` goes over everything stored, told which tensors lie in the storage of a key.
+    ``records`` goes over everything stored, told which tensors lie in the storage of a key. ``pickle`` gives the bytes
+    that the whole tree was read from, ``others`` what a container holds that is neither pickle nor storage.
     """
 
     tree: object
@@ -56,6 +59,9 @@ class TorchFile:
     records: Callable[[Mapping[str, Sequence[str]]], Iterable[Record]]
     warnings: tuple[str, ...] = ()
     uncertain: Callable[[TensorRef], bool] = lambda _: False  # whether the order of its bytes cannot be known
+    pickle: Callable[[], bytes] | None = None
+    doubt: str = ""  # why a file cannot be written again with all that it holds
+    others: Callable[[], Sequence[tuple[str, Payload]]] = tuple
 
 
 def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Callable[[], None],  # noqa: A002
@@ -80,7 +86,7 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
             hint="save its state_dict() and give that",
         )
     outlined = [_MOST_OUTLINED]
-    tensors, entries, names = _sort_leaves(value, file.pickle_size, outlined)
+    tensors, entries, names, placed = _sort_leaves(value, file.pickle_size, outlined)
     places: dict[str, Region] = {}
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
@@ -139,10 +145,32 @@ def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Call
         files=[path],
         check=check,
         close=close,
+        rest=_rest(file, value, chosen, entries, placed),
     )
 
 
-def _sort_leaves(value: object, size: int, outlined: list[int]) -> tuple[dict[str, TensorRef], list[Entry], Names]:
+def _rest(
+    file: TorchFile, value: object, chosen: Path, entries: Iterable[Entry], placed: Mapping[str, Path]
+) -> Rest | None:
+    """Return what the file holds beside a mapping of it; None where it holds no more, or the mapping is none of it."""
+    level, pickle = file.tree, file.pickle
+    for key in chosen:
+        if not isinstance(level, Mapping) or key not in level:
+            return None
+        level = level[key]
+    # The state_dict of a pickled module is read out of the module: the file itself has no such mapping.
+    if pickle is None or level is not value or not isinstance(value, Mapping):
+        return None
+    if not chosen and all(entry.path == "_metadata" for entry in entries):
+        return None
+    unknown = tuple(name for name in file.objects.interpreter.references if not is_weights_only(name))
+    storages = file.objects.storages
+    return Rest(chosen, placed, pickle, lambda key: file.locate(storages[key]), file.others, unknown, file.doubt)
+
+
+def _sort_leaves(
+    value: object, size: int, outlined: list[int]
+) -> tuple[dict[str, TensorRef], list[Entry], Names, dict[str, Path]]:
     found: list[tuple[Path, object]] = []
     budget = _NAMES_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
@@ -168,7 +196,11 @@ def _sort_leaves(value: object, size: int, outlined: list[int]) -> tuple[dict[st
     entries += [describe(name, leaf, outlined) for name, leaf in named if not isinstance(leaf, TensorRef)]
     if unlisted:
         names.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
-    return {name: leaf for name, leaf in named if isinstance(leaf, TensorRef)}, entries, names
+    sorted_out = {name: leaf for name, leaf in named if isinstance(leaf, TensorRef)}
+    placed = {
+        name: place for name, (place, leaf) in zip(names.names, found, strict=True) if isinstance(leaf, TensorRef)
+    }
+    return sorted_out, entries, names, placed
 
 
 def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:

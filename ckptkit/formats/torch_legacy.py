@@ -20,6 +20,7 @@ __all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first of the five pickles, a number that the format is told by
 _PROTOCOL = 1001
 _FIRST_WINDOW = 1 << 20
+_UNTYPED = "it was written on a big-endian machine, and the order of the bytes of some numbers cannot be known"
 _LENGTH = struct.Struct("<q")
 
 
@@ -75,7 +76,9 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
             yield Record(file.path, f"storage {key}", locate(objects.storages[key]), keys=tuple(held.get(key, ())))
 
     said = ("written on a big-endian machine: read as torch reads it, its numbers are little-endian",) if big else ()
-    return TorchFile(tree, objects, size, locate, records, said, uncertain)
+    unclear = big and any(not storage.dtype or DTYPES[storage.dtype].parts > 1 for storage in objects.storages.values())
+    doubt = _UNTYPED if unclear else ""
+    return TorchFile(tree, objects, size, locate, records, said, uncertain, lambda: file.read(start, size), doubt)
 
 
 def read_pickle(

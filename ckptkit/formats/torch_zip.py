@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ckptkit.errors import FormatError
 from ckptkit.findings import Remark
@@ -11,13 +13,18 @@ from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.formats.zip_directory import ZipDirectory
 from ckptkit.storage import Region, Swapped
-from ckptkit.tensors import DTYPES, Checkpoint, Record
+from ckptkit.tensors import DTYPES, Checkpoint, Payload, Record
 from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_zip", "read_pickles", "read_torch_zip", "root_of"]
 
 _NEWEST_VERSION = 10
 _MOST_FOLD = 20  # pickles of weights are deflated four- to sixfold, and each byte of one can take a hundred in memory
+# What every writer of the format makes anew; the id names the contents of one file and no other.
+_OURS = re.compile(
+    r"data\.pkl|byteorder|data/.*|\.format_version|\.storage_alignment|\.data/serialization_id", re.DOTALL
+)
+_UNTYPED = "it was written on a big-endian machine, and does not say how wide all its numbers are"
 
 
 def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
@@ -110,7 +117,16 @@ def read_pickles(
     def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         return archive.records({record(key): named for key, named in keys.items()})
 
-    return trees, TorchFile(trees[0], objects, size, locate, records, tuple(warnings), uncertain)
+    def pickle() -> bytes:
+        return archive.read(f"{root}data.pkl", largest)
+
+    def beside() -> list[tuple[str, Payload]]:
+        kept = [name for name in archive.entries if name.startswith(root) and not _OURS.fullmatch(name[len(root) :])]
+        return [(name[len(root) :], archive.region(name)) for name in kept]
+
+    doubt = _UNTYPED if big and any(not storage.dtype for storage in objects.storages.values()) else ""
+    file = TorchFile(trees[0], objects, size, locate, records, tuple(warnings), uncertain)
+    return trees, file if others else replace(file, pickle=pickle, doubt=doubt, others=beside)
 
 
 def root_of(archive: ZipDirectory) -> str:

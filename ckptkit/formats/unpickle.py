@@ -18,9 +18,8 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter, Placeholder
 from ckptkit.formats.pickle_machine import MARK, Operation, PickleMachine, TruncatedPickleError
 
-__all__ = ["unpickle"]
+__all__ = ["OPCODES", "unpickle"]
 
-_BUDGET_PER_BYTE = 4
 _SET = range(12)  # what an empty one costs: a byte makes it, and it takes the memory of four lists
 _MOST_MEMO = 2**32  # what LONG_BINPUT can name; decimal indexes beyond it can be made to collide in the memo
 
@@ -31,8 +30,7 @@ def unpickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[obj
     Raises ``FormatError`` for anything that is not one whole pickle of protocol 0 to 5, and
     ``TruncatedPickleError``, a kind of it, where more bytes might still make it one.
     """
-    interpreter.budget += _BUDGET_PER_BYTE * len(data)
-    return PickleMachine(data, interpreter, start).run(_OPCODES)
+    return PickleMachine(data, interpreter, start).run(OPCODES)
 
 
 _U1, _U2, _I4, _U4, _U8 = (struct.Struct(f"<{code}") for code in "BHiIQ")
@@ -234,7 +232,7 @@ def _refuse(what: str) -> Operation:
     return run
 
 
-_OPCODES: Final[Mapping[int, Operation]] = {
+OPCODES: Final[Mapping[int, Operation]] = {
     0x28: _constant(MARK),
     0x30: lambda machine: machine.stack.__delitem__(-1),  # POP takes a MARK too
     0x31: lambda machine: machine.pop_mark().clear(),

@@ -15,10 +15,11 @@ from functools import partial
 
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.findings import Remark
+from ckptkit.formats.code_names import is_harmless, is_suspicious
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.files import read_torch
 from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble, code_warnings
-from ckptkit.formats.torch_objects import TensorRef, is_harmless, is_suspicious
+from ckptkit.formats.torch_objects import TensorRef
 from ckptkit.formats.tree import describe
 from ckptkit.formats.zero_states import ModelStates, OptimStates, model_states, optim_states
 from ckptkit.formats.zero_vectors import Place, Vector, joined, parts_of_one, parts_of_vector, whole

@@ -31,6 +31,7 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             for step in plan.steps
         ],
         "dropped": [{"role": drop.role, "key": drop.key, "reason": drop.reason} for drop in plan.dropped],
+        "kept": list(plan.kept),
         "summary": {
             "tensors": len(plan.steps),
             "elements": plan.elements,
@@ -56,7 +57,14 @@ def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(spelled(rows, expand=expand)))
     left = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
     last = (f"{_summary(plan)}; nothing was written",) if written is None else _wrote(plan, written)
-    return [tensors, *left, Line(last)]
+    return [tensors, *left, *(Line((said,)) for said in _kept(plan)), Line(last)]
+
+
+def _kept(plan: Plan) -> list[str]:
+    if not plan.kept:
+        return []
+    more = f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else ""
+    return [f"kept as they are: {', '.join(map(printable, plan.kept[:8]))}{more}"]
 
 
 def _origin(step: Step) -> str:
@@ -91,6 +99,7 @@ def written_text(plan: Plan, written: Written, shared: Iterable[tuple[str, ...]]
     lines = as_text([Line(_wrote(plan, written))])
     tensors = [drop for drop in plan.dropped if not drop.entry]
     others = [drop.key for drop in plan.dropped if drop.entry]
+    lines += _kept(plan)
     if tensors:
         lines += as_text([_left_out(tensors, expand=False)])
     if others:

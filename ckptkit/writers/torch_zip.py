@@ -15,7 +15,7 @@ from ckptkit.text import quoted
 from ckptkit.writers.atomic import AtomicFile
 from ckptkit.writers.torch_pickle import STORAGE_CLASSES, StoredTensor, pickle_state_dict
 
-__all__ = ["TorchZipLayout", "layout_torch_zip", "refuse_unwritable", "write_torch_zip"]
+__all__ = ["TorchZipLayout", "arrange", "layout_archive", "layout_torch_zip", "refuse_unwritable", "write_torch_zip"]
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
@@ -81,17 +81,25 @@ def layout_torch_zip(
     Raises ``PlanError`` for a dtype that torch has no type for.
     """
     refuse_unwritable(infos)
-    records, stored = _records(infos, payload, span)
-    contents: list[tuple[str, Payload]] = [
-        ("archive/data.pkl", _Bytes(pickle_state_dict(stored, versions or {}))),
-        ("archive/byteorder", _Bytes(b"little")),
-        *((f"archive/data/{number}", record) for number, record in enumerate(records)),
-        ("archive/version", _Bytes(b"3\n")),
-    ]
+    records, stored = arrange(infos, payload, span)
+    return layout_archive(pickle_state_dict(stored, versions or {}), records)
+
+
+def layout_archive(
+    pickle: bytes, records: Iterable[Payload], others: Iterable[tuple[str, Payload]] = ()
+) -> TorchZipLayout:
+    """Return the layout of an archive of this pickle and its storages, and what else is to lie beside them, by name."""
+    contents: dict[str, Payload] = {
+        "data.pkl": _Bytes(pickle),
+        "byteorder": _Bytes(b"little"),
+        **{f"data/{number}": record for number, record in enumerate(records)},
+        "version": _Bytes(b"3\n"),
+        **dict(others),
+    }
     entries = []
     offset = directory = 0
-    for text, content in contents:
-        name = text.encode("ascii")
+    for text, content in contents.items():
+        name = f"archive/{text}".encode()
         large = struct.pack("<HHQQ", 1, 16, content.nbytes, content.nbytes) if content.nbytes >= _LIMIT else b""
         pad = -(offset + _LOCAL.size + len(name) + len(large) + 4) % _ALIGNMENT
         entry = _Entry(name, content, offset, large + struct.pack("<2sH", b"FB", pad) + b"Z" * pad)
@@ -102,7 +110,7 @@ def layout_torch_zip(
     return TorchZipLayout(tuple(entries), offset, offset + directory + end)
 
 
-def _records(
+def arrange(
     infos: Sequence[TensorInfo],
     payload: Callable[[TensorInfo], Payload],
     span: Callable[[TensorInfo], Payload | None],

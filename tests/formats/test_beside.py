@@ -15,9 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ckptkit import plan_remap
+from ckptkit import Output, execute, plan_remap
 from ckptkit.errors import FormatError
-from ckptkit.execution import Output, execute
 from ckptkit.formats import open_checkpoint
 from ckptkit.tensors import Entry
 from tests.helpers_cli import run_ckpt

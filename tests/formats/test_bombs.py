@@ -151,6 +151,24 @@ BOMBS: dict[str, Callable[[], bytes]] = {
 }
 
 
+EDIT = CHILD.replace("from ckptkit.formats import open_checkpoint", "from ckptkit import *").replace(
+    "        print(",
+    """        if len(checkpoint):
+            output = choose_output(sys.argv[1] + ".out.pt", keep_unknown=True)
+            execute(plan_remap(checkpoint, ["*=x.*"]), checkpoint, output)
+        print(""",
+)
+
+
+@pytest.mark.parametrize("name", ["C8 laughs beside the weights", "C8 wide mappings as entries", "C9 100,000 objects"])
+def test_what_can_be_listed_can_be_edited_or_is_refused(tmp_path: Path, name: str) -> None:
+    """With what stands for much left beside the weights, within the same limits."""
+    path = write(tmp_path, BOMBS[name]())
+    done = subprocess.run([sys.executable, "-c", EDIT, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert Path(f"{path}.out.pt").exists()
+
+
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_ends_as_a_list_or_a_refusal(tmp_path: Path, name: str) -> None:
     """The limits of memory and of CPU time are the child's; ending by either of them fails the test."""

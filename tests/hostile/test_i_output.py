@@ -43,7 +43,7 @@ def of_shards(out: Callable[[Path], Path], *options: str) -> Command:
 
 def training(directory: Path) -> list[str | Path]:
     torch.save({"state_dict": dict(STATE), "epoch": 3}, directory / "run.pt")
-    return ["convert", directory / "run.pt", "-o", directory / "run.pt", "--force"]
+    return ["convert", directory / "run.pt", "-o", directory / "run.pt", "--force", "--only-tensors"]
 
 
 def with_old(directory: Path, name: str = "o.safetensors") -> Path:
