@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ckptkit.adapters import plan_lora
+    from ckptkit.align import Alignment, suggest_rules
     from ckptkit.checks import run_checks
     from ckptkit.compare import StateDictDiff, diff
     from ckptkit.destination import Output, choose_output
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from ckptkit.tensors import Checkpoint, TensorInfo
 
 __all__ = [
+    "Alignment",
     "Checkpoint",
     "CkptkitError",
     "Finding",
@@ -54,11 +56,13 @@ __all__ = [
     "preset_names",
     "preset_rules",
     "run_checks",
+    "suggest_rules",
     "validate_param_groups",
 ]
 
 _ROOMS = {
     "adapters": ("plan_lora",),
+    "align": ("Alignment", "suggest_rules"),
     "checks": ("run_checks",),
     "compare": ("StateDictDiff", "diff"),
     "destination": ("Output", "choose_output"),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
 from ckptkit.keys import parse_rename
+from ckptkit.prefixes import prefix_counts
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import html_table, printable, shell_word
@@ -20,8 +20,6 @@ __all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff"]
 _EXTRA_STATE = "_extra_state"
 _STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
 _COUNTER = "num_batches_tracked"
-_MOST_SEGMENTS = 64  # of a prefix: a hostile name can have a million
-_SPECIAL = re.compile(r"[*{}=]|^re:")  # what a pattern would not take literally
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,13 +254,9 @@ def _praise(hits: int, wanted: int, rename: str) -> str:
 
 def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:
     """Return renames that strip or add one prefix, with what each makes of every found key."""
-    strip, add = Counter[str](), Counter[str]()
     missing = {info.key: info.shape for info in result.missing}
     unexpected = {info.key: info.shape for info in result.unexpected}
-    for key, shape in unexpected.items():
-        strip.update(_prefixes(key, shape, missing))
-    for key, shape in missing.items():
-        add.update(_prefixes(key, shape, unexpected))
+    strip, add = prefix_counts(missing, unexpected)
     strips = {name for name, _ in strip.most_common(3)} | set(PREFIXES)
     made = {
         f"{prefix}*=*": {key: key.removeprefix(prefix) for key in result.names}
@@ -276,16 +270,3 @@ def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:
     for prefix, _ in add.most_common(3):
         made[f"*={prefix}*"] = {key: f"{prefix}{key}" for key in result.names}
     return list(made.items())
-
-
-def _prefixes(key: str, shape: tuple[int, ...], others: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """Return what stands before those endings of ``key`` that are keys of ``others`` with the same shape."""
-    found = []
-    at = key.find(".")
-    for _ in range(_MOST_SEGMENTS):
-        if at < 0:
-            break
-        if others.get(key[at + 1 :]) == shape and not _SPECIAL.search(key[: at + 1]):
-            found.append(key[: at + 1])
-        at = key.find(".", at + 1)
-    return found

@@ -85,6 +85,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "diff bad rule": (["diff", TEN, DDP, "--rename", "module"], 2, "", "not of the form OLD=NEW"),
     "diff unused rule": (["diff", TEN, TEN, "--drop", "x"], 2, "", f"ckpt: {TEN}: --drop 'x' matches none"),
     "diff unused allowed": (["diff", TEN, TEN, "--drop", "x", "--allow-unused"], 0, "10 matched", ""),
+    "align prefix": (["align", TEN, DDP], 0, "module.* = *", ""),
+    "align same": (["align", TEN, TEN], 0, "of 10 tensors: 10 by the name they have, 0 by 0 rules", ""),
+    "align shapes": (["align", MODEL, TEN], 1, "~   fc3.weight       F32 [4, 84]  F32 [10, 84]", ""),
+    "align digests": (["align", TEN, DDP, "--digests"], 0, "equal bytes", ""),
+    "align no bytes": (["align", "nowhere.pt", TEN], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
+    "align over a file": (["align", TEN, DDP, "-o", "README.md"], 2, "", "ckpt: README.md: already exists"),
     "model without callable": (["show", "py:fixtures.lenet"], 2, "", "names no callable"),
     "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
     "groups table": (["groups", "table", "--model", MODEL, "fixtures/groups.toml"], 0, "head", ""),
@@ -297,7 +303,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 8
+    assert len(paths) == 9
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

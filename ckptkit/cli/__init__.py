@@ -53,6 +53,7 @@ _SUMMARIES = {
     "show": "What is in a checkpoint: tensors, other entries, warnings.",
     "check": "Read every stored byte, and say what is damaged or odd.",
     "diff": "What a model expects against what a checkpoint has.",
+    "align": "Find the rules by which one side's names become the other's.",
     "remap": "Rename, keep, drop and cast tensors, and write the rest.",
     "merge": "Lay the values of donors over a base where they fit.",
     "convert": "Write another format, shards, or another dtype.",

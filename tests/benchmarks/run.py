@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,22 +55,35 @@ def _run(command: list[str], directory: Path) -> Run:
     return Run(seconds, usage.ru_maxrss * 1024)
 
 
-def _write_safetensors(path: Path, count: int, elements: int, prefix: str = "") -> None:
+BLOCK = tuple(f"block.{number}" for number in range(100))
+META = ("attention.wq", "attention.wk", "attention.wv", "attention.wo", "feed_forward.w1", "feed_forward.w2",
+        "feed_forward.w3", "attention_norm", "ffn_norm")  # fmt: skip
+HF = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj",
+      "mlp.up_proj", "input_layernorm", "post_attention_layernorm")  # fmt: skip
+
+
+def _write_safetensors(
+    path: Path,
+    count: int,
+    elements: int,
+    prefix: str = "",
+    block: Sequence[str] = BLOCK,
+) -> None:
     # In a process of its own: a child's peak begins at what its parent has used, so this one has to stay small.
     child = os.fork()
     if child:
         if os.waitpid(child, 0)[1]:
             raise SystemExit(f"could not write {path}")
         return
-    _fill(path, count, elements, prefix)
+    _fill(path, count, elements, prefix, block)
     os._exit(0)
 
 
-def _fill(path: Path, count: int, elements: int, prefix: str) -> None:
+def _fill(path: Path, count: int, elements: int, prefix: str, block: Sequence[str]) -> None:
     header = {}
     for index in range(count):
         begin = index * elements * 4
-        header[f"{prefix}layers.{index // 100}.block.{index % 100}.weight"] = {
+        header[f"{prefix}layers.{index // len(block)}.{block[index % len(block)]}.weight"] = {
             "dtype": "F32",
             "shape": [elements],
             "data_offsets": [begin, begin + elements * 4],
@@ -108,6 +121,12 @@ def races(directory: Path, gigabytes: float) -> Iterable[Race]:
     )
     diff = [*CKPT, "diff", "a.safetensors", "b.safetensors"]
     yield Race("diff 2 x 100,000 tensors / json.loads", diff, [PYTHON, "-c", parse], 3.0, 400 * MB)
+
+    _write_safetensors(directory / "c.safetensors", 10_000, 4, "model.", HF)
+    _write_safetensors(directory / "d.safetensors", 10_000, 4, "", META)
+    align = [*CKPT, "align", "c.safetensors", "d.safetensors"]
+    parse_both = parse.replace("'ab'", "'cd'")
+    yield Race("align 2 x 10,000 tensors / json.loads", align, [PYTHON, "-c", parse_both], 30.0, 200 * MB)
 
     _write_torch(directory / "many.pt", 2000, 4096)
     load = "import torch; torch.load('many.pt', mmap=True, weights_only=True)"

@@ -1,0 +1,188 @@
+"""Keys gathered into modules, and modules of many layers into one with an index."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ckptkit.align.spellings import leaf_of, part_of, words_of
+from ckptkit.tensors import TensorInfo
+
+__all__ = ["Index", "Member", "Module", "Name", "modules_of"]
+
+Index = tuple[int, ...]
+_SEGMENT = re.compile(r"[^./]*[./]?", re.DOTALL)
+_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([./]?)", re.DOTALL)
+_DEEPEST = 32  # a hostile name can have a million segments
+_FEW = 4  # "w1, w2, w3" are names; "layer_0" to "layer_11" are counted
+_END = "./"  # no segment has two separators
+
+
+@dataclass(frozen=True, slots=True)
+class Name:
+    """A key with its indices taken out: the texts around them."""
+
+    texts: tuple[str, ...]
+
+    def at(self, index: Index) -> str:
+        """Return the key with these indices."""
+        pieces = [self.texts[0]]
+        for number, text in zip(index, self.texts[1:], strict=True):
+            pieces += [str(number), text]
+        return "".join(pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One kind of tensor of a module, in every layer: its name, and the tensor for each index."""
+
+    name: Name
+    leaf: str  # the text of the key behind the module's path
+    tensors: Mapping[Index, TensorInfo]
+
+
+@dataclass(eq=False)
+class Module:
+    """Tensors that belong together, under the texts around the indices of their path.
+
+    ``members`` are told apart by what they are of it (``weight``, ``bias``; empty for a tensor that is no module's).
+    """
+
+    path: Name
+    order: int  # of its first key in the checkpoint
+    members: dict[str, Member] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> str | None:
+        """The path up to its first index; None where it has none."""
+        return self.path.texts[0] if len(self.path.texts) > 1 else None
+
+    @cached_property
+    def rest(self) -> str:
+        """The path behind its first index, with a mark for those that follow; the whole of it where it has none."""
+        return "#".join(self.path.texts[1:] if len(self.path.texts) > 1 else self.path.texts).strip("./")
+
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """The words of ``rest``."""
+        return words_of(self.rest)
+
+    @cached_property
+    def part(self) -> str:
+        """Which part of a model it is by its spelling."""
+        return part_of(self.rest, in_layer=self.layers is not None)
+
+    @property
+    def indices(self) -> frozenset[Index]:
+        """Every index that one of its tensors has."""
+        return frozenset(index for member in self.members.values() for index in member.tensors)
+
+    @property
+    def main(self) -> Member:
+        """The tensor that says most about it."""
+        return self.members.get("weight") or next(iter(self.members.values()))
+
+    def apart(self) -> list[Module]:
+        """Return the modules of each single layer, with no index."""
+        made: dict[Index, Module] = {}
+        for kind, member in self.members.items():
+            for index, info in member.tensors.items():
+                module = made.setdefault(index, Module(Name((self.path.at(index),)), self.order))
+                module.part = self.part
+                module.members[kind] = Member(Name((member.name.at(index),)), member.leaf, {(): info})
+        return list(made.values())
+
+
+def modules_of(infos: Mapping[str, TensorInfo]) -> list[Module]:
+    """Return the modules of a checkpoint, in its order; numbers that count layers are indices, all else is text."""
+    names: dict[tuple[str, ...], dict[Index, TensorInfo]] = {}
+    for key, (texts, index) in _indexed(infos).items():
+        names.setdefault(texts, {})[index] = infos[key]
+    made: dict[tuple[tuple[str, ...], str], Module] = {}
+    for order, (texts, tensors) in enumerate(names.items()):
+        cut = max(texts[-1].rfind("."), texts[-1].rfind("/")) + 1
+        found = leaf_of(texts[-1][cut:])
+        joined, kind = found or ("", "")
+        owner = texts[-1][:cut] + joined if joined else texts[-1][: max(cut - 1, 0)]
+        path = (*texts[:-1], owner if found else texts[-1])
+        leaf = texts[-1][len(path[-1]) :]
+        module = made.setdefault((path, "" if found else "bare"), Module(Name(path), order))
+        if kind in module.members:  # gamma beside weight: which of them is the module's cannot be known
+            module = made[path, texts[-1]] = Module(Name(texts), order)
+            leaf, kind = "", ""
+        module.members[kind] = Member(Name(texts), leaf, tensors)
+    return list(made.values())
+
+
+_Node = dict[str, "_Node"]
+
+
+def _indexed(keys: Iterable[str]) -> dict[str, tuple[tuple[str, ...], Index]]:
+    root: _Node = {}
+    for key in keys:
+        node = root
+        for segment in _segments(key):
+            node = node.setdefault(segment, {})
+    found: dict[str, tuple[tuple[str, ...], Index]] = {}
+    waiting: list[tuple[_Node, str, tuple[str, ...], Index]] = [(root, "", ("",), ())]
+    below: dict[int, frozenset[str]] = {}
+    _gather(root, below)
+    while waiting:
+        node, key, texts, index = waiting.pop()
+        counted = _counted(node, below)
+        for segment, child in node.items():
+            number = counted.get(segment)
+            if number is None:
+                here, there = (*texts[:-1], texts[-1] + segment), index
+            else:
+                here, there = (*texts[:-1], texts[-1] + number[0], number[2]), (*index, int(number[1]))
+            if segment == _END:
+                found[key] = (texts, index)
+            else:
+                waiting.append((child, key + segment, here, there))
+    return {key: found[key] for key in keys}
+
+
+def _segments(key: str) -> list[str]:
+    parts = [part for part in _SEGMENT.findall(key) if part]
+    parts = parts if len(parts) <= _DEEPEST else [*parts[: _DEEPEST - 1], "".join(parts[_DEEPEST - 1 :])]
+    return [*parts, _END]
+
+
+def _gather(node: _Node, below: dict[int, frozenset[str]]) -> frozenset[str]:
+    """Return the names below a node, with every number the same, and remember them for each node."""
+    names: set[str] = set()
+    for segment, child in node.items():
+        match = _NUMBERED.fullmatch(segment)
+        plain = f"#{match[3]}" if match and not match[1] else segment
+        inner = _gather(child, below)
+        names.update(f"{plain}{name}" for name in inner) if inner else names.add(plain)
+    below[id(node)] = made = frozenset(names)
+    return made
+
+
+def _counted(node: _Node, below: Mapping[int, frozenset[str]]) -> dict[str, tuple[str, str, str]]:
+    """Return which children of a node are counted: their text, number and separator."""
+    families: dict[tuple[str, str], list[tuple[str, re.Match[str]]]] = {}
+    for segment in node:
+        match = _NUMBERED.fullmatch(segment)
+        if match:
+            families.setdefault((match[1], match[3]), []).append((segment, match))
+    counted: dict[str, tuple[str, str, str]] = {}
+    for (text, _), members in families.items():
+        numbers = {int(match[2]) for _, match in members}
+        layers = [below[id(node[segment])] for segment, _ in members]
+        inside = any(layer != frozenset({_END}) for layer in layers)
+        if (not text or (inside and len(numbers) > 1 and (0 in numbers or len(numbers) > _FEW))) and _alike(layers):
+            counted |= {segment: (match[1], match[2], match[3]) for segment, match in members}
+    return counted
+
+
+def _alike(layers: Sequence[frozenset[str]]) -> bool:
+    """Return whether most of what is counted is built alike, as layers are and the steps of a Sequential are not."""
+    usual = Counter(layers).most_common(1)[0][0]
+    shares = [len(layer & usual) / max(len(layer | usual), 1) for layer in layers]
+    return len(shares) == 1 or sum(shares) - 1 >= 0.5 * (len(shares) - 1)  # one is the usual one itself
