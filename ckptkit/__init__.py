@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptkit.adapters import plan_lora
+    from ckptkit.adapters import plan_extract_lora, plan_lora
     from ckptkit.align import Alignment, suggest_rules
     from ckptkit.checks import run_checks
     from ckptkit.compare import StateDictDiff, diff
@@ -49,6 +49,7 @@ __all__ = [
     "load_into",
     "open_checkpoint",
     "parse_rules",
+    "plan_extract_lora",
     "plan_lora",
     "plan_merge",
     "plan_param_groups",
@@ -61,7 +62,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "adapters": ("plan_lora",),
+    "adapters": ("plan_extract_lora", "plan_lora"),
     "align": ("Alignment", "suggest_rules"),
     "checks": ("run_checks",),
     "compare": ("StateDictDiff", "diff"),

@@ -1,4 +1,4 @@
-"""Plans of a base and an adapter: the update folded into the weights that it adapts, one weight at a time."""
+"""Plans of a base and an adapter: folded into the weights that it adapts, or found from what tuning changed."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from ckptkit.rules import Rules, apply_rules, as_rules
 from ckptkit.sharing import tied
 from ckptkit.steps import complete_step, dropped_entries, keeps_rest, refuse_made_up, refuse_suspicious
 from ckptkit.tensor_ops.lora import AdapterPlan, account_for_adapter
-from ckptkit.tensors import Checkpoint
+from ckptkit.tensor_ops.low_rank import ExtractLora
+from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
-__all__ = ["plan_lora"]
+__all__ = ["adapter_config", "plan_extract_lora", "plan_lora"]
 
 _BASE, _DONOR = "base", "donor"
 _WHOLE = "saved whole with the adapter"
+_PREFIX = "base_model.model."  # how peft calls what it wraps
+_FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
 def plan_lora(
@@ -90,3 +93,51 @@ def _refuse_two_folds(base: Checkpoint, taken: Mapping[str, Step]) -> None:
                 f"{quoted(changed[0])} and {quoted(changed[1])} are one tensor in the base, and both are adapted",
                 hint="merge with peft",
             )
+
+
+def plan_extract_lora(
+    base: StateDictLike, tuned: StateDictLike, rank: int, rules: Rules | list[str] | None = None
+) -> Plan:
+    """Return the plan of the adapter of rank ``rank`` that is nearest to what tuning changed, under peft's names.
+
+    Each weight of a module, of two dims or more, becomes the two factors of its change, by singular value
+    decomposition; ``rules`` rename and filter the keys of ``tuned`` first. What is no such weight is listed as dropped,
+    whether it changed or not. Raises ``PlanError`` where the base has no such key or another shape, and where no
+    weight is left, ``RuleError`` where the rank is larger than a weight has.
+    """
+    base, donor = as_checkpoint(base, _BASE), as_checkpoint(tuned, _DONOR)
+    roles = {_BASE: base, _DONOR: donor}
+    for role, checkpoint in roles.items():
+        refuse_suspicious(checkpoint, role)
+    key_map = apply_rules(as_rules(rules), donor)
+    if key_map.made:
+        raise PlanError("a change is found in tensors as they are: rules may rename and drop them, not make others")
+    operation = ExtractLora(rank)
+    steps: list[Step] = []
+    dropped = [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
+    for old, key in key_map.renamed.items():
+        info = donor[old]
+        if key not in base or base[key].shape != info.shape:
+            has = f"has it as {list(base[key].shape)}" if key in base else "does not have it"
+            raise PlanError(f"{quoted(key)} is {list(info.shape)} in the tuned one, and the base {has}")
+        if not key.endswith(".weight") or len(info.shape) < 2:
+            dropped.append(Dropped(_DONOR, old, "no weight of two dims or more: an adapter has no factors for it"))
+            continue
+        sources = Source(_BASE, key), Source(_DONOR, old)
+        for part, (factor, shape) in enumerate(zip(_FACTORS, operation.shapes([info.shape] * 2), strict=True)):
+            out = TensorInfo(f"{_PREFIX}{key.removesuffix('weight')}{factor}", info.dtype, shape)
+            recipe = Recipe((0, 1), (operation,), part)
+            steps.append(complete_step(Step(out, sources, "", f"extract-lora, rank {rank}", recipe), roles))
+    if not steps:
+        raise PlanError("no weight of a module is left to find a change in")
+    return Plan(tuple(steps), (*dropped, *dropped_entries(donor, _DONOR)), {"format": "pt"}, key_map.notes)
+
+
+def adapter_config(plan: Plan) -> dict[str, object]:
+    """Return the ``adapter_config.json`` by which peft loads what such a plan writes; the scale is 1."""
+    rank = plan.steps[0].out.shape[0]
+    modules = dict.fromkeys(step.sources[0].key.removesuffix(".weight") for step in plan.steps)
+    return {
+        "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": list(modules), "bias": "none",
+        "fan_in_fan_out": False, "inference_mode": True, "task_type": None, "base_model_name_or_path": None,
+    }  # fmt: skip

@@ -220,7 +220,7 @@ def test_without_its_configuration_and_with_two_an_adapter_is_refused(
         2, f"ckpt: {adapter}: has no adapter_config.json beside it, and only that tells the scale of an adapter",
     )  # fmt: skip
     ran = fold(capsys, base, adapter, adapter)
-    assert "--method lora folds one adapter" in ran.err
+    assert "--method lora takes one DONOR" in ran.err
 
 
 def test_ties_of_the_base_are_followed(tmp_path: Path) -> None:

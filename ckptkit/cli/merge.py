@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
+from ckptkit.adapters import adapter_config, plan_extract_lora, plan_lora
 from ckptkit.cli.options import about, file_beside, opened, path_argument, read_toml
-from ckptkit.cli.outputs import Job, carry_out, output_options
+from ckptkit.cli.outputs import Job, carry_out, output_options, write_json
 from ckptkit.cli.rules import rule_options
 from ckptkit.errors import PlanError
 from ckptkit.merging import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
 from ckptkit.plan import Plan
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint
+from ckptkit.writers.atomic import prepare_target
 
 __all__ = ["merge"]
 
-_CONFIG = "adapter_config.json"
+_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that are its own
     "overlay": ("on_missing", "on_unexpected", "on_mismatch"),
     "lora": ("scale",),
+    "extract-lora": ("rank",),
 }
 
 
@@ -32,7 +36,8 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that are its 
 @output_options
 @rule_options(beside="donors")
 @click.option("--method", type=click.Choice(list(_METHODS)), default="overlay", show_default=True,
-              help="How: lay the values of each DONOR over BASE; fold a LoRA adapter of PEFT into it.")  # fmt: skip
+              help="How: lay the values of each DONOR over BASE; fold a LoRA adapter of PEFT into it; or find the "
+              "adapter that is nearest to what a tuned DONOR changed.")  # fmt: skip
 @click.option("--on-missing", type=click.Choice(ON_MISSING), default="keep", show_default=True,
               help="A key of BASE that no DONOR has.")  # fmt: skip
 @click.option("--on-unexpected", type=click.Choice(ON_UNEXPECTED), default="skip", show_default=True,
@@ -41,6 +46,8 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that are its 
               help="A key whose shapes differ: refuse, keep BASE's, or an operation that makes it fit.")  # fmt: skip
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="With lora: multiply what the adapter's own configuration says.")  # fmt: skip
+@click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True,
+              help="With extract-lora: the rank of the adapter.")  # fmt: skip
 def merge(
     base: str,
     donors: tuple[str, ...],
@@ -60,18 +67,34 @@ def merge(
     ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch skip
     ckpt merge base.safetensors ddp.pt -o out.safetensors --strip auto --dry-run
     ckpt merge base.safetensors adapter/ -o merged.safetensors --method lora
+    ckpt merge base.safetensors tuned.safetensors -o adapter/adapter_model.safetensors --method extract-lora
     """  # noqa: D301 - \b is click's mark
     _check_options(method, options)
-    if method == "lora" and len(donors) > 1:
-        raise click.UsageError("--method lora folds one adapter; fold the next into what comes of it")
+    if method != "overlay" and len(donors) > 1:
+        raise click.UsageError(f"--method {method} takes one DONOR")
+    config = _config_target(job) if method == "extract-lora" else None
     with opened(base, *donors, quiet=job.quiet) as (first, *others):
         with about(donors[0] if len(donors) == 1 else None):  # of several, nobody knows here which one it is
             if method == "lora":
                 plan = _lora(first, others[0], donors[0], rules, options["scale"])
+            elif method == "extract-lora":
+                plan = plan_extract_lora(first, others[0], options["rank"], rules)
             else:
                 plan = plan_merge(first, others, rules, **{name: options[name] for name in _METHODS[method]})
         roles = ["donor"] if len(others) == 1 else [f"donor{number}" for number in range(1, len(others) + 1)]
         carry_out("merge", plan, {"base": first, **dict(zip(roles, others, strict=True))}, job)
+        if config is not None and not job.dry_run:
+            write_json(config, adapter_config(plan), force=job.output.force)
+
+
+def _config_target(job: Job) -> str:
+    """Return where the configuration of an adapter goes; raises what the output itself would raise there."""
+    directory, name = os.path.split(job.output.path)
+    if name != _WEIGHTS:
+        raise click.UsageError(f"PEFT looks for {_WEIGHTS}: give -o DIRECTORY/{_WEIGHTS}")
+    path = os.path.join(directory, _CONFIG)
+    prepare_target(path, force=job.output.force)
+    return path
 
 
 def _check_options(method: str, names: Iterable[str]) -> None:
@@ -83,8 +106,6 @@ def _check_options(method: str, names: Iterable[str]) -> None:
 
 
 def _lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, scale: float) -> Plan:
-    from ckptkit.adapters import plan_lora
-
     config = file_beside(path, _CONFIG)
     if config is None:
         raise PlanError(f"has no {_CONFIG} beside it, and only that tells the scale of an adapter", path=path)

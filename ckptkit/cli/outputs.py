@@ -24,7 +24,7 @@ from ckptkit.text import plural, quoted
 from ckptkit.verification import verify
 from ckptkit.writers.atomic import AtomicFile, prepare_target
 
-__all__ = ["Job", "carry_out", "output_options", "planned"]
+__all__ = ["Job", "carry_out", "output_options", "planned", "write_json"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
@@ -116,7 +116,7 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
     if job.plan_file is not None:
         from ckptkit.plan_files import plan_to_json
 
-        _write_plan(job.plan_file, plan_to_json(plan, sources), force=job.output.force)
+        write_json(job.plan_file, plan_to_json(plan, sources), force=job.output.force)
     written = None if job.dry_run else _execute(plan, sources, job)
     if job.dry_run or job.form is not Form.TEXT:
         echo_report(
@@ -148,7 +148,8 @@ def planned(sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert
         return apply_plan(invert_plan(saved) if invert_file else saved, sources)
 
 
-def _write_plan(path: str, document: Mapping[str, Any], *, force: bool) -> None:
+def write_json(path: str, document: Mapping[str, Any], *, force: bool) -> None:
+    """Write a document beside an output, whole or not at all; raises ``OutputError`` as an output does."""
     data = json.dumps(document, indent=1).encode() + b"\n"
     with AtomicFile(prepare_target(path, force=force), len(data)) as file:
         file.write(data, 0)
