@@ -17,7 +17,7 @@ import click
 from ckptkit.cli.streams import put, tell
 from ckptkit.errors import CkptkitError, PathError, RuleError
 from ckptkit.findings import Report
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
 from ckptkit.report.page import Page, as_markdown, as_text
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint
@@ -89,9 +89,9 @@ def filter_options(command: _Command) -> _Command:
 
 def file_beside(path: str, name: str) -> str | None:
     """Return the path of the file ``name`` that lies with a checkpoint, in its directory; None where there is none."""
-    file = path if os.path.exists(path) else path.rpartition("::")[0]
+    file, _ = split_path(path)
     found = os.path.join(file if os.path.isdir(file) else os.path.dirname(file), name)
-    return found if file and os.path.isfile(found) else None
+    return found if os.path.exists(file) and os.path.isfile(found) else None
 
 
 def read_text(path: str) -> str:

@@ -11,7 +11,7 @@ from ckptkit.formats.files import open_file
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import look_alikes
 
-__all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "refusing"]
+__all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "refusing", "split_path"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 LIVE_PREFIX = "py:"
@@ -64,10 +64,19 @@ def _with_names_compared(checkpoint: Checkpoint) -> Checkpoint:
     return checkpoint
 
 
+def split_path(name: str) -> tuple[str, str]:
+    """Return the path and the mapping inside: the longest path that exists, since names and keys may have :: too."""
+    parts = name.split("::")
+    for count in range(len(parts), 0, -1):
+        path = "::".join(parts[:count])
+        if os.path.exists(path):
+            return path, "::".join(parts[count:])
+    path, _, inner = name.rpartition("::")
+    return (path, inner) if path else (name, "")
+
+
 def _open_path(name: str) -> Checkpoint:
-    inner = ""
-    if "::" in name and not os.path.exists(name):
-        name, _, inner = name.rpartition("::")
+    name, inner = split_path(name)
     if "://" in name and not os.path.exists(name):
         raise PathError("remote paths are not read yet", hint="download it first", path=name)
     if os.path.isdir(name):

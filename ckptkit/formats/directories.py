@@ -90,7 +90,7 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
             if inner:
                 raise FormatError(f"holds nothing at {quoted(inner)}", hint="a *_states.pt file can follow the ::")
             return open_zero(directory, names)
-        if _LATEST in names:
+        if _LATEST in names and os.path.isfile(os.path.join(directory, _LATEST)):
             return open_directory(_tagged(directory), inner)
     adapter = [name for name in known if name in _ADAPTER]
     chosen = index or next(iter(known), None) or _only(directory, names)

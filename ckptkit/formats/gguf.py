@@ -110,7 +110,7 @@ def open_gguf(file: LocalFile) -> Checkpoint:
     def records() -> Iterator[Record]:
         order = sorted(places.values(), key=lambda place: place.offset)
         room = max(file.size - base, 0)
-        for (info, offset), end in zip(order, [*(place.offset for place in order[1:]), room], strict=True):
+        for (info, offset), end in zip(order, [*(place.offset for place in order), room][1:], strict=True):
             # Of a type that nobody knows the size is not told: all that lies before the next tensor is read.
             nbytes = max(min(end, room) - offset, 0) if info.kind == "unknown" else info.nbytes
             yield Record(file.path, info.key, Extent(file, base + offset, nbytes), keys=(info.key,))

@@ -204,7 +204,11 @@ def _explain(key: str, entry: object) -> NoReturn:
         raise FormatError(f"{name}: unknown dtype {quoted(str(code)[:40])}")
     if not isinstance(shape, list) or any(type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in shape):
         raise FormatError(f"{name}: the shape {str(shape)[:80]} is no list of sizes")
-    if not isinstance(span, list) or len(span) != 2 or any(type(at) is not int or at < 0 for at in span):
+    if (
+        not isinstance(span, list)
+        or len(span) != 2
+        or any(type(at) is not int or not 0 <= at < _LARGEST_SIZE for at in span)
+    ):
         raise FormatError(f"{name}: the offsets {str(span)[:80]} are no begin and end")
     if len(shape) > _MOST_DIMENSIONS:
         raise FormatError(f"{name}: a shape of {len(shape)} dimensions")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from pathlib import PureWindowsPath
 from typing import Any
@@ -168,7 +169,7 @@ def _joined(
         base = order.index(name) << 32
         for key, info in shard.items():
             view = info.view._replace(storage=info.view.storage + base) if info.view else None
-            infos[key] = TensorInfo(key, info.dtype, info.shape, view, info.kind)
+            infos[key] = replace(info, view=view)
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
     warnings += links_outside(directory, order)
     folded = {name.casefold(): name for name in order}

@@ -166,6 +166,13 @@ def test_a_path_may_have_any_name(tmp_path: Path, name: str, monkeypatch: pytest
         assert_same(checkpoint, STATE)
 
 
+@pytest.mark.parametrize("inner", ["a::b", "['a::b']", "['a::b'].m"])
+def test_a_mapping_inside_may_have_colons_in_its_name(tmp_path: Path, inner: str) -> None:
+    path = write(tmp_path, saved({"a::b": {"m": {"w": STATE["w"]}, "w": STATE["w"]}, "c": 1}))
+    with open_checkpoint(f"{path}::{inner}") as checkpoint:
+        assert set(checkpoint) == ({"w"} if inner.endswith("m") else {"w", "m.w"})
+
+
 def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
     error = refusal(f"{write(tmp_path, GOOD, 'x.safetensors')}::a.b")
     assert "there is no mapping 'a.b' inside" in error.reason

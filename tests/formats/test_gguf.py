@@ -347,3 +347,10 @@ def test_many_empty_strings_are_no_trap(tmp_path: Path) -> None:
     """Six million strings are 48 MB of zeros: more than any vocabulary, and refused before the first is looked at."""
     data = gguf_file(pairs=[pair("a", ARRAY, array(STRING, [], 6_000_000) + bytes(48_000_000))])
     assert "more than 5,000,000 strings" in refused(tmp_path, data, "x.gguf").reason
+
+
+def test_a_vocabulary_alone_can_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As llama.cpp has them for its tests: metadata, and no tensor."""
+    path = write(tmp_path, written(lambda writer: writer.add_array("tokenizer.ggml.tokens", ["a", "b"])), "x.gguf")
+    assert_as_gguf(path)
+    assert run_ckpt(capsys, "check", path).code == 0

@@ -131,3 +131,8 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     data = safetensors_file({"w": f32(0, 4), "v": f32(4, 8)}, bytes(8))
     reasons = {refused(tmp_path, data[:size], "x.safetensors").reason for size in range(len(data))}
     assert len(reasons) > 5
+
+
+def test_offsets_of_a_thousand_digits_are_not_repeated(tmp_path: Path) -> None:
+    entry = f'{{"dtype":"F32","shape":[1],"data_offsets":[0,{"9" * 4200}]}}'
+    assert len(refused(tmp_path, safetensors_file(f'{{"w":{entry}}}', b"1234"), "x.safetensors").reason) < 200

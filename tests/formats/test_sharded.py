@@ -14,6 +14,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from ckptkit.sharing import shared_keys
 from tests.helpers_formats import assert_same, refusal
+from tests.helpers_gguf import gguf_file, info
 from tests.helpers_shards import NAMES, STATE, TOTAL, edit, save, shard
 
 
@@ -188,3 +189,11 @@ def test_a_link_to_elsewhere_is_followed_and_said(tmp_path: Path) -> None:
     with open_checkpoint(tmp_path / "one") as checkpoint:
         assert list(checkpoint) == ["c.w"]
         assert ["is a link out of the directory" in text for text in checkpoint.warnings] == [True]
+
+
+def test_blocks_keep_their_stored_size_in_a_shard(tmp_path: Path) -> None:
+    """A shard is told by its content too: blocks of GGUF are of no dtype that would give their size."""
+    (tmp_path / "a.bin").write_bytes(gguf_file([info("w", (32,), 8)], data=bytes(34)))
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": "a.bin"}}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert (checkpoint["w"].dtype, checkpoint["w"].nbytes) == ("Q8_0", 34)

@@ -411,6 +411,13 @@ def test_latest_leads_nowhere_else(tmp_path: Path, tag: str, reason: str) -> Non
     assert error.path == str(directory / "latest")
 
 
+def test_a_directory_called_latest_is_no_pointer(tmp_path: Path) -> None:
+    (tmp_path / "latest").mkdir()
+    torch.save(BUFFERS, tmp_path / "weights.pt")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_whole(checkpoint, BUFFERS)
+
+
 def test_a_model_file_of_stage_3_says_where_its_weights_are(tmp_path: Path) -> None:
     """H15: alone it holds names and buffers; every weight in it is empty."""
     path = save_stage3(tmp_path / "run") / STEP / model_of(0)
