@@ -28,7 +28,7 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     roles = {source.role for step in saved.plan.steps for source in step.sources}
     if roles != {_ROLE}:
         raise PlanError("lays one checkpoint over another, and what lay below is not in the output")
-    lost = list(_lost(saved.plan))
+    lost: list[str] = []
     made: dict[str, Step] = {}
     for group in _groups(saved.plan):
         undone = _undo(group, saved)
@@ -36,6 +36,13 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
             lost.append(undone)
         else:
             made.update({step.out.key: step for step in undone if step.out.key not in made})
+    lost[:0] = [
+        f"{quoted(drop.key)} was dropped ({drop.reason})"
+        for drop in saved.plan.dropped
+        if not drop.entry and drop.key not in made
+    ]
+    if not lost and header_digest(step.out for step in made.values()) != saved.headers.get(_ROLE):
+        lost.append("it does not name every tensor that it was made from")
     if lost:
         more = f", and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
         raise PlanError(f"cannot be undone: {'; '.join(lost[:_MOST_NAMED])}{more}")
@@ -45,13 +52,6 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     notes = (f"not among the tensors, and gone: {', '.join(map(quoted, entries))}",) if entries else ()
     plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, keeps=saved.plan.keeps and _ROLE)
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
-
-
-def _lost(plan: Plan) -> Iterator[str]:
-    equal = {source.key for step in plan.steps for source in step.equals}
-    for drop in plan.dropped:
-        if not drop.entry and drop.key not in equal:
-            yield f"{quoted(drop.key)} was dropped ({drop.reason})"
 
 
 def _groups(plan: Plan) -> Iterator[list[Step]]:
@@ -65,14 +65,16 @@ def _groups(plan: Plan) -> Iterator[list[Step]]:
 
 def _undo(group: list[Step], saved: SavedPlan) -> list[Step] | str:
     first = group[0]
+    cast = next((step for step in group if step.operation.endswith("cast")), None)
+    if cast is not None:
+        return f"{quoted(cast.out.key)} was cast from {saved.inputs[cast.sources[0]].dtype} to {cast.out.dtype}"
     name = quoted(first.out.key)
-    if first.operation.endswith("cast"):
-        return f"{name} was cast from {saved.inputs[first.sources[0]].dtype} to {first.out.dtype}"
     if first.recipe is None:
         return [_back(source, (first,), None, saved) for source in (*first.sources, *first.equals)]
     if any(isinstance(item, Recipe) for item in first.recipe.inputs):
         return f"{name} was made in several passes ({first.recipe.outline()})"
-    chain = invert_chain(first.recipe.operations, [saved.inputs[source].shape for source in first.sources])
+    sources = [first.sources[number] for number in first.recipe.inputs if isinstance(number, int)]
+    chain = invert_chain(first.recipe.operations, [saved.inputs[source].shape for source in sources])
     if chain is None:
         return f"{name} was made by {first.recipe.outline()}, which loses something"
     parts = {step.recipe.part: step for step in group if step.recipe is not None}
@@ -83,7 +85,7 @@ def _undo(group: list[Step], saved: SavedPlan) -> list[Step] | str:
         )
     news = tuple(parts[part] for part in sorted(parts))
     inputs = tuple(range(len(news)))
-    return [_back(source, news, Recipe(inputs, chain, part), saved) for part, source in enumerate(first.sources)]
+    return [_back(source, news, Recipe(inputs, chain, part), saved) for part, source in enumerate(sources)]
 
 
 def _back(source: Source, news: tuple[Step, ...], recipe: Recipe | None, saved: SavedPlan) -> Step:

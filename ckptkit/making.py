@@ -17,17 +17,19 @@ if TYPE_CHECKING:
 
 __all__ = ["Maker"]
 
+_KEPT = 128 << 20
+
 
 @dataclass(slots=True)
 class Maker:
     """Makes the tensors of a plan out of its inputs, by role.
 
-    The outputs of one recipe are made together, and kept until another recipe is asked for: of a tensor that is split
-    in three, the bytes are read once.
+    The outputs of one recipe are made together, and kept while others are asked for, as far as together they are small:
+    of a weight and a bias that are both split in three, the bytes are read once, whatever the order.
     """
 
     roles: Mapping[str, Checkpoint]
-    _made: tuple[object, tuple[torch.Tensor, ...]] | None = field(default=None, repr=False)
+    _made: dict[object, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest last
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, made when they are asked for.
@@ -52,12 +54,21 @@ class Maker:
 
             # All outputs of one chain over the same sources are one piece of work.
             work = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
-            if self._made is None or self._made[0] != work:
-                self._made = None
-                self._made = work, cook(step.recipe, lambda number: self._read(step, number))
-            made = self._made[1][step.recipe.part]
+            outputs = self._made.pop(work, None)
+            if outputs is None:
+                self._make_room()
+                outputs = cook(step.recipe, step.sources, lambda number: self._read(step, number))
+            self._made[work] = outputs
+            made = outputs[step.recipe.part]
         dtype: torch.dtype = getattr(torch, DTYPES[step.out.dtype].torch_name)
         return made.to(dtype)
+
+    def _make_room(self) -> None:
+        rest = _KEPT
+        for work, outputs in reversed(list(self._made.items())):
+            rest -= sum(tensor.nbytes for tensor in outputs)
+            if rest < 0:
+                del self._made[work]
 
     def _read(self, step: Step, number: int) -> torch.Tensor:
         source = step.sources[number]

@@ -11,7 +11,7 @@ from ckptkit.plan import Dropped, Plan, Step
 from ckptkit.recipes import compose
 from ckptkit.rules import Made, Rules, apply_rules, as_rules
 from ckptkit.sharing import tied
-from ckptkit.steps import dropped_entries, keeps_rest, make_step, refuse_made_up, refuse_suspicious
+from ckptkit.steps import dropped_entries, keeps_rest, left_out, make_step, refuse_made_up, refuse_suspicious
 from ckptkit.tensor_ops import MISMATCH_NAMES, fitting, suggestions
 from ckptkit.tensors import Checkpoint, TensorInfo
 from ckptkit.text import quoted
@@ -135,21 +135,19 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     taken = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched} | mended
     added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
-    dropped += [
-        Dropped(
-            role, pair.found.key, f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}", pair.key
-        )
-        for pair in result.shape_mismatched
-        if pair.key not in mended
-    ]
-    if policy.on_unexpected == "skip":
-        dropped += [Dropped(role, info.key, "the base does not have it") for info in result.unexpected]
-    else:
-        unexpected = {info.key for info in result.unexpected}
-        for new, how in outputs.items():
-            info = how.describe(new, donor)
-            if new not in base and info.key in unexpected:
-                added[new] = make_step(replace(info, key=new), how, role, donor)
+    for pair in result.shape_mismatched:
+        if pair.key not in mended:
+            why = f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}"
+            dropped += left_out(role, pair.key, outputs[pair.key], why, pair.key)
+    unexpected = {info.key for info in result.unexpected}
+    for new, how in outputs.items() if unexpected else ():
+        info = how.describe(new, donor)
+        if new in base or info.key not in unexpected:
+            continue
+        if policy.on_unexpected == "skip":
+            dropped += left_out(role, new, how, "the base does not have it")
+        else:
+            added[new] = make_step(replace(info, key=new), how, role, donor)
     dropped += dropped_entries(donor, role)
     return _Overlay(role, taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
 
@@ -179,11 +177,13 @@ def _ways_out(pair: Pair) -> str:
 def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
     """Return what an earlier donor has and a later one has too."""
     steps = [step for overlay in overlays for step in (*overlay.taken.values(), *overlay.added.values())]
-    return [
-        Dropped(step.sources[0].role, step.sources[0].key, f"{last} has it too, and comes later")
-        for step in steps
-        if (last := final[step.out.key].sources[0].role) != step.sources[0].role
-    ]
+    dropped = []
+    for step in steps:
+        role, last = step.sources[0].role, final[step.out.key].sources[0].role
+        if last != role:
+            how = Made(tuple(source.key for source in step.sources), step.recipe)
+            dropped += left_out(role, step.out.key, how, f"{last} has it too, and comes later")
+    return dropped
 
 
 def _and_more(count: int) -> str:

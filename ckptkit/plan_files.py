@@ -20,6 +20,7 @@ from ckptkit.text import plural, quoted
 __all__ = ["SavedPlan", "apply_plan", "header_digest", "plan_from_json", "plan_to_json"]
 
 _SCHEMA = "ckptkit.plan/1"
+_DEEPEST = 60  # passes of one recipe; its operations are taken apart recursively
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +99,10 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
         steps = tuple(_step(item, inputs) for item in document["plan"])
         dropped = tuple(map(_dropped, document["dropped"]))
         metadata = {_text(key): _text(value) for key, value in document["metadata"].items()}
-        versions = {_text(key): int(value) for key, value in document["versions"].items()}
+        versions = {_text(key): _whole(value) for key, value in document["versions"].items()}
         notes = tuple(map(_text, document["notes"]))
         keeps, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(f"is no whole plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
         raise PlanError(f"is no plan that can be followed: {error.reason}", hint=error.hint) from None
@@ -114,7 +115,7 @@ def _dropped(item: Mapping[str, Any]) -> Dropped:
 
 
 def _step(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Step:
-    out = TensorInfo(_text(item["key"]), _text(item["dtype"]), tuple(map(int, item["shape"])))
+    out = TensorInfo(_text(item["key"]), _text(item["dtype"]), tuple(map(_whole, item["shape"])))
     sources, equals = (tuple(_source(one, inputs) for one in item[name]) for name in ("sources", "equals"))
     recipe = None if item["recipe"] is None else _recipe(item["recipe"], len(sources))
     if not sources:
@@ -124,18 +125,26 @@ def _step(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Step:
 
 def _source(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Source:
     source = Source(_text(item["role"]), _text(item["key"]))
-    inputs[source] = TensorInfo(source.key, _text(item["dtype"]), tuple(map(int, item["shape"])))
+    inputs[source] = TensorInfo(source.key, _text(item["dtype"]), tuple(map(_whole, item["shape"])))
     return source
 
 
-def _recipe(item: Mapping[str, Any], count: int) -> Recipe:
-    inputs = tuple(one if isinstance(one, int) else _recipe(one, count) for one in item["inputs"])
+def _recipe(item: Mapping[str, Any], count: int, depth: int = 1) -> Recipe:
+    if depth > _DEEPEST:
+        raise ValueError(f"a recipe of more than {_DEEPEST} passes")
+    inputs = tuple(one if isinstance(one, int) else _recipe(one, count, depth + 1) for one in item["inputs"])
     operations = tuple(map(parse_operation, item["operations"]))
     if not operations or not all(isinstance(one, Recipe) or 0 <= one < count for one in inputs):
         raise ValueError("a recipe without operations, or with an input that is not there")
-    if not 0 <= item["part"] < operations[-1].outputs:
+    if not 0 <= _whole(item["part"]) < operations[-1].outputs:
         raise ValueError("a recipe of a part that is not made")
     return Recipe(inputs, operations, item["part"])
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise TypeError("a size or a count is no whole number of 63 bits")
+    return value
 
 
 def _text(value: object) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptkit.tensor_ops import Operation, Shape, apply_chain, chain_dtypes, chain_shapes
@@ -40,7 +40,7 @@ def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: t
     inputs: list[int | Recipe] = []
     first = 0
     for recipe, count in zip(parts, counts, strict=True):
-        inputs.append(first if recipe is None else _shifted(recipe, first))
+        inputs.append(first if recipe is None else _renumbered(recipe, range(first, first + count)))
         first += count
     only = inputs[0] if len(inputs) == 1 else None
     if isinstance(only, Recipe) and only.operations[-1].outputs == 1:
@@ -48,10 +48,8 @@ def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: t
     return [Recipe(tuple(inputs), operations, part) for part in range(operations[-1].outputs)]
 
 
-def _shifted(recipe: Recipe, by: int) -> Recipe:
-    if not by:
-        return recipe
-    moved = tuple(item + by if isinstance(item, int) else _shifted(item, by) for item in recipe.inputs)
+def _renumbered(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
+    moved = tuple(numbers[item] if isinstance(item, int) else _renumbered(item, numbers) for item in recipe.inputs)
     return Recipe(moved, recipe.operations, recipe.part)
 
 
@@ -69,7 +67,27 @@ def recipe_dtype(recipe: int | Recipe, sources: Sequence[str]) -> str:
     return chain_dtypes(recipe.operations, [recipe_dtype(item, sources) for item in recipe.inputs])[recipe.part]
 
 
-def cook(recipe: Recipe, read: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """Return every output of the recipe's last operation; ``read`` gives a source by its number."""
-    inputs = [read(item) if isinstance(item, int) else cook(item, read)[item.part] for item in recipe.inputs]
-    return apply_chain(recipe.operations, inputs)
+def cook(recipe: Recipe, sources: Sequence[object], read: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Return every output of the recipe's last operation.
+
+    ``read`` gives a source by its number; where two of ``sources`` are equal, what is made of them is made once.
+    """
+    first: dict[object, int] = {}
+    numbers = [first.setdefault(source, number) for number, source in enumerate(sources)]
+    return _Kitchen(read).cook(_renumbered(recipe, numbers))
+
+
+@dataclass(frozen=True, slots=True)
+class _Kitchen:
+    read: Callable[[int], torch.Tensor]
+    made: dict[object, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+
+    def cook(self, recipe: Recipe) -> tuple[torch.Tensor, ...]:
+        work = recipe.inputs, recipe.operations
+        if work in self.made:
+            return self.made[work]
+        inputs = [self.read(item) if isinstance(item, int) else self.cook(item)[item.part] for item in recipe.inputs]
+        outputs = apply_chain(recipe.operations, inputs)
+        if len(outputs) > 1:  # the parts of one tensor go their own ways, and each comes by here
+            self.made[work] = outputs
+        return outputs

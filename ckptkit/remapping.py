@@ -13,6 +13,7 @@ from ckptkit.steps import (
     float_dtype,
     is_float,
     keeps_rest,
+    left_out,
     make_step,
     moved_modules,
     refuse_suspicious,
@@ -53,9 +54,9 @@ def plan_remap(
     }
     surplus: list[Dropped] = []
     if like is not None:
-        surplus = [Dropped("source", outputs[key].sources[0], _NOT_WANTED) for key in outs]
         outs = _exactly(as_checkpoint(like, "the checkpoint to be like"), outs)
-        surplus = [drop for key, drop in zip(outputs, surplus, strict=True) if key not in outs]
+        for key, how in outputs.items():
+            surplus += [] if key in outs else left_out("source", key, how, _NOT_WANTED)
     steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
     if not steps:
         raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")

@@ -19,6 +19,7 @@ __all__ = [
     "float_dtype",
     "is_float",
     "keeps_rest",
+    "left_out",
     "make_step",
     "moved_modules",
     "refuse_made_up",
@@ -58,10 +59,12 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
     if out.dtype != found.dtype:
         _refuse_cast(found, out.dtype, leave_out)
+    first = step.sources[0]
+    was = roles[first.role][first.key]
     for source in step.equals:
         other = roles[source.role][source.key]
-        if (other.dtype, other.shape) != (found.dtype, found.shape):
-            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(found.key)}")
+        if (other.dtype, other.shape) != (was.dtype, was.shape):
+            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(was.key)}")
     names = [] if step.recipe is None else [step.recipe.outline()]
     names += ["cast"] if out.dtype != found.dtype else []
     return replace(step, out=replace(out, view=found.view, kind="dense"), operation=", ".join(names) or "copy")
@@ -118,6 +121,13 @@ def refuse_made_up(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
         hint=f"leave it out: --drop {shell_word(literal(key))}, or give it a name with --rename",
         path=checkpoint.path,
     )
+
+
+def left_out(role: str, name: str, how: Made, reason: str, wanted: str = "") -> list[Dropped]:
+    """Return for each tensor of an input that ``name`` stands for that it is left out by that name."""
+    if how.recipe is not None:
+        reason = f"made into {quoted(name)}: {reason}"
+    return [Dropped(role, key, reason, wanted) for key in dict.fromkeys(how.sources)]
 
 
 def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:

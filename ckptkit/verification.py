@@ -23,10 +23,11 @@ def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str 
     many, or differs.
     """
     maker = Maker(sources)
+    keys = {step.out.key for step in plan.steps}
     with open_inside(path, inner) if inner else open_checkpoint(path) as written:
-        surplus = [key for key in written if key not in {step.out.key for step in plan.steps}]
-        if surplus:
-            raise OutputError(f"holds {quoted(surplus[0])}, which the plan does not make", path=path)
+        surplus = next((key for key in written if key not in keys), None)
+        if surplus is not None:
+            raise OutputError(f"holds {quoted(surplus)}, which the plan does not make", path=path)
         for step in plan.steps:
             info = written.get(step.out.key)
             if info is None or (info.dtype, info.shape) != (step.out.dtype, step.out.shape):

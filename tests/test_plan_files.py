@@ -187,6 +187,16 @@ BROKEN: dict[str, tuple[str, object]] = {
     "a part that is not made": ("plan.0.recipe.part", 9),
     "another shape": ("plan.0.shape", [9, 9]),
     "a source that is not there": ("plan.0.sources.0.key", "none"),
+    "a shape beyond numbers": ("plan.0.shape", [float("inf")]),
+    "a shape below zero": ("plan.0.shape", [-1, -2]),
+    "a part between two": ("plan.0.recipe.part", 0.5),
+    "a part of text": ("plan.0.recipe.part", "0"),
+    "a version that is none": ("versions", {"": 1e400}),
+    "an input that is not given": (
+        "plan.0.sources",
+        [{"role": role, "key": "w", "dtype": "F32", "shape": [1]} for role in ("source", "donor")],
+    ),
+    "very many parts": ("plan.0.recipe.operations", [{"split": {"parts": 10**12}}, "concat"]),
 }
 
 
@@ -199,6 +209,55 @@ def test_a_plan_that_was_edited_wrongly_is_refused(path: str, value: object) -> 
     document = plan_to_json(plan_remap(checkpoint, rules), {"source": checkpoint})
     with pytest.raises(CkptkitError):
         apply_plan(plan_from_json(broken(document, path, value)), {"source": checkpoint})
+
+
+@pytest.mark.parametrize("depth", [100, 300])
+def test_a_recipe_of_very_many_passes_is_refused(depth: int) -> None:
+    source = {"w": torch.zeros(2, 2)}
+    document = plan_to_json(plan_remap(source), {"source": as_checkpoint(source, "source")})
+    recipe: object = 0
+    for _ in range(depth):
+        recipe = {"inputs": [recipe], "operations": [{"transpose": {}}], "part": 0}
+    with pytest.raises(PlanError, match="is no whole plan"):
+        plan_from_json(broken(document, "plan.0.recipe", recipe))
+
+
+def test_inputs_in_another_order_go_back_to_where_they_came_from(tmp_path: Path) -> None:
+    """A plan that was edited by hand joins the second tensor before the first."""
+    source = {"a": torch.zeros(2), "b": torch.ones(2)}
+    roles = {"source": as_checkpoint(source, "source")}
+    joined = plan_remap(source, parse_rules(file={"rule": [{"from": ["a", "b"], "to": "c", "op": "concat"}]}))
+    edited = plan_from_json(broken(plan_to_json(joined, roles), "plan.0.recipe.inputs", [1, 0]))
+    execute(apply_plan(edited, roles), source, tmp_path / "c.safetensors")
+    there = load_file(tmp_path / "c.safetensors")
+    assert there["c"].tolist() == [1, 1, 0, 0]
+    back = apply_plan(invert_plan(edited), {"source": as_checkpoint(there, "source")})
+    execute(back, there, tmp_path / "back.safetensors")
+    assert_same(load_file(tmp_path / "back.safetensors"), source)
+
+
+def test_a_plan_that_keeps_silent_about_a_tensor_is_not_undone() -> None:
+    """What it was made from is known by its digest: all of it comes back, or nothing does."""
+    source = {"a": torch.zeros(2), "b": torch.ones(2)}
+    document = plan_to_json(plan_remap(source), {"source": as_checkpoint(source, "source")})
+    del document["plan"][1]
+    with pytest.raises(PlanError, match="does not name every tensor"):
+        invert_plan(plan_from_json(document))
+
+
+def test_a_copy_that_was_left_out_is_no_loss(tmp_path: Path) -> None:
+    source = {"a": torch.arange(2.0)}
+    rules = '[[rule]]\nfrom = "a"\nto = ["x", "y"]\n[[stage]]\nkeep = "y"'
+    assert_same(there_and_back(source, rules, tmp_path), source)
+
+
+def test_one_part_cast_is_named() -> None:
+    """The others of the same split were not, and what they were made from cannot come back either."""
+    source = {"f": torch.zeros(2)}
+    split = parse_rules(file={"rule": [{"from": "f", "to": ["x", "y"], "op": {"split": {"parts": 2}}}]})
+    plan = plan_remap(source, split, like={"x": torch.zeros(1), "y": torch.zeros(1, dtype=torch.float16)})
+    with pytest.raises(PlanError, match="'y' was cast from F32 to F16"):
+        invert_plan(saved(plan, source))
 
 
 def test_verify_finds_what_is_not_as_planned(tmp_path: Path) -> None:

@@ -311,3 +311,89 @@ def test_variables_from_the_command_line_and_the_configuration(
     ran = run_ckpt(capsys, *arguments, "--force", "--set", "heads=5")
     assert ran.code == 2
     assert "(line 7): 'l.1.q.bias': split: dim 0" in ran.err
+
+
+ACCOUNTED: dict[str, tuple[str, dict[str, str]]] = {
+    "a made tensor dropped": (
+        '[[rule]]\nfrom = ["a", "b"]\nto = "z"\nop = "stack"\n[[stage]]\n[[stage.rule]]\nfrom = "z"\ndrop = true',
+        dict.fromkeys("ab", "made into 'z': drop 'z' (line 6)"),
+    ),
+    "parts filtered out": (
+        '[[rule]]\nfrom = "a"\nto = ["x", "y", "z"]\nop = { split = { parts = 3 } }\n[[stage]]\nkeep = ["b", "c", "y"]',
+        {"a": "made into 'x': fits no --keep; made into 'z': fits no --keep"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "dropped"), ACCOUNTED.values(), ids=ACCOUNTED.keys())
+def test_what_is_made_and_left_out_is_listed_by_the_names_of_the_input(text: str, dropped: dict[str, str]) -> None:
+    source = {key: torch.zeros(3) for key in "abc"}
+    plan = plan_remap(source, rules(text))
+    assert {drop.key: drop.reason for drop in plan.dropped} == dropped
+
+
+def test_every_source_of_what_does_not_fit_in_is_listed() -> None:
+    """With --like, and by each reason for which a merge leaves out what was made of several tensors."""
+    source = {key: torch.zeros(3) for key in "abc"}
+    stack = rules('[[rule]]\nfrom = ["a", "b"]\nto = "z"\nop = "stack"')
+    like = plan_remap(source, stack, like={"c": torch.zeros(3)})
+    assert [(drop.key, drop.reason) for drop in like.dropped] == [
+        (key, "made into 'z': not among the keys that are wanted") for key in "ab"
+    ]
+    other = plan_merge({"c": torch.zeros(3), "z": torch.zeros(5)}, source, stack, on_mismatch="skip")
+    assert [(drop.key, drop.wanted) for drop in other.dropped] == [("a", "z"), ("b", "z")]
+    skipped = plan_merge({"c": torch.zeros(3)}, source, stack)
+    assert [drop.key for drop in skipped.dropped] == ["a", "b"]
+    twice = plan_merge({"z": torch.zeros(2, 3)}, [source, source], stack)
+    assert [(drop.role, drop.key) for drop in twice.dropped if "later" in drop.reason] == [
+        ("donor1", "a"), ("donor1", "b")
+    ]  # fmt: skip
+
+
+def test_what_has_to_be_proved_equal_goes_into_no_operation() -> None:
+    """The proof is of bytes that are there; it would be lost in what is made of them."""
+    text = (
+        '[[rule]]\nfrom = ["a", "b"]\nto = "x"\non_collision = "equal"\n'
+        '[[stage]]\n[[stage.rule]]\nfrom = "x"\nto = "y"\nop = "transpose"'
+    )
+    with pytest.raises(RuleError, match="has to be proved equal before that"):
+        apply_rules(rules(text), ["a", "b"])
+
+
+def test_sources_are_read_once_in_whatever_order_their_parts_are_wanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Two tensors split in turns, and one that is taken apart, worked on and put together in three passes."""
+    from ckptkit.tensors import Checkpoint
+
+    read: list[str] = []
+    original = Checkpoint.read
+
+    def counted(checkpoint: Checkpoint, key: str) -> torch.Tensor:
+        read.append(key)
+        return original(checkpoint, key)
+
+    state = {"a": torch.randn(4), "b": torch.randn(4), "e": torch.randn(3, 2, 2)}
+    monkeypatch.setattr(Checkpoint, "read", counted)
+    like = {key: torch.zeros(2) for key in ("a.0", "b.0", "a.1", "b.1")}
+    split = {"rule": [{"from": name, "to": [f"{name}.0", f"{name}.1"], "op": {"split": {"parts": 2}}} for name in "ab"]}
+    execute(plan_remap(state, parse_rules(file=split), like=like), state, tmp_path / "split.safetensors")
+    assert sorted(read) == ["a", "b"]
+    read.clear()
+    passes = {
+        "rule": [{"from": "e", "to": ["e.0", "e.1", "e.2"], "op": {"unstack": {"parts": 3}}}],
+        "stage": [
+            {"rule": [{"from": "e.{n:int}", "to": "f.{n}", "op": "transpose"}]},
+            {"rule": [{"from": "f.{n:int}", "to": "f", "op": "stack"}]},
+        ],
+    }
+    execute(plan_remap(state, parse_rules(file=passes)), state, tmp_path / "passes.safetensors")
+    assert read == ["e"]
+    assert torch.equal(load_file(tmp_path / "passes.safetensors")["f"], state["e"].transpose(1, 2))
+
+
+def test_passes_that_double_what_a_tensor_is_made_of_end() -> None:
+    apart = {"rule": [{"from": "a", "to": ["b", "c"], "op": {"split": {"parts": 2}}}]}
+    together = {"rule": [{"from": ["b", "c"], "to": "a", "op": "concat"}]}
+    with pytest.raises(RuleError, match="made of more than 100,000 tensors"):
+        apply_rules(parse_rules(file={"stage": [apart, together] * 20}), ["a"])

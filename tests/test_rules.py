@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.errors import RuleError
-from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules, parse_rules
+from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules, parse_rules, rule_lines
 
 NET = ("module.fc.weight", "module.fc.bias", "module.bn.weight", "step")
 
@@ -285,3 +285,34 @@ def test_a_prefix_that_is_added_can_be_stripped_again(keys: list[str], prefix: s
     added = applied(keys, rename=[f"*={prefix}.*"], allow_unused=True).renamed
     stripped = applied(list(added.values()), rename=[f"{prefix}.*=*"], allow_unused=True).renamed
     assert [stripped[added[key]] for key in keys] == keys
+
+
+def test_what_equals_through_two_passes_is_all_to_be_proved() -> None:
+    """A key that had to equal the loser of a second collision has to equal the winner as well."""
+    text = """
+    [[rule]]
+    from = ["a", "b"]
+    to = "x"
+    on_collision = "equal"
+    [[rule]]
+    from = ["c", "d"]
+    to = "y"
+    on_collision = "equal"
+    [[stage]]
+    [[stage.rule]]
+    from = ["x", "y"]
+    to = "z"
+    on_collision = "equal"
+    """
+    assert from_file(text, list("abcd")).outputs()["z"].equals == ("b", "c", "d")
+
+
+def test_lines_of_rules_written_below_a_stage() -> None:
+    """A rule of the file itself is in the first pass wherever it stands, and is named by the line where it stands."""
+    text = '[[stage]]\n[[stage.rule]]\nfrom = "b"\nto = "c"\n[[rule]]\nfrom = "a"\nto = "b"\n'
+    assert rule_lines(text) == (5, 2)
+
+
+def test_more_stages_than_a_plan_can_hold_are_refused() -> None:
+    with pytest.raises(RuleError, match="60 stages"):
+        parse_rules(file={"stage": [{"keep": "*"}] * 60})

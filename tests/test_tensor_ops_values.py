@@ -357,6 +357,10 @@ def test_a_bias_keeps_its_own_dtype_and_statistics_may_be_wider() -> None:
             "resize_pos_embed: [2, 4, 4] is neither [N, D] nor [1, N, D]",
         ),
         (
+            {"resize_pos_embed": {"new": [2, 2]}}, [(9, 0)],
+            "resize_pos_embed: [9, 0] is neither [N, D] nor [1, N, D]",
+        ),
+        (
             {"resize_pos_embed": {"new": [2], "prefix": 4}}, [(4, 4)],
             "resize_pos_embed: [4, 4] has 0 positions after 4 prefix tokens, no square grid",
         ),

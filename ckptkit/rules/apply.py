@@ -9,13 +9,15 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from ckptkit.errors import RuleError
-from ckptkit.keys import Fit, matches_any
+from ckptkit.keys import Fit, Pattern, matches_any
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
 from ckptkit.rules.strip import strip_stages
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted, shell_word
 
 __all__ = ["apply_rules"]
+
+_MOST_SOURCES = 100_000  # passes that take apart and join in turns double them each time
 
 
 def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
@@ -83,12 +85,13 @@ class _Pass:
         """Return the names after this pass, in the order of those before it."""
         keep, rules = self.stage.keep, self.stage.rules
         hits = [0] * len(rules)
+        table = _table(rules)
         for name, made in state.items():
             claim = _Claim(name, made, None)
             if keep and not matches_any(keep, name):
-                self.dropped[claim.label] = "fits no --keep"
+                self.leave_out(claim, "fits no --keep")
                 continue
-            found = _first_match(rules, name)
+            found = _first_match(table, name)
             if found is None:
                 self.claim(name, claim)
                 continue
@@ -103,7 +106,7 @@ class _Pass:
     def obey(self, index: int, which: int, match: re.Match[str] | Fit, claim: _Claim) -> None:
         rule = self.stage.rules[index]
         if rule.drops:
-            self.dropped[claim.label] = str(rule)
+            self.leave_out(claim, str(rule))
             return
         names = tuple(template.expand(match) for template in rule.templates[which])
         if "" in names and claim.name:  # a checkpoint that is one bare tensor has the key ''
@@ -138,13 +141,22 @@ class _Pass:
         if policy == "equal":
             if winner.made.recipe is not None or loser.made.recipe is not None:
                 raise RuleError(f"{quoted(name)} would be made by operations, and cannot be proved equal before that")
-            winner = replace(winner, made=replace(winner.made, equals=(*winner.made.equals, *loser.made.sources)))
-            self.dropped[loser.label] = f"has to equal {quoted(winner.label)}, which takes the name {quoted(name)}"
+            equals = dict.fromkeys((*winner.made.equals, *loser.made.sources, *loser.made.equals))
+            winner = replace(winner, made=replace(winner.made, equals=tuple(equals)))
+            self.leave_out(loser, f"has to equal {quoted(winner.label)}, which takes the name {quoted(name)}")
         else:
-            self.dropped[loser.label] = f"{quoted(name)} is taken by {quoted(winner.label)}"
+            self.leave_out(loser, f"{quoted(name)} is taken by {quoted(winner.label)}")
         if policy == "last":
             del self.claims[name]  # the order is that of the keys that stay
         self.claims[name] = winner
+
+    def leave_out(self, claim: _Claim, reason: str) -> None:
+        """Note for each tensor of the input that a name stands for why it is not taken by that name."""
+        if claim.made.recipe is not None:
+            reason = f"made into {quoted(claim.name)}: {reason}"
+        for source in dict.fromkeys(claim.made.sources):
+            before = self.dropped.get(source)
+            self.dropped[source] = reason if before is None else f"{before}; {reason}"
 
     def finish(self, rule: Rule, names: Sequence[str], members: Sequence[_Member]) -> None:
         """Give what the rule's operations make of a whole group of tensors to the names that wait for it."""
@@ -152,6 +164,14 @@ class _Pass:
 
         inputs = [member for which in range(len(rule.sources)) for member in _in_order(rule, which, names, members)]
         sources = tuple(source for member in inputs for source in member.made.sources)
+        unproved = next((member for member in inputs if member.made.equals), None)
+        if unproved is not None:
+            raise RuleError(
+                f"{rule} makes another tensor of {quoted(unproved.name)}, which has to be proved equal before that",
+                hint='do it in two runs, or choose on_collision = "first" or "last"',
+            )
+        if len(sources) > _MOST_SOURCES:
+            raise RuleError(f"{rule}: {quoted(names[0])} would be made of more than {_MOST_SOURCES:,} tensors")
         said = dict.fromkeys(member.made.rule for member in inputs if member.made.rule)
         recipes = compose(
             [member.made.recipe for member in inputs], [len(member.made.sources) for member in inputs], rule.operations
@@ -161,9 +181,20 @@ class _Pass:
             self.claims[name] = replace(self.claims[name], made=made)
 
 
-def _first_match(rules: Sequence[Rule], name: str) -> tuple[int, int, re.Match[str] | Fit] | None:
-    for index, rule in enumerate(rules):
-        for which, pattern in enumerate(rule.sources):
+_Table = Sequence[tuple[str, int, int, Pattern]]  # a text that a key must contain, rule, which of its patterns, pattern
+
+
+def _table(rules: Sequence[Rule]) -> _Table:
+    return [
+        (max(pattern.literals, key=len, default=""), index, which, pattern)
+        for index, rule in enumerate(rules)
+        for which, pattern in enumerate(rule.sources)
+    ]
+
+
+def _first_match(table: _Table, name: str) -> tuple[int, int, re.Match[str] | Fit] | None:
+    for text, index, which, pattern in table:
+        if text in name:  # of hundreds of rules nearly all end here, in a tenth of the time of a regex
             match = pattern.match(name)
             if match is not None:
                 return index, which, match
@@ -255,7 +286,7 @@ def _refuse_unused(
 
 
 def _shadow(rules: Sequence[Rule], index: int, names: Iterable[str]) -> Rule | None:
-    for name in names:
-        if any(pattern.match(name) for pattern in rules[index].sources):
-            return next(rule for rule in rules[:index] if any(pattern.match(name) for pattern in rule.sources))
-    return None
+    mine = _table(rules[index : index + 1])
+    name = next((name for name in names if _first_match(mine, name)), None)
+    found = None if name is None else _first_match(_table(rules[:index]), name)
+    return None if found is None else rules[found[0]]

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["as_rules", "parse_rules", "rule_lines", "rules_from_table"]
 
+_MOST_STAGES = 50
 _COLLISIONS = ("error", "first", "last", "equal")
-_RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*(?:stage[ \t]*\.[ \t]*)?rule[ \t]*\]\]", re.MULTILINE)
+_RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*(?P<staged>stage[ \t]*\.[ \t]*)?rule[ \t]*\]\]", re.MULTILINE)
 
 
 def parse_rules(
@@ -66,8 +67,10 @@ def as_rules(rules: Rules | Iterable[str] | Mapping[str, Any] | None) -> Rules:
 
 
 def rule_lines(text: str) -> tuple[int, ...]:
-    """Return the line, counted from 1, on which each ``[[rule]]`` of a TOML file begins, in order."""
-    return tuple(text.count("\n", 0, header.start()) + 1 for header in _RULE_HEADER.finditer(text))
+    """Return the line, counted from 1, on which each ``[[rule]]`` of a TOML file begins, in the order of the passes."""
+    # Rules of the file itself are the first pass, below a [[stage]] too.
+    headers = sorted(_RULE_HEADER.finditer(text), key=lambda header: header["staged"] is not None)
+    return tuple(text.count("\n", 0, header.start()) + 1 for header in headers)
 
 
 def rules_from_table(
@@ -85,6 +88,8 @@ def rules_from_table(
     for number, inner in enumerate(_tables(table, "stage"), start=1):
         _known(inner, {"keep", "strip", "rule"}, f"[[stage]] {number}")
         passes.append((f"[[stage]] {number}, ", inner))
+    if len(passes) > _MOST_STAGES:
+        raise RuleError(f"there are {len(passes) - 1:,} stages, and at most {_MOST_STAGES - 1} are taken")
     count = sum(len(_tables(inner, "rule")) for _, inner in passes)
     at = iter(lines if len(lines) == count else ())  # rules written as inline tables have no header of their own
     stages = [_stage(inner, where, at, variables) for where, inner in passes]

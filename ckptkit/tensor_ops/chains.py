@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -88,7 +89,11 @@ def parse_operations(value: object, variables: Mapping[str, int] = _NONE) -> tup
 
 def chain_shapes(operations: Iterable[Operation], inputs: Sequence[Shape]) -> tuple[Shape, ...]:
     """Return the shapes that a chain makes; raises ``RuleError`` where one operation does not fit."""
-    shapes = tuple(inputs)
+    return _chain_shapes(tuple(operations), tuple(inputs))
+
+
+@functools.lru_cache(maxsize=16)  # a layer of five hundred experts is asked for five hundred times in a row
+def _chain_shapes(operations: tuple[Operation, ...], shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     for operation in operations:
         shapes = operation.shapes(shapes)
     return shapes
@@ -96,7 +101,11 @@ def chain_shapes(operations: Iterable[Operation], inputs: Sequence[Shape]) -> tu
 
 def chain_dtypes(operations: Iterable[Operation], inputs: Sequence[str]) -> tuple[str, ...]:
     """Return the dtypes that a chain makes; raises ``RuleError`` where one operation does not take them."""
-    dtypes = tuple(inputs)
+    return _chain_dtypes(tuple(operations), tuple(inputs))
+
+
+@functools.lru_cache(maxsize=16)
+def _chain_dtypes(operations: tuple[Operation, ...], dtypes: tuple[str, ...]) -> tuple[str, ...]:
     for operation in operations:
         dtypes = operation.dtypes(dtypes)
     return dtypes

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Concat", "Deinterleave", "Interleave", "Split", "Stack", "Unstack"]
 
+_MOST_PARTS = 100_000  # an empty tensor divides into any number of them
+
 
 @dataclass(frozen=True, slots=True)
 class Split(Moving):
@@ -28,8 +30,8 @@ class Split(Moving):
         """Refuse both ways of saying how many, and neither."""
         if (self.sizes is None) == (self.parts is None):
             raise self.refusal("needs either sizes or parts")
-        if self.outputs < 1 or any(size < 0 for size in self.sizes or ()):
-            raise self.refusal(f"cannot cut into {self.parts if self.sizes is None else list(self.sizes)}")
+        if not 1 <= self.outputs <= _MOST_PARTS or any(size < 0 for size in self.sizes or ()):
+            raise self.refusal(f"cannot cut into {self.parts if self.sizes is None else list(self.sizes[:8])}")
 
     @property
     def outputs(self) -> int:
@@ -141,7 +143,7 @@ class Unstack(Moving):
 
     def __post_init__(self) -> None:
         """Refuse to make nothing."""
-        if self.parts < 1:
+        if not 1 <= self.parts <= _MOST_PARTS:
             raise self.refusal(f"cannot take apart into {self.parts}")
 
     @property
@@ -213,7 +215,7 @@ class Deinterleave(Moving):
 
     def __post_init__(self) -> None:
         """Refuse turns without a row, and nobody to take them."""
-        if self.parts < 1 or self.block < 1:
+        if not 1 <= self.parts <= _MOST_PARTS or self.block < 1:
             raise self.refusal(f"cannot deal out blocks of {self.block} into {self.parts}")
 
     @property

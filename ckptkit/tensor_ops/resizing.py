@@ -150,7 +150,7 @@ class ResizePosEmbed(Arithmetic):
             raise self.refusal(f"there are no {self.prefix} prefix tokens")
 
     def _old(self, shape: Shape) -> tuple[int, ...]:
-        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1):
+        if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1) or not shape[-1]:
             raise self.refusal(f"{list(shape)} is neither [N, D] nor [1, N, D]")
         count = shape[-2] - self.prefix
         kept = f" after {plural(self.prefix, 'prefix token')}" if self.prefix else ""
