@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -172,24 +173,27 @@ class _Pass:
             )
         if len(sources) > _MOST_SOURCES:
             raise RuleError(f"{rule}: {quoted(names[0])} would be made of more than {_MOST_SOURCES:,} tensors")
-        said = dict.fromkeys(member.made.rule for member in inputs if member.made.rule)
+        said = ", ".join(dict.fromkeys([*(member.made.rule for member in inputs if member.made.rule), str(rule)]))
         recipes = compose(
             [member.made.recipe for member in inputs], [len(member.made.sources) for member in inputs], rule.operations
         )
         for name, recipe in zip(names, recipes, strict=True):
-            made = Made(sources, recipe, ", ".join([*said, str(rule)]))
-            self.claims[name] = replace(self.claims[name], made=made)
+            self.claims[name] = replace(self.claims[name], made=Made(sources, recipe, said))
 
 
 _Table = Sequence[tuple[str, int, int, Pattern]]  # a text that a key must contain, rule, which of its patterns, pattern
 
 
 def _table(rules: Sequence[Rule]) -> _Table:
-    return [
-        (max(pattern.literals, key=len, default=""), index, which, pattern)
-        for index, rule in enumerate(rules)
-        for which, pattern in enumerate(rule.sources)
+    patterns = [
+        (index, which, pattern) for index, rule in enumerate(rules) for which, pattern in enumerate(rule.sources)
     ]
+    common = Counter(text for _, _, pattern in patterns for text in set(pattern.literals))
+
+    def telling(pattern: Pattern) -> str:
+        return min(filter(None, pattern.literals), key=lambda text: (common[text], -len(text)), default="")
+
+    return [(telling(pattern), index, which, pattern) for index, which, pattern in patterns]
 
 
 def _first_match(table: _Table, name: str) -> tuple[int, int, re.Match[str] | Fit] | None:
