@@ -8,6 +8,7 @@ from ckptkit.errors import PlanError
 from ckptkit.plan import Plan, Source, Step
 from ckptkit.plan_files import SavedPlan, header_digest
 from ckptkit.recipes import Recipe
+from ckptkit.steps import moved_modules
 from ckptkit.tensor_ops import invert_chain
 from ckptkit.tensors import TensorInfo
 from ckptkit.text import quoted
@@ -50,7 +51,10 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     inputs = {Source(_ROLE, info.key): TensorInfo(info.key, info.dtype, info.shape) for info in outs}
     entries = [drop.key for drop in saved.plan.dropped if drop.entry]
     notes = (f"not among the tensors, and gone: {', '.join(map(quoted, entries))}",) if entries else ()
-    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, keeps=saved.plan.keeps and _ROLE)
+    names = {step.sources[0].key: key for key, step in made.items() if step.recipe is None}
+    moved = moved_modules(saved.plan.versions, names)
+    versions = {old: saved.plan.versions[new] for new, old in moved.items()}
+    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, versions, keeps=saved.plan.keeps and _ROLE)
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
 
 

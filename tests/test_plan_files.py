@@ -245,6 +245,16 @@ def test_a_plan_that_keeps_silent_about_a_tensor_is_not_undone() -> None:
         invert_plan(plan_from_json(document))
 
 
+def test_the_versions_of_modules_come_back_with_their_names(tmp_path: Path) -> None:
+    """A model takes values without a version for those of its oldest one, and may convert them."""
+    source = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
+    plan = plan_remap(source, ["{i:int}.*=layers.{i}.*"])
+    execute(plan, source, tmp_path / "there.pt")
+    there = torch.load(tmp_path / "there.pt")
+    back = apply_plan(invert_plan(saved(plan, source)), {"source": as_checkpoint(there, "source")})
+    assert back.versions == {"": 1, "0": 1, "1": 2}
+
+
 def test_a_copy_that_was_left_out_is_no_loss(tmp_path: Path) -> None:
     source = {"a": torch.arange(2.0)}
     rules = '[[rule]]\nfrom = "a"\nto = ["x", "y"]\n[[stage]]\nkeep = "y"'
