@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_merge, plan_remap
+from ckptkit.adapters import plan_lora
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.execution import fit
 from ckptkit.formats.code_names import is_weights_only
@@ -334,6 +335,20 @@ def test_a_merge_keeps_the_rest_of_its_base(tmp_path: Path) -> None:
     wanted["state_dict"] |= {"a": nn.Parameter(torch.ones(2)), "b": torch.ones(3, dtype=torch.bfloat16)}
     wanted["state_dict"]["c"] = torch.ones(1)
     assert_same(loaded(tmp_path / "out.ckpt"), wanted)
+
+
+def test_an_adapter_is_folded_into_a_training_checkpoint(tmp_path: Path) -> None:
+    """The weight is new, and all else of the run is as it was."""
+    source = saved(tmp_path / "base.ckpt", {"model": {"q.weight": torch.zeros(3, 2), "n": torch.ones(1)}, "epoch": 3})
+    name = "base_model.model.q.lora_{}.weight"
+    adapter = {name.format("A"): torch.ones(1, 2), name.format("B"): torch.ones(3, 1)}
+    with open_checkpoint(source) as base:
+        plan = plan_lora(base, adapter, {"r": 1, "lora_alpha": 2, "peft_type": "LORA"})
+        execute(plan, {"base": base, "donor": adapter}, tmp_path / "out.ckpt")
+    assert_same(
+        loaded(tmp_path / "out.ckpt"),
+        {"model": {"q.weight": torch.full((3, 2), 2.0), "n": torch.ones(1)}, "epoch": 3},
+    )
 
 
 def test_new_tensors_are_what_the_old_ones_were(tmp_path: Path) -> None:

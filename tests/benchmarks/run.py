@@ -96,9 +96,9 @@ def _fill(path: Path, count: int, elements: int, prefix: str, block: Sequence[st
             file.write(os.urandom(elements * 4) if elements < 1000 else os.urandom(1 << 20) * (elements * 4 >> 20))
 
 
-def _write_torch(path: Path, count: int, elements: int) -> None:
+def _write_torch(path: Path, count: int, elements: int, content: str = "weights") -> None:
     tensors = f"{{f'layers.{{i}}.weight': torch.randn({elements}) for i in range({count})}}"
-    program = f"import torch; torch.save({tensors}, {str(path)!r})"
+    program = f"import torch; weights = {tensors}; torch.save({content}, {str(path)!r})"
     subprocess.run([PYTHON, "-c", program], check=True)
 
 
@@ -147,6 +147,10 @@ def races(directory: Path, gigabytes: float) -> Iterable[Race]:
     )
     yield Race(f"convert {gigabytes:g} GB of .pt / cp + fsync", convert, _copy("large.pt"), 1.5, 150 * MB)
     yield Race(f"rename {gigabytes:g} GB of .pt / cp + fsync", rename_pt, _copy("large.pt"), 1.5, 150 * MB)
+    run = "{'model': weights, 'optimizer': {'state': [value + 1 for value in weights.values()]}, 'epoch': 3}"
+    _write_torch(directory / "run.pt", max(tensors // 2, 1), 4 << 20, run)
+    edit = [*CKPT, "remap", "run.pt", "-o", "out.pt", "--force", "--rename", "layers.*=h.*"]
+    yield Race(f"edit {gigabytes:g} GB of a training run / cp + fsync", edit, _copy("run.pt"), 1.5, 150 * MB)
 
 
 def _copy(name: str) -> list[str]:
