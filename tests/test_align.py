@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tomllib
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from ckptkit.rules import Made, Rules, apply_rules, parse_rules
 from ckptkit.tensors import TensorInfo
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
-from tests.naming import bert, gpt2, llama, resnet, vit
+from tests.naming import bert, gpt2, llama, resnet, vit, whisper
 from tests.naming.resnet import Shapes
 
 State = dict[str, torch.Tensor]
@@ -126,6 +127,41 @@ def test_what_its_rules_make_is_what_the_preset_makes_bit_for_bit(name: str, bac
     assert len(filled) >= 0.75 * len(truth)
 
 
+@pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
+@pytest.mark.parametrize("order", ["as built", "by name"])
+def test_a_pair_that_no_preset_knows(order: str, back: bool) -> None:
+    """Whisper: two stacks of layers, two attentions in one, and steps of a Sequential that have names elsewhere."""
+    named = [(new, old, shape) if back else (old, new, shape) for old, new, shape in whisper.openai_and_hf()]
+    found = {old: shape for old, _, shape in named}
+    expected = {new: shape for _, new, shape in named}
+    result = aligned(ORDERS[order](expected), ORDERS[order](found))
+    truth = {old: new for old, new, _ in named}
+    assert [old for old, new in renames(result).items() if truth[old] != new] == []
+    assert all(truth[key] == key for key in result.same)
+    assert result.share == 1
+
+
+def test_steps_that_are_numbered_here_and_named_there() -> None:
+    """Matrices with shapes of their own that come in one order; what is sorted by name has lost its order."""
+    widths = (3, 64, 64, 128, 128, 256, 256)
+    shapes = [(outs, ins, 3, 3) for ins, outs in pairwise(widths)]
+    found, expected = (
+        {
+            f"{name}.{leaf}": shape[: 4 if leaf == "weight" else 1]
+            for name, shape in zip(names, shapes, strict=True)
+            for leaf in ("weight", "bias")
+        }
+        for names in ([f"features.{at}" for at in (0, 2, 5, 7, 10, 12)], [f"conv{at}" for at in range(1, 7)])
+    )
+    result = aligned(expected, found)
+    assert renames(result) == dict(zip(found, expected, strict=True))
+    assert {one.confidence for one in result.suggestions} == {0.6}
+    weights = {key: shape for key, shape in found.items() if key.endswith("weight")}
+    turned = dict(zip(weights, reversed(weights.values()), strict=True))
+    assert aligned(expected, turned).suggestions == ()
+    assert aligned(expected, dict(sorted(found.items()))).suggestions == ()
+
+
 def test_torchvision_and_timm_agree() -> None:
     """Plain ResNets have the same names in both, and need no rule."""
     result = aligned(resnet.torchvision(), resnet.torchvision())
@@ -192,6 +228,11 @@ PLANTED: dict[str, tuple[Shapes, Shapes, list[tuple[str, str]]]] = {
     ),
     "deeper than is wanted": (
         _block(BLOCK, 2, at="h"), _block(BLOCK, 4, at="layers"), [("layers.{i:int}.*", "h.{i}.*")],
+    ),
+    "experts of layers": (
+        _block({f"moe.experts.{expert}.up_proj.weight": (9, 8) for expert in range(3)}),
+        _block({f"mlp.experts.{expert}.w3.weight": (9, 8) for expert in range(3)}, at="h"),
+        [("h.{i:int}.mlp.experts.{j:int}.w3.weight", "layers.{i}.moe.experts.{j}.up_proj.weight")],
     ),
     "a table that is no module": (
         {"wte.weight": (30, 8), **TRUNK}, {"word_embeddings": (30, 8), **TRUNK}, [("word_embeddings", "wte.weight")],
@@ -260,6 +301,11 @@ UNDECIDED: dict[str, tuple[Shapes, Shapes, set[str]]] = {
         _layers(2, attn__proj__weight=(8, 8), ls1__gamma=(8,), mlp__fc1__weight=(9, 8)),
         _layers(2, at="h", attn__proj__weight=(8, 8), post__weight=(8,), mlp__fc1__weight=(9, 8)),
         set(_layers(2, ls1__gamma=())),
+    ),
+    "numbers that count otherwise": (
+        {f"conv{at}.weight": (8, 8, 3, 3) for at in range(1, 9)},
+        {f"features.{at}.weight": (8, 8, 3, 3) for at in (0, 2, 5, 7, 10, 12, 14, 17)},
+        {f"conv{at}.weight" for at in range(1, 9)},
     ),
     "another shape under the same name": (TRUNK, TRUNK | {"head.weight": (9, 8)}, {"head.weight"}),
     "rotary queries of another library, spelled the same": (

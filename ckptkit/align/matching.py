@@ -61,6 +61,9 @@ def match(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], c
         scopes.append(Scope(blocks_left.pop(one), blocks_right.pop(other), shift, in_order))
     for scope in scopes:
         scope.settle()
+    for scope in [scope for scope in scopes[1:] if not scope.pairs and not scope.doubts]:
+        scopes.remove(scope)  # no layers of one kind after all
+        blocks_left[f"{len(blocks_left)}"], blocks_right[f"{len(blocks_right)}"] = scope.left, scope.right
     # What fits as no layer may still fit one by one: the steps of a Sequential, say.
     single = Scope(
         outside.left + [one for block in blocks_left.values() for module in block for one in module.apart()],

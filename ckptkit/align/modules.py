@@ -34,6 +34,11 @@ class Name:
             pieces += [str(number), text]
         return "".join(pieces)
 
+    def with_last(self, index: Index) -> Name:
+        """Return the name with its last indices made text."""
+        kept = len(self.texts) - len(index)
+        return Name((*self.texts[: kept - 1], Name(self.texts[kept - 1 :]).at(index)))
+
 
 @dataclass(frozen=True, slots=True)
 class Member:
@@ -41,7 +46,7 @@ class Member:
 
     name: Name
     leaf: str  # the text of the key behind the module's path
-    tensors: Mapping[Index, TensorInfo]
+    tensors: dict[Index, TensorInfo]
 
 
 @dataclass(eq=False)
@@ -52,7 +57,7 @@ class Module:
     """
 
     path: Name
-    order: int  # of its first key in the checkpoint
+    order: tuple[int, ...]  # of its first key in the checkpoint
     members: dict[str, Member] = field(default_factory=dict)
 
     @property
@@ -73,7 +78,13 @@ class Module:
     @cached_property
     def part(self) -> str:
         """Which part of a model it is by its spelling."""
-        return part_of(self.rest, in_layer=self.layers is not None)
+        return part_of(self.rest, in_layer=self.layers is not None)[0]
+
+    @cached_property
+    def meaning(self) -> frozenset[str]:
+        """The words of ``rest``, with one word for the part where its spelling is known."""
+        part, words = part_of(self.rest, in_layer=self.layers is not None)
+        return frozenset((*words, part) if part else words)
 
     @property
     def indices(self) -> frozenset[Index]:
@@ -85,14 +96,18 @@ class Module:
         """The tensor that says most about it."""
         return self.members.get("weight") or next(iter(self.members.values()))
 
-    def apart(self) -> list[Module]:
-        """Return the modules of each single layer, with no index."""
+    def apart(self, kept: int = 0) -> list[Module]:
+        """Return the modules of each single index, of which only the first ones are ``kept`` as indices."""
         made: dict[Index, Module] = {}
         for kind, member in self.members.items():
             for index, info in member.tensors.items():
-                module = made.setdefault(index, Module(Name((self.path.at(index),)), self.order))
-                module.part = self.part
-                module.members[kind] = Member(Name((member.name.at(index),)), member.leaf, {(): info})
+                head, tail = index[:kept], index[kept:]
+                if tail not in made:
+                    made[tail] = Module(self.path.with_last(tail), (*self.order, *tail))
+                    if not kept:
+                        made[tail].part = self.part
+                single = made[tail].members.setdefault(kind, Member(member.name.with_last(tail), member.leaf, {}))
+                single.tensors[head] = info
         return list(made.values())
 
 
@@ -109,9 +124,9 @@ def modules_of(infos: Mapping[str, TensorInfo]) -> list[Module]:
         owner = texts[-1][:cut] + joined if joined else texts[-1][: max(cut - 1, 0)]
         path = (*texts[:-1], owner if found else texts[-1])
         leaf = texts[-1][len(path[-1]) :]
-        module = made.setdefault((path, "" if found else "bare"), Module(Name(path), order))
+        module = made.setdefault((path, "" if found else "bare"), Module(Name(path), (order,)))
         if kind in module.members:  # gamma beside weight: which of them is the module's cannot be known
-            module = made[path, texts[-1]] = Module(Name(texts), order)
+            module = made[path, texts[-1]] = Module(Name(texts), (order,))
             leaf, kind = "", ""
         module.members[kind] = Member(Name(texts), leaf, tensors)
     return list(made.values())

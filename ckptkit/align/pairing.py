@@ -19,6 +19,7 @@ __all__ = ["Doubt", "Pair", "Scope"]
 
 _MOST = 100_000  # comparisons of likeness in one scope
 _LEAST_LIKE, _MARGIN = 0.3, 0.12
+_SEQUENCE = 4  # one order of four is no accident
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +64,23 @@ class Scope:
             self.left += [single for one, _ in layered for single in one.apart()]
             self.right += [single for _, other in layered for single in other.apart()]
             self._by_key(lambda module: module.path.texts, "same name", 1.0, equal=True)
-        self._by_key(lambda module: (module.rest, len(module.path.texts)), "same name in its layer", 0.95, equal=True)
-        self._by_key(lambda module: (module.words, len(module.path.texts)), "same words", 0.92)
+        self._by_key(lambda module: _placed(module, module.rest), "same name in its layer", 0.95, equal=True)
+        self._by_key(lambda module: _placed(module, module.words), "same words", 0.92)
         self._by_key(lambda module: module.part or None, "known spellings", 0.9)
         self._fused()
-        while self._by_likeness() or self._by_shape() or self._by_order():
-            pass
+        self._unnamed()
+        # An index inside of a layer may be a name on the other side: mlp.0 and mlp.2 are fc1 and fc2.
+        if self.layer_shift is not None and any(len(one.path.texts) > 2 for one in (*self.left, *self.right)):
+            self.left, self.right = ([one for module in side for one in module.apart(1)] for side in self._sides())
+            self._unnamed()
         self._doubtful()
+
+    def _sides(self) -> tuple[list[Module], list[Module]]:
+        return self.left, self.right
+
+    def _unnamed(self) -> None:
+        while self._by_likeness() or self._by_shape() or self._by_order() or self._in_sequence():
+            pass
 
     def _take(self, pairs: Sequence[Pair]) -> bool:
         self.pairs += pairs
@@ -157,7 +168,7 @@ class Scope:
         scored: dict[tuple[int, int], tuple[float, Module, Module, Fit]] = {}
         of: dict[int, list[float]] = defaultdict(list)
         for left, right, how in self._candidates():
-            score = likeness(left.words, right.words) - (0 if how.whole else 0.15)
+            score = _likeness(left, right) - (0 if how.whole else 0.15)
             scored[id(left), id(right)] = (score, left, right, how)
             of[id(left)].append(score)
             of[id(right)].append(score)
@@ -201,6 +212,19 @@ class Scope:
                 lone.append(Pair((left,), (right,), how, "between the same neighbours", 0.6))
         return self._take(lone)
 
+    def _in_sequence(self) -> bool:
+        """Pair what has other names and no layers, where several matrices of shapes of their own come in one order."""
+        found = [item for item in self._straight() if _is_matrix(item[0]) and item[0].layers is None]
+        lefts = Counter(id(left) for left, _, _ in found)
+        rights = Counter(id(right) for _, right, _ in found)
+        lone = [item for item in found if lefts[id(item[0])] == rights[id(item[1])] == 1]
+        lone.sort(key=lambda item: item[0].order)
+        orders = [right.order for _, right, _ in lone]
+        if not self.in_order or len(lone) < _SEQUENCE or orders != sorted(orders):
+            return False
+        why = f"the only ones of their shape, and {len(lone)} such come in the same order"
+        return self._take([Pair((left,), (right,), how, why, 0.6) for left, right, how in lone])
+
     def _doubtful(self) -> None:
         groups: dict[tuple[int, ...], tuple[list[Module], list[Module]]] = {}
         of: dict[int, tuple[Module, list[Module]]] = {}
@@ -214,8 +238,21 @@ class Scope:
             self.doubts.append(Doubt(tuple(lefts), tuple(rights), why))
 
 
+def _placed(module: Module, name: Hashable) -> Hashable:
+    return (name, len(module.path.texts)) if name not in ("", ()) else None
+
+
+def _likeness(left: Module, right: Module) -> float:
+    """Return how alike two names are, those of one part of a model by what they have in front of it."""
+    if all(word.isdigit() for word in set(left.words).intersection(right.words)):
+        spelled = 0.0  # a number alone is a place in a list, and lists begin and count as they like
+    else:
+        spelled = likeness(left.words, right.words)
+    return max(spelled, likeness(left.meaning, right.meaning)) if left.part and left.part == right.part else spelled
+
+
 def _related(left: Module, right: Module) -> bool:
-    return not set(left.words).isdisjoint(right.words)
+    return _likeness(left, right) > 0
 
 
 def _is_matrix(module: Module) -> bool:

@@ -45,9 +45,15 @@ def leaf_of(segment: str) -> tuple[str, str] | None:
 def words_of(path: str) -> tuple[str, ...]:
     """Return the words of a path, in small letters, spelled one way where several are common."""
     words = [_SAME.get(word, word) for word in (found[0].lower() for found in _WORD.finditer(path))]
-    return tuple(
-        word for at, word in enumerate(words) if word != "layer" or at + 1 == len(words) or words[at + 1] != "norm"
-    )
+    made: list[str] = []
+    for word in words:
+        before = made[-1] if made else ""
+        if (before, word) == ("layer", "norm"):
+            made.pop()
+        elif (before, word) == ("encoder", "attn"):  # attention to what the encoder made
+            made[-1] = "cross"
+        made.append(word)
+    return tuple(made)
 
 
 def _spelled(**parts: str) -> dict[tuple[str, ...], str]:
@@ -87,15 +93,18 @@ FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType({"qkv": ("query", "key",
 
 
 @lru_cache(maxsize=65536)
-def part_of(path: str, *, in_layer: bool) -> str:
-    """Return which part of a model a module is by the spelling of its path, or nothing where no spelling is known."""
+def part_of(path: str, *, in_layer: bool) -> tuple[str, tuple[str, ...]]:
+    """Return which part of a model a module is by the spelling of its path, and the words in front of that spelling.
+
+    Where no spelling is known the part is empty, and the words are all of them.
+    """
     words = words_of(path)
     tables = (_IN_LAYERS,) if in_layer else (_EMBEDDINGS, _ENDS)
     for table in tables:
         for start in range(len(words)):
             if words[start:] in table and (table is not _ENDS or start <= 1):
-                return table[words[start:]]
-    return ""
+                return table[words[start:]], words[:start]
+    return "", words
 
 
 def likeness(one: Iterable[str], other: Iterable[str]) -> float:
