@@ -176,6 +176,16 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
         '[[rule]]\nfrom = "e.{i:int}.{j:int}"\nto = "e"\nop = "stack"',
         "there is none with i = 1, j = 1",
     ),
+    "the last of one layer": (
+        ["h.0.e.0.w", "h.0.e.1.w", "h.1.e.0.w"],
+        '[[rule]]\nfrom = "h.{i:int}.e.{e:int}.w"\nto = "h.{i}.e"\nop = "stack"',
+        "line 1): 'h.1.e' would be made of 1 {e}, and 'h.0.e' of 2 {e}: a part is missing",
+    ),
+    "the last of one kind": (
+        ["e.0.a", "e.1.a", "e.0.b"],
+        '[[rule]]\nfrom = ["e.{e:int}.a", "e.{e:int}.b"]\nto = "e"\nop = "stack"',
+        "line 1): 'e' would be made of 2 {e}, and of 1 {e} that fit 'e.{e:int}.b': a part is missing",
+    ),
     "a part is missing": (
         ["q", "k"],
         '\n[[rule]]\nfrom = ["q", "k", "v"]\nto = "qkv"\nop = { concat = { dim = 0 } }',

@@ -81,6 +81,7 @@ class _Pass:
     notes: list[str]
     claims: dict[str, _Claim] = field(default_factory=dict)
     groups: dict[tuple[int, tuple[str, ...]], list[_Member]] = field(default_factory=dict)
+    counted: dict[tuple[int, tuple[str, ...]], tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
     def over(self, state: Mapping[str, Made], *, allow_unused: bool) -> dict[str, Made]:
         """Return the names after this pass, in the order of those before it."""
@@ -100,7 +101,7 @@ class _Pass:
             hits[index] += 1
             self.obey(index, which, match, claim)
         for (index, names), members in self.groups.items():
-            self.finish(rules[index], names, members)
+            self.finish(index, names, members)
         _refuse_unused(self.stage, state, hits, self.notes, allow_unused=allow_unused)
         return {name: claim.made for name, claim in self.claims.items()}
 
@@ -159,11 +160,16 @@ class _Pass:
             before = self.dropped.get(source)
             self.dropped[source] = reason if before is None else f"{before}; {reason}"
 
-    def finish(self, rule: Rule, names: Sequence[str], members: Sequence[_Member]) -> None:
+    def finish(self, index: int, names: Sequence[str], members: Sequence[_Member]) -> None:
         """Give what the rule's operations make of a whole group of tensors to the names that wait for it."""
         from ckptkit.recipes import compose
 
-        inputs = [member for which in range(len(rule.sources)) for member in _in_order(rule, which, names, members)]
+        rule = self.stage.rules[index]
+        inputs: list[_Member] = []
+        for which in range(len(rule.sources)):
+            mine = _in_order(rule, which, names, members)
+            self.refuse_uneven(index, which, names[0], mine)
+            inputs += mine
         sources = tuple(source for member in inputs for source in member.made.sources)
         unproved = next((member for member in inputs if member.made.equals), None)
         if unproved is not None:
@@ -179,6 +185,28 @@ class _Pass:
         )
         for name, recipe in zip(names, recipes, strict=True):
             self.claims[name] = replace(self.claims[name], made=Made(sources, recipe, said))
+
+    def refuse_uneven(self, index: int, which: int, name: str, members: Sequence[_Member]) -> None:
+        """Raise ``RuleError`` where the rule gathers fewer here than elsewhere: it would be the last ones that lack."""
+        rule = self.stage.rules[index]
+        captures = tuple(capture for capture in rule.gathered if capture in rule.sources[which].captures)
+        sizes = _sizes([member.index for member in members])
+        others, other = self.counted.setdefault((index, captures), (sizes, name))
+        if sizes == others:
+            return
+        here, there = (
+            " x ".join(f"{count} {{{capture}}}" for capture, count in zip(captures, counts, strict=True))
+            for counts in (sizes, others)
+        )
+        if name == other:
+            reason = (
+                f"{quoted(name)} would be made of {there}, and of {here} that fit {quoted(rule.sources[which].text)}"
+            )
+            hint = "where the numbers differ on purpose, give the captures names that differ"
+        else:
+            reason = f"{quoted(name)} would be made of {here}, and {quoted(other)} of {there}"
+            hint = "where the numbers differ on purpose, write a rule for each"
+        raise RuleError(f"{rule}: {reason}: a part is missing", hint=hint)
 
 
 _Table = Sequence[tuple[str, int, int, Pattern]]  # a text that a key must contain, rule, which of its patterns, pattern
@@ -247,9 +275,14 @@ def _in_order(rule: Rule, which: int, names: Sequence[str], members: Sequence[_M
     return mine
 
 
+def _sizes(places: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return how many indexes a grid has along each axis, by its highest."""
+    return tuple(max(place[axis] for place in places) + 1 for axis in range(len(places[0])))
+
+
 def _hole(places: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
     """Return the first index that is missing in a grid of indexes, or None where it is complete."""
-    sizes = [max(place[axis] for place in places) + 1 for axis in range(len(places[0]))]
+    sizes = _sizes(places)
     if math.prod(sizes) == len(places):
         return None
     there = set(places)
