@@ -300,12 +300,20 @@ def test_the_command_line_takes_presets(tmp_path: Path, capsys: pytest.CaptureFi
     assert same_state(load_file(out), expected)
 
 
-@pytest.mark.parametrize("name", ["?", "llama", "../rules/model"])
+@pytest.mark.parametrize("name", ["llama", "../rules/model"])
 def test_an_unknown_preset_lists_those_there_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "diff", "fixtures/lenet_ddp.pt", "fixtures/lenet_ddp.pt", "--rules", f"preset:{name}")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"ckpt: preset:{name}: there is no preset '{name}'\nhint: presets: bert-hf-to-original, ")
     assert all(known in ran.err for known in preset_names())
+
+
+def test_presets_are_listed_without_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--rules 'preset:?'`` needs no checkpoint and no output: it says of each preset what its file says first."""
+    ran = run_ckpt(capsys, "remap", "--rules", "preset:?")
+    assert (ran.code, ran.err) == (0, "")
+    assert tuple(line for line in ran.out.splitlines() if line and line[0] != " ") == preset_names()
+    assert "  Vision Transformer: the names of transformers' ViTForImageClassification" in ran.out
 
 
 def test_a_variable_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import click
 
 from ckptkit.cli.options import about, file_beside, filter_options, read_text, read_toml
-from ckptkit.presets import PRESET_PREFIX, preset_text
+from ckptkit.cli.streams import put
+from ckptkit.presets import PRESET_PREFIX, preset_names, preset_text
 from ckptkit.rules import Rules, Settings, parse_rules, parse_setting, rule_lines
 
 __all__ = ["rule_options"]
@@ -56,13 +58,24 @@ def rule_options(beside: str) -> Callable[[_Command], _Command]:
     return decorate
 
 
+def _list_presets(context: click.Context, _: click.Parameter, value: str | None) -> str | None:
+    """Print what the presets are, as their files say it, and end, where that is asked for in place of one."""
+    if value == f"{PRESET_PREFIX}?":
+        for name in preset_names():
+            put(name)
+            for line in takewhile(lambda line: line.startswith("#"), preset_text(name).splitlines()):
+                put(f"  {line.removeprefix('#').strip()}".rstrip())
+        context.exit()
+    return value
+
+
 _OPTIONS = (
     click.option("--rename", multiple=True, metavar="OLD=NEW", help="Rename keys, as in 'module.*=*'. Repeatable."),
     filter_options,
     click.option("--strip", multiple=True, metavar="auto|PREFIX",
                  help="Take a prefix off every key; auto undoes DataParallel, torch.compile, FSDP and other known "
                  "wrappers, and says which. Repeatable."),
-    click.option("--rules", "rules_file", type=click.Path(), metavar="FILE",
+    click.option("--rules", "rules_file", type=click.Path(), metavar="FILE", is_eager=True, callback=_list_presets,
                  help="Read rules from a TOML file, or those of preset:NAME (preset:? lists them)."),
     click.option("--set", "settings", multiple=True, metavar="NAME=VALUE",
                  help="Set a variable of the rule file, such as heads=32. Repeatable."),
