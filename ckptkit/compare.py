@@ -50,7 +50,7 @@ class Hint:
     rename: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StateDictDiff:
     """The result of a comparison, in torch's words.
 
@@ -76,6 +76,14 @@ class StateDictDiff:
     filled: frozenset[str] = frozenset()  # missing keys that torch fills in for checkpoints of before 0.4.1
     notes: tuple[str, ...] = ()  # what the rules have to say
     unseen: frozenset[str] = frozenset()  # unexpected keys below a submodule that is None: torch looks at none of them
+
+    def __repr__(self) -> str:
+        """Show what was found in numbers, and never key by key."""
+        return (
+            f"<StateDictDiff: {len(self.matched)} matched, {len(self.missing)} missing, "
+            f"{len(self.unexpected)} unexpected, {len(self.shape_mismatched)} shape-mismatched, "
+            f"{len(self.dtype_mismatched)} dtype-mismatched>"
+        )
 
     @property
     def loads(self) -> bool:

@@ -74,6 +74,14 @@ def test_coverage_counts_elements(
     assert diff(expected, found).coverage == coverage
 
 
+def test_a_result_is_shown_in_numbers() -> None:
+    """At a prompt the result of a model of a thousand tensors is one line."""
+    shown = repr(
+        diff({"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(4), "c": torch.ones(1)})
+    )
+    assert shown == "<StateDictDiff: 1 matched, 0 missing, 1 unexpected, 1 shape-mismatched, 0 dtype-mismatched>"
+
+
 def test_another_dtype_is_a_difference_that_loads() -> None:
     """torch casts while loading, so it is reported and loads strictly."""
     result = diff({"w": TensorInfo("w", "F32", (2,))}, {"w": TensorInfo("w", "F16", (2,))})
