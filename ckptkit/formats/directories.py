@@ -28,6 +28,7 @@ _WHOLE = (
 )  # fmt: skip
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # accelerate numbers all models after the first; of a step of DeepSpeed the fp32 weights are put together
+_SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 _ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)|global_step\d+")
 _MOST_NAMES, _MOST_LOOKED_AT = 1_000_000, 1000
 _METADATA = "metadata.json"  # of Megatron
@@ -175,8 +176,9 @@ def _only(directory: str, names: Sequence[str]) -> str:
         raise FormatError("a directory without a checkpoint in it", hint=looked)
     if len(weights) > 1:
         listed = ", ".join(map(printable, weights[:4]))
+        shards = all(map(_SHARD.fullmatch, weights))
         raise FormatError(
             f"a directory with {plural(len(weights), 'file')} of weights and no index, such as {listed}",
-            hint="give the path of the one meant",
+            hint="copy the index too, whose name ends in .index.json" if shards else "give the path of the one meant",
         )
     return weights[0]

@@ -142,7 +142,9 @@ def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint
         shard = open_shard(path)
     except CkptkitError as error:
         raise FormatError(
-            f"{error.reason} (a shard that should hold {quoted(keys[0])})", hint=error.hint, path=error.path or path
+            f"{error.reason} (a shard that should hold {quoted(keys[0])})",
+            hint=error.hint or (None if os.path.lexists(path) else "download or copy it again"),
+            path=error.path or path,
         ) from None
     absent = [key for key in keys if key not in shard]
     extra = sorted(shard.keys() - set(keys))

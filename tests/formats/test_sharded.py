@@ -165,6 +165,26 @@ def test_a_directory_that_is_not_one_checkpoint_is_refused(tmp_path: Path, names
     assert error.path == str(tmp_path)
 
 
+def test_what_of_a_save_did_not_come_along_is_what_to_copy(tmp_path: Path) -> None:
+    """Shards without their index, and an index without one of its shards: the way out is the file that is not there."""
+    shard(tmp_path)
+    (index,) = tmp_path.glob("*.index.json")
+    one = min(tmp_path.glob("*-of-*"))
+    text, content = index.read_bytes(), one.read_bytes()
+    index.unlink()
+    error = refusal(str(tmp_path))
+    assert ("weights and no index" in error.reason, error.hint) == (
+        True,
+        "copy the index too, whose name ends in .index.json",
+    )
+    index.write_bytes(text)
+    one.unlink()
+    assert (refusal(str(tmp_path)).path, refusal(str(tmp_path)).hint) == (str(one), "download or copy it again")
+    one.write_bytes(content)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert_same(checkpoint, STATE)
+
+
 def test_a_mapping_inside_shards_is_refused_with_the_way_out(tmp_path: Path) -> None:
     shard(tmp_path)
     error = refusal(f"{tmp_path}::a")
