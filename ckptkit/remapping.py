@@ -80,7 +80,7 @@ def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, Te
     if problems:
         more = f", and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise PlanError(
-            f"{plural(len(problems), 'tensor')} of {plural(len(wanted), 'tensor')} cannot be filled: "
+            f"{len(problems):,} of {plural(len(wanted), 'tensor')} cannot be filled: "
             f"{'; '.join(problems[:_MOST_NAMED])}{more}",
             hint="rename or reshape what is there with rules, or lay it over a model: ckpt merge",
         )

@@ -53,7 +53,7 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
             refuse_made_up(roles[source.role], [source.key])
     infos = [roles[source.role][source.key] for source in sources]
     found = describe_made(out.key, infos, step.recipe, step.rule)
-    leave_out = f"leave it out: --drop {shell_word(literal(sources[0].key))}"
+    leave_out = f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)

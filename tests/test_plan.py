@@ -121,7 +121,7 @@ def test_what_cannot_be_copied_is_refused_by_name(value: Any, why: str) -> None:
     error = refusal(lambda: plan_remap({"w": plain, "odd": value}))
     assert error.reason.startswith("'odd' cannot be copied: ")
     assert why in error.reason
-    assert error.hint == "leave it out: --drop 'odd'"
+    assert error.hint == "leave it out: ckpt remap --drop 'odd'"
     assert [step.out.key for step in plan_remap({"w": plain, "odd": value}, parse_rules(drop=["odd"])).steps] == ["w"]
 
 
@@ -173,7 +173,7 @@ def test_values_are_cast_to_the_dtype_of_the_base() -> None:
     assert (step.out.dtype, step.operation) == ("BF16", "cast")
     error = refusal(lambda: plan_merge(base, {"w": TensorInfo("w", "C64", (2,))}))
     assert error.reason == "'w' is C64, and a cast to BF16 would lose its imaginary part"
-    assert error.hint == "leave it out: --drop 'w'"
+    assert error.hint == "leave it out: ckpt remap --drop 'w'"
 
 
 @pytest.mark.parametrize(

@@ -322,7 +322,7 @@ def test_like(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         tmp_path / "wanted.safetensors",
     ]
     ran = run_ckpt(capsys, "remap", *arguments)
-    assert (ran.code, "2 tensors of 2 tensors cannot be filled" in ran.err) == (2, True)
+    assert (ran.code, "2 of 2 tensors cannot be filled" in ran.err) == (2, True)
     assert "'b' is missing" in ran.err
     ran = run_ckpt(capsys, "remap", *arguments, "--rename", "m.*=*")
     assert ran.code == 0, ran.err

@@ -13,7 +13,7 @@ from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.storage import Extent, LocalFile, Region
 from ckptkit.tensors import DTYPES, Checkpoint, Record
-from ckptkit.text import quoted
+from ckptkit.text import plural, quoted
 
 __all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
 
@@ -130,7 +130,7 @@ def _storage_starts(file: LocalFile, objects: TorchObjects, keys: object, pos: i
         pos += storage.nbytes
         if pos > file.size:
             raise FormatError(
-                f"ends {pos - file.size} bytes before the end of storage {quoted(key)}: truncated?",
+                f"ends {plural(pos - file.size, 'byte')} before the end of storage {quoted(key)}: truncated?",
                 hint="download or copy it again",
             )
     missing = [key for key in objects.storages if key not in starts]

@@ -75,9 +75,9 @@ BAD: dict[str, Bad] = {
     "F3 2^50 stored": Bad(written(legacy_file(ONE, stored=LARGE)), "1125899906842624 elements of 4 bytes stored"),
     "F3 2^50 named and stored": Bad(
         written(legacy_file(mapping({"w": tensor(storage("0", 2**50))}), stored=LARGE)),
-        "ends 4503599627370480 bytes before the end of storage '0'",
+        "ends 4,503,599,627,370,480 bytes before the end of storage '0'",
     ),
-    "F4 truncated": Bad(written(GOOD[:-1]), "ends 1 bytes before the end of storage '0'"),
+    "F4 truncated": Bad(written(GOOD[:-1]), "ends 1 byte before the end of storage '0'"),
     "F4 no length": Bad(written(GOOD[:-20]), "ends before storage '0': truncated?"),
     "F4 junk behind": Bad(written(GOOD + b"junk"), "4 bytes follow the last storage"),
     "F5 view past the end": Bad(written(legacy_file(mapping({"w": tensor(part(2, 3))}))), "ends at byte 20 of 16"),
