@@ -27,6 +27,10 @@ _REASONS = {
 }
 
 
+def _reason_of(error: OSError) -> str:
+    return _REASONS.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
+
+
 class LocalFile:
     """A regular file open for reading.
 
@@ -40,7 +44,7 @@ class LocalFile:
             # Without O_NONBLOCK the open of a FIFO that nobody writes to never returns.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            reason = _REASONS.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
+            reason = _reason_of(error)
             if error.errno == errno.ENOENT and os.path.islink(path):
                 reason = f"a symbolic link to {quoted(os.readlink(path))}, which does not exist"
             raise PathError(reason, path=path) from None
@@ -58,25 +62,37 @@ class LocalFile:
         return self._fd
 
     def read(self, offset: int, count: int) -> bytes:
-        """Return exactly ``count`` bytes; raises ``ChangedError`` where the file has become shorter."""
-        data = os.pread(self._fd, count, offset)
+        """Return exactly ``count`` bytes.
+
+        Raises ``ChangedError`` where the file has become shorter, and ``PathError`` where the disk cannot read it.
+        """
+        data = self._read(offset, count)
         if len(data) == count:
             return data
         parts = [data]
         missing = count - len(data)
         while missing:
-            data = os.pread(self._fd, missing, offset + count - missing)
+            data = self._read(offset + count - missing, missing)
             if not data:
                 raise ChangedError("the file became shorter while it was read", path=self.path)
             parts.append(data)
             missing -= len(data)
         return b"".join(parts)
 
+    def _read(self, offset: int, count: int) -> bytes:
+        try:
+            return os.pread(self._fd, count, offset)
+        except OSError as error:
+            raise PathError(_reason_of(error), path=self.path) from None
+
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset``; raises ``ChangedError`` where the file has become shorter."""
+        """Fill ``buffer`` from ``offset``; raises as ``read`` does."""
         done = 0
         while done < len(buffer):
-            count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(self._fd, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise PathError(_reason_of(error), path=self.path) from None
             if count == 0:
                 raise ChangedError("the file became shorter while it was read", path=self.path)
             done += count

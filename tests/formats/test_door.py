@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
 import re
@@ -10,6 +11,7 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ import torch
 from ckptkit.errors import CkptkitError, FormatError, ModelError, PathError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.live import build_model
+from ckptkit.storage import Extent
 from tests.helpers_formats import (
     assert_same,
     bits,
@@ -177,6 +180,25 @@ def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
     error = refusal(f"{write(tmp_path, GOOD, 'x.safetensors')}::a.b")
     assert "there is no mapping 'a.b' inside" in error.reason
     assert error.hint == "use --keep 'a.b.*'"
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_disk_that_fails_is_a_refusal_that_names_the_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Not the output's name, and no traceback, whoever reads."""
+
+    def fail(*_: object) -> NoReturn:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    path = write(tmp_path, GOOD)
+    with open_checkpoint(path) as checkpoint:
+        file = checkpoint.payload("w")
+        assert isinstance(file, Extent)
+        monkeypatch.setattr(os, call, fail)
+        with pytest.raises(PathError, match="stale file handle") as caught:
+            file.file.read(0, 1) if call == "pread" else checkpoint.read_bytes("w")
+    assert caught.value.path == path
 
 
 def test_a_closed_checkpoint_releases_its_file(tmp_path: Path) -> None:
