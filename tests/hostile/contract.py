@@ -96,6 +96,7 @@ def paused(real):
         os.kill(os.getpid(), signal.SIGSTOP)
         return real(*arguments, **options)
     return call
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which a program inherits and keeps to
 name = sys.argv.pop(1)
 setattr(os, name, paused(getattr(os, name)))
 run()
