@@ -126,3 +126,9 @@ def test_other_names_are_refused() -> None:
     assert caught.value.reason == "'fold_lora' mends no mismatch"
     assert caught.value.hint == f"one of {', '.join(MISMATCH_NAMES)}"
     assert sorted(MISMATCH_NAMES) == list(MISMATCH_NAMES)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (1, 4, 0), ()], ids=str)
+def test_nothing_is_no_grid(shape: Shape) -> None:
+    """Tables without columns, and scalars, are no positions."""
+    assert fitting("resize_pos_embed", shape, shape, POS) is None

@@ -49,8 +49,8 @@ def _are_positions(found: Shape, expected: Shape, key: str) -> bool:
     same = len(found) == len(expected) and found[-1:] == expected[-1:] and found[:-2] == expected[:-2]
     return (
         same
-        and found[-1] > 0
         and (len(found) == 2 or (len(found) == 3 and found[0] == 1))
+        and found[-1] > 0
         and _POSITIONS.search(key) is not None
         and _RELATIVE.search(key) is None
     )
