@@ -96,7 +96,8 @@ def paused(real):
         os.kill(os.getpid(), signal.SIGSTOP)
         return real(*arguments, **options)
     return call
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, which a program inherits and keeps to
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, or in the background, both are ignored: a program
+signal.signal(signal.SIGINT, signal.default_int_handler)  # inherits that and keeps to it
 name = sys.argv.pop(1)
 setattr(os, name, paused(getattr(os, name)))
 run()
