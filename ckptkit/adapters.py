@@ -44,10 +44,8 @@ def plan_lora(
     """
     if not math.isfinite(scale):
         raise PlanError(f"{scale} is no scale", hint="1 is the adapter as it was trained")
-    base, donor = as_checkpoint(base, _BASE), as_checkpoint(adapter, _DONOR)
-    roles = {_BASE: base, _DONOR: donor}
-    for role, checkpoint in roles.items():
-        refuse_suspicious(checkpoint, role)
+    roles = _inputs(base, adapter)
+    base, donor = roles.values()
     refuse_made_up(base, base)
     key_map = apply_rules(as_rules(rules), donor)
     if key_map.made:
@@ -64,6 +62,13 @@ def plan_lora(
     dropped += [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
     keeps = keeps_rest(base, _BASE)
     return Plan(tuple(steps), tuple(dropped), base.metadata, (*notes, *key_map.notes), base.versions, keeps)
+
+
+def _inputs(base: StateDictLike, donor: StateDictLike) -> dict[str, Checkpoint]:
+    roles = {_BASE: as_checkpoint(base, _BASE), _DONOR: as_checkpoint(donor, _DONOR)}
+    for role, checkpoint in roles.items():
+        refuse_suspicious(checkpoint, role)
+    return roles
 
 
 def _changed(
@@ -105,10 +110,8 @@ def plan_extract_lora(
     whether it changed or not. Raises ``PlanError`` where the base has no such key or another shape, and where no
     weight is left, ``RuleError`` where the rank is larger than a weight has.
     """
-    base, donor = as_checkpoint(base, _BASE), as_checkpoint(tuned, _DONOR)
-    roles = {_BASE: base, _DONOR: donor}
-    for role, checkpoint in roles.items():
-        refuse_suspicious(checkpoint, role)
+    roles = _inputs(base, tuned)
+    base, donor = roles.values()
     key_map = apply_rules(as_rules(rules), donor)
     if key_map.made:
         raise PlanError("a change is found in tensors as they are: rules may rename and drop them, not make others")

@@ -9,7 +9,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ckptkit.adapters import adapter_config, plan_extract_lora, plan_lora
 from ckptkit.cli.options import about, file_beside, opened, path_argument, read_toml
 from ckptkit.cli.outputs import Job, carry_out, output_options, write_json
 from ckptkit.cli.rules import rule_options
@@ -78,12 +77,16 @@ def merge(
             if method == "lora":
                 plan = _lora(first, others[0], donors[0], rules, options["scale"])
             elif method == "extract-lora":
+                from ckptkit.adapters import plan_extract_lora
+
                 plan = plan_extract_lora(first, others[0], options["rank"], rules)
             else:
                 plan = plan_merge(first, others, rules, **{name: options[name] for name in _METHODS[method]})
         roles = ["donor"] if len(others) == 1 else [f"donor{number}" for number in range(1, len(others) + 1)]
         carry_out("merge", plan, {"base": first, **dict(zip(roles, others, strict=True))}, job)
         if config is not None and not job.dry_run:
+            from ckptkit.adapters import adapter_config
+
             write_json(config, adapter_config(plan), force=job.output.force)
 
 
@@ -106,6 +109,8 @@ def _check_options(method: str, names: Iterable[str]) -> None:
 
 
 def _lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, scale: float) -> Plan:
+    from ckptkit.adapters import plan_lora
+
     config = file_beside(path, _CONFIG)
     if config is None:
         raise PlanError(f"has no {_CONFIG} beside it, and only that tells the scale of an adapter", path=path)
