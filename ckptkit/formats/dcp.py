@@ -263,7 +263,7 @@ class _Items:
         if not isinstance(file.tree, TensorRef):
             self.refuse(tensor.key, place, f"holds no tensor but {quoted(type_name(file.tree))}")
         with self._about(tensor.key, place):
-            found = assemble(file, path="", format="", inner="", close=_nothing, check=_nothing)
+            found = assemble(file)
         info = found[""]
         expected = TensorInfo("", tensor.dtype, _shown_shape(tensor.dtype, box.sizes))
         if (info.dtype, info.shape, info.kind) != (expected.dtype, expected.shape, "dense"):
@@ -272,10 +272,6 @@ class _Items:
         if isinstance(payload, Inflated):
             self.refuse(tensor.key, place, "is compressed, which DCP does not do")
         return payload
-
-
-def _nothing() -> None:
-    pass
 
 
 @dataclass(frozen=True, slots=True)

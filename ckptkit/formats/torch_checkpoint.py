@@ -16,7 +16,7 @@ from ckptkit.formats.naming import Names, Path, flat_key, key_name, name_places,
 from ckptkit.formats.strided import Strided
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.tree import describe, is_tensor, leaves, select
-from ckptkit.storage import Region
+from ckptkit.storage import LocalFile, Region
 from ckptkit.tensors import (
     DTYPES,
     Checkpoint,
@@ -33,7 +33,7 @@ from ckptkit.tensors import (
 from ckptkit.text import plural, printable, quoted
 from ckptkit.wrappers import which_is_which
 
-__all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "code_warnings"]
+__all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]
 
 LARGEST_PICKLE = 256 << 20
 _LEAST_PLACES = 1_000  # and one for each byte of the pickle: more takes parts that are shared
@@ -64,8 +64,20 @@ class TorchFile:
     others: Callable[[], Sequence[tuple[str, Payload]]] = tuple
 
 
-def assemble(file: TorchFile, *, path: str, format: str, inner: str, close: Callable[[], None],  # noqa: A002
-             check: Callable[[], None]) -> Checkpoint:  # fmt: skip
+def assemble_file(made: TorchFile, file: LocalFile, format: str, inner: str) -> Checkpoint:  # noqa: A002 - the name of the JSON field
+    """Return what ``assemble`` returns for the whole of one file, which the Checkpoint takes over."""
+    return assemble(made, path=file.path, format=format, inner=inner, close=file.close, check=file.check_unchanged)
+
+
+def assemble(
+    file: TorchFile,
+    *,
+    path: str = "",
+    format: str = "",  # noqa: A002 - the name of the JSON field
+    inner: str = "",
+    close: Callable[[], None] | None = None,
+    check: Callable[[], None] | None = None,
+) -> Checkpoint:
     """Return the Checkpoint of the mapping ``inner`` (empty: found by its signature) in a torch file.
 
     Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.

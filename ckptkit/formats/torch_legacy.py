@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Interpreter
 from ckptkit.formats.pickle_machine import TruncatedPickleError
-from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
+from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.storage import Extent, LocalFile, Region
@@ -29,14 +29,7 @@ def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
 
     Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
     """
-    return assemble(
-        read_torch_legacy(file),
-        path=file.path,
-        format="torch-legacy",
-        inner=inner,
-        close=file.close,
-        check=file.check_unchanged,
-    )
+    return assemble_file(read_torch_legacy(file), file, "torch-legacy", inner)
 
 
 def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:

@@ -11,7 +11,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.file_pool import Section
 from ckptkit.formats.inert import Interpreter
 from ckptkit.formats.recognise import TAR_MEMBERS
-from ckptkit.formats.torch_checkpoint import TorchFile, assemble
+from ckptkit.formats.torch_checkpoint import TorchFile, assemble_file
 from ckptkit.formats.torch_legacy import read_pickle
 from ckptkit.formats.torch_objects import (
     STORAGE_TYPES,
@@ -63,13 +63,8 @@ def open_torch_tar(file: LocalFile, inner: str = "") -> Checkpoint:
         for key in starts:
             yield Record(file.path, f"storage {key}", locate(stored[int(key)]), keys=tuple(held.get(key, ())))
 
-    return assemble(
-        TorchFile(tree, objects, end + members["tensors"].size, locate, records),
-        path=file.path,
-        format="torch-tar",
-        inner=inner,
-        close=file.close,
-        check=file.check_unchanged,
+    return assemble_file(
+        TorchFile(tree, objects, end + members["tensors"].size, locate, records), file, "torch-tar", inner
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ckptkit.errors import FormatError
 from ckptkit.findings import Remark
-from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble
+from ckptkit.formats.torch_checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.unpickle import unpickle
 from ckptkit.formats.zip_directory import ZipDirectory
@@ -34,14 +34,7 @@ def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
     than its pickle says.
     """
     file = archive.file
-    return assemble(
-        read_torch_zip(archive),
-        path=file.path,
-        format="torch-zip",
-        inner=inner,
-        close=file.close,
-        check=file.check_unchanged,
-    )
+    return assemble_file(read_torch_zip(archive), file, "torch-zip", inner)
 
 
 def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> TorchFile:

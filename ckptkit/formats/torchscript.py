@@ -9,7 +9,7 @@ from functools import partial
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Global, MappingValue, Placeholder
 from ckptkit.formats.modules import ModuleWalker, Parts
-from ckptkit.formats.torch_checkpoint import assemble
+from ckptkit.formats.torch_checkpoint import assemble_file
 from ckptkit.formats.torch_objects import TensorRef
 from ckptkit.formats.torch_zip import read_pickles, root_of
 from ckptkit.formats.zip_directory import ZipDirectory
@@ -55,14 +55,7 @@ def open_torchscript(archive: ZipDirectory, inner: str = "") -> Checkpoint:
         tree.update({"state_dict": weights, _CONSTANTS: named} if weights else {_CONSTANTS: named})
         if not weights:
             notes.append("a frozen module: it has no state_dict, and its weights are constants of its code")
-    return assemble(
-        replace(file, tree=tree, warnings=(*notes, *walker.notes)),
-        path=archive.file.path,
-        format="torchscript",
-        inner=inner,
-        close=archive.file.close,
-        check=archive.file.check_unchanged,
-    )
+    return assemble_file(replace(file, tree=tree, warnings=(*notes, *walker.notes)), archive.file, "torchscript", inner)
 
 
 def _parts(state: Mapping[object, object], *, ordered: bool, says_training: bool) -> Parts:

@@ -177,11 +177,7 @@ def _read_model(pool: FilePool, name: str, codes: dict[str, None]) -> _Model:
 
 def _own(made: TorchFile, tensors: Mapping[str, TensorRef], path: str) -> Checkpoint:
     # Under their plain names, whatever lies around them in the file.
-    return assemble(replace(made, tree=dict(tensors)), path=path, format="", inner="", close=_nothing, check=_nothing)
-
-
-def _nothing() -> None:
-    pass
+    return assemble(replace(made, tree=dict(tensors)), path=path)
 
 
 def _part(own: Checkpoint, info: TensorInfo) -> tuple[TensorInfo, Region]:
