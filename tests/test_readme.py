@@ -72,7 +72,7 @@ def test_two_commands_do_everything(
     monkeypatch.chdir(tmp_path)
     job = COMMANDS[0].partition(" && ")[2]
     assert run_ckpt(capsys, *shlex.split(job)[1:]).code == 0
-    assert COMMANDS[1].endswith("&& python -m pytest -q")
+    assert COMMANDS[1].endswith("&& python -m pytest -q -n auto")
 
 
 def test_everything_that_is_named_is_there() -> None:
