@@ -24,6 +24,7 @@ __all__ = [
     "describe_state_dict",
     "first_line",
     "flat_bytes",
+    "tensor_of_bytes",
 ]
 
 ABSENT = "absent module"  # the type of an entry for a submodule that is None: torch looks at no key below it
@@ -68,7 +69,8 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def _from_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
+def tensor_of_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
+    """Return bytes as a flat tensor of them: in their own memory where that can be written to, else in a copy."""
     import torch
 
     writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
@@ -113,7 +115,7 @@ class Cast:
             whole = len(data) // width * width
             rest = bytes(data[whole:])
             if whole:
-                values = _from_bytes(data[:whole]).view(old)
+                values = tensor_of_bytes(data[:whole]).view(old)
                 yield _bytes_of(values.to(new))
 
 

@@ -25,6 +25,9 @@ FLOORS = (
     {"wrappers.envelopes", "wrappers.table"},
     {"wrappers.explain"},
     {"wrappers", "torch_bridge", "shards", "prefixes"},
+    {"values.numbers", "values.bench"},
+    {"values.accumulator"},
+    {"values"},
     {"tensor_ops.expressions", "tensor_ops.operation"},
     {"tensor_ops.parameters"},
     {

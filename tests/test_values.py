@@ -1,0 +1,248 @@
+"""What numbers are, from their bytes: torch and math over the whole tensor in float64 are the oracle."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ckptkit.tensors import DTYPES, TensorInfo
+from ckptkit.torch_bridge import as_checkpoint
+from ckptkit.values import Accumulator, Bench, Numbers, merged, why_not_judged
+from tests.helpers_formats import bits, random_tensor
+
+F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+JUDGED = [
+    code
+    for code, dtype in DTYPES.items()
+    if not code.startswith(("Q", "BITS", "F6_")) and hasattr(torch, dtype.torch_name)
+]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[Bench]:
+    with Bench(2) as made:
+        yield made
+
+
+def fed(info: TensorInfo, data: bytes, bench: Bench, step: int = 1 << 22) -> Numbers:
+    accumulator = Accumulator(info, bench)
+    for start in range(0, len(data), step):
+        accumulator.add(memoryview(data)[start : start + step])
+    return accumulator.result()
+
+
+def described(tensor: torch.Tensor) -> TensorInfo:
+    return as_checkpoint({"w": tensor}, "test")["w"]
+
+
+def numbers_in(tensor: torch.Tensor) -> list[float]:
+    """Every number of a tensor as a Python number, exactly."""
+    if tensor.dtype is torch.float4_e2m1fn_x2:
+        signed = [*F4, *(-value for value in F4)]
+        return [signed[half] for byte in bits(tensor) for half in (byte & 15, byte >> 4)]
+    flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)
+    if flat.is_complex():
+        flat = torch.view_as_real(flat).reshape(-1)
+    if flat.dtype is torch.bool:
+        return [float(byte != 0) for byte in bits(flat)]
+    return list((flat.to(torch.float64) if flat.is_floating_point() else flat).tolist())
+
+
+def exponent_of(value: float) -> int:
+    return math.frexp(float(value))[1] - 1
+
+
+def check(found: Numbers, values: list[float], code: str) -> None:
+    """All that is counted is exact; moments are within a few roundings of what exact sums give."""
+    finite = [value for value in values if math.isfinite(value)]
+    assert found.count == len(values)
+    assert found.finite == len(finite)
+    assert found.nan == sum(map(math.isnan, values))
+    assert (found.posinf, found.neginf) == (values.count(math.inf), values.count(-math.inf))
+    assert found.zeros == sum(value == 0 for value in values)
+    assert (found.min, found.max) == (min(finite, default=None), max(finite, default=None))
+    assert found.abs_max == max(map(abs, finite), default=None)
+    assert found.constant == (values[0] if values and len(set(values)) == 1 and finite else None)
+    part = {"C32": "F16", "C64": "F32", "C128": "F64"}.get(code, code)
+    dtype = getattr(torch, DTYPES[part].torch_name)
+    floating = dtype.is_floating_point and part != "F8_E8M0"
+    smallest = 1.0 if part == "F4" else torch.finfo(dtype).smallest_normal if floating else 0.0
+    assert found.subnormal == sum(0 < abs(value) < smallest for value in finite)
+    lowest = {"F32": -127, "BF16": -127, "F64": -1023}.get(part, -9999)
+    bins = Counter(max(exponent_of(value), lowest) for value in finite if value)
+    assert found.histogram == bins
+    if not finite:
+        assert (found.mean, found.std, found.l1, found.l2) == (None, None, None, None)
+        return
+    assert found.mean is not None
+    assert found.std is not None
+    scale = max(map(abs, finite))
+    mean = math.fsum(finite) / len(finite)
+    squares = math.fsum((float(value) - mean) ** 2 for value in finite)
+    std = math.sqrt(squares / len(finite))
+    assert found.mean == pytest.approx(mean, rel=1e-14, abs=1e-14 * scale)
+    assert found.std == pytest.approx(std, rel=1e-9, abs=1e-15 * scale)
+    assert found.l1 == pytest.approx(math.fsum(map(abs, map(float, finite))), rel=1e-13)
+    assert found.l2 == pytest.approx(math.sqrt(math.fsum(float(value) ** 2 for value in finite)), rel=1e-13)
+
+
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+@pytest.mark.parametrize("code", JUDGED)
+def test_every_dtype(code: str, bench: Bench) -> None:
+    """Of random bits, NaN, infinities and unused codes among them, everything is what exact arithmetic gives."""
+    dtype = getattr(torch, DTYPES[code].torch_name)
+    tensor = random_tensor(dtype, (4002,))
+    if code in ("F64", "C128"):  # squares of the full range are beyond float64, in torch as well
+        tensor = torch.where(tensor.abs() < 1e100, tensor, torch.tensor(math.nan).to(dtype))
+        tensor = torch.where((tensor.abs() > 1e-100) | tensor.isnan(), tensor, torch.zeros((), dtype=dtype))
+    check(fed(described(tensor), bits(tensor), bench), numbers_in(tensor), code)
+
+
+def test_no_dtype_is_forgotten() -> None:
+    """What is not judged has a reason; every other dtype of the table is tested above."""
+    reasons = {code: why_not_judged(TensorInfo("w", code, (2,))) for code in DTYPES}
+    assert sorted(code for code, reason in reasons.items() if not reason) == sorted(JUDGED)
+    assert reasons["F6_E2M3"] == "torch has no arithmetic for F6_E2M3"
+    assert why_not_judged(TensorInfo("w", "F4", (3,)))
+    for kind in ("sparse", "quantized", "meta", "subclass"):
+        assert why_not_judged(TensorInfo("w", "F32", (2,), kind=kind)) == f"{kind} tensor"
+    with Bench() as bench, pytest.raises(ValueError, match="'w': quantized tensor"):
+        Accumulator(TensorInfo("w", "Q4_K", (256,), kind="quantized"), bench)
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-45, 65504.0, 6e-8, math.nan, math.inf, -math.inf]
+
+
+@settings(max_examples=50)
+@given(
+    st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]),
+    st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), max_size=40),
+    st.integers(1, 9),
+)
+def test_any_floats_in_any_chunks(bench: Bench, dtype: torch.dtype, values: list[float], step: int) -> None:
+    """Chunks of any size, those that cut a number among them, give the same as all the bytes at once."""
+    tensor = torch.tensor(values, dtype=dtype)
+    info, data = described(tensor), bits(tensor)
+    check(fed(info, data, bench), numbers_in(tensor), info.dtype)
+    in_pieces = fed(info, data, bench, step)
+    check(in_pieces, numbers_in(tensor), info.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32], ids=str)
+@pytest.mark.parametrize("count", [32767, 32768, 131071, 131072, 131073, 400_001])
+def test_pieces_meet_without_a_seam(dtype: torch.dtype, count: int, bench: Bench) -> None:
+    """Where a tensor is cut for the threads nothing is lost, counted twice, or rounded more than float64 does."""
+    tensor = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * 1000).to(dtype)
+    if dtype.is_floating_point:
+        tensor[[0, 131072 % count, -1]] = torch.tensor([math.nan, math.inf, 0.0], dtype=dtype)
+    found = fed(described(tensor), bytes(tensor.view(torch.uint8).numpy()), bench)
+    wide = tensor.to(torch.float64)
+    finite = wide[wide.isfinite()]
+    assert (found.count, found.nan, found.posinf) == (count, int(wide.isnan().sum()), int((wide == math.inf).sum()))
+    assert found.zeros == int((wide == 0).sum())
+    assert (found.min, found.max) == (finite.min().item(), finite.max().item())
+    assert found.mean == pytest.approx(finite.mean().item(), rel=1e-11)
+    assert found.std == pytest.approx(finite.std(correction=0).item(), rel=1e-12)
+    assert found.l1 == pytest.approx(finite.abs().sum().item(), rel=1e-12)
+    assert found.l2 == pytest.approx(torch.linalg.vector_norm(finite).item(), rel=1e-12)
+    assert sum(found.histogram.values()) == len(finite) - found.zeros
+
+
+def test_a_large_mean_hides_no_deviation(bench: Bench) -> None:
+    """A deviation a ten-millionth of the mean is right to its last digits, over many pieces of unlike means."""
+    steps = torch.arange(300_000, dtype=torch.float64)
+    tensor = 1e8 + (steps % 7) + (steps > 150_000) * 3
+    found = fed(described(tensor), bits(tensor), bench)
+    assert found.std == pytest.approx((tensor - 1e8).std(correction=0).item(), rel=1e-12)
+    assert found.mean == pytest.approx(1e8 + (tensor - 1e8).mean().item(), rel=1e-15)
+
+
+def test_the_order_of_threads_does_not_show() -> None:
+    """Twice over, with one thread or four, every bit of the result is the same."""
+    tensor = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))
+    data = bytes(tensor.view(torch.uint8).numpy())
+    results = []
+    for threads in (1, 4, 4):
+        with Bench(threads) as bench:
+            results.append(fed(described(tensor), data, bench))
+    assert results[0] == results[1] == results[2]
+
+
+def test_threads_of_torch_are_as_before() -> None:
+    """Neither this thread nor one to come is left with fewer threads than torch had."""
+    before = torch.get_num_threads()
+    with Bench(2) as bench:
+        fed(TensorInfo("w", "U8", (1 << 17,)), bytes(1 << 17), bench)
+    assert torch.get_num_threads() == before
+
+
+@pytest.mark.parametrize(
+    ("dtype", "values"),
+    [
+        (torch.int64, [2**63 - 1, -(2**63), 5]),
+        (torch.int64, [2**53 + 1, 2**53 + 3]),
+        (torch.uint64, [2**64 - 1, 2**63, 0]),
+        (torch.uint32, [2**32 - 1, 7]),
+        (torch.uint16, [2**16 - 1, 7]),
+    ],
+    ids=str,
+)
+def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int], bench: Bench) -> None:
+    """The smallest and the largest are exact where float64 is not."""
+    tensor = torch.tensor(values, dtype=dtype)
+    found = fed(described(tensor), bits(tensor), bench)
+    assert (found.min, found.max) == (min(values), max(values))
+    assert found.zeros == values.count(0)
+
+
+def test_what_is_beyond_float64_is_infinite_and_no_trouble(bench: Bench) -> None:
+    """Numbers whose sum and squares overflow have their mean all the same, and an infinite deviation, as in torch."""
+    tensor = torch.tensor([1.7e308, 1.7e308, 1.7e308, -1e308], dtype=torch.float64)
+    for step in (32, 8):
+        found = fed(described(tensor), bits(tensor), bench, step)
+        assert found.mean == pytest.approx(1.025e308, rel=1e-12)
+        assert (found.std, found.l1, found.l2) == (math.inf, math.inf, math.inf)
+        assert (found.min, found.max) == (-1e308, 1.7e308)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
+def test_scalars_and_nothing(shape: tuple[int, ...], bench: Bench) -> None:
+    tensor = torch.full(shape, 0.1)
+    found = fed(described(tensor), bits(tensor), bench)
+    check(found, numbers_in(tensor), "F32")
+    assert found.zero_share == 0
+
+
+def test_a_constant_has_no_deviation(bench: Bench) -> None:
+    """What is one number throughout is named, and rounding makes no deviation of it; two numbers are none."""
+    tensor = torch.full((100_003,), 0.1)
+    found = fed(described(tensor), bits(tensor), bench)
+    assert (found.constant, found.std, found.mean) == (tensor[0].item(), 0.0, tensor[0].item())
+    tensor[5] = math.nan
+    assert fed(described(tensor), bits(tensor), bench).constant is None
+
+
+@given(st.lists(st.lists(st.sampled_from(SPECIAL[:6]) | st.floats(-1e6, 1e6), max_size=9), max_size=5))
+@settings(max_examples=50)
+def test_several_are_as_one(bench: Bench, parts: list[list[float]]) -> None:
+    """Tensors put together by their moments are what all their numbers are in one tensor."""
+    tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
+    found = merged(fed(described(tensor), bits(tensor), bench) for tensor in tensors)
+    check(found, [value for part in parts for value in part], "F64")
+
+
+def test_read_only_and_unaligned_chunks(bench: Bench) -> None:
+    """Bytes that cannot be written to, and those that begin at an odd address, are taken as they are."""
+    tensor = torch.randn(1000)
+    data = bits(tensor)
+    expected = fed(described(tensor), data, bench)
+    shifted = bytearray(b"?" + data)
+    accumulator = Accumulator(described(tensor), bench)
+    accumulator.add(memoryview(shifted)[1:])
+    assert accumulator.result() == expected
