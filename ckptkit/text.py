@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["html_table", "human_bytes", "look_alikes", "plural", "printable", "quoted", "shell_word"]
+__all__ = ["html_table", "human_bytes", "kind_of", "look_alikes", "plural", "printable", "quoted", "shell_word"]
 
 _LONGEST = 400
 # Letters of Cyrillic and Greek that are drawn like Latin ones; of compatibility forms, such as wide letters, Unicode
@@ -119,6 +119,16 @@ def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
 def plural(count: int, noun: str, nouns: str | None = None) -> str:
     """Return ``1 tensor`` or ``1,234 tensors``."""
     return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
+
+
+def kind_of(value: object) -> str:
+    """Return what ``value`` is, for a sentence that refuses it: ``the string 'x'``, ``a list``, ``null``."""
+    if isinstance(value, str):
+        return f"the string {quoted(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    article = "an" if type(value).__name__[:1].lower() in "aeiou" else "a"
+    return f"{article} {type(value).__name__}"
 
 
 def human_bytes(count: int) -> str:

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ckptkit"
 
 # From the floor to the roof; a module may import only from a floor below its own.
 FLOORS = (
-    {"errors", "text"},
+    {"collector", "errors", "text"},
     {"tensors", "findings"},
     {"keys", "sharing", "storage"},
     {"wrappers.envelopes", "wrappers.table"},
@@ -95,7 +95,14 @@ FLOORS = (
     {"remapping", "merging", "plan_files", "keeping"},
     {"inversion", "adapters"},
     {"writers.safetensors", "writers.torch_zip"},
-    {"param_groups.spec", "param_groups.suggest", "param_groups.inventory"},
+    {"param_groups.suggest", "param_groups.inventory", "param_groups.layers"},
+    {"param_groups.roles"},
+    {"param_groups.facts"},
+    {"param_groups.conditions"},
+    {"param_groups.spec"},
+    {"param_groups.reading", "param_groups.resolve"},
+    {"param_groups.owners"},
+    {"param_groups.diagnosis"},
     {"param_groups.members", "param_groups.plan"},
     {"param_groups.strangers", "param_groups.options", "param_groups.build"},
     {"param_groups.validate"},

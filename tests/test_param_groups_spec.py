@@ -16,6 +16,7 @@ import torch
 from ckptkit.errors import GroupsError
 from ckptkit.keys import parse_pattern
 from ckptkit.param_groups import GroupRule, ParamGroupSpec, parse_spec
+from ckptkit.param_groups.resolve import resolve
 
 TOML = """
 [defaults]
@@ -63,7 +64,7 @@ def test_a_group_without_a_name_is_called_after_its_first_pattern() -> None:
 
 def test_options_of_a_group_stand_over_the_defaults() -> None:
     spec = parse_spec({"defaults": {"lr": 1, "momentum": 0.9}, "group": [{"params": "*", "lr": 2, "nesterov": True}]})
-    assert spec.options(spec.rules[0]) == {"lr": 2, "momentum": 0.9, "nesterov": True}
+    assert resolve(spec, spec.rules[0], ())[0] == {"lr": 2, "momentum": 0.9, "nesterov": True}
 
 
 def test_what_was_parsed_does_not_change_with_the_callers_dict() -> None:
@@ -71,7 +72,7 @@ def test_what_was_parsed_does_not_change_with_the_callers_dict() -> None:
     spec = parse_spec(table)
     table["defaults"]["lr"] = 2.0
     table["group"][0]["momentum"] = 0.0
-    assert spec.options(spec.rules[0]) == {"lr": 1.0, "momentum": 0.5}
+    assert resolve(spec, spec.rules[0], ())[0] == {"lr": 1.0, "momentum": 0.5}
     with pytest.raises(FrozenInstanceError):
         spec.rules[0].name = "other"  # type: ignore[misc]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
+from ckptkit.collector import without_collection
 from ckptkit.errors import FormatError
 from ckptkit.storage import Extent, LocalFile
 from ckptkit.tensors import DTYPES, Checkpoint, Payload, Record, TensorInfo
@@ -45,7 +44,7 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     data = file.read(8, size)
     if not data.startswith(b"{"):
         raise FormatError("the header does not begin with '{': not a safetensors file")
-    with _without_collection():
+    with without_collection():
         header = parse_json(data, "the header")
         metadata = _metadata(header.pop(METADATA, None))
         infos, offsets, warnings = _entries(header)
@@ -73,18 +72,6 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
         check=file.check_unchanged,
         close=file.close,
     )
-
-
-@contextmanager
-def _without_collection() -> Iterator[None]:
-    # 100,000 entries are as many containers and no cycle: collecting in between only costs.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]:

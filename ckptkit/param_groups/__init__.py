@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter, check_spec, plan_param_groups
-from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, parse_spec
+from ckptkit.param_groups.reading import SpecLike, parse_spec
+from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
 from ckptkit.param_groups.validate import validate_param_groups
 
 __all__ = [
     "GroupRule",
+    "Modifier",
     "ParamGroupSpec",
     "ParamGroupsPlan",
     "PlannedGroup",
     "PlannedParameter",
+    "SpecLike",
     "build_param_groups",
     "check_spec",
     "parse_spec",

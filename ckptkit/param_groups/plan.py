@@ -1,45 +1,52 @@
-"""Who owns what: a spec laid over a live model, as a value to print, check or build from."""
+"""Who owns what: a spec laid over a model or a checkpoint, as a value to print, check or build from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
+from ckptkit.collector import without_collection
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report
-from ckptkit.param_groups.inventory import Inventory, LiveParameter, take_inventory
-from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, SpecLike, is_tensor, parse_spec
-from ckptkit.param_groups.suggest import suggest_pattern
-from ckptkit.text import html_table, plural, printable, quoted
-
-if TYPE_CHECKING:
-    from torch.nn import Module
+from ckptkit.param_groups.diagnosis import Diagnosis
+from ckptkit.param_groups.facts import ParameterFacts, Subject, subject_of
+from ckptkit.param_groups.owners import Speakers
+from ckptkit.param_groups.reading import SpecLike, parse_spec
+from ckptkit.param_groups.resolve import Applied, resolve
+from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, is_tensor
+from ckptkit.text import html_table, printable
 
 __all__ = ["ParamGroupsPlan", "PlannedGroup", "PlannedParameter", "check_spec", "lay_over", "plan_param_groups"]
-
-_REST = 'write a rule that fits, or end with one that takes what is left: [[group]] name = "base", rest = true'
-_SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    """A parameter as the plan names it: the first registered FQN, and the others where it is tied."""
+    """A parameter as the plan names it: the first registered FQN, the others where it is tied, and who spoke for it."""
 
     name: str
     shape: tuple[int, ...]
     elements: int
     aliases: tuple[str, ...] = ()
+    dtype: str = ""
+    rule: str = ""
+    modifiers: tuple[str, ...] = ()
+    layer: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedGroup:
-    """One group to be: its rule, all options that the optimizer will get, and its parameters in model order."""
+    """One group to be: its rule, all options that the optimizer will get, and its parameters in model order.
+
+    ``optimizer`` is the class that the spec names for it; ``modifiers`` are those that made its options.
+    """
 
     name: str
     rule: GroupRule
     options: Mapping[str, Any]
     parameters: tuple[PlannedParameter, ...]
+    optimizer: str | None = None
+    modifiers: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
@@ -49,16 +56,25 @@ class PlannedGroup:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupsPlan:
-    """The groups in the order of their rules, the frozen parameters that no group holds, and idle optional rules."""
+    """The groups in order, the frozen parameters that no group holds, and idle optional rules.
+
+    ``freeze`` names the parameters that the spec freezes: trainable still, and in no group.
+    """
 
     groups: tuple[PlannedGroup, ...]
     frozen: tuple[PlannedParameter, ...] = ()
     idle: tuple[GroupRule, ...] = ()
+    freeze: tuple[PlannedParameter, ...] = ()
 
     @property
     def elements(self) -> int:
         """Number of elements that all groups train."""
         return sum(group.elements for group in self.groups)
+
+    @property
+    def optimizers(self) -> tuple[str | None, ...]:
+        """The optimizer classes of the groups, each once; None where the spec names none."""
+        return tuple(dict.fromkeys(group.optimizer for group in self.groups))
 
     def _repr_html_(self) -> str:
         return html_table(
@@ -67,234 +83,191 @@ class ParamGroupsPlan:
         )
 
 
-def plan_param_groups(model: Module, spec: SpecLike) -> ParamGroupsPlan:
-    """Return which rule of ``spec`` owns which trainable parameter of ``model``: the first that fits its name.
+def plan_param_groups(model: Any, spec: SpecLike) -> ParamGroupsPlan:
+    """Return which rule of ``spec`` owns which trainable parameter of ``model``, and with which options it trains.
 
-    Raises ``GroupsError`` for a rule or a pattern that fits nothing or owns nothing (unless it is
-    optional), a trainable parameter that no rule owns, one that is uninitialised, and a tied one whose
-    names fall to rules with different options.
+    ``model`` is a live ``torch.nn.Module``, or a checkpoint or a mapping of tensors, of which only names and shapes
+    are used: then every parameter counts as trainable, and roles are told by names. Raises ``GroupsError`` for a
+    rule, a modifier or a pattern that fits nothing (unless it is optional), a trainable parameter that no rule owns,
+    one that is uninitialised, and a tied one whose names would get different options.
     """
-    plan, report = lay_over(take_inventory(model), parse_spec(spec))
+    with without_collection():
+        plan, report = lay_over(subject_of(model), parse_spec(spec))
     report.raise_for_errors()
     return plan
 
 
-def check_spec(model: Module, spec: SpecLike) -> Report:
-    """Return all that ``plan_param_groups`` would refuse, at once.
+def check_spec(model: Any, spec: SpecLike) -> Report:
+    """Return all that ``plan_param_groups`` would refuse, at once, and what it can only assume.
 
     Raises ``GroupsError`` where the spec itself cannot be read.
     """
-    return lay_over(take_inventory(model), parse_spec(spec))[1]
+    return lay_over(subject_of(model), parse_spec(spec))[1]
 
 
-def lay_over(inventory: Inventory, spec: ParamGroupSpec) -> tuple[ParamGroupsPlan, Report]:
+@dataclass(slots=True)
+class _Laid:
+    """One trainable parameter with its owner and its modifiers."""
+
+    facts: ParameterFacts
+    owner: int
+    applied: tuple[Applied, ...]
+
+
+@dataclass(slots=True)
+class _Options:
+    """The options of each owner with each set of modifiers, worked out once."""
+
+    spec: ParamGroupSpec
+    known: dict[Any, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, owner: int, applied: tuple[Applied, ...]) -> dict[str, Any]:
+        key = (owner, tuple((one.modifier.name, one.layer) for one in applied))
+        if key not in self.known:
+            self.known[key] = resolve(self.spec, self.spec.rules[owner], applied)[0]
+        return self.known[key]
+
+
+def lay_over(subject: Subject, spec: ParamGroupSpec) -> tuple[ParamGroupsPlan, Report]:
     """Return the plan and what is wrong with it; only a plan without errors may be built."""
-    owners = _Owners(spec)
-    owned: list[list[LiveParameter]] = [[] for _ in spec.rules]
-    unowned: list[LiveParameter] = []
-    frozen: list[LiveParameter] = []
-    findings: list[Finding] = []
+    speakers, options = Speakers(spec, subject), _Options(spec)
+    diagnosis = Diagnosis(subject, spec, speakers)
+    laid: list[_Laid] = []
+    frozen: list[ParameterFacts] = []
+    freeze: list[ParameterFacts] = []
+    unowned: list[ParameterFacts] = []
     excused: set[int] = set()  # rules whose emptiness another finding explains already
-    for live in inventory.parameters.values():
-        owner = owners.of(live.name)
-        if not live.trainable:
-            frozen.append(live)
+    owners: set[int] = set()
+    findings: list[Finding] = []
+    for facts in subject.parameters:
+        owner = speakers.owner(facts)
+        if not facts.trainable and (spec.frozen != "include" or owner is None or spec.rules[owner].freeze):
+            frozen.append(facts)
+            if owner is not None and spec.rules[owner].freeze:
+                owners.add(owner)
             continue
         if owner is None:
-            unowned.append(live)
+            (freeze if spec.unmatched == "freeze" else unowned).append(facts)
             continue
-        owned[owner].append(live)
-        if live.lazy:
-            findings.append(_lazy(live))
-        for alias in live.aliases:
-            other = owners.of(alias)
-            if other is not None and not _same_options(spec, owner, other):
-                findings.append(_torn(live, alias, spec.rules[owner], spec.rules[other]))
-                excused.add(other)
-    idle = [index for index, members in enumerate(owned) if not members]
-    diagnosis = _Diagnosis(inventory, spec, owners)
-    for index, rule in enumerate(spec.rules):
-        if rule.optional or index in excused:
+        owners.add(owner)
+        if spec.overlap == "error":
+            findings.extend(diagnosis.overlap(facts))
+        if spec.rules[owner].freeze:
+            freeze.append(facts)
             continue
-        findings.extend(diagnosis.idle_rule(index) if index in idle else diagnosis.idle_patterns(index))
+        applied = speakers.modifiers(facts) if spec.modifiers else ()
+        laid.append(_Laid(facts, owner, applied))
+        if facts.shape is None:
+            findings.append(diagnosis.lazy(facts))
+        if facts.aliases and spec.tied == "error":
+            for torn, finding in _torn(laid[-1], speakers, options, diagnosis):
+                findings.append(finding)
+                excused.add(torn)
+    if spec.frozen == "error" and frozen:
+        findings.append(diagnosis.frozen(frozen))
+    idle = [index for index in range(len(spec.rules)) if index not in owners]
+    findings.extend(diagnosis.idle(idle, excused))
     if unowned:
-        findings.append(_unowned(unowned))
+        findings.append(diagnosis.unowned(unowned))
     plan = ParamGroupsPlan(
-        tuple(
-            PlannedGroup(rule.name, rule, spec.options(rule), tuple(map(_planned, members)))
-            for rule, members in zip(spec.rules, owned, strict=True)
-            if members
-        ),
+        tuple(_grouped(laid, spec, options)),
         tuple(map(_planned, frozen)),
         tuple(spec.rules[index] for index in idle),
+        tuple(map(_planned, freeze)),
     )
-    return plan, Report(tuple(findings), GroupsError)
+    return plan, Report((*findings, *diagnosis.remarks()), GroupsError)
 
 
-class _Owners:
-    """The first rule that fits a name; remembers which patterns ever fitted first."""
+def _torn(laid: _Laid, speakers: Speakers, options: _Options, diagnosis: Diagnosis) -> Iterator[tuple[int, Finding]]:
+    """Yield where a tied parameter would get other options under another of its names."""
+    mine = options.of(laid.owner, laid.applied)
+    rules = options.spec.rules
+    for alias in laid.facts.aliases:
+        owner = speakers.owner(alias)
+        if owner is None:
+            continue
+        if rules[owner].freeze:
+            yield owner, diagnosis.torn(laid.facts, alias, laid.owner, owner, None)
+            continue
+        theirs = options.of(owner, speakers.modifiers(alias))
+        different = _different(mine, theirs)
+        if different or options.spec.optimizer_of(rules[owner]) != options.spec.optimizer_of(rules[laid.owner]):
+            yield owner, diagnosis.torn(laid.facts, alias, laid.owner, owner, different)
 
-    def __init__(self, spec: ParamGroupSpec) -> None:
-        self._flat = [
-            (index, pattern.text, pattern.match) for index, rule in enumerate(spec.rules) for pattern in rule.patterns
-        ]
-        self._rest = len(spec.rules) - 1 if spec.rules[-1].rest else None
-        self.hits: set[tuple[int, str]] = set()
 
-    def of(self, name: str) -> int | None:
-        for index, text, fits in self._flat:
-            if fits(name):
-                self.hits.add((index, text))
-                return index
-        return self._rest
+def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    for key in {**mine, **theirs}:
+        if key not in mine or key not in theirs:
+            return key
+        # Tensors compare element by element, and two equal ones are still changed one by one later.
+        same = mine[key] is theirs[key]
+        if not same and (any(map(is_tensor, (mine[key], theirs[key]))) or mine[key] != theirs[key]):
+            return key
+    return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Diagnosis:
-    """Why a rule owns nothing, which is worked out only for the rules that do not."""
-
-    inventory: Inventory
-    spec: ParamGroupSpec
-    owners: _Owners
-
-    def idle_patterns(self, index: int) -> Iterator[Finding]:
-        """One pattern of a list can be a slip while the rule as a whole owns something."""
-        rule = self.spec.rules[index]
-        names = self.inventory.by_name
-        for pattern in rule.patterns:
-            if (index, pattern.text) not in self.owners.hits and not any(map(pattern.match, names)):
-                yield _finding(
-                    "groups.rule-unmatched",
-                    pattern.text,
-                    f"pattern {quoted(pattern.text)} of group {quoted(rule.name)} fits no parameter of the model",
-                    suggest_pattern(pattern, names),
-                )
-
-    def idle_rule(self, index: int) -> Iterator[Finding]:
-        rule = self.spec.rules[index]
-        who = f"group {quoted(rule.name)}"
-        trainable = list(self.inventory.trainable())
-        if not trainable:
-            yield _finding(
-                "groups.rule-frozen",
-                rule.name,
-                f"{who} owns nothing: the model has no trainable parameter",
-                "unfreeze what shall train: requires_grad_(True)",
-            )
-        elif rule.rest:
-            yield _finding(
-                "groups.rule-unmatched",
-                rule.name,
-                f"{who} has rest = true, but the groups before it own all {plural(len(trainable), 'parameter')}",
-                "narrow their patterns, drop the group, or set optional = true",
-            )
-        else:
-            yield self._idle(rule, who, trainable)
-
-    def _idle(self, rule: GroupRule, who: str, trainable: Sequence[LiveParameter]) -> Finding:
-        def fits(name: str) -> bool:
-            return any(pattern.match(name) for pattern in rule.patterns)
-
-        taken = [live for live in trainable if fits(live.name)]
-        if taken:
-            takers = _distinct(self._owner_name(live.name) for live in taken)
-            return _finding(
-                "groups.rule-shadowed",
-                rule.name,
-                f"{who} owns nothing: all that it fits ({_list(taken)}) is owned by group {takers} before it",
-                "move the narrower group up: the first that fits wins",
-            )
-        tied = [(alias, live) for live in trainable for alias in live.aliases if fits(alias)]
-        if tied:
-            alias, live = tied[0]
-            return _finding(
-                "groups.rule-tied",
-                alias,
-                f"{who} owns nothing: {quoted(alias)} is tied to {quoted(live.name)}, "
-                f"which is owned by group {quoted(self._owner_name(live.name))}",
-                f"name the parameter as {quoted(live.name)}: a tied one goes by its first registered name",
-            )
-        frozen = [live for live in self.inventory.parameters.values() if any(map(fits, (live.name, *live.aliases)))]
-        if frozen:
-            return _finding(
-                "groups.rule-frozen",
-                rule.name,
-                f"{who} fits only frozen parameters ({_list(frozen)} with requires_grad=False)",
-                "unfreeze them with requires_grad_(True), drop the group, or set optional = true",
-            )
-        buffer = next((name for name, _ in self.inventory.buffers.values() if fits(name)), None)
-        if buffer is not None:
-            return _finding(
-                "groups.rule-unmatched",
-                rule.name,
-                f"{who} fits no parameter, only buffers such as {quoted(buffer)}, which no optimizer trains",
-                "drop the group, or name parameters",
-            )
-        texts = ", ".join(quoted(pattern.text) for pattern in rule.patterns)
-        return _finding(
-            "groups.rule-unmatched",
-            rule.name,
-            f"{who} fits no parameter of the model: params = {texts}",
-            suggest_pattern(rule.patterns[0], self.inventory.by_name),
+def _grouped(laid: Sequence[_Laid], spec: ParamGroupSpec, options: _Options) -> Iterator[PlannedGroup]:
+    members: dict[Any, list[_Laid]] = {}
+    frozen_options: dict[int, Any] = {}
+    for one in laid:
+        rule = spec.rules[one.owner]
+        given = options.of(one.owner, one.applied)
+        held = frozen_options.setdefault(id(given), _hashable(given))
+        key: Any = (one.owner, held)
+        if spec.merge == "options":
+            key = (spec.optimizer_of(rule), held)
+        elif spec.merge == "never":
+            key = one.facts.name
+        members.setdefault(key, []).append(one)
+    groups = list(members.values())
+    if spec.order == "rule":
+        groups.sort(key=lambda group: min(one.owner for one in group))  # stable: in model order within one rule
+    taken: set[str] = set()
+    alone = {owner: sum(owner == group[0].owner for group in groups) == 1 for owner in range(len(spec.rules))}
+    for group in groups:
+        first = group[0]
+        rule = spec.rules[first.owner]
+        name = _name(group, spec, alone=alone[first.owner])
+        while name in taken:
+            name += "'"
+        taken.add(name)
+        yield PlannedGroup(
+            name,
+            rule,
+            options.of(first.owner, first.applied),
+            tuple(_planned(one.facts, rule=spec.rules[one.owner].name, applied=one.applied) for one in group),
+            spec.optimizer_of(rule),
+            tuple(applied.modifier.name for applied in first.applied),
         )
 
-    def _owner_name(self, name: str) -> str:
-        owner = self.owners.of(name)
-        return "" if owner is None else self.spec.rules[owner].name
+
+def _name(group: Sequence[_Laid], spec: ParamGroupSpec, *, alone: bool) -> str:
+    first = group[0]
+    if spec.merge == "never":
+        return f"{spec.rules[first.owner].name}/{first.facts.name}"
+    name = "+".join(spec.rules[owner].name for owner in sorted({one.owner for one in group}))
+    if alone:
+        return name
+    parts = [one.modifier.name if one.layer is None else f"layer {one.layer}" for one in first.applied]
+    return "/".join([name, *parts])
 
 
-def _finding(code: str, key: str, message: str, hint: str) -> Finding:
-    return Finding(code, "error", key, message, hint)
+def _hashable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return tuple((key, _hashable(inner)) for key, inner in sorted(value.items()))
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    return id(value) if is_tensor(value) else (type(value).__name__, repr(value))
 
 
-def _lazy(live: LiveParameter) -> Finding:
-    return _finding(
-        "groups.lazy",
-        live.name,
-        f"{quoted(live.name)} is uninitialised: a lazy module has no shapes before its first forward pass",
-        "run the model once on a sample batch, then build the groups",
-    )
-
-
-def _torn(live: LiveParameter, alias: str, owner: GroupRule, other: GroupRule) -> Finding:
-    return _finding(
-        "groups.tied",
-        live.name,
-        f"{quoted(live.name)} and {quoted(alias)} are one tied parameter, but fall to groups {quoted(owner.name)} "
-        f"and {quoted(other.name)} with different options",
-        f"put both names into one group: params = [{live.name!r}, {alias!r}]",
-    )
-
-
-def _unowned(unowned: Sequence[LiveParameter]) -> Finding:
-    verb = "is" if len(unowned) == 1 else "are"
-    return _finding(
-        "groups.unowned",
-        unowned[0].name,
-        f"{plural(len(unowned), 'trainable parameter')} {verb} owned by no group: {_list(unowned)}",
-        _REST,
-    )
-
-
-def _list(found: Sequence[LiveParameter]) -> str:
-    more = len(found) - _SHOWN
-    return ", ".join(quoted(live.name) for live in found[:_SHOWN]) + (f" and {more:,} more" if more > 0 else "")
-
-
-def _distinct(names: Iterator[str]) -> str:
-    return " and ".join(map(quoted, dict.fromkeys(names)))
-
-
-def _planned(live: LiveParameter) -> PlannedParameter:
-    return PlannedParameter(live.name, live.shape, live.elements, live.aliases)
-
-
-def _same_options(spec: ParamGroupSpec, one: int, other: int) -> bool:
-    if one == other:
-        return True
-    mine, theirs = spec.options(spec.rules[one]), spec.options(spec.rules[other])
-    return mine.keys() == theirs.keys() and all(
-        # Tensors compare element by element, and two equal ones are still changed one by one later.
-        mine[key] is theirs[key] or (not any(map(is_tensor, (mine[key], theirs[key]))) and mine[key] == theirs[key])
-        for key in mine
+def _planned(facts: ParameterFacts, *, rule: str = "", applied: Sequence[Applied] = ()) -> PlannedParameter:
+    return PlannedParameter(
+        facts.name,
+        facts.shape or (),
+        facts.elements,
+        tuple(alias.name for alias in facts.aliases),
+        facts.dtype,
+        rule,
+        tuple(one.modifier.name for one in applied),
+        next((one.layer for one in applied if one.layer is not None), None),
     )

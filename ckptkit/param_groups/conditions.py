@@ -1,0 +1,166 @@
+"""Conditions on a parameter: what ``match`` in a spec can ask, combined by any, all and not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckptkit.errors import GroupsError, RuleError
+from ckptkit.keys import Pattern, matches_any, parse_pattern
+from ckptkit.param_groups.facts import ParameterFacts
+from ckptkit.param_groups.roles import ROLES
+from ckptkit.tensors import DTYPES
+from ckptkit.text import kind_of, quoted
+
+__all__ = ["Condition", "condition_table", "parse_condition"]
+
+_EXAMPLE = 'for example match = { any = [{ ndim = [0, 1] }, { role = "bias" }] }'
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """One question about a parameter, or several combined.
+
+    ``kind`` is ``params``, ``module``, ``role``, ``dtype``, ``ndim``, ``shape``, ``min_elements``, of which one of
+    ``values`` has to fit, or ``any``, ``all`` or ``not`` of the ``inner`` conditions.
+    """
+
+    kind: str
+    values: tuple[Any, ...] = ()
+    inner: tuple[Condition, ...] = ()
+
+    def holds(self, facts: ParameterFacts) -> bool | None:
+        """Return whether it holds, or None where only the live model could tell."""
+        if not self.inner:
+            return _QUESTIONS[self.kind](facts, self.values)
+        told = [condition.holds(facts) for condition in self.inner]
+        if self.kind == "not":
+            return None if told[0] is None else not told[0]
+        decisive = self.kind == "any"
+        if decisive in told:
+            return decisive
+        return None if None in told else not decisive
+
+
+def parse_condition(table: Any, where: str) -> Condition:
+    """Return the condition that a table describes: all of its keys must hold, and one value of a list.
+
+    Raises ``GroupsError``, beginning with ``where``, for a question or a value that cannot be meant.
+    """
+    if not isinstance(table, Mapping):
+        raise GroupsError(f"{where}: match is {kind_of(table)}, not a table", hint=_EXAMPLE)
+    if not table:
+        raise GroupsError(f"{where}: match asks nothing", hint=_EXAMPLE)
+    conditions = [_one(str(key), value, where) for key, value in table.items()]
+    return conditions[0] if len(conditions) == 1 else Condition("all", inner=tuple(conditions))
+
+
+def condition_table(condition: Condition) -> dict[str, Any]:
+    """Return the table that ``parse_condition`` reads as this condition."""
+    if condition.kind == "not":
+        return {"not": condition_table(condition.inner[0])}
+    if condition.inner:
+        return {condition.kind: [condition_table(inner) for inner in condition.inner]}
+    values = [value.text if isinstance(value, Pattern) else value for value in condition.values]
+    return {condition.kind: values[0] if len(values) == 1 or condition.kind == "min_elements" else values}
+
+
+def _one(kind: str, value: Any, where: str) -> Condition:
+    if kind in ("any", "all"):
+        if not isinstance(value, list | tuple) or not value:
+            raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a list of conditions", hint=_EXAMPLE)
+        return Condition(kind, inner=tuple(parse_condition(inner, where) for inner in value))
+    if kind == "not":
+        return Condition(kind, inner=(parse_condition(value, where),))
+    if kind not in _VALUES:
+        raise GroupsError(
+            f"{where}: match has the unknown key {quoted(kind)}",
+            hint=f"it asks for {', '.join(_VALUES)}, any, all, not",
+        )
+    if kind == "shape":
+        return Condition(kind, (_shape(value, where),))
+    values = value if isinstance(value, list | tuple) else [value]
+    if not values:
+        raise GroupsError(f"{where}: {kind} is an empty list, which nothing fits", hint=_EXAMPLE)
+    return Condition(kind, tuple(_VALUES[kind](one, where) for one in values))
+
+
+def _pattern(value: Any, where: str) -> Pattern:
+    try:
+        return parse_pattern(_text("params", value, where))
+    except RuleError as error:
+        raise GroupsError(f"{where}: {error.reason}", hint=error.hint) from None
+
+
+def _text(kind: str, value: Any, where: str) -> str:
+    if not isinstance(value, str) or not value:
+        raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a name", hint=_EXAMPLE)
+    return value
+
+
+def _count(kind: str, value: Any, where: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a count", hint=f"write {kind} = 1")
+    return value
+
+
+def _role(value: Any, where: str) -> str:
+    if value not in ROLES:
+        known = ", ".join(sorted(ROLES))
+        raise GroupsError(f"{where}: there is no role {kind_of(value)}", hint=f"the roles are {known}")
+    return str(value)
+
+
+def _dtype(value: Any, where: str) -> str:
+    text = _text("dtype", value, where)
+    code = next((dtype.code for dtype in DTYPES.values() if text in (dtype.code, dtype.torch_name)), None)
+    if code is None:
+        raise GroupsError(f"{where}: there is no dtype {quoted(text)}", hint='write dtype = "F32" or "float32"')
+    return code
+
+
+def _shape(value: Any, where: str) -> tuple[int | str, ...]:
+    sizes = value if isinstance(value, list | tuple) else None
+    if sizes is None or not all(size == "*" or (type(size) is int and size >= 0) for size in sizes):
+        raise GroupsError(
+            f"{where}: shape is {kind_of(value)}, not a list of sizes", hint='write shape = [768, "*"]: a star is any'
+        )
+    return tuple(sizes)
+
+
+_VALUES: dict[str, Callable[[Any, str], Any]] = {
+    "params": _pattern,
+    "module": lambda value, where: _text("module", value, where),
+    "role": _role,
+    "ndim": lambda value, where: _count("ndim", value, where),
+    "shape": _shape,
+    "min_elements": lambda value, where: _count("min_elements", value, where),
+    "dtype": _dtype,
+}
+
+
+def _is_of_class(facts: ParameterFacts, values: Iterable[str]) -> bool | None:
+    if facts.classes is None:
+        return None
+    return any(value.removeprefix("torch.nn.") in facts.classes or value in facts.classes for value in values)
+
+
+def _has_shape(facts: ParameterFacts, values: tuple[tuple[int | str, ...], ...]) -> bool | None:
+    if facts.shape is None:
+        return None
+    (wanted,) = values
+    return len(wanted) == len(facts.shape) and all(
+        size in ("*", have) for size, have in zip(wanted, facts.shape, strict=True)
+    )
+
+
+_QUESTIONS: dict[str, Callable[[ParameterFacts, tuple[Any, ...]], bool | None]] = {
+    "params": lambda facts, values: matches_any(values, facts.name),
+    "module": _is_of_class,
+    "role": lambda facts, values: any(value in facts.roles for value in values),
+    "ndim": lambda facts, values: None if facts.shape is None else len(facts.shape) in values,
+    "shape": _has_shape,
+    "min_elements": lambda facts, values: None if facts.shape is None else facts.elements >= min(values),
+    "dtype": lambda facts, values: facts.dtype in values,
+}

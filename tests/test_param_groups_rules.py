@@ -1,0 +1,433 @@
+"""Owners say whose a parameter is, modifiers change its options on top, and doubt is settled by policies."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups import build_param_groups, check_spec, parse_spec, plan_param_groups, validate_param_groups
+
+
+class RMSNorm(nn.Module):
+    """A norm of somebody's own, as in every language model: torch does not know its class."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.ln = RMSNorm(4)
+        self.mlp = nn.Linear(4, 4)
+
+
+class Transformer(nn.Module):
+    def __init__(self, blocks: int = 3) -> None:
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.embed = nn.Embedding(6, 4)
+        self.blocks = nn.ModuleList(Block() for _ in range(blocks))
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 3)
+
+
+class Convs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 8, 3)
+        self.depthwise = nn.Conv2d(8, 8, 3, groups=8)
+        self.bn = nn.BatchNorm2d(8)
+        self.scale = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+        self.lora_A = nn.Linear(8, 2, bias=False)
+        self.last = nn.Linear(8, 2)
+
+
+DEFAULTS = {"lr": 0.1, "weight_decay": 0.5}
+REST = {"name": "base", "rest": True}
+
+
+def options(model: nn.Module, spec: Any, key: str) -> dict[str, Any]:
+    """Return what each parameter gets for ``key``."""
+    return {name: group[key] for group in build_param_groups(model, spec) for name, _ in group["params"]}
+
+
+def matched(model: Any, match: dict[str, Any]) -> set[str]:
+    """Return what a condition fits."""
+    spec = {"group": [{"name": "hit", "match": match, "optional": True}, {**REST, "optional": True}]}
+    groups = {group.name: group.parameters for group in plan_param_groups(model, spec).groups}
+    return {parameter.name for parameter in groups.get("hit", ())}
+
+
+@pytest.mark.parametrize(
+    ("match", "expected"),
+    [
+        pytest.param({"params": "bn.*"}, {"bn.weight", "bn.bias"}, id="params"),
+        pytest.param(
+            {"module": "Conv2d"}, {"conv.weight", "conv.bias", "depthwise.weight", "depthwise.bias"}, id="class"
+        ),
+        pytest.param({"module": "_ConvNd", "role": "bias"}, {"conv.bias", "depthwise.bias"}, id="base-class-and-role"),
+        pytest.param({"module": "torch.nn.BatchNorm2d"}, {"bn.weight", "bn.bias"}, id="dotted-class"),
+        pytest.param({"module": "nn.modules.batchnorm.BatchNorm2d"}, set(), id="half-a-path-is-none"),
+        pytest.param({"role": "norm"}, {"bn.weight", "bn.bias"}, id="norm"),
+        pytest.param({"role": "depthwise"}, {"depthwise.weight"}, id="depthwise"),
+        pytest.param({"role": "lora_a"}, {"lora_A.weight"}, id="lora"),
+        pytest.param({"role": "head"}, {"last.weight", "last.bias"}, id="head-is-the-last-layer"),
+        pytest.param({"dtype": "float16"}, {"scale"}, id="dtype"),
+        pytest.param({"ndim": 4}, {"conv.weight", "depthwise.weight"}, id="ndim"),
+        pytest.param(
+            {"ndim": [2, 4], "not": {"role": "head"}}, {"conv.weight", "depthwise.weight", "lora_A.weight"}, id="not"
+        ),
+        pytest.param({"shape": ["*", 8]}, {"lora_A.weight", "last.weight"}, id="shape"),
+        pytest.param({"min_elements": 100}, {"conv.weight"}, id="min-elements"),
+        pytest.param(
+            {"any": [{"role": "norm"}, {"all": [{"ndim": 1}, {"params": "last.*"}]}]},
+            {"bn.weight", "bn.bias", "last.bias"},
+            id="any-all",
+        ),
+    ],
+)
+def test_a_condition_asks_for_names_modules_shapes_and_roles(match: dict[str, Any], expected: set[str]) -> None:
+    assert matched(Convs(), match) == expected
+
+
+def test_a_norm_is_told_by_the_name_of_its_class_and_an_embedding_by_its_base() -> None:
+    """Which mmengine and the Trainer miss for RMSNorm classes of one's own."""
+    model = Transformer(1)
+    assert matched(model, {"role": "norm"}) == {"blocks.0.ln.weight", "norm.weight", "norm.bias"}
+    assert matched(model, {"role": "embedding"}) == {"cls_token", "embed.weight"}
+    assert matched(model, {"role": "head"}) == {"head.weight", "head.bias"}
+
+
+def test_a_parametrized_weight_is_asked_about_as_its_module() -> None:
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Linear(2, 2))
+    torch.nn.utils.parametrizations.weight_norm(model[0])
+    assert matched(model, {"module": "Conv2d"}) == {
+        "0.bias",
+        "0.parametrizations.weight.original0",
+        "0.parametrizations.weight.original1",
+    }
+    assert matched(model, {"role": "norm"}) == set()
+
+
+def test_modifiers_compose_with_the_owner() -> None:
+    """A head lr does not switch off no-decay for its bias: where it is and what it is are two questions."""
+    spec = {
+        "defaults": DEFAULTS,
+        "group": [{"name": "head", "params": "head.*", "lr_mult": 10}, REST],
+        "modifier": [
+            {"name": "no decay", "match": {"any": [{"ndim": [0, 1]}, {"role": "norm"}]}, "weight_decay": 0.0},
+            {"name": "slow bias", "match": {"role": "bias"}, "lr_mult": 0.5},
+        ],
+    }
+    model = Transformer(1)
+    decay, lr = options(model, spec, "weight_decay"), options(model, spec, "lr")
+    assert {name for name, value in decay.items() if value == 0} == {
+        name for name, parameter in model.named_parameters() if parameter.ndim < 2
+    }
+    assert (lr["head.weight"], lr["head.bias"], lr["norm.bias"], lr["embed.weight"]) == (1.0, 0.5, 0.05, 0.1)
+    plan = plan_param_groups(model, spec)
+    assert [group.name for group in plan.groups] == [
+        "head",
+        "head/no decay/slow bias",
+        "base",
+        "base/no decay",
+        "base/no decay/slow bias",
+    ]
+    assert validate_param_groups(model, torch.optim.AdamW(build_param_groups(model, spec))).findings == ()
+
+
+def test_later_modifiers_stand_on_top_and_multiply_what_stands() -> None:
+    spec = {
+        "defaults": DEFAULTS,
+        "group": [{"name": "head", "params": "head.*", "lr": 2.0}, REST],
+        "modifier": [
+            {"name": "half", "params": "head.*", "lr_mult": 0.5},
+            {"name": "set", "params": "head.bias", "lr": 7},
+            {"name": "third", "params": "head.bias", "lr_mult": 3},
+        ],
+    }
+    lr = options(Transformer(), spec, "lr")
+    assert (lr["head.weight"], lr["head.bias"], lr["norm.bias"]) == (1.0, 21, 0.1)
+
+
+LAYERS = [["cls_token", "embed.*"], "blocks.{i:int}.*", ["norm.*", "head.*"]]
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["all", "first-block-frozen"])
+def test_the_learning_rate_decays_by_layer_and_freezing_shifts_nobody(frozen: bool) -> None:
+    """scale = decay ** (layers above); layers count frozen parameters too."""
+    model = Transformer(3)
+    model.blocks[0].requires_grad_(not frozen)
+    spec = {
+        "defaults": DEFAULTS,
+        "group": [REST],
+        "modifier": [{"name": "depth", "layers": LAYERS, "layer_decay": 0.5, "min_scale": 0.1}],
+    }
+    lr = options(model, spec, "lr")
+    for name, value in lr.items():
+        layer = 0 if name[0] in "ce" else int(name.split(".")[1]) + 1 if name.startswith("blocks") else 4
+        assert value == pytest.approx(0.1 * max(0.1, 0.5 ** (4 - layer))), name
+    if not frozen:
+        assert {
+            parameter.layer for group in plan_param_groups(model, spec).groups for parameter in group.parameters
+        } == {
+            0,
+            1,
+            2,
+            3,
+            4,
+        }
+
+
+def test_a_parameter_in_no_layer_and_a_missing_number_are_said() -> None:
+    model = Transformer(4)
+    del model.blocks[1]
+    model.blocks = nn.ModuleList()
+    model.blocks.add_module("0", Block())
+    model.blocks.add_module("2", Block())
+    spec = {
+        "defaults": DEFAULTS,
+        "group": [REST],
+        "modifier": [{"name": "depth", "layers": ["embed.*", "blocks.{i:int}.*", "head.*"], "layer_decay": 0.5}],
+    }
+    found = {finding.code: finding for finding in check_spec(model, spec).findings}
+    assert set(found) == {"groups.layer-unmatched", "groups.layer-gap"}
+    assert "'cls_token', 'norm.weight', 'norm.bias'" in found["groups.layer-unmatched"].message
+    assert "no number 1 between" in found["groups.layer-gap"].message
+
+
+def test_lr_scale_is_written_only_where_it_is_asked_for() -> None:
+    """For a scheduler that reads it; else the number itself is in the group, which every scheduler keeps."""
+    spec: dict[str, Any] = {
+        "defaults": DEFAULTS,
+        "group": [{"name": "head", "params": "head.*", "lr_mult": 10}, REST],
+        "modifier": [{"name": "depth", "layers": LAYERS, "layer_decay": 0.5}],
+    }
+    plain = build_param_groups(Transformer(1), spec)
+    assert not any("lr_scale" in group for group in plain)
+    scaled = build_param_groups(Transformer(1), {**spec, "lr_scale": True})
+    assert {group["lr"] for group in scaled} == {0.1}
+    assert [group["lr"] * group["lr_scale"] for group in scaled] == [group["lr"] for group in plain]
+
+
+# --- policies --------------------------------------------------------------------------------------------------------
+
+
+def test_unmatched_names_a_group_or_freezes() -> None:
+    model = Transformer(1)
+    spec: dict[str, Any] = {"group": [{"name": "norms", "params": "*norm.*"}, {"name": "head", "params": "head.*"}]}
+    named = build_param_groups(model, {**spec, "unmatched": "norms"})
+    assert sum(len(group["params"]) for group in named) == len(list(model.parameters()))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    plan = plan_param_groups(model, {**spec, "unmatched": "freeze"})
+    assert {parameter.name.split(".")[0] for parameter in plan.freeze} == {"cls_token", "embed", "blocks"}
+    assert all(parameter.requires_grad for parameter in model.parameters()), "planning changes nothing"
+    groups = build_param_groups(model, {**spec, "unmatched": "freeze"})
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
+        name for group in groups for name, _ in group["params"]
+    }
+    assert validate_param_groups(model, groups).findings == ()
+
+
+def test_a_group_that_freezes_takes_its_parameters_out_of_training() -> None:
+    model = Transformer(1)
+    spec = {"group": [{"name": "still", "params": "embed.*", "freeze": True}, REST]}
+    (group,) = build_param_groups(model, spec)
+    assert not model.embed.weight.requires_grad
+    assert "embed.weight" not in [name for name, _ in group["params"]]
+    assert build_param_groups(model, spec), "a second time it is frozen already, which is as asked"
+
+
+def test_frozen_parameters_are_skipped_included_or_refused() -> None:
+    model = Transformer(1)
+    model.embed.requires_grad_(False)
+    spec: dict[str, Any] = {"group": [REST]}
+    assert "embed.weight" not in options(model, spec, "name")
+    assert "embed.weight" in options(model, {**spec, "frozen": "include"}, "name")
+    with pytest.raises(GroupsError, match=r"1 parameter with requires_grad=False, .*: 'embed.weight'"):
+        build_param_groups(model, {**spec, "frozen": "error"})
+
+
+def test_overlap_can_be_an_error() -> None:
+    spec: dict[str, Any] = {"group": [{"name": "a", "params": "head.*"}, {"name": "b", "params": "*.weight"}, REST]}
+    assert options(Transformer(), spec, "name")["head.weight"] == "a"
+    with pytest.raises(GroupsError, match=r"'head\.weight' fits groups 'a' and 'b'"):
+        build_param_groups(Transformer(), {**spec, "overlap": "error"})
+
+
+def test_a_tied_parameter_that_a_modifier_tells_apart_is_refused_or_goes_by_its_first_name() -> None:
+    model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["embed"].weight
+    spec: dict[str, Any] = {
+        "defaults": DEFAULTS,
+        "group": [REST],
+        "modifier": [{"name": "no decay", "match": {"role": "embedding"}, "weight_decay": 0.0}],
+    }
+    with pytest.raises(GroupsError, match="one tied parameter, but would get a different 'weight_decay'"):
+        build_param_groups(model, spec)
+    (group,) = build_param_groups(model, {**spec, "tied": "first"})
+    assert group["weight_decay"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("merge", "order", "expected"),
+    [
+        ("rule", "rule", {"head": 2, "norm": 2, "base": 5}),
+        ("rule", "model", {"base": 5, "norm": 2, "head": 2}),
+        ("options", "rule", {"head": 2, "norm+base": 7}),
+        ("never", "rule", None),
+    ],
+)
+def test_groups_are_merged_and_ordered_as_asked(merge: str, order: str, expected: dict[str, int] | None) -> None:
+    spec = {
+        "merge": merge,
+        "order": order,
+        "group": [{"name": "head", "params": "head.*", "lr": 1.0}, {"name": "norm", "params": "norm.*"}, REST],
+    }
+    groups = build_param_groups(Transformer(1), spec)
+    if expected is None:
+        assert len(groups) == 9
+        assert {len(group["params"]) for group in groups} == {1}
+    else:
+        assert [(group["name"], len(group["params"])) for group in groups] == list(expected.items())
+
+
+# --- several optimizers ----------------------------------------------------------------------------------------------
+
+
+def test_a_hybrid_spec_gives_the_groups_of_each_optimizer() -> None:
+    """Muon for hidden matrices, AdamW for the rest; together they train everything once, and both step."""
+    spec = {
+        "optimizer": "AdamW",
+        "defaults": {"weight_decay": 0.1},
+        "optimizers": {"Muon": {"lr": 0.02, "momentum": 0.9}, "AdamW": {"lr": 0.001, "betas": [0.9, 0.95]}},
+        "group": [
+            {"name": "hidden", "match": {"ndim": 2, "not": {"role": ["embedding", "head"]}}, "optimizer": "Muon"},
+            REST,
+        ],
+    }
+    model = Transformer(2)
+    plan = plan_param_groups(model, spec)
+    assert plan.optimizers == ("Muon", "AdamW")
+    made = [getattr(torch.optim, name)(build_param_groups(model, spec, optimizer=name)) for name in ("Muon", "AdamW")]
+    assert [name for group in made[0].param_groups for name in group["param_names"]] == [
+        "blocks.0.mlp.weight",
+        "blocks.1.mlp.weight",
+    ]
+    assert (made[0].param_groups[0]["lr"], made[1].param_groups[0]["lr"]) == (0.02, 0.001)
+    assert validate_param_groups(model, made).findings == ()
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    for optimizer in made:
+        optimizer.step()
+    with pytest.raises(GroupsError, match="train with several optimizers: Muon, AdamW"):
+        build_param_groups(model, spec)
+    with pytest.raises(GroupsError, match="no group of the spec trains with 'SGD'"):
+        build_param_groups(model, spec, optimizer="SGD")
+
+
+def test_bare_groups_hold_nothing_that_a_strict_optimizer_refuses() -> None:
+    (group,) = build_param_groups(nn.Linear(2, 2), {"defaults": {"lr": 1}, "group": [REST]}, bare=True)
+    assert set(group) == {"params", "lr"}
+    assert all(isinstance(parameter, nn.Parameter) for parameter in group["params"])
+
+
+# --- names and shapes alone ------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_can_be_planned_by_names_and_shapes() -> None:
+    """The same groups as the live model gives, buffers left out; what was assumed is said."""
+    spec = {
+        "defaults": DEFAULTS,
+        "group": [{"name": "head", "match": {"role": "head"}, "lr_mult": 10}, REST],
+        "modifier": [{"name": "no decay", "match": {"role": ["norm", "bias"]}, "weight_decay": 0.0}],
+    }
+    model = nn.Sequential()
+    model.add_module("conv1", nn.Conv2d(2, 3, 1))
+    model.add_module("bn1", nn.BatchNorm2d(3))
+    model.add_module("fc", nn.Linear(3, 2))
+    live, offline = plan_param_groups(model, spec), plan_param_groups(model.state_dict(), spec)
+    assert offline == live
+    assert {finding.code for finding in check_spec(model.state_dict(), spec).findings} == {"groups.assumed"}
+
+
+def test_what_only_a_model_tells_is_said_of_a_checkpoint() -> None:
+    spec = {"group": [{"name": "convs", "match": {"module": "Conv2d"}, "optional": True}, REST]}
+    report = check_spec({"conv.weight": torch.zeros(2, 2, 1, 1), "fc.weight": torch.zeros(2, 2)}, spec)
+    unsure = next(finding for finding in report.findings if finding.code == "groups.needs-model")
+    assert (unsure.severity, unsure.key) == ("warning", "conv.weight")
+    assert "'convs' fits 'conv.weight', 'fc.weight'" in unsure.message
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def modified(**table: Any) -> dict[str, Any]:
+    return {"defaults": {"lr": 1.0}, "group": [REST], "modifier": [{"name": "m", **table}]}
+
+
+@pytest.mark.parametrize(
+    ("spec", "reason", "way_out"),
+    [
+        pytest.param(
+            {"group": [REST], "modifier": {"a": 1}}, "the modifiers of a spec are a dict", "[[modifier]]", id="no-list"
+        ),
+        pytest.param(modified(), "'m' changes nothing", "weight_decay", id="changes-nothing"),
+        pytest.param(modified(lr_mult="10"), "lr_mult is the string '10'", "lr_mult = 10", id="string-multiple"),
+        pytest.param(modified(lr_mult=-1), "lr_mult is negative", "0 or more", id="negative-multiple"),
+        pytest.param(modified(lr=1, lr_mult=2), "both lr and lr_mult", "keep one", id="both"),
+        pytest.param(
+            modified(weight_decay_mult=2),
+            "multiplies 'weight_decay', of which the spec has no value",
+            "[defaults]",
+            id="nothing-to-multiply",
+        ),
+        pytest.param(modified(match=[]), "match is a list, not a table", "match = {", id="match-list"),
+        pytest.param(modified(match={}), "match asks nothing", "match = {", id="match-empty"),
+        pytest.param(modified(match={"type": "Linear"}), "unknown key 'type'", "module", id="match-key"),
+        pytest.param(modified(match={"role": "nrom"}), "no role the string 'nrom'", "norm", id="role"),
+        pytest.param(modified(match={"ndim": "1"}), "ndim is the string '1'", "ndim = 1", id="ndim"),
+        pytest.param(modified(match={"shape": 3}), "shape is an int", "a star is any", id="shape"),
+        pytest.param(modified(match={"dtype": "f99"}), "no dtype 'f99'", "F32", id="dtype"),
+        pytest.param(modified(match={"any": []}), "any is a list, not a list of conditions", "any = [", id="any-empty"),
+        pytest.param(modified(layer_decay=0.5), "layer_decay but no layers", "layers =", id="decay-alone"),
+        pytest.param(modified(layers=["a"]), "layers but no layer_decay", "layer_decay =", id="layers-alone"),
+        pytest.param(modified(layers="a", layer_decay=1), "layers is the string 'a'", "layers =", id="layers-string"),
+        pytest.param(
+            {**modified(lr=1), "merge": "all"},
+            "merge is the string 'all'",
+            "'rule' or 'options' or 'never'",
+            id="policy",
+        ),
+        pytest.param(
+            {**modified(lr=1), "unmatched": "zz"}, "unmatched is the string 'zz'", "name of a group", id="unmatched"
+        ),
+        pytest.param({**modified(lr=1), "unmatched": "freeze"}, "has rest = true", "keep one", id="unmatched-and-rest"),
+        pytest.param({**modified(lr=1), "lr_scale": 1}, "lr_scale is an int", "lr_scale = true", id="lr-scale"),
+        pytest.param({**modified(lr=1), "optimizer": 3}, "optimizer is an int", "AdamW", id="optimizer"),
+        pytest.param(
+            {**modified(lr=1), "optimizers": {"A": 3}}, "optimizers.A is an int", "[optimizers.A]", id="optimizers"
+        ),
+        pytest.param(
+            [{"name": "a", "match": {"ndim": 1}, "rest": True}], "both match and rest", "keep one", id="match-and-rest"
+        ),
+    ],
+)
+def test_a_spec_that_cannot_be_meant_is_refused(spec: Any, reason: str, way_out: str) -> None:
+    with pytest.raises(GroupsError) as caught:
+        parse_spec(spec)
+    assert reason in caught.value.reason
+    assert way_out in (caught.value.hint or "")
+
+
+def test_a_modifier_that_fits_nothing_is_refused_with_the_nearest_pattern() -> None:
+    with pytest.raises(GroupsError) as caught:
+        build_param_groups(Transformer(), modified(params="haed.*", lr=1))
+    assert caught.value.reason == "modifier 'm' fits no parameter of the model: params = 'haed.*'"
+    assert caught.value.hint == "did you mean 'head.*'?"
