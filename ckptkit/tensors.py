@@ -18,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "DType",
     "Entry",
+    "Nest",
     "Payload",
     "Record",
     "Rest",
@@ -171,6 +172,16 @@ class Record(NamedTuple):
     keys: tuple[str, ...] = ()
 
 
+class Nest(NamedTuple):
+    """The mapping that a Checkpoint was taken from, as it is nested, and the keys that lead there to each tensor.
+
+    Containers, numbers and texts are Python's own; in place of tensors, and of objects that need code, stand others.
+    """
+
+    value: object
+    places: Mapping[str, tuple[object, ...]]
+
+
 @dataclass(frozen=True, slots=True)
 class Rest:
     """A file that holds more than the mapping of tensors taken from it, as it lies there: enough to write it again.
@@ -197,8 +208,8 @@ class Checkpoint(Mapping[str, TensorInfo]):
     ``references`` the code that the file names and that was not run, ``envelope`` which mapping
     inside the file was taken (empty: the file itself), ``versions`` the module versions that a
     state_dict carries as its ``_metadata``, ``made_up`` the keys that are names of ours, since the dotted names that
-    they stand for are those of several places, or made of keys that are no strings; ``rest`` what the file holds beside
-    the mapping, where that can be written again.
+    they stand for are those of several places, or made of keys that are no strings; ``nest`` the mapping as it is
+    nested, where it is; ``rest`` what the file holds beside the mapping, where that can be written again.
     """
 
     def __init__(
@@ -221,6 +232,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         files: Sequence[str] = (),
         check: Callable[[], None] | None = None,
         close: Callable[[], None] | None = None,
+        nest: Nest | None = None,
         rest: Rest | None = None,
     ) -> None:
         """Take over the callbacks of the reader that opened the file."""
@@ -241,6 +253,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         self.versions: Mapping[str, int] = MappingProxyType(dict(versions or {}))
         self.made_up: Mapping[str, str] = MappingProxyType(dict(made_up or {}))
         self.files = tuple(files)
+        self.nest = nest
         self.rest = rest
 
     def __getitem__(self, key: str) -> TensorInfo:

@@ -10,8 +10,9 @@ from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.files import open_file
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import look_alikes
+from ckptkit.wrappers import AN_OPTIMIZER
 
-__all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "refusing", "split_path"]
+__all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "open_optimizer", "refusing", "split_path"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 LIVE_PREFIX = "py:"
@@ -32,6 +33,23 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
         return _with_names_compared(_open_path(name))
+
+
+def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
+    """Return what an optimizer's ``state_dict()`` holds, as saved at ``path``: with ``PATH::a.b`` the mapping there.
+
+    Without it, the one mapping that is an optimizer's state is found, and its ``envelope`` says where. Raises what
+    ``open_checkpoint`` raises, and ``FormatError`` where there is none, or several.
+    """
+    name = os.fspath(path)
+    if name.startswith(LIVE_PREFIX):
+        raise PathError(
+            "is a live model, which has no optimizer", hint="give the file that was saved with it", path=name
+        )
+    if split_path(name)[1]:
+        return open_checkpoint(name)
+    with refusing(name):
+        return _open_path(f"{name}::{AN_OPTIMIZER}")
 
 
 def open_inside(path: str, inner: str) -> Checkpoint:

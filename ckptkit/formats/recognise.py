@@ -6,6 +6,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.foreign import is_flax, is_onnx, is_tensorflow_index, is_tensorflow_shard
 from ckptkit.storage import LocalFile
 from ckptkit.text import quoted, shell_word
+from ckptkit.wrappers import AN_OPTIMIZER
 
 __all__ = ["TAR_MEMBERS", "is_torch_tar", "refusal_of", "refuse_inner"]
 
@@ -61,6 +62,8 @@ def refusal_of(file: LocalFile, head: bytes) -> FormatError:
 
 def refuse_inner(inner: str) -> None:
     """Raise ``FormatError`` where a mapping inside is asked for, of a format that has none."""
+    if inner == AN_OPTIMIZER:
+        raise FormatError("holds tensors alone, and no optimizer state", hint="give the file that was saved with it")
     if inner:
         raise FormatError(
             f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {shell_word(inner + '.*')}"

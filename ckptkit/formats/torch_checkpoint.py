@@ -15,12 +15,13 @@ from ckptkit.formats.modules import open_modules
 from ckptkit.formats.naming import Names, Path, flat_key, key_name, name_places, type_name
 from ckptkit.formats.strided import Strided
 from ckptkit.formats.torch_objects import StorageRef, TensorRef, TorchObjects
-from ckptkit.formats.tree import describe, is_tensor, leaves, select
+from ckptkit.formats.tree import children, describe, is_tensor, leaves, select
 from ckptkit.storage import LocalFile, Region
 from ckptkit.tensors import (
     DTYPES,
     Checkpoint,
     Entry,
+    Nest,
     Payload,
     Record,
     Rest,
@@ -31,7 +32,7 @@ from ckptkit.tensors import (
     versions_from,
 )
 from ckptkit.text import plural, printable, quoted
-from ckptkit.wrappers import which_is_which
+from ckptkit.wrappers import AN_OPTIMIZER, which_is_which
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]
 
@@ -84,6 +85,7 @@ def assemble(
     """
     tree, notes = open_modules(file.tree, file.pickle_size)
     value, chosen = select(tree, inner)
+    inner = "" if inner == AN_OPTIMIZER else inner
     averages = [Remark(said, "average-beside", "note") for said in which_is_which(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
@@ -157,6 +159,7 @@ def assemble(
         files=[path],
         check=check,
         close=close,
+        nest=Nest(value, placed),
         rest=_rest(file, value, chosen, entries, placed),
     )
 
@@ -167,9 +170,7 @@ def _rest(
     """Return what the file holds beside a mapping of it; None where it holds no more, or the mapping is none of it."""
     level, pickle = file.tree, file.pickle
     for key in chosen:
-        if not isinstance(level, Mapping) or key not in level:
-            return None
-        level = level[key]
+        level = children(level).get(key)
     # The state_dict of a pickled module is read out of the module: the file itself has no such mapping.
     if pickle is None or level is not value or not isinstance(value, Mapping):
         return None

@@ -7,16 +7,17 @@ from collections.abc import Iterator, Mapping
 
 from ckptkit.errors import FormatError
 from ckptkit.formats.inert import Placeholder
-from ckptkit.formats.naming import Path, exact_key, key_name, type_name
+from ckptkit.formats.naming import Path, exact_key, flat_key, key_name, type_name
 from ckptkit.formats.torch_objects import TensorRef
 from ckptkit.tensors import Entry
 from ckptkit.text import plural, printable, quoted, shell_word
-from ckptkit.wrappers import choose_envelope
+from ckptkit.wrappers import AN_OPTIMIZER, choose_envelope, find_optimizers
 
-__all__ = ["describe", "is_tensor", "leaves", "select"]
+__all__ = ["children", "describe", "is_tensor", "leaves", "select"]
 
 _DEEPEST = 200
 _MOST_SHOWN = 64
+_MOST_LISTED = 8
 _LONGEST_SHOWN = 2000
 _LONGEST_LISTED = 1000
 _SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
@@ -30,8 +31,11 @@ def is_tensor(value: object) -> bool:
 def select(tree: object, inner: str) -> tuple[object, Path]:
     """Return the mapping meant by ``inner`` (``a.b``; empty: found by its signature) and its path in the tree.
 
-    Raises ``FormatError`` where there is no such mapping, or several by signature.
+    ``AN_OPTIMIZER`` means the state of the one optimizer there is. Raises ``FormatError`` where there is no such
+    mapping, or several by signature.
     """
+    if inner == AN_OPTIMIZER:
+        return _the_optimizer(tree)
     if inner:
         return _descend(tree, inner)
     if not isinstance(tree, Mapping):
@@ -41,6 +45,22 @@ def select(tree: object, inner: str) -> tuple[object, Path]:
     for key in path:
         value = value[key] if isinstance(value, Mapping) else None
     return value, path
+
+
+def _the_optimizer(tree: object) -> tuple[object, Path]:
+    found = find_optimizers(tree)
+    if not found:
+        raise FormatError("holds no optimizer state", hint="it is what optimizer.state_dict() gives; save that too")
+    if len(found) > 1:
+        names = [flat_key(path) for path in found[:_MOST_LISTED]]
+        raise FormatError(
+            f"holds the states of {len(found)} optimizers: {', '.join(map(quoted, names))}",
+            hint=f"say which is meant by adding {', '.join(shell_word(f'::{name}') for name in names)} to the path",
+        )
+    value = tree
+    for key in found[0]:
+        value = children(value)[key]
+    return value, found[0]
 
 
 def _descend(tree: object, inner: str) -> tuple[object, Path]:
@@ -65,20 +85,21 @@ def _descend(tree: object, inner: str) -> tuple[object, Path]:
         listed = " or ".join(shell_word(f"::{exact_key(path)}") for _, path in reached[:4])
         raise FormatError(f"{quoted(inner)} is {len(reached)} things in it", hint=f"write {listed}")
     if not reached:
-        known = ", ".join(printable(key_name(key)) for key in list(_children(stuck))[:12])
+        known = ", ".join(printable(key_name(key)) for key in list(children(stuck))[:12])
         raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"at that level there is: {known or 'nothing'}")
     return reached[0]
 
 
 def _steps(value: object, rest: str) -> Iterator[tuple[object, object, str]]:
     """Yield each key of ``value`` that ``rest`` can begin with, what is there, and what is left of ``rest``."""
-    for key, inside in _children(value).items():
+    for key, inside in children(value).items():
         for written in (key_name(key), exact_key((key,))):
             if rest.startswith(written) and rest[len(written) : len(written) + 1] in ("", ".", "["):
                 yield key, inside, rest[len(written) :].removeprefix(".")
 
 
-def _children(value: object) -> Mapping[object, object]:
+def children(value: object) -> Mapping[object, object]:
+    """Return what can be reached in a value by a key or a position; of what holds nothing, nothing."""
     if isinstance(value, Mapping):
         return value
     if isinstance(value, list | tuple):

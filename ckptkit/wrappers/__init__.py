@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from ckptkit.wrappers.envelopes import ENVELOPES, Envelope, choose_envelope, is_state_dict, which_is_which
 from ckptkit.wrappers.explain import AUTO, Explanation, Wrapping, explain, take_off
+from ckptkit.wrappers.optimizers import AN_OPTIMIZER, FLAT_GROUPS, FLAT_STATE, find_optimizers, is_optimizer_state
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS, WRAPPERS, Wrapper
 
 __all__ = [
+    "AN_OPTIMIZER",
     "AUTO",
     "ENVELOPES",
+    "FLAT_GROUPS",
+    "FLAT_STATE",
     "PREFIXES",
     "SEGMENTS",
     "WRAPPERS",
@@ -18,6 +22,8 @@ __all__ = [
     "Wrapping",
     "choose_envelope",
     "explain",
+    "find_optimizers",
+    "is_optimizer_state",
     "is_state_dict",
     "take_off",
     "which_is_which",

@@ -1,0 +1,28 @@
+"""The state of an optimizer by the names of its parameters: read in each of torch's forms, edited as weights are.
+
+Everything here takes values and gives values; ``open_optimizer`` opens a file for it.
+"""
+
+from __future__ import annotations
+
+from ckptkit.optimizer_state.forms import lay_out, to_dict
+from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Unknown
+from ckptkit.optimizer_state.naming import structure_findings, to_named
+from ckptkit.optimizer_state.reading import FoundState, read_state
+from ckptkit.optimizer_state.slots import ELEMENTWISE, parameter_shape, slot_kind
+
+__all__ = [
+    "ELEMENTWISE",
+    "FoundState",
+    "LazyTensor",
+    "NamedGroup",
+    "OptimizerState",
+    "Unknown",
+    "lay_out",
+    "parameter_shape",
+    "read_state",
+    "slot_kind",
+    "structure_findings",
+    "to_dict",
+    "to_named",
+]

@@ -1,0 +1,218 @@
+"""An optimizer state is read by name in each of torch's forms, and names are given only where they are proved."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state_dict
+
+from ckptkit import open_checkpoint
+from ckptkit.errors import CkptkitError, FormatError, PlanError
+from ckptkit.formats import open_optimizer
+from ckptkit.optimizer_state import OptimizerState, read_state, to_dict, to_named
+from tests.helpers_dcp import save as save_distributed
+from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
+
+FLATTEN = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def split(model: nn.Module) -> list[dict[str, Any]]:
+    """Two groups, of which the first lies around the second in the model."""
+    named = dict(model.named_parameters())
+    inner = [tensor for name, tensor in named.items() if name.startswith("fc")]
+    outer = [tensor for name, tensor in named.items() if not name.startswith("fc")]
+    return [{"params": outer}, {"params": inner, "lr": 0.5}]
+
+
+def forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of one optimizer in every form that torch gives."""
+    indexed = optimizer.state_dict()
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    with_names = copy.deepcopy(indexed)
+    for group, live in zip(with_names["param_groups"], optimizer.param_groups, strict=True):
+        group |= {"param_names": [names[id(tensor)] for tensor in live["params"]], "params": group.pop("params")}
+    return {
+        "indexed": indexed,
+        "param-names": with_names,
+        "named": dcp_state_dict.get_optimizer_state_dict(model, optimizer),
+        "flattened": dcp_state_dict.get_optimizer_state_dict(model, optimizer, options=FLATTEN),
+    }
+
+
+def content(state: OptimizerState) -> Any:
+    """All that a state says, read."""
+    return to_dict(state, "named")
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("form", ["indexed", "param-names", "named", "flattened"])
+@pytest.mark.parametrize("saved", [True, False], ids=["file", "live"])
+def test_every_form_is_read_and_made(kind: str, form: str, saved: bool, tmp_path: Path) -> None:
+    """Whatever the form, the content is that of torch's own name-keyed form, and goes back into the form it came in."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS[kind](split(model)))
+    given_form = forms(model, optimizer)[form]
+    thing: Any = given_form
+    if saved:
+        torch.save({"model": model.state_dict(), "optim": {"main": given_form}}, tmp_path / "run.ckpt")
+        thing = open_optimizer(tmp_path / "run.ckpt")
+        assert thing.envelope == "optim.main"
+    state = to_named(thing, model)
+    assert state.form == form
+    assert same_state(
+        sorted_by_name(content(state)["state"]), sorted_by_name(forms(model, optimizer)["named"]["state"])
+    )
+    assert same_state(to_dict(state, form), given_form)
+
+
+def test_names_of_dcp_directories(tmp_path: Path) -> None:
+    """Both forms that torch.distributed.checkpoint writes are read from its directory too."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS["AdamW"](split(model)))
+    for form in ("named", "flattened"):
+        made = forms(model, optimizer)[form]
+        save_distributed(tmp_path / form, {"model": model.state_dict(), "optim": made})
+        with open_optimizer(tmp_path / form) as checkpoint:
+            assert same_state(sorted_by_name(to_dict(to_named(checkpoint), form)), sorted_by_name(made))
+
+
+def sorted_by_name(value: Any) -> Any:
+    """Without the order of mappings, which DCP does not keep."""
+    if isinstance(value, dict):
+        return {key: sorted_by_name(value[key]) for key in sorted(value)}
+    return [sorted_by_name(item) for item in value] if isinstance(value, list) else value
+
+
+@given(st.lists(st.sampled_from([0, 1, 2]), min_size=8, max_size=8), st.sampled_from(list(OPTIMIZERS)))
+@settings(max_examples=15, deadline=None)
+def test_by_position_and_back(deal: list[int], kind: str) -> None:
+    """However the parameters are dealt to groups, names given in their order bring back the very same state."""
+    model = Net()
+    named = list(model.named_parameters())
+    members = [[pair for pair, group in zip(named, deal, strict=True) if group == number] for number in sorted({*deal})]
+    groups = [{"params": [tensor for _, tensor in pairs], "weight_decay": 0.1 * len(pairs)} for pairs in members]
+    optimizer = trained(model, OPTIMIZERS[kind](groups), 1)
+    state = to_named(optimizer.state_dict(), [name for pairs in members for name, _ in pairs])
+    assert same_state(to_dict(state), optimizer.state_dict())
+    assert same_state(to_dict(to_named(to_dict(state, "named"))), optimizer.state_dict())
+
+
+@pytest.mark.parametrize("source", ["model", "checkpoint"])
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_names_follow_from_shapes(kind: str, source: str, tmp_path: Path) -> None:
+    """Positions get the names of the live model, or of its checkpoint without the buffers, where one way alone fits."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS[kind](split(model)))
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    names: Any = model if source == "model" else open_checkpoint(tmp_path / "model.pt")
+    state = to_named(optimizer.state_dict(), names)
+    assert same_state(content(state), forms(model, optimizer)["named"])
+    assert "only way to deal them to 2 groups" in state.evidence
+
+
+def test_frozen_parameters_are_not_counted() -> None:
+    """Where an optimizer was made of what trains, the names are those."""
+    model = Net()
+    model.qkv.requires_grad_(False)
+    optimizer = trained(model, OPTIMIZERS["AdamW"]([tensor for tensor in model.parameters() if tensor.requires_grad]))
+    assert to_named(optimizer.state_dict(), model).names == tuple(
+        name for name, tensor in model.named_parameters() if tensor.requires_grad
+    )
+
+
+def test_two_ways_are_refused_and_named() -> None:
+    """Two equal layers in two groups could be either: both are named, and so is the way out, which works."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = trained(
+        model, OPTIMIZERS["SGD"]([{"params": model[1].parameters()}, {"params": model[0].parameters()}])
+    )
+    with pytest.raises(PlanError, match=r"position 0 \(\[4, 4\]\) is '0.weight' or '1.weight'") as refusal:
+        to_named(optimizer.state_dict(), model)
+    assert "--names" in (refusal.value.hint or "")
+    names = ["1.weight", "1.bias", "0.weight", "0.bias"]
+    state = to_named(optimizer.state_dict(), names)
+    assert same_state(content(state), dcp_state_dict.get_optimizer_state_dict(model, optimizer))
+
+
+def test_another_order_is_refused() -> None:
+    """A group in another order than the model's does not fit, and the first place is named."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS["SGD"](list(model.parameters())[::-1]))
+    with pytest.raises(PlanError, match=r"position 0 is of \[3\], and 'qkv.weight' there is \[12, 4\]"):
+        to_named(optimizer.state_dict(), model)
+
+
+def double(state: dict[str, Any]) -> None:
+    state["param_groups"][0]["params"] = [2, 1, 2]
+
+
+def hole(state: dict[str, Any]) -> None:
+    state["param_groups"][1]["params"] = [8, 9]
+    state["state"] = {key: slots for key, slots in state["state"].items() if key < 6}
+
+
+def stray(state: dict[str, Any]) -> None:
+    state["state"][99] = {"momentum_buffer": torch.zeros(2)}
+
+
+def liar(state: dict[str, Any]) -> None:
+    for group in state["param_groups"]:
+        group["param_names"] = ["head.weight", *(f"other{number}" for number in group["params"][1:])]
+
+
+def short(state: dict[str, Any]) -> None:
+    for group in state["param_groups"]:
+        group["param_names"] = ["head.weight"]
+
+
+@pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (double, "2 is in the groups more than once"),
+        (hole, "the positions are not 0 to 7: 6, 7 missing"),
+        (stray, "there is state of 99, which no group has"),
+        (liar, "'head.weight' to several"),
+        (short, "1 name for 6 parameters"),
+    ],
+)
+def test_contradictions_are_refused(break_it: Callable[[dict[str, Any]], None], said: str) -> None:
+    """Positions that tell nothing for certain are no reason to guess."""
+    model = Net()
+    state = trained(model, OPTIMIZERS["SGD"](split(model))).state_dict()
+    break_it(state)
+    with pytest.raises(FormatError, match=said):
+        to_named(state, model)
+
+
+def test_names_that_lie_are_found_by_shape() -> None:
+    """torch overwrites param_names on loading: names whose shapes are not the parameters' are refused."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS["SGD"](list(model.named_parameters())))
+    assert to_named(optimizer.state_dict(), model).names == tuple(name for name, _ in model.named_parameters())
+    state = optimizer.state_dict()
+    state["param_groups"][0]["param_names"].reverse()
+    with pytest.raises(PlanError, match=r"state called 'head.bias' is of \[12, 4\], and the parameter is \[3\]"):
+        to_named(state, model)
+
+
+def test_several_optimizers_are_listed(tmp_path: Path) -> None:
+    """Two optimizers in one file are named, and one of them can be given; a file of weights has none."""
+    model = Net()
+    state = trained(model, OPTIMIZERS["SGD"](model.parameters())).state_dict()
+    torch.save({"state_dict": model.state_dict(), "optimizer_states": [state, state]}, tmp_path / "two.ckpt")
+    with pytest.raises(FormatError, match=r"2 optimizers: 'optimizer_states.0', 'optimizer_states.1'"):
+        open_optimizer(tmp_path / "two.ckpt")
+    with open_optimizer(f"{tmp_path / 'two.ckpt'}::optimizer_states.1") as checkpoint:
+        assert same_state(to_dict(to_named(checkpoint, model)), state)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    for opener in (open_optimizer, lambda path: read_state(open_checkpoint(path))):
+        with pytest.raises(CkptkitError, match="no optimizer state"):
+            opener(tmp_path / "model.pt")
