@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from ckptkit.formats import open_checkpoint
     from ckptkit.load import LoadReport, load_into
     from ckptkit.merging import plan_merge
-    from ckptkit.param_groups import ParamGroupSpec, build_param_groups, plan_param_groups, validate_param_groups
+    from ckptkit.param_groups import (
+        ParamGroupSpec,
+        assert_param_groups,
+        build_param_groups,
+        plan_param_groups,
+        validate_param_groups,
+    )
     from ckptkit.plan import Plan
     from ckptkit.presets import preset_names, preset_rules
     from ckptkit.remapping import plan_remap
@@ -42,6 +48,7 @@ __all__ = [
     "StateDictDiff",
     "TensorInfo",
     "Written",
+    "assert_param_groups",
     "build_param_groups",
     "choose_output",
     "diff",
@@ -73,7 +80,13 @@ _ROOMS = {
     "formats": ("open_checkpoint",),
     "load": ("LoadReport", "load_into"),
     "merging": ("plan_merge",),
-    "param_groups": ("ParamGroupSpec", "build_param_groups", "plan_param_groups", "validate_param_groups"),
+    "param_groups": (
+        "ParamGroupSpec",
+        "assert_param_groups",
+        "build_param_groups",
+        "plan_param_groups",
+        "validate_param_groups",
+    ),
     "plan": ("Plan",),
     "presets": ("preset_names", "preset_rules"),
     "remapping": ("plan_remap",),

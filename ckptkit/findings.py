@@ -66,9 +66,14 @@ class Report:
         parts = [plural(count, name.removesuffix("s")) for name, count in self.summary.items() if count]
         return "\n".join([*lines, ", ".join(parts) or "no findings"])
 
-    def raise_for_errors(self) -> None:
-        """Raise the first error, saying how many more there are; do nothing where there is none."""
+    def raise_for_errors(self, *, warnings: bool = False) -> None:
+        """Raise the first error, saying how many more there are; do nothing where there is none.
+
+        With ``warnings`` they count too, after the errors.
+        """
         errors = [finding for finding in self.findings if finding.severity == "error"]
+        if warnings:
+            errors += [finding for finding in self.findings if finding.severity == "warning"]
         if errors:
             more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
             raise self.error(f"{errors[0].message}{more}", hint=errors[0].hint or None)

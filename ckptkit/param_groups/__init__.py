@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.gate import assert_param_groups
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter, check_spec, plan_param_groups
 from ckptkit.param_groups.reading import SpecLike, parse_spec
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
@@ -16,6 +17,7 @@ __all__ = [
     "PlannedGroup",
     "PlannedParameter",
     "SpecLike",
+    "assert_param_groups",
     "build_param_groups",
     "check_spec",
     "parse_spec",

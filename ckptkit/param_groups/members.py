@@ -11,7 +11,7 @@ from ckptkit.findings import Finding
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.text import plural, quoted
 
-__all__ = ["Group", "Member", "read_groups"]
+__all__ = ["Group", "Member", "read_groups", "unwrapped"]
 
 _FORMS = "pass the list of group dicts, a list of parameters, an optimizer, or a list of optimizers"
 
@@ -67,10 +67,29 @@ def read_groups(given: Any) -> tuple[list[Group], list[Member], list[Finding]]:
     return groups, members, findings
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that accelerate, Lightning and their like have wrapped and whose groups they pass through.
+
+    Raises ``GroupsError`` for DeepSpeed's, whose groups hold flat copies in the place of parameters.
+    """
+    while True:
+        if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+            raise GroupsError(
+                f"the optimizer is DeepSpeed's {type(optimizer).__name__}, whose groups hold flat copies, not the "
+                "parameters of the model",
+                hint="check the optimizer before deepspeed.initialize or accelerator.prepare takes it",
+            )
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is optimizer or not hasattr(inner, "param_groups"):
+            return optimizer
+        optimizer = inner
+
+
 def _groups(given: Any) -> Iterator[tuple[Group, Any, Any]]:
     """Yield each group with its ``params`` and its ``param_names`` as they stand."""
     if hasattr(given, "param_groups"):
-        yield from _dicts(given.param_groups, optimizer=given)
+        optimizer = unwrapped(given)
+        yield from _dicts(optimizer.param_groups, optimizer=optimizer)
         return
     if isinstance(given, str | bytes | Mapping) or hasattr(given, "named_parameters") or is_tensor(given):
         raise GroupsError(f"param groups cannot be a {type(given).__name__}", hint=_FORMS)
@@ -80,7 +99,7 @@ def _groups(given: Any) -> Iterator[tuple[Group, Any, Any]]:
     if items and any(hasattr(item, "param_groups") for item in items[:1]):
         if not all(hasattr(item, "param_groups") for item in items):
             raise GroupsError("the list holds both optimizers and other things", hint=_FORMS)
-        for number, optimizer in enumerate(items):
+        for number, optimizer in enumerate(map(unwrapped, items)):
             yield from _dicts(optimizer.param_groups, f"optimizer {number}, ", optimizer)
     elif items and any(isinstance(item, Mapping) for item in items):
         if not all(isinstance(item, Mapping) for item in items):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import GroupsError
@@ -37,6 +38,13 @@ def validate_param_groups(model: Module, groups: Optimizer | Iterable[Any]) -> R
     places: dict[int, list[Member]] = {}
     for member in members:
         places.setdefault(id(member.tensor), []).append(member)
+    missing: list[LiveParameter] = []
+    if all(group.known for group in read):
+        missing = [live for live in inventory.trainable() if id(live.tensor) not in places]
+        if members and not missing:
+            # The half of a split that nothing fell into: the Trainer of transformers always makes two groups, and with
+            # LoRA the one without decay is empty.
+            findings = [replace(one, severity="note") if one.code == "groups.empty" else one for one in findings]
     strangers: list[Stranger] = []
     for key, stand in places.items():
         live = inventory.parameters.get(key)
@@ -50,9 +58,6 @@ def validate_param_groups(model: Module, groups: Optimizer | Iterable[Any]) -> R
             findings.append(_computed(stand[0]))
         else:
             strangers.append(Stranger(stand[0].tensor, tuple(stand)))
-    missing: list[LiveParameter] = []
-    if all(group.known for group in read):
-        missing = [live for live in inventory.trainable() if id(live.tensor) not in places]
     older: dict[str, Member] = {}
     for stranger in identify(inventory, strangers, missing):
         findings.append(explain(stranger))
@@ -89,7 +94,9 @@ def _check_live(inventory: Inventory, live: LiveParameter, stand: Sequence[Membe
 def _check_name(inventory: Inventory, live: LiveParameter, member: Member) -> Iterator[Finding]:
     name = member.name or ""
     bare = bare_name(name)
-    if bare in map(bare_name, (live.name, *live.aliases)):
+    true = [bare_name(known) for known in (live.name, *live.aliases)]
+    # Recorded from a part of the model, as of the network inside a LightningModule, it lacks the beginning.
+    if bare in true or (inventory.named(name) is None and any(known.endswith(f".{bare}") for known in true)):
         return
     # A name that nobody has is what parametrize, prune and LoRA leave behind; the name of another one misleads.
     lies = inventory.named(name) is not None

@@ -1,0 +1,48 @@
+"""The gate in transformers: ``Trainer(..., callbacks=[ParamGroupsCallback()])``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.integrations.gate import Gate, OnFault
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+    from torch.optim import Optimizer
+
+try:
+    from transformers import TrainerCallback
+except ModuleNotFoundError as error:
+    if error.name != "transformers":
+        raise
+    raise ModuleNotFoundError(
+        f"{__name__} needs transformers, which is not installed (pip install transformers)", name=error.name
+    ) from None
+
+__all__ = ["ParamGroupsCallback"]
+
+
+class ParamGroupsCallback(TrainerCallback):
+    """Lets ``Trainer.train()`` take its first step only where its optimizer trains what the model has.
+
+    Looks when training begins, after a checkpoint was resumed, and again at the start of each epoch, since
+    what was unfrozen meanwhile needs a group. Errors raise ``GroupsError``, with ``strict`` warnings too; with
+    ``on_fault="warn"`` everything is only warned of. The Trainer's own decay groups pass.
+    """
+
+    def __init__(self, *, strict: bool = False, on_fault: OnFault = "raise") -> None:
+        """Take the choices of the gate."""
+        self._gate = Gate(strict, on_fault)
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, *, model: Module, optimizer: Optimizer, **others: Any
+    ) -> None:
+        """Check before the first step."""
+        self._gate.check(model, [optimizer])
+
+    def on_epoch_begin(
+        self, args: Any, state: Any, control: Any, *, model: Module, optimizer: Optimizer, **others: Any
+    ) -> None:
+        """Check each later epoch."""
+        if state.epoch:
+            self._gate.check(model, [optimizer])

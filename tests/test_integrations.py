@@ -1,0 +1,358 @@
+"""The gate in real training loops: the Trainer of transformers and Lightning's, one or two steps of a tiny model."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from ckptkit import assert_param_groups, validate_param_groups
+from ckptkit.errors import GroupsError
+
+# Lightning's own, of a class of torch that it uses, and of test data too small for workers.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The '[a-z_]*dataloader' does not have many workers"),
+]
+TWICE = "optimizer contains a parameter group with duplicate parameters"  # what torch says, and goes on
+
+Step = dict[str, torch.Tensor]
+
+
+class Rows(Dataset[Step]):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Step:
+        return {"x": torch.tensor([1.0, -2.0, float(index)]), "labels": torch.tensor([1.0, 0.0])}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(3, 4)
+        self.norm = nn.LayerNorm(4)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Step:
+        return {"loss": ((self.head(self.norm(self.body(x))) - labels) ** 2).sum()}
+
+
+class Bare(nn.Module):
+    """Without biases and norms: of the two groups that the Trainer makes, the one without decay stays empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(3, 2, bias=False)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Step:
+        return {"loss": ((self.head(x) - labels) ** 2).sum()}
+
+
+def values(model: nn.Module) -> Step:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def moved(model: nn.Module, before: Step) -> set[str]:
+    """Return which parameters the training moved: the oracle of what the gate claims."""
+    return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+
+
+def names(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+FAULTS: dict[str, tuple[Callable[[Net], torch.optim.Optimizer], str]] = {
+    "the head replaced after the optimizer was built": (lambda net: replace_head(net, sgd(net)), "'head.weight'"),
+    "a parameter left out": (
+        lambda net: torch.optim.AdamW([*net.body.parameters(), *net.head.parameters()]),
+        "'norm.weight'",
+    ),
+    "a parameter twice in a group": (lambda net: sgd(net, net.head.bias), "'head.bias' is in the groups 2 times"),
+}
+
+
+def sgd(net: nn.Module, *more: nn.Parameter) -> torch.optim.SGD:
+    return torch.optim.SGD([*net.parameters(), *more], lr=0.1)
+
+
+def replace_head(net: Net, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    net.head = nn.Linear(4, 2)
+    return optimizer
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Return a function that runs the real ``Trainer.train()`` behind the gate, on the CPU and without a network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from transformers import Trainer, TrainingArguments
+
+    from ckptkit.integrations.transformers import ParamGroupsCallback
+
+    def run(model: nn.Module, optimizer: Any = None, callbacks: Any = (), epochs: int = 1, **choices: Any) -> Any:
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path),
+            num_train_epochs=epochs,
+            per_device_train_batch_size=2,
+            learning_rate=0.1,
+            report_to=[],
+            use_cpu=True,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=Rows(),
+            optimizers=(optimizer, None),
+            callbacks=[*callbacks, ParamGroupsCallback(**choices)],
+        )
+        return trainer.train()
+
+    return run
+
+
+@pytest.mark.parametrize("make", [Net, Bare])
+def test_the_trainers_own_optimizer_passes_and_trains(train: Callable[..., Any], make: Callable[[], nn.Module]) -> None:
+    """Wrapped by accelerate as it is, in two groups one of which may be empty; every parameter moves, none is named."""
+    model = make()
+    before = values(model)
+    assert train(model, strict=True).global_step == 2
+    assert moved(model, before) == names(model)
+
+
+@pytest.mark.filterwarnings(f"ignore:{TWICE}")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_the_trainer_stops_before_its_first_step(train: Callable[..., Any], fault: str) -> None:
+    """The error names the parameter, and nothing has moved."""
+    build, name = FAULTS[fault]
+    net = Net()
+    optimizer = build(net)
+    before = values(net)
+    with pytest.raises(GroupsError, match=name):
+        train(net, optimizer)
+    assert moved(net, before) == set()
+
+
+def test_the_trainer_goes_on_with_a_warning_where_that_is_chosen(train: Callable[..., Any]) -> None:
+    """And the fault is real: the new head is not trained."""
+    net = Net()
+    optimizer = replace_head(net, sgd(net))
+    before = values(net)
+    with pytest.warns(UserWarning, match="'head.weight'"):
+        train(net, optimizer, on_fault="warn")
+    assert moved(net, before) == {name for name in before if not name.startswith("head")}
+
+
+def test_what_is_only_a_warning_stops_the_trainer_where_it_is_strict(train: Callable[..., Any]) -> None:
+    net = Net()
+    optimizer = sgd(net)
+    net.body.requires_grad_(requires_grad=False)
+    with pytest.raises(GroupsError, match=r"'body\.weight' in group 0\[0\] is frozen"):
+        train(net, optimizer, strict=True)
+    with pytest.warns(UserWarning, match="'body.weight' in group 0"):
+        assert train(net, optimizer).global_step == 2
+
+
+def test_what_is_unfrozen_while_the_trainer_runs_needs_a_group(train: Callable[..., Any]) -> None:
+    """The first epoch trains the head; at the start of the second the body has no group."""
+    from transformers import TrainerCallback
+
+    class Unfreeze(TrainerCallback):
+        def on_epoch_end(self, *_: Any, model: nn.Module, **__: Any) -> None:
+            model.requires_grad_()
+
+    net = Net()
+    net.body.requires_grad_(requires_grad=False)
+    before = values(net)
+    with pytest.raises(GroupsError, match=r"'body\.weight' .* is trainable but in no group"):
+        train(net, callbacks=[Unfreeze()], epochs=2)
+    assert moved(net, before) == {name for name in before if not name.startswith("body")}
+
+
+def test_accelerate_wraps_model_and_optimizer() -> None:
+    """Both wrappers are seen through: members by identity, options by the class that reads them."""
+    from accelerate import Accelerator
+
+    net = Net()
+    inner = torch.optim.SGD([{"params": net.parameters(), "leaning_rate": 0.1}], lr=0.1)
+    model, optimizer = Accelerator(cpu=True).prepare(net, inner)
+    assert optimizer is not inner
+    (finding,) = validate_param_groups(model, optimizer).findings
+    assert (finding.code, finding.message) == (
+        "groups.option-unread",
+        "group 0: 'leaning_rate' is not read by SGD",
+    )
+    replace_head(net, inner)
+    with pytest.raises(GroupsError, match=r"'head\.weight'"):
+        assert_param_groups(model, [optimizer])
+
+
+# --- lightning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fit(tmp_path: Path) -> Callable[..., Any]:
+    """Return a function that runs the real ``Trainer.fit()`` behind the gate."""
+    import lightning.pytorch as pl
+
+    from ckptkit.integrations.lightning import ParamGroupsCallback
+
+    class Task(pl.LightningModule):
+        def __init__(self, net: nn.Module, configure: Callable[[Any], Any]) -> None:
+            super().__init__()
+            self.net = net
+            self.configure = configure
+            self.automatic_optimization = not isinstance(configure(net), tuple)
+
+        def training_step(self, batch: Step) -> torch.Tensor:
+            loss: torch.Tensor = self.net(**batch)["loss"]
+            if not self.automatic_optimization:
+                assert assert_param_groups(self, self.optimizers()).findings == ()  # Lightning's wrappers
+                self.manual_backward(loss)
+                for optimizer in self.optimizers():
+                    optimizer.step()
+            return loss
+
+        def configure_optimizers(self) -> Any:
+            return self.configure(self.net)
+
+    def run(
+        net: nn.Module, configure: Callable[[Any], Any], callbacks: Any = (), epochs: int = 0, **choices: Any
+    ) -> None:
+        trainer = pl.Trainer(
+            fast_dev_run=not epochs,
+            max_epochs=epochs or None,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+            callbacks=[*callbacks, ParamGroupsCallback(**choices)],
+        )
+        trainer.fit(Task(net, configure), DataLoader(Rows(), batch_size=2))
+
+    return run
+
+
+def scheduled(net: Net) -> Any:
+    optimizer = torch.optim.AdamW(net.named_parameters(), lr=0.1)
+    return {"optimizer": optimizer, "lr_scheduler": torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)}
+
+
+def halves(net: Net) -> tuple[torch.optim.Optimizer, ...]:
+    return sgd(net.body), torch.optim.AdamW([*net.norm.parameters(), *net.head.parameters()])
+
+
+@pytest.mark.parametrize("configure", [sgd, scheduled, halves])
+def test_what_is_right_is_fitted(fit: Callable[..., Any], configure: Callable[[Net], Any]) -> None:
+    """One optimizer; one with a scheduler, of names without ``net.``; two stepped by hand. All move, none is named."""
+    net = Net()
+    before = values(net)
+    fit(net, configure, strict=True)
+    assert moved(net, before) == names(net)
+
+
+@pytest.mark.filterwarnings(f"ignore:{TWICE}")
+@pytest.mark.parametrize("fault", FAULTS)
+def test_lightning_stops_before_its_first_step(fit: Callable[..., Any], fault: str) -> None:
+    """The error names the parameter by its place in the module, and nothing has moved."""
+    configure, name = FAULTS[fault]
+    net = Net()
+    before: Step = {}
+
+    def configure_and_look(net: Net) -> torch.optim.Optimizer:
+        optimizer = configure(net)
+        before.update(values(net))
+        return optimizer
+
+    with pytest.raises(GroupsError, match=name.replace("'", "'net.", 1)):
+        fit(net, configure_and_look)
+    assert moved(net, before) == set()
+
+
+def test_one_parameter_in_two_optimizers_stops_lightning(fit: Callable[..., Any]) -> None:
+    with pytest.raises(GroupsError, match=r"'net.head.bias' .* 2 times, as optimizer 0, group 0\[5\] and optimizer 1"):
+        fit(Net(), lambda net: (sgd(net), torch.optim.AdamW([net.head.bias])))
+
+
+def test_lightning_goes_on_with_a_warning_where_that_is_chosen(fit: Callable[..., Any]) -> None:
+    with pytest.warns(UserWarning, match="'net.norm.weight' .* is trainable but in no group"):
+        fit(Net(), FAULTS["a parameter left out"][0], on_fault="warn")
+
+
+def test_what_is_unfrozen_and_taken_for_another_is_found(fit: Callable[..., Any]) -> None:
+    """``BaseFinetuning`` drops a fresh norm from the group that it adds, since another one has equal values."""
+    from lightning.pytorch.callbacks import BaseFinetuning
+
+    class Two(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4))
+
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Step:
+            return {"loss": ((self.head(self.more(self.norm(self.body(x)))) - labels) ** 2).sum()}
+
+    class Unfreeze(BaseFinetuning):
+        def freeze_before_training(self, pl_module: Any) -> None:
+            self.freeze(pl_module.net.more, train_bn=False)
+
+        def finetune_function(self, pl_module: Any, epoch: int, optimizer: torch.optim.Optimizer) -> None:
+            if epoch == 0:
+                self.unfreeze_and_add_param_group(pl_module.net.more, optimizer)
+
+    with (
+        pytest.warns(UserWarning, match="Those parameters will be skipped"),
+        pytest.raises(GroupsError, match=r"'net\.more\.0\.weight' .* is trainable but in no group"),
+    ):
+        fit(Two(), lambda net: torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1), [Unfreeze()])
+
+
+# --- without them ----------------------------------------------------------------------------------------------------
+
+
+def imported_without(monkeypatch: pytest.MonkeyPatch, room: str, *absent: str) -> Any:
+    """Import a room of its own as if some libraries were not installed."""
+    monkeypatch.delitem(sys.modules, f"ckptkit.integrations.{room}", raising=False)
+    for name in absent:
+        monkeypatch.setitem(sys.modules, name, None)
+    return importlib.import_module(f"ckptkit.integrations.{room}")
+
+
+@pytest.mark.parametrize(
+    ("room", "absent", "said"),
+    [
+        ("transformers", ["transformers"], "needs transformers, which is not installed"),
+        (
+            "lightning",
+            ["lightning", "lightning.pytorch", "pytorch_lightning"],
+            "needs lightning or pytorch_lightning, and neither is installed",
+        ),
+    ],
+)
+def test_an_absent_library_is_named(monkeypatch: pytest.MonkeyPatch, room: str, absent: list[str], said: str) -> None:
+    with pytest.raises(ModuleNotFoundError, match=rf"{room} {said} \(pip install {absent[0]}\)"):
+        imported_without(monkeypatch, room, *absent)
+
+
+def test_the_older_name_of_lightning_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    room = imported_without(monkeypatch, "lightning", "lightning", "lightning.pytorch")
+    assert issubclass(room.ParamGroupsCallback, importlib.import_module("pytorch_lightning").Callback)
+
+
+def test_a_choice_that_is_none_is_refused() -> None:
+    from ckptkit.integrations.transformers import ParamGroupsCallback
+
+    with pytest.raises(GroupsError, match="on_fault is 'ignore'"):
+        ParamGroupsCallback(on_fault="ignore")  # type: ignore[arg-type]
