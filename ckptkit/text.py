@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
-__all__ = ["html_table", "human_bytes", "kind_of", "look_alikes", "plural", "printable", "quoted", "shell_word"]
+__all__ = [
+    "html_table", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted", "shell_word",
+]  # fmt: skip
 
 _LONGEST = 400
 # Letters of Cyrillic and Greek that are drawn like Latin ones; of compatibility forms, such as wide letters, Unicode
@@ -24,6 +26,7 @@ _INVISIBLE = re.compile(
 # Tables are laid out with spaces: those at an end of a name and those beside another have to show.
 _SPACES = re.compile(r"(?<= ) +|^ +| +$")
 _MOST_ROWS = 500
+_MOST_LISTED = 8
 _MOST_DRAWN = 2_000_000  # characters that names are compared by
 
 
@@ -62,6 +65,12 @@ def quoted(name: str) -> str:
         return f'"{shown}"'
     inner = shown.replace("'", "\\'")
     return f"'{inner}'"
+
+
+def listed(names: Collection[str]) -> str:
+    """Return the first eight names, quoted, and how many more there are, for use inside a sentence."""
+    first = ", ".join(quoted(name) for _, name in zip(range(_MOST_LISTED), names, strict=False))
+    return first + (f" and {len(names) - _MOST_LISTED:,} more" if len(names) > _MOST_LISTED else "")
 
 
 def shell_word(text: str) -> str:

@@ -132,7 +132,7 @@ CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
     "torch zip": (_torch(TIED), ["not-scanned"], 12008),
     "torch zip of a run": (_torch(TRAINED), ["not-scanned"], 48),
     "torch legacy": (_torch(TIED, _use_new_zipfile_serialization=False), ["no-checksum", "not-scanned"], 12008),
-    "safetensors": (_safetensors, ["no-checksum", "not-scanned"], 40),
+    "safetensors": (_safetensors, ["dtype-mix", "no-checksum", "not-scanned"], 40),
     "sharded safetensors": (_shards("safetensors", save_file), ["no-checksum", "not-scanned"], 4000),
     "sharded torch": (_shards("bin", torch.save), ["not-scanned"], 4000),
     "dcp": (_dcp, ["not-scanned"], 48),
@@ -394,8 +394,8 @@ def test_a_reader_without_records_is_read_tensor_by_tensor(tmp_path: Path) -> No
     with open_checkpoint(path) as inner:
         bare = Checkpoint(inner, lambda info: inner.payload(info.key), path=str(path), format="new", files=[str(path)])
         report = run_checks(bare)
-    assert codes(report) == ["no-checksum", "not-scanned"]
-    assert "2 of 2 records (40 B)" in report.findings[0].message
+    assert codes(report) == ["dtype-mix", "no-checksum", "not-scanned"]
+    assert "2 of 2 records (40 B)" in report.findings[1].message
 
 
 # --- files that change, and files that cannot be read ----------------------------------------------------------------

@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import click
 
@@ -15,17 +16,18 @@ from ckptkit.cli.options import (
     about,
     echo_report,
     exit_code,
-    filter_options,
     form_options,
     opened,
     path_argument,
     quiet_option,
 )
+from ckptkit.cli.rules import rule_options
 from ckptkit.errors import CkptkitError, RuleError
+from ckptkit.findings import Report
 from ckptkit.report.findings import Checked, findings_by_path, findings_document, in_one
 from ckptkit.report.page import code
 from ckptkit.report.show import describe, totals
-from ckptkit.rules import Rules, parse_rules
+from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint
 
 __all__ = ["check"]
@@ -33,7 +35,9 @@ __all__ = ["check"]
 
 @click.command()
 @path_argument("paths", nargs=-1, required=True, metavar="PATH...")
-@filter_options
+@click.option("--like", "expected", type=click.Path(), metavar="EXPECTED",
+              help="Compare keys, shapes and dtypes with what a model expects, as ckpt diff does.")  # fmt: skip
+@rule_options(beside="paths")
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor byte, no checksum.")
 @form_options
 @quiet_option
@@ -42,43 +46,50 @@ def check(
     context: click.Context,
     paths: tuple[str, ...],
     *,
-    keep: tuple[str, ...],
-    drop: tuple[str, ...],
+    expected: str | None,
+    rules: Rules,
     fast: bool,
     form: Form,
     quiet: bool,
 ) -> None:
     """Read every stored byte of checkpoints, and say what is damaged or odd.
 
-    Checksums are compared where a file has them. What was not looked at is said too. Exit code 0 where there are
-    only notes, 1 for errors and warnings. Of several paths, one that cannot be opened is an error among the
-    findings, and ends with 2.
+    Checksums are compared where a file has them, and names with each other: a layer that is missing among others,
+    half of an adapter. With --like also with what a model expects, after the rules have renamed the keys. What was
+    not looked at is said too. Exit code 0 where there are only notes, 1 for errors and warnings. Of several paths,
+    one that cannot be opened is an error among the findings, and ends with 2.
 
     \b
     ckpt check run.ckpt
     ckpt check --fast downloads/*.safetensors
+    ckpt check --like py:mynet:build --strip auto run.ckpt
     """  # noqa: D301 - \b is click's mark
-    rules = parse_rules(keep=keep, drop=drop)
+    with contextlib.ExitStack() as stack:
+        like = stack.enter_context(opened(expected, quiet=quiet))[0] if expected is not None else None
+        checked, trouble = _check_all(
+            paths, partial(run_checks, rules=rules, like=like, fast=fast), hidden=fast or quiet
+        )
+        report = in_one(checked)
+    echo_report(form, lambda: findings_by_path(checked), lambda: findings_document(report))
+    context.exit(2 if trouble else exit_code(report))
+
+
+def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bool) -> tuple[list[Checked], bool]:
+    """Return what was found at each path, and whether one of several could not be opened."""
     checked: list[Checked] = []
     trouble = False
     for path in paths:
         try:
-            checked.append(_check(path, rules, fast=fast, quiet=quiet))
+            with opened(path, quiet=True) as (checkpoint,), about(path):
+                title = describe(checkpoint, totals(checkpoint.values()))
+                with _progress(checkpoint, hidden=hidden) as progress:
+                    checked.append(Checked(path, title, run(checkpoint, progress=progress).findings))
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
                 raise
             checked.append(Checked(path, (code(path),), (unreadable(error, path),)))
             trouble = True
-    report = in_one(checked)
-    echo_report(form, lambda: findings_by_path(checked), lambda: findings_document(report))
-    context.exit(2 if trouble else exit_code(report))
-
-
-def _check(path: str, rules: Rules, *, fast: bool, quiet: bool) -> Checked:
-    with opened(path, quiet=True) as (checkpoint,), about(path):
-        title = describe(checkpoint, totals(checkpoint.values()))
-        with _progress(checkpoint, hidden=fast or quiet) as progress:
-            return Checked(path, title, run_checks(checkpoint, rules, fast=fast, progress=progress).findings)
+    return checked, trouble
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import PureWindowsPath
@@ -13,6 +13,7 @@ from typing import Any
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.findings import Remark
 from ckptkit.formats.safetensors import parse_json
+from ckptkit.sharing import tied
 from ckptkit.storage import LocalFile
 from ckptkit.tensors import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.text import plural, printable, quoted
@@ -58,17 +59,24 @@ def open_sharded(
     for key, name in weight_map.items():
         _check_name(key, name, index_name, index_path)
         shards.setdefault(name, []).append(key)
-    if whole:
-        _refuse_extra(directory, shards)
+    extra = _extra(directory, shards)
+    if whole and extra:
+        raise FormatError(
+            f"shard {quoted(extra[0])} lies beside the index and is not named in it: left from another save?",
+            hint="remove it, or give the path of the index itself to read without it",
+            path=directory,
+        )
     opened: dict[str, Checkpoint] = {}
     try:
         for name, keys in shards.items():
             opened[name] = _open_one(os.path.join(directory, name), keys, open_shard)
-        return _joined(directory, index_path, index, weight_map, opened)
+        checkpoint = _joined(directory, index_path, index, weight_map, opened)
     except BaseException:
         for shard in opened.values():
             shard.close()
         raise
+    checkpoint.warnings += tuple(_odd_names(list(shards), extra))
+    return checkpoint
 
 
 def _read_index(path: str) -> Mapping[str, Any]:
@@ -123,17 +131,28 @@ def _check_name(key: str, name: object, index_name: str, path: str) -> None:
         raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
 
 
-def _refuse_extra(directory: str, shards: Mapping[str, object]) -> None:
+def _extra(directory: str, shards: Mapping[str, object]) -> list[str]:
+    """Return the shards in the directory that are called like those of the index, and that it does not name."""
     families = {match[1] for name in shards if (match := _NUMBERED.fullmatch(name))}
     suffixes = {name.rpartition(".")[2] for name in shards}
-    for name in sorted(os.listdir(directory)):
-        match = _NUMBERED.fullmatch(name)
-        if match and match[1] in families and match[4] in suffixes and name not in shards:
-            raise FormatError(
-                f"shard {quoted(name)} lies beside the index and is not named in it: left from another save?",
-                hint="remove it, or give the path of the index itself to read without it",
-                path=directory,
-            )
+    matches = [match for name in sorted(os.listdir(directory)) if (match := _NUMBERED.fullmatch(name))]
+    return [match[0] for match in matches if match[1] in families and match[4] in suffixes and match[0] not in shards]
+
+
+def _odd_names(names: Sequence[str], extra: Sequence[str]) -> Iterator[Remark]:
+    """Yield what the names of the shards tell of others: those that lie there, and those that should."""
+    if extra:
+        more = f" and {len(extra) - 1:,} more" if extra[1:] else ""
+        yield Remark(f"shard {quoted(extra[0])}{more} lies beside the index and is not named in it", "stale-shard")
+    families: dict[tuple[str, int, str], set[int]] = {}
+    for name in names:
+        if (match := _NUMBERED.fullmatch(name)) is not None:
+            families.setdefault((match[1], int(match[3]), match[4]), set()).add(int(match[2]))
+    for (family, count, suffix), numbers in families.items():
+        absent = next((number for number in range(1, count + 1) if number not in numbers), None)
+        if absent is not None:
+            lost = f"{family}-{absent:05}-of-{count:05}.{suffix}"
+            yield Remark(f"the index names {len(numbers):,} of {count:,} shards, and not {quoted(lost)}", "shard-count")
 
 
 def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -181,9 +200,12 @@ def _joined(
         warnings.append(f"shards {quoted(alike)} and {quoted(other)} differ in case alone: one file on some systems")
     total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
     actual = sum(info.nbytes for info in infos.values())
-    if total is not None and total != actual:
+    # Some writers count a tensor that is tied to another once, some as often as it has a key.
+    once = actual - sum(infos[key].nbytes for keys in tied(infos.values()) for key in keys[1:])
+    if total is not None and total not in (actual, once):
         stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
-        warnings.append(f"the index gives a total size of {stated} bytes, the tensors have {actual}")
+        said = f"the index gives a total size of {stated} bytes, the tensors have {actual}"
+        warnings.append(Remark(said, "total-size"))
     metadata: dict[str, str] = {}
     for shard in opened.values():
         metadata |= shard.metadata

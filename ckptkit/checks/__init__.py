@@ -1,0 +1,122 @@
+"""Whether a checkpoint is what it should be: its files whole, its names complete, and what a model expects.
+
+What was not looked at is a finding of its own: silence would read as health.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import groupby
+from typing import Any
+
+from ckptkit.checks.adapters import lora_pairs
+from ckptkit.checks.expected import differences
+from ckptkit.checks.reading import Progress, Scan, unreadable
+from ckptkit.checks.structure import dtype_mix, index_holes, lacking, not_dense, numbered
+from ckptkit.compare import compare
+from ckptkit.findings import Finding, Remark, Report
+from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.tensors import Checkpoint
+from ckptkit.text import plural, quoted
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+
+__all__ = ["run_checks", "unreadable"]
+
+_MOST_OF_A_CODE = 32
+_HINTS = {
+    "code-reference": "ckpt show lists them all; a loader that unpickles may run them",
+    "code-suspicious": "do not load it with pickle, nor with torch.load(weights_only=False)",
+    "skipped-data": "the tensors read as zeros: save it again without skip_data",
+    "stale-shard": "remove it: who reads the directory without its index takes it for a part",
+    "shard-count": "copy the whole directory again",
+}
+_PART = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
+_SCALED = frozenset({"adapter-base", "adapter-config"})
+
+
+def run_checks(
+    checkpoint: StateDictLike,
+    rules: Rules | Iterable[str] | Mapping[str, Any] | None = None,
+    *,
+    like: StateDictLike | None = None,
+    fast: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Return what is wrong or odd about a checkpoint, and last, what was not looked at.
+
+    Reads every stored byte once, in bounded memory, and compares it with its checksum where its container has
+    recorded one; no value is judged. ``fast`` reads headers only. ``like`` is what a model expects, as in ``diff``.
+    ``rules`` that keep and drop keys leave out what holds none of the tensors kept; they rename for the comparison with
+    ``like`` alone. ``progress`` is told the number of bytes after each piece.
+
+    Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``, ``lora-half``, ``lora-rank``, and
+    with ``like`` ``missing``, ``shape-mismatched``, ``uncopyable``, ``no-tensor``; of warnings: ``code-reference``,
+    ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``beside-unread``, ``adapter-config``,
+    ``adapter-rank``, ``empty-weights``, ``not-in-parts``, ``index-hole``, ``sibling-lacks``, ``stale-shard``,
+    ``shard-count``, ``total-size``, ``lora-alpha``, ``reader-warning``, and with ``like`` ``unexpected``,
+    ``dtype-mismatched``, ``extra-state``; of notes: ``no-checksum``, ``not-dense``, ``dtype-mix``, ``one-shard``,
+    ``compressed``, ``constants``, ``uncounted``, ``adapter-base``, ``lora-alpha``, ``link-outside``,
+    ``master-weights``, ``not-in-parts``, ``average-beside``, ``missing-tied``, ``filled``, and ``not-scanned``, which
+    is always there.
+    Raises ``RuleError`` where a rule goes wrong; what is wrong with a file is a finding.
+    """
+    opened = as_checkpoint(checkpoint, "checkpoint")
+    key_map = apply_rules(as_rules(rules), opened)
+    chosen = key_map.renamed
+    findings = list(_headers(opened, chosen))
+    if like is not None:
+        findings += differences(compare(as_checkpoint(like, "expected"), opened, key_map))
+    if fast:
+        looked = "headers only: no stored byte of a tensor was read, no checksum compared"
+        return _report([*findings, _not_scanned(looked)])
+    scan = Scan(opened, None if len(chosen) == len(opened) else chosen.keys())
+    findings += scan.read(progress or (lambda _: None))
+    if scan.unchecked and all(finding.code != "no-checksum" for finding in findings):
+        findings.append(scan.without_checksum())
+    return _report([*findings, _not_scanned(scan.summary())])
+
+
+def _report(findings: Iterable[Finding]) -> Report:
+    """Return the report, with the first of very many findings of one code and a count of the others."""
+    told: list[Finding] = []
+    for (code, severity), group in groupby(findings, key=lambda finding: (finding.code, finding.severity)):
+        same = list(group)
+        told += same[:_MOST_OF_A_CODE]
+        if len(same) > _MOST_OF_A_CODE:
+            said = f"{plural(len(same) - _MOST_OF_A_CODE, 'more finding')} of this kind"
+            told.append(Finding(code, severity, same[_MOST_OF_A_CODE].key, said, "--keep 'PATTERN' asks about some"))
+    return Report(tuple(told))
+
+
+def _not_scanned(message: str) -> Finding:
+    return Finding("not-scanned", "note", "", message)
+
+
+def _headers(opened: Checkpoint, chosen: Iterable[str]) -> Iterator[Finding]:
+    """Yield what is found without reading a tensor."""
+    told = list(_told(opened))
+    yield from told
+    infos = {key: opened[key] for key in chosen}
+    yield from _one_shard(opened)
+    yield from not_dense(infos.values())
+    yield from dtype_mix(infos.values())
+    lists = numbered(infos)
+    yield from index_holes(lists)
+    yield from lacking(lists)
+    yield from lora_pairs(infos, scaled=any(finding.code in _SCALED for finding in told))
+
+
+def _told(checkpoint: Checkpoint) -> Iterator[Finding]:
+    for warning in checkpoint.warnings:
+        remark = warning if isinstance(warning, Remark) else Remark(warning, "reader-warning")
+        yield Finding(remark.code, remark.severity, "", str(remark), _HINTS.get(remark.code, ""))
+
+
+def _one_shard(checkpoint: Checkpoint) -> Iterator[Finding]:
+    name = os.path.basename(checkpoint.files[0]) if len(checkpoint.files) == 1 else ""
+    match = _PART.fullmatch(name)
+    if match is not None and int(match[2]) > 1:
+        said = f"{quoted(name)} is one of {int(match[2]):,} shards by its name: the others were not looked at"
+        yield Finding("one-shard", "note", "", said, "give the path of the index, or of the directory")
