@@ -6,21 +6,29 @@ Everything here takes values and gives values; ``open_optimizer`` opens a file f
 from __future__ import annotations
 
 from ckptkit.optimizer_state.forms import lay_out, to_dict
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Unknown
+from ckptkit.optimizer_state.grouping import order_like, resplit
+from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Unknown
 from ckptkit.optimizer_state.naming import structure_findings, to_named
+from ckptkit.optimizer_state.prune import prune
 from ckptkit.optimizer_state.reading import FoundState, read_state
+from ckptkit.optimizer_state.remap import remap
 from ckptkit.optimizer_state.slots import ELEMENTWISE, parameter_shape, slot_kind
 
 __all__ = [
     "ELEMENTWISE",
+    "Change",
     "FoundState",
     "LazyTensor",
     "NamedGroup",
     "OptimizerState",
     "Unknown",
     "lay_out",
+    "order_like",
     "parameter_shape",
+    "prune",
     "read_state",
+    "remap",
+    "resplit",
     "slot_kind",
     "structure_findings",
     "to_dict",

@@ -12,7 +12,17 @@ from ckptkit.text import html_table, plural, printable
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FORMS", "LazyTensor", "NamedGroup", "OptimizerState", "Slot", "Unknown", "map_tensors", "tensors_in"]
+__all__ = [
+    "FORMS",
+    "Change",
+    "LazyTensor",
+    "NamedGroup",
+    "OptimizerState",
+    "Slot",
+    "Unknown",
+    "map_tensors",
+    "tensors_in",
+]
 
 # How files have it: by position, by position with torch's param_names beside, by name, by name without nesting.
 FORMS = ("indexed", "param-names", "named", "flattened")
@@ -74,12 +84,26 @@ class NamedGroup:
     options: Mapping[str, Slot]
 
 
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What became of a parameter: which ones it was made of, by what (``copy``: nothing changed), and by which rule.
+
+    For one that is ``dropped``, ``reset`` (its state alone is) or ``new`` (there never was any), ``reason`` says why.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    operation: str
+    reason: str = ""
+
+
 @dataclass(frozen=True)
 class OptimizerState:
     """What ``optimizer.state_dict()`` holds, by FQN: the slots of each parameter (``exp_avg``, ``step``), and groups.
 
     ``form`` is how it was found, one of ``FORMS``; ``evidence`` says where names come from that were not in it, and
-    ``remarks`` what else is to be known of it. A parameter without state, frozen or never stepped, is in a group only.
+    ``remarks`` what else is to be known of it, ``changes`` what the last function that made it did. A parameter without
+    state, frozen or never stepped, is in a group only.
     """
 
     state: Mapping[str, Mapping[str, Slot]]
@@ -87,6 +111,7 @@ class OptimizerState:
     form: str = "named"
     evidence: str = ""
     remarks: tuple[str, ...] = ()
+    changes: tuple[Change, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:

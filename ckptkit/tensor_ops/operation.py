@@ -77,6 +77,10 @@ class Operation(ABC):
         del inputs
         return None
 
+    def moving(self) -> Operation | None:
+        """Return what does the same to other numbers of the elements, such as moments; None where it computes."""
+        return None
+
     def apply(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Return the outputs, contiguous, maybe in the inputs' memory; raises ``RuleError`` where they do not fit."""
         self.shapes([tuple(tensor.shape) for tensor in tensors])
@@ -113,6 +117,10 @@ class Moving(Operation):
     """An operation that only moves elements: any dtype, every bit as it was."""
 
     __slots__ = ()
+
+    def moving(self) -> Operation:
+        """Return itself: it moves whatever belongs to an element."""
+        return self
 
     @abstractmethod
     def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
@@ -71,6 +71,10 @@ class Pad(Operation):
             elif not _holds(code, self.fill):
                 raise self.refusal(f"{printable_code(code)} does not hold {self.fill}")
         return (inputs[0],)
+
+    def moving(self) -> Pad:
+        """Return the same with zeros: whatever new rows begin with, no gradient has been there."""
+        return replace(self, fill="zeros")
 
     def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Add the rows."""

@@ -1,0 +1,165 @@
+"""Groups dealt anew: the same groups with other members, groups of a spec, groups in the order of a model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from ckptkit.errors import PlanError
+from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot
+from ckptkit.optimizer_state.shapes import parameters_of
+from ckptkit.optimizer_state.slots import number_of, same_value
+from ckptkit.param_groups import ParamGroupsPlan
+from ckptkit.text import plural, printable, quoted
+
+__all__ = ["GroupsLike", "Hyper", "order_like", "resplit", "with_members"]
+
+Hyper = Literal["live", "saved", "error"]
+GroupsLike = OptimizerState | ParamGroupsPlan | Iterable[NamedGroup]
+_SHOWN = 4
+
+
+def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") -> OptimizerState:
+    """Return the state with its parameters in other groups: more of them, fewer, or in another order.
+
+    ``groups`` are those of a spec that was planned, of another state, or ``NamedGroup`` values. Options follow the
+    parameters: where both the new group and the file have one, ``hyper`` takes the ``live`` value or the ``saved`` one,
+    or raises where they differ (``error``); what the groups do not say is the saved value, and what the file does not
+    say stays. A parameter that the file does not have starts anew.
+
+    Raises ``PlanError`` where parameters of the file are in no group or in two, and where a saved value would be taken
+    that is not the same for all parameters of a group, listing them.
+    """
+    if hyper not in ("live", "saved", "error"):
+        raise PlanError(f"hyper is {quoted(str(hyper))}", hint="it is live, saved or error")
+    wanted = _named_groups(groups)
+    names = [name for group in wanted for name in group.names]
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise PlanError(f"{_listed(twice)} would be in the groups more than once")
+    left = [name for name in state.names if name not in set(names)]
+    if left:
+        raise PlanError(
+            f"{_listed(left)} would be in no group", hint="give them a group, or drop them first: ckpt optim prune"
+        )
+    saved = {name: group.options for group in state.groups for name in group.names}
+    merger = _Merger(saved, [group.options for group in state.groups], hyper)
+    made = tuple(NamedGroup(group.names, merger.options(number, group)) for number, group in enumerate(wanted))
+    changes = tuple(
+        Change(name, (name,) if name in saved else (), "copy" if name in saved else "new") for name in names
+    )
+    kept = {name: state.state[name] for name in names if name in state.state}
+    remarks = (*state.remarks, *_stale_rates(made, merger))
+    return replace(state, state=kept, groups=made, changes=changes, remarks=tuple(dict.fromkeys(remarks)))
+
+
+def _named_groups(groups: GroupsLike) -> tuple[NamedGroup, ...]:
+    if isinstance(groups, OptimizerState):
+        return groups.groups
+    if isinstance(groups, ParamGroupsPlan):
+        return tuple(
+            NamedGroup(tuple(parameter.name for parameter in group.parameters), group.options)
+            for group in groups.groups
+        )
+    return tuple(groups)
+
+
+@dataclass(frozen=True, slots=True)
+class _Merger:
+    """The options of new groups out of what they say and what their members had."""
+
+    saved: Mapping[str, Mapping[str, Slot]]
+    groups: Sequence[Mapping[str, Slot]]
+    hyper: Hyper
+
+    def options(self, number: int, group: NamedGroup) -> dict[str, Slot]:
+        members = {name: self.saved[name] for name in group.names if name in self.saved}
+        keys = dict.fromkeys(key for options in (*members.values(), *self.groups, group.options) for key in options)
+        return {key: self._option(key, number, group, members) for key in keys}
+
+    def _option(self, key: str, number: int, group: NamedGroup, members: Mapping[str, Mapping[str, Slot]]) -> Slot:
+        had = {name: options[key] for name, options in members.items() if key in options}
+        said = key in group.options
+        if said and (self.hyper == "live" or not had):
+            return group.options[key]
+        if not had:  # of parameters that are all new: what every group of the file has
+            everywhere = {str(at): options.get(key) for at, options in enumerate(self.groups)}
+            return self._one(
+                key, f"group {number} does not say its {quoted(key)}, and the groups of the file", everywhere
+            )
+        value = self._one(key, f"the parameters of group {number}", had)
+        if said and self.hyper == "error" and not _equal(value, group.options[key]):
+            raise PlanError(
+                f"{quoted(key)} of group {number} is {_told(group.options[key])}, and was {_told(value)}",
+                hint="--hyper live takes the new value, --hyper saved the old one",
+            )
+        return value
+
+    def _one(self, key: str, whose: str, values: Mapping[str, Slot]) -> Slot:
+        (first, value), *others = values.items()
+        for name, other in others:
+            if not _equal(value, other):
+                raise PlanError(
+                    f"{whose} had different values of {quoted(key)}: {_told(value)} ({printable(first)}), "
+                    f"{_told(other)} ({printable(name)})",
+                    hint=f"give the group a {key} of its own, and --hyper live",
+                )
+        return value
+
+
+def _equal(one: Slot, other: Slot) -> bool:
+    left, right = number_of(one), number_of(other)
+    if left is not None and right is not None and not isinstance(one, bool) and not isinstance(other, bool):
+        return left == right
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):  # a file of JSON has no tuples
+        return len(one) == len(other) and all(map(_equal, one, other))
+    return same_value(one, other)
+
+
+def _told(value: Slot) -> str:
+    return str(number_of(value)) if isinstance(value, LazyTensor) else printable(str(value))
+
+
+def _stale_rates(groups: Iterable[NamedGroup], merger: _Merger) -> Iterator[str]:
+    for number, group in enumerate(groups):
+        before = next((merger.saved[name] for name in group.names if name in merger.saved), {})
+        same = {key: _equal(before[key], group.options[key]) for key in ("lr", "initial_lr") if key in before}
+        if same == {"lr": False, "initial_lr": True}:
+            yield (
+                f"group {number} has another lr, and the initial_lr of the file: a scheduler that is made after "
+                "loading begins with that"
+            )
+
+
+def with_members(
+    groups: Sequence[NamedGroup], members: Sequence[Sequence[str]]
+) -> tuple[tuple[NamedGroup, ...], list[str]]:
+    """Return the groups with other members, without those that have none any more, and what is to be said of that."""
+    kept = [at for at, (group, names) in enumerate(zip(groups, members, strict=True)) if names or not group.names]
+    gone = [str(at) for at in range(len(groups)) if at not in set(kept)]
+    said = [f"{plural(len(gone), 'group')} without parameters now, and left out: {', '.join(gone)}"] if gone else []
+    return tuple(NamedGroup(tuple(members[at]), groups[at].options) for at in kept), said
+
+
+def order_like(state: OptimizerState, model: Any) -> OptimizerState:
+    """Return the state with the parameters of each group in the order of a model: a Module, a Checkpoint, or shapes.
+
+    Raises ``PlanError`` where it has parameters that the model does not have, or of other shapes.
+    """
+    parameters = parameters_of(model)
+    place = {name: number for number, name in enumerate(parameters.shapes)}
+    place |= {other: place[first] for other, first in parameters.aliases.items() if first in place}
+    unknown = [name for name in state.names if name not in place]
+    if unknown:
+        raise PlanError(
+            f"{parameters.said} has no {_listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"
+        )
+    groups = tuple(replace(group, names=tuple(sorted(group.names, key=place.__getitem__))) for group in state.groups)
+    return replace(state, groups=groups)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(map(quoted, names[:_SHOWN])) + more

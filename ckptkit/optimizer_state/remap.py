@@ -1,0 +1,170 @@
+"""States that follow their weights: the same rules, and the same moves of elements, for every slot."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.errors import PlanError
+from ckptkit.making import Maker
+from ckptkit.optimizer_state.grouping import with_members
+from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot
+from ckptkit.optimizer_state.slots import number_of, same_value, slot_kind
+from ckptkit.plan import Step
+from ckptkit.rules import Made, Rules, apply_rules, as_rules, describe_made
+from ckptkit.steps import make_step
+from ckptkit.tensors import Checkpoint, Payload, TensorInfo
+from ckptkit.text import quoted
+
+if TYPE_CHECKING:
+    from ckptkit.recipes import Recipe
+    from ckptkit.tensor_ops import Operation
+
+__all__ = ["remap"]
+
+_ANEW = "drop its state, so that it starts anew: ckpt optim prune --reset PATTERN"
+
+
+def remap(
+    state: OptimizerState, rules: Rules | list[str] | Mapping[str, Any] | None, *, elementwise: Collection[str] = ()
+) -> OptimizerState:
+    """Return the state of the parameters that ``rules`` make: those that make the weights of a model are meant.
+
+    A slot with a number for each element (``exp_avg``, ``momentum_buffer``; ``elementwise`` names more) is split,
+    joined, padded (with zeros) and turned with its weight, bit by bit, when it is read. One number for the whole
+    parameter (``step``) is copied; of parameters that become one it has to be equal. All else follows a renaming alone.
+    A parameter is in the group of those that it is made of.
+
+    Raises ``RuleError`` as for weights, and ``PlanError`` where a rule computes, where parameters of different options
+    or numbers become one, or where a slot cannot follow.
+    """
+    key_map = apply_rules(as_rules(rules), state.names)
+    outputs = key_map.outputs()
+    work = _Work(state, frozenset(elementwise))
+    slots = {new: work.slots(new, how) for new, how in outputs.items()}
+    made = {new: own for new, own in slots.items() if own is not None}
+    groups, remarks = _groups(state, outputs)
+    changes = [
+        Change(new, how.sources, "copy" if how.recipe is None else how.recipe.outline(), how.rule)
+        for new, how in outputs.items()
+    ]
+    changes += [Change(old, (old,), "dropped", reason) for old, reason in key_map.dropped.items()]
+    said = (*state.remarks, *key_map.notes, *remarks, *work.remarks)
+    return replace(state, state=made, groups=groups, remarks=tuple(dict.fromkeys(said)), changes=tuple(changes))
+
+
+def _groups(state: OptimizerState, outputs: Mapping[str, Made]) -> tuple[tuple[NamedGroup, ...], list[str]]:
+    home = {name: number for number, group in enumerate(state.groups) for name in group.names}
+    members: list[list[str]] = [[] for _ in state.groups]
+    for new, how in outputs.items():
+        first, *others = dict.fromkeys(home[source] for source in how.sources)
+        for other in others:
+            one, two = state.groups[first].options, state.groups[other].options
+            if differing := [key for key in one.keys() | two.keys() if not same_value(one.get(key), two.get(key))]:
+                raise PlanError(
+                    f"{quoted(new)} would be of groups {first} and {other}, which differ in {min(differing)}",
+                    hint="bring them into one group first: ckpt optim resplit",
+                )
+        members[first].append(new)
+    return with_members(state.groups, members)
+
+
+@dataclass(slots=True)
+class _Work:
+    """The slots of the new parameters, one after the other; what is made of one slot is made by one maker."""
+
+    state: OptimizerState
+    elementwise: frozenset[str]
+    remarks: list[str] = field(default_factory=list)
+    makers: dict[str, tuple[Checkpoint, Maker]] = field(default_factory=dict)
+
+    def slots(self, new: str, how: Made) -> Mapping[str, Slot] | None:
+        """Return the slots of a new parameter; None where none of those that it is made of has any."""
+        sources = [self.state.state.get(name) for name in how.sources]
+        for other in how.equals:
+            if not same_value(self.state.state.get(other), sources[0]):
+                raise PlanError(
+                    f"the states of {quoted(how.sources[0])} and {quoted(other)} would both be that of {quoted(new)}, "
+                    "and are not equal"
+                )
+        if how.recipe is None or all(slots is None for slots in sources):
+            return sources[0]
+        there = [slots for slots in sources if slots is not None]
+        names = tuple(dict.fromkeys(slot for slots in there for slot in slots))
+        for name, slots in zip(how.sources, sources, strict=True):
+            lacking = [slot for slot in names if slots is None or slot not in slots]
+            if lacking:
+                raise PlanError(
+                    f"{quoted(new)} would be made of {quoted(name)} too, which has no {lacking[0]}: never stepped?",
+                    hint=_ANEW,
+                )
+        return {slot: self._made(slot, new, how, [slots[slot] for slots in there]) for slot in names}
+
+    def _made(self, slot: str, new: str, how: Made, values: Sequence[Slot]) -> Slot:
+        kinds = {slot_kind(slot, value, self.elementwise) for value in values}
+        if kinds == {"scalar"}:
+            for name, value in zip(how.sources, values, strict=True):
+                if not same_value(value, values[0]):
+                    raise PlanError(
+                        f"{quoted(new)} cannot be made of {quoted(how.sources[0])}, whose {slot} is "
+                        f"{number_of(values[0])}, and {quoted(name)}, whose {slot} is {number_of(value)}",
+                        hint=_ANEW,
+                    )
+            return values[0]
+        if kinds != {"elementwise"}:
+            raise PlanError(
+                f"{slot} of {quoted(how.sources[0])} has no number for each element, and cannot follow "
+                f"{how.rule} into {quoted(new)}",
+                hint=_ANEW if "factored" in kinds else f"{_ANEW}; or, if it has, --elementwise {slot}",
+            )
+        return self._moved(slot, new, how)
+
+    def _moved(self, slot: str, new: str, how: Made) -> LazyTensor:
+        assert how.recipe is not None  # noqa: S101 - a parameter that is renamed alone is not moved
+        how = replace(how, recipe=self._moves(how.recipe, new, how.rule), equals=())
+        if slot not in self.makers:
+            checkpoint = _checkpoint_of(self.state.slot(slot), f"the {slot} of the optimizer state")
+            self.makers[slot] = checkpoint, Maker({_ROLE: checkpoint})
+        checkpoint, maker = self.makers[slot]
+        described = describe_made(new, [checkpoint[name] for name in how.sources], how.recipe, how.rule)
+        step = make_step(replace(described, key=new), how, _ROLE, checkpoint)
+        return LazyTensor(step.out, _made_by(step, maker, checkpoint.path))
+
+    def _moves(self, recipe: Recipe, new: str, rule: str) -> Recipe:
+        inputs = tuple(item if isinstance(item, int) else self._moves(item, new, rule) for item in recipe.inputs)
+        return replace(recipe, inputs=inputs, operations=tuple(self._move(one, new, rule) for one in recipe.operations))
+
+    def _move(self, operation: Operation, new: str, rule: str) -> Operation:
+        moving = operation.moving()
+        if moving is None:
+            way = "leave it out: torch casts a state as it loads it" if operation.name == "cast" else _ANEW
+            raise PlanError(
+                f"{rule}: {quoted(new)}: {operation.name} computes with weights, and their state cannot follow that",
+                hint=way,
+            )
+        if moving != operation:
+            self.remarks.append(f"the state follows {operation} as {moving}: no gradient has been there")
+        return moving
+
+
+_ROLE = "state"
+
+
+def _checkpoint_of(tensors: Mapping[str, LazyTensor], path: str) -> Checkpoint:
+    """Return the tensors of one slot as a Checkpoint, by the names of their parameters."""
+    infos = {name: replace(tensor.info, key=name) for name, tensor in tensors.items()}
+    return Checkpoint(
+        infos,
+        lambda info: tensors[info.key].payload(),
+        path=path,
+        format="optimizer state",
+        span=lambda info: tensors[info.key].span(),
+    )
+
+
+def _made_by(step: Step, maker: Maker, path: str) -> Checkpoint:
+    def payload(_: TensorInfo) -> Payload:
+        return maker.payload(step)
+
+    return Checkpoint({step.out.key: step.out}, payload, path=path, format="optimizer state")

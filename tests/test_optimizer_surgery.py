@@ -1,0 +1,257 @@
+"""States follow their weights: after surgery training goes on bit by bit as it would have without."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ckptkit import plan_param_groups
+from ckptkit.errors import CkptkitError, PlanError, RuleError
+from ckptkit.optimizer_state import NamedGroup, OptimizerState, order_like, prune, remap, resplit, to_dict, to_named
+from ckptkit.rules import parse_rules
+from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
+
+ELEMENTWISE = ["SGD", "AdamW"]
+APART: list[dict[str, Any]] = [
+    {
+        "from": "qkv.{leaf}",
+        "to": ["q.{leaf}", "k.{leaf}", "v.{leaf}"],
+        "op": {"split": {"dim": 0, "sizes": [4, 4, 4]}},
+    },
+    {"from": "fc.*", "to": "inner.*"},
+]
+TOGETHER: list[dict[str, Any]] = [
+    {"from": ["q.{leaf}", "k.{leaf}", "v.{leaf}"], "to": "qkv.{leaf}", "op": {"concat": {"dim": 0}}},
+    {"from": "inner.*", "to": "fc.*"},
+]
+
+
+class Apart(nn.Module):
+    """The parameters of ``Net`` with its fused matrix in three, other names and another order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(5, 3)
+        self.q, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.inner = nn.Linear(4, 5)
+        self.norm = nn.BatchNorm1d(4)
+
+
+def taken_apart(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is given by the names of ``Net``, by those of ``Apart``."""
+    made = {name.replace("fc.", "inner."): tensor for name, tensor in old.items() if "qkv" not in name}
+    for leaf in ("weight", "bias"):
+        made |= {f"{name}.{leaf}": part for name, part in zip("qkv", old[f"qkv.{leaf}"].chunk(3), strict=True)}
+    return made
+
+
+def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
+    """The state by name, with the names that the parameters really have."""
+    names = {id(tensor): name for name, tensor in model.named_parameters()}
+    return to_named(optimizer.state_dict(), [names[id(p)] for g in optimizer.param_groups for p in g["params"]])
+
+
+def rules(tables: list[dict[str, Any]]) -> Any:
+    return parse_rules(file={"rule": tables})
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_training_goes_on_after_surgery(kind: str) -> None:
+    """Split, renamed, reordered and dealt to three groups: with the same gradients every later step is the same."""
+    model, other = Net(), Apart()
+    optimizer = trained(model, OPTIMIZERS[kind](model.parameters()))
+    other.load_state_dict(taken_apart(model.state_dict()))
+    parameters = dict(other.named_parameters())
+    members = [
+        [name for name in parameters if name.startswith(start)]
+        for start in (("inner", "head"), ("q", "k", "v"), "norm")
+    ]
+    state = remap(named(model, optimizer), rules(APART))
+    state = resplit(state, [NamedGroup(tuple(names), {}) for names in members])
+    resumed = OPTIMIZERS[kind]([{"params": [parameters[name] for name in names]} for names in members])
+    resumed.load_state_dict(to_dict(state))
+    for step in range(3):
+        trained(model, optimizer, 1, seed=step + 1)
+        gradients = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
+        for name, gradient in taken_apart(gradients).items():
+            parameters[name].grad = gradient.clone()
+        resumed.step()
+        expected = taken_apart(dict(model.named_parameters()))
+        assert all(torch.equal(expected[name], tensor) for name, tensor in parameters.items())
+
+
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_steps_are_bit_identical(kind: str) -> None:
+    """Renamed, reordered and dealt to three groups, with the same gradients each step is the uninterrupted one."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS[kind](model.parameters()))
+    twin = copy.deepcopy(model)
+    parameters = {name.replace("fc.", "inner."): tensor for name, tensor in twin.named_parameters()}
+    names = [["head.bias", "inner.weight"], ["norm.weight", "qkv.weight", "norm.bias"], ["inner.bias", "head.weight"]]
+    names[2] += ["qkv.bias"]
+    state = remap(named(model, optimizer), ["fc.*=inner.*"])
+    state = resplit(state, [NamedGroup(tuple(members), {}) for members in names])
+    resumed = OPTIMIZERS[kind]([{"params": [parameters[name] for name in members]} for members in names])
+    resumed.load_state_dict(to_dict(state))
+    trained(model, optimizer, 3, seed=1)
+    trained(twin, resumed, 3, seed=1)
+    assert same_state(dict(model.state_dict()), dict(twin.state_dict()))
+
+
+@given(st.sampled_from(ELEMENTWISE), st.lists(st.integers(0, 2), min_size=8, max_size=8))
+@settings(max_examples=10, deadline=None)
+def test_apart_and_together_is_nothing(kind: str, deal: list[int]) -> None:
+    """A split that is joined again, and groups that are dealt out and back, leave the very same state."""
+    model = Net()
+    before = named(model, trained(model, OPTIMIZERS[kind](model.parameters()), 1))
+    split = remap(before, rules(APART))
+    members = [[name for name, at in zip(split.names, deal * 2, strict=False) if at == number] for number in range(3)]
+    dealt = resplit(split, [NamedGroup(tuple(names), {}) for names in members if names])
+    back = order_like(remap(resplit(dealt, split), rules(TOGETHER)), model)
+    assert same_state(to_dict(back, "param-names"), to_dict(before, "param-names"))
+
+
+def test_every_slot_moves_as_its_weight() -> None:
+    """What the rules do to a weight, they do to each of its moments; step is copied."""
+    model = Net()
+    state = named(model, trained(model, OPTIMIZERS["AdamW"](model.parameters())))
+    operations = ["transpose", {"pad": {"dim": 1, "size": 7, "fill": "mean"}}]
+    made = remap(state, rules([{"from": "fc.weight", "to": "fc.kernel", "op": operations}]))
+    for slot in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
+        old = state.slot(slot)["fc.weight"].read()
+        assert torch.equal(made.slot(slot)["fc.kernel"].read(), nn.functional.pad(old.T, (0, 2)))
+    assert made.state["fc.kernel"]["step"].read() == 3
+    assert "fill=zeros" in " ".join(made.remarks)
+
+
+def uneven(state: OptimizerState) -> OptimizerState:
+    """The state with one step count that is another's."""
+    old = remap(state, rules(APART)).state
+    other = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters()), 5))
+    changed = {**old, "k.weight": {**old["k.weight"], "step": other.state["qkv.weight"]["step"]}}
+    return OptimizerState(changed, (NamedGroup(tuple(old), {"lr": 0.1}),))
+
+
+def stateless(state: OptimizerState) -> OptimizerState:
+    old = dict(remap(state, rules(APART)).state)
+    del old["k.bias"]
+    return OptimizerState(old, (NamedGroup((*old, "k.bias"), {"lr": 0.1}),))
+
+
+def torn(state: OptimizerState) -> OptimizerState:
+    old = remap(state, rules(APART)).state
+    first = NamedGroup(("q.weight", "q.bias"), {"lr": 0.1})
+    return OptimizerState(old, (first, NamedGroup(tuple(name for name in old if name not in first.names), {"lr": 1})))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "tables", "said"),
+    [
+        (None, [{"from": "fc.weight", "to": "fc.weight", "op": {"scale": {"factor": 2.0}}}], "scale computes"),
+        (None, [{"from": "fc.weight", "to": "fc.weight", "op": {"cast": {"dtype": "BF16"}}}], "cast computes"),
+        (None, [{"from": "fc.*", "to": "head.*"}], "head"),
+        (uneven, TOGETHER, "whose step is 3.0, and 'k.weight', whose step is 5.0"),
+        (stateless, TOGETHER, "'k.bias' too, which has no step"),
+        (torn, TOGETHER, "groups 0 and 1, which differ in lr"),
+    ],
+    ids=["scale", "cast", "collision", "steps", "no state", "groups"],
+)
+def test_what_a_state_cannot_follow(prepare: Any, tables: list[dict[str, Any]], said: str) -> None:
+    """What is no move of elements, or would mix up numbers, is refused in a sentence that names them."""
+    state = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters())))
+    with pytest.raises(CkptkitError, match=said):
+        remap(state if prepare is None else prepare(state), rules(tables))
+
+
+def test_factored_slots_follow_names_alone() -> None:
+    """Sums over rows and columns of a matrix are not those of its parts."""
+    state = named(model := Net(), trained(model, OPTIMIZERS["Adafactor"](model.parameters())))
+    with pytest.raises(PlanError, match=r"row_var of 'qkv.weight' has no number for each element"):
+        remap(state, rules(APART))
+    renamed = remap(state, ["qkv.*=fused.*"])
+    assert same_state(to_dict(renamed), to_dict(state))
+    assert renamed.names[:2] == ("fused.weight", "fused.bias")
+
+
+def spec_groups(model: nn.Module, **head: Any) -> Any:
+    return plan_param_groups(model, [{"name": "head", "params": "head.*", **head}, {"name": "rest", "rest": True}])
+
+
+@pytest.mark.parametrize(
+    ("hyper", "lr"), [("live", [0.5, 0.01, 1e-8]), ("saved", [0.01, 0.01, 1e-8])], ids=["live", "saved"]
+)
+def test_options_follow_the_parameters(hyper: Any, lr: list[float]) -> None:
+    """One group becomes two of a spec: what the spec says counts or not, as asked; all else stays, also what is new."""
+    state = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters())))
+    made = resplit(state, spec_groups(model, lr=0.5, lr_scale=2.0), hyper)
+    assert [made.groups[0].options["lr"], made.groups[1].options["lr"], made.groups[0].options["eps"]] == lr
+    assert made.groups[0].options["lr_scale"] == 2.0
+    assert "lr_scale" not in made.groups[1].options
+    OPTIMIZERS["AdamW"]([{"params": model.head.parameters()}, {"params": [*model.parameters()][:6]}]).load_state_dict(
+        to_dict(made)
+    )
+
+
+def test_different_values_do_not_become_one() -> None:
+    """Two groups of different lr are no one group, unless the one says its own; with error any difference is one."""
+    model = Net()
+    groups = [{"params": model.head.parameters(), "lr": 0.5}, {"params": [*model.parameters()][:6]}]
+    state = named(model, trained(model, OPTIMIZERS["SGD"](groups)))
+    hypers: tuple[Any, ...] = ("live", "saved")
+    for hyper in hypers:
+        with pytest.raises(PlanError, match=r"different values of 'lr': 0.5 \(head.weight\), 0.1 \(qkv.weight\)"):
+            resplit(state, [NamedGroup(state.names, {})], hyper)
+    assert resplit(state, [NamedGroup(state.names, {"lr": 1.0})]).groups[0].options["lr"] == 1.0
+    with pytest.raises(PlanError, match=r"'lr' of group 0 is 1.0, and was 0.5"):
+        resplit(state, [NamedGroup(group.names, {**group.options, "lr": 1.0}) for group in state.groups], "error")
+    assert resplit(state, state, "error").groups == state.groups
+
+
+@pytest.mark.parametrize(
+    ("groups", "said"),
+    [
+        ([NamedGroup(("head.weight",), {})], "'qkv.weight', 'qkv.bias', 'norm.weight', 'norm.bias' and 3 more"),
+        ([NamedGroup(("head.weight", "head.weight"), {})], "'head.weight' would be in the groups more than once"),
+    ],
+)
+def test_nobody_is_lost_in_new_groups(groups: list[NamedGroup], said: str) -> None:
+    """A parameter that is in no new group, or in two, is named."""
+    state = named(model := Net(), trained(model, OPTIMIZERS["SGD"](model.parameters())))
+    with pytest.raises(PlanError, match=said):
+        resplit(state, groups)
+
+
+def test_pruned_to_what_fits() -> None:
+    """Of a model with another head, a layer less and a frozen norm the rest loads, and steps."""
+    state = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters())))
+    other = Net(7)
+    other.load_state_dict({k: v for k, v in model.state_dict().items() if "head" not in k}, strict=False)
+    other.norm.requires_grad_(False)
+    made = prune(state, other)
+    assert {change.name: change.operation for change in made.changes if change.operation != "copy"} == {
+        "norm.weight": "dropped", "norm.bias": "dropped", "head.weight": "reset", "head.bias": "reset"
+    }  # fmt: skip
+    optimizer = OPTIMIZERS["AdamW"]([tensor for tensor in other.parameters() if tensor.requires_grad])
+    optimizer.load_state_dict(to_dict(made))
+    trained(other, optimizer, 1)
+    steps = {name: float(slots["step"].read()) for name, slots in named(other, optimizer).state.items()}
+    assert steps == {"qkv.weight": 4, "qkv.bias": 4, "fc.weight": 4, "fc.bias": 4, "head.weight": 1, "head.bias": 1}
+
+
+def test_pruned_as_asked() -> None:
+    """Patterns drop parameters or their state alone; one that fits nothing is an error, and so is nothing left."""
+    state = named(model := Net(), trained(model, OPTIMIZERS["SGD"](model.parameters())))
+    made = prune(state, drop=["head.*"], reset=["fc.*"])
+    assert made.names == ("qkv.weight", "qkv.bias", "norm.weight", "norm.bias", "fc.weight", "fc.bias")
+    assert list(made.state) == ["qkv.weight", "qkv.bias", "norm.weight", "norm.bias"]
+    with pytest.raises(RuleError, match="matches none of 8 parameters"):
+        prune(state, drop=["tail.*"])
+    with pytest.raises(PlanError, match="nothing would be left"):
+        prune(state, drop=["*"])
