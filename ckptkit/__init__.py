@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ckptkit.findings import Finding, Report
     from ckptkit.formats import open_checkpoint
     from ckptkit.load import LoadReport, load_into
+    from ckptkit.measuring import StateDictStats, stats
     from ckptkit.merging import plan_merge
     from ckptkit.param_groups import (
         ParamGroupSpec,
@@ -46,6 +47,7 @@ __all__ = [
     "Report",
     "Rules",
     "StateDictDiff",
+    "StateDictStats",
     "TensorInfo",
     "Written",
     "assert_param_groups",
@@ -64,6 +66,7 @@ __all__ = [
     "preset_names",
     "preset_rules",
     "run_checks",
+    "stats",
     "suggest_rules",
     "validate_param_groups",
 ]
@@ -79,6 +82,7 @@ _ROOMS = {
     "findings": ("Finding", "Report"),
     "formats": ("open_checkpoint",),
     "load": ("LoadReport", "load_into"),
+    "measuring": ("StateDictStats", "stats"),
     "merging": ("plan_merge",),
     "param_groups": (
         "ParamGroupSpec",

@@ -66,6 +66,15 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "check missing": (["check", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "check model": (["check", MODEL], 0, "held in memory, not in a file", ""),
     "check no path": (["check"], 2, "", "hint: see ckpt check --help"),
+    "stats": (["stats", DDP], 0, "module.fc1.weight    F32         48,000", ""),
+    "stats depth": (["stats", TEN, "--depth", "1"], 0, "module      tensors    numbers", ""),
+    "stats keep": (["stats", DDP, "--keep", "*.fc3.*"], 0, "\n850 numbers, mean 0.001285, std 0.0637", ""),
+    "stats keep nothing": (["stats", DDP, "--keep", "fc4.*"], 2, "", f"ckpt: {DDP}: --keep 'fc4.*' matches"),
+    "stats ties": (["stats", "fixtures/encoder_tied.pt"], 0, "1 key of tied tensors: counted once below", ""),
+    "stats model": (["stats", MODEL, "--sort", "l2", "--top", "1"], 0, "fc1.weight", ""),
+    "stats no numbers": (["stats", f"{DDP}::optimizer"], 0, "\nno numbers\n", ""),
+    "stats missing": (["stats", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
+    "stats bad sort": (["stats", TEN, "--sort", "size"], 2, "", "hint: see ckpt stats --help"),
     "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts it", ""),
     "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
     "diff prefix": (["diff", TEN, DDP], 1, "coverage 0.0 %", "all 10 keys match after --rename 'module.*=*'"),
@@ -303,7 +312,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 9
+    assert len(paths) == 10
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

@@ -97,6 +97,8 @@ REPORTS: dict[str, list[str]] = {
     "show": ["show", DDP],
     "show tree": ["show", DDP, "--tree"],
     "show ties": ["show", "fixtures/encoder_tied.pt"],
+    "stats": ["stats", DDP],
+    "stats ties": ["stats", "fixtures/encoder_tied.pt", "--depth", "2"],
     "diff": ["diff", MODEL, DDP],
     "diff all": ["diff", MODEL, DDP, "-a", "--rename", "module.*=*"],
     "remap": ["remap", DDP, "--rename", "module.*=*", "-o", "OUT", "-n"],

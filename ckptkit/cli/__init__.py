@@ -52,6 +52,7 @@ class _Commands(click.Group):
 _SUMMARIES = {
     "show": "What is in a checkpoint: tensors, other entries, warnings.",
     "check": "Read every stored byte, and say what is damaged or odd.",
+    "stats": "What the numbers are: mean, extremes, norms, zeros, NaN.",
     "diff": "What a model expects against what a checkpoint has.",
     "align": "Find the rules by which one side's names become the other's.",
     "remap": "Rename, keep, drop and cast tensors, and write the rest.",

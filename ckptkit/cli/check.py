@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import click
@@ -19,6 +18,7 @@ from ckptkit.cli.options import (
     form_options,
     opened,
     path_argument,
+    progress_bar,
     quiet_option,
 )
 from ckptkit.cli.rules import rule_options
@@ -28,7 +28,6 @@ from ckptkit.report.findings import Checked, findings_by_path, findings_document
 from ckptkit.report.page import code
 from ckptkit.report.show import describe, totals
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint
 
 __all__ = ["check"]
 
@@ -82,7 +81,8 @@ def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bo
         try:
             with opened(path, quiet=True) as (checkpoint,), about(path):
                 title = describe(checkpoint, totals(checkpoint.values()))
-                with _progress(checkpoint, hidden=hidden) as progress:
+                size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
+                with progress_bar(size, hidden=hidden) as progress:
                     checked.append(Checked(path, title, run(checkpoint, progress=progress).findings))
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
@@ -90,13 +90,3 @@ def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bo
             checked.append(Checked(path, (code(path),), (unreadable(error, path),)))
             trouble = True
     return checked, trouble
-
-
-@contextlib.contextmanager
-def _progress(checkpoint: Checkpoint, *, hidden: bool) -> Iterator[Callable[[int], None] | None]:
-    if hidden or not sys.stderr.isatty():
-        yield None
-        return
-    size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
-    with click.progressbar(length=size, label="reading", file=sys.stderr) as bar:
-        yield bar.update

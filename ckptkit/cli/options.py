@@ -7,6 +7,7 @@ import functools
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from enum import Enum
 from types import MappingProxyType
@@ -34,6 +35,7 @@ __all__ = [
     "form_options",
     "opened",
     "path_argument",
+    "progress_bar",
     "quiet_option",
     "read_text",
     "read_toml",
@@ -156,6 +158,16 @@ def _open(path: str) -> Checkpoint:
         if error.hint is None and _IMPORTABLE.fullmatch(path) and not os.path.lexists(path):
             error.hint = f"for a live model write {LIVE_PREFIX}{path}"
         raise
+
+
+@contextlib.contextmanager
+def progress_bar(length: int, *, hidden: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show on a terminal how far the reading of ``length`` bytes has come; gives what is to be told of each piece."""
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=length, label="reading", file=sys.stderr) as bar:
+        yield bar.update
 
 
 def exit_code(report: Report) -> int:

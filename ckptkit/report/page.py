@@ -16,7 +16,7 @@ from ckptkit.text import printable
 __all__ = ["Block", "Code", "Line", "Listing", "Page", "Table", "as_markdown", "as_text", "code"]
 
 _TICKS = re.compile(r"`+")
-_NUMBER = re.compile(r"[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
+_NUMBER = re.compile(r"-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
 _MARKUP = re.compile(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)|^[-+#=]")
 
 
