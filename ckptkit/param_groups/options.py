@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptkit.findings import Finding
 from ckptkit.param_groups.members import Group
-from ckptkit.param_groups.spec import number_fault
+from ckptkit.param_groups.ranges import range_fault
 from ckptkit.text import quoted
 
 __all__ = ["check_options"]
@@ -34,17 +34,15 @@ _MEANT = {
 
 
 def check_options(groups: Iterable[Group]) -> Iterator[Finding]:
-    """Yield a finding for each learning rate that is none, and each option that the optimizer does not know."""
+    """Yield a finding for each option beyond its range, unknown to the optimizer, or lost to it."""
     for group in groups:
         defaults: Mapping[str, Any] | None = getattr(group.optimizer, "defaults", None)
-        for key in ("lr", "weight_decay"):
-            if key not in group.options or (defaults is not None and defaults.get(key, 0) is None):
+        for key in group.options:
+            if defaults is not None and defaults.get(key, 0) is None:
                 continue
-            fault = number_fault(group.options[key])
+            fault = range_fault(key, group.options, None if group.optimizer is None else type(group.optimizer))
             if fault is not None:
-                yield Finding(
-                    "groups.option-value", "error", "", f"{group.where}: {key} {fault}", "a finite number, 0 or more"
-                )
+                yield Finding("groups.option-value", "error", "", f"{group.where}: {key} {fault[0]}", fault[1])
         yield from _unread(group, defaults)
         for key in defaults or ():
             if key not in group.options and key not in _LATE:
@@ -62,7 +60,7 @@ def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Findin
     read = defaults if defaults is not None else _torchs_options() if group.optimizer is None else None
     told = group.optimizer is None or type(group.optimizer).__module__.startswith("torch.optim")
     for key in group.options:
-        if key in _KNOWN or (read is not None and key in read):
+        if key in _KNOWN or (read is not None and key in read) or (key == "use_muon" and group.optimizer is None):
             continue
         meant = _MEANT.get(str(key).lower())
         near: str | None = meant

@@ -8,9 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report
+from ckptkit.param_groups.demands import check_demands
+from ckptkit.param_groups.holders import holders
 from ckptkit.param_groups.inventory import Inventory, LiveParameter, bare_name, take_inventory
 from ckptkit.param_groups.members import Member, read_groups
 from ckptkit.param_groups.options import check_options
+from ckptkit.param_groups.schedulers import check_schedulers, read_schedulers
+from ckptkit.param_groups.spread import check_spread
+from ckptkit.param_groups.state import check_state
+from ckptkit.param_groups.state_values import check_state_values
 from ckptkit.param_groups.strangers import Stranger, explain, identify
 from ckptkit.text import plural, quoted
 
@@ -21,20 +27,34 @@ if TYPE_CHECKING:
 __all__ = ["validate_param_groups"]
 
 
-def validate_param_groups(model: Module, groups: Optimizer | Iterable[Any]) -> Report:
+def validate_param_groups(model: Module, groups: Optimizer | Iterable[Any], *, schedulers: Any = None) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
 
     ``groups`` is a list of group dicts, a list of parameters or of ``(name, parameter)`` pairs, an
     optimizer, or a list of optimizers that share the model. Membership is by identity: equal values
     prove nothing. Nothing is consumed or changed; where a group holds a one-shot iterator, what it
-    stands for stays unknown, and so does what is missing. Codes: ``groups.missing``, ``duplicate``,
-    ``stale``, ``foreign``, ``frozen``, ``empty``, ``one-shot``, ``unordered``, ``buffer``,
-    ``not-a-parameter``, ``names``, ``lazy``, ``option-value``, ``option-unread``, ``option-missing``.
-    Raises ``GroupsError`` where ``model`` or ``groups`` is nothing of the kind.
+    stands for stays unknown, and so does what is missing. Of an optimizer the options, the state and,
+    with ``schedulers`` (one, or several), the schedules are looked at too: state is read once, every value of it.
+
+    Codes: ``groups.missing``, ``duplicate``, ``stale``, ``foreign``, ``frozen``, ``empty``, ``one-shot``,
+    ``unordered``, ``buffer``, ``not-a-parameter``, ``names``, ``lazy``; of options ``option-value``,
+    ``option-unread``, ``option-missing``, ``option-set``, ``multiplier``, ``decay``, ``shared-lr``, ``many``,
+    ``matrices-only``, ``one-group``, ``decoupled``, ``capturable``, ``mixed``; of state ``state-shape``,
+    ``state-dtype``, ``state-device``, ``state-incomplete``, ``state-orphan``, ``state-stray``, ``state-steps``,
+    ``state-absent``, ``state-empty``, ``state-value``, ``state-shared``, ``state-dead``; of schedulers
+    ``scheduler-length``, ``scheduler-base-lr``, ``scheduler-initial-lr``, ``scheduler-optimizer``, ``scheduler-flat``.
+    Raises ``GroupsError`` where ``model``, ``groups`` or ``schedulers`` is nothing of the kind.
     """
     inventory = take_inventory(model)
+    driving = read_schedulers(schedulers)
     read, members, findings = read_groups(groups)
+    owners = holders(read, members)
     findings.extend(check_options(read))
+    findings.extend(check_demands(inventory, owners))
+    findings.extend(check_spread(inventory, owners, driving))
+    findings.extend(check_state(inventory, owners))
+    findings.extend(check_state_values(inventory, owners))
+    findings.extend(check_schedulers(owners, driving))
     places: dict[int, list[Member]] = {}
     for member in members:
         places.setdefault(id(member.tensor), []).append(member)

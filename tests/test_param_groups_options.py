@@ -1,0 +1,292 @@
+"""What the validator says of options: each fault made with torch, and what torch does with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit.param_groups import validate_param_groups
+from tests.helpers_optimizers import Net, codes, message, step
+
+# A value on both sides of each border that a class of torch.optim guards in its constructor.
+RANGES: list[tuple[str, str, Any]] = [
+    *((kind, "lr", value) for kind in ("SGD", "Adam", "Adafactor", "Muon", "LBFGS") for value in (-0.1, 0.0, 0.1)),
+    *((kind, "weight_decay", value) for kind in ("SGD", "AdamW", "RAdam") for value in (-1, 0, 0.5)),
+    *(
+        (kind, "betas", value)
+        for kind in ("Adam", "AdamW", "Adamax", "NAdam", "RAdam", "SparseAdam")
+        for value in ((0.9, 1.0), (1.5, 0.9), (-0.1, 0.9), (0.0, 0.0), (0.9, 0.999))
+    ),
+    *((kind, "eps", value) for kind in ("Adam", "Adadelta", "Adagrad", "RMSprop", "NAdam") for value in (-1e-8, 1e-8)),
+    *((kind, "momentum", value) for kind in ("SGD", "RMSprop", "Muon") for value in (-0.9, 0.0, 0.9)),
+    *(("Adadelta", "rho", value) for value in (-0.1, 0.0, 0.9, 1.0, 1.1)),
+    *(("RMSprop", "alpha", value) for value in (-0.1, 0.99, 1.5)),
+    *(("ASGD", "alpha", value) for value in (-0.1, 0.75)),
+    *(("Adagrad", "lr_decay", value) for value in (-0.1, 0.0)),
+    *(("NAdam", "momentum_decay", value) for value in (-0.1, 0.004)),
+    *(("Rprop", "etas", value) for value in ((0.5, 1.2), (0.0, 1.2), (0.5, 0.9), (1.1, 1.2))),
+    *(("Adafactor", "beta2_decay", value) for value in (-0.8, 0.0, 0.8)),
+    *(("Adafactor", "eps", value) for value in ((None, 1e-3), (1e-30, 1e-3), (-1.0, 1e-3), (None, -1e-3))),
+    *(("Adafactor", "d", value) for value in (0.5, 1.0, 2.0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "key", "value"), RANGES, ids=str)
+def test_a_group_is_held_to_what_the_constructor_asks(kind: str, key: str, value: Any) -> None:
+    """torch guards its defaults and takes anything in a group: the finding is there exactly where those are refused."""
+    make = getattr(torch.optim, kind)
+    model = nn.Linear(2, 2, bias=False)
+    try:
+        make(model.parameters(), **{key: value})
+        refused = False
+    except ValueError:
+        refused = True
+    optimizer = make([{"params": list(model.parameters()), key: value}])
+    assert codes(model, optimizer) == ([("option-value", "error", "")] if refused else [])
+    if refused:
+        assert f"group 0: {key}" in message(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("betas", 0.9), ("betas", "0.9"), ("betas", (0.9,)), ("betas", ("0.9", 0.99)), ("eps", "1e-8"), ("eps", True)],
+    ids=str,
+)
+def test_an_option_of_another_type(key: str, value: Any) -> None:
+    """As it comes from a file that was read without a thought for types."""
+    model = Net()
+    optimizer = torch.optim.Adam([{"params": list(model.parameters()), key: value}])
+    assert codes(model, optimizer) == [("option-value", "error", "")]
+
+
+def test_nesterov_without_momentum() -> None:
+    """torch asks it of the defaults alone."""
+    model = Net()
+    with pytest.raises(ValueError, match="Nesterov momentum requires"):
+        torch.optim.SGD(model.parameters(), nesterov=True)
+    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "nesterov": True}])
+    assert codes(model, optimizer) == [("option-value", "error", "")]
+
+
+def test_groups_before_an_optimizer_are_held_to_what_all_have_in_common() -> None:
+    model = Net()
+    listed = list(model.parameters())
+    assert codes(model, [{"params": listed, "betas": [0.9, 1.5]}]) == [("option-value", "error", "")]
+    assert codes(model, [{"params": listed, "betas": (0.9, 0.9, 0.99), "eps": (None, 1e-3), "alpha": -1}]) == []
+
+
+# --- what a class demands --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", ["bias", "conv"])
+def test_muon_steps_matrices_alone(part: str) -> None:
+    """Its constructor looks, add_param_group does not."""
+    model: Any = nn.ModuleDict({"fc": nn.Linear(3, 3), "conv": nn.Conv2d(1, 1, 2, bias=False)})
+    other = model["fc"].bias if part == "bias" else model["conv"].weight
+    model["fc" if part == "conv" else "conv"].requires_grad_(False)
+    optimizer: Any = torch.optim.Muon([model["fc"].weight])
+    model["fc"].weight.requires_grad_(True)
+    optimizer.add_param_group({"params": [other]})
+    name = "fc.bias" if part == "bias" else "conv.weight"
+    assert codes(model, optimizer) == [("matrices-only", "error", name)]
+    other.grad = torch.ones_like(other)
+    with pytest.raises(ValueError, match="2D matrix"):
+        optimizer.step()
+
+
+def test_lbfgs_has_one_group() -> None:
+    model = Net()
+    optimizer = torch.optim.LBFGS([*model.body.parameters(), *model.norm.parameters()])
+    optimizer.add_param_group({"params": list(model.head.parameters())})
+    assert codes(model, optimizer) == [("one-group", "error", "")]
+    with pytest.raises(AssertionError, match="exactly one param_group"):
+        step(model, optimizer)
+
+
+class MuonWithAuxAdam(torch.optim.Optimizer):
+    """What the optimizer of that name asserts of its groups, and nothing of what it does with them."""
+
+    def __init__(self, groups: list[dict[str, Any]]) -> None:
+        for group in groups:
+            own = {"momentum"} if group["use_muon"] else {"betas", "eps"}
+            assert set(group) == {"params", "lr", "weight_decay", "use_muon"} | own
+        super().__init__(groups, {})
+
+
+def test_groups_for_muon_with_adam_have_exactly_its_keys() -> None:
+    model = Net()
+    muon = {"params": [model.body.weight, model.head.weight], "lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    adam = {"params": rest, "lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-10, "weight_decay": 0.0}
+    groups = [{**muon, "use_muon": True}, {**adam, "use_muon": False}]
+    assert codes(model, groups) == []
+    assert codes(model, MuonWithAuxAdam(groups)) == []
+    named = [dict(group, name=name) for group, name in zip(groups, "ab", strict=True)]
+    assert codes(model, named) == [("option-set", "warning", "")] * 2
+    with pytest.raises(AssertionError):
+        MuonWithAuxAdam(named)
+    groups[0]["params"], groups[1]["params"] = groups[1]["params"], groups[0]["params"]
+    vectors = ["body.bias", "norm.weight", "norm.bias", "head.bias"]
+    assert codes(model, groups) == [("matrices-only", "error", name) for name in vectors]
+
+
+def test_weight_decay_of_the_other_kind() -> None:
+    """A file of AdamW makes an Adam decay as AdamW does: no error, other weights."""
+    model = Net()
+    before = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    step(model, before)
+    optimizer = torch.optim.Adam(model.parameters(), weight_decay=0.05)
+    optimizer.load_state_dict(before.state_dict())
+    assert codes(model, optimizer) == [("decoupled", "error", "")]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight = model.body.weight.detach().clone()
+    for slots in optimizer.state.values():
+        slots["exp_avg"].zero_()
+    optimizer.step()  # no gradient and no momentum: what is left is the decay of AdamW
+    assert torch.allclose(model.body.weight, weight * (1 - 0.001 * 0.05), rtol=0, atol=1e-7)
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False  # the way out of the hint
+    assert codes(model, optimizer) == []
+
+
+def test_decoupled_weight_decay_that_was_asked_for() -> None:
+    model = Net()
+    assert codes(model, torch.optim.Adam(model.parameters(), decoupled_weight_decay=True)) == []
+    groups: list[dict[str, Any]] = [
+        {"params": list(model.body.parameters()), "decoupled_weight_decay": True},
+        {"params": [*model.norm.parameters(), *model.head.parameters()]},
+    ]
+    assert codes(model, torch.optim.Adam(groups)) == [("decoupled", "warning", "")]
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False
+    assert codes(model, optimizer) == [("decoupled", "error", "")]
+
+
+def test_capturable_from_a_gpu() -> None:
+    """A state_dict brings the flag along, and no step works on the CPU."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["capturable"] = True
+    optimizer.load_state_dict(saved)
+    assert codes(model, optimizer) == [("capturable", "error", "body.weight")]
+    with pytest.raises(AssertionError, match="capturable=True"):
+        step(model, optimizer)
+    optimizer.param_groups[0]["fused"] = True  # which captures on every device that it runs on
+    step(model, optimizer)
+    assert codes(model, optimizer) == []
+
+
+def test_a_tensor_as_lr_and_foreach() -> None:
+    model = Net()
+    optimizer = torch.optim.Adam([{"params": list(model.parameters()), "lr": torch.tensor(0.1), "foreach": True}])
+    assert codes(model, optimizer) == [("option-value", "error", "")]
+    with pytest.raises(RuntimeError, match="lr as a Tensor is not supported"):
+        step(model, optimizer)
+
+
+def test_dtypes_may_differ_in_one_group() -> None:
+    """torch sorts them before its kernels run."""
+    model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double()])
+    for options in ({"foreach": True}, {"fused": True}):
+        optimizer = torch.optim.AdamW(model.parameters(), **options)  # type: ignore[arg-type]
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert codes(model, optimizer) == []
+
+
+def test_plain_tensors_among_distributed_ones(tmp_path: Path) -> None:
+    """One kernel cannot step both."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.ParameterDict({"plain": torch.ones(2, 2), "spread": distribute_tensor(torch.ones(2, 2), mesh)})
+        optimizer = torch.optim.AdamW(model.parameters())
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        assert codes(model, optimizer) == []
+        optimizer.param_groups[0]["foreach"] = True
+        assert codes(model, optimizer) == [("mixed", "error", "plain")]
+        with pytest.raises(RuntimeError, match=r"mixed torch\.Tensor and DTensor"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- how options are spread ------------------------------------------------------------------------------------------
+
+
+def test_one_tensor_is_the_lr_of_two_groups() -> None:
+    """What is written into the one changes the other."""
+    model = Net()
+    groups = [
+        {"params": list(model.body.parameters())},
+        {"params": [*model.norm.parameters(), *model.head.parameters()]},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=torch.tensor(0.1))
+    assert codes(model, optimizer) == [("shared-lr", "warning", "")]
+    optimizer.param_groups[0]["lr"].fill_(0.5)
+    assert float(optimizer.param_groups[1]["lr"]) == 0.5
+    optimizer.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"].clone()  # the way out of the hint
+    assert codes(model, optimizer) == []
+
+
+def test_far_too_many_groups() -> None:
+    """A note, and only where nearly all of them train alike."""
+    model = nn.ModuleList(nn.Linear(1, 1) for _ in range(40))
+    each = [{"params": [parameter]} for parameter in model.parameters()]
+    assert codes(model, torch.optim.SGD(each)) == [("many", "note", "")]
+    assert "80 groups with 1 set of options" in message(model, torch.optim.SGD(each))
+    layers = [{"params": [parameter], "lr": 0.1 / number} for number, parameter in enumerate(model.parameters(), 1)]
+    assert codes(model, torch.optim.SGD(layers)) == []
+
+
+def test_a_norm_that_the_split_by_decay_missed() -> None:
+    """Kept apart by name, as recipes do it, a norm of an unusual name stays with the matrices."""
+    model: Any = nn.ModuleDict({"fc": nn.Linear(3, 3), "ln_1": nn.RMSNorm(3), "norm": nn.LayerNorm(3)})
+    spared = [p for name, p in model.named_parameters() if "norm" in name or "bias" in name]
+    decayed = [p for name, p in model.named_parameters() if "norm" not in name and "bias" not in name]
+    groups = [{"params": decayed, "weight_decay": 0.01}, {"params": spared, "weight_decay": 0.0}]
+    assert codes(model, torch.optim.AdamW(groups)) == [("decay", "note", "ln_1.weight")]
+    before = model["ln_1"].weight.detach().clone()
+    model["ln_1"].weight.grad = torch.zeros(3)
+    torch.optim.AdamW(groups).step()
+    assert (model["ln_1"].weight < before).all()  # no gradient: the decay alone
+
+
+def test_strong_weight_decay_on_everything() -> None:
+    """A note; what torch does by default deserves none."""
+    model = Net()
+    assert codes(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)) == []
+    assert codes(model, torch.optim.AdamW(model.parameters(), weight_decay=0.3)) == [("decay", "note", "body.bias")]
+    assert validate_param_groups(model, torch.optim.AdamW(model.parameters(), weight_decay=0.3)).ok
+
+
+def test_a_head_without_decay_is_no_split() -> None:
+    model = Net()
+    rest = [*model.body.parameters(), *model.norm.parameters()]
+    groups = [{"params": rest, "weight_decay": 0.01}, {"params": list(model.head.parameters()), "weight_decay": 0.0}]
+    assert codes(model, torch.optim.AdamW(groups)) == []
+
+
+@pytest.mark.parametrize("key", ["lr_mult", "decay_mult"])
+def test_a_multiplier_that_was_resolved_is_left_alone(key: str) -> None:
+    """mmengine writes the product into the group and keeps the factor beside it."""
+    model = Net()
+    option = "lr" if key == "lr_mult" else "weight_decay"
+    rest: dict[str, Any] = {"params": [*model.body.parameters(), *model.norm.parameters()]}
+    head: dict[str, Any] = {"params": list(model.head.parameters()), key: 5.0}
+    done = torch.optim.SGD([rest, {**head, option: 0.05}], lr=0.01, weight_decay=0.01)
+    assert codes(model, done) == []
+    waiting = torch.optim.SGD([rest, head], lr=0.01, weight_decay=0.01)
+    assert codes(model, waiting) == [("multiplier", "warning", "")]
+    assert f"{key} is in 1 group of SGD (the first is group 1), where {option} is" in message(model, waiting)

@@ -1,0 +1,272 @@
+"""What the validator says of optimizer state: each fault made with torch, and what torch does with it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit.optimizer_schemas import SCHEMAS, schema_of
+from tests.helpers_optimizers import OPTIMIZERS, Net, codes, message, net_for, step
+
+ADAPTIVE = sorted(set(OPTIMIZERS) - {"LBFGS", "SGD", "SparseAdam"})
+
+
+def trained(name: str, count: int = 2) -> tuple[Any, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = net_for(name)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    step(model, optimizer, count)
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_nothing_is_said_of_state_as_torch_makes_it(name: str) -> None:
+    """Freshly built, after real steps, and after a round trip through state_dict."""
+    model, optimizer = trained(name, 0)
+    assert codes(model, optimizer) == []
+    step(model, optimizer, 3)
+    assert codes(model, optimizer) == []
+    other = OPTIMIZERS[name](model.parameters())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert codes(model, other) == []
+
+
+def test_every_class_of_torch_has_its_schema() -> None:
+    kinds = [kind for kind in vars(torch.optim).values() if inspect.isclass(kind)]
+    assert {kind.__name__ for kind in kinds if issubclass(kind, torch.optim.Optimizer)} - {"Optimizer"} == set(SCHEMAS)
+
+
+@pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"LBFGS"}))
+def test_a_schema_names_the_slots_and_shapes_that_torch_makes(name: str) -> None:
+    """No slot too many or too few, for vectors and for matrices, with options and without."""
+    model, optimizer = trained(name)
+    schema = schema_of(type(optimizer))
+    assert schema is not None
+    for parameter in model.parameters():
+        shape = tuple(parameter.shape)
+        wanted = schema.wanted(optimizer.param_groups[0], shape)
+        slots = optimizer.state[parameter]
+        assert {slot.name: slot.shape(shape) for slot in wanted} == {
+            key: tuple(value.shape) if torch.is_tensor(value) else () for key, value in slots.items()
+        }
+
+
+def test_a_class_with_a_step_of_its_own_has_no_schema() -> None:
+    """What it keeps is its own affair; one that only inherits keeps what its parent does."""
+
+    class Own(torch.optim.Adam):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            del closure
+
+    class Renamed(torch.optim.Adam):
+        pass
+
+    assert schema_of(Own) is None
+    assert schema_of(Renamed) is SCHEMAS["Adam"]
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_state_of_another_shape(name: str) -> None:
+    """torch loads it without a word, and the next step fails."""
+    _, before = trained(name)
+    model = Net(7, matrices=name == "Muon")
+    optimizer = OPTIMIZERS[name](model.parameters())
+    optimizer.load_state_dict(before.state_dict())
+    found = [key for code, severity, key in codes(model, optimizer) if (code, severity) == ("state-shape", "error")]
+    assert found == (["head.weight"] if name == "Muon" else ["head.weight", "head.bias"])
+    with pytest.raises(RuntimeError, match=r"size of tensor|must match"):
+        step(model, optimizer)
+    for parameter in model.head.parameters():  # the way out of the hint
+        optimizer.state.pop(parameter)
+    step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_state_of_another_dtype(name: str) -> None:
+    """An error exactly where torch's step fails, a warning where it promotes."""
+    model, optimizer = trained(name)
+    model.bfloat16()
+    (found,) = codes(model, optimizer)
+    try:
+        step(model, optimizer)
+        severity = "warning"
+    except RuntimeError:  # expected dtype float for `end`
+        severity = "error"
+    assert found[:2] == ("state-dtype", severity)
+
+
+def test_state_on_another_device() -> None:
+    model, optimizer = trained("Adam")
+    optimizer.state[model.body.weight]["exp_avg"] = torch.empty(5, 4, device="meta")
+    assert codes(model, optimizer) == [("state-device", "error", "body.weight")]
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        step(model, optimizer)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_a_slot_that_is_not_there(name: str) -> None:
+    """An error where torch's step fails, a warning where it starts the slot from zero."""
+    for slot in next(iter(trained(name)[1].state.values())):
+        model, optimizer = trained(name)
+        del optimizer.state[model.body.weight][slot]
+        found = codes(model, optimizer)
+        try:
+            step(model, optimizer)
+            severity = "warning"
+        except (KeyError, AssertionError):
+            severity = "error"
+        # Without its only slot the state is empty, as before the first step.
+        alone = name in {"Muon", "SGD-momentum"}
+        expected = ("state-absent", "note", "body.weight") if alone else ("state-incomplete", severity, "body.weight")
+        assert [code for code in found if code[0] != "state-steps"] == [expected]
+
+
+def test_state_of_an_object_that_no_group_has() -> None:
+    """state_dict() fails with a number for a message."""
+    model, optimizer = trained("AdamW")
+    optimizer.param_groups[0]["params"][-1] = model.head.bias = nn.Parameter(torch.zeros(3))
+    assert [code for code in codes(model, optimizer) if code[0] == "state-orphan"] == [("state-orphan", "error", "")]
+    with pytest.raises(KeyError):
+        optimizer.state_dict()
+
+
+def test_state_under_a_number() -> None:
+    """torch keeps it, and saves it again for ever."""
+    model, optimizer = trained("SGD-momentum")
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][99] = {"momentum_buffer": torch.ones(2)}
+    optimizer.load_state_dict(saved)
+    assert 99 in optimizer.state_dict()["state"]
+    assert codes(model, optimizer) == [("state-stray", "warning", "")]
+    assert "state under 99" in message(model, optimizer)
+
+
+def test_state_of_another_class() -> None:
+    """SGD's file in an AdamW: the slots of the one are not those of the other."""
+    model, before = trained("SGD-momentum")
+    optimizer = torch.optim.AdamW(model.parameters())
+    with pytest.raises(KeyError):  # half way, with the groups overwritten already
+        optimizer.load_state_dict(before.state_dict())
+    found = codes(model, optimizer)
+    assert ("option-missing", "error", "") in found
+    assert ("state-stray", "warning", "body.weight") in found
+    assert [key for code, _, key in found if code == "state-incomplete"] == [
+        name for name, _ in model.named_parameters()
+    ]
+
+
+def test_different_numbers_of_steps() -> None:
+    """What was frozen starts its bias correction again beside what was not."""
+    torch.manual_seed(0)
+    model = Net()
+    model.body.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer, 3)
+    model.body.requires_grad_(True)
+    step(model, optimizer)
+    assert codes(model, optimizer) == [("state-steps", "warning", "body.weight")]
+    assert "4 for 'norm.weight', 'norm.bias', 'head.weight' and 1 more; 1 for 'body.weight'" in message(
+        model, optimizer
+    )
+
+
+def test_parameters_without_state_beside_others_that_have_it() -> None:
+    """A note: whether it was lost or is yet to come cannot be seen."""
+    torch.manual_seed(0)
+    model = Net()
+    model.body.requires_grad_(False)
+    optimizer = torch.optim.Adam(model.parameters())
+    step(model, optimizer, 3)
+    model.body.requires_grad_(True)
+    assert codes(model, optimizer) == [("state-absent", "note", "body.weight")]
+    assert "no state for 2 of 6 parameters: 'body.weight', 'body.bias'" in message(model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("slot", "value", "says"),
+    [
+        ("exp_avg", float("nan"), "exp_avg of 'body.weight' holds NaN"),
+        ("exp_avg_sq", float("inf"), "exp_avg_sq of 'body.weight' holds Inf"),
+        ("exp_avg_sq", -1.0, "exp_avg_sq of 'body.weight' is negative"),
+        ("step", float("nan"), "step of 'body.weight' holds NaN"),
+    ],
+)
+def test_values_that_no_step_can_use(slot: str, value: float, says: str) -> None:
+    """The step gives no error: NaN goes into the parameter, and infinity stops it."""
+    model, optimizer = trained("Adam")
+    tensor = optimizer.state[model.body.weight][slot]
+    tensor.reshape(-1)[0] = value
+    assert ("state-value", "error", "body.weight") in codes(model, optimizer)
+    assert any(says in finding.message for finding in report(model, optimizer).findings)
+    before = model.body.weight[0, 0].item()
+    step(model, optimizer)
+    after = model.body.weight[0, 0].item()
+    assert after != after or after == before  # noqa: PLR0124
+
+
+def report(model: nn.Module, optimizer: Any) -> Any:
+    from ckptkit.param_groups import validate_param_groups
+
+    return validate_param_groups(model, optimizer)
+
+
+def test_a_negative_mean_is_no_fault() -> None:
+    model, optimizer = trained("Adam")
+    assert any(bool((slots["exp_avg"] < 0).any()) for slots in optimizer.state.values())
+    assert codes(model, optimizer) == []
+
+
+def test_two_optimizers_that_loaded_one_file() -> None:
+    """torch keeps the tensors that it is given: a step of the one moves the state of the other."""
+    model, first = trained("Adam")
+    twin = Net()
+    second = torch.optim.Adam(twin.parameters())
+    second.load_state_dict(first.state_dict())
+    both = nn.ModuleList([model, twin])
+    assert codes(both, [first, second]) == [("state-shared", "error", "")]
+    before = second.state[twin.body.weight]["exp_avg"].clone()
+    step(model, first)
+    assert not torch.equal(before, second.state[twin.body.weight]["exp_avg"])
+    second.load_state_dict(copy.deepcopy(first.state_dict()))  # the way out of the hint
+    assert codes(both, [first, second]) == []
+
+
+def test_state_that_is_the_parameter_itself() -> None:
+    model, optimizer = trained("SGD-momentum")
+    optimizer.state[model.head.weight]["momentum_buffer"] = model.head.weight.data
+    assert codes(model, optimizer) == [("state-shared", "error", "")]
+    assert "in the memory of the parameter 'head.weight'" in message(model, optimizer)
+
+
+def test_the_state_of_what_the_model_lost() -> None:
+    """A note on the memory that it takes, beside the errors on the parameter itself."""
+    model, optimizer = trained("AdamW")
+    model.head = nn.Linear(5, 9)
+    assert ("state-dead", "note", "") in codes(model, optimizer)
+    assert any("152 B of state for 2 tensors" in finding.message for finding in report(model, optimizer).findings)
+
+
+def test_other_peoples_state_is_their_own() -> None:
+    """Nothing is known of its slots, so that only values and memory are looked at."""
+
+    class Own(torch.optim.Optimizer):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {"lr": 0.1})
+            self.state["counter"] = {"k": 1}  # type: ignore[index]
+
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            closure()
+            for parameter in self.param_groups[0]["params"]:
+                self.state[parameter] = {"q": torch.zeros(2, dtype=torch.uint8), "scale": torch.tensor([-1.0])}
+
+    model = Net()
+    optimizer = Own(model.parameters())
+    step(model, optimizer)
+    assert codes(model, optimizer) == []
+    optimizer.state[model.head.bias]["scale"].fill_(float("nan"))
+    assert codes(model, optimizer) == [("state-value", "error", "head.bias")]
