@@ -221,7 +221,9 @@ def _grouped(laid: Sequence[_Laid], spec: ParamGroupSpec, options: _Options) -> 
         members.setdefault(key, []).append(one)
     groups = list(members.values())
     if spec.order == "rule":
-        groups.sort(key=lambda group: min(one.owner for one in group))  # stable: in model order within one rule
+        # By what spoke, never by who comes first in the model: freezing a layer must not reorder the optimizer's state.
+        numbers = {modifier.name: number for number, modifier in enumerate(spec.modifiers)}
+        groups.sort(key=lambda group: min(_rank(one, numbers) for one in group))
     taken: set[str] = set()
     alone = {owner: sum(owner == group[0].owner for group in groups) == 1 for owner in range(len(spec.rules))}
     for group in groups:
@@ -239,6 +241,11 @@ def _grouped(laid: Sequence[_Laid], spec: ParamGroupSpec, options: _Options) -> 
             spec.optimizer_of(rule),
             tuple(applied.modifier.name for applied in first.applied),
         )
+
+
+def _rank(laid: _Laid, numbers: Mapping[str, int]) -> tuple[int, list[tuple[int, int]]]:
+    applied = [(numbers[one.modifier.name], -1 if one.layer is None else one.layer) for one in laid.applied]
+    return laid.owner, applied
 
 
 def _name(group: Sequence[_Laid], spec: ParamGroupSpec, *, alone: bool) -> str:

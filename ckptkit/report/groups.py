@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from ckptkit.param_groups import GroupRule, ParamGroupsPlan, PlannedParameter
+from ckptkit.param_groups.plain import plain_option
 from ckptkit.report.page import Code, Line, Page, Table
 from ckptkit.text import plural, printable, quoted
 
@@ -61,7 +61,7 @@ def groups_document(plan: ParamGroupsPlan) -> dict[str, Any]:
                 "name": group.name,
                 "params": [pattern.text for pattern in group.rule.patterns],
                 "rest": group.rule.rest,
-                "options": _plain(dict(group.options)),
+                "options": plain_option(dict(group.options)),
                 "elements": group.elements,
                 "parameters": [_parameter(parameter) for parameter in group.parameters],
             }
@@ -97,19 +97,4 @@ def _share(part: int, whole: int) -> str:
 
 
 def _cell(options: Mapping[str, Any], key: str) -> str:
-    return printable(str(_plain(options[key]))) if key in options else ""
-
-
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold of an option."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    if value is None or isinstance(value, str | int):
-        return value
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if hasattr(value, "tolist") and not getattr(value, "is_meta", False):
-        return _plain(value.tolist())
-    return str(value)
+    return printable(str(plain_option(options[key]))) if key in options else ""

@@ -1,0 +1,260 @@
+"""What was trained with what, as a value to keep beside a run: every name, its place, shape, ties and options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups.facts import ParameterFacts, Subject, subject_of, subject_of_model
+from ckptkit.param_groups.inventory import bare_name, take_inventory
+from ckptkit.param_groups.members import read_groups
+from ckptkit.param_groups.plain import plain_option
+from ckptkit.param_groups.plan import PlannedParameter, lay_over
+from ckptkit.param_groups.reading import SpecLike, parse_spec
+from ckptkit.text import kind_of, quoted
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+__all__ = [
+    "LockedGroup",
+    "LockedParameter",
+    "ParamGroupsLock",
+    "lock_document",
+    "lock_model",
+    "lock_optimizer",
+    "lock_param_groups",
+    "parse_lock",
+]
+
+SCHEMA = "ckptkit.groups-lock/1"
+_BOOKKEEPING = frozenset({"params", "param_names", "name", "group_name", "initial_lr"})
+
+
+@dataclass(frozen=True, slots=True)
+class LockedParameter:
+    """One parameter: ``index`` is its place in the state_dict of its optimizer, None where it is in no group."""
+
+    name: str
+    index: int | None
+    shape: tuple[int, ...]
+    dtype: str = ""
+    aliases: tuple[str, ...] = ()
+    rule: str = ""
+    modifiers: tuple[str, ...] = ()
+    layer: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LockedGroup:
+    """One group with its options as numbers and text, and the optimizer class where it is known."""
+
+    name: str
+    options: Mapping[str, Any]
+    parameters: tuple[LockedParameter, ...]
+    optimizer: str | None = None
+
+
+@dataclass(frozen=True)
+class ParamGroupsLock:
+    """The groups in the order of the optimizer, and ``outside`` the parameters that are in none, as frozen ones are."""
+
+    groups: tuple[LockedGroup, ...]
+    outside: tuple[LockedParameter, ...] = ()
+
+    @cached_property
+    def parameters(self) -> Mapping[str, LockedParameter]:
+        """Every parameter by its first name, those outside too."""
+        grouped = (parameter for group in self.groups for parameter in group.parameters)
+        return {parameter.name: parameter for parameter in (*grouped, *self.outside)}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over name, dtype and shape of every parameter, sorted by name."""
+        lines = sorted(
+            json.dumps([one.name, one.dtype, list(one.shape), sorted(one.aliases)]) for one in self.parameters.values()
+        )
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def lock_param_groups(model: Any, spec: SpecLike) -> ParamGroupsLock:
+    """Return what ``build_param_groups`` makes of ``spec`` over ``model``, with the place of each parameter.
+
+    ``model`` is what ``plan_param_groups`` takes, and what it raises is raised here.
+    """
+    plan, report = lay_over(subject_of(model), parse_spec(spec))
+    report.raise_for_errors()
+    indices: dict[str | None, int] = {}
+    groups = []
+    for group in plan.groups:
+        start = indices.get(group.optimizer, 0)
+        indices[group.optimizer] = start + len(group.parameters)
+        groups.append(
+            LockedGroup(
+                group.name,
+                _plain_options(group.options),
+                tuple(_planned(one, start + place) for place, one in enumerate(group.parameters)),
+                group.optimizer,
+            )
+        )
+    return ParamGroupsLock(
+        tuple(groups),
+        tuple(_planned(one, None) for one in (*plan.frozen, *plan.freeze)),
+    )
+
+
+def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
+    """Return what an optimizer, a list of optimizers, or a list of group dicts really holds of ``model``.
+
+    Parameters are told by identity and go by the model's names; those that are not in the model are left out, as
+    ``validate_param_groups`` names them. The learning rate is the one before schedulers moved it. Raises
+    ``GroupsError`` as ``validate_param_groups`` does.
+    """
+    inventory = take_inventory(model)
+    facts = subject_of_model(inventory).by_name
+    read, members, _ = read_groups(groups)
+    indices: dict[int, int] = {}
+    places: dict[int, list[LockedParameter]] = {id(group): [] for group in read}
+    held: set[str] = set()
+    for member in members:
+        index = indices.get(id(member.group.optimizer), 0)
+        indices[id(member.group.optimizer)] = index + 1
+        live = inventory.parameters.get(id(member.tensor))
+        if live is not None:
+            held.add(live.name)
+            places[id(member.group)].append(_locked(facts[live.name], index))
+    return ParamGroupsLock(
+        tuple(
+            LockedGroup(
+                str(group.options.get("name", group.options.get("group_name", f"group {number}"))),
+                _plain_options(group.options),
+                tuple(places[id(group)]),
+                None if group.optimizer is None else type(group.optimizer).__name__,
+            )
+            for number, group in enumerate(read)
+        ),
+        tuple(_locked(facts[live.name], None) for live in inventory.parameters.values() if live.name not in held),
+    )
+
+
+def lock_model(subject: Subject) -> ParamGroupsLock:
+    """Return the parameters of a model alone, in no group."""
+    return ParamGroupsLock((), tuple(_locked(facts, None) for facts in subject.parameters))
+
+
+# Wrapping a model changes names and nothing else, so a lock knows the bare ones.
+def _locked(facts: ParameterFacts, index: int | None) -> LockedParameter:
+    aliases = tuple(bare_name(alias.name) for alias in facts.aliases)
+    return LockedParameter(bare_name(facts.name), index, facts.shape or (), facts.dtype, aliases)
+
+
+def _planned(one: PlannedParameter, index: int | None) -> LockedParameter:
+    name, aliases = bare_name(one.name), tuple(map(bare_name, one.aliases))
+    return LockedParameter(name, index, one.shape, one.dtype, aliases, one.rule, one.modifiers, one.layer)
+
+
+def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    plain = {key: plain_option(value) for key, value in options.items() if key not in _BOOKKEEPING}
+    if "initial_lr" in options:
+        plain["lr"] = plain_option(options["initial_lr"])
+    return plain
+
+
+def lock_document(lock: ParamGroupsLock) -> dict[str, Any]:
+    """Return the lock as the JSON document that ``parse_lock`` reads."""
+    return {
+        "schema": SCHEMA,
+        "fingerprint": f"sha256:{lock.fingerprint}",
+        "groups": [
+            {
+                "name": group.name,
+                "optimizer": group.optimizer,
+                "options": dict(group.options),
+                "parameters": [_parameter_document(one) for one in group.parameters],
+            }
+            for group in lock.groups
+        ],
+        "outside": [_parameter_document(one) for one in lock.outside],
+    }
+
+
+def _parameter_document(one: LockedParameter) -> dict[str, Any]:
+    return {
+        "name": one.name,
+        "index": one.index,
+        "shape": list(one.shape),
+        "dtype": one.dtype,
+        "aliases": list(one.aliases),
+        "rule": one.rule,
+        "modifiers": list(one.modifiers),
+        "layer": one.layer,
+    }
+
+
+def parse_lock(document: Any) -> ParamGroupsLock:
+    """Return the lock that a parsed JSON document holds.
+
+    Raises ``GroupsError`` where it is none, holds a name twice, or does not have the fingerprint that it gives.
+    """
+    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+        raise GroupsError("is no lock of param groups", hint="ckpt groups lock writes one")
+    lock = ParamGroupsLock(
+        tuple(
+            LockedGroup(
+                _field(table, "name", str),
+                dict(_field(table, "options", Mapping)),
+                _parameters(table, "parameters"),
+                _field(table, "optimizer", str | None),
+            )
+            for table in _list(document, "groups")
+        ),
+        _parameters(document, "outside"),
+    )
+    names = [one.name for group in lock.groups for one in group.parameters] + [one.name for one in lock.outside]
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise GroupsError(f"the lock holds {quoted(twice)} twice", hint="write it again with ckpt groups lock")
+    if document.get("fingerprint") != f"sha256:{lock.fingerprint}":
+        raise GroupsError(
+            "the lock was changed after it was written: its names and shapes do not have its fingerprint",
+            hint="write it again with ckpt groups lock",
+        )
+    return lock
+
+
+def _parameters(table: Mapping[str, Any], key: str) -> tuple[LockedParameter, ...]:
+    return tuple(
+        LockedParameter(
+            _field(one, "name", str),
+            _field(one, "index", int | None),
+            tuple(_list(one, "shape", int)),
+            _field(one, "dtype", str),
+            tuple(_list(one, "aliases", str)),
+            _field(one, "rule", str),
+            tuple(_list(one, "modifiers", str)),
+            _field(one, "layer", int | None),
+        )
+        for one in _list(table, key)
+    )
+
+
+def _list(table: Any, key: str, kind: Any = Mapping) -> Sequence[Any]:
+    values = _field(table, key, list)
+    if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
+        raise GroupsError(f"the lock has a list {quoted(key)} of other things than it should hold")
+    return values  # type: ignore[no-any-return]
+
+
+def _field(table: Any, key: str, kind: Any) -> Any:
+    value = table.get(key) if isinstance(table, Mapping) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise GroupsError(
+            f"the lock has {kind_of(value)} where {quoted(key)} should stand",
+            hint="write it again with ckpt groups lock",
+        )
+    return value

@@ -1,0 +1,279 @@
+"""A lock says what was trained with what; against it a model, a spec, an optimizer or another lock shows drift."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups import build_param_groups
+from ckptkit.param_groups.drift import diff_locks
+from ckptkit.param_groups.explain import explain_param_group
+from ckptkit.param_groups.facts import subject_of
+from ckptkit.param_groups.lock import (
+    ParamGroupsLock,
+    lock_document,
+    lock_model,
+    lock_optimizer,
+    lock_param_groups,
+    parse_lock,
+)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(4, 4)
+        self.norm = nn.LayerNorm(4)
+        self.fc2 = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 3)
+
+
+SPEC: dict[str, Any] = {
+    "optimizer": "AdamW",
+    "defaults": {"lr": 0.001, "weight_decay": 0.1, "betas": [0.9, 0.95]},
+    "group": [{"name": "head", "params": "head.*", "lr_mult": 10}, {"name": "base", "rest": True}],
+    "modifier": [{"name": "no decay", "match": {"ndim": [0, 1]}, "weight_decay": 0.0}],
+}
+
+
+def optimizer_of(model: nn.Module, spec: Any = None) -> torch.optim.AdamW:
+    return torch.optim.AdamW(build_param_groups(model, spec or SPEC))
+
+
+def codes(expected: ParamGroupsLock, found: ParamGroupsLock) -> dict[str, str]:
+    return {finding.code.removeprefix("groups."): finding.key for finding in diff_locks(expected, found).findings}
+
+
+def test_a_lock_holds_the_place_of_every_name_in_the_state_of_the_optimizer() -> None:
+    """The index is the one that torch's own state_dict gives the parameter of that name."""
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    packed = optimizer_of(model).state_dict()["param_groups"]
+    assert [group["name"] for group in packed] == [group.name for group in lock.groups]
+    for group, locked in zip(packed, lock.groups, strict=True):
+        pairs = list(zip(group["param_names"], group["params"], strict=True))
+        assert pairs == [(one.name, one.index) for one in locked.parameters]
+        assert {key: group[key] for key in locked.options} == locked.options
+
+
+def test_a_lock_goes_round_through_its_json() -> None:
+    model = Net()
+    model.fc1.requires_grad_(False)
+    lock = lock_param_groups(model, SPEC)
+    document = json.loads(json.dumps(lock_document(lock), allow_nan=False))
+    assert parse_lock(document) == lock
+    assert document["schema"] == "ckptkit.groups-lock/1"
+    assert [one["name"] for one in document["outside"]] == ["fc1.weight", "fc1.bias"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
+@pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel], ids=["bare", "compile", "dp"])
+def test_nothing_drifted_where_the_optimizer_was_built_from_the_spec(wrap: Callable[[Any], Any]) -> None:
+    """Also after steps, under a scheduler, and where the model was wrapped meanwhile."""
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    optimizer = optimizer_of(model)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    scheduler.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert diff_locks(lock, lock_optimizer(wrap(model), optimizer)).findings == ()
+    assert diff_locks(lock, lock_model(subject_of(wrap(model)))).findings == ()
+
+
+def replaced_head(model: Net) -> None:
+    model.head = nn.Linear(4, 7)
+
+
+def added(model: Net) -> None:
+    model.extra = nn.Linear(2, 2)
+
+
+def removed(model: Net) -> None:
+    del model.fc2
+    model.fc2 = nn.Identity()  # type: ignore[assignment]
+
+
+def renamed(model: Net) -> None:
+    model.classifier = model.head
+    del model.head
+
+
+def halved(model: Net) -> None:
+    model.half()
+
+
+def tied(model: Net) -> None:
+    model.fc2.weight = model.fc1.weight
+
+
+def frozen(model: Net) -> None:
+    model.fc1.requires_grad_(False)
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        pytest.param(replaced_head, {"shape": "head.bias"}, id="head-replaced"),
+        pytest.param(added, {"new": "extra.bias"}, id="layer-added"),
+        pytest.param(removed, {"gone": "fc2.bias"}, id="layer-removed"),
+        pytest.param(renamed, {"gone": "head.bias"}, id="renamed"),
+        pytest.param(halved, {"dtype": "fc2.bias"}, id="other-dtype"),
+        pytest.param(tied, {"gone": "fc2.weight", "ties": "fc1.weight"}, id="tied"),
+    ],
+)
+def test_what_changed_in_the_model_is_named(change: Callable[[Net], None], expected: dict[str, str]) -> None:
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    change(model)
+    assert codes(lock, lock_model(subject_of(model))) == expected
+
+
+def test_a_renamed_parameter_is_told_by_its_shape_and_place() -> None:
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    renamed(model)
+    (weight, _) = diff_locks(lock, lock_model(subject_of(model))).findings
+    assert "'classifier.weight' has its shape and its place" in weight.message
+    assert weight.hint == "rename its state: head.weight=classifier.weight"
+
+
+def test_a_parameter_frozen_since_is_a_warning() -> None:
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    frozen(model)
+    report = diff_locks(lock, lock_param_groups(model, SPEC))
+    assert [(finding.code, finding.key, finding.severity) for finding in report.findings] == [
+        ("groups.thawed", "fc1.weight", "warning"),
+        ("groups.thawed", "fc1.bias", "warning"),
+    ]
+
+
+def test_other_membership_of_the_same_sizes_is_found_where_torch_loads_in_silence() -> None:
+    """Two groups of two swapped: torch accepts the file and trains each with the other's state and options."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    before = [{"name": "a", "params": "0.*", "lr": 1.0}, {"name": "b", "params": "1.*", "lr": 2.0}]
+    after = [{"name": "a", "params": "1.*", "lr": 1.0}, {"name": "b", "params": "0.*", "lr": 2.0}]
+    saved, live = optimizer_of(model, before), optimizer_of(model, after)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    model.get_parameter("0.weight").grad = torch.full((3, 3), 5.0)
+    saved.step()
+    live.load_state_dict(saved.state_dict())
+    assert torch.equal(
+        live.state[model.get_parameter("1.weight")]["exp_avg"], saved.state[model.get_parameter("0.weight")]["exp_avg"]
+    ), "silent harm"
+    found = codes(lock_param_groups(model, before), lock_param_groups(model, after))
+    assert found == {"order": "0.weight", "options": "b"}
+
+
+def test_a_parameter_in_another_group_is_named_with_both() -> None:
+    model = Net()
+    spec = copy.deepcopy(SPEC)
+    spec["group"][0]["params"] = ["head.*", "fc2.weight"]
+    report = diff_locks(lock_param_groups(model, SPEC), lock_optimizer(model, optimizer_of(model, spec)))
+    moved = next(finding for finding in report.findings if finding.code == "groups.moved")
+    assert moved.message == "'fc2.weight' was in group 'base' and is in 'head'"
+
+
+def test_options_of_the_lock_are_compared_and_those_of_the_optimizer_alone_are_not() -> None:
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    optimizer = optimizer_of(model)
+    assert codes(lock, lock_optimizer(model, optimizer)) == {}
+    optimizer.param_groups[0]["lr"] = 0.5
+    del optimizer.param_groups[1]["betas"]
+    assert [finding.message for finding in diff_locks(lock, lock_optimizer(model, optimizer)).findings] == [
+        "group 'head' has other options: lr 0.01 -> 0.5",
+        "group 'head/no decay' has other options: betas [0.9, 0.95] -> nothing",
+    ]
+
+
+def test_a_parameter_that_the_optimizer_lacks_is_in_no_group() -> None:
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if name != "fc1.weight"])
+    assert {"thawed": "fc1.weight"}.items() <= codes(lock, lock_optimizer(model, optimizer)).items()
+
+
+def test_hybrid_groups_count_places_for_each_optimizer() -> None:
+    model = Net()
+    spec = {
+        "optimizer": "AdamW",
+        "group": [{"name": "hidden", "params": ["fc*.weight"], "optimizer": "Muon"}, {"name": "base", "rest": True}],
+    }
+    lock = lock_param_groups(model, spec)
+    made = [getattr(torch.optim, name)(build_param_groups(model, spec, optimizer=name)) for name in ("Muon", "AdamW")]
+    assert [[one.index for one in group.parameters] for group in lock.groups] == [[0, 1], [0, 1, 2, 3, 4, 5]]
+    assert diff_locks(lock, lock_optimizer(model, made)).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        pytest.param(lambda _: [], "is no lock", id="list"),
+        pytest.param(lambda lock: lock | {"schema": "x"}, "is no lock", id="schema"),
+        pytest.param(lambda lock: lock | {"groups": {}}, "a dict where 'groups'", id="groups"),
+        pytest.param(lambda lock: lock | {"groups": [3]}, "list 'groups' of other things", id="group"),
+        pytest.param(lambda lock: lock | {"outside": lock["groups"][0]["parameters"]}, "twice", id="twice"),
+        pytest.param(lambda lock: lock | {"groups": lock["groups"][1:]}, "changed after it was written", id="edited"),
+    ],
+)
+def test_a_lock_that_is_none_is_refused(harm: Callable[[Any], Any], reason: str) -> None:
+    with pytest.raises(GroupsError) as caught:
+        parse_lock(harm(lock_document(lock_param_groups(Net(), SPEC))))
+    assert reason in caught.value.reason
+
+
+# --- explain ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_explanation_tells_every_step_to_what_the_optimizer_gets() -> None:
+    model = Net()
+    told = explain_param_group(model, SPEC, "head.bias")
+    assert (told.outcome, told.rule, told.shadowed, told.modifiers) == ("trained", "head", ("base",), ("no decay",))
+    steps = [(said.who, said.key, said.value, said.factor) for said in told.steps if said.key != "betas"]
+    assert steps == [
+        ("defaults", "lr", 0.001, None),
+        ("defaults", "weight_decay", 0.1, None),
+        ("head", "lr", 0.01, 10),
+        ("no decay", "weight_decay", 0.0, None),
+    ]
+    group = next(group for group in build_param_groups(model, SPEC) if "head.bias" in dict(group["params"]))
+    assert {key: group[key] for key in told.options or ()} == told.options
+
+
+def test_an_explanation_of_what_does_not_train_says_why() -> None:
+    model = Net()
+    model.fc1.requires_grad_(False)
+    spec = {"group": [{"name": "still", "params": "fc2.*", "freeze": True}, {"name": "head", "params": "head.*"}]}
+    outcomes = {name: explain_param_group(model, spec, name) for name in ("fc1.bias", "fc2.bias", "norm.bias")}
+    assert {name: told.outcome for name, told in outcomes.items()} == {
+        "fc1.bias": "frozen",
+        "fc2.bias": "freeze",
+        "norm.bias": "unowned",
+    }
+    assert outcomes["fc2.bias"].rule == "still"
+
+
+def test_a_tied_parameter_is_explained_under_any_of_its_names() -> None:
+    model = Net()
+    model.fc2.weight = model.fc1.weight
+    told = explain_param_group(model, {"group": [{"rest": True}]}, "fc2.weight")
+    assert told.facts.name == "fc1.weight"
+    assert [alias.name for alias in told.facts.aliases] == ["fc2.weight"]
+
+
+def test_a_name_that_the_model_lacks_is_refused_with_the_nearest() -> None:
+    with pytest.raises(GroupsError) as caught:
+        explain_param_group(Net(), SPEC, "head.weigth")
+    assert caught.value.hint == "did you mean 'head.weight'?"
