@@ -86,8 +86,14 @@ class Live:
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the bytes, piece by piece."""
+        import torch
+
+        buffer = bytearray(min(self.nbytes, _BLOCK))  # one for all: fresh memory costs more than the copy into it
         for block in _blocks(self.tensor.detach().resolve_conj().resolve_neg()):
-            yield _bytes_of(block.cpu())
+            data = flat_bytes(block.cpu())
+            if len(data):
+                torch.frombuffer(buffer, dtype=torch.uint8)[: len(data)].copy_(data)
+            yield memoryview(buffer)[: len(data)]
 
 
 @dataclass(frozen=True, slots=True)

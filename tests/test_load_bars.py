@@ -1,0 +1,151 @@
+"""What a load is asked to reach: refused as a plan, with what is missing and the way out, and the model untouched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ckptkit import load_into
+from ckptkit.coverage import ModuleCoverage, coverage_by_module, sections
+from ckptkit.errors import CkptkitError, ModelError, RuleError
+from ckptkit.tensors import TensorInfo
+from tests.helpers_outputs import same_state
+
+
+def net(classes: int = 3) -> nn.Module:
+    return nn.ModuleDict(
+        {
+            "body": nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)),
+            "neck": nn.Linear(4, 4),
+            "head": nn.Linear(4, classes),
+        }
+    )
+
+
+def donor() -> dict[str, torch.Tensor]:
+    """Of another head, without the neck's bias."""
+    state = dict(net(classes=5).state_dict())
+    del state["neck.bias"]
+    return state
+
+
+REACHED: dict[str, dict[str, Any]] = {
+    "a module": {"require": "body.*"},
+    "several patterns": {"require": ["body.*", "neck.weight"]},
+    "one segment": {"require": "{module}.{i:int}.weight"},
+    "a regex": {"require": r"re:body\.\d+\.(weight|bias)"},
+    "no pattern": {"require": []},
+    "a share": {"min_coverage": 53 / 72},
+    "nothing at all": {"min_coverage": 0},
+}
+
+
+@pytest.mark.parametrize("asked", REACHED.values(), ids=REACHED.keys())
+def test_what_is_reached_loads(asked: dict[str, Any]) -> None:
+    """A bar that the plan clears changes nothing: 53 of 72 elements are there."""
+    report = load_into(net(), donor(), on_mismatch="skip", **asked)
+    assert report.coverage == 53 / 72
+
+
+REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
+    "another shape": (
+        {"require": "head.*"},
+        ModelError,
+        "require = 'head.*': 2 of 2 tensors would not be loaded, 'head.weight' (shape [5, 4] does not fit [3, 4]), ",
+        "ask for less, or give on_mismatch the name of an operation that makes the shapes fit",
+    ),
+    "not there": (
+        {"require": ["body.*", "neck.*"]},
+        ModelError,
+        "require = 'neck.*': 1 of 2 tensors would not be loaded, 'neck.bias' (not in the checkpoint)",
+        "suggest_rules finds the rules",
+    ),
+    "fits no key": (
+        {"require": "backbone.*"},
+        RuleError,
+        "require = 'backbone.*' fits none of 11 keys of the model",
+        "",
+    ),
+    "a module, not its keys": ({"require": "body"}, RuleError, "require = 'body' fits none", "did you mean 'body.*'?"),
+    "no pattern": ({"require": "a{"}, RuleError, "'a{' has a brace", "regex"),
+    "one element below": (
+        {"min_coverage": 54 / 72},
+        ModelError,
+        "the checkpoint fills 53 of 72 elements (73.61 %), below min_coverage = 0.75; the largest that would not be ",
+        "ask for less",
+    ),
+    "percent": ({"min_coverage": 95}, ModelError, "min_coverage is 95, not a share", "write 0.95"),
+    "negative": ({"min_coverage": -0.1}, ModelError, "min_coverage is -0.1, not a share", ""),
+    "nan": ({"min_coverage": float("nan")}, ModelError, "min_coverage is nan, not a share", ""),
+    "a word": ({"min_coverage": "all"}, ModelError, "min_coverage is 'all', not a share", ""),
+    "a flag": ({"min_coverage": True}, ModelError, "min_coverage is True, not a share", ""),
+}
+
+
+@pytest.mark.parametrize(("asked", "kind", "reason", "hint"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_not_reached_is_refused_untouched(
+    asked: dict[str, Any], kind: type[CkptkitError], reason: str, hint: str
+) -> None:
+    """The refusal names what is missing and why, before the first value is copied."""
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(kind) as caught:
+        load_into(model, donor(), on_mismatch="skip", **asked)
+    assert caught.value.reason.startswith(reason)
+    assert hint in (caught.value.hint or "")
+    assert same_state(model.state_dict(), before)
+
+
+def test_a_prefix_that_explains_what_is_missing_is_the_way_out() -> None:
+    """The commonest reason has its cure in the hint."""
+    state = {f"module.{key}": value for key, value in net().state_dict().items() if key != "head.bias"}
+    state["head.bias"] = torch.zeros(3)
+    with pytest.raises(ModelError) as caught:
+        load_into(net(), state, require="body.*")
+    assert "'module.*=*'" in (caught.value.hint or "")
+
+
+def test_a_tie_counts_as_loaded() -> None:
+    """One of two tied keys in the file brings the other, whichever is required."""
+    model = nn.ModuleDict({"wte": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["wte"].weight
+    report = load_into(model, {"wte.weight": torch.ones(6, 4)}, require="head.*", min_coverage=1)
+    assert report.coverage == 1.0
+
+
+def test_coverage_is_told_by_module() -> None:
+    """What is whole is one row; what is loaded in part is opened to where the parts differ."""
+    report = load_into(net(), donor(), on_mismatch="skip")
+    assert report.modules == (
+        ModuleCoverage("body", 7, 7, 37, 37),
+        ModuleCoverage("neck.weight", 1, 1, 16, 16),
+        ModuleCoverage("neck.bias", 0, 1, 0, 4),
+        ModuleCoverage("head", 0, 2, 0, 15),
+    )
+    whole = load_into(nn.ModuleDict({"model": net()}), nn.ModuleDict({"model": net()}))
+    assert [row.module for row in whole.modules] == ["model.body", "model.neck", "model.head"]
+
+
+KEYS = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join)
+
+
+@given(st.dictionaries(KEYS, st.booleans(), max_size=30))
+def test_sections_are_a_partition(labels: dict[str, bool]) -> None:
+    """Every key is in one section, in order, below its prefix; few keys are opened until each is of one kind."""
+    found = sections(labels)
+    assert sorted(key for _, keys in found for key in keys) == sorted(labels)
+    assert all(key == prefix or key.startswith(f"{prefix}.") for prefix, keys in found for key in keys)
+    assert all(len({labels[key] for key in keys}) == 1 for _, keys in found)
+
+
+def test_sections_stay_few() -> None:
+    """A model of which every layer is loaded in part is told at the level above."""
+    infos = [TensorInfo(f"net.layers.{i}.{name}", "F32", (2,)) for i in range(100) for name in ("w", "lora")]
+    rows = coverage_by_module([*infos, TensorInfo("head", "F32", (3,))], {i.key for i in infos if i.key.endswith("w")})
+    assert rows == (ModuleCoverage("net.layers", 100, 200, 200, 400), ModuleCoverage("head", 0, 1, 0, 3))

@@ -1,0 +1,239 @@
+"""Loaded whole, or as before: what was not loaded keeps every bit, and a failure puts the model back."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckptkit.load
+import ckptkit.snapshot
+from ckptkit import load_into
+from ckptkit.errors import FormatError, ModelError
+from ckptkit.snapshot import Snapshot, registered
+from ckptkit.tensors import Checkpoint, Payload, TensorInfo
+from ckptkit.torch_bridge import as_checkpoint
+from tests.helpers_outputs import raw, tensor_of
+
+
+class Net(nn.Module):
+    """A body, a head, a tie, and a buffer that no state_dict has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+        self.wte = nn.Embedding(6, 4)
+        self.head = nn.Linear(4, 6)
+        self.head.weight = self.wte.weight
+        self.register_buffer("cache", torch.arange(3.0), persistent=False)
+        self.cache: torch.Tensor
+
+
+def pinned(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype, bytes]]:
+    """Every tensor by name: which object, where its memory is, and its bits."""
+    return {name: (id(t), t.data_ptr(), t.dtype, raw(t)) for name, t in registered(model).items()}
+
+
+def hooked(act: Callable[[Any], None]) -> Net:
+    model = Net()
+
+    def hook(module: Net, _: object) -> None:
+        act(module)
+
+    model.register_load_state_dict_post_hook(hook)  # type: ignore[no-untyped-call]
+    return model
+
+
+BODY = {key: tensor for key, tensor in Net().state_dict().items() if key.startswith("body.")}
+
+
+def fail(_: Net) -> None:
+    raise ValueError("this model takes\nno state")
+
+
+def stop(_: Net) -> None:
+    raise KeyboardInterrupt
+
+
+def change_kept(model: Net) -> None:
+    model.head.bias.data.add_(1)
+
+
+def change_kept_sign(model: Net) -> None:
+    model.head.bias.data.zero_().neg_()
+
+
+def replace_kept(model: Net) -> None:
+    model.head.bias = nn.Parameter(model.head.bias.detach().clone())
+
+
+def remove_kept(model: Net) -> None:
+    del model.head.bias
+    model.head.bias = None  # type: ignore[assignment]
+
+
+def narrow_kept(model: Net) -> None:
+    model.head.bias.data = model.head.bias.data.half()
+
+
+def shorten_kept(model: Net) -> None:
+    model.head.bias.data = model.head.bias.data[:2].clone()
+
+
+def replace_module(model: Net) -> None:
+    model.head = nn.Linear(4, 6)
+
+
+def untie_memory(model: Net) -> None:
+    first = model.body[0]
+    assert isinstance(first, nn.Linear)
+    first.bias.data = model.cache.new_zeros(8)[:4].copy_(first.bias.data)
+    second = model.body[1]
+    assert isinstance(second, nn.BatchNorm1d)
+    second.bias.data = first.bias.data
+
+
+FAULTS: dict[str, tuple[Callable[[Net], None], type[BaseException], str]] = {
+    "a hook raises": (fail, ModelError, "load_state_dict refused: this model takes no state"),
+    "interrupted": (stop, KeyboardInterrupt, ""),
+    "a kept parameter changed": (change_kept, ModelError, "'head.bias' was not to be loaded, and changed all the same"),
+    "the sign of its zero": (change_kept_sign, ModelError, "'head.bias' was not to be loaded"),
+    "a kept parameter replaced": (replace_kept, ModelError, "'head.bias' became another object"),
+    "a kept parameter removed": (remove_kept, ModelError, "'head.bias' became another object"),
+    "its dtype changed": (narrow_kept, ModelError, "'head.bias' was not to be loaded"),
+    "its shape changed": (shorten_kept, ModelError, "'head.bias' was not to be loaded"),
+    "a module replaced": (replace_module, ModelError, "'head.weight' became another object"),
+    "memory shared anew": (untie_memory, ModelError, "'body.0.bias' and 'body.1.bias' share memory otherwise"),
+}
+
+
+@pytest.mark.parametrize("in_memory", [1 << 28, 1], ids=["in memory", "in a file"])
+@pytest.mark.parametrize(("fault", "kind", "reason"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_failure_puts_everything_back(
+    fault: Callable[[Net], None],
+    kind: type[BaseException],
+    reason: str,
+    in_memory: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Objects, bits, dtypes and shapes are those of before; what was loaded already is undone."""
+    monkeypatch.setattr(ckptkit.snapshot, "_IN_MEMORY", in_memory)
+    model = hooked(fault)
+    before = pinned(model)
+    state = {key: tensor_of("F32", tensor.shape) if tensor.is_floating_point() else tensor + 5
+             for key, tensor in BODY.items()}  # fmt: skip
+    if fault is untie_memory:
+        state["body.1.bias"] = state["body.0.bias"]
+    with pytest.raises(kind) as caught:
+        load_into(model, state)
+    assert reason in str(caught.value)
+    assert pinned(model) == before
+
+
+def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many batches are in the model already when the last tensor cannot be read."""
+    monkeypatch.setattr(ckptkit.load, "_BATCH", 1)
+    whole = as_checkpoint(Net(), "donor")
+
+    def payload(info: TensorInfo) -> Payload:
+        if info.key == "head.bias":
+            raise FormatError("the file ends within 'head.bias'")
+        return whole.payload(info.key)
+
+    model = Net()
+    before = pinned(model)
+    with pytest.raises(FormatError):
+        load_into(model, Checkpoint(dict(whole), payload, path="broken", format="test"))
+    assert pinned(model) == before
+
+
+def test_a_cache_that_a_hook_makes_anew_is_a_note() -> None:
+    """No checkpoint has it, so deriving it from what was loaded is its only way; it is said."""
+    report = load_into(hooked(lambda model: model.cache.mul_(2)), Net())
+    assert [(f.severity, f.code, f.key) for f in report.findings] == [("note", "load.derived", "cache")]
+
+
+def test_a_view_of_what_was_loaded_is_told_from_what_was_kept() -> None:
+    """A buffer that looks into a loaded parameter changes with it, and is not said to be as it was."""
+    model = nn.Linear(3, 3, bias=False)
+    model.register_buffer("first_row", model.weight.detach()[0])
+    report = load_into(model, {"weight": torch.ones(3, 3)})
+    assert [(f.severity, f.code, f.key) for f in report.findings] == [("warning", "load.shared", "first_row")]
+
+
+def test_what_cannot_be_compared_is_said() -> None:
+    """A sparse buffer has no bytes of its own: it stays, and nobody claims a proof."""
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer("mask", torch.eye(2).to_sparse(), persistent=False)
+    report = load_into(model, {"weight": torch.ones(2, 2)})
+    assert [(f.severity, f.code, f.key) for f in report.findings] == [("note", "load.unproved", "mask")]
+
+
+@pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "not persistent"])
+def test_nothing_is_left_on_the_meta_device(persistent: bool) -> None:
+    """What the checkpoint does not bring would have no value after the load either."""
+    model = nn.Linear(2, 2, bias=False)
+    model.register_buffer("rope", torch.empty(2, device="meta"), persistent=persistent)
+    before = copy.deepcopy(model.weight)
+    with pytest.raises(ModelError, match="'rope' is on the meta device"):
+        load_into(model, {"weight": torch.ones(2, 2)})
+    assert torch.equal(model.weight, before)
+
+
+def test_no_room_for_the_copy_is_said_before_anything_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full; the hint says how much is needed, and where to say so."""
+    full = lambda max_size: open("/dev/full", "r+b", buffering=0)  # noqa: E731, SIM115, ARG005
+    monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full)
+    model = Net()
+    before = pinned(model)
+    with pytest.raises(ModelError) as caught:
+        load_into(model, BODY)
+    assert caught.value.reason.endswith("no space left on device")
+    size = sum(tensor.nbytes for tensor in dict.fromkeys(registered(model).values()))
+    assert caught.value.hint == f"set TMPDIR to a directory with {size} B free"
+    assert pinned(model) == before
+
+
+LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
+    "transposed": lambda: tensor_of("F32", (3, 5)).t(),
+    "channels last": lambda: tensor_of("F16", (2, 3, 4, 4)).contiguous(memory_format=torch.channels_last),
+    "a slice": lambda: tensor_of("BF16", (9,))[2:7],
+    "a scalar": lambda: tensor_of("F64", ()),
+    "empty": lambda: torch.empty(0, 3),
+    "integers": lambda: tensor_of("I64", (4,)),
+    "booleans": lambda: tensor_of("BOOL", (4,)),
+    "complex": lambda: tensor_of("C64", (4,)),
+    "conjugate": lambda: tensor_of("C64", (4,)).conj(),
+    "eight bits": lambda: tensor_of("F8_E4M3", (4,)),
+}
+
+
+@pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_snapshot_brings_back_every_bit(make: Callable[[], torch.Tensor]) -> None:
+    """Of every dtype and layout, NaNs of any payload among them."""
+    model = nn.Module()
+    model.register_buffer("w", make())
+    tensor = registered(model)["w"]
+    before = raw(tensor)
+    with Snapshot(model) as snapshot:
+        assert snapshot.same("w")
+        if tensor.numel():
+            tensor.zero_()
+            assert not snapshot.same("w")
+        assert snapshot.restore() == []
+    assert raw(tensor) == before
+
+
+def test_what_cannot_be_written_is_named_when_it_cannot_be_put_back() -> None:
+    """One element expanded to many takes no values of its own; its one element was changed through its base."""
+    base = torch.zeros(1)
+    model = nn.Module()
+    model.register_buffer("w", base.expand(3))
+    with Snapshot(model) as snapshot:
+        base.fill_(1)
+        assert snapshot.restore() == ["w"]
