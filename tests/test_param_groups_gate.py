@@ -40,7 +40,7 @@ def test_warnings_raise_only_where_they_are_asked_to() -> None:
     optimizer = sgd(model.parameters())
     report = assert_param_groups(model, optimizer)
     assert [finding.severity for finding in report.findings] == ["warning", "warning"]
-    with pytest.raises(GroupsError, match=r"'0\.weight' in group 0\[0\] is frozen .* \(and 1 more\)"):
+    with pytest.raises(GroupsError, match=r"'0\.weight' \(4, 3\) in group 0\[0\] is frozen .* \(and 1 more\)"):
         assert_param_groups(model, optimizer, strict=True)
     both = Report((Finding("a", "note", "", "n"), Finding("b", "warning", "", "w"), Finding("c", "error", "", "e")))
     with pytest.raises(both.error, match=r"^e \(and 1 more\)$"):

@@ -336,7 +336,7 @@ def test_an_optimizer_built_from_state_dict_or_data(source: str, named: bool) ->
         *by_code("groups.stale", [*BASE, *HEAD]),
         *by_code("groups.missing", [*BASE, *HEAD]),
     ]
-    assert "group 0[0] shares the memory of 'fc1.weight' but is another object" in found[0].message
+    assert "group 0[0] (5, 4) shares the memory of 'fc1.weight' but is another object" in found[0].message
     assert "never from state_dict()" in found[0].hint
     assert step(model, optimizer) == set()
 
@@ -351,7 +351,10 @@ def test_weight_norm_applied_after_the_optimizer_was_built() -> None:
         ("groups.missing", "fc2.parametrizations.weight.original0"),
         ("groups.missing", "fc2.parametrizations.weight.original1"),
     ]
-    assert "'fc2.weight' was reparametrised" in found[0].message
+    assert (
+        "'fc2.weight' became 'fc2.parametrizations.weight.original0' and 'fc2.parametrizations.weight.original1' "
+        "when weight_norm of torch.nn.utils.parametrizations was applied" in found[0].message
+    )
 
 
 def test_several_lost_parameters_of_one_shape_are_all_named() -> None:
@@ -389,7 +392,7 @@ def test_a_parameter_of_another_model_is_foreign(named: bool) -> None:
     assert ("no parameter of that name" if named else "no parameter in its place") in finding.message
 
 
-def test_a_module_kept_in_a_plain_list_is_foreign_until_it_is_registered() -> None:
+def test_a_module_kept_in_a_plain_list_trains_and_is_not_saved_until_it_is_registered() -> None:
     """The hint names nn.ModuleList, and that is the way out."""
 
     class Hidden(nn.Module):
@@ -400,8 +403,11 @@ def test_a_module_kept_in_a_plain_list_is_foreign_until_it_is_registered() -> No
 
     model = Hidden()
     groups = [*model.first.parameters(), *model.blocks[0].parameters()]
-    assert codes(model, groups) == [("groups.foreign", ""), ("groups.foreign", "")]
-    assert "nn.ModuleList" in findings(model, groups)[0].hint
+    finding = only(model, groups, "groups.unregistered")
+    assert (finding.key, finding.severity) == ("blocks[0]", "warning")
+    assert "it trains, but state_dict() leaves it out" in finding.message
+    assert "nn.ModuleList" in finding.hint
+    assert not any(name.startswith("blocks") for name in model.state_dict())
     model.blocks = nn.ModuleList(model.blocks)
     assert findings(model, groups) == ()
 
@@ -559,7 +565,7 @@ def test_an_exhausted_filter_leaves_an_empty_group_in_the_optimizer() -> None:
     optimizer = sgd([{"params": base}, {"params": model.fc3.parameters(), "lr": 0.01}])
     assert codes(model, optimizer) == [("groups.empty", ""), *by_code("groups.missing", BASE)]
     assert "group 0 is empty" in findings(model, optimizer)[0].message
-    assert "filter() or generator" in findings(model, optimizer)[0].hint
+    assert "an exhausted filter() or generator?" in findings(model, optimizer)[0].message
     assert step(model, optimizer) == set(HEAD)
 
 
@@ -591,7 +597,7 @@ def test_names_that_a_loaded_state_dict_put_in_the_wrong_order() -> None:
         ("groups.names", "error", "0.weight"),
         ("groups.names", "error", "1.weight"),
     ]
-    assert "group 0[0] is recorded as '1.weight' but is '0.weight'" in found[0].message
+    assert "group 0[0] (2, 2) is recorded as '1.weight' but is '0.weight'" in found[0].message
 
 
 def test_a_name_that_nobody_has_any_more_is_a_warning() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -24,18 +25,27 @@ class LiveParameter:
     name: str
     aliases: tuple[str, ...]
     tensor: Parameter  # a strong reference: an id that is compared must not be recycled meanwhile
-    trainable: bool
     lazy: bool  # uninitialised: it has no shape before the first forward pass
 
     @property
+    def trainable(self) -> bool:
+        """Whether it gets a gradient."""
+        return self.tensor.requires_grad
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """The shape, or ``()`` while it has none."""
-        return () if self.lazy else tuple(self.tensor.shape)
+        """The shape, or ``()`` while it has none; of a placeholder of ZeRO-3, the shape that it stands for."""
+        return () if self.lazy else tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
 
     @property
     def elements(self) -> int:
         """Number of elements, or 0 while it has no shape."""
-        return 0 if self.lazy else self.tensor.numel()
+        return 0 if self.lazy else math.prod(self.shape)
+
+    @property
+    def module(self) -> str:
+        """The name of the module that registered it first."""
+        return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +62,11 @@ class Inventory:
         for name, buffer in self.model.named_buffers(remove_duplicate=False):
             found.setdefault(id(buffer), (name, buffer))
         return found
+
+    @cached_property
+    def bare_buffers(self) -> frozenset[str]:
+        """The names of the buffers, without what wrappers add."""
+        return frozenset(bare_name(name) for name, _ in self.model.named_buffers(remove_duplicate=False))
 
     @cached_property
     def by_name(self) -> Mapping[str, LiveParameter]:
@@ -75,6 +90,31 @@ class Inventory:
                 found.setdefault(start, live)
         return found
 
+    @cached_property
+    def by_module(self) -> Mapping[str, Sequence[LiveParameter]]:
+        """The parameters by the module that registered them first."""
+        found: dict[str, list[LiveParameter]] = {}
+        for live in self.parameters.values():
+            found.setdefault(live.module, []).append(live)
+        return found
+
+    @cached_property
+    def modules(self) -> Mapping[str, Module]:
+        """Every module under every name it goes by, without what wrappers add."""
+        found: dict[str, Module] = {}
+        for name, module in self.model.named_modules(remove_duplicate=False):
+            found.setdefault(bare_name(name), module)
+        return found
+
+    @cached_property
+    def flattened(self) -> Mapping[str, LiveParameter]:
+        """Every bare name that FullyShardedDataParallel flattened, with the FlatParameter that it went into."""
+        found: dict[str, LiveParameter] = {}
+        for live in self.parameters.values():
+            prefix = bare_name(live.name).rpartition("_flat_param")[0]
+            found |= {f"{prefix}{bare_name(name)}": live for name in flat_names(live.tensor)}
+        return found
+
     def named(self, name: str) -> LiveParameter | None:
         """Return the parameter that goes by ``name``, before or after wrapping, or None."""
         return self.by_name.get(name) or self.by_bare_name.get(bare_name(name))
@@ -89,7 +129,7 @@ def take_inventory(model: Module) -> Inventory:
 
     Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``.
     """
-    from torch.nn import Module
+    from torch.nn import Module, Parameter
     from torch.nn.parameter import is_lazy
 
     if not isinstance(model, Module):
@@ -97,14 +137,22 @@ def take_inventory(model: Module) -> Inventory:
             f"the model is a {type(model).__name__}, not a torch.nn.Module",
             hint="groups are compared with the live model by identity, so it must be the module that will train",
         )
-    names: dict[int, tuple[Parameter, list[str]]] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), (tensor, []))[1].append(name)
+    # Flat dicts rather than one small list a parameter: what the collector has to visit costs more than the look-ups.
+    first: dict[int, tuple[str, Parameter]] = {}
+    others: dict[int, list[str]] = {}
+    for pair in model.named_parameters(remove_duplicate=False):
+        key = id(pair[1])
+        if key in first:
+            others.setdefault(key, []).append(pair[0])
+        else:
+            first[key] = pair
     return Inventory(
         model,
         {
-            key: LiveParameter(first, tuple(others), tensor, tensor.requires_grad, is_lazy(tensor))
-            for key, (tensor, (first, *others)) in names.items()
+            key: LiveParameter(
+                name, tuple(others.get(key, ())), tensor, type(tensor) is not Parameter and is_lazy(tensor)
+            )
+            for key, (name, tensor) in first.items()
         },
     )
 
@@ -115,6 +163,11 @@ def bare_name(name: str) -> str:
     while len(segments) > 1 and segments[0] == "module":
         del segments[0]
     return ".".join(segments)
+
+
+def flat_names(tensor: Tensor) -> tuple[str, ...]:
+    """Return the names, within their unit, of what was flattened into ``tensor``; of a plain parameter, none."""
+    return tuple(getattr(tensor, "_fqns", ()))
 
 
 def address(tensor: Tensor) -> int:

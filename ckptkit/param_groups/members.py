@@ -59,8 +59,8 @@ def read_groups(given: Any) -> tuple[list[Group], list[Member], list[Finding]]:
             findings.append(
                 _finding(
                     "groups.empty",
-                    f"{group.where} is empty, so nothing trains with its options",
-                    "a filter() or generator that was used before is empty: build the groups from lists",
+                    f"{group.where} is empty, so nothing trains with its options: an exhausted filter() or generator?",
+                    "whoever reads an iterator first leaves it empty: build the groups from lists, or drop this one",
                 )
             )
         members.extend(_members(group, listed, names, findings))
@@ -158,8 +158,9 @@ def _listed(group: Group, params: Any, findings: list[Finding]) -> list[Any] | N
 def _members(group: Group, listed: Sequence[Any], names: Any, findings: list[Finding]) -> Iterator[Member]:
     recorded: Sequence[Any] = [None] * len(listed)
     if isinstance(names, Sequence) and not isinstance(names, str):
-        recorded = names
-        if len(names) != len(listed):
+        if len(names) == len(listed):
+            recorded = names
+        else:
             findings.append(
                 _finding(
                     "groups.names",
@@ -168,15 +169,11 @@ def _members(group: Group, listed: Sequence[Any], names: Any, findings: list[Fin
                     "build the optimizer from model.named_parameters(), or remove param_names",
                 )
             )
-            recorded = [None] * len(listed)
-    named = 0
-    for index, item in enumerate(listed):
-        tensor, name = item, recorded[index]
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-            name, tensor = item
-            named += 1
+    for index, (item, name) in enumerate(zip(listed, recorded, strict=True)):
+        paired = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        called, tensor = item if paired else (name, item)
         if is_tensor(tensor):
-            yield Member(group, index, tensor, name if isinstance(name, str) else None)
+            yield Member(group, index, tensor, called if isinstance(called, str) else None)
         else:
             findings.append(
                 _finding(
@@ -185,14 +182,6 @@ def _members(group: Group, listed: Sequence[Any], names: Any, findings: list[Fin
                     "a module gives its parameters by .parameters(), a dict by .values()",
                 )
             )
-    if 0 < named < len(listed):
-        findings.append(
-            _finding(
-                "groups.names",
-                f"{group.where} names {named} of its {plural(len(listed), 'parameter')}, which torch refuses",
-                "name all or none: list(model.named_parameters())",
-            )
-        )
 
 
 def _finding(code: str, message: str, hint: str) -> Finding:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptkit.findings import Finding
-from ckptkit.param_groups.inventory import Inventory, LiveParameter, address
+from ckptkit.param_groups.inventory import Inventory, LiveParameter, address, bare_name, flat_names
 from ckptkit.param_groups.members import Member
+from ckptkit.param_groups.reasons import AGAIN, Scene, shape_of, why_gone, why_other
+from ckptkit.param_groups.renames import find_rename
 from ckptkit.text import quoted
 
 if TYPE_CHECKING:
@@ -17,7 +19,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Stranger", "explain", "identify"]
 
-_AGAIN = "build the groups and the optimizer again, after the last change to the model"
 _FROM_MODEL = "take the parameters from model.named_parameters(), never from state_dict() or .data"
 
 
@@ -44,12 +45,16 @@ def identify(inventory: Inventory, unknown: Sequence[Stranger], missing: Sequenc
     numbers and dimensions agree.
     """
     told: dict[int, Stranger] = {}
+    # A name that was recorded from a part of the model lacks the beginning, and may be that of several.
+    endings = {ending for live in missing if unknown for ending in _endings(bare_name(live.name))}
     for stranger in unknown:
         live = None
         if stranger.name:
-            live = inventory.named(stranger.name) or _reparametrised(inventory, stranger.name)
+            rename = find_rename(inventory, stranger.name)
+            live = inventory.named(stranger.name) or (rename.live if rename else None)
+            live = live or inventory.flattened.get(bare_name(stranger.name))
         live = live or inventory.by_address.get(address(stranger.tensor))
-        if live is not None or stranger.name:
+        if live is not None or (stranger.name and bare_name(stranger.name) not in endings):
             told[id(stranger.tensor)] = Stranger(stranger.tensor, stranger.places, live)
     claimed = {stranger.live.name for stranger in told.values() if stranger.live}
     lost = [live for live in missing if live.name not in claimed]
@@ -58,12 +63,10 @@ def identify(inventory: Inventory, unknown: Sequence[Stranger], missing: Sequenc
     return [told[id(stranger.tensor)] for stranger in unknown]
 
 
-def _reparametrised(inventory: Inventory, name: str) -> LiveParameter | None:
-    """Find what weight norm and its like made of a parameter: new objects under longer names."""
-    module, _, leaf = name.rpartition(".")
-    dot = "." if module else ""
-    longer = (f"{module}{dot}parametrizations.{leaf}.original0", f"{module}{dot}{leaf}_g")
-    return next((live for live in map(inventory.named, longer) if live is not None), None)
+def _endings(name: str) -> Iterator[str]:
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _guess(unknown: Sequence[Stranger], lost: Sequence[LiveParameter]) -> Iterator[Stranger]:
@@ -72,7 +75,7 @@ def _guess(unknown: Sequence[Stranger], lost: Sequence[LiveParameter]) -> Iterat
         by_shape[live.shape].append(live)
     alike: dict[tuple[int, ...], list[Stranger]] = defaultdict(list)
     for stranger in unknown:
-        alike[_shape(stranger.tensor)].append(stranger)
+        alike[shape_of(stranger.tensor)].append(stranger)
     left: list[Stranger] = []
     taken: set[str] = set()
     for shape, strangers in alike.items():
@@ -88,58 +91,55 @@ def _guess(unknown: Sequence[Stranger], lost: Sequence[LiveParameter]) -> Iterat
         else:
             left.extend(strangers)
     still = [live for live in lost if live.name not in taken]
+    flat = [live for live in still if flat_names(live.tensor)]
+    if flat and flat == still:  # many went into each, and nothing tells which into which
+        names = tuple(live.name for live in flat[:3])
+        yield from (Stranger(one.tensor, one.places, flat[0], guessed=True, candidates=names) for one in left)
+        return
     paired = [one.tensor.ndim for one in left] == [len(live.shape) for live in still]
     for index, stranger in enumerate(left):
         yield Stranger(stranger.tensor, stranger.places, still[index] if paired else None, guessed=paired)
 
 
-def explain(stranger: Stranger) -> Finding:
+def explain(stranger: Stranger, scene: Scene) -> Finding:
     """Return the finding for one tensor that is not in the model."""
     tensor, live = stranger.tensor, stranger.live
-    where = " and ".join(place.where for place in stranger.places[:3])
-    shape = _shape(tensor)
+    where = f"{' and '.join(place.where for place in stranger.places[:3])} {shape_of(tensor)}"
     if live is None and stranger.candidates:
         names = ", ".join(map(quoted, stranger.candidates))
-        message = f"{where} {shape} is not in the model; it may have been {names}, which is another object now"
-        return _stale("", message, _AGAIN)
+        return _stale("", f"{where} is not in the model; it may have been {names}, which is another object now", AGAIN)
     if live is None:
-        called = f", recorded as {quoted(stranger.name)}," if stranger.name else ""
-        reason = "no parameter of that name" if stranger.name else "no parameter in its place"
-        return Finding(
-            "groups.foreign",
-            "error",
-            stranger.name or "",
-            f"{where}{called} {shape} is not a parameter of the model, which has {reason}",
-            "remove it, or register its module: parts in a plain list or dict need nn.ModuleList or nn.ModuleDict",
-        )
+        return _gone(stranger, where, scene)
+    if flat_names(live.tensor):
+        into = f"went into {' or '.join(map(quoted, stranger.candidates or (live.name,)))}"
+        how = "FullyShardedDataParallel flattened it after the groups were built"
+        return _stale(live.name, f"{where} {into}: {how}", f"{AGAIN}, or wrap with use_orig_params=True")
     if not tensor.is_meta and address(tensor) == address(live.tensor) != 0:
         how = "it gets no gradient and never moves" if not tensor.requires_grad else "the model's gradients pass it by"
         what = f"{where} shares the memory of {quoted(live.name)} but is another object, as in state_dict() or .data"
         return _stale(live.name, f"{what}: {how}", _FROM_MODEL)
     maybe = "probably an older " if stranger.guessed else "an older "
-    message = f"{where} {shape} is {maybe}{quoted(live.name)}: {_why(tensor, shape, live, stranger.name)}"
-    return _stale(live.name, message, _AGAIN)
+    reason = why_other(tensor, live, stranger.name, scene)
+    return _stale(live.name, f"{where} is {maybe}{quoted(live.name)}: {reason}", AGAIN)
 
 
-def _why(tensor: Any, shape: tuple[int, ...], live: LiveParameter, recorded: str | None) -> str:
-    if recorded and live.name.rpartition(".")[2] in {"original0", f"{recorded.rpartition('.')[2]}_g"}:
-        return f"{quoted(recorded)} was reparametrised after the groups were built"
-    if live.lazy or shape != live.shape:
-        now = "one without a shape yet" if live.lazy else f"a new one of shape {live.shape}"
-        return f"the model has {now}, as after a head was replaced"
-    if tensor.is_meta and not live.tensor.is_meta:
-        return "it stayed on the meta device when the model got its memory (to_empty() or load_state_dict(assign=True))"
-    if tensor.device != live.tensor.device or tensor.dtype != live.tensor.dtype:
-        return f"the model has a new one ({live.tensor.dtype}, {live.tensor.device}), as after a conversion by copy"
-    return "the model has a new object, as after load_state_dict(assign=True), a deep copy or a replaced module"
+def _gone(stranger: Stranger, where: str, scene: Scene) -> Finding:
+    name = stranger.name or ""
+    gone = why_gone(name, scene) if name else None
+    if gone is not None and gone.stale:
+        return _stale(name, f"{where} was {quoted(name)}: {gone.reason}", gone.hint)
+    called = f", recorded as {quoted(name)}," if name else ""
+    reason = (
+        gone.reason if gone is not None else f"the model has no parameter {'of that name' if name else 'in its place'}"
+    )
+    return Finding(
+        "groups.foreign",
+        "error",
+        name,
+        f"{where}{called} is not a parameter of the model: {reason}",
+        "remove it, or register its module in the model",
+    )
 
 
 def _stale(key: str, message: str, hint: str) -> Finding:
     return Finding("groups.stale", "error", key, message, hint)
-
-
-def _shape(tensor: Any) -> tuple[int, ...]:
-    try:
-        return tuple(tensor.shape)
-    except RuntimeError:  # uninitialised
-        return ()
