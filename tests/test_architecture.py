@@ -150,7 +150,8 @@ FLOORS = (
     {"report.diff", "report.align", "report.stats"},
     {"cli.streams"},
     {"cli.options"},
-    {"cli.outputs", "cli.rules"},
+    {"cli.outputs", "cli.rules", "cli.groups.model"},
+    {"cli.groups.table", "cli.groups.validate"},
     {
         "cli.show",
         "cli.diff",
