@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ckptkit.load import LoadReport, load_into
     from ckptkit.measuring import StateDictStats, stats
     from ckptkit.merging import plan_merge
+    from ckptkit.optimizer_state import OptimizerLoadReport, load_optimizer_state
     from ckptkit.param_groups import (
         ParamGroupSpec,
         assert_param_groups,
@@ -41,6 +42,7 @@ __all__ = [
     "CkptkitError",
     "Finding",
     "LoadReport",
+    "OptimizerLoadReport",
     "Output",
     "ParamGroupSpec",
     "Plan",
@@ -56,6 +58,7 @@ __all__ = [
     "diff",
     "execute",
     "load_into",
+    "load_optimizer_state",
     "open_checkpoint",
     "parse_rules",
     "plan_extract_lora",
@@ -84,6 +87,7 @@ _ROOMS = {
     "load": ("LoadReport", "load_into"),
     "measuring": ("StateDictStats", "stats"),
     "merging": ("plan_merge",),
+    "optimizer_state": ("OptimizerLoadReport", "load_optimizer_state"),
     "param_groups": (
         "ParamGroupSpec",
         "assert_param_groups",

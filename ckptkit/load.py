@@ -21,7 +21,7 @@ from ckptkit.sharing import shared_keys
 from ckptkit.snapshot import Snapshot, registered
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import html_table, plural, printable, quoted
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint, flat_bytes
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint, same_values
 
 if TYPE_CHECKING:
     import torch
@@ -199,29 +199,11 @@ def _prove(
     for key, value in values.items():
         if after[key] is not before[key]:
             raise ModelError(f"{quoted(key)} became another object while loading: optimizers still hold the old one")
-        if not _same(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
+        if not same_values(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
             raise ModelError(
                 f"{quoted(key)} does not have the checkpoint's value after loading",
                 hint="another key that shares its memory was loaded over it, or a hook of the model changed it",
             )
-
-
-def _same(there: torch.Tensor, value: torch.Tensor) -> bool:
-    import torch
-
-    wanted = value.to(there.dtype)
-    found, expected = (
-        flat_bytes(there),
-        flat_bytes(wanted),
-    )  # not numbers: NaN is not equal to itself, and -0.0 is to 0.0
-    if torch.equal(found, expected):
-        return True
-    if there.dtype == value.dtype or not (there.is_floating_point() or there.is_complex()):
-        return False
-    # Which bits a NaN gets by a cast depends on the memory layout: torch has several kernels for it.
-    differ = (found != expected).reshape(there.numel(), -1).any(dim=1)
-    wide = torch.complex128 if there.is_complex() else torch.float64
-    return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
 
 
 def _written_through(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:

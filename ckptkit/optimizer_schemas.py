@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["SCHEMAS", "Schema", "Slot", "schema_of"]
+__all__ = ["SCHEMAS", "Schema", "Slot", "marked_by", "schema_of"]
 
 Layout = Literal["elementwise", "scalar", "row", "column", "other"]
 
@@ -53,6 +53,8 @@ class Schema:
     name: str
     slots: tuple[Slot, ...]
     elementwise: bool = True
+    # An option that no other class of torch.optim has: where only a file is there, it tells the class.
+    mark: str = ""
     # LBFGS keeps one state for all its parameters, under the first.
     shared: bool = False
 
@@ -98,6 +100,7 @@ SCHEMAS: Mapping[str, Schema] = {
                 *_squares("variance", exact=True),
             ),
             elementwise=False,
+            mark="beta2_decay",
         ),
         Schema("Adagrad", (_STEP, *_squares("sum"))),
         Schema("Adam", _ADAM),
@@ -113,9 +116,15 @@ SCHEMAS: Mapping[str, Schema] = {
                 )
             ),
             elementwise=False,
+            mark="history_size",
             shared=True,
         ),
-        Schema("Muon", (Slot("momentum_buffer", restarts=True, exact_dtype=True),), elementwise=False),
+        Schema(
+            "Muon",
+            (Slot("momentum_buffer", restarts=True, exact_dtype=True),),
+            elementwise=False,
+            mark="ns_coefficients",
+        ),
         Schema("NAdam", (_STEP, Slot("mu_product", "scalar"), _MEAN, *_squares("exp_avg_sq"))),
         Schema("RAdam", (_STEP, _MEAN, *_squares("exp_avg_sq"))),
         Schema(
@@ -142,3 +151,8 @@ def schema_of(kind: type) -> Schema | None:
         if "step" in vars(base) or "_init_group" in vars(base):
             return None
     return None
+
+
+def marked_by(options: Mapping[str, Any]) -> Schema | None:
+    """Return the schema that the options of a group tell, where they have the mark of one."""
+    return next((schema for schema in SCHEMAS.values() if schema.mark and schema.mark in options), None)

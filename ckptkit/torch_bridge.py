@@ -24,6 +24,7 @@ __all__ = [
     "describe_state_dict",
     "first_line",
     "flat_bytes",
+    "same_values",
     "tensor_of_bytes",
 ]
 
@@ -67,6 +68,24 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
 
     # A single element counts as contiguous with any stride, and view() wants the stride to be 1.
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
+
+
+def same_values(there: torch.Tensor, value: torch.Tensor) -> bool:
+    """Return whether a tensor on the CPU has the bytes that ``value`` has in its dtype; NaN may have any of its bits.
+
+    Not numbers are compared: NaN is not equal to itself, and -0.0 is to 0.0.
+    """
+    import torch
+
+    found, expected = flat_bytes(there), flat_bytes(wanted := value.to(there.dtype))
+    if torch.equal(found, expected):
+        return True
+    if there.dtype == value.dtype or not (there.is_floating_point() or there.is_complex()):
+        return False
+    # Which bits a NaN gets by a cast depends on the memory layout: torch has several kernels for it.
+    differ = (found != expected).reshape(there.numel(), -1).any(dim=1)
+    wide = torch.complex128 if there.is_complex() else torch.float64
+    return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
 
 
 def tensor_of_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:

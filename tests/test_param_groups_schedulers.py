@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler, swa_utils
 
+from ckptkit import assert_param_groups
 from ckptkit.errors import GroupsError
 from tests.helpers_optimizers import OPTIMIZERS, SCHEDULERS, Net, codes, message, net_for, step
 
@@ -176,6 +177,21 @@ def test_a_scheduler_of_another_optimizer_inside_of_one() -> None:
     scheduler = lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(optimizer, 1)])
     scheduler._schedulers[0].optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     assert codes(model, optimizer, scheduler) == [("scheduler-optimizer", "error", "")]
+
+
+def test_what_accelerate_wraps_is_seen_through() -> None:
+    """Its scheduler and its optimizer each hold the real one."""
+    model = Net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapped: Any = SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups)
+    inner = lr_scheduler.StepLR(optimizer, 1)
+    assert codes(model, wrapped, SimpleNamespace(scheduler=inner, optimizers=[wrapped])) == []
+    inner.optimizer = wrapped
+    assert codes(model, wrapped, inner) == []
+    other = SimpleNamespace(scheduler=lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 1))
+    assert codes(model, wrapped, other) == [("scheduler-optimizer", "error", "")]
+    with pytest.raises(GroupsError, match="drives another SGD"):
+        assert_param_groups(model, wrapped, schedulers=other)
 
 
 @pytest.mark.parametrize(

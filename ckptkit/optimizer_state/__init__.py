@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from ckptkit.optimizer_state.forms import lay_out, to_dict
 from ckptkit.optimizer_state.grouping import order_like, resplit
+from ckptkit.optimizer_state.loading import OptimizerLoadReport, load_optimizer_state
 from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Unknown
 from ckptkit.optimizer_state.naming import structure_findings, to_named
 from ckptkit.optimizer_state.prune import prune
@@ -20,9 +21,11 @@ __all__ = [
     "FoundState",
     "LazyTensor",
     "NamedGroup",
+    "OptimizerLoadReport",
     "OptimizerState",
     "Unknown",
     "lay_out",
+    "load_optimizer_state",
     "order_like",
     "parameter_shape",
     "prune",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import PlanError
 from ckptkit.making import Maker
+from ckptkit.optimizer_schemas import marked_by
 from ckptkit.optimizer_state.grouping import with_members
 from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot
 from ckptkit.optimizer_state.slots import number_of, same_value, slot_kind
@@ -90,6 +91,7 @@ class _Work:
                 )
         if how.recipe is None or all(slots is None for slots in sources):
             return sources[0]
+        self._hold_whole(new, how)
         there = [slots for slots in sources if slots is not None]
         names = tuple(dict.fromkeys(slot for slots in there for slot in slots))
         for name, slots in zip(how.sources, sources, strict=True):
@@ -100,6 +102,17 @@ class _Work:
                     hint=_ANEW,
                 )
         return {slot: self._made(slot, new, how, [slots[slot] for slots in there]) for slot in names}
+
+    def _hold_whole(self, new: str, how: Made) -> None:
+        """Refuse what would go on without an error, and train otherwise: an update that looks at whole matrices."""
+        group = self.state.group_of(how.sources[0])
+        schema = None if group is None else marked_by(group.options)
+        if schema is not None and not schema.elementwise:
+            raise PlanError(
+                f"{how.rule} makes {quoted(new)} of parts: {schema.name} computes each update from the whole "
+                "parameter, so that with the same state it would train otherwise",
+                hint=_ANEW,
+            )
 
     def _made(self, slot: str, new: str, how: Made, values: Sequence[Slot]) -> Slot:
         kinds = {slot_kind(slot, value, self.elementwise) for value in values}

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
 __all__ = ["assert_param_groups"]
 
 
-def assert_param_groups(model: Module, groups: Optimizer | Iterable[Any], *, strict: bool = False) -> Report:
+def assert_param_groups(
+    model: Module, groups: Optimizer | Iterable[Any], *, schedulers: Any = None, strict: bool = False
+) -> Report:
     """Return the report of ``validate_param_groups`` where nothing is wrong; raise where something is.
 
     ``GroupsError`` names the first fault and says how many more there are: errors, and with ``strict`` warnings too.
     """
-    report = validate_param_groups(model, groups)
+    report = validate_param_groups(model, groups, schedulers=schedulers)
     report.raise_for_errors(warnings=strict)
     return report

@@ -13,7 +13,7 @@ from ckptkit.param_groups.members import Group
 from ckptkit.param_groups.ranges import range_fault
 from ckptkit.text import quoted
 
-__all__ = ["check_options"]
+__all__ = ["check_options", "torch_options"]
 
 # Not read by an optimizer, and no slip either: bookkeeping of torch, of its schedulers, and of common recipes.
 _TORCHS = frozenset(
@@ -57,7 +57,7 @@ def check_options(groups: Iterable[Group]) -> Iterator[Finding]:
 
 def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Finding]:
     # Without an optimizer any may follow; what none of torch's reads is worth a word, as nobody else will say it.
-    read = defaults if defaults is not None else _torchs_options() if group.optimizer is None else None
+    read = defaults if defaults is not None else torch_options() if group.optimizer is None else None
     told = group.optimizer is None or type(group.optimizer).__module__.startswith("torch.optim")
     for key in group.options:
         if key in _KNOWN or (read is not None and key in read) or (key == "use_muon" and group.optimizer is None):
@@ -79,7 +79,7 @@ def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Findin
 
 
 @functools.cache
-def _torchs_options() -> tuple[str, ...]:
+def torch_options() -> tuple[str, ...]:
     """Return every option that a class of torch.optim takes."""
     import torch
 

@@ -9,7 +9,7 @@ from typing import Any
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding
 from ckptkit.param_groups.holders import Holder
-from ckptkit.param_groups.members import Group
+from ckptkit.param_groups.members import Group, unwrapped
 from ckptkit.param_groups.spec import number_fault
 from ckptkit.param_groups.spread import options_of
 from ckptkit.text import plural, quoted
@@ -33,6 +33,7 @@ def read_schedulers(given: Any) -> tuple[Any, ...]:
     Raises ``GroupsError`` where one of them is no scheduler: nothing that has an ``optimizer`` and a ``step``.
     """
     several = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    several = [_inner(scheduler) for scheduler in several]
     for scheduler in several:
         if not hasattr(scheduler, "optimizer") or not callable(getattr(scheduler, "step", None)):
             raise GroupsError(
@@ -40,6 +41,12 @@ def read_schedulers(given: Any) -> tuple[Any, ...]:
                 hint="pass one scheduler of torch.optim.lr_scheduler, or a list of them",
             )
     return tuple(several)
+
+
+def _inner(scheduler: Any) -> Any:
+    """Return the scheduler that accelerate has wrapped, or what was given."""
+    inner = getattr(scheduler, "scheduler", None)
+    return inner if hasattr(inner, "optimizer") and not hasattr(scheduler, "optimizer") else scheduler
 
 
 def check_schedulers(holders: Sequence[Holder], schedulers: Sequence[Any]) -> Iterator[Finding]:
@@ -50,14 +57,14 @@ def check_schedulers(holders: Sequence[Holder], schedulers: Sequence[Any]) -> It
             hint="pass the optimizer instead of its groups",
         )
     known = {id(holder.optimizer): holder for holder in holders}
-    driven = Counter(id(scheduler.optimizer) for scheduler in schedulers)
+    driven = Counter(id(unwrapped(scheduler.optimizer)) for scheduler in schedulers)
     for scheduler in schedulers:
-        holder = known.get(id(scheduler.optimizer))
+        holder = known.get(id(unwrapped(scheduler.optimizer)))
         if holder is None:
             yield _elsewhere(type(scheduler).__name__, scheduler.optimizer)
             continue
         for one in _parts(scheduler):
-            inner = known.get(id(one.optimizer))
+            inner = known.get(id(unwrapped(one.optimizer)))
             if inner is None or inner is not holder:
                 yield _elsewhere(f"{type(one).__name__} in {type(scheduler).__name__}", one.optimizer)
                 continue
@@ -66,7 +73,7 @@ def check_schedulers(holders: Sequence[Holder], schedulers: Sequence[Any]) -> It
             yield from _lengths(holder, one, follows=alone and type(one).__name__ in _FOLLOW)
             yield from _bases(holder, one)
             yield from _flattened(holder, one)
-        if driven[id(scheduler.optimizer)] == 1:
+        if driven[id(unwrapped(scheduler.optimizer))] == 1:
             yield from _began_elsewhere(holder, scheduler)
         yield from _ahead(holder, scheduler)
 

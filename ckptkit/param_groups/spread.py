@@ -10,7 +10,7 @@ from typing import Any
 from ckptkit.findings import Finding
 from ckptkit.param_groups.holders import Holder, listed, name_of
 from ckptkit.param_groups.inventory import Inventory
-from ckptkit.param_groups.members import Group, Member
+from ckptkit.param_groups.members import Group, Member, unwrapped
 from ckptkit.param_groups.spec import is_tensor, number_fault
 from ckptkit.text import plural
 
@@ -37,7 +37,7 @@ def options_of(group: Group, *without: str) -> tuple[tuple[str, str], ...]:
 
 def check_spread(inventory: Inventory, holders: Sequence[Holder], schedulers: Iterable[Any]) -> Iterator[Finding]:
     """Yield what only several groups together show; ``schedulers`` may apply the multipliers among their options."""
-    scaled = {id(scheduler.optimizer) for scheduler in schedulers if _applies_scales(scheduler)}
+    scaled = {id(unwrapped(scheduler.optimizer)) for scheduler in schedulers if _applies_scales(scheduler)}
     for holder in holders:
         if holder.optimizer is None:
             continue
