@@ -558,9 +558,9 @@ def test_a_policy_that_is_none_is_refused(policy: dict[str, Any]) -> None:
 
 
 def test_a_hook_that_changes_values_is_found_out() -> None:
-    """What was given is compared with what is there, not with itself."""
+    """What was given is compared with what is there, not with itself; the optimizer is put back."""
     model, optimizer = begun()
-    other = PROVED["AdamW"](model.named_parameters())
+    other = torch.optim.AdamW(model.named_parameters(), lr=0.5, amsgrad=True)
 
     def doubled(loaded: Any) -> None:
         loaded.state[model.fc.weight]["exp_avg"].mul_(2)
@@ -568,6 +568,8 @@ def test_a_hook_that_changes_values_is_found_out() -> None:
     other.register_load_state_dict_post_hook(doubled)
     with pytest.raises(GroupsError, match=r"exp_avg of 'fc.weight' does not have the value"):
         load_optimizer_state(other, model, optimizer.state_dict())
+    assert (len(other.state), other.param_groups[0]["lr"]) == (0, 0.5)
+    train(model, other, 1)
 
 
 def test_a_bfloat16_model_gets_the_state_as_torch_casts_it() -> None:

@@ -84,9 +84,10 @@ def load_optimizer_state(
 
     torch's ``load_state_dict`` does the loading, so its hooks run, and it casts to the parameters' dtype and device. No
     step is made, gradients play no part, and no memory is shared with ``state``. Everything is checked before the
-    optimizer is changed. Raises ``PlanError`` where a policy says so, where an optimizer of another class was saved, or
-    where nothing would be loaded, ``GroupsError`` where the optimizer is not that of ``model`` or does not have the
-    values afterwards.
+    optimizer is changed, and it is put back where loading fails.
+
+    Raises ``PlanError`` where a policy says so, where an optimizer of another class was saved, or where nothing would
+    be loaded, ``GroupsError`` where the optimizer is not that of ``model`` or does not have the values afterwards.
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
     inner = unwrapped(optimizer)
@@ -240,7 +241,16 @@ def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory)
             group["param_names"] = list(live["param_names"])
         for key, value in group.items():
             group[key] = _as_live(value, live.get(key))
-    optimizer.load_state_dict(given)
+    before = optimizer.state, optimizer.param_groups  # torch makes both anew, and leaves these as they were
+    try:
+        optimizer.load_state_dict(given)
+        _prove(optimizer, fit, inventory)
+    except BaseException:
+        optimizer.state, optimizer.param_groups = before
+        raise
+
+
+def _prove(optimizer: Any, fit: Fit, inventory: Inventory) -> None:
     for name, slots in fit.state.items():
         there = optimizer.state.get(inventory.by_name[name].tensor, {})
         for slot, value in slots.items():
