@@ -146,7 +146,7 @@ FLOORS = (
     {"optimizer_state.loading"},
     {"optimizer_state"},
     {"execution", "verification", "load", "report", "report.page", "report.table"},
-    {"report.findings", "report.groups"},
+    {"report.findings", "report.groups", "report.explain"},
     {"report.show", "report.plan"},
     {"report.diff", "report.align", "report.stats"},
     {"cli.streams"},

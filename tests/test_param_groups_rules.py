@@ -410,6 +410,12 @@ def modified(**table: Any) -> dict[str, Any]:
         ),
         pytest.param({**modified(lr=1), "unmatched": "freeze"}, "has rest = true", "keep one", id="unmatched-and-rest"),
         pytest.param({**modified(lr=1), "lr_scale": 1}, "lr_scale is an int", "lr_scale = true", id="lr-scale"),
+        pytest.param(
+            [{"params": "a", "optimizer": "Muon"}, REST],
+            "'a' names its optimizer, but 'base' does not",
+            "at the top",
+            id="half-hybrid",
+        ),
         pytest.param({**modified(lr=1), "optimizer": 3}, "optimizer is an int", "AdamW", id="optimizer"),
         pytest.param(
             {**modified(lr=1), "optimizers": {"A": 3}}, "optimizers.A is an int", "[optimizers.A]", id="optimizers"

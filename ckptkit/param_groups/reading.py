@@ -280,6 +280,13 @@ def _check_policies(spec: ParamGroupSpec) -> None:
             f"unmatched is {quoted(spec.unmatched)}, but group {quoted(spec.rules[-1].name)} has rest = true",
             hint="keep one of them",
         )
+    named = [rule for rule in spec.rules if spec.optimizer_of(rule)]
+    unnamed = [rule for rule in spec.rules if not rule.freeze and not spec.optimizer_of(rule)]
+    if named and unnamed:
+        raise GroupsError(
+            f"[[group]] {quoted(named[0].name)} names its optimizer, but {quoted(unnamed[0].name)} does not",
+            hint='say with which class the others train, at the top of the spec: optimizer = "AdamW"',
+        )
     if not isinstance(spec.lr_scale, bool):
         raise GroupsError(f"lr_scale is {kind_of(spec.lr_scale)}", hint="write lr_scale = true, or leave it out")
 
