@@ -200,7 +200,7 @@ WITHOUT_MODEL = {"one MB", "lone surrogate"}  # of a parameter's name Python's o
 
 @pytest.mark.parametrize("name", [NAMES[key] for key in NAMES if key not in WITHOUT_MODEL],
                          ids=[key for key in NAMES if key not in WITHOUT_MODEL])  # fmt: skip
-@pytest.mark.parametrize("command", ["table", "validate"])
+@pytest.mark.parametrize("command", ["table", "validate", "lock"])
 def test_parameters_of_a_model(
     command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,8 +214,9 @@ def test_parameters_of_a_model(
             text = json.dumps(spec).replace("NAME", json.dumps(called)[1:-1])
             text = text.replace("LITERAL", json.dumps(literal(f"{called}x"))[1:-1])
             (tmp_path / f"{module}.json").write_text(text, encoding="utf-8")
+            more = ["-o", f"{module}.lock.json", "--markdown"] if command == "lock" else []
             importlib.invalidate_caches()  # the file is younger than the clock of the directory tells
-            ran = run_ckpt(capsys, "groups", command, "--model", f"py:{module}:Net", f"{module}.json")
+            ran = run_ckpt(capsys, "groups", command, "--model", f"py:{module}:Net", f"{module}.json", *more)
             _assert_harmless(ran.out + ran.err)
             seen.append(ran.err)
             lines.append((ran.code, ran.out.count("\n"), ran.err.count("\n")))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from ckptkit.param_groups.lock import (
     lock_param_groups,
     parse_lock,
 )
+from tests.helpers_cli import ROOT, run_ckpt
 
 
 class Net(nn.Module):
@@ -173,7 +175,7 @@ def test_other_membership_of_the_same_sizes_is_found_where_torch_loads_in_silenc
         live.state[model.get_parameter("1.weight")]["exp_avg"], saved.state[model.get_parameter("0.weight")]["exp_avg"]
     ), "silent harm"
     found = codes(lock_param_groups(model, before), lock_param_groups(model, after))
-    assert found == {"order": "0.weight", "options": "b"}
+    assert found == {"moved": "1.bias", "order": "0.weight"}
 
 
 def test_a_parameter_in_another_group_is_named_with_both() -> None:
@@ -277,3 +279,63 @@ def test_a_name_that_the_model_lacks_is_refused_with_the_nearest() -> None:
     with pytest.raises(GroupsError) as caught:
         explain_param_group(Net(), SPEC, "head.weigth")
     assert caught.value.hint == "did you mean 'head.weight'?"
+
+
+# --- the commands ----------------------------------------------------------------------------------------------------
+
+MODEL = "py:fixtures.lenet:build"
+LENET = "fixtures/groups.toml"
+
+
+def test_a_lock_is_written_and_held_against_model_spec_and_lock(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 0 where nothing changed, 1 where something did; a second writing needs --force."""
+    lock, spec = tmp_path / "groups.lock.json", tmp_path / "other.toml"
+    ran = run_ckpt(capsys, "groups", "lock", "--model", MODEL, LENET, "-o", lock)
+    assert (ran.code, ran.out) == (0, "")
+    assert "10 parameters in 2 groups" in ran.err
+    assert run_ckpt(capsys, "groups", "lock", "--model", MODEL, LENET, "-o", lock).code == 2
+    for other in ((), (LENET,)):
+        assert run_ckpt(capsys, "groups", "diff", lock, "--model", MODEL, *other).out == "no findings\n"
+    assert run_ckpt(capsys, "groups", "diff", lock, lock).code == 0
+    spec.write_text((ROOT / LENET).read_text().replace("fc3", "fc2"))
+    ran = run_ckpt(capsys, "groups", "diff", lock, spec, "--model", MODEL, "--json")
+    found = json.loads(ran.out)
+    assert (ran.code, found["schema"]) == (1, "ckptkit.check/1")
+    assert {one["message"] for one in found["findings"] if one["code"] == "groups.moved"} >= {
+        "'fc3.weight' was in group 'head' and is in 'base'",
+        "'fc2.weight' was in group 'base' and is in 'head'",
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        pytest.param((LENET,), "is no JSON", id="a-spec-as-lock"),
+        pytest.param(("LOCK",), "nothing to hold the lock against", id="nothing-else"),
+        pytest.param(("LOCK", LENET), "is a spec, which has no parameters of its own", id="spec-without-model"),
+        pytest.param(("LOCK", "none.json"), "none.json: no such file", id="no-file"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(
+    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = tmp_path / "lock.json"
+    run_ckpt(capsys, "groups", "lock", "--model", MODEL, LENET, "-o", lock)
+    ran = run_ckpt(capsys, "groups", "diff", *(lock if one == "LOCK" else one for one in arguments))
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err
+
+
+def test_explain_prints_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", "explain", "--model", MODEL, LENET, "fc3.bias")
+    assert ran.code == 0
+    assert "owned by group 'head'" in ran.out
+    assert ["0.01", "head"] in [line.split() for line in ran.out.splitlines()]
+    document = json.loads(run_ckpt(capsys, "groups", "explain", "--model", MODEL, LENET, "fc3.bias", "--json").out)
+    assert document["steps"][-1]["who"] in ("head", "defaults")
+    assert document["options"]["lr"] == 0.01
+    ran = run_ckpt(capsys, "groups", "explain", "--model", MODEL, LENET, "fc4.bias")
+    assert (ran.code, ran.out) == (2, "")
+    assert "did you mean 'fc" in ran.err

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report, Severity
 from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock
-from ckptkit.text import plural, quoted
+from ckptkit.text import plural, printable, quoted
 
 __all__ = ["diff_locks"]
 
@@ -43,7 +43,9 @@ def _names(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Findin
             one.name,
             f"{quoted(one.name)} {list(one.shape)} is gone"
             + (f"; {quoted(meant)} has its shape and its place" if meant else ""),
-            f"rename its state: {one.name}={meant}" if meant else "drop its state, or give the name back",
+            f"rename its state: {printable(one.name)}={printable(meant)}"
+            if meant
+            else "drop its state, or give the name back",
         )
     for one in new:
         if one.name not in renamed.values():
@@ -99,8 +101,11 @@ def _frozen(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Findi
 
 def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
     where = {one.name: number for number, group in enumerate(found.groups) for one in group.parameters}
-    heirs: dict[int, int] = {}
+    named = {group.name: number for number, group in enumerate(found.groups)}
+    heirs = {number: named[group.name] for number, group in enumerate(expected.groups) if group.name in named}
     for number, group in enumerate(expected.groups):
+        if number in heirs:
+            continue
         votes = Counter(where[one.name] for one in group.parameters if one.name in where)
         free = [(count, -heir) for heir, count in votes.items() if heir not in heirs.values()]
         if free:

@@ -25,6 +25,7 @@ __all__ = [
     "LockedGroup",
     "LockedParameter",
     "ParamGroupsLock",
+    "is_lock",
     "lock_document",
     "lock_model",
     "lock_optimizer",
@@ -196,12 +197,17 @@ def _parameter_document(one: LockedParameter) -> dict[str, Any]:
     }
 
 
+def is_lock(document: Any) -> bool:
+    """Return whether a parsed JSON document says that it is a lock."""
+    return isinstance(document, Mapping) and document.get("schema") == SCHEMA
+
+
 def parse_lock(document: Any) -> ParamGroupsLock:
     """Return the lock that a parsed JSON document holds.
 
     Raises ``GroupsError`` where it is none, holds a name twice, or does not have the fingerprint that it gives.
     """
-    if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+    if not is_lock(document):
         raise GroupsError("is no lock of param groups", hint="ckpt groups lock writes one")
     lock = ParamGroupsLock(
         tuple(

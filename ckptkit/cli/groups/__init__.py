@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import click
 
+from ckptkit.cli.groups.diff import diff
+from ckptkit.cli.groups.explain import explain
+from ckptkit.cli.groups.lock import lock
 from ckptkit.cli.groups.table import table
 from ckptkit.cli.groups.validate import validate
 
@@ -15,5 +18,5 @@ def groups() -> None:
     """Check which parameter trains with which options, against the live model."""
 
 
-for _command in (table, validate):
+for _command in (table, validate, explain, lock, diff):
     groups.add_command(_command)
