@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         assert_param_groups,
         build_param_groups,
         plan_param_groups,
+        rebind,
         validate_param_groups,
     )
     from ckptkit.plan import Plan
@@ -68,6 +69,7 @@ __all__ = [
     "plan_remap",
     "preset_names",
     "preset_rules",
+    "rebind",
     "run_checks",
     "stats",
     "suggest_rules",
@@ -93,6 +95,7 @@ _ROOMS = {
         "assert_param_groups",
         "build_param_groups",
         "plan_param_groups",
+        "rebind",
         "validate_param_groups",
     ),
     "plan": ("Plan",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import sys
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from ckptkit import assert_param_groups, validate_param_groups
+from ckptkit import assert_param_groups, rebind, validate_param_groups
 from ckptkit.errors import GroupsError
 
 # Lightning's own, of a class of torch that it uses, and of test data too small for workers.
@@ -180,22 +181,55 @@ def test_what_is_unfrozen_while_the_trainer_runs_needs_a_group(train: Callable[.
     assert moved(net, before) == {name for name in before if not name.startswith("body")}
 
 
-def test_accelerate_wraps_model_and_optimizer() -> None:
-    """Both wrappers are seen through: members by identity, options by the class that reads them."""
+def test_accelerate_wraps_model_optimizer_and_scheduler() -> None:
+    """All are seen through: members by identity, options by the class that reads them, what is rebound is inside."""
     from accelerate import Accelerator
 
     net = Net()
-    inner = torch.optim.SGD([{"params": net.parameters(), "leaning_rate": 0.1}], lr=0.1)
-    model, optimizer = Accelerator(cpu=True).prepare(net, inner)
+    inner = torch.optim.SGD([{"params": net.named_parameters(), "leaning_rate": 0.1}], lr=0.1)
+    prepared = Accelerator(cpu=True).prepare(net, inner, torch.optim.lr_scheduler.StepLR(inner, 2))
+    model, optimizer, scheduler = prepared
     assert optimizer is not inner
-    (finding,) = validate_param_groups(model, optimizer).findings
-    assert (finding.code, finding.message) == (
-        "groups.option-unread",
-        "group 0: 'leaning_rate' is not read by SGD",
-    )
+    (finding,) = validate_param_groups(model, optimizer, schedulers=scheduler).findings
+    assert (finding.code, finding.message) == ("groups.option-unread", "group 0: 'leaning_rate' is not read by SGD")
     replace_head(net, inner)
     with pytest.raises(GroupsError, match=r"'head\.weight'"):
-        assert_param_groups(model, [optimizer])
+        assert_param_groups(model, [optimizer], schedulers=[scheduler])
+    rebind(optimizer, model)
+    net.more = nn.Linear(1, 1)
+    rebind(optimizer, model, schedulers=scheduler, add_missing={"lr": 0.2})
+    assert_param_groups(model, optimizer, schedulers=scheduler)
+    assert len(inner.param_groups) == len(scheduler.scheduler.base_lrs) == 2
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_resizing_the_embeddings_of_transformers(*, tied: bool) -> None:
+    """The embedding stays one object of another shape, an untied head becomes a new one: a step fails until rebound."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes: dict[str, Any] = {"n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 4}
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=8, bos_token_id=0, eos_token_id=0, tie_word_embeddings=tied, **sizes))
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=0.1)
+
+    def step(model: Any, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]]))["loss"].backward()
+        optimizer.step()
+
+    step(model, optimizer)
+    model.resize_token_embeddings(11, mean_resizing=False)
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        step(*copy.deepcopy((model, optimizer)))  # which leaves it half done
+    rows = optimizer.state[model.transformer.wte.weight]["exp_avg"].clone()
+    report = rebind(optimizer, model, on_shape="pad")
+    grown = ["transformer.wte.weight"] if tied else ["transformer.wte.weight", "lm_head.weight"]
+    converted = {finding.key for finding in report.findings if finding.code == "rebind.state-converted"}
+    assert converted == set(grown)
+    assert torch.equal(optimizer.state[model.transformer.wte.weight]["exp_avg"][:8], rows)
+    assert validate_param_groups(model, optimizer).findings == ()
+    before = values(model)
+    step(model, optimizer)
+    assert moved(model, before) == names(model)
 
 
 # --- lightning -------------------------------------------------------------------------------------------------------
@@ -280,6 +314,17 @@ def test_lightning_stops_before_its_first_step(fit: Callable[..., Any], fault: s
     with pytest.raises(GroupsError, match=name.replace("'", "'net.", 1)):
         fit(net, configure_and_look)
     assert moved(net, before) == set()
+
+
+def test_a_scheduler_that_does_not_know_a_group_stops_lightning(fit: Callable[..., Any]) -> None:
+    def configure(net: Net) -> Any:
+        optimizer = sgd(net.body)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
+        optimizer.add_param_group({"params": [*net.norm.parameters(), *net.head.parameters()]})
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    with pytest.raises(GroupsError, match=r"LambdaLR knows 1 group \(base_lrs\), SGD has 2"):
+        fit(Net(), configure)
 
 
 def test_one_parameter_in_two_optimizers_stops_lightning(fit: Callable[..., Any]) -> None:

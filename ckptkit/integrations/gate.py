@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Report
@@ -35,12 +35,13 @@ class Gate:
                 f"on_fault is {quoted(str(self.on_fault))}, which is no choice", hint='on_fault is "raise" or "warn"'
             )
 
-    def check(self, model: Module, optimizers: Sequence[Optimizer]) -> Report:
+    def check(self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> Report:
         """Return the report on ``optimizers``, which share ``model``; what does not stop the training is a warning.
 
         Raises ``GroupsError`` as ``assert_param_groups`` does, unless the choice is to warn.
         """
-        report = validate_param_groups(model, optimizers[0] if len(optimizers) == 1 else list(optimizers))
+        groups = optimizers[0] if len(optimizers) == 1 else list(optimizers)
+        report = validate_param_groups(model, groups, schedulers=schedulers)
         if self.on_fault == "raise":
             report.raise_for_errors(warnings=self.strict)
         if report.summary["errors"] or report.summary["warnings"]:

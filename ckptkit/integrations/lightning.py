@@ -50,4 +50,5 @@ class ParamGroupsCallback(_Callback):
         """Check once an epoch, whichever batch it begins with."""
         if self._checked != trainer.current_epoch:
             self._checked = trainer.current_epoch
-            self._gate.check(pl_module, trainer.optimizers)
+            schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+            self._gate.check(pl_module, trainer.optimizers, schedulers)

@@ -35,14 +35,33 @@ class ParamGroupsCallback(TrainerCallback):
         self._gate = Gate(strict, on_fault)
 
     def on_train_begin(
-        self, args: Any, state: Any, control: Any, *, model: Module, optimizer: Optimizer, **others: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: Module,
+        optimizer: Optimizer,
+        lr_scheduler: Any = None,
+        **others: Any,
     ) -> None:
         """Check before the first step."""
-        self._gate.check(model, [optimizer])
+        self._check(model, optimizer, lr_scheduler)
 
     def on_epoch_begin(
-        self, args: Any, state: Any, control: Any, *, model: Module, optimizer: Optimizer, **others: Any
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        *,
+        model: Module,
+        optimizer: Optimizer,
+        lr_scheduler: Any = None,
+        **others: Any,
     ) -> None:
         """Check each later epoch."""
         if state.epoch:
-            self._gate.check(model, [optimizer])
+            self._check(model, optimizer, lr_scheduler)
+
+    def _check(self, model: Module, optimizer: Optimizer, scheduler: Any) -> None:
+        self._gate.check(model, [optimizer], [] if scheduler is None else [scheduler])

@@ -6,6 +6,7 @@ from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.gate import assert_param_groups
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter, check_spec, plan_param_groups
 from ckptkit.param_groups.reading import SpecLike, parse_spec
+from ckptkit.param_groups.rebind import rebind
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
 from ckptkit.param_groups.validate import validate_param_groups
 
@@ -22,5 +23,6 @@ __all__ = [
     "check_spec",
     "parse_spec",
     "plan_param_groups",
+    "rebind",
     "validate_param_groups",
 ]

@@ -1,0 +1,156 @@
+"""The state that an optimizer keeps for one parameter, made to fit what that parameter has become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from ckptkit.errors import GroupsError
+from ckptkit.optimizer_schemas import Schema
+from ckptkit.param_groups.inventory import LiveParameter
+from ckptkit.param_groups.spec import is_tensor
+from ckptkit.tensor_ops.resizing import Pad
+from ckptkit.text import quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["OnShape", "Refit", "refit"]
+
+OnShape = Literal["drop", "pad", "error"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Refit:
+    """The slots as they will be (the same objects where nothing changes; none where they are dropped), and why."""
+
+    slots: Mapping[str, Any]
+    converted: Mapping[str, str]  # slot -> what was done with it
+    dropped: tuple[str, ...] = ()
+    reason: str = ""
+
+
+def refit(
+    slots: Mapping[str, Any],
+    live: LiveParameter,
+    *,
+    older: Tensor | None,
+    schema: Schema | None,
+    options: Mapping[str, Any],
+    on_shape: OnShape,
+) -> Refit:
+    """Return what becomes of the state of a parameter that is ``live`` now and was ``older``, or the same object.
+
+    All slots stay or none does: a step fails beside half a state. With ``on_shape="pad"`` rows are added, with what a
+    fresh state begins with, where the parameter provably grew by rows: the same object, or one that begins with the
+    rows of the older. Raises ``GroupsError`` where a shape does not fit and that is an error.
+    """
+    without = next((reason for value in slots.values() if (reason := _beyond(value, live)) is not None), None)
+    if without is not None:
+        return Refit({}, {}, tuple(slots), without)
+    wrong = _misshapen(slots, live, older, schema)
+    if not wrong:
+        return Refit(*_converted(slots, live, older, schema, options))
+    shown = ", ".join(f"{slot} {tuple(slots[slot].shape)}" for slot in wrong)
+    reason = f"{shown} does not fit {live.shape}"
+    if on_shape == "error":
+        raise GroupsError(
+            f"the state of {quoted(live.name)} does not fit: {reason}",
+            hint='on_shape="drop" starts it anew, "pad" adds rows to it',
+        )
+    if on_shape == "pad":
+        fault = _no_padding(slots, wrong, live, older, schema)
+        if fault is None:
+            padded = {slot: _padded(slot, slots[slot], live.shape[0], options) for slot in wrong}
+            done, converted = _converted({**slots, **padded}, live, older, schema, options)
+            return Refit(done, {**dict.fromkeys(wrong, f"padded to {live.shape}"), **converted})
+        reason = f"{reason}, and {fault}"
+    return Refit({}, {}, tuple(slots), reason)
+
+
+def _beyond(value: Any, live: LiveParameter) -> str | None:
+    """Return why a slot cannot go along whatever its shape."""
+    if live.lazy:
+        return "the parameter has no shape yet"
+    if not is_tensor(value) or not value.ndim:
+        return None
+    if value.is_meta and not live.tensor.is_meta:
+        return "it is on the meta device, where there are no values"
+    if hasattr(live.tensor, "device_mesh") != hasattr(value, "device_mesh"):
+        return "the parameter is a DTensor now, and its state is none"
+    return None
+
+
+def _misshapen(
+    slots: Mapping[str, Any], live: LiveParameter, older: Tensor | None, schema: Schema | None
+) -> tuple[str, ...]:
+    """Return the slots whose shape is not that which the parameter asks for."""
+    tensors = {name: value for name, value in slots.items() if is_tensor(value) and value.ndim}
+    if schema is not None:
+        wanted = {slot.name: slot.shape(live.shape) for slot in schema.slots}
+        return tuple(name for name, value in tensors.items() if wanted.get(name) not in (None, tuple(value.shape)))
+    # Of other people's optimizers nothing is known but that their state was right beside the older parameter.
+    if older is None or tuple(older.shape) == live.shape:
+        return ()
+    return tuple(tensors)
+
+
+def _no_padding(
+    slots: Mapping[str, Any], wrong: tuple[str, ...], live: LiveParameter, older: Tensor | None, schema: Schema | None
+) -> str | None:
+    """Return why rows cannot be added, or None where they can."""
+    import torch
+
+    if schema is None or not schema.elementwise or "step_size" in slots:
+        return "the optimizer has no state to begin new rows with"
+    for name in wrong:
+        was = tuple(slots[name].shape)
+        if not live.shape or was[1:] != live.shape[1:] or was[0] > live.shape[0]:
+            return "it did not grow by rows"
+    if older is not None:
+        rows = live.tensor.detach()[: older.shape[0]]
+        if older.is_meta or not torch.equal(rows, older.detach().to(rows.device, rows.dtype)):
+            return "the parameter does not begin with the rows of the older one"
+    return None
+
+
+def _padded(slot: str, value: Tensor, rows: int, options: Mapping[str, Any]) -> Tensor:
+    fill = options.get("initial_accumulator_value", 0.0) if slot == "sum" else 0.0
+    (grown,) = Pad(size=rows, fill=float(fill) or "zeros").apply([value.cpu()])
+    return grown.to(value.device)
+
+
+def _converted(
+    slots: Mapping[str, Any],
+    live: LiveParameter,
+    older: Tensor | None,
+    schema: Schema | None,
+    options: Mapping[str, Any],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the slots in the dtype and on the device of the parameter, as torch does when it loads them."""
+    done: dict[str, Any] = {}
+    said: dict[str, str] = {}
+    tensor = live.tensor
+    for name, value in slots.items():
+        done[name] = value
+        if not is_tensor(value):
+            continue
+        known = schema is not None and schema.slot(name) is not None
+        # Counters stay as they are, as in torch, which has them on the device only for its fused and captured steps.
+        counter = name == "step"
+        placed = not counter or bool(options.get("fused") or options.get("capturable"))
+        follows = known or (older is not None and value.dtype == older.dtype)
+        to_dtype = not counter and follows and value.is_floating_point() and value.dtype != tensor.dtype
+        moves = placed and value.device != tensor.device and (known or older is None or value.device == older.device)
+        if to_dtype or moves:
+            done[name] = value.to(tensor.device if moves else value.device, tensor.dtype if to_dtype else value.dtype)
+            said[name] = " and ".join(
+                part
+                for part in (
+                    f"cast from {value.dtype} to {tensor.dtype}" if to_dtype else "",
+                    f"moved from {value.device} to {tensor.device}" if moves else "",
+                )
+                if part
+            )
+    return done, said

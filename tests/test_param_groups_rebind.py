@@ -1,0 +1,475 @@
+"""An optimizer that goes on after the model was changed: proved by its real steps, against one without a break."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit import rebind, validate_param_groups
+from ckptkit.errors import GroupsError
+
+BODY = ["emb.weight", "fc.weight", "fc.bias"]
+HEAD = ["head.weight", "head.bias"]
+
+
+class Net(nn.Module):
+    def __init__(self, rows: int = 6, classes: int = 3) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(rows, 4)
+        self.fc = nn.Linear(4, 5)
+        self.head = nn.Linear(5, classes)
+
+
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "Adam": lambda groups: torch.optim.Adam(groups, lr=0.1, amsgrad=True),
+    "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.1),
+    "Adamax": lambda groups: torch.optim.Adamax(groups, lr=0.1),
+    "NAdam": lambda groups: torch.optim.NAdam(groups, lr=0.1),
+    "RAdam": lambda groups: torch.optim.RAdam(groups, lr=0.1),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, lr=0.1, centered=True, momentum=0.5),
+    "Rprop": lambda groups: torch.optim.Rprop(groups, lr=0.1),
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, lr=0.1, initial_accumulator_value=0.1),
+    "Adadelta": lambda groups: torch.optim.Adadelta(groups, lr=0.1),
+    "ASGD": lambda groups: torch.optim.ASGD(groups, lr=0.1, t0=2),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.1),
+}
+
+
+def adamw(groups: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(groups, lr=0.1)
+
+
+def grouped(model: Net) -> list[dict[str, Any]]:
+    """Two named groups whose parameters have their names."""
+    named = dict(model.named_parameters())
+    return [
+        {"name": "body", "params": [(name, named[name]) for name in BODY]},
+        {"name": "head", "params": [(name, named[name]) for name in HEAD], "lr": 0.3},
+    ]
+
+
+def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) -> None:
+    """Do real steps with gradients that depend on the values, so that any difference grows."""
+    for _ in range(count):
+        for parameter in model.parameters():
+            flat = torch.arange(parameter.numel(), dtype=torch.float32, device=parameter.device).reshape(
+                parameter.shape
+            )
+            parameter.grad = (parameter.detach().float() * 0.1 + flat.sin()).to(parameter.dtype)
+        optimizer.step()
+
+
+def said(report: Any) -> list[tuple[str, str]]:
+    return [(finding.code.removeprefix("rebind."), finding.key) for finding in report.findings]
+
+
+def assign(model: nn.Module) -> None:
+    """Load its own values as new parameters."""
+    model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
+
+
+def same(one: nn.Module, other: nn.Module, names: list[str]) -> bool:
+    first, second = dict(one.named_parameters()), dict(other.named_parameters())
+    return all(torch.equal(first[name], second[name]) for name in names)
+
+
+# --- the same values in new objects ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_after_assign_the_training_goes_on_bit_by_bit(kind: str) -> None:
+    """Every parameter is another object; with its state moved, the next steps are those of a run without a break."""
+    model = Net()
+    optimizer = OPTIMIZERS[kind](grouped(model))
+    steps(model, optimizer, 3)
+    reference, its = copy.deepcopy((model, optimizer))
+    groups, dicts = optimizer.param_groups, list(optimizer.param_groups)
+    assign(model)
+    report = rebind(optimizer, model)
+    assert said(report) == [("repointed", name) for name in [*BODY, *HEAD]]
+    assert validate_param_groups(model, optimizer).findings == ()
+    assert optimizer.param_groups is groups
+    assert all(one is other for one, other in zip(groups, dicts, strict=True))
+    steps(model, optimizer, 3)
+    steps(reference, its, 3)
+    assert same(model, reference, [*BODY, *HEAD])
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_lbfgs_keeps_its_one_state_where_nothing_else_changed() -> None:
+    """And starts anew where it did: its history is one vector for all."""
+
+    def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        def closure() -> float:
+            for parameter in model.parameters():
+                parameter.grad = 4 * (parameter.detach() - 1) ** 3
+            return sum(((parameter.detach() - 1) ** 4).sum().item() for parameter in model.parameters())
+
+        optimizer.step(closure)
+
+    model = Net()
+    optimizer = torch.optim.LBFGS(model.named_parameters(), lr=0.1, max_iter=3)
+    run(model, optimizer)
+    reference = copy.deepcopy(model)
+    its = torch.optim.LBFGS(reference.named_parameters(), lr=0.1, max_iter=3)
+    its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assign(model)
+    rebind(optimizer, model)
+    run(model, optimizer)
+    run(reference, its)
+    assert same(model, reference, [*BODY, *HEAD])
+    model.head = nn.Linear(5, 7)
+    assert ("state-dropped", "") in said(rebind(optimizer, model))
+    before = model.head.weight.detach().clone()
+    run(model, optimizer)
+    assert not torch.equal(before, model.head.weight)
+
+
+def test_a_deep_copy_is_followed_and_the_original_let_go() -> None:
+    model = Net()
+    optimizer = adamw(model.named_parameters())
+    steps(model, optimizer)
+    copied = copy.deepcopy(model)
+    rebind(optimizer, copied)
+    assert validate_param_groups(copied, optimizer).findings == ()
+    steps(copied, optimizer)
+    assert not same(model, copied, BODY)
+
+
+def test_what_waited_on_the_meta_device_starts_anew() -> None:
+    """``to_empty`` gives new parameters memory; state from the meta device has no values, which is said."""
+    with torch.device("meta"):
+        model = Net()
+    optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
+    steps(model, optimizer, 1)
+    model.load_state_dict(Net().state_dict(), assign=True)
+    report = rebind(optimizer, model)
+    assert [code for code, _ in said(report)] == ["repointed"] * 5 + ["state-dropped"] * 5
+    assert "is on the meta device" in report.findings[-1].message
+    before = copy.deepcopy(model)
+    steps(model, optimizer)
+    assert not any(same(before, model, [name]) for name in [*BODY, *HEAD])
+
+
+# --- a new head ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_new_head_trains_and_the_rest_goes_on_bit_by_bit(kind: str) -> None:
+    """Its state was of another shape and is dropped, slot by slot said; the other parameters feel nothing."""
+    model = Net()
+    optimizer = OPTIMIZERS[kind](grouped(model))
+    steps(model, optimizer)
+    reference, its = copy.deepcopy((model, optimizer))
+    slots = list(optimizer.state[model.head.weight])
+    model.head = nn.Linear(5, 7)
+    before = copy.deepcopy(model.head)
+    report = rebind(optimizer, model)
+    assert said(report) == [("repointed", name) for name in HEAD] + [("state-dropped", name) for name in HEAD]
+    assert f"the state of 'head.weight' ({', '.join(slots)}) was dropped: " in report.findings[2].message
+    assert [finding for finding in validate_param_groups(model, optimizer).findings if finding.severity != "note"] == []
+    assert optimizer.state_dict()["param_groups"][1]["param_names"] == HEAD
+    steps(model, optimizer)
+    steps(reference, its)
+    assert same(model, reference, BODY)
+    assert not torch.equal(before.weight, model.head.weight)
+    assert not torch.equal(before.bias, model.head.bias)
+
+
+def test_a_head_of_other_names_needs_a_place() -> None:
+    """The old one is taken out with its state; the new parameters are warned of, or added where that is asked."""
+    for place in ("head", 1):
+        model = Net()
+        optimizer = adamw(grouped(model))
+        steps(model, optimizer)
+        kept = copy.deepcopy(optimizer.state_dict()["state"][0])
+        model.head = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))  # type: ignore[assignment]
+        new = [f"head.{name}" for name, _ in model.head.named_parameters()]
+        undecided, its = copy.deepcopy((model, optimizer))
+        report = rebind(its, undecided)
+        assert said(report) == [
+            *[("removed", name) for name in HEAD],
+            *[("state-dropped", name) for name in HEAD],
+            ("missing", "head.0.weight"),
+        ]
+        assert report.findings[-1].severity == "warning"
+        report = rebind(optimizer, model, add_missing=place)
+        assert said(report)[-4:] == [("added", name) for name in new]
+        assert validate_param_groups(model, optimizer).ok
+        assert [group["param_names"] for group in optimizer.param_groups] == [BODY, new]
+        before = copy.deepcopy(model)
+        steps(model, optimizer)
+        assert not any(same(before, model, [name]) for name in [*BODY, *new])
+        assert kept["step"] + 2 == optimizer.state[model.emb.weight]["step"]
+
+
+def test_state_that_belongs_to_nobody_is_let_go() -> None:
+    """What a hand that changes ``params`` leaves behind makes ``state_dict()`` fail with a bare KeyError."""
+    model = Net()
+    optimizer = adamw(model.named_parameters())
+    steps(model, optimizer)
+    model.head = nn.Linear(5, 7)
+    optimizer.param_groups[0]["params"][3:] = list(model.head.parameters())
+    optimizer.state[99] = {"step": torch.tensor(1.0)}  # type: ignore[index]
+    with pytest.raises(KeyError):
+        optimizer.state_dict()
+    assert said(rebind(optimizer, model)) == [("state-dropped", "")] * 3
+    assert len(optimizer.state_dict()["state"]) == 3
+
+
+# --- other shapes and dtypes -----------------------------------------------------------------------------------------
+
+
+def resize(model: Net, rows: int, *, new_object: bool) -> None:
+    """Give the embedding more rows, as transformers does: in place, or as a new parameter that begins as the old."""
+    grown = torch.cat([model.emb.weight.detach(), torch.full((rows - len(model.emb.weight), 4), 0.5)])
+    if new_object:
+        model.emb.weight = nn.Parameter(grown)
+    else:
+        model.emb.weight.data = grown
+    model.emb.num_embeddings = rows
+
+
+ELEMENTWISE = [kind for kind in OPTIMIZERS if kind not in {"Adafactor", "Rprop"}]
+
+
+@pytest.mark.parametrize("new_object", [False, True], ids=["in-place", "new-object"])
+@pytest.mark.parametrize("kind", ELEMENTWISE)
+def test_rows_that_were_there_go_on_bit_by_bit_where_the_state_is_padded(kind: str, *, new_object: bool) -> None:
+    """Without it the next step fails in the middle; with it only the new rows begin anew."""
+    model = Net()
+    optimizer = OPTIMIZERS[kind](model.named_parameters())
+    steps(model, optimizer)
+    reference, its = copy.deepcopy((model, optimizer))
+    resize(model, 8, new_object=new_object)
+    if not new_object:
+        with pytest.raises(RuntimeError, match=r"size of tensor|shape"):
+            steps(*copy.deepcopy((model, optimizer)))
+    report = rebind(optimizer, model, on_shape="pad")
+    assert ("state-converted", "emb.weight") in said(report)
+    assert "state-dropped" not in dict(said(report))
+    assert validate_param_groups(model, optimizer).findings == ()
+    old = model.emb.weight.detach()[6:].clone()
+    for _ in range(2):
+        for one, run in ((model, optimizer), (reference, its)):
+            for parameter in one.parameters():
+                parameter.grad = torch.full_like(parameter, 0.25)
+            run.step()
+    assert torch.equal(model.emb.weight[:6], reference.emb.weight)
+    assert same(model, reference, [*BODY[1:], *HEAD])
+    assert not torch.equal(old, model.emb.weight[6:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "why"),
+    [
+        ("AdamW", lambda model: setattr(model, "emb", nn.Embedding(8, 4)), "does not begin with the rows of the older"),
+        ("AdamW", lambda model: setattr(model.emb.weight, "data", torch.ones(4, 4)), "did not grow by rows"),
+        ("AdamW", lambda model: setattr(model.emb.weight, "data", torch.ones(8, 5)), "did not grow by rows"),
+        ("Adafactor", lambda model: resize(model, 8, new_object=False), "no state to begin new rows with"),
+        ("Rprop", lambda model: resize(model, 8, new_object=False), "no state to begin new rows with"),
+    ],
+    ids=["another-embedding", "shrunk", "wider", "factored", "of-its-own-step-size"],
+)
+def test_what_cannot_be_padded_starts_anew_and_is_said(kind: str, change: Callable[[Net], object], why: str) -> None:
+    model = Net()
+    optimizer = OPTIMIZERS[kind](model.named_parameters())
+    steps(model, optimizer)
+    change(model)
+    report = rebind(optimizer, model, on_shape="pad")
+    (dropped,) = [finding for finding in report.findings if finding.code == "rebind.state-dropped"]
+    assert dropped.key == "emb.weight"
+    assert why in dropped.message
+    steps(model, optimizer)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_follows_a_conversion_of_the_model(kind: str) -> None:
+    """As torch itself converts it when it loads a state_dict: the oracle."""
+    model = Net()
+    optimizer = OPTIMIZERS[kind](model.named_parameters())
+    steps(model, optimizer)
+    model.double()
+    reference, its = copy.deepcopy((model, optimizer))
+    its.load_state_dict(copy.deepcopy(its.state_dict()))
+    report = rebind(optimizer, model)
+    assert set(said(report)) == {("state-converted", name) for name in [*BODY, *HEAD]}
+    assert "cast from torch.float32 to torch.float64" in report.findings[0].message
+    steps(model, optimizer)
+    steps(reference, its)
+    assert same(model, reference, [*BODY, *HEAD])
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+def test_weight_norm_on_and_off() -> None:
+    """One weight becomes two, whose numbers mean something else, and back: both ways train, and the bias goes on."""
+    model = Net()
+    optimizer = adamw(grouped(model))
+    steps(model, optimizer)
+    step = optimizer.state[model.head.bias]["step"].item()
+    nn.utils.parametrizations.weight_norm(model.head)
+    parts = [f"head.parametrizations.weight.original{part}" for part in (0, 1)]
+    report = rebind(optimizer, model)
+    assert said(report) == [*[("repointed", part) for part in parts], ("state-dropped", "head.weight")]
+    assert validate_param_groups(model, optimizer).ok
+    assert optimizer.param_groups[1]["param_names"] == [*parts, "head.bias"]
+    steps(model, optimizer)
+    nn.utils.parametrize.remove_parametrizations(model.head, "weight")
+    report = rebind(optimizer, model)
+    assert said(report)[:2] == [("repointed", "head.weight"), ("removed", parts[1])]
+    assert validate_param_groups(model, optimizer).ok
+    assert optimizer.param_groups[1]["param_names"] == HEAD
+    assert optimizer.state[model.head.bias]["step"].item() == step + 2
+    before = copy.deepcopy(model)
+    steps(model, optimizer)
+    assert not any(same(before, model, [name]) for name in [*BODY, *HEAD])
+
+
+def test_names_that_torch_overwrote_are_made_true() -> None:
+    """Loading the state of a model whose layers stand in another order leaves their names on the wrong parameters."""
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    other = nn.ModuleDict({"b": nn.Linear(3, 3), "a": nn.Linear(3, 3)})
+    optimizer = adamw(model.named_parameters())
+    optimizer.load_state_dict(adamw(other.named_parameters()).state_dict())
+    assert not validate_param_groups(model, optimizer).ok
+    assert [code for code, _ in said(rebind(optimizer, model))] == ["renamed"] * 4
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    assert rebind(optimizer, model).findings == ()
+
+
+def test_weights_that_were_tied_since_stand_once() -> None:
+    model = nn.ModuleDict({"emb": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    optimizer = adamw(model.named_parameters())
+    steps(model, optimizer)
+    model["head"].weight = model["emb"].weight
+    report = rebind(optimizer, model)
+    assert said(report)[0] == ("removed", "head.weight")
+    assert "it is 'emb.weight' now" in report.findings[0].message
+    assert validate_param_groups(model, optimizer).ok
+
+
+def test_without_names_it_takes_asking_to_guess() -> None:
+    model = Net()
+    optimizer = adamw(model.parameters())
+    steps(model, optimizer)
+    reference, its = copy.deepcopy((model, optimizer))
+    assign(model)
+    with pytest.raises(GroupsError, match=r"group 0\[0\] \(6, 4\) .* it was 'emb.weight' \(and 4 more\)"):
+        rebind(optimizer, model)
+    rebind(optimizer, model, guess=True)
+    assert "param_names" not in optimizer.param_groups[0]
+    assert validate_param_groups(model, optimizer).findings == ()
+    steps(model, optimizer)
+    steps(reference, its)
+    assert same(model, reference, [*BODY, *HEAD])
+
+
+def test_names_from_within_the_model_are_a_guess_too() -> None:
+    """As of a network inside a LightningModule: ``head.weight`` may be ``net.head.weight``, and is not thrown away."""
+    whole = nn.ModuleDict({"net": Net()})
+    optimizer = adamw(whole["net"].named_parameters())
+    whole["net"].head = nn.Linear(5, 7)
+    with pytest.raises(GroupsError, match=r"it was 'net\.head\.weight'"):
+        rebind(optimizer, whole)
+    rebind(optimizer, whole, guess=True)
+    assert validate_param_groups(whole, optimizer).findings == ()
+
+
+def test_what_is_trained_beside_the_model_is_left_alone() -> None:
+    """A loss with parameters of its own is not in the model, and no reason to take it out where it is named."""
+    model, loss = Net(), nn.Linear(1, 1)
+    optimizer = adamw([*model.named_parameters(), *((f"loss.{name}", one) for name, one in loss.named_parameters())])
+    assert rebind(optimizer, model, beside=[loss]).findings == ()
+    assert said(rebind(optimizer, model)) == [("removed", "loss.weight"), ("removed", "loss.bias")]
+
+
+def test_what_another_optimizer_trains_is_not_missing() -> None:
+    model = Net()
+    others = torch.optim.SGD(model.head.named_parameters(), lr=0.1)
+    optimizer = adamw([("fc.weight", model.fc.weight), ("fc.bias", model.fc.bias)])
+    model.fc = nn.Linear(4, 5)
+    report = rebind(optimizer, model, beside=[others], add_missing=0)
+    assert said(report) == [("repointed", "fc.weight"), ("repointed", "fc.bias"), ("added", "emb.weight")]
+    assert validate_param_groups(model, [optimizer, others]).ok
+
+
+# --- refusals --------------------------------------------------------------------------------------------------------
+
+
+def crossed(model: Net) -> torch.optim.Optimizer:
+    optimizer = adamw([{"params": [("fc.bias", model.fc.bias), ("fc.bias", nn.Parameter(torch.zeros(5)))]}])
+    model.fc = nn.Linear(4, 5)
+    return optimizer
+
+
+class OneGroup(torch.optim.SGD):
+    """Says itself what it takes."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if self.param_groups:
+            raise ValueError("one is enough")
+        super().add_param_group(param_group)
+
+
+REFUSALS: dict[str, tuple[Callable[[Net], Any], dict[str, Any], str]] = {
+    "no-optimizer": (lambda model: model.parameters(), {}, "an optimizer cannot be a generator"),
+    "another-model": (
+        lambda _: adamw([("x", nn.Parameter(torch.ones(1)))]),
+        {},
+        "the model has nothing of the optimizer's 1 parameter",
+    ),
+    "two-of-one-name": (crossed, {}, "would both become 'fc.bias'"),
+    "no-such-group": (lambda model: adamw(grouped(model)), {"add_missing": "tail"}, "no one group is called 'tail'"),
+    "no-such-index": (lambda model: adamw(grouped(model)), {"add_missing": 2}, "there is no group 2"),
+    "params-given": (
+        lambda model: adamw([("fc.bias", model.fc.bias)]),
+        {"add_missing": {"params": []}},
+        "leave out params",
+    ),
+    "lbfgs": (
+        lambda model: torch.optim.LBFGS([("fc.bias", model.fc.bias)]),
+        {"add_missing": {}},
+        "LBFGS takes one group only",
+    ),
+    "its-own": (
+        lambda model: OneGroup([model.fc.bias]),
+        {"add_missing": {}},
+        "OneGroup refuses a new group: one is enough",
+    ),
+    "on-shape": (lambda model: adamw(grouped(model)), {"on_shape": "keep"}, "on_shape is 'keep'"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(case: str) -> None:
+    build, choices, message = REFUSALS[case]
+    model = Net()
+    optimizer = build(model)
+    with pytest.raises(GroupsError, match=message):
+        rebind(optimizer, model, **choices)
+
+
+def test_a_refusal_changes_nothing() -> None:
+    """Also where most could be done: the head can follow, the embedding's state cannot."""
+    model = Net()
+    optimizer = adamw(grouped(model))
+    steps(model, optimizer)
+    model.head = nn.Linear(5, 3)
+    resize(model, 8, new_object=False)
+    before = [(list(group["params"]), dict(group)) for group in optimizer.param_groups]
+    state = {key: dict(slots) for key, slots in optimizer.state.items()}
+    with pytest.raises(GroupsError, match=r"the state of 'emb\.weight' does not fit: exp_avg \(6, 4\)"):
+        rebind(optimizer, model, on_shape="error")
+    for group, (params, options) in zip(optimizer.param_groups, before, strict=True):
+        assert all(one is other for one, other in zip(group["params"], params, strict=True))
+        assert group == options
+    assert {key: dict(slots) for key, slots in optimizer.state.items()}.keys() == state.keys()
+    assert all(optimizer.state[key][slot] is value for key, slots in state.items() for slot, value in slots.items())
