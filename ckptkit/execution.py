@@ -30,7 +30,7 @@ from ckptkit.writers.torch_zip import (
     write_torch_zip,
 )
 
-__all__ = ["Written", "execute", "fit"]
+__all__ = ["Progress", "Written", "execute", "fit", "refuse_harm"]
 
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
 Progress = Callable[[int], None]
@@ -99,7 +99,7 @@ def execute(
     output = out if isinstance(out, Output) else choose_output(out)
     roles = _by_role(plan, sources, output)
     editor = editor_for(plan, output, roles)
-    _refuse_harm(output, roles, "" if editor is None else plan.keeps)
+    refuse_harm(output, roles, "" if editor is None else plan.keeps)
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
         raise PlanError("the plan writes two tensors under one name")
@@ -196,7 +196,11 @@ def _is_model(thing: object) -> bool:
     return callable(getattr(thing, "state_dict", None))
 
 
-def _refuse_harm(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
+def refuse_harm(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
+    """Raise ``OutputError`` where an output would replace an input, or be taken for a part of one, without being asked.
+
+    ``edited`` is the role of the input that the output is an edited copy of, if any.
+    """
     parent, name = os.path.split(os.path.realpath(output.path))
     for role, checkpoint in roles.items():
         same = any(_same_file(file, output.path) for file in checkpoint.files)

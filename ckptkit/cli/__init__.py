@@ -58,6 +58,7 @@ _SUMMARIES = {
     "remap": "Rename, keep, drop and cast tensors, and write the rest.",
     "merge": "Lay the values of donors over a base where they fit.",
     "convert": "Write another format, shards, or another dtype.",
+    "optim": "Show the state of an optimizer by name, and edit it as the weights were.",
     "groups": "Check param groups against the live model.",
 }
 

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 from ckptkit.optimizer_state.forms import lay_out, to_dict
 from ckptkit.optimizer_state.grouping import order_like, resplit
+from ckptkit.optimizer_state.health import state_findings
 from ckptkit.optimizer_state.loading import OptimizerLoadReport, load_optimizer_state
-from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Unknown
-from ckptkit.optimizer_state.naming import structure_findings, to_named
+from ckptkit.optimizer_state.model import FORMS, Change, LazyTensor, NamedGroup, OptimizerState, Unknown, tensors_in
+from ckptkit.optimizer_state.naming import positions, structure_findings, to_named
 from ckptkit.optimizer_state.prune import prune
 from ckptkit.optimizer_state.reading import FoundState, read_state
 from ckptkit.optimizer_state.remap import remap
-from ckptkit.optimizer_state.slots import ELEMENTWISE, parameter_shape, slot_kind
+from ckptkit.optimizer_state.slots import ELEMENTWISE, number_of, parameter_shape, slot_kind
+from ckptkit.optimizer_state.writing import write_optimizer_state
 
 __all__ = [
     "ELEMENTWISE",
+    "FORMS",
     "Change",
     "FoundState",
     "LazyTensor",
@@ -26,14 +29,19 @@ __all__ = [
     "Unknown",
     "lay_out",
     "load_optimizer_state",
+    "number_of",
     "order_like",
     "parameter_shape",
+    "positions",
     "prune",
     "read_state",
     "remap",
     "resplit",
     "slot_kind",
+    "state_findings",
     "structure_findings",
+    "tensors_in",
     "to_dict",
     "to_named",
+    "write_optimizer_state",
 ]

@@ -16,7 +16,7 @@ from ckptkit.text import quoted
 from ckptkit.torch_bridge import describe_state_dict
 from ckptkit.wrappers import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
 
-__all__ = ["FoundGroup", "FoundState", "read_state"]
+__all__ = ["FoundGroup", "FoundState", "as_named", "read_laid_out", "read_state"]
 
 _DEEPEST = 100
 _FORMS = "it is what optimizer.state_dict() gives, or what torch.distributed.checkpoint.state_dict makes of it"
@@ -56,6 +56,11 @@ def read_state(thing: Checkpoint | Mapping[Any, Any]) -> FoundState:
             hint="give optimizer.state_dict(), or an open checkpoint of one",
         )
     return _read(*_of_live(thing), "")
+
+
+def read_laid_out(value: Mapping[str, Slot]) -> FoundState:
+    """Return what a state holds that is laid out in one of its forms, its tensors still unread."""
+    return _read(value, lambda item, _: item, "")
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> tuple[object, Callable[[object, Path], Slot]]:

@@ -1,0 +1,245 @@
+"""Files with an optimizer's state: edited without anything else changing, and loaded by torch as before."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint import state_dict as dcp_state_dict
+
+from ckptkit import choose_output
+from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.formats import open_optimizer
+from ckptkit.optimizer_state import OptimizerState, remap, to_dict, to_named, write_optimizer_state
+from tests.helpers_cli import run_ckpt
+from tests.helpers_dcp import save as save_distributed
+from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
+from tests.helpers_same import assert_same
+
+RULES = """
+[[rule]]
+from = "qkv.{leaf}"
+to = ["q.{leaf}", "k.{leaf}", "v.{leaf}"]
+op = { split = { dim = 0, sizes = [4, 4, 4] } }
+"""
+pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+SPEC = """
+[[group]]
+name = "a"
+params = "*.bias"
+lr = 0.25
+
+[[group]]
+name = "b"
+rest = true
+lr = 1.0
+"""
+
+
+def groups_of(model: nn.Module) -> list[dict[str, Any]]:
+    named = dict(model.named_parameters())
+    head = [tensor for name, tensor in named.items() if name.startswith("head")]
+    return [{"params": [p for n, p in named.items() if "head" not in n]}, {"params": head, "lr": torch.tensor(0.5)}]
+
+
+def run_file(path: Path, kind: str = "AdamW", **settings: Any) -> tuple[Net, dict[str, Any]]:
+    """A training checkpoint as a script would save it, and what is in it."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS[kind](groups_of(model)))
+    extra = {"device": torch.device("cpu"), "losses": [0.5] * 3, "rng": torch.get_rng_state(), "epoch": 3}
+    content = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **extra}
+    torch.save(content, path, **settings)
+    return model, content
+
+
+def write(state: OptimizerState, path: Path, source: Any = None, **settings: Any) -> Any:
+    write_optimizer_state(state, choose_output(path, force=True, **settings), source)
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("settings", [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
+def test_a_copy_is_a_copy(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """A state that is not changed makes the same file, as torch loads it, ties and devices and all else included."""
+    _, content = run_file(tmp_path / "run.ckpt", kind, **settings)
+    content["again"] = content["model"]["qkv.weight"]
+    first = content["optimizer"]["param_groups"][0]
+    first |= {"device": torch.device("meta"), "dtype": torch.bfloat16, "params": first.pop("params")}
+    torch.save(content, tmp_path / "run.ckpt", **settings)
+    with open_optimizer(tmp_path / "run.ckpt") as source:
+        write(to_named(source, Net()), tmp_path / "copy.ckpt", source)
+    assert_same(*(torch.load(tmp_path / name, weights_only=True) for name in ("run.ckpt", "copy.ckpt")))
+
+
+def test_only_the_state_changes(tmp_path: Path) -> None:
+    """Of an edited file everything but the optimizer's state is what it was; the state is what the rules make."""
+    model, content = run_file(tmp_path / "run.ckpt")
+    with open_optimizer(tmp_path / "run.ckpt") as source:
+        made = remap(to_named(source, model), ["fc.*=inner.*"])
+        loaded = write(made, tmp_path / "new.ckpt", source)
+        expected = to_dict(made)
+    rest = {key: value for key, value in loaded.items() if key != "optimizer"}
+    assert_same(rest, {key: value for key, value in content.items() if key != "optimizer"})
+    assert same_state(loaded["optimizer"], expected)
+
+
+@pytest.mark.parametrize("form", ["indexed", "param-names", "named", "flattened"])
+def test_every_form_is_written(form: str, tmp_path: Path) -> None:
+    """A live state becomes a file in each form, which torch loads weights-only and its own tools take."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS["AdamW"](groups_of(model)))
+    state = to_named(optimizer.state_dict(), model)
+    write_optimizer_state(state, choose_output(tmp_path / "o.pt"), form=form)
+    loaded = torch.load(tmp_path / "o.pt", weights_only=True)
+    assert same_state(loaded, to_dict(state, form))
+    other = copy.deepcopy(model)
+    resumed = OPTIMIZERS["AdamW"](groups_of(other))
+    if form in ("indexed", "param-names"):
+        resumed.load_state_dict(loaded)
+    else:
+        options = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=form == "flattened")
+        dcp_state_dict.set_optimizer_state_dict(other, resumed, loaded, options=options)
+    trained(model, optimizer, 2, seed=1)
+    trained(other, resumed, 2, seed=1)
+    assert same_state(dict(model.state_dict()), dict(other.state_dict()))
+
+
+def test_a_distributed_state_becomes_a_file(tmp_path: Path) -> None:
+    """What torch.distributed.checkpoint wrote is written as a torch file, in the form that load_state_dict takes."""
+    model = Net()
+    optimizer = trained(model, OPTIMIZERS["SGD"](model.parameters()))
+    state = dcp_state_dict.get_optimizer_state_dict(model, optimizer)
+    save_distributed(tmp_path / "dcp", {"model": model.state_dict(), "optim": state})
+    with open_optimizer(tmp_path / "dcp") as source:
+        write_optimizer_state(to_named(source), choose_output(tmp_path / "o.pt"), source, form="indexed")
+    assert same_state(torch.load(tmp_path / "o.pt", weights_only=True)["state"], optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("o.safetensors", "to a torch file"), ("run.ckpt", "is an input"), ("there.pt", "already exists")],
+)
+def test_outputs_are_refused_early(name: str, said: str, tmp_path: Path) -> None:
+    """No other format, and nothing that is there already: nothing is written."""
+    run_file(tmp_path / "run.ckpt")
+    (tmp_path / "there.pt").write_bytes(b"x")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with open_optimizer(tmp_path / "run.ckpt") as source, pytest.raises(OutputError, match=said):
+        write_optimizer_state(to_named(source, Net()), choose_output(tmp_path / name), source)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_value_of_code_stays_in_its_file_alone(tmp_path: Path) -> None:
+    """An option that only code could make is kept where it was, and refused for any other file."""
+    import numpy as np
+
+    model, content = run_file(tmp_path / "run.ckpt")
+    content["optimizer"]["param_groups"][0]["scale"] = np.float64(2.5)
+    torch.save(content, tmp_path / "run.ckpt")
+    with open_optimizer(tmp_path / "run.ckpt") as source:
+        state = to_named(source, model)
+        write_optimizer_state(state, choose_output(tmp_path / "new.ckpt", keep_unknown=True), source)
+        with pytest.raises(CkptkitError, match="only code could make"):
+            write(state, tmp_path / "alone.pt", only_tensors=True)
+    loaded = torch.load(tmp_path / "new.ckpt", weights_only=False)
+    assert loaded["optimizer"]["param_groups"][0]["scale"] == 2.5
+
+
+def test_remap_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The names come from the weights in the file; the new state loads into the new model in the new model's order."""
+    _, content = run_file(tmp_path / "run.ckpt")
+    (tmp_path / "rules.toml").write_text(RULES)
+    shapes = {
+        f"{name}.{leaf}": torch.empty(4, *rest) for name in "kqv" for leaf, rest in (("weight", (4,)), ("bias", ()))
+    }
+    others = {name: tensor for name, tensor in content["model"].items() if "qkv" not in name}
+    torch.save({**others, **shapes}, tmp_path / "new_model.pt")
+    arguments: list[str | Path] = ["optim", "remap", tmp_path / "run.ckpt", "-o", tmp_path / "new.ckpt"]
+    arguments += ["--rules", tmp_path / "rules.toml", "--like", tmp_path / "new_model.pt"]
+    ran = run_ckpt(capsys, *arguments, "--dry-run", "--json")
+    document = json.loads(ran.out)
+    assert (ran.code, document["schema"], document["output"]) == (0, "ckptkit.optim/1", None)
+    assert not (tmp_path / "new.ckpt").exists()
+    change = next(change for change in document["changes"] if change["key"] == "q.bias")
+    assert (change["sources"], change["operation"]) == (["qkv.bias"], "split")
+    assert "(line 2)" in change["reason"]
+    ran = run_ckpt(capsys, *arguments)
+    assert (ran.code, ran.out) == (0, "")
+    names = [f"{name}.{leaf}" for name in ("norm", "fc", "k", "q", "v") for leaf in ("weight", "bias")]
+    loaded = torch.load(tmp_path / "new.ckpt", weights_only=True)
+    old = content["optimizer"]["state"][0]["exp_avg"].chunk(3)
+    assert loaded["optimizer"]["param_groups"][0]["params"] == list(range(10))
+    assert torch.equal(loaded["optimizer"]["state"][names.index("k.weight")]["exp_avg"], old[1])
+    assert same_state(loaded["model"], content["model"])
+
+
+def test_show_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Names, shapes, steps, groups; findings decide the exit code; without names positions stand for them."""
+    _, content = run_file(tmp_path / "run.ckpt")
+    ran = run_ckpt(capsys, "optim", "show", tmp_path / "run.ckpt", "--json")
+    document = json.loads(ran.out)
+    assert (ran.code, document["at"], document["form"]) == (0, "optimizer", "indexed")
+    first = document["parameters"][0]
+    assert (first["key"], first["shape"], first["step"], first["group"]) == ("qkv.weight", [12, 4], 3.0, 0)
+    assert [group["options"]["lr"] for group in document["groups"]] == [0.01, 0.5]
+    assert document["summary"]["bytes"] == sum(
+        tensor.nbytes for slots in content["optimizer"]["state"].values() for tensor in slots.values()
+    )
+    content["optimizer"]["state"][1]["step"] += 4
+    del content["optimizer"]["state"][0]["exp_avg_sq"], content["optimizer"]["state"][5]
+    content["optimizer"]["state"][77] = {}
+    torch.save(content["optimizer"], tmp_path / "optimizer.pt")
+    ran = run_ckpt(capsys, "optim", "show", tmp_path / "optimizer.pt")
+    assert ran.code == 1
+    assert "state of 77, which no group has  [optim.state-stray]" in ran.out
+    assert "7 of 1 parameter (1)" in ran.out
+    assert "1 of 8 parameters have no state: '5'" in ran.out
+
+
+def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A spec makes other groups of a file, the groups of another file bring them back, and a pattern resets a head."""
+    _, content = run_file(tmp_path / "run.ckpt", "SGD")
+    (tmp_path / "spec.toml").write_text(SPEC)
+    run, out = tmp_path / "run.ckpt", [tmp_path / f"{name}.ckpt" for name in "bcd"]
+    spec = tmp_path / "spec.toml"
+    ran = run_ckpt(capsys, "optim", "resplit", run, "-o", out[0], "--groups", spec, "--form", "param-names")
+    assert ran.code == 0, ran.err
+    groups = torch.load(out[0], weights_only=True)["optimizer"]["param_groups"]
+    assert [(group["lr"], group["param_names"], group["momentum"]) for group in groups] == [
+        (0.25, ["qkv.bias", "norm.bias", "fc.bias", "head.bias"], 0.9),
+        (1.0, ["qkv.weight", "norm.weight", "fc.weight", "head.weight"], 0.9),
+    ]
+    ran = run_ckpt(capsys, "optim", "resplit", out[0], "-o", out[1], "--as", run, "--form", "indexed")
+    assert ran.code == 0, ran.err
+    back = torch.load(out[1], weights_only=True)
+    assert same_state(back["optimizer"]["state"], content["optimizer"]["state"])
+    ran = run_ckpt(capsys, "optim", "prune", run, "-o", out[2], "--reset", "head.*", "--markdown")
+    assert ran.code == 0
+    assert "asked for by --reset" in ran.out
+    assert list(torch.load(out[2], weights_only=True)["optimizer"]["state"]) == [0, 1, 2, 3, 4, 5]
+
+
+def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where shapes do not tell, a list of names does; without it the refusal says so."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    optimizer = trained(
+        model, OPTIMIZERS["SGD"]([{"params": model[1].parameters()}, {"params": model[0].parameters()}])
+    )
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "run.ckpt")
+    arguments = ("optim", "remap", tmp_path / "run.ckpt", "-o", tmp_path / "new.pt", "--rename", "1.*=head.*")
+    ran = run_ckpt(capsys, *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert "position 0 ([4, 4]) is '0.weight' or '1.weight'" in ran.err
+    (tmp_path / "names.txt").write_text("1.weight\n1.bias\n0.weight\n0.bias\n")
+    ran = run_ckpt(capsys, *arguments, "--names", tmp_path / "names.txt", "--form", "named", "--only-tensors")
+    assert ran.code == 0, ran.err
+    state = torch.load(io.BytesIO((tmp_path / "new.pt").read_bytes()), weights_only=True)
+    assert list(state["state"]) == ["head.weight", "head.bias", "0.weight", "0.bias"]
+    moved = optimizer.state_dict()["state"][1]["momentum_buffer"]
+    assert torch.equal(state["state"]["head.bias"]["momentum_buffer"], moved)
