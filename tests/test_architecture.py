@@ -306,6 +306,8 @@ LIGHT_COMMANDS = {
     "remap to torch": "main(['remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/a.pt', '--rename', 'module.*=*'])",
     "convert": "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/b.safetensors'])",
     "convert views": "main(['convert', OUT + '/views.pt', '-o', OUT + '/d.safetensors'])",
+    "optim show": "main(['optim', 'show', 'fixtures/lenet_ddp.pt'])",
+    "optim remap": "main(['optim', 'remap', 'fixtures/lenet_ddp.pt', '-o', OUT + '/o.pt', '--rename', 'module.*=*'])",
     "merge": "main(['merge', 'fixtures/lenet_10class.pth', 'fixtures/lenet_10class.safetensors', '-o', OUT + '/c.pt'])",
 }
 

@@ -102,6 +102,11 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "align over a file": (["align", TEN, DDP, "-o", "README.md"], 2, "", "ckpt: README.md: already exists"),
     "model without callable": (["show", "py:fixtures.lenet"], 2, "", "names no callable"),
     "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
+    "optim show": (["optim", "show", DDP], 0, "names: all parameters of the model's checkpoint, one group in", ""),
+    "optim no state": (["optim", "show", TEN], 2, "", f"ckpt: {TEN}: holds no optimizer state"),
+    "optim live": (["optim", "show", MODEL], 2, "", "is a live model, which has no optimizer"),
+    "optim no groups": (["optim", "resplit", DDP, "-o", "o.pt"], 2, "", "give either --groups or --as"),
+    "optim bad rule": (["optim", "remap", DDP, "-o", "o.pt", "--rename", "x.*=y.*"], 2, "", "matches none of 10 keys"),
     "groups table": (["groups", "table", "--model", MODEL, "fixtures/groups.toml"], 0, "head", ""),
     "groups valid": (
         ["groups", "validate", "--model", MODEL, "fixtures/groups.toml"],
@@ -312,7 +317,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 10
+    assert len(paths) == 17
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

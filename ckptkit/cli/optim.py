@@ -330,7 +330,8 @@ def _finish(state: OptimizerState, source: Checkpoint, job: _Job, notes: Sequenc
             lambda: state_document(source.path, source.envelope, state, written=written),
         )
     if not job.quiet:
-        for note in (*state.remarks, *notes):
+        evidence = [f"names: {state.evidence}"] if state.evidence else []
+        for note in (*evidence, *state.remarks, *notes):
             tell(note)
         if written is not None:
             for line in as_text([written_line(state, written)]):

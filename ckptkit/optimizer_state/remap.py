@@ -93,6 +93,10 @@ class _Work:
             return sources[0]
         self._hold_whole(new, how)
         there = [slots for slots in sources if slots is not None]
+        if any(_MUON in group.options for group in self.state.groups if how.sources[0] in group.names):
+            self.remarks.append(
+                "Muon's momentum moves with its matrix, and its next update is that of the new matrices"
+            )
         names = tuple(dict.fromkeys(slot for slots in there for slot in slots))
         for name, slots in zip(how.sources, sources, strict=True):
             lacking = [slot for slot in names if slots is None or slot not in slots]
@@ -162,6 +166,7 @@ class _Work:
 
 
 _ROLE = "state"
+_MUON = "ns_steps"  # the option by which a group is told to be of torch.optim.Muon
 
 
 def _checkpoint_of(tensors: Mapping[str, LazyTensor], path: str) -> Checkpoint:

@@ -6,20 +6,18 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Final, Literal
 
+from ckptkit.optimizer_schemas import SCHEMAS
 from ckptkit.optimizer_state.model import LazyTensor, Slot
 from ckptkit.storage import same_bytes
 
 __all__ = ["ELEMENTWISE", "Kind", "number_of", "parameter_shape", "same_value", "slot_kind"]
 
 # One number for each element of the parameter, which nothing but that element's gradients went into: of torch.optim,
-# and of optimizers that are widely used beside it.
+# and of optimizers that are widely used beside it (Adan, Lookahead, schedule-free ones, Sophia).
 ELEMENTWISE: Final = frozenset(
-    {
-        "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "sum", "square_avg", "grad_avg", "acc_delta",
-        "exp_inf", "prev", "step_size", "ax", "variance", "exp_avg_diff", "neg_pre_grad", "exp_avg_slow", "z",
-        "hessian",
-    }
-)  # fmt: skip
+    {slot.name for schema in SCHEMAS.values() for slot in schema.slots if slot.layout == "elementwise"}
+    | {"exp_avg_diff", "neg_pre_grad", "slow_buffer", "z", "hessian"}
+)
 # Sums over rows and columns: torch.optim.Adafactor's, and those of transformers.
 _FACTORED: Final = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", False))
 _OF_FACTORS: Final = frozenset(name for row, column, _ in _FACTORED for name in (row, column))
