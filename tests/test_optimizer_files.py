@@ -28,7 +28,6 @@ from = "qkv.{leaf}"
 to = ["q.{leaf}", "k.{leaf}", "v.{leaf}"]
 op = { split = { dim = 0, sizes = [4, 4, 4] } }
 """
-pytestmark = pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 SPEC = """
 [[group]]
 name = "a"
@@ -73,8 +72,9 @@ def test_a_copy_is_a_copy(kind: str, settings: dict[str, Any], tmp_path: Path) -
     first |= {"device": torch.device("meta"), "dtype": torch.bfloat16, "params": first.pop("params")}
     torch.save(content, tmp_path / "run.ckpt", **settings)
     with open_optimizer(tmp_path / "run.ckpt") as source:
-        write(to_named(source, Net()), tmp_path / "copy.ckpt", source)
-    assert_same(*(torch.load(tmp_path / name, weights_only=True) for name in ("run.ckpt", "copy.ckpt")))
+        write_optimizer_state(to_named(source, Net()), choose_output(tmp_path / "copy.ckpt"), source)
+    weights_only = "pickle_protocol" not in settings  # torch's weights-only loader knows its own protocol alone
+    assert_same(*(torch.load(tmp_path / name, weights_only=weights_only) for name in ("run.ckpt", "copy.ckpt")))
 
 
 def test_only_the_state_changes(tmp_path: Path) -> None:
