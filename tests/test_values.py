@@ -163,6 +163,20 @@ def test_a_large_mean_hides_no_deviation(bench: Bench) -> None:
     assert found.mean == pytest.approx(1e8 + (tensor - 1e8).mean().item(), rel=1e-15)
 
 
+@pytest.mark.parametrize("center", [0.0, 1e-3, 3.0, -1e6, 1e12], ids=str)
+@pytest.mark.parametrize("special", [0, 1, 499, 1000], ids=str)
+def test_what_is_not_finite_moves_nothing(center: float, special: int, bench: Bench) -> None:
+    """Among numbers around any mean, a few or mostly NaN and Inf leave the moments of the rest as they are."""
+    tensor = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + center
+    tensor[7] = 0.0
+    tensor[-20:] *= -1
+    tensor[torch.randperm(1000, generator=torch.Generator().manual_seed(4))[:special]] = math.nan
+    tensor[::5] = torch.where(tensor[::5].isnan(), -math.inf, tensor[::5])
+    check(fed(described(tensor), bits(tensor), bench), numbers_in(tensor), "F64")
+    narrow = tensor.float()
+    check(fed(described(narrow), bits(narrow), bench), numbers_in(narrow), "F32")
+
+
 def test_the_order_of_threads_does_not_show() -> None:
     """Twice over, with one thread or four, every bit of the result is the same."""
     tensor = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))

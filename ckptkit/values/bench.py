@@ -33,7 +33,7 @@ class Bench:
 
     def share(self, work: Callable[[torch.Tensor], None], numbers: torch.Tensor) -> None:
         """Call ``work`` with all of ``numbers``, in pieces of bounded size, each in one of the threads."""
-        if len(numbers) < _ALONE:
+        if numbers.numel() < _ALONE:
             work(numbers)
             return
         if self._pool is None:
@@ -43,7 +43,7 @@ class Bench:
             # times longer than the operation takes.
             self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
             self._before = torch.get_num_threads()
-        pieces = [numbers[start : start + _PIECE] for start in range(0, len(numbers), _PIECE)]
+        pieces = [numbers[start : start + _PIECE] for start in range(0, numbers.numel(), _PIECE)]
         for _ in self._pool.map(work, pieces):
             pass
 

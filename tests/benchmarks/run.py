@@ -142,6 +142,12 @@ def races(directory: Path, gigabytes: float) -> Iterable[Race]:
     yield Race(
         f"check {gigabytes:g} GB of .pt / crc32", [*CKPT, "check", "large.pt"], [PYTHON, "-c", crc], 1.3, 100 * MB
     )
+    naive = (
+        "import torch\nfor k, t in torch.load('large.pt', mmap=True, weights_only=True).items():\n"
+        "  t = t.double(); print(k, t.mean(), t.std(), t.min(), t.max(), t.norm())"
+    )
+    stats = [*CKPT, "stats", "large.pt"]
+    yield Race(f"stats of {gigabytes:g} GB / some in torch", stats, [PYTHON, "-c", naive], 0.7, 350 * MB)
     yield Race(
         f"rename {gigabytes:g} GB of safetensors / cp + fsync", rename, _copy("large.safetensors"), 1.3, 100 * MB
     )
