@@ -33,7 +33,7 @@ from tests.hostile.contract import run_limited
 
 WEIGHT = torch.arange(3000, dtype=torch.float32)
 TIED = {"a": WEIGHT, "n": torch.tensor(7), "b": WEIGHT}
-IN_RUN = {"w": torch.full((4,), 2.0), "b": torch.full((2,), 3.0), "optimizer.m": torch.full((6,), 5.0)}
+IN_RUN = {"w": torch.arange(4.0) + 2, "b": torch.arange(2.0) + 30, "optimizer.m": torch.full((6,), 5.0)}
 TRAINED = {
     "model": {"w": IN_RUN["w"], "b": IN_RUN["b"]},
     "optimizer": {"m": IN_RUN["optimizer.m"]},
@@ -84,7 +84,7 @@ def _torch(thing: object, **settings: Any) -> Callable[[Path], Path]:
 
 
 def _safetensors(directory: Path) -> Path:
-    save_file({"w": torch.ones(3, 3), "e": torch.ones(0), "h": torch.ones(2, dtype=torch.float16)}, directory / "f.st")
+    save_file({"w": torch.eye(3), "e": torch.ones(0), "h": torch.ones(2, dtype=torch.float16)}, directory / "f.st")
     return directory / "f.st"
 
 
@@ -108,7 +108,9 @@ def _dcp_safetensors(directory: Path) -> Path:
     for rank in (1, 2):
         info = json.dumps({"w": {"saved_offsets": [3 * rank - 3, 0]}})
         name = f"shard-0000{rank}-model-00001-of-00001.safetensors"
-        save_file({"w": torch.ones(3, 2)}, directory / name, {"DCP_SHARDING_INFO": info, "DCP_VERSION": "1.0"})
+        save_file(
+            {"w": torch.eye(3)[:, :2].clone()}, directory / name, {"DCP_SHARDING_INFO": info, "DCP_VERSION": "1.0"}
+        )
     return directory
 
 
@@ -124,7 +126,7 @@ def _trainer(directory: Path) -> Path:
 
 def _gguf(directory: Path) -> Path:
     infos = [info("v", offset=32), info("q", (32,), kind=8, offset=64), info("w")]
-    return Path(write(directory, gguf_file(infos, data=bytes(98)), "f.gguf"))
+    return Path(write(directory, gguf_file(infos, data=bytes(range(98))), "f.gguf"))
 
 
 CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
@@ -187,7 +189,7 @@ def test_files_beside_the_weights_are_said_to_be_unread(tmp_path: Path) -> None:
 def test_the_bytes_of_big_endian_files_are_compared_as_they_are_stored(tmp_path: Path) -> None:
     """Checksums are of what lies in the file, and not of the numbers as they are read."""
     data = rezip(GOOD, {"archive/byteorder": b"big"})
-    assert codes(checked(write(tmp_path, data))) == ["reader-warning", "not-scanned"]
+    assert codes(checked(write(tmp_path, data))) == ["reader-warning", "subnormal", "not-scanned"]
     damaged = flipped(data, middle_of(data, "archive/data/0"))
     assert only(checked(write(tmp_path, damaged)), "checksum").key == "a"
 
@@ -313,7 +315,8 @@ def test_fast_reads_no_data(tmp_path: Path) -> None:
     seen: list[int] = []
     report = checked(path, fast=True, progress=seen.append)
     assert (codes(report), seen) == (["not-scanned"], [])
-    assert report.findings[0].message == "headers only: no stored byte of a tensor was read, no checksum compared"
+    said = report.findings[0].message
+    assert said.startswith("headers only: no stored byte of a tensor was read, no checksum compared, no number was ")
 
 
 # --- what readers say, and what cannot be compared -------------------------------------------------------------------
@@ -511,7 +514,7 @@ def test_names_in_findings_are_printed_harmlessly(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("kind", ["stored", "deflated"])
 def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
-    """300 MB are read by a process that may take 200 MB, its interpreter included; what inflates to them as well."""
+    """Without torch, 300 MB are read in 200 MB, the interpreter included; what inflates to them as well."""
     path, size = tmp_path / "large", 300_000_000
     if kind == "stored":
         text = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -525,7 +528,7 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
             with new.open("archive/extra", "w") as entry:
                 for _ in range(300):
                     entry.write(bytes(1_000_000))
-    ran = run_limited("check", path, memory=200 << 20)
+    ran = run_limited("check", path, "--no-values", memory=200 << 20)
     assert (ran.code, ran.err) == (0, "")
     assert "300.0 MB in " in ran.out
 
@@ -535,7 +538,7 @@ def test_progress_is_shown_on_a_terminal_alone(tmp_path: Path) -> None:
     path = _torch(TIED)(tmp_path)
     for options, expected in (((), True), (("-q",), False), (("--fast",), False)):
         terminal, end = pty.openpty()
-        command = [sys.executable, "-m", "ckptkit", "check", str(path), *options]
+        command = [sys.executable, "-m", "ckptkit", "check", "--no-values", str(path), *options]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, check=True)
         os.write(end, b".")  # so that there is something to read, whatever the program said
         os.close(end)

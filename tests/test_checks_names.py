@@ -89,6 +89,8 @@ BUILT: dict[str, list[str]] = {
     "ConvNeXt, the first without": layers({1, 2, 3}, [*BLOCK, *DOWN]) + layers({0}),
     "EfficientNet, the first without expansion": layers({0}, ["0.pw.weight", "0.dw.weight"])
     + layers(range(1, 7), ["0.pw.weight", "0.dw.weight", "0.pwl.weight"]),
+    "MobileNet, a gate among convolutions": layers({0, 1, 3}, ["0.weight", "1.weight", "1.bias"], "features.4.block")
+    + layers({2}, ["fc1.weight", "fc2.weight"], "features.4.block"),
     "ResNet, projections in the first": layers(range(6), ["conv1.weight", "bn1.weight"], "layer3")
     + layers({0}, ["downsample.0.weight", "downsample.1.weight"], "layer3"),
     "T5, positions in the first": [*layers(range(6)), "layers.0.attn.relative_attention_bias.weight"],

@@ -5,22 +5,27 @@ What was not looked at is a finding of its own: silence would read as health.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
 from ckptkit.checks.adapters import lora_pairs
 from ckptkit.checks.expected import differences
-from ckptkit.checks.reading import Progress, Scan, unreadable
+from ckptkit.checks.judging import Judge
+from ckptkit.checks.reading import UNJUDGED, Progress, Scan, unreadable
 from ckptkit.checks.structure import dtype_mix, index_holes, lacking, not_dense, numbered
+from ckptkit.checks.told import about_expected, about_numbers
 from ckptkit.compare import compare
 from ckptkit.findings import Finding, Remark, Report
 from ckptkit.rules import Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.values import Bench
 
 __all__ = ["run_checks", "unreadable"]
 
@@ -42,39 +47,58 @@ def run_checks(
     *,
     like: StateDictLike | None = None,
     fast: bool = False,
+    values: bool = True,
     progress: Progress | None = None,
 ) -> Report:
     """Return what is wrong or odd about a checkpoint, and last, what was not looked at.
 
-    Reads every stored byte once, in bounded memory, and compares it with its checksum where its container has
-    recorded one; no value is judged. ``fast`` reads headers only. ``like`` is what a model expects, as in ``diff``.
-    ``rules`` that keep and drop keys leave out what holds none of the tensors kept; they rename for the comparison with
-    ``like`` alone. ``progress`` is told the number of bytes after each piece.
+    Reads every stored byte once, in bounded memory: compares it with its checksum where its container has recorded
+    one, and judges the numbers of every tensor; without ``values`` no number is judged. ``fast`` reads headers only.
+    ``like`` is what a model expects, as in ``diff``; one of ``py:`` is built for real where numbers are judged, and
+    what looks like a fresh initialisation beside it is named. ``rules`` that keep and drop keys leave out what holds
+    none of the tensors kept; they rename for the comparison with ``like`` alone. ``progress`` is told the number of
+    bytes after each piece.
 
-    Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``, ``lora-half``, ``lora-rank``, and
-    with ``like`` ``missing``, ``shape-mismatched``, ``uncopyable``, ``no-tensor``; of warnings: ``code-reference``,
-    ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``, ``beside-unread``, ``adapter-config``,
-    ``adapter-rank``, ``empty-weights``, ``not-in-parts``, ``index-hole``, ``sibling-lacks``, ``stale-shard``,
-    ``shard-count``, ``total-size``, ``lora-alpha``, ``reader-warning``, and with ``like`` ``unexpected``,
-    ``dtype-mismatched``, ``extra-state``; of notes: ``no-checksum``, ``not-dense``, ``dtype-mix``, ``one-shard``,
-    ``compressed``, ``constants``, ``uncounted``, ``adapter-base``, ``lora-alpha``, ``link-outside``,
-    ``master-weights``, ``not-in-parts``, ``average-beside``, ``missing-tied``, ``filled``, and ``not-scanned``, which
-    is always there.
+    Codes of errors: ``checksum``, ``unreadable``, ``changed``, ``code-suspicious``, ``lora-half``, ``lora-rank``; of
+    numbers ``nan``, ``inf``, ``position-ids``, ``index-range``, ``negative-count``, ``negative-variance``; with
+    ``like`` ``missing``, ``shape-mismatched``, ``uncopyable``, ``no-tensor``.
+    Of warnings: ``code-reference``, ``skipped-data``, ``unused-record``, ``same-name``, ``repeated-key``,
+    ``beside-unread``, ``adapter-config``, ``adapter-rank``, ``empty-weights``, ``not-in-parts``, ``index-hole``,
+    ``sibling-lacks``, ``stale-shard``, ``shard-count``, ``total-size``, ``lora-alpha``, ``reader-warning``; of
+    numbers ``all-zero``, ``constant``, ``lost-tie``, ``duplicate``, ``index-dtype``; with ``like`` ``unexpected``,
+    ``dtype-mismatched``, ``extra-state``, ``at-init``.
+    Of notes: ``no-checksum``, ``not-dense``, ``dtype-mix``, ``one-shard``, ``compressed``, ``constants``,
+    ``uncounted``, ``adapter-base``, ``link-outside``, ``master-weights``, ``average-beside``, ``subnormal``,
+    ``missing-tied``, ``filled``, ``as-expected``, and ``not-scanned``, which is always there. ``lora-alpha``,
+    ``not-in-parts``, ``inf``, ``all-zero``, ``constant``, ``lost-tie``, ``duplicate`` and ``at-init`` are notes where
+    that is usual.
     Raises ``RuleError`` where a rule goes wrong; what is wrong with a file is a finding.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")
     key_map = apply_rules(as_rules(rules), opened)
     chosen = key_map.renamed
     findings = list(_headers(opened, chosen))
-    if like is not None:
-        findings += differences(compare(as_checkpoint(like, "expected"), opened, key_map))
+    compared = None if like is None else compare(as_checkpoint(like, "expected"), opened, key_map)
+    if compared is not None:
+        findings += differences(compared)
     if fast:
-        looked = "headers only: no stored byte of a tensor was read, no checksum compared"
+        looked = f"headers only: no stored byte of a tensor was read, no checksum compared, {UNJUDGED}"
         return _report([*findings, _not_scanned(looked)])
-    scan = Scan(opened, None if len(chosen) == len(opened) else chosen.keys())
-    findings += scan.read(progress or (lambda _: None))
-    if scan.unchecked and all(finding.code != "no-checksum" for finding in findings):
-        findings.append(scan.without_checksum())
+    chosen_alone = None if len(chosen) == len(opened) else chosen.keys()
+    with contextlib.ExitStack() as stack:
+        scan = Scan(opened, chosen_alone)
+        if values:
+            scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Bench()))
+            scan.beside = stack.enter_context(ThreadPoolExecutor(1))
+        findings += scan.read(progress or (lambda _: None))
+        if scan.unchecked and all(finding.code != "no-checksum" for finding in findings):
+            findings.append(scan.without_checksum())
+        if scan.judge is not None:
+            if not scan.stopped:
+                scan.judge.read_the_rest()
+            findings += about_numbers(opened, scan.judge.numbers)
+            if compared is not None:
+                findings += about_expected(compared, scan.judge)
     return _report([*findings, _not_scanned(scan.summary())])
 
 

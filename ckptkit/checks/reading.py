@@ -1,20 +1,25 @@
-"""Every stored byte read once: compared with its checksum where it has one, and what cannot be read is said."""
+"""Every stored byte read once: for its checksum, where it has one, and for the numbers that it is a part of."""
 
 from __future__ import annotations
 
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+from ckptkit.checks.judging import Judge
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.findings import Finding
 from ckptkit.tensors import Checkpoint, Record
 from ckptkit.text import human_bytes, listed, plural, printable, quoted
 
-__all__ = ["Progress", "Scan", "unreadable"]
+__all__ = ["UNJUDGED", "Progress", "Scan", "unreadable"]
 
+UNJUDGED = "no number was judged (NaN, Inf, zeros, equal tensors, indices out of range)"
 _AGAIN = "copy or download it again"
+_WORTH_A_THREAD = 1 << 18  # bytes
 Progress = Callable[[int], None]
 
 
@@ -31,6 +36,8 @@ class Scan:
 
     checkpoint: Checkpoint
     chosen: Collection[str] | None
+    judge: Judge | None = None
+    beside: ThreadPoolExecutor | None = None  # where checksums are computed while the judge is at work
     records: int = 0
     nbytes: int = 0
     compared: int = 0
@@ -59,10 +66,13 @@ class Scan:
 
     def _one(self, record: Record, report: Progress) -> Finding | None:
         crc = done = 0
+        feed = self.judge.feed(record) if self.judge is not None else None
         try:
             for chunk in record.payload.chunks():
-                if record.crc is not None:
-                    crc = zlib.crc32(chunk, crc)
+                checksum = self._checksum(chunk, crc) if record.crc is not None else None
+                if feed is not None and self.judge is not None:
+                    self.judge.add(feed, done, chunk)
+                crc = checksum() if checksum is not None else 0
                 done += len(chunk)
                 report(len(chunk))
         except (CkptkitError, OSError) as error:
@@ -83,6 +93,12 @@ class Scan:
             record, "checksum", f"does not match its checksum: CRC-32 {record.crc:08x} recorded, {crc:08x} read", _AGAIN
         )
 
+    def _checksum(self, chunk: bytes | bytearray | memoryview, crc: int) -> Callable[[], int]:
+        """Return what gives the checksum, at the latest when it is called."""
+        if self.beside is None or len(chunk) < _WORTH_A_THREAD:
+            return partial(zlib.crc32, chunk, crc)
+        return self.beside.submit(zlib.crc32, chunk, crc).result
+
     def _about(self, record: Record, code: str, what: str, hint: str) -> Finding:
         file = "" if record.path == self.checkpoint.path else f" of {quoted(os.path.basename(record.path))}"
         holds = f"; it holds {listed(record.keys)}" if record.keys else ""
@@ -98,9 +114,9 @@ class Scan:
     def summary(self) -> str:
         """Return what was read, and what nobody looked at."""
         if not self.checkpoint.files:
-            return "held in memory, not in a file: nothing was read, and values were not judged"
+            return f"held in memory, not in a file: no byte of a file was read, {self._judged()}"
         read = f"{human_bytes(self.nbytes)} in {plural(self.records, 'record')} read, {self.compared:,} compared"
-        parts = [f"{read} with a checksum; values were not judged (NaN, Inf, zeros)", "code was not analysed"]
+        parts = [f"{read} with a checksum; {self._judged()}", "code was not analysed"]
         within = [entry.path for entry in self.checkpoint.entries if not entry.apart]
         if within:
             parts.append(f"what is beside the tensors was not interpreted ({listed(within)})")
@@ -112,6 +128,9 @@ class Scan:
         if self.stopped:
             parts.append("the rest was not read")
         return ", ".join(parts)
+
+    def _judged(self) -> str:
+        return UNJUDGED if self.judge is None else self.judge.summary()
 
 
 def _as_ours(error: CkptkitError | OSError) -> CkptkitError:

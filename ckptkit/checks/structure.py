@@ -100,12 +100,15 @@ def lacking(lists: Lists) -> Iterator[Finding]:
             continue
         times = Counter(name for below in members.values() for name in below)
         nearly = [name for name, count in times.items() if count == len(members) - 1]
+        everywhere = sum(count == len(members) for count in times.values())
         lost: dict[int, list[str]] = {}
         for name in nearly:
             number = next(number for number, below in members.items() if name not in below)
             if _is_lost(name, members[number], at_an_end=number in (min(members), max(members))):
                 lost.setdefault(number, []).append(name)
         for number, names in lost.items():
+            if len(names) > everywhere:  # it is a module of another kind
+                continue
             said = f"{quoted(f'{prefix}.{number}')} lacks {listed(sorted(names))}, which all its "
             siblings = f"{len(members) - 1:,} siblings have"
             yield Finding("sibling-lacks", "warning", f"{prefix}.{number}.{min(names)}", said + siblings, _LOST)

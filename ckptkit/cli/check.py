@@ -37,7 +37,8 @@ __all__ = ["check"]
 @click.option("--like", "expected", type=click.Path(), metavar="EXPECTED",
               help="Compare keys, shapes and dtypes with what a model expects, as ckpt diff does.")  # fmt: skip
 @rule_options(beside="paths")
-@click.option("--fast", is_flag=True, help="Read headers only: no tensor byte, no checksum.")
+@click.option("--fast", is_flag=True, help="Read headers only: no tensor byte, no checksum, no number.")
+@click.option("--no-values", is_flag=True, help="Judge no numbers: bytes and checksums alone, without torch.")
 @form_options
 @quiet_option
 @click.pass_context
@@ -48,6 +49,7 @@ def check(
     expected: str | None,
     rules: Rules,
     fast: bool,
+    no_values: bool,
     form: Form,
     quiet: bool,
 ) -> None:
@@ -65,9 +67,8 @@ def check(
     """  # noqa: D301 - \b is click's mark
     with contextlib.ExitStack() as stack:
         like = stack.enter_context(opened(expected, quiet=quiet))[0] if expected is not None else None
-        checked, trouble = _check_all(
-            paths, partial(run_checks, rules=rules, like=like, fast=fast), hidden=fast or quiet
-        )
+        run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values)
+        checked, trouble = _check_all(paths, run, hidden=fast or quiet)
         report = in_one(checked)
     echo_report(form, lambda: findings_by_path(checked), lambda: findings_document(report))
     context.exit(2 if trouble else exit_code(report))
