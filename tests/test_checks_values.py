@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptkit import Finding, open_checkpoint, run_checks
-from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_cli import run_ckpt
 from tests.helpers_dcp import write_cut
 from tests.helpers_formats import rezip, saved, write
 
@@ -375,16 +374,3 @@ def test_a_model_in_memory_is_judged_too() -> None:
     )
     said = run_checks(nn.Linear(4, 4, device="meta")).findings[-1].message
     assert said.endswith("numbers of 0 tensors judged, of 2 not: not read")
-
-
-def test_torch_is_imported_for_numbers_alone(tmp_path: Path) -> None:
-    """``--fast`` and ``--no-values`` start at once, and read what they say."""
-    path = write(tmp_path, saved({"w": BAD}))
-    program = """if True:
-        import sys
-        from ckptkit.cli import main
-        codes = [main(["check", sys.argv[1], option]) for option in ("--fast", "--no-values")]
-        print(codes, "torch" in sys.modules)"""
-    done = subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[0, 0] False"
-    assert [finding.code for finding in found_in(path)] == ["nan"]
