@@ -58,7 +58,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show control characters": (["show", "\x1b[2J\\a"], 2, "", "ckpt: \\x1b[2J\\\\a: no such file or directory\n"),
     "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "is no size that"),
     "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
-    "check": (["check", DDP], 0, "16 compared with a checksum; values were not judged", ""),
+    "check": (["check", DDP], 0, "16 compared with a checksum; numbers of 10 tensors judged (F32), code", ""),
     "check unchecked": (["check", TEN, "-q"], 0, "no checksum is recorded for 10 of 10 records (248.0 kB)", ""),
     "check fast": (["check", "--fast", DDP], 0, "note: headers only: no stored byte of a tensor was read", ""),
     "check keep": (["check", DDP, "--keep", "*.fc3.*"], 0, "3.4 kB in 2 records read, 2 compared", ""),
