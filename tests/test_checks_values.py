@@ -374,3 +374,12 @@ def test_a_model_in_memory_is_judged_too() -> None:
     )
     said = run_checks(nn.Linear(4, 4, device="meta")).findings[-1].message
     assert said.endswith("numbers of 0 tensors judged, of 2 not: not read")
+
+
+def test_without_torch_bytes_are_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot be imported, checksums are compared, and nobody claims to have judged a number."""
+    path = write(tmp_path, saved({"w": BAD}))
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with open_checkpoint(path) as checkpoint:
+        (finding,) = run_checks(checkpoint).findings
+    assert "records read, 7 compared with a checksum; no number was judged (NaN, Inf," in finding.message

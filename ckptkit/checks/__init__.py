@@ -87,7 +87,7 @@ def run_checks(
     chosen_alone = None if len(chosen) == len(opened) else chosen.keys()
     with contextlib.ExitStack() as stack:
         scan = Scan(opened, chosen_alone)
-        if values:
+        if values and _has_torch():
             scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Bench()))
             scan.beside = stack.enter_context(ThreadPoolExecutor(1))
         findings += scan.read(progress or (lambda _: None))
@@ -100,6 +100,14 @@ def run_checks(
             if compared is not None:
                 findings += about_expected(compared, scan.judge)
     return _report([*findings, _not_scanned(scan.summary())])
+
+
+def _has_torch() -> bool:
+    try:
+        import torch  # noqa: F401
+    except (ImportError, OSError, MemoryError):  # bytes and checksums need none of it, nor that much memory
+        return False
+    return True
 
 
 def _report(findings: Iterable[Finding]) -> Report:

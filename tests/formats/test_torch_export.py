@@ -135,15 +135,20 @@ def test_it_becomes_safetensors_and_torch_files(tmp_path: Path, capsys: pytest.C
 def test_a_flipped_byte_is_found_with_the_tensors_that_lie_in_it(tmp_path: Path) -> None:
     """An honest archive has notes alone; each record is read once, ties and other files among them."""
     with opened(tmp_path, exported(), "x.pt2") as checkpoint:
-        assert [finding.code for finding in run_checks(checkpoint).findings] == ["constants", "not-scanned"]
+        assert [finding.code for finding in run_checks(checkpoint).findings] == [
+            "constants",
+            "dtype-mix",
+            "not-scanned",
+        ]
         assert {key for record in checkpoint.records() for key in record.keys} == set(checkpoint)
     data, weights = bytearray(exported()), bits(loaded().state_dict["a.weight"])
     assert data.count(weights) == 1
     data[data.index(weights)] ^= 1
     with opened(tmp_path, bytes(data), "x.pt2") as checkpoint:
         report = run_checks(checkpoint)
-        assert [finding.code for finding in report.findings] == ["constants", "checksum", "not-scanned"]
-        assert "'a.weight', 'b.weight'" in report.findings[1].message
+        codes = [finding.code for finding in report.findings]
+        assert codes == ["constants", "dtype-mix", "checksum", "not-scanned"]
+        assert "'a.weight', 'b.weight'" in report.findings[2].message
 
 
 def told(place: str = WEIGHTS, key: str = "weight", /, **fields: Any) -> bytes:
