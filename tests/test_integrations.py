@@ -181,6 +181,22 @@ def test_what_is_unfrozen_while_the_trainer_runs_needs_a_group(train: Callable[.
     assert moved(net, before) == {name for name in before if not name.startswith("body")}
 
 
+def test_steps_that_differ_by_themselves_stop_nobody(train: Callable[..., Any]) -> None:
+    """A part that gets a gradient in some steps only counts fewer of them, which even the strict gate lets run."""
+
+    class Sometimes(Net):
+        def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Step:
+            self.seen = getattr(self, "seen", 0) + 1
+            body = self.body(x) if self.seen % 2 else self.body(x).detach()
+            return {"loss": ((self.head(self.norm(body)) - labels) ** 2).sum()}
+
+    net = Sometimes()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    assert train(net, optimizer, epochs=2, strict=True).global_step == 4
+    report = validate_param_groups(net, optimizer)
+    assert "groups.state-steps" in {finding.code for finding in report.findings}
+
+
 def test_accelerate_wraps_model_optimizer_and_scheduler() -> None:
     """All are seen through: members by identity, options by the class that reads them, what is rebound is inside."""
     from accelerate import Accelerator

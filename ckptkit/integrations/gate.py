@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.errors import GroupsError
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["Gate", "OnFault"]
 
 OnFault = Literal["raise", "warn"]
+_STATE = "groups.state-"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,13 +36,20 @@ class Gate:
                 f"on_fault is {quoted(str(self.on_fault))}, which is no choice", hint='on_fault is "raise" or "warn"'
             )
 
-    def check(self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any]) -> Report:
+    def check(
+        self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], *, running: bool = False
+    ) -> Report:
         """Return the report on ``optimizers``, which share ``model``; what does not stop the training is a warning.
 
+        Where it is ``running``, what is only a warning of the state is left out: steps that differ, as of experts, come
+        of the training itself.
         Raises ``GroupsError`` as ``assert_param_groups`` does, unless the choice is to warn.
         """
         groups = optimizers[0] if len(optimizers) == 1 else list(optimizers)
         report = validate_param_groups(model, groups, schedulers=schedulers)
+        if running:
+            told = (one for one in report.findings if one.severity != "warning" or not one.code.startswith(_STATE))
+            report = replace(report, findings=tuple(told))
         if self.on_fault == "raise":
             report.raise_for_errors(warnings=self.strict)
         if report.summary["errors"] or report.summary["warnings"]:

@@ -49,6 +49,6 @@ class ParamGroupsCallback(_Callback):
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Check once an epoch, whichever batch it begins with."""
         if self._checked != trainer.current_epoch:
-            self._checked = trainer.current_epoch
+            running, self._checked = self._checked is not None, trainer.current_epoch
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            self._gate.check(pl_module, trainer.optimizers, schedulers)
+            self._gate.check(pl_module, trainer.optimizers, schedulers, running=running)

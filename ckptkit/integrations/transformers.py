@@ -61,7 +61,7 @@ class ParamGroupsCallback(TrainerCallback):
     ) -> None:
         """Check each later epoch."""
         if state.epoch:
-            self._check(model, optimizer, lr_scheduler)
+            self._check(model, optimizer, lr_scheduler, running=True)
 
-    def _check(self, model: Module, optimizer: Optimizer, scheduler: Any) -> None:
-        self._gate.check(model, [optimizer], [] if scheduler is None else [scheduler])
+    def _check(self, model: Module, optimizer: Optimizer, scheduler: Any, *, running: bool = False) -> None:
+        self._gate.check(model, [optimizer], [] if scheduler is None else [scheduler], running=running)
