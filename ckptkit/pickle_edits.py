@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping
 
 from ckptkit.errors import PlanError
 from ckptkit.formats.inert import Global
@@ -18,9 +19,11 @@ __all__ = [
     "name_of",
     "number_storages",
     "part_at",
+    "parts_in",
     "refusal",
     "set_items",
     "storage_name",
+    "take_part",
     "text_part",
 ]
 
@@ -65,14 +68,22 @@ def items_of(part: Part) -> Pairs:
 
 def part_at(part: Part, key: object) -> Part:
     """Return what a mapping, list or tuple has at a key or a position; raises ``PlanError`` where that is nothing."""
-    if isinstance(part, Node) and part.op in (b"]", b"l", b"t", b"\x85", b"\x86", b"\x87"):
-        added = [item for event in part.events if event.op in (b"a", b"e") for item in event.args]
-        inside: dict[object, Part] = dict(enumerate((*part.args, *added)))
-    else:
-        inside = {name_of(name): value for name, value in items_of(part)}
+    return take_part(parts_in(part), key)
+
+
+def take_part(inside: Mapping[object, Part], key: object) -> Part:
+    """Return one of the parts inside another; raises ``PlanError`` where it is not there."""
     if key not in inside:
         raise refusal(f"nothing is at {quoted(str(key))} in it any more")
     return inside[key]
+
+
+def parts_in(part: Part) -> dict[object, Part]:
+    """Return what a mapping, list or tuple has, by key or position; raises ``PlanError`` where it is none."""
+    if isinstance(part, Node) and part.op in (b"]", b"l", b"t", b"\x85", b"\x86", b"\x87"):
+        added = [item for event in part.events if event.op in (b"a", b"e") for item in event.args]
+        return dict(enumerate((*part.args, *added)))
+    return {name_of(name): value for name, value in items_of(part)}
 
 
 def set_items(mapping: Node, pairs: Pairs) -> None:

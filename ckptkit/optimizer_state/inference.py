@@ -14,7 +14,7 @@ from ckptkit.text import plural, quoted
 
 __all__ = ["infer_names"]
 
-_MOST_TRIED = 200_000
+_MOST_TRIED = 10_000_000
 _SHOWN = 4
 _GIVE = "give the names in the order of the groups: --names FILE, or a list"
 Shape = tuple[int, ...]
@@ -80,6 +80,7 @@ class _Search:
     def choices(self, at: int, taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
         """Yield how many each group has taken after the name at ``at``; the last way is to leave it out."""
         used = sum(taken)
+        self.tried += len(taken)
         for group, count in enumerate(taken):
             first, end = self.bounds[group] + count, self.bounds[group + 1]
             if first < end and self.wanted[first] in (None, self.sizes[at]):
@@ -98,7 +99,6 @@ def _first_two(search: _Search) -> Iterator[list[str]]:
         yield []
         return
     while open_:
-        search.tried += 1
         if search.tried > _MOST_TRIED:
             raise PlanError("there are too many ways in which the groups could take the parameters", hint=_GIVE)
         at = len(path)

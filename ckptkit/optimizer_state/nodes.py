@@ -10,7 +10,7 @@ from ckptkit.errors import PlanError
 from ckptkit.formats.pickle_nodes import Event, Node, Part, read_nodes, walk
 from ckptkit.optimizer_state.model import LazyTensor, Slot, Unknown, tensors_in
 from ckptkit.optimizer_state.slots import same_value
-from ckptkit.pickle_edits import items_of, name_of, part_at, set_items, text_part
+from ckptkit.pickle_edits import items_of, name_of, part_at, parts_in, set_items, take_part, text_part
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.writers.torch_pickle import pickle_state_dict
@@ -27,8 +27,7 @@ class Origin:
     def __init__(self, source: Checkpoint, root: Part, path: Path) -> None:
         """Find the mapping; raises ``PlanError`` where it is written in a way that is not known."""
         self.source, self.root = source, root
-        self._known: dict[Path, Part] = {}
-        self._inside: dict[int, dict[object, Part]] = {}
+        self._known: dict[Path, dict[object, Part]] = {}  # of each place that was asked for, what is inside
         self.mapping = root
         for key in path:
             self.mapping = part_at(self.mapping, key)
@@ -37,9 +36,10 @@ class Origin:
         """Return the part at a place in the mapping."""
         if not place:
             return self.mapping
-        if place not in self._known:
-            self._known[place] = part_at(self.at(place[:-1]), place[-1])
-        return self._known[place]
+        above, key = place[:-1], place[-1]
+        if above not in self._known:
+            self._known[above] = parts_in(self.at(above))
+        return take_part(self._known[above], key)
 
 
 @dataclass(slots=True)
