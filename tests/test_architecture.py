@@ -146,7 +146,7 @@ FLOORS = (
     {"integrations"},
     {"optimizer_state.shapes"},
     {"optimizer_state.inference", "optimizer_state.grouping", "optimizer_state.fitting"},
-    {"optimizer_state.naming", "optimizer_state.remap", "optimizer_state.prune"},
+    {"optimizer_state.naming", "optimizer_state.remap", "optimizer_state.prune", "optimizer_state.comparing"},
     {"optimizer_state.loading"},
     {"execution", "verification", "load", "report", "report.page", "report.table"},
     {"optimizer_state.nodes"},

@@ -103,6 +103,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "model without callable": (["show", "py:fixtures.lenet"], 2, "", "names no callable"),
     "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
     "optim show": (["optim", "show", DDP], 0, "names: all parameters of the model's checkpoint, one group in", ""),
+    "optim diff": (["optim", "diff", DDP, DDP], 0, "no findings", ""),
     "optim no state": (["optim", "show", TEN], 2, "", f"ckpt: {TEN}: holds no optimizer state"),
     "optim live": (["optim", "show", MODEL], 2, "", "is a live model, which has no optimizer"),
     "optim no groups": (["optim", "resplit", DDP, "-o", "o.pt"], 2, "", "give either --groups or --as"),
@@ -317,7 +318,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 17
+    assert len(paths) == 18
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

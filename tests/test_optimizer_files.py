@@ -200,6 +200,10 @@ def test_show_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "state of 77, which no group has  [optim.state-stray]" in ran.out
     assert "7 of 1 parameter (1)" in ran.out
     assert "1 of 8 parameters have no state: '5'" in ran.out
+    arguments = ("optim", "prune", tmp_path / "optimizer.pt", "-o", tmp_path / "pruned.pt", "--drop", "head.*")
+    (tmp_path / "names.json").write_text(json.dumps([name for name, _ in Net().named_parameters()]))
+    assert run_ckpt(capsys, *arguments, "--names", tmp_path / "names.json").code == 0
+    assert list(torch.load(tmp_path / "pruned.pt", weights_only=True)["state"]) == [0, 1, 2, 3, 4]
 
 
 def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,18 @@ from torch import nn
 
 from ckptkit import plan_param_groups
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.optimizer_state import NamedGroup, OptimizerState, order_like, prune, remap, resplit, to_dict, to_named
+from ckptkit.optimizer_state import (
+    NamedGroup,
+    OptimizerState,
+    optimizer_state_diff,
+    order_like,
+    prune,
+    remap,
+    resplit,
+    to_dict,
+    to_named,
+)
+from ckptkit.param_groups.lock import lock_param_groups
 from ckptkit.rules import parse_rules
 from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
 
@@ -31,6 +42,7 @@ TOGETHER: list[dict[str, Any]] = [
     {"from": ["q.{leaf}", "k.{leaf}", "v.{leaf}"], "to": "qkv.{leaf}", "op": {"concat": {"dim": 0}}},
     {"from": "inner.*", "to": "fc.*"},
 ]
+GROWN: dict[str, Any] = {"from": "head.weight", "to": "head.weight", "op": {"pad": {"dim": 0, "size": 7}}}
 
 
 class Apart(nn.Module):
@@ -199,6 +211,17 @@ def test_options_follow_the_parameters(hyper: Any, lr: list[float]) -> None:
     )
 
 
+def test_a_lock_brings_its_groups_back() -> None:
+    """The groups of a lock are groups like any others: what was trained with what comes back by name."""
+    spec = [{"name": "head", "params": "head.*", "lr": 0.5}, {"name": "rest", "rest": True, "lr": 0.1}]
+    state = named(model := Net(), trained(model, OPTIMIZERS["SGD"](model.parameters())))
+    made = resplit(state, lock_param_groups(model, spec))
+    assert [(group.names[0], group.options["lr"]) for group in made.groups] == [
+        ("head.weight", 0.5),
+        ("qkv.weight", 0.1),
+    ]
+
+
 def test_different_values_do_not_become_one() -> None:
     """Two groups of different lr are no one group, unless the one says its own; with error any difference is one."""
     model = Net()
@@ -217,7 +240,10 @@ def test_different_values_do_not_become_one() -> None:
 @pytest.mark.parametrize(
     ("groups", "said"),
     [
-        ([NamedGroup(("head.weight",), {})], "'qkv.weight', 'qkv.bias', 'norm.weight', 'norm.bias' and 3 more"),
+        (
+            [NamedGroup(("head.weight",), {})],
+            "'qkv.weight', 'qkv.bias', 'norm.weight', 'norm.bias', 'fc.weight', 'fc.bias', 'head.bias'",
+        ),
         ([NamedGroup(("head.weight", "head.weight"), {})], "'head.weight' would be in the groups more than once"),
     ],
 )
@@ -255,3 +281,38 @@ def test_pruned_as_asked() -> None:
         prune(state, drop=["tail.*"])
     with pytest.raises(PlanError, match="nothing would be left"):
         prune(state, drop=["*"])
+
+
+def swapped(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [*model.parameters()][:6], "lr": 0.5}, {"params": [*model.parameters()][6:]}]
+
+
+def others(model: nn.Module) -> list[dict[str, Any]]:
+    return [{"params": [*model.parameters()][:2]}, {"params": [*model.parameters()][2:]}]
+
+
+def scaled(model: nn.Module) -> list[dict[str, Any]]:
+    return [{**group, "lr_scale": 2.0} for group in swapped(model)]
+
+
+@pytest.mark.parametrize(
+    ("groups", "change", "codes"),
+    [
+        (swapped, None, []),
+        (lambda model: list(model.parameters()), None, ["groups", "membership", "options"]),
+        (others, None, ["groups", "membership", "options"]),
+        (lambda model: [{**g, "params": g["params"][::-1]} for g in swapped(model)], None, ["order"]),
+        (lambda model: [{**g, "lr": 1.0} for g in swapped(model)], None, ["options", "options"]),
+        (scaled, None, ["options-lost"]),
+        (swapped, lambda state: remap(state, ["fc.*=inner.*"]), ["parameters", "parameters"]),
+        (swapped, lambda state: prune(state, reset=["fc.*"]), ["coverage"]),
+        (swapped, lambda state: remap(state, rules([GROWN])), ["shape"]),
+    ],
+    ids=["same", "one group", "other groups", "order", "lr", "lr_scale", "names", "no state", "shape"],
+)
+def test_what_loading_would_do(groups: Any, change: Any, codes: list[str]) -> None:
+    """What torch refuses, what it does without a word, and what it deletes: each is found by name."""
+    saved = named(model := Net(), trained(model, OPTIMIZERS["SGD"](swapped(model))))
+    live = named(other := Net(), trained(other, OPTIMIZERS["SGD"](groups(other))))
+    report = optimizer_state_diff(saved if change is None else change(saved), live)
+    assert [finding.code for finding in report.findings] == [f"optim.{code}" for code in codes]

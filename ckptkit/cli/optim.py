@@ -35,6 +35,7 @@ from ckptkit.optimizer_state import (
     FORMS,
     FoundState,
     OptimizerState,
+    optimizer_state_diff,
     order_like,
     parameter_shape,
     positions,
@@ -48,6 +49,8 @@ from ckptkit.optimizer_state import (
     write_optimizer_state,
 )
 from ckptkit.param_groups import plan_param_groups
+from ckptkit.param_groups.lock import is_lock, parse_lock
+from ckptkit.report.findings import findings_document, findings_page
 from ckptkit.report.optim import changes_page, state_document, state_page, written_line
 from ckptkit.report.page import Code, as_text, code
 from ckptkit.rules import Rules
@@ -199,7 +202,13 @@ def remap_command(
 @path_argument("path")
 @_output_options
 @_names_options
-@click.option("--groups", "spec", type=click.Path(), metavar="FILE", help="A spec of groups, as ckpt groups takes it.")
+@click.option(
+    "--groups",
+    "spec",
+    type=click.Path(),
+    metavar="FILE",
+    help="A spec of groups as ckpt groups takes it, or a lock that it wrote.",
+)
 @click.option("--as", "other", type=click.Path(), metavar="PATH", help="Another optimizer state, whose groups count.")
 @click.option("--hyper", type=click.Choice(("live", "saved", "error")), default="live", show_default=True,
               help="Whose options count where the groups and PATH differ: theirs, PATH's, or nobody's.")  # fmt: skip
@@ -221,9 +230,12 @@ def resplit_command(path: str, *, job: _Job, given: _Given, spec: str | None, ot
         else:
             assert spec is not None  # noqa: S101 - one of both is given
             table = read_toml(spec)
-            subject = _shapes(state) if given.model is None else _model(stack, given.model)
             with about(spec):
-                groups = plan_param_groups(subject, table)
+                if is_lock(table):
+                    groups = parse_lock(table)
+                else:
+                    subject = _shapes(state) if given.model is None else _model(stack, given.model)
+                    groups = plan_param_groups(subject, table)
         with about(path):
             made = resplit(state, groups, hyper)
         _finish(made, checkpoint, job, [])
@@ -251,6 +263,32 @@ def prune_command(
         with about(path):
             made = prune(state, None if like is None else _model(stack, like), drop=drop, reset=reset)
         _finish(made, checkpoint, job, [])
+
+
+@optim.command()
+@path_argument("saved")
+@path_argument("live")
+@_names_options
+@form_options
+@quiet_option
+@click.pass_context
+def diff(context: click.Context, saved: str, live: str, *, given: _Given, form: Form, quiet: bool) -> None:
+    """Say what loading the state SAVED would do to the optimizer that LIVE is a state of, by the names of parameters.
+
+    Exit code 0 where nothing was found, 1 otherwise.
+
+    \b
+    ckpt optim diff run.ckpt now.ckpt
+    """  # noqa: D301 - \b is click's mark
+    with contextlib.ExitStack() as stack:
+        states = []
+        for path in (saved, live):
+            checkpoint, found = _opened(stack, path, quiet=quiet)
+            with about(path):
+                states.append(to_named(found, given.names(stack, checkpoint, found)))
+        report = optimizer_state_diff(*states)
+        echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
+    context.exit(exit_code(report))
 
 
 @dataclass(frozen=True, slots=True)

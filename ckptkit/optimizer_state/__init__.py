@@ -5,6 +5,7 @@ Everything here takes values and gives values; ``open_optimizer`` opens a file f
 
 from __future__ import annotations
 
+from ckptkit.optimizer_state.comparing import optimizer_state_diff
 from ckptkit.optimizer_state.forms import lay_out, to_dict
 from ckptkit.optimizer_state.grouping import order_like, resplit
 from ckptkit.optimizer_state.health import state_findings
@@ -30,6 +31,7 @@ __all__ = [
     "lay_out",
     "load_optimizer_state",
     "number_of",
+    "optimizer_state_diff",
     "order_like",
     "parameter_shape",
     "positions",

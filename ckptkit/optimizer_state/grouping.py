@@ -12,22 +12,22 @@ from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, Optimi
 from ckptkit.optimizer_state.shapes import parameters_of
 from ckptkit.optimizer_state.slots import number_of, same_value
 from ckptkit.param_groups import ParamGroupsPlan
-from ckptkit.text import plural, printable, quoted
+from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.text import listed, plural, printable, quoted
 
-__all__ = ["GroupsLike", "Hyper", "order_like", "resplit", "with_members"]
+__all__ = ["GroupsLike", "Hyper", "equal_values", "order_like", "resplit", "told_value", "with_members"]
 
 Hyper = Literal["live", "saved", "error"]
-GroupsLike = OptimizerState | ParamGroupsPlan | Iterable[NamedGroup]
-_SHOWN = 4
+GroupsLike = OptimizerState | ParamGroupsPlan | ParamGroupsLock | Iterable[NamedGroup]
 
 
 def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") -> OptimizerState:
     """Return the state with its parameters in other groups: more of them, fewer, or in another order.
 
-    ``groups`` are those of a spec that was planned, of another state, or ``NamedGroup`` values. Options follow the
-    parameters: where both the new group and the file have one, ``hyper`` takes the ``live`` value or the ``saved`` one,
-    or raises where they differ (``error``); what the groups do not say is the saved value, and what the file does not
-    say stays. A parameter that the file does not have starts anew.
+    ``groups`` are those of a spec that was planned, of a lock, of another state, or ``NamedGroup`` values. Options
+    follow the parameters: where both the new group and the file have one, ``hyper`` takes the ``live`` value or the
+    ``saved`` one, or raises where they differ (``error``); what the groups do not say is the saved value, and what the
+    file does not say stays. A parameter that the file does not have starts anew.
 
     Raises ``PlanError`` where parameters of the file are in no group or in two, and where a saved value would be taken
     that is not the same for all parameters of a group, listing them.
@@ -38,11 +38,11 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     names = [name for group in wanted for name in group.names]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise PlanError(f"{_listed(twice)} would be in the groups more than once")
+        raise PlanError(f"{listed(twice)} would be in the groups more than once")
     left = [name for name in state.names if name not in set(names)]
     if left:
         raise PlanError(
-            f"{_listed(left)} would be in no group", hint="give them a group, or drop them first: ckpt optim prune"
+            f"{listed(left)} would be in no group", hint="give them a group, or drop them first: ckpt optim prune"
         )
     saved = {name: group.options for group in state.groups for name in group.names}
     merger = _Merger(saved, [group.options for group in state.groups], hyper)
@@ -58,7 +58,7 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
 def _named_groups(groups: GroupsLike) -> tuple[NamedGroup, ...]:
     if isinstance(groups, OptimizerState):
         return groups.groups
-    if isinstance(groups, ParamGroupsPlan):
+    if isinstance(groups, ParamGroupsPlan | ParamGroupsLock):
         return tuple(
             NamedGroup(tuple(parameter.name for parameter in group.parameters), group.options)
             for group in groups.groups
@@ -90,9 +90,9 @@ class _Merger:
                 key, f"group {number} does not say its {quoted(key)}, and the groups of the file", everywhere
             )
         value = self._one(key, f"the parameters of group {number}", had)
-        if said and self.hyper == "error" and not _equal(value, group.options[key]):
+        if said and self.hyper == "error" and not equal_values(value, group.options[key]):
             raise PlanError(
-                f"{quoted(key)} of group {number} is {_told(group.options[key])}, and was {_told(value)}",
+                f"{quoted(key)} of group {number} is {told_value(group.options[key])}, and was {told_value(value)}",
                 hint="--hyper live takes the new value, --hyper saved the old one",
             )
         return value
@@ -100,32 +100,34 @@ class _Merger:
     def _one(self, key: str, whose: str, values: Mapping[str, Slot]) -> Slot:
         (first, value), *others = values.items()
         for name, other in others:
-            if not _equal(value, other):
+            if not equal_values(value, other):
                 raise PlanError(
-                    f"{whose} had different values of {quoted(key)}: {_told(value)} ({printable(first)}), "
-                    f"{_told(other)} ({printable(name)})",
+                    f"{whose} had different values of {quoted(key)}: {told_value(value)} ({printable(first)}), "
+                    f"{told_value(other)} ({printable(name)})",
                     hint=f"give the group a {key} of its own, and --hyper live",
                 )
         return value
 
 
-def _equal(one: Slot, other: Slot) -> bool:
+def equal_values(one: Slot, other: Slot) -> bool:
+    """Return whether two options mean the same: a number and a tensor of one, a list and a tuple too."""
     left, right = number_of(one), number_of(other)
     if left is not None and right is not None and not isinstance(one, bool) and not isinstance(other, bool):
         return left == right
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):  # a file of JSON has no tuples
-        return len(one) == len(other) and all(map(_equal, one, other))
+        return len(one) == len(other) and all(map(equal_values, one, other))
     return same_value(one, other)
 
 
-def _told(value: Slot) -> str:
+def told_value(value: Slot) -> str:
+    """Return an option for a sentence; of a tensor the number that it holds."""
     return str(number_of(value)) if isinstance(value, LazyTensor) else printable(str(value))
 
 
 def _stale_rates(groups: Iterable[NamedGroup], merger: _Merger) -> Iterator[str]:
     for number, group in enumerate(groups):
         before = next((merger.saved[name] for name in group.names if name in merger.saved), {})
-        same = {key: _equal(before[key], group.options[key]) for key in ("lr", "initial_lr") if key in before}
+        same = {key: equal_values(before[key], group.options[key]) for key in ("lr", "initial_lr") if key in before}
         if same == {"lr": False, "initial_lr": True}:
             yield (
                 f"group {number} has another lr, and the initial_lr of the file: a scheduler that is made after "
@@ -154,12 +156,7 @@ def order_like(state: OptimizerState, model: Any) -> OptimizerState:
     unknown = [name for name in state.names if name not in place]
     if unknown:
         raise PlanError(
-            f"{parameters.said} has no {_listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"
+            f"{parameters.said} has no {listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"
         )
     groups = tuple(replace(group, names=tuple(sorted(group.names, key=place.__getitem__))) for group in state.groups)
     return replace(state, groups=groups)
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(quoted, names[:_SHOWN])) + more

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ckptkit.findings import Finding
 from ckptkit.optimizer_state.model import OptimizerState
 from ckptkit.optimizer_state.slots import number_of
-from ckptkit.text import plural, quoted
+from ckptkit.text import listed, plural
 
 __all__ = ["state_findings"]
 
@@ -19,7 +19,7 @@ def state_findings(state: OptimizerState) -> Iterator[Finding]:
     """Yield what is odd: parameters without state, without a slot that the others have, and step counts that differ."""
     without = [name for name in state.names if not state.state.get(name)]
     if without and len(without) < len(state.names):
-        said = f"{len(without):,} of {plural(len(state.names), 'parameter')} have no state: {_listed(without)}"
+        said = f"{len(without):,} of {plural(len(state.names), 'parameter')} have no state: {listed(without)}"
         yield Finding("optim.no-state", "note", without[0], said, "frozen, or never stepped: they start anew")
     for group in state.groups:
         for matrices in (True, False):
@@ -50,13 +50,8 @@ def _lacking(state: OptimizerState, names: Sequence[str]) -> Iterator[Finding]:
         if len(there) > count > len(there) / 2:
             lacking = [name for name in there if slot not in state.state[name]]
             said = (
-                f"{_listed(lacking)} {'has' if len(lacking) == 1 else 'have'} no {slot}, as the others of the group do"
+                f"{listed(lacking)} {'has' if len(lacking) == 1 else 'have'} no {slot}, as the others of the group do"
             )
             yield Finding(
                 "optim.slot-missing", "error", lacking[0], said, "a step raises KeyError: ckpt optim prune --reset"
             )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(quoted, names[:_SHOWN])) + more
