@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.drift import diff_locks
+from ckptkit.param_groups.explain import Explanation, explain_param_group
 from ckptkit.param_groups.gate import assert_param_groups
+from ckptkit.param_groups.lock import (
+    ParamGroupsLock,
+    lock_document,
+    lock_optimizer,
+    lock_param_groups,
+    parse_lock,
+)
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter, check_spec, plan_param_groups
 from ckptkit.param_groups.reading import SpecLike, parse_spec
 from ckptkit.param_groups.rebind import rebind
@@ -11,9 +20,11 @@ from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
 from ckptkit.param_groups.validate import validate_param_groups
 
 __all__ = [
+    "Explanation",
     "GroupRule",
     "Modifier",
     "ParamGroupSpec",
+    "ParamGroupsLock",
     "ParamGroupsPlan",
     "PlannedGroup",
     "PlannedParameter",
@@ -21,6 +32,12 @@ __all__ = [
     "assert_param_groups",
     "build_param_groups",
     "check_spec",
+    "diff_locks",
+    "explain_param_group",
+    "lock_document",
+    "lock_optimizer",
+    "lock_param_groups",
+    "parse_lock",
     "parse_spec",
     "plan_param_groups",
     "rebind",
