@@ -467,7 +467,7 @@ def test_two_parameters_over_one_memory_are_stepped_twice(part: slice) -> None:
     model[0].weight = nn.Parameter(memory[:4])
     model[1].weight = nn.Parameter(memory[:4] if part == slice(None) else memory[part])
     optimizer = sgd(model.parameters())
-    finding = only(model, optimizer, "overlap")
+    finding = only(model, optimizer, "shared-memory")
     assert (finding.severity, finding.key) == ("warning", "1.weight")
     assert "'0.weight' (4, 4) in group 0[0] and '1.weight' (4, 4) in group 0[1]" in finding.message
     assert ("are two parameters over one memory" if part == slice(None) else "overlap in memory") in finding.message
@@ -484,7 +484,7 @@ def test_views_of_one_memory_that_share_no_element_are_no_overlap() -> None:
     model = nn.ParameterDict({"rows": memory[:3, :2], "more": memory[:3, 2:], "rest": memory[3:]})
     assert findings(model, sgd(model.parameters())) == []
     model = nn.ParameterDict({"left": memory[:, :2], "right": memory[:, 1:3]})
-    assert only(model, sgd(model.parameters()), "overlap").key == "right"
+    assert only(model, sgd(model.parameters()), "shared-memory").key == "right"
 
 
 def test_two_frozen_parameters_over_one_memory_harm_nobody() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ __all__ = ["Hidden", "check_hidden", "find_hidden"]
 
 _DEEPEST = 4
 _MOST_ITEMS = 10_000  # a module may keep a data set in a list, which is not what is looked for
-_PLAIN = (bool, int, float, str, bytes, type(None))
+_PLAIN = frozenset({bool, int, float, str, bytes, type(None)})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,12 +53,14 @@ class _Search:
 
     def modules(self, root: Module, path: str) -> Iterator[Hidden]:
         for name, module in root.named_modules():
-            for key, value in vars(module).items():
-                if key in self._own or isinstance(value, _PLAIN):
-                    continue
+            held = vars(module)
+            keys = [key for key in held.keys() - self._own if type(held[key]) not in _PLAIN]
+            if len(keys) > 1:
+                keys.sort(key=list(held).index)  # a difference of sets has no order
+            for key in keys:
                 if key == "_flat_weights" and isinstance(module, self._recurrent):
                     continue  # torch's own copy of the list, out of date until the next forward pass
-                yield from self._look(value, ".".join(filter(None, (path, name, key))), "", _DEEPEST)
+                yield from self._look(held[key], ".".join(filter(None, (path, name, key))), "", _DEEPEST)
 
     def _look(self, value: Any, path: str, holder: str, depth: int) -> Iterator[Hidden]:
         if isinstance(value, self._module):
@@ -66,14 +68,14 @@ class _Search:
         elif isinstance(value, self._tensor):
             if self._trains(value):
                 yield Hidden(path, holder, "", (("", value),))
-        elif isinstance(value, Mapping | list | tuple | set | frozenset | deque) and depth and value:
+        elif isinstance(value, dict | list | tuple | set | frozenset | deque) and depth and value:
             if id(value) in self._seen:
                 return
             self._seen.add(id(value))
             kind = type(value).__name__
-            items = value.items() if isinstance(value, Mapping) else enumerate(value)
+            items = value.items() if isinstance(value, dict) else enumerate(value)
             for key, item in islice(items, _MOST_ITEMS):
-                if not isinstance(item, _PLAIN):
+                if type(item) not in _PLAIN:
                     yield from self._look(item, f"{path}[{key!r}]", holder or kind, depth - 1)
 
     def _unregistered(self, module: Module, path: str, holder: str) -> Iterator[Hidden]:

@@ -159,7 +159,7 @@ def _overlapping(one: LiveParameter, other: LiveParameter, places: Mapping[int, 
     same = one.shape == other.shape and address(one.tensor) == address(other.tensor)
     how = "are two parameters over one memory" if same else "overlap in memory"
     return Finding(
-        "groups.overlap",
+        "groups.shared-memory",
         "warning",
         other.name,
         f"{called(one)} and {called(other)} {how}: what one step does to one of them, it does to the other as well",
