@@ -136,6 +136,7 @@ FLOORS = (
         "param_groups.lock",
     },
     {"param_groups.schedulers", "param_groups.drift", "param_groups.explain"},
+    {"param_groups.agreement"},
     {"param_groups.validate"},
     {"param_groups.refit", "param_groups.rebind_schedulers", "param_groups.succession"},
     {"param_groups.gate", "param_groups.rebind"},

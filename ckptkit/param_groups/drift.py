@@ -11,7 +11,7 @@ from ckptkit.findings import Finding, Report, Severity
 from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock
 from ckptkit.text import plural, printable, quoted
 
-__all__ = ["diff_locks"]
+__all__ = ["diff_locks", "find_heirs"]
 
 _AGAIN = "lock the groups again, once the change is meant"
 _BY_NAME = "carry the optimizer state over by name: torch loads it by place"
@@ -99,17 +99,28 @@ def _frozen(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Findi
             )
 
 
-def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+def find_heirs(expected: ParamGroupsLock, found: ParamGroupsLock) -> tuple[Mapping[str, int], Mapping[int, int]]:
+    """Return the number of the found group of each parameter, and of the one that each expected group became.
+
+    That is the one of its name, or else the one with most of its parameters.
+    """
     where = {one.name: number for number, group in enumerate(found.groups) for one in group.parameters}
     named = {group.name: number for number, group in enumerate(found.groups)}
     heirs = {number: named[group.name] for number, group in enumerate(expected.groups) if group.name in named}
+    taken = set(heirs.values())
     for number, group in enumerate(expected.groups):
         if number in heirs:
             continue
         votes = Counter(where[one.name] for one in group.parameters if one.name in where)
-        free = [(count, -heir) for heir, count in votes.items() if heir not in heirs.values()]
+        free = [(count, -heir) for heir, count in votes.items() if heir not in taken]
         if free:
             heirs[number] = -max(free)[1]
+            taken.add(heirs[number])
+    return where, heirs
+
+
+def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    where, heirs = find_heirs(expected, found)
     for number, group in enumerate(expected.groups):
         heir = heirs.get(number)
         for one in group.parameters:

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.collector import without_collection
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report
+from ckptkit.param_groups.agreement import check_agreement
 from ckptkit.param_groups.demands import check_demands
 from ckptkit.param_groups.holders import holders
 from ckptkit.param_groups.inventory import take_inventory
 from ckptkit.param_groups.members import read_groups
 from ckptkit.param_groups.membership import check_membership, find_missing, standing
 from ckptkit.param_groups.options import check_options
+from ckptkit.param_groups.reading import SpecLike
 from ckptkit.param_groups.records import check_dicts, check_names, check_wrappers
 from ckptkit.param_groups.schedulers import check_schedulers, read_schedulers
 from ckptkit.param_groups.spread import check_spread
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["validate_param_groups"]
 
 
-def validate_param_groups(model: Module, groups: Optimizer | Iterable[Any], *, schedulers: Any = None) -> Report:
+def validate_param_groups(
+    model: Module, groups: Optimizer | Iterable[Any], *, schedulers: Any = None, spec: SpecLike | None = None
+) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
 
     ``groups`` is a list of group dicts, a list of parameters or of ``(name, parameter)`` pairs, an
@@ -37,19 +41,24 @@ def validate_param_groups(model: Module, groups: Optimizer | Iterable[Any], *, s
     prove nothing. Nothing is consumed or changed; where a group holds a one-shot iterator, what it
     stands for stays unknown, and so does what is missing. Of an optimizer the options, the state and,
     with ``schedulers`` (one, or several), the schedules are looked at too: state is read once, every value of it.
+    With ``spec`` each parameter must be in the group, and each group have the options, that the spec says.
 
     Codes: ``groups.missing``, ``duplicate``, ``tied``, ``stale``, ``foreign``, ``sharded``, ``unregistered``,
     ``frozen``, ``empty``, ``one-shot``, ``unordered``, ``buffer``, ``not-a-parameter``, ``names``, ``shared``,
-    ``cached``, ``lazy``, ``meta``, ``overlap``, ``shared-module``, ``no-parameters``; of options ``option-value``,
-    ``option-unread``, ``option-missing``, ``option-set``, ``multiplier``, ``decay``, ``shared-lr``, ``many``,
-    ``matrices-only``, ``one-group``, ``decoupled``, ``capturable``, ``mixed``; of state ``state-shape``,
+    ``cached``, ``lazy``, ``meta``, ``shared-memory``, ``shared-module``, ``no-parameters``; of options
+    ``option-value``, ``option-unread``, ``option-missing``, ``option-set``, ``multiplier``, ``decay``, ``shared-lr``,
+    ``many``, ``matrices-only``, ``one-group``, ``decoupled``, ``capturable``, ``mixed``; of state ``state-shape``,
     ``state-dtype``, ``state-device``, ``state-incomplete``, ``state-orphan``, ``state-stray``, ``state-steps``,
     ``state-absent``, ``state-empty``, ``state-value``, ``state-shared``, ``state-dead``; of schedulers
-    ``scheduler-length``, ``scheduler-base-lr``, ``scheduler-initial-lr``, ``scheduler-optimizer``, ``scheduler-flat``.
-    Raises ``GroupsError`` where ``model``, ``groups`` or ``schedulers`` is nothing of the kind.
+    ``scheduler-length``, ``scheduler-base-lr``, ``scheduler-initial-lr``, ``scheduler-optimizer``, ``scheduler-flat``;
+    against a spec ``moved``, ``options``, and those of ``check_spec``. Raises ``GroupsError`` where ``model``,
+    ``groups``, ``schedulers`` or ``spec`` is nothing of the kind.
     """
     with without_collection():
-        return Report(tuple(_findings(model, groups, schedulers)), GroupsError)
+        findings = _findings(model, groups, schedulers)
+        if spec is not None:
+            findings.extend(check_agreement(model, groups, spec))
+        return Report(tuple(findings), GroupsError)
 
 
 def _findings(model: Module, groups: Any, schedulers: Any) -> list[Finding]:
