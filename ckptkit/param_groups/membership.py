@@ -10,7 +10,7 @@ from ckptkit.findings import Finding
 from ckptkit.param_groups.hidden import check_hidden, find_hidden
 from ckptkit.param_groups.inventory import Inventory, LiveParameter
 from ckptkit.param_groups.members import Group, Member
-from ckptkit.param_groups.reasons import Scene, shape_of
+from ckptkit.param_groups.reasons import REBIND, Scene, shape_of
 from ckptkit.param_groups.records import check_name
 from ckptkit.param_groups.strangers import Stranger, explain, identify
 from ckptkit.text import plural, quoted
@@ -183,7 +183,7 @@ def _missing(live: LiveParameter, older: Member | None) -> Finding:
     shape = "" if live.lazy else f" {live.shape}"
     if older is not None:
         message = f"{quoted(live.name)}{shape} is in no group: {older.where} holds another object in its place"
-        hint = "build the groups and the optimizer again, after the last change to the model"
+        hint = REBIND
     else:
         message = (
             f"{quoted(live.name)}{shape} is trainable but in no group: no step moves it, and its .grad piles up, as "

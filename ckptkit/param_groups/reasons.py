@@ -14,9 +14,10 @@ from ckptkit.text import quoted
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["AGAIN", "Gone", "Scene", "shape_of", "why_gone", "why_other"]
+__all__ = ["AGAIN", "REBIND", "Gone", "Scene", "shape_of", "why_gone", "why_other"]
 
 AGAIN = "build the groups and the optimizer again, after the last change to the model"
+REBIND = f"{AGAIN}, or rebind(optimizer, model)"
 
 
 @dataclass(frozen=True, eq=False)

@@ -73,7 +73,7 @@ def _dead(inventory: Inventory, holder: Holder, kept: Sequence[Kept]) -> Iterato
             "",
             f"{holder.called} still keeps {human_bytes(size)} of state for {plural(len(dead), 'tensor')} that the "
             f"model does not have: {listed(inventory, [member for member, _ in dead])}",
-            "build the optimizer again, after the last change to the model",
+            "build the optimizer again, after the last change to the model, or rebind(optimizer, model)",
         )
 
 

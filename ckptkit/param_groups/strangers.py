@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ckptkit.findings import Finding
 from ckptkit.param_groups.inventory import Inventory, LiveParameter, address, bare_name, flat_names
 from ckptkit.param_groups.members import Member
-from ckptkit.param_groups.reasons import AGAIN, Scene, shape_of, why_gone, why_other
+from ckptkit.param_groups.reasons import AGAIN, REBIND, Scene, shape_of, why_gone, why_other
 from ckptkit.param_groups.renames import find_rename
 from ckptkit.text import quoted
 
@@ -120,7 +120,7 @@ def explain(stranger: Stranger, scene: Scene) -> Finding:
         return _stale(live.name, f"{what}: {how}", _FROM_MODEL)
     maybe = "probably an older " if stranger.guessed else "an older "
     reason = why_other(tensor, live, stranger.name, scene)
-    return _stale(live.name, f"{where} is {maybe}{quoted(live.name)}: {reason}", AGAIN)
+    return _stale(live.name, f"{where} is {maybe}{quoted(live.name)}: {reason}", REBIND)
 
 
 def _gone(stranger: Stranger, where: str, scene: Scene) -> Finding:
