@@ -18,11 +18,17 @@ if TYPE_CHECKING:
     from ckptkit.errors import CkptkitError
     from ckptkit.execution import Written, execute
     from ckptkit.findings import Finding, Report
-    from ckptkit.formats import open_checkpoint
+    from ckptkit.formats import open_checkpoint, open_optimizer
     from ckptkit.load import LoadReport, load_into
     from ckptkit.measuring import StateDictStats, stats
     from ckptkit.merging import plan_merge
-    from ckptkit.optimizer_state import OptimizerLoadReport, load_optimizer_state
+    from ckptkit.optimizer_state import (
+        OptimizerLoadReport,
+        OptimizerState,
+        load_optimizer_state,
+        optimizer_state_diff,
+        write_optimizer_state,
+    )
     from ckptkit.param_groups import (
         Explanation,
         ParamGroupsLock,
@@ -53,6 +59,7 @@ __all__ = [
     "Finding",
     "LoadReport",
     "OptimizerLoadReport",
+    "OptimizerState",
     "Output",
     "ParamGroupSpec",
     "ParamGroupsLock",
@@ -76,6 +83,8 @@ __all__ = [
     "lock_optimizer",
     "lock_param_groups",
     "open_checkpoint",
+    "open_optimizer",
+    "optimizer_state_diff",
     "parse_lock",
     "parse_rules",
     "plan_extract_lora",
@@ -90,6 +99,7 @@ __all__ = [
     "stats",
     "suggest_rules",
     "validate_param_groups",
+    "write_optimizer_state",
 ]
 
 _ROOMS = {
@@ -101,11 +111,17 @@ _ROOMS = {
     "errors": ("CkptkitError",),
     "execution": ("Written", "execute"),
     "findings": ("Finding", "Report"),
-    "formats": ("open_checkpoint",),
+    "formats": ("open_checkpoint", "open_optimizer"),
     "load": ("LoadReport", "load_into"),
     "measuring": ("StateDictStats", "stats"),
     "merging": ("plan_merge",),
-    "optimizer_state": ("OptimizerLoadReport", "load_optimizer_state"),
+    "optimizer_state": (
+        "OptimizerLoadReport",
+        "OptimizerState",
+        "load_optimizer_state",
+        "optimizer_state_diff",
+        "write_optimizer_state",
+    ),
     "param_groups": (
         "Explanation",
         "ParamGroupsLock",
