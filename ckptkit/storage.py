@@ -231,7 +231,8 @@ def same_bytes(one: Payload, other: Payload) -> bool:
     done = 0
     while done < one.nbytes:
         count = min(len(left.current()), len(right.current()))
-        if not count or left.take(count) != right.take(count):
+        # As bytes: two views are compared item by item.
+        if not count or left.take(count).tobytes() != right.take(count).tobytes():
             return False
         done += count
     return True

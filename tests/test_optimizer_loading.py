@@ -572,6 +572,17 @@ def test_a_hook_that_changes_values_is_found_out() -> None:
     train(model, other, 1)
 
 
+def test_a_file_from_before_steps_were_tensors() -> None:
+    """torch makes tensors of them as it loads."""
+    model, optimizer = begun("NAdam")
+    saved = copy.deepcopy(optimizer.state_dict())
+    for slots in saved["state"].values():
+        slots["step"], slots["mu_product"] = int(slots["step"]), float(slots["mu_product"])
+    other = PROVED["NAdam"](model.named_parameters())
+    load_optimizer_state(other, model, saved)
+    assert same(((p, p) for p in model.parameters()), optimizer, other)
+
+
 def test_a_bfloat16_model_gets_the_state_as_torch_casts_it() -> None:
     model, optimizer = begun("Adam")
     model.bfloat16()

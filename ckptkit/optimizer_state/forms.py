@@ -32,7 +32,8 @@ def lay_out(state: OptimizerState, form: str) -> dict[str, Slot]:
     twice = [name for name, count in Counter(state.names).items() if count > 1]
     if twice:
         raise PlanError(f"{quoted(twice[0])} is in the groups more than once")
-    strays = [name for name in state.state if name not in set(state.names)]
+    known = set(state.names)
+    strays = [name for name in state.state if name not in known]
     if strays:
         raise PlanError(f"there is state of {quoted(strays[0])}, which is in no group")
     if form == "flattened":

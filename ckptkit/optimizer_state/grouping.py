@@ -39,7 +39,8 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise PlanError(f"{listed(twice)} would be in the groups more than once")
-    left = [name for name in state.names if name not in set(names)]
+    known = set(names)
+    left = [name for name in state.names if name not in known]
     if left:
         raise PlanError(
             f"{listed(left)} would be in no group", hint="give them a group, or drop them first: ckpt optim prune"

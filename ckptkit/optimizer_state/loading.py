@@ -12,12 +12,13 @@ from ckptkit.optimizer_schemas import Schema, schema_of
 from ckptkit.optimizer_state.fitting import Fit, fit_state, refuse_other_class
 from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.grouping import Hyper, resplit
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, map_tensors
+from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.reading import FoundState
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.inventory import Inventory, take_inventory
 from ckptkit.param_groups.members import unwrapped
+from ckptkit.param_groups.spec import is_tensor
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
@@ -168,15 +169,17 @@ def _of_the_model(
     """Return the state by the names of the live model, without what the optimizer lacks, and the names of that."""
     held = {name for group in live for name in group.names}
     found: dict[str, str] = {}
+    taken: set[str] = set()
     unused: list[str] = []
     for name in saved.names:
         parameter = inventory.named(name)
         if parameter is None or parameter.name not in held:
             unused.append(name)
-        elif parameter.name in found.values():
+        elif parameter.name in taken:
             raise PlanError(f"the state has {quoted(parameter.name)} twice, once as {quoted(name)}")
         else:
             found[name] = parameter.name
+            taken.add(parameter.name)
     groups = tuple(
         replace(group, names=tuple(found[name] for name in group.names if name in found)) for group in saved.groups
     )
@@ -251,15 +254,28 @@ def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory)
 
 
 def _prove(optimizer: Any, fit: Fit, inventory: Inventory) -> None:
+    """Hold what is there against the state once more: what was given may be the very tensors that are there."""
     for name, slots in fit.state.items():
         there = optimizer.state.get(inventory.by_name[name].tensor, {})
         for slot, value in slots.items():
-            # Read again: what was given is in the optimizer now, and would be compared with itself.
-            if not _same(there.get(slot), map_tensors(value, LazyTensor.read)):
+            if not _same(there.get(slot), value):
                 raise GroupsError(
                     f"{slot} of {quoted(name)} does not have the value of the state after loading",
                     hint="a hook of the optimizer changed it",
                 )
+
+
+def _same(there: Any, value: Slot) -> bool:
+    """Return whether a slot is the saved one, as torch casts it to the dtype of the parameter, or its number."""
+    if isinstance(value, LazyTensor):
+        if not is_tensor(there) or tuple(there.shape) != value.shape:
+            return False
+        return same_values(there.detach().to("cpu").resolve_conj().resolve_neg(), value.look())
+    if isinstance(value, list | tuple):
+        return isinstance(there, list | tuple) and len(there) == len(value) and all(map(_same, there, value))
+    if isinstance(value, Mapping):
+        return isinstance(there, Mapping) and all(_same(there.get(key), inner) for key, inner in value.items())
+    return bool(there == value)  # also a tensor, which torch makes of the plain step of an old file
 
 
 def _as_live(value: Any, live: Any) -> Any:
@@ -271,20 +287,6 @@ def _as_live(value: Any, live: Any) -> Any:
     if isinstance(live, tuple) and isinstance(value, list):
         return tuple(value)
     return value
-
-
-def _same(there: Any, value: Any) -> bool:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        if not isinstance(there, torch.Tensor) or there.shape != value.shape:
-            return False
-        return same_values(there.detach().to("cpu").resolve_conj().resolve_neg(), value)
-    if isinstance(value, Mapping):
-        return isinstance(there, Mapping) and all(_same(there.get(key), inner) for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return isinstance(there, list | tuple) and len(there) == len(value) and all(map(_same, there, value))
-    return bool(there == value)
 
 
 def _findings(fit: Fit, unused: Sequence[str]) -> Iterator[Finding]:

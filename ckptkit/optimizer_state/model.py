@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import html_table, plural, printable
+from ckptkit.torch_bridge import Live
 
 if TYPE_CHECKING:
     import torch
@@ -58,9 +59,17 @@ class LazyTensor:
         """Return the stored bytes from the first to the last element, or None where they say less."""
         return self.source.span(self.info.key)
 
+    def look(self) -> torch.Tensor:
+        """Return the tensor to look at, on the CPU: that very one, where it is there; raises as ``Checkpoint.read``."""
+        payload = self.payload()
+        if isinstance(payload, Live):
+            return payload.tensor.detach().resolve_conj().resolve_neg().cpu()
+        return self.source.read(self.info.key)
+
     def read(self) -> torch.Tensor:
         """Return the tensor, in memory of its own, on the CPU; raises as ``Checkpoint.read`` does."""
-        return self.source.read(self.info.key)
+        tensor = self.look()
+        return tensor.contiguous().clone() if isinstance(self.payload(), Live) else tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,7 +42,7 @@ def remap(
     """
     key_map = apply_rules(as_rules(rules), state.names)
     outputs = key_map.outputs()
-    work = _Work(state, frozenset(elementwise))
+    work = _Work(state, frozenset(elementwise), {name: group for group in state.groups for name in group.names})
     slots = {new: work.slots(new, how) for new, how in outputs.items()}
     made = {new: own for new, own in slots.items() if own is not None}
     groups, remarks = _groups(state, outputs)
@@ -77,6 +77,7 @@ class _Work:
 
     state: OptimizerState
     elementwise: frozenset[str]
+    home: Mapping[str, NamedGroup]
     remarks: list[str] = field(default_factory=list)
     makers: dict[str, tuple[Checkpoint, Maker]] = field(default_factory=dict)
 
@@ -109,7 +110,7 @@ class _Work:
 
     def _hold_whole(self, new: str, how: Made) -> None:
         """Refuse what would go on without an error, and train otherwise: an update that looks at whole matrices."""
-        group = self.state.group_of(how.sources[0])
+        group = self.home.get(how.sources[0])
         schema = None if group is None else marked_by(group.options)
         if schema is not None and not schema.elementwise:
             raise PlanError(
