@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     )
     from ckptkit.plan import Plan
     from ckptkit.presets import preset_names, preset_rules
+    from ckptkit.readiness import Preflight, preflight
     from ckptkit.remapping import plan_remap
     from ckptkit.rules import Rules, parse_rules
     from ckptkit.tensors import Checkpoint, TensorInfo
@@ -64,6 +65,7 @@ __all__ = [
     "ParamGroupSpec",
     "ParamGroupsLock",
     "Plan",
+    "Preflight",
     "Report",
     "Rules",
     "StateDictDiff",
@@ -92,6 +94,7 @@ __all__ = [
     "plan_merge",
     "plan_param_groups",
     "plan_remap",
+    "preflight",
     "preset_names",
     "preset_rules",
     "rebind",
@@ -139,6 +142,7 @@ _ROOMS = {
         "validate_param_groups",
     ),
     "plan": ("Plan",),
+    "readiness": ("Preflight", "preflight"),
     "presets": ("preset_names", "preset_rules"),
     "remapping": ("plan_remap",),
     "rules": ("Rules", "parse_rules"),

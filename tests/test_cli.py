@@ -33,7 +33,7 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 CASES: dict[str, tuple[list[str], int, str, str]] = {
     # id: (arguments, exit code, a piece of stdout, a piece of stderr)
-    "help": (["--help"], 0, "show     What is in a checkpoint", ""),
+    "help": (["--help"], 0, "show       What is in a checkpoint", ""),
     "short help": (["-h"], 0, "Exit codes: 0", ""),
     "version": (["-V"], 0, "ckpt 0.", ""),
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
@@ -116,6 +116,43 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
     ),
     "groups not a model": (["groups", "table", "--model", TEN, "fixtures/groups.toml"], 2, "", "is no live model"),
+    "preflight": (["preflight", "--model", MODEL], 0, "\nready\n", ""),
+    "preflight warning": (["preflight", "--model", MODEL, "--init", TEN], 1, "\nready, with 1 warning\n", ""),
+    "preflight fresh": (["preflight", "--model", MODEL, "--init", TEN, "--fresh", "fc3.*"], 0, "\nready\n", ""),
+    "preflight strip": (["preflight", "--model", MODEL, "--init", DDP, "--strip", "auto"], 1, "8 of 10 tensors", ""),
+    "preflight groups": (
+        ["preflight", "--model", MODEL, "--groups", "fixtures/groups.toml", "--optimizer", "SGD"],
+        0,
+        "SGD state (momentum_buffer)    246.0 kB",
+        "",
+    ),
+    "preflight step": (
+        ["preflight", "--model", MODEL, "--optimizer", "SGD", "--dry-step", "py:fixtures.lenet:loss"],
+        0,
+        "10 of 10 parameters that train got a gradient, 10 moved by SGD",
+        "",
+    ),
+    "preflight shapes": (
+        ["preflight", "--model", MODEL, "--init", TEN, "--shapes-only"],
+        1,
+        "not judged: values: the model is on the meta device",
+        "",
+    ),
+    "preflight shapes and step": (
+        ["preflight", "--model", MODEL, "--shapes-only", "--dry-step", "py:fixtures.lenet:loss"],
+        2,
+        "",
+        "--dry-step needs values",
+    ),
+    "preflight rules of nothing": (["preflight", "--model", MODEL, "--strip", "auto"], 2, "", "there is none"),
+    "preflight no such class": (["preflight", "--model", MODEL, "--optimizer", "Adm"], 2, "", "did you mean Adam"),
+    "preflight no callable": (
+        ["preflight", "--model", MODEL, "--dry-step", "py:fixtures.lenet:__doc__"],
+        2,
+        "",
+        "is a str",
+    ),
+    "preflight no file": (["preflight", "--model", MODEL, "--init", "none.pt"], 2, "", "none.pt: no such file"),
     "groups no file": (["groups", "validate", "--model", MODEL, "none.toml"], 2, "", "none.toml: no such file"),
 }
 
@@ -318,7 +355,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 18
+    assert len(paths) == 19
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

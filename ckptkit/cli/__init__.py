@@ -59,6 +59,7 @@ _SUMMARIES = {
     "merge": "Lay the values of donors over a base where they fit.",
     "convert": "Write another format, shards, or another dtype.",
     "optim": "Show the state of an optimizer by name, and edit it as the weights were.",
+    "preflight": "One page before training: what loads, what trains, one verdict.",
     "groups": "Check param groups against the live model.",
 }
 

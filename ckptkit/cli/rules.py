@@ -43,7 +43,7 @@ def rule_options(beside: str) -> Callable[[_Command], _Command]:
         ) -> Any:
             if settings and rules_file is None:
                 raise click.UsageError("--set gives a variable of a rule file, and there is no --rules")
-            path = others[beside] if isinstance(others[beside], str) else others[beside][0]
+            path = others[beside] if isinstance(others[beside], str) else next(iter(others[beside] or ()), "")
             given = Settings(dict(map(parse_setting, settings)), _config_of(path))
             rules = _read(
                 rules_file, rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused, settings=given

@@ -15,14 +15,14 @@ from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import quoted
 from ckptkit.torch_bridge import as_checkpoint, first_line
 
-__all__ = ["build_model", "build_shapes", "open_live"]
+__all__ = ["build_model", "build_shapes", "import_target", "open_live"]
 
 
-def build_model(target: str, *, device: str | None = None) -> Any:
-    """Return what the callable (or the model itself) at ``package.module:name`` gives, built on ``device``.
+def import_target(target: str) -> Any:
+    """Return what is at ``package.module:name``, as it stands there.
 
-    The current directory can be imported from. What the code prints goes to stderr. Raises
-    ``ModelError`` where it cannot be imported or fails.
+    The current directory can be imported from. What the code prints goes to stderr. Raises ``ModelError`` where it
+    cannot be imported.
     """
     module_name, _, name = target.partition(":")
     if not module_name or not name:
@@ -39,6 +39,17 @@ def build_model(target: str, *, device: str | None = None) -> Any:
             if not hasattr(made, part):
                 raise ModelError(f"{quoted(module_name)} has no {quoted(name)}")
             made = getattr(made, part)
+    return made
+
+
+def build_model(target: str, *, device: str | None = None) -> Any:
+    """Return what the callable (or the model itself) at ``package.module:name`` gives, built on ``device``.
+
+    Imports as ``import_target`` does, and raises ``ModelError`` where the callable fails too.
+    """
+    made = import_target(target)
+    name = target.partition(":")[2]
+    with contextlib.redirect_stdout(sys.stderr):
         if _is_model(made) or isinstance(made, Mapping):
             return made
         if not callable(made):

@@ -11,7 +11,7 @@ from ckptkit.findings import Finding, Report
 from ckptkit.report.page import Code, Line, Page
 from ckptkit.text import plural, printable
 
-__all__ = ["Checked", "findings_by_path", "findings_document", "findings_page", "in_one"]
+__all__ = ["Checked", "finding_lines", "findings_by_path", "findings_document", "findings_page", "in_one"]
 
 
 class Checked(NamedTuple):
@@ -53,18 +53,19 @@ def findings_document(report: Report) -> dict[str, Any]:
 
 def findings_page(report: Report) -> Page:
     """Return one line a finding, its hint below it, then the count."""
-    return [*_lines(report.findings), _count(report)]
+    return [*finding_lines(report.findings), _count(report)]
 
 
 def findings_by_path(checked: Sequence[Checked]) -> Page:
     """Return the title of each path with its findings below it, then the count of them all."""
     lines: list[Line] = []
     for one in checked:
-        lines += [Line(one.title), *_lines(one.findings), Line(())]
+        lines += [Line(one.title), *finding_lines(one.findings), Line(())]
     return [*lines, _count(in_one(checked))]
 
 
-def _lines(findings: Iterable[Finding]) -> Iterator[Line]:
+def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
+    """Yield one line a finding, and its hint below it."""
     for finding in findings:
         yield Line((f"{finding.severity}: ", Code(one_line(finding.message)), f"  [{finding.code}]"))
         if finding.hint:

@@ -1,0 +1,169 @@
+"""One page before training: what loads, what stays at init, who trains at which rate, and whether a run can go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.compare import StateDictDiff, compare
+from ckptkit.errors import GroupsError
+from ckptkit.findings import Finding
+from ckptkit.optimizer_state import read_state
+from ckptkit.readiness.dry_step import Loss, run_dry_step
+from ckptkit.readiness.dtypes import check_dtypes
+from ckptkit.readiness.facts import (
+    Init,
+    Kept,
+    Memory,
+    ModuleTraining,
+    Preflight,
+    Resume,
+    StateMemory,
+    Step,
+    TrainingGroup,
+)
+from ckptkit.readiness.init import Subject, check_init, check_values, compare_init
+from ckptkit.readiness.memory import estimate_memory
+from ckptkit.readiness.resume import check_resume
+from ckptkit.readiness.training import (
+    Training,
+    build_optimizers,
+    frozen_findings,
+    module_training,
+    plan_training,
+    unchanged_flags,
+)
+from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.torch_bridge import StateDictLike, as_checkpoint
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+    from ckptkit.param_groups import SpecLike
+
+__all__ = [
+    "Init",
+    "Kept",
+    "Memory",
+    "ModuleTraining",
+    "Preflight",
+    "Resume",
+    "StateMemory",
+    "Step",
+    "TrainingGroup",
+    "preflight",
+]
+
+
+def preflight(
+    model: Module,
+    *,
+    init: StateDictLike | None = None,
+    rules: Rules | list[str] | None = None,
+    fresh: str | Sequence[str] = (),
+    groups: SpecLike | None = None,
+    optimizer: Any = None,
+    schedulers: Any = None,
+    resume: StateDictLike | None = None,
+    resume_optimizer: Any = None,
+    dry_step: Loss | None = None,
+) -> Preflight:
+    """Return one page on whether ``model`` is ready to train; what is not given is not judged, and said.
+
+    ``init`` is the checkpoint that it begins with, or began with, its keys changed by ``rules``; ``fresh`` are patterns
+    of keys that are meant to stay at init. ``groups`` is a param-group spec, ``optimizer`` a live optimizer, a list of
+    them, a class, or the name of one of torch.optim; ``schedulers`` are those of a live optimizer. ``resume`` are the
+    weights of a run that shall go on, ``resume_optimizer`` the state of its optimizer: a ``state_dict()``, or what
+    ``open_optimizer`` gives. ``dry_step`` is called with a deep copy of the model and returns the loss of one batch, a
+    tensor of one number: a backward pass and a step on the copy then show what gets a gradient and moves.
+
+    Nothing of the caller's is changed. Values are read once where the model has any. Raises ``ModelError`` where
+    ``model`` cannot be described, ``GroupsError`` where the spec or the optimizer cannot be read, ``RuleError`` for
+    rules and patterns that fit nothing, and what reading the checkpoints raises.
+    """
+    import torch
+
+    if not isinstance(model, torch.nn.Module):
+        raise GroupsError(
+            f"the model is a {type(model).__name__}, not a torch.nn.Module",
+            hint="a preflight is of the live model that will train",
+        )
+    state = as_checkpoint(model, "model")
+    not_judged: list[str] = []
+    with unchanged_flags(model):
+        training = plan_training(model, groups, optimizer, schedulers)
+        subject = Subject(model, state, training.frozen)
+        facts, findings = _begin(subject, init, rules, fresh, not_judged)
+        findings += [*frozen_findings(training, model), *training.findings]
+        findings += check_dtypes(model, training.frozen, training.optimizers)
+        not_judged += training.not_judged
+        modules = module_training(model, training.frozen)
+        trained = [tensor for name, tensor in model.named_parameters() if name not in training.frozen]
+        memory = estimate_memory(model, trained, training.optimizers)
+    going = None
+    if resume is not None:
+        found = None if resume_optimizer is None else read_state(resume_optimizer)
+        going, said = check_resume(model, training, _compared(subject, resume, None), found)
+        findings += said
+        if found is None:
+            not_judged.append("the optimizer state of the run: none given")
+    else:
+        not_judged.append("resuming: no run given")
+    step = None
+    if dry_step is None:
+        not_judged.append("gradients: no dry step asked for")
+    elif subject.on_meta:
+        not_judged.append("gradients: the model is on the meta device")
+    else:
+
+        def stepping(twin: Module) -> Sequence[Any]:
+            return _twins(model, twin, training, groups, optimizer)
+
+        step, said = run_dry_step(model, training.frozen, dry_step, stepping)
+        findings += said
+    not_judged.append("memory of activations, and of what a step needs for a moment")
+    return Preflight(
+        tuple(findings),
+        GroupsError,
+        facts,
+        modules,
+        training.groups,
+        memory,
+        going,
+        step,
+        tuple(not_judged),
+    )
+
+
+def _begin(
+    subject: Subject,
+    init: StateDictLike | None,
+    rules: Rules | list[str] | None,
+    fresh: str | Sequence[str],
+    not_judged: list[str],
+) -> tuple[Init | None, list[Finding]]:
+    if subject.on_meta:
+        not_judged.append("values: the model is on the meta device")
+    if init is None:
+        not_judged.append("what loads: no init given")
+        return None, list(check_values(subject, None))
+    opened = as_checkpoint(init, "init")
+    result = _compared(subject, opened, rules)
+    facts = compare_init(subject, result, opened)
+    return facts, [*check_init(subject, facts, result, fresh), *check_values(subject, facts)]
+
+
+def _compared(subject: Subject, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
+    opened = as_checkpoint(found, "found")
+    return compare(subject.state, opened, apply_rules(as_rules(rules), opened))
+
+
+def _twins(model: Module, twin: Module, training: Training, groups: SpecLike | None, optimizer: Any) -> Sequence[Any]:
+    """Return optimizers of the copy: live ones copied with their state, others built as they were for the model."""
+    if not training.optimizers or any(finding.severity == "error" for finding in training.findings):
+        return ()
+    if optimizer is None or isinstance(optimizer, str | type):
+        return build_optimizers(twin, groups, optimizer)[0]
+    there: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
+    return copy.deepcopy(list(training.optimizers), there)

@@ -1,0 +1,315 @@
+"""The page before training: what loads, what stays at init and looks how, and the one verdict."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit import preflight
+from ckptkit.errors import GroupsError, RuleError
+from ckptkit.readiness import Preflight
+from ckptkit.tensors import Checkpoint
+from ckptkit.torch_bridge import as_checkpoint
+from tests.helpers_outputs import same_state
+
+SPEC: dict[str, Any] = {
+    "defaults": {"lr": 1e-3},
+    "group": [{"name": "head", "params": "head.*", "lr": 1e-2}, {"name": "base", "rest": True}],
+}
+
+
+class Net(nn.Module):
+    """A body with batch norm and an embedding, and a head."""
+
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(20, 8)
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 16))
+        self.head = nn.Linear(16, classes)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.head(self.body(self.tokens(ids))))
+
+
+def seeded(classes: int = 10, seed: int = 0) -> Net:
+    torch.manual_seed(seed)
+    return Net(classes)
+
+
+def codes(report: Preflight) -> list[tuple[str, str, str]]:
+    return [(one.severity, one.code, one.key) for one in report.findings]
+
+
+# --- the verdict -----------------------------------------------------------------------------------------------------
+
+
+def test_nothing_wrong_is_ready() -> None:
+    """Init loaded, groups that fit, an optimizer that is known: no finding, and the word alone."""
+    model, donor = seeded(), seeded(seed=1)
+    model.load_state_dict(donor.state_dict())
+    report = preflight(model, init=donor, groups=SPEC, optimizer="AdamW")
+    assert (report.verdict, report.ok, report.findings) == ("ready", True, ())
+    assert report.init is not None
+    assert (report.init.in_model, report.init.coverage, report.init.kept) == ("all", 1.0, ())
+    assert [(group.name, group.optimizer, group.options["lr"]) for group in report.groups] == [
+        ("head", "AdamW", 1e-2),
+        ("base", "AdamW", 1e-3),
+    ]
+    report.raise_for_errors()
+
+
+def test_what_is_not_given_is_not_judged_and_said() -> None:
+    """A page that says ready says of what."""
+    report = preflight(seeded())
+    assert report.verdict == "ready"
+    assert [text.partition(":")[0] for text in report.not_judged] == [
+        "what loads",
+        "param groups and their options",
+        "schedulers and optimizer state",
+        "resuming",
+        "gradients",
+        "memory of activations, and of what a step needs for a moment",
+    ]
+
+
+def test_the_verdict_names_the_first_error_and_counts_the_rest() -> None:
+    """One line to read, and an exception for scripts."""
+    model = seeded()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+        model.head.bias[0] = float("inf")
+    report = preflight(model)
+    assert report.verdict == ("not ready: 'head.weight' has 160 NaN and 0 infinite of 160 numbers (and 1 more error)")
+    with pytest.raises(GroupsError, match=r"head\.weight"):
+        report.raise_for_errors()
+    assert str(report).endswith(report.verdict)
+
+
+def test_nothing_of_the_callers_is_changed() -> None:
+    """Weights, flags, gradients, mode, random numbers and the spec are as before, whatever a spec would freeze."""
+    model, spec = seeded(), {**copy.deepcopy(SPEC), "unmatched": "freeze"}
+    spec["group"] = [{"name": "head", "params": "head.*", "lr": 1e-2}]
+    model.head.bias.grad = torch.ones(10)
+    before, given, donor = copy.deepcopy(model.state_dict()), copy.deepcopy(spec), seeded()
+    torch.manual_seed(3)
+    wanted = torch.rand(1)
+    torch.manual_seed(3)
+    report = preflight(model, init=donor, groups=spec, optimizer="SGD", dry_step=lambda m: m(torch.arange(4)).sum())
+    assert torch.equal(torch.rand(1), wanted)
+    assert same_state(model.state_dict(), before)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert torch.equal(model.head.bias.grad, torch.ones(10))
+    assert spec == given
+    assert [(row.module, row.trainable) for row in report.training] == [("tokens", 0), ("body", 0), ("head", 2)]
+
+
+# --- init ------------------------------------------------------------------------------------------------------------
+
+
+def test_another_head_stays_at_init() -> None:
+    """Warned of by module, unless it is said to be meant."""
+    model, donor = seeded(classes=3), seeded()
+    report = preflight(model, init=donor)
+    assert codes(report)[0] == ("warning", "preflight.kept", "head.weight")
+    assert report.findings[0].message == "all of 'head' stay at init: it is [10, 16] in init"
+    assert report.findings[0].hint == "where that is meant, say so: fresh = 'head.*'"
+    assert codes(preflight(model, init=donor, fresh="head.*"))[0] == ("note", "preflight.kept", "head.weight")
+
+
+def test_a_pattern_of_what_shall_be_fresh_is_held_to_it() -> None:
+    """It is an error where init fills it after all, and where it fits nothing."""
+    report = preflight(seeded(), init=seeded(), fresh=["head.*"])
+    assert ("error", "preflight.not-fresh", "head.weight") in codes(report)
+    with pytest.raises(RuleError, match="fits none of"):
+        preflight(seeded(), init=seeded(), fresh="heads.*")
+
+
+def test_what_stays_at_init_and_is_frozen_never_learns() -> None:
+    """A random layer that nothing will ever change is worth a word of its own."""
+    model = seeded(classes=3)
+    model.head.requires_grad_(False)
+    report = preflight(model, init=seeded())
+    assert ("warning", "preflight.frozen-at-init", "head.weight") in codes(report)
+
+
+def test_names_under_a_prefix_load_nothing_and_say_what_would_help() -> None:
+    """Rules mend it."""
+    donor = {f"module.{key}": value for key, value in seeded().state_dict().items()}
+    report = preflight(seeded(), init=donor)
+    assert codes(report) == [("error", "preflight.init-nothing", "")]
+    assert "'module.*=*'" in report.findings[0].hint
+    assert preflight(seeded(), init=donor, rules=["module.*=*"]).ok
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said", "found"),
+    [((1, 1), "all", []), ((1, 2), "none", [("note", "preflight.not-loaded", "")])],
+    ids=["loaded", "not yet"],
+)
+def test_whether_the_values_are_there(seeds: tuple[int, int], said: str, found: list[Any]) -> None:
+    """The batch norm of two models is equal before either is loaded, and proves nothing."""
+    report = preflight(seeded(seed=seeds[0]), init=seeded(seed=seeds[1]))
+    assert report.init is not None
+    assert report.init.in_model == said
+    assert codes(report) == found
+
+
+def test_a_model_that_was_loaded_in_part() -> None:
+    """One tensor was changed after the load."""
+    model, donor = seeded(seed=1), seeded(seed=1)
+    nn.init.normal_(model.head.weight)
+    assert codes(preflight(model, init=donor)) == [("warning", "preflight.partly-loaded", "")]
+
+
+def test_values_that_lose_bits_on_the_way_in_are_warned_of() -> None:
+    """A model in bfloat16 keeps 8 bits of what init has 24 of; the other way round nothing is lost."""
+    low, high = seeded().to(torch.bfloat16), seeded()
+    assert ("warning", "preflight.init-cast", "tokens.weight") in codes(preflight(low, init=high))
+    assert not [code for _, code, _ in codes(preflight(high, init=low)) if code == "preflight.init-cast"]
+
+
+def test_a_tie_is_filled_by_its_other_name() -> None:
+    """safetensors files have one of the two."""
+    model = nn.ModuleDict({"wte": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
+    model["head"].weight = model["wte"].weight
+    report = preflight(model, init={"wte.weight": torch.ones(6, 4)})
+    assert report.init is not None
+    assert (report.init.coverage, report.init.kept) == (1.0, ())
+
+
+# --- how it looks ----------------------------------------------------------------------------------------------------
+
+
+def looks(make: Callable[[], nn.Module], change: Callable[[Any], Any] = lambda _: None) -> dict[str, str]:
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"m": make(), "other": nn.Linear(2, 2)})
+    with torch.no_grad():
+        change(model["m"])
+    report = preflight(model, init={"other.weight": torch.ones(2, 2), "other.bias": torch.ones(2)})
+    assert report.init is not None
+    return {kept.key.removeprefix("m."): kept.looks for kept in report.init.kept}
+
+
+DEFAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "linear": (lambda: nn.Linear(64, 32), {"weight": "uniform within ±0.125", "bias": "uniform within ±0.125"}),
+    "convolution": (lambda: nn.Conv2d(16, 32, 2), {"weight": "uniform within ±0.125"}),
+    "transposed convolution": (lambda: nn.ConvTranspose1d(64, 16, 4), {"weight": "uniform within ±0.125"}),
+    "embedding": (lambda: nn.Embedding(100, 8), {"weight": "normal, std 1"}),
+    "lstm": (lambda: nn.LSTM(8, 64), {"weight_ih_l0": "uniform within ±0.125"}),
+    "batch norm": (lambda: nn.BatchNorm2d(8), {"weight": "all 1", "running_mean": "all 0", "running_var": "all 1"}),
+    "layer norm": (lambda: nn.LayerNorm(8), {"weight": "all 1", "bias": "all 0"}),
+}
+
+
+@pytest.mark.parametrize(("make", "wanted"), DEFAULTS.values(), ids=DEFAULTS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_the_init_of_torch_is_recognised(
+    make: Callable[[], nn.Module], wanted: dict[str, str], dtype: torch.dtype
+) -> None:
+    """By what torch's own modules really hold after they are made, in either precision."""
+    found = looks(lambda: make().to(dtype))
+    for key, said in wanted.items():
+        assert found[key] == f"as torch initialises {type(make()).__name__}: {said}"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_init_of_torch_is_recognised_whatever_the_seed(seed: int) -> None:
+    """The test is wide enough for chance."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Embedding(9, 9), "c": nn.Linear(1, 1)})
+    report = preflight(model, init={"c.weight": torch.ones(1, 1)})
+    assert report.init is not None
+    told = {kept.key: kept.looks for kept in report.init.kept}
+    assert told["a.weight"].startswith("as torch initialises Linear")
+    assert told["b.weight"].startswith("as torch initialises Embedding")
+
+
+UNLIKE: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "an init of its own": (lambda m: nn.init.normal_(m.weight, std=0.02), "std 0.019"),
+    "trained away": (lambda m: m.weight.mul_(1.2), "not torch's own init of it"),
+    "shifted": (lambda m: m.weight.add_(0.02), "not torch's own init of it"),
+    "zero": (lambda m: m.weight.zero_(), "all 0"),
+    "one number": (lambda m: m.weight.fill_(0.5), "all 0.5"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), UNLIKE.values(), ids=UNLIKE.keys())
+def test_what_is_no_init_of_torch_is_not_said_to_be(change: Callable[[Any], Any], said: str) -> None:
+    """A smaller claim is made instead: the numbers."""
+    assert said in looks(lambda: nn.Linear(64, 32), change)["weight"]
+    assert "as torch" not in looks(lambda: nn.Linear(64, 32), change)["weight"]
+
+
+def garbage(weight: torch.Tensor) -> None:
+    generator = torch.Generator().manual_seed(0)
+    bits = torch.randint(0, 0x7F000000, weight.shape, dtype=torch.int32, generator=generator)
+    weight.copy_(bits.view(torch.float32))
+
+
+FAULTS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
+    "never written": (garbage, "preflight.garbage"),
+    "all zero": (lambda weight: weight.zero_(), "preflight.zero"),
+    "all one": (lambda weight: weight.fill_(1), "preflight.constant"),
+}
+
+
+@pytest.mark.parametrize(("change", "code"), FAULTS.values(), ids=FAULTS.keys())
+def test_a_weight_that_hardly_begins_like_this_is_warned_of(change: Callable[[torch.Tensor], Any], code: str) -> None:
+    """Of what was not loaded only: init may hold zeros on purpose."""
+    model = seeded(classes=3)
+    with torch.no_grad():
+        change(model.head.weight)
+    assert ("warning", code, "head.weight") in codes(preflight(model, init=seeded(), fresh="head.*"))
+    model.load_state_dict(model.state_dict())
+    assert not [found for _, found, _ in codes(preflight(model, init=copy.deepcopy(model))) if found == code]
+
+
+def test_a_mask_of_minus_infinity_is_no_fault() -> None:
+    """Buffers of attention are full of it; a NaN in one is worth a warning."""
+    model = nn.Linear(4, 4)
+    model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    assert codes(preflight(model)) == [("note", "preflight.not-finite", "mask")]
+    assert isinstance(model.mask, torch.Tensor)
+    model.mask[0, 0] = float("nan")
+    assert codes(preflight(model)) == [("warning", "preflight.not-finite", "mask")]
+
+
+def test_a_model_on_the_meta_device_is_judged_by_shapes() -> None:
+    """And its page says that values were not."""
+    with torch.device("meta"):
+        model = Net(classes=3)
+    report = preflight(model, init=seeded(), groups=SPEC, optimizer="AdamW")
+    assert "values: the model is on the meta device" in report.not_judged
+    assert report.init is not None
+    assert report.init.in_model == "unknown"
+    assert report.memory is not None
+    assert report.memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
+
+
+def test_an_open_checkpoint_is_read_no_further_than_needed() -> None:
+    """On the meta device not a byte of init is."""
+    donor = as_checkpoint(seeded(), "init")
+
+    def payload(info: object) -> Any:
+        raise AssertionError(info)
+
+    with torch.device("meta"):
+        model = Net()
+    unread = Checkpoint(dict(donor), payload, path="init", format="test")
+    assert preflight(model, init=unread).ok
+
+
+def test_a_page_in_a_notebook_is_escaped() -> None:
+    """Names of modules come from other people's code."""
+    model = nn.Module()
+    model.register_module("<script>", nn.Linear(2, 2))
+    html = preflight(model, groups={"group": [{"name": "<b>", "rest": True, "lr": 1}]})._repr_html_()
+    assert html.startswith("<p><b>ready</b></p><table>")
+    assert "<script>" not in html
+    assert "<b>&lt;" not in html
+    assert "&lt;script&gt;" in html

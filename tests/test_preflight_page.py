@@ -1,0 +1,96 @@
+"""The page and the document of ``ckpt preflight``, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fixtures.lenet import Net
+from tests.helpers_cli import ROOT, run_ckpt
+
+MODEL = "py:fixtures.lenet:build"
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def run_file(folder: Path, kind: Any = torch.optim.AdamW) -> Path:
+    """A run of the fixture's model, saved as trainers save it."""
+    model = Net(classes=4)
+    optimizer = kind(model.named_parameters(), lr=1e-3)
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 1}, folder / "run.ckpt")
+    return folder / "run.ckpt"
+
+
+def test_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and optimizer of one file; with the same class it is ready, with another it is not."""
+    run = run_file(tmp_path)
+    ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", run, "--optimizer", "AdamW")
+    assert (ran.code, ran.out.splitlines()[-1]) == (0, "ready")
+    assert (
+        "resume: 10 of 10 tensors of the model are in the run; its optimizer has 10 parameters, 10 with state"
+        in ran.out
+    )
+    other = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", run, "--optimizer", "Adagrad")
+    assert other.code == 2
+    assert other.out.splitlines()[-1].startswith("not ready: ")
+    assert "[preflight.resume-class]" in other.out
+
+
+def test_a_run_without_an_optimizer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Weights alone can be gone on with, and the page says that the rest was not judged."""
+    torch.save(Net(classes=4).state_dict(), tmp_path / "weights.pt")
+    ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "weights.pt")
+    assert ran.code == 0
+    assert "not judged: the optimizer state of the run: none given" in ran.out
+
+
+def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
+    """Findings as every check has them, and each section; what is on the page is in it."""
+    ran = run_ckpt(
+        capsys, "preflight", "--json", "--model", MODEL, "--init", "fixtures/lenet_10class.pth",
+        "--groups", "fixtures/groups.toml", "--optimizer", "SGD", "--dry-step", "py:fixtures.lenet:loss",
+    )  # fmt: skip
+    assert ran.code == 1
+    document = json.loads(ran.out)
+    assert document["schema"] == "ckptkit.preflight/1"
+    assert document["verdict"] == "ready, with 1 warning"
+    assert document["summary"] == {"errors": 0, "warnings": 1, "notes": 0}
+    assert set(document["findings"][0]) == {"code", "severity", "key", "message", "hint"}
+    assert document["init"]["coverage"] == 61156 / 61496
+    assert document["init"]["in_model"] == "all"
+    assert [kept["key"] for kept in document["init"]["kept"]] == ["fc3.weight", "fc3.bias"]
+    assert [group["options"]["lr"] for group in document["groups"]] == [0.01, 0.001]
+    assert [row["module"] for row in document["training"]] == ["conv1", "conv2", "fc1", "fc2", "fc3"]
+    assert document["memory"]["total"] == 3 * 4 * 61496
+    assert document["memory"]["states"] == [{"optimizer": "SGD", "slots": ["momentum_buffer"], "bytes": 4 * 61496}]
+    assert (document["step"]["gradients"], document["step"]["moved"]) == (10, 10)
+    assert document["resume"] is None
+
+
+def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    """For an issue: tables, and names in code."""
+    ran = run_ckpt(capsys, "preflight", "--markdown", "--model", MODEL, "--init", "fixtures/lenet_10class.pth")
+    assert ran.out.startswith("| from init")
+    assert "\n| `conv1` " in ran.out
+    assert ran.out.rstrip().endswith("ready, with 1 warning")
+
+
+def test_a_run_with_two_optimizers_asks_which(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Not judged would be no answer: it is said that there are several."""
+    model = Net(classes=4)
+    state = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
+    torch.save({"model": model.state_dict(), "optim_g": state, "optim_d": state}, tmp_path / "two.pt")
+    ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "two.pt")
+    assert "warning: the optimizer state of the run was not judged" in ran.err
+    one = ("preflight", "--model", MODEL, "--resume", tmp_path / "two.pt", "--resume-optimizer")
+    assert run_ckpt(capsys, *one, f"{tmp_path / 'two.pt'}::optim_g").err == ""
+    assert run_ckpt(capsys, *one, tmp_path / "two.pt").code == 2

@@ -1,0 +1,310 @@
+"""Who trains how, in how much memory, and whether a run can go on: held against what torch really does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit import preflight
+from ckptkit.errors import GroupsError
+from ckptkit.formats import open_checkpoint, open_optimizer
+from ckptkit.readiness import Preflight
+
+SPEC: dict[str, Any] = {
+    "defaults": {"lr": 1e-3},
+    "group": [{"name": "head", "params": "head.*", "lr": 1e-2}, {"name": "base", "rest": True}],
+}
+
+
+class Net(nn.Module):
+    """A body of two layers of one shape, and a head."""
+
+    def __init__(self, classes: int = 3) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 4)
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.head(self.two(self.one(x))))
+
+
+def found(report: Preflight, *, least: str = "warning") -> list[str]:
+    wanted = {"error"} if least == "error" else {"error", "warning"}
+    return [one.code for one in report.findings if one.severity in wanted]
+
+
+def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state_dict of an optimizer after one step."""
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer.state_dict()
+
+
+# --- groups and optimizers -------------------------------------------------------------------------------------------
+
+
+def test_a_live_optimizer_is_held_against_model_and_spec() -> None:
+    """Validated by identity; and each option that is not what the spec says is named."""
+    model = Net()
+    optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    assert found(preflight(model, optimizer=optimizer)) == []
+    report = preflight(model, groups=SPEC, optimizer=optimizer)
+    assert found(report) == ["preflight.spec-ignored"]
+    assert report.findings[0].message == (
+        "'head.weight' and 1 more trains with lr = 0.001, and the spec says 0.01 (group 'head')"
+    )
+    model.head = nn.Linear(4, 3)
+    assert "groups.missing" in found(preflight(model, optimizer=optimizer))
+
+
+def test_a_scheduler_is_looked_at_with_its_optimizer() -> None:
+    """One that drives another optimizer steps nothing here."""
+    model = Net()
+    optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    scheduler = torch.optim.lr_scheduler.StepLR(other, 1)
+    assert "groups.scheduler-optimizer" in found(preflight(model, optimizer=optimizer, schedulers=scheduler))
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no owner": ({"groups": {"group": [{"params": "head.*"}]}}, "groups.unowned"),
+    "a pattern that fits nothing": (
+        {"groups": {"group": [{"params": "hd.*"}, {"rest": True}]}},
+        "groups.rule-unmatched",
+    ),
+    "a class that refuses": ({"optimizer": "Muon"}, "preflight.optimizer"),
+    "a beta of one": ({"groups": {"group": [{"rest": True, "betas": [1.0, 0.9]}]}, "optimizer": "Adam"}, "groups."),
+}
+
+
+@pytest.mark.parametrize(("given", "code"), BAD.values(), ids=BAD.keys())
+def test_what_cannot_train_is_an_error(given: dict[str, Any], code: str) -> None:
+    """Of the spec, of the class, and of both together."""
+    report = preflight(Net(), **given)
+    assert not report.ok
+    assert any(one.startswith(code) for one in found(report, least="error"))
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "reason"),
+    [
+        ("AdamV", "torch.optim has no optimizer 'AdamV'"),
+        (3, "the optimizer is a int"),
+        ([1], "the optimizer is a list"),
+    ],
+    ids=["a slip", "a number", "a list"],
+)
+def test_what_is_no_optimizer_is_refused(optimizer: Any, reason: str) -> None:
+    """Before anything is judged."""
+    with pytest.raises(GroupsError) as caught:
+        preflight(Net(), optimizer=optimizer)
+    assert caught.value.reason == reason
+
+
+def test_a_model_that_is_frozen_as_a_whole_is_not_ready() -> None:
+    """torch would make the optimizer all the same where it is given groups."""
+    model = Net().requires_grad_(False)
+    assert found(preflight(model)) == ["preflight.nothing-trains"]
+
+
+def test_frozen_and_trainable_are_told_by_module() -> None:
+    """A module that trains in part is opened."""
+    model = Net()
+    model.one.requires_grad_(False)
+    model.two.bias.requires_grad_(False)
+    rows = [(row.module, row.trainable, row.parameters) for row in preflight(model).training]
+    assert rows == [("one", 0, 2), ("two.weight", 1, 1), ("two.bias", 0, 1), ("head", 2, 2)]
+
+
+# --- dtypes ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_eps_that_is_nothing_in_float16() -> None:
+    """The finding is what happens: one step with a gradient of zero makes the weight NaN."""
+    model = Net().half()
+    optimizer = torch.optim.AdamW(model.parameters())
+    assert "preflight.eps" in found(preflight(model, optimizer=optimizer), least="error")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    assert bool(model.head.weight.isnan().all())
+    calm = torch.optim.AdamW(Net().half().parameters(), eps=1e-4)
+    assert "preflight.eps" not in found(preflight(Net().half(), optimizer=calm))
+
+
+def test_updates_that_bfloat16_loses() -> None:
+    """The finding is what happens: a weight of 1 does not move at lr = 1e-3, and the dry step sees it."""
+    model = Net().to(torch.bfloat16)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    report = preflight(
+        model,
+        optimizer=torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0),
+        dry_step=lambda twin: twin(torch.ones(2, 4, dtype=torch.bfloat16)).sum(),
+    )
+    assert {"preflight.bf16-weights", "preflight.not-moved"} <= set(found(report))
+    assert report.step is not None
+    assert (report.step.gradients, report.step.moved) == (6, 0)
+
+
+def test_whole_numbers_and_mixed_dtypes_are_notes() -> None:
+    """Neither need be wrong."""
+    model = Net()
+    model.head.double()
+    model.register_parameter("scale", nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
+    notes = [one.code for one in preflight(model).findings if one.severity == "note"]
+    assert notes == ["preflight.integers", "preflight.mixed-dtypes"]
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "AdamW": ("AdamW", {}),
+    "Adam with amsgrad": ("Adam", {"amsgrad": True}),
+    "SGD": ("SGD", {}),
+    "SGD with momentum": ("SGD", {"momentum": 0.9}),
+    "RMSprop": ("RMSprop", {"centered": True, "momentum": 0.9}),
+    "Adagrad": ("Adagrad", {}),
+    "Adafactor": ("Adafactor", {}),
+    "NAdam": ("NAdam", {}),
+}
+
+
+@pytest.mark.parametrize(("kind", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+def test_the_estimate_of_memory_is_what_torch_takes(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """To the byte: parameters, gradients and state after a step; a frozen layer has neither of the last two."""
+    model = Net().to(dtype)
+    model.one.requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = getattr(torch.optim, kind)(parameters, lr=1e-3, **options)
+    memory = preflight(model, optimizer=optimizer).memory
+    assert memory is not None
+    model(torch.ones(2, 4, dtype=dtype)).sum().backward()
+    assert memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
+    assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    optimizer.step()
+    taken = sum(v.nbytes for slots in optimizer.state.values() for v in slots.values() if isinstance(v, torch.Tensor))
+    assert memory.states[0].nbytes == taken
+    assert memory.total == memory.parameters + memory.gradients + taken
+
+
+def test_ties_count_once_and_unknown_classes_are_said() -> None:
+    """Two names of one parameter take its memory once; buffers are apart."""
+    model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "n": nn.BatchNorm1d(4)})
+    model["b"].weight = model["a"].weight
+    memory = preflight(model, optimizer=torch.optim.LBFGS(model.parameters())).memory
+    assert memory is not None
+    assert (memory.parameters, memory.buffers) == (4 * (16 + 4 + 4 + 8), 4 * 8 + 8)
+    assert memory.states[0].nbytes is None
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+def run_of(kind: Any = torch.optim.AdamW, **options: Any) -> tuple[Net, dict[str, Any]]:
+    torch.manual_seed(0)
+    model = Net()
+    return model, stepped(model, kind(model.named_parameters(), lr=1e-3, **options))
+
+
+def test_a_run_that_goes_on_as_it_was(tmp_path: Path) -> None:
+    """Of live state, and of the file that it was saved in."""
+    saved, state = run_of()
+    torch.save({"model": saved.state_dict(), "optimizer": state, "epoch": 3}, tmp_path / "run.pt")
+    model = Net()
+    live = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    report = preflight(model, optimizer=live, resume=saved, resume_optimizer=state)
+    assert report.verdict == "ready"
+    assert report.resume is not None
+    assert (report.resume.matched, report.resume.positions, report.resume.with_state) == (6, 6, 6)
+    with open_checkpoint(tmp_path / "run.pt") as weights, open_optimizer(tmp_path / "run.pt") as inside:
+        assert preflight(model, optimizer=live, resume=weights, resume_optimizer=inside) == report
+
+
+def swap(state: dict[str, Any]) -> None:
+    """The file of a model that registered its layers in another order."""
+    (group,) = state["param_groups"]
+    names = group["param_names"]
+    group["param_names"] = [*names[2:4], *names[:2], *names[4:]]
+
+
+def shrink(state: dict[str, Any]) -> None:
+    state["state"][4]["exp_avg"] = torch.zeros(7, 4)
+    state["state"][4]["exp_avg_sq"] = torch.zeros(7, 4)
+
+
+RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
+    "another order": (swap, "error", "preflight.resume-order"),
+    "another shape": (shrink, "error", "preflight.resume-shape"),
+    "fewer groups": (lambda state: state["param_groups"][0]["params"].pop(), "error", "optim.state-stray"),
+    "no state of one": (lambda state: state["state"].pop(0), "warning", "preflight.resume-new"),
+    "a slot missing": (lambda state: state["state"][0].pop("exp_avg_sq"), "error", "preflight.resume-class"),
+    "another lr": (lambda state: state["param_groups"][0].update(lr=0.5), "warning", "preflight.resume-options"),
+    "Adam's decay": (
+        lambda state: state["param_groups"][0].update(decoupled_weight_decay=False),
+        "error",
+        "preflight.resume-options",
+    ),
+    "no betas": (lambda state: state["param_groups"][0].pop("betas"), "error", "preflight.resume-lost"),
+    "a position twice": (lambda state: state["param_groups"][0].update(params=[0, 0, 2, 3, 4, 5]), "error", "optim."),
+}
+
+
+@pytest.mark.parametrize(("change", "severity", "code"), RUNS.values(), ids=RUNS.keys())
+def test_a_run_that_does_not_fit(change: Callable[[dict[str, Any]], Any], severity: str, code: str) -> None:
+    """What torch loads in silence, by position, is what a preflight is for."""
+    saved, state = run_of()
+    change(state)
+    model = Net()
+    live = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    report = preflight(model, optimizer=live, resume=saved, resume_optimizer=state)
+    assert any(one.severity == severity and one.code.startswith(code) for one in report.findings), report
+
+
+def test_groups_of_other_sizes_are_refused_as_torch_refuses_them() -> None:
+    """With a spec that makes two groups of what was one."""
+    saved, state = run_of()
+    report = preflight(Net(), groups=SPEC, optimizer="AdamW", resume=saved, resume_optimizer=state)
+    assert found(report, least="error") == ["preflight.resume-groups"]
+    model = Net()
+    live = torch.optim.AdamW([{"params": list(model.head.parameters())}, {"params": list(model.one.parameters())}])
+    with pytest.raises(ValueError, match="parameter groups"):
+        live.load_state_dict(state)
+
+
+def test_the_state_of_another_class_is_told() -> None:
+    """torch takes it, and fails in the step."""
+    saved, state = run_of(torch.optim.SGD, momentum=0.9)
+    model = Net()
+    live = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
+    report = preflight(model, optimizer=live, resume=saved, resume_optimizer=state)
+    assert "preflight.resume-class" in found(report, least="error")
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    """As load_state_dict does, with every kind of reason on its own line."""
+    report = preflight(Net(), resume=Net(classes=5))
+    assert found(report) == ["preflight.resume-weights"]
+    state = {f"module.{key}": value for key, value in Net().state_dict().items()}
+    told = [one for one in preflight(Net(), resume=state).findings if one.severity == "error"]
+    assert len(told) == 2
+    assert "'module.*=*'" in told[0].hint
+
+
+def test_without_groups_the_model_alone_has_to_tell() -> None:
+    """Two layers of one shape in one group follow from the order; two groups of them do not."""
+    model = Net()
+    state = stepped(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
+    assert found(preflight(Net(), resume=model, resume_optimizer=copy.deepcopy(state))) == []
+    groups = [{"params": list(model.two.parameters())}, {"params": [*model.one.parameters(), *model.head.parameters()]}]
+    unclear = stepped(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
+    assert found(preflight(Net(), resume=model, resume_optimizer=unclear)) == ["preflight.resume-unclear"]
