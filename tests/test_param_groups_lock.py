@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import build_param_groups
+from ckptkit.param_groups import assert_param_groups, build_param_groups, validate_param_groups
 from ckptkit.param_groups.drift import diff_locks
 from ckptkit.param_groups.explain import explain_param_group
 from ckptkit.param_groups.facts import subject_of
@@ -217,6 +217,21 @@ def test_hybrid_groups_count_places_for_each_optimizer() -> None:
     made = [getattr(torch.optim, name)(build_param_groups(model, spec, optimizer=name)) for name in ("Muon", "AdamW")]
     assert [[one.index for one in group.parameters] for group in lock.groups] == [[0, 1], [0, 1, 2, 3, 4, 5]]
     assert diff_locks(lock, lock_optimizer(model, made)).findings == ()
+
+
+def test_the_validator_and_the_gate_hold_an_optimizer_against_a_lock() -> None:
+    """Nothing where it is as locked, under a scheduler that writes rates of its own too; else what changed."""
+    model = Net()
+    lock = lock_param_groups(model, SPEC)
+    optimizer = optimizer_of(model)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=[1.0] * 4, total_steps=10)
+    assert assert_param_groups(model, optimizer, lock=lock, spec=SPEC, strict=True).findings == ()
+    spec = copy.deepcopy(SPEC)
+    spec["group"][0]["params"] = "fc2.*"
+    moved = optimizer_of(model, spec)
+    assert "groups.moved" in {finding.code for finding in validate_param_groups(model, moved, lock=lock).findings}
+    with pytest.raises(GroupsError, match=r"'head.weight' was in group 'head' and is in 'base'"):
+        assert_param_groups(model, moved, lock=lock)
 
 
 @pytest.mark.parametrize(

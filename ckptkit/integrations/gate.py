@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Report
-from ckptkit.param_groups import validate_param_groups
+from ckptkit.param_groups import ParamGroupsLock, SpecLike, validate_param_groups
 from ckptkit.text import quoted
 
 if TYPE_CHECKING:
@@ -24,10 +24,15 @@ _STATE = "groups.state-"
 
 @dataclass(frozen=True, slots=True)
 class Gate:
-    """What stops the training: errors, with ``strict`` warnings too, or with ``on_fault="warn"`` nothing."""
+    """What stops the training: errors, with ``strict`` warnings too, or with ``on_fault="warn"`` nothing.
+
+    ``spec`` and ``lock`` are held against the optimizers, as by ``validate_param_groups``.
+    """
 
     strict: bool = False
     on_fault: OnFault = "raise"
+    spec: SpecLike | None = None
+    lock: ParamGroupsLock | None = None
 
     def __post_init__(self) -> None:
         """Refuse a choice that is none: it would wave everything through."""
@@ -46,7 +51,7 @@ class Gate:
         Raises ``GroupsError`` as ``assert_param_groups`` does, unless the choice is to warn.
         """
         groups = optimizers[0] if len(optimizers) == 1 else list(optimizers)
-        report = validate_param_groups(model, groups, schedulers=schedulers)
+        report = validate_param_groups(model, groups, schedulers=schedulers, spec=self.spec, lock=self.lock)
         if running:
             told = (one for one in report.findings if one.severity != "warning" or not one.code.startswith(_STATE))
             report = replace(report, findings=tuple(told))

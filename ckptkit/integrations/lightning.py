@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from ckptkit.integrations.gate import Gate, OnFault
+from ckptkit.param_groups import ParamGroupsLock, SpecLike
 
 __all__ = ["ParamGroupsCallback"]
 
@@ -37,9 +38,16 @@ class ParamGroupsCallback(_Callback):
     ``on_fault="warn"`` everything is only warned of. Several optimizers are taken together.
     """
 
-    def __init__(self, *, strict: bool = False, on_fault: OnFault = "raise") -> None:
+    def __init__(
+        self,
+        *,
+        strict: bool = False,
+        on_fault: OnFault = "raise",
+        spec: SpecLike | None = None,
+        lock: ParamGroupsLock | None = None,
+    ) -> None:
         """Take the choices of the gate."""
-        self._gate = Gate(strict, on_fault)
+        self._gate = Gate(strict, on_fault, spec, lock)
         self._checked: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:

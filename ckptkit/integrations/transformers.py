@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.integrations.gate import Gate, OnFault
+from ckptkit.param_groups import ParamGroupsLock, SpecLike
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -30,9 +31,16 @@ class ParamGroupsCallback(TrainerCallback):
     ``on_fault="warn"`` everything is only warned of. The Trainer's own decay groups pass.
     """
 
-    def __init__(self, *, strict: bool = False, on_fault: OnFault = "raise") -> None:
+    def __init__(
+        self,
+        *,
+        strict: bool = False,
+        on_fault: OnFault = "raise",
+        spec: SpecLike | None = None,
+        lock: ParamGroupsLock | None = None,
+    ) -> None:
         """Take the choices of the gate."""
-        self._gate = Gate(strict, on_fault)
+        self._gate = Gate(strict, on_fault, spec, lock)
 
     def on_train_begin(
         self,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.findings import Finding
-from ckptkit.param_groups.drift import find_heirs
+from ckptkit.param_groups.drift import driven_options, find_heirs
 from ckptkit.param_groups.inventory import bare_name
 from ckptkit.param_groups.lock import LockedGroup, lock_optimizer, lock_param_groups
 from ckptkit.param_groups.members import read_groups
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["check_agreement"]
 
 _AGAIN = "build the groups from the spec again (build_param_groups), and carry the state over by name"
-# Cycles and annealing to one value write rates of their own into a group, and leave no trace of those it had.
-_DRIVEN = {"max_lr": ("lr",), "swa_lr": ("lr",), "max_momentum": ("momentum", "betas")}
 
 
 def check_agreement(model: Module, groups: Any, spec: SpecLike) -> Iterator[Finding]:
@@ -65,7 +63,7 @@ def check_agreement(model: Module, groups: Any, spec: SpecLike) -> Iterator[Find
 
 
 def _options(group: LockedGroup, now: LockedGroup, where: str, live: Mapping[str, Any]) -> Iterator[Finding]:
-    driven = {key for mark, keys in _DRIVEN.items() if mark in live for key in keys}
+    driven = driven_options(live)
     wrong = [
         (f"{key}={now.options[key]!r}" if key in now.options else f"no {key}", f"{key}={value!r}")
         for key, value in group.options.items()

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
+from typing import Any
 
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report, Severity
 from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock
 from ckptkit.text import plural, printable, quoted
 
-__all__ = ["diff_locks", "find_heirs"]
+__all__ = ["diff_locks", "driven_options", "find_heirs"]
 
+# Cycles and annealing to one value write rates of their own into a group, and leave no trace of those it had.
+_DRIVEN = {"max_lr": ("lr",), "swa_lr": ("lr",), "max_momentum": ("momentum", "betas")}
 _AGAIN = "lock the groups again, once the change is meant"
 _BY_NAME = "carry the optimizer state over by name: torch loads it by place"
 
@@ -119,6 +122,11 @@ def find_heirs(expected: ParamGroupsLock, found: ParamGroupsLock) -> tuple[Mappi
     return where, heirs
 
 
+def driven_options(options: Mapping[str, Any]) -> frozenset[str]:
+    """Return the options of a live group that a scheduler writes, so that what they were is not known."""
+    return frozenset(key for mark, keys in _DRIVEN.items() if mark in options for key in keys)
+
+
 def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
     where, heirs = find_heirs(expected, found)
     for number, group in enumerate(expected.groups):
@@ -137,10 +145,11 @@ def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Findi
 
 
 def _options(group: LockedGroup, now: LockedGroup) -> Iterator[Finding]:
+    driven = driven_options(now.options)
     changed = [
         f"{key} {value!r} -> {now.options[key]!r}" if key in now.options else f"{key} {value!r} -> nothing"
         for key, value in group.options.items()
-        if now.options.get(key, _Nothing) != value
+        if now.options.get(key, _Nothing) != value and key not in driven
     ]
     if group.optimizer and now.optimizer and group.optimizer != now.optimizer:
         changed.insert(0, f"optimizer {group.optimizer} -> {now.optimizer}")

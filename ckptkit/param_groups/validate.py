@@ -11,8 +11,10 @@ from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report
 from ckptkit.param_groups.agreement import check_agreement
 from ckptkit.param_groups.demands import check_demands
+from ckptkit.param_groups.drift import diff_locks
 from ckptkit.param_groups.holders import holders
 from ckptkit.param_groups.inventory import take_inventory
+from ckptkit.param_groups.lock import ParamGroupsLock, lock_optimizer
 from ckptkit.param_groups.members import read_groups
 from ckptkit.param_groups.membership import check_membership, find_missing, standing
 from ckptkit.param_groups.options import check_options
@@ -32,7 +34,12 @@ __all__ = ["validate_param_groups"]
 
 
 def validate_param_groups(
-    model: Module, groups: Optimizer | Iterable[Any], *, schedulers: Any = None, spec: SpecLike | None = None
+    model: Module,
+    groups: Optimizer | Iterable[Any],
+    *,
+    schedulers: Any = None,
+    spec: SpecLike | None = None,
+    lock: ParamGroupsLock | None = None,
 ) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
 
@@ -41,7 +48,8 @@ def validate_param_groups(
     prove nothing. Nothing is consumed or changed; where a group holds a one-shot iterator, what it
     stands for stays unknown, and so does what is missing. Of an optimizer the options, the state and,
     with ``schedulers`` (one, or several), the schedules are looked at too: state is read once, every value of it.
-    With ``spec`` each parameter must be in the group, and each group have the options, that the spec says.
+    With ``spec`` each parameter must be in the group, and each group have the options, that the spec says;
+    with ``lock`` nothing may have changed since it was written, the order of the optimizer's state included.
 
     Codes: ``groups.missing``, ``duplicate``, ``tied``, ``stale``, ``foreign``, ``sharded``, ``unregistered``,
     ``frozen``, ``empty``, ``one-shot``, ``unordered``, ``buffer``, ``not-a-parameter``, ``names``, ``shared``,
@@ -51,13 +59,15 @@ def validate_param_groups(
     ``state-dtype``, ``state-device``, ``state-incomplete``, ``state-orphan``, ``state-stray``, ``state-steps``,
     ``state-absent``, ``state-empty``, ``state-value``, ``state-shared``, ``state-dead``; of schedulers
     ``scheduler-length``, ``scheduler-base-lr``, ``scheduler-initial-lr``, ``scheduler-optimizer``, ``scheduler-flat``;
-    against a spec ``moved``, ``options``, and those of ``check_spec``. Raises ``GroupsError`` where ``model``,
-    ``groups``, ``schedulers`` or ``spec`` is nothing of the kind.
+    against a spec ``moved``, ``options``, and those of ``check_spec``; against a lock those of ``diff_locks``. Raises
+    ``GroupsError`` where ``model``, ``groups``, ``schedulers`` or ``spec`` is nothing of the kind.
     """
     with without_collection():
         findings = _findings(model, groups, schedulers)
         if spec is not None:
             findings.extend(check_agreement(model, groups, spec))
+        if lock is not None:
+            findings.extend(diff_locks(lock, lock_optimizer(model, groups)).findings)
         return Report(tuple(findings), GroupsError)
 
 
