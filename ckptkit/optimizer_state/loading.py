@@ -21,7 +21,7 @@ from ckptkit.param_groups.members import unwrapped
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, quoted
+from ckptkit.text import listed, plural, quoted
 from ckptkit.torch_bridge import same_values
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_optimizer_state(
     saved, unused = _of_the_model(saved, inventory, live)
     if unused and on_unexpected == "error":
         raise PlanError(
-            f"the optimizer has no {_listed(unused)}, which the state has",
+            f"the optimizer has no {listed(unused)}, which the state has",
             hint='rename it with rules, or leave it out: on_unexpected="skip"',
         )
     _refuse_moves(saved, schema)
@@ -216,7 +216,7 @@ def _options(saved: OptimizerState, live: Sequence[NamedGroup], hyper: Hyper) ->
 def _refuse(fit: Fit, on_missing: str, on_mismatch: str) -> None:
     if fit.missing and on_missing == "error":
         raise PlanError(
-            f"the file has no state for {_listed(fit.missing)}",
+            f"the file has no state for {listed(fit.missing)}",
             hint='rename with rules what is called otherwise, or let them start anew: on_missing="keep"',
         )
     if fit.dropped and on_mismatch == "error":
@@ -328,8 +328,3 @@ def _rates(live: Sequence[NamedGroup], groups: Sequence[NamedGroup]) -> Iterator
                 "scheduler that is built from here on counts from that",
                 'load with hyper="live" to keep the groups, or build the scheduler first and load its state too',
             )
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-    return ", ".join(map(quoted, names[:3])) + more
