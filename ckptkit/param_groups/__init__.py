@@ -14,6 +14,7 @@ from ckptkit.param_groups.lock import (
     parse_lock,
 )
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter, check_spec, plan_param_groups
+from ckptkit.param_groups.presets import param_group_phases, param_group_preset, param_group_preset_names
 from ckptkit.param_groups.reading import SpecLike, parse_spec
 from ckptkit.param_groups.rebind import rebind
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
@@ -37,6 +38,9 @@ __all__ = [
     "lock_document",
     "lock_optimizer",
     "lock_param_groups",
+    "param_group_phases",
+    "param_group_preset",
+    "param_group_preset_names",
     "parse_lock",
     "parse_spec",
     "plan_param_groups",
