@@ -109,7 +109,7 @@ def test_a_model_without_layers_of_its_own_is_refused_with_the_way_out() -> None
 
 def _next_layer(name: str) -> int:
     """Return the layer that ConvNeXt's own code gives to a name for [3, 3, 27, 3]."""
-    recorded = {"downsample_layers": [0, 2, 3, 12], "stages": [1, 2, None, 12]}
+    recorded: dict[str, list[int | None]] = {"downsample_layers": [0, 2, 3, 12], "stages": [1, 2, None, 12]}
     part, *numbers = name.split(".")
     if part not in recorded:
         return 13
