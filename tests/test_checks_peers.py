@@ -1,0 +1,92 @@
+"""Every malformed file that some other checker calls healthy fails in ``ckpt check``; what they cannot open passes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save, save_file
+
+from tests.helpers_cli import run_ckpt
+from tests.helpers_formats import f32, safetensors_file, saved
+from tests.helpers_shards import shard
+
+GOOD = save({"a": torch.arange(64.0), "b": torch.arange(64.0) * 3})
+FP8 = torch.arange(64.0).to(torch.float8_e4m3fn)
+BROKEN = torch.arange(64.0)
+BROKEN[3], BROKEN[5] = torch.nan, torch.inf
+
+FAILS: dict[str, tuple[bytes, int, str]] = {
+    # id: (the file, the exit code, a piece of what is said)
+    "data truncated": (GOOD[: len(GOOD) // 2], 2, "bytes are missing at the end"),
+    "header truncated": (GOOD[:40], 2, "truncated?"),
+    "not JSON": (safetensors_file("{"), 2, "the header is not JSON"),
+    "empty": (b"", 2, "the file is empty"),
+    "header of 2^62 bytes": ((1 << 62).to_bytes(8, "little") + b"{}", 2, "unknown format; it begins with 00 00"),
+    "overlapping": (safetensors_file({"a": f32(0, 4), "b": f32(2, 6)}, bytes(6)), 2, "overlaps the tensor before it"),
+    "a gap": (safetensors_file({"a": f32(0, 4), "b": f32(8, 12)}, bytes(12)), 2, "leaves a gap before it"),
+    "shape and bytes": (safetensors_file({"a": f32(0, 4, [2])}, bytes(4)), 2, "needs 8 bytes, offsets give 4"),
+    "trailing bytes": (GOOD + bytes(48), 2, "48 bytes follow the last tensor"),
+    "a key twice": (safetensors_file(f'{{"a":{json.dumps(f32())},"a":{json.dumps(f32())}}}', bytes(4)), 2, "'a' twice"),
+    "unknown dtype": (safetensors_file({"a": f32(dtype="Q4")}, bytes(4)), 2, "unknown dtype 'Q4'"),
+    "a list": (safetensors_file("[]"), 2, "unknown format; it begins with 02 00"),
+    "no dtype": (safetensors_file({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), 2, "has no dtype"),
+    "NaN in BF16": (save({"a": BROKEN.bfloat16()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
+    "NaN in FP8": (save({"a": BROKEN.to(torch.float8_e4m3fn)}), 1, "are NaN"),
+    "NaN beside FP8": (save({"a": BROKEN, "q": FP8}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
+    "NaN in a .pt": (saved({"a": BROKEN.half()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
+    "junk that is no .pt": (b"\1" * 100, 2, "unknown format; it begins with 01 01"),
+}
+
+
+@pytest.mark.parametrize(("data", "code", "said"), FAILS.values(), ids=FAILS.keys())
+def test_it_fails(data: bytes, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With 1 for findings and 2 for a file that cannot be opened, in words; in JSON too, and never as a traceback."""
+    (tmp_path / "x.safetensors").write_bytes(data)
+    for options in ([], ["--json"]):
+        ran = run_ckpt(capsys, "check", tmp_path / "x.safetensors", *options)
+        assert (ran.code, said in (ran.out if code == 1 else ran.err)) == (code, True), ran
+        assert code == 1 or ran.out == ""
+    assert code == 2 or json.loads(ran.out)["summary"]["errors"] == 1
+
+
+def _directory(at: Path) -> Path:
+    return shard(at / "d").parent
+
+
+def _fp8(at: Path) -> Path:
+    save_file({"q": FP8, "w": torch.arange(64.0)}, at / "x.safetensors")
+    return at / "x.safetensors"
+
+
+def _pickled(at: Path) -> Path:
+    torch.save({"model": {"w": torch.arange(64.0)}, "epoch": 3}, at / "x.pt")
+    return at / "x.pt"
+
+
+PASSES: dict[str, Callable[[Path], Path]] = {
+    "a directory of shards": _directory,
+    "an index": lambda at: shard(at / "d"),
+    "FP8": _fp8,
+    "a training checkpoint": _pickled,
+}
+
+
+@pytest.mark.parametrize("make", PASSES.values(), ids=PASSES.keys())
+def test_it_passes(make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Honest files of any form have notes alone, and the last says how many tensors were judged."""
+    ran = run_ckpt(capsys, "check", make(tmp_path), "--json")
+    document = json.loads(ran.out)
+    assert (ran.code, document["summary"]["errors"], document["summary"]["warnings"]) == (0, 0, 0), ran.out
+    assert "numbers of" in document["findings"][-1]["message"]
+
+
+@pytest.mark.parametrize(("path", "said"), [("gone.safetensors", "no such file"), (".", "without a checkpoint in it")])
+def test_what_is_no_checkpoint_is_trouble(
+    path: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ran = run_ckpt(capsys, "check", tmp_path / path)
+    assert (ran.code, ran.out, said in ran.err) == (2, "", True), ran.err
