@@ -9,23 +9,20 @@ import contextlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.checks.adapters import lora_pairs
-from ckptkit.checks.expected import differences
-from ckptkit.checks.judging import Judge
 from ckptkit.checks.reading import UNJUDGED, Progress, Scan, unreadable
 from ckptkit.checks.structure import dtype_mix, index_holes, lacking, not_dense, numbered
-from ckptkit.checks.told import about_expected, about_numbers
-from ckptkit.compare import compare
 from ckptkit.findings import Finding, Remark, Report
 from ckptkit.rules import Rules, apply_rules, as_rules
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import plural, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint
-from ckptkit.values import Bench
+
+if TYPE_CHECKING:
+    from ckptkit.compare import StateDictDiff
 
 __all__ = ["run_checks", "unreadable"]
 
@@ -78,28 +75,46 @@ def run_checks(
     key_map = apply_rules(as_rules(rules), opened)
     chosen = key_map.renamed
     findings = list(_headers(opened, chosen))
-    compared = None if like is None else compare(as_checkpoint(like, "expected"), opened, key_map)
-    if compared is not None:
+    compared = None
+    if like is not None:
+        from ckptkit.checks.expected import differences
+        from ckptkit.compare import compare
+
+        compared = compare(as_checkpoint(like, "expected"), opened, key_map)
         findings += differences(compared)
     if fast:
         looked = f"headers only: no stored byte of a tensor was read, no checksum compared, {UNJUDGED}"
         return _report([*findings, _not_scanned(looked)])
     chosen_alone = None if len(chosen) == len(opened) else chosen.keys()
+    scan = Scan(opened, chosen_alone)
     with contextlib.ExitStack() as stack:
-        scan = Scan(opened, chosen_alone)
         if values and _has_torch():
+            from concurrent.futures import ThreadPoolExecutor
+
+            from ckptkit.checks.judging import Judge
+            from ckptkit.values import Bench
+
             scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Bench()))
             scan.beside = stack.enter_context(ThreadPoolExecutor(1))
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != "no-checksum" for finding in findings):
             findings.append(scan.without_checksum())
         if scan.judge is not None:
-            if not scan.stopped:
-                scan.judge.read_the_rest()
-            findings += about_numbers(opened, scan.judge.numbers)
-            if compared is not None:
-                findings += about_expected(compared, scan.judge)
+            findings += _judged(scan, compared)
     return _report([*findings, _not_scanned(scan.summary())])
+
+
+def _judged(scan: Scan, compared: StateDictDiff | None) -> Iterator[Finding]:
+    """Yield what the numbers tell that were taken while the bytes were read, and those that lie in no record."""
+    from ckptkit.checks.told import about_expected, about_numbers
+
+    if scan.judge is None:
+        return
+    if not scan.stopped:
+        scan.judge.read_the_rest()
+    yield from about_numbers(scan.checkpoint, scan.judge.numbers)
+    if compared is not None:
+        yield from about_expected(compared, scan.judge)
 
 
 def _has_torch() -> bool:

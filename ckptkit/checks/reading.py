@@ -5,15 +5,19 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
-from ckptkit.checks.judging import Judge
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.findings import Finding
 from ckptkit.tensors import Checkpoint, Record
 from ckptkit.text import human_bytes, listed, plural, printable, quoted
+
+if TYPE_CHECKING:
+    from concurrent.futures import ThreadPoolExecutor
+
+    from ckptkit.checks.judging import Judge
 
 __all__ = ["UNJUDGED", "Progress", "Scan", "unreadable"]
 
