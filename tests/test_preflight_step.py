@@ -159,3 +159,21 @@ def test_sparse_gradients_are_looked_into() -> None:
     assert found(report) == []
     assert report.step is not None
     assert report.step.moved == 1
+
+
+def test_an_optimizer_that_asks_for_a_closure_is_given_one() -> None:
+    """LBFGS does not step without."""
+    model = nn.Linear(4, 3)
+    report = preflight(model, optimizer=torch.optim.LBFGS(model.parameters()), dry_step=loss)
+    assert found(report) == []
+    assert report.step is not None
+    assert report.step.moved == 2
+
+
+def test_a_sparse_buffer_is_counted_as_if_it_were_dense() -> None:
+    """It has no storage to ask; its values are not judged."""
+    model = nn.Linear(4, 3)
+    model.register_buffer("mask", torch.eye(3).to_sparse())
+    report = preflight(model, dry_step=loss)
+    assert report.memory is not None
+    assert report.memory.buffers == 9 * 4

@@ -165,5 +165,13 @@ def _twins(model: Module, twin: Module, training: Training, groups: SpecLike | N
         return ()
     if optimizer is None or isinstance(optimizer, str | type):
         return build_optimizers(twin, groups, optimizer)[0]
-    there: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
-    return copy.deepcopy(list(training.optimizers), there)
+    memo: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
+    return [_copied(one, memo) for one in training.optimizers]
+
+
+def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
+    # Optimizer's own way of being copied leaves out what its classes keep beside groups and state, as LBFGS does; the
+    # step that a scheduler puts into the object steps the original, and stays with it.
+    made = memo[id(optimizer)] = object.__new__(type(optimizer))
+    made.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key != "step"}, memo))
+    return made

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,8 @@ def run_dry_step(model: Module, frozen: frozenset[str], loss: Loss, optimizers: 
         except CkptkitError:
             raise
         except Exception as error:  # noqa: BLE001 - what a model holds may refuse to be copied in any way
-            message = f"the dry step needs a copy of the model, which cannot be made: {first_line(error)}"
-            return Step(None, "", 0, 0, 0), [Finding("preflight.no-copy", "error", "", message)]
+            message = f"no dry step was made, since the model cannot be copied: {first_line(error)}"
+            return Step(None, "", 0, 0, 0), [Finding("preflight.no-copy", "warning", "", message)]
         return _stepped(model, twin, frozen, loss, stepping)
 
 
@@ -74,7 +75,13 @@ def _stepped(
         findings = [*_loss_finding(number), *_gradients(named, grads)]
         before = dict(model.named_parameters())
         for one in optimizers:
-            type(one).step(one)  # a scheduler puts a step of its own into the object, for the original
+            # Of the class: a scheduler puts a step into the object, and that one steps the original.
+            step = type(one).step
+            closure = inspect.signature(step).parameters.get("closure")
+            if closure is not None and closure.default is closure.empty:
+                step(one, lambda: value)
+            else:
+                step(one)
     except Exception as error:  # noqa: BLE001 - as above, and hooks and optimizers of anybody's
         return nothing, [_failed(f"the step failed: {first_line(error)}", "the finding is of a copy of the model")]
     moved = [name for name, tensor in twin.named_parameters() if _differ(tensor, before[name])]

@@ -25,12 +25,17 @@ def estimate_memory(model: Module, trainable: Iterable[torch.Tensor], optimizers
     What shares memory counts once. A state is that after the first step: its slots as torch makes them, in the dtype
     of the parameter, without the copies that a foreach step makes for a moment and without master weights.
     """
+    import torch
+
     parameters = {id(tensor) for tensor in model.parameters()}
     sizes: dict[bool, dict[int, int]] = {True: {}, False: {}}
     for tensor in registered(model).values():
-        storage = tensor.untyped_storage()
         known = sizes[id(tensor) in parameters]
-        known[storage._cdata] = storage.nbytes()  # noqa: SLF001 - torch's own test of identity
+        if tensor.layout is torch.strided:
+            storage = tensor.untyped_storage()
+            known[storage._cdata] = storage.nbytes()  # noqa: SLF001 - torch's own test of identity
+        else:  # a sparse one has no storage of its own: as if it were dense, which is the most that it can take
+            known[id(tensor)] = tensor.numel() * tensor.element_size()
     buffers = sum(size for place, size in sizes[False].items() if place not in sizes[True])
     gradients = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in trainable}.values())
     return Memory(sum(sizes[True].values()), buffers, gradients, tuple(map(_state, optimizers)))
