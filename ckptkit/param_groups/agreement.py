@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.findings import Finding
 from ckptkit.param_groups.drift import driven_options, find_heirs
+from ckptkit.param_groups.facts import subject_of
 from ckptkit.param_groups.inventory import bare_name
-from ckptkit.param_groups.lock import LockedGroup, lock_optimizer, lock_param_groups
+from ckptkit.param_groups.lock import LockedGroup, lock_optimizer, lock_plan
 from ckptkit.param_groups.members import read_groups
-from ckptkit.param_groups.plan import check_spec
-from ckptkit.param_groups.reading import SpecLike
+from ckptkit.param_groups.plan import lay_over
+from ckptkit.param_groups.reading import SpecLike, parse_spec
 from ckptkit.text import quoted
 
 if TYPE_CHECKING:
@@ -27,11 +28,11 @@ def check_agreement(model: Module, groups: Any, spec: SpecLike) -> Iterator[Find
 
     A learning rate is the one before schedulers moved it, where they recorded that.
     """
-    report = check_spec(model, spec)
+    plan, report = lay_over(subject_of(model), parse_spec(spec))
     yield from report.findings
     if not report.ok:
         return
-    expected, found = lock_param_groups(model, spec), lock_optimizer(model, groups)
+    expected, found = lock_plan(plan), lock_optimizer(model, groups)
     where, heirs = find_heirs(expected, found)
     live = [group.options for group in read_groups(groups)[0]]
     for number, group in enumerate(expected.groups):

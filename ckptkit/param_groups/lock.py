@@ -14,7 +14,7 @@ from ckptkit.param_groups.facts import ParameterFacts, Subject, subject_of, subj
 from ckptkit.param_groups.inventory import bare_name, take_inventory
 from ckptkit.param_groups.members import read_groups
 from ckptkit.param_groups.plain import plain_option
-from ckptkit.param_groups.plan import PlannedParameter, lay_over
+from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, lay_over
 from ckptkit.param_groups.reading import SpecLike, parse_spec
 from ckptkit.text import kind_of, quoted
 
@@ -30,6 +30,7 @@ __all__ = [
     "lock_model",
     "lock_optimizer",
     "lock_param_groups",
+    "lock_plan",
     "parse_lock",
 ]
 
@@ -90,6 +91,11 @@ def lock_param_groups(model: Any, spec: SpecLike) -> ParamGroupsLock:
     """
     plan, report = lay_over(subject_of(model), parse_spec(spec))
     report.raise_for_errors()
+    return lock_plan(plan)
+
+
+def lock_plan(plan: ParamGroupsPlan) -> ParamGroupsLock:
+    """Return what ``build_param_groups`` makes of a plan without errors, with the place of each parameter."""
     indices: dict[str | None, int] = {}
     groups = []
     for group in plan.groups:
