@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from ckptkit.align.writing import Suggestion
+from ckptkit.tables import toml_value
 from ckptkit.tensor_ops import Operation
 from ckptkit.text import plural, printable
 
@@ -55,19 +55,7 @@ def _comment(one: Suggestion) -> list[str]:
 
 def _lines(one: Suggestion) -> list[str]:
     table = _table(one)
-    lines = ["[[rule]]", f"from = {_toml(table['from'])}", f"to = {_toml(table['to'])}"]
+    lines = ["[[rule]]", f"from = {toml_value(table['from'])}", f"to = {toml_value(table['to'])}"]
     if "op" in table:
-        lines.append(f"op = {_toml(table['op'])}")
+        lines.append(f"op = {toml_value(table['op'])}")
     return lines
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, list):
-        return f"[{', '.join(map(_toml, value))}]"
-    if isinstance(value, dict):
-        return f"{{ {', '.join(f'{name} = {_toml(inner)}' for name, inner in value.items())} }}"
-    return str(value)

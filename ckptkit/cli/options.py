@@ -21,6 +21,7 @@ from ckptkit.findings import Report
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
 from ckptkit.report.page import Page, as_markdown, as_text
 from ckptkit.storage import LocalFile
+from ckptkit.tables import form_of, parse_table
 from ckptkit.tensors import Checkpoint
 from ckptkit.text import printable
 
@@ -42,7 +43,6 @@ __all__ = [
 ]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
-_JSON_KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
 
 
@@ -110,22 +110,14 @@ def read_text(path: str) -> str:
 def read_toml(path: str, text: str | None = None, *, as_json: bool | None = None) -> Mapping[str, Any]:
     """Return the content of a TOML file, which holds ``text`` where that was read before.
 
-    It is JSON where ``as_json`` says so, or else its suffix. Raises ``RuleError`` where it is neither.
+    It is JSON where ``as_json`` says so; else its suffix says JSON or YAML. Raises ``RuleError`` where it is none.
     """
-    import tomllib
-
-    as_json = path.endswith(".json") if as_json is None else as_json
     text = read_text(path) if text is None else text
     try:
-        content = json.loads(text) if as_json else tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise RuleError(f"is no {'JSON' if as_json else 'TOML'}: {error}", path=path) from None
-    if not isinstance(content, dict):
-        kind = _JSON_KINDS.get(type(content), "number")
-        raise RuleError(
-            f"holds a JSON {kind}, not an object", hint="write the same keys as in the TOML form", path=path
-        )
-    return content
+        return parse_table(text, form_of(path) if as_json is None else "json" if as_json else "toml")
+    except RuleError as error:
+        error.path = path
+        raise
 
 
 @contextlib.contextmanager

@@ -62,8 +62,12 @@ def condition_table(condition: Condition) -> dict[str, Any]:
         return {"not": condition_table(condition.inner[0])}
     if condition.inner:
         return {condition.kind: [condition_table(inner) for inner in condition.inner]}
-    values = [value.text if isinstance(value, Pattern) else value for value in condition.values]
-    return {condition.kind: values[0] if len(values) == 1 or condition.kind == "min_elements" else values}
+    values = [_plain(value) for value in condition.values]
+    return {condition.kind: values[0] if len(values) == 1 else values}
+
+
+def _plain(value: Any) -> Any:
+    return value.text if isinstance(value, Pattern) else list(value) if isinstance(value, tuple) else value
 
 
 def _one(kind: str, value: Any, where: str) -> Condition:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.groups.diff import diff
+from ckptkit.cli.groups.emit import emit
 from ckptkit.cli.groups.explain import explain
 from ckptkit.cli.groups.lock import lock
 from ckptkit.cli.groups.table import table
@@ -18,5 +19,5 @@ def groups() -> None:
     """Check which parameter trains with which options, against the live model."""
 
 
-for _command in (table, validate, explain, lock, diff):
+for _command in (table, validate, emit, explain, lock, diff):
     groups.add_command(_command)

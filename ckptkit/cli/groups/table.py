@@ -4,26 +4,35 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.groups.model import live_model, model_option
-from ckptkit.cli.options import Form, about, echo_report, form_options, quiet_option, read_toml
-from ckptkit.param_groups import plan_param_groups
+from ckptkit.cli.groups.source import Source, model_or_checkpoint, source_options
+from ckptkit.cli.options import Form, about, echo_report, form_options, quiet_option
+from ckptkit.cli.streams import tell
+from ckptkit.errors import one_line
+from ckptkit.param_groups import check_spec, plan_param_groups
 from ckptkit.report.groups import groups_document, groups_page
 
 __all__ = ["table"]
 
 
 @click.command()
-@model_option
-@click.argument("spec", type=click.Path())
+@click.option("--model", required=True, metavar="PATH",
+              help="py:MODULE:CALLABLE, or a checkpoint, of which names and shapes are used.")  # fmt: skip
+@source_options
 @form_options
 @quiet_option
-def table(model: str, spec: str, *, form: Form, quiet: bool) -> None:  # noqa: ARG001 - accepted everywhere
-    """Show each group with its parameters, elements and options.
+def table(source: Source, *, model: str, form: Form, quiet: bool) -> None:
+    """Show each group with its parameters, elements, options and layers, and the rate of each layer.
 
     \b
     ckpt groups table --model py:mynet:build groups.toml
-    """  # noqa: D301 - quiet is accepted everywhere; \b is click's mark
-    live = live_model(model)
-    with about(spec):
-        plan = plan_param_groups(live, read_toml(spec))
+    ckpt groups table --model model.safetensors --preset no-decay --set lr=3e-4
+    """  # noqa: D301 - \b is click's mark
+    with model_or_checkpoint(model, quiet=quiet) as found:
+        spec = source.over(found, quiet=quiet)
+        with about(source.path):
+            report = check_spec(found, spec)
+            report.raise_for_errors()
+            plan = plan_param_groups(found, spec)
     echo_report(form, lambda: groups_page(plan), lambda: groups_document(plan))
+    for finding in () if quiet else report.findings:
+        tell(one_line(f"ckpt: {finding.severity}: {finding.message}"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.groups.model import live_model, model_option
-from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, quiet_option, read_toml
+from ckptkit.cli.groups.source import Source, source_options
+from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, quiet_option
 from ckptkit.cli.streams import put
 from ckptkit.param_groups import build_param_groups, check_spec, plan_param_groups, validate_param_groups
 from ckptkit.report.findings import findings_document, findings_page
@@ -16,28 +17,30 @@ __all__ = ["validate"]
 
 @click.command()
 @model_option
-@click.argument("spec", type=click.Path())
+@source_options
 @form_options
 @quiet_option
 @click.pass_context
-def validate(context: click.Context, model: str, spec: str, *, form: Form, quiet: bool) -> None:
+def validate(context: click.Context, source: Source, *, model: str, form: Form, quiet: bool) -> None:
     """Prove that a spec owns every trainable parameter of the model exactly once.
 
-    SPEC is a TOML or JSON file of ordered groups. Exit code 0 where nothing was found, 1 otherwise.
+    SPEC is a TOML, JSON or YAML file of ordered groups; --preset takes its place. Exit code 0 where nothing was
+    found, 1 otherwise.
 
     \b
     ckpt groups validate --model py:mynet:build groups.toml
     """  # noqa: D301 - \b is click's mark
     live = live_model(model)
-    given = read_toml(spec)
-    with about(spec):
+    given = source.over(live, quiet=quiet)
+    with about(source.path):
         report = check_spec(live, given)
-        if report.ok:
-            report = validate_param_groups(live, build_param_groups(live, given))
+        plan = plan_param_groups(live, given) if report.ok else None
+        if plan is not None:
+            built = [group for name in plan.optimizers for group in build_param_groups(live, given, optimizer=name)]
+            report = validate_param_groups(live, built)
     if form is Form.JSON or report.findings:
         echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
-    elif not quiet:
-        plan = plan_param_groups(live, given)
+    elif not quiet and plan is not None:
         count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
         put(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
     context.exit(exit_code(report))

@@ -1,0 +1,112 @@
+"""``ckpt groups`` takes a preset in the place of a file, a checkpoint in the place of a model, and writes specs out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from ckptkit.param_groups import build_param_groups, param_group_preset, param_group_preset_names, parse_spec
+from ckptkit.tables import parse_table
+from fixtures.lenet import build
+from tests.helpers_cli import ROOT, run_ckpt
+from tests.helpers_presets import numbers
+
+LENET = "py:fixtures.lenet:build"
+SAVED = ROOT / "fixtures" / "lenet_10class.safetensors"
+
+
+def test_all_presets_are_listed_by_a_question_mark(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", "emit", "--preset", "?")
+    assert [line.partition(":")[0] for line in ran.out.splitlines()] == list(param_group_preset_names())
+
+
+@pytest.mark.parametrize("form", ["toml", "json"])
+def test_an_emitted_preset_is_its_spec(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """With its settings, whether they are numbers, words or lists."""
+    given = ("--set", "lr=.5", "--set", "head_lr_mult=1e1", "--set", "head=fc3.*")
+    ran = run_ckpt(capsys, "groups", "emit", "--preset", "head-lr", *given, "--as", form)
+    assert parse_spec(parse_table(ran.out, form)) == param_group_preset(
+        "head-lr", lr=0.5, head_lr_mult=10.0, head="fc3.*"
+    )
+    assert ran.code == 0
+
+
+def test_emitted_python_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    made: dict[str, object] = {}
+    exec(run_ckpt(capsys, "groups", "emit", "--preset", "no-decay", "--model", LENET, "--as", "python").out, made)  # noqa: S102
+    model = build()
+    groups = made["param_groups"](model)  # type: ignore[operator]
+    assert numbers(groups) == numbers(build_param_groups(model, param_group_preset("no-decay")))
+    torch.optim.AdamW(groups)
+
+
+def test_a_spec_in_yaml_is_taken_and_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spec = tmp_path / "groups.yaml"
+    spec.write_text("defaults: {lr: 1e-5}\ngroup:\n- {name: head, params: fc3.*, lr_mult: 10}\n- rest: true\n")
+    assert run_ckpt(capsys, "groups", "validate", "--model", LENET, spec).out.startswith("10 trainable parameters")
+    toml = run_ckpt(capsys, "groups", "emit", spec).out
+    assert parse_spec(parse_table(toml, "toml")) == parse_spec(parse_table(spec.read_text(), "yaml"))
+
+
+def test_a_table_over_a_checkpoint_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
+    """On stderr, and the data on stdout are those of the live model."""
+    ran = run_ckpt(capsys, "groups", "table", "--model", SAVED, "--preset", "no-decay", "--json")
+    assert "note: every parameter counts as trainable" in ran.err
+    live = run_ckpt(capsys, "groups", "table", "--model", LENET, "--preset", "no-decay", "--json")
+    assert live.err == ""
+    found, expected = ([group["name"] for group in json.loads(one.out)["groups"]] for one in (ran, live))
+    assert found == expected
+    assert run_ckpt(capsys, "groups", "table", "--model", SAVED, "--preset", "no-decay", "-q").err == ""
+
+
+def test_several_optimizers_are_validated_together(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, "--preset", "muon")
+    assert (ran.code, ran.out.strip()) == (0, "10 trainable parameters, each in exactly one of 2 groups")
+
+
+def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A base-shape file of mup, which is YAML, or a checkpoint of the base model: both say the same."""
+    shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
+    grown = {"fc1.weight": [shapes["fc1.weight"][0] // 2, shapes["fc1.weight"][1] // 2]}
+    base = {name: grown.get(name, list(shape)) for name, shape in shapes.items()}
+    save_file({name: torch.zeros(shape) for name, shape in base.items()}, tmp_path / "base.safetensors")
+    plain = {name: base[name] if name in grown else [None] * len(shape) for name, shape in shapes.items()}
+    (tmp_path / "base.bsh").write_text(json.dumps(plain))
+    rates = []
+    for name in ("base.safetensors", "base.bsh"):
+        given = ("--preset", "mup", "--set", f"base_shapes={tmp_path / name}")
+        ran = run_ckpt(capsys, "groups", "table", "--model", LENET, *given, "--json")
+        rates.append(
+            {
+                one["key"]: group["options"]["lr"]
+                for group in json.loads(ran.out)["groups"]
+                for one in group["parameters"]
+            }
+        )
+    assert rates[0] == rates[1]
+    assert {name for name, lr in rates[0].items() if lr == 5e-4} == {"fc1.weight"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["table", "--model", LENET], "give a SPEC file, or --preset NAME"),
+        (["table", "--model", LENET, "fixtures/groups.toml", "--preset", "muon"], "and not both"),
+        (["table", "--model", LENET, "fixtures/groups.toml", "--set", "a=1"], "there is no --preset"),
+        (["table", "--model", LENET, "--preset", "moun"], "there is no preset 'moun'"),
+        (["table", "--model", LENET, "--preset", "muon", "--set", "rate=1"], "has no setting 'rate'"),
+        (["table", "--model", LENET, "--preset", "muon", "--set", "lr=fast"], "lr is the string 'fast'"),
+        (["table", "--model", "nowhere.pt", "--preset", "muon"], "nowhere.pt: no such file"),
+        (["emit", "--preset", "muon", "--set", "first_conv=", "--as", "python"], "not of the form NAME=VALUE"),
+        (["emit", "--preset", "no-decay", "--as", "python"], "Python spells out the names of a model"),
+        (["emit", "--preset", "timm-layer-decay"], "'no_weight_decay' is asked of the model"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", *arguments)
+    assert (ran.code, ran.out) == (2, "")
+    assert said in ran.err

@@ -1,0 +1,205 @@
+"""A spec is the same in TOML, JSON and YAML, comes back from what is written, and runs as Python."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ckptkit.errors import GroupsError, RuleError
+from ckptkit.param_groups import (
+    ParamGroupSpec,
+    build_param_groups,
+    param_group_preset,
+    parse_spec,
+    plan_param_groups,
+    validate_param_groups,
+)
+from ckptkit.param_groups.writing import dump_spec, write_python
+from ckptkit.tables import parse_table
+from tests.helpers_presets import Mixed, NextLike, VitLike
+
+YAML = """
+defaults: {lr: 1e-5, weight_decay: .5, amsgrad: no, fused: true}
+group:
+  - name: head
+    params: ["fc.*", '{block}.head.{i:int}.weight']
+    lr_mult: 10
+  - rest: true
+"""
+
+
+def test_yaml_reads_as_its_author_means_it() -> None:
+    """1e-5 is a number and not a word, as in version 1.2; the other forms say the same."""
+    table = parse_table(YAML, "yaml")
+    assert table["defaults"] == {"lr": 1e-5, "weight_decay": 0.5, "amsgrad": "no", "fused": True}
+    assert type(table["defaults"]["lr"]) is float
+    assert parse_spec(parse_table(json.dumps(table), "json")) == parse_spec(table)
+    assert parse_spec(parse_table(dump_spec(parse_spec(table), "toml"), "toml")) == parse_spec(table)
+
+
+@pytest.mark.parametrize(
+    ("text", "form", "reason"),
+    [
+        ("a: 1\na: 2", "yaml", 'is no YAML: .*duplicate key "a"'),
+        ("a: [", "yaml", "is no YAML"),
+        ("- a", "yaml", "holds a YAML array, not an object"),
+        ("a: !!python/object/apply:os.getcwd []", "yaml", "could not determine a constructor for the tag"),
+        ("a = 1\na = 2", "toml", "is no TOML: Cannot overwrite a value"),
+        ("[1]", "json", "holds a JSON array, not an object"),
+    ],
+    ids=["yaml-twice", "yaml-broken", "yaml-list", "yaml-tag", "toml-twice", "json-list"],
+)
+def test_text_that_is_no_table_is_refused(text: str, form: str, reason: str) -> None:
+    with pytest.raises(RuleError, match=reason):
+        parse_table(text, form)
+
+
+WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=8)
+KEYS = st.sampled_from(["momentum", "eps", "betas", "odd key", "ünï", "a.b"])
+NUMBERS = st.floats(0, 1e300, allow_nan=False) | st.integers(0, 10**20)
+VALUES = st.recursive(
+    st.booleans() | WORDS | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=2),
+    max_leaves=4,
+)
+OPTIONS = st.dictionaries(KEYS, VALUES, max_size=2).flatmap(
+    lambda given: st.fixed_dictionaries({}, optional={"lr": NUMBERS, "weight_decay": NUMBERS}).map(
+        lambda more: {**given, **more}
+    )
+)
+PATTERNS = st.sampled_from(["a.*", "{b}.c", "d.{i:int}.*", r"re:^e\.\"[0-9]+", "*", "ü'\\x"])
+LISTS = PATTERNS | st.lists(PATTERNS, min_size=1, max_size=3)
+QUESTIONS = st.one_of(
+    st.fixed_dictionaries({"params": LISTS}),
+    st.fixed_dictionaries({"role": st.sampled_from(["bias", "norm"])}),
+    st.fixed_dictionaries({"module": WORDS | st.lists(WORDS, min_size=1, max_size=2)}),
+    st.fixed_dictionaries({"ndim": st.integers(0, 5) | st.lists(st.integers(0, 5), min_size=1, max_size=3)}),
+    st.fixed_dictionaries({"min_elements": st.lists(st.integers(0, 99), min_size=1, max_size=2)}),
+    st.fixed_dictionaries({"shape": st.lists(st.just("*") | st.integers(0, 9), max_size=3)}),
+    st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "bfloat16"])}),
+)
+CONDITIONS = st.recursive(
+    QUESTIONS,
+    lambda inner: st.one_of(
+        st.fixed_dictionaries({"not": inner}),
+        st.fixed_dictionaries({"any": st.lists(inner, min_size=1, max_size=2)}),
+        st.fixed_dictionaries({"all": st.lists(inner, min_size=1, max_size=2), "role": st.just("head")}),
+    ),
+    max_leaves=4,
+)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> ParamGroupSpec:
+    """Draw a spec with anything that a spec can say."""
+    names = draw(st.lists(WORDS, min_size=2, max_size=5, unique=True))
+    groups: list[dict[str, Any]] = []
+    for name in names:
+        own: dict[str, Any] = {"name": name, **draw(OPTIONS)}
+        own |= draw(st.sampled_from([{}, {"optional": True}, {"optimizer": "Muon"}, {"freeze": True}]))
+        own |= {"params": draw(LISTS)} if draw(st.booleans()) else {"match": draw(CONDITIONS)}
+        groups.append(own)
+    if draw(st.booleans()):
+        groups.append({"name": "".join(names), "rest": True})
+    modifiers = [
+        {
+            "name": name,
+            "params": draw(LISTS),
+            "lr_mult": draw(NUMBERS),
+            **draw(st.dictionaries(KEYS, VALUES, max_size=1)),
+        }
+        for name in names[1:]
+    ]
+    if draw(st.booleans()):
+        levels = draw(st.lists(st.lists(PATTERNS, min_size=1, max_size=2), min_size=1, max_size=3))
+        modifiers.append({"name": "depth" * 3, "layers": levels, "layer_decay": 0.5, "min_scale": draw(NUMBERS)})
+    return parse_spec(
+        {
+            "optimizer": "AdamW",
+            "defaults": {"lr": 0.1, **draw(st.dictionaries(KEYS, VALUES, max_size=2))},
+            "optimizers": draw(st.dictionaries(st.sampled_from(["Muon", "Ädam W"]), OPTIONS, max_size=2)),
+            "group": groups,
+            "modifier": modifiers,
+            **draw(
+                st.fixed_dictionaries(
+                    {}, optional={"tied": st.just("first"), "merge": st.just("never"), "lr_scale": st.just(True)}
+                )
+            ),
+        }
+    )
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@given(specs())
+def test_what_is_written_is_read_as_the_same_spec(spec: ParamGroupSpec) -> None:
+    """In both forms; JSON is also YAML."""
+    assert parse_spec(parse_table(dump_spec(spec, "toml"), "toml")) == spec
+    assert parse_spec(parse_table(dump_spec(spec, "json"), "json")) == spec
+
+
+def test_what_a_form_has_no_word_for_is_refused() -> None:
+    spec = parse_spec({"defaults": {"foreach": None}, "group": [{"rest": True}]})
+    with pytest.raises(GroupsError, match="TOML has no null"):
+        dump_spec(spec, "toml")
+    assert parse_spec(parse_table(dump_spec(spec, "json"), "json")) == spec
+    with pytest.raises(GroupsError, match="cannot be written"):
+        dump_spec(parse_spec({"defaults": {"lr": torch.tensor(1.0)}, "group": [{"rest": True}]}), "json")
+
+
+MODELS = {
+    "timm-layer-decay": VitLike,
+    "timm-weight-decay": VitLike,
+    "gradual-unfreezing": VitLike,
+    "slices": VitLike,
+    "hf-trainer": Mixed,
+    "detectron2": Mixed,
+    "no-decay": Mixed,
+    "convnext-layer-decay": lambda: NextLike((1, 1, 4, 1)),
+}
+
+
+@pytest.mark.parametrize(("name", "model"), MODELS.items(), ids=MODELS)
+def test_emitted_specs_and_python_make_the_same_groups(name: str, model: Any) -> None:
+    """Written as TOML and JSON, and as a function that is pasted, which needs nothing but the model."""
+    spec = param_group_preset(name, model())
+    live = model()
+    expected = _plain(build_param_groups(live, spec))
+    for form in ("toml", "json"):
+        assert _plain(build_param_groups(model(), parse_table(dump_spec(spec, form), form))) == expected
+    pasted = model()
+    groups = _run(write_python(plan_param_groups(model(), spec), f"preset {name}"))["param_groups"](pasted)
+    assert _plain(groups) == expected
+    assert validate_param_groups(pasted, torch.optim.AdamW(groups)).ok
+    frozen = {key for key, parameter in pasted.named_parameters() if not parameter.requires_grad}
+    assert frozen == {key for key, parameter in live.named_parameters() if not parameter.requires_grad}
+
+
+def test_python_for_several_optimizers_is_a_function_for_each_and_refuses_another_model() -> None:
+    model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2), nn.Linear(2, 4))
+    made = _run(write_python(plan_param_groups(model, param_group_preset("muon", model)), "preset muon"))
+    assert [key for key in made if key.startswith("param_groups")] == ["param_groups_muon", "param_groups_adamw"]
+    muon = torch.optim.Muon(made["param_groups_muon"](model))
+    adamw = torch.optim.AdamW(made["param_groups_adamw"](model))
+    assert validate_param_groups(model, [muon, adamw]).findings == ()
+    alone = _run(write_python(plan_param_groups(model, [{"rest": True}]), "a spec"))["param_groups"]
+    with pytest.raises(ValueError, match=re.escape("made for another model: ['2.bias', '2.weight']")):
+        alone(model[:2])
+    with pytest.raises(ValueError, match=re.escape("made for another model: ['3.weight', '3.bias']")):
+        alone(nn.Sequential(*model, nn.Linear(4, 1)))
+
+
+def _run(text: str) -> dict[str, Any]:
+    made: dict[str, Any] = {}
+    exec(text, made)  # noqa: S102 - it is what a user does with it
+    return made
+
+
+def _plain(groups: Any) -> list[dict[str, Any]]:
+    return [{**group, "params": [name for name, _ in group["params"]]} for group in groups]
