@@ -115,7 +115,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "10 trainable parameters, each in exactly one of 2 groups",
         "",
     ),
-    "groups not a model": (["groups", "table", "--model", TEN, "fixtures/groups.toml"], 2, "", "is no live model"),
+    "groups not a model": (["groups", "validate", "--model", TEN, "fixtures/groups.toml"], 2, "", "is no live model"),
     "preflight": (["preflight", "--model", MODEL], 0, "\nready\n", ""),
     "preflight warning": (["preflight", "--model", MODEL, "--init", TEN], 1, "\nready, with 1 warning\n", ""),
     "preflight fresh": (["preflight", "--model", MODEL, "--init", TEN, "--fresh", "fc3.*"], 0, "\nready\n", ""),
@@ -355,7 +355,7 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 19
+    assert len(paths) == 20
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0
