@@ -66,7 +66,9 @@ def toml_key(key: str) -> str:
 def toml_value(value: Any) -> str:
     """Return a plain value as TOML writes it on one line; raises ``RuleError`` for what TOML has no word for."""
     if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+        return "".join(
+            char if char.isprintable() else f"\\U{ord(char):08x}" for char in json.dumps(value, ensure_ascii=False)
+        )
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):

@@ -35,6 +35,13 @@ def test_an_emitted_preset_is_its_spec(form: str, capsys: pytest.CaptureFixture[
     assert ran.code == 0
 
 
+def test_json_of_emit_holds_the_spec_and_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", "emit", "--preset", "muon", "--set", "first_conv=[]", "--json")
+    document = json.loads(ran.out)
+    assert document["schema"] == "ckptkit.groups.emit/1"
+    assert parse_spec(document["spec"]) == parse_spec(parse_table(document["text"], "toml"))
+
+
 def test_emitted_python_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     made: dict[str, object] = {}
     exec(run_ckpt(capsys, "groups", "emit", "--preset", "no-decay", "--model", LENET, "--as", "python").out, made)  # noqa: S102

@@ -181,6 +181,18 @@ def test_emitted_specs_and_python_make_the_same_groups(name: str, model: Any) ->
     assert frozen == {key for key, parameter in live.named_parameters() if not parameter.requires_grad}
 
 
+def test_names_of_any_alphabet_are_written_as_they_are() -> None:
+    """Also those that JSON spells with two code units, and those that nothing is drawn for."""
+    spec = parse_spec({"defaults": {"lr": 1.0}, "group": [{"name": "\U0001f600\x85\u202e", "rest": True}]})
+    for form in ("toml", "json"):
+        text = dump_spec(spec, form)
+        assert parse_spec(parse_table(text, form)) == spec
+        assert all(line.isprintable() for line in text.split("\n"))
+    model = nn.Linear(1, 1)
+    (group,) = _run(write_python(plan_param_groups(model, spec), "a spec"))["param_groups"](model)
+    assert group["name"] == spec.rules[0].name
+
+
 def test_python_for_several_optimizers_is_a_function_for_each_and_refuses_another_model() -> None:
     model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2), nn.Linear(2, 4))
     made = _run(write_python(plan_param_groups(model, param_group_preset("muon", model)), "preset muon"))

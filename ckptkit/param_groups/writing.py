@@ -44,7 +44,7 @@ def dump_spec(spec: ParamGroupSpec, form: str) -> str:
     table = spec_table(spec)
     try:
         if form == "json":
-            return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False)
+            return json.dumps(table, indent=2, allow_nan=False)
         return "\n".join(_toml_lines(table))
     except (RuleError, TypeError, ValueError) as error:
         reason = error.reason if isinstance(error, RuleError) else str(error)
@@ -158,7 +158,7 @@ def _function(
 def _word(value: Any) -> str:
     """Return a value as Python writes it."""
     if isinstance(value, str):
-        return json.dumps(value)
+        return json.dumps(value) if value.isascii() else repr(value)
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, list | tuple):
