@@ -30,14 +30,12 @@ pytestmark = [
 def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A process group of this process alone, through a file: no port and no second process."""
     path: Path = tmp_path_factory.mktemp("gloo") / "store"
-    before, threads = dict(os.environ), torch.get_num_threads()
-    torch.set_num_threads(1)  # models this small only wait for each other's threads
+    before = dict(os.environ)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
-    torch.set_num_threads(threads)
 
 
 class Encoder(nn.Module):
