@@ -166,6 +166,7 @@ FLOORS = (
     {"readiness.init", "readiness.memory", "readiness.dtypes", "readiness.training", "readiness.dry_step"},
     {"readiness.resume"},
     {"readiness"},
+    {"report.rates"},
     {"report.findings", "report.groups", "report.explain", "report.lock"},
     {"report.show", "report.plan", "report.preflight"},
     {"report.diff", "report.align", "report.stats", "report.optim"},

@@ -70,6 +70,35 @@ def test_a_table_over_a_checkpoint_says_what_it_assumes(capsys: pytest.CaptureFi
     assert run_ckpt(capsys, "groups", "table", "--model", SAVED, "--preset", "no-decay", "-q").err == ""
 
 
+@pytest.mark.parametrize(
+    ("decay", "scale", "bars"),
+    [("0.2", "log scale", [1, 9, 16, 24]), ("0.5", "", [3, 6, 12, 24])],
+    ids=["log", "linear"],
+)
+def test_the_rate_of_each_layer_is_drawn(
+    decay: str, scale: str, bars: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In proportion, or in powers where it spans two decades and more; JSON has the layer of each parameter."""
+    given = ("--preset", "gradual-unfreezing", "--set", "phase=3", "--set", f"layer_decay={decay}", "--set", "lr=1.0")
+    ran = run_ckpt(capsys, "groups", "table", "--model", LENET, *given)
+    drawn = [line.count("█") for line in ran.out.splitlines() if "█" in line]
+    assert (drawn, "log scale" in ran.out) == (bars, bool(scale))
+    assert "2 parameters that the spec freezes, 456 elements" in ran.out
+    document = json.loads(run_ckpt(capsys, "groups", "table", "--model", LENET, *given, "--json").out)
+    layers = {one["key"]: one["layer"] for group in document["groups"] for one in group["parameters"]}
+    assert (layers["conv2.bias"], layers["fc3.weight"]) == (1, 4)
+    assert [one["key"] for one in document["freeze"]] == ["conv1.weight", "conv1.bias"]
+    assert document["groups"][0]["modifiers"] == ["depth"]
+
+
+def test_the_table_names_optimizers_and_what_a_rule_asks(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", "table", "--model", LENET, "--preset", "muon")
+    head, hidden, others = ran.out.splitlines()[:3]
+    assert "optimizer" in head
+    assert "match { all = [{ ndim = 2 }" in hidden
+    assert (" Muon " in hidden, " AdamW " in others) == (True, True)
+
+
 def test_several_optimizers_are_validated_together(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, "--preset", "muon")
     assert (ran.code, ran.out.strip()) == (0, "10 trainable parameters, each in exactly one of 2 groups")

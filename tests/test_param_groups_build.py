@@ -374,8 +374,10 @@ def test_the_table_and_the_document_say_what_the_optimizer_gets() -> None:
         "lr": "0.5",
         "weight_decay": "0",
         "other options": "betas=[0.9, 0.99]",
+        "examples": "fc3.weight, fc3.bias",
     }
-    assert rows[1] == ("b\\x1b", "(rest)", "4", "35", "66.0%", "0.001", "", "betas=[0.9, 0.99], eps=1e-12")
+    assert rows[1][:8] == ("b\\x1b", "(rest)", "4", "35", "66.0%", "0.001", "", "betas=[0.9, 0.99], eps=1e-12")
+    assert rows[1][8].endswith(", ... 2 more")
     text = "\n".join(as_text(groups_page(plan)))
     assert "6 parameters in 2 groups, 53 elements" in text
     assert "1 frozen parameter in no group, 9 elements" in text
@@ -384,7 +386,15 @@ def test_the_table_and_the_document_say_what_the_optimizer_gets() -> None:
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["schema"] == "ckptkit.groups/1"
     assert document["groups"][0]["options"] == {"lr": 0.5, "betas": [0.9, 0.99], "weight_decay": 0}
-    assert document["groups"][0]["parameters"][1] == {"key": "fc3.bias", "shape": [3], "elements": 3, "aliases": []}
+    assert document["groups"][0]["parameters"][1] == {
+        "key": "fc3.bias",
+        "shape": [3],
+        "elements": 3,
+        "aliases": [],
+        "rule": "head",
+        "modifiers": [],
+        "layer": None,
+    }
     assert document["summary"] == {
         "groups": 2,
         "parameters": 6,
