@@ -212,7 +212,9 @@ def _grouped(laid: Sequence[_Laid], spec: ParamGroupSpec, options: _Options) -> 
     for one in laid:
         rule = spec.rules[one.owner]
         given = options.of(one.owner, one.applied)
-        held = frozen_options.setdefault(id(given), _hashable(given))
+        if id(given) not in frozen_options:
+            frozen_options[id(given)] = _hashable(given)
+        held = frozen_options[id(given)]
         key: Any = (one.owner, held)
         if spec.merge == "options":
             key = (spec.optimizer_of(rule), held)

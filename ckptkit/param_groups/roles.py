@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -90,15 +91,14 @@ def roles_by_name(
 ) -> frozenset[str]:
     """Return the roles that a name and a shape tell; with ``guess`` also those that otherwise the module tells."""
     path, _, leaf = name.rpartition(".")
-    roles = {"head"} if head else set()
-    if leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_"):
-        roles.add("bias")
-    if _TABLE_LEAF.search(leaf):
-        roles.add("embedding")
-    if lora := _LORA.search(name):
+    roles = set(_leaf_roles(leaf))
+    if head:
+        roles.add("head")
+    if "lora_" in name and (lora := _LORA.search(name)):
         roles.add(f"lora_{lora[3].lower()}")
     if module is not None:
-        groups, channels = getattr(module, "groups", 1), getattr(module, "in_channels", None)
+        own = vars(module)  # not getattr: a module looks for what it lacks in three places
+        groups, channels = own.get("groups", 1), own.get("in_channels")
         if isinstance(groups, int) and groups > 1 and groups == channels and leaf.startswith("weight"):
             roles.add("depthwise")
     if guess and shape is not None:
@@ -109,6 +109,16 @@ def roles_by_name(
             roles.add("embedding")
         if len(shape) > _MATRIX and shape[1] == 1 and shape[0] > 1 and set(shape[2:]) != {1}:
             roles.add("depthwise")
+    return frozenset(roles)
+
+
+@functools.lru_cache(maxsize=1024)
+def _leaf_roles(leaf: str) -> frozenset[str]:
+    roles = set()
+    if leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_"):
+        roles.add("bias")
+    if _TABLE_LEAF.search(leaf):
+        roles.add("embedding")
     return frozenset(roles)
 
 
