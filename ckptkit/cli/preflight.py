@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
 from typing import Any
 
 import click
 
 from ckptkit.cli.groups.model import live_model, model_option
-from ckptkit.cli.options import Form, about, echo_report, form_options, opened, quiet_option, read_toml
+from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, opened, quiet_option, read_toml
 from ckptkit.cli.rules import rule_options
 from ckptkit.cli.streams import tell
 from ckptkit.errors import CkptkitError, ModelError
@@ -21,8 +20,6 @@ from ckptkit.tensors import Checkpoint
 from ckptkit.text import printable
 
 __all__ = ["preflight"]
-
-_WARNINGS, _NOT_READY = 1, 2
 
 
 @click.command()
@@ -64,8 +61,8 @@ def preflight(
     """One page before training: what loads, what stays at init, who trains at which rate, and one verdict.
 
     The model is built for real and, unless it is --shapes-only, loaded with --init in memory. What is not given is not
-    judged, and said. The rules are for the keys of --init. Exit code 0: ready, 1: ready with warnings, 2: not ready, or
-    trouble.
+    judged, and said. The rules are for the keys of --init. Exit code 0: ready, 1: ready with warnings, or not
+    ready (the last line, and "verdict" in the JSON, say which), 2: trouble.
 
     \b
     ckpt preflight --model py:mynet:build --init init.safetensors --groups groups.toml --optimizer AdamW
@@ -106,8 +103,7 @@ def preflight(
                 dry_step=loss,
             )
     echo_report(form, lambda: preflight_page(report), lambda: preflight_document(report))
-    count: Mapping[str, int] = report.summary
-    context.exit(_NOT_READY if count["errors"] else _WARNINGS if count["warnings"] else 0)
+    context.exit(exit_code(report))
 
 
 def _load(live: Any, init: Checkpoint, rules: Rules) -> None:
