@@ -115,6 +115,11 @@ def _misfit(
     for slot_name, value in slots.items():
         known = schema.slot(slot_name)
         expected = None if known is None else known.shape(parameter.shape)
-        if expected is not None and isinstance(value, LazyTensor) and value.shape != expected:
+        if known is None or expected is None or value is None:
+            continue
+        if not isinstance(value, LazyTensor):
+            if known.layout != "scalar" or not isinstance(value, int | float):
+                return f"has {slot_name} that is a {type(value).__name__}, where {schema.name} keeps a tensor"
+        elif value.shape != expected:
             return f"has {slot_name} of {value.shape}, where {expected} belongs to a parameter of {parameter.shape}"
     return None

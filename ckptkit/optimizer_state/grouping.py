@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +14,14 @@ from ckptkit.optimizer_state.shapes import parameters_of
 from ckptkit.optimizer_state.slots import number_of, same_value
 from ckptkit.param_groups import ParamGroupsPlan
 from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.spec import is_tensor
 from ckptkit.text import listed, plural, printable, quoted
 
 __all__ = ["GroupsLike", "Hyper", "equal_values", "order_like", "resplit", "told_value", "with_members"]
 
 Hyper = Literal["live", "saved", "error"]
+# What a group is called, and not how it trains: new groups have names of their own, or none.
+_LABELS = frozenset({"name", "group_name"})
 GroupsLike = OptimizerState | ParamGroupsPlan | ParamGroupsLock | Iterable[NamedGroup]
 
 
@@ -34,7 +38,7 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     """
     if hyper not in ("live", "saved", "error"):
         raise PlanError(f"hyper is {quoted(str(hyper))}", hint="it is live, saved or error")
-    wanted = _named_groups(groups)
+    wanted = _named_groups(groups, called=any("name" in group.options for group in state.groups))
     names = [name for group in wanted for name in group.names]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -56,12 +60,15 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     return replace(state, state=kept, groups=made, changes=changes, remarks=tuple(dict.fromkeys(remarks)))
 
 
-def _named_groups(groups: GroupsLike) -> tuple[NamedGroup, ...]:
+def _named_groups(groups: GroupsLike, *, called: bool) -> tuple[NamedGroup, ...]:
     if isinstance(groups, OptimizerState):
         return groups.groups
     if isinstance(groups, ParamGroupsPlan | ParamGroupsLock):
         return tuple(
-            NamedGroup(tuple(parameter.name for parameter in group.parameters), group.options)
+            NamedGroup(
+                tuple(parameter.name for parameter in group.parameters),
+                {"name": group.name, **group.options} if called else group.options,
+            )
             for group in groups.groups
         )
     return tuple(groups)
@@ -78,12 +85,21 @@ class _Merger:
     def options(self, number: int, group: NamedGroup) -> dict[str, Slot]:
         members = {name: self.saved[name] for name in group.names if name in self.saved}
         keys = dict.fromkeys(key for options in (*members.values(), *self.groups, group.options) for key in options)
-        return {key: self._option(key, number, group, members) for key in keys}
+        return {
+            key: self._option(key, number, group, members)
+            for key in keys
+            if key not in _LABELS or key in group.options or self._agreed(key, members)
+        }
+
+    def _agreed(self, key: str, members: Mapping[str, Mapping[str, Slot]]) -> bool:
+        """Return whether all that a group is made of was called the same."""
+        made_of = list(members.values()) or self.groups
+        return len({repr(options.get(key)) for options in made_of}) == 1
 
     def _option(self, key: str, number: int, group: NamedGroup, members: Mapping[str, Mapping[str, Slot]]) -> Slot:
         had = {name: options[key] for name, options in members.items() if key in options}
         said = key in group.options
-        if said and (self.hyper == "live" or not had):
+        if said and (self.hyper == "live" or not had or key in _LABELS):
             return group.options[key]
         if not had:  # of parameters that are all new: what every group of the file has
             everywhere = {str(at): options.get(key) for at, options in enumerate(self.groups)}
@@ -114,15 +130,23 @@ def equal_values(one: Slot, other: Slot) -> bool:
     """Return whether two options mean the same: a number and a tensor of one, a list and a tuple too."""
     left, right = number_of(one), number_of(other)
     if left is not None and right is not None and not isinstance(one, bool) and not isinstance(other, bool):
-        return left == right
+        return left == right or (isinstance(one, int | float) != isinstance(other, int | float) and _alike(left, right))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):  # a file of JSON has no tuples
         return len(one) == len(other) and all(map(equal_values, one, other))
     return same_value(one, other)
 
 
+def _alike(left: float, right: float) -> bool:
+    """Return whether a number and what a tensor of 32 bits holds of it are the same."""
+    try:
+        return struct.pack("<f", left) == struct.pack("<f", right)
+    except OverflowError:
+        return False
+
+
 def told_value(value: Slot) -> str:
     """Return an option for a sentence; of a tensor the number that it holds."""
-    return str(number_of(value)) if isinstance(value, LazyTensor) else printable(str(value))
+    return str(number_of(value)) if isinstance(value, LazyTensor) or is_tensor(value) else printable(str(value))
 
 
 def _stale_rates(groups: Iterable[NamedGroup], merger: _Merger) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,10 +15,10 @@ from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.grouping import Hyper, resplit
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.reading import FoundState
+from ckptkit.optimizer_state.reading import FoundState, read_state
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.inventory import Inventory, take_inventory
-from ckptkit.param_groups.members import unwrapped
+from ckptkit.param_groups.members import one_optimizer
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.rules import Rules
 from ckptkit.tensors import Checkpoint
@@ -91,15 +92,16 @@ def load_optimizer_state(
     be loaded, ``GroupsError`` where the optimizer is not that of ``model`` or does not have the values afterwards.
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
-    inner = unwrapped(optimizer)
+    inner = one_optimizer(optimizer)
     inventory = take_inventory(model)
     live = _live_groups(inner, inventory)
-    saved = state if isinstance(state, OptimizerState) else _named(state, names, model, on_unexpected, rules=rules)
+    saved, strays = _named(state, names, model, on_unexpected, rules=rules)
     schema = schema_of(type(inner))
     refuse_other_class(saved, inner, schema)
     if rules is not None:
         saved = remap(saved, rules)
     saved, unused = _of_the_model(saved, inventory, live)
+    unused += strays
     if unused and on_unexpected == "error":
         raise PlanError(
             f"the optimizer has no {listed(unused)}, which the state has",
@@ -108,7 +110,7 @@ def load_optimizer_state(
     _refuse_moves(saved, schema)
     groups = _options(saved, live, hyper)
     fit = fit_state(saved, groups, inventory, schema)
-    _refuse(fit, on_missing, on_mismatch)
+    _refuse(fit, saved, on_missing, on_mismatch)
     findings = [*_findings(fit, unused), *_rates(live, groups)]
     _load(inner, replace(saved, state=fit.state, groups=groups), fit, inventory)
     return OptimizerLoadReport(
@@ -151,16 +153,24 @@ def _live_groups(optimizer: Any, inventory: Inventory) -> tuple[NamedGroup, ...]
     return tuple(groups)
 
 
-def _named(state: Any, names: Any, model: Any, on_unexpected: str, *, rules: Any) -> OptimizerState:
+def _named(
+    state: StateLike, names: Any, model: Any, on_unexpected: str, *, rules: Any
+) -> tuple[OptimizerState, list[str]]:
+    """Return the state by name, and the keys of what is in no group of its own."""
+    if isinstance(state, OptimizerState):
+        return state, []
+    found = state if isinstance(state, FoundState) else read_state(state)
+    counted = {param for group in found.groups for param in group.params}
+    strays = [str(key) for key in found.state if key not in counted]
     drop = on_unexpected == "skip"
     if names is not None:
-        return to_named(state, names, drop_strays=drop)
+        return to_named(found, names, drop_strays=drop), strays
     try:
-        return to_named(state, drop_strays=drop)
+        return to_named(found, drop_strays=drop), strays
     except PlanError:
         if rules is not None:  # they speak of names that the live model does not have
             raise
-    return to_named(state, model, drop_strays=drop)
+    return to_named(found, model, drop_strays=drop), strays
 
 
 def _of_the_model(
@@ -176,7 +186,10 @@ def _of_the_model(
         if parameter is None or parameter.name not in held:
             unused.append(name)
         elif parameter.name in taken:
-            raise PlanError(f"the state has {quoted(parameter.name)} twice, once as {quoted(name)}")
+            raise PlanError(
+                f"the state has {quoted(parameter.name)} twice, once as {quoted(name)}",
+                hint='leave one of them out with a rule: {"from": NAME, "drop": true}',
+            )
         else:
             found[name] = parameter.name
             taken.add(parameter.name)
@@ -213,7 +226,7 @@ def _options(saved: OptimizerState, live: Sequence[NamedGroup], hyper: Hyper) ->
     return tuple(next(made) if there.intersection(group.names) else group for group in live)
 
 
-def _refuse(fit: Fit, on_missing: str, on_mismatch: str) -> None:
+def _refuse(fit: Fit, saved: OptimizerState, on_missing: str, on_mismatch: str) -> None:
     if fit.missing and on_missing == "error":
         raise PlanError(
             f"the file has no state for {listed(fit.missing)}",
@@ -226,6 +239,11 @@ def _refuse(fit: Fit, on_missing: str, on_mismatch: str) -> None:
             f"the state of {quoted(name)} {why}{more}",
             hint='let them start anew: on_mismatch="skip", or move it with rules as the weights were',
         )
+    if not fit.state and fit.missing and not saved.state and saved.names:
+        raise PlanError(
+            "nothing would be loaded: the file has groups, and no state",
+            hint="it was saved before the first step: start without it",
+        )
     if not fit.state and (fit.missing or fit.dropped):
         raise PlanError(
             "nothing would be loaded: the file has state for none of the optimizer's parameters that fits",
@@ -235,22 +253,44 @@ def _refuse(fit: Fit, on_missing: str, on_mismatch: str) -> None:
 
 def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory) -> None:
     given = to_dict(state, "indexed")
-    number = {name: place for place, name in enumerate(state.names)}
-    for name in (*fit.missing, *fit.dropped):
-        if own := optimizer.state.get(inventory.by_name[name].tensor):
-            given["state"][number[name]] = own
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
         if "param_names" in live:
             group["param_names"] = list(live["param_names"])
-        for key, value in group.items():
-            group[key] = _as_live(value, live.get(key))
-    before = optimizer.state, optimizer.param_groups  # torch makes both anew, and leaves these as they were
+        group.update({key: _as_live(value, live.get(key)) for key, value in group.items() if key != "params"})
+    own = dict(optimizer.state)
+    put_back = _remember(optimizer)
     try:
-        optimizer.load_state_dict(given)
+        try:
+            optimizer.load_state_dict(given)
+        except Exception as error:  # hooks, and classes of other people, may raise anything
+            raise GroupsError(f"load_state_dict refused: {' '.join(str(error).split())}") from error
+        # Not given to torch, which would cast it, and drops what is kept under other keys than parameters.
+        kept = [inventory.by_name[name].tensor for name in (*fit.missing, *fit.dropped)]
+        for key in (*kept, *(key for key in own if not is_tensor(key) and key not in optimizer.state)):
+            if key in own:
+                optimizer.state[key] = own[key]
         _prove(optimizer, fit, inventory)
     except BaseException:
-        optimizer.state, optimizer.param_groups = before
+        put_back()
         raise
+
+
+def _remember(optimizer: Any) -> Callable[[], None]:
+    """Return what puts groups and state back; torch makes both anew, but a hook may have written into these."""
+    groups, state = optimizer.param_groups, optimizer.state
+    tables = [(table, dict(table)) for table in (*groups, *state.values()) if isinstance(table, dict)]
+    listed, keyed = list(groups), dict(state)
+
+    def put_back() -> None:
+        for table, was in tables:
+            table.clear()
+            table.update(was)
+        groups[:] = listed
+        state.clear()
+        state.update(keyed)
+        optimizer.param_groups, optimizer.state = groups, state
+
+    return put_back
 
 
 def _prove(optimizer: Any, fit: Fit, inventory: Inventory) -> None:
@@ -261,7 +301,7 @@ def _prove(optimizer: Any, fit: Fit, inventory: Inventory) -> None:
             if not _same(there.get(slot), value):
                 raise GroupsError(
                     f"{slot} of {quoted(name)} does not have the value of the state after loading",
-                    hint="a hook of the optimizer changed it",
+                    hint="a hook of the optimizer changed it, or load_state_dict of torch, which keeps no text",
                 )
 
 
@@ -275,17 +315,22 @@ def _same(there: Any, value: Slot) -> bool:
         return isinstance(there, list | tuple) and len(there) == len(value) and all(map(_same, there, value))
     if isinstance(value, Mapping):
         return isinstance(there, Mapping) and all(_same(there.get(key), inner) for key, inner in value.items())
+    if isinstance(value, float) and math.isnan(value):
+        return isinstance(there, float) and math.isnan(there)
     return bool(there == value)  # also a tensor, which torch makes of the plain step of an old file
 
 
 def _as_live(value: Any, live: Any) -> Any:
-    """Return an option as the optimizer has it: a tensor where it is one, since a captured step reads no number."""
+    """Return an option as the optimizer has it: a captured step reads no number, and others may take no tensor."""
     import torch
 
     if isinstance(live, torch.Tensor) and (isinstance(value, int | float | torch.Tensor)):
         return torch.as_tensor(value, dtype=live.dtype, device=live.device).detach().clone()
-    if isinstance(live, tuple) and isinstance(value, list):
-        return tuple(value)
+    if isinstance(live, int | float) and isinstance(value, torch.Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(live, list | tuple) and isinstance(value, list | tuple) and len(live) == len(value):
+        made = list(map(_as_live, value, live))
+        return tuple(made) if isinstance(live, tuple) else made
     return value
 
 

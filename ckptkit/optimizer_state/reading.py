@@ -133,8 +133,8 @@ def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], Slot], pat
         where = f"param_groups[{number}]"
         if not isinstance(table, Mapping) or not isinstance(table.get("params"), list | tuple):
             raise FormatError(f"{where} is no group with a list of params", hint=_FORMS)
-        if unnamed := next((key for key in table if not isinstance(key, str)), None):
-            raise FormatError(f"{where} has an option {quoted(str(unnamed))} whose name is no string")
+        if unnamed := [key for key in table if not isinstance(key, str)]:
+            raise FormatError(f"{where} has an option {quoted(str(unnamed[0]))} whose name is no string")
         names = table.get("param_names")
         options = {
             key: plain(inner, ("param_groups", number, key))
@@ -147,7 +147,10 @@ def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], Slot], pat
     for key, slots in value["state"].items():
         if not isinstance(slots, Mapping):
             raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
-        state[key] = {str(slot): plain(inner, ("state", key, slot)) for slot, inner in slots.items()}
+        if unnamed := [slot for slot in slots if not isinstance(slot, str)]:
+            called = quoted(str(unnamed[0]))
+            raise FormatError(f"the state of {quoted(str(key))} has a slot {called} whose name is no string")
+        state[key] = {slot: plain(inner, ("state", key, slot)) for slot, inner in slots.items()}
     params = [param for group in groups for param in group.params]
     for param in (*params, *state):
         if type(param) not in (int, str):

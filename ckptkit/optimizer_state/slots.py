@@ -59,6 +59,9 @@ def number_of(value: Slot) -> float | int | None:
     """Return a number, or the one that a tensor of one element holds, read without torch; None for anything else."""
     if isinstance(value, int | float):
         return value
+    if hasattr(value, "numel"):  # a live tensor
+        alone: float | int | None = value.item() if value.numel() == 1 and not value.is_meta else None
+        return alone
     if not isinstance(value, LazyTensor) or value.info.elements != 1 or value.info.kind != "dense":
         return None
     data = value.source.read_bytes(value.info.key)

@@ -11,7 +11,7 @@ from ckptkit.findings import Finding
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.text import plural, quoted
 
-__all__ = ["Group", "Member", "read_groups", "unwrapped"]
+__all__ = ["Group", "Member", "one_optimizer", "read_groups", "unwrapped"]
 
 _FORMS = "pass the list of group dicts, a list of parameters, an optimizer, or a list of optimizers"
 
@@ -83,6 +83,14 @@ def unwrapped(optimizer: Any) -> Any:
         if inner is optimizer or not hasattr(inner, "param_groups"):
             return optimizer
         optimizer = inner
+
+
+def one_optimizer(given: Any) -> Any:
+    """Return the optimizer itself, unwrapped; raises ``GroupsError`` for what is none, or is several."""
+    optimizer = unwrapped(given)
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        raise GroupsError(f"an optimizer cannot be a {type(given).__name__}", hint="pass one torch optimizer")
+    return optimizer
 
 
 def _groups(given: Any) -> Iterator[tuple[Group, Any, Any]]:

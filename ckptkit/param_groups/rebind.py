@@ -11,7 +11,7 @@ from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report, Severity
 from ckptkit.optimizer_schemas import Schema, schema_of
 from ckptkit.param_groups.inventory import Inventory, LiveParameter, bare_name, take_inventory
-from ckptkit.param_groups.members import Member, read_groups, unwrapped
+from ckptkit.param_groups.members import Member, one_optimizer, read_groups
 from ckptkit.param_groups.rebind_schedulers import Joining, plan_joining
 from ckptkit.param_groups.refit import OnShape, Refit, refit
 from ckptkit.param_groups.schedulers import read_schedulers
@@ -56,7 +56,7 @@ def rebind(
     """
     if on_shape not in {"drop", "pad", "error"}:
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape is "drop", "pad" or "error"')
-    work = _Work(unwrapped(optimizer), take_inventory(model), on_shape)
+    work = _Work(one_optimizer(optimizer), take_inventory(model), on_shape)
     work.read(guess=guess, beside={id(tensor) for one in beside for tensor in _tensors_of(one)})
     work.move_state()
     work.place_missing(add_missing, schedulers)
@@ -84,10 +84,6 @@ class _Work:
 
     def read(self, *, guess: bool, beside: set[int]) -> None:
         """Decide who stands where."""
-        if not hasattr(self.optimizer, "param_groups") or not hasattr(self.optimizer, "state"):
-            raise GroupsError(
-                f"an optimizer cannot be a {type(self.optimizer).__name__}", hint="rebind takes one torch optimizer"
-            )
         read, self.members, _ = read_groups(self.optimizer)
         self.beside = beside
         self.heirs = find_heirs(self.inventory, self.members, guess=guess, beside=beside)

@@ -10,7 +10,7 @@ from ckptkit.errors import RuleError
 from ckptkit.keys import Template, parse_pattern, parse_rename, parse_template
 from ckptkit.rules.model import Rule, Rules, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
-from ckptkit.text import quoted
+from ckptkit.text import kind_of, quoted
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops import Operation
@@ -63,7 +63,12 @@ def as_rules(rules: Rules | Iterable[str] | Mapping[str, Any] | None) -> Rules:
         return parse_rules(file=rules)
     if isinstance(rules, str):
         raise RuleError(f"rules is the string {quoted(rules)}", hint=f"pass a list: rules=[{rules!r}]")
-    return parse_rules(rename=rules)
+    given: Any = rules
+    renames = list(given) if isinstance(given, Iterable) else [given]
+    wrong = next((item for item in renames if not isinstance(item, str)), None)
+    if wrong is not None:
+        raise RuleError(f"a rule is {kind_of(wrong)}", hint='pass a list of renames: rules=["OLD=NEW"]')
+    return parse_rules(rename=renames)
 
 
 def rule_lines(text: str) -> tuple[int, ...]:
