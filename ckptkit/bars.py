@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 from ckptkit.compare import StateDictDiff
 from ckptkit.errors import ModelError, RuleError
@@ -13,7 +14,7 @@ from ckptkit.keys import Pattern, parse_pattern
 from ckptkit.param_groups.suggest import suggest_pattern
 from ckptkit.plan import Plan
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, quoted
+from ckptkit.text import kind_of, plural, quoted
 
 __all__ = ["Bar", "refuse_below"]
 
@@ -64,8 +65,11 @@ def refuse_below(
         )
 
 
-def _patterns(require: str | Sequence[str]) -> list[Pattern]:
-    return [parse_pattern(text) for text in ([require] if isinstance(require, str) else require)]
+def _patterns(require: Any) -> list[Pattern]:
+    texts = list(require) if isinstance(require, Iterable) and not isinstance(require, str | bytes) else [require]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise RuleError(f"require has {kind_of(wrong[0])}", hint='it is a pattern or a list of patterns: "encoder.*"')
+    return list(map(parse_pattern, texts))
 
 
 def _reasons(lacking: Sequence[str], because: dict[str, str]) -> str:

@@ -20,7 +20,7 @@ from ckptkit.rules import Rules
 from ckptkit.sharing import shared_keys
 from ckptkit.snapshot import Snapshot, registered
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import html_table, plural, printable, quoted
+from ckptkit.text import html_table, kind_of, plural, printable, quoted
 from ckptkit.torch_bridge import StateDictLike, as_checkpoint, same_values
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def load_into(
         raise ModelError(
             "a model cannot take over keys that it does not have", hint='on_unexpected is "skip" or "error"'
         )
+    if not hasattr(model, "named_parameters"):
+        raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
     base, donor = as_checkpoint(model, "model"), as_checkpoint(checkpoint, "checkpoint")
     plan = plan_merge(base, donor, rules, on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch)
     taken = [step for step in plan.steps if step.sources[0].role == "donor"]
@@ -120,6 +122,7 @@ def load_into(
         *_dropped_findings(plan),
         *_unproved_findings(before, derived, loaded),
     )
+    findings = tuple(dict.fromkeys(findings))  # an extra state is in both, and no tensor in either
     return LoadReport(
         findings,
         ModelError,
@@ -184,7 +187,8 @@ def _load_batch(
     try:
         model.load_state_dict(values, strict=False)
     except Exception as error:  # the model's own hooks may raise anything
-        raise ModelError(f"load_state_dict refused: {' '.join(str(error).split())}") from error
+        called = "no " if isinstance(error, KeyError) else ""  # such an error says the key alone
+        raise ModelError(f"load_state_dict refused: {called}{' '.join(str(error).split())}") from error
     _prove(model.state_dict(keep_vars=True), before, values)
 
 
@@ -197,6 +201,8 @@ def _prove(
     after: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]
 ) -> None:
     for key, value in values.items():
+        if _is_extra(key):
+            continue
         if after[key] is not before[key]:
             raise ModelError(f"{quoted(key)} became another object while loading: optimizers still hold the old one")
         if not same_values(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
@@ -204,6 +210,11 @@ def _prove(
                 f"{quoted(key)} does not have the checkpoint's value after loading",
                 hint="another key that shares its memory was loaded over it, or a hook of the model changed it",
             )
+
+
+def _is_extra(key: str) -> bool:
+    """Return whether a module makes this entry itself, and takes it as it likes."""
+    return key.rpartition(".")[2] == "_extra_state"
 
 
 def _written_through(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:
@@ -263,6 +274,10 @@ def _unproved_findings(before: Snapshot, derived: Sequence[str], loaded: Abstrac
     for name in derived:
         message = f"{quoted(name)}, a buffer that no checkpoint has, was written anew by a hook of the model"
         yield Finding("load.derived", "note", name, message)
+    for name in filter(_is_extra, loaded):
+        yield Finding(
+            "load.unproved", "note", name, f"{quoted(name)} was given to its module, which keeps it as it likes"
+        )
     for name in before.unseen:
         if name not in loaded:
             kind = before.infos[name].kind

@@ -138,7 +138,7 @@ class Snapshot:
             buffer = bytearray(self._file.read(saved.nbytes))
             value = torch.frombuffer(buffer, dtype=torch.uint8).view(saved.memory.dtype).reshape(saved.memory.shape)
             try:
-                with torch.no_grad():
+                with torch.inference_mode(saved.tensor.is_inference()), torch.no_grad():
                     saved.tensor.copy_(value)
             except RuntimeError:
                 stuck.append(saved.name)

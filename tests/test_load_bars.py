@@ -149,3 +149,29 @@ def test_sections_stay_few() -> None:
     infos = [TensorInfo(f"net.layers.{i}.{name}", "F32", (2,)) for i in range(100) for name in ("w", "lora")]
     rows = coverage_by_module([*infos, TensorInfo("head", "F32", (3,))], {i.key for i in infos if i.key.endswith("w")})
     assert rows == (ModuleCoverage("net.layers", 100, 200, 200, 400), ModuleCoverage("head", 0, 1, 0, 3))
+
+
+MISTAKES: dict[str, dict[str, Any]] = {
+    "model of None": {"model": None},
+    "model that is a state": {"model": net().state_dict()},
+    "a class": {"model": nn.Linear},
+    "no checkpoint": {"checkpoint": None},
+    "a path": {"checkpoint": "run.pt"},
+    "rules of None": {"rules": [None]},
+    "a number as rules": {"rules": 5},
+    "require None": {"require": None},
+    "require a number": {"require": 5},
+    "require numbers": {"require": [5]},
+    "require bytes": {"require": b"body.*"},
+    "require nothing": {"require": ""},
+    "no coverage": {"min_coverage": None},
+    "a list of policies": {"on_mismatch": ["skip"]},
+    "no policy": {"on_missing": None},
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_wrong_argument_is_refused_in_a_sentence(mistake: dict[str, Any]) -> None:
+    """Whatever is given in the place of what, no error comes from inside."""
+    with pytest.raises(CkptkitError):
+        load_into(**{"model": net(), "checkpoint": donor(), "on_mismatch": "skip", **mistake})

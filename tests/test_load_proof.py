@@ -237,3 +237,40 @@ def test_what_cannot_be_written_is_named_when_it_cannot_be_put_back() -> None:
     with Snapshot(model) as snapshot:
         base.fill_(1)
         assert snapshot.restore() == ["w"]
+
+
+def test_what_cannot_be_written_outside_of_inference_mode_is_put_back() -> None:
+    """torch copies into such a tensor before it refuses to."""
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    before = raw(model.weight), raw(model.bias)
+    with pytest.raises(ModelError, match=r"^load_state_dict refused: .*Inplace update to inference tensor"):
+        load_into(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
+    assert (raw(model.weight), raw(model.bias)) == before
+
+
+class Scaled(nn.Linear):
+    """Keeps something beside its tensors, as layers of eight bits do: it goes through the state_dict as ``extra``."""
+
+    def __init__(self, extra: Any) -> None:
+        super().__init__(2, 2)
+        self.extra = extra
+
+    def get_extra_state(self) -> Any:
+        return self.extra.clone() if isinstance(self.extra, torch.Tensor) else self.extra
+
+    def set_extra_state(self, state: Any) -> None:
+        self.extra = state
+
+
+def test_extra_state_that_is_a_tensor_goes_to_its_module() -> None:
+    """It is made anew whenever it is asked for, so that it is no object to be kept."""
+    model = Scaled(torch.zeros(3))
+    report = load_into(model, Scaled(torch.arange(3.0)))
+    assert torch.equal(model.extra, torch.arange(3.0))
+    assert [(one.code, one.key) for one in report.findings] == [("load.unproved", "_extra_state")]
+
+
+def test_extra_state_that_is_no_tensor_is_told_once() -> None:
+    report = load_into(Scaled({"a": 1}), Scaled({"a": 2}))
+    assert [(one.code, one.key) for one in report.findings] == [("load.skipped", "_extra_state")]

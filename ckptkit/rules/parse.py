@@ -65,9 +65,8 @@ def as_rules(rules: Rules | Iterable[str] | Mapping[str, Any] | None) -> Rules:
         raise RuleError(f"rules is the string {quoted(rules)}", hint=f"pass a list: rules=[{rules!r}]")
     given: Any = rules
     renames = list(given) if isinstance(given, Iterable) else [given]
-    wrong = next((item for item in renames if not isinstance(item, str)), None)
-    if wrong is not None:
-        raise RuleError(f"a rule is {kind_of(wrong)}", hint='pass a list of renames: rules=["OLD=NEW"]')
+    if wrong := [item for item in renames if not isinstance(item, str)]:
+        raise RuleError(f"a rule is {kind_of(wrong[0])}", hint='pass a list of renames: rules=["OLD=NEW"]')
     return parse_rules(rename=renames)
 
 
