@@ -195,7 +195,9 @@ def remap_command(
                 made = order_like(made, _model(stack, like))
         note = "positions follow the file: load it where parameters are in this order, or give --like the new model"
         counted = (job.layout or made.form) == "indexed" and like is None
-        _finish(made, checkpoint, job, [note] if counted else [])
+        beside = "the weights in the file stay as they are: ckpt remap takes the same rules"
+        within = bool(checkpoint.envelope) and not job.output.only_tensors
+        _finish(made, checkpoint, job, [note] * counted + [beside] * within)
 
 
 @optim.command("resplit")
