@@ -401,6 +401,40 @@ def test_what_another_optimizer_trains_is_not_missing() -> None:
     assert validate_param_groups(model, [optimizer, others]).ok
 
 
+class Nested(torch.optim.Optimizer):
+    """Keeps its tensors in lists and dicts."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    def step(self, *_: Any) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter] = {"all": [{"mean": torch.ones_like(parameter)}, None, 3], "count": 1}
+
+
+def test_state_within_lists_and_dicts_fits_no_other_shape_either() -> None:
+    """Nothing but the step itself would notice that a tensor in a list is of the old shape."""
+    model = Net()
+    optimizer = Nested(grouped(model))
+    optimizer.step()
+    model.head = nn.Linear(model.head.in_features, 7)
+    model.emb.weight = nn.Parameter(model.emb.weight.detach().clone())
+    report = rebind(optimizer, model)
+    dropped = [one.key for one in report.findings if one.code == "rebind.state-dropped"]
+    assert dropped == ["head.weight", "head.bias"]
+    assert model.head.weight not in optimizer.state
+    assert optimizer.state[model.emb.weight]["all"][0]["mean"].shape == model.emb.weight.shape
+
+
+def test_one_module_or_optimizer_beside_needs_no_list() -> None:
+    model = Net()
+    others = torch.optim.SGD(model.head.named_parameters(), lr=0.1)
+    optimizer = adamw([("fc.weight", model.fc.weight), ("fc.bias", model.fc.bias), ("emb.weight", model.emb.weight)])
+    assert said(rebind(optimizer, model, beside=others)) == []
+    assert said(rebind(optimizer, model, beside=model.head)) == []
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
@@ -445,6 +479,19 @@ REFUSALS: dict[str, tuple[Callable[[Net], Any], dict[str, Any], str]] = {
         "OneGroup refuses a new group: one is enough",
     ),
     "on-shape": (lambda model: adamw(grouped(model)), {"on_shape": "keep"}, "on_shape is 'keep'"),
+    "on-shape-list": (lambda model: adamw(grouped(model)), {"on_shape": ["drop"]}, "on_shape is"),
+    "beside-number": (lambda model: adamw(grouped(model)), {"beside": [5]}, "beside has an int"),
+    "beside-none": (lambda model: adamw(grouped(model)), {"beside": None}, "beside has null"),
+    "beside-tensors": (lambda model: adamw(grouped(model)), {"beside": [torch.ones(1)]}, "beside has a Tensor"),
+    "add-list": (lambda model: adamw([("fc.bias", model.fc.bias)]), {"add_missing": [0]}, "add_missing is a list"),
+    "add-fraction": (lambda model: adamw([("fc.bias", model.fc.bias)]), {"add_missing": 0.5}, "add_missing is a float"),
+    "negative-rate": (
+        lambda model: adamw([("fc.bias", model.fc.bias)]),
+        {"add_missing": {"lr": -1}},
+        r"add_missing: lr is negative \(-1\)",
+    ),
+    "no-rate": (lambda model: adamw([("fc.bias", model.fc.bias)]), {"add_missing": {"lr": "x"}}, "lr is the string"),
+    "no-name": (lambda model: adamw([("fc.bias", model.fc.bias)]), {"add_missing": {1: 2}}, "the option 1 has no name"),
 }
 
 

@@ -12,12 +12,13 @@ from ckptkit.findings import Finding, Report, Severity
 from ckptkit.optimizer_schemas import Schema, schema_of
 from ckptkit.param_groups.inventory import Inventory, LiveParameter, bare_name, take_inventory
 from ckptkit.param_groups.members import Member, one_optimizer, read_groups
+from ckptkit.param_groups.ranges import range_fault
 from ckptkit.param_groups.rebind_schedulers import Joining, plan_joining
 from ckptkit.param_groups.refit import OnShape, Refit, refit
 from ckptkit.param_groups.schedulers import read_schedulers
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.succession import Heirs, find_heirs
-from ckptkit.text import human_bytes, listed, plural, quoted
+from ckptkit.text import human_bytes, kind_of, listed, plural, quoted
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -36,7 +37,7 @@ def rebind(
     add_missing: str | int | Mapping[str, Any] | None = None,
     on_shape: OnShape = "drop",
     guess: bool = False,
-    beside: Iterable[Module | Optimizer] = (),
+    beside: Module | Optimizer | Iterable[Module | Optimizer] = (),
 ) -> Report:
     """Make ``optimizer`` hold the parameters of ``model`` as they are now, and return what was done, a note each.
 
@@ -54,10 +55,10 @@ def rebind(
     ``added``, ``renamed``, ``state-dropped``, ``state-converted``, ``missing``. Raises ``GroupsError`` where anything
     cannot be decided; nothing is changed then.
     """
-    if on_shape not in {"drop", "pad", "error"}:
+    if on_shape not in ("drop", "pad", "error"):
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape is "drop", "pad" or "error"')
     work = _Work(one_optimizer(optimizer), take_inventory(model), on_shape)
-    work.read(guess=guess, beside={id(tensor) for one in beside for tensor in _tensors_of(one)})
+    work.read(guess=guess, beside=_tensors_beside(beside))
     work.move_state()
     work.place_missing(add_missing, schedulers)
     return work.carry_out()
@@ -141,6 +142,9 @@ class _Work:
                 if schema is not None or isinstance(tensor, int):
                     self.say("state-dropped", "", f"the state under {tensor!r} was of no parameter")
                     self.state.append((tensor, None, {}))
+            elif not isinstance(slots, Mapping):
+                self.say("state-dropped", "", f"the state of {tuple(tensor.shape)} was {kind_of(slots)}, without slots")
+                self.state.append((tensor, None, {}))
             elif member is None:
                 size = human_bytes(sum(value.nbytes for value in slots.values() if is_tensor(value)))
                 shape = tuple(tensor.shape)
@@ -215,7 +219,7 @@ class _Work:
         for name in names:
             self.say("added", name, f"{quoted(name)} was added to {where}")
 
-    def _group(self, wanted: str | int) -> int:
+    def _group(self, wanted: Any) -> int:
         groups = self.optimizer.param_groups
         if isinstance(wanted, str):
             names = [group.get("name", group.get("group_name")) for group in groups]
@@ -223,7 +227,11 @@ class _Work:
                 known = listed([name for name in names if isinstance(name, str)]) or "none has a name"
                 raise GroupsError(f"add_missing: no one group is called {quoted(wanted)}", hint=f"the groups: {known}")
             return names.index(wanted)
-        if isinstance(wanted, bool) or not 0 <= wanted < len(groups):
+        if not isinstance(wanted, int) or isinstance(wanted, bool):
+            raise GroupsError(
+                f"add_missing is {kind_of(wanted)}", hint="the name or index of a group, or the options of a new one"
+            )
+        if not 0 <= wanted < len(groups):
             raise GroupsError(f"add_missing: there is no group {wanted}", hint=f"0 to {len(groups) - 1}")
         return wanted
 
@@ -242,6 +250,11 @@ class _Work:
                 "was given",
                 hint="schedulers= all of them, or () where none is in use any more",
             )
+        for key in options:
+            if not isinstance(key, str):
+                raise GroupsError(f"add_missing: the option {key!r} has no name", hint="options are called as in torch")
+            if fault := range_fault(key, {**self.optimizer.defaults, **options}, type(self.optimizer)):
+                raise GroupsError(f"add_missing: {key} {fault[0]}", hint=fault[1])
         # Copied: a rate that is a tensor would be changed in all groups that share it.
         options = copy.deepcopy({**self.optimizer.defaults, **options})
         if driving := read_schedulers(schedulers):
@@ -276,11 +289,18 @@ class _Work:
         return Report(tuple(self.findings), GroupsError)
 
 
-def _tensors_of(owner: Any) -> Iterable[Any]:
-    if hasattr(owner, "param_groups"):
-        return [tensor for group in owner.param_groups for tensor in group["params"]]
-    tensors: Iterable[Any] = owner.parameters()
-    return tensors
+def _tensors_beside(beside: Any) -> set[int]:
+    """Return the ids of all that modules and other optimizers hold; one alone will do."""
+    alone = hasattr(beside, "param_groups") or hasattr(beside, "named_parameters")
+    ids: set[int] = set()
+    for owner in (beside,) if alone or not isinstance(beside, Iterable) else beside:
+        if hasattr(owner, "param_groups"):
+            ids.update(id(tensor) for group in owner.param_groups for tensor in group["params"])
+        elif hasattr(owner, "named_parameters") and not isinstance(owner, type):
+            ids.update(map(id, owner.parameters()))
+        else:
+            raise GroupsError(f"beside has {kind_of(owner)}", hint="it is a list of modules and other optimizers")
+    return ids
 
 
 def _or_refuse(add: Callable[[], object], called: str) -> None:

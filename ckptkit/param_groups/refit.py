@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -52,7 +52,7 @@ def refit(
     wrong = _misshapen(slots, live, older, schema)
     if not wrong:
         return Refit(*_converted(slots, live, older, schema, options))
-    shown = ", ".join(f"{slot} {tuple(slots[slot].shape)}" for slot in wrong)
+    shown = ", ".join(f"{slot} {tuple(next(_tensors_in(slots[slot])).shape)}" for slot in wrong)
     reason = f"{shown} does not fit {live.shape}"
     if on_shape == "error":
         raise GroupsError(
@@ -73,13 +73,22 @@ def _beyond(value: Any, live: LiveParameter) -> str | None:
     """Return why a slot cannot go along whatever its shape."""
     if live.lazy:
         return "the parameter has no shape yet"
-    if not is_tensor(value) or not value.ndim:
-        return None
-    if value.is_meta and not live.tensor.is_meta:
-        return "it is on the meta device, where there are no values"
-    if hasattr(live.tensor, "device_mesh") != hasattr(value, "device_mesh"):
-        return "the parameter is a DTensor now, and its state is none"
+    for tensor in _tensors_in(value):
+        if tensor.is_meta and not live.tensor.is_meta:
+            return "it is on the meta device, where there are no values"
+        if hasattr(live.tensor, "device_mesh") != hasattr(tensor, "device_mesh"):
+            return "the parameter is a DTensor now, and its state is none"
     return None
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yield what has dims in a slot, also within lists and dicts, as other people's optimizers keep it."""
+    if is_tensor(value):
+        if value.ndim:
+            yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors_in(inner)
 
 
 def _misshapen(
@@ -93,7 +102,7 @@ def _misshapen(
     # Of other people's optimizers nothing is known but that their state was right beside the older parameter.
     if older is None or tuple(older.shape) == live.shape:
         return ()
-    return tuple(tensors)
+    return tuple(name for name, value in slots.items() if next(_tensors_in(value), None) is not None)
 
 
 def _no_padding(
