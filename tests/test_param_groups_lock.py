@@ -290,6 +290,22 @@ def test_a_tied_parameter_is_explained_under_any_of_its_names() -> None:
     assert [alias.name for alias in told.facts.aliases] == ["fc2.weight"]
 
 
+@pytest.mark.parametrize("name", [None, 5, ["fc1.weight"]], ids=repr)
+def test_what_is_no_name_is_refused(name: Any) -> None:
+    with pytest.raises(GroupsError, match="the name of a parameter is"):
+        explain_param_group(Net(), SPEC, name)
+
+
+@pytest.mark.parametrize("lock", [{}, "groups.lock.json", 5], ids=repr)
+def test_what_is_no_lock_is_refused(lock: Any) -> None:
+    """A path, or the document itself, has to be parsed first."""
+    model = Net()
+    with pytest.raises(GroupsError, match="a lock cannot be"):
+        assert_param_groups(model, optimizer_of(model), lock=lock)
+    with pytest.raises(GroupsError, match="a lock cannot be"):
+        diff_locks(lock_model(subject_of(model)), lock)
+
+
 def test_a_name_that_the_model_lacks_is_refused_with_the_nearest() -> None:
     with pytest.raises(GroupsError) as caught:
         explain_param_group(Net(), SPEC, "head.weigth")

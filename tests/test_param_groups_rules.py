@@ -10,6 +10,7 @@ from torch import nn
 
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import build_param_groups, check_spec, parse_spec, plan_param_groups, validate_param_groups
+from ckptkit.param_groups.explain import explain_param_group
 
 
 class RMSNorm(nn.Module):
@@ -372,6 +373,13 @@ def modified(**table: Any) -> dict[str, Any]:
     return {"defaults": {"lr": 1.0}, "group": [REST], "modifier": [{"name": "m", **table}]}
 
 
+def nested(depth: int) -> dict[str, Any]:
+    match: dict[str, Any] = {"ndim": 1}
+    for _ in range(depth):
+        match = {"not": match}
+    return match
+
+
 @pytest.mark.parametrize(
     ("spec", "reason", "way_out"),
     [
@@ -394,6 +402,8 @@ def modified(**table: Any) -> dict[str, Any]:
         pytest.param(modified(match={"role": "nrom"}), "no role the string 'nrom'", "norm", id="role"),
         pytest.param(modified(match={"ndim": "1"}), "ndim is the string '1'", "ndim = 1", id="ndim"),
         pytest.param(modified(match={"shape": 3}), "shape is an int", "a star is any", id="shape"),
+        pytest.param(modified(match={"role": [["bias"]]}), "there is no role a list", "the roles are", id="role-list"),
+        pytest.param(modified(match=nested(40)), "nested more than 32 levels deep", "", id="deep"),
         pytest.param(modified(match={"dtype": "f99"}), "no dtype 'f99'", "F32", id="dtype"),
         pytest.param(modified(match={"any": []}), "any is a list, not a list of conditions", "any = [", id="any-empty"),
         pytest.param(modified(layer_decay=0.5), "layer_decay but no layers", "layers =", id="decay-alone"),
@@ -430,6 +440,20 @@ def test_a_spec_that_cannot_be_meant_is_refused(spec: Any, reason: str, way_out:
         parse_spec(spec)
     assert reason in caught.value.reason
     assert way_out in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize(
+    "modifier",
+    [{"lr_mult": 1e308}, {"layers": ["{i:int}.*"], "layer_decay": 1e200}],
+    ids=["multiple", "layers"],
+)
+def test_multiples_that_leave_no_number_are_refused(modifier: dict[str, Any]) -> None:
+    """A group with an infinite lr would train to NaN in its first step; explain refuses it as the plan does."""
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    spec = {"defaults": {"lr": 100.0}, "group": [{"name": "base", "rest": True}], "modifier": [modifier]}
+    for ask in (lambda: build_param_groups(model, spec), lambda: explain_param_group(model, spec, "0.weight")):
+        with pytest.raises(GroupsError, match="'lr' of group 'base', multiplied by all that fit, is inf"):
+            ask()
 
 
 def test_a_modifier_that_fits_nothing_is_refused_with_the_nearest_pattern() -> None:

@@ -40,7 +40,7 @@ def build_param_groups(
     known = [name for name in plan.optimizers if name is not None]
     if optimizer is not None and optimizer not in known:
         raise GroupsError(
-            f"no group of the spec trains with {quoted(optimizer)}",
+            f"no group of the spec trains with {quoted(str(optimizer))}",
             hint=f"the spec names {', '.join(known)}" if known else f"write optimizer = {optimizer!r} into the spec",
         )
     if optimizer is None and len(plan.optimizers) > 1:

@@ -15,6 +15,7 @@ from ckptkit.text import kind_of, quoted
 
 __all__ = ["Condition", "condition_table", "parse_condition"]
 
+_DEEPEST = 32
 _EXAMPLE = 'for example match = { any = [{ ndim = [0, 1] }, { role = "bias" }] }'
 
 
@@ -43,7 +44,7 @@ class Condition:
         return None if None in told else not decisive
 
 
-def parse_condition(table: Any, where: str) -> Condition:
+def parse_condition(table: Any, where: str, depth: int = 0) -> Condition:
     """Return the condition that a table describes: all of its keys must hold, and one value of a list.
 
     Raises ``GroupsError``, beginning with ``where``, for a question or a value that cannot be meant.
@@ -52,7 +53,9 @@ def parse_condition(table: Any, where: str) -> Condition:
         raise GroupsError(f"{where}: match is {kind_of(table)}, not a table", hint=_EXAMPLE)
     if not table:
         raise GroupsError(f"{where}: match asks nothing", hint=_EXAMPLE)
-    conditions = [_one(str(key), value, where) for key, value in table.items()]
+    if depth > _DEEPEST:
+        raise GroupsError(f"{where}: match is nested more than {_DEEPEST} levels deep", hint=_EXAMPLE)
+    conditions = [_one(str(key), value, where, depth) for key, value in table.items()]
     return conditions[0] if len(conditions) == 1 else Condition("all", inner=tuple(conditions))
 
 
@@ -70,13 +73,13 @@ def _plain(value: Any) -> Any:
     return value.text if isinstance(value, Pattern) else list(value) if isinstance(value, tuple) else value
 
 
-def _one(kind: str, value: Any, where: str) -> Condition:
+def _one(kind: str, value: Any, where: str, depth: int) -> Condition:
     if kind in ("any", "all"):
         if not isinstance(value, list | tuple) or not value:
             raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a list of conditions", hint=_EXAMPLE)
-        return Condition(kind, inner=tuple(parse_condition(inner, where) for inner in value))
+        return Condition(kind, inner=tuple(parse_condition(inner, where, depth + 1) for inner in value))
     if kind == "not":
-        return Condition(kind, inner=(parse_condition(value, where),))
+        return Condition(kind, inner=(parse_condition(value, where, depth + 1),))
     if kind not in _VALUES:
         raise GroupsError(
             f"{where}: match has the unknown key {quoted(kind)}",
@@ -110,10 +113,10 @@ def _count(kind: str, value: Any, where: str) -> int:
 
 
 def _role(value: Any, where: str) -> str:
-    if value not in ROLES:
+    if not isinstance(value, str) or value not in ROLES:
         known = ", ".join(sorted(ROLES))
         raise GroupsError(f"{where}: there is no role {kind_of(value)}", hint=f"the roles are {known}")
-    return str(value)
+    return value
 
 
 def _dtype(value: Any, where: str) -> str:

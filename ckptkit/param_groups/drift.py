@@ -10,7 +10,7 @@ from typing import Any
 from ckptkit.errors import GroupsError
 from ckptkit.findings import Finding, Report, Severity
 from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock
-from ckptkit.text import plural, printable, quoted
+from ckptkit.text import kind_of, plural, printable, quoted
 
 __all__ = ["diff_locks", "driven_options", "find_heirs"]
 
@@ -26,6 +26,9 @@ def diff_locks(expected: ParamGroupsLock, found: ParamGroupsLock) -> Report:
     Codes of errors: ``groups.gone``, ``new``, ``shape``, ``moved``, ``order``, ``ties``; of warnings: ``dtype``,
     ``thawed``, ``options``. Options are those that ``expected`` gives; others are the optimizer's own.
     """
+    for lock in (expected, found):
+        if not isinstance(lock, ParamGroupsLock):
+            raise GroupsError(f"a lock cannot be {kind_of(lock)}", hint="parse_lock(json.load(file)) reads one")
     if expected.fingerprint == found.fingerprint:
         findings = []
     else:

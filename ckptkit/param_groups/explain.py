@@ -12,7 +12,7 @@ from ckptkit.param_groups.facts import ParameterFacts, subject_of
 from ckptkit.param_groups.owners import Speakers
 from ckptkit.param_groups.reading import SpecLike, parse_spec
 from ckptkit.param_groups.resolve import Said, resolve
-from ckptkit.text import quoted
+from ckptkit.text import kind_of, quoted
 
 __all__ = ["Explanation", "explain_param_group"]
 
@@ -42,6 +42,8 @@ def explain_param_group(model: Any, spec: SpecLike, name: str) -> Explanation:
     ``model`` is what ``plan_param_groups`` takes; a tied parameter may be asked for by any of its names, and is
     answered for as its first. Raises ``GroupsError`` where the model has no parameter of that name.
     """
+    if not isinstance(name, str):
+        raise GroupsError(f"the name of a parameter is {kind_of(name)}", hint="ask for one as named_parameters has it")
     subject, spec = subject_of(model), parse_spec(spec)
     facts = next((one for one in subject.parameters if any(name == alias.name for alias in one.named())), None)
     if facts is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -43,7 +44,10 @@ class Layers:
 
     def scale(self, layer: int, count: int) -> float:
         """Return what the learning rate of a layer is multiplied by: 1 for the last."""
-        return max(self.min_scale, self.decay ** (count - 1 - layer))
+        try:
+            return max(self.min_scale, self.decay ** (count - 1 - layer))
+        except OverflowError:
+            return math.inf
 
     def _place(self, name: str) -> tuple[int, ...] | None:
         for level, patterns in enumerate(self.levels):

@@ -77,7 +77,7 @@ class ParamGroupsLock:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over name, dtype and shape of every parameter, sorted by name."""
+        """SHA-256 over name, dtype, shape and ties of every parameter, sorted by name."""
         lines = sorted(
             json.dumps([one.name, one.dtype, list(one.shape), sorted(one.aliases)]) for one in self.parameters.values()
         )

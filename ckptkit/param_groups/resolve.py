@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec, number_fault
+from ckptkit.text import quoted
 
 __all__ = ["Applied", "Said", "resolve"]
 
@@ -34,7 +36,8 @@ def resolve(spec: ParamGroupSpec, rule: GroupRule, applied: Sequence[Applied]) -
     """Return the options that the optimizer gets, and how they came about.
 
     Each speaker sets options and then multiplies what stands; the learning rate comes out as a number, and beside it,
-    where the spec asks for ``lr_scale``, as the number before all multiples with their product.
+    where the spec asks for ``lr_scale``, as the number before all multiples with their product. Raises ``GroupsError``
+    where multiples make of a number what is none to train with.
     """
     said = [Said("defaults", key, value) for key, value in spec.given(rule).items()]
     options = spec.given(rule)
@@ -61,4 +64,11 @@ def resolve(spec: ParamGroupSpec, rule: GroupRule, applied: Sequence[Applied]) -
             speak(f"{one.modifier.name}, layer {one.layer}", {}, {"lr": one.scale})
     if spec.lr_scale:
         options["lr_scale"] = scale
+    for one_said in said:
+        fault = None if one_said.factor is None else number_fault(options[one_said.key])
+        if fault is not None:
+            raise GroupsError(
+                f"{quoted(one_said.key)} of group {quoted(rule.name)}, multiplied by all that fit, {fault}",
+                hint=f"ckpt groups explain tells each step; {quoted(one_said.who)} is one of them",
+            )
     return options, said
