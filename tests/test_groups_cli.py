@@ -104,6 +104,40 @@ def test_several_optimizers_are_validated_together(capsys: pytest.CaptureFixture
     assert (ran.code, ran.out.strip()) == (0, "10 trainable parameters, each in exactly one of 2 groups")
 
 
+def test_validate_warns_of_parameters_that_no_layer_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They would train at their full rate without a word."""
+    spec = tmp_path / "groups.toml"
+    spec.write_text(
+        'defaults.lr = 1e-3\n[[group]]\nname = "all"\nrest = true\n'
+        '[[modifier]]\nlayers = ["conv{i:int}.*", "fc3.*"]\nlayer_decay = 0.5\n'
+    )
+    ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
+    (finding,) = json.loads(ran.out)["findings"]
+    assert (ran.code, finding["code"], finding["severity"]) == (1, "groups.layer-unmatched", "warning")
+    assert "puts 4 parameters that it fits into no layer" in finding["message"]
+
+
+def test_validate_warns_of_options_for_a_class_that_trains_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a slip in the name: the group would train with the defaults of its class."""
+    spec = tmp_path / "groups.toml"
+    spec.write_text('[optimizers.AdamW]\nlr = 1e-3\n[[group]]\nname = "all"\nrest = true\noptimizer = "AdmaW"\n')
+    ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
+    assert ran.code == 1
+    assert [one["code"] for one in json.loads(ran.out)["findings"]] == ["groups.optimizer-unused"]
+
+
+def test_layer_decay_outside_of_a_modifier_is_told_where_it_goes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spec = tmp_path / "groups.toml"
+    spec.write_text('[defaults]\nlr = 1e-3\nlayer_decay = 0.75\n[[group]]\nname = "all"\nrest = true\n')
+    ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec)
+    assert ran.code == 2
+    assert "[[modifier]] layers = [" in ran.err
+
+
 def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A base-shape file of mup, which is YAML, or a checkpoint of the base model: both say the same."""
     shapes = {name: parameter.shape for name, parameter in build().named_parameters()}

@@ -37,6 +37,16 @@ class Diagnosis:
 
     def remarks(self) -> Iterator[Finding]:
         """Yield what is only assumed, unsure or left at its value."""
+        trained = {self.spec.optimizer_of(rule) for rule in self.spec.rules}
+        for name in self.spec.optimizers:
+            if name not in trained:
+                yield _finding(
+                    "groups.optimizer-unused",
+                    name,
+                    f"[optimizers.{name}] gives options to a class that no group trains with",
+                    f"name it in a group, or at the top of the spec: optimizer = {quoted(name)}",
+                    "warning",
+                )
         for name, without in self.speakers.without_layer.items():
             yield _finding(
                 "groups.layer-unmatched",

@@ -32,6 +32,7 @@ _RESERVED = {
     "layer_decay": "it belongs to one [[modifier]], beside layers",
     "min_scale": "it belongs to one [[modifier]], beside layers",
 }
+_DEPTH = ("layers", "layer_decay", "min_scale")
 _NUMBERS = ("lr", "weight_decay")  # the two that every torch.optim class uses as one number, zero or more
 _MULTIPLE = "_mult"
 _EXAMPLE = 'for example [[group]] with params = "head.*" and lr = 0.01, then one with rest = true'
@@ -189,7 +190,7 @@ def _options(table: Mapping[str, Any], own: Sequence[str], where: str) -> tuple[
 
 def _layers(table: Mapping[str, Any], where: str) -> Layers | None:
     if "layers" not in table:
-        for key in ("layer_decay", "min_scale"):
+        for key in _DEPTH[1:]:
             if key in table:
                 raise GroupsError(f"{where} has {key} but no layers", hint=f"say from input to output: {_LAYERS}")
         return None
@@ -198,7 +199,7 @@ def _layers(table: Mapping[str, Any], where: str) -> Layers | None:
         raise GroupsError(f"{where}: layers is {kind_of(levels)}, not a list of patterns", hint=f"write {_LAYERS}")
     if "layer_decay" not in table:
         raise GroupsError(f"{where} has layers but no layer_decay", hint="write layer_decay = 0.75")
-    for key in ("layer_decay", "min_scale"):
+    for key in _DEPTH[1:]:
         fault = number_fault(table.get(key, 0))
         if fault is not None:
             raise GroupsError(f"{where}: {key} {fault}", hint=f"write a number, 0 or more: {key} = 0.75")
@@ -296,7 +297,8 @@ def _check_options(options: Mapping[Any, Any], where: str) -> None:
         if not isinstance(key, str) or not key:
             raise GroupsError(f"{where}: the option {key!r} has no name", hint="an option is called as in torch.optim")
         if key in _RESERVED:
-            raise GroupsError(f"{where}: {key} is not an option, {_RESERVED[key]}", hint="leave it out")
+            way_out = f"[[modifier]] {_LAYERS}, layer_decay = 0.75" if key in _DEPTH else "leave it out"
+            raise GroupsError(f"{where}: {key} is not an option, {_RESERVED[key]}", hint=way_out)
         fault = number_fault(value) if key in _NUMBERS else None
         if fault is not None:
             raise GroupsError(f"{where}: {key} {fault}", hint=f"write a finite number, 0 or more: {key} = 0.01")

@@ -8,6 +8,8 @@ from ckptkit.cli.groups.model import live_model, model_option
 from ckptkit.cli.groups.source import Source, source_options
 from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, quiet_option
 from ckptkit.cli.streams import put
+from ckptkit.errors import GroupsError
+from ckptkit.findings import Report
 from ckptkit.param_groups import build_param_groups, check_spec, plan_param_groups, validate_param_groups
 from ckptkit.report.findings import findings_document, findings_page
 from ckptkit.text import plural
@@ -37,7 +39,7 @@ def validate(context: click.Context, source: Source, *, model: str, form: Form, 
         plan = plan_param_groups(live, given) if report.ok else None
         if plan is not None:
             built = [group for name in plan.optimizers for group in build_param_groups(live, given, optimizer=name)]
-            report = validate_param_groups(live, built)
+            report = Report((*report.findings, *validate_param_groups(live, built).findings), GroupsError)
     if form is Form.JSON or report.findings:
         echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
     elif not quiet and plan is not None:
