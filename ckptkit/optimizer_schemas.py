@@ -30,6 +30,8 @@ class Slot:
     not_negative: bool = False
     # A step fails where its dtype is not that of the parameter (lerp_); elsewhere torch promotes.
     exact_dtype: bool = False
+    # The option that each element begins with, where that is not zero.
+    begins: str = ""
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...] | None:
         """Return the shape beside a parameter of shape ``parameter``, or None where that does not follow from it."""
@@ -102,7 +104,7 @@ SCHEMAS: Mapping[str, Schema] = {
             elementwise=False,
             mark="beta2_decay",
         ),
-        Schema("Adagrad", (_STEP, *_squares("sum"))),
+        Schema("Adagrad", (_STEP, Slot("sum", not_negative=True, begins="initial_accumulator_value"))),
         Schema("Adam", _ADAM),
         Schema("AdamW", _ADAM),
         Schema("Adamax", (_STEP, _MEAN, *_squares("exp_inf"))),
@@ -136,7 +138,7 @@ SCHEMAS: Mapping[str, Schema] = {
                 Slot("grad_avg", option="centered", exact_dtype=True),
             ),
         ),
-        Schema("Rprop", (_STEP, Slot("prev"), *_squares("step_size"))),
+        Schema("Rprop", (_STEP, Slot("prev"), Slot("step_size", not_negative=True, begins="lr"))),
         Schema("SGD", (Slot("momentum_buffer", option="momentum", restarts=True),)),
         Schema("SparseAdam", (_STEP, Slot("exp_avg"), *_squares("exp_avg_sq"))),
     )

@@ -316,3 +316,63 @@ def test_what_loading_would_do(groups: Any, change: Any, codes: list[str]) -> No
     live = named(other := Net(), trained(other, OPTIMIZERS["SGD"](groups(other))))
     report = optimizer_state_diff(saved if change is None else change(saved), live)
     assert [finding.code for finding in report.findings] == [f"optim.{code}" for code in codes]
+
+
+BEGINNERS: dict[str, Any] = {
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
+    "AdamW": torch.optim.AdamW,
+    "Adagrad": lambda groups: torch.optim.Adagrad(groups, initial_accumulator_value=0.5),
+    "RMSprop": lambda groups: torch.optim.RMSprop(groups, momentum=0.9, centered=True),
+    "Rprop": lambda groups: torch.optim.Rprop(groups, lr=0.02),
+}
+
+
+@pytest.mark.parametrize("kind", BEGINNERS)
+def test_new_rows_begin_as_those_of_a_new_parameter(kind: str) -> None:
+    """As torch begins a state itself: of Adagrad with its ``initial_accumulator_value``, of Rprop with its ``lr``."""
+    model = Net()
+    state = named(model, trained(model, BEGINNERS[kind](model.parameters())))
+    rows, columns = model.head.weight.shape
+    fresh = nn.Parameter(torch.ones(2, columns))
+    optimizer = BEGINNERS[kind]([fresh])
+    fresh.grad = torch.zeros_like(fresh)
+    optimizer.step()
+    pad = {"from": "head.weight", "to": "head.weight", "op": {"pad": {"size": rows + 2}}}
+    grown = remap(state, rules([pad])).state["head.weight"]
+    elementwise = {slot: value for slot, value in optimizer.state[fresh].items() if value.shape == fresh.shape}
+    assert elementwise
+    for slot, value in elementwise.items():
+        assert torch.equal(grown[slot].read()[rows:], value)
+        assert torch.equal(grown[slot].read()[:rows], state.state["head.weight"][slot].read())
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda _: remap(None, ["a=b"]),  # type: ignore[arg-type]
+        lambda state: remap(to_dict(state), ["a=b"]),  # type: ignore[arg-type]
+        lambda state: prune(to_dict(state)),  # type: ignore[arg-type]
+        lambda state: prune(state, drop=[5]),  # type: ignore[list-item]
+        lambda state: prune(state, reset=None),  # type: ignore[arg-type]
+        lambda state: prune(state, 5),
+        lambda state: resplit(state, None),  # type: ignore[arg-type]
+        lambda state: resplit(state, [{"params": list(state.names)}]),  # type: ignore[list-item]
+        lambda state: resplit(state, {"group": [{"rest": True}]}),  # type: ignore[dict-item]
+        lambda state: order_like(state, None),
+        lambda state: order_like(to_dict(state), Net()),  # type: ignore[arg-type]
+        lambda state: to_dict(state, None),  # type: ignore[arg-type]
+        to_dict,
+    ],
+)
+def test_a_wrong_argument_is_refused_in_a_sentence(ask: Any) -> None:
+    """Whatever is given in the place of what, no error comes from inside."""
+    model = Net()
+    state = named(model, trained(model, OPTIMIZERS["AdamW"](model.parameters()), 1))
+    with pytest.raises(CkptkitError):
+        ask(to_dict(state) if ask is to_dict else state)
+
+
+def test_one_pattern_needs_no_list() -> None:
+    model = Net()
+    state = named(model, trained(model, OPTIMIZERS["AdamW"](model.parameters()), 1))
+    assert prune(state, drop="head.*").names == prune(state, drop=["head.*"]).names

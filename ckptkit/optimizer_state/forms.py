@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state.model import FORMS, LazyTensor, OptimizerState, Slot, Unknown, map_tensors
+from ckptkit.optimizer_state.model import FORMS, LazyTensor, OptimizerState, Slot, Unknown, held, map_tensors
 from ckptkit.text import quoted
 from ckptkit.wrappers import FLAT_GROUPS, FLAT_STATE
 
@@ -28,8 +28,8 @@ def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
 def lay_out(state: OptimizerState, form: str) -> dict[str, Slot]:
     """Return the state in one of ``FORMS``, its tensors still unread; raises ``PlanError`` for a name in two groups."""
     if form not in FORMS:
-        raise PlanError(f"{quoted(form)} is no form of an optimizer state", hint=f"one of {', '.join(FORMS)}")
-    twice = [name for name, count in Counter(state.names).items() if count > 1]
+        raise PlanError(f"{quoted(str(form))} is no form of an optimizer state", hint=f"one of {', '.join(FORMS)}")
+    twice = [name for name, count in Counter(held(state).names).items() if count > 1]
     if twice:
         raise PlanError(f"{quoted(twice[0])} is in the groups more than once")
     known = set(state.names)

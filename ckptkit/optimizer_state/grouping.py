@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot
+from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot, held
 from ckptkit.optimizer_state.shapes import parameters_of
 from ckptkit.optimizer_state.slots import number_of, same_value
 from ckptkit.param_groups import ParamGroupsPlan
 from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.text import listed, plural, printable, quoted
+from ckptkit.text import kind_of, listed, plural, printable, quoted
 
 __all__ = ["GroupsLike", "Hyper", "equal_values", "order_like", "resplit", "told_value", "with_members"]
 
@@ -38,7 +38,7 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     """
     if hyper not in ("live", "saved", "error"):
         raise PlanError(f"hyper is {quoted(str(hyper))}", hint="it is live, saved or error")
-    wanted = _named_groups(groups, called=any("name" in group.options for group in state.groups))
+    wanted = _named_groups(groups, called=any("name" in group.options for group in held(state).groups))
     names = [name for group in wanted for name in group.names]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -60,7 +60,7 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     return replace(state, state=kept, groups=made, changes=changes, remarks=tuple(dict.fromkeys(remarks)))
 
 
-def _named_groups(groups: GroupsLike, *, called: bool) -> tuple[NamedGroup, ...]:
+def _named_groups(groups: Any, *, called: bool) -> tuple[NamedGroup, ...]:
     if isinstance(groups, OptimizerState):
         return groups.groups
     if isinstance(groups, ParamGroupsPlan | ParamGroupsLock):
@@ -71,7 +71,10 @@ def _named_groups(groups: GroupsLike, *, called: bool) -> tuple[NamedGroup, ...]
             )
             for group in groups.groups
         )
-    return tuple(groups)
+    given = tuple(groups) if isinstance(groups, Iterable) and not isinstance(groups, Mapping) else (groups,)
+    if wrong := [group for group in given if not isinstance(group, NamedGroup)]:
+        raise PlanError(f"the groups have {kind_of(wrong[0])}", hint="plan_param_groups(model, spec) makes groups")
+    return given
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +181,7 @@ def order_like(state: OptimizerState, model: Any) -> OptimizerState:
     parameters = parameters_of(model)
     place = {name: number for number, name in enumerate(parameters.shapes)}
     place |= {other: place[first] for other, first in parameters.aliases.items() if first in place}
-    unknown = [name for name in state.names if name not in place]
+    unknown = [name for name in held(state).names if name not in place]
     if unknown:
         raise PlanError(
             f"{parameters.said} has no {listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"

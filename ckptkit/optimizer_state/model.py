@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.errors import ModelError
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.text import html_table, plural, printable
+from ckptkit.text import html_table, kind_of, plural, printable
 from ckptkit.torch_bridge import Live
 
 if TYPE_CHECKING:
@@ -21,6 +22,7 @@ __all__ = [
     "OptimizerState",
     "Slot",
     "Unknown",
+    "held",
     "map_tensors",
     "tensors_in",
 ]
@@ -158,6 +160,15 @@ class OptimizerState:
             for name in group.names
         ]
         return html_table(("parameter", "group", "slots"), rows)
+
+
+def held(state: Any) -> OptimizerState:
+    """Return the state that was given; raises ``ModelError`` for anything that is not by name yet."""
+    if not isinstance(state, OptimizerState):
+        raise ModelError(
+            f"the optimizer state is {kind_of(state)}, not one by name", hint="to_named(state, names) makes one of it"
+        )
+    return state
 
 
 def tensors_in(value: Slot) -> Iterator[LazyTensor]:

@@ -9,10 +9,10 @@ from typing import Any
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.keys import Pattern, matches_any, parse_pattern
 from ckptkit.optimizer_state.grouping import with_members
-from ckptkit.optimizer_state.model import Change, OptimizerState
+from ckptkit.optimizer_state.model import Change, OptimizerState, held
 from ckptkit.optimizer_state.shapes import Parameters, parameters_of
 from ckptkit.optimizer_state.slots import parameter_shape
-from ckptkit.text import plural, printable, shell_word
+from ckptkit.text import kind_of, plural, printable, shell_word
 
 __all__ = ["prune"]
 
@@ -20,7 +20,7 @@ _SHOWN = 4
 
 
 def prune(
-    state: OptimizerState, like: Any = None, *, drop: Iterable[str] = (), reset: Iterable[str] = ()
+    state: OptimizerState, like: Any = None, *, drop: str | Iterable[str] = (), reset: str | Iterable[str] = ()
 ) -> OptimizerState:
     """Return the state without what does not fit ``like``: a Module, a Checkpoint, or a mapping of names to shapes.
 
@@ -29,8 +29,8 @@ def prune(
     unasked. ``changes`` say what became of each, and why. Raises ``RuleError`` for a pattern that fits nothing, and
     ``PlanError`` where nothing would be left.
     """
-    dropping, resetting = tuple(map(parse_pattern, drop)), tuple(map(parse_pattern, reset))
-    _refuse_unused(dropping, state.names, "--drop")
+    dropping, resetting = _patterns(drop, "drop"), _patterns(reset, "reset")
+    _refuse_unused(dropping, held(state).names, "--drop")
     _refuse_unused(resetting, state.names, "--reset")
     model = None if like is None else parameters_of(like)
     changes: list[Change] = []
@@ -60,6 +60,13 @@ def prune(
         changes=tuple(changes),
         remarks=tuple(dict.fromkeys((*state.remarks, *said))),
     )
+
+
+def _patterns(texts: Any, option: str) -> tuple[Pattern, ...]:
+    several = list(texts) if isinstance(texts, Iterable) and not isinstance(texts, str | bytes) else [texts]
+    if wrong := [text for text in several if not isinstance(text, str)]:
+        raise RuleError(f"{option} has {kind_of(wrong[0])}", hint='it is a pattern or a list of patterns: "head.*"')
+    return tuple(map(parse_pattern, several))
 
 
 def _fate(name: str, state: OptimizerState, model: Parameters | None) -> tuple[str, str]:

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import PlanError
 from ckptkit.making import Maker
-from ckptkit.optimizer_schemas import marked_by
+from ckptkit.optimizer_schemas import SCHEMAS, marked_by
 from ckptkit.optimizer_state.grouping import with_members
-from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot
+from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot, held
 from ckptkit.optimizer_state.slots import number_of, same_value, slot_kind
 from ckptkit.plan import Step
 from ckptkit.rules import Made, Rules, apply_rules, as_rules, describe_made
 from ckptkit.steps import make_step
+from ckptkit.tensor_ops.resizing import Pad
 from ckptkit.tensors import Checkpoint, Payload, TensorInfo
 from ckptkit.text import quoted
 
@@ -33,14 +34,14 @@ def remap(
     """Return the state of the parameters that ``rules`` make: those that make the weights of a model are meant.
 
     A slot with a number for each element (``exp_avg``, ``momentum_buffer``; ``elementwise`` names more) is split,
-    joined, padded (with zeros) and turned with its weight, bit by bit, when it is read. One number for the whole
-    parameter (``step``) is copied; of parameters that become one it has to be equal. All else follows a renaming alone.
-    A parameter is in the group of those that it is made of.
+    joined, padded (as new rows begin) and turned with its weight, bit by bit, when it is read. One number for the
+    whole parameter (``step``) is copied; of parameters that become one it has to be equal. All else follows a renaming
+    alone. A parameter is in the group of those that it is made of.
 
     Raises ``RuleError`` as for weights, and ``PlanError`` where a rule computes, where parameters of different options
     or numbers become one, or where a slot cannot follow.
     """
-    key_map = apply_rules(as_rules(rules), state.names)
+    key_map = apply_rules(as_rules(rules), held(state).names)
     outputs = key_map.outputs()
     work = _Work(state, frozenset(elementwise), {name: group for group in state.groups for name in group.names})
     slots = {new: work.slots(new, how) for new, how in outputs.items()}
@@ -140,7 +141,8 @@ class _Work:
 
     def _moved(self, slot: str, new: str, how: Made) -> LazyTensor:
         assert how.recipe is not None  # noqa: S101 - a parameter that is renamed alone is not moved
-        how = replace(how, recipe=self._moves(how.recipe, new, how.rule), equals=())
+        fill = self._beginning(slot, how.sources[0])
+        how = replace(how, recipe=self._moves(how.recipe, new, how.rule, fill), equals=())
         if slot not in self.makers:
             checkpoint = _checkpoint_of(self.state.slot(slot), f"the {slot} of the optimizer state")
             self.makers[slot] = checkpoint, Maker({_ROLE: checkpoint})
@@ -149,12 +151,21 @@ class _Work:
         step = make_step(replace(described, key=new), how, _ROLE, checkpoint)
         return LazyTensor(step.out, _made_by(step, maker, checkpoint.path))
 
-    def _moves(self, recipe: Recipe, new: str, rule: str) -> Recipe:
-        inputs = tuple(item if isinstance(item, int) else self._moves(item, new, rule) for item in recipe.inputs)
-        return replace(recipe, inputs=inputs, operations=tuple(self._move(one, new, rule) for one in recipe.operations))
+    def _beginning(self, slot: str, name: str) -> float:
+        """Return what an optimizer puts into each element of a slot before its first step."""
+        group, option = self.home.get(name), _BEGINNINGS.get(slot, "")
+        number = None if group is None else number_of(group.options.get(option))
+        return 0.0 if number is None else float(number)
 
-    def _move(self, operation: Operation, new: str, rule: str) -> Operation:
+    def _moves(self, recipe: Recipe, new: str, rule: str, fill: float) -> Recipe:
+        inputs = tuple(item if isinstance(item, int) else self._moves(item, new, rule, fill) for item in recipe.inputs)
+        moved = tuple(self._move(one, new, rule, fill) for one in recipe.operations)
+        return replace(recipe, inputs=inputs, operations=moved)
+
+    def _move(self, operation: Operation, new: str, rule: str, fill: float) -> Operation:
         moving = operation.moving()
+        if fill and isinstance(moving, Pad):
+            moving = replace(moving, fill=fill)
         if moving is None:
             way = "leave it out: torch casts a state as it loads it" if operation.name == "cast" else _ANEW
             raise PlanError(
@@ -167,6 +178,7 @@ class _Work:
 
 
 _ROLE = "state"
+_BEGINNINGS = {slot.name: slot.begins for schema in SCHEMAS.values() for slot in schema.slots if slot.begins}
 _MUON = "ns_steps"  # the option by which a group is told to be of torch.optim.Muon
 
 

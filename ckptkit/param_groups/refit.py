@@ -62,7 +62,7 @@ def refit(
     if on_shape == "pad":
         fault = _no_padding(slots, wrong, live, older, schema)
         if fault is None:
-            padded = {slot: _padded(slot, slots[slot], live.shape[0], options) for slot in wrong}
+            padded = {slot: _padded(slots[slot], live.shape[0], _beginning(slot, schema, options)) for slot in wrong}
             done, converted = _converted({**slots, **padded}, live, older, schema, options)
             return Refit(done, {**dict.fromkeys(wrong, f"padded to {live.shape}"), **converted})
         reason = f"{reason}, and {fault}"
@@ -111,7 +111,7 @@ def _no_padding(
     """Return why rows cannot be added, or None where they can."""
     import torch
 
-    if schema is None or not schema.elementwise or "step_size" in slots:
+    if schema is None or not schema.elementwise:
         return "the optimizer has no state to begin new rows with"
     for name in wrong:
         was = tuple(slots[name].shape)
@@ -124,9 +124,13 @@ def _no_padding(
     return None
 
 
-def _padded(slot: str, value: Tensor, rows: int, options: Mapping[str, Any]) -> Tensor:
-    fill = options.get("initial_accumulator_value", 0.0) if slot == "sum" else 0.0
-    (grown,) = Pad(size=rows, fill=float(fill) or "zeros").apply([value.cpu()])
+def _beginning(name: str, schema: Schema | None, options: Mapping[str, Any]) -> float:
+    slot = None if schema is None else schema.slot(name)
+    return 0.0 if slot is None else float(options.get(slot.begins, 0.0))
+
+
+def _padded(value: Tensor, rows: int, fill: float) -> Tensor:
+    (grown,) = Pad(size=rows, fill=fill or "zeros").apply([value.cpu()])
     return grown.to(value.device)
 
 
