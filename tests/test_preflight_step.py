@@ -121,7 +121,7 @@ def test_a_parameter_at_lr_zero_does_not_move() -> None:
     model = nn.Linear(4, 3)
     groups: list[dict[str, Any]] = [{"params": [model.weight], "lr": 0.0}, {"params": [model.bias]}]
     report = preflight(model, optimizer=torch.optim.SGD(groups, lr=0.1), dry_step=loss)
-    assert found(report) == [("preflight.not-moved", "weight")]
+    assert found(report) == [("preflight.lr-zero", ""), ("preflight.not-moved", "weight")]
 
 
 def test_groups_of_a_spec_step_the_copy() -> None:

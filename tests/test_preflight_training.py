@@ -308,3 +308,31 @@ def test_without_groups_the_model_alone_has_to_tell() -> None:
     groups = [{"params": list(model.two.parameters())}, {"params": [*model.one.parameters(), *model.head.parameters()]}]
     unclear = stepped(model, torch.optim.SGD(groups, lr=0.1, momentum=0.9))
     assert found(preflight(Net(), resume=model, resume_optimizer=unclear)) == ["preflight.resume-unclear"]
+
+
+@pytest.mark.parametrize(
+    ("rates", "warmup", "severity"),
+    [((0.0, 0.0), False, "error"), ((0.1, 0.0), False, "warning"), ((0.1, 0.1), True, None), ((0.1, 0.1), False, None)],
+    ids=["all", "one", "warm-up", "none"],
+)
+def test_a_rate_of_zero_is_not_ready(rates: tuple[float, float], warmup: bool, severity: str | None) -> None:
+    """Held against what a step really moves; a warm-up that begins at 0 is no fault."""
+    model = Net()
+    parts = [model.head, nn.Sequential(model.one, model.two)]
+    groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(parts, rates, strict=True)]
+    optimizer = torch.optim.SGD(groups)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10) if warmup else None
+    report = preflight(model, optimizer=optimizer, schedulers=scheduler)
+    assert [one.severity for one in report.findings if one.code == "preflight.lr-zero"] == (
+        [severity] if severity else []
+    )
+    assert (severity == "error") == report.verdict.startswith("not ready: no step moves")
+    before = copy.deepcopy(model.state_dict())
+    stepped(model, optimizer)
+    if scheduler is not None:
+        scheduler.step()
+        stepped(model, optimizer)
+    moved = {
+        name.partition(".")[0] for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    assert len(moved) == {"error": 0, "warning": 1, None: 3}[severity]

@@ -29,7 +29,7 @@ from ckptkit.readiness.resume import check_resume
 from ckptkit.readiness.training import (
     Training,
     build_optimizers,
-    frozen_findings,
+    idle_findings,
     module_training,
     plan_training,
     unchanged_flags,
@@ -95,7 +95,7 @@ def preflight(
         training = plan_training(model, groups, optimizer, schedulers)
         subject = Subject(model, state, training.frozen)
         facts, findings = _begin(subject, init, rules, fresh, not_judged)
-        findings += [*frozen_findings(training, model), *training.findings]
+        findings += [*idle_findings(training, model), *training.findings]
         findings += check_dtypes(model, training.frozen, training.optimizers)
         not_judged += training.not_judged
         modules = module_training(model, training.frozen)

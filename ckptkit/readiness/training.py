@@ -224,8 +224,8 @@ def module_training(model: Module, frozen: frozenset[str]) -> tuple[ModuleTraini
     return tuple(rows)
 
 
-def frozen_findings(training: Training, model: Module) -> Iterator[Finding]:
-    """Yield where nothing trains at all."""
+def idle_findings(training: Training, model: Module) -> Iterator[Finding]:
+    """Yield where nothing trains at all, and which groups no step moves."""
     count = len(list(model.parameters()))
     if count and all(name in training.frozen for name, _ in model.named_parameters()):
         yield Finding(
@@ -234,4 +234,17 @@ def frozen_findings(training: Training, model: Module) -> Iterator[Finding]:
             "",
             f"all of {plural(count, 'parameter')} are frozen (requires_grad=False)",
             "unfreeze what shall train: requires_grad_(True)",
+        )
+    filled = [row for row in training.groups if row.names]
+    # A warm-up may well begin at 0: torch's schedulers then keep the rate that they lead to.
+    still = [row for row in filled if row.options.get("initial_lr", row.options.get("lr")) == 0]
+    if still:
+        every = len(still) == len(filled)
+        which = "all groups" if every else f"group {', '.join(quoted(row.name) for row in still)}"
+        yield Finding(
+            "preflight.lr-zero",
+            "error" if every else "warning",
+            "",
+            f"no step moves a parameter of {which}: lr is 0",
+            "write the lr that was meant, or freeze what shall stay (freeze = true in a spec)",
         )
