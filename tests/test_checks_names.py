@@ -48,6 +48,7 @@ LOST: dict[str, tuple[list[str], str, str, str]] = {
     "one layer": (layers(set(range(12)) - {7}), "index-hole", "layers.7", "'layers' has modules 0-11 and no 7"),
     "two layers": (layers(set(range(12)) - {7, 8}), "index-hole", "layers.7", "no 7-8"),
     "one of five": (layers({0, 1, 3, 4}), "index-hole", "layers.2", "has modules 0-4 and no 2"),
+    "one of four in a stack": (layers({0, 1, 3}), "index-hole", "layers.2", "has modules 0-3 and no 2"),
     "an expert": (layers({0, 1, 2, 4, 5}, prefix="layers.3.experts"), "index-hole", "layers.3.experts.3", "no 3"),
     "a layer behind unlike ones": (
         layers({0}, ("mlp.up.weight",)) + layers({1, 2, 3, 5, 6, 7}), "index-hole", "layers.4", "modules 0-7 and no 4",
@@ -99,7 +100,7 @@ BUILT: dict[str, list[str]] = {
     "one attention among state spaces": layers({0, 1, 2, 4, 5, 6, 7}, ["mamba.a.weight", "mamba.b.weight", "n.weight"])
     + layers({3}, ["attn.q.weight", "n.weight"]),
     "a part of a pipeline": layers(range(8, 16)),
-    "three": layers({0, 1, 3}),
+    "three, in what is no stack by its name": layers({0, 1, 3}, BLOCK, "features"),
     "numbers that are no places": [f"stage{n}.x" for n in (1, 2, 9)] + ["0", "1.2", "v.99999999999.w.b", "a.٣.b.c"],
     "nothing": [],
 }  # fmt: skip

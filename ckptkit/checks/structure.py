@@ -16,6 +16,9 @@ FLOATS = frozenset(
     {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
 )
 _LEAST_SIBLINGS = 4
+# What transformers call their stack: nothing without parameters stands in one of these.
+_STACKS = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks", "transformer_blocks"})
+_LEAST_IN_STACK = 3
 _MOST_LEVELS = 4  # numbered lists inside each other that are looked at
 _LONGEST_NUMBER = 6
 _LOST = "ckpt diff with the model as EXPECTED says what would not load"
@@ -68,12 +71,15 @@ def index_holes(lists: Lists) -> Iterator[Finding]:
     """Yield a warning for each list of like modules that goes on behind a missing number: ``index-hole``.
 
     A ``Sequential`` has numbers without parameters too: holes are only those between two modules of the same names, in
-    a list of modules of modules that are mostly alike, where no more than one of five is missing.
+    a list of modules of modules that are mostly alike, where no more than one of five is missing; in a list named as
+    a stack of layers is, one of four.
     """
     for prefix, members in lists.items():
         last, first = max(members), min(members)
         count = last - first + 1 - len(members)
-        if not 0 < count <= len(members) // _LEAST_SIBLINGS or not _alike(members):
+        stack = prefix.rpartition(".")[2] in _STACKS and len(members) >= _LEAST_IN_STACK
+        most = max(len(members) // _LEAST_SIBLINGS, int(stack))
+        if not 0 < count <= most or not _alike(members):
             continue
         order = sorted(members)
         for below, above in pairwise(order):
