@@ -138,6 +138,18 @@ def test_layer_decay_outside_of_a_modifier_is_told_where_it_goes(
     assert "[[modifier]] layers = [" in ran.err
 
 
+def test_vectors_for_muon_are_found_before_it_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """torch's Muon refuses them, which is the oracle."""
+    spec = tmp_path / "groups.toml"
+    spec.write_text('[[group]]\nname = "all"\nrest = true\noptimizer = "Muon"\nlr = 0.02\n')
+    ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
+    (finding,) = json.loads(ran.out)["findings"]
+    assert (ran.code, finding["code"]) == (1, "groups.matrices-only")
+    assert "5 parameters of fewer than two dimensions" in finding["message"]
+    with pytest.raises(ValueError, match="2D"):
+        torch.optim.Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
 def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A base-shape file of mup, which is YAML, or a checkpoint of the base model: both say the same."""
     shapes = {name: parameter.shape for name, parameter in build().named_parameters()}

@@ -242,6 +242,24 @@ class Diagnosis:
             _REST,
         )
 
+    def vectors(self, laid: Sequence[tuple[int, ParameterFacts]]) -> Iterator[Finding]:
+        """Yield which groups give vectors to Muon: some versions flatten convolutions, none takes vectors."""
+        held: dict[int, list[ParameterFacts]] = {}
+        for owner, facts in laid:
+            if facts.shape is not None and len(facts.shape) < 2:
+                held.setdefault(owner, []).append(facts)
+        for owner, vectors in held.items():
+            rule = self.spec.rules[owner]
+            if self.spec.optimizer_of(rule) == "Muon":
+                yield _finding(
+                    "groups.matrices-only",
+                    vectors[0].name,
+                    f"group {quoted(rule.name)} trains with Muon, which takes matrices, and has "
+                    f"{plural(len(vectors), 'parameter')} of fewer than two dimensions: {_names(vectors)}",
+                    "ask for match = { ndim = 2 }, and give the others to a second optimizer, such as AdamW",
+                    "warning",
+                )
+
 
 def _finding(code: str, key: str, message: str, hint: str, severity: Severity = "error") -> Finding:
     return Finding(code, severity, key, message, hint)

@@ -169,6 +169,7 @@ def lay_over(subject: Subject, spec: ParamGroupSpec) -> tuple[ParamGroupsPlan, R
     findings.extend(diagnosis.idle(idle, excused))
     if unowned:
         findings.append(diagnosis.unowned(unowned))
+    findings.extend(diagnosis.vectors([(one.owner, one.facts) for one in laid]))
     plan = ParamGroupsPlan(
         tuple(_grouped(laid, spec, options)),
         tuple(map(_planned, frozen)),
