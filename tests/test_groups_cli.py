@@ -22,6 +22,13 @@ SAVED = ROOT / "fixtures" / "lenet_10class.safetensors"
 def test_all_presets_are_listed_by_a_question_mark(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "emit", "--preset", "?")
     assert [line.partition(":")[0] for line in ran.out.splitlines()] == list(param_group_preset_names())
+    assert not any(line.endswith("et al") for line in ran.out.splitlines())
+
+
+def test_a_spec_in_the_place_of_a_lock_is_told_from_one(capsys: pytest.CaptureFixture[str]) -> None:
+    ran = run_ckpt(capsys, "groups", "diff", "fixtures/groups.toml", "--model", LENET)
+    assert ran.code == 2
+    assert "ckpt groups lock writes a lock of a spec" in ran.err
 
 
 @pytest.mark.parametrize("form", ["toml", "json"])

@@ -9,7 +9,7 @@ import click
 
 from ckptkit.cli.groups.model import live_model
 from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, quiet_option, read_toml
-from ckptkit.errors import GroupsError
+from ckptkit.errors import GroupsError, RuleError
 from ckptkit.param_groups.drift import diff_locks
 from ckptkit.param_groups.facts import subject_of
 from ckptkit.param_groups.lock import ParamGroupsLock, is_lock, lock_model, lock_param_groups, parse_lock
@@ -34,8 +34,12 @@ def diff(context: click.Context, lock: str, other: str | None, *, model: str | N
     \b
     ckpt groups diff groups.lock.json --model py:mynet:build groups.toml
     """  # noqa: D301 - \b is click's mark
-    with about(lock):
-        expected = parse_lock(read_toml(lock, as_json=True))
+    try:
+        with about(lock):
+            expected = parse_lock(read_toml(lock, as_json=True))
+    except RuleError as error:
+        error.hint = error.hint or "LOCK comes first, and a spec after it; ckpt groups lock writes a lock of a spec"
+        raise
     report = diff_locks(expected, _found(other, model))
     if form is Form.JSON or report.findings or not quiet:
         echo_report(form, lambda: findings_page(report), lambda: findings_document(report))

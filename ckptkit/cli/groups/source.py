@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = ["Source", "model_or_checkpoint", "source_options"]
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SHAPES = "base_shapes"  # the one setting that is a file
+_SENTENCE_END = re.compile(r"(?<!et al)\. ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +93,7 @@ def model_or_checkpoint(target: str, *, quiet: bool) -> Iterator[Any]:
 def _list(context: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
     if value == "?" and not context.resilient_parsing:
         for name in param_group_preset_names():
-            put(f"{name}: {preset_summary(name).partition('. ')[0]}")
+            put(f"{name}: {_SENTENCE_END.split(preset_summary(name))[0]}")
         context.exit()
     return value
 
