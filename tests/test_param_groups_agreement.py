@@ -60,6 +60,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "warm-up": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1),
     "lambda": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
     "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, [1.0, 0.1], total_steps=20),
+    "cyclic": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 1.0),
     "swa": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.5, anneal_epochs=2),
 }
 

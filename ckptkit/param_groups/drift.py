@@ -15,7 +15,7 @@ from ckptkit.text import kind_of, plural, printable, quoted
 __all__ = ["diff_locks", "driven_options", "find_heirs"]
 
 # Cycles and annealing to one value write rates of their own into a group, and leave no trace of those it had.
-_DRIVEN = {"max_lr": ("lr",), "swa_lr": ("lr",), "max_momentum": ("momentum", "betas")}
+_DRIVEN = {"max_lr": ("lr",), "swa_lr": ("lr",), "max_momentum": ("lr", "momentum", "betas")}
 _AGAIN = "lock the groups again, once the change is meant"
 _BY_NAME = "carry the optimizer state over by name: torch loads it by place"
 
