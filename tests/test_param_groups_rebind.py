@@ -102,6 +102,36 @@ def test_after_assign_the_training_goes_on_bit_by_bit(kind: str) -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+@pytest.mark.parametrize(
+    ("change", "add"),
+    [
+        (lambda model: model.add_module("more", nn.Linear(2, 2)), 0),
+        (lambda model: model.double(), None),
+        (lambda model: setattr(model.head, "bias", nn.Parameter(torch.zeros(3, dtype=torch.float64))), None),
+        (lambda model: setattr(model.emb.weight, "data", torch.ones(8, 4)), None),
+    ],
+    ids=["one-more", "all-double", "one-double", "grown-in-place"],
+)
+def test_lbfgs_starts_anew_beside_other_elements(change: Callable[[Net], object], add: int | None) -> None:
+    """Its vectors lie along all parameters together: a step fails where these have become more, or of another dtype."""
+    model = Net()
+    optimizer: Any = torch.optim.LBFGS(model.named_parameters(), lr=0.1)
+
+    def closure() -> float:
+        for parameter in model.parameters():
+            parameter.grad = 4 * (parameter.detach() - 1) ** 3
+        return 1.0
+
+    optimizer.step(closure)
+    change(model)
+    report = rebind(optimizer, model, add_missing=add)
+    assert ("state-dropped", "") in said(report)
+    assert not optimizer.state
+    optimizer.step(closure)
+    assert said(rebind(optimizer, model)) == []
+    assert optimizer.state
+
+
 def test_lbfgs_keeps_its_one_state_where_nothing_else_changed() -> None:
     """And starts anew where it did: its history is one vector for all."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.errors import GroupsError
@@ -61,6 +62,7 @@ def rebind(
     work.read(guess=guess, beside=_tensors_beside(beside))
     work.move_state()
     work.place_missing(add_missing, schedulers)
+    work.move_shared()
     return work.carry_out()
 
 
@@ -132,7 +134,6 @@ class _Work:
         """Decide what becomes of the state of each tensor that has one."""
         schema = schema_of(type(self.optimizer))
         if schema is not None and schema.shared:
-            self._move_shared()
             return
         first = {id(member.tensor): member for member in reversed(self.members)}
         for tensor, slots in list(self.optimizer.state.items()):
@@ -176,14 +177,20 @@ class _Work:
         if live is None or fitted.dropped or fitted.converted:
             self.state.append((tensor, target.tensor if target is not None and fitted.slots else None, fitted.slots))
 
-    def _move_shared(self) -> None:
+    def move_shared(self) -> None:
         """Keep the one state of LBFGS only where it has the same elements in the same order."""
+        schema = schema_of(type(self.optimizer))
+        if schema is None or not schema.shared:
+            return
         before = [tuple(member.tensor.shape) for member in self.members]
         after = [tuple(tensor.shape) for places in self.places for tensor, _ in places]
         slots = next((slots for slots in self.optimizer.state.values() if slots), None)
-        if slots is None or not self.heirs:
+        if slots is None:
             return
         kept = before == after and after != [] and all(one.same for one in self.heirs.values())
+        kept = kept and _lies_along(slots, [tensor for places in self.places for tensor, _ in places])
+        if kept and not self.heirs:
+            return
         if not kept:
             self.say("state-dropped", "", "the state was dropped: it is one for all parameters, and these have changed")
         for tensor in list(self.optimizer.state):
@@ -287,6 +294,22 @@ class _Work:
         if "_numel_cache" in vars(self.optimizer):  # of LBFGS
             vars(self.optimizer)["_numel_cache"] = None
         return Report(tuple(self.findings), GroupsError)
+
+
+def _lies_along(slots: Mapping[str, Any], tensors: Sequence[Any]) -> bool:
+    """Return whether the vectors of a state have the elements of all these together, in their dtype and place."""
+    import torch
+
+    views = [
+        torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in map(torch.Tensor.detach, tensors)
+    ]
+    like = (
+        sum(view.numel() for view in views),
+        reduce(torch.promote_types, (view.dtype for view in views)),
+        views[0].device,
+    )
+    vectors = [value for value in slots.values() if is_tensor(value) and value.ndim]
+    return all((value.numel(), value.dtype, value.device) == like for value in vectors)
 
 
 def _tensors_beside(beside: Any) -> set[int]:
