@@ -330,6 +330,10 @@ def test_a_lock_is_written_and_held_against_model_spec_and_lock(
     for other in ((), (LENET,)):
         assert run_ckpt(capsys, "groups", "diff", lock, "--model", MODEL, *other).out == "no findings\n"
     assert run_ckpt(capsys, "groups", "diff", lock, lock).code == 0
+    preset = ("--preset", "head-lr", "--set", "lr=0.5")
+    assert run_ckpt(capsys, "groups", "lock", "--model", MODEL, *preset, "-o", lock, "--force").code == 0
+    assert run_ckpt(capsys, "groups", "diff", lock, LENET, "--model", MODEL).code == 1
+    assert run_ckpt(capsys, "groups", "lock", "--model", MODEL, LENET, "-o", lock, "--force").code == 0
     spec.write_text((ROOT / LENET).read_text().replace("fc3", "fc2"))
     ran = run_ckpt(capsys, "groups", "diff", lock, spec, "--model", MODEL, "--json")
     found = json.loads(ran.out)

@@ -26,7 +26,7 @@ __all__ = ["preflight"]
 @model_option
 @click.option("--init", type=click.Path(), metavar="PATH", help="The checkpoint that training begins with.")
 @click.option("--fresh", multiple=True, metavar="PATTERN", help="Keys that are meant to stay at init. Repeatable.")
-@click.option("--groups", type=click.Path(), metavar="FILE", help="The param-group spec, TOML or JSON.")
+@click.option("--groups", type=click.Path(), metavar="FILE", help="The param-group spec: TOML, JSON or YAML.")
 @click.option("--optimizer", metavar="CLASS", help="The class of torch.optim, such as AdamW.")
 @click.option("--resume", type=click.Path(), metavar="PATH", help="The run that shall go on: weights and optimizer.")
 @click.option(
