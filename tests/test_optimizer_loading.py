@@ -594,6 +594,29 @@ def test_a_bfloat16_model_gets_the_state_as_torch_casts_it() -> None:
     assert other.state[model.fc.weight]["exp_avg"].dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", [kind for kind in PROVED if kind != "Muon"])
+def test_training_goes_on_bit_by_bit_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
+    """torch casts the product that NAdam keeps in 32 bits to the dtype of the parameter: its next steps are others."""
+    torch.manual_seed(0)
+    model = Old().to(dtype)
+    optimizer = PROVED[kind](model.named_parameters())
+
+    def go_on(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+        for number in range(steps):
+            optimizer.zero_grad()
+            model(torch.linspace(-1, 1, 8, dtype=dtype).reshape(2, 4) * (number + 1)).square().sum().backward()
+            optimizer.step()
+
+    go_on(model, optimizer, 3)
+    resumed = copy.deepcopy(model)
+    other = PROVED[kind](resumed.named_parameters())
+    load_optimizer_state(other, resumed, optimizer.state_dict())
+    go_on(model, optimizer, 2)
+    go_on(resumed, other, 2)
+    assert same(zip(model.parameters(), resumed.parameters(), strict=True), optimizer, other)
+
+
 def test_lbfgs_has_one_state_in_the_order_of_its_parameters() -> None:
     torch.manual_seed(0)
     model = Old()

@@ -84,9 +84,9 @@ def load_optimizer_state(
     ``capturable``, ``differentiable``). ``on_missing`` and ``on_mismatch`` speak of trainable parameters without state,
     and with one of another shape; ``on_unexpected`` of state that the optimizer has no parameter for.
 
-    torch's ``load_state_dict`` does the loading, so its hooks run, and it casts to the parameters' dtype and device. No
-    step is made, gradients play no part, and no memory is shared with ``state``. Everything is checked before the
-    optimizer is changed, and it is put back where loading fails.
+    torch's ``load_state_dict`` does the loading, so its hooks run, and it casts to the parameters' dtype and device;
+    only single numbers keep their dtype. No step is made, gradients play no part, and no memory is shared with
+    ``state``. Everything is checked before the optimizer is changed, and it is put back where loading fails.
 
     Raises ``PlanError`` where a policy says so, where an optimizer of another class was saved, or where nothing would
     be loaded, ``GroupsError`` where the optimizer is not that of ``model`` or does not have the values afterwards.
@@ -112,7 +112,7 @@ def load_optimizer_state(
     fit = fit_state(saved, groups, inventory, schema)
     _refuse(fit, saved, on_missing, on_mismatch)
     findings = [*_findings(fit, unused), *_rates(live, groups)]
-    _load(inner, replace(saved, state=fit.state, groups=groups), fit, inventory)
+    _load(inner, replace(saved, state=fit.state, groups=groups), fit, inventory, schema)
     return OptimizerLoadReport(
         tuple(findings),
         PlanError,
@@ -251,7 +251,7 @@ def _refuse(fit: Fit, saved: OptimizerState, on_missing: str, on_mismatch: str) 
         )
 
 
-def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory) -> None:
+def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory, schema: Schema | None) -> None:
     given = to_dict(state, "indexed")
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
         if "param_names" in live:
@@ -269,10 +269,23 @@ def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory)
         for key in (*kept, *(key for key in own if not is_tensor(key) and key not in optimizer.state)):
             if key in own:
                 optimizer.state[key] = own[key]
+        if schema is not None:
+            _keep_scalars(optimizer, fit, inventory, schema)
         _prove(optimizer, fit, inventory)
     except BaseException:
         put_back()
         raise
+
+
+def _keep_scalars(optimizer: Any, fit: Fit, inventory: Inventory, schema: Schema) -> None:
+    """Undo the cast of single numbers: NAdam keeps a product in 32 bits whatever the dtype of the parameter."""
+    scalars = {slot.name for slot in schema.slots if slot.layout == "scalar"} - {"step"}  # which torch leaves alone
+    for name, slots in fit.state.items():
+        there = optimizer.state.get(inventory.by_name[name].tensor, {})
+        for slot in scalars & slots.keys() & there.keys():
+            value = slots[slot].read() if isinstance(slots[slot], LazyTensor) else None
+            if value is not None and is_tensor(there[slot]) and there[slot].dtype != value.dtype:
+                there[slot] = value.to(there[slot].device)
 
 
 def _remember(optimizer: Any) -> Callable[[], None]:
