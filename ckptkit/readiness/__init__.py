@@ -23,7 +23,7 @@ from ckptkit.readiness.facts import (
     Step,
     TrainingGroup,
 )
-from ckptkit.readiness.init import Subject, check_init, check_values, compare_init
+from ckptkit.readiness.init import UNLOADED, Subject, check_init, check_values, compare_init
 from ckptkit.readiness.memory import estimate_memory
 from ckptkit.readiness.resume import check_resume
 from ckptkit.readiness.training import (
@@ -104,8 +104,10 @@ def preflight(
     going = None
     if resume is not None:
         found = None if resume_optimizer is None else read_state(resume_optimizer)
-        going, said = check_resume(model, training, _compared(subject, resume, None), found)
-        findings += said
+        resumed = _compared(subject, resume, None)
+        going, said = check_resume(model, training, resumed, found)
+        filled = {pair.key for pair in resumed.matched}
+        findings = [one for one in findings if one.code not in UNLOADED or one.key not in filled] + said
         if found is None:
             not_judged.append("the optimizer state of the run: none given")
     else:

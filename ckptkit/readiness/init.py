@@ -23,9 +23,11 @@ from ckptkit.torch_bridge import same_values
 if TYPE_CHECKING:
     from torch.nn import Module
 
-__all__ = ["Subject", "check_init", "check_values", "compare_init"]
+__all__ = ["UNLOADED", "Subject", "check_init", "check_values", "compare_init"]
 
 _SHOWN = 4
+# What is only wrong with values that nothing will be loaded over.
+UNLOADED = frozenset({"preflight.zero", "preflight.constant", "preflight.garbage"})
 
 
 @dataclass(frozen=True)
