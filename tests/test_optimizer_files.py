@@ -14,8 +14,8 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state_dict
 
 from ckptkit import choose_output
-from ckptkit.errors import CkptkitError, OutputError
-from ckptkit.formats import open_optimizer
+from ckptkit.errors import CkptkitError, OutputError, PathError
+from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.optimizer_state import OptimizerState, remap, to_dict, to_named, write_optimizer_state
 from tests.helpers_cli import run_ckpt
 from tests.helpers_dcp import save as save_distributed
@@ -247,3 +247,11 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(state["state"]) == ["head.weight", "head.bias", "0.weight", "0.bias"]
     moved = optimizer.state_dict()["state"][1]["momentum_buffer"]
     assert torch.equal(state["state"]["head.bias"]["momentum_buffer"], moved)
+
+
+@pytest.mark.parametrize("path", [None, 5, b"run.pt", ["run.pt"], ""], ids=repr)
+@pytest.mark.parametrize("door", [open_checkpoint, open_optimizer])
+def test_what_is_no_path_is_refused(door: Any, path: Any) -> None:
+    """In a sentence about what was given, with no name of the inside in it."""
+    with pytest.raises(PathError, match=r"a path cannot be|the path is empty"):
+        door(path)

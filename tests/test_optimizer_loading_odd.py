@@ -216,3 +216,15 @@ def test_a_rate_is_a_number_where_the_optimizer_has_one() -> None:
     live.param_groups[0]["lr"].fill_(0.5)
     with pytest.raises(PlanError, match=r"'lr' of group 0 is 0\.5, and was 0\.10000"):
         load_optimizer_state(live, model, saved, hyper="error")
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+def test_an_old_file_that_may_be_of_adam_or_of_adamw_is_told(kind: Any) -> None:
+    """Older versions of torch wrote the same keys for both, so that no switch between them can be refused."""
+    model = net()
+    saved = stepped(model, weight_decay=0.1).state_dict()
+    del saved["param_groups"][0]["decoupled_weight_decay"]
+    report = load_optimizer_state(kind(model.named_parameters()), model, saved)
+    assert [(one.code, one.severity) for one in report.findings] == [("optim.decay-untold", "note")]
+    saved["param_groups"][0]["weight_decay"] = 0.0
+    assert load_optimizer_state(kind(model.named_parameters()), model, saved).findings == ()

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import Any
 
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.files import open_file
 from ckptkit.tensors import Checkpoint
-from ckptkit.text import look_alikes
+from ckptkit.text import kind_of, look_alikes
 from ckptkit.wrappers import AN_OPTIMIZER
 
 __all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "open_optimizer", "refusing", "split_path"]
@@ -26,7 +27,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises ``PathError`` where nothing readable is there, ``FormatError`` where it is no whole and honest
     checkpoint, and ``ModelError`` where a live model cannot be built.
     """
-    name = os.fspath(path)
+    name = _text_of(path)
     with refusing(name):
         if name.startswith(LIVE_PREFIX):
             from ckptkit.formats.live import open_live
@@ -41,7 +42,7 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
     Without it, the one mapping that is an optimizer's state is found, and its ``envelope`` says where. Raises what
     ``open_checkpoint`` raises, and ``FormatError`` where there is none, or several.
     """
-    name = os.fspath(path)
+    name = _text_of(path)
     if name.startswith(LIVE_PREFIX):
         raise PathError(
             "is a live model, which has no optimizer", hint="give the file that was saved with it", path=name
@@ -56,6 +57,15 @@ def open_inside(path: str, inner: str) -> Checkpoint:
     """Return the mapping ``inner`` (empty: found by its signature) of the file ``path``; raises likewise."""
     with refusing(path):
         return open_file(path, inner)
+
+
+def _text_of(path: Any) -> str:
+    name = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(name, str):
+        raise PathError(f"a path cannot be {kind_of(name)}", hint="give a string or a pathlib.Path")
+    if not name:
+        raise PathError("the path is empty", hint="name a file, a directory, or py:package.module:callable")
+    return name
 
 
 @contextlib.contextmanager

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.errors import PlanError
+from ckptkit.findings import Finding
 from ckptkit.optimizer_schemas import Schema
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
 from ckptkit.optimizer_state.slots import parameter_shape
 from ckptkit.param_groups.inventory import Inventory, LiveParameter
 from ckptkit.param_groups.options import torch_options
 
-__all__ = ["Fit", "fit_state", "refuse_other_class"]
+__all__ = ["Fit", "fit_state", "refuse_other_class", "untold_decay"]
 
 # Came to torch.optim after its first classes did: an older file of the same class does not have them.
 _NEWER = frozenset({"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"})
@@ -62,6 +63,21 @@ def refuse_other_class(saved: OptimizerState, optimizer: Any, schema: Schema | N
             f"{', '.join(slot.name for slot in schema.slots)}",
             hint=_SAME,
         )
+
+
+def untold_decay(saved: OptimizerState, schema: Schema | None) -> Iterator[Finding]:
+    """Yield a note where a file is of Adam or of AdamW, and too old to say of which: its decay may mean the other."""
+    if schema is not None and schema.name in {"Adam", "AdamW"}:
+        groups = [group.options for group in saved.groups if group.options]
+        if any(options.get("weight_decay") and "decoupled_weight_decay" not in options for options in groups):
+            yield Finding(
+                "optim.decay-untold",
+                "note",
+                "",
+                "the file does not say whether its weight decay was decoupled: what older versions of torch wrote of "
+                "Adam and of AdamW is alike",
+                f"see that it was {schema.name} that was saved",
+            )
 
 
 def fit_state(saved: OptimizerState, groups: Sequence[NamedGroup], inventory: Inventory, schema: Schema | None) -> Fit:

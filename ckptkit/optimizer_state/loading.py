@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.findings import Finding, Report
 from ckptkit.optimizer_schemas import Schema, schema_of
-from ckptkit.optimizer_state.fitting import Fit, fit_state, refuse_other_class
+from ckptkit.optimizer_state.fitting import Fit, fit_state, refuse_other_class, untold_decay
 from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.grouping import Hyper, resplit
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
@@ -111,7 +111,7 @@ def load_optimizer_state(
     groups = _options(saved, live, hyper)
     fit = fit_state(saved, groups, inventory, schema)
     _refuse(fit, saved, on_missing, on_mismatch)
-    findings = [*_findings(fit, unused), *_rates(live, groups)]
+    findings = [*_findings(fit, unused), *_rates(live, groups), *untold_decay(saved, schema)]
     _load(inner, replace(saved, state=fit.state, groups=groups), fit, inventory, schema)
     return OptimizerLoadReport(
         tuple(findings),
