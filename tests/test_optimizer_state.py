@@ -216,3 +216,20 @@ def test_several_optimizers_are_listed(tmp_path: Path) -> None:
     for opener in (open_optimizer, lambda path: read_state(open_checkpoint(path))):
         with pytest.raises(CkptkitError, match="no optimizer state"):
             opener(tmp_path / "model.pt")
+
+
+def test_a_group_for_each_parameter_is_named_and_a_search_that_turns_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The work is bounded by what a way takes that is found at once, so that the bound refuses no such way."""
+    monkeypatch.setattr("ckptkit.optimizer_state.inference._ENOUGH_TRIED", 1000)
+    shapes = {f"p{number}": (number + 1,) for number in range(60)}
+
+    def state(groups: list[int], sizes: list[int]) -> dict[str, Any]:
+        places = iter(range(len(sizes)))
+        return {
+            "state": {place: {"exp_avg": torch.zeros(size)} for place, size in enumerate(sizes)},
+            "param_groups": [{"lr": 0.1, "params": [next(places) for _ in range(count)]} for count in groups],
+        }
+
+    assert to_named(state([1] * 60, [*range(1, 61)]), shapes).names == tuple(shapes)
+    with pytest.raises(PlanError, match="too many ways in which the groups could take the parameters"):
+        to_named(state([15, 15, 15], [2] * 44 + [3]), dict.fromkeys(shapes, (2,)))

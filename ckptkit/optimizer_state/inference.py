@@ -14,7 +14,10 @@ from ckptkit.text import plural, quoted
 
 __all__ = ["infer_names"]
 
+# Choices that are looked at: a way that is found without turning back takes one for each name and group.
 _MOST_TRIED = 10_000_000
+_ENOUGH_TRIED = 2_000_000
+_TURNS = 4
 _SHOWN = 4
 _GIVE = "give the names in the order of the groups: --names FILE, or a list"
 Shape = tuple[int, ...]
@@ -98,8 +101,10 @@ def _first_two(search: _Search) -> Iterator[list[str]]:
     if not search.names:
         yield []
         return
+    straight = len(search.names) * len(start)
+    most = min(_MOST_TRIED, max(_ENOUGH_TRIED, _TURNS * straight))
     while open_:
-        if search.tried > _MOST_TRIED:
+        if search.tried > most:
             raise PlanError("there are too many ways in which the groups could take the parameters", hint=_GIVE)
         at = len(path)
         following = next(open_[-1], None)
