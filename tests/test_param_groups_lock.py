@@ -207,6 +207,15 @@ def test_a_parameter_that_the_optimizer_lacks_is_in_no_group() -> None:
     assert {"thawed": "fc1.weight"}.items() <= codes(lock, lock_optimizer(model, optimizer)).items()
 
 
+def test_a_parameter_that_an_optimizer_holds_twice_is_in_its_lock_once() -> None:
+    """So that the lock can be read back; that it stands there twice is the validator's to tell."""
+    model = nn.Linear(2, 2)
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = torch.optim.SGD([*model.parameters(), model.weight])
+    lock = lock_optimizer(model, optimizer)
+    assert parse_lock(json.loads(json.dumps(lock_document(lock)))) == lock
+
+
 def test_hybrid_groups_count_places_for_each_optimizer() -> None:
     model = Net()
     spec = {

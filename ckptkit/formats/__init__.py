@@ -64,7 +64,7 @@ def _text_of(path: Any) -> str:
     if not isinstance(name, str):
         raise PathError(f"a path cannot be {kind_of(name)}", hint="give a string or a pathlib.Path")
     if not name:
-        raise PathError("the path is empty", hint="name a file, a directory, or py:package.module:callable")
+        raise PathError("the path is empty", hint="name a file, a directory, or py:package.module:callable", path="")
     return name
 
 

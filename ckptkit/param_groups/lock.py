@@ -132,7 +132,7 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
         index = indices.get(id(member.group.optimizer), 0)
         indices[id(member.group.optimizer)] = index + 1
         live = inventory.parameters.get(id(member.tensor))
-        if live is not None:
+        if live is not None and live.name not in held:  # what stands there twice is the validator's to tell
             held.add(live.name)
             places[id(member.group)].append(_locked(facts[live.name], index))
     return ParamGroupsLock(

@@ -101,7 +101,7 @@ def test_a_path_that_leads_to_nothing_says_why(tmp_path: Path, what: str) -> Non
         "loop": (str(tmp_path / "loop"), "too many levels of symbolic links"),
         "NUL": (str(tmp_path / "a\0b"), "null"),
         "long": (str(tmp_path / ("x" * 5000)), "file name too long"),
-        "no name": ("", "no such file"),
+        "no name": ("", "the path is empty"),
     }
     path, reason = paths[what]
     with pytest.raises(PathError) as caught:
