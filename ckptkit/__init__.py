@@ -10,18 +10,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ckptkit.adapters import plan_extract_lora, plan_lora
     from ckptkit.align import Alignment, suggest_rules
     from ckptkit.checks import run_checks
-    from ckptkit.compare import StateDictDiff, diff
-    from ckptkit.destination import Output, choose_output
+    from ckptkit.comparison import StateDictDiff, diff
+    from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+    from ckptkit.core.findings import Finding, Report
     from ckptkit.errors import CkptkitError
-    from ckptkit.execution import Written, execute
-    from ckptkit.findings import Finding, Report
     from ckptkit.formats import open_checkpoint, open_optimizer
-    from ckptkit.load import LoadReport, load_into
-    from ckptkit.measuring import StateDictStats, stats
-    from ckptkit.merging import plan_merge
+    from ckptkit.loading import LoadReport, load_into
     from ckptkit.optimizer_state import (
         OptimizerLoadReport,
         OptimizerState,
@@ -48,12 +44,16 @@ if TYPE_CHECKING:
         rebind,
         validate_param_groups,
     )
-    from ckptkit.plan import Plan
-    from ckptkit.presets import preset_names, preset_rules
+    from ckptkit.plans.execute import Written, execute
+    from ckptkit.plans.lora import plan_extract_lora, plan_lora
+    from ckptkit.plans.merge import plan_merge
+    from ckptkit.plans.output import Output, choose_output
+    from ckptkit.plans.plan import Plan
+    from ckptkit.plans.remap import plan_remap
     from ckptkit.readiness import Preflight, preflight
-    from ckptkit.remapping import plan_remap
     from ckptkit.rules import Rules, parse_rules
-    from ckptkit.tensors import Checkpoint, TensorInfo
+    from ckptkit.rules.presets import preset_names, preset_rules
+    from ckptkit.statistics import StateDictStats, stats
 
 __all__ = [
     "Alignment",
@@ -112,18 +112,18 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "adapters": ("plan_extract_lora", "plan_lora"),
+    "plans.lora": ("plan_extract_lora", "plan_lora"),
     "align": ("Alignment", "suggest_rules"),
     "checks": ("run_checks",),
-    "compare": ("StateDictDiff", "diff"),
-    "destination": ("Output", "choose_output"),
+    "comparison": ("StateDictDiff", "diff"),
+    "plans.output": ("Output", "choose_output"),
     "errors": ("CkptkitError",),
-    "execution": ("Written", "execute"),
-    "findings": ("Finding", "Report"),
+    "plans.execute": ("Written", "execute"),
+    "core.findings": ("Finding", "Report"),
     "formats": ("open_checkpoint", "open_optimizer"),
-    "load": ("LoadReport", "load_into"),
-    "measuring": ("StateDictStats", "stats"),
-    "merging": ("plan_merge",),
+    "loading": ("LoadReport", "load_into"),
+    "statistics": ("StateDictStats", "stats"),
+    "plans.merge": ("plan_merge",),
     "optimizer_state": (
         "OptimizerLoadReport",
         "OptimizerState",
@@ -150,12 +150,12 @@ _ROOMS = {
         "rebind",
         "validate_param_groups",
     ),
-    "plan": ("Plan",),
+    "plans.plan": ("Plan",),
     "readiness": ("Preflight", "preflight"),
-    "presets": ("preset_names", "preset_rules"),
-    "remapping": ("plan_remap",),
+    "rules.presets": ("preset_names", "preset_rules"),
+    "plans.remap": ("plan_remap",),
     "rules": ("Rules", "parse_rules"),
-    "tensors": ("Checkpoint", "TensorInfo"),
+    "core.checkpoint": ("Checkpoint", "TensorInfo"),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

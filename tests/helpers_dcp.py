@@ -28,7 +28,7 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from ckptkit.errors import CkptkitError
-from ckptkit.formats.dcp import open_dcp
+from ckptkit.formats.distributed.dcp import open_dcp
 
 Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 

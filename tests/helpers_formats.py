@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from ckptkit.core.checkpoint import DTYPES, Checkpoint
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import DTYPES, Checkpoint
 
 CODE_OF = {getattr(torch, dtype.torch_name): dtype.code for dtype in DTYPES.values() if dtype.torch_name}
 MAGIC = 0x1950A86A20F9469CFC6C

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from ckptkit.tensors import DTYPES, TensorInfo
+from ckptkit.core.checkpoint import DTYPES, TensorInfo
 
 CODES = tuple(code for code, dtype in DTYPES.items() if dtype.torch_name and not code.startswith(("Q", "BITS", "F4")))
 STORABLE = tuple(code for code in CODES if DTYPES[code].storable)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptkit.tensors import DTYPES
+from ckptkit.core.checkpoint import DTYPES
 
 KINDS = {
     "F64": "Double",

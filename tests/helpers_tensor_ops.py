@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ckptkit.tensors import DTYPES
-from ckptkit.torch_bridge import CASTABLE, flat_bytes
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.torch_bridge import CASTABLE, flat_bytes
 
 MOVABLE = sorted(CASTABLE)
 

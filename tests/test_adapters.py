@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptkit import execute, plan_lora
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, PlanError
-from ckptkit.plan_files import apply_plan, plan_from_json, plan_to_json
-from ckptkit.torch_bridge import as_checkpoint
+from ckptkit.plans.saved import apply_plan, plan_from_json, plan_to_json
 from tests.helpers_cli import Ran, run_ckpt
 
 P = "base_model.model."

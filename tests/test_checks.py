@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptkit import Finding, Report, open_checkpoint, run_checks
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files import LocalFile
 from ckptkit.errors import RuleError
-from ckptkit.formats.zip_directory import read_zip_directory
-from ckptkit.storage import LocalFile
-from ckptkit.tensors import Checkpoint
+from ckptkit.formats.zip_archive import read_zip_directory
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_dcp import save, write_cut
 from tests.helpers_formats import bits, rezip, saved, write

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ckptkit import Finding, Report, open_checkpoint, run_checks
-from ckptkit.tensors import TensorInfo
+from ckptkit.core.checkpoint import TensorInfo
 from tests.helpers_cli import run_ckpt
 from tests.helpers_shards import NAMES, edit, save, shard
 

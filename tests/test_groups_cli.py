@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from ckptkit.core.config_files import parse_table
 from ckptkit.param_groups import build_param_groups, param_group_preset, param_group_preset_names, parse_spec
-from ckptkit.tables import parse_table
 from fixtures.lenet import build
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_presets import numbers

@@ -10,15 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ckptkit import (
-    build_param_groups,
-    diff,
-    execute,
-    load_into,
-    open_checkpoint,
-    plan_merge,
-    validate_param_groups,
-)
+from ckptkit import build_param_groups, diff, execute, load_into, open_checkpoint, plan_merge, validate_param_groups
 from fixtures.lenet import Net, build
 from tests.helpers_cli import ROOT, run_ckpt
 

@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_merge, plan_remap
-from ckptkit.adapters import plan_lora
 from ckptkit.errors import OutputError, PlanError
-from ckptkit.execution import fit
-from ckptkit.formats.code_names import is_weights_only
-from ckptkit.formats.torch_objects import TorchObjects
+from ckptkit.formats.pickle.code_names import is_weights_only
+from ckptkit.formats.torch.objects import TorchObjects
+from ckptkit.plans.execute import fit
+from ckptkit.plans.lora import plan_lora
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import call, get, mapping, put, tensor, torch_zip
 from tests.helpers_outputs import CODES, names_in, scratch, sha256, tensor_of

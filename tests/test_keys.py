@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.core.patterns import literal, matches_any, parse_pattern, parse_rename, parse_template
 from ckptkit.errors import RuleError
-from ckptkit.keys import literal, matches_any, parse_pattern, parse_rename, parse_template
 
 KEYS = st.text(string.ascii_lowercase + string.digits + "._", min_size=1, max_size=20)
 

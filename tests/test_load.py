@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import nn
 
-import ckptkit.load
+import ckptkit.loading
 from ckptkit import LoadReport, load_into, open_checkpoint
 from ckptkit.errors import CkptkitError, ModelError, PlanError
 from tests.helpers_outputs import raw, same_state, tensor_of
@@ -193,7 +193,7 @@ def test_a_tie_brings_what_the_file_left_out() -> None:
 @pytest.mark.parametrize("batch", [1 << 28, 1], ids=["at once", "one by one"])
 def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the two would be lost silently, in whichever batches they come."""
-    monkeypatch.setattr(ckptkit.load, "_BATCH", batch)
+    monkeypatch.setattr(ckptkit.loading, "_BATCH", batch)
     state = randomised(Tied()).state_dict()
     state["lm_head.weight"] = state["wte.weight"] + 1
     error = refusal(lambda: load_into(Tied(), state), ModelError)
@@ -204,7 +204,7 @@ def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytes
 
 def test_many_batches_load_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is read at a time changes nothing."""
-    monkeypatch.setattr(ckptkit.load, "_BATCH", 40)
+    monkeypatch.setattr(ckptkit.loading, "_BATCH", 40)
     model, donor = Net(), randomised(Net())
     assert load_into(model, donor).coverage == 1.0
     assert same_state(model.state_dict(), donor.state_dict())

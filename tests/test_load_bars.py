@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit import load_into
-from ckptkit.coverage import ModuleCoverage, coverage_by_module, sections
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, sections
 from ckptkit.errors import CkptkitError, ModelError, RuleError
-from ckptkit.tensors import TensorInfo
 from tests.helpers_outputs import same_state
 
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-import ckptkit.load
-import ckptkit.snapshot
+import ckptkit.loading
+import ckptkit.loading.snapshot
 from ckptkit import load_into
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import FormatError, ModelError
-from ckptkit.snapshot import Snapshot, registered
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.torch_bridge import as_checkpoint
+from ckptkit.loading.snapshot import Snapshot, registered
 from tests.helpers_outputs import raw, tensor_of
 
 
@@ -122,7 +122,7 @@ def test_a_failure_puts_everything_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Objects, bits, dtypes and shapes are those of before; what was loaded already is undone."""
-    monkeypatch.setattr(ckptkit.snapshot, "_IN_MEMORY", in_memory)
+    monkeypatch.setattr(ckptkit.loading.snapshot, "_IN_MEMORY", in_memory)
     model = hooked(fault)
     before = pinned(model)
     state = {key: tensor_of("F32", tensor.shape) if tensor.is_floating_point() else tensor + 5
@@ -137,7 +137,7 @@ def test_a_failure_puts_everything_back(
 
 def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many batches are in the model already when the last tensor cannot be read."""
-    monkeypatch.setattr(ckptkit.load, "_BATCH", 1)
+    monkeypatch.setattr(ckptkit.loading, "_BATCH", 1)
     whole = as_checkpoint(Net(), "donor")
 
     def payload(info: TensorInfo) -> Payload:

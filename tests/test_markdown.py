@@ -14,8 +14,8 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 from safetensors.torch import save_file
 
-from ckptkit.report.page import Block, Code, Line, Listing, Table, as_markdown, as_text, code
-from ckptkit.text import printable
+from ckptkit.core.text import printable
+from ckptkit.render.page import Block, Code, Line, Listing, Table, as_markdown, as_text, code
 from tests.helpers_cli import ROOT, run_ckpt
 
 PARSER = MarkdownIt("gfm-like", {"linkify": False})

@@ -19,8 +19,8 @@ import torch
 from safetensors import safe_open
 
 from ckptkit import diff, load_into, open_checkpoint, plan_remap, run_checks
-from ckptkit.keys import literal
-from ckptkit.text import printable, quoted
+from ckptkit.core.patterns import literal
+from ckptkit.core.text import printable, quoted
 from tests.helpers_cli import ROOT, Ran, run_ckpt
 
 NAMES: dict[str, str] = {

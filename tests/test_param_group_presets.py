@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import nn
 
+from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
-from ckptkit.keys import parse_pattern
 from ckptkit.param_groups import (
     build_param_groups,
     param_group_phases,

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from ckptkit.core.config_files import parse_table
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.param_groups import (
     ParamGroupSpec,
@@ -21,8 +22,7 @@ from ckptkit.param_groups import (
     plan_param_groups,
     validate_param_groups,
 )
-from ckptkit.param_groups.writing import dump_spec, write_python
-from ckptkit.tables import parse_table
+from ckptkit.param_groups.emit import dump_spec, write_python
 from tests.helpers_presets import Mixed, NextLike, VitLike
 
 YAML = """

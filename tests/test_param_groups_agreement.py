@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
+from ckptkit.core.findings import Finding
 from ckptkit.errors import GroupsError
-from ckptkit.findings import Finding
 from ckptkit.param_groups import build_param_groups, validate_param_groups
 
 SPEC: dict[str, Any] = {

@@ -24,8 +24,8 @@ from ckptkit.param_groups import (
     plan_param_groups,
     validate_param_groups,
 )
-from ckptkit.report.groups import groups_document, groups_page, groups_rows
-from ckptkit.report.page import as_text
+from ckptkit.render.groups import groups_document, groups_page, groups_rows
+from ckptkit.render.page import as_text
 
 HEAD_AND_REST = {
     "defaults": {"lr": 0.001},

@@ -14,9 +14,8 @@ from torch import nn
 
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import assert_param_groups, build_param_groups, validate_param_groups
-from ckptkit.param_groups.drift import diff_locks
+from ckptkit.param_groups.compare import diff_locks
 from ckptkit.param_groups.explain import explain_param_group
-from ckptkit.param_groups.facts import subject_of
 from ckptkit.param_groups.lock import (
     ParamGroupsLock,
     lock_document,
@@ -25,6 +24,7 @@ from ckptkit.param_groups.lock import (
     lock_param_groups,
     parse_lock,
 )
+from ckptkit.param_groups.properties import subject_of
 from tests.helpers_cli import ROOT, run_ckpt
 
 

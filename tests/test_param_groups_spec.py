@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
-from ckptkit.keys import parse_pattern
 from ckptkit.param_groups import GroupRule, ParamGroupSpec, parse_spec
 from ckptkit.param_groups.resolve import resolve
 

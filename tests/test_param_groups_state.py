@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit.optimizer_schemas import SCHEMAS, schema_of
+from ckptkit.core.torch_optim import SCHEMAS, schema_of
 from tests.helpers_optimizers import OPTIMIZERS, Net, codes, message, net_for, step
 
 ADAPTIVE = sorted(set(OPTIMIZERS) - {"LBFGS", "SGD", "SparseAdam"})

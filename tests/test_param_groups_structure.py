@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from ckptkit.findings import Finding
+from ckptkit.core.findings import Finding
 from ckptkit.param_groups import validate_param_groups
 
 

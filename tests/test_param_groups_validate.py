@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn.utils import prune
 
+from ckptkit.core.findings import Finding
 from ckptkit.errors import GroupsError
-from ckptkit.findings import Finding
 from ckptkit.param_groups import build_param_groups, validate_param_groups
 
 SPEC = {

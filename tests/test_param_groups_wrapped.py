@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune
 
-from ckptkit.findings import Finding
+from ckptkit.core.findings import Finding
 from ckptkit.param_groups import build_param_groups, validate_param_groups
 
 pytestmark = [

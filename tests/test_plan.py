@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from ckptkit import Plan, TensorInfo, execute, open_checkpoint, plan_merge, plan_remap
+from ckptkit.core.checkpoint import View
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.plan import Source, Step, ties_broken
+from ckptkit.plans.plan import Source, Step, ties_broken
 from ckptkit.rules import parse_rules
-from ckptkit.tensors import View
 from tests.helpers_outputs import described
 
 BASE = described(fc1__weight=(5, 4), fc1__bias=(5,), fc3__weight=(2, 5), fc3__bias=(2,))

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from ckptkit import execute, plan_merge, plan_remap
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
-from ckptkit.inversion import invert_plan
-from ckptkit.plan_files import SavedPlan, apply_plan, header_digest, plan_from_json, plan_to_json
+from ckptkit.plans.inversion import invert_plan
+from ckptkit.plans.saved import SavedPlan, apply_plan, header_digest, plan_from_json, plan_to_json
+from ckptkit.plans.verification import verify
 from ckptkit.rules import parse_rules
-from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.torch_bridge import as_checkpoint
-from ckptkit.verification import verify
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]

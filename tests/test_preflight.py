@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ckptkit import preflight
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.readiness import Preflight
-from ckptkit.tensors import Checkpoint
-from ckptkit.torch_bridge import as_checkpoint
 from tests.helpers_outputs import same_state
 
 SPEC: dict[str, Any] = {

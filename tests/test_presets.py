@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ckptkit import execute, plan_remap, preset_names, preset_rules
+from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import RuleError
-from ckptkit.presets import preset_text
 from ckptkit.rules import parse_rules
-from ckptkit.tensors import TensorInfo
+from ckptkit.rules.presets import preset_text
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
 from tests.naming import bert, gpt2, llama, resnet, vit

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.report.page import Table, as_text
-from ckptkit.report.show import show_page, show_tree
-from ckptkit.report.table import Row, collapse
-from ckptkit.tensors import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.render.page import Table, as_text
+from ckptkit.render.show import show_page, show_tree
+from ckptkit.render.table import Row, collapse
 
 
 def _spelled(cell: str) -> list[str]:

@@ -143,7 +143,7 @@ def test_a_model_is_compared_merged_and_loaded_through_operations(tmp_path: Path
 def test_sources_are_read_once_for_all_that_is_made_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of a tensor that is split in three, the bytes are read once."""
     from ckptkit import open_checkpoint
-    from ckptkit.tensors import Checkpoint
+    from ckptkit.core.checkpoint import Checkpoint
 
     state = fused(3)
     save_file(state, tmp_path / "in.safetensors")
@@ -374,7 +374,7 @@ def test_sources_are_read_once_in_whatever_order_their_parts_are_wanted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Two tensors split in turns, and one that is taken apart, worked on and put together in three passes."""
-    from ckptkit.tensors import Checkpoint
+    from ckptkit.core.checkpoint import Checkpoint
 
     read: list[str] = []
     original = Checkpoint.read

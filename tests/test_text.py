@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckptkit.core.text import html_table, human_bytes, plural, printable, quoted, shell_word
 from ckptkit.errors import one_line
-from ckptkit.text import html_table, human_bytes, plural, printable, quoted, shell_word
 
 ANY = st.text(st.characters(exclude_categories=()))  # all of Unicode, lone surrogates and unassigned code points too
 

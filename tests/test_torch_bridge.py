@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from torch import nn
 
 from ckptkit import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import View
+from ckptkit.core.torch_bridge import CASTABLE, Cast, as_checkpoint
 from ckptkit.errors import ModelError, PlanError
-from ckptkit.tensors import View
-from ckptkit.torch_bridge import CASTABLE, Cast, as_checkpoint
 from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
 pytestmark = [

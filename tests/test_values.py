@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.tensors import DTYPES, TensorInfo
-from ckptkit.torch_bridge import as_checkpoint
-from ckptkit.values import Accumulator, Bench, Numbers, merged, why_not_judged
+from ckptkit.core.checkpoint import DTYPES, TensorInfo
+from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.statistics.values_door import Accumulator, Bench, Numbers, merged, why_not_judged
 from tests.helpers_formats import bits, random_tensor
 
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptkit import TensorInfo, choose_output, execute, open_checkpoint, plan_merge, plan_remap
+from ckptkit.core.checkpoint import DTYPES, View, is_contiguous, reach
+from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import ChangedError, OutputError, PlanError
-from ckptkit.storage import Extent, LocalFile
-from ckptkit.tensors import DTYPES, View, is_contiguous, reach
-from ckptkit.torch_bridge import as_checkpoint
-from ckptkit.writers.atomic import AtomicFile
-from ckptkit.writers.safetensors import layout_safetensors, merge_extents
-from ckptkit.writers.torch_zip import layout_torch_zip, write_torch_zip
+from ckptkit.formats.atomic import AtomicFile
+from ckptkit.formats.torch.write import layout_torch_zip, write_torch_zip
+from ckptkit.formats.writers_safetensors import layout_safetensors, merge_extents
 from tests.helpers_outputs import CODES, STORABLE, described, raw, same_state, scratch, state_dicts, tensor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -11,13 +11,13 @@ from ckptkit.align.modules import Module, modules_of
 from ckptkit.align.pairing import Doubt, Pair
 from ckptkit.align.presets import fitting_presets
 from ckptkit.align.rule_file import rule_table, rule_text
-from ckptkit.align.writing import Prefix, Suggestion, suggestions_of
+from ckptkit.align.to_rules import Prefix, Suggestion, suggestions_of
+from ckptkit.comparison.prefixes import prefix_counts
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import plural
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
-from ckptkit.prefixes import prefix_counts
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.text import plural
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
 __all__ = ["Alignment", "Ambiguity", "Suggestion", "suggest_rules"]
 
@@ -261,7 +261,7 @@ def _ambiguity(doubt: Doubt, filled: set[str], used: set[str]) -> Ambiguity | No
 
 
 def _each_with_each(doubt: Doubt) -> list[Pair]:
-    from ckptkit.align.fits import fit
+    from ckptkit.align.evidence import fit
 
     made: list[Pair] = []
     if len(doubt.expected) * len(doubt.found) <= _MOST_CANDIDATES:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckptkit.tensors import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 
 __all__ = ["Contents", "Progress", "digests_of"]
 

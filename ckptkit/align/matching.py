@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ckptkit.align.contents import Contents
-from ckptkit.align.fits import Fit, Link, best_shift, fit
+from ckptkit.align.evidence import Fit, Link, best_shift, fit
 from ckptkit.align.modules import Index, Module, modules_of
 from ckptkit.align.pairing import Doubt, Pair, Scope
 from ckptkit.align.spellings import likeness, words_of
+from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops import parse_operation
-from ckptkit.tensors import TensorInfo
 
 __all__ = ["BYTES", "Matching", "match"]
 

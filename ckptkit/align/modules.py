@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ckptkit.align.spellings import leaf_of, part_of, words_of
-from ckptkit.tensors import TensorInfo
+from ckptkit.core.checkpoint import TensorInfo
 
 __all__ = ["Index", "Member", "Module", "Name", "modules_of"]
 

@@ -6,10 +6,10 @@ import tomllib
 from collections.abc import Mapping
 from itertools import islice
 
+from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import RuleError
-from ckptkit.presets import preset_names, preset_rules, preset_text
 from ckptkit.rules import Rules, apply_rules
-from ckptkit.tensors import TensorInfo
+from ckptkit.rules.presets import preset_names, preset_rules, preset_text
 
 __all__ = ["fitting_presets"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, TypeVar
 
-from ckptkit.align.writing import Suggestion
-from ckptkit.tables import toml_value
+from ckptkit.align.to_rules import Suggestion
+from ckptkit.core.config_files import toml_value
+from ckptkit.core.text import plural, printable
 from ckptkit.tensor_ops import Operation
-from ckptkit.text import plural, printable
 
 __all__ = ["rule_table", "rule_text"]
 

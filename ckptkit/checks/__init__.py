@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.checks.adapters import lora_pairs
 from ckptkit.checks.reading import UNJUDGED, Progress, Scan, unreadable
 from ckptkit.checks.structure import dtype_mix, index_holes, lacking, not_dense, numbered
-from ckptkit.findings import Finding, Remark, Report
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings import Finding, Remark, Report
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, quoted
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
 if TYPE_CHECKING:
-    from ckptkit.compare import StateDictDiff
+    from ckptkit.comparison import StateDictDiff
 
 __all__ = ["run_checks", "unreadable"]
 
@@ -78,7 +78,7 @@ def run_checks(
     compared = None
     if like is not None:
         from ckptkit.checks.expected import differences
-        from ckptkit.compare import compare
+        from ckptkit.comparison import compare
 
         compared = compare(as_checkpoint(like, "expected"), opened, key_map)
         findings += differences(compared)
@@ -92,7 +92,7 @@ def run_checks(
             from concurrent.futures import ThreadPoolExecutor
 
             from ckptkit.checks.judging import Judge
-            from ckptkit.values import Bench
+            from ckptkit.statistics.values_door import Bench
 
             scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Bench()))
             scan.beside = stack.enter_context(ThreadPoolExecutor(1))
@@ -106,7 +106,7 @@ def run_checks(
 
 def _judged(scan: Scan, compared: StateDictDiff | None) -> Iterator[Finding]:
     """Yield what the numbers tell that were taken while the bytes were read, and those that lie in no record."""
-    from ckptkit.checks.told import about_expected, about_numbers
+    from ckptkit.checks.values import about_expected, about_numbers
 
     if scan.judge is None:
         return

@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 
-from ckptkit.findings import Finding
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import listed, plural, quoted
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural, quoted
 
 __all__ = ["lora_pairs"]
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from ckptkit.checks.structure import FLOATS
-from ckptkit.findings import Finding
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import quoted
-from ckptkit.values import Numbers
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import quoted
+from ckptkit.statistics.values_door import Numbers
 
 __all__ = ["buffers", "holds_indices"]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from ckptkit.checks.numbers import is_mask
 from ckptkit.checks.structure import FLOATS
-from ckptkit.findings import Finding, Severity
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import human_bytes, listed, plural, quoted
-from ckptkit.values import Numbers
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.text import human_bytes, listed, plural, quoted
+from ckptkit.statistics.values_door import Numbers
 
 __all__ = ["copies", "equal_groups", "untied"]
 

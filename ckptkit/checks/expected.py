@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from ckptkit.compare import Pair, StateDictDiff
-from ckptkit.findings import Finding, Severity
-from ckptkit.sharing import tied
-from ckptkit.text import listed, plural
+from ckptkit.comparison import Pair, StateDictDiff
+from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.text import listed, plural
+from ckptkit.core.ties import tied
 
 __all__ = ["differences"]
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ckptkit.checks.structure import FLOATS
-from ckptkit.compare import Pair
-from ckptkit.findings import Finding
-from ckptkit.text import listed, plural
-from ckptkit.values import Numbers
+from ckptkit.comparison import Pair
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural
+from ckptkit.statistics.values_door import Numbers
 
 __all__ = ["as_expected", "like_a_fresh_model"]
 

@@ -7,14 +7,14 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.files import Extent, Inflated, LocalFile
+from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.blocks import BlockTensor
 from ckptkit.formats.file_pool import Section
-from ckptkit.formats.strided import Strided
-from ckptkit.storage import Extent, Inflated, LocalFile
-from ckptkit.tensors import Checkpoint, Payload, Record, TensorInfo
-from ckptkit.text import plural
-from ckptkit.values import Accumulator, Bench, Numbers, why_not_judged
+from ckptkit.formats.layout import Strided
+from ckptkit.statistics.values_door import Accumulator, Bench, Numbers, why_not_judged
 
 __all__ = ["Feed", "Judge"]
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 
 from ckptkit.checks.structure import FLOATS
-from ckptkit.findings import Finding
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import listed, plural, quoted
-from ckptkit.values import Numbers
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.statistics.values_door import Numbers
 
 __all__ = ["constant", "is_mask", "not_finite", "subnormal"]
 

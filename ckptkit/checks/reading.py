@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from ckptkit.core.checkpoint import Checkpoint, Record
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
 from ckptkit.errors import ChangedError, CkptkitError
-from ckptkit.findings import Finding
-from ckptkit.tensors import Checkpoint, Record
-from ckptkit.text import human_bytes, listed, plural, printable, quoted
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor

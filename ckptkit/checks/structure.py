@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
-from ckptkit.findings import Finding
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import listed, plural, quoted
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural, quoted
 
 __all__ = ["FLOATS", "dtype_mix", "index_holes", "lacking", "not_dense", "numbered"]
 

@@ -18,8 +18,8 @@ from types import FrameType
 import click
 
 from ckptkit.cli.streams import put, tell
+from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError
-from ckptkit.text import printable
 
 __all__ = ["ckpt", "main", "run"]
 

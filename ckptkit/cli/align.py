@@ -7,20 +7,12 @@ import sys
 import click
 
 from ckptkit.align import Alignment, suggest_rules
-from ckptkit.cli.options import (
-    Form,
-    echo_report,
-    expand_option,
-    form_options,
-    opened,
-    path_argument,
-    quiet_option,
-)
+from ckptkit.cli.options import Form, echo_report, expand_option, form_options, opened, path_argument, quiet_option
 from ckptkit.cli.streams import tell
-from ckptkit.report.align import align_document, align_page
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, printable
-from ckptkit.writers.atomic import AtomicFile, prepare_target
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import plural, printable
+from ckptkit.formats.atomic import AtomicFile, prepare_target
+from ckptkit.render.align import align_document, align_page
 
 __all__ = ["align"]
 

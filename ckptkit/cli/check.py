@@ -22,11 +22,11 @@ from ckptkit.cli.options import (
     quiet_option,
 )
 from ckptkit.cli.rules import rule_options
+from ckptkit.core.findings import Report
 from ckptkit.errors import CkptkitError, RuleError
-from ckptkit.findings import Report
-from ckptkit.report.findings import Checked, findings_by_path, findings_document, in_one
-from ckptkit.report.page import code
-from ckptkit.report.show import describe, totals
+from ckptkit.render.findings import Checked, findings_by_path, findings_document, in_one
+from ckptkit.render.page import code
+from ckptkit.render.show import describe, totals
 from ckptkit.rules import Rules
 
 __all__ = ["check"]

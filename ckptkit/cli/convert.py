@@ -6,7 +6,7 @@ import click
 
 from ckptkit.cli.options import about, opened, path_argument
 from ckptkit.cli.outputs import Job, carry_out, output_options
-from ckptkit.remapping import plan_remap
+from ckptkit.plans.remap import plan_remap
 
 __all__ = ["convert"]
 

@@ -16,8 +16,8 @@ from ckptkit.cli.options import (
 )
 from ckptkit.cli.rules import rule_options
 from ckptkit.cli.streams import tell
-from ckptkit.compare import diff as compare
-from ckptkit.report.diff import diff_document, diff_page
+from ckptkit.comparison import diff as compare
+from ckptkit.render.diff import diff_document, diff_page
 from ckptkit.rules import Rules
 
 __all__ = ["diff"]

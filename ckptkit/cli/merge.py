@@ -12,12 +12,12 @@ from click.core import ParameterSource
 from ckptkit.cli.options import about, file_beside, opened, path_argument, read_toml
 from ckptkit.cli.outputs import Job, carry_out, output_options, write_json
 from ckptkit.cli.rules import rule_options
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import PlanError
-from ckptkit.merging import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
-from ckptkit.plan import Plan
+from ckptkit.formats.atomic import prepare_target
+from ckptkit.plans.merge import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
+from ckptkit.plans.plan import Plan
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint
-from ckptkit.writers.atomic import prepare_target
 
 __all__ = ["merge"]
 
@@ -77,7 +77,7 @@ def merge(
             if method == "lora":
                 plan = _lora(first, others[0], donors[0], rules, options["scale"])
             elif method == "extract-lora":
-                from ckptkit.adapters import plan_extract_lora
+                from ckptkit.plans.lora import plan_extract_lora
 
                 plan = plan_extract_lora(first, others[0], options["rank"], rules)
             else:
@@ -85,7 +85,7 @@ def merge(
         roles = ["donor"] if len(others) == 1 else [f"donor{number}" for number in range(1, len(others) + 1)]
         carry_out("merge", plan, {"base": first, **dict(zip(roles, others, strict=True))}, job)
         if config is not None and not job.dry_run:
-            from ckptkit.adapters import adapter_config
+            from ckptkit.plans.lora import adapter_config
 
             write_json(config, adapter_config(plan), force=job.output.force)
 
@@ -109,7 +109,7 @@ def _check_options(method: str, names: Iterable[str]) -> None:
 
 
 def _lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, scale: float) -> Plan:
-    from ckptkit.adapters import plan_lora
+    from ckptkit.plans.lora import plan_lora
 
     config = file_beside(path, _CONFIG)
     if config is None:

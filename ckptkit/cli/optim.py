@@ -26,10 +26,10 @@ from ckptkit.cli.options import (
 )
 from ckptkit.cli.rules import rule_options
 from ckptkit.cli.streams import tell
-from ckptkit.destination import Output, choose_output
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.findings import Finding, Report
+from ckptkit.core.text import plural, printable
 from ckptkit.errors import CkptkitError, PlanError
-from ckptkit.execution import Written
-from ckptkit.findings import Finding, Report
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
 from ckptkit.optimizer_state import (
     FORMS,
@@ -50,12 +50,12 @@ from ckptkit.optimizer_state import (
 )
 from ckptkit.param_groups import plan_param_groups
 from ckptkit.param_groups.lock import is_lock, parse_lock
-from ckptkit.report.findings import findings_document, findings_page
-from ckptkit.report.optim import changes_page, state_document, state_page, written_line
-from ckptkit.report.page import Code, as_text, code
+from ckptkit.plans.execute import Written
+from ckptkit.plans.output import Output, choose_output
+from ckptkit.render.findings import findings_document, findings_page
+from ckptkit.render.optim import changes_page, state_document, state_page, written_line
+from ckptkit.render.page import Code, as_text, code
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint, TensorInfo
-from ckptkit.text import plural, printable
 
 __all__ = ["optim"]
 

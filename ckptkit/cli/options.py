@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.streams import put, tell
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import form_of, parse_table
+from ckptkit.core.files import LocalFile
+from ckptkit.core.findings import Report
+from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, PathError, RuleError
-from ckptkit.findings import Report
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
-from ckptkit.report.page import Page, as_markdown, as_text
-from ckptkit.storage import LocalFile
-from ckptkit.tables import form_of, parse_table
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import printable
+from ckptkit.render.page import Page, as_markdown, as_text
 
 __all__ = [
     "Form",

@@ -15,14 +15,14 @@ import click
 
 from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml
 from ckptkit.cli.streams import tell
-from ckptkit.destination import FORMATS, Output, choose_output
-from ckptkit.execution import Written, execute, fit
-from ckptkit.plan import Plan, ties_broken
-from ckptkit.report.plan import plan_document, plan_page, written_text
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, quoted
-from ckptkit.verification import verify
-from ckptkit.writers.atomic import AtomicFile, prepare_target
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import plural, quoted
+from ckptkit.formats.atomic import AtomicFile, prepare_target
+from ckptkit.plans.execute import Written, execute, fit
+from ckptkit.plans.output import FORMATS, Output, choose_output
+from ckptkit.plans.plan import Plan, ties_broken
+from ckptkit.plans.verification import verify
+from ckptkit.render.plan import plan_document, plan_page, written_text
 
 __all__ = ["Job", "carry_out", "output_options", "planned", "write_json"]
 
@@ -114,7 +114,7 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
     """Print the plan, or execute it and say what was written."""
     plan = fit(plan, job.output, sources)
     if job.plan_file is not None:
-        from ckptkit.plan_files import plan_to_json
+        from ckptkit.plans.saved import plan_to_json
 
         write_json(job.plan_file, plan_to_json(plan, sources), force=job.output.force)
     written = None if job.dry_run else _execute(plan, sources, job)
@@ -138,8 +138,8 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
 
 def planned(sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None) -> Plan:
     """Return the plan of a file for these inputs, by role: as it is, or turned round."""
-    from ckptkit.inversion import invert_plan
-    from ckptkit.plan_files import apply_plan, plan_from_json
+    from ckptkit.plans.inversion import invert_plan
+    from ckptkit.plans.saved import apply_plan, plan_from_json
 
     path = apply_file or invert_file
     assert path is not None  # noqa: S101 - the commands ask for one of them

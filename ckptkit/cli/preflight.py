@@ -8,16 +8,16 @@ from typing import Any
 
 import click
 
-from ckptkit.cli.groups.model import live_model, model_option
+from ckptkit.cli.model import live_model, model_option
 from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, opened, quiet_option, read_toml
 from ckptkit.cli.rules import rule_options
 from ckptkit.cli.streams import tell
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.formats import LIVE_PREFIX, open_optimizer
-from ckptkit.report.preflight import preflight_document, preflight_page
+from ckptkit.render.preflight import preflight_document, preflight_page
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import printable
 
 __all__ = ["preflight"]
 
@@ -108,8 +108,8 @@ def preflight(
 
 def _load(live: Any, init: Checkpoint, rules: Rules) -> None:
     """Load what fits, where anything does: that nothing does is for the report to say."""
-    from ckptkit.compare import diff
-    from ckptkit.load import load_into
+    from ckptkit.comparison import diff
+    from ckptkit.loading import load_into
 
     result = diff(live, init, rules)
     if result.matched and not result.uncopyable:

@@ -9,11 +9,11 @@ import click
 from ckptkit.cli.options import about, opened, path_argument
 from ckptkit.cli.outputs import Job, carry_out, output_options, planned
 from ckptkit.cli.rules import rule_options
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.formats import open_checkpoint
-from ckptkit.plan import Plan
-from ckptkit.remapping import plan_remap
+from ckptkit.plans.plan import Plan
+from ckptkit.plans.remap import plan_remap
 from ckptkit.rules import Rules
-from ckptkit.tensors import Checkpoint
 
 __all__ = ["remap"]
 

@@ -15,7 +15,7 @@ from ckptkit.cli.options import (
     path_argument,
     quiet_option,
 )
-from ckptkit.report.show import show_document, show_page, show_tree
+from ckptkit.render.show import show_document, show_page, show_tree
 from ckptkit.rules import apply_rules, parse_rules
 
 __all__ = ["show"]

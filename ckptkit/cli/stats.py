@@ -16,9 +16,9 @@ from ckptkit.cli.options import (
     progress_bar,
     quiet_option,
 )
-from ckptkit.measuring import stats as stats_of
-from ckptkit.report.stats import SORTS, View, stats_document, stats_page
+from ckptkit.render.stats import SORTS, View, stats_document, stats_page
 from ckptkit.rules import parse_rules
+from ckptkit.statistics import stats as stats_of
 
 __all__ = ["stats"]
 

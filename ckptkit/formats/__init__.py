@@ -7,10 +7,10 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
-from ckptkit.formats.files import open_file
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import kind_of, look_alikes
+from ckptkit.formats.detect import open_file
 from ckptkit.wrappers import AN_OPTIMIZER
 
 __all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "open_optimizer", "refusing", "split_path"]

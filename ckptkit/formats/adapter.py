@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from ckptkit.findings import Remark
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import plural, quoted
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, quoted
 
 __all__ = ["CONFIG", "adapter_remarks"]
 

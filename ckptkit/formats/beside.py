@@ -11,16 +11,16 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
+from ckptkit.core.checkpoint import Entry
+from ckptkit.core.files import LocalFile
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import human_bytes, plural
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.findings import Remark
-from ckptkit.formats.code_names import is_suspicious
-from ckptkit.formats.files import read_torch
+from ckptkit.formats.detect import read_torch
+from ckptkit.formats.pickle.code_names import is_suspicious
 from ckptkit.formats.safetensors import parse_json
-from ckptkit.formats.torch_checkpoint import code_warnings
-from ckptkit.formats.tree import describe
-from ckptkit.storage import LocalFile
-from ckptkit.tensors import Entry
-from ckptkit.text import human_bytes, plural
+from ckptkit.formats.torch.checkpoint import code_warnings
+from ckptkit.formats.torch.tree import describe
 
 __all__ = ["Beside", "is_beside", "named_beside", "read_beside", "read_json"]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
+from ckptkit.core.checkpoint import Payload, row_major
+from ckptkit.core.files import CHUNK, Region, seekable
+from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.strided import loops_of, move
-from ckptkit.storage import CHUNK, Region, seekable
-from ckptkit.tensors import Payload, row_major
-from ckptkit.text import quoted
+from ckptkit.formats.layout import loops_of, move
 
 __all__ = ["Block", "BlockTensor", "Box", "InMemory", "check_cover", "step_budget"]
 

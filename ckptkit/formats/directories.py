@@ -7,18 +7,18 @@ import re
 from collections.abc import Sequence
 from itertools import islice
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files import LocalFile
+from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.adapter import CONFIG, adapter_remarks
 from ckptkit.formats.beside import is_beside, named_beside, read_beside, read_json
-from ckptkit.formats.dcp import is_dcp, open_dcp
-from ckptkit.formats.files import TORCH_SUFFIXES, open_file
+from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
+from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
+from ckptkit.formats.distributed.zero import is_zero, named_states, open_zero
 from ckptkit.formats.foreign import foreign_directory
 from ckptkit.formats.recognise import refuse_inner
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, links_outside, open_sharded
-from ckptkit.formats.zero import is_zero, named_states, open_zero
-from ckptkit.storage import LocalFile
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, printable, quoted
 
 __all__ = ["open_directory", "open_index"]
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ckptkit.core.files import LocalFile
 from ckptkit.errors import ChangedError
-from ckptkit.storage import LocalFile
 
 __all__ = ["FilePool", "PooledFile", "Section"]
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, Payload, Record, TensorInfo
+from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.gguf_header import Cursor, read_metadata
-from ckptkit.storage import Extent, LocalFile
-from ckptkit.tensors import DTYPES, Checkpoint, Entry, Payload, Record, TensorInfo
-from ckptkit.text import plural, quoted
 
 __all__ = ["open_gguf"]
 

@@ -9,10 +9,10 @@ import math
 import struct
 from typing import Final, NamedTuple
 
+from ckptkit.core.checkpoint import Entry
+from ckptkit.core.files import LocalFile
+from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
-from ckptkit.storage import LocalFile
-from ckptkit.tensors import Entry
-from ckptkit.text import plural, quoted
 
 __all__ = ["Cursor", "Metadata", "read_metadata"]
 

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import as_checkpoint, first_line
 from ckptkit.errors import CkptkitError, ModelError
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.text import quoted
-from ckptkit.torch_bridge import as_checkpoint, first_line
 
 __all__ = ["build_model", "build_shapes", "import_target", "open_live"]
 

@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
+from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
-from ckptkit.text import quoted
 
 __all__ = ["HEAD", "MAGIC", "NpyHeader", "parse_npy_header"]
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from ckptkit.core.files import LocalFile
+from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats.foreign import is_flax, is_onnx, is_tensorflow_index, is_tensorflow_shard
-from ckptkit.storage import LocalFile
-from ckptkit.text import quoted, shell_word
 from ckptkit.wrappers import AN_OPTIMIZER
 
 __all__ = ["TAR_MEMBERS", "is_torch_tar", "refusal_of", "refuse_inner"]

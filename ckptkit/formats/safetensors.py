@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
-from ckptkit.collector import without_collection
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.files import Extent, LocalFile
+from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
-from ckptkit.storage import Extent, LocalFile
-from ckptkit.tensors import DTYPES, Checkpoint, Payload, Record, TensorInfo
-from ckptkit.text import plural, quoted
 
 __all__ = ["LARGEST_HEADER", "METADATA", "open_safetensors", "parse_json"]
 

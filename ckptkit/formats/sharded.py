@@ -10,13 +10,13 @@ from itertools import chain
 from pathlib import PureWindowsPath
 from typing import Any
 
+from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.files import LocalFile
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.ties import tied
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.findings import Remark
 from ckptkit.formats.safetensors import parse_json
-from ckptkit.sharing import tied
-from ckptkit.storage import LocalFile
-from ckptkit.tensors import Checkpoint, Payload, Record, TensorInfo
-from ckptkit.text import plural, printable, quoted
 
 __all__ = ["INDEX_SUFFIXES", "find_index", "is_plain_name", "links_outside", "open_sharded"]
 

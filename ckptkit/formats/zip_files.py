@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files import LocalFile
 from ckptkit.errors import FormatError
 from ckptkit.formats.recognise import refuse_inner
-from ckptkit.formats.zip_directory import read_zip_directory
-from ckptkit.storage import LocalFile
-from ckptkit.tensors import Checkpoint
+from ckptkit.formats.zip_archive import read_zip_directory
 
 __all__ = ["open_zip"]
 
@@ -18,20 +18,20 @@ def open_zip(file: LocalFile, inner: str) -> Checkpoint:
     """
     archive = read_zip_directory(file)
     if archive.roots("archive_format"):
-        from ckptkit.formats.torch_export import open_torch_export
+        from ckptkit.formats.torch.export import open_torch_export
 
         return open_torch_export(archive, inner)
     if archive.entries and all(name.endswith(".npy") for name in archive.entries):
-        from ckptkit.formats.numpy_arrays import open_npz
+        from ckptkit.formats.numpy import open_npz
 
         refuse_inner(inner)
         return open_npz(archive)
     if archive.roots("constants.pkl"):
-        from ckptkit.formats.torchscript import open_torchscript
+        from ckptkit.formats.torch.script import open_torchscript
 
         return open_torchscript(archive, inner)
     if "model.weights.h5" in archive.entries:
         raise FormatError("a Keras archive, which is not read", hint="keras.saving.load_model reads it")
-    from ckptkit.formats.torch_zip import open_torch_zip
+    from ckptkit.formats.torch.zip import open_torch_zip
 
     return open_torch_zip(archive, inner)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from ckptkit.core.findings import Report
+from ckptkit.core.text import quoted
 from ckptkit.errors import GroupsError
-from ckptkit.findings import Report
 from ckptkit.param_groups import ParamGroupsLock, SpecLike, validate_param_groups
-from ckptkit.text import quoted
 
 if TYPE_CHECKING:
     from torch.nn import Module

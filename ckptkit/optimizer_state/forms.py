@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.model import FORMS, LazyTensor, OptimizerState, Slot, Unknown, held, map_tensors
-from ckptkit.text import quoted
 from ckptkit.wrappers import FLAT_GROUPS, FLAT_STATE
 
 __all__ = ["lay_out", "to_dict"]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from ckptkit.findings import Finding
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural
 from ckptkit.optimizer_state.model import OptimizerState
 from ckptkit.optimizer_state.slots import number_of
-from ckptkit.text import listed, plural
 
 __all__ = ["state_findings"]
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from ckptkit.core.text import plural, quoted
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.reading import FoundState
 from ckptkit.optimizer_state.shapes import Parameters
 from ckptkit.optimizer_state.slots import parameter_shape
-from ckptkit.text import plural, quoted
 
 __all__ = ["infer_names"]
 

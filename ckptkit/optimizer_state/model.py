@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.text import html_table, kind_of, plural, printable
+from ckptkit.core.torch_bridge import Live
 from ckptkit.errors import ModelError
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.text import html_table, kind_of, plural, printable
-from ckptkit.torch_bridge import Live
 
 if TYPE_CHECKING:
     import torch

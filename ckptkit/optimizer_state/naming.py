@@ -7,15 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError, PlanError
-from ckptkit.findings import Finding
 from ckptkit.optimizer_state.inference import infer_names
 from ckptkit.optimizer_state.model import OptimizerState
 from ckptkit.optimizer_state.reading import FoundState, as_named, read_state
 from ckptkit.optimizer_state.shapes import Parameters, parameters_of
 from ckptkit.optimizer_state.slots import parameter_shape
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, quoted
 
 __all__ = ["positions", "structure_findings", "to_named"]
 

@@ -6,15 +6,15 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
-from ckptkit.formats.pickle_nodes import Event, Node, Part, read_nodes, walk
+from ckptkit.formats.pickle.edit import items_of, name_of, part_at, parts_in, set_items, take_part, text_part
+from ckptkit.formats.pickle.nodes import Event, Node, Part, read_nodes, walk
+from ckptkit.formats.torch.torch_pickle import pickle_state_dict
+from ckptkit.formats.torch.write import arrange, refuse_unwritable
 from ckptkit.optimizer_state.model import LazyTensor, Slot, Unknown, tensors_in
 from ckptkit.optimizer_state.slots import same_value
-from ckptkit.pickle_edits import items_of, name_of, part_at, parts_in, set_items, take_part, text_part
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.text import quoted
-from ckptkit.writers.torch_pickle import pickle_state_dict
-from ckptkit.writers.torch_zip import arrange, refuse_unwritable
 
 __all__ = ["Builder", "Origin", "replace_state"]
 

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
+from ckptkit.core.text import kind_of, plural, printable, shell_word
 from ckptkit.errors import PlanError, RuleError
-from ckptkit.keys import Pattern, matches_any, parse_pattern
-from ckptkit.optimizer_state.grouping import with_members
+from ckptkit.optimizer_state.groups import with_members
 from ckptkit.optimizer_state.model import Change, OptimizerState, held
 from ckptkit.optimizer_state.shapes import Parameters, parameters_of
 from ckptkit.optimizer_state.slots import parameter_shape
-from ckptkit.text import kind_of, plural, printable, shell_word
 
 __all__ = ["prune"]
 

@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.core.checkpoint import Checkpoint, Nest
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import describe_state_dict
 from ckptkit.errors import FormatError, ModelError
-from ckptkit.formats.inert import Placeholder
-from ckptkit.formats.naming import type_name
-from ckptkit.formats.torch_objects import TensorRef
+from ckptkit.formats.pickle.values import Placeholder
+from ckptkit.formats.torch.naming import type_name
+from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot, Unknown
-from ckptkit.tensors import Checkpoint, Nest
-from ckptkit.text import quoted
-from ckptkit.torch_bridge import describe_state_dict
 from ckptkit.wrappers import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
 
 __all__ = ["FoundGroup", "FoundState", "as_named", "read_laid_out", "read_state"]

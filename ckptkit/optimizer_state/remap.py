@@ -6,22 +6,22 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_optim import SCHEMAS, marked_by
 from ckptkit.errors import PlanError
-from ckptkit.making import Maker
-from ckptkit.optimizer_schemas import SCHEMAS, marked_by
-from ckptkit.optimizer_state.grouping import with_members
+from ckptkit.optimizer_state.groups import with_members
 from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot, held
 from ckptkit.optimizer_state.slots import number_of, same_value, slot_kind
-from ckptkit.plan import Step
+from ckptkit.plans.plan import Step
+from ckptkit.plans.produce import Maker
+from ckptkit.plans.steps import make_step
 from ckptkit.rules import Made, Rules, apply_rules, as_rules, describe_made
-from ckptkit.steps import make_step
 from ckptkit.tensor_ops.resizing import Pad
-from ckptkit.tensors import Checkpoint, Payload, TensorInfo
-from ckptkit.text import quoted
 
 if TYPE_CHECKING:
-    from ckptkit.recipes import Recipe
     from ckptkit.tensor_ops import Operation
+    from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["remap"]
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.param_groups.facts import subject_of
-from ckptkit.tensors import Checkpoint
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.param_groups.properties import subject_of
 
 __all__ = ["Parameters", "parameters_of"]
 

@@ -6,9 +6,9 @@ import struct
 from collections.abc import Collection, Mapping
 from typing import Final, Literal
 
-from ckptkit.optimizer_schemas import SCHEMAS
+from ckptkit.core.files import same_bytes
+from ckptkit.core.torch_optim import SCHEMAS
 from ckptkit.optimizer_state.model import LazyTensor, Slot
-from ckptkit.storage import same_bytes
 
 __all__ = ["ELEMENTWISE", "Kind", "number_of", "parameter_shape", "same_value", "slot_kind"]
 

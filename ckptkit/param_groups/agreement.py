@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.findings import Finding
-from ckptkit.param_groups.drift import driven_options, find_heirs
-from ckptkit.param_groups.facts import subject_of
-from ckptkit.param_groups.inventory import bare_name
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import quoted
+from ckptkit.param_groups.compare import driven_options, find_heirs
+from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.lock import LockedGroup, lock_optimizer, lock_plan
-from ckptkit.param_groups.members import read_groups
+from ckptkit.param_groups.parameters import bare_name
+from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plan import lay_over
-from ckptkit.param_groups.reading import SpecLike, parse_spec
-from ckptkit.text import quoted
+from ckptkit.param_groups.properties import subject_of
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.collector import without_collection
+from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.text import quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.facts import subject_of_model
-from ckptkit.param_groups.inventory import take_inventory
+from ckptkit.param_groups.parameters import take_inventory
+from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plan import lay_over
-from ckptkit.param_groups.reading import SpecLike, parse_spec
-from ckptkit.text import quoted
+from ckptkit.param_groups.properties import subject_of_model
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
+from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, RuleError
-from ckptkit.keys import Pattern, matches_any, parse_pattern
-from ckptkit.param_groups.facts import ParameterFacts
+from ckptkit.param_groups.properties import ParameterFacts
 from ckptkit.param_groups.roles import ROLES
-from ckptkit.tensors import DTYPES
-from ckptkit.text import kind_of, quoted
 
 __all__ = ["Condition", "condition_table", "parse_condition"]
 

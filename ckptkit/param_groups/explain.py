@@ -7,12 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.facts import ParameterFacts, subject_of
-from ckptkit.param_groups.owners import Speakers
-from ckptkit.param_groups.reading import SpecLike, parse_spec
+from ckptkit.param_groups.ownership import Speakers
+from ckptkit.param_groups.parse import SpecLike, parse_spec
+from ckptkit.param_groups.properties import ParameterFacts, subject_of
 from ckptkit.param_groups.resolve import Said, resolve
-from ckptkit.text import kind_of, quoted
 
 __all__ = ["Explanation", "explain_param_group"]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ckptkit.optimizer_schemas import Schema, schema_of
-from ckptkit.param_groups.inventory import Inventory
-from ckptkit.param_groups.members import Group, Member
-from ckptkit.text import plural, quoted
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.param_groups.live import Group, Member
+from ckptkit.param_groups.parameters import Inventory
 
 __all__ = ["Holder", "holders", "listed", "name_of"]
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ckptkit.keys import Pattern
+from ckptkit.core.patterns import Pattern
 
 __all__ = ["Depths", "Layers"]
 

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.facts import ParameterFacts, Subject, subject_of, subject_of_model
-from ckptkit.param_groups.inventory import bare_name, take_inventory
-from ckptkit.param_groups.members import read_groups
+from ckptkit.param_groups.live import read_groups
+from ckptkit.param_groups.parameters import bare_name, take_inventory
+from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plain import plain_option
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, lay_over
-from ckptkit.param_groups.reading import SpecLike, parse_spec
-from ckptkit.text import kind_of, quoted
+from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of, subject_of_model
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 
-from ckptkit.keys import literal, parse_pattern
+from ckptkit.core.patterns import literal, parse_pattern
 
 __all__ = ["patterns_of"]
 

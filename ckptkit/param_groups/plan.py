@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.collector import without_collection
+from ckptkit.core.findings import Finding, Report
+from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.text import html_table, printable
 from ckptkit.errors import GroupsError
-from ckptkit.findings import Finding, Report
-from ckptkit.param_groups.diagnosis import Diagnosis
-from ckptkit.param_groups.facts import ParameterFacts, Subject, subject_of
-from ckptkit.param_groups.owners import Speakers
-from ckptkit.param_groups.reading import SpecLike, parse_spec
+from ckptkit.param_groups.ownership import Speakers
+from ckptkit.param_groups.parse import SpecLike, parse_spec
+from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of
 from ckptkit.param_groups.resolve import Applied, resolve
 from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, is_tensor
-from ckptkit.text import html_table, printable
+from ckptkit.param_groups.spec_findings import Diagnosis
 
 __all__ = ["ParamGroupsPlan", "PlannedGroup", "PlannedParameter", "check_spec", "lay_over", "plan_param_groups"]
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.core.text import quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec, number_fault
-from ckptkit.text import quoted
 
 __all__ = ["Applied", "Said", "resolve"]
 

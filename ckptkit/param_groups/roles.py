@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from ckptkit.param_groups.inventory import bare_name
+from ckptkit.param_groups.parameters import bare_name
 
 __all__ = ["HEADS", "ROLES", "class_names", "is_buffer_name", "model_heads", "roles_by_class", "roles_by_name"]
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
-from ckptkit.keys import Pattern
+from ckptkit.core.patterns import Pattern
+from ckptkit.core.text import kind_of
 from ckptkit.param_groups.conditions import Condition
-from ckptkit.param_groups.facts import ParameterFacts
 from ckptkit.param_groups.layers import Layers
-from ckptkit.text import kind_of
+from ckptkit.param_groups.properties import ParameterFacts
 
 __all__ = ["POLICIES", "GroupRule", "Modifier", "ParamGroupSpec", "is_tensor", "number_fault"]
 

@@ -6,13 +6,15 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.compare import StateDictDiff, compare
+from ckptkit.comparison import StateDictDiff, compare
+from ckptkit.core.findings import Finding
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import GroupsError
-from ckptkit.findings import Finding
 from ckptkit.optimizer_state import read_state
 from ckptkit.readiness.dry_step import Loss, run_dry_step
-from ckptkit.readiness.dtypes import check_dtypes
-from ckptkit.readiness.facts import (
+from ckptkit.readiness.init import UNLOADED, Subject, check_init, check_values, compare_init
+from ckptkit.readiness.memory import estimate_memory
+from ckptkit.readiness.model import (
     Init,
     Kept,
     Memory,
@@ -23,8 +25,7 @@ from ckptkit.readiness.facts import (
     Step,
     TrainingGroup,
 )
-from ckptkit.readiness.init import UNLOADED, Subject, check_init, check_values, compare_init
-from ckptkit.readiness.memory import estimate_memory
+from ckptkit.readiness.resources import check_dtypes
 from ckptkit.readiness.resume import check_resume
 from ckptkit.readiness.training import (
     Training,
@@ -35,7 +36,6 @@ from ckptkit.readiness.training import (
     unchanged_flags,
 )
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.torch_bridge import StateDictLike, as_checkpoint
 
 if TYPE_CHECKING:
     from torch.nn import Module

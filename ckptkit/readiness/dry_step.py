@@ -8,11 +8,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import first_line, flat_bytes
 from ckptkit.errors import CkptkitError
-from ckptkit.findings import Finding
-from ckptkit.readiness.facts import Step
-from ckptkit.text import plural, quoted
-from ckptkit.torch_bridge import first_line, flat_bytes
+from ckptkit.readiness.model import Step
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from ckptkit.tensors import TensorInfo
-from ckptkit.values import Numbers
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.statistics.values_door import Numbers
 
 if TYPE_CHECKING:
     import torch

@@ -7,18 +7,18 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ckptkit.compare import StateDictDiff
-from ckptkit.coverage import coverage_by_module, sections
+from ckptkit.comparison import StateDictDiff
+from ckptkit.core.checkpoint import DTYPES, Checkpoint
+from ckptkit.core.coverage import coverage_by_module, sections
+from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.ties import tied
+from ckptkit.core.torch_bridge import same_values
 from ckptkit.errors import RuleError
-from ckptkit.findings import Finding, Severity
-from ckptkit.keys import Pattern, matches_any, parse_pattern
-from ckptkit.measuring import StateDictStats, stats
-from ckptkit.readiness.facts import Init, Kept
 from ckptkit.readiness.fresh import Look, looks_of
-from ckptkit.sharing import tied
-from ckptkit.tensors import DTYPES, Checkpoint
-from ckptkit.text import plural, quoted
-from ckptkit.torch_bridge import same_values
+from ckptkit.readiness.model import Init, Kept
+from ckptkit.statistics import StateDictStats, stats
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.optimizer_schemas import Slot, schema_of
-from ckptkit.readiness.facts import Memory, StateMemory
-from ckptkit.snapshot import registered
+from ckptkit.core.torch_optim import Slot, schema_of
+from ckptkit.loading.snapshot import registered
+from ckptkit.readiness.model import Memory, StateMemory
 
 if TYPE_CHECKING:
     import torch

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.compare import StateDictDiff
+from ckptkit.comparison import StateDictDiff
+from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_optim import Schema, schema_of
 from ckptkit.errors import PlanError
-from ckptkit.findings import Finding, Severity
-from ckptkit.optimizer_schemas import Schema, schema_of
 from ckptkit.optimizer_state import FoundState, parameter_shape, structure_findings, to_named
 from ckptkit.optimizer_state.slots import number_of
-from ckptkit.param_groups.inventory import bare_name
-from ckptkit.readiness.facts import Resume, TrainingGroup
+from ckptkit.param_groups.parameters import bare_name
+from ckptkit.readiness.model import Resume, TrainingGroup
 from ckptkit.readiness.training import Training
-from ckptkit.text import plural, quoted
 
 if TYPE_CHECKING:
     from torch.nn import Module

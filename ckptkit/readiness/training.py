@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.coverage import sections
+from ckptkit.core.coverage import sections
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import first_line
 from ckptkit.errors import GroupsError
-from ckptkit.findings import Finding
 from ckptkit.param_groups import (
     ParamGroupsPlan,
     SpecLike,
@@ -19,9 +21,7 @@ from ckptkit.param_groups import (
     plan_param_groups,
     validate_param_groups,
 )
-from ckptkit.readiness.facts import ModuleTraining, TrainingGroup
-from ckptkit.text import plural, quoted
-from ckptkit.torch_bridge import first_line
+from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
 if TYPE_CHECKING:
     from torch.nn import Module

@@ -9,12 +9,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.patterns import Fit, Pattern, matches_any
+from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
-from ckptkit.keys import Fit, Pattern, matches_any
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
 from ckptkit.rules.strip import strip_stages
-from ckptkit.tensors import Checkpoint
-from ckptkit.text import plural, quoted, shell_word
 
 __all__ = ["apply_rules"]
 
@@ -162,7 +162,7 @@ class _Pass:
 
     def finish(self, index: int, names: Sequence[str], members: Sequence[_Member]) -> None:
         """Give what the rule's operations make of a whole group of tensors to the names that wait for it."""
-        from ckptkit.recipes import compose
+        from ckptkit.tensor_ops.recipes import compose
 
         rule = self.stage.rules[index]
         inputs: list[_Member] = []

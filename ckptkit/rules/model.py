@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.patterns import Pattern, Template
+from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import RuleError
-from ckptkit.keys import Pattern, Template
-from ckptkit.tensors import TensorInfo
-from ckptkit.text import quoted, shell_word
 
 if TYPE_CHECKING:  # commands that only rename, or list, need no operations
-    from ckptkit.recipes import Recipe
     from ckptkit.tensor_ops import Operation
+    from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage", "describe_made"]
 
@@ -102,7 +102,7 @@ def describe_made(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None
     """
     if recipe is None:
         return sources[0]
-    from ckptkit.recipes import recipe_dtype, recipe_shape
+    from ckptkit.tensor_ops.recipes import recipe_dtype, recipe_shape
 
     try:
         for info in sources:

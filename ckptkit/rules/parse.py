@@ -6,11 +6,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ckptkit.core.patterns import Template, parse_pattern, parse_rename, parse_template
+from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import RuleError
-from ckptkit.keys import Template, parse_pattern, parse_rename, parse_template
 from ckptkit.rules.model import Rule, Rules, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
-from ckptkit.text import kind_of, quoted
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops import Operation

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
-from ckptkit.keys import literal, parse_pattern
+from ckptkit.core.patterns import literal, parse_pattern
+from ckptkit.core.text import plural, shell_word
 from ckptkit.rules.model import Rule, Stage
-from ckptkit.text import plural, shell_word
 from ckptkit.wrappers import AUTO, Wrapping, explain, take_off
 
 __all__ = ["strip_stages"]

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
-from ckptkit.text import quoted
 
 __all__ = ["NO_VARIABLES", "Settings", "parse_setting"]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ckptkit.tensor_ops.chains import (
+from ckptkit.tensor_ops.operation import Operation, Shape
+from ckptkit.tensor_ops.registry import (
     NAMES,
     apply_chain,
     chain_dtypes,
@@ -11,8 +12,7 @@ from ckptkit.tensor_ops.chains import (
     parse_operation,
     parse_operations,
 )
-from ckptkit.tensor_ops.fits import MISMATCH_NAMES, fitting, suggestions
-from ckptkit.tensor_ops.operation import Operation, Shape
+from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, fitting, suggestions
 
 __all__ = [
     "MISMATCH_NAMES",

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.tensor_ops.operation import Arithmetic, Operation, Shape, printable_code, torch_dtype
 from ckptkit.tensor_ops.parameters import Number, Text
-from ckptkit.tensors import DTYPES
-from ckptkit.text import quoted
-from ckptkit.torch_bridge import CASTABLE
 
 if TYPE_CHECKING:
     import torch

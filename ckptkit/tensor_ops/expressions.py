@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
-from ckptkit.text import quoted
 
 __all__ = ["evaluate"]
 

@@ -7,10 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.low_rank import FoldLora
 from ckptkit.tensor_ops.operation import Shape
-from ckptkit.text import plural, printable, quoted, shell_word
 
 __all__ = ["AdapterPlan", "Fold", "account_for_adapter"]
 

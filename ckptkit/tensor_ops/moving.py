@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from ckptkit.core.text import quoted
 from ckptkit.tensor_ops.operation import Moving, Shape, elements
 from ckptkit.tensor_ops.parameters import Int, Ints, Text
-from ckptkit.text import quoted
 
 if TYPE_CHECKING:
     import torch

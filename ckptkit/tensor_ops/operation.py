@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.errors import RuleError
-from ckptkit.tensors import DTYPES
-from ckptkit.text import quoted
-from ckptkit.torch_bridge import CASTABLE
 
 if TYPE_CHECKING:
     import torch

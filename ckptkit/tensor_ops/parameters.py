@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, fields
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
+from ckptkit.core.text import printable, quoted
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.expressions import evaluate
 from ckptkit.tensor_ops.operation import Operation
-from ckptkit.text import printable, quoted
 
 __all__ = ["Flag", "Int", "Ints", "Number", "NumberOrText", "Text", "read_parameters"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar
 
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.tensor_ops.joining import Concat
 from ckptkit.tensor_ops.moving import Slice
 from ckptkit.tensor_ops.operation import ARITHMETIC, Arithmetic, Operation, Shape, printable_code, times
 from ckptkit.tensor_ops.parameters import Flag, Int, Ints, NumberOrText, Text
-from ckptkit.tensors import DTYPES
-from ckptkit.text import plural, quoted
-from ckptkit.torch_bridge import CASTABLE
 
 if TYPE_CHECKING:
     import torch

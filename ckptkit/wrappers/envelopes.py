@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.errors import FormatError
-from ckptkit.text import printable, quoted, shell_word
 
 __all__ = ["ENVELOPES", "Envelope", "choose_envelope", "is_state_dict", "which_is_which"]
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from ckptkit.core.patterns import Template, literal, parse_pattern, parse_template
+from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
-from ckptkit.keys import Template, literal, parse_pattern, parse_template
-from ckptkit.text import plural, quoted, shell_word
 from ckptkit.wrappers.table import ATTRIBUTE, PARAMETRIZATIONS, WRAPPERS, Parametrization, Wrapper
 
 __all__ = ["AUTO", "Explanation", "Wrapping", "explain", "take_off"]

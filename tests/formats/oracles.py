@@ -14,10 +14,10 @@ import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.ties import shared_keys
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
-from ckptkit.sharing import shared_keys
-from ckptkit.tensors import DTYPES
 from tests.helpers_dcp import loaded
 from tests.helpers_formats import CODE_OF, bits
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptkit import Output, execute, plan_remap
+from ckptkit.core.checkpoint import Entry
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import Entry
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import assert_same, mapping, refusal, text, torch_zip, with_weights
 from tests.hostile.contract import run_limited

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from ckptkit.core.checkpoint import DTYPES
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import DTYPES
 from tests.helpers_formats import (
     CODE_OF,
     assert_same,

@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.dcp import is_dcp, open_dcp
-from ckptkit.formats.dcp_metadata import read_metadata
-from ckptkit.storage import Extent
-from ckptkit.tensors import Checkpoint
+from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
+from ckptkit.formats.distributed.dcp_metadata import read_metadata
 from tests.helpers_dcp import (
     archive,
     edit,
@@ -278,7 +278,7 @@ class Config:
 def test_neither_torch_nor_numpy_is_imported(ranks: Path) -> None:
     program = """if True:
         import sys
-        from ckptkit.formats.dcp import open_dcp
+        from ckptkit.formats.distributed.dcp import open_dcp
         for path in sys.argv[1:]:
             checkpoint = open_dcp(path)
             keys = [key for key in checkpoint if key not in ("transposed",)]

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
+from ckptkit.core.files import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.dcp import is_dcp, open_dcp
-from ckptkit.storage import Extent
+from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
 from tests.helpers_dcp import FILE_OF, full_tensors, refusal, save_by_ranks
 from tests.helpers_formats import assert_same, random_tensor
 

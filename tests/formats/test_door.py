@@ -16,10 +16,10 @@ from typing import NoReturn
 import pytest
 import torch
 
+from ckptkit.core.files import Extent
 from ckptkit.errors import CkptkitError, FormatError, ModelError, PathError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.live import build_model
-from ckptkit.storage import Extent
 from tests.helpers_formats import (
     assert_same,
     bits,

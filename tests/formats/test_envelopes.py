@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
+from ckptkit.core.checkpoint import Entry
+from ckptkit.core.findings import Remark
 from ckptkit.errors import FormatError
-from ckptkit.findings import Remark
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import Entry
 from tests.helpers_formats import assert_same, bits, opened, saved, write
 
 NET = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))

@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from ckptkit.compare import diff
+from ckptkit.comparison import diff
 from ckptkit.errors import CkptkitError, FormatError, PlanError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.naming import flat_key, name_places
-from ckptkit.merging import plan_merge
-from ckptkit.remapping import plan_remap
+from ckptkit.formats.torch.naming import flat_key, name_places
+from ckptkit.plans.merge import plan_merge
+from ckptkit.plans.remap import plan_remap
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import bits, number, opened, saved, tensor, text, torch_zip, write
 

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from ckptkit.checks import run_checks
+from ckptkit.core.files import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.storage import Extent
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import opened, refusal, refused, write, zip_of
 
@@ -363,6 +363,6 @@ def test_opening_inflates_headers_alone(tmp_path: Path, monkeypatch: pytest.Monk
     """Twenty arrays of 8 MB, deflated to nearly nothing: listed without expanding one."""
     path = tmp_path / "x.npz"
     path.write_bytes(npz({f"w{index}": np.zeros(1 << 20) for index in range(20)}, compressed=True))
-    monkeypatch.setattr("ckptkit.storage.Inflated.chunks", lambda _: pytest.fail("a tensor was inflated"))
+    monkeypatch.setattr("ckptkit.core.files.Inflated.chunks", lambda _: pytest.fail("a tensor was inflated"))
     with open_checkpoint(str(path)) as checkpoint:
         assert len(checkpoint) == 20

@@ -11,8 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from ckptkit.core.checkpoint import DTYPES
 from ckptkit.formats import open_checkpoint
-from ckptkit.tensors import DTYPES
 from tests.helpers_formats import (
     assert_same,
     bits,

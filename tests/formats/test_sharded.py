@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from ckptkit.core.ties import shared_keys
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.sharing import shared_keys
 from tests.helpers_formats import assert_same, refusal
 from tests.helpers_gguf import gguf_file, info
 from tests.helpers_shards import NAMES, STATE, TOTAL, edit, save, shard

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ckptkit.core.checkpoint import DTYPES, TensorInfo, View
+from ckptkit.core.files import CHUNK, Extent, Inflated, LocalFile, Region
 from ckptkit.errors import FormatError
-from ckptkit.formats import strided
+from ckptkit.formats import layout as strided
 from ckptkit.formats.blocks import InMemory
-from ckptkit.formats.strided import Strided
-from ckptkit.storage import CHUNK, Extent, Inflated, LocalFile, Region
-from ckptkit.tensors import DTYPES, TensorInfo, View
+from ckptkit.formats.layout import Strided
 from tests.helpers_formats import CODE_OF, bits, random_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.ties import shared_keys
 from ckptkit.formats import open_checkpoint
-from ckptkit.sharing import shared_keys
-from ckptkit.tensors import DTYPES
 from tests.helpers_formats import (
     assert_same,
     bits,

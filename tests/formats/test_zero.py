@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files import Extent
+from ckptkit.core.ties import shared_keys
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.formats import open_checkpoint
-from ckptkit.sharing import shared_keys
-from ckptkit.storage import Extent
-from ckptkit.tensors import Checkpoint
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import CODE_OF, bits, refusal
 

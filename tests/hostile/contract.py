@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ckptkit.text import printable
+from ckptkit.core.text import printable
 from tests.helpers_cli import ROOT, Ran
 
 __all__ = [

@@ -8,12 +8,12 @@ from importlib.resources import files
 from itertools import takewhile
 from typing import Any
 
+from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, GroupsError
-from ckptkit.param_groups.facts import subject_of
+from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.presets.from_model import FROM_MODEL, Asked
-from ckptkit.param_groups.reading import parse_spec
+from ckptkit.param_groups.properties import subject_of
 from ckptkit.param_groups.spec import ParamGroupSpec
-from ckptkit.text import quoted
 
 __all__ = ["param_group_phases", "param_group_preset", "param_group_preset_names", "preset_summary"]
 

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.core.patterns import literal
+from ckptkit.core.text import kind_of, listed, plural
 from ckptkit.errors import GroupsError
-from ckptkit.keys import literal
-from ckptkit.param_groups.facts import ParameterFacts, Subject
 from ckptkit.param_groups.naming import patterns_of
 from ckptkit.param_groups.presets.layering import convnext_layers, plain_layers, timm_layers
 from ckptkit.param_groups.presets.widths import mup_modifiers
-from ckptkit.text import kind_of, listed, plural
+from ckptkit.param_groups.properties import ParameterFacts, Subject
 
 __all__ = ["FROM_MODEL", "Asked"]
 

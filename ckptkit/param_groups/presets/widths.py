@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ckptkit.core.text import kind_of, listed, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.facts import ParameterFacts, Subject, subject_of
 from ckptkit.param_groups.naming import patterns_of
-from ckptkit.text import kind_of, listed, quoted
+from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of
 
 __all__ = ["mup_modifiers"]
 

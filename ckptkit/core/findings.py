@@ -1,0 +1,85 @@
+"""What a check found, and the report that holds it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal, Self
+
+from ckptkit.core.text import html_table, plural, printable
+from ckptkit.errors import CkptkitError, one_line
+
+__all__ = ["Finding", "Remark", "Report", "Severity"]
+
+Severity = Literal["error", "warning", "note"]
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One finding: a stable ``code``, the FQN it is about (or empty), what is wrong and the way out."""
+
+    code: str
+    severity: Severity
+    key: str
+    message: str
+    hint: str = ""
+
+
+class Remark(str):
+    """What a reader warns of, and under which code a check reports it; to everybody else it is its text."""
+
+    __slots__ = ("code", "severity")
+    code: str
+    severity: Severity
+
+    def __new__(cls, text: str, code: str, severity: Severity = "warning") -> Self:
+        """Return the text, with its code."""
+        made = super().__new__(cls, text)
+        made.code, made.severity = code, severity
+        return made
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings of one check, in the order in which they were found; ``ok`` where none is an error."""
+
+    findings: tuple[Finding, ...] = ()
+    error: type[CkptkitError] = CkptkitError
+
+    @property
+    def ok(self) -> bool:
+        """Whether no finding is an error."""
+        return not any(finding.severity == "error" for finding in self.findings)
+
+    @property
+    def summary(self) -> dict[str, int]:
+        """Number of errors, warnings and notes."""
+        count = Counter(finding.severity for finding in self.findings)
+        return {"errors": count["error"], "warnings": count["warning"], "notes": count["note"]}
+
+    def __str__(self) -> str:
+        """One line a finding with its hint, then the count."""
+        lines = [
+            one_line(f"{f.severity}: {f.message}  [{f.code}]" + (f" ({f.hint})" if f.hint else ""))
+            for f in self.findings
+        ]
+        parts = [plural(count, name.removesuffix("s")) for name, count in self.summary.items() if count]
+        return "\n".join([*lines, ", ".join(parts) or "no findings"])
+
+    def raise_for_errors(self, *, warnings: bool = False) -> None:
+        """Raise the first error, saying how many more there are; do nothing where there is none.
+
+        With ``warnings`` they count too, after the errors.
+        """
+        errors = [finding for finding in self.findings if finding.severity == "error"]
+        if warnings:
+            errors += [finding for finding in self.findings if finding.severity == "warning"]
+        if errors:
+            more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+            raise self.error(f"{errors[0].message}{more}", hint=errors[0].hint or None)
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            ("severity", "code", "key", "message", "hint"),
+            [(f.severity, f.code, printable(f.key), one_line(f.message), one_line(f.hint)) for f in self.findings],
+        )

@@ -1,0 +1,56 @@
+"""Which tensors of a checkpoint lie in the same memory: ties, and views that overlap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from ckptkit.core.checkpoint import TensorInfo, View, reach
+
+__all__ = ["overlapping", "shared_keys", "tied"]
+
+
+def tied(infos: Iterable[TensorInfo]) -> list[list[str]]:
+    """Return the groups of two or more keys that are the very same tensor: one place, one shape, one dtype."""
+    places: dict[tuple[View, tuple[int, ...], str], list[str]] = {}
+    for info in infos:
+        if info.view is not None and info.elements:
+            places.setdefault((info.view, info.shape, info.dtype), []).append(info.key)
+    return [keys for keys in places.values() if len(keys) > 1]
+
+
+def overlapping(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+    """Return the groups of two or more views that overlap in memory, directly or through others.
+
+    Two views of one storage that do not overlap share nothing, as in safetensors.
+    """
+    storages: dict[int, list[TensorInfo]] = {}
+    for info in infos:
+        if info.view is not None and info.elements:
+            storages.setdefault(info.view.storage, []).append(info)
+    groups: list[list[TensorInfo]] = []
+    for views in storages.values():
+        if len(views) > 1:
+            end = -1
+            for info in sorted(views, key=reach):
+                first, last = reach(info)
+                if first >= end:
+                    groups.append([])
+                    end = last
+                groups[-1].append(info)
+                end = max(end, last)
+    return [group for group in groups if len(group) > 1]
+
+
+# A hostile file can make every tensor share one storage; listing all pairs would be quadratic.
+_MOST_SHARED = 64
+
+
+def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
+    """Return for each tensor that shares memory the keys of those that share it (the first 64 of them)."""
+    shared: dict[str, tuple[str, ...]] = {}
+    for group in overlapping(infos.values()):
+        keys = tuple(info.key for info in group)
+        first = keys[:_MOST_SHARED]
+        shared |= dict.fromkeys(keys[_MOST_SHARED:], first)
+        shared |= {key: tuple(other for other in first if other != key) for key in first}
+    return shared

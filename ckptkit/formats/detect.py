@@ -1,0 +1,130 @@
+"""One file, and which reader takes it: told by its first bytes, never by its name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.files import LocalFile
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats.recognise import is_torch_tar, refusal_of, refuse_inner
+from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
+
+if TYPE_CHECKING:
+    from ckptkit.formats.torch.checkpoint import TorchFile
+
+__all__ = ["TORCH_SUFFIXES", "open_file", "read_torch"]
+
+# Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
+_SUFFIXES = (
+    (".safetensors", "safetensors"), (".pt2", "torch-export"), (".gguf", "gguf"), (".npz", "npz"), (".npy", "npy"),
+    *((suffix, "torch") for suffix in TORCH_SUFFIXES),
+)  # fmt: skip
+_UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
+_ZIP_MAGIC = b"PK\3\4"
+_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
+
+
+def open_file(name: str, inner: str) -> Checkpoint:
+    """Return the checkpoint in the file ``name``, or the mapping ``inner`` inside it; the content says which format.
+
+    Raises ``PathError`` where nothing readable is there, ``FormatError`` where it is no whole and honest checkpoint.
+    """
+    file = LocalFile(name)
+    try:
+        checkpoint = _open_by_content(file, inner)
+    except BaseException as error:
+        file.close()
+        if isinstance(error, CkptkitError) and error.path is None:
+            error.path = name
+        if isinstance(error, FormatError) and name.endswith(_UNFINISHED):
+            error.hint = "its name is that of an unfinished download: let it finish, or start it again"
+        raise
+    named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
+    if named is not None and not checkpoint.format.startswith(named):
+        checkpoint.warnings += (f"the name says {named}, the content is {checkpoint.format}: read by content",)
+    checkpoint.warnings += _hollow(checkpoint)
+    return checkpoint
+
+
+def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
+    head = _head(file)
+    if head.startswith(_ZIP_MAGIC):
+        from ckptkit.formats.zip_files import open_zip
+
+        return open_zip(file, inner)
+    if _is_legacy(head):
+        from ckptkit.formats.torch.legacy import open_torch_legacy
+
+        return open_torch_legacy(file, inner)
+    if head.startswith(b"GGUF"):
+        from ckptkit.formats.gguf import open_gguf
+
+        refuse_inner(inner)
+        return open_gguf(file)
+    if head.startswith(b"\x93NUMPY"):
+        from ckptkit.formats.numpy import open_npy
+
+        refuse_inner(inner)
+        return open_npy(file)
+    if is_torch_tar(head):
+        from ckptkit.formats.torch.tar import open_torch_tar
+
+        return open_torch_tar(file, inner)
+    if _looks_like_safetensors(head):
+        refuse_inner(inner)
+        return open_safetensors(file)
+    raise refusal_of(file, head)
+
+
+def _hollow(checkpoint: Checkpoint) -> tuple[str, ...]:
+    if checkpoint.envelope != "module" or all(entry.path != "param_shapes" for entry in checkpoint.entries):
+        return ()
+    empty = sum(0 in info.shape for info in checkpoint.values())
+    what = f"{plural(empty, 'weight is', 'weights are')} empty here, as ZeRO-3 leaves them"
+    said = f"{what}: the optim_states files have their elements, so open the directory"
+    return (Remark(said, "empty-weights"),) if empty else ()
+
+
+def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
+    """Return the inert tree in a file of ``torch.save``, of whatever class it is.
+
+    Raises ``FormatError`` where it is none or not whole, or its pickle has more than ``largest`` bytes.
+    """
+    head = _head(file)
+    if head.startswith(_ZIP_MAGIC):
+        from ckptkit.formats.torch.zip import read_torch_zip
+        from ckptkit.formats.zip_archive import read_zip_directory
+
+        return read_torch_zip(read_zip_directory(file), largest=largest)
+    if _is_legacy(head):
+        from ckptkit.formats.torch.legacy import read_torch_legacy
+
+        return read_torch_legacy(file, largest=largest)
+    raise refusal_of(file, head)
+
+
+def _head(file: LocalFile) -> bytes:
+    if file.size == 0:
+        raise FormatError("the file is empty", hint="download or copy it again")
+    return file.read(0, min(file.size, 512))
+
+
+def _is_legacy(head: bytes) -> bool:
+    return head[:1] == b"\x80" and _LEGACY_MAGIC in head[:32]
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    size = int.from_bytes(head[:8], "little")
+    if len(head) >= 9 and head[8:9] == b"{":
+        return size < 2**56
+    # A length that only a safetensors header would have, with a broken header behind it, deserves its own message.
+    return (
+        0 < size <= LARGEST_HEADER
+        and len(head) >= 8
+        and head[4:8] == b"\0\0\0\0"
+        and head[8:].strip()[:1] in (b"{", b"")
+    )

@@ -1,0 +1,363 @@
+"""Checkpoints of ``torch.distributed.checkpoint``: ``.metadata`` beside files in which every item is a torch zip.
+
+DCP itself fills what no chunk covers with whatever lies in memory, follows ``../`` and runs code that the metadata
+names. Here coverage, names and ranges are checked when the directory is opened, each chunk's own header when it is
+first read, and nothing is run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from typing import NoReturn
+
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.files import Extent, Inflated, Region
+from ckptkit.core.text import human_bytes, plural, quoted
+from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
+from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_budget
+from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, Path, Place, StoredTensor, read_metadata
+from ckptkit.formats.distributed.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
+from ckptkit.formats.file_pool import FilePool, Section
+from ckptkit.formats.sharded import is_plain_name
+from ckptkit.formats.torch.checkpoint import TorchFile, assemble
+from ckptkit.formats.torch.naming import type_name
+from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.torch.tree import leaves
+from ckptkit.formats.torch.zip import read_torch_zip
+from ckptkit.formats.zip_archive import ZipDirectory, read_zip_directory
+
+__all__ = ["is_dcp", "open_dcp"]
+
+_METADATA = ".metadata"
+_SUFFIX = ".distcp"
+_OF_ONE_RANK = re.compile(r"__\d+\.metadata")
+_LARGEST_METADATA = 256 << 20
+_MOST_PLACES = 2_000_000  # in the nested state
+_LARGEST_OBJECT, _LARGEST_OBJECTS, _MOST_OBJECTS = 1 << 20, 16 << 20, 1000
+_MOST_PARTS = 1_000_000  # of all objects together
+_VERSION = "1.0.0"
+
+
+def is_dcp(names: Iterable[str]) -> bool:
+    """Return whether a directory with these file names is a distributed checkpoint, whole or not."""
+    return any(name == _METADATA or name.endswith(_SUFFIX) or is_dcp_shard(name) for name in names)
+
+
+def open_dcp(directory: str, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint in a directory that ``torch.distributed.checkpoint`` wrote, in either of its forms.
+
+    Its tensors are whole, put together from their chunks while they are read. ``inner`` names a mapping in the
+    saved state, such as ``model``; empty: the weights are found by their signature. Raises ``FormatError``
+    where the save was interrupted, a file is missing or short, or chunks leave a hole or overlap, naming tensor
+    and rows; and, on reading, where a chunk is not what the metadata says.
+    """
+    names = os.listdir(directory)
+    if _METADATA not in names:
+        parts = sum(name.endswith(_SUFFIX) for name in names)
+        if not parts:
+            return open_dcp_safetensors(directory, names, inner)
+        if any(_OF_ONE_RANK.fullmatch(name) for name in names):
+            raise FormatError(
+                "saved with use_collectives=False: each rank's metadata is alone, and not joined",
+                hint="load it with torch, and save it with collectives",
+                path=directory,
+            )
+        raise FormatError(
+            f"{plural(parts, f'{_SUFFIX} file')} and no {_METADATA}, which is written last: an interrupted save?",
+            hint="take the checkpoint before it",
+            path=directory,
+        )
+    pool = FilePool(directory)
+    try:
+        return _open(pool, inner, [name for name in names if name.endswith(_SUFFIX)])
+    except BaseException as error:
+        pool.close()
+        if isinstance(error, CkptkitError) and error.path is None:
+            error.path = directory
+        raise
+
+
+def _open(pool: FilePool, inner: str, names: list[str]) -> Checkpoint:
+    file = pool.get(_METADATA)
+    if file.size > _LARGEST_METADATA:
+        raise FormatError(f"{file.size:,} bytes, more than the limit of {_LARGEST_METADATA:,}", path=file.path)
+    try:
+        metadata = read_metadata(file.read(0, file.size))
+        steps = step_budget(sum(len(tensor.chunks) for tensor in metadata.tensors.values()))
+        for tensor in metadata.tensors.values():
+            check_cover(tensor.key, tensor.shape, [box for box, _ in tensor.chunks], steps)
+    except FormatError as error:
+        error.path = error.path or file.path
+        raise
+    _check_places(pool, metadata)
+    items = _Items(pool)
+    objects = _read_objects(metadata.objects, items)
+    state = {key: _tensor_ref(tensor) for key, tensor in metadata.tensors.items()}
+    torch = TorchObjects()
+    for references in (metadata.references, *objects.references):
+        for name, count in references.items():
+            torch.interpreter.references[name] = torch.interpreter.references.get(name, 0) + count
+    checkpoint = assemble(
+        TorchFile(
+            _nested(metadata.paths, {**state, **objects.values}),
+            torch,
+            file.size + objects.nbytes,
+            lambda storage: _region(metadata.tensors[storage.key], items),
+            partial(_records, metadata, items),
+            tuple(_warnings(metadata, objects, set(names) - pool.files.keys())),
+        ),
+        path=pool.directory,
+        format="dcp",
+        inner=inner,
+        close=pool.close,
+        check=pool.check_unchanged,
+    )
+    checkpoint.files = tuple(part.path for part in pool.files.values())
+    return checkpoint
+
+
+def _warnings(metadata: DcpMetadata, objects: _Objects, extra: set[str]) -> Iterator[str]:
+    if metadata.version not in (None, _VERSION):
+        yield f"written in version {quoted(str(metadata.version))} of the format; {_VERSION} is known"
+    if extra:
+        yield f"{plural(len(extra), 'file')} not named in {_METADATA}, left from another save: {quoted(min(extra))}"
+    if objects.unread:
+        yield f"{plural(len(objects.unread), 'stored object')} not read (too many or too large): {objects.unread[0]}"
+
+
+def _check_places(pool: FilePool, metadata: DcpMetadata) -> None:
+    taken: dict[str, list[tuple[int, int, str]]] = {}
+    for key, what, place in _all_places(metadata):
+        if not is_plain_name(place.name):
+            raise FormatError(f"{quoted(key)}: {what} is said to be in the unsafe file {quoted(place.name)}")
+        try:
+            file = pool.get(place.name)
+        except PathError as error:
+            raise FormatError(
+                f"{error.reason} (the file that holds {what} of {quoted(key)})",
+                hint="copy the whole directory again",
+                path=error.path,
+            ) from None
+        if not place.length or place.offset + place.length > file.size:
+            where = f"bytes {place.offset:,} to {place.offset + place.length:,}"
+            raise FormatError(
+                f"{quoted(key)}: {what} is said to lie at {where}, and the file has {file.size:,}: truncated?",
+                hint="copy it again",
+                path=file.path,
+            )
+        taken.setdefault(place.name, []).append((place.offset, place.length, key))
+    for name, ranges in taken.items():
+        ranges.sort()
+        for (begin, length, key), (following, _, other) in pairwise(ranges):
+            if begin + length > following:
+                raise FormatError(
+                    f"{quoted(key)} and {quoted(other)} are said to share the bytes from {following:,}",
+                    path=pool.get(name).path,
+                )
+
+
+def _all_places(metadata: DcpMetadata) -> Iterator[tuple[str, str, Place]]:
+    for key, tensor in metadata.tensors.items():
+        for box, place in tensor.chunks:
+            yield key, f"the chunk at {list(box.offsets)}", place
+    for key, place in metadata.objects.items():
+        yield key, "the value", place
+
+
+class _Branch(dict[object, object]):
+    """A mapping or list of the nested state, as opposed to a saved value that is a dict itself."""
+
+
+def _nested(paths: Mapping[str, Path], values: Mapping[str, object]) -> object:
+    root = _Branch()
+    left = _MOST_PLACES
+    for key, path in paths.items():
+        left -= len(path)
+        if left < 0:
+            raise FormatError(f"the saved state is nested into more than {_MOST_PLACES:,} places")
+        level = root
+        for part in path[:-1]:
+            inner = level.setdefault(part, _Branch())
+            if not isinstance(inner, _Branch):
+                raise FormatError(f"{quoted(key)} lies inside something that is no mapping, says planner_data")
+            level = inner
+        if path[-1] in level:
+            raise FormatError(f"{quoted(key)} has the place of something else, says planner_data")
+        level[path[-1]] = values[key]
+    return _with_lists(root)
+
+
+def _with_lists(branch: _Branch) -> object:
+    for key, value in branch.items():
+        if isinstance(value, _Branch):
+            branch[key] = _with_lists(value)
+    indices = [key for key in branch if isinstance(key, int)]
+    if len(indices) < len(branch) or sorted(indices) != list(range(len(branch))):
+        return dict(branch)
+    return [branch[index] for index in range(len(branch))]
+
+
+# --- items ---------------------------------------------------------------------------------------------------------
+
+
+class StoredObject:
+    """A saved value that is named and not shown."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Objects:
+    values: Mapping[str, object]
+    unread: list[str]
+    references: list[Mapping[str, int]]
+    nbytes: int
+
+
+class _Items:
+    """The items of the files, each read as the archive that it is."""
+
+    def __init__(self, pool: FilePool) -> None:
+        self.pool = pool
+        self.known: dict[Place, Extent] = {}
+
+    def archive(self, key: str, place: Place) -> ZipDirectory:
+        with self._about(key, place):
+            return read_zip_directory(Section(self.pool.get(place.name), place.offset, place.length))
+
+    def read(self, key: str, place: Place) -> TorchFile:
+        archive = self.archive(key, place)
+        with self._about(key, place):
+            return read_torch_zip(archive)
+
+    @contextlib.contextmanager
+    def _about(self, key: str, place: Place) -> Iterator[None]:
+        try:
+            yield
+        except ChangedError:
+            raise
+        except FormatError as error:
+            self.refuse(key, place, error.reason)
+
+    def refuse(self, key: str, place: Place, reason: str) -> NoReturn:
+        raise FormatError(f"{quoted(key)}: the item at byte {place.offset:,}: {reason}",
+                          path=self.pool.get(place.name).path) from None  # fmt: skip
+
+    def chunk(self, tensor: StoredTensor, box: Box, place: Place) -> Payload:
+        """Return the bytes of a chunk, whose own header says the same as the metadata."""
+        if place not in self.known:
+            payload = self.payload(self.read(tensor.key, place), tensor, box, place)
+            if not isinstance(payload, Extent) or not isinstance(payload.file, Section):
+                return payload
+            section = payload.file
+            self.known[place] = Extent(section.file, section.offset + payload.offset, payload.nbytes, payload.crc)
+        return self.known[place]
+
+    def payload(self, file: TorchFile, tensor: StoredTensor, box: Box, place: Place) -> Payload:
+        """Return what an item holds; raises ``FormatError`` where that is not the chunk of the metadata."""
+        if not isinstance(file.tree, TensorRef):
+            self.refuse(tensor.key, place, f"holds no tensor but {quoted(type_name(file.tree))}")
+        with self._about(tensor.key, place):
+            found = assemble(file)
+        info = found[""]
+        expected = TensorInfo("", tensor.dtype, _shown_shape(tensor.dtype, box.sizes))
+        if (info.dtype, info.shape, info.kind) != (expected.dtype, expected.shape, "dense"):
+            self.refuse(tensor.key, place, f"holds {info}, and the metadata says {expected}")
+        payload = found.payload("")
+        if isinstance(payload, Inflated):
+            self.refuse(tensor.key, place, "is compressed, which DCP does not do")
+        return payload
+
+
+@dataclass(frozen=True, slots=True)
+class _Refused:
+    """The payload of an item that is not what it should be."""
+
+    error: CkptkitError
+    nbytes: int = 0
+
+    def chunks(self) -> Iterator[bytes]:
+        raise self.error
+
+
+def _records(metadata: DcpMetadata, items: _Items, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+    chunks = [(place, key, box) for key, tensor in metadata.tensors.items() for box, place in tensor.chunks]
+    places = [*chunks, *((place, key, None) for key, place in metadata.objects.items())]
+    for place, key, box in sorted(places, key=lambda item: (item[0].name, item[0].offset)):
+        where = f"the item at byte {place.offset:,}"
+        try:
+            for record in _entries(metadata, items, keys, (place, key, box)):
+                yield record._replace(name=f"{record.name} in {where}")
+        except CkptkitError as error:
+            yield Record(
+                os.path.join(items.pool.directory, place.name),
+                where,
+                _Refused(error),
+                keys=tuple(keys.get(key, (key,))),
+            )
+
+
+def _entries(
+    metadata: DcpMetadata, items: _Items, keys: Mapping[str, Sequence[str]], item: tuple[Place, str, Box | None]
+) -> Iterable[Record]:
+    place, key, box = item
+    if box is None:
+        return items.archive(key, place).records({})
+    file = items.read(key, place)
+    items.payload(file, metadata.tensors[key], box, place)
+    storage = file.tree.storage if isinstance(file.tree, TensorRef) else None
+    return file.records({storage.key: keys.get(key, (key,))} if storage else {})
+
+
+def _read_objects(objects: Mapping[str, Place], items: _Items) -> _Objects:
+    values: dict[str, object] = {}
+    unread: list[str] = []
+    references: list[Mapping[str, int]] = []
+    read = 0
+    left = [_MOST_PARTS]
+    for key, place in objects.items():
+        values[key] = StoredObject()
+        fits = place.length <= _LARGEST_OBJECT and read + place.length <= _LARGEST_OBJECTS
+        if not fits or len(references) >= _MOST_OBJECTS:
+            unread.append(f"{quoted(key)}, {human_bytes(place.length)}")
+            continue
+        file = items.read(key, place)
+        read += max(place.length, file.pickle_size)  # an archive can be small because it is compressed
+        references.append(file.objects.interpreter.references)
+        try:
+            # Tensors inside of a saved object are none of the state's own, and have no name in it.
+            inside = any(isinstance(leaf, TensorRef) for _, leaf in leaves(file.tree, left))
+        except FormatError as error:
+            items.refuse(key, place, error.reason)
+        if not inside:
+            values[key] = file.tree
+    return _Objects(values, unread, references, read)
+
+
+def _shown_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    # torch counts bytes of two elements each, the safetensors code counts the elements.
+    return (*shape[:-1], 2 * shape[-1]) if dtype == "F4" and shape else shape
+
+
+def _width(dtype: str) -> int:
+    return max(DTYPES[dtype].bits, 8) // 8
+
+
+def _tensor_ref(tensor: StoredTensor) -> TensorRef:
+    if tensor.kind != "dense":
+        return TensorRef(tensor.dtype, tensor.shape, kind=tensor.kind)
+    strides = [1] * len(tensor.shape)
+    for dim in range(len(strides) - 1, 0, -1):
+        strides[dim - 1] = strides[dim] * max(tensor.shape[dim], 1)
+    storage = StorageRef(tensor.key, tensor.dtype, math.prod(tensor.shape) * _width(tensor.dtype))
+    return TensorRef(tensor.dtype, tensor.shape, storage, 0, tuple(strides))
+
+
+def _region(tensor: StoredTensor, items: _Items) -> Region:
+    blocks = tuple(Block(box, partial(items.chunk, tensor, box, place)) for box, place in tensor.chunks)
+    return BlockTensor(tensor.shape, _width(tensor.dtype), blocks)

@@ -1,0 +1,187 @@
+"""DCP's safetensors form: every rank's pieces in files of its own, each saying where in its tensor a piece begins.
+
+It records neither whole shapes nor the number of ranks (``-of-00002`` counts the files of one rank), so what can be
+missed is missed by arithmetic: a hole between pieces, a gap in the numbers. DCP's own consolidation fills
+such a hole with zeros.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, islice
+from typing import NamedTuple
+
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, TensorInfo
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, quoted, shell_word
+from ckptkit.errors import FormatError
+from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_budget
+from ckptkit.formats.file_pool import FilePool
+from ckptkit.formats.safetensors import open_safetensors, parse_json
+
+__all__ = ["is_dcp_shard", "open_dcp_safetensors"]
+
+_SHARD = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
+_INFO, _VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
+_KNOWN_VERSION = "1.0"
+
+
+def is_dcp_shard(name: str) -> bool:
+    """Return whether this is what DCP calls one rank's file of pieces."""
+    return _SHARD.fullmatch(name) is not None
+
+
+class _Shard(NamedTuple):
+    number: int  # of the rank
+    model: int  # which of the rank's files
+    total: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    file: Checkpoint
+    info: TensorInfo
+    box: Box
+
+
+def open_dcp_safetensors(directory: str, names: Iterable[str], inner: str = "") -> Checkpoint:
+    """Return the Checkpoint of the whole tensors in a directory of unconsolidated shards.
+
+    Raises ``FormatError`` naming the rows that no shard holds, or the number of a shard that is missing. The last
+    shard's absence cannot be seen: a warning says so.
+    """
+    if inner:
+        raise FormatError(
+            f"is flat: there is no mapping {quoted(inner)} inside",
+            hint=f"use --keep {shell_word(inner + '.*')}",
+            path=directory,
+        )
+    found = [match for name in names if (match := _SHARD.fullmatch(name))]
+    shards = sorted(_Shard(int(match[1]), int(match[2]), int(match[3]), match[0]) for match in found)
+    if not shards:
+        raise FormatError("holds no shard of a distributed checkpoint", path=directory)
+    numbers = {shard.number for shard in shards}
+    missing = _missing(numbers, "shard-{:05}-*.safetensors")
+    pool = FilePool(directory)
+    try:
+        files = [_open_shard(pool, shard.name) for shard in shards]
+        infos, opened = _joined([piece for file in files for piece in _pieces(file)], missing, directory)
+        _check_numbers(shards, missing, directory)
+    except BaseException:
+        pool.close()
+        raise
+
+    def payload(info: TensorInfo) -> Payload:
+        return opened[info.key]()
+
+    warnings = list(dict.fromkeys(text for file in files for text in file.warnings))
+    said = f"{plural(len(numbers), 'shard')} joined; a missing last one could not be noticed: "
+    warnings.append(
+        Remark(f"{said}this form of DCP records neither their number nor whole shapes", "uncounted", "note")
+    )
+    version = next((text for file in files if (text := file.metadata.get(_VERSION)) != _KNOWN_VERSION), _KNOWN_VERSION)
+    if version != _KNOWN_VERSION:
+        warnings.append(f"written in version {quoted(str(version))} of the form; {_KNOWN_VERSION} is known")
+    return Checkpoint(
+        infos,
+        payload,
+        path=directory,
+        format=f"dcp safetensors ({plural(len(numbers), 'shard')})",
+        metadata={key: text for file in files for key, text in file.metadata.items() if key not in (_INFO, _VERSION)},
+        warnings=warnings,
+        span=payload,
+        records=lambda: chain.from_iterable(file.records() for file in files),
+        files=[file.path for file in files],
+        check=pool.check_unchanged,
+        close=pool.close,
+    )
+
+
+def _missing(numbers: set[int], pattern: str) -> str:
+    largest = max(numbers)
+    gaps = list(islice((number for number in range(1, largest) if number not in numbers), 4))
+    others = largest - 1 - sum(0 < number < largest for number in numbers) - len(gaps)
+    return ", ".join(map(pattern.format, gaps)) + (f" and {others} more" if others else "")
+
+
+def _check_numbers(shards: Sequence[_Shard], missing: str, directory: str) -> None:
+    totals = sorted({shard.total for shard in shards})
+    if len(totals) > 1:
+        raise FormatError(f"shards of two saves: some count {totals[0]} files, some {totals[1]}", path=directory)
+    if missing:
+        # Tensors that are not split lie in one shard alone, and would be lost without a trace.
+        raise FormatError(f"{missing} is missing", hint="copy the whole directory again", path=directory)
+    present = {shard.model for shard in shards}
+    absent = _missing(present | {totals[0] + 1}, "model-{:05}")
+    if absent or max(present) > totals[0]:
+        what = f"no shard holds {absent}" if absent else f"a shard holds model-{max(present):05}"
+        raise FormatError(f"{what} of {totals[0]}", hint="copy the whole directory again", path=directory)
+
+
+def _open_shard(pool: FilePool, name: str) -> Checkpoint:
+    try:
+        return open_safetensors(pool.get(name))
+    except FormatError as error:
+        error.path = error.path or os.path.join(pool.directory, name)
+        raise
+
+
+def _pieces(file: Checkpoint) -> list[_Piece]:
+    if _INFO not in file.metadata:
+        raise FormatError(f"is named as a shard of a distributed checkpoint, and has no {_INFO}", path=file.path)
+    try:
+        table = parse_json(file.metadata[_INFO].encode("utf-8", "surrogatepass"), _INFO)
+    except FormatError as error:
+        raise FormatError(error.reason, path=file.path) from None
+    lost = sorted(table.keys() - file.keys())
+    if lost:
+        raise FormatError(f"{_INFO} names {quoted(lost[0])}, which the shard does not hold", path=file.path)
+    return [_Piece(file, info, _box(info, table.get(info.key), file.path)) for info in file.values()]
+
+
+def _box(info: TensorInfo, entry: object, path: str) -> Box:
+    offsets = entry.get("saved_offsets") if isinstance(entry, dict) else None
+    if not isinstance(offsets, list) or len(offsets) != len(info.shape):
+        raise FormatError(f"{quoted(info.key)}: {_INFO} has no saved_offsets of {plural(len(info.shape), 'number')}",
+                          path=path)  # fmt: skip
+    if any(type(offset) is not int or not 0 <= offset < 2**62 for offset in offsets):
+        raise FormatError(f"{quoted(info.key)}: the saved_offsets {str(offsets)[:80]} are no offsets", path=path)
+    return Box(tuple(offsets), info.shape)
+
+
+def _joined(
+    pieces: list[_Piece], missing: str, directory: str
+) -> tuple[dict[str, TensorInfo], Mapping[str, Callable[[], Payload]]]:
+    by_key: dict[str, list[_Piece]] = {}
+    for piece in pieces:
+        by_key.setdefault(piece.info.key, []).append(piece)
+    infos: dict[str, TensorInfo] = {}
+    opened: dict[str, Callable[[], Payload]] = {}
+    steps = step_budget(len(pieces))
+    for key, parts in by_key.items():
+        first = parts[0].info
+        for part in parts:
+            if part.info.dtype != first.dtype or len(part.info.shape) != len(first.shape):
+                raise FormatError(f"{quoted(key)}: {part.info} here, {first} in another shard", path=part.file.path)
+        shape = tuple(max(ends) for ends in zip(*map(_ends, parts), strict=True))
+        bits = DTYPES[first.dtype].bits
+        if bits < 8 and len(parts) > 1:
+            raise FormatError(f"{quoted(key)}: {first.dtype} in several shards is not read", path=directory)
+        try:
+            check_cover(key, shape, [part.box for part in parts], steps)
+        except FormatError as error:
+            hint = f"{missing} is missing" if missing else "copy the whole directory again"
+            raise FormatError(error.reason, hint=hint, path=directory) from None
+        infos[key] = TensorInfo(key, first.dtype, shape)
+        blocks = tuple(Block(part.box, partial(part.file.payload, key)) for part in parts if 0 not in part.box.sizes)
+        opened[key] = blocks[0].open if len(blocks) == 1 else partial(BlockTensor, shape, max(bits // 8, 1), blocks)
+    return infos, opened
+
+
+def _ends(part: _Piece) -> list[int]:
+    return [offset + size for offset, size in zip(*part.box, strict=True)]

@@ -1,0 +1,1 @@
+"""torch's own files: zip, legacy, tar, TorchScript, export; read, written and edited."""

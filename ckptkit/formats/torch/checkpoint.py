@@ -1,0 +1,301 @@
+"""From the inert tree of a torch file to a Checkpoint: names, geometry and byte ranges, all checked."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ckptkit.core.checkpoint import (
+    DTYPES,
+    Checkpoint,
+    Entry,
+    Nest,
+    Payload,
+    Record,
+    Rest,
+    TensorInfo,
+    View,
+    is_contiguous,
+    reach,
+    versions_from,
+)
+from ckptkit.core.files import LocalFile, Region
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, printable, quoted
+from ckptkit.errors import FormatError
+from ckptkit.formats.layout import Strided
+from ckptkit.formats.pickle.code_names import is_harmless, is_suspicious, is_weights_only
+from ckptkit.formats.pickle.values import MappingValue, Placeholder
+from ckptkit.formats.torch.modules import open_modules
+from ckptkit.formats.torch.naming import Names, Path, flat_key, key_name, name_places, type_name
+from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.torch.tree import children, describe, is_tensor, leaves, select
+from ckptkit.wrappers import AN_OPTIMIZER, which_is_which
+
+__all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]
+
+LARGEST_PICKLE = 256 << 20
+_LEAST_PLACES = 1_000  # and one for each byte of the pickle: more takes parts that are shared
+_NAMES_PER_BYTE = 64
+_PART = 4  # what a part of a path costs beside its characters
+_MOST_OUTLINED = 1_000_000
+_MOST_ENTRIES = 100_000
+_MOST_TENSORS = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class TorchFile:
+    """What a container reader found: the inert tree, the builders that made it, and where each storage lies.
+
+    ``records`` goes over everything stored, told which tensors lie in the storage of a key. ``pickle`` gives the bytes
+    that the whole tree was read from, ``others`` what a container holds that is neither pickle nor storage.
+    """
+
+    tree: object
+    objects: TorchObjects
+    pickle_size: int
+    locate: Callable[[StorageRef], Region]  # raises FormatError where the storage is not in the file
+    records: Callable[[Mapping[str, Sequence[str]]], Iterable[Record]]
+    warnings: tuple[str, ...] = ()
+    uncertain: Callable[[TensorRef], bool] = lambda _: False  # whether the order of its bytes cannot be known
+    pickle: Callable[[], bytes] | None = None
+    doubt: str = ""  # why a file cannot be written again with all that it holds
+    others: Callable[[], Sequence[tuple[str, Payload]]] = tuple
+
+
+def assemble_file(made: TorchFile, file: LocalFile, format: str, inner: str) -> Checkpoint:  # noqa: A002 - the name of the JSON field
+    """Return what ``assemble`` returns for the whole of one file, which the Checkpoint takes over."""
+    return assemble(made, path=file.path, format=format, inner=inner, close=file.close, check=file.check_unchanged)
+
+
+def assemble(
+    file: TorchFile,
+    *,
+    path: str = "",
+    format: str = "",  # noqa: A002 - the name of the JSON field
+    inner: str = "",
+    close: Callable[[], None] | None = None,
+    check: Callable[[], None] | None = None,
+) -> Checkpoint:
+    """Return the Checkpoint of the mapping ``inner`` (empty: found by its signature) in a torch file.
+
+    Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.
+    """
+    tree, notes = open_modules(file.tree, file.pickle_size)
+    value, chosen = select(tree, inner)
+    inner = "" if inner == AN_OPTIMIZER else inner
+    averages = [Remark(said, "average-beside", "note") for said in which_is_which(tree, chosen, is_tensor)]
+    if isinstance(value, TensorRef):
+        value = {"": value} if not chosen else {chosen[-1]: value}
+    if inner and not isinstance(value, Mapping | list | tuple):
+        raise FormatError(
+            f"holds no mapping at {quoted(inner)}, but {quoted(type_name(value))}",
+            hint="ckpt show without the :: part lists its value",
+        )
+    if isinstance(value, Placeholder):
+        raise FormatError(
+            f"holds a pickled object of class {quoted(type_name(value))}, not a state_dict",
+            hint="save its state_dict() and give that",
+        )
+    outlined = [_MOST_OUTLINED]
+    tensors, entries, names, placed = _sort_leaves(value, file.pickle_size, outlined)
+    places: dict[str, Region] = {}
+    ids: dict[str, int] = {}
+    infos: dict[str, TensorInfo] = {}
+    for key, tensor in tensors.items():
+        if tensor.kind == "dense" and file.uncertain(tensor):
+            tensor = replace(tensor, kind="big-endian")  # noqa: PLW2901 - what is listed of it
+        infos[key] = _info(key, tensor, ids)
+        if tensor.storage is not None and tensor.storage.key not in places:
+            places[tensor.storage.key] = file.locate(tensor.storage)
+    entries = _outside(tree, chosen, outlined) + entries
+    references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
+    suspicious = [name for name in references if is_suspicious(name)]
+    warnings = [*names.warnings, *file.warnings, *notes, *averages, *code_warnings(references, suspicious)]
+    if (repeated := file.objects.interpreter.repeated) is not None:
+        said = f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch"
+        warnings.append(Remark(said, "repeated-key"))
+    warnings += _seen_twice(infos, tensors)
+    if file.objects.sources:
+        warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
+
+    def span(info: TensorInfo) -> Payload | None:
+        tensor = tensors[info.key]
+        if tensor.conj or tensor.neg or info.kind != "dense" or tensor.storage is None:
+            return None
+        return _span(info, places[tensor.storage.key])
+
+    def payload(info: TensorInfo) -> Payload:
+        tensor = tensors[info.key]
+        if info.kind != "dense" or tensor.storage is None:
+            raise FormatError(f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=path)
+        whole = places[tensor.storage.key]
+        plain = is_contiguous(info) and not tensor.conj and not tensor.neg
+        return _span(info, whole) if plain else Strided(whole, info, tensor.conj, tensor.neg)
+
+    def records() -> Iterable[Record]:
+        held: dict[str, list[str]] = {}
+        for key, tensor in tensors.items():
+            if tensor.storage is not None:
+                held.setdefault(tensor.storage.key, []).append(key)
+        return file.records({**_held_outside(tree, file.pickle_size), **held} if chosen else held)
+
+    return Checkpoint(
+        infos,
+        payload,
+        path=path,
+        format=format,
+        entries=entries,
+        warnings=warnings,
+        references=references,
+        suspicious=bool(suspicious),
+        versions=_versions(value),
+        envelope=inner or (flat_key(chosen) if chosen else ""),
+        made_up={name: dotted for name, dotted in names.made_up.items() if name in infos},
+        span=span,
+        records=records,
+        files=[path],
+        check=check,
+        close=close,
+        nest=Nest(value, placed),
+        rest=_rest(file, value, chosen, entries, placed),
+    )
+
+
+def _rest(
+    file: TorchFile, value: object, chosen: Path, entries: Iterable[Entry], placed: Mapping[str, Path]
+) -> Rest | None:
+    """Return what the file holds beside a mapping of it; None where it holds no more, or the mapping is none of it."""
+    level, pickle = file.tree, file.pickle
+    for key in chosen:
+        level = children(level).get(key)
+    # The state_dict of a pickled module is read out of the module: the file itself has no such mapping.
+    if pickle is None or level is not value or not isinstance(value, Mapping):
+        return None
+    if not chosen and all(entry.path == "_metadata" for entry in entries):
+        return None
+    unknown = tuple(name for name in file.objects.interpreter.references if not is_weights_only(name))
+    storages = file.objects.storages
+    return Rest(chosen, placed, pickle, lambda key: file.locate(storages[key]), file.others, unknown, file.doubt)
+
+
+def _sort_leaves(
+    value: object, size: int, outlined: list[int]
+) -> tuple[dict[str, TensorRef], list[Entry], Names, dict[str, Path]]:
+    found: list[tuple[Path, object]] = []
+    budget = _NAMES_PER_BYTE * size + 1_000_000
+    tensors = unlisted = 0
+    for place, leaf in leaves(value, [_LEAST_PLACES + size]):
+        is_tensor = isinstance(leaf, TensorRef)
+        if not is_tensor and not (place or isinstance(leaf, list | tuple)):
+            continue
+        if not is_tensor and len(found) - tensors >= _MOST_ENTRIES:
+            unlisted += 1
+            continue
+        budget -= len(flat_key(place)) + _PART * len(place)
+        if budget < 0:
+            raise FormatError("the structure is nested so that its names take many times its own size")
+        tensors += is_tensor
+        if tensors > _MOST_TENSORS:
+            raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
+        found.append((place, leaf))
+    names = name_places([place for place, _ in found])
+    named = list(zip(names.names, (leaf for _, leaf in found), strict=True))
+    entries = []
+    if isinstance(value, MappingValue):
+        entries += [describe(key_name(name), inner, outlined) for name, inner in value.attributes.items()]
+    entries += [describe(name, leaf, outlined) for name, leaf in named if not isinstance(leaf, TensorRef)]
+    if unlisted:
+        names.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
+    sorted_out = {name: leaf for name, leaf in named if isinstance(leaf, TensorRef)}
+    placed = {
+        name: place for name, (place, leaf) in zip(names.names, found, strict=True) if isinstance(leaf, TensorRef)
+    }
+    return sorted_out, entries, names, placed
+
+
+def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:
+    first: dict[str, str] = {}
+    for key, tensor in tensors.items():
+        if tensor.storage is not None and infos[first.setdefault(tensor.storage.key, key)].dtype != tensor.dtype:
+            one, other = infos[first[tensor.storage.key]], infos[key]
+            names = f"{quoted(one.key)} is {one}, {quoted(key)} is {other}"
+            return [f"one storage is seen as two dtypes, which torch.save refuses: {names}"]
+    return []
+
+
+def _versions(value: object) -> dict[str, int]:
+    table = value.attributes.get("_metadata") if isinstance(value, MappingValue) else None
+    return versions_from(table) if isinstance(table, Mapping) else {}
+
+
+def _outside(tree: object, chosen: Path, outlined: list[int]) -> list[Entry]:
+    found: list[tuple[Path, object]] = []
+    level = tree
+    for depth, key in enumerate(chosen):
+        if not isinstance(level, Mapping):
+            break
+        found += [((*chosen[:depth], other), level[other]) for other in level if other is not key]
+        level = level[key]
+    names = name_places([place for place, _ in found]).names
+    entries = (describe(name, value, outlined) for name, (_, value) in zip(names, found, strict=True))
+    return [entry._replace(outside=True) for entry in entries]
+
+
+def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
+    """Return the names of all tensors, those beside the mapping of weights too, by the key of their storage."""
+    held: dict[str, list[str]] = {}
+    with contextlib.suppress(FormatError):  # a tree that expands without end: what was named until then will do
+        for place, leaf in leaves(tree, [_LEAST_PLACES + size]):
+            if isinstance(leaf, TensorRef) and leaf.storage is not None:
+                held.setdefault(leaf.storage.key, []).append(flat_key(place))
+    return held
+
+
+def code_warnings(references: list[str], suspicious: list[str]) -> list[Remark]:
+    """Return what to say of the code that a file names: ``suspicious`` where there is any, else ``references``."""
+    if suspicious:
+        named = ", ".join(printable(name) for name in suspicious[:8])
+        said = f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"
+        return [Remark(said, "code-suspicious", "error")]
+    if references:
+        named = ", ".join(printable(name) for name in references[:8])
+        more = f" and {len(references) - 8} more" if len(references) > 8 else ""
+        said = f"contains {plural(len(references), 'code reference')}, not run: {named}{more}"
+        return [Remark(said, "code-reference")]
+    return []
+
+
+def _info(key: str, tensor: TensorRef, ids: dict[str, int]) -> TensorInfo:
+    if math.prod(size or 1 for size in tensor.shape) >= 2**63:
+        raise FormatError(f"{quoted(key)}: the shape {str(list(tensor.shape))[:80]} overflows")
+    kind = tensor.kind
+    if tensor.storage is None:
+        return TensorInfo(key, tensor.dtype, tensor.shape, kind=kind)
+    shape, stride, offset, bits = tensor.shape, tensor.stride, tensor.offset, DTYPES[tensor.dtype].bits
+    if tensor.dtype == "F4":
+        # torch counts bytes of two elements each, the safetensors code counts the elements.
+        if not shape or stride[-1] != 1:
+            return TensorInfo(key, tensor.dtype, shape, kind="packed")
+        shape, offset = (*shape[:-1], 2 * shape[-1]), 2 * offset
+        stride = (*(2 * step for step in stride[:-1]), 1)
+    storage = tensor.storage
+    length = storage.nbytes if storage.length < 0 else storage.length
+    view = View(ids.setdefault(storage.key, len(ids)), offset + storage.start * 8 // bits, stride)
+    info = TensorInfo(key, tensor.dtype, shape, view, kind)
+    first, last = reach(info)
+    if last - storage.start > length:
+        raise FormatError(
+            f"{quoted(key)}: the view ends at byte {last - storage.start} of storage {quoted(storage.key)}, "
+            f"which has {length}"
+        )
+    if storage.start * 8 % bits:
+        raise FormatError(f"{quoted(key)}: begins inside an element, at byte {first}")
+    return info
+
+
+def _span(info: TensorInfo, whole: Region) -> Payload:
+    first, last = reach(info)
+    return whole.slice(first, last - first)

@@ -1,0 +1,211 @@
+"""torch.export's archives (``.pt2``): raw records of weights and constants, described by JSON; no program is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ckptkit.core.checkpoint import Checkpoint, Entry, Payload, Record, TensorInfo, is_contiguous, reach
+from ckptkit.core.files import Extent, Inflated
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, printable, quoted
+from ckptkit.errors import FormatError
+from ckptkit.formats.layout import Strided
+from ckptkit.formats.safetensors import LARGEST_HEADER, parse_json
+from ckptkit.formats.torch.torch_export_meta import describe
+from ckptkit.formats.zip_archive import ZipDirectory
+
+__all__ = ["open_torch_export"]
+
+_MARK = "archive_format"
+_MOST_FILES = 10_000
+_COMPILED = ("data/aotinductor/", "data/executorch/", "data/mtia")
+_HOUSEKEEPING = (_MARK, "archive_version", "byteorder", "version", ".data/", ".format_version", ".storage_alignment")
+_OBJECTS = {"custom_obj_": "custom object", "opaque_obj_": "opaque object"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """The weights or the constants of a program: its tensors, the entry that holds each, and what is no tensor."""
+
+    infos: dict[str, TensorInfo] = field(default_factory=dict)
+    records: dict[str, str] = field(default_factory=dict)
+    objects: list[Entry] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Program:
+    """An exported program, as far as it is read here."""
+
+    weights: _Part
+    constants: _Part
+
+
+def open_torch_export(archive: ZipDirectory, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint of the state_dict in an archive of ``torch.export.save``; takes over its file.
+
+    ``inner`` is ``constants`` for what the program holds beside its state_dict, or the name of one of several
+    programs (``NAME``, ``NAME.constants``). Raises ``FormatError`` where a description is not true of its record.
+    """
+    file = archive.file
+    root = _root(archive)
+    _check_order(archive, root)
+    programs = {name: _program(archive, root, name) for name in _names(archive, root)}
+    part, beside = _choose(programs, inner)
+    used = {entry for program in programs.values() for each in (program.weights, program.constants)
+            for entry in each.records.values()}  # fmt: skip
+    files = [name for name in archive.entries if name not in used and _is_content(name.removeprefix(root))]
+    entries = [*part.objects, *_constants(beside), *(_file(archive, root, name) for name in files[:_MOST_FILES])]
+
+    def stored(info: TensorInfo) -> Extent | Inflated:
+        if info.kind != "dense":
+            raise FormatError(
+                f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=file.path
+            )
+        return archive.region(part.records[info.key])
+
+    def span(info: TensorInfo) -> Payload | None:
+        if info.kind != "dense":
+            return None
+        first, last = reach(info)
+        return stored(info).slice(first, last - first)
+
+    def payload(info: TensorInfo) -> Payload:
+        region = stored(info)
+        return (span(info) or region) if is_contiguous(info) else Strided(region, info)
+
+    def records() -> Iterator[Record]:
+        keys: dict[str, list[str]] = {}
+        for key, name in part.records.items():
+            keys.setdefault(name, []).append(key)
+        return archive.records(keys)
+
+    return Checkpoint(
+        part.infos,
+        payload,
+        path=file.path,
+        format="torch-export",
+        entries=entries,
+        warnings=[*archive.doubts(f"{root}data/"), *_warnings(beside, files, root)],
+        envelope=inner,
+        span=span,
+        records=records,
+        files=[file.path],
+        check=file.check_unchanged,
+        close=file.close,
+    )
+
+
+def _root(archive: ZipDirectory) -> str:
+    roots = archive.roots(_MARK)
+    if len(roots) != 1:
+        raise FormatError(f"{len(roots)} entries called {_MARK}: several archives in one")
+    if f"{roots[0]}data.pkl" in archive.entries:
+        raise FormatError(f"holds both {_MARK} and data.pkl: two checkpoints in one")
+    kind = archive.text(f"{roots[0]}{_MARK}")
+    if kind != "pt2":
+        raise FormatError(f"an archive of the unknown kind {quoted(str(kind)[:40])}")
+    version = archive.text(f"{roots[0]}archive_version") or "0"
+    if version != "0":
+        raise FormatError(f"its archive version is {quoted(version[:20])}, newer than known")
+    return roots[0]
+
+
+def _check_order(archive: ZipDirectory, root: str) -> None:
+    order = archive.text(f"{root}byteorder") or "little"
+    if order != "little":
+        # Its records have no swapping reader in torch either.
+        what = "written on a big-endian machine" if order == "big" else f"its byte order is {quoted(order[:20])}"
+        raise FormatError(what, hint="export the program again where it is to be read")
+
+
+def _names(archive: ZipDirectory, root: str) -> list[str]:
+    names: dict[str, None] = {}
+    for entry in archive.entries:
+        place = entry.removeprefix(root)
+        for kind in ("weights", "constants"):
+            start, end = f"data/{kind}/", f"_{kind}_config.json"
+            if place.startswith(start) and place.endswith(end):
+                names[place[len(start) : -len(end)]] = None
+        if place.startswith(("data/weights/", "data/constants/")) and place.endswith(".pt"):
+            raise FormatError(
+                f"its weights are a pickle, {quoted(place)}, as torch.export wrote them once",
+                hint="load it with torch.export.load, and save it again",
+            )
+    return list(names)
+
+
+def _choose(programs: Mapping[str, _Program], inner: str) -> tuple[_Part, _Part]:
+    """Return the part that ``inner`` names, and the constants to tell of beside it."""
+    nothing = _Part()
+    if not programs:
+        programs = {"": _Program(nothing, nothing)}
+    choices = {f"{name}.constants": (program.constants, nothing) for name, program in programs.items()}
+    if len(programs) == 1:
+        ((weights, constants),) = ((program.weights, program.constants) for program in programs.values())
+        choices |= {"constants": (constants, nothing), "": (weights, constants)}
+    choices |= {name: (program.weights, program.constants) for name, program in programs.items()}
+    if inner in choices:
+        return choices[inner]
+    named = ", ".join(f"PATH::{printable(name)}" for name in list(programs)[:12])
+    if not inner:
+        raise FormatError(f"holds {len(programs)} exported programs", hint=f"name one: {named}")
+    raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"there is: {named}, and the same with .constants")
+
+
+def _program(archive: ZipDirectory, root: str, name: str) -> _Program:
+    return _Program(_part(archive, root, name, "weights"), _part(archive, root, name, "constants"))
+
+
+def _part(archive: ZipDirectory, root: str, name: str, kind: str) -> _Part:
+    place = f"data/{kind}/{name}_{kind}_config.json"
+    part = _Part()
+    if f"{root}{place}" not in archive.entries:
+        return part
+    what = quoted(place)
+    table = parse_json(archive.read(f"{root}{place}", LARGEST_HEADER), what).get("config")
+    if not isinstance(table, dict):
+        raise FormatError(f"{what} has no config")
+    ids: dict[str, int] = {}
+    for key, meta in table.items():
+        record = meta.get("path_name") if isinstance(meta, dict) else None
+        if not isinstance(record, str) or not record or "/" in record or "\\" in record or record in (".", ".."):
+            raise FormatError(f"{quoted(key)}: the record name {quoted(str(record)[:80])} is none")
+        entry = f"{root}data/{kind}/{record}"
+        if entry not in archive.entries:
+            raise FormatError(f"{quoted(key)}: its record {quoted(record)} is not in the archive")
+        part.records[key] = entry
+        object_kind = next((noun for prefix, noun in _OBJECTS.items() if record.startswith(prefix)), None)
+        if object_kind:
+            part.objects.append(Entry(key, object_kind, "a pickle, not read"))
+        else:
+            part.infos[key] = describe(key, meta, ids.setdefault(record, len(ids)), archive.entries[entry].size)
+    return part
+
+
+def _constants(part: _Part) -> Iterator[Entry]:
+    for key, info in part.infos.items():
+        yield Entry(f"constants.{key}", "tensor", str(info), outside=True)
+    for entry in part.objects:
+        yield entry._replace(path=f"constants.{entry.path}", outside=True)
+
+
+def _is_content(place: str) -> bool:
+    return not place.startswith(_HOUSEKEEPING) and not place.endswith("_config.json")
+
+
+def _file(archive: ZipDirectory, root: str, name: str) -> Entry:
+    return Entry(name.removeprefix(root), "file", plural(archive.entries[name].size, "byte"), outside=True)
+
+
+def _warnings(beside: _Part, files: Sequence[str], root: str) -> Iterator[str]:
+    count = len(beside.infos) + len(beside.objects)
+    if count:
+        said = f"{plural(count, 'constant')} beside the state_dict (buffers that are not persistent, lifted tensors)"
+        yield Remark(f"{said}: ::constants takes them", "constants", "note")
+    compiled = [name.removeprefix(root) for name in files if name.removeprefix(root).startswith(_COMPILED)]
+    if compiled:
+        yield (f"holds compiled code, {plural(len(compiled), 'entry', 'entries')} such as {quoted(compiled[0])}: "
+               "listed, and never loaded")  # fmt: skip
+    if len(files) > _MOST_FILES:
+        yield f"{plural(len(files) - _MOST_FILES, 'entry', 'entries')} more than {_MOST_FILES:,} are not listed"

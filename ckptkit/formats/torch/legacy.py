@@ -1,0 +1,142 @@
+"""torch's format before 1.6: five pickles in a row, then each storage behind its length."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Record
+from ckptkit.core.files import Extent, LocalFile, Region
+from ckptkit.core.text import plural, quoted
+from ckptkit.errors import FormatError
+from ckptkit.formats.pickle.machine import TruncatedPickleError
+from ckptkit.formats.pickle.unpickle import unpickle
+from ckptkit.formats.pickle.values import Interpreter
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
+from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+
+__all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
+
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the five pickles, a number that the format is told by
+_PROTOCOL = 1001
+_FIRST_WINDOW = 1 << 20
+_UNTYPED = "it was written on a big-endian machine, and the order of the bytes of some numbers cannot be known"
+_LENGTH = struct.Struct("<q")
+
+
+def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint in a legacy torch file; takes over the file.
+
+    Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
+    """
+    return assemble_file(read_torch_legacy(file), file, "torch-legacy", inner)
+
+
+def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:
+    """Return the inert tree in a legacy torch file, and where its storages lie.
+
+    Raises ``FormatError`` likewise, and where a pickle has more than ``largest`` bytes.
+    """
+    objects = TorchObjects()
+    plain = Interpreter({}, {})
+    magic, pos = read_pickle(file, plain, 0, largest=largest)
+    if magic != _MAGIC:
+        raise FormatError("a bare pickle, not a file of torch.save")
+    protocol, pos = read_pickle(file, plain, pos, largest=largest)
+    if protocol != _PROTOCOL:
+        raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
+    info, pos = read_pickle(file, plain, pos, largest=largest)
+    big = isinstance(info, dict) and info.get("little_endian") is False
+    start = pos
+    tree, pos = read_pickle(file, objects.interpreter, pos, largest=largest)
+    size = pos - start
+    keys, pos = read_pickle(file, plain, pos, largest=largest)
+    starts = _storage_starts(file, objects, keys, pos)
+
+    def locate(storage: StorageRef) -> Region:
+        if storage.key not in starts:
+            raise FormatError(f"storage {quoted(storage.key)} is not in the file")
+        return Extent(file, starts[storage.key], storage.nbytes)
+
+    def uncertain(tensor: TensorRef) -> bool:
+        # torch wrote numbers of up to 8 bytes little-endian everywhere; of complex ones it mixed up the parts.
+        dtype = DTYPES[tensor.dtype]
+        untyped = tensor.storage is not None and not tensor.storage.dtype
+        return big and (dtype.parts > 1 or (untyped and dtype.part_bytes > 1))
+
+    def records(held: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+        for key in starts:
+            yield Record(file.path, f"storage {key}", locate(objects.storages[key]), keys=tuple(held.get(key, ())))
+
+    said = ("written on a big-endian machine: read as torch reads it, its numbers are little-endian",) if big else ()
+    unclear = big and any(not storage.dtype or DTYPES[storage.dtype].parts > 1 for storage in objects.storages.values())
+    doubt = _UNTYPED if unclear else ""
+    return TorchFile(tree, objects, size, locate, records, said, uncertain, lambda: file.read(start, size), doubt)
+
+
+def read_pickle(
+    file: LocalFile,
+    interpreter: Interpreter,
+    start: int,
+    *,
+    largest: int = LARGEST_PICKLE,
+    window: int = _FIRST_WINDOW,
+) -> tuple[object, int]:
+    """Return the inert value of the pickle at ``start`` and the offset behind it.
+
+    Raises ``FormatError`` where there is none, or one of more than ``largest`` bytes.
+    """
+    # Where a pickle ends is known only by reading it, and the storages behind it may be large:
+    # so a window is read, and a larger one only if the pickle did not end inside it.
+    while True:
+        data = file.read(start, min(window, file.size - start))
+        try:
+            value, end = unpickle(data, interpreter)
+        except TruncatedPickleError as error:
+            if len(data) == file.size - start:
+                raise FormatError(error.reason, hint="download or copy it again") from None
+            if window >= largest:
+                raise FormatError(f"a pickle of more than {largest} bytes") from None
+            window *= 4
+        else:
+            return value, start + end
+
+
+def _storage_starts(file: LocalFile, objects: TorchObjects, keys: object, pos: int) -> dict[str, int]:
+    if not isinstance(keys, list) or not all(
+        isinstance(key, str) or (type(key) is int and 0 <= key < 2**64) for key in keys
+    ):
+        raise FormatError("a legacy torch file without a list of storages")
+    starts: dict[str, int] = {}
+    for key in map(str, keys):
+        storage = objects.storages.get(key)
+        if storage is None:
+            raise FormatError(f"storage {quoted(key)} is in the file and belongs to no tensor")
+        if key in starts:
+            raise FormatError(f"storage {quoted(key)} is listed twice")
+        if pos + _LENGTH.size > file.size:
+            raise FormatError(f"ends before storage {quoted(key)}: truncated?", hint="download or copy it again")
+        (numel,) = _LENGTH.unpack(file.read(pos, _LENGTH.size))
+        pos += _LENGTH.size
+        _check_numel(key, storage, numel)
+        starts[key] = pos
+        pos += storage.nbytes
+        if pos > file.size:
+            raise FormatError(
+                f"ends {plural(pos - file.size, 'byte')} before the end of storage {quoted(key)}: truncated?",
+                hint="download or copy it again",
+            )
+    missing = [key for key in objects.storages if key not in starts]
+    if missing:
+        raise FormatError(f"storage {quoted(missing[0])} is not in the file")
+    if pos != file.size:
+        raise FormatError(f"{file.size - pos} bytes follow the last storage")
+    return starts
+
+
+def _check_numel(key: str, storage: StorageRef, numel: int) -> None:
+    width = DTYPES[storage.dtype].bits // 8 if storage.dtype else 1
+    if numel * width != storage.nbytes:
+        raise FormatError(
+            f"storage {quoted(key)}: {storage.nbytes} bytes named, {numel} elements of {width} bytes stored"
+        )

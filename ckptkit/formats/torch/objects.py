@@ -1,0 +1,346 @@
+"""What torch's own pickles build: storages and tensors as references, containers as values.
+
+Argument orders are those of ``torch/_utils.py`` and ``torch/_tensor.py``; nothing of them is called.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Final
+
+from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.text import quoted
+from ckptkit.errors import FormatError
+from ckptkit.formats.pickle.values import Global, Interpreter, MappingValue, Placeholder, check_key
+
+__all__ = [
+    "STORAGE_TYPES",
+    "TENSOR_TYPES",
+    "DTypeRef",
+    "StorageRef",
+    "StorageType",
+    "TensorRef",
+    "TorchObjects",
+    "place_tensor",
+]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StorageType:
+    """A storage class of torch; ``dtype`` is empty for the untyped one, which counts bytes."""
+
+    dtype: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class DTypeRef:
+    """A dtype of torch, by its safetensors code."""
+
+    code: str
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class StorageRef:
+    """A storage as a pickle names it: which record, what it holds, and the part a legacy view takes of it."""
+
+    key: str
+    dtype: str
+    nbytes: int
+    start: int = 0  # bytes; legacy files can name a part of a storage
+    length: int = -1  # bytes of that part
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class TensorRef:
+    """A tensor as a pickle describes it; ``storage`` is None where the file holds no bytes for it."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    storage: StorageRef | None = None
+    offset: int = 0
+    stride: tuple[int, ...] = ()
+    conj: bool = False
+    neg: bool = False
+    kind: str = "dense"
+
+
+_STORAGES: Final[Mapping[str, str]] = {
+    "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
+    "Short": "I16", "Char": "I8", "Byte": "U8", "Bool": "BOOL", "ComplexDouble": "C128", "ComplexFloat": "C64",
+    "QInt8": "QI8", "QUInt8": "QU8", "QInt32": "QI32", "QUInt4x2": "QU4X2", "QUInt2x4": "QU2X4",
+}  # fmt: skip
+_DTYPE_ALIASES: Final[Mapping[str, str]] = {
+    "half": "F16", "float": "F32", "double": "F64", "short": "I16", "int": "I32", "long": "I64",
+    "cfloat": "C64", "cdouble": "C128", "chalf": "C32",
+}  # fmt: skip
+
+
+_PARAMETER = "torch.nn.parameter.Parameter"
+_NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
+_MOST_DIMENSIONS = 1024
+_COMPLEX = ("C32", "C64", "C128")
+_NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
+
+
+def _storage_types() -> dict[str, StorageType]:
+    table: dict[str, StorageType] = {}
+    for name, code in _STORAGES.items():
+        kind = StorageType(code)
+        table |= {f"{home}.{name}Storage": kind for home in ("torch", "torch.cuda", "torch.storage")}
+    untyped = ("torch.storage.UntypedStorage", "torch.storage._UntypedStorage", "torch.UntypedStorage")
+    return table | dict.fromkeys(untyped, StorageType(""))
+
+
+STORAGE_TYPES: Final[Mapping[str, StorageType]] = _storage_types()
+TENSOR_TYPES: Final[Mapping[str, DTypeRef]] = {
+    f"{home}.{name}Tensor": DTypeRef(code) for name, code in _STORAGES.items() for home in ("torch", "torch.cuda")
+}
+
+
+def _constants() -> dict[str, object]:
+    table: dict[str, object] = {f"torch.{d.torch_name}": DTypeRef(d.code) for d in DTYPES.values() if d.torch_name}
+    table |= {f"torch.{name}": DTypeRef(code) for name, code in _DTYPE_ALIASES.items()}
+    table |= STORAGE_TYPES
+    for scheme in ("tensor_affine", "tensor_symmetric", "channel_affine", "channel_symmetric"):
+        table[f"torch.per_{scheme}"] = scheme
+    table["torch.per_channel_affine_float_qparams"] = "channel_affine_float_qparams"
+    table |= dict.fromkeys(("torch.Tensor", "torch._tensor.Tensor"), "tensor")
+    return table
+
+
+_CONSTANTS: Final = _constants()
+
+
+class TorchObjects:
+    """Everything that one torch file's pickles may build, and the storages they named."""
+
+    def __init__(self, persistent: Callable[[object], object] | None = None) -> None:
+        """Start with no storage seen; ``persistent`` reads persistent ids that do not describe storages."""
+        self.storages: dict[str, StorageRef] = {}
+        self._locations: dict[str, str] = {}
+        self.prefix = ""  # of the keys of the storages that the next pickle names
+        self.sources: list[str] = []  # source files that a legacy full-module pickle embeds
+        self.interpreter = Interpreter(self._builders(), _CONSTANTS, persistent or self._persistent)
+
+    def _builders(self) -> dict[str, Callable[..., object]]:
+        builders: dict[str, Callable[..., object]] = {
+            "torch._utils._rebuild_tensor": _tensor,
+            "torch._utils._rebuild_tensor_v2": _tensor_v2,
+            "torch._utils._rebuild_tensor_v3": _tensor_v3,
+            "torch._utils._rebuild_parameter": _parameter,
+            "torch._utils._rebuild_parameter_with_state": _parameter,
+            _PARAMETER: _old_parameter,
+            "torch._utils._rebuild_qtensor": _quantized,
+            "torch._utils._rebuild_sparse_tensor": _sparse,
+            "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+            "torch._utils._rebuild_nested_tensor": _nested,
+            "torch._utils._rebuild_wrapper_subclass": _subclass,
+            "torch.serialization._get_layout": _name,
+            "torch.Size": _size,
+            "torch.device": lambda *parts: ":".join(map(_name, parts)),
+            "_codecs.encode": self._encode,
+            "collections.deque": self._copy(list),
+        }
+        for home in ("torch._tensor", "torch.tensor"):
+            builders[f"{home}._rebuild_from_type"] = self._from_type
+            builders[f"{home}._rebuild_from_type_v2"] = self._from_type
+        for name in ("OrderedDict", "defaultdict", "Counter"):
+            builders[f"collections.{name}"] = partial(self._mapping, name)
+        for home in ("builtins", "__builtin__"):
+            builders[f"{home}.dict"] = partial(self._mapping, "dict")
+            for kind in (list, set, frozenset, tuple):
+                builders[f"{home}.{kind.__name__}"] = self._copy(kind)
+            builders[f"{home}.complex"] = _complex
+            builders[f"{home}.slice"] = lambda *parts: ["slice", *parts]
+        return builders
+
+    def _mapping(self, kind: str, *args: object) -> object:
+        made = MappingValue(kind)
+        source = args[-1] if args else ()
+        if isinstance(source, dict):
+            self.interpreter.spend(source)
+            made.update(source)
+        elif isinstance(source, list | tuple):
+            self.interpreter.spend(source)
+            for pair in source:
+                key, value = pair
+                check_key(key)
+                self.interpreter.set_item(made, key, value)
+        return made
+
+    def _copy(self, kind: Callable[[Iterable[object]], object]) -> Callable[..., object]:
+        def build(source: object = (), *_: object) -> object:
+            if not isinstance(source, list | tuple | dict | set | frozenset):
+                raise TypeError(f"a {type(source).__name__}")
+            self.interpreter.spend(source)
+            if kind in (set, frozenset) and not all(isinstance(item, str | bytes | float | None) for item in source):
+                return list(source)  # hashing others can be made expensive, and nobody asks a checkpoint's set
+            return kind(source)
+
+        return build
+
+    def _encode(self, text: object, encoding: object = "utf-8") -> object:
+        if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
+            return Placeholder("_codecs.encode", (text, encoding))
+        self.interpreter.spend(text)
+        return text.encode("latin-1")
+
+    def _from_type(self, function: object, _kind: object, args: object, _state: object = None) -> object:
+        if isinstance(function, Global) and function.name.startswith("_rebuild_from_type"):
+            raise TypeError("itself")  # nested a thousand times, it would exhaust the interpreter's own stack
+        made = self.interpreter.call(function, args)
+        plain = _kind == "tensor" or (isinstance(_kind, Global) and str(_kind) == _PARAMETER)
+        if isinstance(made, TensorRef) and not plain and made.kind == "dense":
+            return replace(made, kind="subclass")
+        return made
+
+    def _persistent(self, pid: object) -> object:
+        if isinstance(pid, tuple) and pid and pid[0] == "module" and len(pid) == 4:
+            if isinstance(pid[2], str):
+                self.sources.append(pid[2])
+            return pid[1]
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
+            raise FormatError("corrupt pickle: a persistent id that names no storage")
+        kind, key, numel = pid[1], pid[2], pid[4]
+        if isinstance(key, int) and not isinstance(key, bool):
+            key = str(key)
+        if not isinstance(kind, StorageType) or not isinstance(key, str) or not _is_count(numel):
+            raise FormatError("corrupt pickle: a persistent id with a storage of unknown type, key or size")
+        key = self.prefix + key
+        width = _width(kind.dtype)
+        storage = StorageRef(key, kind.dtype, numel * width)
+        known = self.storages.setdefault(key, storage)
+        if known.nbytes != storage.nbytes:
+            raise FormatError(f"storage {quoted(key)} is given two sizes, {known.nbytes} and {storage.nbytes} bytes")
+        if isinstance(pid[3], str) and self._locations.setdefault(key, pid[3]) != pid[3]:
+            raise FormatError(
+                f"storage {quoted(key)} is given two locations, {quoted(self._locations[key])} and {quoted(pid[3])}"
+            )
+        if len(pid) == 6 and pid[5] is not None:
+            return self._part(storage, pid[5], width)
+        return known if known.dtype == storage.dtype else storage
+
+    def _part(self, storage: StorageRef, view: object, width: int) -> StorageRef:
+        if not isinstance(view, tuple) or len(view) != 3 or not all(map(_is_count, view[1:])):
+            raise FormatError(f"storage {quoted(storage.key)}: a view of it is described wrongly")
+        start, length = view[1] * width, view[2] * width
+        if start + length > storage.nbytes:
+            raise FormatError(
+                f"storage {quoted(storage.key)}: a view of it ends at byte {start + length} of {storage.nbytes}"
+            )
+        return replace(storage, start=start, length=length)
+
+
+def _is_count(number: object) -> bool:
+    # torch counts with signed 64 bits; Python would go on, to numbers that cannot be printed.
+    return type(number) is int and 0 <= number < 2**63
+
+
+def _name(part: object) -> str:
+    if not isinstance(part, str | int):
+        raise TypeError("a name that is no string")
+    return str(part)
+
+
+def _complex(real: object = 0.0, imag: object = 0.0) -> complex:
+    if not isinstance(real, int | float) or not isinstance(imag, int | float):
+        raise TypeError("parts that are no numbers")
+    return complex(real, imag)
+
+
+def _width(dtype: str) -> int:
+    return DTYPES[dtype].bits // 8 if dtype else 1
+
+
+def _size(sizes: object = ()) -> tuple[int, ...]:
+    if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
+        raise TypeError("sizes that are no integers")
+    if len(sizes) > _MOST_DIMENSIONS:
+        raise FormatError(f"corrupt pickle: a tensor of {len(sizes)} dimensions")
+    if not all(map(_is_count, sizes)):
+        raise FormatError(f"corrupt pickle: a tensor with a size or stride below 0 or above 2^63: {str(sizes)[:80]}")
+    return tuple(sizes)
+
+
+def _tensor(storage: object, offset: object, size: object, stride: object) -> TensorRef:
+    if not isinstance(storage, StorageRef) or type(offset) is not int:
+        raise TypeError("a storage or an offset of the wrong type")
+    return place_tensor(storage, storage.dtype or "U8", offset, size, stride)
+
+
+def _tensor_v2(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
+    return _flags(_tensor(storage, offset, size, stride), rest[2] if len(rest) > 2 else None)
+
+
+def _tensor_v3(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
+    dtype = rest[2]
+    if isinstance(dtype, Global) and dtype.module == "torch" and _NAME.fullmatch(dtype.name):
+        return TensorRef(str(dtype), _size(size), kind="unknown")  # of a torch that is newer than this table
+    if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, DTypeRef):
+        raise TypeError("a storage, an offset or a dtype of the wrong type")
+    return _flags(place_tensor(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
+
+
+def place_tensor(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
+    """Return the tensor of a view into a storage; raises ``FormatError`` for numbers that torch cannot count with."""
+    shape, steps = _size(size), _size(stride)
+    if len(shape) != len(steps):
+        raise FormatError(f"corrupt pickle: a tensor of {len(shape)} dimensions with {len(steps)} strides")
+    if not _is_count(offset):
+        raise FormatError(f"corrupt pickle: a tensor at the offset {offset}, below 0 or above 2^63")
+    return TensorRef(dtype, shape, storage, offset, steps)
+
+
+def _flags(tensor: TensorRef, metadata: Any) -> TensorRef:
+    if not isinstance(metadata, dict):
+        return tensor
+    conj, neg = bool(metadata.get("conj")), bool(metadata.get("neg"))
+    if (conj and tensor.dtype not in _COMPLEX) or (neg and tensor.dtype not in _NEGATABLE):
+        raise FormatError(f"corrupt pickle: a {tensor.dtype} tensor marked as conjugate or negative")
+    return replace(tensor, conj=conj, neg=neg)
+
+
+def _parameter(data: object, *_: object) -> object:
+    if not isinstance(data, TensorRef):
+        raise TypeError("a parameter that is no tensor")
+    return data
+
+
+def _old_parameter(*args: object) -> object:
+    # Before 0.4 a parameter was made anew from its data, and the rest set on it.
+    return args[0] if args and isinstance(args[0], TensorRef) else Placeholder(Global(*_PARAMETER.rsplit(".", 1)), args)
+
+
+def _quantized(
+    storage: object, offset: object, size: object, stride: object, _quantizer: object, *_: object
+) -> TensorRef:
+    return replace(_tensor(storage, offset, size, stride), kind="quantized")
+
+
+def _sparse(layout: object, data: Any) -> TensorRef:
+    if not isinstance(data, tuple) or len(data) > 5:
+        raise TypeError("parts that are no short tuple")
+    parts = [part for part in data if isinstance(part, TensorRef)]
+    size = data[2] if layout == "torch.sparse_coo" else data[3]
+    return TensorRef(parts[-1].dtype, _size(size), kind="sparse")
+
+
+def _meta(dtype: object, size: object, stride: object, _grad: object) -> TensorRef:
+    if not isinstance(dtype, DTypeRef):
+        raise TypeError("a dtype of the wrong type")
+    return TensorRef(dtype.code, _size(size), stride=_size(stride), kind="meta")
+
+
+def _nested(buffer: object, *_: object) -> TensorRef:
+    if not isinstance(buffer, TensorRef):
+        raise TypeError("a nested tensor without a buffer")
+    return replace(buffer, kind="nested")
+
+
+def _subclass(_kind: object, dtype: object, size: object, stride: object, *_: object) -> TensorRef:
+    if not isinstance(dtype, DTypeRef):
+        raise TypeError("a dtype of the wrong type")
+    return TensorRef(dtype.code, _size(size), stride=_size(stride), kind="subclass")

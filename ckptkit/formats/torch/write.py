@@ -1,0 +1,228 @@
+"""Write torch's zip format: stored entries, aligned as torch aligns them, with true checksums."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, reach, row_major
+from ckptkit.core.files import Extent
+from ckptkit.core.text import quoted
+from ckptkit.core.ties import overlapping
+from ckptkit.errors import ChangedError, PlanError
+from ckptkit.formats.atomic import AtomicFile
+from ckptkit.formats.torch.torch_pickle import STORAGE_CLASSES, StoredTensor, pickle_state_dict
+
+__all__ = ["TorchZipLayout", "arrange", "layout_archive", "layout_torch_zip", "refuse_unwritable", "write_torch_zip"]
+
+_LOCAL = struct.Struct("<4s5H3L2H")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_ALIGNMENT = 64
+_UTF8 = 0x800
+_LIMIT = 0xFFFFFFFF
+_JANUARY_1980 = 0x21  # a fixed date keeps equal contents equal files
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: bytes
+    content: Payload
+    header: int
+    extra: bytes
+
+    @property
+    def start(self) -> int:
+        return self.header + _LOCAL.size + len(self.name) + len(self.extra)
+
+
+@dataclass(frozen=True, slots=True)
+class _Bytes:
+    data: bytes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.data)
+
+    def chunks(self) -> Iterator[bytes]:
+        yield self.data
+
+
+@dataclass(frozen=True, slots=True)
+class TorchZipLayout:
+    """An archive before it is written: its entries, each at its place, and the exact size."""
+
+    entries: tuple[_Entry, ...]
+    directory: int
+    nbytes: int
+
+
+def refuse_unwritable(infos: Iterable[TensorInfo]) -> None:
+    """Raise ``PlanError`` for a dtype that torch has no type for, or none that its files can hold."""
+    for info in infos:
+        if info.dtype not in DTYPES or not DTYPES[info.dtype].torch_name or info.dtype.startswith(("Q", "BITS")):
+            raise PlanError(f"{quoted(info.key)} is {info.dtype}, which cannot be written to a torch file")
+
+
+def layout_torch_zip(
+    infos: Sequence[TensorInfo],
+    payload: Callable[[TensorInfo], Payload],
+    span: Callable[[TensorInfo], Payload | None],
+    versions: Mapping[str, int] | None = None,
+) -> TorchZipLayout:
+    """Return the layout of an archive with these tensors as one state_dict, in order.
+
+    Tensors that share memory in their source share a storage in the output too, as far as their bytes can be
+    copied as they lie; strides are kept where that costs no room. ``versions`` become the ``_metadata``.
+    Raises ``PlanError`` for a dtype that torch has no type for.
+    """
+    refuse_unwritable(infos)
+    records, stored = arrange(infos, payload, span)
+    return layout_archive(pickle_state_dict(stored, versions or {}), records)
+
+
+def layout_archive(
+    pickle: bytes, records: Iterable[Payload], others: Iterable[tuple[str, Payload]] = ()
+) -> TorchZipLayout:
+    """Return the layout of an archive of this pickle and its storages, and what else is to lie beside them, by name."""
+    contents: dict[str, Payload] = {
+        "data.pkl": _Bytes(pickle),
+        "byteorder": _Bytes(b"little"),
+        **{f"data/{number}": record for number, record in enumerate(records)},
+        "version": _Bytes(b"3\n"),
+        **dict(others),
+    }
+    entries = []
+    offset = directory = 0
+    for text, content in contents.items():
+        name = f"archive/{text}".encode()
+        large = struct.pack("<HHQQ", 1, 16, content.nbytes, content.nbytes) if content.nbytes >= _LIMIT else b""
+        pad = -(offset + _LOCAL.size + len(name) + len(large) + 4) % _ALIGNMENT
+        entry = _Entry(name, content, offset, large + struct.pack("<2sH", b"FB", pad) + b"Z" * pad)
+        entries.append(entry)
+        offset = entry.start + content.nbytes
+        directory += _CENTRAL.size + len(name) + len(_extra64(entry))
+    end = _END.size + (_END64.size + _LOCATOR64.size if _needs64(len(entries), directory, offset) else 0)
+    return TorchZipLayout(tuple(entries), offset, offset + directory + end)
+
+
+def arrange(
+    infos: Sequence[TensorInfo],
+    payload: Callable[[TensorInfo], Payload],
+    span: Callable[[TensorInfo], Payload | None],
+) -> tuple[list[Payload], list[StoredTensor]]:
+    """Decide which tensors share a record, and how each lies in its own."""
+    unions: dict[str, tuple[int, Payload]] = {}
+    for group in overlapping(infos):
+        shared = _union(group, span)
+        if shared is not None:
+            unions.update((info.key, shared) for info in group)
+    records: list[Payload] = []
+    known: dict[object, StoredTensor] = {}  # what makes two tensors one record -> the first of them
+    stored = []
+    for info in infos:
+        if info.key in unions and info.view is not None:
+            first, content = unions[info.key]
+            same: object = id(content)
+            place = info.view.offset - first * 8 // DTYPES[info.dtype].bits, info.view.stride
+        else:
+            content, stride = _single(info, payload, span)
+            # Two names of one view are one record, gaps or not; without a span, equal views may differ in value.
+            same = (info.view, info.shape, info.dtype) if info.view and info.elements and span(info) else info.key
+            place = 0, stride
+        if same not in known:
+            known[same] = StoredTensor(info, len(records), content.nbytes, *place)
+            records.append(content)
+        stored.append(StoredTensor(info, known[same].record, known[same].record_nbytes, *place))
+    return records, stored
+
+
+def _union(group: Sequence[TensorInfo], span: Callable[[TensorInfo], Payload | None]) -> tuple[int, Payload] | None:
+    """Return the first byte and the bytes that a group of views covers, or None where writing them apart is better."""
+    if len({info.dtype for info in group}) > 1 and any(info.dtype in STORAGE_CLASSES for info in group):
+        return None  # torch gives all tensors of a typed storage the dtype of the first one
+    spans = [span(info) for info in group]
+    first, last = min(reach(info)[0] for info in group), max(reach(info)[1] for info in group)
+    distinct = {(reach(info), info.shape, info.dtype): info.nbytes for info in group}
+    widths = {DTYPES[info.dtype].bits // 8 or 1 for info in group}
+    if last - first > sum(distinct.values()) or any((last - first) % width or first % width for width in widths):
+        return None
+    known = [part for part in spans if part is not None]
+    extents = [part for part in known if isinstance(part, Extent)]
+    if len(known) < len(spans):
+        return None
+    whole = max(known, key=lambda part: part.nbytes)
+    if whole.nbytes == last - first:
+        return first, whole
+    if len(extents) < len(spans):
+        return None
+    low = min(extents, key=lambda extent: extent.offset)
+    return first, Extent(low.file, low.offset, last - first)
+
+
+def _single(
+    info: TensorInfo, payload: Callable[[TensorInfo], Payload], span: Callable[[TensorInfo], Payload | None]
+) -> tuple[Payload, tuple[int, ...]]:
+    if info.view is not None and not is_contiguous(info):
+        raw = span(info)
+        if raw is not None and raw.nbytes <= info.nbytes:
+            return raw, info.view.stride
+    return payload(info), row_major(info.shape)
+
+
+def write_torch_zip(layout: TorchZipLayout, out: AtomicFile) -> Iterator[int]:
+    """Write the archive into ``out``; yield the bytes of each step."""
+    directory = bytearray()
+    for entry in layout.entries:
+        # A recorded checksum travels with bytes that nobody looks at, so that damage stays detectable.
+        crc = entry.content.crc if isinstance(entry.content, Extent) else None
+        if crc is not None:
+            yield from out.copy(entry.content, entry.start)
+        else:
+            crc, done = 0, 0
+            for chunk in entry.content.chunks():
+                crc = zlib.crc32(chunk, crc)
+                out.write(chunk, entry.start + done)
+                done += len(chunk)
+                yield len(chunk)
+            if done != entry.content.nbytes:
+                raise ChangedError(f"a tensor gave {done} bytes, and {entry.content.nbytes} were announced")
+        out.write(_local_header(entry, crc), entry.header)
+        directory += _central_header(entry, crc)
+    out.write(directory + _end(len(layout.entries), len(directory), layout.directory), layout.directory)
+
+
+def _local_header(entry: _Entry, crc: int) -> bytes:
+    size = min(entry.content.nbytes, _LIMIT)
+    fixed = (b"PK\3\4", 45 if size == _LIMIT else 20, _UTF8, 0, 0, _JANUARY_1980, crc, size, size)
+    return _LOCAL.pack(*fixed, len(entry.name), len(entry.extra)) + entry.name + entry.extra
+
+
+def _central_header(entry: _Entry, crc: int) -> bytes:
+    size, header, extra = min(entry.content.nbytes, _LIMIT), min(entry.header, _LIMIT), _extra64(entry)
+    version = 45 if extra else 20
+    fixed = (b"PK\1\2", version, version, _UTF8, 0, 0, _JANUARY_1980, crc, size, size, len(entry.name), len(extra))
+    return _CENTRAL.pack(*fixed, 0, 0, 0, 0, header) + entry.name + extra
+
+
+def _extra64(entry: _Entry) -> bytes:
+    size = entry.content.nbytes
+    values = ([size, size] if size >= _LIMIT else []) + ([entry.header] if entry.header >= _LIMIT else [])
+    return struct.pack(f"<HH{len(values)}Q", 1, 8 * len(values), *values) if values else b""
+
+
+def _needs64(count: int, size: int, offset: int) -> bool:
+    return count >= 0xFFFF or size >= _LIMIT or offset >= _LIMIT
+
+
+def _end(count: int, size: int, offset: int) -> bytes:
+    tail = b""
+    if _needs64(count, size, offset):
+        tail = _END64.pack(b"PK\6\6", _END64.size - 12, 45, 45, 0, 0, count, count, size, offset)
+        tail += _LOCATOR64.pack(b"PK\6\7", 0, offset + size, 1)
+    count = min(count, 0xFFFF)
+    return tail + _END.pack(b"PK\5\6", 0, 0, count, count, min(size, _LIMIT), min(offset, _LIMIT), 0)

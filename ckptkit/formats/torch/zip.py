@@ -1,0 +1,157 @@
+"""torch's zip format (torch 1.6 and later): ``ROOT/data.pkl`` beside one stored entry per storage."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record
+from ckptkit.core.files import Region, Swapped
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, quoted
+from ckptkit.errors import FormatError
+from ckptkit.formats.pickle.unpickle import unpickle
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
+from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.zip_archive import ZipDirectory
+
+__all__ = ["open_torch_zip", "read_pickles", "read_torch_zip", "root_of"]
+
+_NEWEST_VERSION = 10
+_MOST_FOLD = 20  # pickles of weights are deflated four- to sixfold, and each byte of one can take a hundred in memory
+# What every writer of the format makes anew; the id names the contents of one file and no other.
+_OURS = re.compile(
+    r"data\.pkl|byteorder|data/.*|\.format_version|\.storage_alignment|\.data/serialization_id", re.DOTALL
+)
+_UNTYPED = "it was written on a big-endian machine, and does not say how wide all its numbers are"
+
+
+def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
+    """Return the Checkpoint in a torch zip archive; takes over its file.
+
+    Raises ``FormatError`` where the archive is no torch checkpoint, contradicts itself, or holds less
+    than its pickle says.
+    """
+    file = archive.file
+    return assemble_file(read_torch_zip(archive), file, "torch-zip", inner)
+
+
+def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> TorchFile:
+    """Return the inert tree in a torch zip archive, and where its storages lie.
+
+    Raises ``FormatError`` likewise, and where the pickle has more than ``largest`` bytes.
+    """
+    root = root_of(archive)
+    if f"{root}constants.pkl" in archive.entries:
+        raise FormatError(
+            "a TorchScript archive", hint="save the state_dict() of the module that torch.jit.load returns"
+        )
+    return read_pickles(archive, root, largest=largest)[1]
+
+
+def read_pickles(
+    archive: ZipDirectory, root: str, others: Sequence[str] = (), *, largest: int = LARGEST_PICKLE
+) -> tuple[list[object], TorchFile]:
+    """Return the trees of ``data.pkl`` and of ``NAME.pkl`` for each of ``others``, and the file with the first tree.
+
+    The storages of ``NAME.pkl`` are the records below ``NAME/``, and have keys that begin with it.
+    """
+    warnings = _check_records(archive, root)
+    big = _byte_order(archive, root) == "big"
+    if big:
+        warnings.append("written on a big-endian machine: numbers are swapped while they are read")
+    objects = TorchObjects()
+    trees: list[object] = []
+    size = 0
+    prefixes = tuple(f"{home}/" for home in others)
+    for home in ("data", *others):
+        objects.prefix = "" if home == "data" else f"{home}/"
+        data = archive.read(f"{root}{home}.pkl", largest, fold=_MOST_FOLD)
+        tree, end = unpickle(data, objects.interpreter)
+        if end != len(data):
+            warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")
+        trees.append(tree)
+        size += len(data)
+        if home == "data" and any(key.startswith(prefixes) for key in objects.storages):
+            raise FormatError("data.pkl names storages of another pickle")
+
+    def record(key: str) -> str:
+        return f"{root}{key}" if key.startswith(prefixes) else f"{root}data/{key}"
+
+    def swapped_width(key: str) -> int:
+        # As torch does: by the type under which the file names the storage first, an untyped one not at all.
+        dtype = objects.storages[key].dtype
+        return DTYPES[dtype].part_bytes if dtype else 1
+
+    def uncertain(tensor: TensorRef) -> bool:
+        width = DTYPES[tensor.dtype].part_bytes
+        return big and tensor.storage is not None and width != swapped_width(tensor.storage.key)
+
+    def locate(storage: StorageRef) -> Region:
+        name = record(storage.key)
+        entry = archive.entries.get(name)
+        if entry is None:
+            raise FormatError(f"storage {quoted(storage.key)} is not in the archive")
+        if entry.size != storage.nbytes:
+            raise FormatError(
+                f"storage {quoted(storage.key)}: {storage.nbytes} bytes named, {entry.size} stored",
+                hint="the file was damaged or made by a faulty writer",
+            )
+        region, width = archive.region(name), swapped_width(storage.key)
+        return Swapped(region, width) if big and width > 1 else region
+
+    used = set(map(record, objects.storages))
+    unused = [name for name in archive.entries if name.startswith(_homes(root)) and name not in used]
+    if unused:
+        said = f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}"
+        warnings.append(Remark(said, "unused-record"))
+
+    def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+        return archive.records({record(key): named for key, named in keys.items()})
+
+    def pickle() -> bytes:
+        return archive.read(f"{root}data.pkl", largest)
+
+    def beside() -> list[tuple[str, Payload]]:
+        kept = [name for name in archive.entries if name.startswith(root) and not _OURS.fullmatch(name[len(root) :])]
+        return [(name[len(root) :], archive.region(name)) for name in kept]
+
+    doubt = _UNTYPED if big and any(not storage.dtype for storage in objects.storages.values()) else ""
+    file = TorchFile(trees[0], objects, size, locate, records, tuple(warnings), uncertain)
+    return trees, file if others else replace(file, pickle=pickle, doubt=doubt, others=beside)
+
+
+def root_of(archive: ZipDirectory) -> str:
+    """Return what the names of all records begin with; raises ``FormatError`` where there is no one ``data.pkl``."""
+    # Users rename files, so the root says nothing about the file's name.
+    roots = archive.roots("data.pkl")
+    if len(roots) != 1:
+        what = "no data.pkl" if not roots else f"{len(roots)} entries called data.pkl"
+        raise FormatError(f"a zip archive with {what}: not a torch checkpoint")
+    return roots[0]
+
+
+def _homes(root: str) -> tuple[str, str]:
+    return f"{root}data/", f"{root}constants/"
+
+
+def _check_records(archive: ZipDirectory, root: str) -> list[str]:
+    version = archive.text(f"{root}version")
+    if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
+        raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
+    warnings = archive.doubts(*_homes(root))
+    skipped = [entry.name for entry in archive.entries.values()
+               if entry.size and not entry.crc and entry.name.startswith(_homes(root))]  # fmt: skip
+    if skipped and archive.entries[f"{root}data.pkl"].crc:
+        what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
+        said = f"storage bytes were skipped at save (torch.serialization.skip_data): {what}"
+        warnings.append(Remark(said, "skipped-data"))
+    return warnings
+
+
+def _byte_order(archive: ZipDirectory, root: str) -> str:
+    order = archive.text(f"{root}byteorder")
+    if order not in (None, "little", "big"):
+        raise FormatError(f"its byte order is {quoted(order[:20])}", hint="torch knows little and big")
+    return order or "little"

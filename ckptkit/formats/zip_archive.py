@@ -1,0 +1,270 @@
+"""The directory of a zip archive, read strictly: every disagreement inside the file is an error.
+
+Readers that forgive disagree about which bytes they mean, and that is how one file shows one thing
+to a scanner and another to a loader.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ckptkit.core.checkpoint import Record
+from ckptkit.core.files import Extent, Inflated, LocalFile
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import plural, printable, quoted
+from ckptkit.errors import FormatError
+
+__all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
+
+_END = struct.Struct("<4s4H2LH")
+_END64 = struct.Struct("<4sQ2H2L4Q")
+_LOCATOR64 = struct.Struct("<4sLQL")
+_CENTRAL = struct.Struct("<4s6H3L5H2L")
+_LOCAL = struct.Struct("<4s5H3L2H")
+_LARGEST_DIRECTORY = 256 << 20
+_MOST_ENTRIES = 500_000  # each takes memory and a read of its own
+_LARGEST_UNDOUBTED = 1 << 20
+_MOST_FOLD = 100  # JSON that repeats itself is deflated seventyfold
+_LONGEST_TEXT = 1000
+_STORED, _DEFLATED = 0, 8
+_ENCRYPTED = 0x1 | 0x40
+_DESCRIPTOR = 0x8
+_DOS_DIRECTORY = 0x10
+
+
+@dataclass(frozen=True, slots=True)
+class ZipEntry:
+    """One file in the archive, as the central directory describes it."""
+
+    name: str
+    method: int
+    crc: int  # zero is how torch writes "none" (torch.serialization.set_crc32_options)
+    packed: int  # bytes in the archive
+    size: int  # bytes after inflating
+    header: int  # offset of the local header
+
+
+@dataclass(frozen=True, slots=True)
+class ZipDirectory:
+    """The entries of an archive by name, and where the bytes of each begin."""
+
+    file: LocalFile
+    entries: dict[str, ZipEntry]
+    starts: dict[str, int]  # in the order of the file
+
+    def roots(self, name: str) -> list[str]:
+        """Return what stands before each entry of this name: nothing, or the one directory that it lies in."""
+        return [entry.removesuffix(name) for entry in self.entries if entry == name
+                or (entry.endswith(f"/{name}") and entry.count("/") == 1)]  # fmt: skip
+
+    def region(self, name: str) -> Extent | Inflated:
+        """Return the content of an entry, unread."""
+        entry = self.entries[name]
+        if entry.method == _STORED:
+            return Extent(self.file, self.starts[name], entry.size, entry.crc or None)
+        return Inflated(Extent(self.file, self.starts[name], entry.packed), entry.size, 0, entry.size)
+
+    def head(self, name: str, count: int) -> bytes:
+        """Return the first bytes of an entry, ``count`` or all of them; of a deflated one no more is inflated."""
+        entry = self.entries[name]
+        # What deflate cannot shrink it stores, with few bytes more.
+        packed = self.file.read(self.starts[name], min(entry.packed, count + 1024))
+        if entry.method == _STORED:
+            return packed[:count]
+        try:
+            return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, count)
+        except zlib.error as error:
+            raise FormatError(f"zip entry {quoted(name)}: compressed data is damaged: {error}") from None
+
+    def read(self, name: str, most: int, *, fold: int = _MOST_FOLD) -> bytes:
+        """Return the whole content of an entry.
+
+        Raises ``FormatError`` where it is damaged, longer than ``most``, or long and deflated more than ``fold`` times.
+        """
+        entry = self.entries[name]
+        short = printable(name.rpartition("/")[2])
+        if entry.size > most:
+            raise FormatError(f"{short} has {entry.size} bytes, more than the limit of {most}")
+        if entry.size > max(_LARGEST_UNDOUBTED, fold * entry.packed):
+            raise FormatError(f"{short} would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
+        data = b"".join(bytes(chunk) for chunk in self.region(name).chunks())
+        if entry.crc and zlib.crc32(data) != entry.crc:
+            raise FormatError(f"{short} does not match its checksum: damaged")
+        return data
+
+    def text(self, name: str) -> str | None:
+        """Return the content of a short entry as text without blanks around it, or None where there is none."""
+        if name not in self.entries:
+            return None
+        if self.entries[name].size > _LONGEST_TEXT:
+            raise FormatError(f"zip entry {quoted(name)} has {self.entries[name].size} bytes")
+        return self.read(name, _LONGEST_TEXT).decode("ascii", "replace").strip()
+
+    def doubts(self, *homes: str) -> list[str]:
+        """Return what to warn of: that tensors, below ``homes``, have to be inflated, or that damage goes unseen."""
+        doubts: list[str] = []
+        if any(entry.method for name, entry in self.entries.items() if name.startswith(homes)):
+            said = "the archive is compressed: tensors are inflated while they are read"
+            doubts.append(Remark(said, "compressed", "note"))
+        checksums = [entry.crc for entry in self.entries.values() if entry.size]
+        if not any(checksums):
+            said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
+            doubts.append(Remark(said, "no-checksum", "note"))
+        return doubts
+
+    def records(self, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+        """Yield every entry in the order of the file; ``keys`` says which tensors lie in the entry of a name."""
+        for name in self.starts:
+            yield Record(
+                self.file.path, name, self.region(name), self.entries[name].crc or None, tuple(keys.get(name, ()))
+            )
+
+
+def read_zip_directory(file: LocalFile) -> ZipDirectory:
+    """Return the directory of the archive that begins at byte 0; raises ``FormatError`` for any disagreement."""
+    count, offset, size, end = _find_end(file)
+    if size > _LARGEST_DIRECTORY:
+        raise FormatError(f"the zip directory has {size} bytes, more than the limit of {_LARGEST_DIRECTORY}")
+    if count > _MOST_ENTRIES:
+        raise FormatError(f"the zip directory has {count:,} entries, more than the limit of {_MOST_ENTRIES:,}")
+    if offset + size > end:
+        raise FormatError("the zip directory lies beyond the end of the archive")
+    entries = _central(file.read(offset, size), count)
+    return ZipDirectory(file, entries, _check_local(file, entries, offset))
+
+
+def _find_end(file: LocalFile) -> tuple[int, int, int, int]:
+    start = max(file.size - 65557, 0)
+    tail = file.read(start, file.size - start)
+    at = tail.rfind(b"PK\5\6")
+    if at < 0 or len(tail) - at < _END.size:
+        raise FormatError("a zip archive without a directory at its end: truncated?", hint="download or copy it again")
+    _, disk, first_disk, here, count, size, offset, comment = _END.unpack_from(tail, at)
+    behind = len(tail) - at - _END.size - comment
+    if behind:
+        what = f"{behind} bytes follow" if behind > 0 else "the comment is cut off at"
+        raise FormatError(f"{what} the end of the zip archive")
+    end = start + at
+    if 0xFFFF in (count, here) or 0xFFFFFFFF in (size, offset):
+        if end < _LOCATOR64.size:
+            raise FormatError("a zip archive that claims to be zip64 and is not")
+        magic, _, where, _ = _LOCATOR64.unpack(file.read(end - _LOCATOR64.size, _LOCATOR64.size))
+        if magic == b"PK\6\7":
+            if where + _END64.size > end:
+                raise FormatError("the zip64 directory lies beyond the end of the archive")
+            magic, _, _, _, disk, first_disk, here, count, size, offset = _END64.unpack(file.read(where, _END64.size))
+            if magic != b"PK\6\6":
+                raise FormatError("the zip64 directory is not where the archive says")
+            end = where
+    if disk or first_disk or here != count:
+        raise FormatError("a zip archive in several parts")
+    return count, offset, size, end
+
+
+def _central(data: bytes, count: int) -> dict[str, ZipEntry]:
+    entries: dict[str, ZipEntry] = {}
+    pos = 0
+    for _ in range(count):
+        if pos + _CENTRAL.size > len(data) or data[pos : pos + 4] != b"PK\1\2":
+            raise FormatError(f"the zip directory ends after {len(entries)} of {plural(count, 'entry', 'entries')}")
+        (
+            _,
+            _,
+            _,
+            flags,
+            method,
+            _,
+            _,
+            crc,
+            packed,
+            size,
+            name_len,
+            extra_len,
+            comment_len,
+            _,
+            _,
+            attributes,
+            header,
+        ) = _CENTRAL.unpack_from(data, pos)
+        pos += _CENTRAL.size
+        raw = data[pos : pos + name_len]
+        extra = data[pos + name_len : pos + name_len + extra_len]
+        pos += name_len + extra_len + comment_len
+        try:
+            name = raw.decode("utf-8")
+        except UnicodeDecodeError:
+            raise FormatError(f"a zip entry has a name that is not UTF-8: {raw[:40]!r}") from None
+        if 0xFFFFFFFF in (packed, size, header):
+            size, packed, header = _zip64(extra, name, size, packed, header)
+        entry = ZipEntry(name, method, crc, packed, size, header)
+        _refuse_odd(entry, flags, attributes)
+        if name in entries:
+            raise FormatError(f"two zip entries are called {quoted(name)}")
+        entries[name] = entry
+    if pos != len(data):
+        raise FormatError("the zip directory holds more than its entries")
+    return entries
+
+
+def _zip64(extra: bytes, name: str, size: int, packed: int, header: int) -> tuple[int, int, int]:
+    pos = 0
+    while pos + 4 <= len(extra):
+        tag, length = struct.unpack_from("<HH", extra, pos)
+        if tag == 1:
+            field = extra[pos + 4 : pos + 4 + length]
+            values = [size, packed, header]
+            at = 0
+            for index, value in enumerate(values):
+                if value == 0xFFFFFFFF:
+                    if at + 8 > len(field):
+                        break
+                    (values[index],) = struct.unpack_from("<Q", field, at)
+                    at += 8
+            else:
+                return values[0], values[1], values[2]
+        pos += 4 + length
+    raise FormatError(f"zip entry {quoted(name)}: its 64-bit sizes are missing")
+
+
+def _refuse_odd(entry: ZipEntry, flags: int, attributes: int) -> None:
+    name = entry.name
+    if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
+        raise FormatError(f"a zip entry has the unsafe name {quoted(name)}")
+    if flags & _ENCRYPTED:
+        raise FormatError(f"zip entry {quoted(name)} is encrypted")
+    if entry.method not in (_STORED, _DEFLATED):
+        raise FormatError(f"zip entry {quoted(name)}: compression method {entry.method} is not supported")
+    if entry.method == _STORED and entry.packed != entry.size:
+        raise FormatError(f"zip entry {quoted(name)} is stored with {entry.packed} bytes and claims {entry.size}")
+    if attributes & _DOS_DIRECTORY and entry.size:
+        raise FormatError(f"zip entry {quoted(name)} is marked as a directory and has content")
+
+
+def _check_local(file: LocalFile, entries: dict[str, ZipEntry], limit: int) -> dict[str, int]:
+    starts: dict[str, int] = {}
+    reached = 0
+    for entry in sorted(entries.values(), key=lambda entry: entry.header):
+        raw = entry.name.encode()
+        if entry.header < reached:
+            raise FormatError(f"zip entry {quoted(entry.name)} overlaps the one before it")
+        if entry.header + _LOCAL.size + len(raw) > limit:
+            raise FormatError(f"zip entry {quoted(entry.name)} lies beyond the archive")
+        data = file.read(entry.header, _LOCAL.size + len(raw))
+        magic, _, flags, method, _, _, *stated, name_len, extra_len = _LOCAL.unpack_from(data)
+        if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
+            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
+        if method != entry.method or flags & _ENCRYPTED:
+            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its method")
+        # Where a data descriptor follows, the local header leaves these fields empty; zip64 fills them with ones.
+        empty = flags & _DESCRIPTOR or not any(stated) or 0xFFFFFFFF in stated[1:]
+        if not empty and stated != [entry.crc, entry.packed, entry.size]:
+            raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its size")
+        start = entry.header + _LOCAL.size + name_len + extra_len
+        reached = start + entry.packed
+        if reached > limit:
+            raise FormatError(f"zip entry {quoted(entry.name)} ends beyond the archive")
+        starts[entry.name] = start
+    return starts

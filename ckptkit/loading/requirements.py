@@ -1,0 +1,85 @@
+"""What must be loaded for a load to be one, checked while it is still a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+from ckptkit.comparison import StateDictDiff
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.patterns import Pattern, parse_pattern
+from ckptkit.core.suggest import suggest_pattern
+from ckptkit.core.text import kind_of, plural, quoted
+from ckptkit.errors import ModelError, RuleError
+from ckptkit.plans.plan import Plan
+
+__all__ = ["Bar", "refuse_below"]
+
+_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """Patterns of the keys that must all be loaded, and the least share of the elements."""
+
+    require: str | Sequence[str] = ()
+    min_coverage: float = 0.0
+
+
+def refuse_below(
+    bar: Bar, base: Checkpoint, loaded: AbstractSet[str], plan: Plan, difference: Callable[[], StateDictDiff]
+) -> None:
+    """Raise ``ModelError`` where a plan leaves out what must be loaded, saying what, why, and the way out.
+
+    ``difference`` is asked only then. Raises ``RuleError`` for a pattern that fits no key of the model.
+    """
+    share = bar.min_coverage
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
+        raise ModelError(f"min_coverage is {share!r}, not a share between 0 and 1", hint="for 95 % write 0.95")
+    because = {drop.wanted: drop.reason for drop in plan.dropped if drop.wanted}
+    for pattern in _patterns(bar.require):
+        wanted = [key for key in base if pattern.match(key)]
+        if not wanted:
+            raise RuleError(
+                f"require = {quoted(pattern.text)} fits none of {plural(len(base), 'key')} of the model",
+                hint=suggest_pattern(pattern, base),
+            )
+        lacking = [key for key in wanted if key not in loaded]
+        if lacking:
+            raise ModelError(
+                f"require = {quoted(pattern.text)}: {len(lacking):,} of {plural(len(wanted), 'tensor')} would not be "
+                f"loaded, {_reasons(lacking, because)}",
+                hint=_way_out(lacking, because, difference),
+            )
+    elements = sum(info.elements for info in base.values())
+    filled = sum(info.elements for key, info in base.items() if key in loaded)
+    if elements and filled / elements < share:
+        lacking = sorted((key for key in base if key not in loaded), key=lambda key: -base[key].elements)
+        raise ModelError(
+            f"the checkpoint fills {filled:,} of {plural(elements, 'element')} ({100 * filled / elements:.4g} %), "
+            f"below min_coverage = {share}; the largest that would not be loaded: {_reasons(lacking, because)}",
+            hint=_way_out(lacking, because, difference),
+        )
+
+
+def _patterns(require: Any) -> list[Pattern]:
+    texts = list(require) if isinstance(require, Iterable) and not isinstance(require, str | bytes) else [require]
+    if wrong := [text for text in texts if not isinstance(text, str)]:
+        raise RuleError(f"require has {kind_of(wrong[0])}", hint='it is a pattern or a list of patterns: "encoder.*"')
+    return list(map(parse_pattern, texts))
+
+
+def _reasons(lacking: Sequence[str], because: dict[str, str]) -> str:
+    said = [f"{quoted(key)} ({because.get(key, 'not in the checkpoint')})" for key in lacking[:_SHOWN]]
+    more = len(lacking) - len(said)
+    return ", ".join(said) + (f" and {more:,} more" if more else "")
+
+
+def _way_out(lacking: Sequence[str], because: dict[str, str], difference: Callable[[], StateDictDiff]) -> str:
+    if all(key in because for key in lacking):
+        return "ask for less, or give on_mismatch the name of an operation that makes the shapes fit"
+    hints = difference().hints
+    return hints[0].message if hints else "ask for less, or rename the checkpoint's keys: suggest_rules finds the rules"

@@ -1,0 +1,166 @@
+"""The tensors of a live model as they were: which objects, and every bit of them, to compare with and to put back."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import human_bytes
+from ckptkit.core.ties import overlapping
+from ckptkit.core.torch_bridge import Live, describe_state_dict
+from ckptkit.errors import ModelError
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Snapshot", "registered"]
+
+_IN_MEMORY = 256 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Saved:
+    name: str
+    tensor: torch.Tensor
+    memory: torch.Tensor  # another view of what the tensor looked into
+    offset: int
+    nbytes: int
+
+
+def registered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Return every parameter and buffer under each of its names, buffers that no state_dict has among them."""
+    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    return found | dict(model.named_buffers(remove_duplicate=False))
+
+
+class Snapshot:
+    """Every parameter and buffer of a model at one moment; close it, or use it as a context manager.
+
+    The bytes are kept in memory up to 256 MB, and beyond that in a temporary file without a name. ``infos`` describes
+    the tensors by name; ``unseen`` names those without bytes of their own kind (sparse, quantised, subclasses), which
+    are neither compared nor put back. Raises ``ModelError`` where there is no room for the copy.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Copy all of them."""
+        self._model = model
+        self.tensors = registered(model)
+        self.infos: Checkpoint = describe_state_dict(self.tensors, "model")
+        self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
+            (slots, dict(slots))
+            for module in model.modules()
+            for slots in (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - what hooks replace
+        ]
+        self._saved: dict[int, _Saved] = {}
+        self._buffer = bytearray()
+        self._file = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY)  # noqa: SIM115 - closed with the snapshot
+        try:
+            self._save()
+        except OSError as error:
+            self._file.close()
+            size = human_bytes(sum({id(t): self.infos[name].nbytes for name, t in self.tensors.items()}.values()))
+            raise ModelError(
+                f"there is no room for a copy of the model as it is: {(error.strerror or str(error)).lower()}",
+                hint=f"set TMPDIR to a directory with {size} free",
+            ) from error
+
+    def _save(self) -> None:
+        offset = 0
+        for name, tensor in self.tensors.items():
+            info = self.infos[name]
+            if id(tensor) in self._saved or tensor.is_meta or info.kind != "dense":
+                continue
+            self._saved[id(tensor)] = _Saved(name, tensor, tensor.detach(), offset, info.nbytes)
+            for chunk in Live(tensor, info.nbytes).chunks():
+                self._file.write(chunk)
+            offset += info.nbytes
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """The names of the tensors whose bytes were not copied."""
+        return tuple(name for name, tensor in self.tensors.items() if id(tensor) not in self._saved)
+
+    @property
+    def ties(self) -> set[frozenset[str]]:
+        """The sets of names that share memory."""
+        return _ties(self.infos)
+
+    def ties_now(self) -> set[frozenset[str]]:
+        """Return the sets of names that share memory now, of those that were there."""
+        now = registered(self._model)
+        return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
+
+    def replaced(self) -> Iterator[str]:
+        """Yield the names under which another object is now, or none."""
+        now = registered(self._model)
+        return (name for name, tensor in self.tensors.items() if now.get(name) is not tensor)
+
+    def same(self, name: str) -> bool:
+        """Return whether the tensor that had this name has every bit that it had; true for what is unseen."""
+        saved = self._saved.get(id(self.tensors[name]))
+        return saved is None or self._same(saved)
+
+    def _same(self, saved: _Saved) -> bool:
+        tensor = saved.tensor
+        if tensor.dtype != saved.memory.dtype or tensor.shape != saved.memory.shape:
+            return False
+        self._file.seek(saved.offset)
+        return all(self._next_is(chunk) for chunk in Live(tensor, saved.nbytes).chunks())
+
+    def _next_is(self, chunk: memoryview) -> bool:
+        import torch
+
+        if not len(chunk):
+            return True
+        self._buffer.extend(bytes(max(len(chunk) - len(self._buffer), 0)))
+        self._file.readinto(memoryview(self._buffer)[: len(chunk)])
+        before = torch.frombuffer(self._buffer, dtype=torch.uint8, count=len(chunk))
+        return torch.equal(before, torch.frombuffer(chunk, dtype=torch.uint8))
+
+    def restore(self) -> list[str]:
+        """Put back every object under its name and every bit; return the names of those that do not take it."""
+        import torch
+
+        for slots, before in self._slots:
+            slots.clear()
+            slots.update(before)
+        stuck = []
+        for saved in self._saved.values():
+            if not saved.tensor.is_set_to(saved.memory):
+                saved.tensor.data = saved.memory
+            if self._same(saved):
+                continue
+            self._file.seek(saved.offset)
+            buffer = bytearray(self._file.read(saved.nbytes))
+            value = torch.frombuffer(buffer, dtype=torch.uint8).view(saved.memory.dtype).reshape(saved.memory.shape)
+            try:
+                with torch.inference_mode(saved.tensor.is_inference()), torch.no_grad():
+                    saved.tensor.copy_(value)
+            except RuntimeError:
+                stuck.append(saved.name)
+        # What shares memory with a tensor that was put back later has to be right as well.
+        return stuck + [
+            saved.name for saved in self._saved.values() if saved.name not in stuck and not self._same(saved)
+        ]
+
+    def close(self) -> None:
+        """Give the room back."""
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Give the room back."""
+        self.close()
+
+
+def _ties(infos: Checkpoint) -> set[frozenset[str]]:
+    return {frozenset(info.key for info in group) for group in overlapping(infos.values())}

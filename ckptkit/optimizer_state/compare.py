@@ -1,0 +1,91 @@
+"""Two states by name: what loading one where the other is would change, and what torch would not say of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ckptkit.core.findings import Finding, Report
+from ckptkit.core.text import listed, quoted
+from ckptkit.errors import PlanError
+from ckptkit.optimizer_state.groups import equal_values, told_value
+from ckptkit.optimizer_state.model import OptimizerState
+from ckptkit.optimizer_state.slots import parameter_shape
+
+__all__ = ["optimizer_state_diff"]
+
+
+def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
+    """Return what is found where ``saved`` would be loaded by the optimizer that ``live`` is the state of.
+
+    ``optim.groups``: torch refuses, by number or size of groups. ``optim.parameters``: one is on one side alone.
+    ``optim.membership`` and ``optim.order``: torch counts positions, and would give a parameter the state of another.
+    ``optim.options``: a value that loading changes; ``optim.options-lost``: one that only the live side has, which
+    loading deletes. ``optim.shape``: state of another shape, found by torch at the next step. ``optim.coverage``: what
+    would start anew.
+    """
+    return Report(tuple(_findings(saved, live)), PlanError)
+
+
+def _findings(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
+    here, there = set(live.names), set(saved.names)
+    sizes = [[len(group.names) for group in state.groups] for state in (saved, live)]
+    if sizes[0] != sizes[1]:
+        said = f"groups of {_counts(sizes[0])} parameters were saved, and there are groups of {_counts(sizes[1])}"
+        yield Finding("optim.groups", "error", "", said, "ckpt optim resplit deals them to the new groups by name")
+    for names, only, hint in (
+        ([name for name in live.names if name not in there], "has no saved state", "it starts anew, once it is added"),
+        (
+            [name for name in saved.names if name not in here],
+            "was saved, and is not there",
+            "ckpt optim remap or prune",
+        ),
+    ):
+        if names:
+            yield Finding("optim.parameters", "error", names[0], f"{listed(names)} {only}", hint)
+    homes = [{name: at for at, group in enumerate(state.groups) for name in group.names} for state in (saved, live)]
+    moved = [name for name in live.names if name in there and homes[0][name] != homes[1][name]]
+    if moved:
+        first = moved[0]
+        said = f"{listed(moved)}: saved in group {homes[0][first]}, now in group {homes[1][first]}"
+        yield Finding("optim.membership", "error", first, said, "ckpt optim resplit moves it, with its options")
+    elif sizes[0] == sizes[1] and here == there and saved.names != live.names:
+        pairs = zip(saved.names, live.names, strict=True)
+        at, (old, new) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
+        said = f"position {at} was {quoted(old)}, and is {quoted(new)}"
+        yield Finding("optim.order", "error", new, said, "loaded by position, each would get the state of another")
+    yield from _options(saved, live)
+    for name in live.names:
+        shapes = [parameter_shape(state.state.get(name, {})) for state in (saved, live)]
+        if None not in shapes and shapes[0] != shapes[1]:
+            said = f"the state of {quoted(name)} was saved as {list(shapes[0] or ())}, and is {list(shapes[1] or ())}"
+            yield Finding("optim.shape", "error", name, said, "ckpt optim prune --like drops it, remap pads or cuts it")
+    bare = [name for name in live.names if name in there and name not in saved.state]
+    if bare and saved.state:
+        yield Finding(
+            "optim.coverage", "note", bare[0], f"{listed(bare)} saved without state", "frozen or never stepped"
+        )
+
+
+def _options(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
+    before = {name: group.options for group in saved.groups for name in group.names}
+    changed: dict[tuple[str, str, str], list[str]] = {}
+    lost: dict[str, list[str]] = {}
+    for group in live.groups:
+        for name in group.names:
+            for key, value in group.options.items() if name in before else ():
+                if key not in before[name]:
+                    lost.setdefault(key, []).append(name)
+                elif not equal_values(before[name][key], value):
+                    changed.setdefault((key, told_value(value), told_value(before[name][key])), []).append(name)
+    for (key, now, then), names in changed.items():
+        said = f"{key} of {listed(names)} is {now}, and loading makes it {then}"
+        yield Finding(
+            "optim.options", "warning", names[0], said, "torch takes the saved options: set them again afterwards"
+        )
+    for key, names in lost.items():
+        said = f"{key} of {listed(names)} was not saved, and loading deletes it"
+        yield Finding("optim.options-lost", "warning", names[0], said, "ckpt optim resplit --as keeps it")
+
+
+def _counts(sizes: Sequence[int]) -> str:
+    return ", ".join(map(str, sizes[:8])) + (f" and {len(sizes) - 8} more" if len(sizes) > 8 else "")

@@ -1,0 +1,206 @@
+"""What changed since groups were locked: parameters gone, new, of another shape, in another group or place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from itertools import zip_longest
+from typing import Any
+
+from ckptkit.core.findings import Finding, Report, Severity
+from ckptkit.core.text import kind_of, plural, printable, quoted
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock
+
+__all__ = ["diff_locks", "driven_options", "find_heirs"]
+
+# Cycles and annealing to one value write rates of their own into a group, and leave no trace of those it had.
+_DRIVEN = {"max_lr": ("lr",), "swa_lr": ("lr",), "max_momentum": ("lr", "momentum", "betas")}
+_AGAIN = "lock the groups again, once the change is meant"
+_BY_NAME = "carry the optimizer state over by name: torch loads it by place"
+
+
+def diff_locks(expected: ParamGroupsLock, found: ParamGroupsLock) -> Report:
+    """Return what is different in ``found``; a lock without groups is compared by names, shapes, dtypes and ties.
+
+    Codes of errors: ``groups.gone``, ``new``, ``shape``, ``moved``, ``order``, ``ties``; of warnings: ``dtype``,
+    ``thawed``, ``options``. Options are those that ``expected`` gives; others are the optimizer's own.
+    """
+    for lock in (expected, found):
+        if not isinstance(lock, ParamGroupsLock):
+            raise GroupsError(f"a lock cannot be {kind_of(lock)}", hint="parse_lock(json.load(file)) reads one")
+    if expected.fingerprint == found.fingerprint:
+        findings = []
+    else:
+        findings = [*_names(expected, found), *_shapes(expected, found)]
+    if expected.groups and found.groups:
+        findings += [*_frozen(expected, found), *_groups(expected, found), *_order(expected, found)]
+    return Report(tuple(findings), GroupsError)
+
+
+def _names(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    gone = [one for name, one in expected.parameters.items() if name not in found.parameters]
+    new = [one for name, one in found.parameters.items() if name not in expected.parameters]
+    renamed = _renamed(gone, new)
+    for one in gone:
+        meant = renamed.get(one.name)
+        yield _finding(
+            "gone",
+            one.name,
+            f"{quoted(one.name)} {list(one.shape)} is gone"
+            + (f"; {quoted(meant)} has its shape and its place" if meant else ""),
+            f"rename its state: {printable(one.name)}={printable(meant)}"
+            if meant
+            else "drop its state, or give the name back",
+        )
+    for one in new:
+        if one.name not in renamed.values():
+            place = "" if one.index is None else ", and it trains"
+            yield _finding("new", one.name, f"{quoted(one.name)} {list(one.shape)} is new{place}", _AGAIN)
+
+
+def _renamed(gone: list[LockedParameter], new: list[LockedParameter]) -> dict[str, str]:
+    """Pair what is gone with what is new, where shapes agree one by one in order."""
+    if [one.shape for one in gone] != [one.shape for one in new]:
+        return {}
+    return {old.name: now.name for old, now in zip(gone, new, strict=True)}
+
+
+def _shapes(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    for name, one in expected.parameters.items():
+        now = found.parameters.get(name)
+        if now is None:
+            continue
+        if now.shape != one.shape:
+            yield _finding(
+                "shape",
+                name,
+                f"{quoted(name)} was {list(one.shape)} and is {list(now.shape)}",
+                "its optimizer state fits no longer: drop it, or carry it over with the operation that resized it",
+            )
+        elif now.dtype != one.dtype and now.dtype and one.dtype:
+            yield _finding(
+                "dtype", name, f"{quoted(name)} was {one.dtype} and is {now.dtype}", "its state is cast", "warning"
+            )
+        if set(now.aliases) != set(one.aliases):
+            yield _finding(
+                "ties",
+                name,
+                f"{quoted(name)} was tied to {_all(one.aliases)} and is tied to {_all(now.aliases)}",
+                "tie the weights as before, or lock the groups again",
+            )
+
+
+def _frozen(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    for name, one in expected.parameters.items():
+        now = found.parameters.get(name)
+        if now is not None and (one.index is None) != (now.index is None):
+            before, after = ("in no group", "in one") if one.index is None else ("in a group", "in none")
+            yield _finding(
+                "thawed",
+                name,
+                f"{quoted(name)} was {before} and is {after}",
+                "freeze or unfreeze it as before, or lock the groups again",
+                "warning",
+            )
+
+
+def find_heirs(expected: ParamGroupsLock, found: ParamGroupsLock) -> tuple[Mapping[str, int], Mapping[int, int]]:
+    """Return the number of the found group of each parameter, and of the one that each expected group became.
+
+    That is the one of its name, or else the one with most of its parameters.
+    """
+    where = {one.name: number for number, group in enumerate(found.groups) for one in group.parameters}
+    named = {group.name: number for number, group in enumerate(found.groups)}
+    heirs = {number: named[group.name] for number, group in enumerate(expected.groups) if group.name in named}
+    taken = set(heirs.values())
+    for number, group in enumerate(expected.groups):
+        if number in heirs:
+            continue
+        votes = Counter(where[one.name] for one in group.parameters if one.name in where)
+        free = [(count, -heir) for heir, count in votes.items() if heir not in taken]
+        if free:
+            heirs[number] = -max(free)[1]
+            taken.add(heirs[number])
+    return where, heirs
+
+
+def driven_options(options: Mapping[str, Any]) -> frozenset[str]:
+    """Return the options of a live group that a scheduler writes, so that what they were is not known."""
+    return frozenset(key for mark, keys in _DRIVEN.items() if mark in options for key in keys)
+
+
+def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    where, heirs = find_heirs(expected, found)
+    for number, group in enumerate(expected.groups):
+        heir = heirs.get(number)
+        for one in group.parameters:
+            now = where.get(one.name)
+            if now is not None and now != heir:
+                yield _finding(
+                    "moved",
+                    one.name,
+                    f"{quoted(one.name)} was in group {quoted(group.name)} and is in {quoted(found.groups[now].name)}",
+                    _BY_NAME,
+                )
+        if heir is not None:
+            yield from _options(group, found.groups[heir])
+
+
+def _options(group: LockedGroup, now: LockedGroup) -> Iterator[Finding]:
+    driven = driven_options(now.options)
+    changed = [
+        f"{key} {value!r} -> {now.options[key]!r}" if key in now.options else f"{key} {value!r} -> nothing"
+        for key, value in group.options.items()
+        if now.options.get(key, _Nothing) != value and key not in driven
+    ]
+    if group.optimizer and now.optimizer and group.optimizer != now.optimizer:
+        changed.insert(0, f"optimizer {group.optimizer} -> {now.optimizer}")
+    if changed:
+        yield _finding(
+            "options",
+            group.name,
+            f"group {quoted(group.name)} has other options: {', '.join(changed)}",
+            _AGAIN,
+            "warning",
+        )
+
+
+class _Nothing:
+    """What no option equals."""
+
+
+def _order(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    before, after = _sequence(expected), _sequence(found)
+    for optimizer in before:
+        both = set(before[optimizer]) & set(after.get(optimizer, before[optimizer]))
+        was = [name for name in before[optimizer] if name in both]
+        now = [name for name in after.get(optimizer, was) if name in both]
+        moved = [(one, other) for one, other in zip_longest(was, now) if one != other]
+        if moved:
+            one, other = moved[0]
+            yield _finding(
+                "order",
+                one or "",
+                f"{plural(len(moved), 'parameter')} stand in another order: where {quoted(one or '')} was, "
+                f"{quoted(other or '')} is",
+                _BY_NAME,
+            )
+
+
+def _sequence(lock: ParamGroupsLock) -> Mapping[str | None, list[str]]:
+    """Return the names of each optimizer in the order of its state; one optimizer needs no name."""
+    sequences: dict[str | None, list[str]] = {}
+    single = len({group.optimizer for group in lock.groups}) == 1
+    for group in lock.groups:
+        held = sequences.setdefault(None if single else group.optimizer, [])
+        held.extend(one.name for one in group.parameters)
+    return sequences
+
+
+def _all(names: tuple[str, ...]) -> str:
+    return ", ".join(map(quoted, names)) or "nothing"
+
+
+def _finding(code: str, key: str, message: str, hint: str, severity: Severity = "error") -> Finding:
+    return Finding(f"groups.{code}", severity, key, message, hint)

@@ -1,0 +1,196 @@
+"""Live groups as they were given: who is in which, at which place, read without consuming or changing anything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import plural, quoted
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups.spec import is_tensor
+
+__all__ = ["Group", "Member", "one_optimizer", "read_groups", "unwrapped"]
+
+_FORMS = "pass the list of group dicts, a list of parameters, an optimizer, or a list of optimizers"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """One group: what to call it in a sentence, its options, and its optimizer where it has one."""
+
+    where: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: Any = None
+    known: bool = True  # whether its members could be told without consuming them
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Member:
+    """One place in a group: the tensor, held alive while its id is compared, and the name recorded with it."""
+
+    group: Group
+    index: int
+    tensor: Any
+    name: str | None
+
+    @property
+    def where(self) -> str:
+        """The place in a sentence, as one would index it."""
+        return f"{self.group.where}[{self.index}]"
+
+
+def read_groups(given: Any) -> tuple[list[Group], list[Member], list[Finding]]:
+    """Return the groups, the tensors in them, and what is wrong with the form they were given in.
+
+    Raises ``GroupsError`` where ``given`` is none of the forms that hold parameters at all.
+    """
+    groups: list[Group] = []
+    members: list[Member] = []
+    findings: list[Finding] = []
+    for group, params, names in _groups(given):
+        listed = _listed(group, params, findings)
+        if listed is None:
+            groups.append(Group(group.where, group.options, group.optimizer, known=False))
+            continue
+        groups.append(group)
+        if not listed:
+            findings.append(
+                _finding(
+                    "groups.empty",
+                    f"{group.where} is empty, so nothing trains with its options: an exhausted filter() or generator?",
+                    "whoever reads an iterator first leaves it empty: build the groups from lists, or drop this one",
+                )
+            )
+        members.extend(_members(group, listed, names, findings))
+    return groups, members, findings
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Return the optimizer that accelerate, Lightning and their like have wrapped and whose groups they pass through.
+
+    Raises ``GroupsError`` for DeepSpeed's, whose groups hold flat copies in the place of parameters.
+    """
+    while True:
+        if type(optimizer).__module__.partition(".")[0] == "deepspeed":
+            raise GroupsError(
+                f"the optimizer is DeepSpeed's {type(optimizer).__name__}, whose groups hold flat copies, not the "
+                "parameters of the model",
+                hint="check the optimizer before deepspeed.initialize or accelerator.prepare takes it",
+            )
+        inner = getattr(optimizer, "optimizer", None)
+        if inner is optimizer or not hasattr(inner, "param_groups"):
+            return optimizer
+        optimizer = inner
+
+
+def one_optimizer(given: Any) -> Any:
+    """Return the optimizer itself, unwrapped; raises ``GroupsError`` for what is none, or is several."""
+    optimizer = unwrapped(given)
+    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+        raise GroupsError(f"an optimizer cannot be a {type(given).__name__}", hint="pass one torch optimizer")
+    return optimizer
+
+
+def _groups(given: Any) -> Iterator[tuple[Group, Any, Any]]:
+    """Yield each group with its ``params`` and its ``param_names`` as they stand."""
+    if hasattr(given, "param_groups"):
+        optimizer = unwrapped(given)
+        yield from _dicts(optimizer.param_groups, optimizer=optimizer)
+        return
+    if isinstance(given, str | bytes | Mapping) or hasattr(given, "named_parameters") or is_tensor(given):
+        raise GroupsError(f"param groups cannot be a {type(given).__name__}", hint=_FORMS)
+    if not isinstance(given, Iterable):
+        raise GroupsError(f"param groups cannot be a {type(given).__name__}", hint=_FORMS)
+    items = None if _one_shot(given) else list(given)
+    if items and any(hasattr(item, "param_groups") for item in items[:1]):
+        if not all(hasattr(item, "param_groups") for item in items):
+            raise GroupsError("the list holds both optimizers and other things", hint=_FORMS)
+        for number, optimizer in enumerate(map(unwrapped, items)):
+            yield from _dicts(optimizer.param_groups, f"optimizer {number}, ", optimizer)
+    elif items and any(isinstance(item, Mapping) for item in items):
+        if not all(isinstance(item, Mapping) for item in items):
+            raise GroupsError("the list holds both group dicts and other things", hint=_FORMS)
+        yield from _dicts(items)
+    else:
+        yield Group("group 0"), given, None
+
+
+def _dicts(
+    groups: Iterable[Mapping[str, Any]], prefix: str = "", optimizer: Any = None
+) -> Iterator[tuple[Group, Any, Any]]:
+    for number, group in enumerate(groups):
+        name = group.get("name", group.get("group_name"))
+        called = f" ({quoted(name)})" if isinstance(name, str) and name else ""
+        yield Group(f"{prefix}group {number}{called}", group, optimizer), group.get("params"), group.get("param_names")
+
+
+def _one_shot(value: Any) -> bool:
+    """Tell an iterator from a container: only an iterator is its own ``iter()``, and asking takes nothing from it."""
+    return isinstance(value, Iterable) and iter(value) is value
+
+
+def _listed(group: Group, params: Any, findings: list[Finding]) -> list[Any] | None:
+    """Return what ``params`` holds, or None where that cannot be told."""
+    if is_tensor(params):
+        return [params]
+    if isinstance(params, str | bytes | Mapping) or not isinstance(params, Iterable):
+        what = "has no params" if params is None else f"has a {type(params).__name__} as params"
+        findings.append(
+            _finding("groups.not-a-parameter", f"{group.where} {what}", "params is a list of parameters of the model")
+        )
+        return None
+    if _one_shot(params):
+        findings.append(
+            _finding(
+                "groups.one-shot",
+                f"{group.where} has a one-shot {type(params).__name__} as params: whoever reads it first leaves it "
+                "empty, so which parameters it stands for was not looked at",
+                "make it a list: list(...)",
+            )
+        )
+        return None
+    if isinstance(params, set | frozenset):
+        findings.append(
+            _finding(
+                "groups.unordered",
+                f"{group.where} has a {type(params).__name__} as params: its order changes from run to run, and "
+                "optimizer state is saved by position",
+                "make it a list in the order of model.named_parameters()",
+            )
+        )
+    return list(params)
+
+
+def _members(group: Group, listed: Sequence[Any], names: Any, findings: list[Finding]) -> Iterator[Member]:
+    recorded: Sequence[Any] = [None] * len(listed)
+    if isinstance(names, Sequence) and not isinstance(names, str):
+        if len(names) == len(listed):
+            recorded = names
+        else:
+            findings.append(
+                _finding(
+                    "groups.names",
+                    f"{group.where} has {plural(len(names), 'name')} in param_names for "
+                    f"{plural(len(listed), 'parameter')}",
+                    "build the optimizer from model.named_parameters(), or remove param_names",
+                )
+            )
+    for index, (item, name) in enumerate(zip(listed, recorded, strict=True)):
+        paired = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
+        called, tensor = item if paired else (name, item)
+        if is_tensor(tensor):
+            yield Member(group, index, tensor, called if isinstance(called, str) else None)
+        else:
+            findings.append(
+                _finding(
+                    "groups.not-a-parameter",
+                    f"{group.where}[{index}] is a {type(tensor).__name__}, not a parameter",
+                    "a module gives its parameters by .parameters(), a dict by .values()",
+                )
+            )
+
+
+def _finding(code: str, message: str, hint: str) -> Finding:
+    return Finding(code, "error", "", message, hint)

@@ -1,0 +1,275 @@
+"""What is wrong with a spec over a model, in sentences: rules that own nothing, parameters that nobody owns, doubt."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.suggest import suggest_pattern
+from ckptkit.core.text import plural, quoted
+from ckptkit.param_groups.ownership import Speakers
+from ckptkit.param_groups.properties import ParameterFacts, Subject
+from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
+
+__all__ = ["Diagnosis"]
+
+_REST = 'write a rule that fits, or end with one that takes what is left: [[group]] name = "base", rest = true'
+_SHOWN = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Diagnosis:
+    """Why a rule owns nothing, which is worked out only for the rules that do not, and other doubt about a spec."""
+
+    subject: Subject
+    spec: ParamGroupSpec
+    speakers: Speakers
+
+    def idle(self, idle: Collection[int], excused: Collection[int]) -> Iterator[Finding]:
+        """Yield why rules, patterns and modifiers fit nothing."""
+        for index, rule in enumerate(self.spec.rules):
+            if not rule.optional and index not in excused:
+                yield from self._idle_rule(index) if index in idle else self._idle_patterns(index)
+        for modifier in self.spec.modifiers:
+            if not modifier.optional and modifier.name not in self.speakers.applied:
+                yield self._idle_modifier(modifier)
+
+    def remarks(self) -> Iterator[Finding]:
+        """Yield what is only assumed, unsure or left at its value."""
+        trained = {self.spec.optimizer_of(rule) for rule in self.spec.rules}
+        for name in self.spec.optimizers:
+            if name not in trained:
+                yield _finding(
+                    "groups.optimizer-unused",
+                    name,
+                    f"[optimizers.{name}] gives options to a class that no group trains with",
+                    f"name it in a group, or at the top of the spec: optimizer = {quoted(name)}",
+                    "warning",
+                )
+        for name, without in self.speakers.without_layer.items():
+            yield _finding(
+                "groups.layer-unmatched",
+                without[0],
+                f"modifier {quoted(name)} puts {plural(len(without), 'parameter')} that it fits into no layer, "
+                f"and they keep their full lr: {_list(without)}",
+                "name them in layers, or leave them out with params or match",
+                "warning",
+            )
+        for name, depths in self.speakers.depths.items():
+            if depths.holes:
+                yield _finding(
+                    "groups.layer-gap",
+                    name,
+                    f"modifier {quoted(name)} counts layers without a hole, but the model has no number "
+                    f"{', '.join(depths.holes)} between the others",
+                    "",
+                    "note",
+                )
+        for name, unsure in self.speakers.unsure.items():
+            yield _finding(
+                "groups.needs-model",
+                unsure[0],
+                f"only a live model tells whether {quoted(name)} fits {_list(dict.fromkeys(unsure))}; here it does not",
+                "give the live model: --model py:MODULE:CALLABLE",
+                "warning",
+            )
+        for assumed in self.subject.assumed:
+            yield _finding("groups.assumed", "", assumed, "", "note")
+
+    def _idle_patterns(self, index: int) -> Iterator[Finding]:
+        """One pattern of a list can be a slip while the rule as a whole owns something."""
+        rule = self.spec.rules[index]
+        names = self.subject.by_name
+        for pattern in rule.patterns:
+            if (index, pattern.text) not in self.speakers.hits and not any(map(pattern.match, names)):
+                yield _finding(
+                    "groups.rule-unmatched",
+                    pattern.text,
+                    f"pattern {quoted(pattern.text)} of group {quoted(rule.name)} fits no parameter of the model",
+                    suggest_pattern(pattern, names),
+                )
+
+    def _idle_rule(self, index: int) -> Iterator[Finding]:
+        rule = self.spec.rules[index]
+        who = f"group {quoted(rule.name)}"
+        trainable = list(self.subject.trainable())
+        if not trainable:
+            yield _finding(
+                "groups.rule-frozen",
+                rule.name,
+                f"{who} owns nothing: the model has no trainable parameter",
+                "unfreeze what shall train: requires_grad_(True)",
+            )
+        elif rule.rest:
+            yield _finding(
+                "groups.rule-unmatched",
+                rule.name,
+                f"{who} has rest = true, but the groups before it own all {plural(len(trainable), 'parameter')}",
+                "narrow their patterns, drop the group, or set optional = true",
+            )
+        else:
+            yield self._idle(rule, who, trainable)
+
+    def _idle(self, rule: GroupRule, who: str, trainable: Sequence[ParameterFacts]) -> Finding:
+        def fits(facts: ParameterFacts) -> bool:
+            named = not rule.patterns or any(pattern.match(facts.name) for pattern in rule.patterns)
+            return named and bool(rule.condition_of(facts))
+
+        taken = [facts for facts in trainable if fits(facts)]
+        if taken:
+            takers = " and ".join(map(quoted, dict.fromkeys(map(self._owner_name, taken))))
+            return _finding(
+                "groups.rule-shadowed",
+                rule.name,
+                f"{who} owns nothing: all that it fits ({_names(taken)}) is owned by group {takers} before it",
+                "move the narrower group up: the first that fits wins",
+            )
+        tied = [(alias, facts) for facts in trainable for alias in facts.aliases if fits(alias)]
+        if tied:
+            alias, facts = tied[0]
+            return _finding(
+                "groups.rule-tied",
+                alias.name,
+                f"{who} owns nothing: {quoted(alias.name)} is tied to {quoted(facts.name)}, "
+                f"which is owned by group {quoted(self._owner_name(facts))}",
+                f"name the parameter as {quoted(facts.name)}: a tied one goes by its first registered name",
+            )
+        frozen = [facts for facts in self.subject.parameters if any(map(fits, facts.named()))]
+        if frozen:
+            return _finding(
+                "groups.rule-frozen",
+                rule.name,
+                f"{who} fits only frozen parameters ({_names(frozen)} with requires_grad=False)",
+                "unfreeze them with requires_grad_(True), drop the group, or set optional = true",
+            )
+        buffer = next(
+            (name for name in self.subject.buffers if any(pattern.match(name) for pattern in rule.patterns)), None
+        )
+        if buffer is not None:
+            return _finding(
+                "groups.rule-unmatched",
+                rule.name,
+                f"{who} fits no parameter, only buffers such as {quoted(buffer)}, which no optimizer trains",
+                "drop the group, or name parameters",
+            )
+        return self._fits_nothing(rule, who)
+
+    def _idle_modifier(self, modifier: Modifier) -> Finding:
+        who = f"modifier {quoted(modifier.name)}"
+        fitting = [facts for facts in self.subject.parameters if any(map(modifier.fits, facts.named()))]
+        if fitting and all(not facts.trainable for facts in fitting):
+            return _finding(
+                "groups.rule-frozen",
+                modifier.name,
+                f"{who} fits only frozen parameters ({_names(fitting)} with requires_grad=False)",
+                "drop the modifier, or set optional = true",
+            )
+        return self._fits_nothing(modifier, who)
+
+    def _fits_nothing(self, rule: GroupRule | Modifier, who: str) -> Finding:
+        asked = []
+        if rule.patterns:
+            asked.append("params = " + ", ".join(quoted(pattern.text) for pattern in rule.patterns))
+        if rule.condition is not None:
+            asked.append("what it asks in match")
+        if isinstance(rule, Modifier) and rule.layers is not None:
+            asked.append("its layers")
+        hint = "look at the names, modules and shapes that the model has, or set optional = true"
+        if rule.patterns and not any(pattern.match(name) for pattern in rule.patterns for name in self.subject.by_name):
+            hint = suggest_pattern(rule.patterns[0], self.subject.by_name)
+        return _finding(
+            "groups.rule-unmatched", rule.name, f"{who} fits no parameter of the model: {' and '.join(asked)}", hint
+        )
+
+    def _owner_name(self, facts: ParameterFacts) -> str:
+        owner = self.speakers.owner(facts)
+        return "" if owner is None else self.spec.rules[owner].name
+
+    def overlap(self, facts: ParameterFacts) -> Iterator[Finding]:
+        """Yield that more than one rule fits, where the spec forbids it."""
+        fitting = self.speakers.fitting(facts)
+        if len(fitting) > 1:
+            yield _finding(
+                "groups.overlap",
+                facts.name,
+                f"{quoted(facts.name)} fits groups {' and '.join(quoted(rule.name) for rule in fitting)}",
+                'narrow their patterns, or let the first own it: overlap = "first"',
+            )
+
+    def lazy(self, facts: ParameterFacts) -> Finding:
+        """Return that a parameter has no shape yet."""
+        return _finding(
+            "groups.lazy",
+            facts.name,
+            f"{quoted(facts.name)} is uninitialised: a lazy module has no shapes before its first forward pass",
+            "run the model once on a sample batch, then build the groups",
+        )
+
+    def frozen(self, frozen: Sequence[ParameterFacts]) -> Finding:
+        """Return that parameters are frozen, where the spec forbids it."""
+        return _finding(
+            "groups.frozen",
+            frozen[0].name,
+            f'{plural(len(frozen), "parameter")} with requires_grad=False, and the spec has frozen = "error": '
+            f"{_names(frozen)}",
+            'unfreeze them with requires_grad_(True), or write frozen = "skip"',
+        )
+
+    def torn(self, facts: ParameterFacts, alias: ParameterFacts, owner: int, other: int, option: str | None) -> Finding:
+        """Return that two names of one parameter would get different options."""
+        mine, theirs = self.spec.rules[owner].name, self.spec.rules[other].name
+        falls = (
+            f"fall to groups {quoted(mine)} and {quoted(theirs)} with different options"
+            if owner != other
+            else f"would get a different {quoted(option or 'option')} in group {quoted(mine)}"
+        )
+        way = f"put both names into one group: params = [{facts.name!r}, {alias.name!r}]"
+        return _finding(
+            "groups.tied",
+            facts.name,
+            f"{quoted(facts.name)} and {quoted(alias.name)} are one tied parameter, but {falls}",
+            way if owner != other else 'let its first name decide: tied = "first"',
+        )
+
+    def unowned(self, unowned: Sequence[ParameterFacts]) -> Finding:
+        """Return that trainable parameters fall to no rule."""
+        verb = "is" if len(unowned) == 1 else "are"
+        return _finding(
+            "groups.unowned",
+            unowned[0].name,
+            f"{plural(len(unowned), 'trainable parameter')} {verb} owned by no group: {_names(unowned)}",
+            _REST,
+        )
+
+    def vectors(self, laid: Sequence[tuple[int, ParameterFacts]]) -> Iterator[Finding]:
+        """Yield which groups give vectors to Muon: some versions flatten convolutions, none takes vectors."""
+        held: dict[int, list[ParameterFacts]] = {}
+        for owner, facts in laid:
+            if facts.shape is not None and len(facts.shape) < 2:
+                held.setdefault(owner, []).append(facts)
+        for owner, vectors in held.items():
+            rule = self.spec.rules[owner]
+            if self.spec.optimizer_of(rule) == "Muon":
+                yield _finding(
+                    "groups.matrices-only",
+                    vectors[0].name,
+                    f"group {quoted(rule.name)} trains with Muon, which takes matrices, and has "
+                    f"{plural(len(vectors), 'parameter')} of fewer than two dimensions: {_names(vectors)}",
+                    "ask for match = { ndim = 2 }, and give the others to a second optimizer, such as AdamW",
+                    "warning",
+                )
+
+
+def _finding(code: str, key: str, message: str, hint: str, severity: Severity = "error") -> Finding:
+    return Finding(code, severity, key, message, hint)
+
+
+def _names(found: Sequence[ParameterFacts]) -> str:
+    return _list([facts.name for facts in found])
+
+
+def _list(found: Iterable[str]) -> str:
+    names = list(found)
+    more = len(names) - _SHOWN
+    return ", ".join(map(quoted, names[:_SHOWN])) + (f" and {more:,} more" if more > 0 else "")

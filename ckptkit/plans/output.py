@@ -1,0 +1,64 @@
+"""Where an output goes, and how: decided from its name and what is asked for, before anything is read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from ckptkit.core.text import quoted
+from ckptkit.errors import OutputError
+
+__all__ = ["FORMATS", "Output", "choose_output"]
+
+FORMATS = ("safetensors", "torch")
+_SUFFIXES = {
+    ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch", ".pkl": "torch",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Where and how to write: a file of one format, or a directory of shards.
+
+    A torch file made of a file that holds more than tensors keeps the rest, unless ``only_tensors``; code that torch's
+    weights-only loader would refuse goes along only with ``keep_unknown``.
+    """
+
+    path: str
+    format: str
+    max_shard_size: int | None = None
+    force: bool = False
+    only_tensors: bool = False
+    keep_unknown: bool = False
+
+
+def choose_output(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002
+    max_shard_size: int | None = None,
+    force: bool = False,
+    only_tensors: bool = False,
+    keep_unknown: bool = False,
+) -> Output:
+    """Return how to write to ``path``: the format by ``format`` or the suffix, shards where a size limit is given.
+
+    Raises ``OutputError`` where neither tells the format, or shards are asked of a format other than safetensors.
+    """
+    name = os.fspath(path)
+    if not name:
+        raise OutputError("the output has no name", hint="give -o a file name")
+    chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
+    if max_shard_size is not None:
+        if (format or "safetensors") != "safetensors":
+            raise OutputError("shards are written as safetensors only", hint="leave out --format", path=name)
+        if os.path.splitext(name)[1] in _SUFFIXES:
+            raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
+        if max_shard_size <= 0:
+            raise OutputError(f"a shard of at most {max_shard_size} bytes holds nothing", path=name)
+        return Output(name, "safetensors", max_shard_size, force)
+    if chosen is None:
+        raise OutputError("its suffix tells no format", hint=f"use --format {' or '.join(FORMATS)}", path=name)
+    if chosen not in FORMATS:
+        raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
+    return Output(name, chosen, None, force, only_tensors, keep_unknown)

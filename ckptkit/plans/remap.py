@@ -1,0 +1,87 @@
+"""Plans of one input: renamed, filtered and cast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.errors import PlanError
+from ckptkit.plans.plan import Dropped, Plan
+from ckptkit.plans.steps import (
+    dropped_entries,
+    float_dtype,
+    is_float,
+    keeps_rest,
+    left_out,
+    make_step,
+    moved_modules,
+    refuse_suspicious,
+)
+from ckptkit.rules import Rules, apply_rules, as_rules
+
+__all__ = ["plan_remap"]
+
+_NOT_WANTED = "not among the keys that are wanted"
+_MOST_NAMED = 8
+
+
+def plan_remap(
+    source: StateDictLike,
+    rules: Rules | list[str] | None = None,
+    *,
+    dtype: str | None = None,
+    like: StateDictLike | None = None,
+) -> Plan:
+    """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
+
+    ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep
+    theirs. With ``like``, a Module, a Checkpoint or a mapping, the output has exactly its keys, in its order, its
+    shapes and its dtypes; what the source has beyond them is left out. Raises ``PlanError`` listing what it cannot
+    fill, ``RuleError`` where rules collide or match nothing, ``PlanError`` where nothing would be
+    left, a tensor cannot be copied, or the file refers to code that looks malicious.
+    """
+    checkpoint = as_checkpoint(source, "source")
+    refuse_suspicious(checkpoint, "source")
+    key_map = apply_rules(as_rules(rules), checkpoint)
+    wanted = None if dtype is None else float_dtype(dtype)
+    outputs = key_map.outputs()
+    outs = {
+        new: replace(info, key=new, dtype=wanted if wanted and is_float(info.dtype) else info.dtype)
+        for new, info in key_map.describe(checkpoint).items()
+    }
+    surplus: list[Dropped] = []
+    if like is not None:
+        outs = _exactly(as_checkpoint(like, "the checkpoint to be like"), outs)
+        for key, how in outputs.items():
+            surplus += [] if key in outs else left_out("source", key, how, _NOT_WANTED)
+    steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
+    if not steps:
+        raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
+    dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]
+    dropped += [*surplus, *dropped_entries(checkpoint, "source")]
+    moved = moved_modules(checkpoint.versions, key_map.renamed)
+    versions = {new: checkpoint.versions[old] for old, new in moved.items()}
+    return Plan(
+        tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, keeps_rest(checkpoint, "source")
+    )
+
+
+def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the outputs that are wanted, as they are wanted; raises ``PlanError`` listing what cannot be had."""
+    problems = [f"{quoted(key)} is missing" for key in wanted if key not in outs]
+    problems += [
+        f"{quoted(key)} is {list(outs[key].shape)} and should be {list(info.shape)}"
+        for key, info in wanted.items()
+        if key in outs and outs[key].shape != info.shape
+    ]
+    if problems:
+        more = f", and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
+        raise PlanError(
+            f"{len(problems):,} of {plural(len(wanted), 'tensor')} cannot be filled: "
+            f"{'; '.join(problems[:_MOST_NAMED])}{more}",
+            hint="rename or reshape what is there with rules, or lay it over a model: ckpt merge",
+        )
+    return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}

@@ -1,0 +1,196 @@
+"""Plans as files: every decision written down as JSON, to be read, applied again, or undone."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import plural, quoted
+from ckptkit.errors import CkptkitError, PlanError, RuleError
+from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.steps import complete_step, dropped_entries, keeps_rest, refuse_suspicious
+from ckptkit.rules import describe_made
+from ckptkit.tensor_ops import parse_operation
+from ckptkit.tensor_ops.recipes import Recipe
+
+__all__ = ["SavedPlan", "apply_plan", "header_digest", "plan_from_json", "plan_to_json"]
+
+_SCHEMA = "ckptkit.plan/1"
+_DEEPEST = 60  # passes of one recipe; its operations are taken apart recursively
+
+
+@dataclass(frozen=True, slots=True)
+class SavedPlan:
+    """A plan with what has to be known of its inputs without them: a digest of each, and the tensors it reads."""
+
+    plan: Plan
+    headers: Mapping[str, str]  # role -> digest
+    inputs: Mapping[Source, TensorInfo]
+
+
+def header_digest(infos: Iterable[TensorInfo]) -> str:
+    """Return a SHA-256 of the names, dtypes and shapes, whatever their order."""
+    lines = sorted(json.dumps([info.key, info.dtype, list(info.shape), info.kind]) for info in infos)
+    return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    """Return the document of ``--plan FILE``; ``sources`` maps the plan's roles to what it was made from."""
+    return {
+        "schema": _SCHEMA,
+        "sources": {
+            role: {
+                "path": checkpoint.path,
+                "format": checkpoint.format,
+                "tensors": len(checkpoint),
+                "header": header_digest(checkpoint.values()),
+            }
+            for role, checkpoint in sources.items()
+        },
+        "plan": [
+            {
+                "key": step.out.key,
+                "dtype": step.out.dtype,
+                "shape": list(step.out.shape),
+                "sources": [_source_to_json(source, sources) for source in step.sources],
+                "operation": step.operation,
+                "rule": step.rule,
+                "recipe": None if step.recipe is None else _recipe_to_json(step.recipe),
+                "equals": [_source_to_json(source, sources) for source in step.equals],
+            }
+            for step in plan.steps
+        ],
+        "dropped": [
+            {"role": drop.role, "key": drop.key, "reason": drop.reason, "wanted": drop.wanted, "entry": drop.entry}
+            for drop in plan.dropped
+        ],
+        "metadata": dict(plan.metadata),
+        "versions": dict(plan.versions),
+        "notes": list(plan.notes),
+        "keeps": plan.keeps,
+        "kept": list(plan.kept),
+    }
+
+
+def _source_to_json(source: Source, sources: Mapping[str, Checkpoint]) -> dict[str, Any]:
+    info = sources[source.role][source.key]
+    return {"role": source.role, "key": source.key, "dtype": info.dtype, "shape": list(info.shape)}
+
+
+def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "inputs": [item if isinstance(item, int) else _recipe_to_json(item) for item in recipe.inputs],
+        "operations": [{operation.name: operation.params()} for operation in recipe.operations],
+        "part": recipe.part,
+    }
+
+
+def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
+    """Return the plan in the document of a plan file; raises ``PlanError`` where it is none."""
+    if document.get("schema") != _SCHEMA:
+        raise PlanError(f"is no plan: its schema is {quoted(str(document.get('schema'))[:40])}, not {_SCHEMA}")
+    try:
+        headers = {_text(role): _text(source["header"]) for role, source in document["sources"].items()}
+        inputs: dict[Source, TensorInfo] = {}
+        steps = tuple(_step(item, inputs) for item in document["plan"])
+        dropped = tuple(map(_dropped, document["dropped"]))
+        metadata = {_text(key): _text(value) for key, value in document["metadata"].items()}
+        versions = {_text(key): _whole(value) for key, value in document["versions"].items()}
+        notes = tuple(map(_text, document["notes"]))
+        keeps, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
+        raise PlanError(f"is no whole plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
+    except RuleError as error:
+        raise PlanError(f"is no plan that can be followed: {error.reason}", hint=error.hint) from None
+    return SavedPlan(Plan(steps, dropped, metadata, notes, versions, keeps, kept), headers, inputs)
+
+
+def _dropped(item: Mapping[str, Any]) -> Dropped:
+    role, key, reason, wanted = (_text(item[name]) for name in ("role", "key", "reason", "wanted"))
+    return Dropped(role, key, reason, wanted, item["entry"] is True)
+
+
+def _step(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Step:
+    out = TensorInfo(_text(item["key"]), _text(item["dtype"]), tuple(map(_whole, item["shape"])))
+    sources, equals = (tuple(_source(one, inputs) for one in item[name]) for name in ("sources", "equals"))
+    recipe = None if item["recipe"] is None else _recipe(item["recipe"], len(sources))
+    if not sources:
+        raise ValueError(f"{out.key} is made of nothing")
+    return Step(out, sources, _text(item["operation"]), _text(item["rule"]), recipe, equals)
+
+
+def _source(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Source:
+    source = Source(_text(item["role"]), _text(item["key"]))
+    inputs[source] = TensorInfo(source.key, _text(item["dtype"]), tuple(map(_whole, item["shape"])))
+    return source
+
+
+def _recipe(item: Mapping[str, Any], count: int, depth: int = 1) -> Recipe:
+    if depth > _DEEPEST:
+        raise ValueError(f"a recipe of more than {_DEEPEST} passes")
+    inputs = tuple(one if isinstance(one, int) else _recipe(one, count, depth + 1) for one in item["inputs"])
+    operations = tuple(map(parse_operation, item["operations"]))
+    if not operations or not all(isinstance(one, Recipe) or 0 <= one < count for one in inputs):
+        raise ValueError("a recipe without operations, or with an input that is not there")
+    if not 0 <= _whole(item["part"]) < operations[-1].outputs:
+        raise ValueError("a recipe of a part that is not made")
+    return Recipe(inputs, operations, item["part"])
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
+        raise TypeError("a size or a count is no whole number of 63 bits")
+    return value
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
+    """Return the plan, ready to be executed on ``sources``, by role.
+
+    Raises ``PlanError`` where an input has other names, dtypes or shapes than those the plan was made from.
+    """
+    if set(saved.headers) != set(sources):
+        raise PlanError(f"the plan reads {', '.join(saved.headers)}, and it is given {', '.join(sources)}")
+    for role, checkpoint in sources.items():
+        refuse_suspicious(checkpoint, role)
+        if header_digest(checkpoint.values()) != saved.headers[role]:
+            raise PlanError(
+                f"the {role} is not what the plan was made from{_difference(saved, role, checkpoint)}",
+                hint="make the plan anew",
+                path=checkpoint.path,
+            )
+    steps = []
+    for step in saved.plan.steps:
+        try:
+            made = complete_step(step, sources)
+        except (CkptkitError, KeyError) as error:
+            raise PlanError(f"the plan cannot be followed for {quoted(step.out.key)}: {error}") from None
+        infos = [sources[source.role][source.key] for source in step.sources]
+        found = describe_made(step.out.key, infos, step.recipe, step.rule)
+        if made.operation != step.operation or found.shape != step.out.shape:
+            raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
+        steps.append(made)
+    # What is no tensor is looked up anew: whether it is kept depends on the output, and what there is on the input.
+    dropped = [drop for drop in saved.plan.dropped if not drop.entry]
+    dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]
+    keeps = keeps_rest(sources[saved.plan.keeps], saved.plan.keeps) if saved.plan.keeps in sources else ""
+    return replace(saved.plan, steps=tuple(steps), dropped=tuple(dropped), keeps=keeps, kept=())
+
+
+def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:
+    wanted = {source.key: info for source, info in saved.inputs.items() if source.role == role}
+    for key, info in wanted.items():
+        if key not in checkpoint:
+            return f": {quoted(key)} is not in it"
+        if (checkpoint[key].dtype, checkpoint[key].shape) != (info.dtype, info.shape):
+            return f": {quoted(key)} is {checkpoint[key]}, and was {info}"
+    return f": it has {plural(len(checkpoint), 'tensor')}, and the plan reads {len(wanted)} of what it was made from"

@@ -1,0 +1,178 @@
+"""What a preflight says, as values: the sections of its page, its findings, and the one verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ckptkit.core.coverage import ModuleCoverage
+from ckptkit.core.findings import Report
+from ckptkit.core.text import html_table, human_bytes, plural, printable
+
+__all__ = ["Init", "Kept", "Memory", "ModuleTraining", "Preflight", "Resume", "StateMemory", "Step", "TrainingGroup"]
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A tensor of the model that ``init`` does not fill: why not, and what its values look like, as far as that tells.
+
+    ``looks`` is empty where values were not judged.
+    """
+
+    key: str
+    why: str
+    elements: int
+    looks: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Init:
+    """What ``init`` fills, by module, and what it leaves; ``in_model`` tells whether the model has its values already.
+
+    ``in_model`` is ``"all"``, ``"part"`` or ``"none"``, and ``"unknown"`` where values could not be compared.
+    """
+
+    loaded: int
+    tensors: int
+    loaded_elements: int
+    elements: int
+    modules: tuple[ModuleCoverage, ...]
+    kept: tuple[Kept, ...]
+    in_model: str
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's elements that ``init`` fills, between 0 and 1."""
+        return self.loaded_elements / self.elements if self.elements else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleTraining:
+    """One module, or one parameter beside modules: how many of its parameters and elements will train."""
+
+    module: str
+    trainable: int
+    parameters: int
+    trainable_elements: int
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingGroup:
+    """One param group: the names of its parameters in order, its options, and the class of its optimizer if known."""
+
+    name: str
+    names: tuple[str, ...]
+    elements: int
+    options: Mapping[str, Any]
+    optimizer: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StateMemory:
+    """What the state of one optimizer will take, in bytes; None where nothing is known of its class."""
+
+    optimizer: str
+    slots: tuple[str, ...]
+    nbytes: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What training takes beside activations, in bytes: parameters, buffers, a gradient of each that trains, states."""
+
+    parameters: int
+    buffers: int
+    gradients: int
+    states: tuple[StateMemory, ...] = ()
+
+    @property
+    def total(self) -> int:
+        """All that is known, in bytes."""
+        return self.parameters + self.buffers + self.gradients + sum(state.nbytes or 0 for state in self.states)
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """How a run checkpoint fits: keys of the model that match, and parameters whose optimizer state was placed.
+
+    ``positions`` is None where there is no optimizer state to hold against live groups.
+    """
+
+    matched: int
+    expected: int
+    positions: int | None = None
+    with_state: int = 0
+    form: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One step on a copy of the model: how many trainable parameters got a gradient, and how many moved.
+
+    ``loss`` is None where it was not reached, ``optimizer`` empty where none was given: then nothing was to move.
+    """
+
+    loss: float | None
+    optimizer: str
+    trainable: int
+    gradients: int
+    moved: int
+
+
+@dataclass(frozen=True)
+class Preflight(Report):
+    """The page before training: sections are None or empty where what they need was not given.
+
+    ``not_judged`` says what that is. ``ok`` where no finding is an error.
+    """
+
+    init: Init | None = None
+    training: tuple[ModuleTraining, ...] = ()
+    groups: tuple[TrainingGroup, ...] = ()
+    memory: Memory | None = None
+    resume: Resume | None = None
+    step: Step | None = None
+    not_judged: tuple[str, ...] = field(default=())
+
+    @property
+    def verdict(self) -> str:
+        """``ready``, ``ready, with N warnings``, or ``not ready`` and the first reason."""
+        count = self.summary
+        if count["errors"]:
+            first = next(finding for finding in self.findings if finding.severity == "error")
+            more = f" (and {plural(count['errors'] - 1, 'more error')})" if count["errors"] > 1 else ""
+            return f"not ready: {first.message}{more}"
+        return f"ready, with {plural(count['warnings'], 'warning')}" if count["warnings"] else "ready"
+
+    def __str__(self) -> str:
+        """Return the findings, and the verdict last."""
+        return "\n".join([*super().__str__().split("\n")[:-1], self.verdict])
+
+    def _repr_html_(self) -> str:
+        import html
+
+        parts = [f"<p><b>{html.escape(printable(self.verdict))}</b></p>"]
+        if self.init is not None:
+            rows = [
+                (printable(one.module), f"{one.loaded:,} of {one.tensors:,}", f"{one.elements:,}")
+                for one in self.init.modules
+            ]
+            parts.append(html_table(("module", "tensors loaded", "elements"), rows))
+        if self.training:
+            rows = [
+                (printable(one.module), f"{one.trainable:,} of {one.parameters:,}", f"{one.elements:,}")
+                for one in self.training
+            ]
+            parts.append(html_table(("module", "parameters that train", "elements"), rows))
+        if self.groups:
+            rows = [
+                (printable(one.name), f"{len(one.names):,}", printable(str(one.options.get("lr", ""))))
+                for one in self.groups
+            ]
+            parts.append(html_table(("group", "parameters", "lr"), rows))
+        if self.memory is not None:
+            parts.append(f"<p>{human_bytes(self.memory.total)} beside activations</p>")
+        parts += [f"<p>not judged: {html.escape(printable(text))}</p>" for text in self.not_judged]
+        return "".join([*parts, super()._repr_html_()])

@@ -1,0 +1,77 @@
+"""What dtypes do to a step: an eps that is nothing, updates too small to be kept, parameters without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import plural, quoted
+
+if TYPE_CHECKING:
+    import torch
+    from torch.nn import Module
+
+__all__ = ["check_dtypes"]
+
+
+def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[Any]) -> Iterator[Finding]:
+    """Yield what the dtypes of the parameters do to training with these optimizers."""
+    named = list(model.named_parameters())
+    training = [(name, tensor) for name, tensor in named if name not in frozen]
+    whole = [name for name, tensor in named if not (tensor.is_floating_point() or tensor.is_complex())]
+    if whole:
+        yield Finding(
+            "preflight.integers",
+            "note",
+            whole[0],
+            f"{plural(len(whole), 'parameter')} of whole numbers ({quoted(whole[0])}) can have no gradient",
+            "quantised weights do not train; a counter is better a buffer",
+        )
+    counts: dict[str, list[str]] = {}
+    for name, tensor in training:
+        counts.setdefault(_called(tensor.dtype), []).append(name)
+    if len(counts) > 1:
+        told = ", ".join(f"{dtype} ({plural(len(names), 'parameter')})" for dtype, names in counts.items())
+        yield Finding(
+            "preflight.mixed-dtypes",
+            "note",
+            "",
+            f"what trains is of several dtypes: {told}",
+            "fused and foreach steps work on each apart; where it is not meant, cast the model as a whole",
+        )
+    for optimizer in optimizers:
+        yield from _eps(optimizer)
+    low = counts.get("bfloat16", [])
+    if low and optimizers:
+        yield Finding(
+            "preflight.bf16-weights",
+            "warning",
+            low[0],
+            f"{plural(len(low), 'parameter')} {'is' if len(low) == 1 else 'are'} stepped in bfloat16, which has 8 bits "
+            "of precision: an update smaller than 1/256 of a weight is lost, as lr = 1e-3 is on a weight of 1",
+            "keep the weights in float32 and use autocast, or an optimizer with master weights",
+        )
+
+
+def _eps(optimizer: Any) -> Iterator[Finding]:
+    import torch
+
+    for number, group in enumerate(optimizer.param_groups):
+        eps = group.get("eps")
+        low = [tensor for tensor in group["params"] if tensor.dtype == torch.float16]
+        if not low or isinstance(eps, bool) or not isinstance(eps, float):
+            continue
+        if eps and float(torch.tensor(eps, dtype=torch.float16)) == 0:
+            yield Finding(
+                "preflight.eps",
+                "error",
+                "",
+                f"group {number} has eps = {eps:g}, which is 0 in float16, for {plural(len(low), 'parameter')}: "
+                f"{type(optimizer).__name__} divides 0 by 0 where a gradient is 0, and the weight is NaN",
+                "keep the weights in float32 and use autocast, or set eps = 1e-4",
+            )
+
+
+def _called(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,148 @@
+"""What a checkpoint holds, as a page, as a tree and as a JSON document."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, TensorInfo
+from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.core.ties import shared_keys
+from ckptkit.render.page import Block, Code, Line, Listing, Page, Table, code
+from ckptkit.render.table import Row, spelled
+
+__all__ = ["describe", "show_document", "show_page", "show_tree", "totals"]
+
+_LONGEST_VALUE = 80
+_MOST_PARTS = 40
+_DEEPEST = 64  # a name can be nothing but dots; what lies deeper stays in one piece on its last line
+
+
+def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
+    """Return the number of tensors, of their elements, and of their bytes."""
+    tensors = elements = nbytes = 0
+    for info in infos:
+        count = info.elements
+        tensors += 1
+        elements += count
+        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored
+    return {"tensors": tensors, "elements": elements, "bytes": nbytes}
+
+
+def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Return the document of ``ckpt show --json`` for the tensors chosen of a checkpoint."""
+    shared = shared_keys(checkpoint)
+    return {
+        "schema": "ckptkit.show/1",
+        "path": checkpoint.path,
+        "format": checkpoint.format,
+        "tensors": [
+            {
+                "key": info.key,
+                "dtype": info.dtype,
+                "shape": list(info.shape),
+                "elements": info.elements,
+                "bytes": info.nbytes,
+                "shared_with": list(shared.get(info.key, ())),
+            }
+            for info in infos.values()
+        ],
+        "entries": [{"path": entry.path, "type": entry.type, "value": entry.value} for entry in checkpoint.entries],
+        "metadata": dict(checkpoint.metadata),
+        "warnings": list(checkpoint.warnings),
+        "summary": totals(infos.values()),
+    }
+
+
+def describe(checkpoint: Checkpoint, count: Mapping[str, int]) -> tuple[str | Code, ...]:
+    """Return the parts of a line that says what a checkpoint is, which mapping inside it was taken, and its totals."""
+    inside = (" at ", Code(f"::{printable(checkpoint.envelope)}")) if checkpoint.envelope else ()
+    what = f": {checkpoint.format}, {plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
+    return code(checkpoint.path), *inside, f"{what}, {human_bytes(count['bytes'])}"
+
+
+def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand: bool) -> Page:
+    """Return the page of ``ckpt show``: tensors, totals, then everything that is no tensor."""
+    shared = shared_keys(checkpoint)
+    rows = []
+    for info in infos.values():
+        others = shared.get(info.key, ())
+        ties = ", ".join(map(printable, others[:3])) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        dtype = info.dtype if info.kind == "dense" else f"{info.dtype} ({info.kind})"
+        rows.append(Row(info.key, (dtype, str(list(info.shape)), human_bytes(info.nbytes), ties)))
+    headers = ("key", "dtype", "shape", "bytes", "shares memory with")
+    width = len(headers) if any(row.cells[-1] for row in rows) else -1
+    cells = tuple(cell[:width] for cell in spelled(rows, expand=expand))
+    tensors = Table(headers[:width], cells, frozenset({"bytes"})) if rows else Listing(("no tensors",))
+    title = Line(describe(checkpoint, totals(infos.values())))
+    return [title, tensors, *_totals(infos.values()), *_others(checkpoint)]
+
+
+def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
+    """Return the page of ``ckpt show --tree``: modules by their place in the names, with what is below each."""
+    below: dict[tuple[str, ...], list[TensorInfo]] = {}
+    for info in infos.values():
+        path = tuple(info.key.split(".", _DEEPEST))
+        for depth in range(1, len(path)):
+            below.setdefault(path[:depth], []).append(info)
+    lines = []
+    opened: set[tuple[str, ...]] = set()
+    for info in infos.values():
+        path = tuple(info.key.split(".", _DEEPEST))
+        for depth in range(1, len(path)):
+            if path[:depth] not in opened:
+                opened.add(path[:depth])
+                count = totals(below[path[:depth]])
+                what = f"{plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
+                lines.append(
+                    f"{'  ' * (depth - 1)}{printable(path[depth - 1])}  ({what}, {human_bytes(count['bytes'])})"
+                )
+        lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}")
+    return [
+        Line(describe(checkpoint, totals(infos.values()))),
+        Listing(tuple(lines or ["no tensors"])),
+        *_others(checkpoint),
+    ]
+
+
+def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
+    sections: dict[str, list[TensorInfo]] = {}
+    dtypes: dict[str, list[TensorInfo]] = {}
+    for info in infos:
+        sections.setdefault(info.key.partition(".")[0], []).append(info)
+        dtypes.setdefault(info.dtype, []).append(info)
+    tables: list[Block] = []
+    for title, parts in (("section", sections), ("dtype", dtypes)):
+        if 1 < len(parts) <= _MOST_PARTS and len(parts) < sum(map(len, parts.values())):
+            rows = []
+            for name, group in parts.items():
+                count = totals(group)
+                rows.append(
+                    (printable(name), f"{count['tensors']:,}", f"{count['elements']:,}", human_bytes(count["bytes"]))
+                )
+            numbers = ("tensors", "elements", "bytes")
+            tables.append(Table((f"by {title}", *numbers), tuple(rows), frozenset(numbers)))
+    return tables
+
+
+def _others(checkpoint: Checkpoint) -> list[Block]:
+    tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
+        ("also holds", "type", "value"): [
+            (printable(entry.path), printable(entry.type), _value(entry)) for entry in checkpoint.entries
+        ],
+        ("metadata", "value"): [(printable(key), _cut(printable(text))) for key, text in checkpoint.metadata.items()],
+        ("code references, not run",): [(printable(name),) for name in checkpoint.references],
+    }
+    found: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
+    return [*found, Line(("headers only: no tensor value was read",))] if checkpoint.files else found
+
+
+def _value(entry: Entry) -> str:
+    if isinstance(entry.value, str):
+        return _cut(printable(entry.value))
+    return _cut(printable(json.dumps(entry.value, ensure_ascii=False)))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 1]}…"

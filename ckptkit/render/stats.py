@@ -1,0 +1,232 @@
+"""The numbers of a checkpoint as a page, with a histogram a line, and as a JSON document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Final, NamedTuple
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import plural
+from ckptkit.render.page import Block, Line, Listing, Page, Table
+from ckptkit.render.show import describe, totals
+from ckptkit.render.table import Row, spelled
+from ckptkit.statistics import StateDictStats, module_of
+from ckptkit.statistics.values_door import Numbers
+
+__all__ = ["SORTS", "View", "stats_document", "stats_page"]
+
+_BARS = "▁▂▃▄▅▆▇█"
+_BINS = 16
+_ROOT = "(root)"  # of the model itself, whose name is empty
+_SEEN = 0.99  # share of the numbers that bars of one power of two have to cover, or else they are made wider
+
+
+def _magnitude(value: float | None) -> float:
+    return -1.0 if value is None else abs(value)
+
+
+SORTS: Final[Mapping[str, Callable[[Numbers], float]]] = MappingProxyType(
+    {
+        "numbers": lambda numbers: numbers.count,
+        "mean": lambda numbers: _magnitude(numbers.mean),
+        "std": lambda numbers: _magnitude(numbers.std),
+        "l1": lambda numbers: _magnitude(numbers.l1),
+        "l2": lambda numbers: _magnitude(numbers.l2),
+        "abs-max": lambda numbers: _magnitude(numbers.abs_max),
+        "zeros": lambda numbers: numbers.zero_share,
+        "nan": lambda numbers: numbers.nan,
+        "inf": lambda numbers: numbers.posinf + numbers.neginf,
+    }
+)
+
+
+class View(NamedTuple):
+    """What is listed and in which order: tensors, or modules down to ``depth``; ``top`` lines, the largest first."""
+
+    depth: int | None = None
+    sort: str | None = None
+    top: int | None = None
+
+    def chosen(self, named: Mapping[str, Numbers]) -> dict[str, Numbers]:
+        """Return what is listed of these, in order; equals stay in theirs."""
+        items = list(named.items())
+        if self.sort is not None:
+            size = SORTS[self.sort]
+            items.sort(key=lambda item: -size(item[1]))
+        return dict(items[: self.top])
+
+
+def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: View, *, expand: bool) -> Page:
+    """Return the page of ``ckpt stats``: a line a tensor or a module, what was not judged, then all together."""
+    judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
+    total = result.total
+    named = judged if view.depth is None else result.modules(view.depth)
+    listed = view.chosen(named)
+    infos = [tensor.info for tensor in result.tensors.values()]
+    page: list[Block] = [Line(describe(checkpoint, totals(infos)))]
+    if listed:
+        axis = _Axis.of(total)
+        page += [_table(result, listed, view, axis, expand=expand), *([Line((str(axis),))] if axis else [])]
+    if len(listed) < len(named):
+        noun = "tensor" if view.depth is None else "module"
+        page.append(Line((f"{len(listed):,} of {plural(len(named), noun)} listed",)))
+    unjudged = [
+        Row(key, (tensor.info.dtype, str(list(tensor.info.shape)), tensor.why))
+        for key, tensor in result.tensors.items()
+        if tensor.numbers is None
+    ]
+    if unjudged:
+        page.append(Table(("not judged", "dtype", "shape", "because"), tuple(spelled(unjudged, expand=expand))))
+    tied = sum(bool(tensor.same_as) for tensor in result.tensors.values())
+    if tied:
+        page.append(Line((f"{plural(tied, 'key')} of tied tensors: counted once below",)))
+    return [*page, *([Line((_summary(total),))] if judged else [Listing(("no numbers",))])]
+
+
+class _Column(NamedTuple):
+    header: str
+    cell: Callable[[Numbers], str]
+    always: bool = True  # else only where a line has something there
+
+
+_COLUMNS: Final = (
+    _Column("mean", lambda numbers: _number(numbers.mean)),
+    _Column("std", lambda numbers: _number(numbers.std)),
+    _Column("min", lambda numbers: _number(numbers.min)),
+    _Column("max", lambda numbers: _number(numbers.max)),
+    _Column("l1", lambda numbers: _number(numbers.l1)),
+    _Column("l2", lambda numbers: _number(numbers.l2)),
+    _Column("zeros", lambda numbers: _share(numbers.zeros, numbers.count), always=False),
+    _Column("subnormal", lambda numbers: _share(numbers.subnormal, numbers.count), always=False),
+    _Column("NaN", lambda numbers: f"{numbers.nan:,}" if numbers.nan else "", always=False),
+    _Column("Inf", lambda numbers: f"{numbers.posinf:,}" if numbers.posinf else "", always=False),
+    _Column("-Inf", lambda numbers: f"{numbers.neginf:,}" if numbers.neginf else "", always=False),
+)
+
+
+def _table(
+    result: StateDictStats, listed: Mapping[str, Numbers], view: View, axis: _Axis | None, *, expand: bool
+) -> Table:
+    columns = [column for column in _COLUMNS if column.always or any(map(column.cell, listed.values()))]
+    members: dict[str, int] = {}
+    if view.depth is not None:
+        for key in result.tensors:
+            module = module_of(key, view.depth)
+            members[module] = members.get(module, 0) + 1
+    rows = []
+    for name, numbers in listed.items():
+        first = result.tensors[name].info.dtype if view.depth is None else f"{members[name]:,}"
+        cells = (first, f"{numbers.count:,}", *(column.cell(numbers) for column in columns))
+        rows.append(Row(name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
+    heads = ("key", "dtype") if view.depth is None else ("module", "tensors")
+    headers = (*heads, "numbers", *(column.header for column in columns), "magnitudes")
+    return Table(headers, tuple(spelled(rows, expand=expand)), frozenset(headers[2:-1]) | {"tensors"})
+
+
+class _Axis(NamedTuple):
+    """The bars of all lines: the last ends below ``2**top``, each is ``width`` powers of two, the first all smaller."""
+
+    top: int
+    width: int
+
+    @classmethod
+    def of(cls, total: Numbers) -> _Axis | None:
+        """Return bars as narrow as they can be; None where all numbers are zero."""
+        if not total.histogram:
+            return None
+        top = max(total.histogram) + 1
+        wanted = _SEEN * sum(total.histogram.values())
+        width = 1
+        while sum(times for e, times in total.histogram.items() if e >= top - width * (_BINS - 1)) < wanted:
+            width *= 2
+        return cls(top, width)
+
+    def bars(self, numbers: Numbers) -> str:
+        """Return a picture of one line: each bar against the highest of its line."""
+        heights = [0] * _BINS
+        for exponent, times in numbers.histogram.items():
+            heights[max(_BINS - 1 - (self.top - 1 - exponent) // self.width, 0)] += times
+        most = max(heights)
+        steps = [math.ceil(height * len(_BARS) / most) if most else 0 for height in heights]
+        return "".join(_BARS[step - 1] if step else "·" for step in steps)
+
+    def __str__(self) -> str:
+        """Say what the bars are."""
+        each = "a power of two" if self.width == 1 else f"{self.width} powers of two"
+        lowest = self.top - self.width * (_BINS - 1)
+        return f"magnitudes: {_BINS} bars, the first all below 2^{lowest}, then {each} each, up to 2^{self.top}"
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+def _share(part: int, whole: int) -> str:
+    # Rounded to 0.0 % or 100.0 % it would say none, or all.
+    if part in (0, whole):
+        return f"{100 if part else 0} %" if part else ""
+    return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"
+
+
+def _summary(total: Numbers) -> str:
+    parts = [plural(total.count, "number")]
+    if total.mean is not None:
+        parts += [f"mean {_number(total.mean)}", f"std {_number(total.std)}"]
+        parts += [f"from {_number(total.min)} to {_number(total.max)}"]
+    parts += [f"{_share(total.zeros, total.count)} zeros"] if total.zeros else []
+    odd = {"NaN": total.nan, "Inf": total.posinf, "-Inf": total.neginf}
+    parts += [f"{count:,} {name}" for name, count in odd.items() if count] or ["no NaN, no Inf"]
+    return ", ".join(parts)
+
+
+def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: View) -> dict[str, Any]:
+    """Return the document of ``ckpt stats --json``; what float cannot write is a string, a histogram pairs."""
+    judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
+    keys = view.chosen(judged) if view.depth is None else judged
+    modules = {} if view.depth is None else view.chosen(result.modules(view.depth))
+    return {
+        "schema": "ckptkit.stats/1",
+        "path": checkpoint.path,
+        "format": checkpoint.format,
+        "tensors": [
+            {
+                "key": key,
+                "dtype": result.tensors[key].info.dtype,
+                "shape": list(result.tensors[key].info.shape),
+                "same_as": result.tensors[key].same_as or None,
+                **_document(numbers),
+            }
+            for key, numbers in keys.items()
+        ],
+        "modules": [{"module": module, **_document(numbers)} for module, numbers in modules.items()],
+        "not_judged": [
+            {"key": key, "dtype": tensor.info.dtype, "shape": list(tensor.info.shape), "reason": tensor.why}
+            for key, tensor in result.tensors.items()
+            if tensor.numbers is None
+        ],
+        "total": _document(result.total),
+        "summary": totals(tensor.info for tensor in result.tensors.values()),
+    }
+
+
+def _document(numbers: Numbers) -> dict[str, Any]:
+    return {
+        "numbers": numbers.count,
+        "nan": numbers.nan,
+        "posinf": numbers.posinf,
+        "neginf": numbers.neginf,
+        "zeros": numbers.zeros,
+        "zero_share": numbers.zero_share,
+        "subnormal": numbers.subnormal,
+        **{
+            name: _plain(getattr(numbers, name))
+            for name in ("min", "max", "mean", "std", "l1", "l2", "abs_max", "constant")
+        },
+        "histogram": [list(pair) for pair in numbers.histogram.items()],
+    }
+
+
+def _plain(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else str(value)

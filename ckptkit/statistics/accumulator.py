@@ -1,0 +1,267 @@
+"""From the bytes of one tensor, chunk by chunk, to what its numbers are; whoever reads the bytes feeds them.
+
+Sums are taken in float64, piece by piece about the mean of each piece, and the pieces are put together by an exact sum:
+neither a large mean, nor the size of a chunk, nor the order in which threads are done is lost in rounding.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from typing import TYPE_CHECKING, Final
+
+from ckptkit.core.checkpoint import DTYPES, TensorInfo
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import tensor_of_bytes
+from ckptkit.statistics.numbers import Moments, Numbers, exact_sum, joined
+from ckptkit.statistics.threads import Bench
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Accumulator", "why_not_judged"]
+
+_MOST_PARTS = 4096
+# Where this share of the sum of squares is left when that of the mean is taken away, at most 5 of the 53 bits are lost:
+# it is then as good as a second look at each distance from the mean, and cheaper.
+_KEPT = 1 / 32
+_PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
+_FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64"})
+_INTEGERS: Final = frozenset({"U16", "I16", "U32", "I32", "U64", "I64"})
+_COUNTED: Final = frozenset({"BOOL", "U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"})
+# The exponent of the smallest normal number, where smaller ones are subnormal.
+_NORMAL: Final = {"F4": 0, "F8_E4M3": -6, "F8_E5M2": -14, "F8_E4M3FNUZ": -7, "F8_E5M2FNUZ": -15,
+                  "F16": -14, "BF16": -126, "F32": -126, "F64": -1022}  # fmt: skip
+_HALVES_OF_F4: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+
+def why_not_judged(info: TensorInfo) -> str:
+    """Return why there are no numbers to be taken from the bytes of a tensor; empty where there are."""
+    if info.kind != "dense":
+        return f"{info.kind} tensor"
+    if info.dtype == "F4" and info.elements % 2:
+        return "an odd number of F4, of which a byte holds two"
+    if info.dtype in _COUNTED | _FLOATS | _INTEGERS or info.dtype in _PARTS:
+        return ""
+    return f"torch has no arithmetic for {info.dtype}"
+
+
+class Accumulator:
+    """Takes in the bytes of one tensor, as its ``Payload`` gives them, and tells what its numbers are.
+
+    The chunks may be of any size and may cut a number in two; none is kept. They come in order, or each a part that
+    begins and ends between two numbers.
+    """
+
+    def __init__(self, info: TensorInfo, bench: Bench) -> None:
+        """Get ready for the numbers of ``info``; raises ``ValueError`` where ``why_not_judged`` has a reason."""
+        import torch
+
+        if reason := why_not_judged(info):
+            raise ValueError(f"{quoted(info.key)}: {reason}")
+        code = _PARTS.get(info.dtype, info.dtype)
+        self._bench = bench
+        self._dtype: torch.dtype = torch.uint8 if code in _COUNTED else getattr(torch, DTYPES[code].torch_name)
+        self._tally: _Counts | _Sums = _Counts(code) if code in _COUNTED else _Sums(code, bench)
+        self._rest = b""
+
+    def add(self, chunk: bytes | bytearray | memoryview) -> None:
+        """Take in the next bytes; when this returns, their buffer may be used again."""
+        width = self._dtype.itemsize
+        data = self._rest + bytes(chunk) if self._rest else chunk
+        whole = len(data) - len(data) % width
+        self._rest = bytes(data[whole:])
+        if whole:
+            raw = tensor_of_bytes(data[:whole])
+            if raw.data_ptr() % width:
+                raw = raw.clone()
+            self._bench.share(self._tally.add, raw.view(self._dtype))
+
+    def result(self) -> Numbers:
+        """Return what the numbers are of which the bytes have come so far."""
+        return self._tally.result()
+
+
+class _Counts:
+    """Numbers of at most 8 bits: how often each code was there, from which all else follows exactly."""
+
+    def __init__(self, code: str) -> None:
+        import torch
+
+        self.code = code
+        self.lock = threading.Lock()
+        self.counts = torch.zeros(256, dtype=torch.int64, device="cpu")
+
+    def add(self, codes: torch.Tensor) -> None:
+        import torch
+
+        counts = torch.bincount(codes, minlength=256)
+        with self.lock:
+            self.counts += counts
+
+    def result(self) -> Numbers:
+        pairs = [(value, times) for value, times in zip(self._values(), self._times(), strict=True) if times]
+        finite = [(value, times) for value, times in pairs if math.isfinite(value)]
+        count = sum(times for _, times in finite)
+        mean = exact_sum(value * times for value, times in finite) / max(count, 1)
+        squares = exact_sum(times * (value - mean) ** 2 for value, times in finite)
+        l1 = exact_sum(abs(value) * times for value, times in finite)
+        smallest = 2.0 ** _NORMAL[self.code] if self.code in _NORMAL else 0.0
+        bins: dict[int, int] = {}
+        for value, times in finite:
+            if value:
+                exponent = math.frexp(value)[1] - 1
+                bins[exponent] = bins.get(exponent, 0) + times
+        return Numbers(
+            sum(times for _, times in pairs),
+            sum(times for value, times in pairs if math.isnan(value)),
+            sum(times for value, times in pairs if value == math.inf),
+            sum(times for value, times in pairs if value == -math.inf),
+            sum(times for value, times in pairs if value == 0),
+            sum(times for value, times in finite if 0 < abs(value) < smallest),
+            min((value for value, _ in finite), default=None),
+            max((value for value, _ in finite), default=None),
+            Moments(count, mean, squares, l1),
+            dict(sorted(bins.items())),
+        )
+
+    def _values(self) -> list[float]:
+        import torch
+
+        if self.code == "F4":
+            return list(_HALVES_OF_F4)
+        if self.code == "BOOL":
+            return [0.0] + [1.0] * 255
+        codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
+        values = codes.view(getattr(torch, DTYPES[self.code].torch_name))
+        listed: list[float] = (values if self.code in ("U8", "I8") else values.to(torch.float64)).tolist()
+        return listed
+
+    def _times(self) -> list[int]:
+        counts: list[int] = self.counts.tolist()
+        if self.code != "F4":
+            return counts
+        return [sum(counts[half::16]) + sum(counts[16 * half : 16 * half + 16]) for half in range(16)]
+
+
+class _Sums:
+    """Numbers of more than 8 bits: sums, extremes, and how often each exponent was there."""
+
+    def __init__(self, code: str, bench: Bench) -> None:
+        import torch
+
+        self.code = code
+        self.bench = bench
+        self.lock = threading.Lock()
+        # Every F16 and BF16 is an F32, and normal there or not as it is in the range of F32.
+        wide = code in _INTEGERS or code == "F64"
+        self.work = torch.float64 if wide else torch.float32
+        self.bits, self.mantissa, self.bias = (torch.int64, 52, 1023) if wide else (torch.int32, 23, 127)
+        self.exponents = torch.zeros(2 * self.bias + 2, dtype=torch.int64, device="cpu")
+        self.parts: list[Moments] = []
+        self.count = self.nan = self.posinf = self.zeros = 0
+        self.low: float | None = None
+        self.high: float | None = None
+
+    def add(self, stored: torch.Tensor) -> None:
+        import torch
+
+        count = stored.numel()
+        work = stored if stored.dtype is self.work else self.bench.buffer("work", self.work, count).copy_(stored)
+        exponents = self._exponents(work)
+        zeros = count - int(torch.count_nonzero(work)) if exponents[0] else 0
+        special = int(exponents[-1])  # the exponent of NaN and of infinities
+        nan = int(torch.count_nonzero(work.isnan())) if special else 0
+        posinf = int(torch.count_nonzero(work == math.inf)) if nan < special else 0
+        part, low, high = self._of_finite(stored, work, special)
+        with self.lock:
+            self.count += count
+            self.nan += nan
+            self.posinf += posinf
+            self.zeros += zeros
+            self.exponents += exponents
+            self.low = min((bound for bound in (self.low, low) if bound is not None), default=None)
+            self.high = max((bound for bound in (self.high, high) if bound is not None), default=None)
+            self.parts += [part] if part else []
+            if len(self.parts) == _MOST_PARTS:
+                self.parts = [joined(self.parts)]
+
+    def _exponents(self, work: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        shifted = self.bench.buffer("bits", self.bits, work.numel())
+        torch.bitwise_right_shift(work.view(self.bits), self.mantissa, out=shifted)
+        if self.bits is torch.int64:
+            fields = self.bench.buffer("fields", torch.int16, work.numel()).copy_(shifted.bitwise_and_(2047))
+        else:
+            fields = self.bench.buffer("fields", torch.uint8, work.numel()).copy_(shifted)  # which leaves out the sign
+        return torch.bincount(fields, minlength=len(self.exponents))
+
+    def _of_finite(
+        self, stored: torch.Tensor, work: torch.Tensor, special: int
+    ) -> tuple[Moments | None, float | None, float | None]:
+        import torch
+
+        if special == work.numel():
+            return None, None, None
+        if not special:
+            low, high = self._extremes(stored, work)
+            return self._moments(work, low, high, work.numel()), low, high
+        # A zero adds to no sum, and between numbers of both signs it is no extreme.
+        finite = torch.nan_to_num(work, 0.0, 0.0, 0.0, out=self.bench.buffer("finite", self.work, work.numel()))
+        low, high = self._extremes(finite, finite)
+        part = self._moments(finite, low, high, work.numel() - special) if low < 0 < high else None
+        if part is None:
+            finite = work[work.isfinite()]
+            low, high = self._extremes(finite, finite)
+            part = self._moments(finite, low, high, finite.numel())
+        return part, low, high
+
+    def _extremes(self, stored: torch.Tensor, work: torch.Tensor) -> tuple[float, float]:
+        import torch
+
+        if self.code not in _INTEGERS:
+            low, high = torch.aminmax(work)
+            return low.item(), high.item()
+        if self.code != "U64":
+            low, high = torch.aminmax(stored.to(torch.int64))
+            return low.item(), high.item()
+        low, high = torch.aminmax(stored.view(torch.int64) ^ -(2**63))  # in the order of what has no sign
+        return int(low) + 2**63, int(high) + 2**63
+
+    def _moments(self, work: torch.Tensor, low: float, high: float, finite: int) -> Moments:
+        """Return the moments of as many as are finite; zeros stand for the others."""
+        import torch
+
+        if low == high:
+            return Moments(finite, float(low), 0.0, abs(float(low)) * finite)
+        wide = self.bench.buffer("wide", torch.float64, work.numel()).copy_(work)
+        total = wide.sum().item()
+        mean = total / finite if math.isfinite(total) else (wide / finite).sum().item()
+        power = torch.dot(wide, wide).item()
+        squares = power - finite * mean * mean
+        if not squares > _KEPT * power:
+            numbers = wide if finite == wide.numel() else wide[wide != 0]
+            apart = torch.sub(numbers, mean, out=self.bench.buffer("apart", torch.float64, numbers.numel()))
+            squares = torch.dot(apart, apart).item() + (finite - numbers.numel()) * mean * mean
+        one_sign = low >= 0 or high <= 0
+        return Moments(finite, mean, squares, abs(total) if one_sign else wide.abs_().sum().item())
+
+    def result(self) -> Numbers:
+        exponents: list[int] = self.exponents.tolist()
+        small = exponents[0] - self.zeros
+        bins = {-self.bias: small} if small else {}
+        bins |= {index - self.bias: exponents[index] for index in self.exponents[1:-1].nonzero()[:, 0].add(1).tolist()}
+        normal = _NORMAL.get(self.code, -self.bias) + self.bias
+        return Numbers(
+            self.count,
+            self.nan,
+            self.posinf,
+            exponents[-1] - self.nan - self.posinf,
+            self.zeros,
+            sum(exponents[:normal]) - self.zeros if normal else 0,
+            self.low,
+            self.high,
+            joined(self.parts),
+            bins,
+        )

@@ -1,1 +1,0 @@
-"""Streaming writers: the output appears whole or not at all."""
