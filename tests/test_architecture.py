@@ -7,6 +7,7 @@ import graphlib
 import re
 import subprocess
 import sys
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -99,6 +100,12 @@ def test_no_two_files_import_each_other() -> None:
         module: {other for other in others if not module.startswith(f"{other}.")} for module, others in graph.items()
     }
     graphlib.TopologicalSorter(below).prepare()
+
+
+def test_a_folder_can_be_taken_in_at_a_glance() -> None:
+    """A folder that holds more files than this is split by what they are for."""
+    folders = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in FILES.values())
+    assert {folder: number for folder, number in folders.items() if number > 16} == {}
 
 
 @pytest.mark.parametrize(

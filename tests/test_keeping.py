@@ -24,7 +24,7 @@ from torch import nn
 
 from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_merge, plan_remap
 from ckptkit.errors import OutputError, PlanError
-from ckptkit.formats.pickle.code_names import is_weights_only
+from ckptkit.formats.pickle.values import is_weights_only
 from ckptkit.formats.torch.objects import TorchObjects
 from ckptkit.plans.execute import fit
 from ckptkit.plans.lora import plan_lora

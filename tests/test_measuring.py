@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ckptkit import open_checkpoint, stats
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import FormatError, ModelError, PlanError, RuleError
-from ckptkit.statistics.values_door import Numbers
+from ckptkit.statistics import Numbers
 from tests.formats.test_big_endian import big
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_formats import saved, write

@@ -220,7 +220,7 @@ def test_several_optimizers_are_listed(tmp_path: Path) -> None:
 
 def test_a_group_for_each_parameter_is_named_and_a_search_that_turns_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is bounded by what a way takes that is found at once, so that the bound refuses no such way."""
-    monkeypatch.setattr("ckptkit.optimizer_state.inference._ENOUGH_TRIED", 1000)
+    monkeypatch.setattr("ckptkit.optimizer_state.naming._ENOUGH_TRIED", 1000)
     shapes = {f"p{number}": (number + 1,) for number in range(60)}
 
     def state(groups: list[int], sizes: list[int]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ckptkit.param_groups import (
     plan_param_groups,
     validate_param_groups,
 )
-from ckptkit.param_groups.naming import patterns_of
+from ckptkit.param_groups.emit import patterns_of
 from ckptkit.param_groups.presets import preset_summary
 from tests.helpers_presets import Mixed, NextLike, VitLike, bert_like, built, numbers, perceptron, rates
 

@@ -16,7 +16,7 @@ import torch
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import GroupRule, ParamGroupSpec, parse_spec
-from ckptkit.param_groups.resolve import resolve
+from ckptkit.param_groups.ownership import resolve
 
 TOML = """
 [defaults]

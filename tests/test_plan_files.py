@@ -17,9 +17,8 @@ from ckptkit import execute, plan_merge, plan_remap
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
-from ckptkit.plans.inversion import invert_plan
-from ckptkit.plans.saved import SavedPlan, apply_plan, header_digest, plan_from_json, plan_to_json
-from ckptkit.plans.verification import verify
+from ckptkit.plans.execute import verify
+from ckptkit.plans.saved import SavedPlan, apply_plan, header_digest, invert_plan, plan_from_json, plan_to_json
 from ckptkit.rules import parse_rules
 from tests.helpers_cli import run_ckpt
 

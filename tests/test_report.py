@@ -10,9 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.render.page import Table, as_text
+from ckptkit.render.page import Row, Table, as_text, collapse
 from ckptkit.render.show import show_page, show_tree
-from ckptkit.render.table import Row, collapse
 
 
 def _spelled(cell: str) -> list[str]:

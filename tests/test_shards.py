@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.formats.shards import is_shard_name, split_into_shards, weight_index
+from ckptkit.formats.sharded import is_shard_name, split_into_shards, weight_index
 
 
 def sized(*sizes: int) -> list[TensorInfo]:

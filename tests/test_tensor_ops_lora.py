@@ -11,8 +11,7 @@ from torch.nn import functional
 
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops import Shape, parse_operation
-from ckptkit.tensor_ops.lora import AdapterPlan, account_for_adapter
-from ckptkit.tensor_ops.low_rank import ExtractLora, FoldLora
+from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, FoldLora, account_for_adapter
 from tests.helpers_tensor_ops import dtype_of, same
 
 RANK = 4

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.statistics.values_door import Accumulator, Bench, Numbers, merged, why_not_judged
+from ckptkit.statistics import Accumulator, Bench, Numbers, merged, why_not_judged
 from tests.helpers_formats import bits, random_tensor
 
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

@@ -20,8 +20,8 @@ from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import ChangedError, OutputError, PlanError
 from ckptkit.formats.atomic import AtomicFile
+from ckptkit.formats.safetensors import layout_safetensors, merge_extents
 from ckptkit.formats.torch.write import layout_torch_zip, write_torch_zip
-from ckptkit.formats.writers_safetensors import layout_safetensors, merge_extents
 from tests.helpers_outputs import CODES, STORABLE, described, raw, same_state, scratch, state_dicts, tensor_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptkit.align.contents import Contents, Progress, digests_of
+from ckptkit.align.evidence import Contents, Progress, digests_of
 from ckptkit.align.matching import BYTES, Matching, match
 from ckptkit.align.modules import Module, modules_of
 from ckptkit.align.pairing import Doubt, Pair
-from ckptkit.align.presets import fitting_presets
-from ckptkit.align.rule_file import rule_table, rule_text
-from ckptkit.align.to_rules import Prefix, Suggestion, suggestions_of
-from ckptkit.comparison.prefixes import prefix_counts
+from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_table, rule_text, suggestions_of
+from ckptkit.comparison import prefix_counts
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import plural
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint

@@ -6,11 +6,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptkit.align.contents import Contents
-from ckptkit.align.evidence import Fit, Link, best_shift, fit
-from ckptkit.align.modules import Index, Module, modules_of
+from ckptkit.align.evidence import Contents, Fit, Link, best_shift, fit
+from ckptkit.align.modules import Index, Module, likeness, modules_of, words_of
 from ckptkit.align.pairing import Doubt, Pair, Scope
-from ckptkit.align.spellings import likeness, words_of
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops import parse_operation
 

@@ -11,8 +11,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.align.evidence import Fit, Link, fit, shift_between
-from ckptkit.align.modules import Module
-from ckptkit.align.spellings import FUSED, likeness
+from ckptkit.align.modules import FUSED, Module, likeness
 from ckptkit.tensor_ops import Operation, parse_operation
 
 __all__ = ["Doubt", "Pair", "Scope"]

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeVar
 
 from ckptkit.align.evidence import Link
 from ckptkit.align.modules import Index, Module, Name
 from ckptkit.align.pairing import Pair
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.config_files import toml_value
+from ckptkit.core.text import plural, printable
+from ckptkit.errors import RuleError
+from ckptkit.rules import Rules, apply_rules
+from ckptkit.rules.presets import preset_names, preset_rules, preset_text
 from ckptkit.tensor_ops import Operation
 
-__all__ = ["Prefix", "Suggestion", "suggestions_of"]
+__all__ = ["Prefix", "Suggestion", "fitting_presets", "rule_table", "rule_text", "suggestions_of"]
+
 
 _SPECIAL = re.compile(r"[*{}=]|^re:")
 _VARIABLES = "ijklmnopqrstuvwxyz"
@@ -209,3 +219,79 @@ def _pattern(name: Name, shown: Sequence[str]) -> str:
     for text, variable in zip(name.texts[1:], shown, strict=False):
         pieces += [variable, text]
     return "".join(pieces)
+
+
+_Item = TypeVar("_Item")
+
+
+def rule_table(suggestions: Iterable[Suggestion]) -> dict[str, Any]:
+    """Return the rules in the form of a parsed rule file."""
+    return {"rule": [_table(one) for one in suggestions]}
+
+
+def _table(one: Suggestion) -> dict[str, Any]:
+    made: dict[str, Any] = {"from": _one_or_all(one.sources), "to": _one_or_all(one.targets)}
+    if one.operations:
+        made["op"] = _one_or_all(tuple(map(_operation, one.operations)))
+    return made
+
+
+def _operation(operation: Operation) -> str | dict[str, Any]:
+    return {operation.name: operation.params()} if operation.params() else operation.name
+
+
+def _one_or_all(items: tuple[_Item, ...]) -> _Item | list[_Item]:
+    return items[0] if len(items) == 1 else list(items)
+
+
+def rule_text(
+    title: Iterable[str], suggestions: Iterable[Suggestion], doubts: Iterable[tuple[str, list[Suggestion]]]
+) -> str:
+    """Return a TOML file with a title, the rules, and those that could be, as comments."""
+    lines = [f"# {printable(line)}" for line in title]
+    for one in suggestions:
+        lines += ["", *_comment(one), *_lines_rule_file(one)]
+    for why, candidates in doubts:
+        lines += ["", f"# ambiguous: {printable(why)}"]
+        for one in candidates:
+            lines += [f"# {line}" for line in _lines_rule_file(one)]
+    return "\n".join(lines) + "\n"
+
+
+def _comment(one: Suggestion) -> list[str]:
+    return [f"# {plural(len(one.keys), 'tensor')}, confidence {one.confidence:.2f}: {printable(one.why)}"]
+
+
+def _lines_rule_file(one: Suggestion) -> list[str]:
+    table = _table(one)
+    lines = ["[[rule]]", f"from = {toml_value(table['from'])}", f"to = {toml_value(table['to'])}"]
+    if "op" in table:
+        lines.append(f"op = {toml_value(table['op'])}")
+    return lines
+
+
+_SAMPLE = 64
+
+
+def fitting_presets(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+    """Return the names of the presets that make every key expected, in its shape, of what was found."""
+    return tuple(name for name in preset_names() if _fits(name, expected, found))
+
+
+def _fits(name: str, expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> bool:
+    variables = tomllib.loads(preset_text(name)).get("vars", {})
+    rules = preset_rules(name, dict.fromkeys(variables, 1))  # one head: how many there are changes no shape
+    if not _speaks_of(rules, found):
+        return False
+    try:
+        made = apply_rules(rules, found).describe(found)
+    except RuleError:
+        return False
+    return all(key in made and made[key].shape == info.shape for key, info in expected.items())
+
+
+def _speaks_of(rules: Rules, found: Mapping[str, TensorInfo]) -> bool:
+    patterns = [pattern for stage in rules.stages for rule in stage.rules for pattern in rule.sources]
+    step = max(len(found) // _SAMPLE, 1)
+    sample = list(islice(found, 0, None, step))
+    return sum(any(pattern.match(key) for pattern in patterns) for key in sample) > len(sample) / 4

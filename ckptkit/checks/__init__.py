@@ -91,8 +91,8 @@ def run_checks(
         if values and _has_torch():
             from concurrent.futures import ThreadPoolExecutor
 
-            from ckptkit.checks.judging import Judge
-            from ckptkit.statistics.values_door import Bench
+            from ckptkit.checks.reading import Judge
+            from ckptkit.statistics import Bench
 
             scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Bench()))
             scan.beside = stack.enter_context(ThreadPoolExecutor(1))

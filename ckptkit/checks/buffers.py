@@ -12,7 +12,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.statistics.values_door import Numbers
+from ckptkit.statistics import Numbers
 
 __all__ = ["buffers", "holds_indices"]
 

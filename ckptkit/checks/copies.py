@@ -10,7 +10,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import human_bytes, listed, plural, quoted
-from ckptkit.statistics.values_door import Numbers
+from ckptkit.statistics import Numbers
 
 __all__ = ["copies", "equal_groups", "untied"]
 

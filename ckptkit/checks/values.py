@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 
 from ckptkit.checks.buffers import buffers
 from ckptkit.checks.copies import copies, equal_groups, untied
-from ckptkit.checks.fresh import as_expected, like_a_fresh_model
-from ckptkit.checks.judging import Judge
+from ckptkit.checks.expected import as_expected, like_a_fresh_model
 from ckptkit.checks.numbers import constant, not_finite, subnormal
+from ckptkit.checks.reading import Judge
 from ckptkit.comparison import Pair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import LIVE_PREFIX
-from ckptkit.statistics.values_door import Numbers
+from ckptkit.statistics import Numbers
 
 __all__ = ["about_expected", "about_numbers"]
 

@@ -17,7 +17,7 @@ from types import FrameType
 
 import click
 
-from ckptkit.cli.streams import put, tell
+from ckptkit.cli.options import put, tell
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError
 

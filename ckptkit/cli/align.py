@@ -7,8 +7,16 @@ import sys
 import click
 
 from ckptkit.align import Alignment, suggest_rules
-from ckptkit.cli.options import Form, echo_report, expand_option, form_options, opened, path_argument, quiet_option
-from ckptkit.cli.streams import tell
+from ckptkit.cli.options import (
+    Form,
+    echo_report,
+    expand_option,
+    form_options,
+    opened,
+    path_argument,
+    quiet_option,
+    tell,
+)
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural, printable
 from ckptkit.formats.atomic import AtomicFile, prepare_target

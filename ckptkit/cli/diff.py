@@ -13,9 +13,9 @@ from ckptkit.cli.options import (
     opened,
     path_argument,
     quiet_option,
+    tell,
 )
 from ckptkit.cli.rules import rule_options
-from ckptkit.cli.streams import tell
 from ckptkit.comparison import diff as compare
 from ckptkit.render.diff import diff_document, diff_page
 from ckptkit.rules import Rules

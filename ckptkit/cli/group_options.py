@@ -12,17 +12,36 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.model import live_model
-from ckptkit.cli.options import about, opened, read_toml
-from ckptkit.cli.streams import put, tell
+from ckptkit.cli.options import about, opened, put, read_toml, tell
 from ckptkit.core.config_files import form_of, parse_table
-from ckptkit.errors import RuleError
+from ckptkit.errors import ModelError, RuleError
 from ckptkit.formats import LIVE_PREFIX
+from ckptkit.formats.live import build_model, build_shapes
 from ckptkit.param_groups import ParamGroupSpec, param_group_preset, param_group_preset_names, parse_spec
 from ckptkit.param_groups.presets import preset_summary
 from ckptkit.rules import parse_setting
 
-__all__ = ["Source", "model_or_checkpoint", "source_options"]
+__all__ = ["Source", "live_model", "model_option", "model_or_checkpoint", "source_options"]
+
+
+model_option = click.option("--model", required=True, metavar="py:MODULE:CALLABLE", help="The live model.")
+
+
+def live_model(target: str, *, real: bool = False) -> Any:
+    """Return the module that ``py:MODULE:CALLABLE`` makes: on the meta device where it can be, unless ``real``.
+
+    Raises ``ModelError`` for anything else.
+    """
+    from torch.nn import Module
+
+    if not target.startswith(LIVE_PREFIX):
+        raise ModelError("is no live model", hint="write py:package.module:callable", path=target)
+    with about(target):
+        made = (build_model if real else build_shapes)(target.removeprefix(LIVE_PREFIX))
+        if not isinstance(made, Module):
+            raise ModelError(f"gives a {type(made).__name__}, and param groups need a Module")
+        return made
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _SHAPES = "base_shapes"  # the one setting that is a file

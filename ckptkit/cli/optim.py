@@ -23,9 +23,9 @@ from ckptkit.cli.options import (
     quiet_option,
     read_text,
     read_toml,
+    tell,
 )
 from ckptkit.cli.rules import rule_options
-from ckptkit.cli.streams import tell
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import plural, printable

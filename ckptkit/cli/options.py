@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.streams import put, tell
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import form_of, parse_table
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import Report
 from ckptkit.core.text import printable
-from ckptkit.errors import CkptkitError, PathError, RuleError
+from ckptkit.errors import CkptkitError, PathError, RuleError, one_line
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
 from ckptkit.render.page import Page, as_markdown, as_text
 
@@ -37,10 +36,24 @@ __all__ = [
     "opened",
     "path_argument",
     "progress_bar",
+    "put",
     "quiet_option",
     "read_text",
     "read_toml",
+    "tell",
 ]
+
+
+def put(line: str, *, colour: str | None = None) -> None:
+    """Print a line of a result, in a colour where the terminal has any and the user wants it."""
+    # Named, since click gives a stream of ASCII an encoding of its own, whose bytes such a terminal may obey.
+    click.echo(click.style(line, fg=colour) if colour else line, file=sys.stdout)
+
+
+def tell(message: str) -> None:
+    """Print a message, on one line whatever is in it."""
+    click.echo(one_line(message), file=sys.stderr)
+
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")

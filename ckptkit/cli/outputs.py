@@ -13,15 +13,13 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml
-from ckptkit.cli.streams import tell
+from ckptkit.cli.options import Form, about, echo_report, expand_option, form_options, quiet_option, read_toml, tell
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural, quoted
 from ckptkit.formats.atomic import AtomicFile, prepare_target
-from ckptkit.plans.execute import Written, execute, fit
+from ckptkit.plans.execute import Written, execute, fit, verify
 from ckptkit.plans.output import FORMATS, Output, choose_output
 from ckptkit.plans.plan import Plan, ties_broken
-from ckptkit.plans.verification import verify
 from ckptkit.render.plan import plan_document, plan_page, written_text
 
 __all__ = ["Job", "carry_out", "output_options", "planned", "write_json"]
@@ -138,8 +136,7 @@ def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: 
 
 def planned(sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None) -> Plan:
     """Return the plan of a file for these inputs, by role: as it is, or turned round."""
-    from ckptkit.plans.inversion import invert_plan
-    from ckptkit.plans.saved import apply_plan, plan_from_json
+    from ckptkit.plans.saved import apply_plan, invert_plan, plan_from_json
 
     path = apply_file or invert_file
     assert path is not None  # noqa: S101 - the commands ask for one of them

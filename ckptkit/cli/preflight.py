@@ -8,10 +8,9 @@ from typing import Any
 
 import click
 
-from ckptkit.cli.model import live_model, model_option
-from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, opened, quiet_option, read_toml
+from ckptkit.cli.group_options import live_model, model_option
+from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, opened, quiet_option, read_toml, tell
 from ckptkit.cli.rules import rule_options
-from ckptkit.cli.streams import tell
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, ModelError

@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 
 import click
 
-from ckptkit.cli.options import about, file_beside, filter_options, read_text, read_toml
-from ckptkit.cli.streams import put
+from ckptkit.cli.options import about, file_beside, filter_options, put, read_text, read_toml
 from ckptkit.rules import Rules, Settings, parse_rules, parse_setting, rule_lines
 from ckptkit.rules.presets import PRESET_PREFIX, preset_names, preset_text
 

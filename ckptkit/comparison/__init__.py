@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from ckptkit.comparison.prefixes import prefix_counts
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.patterns import parse_rename
+from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.text import html_table, printable, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
 from ckptkit.wrappers import PREFIXES, SEGMENTS
 
-__all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff"]
+__all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff", "prefix_counts"]
+
+
+_MOST_SEGMENTS = 64  # of a prefix: a hostile name can have a million
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def prefix_counts(expected: Shapes, found: Shapes) -> tuple[Counter[str], Counter[str]]:
+    """Return for how many keys of ``found`` leaving out a prefix makes one of ``expected``, and adding one does.
+
+    Only tensors of one shape count, and only prefixes that a pattern takes as they stand.
+    """
+    strip, add = Counter[str](), Counter[str]()
+    for key, shape in found.items():
+        strip.update(_prefixes(key, shape, expected))
+    for key, shape in expected.items():
+        add.update(_prefixes(key, shape, found))
+    return strip, add
+
+
+def _prefixes(key: str, shape: tuple[int, ...], others: Shapes) -> list[str]:
+    """Return what stands before those endings of ``key`` that are keys of ``others`` with the same shape."""
+    found = []
+    at = key.find(".")
+    for _ in range(_MOST_SEGMENTS):
+        if at < 0:
+            break
+        prefix = key[: at + 1]
+        if others.get(key[at + 1 :]) == shape and literal(prefix) == prefix and "=" not in prefix:
+            found.append(prefix)
+        at = key.find(".", at + 1)
+    return found
+
 
 _EXTRA_STATE = "_extra_state"
 _STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)

@@ -9,13 +9,41 @@ from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.recognise import is_torch_tar, refusal_of, refuse_inner
+from ckptkit.formats.foreign import is_torch_tar, refusal_of, refuse_inner
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
+from ckptkit.formats.zip_archive import read_zip_directory
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch.checkpoint import TorchFile
 
-__all__ = ["TORCH_SUFFIXES", "open_file", "read_torch"]
+__all__ = ["TORCH_SUFFIXES", "open_file", "open_zip", "read_torch"]
+
+
+def open_zip(file: LocalFile, inner: str) -> Checkpoint:
+    """Return the Checkpoint in a zip archive; takes over the file.
+
+    Raises ``FormatError`` where the archive contradicts itself, or is none of a known kind.
+    """
+    archive = read_zip_directory(file)
+    if archive.roots("archive_format"):
+        from ckptkit.formats.torch.export import open_torch_export
+
+        return open_torch_export(archive, inner)
+    if archive.entries and all(name.endswith(".npy") for name in archive.entries):
+        from ckptkit.formats.numpy import open_npz
+
+        refuse_inner(inner)
+        return open_npz(archive)
+    if archive.roots("constants.pkl"):
+        from ckptkit.formats.torch.script import open_torchscript
+
+        return open_torchscript(archive, inner)
+    if "model.weights.h5" in archive.entries:
+        raise FormatError("a Keras archive, which is not read", hint="keras.saving.load_model reads it")
+    from ckptkit.formats.torch.zip import open_torch_zip
+
+    return open_torch_zip(archive, inner)
+
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
@@ -53,7 +81,7 @@ def open_file(name: str, inner: str) -> Checkpoint:
 def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
-        from ckptkit.formats.zip_files import open_zip
+        # MERGED
 
         return open_zip(file, inner)
     if _is_legacy(head):

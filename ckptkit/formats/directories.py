@@ -4,23 +4,183 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
+from typing import NamedTuple
 
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.files import LocalFile
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.findings import Remark
+from ckptkit.core.text import human_bytes, plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.adapter import CONFIG, adapter_remarks
-from ckptkit.formats.beside import is_beside, named_beside, read_beside, read_json
-from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
+from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
 from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
 from ckptkit.formats.distributed.zero import is_zero, named_states, open_zero
-from ckptkit.formats.foreign import foreign_directory
-from ckptkit.formats.recognise import refuse_inner
+from ckptkit.formats.foreign import foreign_directory, refuse_inner
+from ckptkit.formats.pickle.values import is_suspicious
+from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, links_outside, open_sharded
+from ckptkit.formats.torch.checkpoint import code_warnings
+from ckptkit.formats.torch.tree import describe
 
-__all__ = ["open_directory", "open_index"]
+__all__ = [
+    "CONFIG",
+    "Beside",
+    "adapter_remarks",
+    "is_beside",
+    "named_beside",
+    "open_directory",
+    "open_index",
+    "read_beside",
+    "read_json",
+]
+
+
+# What is said first of a file, and said even where it is no single value; the other values follow.
+_TOLD = {
+    "trainer_state.json": ("global_step", "epoch", "best_metric", "best_model_checkpoint", "max_steps"),
+    "config.json": ("model_type", "architectures", "dtype", "torch_dtype", "quantization_config"),
+    "generation_config.json": (),
+    "adapter_config.json": (
+        "peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path", "rank_pattern", "alpha_pattern",
+        "modules_to_save",
+    ),
+    "params.json": (),
+    "metadata.json": ("sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"),
+}  # fmt: skip
+_PICKLED = re.compile(
+    r"(optimizer|scheduler)(?:_(\d+))?\.(pt|bin)|(scaler|common|meta)\.pt|training_args\.bin|rng_state(?:_(\d+))?\.pth"
+    r"|(?:random_states|custom_checkpoint)_(\d+)\.pkl|(?:sampler|dl_state_dict)(?:_(\d+))?\.bin"
+)
+_NUMBER = re.compile(r"_\d+(?=\.\w+$)")
+_LARGEST_JSON = 6 << 20
+_LARGEST_PICKLES = 3 << 20  # of all files together; what is made of a byte takes up to seventy
+_MOST_FILES = 64
+_MOST_VALUES = 64  # of a JSON file
+_MOST_OUTLINED = 200_000
+
+
+class Beside(NamedTuple):
+    """One entry for each file beside the weights, or for each set of numbered ones, and what is wrong with them."""
+
+    entries: tuple[Entry, ...]
+    warnings: tuple[str, ...]
+
+
+def is_beside(name: str) -> bool:
+    """Return whether a file of this name lies beside weights and holds none itself."""
+    return name in _TOLD or _PICKLED.fullmatch(name) is not None
+
+
+def named_beside(names: Iterable[str], inner: str) -> tuple[str, str] | None:
+    """Return the file beside the weights that ``inner`` begins with, and the rest: ``optimizer.pt`` and ``state``."""
+    fitting = [name for name in names if f"{inner}.".startswith(f"{name}.") and is_beside(name)]
+    name = max(fitting, key=len, default=None)
+    return None if name is None else (name, inner[len(name) + 1 :])
+
+
+def read_beside(directory: str, names: Iterable[str]) -> Beside:
+    """Return what lies beside the weights in a directory with these file names; never raises for what it finds."""
+    families: dict[str, list[str]] = {}
+    for name in sorted(filter(is_beside, names)):
+        families.setdefault(_NUMBER.sub("_*", name), []).append(name)
+    entries: list[Entry] = []
+    warnings: list[str] = []
+    left, outlined = [_LARGEST_PICKLES], [_MOST_OUTLINED]
+    for family, members in families.items():
+        if len(entries) == _MOST_FILES:
+            warnings.append(f"{plural(len(families) - _MOST_FILES, 'file')} more beside the weights are not listed")
+            break
+        try:
+            entry = _describe(directory, members[0], left, outlined, warnings)
+        except CkptkitError as error:
+            warnings.append(Remark(f"{members[0]} is not read: {error.reason}", "beside-unread"))
+            entry = Entry("", "file", "not read")
+        path = members[0] if len(members) == 1 else family
+        kind = entry.type if len(members) == 1 else plural(len(members), "file")
+        entries.append(Entry(path, kind, entry.value, outside=True, apart=True))
+    return Beside(tuple(entries), tuple(warnings))
+
+
+def read_json(directory: str, name: str) -> Mapping[str, object]:
+    """Return the object in a JSON file of the directory; raises ``CkptkitError`` where there is none."""
+    file = LocalFile(os.path.join(directory, name))
+    try:
+        if file.size > _LARGEST_JSON:
+            raise FormatError(f"it has {human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")
+        return parse_json(file.read(0, file.size), "it", finite=False)
+    finally:
+        file.close()
+
+
+def _describe(directory: str, name: str, left: list[int], outlined: list[int], warnings: list[str]) -> Entry:
+    if name in _TOLD:
+        found = read_json(directory, name)
+        chosen = [key for key in _TOLD[name] if found.get(key) is not None]
+        chosen += [key for key, value in found.items() if key not in chosen and isinstance(value, str | int | float)]
+        return Entry(name, "json", {key: describe(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]})
+    file = LocalFile(os.path.join(directory, name))
+    try:
+        made = read_torch(file, largest=left[0])
+        left[0] -= made.pickle_size
+        suspicious = [code for code in made.objects.interpreter.references if is_suspicious(code)]
+        said = code_warnings([], suspicious)
+        warnings.extend(Remark(f"{name} {text}", text.code, text.severity) for text in said)
+        return describe(name, made.tree, outlined)
+    finally:
+        file.close()
+
+
+CONFIG = "adapter_config.json"
+_OUTER = "base_model.model."
+_LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!lora_)\w+)?(?:\.weight)?")
+_LITERAL = re.compile(r"\^?[\w.]+")  # names of modules; everything else is a regular expression, and not evaluated
+_MOST_NAMED = 4
+_DEEPEST = 64
+
+
+def adapter_remarks(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[Remark]:
+    """Return what is odd about the weights of an adapter whose configuration is ``config``; None where there is none.
+
+    Of LoRA the ranks are compared: a tensor whose rank is not the one that ``r`` or ``rank_pattern`` gives is named.
+    """
+    if config is None:
+        return [Remark(f"no {CONFIG} beside the weights: their scale (lora_alpha / r) is unknown", "adapter-config")]
+    base = config.get("base_model_name_or_path")
+    of = f" of {quoted(base)}" if isinstance(base, str) and base else ""
+    remarks = [Remark(f"an adapter: the weights{of} that it belongs to are not inside", "adapter-base", "note")]
+    if config.get("peft_type") == "LORA" and not config.get("target_parameters"):
+        wrong = list(_other_ranks(infos, config))
+        remarks += [Remark(text, "adapter-rank") for text in wrong[:_MOST_NAMED]]
+        if len(wrong) > _MOST_NAMED:
+            said = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than {CONFIG} gives"
+            remarks.append(Remark(said, "adapter-rank"))
+    return remarks
+
+
+def _other_ranks(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Iterator[str]:
+    pattern = config.get("rank_pattern")
+    pattern = pattern if isinstance(pattern, Mapping) else {}
+    if not all(_LITERAL.fullmatch(key) for key in pattern):
+        return
+    places = {key: place for place, key in enumerate(pattern)}
+    for key, info in infos.items():
+        match = _LOW_RANK.fullmatch(key)
+        if match is None or len(info.shape) < 2:
+            continue
+        wanted = _rank_of(match["module"].removeprefix(_OUTER), config.get("r"), pattern, places)
+        found = info.shape[0] if match["side"] == "A" else info.shape[1]
+        if type(wanted) is int and found != wanted:
+            yield f"{quoted(key)} has rank {found:,}, and {CONFIG} gives {wanted}"
+
+
+def _rank_of(module: str, default: object, pattern: Mapping[str, object], places: Mapping[str, int]) -> object:
+    # The first key wins that is the module's name or an end of it; behind "^" the whole name.
+    parts = module.split(".")
+    ends = [".".join(parts[first:]) for first in range(len(parts))] if len(parts) <= _DEEPEST else [module]
+    fitting = [end for end in (f"^{module}", *ends) if end in places]
+    return pattern[min(fitting, key=places.__getitem__)] if fitting else default
+
 
 _WHOLE = (
     "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",

@@ -10,8 +10,7 @@ from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.patterns import Pattern, parse_pattern
-from ckptkit.core.suggest import suggest_pattern
+from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
 from ckptkit.core.text import kind_of, plural, quoted
 from ckptkit.errors import ModelError, RuleError
 from ckptkit.plans.plan import Plan

@@ -5,17 +5,26 @@ Everything here takes values and gives values; ``open_optimizer`` opens a file f
 
 from __future__ import annotations
 
-from ckptkit.optimizer_state.compare import optimizer_state_diff
-from ckptkit.optimizer_state.forms import lay_out, to_dict
+from ckptkit.optimizer_state.compare import optimizer_state_diff, state_findings
+from ckptkit.optimizer_state.forms import FoundState, lay_out, read_state, to_dict
 from ckptkit.optimizer_state.groups import order_like, resplit
-from ckptkit.optimizer_state.health import state_findings
 from ckptkit.optimizer_state.load import OptimizerLoadReport, load_optimizer_state
-from ckptkit.optimizer_state.model import FORMS, Change, LazyTensor, NamedGroup, OptimizerState, Unknown, tensors_in
+from ckptkit.optimizer_state.model import (
+    ELEMENTWISE,
+    FORMS,
+    Change,
+    LazyTensor,
+    NamedGroup,
+    OptimizerState,
+    Unknown,
+    number_of,
+    parameter_shape,
+    slot_kind,
+    tensors_in,
+)
 from ckptkit.optimizer_state.naming import positions, structure_findings, to_named
 from ckptkit.optimizer_state.prune import prune
-from ckptkit.optimizer_state.reading import FoundState, read_state
 from ckptkit.optimizer_state.remap import remap
-from ckptkit.optimizer_state.slots import ELEMENTWISE, number_of, parameter_shape, slot_kind
 from ckptkit.optimizer_state.write import write_optimizer_state
 
 __all__ = [

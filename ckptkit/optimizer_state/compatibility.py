@@ -9,8 +9,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_optim import Schema
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
-from ckptkit.optimizer_state.slots import parameter_shape
+from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot, parameter_shape
 from ckptkit.param_groups.parameters import Inventory, LiveParameter
 from ckptkit.param_groups.validate.options import torch_options
 

@@ -10,9 +10,17 @@ from typing import Any, Literal
 
 from ckptkit.core.text import kind_of, listed, plural, printable, quoted
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot, held
-from ckptkit.optimizer_state.shapes import parameters_of
-from ckptkit.optimizer_state.slots import number_of, same_value
+from ckptkit.optimizer_state.model import (
+    Change,
+    LazyTensor,
+    NamedGroup,
+    OptimizerState,
+    Slot,
+    held,
+    number_of,
+    same_value,
+)
+from ckptkit.optimizer_state.naming import parameters_of
 from ckptkit.param_groups import ParamGroupsPlan
 from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.spec import is_tensor

@@ -14,11 +14,10 @@ from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_optim import Schema, schema_of
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state.compatibility import Fit, fit_state, refuse_other_class, untold_decay
-from ckptkit.optimizer_state.forms import to_dict
+from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, resplit
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.reading import FoundState, read_state
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import one_optimizer
 from ckptkit.param_groups.parameters import Inventory, take_inventory

@@ -4,23 +4,200 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError, PlanError
-from ckptkit.optimizer_state.inference import infer_names
-from ckptkit.optimizer_state.model import OptimizerState
-from ckptkit.optimizer_state.reading import FoundState, as_named, read_state
-from ckptkit.optimizer_state.shapes import Parameters, parameters_of
-from ckptkit.optimizer_state.slots import parameter_shape
+from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
+from ckptkit.optimizer_state.model import OptimizerState, parameter_shape
+from ckptkit.param_groups.properties import subject_of
 
-__all__ = ["positions", "structure_findings", "to_named"]
+__all__ = ["Parameters", "infer_names", "parameters_of", "positions", "structure_findings", "to_named"]
 
-_GIVE = "say what the parameters are: a model or its checkpoint, or their names in order"
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """The names and shapes of parameters in the order of the model; ``frozen`` are those that do not train.
+
+    ``certain`` says that they are the parameters, and not perhaps buffers among them; ``said`` is what they are taken
+    from, for a sentence; ``aliases`` has the other names of tied ones, each with the first.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    frozen: frozenset[str] = frozenset()
+    certain: bool = True
+    said: str = "the model"
+    aliases: Mapping[str, str] = field(default_factory=dict)
+
+
+def parameters_of(model: Any) -> Parameters:
+    """Return the parameters of a Module, or the tensors of a Checkpoint or mapping that can be parameters.
+
+    Of tied ones the first name counts, as in ``named_parameters``; one that is uninitialised has no dims. ``model`` can
+    be a mapping of names to shapes too. Raises ``ModelError`` for anything else.
+    """
+    if isinstance(model, Parameters):
+        return model
+    if isinstance(model, Mapping) and not isinstance(model, Checkpoint) and all(map(_is_shape, model.values())):
+        return Parameters({str(name): tuple(shape) for name, shape in model.items()})
+    parameters = subject_of(model).parameters
+    live = hasattr(model, "named_parameters")
+    return Parameters(
+        {one.name: one.shape or () for one in parameters},
+        frozenset(facts.name for one in parameters if not one.trainable for facts in one.named()),
+        certain=live,
+        said="the model" if live else "the model's checkpoint",
+        aliases={alias.name: one.name for one in parameters for alias in one.aliases},
+    )
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(type(size) is int for size in value)
+
+
+# Choices that are looked at: a way that is found without turning back takes one for each name and group.
+_MOST_TRIED = 10_000_000
+_ENOUGH_TRIED = 2_000_000
+_TURNS = 4
 _SHOWN = 4
+_GIVE = "give the names in the order of the groups: --names FILE, or a list"
+Shape = tuple[int, ...]
+
+
+def infer_names(found: FoundState, model: Parameters) -> tuple[dict[object, str], str]:
+    """Return a name for each position, and why it is that one.
+
+    The parameters of a group are taken to be in the model's order, as every way of making groups of a model leaves
+    them; which group takes which has to follow from the shapes. Raises ``PlanError`` where there is no way, or more
+    than one, naming the positions and what each could be.
+    """
+    params = [param for group in found.groups for param in group.params]
+    shapes = [parameter_shape(found.state.get(param, {})) for param in params]
+    pool = _pool(len(params), model)
+    bounds = [0]
+    for group in found.groups:
+        bounds.append(bounds[-1] + len(group.params))
+    ways = list(_first_two(_Search(pool, [model.shapes[name] for name in pool], shapes, bounds)))
+    if not ways:
+        raise PlanError(_misfit(pool, model, shapes), hint=_GIVE)
+    if len(ways) > 1:
+        unclear = [number for number, (one, other) in enumerate(zip(*ways, strict=True)) if one != other]
+        told = "; ".join(
+            f"position {params[number]} ({_told(shapes[number])}) is {quoted(ways[0][number])} or "
+            f"{quoted(ways[1][number])}"
+            for number in unclear[:_SHOWN]
+        )
+        more = f", and {len(unclear) - _SHOWN:,} more" if len(unclear) > _SHOWN else ""
+        raise PlanError(f"shapes and order do not tell which parameter is which: {told}{more}", hint=_GIVE)
+    known = sum(shape is not None for shape in shapes)
+    fits = (
+        f"{known:,} of {plural(len(params), 'shape')} known, and each fits" if known else "it has no shapes to compare"
+    )
+    taken = "all" if len(pool) == len(params) else f"{len(params):,} of {len(pool):,}"
+    one = "one group in" if len(found.groups) == 1 else f"the only way to deal them to {len(found.groups)} groups, in"
+    return dict(zip(params, ways[0], strict=True)), f"{taken} parameters of {model.said}, {one} its order; {fits}"
+
+
+def _pool(count: int, model: Parameters) -> list[str]:
+    """Return the names that can be meant: all, or those that train where it is as many of those."""
+    training = [name for name in model.shapes if name not in model.frozen]
+    pool = training if count == len(training) else list(model.shapes)
+    if count > len(pool):
+        raise PlanError(
+            f"the state is of {plural(count, 'parameter')}, and {model.said} has {len(pool):,}",
+            hint="give the model that it was trained with, or the names in order",
+        )
+    return pool
+
+
+@dataclass(slots=True)
+class _Search:
+    """Ways to deal a pool of names, in order, to groups that take them in order, each where its shape fits."""
+
+    names: Sequence[str]
+    sizes: Sequence[Shape]
+    wanted: Sequence[Shape | None]
+    bounds: Sequence[int]  # where each group begins among the positions, and where the last ends
+    dead: set[tuple[int, ...]] = field(default_factory=set)
+    tried: int = 0
+
+    def choices(self, at: int, taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+        """Yield how many each group has taken after the name at ``at``; the last way is to leave it out."""
+        used = sum(taken)
+        self.tried += len(taken)
+        for group, count in enumerate(taken):
+            first, end = self.bounds[group] + count, self.bounds[group + 1]
+            if first < end and self.wanted[first] in (None, self.sizes[at]):
+                yield (*taken[:group], count + 1, *taken[group + 1 :])
+        if at - used < len(self.names) - self.bounds[-1]:
+            yield taken
+
+
+def _first_two(search: _Search) -> Iterator[list[str]]:
+    start = (0,) * (len(search.bounds) - 1)
+    path: list[tuple[int, ...]] = [start]
+    open_ = [search.choices(0, start) if search.names else iter(())]
+    won = [False]
+    ways = 0
+    if not search.names:
+        yield []
+        return
+    straight = len(search.names) * len(start)
+    most = min(_MOST_TRIED, max(_ENOUGH_TRIED, _TURNS * straight))
+    while open_:
+        if search.tried > most:
+            raise PlanError("there are too many ways in which the groups could take the parameters", hint=_GIVE)
+        at = len(path)
+        following = next(open_[-1], None)
+        if following is None:
+            state = path.pop()
+            open_.pop()
+            if not won.pop():
+                search.dead.add((len(path), *state))
+            continue
+        if (at, *following) in search.dead:
+            continue
+        if at == len(search.names):
+            won = [True] * len(won)
+            ways += 1
+            yield _assigned(search, [*path, following])
+            if ways == 2:
+                return
+            continue
+        path.append(following)
+        open_.append(search.choices(at, following))
+        won.append(False)
+
+
+def _assigned(search: _Search, path: Sequence[tuple[int, ...]]) -> list[str]:
+    """Return the name of each position along a path of choices."""
+    made = [""] * search.bounds[-1]
+    for number, (before, after) in enumerate(pairwise(path)):
+        for group, (old, new) in enumerate(zip(before, after, strict=True)):
+            if new > old:
+                made[search.bounds[group] + old] = search.names[number]
+    return made
+
+
+def _misfit(pool: Sequence[str], model: Parameters, shapes: Sequence[Shape | None]) -> str:
+    if len(pool) == len(shapes):
+        for number, (name, shape) in enumerate(zip(pool, shapes, strict=True)):
+            if shape is not None and shape != model.shapes[name]:
+                said = f"position {number} is of {_told(shape)}, and {quoted(name)} there is {list(model.shapes[name])}"
+                return f"the shapes do not fit {model.said} in any order that keeps its own: {said}"
+    return f"the shapes do not fit {model.said} in any order that keeps its own"
+
+
+def _told(shape: Shape | None) -> str:
+    return "no shape known" if shape is None else str(list(shape))
+
+
+_GIVE_naming = "say what the parameters are: a model or its checkpoint, or their names in order"
+_SHOWN_naming = 4
 
 
 def to_named(
@@ -65,7 +242,7 @@ def _named(found: FoundState, names: Any) -> OptimizerState:
     if listed is not None:
         return as_named(found, _given(params, listed), "the names were given")
     if model is None:
-        raise PlanError("its parameters are counted and have no names", hint=_GIVE)
+        raise PlanError("its parameters are counted and have no names", hint=_GIVE_naming)
     inferred, evidence = infer_names(found, model)
     return as_named(found, inferred, evidence)
 
@@ -113,8 +290,8 @@ def _name_findings(found: FoundState) -> Iterator[Finding]:
 
 
 def _listed(items: Sequence[object]) -> str:
-    more = f" and {len(items) - _SHOWN:,} more" if len(items) > _SHOWN else ""
-    return ", ".join(quoted(item) if isinstance(item, str) else str(item) for item in items[:_SHOWN]) + more
+    more = f" and {len(items) - _SHOWN_naming:,} more" if len(items) > _SHOWN_naming else ""
+    return ", ".join(quoted(item) if isinstance(item, str) else str(item) for item in items[:_SHOWN_naming]) + more
 
 
 def _own_names(found: FoundState) -> dict[object, str] | None:
@@ -128,10 +305,10 @@ def _own_names(found: FoundState) -> dict[object, str] | None:
 
 def _given(params: Sequence[object], names: Sequence[Any]) -> dict[object, str]:
     if len(names) != len(params):
-        raise PlanError(f"{plural(len(names), 'name')} for {plural(len(params), 'parameter')}", hint=_GIVE)
+        raise PlanError(f"{plural(len(names), 'name')} for {plural(len(params), 'parameter')}", hint=_GIVE_naming)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not all(isinstance(name, str) and name for name in names):
-        raise PlanError(f"{_listed(twice)} is given twice" if twice else "a name is no string", hint=_GIVE)
+        raise PlanError(f"{_listed(twice)} is given twice" if twice else "a name is no string", hint=_GIVE_naming)
     return dict(zip(params, names, strict=True))
 
 

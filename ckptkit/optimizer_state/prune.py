@@ -10,9 +10,8 @@ from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import kind_of, plural, printable, shell_word
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.optimizer_state.groups import with_members
-from ckptkit.optimizer_state.model import Change, OptimizerState, held
-from ckptkit.optimizer_state.shapes import Parameters, parameters_of
-from ckptkit.optimizer_state.slots import parameter_shape
+from ckptkit.optimizer_state.model import Change, OptimizerState, held, parameter_shape
+from ckptkit.optimizer_state.naming import Parameters, parameters_of
 
 __all__ = ["prune"]
 

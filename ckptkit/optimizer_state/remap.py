@@ -11,8 +11,17 @@ from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import SCHEMAS, marked_by
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.groups import with_members
-from ckptkit.optimizer_state.model import Change, LazyTensor, NamedGroup, OptimizerState, Slot, held
-from ckptkit.optimizer_state.slots import number_of, same_value, slot_kind
+from ckptkit.optimizer_state.model import (
+    Change,
+    LazyTensor,
+    NamedGroup,
+    OptimizerState,
+    Slot,
+    held,
+    number_of,
+    same_value,
+    slot_kind,
+)
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import Maker
 from ckptkit.plans.steps import make_step

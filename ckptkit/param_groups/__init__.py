@@ -11,8 +11,7 @@ from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedPara
 from ckptkit.param_groups.presets import param_group_phases, param_group_preset, param_group_preset_names
 from ckptkit.param_groups.rebind import rebind
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
-from ckptkit.param_groups.validate import validate_param_groups
-from ckptkit.param_groups.validate.gate import assert_param_groups
+from ckptkit.param_groups.validate import assert_param_groups, validate_param_groups
 
 __all__ = [
     "Explanation",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,10 @@ from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, RuleError
-from ckptkit.param_groups.properties import ParameterFacts
-from ckptkit.param_groups.roles import ROLES
+from ckptkit.param_groups.properties import ROLES, ParameterFacts
 
-__all__ = ["Condition", "condition_table", "parse_condition"]
+__all__ = ["Condition", "Depths", "Layers", "condition_table", "parse_condition"]
+
 
 _DEEPEST = 32
 _EXAMPLE = 'for example match = { any = [{ ndim = [0, 1] }, { role = "bias" }] }'
@@ -171,3 +172,60 @@ _QUESTIONS: dict[str, Callable[[ParameterFacts, tuple[Any, ...]], bool | None]] 
     "min_elements": lambda facts, values: None if facts.shape is None else facts.elements >= min(values),
     "dtype": lambda facts, values: facts.dtype in values,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Depths:
+    """The layer of each name that has one, counted from 0 at the input; ``holes`` are numbers that no name has."""
+
+    layer: Mapping[str, int]
+    count: int
+    holes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Layers:
+    """Levels from the input to the output, each of one pattern or several.
+
+    A pattern with ``{name:int}`` makes a layer of each number that it finds, in order; one without makes a layer of
+    all that it fits. The learning rate is multiplied by ``decay`` once for each layer above, down to ``min_scale``.
+    """
+
+    levels: tuple[tuple[Pattern, ...], ...]
+    decay: float
+    min_scale: float = 0.0
+
+    def depths(self, names: Iterable[str]) -> Depths:
+        """Return the layer of each of ``names``; frozen ones belong here too, or freezing would shift the others."""
+        places: dict[str, tuple[int, ...]] = {}
+        for name in names:
+            place = self._place(name)
+            if place is not None:
+                places[name] = place
+        order = {place: layer for layer, place in enumerate(sorted(set(places.values())))}
+        return Depths({name: order[place] for name, place in places.items()}, len(order), tuple(_holes(order)))
+
+    def scale(self, layer: int, count: int) -> float:
+        """Return what the learning rate of a layer is multiplied by: 1 for the last."""
+        try:
+            return max(self.min_scale, self.decay ** (count - 1 - layer))
+        except OverflowError:
+            return math.inf
+
+    def _place(self, name: str) -> tuple[int, ...] | None:
+        for level, patterns in enumerate(self.levels):
+            for pattern in patterns:
+                match = pattern.match(name)
+                if match is not None:
+                    return (level, *(int(match[key]) for key, is_int in pattern.captures.items() if is_int))
+        return None
+
+
+def _holes(places: Iterable[tuple[int, ...]]) -> Iterable[str]:
+    seen: dict[tuple[int, ...], list[int]] = {}
+    for place in places:
+        if len(place) > 1:
+            seen.setdefault(place[:-1], []).append(place[-1])
+    for start, numbers in seen.items():
+        for number in sorted(set(range(min(numbers), max(numbers))) - set(numbers))[:8]:
+            yield ".".join(map(str, (*start[1:], number)))

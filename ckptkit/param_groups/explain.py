@@ -9,10 +9,9 @@ from typing import Any
 
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.ownership import Speakers
+from ckptkit.param_groups.ownership import Said, Speakers, resolve
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.properties import ParameterFacts, subject_of
-from ckptkit.param_groups.resolve import Said, resolve
 
 __all__ = ["Explanation", "explain_param_group"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,6 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.parameters import bare_name, take_inventory
 from ckptkit.param_groups.parse import SpecLike, parse_spec
-from ckptkit.param_groups.plain import plain_option
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, lay_over
 from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of, subject_of_model
 
@@ -32,7 +32,24 @@ __all__ = [
     "lock_param_groups",
     "lock_plan",
     "parse_lock",
+    "plain_option",
 ]
+
+
+def plain_option(value: Any) -> Any:
+    """Return what JSON can hold of an option: NaN and Inf as strings, a tensor as its number, else its ``str``."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): plain_option(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_option(inner) for inner in value]
+    if hasattr(value, "tolist") and not getattr(value, "is_meta", False):
+        return plain_option(value.tolist())
+    return str(value)
+
 
 SCHEMA = "ckptkit.groups-lock/1"
 _BOOKKEEPING = frozenset({"params", "param_names", "name", "group_name", "initial_lr"})

@@ -8,8 +8,7 @@ from typing import Any
 from ckptkit.core.patterns import Pattern, parse_pattern
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, RuleError
-from ckptkit.param_groups.conditions import parse_condition
-from ckptkit.param_groups.layers import Layers
+from ckptkit.param_groups.conditions import Layers, parse_condition
 from ckptkit.param_groups.spec import POLICIES, GroupRule, Modifier, ParamGroupSpec, number_fault
 
 __all__ = ["SpecLike", "parse_spec"]

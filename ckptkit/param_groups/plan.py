@@ -10,10 +10,9 @@ from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import without_collection
 from ckptkit.core.text import html_table, printable
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.ownership import Speakers
+from ckptkit.param_groups.ownership import Applied, Speakers, resolve
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of
-from ckptkit.param_groups.resolve import Applied, resolve
 from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, is_tensor
 from ckptkit.param_groups.spec_findings import Diagnosis
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,13 +13,177 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.ties import tied
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.param_groups.parameters import Inventory, take_inventory
-from ckptkit.param_groups.roles import HEADS, class_names, is_buffer_name, model_heads, roles_by_class, roles_by_name
+from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ParameterFacts", "Subject", "subject_of", "subject_of_model"]
+__all__ = [
+    "HEADS",
+    "ROLES",
+    "ParameterFacts",
+    "Subject",
+    "class_names",
+    "is_buffer_name",
+    "model_heads",
+    "roles_by_class",
+    "roles_by_name",
+    "subject_of",
+    "subject_of_model",
+]
+
+
+ROLES = frozenset({"bias", "norm", "embedding", "head", "depthwise", "lora_a", "lora_b"})
+
+HEADS = frozenset(
+    [
+        "head",
+        "heads",
+        "lm_head",
+        "classifier",
+        "fc",
+        "score",
+        "cls",
+        "output",
+        "output_projection",
+        "embed_out",
+        "qa_outputs",
+        "fc_out",
+        "linear_head",
+        "cls_head",
+        "prediction_head",
+        "logits",
+    ]
+)
+_NORM_CLASS = re.compile(r"norm(alization)?(\d+d|nd|2dact)?$", re.IGNORECASE)
+_NORM_BASES = frozenset({"_NormBase", "_BatchNorm", "_InstanceNorm"})
+_NOT_NORMS = frozenset({"_SpectralNorm", "_WeightNorm", "SpectralNorm", "WeightNorm"})
+_NORM_NAME = re.compile(
+    r"(^|_)(layer_?|rms_?|batch_?|group_?|instance_?)?(norm|ln|bn|gn)(_?\d+|_?[a-z])?(_|$)", re.IGNORECASE
+)
+_EMBEDDING_CLASSES = frozenset({"Embedding", "EmbeddingBag"})
+_EMBEDDING_NAME = re.compile(r"(^|_)(embed(ding)?s?|wte|wpe|tok_embeddings)(_tokens|_positions)?$")
+# Learned tables and tokens that models register as bare parameters.
+_TABLE_LEAF = re.compile(
+    r"(^|_)(pos|position|positional|rel_pos|abs_pos|patch|class|token_type|query)_?embed(ding)?s?$"
+    r"|(^|_)(cls|dist|reg|mask|class|register)_tokens?$"
+)
+_LORA = re.compile(r"(^|\.)lora_(embedding_)?([ABab])(\.|$)")
+_BUFFER_LEAVES = frozenset(
+    [
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+        "inv_freq",
+        "position_ids",
+        "token_type_ids",
+        "relative_position_index",
+        "relative_coords_table",
+        "attn_mask",
+        "causal_mask",
+        "masked_bias",
+        "rotary_emb",
+        "freqs_cis",
+        "cos_cached",
+        "sin_cached",
+    ]
+)
+_MATRIX = 2
+
+
+def class_names(kind: type) -> frozenset[str]:
+    """Return the names of a module's class and of all that it derives from, bare and dotted."""
+    classes = [base for base in kind.__mro__ if base is not object]
+    return frozenset(name for base in classes for name in (base.__name__, f"{base.__module__}.{base.__qualname__}"))
+
+
+def roles_by_class(kind: type) -> frozenset[str]:
+    """Return the roles that every parameter of a module of this class plays."""
+    names = {base.__name__ for base in kind.__mro__}
+    roles = set()
+    if names & _NORM_BASES or (any(map(_NORM_CLASS.search, names)) and not names & _NOT_NORMS):
+        roles.add("norm")
+    if names & _EMBEDDING_CLASSES:
+        roles.add("embedding")
+    return frozenset(roles)
+
+
+def roles_by_name(
+    name: str, shape: tuple[int, ...] | None, *, module: Any = None, guess: bool = False, head: bool = False
+) -> frozenset[str]:
+    """Return the roles that a name and a shape tell; with ``guess`` also those that otherwise the module tells."""
+    path, _, leaf = name.rpartition(".")
+    roles = set(_leaf_roles(leaf))
+    if head:
+        roles.add("head")
+    if "lora_" in name and (lora := _LORA.search(name)):
+        roles.add(f"lora_{lora[3].lower()}")
+    if module is not None:
+        own = vars(module)  # not getattr: a module looks for what it lacks in three places
+        groups, channels = own.get("groups", 1), own.get("in_channels")
+        if isinstance(groups, int) and groups > 1 and groups == channels and leaf.startswith("weight"):
+            roles.add("depthwise")
+    if guess and shape is not None:
+        owner = path.rpartition(".")[2]
+        if len(shape) < _MATRIX and _NORM_NAME.search(owner):
+            roles.add("norm")
+        if len(shape) == _MATRIX and _EMBEDDING_NAME.search(owner):
+            roles.add("embedding")
+        if len(shape) > _MATRIX and shape[1] == 1 and shape[0] > 1 and set(shape[2:]) != {1}:
+            roles.add("depthwise")
+    return frozenset(roles)
+
+
+@functools.lru_cache(maxsize=1024)
+def _leaf_roles(leaf: str) -> frozenset[str]:
+    roles = set()
+    if leaf == "bias" or leaf.endswith("_bias") or leaf.startswith("bias_"):
+        roles.add("bias")
+    if _TABLE_LEAF.search(leaf):
+        roles.add("embedding")
+    return frozenset(roles)
+
+
+def model_heads(model: Any, modules: Mapping[str, Any]) -> frozenset[str]:
+    """Return the paths of the modules that give the output: what the model names itself, else its last layer.
+
+    ``get_output_embeddings`` is asked as in transformers, ``get_classifier`` as in timm. Else it is what goes by
+    the name of a head at the root, else the last module with a matrix of its own.
+    """
+    for ask in ("get_output_embeddings", "get_classifier"):
+        told = _ask(model, ask)
+        found = {path for path, module in modules.items() if path and module is told}
+        if found:
+            return _with_inner(found, modules)
+    named = {path for path in modules if bare_name(path) in HEADS}
+    if named:
+        return _with_inner(named, modules)
+    last = None
+    for path, module in modules.items():
+        own = getattr(module, "_parameters", {}).values()
+        if any(parameter is not None and getattr(parameter, "ndim", 0) >= _MATRIX for parameter in own):
+            last = path
+    return frozenset() if not last else frozenset({last})
+
+
+def _ask(model: Any, method: str) -> Any:
+    asked = getattr(model, method, None)
+    if not callable(asked):
+        return None
+    try:
+        return asked()
+    except Exception:  # noqa: BLE001 - the model's own code, asked only for a hint
+        return None
+
+
+def _with_inner(paths: set[str], modules: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset(path for path in modules if any(path == head or path.startswith(f"{head}.") for head in paths))
+
+
+def is_buffer_name(name: str) -> bool:
+    """Return whether models use to register ``name`` as a buffer."""
+    return name.rpartition(".")[2] in _BUFFER_LEAVES
+
 
 _CODES = {dtype.torch_name: dtype.code for dtype in DTYPES.values()}
 _WHOLE = frozenset({"F16", "BF16", "F32", "F64", "C32", "C64", "C128"})

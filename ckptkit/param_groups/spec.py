@@ -11,8 +11,7 @@ from typing import Any
 
 from ckptkit.core.patterns import Pattern
 from ckptkit.core.text import kind_of
-from ckptkit.param_groups.conditions import Condition
-from ckptkit.param_groups.layers import Layers
+from ckptkit.param_groups.conditions import Condition, Layers
 from ckptkit.param_groups.properties import ParameterFacts
 
 __all__ = ["POLICIES", "GroupRule", "Modifier", "ParamGroupSpec", "is_tensor", "number_fault"]

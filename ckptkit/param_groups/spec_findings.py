@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding, Severity
-from ckptkit.core.suggest import suggest_pattern
+from ckptkit.core.patterns import suggest_pattern
 from ckptkit.core.text import plural, quoted
 from ckptkit.param_groups.ownership import Speakers
 from ckptkit.param_groups.properties import ParameterFacts, Subject

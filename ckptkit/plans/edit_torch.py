@@ -27,9 +27,8 @@ from ckptkit.formats.pickle.edit import (
     storage_name,
     text_part,
 )
-from ckptkit.formats.pickle.nodes import Node, Part, read_nodes, walk
-from ckptkit.formats.pickle.pickle_nodes import write_nodes
-from ckptkit.formats.torch.torch_pickle import StoredTensor, pickle_state_dict
+from ckptkit.formats.pickle.nodes import Node, Part, read_nodes, walk, write_nodes
+from ckptkit.formats.torch.write import StoredTensor, pickle_state_dict
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.steps import moved_modules

@@ -15,7 +15,8 @@ from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_checkpoint, open_inside, refusing
 from ckptkit.formats.atomic import AtomicFile, atomic_directory, prepare_directory, prepare_target
 from ckptkit.formats.detect import TORCH_SUFFIXES
-from ckptkit.formats.shards import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
+from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
+from ckptkit.formats.sharded import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.formats.torch.write import (
     TorchZipLayout,
     arrange,
@@ -24,13 +25,13 @@ from ckptkit.formats.torch.write import (
     refuse_unwritable,
     write_torch_zip,
 )
-from ckptkit.formats.writers_safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.plans.edit_torch import Editor, editor_for
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Maker
 
-__all__ = ["Progress", "Written", "execute", "fit", "refuse_harm"]
+__all__ = ["Progress", "Written", "execute", "fit", "refuse_harm", "verify"]
+
 
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
 Progress = Callable[[int], None]
@@ -325,3 +326,25 @@ def _prove_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
 
 def _describe_shards(shards: Sequence[Shard]) -> str:
     return f"sharded safetensors ({len(shards)} shards)" if len(shards) > 1 else "safetensors"
+
+
+def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str = "") -> int:
+    """Return the number of tensors in the output at ``path``, each of them proved to be what ``plan`` makes.
+
+    ``inner`` is the mapping of the file that they are in. Everything is made anew from ``sources`` and compared with
+    what is read back, in bounded memory. Raises ``OutputError`` naming the first tensor that is missing, is one too
+    many, or differs.
+    """
+    maker = Maker(sources)
+    keys = {step.out.key for step in plan.steps}
+    with open_inside(path, inner) if inner else open_checkpoint(path) as written:
+        surplus = next((key for key in written if key not in keys), None)
+        if surplus is not None:
+            raise OutputError(f"holds {quoted(surplus)}, which the plan does not make", path=path)
+        for step in plan.steps:
+            info = written.get(step.out.key)
+            if info is None or (info.dtype, info.shape) != (step.out.dtype, step.out.shape):
+                raise OutputError(f"{quoted(step.out.key)} should be {step.out}, and is {info or 'missing'}", path=path)
+            if not same_bytes(maker.payload(step), written.payload(step.out.key)):
+                raise OutputError(f"{quoted(step.out.key)} does not have the bytes that the plan makes", path=path)
+    return len(plan.steps)

@@ -15,8 +15,7 @@ from ckptkit.plans.merge import follow_ties
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import complete_step, dropped_entries, keeps_rest, refuse_made_up, refuse_suspicious
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.tensor_ops.lora import AdapterPlan, account_for_adapter
-from ckptkit.tensor_ops.low_rank import ExtractLora
+from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, account_for_adapter
 from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["adapter_config", "plan_extract_lora", "plan_lora"]

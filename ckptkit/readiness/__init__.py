@@ -13,7 +13,6 @@ from ckptkit.errors import GroupsError
 from ckptkit.optimizer_state import read_state
 from ckptkit.readiness.dry_step import Loss, run_dry_step
 from ckptkit.readiness.init import UNLOADED, Subject, check_init, check_values, compare_init
-from ckptkit.readiness.memory import estimate_memory
 from ckptkit.readiness.model import (
     Init,
     Kept,
@@ -25,7 +24,7 @@ from ckptkit.readiness.model import (
     Step,
     TrainingGroup,
 )
-from ckptkit.readiness.resources import check_dtypes
+from ckptkit.readiness.resources import check_dtypes, estimate_memory
 from ckptkit.readiness.resume import check_resume
 from ckptkit.readiness.training import (
     Training,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.statistics.values_door import Numbers
+from ckptkit.statistics import Numbers
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import Schema, schema_of
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import FoundState, parameter_shape, structure_findings, to_named
-from ckptkit.optimizer_state.slots import number_of
+from ckptkit.optimizer_state.model import number_of
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.readiness.model import Resume, TrainingGroup
 from ckptkit.readiness.training import Training

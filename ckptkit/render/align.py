@@ -8,9 +8,8 @@ from typing import Any
 from ckptkit.align import Alignment, Ambiguity, Suggestion
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import plural, printable
-from ckptkit.render.page import Block, Line, Page, Table, code
+from ckptkit.render.page import Block, Line, Page, Row, Table, code, spelled
 from ckptkit.render.show import describe, totals
-from ckptkit.render.table import Row, spelled
 
 __all__ = ["align_document", "align_page"]
 

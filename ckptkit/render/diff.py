@@ -7,9 +7,8 @@ from typing import Any
 from ckptkit.comparison import Pair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import plural, printable
-from ckptkit.render.page import Line, Page, Table
+from ckptkit.render.page import Line, Page, Row, Table, spelled
 from ckptkit.render.show import describe, totals
-from ckptkit.render.table import Row, spelled
 
 __all__ = ["diff_document", "diff_page"]
 

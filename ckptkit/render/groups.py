@@ -2,18 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.param_groups import GroupRule, ParamGroupsPlan, PlannedGroup, PlannedParameter
 from ckptkit.param_groups.conditions import condition_table
-from ckptkit.param_groups.plain import plain_option
-from ckptkit.render.page import Code, Line, Page, Table
-from ckptkit.render.rates import rate_table, shown_number
+from ckptkit.param_groups.explain import Explanation
+from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock, plain_option
+from ckptkit.param_groups.ownership import Said
+from ckptkit.render.page import Code, Line, Page, Table, code
 
-__all__ = ["groups_document", "groups_page", "groups_rows"]
+__all__ = [
+    "explain_document",
+    "explain_page",
+    "groups_document",
+    "groups_page",
+    "groups_rows",
+    "lock_page",
+    "rate_table",
+    "shown_number",
+]
+
+
+_WIDTH = 24
+_SPREAD = 100  # from where on bars of their true length would be too short to tell apart
+_SHORT = 10
+
+
+def rate_table(plan: ParamGroupsPlan) -> Table | None:
+    """Return one row for each layer and rate in it, from input to output; None where the plan knows no layers."""
+    counts: dict[tuple[int, float], int] = {}
+    for group in plan.groups:
+        rate = _rate(group)
+        for parameter in group.parameters:
+            if parameter.layer is not None and rate is not None:
+                counts[parameter.layer, rate] = counts.get((parameter.layer, rate), 0) + 1
+    if not counts:
+        return None
+    rates = [rate for _, rate in counts]
+    above = [rate for rate in rates if rate > 0]
+    log = bool(above) and max(above) / min(above) >= _SPREAD
+    rows = tuple(
+        (str(layer), f"{count:,}", shown_number(rate), _bar(rate, above, log=log))
+        for (layer, rate), count in sorted(counts.items())
+    )
+    return Table(
+        ("layer", "parameters", "lr", "log scale" if log else ""), rows, frozenset({"layer", "parameters", "lr"})
+    )
+
+
+def shown_number(value: Any) -> str:
+    """Return a number short enough for a column: as it is, or to six digits."""
+    text = str(value)
+    return text if not isinstance(value, float) or len(text) <= _SHORT else f"{value:.6g}"
+
+
+def _rate(group: PlannedGroup) -> float | None:
+    rate, scale = (plain_option(group.options.get(key, missing)) for key, missing in (("lr", None), ("lr_scale", 1.0)))
+    if isinstance(rate, bool) or not isinstance(rate, int | float) or not isinstance(scale, int | float):
+        return None
+    return float(rate * scale)
+
+
+def _bar(rate: float, above: list[float], *, log: bool) -> str:
+    if rate <= 0:
+        return ""
+    low, high = min(above), max(above)
+    share = math.log(rate / low) / math.log(high / low) if log else rate / high
+    return "█" * max(1, round(share * (_WIDTH - 1)) + 1 if log else round(share * _WIDTH))
+
 
 SCHEMA = "ckptkit.groups/1"
 _NUMBERS = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
@@ -133,3 +193,85 @@ def _share(part: int, whole: int) -> str:
 
 def _cell(options: Mapping[str, Any], key: str) -> str:
     return printable(shown_number(plain_option(options[key]))) if key in options else ""
+
+
+_OUTCOMES = {
+    "frozen": "is frozen in the model (requires_grad=False) and in no group",
+    "freeze": "is frozen by the spec and in no group",
+    "unowned": "is trainable, and no group of the spec owns it",
+}
+
+
+def explain_page(told: Explanation) -> Page:
+    """Return what the parameter is, who speaks for it, and a row for each step to each of its options."""
+    facts = told.facts
+    roles = f", {' and '.join(sorted(facts.roles))}" if facts.roles else ""
+    shape = "uninitialised" if facts.shape is None else f"{facts.dtype} {list(facts.shape)}"
+    lines = [Line((code(facts.name), f"  {shape}{roles}"))]
+    if facts.aliases:
+        lines.append(Line(("tied to ", _names(alias.name for alias in facts.aliases)), under=True))
+    if told.outcome != "trained":
+        lines.append(Line((_OUTCOMES[told.outcome],), under=True))
+    if told.rule is not None:
+        lines.append(Line(("owned by group ", Code(quoted(told.rule))), under=True))
+    if told.shadowed:
+        lines.append(Line(("fits too, below: ", _names(told.shadowed)), under=True))
+    if told.modifiers:
+        layer = "" if told.layer is None else f", layer {told.layer}"
+        lines.append(Line(("modified by ", _names(told.modifiers), layer), under=True))
+    if not told.steps:
+        return lines
+    return [*lines, Table(("option", "value", "because"), tuple(_rows(told.steps)), frozenset({"value"}))]
+
+
+def explain_document(told: Explanation) -> dict[str, Any]:
+    """Return the document of ``ckpt groups explain --json``."""
+    facts = told.facts
+    return {
+        "schema": "ckptkit.groups-explain/1",
+        "key": facts.name,
+        "aliases": [alias.name for alias in facts.aliases],
+        "dtype": facts.dtype,
+        "shape": None if facts.shape is None else list(facts.shape),
+        "roles": sorted(facts.roles),
+        "outcome": told.outcome,
+        "rule": told.rule,
+        "shadowed": list(told.shadowed),
+        "modifiers": list(told.modifiers),
+        "layer": told.layer,
+        "steps": [
+            {"who": said.who, "option": said.key, "value": plain_option(said.value), "factor": said.factor}
+            for said in told.steps
+        ],
+        "options": None if told.options is None else plain_option(dict(told.options)),
+    }
+
+
+def _rows(steps: tuple[Said, ...]) -> Iterator[tuple[str, str, str]]:
+    for key in dict.fromkeys(said.key for said in steps):
+        for place, said in enumerate(one for one in steps if one.key == key):
+            factor = "" if said.factor is None else f", times {said.factor:g}"
+            value = printable(str(plain_option(said.value)))
+            yield ("" if place else printable(key), value, f"{printable(said.who)}{factor}")
+
+
+def _names(names: Any) -> Code:
+    return Code(", ".join(map(quoted, names)))
+
+
+def lock_page(lock: ParamGroupsLock) -> Page:
+    """Return the place, name, shape and group of each parameter, then the count and the fingerprint."""
+    rows = [_row_lock(one, group.name) for group in lock.groups for one in group.parameters]
+    rows += [_row_lock(one, "") for one in lock.outside]
+    trained = sum(len(group.parameters) for group in lock.groups)
+    count = f"{plural(trained, 'parameter')} in {plural(len(lock.groups), 'group')}, {len(lock.outside)} in none"
+    return [
+        Table(("index", "parameter", "dtype", "shape", "group"), tuple(rows), frozenset({"index"})),
+        Line((count,)),
+        Line((f"fingerprint sha256:{lock.fingerprint}",)),
+    ]
+
+
+def _row_lock(one: LockedParameter, group: str) -> tuple[str, ...]:
+    index = "" if one.index is None else str(one.index)
+    return index, printable(one.name), one.dtype, str(list(one.shape)), printable(group)

@@ -11,8 +11,7 @@ from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.optimizer_state import Change, LazyTensor, OptimizerState, Unknown, number_of, parameter_shape, tensors_in
 from ckptkit.plans.execute import Written
 from ckptkit.render.findings import findings_document, findings_page
-from ckptkit.render.page import Code, Line, Page, Table, code
-from ckptkit.render.table import Row, spelled
+from ckptkit.render.page import Code, Line, Page, Row, Table, code, spelled
 
 __all__ = ["changes_page", "state_document", "state_page", "written_line"]
 

@@ -9,8 +9,7 @@ from typing import Any
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.plans.execute import Written
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Code, Line, Page, Table, as_text, code
-from ckptkit.render.table import Row, spelled
+from ckptkit.render.page import Code, Line, Page, Row, Table, as_text, code, spelled
 
 __all__ = ["plan_document", "plan_page", "written_text"]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from ckptkit.core.text import human_bytes, plural, printable
-from ckptkit.param_groups.plain import plain_option
+from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness import Init, Memory, Preflight, Resume, Step
 from ckptkit.render.findings import finding_lines, findings_document
 from ckptkit.render.page import Block, Code, Line, Page, Table

@@ -9,8 +9,7 @@ from typing import Any
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
-from ckptkit.render.page import Block, Code, Line, Listing, Page, Table, code
-from ckptkit.render.table import Row, spelled
+from ckptkit.render.page import Block, Code, Line, Listing, Page, Row, Table, code, spelled
 
 __all__ = ["describe", "show_document", "show_page", "show_tree", "totals"]
 

@@ -9,11 +9,9 @@ from typing import Any, Final, NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
-from ckptkit.render.page import Block, Line, Listing, Page, Table
+from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, spelled
 from ckptkit.render.show import describe, totals
-from ckptkit.render.table import Row, spelled
-from ckptkit.statistics import StateDictStats, module_of
-from ckptkit.statistics.values_door import Numbers
+from ckptkit.statistics import Numbers, StateDictStats, module_of
 
 __all__ = ["SORTS", "View", "stats_document", "stats_page"]
 

@@ -12,9 +12,22 @@ from ckptkit.core.ties import tied
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
 from ckptkit.rules import Rules, apply_rules, as_rules
-from ckptkit.statistics.values_door import Accumulator, Bench, Numbers, merged, why_not_judged
+from ckptkit.statistics.accumulator import Accumulator, why_not_judged
+from ckptkit.statistics.numbers import Numbers, merged
+from ckptkit.statistics.threads import Bench
 
-__all__ = ["StateDictStats", "TensorStats", "module_of", "stats"]
+__all__ = [
+    "Accumulator",
+    "Bench",
+    "Numbers",
+    "StateDictStats",
+    "TensorStats",
+    "merged",
+    "module_of",
+    "stats",
+    "why_not_judged",
+]
+
 
 Progress = Callable[[int], None]
 

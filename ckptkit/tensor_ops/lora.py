@@ -6,13 +6,144 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.low_rank import FoldLora
-from ckptkit.tensor_ops.operation import Shape
+from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Shape, working_dtype
 
-__all__ = ["AdapterPlan", "Fold", "account_for_adapter"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["AdapterPlan", "ExtractLora", "Fold", "FoldLora", "account_for_adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class FoldLora(Arithmetic):
+    """``[W, A, B]`` into ``W + scale * B @ A``, as peft merges an adapter, rounded once.
+
+    A is ``[r, in]`` and B ``[out, r]``; for a convolution A is ``[r, in, *kernel]`` and B ``[out, r, 1, ...]``.
+    ``fan_in_fan_out`` says that W is ``[in, out]``: a Conv1D as in GPT-2, and every embedding (A ``[r, vocab]``, B
+    ``[dim, r]``). Two tensors, ``[bias, lora_bias]``, make ``bias + scale * lora_bias``. The scale is given as such,
+    or as ``alpha`` over the rank (over its square root with ``rslora``); ``r`` is checked against A where given.
+    """
+
+    scale: Number | None = None
+    alpha: Number | None = None
+    r: Int | None = None
+    rslora: Flag = False
+    fan_in_fan_out: Flag = False
+    name: ClassVar[str] = "fold_lora"
+
+    def __post_init__(self) -> None:
+        """Refuse two ways of giving the scale, and none."""
+        if (self.scale is None) == (self.alpha is None):
+            raise self.refusal("needs either scale or alpha")
+        if self.r is not None and self.r < 1:
+            raise self.refusal(f"{self.r} is no rank")
+
+    def factor(self, rank: int) -> float:
+        """Return what ``B @ A`` is multiplied by."""
+        if self.scale is not None or self.alpha is None:
+            return self.scale or 0.0
+        return self.alpha / math.sqrt(rank) if self.rslora else self.alpha / rank
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shape of W; raises ``RuleError`` where A and B do not make an update of that shape."""
+        if len(inputs) == 2:
+            if self.scale is None and self.r is None:
+                raise self.refusal("a bias does not tell the rank", "give r, or scale")
+            if inputs[0] != inputs[1]:
+                raise self.refusal(f"the bias is {list(inputs[0])}, and its update {list(inputs[1])}")
+            return (inputs[0],)
+        if len(inputs) != 3:
+            raise self.refusal(f"takes W, A and B, and there are {len(inputs)}")
+        weight, down, up = inputs
+        if min(map(len, inputs)) < 2 or up[2:] != (1,) * (len(down) - 2) or up[1] != down[0] or down[0] < 1:
+            raise self.refusal(f"A of {list(down)} and B of {list(up)} have no rank in common")
+        if self.r not in (None, down[0]):
+            raise self.refusal(f"A of {list(down)} has rank {down[0]}, not {self.r}")
+        update = (up[0], *down[1:])
+        if self.fan_in_fan_out:
+            update = tuple(reversed(update))
+        if update != weight or (self.fan_in_fan_out and len(weight) != 2):
+            raise self.refusal(f"A of {list(down)} and B of {list(up)} make {list(update)}, and W is {list(weight)}")
+        return (weight,)
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Multiply, scale, add."""
+        if len(tensors) == 2:
+            return [tensors[1] * self.factor(self.r or 1) + tensors[0]]
+        weight, down, up = tensors
+        update = up.flatten(1) @ down.flatten(1)
+        update = (update.T if self.fan_in_fan_out else update.reshape(weight.shape)) * self.factor(down.shape[0])
+        return [update.add_(weight)]
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractLora(Arithmetic):
+    """``[base, tuned]`` into the ``[A, B]`` of rank ``rank`` whose product is nearest to their difference, at scale 1.
+
+    By singular value decomposition; both factors carry the square root of the values, and the largest entry of each
+    column of B is positive, so that the signs do not depend on the machine. Convolutions as ``fold_lora`` takes them.
+    """
+
+    rank: Int
+    fan_in_fan_out: Flag = False
+    name: ClassVar[str] = "extract_lora"
+
+    def __post_init__(self) -> None:
+        """Refuse what is no rank."""
+        if self.rank < 1:
+            raise self.refusal(f"{self.rank} is no rank")
+
+    @property
+    def outputs(self) -> int:
+        """A and B."""
+        return 2
+
+    def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
+        """Return the shapes of A and B."""
+        if len(inputs) != 2 or inputs[0] != inputs[1]:
+            raise self.refusal(
+                f"takes two weights of one shape, and here are {', '.join(str(list(s)) for s in inputs)}"
+            )
+        shape = inputs[0]
+        if len(shape) < 2 or (self.fan_in_fan_out and len(shape) != 2):
+            raise self.refusal(f"{list(shape)} is no {'matrix' if self.fan_in_fan_out else 'weight'} to decompose")
+        out, *ins = reversed(shape) if self.fan_in_fan_out else shape
+        if self.rank > min(out, math.prod(ins)):
+            raise self.refusal(f"an update of {list(shape)} has no rank above {min(out, math.prod(ins))}")
+        return (self.rank, *ins), (out, self.rank, *(1 for _ in ins[1:]))
+
+    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Decompose the difference."""
+        import torch
+
+        update = _difference(tensors, fan_in_fan_out=self.fan_in_fan_out)
+        left, values, right = torch.linalg.svd(update.flatten(1), full_matrices=False)
+        left, values, right = left[:, : self.rank], values[: self.rank].sqrt(), right[: self.rank]
+        signs = torch.gather(left, 0, left.abs().argmax(0, keepdim=True)).sign()
+        down = (right * signs.T) * values[:, None]
+        up = (left * signs) * values
+        return [
+            down.reshape(self.rank, *update.shape[1:]),
+            up.reshape(*up.shape, *(1 for _ in update.shape[2:])),
+        ]
+
+    def residual(self, tensors: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> float:
+        """Return how much of the difference ``[A, B]`` leave out: the norm of the rest over that of the whole."""
+        wide = working_dtype(tensors)
+        update = _difference([tensor.to(wide) for tensor in tensors], fan_in_fan_out=self.fan_in_fan_out).flatten(1)
+        down, up = (factor.to(wide).flatten(1) for factor in factors)
+        whole = float(update.norm())
+        return float((update - up @ down).norm()) / whole if whole else 0.0
+
+
+def _difference(tensors: Sequence[torch.Tensor], *, fan_in_fan_out: bool) -> torch.Tensor:
+    base, tuned = tensors
+    return (tuned - base).T if fan_in_fan_out else tuned - base
+
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(

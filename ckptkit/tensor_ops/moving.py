@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ckptkit.core.text import quoted
-from ckptkit.tensor_ops.operation import Moving, Shape, elements
-from ckptkit.tensor_ops.parameters import Int, Ints, Text
+from ckptkit.tensor_ops.operation import Int, Ints, Moving, Shape, Text, elements
 
 if TYPE_CHECKING:
     import torch

@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.arithmetic import Add, Cast, Scale
-from ckptkit.tensor_ops.folding import FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm
-from ckptkit.tensor_ops.joining import Concat, Deinterleave, Interleave, Split, Stack, Unstack
-from ckptkit.tensor_ops.low_rank import ExtractLora, FoldLora
+from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm, Scale
+from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave, Split, SplitQkv, Stack, Unstack
+from ckptkit.tensor_ops.lora import ExtractLora, FoldLora
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
-from ckptkit.tensor_ops.operation import Operation, Shape
-from ckptkit.tensor_ops.parameters import read_parameters
-from ckptkit.tensor_ops.qkv import FuseQkv, SplitQkv
+from ckptkit.tensor_ops.operation import Operation, Shape, read_parameters
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 
 if TYPE_CHECKING:

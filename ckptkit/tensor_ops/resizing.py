@@ -13,8 +13,19 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.tensor_ops.joining import Concat
 from ckptkit.tensor_ops.moving import Slice
-from ckptkit.tensor_ops.operation import ARITHMETIC, Arithmetic, Operation, Shape, printable_code, times
-from ckptkit.tensor_ops.parameters import Flag, Int, Ints, NumberOrText, Text
+from ckptkit.tensor_ops.operation import (
+    ARITHMETIC,
+    Arithmetic,
+    Flag,
+    Int,
+    Ints,
+    NumberOrText,
+    Operation,
+    Shape,
+    Text,
+    printable_code,
+    times,
+)
 
 if TYPE_CHECKING:
     import torch

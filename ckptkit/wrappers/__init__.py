@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from ckptkit.wrappers.envelopes import ENVELOPES, Envelope, choose_envelope, is_state_dict, which_is_which
+from ckptkit.wrappers.envelopes import (
+    AN_OPTIMIZER,
+    ENVELOPES,
+    FLAT_GROUPS,
+    FLAT_STATE,
+    Envelope,
+    choose_envelope,
+    find_optimizers,
+    is_optimizer_state,
+    is_state_dict,
+    which_is_which,
+)
 from ckptkit.wrappers.explain import AUTO, Explanation, Wrapping, explain, take_off
-from ckptkit.wrappers.optimizers import AN_OPTIMIZER, FLAT_GROUPS, FLAT_STATE, find_optimizers, is_optimizer_state
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS, WRAPPERS, Wrapper
 
 __all__ = [

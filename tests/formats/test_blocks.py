@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ckptkit.core.files import CHUNK, Extent, LocalFile
 from ckptkit.errors import FormatError
-from ckptkit.formats.blocks import Block, BlockTensor, Box, InMemory, check_cover, step_budget
+from ckptkit.formats.layout import Block, BlockTensor, Box, InMemory, check_cover, step_budget
 from tests.helpers_formats import bits, random_tensor
 
 WIDTHS = {1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.int64, 16: torch.complex128}

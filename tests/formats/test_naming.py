@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ckptkit.comparison import diff
 from ckptkit.errors import CkptkitError, FormatError, PlanError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.torch.naming import flat_key, name_places
+from ckptkit.formats.torch.tree import flat_key, name_places
 from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.remap import plan_remap
 from tests.helpers_cli import run_ckpt

@@ -15,8 +15,7 @@ from ckptkit.core.checkpoint import DTYPES, TensorInfo, View
 from ckptkit.core.files import CHUNK, Extent, Inflated, LocalFile, Region
 from ckptkit.errors import FormatError
 from ckptkit.formats import layout as strided
-from ckptkit.formats.blocks import InMemory
-from ckptkit.formats.layout import Strided
+from ckptkit.formats.layout import InMemory, Strided
 from tests.helpers_formats import CODE_OF, bits, random_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")

@@ -21,7 +21,7 @@ from ckptkit.checks import run_checks
 from ckptkit.core.ties import shared_keys
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.torch.torch_export_meta import CODES
+from ckptkit.formats.torch.export import CODES
 from tests.helpers_cli import run_ckpt
 from tests.helpers_export import CONSTANTS, DTYPES, WEIGHTS, changed, config, exported, exported_as, small
 from tests.helpers_formats import CODE_OF, assert_same, bits, opened, refused, rezip, saved, write

@@ -21,15 +21,14 @@ from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record, TensorI
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, Path, Place, StoredTensor, read_metadata
 from ckptkit.formats.distributed.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
 from ckptkit.formats.file_pool import FilePool, Section
+from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.sharded import is_plain_name
 from ckptkit.formats.torch.checkpoint import TorchFile, assemble
-from ckptkit.formats.torch.naming import type_name
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
-from ckptkit.formats.torch.tree import leaves
+from ckptkit.formats.torch.tree import leaves, type_name
 from ckptkit.formats.torch.zip import read_torch_zip
 from ckptkit.formats.zip_archive import ZipDirectory, read_zip_directory
 

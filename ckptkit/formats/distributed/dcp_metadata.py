@@ -12,11 +12,11 @@ from typing import Final
 
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.blocks import Box
-from ckptkit.formats.pickle.unpickle import unpickle
+from ckptkit.formats.layout import Box
+from ckptkit.formats.pickle.machine import unpickle
 from ckptkit.formats.pickle.values import Global, Interpreter, Placeholder
-from ckptkit.formats.torch.naming import type_name
 from ckptkit.formats.torch.objects import DTypeRef, TorchObjects
+from ckptkit.formats.torch.tree import type_name
 
 __all__ = ["DcpMetadata", "Place", "StoredTensor", "read_metadata"]
 

@@ -19,8 +19,8 @@ from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, TensorInfo
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import FormatError
-from ckptkit.formats.blocks import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.file_pool import FilePool
+from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.safetensors import open_safetensors, parse_json
 
 __all__ = ["is_dcp_shard", "open_dcp_safetensors"]

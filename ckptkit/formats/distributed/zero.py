@@ -19,10 +19,20 @@ from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.detect import read_torch
-from ckptkit.formats.distributed.zero_files import ModelStates, OptimStates, model_states, optim_states
-from ckptkit.formats.distributed.zero_vectors import Place, Vector, joined, parts_of_one, parts_of_vector, whole
+from ckptkit.formats.distributed.zero_files import (
+    ModelStates,
+    OptimStates,
+    Place,
+    Vector,
+    joined,
+    model_states,
+    optim_states,
+    parts_of_one,
+    parts_of_vector,
+    whole,
+)
 from ckptkit.formats.file_pool import FilePool
-from ckptkit.formats.pickle.code_names import is_harmless, is_suspicious
+from ckptkit.formats.pickle.values import is_harmless, is_suspicious
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble, code_warnings
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.tree import describe

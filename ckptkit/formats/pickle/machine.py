@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, Final
@@ -10,7 +12,7 @@ from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import Interpreter, MappingValue, Placeholder, check_key
 
-__all__ = ["MARK", "Operation", "PickleMachine", "TruncatedPickleError"]
+__all__ = ["MARK", "OPCODES", "Operation", "PickleMachine", "TruncatedPickleError", "unpickle"]
 
 
 class TruncatedPickleError(FormatError):
@@ -148,3 +150,285 @@ class PickleMachine:
 
 
 Operation = Callable[[PickleMachine], None]
+
+_SET = range(12)  # what an empty one costs: a byte makes it, and it takes the memory of four lists
+_MOST_MEMO = 2**32  # what LONG_BINPUT can name; decimal indexes beyond it can be made to collide in the memo
+
+
+def unpickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
+    """Return the inert value of the pickle at ``start`` and the offset behind it.
+
+    Raises ``FormatError`` for anything that is not one whole pickle of protocol 0 to 5, and
+    ``TruncatedPickleError``, a kind of it, where more bytes might still make it one.
+    """
+    return PickleMachine(data, interpreter, start).run(OPCODES)
+
+
+_U1, _U2, _I4, _U4, _U8 = (struct.Struct(f"<{code}") for code in "BHiIQ")
+_F8 = struct.Struct(">d")
+
+
+def _constant(value: object) -> Operation:
+    return lambda machine: machine.stack.append(value)
+
+
+def _empty(kind: Callable[[], object]) -> Operation:
+    return lambda machine: machine.stack.append(kind())
+
+
+def _integer(layout: struct.Struct) -> Operation:
+    return lambda machine: machine.stack.append(machine.number(layout))
+
+
+def _text(layout: struct.Struct) -> Operation:
+    def run(machine: PickleMachine) -> None:
+        raw = machine.take(machine.number(layout))
+        machine.stack.append(raw.decode("utf-8", "surrogatepass"))
+
+    return run
+
+
+def _raw(layout: struct.Struct, kind: Callable[[bytes], object]) -> Operation:
+    return lambda machine: machine.stack.append(kind(machine.take(machine.number(layout))))
+
+
+def _old_string(data: bytes) -> object:
+    # A str of Python 2: text nearly always, but arrays keep their bytes in it too.
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError:
+        return data
+
+
+_ESCAPED = re.compile(r"""(?:[^\\]|\\(?:[\\'"abfnrtv]|x[0-9a-fA-F]{2}|[0-3]?[0-7]{1,2}))*""")
+
+
+def _quoted_string(machine: PickleMachine) -> None:
+    text = machine.line().strip()
+    if len(text) < 2 or text[0] != text[-1] or text[0] not in "\"'":
+        raise FormatError(f"corrupt pickle: a string without quotes before byte {machine.pos}")
+    if not _ESCAPED.fullmatch(text[1:-1]):
+        raise FormatError(f"corrupt pickle: a string with an unknown escape before byte {machine.pos}")
+    machine.stack.append(_old_string(codecs.escape_decode(text[1:-1].encode())[0]))
+
+
+def _decimal(machine: PickleMachine) -> None:
+    text = machine.line()
+    machine.stack.append({"00": False, "01": True}[text] if text in ("00", "01") else int(text.rstrip("L")))
+
+
+def _long(layout: struct.Struct) -> Operation:
+    return lambda machine: machine.stack.append(
+        int.from_bytes(machine.take(machine.number(layout)), "little", signed=True)
+    )
+
+
+def _tuple(count: int) -> Operation:
+    def run(machine: PickleMachine) -> None:
+        items = [machine.pop() for _ in range(count)]
+        machine.stack.append(tuple(reversed(items)))
+
+    return run
+
+
+def _dict_from_mark(machine: PickleMachine) -> None:
+    made: dict[object, object] = {}
+    machine.put_items(made, machine.pop_mark())
+    machine.stack.append(made)
+
+
+def _set(machine: PickleMachine) -> None:
+    machine.interpreter.spend(_SET)
+    machine.stack.append(set())
+
+
+def _frozenset_from_mark(machine: PickleMachine) -> None:
+    machine.interpreter.spend(_SET)
+    machine.stack.append(frozenset(machine.key(item) for item in machine.pop_mark()))
+
+
+def _set_item(machine: PickleMachine) -> None:
+    value, key = machine.pop(), machine.pop()
+    machine.put_items(machine.stack[-1], [key, value])
+
+
+def _set_items(machine: PickleMachine) -> None:
+    pairs = machine.pop_mark()
+    machine.put_items(machine.stack[-1], pairs)
+
+
+def _append(machine: PickleMachine) -> None:
+    value = machine.pop()
+    machine.put_values(machine.stack[-1], [value])
+
+
+def _append_all(machine: PickleMachine) -> None:
+    values = machine.pop_mark()
+    machine.put_values(machine.stack[-1], values)
+
+
+def _global(machine: PickleMachine) -> None:
+    module, name = machine.line(), machine.line()
+    machine.stack.append(machine.interpreter.lookup(module, name))
+
+
+def _stack_global(machine: PickleMachine) -> None:
+    name, module = machine.pop(), machine.pop()
+    if not isinstance(name, str) or not isinstance(module, str):
+        raise FormatError(f"corrupt pickle: a global that is not named by strings at byte {machine.pos - 1}")
+    machine.stack.append(machine.interpreter.lookup(module, name))
+
+
+def _reduce(machine: PickleMachine) -> None:
+    args, function = machine.pop(), machine.pop()
+    machine.stack.append(machine.interpreter.call(function, args))
+
+
+def _new_with_keywords(machine: PickleMachine) -> None:
+    keywords, args, function = machine.pop(), machine.pop(), machine.pop()
+    made = machine.interpreter.call(function, args)
+    if keywords and isinstance(made, Placeholder):
+        made.pairs["keywords"] = keywords
+    machine.stack.append(made)
+
+
+def _instance(machine: PickleMachine) -> None:
+    module, name = machine.line(), machine.line()
+    args = tuple(machine.pop_mark())
+    machine.stack.append(machine.interpreter.call(machine.interpreter.lookup(module, name), args))
+
+
+def _object(machine: PickleMachine) -> None:
+    function, *args = machine.pop_mark() or [None]
+    machine.stack.append(machine.interpreter.call(function, tuple(args)))
+
+
+def _build(machine: PickleMachine) -> None:
+    state = machine.pop()
+    machine.build(machine.stack[-1], state)
+
+
+def _get(read: Callable[[PickleMachine], int]) -> Operation:
+    def run(machine: PickleMachine) -> None:
+        index = read(machine)
+        if index not in machine.memo:
+            raise FormatError(f"corrupt pickle: memo {index} is read before it is written, at byte {machine.pos - 1}")
+        machine.stack.append(machine.memo[index])
+
+    return run
+
+
+def _put(read: Callable[[PickleMachine], int]) -> Operation:
+    def run(machine: PickleMachine) -> None:
+        index = read(machine)
+        if not 0 <= index < _MOST_MEMO:
+            raise FormatError(f"corrupt pickle: a memo index below 0 or beyond 2^32 before byte {machine.pos}")
+        machine.memo[index] = machine.stack[-1]
+
+    return run
+
+
+def _binput(machine: PickleMachine) -> None:
+    machine.memo[machine.data[machine.pos]] = machine.stack[-1]
+    machine.pos += 1
+
+
+def _binget(machine: PickleMachine) -> None:
+    index = machine.data[machine.pos]
+    machine.pos += 1
+    if index not in machine.memo:
+        raise FormatError(f"corrupt pickle: memo {index} is read before it is written, at byte {machine.pos - 1}")
+    machine.stack.append(machine.memo[index])
+
+
+def _memoize(machine: PickleMachine) -> None:
+    machine.memo[len(machine.memo)] = machine.stack[-1]
+
+
+def _protocol(machine: PickleMachine) -> None:
+    version = machine.number(_U1)
+    if version > 5:
+        raise FormatError(f"pickle protocol {version} is not known")
+
+
+def _frame(machine: PickleMachine) -> None:
+    if machine.number(_U8) > machine.end - machine.pos:
+        raise TruncatedPickleError(f"corrupt pickle: the frame at byte {machine.pos} is longer than the file")
+
+
+def _refuse(what: str) -> Operation:
+    def run(machine: PickleMachine) -> None:
+        raise FormatError(f"the pickle uses {what} at byte {machine.pos - 1}, which no checkpoint needs")
+
+    return run
+
+
+OPCODES: Final[Mapping[int, Operation]] = {
+    0x28: _constant(MARK),
+    0x30: lambda machine: machine.stack.__delitem__(-1),  # POP takes a MARK too
+    0x31: lambda machine: machine.pop_mark().clear(),
+    0x32: lambda machine: machine.stack.append(machine.stack[-1]),
+    0x46: lambda machine: machine.stack.append(float(machine.line())),
+    0x47: lambda machine: machine.stack.append(_F8.unpack(machine.take(8))[0]),
+    0x49: _decimal,
+    0x4A: _integer(_I4),
+    0x4B: _integer(_U1),
+    0x4C: _decimal,
+    0x4D: _integer(_U2),
+    0x4E: _constant(None),
+    0x50: lambda machine: machine.stack.append(machine.persistent(machine.line())),
+    0x51: lambda machine: machine.stack.append(machine.persistent(machine.pop())),
+    0x52: _reduce,
+    0x53: _quoted_string,
+    0x54: _raw(_I4, _old_string),
+    0x55: _raw(_U1, _old_string),
+    0x56: lambda machine: machine.stack.append(machine.line().encode().decode("raw-unicode-escape")),
+    0x58: _text(_U4),
+    0x61: _append,
+    0x62: _build,
+    0x63: _global,
+    0x64: _dict_from_mark,
+    0x65: _append_all,
+    0x67: _get(lambda machine: int(machine.line())),
+    0x68: _binget,
+    0x69: _instance,
+    0x6A: _get(lambda machine: machine.number(_U4)),
+    0x6C: lambda machine: machine.stack.append(machine.pop_mark()),
+    0x6F: _object,
+    0x70: _put(lambda machine: int(machine.line())),
+    0x71: _binput,
+    0x72: _put(lambda machine: machine.number(_U4)),
+    0x73: _set_item,
+    0x74: lambda machine: machine.stack.append(tuple(machine.pop_mark())),
+    0x75: _set_items,
+    0x7D: _empty(dict),
+    0x5D: _empty(list),
+    0x29: _constant(()),
+    0x80: _protocol,
+    0x81: _reduce,
+    0x82: _refuse("an extension registry"),
+    0x83: _refuse("an extension registry"),
+    0x84: _refuse("an extension registry"),
+    0x85: _tuple(1),
+    0x86: _tuple(2),
+    0x87: _tuple(3),
+    0x88: _constant(True),
+    0x89: _constant(False),
+    0x8A: _long(_U1),
+    0x8B: _long(_I4),
+    0x42: _raw(_U4, bytes),
+    0x43: _raw(_U1, bytes),
+    0x8C: _text(_U1),
+    0x8D: _text(_U8),
+    0x8E: _raw(_U8, bytes),
+    0x8F: _set,
+    0x90: _append_all,
+    0x91: _frozenset_from_mark,
+    0x92: _new_with_keywords,
+    0x93: _stack_global,
+    0x94: _memoize,
+    0x95: _frame,
+    0x96: _raw(_U8, bytearray),
+    0x97: _refuse("out-of-band buffers"),
+    0x98: _refuse("out-of-band buffers"),
+}

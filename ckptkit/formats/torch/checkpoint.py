@@ -26,12 +26,22 @@ from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Strided
-from ckptkit.formats.pickle.code_names import is_harmless, is_suspicious, is_weights_only
-from ckptkit.formats.pickle.values import MappingValue, Placeholder
+from ckptkit.formats.pickle.values import MappingValue, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.modules import open_modules
-from ckptkit.formats.torch.naming import Names, Path, flat_key, key_name, name_places, type_name
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
-from ckptkit.formats.torch.tree import children, describe, is_tensor, leaves, select
+from ckptkit.formats.torch.tree import (
+    Names,
+    Path,
+    children,
+    describe,
+    flat_key,
+    is_tensor,
+    key_name,
+    leaves,
+    name_places,
+    select,
+    type_name,
+)
 from ckptkit.wrappers import AN_OPTIMIZER, which_is_which
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]

@@ -9,8 +9,7 @@ from ckptkit.core.checkpoint import DTYPES, Checkpoint, Record
 from ckptkit.core.files import Extent, LocalFile, Region
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.machine import TruncatedPickleError
-from ckptkit.formats.pickle.unpickle import unpickle
+from ckptkit.formats.pickle.machine import TruncatedPickleError, unpickle
 from ckptkit.formats.pickle.values import Interpreter
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects

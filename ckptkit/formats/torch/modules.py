@@ -8,8 +8,8 @@ from typing import NamedTuple
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import MappingValue, Placeholder
-from ckptkit.formats.torch.naming import type_name
 from ckptkit.formats.torch.objects import TensorRef
+from ckptkit.formats.torch.tree import type_name
 
 __all__ = ["ModuleWalker", "Parts", "open_modules"]
 

@@ -12,8 +12,8 @@ from ckptkit.core.files import Extent, LocalFile, Region
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.file_pool import Section
+from ckptkit.formats.foreign import TAR_MEMBERS
 from ckptkit.formats.pickle.values import Interpreter
-from ckptkit.formats.recognise import TAR_MEMBERS
 from ckptkit.formats.torch.checkpoint import TorchFile, assemble_file
 from ckptkit.formats.torch.legacy import read_pickle
 from ckptkit.formats.torch.objects import (

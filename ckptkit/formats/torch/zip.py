@@ -11,7 +11,7 @@ from ckptkit.core.files import Region, Swapped
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.unpickle import unpickle
+from ckptkit.formats.pickle.machine import unpickle
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.zip_archive import ZipDirectory

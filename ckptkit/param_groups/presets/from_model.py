@@ -3,20 +3,186 @@
 from __future__ import annotations
 
 import fnmatch
+import math
+import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.patterns import literal
-from ckptkit.core.text import kind_of, listed, plural
+from ckptkit.core.text import kind_of, listed, plural, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.naming import patterns_of
-from ckptkit.param_groups.presets.layering import convnext_layers, plain_layers, timm_layers
-from ckptkit.param_groups.presets.widths import mup_modifiers
-from ckptkit.param_groups.properties import ParameterFacts, Subject
+from ckptkit.param_groups.emit import patterns_of
+from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of
 
-__all__ = ["FROM_MODEL", "Asked"]
+__all__ = ["FROM_MODEL", "Asked", "convnext_layers", "mup_modifiers", "plain_layers", "timm_layers"]
+
+
+_WITH_PREVIOUS = 99999  # what timm ends a place with that belongs to the layer before it
+_BLOCKS_A_LAYER = 3
+_LONG_STAGE = 2
+_NUMBER = re.compile(r"(?P<list>(?:[^.]+\.)*?[^.0-9][^.]*)\.(?P<number>[0-9]+)\.")
+
+
+def _as_patterns(names: Sequence[str], layer: Mapping[str, Any]) -> list[list[str]]:
+    """Return the layers in the order of their keys, each as patterns that fit its names and no others."""
+    return [patterns_of([name for name in names if layer[name] == key], names) for key in sorted(set(layer.values()))]
+
+
+def timm_layers(names: Sequence[str], matcher: Any) -> list[list[str]]:
+    """Return the layers that a ``group_matcher()`` of timm makes: what it does not match is the last of them.
+
+    It is a function of a name, or a mapping of kinds to a regex or to pairs of a regex and what its place ends with.
+    The place of a name is its kind's number, then the numbers that the regex captures.
+    """
+    places = {name: _place(name, matcher) for name in names}
+    order: dict[tuple[float, ...], int] = {}
+    for place in sorted(set(places.values())):
+        joined = place[-1] == _WITH_PREVIOUS and order
+        order[place] = (max(order.values()) if order else -1) + (0 if joined else 1)
+    return _as_patterns(names, {name: order[place] for name, place in places.items()})
+
+
+def _place(name: str, matcher: Any) -> tuple[float, ...]:
+    if callable(matcher):
+        place = matcher(name)
+        return tuple(place) if isinstance(place, list | tuple) else (place,)
+    for number, kind in enumerate(matcher.values()):
+        for regex, ending in [(kind, None)] if isinstance(kind, str) else kind or ():
+            found = re.match(regex, name)
+            if found:
+                captured = [float(group) for group in found.groups() if group is not None]
+                return (float(number), *captured, *(map(float, ending or ())))
+    return (math.inf,)
+
+
+def convnext_layers(names: Sequence[str]) -> list[list[str]]:
+    """Return the layers of a ConvNeXt under the names of its own code, whatever the depth of its third stage."""
+    places: dict[str, tuple[int, int]] = {}
+    for name in names:
+        part, *numbers = name.split(".")
+        if part == "downsample_layers":
+            stage = int(numbers[0])
+            places[name] = (stage + (stage > 0), 0)
+        elif part == "stages":
+            stage, block = int(numbers[0]), int(numbers[1])
+            places[name] = (stage + 1, block // _BLOCKS_A_LAYER if stage == _LONG_STAGE else 0)
+    if not any(name.startswith("stages.") for name in names):
+        raise GroupsError(
+            "the model has no stages.0, as ConvNeXt's own code calls them",
+            hint="for models of timm there is the preset timm-layer-decay",
+        )
+    return _as_patterns(names, {name: places.get(name, (math.inf, 0)) for name in names})
+
+
+def plain_layers(names: Sequence[str], heads: Collection[str]) -> list[list[str]]:
+    """Return the layers of any model: before its long list of blocks, each block, and what comes after it.
+
+    Without one list that holds half of all parameters each child of the model is a layer, in order.
+    """
+    lists = Counter(found["list"] for name in names if (found := _NUMBER.match(name)))
+    main, most = max(lists.items(), key=lambda item: item[1], default=("", 0))
+    layer: dict[str, Hashable] = {}
+    if 2 * most >= len(names):
+        seen = False
+        for name in names:
+            found = _NUMBER.match(name)
+            inside = found is not None and found["list"] == main
+            seen = seen or inside
+            layer[name] = (1, int(found["number"])) if found and inside else (2, 0) if seen else (0, 0)
+    else:
+        children = {child: index for index, child in enumerate(dict.fromkeys(name.split(".")[0] for name in names))}
+        layer = {name: (1, children[name.split(".")[0]]) for name in names}
+    last = max(layer.values(), default=(0, 0))  # type: ignore[type-var]
+    layer.update(dict.fromkeys(heads, last))
+    return _as_patterns(names, layer)
+
+
+_MATRIX = 2
+_SHAPES = "a mapping of names to shapes, null where a dimension does not grow"
+
+
+def mup_modifiers(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return one modifier for each multiple that the growth of parameters over ``base_shapes`` asks for.
+
+    Raises ``GroupsError`` for names or dimensions that differ from the base, and for more than two that grew.
+    """
+    rule = settings["rule"]
+    if rule not in ("adam", "sgd"):
+        raise GroupsError(f"rule is {kind_of(rule)}", hint="rule = 'adam' for MuAdam and MuAdamW, 'sgd' for MuSGD")
+    names = [facts.name for facts in subject.parameters]
+    multiples: dict[float, list[str]] = {}
+    for facts, growth in _growths(subject, settings["base_shapes"]):
+        multiple = _adam(growth) if rule == "adam" else _sgd(growth)
+        if multiple != 1:
+            multiples.setdefault(multiple, []).append(facts.name)
+    return [
+        {
+            "name": f"width x{multiple:g}",
+            "params": patterns_of(found, names),
+            "lr_mult": 1 / multiple,
+            "weight_decay_mult": multiple,
+        }
+        for multiple, found in multiples.items()
+    ]
+
+
+def _adam(growth: Sequence[float | None]) -> float:
+    """Return the width multiple of what is like a matrix, that of its last growing dimension, else 1."""
+    grown = [factor for factor in growth if factor is not None]
+    return grown[-1] if len(grown) == _MATRIX else 1.0
+
+
+def _sgd(growth: Sequence[float | None]) -> float:
+    grown = [factor for factor in growth if factor is not None]
+    if len(grown) == 1:
+        return 1 / grown[0]
+    return (growth[1] or 1.0) / (growth[0] or 1.0) if grown else 1.0
+
+
+def _growths(subject: Subject, base_shapes: Any) -> Iterator[tuple[ParameterFacts, list[float | None]]]:
+    """Yield each parameter with the factor by which each dimension grew, None where it is no width."""
+    bases, explicit = _bases(base_shapes)
+    missing = [facts.name for facts in subject.parameters if facts.name not in bases]
+    extra = [name for name in bases if name not in subject.by_name]
+    if missing or extra:
+        which = f"lacks {listed(missing)}" if missing else f"has {listed(extra)}, which the model has not"
+        raise GroupsError(f"base_shapes {which}", hint="make it from the same model with another width")
+    for facts in subject.parameters:
+        base = bases[facts.name]
+        if facts.shape is None or len(base) != len(facts.shape):
+            raise GroupsError(f"base_shapes has {len(base)} dimensions for {quoted(facts.name)}, the model others")
+        growth = [
+            None if width is None or (width == size and not explicit) else size / width
+            for width, size in zip(base, facts.shape, strict=True)
+        ]
+        if sum(factor is not None for factor in growth) > _MATRIX:
+            raise GroupsError(
+                f"{quoted(facts.name)} grows in more than two dimensions, for which muP has no rule",
+                hint="write null for those that are no width",
+            )
+        yield facts, growth
+
+
+def _bases(given: Any) -> tuple[Mapping[str, Sequence[int | None]], bool]:
+    """Return the base shape of each name, and whether it says itself which dimensions grow.
+
+    A base-shape file does, by null for the others; in plain shapes those that are equal do not.
+    """
+    if isinstance(given, Mapping) and given and all(isinstance(shape, list | tuple) for shape in given.values()):
+        for name, shape in given.items():
+            if not all(size is None or (type(size) is int and size > 0) for size in shape):
+                raise GroupsError(f"base_shapes of {quoted(str(name))} is {list(shape)!r}", hint=f"give {_SHAPES}")
+        return given, any(size is None for shape in given.values() for size in shape)
+    if not isinstance(given, Mapping) and not hasattr(given, "named_parameters"):
+        raise GroupsError(f"base_shapes is {kind_of(given)}", hint=f"give {_SHAPES}")
+    shapes = {facts.name: facts.shape or () for facts in subject_of(given).parameters}
+    if any(math.prod(shape) == 0 for shape in shapes.values()):
+        raise GroupsError("base_shapes has a parameter without elements", hint=f"give {_SHAPES}")
+    return shapes, False
+
 
 _CONV = 3  # dimensions of the smallest convolution
 

@@ -18,7 +18,7 @@ from ckptkit.param_groups.rebind.replaced import Heirs, find_heirs
 from ckptkit.param_groups.rebind.schedulers import Joining, plan_joining
 from ckptkit.param_groups.rebind.state import OnShape, Refit, refit
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.param_groups.validate.ranges import range_fault
+from ckptkit.param_groups.validate.options import range_fault
 from ckptkit.param_groups.validate.schedulers import read_schedulers
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ from ckptkit.core.text import listed, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
-from ckptkit.param_groups.validate.renames import find_rename
-from ckptkit.param_groups.validate.stale import Stranger, identify
+from ckptkit.param_groups.validate.stale import Stranger, find_rename, identify
 
 __all__ = ["Heirs", "find_heirs"]
 

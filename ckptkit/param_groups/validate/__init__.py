@@ -9,28 +9,30 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import without_collection
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.agreement import check_agreement
-from ckptkit.param_groups.compare import diff_locks
-from ckptkit.param_groups.holders import holders
-from ckptkit.param_groups.live import read_groups
+from ckptkit.param_groups.compare import check_agreement, diff_locks
+from ckptkit.param_groups.live import holders, read_groups
 from ckptkit.param_groups.lock import ParamGroupsLock, lock_optimizer
 from ckptkit.param_groups.parameters import take_inventory
 from ckptkit.param_groups.parse import SpecLike
-from ckptkit.param_groups.validate.membership import check_membership, find_missing, standing
+from ckptkit.param_groups.validate.membership import (
+    check_dicts,
+    check_membership,
+    check_names,
+    check_wrappers,
+    find_missing,
+    standing,
+)
 from ckptkit.param_groups.validate.model import check_empty, check_memory, check_meta, check_tied
-from ckptkit.param_groups.validate.optimizer_rules import check_demands
+from ckptkit.param_groups.validate.optimizer_rules import check_demands, check_spread
 from ckptkit.param_groups.validate.options import check_options
-from ckptkit.param_groups.validate.records import check_dicts, check_names, check_wrappers
 from ckptkit.param_groups.validate.schedulers import check_schedulers, read_schedulers
-from ckptkit.param_groups.validate.spread import check_spread
-from ckptkit.param_groups.validate.state import check_state
-from ckptkit.param_groups.validate.state_values import check_state_values
+from ckptkit.param_groups.validate.state import check_state, check_state_values
 
 if TYPE_CHECKING:
     from torch.nn import Module
     from torch.optim import Optimizer
 
-__all__ = ["validate_param_groups"]
+__all__ = ["assert_param_groups", "validate_param_groups"]
 
 
 def validate_param_groups(
@@ -97,3 +99,21 @@ def _findings(model: Module, groups: Any, schedulers: Any) -> list[Finding]:
     findings.extend(check_memory(inventory, stand.first))
     findings.extend(check_empty(inventory))
     return findings
+
+
+def assert_param_groups(
+    model: Module,
+    groups: Optimizer | Iterable[Any],
+    *,
+    schedulers: Any = None,
+    spec: SpecLike | None = None,
+    lock: ParamGroupsLock | None = None,
+    strict: bool = False,
+) -> Report:
+    """Return the report of ``validate_param_groups`` where nothing is wrong; raise where something is.
+
+    ``GroupsError`` names the first fault and says how many more there are: errors, and with ``strict`` warnings too.
+    """
+    report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
+    report.raise_for_errors(warnings=strict)
+    return report

@@ -9,10 +9,9 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.holders import Holder
-from ckptkit.param_groups.live import Group, unwrapped
+from ckptkit.param_groups.live import Group, Holder, unwrapped
 from ckptkit.param_groups.spec import number_fault
-from ckptkit.param_groups.validate.spread import options_of
+from ckptkit.param_groups.validate.optimizer_rules import options_of
 
 __all__ = ["check_schedulers", "read_schedulers"]
 

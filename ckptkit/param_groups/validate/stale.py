@@ -3,21 +3,175 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
 from ckptkit.param_groups.live import Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, bare_name, flat_names
-from ckptkit.param_groups.validate.reasons import AGAIN, REBIND, Scene, shape_of, why_gone, why_other
-from ckptkit.param_groups.validate.renames import find_rename
+from ckptkit.wrappers.table import PARAMETRIZATIONS, WRAPPERS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Stranger", "explain", "identify"]
+__all__ = [
+    "AGAIN",
+    "REBIND",
+    "Gone",
+    "Rename",
+    "Scene",
+    "Stranger",
+    "explain",
+    "find_rename",
+    "identify",
+    "shape_of",
+    "why_gone",
+    "why_other",
+]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rename:
+    """What became of a recorded name: the first parameter that stands in its place, and who put it there."""
+
+    live: LiveParameter
+    names: tuple[str, ...]  # of all parameters that came of it
+    event: str  # what happened, as a clause
+
+
+def find_rename(inventory: Inventory, recorded: str) -> Rename | None:
+    """Return what ``recorded`` is called since its module was parametrized, pruned or adapted, or plain again.
+
+    None where the model has the name itself, or nothing that can have come of it.
+    """
+    recorded = bare_name(recorded)
+    if recorded in inventory.by_bare_name:
+        return None
+    module, dot, leaf = recorded.rpartition(".")
+    for event, names in _longer(f"{module}{dot}", leaf):
+        found = [inventory.by_bare_name[name] for name in names if name in inventory.by_bare_name]
+        if found and all(name in inventory.by_bare_name or name in inventory.bare_buffers for name in names):
+            return Rename(found[0], tuple(live.name for live in found), event)
+    for event, name in _shorter(recorded):
+        live = inventory.by_bare_name.get(name)
+        if live is not None:
+            return Rename(live, (live.name,), event)
+    return None
+
+
+def _longer(prefix: str, leaf: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for row in PARAMETRIZATIONS:
+        yield f"{row.origin} was applied", tuple(f"{prefix}{row.home}{leaf}{ending}" for ending in row.endings)
+    for wrapper in WRAPPERS:
+        if wrapper.after:
+            yield f"its module was wrapped, as in {wrapper.origin}", (f"{prefix}{wrapper.mark}.{leaf}",)
+
+
+def _shorter(recorded: str) -> Iterator[tuple[str, str]]:
+    for row in PARAMETRIZATIONS:
+        for ending in row.endings:
+            module, dot, leaf = recorded.removesuffix(ending).rpartition(".")
+            before = f"{module}{dot}"
+            if recorded.endswith(ending) and before.endswith(row.home):
+                yield f"{row.origin} was removed", f"{before.removesuffix(row.home)}{leaf}"
+    for wrapper in WRAPPERS:
+        before, mark, leaf = recorded.rpartition(f"{wrapper.mark}.")
+        if wrapper.after and mark and (not before or before.endswith(".")):
+            yield f"its module is no longer in {wrapper.origin}", f"{before}{leaf}"
+
+
+AGAIN = "build the groups and the optimizer again, after the last change to the model"
+REBIND = f"{AGAIN}, or rebind(optimizer, model)"
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """The model beside all that the groups hold: ids that are live, and names whose objects are older ones."""
+
+    inventory: Inventory
+    held: Collection[int]
+    older: Collection[str] = ()
+
+    @cached_property
+    def nothing_held(self) -> bool:
+        """Whether no parameter of the model is in a group, so that all of them are new."""
+        return not any(key in self.inventory.parameters for key in self.held)
+
+
+def why_other(tensor: Tensor, live: LiveParameter, recorded: str | None, scene: Scene) -> str:
+    """Return what made the model have another object than ``tensor`` where ``live`` stands."""
+    rename = find_rename(scene.inventory, recorded) if recorded else None
+    if recorded and rename is not None and live.name in rename.names:
+        now = " and ".join(map(quoted, rename.names))
+        return f"{quoted(recorded)} became {now} when {rename.event}, after the groups were built"
+    if recorded and id(live.tensor) in scene.held and bare_name(recorded) in map(bare_name, live.aliases):
+        return f"{quoted(recorded)} was tied to {quoted(live.name)} after the groups were built"
+    shape = shape_of(tensor)
+    if live.lazy or shape != live.shape:
+        now = "one without a shape yet" if live.lazy else f"a new one of shape {live.shape}"
+        return f"the model has {now}, as after a head was replaced"
+    if tensor.is_meta and not live.tensor.is_meta:
+        return "it stayed on the meta device when the model got its memory (to_empty() or load_state_dict(assign=True))"
+    if live.tensor.is_meta and not tensor.is_meta:
+        return "the model has a new one on the meta device, as after to('meta')"
+    if _is_sharded(live.tensor) and not _is_sharded(tensor):
+        return "the model has a DTensor in its place since fully_shard(), which was called after the groups were built"
+    if tensor.device != live.tensor.device or tensor.dtype != live.tensor.dtype:
+        return f"the model has a new one ({live.tensor.dtype}, {live.tensor.device}), as after a conversion by copy"
+    return f"the model has a new object, as {_new_object(live, scene)}"
+
+
+def _new_object(live: LiveParameter, scene: Scene) -> str:
+    if type(scene.inventory.model).__name__ == "AveragedModel":
+        return "an AveragedModel is a copy: validate the model that trains"
+    if scene.nothing_held:
+        return "after load_state_dict(assign=True), a deep copy or a model that was loaded whole"
+    siblings = scene.inventory.by_module[live.module]
+    if live.module and len(siblings) > 1 and all(one.name in scene.older for one in siblings):
+        return f"after the module {quoted(live.module)} was replaced, or load_state_dict(assign=True) on it"
+    return "after its module was replaced, or an assignment of a new nn.Parameter"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Gone:
+    """What became of a parameter that the model has no name for any more, and whether it was one for certain."""
+
+    reason: str
+    stale: bool = True
+    hint: str = AGAIN
+
+
+def why_gone(recorded: str, scene: Scene) -> Gone | None:
+    """Return what became of the parameter that was recorded under a name which the model does not have, or None."""
+    name = bare_name(recorded)
+    module, _, leaf = name.rpartition(".")
+    found = scene.inventory.modules.get(module)
+    if found is None:
+        return None
+    kind = type(found)
+    where = f"{quoted(module)} is" if module else "the model is"
+    if "quantized" in kind.__module__:
+        reason = f"{where} a quantised {kind.__name__} now, which does not train"
+        return Gone(reason, hint="train the model before it is quantised")
+    if kind.__name__ == "Identity":
+        return Gone(f"{where} an Identity now, as after fuse_modules() folded it into another layer")
+    return Gone(f"{where} a {kind.__name__} without a parameter {quoted(leaf)}", stale=False)
+
+
+def _is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
+
+
+def shape_of(tensor: Any) -> tuple[int, ...]:
+    """Return the shape of ``tensor``, or ``()`` while it has none."""
+    try:
+        return tuple(tensor.shape)
+    except RuntimeError:  # uninitialised
+        return ()
+
 
 _FROM_MODEL = "take the parameters from model.named_parameters(), never from state_dict() or .data"
 
