@@ -1,171 +1,78 @@
 """See what a checkpoint holds, see what will load, make it fit, and prove what the optimizer trains.
 
-Importing this costs nothing: each name is fetched from its room when it is first used, and torch only by
+Importing this costs nothing: each name is fetched from its module when it is first used, and torch only by
 the functions that need it.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ckptkit.align import Alignment, suggest_rules
-    from ckptkit.checks import run_checks
-    from ckptkit.comparison import StateDictDiff, diff
-    from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-    from ckptkit.core.findings import Finding, Report
-    from ckptkit.errors import CkptkitError
-    from ckptkit.formats import open_checkpoint, open_optimizer
-    from ckptkit.loading import LoadReport, load_into
-    from ckptkit.optimizer_state import (
-        OptimizerLoadReport,
-        OptimizerState,
-        load_optimizer_state,
-        optimizer_state_diff,
-        write_optimizer_state,
-    )
-    from ckptkit.param_groups import (
-        Explanation,
-        ParamGroupsLock,
-        ParamGroupSpec,
-        assert_param_groups,
-        build_param_groups,
-        diff_locks,
-        explain_param_group,
-        lock_document,
-        lock_optimizer,
-        lock_param_groups,
-        param_group_phases,
-        param_group_preset,
-        param_group_preset_names,
-        parse_lock,
-        plan_param_groups,
-        rebind,
-        validate_param_groups,
-    )
-    from ckptkit.plans.execute import Written, execute
-    from ckptkit.plans.lora import plan_extract_lora, plan_lora
-    from ckptkit.plans.merge import plan_merge
-    from ckptkit.plans.output import Output, choose_output
-    from ckptkit.plans.plan import Plan
-    from ckptkit.plans.remap import plan_remap
-    from ckptkit.readiness import Preflight, preflight
-    from ckptkit.rules import Rules, parse_rules
-    from ckptkit.rules.presets import preset_names, preset_rules
-    from ckptkit.statistics import StateDictStats, stats
-
-__all__ = [
-    "Alignment",
-    "Checkpoint",
-    "CkptkitError",
-    "Explanation",
-    "Finding",
-    "LoadReport",
-    "OptimizerLoadReport",
-    "OptimizerState",
-    "Output",
-    "ParamGroupSpec",
-    "ParamGroupsLock",
-    "Plan",
-    "Preflight",
-    "Report",
-    "Rules",
-    "StateDictDiff",
-    "StateDictStats",
-    "TensorInfo",
-    "Written",
-    "assert_param_groups",
-    "build_param_groups",
-    "choose_output",
-    "diff",
-    "diff_locks",
-    "execute",
-    "explain_param_group",
-    "load_into",
-    "load_optimizer_state",
-    "lock_document",
-    "lock_optimizer",
-    "lock_param_groups",
-    "open_checkpoint",
-    "open_optimizer",
-    "optimizer_state_diff",
-    "param_group_phases",
-    "param_group_preset",
-    "param_group_preset_names",
-    "parse_lock",
-    "parse_rules",
-    "plan_extract_lora",
-    "plan_lora",
-    "plan_merge",
-    "plan_param_groups",
-    "plan_remap",
-    "preflight",
-    "preset_names",
-    "preset_rules",
-    "rebind",
-    "run_checks",
-    "stats",
-    "suggest_rules",
-    "validate_param_groups",
-    "write_optimizer_state",
-]
-
-_ROOMS = {
-    "plans.lora": ("plan_extract_lora", "plan_lora"),
-    "align": ("Alignment", "suggest_rules"),
-    "checks": ("run_checks",),
-    "comparison": ("StateDictDiff", "diff"),
-    "plans.output": ("Output", "choose_output"),
-    "errors": ("CkptkitError",),
-    "plans.execute": ("Written", "execute"),
-    "core.findings": ("Finding", "Report"),
-    "formats": ("open_checkpoint", "open_optimizer"),
-    "loading": ("LoadReport", "load_into"),
-    "statistics": ("StateDictStats", "stats"),
-    "plans.merge": ("plan_merge",),
-    "optimizer_state": (
-        "OptimizerLoadReport",
-        "OptimizerState",
-        "load_optimizer_state",
-        "optimizer_state_diff",
-        "write_optimizer_state",
-    ),
-    "param_groups": (
-        "Explanation",
-        "ParamGroupsLock",
-        "diff_locks",
-        "explain_param_group",
-        "lock_document",
-        "lock_optimizer",
-        "lock_param_groups",
-        "parse_lock",
-        "ParamGroupSpec",
-        "assert_param_groups",
-        "build_param_groups",
-        "param_group_phases",
-        "param_group_preset",
-        "param_group_preset_names",
-        "plan_param_groups",
-        "rebind",
-        "validate_param_groups",
-    ),
-    "plans.plan": ("Plan",),
-    "readiness": ("Preflight", "preflight"),
-    "rules.presets": ("preset_names", "preset_rules"),
-    "plans.remap": ("plan_remap",),
-    "rules": ("Rules", "parse_rules"),
-    "core.checkpoint": ("Checkpoint", "TensorInfo"),
+# The public names and the modules that define them. The stub beside this file is generated from this table.
+_HOMES = {
+    "Alignment": "align",
+    "Checkpoint": "core.checkpoint",
+    "CkptkitError": "errors",
+    "Explanation": "param_groups.explain",
+    "Finding": "core.findings",
+    "LoadReport": "loading",
+    "OptimizerLoadReport": "optimizer_state.load",
+    "OptimizerState": "optimizer_state.model",
+    "Output": "plans.output",
+    "ParamGroupSpec": "param_groups.spec",
+    "ParamGroupsLock": "param_groups.lock",
+    "Plan": "plans.plan",
+    "Preflight": "readiness",
+    "Report": "core.findings",
+    "Rules": "rules.model",
+    "StateDictDiff": "comparison",
+    "StateDictStats": "statistics",
+    "TensorInfo": "core.checkpoint",
+    "Written": "plans.execute",
+    "assert_param_groups": "param_groups.validate",
+    "build_param_groups": "param_groups.build",
+    "choose_output": "plans.output",
+    "diff": "comparison",
+    "diff_locks": "param_groups.compare",
+    "execute": "plans.execute",
+    "explain_param_group": "param_groups.explain",
+    "load_into": "loading",
+    "load_optimizer_state": "optimizer_state.load",
+    "lock_document": "param_groups.lock",
+    "lock_optimizer": "param_groups.lock",
+    "lock_param_groups": "param_groups.lock",
+    "open_checkpoint": "formats",
+    "open_optimizer": "formats",
+    "optimizer_state_diff": "optimizer_state.compare",
+    "param_group_phases": "param_groups.presets",
+    "param_group_preset": "param_groups.presets",
+    "param_group_preset_names": "param_groups.presets",
+    "parse_lock": "param_groups.lock",
+    "parse_rules": "rules.parse",
+    "plan_extract_lora": "plans.lora",
+    "plan_lora": "plans.lora",
+    "plan_merge": "plans.merge",
+    "plan_param_groups": "param_groups.plan",
+    "plan_remap": "plans.remap",
+    "preflight": "readiness",
+    "preset_names": "rules.presets",
+    "preset_rules": "rules.presets",
+    "rebind": "param_groups.rebind",
+    "run_checks": "checks",
+    "stats": "statistics",
+    "suggest_rules": "align",
+    "validate_param_groups": "param_groups.validate",
+    "write_optimizer_state": "optimizer_state.write",
 }
-_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> object:
-    """Fetch a public name from its room."""
-    if name not in _HOME:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
         raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
-    value = getattr(import_module(f"ckptkit.{_HOME[name]}"), name)
-    globals()[name] = value
+    value = globals()[name] = getattr(import_module(f"ckptkit.{_HOMES[name]}"), name)
     return value
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
-from ckptkit.param_groups import validate_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 
 Maker = Callable[[Any], Optimizer]
 

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptkit.param_groups import ParamGroupSpec, build_param_groups, plan_param_groups
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.plan import plan_param_groups
+from ckptkit.param_groups.spec import ParamGroupSpec
 
 __all__ = ["Mixed", "NextLike", "VitLike", "bert_like", "built", "numbers", "perceptron", "rates"]
 

@@ -17,7 +17,9 @@ from safetensors.torch import load_file, save_file
 from ckptkit import Alignment, execute, load_into, plan_remap, preset_rules, suggest_rules
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import PlanError
-from ckptkit.rules import Made, Rules, apply_rules, parse_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Made, Rules
+from ckptkit.rules.parse import parse_rules
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
 from tests.naming import bert, gpt2, llama, resnet, vit, whisper

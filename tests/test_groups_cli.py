@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from ckptkit.core.config_files import parse_table
-from ckptkit.param_groups import build_param_groups, param_group_preset, param_group_preset_names, parse_spec
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.presets import param_group_preset, param_group_preset_names
 from fixtures.lenet import build
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_presets import numbers

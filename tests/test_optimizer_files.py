@@ -16,7 +16,11 @@ from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from ckptkit import choose_output
 from ckptkit.errors import CkptkitError, OutputError, PathError
 from ckptkit.formats import open_checkpoint, open_optimizer
-from ckptkit.optimizer_state import OptimizerState, remap, to_dict, to_named, write_optimizer_state
+from ckptkit.optimizer_state.forms import to_dict
+from ckptkit.optimizer_state.model import OptimizerState
+from ckptkit.optimizer_state.naming import to_named
+from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.write import write_optimizer_state
 from tests.helpers_cli import run_ckpt
 from tests.helpers_dcp import save as save_distributed
 from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained

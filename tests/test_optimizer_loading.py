@@ -13,8 +13,9 @@ from torch.optim import lr_scheduler
 
 from ckptkit import OptimizerLoadReport, load_optimizer_state, open_checkpoint, validate_param_groups
 from ckptkit.errors import FormatError, GroupsError, PlanError
-from ckptkit.optimizer_state import remap, to_named
-from ckptkit.rules import parse_rules
+from ckptkit.optimizer_state.naming import to_named
+from ckptkit.optimizer_state.remap import remap
+from ckptkit.rules.parse import parse_rules
 from tests.helpers_optimizers import OPTIMIZERS as ALL
 from tests.helpers_optimizers import net_for, step
 

@@ -13,8 +13,10 @@ from torch import nn
 
 from ckptkit import load_optimizer_state
 from ckptkit.errors import CkptkitError, FormatError, GroupsError, PlanError
-from ckptkit.optimizer_state import NamedGroup, resplit, to_named
-from ckptkit.param_groups import plan_param_groups
+from ckptkit.optimizer_state.groups import resplit
+from ckptkit.optimizer_state.model import NamedGroup
+from ckptkit.optimizer_state.naming import to_named
+from ckptkit.param_groups.plan import plan_param_groups
 
 
 class Odd(torch.optim.Optimizer):

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from ckptkit import open_checkpoint
 from ckptkit.errors import CkptkitError, FormatError, PlanError
 from ckptkit.formats import open_optimizer
-from ckptkit.optimizer_state import OptimizerState, read_state, to_dict, to_named
+from ckptkit.optimizer_state.forms import read_state, to_dict
+from ckptkit.optimizer_state.model import OptimizerState
+from ckptkit.optimizer_state.naming import to_named
 from tests.helpers_dcp import save as save_distributed
 from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
 

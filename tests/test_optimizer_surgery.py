@@ -14,19 +14,15 @@ from torch import nn
 
 from ckptkit import plan_param_groups
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.optimizer_state import (
-    NamedGroup,
-    OptimizerState,
-    optimizer_state_diff,
-    order_like,
-    prune,
-    remap,
-    resplit,
-    to_dict,
-    to_named,
-)
+from ckptkit.optimizer_state.compare import optimizer_state_diff
+from ckptkit.optimizer_state.forms import to_dict
+from ckptkit.optimizer_state.groups import order_like, resplit
+from ckptkit.optimizer_state.model import NamedGroup, OptimizerState
+from ckptkit.optimizer_state.naming import to_named
+from ckptkit.optimizer_state.prune import prune
+from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.lock import lock_param_groups
-from ckptkit.rules import parse_rules
+from ckptkit.rules.parse import parse_rules
 from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
 
 ELEMENTWISE = ["SGD", "AdamW"]

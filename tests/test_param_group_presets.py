@@ -17,16 +17,16 @@ from torch import nn
 
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import (
-    build_param_groups,
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.emit import patterns_of
+from ckptkit.param_groups.plan import plan_param_groups
+from ckptkit.param_groups.presets import (
     param_group_phases,
     param_group_preset,
     param_group_preset_names,
-    plan_param_groups,
-    validate_param_groups,
+    preset_summary,
 )
-from ckptkit.param_groups.emit import patterns_of
-from ckptkit.param_groups.presets import preset_summary
+from ckptkit.param_groups.validate import validate_param_groups
 from tests.helpers_presets import Mixed, NextLike, VitLike, bert_like, built, numbers, perceptron, rates
 
 Numbers = dict[tuple[float, float], str]

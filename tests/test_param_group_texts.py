@@ -14,15 +14,13 @@ from torch import nn
 
 from ckptkit.core.config_files import parse_table
 from ckptkit.errors import GroupsError, RuleError
-from ckptkit.param_groups import (
-    ParamGroupSpec,
-    build_param_groups,
-    param_group_preset,
-    parse_spec,
-    plan_param_groups,
-    validate_param_groups,
-)
+from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.emit import dump_spec, write_python
+from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.plan import plan_param_groups
+from ckptkit.param_groups.presets import param_group_preset
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.validate import validate_param_groups
 from tests.helpers_presets import Mixed, NextLike, VitLike
 
 YAML = """

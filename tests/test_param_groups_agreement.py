@@ -11,7 +11,8 @@ from torch import nn
 
 from ckptkit.core.findings import Finding
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import build_param_groups, validate_param_groups
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 
 SPEC: dict[str, Any] = {
     "defaults": {"lr": 0.1, "weight_decay": 0.05},

@@ -15,15 +15,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import (
-    GroupRule,
-    ParamGroupSpec,
-    build_param_groups,
-    check_spec,
-    parse_spec,
-    plan_param_groups,
-    validate_param_groups,
-)
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.plan import check_spec, plan_param_groups
+from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec
+from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.render.groups import groups_document, groups_page, groups_rows
 from ckptkit.render.page import as_text
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import assert_param_groups, build_param_groups, validate_param_groups
+from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.compare import diff_locks
 from ckptkit.param_groups.explain import explain_param_group
 from ckptkit.param_groups.lock import (
@@ -25,6 +25,7 @@ from ckptkit.param_groups.lock import (
     parse_lock,
 )
 from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.validate import assert_param_groups, validate_param_groups
 from tests.helpers_cli import ROOT, run_ckpt
 
 

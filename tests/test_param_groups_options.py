@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit.param_groups import validate_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 from tests.helpers_optimizers import Net, codes, message, step
 
 # A value on both sides of each border that a class of torch.optim guards in its constructor.

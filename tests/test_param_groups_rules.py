@@ -9,8 +9,11 @@ import torch
 from torch import nn
 
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import build_param_groups, check_spec, parse_spec, plan_param_groups, validate_param_groups
+from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.explain import explain_param_group
+from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.plan import check_spec, plan_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 
 
 class RMSNorm(nn.Module):

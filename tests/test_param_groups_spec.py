@@ -15,8 +15,9 @@ import torch
 
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import GroupRule, ParamGroupSpec, parse_spec
 from ckptkit.param_groups.ownership import resolve
+from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec
 
 TOML = """
 [defaults]

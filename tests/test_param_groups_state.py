@@ -210,7 +210,7 @@ def test_values_that_no_step_can_use(slot: str, value: float, says: str) -> None
 
 
 def report(model: nn.Module, optimizer: Any) -> Any:
-    from ckptkit.param_groups import validate_param_groups
+    from ckptkit.param_groups.validate import validate_param_groups
 
     return validate_param_groups(model, optimizer)
 

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 from ckptkit.core.findings import Finding
-from ckptkit.param_groups import validate_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 
 
 def net() -> nn.Sequential:

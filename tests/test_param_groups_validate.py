@@ -17,7 +17,8 @@ from torch.nn.utils import prune
 
 from ckptkit.core.findings import Finding
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import build_param_groups, validate_param_groups
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 
 SPEC = {
     "defaults": {"lr": 0.001},

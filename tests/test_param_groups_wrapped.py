@@ -18,7 +18,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.utils import parametrizations, prune
 
 from ckptkit.core.findings import Finding
-from ckptkit.param_groups import build_param_groups, validate_param_groups
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),

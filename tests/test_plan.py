@@ -16,7 +16,7 @@ from ckptkit import Plan, TensorInfo, execute, open_checkpoint, plan_merge, plan
 from ckptkit.core.checkpoint import View
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plans.plan import Source, Step, ties_broken
-from ckptkit.rules import parse_rules
+from ckptkit.rules.parse import parse_rules
 from tests.helpers_outputs import described
 
 BASE = described(fc1__weight=(5, 4), fc1__bias=(5,), fc3__weight=(2, 5), fc3__bias=(2,))

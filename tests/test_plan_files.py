@@ -19,7 +19,7 @@ from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.plans.execute import verify
 from ckptkit.plans.saved import SavedPlan, apply_plan, header_digest, invert_plan, plan_from_json, plan_to_json
-from ckptkit.rules import parse_rules
+from ckptkit.rules.parse import parse_rules
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]

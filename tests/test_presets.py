@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from ckptkit import execute, plan_remap, preset_names, preset_rules
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import RuleError
-from ckptkit.rules import parse_rules
+from ckptkit.rules.parse import parse_rules
 from ckptkit.rules.presets import preset_text
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of

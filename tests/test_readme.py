@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ckptkit.rules import parse_rules
+from ckptkit.rules.parse import parse_rules
 from tests.helpers_cli import ROOT, run_ckpt
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

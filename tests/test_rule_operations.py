@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit import diff, execute, load_into, plan_merge, plan_remap
 from ckptkit.errors import RuleError
-from ckptkit.rules import Rules, Settings, apply_rules, parse_rules, rule_lines
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import parse_rules, rule_lines
+from ckptkit.rules.variables import Settings
 from tests.helpers_cli import run_ckpt
 
 HEADS, KV, WIDTH = 4, 2, 3

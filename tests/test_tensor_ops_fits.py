@@ -7,7 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops import MISMATCH_NAMES, Shape, fitting, parse_operation, suggestions
+from ckptkit.tensor_ops.operation import Shape
+from ckptkit.tensor_ops.registry import parse_operation
+from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, fitting, suggestions
 
 POS = "vit.pos_embed"
 

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops import Shape, parse_operation
 from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, FoldLora, account_for_adapter
+from ckptkit.tensor_ops.operation import Shape
+from ckptkit.tensor_ops.registry import parse_operation
 from tests.helpers_tensor_ops import dtype_of, same
 
 RANK = 4

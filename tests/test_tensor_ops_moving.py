@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops import (
+from ckptkit.tensor_ops.operation import Shape
+from ckptkit.tensor_ops.registry import (
     NAMES,
-    Shape,
     apply_chain,
     chain_dtypes,
     chain_shapes,

@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.nn.utils import fusion, parametrizations, prune, weight_norm
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops import NAMES, Shape, parse_operation
+from ckptkit.tensor_ops.operation import Shape
+from ckptkit.tensor_ops.registry import NAMES, parse_operation
 from tests.helpers_tensor_ops import MOVABLE, as_integers, dtype_of, random_bits, same
 
 FLOATS = ("F16", "BF16", "F32", "F64")

@@ -20,8 +20,10 @@ from torch.optim.swa_utils import AveragedModel
 
 from ckptkit import diff, execute, load_into, open_checkpoint, plan_remap
 from ckptkit.errors import RuleError
-from ckptkit.rules import apply_rules, parse_rules
-from ckptkit.wrappers import PREFIXES, SEGMENTS, WRAPPERS, explain
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.parse import parse_rules
+from ckptkit.wrappers.explain import explain
+from ckptkit.wrappers.table import PREFIXES, SEGMENTS, WRAPPERS
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]

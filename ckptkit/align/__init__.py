@@ -15,7 +15,9 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import plural
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
-from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import as_rules
 
 __all__ = ["Alignment", "Ambiguity", "Suggestion", "suggest_rules"]
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from ckptkit.align.modules import Index, Member, Module
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.tensor_ops import Operation, Shape, fitting
+from ckptkit.tensor_ops.operation import Operation, Shape
+from ckptkit.tensor_ops.suggestions import fitting
 
 __all__ = ["Contents", "Fit", "Link", "Progress", "best_shift", "digests_of", "fit", "shift_between"]
 

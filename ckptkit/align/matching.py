@@ -10,7 +10,7 @@ from ckptkit.align.evidence import Contents, Fit, Link, best_shift, fit
 from ckptkit.align.modules import Index, Module, likeness, modules_of, words_of
 from ckptkit.align.pairing import Doubt, Pair, Scope
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.tensor_ops import parse_operation
+from ckptkit.tensor_ops.registry import parse_operation
 
 __all__ = ["BYTES", "Matching", "match"]
 

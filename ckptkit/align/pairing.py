@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 
 from ckptkit.align.evidence import Fit, Link, fit, shift_between
 from ckptkit.align.modules import FUSED, Module, likeness
-from ckptkit.tensor_ops import Operation, parse_operation
+from ckptkit.tensor_ops.operation import Operation
+from ckptkit.tensor_ops.registry import parse_operation
 
 __all__ = ["Doubt", "Pair", "Scope"]
 

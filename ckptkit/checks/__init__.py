@@ -19,7 +19,9 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Remark, Report
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
-from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import as_rules
 
 if TYPE_CHECKING:
     from ckptkit.comparison import StateDictDiff

@@ -27,7 +27,7 @@ from ckptkit.errors import CkptkitError, RuleError
 from ckptkit.render.findings import Checked, findings_by_path, findings_document, in_one
 from ckptkit.render.page import code
 from ckptkit.render.show import describe, totals
-from ckptkit.rules import Rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["check"]
 

@@ -18,7 +18,7 @@ from ckptkit.cli.options import (
 from ckptkit.cli.rules import rule_options
 from ckptkit.comparison import diff as compare
 from ckptkit.render.diff import diff_document, diff_page
-from ckptkit.rules import Rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
 

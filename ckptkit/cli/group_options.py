@@ -17,9 +17,10 @@ from ckptkit.core.config_files import form_of, parse_table
 from ckptkit.errors import ModelError, RuleError
 from ckptkit.formats import LIVE_PREFIX
 from ckptkit.formats.live import build_model, build_shapes
-from ckptkit.param_groups import ParamGroupSpec, param_group_preset, param_group_preset_names, parse_spec
-from ckptkit.param_groups.presets import preset_summary
-from ckptkit.rules import parse_setting
+from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.presets import param_group_preset, param_group_preset_names, preset_summary
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.rules.variables import parse_setting
 
 __all__ = ["Source", "live_model", "model_option", "model_or_checkpoint", "source_options"]
 

@@ -14,13 +14,7 @@ from ckptkit.cli.outputs import write_json
 from ckptkit.core.findings import Report
 from ckptkit.core.text import plural, printable
 from ckptkit.errors import GroupsError, RuleError, one_line
-from ckptkit.param_groups import (
-    ParamGroupSpec,
-    build_param_groups,
-    check_spec,
-    plan_param_groups,
-    validate_param_groups,
-)
+from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.compare import diff_locks
 from ckptkit.param_groups.emit import dump_spec, spec_table, write_python
 from ckptkit.param_groups.explain import explain_param_group
@@ -33,8 +27,11 @@ from ckptkit.param_groups.lock import (
     parse_lock,
     plain_option,
 )
+from ckptkit.param_groups.plan import check_spec, plan_param_groups
 from ckptkit.param_groups.presets import preset_summary
 from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.render.findings import findings_document, findings_page
 from ckptkit.render.groups import explain_document, explain_page, groups_document, groups_page, lock_page
 from ckptkit.render.page import Listing

@@ -17,7 +17,7 @@ from ckptkit.errors import PlanError
 from ckptkit.formats.atomic import prepare_target
 from ckptkit.plans.merge import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
 from ckptkit.plans.plan import Plan
-from ckptkit.rules import Rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["merge"]
 

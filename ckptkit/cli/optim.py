@@ -31,31 +31,22 @@ from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import plural, printable
 from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
-from ckptkit.optimizer_state import (
-    FORMS,
-    FoundState,
-    OptimizerState,
-    optimizer_state_diff,
-    order_like,
-    parameter_shape,
-    positions,
-    prune,
-    read_state,
-    remap,
-    resplit,
-    state_findings,
-    structure_findings,
-    to_named,
-    write_optimizer_state,
-)
-from ckptkit.param_groups import plan_param_groups
+from ckptkit.optimizer_state.compare import optimizer_state_diff, state_findings
+from ckptkit.optimizer_state.forms import FoundState, read_state
+from ckptkit.optimizer_state.groups import order_like, resplit
+from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
+from ckptkit.optimizer_state.naming import positions, structure_findings, to_named
+from ckptkit.optimizer_state.prune import prune
+from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.write import write_optimizer_state
 from ckptkit.param_groups.lock import is_lock, parse_lock
+from ckptkit.param_groups.plan import plan_param_groups
 from ckptkit.plans.execute import Written
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.render.findings import findings_document, findings_page
 from ckptkit.render.optim import changes_page, state_document, state_page, written_line
 from ckptkit.render.page import Code, as_text, code
-from ckptkit.rules import Rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["optim"]
 

@@ -16,7 +16,7 @@ from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.formats import LIVE_PREFIX, open_optimizer
 from ckptkit.render.preflight import preflight_document, preflight_page
-from ckptkit.rules import Rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["preflight"]
 

@@ -13,7 +13,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.formats import open_checkpoint
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.remap import plan_remap
-from ckptkit.rules import Rules
+from ckptkit.rules.model import Rules
 
 __all__ = ["remap"]
 

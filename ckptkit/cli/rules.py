@@ -10,8 +10,10 @@ from typing import Any, TypeVar
 import click
 
 from ckptkit.cli.options import about, file_beside, filter_options, put, read_text, read_toml
-from ckptkit.rules import Rules, Settings, parse_rules, parse_setting, rule_lines
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import parse_rules, rule_lines
 from ckptkit.rules.presets import PRESET_PREFIX, preset_names, preset_text
+from ckptkit.rules.variables import Settings, parse_setting
 
 __all__ = ["rule_options"]
 

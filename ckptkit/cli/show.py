@@ -16,7 +16,8 @@ from ckptkit.cli.options import (
     quiet_option,
 )
 from ckptkit.render.show import show_document, show_page, show_tree
-from ckptkit.rules import apply_rules, parse_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.parse import parse_rules
 
 __all__ = ["show"]
 

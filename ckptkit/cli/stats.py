@@ -17,7 +17,7 @@ from ckptkit.cli.options import (
     quiet_option,
 )
 from ckptkit.render.stats import SORTS, View, stats_document, stats_page
-from ckptkit.rules import parse_rules
+from ckptkit.rules.parse import parse_rules
 from ckptkit.statistics import stats as stats_of
 
 __all__ = ["stats"]

@@ -12,8 +12,10 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.text import html_table, printable, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
-from ckptkit.rules import KeyMap, Rules, apply_rules, as_rules
-from ckptkit.wrappers import PREFIXES, SEGMENTS
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import KeyMap, Rules
+from ckptkit.rules.parse import as_rules
+from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
 __all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff", "prefix_counts"]
 

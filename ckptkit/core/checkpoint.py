@@ -6,12 +6,10 @@ import math
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, Self
+from typing import Any, NamedTuple, Protocol, Self
 
 from ckptkit.core.text import quoted
-
-if TYPE_CHECKING:
-    import torch
+from ckptkit.core.torch_types import Tensor
 
 __all__ = [
     "DTYPES",
@@ -307,7 +305,7 @@ class Checkpoint(Mapping[str, TensorInfo]):
         """Return the contiguous little-endian bytes of one tensor."""
         return b"".join(bytes(chunk) for chunk in self.payload(key).chunks())
 
-    def read(self, key: str) -> torch.Tensor:
+    def read(self, key: str) -> Tensor:
         """Return one tensor, in memory of its own, on the CPU.
 
         Raises ``KeyError`` for an unknown key and ``FormatError`` where the bytes are not what the header says.

@@ -1,15 +1,16 @@
-"""What a check found, and the report that holds it."""
+"""Findings, the codes that name their kinds, and the report that holds them."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
 from ckptkit.core.text import html_table, plural, printable
 from ckptkit.errors import CkptkitError, one_line
 
-__all__ = ["Finding", "Remark", "Report", "Severity"]
+__all__ = ["Code", "Finding", "Remark", "Report", "Severity", "codes_in"]
 
 Severity = Literal["error", "warning", "note"]
 
@@ -23,6 +24,26 @@ class Finding:
     key: str
     message: str
     hint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Code:
+    """One kind of finding: its stable name, the severities that it can have (the usual one first), one sentence."""
+
+    name: str
+    severities: tuple[Severity, ...]
+    meaning: str
+
+    def finding(self, key: str, message: str, hint: str = "", *, severity: Severity | None = None) -> Finding:
+        """Return a finding of this kind about ``key``, at the usual severity where none is given."""
+        if severity is not None and severity not in self.severities:
+            raise ValueError(f"{self.name} is declared as {' or '.join(self.severities)}, not as {severity}")
+        return Finding(self.name, severity or self.severities[0], key, message, hint)
+
+
+def codes_in(namespace: Mapping[str, object]) -> tuple[Code, ...]:
+    """Return the codes that a module defines, in its order; a module passes its ``globals()``."""
+    return tuple(value for value in namespace.values() if isinstance(value, Code))
 
 
 class Remark(str):

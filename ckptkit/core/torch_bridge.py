@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.checkpoint import (
     DTYPES,
@@ -19,10 +19,8 @@ from ckptkit.core.checkpoint import (
     versions_from,
 )
 from ckptkit.core.text import printable, quoted
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "ABSENT",
@@ -48,7 +46,7 @@ _BLOCK = 4 << 20
 StateDictLike = Any  # a Checkpoint, a Module, a Mapping of tensors, or a Mapping of TensorInfo
 
 
-def _blocks(view: torch.Tensor) -> Iterator[torch.Tensor]:
+def _blocks(view: Tensor) -> Iterator[Tensor]:
     """Yield a tensor in pieces along its leading dimensions, each of bounded size."""
     if view.dim() == 0 or view.numel() * view.element_size() <= _BLOCK:
         yield view
@@ -63,7 +61,7 @@ def _blocks(view: torch.Tensor) -> Iterator[torch.Tensor]:
             yield view[first : first + rows]
 
 
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
+def _bytes_of(tensor: Tensor) -> memoryview:
     import torch
 
     buffer = bytearray(tensor.numel() * tensor.element_size())
@@ -72,7 +70,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(buffer)
 
 
-def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
+def flat_bytes(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor in order, as a flat tensor of bytes."""
     import torch
 
@@ -80,7 +78,7 @@ def flat_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def same_values(there: torch.Tensor, value: torch.Tensor) -> bool:
+def same_values(there: Tensor, value: Tensor) -> bool:
     """Return whether a tensor on the CPU has the bytes that ``value`` has in its dtype; NaN may have any of its bits.
 
     Not numbers are compared: NaN is not equal to itself, and -0.0 is to 0.0.
@@ -98,7 +96,7 @@ def same_values(there: torch.Tensor, value: torch.Tensor) -> bool:
     return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
 
 
-def tensor_of_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
+def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:
     """Return bytes as a flat tensor of them: in their own memory where that can be written to, else in a copy."""
     import torch
 
@@ -110,7 +108,7 @@ def tensor_of_bytes(data: bytes | bytearray | memoryview) -> torch.Tensor:
 class Live:
     """A payload that is a tensor in memory; ``nbytes`` is what its elements take."""
 
-    tensor: torch.Tensor
+    tensor: Tensor
     nbytes: int
 
     def chunks(self) -> Iterator[memoryview]:
@@ -193,7 +191,7 @@ def _is_module(thing: Any) -> bool:
     return isinstance(thing, torch.nn.Module)
 
 
-def _absent(model: torch.nn.Module) -> Iterator[Entry]:
+def _absent(model: Module) -> Iterator[Entry]:
     for path, module in model.named_modules(remove_duplicate=False):
         for name, child in module._modules.items():  # noqa: SLF001 - children() leaves out what is None
             if child is None:
@@ -212,7 +210,7 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
     import torch
 
     infos: dict[str, TensorInfo] = {}
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     entries: list[Entry] = []
     for key, value in state.items():
         if not isinstance(key, str):
@@ -260,7 +258,7 @@ def _shown(value: object) -> str | int | float | None:
     return value if isinstance(value, str | int | float) else None
 
 
-def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:
+def _describe(key: str, tensor: Tensor) -> TensorInfo:
     import torch
     from torch.nn.parameter import is_lazy
 
@@ -291,6 +289,6 @@ def _describe(key: str, tensor: torch.Tensor) -> TensorInfo:
     return TensorInfo(key, code, shape, View(_storage_id(tensor), int(offset), tuple(map(int, stride))))
 
 
-def _storage_id(tensor: torch.Tensor) -> int:
+def _storage_id(tensor: Tensor) -> int:
     # Not data_ptr: every tensor on the meta device has none, and ties between them still count.
     return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch's own test of identity

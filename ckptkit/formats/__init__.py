@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.detect import open_file
-from ckptkit.wrappers import AN_OPTIMIZER
+from ckptkit.wrappers.envelopes import AN_OPTIMIZER
 
 __all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "open_optimizer", "refusing", "split_path"]
 

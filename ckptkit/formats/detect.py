@@ -81,8 +81,6 @@ def open_file(name: str, inner: str) -> Checkpoint:
 def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
-        # MERGED
-
         return open_zip(file, inner)
     if _is_legacy(head):
         from ckptkit.formats.torch.legacy import open_torch_legacy

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import FormatError
-from ckptkit.wrappers import AN_OPTIMIZER
+from ckptkit.wrappers.envelopes import AN_OPTIMIZER
 
 __all__ = [
     "TAR_MEMBERS",

@@ -5,16 +5,15 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ckptkit.core.findings import Report
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import ParamGroupsLock, SpecLike, validate_param_groups
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from torch.optim import Optimizer
+from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.validate import validate_param_groups
 
 __all__ = ["Gate", "OnFault"]
 

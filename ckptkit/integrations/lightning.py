@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from ckptkit.integrations.gate import Gate, OnFault
-from ckptkit.param_groups import ParamGroupsLock, SpecLike
+from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.parse import SpecLike
 
 __all__ = ["ParamGroupsCallback"]
 

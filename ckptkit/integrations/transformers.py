@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.integrations.gate import Gate, OnFault
-from ckptkit.param_groups import ParamGroupsLock, SpecLike
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from torch.optim import Optimizer
+from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.parse import SpecLike
 
 try:
     from transformers import TrainerCallback

@@ -6,7 +6,6 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from ckptkit.comparison import diff
 from ckptkit.core.checkpoint import Checkpoint
@@ -15,16 +14,14 @@ from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import html_table, kind_of, plural, printable, quoted
 from ckptkit.core.ties import shared_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, same_values
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
 from ckptkit.loading.requirements import Bar, refuse_below
 from ckptkit.loading.snapshot import Snapshot, registered
 from ckptkit.plans.merge import TIED, plan_merge
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.produce import Maker
-from ckptkit.rules import Rules
-
-if TYPE_CHECKING:
-    import torch
+from ckptkit.rules.model import Rules
 
 __all__ = ["LoadReport", "load_into"]
 
@@ -66,7 +63,7 @@ class LoadReport(Report):
 
 
 def load_into(
-    model: torch.nn.Module,
+    model: Module,
     checkpoint: StateDictLike,
     rules: Rules | list[str] | None = None,
     *,
@@ -133,7 +130,7 @@ def load_into(
     )
 
 
-def _refuse_meta(model: torch.nn.Module, base: Checkpoint) -> None:
+def _refuse_meta(model: Module, base: Checkpoint) -> None:
     for name, tensor in registered(model).items():
         if tensor.is_meta:
             raise ModelError(
@@ -146,7 +143,7 @@ def _refuse_meta(model: torch.nn.Module, base: Checkpoint) -> None:
             )
 
 
-def _load(model: torch.nn.Module, base: Checkpoint, donor: Checkpoint, taken: Sequence[Step]) -> None:
+def _load(model: Module, base: Checkpoint, donor: Checkpoint, taken: Sequence[Step]) -> None:
     before = model.state_dict(keep_vars=True)
     versions = {} if any(step.out.key != step.sources[0].key for step in taken) else donor.versions
     batches = list(_batches(taken))
@@ -174,8 +171,8 @@ def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
 
 
 def _load_batch(
-    model: torch.nn.Module,
-    before: dict[str, torch.Tensor],
+    model: Module,
+    before: dict[str, Tensor],
     donor: Checkpoint,
     batch: Sequence[Step],
     versions: Mapping[str, int],
@@ -192,14 +189,12 @@ def _load_batch(
     _prove(model.state_dict(keep_vars=True), before, values)
 
 
-def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, torch.Tensor]:
+def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
     maker = Maker({"donor": donor})
     return OrderedDict((step.out.key, maker.tensor(step)) for step in steps)
 
 
-def _prove(
-    after: Mapping[str, torch.Tensor], before: Mapping[str, torch.Tensor], values: Mapping[str, torch.Tensor]
-) -> None:
+def _prove(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for key, value in values.items():
         if _is_extra(key):
             continue
@@ -224,7 +219,7 @@ def _written_through(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:
     return names.union(*(tie for tie in before.ties if tie & names))
 
 
-def _prove_rest(model: torch.nn.Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
+def _prove_rest(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
     """Raise ``ModelError`` where anything but the loaded tensors changed; return the buffers that hooks made anew."""
     for name in before.replaced():
         raise ModelError(f"{quoted(name)} became another object while loading: optimizers still hold the old one")

@@ -6,16 +6,14 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import human_bytes
 from ckptkit.core.ties import overlapping
 from ckptkit.core.torch_bridge import Live, describe_state_dict
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Snapshot", "registered"]
 
@@ -25,15 +23,15 @@ _IN_MEMORY = 256 << 20
 @dataclass(frozen=True, slots=True, eq=False)
 class _Saved:
     name: str
-    tensor: torch.Tensor
-    memory: torch.Tensor  # another view of what the tensor looked into
+    tensor: Tensor
+    memory: Tensor  # another view of what the tensor looked into
     offset: int
     nbytes: int
 
 
-def registered(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def registered(model: Module) -> dict[str, Tensor]:
     """Return every parameter and buffer under each of its names, buffers that no state_dict has among them."""
-    found: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers(remove_duplicate=False))
 
 
@@ -45,7 +43,7 @@ class Snapshot:
     are neither compared nor put back. Raises ``ModelError`` where there is no room for the copy.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: Module) -> None:
         """Copy all of them."""
         self._model = model
         self.tensors = registered(model)

@@ -24,7 +24,7 @@ from ckptkit.optimizer_state.model import (
     held,
     map_tensors,
 )
-from ckptkit.wrappers import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
+from ckptkit.wrappers.envelopes import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
 
 __all__ = ["FoundGroup", "FoundState", "as_named", "lay_out", "read_laid_out", "read_state", "to_dict"]
 

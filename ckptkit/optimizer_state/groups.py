@@ -21,8 +21,8 @@ from ckptkit.optimizer_state.model import (
     same_value,
 )
 from ckptkit.optimizer_state.naming import parameters_of
-from ckptkit.param_groups import ParamGroupsPlan
 from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.plan import ParamGroupsPlan
 from ckptkit.param_groups.spec import is_tensor
 
 __all__ = ["GroupsLike", "Hyper", "equal_values", "order_like", "resplit", "told_value", "with_members"]

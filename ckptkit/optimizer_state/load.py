@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state.compatibility import Fit, fit_state, refuse_other_class, untold_decay
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
@@ -22,10 +23,7 @@ from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import one_optimizer
 from ckptkit.param_groups.parameters import Inventory, take_inventory
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.rules import Rules
-
-if TYPE_CHECKING:
-    import torch
+from ckptkit.rules.model import Rules
 
 __all__ = ["OptimizerLoadReport", "load_optimizer_state"]
 
@@ -60,8 +58,8 @@ class OptimizerLoadReport(Report):
 
 
 def load_optimizer_state(
-    optimizer: torch.optim.Optimizer,
-    model: torch.nn.Module,
+    optimizer: Optimizer,
+    model: Module,
     state: StateLike,
     rules: Rules | list[str] | None = None,
     *,

@@ -5,17 +5,15 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Any, Final, Literal
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import html_table, kind_of, plural, printable
 from ckptkit.core.torch_bridge import Live
 from ckptkit.core.torch_optim import SCHEMAS
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ModelError
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "ELEMENTWISE",
@@ -71,14 +69,14 @@ class LazyTensor:
         """Return the stored bytes from the first to the last element, or None where they say less."""
         return self.source.span(self.info.key)
 
-    def look(self) -> torch.Tensor:
+    def look(self) -> Tensor:
         """Return the tensor to look at, on the CPU: that very one, where it is there; raises as ``Checkpoint.read``."""
         payload = self.payload()
         if isinstance(payload, Live):
             return payload.tensor.detach().resolve_conj().resolve_neg().cpu()
         return self.source.read(self.info.key)
 
-    def read(self) -> torch.Tensor:
+    def read(self) -> Tensor:
         """Return the tensor, in memory of its own, on the CPU; raises as ``Checkpoint.read`` does."""
         tensor = self.look()
         return tensor.contiguous().clone() if isinstance(self.payload(), Live) else tensor

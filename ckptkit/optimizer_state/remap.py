@@ -25,11 +25,13 @@ from ckptkit.optimizer_state.model import (
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import Maker
 from ckptkit.plans.steps import make_step
-from ckptkit.rules import Made, Rules, apply_rules, as_rules, describe_made
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Made, Rules, describe_made
+from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.resizing import Pad
 
 if TYPE_CHECKING:
-    from ckptkit.tensor_ops import Operation
+    from ckptkit.tensor_ops.operation import Operation
     from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["remap"]

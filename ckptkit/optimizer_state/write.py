@@ -38,7 +38,7 @@ from ckptkit.optimizer_state.model import LazyTensor, OptimizerState, Slot, Unkn
 from ckptkit.plans.edit_torch import refuse_unknown
 from ckptkit.plans.execute import Progress, Written, refuse_harm
 from ckptkit.plans.output import Output
-from ckptkit.wrappers import AN_OPTIMIZER
+from ckptkit.wrappers.envelopes import AN_OPTIMIZER
 
 __all__ = ["Builder", "Origin", "replace_state", "write_optimizer_state"]
 

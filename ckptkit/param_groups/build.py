@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.gc_pause import without_collection
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parameters import take_inventory
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plan import lay_over
 from ckptkit.param_groups.properties import subject_of_model
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 __all__ = ["build_param_groups"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import kind_of, plural, printable, quoted
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock, lock_optimizer, lock_plan
@@ -16,9 +17,6 @@ from ckptkit.param_groups.parameters import bare_name
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plan import lay_over
 from ckptkit.param_groups.properties import subject_of
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 __all__ = ["check_agreement", "diff_locks", "driven_options", "find_heirs"]
 

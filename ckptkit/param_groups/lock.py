@@ -8,18 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.parameters import bare_name, take_inventory
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, lay_over
 from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of, subject_of_model
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 __all__ = [
     "LockedGroup",

@@ -6,14 +6,10 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
+from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import GroupsError
-from ckptkit.wrappers import SEGMENTS
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Module, Parameter
+from ckptkit.wrappers.table import SEGMENTS
 
 __all__ = ["Inventory", "LiveParameter", "take_inventory"]
 

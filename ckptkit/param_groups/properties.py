@@ -8,15 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.ties import tied
 from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "HEADS",

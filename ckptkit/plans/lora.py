@@ -14,7 +14,9 @@ from ckptkit.errors import PlanError
 from ckptkit.plans.merge import follow_ties
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import complete_step, dropped_entries, keeps_rest, refuse_made_up, refuse_suspicious
-from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, account_for_adapter
 from ckptkit.tensor_ops.recipes import Recipe
 

@@ -13,9 +13,11 @@ from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.steps import dropped_entries, keeps_rest, left_out, make_step, refuse_made_up, refuse_suspicious
-from ckptkit.rules import Made, Rules, apply_rules, as_rules
-from ckptkit.tensor_ops import MISMATCH_NAMES, fitting, suggestions
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Made, Rules
+from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.recipes import compose
+from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, fitting, suggestions
 
 __all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "follow_ties", "plan_merge"]
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import Cast, Live
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan import Step
 
@@ -29,7 +30,7 @@ class Maker:
     """
 
     roles: Mapping[str, Checkpoint]
-    _made: dict[object, tuple[torch.Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest last
+    _made: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest last
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, made when they are asked for.
@@ -42,7 +43,7 @@ class Maker:
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         return payload if found.dtype == step.out.dtype else Cast(payload, found, step.out)
 
-    def tensor(self, step: Step) -> torch.Tensor:
+    def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with others that this maker made."""
         import torch
 
@@ -70,7 +71,7 @@ class Maker:
             if rest < 0:
                 del self._made[work]
 
-    def _read(self, step: Step, number: int) -> torch.Tensor:
+    def _read(self, step: Step, number: int) -> Tensor:
         source = step.sources[number]
         return self.roles[source.role].read(source.key)
 
@@ -101,7 +102,7 @@ class Maker:
 @dataclass(frozen=True, slots=True)
 class _Cooked:
     nbytes: int
-    make: Callable[[], torch.Tensor] = field(repr=False)
+    make: Callable[[], Tensor] = field(repr=False)
 
     def chunks(self) -> Iterator[memoryview]:
         yield from Live(self.make(), self.nbytes).chunks()

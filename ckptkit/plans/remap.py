@@ -20,7 +20,9 @@ from ckptkit.plans.steps import (
     moved_modules,
     refuse_suspicious,
 )
-from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import as_rules
 
 __all__ = ["plan_remap"]
 

@@ -13,9 +13,9 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import complete_step, dropped_entries, keeps_rest, moved_modules, refuse_suspicious
-from ckptkit.rules import describe_made
-from ckptkit.tensor_ops import invert_chain, parse_operation
+from ckptkit.rules.model import describe_made
 from ckptkit.tensor_ops.recipes import Recipe
+from ckptkit.tensor_ops.registry import invert_chain, parse_operation
 
 __all__ = ["SavedPlan", "apply_plan", "header_digest", "invert_plan", "plan_from_json", "plan_to_json"]
 

@@ -11,7 +11,7 @@ from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
-from ckptkit.rules import Made, describe_made
+from ckptkit.rules.model import Made, describe_made
 
 __all__ = [
     "complete_step",

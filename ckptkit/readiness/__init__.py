@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.comparison import StateDictDiff, compare
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.optimizer_state import read_state
+from ckptkit.optimizer_state.forms import read_state
+from ckptkit.param_groups.parse import SpecLike
 from ckptkit.readiness.dry_step import Loss, run_dry_step
 from ckptkit.readiness.init import UNLOADED, Subject, check_init, check_values, compare_init
 from ckptkit.readiness.model import (
@@ -34,12 +36,9 @@ from ckptkit.readiness.training import (
     plan_training,
     unchanged_flags,
 )
-from ckptkit.rules import Rules, apply_rules, as_rules
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-
-    from ckptkit.param_groups import SpecLike
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import as_rules
 
 __all__ = [
     "Init",

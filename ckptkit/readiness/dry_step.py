@@ -6,17 +6,14 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line, flat_bytes
+from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import CkptkitError
 from ckptkit.readiness.model import Step
-
-if TYPE_CHECKING:
-    import torch
-    from torch.nn import Module, Parameter
 
 __all__ = ["Loss", "Stepped", "run_dry_step"]
 
@@ -146,11 +143,11 @@ def _moves(
         yield Finding("preflight.frozen-moved", "error", wrong[0], message, "the forward pass writes to it")
 
 
-def _values(grad: torch.Tensor) -> torch.Tensor:
+def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
-def _differ(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _differ(one: Tensor, other: Tensor) -> bool:
     import torch
 
     return one.shape != other.shape or not torch.equal(flat_bytes(one), flat_bytes(other))

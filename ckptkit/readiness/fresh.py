@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.statistics import Numbers
-
-if TYPE_CHECKING:
-    import torch
-    from torch.nn import Module
 
 __all__ = ["Look", "looks_of"]
 
@@ -110,7 +107,7 @@ def _default(module: Module | None, leaf: str) -> _Spread | None:
 
     if module is None:
         return None
-    weight: torch.Tensor | None = getattr(module, "weight", None)
+    weight: Tensor | None = getattr(module, "weight", None)
     if isinstance(module, nn.Linear | nn.modules.conv._ConvNd) and leaf in ("weight", "bias"):  # noqa: SLF001 - their common base
         if weight is None or weight.dim() < 2 or not weight.numel():
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import DTYPES, Checkpoint
@@ -15,13 +14,11 @@ from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.ties import tied
 from ckptkit.core.torch_bridge import same_values
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.readiness.fresh import Look, looks_of
 from ckptkit.readiness.model import Init, Kept
 from ckptkit.statistics import StateDictStats, stats
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 __all__ = ["UNLOADED", "Subject", "check_init", "check_values", "compare_init"]
 

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import Slot, schema_of
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.loading.snapshot import registered
 from ckptkit.readiness.model import Memory, StateMemory
 
 if TYPE_CHECKING:
     import torch
-    from torch.nn import Module
 
 __all__ = ["check_dtypes", "estimate_memory"]
 
@@ -84,7 +84,7 @@ def _called(dtype: torch.dtype) -> str:
 _NUMBER = 4  # torch keeps a step in F32, whatever the parameter is
 
 
-def estimate_memory(model: Module, trainable: Iterable[torch.Tensor], optimizers: Iterable[Any]) -> Memory:
+def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iterable[Any]) -> Memory:
     """Return what the model, the gradients of ``trainable`` and the states of ``optimizers`` take.
 
     What shares memory counts once. A state is that after the first step: its slots as torch makes them, in the dtype
@@ -123,7 +123,7 @@ def _state(optimizer: Any) -> StateMemory:
     return StateMemory(name, tuple(slots), total)
 
 
-def _size(slot: Slot, tensor: torch.Tensor) -> int:
+def _size(slot: Slot, tensor: Tensor) -> int:
     shape = slot.shape(tuple(tensor.shape))
     if slot.layout == "scalar":
         return _NUMBER

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state import FoundState, parameter_shape, structure_findings, to_named
-from ckptkit.optimizer_state.model import number_of
+from ckptkit.optimizer_state.forms import FoundState
+from ckptkit.optimizer_state.model import number_of, parameter_shape
+from ckptkit.optimizer_state.naming import structure_findings, to_named
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.readiness.model import Resume, TrainingGroup
 from ckptkit.readiness.training import Training
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 __all__ = ["check_resume"]
 

@@ -6,25 +6,19 @@ import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.coverage import sections
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import (
-    ParamGroupsPlan,
-    SpecLike,
-    build_param_groups,
-    check_spec,
-    plan_param_groups,
-    validate_param_groups,
-)
+from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.plan import ParamGroupsPlan, check_spec, plan_param_groups
+from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
-
-if TYPE_CHECKING:
-    from torch.nn import Module
 
 __all__ = ["Training", "build_optimizers", "module_training", "plan_training", "unchanged_flags"]
 

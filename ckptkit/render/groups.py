@@ -8,11 +8,12 @@ from typing import Any
 
 from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.param_groups import GroupRule, ParamGroupsPlan, PlannedGroup, PlannedParameter
 from ckptkit.param_groups.conditions import condition_table
 from ckptkit.param_groups.explain import Explanation
 from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock, plain_option
 from ckptkit.param_groups.ownership import Said
+from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter
+from ckptkit.param_groups.spec import GroupRule
 from ckptkit.render.page import Code, Line, Page, Table, code
 
 __all__ = [

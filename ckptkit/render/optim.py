@@ -8,7 +8,15 @@ from typing import Any
 
 from ckptkit.core.findings import Report
 from ckptkit.core.text import human_bytes, plural, printable
-from ckptkit.optimizer_state import Change, LazyTensor, OptimizerState, Unknown, number_of, parameter_shape, tensors_in
+from ckptkit.optimizer_state.model import (
+    Change,
+    LazyTensor,
+    OptimizerState,
+    Unknown,
+    number_of,
+    parameter_shape,
+    tensors_in,
+)
 from ckptkit.plans.execute import Written
 from ckptkit.render.findings import findings_document, findings_page
 from ckptkit.render.page import Code, Line, Page, Row, Table, code, spelled

@@ -14,7 +14,7 @@ from ckptkit.core.patterns import Fit, Pattern, literal, matches_any, parse_patt
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
-from ckptkit.wrappers import AUTO, Wrapping, explain, take_off
+from ckptkit.wrappers.explain import AUTO, Wrapping, explain, take_off
 
 __all__ = ["apply_rules", "strip_stages"]
 

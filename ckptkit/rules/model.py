@@ -12,7 +12,7 @@ from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import RuleError
 
 if TYPE_CHECKING:  # commands that only rename, or list, need no operations
-    from ckptkit.tensor_ops import Operation
+    from ckptkit.tensor_ops.operation import Operation
     from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage", "describe_made"]

@@ -13,7 +13,7 @@ from ckptkit.rules.model import Rule, Rules, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
 
 if TYPE_CHECKING:
-    from ckptkit.tensor_ops import Operation
+    from ckptkit.tensor_ops.operation import Operation
 
 __all__ = ["as_rules", "parse_rules", "rule_lines", "rules_from_table"]
 
@@ -143,7 +143,7 @@ def _rule(table: Mapping[str, Any], where: str, variables: Mapping[str, int]) ->
     )
     operations: tuple[Operation, ...] = ()
     if "op" in table:
-        from ckptkit.tensor_ops import parse_operations
+        from ckptkit.tensor_ops.registry import parse_operations
 
         operations = parse_operations(table["op"], variables)
         _check_operations(operations, targets, on_collision, is_regex=any(source.is_regex for source in sources))

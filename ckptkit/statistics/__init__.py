@@ -11,7 +11,9 @@ from ckptkit.core.text import html_table, plural, printable, quoted
 from ckptkit.core.ties import tied
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
-from ckptkit.rules import Rules, apply_rules, as_rules
+from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import as_rules
 from ckptkit.statistics.accumulator import Accumulator, why_not_judged
 from ckptkit.statistics.numbers import Numbers, merged
 from ckptkit.statistics.threads import Bench

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import tensor_of_bytes
+from ckptkit.core.torch_types import Tensor
 from ckptkit.statistics.numbers import Moments, Numbers, exact_sum, joined
 from ckptkit.statistics.threads import Bench
 
@@ -92,7 +93,7 @@ class _Counts:
         self.lock = threading.Lock()
         self.counts = torch.zeros(256, dtype=torch.int64, device="cpu")
 
-    def add(self, codes: torch.Tensor) -> None:
+    def add(self, codes: Tensor) -> None:
         import torch
 
         counts = torch.bincount(codes, minlength=256)
@@ -163,7 +164,7 @@ class _Sums:
         self.low: float | None = None
         self.high: float | None = None
 
-    def add(self, stored: torch.Tensor) -> None:
+    def add(self, stored: Tensor) -> None:
         import torch
 
         count = stored.numel()
@@ -186,7 +187,7 @@ class _Sums:
             if len(self.parts) == _MOST_PARTS:
                 self.parts = [joined(self.parts)]
 
-    def _exponents(self, work: torch.Tensor) -> torch.Tensor:
+    def _exponents(self, work: Tensor) -> Tensor:
         import torch
 
         shifted = self.bench.buffer("bits", self.bits, work.numel())
@@ -198,7 +199,7 @@ class _Sums:
         return torch.bincount(fields, minlength=len(self.exponents))
 
     def _of_finite(
-        self, stored: torch.Tensor, work: torch.Tensor, special: int
+        self, stored: Tensor, work: Tensor, special: int
     ) -> tuple[Moments | None, float | None, float | None]:
         import torch
 
@@ -217,7 +218,7 @@ class _Sums:
             part = self._moments(finite, low, high, finite.numel())
         return part, low, high
 
-    def _extremes(self, stored: torch.Tensor, work: torch.Tensor) -> tuple[float, float]:
+    def _extremes(self, stored: Tensor, work: Tensor) -> tuple[float, float]:
         import torch
 
         if self.code not in _INTEGERS:
@@ -229,7 +230,7 @@ class _Sums:
         low, high = torch.aminmax(stored.view(torch.int64) ^ -(2**63))  # in the order of what has no sign
         return int(low) + 2**63, int(high) + 2**63
 
-    def _moments(self, work: torch.Tensor, low: float, high: float, finite: int) -> Moments:
+    def _moments(self, work: Tensor, low: float, high: float, finite: int) -> Moments:
         """Return the moments of as many as are finite; zeros stand for the others."""
         import torch
 

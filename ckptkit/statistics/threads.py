@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from ckptkit.core.torch_types import Tensor
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,7 +33,7 @@ class Bench:
         self._pool: ThreadPoolExecutor | None = None
         self._local = threading.local()
 
-    def share(self, work: Callable[[torch.Tensor], None], numbers: torch.Tensor) -> None:
+    def share(self, work: Callable[[Tensor], None], numbers: Tensor) -> None:
         """Call ``work`` with all of ``numbers``, in pieces of bounded size, each in one of the threads."""
         if numbers.numel() < _ALONE:
             work(numbers)
@@ -47,11 +49,11 @@ class Bench:
         for _ in self._pool.map(work, pieces):
             pass
 
-    def buffer(self, name: str, dtype: torch.dtype, count: int) -> torch.Tensor:
+    def buffer(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
         """Return room for ``count`` numbers of a piece; what this thread got under that name before is overwritten."""
         import torch
 
-        found: torch.Tensor | None = getattr(self._local, name, None)
+        found: Tensor | None = getattr(self._local, name, None)
         if found is None or found.dtype is not dtype:
             found = torch.empty(_PIECE, dtype=dtype, device="cpu")
             setattr(self._local, name, found)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import (
     Arithmetic,
     Flag,
@@ -21,9 +22,6 @@ from ckptkit.tensor_ops.operation import (
     printable_code,
     torch_dtype,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Add", "Cast", "FoldBatchNorm", "FoldMask", "FoldSpectralNorm", "FoldWeightNorm", "Scale"]
 
@@ -61,7 +59,7 @@ class Cast(Operation):
                 raise self.refusal(f"{code} to {self.dtype} would lose the imaginary part")
         return (self.dtype,)
 
-    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Cast."""
         return (tensors[0].to(torch_dtype(self.dtype)).contiguous(),)
 
@@ -77,7 +75,7 @@ class Scale(Arithmetic):
         """Return the shape as it is."""
         return (self.only(inputs),)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Multiply."""
         return [tensors[0] * self.factor]
 
@@ -93,7 +91,7 @@ class Add(Arithmetic):
         """Return the shape as it is."""
         return (self.only(inputs),)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Add."""
         return [tensors[0] + self.value]
 
@@ -129,7 +127,7 @@ class FoldWeightNorm(Arithmetic):
             )
         return (vectors,)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Give each slice of v the length that g says."""
         import torch
 
@@ -163,7 +161,7 @@ class FoldSpectralNorm(Arithmetic):
             )
         return (weight,)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Divide by the singular value."""
         import torch
 
@@ -186,7 +184,7 @@ class FoldMask(Arithmetic):
             )
         return (inputs[0],)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Multiply."""
         return [tensors[0] * tensors[1]]
 
@@ -226,7 +224,7 @@ class FoldBatchNorm(Arithmetic):
         (weight, _) = Arithmetic.dtypes(self, inputs)
         return weight, inputs[1] if len(inputs) == 6 else weight
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Scale the rows and shift the bias, in torch's own order of operations."""
         import torch
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Int, Ints, Moving, Shape, Text, unflatten
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Concat", "Deinterleave", "FuseQkv", "Interleave", "Split", "SplitQkv", "Stack", "Unstack"]
 
@@ -55,7 +53,7 @@ class Split(Moving):
         dim = self.axis(self.dim, shape)
         return tuple((*shape[:dim], size, *shape[dim + 1 :]) for size in self._sizes(shape, dim))
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Cut."""
         import torch
 
@@ -89,7 +87,7 @@ class Concat(Moving):
                 raise self.refusal(f"{list(first)} and {list(shape)} differ in more than dim {self.dim}")
         return ((*first[:dim], sum(shape[dim] for shape in inputs), *first[dim + 1 :]),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Join."""
         import torch
 
@@ -123,7 +121,7 @@ class Stack(Moving):
         dim = self.axis(self.dim, (*shape, 0))
         return ((*shape[:dim], len(inputs), *shape[dim:]),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Stack."""
         import torch
 
@@ -160,7 +158,7 @@ class Unstack(Moving):
             raise self.refusal(f"dim {self.dim} of {list(shape)} is {shape[dim]}, not {self.parts}")
         return ((*shape[:dim], *shape[dim + 1 :]),) * self.parts
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take apart."""
         return tensors[0].unbind(self.dim)
 
@@ -191,7 +189,7 @@ class Interleave(Moving):
             raise self.refusal(f"dim {self.dim} of {list(shape)} is not made of blocks of {self.block}")
         return ((*shape[:dim], shape[dim] * len(inputs), *shape[dim + 1 :]),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take turns."""
         import torch
 
@@ -234,7 +232,7 @@ class Deinterleave(Moving):
             )
         return ((*shape[:dim], shape[dim] // self.parts, *shape[dim + 1 :]),) * self.parts
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Deal out."""
         (tensor,) = tensors
         dim = self.dim % tensor.dim()
@@ -309,7 +307,7 @@ class SplitQkv(_Qkv):
         size = self.head_size(shape, dim, sum(self.counts()))
         return tuple((*shape[:dim], size * count, *shape[dim + 1 :]) for count in self.counts())
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take apart."""
         import torch
 
@@ -348,7 +346,7 @@ class FuseQkv(_Qkv):
                 )
         return ((*inputs[0][:dim], size * sum(self.counts()), *inputs[0][dim + 1 :]),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Fuse."""
         import torch
 

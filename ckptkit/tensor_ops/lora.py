@@ -6,14 +6,12 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ckptkit.core.text import plural, printable, quoted, shell_word
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Shape, working_dtype
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["AdapterPlan", "ExtractLora", "Fold", "FoldLora", "account_for_adapter"]
 
@@ -70,7 +68,7 @@ class FoldLora(Arithmetic):
             raise self.refusal(f"A of {list(down)} and B of {list(up)} make {list(update)}, and W is {list(weight)}")
         return (weight,)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Multiply, scale, add."""
         if len(tensors) == 2:
             return [tensors[1] * self.factor(self.r or 1) + tensors[0]]
@@ -116,7 +114,7 @@ class ExtractLora(Arithmetic):
             raise self.refusal(f"an update of {list(shape)} has no rank above {min(out, math.prod(ins))}")
         return (self.rank, *ins), (out, self.rank, *(1 for _ in ins[1:]))
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Decompose the difference."""
         import torch
 
@@ -131,7 +129,7 @@ class ExtractLora(Arithmetic):
             up.reshape(*up.shape, *(1 for _ in update.shape[2:])),
         ]
 
-    def residual(self, tensors: Sequence[torch.Tensor], factors: Sequence[torch.Tensor]) -> float:
+    def residual(self, tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> float:
         """Return how much of the difference ``[A, B]`` leave out: the norm of the rest over that of the whole."""
         wide = working_dtype(tensors)
         update = _difference([tensor.to(wide) for tensor in tensors], fan_in_fan_out=self.fan_in_fan_out).flatten(1)
@@ -140,7 +138,7 @@ class ExtractLora(Arithmetic):
         return float((update - up @ down).norm()) / whole if whole else 0.0
 
 
-def _difference(tensors: Sequence[torch.Tensor], *, fan_in_fan_out: bool) -> torch.Tensor:
+def _difference(tensors: Sequence[Tensor], *, fan_in_fan_out: bool) -> Tensor:
     base, tuned = tensors
     return (tuned - base).T if fan_in_fan_out else tuned - base
 

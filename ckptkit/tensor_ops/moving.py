@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Int, Ints, Moving, Shape, Text, elements
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["Permute", "Reshape", "RopePermute", "Slice", "Transpose"]
 
@@ -42,7 +40,7 @@ class Transpose(Moving):
         made[one], made[other] = made[other], made[one]
         return (tuple(made),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Exchange the dims."""
         return [tensors[0].transpose(*self._dims(tuple(tensors[0].shape)))]
 
@@ -70,7 +68,7 @@ class Permute(Moving):
         shape = self.only(inputs)
         return (tuple(shape[dim] for dim in self._dims(shape)),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Reorder the dims."""
         return [tensors[0].permute(self.dims)]
 
@@ -104,7 +102,7 @@ class Reshape(Moving):
             raise self.refusal(f"{list(shape)} has {count:,} elements, and {list(self.shape)} has {rest:,}")
         return (self.shape,)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Give the elements the new shape."""
         return [tensors[0].reshape(self.shape)]
 
@@ -145,7 +143,7 @@ class Slice(Moving):
         dim, _, length = self._range(shape)
         return ((*shape[:dim], length, *shape[dim + 1 :]),)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Take the rows."""
         return [tensors[0].narrow(*self._range(tuple(tensors[0].shape)))]
 
@@ -177,7 +175,7 @@ class RopePermute(Moving):
             raise self.refusal(f"the rows of {list(shape)} are not {self.heads} heads of pairs")
         return (shape,)
 
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Reorder the rows of each head."""
         (tensor,) = tensors
         half = tensor.shape[0] // (2 * self.heads)

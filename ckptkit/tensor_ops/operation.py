@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, g
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.expressions import evaluate
 
@@ -78,7 +79,7 @@ class Operation(ABC):
         """Return the dtypes of the outputs as safetensors codes; raises ``RuleError`` where the inputs' do not fit."""
 
     @abstractmethod
-    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the outputs for inputs that have been checked."""
 
     def inverse(self, inputs: Sequence[Shape]) -> Operation | None:
@@ -90,7 +91,7 @@ class Operation(ABC):
         """Return what does the same to other numbers of the elements, such as moments; None where it computes."""
         return None
 
-    def apply(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the outputs, contiguous, maybe in the inputs' memory; raises ``RuleError`` where they do not fit."""
         self.shapes([tuple(tensor.shape) for tensor in tensors])
         self.dtypes([code_of(tensor) for tensor in tensors])
@@ -132,7 +133,7 @@ class Moving(Operation):
         return self
 
     @abstractmethod
-    def move(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the outputs for inputs whose elements are integers of the dtype's width."""
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
@@ -144,7 +145,7 @@ class Moving(Operation):
             raise self.refusal(f"elements of {printable_code(different[0])} cannot be moved one by one")
         return (different[0],) * self.outputs
 
-    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Move the elements as integers: no kernel is missing for those, and none changes the bits of a NaN."""
         import torch
 
@@ -167,7 +168,7 @@ class Arithmetic(Operation):
         return True
 
     @abstractmethod
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return the outputs for inputs of one wide dtype, which are left as they are."""
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
@@ -179,7 +180,7 @@ class Arithmetic(Operation):
                 )
         return (inputs[0],) * self.outputs
 
-    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Widen, compute, round."""
         wide = working_dtype(tensors)
         made = self.compute([tensor.to(wide) for tensor in tensors])
@@ -192,14 +193,14 @@ def printable_code(code: str) -> str:
     return code if code in DTYPES else quoted(code)
 
 
-def working_dtype(tensors: Sequence[torch.Tensor]) -> torch.dtype:
+def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     """Return the dtype to compute in: float64 where one of the tensors is, else float32."""
     import torch
 
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
-def code_of(tensor: torch.Tensor) -> str:
+def code_of(tensor: Tensor) -> str:
     """Return the safetensors code of a tensor's dtype; torch's name in capitals where there is none."""
     name = str(tensor.dtype).removeprefix("torch.")
     return next((dtype.code for dtype in DTYPES.values() if dtype.torch_name == name), name.upper())
@@ -218,7 +219,7 @@ def elements(shape: Shape) -> int:
     return math.prod(shape)
 
 
-def unflatten(tensor: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
+def unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
     """Return the tensor with one dim, counted from the front, as several."""
     return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
 

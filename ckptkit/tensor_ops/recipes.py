@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from ckptkit.tensor_ops import Operation, Shape, apply_chain, chain_dtypes, chain_shapes
-
-if TYPE_CHECKING:
-    import torch
+from ckptkit.core.torch_types import Tensor
+from ckptkit.tensor_ops.operation import Operation, Shape
+from ckptkit.tensor_ops.registry import apply_chain, chain_dtypes, chain_shapes
 
 __all__ = ["Recipe", "compose", "cook", "recipe_dtype", "recipe_shape"]
 
@@ -67,7 +65,7 @@ def recipe_dtype(recipe: int | Recipe, sources: Sequence[str]) -> str:
     return chain_dtypes(recipe.operations, [recipe_dtype(item, sources) for item in recipe.inputs])[recipe.part]
 
 
-def cook(recipe: Recipe, sources: Sequence[object], read: Callable[[int], torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def cook(recipe: Recipe, sources: Sequence[object], read: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
     """Return every output of the recipe's last operation.
 
     ``read`` gives a source by its number; where two of ``sources`` are equal, what is made of them is made once.
@@ -79,10 +77,10 @@ def cook(recipe: Recipe, sources: Sequence[object], read: Callable[[int], torch.
 
 @dataclass(frozen=True, slots=True)
 class _Kitchen:
-    read: Callable[[int], torch.Tensor]
-    made: dict[object, tuple[torch.Tensor, ...]] = field(default_factory=dict)
+    read: Callable[[int], Tensor]
+    made: dict[object, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def cook(self, recipe: Recipe) -> tuple[torch.Tensor, ...]:
+    def cook(self, recipe: Recipe) -> tuple[Tensor, ...]:
         work = recipe.inputs, recipe.operations
         if work in self.made:
             return self.made[work]

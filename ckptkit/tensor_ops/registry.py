@@ -6,9 +6,9 @@ import difflib
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, FoldSpectralNorm, FoldWeightNorm, Scale
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave, Split, SplitQkv, Stack, Unstack
@@ -16,9 +16,6 @@ from ckptkit.tensor_ops.lora import ExtractLora, FoldLora
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
 from ckptkit.tensor_ops.operation import Operation, Shape, read_parameters
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = [
     "NAMES",
@@ -108,7 +105,7 @@ def _chain_dtypes(operations: tuple[Operation, ...], dtypes: tuple[str, ...]) ->
     return dtypes
 
 
-def apply_chain(operations: Iterable[Operation], tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+def apply_chain(operations: Iterable[Operation], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Return the tensors that a chain makes; raises ``RuleError`` where one operation does not fit."""
     made = tuple(tensors)
     for operation in operations:

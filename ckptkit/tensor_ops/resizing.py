@@ -6,11 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.joining import Concat
 from ckptkit.tensor_ops.moving import Slice
 from ckptkit.tensor_ops.operation import (
@@ -26,9 +27,6 @@ from ckptkit.tensor_ops.operation import (
     printable_code,
     times,
 )
-
-if TYPE_CHECKING:
-    import torch
 
 __all__ = ["ConvInChannels", "Pad", "ResizePosEmbed"]
 
@@ -87,14 +85,14 @@ class Pad(Operation):
         """Return the same with zeros: whatever new rows begin with, no gradient has been there."""
         return replace(self, fill="zeros")
 
-    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Add the rows."""
         (tensor,) = tensors
         dim = self.dim % tensor.dim()
         shape = [*tensor.shape[:dim], self.size - tensor.shape[dim], *tensor.shape[dim + 1 :]]
         return Concat(dim).make([tensor, self._rows(tensor, dim, shape).to(tensor.dtype)])
 
-    def _rows(self, tensor: torch.Tensor, dim: int, shape: Sequence[int]) -> torch.Tensor:
+    def _rows(self, tensor: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
         import torch
 
         if self.fill == "zeros":
@@ -124,7 +122,7 @@ def _holds(code: str, value: float) -> bool:
     return code == f"U{bits}" and value == int(value) and 0 <= value < 2 ** min(bits, 63)
 
 
-def _moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each column in F64, a bounded piece of rows at a time."""
     import torch
 
@@ -186,7 +184,7 @@ class ResizePosEmbed(Arithmetic):
         self._old(shape)
         return ((*shape[:-2], self.prefix + math.prod(self.new), shape[-1]),)
 
-    def make(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Resize the grid, and put the prefix in front of it as it was."""
         (tensor,) = tensors
         dim = tensor.dim() - 2
@@ -196,7 +194,7 @@ class ResizePosEmbed(Arithmetic):
         (made,) = Arithmetic.make(self, [grid])
         return Concat(dim).make([tensor.narrow(dim, 0, self.prefix), made])
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Interpolate a grid without prefix."""
         import torch
 
@@ -251,7 +249,7 @@ class ConvInChannels(Arithmetic):
             raise self.refusal(f"dim 1 of {list(shape)} is not {plural(base, 'channel')}")
         return ((shape[0], shape[1] // base if self.sums else self.channels, *shape[2:]),)
 
-    def compute(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Add up, or repeat and scale."""
         (tensor,) = tensors
         outs, ins, *kernel = tensor.shape

@@ -42,7 +42,7 @@ from ckptkit.formats.torch.tree import (
     select,
     type_name,
 )
-from ckptkit.wrappers import AN_OPTIMIZER, which_is_which
+from ckptkit.wrappers.envelopes import AN_OPTIMIZER, which_is_which
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]
 

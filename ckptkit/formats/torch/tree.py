@@ -13,7 +13,7 @@ from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import Global, MappingValue, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
-from ckptkit.wrappers import AN_OPTIMIZER, choose_envelope, find_optimizers
+from ckptkit.wrappers.envelopes import AN_OPTIMIZER, choose_envelope, find_optimizers
 
 __all__ = [
     "Names",

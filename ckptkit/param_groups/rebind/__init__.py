@@ -6,11 +6,12 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import human_bytes, kind_of, listed, plural, quoted
 from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import Member, one_optimizer, read_groups
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name, take_inventory
@@ -20,10 +21,6 @@ from ckptkit.param_groups.rebind.state import OnShape, Refit, refit
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.options import range_fault
 from ckptkit.param_groups.validate.schedulers import read_schedulers
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from torch.optim import Optimizer
 
 __all__ = ["rebind"]
 

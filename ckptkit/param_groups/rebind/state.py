@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import Schema
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parameters import LiveParameter
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.tensor_ops.resizing import Pad
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["OnShape", "Refit", "refit"]
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.compare import check_agreement, diff_locks
 from ckptkit.param_groups.live import holders, read_groups
@@ -27,10 +28,6 @@ from ckptkit.param_groups.validate.optimizer_rules import check_demands, check_s
 from ckptkit.param_groups.validate.options import check_options
 from ckptkit.param_groups.validate.schedulers import check_schedulers, read_schedulers
 from ckptkit.param_groups.validate.state import check_state, check_state_values
-
-if TYPE_CHECKING:
-    from torch.nn import Module
-    from torch.optim import Optimizer
 
 __all__ = ["assert_param_groups", "validate_param_groups"]
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.live import Group, Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
 from ckptkit.param_groups.validate.model import check_hidden, find_hidden
 from ckptkit.param_groups.validate.stale import REBIND, Scene, Stranger, explain, find_rename, identify, shape_of
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "Standing",

@@ -6,16 +6,13 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.param_groups.live import Group, Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, bare_name, flat_names
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from torch.nn import Module
 
 __all__ = ["Hidden", "check_empty", "check_hidden", "check_memory", "check_meta", "check_tied", "find_hidden"]
 

@@ -6,16 +6,14 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.live import Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, bare_name, flat_names
 from ckptkit.wrappers.table import PARAMETRIZATIONS, WRAPPERS
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = [
     "AGAIN",

@@ -9,7 +9,9 @@ from typing import Any
 
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, RuleError
-from ckptkit.rules import Rules, Settings, parse_rules, rule_lines
+from ckptkit.rules.model import Rules
+from ckptkit.rules.parse import parse_rules, rule_lines
+from ckptkit.rules.variables import Settings
 
 __all__ = ["PRESET_PREFIX", "preset_names", "preset_rules", "preset_text"]
 

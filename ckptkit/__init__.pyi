@@ -1,0 +1,109 @@
+from ckptkit.align import Alignment as Alignment
+from ckptkit.align import suggest_rules as suggest_rules
+from ckptkit.checks import run_checks as run_checks
+from ckptkit.comparison import StateDictDiff as StateDictDiff
+from ckptkit.comparison import diff as diff
+from ckptkit.core.checkpoint import Checkpoint as Checkpoint
+from ckptkit.core.checkpoint import TensorInfo as TensorInfo
+from ckptkit.core.findings import Finding as Finding
+from ckptkit.core.findings import Report as Report
+from ckptkit.errors import CkptkitError as CkptkitError
+from ckptkit.formats import open_checkpoint as open_checkpoint
+from ckptkit.formats import open_optimizer as open_optimizer
+from ckptkit.loading import LoadReport as LoadReport
+from ckptkit.loading import load_into as load_into
+from ckptkit.optimizer_state.compare import optimizer_state_diff as optimizer_state_diff
+from ckptkit.optimizer_state.load import OptimizerLoadReport as OptimizerLoadReport
+from ckptkit.optimizer_state.load import load_optimizer_state as load_optimizer_state
+from ckptkit.optimizer_state.model import OptimizerState as OptimizerState
+from ckptkit.optimizer_state.write import write_optimizer_state as write_optimizer_state
+from ckptkit.param_groups.build import build_param_groups as build_param_groups
+from ckptkit.param_groups.compare import diff_locks as diff_locks
+from ckptkit.param_groups.explain import Explanation as Explanation
+from ckptkit.param_groups.explain import explain_param_group as explain_param_group
+from ckptkit.param_groups.lock import ParamGroupsLock as ParamGroupsLock
+from ckptkit.param_groups.lock import lock_document as lock_document
+from ckptkit.param_groups.lock import lock_optimizer as lock_optimizer
+from ckptkit.param_groups.lock import lock_param_groups as lock_param_groups
+from ckptkit.param_groups.lock import parse_lock as parse_lock
+from ckptkit.param_groups.plan import plan_param_groups as plan_param_groups
+from ckptkit.param_groups.presets import param_group_phases as param_group_phases
+from ckptkit.param_groups.presets import param_group_preset as param_group_preset
+from ckptkit.param_groups.presets import param_group_preset_names as param_group_preset_names
+from ckptkit.param_groups.rebind import rebind as rebind
+from ckptkit.param_groups.spec import ParamGroupSpec as ParamGroupSpec
+from ckptkit.param_groups.validate import assert_param_groups as assert_param_groups
+from ckptkit.param_groups.validate import validate_param_groups as validate_param_groups
+from ckptkit.plans.execute import Written as Written
+from ckptkit.plans.execute import execute as execute
+from ckptkit.plans.lora import plan_extract_lora as plan_extract_lora
+from ckptkit.plans.lora import plan_lora as plan_lora
+from ckptkit.plans.merge import plan_merge as plan_merge
+from ckptkit.plans.output import Output as Output
+from ckptkit.plans.output import choose_output as choose_output
+from ckptkit.plans.plan import Plan as Plan
+from ckptkit.plans.remap import plan_remap as plan_remap
+from ckptkit.readiness import Preflight as Preflight
+from ckptkit.readiness import preflight as preflight
+from ckptkit.rules.model import Rules as Rules
+from ckptkit.rules.parse import parse_rules as parse_rules
+from ckptkit.rules.presets import preset_names as preset_names
+from ckptkit.rules.presets import preset_rules as preset_rules
+from ckptkit.statistics import StateDictStats as StateDictStats
+from ckptkit.statistics import stats as stats
+
+__all__ = [
+    "Alignment",
+    "Checkpoint",
+    "CkptkitError",
+    "Explanation",
+    "Finding",
+    "LoadReport",
+    "OptimizerLoadReport",
+    "OptimizerState",
+    "Output",
+    "ParamGroupSpec",
+    "ParamGroupsLock",
+    "Plan",
+    "Preflight",
+    "Report",
+    "Rules",
+    "StateDictDiff",
+    "StateDictStats",
+    "TensorInfo",
+    "Written",
+    "assert_param_groups",
+    "build_param_groups",
+    "choose_output",
+    "diff",
+    "diff_locks",
+    "execute",
+    "explain_param_group",
+    "load_into",
+    "load_optimizer_state",
+    "lock_document",
+    "lock_optimizer",
+    "lock_param_groups",
+    "open_checkpoint",
+    "open_optimizer",
+    "optimizer_state_diff",
+    "param_group_phases",
+    "param_group_preset",
+    "param_group_preset_names",
+    "parse_lock",
+    "parse_rules",
+    "plan_extract_lora",
+    "plan_lora",
+    "plan_merge",
+    "plan_param_groups",
+    "plan_remap",
+    "preflight",
+    "preset_names",
+    "preset_rules",
+    "rebind",
+    "run_checks",
+    "stats",
+    "suggest_rules",
+    "validate_param_groups",
+    "write_optimizer_state",
+]

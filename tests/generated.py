@@ -1,0 +1,51 @@
+"""Files that are made from the code: ``python -m tests.generated`` writes them, and a test holds them against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import ckptkit
+from ckptkit.core.findings import Code
+
+ROOT = Path(__file__).parent.parent
+
+# The modules that list codes, and what the section of each is called.
+_CODES: dict[str, str] = {}
+
+
+def files() -> dict[Path, str]:
+    """Return the text of each generated file."""
+    return {ROOT / "ckptkit" / "__init__.pyi": _stub(), ROOT / "docs" / "codes.md": "\n".join(_codes_page())}
+
+
+def code_tables() -> dict[str, tuple[Code, ...]]:
+    """Return the codes of each module that lists them."""
+    return {module: import_module(module).CODES for module in _CODES}
+
+
+def _stub() -> str:
+    homes: dict[str, str] = vars(ckptkit)["_HOMES"]
+    imports = [f"from ckptkit.{home} import {name} as {name}" for name, home in homes.items()]
+    names = [f'    "{name}",' for name in ckptkit.__all__]
+    return "\n".join([*sorted(imports), "", "__all__ = [", *names, "]", ""])
+
+
+def _codes_page() -> Iterator[str]:
+    yield "# Codes of findings"
+    yield ""
+    yield "Each finding has a code. Codes are stable: a script can select by them. The severity is the usual one first."
+    for module, title in _CODES.items():
+        yield from ("", f"## {title}", "", "| code | severity | meaning |", "|---|---|---|")
+        yield from (
+            f"| `{code.name}` | {' or '.join(code.severities)} | {code.meaning} |"
+            for code in import_module(module).CODES
+        )
+    yield ""
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
