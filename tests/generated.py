@@ -12,7 +12,10 @@ from ckptkit.core.findings import Code
 ROOT = Path(__file__).parent.parent
 
 # The modules that list codes, and what the section of each is called.
-_CODES: dict[str, str] = {}
+_CODES: dict[str, str] = {
+    "ckptkit.param_groups.codes": "ckpt groups, validate_param_groups and rebind",
+    "ckptkit.optimizer_state.codes": "ckpt optim",
+}
 
 
 def files() -> dict[Path, str]:
