@@ -49,7 +49,7 @@ def test_a_schema_names_the_slots_and_shapes_that_torch_makes(name: str) -> None
     assert schema is not None
     for parameter in model.parameters():
         shape = tuple(parameter.shape)
-        wanted = schema.wanted(optimizer.param_groups[0], shape)
+        wanted = schema.slots_for(optimizer.param_groups[0], shape)
         slots = optimizer.state[parameter]
         assert {slot.name: slot.shape(shape) for slot in wanted} == {
             key: tuple(value.shape) if torch.is_tensor(value) else () for key, value in slots.items()

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["SCHEMAS", "Schema", "Slot", "marked_by", "schema_of"]
+__all__ = ["SCHEMAS", "OptimizerSchema", "SlotSchema", "schema_from_options", "schema_of"]
 
 Layout = Literal["elementwise", "scalar", "row", "column", "other"]
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class SlotSchema:
     """One entry of the state of a parameter, under torch's own name.
 
     ``layout`` is how it lies beside the parameter: ``elementwise`` has its shape, ``scalar`` is one number,
@@ -23,15 +23,15 @@ class Slot:
     name: str
     layout: Layout = "elementwise"
     # The option of the group that asks for it; without one it is there for every parameter.
-    option: str | None = None
+    enabled_by: str | None = None
     # torch starts it afresh where it is not there, instead of failing.
-    restarts: bool = False
+    is_optional: bool = False
     # A step takes its root or divides by it: below zero the parameter becomes NaN.
-    not_negative: bool = False
+    is_non_negative: bool = False
     # A step fails where its dtype is not that of the parameter (lerp_); elsewhere torch promotes.
-    exact_dtype: bool = False
+    needs_parameter_dtype: bool = False
     # The option that each element begins with, where that is not zero.
-    begins: str = ""
+    initial_value_option: str = ""
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...] | None:
         """Return the shape beside a parameter of shape ``parameter``, or None where that does not follow from it."""
@@ -45,7 +45,7 @@ class Slot:
 
 
 @dataclass(frozen=True, slots=True)
-class Schema:
+class OptimizerSchema:
     """All slots that a class of torch.optim can have, and whether each element of a parameter is updated by itself.
 
     ``elementwise`` says that an update of one element depends on no other: only then do a parameter cut in
@@ -53,99 +53,110 @@ class Schema:
     """
 
     name: str
-    slots: tuple[Slot, ...]
-    elementwise: bool = True
+    slots: tuple[SlotSchema, ...]
+    is_elementwise: bool = True
     # An option that no other class of torch.optim has: where only a file is there, it tells the class.
-    mark: str = ""
+    unique_option: str = ""
     # LBFGS keeps one state for all its parameters, under the first.
-    shared: bool = False
+    has_shared_state: bool = False
 
-    def wanted(self, options: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[Slot, ...]:
+    def slots_for(self, options: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[SlotSchema, ...]:
         """Return the slots that a parameter of ``shape`` has in a group with ``options``, once it was stepped."""
         return tuple(slot for slot in self.slots if _asked(slot, options) and _factors(slot, shape))
 
-    def slot(self, name: str) -> Slot | None:
+    def slot(self, name: str) -> SlotSchema | None:
         """Return the slot called ``name``, or None where the class has none of that name."""
         return next((slot for slot in self.slots if slot.name == name), None)
 
 
-def _asked(slot: Slot, options: Mapping[str, Any]) -> bool:
-    return slot.option is None or bool(options.get(slot.option))
+def _asked(slot: SlotSchema, options: Mapping[str, Any]) -> bool:
+    return slot.enabled_by is None or bool(options.get(slot.enabled_by))
 
 
-def _factors(slot: Slot, shape: tuple[int, ...]) -> bool:
+def _factors(slot: SlotSchema, shape: tuple[int, ...]) -> bool:
     """Tell Adafactor's two forms apart: rows and columns where there are both, else a variance for each element."""
     if slot.layout in {"row", "column"}:
         return len(shape) > 1
     return slot.name != "variance" or len(shape) < 2
 
 
-def _squares(*names: str, exact: bool = False) -> tuple[Slot, ...]:
-    return tuple(Slot(name, not_negative=True, exact_dtype=exact) for name in names)
+def _squares(*names: str, exact: bool = False) -> tuple[SlotSchema, ...]:
+    return tuple(SlotSchema(name, is_non_negative=True, needs_parameter_dtype=exact) for name in names)
 
 
-_STEP = Slot("step", "scalar", not_negative=True)
-_MEAN = Slot("exp_avg", exact_dtype=True)
-_ADAM = (_STEP, _MEAN, *_squares("exp_avg_sq"), Slot("max_exp_avg_sq", option="amsgrad", not_negative=True))
+_STEP = SlotSchema("step", "scalar", is_non_negative=True)
+_MEAN = SlotSchema("exp_avg", needs_parameter_dtype=True)
+_ADAM = (
+    _STEP,
+    _MEAN,
+    *_squares("exp_avg_sq"),
+    SlotSchema("max_exp_avg_sq", enabled_by="amsgrad", is_non_negative=True),
+)
 
-SCHEMAS: Mapping[str, Schema] = {
+SCHEMAS: Mapping[str, OptimizerSchema] = {
     schema.name: schema
     for schema in (
-        Schema("ASGD", (_STEP, Slot("eta", "scalar"), Slot("mu", "scalar"), Slot("ax"))),
-        Schema("Adadelta", (_STEP, *_squares("square_avg", "acc_delta"))),
-        Schema(
+        OptimizerSchema("ASGD", (_STEP, SlotSchema("eta", "scalar"), SlotSchema("mu", "scalar"), SlotSchema("ax"))),
+        OptimizerSchema("Adadelta", (_STEP, *_squares("square_avg", "acc_delta"))),
+        OptimizerSchema(
             "Adafactor",
             (
                 _STEP,
-                Slot("row_var", "row", not_negative=True, exact_dtype=True),
-                Slot("col_var", "column", not_negative=True, exact_dtype=True),
+                SlotSchema("row_var", "row", is_non_negative=True, needs_parameter_dtype=True),
+                SlotSchema("col_var", "column", is_non_negative=True, needs_parameter_dtype=True),
                 *_squares("variance", exact=True),
             ),
-            elementwise=False,
-            mark="beta2_decay",
+            is_elementwise=False,
+            unique_option="beta2_decay",
         ),
-        Schema("Adagrad", (_STEP, Slot("sum", not_negative=True, begins="initial_accumulator_value"))),
-        Schema("Adam", _ADAM),
-        Schema("AdamW", _ADAM),
-        Schema("Adamax", (_STEP, _MEAN, *_squares("exp_inf"))),
-        Schema(
+        OptimizerSchema(
+            "Adagrad",
+            (_STEP, SlotSchema("sum", is_non_negative=True, initial_value_option="initial_accumulator_value")),
+        ),
+        OptimizerSchema("Adam", _ADAM),
+        OptimizerSchema("AdamW", _ADAM),
+        OptimizerSchema("Adamax", (_STEP, _MEAN, *_squares("exp_inf"))),
+        OptimizerSchema(
             "LBFGS",
             tuple(
-                Slot(name, "other")
+                SlotSchema(name, "other")
                 for name in (
                     *("func_evals", "n_iter", "d", "t", "old_dirs", "old_stps", "ro", "H_diag"),
                     *("prev_flat_grad", "prev_loss", "al"),
                 )
             ),
-            elementwise=False,
-            mark="history_size",
-            shared=True,
+            is_elementwise=False,
+            unique_option="history_size",
+            has_shared_state=True,
         ),
-        Schema(
+        OptimizerSchema(
             "Muon",
-            (Slot("momentum_buffer", restarts=True, exact_dtype=True),),
-            elementwise=False,
-            mark="ns_coefficients",
+            (SlotSchema("momentum_buffer", is_optional=True, needs_parameter_dtype=True),),
+            is_elementwise=False,
+            unique_option="ns_coefficients",
         ),
-        Schema("NAdam", (_STEP, Slot("mu_product", "scalar"), _MEAN, *_squares("exp_avg_sq"))),
-        Schema("RAdam", (_STEP, _MEAN, *_squares("exp_avg_sq"))),
-        Schema(
+        OptimizerSchema("NAdam", (_STEP, SlotSchema("mu_product", "scalar"), _MEAN, *_squares("exp_avg_sq"))),
+        OptimizerSchema("RAdam", (_STEP, _MEAN, *_squares("exp_avg_sq"))),
+        OptimizerSchema(
             "RMSprop",
             (
                 _STEP,
                 *_squares("square_avg"),
-                Slot("momentum_buffer", option="momentum"),
-                Slot("grad_avg", option="centered", exact_dtype=True),
+                SlotSchema("momentum_buffer", enabled_by="momentum"),
+                SlotSchema("grad_avg", enabled_by="centered", needs_parameter_dtype=True),
             ),
         ),
-        Schema("Rprop", (_STEP, Slot("prev"), Slot("step_size", not_negative=True, begins="lr"))),
-        Schema("SGD", (Slot("momentum_buffer", option="momentum", restarts=True),)),
-        Schema("SparseAdam", (_STEP, Slot("exp_avg"), *_squares("exp_avg_sq"))),
+        OptimizerSchema(
+            "Rprop",
+            (_STEP, SlotSchema("prev"), SlotSchema("step_size", is_non_negative=True, initial_value_option="lr")),
+        ),
+        OptimizerSchema("SGD", (SlotSchema("momentum_buffer", enabled_by="momentum", is_optional=True),)),
+        OptimizerSchema("SparseAdam", (_STEP, SlotSchema("exp_avg"), *_squares("exp_avg_sq"))),
     )
 }
 
 
-def schema_of(kind: type) -> Schema | None:
+def schema_of(kind: type) -> OptimizerSchema | None:
     """Return the schema of a class of torch.optim, or of one that inherits the ``step`` of such a class; else None."""
     for base in kind.__mro__:
         if f"{base.__module__}.".startswith("torch.optim."):
@@ -155,6 +166,8 @@ def schema_of(kind: type) -> Schema | None:
     return None
 
 
-def marked_by(options: Mapping[str, Any]) -> Schema | None:
+def schema_from_options(options: Mapping[str, Any]) -> OptimizerSchema | None:
     """Return the schema that the options of a group tell, where they have the mark of one."""
-    return next((schema for schema in SCHEMAS.values() if schema.mark and schema.mark in options), None)
+    return next(
+        (schema for schema in SCHEMAS.values() if schema.unique_option and schema.unique_option in options), None
+    )

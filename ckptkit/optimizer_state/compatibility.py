@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.torch_optim import Schema
+from ckptkit.core.torch_optim import OptimizerSchema
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot, parameter_shape
 from ckptkit.param_groups.parameters import Inventory, LiveParameter
@@ -29,7 +29,7 @@ class Fit:
     missing: tuple[str, ...]
 
 
-def refuse_other_class(saved: OptimizerState, optimizer: Any, schema: Schema | None) -> None:
+def refuse_other_class(saved: OptimizerState, optimizer: Any, schema: OptimizerSchema | None) -> None:
     """Raise ``PlanError`` where the options or slots of a state are those of another class than the optimizer's.
 
     torch would load it, fail later, or go on as a mixture of both. Of classes outside of torch.optim nothing is known.
@@ -64,7 +64,7 @@ def refuse_other_class(saved: OptimizerState, optimizer: Any, schema: Schema | N
         )
 
 
-def untold_decay(saved: OptimizerState, schema: Schema | None) -> Iterator[Finding]:
+def untold_decay(saved: OptimizerState, schema: OptimizerSchema | None) -> Iterator[Finding]:
     """Yield a note where a file is of Adam or of AdamW, and too old to say of which: its decay may mean the other."""
     if schema is not None and schema.name in {"Adam", "AdamW"}:
         groups = [group.options for group in saved.groups if group.options]
@@ -79,12 +79,14 @@ def untold_decay(saved: OptimizerState, schema: Schema | None) -> Iterator[Findi
             )
 
 
-def fit_state(saved: OptimizerState, groups: Sequence[NamedGroup], inventory: Inventory, schema: Schema | None) -> Fit:
+def fit_state(
+    saved: OptimizerState, groups: Sequence[NamedGroup], inventory: Inventory, schema: OptimizerSchema | None
+) -> Fit:
     """Return what of ``saved`` fits the parameters of ``groups``, whose options are those to train with.
 
     Raises ``PlanError`` where an optimizer with one state for all parameters would get that of others.
     """
-    if schema is not None and schema.shared:
+    if schema is not None and schema.has_shared_state:
         return _shared(saved, groups, schema)
     state: dict[str, Mapping[str, Slot]] = {}
     dropped: dict[str, str] = {}
@@ -94,7 +96,7 @@ def fit_state(saved: OptimizerState, groups: Sequence[NamedGroup], inventory: In
             parameter = inventory.by_name[name]
             slots = saved.state.get(name)
             if not slots:
-                keeps = schema is None or schema.wanted(group.options, parameter.shape)
+                keeps = schema is None or schema.slots_for(group.options, parameter.shape)
                 if parameter.trainable and keeps:
                     missing.append(name)
             elif (why := _misfit(slots, parameter, group, schema)) is not None:
@@ -104,7 +106,7 @@ def fit_state(saved: OptimizerState, groups: Sequence[NamedGroup], inventory: In
     return Fit(state, dropped, tuple(missing))
 
 
-def _shared(saved: OptimizerState, groups: Sequence[NamedGroup], schema: Schema) -> Fit:
+def _shared(saved: OptimizerState, groups: Sequence[NamedGroup], schema: OptimizerSchema) -> Fit:
     names = tuple(name for group in groups for name in group.names)
     if names != saved.names:
         raise PlanError(
@@ -115,7 +117,7 @@ def _shared(saved: OptimizerState, groups: Sequence[NamedGroup], schema: Schema)
 
 
 def _misfit(
-    slots: Mapping[str, Slot], parameter: LiveParameter, group: NamedGroup, schema: Schema | None
+    slots: Mapping[str, Slot], parameter: LiveParameter, group: NamedGroup, schema: OptimizerSchema | None
 ) -> str | None:
     """Return what is wrong with the slots for this parameter, as the end of a sentence; or None."""
     if parameter.lazy:
@@ -123,9 +125,9 @@ def _misfit(
     if schema is None:
         shape = parameter_shape(slots)
         return None if shape in {None, parameter.shape} else f"is of {shape}, and the parameter {parameter.shape}"
-    for slot in schema.wanted(group.options, parameter.shape):
-        if slots.get(slot.name) is None and not slot.restarts:
-            asked = f" with {slot.option}={group.options.get(slot.option)}" if slot.option else ""
+    for slot in schema.slots_for(group.options, parameter.shape):
+        if slots.get(slot.name) is None and not slot.is_optional:
+            asked = f" with {slot.enabled_by}={group.options.get(slot.enabled_by)}" if slot.enabled_by else ""
             return f"has no {slot.name}, which {schema.name}{asked} reads in its step"
     for slot_name, value in slots.items():
         known = schema.slot(slot_name)

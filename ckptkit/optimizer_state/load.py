@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import same_values
-from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state.compatibility import Fit, fit_state, refuse_other_class, untold_decay
@@ -20,7 +20,7 @@ from ckptkit.optimizer_state.groups import Hyper, resplit
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.remap import remap
-from ckptkit.param_groups.live import one_optimizer
+from ckptkit.param_groups.live import single_optimizer
 from ckptkit.param_groups.parameters import Inventory, take_inventory
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.rules.model import Rules
@@ -89,7 +89,7 @@ def load_optimizer_state(
     be loaded, ``GroupsError`` where the optimizer is not that of ``model`` or does not have the values afterwards.
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
-    inner = one_optimizer(optimizer)
+    inner = single_optimizer(optimizer)
     inventory = take_inventory(model)
     live = _live_groups(inner, inventory)
     saved, strays = _named(state, names, model, on_unexpected, rules=rules)
@@ -198,9 +198,9 @@ def _of_the_model(
     return replace(saved, state=state, groups=groups, changes=changes), unused
 
 
-def _refuse_moves(saved: OptimizerState, schema: Schema | None) -> None:
+def _refuse_moves(saved: OptimizerState, schema: OptimizerSchema | None) -> None:
     moved = [change for change in saved.changes if change.operation not in _MOVED]
-    if schema is not None and not schema.elementwise and moved:
+    if schema is not None and not schema.is_elementwise and moved:
         raise PlanError(
             f"{quoted(moved[0].name)} was made by {moved[0].operation}: {schema.name} computes each update from the "
             "whole parameter, so that with the same state it would train otherwise",
@@ -248,7 +248,9 @@ def _refuse(fit: Fit, saved: OptimizerState, on_missing: str, on_mismatch: str) 
         )
 
 
-def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory, schema: Schema | None) -> None:
+def _load(
+    optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory, schema: OptimizerSchema | None
+) -> None:
     given = to_dict(state, "indexed")
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
         if "param_names" in live:
@@ -274,7 +276,7 @@ def _load(optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory,
         raise
 
 
-def _keep_scalars(optimizer: Any, fit: Fit, inventory: Inventory, schema: Schema) -> None:
+def _keep_scalars(optimizer: Any, fit: Fit, inventory: Inventory, schema: OptimizerSchema) -> None:
     """Undo the cast of single numbers: NAdam keeps a product in 32 bits whatever the dtype of the parameter."""
     scalars = {slot.name for slot in schema.slots if slot.layout == "scalar"} - {"step"}  # which torch leaves alone
     for name, slots in fit.state.items():

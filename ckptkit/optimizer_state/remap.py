@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_optim import SCHEMAS, marked_by
+from ckptkit.core.torch_optim import SCHEMAS, schema_from_options
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.groups import with_members
 from ckptkit.optimizer_state.model import (
@@ -123,8 +123,8 @@ class _Work:
     def _hold_whole(self, new: str, how: Made) -> None:
         """Refuse what would go on without an error, and train otherwise: an update that looks at whole matrices."""
         group = self.home.get(how.sources[0])
-        schema = None if group is None else marked_by(group.options)
-        if schema is not None and not schema.elementwise:
+        schema = None if group is None else schema_from_options(group.options)
+        if schema is not None and not schema.is_elementwise:
             raise PlanError(
                 f"{how.rule} makes {quoted(new)} of parts: {schema.name} computes each update from the whole "
                 "parameter, so that with the same state it would train otherwise",
@@ -189,7 +189,12 @@ class _Work:
 
 
 _ROLE = "state"
-_BEGINNINGS = {slot.name: slot.begins for schema in SCHEMAS.values() for slot in schema.slots if slot.begins}
+_BEGINNINGS = {
+    slot.name: slot.initial_value_option
+    for schema in SCHEMAS.values()
+    for slot in schema.slots
+    if slot.initial_value_option
+}
 _MUON = "ns_steps"  # the option by which a group is told to be of torch.optim.Muon
 
 

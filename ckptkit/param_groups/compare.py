@@ -18,7 +18,7 @@ from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.plan import lay_over
 from ckptkit.param_groups.properties import subject_of
 
-__all__ = ["check_agreement", "diff_locks", "driven_options", "find_heirs"]
+__all__ = ["compare_with_spec", "diff_locks", "driven_options", "match_groups"]
 
 
 # Cycles and annealing to one value write rates of their own into a group, and leave no trace of those it had.
@@ -112,7 +112,7 @@ def _frozen(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Findi
             )
 
 
-def find_heirs(expected: ParamGroupsLock, found: ParamGroupsLock) -> tuple[Mapping[str, int], Mapping[int, int]]:
+def match_groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> tuple[Mapping[str, int], Mapping[int, int]]:
     """Return the number of the found group of each parameter, and of the one that each expected group became.
 
     That is the one of its name, or else the one with most of its parameters.
@@ -138,7 +138,7 @@ def driven_options(options: Mapping[str, Any]) -> frozenset[str]:
 
 
 def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
-    where, heirs = find_heirs(expected, found)
+    where, heirs = match_groups(expected, found)
     for number, group in enumerate(expected.groups):
         heir = heirs.get(number)
         for one in group.parameters:
@@ -216,7 +216,7 @@ def _finding(code: str, key: str, message: str, hint: str, severity: Severity = 
 _AGAIN_agreement = "build the groups from the spec again (build_param_groups), and carry the state over by name"
 
 
-def check_agreement(model: Module, groups: Any, spec: SpecLike) -> Iterator[Finding]:
+def compare_with_spec(model: Module, groups: Any, spec: SpecLike) -> Iterator[Finding]:
     """Yield what is wrong with ``spec``, and where ``groups`` differ from what it makes of ``model``.
 
     A learning rate is the one before schedulers moved it, where they recorded that.
@@ -226,7 +226,7 @@ def check_agreement(model: Module, groups: Any, spec: SpecLike) -> Iterator[Find
     if not report.ok:
         return
     expected, found = lock_plan(plan), lock_optimizer(model, groups)
-    where, heirs = find_heirs(expected, found)
+    where, heirs = match_groups(expected, found)
     live = [group.options for group in read_groups(groups)[0]]
     for number, group in enumerate(expected.groups):
         heir = heirs.get(number)

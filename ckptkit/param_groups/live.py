@@ -9,32 +9,42 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parameters import Inventory
 from ckptkit.param_groups.spec import is_tensor
 
-__all__ = ["Group", "Holder", "Member", "holders", "listed", "name_of", "one_optimizer", "read_groups", "unwrapped"]
+__all__ = [
+    "LiveGroup",
+    "LiveOptimizer",
+    "Member",
+    "by_optimizer",
+    "member_name",
+    "member_names",
+    "read_groups",
+    "single_optimizer",
+    "unwrap_optimizer",
+]
 
 
 _FORMS = "pass the list of group dicts, a list of parameters, an optimizer, or a list of optimizers"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Group:
+class LiveGroup:
     """One group: what to call it in a sentence, its options, and its optimizer where it has one."""
 
     where: str
     options: Mapping[str, Any] = field(default_factory=dict)
     optimizer: Any = None
-    known: bool = True  # whether its members could be told without consuming them
+    is_readable: bool = True  # whether its members could be told without consuming them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Member:
     """One place in a group: the tensor, held alive while its id is compared, and the name recorded with it."""
 
-    group: Group
+    group: LiveGroup
     index: int
     tensor: Any
     name: str | None
@@ -45,21 +55,21 @@ class Member:
         return f"{self.group.where}[{self.index}]"
 
 
-def read_groups(given: Any) -> tuple[list[Group], list[Member], list[Finding]]:
+def read_groups(given: Any) -> tuple[list[LiveGroup], list[Member], list[Finding]]:
     """Return the groups, the tensors in them, and what is wrong with the form they were given in.
 
     Raises ``GroupsError`` where ``given`` is none of the forms that hold parameters at all.
     """
-    groups: list[Group] = []
+    groups: list[LiveGroup] = []
     members: list[Member] = []
     findings: list[Finding] = []
     for group, params, names in _groups(given):
-        listed = _listed(group, params, findings)
-        if listed is None:
-            groups.append(Group(group.where, group.options, group.optimizer, known=False))
+        items = _listed(group, params, findings)
+        if items is None:
+            groups.append(LiveGroup(group.where, group.options, group.optimizer, is_readable=False))
             continue
         groups.append(group)
-        if not listed:
+        if not items:
             findings.append(
                 _finding(
                     "groups.empty",
@@ -67,11 +77,11 @@ def read_groups(given: Any) -> tuple[list[Group], list[Member], list[Finding]]:
                     "whoever reads an iterator first leaves it empty: build the groups from lists, or drop this one",
                 )
             )
-        members.extend(_members(group, listed, names, findings))
+        members.extend(_members(group, items, names, findings))
     return groups, members, findings
 
 
-def unwrapped(optimizer: Any) -> Any:
+def unwrap_optimizer(optimizer: Any) -> Any:
     """Return the optimizer that accelerate, Lightning and their like have wrapped and whose groups they pass through.
 
     Raises ``GroupsError`` for DeepSpeed's, whose groups hold flat copies in the place of parameters.
@@ -89,18 +99,18 @@ def unwrapped(optimizer: Any) -> Any:
         optimizer = inner
 
 
-def one_optimizer(given: Any) -> Any:
+def single_optimizer(given: Any) -> Any:
     """Return the optimizer itself, unwrapped; raises ``GroupsError`` for what is none, or is several."""
-    optimizer = unwrapped(given)
+    optimizer = unwrap_optimizer(given)
     if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
         raise GroupsError(f"an optimizer cannot be a {type(given).__name__}", hint="pass one torch optimizer")
     return optimizer
 
 
-def _groups(given: Any) -> Iterator[tuple[Group, Any, Any]]:
+def _groups(given: Any) -> Iterator[tuple[LiveGroup, Any, Any]]:
     """Yield each group with its ``params`` and its ``param_names`` as they stand."""
     if hasattr(given, "param_groups"):
-        optimizer = unwrapped(given)
+        optimizer = unwrap_optimizer(given)
         yield from _dicts(optimizer.param_groups, optimizer=optimizer)
         return
     if isinstance(given, str | bytes | Mapping) or hasattr(given, "named_parameters") or is_tensor(given):
@@ -111,23 +121,27 @@ def _groups(given: Any) -> Iterator[tuple[Group, Any, Any]]:
     if items and any(hasattr(item, "param_groups") for item in items[:1]):
         if not all(hasattr(item, "param_groups") for item in items):
             raise GroupsError("the list holds both optimizers and other things", hint=_FORMS)
-        for number, optimizer in enumerate(map(unwrapped, items)):
+        for number, optimizer in enumerate(map(unwrap_optimizer, items)):
             yield from _dicts(optimizer.param_groups, f"optimizer {number}, ", optimizer)
     elif items and any(isinstance(item, Mapping) for item in items):
         if not all(isinstance(item, Mapping) for item in items):
             raise GroupsError("the list holds both group dicts and other things", hint=_FORMS)
         yield from _dicts(items)
     else:
-        yield Group("group 0"), given, None
+        yield LiveGroup("group 0"), given, None
 
 
 def _dicts(
     groups: Iterable[Mapping[str, Any]], prefix: str = "", optimizer: Any = None
-) -> Iterator[tuple[Group, Any, Any]]:
+) -> Iterator[tuple[LiveGroup, Any, Any]]:
     for number, group in enumerate(groups):
         name = group.get("name", group.get("group_name"))
         called = f" ({quoted(name)})" if isinstance(name, str) and name else ""
-        yield Group(f"{prefix}group {number}{called}", group, optimizer), group.get("params"), group.get("param_names")
+        yield (
+            LiveGroup(f"{prefix}group {number}{called}", group, optimizer),
+            group.get("params"),
+            group.get("param_names"),
+        )
 
 
 def _one_shot(value: Any) -> bool:
@@ -135,7 +149,7 @@ def _one_shot(value: Any) -> bool:
     return isinstance(value, Iterable) and iter(value) is value
 
 
-def _listed(group: Group, params: Any, findings: list[Finding]) -> list[Any] | None:
+def _listed(group: LiveGroup, params: Any, findings: list[Finding]) -> list[Any] | None:
     """Return what ``params`` holds, or None where that cannot be told."""
     if is_tensor(params):
         return [params]
@@ -167,21 +181,21 @@ def _listed(group: Group, params: Any, findings: list[Finding]) -> list[Any] | N
     return list(params)
 
 
-def _members(group: Group, listed: Sequence[Any], names: Any, findings: list[Finding]) -> Iterator[Member]:
-    recorded: Sequence[Any] = [None] * len(listed)
+def _members(group: LiveGroup, items: Sequence[Any], names: Any, findings: list[Finding]) -> Iterator[Member]:
+    recorded: Sequence[Any] = [None] * len(items)
     if isinstance(names, Sequence) and not isinstance(names, str):
-        if len(names) == len(listed):
+        if len(names) == len(items):
             recorded = names
         else:
             findings.append(
                 _finding(
                     "groups.names",
                     f"{group.where} has {plural(len(names), 'name')} in param_names for "
-                    f"{plural(len(listed), 'parameter')}",
+                    f"{plural(len(items), 'parameter')}",
                     "build the optimizer from model.named_parameters(), or remove param_names",
                 )
             )
-    for index, (item, name) in enumerate(zip(listed, recorded, strict=True)):
+    for index, (item, name) in enumerate(zip(items, recorded, strict=True)):
         paired = isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)
         called, tensor = item if paired else (name, item)
         if is_tensor(tensor):
@@ -204,30 +218,30 @@ _SHOWN = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Holder:
-    """One optimizer, its groups and all that stands in them; groups that nobody steps yet have ``optimizer`` None."""
+class LiveOptimizer:
+    """One optimizer, its groups and all that stands in them; groups that nobody steps yet have ``instance`` None."""
 
-    optimizer: Any
-    called: str
-    groups: tuple[Group, ...]
+    instance: Any
+    label: str
+    groups: tuple[LiveGroup, ...]
     members: tuple[Member, ...]
 
     @cached_property
-    def schema(self) -> Schema | None:
+    def schema(self) -> OptimizerSchema | None:
         """What its class keeps for a parameter, where it is one of torch.optim."""
-        return None if self.optimizer is None else schema_of(type(self.optimizer))
+        return None if self.instance is None else schema_of(type(self.instance))
 
 
-def holders(groups: Sequence[Group], members: Sequence[Member]) -> list[Holder]:
+def by_optimizer(groups: Sequence[LiveGroup], members: Sequence[Member]) -> list[LiveOptimizer]:
     """Return the optimizers of ``groups`` in order, each with what it steps."""
-    own: dict[int, tuple[Any, list[Group], list[Member]]] = {}
+    own: dict[int, tuple[Any, list[LiveGroup], list[Member]]] = {}
     for group in groups:
         own.setdefault(id(group.optimizer), (group.optimizer, [], []))[1].append(group)
     for member in members:
         own[id(member.group.optimizer)][2].append(member)
     several = len(own) > 1
     return [
-        Holder(optimizer, _called(optimizer, number if several else None), tuple(some), tuple(inside))
+        LiveOptimizer(optimizer, _called(optimizer, number if several else None), tuple(some), tuple(inside))
         for number, (optimizer, some, inside) in enumerate(own.values())
     ]
 
@@ -237,14 +251,14 @@ def _called(optimizer: Any, number: int | None) -> str:
     return kind if number is None else f"optimizer {number} ({kind})"
 
 
-def name_of(inventory: Inventory, member: Member) -> str:
+def member_name(inventory: Inventory, member: Member) -> str:
     """Return the FQN of what stands at ``member``, the name recorded with it, or nothing."""
     live = inventory.parameters.get(id(member.tensor))
     return live.name if live is not None else member.name or ""
 
 
-def listed(inventory: Inventory, members: Sequence[Member]) -> str:
+def member_names(inventory: Inventory, members: Sequence[Member]) -> str:
     """Return the first few of ``members`` by name, and how many more there are."""
-    shown = [quoted(name) if (name := name_of(inventory, one)) else one.where for one in members[:_SHOWN]]
+    shown = [quoted(name) if (name := member_name(inventory, one)) else one.where for one in members[:_SHOWN]]
     more = f" and {plural(len(members) - _SHOWN, 'more', 'more')}" if len(members) > _SHOWN else ""
     return ", ".join(shown) + more

@@ -14,8 +14,9 @@ from ckptkit.errors import GroupsError
 from ckptkit.optimizer_state.forms import read_state
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.readiness.dry_step import Loss, run_dry_step
-from ckptkit.readiness.init import UNLOADED, Subject, check_init, check_values, compare_init
+from ckptkit.readiness.init import UNLOADED, InspectedModel, check_init, check_values, compare_init
 from ckptkit.readiness.model import (
+    DryStep,
     Init,
     Kept,
     Memory,
@@ -23,7 +24,6 @@ from ckptkit.readiness.model import (
     Preflight,
     Resume,
     StateMemory,
-    Step,
     TrainingGroup,
 )
 from ckptkit.readiness.resources import check_dtypes, estimate_memory
@@ -41,6 +41,7 @@ from ckptkit.rules.model import Rules
 from ckptkit.rules.parse import as_rules
 
 __all__ = [
+    "DryStep",
     "Init",
     "Kept",
     "Memory",
@@ -48,7 +49,6 @@ __all__ = [
     "Preflight",
     "Resume",
     "StateMemory",
-    "Step",
     "TrainingGroup",
     "preflight",
 ]
@@ -91,7 +91,7 @@ def preflight(
     not_judged: list[str] = []
     with unchanged_flags(model):
         training = plan_training(model, groups, optimizer, schedulers)
-        subject = Subject(model, state, training.frozen)
+        subject = InspectedModel(model, state, training.frozen)
         facts, findings = _begin(subject, init, rules, fresh, not_judged)
         findings += [*idle_findings(training, model), *training.findings]
         findings += check_dtypes(model, training.frozen, training.optimizers)
@@ -137,7 +137,7 @@ def preflight(
 
 
 def _begin(
-    subject: Subject,
+    subject: InspectedModel,
     init: StateDictLike | None,
     rules: Rules | list[str] | None,
     fresh: str | Sequence[str],
@@ -154,7 +154,7 @@ def _begin(
     return facts, [*check_init(subject, facts, result, fresh), *check_values(subject, facts)]
 
 
-def _compared(subject: Subject, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
+def _compared(subject: InspectedModel, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
     opened = as_checkpoint(found, "found")
     return compare(subject.state, opened, apply_rules(as_rules(rules), opened))
 

@@ -13,7 +13,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line, flat_bytes
 from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import CkptkitError
-from ckptkit.readiness.model import Step
+from ckptkit.readiness.model import DryStep
 
 __all__ = ["Loss", "Stepped", "run_dry_step"]
 
@@ -23,7 +23,9 @@ _SHOWN = 4
 _CONTRACT = "it takes the model and returns the loss of one batch, a tensor of one number"
 
 
-def run_dry_step(model: Module, frozen: frozenset[str], loss: Loss, optimizers: Stepped) -> tuple[Step, list[Finding]]:
+def run_dry_step(
+    model: Module, frozen: frozenset[str], loss: Loss, optimizers: Stepped
+) -> tuple[DryStep, list[Finding]]:
     """Return what a forward pass, a backward pass and a step do to a copy of the model.
 
     The model itself is not touched; the copy is in its mode (``train``, ``eval``). The state of torch's random numbers
@@ -42,18 +44,18 @@ def run_dry_step(model: Module, frozen: frozenset[str], loss: Loss, optimizers: 
             raise
         except Exception as error:  # noqa: BLE001 - what a model holds may refuse to be copied in any way
             message = f"no dry step was made, since the model cannot be copied: {first_line(error)}"
-            return Step(None, "", 0, 0, 0), [Finding("preflight.no-copy", "warning", "", message)]
+            return DryStep(None, "", 0, 0, 0), [Finding("preflight.no-copy", "warning", "", message)]
         return _stepped(model, twin, frozen, loss, stepping)
 
 
 def _stepped(
     model: Module, twin: Module, frozen: frozenset[str], loss: Loss, optimizers: Sequence[Any]
-) -> tuple[Step, list[Finding]]:
+) -> tuple[DryStep, list[Finding]]:
     import torch
 
     called = ", ".join(type(one).__name__ for one in optimizers)
     named = {name: tensor for name, tensor in twin.named_parameters() if name not in frozen}
-    nothing = Step(None, called, len(named), 0, 0)
+    nothing = DryStep(None, called, len(named), 0, 0)
     try:
         with torch.enable_grad():
             value = loss(twin)
@@ -65,7 +67,7 @@ def _stepped(
     number = float(value.detach())
     if not value.requires_grad:
         reason = "the loss depends on no parameter that trains"
-        return Step(number, called, len(named), 0, 0), [_failed(reason, "no_grad() and detach() cut it off")]
+        return DryStep(number, called, len(named), 0, 0), [_failed(reason, "no_grad() and detach() cut it off")]
     try:
         value.backward()  # type: ignore[no-untyped-call]
         grads = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
@@ -84,7 +86,7 @@ def _stepped(
     moved = [name for name, tensor in twin.named_parameters() if _differ(tensor, before[name])]
     if optimizers:
         findings += _moves(named, grads, moved, frozen)
-    return Step(number, called, len(named), len(grads), sum(name in named for name in moved)), findings
+    return DryStep(number, called, len(named), len(grads), sum(name in named for name in moved)), findings
 
 
 def _failed(message: str, hint: str) -> Finding:

@@ -20,7 +20,7 @@ from ckptkit.readiness.fresh import Look, looks_of
 from ckptkit.readiness.model import Init, Kept
 from ckptkit.statistics import StateDictStats, stats
 
-__all__ = ["UNLOADED", "Subject", "check_init", "check_values", "compare_init"]
+__all__ = ["UNLOADED", "InspectedModel", "check_init", "check_values", "compare_init"]
 
 _SHOWN = 4
 # What is only wrong with values that nothing will be loaded over.
@@ -28,7 +28,7 @@ UNLOADED = frozenset({"preflight.zero", "preflight.constant", "preflight.garbage
 
 
 @dataclass(frozen=True)
-class Subject:
+class InspectedModel:
     """The model that shall train: its state as a Checkpoint, and which names will not train."""
 
     model: Module
@@ -64,7 +64,7 @@ class Subject:
         return looks_of(self.state[key], found, module)
 
 
-def compare_init(subject: Subject, result: StateDictDiff, init: Checkpoint) -> Init:
+def compare_init(subject: InspectedModel, result: StateDictDiff, init: Checkpoint) -> Init:
     """Return what a comparison with the initial checkpoint means for the model."""
     refused = {pair.key for pair in result.uncopyable}
     loaded = {pair.key for pair in result.matched} - refused
@@ -90,7 +90,7 @@ def compare_init(subject: Subject, result: StateDictDiff, init: Checkpoint) -> I
     )
 
 
-def _in_model(subject: Subject, result: StateDictDiff, init: Checkpoint) -> str:
+def _in_model(subject: InspectedModel, result: StateDictDiff, init: Checkpoint) -> str:
     """Tell whether the model has the values of init; those that are one number many times prove nothing."""
     if subject.numbers is None:
         return "unknown"
@@ -112,7 +112,9 @@ def _in_model(subject: Subject, result: StateDictDiff, init: Checkpoint) -> str:
     return "part" if all(same.values()) else "all" if same[True] else "none"
 
 
-def check_init(subject: Subject, init: Init, result: StateDictDiff, fresh: str | Sequence[str]) -> Iterator[Finding]:
+def check_init(
+    subject: InspectedModel, init: Init, result: StateDictDiff, fresh: str | Sequence[str]
+) -> Iterator[Finding]:
     """Yield what is to be said of the initial checkpoint; ``fresh`` are patterns of keys that shall stay at init.
 
     Raises ``RuleError`` for a pattern that fits no key of the model.
@@ -168,7 +170,7 @@ def _patterns(given: str | Sequence[str], state: Mapping[str, object]) -> list[P
     return patterns
 
 
-def _kept(subject: Subject, kept: Mapping[str, Kept], patterns: Sequence[Pattern]) -> Iterator[Finding]:
+def _kept(subject: InspectedModel, kept: Mapping[str, Kept], patterns: Sequence[Pattern]) -> Iterator[Finding]:
     def label(key: str) -> tuple[bool, bool, bool]:
         return key in kept, matches_any(patterns, key), key in subject.frozen
 
@@ -231,7 +233,7 @@ def _loses(found: str, expected: str) -> bool:
     return narrow.bits < wide.bits
 
 
-def check_values(subject: Subject, init: Init | None) -> Iterator[Finding]:
+def check_values(subject: InspectedModel, init: Init | None) -> Iterator[Finding]:
     """Yield tensors with NaN or infinity in them, and those that nothing was loaded into and that look like no init."""
     if subject.numbers is None:
         return

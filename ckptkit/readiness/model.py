@@ -10,7 +10,7 @@ from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.findings import Report
 from ckptkit.core.text import html_table, human_bytes, plural, printable
 
-__all__ = ["Init", "Kept", "Memory", "ModuleTraining", "Preflight", "Resume", "StateMemory", "Step", "TrainingGroup"]
+__all__ = ["DryStep", "Init", "Kept", "Memory", "ModuleTraining", "Preflight", "Resume", "StateMemory", "TrainingGroup"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Resume:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class DryStep:
     """One step on a copy of the model: how many trainable parameters got a gradient, and how many moved.
 
     ``loss`` is None where it was not reached, ``optimizer`` empty where none was given: then nothing was to move.
@@ -133,7 +133,7 @@ class Preflight(Report):
     groups: tuple[TrainingGroup, ...] = ()
     memory: Memory | None = None
     resume: Resume | None = None
-    step: Step | None = None
+    step: DryStep | None = None
     not_judged: tuple[str, ...] = field(default=())
 
     @property

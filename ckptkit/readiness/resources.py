@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_optim import Slot, schema_of
+from ckptkit.core.torch_optim import SlotSchema, schema_of
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.loading.snapshot import registered
 from ckptkit.readiness.model import Memory, StateMemory
@@ -109,7 +109,7 @@ def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iter
 def _state(optimizer: Any) -> StateMemory:
     schema = schema_of(type(optimizer))
     name = type(optimizer).__name__
-    if schema is None or schema.shared:
+    if schema is None or schema.has_shared_state:
         return StateMemory(name, (), None)
     total = 0
     slots: dict[str, None] = {}
@@ -117,13 +117,13 @@ def _state(optimizer: Any) -> StateMemory:
         for tensor in group["params"]:
             if not tensor.requires_grad:
                 continue
-            for slot in schema.wanted(group, tuple(tensor.shape)):
+            for slot in schema.slots_for(group, tuple(tensor.shape)):
                 slots.setdefault(slot.name)
                 total += _size(slot, tensor)
     return StateMemory(name, tuple(slots), total)
 
 
-def _size(slot: Slot, tensor: Tensor) -> int:
+def _size(slot: SlotSchema, tensor: Tensor) -> int:
     shape = slot.shape(tuple(tensor.shape))
     if slot.layout == "scalar":
         return _NUMBER

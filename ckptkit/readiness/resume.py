@@ -9,7 +9,7 @@ from typing import Any
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import FoundState
@@ -158,18 +158,18 @@ class _Positions:
         known = [name for name, param, _ in self._pairs() if self.found.state.get(param)]
         without = [name for name, param, _ in self._pairs() if not self.found.state.get(param)]
         schema = self._schema()
-        keeps = schema is None or any(slot.option is None for slot in schema.slots)
+        keeps = schema is None or any(slot.enabled_by is None for slot in schema.slots)
         if without and keeps:
             severity: Severity = "warning" if known else "note"
             message = f"there is no optimizer state for {_listed(without)} in the run, which begins anew"
             yield Finding("preflight.resume-new", severity, without[0], message)
 
-    def _schema(self) -> Schema | None:
+    def _schema(self) -> OptimizerSchema | None:
         return schema_of(type(self.training.optimizers[0])) if self.training.optimizers else None
 
     def _slots(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
         schema = self._schema()
-        if schema is None or schema.shared:
+        if schema is None or schema.has_shared_state:
             return
         kind = type(self.training.optimizers[0]).__name__
         options = {name: group.options for group in self.training.groups for name in group.names}
@@ -179,8 +179,8 @@ class _Positions:
                 continue
             lacking = [
                 slot.name
-                for slot in schema.wanted(options[name], shapes[name])
-                if slot.name not in slots and not slot.restarts
+                for slot in schema.slots_for(options[name], shapes[name])
+                if slot.name not in slots and not slot.is_optional
             ]
             strange = [slot for slot in slots if schema.slot(slot) is None]
             if lacking or strange:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.param_groups.lock import plain_option
-from ckptkit.readiness import Init, Memory, Preflight, Resume, Step
+from ckptkit.readiness import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
 from ckptkit.render.page import Block, Code, Line, Page, Table
 
@@ -108,7 +108,7 @@ def _resume(resume: Resume) -> Line:
     return Line((said,))
 
 
-def _step(step: Step) -> Line:
+def _step(step: DryStep) -> Line:
     if step.loss is None:
         return Line(("dry step: it did not get as far as a loss",))
     moved = f", {step.moved:,} moved by {step.optimizer}" if step.optimizer else ", and no optimizer to move them"

@@ -10,10 +10,10 @@ from typing import Any
 
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import human_bytes, kind_of, listed, plural, quoted
-from ckptkit.core.torch_optim import Schema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.live import Member, one_optimizer, read_groups
+from ckptkit.param_groups.live import Member, read_groups, single_optimizer
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name, take_inventory
 from ckptkit.param_groups.rebind.replaced import Heirs, find_heirs
 from ckptkit.param_groups.rebind.schedulers import Joining, plan_joining
@@ -55,7 +55,7 @@ def rebind(
     """
     if on_shape not in ("drop", "pad", "error"):
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape is "drop", "pad" or "error"')
-    work = _Work(one_optimizer(optimizer), take_inventory(model), on_shape)
+    work = _Work(single_optimizer(optimizer), take_inventory(model), on_shape)
     work.read(guess=guess, beside=_tensors_beside(beside))
     work.move_state()
     work.place_missing(add_missing, schedulers)
@@ -130,7 +130,7 @@ class _Work:
     def move_state(self) -> None:
         """Decide what becomes of the state of each tensor that has one."""
         schema = schema_of(type(self.optimizer))
-        if schema is not None and schema.shared:
+        if schema is not None and schema.has_shared_state:
             return
         first = {id(member.tensor): member for member in reversed(self.members)}
         for tensor, slots in list(self.optimizer.state.items()):
@@ -151,7 +151,7 @@ class _Work:
             elif slots:
                 self._move(member, slots, schema)
 
-    def _move(self, member: Member, slots: Mapping[str, Any], schema: Schema | None) -> None:
+    def _move(self, member: Member, slots: Mapping[str, Any], schema: OptimizerSchema | None) -> None:
         tensor = member.tensor
         live, heirs = self.inventory.parameters.get(id(tensor)), self.heirs.get(id(tensor))
         if live is None and heirs is None:
@@ -177,7 +177,7 @@ class _Work:
     def move_shared(self) -> None:
         """Keep the one state of LBFGS only where it has the same elements in the same order."""
         schema = schema_of(type(self.optimizer))
-        if schema is None or not schema.shared:
+        if schema is None or not schema.has_shared_state:
             return
         before = [tuple(member.tensor.shape) for member in self.members]
         after = [tuple(tensor.shape) for places in self.places for tensor, _ in places]
@@ -242,7 +242,7 @@ class _Work:
     def _new_group(self, options: dict[str, Any], added: Sequence[Place], schedulers: Any) -> str:
         groups = self.optimizer.param_groups
         schema = schema_of(type(self.optimizer))
-        if schema is not None and schema.shared:
+        if schema is not None and schema.has_shared_state:
             raise GroupsError(f"{schema.name} takes one group only", hint="add_missing=0 adds to it")
         if "params" in options:
             raise GroupsError(

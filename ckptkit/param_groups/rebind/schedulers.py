@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.live import unwrapped
+from ckptkit.param_groups.live import unwrap_optimizer
 
 __all__ = ["Joining", "plan_joining"]
 
@@ -73,7 +73,7 @@ def _parts(scheduler: Any) -> Iterator[Any]:
 
 def _check(scheduler: Any, optimizer: Any, group: Mapping[str, Any]) -> None:
     called = type(scheduler).__name__
-    if unwrapped(scheduler.optimizer) is not optimizer:
+    if unwrap_optimizer(scheduler.optimizer) is not optimizer:
         raise GroupsError(f"{called} drives another optimizer", hint="pass the schedulers of this one only")
     if not type(scheduler).__module__.startswith("torch.optim."):
         raise GroupsError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_optim import Schema
+from ckptkit.core.torch_optim import OptimizerSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parameters import LiveParameter
@@ -34,7 +34,7 @@ def refit(
     live: LiveParameter,
     *,
     older: Tensor | None,
-    schema: Schema | None,
+    schema: OptimizerSchema | None,
     options: Mapping[str, Any],
     on_shape: OnShape,
 ) -> Refit:
@@ -90,7 +90,7 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _misshapen(
-    slots: Mapping[str, Any], live: LiveParameter, older: Tensor | None, schema: Schema | None
+    slots: Mapping[str, Any], live: LiveParameter, older: Tensor | None, schema: OptimizerSchema | None
 ) -> tuple[str, ...]:
     """Return the slots whose shape is not that which the parameter asks for."""
     tensors = {name: value for name, value in slots.items() if is_tensor(value) and value.ndim}
@@ -104,12 +104,16 @@ def _misshapen(
 
 
 def _no_padding(
-    slots: Mapping[str, Any], wrong: tuple[str, ...], live: LiveParameter, older: Tensor | None, schema: Schema | None
+    slots: Mapping[str, Any],
+    wrong: tuple[str, ...],
+    live: LiveParameter,
+    older: Tensor | None,
+    schema: OptimizerSchema | None,
 ) -> str | None:
     """Return why rows cannot be added, or None where they can."""
     import torch
 
-    if schema is None or not schema.elementwise:
+    if schema is None or not schema.is_elementwise:
         return "the optimizer has no state to begin new rows with"
     for name in wrong:
         was = tuple(slots[name].shape)
@@ -122,9 +126,9 @@ def _no_padding(
     return None
 
 
-def _beginning(name: str, schema: Schema | None, options: Mapping[str, Any]) -> float:
+def _beginning(name: str, schema: OptimizerSchema | None, options: Mapping[str, Any]) -> float:
     slot = None if schema is None else schema.slot(name)
-    return 0.0 if slot is None else float(options.get(slot.begins, 0.0))
+    return 0.0 if slot is None else float(options.get(slot.initial_value_option, 0.0))
 
 
 def _padded(value: Tensor, rows: int, fill: float) -> Tensor:
@@ -136,7 +140,7 @@ def _converted(
     slots: Mapping[str, Any],
     live: LiveParameter,
     older: Tensor | None,
-    schema: Schema | None,
+    schema: OptimizerSchema | None,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Return the slots in the dtype and on the device of the parameter, as torch does when it loads them."""

@@ -10,8 +10,8 @@ from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import without_collection
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.compare import check_agreement, diff_locks
-from ckptkit.param_groups.live import holders, read_groups
+from ckptkit.param_groups.compare import compare_with_spec, diff_locks
+from ckptkit.param_groups.live import by_optimizer, read_groups
 from ckptkit.param_groups.lock import ParamGroupsLock, lock_optimizer
 from ckptkit.param_groups.parameters import take_inventory
 from ckptkit.param_groups.parse import SpecLike
@@ -64,7 +64,7 @@ def validate_param_groups(
     with without_collection():
         findings = _findings(model, groups, schedulers)
         if spec is not None:
-            findings.extend(check_agreement(model, groups, spec))
+            findings.extend(compare_with_spec(model, groups, spec))
         if lock is not None:
             findings.extend(diff_locks(lock, lock_optimizer(model, groups)).findings)
         return Report(tuple(findings), GroupsError)
@@ -74,7 +74,7 @@ def _findings(model: Module, groups: Any, schedulers: Any) -> list[Finding]:
     inventory = take_inventory(model)
     driving = read_schedulers(schedulers)
     read, members, findings = read_groups(groups)
-    owners = holders(read, members)
+    owners = by_optimizer(read, members)
     findings.extend(check_dicts(read))
     findings.extend(check_wrappers(groups))
     findings.extend(check_names(inventory, read, members))
@@ -86,7 +86,7 @@ def _findings(model: Module, groups: Any, schedulers: Any) -> list[Finding]:
     findings.extend(check_schedulers(owners, driving))
     stand = standing(members)
     missing = find_missing(inventory, read, stand)
-    if members and not missing and all(group.known for group in read):
+    if members and not missing and all(group.is_readable for group in read):
         # The half of a split that nothing fell into: the Trainer of transformers always makes two groups, and with
         # LoRA the one without decay is empty.
         findings = [replace(one, severity="note") if one.code == "groups.empty" else one for one in findings]

@@ -10,7 +10,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_types import Tensor
-from ckptkit.param_groups.live import Group, Member
+from ckptkit.param_groups.live import LiveGroup, Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
 from ckptkit.param_groups.validate.model import check_hidden, find_hidden
 from ckptkit.param_groups.validate.stale import REBIND, Scene, Stranger, explain, find_rename, identify, shape_of
@@ -27,9 +27,9 @@ __all__ = [
 ]
 
 
-def check_dicts(groups: Sequence[Group]) -> Iterator[Finding]:
+def check_dicts(groups: Sequence[LiveGroup]) -> Iterator[Finding]:
     """Yield a finding for each group dict that is in use twice."""
-    seen: dict[int, Group] = {}
+    seen: dict[int, LiveGroup] = {}
     twice: set[int] = set()
     for group in groups:
         other = seen.setdefault(id(group.options), group)
@@ -77,10 +77,10 @@ def _cached(wrapper: Any) -> Iterator[Finding]:
                 )
 
 
-def check_names(inventory: Inventory, groups: Iterable[Group], members: Iterable[Member]) -> Iterator[Finding]:
+def check_names(inventory: Inventory, groups: Iterable[LiveGroup], members: Iterable[Member]) -> Iterator[Finding]:
     """Yield a finding where an optimizer names only some of its parameters, or two of them alike."""
-    named = Counter[Group]()
-    total = Counter[Group]()
+    named = Counter[LiveGroup]()
+    total = Counter[LiveGroup]()
     places: dict[tuple[int, str], Member] = {}
     told: set[tuple[int, str]] = set()
     for member in members:
@@ -103,7 +103,7 @@ def check_names(inventory: Inventory, groups: Iterable[Group], members: Iterable
                 f"{first.where} and {member.where} are two parameters, both recorded as {quoted(member.name)}",
                 "build the optimizer again from model.named_parameters(): names tell whose saved state is whose",
             )
-    full: dict[int, Group] = {}
+    full: dict[int, LiveGroup] = {}
     for group in groups:
         if named[group] and named[group] == total[group]:
             full.setdefault(id(group.optimizer), group)
@@ -177,9 +177,9 @@ def standing(members: Iterable[Member]) -> Standing:
     return stand
 
 
-def find_missing(inventory: Inventory, groups: Iterable[Group], stand: Standing) -> list[LiveParameter]:
+def find_missing(inventory: Inventory, groups: Iterable[LiveGroup], stand: Standing) -> list[LiveParameter]:
     """Return the trainable parameters in no group; none where what a group holds could not be told."""
-    if not all(group.known for group in groups):
+    if not all(group.is_readable for group in groups):
         return []
     return [live for key, live in inventory.parameters.items() if key not in stand.first and live.trainable]
 

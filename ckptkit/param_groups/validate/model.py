@@ -11,7 +11,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.param_groups.live import Group, Member
+from ckptkit.param_groups.live import LiveGroup, Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, bare_name, flat_names
 
 __all__ = ["Hidden", "check_empty", "check_hidden", "check_memory", "check_meta", "check_tied", "find_hidden"]
@@ -39,7 +39,7 @@ def check_meta(inventory: Inventory, members: Sequence[Member]) -> Iterator[Find
 
     A list of groups is a plan still: the model may get its memory before the optimizer is built.
     """
-    by_group: dict[Group, list[str]] = {}
+    by_group: dict[LiveGroup, list[str]] = {}
     for member in members:
         if member.tensor.is_meta and member.group.optimizer is not None:
             live = inventory.parameters.get(id(member.tensor))
@@ -98,7 +98,7 @@ def _module_id(inventory: Inventory, name: str) -> int:
     return id(inventory.modules.get(bare_name(name).rpartition(".")[0]))
 
 
-def _rate(group: Group) -> float | None:
+def _rate(group: LiveGroup) -> float | None:
     try:
         return float(group.options["lr"])
     except (KeyError, TypeError, ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.param_groups.live import Group, Holder, Member, listed, name_of, unwrapped
+from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
 from ckptkit.param_groups.parameters import Inventory
 from ckptkit.param_groups.spec import is_tensor, number_fault
 
@@ -25,36 +25,36 @@ _MUON_KEYS = {
 }
 
 
-def check_demands(inventory: Inventory, holders: Sequence[Holder]) -> Iterator[Finding]:
+def check_demands(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield what a step of each optimizer would refuse, or do otherwise than its class says."""
-    for holder in holders:
-        within: dict[int, list[Member]] = {id(group): [] for group in holder.groups}
-        for member in holder.members:
+    for optimizer in optimizers:
+        within: dict[int, list[Member]] = {id(group): [] for group in optimizer.groups}
+        for member in optimizer.members:
             within[id(member.group)].append(member)
-        if holder.optimizer is None:
-            yield from _two_kinds(inventory, holder, within)
+        if optimizer.instance is None:
+            yield from _two_kinds(inventory, optimizer, within)
             continue
-        if holder.schema is None:
+        if optimizer.schema is None:
             continue
-        if holder.schema.name == "Muon":
-            yield from _matrices(inventory, holder.called, holder.members)
-        if holder.schema.shared and len(holder.groups) > 1:
+        if optimizer.schema.name == "Muon":
+            yield from _matrices(inventory, optimizer.label, optimizer.members)
+        if optimizer.schema.has_shared_state and len(optimizer.groups) > 1:
             yield Finding(
                 "groups.one-group",
                 "error",
                 "",
-                f"{holder.called} has {len(holder.groups)} groups, and takes one: its next step fails",
+                f"{optimizer.label} has {len(optimizer.groups)} groups, and takes one: its next step fails",
                 "build it with all parameters in one list; it knows no options of a single parameter",
             )
-        yield from _decoupled(holder)
-        for group in holder.groups:
-            yield from _kernels(inventory, holder, group, within[id(group)])
+        yield from _decoupled(optimizer)
+        for group in optimizer.groups:
+            yield from _kernels(inventory, optimizer, group, within[id(group)])
 
 
 def _matrices(inventory: Inventory, reader: str, members: Sequence[Member]) -> Iterator[Finding]:
     for member in members:
         if (shape := _shape(member.tensor)) is not None and len(shape) != 2:
-            name = name_of(inventory, member)
+            name = member_name(inventory, member)
             yield Finding(
                 "groups.matrices-only",
                 "error",
@@ -65,11 +65,13 @@ def _matrices(inventory: Inventory, reader: str, members: Sequence[Member]) -> I
             )
 
 
-def _two_kinds(inventory: Inventory, holder: Holder, within: Mapping[int, Sequence[Member]]) -> Iterator[Finding]:
+def _two_kinds(
+    inventory: Inventory, optimizer: LiveOptimizer, within: Mapping[int, Sequence[Member]]
+) -> Iterator[Finding]:
     """Hold groups that say ``use_muon``, each of them, to what the optimizer that reads it asserts without a word."""
-    if not all("use_muon" in group.options for group in holder.groups):
+    if not all("use_muon" in group.options for group in optimizer.groups):
         return
-    for group in holder.groups:
+    for group in optimizer.groups:
         muon = bool(group.options["use_muon"])
         extra = sorted(str(key) for key in group.options if key not in _MUON_KEYS[muon])
         if extra:
@@ -83,7 +85,7 @@ def _two_kinds(inventory: Inventory, holder: Holder, within: Mapping[int, Sequen
             )
         for member in within[id(group)] if muon else ():
             if (shape := _shape(member.tensor)) is not None and len(shape) < 2:
-                name = name_of(inventory, member)
+                name = member_name(inventory, member)
                 yield Finding(
                     "groups.matrices-only",
                     "error",
@@ -94,28 +96,30 @@ def _two_kinds(inventory: Inventory, holder: Holder, within: Mapping[int, Sequen
                 )
 
 
-def _decoupled(holder: Holder) -> Iterator[Finding]:
-    wanted = holder.optimizer.defaults.get("decoupled_weight_decay")
+def _decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
+    wanted = optimizer.instance.defaults.get("decoupled_weight_decay")
     if wanted is None:
         return
-    other = [group for group in holder.groups if bool(group.options.get("decoupled_weight_decay", wanted)) != wanted]
+    other = [group for group in optimizer.groups if bool(group.options.get("decoupled_weight_decay", wanted)) != wanted]
     if not other:
         return
     # Some groups alone may be meant so; all of them are what a file of the other class leaves behind.
-    meant = len(other) < len(holder.groups) and holder.schema is not None and holder.schema.name != "AdamW"
+    meant = len(other) < len(optimizer.groups) and optimizer.schema is not None and optimizer.schema.name != "AdamW"
     acts = "subtracts weight decay from the weights" if not wanted else "adds weight decay to the gradient"
     yield Finding(
         "groups.decoupled",
         "warning" if meant else "error",
         "",
-        f"{other[0].where} says decoupled_weight_decay={not wanted}, which {holder.called} was not built with: it now "
-        f"{acts}, as after a state_dict of {'AdamW' if not wanted else 'Adam'} was loaded",
+        f"{other[0].where} says decoupled_weight_decay={not wanted}, which {optimizer.label} was not built with: it "
+        f"now {acts}, as after a state_dict of {'AdamW' if not wanted else 'Adam'} was loaded",
         f'set it back: group["decoupled_weight_decay"] = {wanted}, or build the class that the state was saved from',
     )
 
 
-def _kernels(inventory: Inventory, holder: Holder, group: Group, members: Sequence[Member]) -> Iterator[Finding]:
-    options, defaults = group.options, holder.optimizer.defaults
+def _kernels(
+    inventory: Inventory, optimizer: LiveOptimizer, group: LiveGroup, members: Sequence[Member]
+) -> Iterator[Finding]:
+    options, defaults = group.options, optimizer.instance.defaults
     fast = next((key for key in ("fused", "foreach") if key in defaults and options.get(key)), None)
     if "capturable" in defaults and options.get("capturable") and fast != "fused":
         slow = [member for member in members if member.tensor.device.type in _NOT_CAPTURABLE]
@@ -123,9 +127,9 @@ def _kernels(inventory: Inventory, holder: Holder, group: Group, members: Sequen
             yield Finding(
                 "groups.capturable",
                 "error",
-                name_of(inventory, slow[0]),
+                member_name(inventory, slow[0]),
                 f"{group.where} has capturable=True with {plural(len(slow), 'parameter')} on "
-                f"{slow[0].tensor.device}, where the step fails: {listed(inventory, slow)}",
+                f"{slow[0].tensor.device}, where the step fails: {member_names(inventory, slow)}",
                 'set group["capturable"] = False; a state_dict saved on a GPU brings it along',
             )
     if fast is None:
@@ -136,12 +140,12 @@ def _kernels(inventory: Inventory, holder: Holder, group: Group, members: Sequen
         yield Finding(
             "groups.mixed",
             "error",
-            name_of(inventory, plain[0]),
+            member_name(inventory, plain[0]),
             f"{group.where} has {fast}=True with {plural(len(plain), 'plain tensor')} among DTensors, which one kernel "
-            f"cannot step together: {listed(inventory, plain)}",
+            f"cannot step together: {member_names(inventory, plain)}",
             f"put them into a group of their own, or set {fast}=False",
         )
-    adam = holder.schema is not None and holder.schema.name in {"Adam", "AdamW"}
+    adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
     if adam and fast == "foreach" and is_tensor(options.get("lr")) and not options.get("capturable"):
         yield Finding(
             "groups.option-value",
@@ -173,34 +177,36 @@ _MANY = 64
 _STRONG = 0.2
 
 
-def options_of(group: Group, *without: str) -> tuple[tuple[str, str], ...]:
+def options_of(group: LiveGroup, *without: str) -> tuple[tuple[str, str], ...]:
     """Return what a group trains with, in a form that can be compared, leaving out ``without``."""
     return tuple(sorted((key, repr(value)) for key, value in group.options.items() if key not in _LABELS | {*without}))
 
 
-def check_spread(inventory: Inventory, holders: Sequence[Holder], schedulers: Iterable[Any]) -> Iterator[Finding]:
+def check_spread(
+    inventory: Inventory, optimizers: Sequence[LiveOptimizer], schedulers: Iterable[Any]
+) -> Iterator[Finding]:
     """Yield what only several groups together show; ``schedulers`` may apply the multipliers among their options."""
-    scaled = {id(unwrapped(scheduler.optimizer)) for scheduler in schedulers if _applies_scales(scheduler)}
-    for holder in holders:
-        if holder.optimizer is None:
+    scaled = {id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers if _applies_scales(scheduler)}
+    for optimizer in optimizers:
+        if optimizer.instance is None:
             continue
-        if holder.schema is not None:
+        if optimizer.schema is not None:
             for key, option in _MULTIPLIERS.items():
-                if option != "lr" or id(holder.optimizer) not in scaled:
-                    yield from _unapplied(holder, key, option)
-        if holder.schema is None or holder.schema.name != "Muon":  # it steps no vector at all
-            yield from _decayed(inventory, holder)
-        distinct = len({options_of(group) for group in holder.groups})
-        if len(holder.groups) >= _MANY and distinct * 4 <= len(holder.groups):
+                if option != "lr" or id(optimizer.instance) not in scaled:
+                    yield from _unapplied(optimizer, key, option)
+        if optimizer.schema is None or optimizer.schema.name != "Muon":  # it steps no vector at all
+            yield from _decayed(inventory, optimizer)
+        distinct = len({options_of(group) for group in optimizer.groups})
+        if len(optimizer.groups) >= _MANY and distinct * 4 <= len(optimizer.groups):
             yield Finding(
                 "groups.many",
                 "note",
                 "",
-                f"{holder.called} has {len(holder.groups):,} groups with {plural(distinct, 'set')} of options among "
-                "them: fused and foreach kernels run over one group at a time",
+                f"{optimizer.label} has {len(optimizer.groups):,} groups with {plural(distinct, 'set')} of options "
+                "among them: fused and foreach kernels run over one group at a time",
                 "put parameters with the same options into one group",
             )
-    yield from _one_tensor(holders)
+    yield from _one_tensor(optimizers)
 
 
 def _applies_scales(scheduler: Any) -> bool:
@@ -208,10 +214,10 @@ def _applies_scales(scheduler: Any) -> bool:
     return hasattr(scheduler, "update_groups") and hasattr(scheduler, "optimizer")
 
 
-def _unapplied(holder: Holder, key: str, option: str) -> Iterator[Finding]:
-    base = _number(holder.optimizer.defaults.get(option))
-    waiting: list[Group] = []
-    for group in holder.groups:
+def _unapplied(optimizer: LiveOptimizer, key: str, option: str) -> Iterator[Finding]:
+    base = _number(optimizer.instance.defaults.get(option))
+    waiting: list[LiveGroup] = []
+    for group in optimizer.groups:
         scale = _number(group.options.get(key))
         value = _number(group.options.get("initial_lr" if option == "lr" else option, group.options.get(option)))
         # Recipes that resolve the multiplier leave it in the group too: there the option differs from the default.
@@ -222,8 +228,8 @@ def _unapplied(holder: Holder, key: str, option: str) -> Iterator[Finding]:
             "groups.multiplier",
             "warning",
             "",
-            f"{key} is in {plural(len(waiting), 'group')} of {holder.called} (the first is {waiting[0].where}), where "
-            f"{option} is the default {base:g}: neither the optimizer nor a scheduler of torch multiplies it in",
+            f"{key} is in {plural(len(waiting), 'group')} of {optimizer.label} (the first is {waiting[0].where}), "
+            f"where {option} is the default {base:g}: neither the optimizer nor a scheduler of torch multiplies it in",
             f'pass the scheduler that reads it, or apply it: group["{option}"] *= group["{key}"]',
         )
 
@@ -232,18 +238,18 @@ def _number(value: Any) -> float | None:
     return None if value is None or number_fault(value) is not None else float(value)
 
 
-def _decayed(inventory: Inventory, holder: Holder) -> Iterator[Finding]:
+def _decayed(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Finding]:
     """Note vectors under weight decay, where other vectors were kept from it or the decay is strong.
 
     Without either sign it is what every optimizer does by default, and nobody's slip.
     """
     within: dict[int, list[Member]] = defaultdict(list)
-    for member in holder.members:
+    for member in optimizer.members:
         if _vector(member) is not None:
             within[id(member.group)].append(member)
-    decay = {id(group): _number(group.options.get("weight_decay")) or 0.0 for group in holder.groups}
+    decay = {id(group): _number(group.options.get("weight_decay")) or 0.0 for group in optimizer.groups}
     spared = [members for key, members in within.items() if not decay[key] and _of_vectors(members)]
-    for group in holder.groups:
+    for group in optimizer.groups:
         vectors = [member for member in within[id(group)] if _vector(member)]
         strong = decay[id(group)] >= _STRONG
         if vectors and (strong or (spared and decay[id(group)])):
@@ -255,9 +261,9 @@ def _decayed(inventory: Inventory, holder: Holder) -> Iterator[Finding]:
             yield Finding(
                 "groups.decay",
                 "note",
-                name_of(inventory, vectors[0]),
+                member_name(inventory, vectors[0]),
                 f"{group.where} decays {plural(len(vectors), 'vector')} (norms, biases, scales) by "
-                f"{decay[id(group)]:g}, {why}: {listed(inventory, vectors)}",
+                f"{decay[id(group)]:g}, {why}: {member_names(inventory, vectors)}",
                 "if that is not meant, give them a group with weight_decay = 0",
             )
 
@@ -274,9 +280,9 @@ def _of_vectors(members: Sequence[Member]) -> bool:
     return vectors >= 2 and vectors >= 0.75 * len(members)
 
 
-def _one_tensor(holders: Sequence[Holder]) -> Iterator[Finding]:
-    stand: dict[int, list[Group]] = defaultdict(list)
-    for group in chain.from_iterable(holder.groups for holder in holders if holder.optimizer is not None):
+def _one_tensor(optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+    stand: dict[int, list[LiveGroup]] = defaultdict(list)
+    for group in chain.from_iterable(optimizer.groups for optimizer in optimizers if optimizer.instance is not None):
         if is_tensor(group.options.get("lr")):
             stand[id(group.options["lr"])].append(group)
     for groups in stand.values():

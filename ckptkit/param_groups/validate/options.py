@@ -12,7 +12,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import schema_of
-from ckptkit.param_groups.live import Group
+from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
 
 __all__ = ["check_options", "range_fault", "torch_options"]
@@ -122,7 +122,7 @@ _MEANT = {
 }
 
 
-def check_options(groups: Iterable[Group]) -> Iterator[Finding]:
+def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
     """Yield a finding for each option beyond its range, unknown to the optimizer, or lost to it."""
     for group in groups:
         defaults: Mapping[str, Any] | None = getattr(group.optimizer, "defaults", None)
@@ -144,7 +144,7 @@ def check_options(groups: Iterable[Group]) -> Iterator[Finding]:
                 )
 
 
-def _unread(group: Group, defaults: Mapping[str, Any] | None) -> Iterator[Finding]:
+def _unread(group: LiveGroup, defaults: Mapping[str, Any] | None) -> Iterator[Finding]:
     # Without an optimizer any may follow; what none of torch's reads is worth a word, as nobody else will say it.
     read = defaults if defaults is not None else torch_options() if group.optimizer is None else None
     told = group.optimizer is None or type(group.optimizer).__module__.startswith("torch.optim")
@@ -181,5 +181,5 @@ def _parameters(kind: type) -> Iterable[str]:
     return inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
-def _class(group: Group) -> str:
+def _class(group: LiveGroup) -> str:
     return type(group.optimizer).__name__

@@ -9,7 +9,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.live import Group, Holder, unwrapped
+from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, unwrap_optimizer
 from ckptkit.param_groups.spec import number_fault
 from ckptkit.param_groups.validate.optimizer_rules import options_of
 
@@ -48,33 +48,33 @@ def _inner(scheduler: Any) -> Any:
     return inner if hasattr(inner, "optimizer") and not hasattr(scheduler, "optimizer") else scheduler
 
 
-def check_schedulers(holders: Sequence[Holder], schedulers: Sequence[Any]) -> Iterator[Finding]:
+def check_schedulers(optimizers: Sequence[LiveOptimizer], schedulers: Sequence[Any]) -> Iterator[Finding]:
     """Yield where a scheduler drives another optimizer, other groups, or from another learning rate."""
-    if schedulers and all(holder.optimizer is None for holder in holders):
+    if schedulers and all(optimizer.instance is None for optimizer in optimizers):
         raise GroupsError(
             "schedulers are held against the optimizer that they drive, and groups alone have none",
             hint="pass the optimizer instead of its groups",
         )
-    known = {id(holder.optimizer): holder for holder in holders}
-    driven = Counter(id(unwrapped(scheduler.optimizer)) for scheduler in schedulers)
+    known = {id(optimizer.instance): optimizer for optimizer in optimizers}
+    driven = Counter(id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers)
     for scheduler in schedulers:
-        holder = known.get(id(unwrapped(scheduler.optimizer)))
-        if holder is None:
+        optimizer = known.get(id(unwrap_optimizer(scheduler.optimizer)))
+        if optimizer is None:
             yield _elsewhere(type(scheduler).__name__, scheduler.optimizer)
             continue
         for one in _parts(scheduler):
-            inner = known.get(id(unwrapped(one.optimizer)))
-            if inner is None or inner is not holder:
+            inner = known.get(id(unwrap_optimizer(one.optimizer)))
+            if inner is None or inner is not optimizer:
                 yield _elsewhere(f"{type(one).__name__} in {type(scheduler).__name__}", one.optimizer)
                 continue
             # SequentialLR asks for each lr from the start, so that there no scheduler follows.
             alone = one is scheduler or type(scheduler).__name__ == "ChainedScheduler"
-            yield from _lengths(holder, one, follows=alone and type(one).__name__ in _FOLLOW)
-            yield from _bases(holder, one)
-            yield from _flattened(holder, one)
-        if driven[id(unwrapped(scheduler.optimizer))] == 1:
-            yield from _began_elsewhere(holder, scheduler)
-        yield from _ahead(holder, scheduler)
+            yield from _lengths(optimizer, one, follows=alone and type(one).__name__ in _FOLLOW)
+            yield from _bases(optimizer, one)
+            yield from _flattened(optimizer, one)
+        if driven[id(unwrap_optimizer(scheduler.optimizer))] == 1:
+            yield from _began_elsewhere(optimizer, scheduler)
+        yield from _ahead(optimizer, scheduler)
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:
@@ -94,8 +94,8 @@ def _elsewhere(called: str, optimizer: Any) -> Finding:
     )
 
 
-def _lengths(holder: Holder, scheduler: Any, *, follows: bool) -> Iterator[Finding]:
-    count, called = len(holder.groups), type(scheduler).__name__
+def _lengths(optimizer: LiveOptimizer, scheduler: Any, *, follows: bool) -> Iterator[Finding]:
+    count, called = len(optimizer.groups), type(scheduler).__name__
     wrong = {
         name: len(values)
         for name in _LISTS
@@ -112,11 +112,11 @@ def _lengths(holder: Holder, scheduler: Any, *, follows: bool) -> Iterator[Findi
             "groups.scheduler-length",
             "warning" if follows and set(wrong) <= {"base_lrs"} else "error",
             "",
-            f"{called} knows {plural(length, 'group')} ({name}), {holder.called} has {count}: {effect}",
+            f"{called} knows {plural(length, 'group')} ({name}), {optimizer.label} has {count}: {effect}",
             _AGAIN,
         )
     key = _WRITES.get(called)
-    lacking = [group for group in holder.groups if key and not wrong and not _has(group, key, scheduler)]
+    lacking = [group for group in optimizer.groups if key and not wrong and not _has(group, key, scheduler)]
     if key and lacking:
         yield Finding(
             "groups.scheduler-length",
@@ -128,15 +128,15 @@ def _lengths(holder: Holder, scheduler: Any, *, follows: bool) -> Iterator[Findi
         )
 
 
-def _has(group: Group, key: str, scheduler: Any) -> bool:
+def _has(group: LiveGroup, key: str, scheduler: Any) -> bool:
     return key in group.options or hasattr(scheduler, f"{key}s")
 
 
-def _bases(holder: Holder, scheduler: Any) -> Iterator[Finding]:
+def _bases(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     bases = getattr(scheduler, "base_lrs", None)
-    if not isinstance(bases, Sequence) or len(bases) != len(holder.groups) or type(scheduler).__name__ in _WRITES:
+    if not isinstance(bases, Sequence) or len(bases) != len(optimizer.groups) or type(scheduler).__name__ in _WRITES:
         return
-    for base, group in zip(bases, holder.groups, strict=True):
+    for base, group in zip(bases, optimizer.groups, strict=True):
         initial = _number(group.options.get("initial_lr"))
         known = _number(base)
         if initial is not None and known is not None and not _close(initial, known):
@@ -150,11 +150,11 @@ def _bases(holder: Holder, scheduler: Any) -> Iterator[Finding]:
             )
 
 
-def _began_elsewhere(holder: Holder, scheduler: Any) -> Iterator[Finding]:
+def _began_elsewhere(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     """Find a new scheduler that counts from an ``initial_lr`` which a file or an older scheduler left behind."""
     if type(scheduler).__name__ not in _FROM_FULL or getattr(scheduler, "last_epoch", None) != 0:
         return
-    for group in holder.groups:
+    for group in optimizer.groups:
         initial, rate = _number(group.options.get("initial_lr")), _number(group.options.get("lr"))
         if initial is not None and rate is not None and not _close(initial, rate):
             yield Finding(
@@ -167,41 +167,43 @@ def _began_elsewhere(holder: Holder, scheduler: Any) -> Iterator[Finding]:
             )
 
 
-def _flattened(holder: Holder, scheduler: Any) -> Iterator[Finding]:
+def _flattened(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     called = type(scheduler).__name__
     key = _WRITES.get(called)
-    if key is None or len(holder.groups) < 2:
+    if key is None or len(optimizer.groups) < 2:
         return
-    values = getattr(scheduler, f"{key}s", None) or [group.options.get(key) for group in holder.groups]
+    values = getattr(scheduler, f"{key}s", None) or [group.options.get(key) for group in optimizer.groups]
     if len({_number(value) for value in values}) > 1:
         return
-    scales = {repr(group.options.get("lr_scale")) for group in holder.groups}
-    alike = Counter(options_of(group, "lr", "momentum", "betas") for group in holder.groups)
+    scales = {repr(group.options.get("lr_scale")) for group in optimizer.groups}
+    alike = Counter(options_of(group, "lr", "momentum", "betas") for group in optimizer.groups)
     # Groups that differ in other options have a reason to be; those that differ in none were split for their lr.
     if max(alike.values()) > 1 or len(scales) > 1:
-        names = " and ".join(group.where for group in holder.groups[:2])
+        names = " and ".join(group.where for group in optimizer.groups[:2])
         yield Finding(
             "groups.scheduler-flat",
             "warning",
             "",
-            f"{called} has one {key} for all {len(holder.groups)} groups, of which some differ in nothing but their lr "
-            f"({names}): whatever lr they had is gone",
+            f"{called} has one {key} for all {len(optimizer.groups)} groups, of which some differ in nothing but their "
+            f"lr ({names}): whatever lr they had is gone",
             f"give it a list with a value for each group: {key}=[...]",
         )
 
 
-def _ahead(holder: Holder, scheduler: Any) -> Iterator[Finding]:
+def _ahead(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     """Find the schedule of a run that goes on, beside an optimizer that has yet to begin."""
     epoch = getattr(scheduler, "last_epoch", None)
-    state = getattr(holder.optimizer, "state", None)
-    if not isinstance(epoch, int) or epoch < 1 or holder.schema is None or not isinstance(state, Mapping) or state:
+    state = getattr(optimizer.instance, "state", None)
+    if not isinstance(epoch, int) or epoch < 1 or optimizer.schema is None or not isinstance(state, Mapping) or state:
         return
-    if holder.schema.shared or any(holder.schema.wanted(group.options, ()) for group in holder.groups):
+    if optimizer.schema.has_shared_state or any(
+        optimizer.schema.slots_for(group.options, ()) for group in optimizer.groups
+    ):
         yield Finding(
             "groups.state-empty",
             "warning",
             "",
-            f"{type(scheduler).__name__} is at {plural(epoch, 'step')}, but {holder.called} has no state at all: it "
+            f"{type(scheduler).__name__} is at {plural(epoch, 'step')}, but {optimizer.label} has no state at all: it "
             "was not loaded, or nothing of it was",
             f"load it, and look: {quoted('len(optimizer.state)')} is the number of parameters with state",
         )

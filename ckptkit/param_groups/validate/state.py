@@ -8,8 +8,8 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import human_bytes, plural, quoted
-from ckptkit.core.torch_optim import Schema, Slot
-from ckptkit.param_groups.live import Holder, Member, listed, name_of
+from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
+from ckptkit.param_groups.live import LiveOptimizer, Member, member_name, member_names
 from ckptkit.param_groups.parameters import Inventory, address
 from ckptkit.param_groups.spec import is_tensor
 
@@ -21,49 +21,49 @@ _FORGET = "forget it, and the next step starts it again: optimizer.state.pop(par
 _AGAIN = "load the state again from a file that has it, or forget it: optimizer.state.pop(parameter)"
 
 
-def check_state(inventory: Inventory, holders: Sequence[Holder]) -> Iterator[Finding]:
+def check_state(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield what is wrong with the state of each optimizer: whose it is, which slots it has, and how far it got."""
-    for holder in holders:
-        state = getattr(holder.optimizer, "state", None)
+    for optimizer in optimizers:
+        state = getattr(optimizer.instance, "state", None)
         if not isinstance(state, Mapping):
             continue
-        places = {id(member.tensor): member for member in holder.members}
-        yield from _keys(holder, state, places)
+        places = {id(member.tensor): member for member in optimizer.members}
+        yield from _keys(optimizer, state, places)
         kept = [(one, state[one.tensor]) for one in places.values() if state.get(one.tensor)]
         kept = [(member, slots) for member, slots in kept if isinstance(slots, Mapping)]
-        yield from _dead(inventory, holder, kept)
-        if holder.schema is not None and not holder.schema.shared:
-            yield from _slots(inventory, holder, holder.schema, kept)
-            yield from _steps(inventory, holder, kept)
-            yield from _absent(inventory, holder, holder.schema, kept)
+        yield from _dead(inventory, optimizer, kept)
+        if optimizer.schema is not None and not optimizer.schema.has_shared_state:
+            yield from _slots(inventory, optimizer, optimizer.schema, kept)
+            yield from _steps(inventory, optimizer, kept)
+            yield from _absent(inventory, optimizer, optimizer.schema, kept)
 
 
-def _keys(holder: Holder, state: Mapping[Any, Any], places: Mapping[int, Member]) -> Iterator[Finding]:
+def _keys(optimizer: LiveOptimizer, state: Mapping[Any, Any], places: Mapping[int, Member]) -> Iterator[Finding]:
     orphans = [key for key in state if is_tensor(key) and id(key) not in places]
     if orphans:
         yield Finding(
             "groups.state-orphan",
             "error",
             "",
-            f"{holder.called} keeps the state of {plural(len(orphans), 'tensor')} that none of its groups has (the "
+            f"{optimizer.label} keeps the state of {plural(len(orphans), 'tensor')} that none of its groups has (the "
             f"first is {tuple(orphans[0].shape)}): state_dict() fails with a KeyError that names nobody",
             "forget it: optimizer.state.pop(tensor), or move it to the parameter that took its place",
         )
     # Other people's optimizers keep things of their own under strings; numbers are ids that a file left behind.
-    strays = [key for key in state if not is_tensor(key) and (holder.schema is not None or isinstance(key, int))]
+    strays = [key for key in state if not is_tensor(key) and (optimizer.schema is not None or isinstance(key, int))]
     if strays:
         yield Finding(
             "groups.state-stray",
             "warning",
             "",
-            f"{holder.called} keeps state under {strays[0]!r}"
+            f"{optimizer.label} keeps state under {strays[0]!r}"
             + (f" and {plural(len(strays) - 1, 'more key')}" if strays[1:] else "")
             + ", which is no parameter: it came with a loaded file, and is saved again with every checkpoint",
             "forget it: optimizer.state.pop(key)",
         )
 
 
-def _dead(inventory: Inventory, holder: Holder, kept: Sequence[Kept]) -> Iterator[Finding]:
+def _dead(inventory: Inventory, optimizer: LiveOptimizer, kept: Sequence[Kept]) -> Iterator[Finding]:
     dead = [(member, slots) for member, slots in kept if id(member.tensor) not in inventory.parameters]
     if dead:
         size = sum(value.nbytes for _, slots in dead for value in slots.values() if is_tensor(value))
@@ -71,21 +71,23 @@ def _dead(inventory: Inventory, holder: Holder, kept: Sequence[Kept]) -> Iterato
             "groups.state-dead",
             "note",
             "",
-            f"{holder.called} still keeps {human_bytes(size)} of state for {plural(len(dead), 'tensor')} that the "
-            f"model does not have: {listed(inventory, [member for member, _ in dead])}",
+            f"{optimizer.label} still keeps {human_bytes(size)} of state for {plural(len(dead), 'tensor')} that the "
+            f"model does not have: {member_names(inventory, [member for member, _ in dead])}",
             "build the optimizer again, after the last change to the model, or rebind(optimizer, model)",
         )
 
 
-def _slots(inventory: Inventory, holder: Holder, schema: Schema, kept: Sequence[Kept]) -> Iterator[Finding]:
+def _slots(
+    inventory: Inventory, optimizer: LiveOptimizer, schema: OptimizerSchema, kept: Sequence[Kept]
+) -> Iterator[Finding]:
     unknown: dict[str, list[Member]] = defaultdict(list)
     converted: dict[tuple[str, Any, Any], dict[Member, bool]] = defaultdict(dict)
     for member, slots in kept:
         shape = _shape(member.tensor)
         if shape is None:
             continue
-        wanted = schema.wanted(member.group.options, shape)
-        yield from _incomplete(inventory, holder, member, [slot for slot in wanted if slots.get(slot.name) is None])
+        wanted = schema.slots_for(member.group.options, shape)
+        yield from _incomplete(inventory, optimizer, member, [slot for slot in wanted if slots.get(slot.name) is None])
         wrong: dict[str, str] = {}
         for name, value in slots.items():
             slot = schema.slot(name)
@@ -95,7 +97,7 @@ def _slots(inventory: Inventory, holder: Holder, schema: Schema, kept: Sequence[
                 wrong[name] = fault
             elif slot.layout != "scalar" and is_tensor(value):
                 if value.dtype != member.tensor.dtype:
-                    exact = slot.exact_dtype or bool(member.group.options.get("fused"))
+                    exact = slot.needs_parameter_dtype or bool(member.group.options.get("fused"))
                     alike = converted["dtype", value.dtype, member.tensor.dtype]
                     alike[member] = alike.get(member, False) or exact
                 if value.device != member.tensor.device:
@@ -106,31 +108,33 @@ def _slots(inventory: Inventory, holder: Holder, schema: Schema, kept: Sequence[
         yield Finding(
             "groups.state-stray",
             "warning",
-            name_of(inventory, members[0]),
-            f"{holder.called} keeps {quoted(name)} for {listed(inventory, members)}, which it does not read: the state "
-            "came from an optimizer of another class",
+            member_name(inventory, members[0]),
+            f"{optimizer.label} keeps {quoted(name)} for {member_names(inventory, members)}, which it does not read: "
+            "the state came from an optimizer of another class",
             "load the state of the same class, or start without: optimizer.state.clear()",
         )
     for (what, there, here), alike in converted.items():
         yield _converted(inventory, f"groups.state-{what}", there, here, alike)
 
 
-def _incomplete(inventory: Inventory, holder: Holder, member: Member, lacking: Sequence[Slot]) -> Iterator[Finding]:
+def _incomplete(
+    inventory: Inventory, optimizer: LiveOptimizer, member: Member, lacking: Sequence[SlotSchema]
+) -> Iterator[Finding]:
     if not lacking:
         return
-    restarts = all(slot.restarts for slot in lacking)
-    name = name_of(inventory, member)
+    restarts = all(slot.is_optional for slot in lacking)
+    name = member_name(inventory, member)
     yield Finding(
         "groups.state-incomplete",
         "warning" if restarts else "error",
         name,
         f"the state of {quoted(name) if name else member.where} has no {', '.join(slot.name for slot in lacking)}, "
-        f"which {holder.called} {'starts again from zero' if restarts else 'reads in its step, and fails without'}",
+        f"which {optimizer.label} {'starts again from zero' if restarts else 'reads in its step, and fails without'}",
         _AGAIN,
     )
 
 
-def _misshapen(slot: Slot, value: Any, shape: tuple[int, ...]) -> str | None:
+def _misshapen(slot: SlotSchema, value: Any, shape: tuple[int, ...]) -> str | None:
     """Return what ``value`` is where it cannot be this slot of a parameter of ``shape``."""
     expected = slot.shape(shape)
     if expected is None or value is None:
@@ -143,7 +147,7 @@ def _misshapen(slot: Slot, value: Any, shape: tuple[int, ...]) -> str | None:
 
 
 def _mismatch(inventory: Inventory, member: Member, wrong: Mapping[str, str], shape: tuple[int, ...]) -> Finding:
-    name = name_of(inventory, member)
+    name = member_name(inventory, member)
     found = ", ".join(f"{slot} {fault}" for slot, fault in wrong.items())
     return Finding(
         "groups.state-shape",
@@ -160,27 +164,27 @@ def _converted(inventory: Inventory, code: str, there: Any, here: Any, exact: Ma
     return Finding(
         code,
         "error" if fails else "warning",
-        name_of(inventory, members[0]),
-        f"the state of {listed(inventory, members)} is {there}, beside "
+        member_name(inventory, members[0]),
+        f"the state of {member_names(inventory, members)} is {there}, beside "
         f"{plural(len(members), 'parameter that is', 'parameters that are')} {here}: "
         + ("the next step fails" if fails else "torch computes in the wider of both"),
         "load the state_dict after the model is converted: torch converts it then",
     )
 
 
-def _steps(inventory: Inventory, holder: Holder, kept: Sequence[Kept]) -> Iterator[Finding]:
+def _steps(inventory: Inventory, optimizer: LiveOptimizer, kept: Sequence[Kept]) -> Iterator[Finding]:
     counted: dict[float, list[Member]] = defaultdict(list)
     for count, member in _counts(kept):
         counted[count].append(member)
     if len(counted) > 1:
         some = sorted(counted.items(), key=lambda item: -len(item[1]))
-        parts = [f"{count:g} for {listed(inventory, members)}" for count, members in some[:3]]
+        parts = [f"{count:g} for {member_names(inventory, members)}" for count, members in some[:3]]
         more = f", and {plural(len(some) - 3, 'other count')}" if len(some) > 3 else ""
         yield Finding(
             "groups.state-steps",
             "warning",
-            name_of(inventory, some[-1][1][0]),
-            f"{holder.called} has counted different numbers of steps: {'; '.join(parts)}{more}. Those with fewer are "
+            member_name(inventory, some[-1][1][0]),
+            f"{optimizer.label} has counted different numbers of steps: {'; '.join(parts)}{more}. Those with fewer are "
             "corrected as if training had just begun",
             "this is right for parameters that were unfrozen or got no gradient; otherwise their state was not loaded",
         )
@@ -204,22 +208,24 @@ def _counts(kept: Sequence[Kept]) -> Iterator[tuple[float, Member]]:
         yield from zip(counts, (member for _, member in pairs), strict=True)
 
 
-def _absent(inventory: Inventory, holder: Holder, schema: Schema, kept: Sequence[Kept]) -> Iterator[Finding]:
+def _absent(
+    inventory: Inventory, optimizer: LiveOptimizer, schema: OptimizerSchema, kept: Sequence[Kept]
+) -> Iterator[Finding]:
     there = {id(member.tensor) for member, _ in kept}
     without = [
         member
-        for member in holder.members
+        for member in optimizer.members
         if id(member.tensor) not in there
         and member.tensor.requires_grad
-        and schema.wanted(member.group.options, _shape(member.tensor) or ())
+        and schema.slots_for(member.group.options, _shape(member.tensor) or ())
     ]
     if there and without:
         yield Finding(
             "groups.state-absent",
             "note",
-            name_of(inventory, without[0]),
-            f"{holder.called} has no state for {len(without)} of {plural(len(there) + len(without), 'parameter')}: "
-            f"{listed(inventory, without)}",
+            member_name(inventory, without[0]),
+            f"{optimizer.label} has no state for {len(without)} of {plural(len(there) + len(without), 'parameter')}: "
+            f"{member_names(inventory, without)}",
             "they got no gradient so far, or their state was not loaded",
         )
 
@@ -231,16 +237,16 @@ def _shape(tensor: Any) -> tuple[int, ...] | None:
         return None
 
 
-def check_state_values(inventory: Inventory, holders: Sequence[Holder]) -> Iterator[Finding]:
+def check_state_values(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield the slots whose values no step can use, and those that share memory with what another step writes."""
-    for holder in holders:
-        for member, slot, value in _tensors(holder):
+    for optimizer in optimizers:
+        for member, slot, value in _tensors(optimizer):
             fault = _fault(value)
-            known = holder.schema.slot(slot) if holder.schema is not None else None
-            if fault == "negative" and (known is None or not known.not_negative):
+            known = optimizer.schema.slot(slot) if optimizer.schema is not None else None
+            if fault == "negative" and (known is None or not known.is_non_negative):
                 continue
             if fault is not None:
-                name = name_of(inventory, member)
+                name = member_name(inventory, member)
                 yield Finding(
                     "groups.state-value",
                     "error",
@@ -253,15 +259,15 @@ def check_state_values(inventory: Inventory, holders: Sequence[Holder]) -> Itera
                     ),
                     "load the state again from a file that is whole, or forget it: optimizer.state.pop(parameter)",
                 )
-    yield from _shared(inventory, holders)
+    yield from _shared(inventory, optimizers)
 
 
-def _tensors(holder: Holder) -> Iterator[tuple[Member, str, Any]]:
+def _tensors(optimizer: LiveOptimizer) -> Iterator[tuple[Member, str, Any]]:
     """Yield every tensor in the state of what stands in the groups."""
-    state = getattr(holder.optimizer, "state", None)
+    state = getattr(optimizer.instance, "state", None)
     if not isinstance(state, Mapping):
         return
-    for member in {id(member.tensor): member for member in holder.members}.values():
+    for member in {id(member.tensor): member for member in optimizer.members}.values():
         slots = state.get(member.tensor)
         if isinstance(slots, Mapping):
             yield from ((member, name, value) for name, value in slots.items() if is_tensor(value))
@@ -288,19 +294,21 @@ def _fault(value: Any) -> str | None:
     return "negative" if low < 0 else None
 
 
-def _shared(inventory: Inventory, holders: Sequence[Holder]) -> Iterator[Finding]:
-    parameters = {(member.tensor.device, address(member.tensor)): member for one in holders for member in one.members}
+def _shared(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+    parameters = {
+        (member.tensor.device, address(member.tensor)): member for one in optimizers for member in one.members
+    }
     seen: dict[tuple[Any, int], str] = {}
     count, first = 0, ""
-    for holder in holders:
-        for member, slot, value in _tensors(holder):
+    for optimizer in optimizers:
+        for member, slot, value in _tensors(optimizer):
             place = (value.device, address(value))
             if not place[1]:
                 continue
-            mine = f"{slot} of {listed(inventory, [member])} in {holder.called}"
+            mine = f"{slot} of {member_names(inventory, [member])} in {optimizer.label}"
             theirs = seen.setdefault(place, mine)
             if theirs == mine and place in parameters:
-                theirs = f"the parameter {listed(inventory, [parameters[place]])}"
+                theirs = f"the parameter {member_names(inventory, [parameters[place]])}"
             if theirs != mine:
                 count += 1
                 first = first or f"{mine} is in the memory of {theirs}"
