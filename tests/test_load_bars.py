@@ -13,7 +13,7 @@ from torch import nn
 
 from ckptkit import load_into
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, sections
+from ckptkit.core.coverage import ModuleCoverage, coverage_by_module, group_by_module
 from ckptkit.errors import CkptkitError, ModelError, RuleError
 from tests.helpers_outputs import same_state
 
@@ -138,7 +138,7 @@ KEYS = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join)
 @given(st.dictionaries(KEYS, st.booleans(), max_size=30))
 def test_sections_are_a_partition(labels: dict[str, bool]) -> None:
     """Every key is in one section, in order, below its prefix; few keys are opened until each is of one kind."""
-    found = sections(labels)
+    found = group_by_module(labels)
     assert sorted(key for _, keys in found for key in keys) == sorted(labels)
     assert all(key == prefix or key.startswith(f"{prefix}.") for prefix, keys in found for key in keys)
     assert all(len({labels[key] for key in keys}) == 1 for _, keys in found)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.statistics import Accumulator, Bench, Numbers, merged, why_not_judged
+from ckptkit.statistics import Accumulator, Numbers, Workspace, merge_numbers, why_unsupported
 from tests.helpers_formats import bits, random_tensor
 
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -25,13 +25,13 @@ JUDGED = [
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    with Bench(2) as made:
+def workspace() -> Iterator[Workspace]:
+    with Workspace(2) as made:
         yield made
 
 
-def fed(info: TensorInfo, data: bytes, bench: Bench, step: int = 1 << 22) -> Numbers:
-    accumulator = Accumulator(info, bench)
+def fed(info: TensorInfo, data: bytes, workspace: Workspace, step: int = 1 << 22) -> Numbers:
+    accumulator = Accumulator(info, workspace)
     for start in range(0, len(data), step):
         accumulator.add(memoryview(data)[start : start + step])
     return accumulator.result()
@@ -94,26 +94,26 @@ def check(found: Numbers, values: list[float], code: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("code", JUDGED)
-def test_every_dtype(code: str, bench: Bench) -> None:
+def test_every_dtype(code: str, workspace: Workspace) -> None:
     """Of random bits, NaN, infinities and unused codes among them, everything is what exact arithmetic gives."""
     dtype = getattr(torch, DTYPES[code].torch_name)
     tensor = random_tensor(dtype, (4002,))
     if code in ("F64", "C128"):  # squares of the full range are beyond float64, in torch as well
         tensor = torch.where(tensor.abs() < 1e100, tensor, torch.tensor(math.nan).to(dtype))
         tensor = torch.where((tensor.abs() > 1e-100) | tensor.isnan(), tensor, torch.zeros((), dtype=dtype))
-    check(fed(described(tensor), bits(tensor), bench), numbers_in(tensor), code)
+    check(fed(described(tensor), bits(tensor), workspace), numbers_in(tensor), code)
 
 
 def test_no_dtype_is_forgotten() -> None:
     """What is not judged has a reason; every other dtype of the table is tested above."""
-    reasons = {code: why_not_judged(TensorInfo("w", code, (2,))) for code in DTYPES}
+    reasons = {code: why_unsupported(TensorInfo("w", code, (2,))) for code in DTYPES}
     assert sorted(code for code, reason in reasons.items() if not reason) == sorted(JUDGED)
     assert reasons["F6_E2M3"] == "torch has no arithmetic for F6_E2M3"
-    assert why_not_judged(TensorInfo("w", "F4", (3,)))
+    assert why_unsupported(TensorInfo("w", "F4", (3,)))
     for kind in ("sparse", "quantized", "meta", "subclass"):
-        assert why_not_judged(TensorInfo("w", "F32", (2,), kind=kind)) == f"{kind} tensor"
-    with Bench() as bench, pytest.raises(ValueError, match="'w': quantized tensor"):
-        Accumulator(TensorInfo("w", "Q4_K", (256,), kind="quantized"), bench)
+        assert why_unsupported(TensorInfo("w", "F32", (2,), kind=kind)) == f"{kind} tensor"
+    with Workspace() as workspace, pytest.raises(ValueError, match="'w': quantized tensor"):
+        Accumulator(TensorInfo("w", "Q4_K", (256,), kind="quantized"), workspace)
 
 
 SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-45, 65504.0, 6e-8, math.nan, math.inf, -math.inf]
@@ -125,23 +125,23 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-45, 65504.0, 6e-8, math.nan, m
     st.lists(st.sampled_from(SPECIAL) | st.floats(width=32), max_size=40),
     st.integers(1, 9),
 )
-def test_any_floats_in_any_chunks(bench: Bench, dtype: torch.dtype, values: list[float], step: int) -> None:
+def test_any_floats_in_any_chunks(workspace: Workspace, dtype: torch.dtype, values: list[float], step: int) -> None:
     """Chunks of any size, those that cut a number among them, give the same as all the bytes at once."""
     tensor = torch.tensor(values, dtype=dtype)
     info, data = described(tensor), bits(tensor)
-    check(fed(info, data, bench), numbers_in(tensor), info.dtype)
-    in_pieces = fed(info, data, bench, step)
+    check(fed(info, data, workspace), numbers_in(tensor), info.dtype)
+    in_pieces = fed(info, data, workspace, step)
     check(in_pieces, numbers_in(tensor), info.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32], ids=str)
 @pytest.mark.parametrize("count", [32767, 32768, 131071, 131072, 131073, 400_001])
-def test_pieces_meet_without_a_seam(dtype: torch.dtype, count: int, bench: Bench) -> None:
+def test_pieces_meet_without_a_seam(dtype: torch.dtype, count: int, workspace: Workspace) -> None:
     """Where a tensor is cut for the threads nothing is lost, counted twice, or rounded more than float64 does."""
     tensor = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * 1000).to(dtype)
     if dtype.is_floating_point:
         tensor[[0, 131072 % count, -1]] = torch.tensor([math.nan, math.inf, 0.0], dtype=dtype)
-    found = fed(described(tensor), bytes(tensor.view(torch.uint8).numpy()), bench)
+    found = fed(described(tensor), bytes(tensor.view(torch.uint8).numpy()), workspace)
     wide = tensor.to(torch.float64)
     finite = wide[wide.isfinite()]
     assert (found.count, found.nan, found.posinf) == (count, int(wide.isnan().sum()), int((wide == math.inf).sum()))
@@ -154,27 +154,27 @@ def test_pieces_meet_without_a_seam(dtype: torch.dtype, count: int, bench: Bench
     assert sum(found.histogram.values()) == len(finite) - found.zeros
 
 
-def test_a_large_mean_hides_no_deviation(bench: Bench) -> None:
+def test_a_large_mean_hides_no_deviation(workspace: Workspace) -> None:
     """A deviation a ten-millionth of the mean is right to its last digits, over many pieces of unlike means."""
     steps = torch.arange(300_000, dtype=torch.float64)
     tensor = 1e8 + (steps % 7) + (steps > 150_000) * 3
-    found = fed(described(tensor), bits(tensor), bench)
+    found = fed(described(tensor), bits(tensor), workspace)
     assert found.std == pytest.approx((tensor - 1e8).std(correction=0).item(), rel=1e-12)
     assert found.mean == pytest.approx(1e8 + (tensor - 1e8).mean().item(), rel=1e-15)
 
 
 @pytest.mark.parametrize("center", [0.0, 1e-3, 3.0, -1e6, 1e12], ids=str)
 @pytest.mark.parametrize("special", [0, 1, 499, 1000], ids=str)
-def test_what_is_not_finite_moves_nothing(center: float, special: int, bench: Bench) -> None:
+def test_what_is_not_finite_moves_nothing(center: float, special: int, workspace: Workspace) -> None:
     """Among numbers around any mean, a few or mostly NaN and Inf leave the moments of the rest as they are."""
     tensor = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + center
     tensor[7] = 0.0
     tensor[-20:] *= -1
     tensor[torch.randperm(1000, generator=torch.Generator().manual_seed(4))[:special]] = math.nan
     tensor[::5] = torch.where(tensor[::5].isnan(), -math.inf, tensor[::5])
-    check(fed(described(tensor), bits(tensor), bench), numbers_in(tensor), "F64")
+    check(fed(described(tensor), bits(tensor), workspace), numbers_in(tensor), "F64")
     narrow = tensor.float()
-    check(fed(described(narrow), bits(narrow), bench), numbers_in(narrow), "F32")
+    check(fed(described(narrow), bits(narrow), workspace), numbers_in(narrow), "F32")
 
 
 def test_the_order_of_threads_does_not_show() -> None:
@@ -183,8 +183,8 @@ def test_the_order_of_threads_does_not_show() -> None:
     data = bytes(tensor.view(torch.uint8).numpy())
     results = []
     for threads in (1, 4, 4):
-        with Bench(threads) as bench:
-            results.append(fed(described(tensor), data, bench))
+        with Workspace(threads) as workspace:
+            results.append(fed(described(tensor), data, workspace))
     assert results[0] == results[1] == results[2]
 
 
@@ -193,8 +193,8 @@ def test_threads_of_torch_are_as_before() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        with Bench(2) as bench:
-            fed(TensorInfo("w", "U8", (1 << 17,)), bytes(1 << 17), bench)
+        with Workspace(2) as workspace:
+            fed(TensorInfo("w", "U8", (1 << 17,)), bytes(1 << 17), workspace)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -211,56 +211,56 @@ def test_threads_of_torch_are_as_before() -> None:
     ],
     ids=str,
 )
-def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int], bench: Bench) -> None:
+def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int], workspace: Workspace) -> None:
     """The smallest and the largest are exact where float64 is not."""
     tensor = torch.tensor(values, dtype=dtype)
-    found = fed(described(tensor), bits(tensor), bench)
+    found = fed(described(tensor), bits(tensor), workspace)
     assert (found.min, found.max) == (min(values), max(values))
     assert found.zeros == values.count(0)
 
 
-def test_what_is_beyond_float64_is_infinite_and_no_trouble(bench: Bench) -> None:
+def test_what_is_beyond_float64_is_infinite_and_no_trouble(workspace: Workspace) -> None:
     """Numbers whose sum and squares overflow have their mean all the same, and an infinite deviation, as in torch."""
     tensor = torch.tensor([1.7e308, 1.7e308, 1.7e308, -1e308], dtype=torch.float64)
     for step in (32, 8):
-        found = fed(described(tensor), bits(tensor), bench, step)
+        found = fed(described(tensor), bits(tensor), workspace, step)
         assert found.mean == pytest.approx(1.025e308, rel=1e-12)
         assert (found.std, found.l1, found.l2) == (math.inf, math.inf, math.inf)
         assert (found.min, found.max) == (-1e308, 1.7e308)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
-def test_scalars_and_nothing(shape: tuple[int, ...], bench: Bench) -> None:
+def test_scalars_and_nothing(shape: tuple[int, ...], workspace: Workspace) -> None:
     tensor = torch.full(shape, 0.1)
-    found = fed(described(tensor), bits(tensor), bench)
+    found = fed(described(tensor), bits(tensor), workspace)
     check(found, numbers_in(tensor), "F32")
     assert found.zero_share == 0
 
 
-def test_a_constant_has_no_deviation(bench: Bench) -> None:
+def test_a_constant_has_no_deviation(workspace: Workspace) -> None:
     """What is one number throughout is named, and rounding makes no deviation of it; two numbers are none."""
     tensor = torch.full((100_003,), 0.1)
-    found = fed(described(tensor), bits(tensor), bench)
+    found = fed(described(tensor), bits(tensor), workspace)
     assert (found.constant, found.std, found.mean) == (tensor[0].item(), 0.0, tensor[0].item())
     tensor[5] = math.nan
-    assert fed(described(tensor), bits(tensor), bench).constant is None
+    assert fed(described(tensor), bits(tensor), workspace).constant is None
 
 
 @given(st.lists(st.lists(st.sampled_from(SPECIAL[:6]) | st.floats(-1e6, 1e6), max_size=9), max_size=5))
 @settings(max_examples=50)
-def test_several_are_as_one(bench: Bench, parts: list[list[float]]) -> None:
+def test_several_are_as_one(workspace: Workspace, parts: list[list[float]]) -> None:
     """Tensors put together by their moments are what all their numbers are in one tensor."""
     tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
-    found = merged(fed(described(tensor), bits(tensor), bench) for tensor in tensors)
+    found = merge_numbers(fed(described(tensor), bits(tensor), workspace) for tensor in tensors)
     check(found, [value for part in parts for value in part], "F64")
 
 
-def test_read_only_and_unaligned_chunks(bench: Bench) -> None:
+def test_read_only_and_unaligned_chunks(workspace: Workspace) -> None:
     """Bytes that cannot be written to, and those that begin at an odd address, are taken as they are."""
     tensor = torch.randn(1000)
     data = bits(tensor)
-    expected = fed(described(tensor), data, bench)
+    expected = fed(described(tensor), data, workspace)
     shifted = bytearray(b"?" + data)
-    accumulator = Accumulator(described(tensor), bench)
+    accumulator = Accumulator(described(tensor), workspace)
     accumulator.add(memoryview(shifted)[1:])
     assert accumulator.result() == expected

@@ -80,9 +80,9 @@ def run_checks(
     compared = None
     if like is not None:
         from ckptkit.checks.expected import differences
-        from ckptkit.comparison import compare
+        from ckptkit.comparison import diff_checkpoints
 
-        compared = compare(as_checkpoint(like, "expected"), opened, key_map)
+        compared = diff_checkpoints(as_checkpoint(like, "expected"), opened, key_map)
         findings += differences(compared)
     if fast:
         looked = f"headers only: no stored byte of a tensor was read, no checksum compared, {UNJUDGED}"
@@ -94,9 +94,9 @@ def run_checks(
             from concurrent.futures import ThreadPoolExecutor
 
             from ckptkit.checks.reading import Judge
-            from ckptkit.statistics import Bench
+            from ckptkit.statistics import Workspace
 
-            scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Bench()))
+            scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Workspace()))
             scan.beside = stack.enter_context(ThreadPoolExecutor(1))
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != "no-checksum" for finding in findings):

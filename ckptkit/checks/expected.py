@@ -6,10 +6,10 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ckptkit.checks.structure import FLOATS
-from ckptkit.comparison import Pair, StateDictDiff
+from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, plural
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.statistics import Numbers
 
 __all__ = ["as_expected", "differences", "like_a_fresh_model"]
@@ -24,7 +24,7 @@ def differences(result: StateDictDiff) -> Iterator[Finding]:
     """
     hint = f"{result.hints[0].message}" if result.hints else "ckpt diff lists them all"
     there = {pair.key for pair in result.matched}
-    partners = {key: group for group in tied(result.expected.values()) for key in group}
+    partners = {key: group for group in tied_keys(result.expected.values()) for key in group}
     missing = [info.key for info in result.missing if info.key not in result.filled]
     shared = [key for key in missing if any(other in there for other in partners.get(key, ()))]
     blocked = set(result.blocked)
@@ -54,7 +54,7 @@ def _one(code: str, severity: Severity, keys: Iterable[str], said: str, hint: st
         yield Finding(code, severity, names[0], message, hint)
 
 
-def _pairs(code: str, severity: Severity, pairs: Iterable[Pair], said: str) -> Iterator[Finding]:
+def _pairs(code: str, severity: Severity, pairs: Iterable[KeyPair], said: str) -> Iterator[Finding]:
     told = list(pairs)
     if told:
         first = f"{told[0].expected} expected, {told[0].found} found"
@@ -67,7 +67,7 @@ _SIGMAS = 4.0
 _LEAST_IN_BIN = 10
 
 
-def as_expected(pairs: Iterable[Pair], same: Callable[[Pair], bool]) -> Iterator[Finding]:
+def as_expected(pairs: Iterable[KeyPair], same: Callable[[KeyPair], bool]) -> Iterator[Finding]:
     """Yield a note on the tensors that are bit by bit those of EXPECTED: ``as-expected``."""
     equal = [pair.key for pair in pairs if pair.expected.elements and same(pair)]
     if equal:
@@ -76,7 +76,7 @@ def as_expected(pairs: Iterable[Pair], same: Callable[[Pair], bool]) -> Iterator
 
 
 def like_a_fresh_model(
-    pairs: Iterable[Pair], found: Mapping[str, Numbers], fresh: Mapping[str, Numbers]
+    pairs: Iterable[KeyPair], found: Mapping[str, Numbers], fresh: Mapping[str, Numbers]
 ) -> Iterator[Finding]:
     """Yield what looks as if it was never trained, beside a model that was just built: ``at-init``.
 

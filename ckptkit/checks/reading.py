@@ -17,7 +17,7 @@ from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.formats.file_pool import Section
 from ckptkit.formats.layout import BlockTensor, Strided
-from ckptkit.statistics import Accumulator, Bench, Numbers, why_not_judged
+from ckptkit.statistics import Accumulator, Numbers, Workspace, why_unsupported
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +77,7 @@ class Judge:
 
     checkpoint: Checkpoint
     keys: Collection[str]
-    bench: Bench
+    workspace: Workspace
     numbers: dict[str, Numbers] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _budget: int = 0  # bytes
@@ -123,7 +123,7 @@ class Judge:
                 if isinstance(payload, Strided) and span is not None and info.nbytes > span.nbytes:
                     self.skipped[key] = _EXPANDED
                 elif not self.checkpoint.files or self._afford(key, max(info.nbytes, span.nbytes if span else 0)):
-                    numbers = Accumulator(info, self.bench)
+                    numbers = Accumulator(info, self.workspace)
                     for chunk in payload.chunks():
                         numbers.add(chunk)
                     self.numbers[key] = numbers.result()
@@ -146,7 +146,7 @@ class Judge:
         for key in self.keys:
             info = self.checkpoint[key]
             if info.elements:
-                reason = why_not_judged(info)
+                reason = why_unsupported(info)
                 if reason:
                     self.skipped[key] = reason
                 else:
@@ -156,7 +156,7 @@ class Judge:
         if key not in self.keys or key not in self.checkpoint or key in self.numbers or key in self.skipped:
             return None
         info = self.checkpoint[key]
-        if not info.elements or why_not_judged(info):
+        if not info.elements or why_unsupported(info):
             return None
         try:
             places = self._places(info)
@@ -168,7 +168,7 @@ class Judge:
         if tensor is None:
             if not self._afford(key, info.nbytes):
                 return None
-            tensor = _Tensor([], places, info.dtype, Accumulator(info, self.bench), info.nbytes)
+            tensor = _Tensor([], places, info.dtype, Accumulator(info, self.workspace), info.nbytes)
             self._tensors[places, info.dtype] = tensor
         tensor.keys.append(key)
         self._known[key] = tensor

@@ -9,7 +9,7 @@ from ckptkit.checks.copies import copies, equal_groups, untied
 from ckptkit.checks.expected import as_expected, like_a_fresh_model
 from ckptkit.checks.numbers import constant, not_finite, subnormal
 from ckptkit.checks.reading import Judge
-from ckptkit.comparison import Pair, StateDictDiff
+from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding
@@ -53,18 +53,18 @@ def about_expected(compared: StateDictDiff, judge: Judge) -> Iterator[Finding]:
     live = expected.path.startswith(LIVE_PREFIX)
     equal: set[str] = set()
 
-    def same(pair: Pair) -> bool:
+    def same(pair: KeyPair) -> bool:
         if _same(judge.checkpoint, pair.found.key, expected, pair.expected.key):
             equal.add(pair.key)
         return pair.key in equal
 
-    def worth_it(pair: Pair) -> bool:
+    def worth_it(pair: KeyPair) -> bool:
         constant = pair.found.key in found and found[pair.found.key].constant is not None
         return pair.found.dtype == pair.expected.dtype and not (live and constant)
 
     yield from as_expected(filter(worth_it, pairs), same)
     if live:
-        fresh = Judge(expected, [pair.expected.key for pair in pairs], judge.bench)
+        fresh = Judge(expected, [pair.expected.key for pair in pairs], judge.workspace)
         fresh.read_the_rest()
         yield from like_a_fresh_model((pair for pair in pairs if pair.key not in equal), found, fresh.numbers)
 

@@ -17,7 +17,7 @@ from ckptkit.rules.model import KeyMap, Rules
 from ckptkit.rules.parse import as_rules
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
-__all__ = ["Hint", "Pair", "StateDictDiff", "compare", "diff", "prefix_counts"]
+__all__ = ["Hint", "KeyPair", "StateDictDiff", "diff", "diff_checkpoints", "prefix_counts"]
 
 
 _MOST_SEGMENTS = 64  # of a prefix: a hostile name can have a million
@@ -57,7 +57,7 @@ _COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class KeyPair:
     """One key on both sides; ``found`` bears the name that it has in its own file."""
 
     expected: TensorInfo
@@ -98,13 +98,13 @@ class StateDictDiff:
     expected: Mapping[str, TensorInfo]
     found: Mapping[str, TensorInfo]
     names: Mapping[str, str]  # keys of found that the rules left -> their new names
-    matched: tuple[Pair, ...]
+    matched: tuple[KeyPair, ...]
     missing: tuple[TensorInfo, ...]
     unexpected: tuple[TensorInfo, ...]
-    shape_mismatched: tuple[Pair, ...]
-    dtype_mismatched: tuple[Pair, ...]
+    shape_mismatched: tuple[KeyPair, ...]
+    dtype_mismatched: tuple[KeyPair, ...]
     blocked: tuple[str, ...] = ()
-    uncopyable: tuple[Pair, ...] = ()
+    uncopyable: tuple[KeyPair, ...] = ()
     foreign: tuple[str, ...] = ()  # keys of found that are not expected and hold no tensor
     extra_state: tuple[str, ...] = ()  # keys of extra state that only one side has
     filled: frozenset[str] = frozenset()  # missing keys that torch fills in for checkpoints of before 0.4.1
@@ -172,21 +172,21 @@ def diff(expected: StateDictLike, found: StateDictLike, rules: Rules | list[str]
     and filter the keys of ``found`` first: ``["module.*=*"]``. Raises ``RuleError`` where they go wrong.
     """
     left, right = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
-    return compare(left, right, apply_rules(as_rules(rules), right))
+    return diff_checkpoints(left, right, apply_rules(as_rules(rules), right))
 
 
-def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
+def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
     """Return the difference, with the keys of ``found`` named as ``key_map`` says."""
     by_new_name = key_map.describe(dict(found.items()))
     values = _values_elsewhere(found, by_new_name)
     wanted_state = _states(expected, expected)
     found_state = _states(found, by_new_name)
     absent = tuple(f"{entry.path}." for entry in expected.entries if entry.type == ABSENT)
-    matched: list[Pair] = []
+    matched: list[KeyPair] = []
     missing: list[TensorInfo] = []
-    shapes: list[Pair] = []
-    dtypes: list[Pair] = []
-    uncopyable: list[Pair] = []
+    shapes: list[KeyPair] = []
+    dtypes: list[KeyPair] = []
+    uncopyable: list[KeyPair] = []
     blocked: list[str] = []
     for key, info in expected.items():
         other = by_new_name.get(key)
@@ -196,9 +196,9 @@ def compare(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDi
                 if key in values:
                     blocked.append(key)
         elif info.shape != other.shape:
-            shapes.append(Pair(info, other))
+            shapes.append(KeyPair(info, other))
         else:
-            pair = Pair(info, other)
+            pair = KeyPair(info, other)
             matched.append(pair)
             if info.dtype != other.dtype:
                 dtypes.append(pair)
@@ -251,7 +251,7 @@ def _state_key(key: str, side: Checkpoint | None = None) -> str | None:
     return match[0]
 
 
-def _copies(pair: Pair) -> bool:
+def _copies(pair: KeyPair) -> bool:
     """Whether torch copies the found values into the expected ones, as far as their kinds and dtypes decide."""
     kinds = {pair.expected.kind, pair.found.kind}
     dtypes = {pair.expected.dtype, pair.found.dtype}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import TensorInfo
 
-__all__ = ["ModuleCoverage", "coverage_by_module", "sections"]
+__all__ = ["ModuleCoverage", "coverage_by_module", "group_by_module"]
 
 _MOST_SECTIONS = 32
 
@@ -28,14 +28,14 @@ def coverage_by_module(infos: Iterable[TensorInfo], loaded: AbstractSet[str]) ->
     """Return a row for each module; one of which a part was filled is opened, as far as the rows stay few."""
     elements = {info.key: info.elements for info in infos}
     rows = []
-    for module, keys in sections({key: key in loaded for key in elements}):
+    for module, keys in group_by_module({key: key in loaded for key in elements}):
         filled = [key for key in keys if key in loaded]
         counts = (sum(elements[key] for key in some) for some in (filled, keys))
         rows.append(ModuleCoverage(module, len(filled), len(keys), *counts))
     return tuple(rows)
 
 
-def sections(labels: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
+def group_by_module(labels: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
     """Return the keys by module, in their order: of the children of the model, those with unlike labels opened.
 
     A section is called by its prefix without the last dot, or by its one key where that lies beside modules. Modules

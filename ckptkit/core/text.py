@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from itertools import islice
 
 __all__ = [
     "html_table", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted", "shell_word",
@@ -26,7 +27,6 @@ _INVISIBLE = re.compile(
 # Tables are laid out with spaces: those at an end of a name and those beside another have to show.
 _SPACES = re.compile(r"(?<= ) +|^ +| +$")
 _MOST_ROWS = 500
-_MOST_LISTED = 8
 _MOST_DRAWN = 2_000_000  # characters that names are compared by
 
 
@@ -67,10 +67,13 @@ def quoted(name: str) -> str:
     return f"'{inner}'"
 
 
-def listed(names: Collection[str]) -> str:
-    """Return the first eight names, quoted, and how many more there are, for use inside a sentence."""
-    first = ", ".join(quoted(name) for _, name in zip(range(_MOST_LISTED), names, strict=False))
-    return first + (f" and {len(names) - _MOST_LISTED:,} more" if len(names) > _MOST_LISTED else "")
+def listed(names: Collection[object], most: int = 8, *, show: Callable[[str], str] = quoted) -> str:
+    """Return the first ``most`` names and how many more there are, for use inside a sentence: ``'a', 'b' and 3 more``.
+
+    ``show`` makes a string printable; by default it is quoted. What is not a string is shown by ``str``.
+    """
+    first = [show(name) if isinstance(name, str) else str(name) for name in islice(names, most)]
+    return ", ".join(first) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def shell_word(text: str) -> str:

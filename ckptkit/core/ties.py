@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping
 
 from ckptkit.core.checkpoint import TensorInfo, View, reach
 
-__all__ = ["overlapping", "shared_keys", "tied"]
+__all__ = ["overlapping_tensors", "shared_keys", "tied_keys"]
 
 
-def tied(infos: Iterable[TensorInfo]) -> list[list[str]]:
+def tied_keys(infos: Iterable[TensorInfo]) -> list[list[str]]:
     """Return the groups of two or more keys that are the very same tensor: one place, one shape, one dtype."""
     places: dict[tuple[View, tuple[int, ...], str], list[str]] = {}
     for info in infos:
@@ -18,7 +18,7 @@ def tied(infos: Iterable[TensorInfo]) -> list[list[str]]:
     return [keys for keys in places.values() if len(keys) > 1]
 
 
-def overlapping(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
+def overlapping_tensors(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     """Return the groups of two or more views that overlap in memory, directly or through others.
 
     Two views of one storage that do not overlap share nothing, as in safetensors.
@@ -48,7 +48,7 @@ _MOST_SHARED = 64
 def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
     """Return for each tensor that shares memory the keys of those that share it (the first 64 of them)."""
     shared: dict[str, tuple[str, ...]] = {}
-    for group in overlapping(infos.values()):
+    for group in overlapping_tensors(infos.values()):
         keys = tuple(info.key for info in group)
         first = keys[:_MOST_SHARED]
         shared |= dict.fromkeys(keys[_MOST_SHARED:], first)

@@ -15,7 +15,7 @@ from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.safetensors import parse_json
 
@@ -214,7 +214,7 @@ def _joined(
     total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
     actual = sum(info.nbytes for info in infos.values())
     # Some writers count a tensor that is tied to another once, some as often as it has a key.
-    once = actual - sum(infos[key].nbytes for keys in tied(infos.values()) for key in keys[1:])
+    once = actual - sum(infos[key].nbytes for keys in tied_keys(infos.values()) for key in keys[1:])
     if total is not None and total not in (actual, once):
         stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
         said = f"the index gives a total size of {stated} bytes, the tensors have {actual}"

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import human_bytes
-from ckptkit.core.ties import overlapping
+from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_bridge import Live, describe_state_dict
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
@@ -161,4 +161,4 @@ class Snapshot:
 
 
 def _ties(infos: Checkpoint) -> set[frozenset[str]]:
-    return {frozenset(info.key for info in group) for group in overlapping(infos.values())}
+    return {frozenset(info.key for info in group) for group in overlapping_tensors(infos.values())}

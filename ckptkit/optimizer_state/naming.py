@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, parameter_shape
@@ -259,17 +259,17 @@ def structure_findings(found: FoundState) -> Iterator[Finding]:
     counted = Counter(params)
     twice = [param for param, count in counted.items() if count > 1]
     if twice:
-        said = f"{_listed(twice)} {'is' if len(twice) == 1 else 'are'} in the groups more than once"
+        said = f"{listed(twice, _SHOWN_naming)} {'is' if len(twice) == 1 else 'are'} in the groups more than once"
         why = "the optimizer held a parameter twice, and stepped it twice: its positions tell nothing for certain"
         yield Finding("optim.param-twice", "error", str(twice[0]), said, why)
     if found.form in ("indexed", "param-names") and not twice:
         missing = sorted(set(range(len(params))) - set(params), key=int)
         if missing:
-            said = f"the positions are not 0 to {len(params) - 1}: {_listed(missing)} missing"
+            said = f"the positions are not 0 to {len(params) - 1}: {listed(missing, _SHOWN_naming)} missing"
             yield Finding("optim.position-missing", "error", str(missing[0]), said, "the file was edited or is damaged")
     strays = [key for key in found.state if key not in counted]
     if strays:
-        said = f"there is state of {_listed(strays)}, which no group has"
+        said = f"there is state of {listed(strays, _SHOWN_naming)}, which no group has"
         yield Finding("optim.state-stray", "error", str(strays[0]), said, "ckpt optim prune drops it")
     if found.form == "param-names":
         yield from _name_findings(found)
@@ -285,13 +285,8 @@ def _name_findings(found: FoundState) -> Iterator[Finding]:
             return
     twice = [name for name, count in Counter(n for g in found.groups for n in g.param_names or ()).items() if count > 1]
     if twice:
-        said = f"param_names gives {_listed(twice)} to several parameters"
+        said = f"param_names gives {listed(twice, _SHOWN_naming)} to several parameters"
         yield Finding("optim.names-twice", "error", str(twice[0]), said, "give the names")
-
-
-def _listed(items: Sequence[object]) -> str:
-    more = f" and {len(items) - _SHOWN_naming:,} more" if len(items) > _SHOWN_naming else ""
-    return ", ".join(quoted(item) if isinstance(item, str) else str(item) for item in items[:_SHOWN_naming]) + more
 
 
 def _own_names(found: FoundState) -> dict[object, str] | None:
@@ -308,7 +303,9 @@ def _given(params: Sequence[object], names: Sequence[Any]) -> dict[object, str]:
         raise PlanError(f"{plural(len(names), 'name')} for {plural(len(params), 'parameter')}", hint=_GIVE_naming)
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice or not all(isinstance(name, str) and name for name in names):
-        raise PlanError(f"{_listed(twice)} is given twice" if twice else "a name is no string", hint=_GIVE_naming)
+        raise PlanError(
+            f"{listed(twice, _SHOWN_naming)} is given twice" if twice else "a name is no string", hint=_GIVE_naming
+        )
     return dict(zip(params, names, strict=True))
 
 

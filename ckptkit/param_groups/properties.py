@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
@@ -242,7 +242,7 @@ def subject_of(model: Any) -> Subject:
         return subject_of_model(take_inventory(model))
     infos = as_checkpoint(model, "model")
     kept = {key: info for key, info in infos.items() if not _is_buffer(info)}
-    ties = {keys[0]: keys[1:] for keys in tied(kept.values())}
+    ties = {keys[0]: keys[1:] for keys in tied_keys(kept.values())}
     later = {alias for aliases in ties.values() for alias in aliases}
     facts = {key: _offline(info) for key, info in kept.items()}
     parameters = tuple(

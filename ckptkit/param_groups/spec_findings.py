@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.patterns import suggest_pattern
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.param_groups.ownership import Speakers
 from ckptkit.param_groups.properties import ParameterFacts, Subject
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
@@ -52,7 +52,7 @@ class Diagnosis:
                 "groups.layer-unmatched",
                 without[0],
                 f"modifier {quoted(name)} puts {plural(len(without), 'parameter')} that it fits into no layer, "
-                f"and they keep their full lr: {_list(without)}",
+                f"and they keep their full lr: {listed(without, _SHOWN)}",
                 "name them in layers, or leave them out with params or match",
                 "warning",
             )
@@ -67,10 +67,11 @@ class Diagnosis:
                     "note",
                 )
         for name, unsure in self.speakers.unsure.items():
+            shown = listed(dict.fromkeys(unsure), _SHOWN)
             yield _finding(
                 "groups.needs-model",
                 unsure[0],
-                f"only a live model tells whether {quoted(name)} fits {_list(dict.fromkeys(unsure))}; here it does not",
+                f"only a live model tells whether {quoted(name)} fits {shown}; here it does not",
                 "give the live model: --model py:MODULE:CALLABLE",
                 "warning",
             )
@@ -266,10 +267,4 @@ def _finding(code: str, key: str, message: str, hint: str, severity: Severity = 
 
 
 def _names(found: Sequence[ParameterFacts]) -> str:
-    return _list([facts.name for facts in found])
-
-
-def _list(found: Iterable[str]) -> str:
-    names = list(found)
-    more = len(names) - _SHOWN
-    return ", ".join(map(quoted, names[:_SHOWN])) + (f" and {more:,} more" if more > 0 else "")
+    return listed([facts.name for facts in found], _SHOWN)

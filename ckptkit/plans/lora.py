@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.merge import follow_ties
@@ -92,7 +92,7 @@ def _changed(
 
 
 def _refuse_two_folds(base: Checkpoint, taken: Mapping[str, Step]) -> None:
-    for keys in tied(base.values()):
+    for keys in tied_keys(base.values()):
         changed = [key for key in keys if key in taken]
         if len(changed) > 1 and any(taken[key].recipe is not None for key in changed):
             raise PlanError(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ckptkit.comparison import Pair, StateDictDiff, compare
+from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan, Step
@@ -84,7 +84,7 @@ def follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, 
     A model that loads the output writes both names into one memory, the last one over the others.
     """
     made, notes = dict(taken), []
-    for keys in tied(base.values()):
+    for keys in tied_keys(base.values()):
         leader = next((key for key in keys if key in taken), None)
         if leader is None:
             continue
@@ -120,7 +120,7 @@ class _Overlay:
 def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, policy: _Policy) -> _Overlay:
     refuse_suspicious(donor, role)
     key_map = apply_rules(rules, donor)
-    result = compare(base, donor, key_map)
+    result = diff_checkpoints(base, donor, key_map)
     if result.shape_mismatched and policy.on_mismatch == "error":
         raise _mismatch_error(result, role)
     outputs = key_map.outputs()
@@ -154,7 +154,7 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     return _Overlay(role, taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
 
 
-def _mended(pair: Pair, how: Made, role: str, donor: Checkpoint, policy: _Policy) -> Step:
+def _mended(pair: KeyPair, how: Made, role: str, donor: Checkpoint, policy: _Policy) -> Step:
     """Return the step that makes a donor's tensor fit, by the operation that was asked for."""
     name, wanted, given = policy.on_mismatch, pair.expected.shape, pair.found.shape
     operation = fitting(name, given, wanted, pair.key)
@@ -169,7 +169,7 @@ def _mended(pair: Pair, how: Made, role: str, donor: Checkpoint, policy: _Policy
     return make_step(pair.expected, replace(how, recipe=recipe, rule=rule), role, donor)
 
 
-def _ways_out(pair: Pair) -> str:
+def _ways_out(pair: KeyPair) -> str:
     ways = [
         f"--on-mismatch {name}: {why}" for name, why in suggestions(pair.found.shape, pair.expected.shape, pair.key)
     ]

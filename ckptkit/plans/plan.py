@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.text import html_table, printable
-from ckptkit.core.ties import overlapping
+from ckptkit.core.ties import overlapping_tensors
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.recipes import Recipe
@@ -105,6 +105,6 @@ def ties_broken(plan: Plan) -> list[tuple[str, ...]]:
         by_role.setdefault(step.sources[0].role, []).append(step.out)
         if step.recipe is None:
             by_source.setdefault(step.sources[0], []).append(step.out.key)
-    groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping(infos)]
+    groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping_tensors(infos)]
     known = {key for group in groups for key in group}
     return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from ckptkit.comparison import StateDictDiff, compare
+from ckptkit.comparison import StateDictDiff, diff_checkpoints
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module
@@ -156,7 +156,7 @@ def _begin(
 
 def _compared(subject: InspectedModel, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
     opened = as_checkpoint(found, "found")
-    return compare(subject.state, opened, apply_rules(as_rules(rules), opened))
+    return diff_checkpoints(subject.state, opened, apply_rules(as_rules(rules), opened))
 
 
 def _twins(model: Module, twin: Module, training: Training, groups: SpecLike | None, optimizer: Any) -> Sequence[Any]:

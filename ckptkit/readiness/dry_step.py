@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed
 from ckptkit.core.torch_bridge import first_line, flat_bytes
 from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import CkptkitError
@@ -103,16 +103,17 @@ def _loss_finding(number: float) -> Iterator[Finding]:
 def _gradients(named: dict[str, Parameter], grads: dict[str, Any]) -> Iterator[Finding]:
     unused = [name for name in named if name not in grads]
     if unused:
+        pronoun = "it" if len(unused) == 1 else "them"
         yield Finding(
             "preflight.no-gradient",
             "warning",
             unused[0],
-            f"{_listed(unused)} got no gradient: the forward pass does not use {'it' if len(unused) == 1 else 'them'}",
+            f"{listed(unused, _SHOWN)} got no gradient: the forward pass does not use {pronoun}",
             "freeze what does not train (requires_grad_(False)), or put it to use; DDP refuses it as it is",
         )
     bad = [name for name, grad in grads.items() if not bool(_values(grad).isfinite().all())]
     if bad:
-        message = f"the gradient of {_listed(bad)} is not finite"
+        message = f"the gradient of {listed(bad, _SHOWN)} is not finite"
         yield Finding(
             "preflight.gradient", "error", bad[0], message, "a smaller loss, or float32, shows where it begins"
         )
@@ -122,7 +123,7 @@ def _gradients(named: dict[str, Parameter], grads: dict[str, Any]) -> Iterator[F
             "preflight.zero-gradient",
             "warning",
             zero[0],
-            f"the gradient of {_listed(zero)} is 0 everywhere, for this batch",
+            f"the gradient of {listed(zero, _SHOWN)} is 0 everywhere, for this batch",
             "dead units, a loss that is constant, or a layer behind one that is all zero",
         )
 
@@ -136,12 +137,12 @@ def _moves(
             "preflight.not-moved",
             "warning",
             still[0],
-            f"{_listed(still)} got a gradient and did not move by one step",
+            f"{listed(still, _SHOWN)} got a gradient and did not move by one step",
             "in no group, at lr = 0, or the update is too small for the dtype of the weight",
         )
     wrong = [name for name in moved if name in frozen]
     if wrong:
-        message = f"{_listed(wrong)} {'is' if len(wrong) == 1 else 'are'} frozen, and moved"
+        message = f"{listed(wrong, _SHOWN)} {'is' if len(wrong) == 1 else 'are'} frozen, and moved"
         yield Finding("preflight.frozen-moved", "error", wrong[0], message, "the forward pass writes to it")
 
 
@@ -153,8 +154,3 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     import torch
 
     return one.shape != other.shape or not torch.equal(flat_bytes(one), flat_bytes(other))
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(map(quoted, names[:_SHOWN])) + (f" and {plural(more, 'more', 'more')}" if more > 0 else "")

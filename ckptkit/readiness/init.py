@@ -8,11 +8,11 @@ from functools import cached_property
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import DTYPES, Checkpoint
-from ckptkit.core.coverage import coverage_by_module, sections
+from ckptkit.core.coverage import coverage_by_module, group_by_module
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
@@ -68,7 +68,7 @@ def compare_init(subject: InspectedModel, result: StateDictDiff, init: Checkpoin
     """Return what a comparison with the initial checkpoint means for the model."""
     refused = {pair.key for pair in result.uncopyable}
     loaded = {pair.key for pair in result.matched} - refused
-    for keys in tied(subject.state.values()):
+    for keys in tied_keys(subject.state.values()):
         if loaded.intersection(keys):
             loaded |= set(keys)
     shapes = {pair.key: list(pair.found.shape) for pair in result.shape_mismatched}
@@ -174,7 +174,7 @@ def _kept(subject: InspectedModel, kept: Mapping[str, Kept], patterns: Sequence[
     def label(key: str) -> tuple[bool, bool, bool]:
         return key in kept, matches_any(patterns, key), key in subject.frozen
 
-    for module, keys in sections({key: label(key) for key in subject.state}):
+    for module, keys in group_by_module({key: label(key) for key in subject.state}):
         staying = [key for key in keys if key in kept]
         frozen = [key for key in staying if key in subject.frozen]
         if frozen:

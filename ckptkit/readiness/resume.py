@@ -8,7 +8,7 @@ from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, quoted
 from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
@@ -59,7 +59,7 @@ def _weights(result: StateDictDiff) -> Iterator[Finding]:
     )
     for told, keys in kinds:
         if keys:
-            message = f"load_state_dict refuses the weights of the run: {_listed(keys)} {_be(keys)} {told}"
+            message = f"load_state_dict refuses the weights of the run: {listed(keys, _SHOWN)} {_be(keys)} {told}"
             yield Finding("preflight.resume-weights", "error", keys[0], message, hint)
 
 
@@ -81,7 +81,7 @@ def _by_name(training: Training, found: FoundState) -> Iterator[Finding]:
                 "preflight.resume-names",
                 "error",
                 names[0],
-                f"the optimizer state of the run, by name, {told} {_listed(names)}",
+                f"the optimizer state of the run, by name, {told} {listed(names, _SHOWN)}",
                 "load_optimizer_state takes the rules that renamed the weights",
             )
 
@@ -161,7 +161,7 @@ class _Positions:
         keeps = schema is None or any(slot.enabled_by is None for slot in schema.slots)
         if without and keeps:
             severity: Severity = "warning" if known else "note"
-            message = f"there is no optimizer state for {_listed(without)} in the run, which begins anew"
+            message = f"there is no optimizer state for {listed(without, _SHOWN)} in the run, which begins anew"
             yield Finding("preflight.resume-new", severity, without[0], message)
 
     def _schema(self) -> OptimizerSchema | None:
@@ -230,11 +230,6 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "item") and getattr(value, "numel", lambda: 0)() == 1:
         return value.item()
     return value if isinstance(value, bool | int | float | str) else None
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(map(quoted, names[:_SHOWN])) + (f" and {plural(more, 'more', 'more')}" if more > 0 else "")
 
 
 def _be(names: Sequence[str]) -> str:

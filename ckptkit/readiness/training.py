@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ckptkit.core.coverage import sections
+from ckptkit.core.coverage import group_by_module
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line
@@ -204,7 +204,7 @@ def module_training(model: Module, frozen: frozenset[str]) -> tuple[ModuleTraini
     """Return how much of each module will train; one of which a part does is opened."""
     sizes: Mapping[str, int] = {name: tensor.numel() for name, tensor in model.named_parameters()}
     rows = []
-    for module, names in sections({name: name in frozen for name in sizes}):
+    for module, names in group_by_module({name: name in frozen for name in sizes}):
         training = [name for name in names if name not in frozen]
         rows.append(
             ModuleTraining(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckptkit.comparison import Pair, StateDictDiff
+from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import plural, printable
 from ckptkit.render.page import Line, Page, Row, Table, spelled
@@ -56,7 +56,7 @@ def _tensor(info: TensorInfo) -> dict[str, Any]:
     return {"key": info.key, "dtype": info.dtype, "shape": list(info.shape)}
 
 
-def _pair(pair: Pair) -> dict[str, Any]:
+def _pair(pair: KeyPair) -> dict[str, Any]:
     sides = {"expected": pair.expected, "found": pair.found}
     made = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sides.items()}
     return {"key": pair.key, "found_key": pair.found.key, **made}
@@ -105,7 +105,7 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     return [(mark, key, *rest) for key, mark, *rest in spelled(rows, expand=expand)]
 
 
-def _row(mark: str, pair: Pair, remark: str = "") -> Row:
+def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
     renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
     return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
 

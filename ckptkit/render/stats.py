@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, spelled
 from ckptkit.render.show import describe, totals
-from ckptkit.statistics import Numbers, StateDictStats, module_of
+from ckptkit.statistics import Numbers, StateDictStats, module_name
 
 __all__ = ["SORTS", "View", "stats_document", "stats_page"]
 
@@ -111,7 +111,7 @@ def _table(
     members: dict[str, int] = {}
     if view.depth is not None:
         for key in result.tensors:
-            module = module_of(key, view.depth)
+            module = module_name(key, view.depth)
             members[module] = members.get(module, 0) + 1
     rows = []
     for name, numbers in listed.items():

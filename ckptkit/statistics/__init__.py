@@ -8,26 +8,26 @@ from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import html_table, plural, printable, quoted
-from ckptkit.core.ties import tied
+from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
 from ckptkit.rules.parse import as_rules
-from ckptkit.statistics.accumulator import Accumulator, why_not_judged
-from ckptkit.statistics.numbers import Numbers, merged
-from ckptkit.statistics.threads import Bench
+from ckptkit.statistics.accumulator import Accumulator, why_unsupported
+from ckptkit.statistics.numbers import Numbers, merge_numbers
+from ckptkit.statistics.threads import Workspace
 
 __all__ = [
     "Accumulator",
-    "Bench",
     "Numbers",
     "StateDictStats",
     "TensorStats",
-    "merged",
-    "module_of",
+    "Workspace",
+    "merge_numbers",
+    "module_name",
     "stats",
-    "why_not_judged",
+    "why_unsupported",
 ]
 
 
@@ -71,12 +71,12 @@ class StateDictStats:
         members: dict[str, list[str]] = {}
         for key, tensor in self.tensors.items():
             if tensor.numbers is not None:
-                members.setdefault(module_of(key, depth), []).append(key)
+                members.setdefault(module_name(key, depth), []).append(key)
         return {module: self._together(keys) for module, keys in members.items()}
 
     def _together(self, keys: Iterable[str]) -> Numbers:
         once = {self.tensors[key].same_as or key: self.tensors[key].numbers for key in keys}
-        return merged(numbers for numbers in once.values() if numbers is not None)
+        return merge_numbers(numbers for numbers in once.values() if numbers is not None)
 
     def _repr_html_(self) -> str:
         headers = ("key", "", "mean", "std", "min", "max", "l2", "zeros", "NaN", "Inf")
@@ -96,7 +96,7 @@ def _cells(tensor: TensorStats) -> Iterator[str]:
         yield f"{count:,}"
 
 
-def module_of(key: str, depth: int) -> str:
+def module_name(key: str, depth: int) -> str:
     """Return the first ``depth`` segments of the name of the module that a key lies in; empty for the model itself."""
     return ".".join(key.split(".")[:-1][:depth])
 
@@ -120,24 +120,24 @@ def stats(
     if key_map.made:
         made = quoted(next(iter(key_map.made)))
         raise RuleError(f"{made} would be made by an operation", hint="write it first, with ckpt remap")
-    first = {key: group[0] for group in tied(opened[key] for key in key_map.renamed) for key in group[1:]}
+    first = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
     tensors: dict[str, TensorStats] = {}
-    with Bench() as bench:
+    with Workspace() as workspace:
         for key, name in key_map.renamed.items():
             info = opened[key]
             if key in first:
                 same = key_map.renamed[first[key]]
                 tensors[name] = TensorStats(info, tensors[same].numbers, tensors[same].why, same)
-            elif why := why_not_judged(info):
+            elif why := why_unsupported(info):
                 tensors[name] = TensorStats(info, None, why)
             else:
-                tensors[name] = TensorStats(info, _numbers(opened, info, bench, progress))
+                tensors[name] = TensorStats(info, _numbers(opened, info, workspace, progress))
     opened.check_unchanged()
     return StateDictStats(tensors)
 
 
-def _numbers(checkpoint: Checkpoint, info: TensorInfo, bench: Bench, progress: Progress | None) -> Numbers:
-    accumulator = Accumulator(info, bench)
+def _numbers(checkpoint: Checkpoint, info: TensorInfo, workspace: Workspace, progress: Progress | None) -> Numbers:
+    accumulator = Accumulator(info, workspace)
     for chunk in checkpoint.payload(info.key).chunks():
         accumulator.add(chunk)
         if progress is not None:

@@ -15,12 +15,12 @@ from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import tensor_of_bytes
 from ckptkit.core.torch_types import Tensor
 from ckptkit.statistics.numbers import Moments, Numbers, exact_sum, joined
-from ckptkit.statistics.threads import Bench
+from ckptkit.statistics.threads import Workspace
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Accumulator", "why_not_judged"]
+__all__ = ["Accumulator", "why_unsupported"]
 
 _MOST_PARTS = 4096
 # Where this share of the sum of squares is left when that of the mean is taken away, at most 5 of the 53 bits are lost:
@@ -36,7 +36,7 @@ _NORMAL: Final = {"F4": 0, "F8_E4M3": -6, "F8_E5M2": -14, "F8_E4M3FNUZ": -7, "F8
 _HALVES_OF_F4: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
-def why_not_judged(info: TensorInfo) -> str:
+def why_unsupported(info: TensorInfo) -> str:
     """Return why there are no numbers to be taken from the bytes of a tensor; empty where there are."""
     if info.kind != "dense":
         return f"{info.kind} tensor"
@@ -54,16 +54,16 @@ class Accumulator:
     begins and ends between two numbers.
     """
 
-    def __init__(self, info: TensorInfo, bench: Bench) -> None:
-        """Get ready for the numbers of ``info``; raises ``ValueError`` where ``why_not_judged`` has a reason."""
+    def __init__(self, info: TensorInfo, workspace: Workspace) -> None:
+        """Get ready for the numbers of ``info``; raises ``ValueError`` where ``why_unsupported`` has a reason."""
         import torch
 
-        if reason := why_not_judged(info):
+        if reason := why_unsupported(info):
             raise ValueError(f"{quoted(info.key)}: {reason}")
         code = _PARTS.get(info.dtype, info.dtype)
-        self._bench = bench
+        self._workspace = workspace
         self._dtype: torch.dtype = torch.uint8 if code in _COUNTED else getattr(torch, DTYPES[code].torch_name)
-        self._tally: _Counts | _Sums = _Counts(code) if code in _COUNTED else _Sums(code, bench)
+        self._tally: _Counts | _Sums = _Counts(code) if code in _COUNTED else _Sums(code, workspace)
         self._rest = b""
 
     def add(self, chunk: bytes | bytearray | memoryview) -> None:
@@ -76,7 +76,7 @@ class Accumulator:
             raw = tensor_of_bytes(data[:whole])
             if raw.data_ptr() % width:
                 raw = raw.clone()
-            self._bench.share(self._tally.add, raw.view(self._dtype))
+            self._workspace.share(self._tally.add, raw.view(self._dtype))
 
     def result(self) -> Numbers:
         """Return what the numbers are of which the bytes have come so far."""
@@ -148,11 +148,11 @@ class _Counts:
 class _Sums:
     """Numbers of more than 8 bits: sums, extremes, and how often each exponent was there."""
 
-    def __init__(self, code: str, bench: Bench) -> None:
+    def __init__(self, code: str, workspace: Workspace) -> None:
         import torch
 
         self.code = code
-        self.bench = bench
+        self.workspace = workspace
         self.lock = threading.Lock()
         # Every F16 and BF16 is an F32, and normal there or not as it is in the range of F32.
         wide = code in _INTEGERS or code == "F64"
@@ -168,7 +168,7 @@ class _Sums:
         import torch
 
         count = stored.numel()
-        work = stored if stored.dtype is self.work else self.bench.buffer("work", self.work, count).copy_(stored)
+        work = stored if stored.dtype is self.work else self.workspace.buffer("work", self.work, count).copy_(stored)
         exponents = self._exponents(work)
         zeros = count - int(torch.count_nonzero(work)) if exponents[0] else 0
         special = int(exponents[-1])  # the exponent of NaN and of infinities
@@ -190,12 +190,12 @@ class _Sums:
     def _exponents(self, work: Tensor) -> Tensor:
         import torch
 
-        shifted = self.bench.buffer("bits", self.bits, work.numel())
+        shifted = self.workspace.buffer("bits", self.bits, work.numel())
         torch.bitwise_right_shift(work.view(self.bits), self.mantissa, out=shifted)
         if self.bits is torch.int64:
-            fields = self.bench.buffer("fields", torch.int16, work.numel()).copy_(shifted.bitwise_and_(2047))
+            fields = self.workspace.buffer("fields", torch.int16, work.numel()).copy_(shifted.bitwise_and_(2047))
         else:
-            fields = self.bench.buffer("fields", torch.uint8, work.numel()).copy_(shifted)  # which leaves out the sign
+            fields = self.workspace.buffer("fields", torch.uint8, work.numel()).copy_(shifted)  # drops the sign bit
         return torch.bincount(fields, minlength=len(self.exponents))
 
     def _of_finite(
@@ -209,7 +209,7 @@ class _Sums:
             low, high = self._extremes(stored, work)
             return self._moments(work, low, high, work.numel()), low, high
         # A zero adds to no sum, and between numbers of both signs it is no extreme.
-        finite = torch.nan_to_num(work, 0.0, 0.0, 0.0, out=self.bench.buffer("finite", self.work, work.numel()))
+        finite = torch.nan_to_num(work, 0.0, 0.0, 0.0, out=self.workspace.buffer("finite", self.work, work.numel()))
         low, high = self._extremes(finite, finite)
         part = self._moments(finite, low, high, work.numel() - special) if low < 0 < high else None
         if part is None:
@@ -236,14 +236,14 @@ class _Sums:
 
         if low == high:
             return Moments(finite, float(low), 0.0, abs(float(low)) * finite)
-        wide = self.bench.buffer("wide", torch.float64, work.numel()).copy_(work)
+        wide = self.workspace.buffer("wide", torch.float64, work.numel()).copy_(work)
         total = wide.sum().item()
         mean = total / finite if math.isfinite(total) else (wide / finite).sum().item()
         power = torch.dot(wide, wide).item()
         squares = power - finite * mean * mean
         if not squares > _KEPT * power:
             numbers = wide if finite == wide.numel() else wide[wide != 0]
-            apart = torch.sub(numbers, mean, out=self.bench.buffer("apart", torch.float64, numbers.numel()))
+            apart = torch.sub(numbers, mean, out=self.workspace.buffer("apart", torch.float64, numbers.numel()))
             squares = torch.dot(apart, apart).item() + (finite - numbers.numel()) * mean * mean
         one_sign = low >= 0 or high <= 0
         return Moments(finite, mean, squares, abs(total) if one_sign else wide.abs_().sum().item())

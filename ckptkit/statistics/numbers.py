@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Moments", "Numbers", "exact_sum", "joined", "merged"]
+__all__ = ["Moments", "Numbers", "exact_sum", "joined", "merge_numbers"]
 
 
 class Moments(NamedTuple):
@@ -112,7 +112,7 @@ def exact_sum(numbers: Iterable[float]) -> float:
         return math.inf
 
 
-def merged(several: Iterable[Numbers]) -> Numbers:
+def merge_numbers(several: Iterable[Numbers]) -> Numbers:
     """Return what the numbers of several tensors are together, as if they were one tensor."""
     parts = list(several)
     bins: Counter[int] = Counter()

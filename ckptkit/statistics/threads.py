@@ -14,17 +14,17 @@ from ckptkit.core.torch_types import Tensor
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Bench"]
+__all__ = ["Workspace"]
 
 _PIECE = 1 << 17  # numbers of which a copy in float64 stays in the cache
 _ALONE = 1 << 15  # below this torch itself uses one thread
 _MOST_THREADS = 8
 
 
-class Bench:
+class Workspace:
     """Threads, one for each processor, and the buffers of each.
 
-    One bench serves all tensors of a checkpoint, one after the other. Close it, or use it as a context manager.
+    One workspace serves all tensors of a checkpoint, one after the other. Close it, or use it as a context manager.
     """
 
     def __init__(self, threads: int | None = None) -> None:

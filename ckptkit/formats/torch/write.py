@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, reach, row_major
 from ckptkit.core.files import Extent
 from ckptkit.core.text import quoted
-from ckptkit.core.ties import overlapping
+from ckptkit.core.ties import overlapping_tensors
 from ckptkit.errors import ChangedError, PlanError
 from ckptkit.formats.atomic import AtomicFile
 
@@ -255,7 +255,7 @@ def arrange(
 ) -> tuple[list[Payload], list[StoredTensor]]:
     """Decide which tensors share a record, and how each lies in its own."""
     unions: dict[str, tuple[int, Payload]] = {}
-    for group in overlapping(infos):
+    for group in overlapping_tensors(infos):
         shared = _union(group, span)
         if shared is not None:
             unions.update((info.key, shared) for info in group)
