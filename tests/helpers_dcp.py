@@ -29,6 +29,7 @@ from torch.multiprocessing.spawn import spawn
 
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.distributed.dcp import open_dcp
+from ckptkit.wrappers.envelopes import Selection
 
 Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 
@@ -67,15 +68,15 @@ def edit(path: str, change: Callable[[Any], object]) -> str:
     return put_metadata(path, metadata)
 
 
-def read_all(path: str, inner: str = "") -> dict[str, bytes]:
-    with open_dcp(path, inner) as checkpoint:
-        return {key: checkpoint.read_bytes(key) for key in checkpoint}
+def read_all(path: str, key: str = "") -> dict[str, bytes]:
+    with open_dcp(path, Selection(key)) as checkpoint:
+        return {name: checkpoint.read_bytes(name) for name in checkpoint}
 
 
-def refusal(path: str, inner: str = "") -> CkptkitError:
+def refusal(path: str, key: str = "") -> CkptkitError:
     """The error of opening a distributed checkpoint and of reading everything in it: one line that names a file."""
     with pytest.raises(CkptkitError) as caught:
-        read_all(path, inner)
+        read_all(path, key)
     assert caught.value.path
     assert caught.value.path.startswith(path)
     assert "\n" not in str(caught.value)

@@ -22,7 +22,7 @@ from ckptkit import diff, execute, load_into, open_checkpoint, plan_remap
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.parse import parse_rules
-from ckptkit.wrappers.explain import explain
+from ckptkit.wrappers.explain import explain_wrappers
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS, WRAPPERS
 from tests.helpers_cli import run_ckpt
 
@@ -420,5 +420,5 @@ def test_hints_of_a_comparison_know_the_table(found: Callable[[str], str], renam
 
 def test_a_name_of_a_million_segments_is_no_trouble() -> None:
     """Every segment a wrapper's, or none."""
-    assert explain(["a." * 500_000 + "w", "b"]).wrappings == ()
-    assert explain(["x._orig_mod." + "a." * 500_000 + "w"]).wrappings[0].keys == 1
+    assert explain_wrappers(["a." * 500_000 + "w", "b"]).wrappings == ()
+    assert explain_wrappers(["x._orig_mod." + "a." * 500_000 + "w"]).wrappings[0].keys == 1

@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.detect import open_file
-from ckptkit.wrappers.envelopes import AN_OPTIMIZER
+from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "open_optimizer", "refusing", "split_path"]
 
@@ -33,7 +33,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
-        return _with_names_compared(_open_path(name))
+        path, key = split_path(name)
+        return _with_names_compared(_open_path(path, Selection(key)))
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -47,16 +48,20 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
         raise PathError(
             "is a live model, which has no optimizer", hint="give the file that was saved with it", path=name
         )
-    if split_path(name)[1]:
+    saved, key = split_path(name)
+    if key:
         return open_checkpoint(name)
     with refusing(name):
-        return _open_path(f"{name}::{AN_OPTIMIZER}")
+        return _open_path(saved, OPTIMIZER)
 
 
-def open_inside(path: str, inner: str) -> Checkpoint:
-    """Return the mapping ``inner`` (empty: found by its signature) of the file ``path``; raises likewise."""
+def open_inside(path: str, selection: Selection) -> Checkpoint:
+    """Return the selected mapping of the file ``path``, whose name is not searched for ``::``.
+
+    Raises what ``open_checkpoint`` raises.
+    """
     with refusing(path):
-        return open_file(path, inner)
+        return open_file(path, selection)
 
 
 def _text_of(path: Any) -> str:
@@ -103,16 +108,15 @@ def split_path(name: str) -> tuple[str, str]:
     return (path, inner) if path else (name, "")
 
 
-def _open_path(name: str) -> Checkpoint:
-    name, inner = split_path(name)
+def _open_path(name: str, selection: Selection) -> Checkpoint:
     if "://" in name and not os.path.exists(name):
         raise PathError("remote paths are not read yet", hint="download it first", path=name)
     if os.path.isdir(name):
         from ckptkit.formats.directories import open_directory
 
-        return open_directory(name, inner)
+        return open_directory(name, selection)
     if name.endswith(".index.json"):
         from ckptkit.formats.directories import open_index
 
-        return open_index(*os.path.split(name), inner)
-    return open_file(name, inner)
+        return open_index(*os.path.split(name), selection)
+    return open_file(name, selection)

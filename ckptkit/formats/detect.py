@@ -9,9 +9,10 @@ from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.foreign import is_torch_tar, refusal_of, refuse_inner
+from ckptkit.formats.foreign import is_torch_tar, refusal_of, refuse_selection
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.formats.zip_archive import read_zip_directory
+from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
     from ckptkit.formats.torch.checkpoint import TorchFile
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["TORCH_SUFFIXES", "open_file", "open_zip", "read_torch"]
 
 
-def open_zip(file: LocalFile, inner: str) -> Checkpoint:
+def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
     """Return the Checkpoint in a zip archive; takes over the file.
 
     Raises ``FormatError`` where the archive contradicts itself, or is none of a known kind.
@@ -28,21 +29,21 @@ def open_zip(file: LocalFile, inner: str) -> Checkpoint:
     if archive.roots("archive_format"):
         from ckptkit.formats.torch.export import open_torch_export
 
-        return open_torch_export(archive, inner)
+        return open_torch_export(archive, selection)
     if archive.entries and all(name.endswith(".npy") for name in archive.entries):
         from ckptkit.formats.numpy import open_npz
 
-        refuse_inner(inner)
+        refuse_selection(selection)
         return open_npz(archive)
     if archive.roots("constants.pkl"):
         from ckptkit.formats.torch.script import open_torchscript
 
-        return open_torchscript(archive, inner)
+        return open_torchscript(archive, selection)
     if "model.weights.h5" in archive.entries:
         raise FormatError("a Keras archive, which is not read", hint="keras.saving.load_model reads it")
     from ckptkit.formats.torch.zip import open_torch_zip
 
-    return open_torch_zip(archive, inner)
+    return open_torch_zip(archive, selection)
 
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
@@ -56,14 +57,14 @@ _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
 
 
-def open_file(name: str, inner: str) -> Checkpoint:
-    """Return the checkpoint in the file ``name``, or the mapping ``inner`` inside it; the content says which format.
+def open_file(name: str, selection: Selection) -> Checkpoint:
+    """Return the checkpoint in the file ``name``, or the selected mapping inside it; the content says which format.
 
     Raises ``PathError`` where nothing readable is there, ``FormatError`` where it is no whole and honest checkpoint.
     """
     file = LocalFile(name)
     try:
-        checkpoint = _open_by_content(file, inner)
+        checkpoint = _open_by_content(file, selection)
     except BaseException as error:
         file.close()
         if isinstance(error, CkptkitError) and error.path is None:
@@ -78,30 +79,30 @@ def open_file(name: str, inner: str) -> Checkpoint:
     return checkpoint
 
 
-def _open_by_content(file: LocalFile, inner: str) -> Checkpoint:
+def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
-        return open_zip(file, inner)
+        return open_zip(file, selection)
     if _is_legacy(head):
         from ckptkit.formats.torch.legacy import open_torch_legacy
 
-        return open_torch_legacy(file, inner)
+        return open_torch_legacy(file, selection)
     if head.startswith(b"GGUF"):
         from ckptkit.formats.gguf import open_gguf
 
-        refuse_inner(inner)
+        refuse_selection(selection)
         return open_gguf(file)
     if head.startswith(b"\x93NUMPY"):
         from ckptkit.formats.numpy import open_npy
 
-        refuse_inner(inner)
+        refuse_selection(selection)
         return open_npy(file)
     if is_torch_tar(head):
         from ckptkit.formats.torch.tar import open_torch_tar
 
-        return open_torch_tar(file, inner)
+        return open_torch_tar(file, selection)
     if _looks_like_safetensors(head):
-        refuse_inner(inner)
+        refuse_selection(selection)
         return open_safetensors(file)
     raise refusal_of(file, head)
 

@@ -16,12 +16,13 @@ from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
 from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
 from ckptkit.formats.distributed.zero import is_zero, named_states, open_zero
-from ckptkit.formats.foreign import foreign_directory, refuse_inner
+from ckptkit.formats.foreign import foreign_directory, refuse_selection
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, links_outside, open_sharded
 from ckptkit.formats.torch.checkpoint import code_warnings
 from ckptkit.formats.torch.tree import describe
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = [
     "CONFIG",
@@ -72,11 +73,11 @@ def is_beside(name: str) -> bool:
     return name in _TOLD or _PICKLED.fullmatch(name) is not None
 
 
-def named_beside(names: Iterable[str], inner: str) -> tuple[str, str] | None:
-    """Return the file beside the weights that ``inner`` begins with, and the rest: ``optimizer.pt`` and ``state``."""
-    fitting = [name for name in names if f"{inner}.".startswith(f"{name}.") and is_beside(name)]
+def named_beside(names: Iterable[str], key: str) -> tuple[str, str] | None:
+    """Return the file beside the weights that ``key`` begins with, and the rest: ``optimizer.pt`` and ``state``."""
+    fitting = [name for name in names if f"{key}.".startswith(f"{name}.") and is_beside(name)]
     name = max(fitting, key=len, default=None)
-    return None if name is None else (name, inner[len(name) + 1 :])
+    return None if name is None else (name, key[len(name) + 1 :])
 
 
 def read_beside(directory: str, names: Iterable[str]) -> Beside:
@@ -195,24 +196,24 @@ _METADATA = "metadata.json"  # of Megatron
 _LATEST, _LONGEST_TAG = "latest", 1000
 
 
-def open_index(directory: str, index: str, inner: str, *, whole: bool = False) -> Checkpoint:
+def open_index(directory: str, index: str, selection: Selection, *, whole: bool = False) -> Checkpoint:
     """Return the checkpoint whose shards the file ``index`` names; ``whole`` refuses others beside them."""
-    refuse_inner(inner)
-    return open_sharded(directory or ".", index, lambda path: open_file(path, ""), whole=whole)
+    refuse_selection(selection)
+    return open_sharded(directory or ".", index, lambda path: open_file(path, WEIGHTS), whole=whole)
 
 
-def open_directory(directory: str, inner: str) -> Checkpoint:
-    """Return the checkpoint in ``directory``, or the mapping ``inner`` inside it.
+def open_directory(directory: str, selection: Selection) -> Checkpoint:
+    """Return the checkpoint in ``directory``, or the selected mapping inside it.
 
-    What trainers write beside weights is among its entries; ``inner`` can also begin with the name of such a file,
+    What trainers write beside weights is among its entries; the key can also begin with the name of such a file,
     which then is what is opened: ``optimizer.pt`` or ``optimizer.pt.state``. Raises ``FormatError`` where there is no
     checkpoint, where there are several, and where a part of it is missing.
     """
     names = _names(directory)
-    beside = named_beside(names, inner) or named_states(names, inner)
+    beside = named_beside(names, selection.key) or named_states(names, selection.key)
     if beside is not None:
         return _open_beside(directory, *beside)
-    checkpoint = _open_weights(directory, names, inner)
+    checkpoint = _open_weights(directory, names, selection)
     try:
         entries, warnings = read_beside(directory, names)
     except BaseException:
@@ -231,28 +232,34 @@ def _names(directory: str) -> list[str]:
     return names
 
 
-def _open_beside(directory: str, name: str, inner: str) -> Checkpoint:
+def _open_beside(directory: str, name: str, key: str) -> Checkpoint:
     if name.endswith(".json"):
         raise FormatError(
             "a JSON file, which holds no tensors",
             hint="ckpt show of the directory lists its values",
             path=os.path.join(directory, name),
         )
-    return open_file(os.path.join(directory, name), inner)
+    return open_file(os.path.join(directory, name), Selection(key))
 
 
-def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoint:
+def _open_weights(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
     index = find_index(names)
     known = [name for name in (*_WHOLE, *_ADAPTER) if name in names]
     if index is None and is_dcp(names):
-        return _with_others(open_dcp(directory, inner), "the distributed checkpoint", known)
+        return _with_others(open_dcp(directory, selection), "the distributed checkpoint", known)
     if index is None and not known:
         if is_zero(names):
-            if inner:
-                raise FormatError(f"holds nothing at {quoted(inner)}", hint="a *_states.pt file can follow the ::")
+            if selection.optimizer:
+                raise FormatError(
+                    "holds one optimizer state for each rank", hint="a *_states.pt file can follow the ::"
+                )
+            if selection.key:
+                raise FormatError(
+                    f"holds nothing at {quoted(selection.key)}", hint="a *_states.pt file can follow the ::"
+                )
             return open_zero(directory, names)
         if _LATEST in names and os.path.isfile(os.path.join(directory, _LATEST)):
-            return open_directory(_tagged(directory), inner)
+            return open_directory(_tagged(directory), selection)
     adapter = [name for name in known if name in _ADAPTER]
     chosen = index or next(iter(known), None) or _only(directory, names)
     if adapter and chosen not in adapter:
@@ -263,7 +270,9 @@ def _open_weights(directory: str, names: Sequence[str], inner: str) -> Checkpoin
     numbered = sorted(filter(_ANOTHER.fullmatch, names))
     indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIXES))
     checkpoint = (
-        open_index(directory, index, inner, whole=True) if index else open_file(os.path.join(directory, chosen), inner)
+        open_index(directory, index, selection, whole=True)
+        if index
+        else open_file(os.path.join(directory, chosen), selection)
     )
     if not index:
         checkpoint.warnings += tuple(links_outside(directory, [chosen]))

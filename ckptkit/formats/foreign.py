@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import FormatError
-from ckptkit.wrappers.envelopes import AN_OPTIMIZER
+from ckptkit.wrappers.envelopes import Selection
 
 __all__ = [
     "TAR_MEMBERS",
@@ -19,7 +19,7 @@ __all__ = [
     "is_tensorflow_shard",
     "is_torch_tar",
     "refusal_of",
-    "refuse_inner",
+    "refuse_selection",
 ]
 
 
@@ -198,13 +198,17 @@ def refusal_of(file: LocalFile, head: bytes) -> FormatError:
     return FormatError(f"an unknown format; it begins with {head[:8].hex(' ')}")
 
 
-def refuse_inner(inner: str) -> None:
-    """Raise ``FormatError`` where a mapping inside is asked for, of a format that has none."""
-    if inner == AN_OPTIMIZER:
-        raise FormatError("holds tensors alone, and no optimizer state", hint="give the file that was saved with it")
-    if inner:
+def refuse_selection(selection: Selection, path: str | None = None) -> None:
+    """Raise ``FormatError`` unless the weights are selected: a flat format holds no mapping inside."""
+    if selection.optimizer:
         raise FormatError(
-            f"is flat: there is no mapping {quoted(inner)} inside", hint=f"use --keep {shell_word(inner + '.*')}"
+            "holds only tensors and no optimizer state", hint="give the file that was saved with it", path=path
+        )
+    if selection.key:
+        raise FormatError(
+            f"is flat: there is no mapping {quoted(selection.key)} inside",
+            hint=f"use --keep {shell_word(selection.key + '.*')}",
+            path=path,
         )
 
 

@@ -38,7 +38,7 @@ from ckptkit.optimizer_state.model import LazyTensor, OptimizerState, Slot, Unkn
 from ckptkit.plans.edit_torch import refuse_unknown
 from ckptkit.plans.execute import Progress, Written, refuse_harm
 from ckptkit.plans.output import Output
-from ckptkit.wrappers.envelopes import AN_OPTIMIZER
+from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["Builder", "Origin", "replace_state", "write_optimizer_state"]
 
@@ -223,8 +223,8 @@ def write_optimizer_state(
     refuse_harm(output, _roles(value, source), "source" if edited else "")
     try:
         with nullcontext() if source is None else refusing(source.path):
-            layout, inner = (
-                _edit(value, source, output) if edited and source is not None else (_alone(value), AN_OPTIMIZER)
+            layout, selection = (
+                _edit(value, source, output) if edited and source is not None else (_alone(value), OPTIMIZER)
             )
     except PlanError as error:
         error.hint = _ALONE if error.hint == WAY_OUT else error.hint
@@ -238,7 +238,7 @@ def write_optimizer_state(
             report(count)
         for checkpoint in _roles(value, source).values():
             checkpoint.check_unchanged()
-        _prove(file.temporary, inner, value, file.target)
+        _prove(file.temporary, selection, value, file.target)
     tensors = sum(1 for _ in tensors_in(value))
     envelope = source.envelope if edited and source is not None else ""
     return Written(output.path, "torch", tensors, layout.nbytes, (target,), (), envelope)
@@ -251,7 +251,7 @@ def _roles(value: Slot, source: Checkpoint | None) -> dict[str, Checkpoint]:
     return roles if source is None else {"source": source, **roles}
 
 
-def _edit(value: Mapping[str, Slot], source: Checkpoint, output: Output) -> tuple[TorchZipLayout, str]:
+def _edit(value: Mapping[str, Slot], source: Checkpoint, output: Output) -> tuple[TorchZipLayout, Selection]:
     rest = source.rest
     assert rest is not None  # noqa: S101 - the caller asked
     refuse_unknown(rest, source.path, keep_unknown=output.keep_unknown)
@@ -275,9 +275,8 @@ def _edit(value: Mapping[str, Slot], source: Checkpoint, output: Output) -> tupl
     storages = number_storages(root, builder.fresh)
     records = [builder.records[one] if isinstance(one, int) else rest.storage(one) for one in storages]
     most = _PARTS_PER_BYTE * len(data) + _most(value)
-    return layout_archive(write_nodes(root, protocol, most), records, rest.others()), exact_key(
-        rest.path
-    ) or AN_OPTIMIZER
+    layout = layout_archive(write_nodes(root, protocol, most), records, rest.others())
+    return layout, Selection(exact_key(rest.path)) if rest.path else OPTIMIZER
 
 
 def _alone(value: Mapping[str, Slot]) -> TorchZipLayout:
@@ -311,9 +310,9 @@ def _parts(value: Mapping[str, Slot], builder: Builder) -> dict[str, Part]:
     return parts
 
 
-def _prove(path: str, inner: str, value: Mapping[str, Slot], target: str) -> None:
+def _prove(path: str, selection: Selection, value: Mapping[str, Slot], target: str) -> None:
     try:
-        with open_inside(path, inner) as written:
+        with open_inside(path, selection) as written:
             same = _outline(read_state(written)) == _outline(read_laid_out(value))
     except CkptkitError as error:
         raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=target) from error

@@ -29,6 +29,7 @@ from ckptkit.plans.edit_torch import Editor, editor_for
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Maker
+from ckptkit.wrappers.envelopes import Selection
 
 __all__ = ["Progress", "Written", "execute", "fit", "refuse_harm", "verify"]
 
@@ -277,7 +278,7 @@ def _finish(
     read.check()
     # Success is measured on the output: what does not read back as planned never gets its name.
     try:
-        with open_inside(file.temporary, inner) as written:
+        with open_inside(file.temporary, Selection(inner)) as written:
             as_planned = _reads_as(written, infos)
     except CkptkitError as error:
         raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=file.target) from error
@@ -337,7 +338,7 @@ def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str 
     """
     maker = Maker(sources)
     keys = {step.out.key for step in plan.steps}
-    with open_inside(path, inner) if inner else open_checkpoint(path) as written:
+    with open_inside(path, Selection(inner)) if inner else open_checkpoint(path) as written:
         surplus = next((key for key in written if key not in keys), None)
         if surplus is not None:
             raise OutputError(f"holds {quoted(surplus)}, which the plan does not make", path=path)

@@ -14,7 +14,7 @@ from ckptkit.core.patterns import Fit, Pattern, literal, matches_any, parse_patt
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
-from ckptkit.wrappers.explain import AUTO, Wrapping, explain, take_off
+from ckptkit.wrappers.explain import AUTO, Wrapping, explain_wrappers, strip_prefix
 
 __all__ = ["apply_rules", "strip_stages"]
 
@@ -25,9 +25,9 @@ def strip_stages(how: str, keys: Collection[str], beside: Collection[str]) -> tu
     ``beside`` names what the keys' file holds besides. Raises ``RuleError`` where a prefix is not on every key.
     """
     if how != AUTO:
-        wrapping = take_off(how, keys)
+        wrapping = strip_prefix(how, keys)
         return [_stage(wrapping, f"--strip {shell_word(how)}")], [f"--strip: {wrapping}"]
-    explanation = explain(keys, beside)
+    explanation = explain_wrappers(keys, beside)
     notes = [f"--strip auto: {wrapping}" for wrapping in explanation.wrappings]
     notes = notes or [f"--strip auto: no wrapper that is known here is on {plural(len(keys), 'key')}"]
     notes += [f"--strip auto: {remark}" for remark in explanation.remarks]

@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.errors import FormatError
 
 __all__ = [
-    "AN_OPTIMIZER",
     "ENVELOPES",
     "FLAT_GROUPS",
     "FLAT_STATE",
+    "OPTIMIZER",
+    "WEIGHTS",
     "Envelope",
+    "Selection",
+    "averages_beside",
     "choose_envelope",
     "find_optimizers",
     "is_optimizer_state",
     "is_state_dict",
-    "which_is_which",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """Which mapping of a file to open: the one at the dotted ``key``, the state of the only optimizer, or the weights.
+
+    An empty ``key`` without ``optimizer`` selects the weights, which a reader finds by their content.
+    """
+
+    key: str = ""
+    optimizer: bool = False
+
+
+WEIGHTS: Final = Selection()
+OPTIMIZER: Final = Selection(optimizer=True)
 
 
 class Envelope(NamedTuple):
@@ -121,7 +139,7 @@ def choose_envelope(
     return (key, *choose_envelope(value, is_tensor, f"{at}{key}."))
 
 
-def which_is_which(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
+def averages_beside(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
     """Yield, for each name on the way to the mapping that was chosen, what it is where an average lies beside it."""
     level = tree
     for key in chosen:
@@ -172,7 +190,6 @@ def _holds_weights(
     return seen[place]
 
 
-AN_OPTIMIZER: Final = "{optimizer}"  # in place of the name of a mapping inside: the one that is an optimizer's
 FLAT_STATE: Final = "state."
 FLAT_GROUPS: Final = "param_groups."
 _DEEPEST = 4

@@ -11,7 +11,7 @@ from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.wrappers.table import ATTRIBUTE, PARAMETRIZATIONS, WRAPPERS, Parametrization, Wrapper
 
-__all__ = ["AUTO", "Explanation", "Wrapping", "explain", "take_off"]
+__all__ = ["AUTO", "WrapperExplanation", "Wrapping", "explain_wrappers", "strip_prefix"]
 
 AUTO = "auto"
 _LIGHTNING = "pytorch-lightning_version"
@@ -42,14 +42,14 @@ class Wrapping:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class WrapperExplanation:
     """Which wrappers explain a set of keys, the outermost first, and what is recognised and no renaming undoes."""
 
     wrappings: tuple[Wrapping, ...]
     remarks: tuple[str, ...]
 
 
-def explain(keys: Collection[str], beside: Collection[str] = ()) -> Explanation:
+def explain_wrappers(keys: Collection[str], beside: Collection[str] = ()) -> WrapperExplanation:
     """Return the wrappers that the table knows in these keys; ``beside`` names what else their file holds.
 
     Raises ``RuleError`` where a wrapper is in some of the keys and not in others where it should be, and where
@@ -68,10 +68,10 @@ def explain(keys: Collection[str], beside: Collection[str] = ()) -> Explanation:
             raise RuleError(f"{quoted(names[0])} is wrapped more than {_MOST_WRAPPINGS} times")
         found.append(wrapping)
         names = [wrapping.undo(name) for name in names if name not in wrapping.drops]
-    return Explanation(tuple(found), (*_parametrized(names), *_flattened(names), *_maybe(names, found)))
+    return WrapperExplanation(tuple(found), (*_parametrized(names), *_flattened(names), *_maybe(names, found)))
 
 
-def take_off(prefix: str, keys: Collection[str]) -> Wrapping:
+def strip_prefix(prefix: str, keys: Collection[str]) -> Wrapping:
     """Return how ``prefix`` is taken off every key; keys of its wrapper's own go with it.
 
     Raises ``RuleError`` naming a key that does not begin with it.

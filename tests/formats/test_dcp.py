@@ -34,6 +34,7 @@ from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
 from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
 from ckptkit.formats.distributed.dcp_metadata import read_metadata
+from ckptkit.wrappers.envelopes import Selection
 from tests.helpers_dcp import (
     archive,
     edit,
@@ -102,11 +103,11 @@ def test_inner_paths_reach_the_nesting_that_torch_restores(tmp_path: Path) -> No
     whole = loaded(path, tmp_path)
     moments = {f"{index}.{name}": tensor for index, state in whole["optimizer"]["state"].items()
                for name, tensor in state.items()}  # fmt: skip
-    with open_dcp(path, "optimizer.state") as checkpoint:
+    with open_dcp(path, Selection("optimizer.state")) as checkpoint:
         assert_same(checkpoint, moments)
-    with open_dcp(path, "optimizer.state.0") as checkpoint:
+    with open_dcp(path, Selection("optimizer.state.0")) as checkpoint:
         assert_same(checkpoint, whole["optimizer"]["state"]["0"])
-    with open_dcp(path, "optimizer.param_groups.0") as checkpoint:
+    with open_dcp(path, Selection("optimizer.param_groups.0")) as checkpoint:
         group = {entry.path: entry.value for entry in checkpoint.entries if "optimizer" not in entry.path}
         assert group["lr"] == whole["optimizer"]["param_groups"][0]["lr"] == 0.01
     error = refusal(path, "optimizer.staet")
@@ -117,7 +118,7 @@ def test_inner_paths_reach_the_nesting_that_torch_restores(tmp_path: Path) -> No
 def test_two_candidates_are_listed(tmp_path: Path) -> None:
     path = save(tmp_path / "run", {"model": {"w": torch.ones(2)}, "ema": {"w": torch.zeros(2)}})
     assert "holds 2 mappings of weights: model (" in refusal(path).reason
-    with open_dcp(path, "ema") as checkpoint:
+    with open_dcp(path, Selection("ema")) as checkpoint:
         assert_same(checkpoint, {"w": torch.zeros(2)})
 
 

@@ -21,7 +21,7 @@ from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record, TensorI
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, Path, Place, StoredTensor, read_metadata
+from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, DcpTensor, Path, Place, read_metadata
 from ckptkit.formats.distributed.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
 from ckptkit.formats.file_pool import FilePool, Section
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
@@ -31,6 +31,7 @@ from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch.tree import leaves, type_name
 from ckptkit.formats.torch.zip import read_torch_zip
 from ckptkit.formats.zip_archive import ZipDirectory, read_zip_directory
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["is_dcp", "open_dcp"]
 
@@ -49,11 +50,11 @@ def is_dcp(names: Iterable[str]) -> bool:
     return any(name == _METADATA or name.endswith(_SUFFIX) or is_dcp_shard(name) for name in names)
 
 
-def open_dcp(directory: str, inner: str = "") -> Checkpoint:
+def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a directory that ``torch.distributed.checkpoint`` wrote, in either of its forms.
 
-    Its tensors are whole, put together from their chunks while they are read. ``inner`` names a mapping in the
-    saved state, such as ``model``; empty: the weights are found by their signature. Raises ``FormatError``
+    Its tensors are whole, put together from their chunks while they are read. ``selection`` can name a mapping in
+    the saved state, such as ``model``. Raises ``FormatError``
     where the save was interrupted, a file is missing or short, or chunks leave a hole or overlap, naming tensor
     and rows; and, on reading, where a chunk is not what the metadata says.
     """
@@ -61,7 +62,7 @@ def open_dcp(directory: str, inner: str = "") -> Checkpoint:
     if _METADATA not in names:
         parts = sum(name.endswith(_SUFFIX) for name in names)
         if not parts:
-            return open_dcp_safetensors(directory, names, inner)
+            return open_dcp_safetensors(directory, names, selection)
         if any(_OF_ONE_RANK.fullmatch(name) for name in names):
             raise FormatError(
                 "saved with use_collectives=False: each rank's metadata is alone, and not joined",
@@ -75,7 +76,7 @@ def open_dcp(directory: str, inner: str = "") -> Checkpoint:
         )
     pool = FilePool(directory)
     try:
-        return _open(pool, inner, [name for name in names if name.endswith(_SUFFIX)])
+        return _open(pool, selection, [name for name in names if name.endswith(_SUFFIX)])
     except BaseException as error:
         pool.close()
         if isinstance(error, CkptkitError) and error.path is None:
@@ -83,7 +84,7 @@ def open_dcp(directory: str, inner: str = "") -> Checkpoint:
         raise
 
 
-def _open(pool: FilePool, inner: str, names: list[str]) -> Checkpoint:
+def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
     file = pool.get(_METADATA)
     if file.size > _LARGEST_METADATA:
         raise FormatError(f"{file.size:,} bytes, more than the limit of {_LARGEST_METADATA:,}", path=file.path)
@@ -114,7 +115,7 @@ def _open(pool: FilePool, inner: str, names: list[str]) -> Checkpoint:
         ),
         path=pool.directory,
         format="dcp",
-        inner=inner,
+        selection=selection,
         close=pool.close,
         check=pool.check_unchanged,
     )
@@ -247,7 +248,7 @@ class _Items:
         raise FormatError(f"{quoted(key)}: the item at byte {place.offset:,}: {reason}",
                           path=self.pool.get(place.name).path) from None  # fmt: skip
 
-    def chunk(self, tensor: StoredTensor, box: Box, place: Place) -> Payload:
+    def chunk(self, tensor: DcpTensor, box: Box, place: Place) -> Payload:
         """Return the bytes of a chunk, whose own header says the same as the metadata."""
         if place not in self.known:
             payload = self.payload(self.read(tensor.key, place), tensor, box, place)
@@ -257,7 +258,7 @@ class _Items:
             self.known[place] = Extent(section.file, section.offset + payload.offset, payload.nbytes, payload.crc)
         return self.known[place]
 
-    def payload(self, file: TorchFile, tensor: StoredTensor, box: Box, place: Place) -> Payload:
+    def payload(self, file: TorchFile, tensor: DcpTensor, box: Box, place: Place) -> Payload:
         """Return what an item holds; raises ``FormatError`` where that is not the chunk of the metadata."""
         if not isinstance(file.tree, TensorRef):
             self.refuse(tensor.key, place, f"holds no tensor but {quoted(type_name(file.tree))}")
@@ -347,7 +348,7 @@ def _width(dtype: str) -> int:
     return max(DTYPES[dtype].bits, 8) // 8
 
 
-def _tensor_ref(tensor: StoredTensor) -> TensorRef:
+def _tensor_ref(tensor: DcpTensor) -> TensorRef:
     if tensor.kind != "dense":
         return TensorRef(tensor.dtype, tensor.shape, kind=tensor.kind)
     strides = [1] * len(tensor.shape)
@@ -357,6 +358,6 @@ def _tensor_ref(tensor: StoredTensor) -> TensorRef:
     return TensorRef(tensor.dtype, tensor.shape, storage, 0, tuple(strides))
 
 
-def _region(tensor: StoredTensor, items: _Items) -> Region:
+def _region(tensor: DcpTensor, items: _Items) -> Region:
     blocks = tuple(Block(box, partial(items.chunk, tensor, box, place)) for box, place in tensor.chunks)
     return BlockTensor(tensor.shape, _width(tensor.dtype), blocks)

@@ -18,7 +18,7 @@ from ckptkit.formats.pickle.values import Global, Interpreter, Placeholder
 from ckptkit.formats.torch.objects import DTypeRef, TorchObjects
 from ckptkit.formats.torch.tree import type_name
 
-__all__ = ["DcpMetadata", "Place", "StoredTensor", "read_metadata"]
+__all__ = ["DcpMetadata", "DcpTensor", "Place", "read_metadata"]
 
 _MOST_CHUNKS = 1_000_000
 _MOST_COORDINATES = 8_000_000  # chunks times dimensions: a list of chunks can be shared by every tensor
@@ -53,7 +53,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
-class StoredTensor:
+class DcpTensor:
     """A whole tensor as the metadata describes it, and each chunk that holds elements, with its place.
 
     ``dtype`` is a safetensors code, ``shape`` counts as torch does; ``kind`` is ``"dense"`` or its layout.
@@ -70,7 +70,7 @@ class StoredTensor:
 class DcpMetadata:
     """The content of a ``.metadata``: tensors and other objects by FQN, and where in the state they belong."""
 
-    tensors: Mapping[str, StoredTensor]
+    tensors: Mapping[str, DcpTensor]
     objects: Mapping[str, Place]
     paths: Mapping[str, Path]  # the keys on the way to it, outermost first; every FQN has one
     version: str | None
@@ -91,7 +91,7 @@ def read_metadata(data: bytes) -> DcpMetadata:
     fields = _fields(value, "Metadata", "the pickle")
     table = _dict(fields.get("state_dict_metadata"), "state_dict_metadata")
     places = _places(_dict(fields.get("storage_data"), "storage_data"))
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, DcpTensor] = {}
     objects: dict[str, Place] = {}
     left = [_MOST_CHUNKS, _MOST_COORDINATES]
     for key, item in table.items():
@@ -216,7 +216,7 @@ def _place_of(places: dict[_Where, Place], key: str, offset: tuple[int, ...] | N
     return place
 
 
-def _tensor(key: str, item: object, places: dict[_Where, Place], left: list[int]) -> StoredTensor:
+def _tensor(key: str, item: object, places: dict[_Where, Place], left: list[int]) -> DcpTensor:
     fields = _fields(item, "TensorStorageMetadata", "its description", key)
     shape = _sizes(fields.get("size"), key, "the shape")
     dtype, kind = _properties(key, fields.get("properties"))
@@ -239,7 +239,7 @@ def _tensor(key: str, item: object, places: dict[_Where, Place], left: list[int]
             places.pop((key, box.offsets), None)
         else:
             placed.append((box, _place_of(places, key, box.offsets)))
-    return StoredTensor(key, dtype, shape, kind, tuple(placed))
+    return DcpTensor(key, dtype, shape, kind, tuple(placed))
 
 
 def _properties(key: str, value: object) -> tuple[str, str]:

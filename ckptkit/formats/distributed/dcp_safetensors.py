@@ -17,11 +17,13 @@ from typing import NamedTuple
 
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, TensorInfo
 from ckptkit.core.findings import Remark
-from ckptkit.core.text import plural, quoted, shell_word
+from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.file_pool import FilePool
+from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.safetensors import open_safetensors, parse_json
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["is_dcp_shard", "open_dcp_safetensors"]
 
@@ -49,18 +51,13 @@ class _Piece:
     box: Box
 
 
-def open_dcp_safetensors(directory: str, names: Iterable[str], inner: str = "") -> Checkpoint:
+def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of the whole tensors in a directory of unconsolidated shards.
 
     Raises ``FormatError`` naming the rows that no shard holds, or the number of a shard that is missing. The last
     shard's absence cannot be seen: a warning says so.
     """
-    if inner:
-        raise FormatError(
-            f"is flat: there is no mapping {quoted(inner)} inside",
-            hint=f"use --keep {shell_word(inner + '.*')}",
-            path=directory,
-        )
+    refuse_selection(selection, directory)
     found = [match for name in names if (match := _SHARD.fullmatch(name))]
     shards = sorted(_Shard(int(match[1]), int(match[2]), int(match[3]), match[0]) for match in found)
     if not shards:

@@ -51,11 +51,11 @@ def is_zero(names: Iterable[str]) -> bool:
     return any(_OPTIM.fullmatch(name) or ((match := _MODEL.fullmatch(name)) and match[1]) for name in names)
 
 
-def named_states(names: Iterable[str], inner: str) -> tuple[str, str] | None:
-    """Return the file of DeepSpeed's that ``inner`` begins with, and the rest."""
+def named_states(names: Iterable[str], key: str) -> tuple[str, str] | None:
+    """Return the file of DeepSpeed's that ``key`` begins with, and the rest."""
     for name in names:
-        if f"{inner}.".startswith(f"{name}.") and (_OPTIM.fullmatch(name) or _MODEL.fullmatch(name)):
-            return name, inner[len(name) + 1 :]
+        if f"{key}.".startswith(f"{name}.") and (_OPTIM.fullmatch(name) or _MODEL.fullmatch(name)):
+            return name, key[len(name) + 1 :]
     return None
 
 

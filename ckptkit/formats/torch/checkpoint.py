@@ -42,7 +42,7 @@ from ckptkit.formats.torch.tree import (
     select,
     type_name,
 )
-from ckptkit.wrappers.envelopes import AN_OPTIMIZER, which_is_which
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection, averages_beside
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]
 
@@ -75,9 +75,16 @@ class TorchFile:
     others: Callable[[], Sequence[tuple[str, Payload]]] = tuple
 
 
-def assemble_file(made: TorchFile, file: LocalFile, format: str, inner: str) -> Checkpoint:  # noqa: A002 - the name of the JSON field
+def assemble_file(
+    made: TorchFile,
+    file: LocalFile,
+    format: str,  # noqa: A002 - the name of the JSON field
+    selection: Selection,
+) -> Checkpoint:
     """Return what ``assemble`` returns for the whole of one file, which the Checkpoint takes over."""
-    return assemble(made, path=file.path, format=format, inner=inner, close=file.close, check=file.check_unchanged)
+    return assemble(
+        made, path=file.path, format=format, selection=selection, close=file.close, check=file.check_unchanged
+    )
 
 
 def assemble(
@@ -85,23 +92,22 @@ def assemble(
     *,
     path: str = "",
     format: str = "",  # noqa: A002 - the name of the JSON field
-    inner: str = "",
+    selection: Selection = WEIGHTS,
     close: Callable[[], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> Checkpoint:
-    """Return the Checkpoint of the mapping ``inner`` (empty: found by its signature) in a torch file.
+    """Return the Checkpoint of the selected mapping in a torch file.
 
     Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.
     """
     tree, notes = open_modules(file.tree, file.pickle_size)
-    value, chosen = select(tree, inner)
-    inner = "" if inner == AN_OPTIMIZER else inner
-    averages = [Remark(said, "average-beside", "note") for said in which_is_which(tree, chosen, is_tensor)]
+    value, chosen = select(tree, selection)
+    averages = [Remark(said, "average-beside", "note") for said in averages_beside(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
-    if inner and not isinstance(value, Mapping | list | tuple):
+    if selection.key and not isinstance(value, Mapping | list | tuple):
         raise FormatError(
-            f"holds no mapping at {quoted(inner)}, but {quoted(type_name(value))}",
+            f"holds no mapping at {quoted(selection.key)}, but {quoted(type_name(value))}",
             hint="ckpt show without the :: part lists its value",
         )
     if isinstance(value, Placeholder):
@@ -162,7 +168,7 @@ def assemble(
         references=references,
         suspicious=bool(suspicious),
         versions=_versions(value),
-        envelope=inner or (flat_key(chosen) if chosen else ""),
+        envelope=selection.key or (flat_key(chosen) if chosen else ""),
         made_up={name: dotted for name, dotted in names.made_up.items() if name in infos},
         span=span,
         records=records,

@@ -12,9 +12,11 @@ from ckptkit.core.files import Extent, Inflated
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Strided
 from ckptkit.formats.safetensors import LARGEST_HEADER, parse_json
 from ckptkit.formats.zip_archive import ZipDirectory
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["CODES", "describe", "open_torch_export"]
 
@@ -106,17 +108,19 @@ class _Program:
     constants: _Part
 
 
-def open_torch_export(archive: ZipDirectory, inner: str = "") -> Checkpoint:
+def open_torch_export(archive: ZipDirectory, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of the state_dict in an archive of ``torch.export.save``; takes over its file.
 
-    ``inner`` is ``constants`` for what the program holds beside its state_dict, or the name of one of several
+    The key is ``constants`` for what the program holds beside its state_dict, or the name of one of several
     programs (``NAME``, ``NAME.constants``). Raises ``FormatError`` where a description is not true of its record.
     """
     file = archive.file
     root = _root(archive)
     _check_order(archive, root)
     programs = {name: _program(archive, root, name) for name in _names(archive, root)}
-    part, beside = _choose(programs, inner)
+    if selection.optimizer:
+        refuse_selection(selection)
+    part, beside = _choose(programs, selection.key)
     used = {entry for program in programs.values() for each in (program.weights, program.constants)
             for entry in each.records.values()}  # fmt: skip
     files = [name for name in archive.entries if name not in used and _is_content(name.removeprefix(root))]
@@ -152,7 +156,7 @@ def open_torch_export(archive: ZipDirectory, inner: str = "") -> Checkpoint:
         format="torch-export",
         entries=entries,
         warnings=[*archive.doubts(f"{root}data/"), *_warnings(beside, files, root)],
-        envelope=inner,
+        envelope=selection.key,
         span=span,
         records=records,
         files=[file.path],
@@ -200,8 +204,8 @@ def _names(archive: ZipDirectory, root: str) -> list[str]:
     return list(names)
 
 
-def _choose(programs: Mapping[str, _Program], inner: str) -> tuple[_Part, _Part]:
-    """Return the part that ``inner`` names, and the constants to tell of beside it."""
+def _choose(programs: Mapping[str, _Program], key: str) -> tuple[_Part, _Part]:
+    """Return the part that ``key`` names, and the constants to tell of beside it."""
     nothing = _Part()
     if not programs:
         programs = {"": _Program(nothing, nothing)}
@@ -210,12 +214,12 @@ def _choose(programs: Mapping[str, _Program], inner: str) -> tuple[_Part, _Part]
         ((weights, constants),) = ((program.weights, program.constants) for program in programs.values())
         choices |= {"constants": (constants, nothing), "": (weights, constants)}
     choices |= {name: (program.weights, program.constants) for name, program in programs.items()}
-    if inner in choices:
-        return choices[inner]
+    if key in choices:
+        return choices[key]
     named = ", ".join(f"PATH::{printable(name)}" for name in list(programs)[:12])
-    if not inner:
+    if not key:
         raise FormatError(f"holds {len(programs)} exported programs", hint=f"name one: {named}")
-    raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"there is: {named}, and the same with .constants")
+    raise FormatError(f"holds nothing at {quoted(key)}", hint=f"there is: {named}, and the same with .constants")
 
 
 def _program(archive: ZipDirectory, root: str, name: str) -> _Program:

@@ -13,6 +13,7 @@ from ckptkit.formats.pickle.machine import TruncatedPickleError, unpickle
 from ckptkit.formats.pickle.values import Interpreter
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
 
@@ -23,12 +24,12 @@ _UNTYPED = "it was written on a big-endian machine, and the order of the bytes o
 _LENGTH = struct.Struct("<q")
 
 
-def open_torch_legacy(file: LocalFile, inner: str = "") -> Checkpoint:
+def open_torch_legacy(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a legacy torch file; takes over the file.
 
     Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
     """
-    return assemble_file(read_torch_legacy(file), file, "torch-legacy", inner)
+    return assemble_file(read_torch_legacy(file), file, "torch-legacy", selection)
 
 
 def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:

@@ -14,6 +14,7 @@ from ckptkit.formats.torch.modules import ModuleWalker, Parts
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.zip import read_pickles, root_of
 from ckptkit.formats.zip_archive import ZipDirectory
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_torchscript"]
 
@@ -24,7 +25,7 @@ _UNTOLD = (
 )
 
 
-def open_torchscript(archive: ZipDirectory, inner: str = "") -> Checkpoint:
+def open_torchscript(archive: ZipDirectory, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of the module in a TorchScript archive; takes over its file.
 
     Constants of the code, to which freezing turns the weights, are the mapping ``CONSTANTS`` beside the
@@ -55,7 +56,9 @@ def open_torchscript(archive: ZipDirectory, inner: str = "") -> Checkpoint:
         tree.update({"state_dict": weights, _CONSTANTS: named} if weights else {_CONSTANTS: named})
         if not weights:
             notes.append("a frozen module: it has no state_dict, and its weights are constants of its code")
-    return assemble_file(replace(file, tree=tree, warnings=(*notes, *walker.notes)), archive.file, "torchscript", inner)
+    return assemble_file(
+        replace(file, tree=tree, warnings=(*notes, *walker.notes)), archive.file, "torchscript", selection
+    )
 
 
 def _parts(state: Mapping[object, object], *, ordered: bool, says_training: bool) -> Parts:

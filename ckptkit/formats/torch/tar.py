@@ -26,6 +26,7 @@ from ckptkit.formats.torch.objects import (
     TorchObjects,
     place_tensor,
 )
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_torch_tar"]
 
@@ -37,7 +38,7 @@ _COUNT = struct.Struct("<q")
 _RANK = struct.Struct("<i4x")  # once written as 8 bytes
 
 
-def open_torch_tar(file: LocalFile, inner: str = "") -> Checkpoint:
+def open_torch_tar(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a tar archive of torch; takes over the file.
 
     Raises ``FormatError`` where the archive holds anything but the four members of the format, each of them once
@@ -64,7 +65,7 @@ def open_torch_tar(file: LocalFile, inner: str = "") -> Checkpoint:
             yield Record(file.path, f"storage {key}", locate(stored[int(key)]), keys=tuple(held.get(key, ())))
 
     return assemble_file(
-        TorchFile(tree, objects, end + members["tensors"].size, locate, records), file, "torch-tar", inner
+        TorchFile(tree, objects, end + members["tensors"].size, locate, records), file, "torch-tar", selection
     )
 
 

@@ -13,7 +13,7 @@ from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import Global, MappingValue, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
-from ckptkit.wrappers.envelopes import AN_OPTIMIZER, choose_envelope, find_optimizers
+from ckptkit.wrappers.envelopes import Selection, choose_envelope, find_optimizers
 
 __all__ = [
     "Names",
@@ -134,16 +134,15 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, TensorRef)
 
 
-def select(tree: object, inner: str) -> tuple[object, Path]:
-    """Return the mapping meant by ``inner`` (``a.b``; empty: found by its signature) and its path in the tree.
+def select(tree: object, selection: Selection) -> tuple[object, Path]:
+    """Return the selected mapping and its path in the tree.
 
-    ``AN_OPTIMIZER`` means the state of the one optimizer there is. Raises ``FormatError`` where there is no such
-    mapping, or several by signature.
+    Raises ``FormatError`` where there is no such mapping, and where several could be the weights or the optimizer.
     """
-    if inner == AN_OPTIMIZER:
+    if selection.optimizer:
         return _the_optimizer(tree)
-    if inner:
-        return _descend(tree, inner)
+    if selection.key:
+        return _descend(tree, selection.key)
     if not isinstance(tree, Mapping):
         return tree, ()
     path = choose_envelope(tree, is_tensor)
@@ -169,10 +168,10 @@ def _the_optimizer(tree: object) -> tuple[object, Path]:
     return value, found[0]
 
 
-def _descend(tree: object, inner: str) -> tuple[object, Path]:
-    """Follow every reading of ``inner`` at once: keys have dots themselves, and may be given as ``['a.b']`` too."""
+def _descend(tree: object, wanted: str) -> tuple[object, Path]:
+    """Follow every reading of ``wanted`` at once: keys have dots themselves, and may be given as ``['a.b']`` too."""
     reached: list[tuple[object, Path]] = []
-    open_: list[tuple[object, Path, str]] = [(tree, (), inner)]
+    open_: list[tuple[object, Path, str]] = [(tree, (), wanted)]
     seen: set[tuple[int, int]] = set()
     stuck, deepest = tree, 0
     while open_:
@@ -189,10 +188,10 @@ def _descend(tree: object, inner: str) -> tuple[object, Path]:
             stuck, deepest = value, len(path)
     if len(reached) > 1:
         listed = " or ".join(shell_word(f"::{exact_key(path)}") for _, path in reached[:4])
-        raise FormatError(f"{quoted(inner)} is {len(reached)} things in it", hint=f"write {listed}")
+        raise FormatError(f"{quoted(wanted)} is {len(reached)} things in it", hint=f"write {listed}")
     if not reached:
         known = ", ".join(printable(key_name(key)) for key in list(children(stuck))[:12])
-        raise FormatError(f"holds nothing at {quoted(inner)}", hint=f"at that level there is: {known or 'nothing'}")
+        raise FormatError(f"holds nothing at {quoted(wanted)}", hint=f"at that level there is: {known or 'nothing'}")
     return reached[0]
 
 

@@ -15,6 +15,7 @@ from ckptkit.formats.pickle.machine import unpickle
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.zip_archive import ZipDirectory
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_torch_zip", "read_pickles", "read_torch_zip", "root_of"]
 
@@ -27,14 +28,14 @@ _OURS = re.compile(
 _UNTYPED = "it was written on a big-endian machine, and does not say how wide all its numbers are"
 
 
-def open_torch_zip(archive: ZipDirectory, inner: str = "") -> Checkpoint:
+def open_torch_zip(archive: ZipDirectory, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a torch zip archive; takes over its file.
 
     Raises ``FormatError`` where the archive is no torch checkpoint, contradicts itself, or holds less
     than its pickle says.
     """
     file = archive.file
-    return assemble_file(read_torch_zip(archive), file, "torch-zip", inner)
+    return assemble_file(read_torch_zip(archive), file, "torch-zip", selection)
 
 
 def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> TorchFile:
