@@ -311,7 +311,7 @@ def test_whose_options_count(hyper: Any, lr: list[float]) -> None:
     other = PROVED["AdamW"](groups)
     load_optimizer_state(other, model, optimizer.state_dict(), hyper=hyper)
     assert [group["lr"] for group in other.param_groups] == lr
-    with pytest.raises(PlanError, match=r"'lr' of group 0 is 0.5, and was 0.01"):
+    with pytest.raises(PlanError, match=r"'lr' of group 0 was 0.01 in the file and would be 0.5"):
         load_optimizer_state(PROVED["AdamW"](groups), model, optimizer.state_dict(), hyper="error")
 
 

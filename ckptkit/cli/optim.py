@@ -35,7 +35,7 @@ from ckptkit.optimizer_state.compare import optimizer_state_diff, state_findings
 from ckptkit.optimizer_state.forms import FoundState, read_state
 from ckptkit.optimizer_state.groups import order_like, resplit
 from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
-from ckptkit.optimizer_state.naming import positions, structure_findings, to_named
+from ckptkit.optimizer_state.naming import name_by_position, structure_findings, to_named
 from ckptkit.optimizer_state.prune import prune
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.optimizer_state.write import write_optimizer_state
@@ -144,7 +144,7 @@ def show(context: click.Context, path: str, *, given: _Given, expand: bool, form
         try:
             state = to_named(found, given.names(stack, checkpoint, found))
         except CkptkitError as error:
-            state = positions(found)
+            state = name_by_position(found)
             if not findings:
                 severity: Any = "note" if given.nothing else "error"
                 findings.append(Finding("optim.no-names", severity, "", error.reason, error.hint or ""))

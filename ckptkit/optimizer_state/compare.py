@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state.groups import equal_values, told_value
+from ckptkit.optimizer_state.groups import describe_value, equal_values
 from ckptkit.optimizer_state.model import OptimizerState, number_of, parameter_shape
 
 __all__ = ["optimizer_state_diff", "state_findings"]
@@ -76,7 +76,7 @@ def _options(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
                 if key not in before[name]:
                     lost.setdefault(key, []).append(name)
                 elif not equal_values(before[name][key], value):
-                    changed.setdefault((key, told_value(value), told_value(before[name][key])), []).append(name)
+                    changed.setdefault((key, describe_value(value), describe_value(before[name][key])), []).append(name)
     for (key, now, then), names in changed.items():
         said = f"{key} of {listed(names)} is {now}, and loading makes it {then}"
         yield Finding(

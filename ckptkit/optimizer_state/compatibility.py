@@ -9,11 +9,11 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_optim import OptimizerSchema
 from ckptkit.errors import PlanError
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot, parameter_shape
+from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue, parameter_shape
 from ckptkit.param_groups.parameters import Inventory, LiveParameter
 from ckptkit.param_groups.validate.options import torch_options
 
-__all__ = ["Fit", "fit_state", "refuse_other_class", "untold_decay"]
+__all__ = ["StateMatch", "match_state", "refuse_other_class", "unknown_decay_findings"]
 
 # Came to torch.optim after its first classes did: an older file of the same class does not have them.
 _NEWER = frozenset({"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"})
@@ -21,10 +21,10 @@ _SAME = "build the class that was saved, or start without its state"
 
 
 @dataclass(frozen=True)
-class Fit:
+class StateMatch:
     """What of a state fits: the slots to load, why others do not, and which trainable parameters it has none for."""
 
-    state: Mapping[str, Mapping[str, Slot]]
+    state: Mapping[str, Mapping[str, SlotValue]]
     dropped: Mapping[str, str]
     missing: tuple[str, ...]
 
@@ -64,7 +64,7 @@ def refuse_other_class(saved: OptimizerState, optimizer: Any, schema: OptimizerS
         )
 
 
-def untold_decay(saved: OptimizerState, schema: OptimizerSchema | None) -> Iterator[Finding]:
+def unknown_decay_findings(saved: OptimizerState, schema: OptimizerSchema | None) -> Iterator[Finding]:
     """Yield a note where a file is of Adam or of AdamW, and too old to say of which: its decay may mean the other."""
     if schema is not None and schema.name in {"Adam", "AdamW"}:
         groups = [group.options for group in saved.groups if group.options]
@@ -79,16 +79,16 @@ def untold_decay(saved: OptimizerState, schema: OptimizerSchema | None) -> Itera
             )
 
 
-def fit_state(
+def match_state(
     saved: OptimizerState, groups: Sequence[NamedGroup], inventory: Inventory, schema: OptimizerSchema | None
-) -> Fit:
+) -> StateMatch:
     """Return what of ``saved`` fits the parameters of ``groups``, whose options are those to train with.
 
     Raises ``PlanError`` where an optimizer with one state for all parameters would get that of others.
     """
     if schema is not None and schema.has_shared_state:
         return _shared(saved, groups, schema)
-    state: dict[str, Mapping[str, Slot]] = {}
+    state: dict[str, Mapping[str, SlotValue]] = {}
     dropped: dict[str, str] = {}
     missing: list[str] = []
     for group in groups:
@@ -103,21 +103,21 @@ def fit_state(
                 dropped[name] = why
             else:
                 state[name] = slots
-    return Fit(state, dropped, tuple(missing))
+    return StateMatch(state, dropped, tuple(missing))
 
 
-def _shared(saved: OptimizerState, groups: Sequence[NamedGroup], schema: OptimizerSchema) -> Fit:
+def _shared(saved: OptimizerState, groups: Sequence[NamedGroup], schema: OptimizerSchema) -> StateMatch:
     names = tuple(name for group in groups for name in group.names)
     if names != saved.names:
         raise PlanError(
             f"{schema.name} keeps one state for all its parameters in their order, and the file has others, or another",
             hint="build it with the same parameters in the same order",
         )
-    return Fit(saved.state, {}, () if saved.state else names)
+    return StateMatch(saved.state, {}, () if saved.state else names)
 
 
 def _misfit(
-    slots: Mapping[str, Slot], parameter: LiveParameter, group: NamedGroup, schema: OptimizerSchema | None
+    slots: Mapping[str, SlotValue], parameter: LiveParameter, group: NamedGroup, schema: OptimizerSchema | None
 ) -> str | None:
     """Return what is wrong with the slots for this parameter, as the end of a sentence; or None."""
     if parameter.lazy:

@@ -18,15 +18,15 @@ from ckptkit.optimizer_state.model import (
     FORMS,
     LazyTensor,
     NamedGroup,
+    OpaqueValue,
     OptimizerState,
-    Slot,
-    Unknown,
-    held,
+    SlotValue,
     map_tensors,
+    require_named,
 )
 from ckptkit.wrappers.envelopes import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
 
-__all__ = ["FoundGroup", "FoundState", "as_named", "lay_out", "read_laid_out", "read_state", "to_dict"]
+__all__ = ["FoundGroup", "FoundState", "as_named", "read_form", "read_state", "to_dict", "to_form"]
 
 
 def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
@@ -37,15 +37,15 @@ def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
     ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict``. Raises ``PlanError`` for a name that is in two
     groups, and for a value that only code could make.
     """
-    made: dict[str, Any] = _read(lay_out(state, form))
+    made: dict[str, Any] = _read(to_form(state, form))
     return made
 
 
-def lay_out(state: OptimizerState, form: str) -> dict[str, Slot]:
+def to_form(state: OptimizerState, form: str) -> dict[str, SlotValue]:
     """Return the state in one of ``FORMS``, its tensors still unread; raises ``PlanError`` for a name in two groups."""
     if form not in FORMS:
         raise PlanError(f"{quoted(str(form))} is no form of an optimizer state", hint=f"one of {', '.join(FORMS)}")
-    twice = [name for name, count in Counter(held(state).names).items() if count > 1]
+    twice = [name for name, count in Counter(require_named(state).names).items() if count > 1]
     if twice:
         raise PlanError(f"{quoted(twice[0])} is in the groups more than once")
     known = set(state.names)
@@ -63,7 +63,7 @@ def lay_out(state: OptimizerState, form: str) -> dict[str, Slot]:
     return {"state": slots, "param_groups": groups}
 
 
-def _flattened(state: OptimizerState) -> dict[str, Slot]:
+def _flattened(state: OptimizerState) -> dict[str, SlotValue]:
     slots = {
         f"{FLAT_STATE}{name}.{slot}": value for name in state.names for slot, value in state.state.get(name, {}).items()
     }
@@ -76,7 +76,7 @@ def _flattened(state: OptimizerState) -> dict[str, Slot]:
     return slots | options
 
 
-def _read(value: Slot) -> Any:
+def _read(value: SlotValue) -> Any:
     def live(tensor: LazyTensor) -> Any:
         return tensor.read()
 
@@ -89,11 +89,11 @@ def _read(value: Slot) -> Any:
     return map_tensors(value, live)
 
 
-def _unknown(value: Slot) -> Any:
+def _unknown(value: SlotValue) -> Any:
     stack = [value]
     while stack:
         item = stack.pop()
-        if isinstance(item, Unknown):
+        if isinstance(item, OpaqueValue):
             yield item
         elif isinstance(item, dict):
             stack.extend(item.values())
@@ -111,7 +111,7 @@ class FoundGroup:
     """A group as it lies there: what stands under ``params`` (positions, or names), and ``param_names`` if any."""
 
     params: tuple[object, ...]
-    options: Mapping[str, Slot]
+    options: Mapping[str, SlotValue]
     param_names: tuple[object, ...] | None = None
 
 
@@ -120,7 +120,7 @@ class FoundState:
     """The state of an optimizer as it lies there, by whatever keys it has, right or wrong."""
 
     form: str
-    state: Mapping[object, Mapping[str, Slot]]
+    state: Mapping[object, Mapping[str, SlotValue]]
     groups: tuple[FoundGroup, ...]
     path: str = ""
     remarks: tuple[str, ...] = ()
@@ -141,26 +141,26 @@ def read_state(thing: Checkpoint | Mapping[Any, Any]) -> FoundState:
     return _read_reading(*_of_live(thing), "")
 
 
-def read_laid_out(value: Mapping[str, Slot]) -> FoundState:
+def read_form(value: Mapping[str, SlotValue]) -> FoundState:
     """Return what a state holds that is laid out in one of its forms, its tensors still unread."""
     return _read_reading(value, lambda item, _: item, "")
 
 
-def _of_checkpoint(checkpoint: Checkpoint) -> tuple[object, Callable[[object, Path], Slot]]:
+def _of_checkpoint(checkpoint: Checkpoint) -> tuple[object, Callable[[object, Path], SlotValue]]:
     nest = checkpoint.nest or Nest(None, {})
     keys = {place: key for key, place in nest.places.items()}
 
-    def leaf(value: object, path: Path) -> Slot:
+    def leaf(value: object, path: Path) -> SlotValue:
         if isinstance(value, TensorRef):
             return LazyTensor(checkpoint[keys[path]], checkpoint)
         if isinstance(value, Placeholder) or not isinstance(value, _PLAIN):
-            return Unknown(type_name(value), path, checkpoint)
+            return OpaqueValue(type_name(value), path, checkpoint)
         return value
 
     return nest.value, leaf
 
 
-def _of_live(state: Mapping[Any, Any]) -> tuple[object, Callable[[object, Path], Slot]]:
+def _of_live(state: Mapping[Any, Any]) -> tuple[object, Callable[[object, Path], SlotValue]]:
     import torch
 
     tensors: dict[Path, torch.Tensor] = {}
@@ -177,7 +177,7 @@ def _of_live(state: Mapping[Any, Any]) -> tuple[object, Callable[[object, Path],
         names = {path: "".join(f"[{key!r}]" for key in path) for path in tensors}
     live = describe_state_dict({names[path]: tensor for path, tensor in tensors.items()}, "optimizer state")
 
-    def leaf(value: object, path: Path) -> Slot:
+    def leaf(value: object, path: Path) -> SlotValue:
         if path in names:
             return LazyTensor(live[names[path]], live)
         return value
@@ -188,12 +188,12 @@ def _of_live(state: Mapping[Any, Any]) -> tuple[object, Callable[[object, Path],
 _PLAIN = (int, float, complex, bool, str, bytes, type(None))
 
 
-def _read_reading(value: object, leaf: Callable[[object, Path], Slot], path: str) -> FoundState:
+def _read_reading(value: object, leaf: Callable[[object, Path], SlotValue], path: str) -> FoundState:
     if not is_optimizer_state(value):
         raise FormatError("is no optimizer state", hint=_FORMS, path=path or None)
     assert isinstance(value, Mapping)  # noqa: S101 - it is a state
 
-    def plain(item: object, at: Path) -> Slot:
+    def plain(item: object, at: Path) -> SlotValue:
         if len(at) > _DEEPEST:
             raise FormatError(f"nested too deeply: more than {_DEEPEST} levels", path=path or None)
         if isinstance(item, Mapping):
@@ -210,7 +210,7 @@ def _read_reading(value: object, leaf: Callable[[object, Path], Slot], path: str
         raise
 
 
-def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], Slot], path: str) -> FoundState:
+def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], SlotValue], path: str) -> FoundState:
     groups = []
     for number, table in enumerate(value["param_groups"]):
         where = f"param_groups[{number}]"
@@ -226,7 +226,7 @@ def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], Slot], pat
         }
         given = tuple(names) if isinstance(names, list | tuple) else None
         groups.append(FoundGroup(tuple(table["params"]), options, given))
-    state: dict[object, Mapping[str, Slot]] = {}
+    state: dict[object, Mapping[str, SlotValue]] = {}
     for key, slots in value["state"].items():
         if not isinstance(slots, Mapping):
             raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
@@ -244,9 +244,9 @@ def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], Slot], pat
     return FoundState(form, state, tuple(groups), path)
 
 
-def _flattened_reading(value: Mapping[Any, Any], plain: Callable[[object, Path], Slot], path: str) -> FoundState:
-    state: dict[object, dict[str, Slot]] = {}
-    options: dict[str, dict[str, Slot]] = {}
+def _flattened_reading(value: Mapping[Any, Any], plain: Callable[[object, Path], SlotValue], path: str) -> FoundState:
+    state: dict[object, dict[str, SlotValue]] = {}
+    options: dict[str, dict[str, SlotValue]] = {}
     for key, inner in value.items():
         kept, prefix = (state, FLAT_STATE) if key.startswith(FLAT_STATE) else (options, FLAT_GROUPS)
         name, _, slot = key.removeprefix(prefix).rpartition(".")
@@ -256,7 +256,7 @@ def _flattened_reading(value: Mapping[Any, Any], plain: Callable[[object, Path],
             kept.setdefault(name, {})[slot] = plain(inner, (key,))
         else:
             options.setdefault(name, {})
-    groups: list[tuple[list[str], dict[str, Slot]]] = []
+    groups: list[tuple[list[str], dict[str, SlotValue]]] = []
     known: dict[object, int] = {}
     for name, own in options.items():
         same = known.setdefault(_identity(own), len(groups))
@@ -268,7 +268,7 @@ def _flattened_reading(value: Mapping[Any, Any], plain: Callable[[object, Path],
     return FoundState("flattened", state, found, path, (said,) if found else ())
 
 
-def _identity(value: Slot) -> object:
+def _identity(value: SlotValue) -> object:
     """Return something that is equal for equal values; tensors are, where they are one number with equal bytes."""
     if isinstance(value, LazyTensor):
         one = value.info.elements == 1 and value.info.kind == "dense"

@@ -15,9 +15,9 @@ from ckptkit.optimizer_state.model import (
     LazyTensor,
     NamedGroup,
     OptimizerState,
-    Slot,
-    held,
+    SlotValue,
     number_of,
+    require_named,
     same_value,
 )
 from ckptkit.optimizer_state.naming import parameters_of
@@ -25,7 +25,7 @@ from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.plan import ParamGroupsPlan
 from ckptkit.param_groups.spec import is_tensor
 
-__all__ = ["GroupsLike", "Hyper", "equal_values", "order_like", "resplit", "told_value", "with_members"]
+__all__ = ["GroupsLike", "Hyper", "describe_value", "equal_values", "order_like", "resplit", "with_members"]
 
 Hyper = Literal["live", "saved", "error"]
 # What a group is called, and not how it trains: new groups have names of their own, or none.
@@ -46,7 +46,7 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     """
     if hyper not in ("live", "saved", "error"):
         raise PlanError(f"hyper is {quoted(str(hyper))}", hint="it is live, saved or error")
-    wanted = _named_groups(groups, called=any("name" in group.options for group in held(state).groups))
+    wanted = _named_groups(groups, called=any("name" in group.options for group in require_named(state).groups))
     names = [name for group in wanted for name in group.names]
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
@@ -89,11 +89,11 @@ def _named_groups(groups: Any, *, called: bool) -> tuple[NamedGroup, ...]:
 class _Merger:
     """The options of new groups out of what they say and what their members had."""
 
-    saved: Mapping[str, Mapping[str, Slot]]
-    groups: Sequence[Mapping[str, Slot]]
+    saved: Mapping[str, Mapping[str, SlotValue]]
+    groups: Sequence[Mapping[str, SlotValue]]
     hyper: Hyper
 
-    def options(self, number: int, group: NamedGroup) -> dict[str, Slot]:
+    def options(self, number: int, group: NamedGroup) -> dict[str, SlotValue]:
         members = {name: self.saved[name] for name in group.names if name in self.saved}
         keys = dict.fromkeys(key for options in (*members.values(), *self.groups, group.options) for key in options)
         return {
@@ -102,12 +102,14 @@ class _Merger:
             if key not in _LABELS or key in group.options or self._agreed(key, members)
         }
 
-    def _agreed(self, key: str, members: Mapping[str, Mapping[str, Slot]]) -> bool:
+    def _agreed(self, key: str, members: Mapping[str, Mapping[str, SlotValue]]) -> bool:
         """Return whether all that a group is made of was called the same."""
         made_of = list(members.values()) or self.groups
         return len({repr(options.get(key)) for options in made_of}) == 1
 
-    def _option(self, key: str, number: int, group: NamedGroup, members: Mapping[str, Mapping[str, Slot]]) -> Slot:
+    def _option(
+        self, key: str, number: int, group: NamedGroup, members: Mapping[str, Mapping[str, SlotValue]]
+    ) -> SlotValue:
         had = {name: options[key] for name, options in members.items() if key in options}
         said = key in group.options
         if said and (self.hyper == "live" or not had or key in _LABELS):
@@ -120,24 +122,25 @@ class _Merger:
         value = self._one(key, f"the parameters of group {number}", had)
         if said and self.hyper == "error" and not equal_values(value, group.options[key]):
             raise PlanError(
-                f"{quoted(key)} of group {number} is {told_value(group.options[key])}, and was {told_value(value)}",
+                f"{quoted(key)} of group {number} was {describe_value(value)} in the file and would be "
+                f"{describe_value(group.options[key])}",
                 hint="--hyper live takes the new value, --hyper saved the old one",
             )
         return value
 
-    def _one(self, key: str, whose: str, values: Mapping[str, Slot]) -> Slot:
+    def _one(self, key: str, whose: str, values: Mapping[str, SlotValue]) -> SlotValue:
         (first, value), *others = values.items()
         for name, other in others:
             if not equal_values(value, other):
                 raise PlanError(
-                    f"{whose} had different values of {quoted(key)}: {told_value(value)} ({printable(first)}), "
-                    f"{told_value(other)} ({printable(name)})",
+                    f"{whose} had different values of {quoted(key)}: {describe_value(value)} ({printable(first)}), "
+                    f"{describe_value(other)} ({printable(name)})",
                     hint=f"give the group a {key} of its own, and --hyper live",
                 )
         return value
 
 
-def equal_values(one: Slot, other: Slot) -> bool:
+def equal_values(one: SlotValue, other: SlotValue) -> bool:
     """Return whether two options mean the same: a number and a tensor of one, a list and a tuple too."""
     left, right = number_of(one), number_of(other)
     if left is not None and right is not None and not isinstance(one, bool) and not isinstance(other, bool):
@@ -155,7 +158,7 @@ def _alike(left: float, right: float) -> bool:
         return False
 
 
-def told_value(value: Slot) -> str:
+def describe_value(value: SlotValue) -> str:
     """Return an option for a sentence; of a tensor the number that it holds."""
     return str(number_of(value)) if isinstance(value, LazyTensor) or is_tensor(value) else printable(str(value))
 
@@ -189,7 +192,7 @@ def order_like(state: OptimizerState, model: Any) -> OptimizerState:
     parameters = parameters_of(model)
     place = {name: number for number, name in enumerate(parameters.shapes)}
     place |= {other: place[first] for other, first in parameters.aliases.items() if first in place}
-    unknown = [name for name in held(state).names if name not in place]
+    unknown = [name for name in require_named(state).names if name not in place]
     if unknown:
         raise PlanError(
             f"{parameters.said} has no {listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"

@@ -14,10 +14,10 @@ from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
-from ckptkit.optimizer_state.compatibility import Fit, fit_state, refuse_other_class, untold_decay
+from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, resplit
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, Slot
+from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import single_optimizer
@@ -106,9 +106,9 @@ def load_optimizer_state(
         )
     _refuse_moves(saved, schema)
     groups = _options(saved, live, hyper)
-    fit = fit_state(saved, groups, inventory, schema)
+    fit = match_state(saved, groups, inventory, schema)
     _refuse(fit, saved, on_missing, on_mismatch)
-    findings = [*_findings(fit, unused), *_rates(live, groups), *untold_decay(saved, schema)]
+    findings = [*_findings(fit, unused), *_rates(live, groups), *unknown_decay_findings(saved, schema)]
     _load(inner, replace(saved, state=fit.state, groups=groups), fit, inventory, schema)
     return OptimizerLoadReport(
         tuple(findings),
@@ -223,7 +223,7 @@ def _options(saved: OptimizerState, live: Sequence[NamedGroup], hyper: Hyper) ->
     return tuple(next(made) if there.intersection(group.names) else group for group in live)
 
 
-def _refuse(fit: Fit, saved: OptimizerState, on_missing: str, on_mismatch: str) -> None:
+def _refuse(fit: StateMatch, saved: OptimizerState, on_missing: str, on_mismatch: str) -> None:
     if fit.missing and on_missing == "error":
         raise PlanError(
             f"the file has no state for {listed(fit.missing)}",
@@ -249,7 +249,7 @@ def _refuse(fit: Fit, saved: OptimizerState, on_missing: str, on_mismatch: str) 
 
 
 def _load(
-    optimizer: Any, state: OptimizerState, fit: Fit, inventory: Inventory, schema: OptimizerSchema | None
+    optimizer: Any, state: OptimizerState, fit: StateMatch, inventory: Inventory, schema: OptimizerSchema | None
 ) -> None:
     given = to_dict(state, "indexed")
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
@@ -276,7 +276,7 @@ def _load(
         raise
 
 
-def _keep_scalars(optimizer: Any, fit: Fit, inventory: Inventory, schema: OptimizerSchema) -> None:
+def _keep_scalars(optimizer: Any, fit: StateMatch, inventory: Inventory, schema: OptimizerSchema) -> None:
     """Undo the cast of single numbers: NAdam keeps a product in 32 bits whatever the dtype of the parameter."""
     scalars = {slot.name for slot in schema.slots if slot.layout == "scalar"} - {"step"}  # which torch leaves alone
     for name, slots in fit.state.items():
@@ -305,7 +305,7 @@ def _remember(optimizer: Any) -> Callable[[], None]:
     return put_back
 
 
-def _prove(optimizer: Any, fit: Fit, inventory: Inventory) -> None:
+def _prove(optimizer: Any, fit: StateMatch, inventory: Inventory) -> None:
     """Hold what is there against the state once more: what was given may be the very tensors that are there."""
     for name, slots in fit.state.items():
         there = optimizer.state.get(inventory.by_name[name].tensor, {})
@@ -317,7 +317,7 @@ def _prove(optimizer: Any, fit: Fit, inventory: Inventory) -> None:
                 )
 
 
-def _same(there: Any, value: Slot) -> bool:
+def _same(there: Any, value: SlotValue) -> bool:
     """Return whether a slot is the saved one, as torch casts it to the dtype of the parameter, or its number."""
     if isinstance(value, LazyTensor):
         if not is_tensor(there) or tuple(there.shape) != value.shape:
@@ -346,7 +346,7 @@ def _as_live(value: Any, live: Any) -> Any:
     return value
 
 
-def _findings(fit: Fit, unused: Sequence[str]) -> Iterator[Finding]:
+def _findings(fit: StateMatch, unused: Sequence[str]) -> Iterator[Finding]:
     for name in fit.missing:
         yield Finding(
             "optim.missing",

@@ -19,16 +19,16 @@ __all__ = [
     "ELEMENTWISE",
     "FORMS",
     "Change",
-    "Kind",
     "LazyTensor",
     "NamedGroup",
+    "OpaqueValue",
     "OptimizerState",
-    "Slot",
-    "Unknown",
-    "held",
+    "SlotKind",
+    "SlotValue",
     "map_tensors",
     "number_of",
     "parameter_shape",
+    "require_named",
     "same_value",
     "slot_kind",
     "tensors_in",
@@ -83,7 +83,7 @@ class LazyTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Unknown:
+class OpaqueValue:
     """A value that only code could make: it is kept where a file is edited, and nothing else can be done with it."""
 
     type: str
@@ -92,7 +92,7 @@ class Unknown:
 
 
 # A LazyTensor, an Unknown, a number, a text, None, or a list, tuple or dict of such; of a live state any object.
-Slot = Any
+SlotValue = Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +100,7 @@ class NamedGroup:
     """A param group: the FQNs of its parameters in order, and its options as torch calls them (``lr``, ``betas``)."""
 
     names: tuple[str, ...]
-    options: Mapping[str, Slot]
+    options: Mapping[str, SlotValue]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ class OptimizerState:
     state, frozen or never stepped, is in a group only.
     """
 
-    state: Mapping[str, Mapping[str, Slot]]
+    state: Mapping[str, Mapping[str, SlotValue]]
     groups: tuple[NamedGroup, ...]
     form: str = "named"
     evidence: str = ""
@@ -170,7 +170,7 @@ class OptimizerState:
         return html_table(("parameter", "group", "slots"), rows)
 
 
-def held(state: Any) -> OptimizerState:
+def require_named(state: Any) -> OptimizerState:
     """Return the state that was given; raises ``ModelError`` for anything that is not by name yet."""
     if not isinstance(state, OptimizerState):
         raise ModelError(
@@ -179,7 +179,7 @@ def held(state: Any) -> OptimizerState:
     return state
 
 
-def tensors_in(value: Slot) -> Iterator[LazyTensor]:
+def tensors_in(value: SlotValue) -> Iterator[LazyTensor]:
     """Yield every tensor in a value, in order."""
     stack = [value]
     while stack:
@@ -192,7 +192,7 @@ def tensors_in(value: Slot) -> Iterator[LazyTensor]:
             stack.extend(reversed(item))
 
 
-def map_tensors(value: Slot, change: Callable[[LazyTensor], Any]) -> Any:
+def map_tensors(value: SlotValue, change: Callable[[LazyTensor], Any]) -> Any:
     """Return the value with every tensor in it replaced by what ``change`` makes of it."""
     if isinstance(value, LazyTensor):
         return change(value)
@@ -215,10 +215,10 @@ _OF_FACTORS: Final = frozenset(name for row, column, _ in _FACTORED for name in 
 _NUMBERS: Final = {
     "F16": "<e", "F32": "<f", "F64": "<d", "BOOL": "<?", "U8": "<B", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"
 }  # fmt: skip
-Kind = Literal["elementwise", "scalar", "factored", "other"]
+SlotKind = Literal["elementwise", "scalar", "factored", "other"]
 
 
-def slot_kind(name: str, value: Slot, elementwise: Collection[str] = ()) -> Kind:
+def slot_kind(name: str, value: SlotValue, elementwise: Collection[str] = ()) -> SlotKind:
     """Return what a slot is, by its name and what is in it; ``elementwise`` are more names of slots that are so."""
     if name in _OF_FACTORS:
         return "factored"
@@ -229,7 +229,7 @@ def slot_kind(name: str, value: Slot, elementwise: Collection[str] = ()) -> Kind
     return "other" if value.shape else "scalar"
 
 
-def parameter_shape(slots: Mapping[str, Slot], elementwise: Collection[str] = ()) -> tuple[int, ...] | None:
+def parameter_shape(slots: Mapping[str, SlotValue], elementwise: Collection[str] = ()) -> tuple[int, ...] | None:
     """Return the shape that a parameter with these slots has, or None where they do not tell it or contradict it."""
     shapes = {
         value.shape for name, value in slots.items() if slot_kind(name, value, elementwise) == "elementwise"
@@ -246,7 +246,7 @@ def _of_factors(rows: tuple[int, ...], columns: tuple[int, ...], *, kept: bool) 
     return (*rows[: -1 if kept else None], *columns[-1:])
 
 
-def number_of(value: Slot) -> float | int | None:
+def number_of(value: SlotValue) -> float | int | None:
     """Return a number, or the one that a tensor of one element holds, read without torch; None for anything else."""
     if isinstance(value, int | float):
         return value
@@ -263,7 +263,7 @@ def number_of(value: Slot) -> float | int | None:
     return number
 
 
-def same_value(one: Slot, other: Slot) -> bool:
+def same_value(one: SlotValue, other: SlotValue) -> bool:
     """Return whether two values are equal: tensors where their bytes are, everything else with its type."""
     if isinstance(one, LazyTensor) and isinstance(other, LazyTensor):
         return (one.dtype, one.shape) == (other.dtype, other.shape) and same_bytes(one.payload(), other.payload())

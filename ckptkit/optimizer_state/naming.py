@@ -16,7 +16,7 @@ from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, parameter_shape
 from ckptkit.param_groups.properties import subject_of
 
-__all__ = ["Parameters", "infer_names", "parameters_of", "positions", "structure_findings", "to_named"]
+__all__ = ["Parameters", "infer_names", "name_by_position", "parameters_of", "structure_findings", "to_named"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,7 +247,7 @@ def _named(found: FoundState, names: Any) -> OptimizerState:
     return as_named(found, inferred, evidence)
 
 
-def positions(found: FoundState) -> OptimizerState:
+def name_by_position(found: FoundState) -> OptimizerState:
     """Return the state with the positions themselves for names, for where nobody knows better."""
     keys = dict.fromkeys([*(param for group in found.groups for param in group.params), *found.state])
     return as_named(found, {key: str(key) for key in keys})

@@ -10,7 +10,7 @@ from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import kind_of, plural, printable, shell_word
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.optimizer_state.groups import with_members
-from ckptkit.optimizer_state.model import Change, OptimizerState, held, parameter_shape
+from ckptkit.optimizer_state.model import Change, OptimizerState, parameter_shape, require_named
 from ckptkit.optimizer_state.naming import Parameters, parameters_of
 
 __all__ = ["prune"]
@@ -29,7 +29,7 @@ def prune(
     ``PlanError`` where nothing would be left.
     """
     dropping, resetting = _patterns(drop, "drop"), _patterns(reset, "reset")
-    _refuse_unused(dropping, held(state).names, "--drop")
+    _refuse_unused(dropping, require_named(state).names, "--drop")
     _refuse_unused(resetting, state.names, "--reset")
     model = None if like is None else parameters_of(like)
     changes: list[Change] = []

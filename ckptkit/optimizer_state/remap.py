@@ -16,9 +16,9 @@ from ckptkit.optimizer_state.model import (
     LazyTensor,
     NamedGroup,
     OptimizerState,
-    Slot,
-    held,
+    SlotValue,
     number_of,
+    require_named,
     same_value,
     slot_kind,
 )
@@ -52,7 +52,7 @@ def remap(
     Raises ``RuleError`` as for weights, and ``PlanError`` where a rule computes, where parameters of different options
     or numbers become one, or where a slot cannot follow.
     """
-    key_map = apply_rules(as_rules(rules), held(state).names)
+    key_map = apply_rules(as_rules(rules), require_named(state).names)
     outputs = key_map.outputs()
     work = _Work(state, frozenset(elementwise), {name: group for group in state.groups for name in group.names})
     slots = {new: work.slots(new, how) for new, how in outputs.items()}
@@ -93,7 +93,7 @@ class _Work:
     remarks: list[str] = field(default_factory=list)
     makers: dict[str, tuple[Checkpoint, Maker]] = field(default_factory=dict)
 
-    def slots(self, new: str, how: Made) -> Mapping[str, Slot] | None:
+    def slots(self, new: str, how: Made) -> Mapping[str, SlotValue] | None:
         """Return the slots of a new parameter; None where none of those that it is made of has any."""
         sources = [self.state.state.get(name) for name in how.sources]
         for other in how.equals:
@@ -131,7 +131,7 @@ class _Work:
                 hint=_ANEW,
             )
 
-    def _made(self, slot: str, new: str, how: Made, values: Sequence[Slot]) -> Slot:
+    def _made(self, slot: str, new: str, how: Made, values: Sequence[SlotValue]) -> SlotValue:
         kinds = {slot_kind(slot, value, self.elementwise) for value in values}
         if kinds == {"scalar"}:
             for name, value in zip(how.sources, values, strict=True):

@@ -33,8 +33,8 @@ from ckptkit.formats.torch.write import (
     refuse_unwritable,
     write_torch_zip,
 )
-from ckptkit.optimizer_state.forms import FoundState, lay_out, read_laid_out, read_state
-from ckptkit.optimizer_state.model import LazyTensor, OptimizerState, Slot, Unknown, same_value, tensors_in
+from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
+from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
 from ckptkit.plans.edit_torch import refuse_unknown
 from ckptkit.plans.execute import Progress, Written, refuse_harm
 from ckptkit.plans.output import Output
@@ -75,14 +75,14 @@ class Builder:
     records: list[Payload] = field(default_factory=list)
     fresh: set[int] = field(default_factory=set)  # ids of the nodes whose storages are records
     _tensors: dict[object, Part] = field(default_factory=dict)
-    _options: list[tuple[str, Slot, Path]] = field(default_factory=list)
+    _options: list[tuple[str, SlotValue, Path]] = field(default_factory=list)
 
-    def know_options(self, groups: Sequence[Mapping[str, Slot]]) -> None:
+    def know_options(self, groups: Sequence[Mapping[str, SlotValue]]) -> None:
         """Remember what the groups of the file have, so that a value that stays is written as it was."""
         for number, options in enumerate(groups):
             self._options += [(key, value, ("param_groups", number, key)) for key, value in options.items()]
 
-    def take(self, value: Slot) -> None:
+    def take(self, value: SlotValue) -> None:
         """Lay out every tensor in a value that is to be written anew."""
         new = {self._key(tensor): tensor for tensor in tensors_in(value) if not self._stays(tensor)}
         infos = []
@@ -102,11 +102,11 @@ class Builder:
         self.fresh = {id(node) for part in parts for node in _storages(part)}
         self._tensors = dict(zip(new, parts, strict=True))
 
-    def part(self, value: Slot) -> Part:
+    def part(self, value: SlotValue) -> Part:
         """Return the part of a value; raises ``PlanError`` for one that cannot be written."""
         if isinstance(value, LazyTensor):
             return self._tensor(value)
-        if isinstance(value, Unknown):
+        if isinstance(value, OpaqueValue):
             if self.origin is None or value.source is not self.origin.source:
                 raise PlanError(
                     f"a value of {quoted(value.type)}, which only code could make, can be kept in its file alone"
@@ -120,14 +120,14 @@ class Builder:
             return Node(b"t", tuple(map(self.part, value))) if value else b")"
         return _atom(value)
 
-    def groups(self, tables: Sequence[Mapping[str, Slot]]) -> Part:
+    def groups(self, tables: Sequence[Mapping[str, SlotValue]]) -> Part:
         """Return the part of the param groups, each option that the file has alike as it is there."""
         made = [
             _mapping({text_part(key): self._option(key, value) for key, value in table.items()}) for table in tables
         ]
         return _list(made)
 
-    def _option(self, key: str, value: Slot) -> Part:
+    def _option(self, key: str, value: SlotValue) -> Part:
         if self.origin is not None and not isinstance(value, LazyTensor) and key not in ("params", "param_names"):
             for name, known, place in self._options:
                 if name == key and same_value(known, value):
@@ -177,7 +177,7 @@ def _storages(part: Part) -> list[Node]:
     return [node for node in walk(part) if node.op == b"Q"]
 
 
-def _atom(value: Slot) -> bytes:
+def _atom(value: SlotValue) -> bytes:
     if value is None or isinstance(value, bool):
         return {None: b"N", True: b"\x88", False: b"\x89"}[value]
     if isinstance(value, int):
@@ -219,7 +219,7 @@ def write_optimizer_state(
             "the state of an optimizer is written to a torch file", hint="a name that ends in .pt", path=output.path
         )
     edited = source is not None and source.rest is not None and not output.only_tensors
-    value = lay_out(state, form or state.form)
+    value = to_form(state, form or state.form)
     refuse_harm(output, _roles(value, source), "source" if edited else "")
     try:
         with nullcontext() if source is None else refusing(source.path):
@@ -244,14 +244,14 @@ def write_optimizer_state(
     return Written(output.path, "torch", tensors, layout.nbytes, (target,), (), envelope)
 
 
-def _roles(value: Slot, source: Checkpoint | None) -> dict[str, Checkpoint]:
+def _roles(value: SlotValue, source: Checkpoint | None) -> dict[str, Checkpoint]:
     """Return everything that is read from: the file that is edited as ``source``, others by number."""
     found = {id(tensor.source): tensor.source for tensor in tensors_in(value) if tensor.source is not source}
     roles = {str(number): checkpoint for number, checkpoint in enumerate(found.values())}
     return roles if source is None else {"source": source, **roles}
 
 
-def _edit(value: Mapping[str, Slot], source: Checkpoint, output: Output) -> tuple[TorchZipLayout, Selection]:
+def _edit(value: Mapping[str, SlotValue], source: Checkpoint, output: Output) -> tuple[TorchZipLayout, Selection]:
     rest = source.rest
     assert rest is not None  # noqa: S101 - the caller asked
     refuse_unknown(rest, source.path, keep_unknown=output.keep_unknown)
@@ -279,7 +279,7 @@ def _edit(value: Mapping[str, Slot], source: Checkpoint, output: Output) -> tupl
     return layout, Selection(exact_key(rest.path)) if rest.path else OPTIMIZER
 
 
-def _alone(value: Mapping[str, Slot]) -> TorchZipLayout:
+def _alone(value: Mapping[str, SlotValue]) -> TorchZipLayout:
     builder = Builder()
     builder.take(value)
     root = builder.part({})
@@ -289,13 +289,13 @@ def _alone(value: Mapping[str, Slot]) -> TorchZipLayout:
     return layout_archive(write_nodes(root, 2, _most(value)), records)
 
 
-def _most(value: Mapping[str, Slot]) -> int:
+def _most(value: Mapping[str, SlotValue]) -> int:
     """Return a bound for the parts that a value is written in."""
     return _MOST_PARTS + 64 * _size(value)
 
 
-def _size(value: Slot) -> int:
-    inner: Iterable[Slot] = ()
+def _size(value: SlotValue) -> int:
+    inner: Iterable[SlotValue] = ()
     if isinstance(value, Mapping):
         inner = value.values()
     elif isinstance(value, list | tuple):
@@ -303,24 +303,24 @@ def _size(value: Slot) -> int:
     return 1 + sum(map(_size, inner))
 
 
-def _parts(value: Mapping[str, Slot], builder: Builder) -> dict[str, Part]:
+def _parts(value: Mapping[str, SlotValue], builder: Builder) -> dict[str, Part]:
     parts: dict[str, Part] = {}
     for key, inner in value.items():
         parts[key] = builder.groups(inner) if key == "param_groups" else builder.part(inner)
     return parts
 
 
-def _prove(path: str, selection: Selection, value: Mapping[str, Slot], target: str) -> None:
+def _prove(path: str, selection: Selection, value: Mapping[str, SlotValue], target: str) -> None:
     try:
         with open_inside(path, selection) as written:
-            same = _outline(read_state(written)) == _outline(read_laid_out(value))
+            same = _outline(read_state(written)) == _outline(read_form(value))
     except CkptkitError as error:
         raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=target) from error
     if not same:
         raise OutputError("does not read back as planned, so it was not kept", path=target)
 
 
-def _plain(value: Slot) -> object:
+def _plain(value: SlotValue) -> object:
     """Return a value that equals another where both are the same: NaN too; of tensors dtype and shape count."""
     if isinstance(value, LazyTensor):
         return value.dtype, value.shape
@@ -328,7 +328,7 @@ def _plain(value: Slot) -> object:
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(map(_plain, value))
-    return value.type if isinstance(value, Unknown) else repr(value)
+    return value.type if isinstance(value, OpaqueValue) else repr(value)
 
 
 def _outline(found: FoundState) -> object:

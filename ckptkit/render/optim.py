@@ -11,8 +11,8 @@ from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.optimizer_state.model import (
     Change,
     LazyTensor,
+    OpaqueValue,
     OptimizerState,
-    Unknown,
     number_of,
     parameter_shape,
     tensors_in,
@@ -169,7 +169,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, LazyTensor):
         number = number_of(value)
         return str(value.info) if number is None else _plain(number)
-    if isinstance(value, Unknown):
+    if isinstance(value, OpaqueValue):
         return value.type
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)

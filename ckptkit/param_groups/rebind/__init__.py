@@ -19,7 +19,7 @@ from ckptkit.param_groups.rebind.replaced import Heirs, find_heirs
 from ckptkit.param_groups.rebind.schedulers import Joining, plan_joining
 from ckptkit.param_groups.rebind.state import OnShape, Refit, refit
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.param_groups.validate.options import range_fault
+from ckptkit.param_groups.validate.options import find_option_fault
 from ckptkit.param_groups.validate.schedulers import read_schedulers
 
 __all__ = ["rebind"]
@@ -257,7 +257,7 @@ class _Work:
         for key in options:
             if not isinstance(key, str):
                 raise GroupsError(f"add_missing: the option {key!r} has no name", hint="options are called as in torch")
-            if fault := range_fault(key, {**self.optimizer.defaults, **options}, type(self.optimizer)):
+            if fault := find_option_fault(key, {**self.optimizer.defaults, **options}, type(self.optimizer)):
                 raise GroupsError(f"add_missing: {key} {fault[0]}", hint=fault[1])
         # Copied: a rate that is a tensor would be changed in all groups that share it.
         options = copy.deepcopy({**self.optimizer.defaults, **options})

@@ -9,7 +9,7 @@ from ckptkit.core.text import listed, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
-from ckptkit.param_groups.validate.stale import Stranger, find_rename, identify
+from ckptkit.param_groups.validate.stale import UnknownTensor, find_rename, match_to_model
 
 __all__ = ["Heirs", "find_heirs"]
 
@@ -40,7 +40,7 @@ def find_heirs(
     for member in members:
         places.setdefault(id(member.tensor), []).append(member)
     strangers = [
-        Stranger(stand[0].tensor, tuple(stand))
+        UnknownTensor(stand[0].tensor, tuple(stand))
         for key, stand in places.items()
         if key not in inventory.parameters and key not in beside
     ]
@@ -48,10 +48,10 @@ def find_heirs(
         live for key, live in inventory.parameters.items() if key not in places and live.trainable and key not in beside
     ]
     ends = _ends(missing)
-    identified = [_by_its_end(one, ends) for one in identify(inventory, strangers, missing)]
+    identified = [_by_its_end(one, ends) for one in match_to_model(inventory, strangers, missing)]
     _refuse_guesses(identified, guess=guess)
     heirs: dict[int, Heirs] = {}
-    taken: dict[int, Stranger] = {}
+    taken: dict[int, UnknownTensor] = {}
     for stranger in identified:
         heirs[id(stranger.tensor)] = _heirs_of(inventory, stranger, places, taken)
     return heirs
@@ -67,16 +67,16 @@ def _ends(missing: Sequence[LiveParameter]) -> dict[str, list[LiveParameter]]:
     return found
 
 
-def _by_its_end(stranger: Stranger, ends: Mapping[str, Sequence[LiveParameter]]) -> Stranger:
+def _by_its_end(stranger: UnknownTensor, ends: Mapping[str, Sequence[LiveParameter]]) -> UnknownTensor:
     found = ends.get(bare_name(stranger.name or ""), ())
     if stranger.live is not None or not found:
         return stranger
     if len(found) == 1:
-        return Stranger(stranger.tensor, stranger.places, found[0], guessed=True)
-    return Stranger(stranger.tensor, stranger.places, candidates=tuple(live.name for live in found[:3]))
+        return UnknownTensor(stranger.tensor, stranger.places, found[0], guessed=True)
+    return UnknownTensor(stranger.tensor, stranger.places, candidates=tuple(live.name for live in found[:3]))
 
 
-def _refuse_guesses(identified: Sequence[Stranger], *, guess: bool) -> None:
+def _refuse_guesses(identified: Sequence[UnknownTensor], *, guess: bool) -> None:
     unclear = [one for one in identified if (one.guessed and not guess if one.live is not None else one.candidates)]
     if not unclear:
         return
@@ -94,7 +94,9 @@ def _refuse_guesses(identified: Sequence[Stranger], *, guess: bool) -> None:
     )
 
 
-def _heirs_of(inventory: Inventory, stranger: Stranger, places: Collection[int], taken: dict[int, Stranger]) -> Heirs:
+def _heirs_of(
+    inventory: Inventory, stranger: UnknownTensor, places: Collection[int], taken: dict[int, UnknownTensor]
+) -> Heirs:
     live, name = stranger.live, stranger.name
     rename = find_rename(inventory, name) if name else None
     if name and rename is not None and (live is None or live.name in rename.names):

@@ -21,10 +21,10 @@ from ckptkit.param_groups.validate.membership import (
     check_names,
     check_wrappers,
     find_missing,
-    standing,
+    find_placements,
 )
 from ckptkit.param_groups.validate.model import check_empty, check_memory, check_meta, check_tied
-from ckptkit.param_groups.validate.optimizer_rules import check_demands, check_spread
+from ckptkit.param_groups.validate.optimizer_rules import check_across_groups, check_optimizer_rules
 from ckptkit.param_groups.validate.options import check_options
 from ckptkit.param_groups.validate.schedulers import check_schedulers, read_schedulers
 from ckptkit.param_groups.validate.state import check_state, check_state_values
@@ -79,12 +79,12 @@ def _findings(model: Module, groups: Any, schedulers: Any) -> list[Finding]:
     findings.extend(check_wrappers(groups))
     findings.extend(check_names(inventory, read, members))
     findings.extend(check_options(read))
-    findings.extend(check_demands(inventory, owners))
-    findings.extend(check_spread(inventory, owners, driving))
+    findings.extend(check_optimizer_rules(inventory, owners))
+    findings.extend(check_across_groups(inventory, owners, driving))
     findings.extend(check_state(inventory, owners))
     findings.extend(check_state_values(inventory, owners))
     findings.extend(check_schedulers(owners, driving))
-    stand = standing(members)
+    stand = find_placements(members)
     missing = find_missing(inventory, read, stand)
     if members and not missing and all(group.is_readable for group in read):
         # The half of a split that nothing fell into: the Trainer of transformers always makes two groups, and with

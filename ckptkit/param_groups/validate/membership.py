@@ -13,17 +13,25 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.live import LiveGroup, Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
 from ckptkit.param_groups.validate.model import check_hidden, find_hidden
-from ckptkit.param_groups.validate.stale import REBIND, Scene, Stranger, explain, find_rename, identify, shape_of
+from ckptkit.param_groups.validate.stale import (
+    REBIND_HINT,
+    ModelContext,
+    UnknownTensor,
+    find_rename,
+    match_to_model,
+    shape_of,
+    unknown_tensor_finding,
+)
 
 __all__ = [
-    "Standing",
+    "Placements",
     "check_dicts",
     "check_membership",
     "check_name",
     "check_names",
     "check_wrappers",
     "find_missing",
-    "standing",
+    "find_placements",
 ]
 
 
@@ -160,16 +168,16 @@ def check_name(inventory: Inventory, live: LiveParameter, member: Member) -> Ite
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Standing:
+class Placements:
     """Where each tensor stands, by ``id()``: its first place, and all of them for those with more than one."""
 
     first: dict[int, Member] = field(default_factory=dict)
     several: dict[int, list[Member]] = field(default_factory=dict)
 
 
-def standing(members: Iterable[Member]) -> Standing:
+def find_placements(members: Iterable[Member]) -> Placements:
     """Return the places of all that stands in groups."""
-    stand = Standing()
+    stand = Placements()
     for member in members:
         first = stand.first.setdefault(id(member.tensor), member)
         if first is not member:
@@ -177,18 +185,18 @@ def standing(members: Iterable[Member]) -> Standing:
     return stand
 
 
-def find_missing(inventory: Inventory, groups: Iterable[LiveGroup], stand: Standing) -> list[LiveParameter]:
+def find_missing(inventory: Inventory, groups: Iterable[LiveGroup], stand: Placements) -> list[LiveParameter]:
     """Return the trainable parameters in no group; none where what a group holds could not be told."""
     if not all(group.is_readable for group in groups):
         return []
     return [live for key, live in inventory.parameters.items() if key not in stand.first and live.trainable]
 
 
-def check_membership(inventory: Inventory, stand: Standing, missing: Sequence[LiveParameter]) -> Iterator[Finding]:
+def check_membership(inventory: Inventory, stand: Placements, missing: Sequence[LiveParameter]) -> Iterator[Finding]:
     """Yield what is wrong with each place, who stands in it instead of whom, and who stands in none."""
     hidden = find_hidden(inventory)
     kept = {id(tensor) for part in hidden for _, tensor in part.tensors}
-    strangers: list[Stranger] = []
+    strangers: list[UnknownTensor] = []
     for key, first in stand.first.items():
         live = inventory.parameters.get(key)
         places = stand.several.get(key, (first,))
@@ -202,7 +210,7 @@ def check_membership(inventory: Inventory, stand: Standing, missing: Sequence[Li
         elif not _is_leaf(first.tensor):
             yield _computed(first)
         elif key not in kept:
-            strangers.append(Stranger(first.tensor, tuple(places)))
+            strangers.append(UnknownTensor(first.tensor, tuple(places)))
     yield from _check_strangers(inventory, stand.first, strangers, missing)
     yield from (check_hidden(part, stand.first) for part in hidden)
 
@@ -210,20 +218,20 @@ def check_membership(inventory: Inventory, stand: Standing, missing: Sequence[Li
 def _check_strangers(
     inventory: Inventory,
     places: Mapping[int, Member],
-    strangers: Sequence[Stranger],
+    strangers: Sequence[UnknownTensor],
     missing: Sequence[LiveParameter],
 ) -> Iterator[Finding]:
     """Yield who stands in a group instead of whom, and who stands in none."""
     if strangers and any(hasattr(live.tensor, "ds_id") for live in inventory.parameters.values()):
         yield _partitioned(strangers[0], len(strangers), missing)
         return
-    identified = identify(inventory, strangers, missing)
+    identified = match_to_model(inventory, strangers, missing)
     older: dict[str, Member] = {}
     for stranger in identified:
         if stranger.live is not None:
             older.setdefault(stranger.live.name, stranger.places[0])
-    scene = Scene(inventory, places, older)
-    yield from (explain(stranger, scene) for stranger in identified)
+    scene = ModelContext(inventory, places, older)
+    yield from (unknown_tensor_finding(stranger, scene) for stranger in identified)
     yield from (_missing(live, older.get(live.name)) for live in missing)
 
 
@@ -290,7 +298,7 @@ def _buffer(name: str, buffer: Tensor, member: Member) -> Finding:
     )
 
 
-def _partitioned(stranger: Stranger, count: int, missing: Sequence[LiveParameter]) -> Finding:
+def _partitioned(stranger: UnknownTensor, count: int, missing: Sequence[LiveParameter]) -> Finding:
     example = f", such as {quoted(missing[0].name)} {missing[0].shape}" if missing else ""
     return Finding(
         "groups.sharded",
@@ -321,7 +329,7 @@ def _missing(live: LiveParameter, older: Member | None) -> Finding:
     shape = "" if live.lazy else f" {live.shape}"
     if older is not None:
         message = f"{quoted(live.name)}{shape} is in no group: {older.where} holds another object in its place"
-        hint = REBIND
+        hint = REBIND_HINT
     else:
         message = (
             f"{quoted(live.name)}{shape} is trainable but in no group: no step moves it, and its .grad piles up, as "

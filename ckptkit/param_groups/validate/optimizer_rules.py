@@ -13,7 +13,7 @@ from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_n
 from ckptkit.param_groups.parameters import Inventory
 from ckptkit.param_groups.spec import is_tensor, number_fault
 
-__all__ = ["check_demands", "check_spread", "options_of"]
+__all__ = ["check_across_groups", "check_optimizer_rules", "trained_options"]
 
 
 # Devices for which torch has no capturable step.
@@ -25,7 +25,7 @@ _MUON_KEYS = {
 }
 
 
-def check_demands(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield what a step of each optimizer would refuse, or do otherwise than its class says."""
     for optimizer in optimizers:
         within: dict[int, list[Member]] = {id(group): [] for group in optimizer.groups}
@@ -177,12 +177,12 @@ _MANY = 64
 _STRONG = 0.2
 
 
-def options_of(group: LiveGroup, *without: str) -> tuple[tuple[str, str], ...]:
+def trained_options(group: LiveGroup, *without: str) -> tuple[tuple[str, str], ...]:
     """Return what a group trains with, in a form that can be compared, leaving out ``without``."""
     return tuple(sorted((key, repr(value)) for key, value in group.options.items() if key not in _LABELS | {*without}))
 
 
-def check_spread(
+def check_across_groups(
     inventory: Inventory, optimizers: Sequence[LiveOptimizer], schedulers: Iterable[Any]
 ) -> Iterator[Finding]:
     """Yield what only several groups together show; ``schedulers`` may apply the multipliers among their options."""
@@ -196,7 +196,7 @@ def check_spread(
                     yield from _unapplied(optimizer, key, option)
         if optimizer.schema is None or optimizer.schema.name != "Muon":  # it steps no vector at all
             yield from _decayed(inventory, optimizer)
-        distinct = len({options_of(group) for group in optimizer.groups})
+        distinct = len({trained_options(group) for group in optimizer.groups})
         if len(optimizer.groups) >= _MANY and distinct * 4 <= len(optimizer.groups):
             yield Finding(
                 "groups.many",

@@ -15,7 +15,7 @@ from ckptkit.core.torch_optim import schema_of
 from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
 
-__all__ = ["check_options", "range_fault", "torch_options"]
+__all__ = ["check_options", "find_option_fault", "torch_options"]
 
 
 _POSITIVE = "a finite number, 0 or more"
@@ -25,7 +25,7 @@ _EVERYWHERE = ("lr", "weight_decay")
 _ZERO_OR_MORE = ("momentum", "lr_decay", "initial_accumulator_value", "momentum_decay")
 
 
-def range_fault(key: str, options: Mapping[str, Any], kind: type | None) -> tuple[str, str] | None:
+def find_option_fault(key: str, options: Mapping[str, Any], kind: type | None) -> tuple[str, str] | None:
     """Return what is wrong with the option ``key`` of a group of a ``kind`` of optimizer, and what it takes; or None.
 
     Without a kind only what means the same to all of torch.optim is looked at.
@@ -129,7 +129,7 @@ def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
         for key in group.options:
             if defaults is not None and defaults.get(key, 0) is None:
                 continue
-            fault = range_fault(key, group.options, None if group.optimizer is None else type(group.optimizer))
+            fault = find_option_fault(key, group.options, None if group.optimizer is None else type(group.optimizer))
             if fault is not None:
                 yield Finding("groups.option-value", "error", "", f"{group.where}: {key} {fault[0]}", fault[1])
         yield from _unread(group, defaults)

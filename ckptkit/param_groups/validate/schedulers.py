@@ -11,7 +11,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, unwrap_optimizer
 from ckptkit.param_groups.spec import number_fault
-from ckptkit.param_groups.validate.optimizer_rules import options_of
+from ckptkit.param_groups.validate.optimizer_rules import trained_options
 
 __all__ = ["check_schedulers", "read_schedulers"]
 
@@ -176,7 +176,7 @@ def _flattened(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     if len({_number(value) for value in values}) > 1:
         return
     scales = {repr(group.options.get("lr_scale")) for group in optimizer.groups}
-    alike = Counter(options_of(group, "lr", "momentum", "betas") for group in optimizer.groups)
+    alike = Counter(trained_options(group, "lr", "momentum", "betas") for group in optimizer.groups)
     # Groups that differ in other options have a reason to be; those that differ in none were split for their lr.
     if max(alike.values()) > 1 or len(scales) > 1:
         names = " and ".join(group.where for group in optimizer.groups[:2])

@@ -16,18 +16,18 @@ from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, b
 from ckptkit.wrappers.table import PARAMETRIZATIONS, WRAPPERS
 
 __all__ = [
-    "AGAIN",
-    "REBIND",
-    "Gone",
+    "REBIND_HINT",
+    "REBUILD_HINT",
+    "Disappeared",
+    "ModelContext",
     "Rename",
-    "Scene",
-    "Stranger",
-    "explain",
+    "UnknownTensor",
+    "describe_replacement",
+    "find_disappeared",
     "find_rename",
-    "identify",
+    "match_to_model",
     "shape_of",
-    "why_gone",
-    "why_other",
+    "unknown_tensor_finding",
 ]
 
 
@@ -81,12 +81,12 @@ def _shorter(recorded: str) -> Iterator[tuple[str, str]]:
             yield f"its module is no longer in {wrapper.origin}", f"{before}{leaf}"
 
 
-AGAIN = "build the groups and the optimizer again, after the last change to the model"
-REBIND = f"{AGAIN}, or rebind(optimizer, model)"
+REBUILD_HINT = "build the groups and the optimizer again, after the last change to the model"
+REBIND_HINT = f"{REBUILD_HINT}, or rebind(optimizer, model)"
 
 
 @dataclass(frozen=True, eq=False)
-class Scene:
+class ModelContext:
     """The model beside all that the groups hold: ids that are live, and names whose objects are older ones."""
 
     inventory: Inventory
@@ -99,7 +99,7 @@ class Scene:
         return not any(key in self.inventory.parameters for key in self.held)
 
 
-def why_other(tensor: Tensor, live: LiveParameter, recorded: str | None, scene: Scene) -> str:
+def describe_replacement(tensor: Tensor, live: LiveParameter, recorded: str | None, scene: ModelContext) -> str:
     """Return what made the model have another object than ``tensor`` where ``live`` stands."""
     rename = find_rename(scene.inventory, recorded) if recorded else None
     if recorded and rename is not None and live.name in rename.names:
@@ -122,7 +122,7 @@ def why_other(tensor: Tensor, live: LiveParameter, recorded: str | None, scene: 
     return f"the model has a new object, as {_new_object(live, scene)}"
 
 
-def _new_object(live: LiveParameter, scene: Scene) -> str:
+def _new_object(live: LiveParameter, scene: ModelContext) -> str:
     if type(scene.inventory.model).__name__ == "AveragedModel":
         return "an AveragedModel is a copy: validate the model that trains"
     if scene.nothing_held:
@@ -134,15 +134,15 @@ def _new_object(live: LiveParameter, scene: Scene) -> str:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Gone:
+class Disappeared:
     """What became of a parameter that the model has no name for any more, and whether it was one for certain."""
 
     reason: str
     stale: bool = True
-    hint: str = AGAIN
+    hint: str = REBUILD_HINT
 
 
-def why_gone(recorded: str, scene: Scene) -> Gone | None:
+def find_disappeared(recorded: str, scene: ModelContext) -> Disappeared | None:
     """Return what became of the parameter that was recorded under a name which the model does not have, or None."""
     name = bare_name(recorded)
     module, _, leaf = name.rpartition(".")
@@ -153,10 +153,10 @@ def why_gone(recorded: str, scene: Scene) -> Gone | None:
     where = f"{quoted(module)} is" if module else "the model is"
     if "quantized" in kind.__module__:
         reason = f"{where} a quantised {kind.__name__} now, which does not train"
-        return Gone(reason, hint="train the model before it is quantised")
+        return Disappeared(reason, hint="train the model before it is quantised")
     if kind.__name__ == "Identity":
-        return Gone(f"{where} an Identity now, as after fuse_modules() folded it into another layer")
-    return Gone(f"{where} a {kind.__name__} without a parameter {quoted(leaf)}", stale=False)
+        return Disappeared(f"{where} an Identity now, as after fuse_modules() folded it into another layer")
+    return Disappeared(f"{where} a {kind.__name__} without a parameter {quoted(leaf)}", stale=False)
 
 
 def _is_sharded(tensor: Any) -> bool:
@@ -175,7 +175,7 @@ _FROM_MODEL = "take the parameters from model.named_parameters(), never from sta
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Stranger:
+class UnknownTensor:
     """A tensor that is not in the model, the places where it stands, and the live parameter that it once was."""
 
     tensor: Tensor
@@ -190,13 +190,15 @@ class Stranger:
         return next((place.name for place in self.places if place.name), None)
 
 
-def identify(inventory: Inventory, unknown: Sequence[Stranger], missing: Sequence[LiveParameter]) -> list[Stranger]:
+def match_to_model(
+    inventory: Inventory, unknown: Sequence[UnknownTensor], missing: Sequence[LiveParameter]
+) -> list[UnknownTensor]:
     """Return the strangers with their live counterparts, where these can be told.
 
     By recorded name, then by memory; else by what the groups lack: first by shape, then in order where
     numbers and dimensions agree.
     """
-    told: dict[int, Stranger] = {}
+    told: dict[int, UnknownTensor] = {}
     # A name that was recorded from a part of the model lacks the beginning, and may be that of several.
     endings = {ending for live in missing if unknown for ending in _endings(bare_name(live.name))}
     for stranger in unknown:
@@ -207,7 +209,7 @@ def identify(inventory: Inventory, unknown: Sequence[Stranger], missing: Sequenc
             live = live or inventory.flattened.get(bare_name(stranger.name))
         live = live or inventory.by_address.get(address(stranger.tensor))
         if live is not None or (stranger.name and bare_name(stranger.name) not in endings):
-            told[id(stranger.tensor)] = Stranger(stranger.tensor, stranger.places, live)
+            told[id(stranger.tensor)] = UnknownTensor(stranger.tensor, stranger.places, live)
     claimed = {stranger.live.name for stranger in told.values() if stranger.live}
     lost = [live for live in missing if live.name not in claimed]
     for stranger in _guess([one for one in unknown if id(one.tensor) not in told], lost):
@@ -221,63 +223,65 @@ def _endings(name: str) -> Iterator[str]:
         name = name.partition(".")[2]
 
 
-def _guess(unknown: Sequence[Stranger], lost: Sequence[LiveParameter]) -> Iterator[Stranger]:
+def _guess(unknown: Sequence[UnknownTensor], lost: Sequence[LiveParameter]) -> Iterator[UnknownTensor]:
     by_shape: dict[tuple[int, ...], list[LiveParameter]] = defaultdict(list)
     for live in lost:
         by_shape[live.shape].append(live)
-    alike: dict[tuple[int, ...], list[Stranger]] = defaultdict(list)
+    alike: dict[tuple[int, ...], list[UnknownTensor]] = defaultdict(list)
     for stranger in unknown:
         alike[shape_of(stranger.tensor)].append(stranger)
-    left: list[Stranger] = []
+    left: list[UnknownTensor] = []
     taken: set[str] = set()
     for shape, strangers in alike.items():
         found = by_shape.get(shape, [])
         if len(found) == len(strangers):
             for stranger, live in zip(strangers, found, strict=True):
                 taken.add(live.name)
-                yield Stranger(stranger.tensor, stranger.places, live, guessed=True)
+                yield UnknownTensor(stranger.tensor, stranger.places, live, guessed=True)
         elif found:
             names = tuple(live.name for live in found[:3])
             taken.update(live.name for live in found)
-            yield from (Stranger(one.tensor, one.places, candidates=names) for one in strangers)
+            yield from (UnknownTensor(one.tensor, one.places, candidates=names) for one in strangers)
         else:
             left.extend(strangers)
     still = [live for live in lost if live.name not in taken]
     flat = [live for live in still if flat_names(live.tensor)]
     if flat and flat == still:  # many went into each, and nothing tells which into which
         names = tuple(live.name for live in flat[:3])
-        yield from (Stranger(one.tensor, one.places, flat[0], guessed=True, candidates=names) for one in left)
+        yield from (UnknownTensor(one.tensor, one.places, flat[0], guessed=True, candidates=names) for one in left)
         return
     paired = [one.tensor.ndim for one in left] == [len(live.shape) for live in still]
     for index, stranger in enumerate(left):
-        yield Stranger(stranger.tensor, stranger.places, still[index] if paired else None, guessed=paired)
+        yield UnknownTensor(stranger.tensor, stranger.places, still[index] if paired else None, guessed=paired)
 
 
-def explain(stranger: Stranger, scene: Scene) -> Finding:
+def unknown_tensor_finding(stranger: UnknownTensor, scene: ModelContext) -> Finding:
     """Return the finding for one tensor that is not in the model."""
     tensor, live = stranger.tensor, stranger.live
     where = f"{' and '.join(place.where for place in stranger.places[:3])} {shape_of(tensor)}"
     if live is None and stranger.candidates:
         names = ", ".join(map(quoted, stranger.candidates))
-        return _stale("", f"{where} is not in the model; it may have been {names}, which is another object now", AGAIN)
+        return _stale(
+            "", f"{where} is not in the model; it may have been {names}, which is another object now", REBUILD_HINT
+        )
     if live is None:
         return _gone(stranger, where, scene)
     if flat_names(live.tensor):
         into = f"went into {' or '.join(map(quoted, stranger.candidates or (live.name,)))}"
         how = "FullyShardedDataParallel flattened it after the groups were built"
-        return _stale(live.name, f"{where} {into}: {how}", f"{AGAIN}, or wrap with use_orig_params=True")
+        return _stale(live.name, f"{where} {into}: {how}", f"{REBUILD_HINT}, or wrap with use_orig_params=True")
     if not tensor.is_meta and address(tensor) == address(live.tensor) != 0:
         how = "it gets no gradient and never moves" if not tensor.requires_grad else "the model's gradients pass it by"
         what = f"{where} shares the memory of {quoted(live.name)} but is another object, as in state_dict() or .data"
         return _stale(live.name, f"{what}: {how}", _FROM_MODEL)
     maybe = "probably an older " if stranger.guessed else "an older "
-    reason = why_other(tensor, live, stranger.name, scene)
-    return _stale(live.name, f"{where} is {maybe}{quoted(live.name)}: {reason}", REBIND)
+    reason = describe_replacement(tensor, live, stranger.name, scene)
+    return _stale(live.name, f"{where} is {maybe}{quoted(live.name)}: {reason}", REBIND_HINT)
 
 
-def _gone(stranger: Stranger, where: str, scene: Scene) -> Finding:
+def _gone(stranger: UnknownTensor, where: str, scene: ModelContext) -> Finding:
     name = stranger.name or ""
-    gone = why_gone(name, scene) if name else None
+    gone = find_disappeared(name, scene) if name else None
     if gone is not None and gone.stale:
         return _stale(name, f"{where} was {quoted(name)}: {gone.reason}", gone.hint)
     called = f", recorded as {quoted(name)}," if name else ""
