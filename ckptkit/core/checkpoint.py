@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from dataclasses import dataclass
-from types import MappingProxyType, TracebackType
-from typing import Any, NamedTuple, Protocol, Self
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
+from ckptkit.core.closing import Closing
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Tensor
 
@@ -199,7 +200,7 @@ class Rest:
     doubt: str = ""
 
 
-class Checkpoint(Mapping[str, TensorInfo]):
+class Checkpoint(Mapping[str, TensorInfo], Closing):
     """An open checkpoint: a mapping from key to ``TensorInfo`` whose bytes are read only on request.
 
     Close it, or use it as a context manager. ``entries`` lists what is no tensor of the mapping,
@@ -339,16 +340,6 @@ class Checkpoint(Mapping[str, TensorInfo]):
         close, self._close = self._close, None
         if close is not None:
             close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the files."""
-        self.close()
 
 
 def reach(info: TensorInfo) -> tuple[int, int]:

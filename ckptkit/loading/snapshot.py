@@ -5,10 +5,10 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.closing import Closing
 from ckptkit.core.text import human_bytes
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_bridge import Live, describe_state_dict
@@ -35,7 +35,7 @@ def registered(model: Module) -> dict[str, Tensor]:
     return found | dict(model.named_buffers(remove_duplicate=False))
 
 
-class Snapshot:
+class Snapshot(Closing):
     """Every parameter and buffer of a model at one moment; close it, or use it as a context manager.
 
     The bytes are kept in memory up to 256 MB, and beyond that in a temporary file without a name. ``infos`` describes
@@ -148,16 +148,6 @@ class Snapshot:
     def close(self) -> None:
         """Give the room back."""
         self._file.close()
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Give the room back."""
-        self.close()
 
 
 def _ties(infos: Checkpoint) -> set[frozenset[str]]:

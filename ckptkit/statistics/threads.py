@@ -6,9 +6,9 @@ import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
+from ckptkit.core.closing import Closing
 from ckptkit.core.torch_types import Tensor
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ _ALONE = 1 << 15  # below this torch itself uses one thread
 _MOST_THREADS = 8
 
 
-class Workspace:
+class Workspace(Closing):
     """Threads, one for each processor, and the buffers of each.
 
     One workspace serves all tensors of a checkpoint, one after the other. Close it, or use it as a context manager.
@@ -67,13 +67,3 @@ class Workspace:
 
             pool.shutdown()
             torch.set_num_threads(self._before)  # threads that are yet to come would have the one of ours
-
-    def __enter__(self) -> Self:
-        """Return itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the threads."""
-        self.close()
