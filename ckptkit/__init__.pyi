@@ -49,8 +49,8 @@ from ckptkit.rules.model import Rules as Rules
 from ckptkit.rules.parse import parse_rules as parse_rules
 from ckptkit.rules.presets import preset_names as preset_names
 from ckptkit.rules.presets import preset_rules as preset_rules
-from ckptkit.statistics import StateDictStats as StateDictStats
-from ckptkit.statistics import stats as stats
+from ckptkit.statistics.state_dict_stats import StateDictStats as StateDictStats
+from ckptkit.statistics.state_dict_stats import stats as stats
 
 __all__ = [
     "Alignment",

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from ckptkit import open_checkpoint, stats
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import FormatError, ModelError, PlanError, RuleError
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 from tests.formats.test_big_endian import big
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_formats import saved, write
@@ -25,7 +25,7 @@ DDP, TEN, TIED = "fixtures/lenet_ddp.pt", "fixtures/lenet_10class.pth", "fixture
 NAN, INF = math.nan, math.inf
 
 
-def agrees(found: Numbers | None, tensor: torch.Tensor) -> None:
+def agrees(found: ValueStats | None, tensor: torch.Tensor) -> None:
     """What was found is what torch says of the finite elements in float64."""
     assert found is not None
     wide = tensor.to(torch.float64).reshape(-1)
@@ -121,7 +121,7 @@ def test_what_cannot_be_judged_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert document["not_judged"] == [{"key": "q", "dtype": "Q4_K", "shape": [256], "reason": "quantized tensor"}]
     sparse = stats({"s": torch.eye(3).to_sparse(), "b": torch.zeros(2, dtype=torch.uint8).view(torch.bits8)})
     assert [tensor.why for tensor in sparse.tensors.values()] == ["sparse tensor", "torch has no arithmetic for BITS8"]
-    assert sparse.total == Numbers()
+    assert sparse.total == ValueStats()
 
 
 def test_rules_choose_and_rename() -> None:

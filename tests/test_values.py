@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.statistics import Accumulator, Numbers, Workspace, merge_numbers, why_unsupported
+from ckptkit.statistics.accumulator import Accumulator, why_unsupported
+from ckptkit.statistics.threads import Workspace
+from ckptkit.statistics.value_stats import ValueStats, merge_stats
 from tests.helpers_formats import bits, random_tensor
 
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -30,7 +32,7 @@ def workspace() -> Iterator[Workspace]:
         yield made
 
 
-def fed(info: TensorInfo, data: bytes, workspace: Workspace, step: int = 1 << 22) -> Numbers:
+def fed(info: TensorInfo, data: bytes, workspace: Workspace, step: int = 1 << 22) -> ValueStats:
     accumulator = Accumulator(info, workspace)
     for start in range(0, len(data), step):
         accumulator.add(memoryview(data)[start : start + step])
@@ -58,7 +60,7 @@ def exponent_of(value: float) -> int:
     return math.frexp(float(value))[1] - 1
 
 
-def check(found: Numbers, values: list[float], code: str) -> None:
+def check(found: ValueStats, values: list[float], code: str) -> None:
     """All that is counted is exact; moments are within a few roundings of what exact sums give."""
     finite = [value for value in values if math.isfinite(value)]
     assert found.count == len(values)
@@ -251,7 +253,7 @@ def test_a_constant_has_no_deviation(workspace: Workspace) -> None:
 def test_several_are_as_one(workspace: Workspace, parts: list[list[float]]) -> None:
     """Tensors put together by their moments are what all their numbers are in one tensor."""
     tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
-    found = merge_numbers(fed(described(tensor), bits(tensor), workspace) for tensor in tensors)
+    found = merge_stats(fed(described(tensor), bits(tensor), workspace) for tensor in tensors)
     check(found, [value for part in parts for value in part], "F64")
 
 

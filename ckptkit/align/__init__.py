@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptkit.align.evidence import Contents, Progress, digests_of
+from ckptkit.align.evidence import Contents, digests_of
 from ckptkit.align.matching import BYTES, Matching, match
 from ckptkit.align.modules import Module, modules_of
 from ckptkit.align.pairing import Doubt, Pair
 from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_table, rule_text, suggestions_of
 from ckptkit.comparison import prefix_counts
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.align.modules import Index, Member, Module
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.progress import Progress
 from ckptkit.tensor_ops.operation import Operation, Shape
 from ckptkit.tensor_ops.suggestions import fitting
 
-__all__ = ["Contents", "Fit", "Link", "Progress", "best_shift", "digests_of", "fit", "shift_between"]
+__all__ = ["Contents", "Fit", "Link", "best_shift", "digests_of", "fit", "shift_between"]
 
 
 _COUNTERS = frozenset({"num_batches_tracked"})
@@ -119,7 +120,6 @@ def _operation(name: str, found: Shape, expected: Shape) -> Operation | None:
     return fitting(name, found, expected, "")
 
 
-Progress = Callable[[int], None]
 _Digests = Mapping[str, Hashable]
 
 

@@ -13,10 +13,11 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from ckptkit.checks.adapters import lora_pairs
-from ckptkit.checks.reading import UNJUDGED, Progress, Scan, unreadable
+from ckptkit.checks.reading import UNJUDGED, Scan, unreadable
 from ckptkit.checks.structure import dtype_mix, index_holes, lacking, not_dense, numbered
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Remark, Report
+from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.rules.apply import apply_rules
@@ -94,7 +95,7 @@ def run_checks(
             from concurrent.futures import ThreadPoolExecutor
 
             from ckptkit.checks.reading import Judge
-            from ckptkit.statistics import Workspace
+            from ckptkit.statistics.threads import Workspace
 
             scan.judge = Judge(opened, chosen.keys(), stack.enter_context(Workspace()))
             scan.beside = stack.enter_context(ThreadPoolExecutor(1))

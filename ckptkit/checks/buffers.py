@@ -12,7 +12,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["buffers", "holds_indices"]
 
@@ -29,7 +29,7 @@ def holds_indices(info: TensorInfo) -> bool:
 
 
 def buffers(
-    infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers], content: Callable[[str], bytes]
+    infos: Mapping[str, TensorInfo], numbers: Mapping[str, ValueStats], content: Callable[[str], bytes]
 ) -> Iterator[Finding]:
     """Yield what indexes out of its table, or counts what cannot be; ``content`` gives the bytes of a small tensor.
 
@@ -57,7 +57,7 @@ def buffers(
             yield Finding("index-range", "error", key, said, _AGAIN)
 
 
-def _positions(info: TensorInfo, found: Numbers, content: Callable[[str], bytes]) -> Iterator[Finding]:
+def _positions(info: TensorInfo, found: ValueStats, content: Callable[[str], bytes]) -> Iterator[Finding]:
     count = info.shape[-1] if info.shape else 1
     if info.dtype in FLOATS:
         said = f"{quoted(info.key)} is stored as {info.dtype}, and positions are integers"

@@ -10,7 +10,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import human_bytes, listed, plural, quoted
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["copies", "equal_groups", "untied"]
 
@@ -24,14 +24,14 @@ _HEAD = re.compile(r"(?:^|[._])(?:lm_head|head|output|embed_out|decoder|proj_out
 _TIE = "tie them again in the model before training (tie_weights), or training moves them apart"
 
 
-def _fingerprint(info: TensorInfo, found: Numbers) -> tuple[object, ...]:
+def _fingerprint(info: TensorInfo, found: ValueStats) -> tuple[object, ...]:
     """Return what equal tensors have in common and others hardly ever: exact counts, extremes and magnitudes."""
     bins = tuple(found.histogram.items())
     return info.dtype, info.shape, found.nan, found.posinf, found.zeros, found.min, found.max, bins
 
 
 def equal_groups(
-    infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers], same: Callable[[str, str], bool]
+    infos: Mapping[str, TensorInfo], numbers: Mapping[str, ValueStats], same: Callable[[str, str], bool]
 ) -> list[list[str]]:
     """Return the groups of keys whose tensors lie apart and are equal; ``same`` compares the bytes of two.
 
@@ -68,7 +68,7 @@ def _apart(infos: Mapping[str, TensorInfo], keys: list[str]) -> list[str]:
     return list(places.values())
 
 
-def _is_plain(found: Numbers) -> bool:
+def _is_plain(found: ValueStats) -> bool:
     most = found.abs_max
     return not most or found.l1 is None or abs(found.l1 - most * (found.finite - found.zeros)) <= 1e-9 * found.l1
 

@@ -10,7 +10,7 @@ from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, plural
 from ckptkit.core.ties import tied_keys
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["as_expected", "differences", "like_a_fresh_model"]
 
@@ -76,7 +76,7 @@ def as_expected(pairs: Iterable[KeyPair], same: Callable[[KeyPair], bool]) -> It
 
 
 def like_a_fresh_model(
-    pairs: Iterable[KeyPair], found: Mapping[str, Numbers], fresh: Mapping[str, Numbers]
+    pairs: Iterable[KeyPair], found: Mapping[str, ValueStats], fresh: Mapping[str, ValueStats]
 ) -> Iterator[Finding]:
     """Yield what looks as if it was never trained, beside a model that was just built: ``at-init``.
 
@@ -105,7 +105,7 @@ def like_a_fresh_model(
         yield Finding("at-init", "note", constant[0], f"{said}): {listed(constant)}")
 
 
-def _one_distribution(ours: Numbers, theirs: Numbers, *, same_dtype: bool) -> bool:
+def _one_distribution(ours: ValueStats, theirs: ValueStats, *, same_dtype: bool) -> bool:
     count = ours.count
     if count < _LEAST_NUMBERS or theirs.count != count or not ours.std or not theirs.std:
         return False

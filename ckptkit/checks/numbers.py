@@ -9,7 +9,7 @@ from ckptkit.checks.structure import FLOATS
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["constant", "is_mask", "not_finite", "subnormal"]
 
@@ -36,7 +36,7 @@ def is_mask(key: str) -> bool:
     return _MASK.search(key.rpartition(".")[2]) is not None
 
 
-def not_finite(infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers]) -> Iterator[Finding]:
+def not_finite(infos: Mapping[str, TensorInfo], numbers: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield an error for each tensor with NaN (``nan``) or with infinities alone (``inf``).
 
     In a mask, minus infinity is a value like others, and said in a note.
@@ -56,7 +56,7 @@ def not_finite(infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers]) 
                 yield Finding("inf", "error", key, said, f"was a number too large for {kind} when it was cast?")
 
 
-def constant(infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers]) -> Iterator[Finding]:
+def constant(infos: Mapping[str, TensorInfo], numbers: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield what holds one number alone, where that is not usual: ``all-zero`` and ``constant``.
 
     Warnings are about matrices and larger, notes about vectors, since a norm may have learned to shut a branch, and
@@ -85,7 +85,7 @@ def constant(infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers]) ->
         yield Finding(code, "warning" if matrix else "note", keys[0], said, hint)
 
 
-def subnormal(infos: Mapping[str, TensorInfo], numbers: Mapping[str, Numbers]) -> Iterator[Finding]:
+def subnormal(infos: Mapping[str, TensorInfo], numbers: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield notes on subnormal numbers, which some processors compute slowly and narrow dtypes round coarsely.
 
     Of F32, BF16 and F64 any count, of narrower ones those tensors where they are more than half of what is not zero.

@@ -13,16 +13,19 @@ from typing import TYPE_CHECKING, NamedTuple
 from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, Inflated, LocalFile
 from ckptkit.core.findings import Finding
+from ckptkit.core.progress import Progress
 from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
 from ckptkit.errors import ChangedError, CkptkitError
 from ckptkit.formats.file_pool import Section
 from ckptkit.formats.layout import BlockTensor, Strided
-from ckptkit.statistics import Accumulator, Numbers, Workspace, why_unsupported
+from ckptkit.statistics.accumulator import Accumulator, why_unsupported
+from ckptkit.statistics.threads import Workspace
+from ckptkit.statistics.value_stats import ValueStats
 
 if TYPE_CHECKING:
     from concurrent.futures import ThreadPoolExecutor
 
-__all__ = ["UNJUDGED", "Feed", "Judge", "Progress", "Scan", "unreadable"]
+__all__ = ["UNJUDGED", "Feed", "Judge", "Scan", "unreadable"]
 
 
 _MOST_FOLD = 4  # how often a stored byte may be judged: views of one storage can overlap without end
@@ -78,7 +81,7 @@ class Judge:
     checkpoint: Checkpoint
     keys: Collection[str]
     workspace: Workspace
-    numbers: dict[str, Numbers] = field(default_factory=dict)
+    numbers: dict[str, ValueStats] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     _budget: int = 0  # bytes
     _known: dict[str, _Tensor] = field(default_factory=dict)
@@ -203,7 +206,6 @@ class Judge:
 UNJUDGED = "no number was judged (NaN, Inf, zeros, equal tensors, indices out of range)"
 _AGAIN = "copy or download it again"
 _WORTH_A_THREAD = 1 << 18  # bytes
-Progress = Callable[[int], None]
 
 
 def unreadable(error: CkptkitError, path: str) -> Finding:

@@ -15,14 +15,14 @@ from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import LIVE_PREFIX
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["about_expected", "about_numbers"]
 
 _LARGEST_TABLE = 1 << 20  # bytes of a table of which every number is looked at
 
 
-def about_numbers(checkpoint: Checkpoint, numbers: Mapping[str, Numbers]) -> Iterator[Finding]:
+def about_numbers(checkpoint: Checkpoint, numbers: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield what is found in the numbers of the tensors of a checkpoint, by key."""
 
     def same(one: str, other: str) -> bool:

@@ -18,7 +18,7 @@ from ckptkit.cli.options import (
 )
 from ckptkit.render.stats import SORTS, View, stats_document, stats_page
 from ckptkit.rules.parse import parse_rules
-from ckptkit.statistics import stats as stats_of
+from ckptkit.statistics.state_dict_stats import stats as stats_of
 
 __all__ = ["stats"]
 

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_inside, refusing
@@ -36,7 +37,7 @@ from ckptkit.formats.torch.write import (
 from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
 from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
 from ckptkit.plans.edit_torch import refuse_unknown
-from ckptkit.plans.execute import Progress, Written, refuse_harm
+from ckptkit.plans.execute import Written, refuse_harm
 from ckptkit.plans.output import Output
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 

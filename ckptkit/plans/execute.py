@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.files import same_bytes
+from ckptkit.core.progress import Progress
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
@@ -31,11 +32,10 @@ from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Maker
 from ckptkit.wrappers.envelopes import Selection
 
-__all__ = ["Progress", "Written", "execute", "fit", "refuse_harm", "verify"]
+__all__ = ["Written", "execute", "fit", "refuse_harm", "verify"]
 
 
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.statistics import Numbers
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["Look", "looks_of"]
 
@@ -45,7 +45,7 @@ class _Spread(NamedTuple):
         return f"normal, std {self.std:.4g}" if self.bound is None else f"uniform within ±{self.bound:.4g}"
 
 
-def looks_of(info: TensorInfo, numbers: Numbers, module: Module | None) -> Look:
+def looks_of(info: TensorInfo, numbers: ValueStats, module: Module | None) -> Look:
     """Return what a tensor looks like, beside the module that has it, where that is known.
 
     Evidence is what the numbers say, no more: memory that was never written may hold zeros, or the values of a tensor
@@ -67,14 +67,14 @@ def looks_of(info: TensorInfo, numbers: Numbers, module: Module | None) -> Look:
     return Look("other", f"std {numbers.std:.4g}: not torch's own init of it" if spread else f"std {numbers.std:.4g}")
 
 
-def _like_garbage(info: TensorInfo, numbers: Numbers) -> bool:
+def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
     if not info.dtype.startswith(("F32", "F64", "BF16")) or not numbers.histogram:
         return False
     stray = sum(count for exponent, count in numbers.histogram.items() if not _TINY <= exponent < _HUGE)
     return stray > _STRAY * numbers.count
 
 
-def _constant(info: TensorInfo, numbers: Numbers, module: Module | None, leaf: str) -> Look:
+def _constant(info: TensorInfo, numbers: ValueStats, module: Module | None, leaf: str) -> Look:
     value = numbers.min or 0
     said = f"all {value:g}"
     expected = _CONSTANTS.get(leaf) if module is not None and _is_norm(module) else None
@@ -123,7 +123,7 @@ def _uniform(bound: float) -> _Spread:
     return _Spread(bound / math.sqrt(3), bound)
 
 
-def _fits(numbers: Numbers, spread: _Spread, info: TensorInfo) -> bool:
+def _fits(numbers: ValueStats, spread: _Spread, info: TensorInfo) -> bool:
     mean, std, largest = numbers.mean, numbers.std, numbers.abs_max
     if mean is None or std is None or largest is None or numbers.finite < numbers.count:
         return False

@@ -18,7 +18,7 @@ from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.readiness.fresh import Look, looks_of
 from ckptkit.readiness.model import Init, Kept
-from ckptkit.statistics import StateDictStats, stats
+from ckptkit.statistics.state_dict_stats import StateDictStats, stats
 
 __all__ = ["UNLOADED", "InspectedModel", "check_init", "check_values", "compare_init"]
 

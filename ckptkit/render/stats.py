@@ -11,7 +11,8 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, spelled
 from ckptkit.render.show import describe, totals
-from ckptkit.statistics import Numbers, StateDictStats, module_name
+from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
+from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["SORTS", "View", "stats_document", "stats_page"]
 
@@ -25,7 +26,7 @@ def _magnitude(value: float | None) -> float:
     return -1.0 if value is None else abs(value)
 
 
-SORTS: Final[Mapping[str, Callable[[Numbers], float]]] = MappingProxyType(
+SORTS: Final[Mapping[str, Callable[[ValueStats], float]]] = MappingProxyType(
     {
         "numbers": lambda numbers: numbers.count,
         "mean": lambda numbers: _magnitude(numbers.mean),
@@ -47,7 +48,7 @@ class View(NamedTuple):
     sort: str | None = None
     top: int | None = None
 
-    def chosen(self, named: Mapping[str, Numbers]) -> dict[str, Numbers]:
+    def chosen(self, named: Mapping[str, ValueStats]) -> dict[str, ValueStats]:
         """Return what is listed of these, in order; equals stay in theirs."""
         items = list(named.items())
         if self.sort is not None:
@@ -85,7 +86,7 @@ def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: View, *, ex
 
 class _Column(NamedTuple):
     header: str
-    cell: Callable[[Numbers], str]
+    cell: Callable[[ValueStats], str]
     always: bool = True  # else only where a line has something there
 
 
@@ -105,7 +106,7 @@ _COLUMNS: Final = (
 
 
 def _table(
-    result: StateDictStats, listed: Mapping[str, Numbers], view: View, axis: _Axis | None, *, expand: bool
+    result: StateDictStats, listed: Mapping[str, ValueStats], view: View, axis: _Axis | None, *, expand: bool
 ) -> Table:
     columns = [column for column in _COLUMNS if column.always or any(map(column.cell, listed.values()))]
     members: dict[str, int] = {}
@@ -130,7 +131,7 @@ class _Axis(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, total: Numbers) -> _Axis | None:
+    def of(cls, total: ValueStats) -> _Axis | None:
         """Return bars as narrow as they can be; None where all numbers are zero."""
         if not total.histogram:
             return None
@@ -141,7 +142,7 @@ class _Axis(NamedTuple):
             width *= 2
         return cls(top, width)
 
-    def bars(self, numbers: Numbers) -> str:
+    def bars(self, numbers: ValueStats) -> str:
         """Return a picture of one line: each bar against the highest of its line."""
         heights = [0] * _BINS
         for exponent, times in numbers.histogram.items():
@@ -168,7 +169,7 @@ def _share(part: int, whole: int) -> str:
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"
 
 
-def _summary(total: Numbers) -> str:
+def _summary(total: ValueStats) -> str:
     parts = [plural(total.count, "number")]
     if total.mean is not None:
         parts += [f"mean {_number(total.mean)}", f"std {_number(total.std)}"]
@@ -209,7 +210,7 @@ def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: View) -
     }
 
 
-def _document(numbers: Numbers) -> dict[str, Any]:
+def _document(numbers: ValueStats) -> dict[str, Any]:
     return {
         "numbers": numbers.count,
         "nan": numbers.nan,

@@ -14,8 +14,8 @@ from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import tensor_of_bytes
 from ckptkit.core.torch_types import Tensor
-from ckptkit.statistics.numbers import Moments, Numbers, exact_sum, joined
 from ckptkit.statistics.threads import Workspace
+from ckptkit.statistics.value_stats import Moments, ValueStats, exact_sum, merge_moments
 
 if TYPE_CHECKING:
     import torch
@@ -78,13 +78,13 @@ class Accumulator:
                 raw = raw.clone()
             self._workspace.share(self._tally.add, raw.view(self._dtype))
 
-    def result(self) -> Numbers:
+    def result(self) -> ValueStats:
         """Return what the numbers are of which the bytes have come so far."""
         return self._tally.result()
 
 
 class _Counts:
-    """Numbers of at most 8 bits: how often each code was there, from which all else follows exactly."""
+    """ValueStats of at most 8 bits: how often each code was there, from which all else follows exactly."""
 
     def __init__(self, code: str) -> None:
         import torch
@@ -100,7 +100,7 @@ class _Counts:
         with self.lock:
             self.counts += counts
 
-    def result(self) -> Numbers:
+    def result(self) -> ValueStats:
         pairs = [(value, times) for value, times in zip(self._values(), self._times(), strict=True) if times]
         finite = [(value, times) for value, times in pairs if math.isfinite(value)]
         count = sum(times for _, times in finite)
@@ -113,7 +113,7 @@ class _Counts:
             if value:
                 exponent = math.frexp(value)[1] - 1
                 bins[exponent] = bins.get(exponent, 0) + times
-        return Numbers(
+        return ValueStats(
             sum(times for _, times in pairs),
             sum(times for value, times in pairs if math.isnan(value)),
             sum(times for value, times in pairs if value == math.inf),
@@ -146,7 +146,7 @@ class _Counts:
 
 
 class _Sums:
-    """Numbers of more than 8 bits: sums, extremes, and how often each exponent was there."""
+    """ValueStats of more than 8 bits: sums, extremes, and how often each exponent was there."""
 
     def __init__(self, code: str, workspace: Workspace) -> None:
         import torch
@@ -185,7 +185,7 @@ class _Sums:
             self.high = max((bound for bound in (self.high, high) if bound is not None), default=None)
             self.parts += [part] if part else []
             if len(self.parts) == _MOST_PARTS:
-                self.parts = [joined(self.parts)]
+                self.parts = [merge_moments(self.parts)]
 
     def _exponents(self, work: Tensor) -> Tensor:
         import torch
@@ -248,13 +248,13 @@ class _Sums:
         one_sign = low >= 0 or high <= 0
         return Moments(finite, mean, squares, abs(total) if one_sign else wide.abs_().sum().item())
 
-    def result(self) -> Numbers:
+    def result(self) -> ValueStats:
         exponents: list[int] = self.exponents.tolist()
         small = exponents[0] - self.zeros
         bins = {-self.bias: small} if small else {}
         bins |= {index - self.bias: exponents[index] for index in self.exponents[1:-1].nonzero()[:, 0].add(1).tolist()}
         normal = _NORMAL.get(self.code, -self.bias) + self.bias
-        return Numbers(
+        return ValueStats(
             self.count,
             self.nan,
             self.posinf,
@@ -263,6 +263,6 @@ class _Sums:
             sum(exponents[:normal]) - self.zeros if normal else 0,
             self.low,
             self.high,
-            joined(self.parts),
+            merge_moments(self.parts),
             bins,
         )

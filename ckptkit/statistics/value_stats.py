@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-__all__ = ["Moments", "Numbers", "exact_sum", "joined", "merge_numbers"]
+__all__ = ["Moments", "ValueStats", "exact_sum", "merge_moments", "merge_stats"]
 
 
 class Moments(NamedTuple):
@@ -24,7 +24,7 @@ _NONE = Moments(0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Numbers:
+class ValueStats:
     """What the numbers of one tensor are, or of several together.
 
     ``count`` is how many there are: of a complex tensor two an element, its real and its imaginary part. ``min``,
@@ -90,7 +90,7 @@ class Numbers:
         return self.zeros / self.count if self.count else 0.0
 
 
-def joined(parts: Sequence[Moments]) -> Moments:
+def merge_moments(parts: Sequence[Moments]) -> Moments:
     """Return the moments of all parts together, in whatever order they come."""
     parts = [part for part in parts if part.finite]
     if len(parts) < 2:
@@ -112,13 +112,13 @@ def exact_sum(numbers: Iterable[float]) -> float:
         return math.inf
 
 
-def merge_numbers(several: Iterable[Numbers]) -> Numbers:
+def merge_stats(several: Iterable[ValueStats]) -> ValueStats:
     """Return what the numbers of several tensors are together, as if they were one tensor."""
     parts = list(several)
     bins: Counter[int] = Counter()
     for part in parts:
         bins.update(part.histogram)
-    return Numbers(
+    return ValueStats(
         sum(part.count for part in parts),
         sum(part.nan for part in parts),
         sum(part.posinf for part in parts),
@@ -127,6 +127,6 @@ def merge_numbers(several: Iterable[Numbers]) -> Numbers:
         sum(part.subnormal for part in parts),
         min((part.min for part in parts if part.min is not None), default=None),
         max((part.max for part in parts if part.max is not None), default=None),
-        joined([part.moments for part in parts]),
+        merge_moments([part.moments for part in parts]),
         dict(sorted(bins.items())),
     )
