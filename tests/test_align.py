@@ -18,7 +18,7 @@ from ckptkit import Alignment, execute, load_into, plan_remap, preset_rules, sug
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.errors import PlanError
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Made, Rules
+from ckptkit.rules.model import Derivation, Rules
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import same_state, tensor_of
@@ -88,7 +88,7 @@ def the_rules(preset: str) -> Rules:
     return preset_rules(preset, variables)
 
 
-def _true_sources(how: Made | None, key: str) -> set[tuple[str, ...]]:
+def _true_sources(how: Derivation | None, key: str) -> set[tuple[str, ...]]:
     """What a key may be made of: what the preset makes it of, or its equal; else the tensor of its own name."""
     return {(key,)} if how is None else {how.sources, *((other,) for other in how.equals)}
 

@@ -26,7 +26,7 @@ from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_m
 from ckptkit.errors import OutputError, PlanError
 from ckptkit.formats.pickle.values import is_weights_only
 from ckptkit.formats.torch.objects import TorchObjects
-from ckptkit.plans.execute import fit
+from ckptkit.plans.execute import check_output
 from ckptkit.plans.lora import plan_lora
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import call, get, mapping, put, tensor, torch_zip
@@ -329,7 +329,7 @@ def test_a_merge_keeps_the_rest_of_its_base(tmp_path: Path) -> None:
     with open_checkpoint(source) as first:
         plan = plan_merge(first, donor, on_unexpected="add")
         output = choose_output(tmp_path / "out.ckpt", keep_unknown=True)
-        assert fit(plan, output, {"base": first}).kept == ("epoch", "args", "note")
+        assert check_output(plan, output, {"base": first}).kept == ("epoch", "args", "note")
         execute(plan, {"base": first, "donor": donor}, output)
     wanted = loaded(source)
     wanted["state_dict"] |= {"a": nn.Parameter(torch.ones(2)), "b": torch.ones(3, dtype=torch.bfloat16)}
@@ -374,9 +374,9 @@ def test_memory_that_is_no_longer_shared_is_named(tmp_path: Path) -> None:
     source = saved(tmp_path / "in.pt", {"model": {"w": weight, "v": torch.ones(2)}, "ema": [weight[1:]]})
     output = choose_output(tmp_path / "out.pt")
     with open_checkpoint(source) as checkpoint:
-        notes = fit(plan_remap(checkpoint, dtype="F16"), output, {"source": checkpoint}).notes
+        notes = check_output(plan_remap(checkpoint, dtype="F16"), output, {"source": checkpoint}).notes
         assert notes == ("written apart, in one storage before with tensors that are kept as they are: w",)
-        assert fit(plan_remap(checkpoint, ["w=x"]), output, {"source": checkpoint}).notes == ()
+        assert check_output(plan_remap(checkpoint, ["w=x"]), output, {"source": checkpoint}).notes == ()
 
 
 def test_storages_that_nobody_refers_to_are_dropped(tmp_path: Path) -> None:
@@ -474,7 +474,10 @@ def test_what_cannot_be_kept_is_refused_by_name(content: Any, rules: list[str], 
     source = saved(tmp_path / "in.pt", content)
     with open_checkpoint(source) as checkpoint:
         plan = plan_remap(checkpoint, rules)
-        for act in (lambda out: execute(plan, checkpoint, out), lambda out: fit(plan, out, {"source": checkpoint})):
+        for act in (
+            lambda out: execute(plan, checkpoint, out),
+            lambda out: check_output(plan, out, {"source": checkpoint}),
+        ):
             with pytest.raises(PlanError) as caught:
                 act(choose_output(tmp_path / "out.pt"))
             assert caught.value.reason.endswith(reason)

@@ -17,7 +17,7 @@ from ckptkit import load_into
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import FormatError, ModelError
-from ckptkit.loading.snapshot import Snapshot, registered
+from ckptkit.loading.snapshot import Snapshot, named_tensors
 from tests.helpers_outputs import raw, tensor_of
 
 
@@ -36,7 +36,7 @@ class Net(nn.Module):
 
 def pinned(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype, bytes]]:
     """Every tensor by name: which object, where its memory is, and its bits."""
-    return {name: (id(t), t.data_ptr(), t.dtype, raw(t)) for name, t in registered(model).items()}
+    return {name: (id(t), t.data_ptr(), t.dtype, raw(t)) for name, t in named_tensors(model).items()}
 
 
 def hooked(act: Callable[[Any], None]) -> Net:
@@ -194,7 +194,7 @@ def test_no_room_for_the_copy_is_said_before_anything_is_copied(monkeypatch: pyt
     with pytest.raises(ModelError) as caught:
         load_into(model, BODY)
     assert caught.value.reason.endswith("no space left on device")
-    size = sum(tensor.nbytes for tensor in dict.fromkeys(registered(model).values()))
+    size = sum(tensor.nbytes for tensor in dict.fromkeys(named_tensors(model).values()))
     assert caught.value.hint == f"set TMPDIR to a directory with {size} B free"
     assert pinned(model) == before
 
@@ -218,13 +218,13 @@ def test_a_snapshot_brings_back_every_bit(make: Callable[[], torch.Tensor]) -> N
     """Of every dtype and layout, NaNs of any payload among them."""
     model = nn.Module()
     model.register_buffer("w", make())
-    tensor = registered(model)["w"]
+    tensor = named_tensors(model)["w"]
     before = raw(tensor)
     with Snapshot(model) as snapshot:
-        assert snapshot.same("w")
+        assert snapshot.is_unchanged("w")
         if tensor.numel():
             tensor.zero_()
-            assert not snapshot.same("w")
+            assert not snapshot.is_unchanged("w")
         assert snapshot.restore() == []
     assert raw(tensor) == before
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.expressions import evaluate
+from ckptkit.tensor_ops.expressions import evaluate_expression
 
 VARIABLES = {"heads": 32, "kv": 8, "hd": 128, "n": 7, "_x1": 1}
 
@@ -27,7 +27,7 @@ VARIABLES = {"heads": 32, "kv": 8, "hd": 128, "n": 7, "_x1": 1}
     ],
 )
 def test_arithmetic_is_computed(text: str, value: int) -> None:
-    assert evaluate(text, VARIABLES) == value
+    assert evaluate_expression(text, VARIABLES) == value
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_arithmetic_is_computed(text: str, value: int) -> None:
 def test_everything_else_is_refused(text: str) -> None:
     """Even where Python would have an answer."""
     with pytest.raises(RuleError, match="is not arithmetic"):
-        evaluate(text, VARIABLES)
+        evaluate_expression(text, VARIABLES)
 
 
 @pytest.mark.parametrize(
@@ -56,16 +56,16 @@ def test_everything_else_is_refused(text: str) -> None:
 )
 def test_what_has_no_value_is_refused(text: str, reason: str) -> None:
     with pytest.raises(RuleError) as caught:
-        evaluate(text, VARIABLES)
+        evaluate_expression(text, VARIABLES)
     assert reason in caught.value.reason
 
 
 def test_an_unknown_variable_comes_with_those_known() -> None:
     with pytest.raises(RuleError) as caught:
-        evaluate("m", VARIABLES)
+        evaluate_expression("m", VARIABLES)
     assert caught.value.hint == "known: _x1, hd, heads, kv, n"
     with pytest.raises(RuleError) as caught:
-        evaluate("m", {})
+        evaluate_expression("m", {})
     assert caught.value.hint == "no variables are defined"
 
 
@@ -73,7 +73,7 @@ def test_an_unknown_variable_comes_with_those_known() -> None:
 def test_agrees_with_python_on_any_such_text(text: str) -> None:
     """Where both have an integer it is the same; where Python has none, neither have we."""
     try:
-        made = evaluate(text, {"n": 7})
+        made = evaluate_expression(text, {"n": 7})
     except RuleError:
         return
     assert made == eval(text.strip(), {"__builtins__": {}}, {"n": 7})  # noqa: S307 - digits and signs only

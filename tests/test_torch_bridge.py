@@ -13,7 +13,7 @@ from torch import nn
 
 from ckptkit import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint import View
-from ckptkit.core.torch_bridge import CASTABLE, Cast, as_checkpoint
+from ckptkit.core.torch_bridge import CASTABLE, CastPayload, as_checkpoint
 from ckptkit.errors import ModelError, PlanError
 from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
@@ -46,7 +46,7 @@ class Pieces:
 
 def cast(tensor: torch.Tensor, before: str, after: str, size: int) -> bytes:
     shape = tuple(tensor.shape)
-    payload = Cast(Pieces(raw(tensor), size), TensorInfo("w", before, shape), TensorInfo("w", after, shape))
+    payload = CastPayload(Pieces(raw(tensor), size), TensorInfo("w", before, shape), TensorInfo("w", after, shape))
     made = b"".join(bytes(chunk) for chunk in payload.chunks())
     assert payload.nbytes == len(made)
     return made

@@ -11,7 +11,7 @@ from ckptkit.align.modules import Index, Member, Module
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.tensor_ops.operation import Operation, Shape
-from ckptkit.tensor_ops.suggestions import fitting
+from ckptkit.tensor_ops.suggestions import suggest
 
 __all__ = ["Contents", "Fit", "Link", "best_shift", "digests_of", "fit", "shift_between"]
 
@@ -117,7 +117,7 @@ def _operations(shapes: Sequence[tuple[Shape, Shape]]) -> tuple[Operation, ...] 
 
 
 def _operation(name: str, found: Shape, expected: Shape) -> Operation | None:
-    return fitting(name, found, expected, "")
+    return suggest(name, found, expected, "")
 
 
 _Digests = Mapping[str, Hashable]

@@ -17,7 +17,7 @@ from ckptkit.cli.options import Form, about, echo_report, expand_option, form_op
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural, quoted
 from ckptkit.formats.atomic import AtomicFile, prepare_target
-from ckptkit.plans.execute import Written, execute, fit, verify
+from ckptkit.plans.execute import Written, check_output, execute, verify
 from ckptkit.plans.output import FORMATS, Output, choose_output
 from ckptkit.plans.plan import Plan, ties_broken
 from ckptkit.render.plan import plan_document, plan_page, written_text
@@ -110,7 +110,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 
 def carry_out(command: str, plan: Plan, sources: Mapping[str, Checkpoint], job: Job) -> None:
     """Print the plan, or execute it and say what was written."""
-    plan = fit(plan, job.output, sources)
+    plan = check_output(plan, job.output, sources)
     if job.plan_file is not None:
         from ckptkit.plans.saved import plan_to_json
 

@@ -261,7 +261,7 @@ def _copies(pair: KeyPair) -> bool:
 
 def _filled(missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> frozenset[str]:
     """Return the missing counters that batch norm fills in where the state_dict gives it no version, or one below 2."""
-    renamed = bool(key_map.made) or any(old != new for old, new in key_map.renamed.items())
+    renamed = bool(key_map.derived) or any(old != new for old, new in key_map.renamed.items())
     versions = {} if renamed else found.versions
     filled = set()
     for key in (info.key for info in missing):

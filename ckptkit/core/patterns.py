@@ -12,7 +12,7 @@ from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
 
 __all__ = [
-    "Fit",
+    "KeyMatch",
     "Pattern",
     "Template",
     "literal",
@@ -36,7 +36,7 @@ _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
 
 @dataclass(frozen=True, slots=True)
-class Fit:
+class KeyMatch:
     """What the stars of a pattern stand for in ``string``; read like the match of a regex."""
 
     string: str
@@ -57,12 +57,12 @@ class Pattern:
     regex: re.Pattern[str] = field(default=re.compile(""), repr=False)
     literals: tuple[str, ...] = field(default=(), repr=False)  # the texts between stars and captures
 
-    def match(self, key: str) -> re.Match[str] | Fit | None:
+    def match(self, key: str) -> re.Match[str] | KeyMatch | None:
         """Return the match of the whole ``key``, or None."""
         if len(self.literals) > 2:  # a regex tries every choice of places, and a long key has millions of them
             gaps = _gaps(self.literals, key)
             if gaps is None or not self.captures:
-                return None if gaps is None else Fit(key, gaps)
+                return None if gaps is None else KeyMatch(key, gaps)
         return self.regex.fullmatch(key)
 
     @property
@@ -151,7 +151,7 @@ class Template:
         match = self.pattern.match(key)
         return None if match is None else self.expand(match)
 
-    def expand(self, match: re.Match[str] | Fit) -> str:
+    def expand(self, match: re.Match[str] | KeyMatch) -> str:
         """Return the new name for a match of this template's pattern."""
         if self.pattern.is_regex and isinstance(match, re.Match):
             return match.expand(self.text)
@@ -165,7 +165,7 @@ class Template:
                 made.append(self._shifted(match, value, shift))
         return "".join(made)
 
-    def _shifted(self, match: re.Match[str] | Fit, name: str, shift: int) -> str:
+    def _shifted(self, match: re.Match[str] | KeyMatch, name: str, shift: int) -> str:
         digits = match[name]
         if len(digits) > 18:
             raise RuleError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import (
     DTYPES,
@@ -22,18 +22,25 @@ from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 
+if TYPE_CHECKING:
+    import torch
+
 __all__ = [
     "ABSENT",
     "CASTABLE",
-    "Cast",
-    "Live",
+    "CastPayload",
     "StateDictLike",
+    "TensorPayload",
     "as_checkpoint",
+    "code_of",
     "describe_state_dict",
+    "dtype_code",
     "first_line",
     "flat_bytes",
     "same_values",
+    "shape_or_none",
     "tensor_of_bytes",
+    "torch_dtype",
 ]
 
 ABSENT = "absent module"  # the type of an entry for a submodule that is None: torch looks at no key below it
@@ -44,6 +51,35 @@ CASTABLE = frozenset(
 )
 _BLOCK = 4 << 20
 StateDictLike = Any  # a Checkpoint, a Module, a Mapping of tensors, or a Mapping of TensorInfo
+
+
+def code_of(dtype: torch.dtype) -> str:
+    """Return the safetensors code of a torch dtype, or torch's name in capitals where there is none."""
+    name = str(dtype).removeprefix("torch.")
+    return next((known.code for known in DTYPES.values() if known.torch_name == name), name.upper())
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """Return the torch dtype of a safetensors code; ``code`` must be one that torch has."""
+    import torch
+
+    dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
+    return dtype
+
+
+def dtype_code(name: str) -> str | None:
+    """Return the safetensors code of a dtype that is named by its code or by torch's name, or None."""
+    short = name.removeprefix("torch.")
+    found = (known.code for known in DTYPES.values() if short.upper() == known.code or short == known.torch_name)
+    return next(found, None)
+
+
+def shape_or_none(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, or None where it is uninitialised."""
+    try:
+        return tuple(tensor.shape)
+    except RuntimeError:
+        return None
 
 
 def _blocks(view: Tensor) -> Iterator[Tensor]:
@@ -105,7 +141,7 @@ def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class Live:
+class TensorPayload:
     """A payload that is a tensor in memory; ``nbytes`` is what its elements take."""
 
     tensor: Tensor
@@ -124,7 +160,7 @@ class Live:
 
 
 @dataclass(frozen=True, slots=True)
-class Cast:
+class CastPayload:
     """A payload whose elements become another dtype on the way, as ``Tensor.to`` would make them."""
 
     source: Payload
@@ -138,9 +174,7 @@ class Cast:
 
     def chunks(self) -> Iterator[memoryview]:
         """Yield the cast bytes, piece by piece."""
-        import torch
-
-        old, new = (getattr(torch, DTYPES[info.dtype].torch_name) for info in (self.found, self.made))
+        old, new = (torch_dtype(info.dtype) for info in (self.found, self.made))
         width = DTYPES[self.found.dtype].bits // 8
         rest = b""
         for chunk in self.source.chunks():
@@ -227,7 +261,7 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
             raise ModelError(
                 f"{quoted(info.key)} has no values: it is a {'meta' if tensor.is_meta else info.kind} tensor"
             )
-        return Live(tensor, info.nbytes)
+        return TensorPayload(tensor, info.nbytes)
 
     def span(info: TensorInfo) -> Payload | None:
         tensor = tensors[info.key]
@@ -237,7 +271,7 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
             return payload(info)
         first, last = reach(info)
         raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-        return Live(raw.set_(tensor.untyped_storage(), first, (last - first,), (1,)), last - first)
+        return TensorPayload(raw.set_(tensor.untyped_storage(), first, (last - first,), (1,)), last - first)
 
     return Checkpoint(
         infos,
@@ -266,8 +300,7 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
         raise ModelError(
             f"{quoted(key)} is uninitialised: a lazy module has no shapes yet", hint="run one forward pass first"
         )
-    name = str(tensor.dtype).removeprefix("torch.")
-    code = next((dtype.code for dtype in DTYPES.values() if dtype.torch_name == name), name.upper())
+    code = code_of(tensor.dtype)
     kind = "dense"
     if tensor.layout is not torch.strided:
         kind = "sparse"

@@ -16,11 +16,11 @@ from ckptkit.core.ties import shared_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, same_values
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
-from ckptkit.loading.requirements import Bar, refuse_below
-from ckptkit.loading.snapshot import Snapshot, registered
+from ckptkit.loading.requirements import Requirements, refuse_unmet
+from ckptkit.loading.snapshot import Snapshot, named_tensors
 from ckptkit.plans.merge import TIED, plan_merge
 from ckptkit.plans.plan import Plan, Step
-from ckptkit.plans.produce import Maker
+from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import Rules
 
 __all__ = ["LoadReport", "load_into"]
@@ -98,7 +98,7 @@ def load_into(
     plan = plan_merge(base, donor, rules, on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch)
     taken = [step for step in plan.steps if step.sources[0].role == "donor"]
     loaded = {step.out.key for step in taken}
-    refuse_below(Bar(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))
+    refuse_unmet(Requirements(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))
     _refuse_meta(model, base)
     with Snapshot(model) as before:
         try:
@@ -131,7 +131,7 @@ def load_into(
 
 
 def _refuse_meta(model: Module, base: Checkpoint) -> None:
-    for name, tensor in registered(model).items():
+    for name, tensor in named_tensors(model).items():
         if tensor.is_meta:
             raise ModelError(
                 f"{quoted(name)} is on the meta device and can hold no value"
@@ -190,8 +190,8 @@ def _load_batch(
 
 
 def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
-    maker = Maker({"donor": donor})
-    return OrderedDict((step.out.key, maker.tensor(step)) for step in steps)
+    producer = Producer({"donor": donor})
+    return OrderedDict((step.out.key, producer.tensor(step)) for step in steps)
 
 
 def _prove(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
@@ -224,7 +224,7 @@ def _prove_rest(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> li
     for name in before.replaced():
         raise ModelError(f"{quoted(name)} became another object while loading: optimizers still hold the old one")
     written = _written_through(before, loaded)
-    changed = [name for name in before.tensors if name not in written and not before.same(name)]
+    changed = [name for name in before.tensors if name not in written and not before.is_unchanged(name)]
     persistent = model.state_dict(keep_vars=True).keys()
     for name in changed:
         if name in persistent:
@@ -273,7 +273,7 @@ def _unproved_findings(before: Snapshot, derived: Sequence[str], loaded: Abstrac
         yield Finding(
             "load.unproved", "note", name, f"{quoted(name)} was given to its module, which keeps it as it likes"
         )
-    for name in before.unseen:
+    for name in before.not_copied:
         if name not in loaded:
             kind = before.infos[name].kind
             yield Finding(

@@ -15,31 +15,35 @@ from ckptkit.core.text import kind_of, plural, quoted
 from ckptkit.errors import ModelError, RuleError
 from ckptkit.plans.plan import Plan
 
-__all__ = ["Bar", "refuse_below"]
+__all__ = ["Requirements", "refuse_unmet"]
 
 _SHOWN = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class Requirements:
     """Patterns of the keys that must all be loaded, and the least share of the elements."""
 
     require: str | Sequence[str] = ()
     min_coverage: float = 0.0
 
 
-def refuse_below(
-    bar: Bar, base: Checkpoint, loaded: AbstractSet[str], plan: Plan, difference: Callable[[], StateDictDiff]
+def refuse_unmet(
+    requirements: Requirements,
+    base: Checkpoint,
+    loaded: AbstractSet[str],
+    plan: Plan,
+    difference: Callable[[], StateDictDiff],
 ) -> None:
     """Raise ``ModelError`` where a plan leaves out what must be loaded, saying what, why, and the way out.
 
     ``difference`` is asked only then. Raises ``RuleError`` for a pattern that fits no key of the model.
     """
-    share = bar.min_coverage
+    share = requirements.min_coverage
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
         raise ModelError(f"min_coverage is {share!r}, not a share between 0 and 1", hint="for 95 % write 0.95")
     because = {drop.wanted: drop.reason for drop in plan.dropped if drop.wanted}
-    for pattern in _patterns(bar.require):
+    for pattern in _patterns(requirements.require):
         wanted = [key for key in base if pattern.match(key)]
         if not wanted:
             raise RuleError(

@@ -11,11 +11,11 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.closing import Closing
 from ckptkit.core.text import human_bytes
 from ckptkit.core.ties import overlapping_tensors
-from ckptkit.core.torch_bridge import Live, describe_state_dict
+from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
 
-__all__ = ["Snapshot", "registered"]
+__all__ = ["Snapshot", "named_tensors"]
 
 _IN_MEMORY = 256 << 20
 
@@ -29,7 +29,7 @@ class _Saved:
     nbytes: int
 
 
-def registered(model: Module) -> dict[str, Tensor]:
+def named_tensors(model: Module) -> dict[str, Tensor]:
     """Return every parameter and buffer under each of its names, buffers that no state_dict has among them."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers(remove_duplicate=False))
@@ -39,14 +39,14 @@ class Snapshot(Closing):
     """Every parameter and buffer of a model at one moment; close it, or use it as a context manager.
 
     The bytes are kept in memory up to 256 MB, and beyond that in a temporary file without a name. ``infos`` describes
-    the tensors by name; ``unseen`` names those without bytes of their own kind (sparse, quantised, subclasses), which
-    are neither compared nor put back. Raises ``ModelError`` where there is no room for the copy.
+    the tensors by name; ``not_copied`` names those without bytes of their own kind (sparse, quantised, subclasses),
+    which are neither compared nor put back. Raises ``ModelError`` where there is no room for the copy.
     """
 
     def __init__(self, model: Module) -> None:
         """Copy all of them."""
         self._model = model
-        self.tensors = registered(model)
+        self.tensors = named_tensors(model)
         self.infos: Checkpoint = describe_state_dict(self.tensors, "model")
         self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (slots, dict(slots))
@@ -73,12 +73,12 @@ class Snapshot(Closing):
             if id(tensor) in self._saved or tensor.is_meta or info.kind != "dense":
                 continue
             self._saved[id(tensor)] = _Saved(name, tensor, tensor.detach(), offset, info.nbytes)
-            for chunk in Live(tensor, info.nbytes).chunks():
+            for chunk in TensorPayload(tensor, info.nbytes).chunks():
                 self._file.write(chunk)
             offset += info.nbytes
 
     @property
-    def unseen(self) -> tuple[str, ...]:
+    def not_copied(self) -> tuple[str, ...]:
         """The names of the tensors whose bytes were not copied."""
         return tuple(name for name, tensor in self.tensors.items() if id(tensor) not in self._saved)
 
@@ -89,25 +89,25 @@ class Snapshot(Closing):
 
     def ties_now(self) -> set[frozenset[str]]:
         """Return the sets of names that share memory now, of those that were there."""
-        now = registered(self._model)
+        now = named_tensors(self._model)
         return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
 
     def replaced(self) -> Iterator[str]:
         """Yield the names under which another object is now, or none."""
-        now = registered(self._model)
+        now = named_tensors(self._model)
         return (name for name, tensor in self.tensors.items() if now.get(name) is not tensor)
 
-    def same(self, name: str) -> bool:
+    def is_unchanged(self, name: str) -> bool:
         """Return whether the tensor that had this name has every bit that it had; true for what is unseen."""
         saved = self._saved.get(id(self.tensors[name]))
-        return saved is None or self._same(saved)
+        return saved is None or self._is_unchanged(saved)
 
-    def _same(self, saved: _Saved) -> bool:
+    def _is_unchanged(self, saved: _Saved) -> bool:
         tensor = saved.tensor
         if tensor.dtype != saved.memory.dtype or tensor.shape != saved.memory.shape:
             return False
         self._file.seek(saved.offset)
-        return all(self._next_is(chunk) for chunk in Live(tensor, saved.nbytes).chunks())
+        return all(self._next_is(chunk) for chunk in TensorPayload(tensor, saved.nbytes).chunks())
 
     def _next_is(self, chunk: memoryview) -> bool:
         import torch
@@ -130,7 +130,7 @@ class Snapshot(Closing):
         for saved in self._saved.values():
             if not saved.tensor.is_set_to(saved.memory):
                 saved.tensor.data = saved.memory
-            if self._same(saved):
+            if self._is_unchanged(saved):
                 continue
             self._file.seek(saved.offset)
             buffer = bytearray(self._file.read(saved.nbytes))
@@ -142,7 +142,7 @@ class Snapshot(Closing):
                 stuck.append(saved.name)
         # What shares memory with a tensor that was put back later has to be right as well.
         return stuck + [
-            saved.name for saved in self._saved.values() if saved.name not in stuck and not self._same(saved)
+            saved.name for saved in self._saved.values() if saved.name not in stuck and not self._is_unchanged(saved)
         ]
 
     def close(self) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import html_table, kind_of, plural, printable
-from ckptkit.core.torch_bridge import Live
+from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_optim import SCHEMAS
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ModelError
@@ -72,14 +72,14 @@ class LazyTensor:
     def look(self) -> Tensor:
         """Return the tensor to look at, on the CPU: that very one, where it is there; raises as ``Checkpoint.read``."""
         payload = self.payload()
-        if isinstance(payload, Live):
+        if isinstance(payload, TensorPayload):
             return payload.tensor.detach().resolve_conj().resolve_neg().cpu()
         return self.source.read(self.info.key)
 
     def read(self) -> Tensor:
         """Return the tensor, in memory of its own, on the CPU; raises as ``Checkpoint.read`` does."""
         tensor = self.look()
-        return tensor.contiguous().clone() if isinstance(self.payload(), Live) else tensor
+        return tensor.contiguous().clone() if isinstance(self.payload(), TensorPayload) else tensor
 
 
 @dataclass(frozen=True, slots=True)

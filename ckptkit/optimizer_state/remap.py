@@ -23,10 +23,10 @@ from ckptkit.optimizer_state.model import (
     slot_kind,
 )
 from ckptkit.plans.plan import Step
-from ckptkit.plans.produce import Maker
+from ckptkit.plans.produce import Producer
 from ckptkit.plans.steps import make_step
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Made, Rules, describe_made
+from ckptkit.rules.model import Derivation, Rules, describe_output
 from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.resizing import Pad
 
@@ -67,7 +67,7 @@ def remap(
     return replace(state, state=made, groups=groups, remarks=tuple(dict.fromkeys(said)), changes=tuple(changes))
 
 
-def _groups(state: OptimizerState, outputs: Mapping[str, Made]) -> tuple[tuple[NamedGroup, ...], list[str]]:
+def _groups(state: OptimizerState, outputs: Mapping[str, Derivation]) -> tuple[tuple[NamedGroup, ...], list[str]]:
     home = {name: number for number, group in enumerate(state.groups) for name in group.names}
     members: list[list[str]] = [[] for _ in state.groups]
     for new, how in outputs.items():
@@ -91,9 +91,9 @@ class _Work:
     elementwise: frozenset[str]
     home: Mapping[str, NamedGroup]
     remarks: list[str] = field(default_factory=list)
-    makers: dict[str, tuple[Checkpoint, Maker]] = field(default_factory=dict)
+    producers: dict[str, tuple[Checkpoint, Producer]] = field(default_factory=dict)
 
-    def slots(self, new: str, how: Made) -> Mapping[str, SlotValue] | None:
+    def slots(self, new: str, how: Derivation) -> Mapping[str, SlotValue] | None:
         """Return the slots of a new parameter; None where none of those that it is made of has any."""
         sources = [self.state.state.get(name) for name in how.sources]
         for other in how.equals:
@@ -120,7 +120,7 @@ class _Work:
                 )
         return {slot: self._made(slot, new, how, [slots[slot] for slots in there]) for slot in names}
 
-    def _hold_whole(self, new: str, how: Made) -> None:
+    def _hold_whole(self, new: str, how: Derivation) -> None:
         """Refuse what would go on without an error, and train otherwise: an update that looks at whole matrices."""
         group = self.home.get(how.sources[0])
         schema = None if group is None else schema_from_options(group.options)
@@ -131,7 +131,7 @@ class _Work:
                 hint=_ANEW,
             )
 
-    def _made(self, slot: str, new: str, how: Made, values: Sequence[SlotValue]) -> SlotValue:
+    def _made(self, slot: str, new: str, how: Derivation, values: Sequence[SlotValue]) -> SlotValue:
         kinds = {slot_kind(slot, value, self.elementwise) for value in values}
         if kinds == {"scalar"}:
             for name, value in zip(how.sources, values, strict=True):
@@ -150,17 +150,17 @@ class _Work:
             )
         return self._moved(slot, new, how)
 
-    def _moved(self, slot: str, new: str, how: Made) -> LazyTensor:
+    def _moved(self, slot: str, new: str, how: Derivation) -> LazyTensor:
         assert how.recipe is not None  # noqa: S101 - a parameter that is renamed alone is not moved
         fill = self._beginning(slot, how.sources[0])
         how = replace(how, recipe=self._moves(how.recipe, new, how.rule, fill), equals=())
-        if slot not in self.makers:
+        if slot not in self.producers:
             checkpoint = _checkpoint_of(self.state.slot(slot), f"the {slot} of the optimizer state")
-            self.makers[slot] = checkpoint, Maker({_ROLE: checkpoint})
-        checkpoint, maker = self.makers[slot]
-        described = describe_made(new, [checkpoint[name] for name in how.sources], how.recipe, how.rule)
+            self.producers[slot] = checkpoint, Producer({_ROLE: checkpoint})
+        checkpoint, producer = self.producers[slot]
+        described = describe_output(new, [checkpoint[name] for name in how.sources], how.recipe, how.rule)
         step = make_step(replace(described, key=new), how, _ROLE, checkpoint)
-        return LazyTensor(step.out, _made_by(step, maker, checkpoint.path))
+        return LazyTensor(step.out, _made_by(step, producer, checkpoint.path))
 
     def _beginning(self, slot: str, name: str) -> float:
         """Return what an optimizer puts into each element of a slot before its first step."""
@@ -174,7 +174,7 @@ class _Work:
         return replace(recipe, inputs=inputs, operations=moved)
 
     def _move(self, operation: Operation, new: str, rule: str, fill: float) -> Operation:
-        moving = operation.moving()
+        moving = operation.for_optimizer_state()
         if fill and isinstance(moving, Pad):
             moving = replace(moving, fill=fill)
         if moving is None:
@@ -210,8 +210,8 @@ def _checkpoint_of(tensors: Mapping[str, LazyTensor], path: str) -> Checkpoint:
     )
 
 
-def _made_by(step: Step, maker: Maker, path: str) -> Checkpoint:
+def _made_by(step: Step, producer: Producer, path: str) -> Checkpoint:
     def payload(_: TensorInfo) -> Payload:
-        return maker.payload(step)
+        return producer.payload(step)
 
     return Checkpoint({step.out.key: step.out}, payload, path=path, format="optimizer state")

@@ -37,7 +37,7 @@ from ckptkit.formats.torch.write import (
 from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
 from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
 from ckptkit.plans.edit_torch import refuse_unknown
-from ckptkit.plans.execute import Written, refuse_harm
+from ckptkit.plans.execute import Written, refuse_replacing_inputs
 from ckptkit.plans.output import Output
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
@@ -221,7 +221,7 @@ def write_optimizer_state(
         )
     edited = source is not None and source.rest is not None and not output.only_tensors
     value = to_form(state, form or state.form)
-    refuse_harm(output, _roles(value, source), "source" if edited else "")
+    refuse_replacing_inputs(output, _roles(value, source), "source" if edited else "")
     try:
         with nullcontext() if source is None else refusing(source.path):
             layout, selection = (

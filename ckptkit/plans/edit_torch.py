@@ -55,14 +55,14 @@ def editor_for(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> E
 
     Raises ``PlanError`` where the file names code that is not to be kept without being asked for, or cannot be edited.
     """
-    if not plan.keeps or output.format != "torch" or output.only_tensors:
+    if not plan.edited_role or output.format != "torch" or output.only_tensors:
         return None
-    checkpoint = roles[plan.keeps]
+    checkpoint = roles[plan.edited_role]
     if checkpoint.rest is None:
-        raise PlanError(f"the {plan.keeps} is not what the plan was made from", path=checkpoint.path)
+        raise PlanError(f"the {plan.edited_role} is not what the plan was made from", path=checkpoint.path)
     refuse_unknown(checkpoint.rest, checkpoint.path, keep_unknown=output.keep_unknown)
     with refusing(checkpoint.path):
-        return Editor(checkpoint.rest, plan, plan.keeps)
+        return Editor(checkpoint.rest, plan, plan.edited_role)
 
 
 def refuse_unknown(rest: Rest, path: str, *, keep_unknown: bool) -> None:

@@ -29,10 +29,10 @@ from ckptkit.formats.torch.write import (
 from ckptkit.plans.edit_torch import Editor, editor_for
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.plans.produce import Maker
+from ckptkit.plans.produce import Producer
 from ckptkit.wrappers.envelopes import Selection
 
-__all__ = ["Written", "execute", "fit", "refuse_harm", "verify"]
+__all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs", "verify"]
 
 
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
@@ -51,7 +51,7 @@ class Written:
     envelope: str = ""  # the mapping of the file that the tensors are in
 
 
-def fit(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
+def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
     """Return the plan with what the output keeps beside the tensors, and with what it has no place for as dropped.
 
     Raises what ``execute`` would raise before its first byte: ``PlanError`` for a tensor that the format
@@ -67,15 +67,17 @@ def fit(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
         raise
     if output.format == "torch":
         if any(key != "format" for key in plan.metadata):
-            lost.append(Dropped("output", "__metadata__", "a torch file has no place for it", entry=True))
+            lost.append(Dropped("output", "__metadata__", "a torch file has no place for it", is_entry=True))
     elif plan.versions:
-        lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", entry=True))
+        lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", is_entry=True))
     (prepare_target if output.max_shard_size is None else prepare_directory)(output.path, force=output.force)
     editor = editor_for(plan, output, sources)
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
-    entries = [entry.path for entry in sources[plan.keeps].entries if not entry.apart]
-    stay = {drop for drop in plan.dropped if drop.entry and drop.role == plan.keeps and drop.key in set(entries)}
+    entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.apart]
+    stay = {
+        drop for drop in plan.dropped if drop.is_entry and drop.role == plan.edited_role and drop.key in set(entries)
+    }
     left = [drop for drop in plan.dropped if drop not in stay]
     kept = tuple(entry for entry in entries if entry in {drop.key for drop in stay})
     return replace(plan, dropped=(*left, *lost), kept=kept, notes=tuple(dict.fromkeys((*plan.notes, *editor.notes))))
@@ -101,11 +103,11 @@ def execute(
     output = out if isinstance(out, Output) else choose_output(out)
     roles = _by_role(plan, sources, output)
     editor = editor_for(plan, output, roles)
-    refuse_harm(output, roles, "" if editor is None else plan.keeps)
+    refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
         raise PlanError("the plan writes two tensors under one name")
-    read = _Reading(steps, roles, Maker(roles))
+    read = _Reading(steps, roles, Producer(roles))
     for step in plan.steps:
         _prove_equal(step, roles)
     report = progress or (lambda _: None)
@@ -117,7 +119,7 @@ def execute(
         size = _write_safetensors(target, infos, plan.metadata, read, report, replace=output.force)
         return Written(output.path, output.format, len(plan.steps), size, (target,))
     layout = _lay_out_torch(infos, plan, read, editor)
-    inner = "" if editor is None else roles[plan.keeps].envelope
+    inner = "" if editor is None else roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes, replace=output.force) as file:
         _finish(write_torch_zip(layout, file), file, infos, read, report, inner=inner)
     return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target,), (), inner)
@@ -129,10 +131,10 @@ class _Reading:
 
     steps: Mapping[str, Step]
     roles: Mapping[str, Checkpoint]
-    maker: Maker
+    producer: Producer
 
     def payload(self, info: TensorInfo) -> Payload:
-        return self.maker.payload(self.steps[info.key])
+        return self.producer.payload(self.steps[info.key])
 
     def span(self, info: TensorInfo) -> Payload | None:
         step = self.steps[info.key]
@@ -183,7 +185,7 @@ def _prove_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
 
 def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike, output: Output) -> dict[str, Checkpoint]:
     read = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
-    edited = [plan.keeps] if plan.keeps and output.format == "torch" and not output.only_tensors else []
+    edited = [plan.edited_role] if plan.edited_role and output.format == "torch" and not output.only_tensors else []
     wanted = list(dict.fromkeys([*read, *edited]))
     is_roles = isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) and set(wanted) <= set(sources)
     # A state_dict may well have a tensor called "source".
@@ -198,7 +200,7 @@ def _is_model(thing: object) -> bool:
     return callable(getattr(thing, "state_dict", None))
 
 
-def refuse_harm(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
+def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
     """Raise ``OutputError`` where an output would replace an input, or be taken for a part of one, without being asked.
 
     ``edited`` is the role of the input that the output is an edited copy of, if any.
@@ -258,7 +260,7 @@ def _lay_out_torch(infos: Sequence[TensorInfo], plan: Plan, read: _Reading, edit
         return layout_torch_zip(placed, read.payload, read.span, plan.versions)
     changed = {step.out.key for step in editor.changed}
     records, stored = arrange([info for info in placed if info.key in changed], read.payload, read.span)
-    with refusing(read.roles[plan.keeps].path):
+    with refusing(read.roles[plan.edited_role].path):
         edited = editor.edited(stored)
     storages = [records[one] if isinstance(one, int) else editor.rest.storage(one) for one in edited.storages]
     return layout_archive(edited.pickle, storages, editor.rest.others())
@@ -336,7 +338,7 @@ def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str 
     what is read back, in bounded memory. Raises ``OutputError`` naming the first tensor that is missing, is one too
     many, or differs.
     """
-    maker = Maker(sources)
+    producer = Producer(sources)
     keys = {step.out.key for step in plan.steps}
     with open_inside(path, Selection(inner)) if inner else open_checkpoint(path) as written:
         surplus = next((key for key in written if key not in keys), None)
@@ -346,6 +348,6 @@ def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str 
             info = written.get(step.out.key)
             if info is None or (info.dtype, info.shape) != (step.out.dtype, step.out.shape):
                 raise OutputError(f"{quoted(step.out.key)} should be {step.out}, and is {info or 'missing'}", path=path)
-            if not same_bytes(maker.payload(step), written.payload(step.out.key)):
+            if not same_bytes(producer.payload(step), written.payload(step.out.key)):
                 raise OutputError(f"{quoted(step.out.key)} does not have the bytes that the plan makes", path=path)
     return len(plan.steps)

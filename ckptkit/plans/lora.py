@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.merge import follow_ties
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
-from ckptkit.plans.steps import complete_step, dropped_entries, keeps_rest, refuse_made_up, refuse_suspicious
+from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, refuse_suspicious, role_to_edit
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
 from ckptkit.rules.parse import as_rules
@@ -47,9 +47,9 @@ def plan_lora(
         raise PlanError(f"{scale} is no scale", hint="1 is the adapter as it was trained")
     roles = _inputs(base, adapter)
     base, donor = roles.values()
-    refuse_made_up(base, base)
+    refuse_ambiguous(base, base)
     key_map = apply_rules(as_rules(rules), donor)
-    if key_map.made:
+    if key_map.derived:
         raise PlanError("an adapter is folded as it is: rules may rename and drop its tensors, not copy or make others")
     names = {new: old for old, new in key_map.renamed.items()}
     account = account_for_adapter(
@@ -61,8 +61,8 @@ def plan_lora(
     steps = [taken.get(key) or complete_step(Step(info, (Source(_BASE, key),)), roles) for key, info in base.items()]
     dropped = [*dropped_entries(base, _BASE), *dropped_entries(donor, _DONOR)]
     dropped += [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
-    keeps = keeps_rest(base, _BASE)
-    return Plan(tuple(steps), tuple(dropped), base.metadata, (*notes, *key_map.notes), base.versions, keeps)
+    edited_role = role_to_edit(base, _BASE)
+    return Plan(tuple(steps), tuple(dropped), base.metadata, (*notes, *key_map.notes), base.versions, edited_role)
 
 
 def _inputs(base: StateDictLike, donor: StateDictLike) -> dict[str, Checkpoint]:
@@ -114,7 +114,7 @@ def plan_extract_lora(
     roles = _inputs(base, tuned)
     base, donor = roles.values()
     key_map = apply_rules(as_rules(rules), donor)
-    if key_map.made:
+    if key_map.derived:
         raise PlanError("a change is found in tensors as they are: rules may rename and drop them, not make others")
     operation = ExtractLora(rank)
     steps: list[Step] = []

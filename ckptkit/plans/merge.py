@@ -12,12 +12,19 @@ from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.plans.steps import dropped_entries, keeps_rest, left_out, make_step, refuse_made_up, refuse_suspicious
+from ckptkit.plans.steps import (
+    dropped_entries,
+    dropped_sources,
+    make_step,
+    refuse_ambiguous,
+    refuse_suspicious,
+    role_to_edit,
+)
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Made, Rules
+from ckptkit.rules.model import Derivation, Rules
 from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.recipes import compose
-from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, fitting, suggestions
+from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, suggest, suggestions
 
 __all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "follow_ties", "plan_merge"]
 
@@ -50,7 +57,7 @@ def plan_merge(
     _check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
     base = as_checkpoint(base, "base")
     refuse_suspicious(base, "base")
-    refuse_made_up(base, base)
+    refuse_ambiguous(base, base)
     given = list(donors) if isinstance(donors, Sequence) else [donors]
     if not given:
         raise PlanError("there is no donor to take values from")
@@ -74,8 +81,8 @@ def plan_merge(
     notes += [
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
-    outs, keeps = (*steps, *added.values()), keeps_rest(base, "base")
-    return Plan(outs, tuple(dropped), base.metadata, tuple(notes), base.versions, keeps)
+    outs, edited_role = (*steps, *added.values()), role_to_edit(base, "base")
+    return Plan(outs, tuple(dropped), base.metadata, tuple(notes), base.versions, edited_role)
 
 
 def follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
@@ -140,24 +147,24 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, polic
     for pair in result.shape_mismatched:
         if pair.key not in mended:
             why = f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}"
-            dropped += left_out(role, pair.key, outputs[pair.key], why, pair.key)
+            dropped += dropped_sources(role, pair.key, outputs[pair.key], why, pair.key)
     unexpected = {info.key for info in result.unexpected}
     for new, how in outputs.items() if unexpected else ():
         info = how.describe(new, donor)
         if new in base or info.key not in unexpected:
             continue
         if policy.on_unexpected == "skip":
-            dropped += left_out(role, new, how, "the base does not have it")
+            dropped += dropped_sources(role, new, how, "the base does not have it")
         else:
             added[new] = make_step(replace(info, key=new), how, role, donor)
     dropped += dropped_entries(donor, role)
     return _Overlay(role, taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
 
 
-def _mended(pair: KeyPair, how: Made, role: str, donor: Checkpoint, policy: _Policy) -> Step:
+def _mended(pair: KeyPair, how: Derivation, role: str, donor: Checkpoint, policy: _Policy) -> Step:
     """Return the step that makes a donor's tensor fit, by the operation that was asked for."""
     name, wanted, given = policy.on_mismatch, pair.expected.shape, pair.found.shape
-    operation = fitting(name, given, wanted, pair.key)
+    operation = suggest(name, given, wanted, pair.key)
     if operation is None:
         raise PlanError(
             f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
@@ -183,8 +190,8 @@ def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[D
     for step in steps:
         role, last = step.sources[0].role, final[step.out.key].sources[0].role
         if last != role:
-            how = Made(tuple(source.key for source in step.sources), step.recipe)
-            dropped += left_out(role, step.out.key, how, f"{last} has it too, and comes later")
+            how = Derivation(tuple(source.key for source in step.sources), step.recipe)
+            dropped += dropped_sources(role, step.out.key, how, f"{last} has it too, and comes later")
     return dropped
 
 
@@ -203,7 +210,7 @@ def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
 
 
 def _kept(info: TensorInfo, base: Checkpoint) -> Step:
-    return make_step(info, Made((info.key,)), "base", base)
+    return make_step(info, Derivation((info.key,)), "base", base)
 
 
 def _check_choice(name: str, value: str, known: Sequence[str]) -> None:

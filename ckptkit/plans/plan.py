@@ -44,7 +44,7 @@ class Step:
 class Dropped:
     """Something of an input that the output will not have, and why.
 
-    ``wanted`` is the key of the base that it would have filled, where its shape is the reason. ``entry`` says
+    ``wanted`` is the key of the base that it would have filled, where its shape is the reason. ``is_entry`` says
     that it is no tensor of the mapping taken, but something else that the input holds.
     """
 
@@ -52,14 +52,14 @@ class Dropped:
     key: str
     reason: str
     wanted: str = ""
-    entry: bool = False
+    is_entry: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
     """All steps of an output in order, what is left out, and the metadata it will carry.
 
-    ``keeps`` is the role of the input whose file an output of torch is an edited copy of, where there is one;
+    ``edited_role`` is the role of the input whose file an output of torch is an edited copy of, where there is one;
     ``kept`` is what of it stays as it is beside the tensors, by ``fit``.
     """
 
@@ -68,7 +68,7 @@ class Plan:
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     versions: Mapping[str, int] = field(default_factory=dict)  # of modules, by prefix; torch files carry them
-    keeps: str = ""
+    edited_role: str = ""
     kept: tuple[str, ...] = ()
 
     @property
@@ -92,9 +92,9 @@ class Plan:
             )
             for step in self.steps
         ]
-        left_out = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
+        dropped_sources = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
         made = html_table(("key", "tensor", "from", "operation", "rule"), rows)
-        return made + (html_table(("left out", "of", "because"), left_out) if left_out else "")
+        return made + (html_table(("left out", "of", "because"), dropped_sources) if dropped_sources else "")
 
 
 def ties_broken(plan: Plan) -> list[tuple[str, ...]]:

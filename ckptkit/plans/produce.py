@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import Cast, Live
+from ckptkit.core.torch_bridge import CastPayload, TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan import Step
 
-if TYPE_CHECKING:
-    import torch
-
-__all__ = ["Maker"]
+__all__ = ["Producer"]
 
 _KEPT = 128 << 20
 
 
 @dataclass(slots=True)
-class Maker:
+class Producer:
     """Makes the tensors of a plan out of its inputs, by role.
 
     The outputs of one recipe are made together, and kept while others are asked for, as far as together they are small:
@@ -39,30 +35,27 @@ class Maker:
         """
         found = self._found(step)
         if step.recipe is not None:
-            return _Cooked(step.out.nbytes, lambda: self.tensor(step))
+            return _ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
-        return payload if found.dtype == step.out.dtype else Cast(payload, found, step.out)
+        return payload if found.dtype == step.out.dtype else CastPayload(payload, found, step.out)
 
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with others that this maker made."""
-        import torch
-
         self._found(step)
         if step.recipe is None:
             made = self._read(step, 0)
         else:
-            from ckptkit.tensor_ops.recipes import Recipe, cook
+            from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
 
             # All outputs of one chain over the same sources are one piece of work.
             work = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
             outputs = self._made.pop(work, None)
             if outputs is None:
                 self._make_room()
-                outputs = cook(step.recipe, step.sources, lambda number: self._read(step, number))
+                outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number))
             self._made[work] = outputs
             made = outputs[step.recipe.part]
-        dtype: torch.dtype = getattr(torch, DTYPES[step.out.dtype].torch_name)
-        return made.to(dtype)
+        return made.to(torch_dtype(step.out.dtype))
 
     def _make_room(self) -> None:
         rest = _KEPT
@@ -100,9 +93,9 @@ class Maker:
 
 
 @dataclass(frozen=True, slots=True)
-class _Cooked:
+class _ComputedPayload:
     nbytes: int
     make: Callable[[], Tensor] = field(repr=False)
 
     def chunks(self) -> Iterator[memoryview]:
-        yield from Live(self.make(), self.nbytes).chunks()
+        yield from TensorPayload(self.make(), self.nbytes).chunks()

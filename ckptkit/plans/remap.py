@@ -12,13 +12,13 @@ from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.steps import (
     dropped_entries,
+    dropped_sources,
     float_dtype,
     is_float,
-    keeps_rest,
-    left_out,
     make_step,
     moved_modules,
     refuse_suspicious,
+    role_to_edit,
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
@@ -58,7 +58,7 @@ def plan_remap(
     if like is not None:
         outs = _exactly(as_checkpoint(like, "the checkpoint to be like"), outs)
         for key, how in outputs.items():
-            surplus += [] if key in outs else left_out("source", key, how, _NOT_WANTED)
+            surplus += [] if key in outs else dropped_sources("source", key, how, _NOT_WANTED)
     steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
     if not steps:
         raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
@@ -67,7 +67,7 @@ def plan_remap(
     moved = moved_modules(checkpoint.versions, key_map.renamed)
     versions = {new: checkpoint.versions[old] for old, new in moved.items()}
     return Plan(
-        tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, keeps_rest(checkpoint, "source")
+        tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, role_to_edit(checkpoint, "source")
     )
 
 

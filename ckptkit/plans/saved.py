@@ -12,8 +12,8 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
-from ckptkit.plans.steps import complete_step, dropped_entries, keeps_rest, moved_modules, refuse_suspicious
-from ckptkit.rules.model import describe_made
+from ckptkit.plans.steps import complete_step, dropped_entries, moved_modules, refuse_suspicious, role_to_edit
+from ckptkit.rules.model import describe_output
 from ckptkit.tensor_ops.recipes import Recipe
 from ckptkit.tensor_ops.registry import invert_chain, parse_operation
 
@@ -66,13 +66,13 @@ def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any
             for step in plan.steps
         ],
         "dropped": [
-            {"role": drop.role, "key": drop.key, "reason": drop.reason, "wanted": drop.wanted, "entry": drop.entry}
+            {"role": drop.role, "key": drop.key, "reason": drop.reason, "wanted": drop.wanted, "entry": drop.is_entry}
             for drop in plan.dropped
         ],
         "metadata": dict(plan.metadata),
         "versions": dict(plan.versions),
         "notes": list(plan.notes),
-        "keeps": plan.keeps,
+        "keeps": plan.edited_role,
         "kept": list(plan.kept),
     }
 
@@ -102,12 +102,12 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
         metadata = {_text(key): _text(value) for key, value in document["metadata"].items()}
         versions = {_text(key): _whole(value) for key, value in document["versions"].items()}
         notes = tuple(map(_text, document["notes"]))
-        keeps, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
+        edited_role, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(f"is no whole plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
         raise PlanError(f"is no plan that can be followed: {error.reason}", hint=error.hint) from None
-    return SavedPlan(Plan(steps, dropped, metadata, notes, versions, keeps, kept), headers, inputs)
+    return SavedPlan(Plan(steps, dropped, metadata, notes, versions, edited_role, kept), headers, inputs)
 
 
 def _dropped(item: Mapping[str, Any]) -> Dropped:
@@ -176,15 +176,16 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
         except (CkptkitError, KeyError) as error:
             raise PlanError(f"the plan cannot be followed for {quoted(step.out.key)}: {error}") from None
         infos = [sources[source.role][source.key] for source in step.sources]
-        found = describe_made(step.out.key, infos, step.recipe, step.rule)
+        found = describe_output(step.out.key, infos, step.recipe, step.rule)
         if made.operation != step.operation or found.shape != step.out.shape:
             raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
         steps.append(made)
     # What is no tensor is looked up anew: whether it is kept depends on the output, and what there is on the input.
-    dropped = [drop for drop in saved.plan.dropped if not drop.entry]
+    dropped = [drop for drop in saved.plan.dropped if not drop.is_entry]
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]
-    keeps = keeps_rest(sources[saved.plan.keeps], saved.plan.keeps) if saved.plan.keeps in sources else ""
-    return replace(saved.plan, steps=tuple(steps), dropped=tuple(dropped), keeps=keeps, kept=())
+    edited = saved.plan.edited_role
+    edited_role = role_to_edit(sources[edited], edited) if edited in sources else ""
+    return replace(saved.plan, steps=tuple(steps), dropped=tuple(dropped), edited_role=edited_role, kept=())
 
 
 def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:
@@ -222,7 +223,7 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     lost[:0] = [
         f"{quoted(drop.key)} was dropped ({drop.reason})"
         for drop in saved.plan.dropped
-        if not drop.entry and drop.key not in made
+        if not drop.is_entry and drop.key not in made
     ]
     if not lost and header_digest(step.out for step in made.values()) != saved.headers.get(_ROLE):
         lost.append("it does not name every tensor that it was made from")
@@ -231,12 +232,13 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
         raise PlanError(f"cannot be undone: {'; '.join(lost[:_MOST_NAMED])}{more}")
     outs = [step.out for step in saved.plan.steps]
     inputs = {Source(_ROLE, info.key): TensorInfo(info.key, info.dtype, info.shape) for info in outs}
-    entries = [drop.key for drop in saved.plan.dropped if drop.entry]
+    entries = [drop.key for drop in saved.plan.dropped if drop.is_entry]
     notes = (f"not among the tensors, and gone: {', '.join(map(quoted, entries))}",) if entries else ()
     names = {step.sources[0].key: key for key, step in made.items() if step.recipe is None}
     moved = moved_modules(saved.plan.versions, names)
     versions = {old: saved.plan.versions[new] for new, old in moved.items()}
-    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, versions, keeps=saved.plan.keeps and _ROLE)
+    edited_role = _ROLE if saved.plan.edited_role else ""
+    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, versions, edited_role)
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
 
 

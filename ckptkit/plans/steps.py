@@ -8,22 +8,22 @@ from dataclasses import replace
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import printable, quoted, shell_word
-from ckptkit.core.torch_bridge import ABSENT, CASTABLE
+from ckptkit.core.torch_bridge import ABSENT, CASTABLE, dtype_code
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
-from ckptkit.rules.model import Made, describe_made
+from ckptkit.rules.model import Derivation, describe_output
 
 __all__ = [
     "complete_step",
     "dropped_entries",
+    "dropped_sources",
     "float_dtype",
     "is_float",
-    "keeps_rest",
-    "left_out",
     "make_step",
     "moved_modules",
-    "refuse_made_up",
+    "refuse_ambiguous",
     "refuse_suspicious",
+    "role_to_edit",
 ]
 
 _WHY_NOT = {
@@ -33,7 +33,7 @@ _WHY_NOT = {
 }
 
 
-def make_step(out: TensorInfo, how: Made, role: str, checkpoint: Checkpoint) -> Step:
+def make_step(out: TensorInfo, how: Derivation, role: str, checkpoint: Checkpoint) -> Step:
     """Return the step that makes ``out`` of the tensors of an input, as rules say: copied, operated on, or cast.
 
     Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where an operation does not fit.
@@ -50,9 +50,9 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     out, sources = step.out, step.sources
     for source in sources:
         if source.key == out.key:
-            refuse_made_up(roles[source.role], [source.key])
+            refuse_ambiguous(roles[source.role], [source.key])
     infos = [roles[source.role][source.key] for source in sources]
-    found = describe_made(out.key, infos, step.recipe, step.rule)
+    found = describe_output(out.key, infos, step.recipe, step.rule)
     leave_out = f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}"
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
@@ -86,12 +86,12 @@ def is_float(code: str) -> bool:
 
 def float_dtype(name: str) -> str:
     """Return the code of a floating-point dtype by its code or torch's name; raises ``PlanError`` for any other."""
-    for dtype in DTYPES.values():
-        if name.upper() == dtype.code or name.removeprefix("torch.") == dtype.torch_name:
-            if is_float(dtype.code) and dtype.code in CASTABLE:
-                return dtype.code
-            raise PlanError(f"{dtype.code} is not a dtype that floating-point tensors can be cast to")
-    raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names of them")
+    code = dtype_code(name)
+    if code is None:
+        raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names of them")
+    if not is_float(code) or code not in CASTABLE:
+        raise PlanError(f"{code} is not a dtype that floating-point tensors can be cast to")
+    return code
 
 
 def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
@@ -105,7 +105,7 @@ def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
         )
 
 
-def refuse_made_up(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
+def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
     """Raise ``PlanError`` where one of the keys, which shall name a tensor of an output, is a name of ours."""
     made_up = checkpoint.made_up
     key = next((key for key in keys if key in made_up), None) if made_up else None
@@ -123,7 +123,7 @@ def refuse_made_up(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
     )
 
 
-def left_out(role: str, name: str, how: Made, reason: str, wanted: str = "") -> list[Dropped]:
+def dropped_sources(role: str, name: str, how: Derivation, reason: str, wanted: str = "") -> list[Dropped]:
     """Return for each tensor of an input that ``name`` stands for that it is left out by that name."""
     if how.recipe is not None:
         reason = f"made into {quoted(name)}: {reason}"
@@ -133,13 +133,13 @@ def left_out(role: str, name: str, how: Made, reason: str, wanted: str = "") -> 
 def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
     """Return what an input holds besides tensors, as left out."""
     return [
-        Dropped(role, entry.path, _entry_reason(entry), entry=True)
+        Dropped(role, entry.path, _entry_reason(entry), is_entry=True)
         for entry in checkpoint.entries
         if entry.type != ABSENT and not (entry.path == "_metadata" and checkpoint.versions)
     ]
 
 
-def keeps_rest(checkpoint: Checkpoint, role: str) -> str:
+def role_to_edit(checkpoint: Checkpoint, role: str) -> str:
     """Return the role of an input whose file holds more than the tensors taken, and can be written again; else none."""
     return role if checkpoint.rest is not None else ""
 

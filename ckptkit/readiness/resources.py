@@ -10,7 +10,7 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import SlotSchema, schema_of
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.loading.snapshot import registered
+from ckptkit.loading.snapshot import named_tensors
 from ckptkit.readiness.model import Memory, StateMemory
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iter
 
     parameters = {id(tensor) for tensor in model.parameters()}
     sizes: dict[bool, dict[int, int]] = {True: {}, False: {}}
-    for tensor in registered(model).values():
+    for tensor in named_tensors(model).values():
         known = sizes[id(tensor) in parameters]
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()

@@ -96,8 +96,8 @@ def _wrote(plan: Plan, written: Written) -> tuple[str | Code, ...]:
 def written_text(plan: Plan, written: Written, shared: Iterable[tuple[str, ...]]) -> list[str]:
     """Return what to say after writing: what it is, where from, and what was left out."""
     lines = as_text([Line(_wrote(plan, written))])
-    tensors = [drop for drop in plan.dropped if not drop.entry]
-    others = [drop.key for drop in plan.dropped if drop.entry]
+    tensors = [drop for drop in plan.dropped if not drop.is_entry]
+    others = [drop.key for drop in plan.dropped if drop.is_entry]
     lines += _kept(plan)
     if tensors:
         lines += as_text([_left_out(tensors, expand=False)])

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.patterns import Fit, Pattern, literal, matches_any, parse_pattern
+from ckptkit.core.patterns import KeyMatch, Pattern, literal, matches_any, parse_pattern
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
-from ckptkit.rules.model import KeyMap, Made, Rule, Rules, Stage, with_rule
+from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rule
 from ckptkit.wrappers.explain import AUTO, Wrapping, explain_wrappers, strip_prefix
 
 __all__ = ["apply_rules", "strip_stages"]
@@ -57,7 +57,7 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
     """
     if not rules.stages:
         return KeyMap({key: key for key in keys})
-    state = {key: Made((key,)) for key in keys}
+    state = {key: Derivation((key,)) for key in keys}
     dropped: dict[str, str] = {}
     notes: list[str] = []
     beside = [entry.path for entry in keys.entries] if isinstance(keys, Checkpoint) else []
@@ -80,7 +80,7 @@ class _Claim:
     """Who wants a new name: what the name was before this pass, and the rule that gives it the new one."""
 
     name: str
-    made: Made
+    made: Derivation
     rule: Rule | None
 
     @property
@@ -96,7 +96,7 @@ class _Member:
     which: int
     index: tuple[int, ...]
     name: str
-    made: Made
+    made: Derivation
 
 
 @dataclass(slots=True)
@@ -110,7 +110,7 @@ class _Pass:
     groups: dict[tuple[int, tuple[str, ...]], list[_Member]] = field(default_factory=dict)
     counted: dict[tuple[int, tuple[str, ...]], tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
-    def over(self, state: Mapping[str, Made], *, allow_unused: bool) -> dict[str, Made]:
+    def over(self, state: Mapping[str, Derivation], *, allow_unused: bool) -> dict[str, Derivation]:
         """Return the names after this pass, in the order of those before it."""
         keep, rules = self.stage.keep, self.stage.rules
         hits = [0] * len(rules)
@@ -132,7 +132,7 @@ class _Pass:
         _refuse_unused(self.stage, state, hits, self.notes, allow_unused=allow_unused)
         return {name: claim.made for name, claim in self.claims.items()}
 
-    def obey(self, index: int, which: int, match: re.Match[str] | Fit, claim: _Claim) -> None:
+    def obey(self, index: int, which: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
         rule = self.stage.rules[index]
         if rule.drops:
             self.leave_out(claim, str(rule))
@@ -211,7 +211,7 @@ class _Pass:
             [member.made.recipe for member in inputs], [len(member.made.sources) for member in inputs], rule.operations
         )
         for name, recipe in zip(names, recipes, strict=True):
-            self.claims[name] = replace(self.claims[name], made=Made(sources, recipe, said))
+            self.claims[name] = replace(self.claims[name], made=Derivation(sources, recipe, said))
 
     def refuse_uneven(self, index: int, which: int, name: str, members: Sequence[_Member]) -> None:
         """Raise ``RuleError`` where the rule gathers fewer here than elsewhere: it would be the last ones that lack."""
@@ -251,7 +251,7 @@ def _table(rules: Sequence[Rule]) -> _Table:
     return [(telling(pattern), index, which, pattern) for index, which, pattern in patterns]
 
 
-def _first_match(table: _Table, name: str) -> tuple[int, int, re.Match[str] | Fit] | None:
+def _first_match(table: _Table, name: str) -> tuple[int, int, re.Match[str] | KeyMatch] | None:
     for text, index, which, pattern in table:
         if text in name:  # of hundreds of rules nearly all end here, in a tenth of the time of a regex
             match = pattern.match(name)
@@ -260,7 +260,7 @@ def _first_match(table: _Table, name: str) -> tuple[int, int, re.Match[str] | Fi
     return None
 
 
-def _numbers(rule: Rule, which: int, match: re.Match[str] | Fit) -> tuple[int, ...]:
+def _numbers(rule: Rule, which: int, match: re.Match[str] | KeyMatch) -> tuple[int, ...]:
     """Return the values of the captures that the rule gathers over."""
     numbers = []
     for name in rule.gathered:

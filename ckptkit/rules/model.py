@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # commands that only rename, or list, need no operations
     from ckptkit.tensor_ops.operation import Operation
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["KeyMap", "Made", "Rule", "Rules", "Stage", "describe_made"]
+__all__ = ["Derivation", "KeyMap", "Rule", "Rules", "Stage", "describe_output"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Rules:
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Derivation:
     """How one key of the output comes about: from which keys, by which recipe (None: as it is), by which rules.
 
     ``equals`` are keys that a rule promises to have the same bytes.
@@ -92,10 +92,10 @@ class Made:
 
         ``key`` is its new name, for the message.
         """
-        return describe_made(key, [infos[name] for name in self.sources], self.recipe, self.rule)
+        return describe_output(key, [infos[name] for name in self.sources], self.recipe, self.rule)
 
 
-def describe_made(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None, rule: str) -> TensorInfo:
+def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None, rule: str) -> TensorInfo:
     """Return what a recipe makes of these tensors (None: the first as it is), called by their names.
 
     ``key`` is its new name and ``rule`` who asks for it, for the message of the ``RuleError`` where none can be.
@@ -120,22 +120,22 @@ class KeyMap:
     """What the rules made of a set of keys: old → new, what operations and copies made, and what was dropped."""
 
     renamed: Mapping[str, str]
-    made: Mapping[str, Made] = field(default_factory=dict)  # new key -> how, where that is more than one old key
+    derived: Mapping[str, Derivation] = field(default_factory=dict)  # new key -> how it is made, if not by renaming
     rule_of: Mapping[str, str] = field(default_factory=dict)  # old key -> the rules that spoke, where one did
     dropped: Mapping[str, str] = field(default_factory=dict)  # old key -> the reason
     equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # old key -> dropped ones that must equal it
     notes: tuple[str, ...] = ()
-    order: Sequence[str] | None = None  # the new keys, where ``made`` stands between the renamed ones
+    order: Sequence[str] | None = None  # the new keys, where ``derived`` stands between the renamed ones
 
-    def outputs(self) -> Mapping[str, Made]:
+    def outputs(self) -> Mapping[str, Derivation]:
         """Return every new key, in order, with how it comes about."""
         plain = {
-            new: Made((old,), None, self.rule_of.get(old, ""), self.equals.get(old, ()))
+            new: Derivation((old,), None, self.rule_of.get(old, ""), self.equals.get(old, ()))
             for old, new in self.renamed.items()
         }
         if self.order is None:
             return plain
-        return {name: plain.get(name) or self.made[name] for name in self.order}
+        return {name: plain.get(name) or self.derived[name] for name in self.order}
 
     def describe(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Return the tensors by their new keys, each still called by the name of its source.
@@ -145,14 +145,14 @@ class KeyMap:
         plain = {new: infos[old] for old, new in self.renamed.items()}
         if self.order is None:
             return plain
-        made = {key: how.describe(key, infos) for key, how in self.made.items()}
+        made = {key: how.describe(key, infos) for key, how in self.derived.items()}
         return {key: plain.get(key) or made[key] for key in self.order}
 
     @classmethod
-    def of(cls, state: Mapping[str, Made], dropped: Mapping[str, str], notes: Sequence[str]) -> KeyMap:
+    def of(cls, state: Mapping[str, Derivation], dropped: Mapping[str, str], notes: Sequence[str]) -> KeyMap:
         """Return the map that ends in these new keys."""
         renamed: dict[str, str] = {}
-        made: dict[str, Made] = {}
+        made: dict[str, Derivation] = {}
         for new, how in state.items():
             if how.recipe is None and how.sources[0] not in renamed:
                 renamed[how.sources[0]] = new
@@ -170,6 +170,6 @@ class KeyMap:
         )
 
 
-def with_rule(made: Made, rule: Rule) -> Made:
+def with_rule(made: Derivation, rule: Rule) -> Derivation:
     """Return the same, with one more rule that spoke."""
     return replace(made, rule=f"{made.rule}, {rule}" if made.rule else str(rule))

@@ -52,9 +52,9 @@ class Settings:
             raise RuleError("it is no integer", hint='write a number, arithmetic, or "config:NAME"')
         if value.startswith(_FROM_CONFIG):
             return self._from_config(value.removeprefix(_FROM_CONFIG))
-        from ckptkit.tensor_ops.expressions import evaluate
+        from ckptkit.tensor_ops.expressions import evaluate_expression
 
-        return evaluate(value, known)
+        return evaluate_expression(value, known)
 
     def _from_config(self, path: str) -> int:
         if self.config is None:

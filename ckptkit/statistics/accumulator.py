@@ -10,9 +10,9 @@ import math
 import threading
 from typing import TYPE_CHECKING, Final
 
-from ckptkit.core.checkpoint import DTYPES, TensorInfo
+from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import tensor_of_bytes
+from ckptkit.core.torch_bridge import tensor_of_bytes, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.statistics.threads import Workspace
 from ckptkit.statistics.value_stats import Moments, ValueStats, exact_sum, merge_moments
@@ -62,7 +62,7 @@ class Accumulator:
             raise ValueError(f"{quoted(info.key)}: {reason}")
         code = _PARTS.get(info.dtype, info.dtype)
         self._workspace = workspace
-        self._dtype: torch.dtype = torch.uint8 if code in _COUNTED else getattr(torch, DTYPES[code].torch_name)
+        self._dtype: torch.dtype = torch.uint8 if code in _COUNTED else torch_dtype(code)
         self._tally: _Counts | _Sums = _Counts(code) if code in _COUNTED else _Sums(code, workspace)
         self._rest = b""
 
@@ -134,7 +134,7 @@ class _Counts:
         if self.code == "BOOL":
             return [0.0] + [1.0] * 255
         codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
-        values = codes.view(getattr(torch, DTYPES[self.code].torch_name))
+        values = codes.view(torch_dtype(self.code))
         listed: list[float] = (values if self.code in ("U8", "I8") else values.to(torch.float64)).tolist()
         return listed
 

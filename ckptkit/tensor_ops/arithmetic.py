@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.core.torch_bridge import CASTABLE, dtype_code, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import (
     Arithmetic,
@@ -20,7 +20,6 @@ from ckptkit.tensor_ops.operation import (
     Shape,
     Text,
     printable_code,
-    torch_dtype,
 )
 
 __all__ = ["Add", "Cast", "FoldBatchNorm", "FoldMask", "FoldSpectralNorm", "FoldWeightNorm", "Scale"]
@@ -35,11 +34,10 @@ class Cast(Operation):
 
     def __post_init__(self) -> None:
         """Take torch's name for its code; refuse what is no dtype to cast to."""
-        wanted = self.dtype.removeprefix("torch.")
-        found = [code for code in CASTABLE if code == wanted.upper() or DTYPES[code].torch_name == wanted]
-        if not found:
+        code = dtype_code(self.dtype)
+        if code not in CASTABLE:
             raise self.refusal(f"{quoted(self.dtype)} is no dtype to cast to", "for example F32, F16, BF16")
-        object.__setattr__(self, "dtype", found[0])
+        object.__setattr__(self, "dtype", code)
 
     @property
     def lossy(self) -> bool:

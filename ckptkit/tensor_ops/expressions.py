@@ -11,7 +11,7 @@ from types import MappingProxyType
 from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate_expression"]
 
 _LONGEST = 200
 _LARGEST = 2**63
@@ -25,7 +25,7 @@ _UNARY: Mapping[type[ast.unaryop], Callable[[int], int]] = MappingProxyType(
 )
 
 
-def evaluate(text: str, variables: Mapping[str, int]) -> int:
+def evaluate_expression(text: str, variables: Mapping[str, int]) -> int:
     """Return the integer that ``text`` amounts to: ``+ - * //``, parentheses, integers and variables.
 
     Raises ``RuleError`` for anything else, an unknown variable, a division by zero, and numbers beyond 64 bits.

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, g
 
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import printable, quoted
-from ckptkit.core.torch_bridge import CASTABLE
+from ckptkit.core.torch_bridge import CASTABLE, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.expressions import evaluate
+from ckptkit.tensor_ops.expressions import evaluate_expression
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +30,10 @@ __all__ = [
     "Operation",
     "Shape",
     "Text",
-    "code_of",
     "elements",
     "printable_code",
     "read_parameters",
     "times",
-    "torch_dtype",
     "unflatten",
     "working_dtype",
 ]
@@ -87,14 +85,14 @@ class Operation(ABC):
         del inputs
         return None
 
-    def moving(self) -> Operation | None:
+    def for_optimizer_state(self) -> Operation | None:
         """Return what does the same to other numbers of the elements, such as moments; None where it computes."""
         return None
 
     def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Return the outputs, contiguous, maybe in the inputs' memory; raises ``RuleError`` where they do not fit."""
         self.shapes([tuple(tensor.shape) for tensor in tensors])
-        self.dtypes([code_of(tensor) for tensor in tensors])
+        self.dtypes([code_of(tensor.dtype) for tensor in tensors])
         return self.make([tensor.detach().resolve_conj().resolve_neg() for tensor in tensors])
 
     def params(self) -> dict[str, Any]:
@@ -128,7 +126,7 @@ class Moving(Operation):
 
     __slots__ = ()
 
-    def moving(self) -> Operation:
+    def for_optimizer_state(self) -> Operation:
         """Return itself: it moves whatever belongs to an element."""
         return self
 
@@ -184,7 +182,7 @@ class Arithmetic(Operation):
         """Widen, compute, round."""
         wide = working_dtype(tensors)
         made = self.compute([tensor.to(wide) for tensor in tensors])
-        codes = self.dtypes([code_of(tensor) for tensor in tensors])
+        codes = self.dtypes([code_of(tensor.dtype) for tensor in tensors])
         return tuple(tensor.to(torch_dtype(code)).contiguous() for tensor, code in zip(made, codes, strict=True))
 
 
@@ -198,20 +196,6 @@ def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     import torch
 
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def code_of(tensor: Tensor) -> str:
-    """Return the safetensors code of a tensor's dtype; torch's name in capitals where there is none."""
-    name = str(tensor.dtype).removeprefix("torch.")
-    return next((dtype.code for dtype in DTYPES.values() if dtype.torch_name == name), name.upper())
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """Return torch's dtype for a code."""
-    import torch
-
-    dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
-    return dtype
 
 
 def elements(shape: Shape) -> int:
@@ -230,7 +214,7 @@ _Op = TypeVar("_Op", bound=Operation)
 
 def _int(value: object, variables: Variables) -> int:
     if isinstance(value, str):
-        return evaluate(value, variables)
+        return evaluate_expression(value, variables)
     if isinstance(value, bool) or not isinstance(value, int):
         raise RuleError(f"{_shown(value)} is not an integer")
     if not -(2**63) <= value < 2**63:

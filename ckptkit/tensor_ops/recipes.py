@@ -9,7 +9,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Operation, Shape
 from ckptkit.tensor_ops.registry import apply_chain, chain_dtypes, chain_shapes
 
-__all__ = ["Recipe", "compose", "cook", "recipe_dtype", "recipe_shape"]
+__all__ = ["Recipe", "compose", "evaluate_recipe", "recipe_dtype", "recipe_shape"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,26 +65,28 @@ def recipe_dtype(recipe: int | Recipe, sources: Sequence[str]) -> str:
     return chain_dtypes(recipe.operations, [recipe_dtype(item, sources) for item in recipe.inputs])[recipe.part]
 
 
-def cook(recipe: Recipe, sources: Sequence[object], read: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
+def evaluate_recipe(recipe: Recipe, sources: Sequence[object], read: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
     """Return every output of the recipe's last operation.
 
     ``read`` gives a source by its number; where two of ``sources`` are equal, what is made of them is made once.
     """
     first: dict[object, int] = {}
     numbers = [first.setdefault(source, number) for number, source in enumerate(sources)]
-    return _Kitchen(read).cook(_renumbered(recipe, numbers))
+    return _Evaluation(read).evaluate(_renumbered(recipe, numbers))
 
 
 @dataclass(frozen=True, slots=True)
-class _Kitchen:
+class _Evaluation:
     read: Callable[[int], Tensor]
     made: dict[object, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def cook(self, recipe: Recipe) -> tuple[Tensor, ...]:
+    def evaluate(self, recipe: Recipe) -> tuple[Tensor, ...]:
         work = recipe.inputs, recipe.operations
         if work in self.made:
             return self.made[work]
-        inputs = [self.read(item) if isinstance(item, int) else self.cook(item)[item.part] for item in recipe.inputs]
+        inputs = [
+            self.read(item) if isinstance(item, int) else self.evaluate(item)[item.part] for item in recipe.inputs
+        ]
         outputs = apply_chain(recipe.operations, inputs)
         if len(outputs) > 1:  # the parts of one tensor go their own ways, and each comes by here
             self.made[work] = outputs

@@ -81,7 +81,7 @@ class Pad(Operation):
                 raise self.refusal(f"{printable_code(code)} does not hold {self.fill}")
         return (inputs[0],)
 
-    def moving(self) -> Pad:
+    def for_optimizer_state(self) -> Pad:
         """Return the same with zeros: whatever new rows begin with, no gradient has been there."""
         return replace(self, fill="zeros")
 

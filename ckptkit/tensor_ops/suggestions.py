@@ -13,7 +13,7 @@ from ckptkit.tensor_ops.moving import Permute, Reshape, Slice, Transpose
 from ckptkit.tensor_ops.operation import Operation, Shape, times
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 
-__all__ = ["MISMATCH_NAMES", "fitting", "suggestions"]
+__all__ = ["MISMATCH_NAMES", "suggest", "suggestions"]
 
 _Fit = tuple[Operation, str]
 # Relative positions are tables of offsets: their rows are no positions, and are resized otherwise.
@@ -147,7 +147,7 @@ _FITS: Mapping[str, Callable[[Shape, Shape, str], _Fit | None]] = MappingProxyTy
 MISMATCH_NAMES = tuple(sorted(_FITS))
 
 
-def fitting(name: str, found: Shape, expected: Shape, key: str) -> Operation | None:
+def suggest(name: str, found: Shape, expected: Shape, key: str) -> Operation | None:
     """Return the operation of that name that turns the shape ``found`` into ``expected``, or None.
 
     Position embeddings are told by their ``key``; a reshape only joins or divides neighbouring dims. Raises
@@ -160,7 +160,7 @@ def fitting(name: str, found: Shape, expected: Shape, key: str) -> Operation | N
 
 
 def suggestions(found: Shape, expected: Shape, key: str) -> tuple[tuple[str, str], ...]:
-    """Return the names for which ``fitting`` has an operation, each with what it would do, best first."""
+    """Return the names for which ``suggest`` has an operation, each with what it would do, best first."""
     fits = ((name, fit(found, expected, key)) for name, fit in _FITS.items())
     made = [(name, fit[1]) for name, fit in fits if fit is not None]
     # A table of one row a token has a grid only by chance, unless its name says that it is an image's.

@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import shape_or_none
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
 from ckptkit.param_groups.parameters import Inventory
 from ckptkit.param_groups.spec import is_tensor, number_fault
@@ -53,7 +54,7 @@ def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimiz
 
 def _matrices(inventory: Inventory, reader: str, members: Sequence[Member]) -> Iterator[Finding]:
     for member in members:
-        if (shape := _shape(member.tensor)) is not None and len(shape) != 2:
+        if (shape := shape_or_none(member.tensor)) is not None and len(shape) != 2:
             name = member_name(inventory, member)
             yield Finding(
                 "groups.matrices-only",
@@ -84,7 +85,7 @@ def _two_kinds(
                 "leave the others out of the groups that it is built with",
             )
         for member in within[id(group)] if muon else ():
-            if (shape := _shape(member.tensor)) is not None and len(shape) < 2:
+            if (shape := shape_or_none(member.tensor)) is not None and len(shape) < 2:
                 name = member_name(inventory, member)
                 yield Finding(
                     "groups.matrices-only",
@@ -154,13 +155,6 @@ def _kernels(
             f"{group.where}: lr is a tensor, which foreach=True without capturable=True does not take",
             "make it a number: float(lr), or set foreach=False",
         )
-
-
-def _shape(tensor: Any) -> tuple[int, ...] | None:
-    try:
-        return tuple(tensor.shape)
-    except RuntimeError:  # uninitialised
-        return None
 
 
 _MULTIPLIERS = {"lr_scale": "lr", "lr_mult": "lr", "decay_mult": "weight_decay"}

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import human_bytes, plural, quoted
+from ckptkit.core.torch_bridge import shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
 from ckptkit.param_groups.live import LiveOptimizer, Member, member_name, member_names
 from ckptkit.param_groups.parameters import Inventory, address
@@ -83,7 +84,7 @@ def _slots(
     unknown: dict[str, list[Member]] = defaultdict(list)
     converted: dict[tuple[str, Any, Any], dict[Member, bool]] = defaultdict(dict)
     for member, slots in kept:
-        shape = _shape(member.tensor)
+        shape = shape_or_none(member.tensor)
         if shape is None:
             continue
         wanted = schema.slots_for(member.group.options, shape)
@@ -217,7 +218,7 @@ def _absent(
         for member in optimizer.members
         if id(member.tensor) not in there
         and member.tensor.requires_grad
-        and schema.slots_for(member.group.options, _shape(member.tensor) or ())
+        and schema.slots_for(member.group.options, shape_or_none(member.tensor) or ())
     ]
     if there and without:
         yield Finding(
@@ -228,13 +229,6 @@ def _absent(
             f"{member_names(inventory, without)}",
             "they got no gradient so far, or their state was not loaded",
         )
-
-
-def _shape(tensor: Any) -> tuple[int, ...] | None:
-    try:
-        return tuple(tensor.shape)
-    except RuntimeError:  # uninitialised
-        return None
 
 
 def check_state_values(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Shape
 from ckptkit.tensor_ops.registry import parse_operation
-from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, fitting, suggestions
+from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, suggest, suggestions
 
 POS = "vit.pos_embed"
 
@@ -64,7 +64,7 @@ POS = "vit.pos_embed"
 def test_an_operation_is_found_where_it_fits(
     name: str, found: Shape, expected: Shape, key: str, made: dict[str, object] | None
 ) -> None:
-    operation = fitting(name, found, expected, key)
+    operation = suggest(name, found, expected, key)
     kind = "pad" if name.startswith("pad") else name.removesuffix("_1d")
     assert operation == (None if made is None else parse_operation({kind: made}))
     assert operation is None or operation.shapes([found]) == (expected,)
@@ -116,7 +116,7 @@ shapes = st.lists(st.integers(0, 20), max_size=4).map(tuple)
 def test_whatever_is_suggested_fits(found: Shape, expected: Shape, key: str) -> None:
     """By the operation's own account of its output."""
     for name, why in suggestions(found, expected, key):
-        operation = fitting(name, found, expected, key)
+        operation = suggest(name, found, expected, key)
         assert operation is not None
         assert why
         assert operation.shapes([found]) == (expected,)
@@ -124,7 +124,7 @@ def test_whatever_is_suggested_fits(found: Shape, expected: Shape, key: str) -> 
 
 def test_other_names_are_refused() -> None:
     with pytest.raises(RuleError) as caught:
-        fitting("fold_lora", (1,), (2,), "w")
+        suggest("fold_lora", (1,), (2,), "w")
     assert caught.value.reason == "'fold_lora' mends no mismatch"
     assert caught.value.hint == f"one of {', '.join(MISMATCH_NAMES)}"
     assert sorted(MISMATCH_NAMES) == list(MISMATCH_NAMES)
@@ -133,4 +133,4 @@ def test_other_names_are_refused() -> None:
 @pytest.mark.parametrize("shape", [(1, 0), (1, 4, 0), ()], ids=str)
 def test_nothing_is_no_grid(shape: Shape) -> None:
     """Tables without columns, and scalars, are no positions."""
-    assert fitting("resize_pos_embed", shape, shape, POS) is None
+    assert suggest("resize_pos_embed", shape, shape, POS) is None
