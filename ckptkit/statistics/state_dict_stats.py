@@ -105,8 +105,8 @@ def stats(
     """
     opened = as_checkpoint(checkpoint, "checkpoint")
     key_map = apply_rules(as_rules(rules), opened)
-    if key_map.made:
-        made = quoted(next(iter(key_map.made)))
+    if key_map.derived:
+        made = quoted(next(iter(key_map.derived)))
         raise RuleError(f"{made} would be made by an operation", hint="write it first, with ckpt remap")
     first = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
     tensors: dict[str, TensorStats] = {}
