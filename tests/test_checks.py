@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ckptkit import Finding, Report, open_checkpoint, run_checks
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Access, Checkpoint, Description
 from ckptkit.core.files import LocalFile
 from ckptkit.errors import RuleError
 from ckptkit.formats.zip_archive import read_zip_directory
@@ -395,7 +395,9 @@ def test_a_reader_without_records_is_read_tensor_by_tensor(tmp_path: Path) -> No
     """What is known of no container is still read, once a tensor, and said to be unchecked."""
     path = _safetensors(tmp_path)
     with open_checkpoint(path) as inner:
-        bare = Checkpoint(inner, lambda info: inner.payload(info.key), path=str(path), format="new", files=[str(path)])
+        bare = Checkpoint(
+            inner, Access(lambda info: inner.payload(info.key)), Description(str(path), "new", files=[str(path)])
+        )
         report = run_checks(bare)
     assert codes(report) == ["dtype-mix", "no-checksum", "not-scanned"]
     assert "2 of 2 records (40 B)" in report.findings[1].message

@@ -14,7 +14,7 @@ from torch import nn
 import ckptkit.loading
 import ckptkit.loading.snapshot
 from ckptkit import load_into
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import FormatError, ModelError
 from ckptkit.loading.snapshot import Snapshot, named_tensors
@@ -148,7 +148,7 @@ def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.Monke
     model = Net()
     before = pinned(model)
     with pytest.raises(FormatError):
-        load_into(model, Checkpoint(dict(whole), payload, path="broken", format="test"))
+        load_into(model, Checkpoint(dict(whole), Access(payload), Description("broken", "test")))
     assert pinned(model) == before
 
 

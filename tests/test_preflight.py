@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ckptkit import preflight
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.checkpoint import Access, Checkpoint, Description
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.readiness import Preflight
@@ -300,7 +300,7 @@ def test_an_open_checkpoint_is_read_no_further_than_needed() -> None:
 
     with torch.device("meta"):
         model = Net()
-    unread = Checkpoint(dict(donor), payload, path="init", format="test")
+    unread = Checkpoint(dict(donor), Access(payload), Description("init", "test"))
     assert preflight(model, init=unread).ok
 
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.render.page import Row, Table, as_text, collapse
 from ckptkit.render.show import show_page, show_tree
 
@@ -65,7 +65,9 @@ def test_names_that_look_like_numbers_stay_names() -> None:
 def test_a_key_of_thousands_of_segments(key: str) -> None:
     """It costs what its length costs, and its depth is cut short: the rest is on the last line."""
     info = TensorInfo(key, "F32", (1,))
-    checkpoint = Checkpoint({key: info}, lambda _: pytest.fail("it is read"), path="x.pt", format="safetensors")
+    checkpoint = Checkpoint(
+        {key: info}, Access(lambda _: pytest.fail("it is read")), Description("x.pt", "safetensors")
+    )
     tree = as_text(show_tree(checkpoint, {key: info}))
     assert sum(map(len, tree)) < 20_000
     assert tree[-1].startswith("  " * 64)

@@ -15,7 +15,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ckptkit import TensorInfo, choose_output, execute, open_checkpoint, plan_merge, plan_remap
-from ckptkit.core.checkpoint import DTYPES, View, is_contiguous, reach
+from ckptkit.core.checkpoint import (
+    DTYPES,
+    Access,
+    Checkpoint,
+    Description,
+    View,
+    is_contiguous,
+    storage_range,
+)
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import ChangedError, OutputError, PlanError
@@ -129,7 +137,7 @@ def check_layout(state: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
     """Ties are ties; where keeping a layout costs no room, it is kept."""
     infos = as_checkpoint(dict(state), "state")
     for key, tensor in state.items():
-        first, last = reach(infos[key])
+        first, last = storage_range(infos[key])
         if tensor.numel() and last - first <= infos[key].nbytes and not is_contiguous(infos[key]):
             assert found[key].stride() == tensor.stride()
         for other, value in state.items():
@@ -246,8 +254,7 @@ class Nothing:
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 def test_a_tensor_that_changes_its_size_meanwhile_is_noticed(name: str, tmp_path: Path) -> None:
     """Zeros in the place of what never came would look like weights."""
-    source = as_checkpoint(described(w=(2,)), "source")
-    source._payload = lambda _: Nothing()
+    source = Checkpoint(described(w=(2,)), Access(lambda _: Nothing()), Description("source", "test"))
     with pytest.raises(ChangedError, match="gave 0 bytes, and 8 were announced"):
         execute(plan_remap(source), source, tmp_path / name)
     assert list(tmp_path.iterdir()) == []

@@ -302,10 +302,10 @@ class Scan:
             return f"held in memory, not in a file: no byte of a file was read, {self._judged()}"
         read = f"{human_bytes(self.nbytes)} in {plural(self.records, 'record')} read, {self.compared:,} compared"
         parts = [f"{read} with a checksum; {self._judged()}", "code was not analysed"]
-        within = [entry.path for entry in self.checkpoint.entries if not entry.apart]
+        within = [entry.path for entry in self.checkpoint.entries if not entry.is_file]
         if within:
             parts.append(f"what is beside the tensors was not interpreted ({listed(within)})")
-        apart = [entry.path for entry in self.checkpoint.entries if entry.apart]
+        apart = [entry.path for entry in self.checkpoint.entries if entry.is_file]
         if apart:
             parts.append(f"other files were not read ({listed(apart)})")
         if self.left_out:

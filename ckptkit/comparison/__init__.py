@@ -232,7 +232,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
 
 def _values_elsewhere(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
     """Return the keys of found's own mapping that hold no tensor, in order."""
-    paths = [entry.path for entry in found.entries if not entry.outside]
+    paths = [entry.path for entry in found.entries if not entry.is_outside]
     return dict.fromkeys(path for path in paths if path not in tensors and path != "_metadata")
 
 

@@ -1,12 +1,13 @@
-"""The vocabulary: what a tensor in a checkpoint is called, how it is laid out, and where its bytes come from."""
+"""The types that describe a checkpoint: tensors, entries, records, and the ``Checkpoint`` that holds them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from ckptkit.core.closing import Closing
 from ckptkit.core.text import quoted
@@ -14,33 +15,39 @@ from ckptkit.core.torch_types import Tensor
 
 __all__ = [
     "DTYPES",
+    "Access",
     "Checkpoint",
+    "Container",
     "DType",
+    "Description",
     "Entry",
-    "Nest",
+    "KeyPath",
+    "Nested",
     "Payload",
     "Record",
-    "Rest",
     "TensorInfo",
     "View",
     "is_contiguous",
-    "reach",
+    "module_versions",
+    "pack_float4",
     "row_major",
+    "storage_range",
+    "unpack_float4",
 ]
 
 
 class DType(NamedTuple):
-    """One element type: its safetensors code, its width in bits and its name in torch."""
+    """An element type: its safetensors code, its width in bits and its name in torch."""
 
     code: str
     bits: int
     torch_name: str
     storable: bool = True  # whether the safetensors format has a code for it
-    parts: int = 1  # numbers in an element: byte order is a property of each part
+    parts: int = 1  # numbers in an element: each has a byte order of its own
 
     @property
     def part_bytes(self) -> int:
-        """Bytes of one number; 1 where several share a byte."""
+        """Return the bytes of one number; 1 if several numbers share a byte."""
         return max(self.bits // 8 // self.parts, 1)
 
 
@@ -88,7 +95,7 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
 
 
 class View(NamedTuple):
-    """Where a tensor lies in memory: equal ``storage`` within one checkpoint means shared memory.
+    """The part of a storage that a tensor covers; equal ``storage`` within one checkpoint means shared memory.
 
     ``offset`` and ``stride`` count elements, as in torch.
     """
@@ -100,11 +107,11 @@ class View(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """An entry of a state_dict minus the numbers: key (FQN), dtype (safetensors code) and shape.
+    """Describe a tensor of a checkpoint without its values: key, dtype (safetensors code) and shape.
 
-    ``kind`` is ``"dense"`` for everything whose bytes can be copied; anything else (``"sparse"``,
-    ``"quantized"``, ``"meta"``, …) is listed and cannot be written. ``stored`` is the size in bytes where the
-    dtype is none of ours, such as the blocks of GGUF.
+    ``kind`` is ``"dense"`` for a tensor whose bytes can be copied. Any other kind (``"sparse"``, ``"quantized"``,
+    ``"meta"``, ...) is listed and cannot be written. ``stored_bytes`` is the size in bytes of a tensor whose dtype
+    is not in ``DTYPES``, such as the block types of GGUF.
     """
 
     key: str
@@ -112,56 +119,57 @@ class TensorInfo:
     shape: tuple[int, ...]
     view: View | None = None
     kind: str = "dense"
-    stored: int = 0
+    stored_bytes: int = 0
 
     @property
     def elements(self) -> int:
-        """Number of elements: the product of the shape."""
+        """Return the number of elements, which is the product of the shape."""
         return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the elements take when stored contiguously."""
+        """Return the size of the elements in bytes, stored contiguously."""
         dtype = DTYPES.get(self.dtype)
-        return self.stored if dtype is None else (self.elements * dtype.bits + 7) // 8
+        return self.stored_bytes if dtype is None else (self.elements * dtype.bits + 7) // 8
 
     def __str__(self) -> str:
-        """Dtype and shape, as every table and message gives them: ``F32 [64, 3]``."""
+        """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
         kind = "" if self.kind == "dense" else f" ({self.kind})"
         return f"{self.dtype} {list(self.shape)}{kind}"
 
 
 class Entry(NamedTuple):
-    """Something in a checkpoint that is no tensor of the state_dict: an epoch, an optimizer, arguments.
+    """A value of a checkpoint that is not a tensor of the state_dict: an epoch, an optimizer, arguments.
 
-    ``value`` is the value itself where JSON can hold it, else a short description. ``outside`` says that it
-    lies beside the mapping of weights and not in it, ``apart`` that it is a file of its own.
+    ``value`` is the value itself if JSON can hold it, else a short description. ``is_outside`` is true for a value
+    outside the mapping of weights. ``is_file`` is true for a separate file.
     """
 
     path: str
     type: str
     value: object
-    outside: bool = False
-    apart: bool = False
+    is_outside: bool = False
+    is_file: bool = False
 
 
 class Payload(Protocol):
-    """The bytes of one tensor: contiguous, row-major, little-endian, not read until asked for."""
+    """The bytes of one tensor: contiguous, row-major, little-endian, and read only by ``chunks``."""
 
     @property
     def nbytes(self) -> int:
-        """Exact number of bytes that ``chunks`` yields together."""
+        """Return the exact number of bytes that ``chunks`` yields in total."""
         ...
 
     def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
-        """Yield the bytes in order, in pieces of bounded size; a piece is valid until the next."""
+        """Yield the bytes in order, in pieces of bounded size; each piece is valid until the next."""
         ...
 
 
 class Record(NamedTuple):
-    """A stretch of the file at ``path`` that its container keeps as one, still unread.
+    """A range of the file at ``path`` that its container stores as one unit; its bytes are not read yet.
 
-    ``crc`` is the CRC-32 of the payload's bytes, where one is recorded; ``keys`` name the tensors that lie in it.
+    ``crc`` is the CRC-32 of the payload's bytes if the container has one. ``keys`` are the tensors stored in the
+    record.
     """
 
     path: str
@@ -171,96 +179,194 @@ class Record(NamedTuple):
     keys: tuple[str, ...] = ()
 
 
-class Nest(NamedTuple):
-    """The mapping that a Checkpoint was taken from, as it is nested, and the keys that lead there to each tensor.
+KeyPath = tuple[object, ...]  # the keys and positions that lead from a nested value to a value inside
 
-    Containers, numbers and texts are Python's own; in place of tensors, and of objects that need code, stand others.
+
+class Nested(NamedTuple):
+    """The nested mapping that a Checkpoint lists flat, and the key path of each tensor in the mapping.
+
+    Containers, numbers and strings are Python's own. Placeholders stand for tensors and for objects that need code.
     """
 
     value: object
-    places: Mapping[str, tuple[object, ...]]
+    paths: Mapping[str, KeyPath]
 
 
 @dataclass(frozen=True, slots=True)
-class Rest:
-    """A file that holds more than the mapping of tensors taken from it, as it lies there: enough to write it again.
+class Container:
+    """A file that holds more than the mapping of tensors, with all that is needed to write the file again.
 
-    ``path`` are the keys that lead to the mapping, ``places`` those that lead from there to each tensor. ``storage``
-    gives the bytes of a storage by its name in the pickle, ``others`` what else the container holds, by name.
-    ``references`` name code that torch's own weights-only loader would refuse; ``doubt`` says why nothing can be
-    written again, if so.
+    ``path`` leads to the mapping of tensors, and ``paths`` lead from the mapping to each tensor. ``pickle`` returns
+    the pickle of the file, ``storage`` the bytes of a storage by its name in the pickle. ``other_records`` returns
+    the remaining records by name. ``references`` are code names that torch's weights-only loader refuses.
+    ``unwritable`` is the reason why the file cannot be written again, or empty.
     """
 
-    path: tuple[object, ...]
-    places: Mapping[str, tuple[object, ...]]
+    path: KeyPath
+    paths: Mapping[str, KeyPath]
     pickle: Callable[[], bytes]
     storage: Callable[[str], Payload]
-    others: Callable[[], Sequence[tuple[str, Payload]]]
+    other_records: Callable[[], Sequence[tuple[str, Payload]]]
     references: tuple[str, ...] = ()
-    doubt: str = ""
+    unwritable: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a reader states about a checkpoint; ``Checkpoint`` has a property for each field."""
+
+    path: str
+    format: str
+    files: Sequence[str] = ()
+    envelope: str = ""
+    entries: Sequence[Entry] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, int] = field(default_factory=dict)
+    ambiguous: Mapping[str, str] = field(default_factory=dict)
+    warnings: Sequence[str] = ()
+    references: Sequence[str] = ()
+    suspicious: bool = False
+
+    def __post_init__(self) -> None:
+        """Copy every field that a caller could still change."""
+        for name in ("files", "entries", "warnings", "references"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("metadata", "versions", "ambiguous"):
+            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """The functions of a reader that reach the bytes of a checkpoint; the methods of ``Checkpoint`` call them."""
+
+    payload: Callable[[TensorInfo], Payload]
+    span: Callable[[TensorInfo], Payload | None] | None = None
+    records: Callable[[], Iterable[Record]] | None = None
+    check: Callable[[], None] | None = None
+    close: Callable[[], None] | None = None
 
 
 class Checkpoint(Mapping[str, TensorInfo], Closing):
-    """An open checkpoint: a mapping from key to ``TensorInfo`` whose bytes are read only on request.
+    """An open checkpoint: a mapping from key to ``TensorInfo`` that reads bytes only on request.
 
-    Close it, or use it as a context manager. ``entries`` lists what is no tensor of the mapping,
-    ``references`` the code that the file names and that was not run, ``envelope`` which mapping
-    inside the file was taken (empty: the file itself), ``versions`` the module versions that a
-    state_dict carries as its ``_metadata``, ``made_up`` the keys that are names of ours, since the dotted names that
-    they stand for are those of several places, or made of keys that are no strings; ``nest`` the mapping as it is
-    nested, where it is; ``rest`` what the file holds beside the mapping, where that can be written again.
+    Close it, or use it as a context manager. A Checkpoint never changes: ``with_warnings`` and ``with_entries``
+    return another one, which shares the open files.
     """
+
+    __slots__ = ("__weakref__", "_access", "_container", "_description", "_infos", "_nested", "_open_files")
 
     def __init__(
         self,
         infos: Mapping[str, TensorInfo],
-        payload: Callable[[TensorInfo], Payload],
+        access: Access,
+        description: Description,
         *,
-        path: str,
-        format: str,  # noqa: A002 - the field's word, and the name of the JSON field
-        metadata: Mapping[str, str] | None = None,
-        entries: Sequence[Entry] = (),
-        warnings: Sequence[str] = (),
-        references: Sequence[str] = (),
-        suspicious: bool = False,
-        envelope: str = "",
-        versions: Mapping[str, int] | None = None,
-        made_up: Mapping[str, str] | None = None,
-        span: Callable[[TensorInfo], Payload | None] | None = None,
-        records: Callable[[], Iterable[Record]] | None = None,
-        files: Sequence[str] = (),
-        check: Callable[[], None] | None = None,
-        close: Callable[[], None] | None = None,
-        nest: Nest | None = None,
-        rest: Rest | None = None,
+        nested: Nested | None = None,
+        container: Container | None = None,
     ) -> None:
-        """Take over the callbacks of the reader that opened the file."""
+        """Take over the open files of the reader, whose functions are ``access``."""
         self._infos = infos
-        self._payload = payload
-        self._span = span
-        self._check = check
-        self._close = close
-        self._records = records
-        self.path = path
-        self.format = format
-        self.metadata: Mapping[str, str] = MappingProxyType(dict(metadata or {}))
-        self.entries = tuple(entries)
-        self.warnings = tuple(warnings)
-        self.references = tuple(references)
-        self.suspicious = suspicious
-        self.envelope = envelope
-        self.versions: Mapping[str, int] = MappingProxyType(dict(versions or {}))
-        self.made_up: Mapping[str, str] = MappingProxyType(dict(made_up or {}))
-        self.files = tuple(files)
-        self.nest = nest
-        self.rest = rest
+        self._access = access
+        self._description = description
+        self._nested = nested
+        self._container = container
+        self._open_files = ExitStack()  # shared with every Checkpoint derived from this one
+        if access.close is not None:
+            self._open_files.callback(access.close)
+
+    @property
+    def path(self) -> str:
+        """Return the path that was opened, or a name for a checkpoint in memory."""
+        return self._description.path
+
+    @property
+    def format(self) -> str:
+        """Return the name of the file format."""
+        return self._description.format
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Return the paths of all files that hold a part of the checkpoint."""
+        return self._description.files
+
+    @property
+    def envelope(self) -> str:
+        """Return the dotted path of the mapping inside the file that was taken; empty for the whole file."""
+        return self._description.envelope
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """Return everything that is not a tensor of the mapping."""
+        return self._description.entries
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Return the free text that the format stores as metadata."""
+        return self._description.metadata
+
+    @property
+    def versions(self) -> Mapping[str, int]:
+        """Return the module versions of the state_dict's ``_metadata``, by module prefix."""
+        return self._description.versions
+
+    @property
+    def ambiguous(self) -> Mapping[str, str]:
+        """Return the dotted name of each key that ckptkit had to make up.
+
+        A key is made up if the dotted name would fit several places, or if a part of the name is not a string.
+        """
+        return self._description.ambiguous
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """Return what the reader found odd, as sentences."""
+        return self._description.warnings
+
+    @property
+    def references(self) -> Sequence[str]:
+        """Return the dotted names of the code that the file refers to; ckptkit never runs that code."""
+        return self._description.references
+
+    @property
+    def suspicious(self) -> bool:
+        """Return whether a name among ``references`` looks malicious."""
+        return self._description.suspicious
+
+    @property
+    def nested(self) -> Nested | None:
+        """Return the nested mapping of a torch file; None for every flat format."""
+        return self._nested
+
+    @property
+    def container(self) -> Container | None:
+        """Return the whole file around the mapping, if the file holds more and can be written again."""
+        return self._container
+
+    def with_warnings(self, *warnings: str) -> Checkpoint:
+        """Return this checkpoint with more warnings; both share the open files."""
+        return self._with(replace(self._description, warnings=(*self.warnings, *warnings)))
+
+    def with_entries(self, *entries: Entry) -> Checkpoint:
+        """Return this checkpoint with more entries; both share the open files."""
+        return self._with(replace(self._description, entries=(*self.entries, *entries)))
+
+    def _with(self, description: Description) -> Checkpoint:
+        other = Checkpoint(
+            self._infos,
+            replace(self._access, close=None),
+            description,
+            nested=self._nested,
+            container=self._container,
+        )
+        other._open_files = self._open_files
+        return other
 
     def __getitem__(self, key: str) -> TensorInfo:
         """Return the description of one tensor."""
         return self._infos[key]
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over keys in the order of the file."""
+        """Iterate over the keys in the order of the file."""
         return iter(self._infos)
 
     def __len__(self) -> int:
@@ -268,59 +374,63 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         return len(self._infos)
 
     def __contains__(self, key: object) -> bool:
-        """Return whether there is a tensor of this key."""
+        """Return whether the checkpoint has a tensor with this key."""
         return key in self._infos
 
     def items(self) -> ItemsView[str, TensorInfo]:
-        """Return keys and descriptions, at the speed of a dict."""
+        """Return keys and descriptions, as fast as a dict."""
         return self._infos.items()
 
     def values(self) -> ValuesView[TensorInfo]:
-        """Return the descriptions, at the speed of a dict."""
+        """Return the descriptions, as fast as a dict."""
         return self._infos.values()
 
     def __repr__(self) -> str:
-        """Show what was opened, and never its contents."""
+        """Return path, format and number of tensors, never the contents."""
         return f"<Checkpoint {self.path!r}: {self.format}, {len(self)} tensors>"
 
     def payload(self, key: str) -> Payload:
-        """Return the bytes of one tensor, still unread."""
-        return self._payload(self._infos[key])
+        """Return the bytes of one tensor, not read yet."""
+        return self._access.payload(self._infos[key])
 
     def span(self, key: str) -> Payload | None:
-        """Return the stored bytes from a view's first to its last element, or None where they say less.
+        """Return the stored bytes from the first to the last element of a view, or None if they are not its values.
 
-        Two views of one storage can be written once through it. None means that only ``payload`` tells
-        the logical values (a conjugate or negative view, a format without views).
+        Through spans, a writer writes two views of one storage once. Only ``payload`` has the values of a conjugate
+        or negative view, and of a format without views.
         """
-        return None if self._span is None else self._span(self._infos[key])
+        span = self._access.span
+        return None if span is None else span(self._infos[key])
 
     def records(self) -> Iterable[Record]:
-        """Return all that is stored, in the order of the files, unread; nothing of what lies in memory alone."""
-        if self._records is not None:
-            return self._records()
+        """Return all stored records in the order of the files, not read yet; none for a checkpoint in memory."""
+        if self._access.records is not None:
+            return self._access.records()
         stored = [info for info in self.values() if info.kind == "dense"] if self.files else []
-        return (Record(self.path, info.key, self._payload(info), keys=(info.key,)) for info in stored)
+        return (Record(self.path, info.key, self._access.payload(info), keys=(info.key,)) for info in stored)
 
     def read_bytes(self, key: str) -> bytes:
         """Return the contiguous little-endian bytes of one tensor."""
         return b"".join(bytes(chunk) for chunk in self.payload(key).chunks())
 
     def read(self, key: str) -> Tensor:
-        """Return one tensor, in memory of its own, on the CPU.
+        """Return one tensor on the CPU, in memory of its own, with the shape and dtype of ``self[key]``.
 
-        Raises ``KeyError`` for an unknown key and ``FormatError`` where the bytes are not what the header says.
+        Raises ``KeyError`` for an unknown key, ``TypeError`` for a dtype that this torch does not have, and
+        ``FormatError`` if the bytes contradict the header.
         """
         import torch
 
         info = self._infos[key]
         name = DTYPES[info.dtype].torch_name if info.dtype in DTYPES else ""
-        dtype: Any = getattr(torch, name, None) if name else None
+        dtype = getattr(torch, name, None) if name else None
         if info.dtype == "F4" and (not info.shape or info.shape[-1] % 2):
-            raise TypeError(f"{quoted(key)}: torch holds F4 in pairs, and the last of {list(info.shape)} is not even")
-        if dtype is None:
+            raise TypeError(
+                f"{quoted(key)}: torch stores F4 elements in pairs, and the last size of {list(info.shape)} is odd"
+            )
+        if not isinstance(dtype, torch.dtype):
             raise TypeError(f"{quoted(key)}: this torch has no dtype for {info.dtype}")
-        shape = (*info.shape[:-1], info.shape[-1] // 2) if info.dtype == "F4" and info.shape else info.shape
+        shape = pack_float4(info.shape) if info.dtype == "F4" else info.shape
         if info.elements == 0:
             return torch.empty(shape, dtype=dtype)
         buffer = bytearray(info.nbytes)
@@ -331,19 +441,34 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(shape)
 
     def check_unchanged(self) -> None:
-        """Raise ``ChangedError`` if a file changed on disk since it was opened."""
-        if self._check is not None:
-            self._check()
+        """Raise ``ChangedError`` if a file changed on disk after it was opened."""
+        if self._access.check is not None:
+            self._access.check()
 
     def close(self) -> None:
-        """Release the files; reading tensors afterwards is an error."""
-        close, self._close = self._close, None
-        if close is not None:
-            close()
+        """Close the files; reading a tensor afterwards is an error."""
+        self._open_files.close()
 
 
-def reach(info: TensorInfo) -> tuple[int, int]:
-    """Return the first byte in its storage that a view covers, and the one behind the last."""
+def pack_float4(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that torch gives to float4 elements of this shape: torch counts bytes of two elements."""
+    return (*shape[:-1], shape[-1] // 2)
+
+
+def unpack_float4(
+    shape: tuple[int, ...], stride: tuple[int, ...], offset: int
+) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+    """Return shape, stride and offset of a float4 tensor of torch, counted in elements instead of bytes.
+
+    Return None if the bytes along the last dimension are not adjacent: no stride in elements describes that tensor.
+    """
+    if not shape or stride[-1] != 1:
+        return None
+    return (*shape[:-1], 2 * shape[-1]), (*(2 * step for step in stride[:-1]), 1), 2 * offset
+
+
+def storage_range(info: TensorInfo) -> tuple[int, int]:
+    """Return the bytes of the storage that a view covers: the first byte, and the end (exclusive)."""
     if info.view is None or info.elements == 0:
         return 0, 0
     bits = DTYPES[info.dtype].bits
@@ -352,7 +477,7 @@ def reach(info: TensorInfo) -> tuple[int, int]:
 
 
 def is_contiguous(info: TensorInfo) -> bool:
-    """Return whether the elements lie in memory in row-major order, without gaps."""
+    """Return whether the elements are stored in row-major order, without gaps."""
     if info.view is None or info.elements == 0:
         return True
     expected = 1
@@ -373,8 +498,9 @@ def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(reversed(strides))
 
 
-def versions_from(table: Mapping[Any, Any]) -> dict[str, int]:
-    """Return the module versions in the ``_metadata`` of a state_dict, by module prefix."""
+def module_versions(metadata: object) -> dict[str, int]:
+    """Return the module versions in the ``_metadata`` of a state_dict, by module prefix; none if it is malformed."""
+    table = metadata if isinstance(metadata, Mapping) else {}
     return {
         prefix: entry["version"]
         for prefix, entry in table.items()

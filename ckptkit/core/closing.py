@@ -11,6 +11,8 @@ __all__ = ["Closing"]
 class Closing:
     """Call ``close`` at the end of a ``with`` block, whether or not the block raises."""
 
+    __slots__ = ()
+
     def close(self) -> None:
         """Release what the object holds."""
         raise NotImplementedError

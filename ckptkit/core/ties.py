@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ckptkit.core.checkpoint import TensorInfo, View, reach
+from ckptkit.core.checkpoint import TensorInfo, View, storage_range
 
 __all__ = ["overlapping_tensors", "shared_keys", "tied_keys"]
 
@@ -31,8 +31,8 @@ def overlapping_tensors(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     for views in storages.values():
         if len(views) > 1:
             end = -1
-            for info in sorted(views, key=reach):
-                first, last = reach(info)
+            for info in sorted(views, key=storage_range):
+                first, last = storage_range(info)
                 if first >= end:
                     groups.append([])
                     end = last

@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from ckptkit.core.checkpoint import (
     DTYPES,
+    Access,
     Checkpoint,
+    Description,
     Entry,
     Payload,
     TensorInfo,
     View,
     is_contiguous,
-    reach,
-    versions_from,
+    module_versions,
+    storage_range,
+    unpack_float4,
 )
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
@@ -198,7 +201,7 @@ def as_checkpoint(thing: StateDictLike, role: str) -> Checkpoint:
         raise ModelError(f"{role} is a path", hint="open it first: open_checkpoint(path)")
     if isinstance(thing, Mapping):
         if all(isinstance(value, TensorInfo) for value in thing.values()):
-            return Checkpoint(thing, _no_bytes, path=role, format="description")
+            return Checkpoint(thing, Access(_no_bytes), Description(role, "description"))
         return describe_state_dict(thing, role)
     if not callable(getattr(thing, "state_dict", None)) or not _is_module(thing):
         raise ModelError(f"{role} is a {type(thing).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
@@ -208,9 +211,7 @@ def as_checkpoint(thing: StateDictLike, role: str) -> Checkpoint:
         raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
-    checkpoint = describe_state_dict(state, role)
-    checkpoint.entries += tuple(_absent(thing))
-    return checkpoint
+    return describe_state_dict(state, role).with_entries(*_absent(thing))
 
 
 def first_line(error: BaseException) -> str:
@@ -269,18 +270,14 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
             return None
         if is_contiguous(info) or tensor.is_meta or info.kind != "dense":
             return payload(info)
-        first, last = reach(info)
+        first, last = storage_range(info)
         raw = torch.empty(0, dtype=torch.uint8, device=tensor.device)
         return TensorPayload(raw.set_(tensor.untyped_storage(), first, (last - first,), (1,)), last - first)
 
     return Checkpoint(
         infos,
-        payload,
-        path=path,
-        format=format,
-        entries=entries,
-        span=span,
-        versions=versions_from(getattr(state, "_metadata", {})),
+        Access(payload, span),
+        Description(path, format, entries=entries, versions=module_versions(getattr(state, "_metadata", {}))),
     )
 
 
@@ -313,13 +310,13 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
     shape = tuple(tensor.shape)
     if kind != "dense":
         return TensorInfo(key, code, shape, kind=kind)
-    stride, offset = tensor.stride(), tensor.storage_offset()
+    stride, offset = tuple(map(int, tensor.stride())), int(tensor.storage_offset())
     if code == "F4":
-        if not shape or stride[-1] != 1:
+        unpacked = unpack_float4(shape, stride, offset)
+        if unpacked is None:
             return TensorInfo(key, code, shape, kind="packed")
-        shape, offset = (*shape[:-1], 2 * shape[-1]), 2 * offset
-        stride = (*(2 * step for step in stride[:-1]), 1)
-    return TensorInfo(key, code, shape, View(_storage_id(tensor), int(offset), tuple(map(int, stride))))
+        shape, stride, offset = unpacked
+    return TensorInfo(key, code, shape, View(_storage_id(tensor), offset, stride))
 
 
 def _storage_id(tensor: Tensor) -> int:

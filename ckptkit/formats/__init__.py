@@ -92,9 +92,9 @@ def refusing(name: str) -> Iterator[None]:
 
 
 def _with_names_compared(checkpoint: Checkpoint) -> Checkpoint:
-    if (alike := look_alikes(checkpoint)) is not None:
-        checkpoint.warnings += (f"two names look alike: {alike[0][:200]!a} and {alike[1][:200]!a}",)
-    return checkpoint
+    if (alike := look_alikes(checkpoint)) is None:
+        return checkpoint
+    return checkpoint.with_warnings(f"two names look alike: {alike[0][:200]!a} and {alike[1][:200]!a}")
 
 
 def split_path(name: str) -> tuple[str, str]:

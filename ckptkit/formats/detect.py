@@ -74,9 +74,9 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
         raise
     named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
     if named is not None and not checkpoint.format.startswith(named):
-        checkpoint.warnings += (f"the name says {named}, the content is {checkpoint.format}: read by content",)
-    checkpoint.warnings += _hollow(checkpoint)
-    return checkpoint
+        warning = f"the name says {named}, the content is {checkpoint.format}: read by content"
+        checkpoint = checkpoint.with_warnings(warning)
+    return checkpoint.with_warnings(*_hollow(checkpoint))
 
 
 def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:

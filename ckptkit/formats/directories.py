@@ -99,7 +99,7 @@ def read_beside(directory: str, names: Iterable[str]) -> Beside:
             entry = Entry("", "file", "not read")
         path = members[0] if len(members) == 1 else family
         kind = entry.type if len(members) == 1 else plural(len(members), "file")
-        entries.append(Entry(path, kind, entry.value, outside=True, apart=True))
+        entries.append(Entry(path, kind, entry.value, is_outside=True, is_file=True))
     return Beside(tuple(entries), tuple(warnings))
 
 
@@ -219,9 +219,7 @@ def open_directory(directory: str, selection: Selection) -> Checkpoint:
     except BaseException:
         checkpoint.close()
         raise
-    checkpoint.entries += entries
-    checkpoint.warnings += warnings
-    return checkpoint
+    return checkpoint.with_entries(*entries).with_warnings(*warnings)
 
 
 def _names(directory: str) -> list[str]:
@@ -275,17 +273,16 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
         else open_file(os.path.join(directory, chosen), selection)
     )
     if not index:
-        checkpoint.warnings += tuple(links_outside(directory, [chosen]))
+        checkpoint = checkpoint.with_warnings(*links_outside(directory, [chosen]))
     if chosen.startswith("adapter_model"):
-        checkpoint.warnings += _adapter_warnings(checkpoint, directory, names)
+        checkpoint = checkpoint.with_warnings(*_adapter_warnings(checkpoint, directory, names))
     what = f"the index {quoted(chosen)}" if index else quoted(chosen)
     return _with_others(checkpoint, what, [name for name in (*known, *numbered, *indexes) if name != chosen])
 
 
 def _with_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
     warnings = (f"{quoted(name)} lies beside {chosen}, which is the one read" for name in others[:4])
-    checkpoint.warnings += tuple(warnings)
-    return checkpoint
+    return checkpoint.with_warnings(*warnings)
 
 
 def _adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequence[str]) -> tuple[str, ...]:

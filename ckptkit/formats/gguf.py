@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
@@ -142,7 +142,7 @@ def read_metadata(cursor: Cursor, count: int) -> Metadata:
             raise FormatError(f"two metadata keys are called {quoted(key)}")
         kind = cursor.u32()
         value = _value(cursor, kind, key)
-        entries[key] = Entry(key, _kind_name(kind, key), value, outside=True)
+        entries[key] = Entry(key, _kind_name(kind, key), value, is_outside=True)
         if key == "general.alignment":
             if kind != 4 or not isinstance(value, int) or value.bit_count() != 1:
                 raise FormatError(f"{quoted(key)} is {value}, and no power of two")
@@ -312,16 +312,8 @@ def open_gguf(file: LocalFile) -> Checkpoint:
 
     return Checkpoint(
         {key: place.info for key, place in places.items()},
-        payload,
-        path=file.path,
-        format="gguf",
-        entries=metadata.entries,
-        warnings=warnings,
-        span=span,
-        records=records,
-        files=[file.path],
-        check=file.check_unchanged,
-        close=file.close,
+        Access(payload, span, records, file.check_unchanged, file.close),
+        Description(file.path, "gguf", files=[file.path], entries=metadata.entries, warnings=warnings),
     )
 
 
@@ -361,7 +353,7 @@ def _place(cursor: Cursor, number: int, alignment: int) -> _Place:
         raise FormatError(f"{quoted(key)}: rows of {row} elements do not divide into {kind.name} blocks of "
                           f"{kind.elements}")  # fmt: skip
     stored = math.prod(shape) // kind.elements * kind.nbytes
-    return _Place(TensorInfo(key, kind.name, shape, kind="quantized", stored=stored), offset)
+    return _Place(TensorInfo(key, kind.name, shape, kind="quantized", stored_bytes=stored), offset)
 
 
 def _check_places(places: list[_Place], base: int, size: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
-from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, reach, row_major
+from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, row_major, storage_range
 from ckptkit.core.files import CHUNK, Inflated, Region, Swapped, seekable
 from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import FormatError
@@ -157,7 +157,7 @@ class Strided:
 
     def _read(self) -> tuple[memoryview, list[Loop], int]:
         loops, run = self._loops()
-        first, last = reach(self.info)
+        first, last = storage_range(self.info)
         span = last - first
         if span <= max(_WINDOW, self.nbytes):
             payload = self.storage.slice(first, span)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import as_checkpoint, first_line
 from ckptkit.errors import CkptkitError, ModelError
@@ -150,11 +150,6 @@ def open_live(target: str, path: str) -> Checkpoint:
 
     return Checkpoint(
         shapes,
-        payload,
-        path=path,
-        format="live model",
-        entries=shapes.entries,
-        warnings=shapes.warnings,
-        versions=shapes.versions,
-        span=span,
+        Access(payload, span),
+        Description(path, "live model", entries=shapes.entries, warnings=shapes.warnings, versions=shapes.versions),
     )

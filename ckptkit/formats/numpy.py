@@ -10,7 +10,9 @@ from typing import Final
 
 from ckptkit.core.checkpoint import (
     DTYPES,
+    Access,
     Checkpoint,
+    Description,
     Entry,
     Payload,
     Record,
@@ -227,14 +229,12 @@ def _checkpoint(
 ) -> Checkpoint:
     return Checkpoint(
         {key: array.info for key, array in arrays.items()},
-        lambda info: arrays[info.key].payload(),
-        path=file.path,
-        format=format,
-        entries=entries,
-        warnings=warnings,
-        span=lambda info: arrays[info.key].stored(),
-        records=records,
-        files=[file.path],
-        check=file.check_unchanged,
-        close=file.close,
+        Access(
+            payload=lambda info: arrays[info.key].payload(),
+            span=lambda info: arrays[info.key].stored(),
+            records=records,
+            check=file.check_unchanged,
+            close=file.close,
+        ),
+        Description(file.path, format, files=[file.path], entries=entries, warnings=warnings),
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import without_collection
 from ckptkit.core.text import plural, quoted
@@ -74,16 +74,8 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
 
     return Checkpoint(
         infos,
-        payload,
-        path=file.path,
-        format="safetensors",
-        metadata=metadata,
-        warnings=warnings,
-        span=payload,
-        records=records,
-        files=[file.path],
-        check=file.check_unchanged,
-        close=file.close,
+        Access(payload, payload, records, file.check_unchanged, file.close),
+        Description(file.path, "safetensors", files=[file.path], metadata=metadata, warnings=warnings),
     )
 
 

@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import PureWindowsPath
 from typing import Any
 
-from ckptkit.core.checkpoint import Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
@@ -88,8 +88,7 @@ def open_sharded(
         for shard in opened.values():
             shard.close()
         raise
-    checkpoint.warnings += tuple(_odd_names(list(shards), extra))
-    return checkpoint
+    return checkpoint.with_warnings(*_odd_names(list(shards), extra))
 
 
 def _read_index(path: str) -> Mapping[str, Any]:
@@ -243,19 +242,17 @@ def _joined(
     formats = {shard.format for shard in opened.values()}
     return Checkpoint(
         infos,
-        payload,
-        path=directory,
-        format=f"sharded {'/'.join(sorted(formats))} ({plural(len(opened), 'shard')})",
-        metadata=metadata,
-        entries=[entry for shard in opened.values() for entry in shard.entries],
-        warnings=warnings,
-        references=list(dict.fromkeys(name for shard in opened.values() for name in shard.references)),
-        suspicious=any(shard.suspicious for shard in opened.values()),
-        span=span,
-        records=records,
-        files=[index_path, *(file for shard in opened.values() for file in shard.files)],
-        check=check,
-        close=close,
+        Access(payload, span, records, check, close),
+        Description(
+            directory,
+            f"sharded {'/'.join(sorted(formats))} ({plural(len(opened), 'shard')})",
+            files=[index_path, *(file for shard in opened.values() for file in shard.files)],
+            entries=[entry for shard in opened.values() for entry in shard.entries],
+            metadata=metadata,
+            warnings=warnings,
+            references=list(dict.fromkeys(name for shard in opened.values() for name in shard.references)),
+            suspicious=any(shard.suspicious for shard in opened.values()),
+        ),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptkit.core.checkpoint import Checkpoint, Nest
+from ckptkit.core.checkpoint import Checkpoint, Nested
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import describe_state_dict
 from ckptkit.errors import FormatError, ModelError, PlanError
@@ -147,8 +147,8 @@ def read_form(value: Mapping[str, SlotValue]) -> FoundState:
 
 
 def _of_checkpoint(checkpoint: Checkpoint) -> tuple[object, Callable[[object, Path], SlotValue]]:
-    nest = checkpoint.nest or Nest(None, {})
-    keys = {place: key for key, place in nest.places.items()}
+    nested = checkpoint.nested or Nested(None, {})
+    keys = {place: key for key, place in nested.paths.items()}
 
     def leaf(value: object, path: Path) -> SlotValue:
         if isinstance(value, TensorRef):
@@ -157,7 +157,7 @@ def _of_checkpoint(checkpoint: Checkpoint) -> tuple[object, Callable[[object, Pa
             return OpaqueValue(type_name(value), path, checkpoint)
         return value
 
-    return nest.value, leaf
+    return nested.value, leaf
 
 
 def _of_live(state: Mapping[Any, Any]) -> tuple[object, Callable[[object, Path], SlotValue]]:

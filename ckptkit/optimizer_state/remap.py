@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import SCHEMAS, schema_from_options
 from ckptkit.errors import PlanError
@@ -203,10 +203,8 @@ def _checkpoint_of(tensors: Mapping[str, LazyTensor], path: str) -> Checkpoint:
     infos = {name: replace(tensor.info, key=name) for name, tensor in tensors.items()}
     return Checkpoint(
         infos,
-        lambda info: tensors[info.key].payload(),
-        path=path,
-        format="optimizer state",
-        span=lambda info: tensors[info.key].span(),
+        Access(lambda info: tensors[info.key].payload(), lambda info: tensors[info.key].span()),
+        Description(path, "optimizer state"),
     )
 
 
@@ -214,4 +212,4 @@ def _made_by(step: Step, producer: Producer, path: str) -> Checkpoint:
     def payload(_: TensorInfo) -> Payload:
         return producer.payload(step)
 
-    return Checkpoint({step.out.key: step.out}, payload, path=path, format="optimizer state")
+    return Checkpoint({step.out.key: step.out}, Access(payload), Description(path, "optimizer state"))

@@ -137,9 +137,9 @@ class Builder:
 
     def _stays(self, tensor: LazyTensor) -> bool:
         origin = self.origin
-        if origin is None or tensor.source is not origin.source or origin.source.nest is None:
+        if origin is None or tensor.source is not origin.source or origin.source.nested is None:
             return False
-        return tensor.info.key in origin.source.nest.places
+        return tensor.info.key in origin.source.nested.paths
 
     def _key(self, tensor: LazyTensor) -> object:
         info = tensor.info
@@ -149,8 +149,8 @@ class Builder:
     def _tensor(self, tensor: LazyTensor) -> Part:
         if not self._stays(tensor):
             return self._tensors[self._key(tensor)]
-        assert self.origin is not None and self.origin.source.nest is not None  # noqa: S101, PT018 - it stays there
-        return self.origin.at(self.origin.source.nest.places[tensor.info.key])
+        assert self.origin is not None and self.origin.source.nested is not None  # noqa: S101, PT018 - it stays there
+        return self.origin.at(self.origin.source.nested.paths[tensor.info.key])
 
 
 def replace_state(mapping: Part, made: Mapping[str, Part], old: frozenset[object]) -> None:
@@ -219,7 +219,7 @@ def write_optimizer_state(
         raise OutputError(
             "the state of an optimizer is written to a torch file", hint="a name that ends in .pt", path=output.path
         )
-    edited = source is not None and source.rest is not None and not output.only_tensors
+    edited = source is not None and source.container is not None and not output.only_tensors
     value = to_form(state, form or state.form)
     refuse_replacing_inputs(output, _roles(value, source), "source" if edited else "")
     try:
@@ -253,14 +253,14 @@ def _roles(value: SlotValue, source: Checkpoint | None) -> dict[str, Checkpoint]
 
 
 def _edit(value: Mapping[str, SlotValue], source: Checkpoint, output: Output) -> tuple[TorchZipLayout, Selection]:
-    rest = source.rest
-    assert rest is not None  # noqa: S101 - the caller asked
-    refuse_unknown(rest, source.path, keep_unknown=output.keep_unknown)
-    if rest.doubt:
-        raise PlanError(f"what the file holds beside the state cannot be kept: {rest.doubt}", hint=_ALONE)
-    data = rest.pickle()
+    container = source.container
+    assert container is not None  # noqa: S101 - the caller asked
+    refuse_unknown(container, source.path, keep_unknown=output.keep_unknown)
+    if container.unwritable:
+        raise PlanError(f"what the file holds beside the state cannot be kept: {container.unwritable}", hint=_ALONE)
+    data = container.pickle()
     root, protocol = read_nodes(data)
-    origin = Origin(source, root, rest.path)
+    origin = Origin(source, root, container.path)
     found = read_state(source)
     builder = Builder(origin)
     builder.take(value)
@@ -274,10 +274,10 @@ def _edit(value: Mapping[str, SlotValue], source: Checkpoint, output: Output) ->
     )
     replace_state(origin.mapping, _parts(value, builder), old)
     storages = number_storages(root, builder.fresh)
-    records = [builder.records[one] if isinstance(one, int) else rest.storage(one) for one in storages]
+    records = [builder.records[one] if isinstance(one, int) else container.storage(one) for one in storages]
     most = _PARTS_PER_BYTE * len(data) + _most(value)
-    layout = layout_archive(write_nodes(root, protocol, most), records, rest.others())
-    return layout, Selection(exact_key(rest.path)) if rest.path else OPTIMIZER
+    layout = layout_archive(write_nodes(root, protocol, most), records, container.other_records())
+    return layout, Selection(exact_key(container.path)) if container.path else OPTIMIZER
 
 
 def _alone(value: Mapping[str, SlotValue]) -> TorchZipLayout:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import Checkpoint, Rest
+from ckptkit.core.checkpoint import Checkpoint, Container
 from ckptkit.core.text import printable, quoted
 from ckptkit.errors import PlanError
 from ckptkit.formats import refusing
@@ -58,16 +58,16 @@ def editor_for(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> E
     if not plan.edited_role or output.format != "torch" or output.only_tensors:
         return None
     checkpoint = roles[plan.edited_role]
-    if checkpoint.rest is None:
+    if checkpoint.container is None:
         raise PlanError(f"the {plan.edited_role} is not what the plan was made from", path=checkpoint.path)
-    refuse_unknown(checkpoint.rest, checkpoint.path, keep_unknown=output.keep_unknown)
+    refuse_unknown(checkpoint.container, checkpoint.path, keep_unknown=output.keep_unknown)
     with refusing(checkpoint.path):
-        return Editor(checkpoint.rest, plan, plan.edited_role)
+        return Editor(checkpoint.container, plan, plan.edited_role)
 
 
-def refuse_unknown(rest: Rest, path: str, *, keep_unknown: bool) -> None:
+def refuse_unknown(container: Container, path: str, *, keep_unknown: bool) -> None:
     """Raise ``PlanError`` where a file names code that is not to be kept without being asked for."""
-    unknown = rest.references
+    unknown = container.references
     if unknown and not keep_unknown:
         more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
         named = ", ".join(map(printable, unknown[:_MOST_NAMED]))
@@ -84,21 +84,21 @@ class Editor:
     ``notes`` say what else changes by that.
     """
 
-    def __init__(self, rest: Rest, plan: Plan, role: str) -> None:
+    def __init__(self, container: Container, plan: Plan, role: str) -> None:
         """Take the pickle apart; raises ``PlanError`` where the plan cannot be carried out in the file, naming why."""
-        if rest.doubt:
-            raise refusal(rest.doubt)
-        self.rest, self._plan, self._role = rest, plan, role
-        data = rest.pickle()
+        if container.unwritable:
+            raise refusal(container.unwritable)
+        self.container, self._plan, self._role = container, plan, role
+        data = container.pickle()
         self._most = _PARTS_PER_BYTE * len(data)
         self._root, self._protocol = read_nodes(data)
-        self._mapping = self._find(rest.path)
+        self._mapping = self._find(container.path)
         if self._mapping.seen != len(self._mapping.events):
             raise refusal("the mapping of its tensors holds itself")
-        self._flat = {place[0]: key for key, place in rest.places.items() if len(place) == 1}
+        self._flat = {place[0]: key for key, place in container.paths.items() if len(place) == 1}
         self._pairs = {name_of(key): (key, value) for key, value in items_of(self._mapping)}
         self._old = {self._flat[name]: pair for name, pair in self._pairs.items() if name in self._flat}
-        self._deep = {key for key, place in rest.places.items() if key not in self._old}
+        self._deep = {key for key, place in container.paths.items() if key not in self._old}
         self._refuse_deep()
         self._edit({step.out.key: b"N" for step in plan.steps if not self._stays(step)})
         self._rename_modules()

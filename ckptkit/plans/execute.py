@@ -74,7 +74,7 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     editor = editor_for(plan, output, sources)
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
-    entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.apart]
+    entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.is_file]
     stay = {
         drop for drop in plan.dropped if drop.is_entry and drop.role == plan.edited_role and drop.key in set(entries)
     }
@@ -221,7 +221,7 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
             raise OutputError("is an input", hint="write elsewhere, or --force to replace it", path=output.path)
         if len(checkpoint.files) > 1 and not inside:
             raise OutputError("is a shard of an input, which would no longer fit together", path=output.path)
-        lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.apart]
+        lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.is_file]
         if lost and role != edited:
             named = ", ".join(map(printable, lost[:4]))
             raise OutputError(
@@ -262,8 +262,8 @@ def _lay_out_torch(infos: Sequence[TensorInfo], plan: Plan, read: _Reading, edit
     records, stored = arrange([info for info in placed if info.key in changed], read.payload, read.span)
     with refusing(read.roles[plan.edited_role].path):
         edited = editor.edited(stored)
-    storages = [records[one] if isinstance(one, int) else editor.rest.storage(one) for one in edited.storages]
-    return layout_archive(edited.pickle, storages, editor.rest.others())
+    storages = [records[one] if isinstance(one, int) else editor.container.storage(one) for one in edited.storages]
+    return layout_archive(edited.pickle, storages, editor.container.other_records())
 
 
 def _finish(

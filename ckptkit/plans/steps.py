@@ -107,13 +107,13 @@ def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
 
 def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
     """Raise ``PlanError`` where one of the keys, which shall name a tensor of an output, is a name of ours."""
-    made_up = checkpoint.made_up
-    key = next((key for key in keys if key in made_up), None) if made_up else None
+    ambiguous = checkpoint.ambiguous
+    key = next((key for key in keys if key in ambiguous), None) if ambiguous else None
     if key is None:
         return
-    dotted = made_up[key]
-    others = [dotted] if dotted in checkpoint and dotted not in made_up else []
-    others += [other for other, name in made_up.items() if name == dotted and other != key]
+    dotted = ambiguous[key]
+    others = [dotted] if dotted in checkpoint and dotted not in ambiguous else []
+    others += [other for other, name in ambiguous.items() if name == dotted and other != key]
     raise PlanError(
         f"{quoted(others[0])} and {quoted(key)} would both be called {quoted(dotted)}"
         if others
@@ -141,7 +141,7 @@ def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
 
 def role_to_edit(checkpoint: Checkpoint, role: str) -> str:
     """Return the role of an input whose file holds more than the tensors taken, and can be written again; else none."""
-    return role if checkpoint.rest is not None else ""
+    return role if checkpoint.container is not None else ""
 
 
 def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
@@ -177,5 +177,5 @@ def _above(key: str, below: str) -> str:
 
 
 def _entry_reason(entry: Entry) -> str:
-    where = "beside the state_dict" if entry.outside else "in the state_dict, and no tensor"
+    where = "beside the state_dict" if entry.is_outside else "in the state_dict, and no tensor"
     return f"{where} ({printable(entry.type)})"

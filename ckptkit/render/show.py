@@ -25,7 +25,7 @@ def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
         count = info.elements
         tensors += 1
         elements += count
-        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored
+        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored_bytes
     return {"tensors": tensors, "elements": elements, "bytes": nbytes}
 
 

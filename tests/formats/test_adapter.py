@@ -53,7 +53,7 @@ def test_an_adapter_is_its_weights_and_its_configuration(tmp_path: Path, kind: s
         assert_same(checkpoint, Q)
         assert checkpoint.warnings == (BASE,)
         (entry,) = checkpoint.entries
-    assert (entry.path, entry.type, entry.outside) == ("adapter_config.json", "json", True)
+    assert (entry.path, entry.type, entry.is_outside) == ("adapter_config.json", "json", True)
     assert entry.value == {
         "peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"],
         "base_model_name_or_path": "some/base", "rank_pattern": {}, "alpha_pattern": {"v_proj": 16},

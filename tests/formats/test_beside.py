@@ -62,7 +62,7 @@ def trainer_directory(directory: Path) -> Path:
 
 def entries_of(directory: Path) -> dict[str, Entry]:
     with open_checkpoint(directory) as checkpoint:
-        assert all(entry.outside and entry.apart for entry in checkpoint.entries)
+        assert all(entry.is_outside and entry.is_file for entry in checkpoint.entries)
         return {entry.path: entry for entry in checkpoint.entries}
 
 
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_lightning_is_its_state_dict(tmp_path: Path) -> None:
         assert_same(checkpoint, STATE)
         assert checkpoint.envelope == "state_dict"
         entries = {entry.path: entry for entry in checkpoint.entries}
-        assert all(entry.outside and not entry.apart for entry in entries.values())
+        assert all(entry.is_outside and not entry.is_file for entry in entries.values())
         assert entries.keys() == content.keys() - {"state_dict"}
         assert entries["optimizer_states"].value == "1 item, 6 tensors"
         assert entries["callbacks"].value == "1 item, 1 tensor"

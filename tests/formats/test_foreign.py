@@ -140,7 +140,7 @@ def test_megatron_in_torch_dist_is_a_distributed_checkpoint(tmp_path: Path) -> N
     torch.save({"iteration": 3, "checkpoint_version": 3.0}, directory / "common.pt")
     with open_checkpoint(directory) as checkpoint:
         assert {key: info.shape for key, info in checkpoint.items()} == {"w": (2, 3)}
-        assert {entry.path: entry.value for entry in checkpoint.entries if entry.apart} == {
+        assert {entry.path: entry.value for entry in checkpoint.entries if entry.is_file} == {
             "common.pt": {"iteration": 3, "checkpoint_version": 3.0},
             "metadata.json": {"sharded_backend": "torch_dist", "common_backend": "torch"},
         }

@@ -108,7 +108,7 @@ def metadata(writer: gguf.GGUFWriter) -> None:
 def test_metadata_is_told_and_long_arrays_only_counted(tmp_path: Path) -> None:
     with opened(tmp_path, written(metadata), "x.gguf") as checkpoint:
         entries = {entry.path: (entry.type, entry.value) for entry in checkpoint.entries}
-        assert all(entry.outside for entry in checkpoint.entries)
+        assert all(entry.is_outside for entry in checkpoint.entries)
     assert entries == {
         "general.architecture": ("string", "llama"),
         "a.uint8": ("uint8", 255),

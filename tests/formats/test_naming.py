@@ -189,7 +189,7 @@ def test_names_are_all_different(places: list[tuple[object, ...]]) -> None:
     names = name_places(places)
     assert len(set(names.names)) == len(places) or len(set(map(repr, places))) < len(places)
     for place, name in zip(places, names.names, strict=True):
-        assert name in names.made_up or name == flat_key(place)
+        assert name in names.ambiguous or name == flat_key(place)
 
 
 def test_a_module_with_one_name_twice_is_refused(tmp_path: Path) -> None:

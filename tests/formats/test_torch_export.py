@@ -82,7 +82,7 @@ def test_constants_are_told_and_can_be_taken(tmp_path: Path) -> None:
     path = write(tmp_path, exported(), "x.pt2")
     expected = loaded().constants
     with open_checkpoint(path) as checkpoint:
-        told = {entry.path: entry.value for entry in checkpoint.entries if entry.type == "tensor" and entry.outside}
+        told = {entry.path: entry.value for entry in checkpoint.entries if entry.type == "tensor" and entry.is_outside}
         assert told == {f"constants.{key}": "F32 [4]" for key in ("fixed", "lifted_tensor_0", "passing")}
         assert [line for line in checkpoint.warnings if line.startswith("3 constants beside the state_dict")]
     with open_checkpoint(f"{path}::constants") as checkpoint:

@@ -104,7 +104,7 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
     for references in (metadata.references, *objects.references):
         for name, count in references.items():
             torch.interpreter.references[name] = torch.interpreter.references.get(name, 0) + count
-    checkpoint = assemble(
+    return assemble(
         TorchFile(
             _nested(metadata.paths, {**state, **objects.values}),
             torch,
@@ -116,11 +116,10 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
         path=pool.directory,
         format="dcp",
         selection=selection,
+        files=[part.path for part in pool.files.values()],
         close=pool.close,
         check=pool.check_unchanged,
     )
-    checkpoint.files = tuple(part.path for part in pool.files.values())
-    return checkpoint
 
 
 def _warnings(metadata: DcpMetadata, objects: _Objects, extra: set[str]) -> Iterator[str]:

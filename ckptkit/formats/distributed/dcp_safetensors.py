@@ -15,7 +15,7 @@ from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
@@ -86,16 +86,22 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Select
         warnings.append(f"written in version {quoted(str(version))} of the form; {_KNOWN_VERSION} is known")
     return Checkpoint(
         infos,
-        payload,
-        path=directory,
-        format=f"dcp safetensors ({plural(len(numbers), 'shard')})",
-        metadata={key: text for file in files for key, text in file.metadata.items() if key not in (_INFO, _VERSION)},
-        warnings=warnings,
-        span=payload,
-        records=lambda: chain.from_iterable(file.records() for file in files),
-        files=[file.path for file in files],
-        check=pool.check_unchanged,
-        close=pool.close,
+        Access(
+            payload,
+            payload,
+            records=lambda: chain.from_iterable(file.records() for file in files),
+            check=pool.check_unchanged,
+            close=pool.close,
+        ),
+        Description(
+            directory,
+            f"dcp safetensors ({plural(len(numbers), 'shard')})",
+            files=[file.path for file in files],
+            metadata={
+                key: text for file in files for key, text in file.metadata.items() if key not in (_INFO, _VERSION)
+            },
+            warnings=warnings,
+        ),
     )
 
 

@@ -13,7 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from ckptkit.core.checkpoint import Checkpoint, Entry, Payload, TensorInfo, View, row_major, versions_from
+from ckptkit.core.checkpoint import (
+    Access,
+    Checkpoint,
+    Description,
+    Entry,
+    Payload,
+    TensorInfo,
+    View,
+    module_versions,
+    row_major,
+)
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
@@ -248,18 +258,17 @@ def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[_Model]
     stage = "3" if ranks[0].states.stage3 else "1 or 2"
     return Checkpoint(
         infos,
-        payload,
-        path=pool.directory,
-        format=f"deepspeed zero stage {stage} ({plural(len(ranks), 'rank')})",
-        entries=_entries(first),
-        warnings=[*_notes(first, own, lost, stage), *code_warnings(references, suspicious)],
-        references=references,
-        suspicious=bool(suspicious),
-        versions=versions_from(table) if isinstance(table, Mapping) else None,
-        span=payload,
-        files=[file.path for file in pool.files.values()],
-        check=pool.check_unchanged,
-        close=pool.close,
+        Access(payload, payload, check=pool.check_unchanged, close=pool.close),
+        Description(
+            pool.directory,
+            f"deepspeed zero stage {stage} ({plural(len(ranks), 'rank')})",
+            files=[file.path for file in pool.files.values()],
+            entries=_entries(first),
+            versions=module_versions(table),
+            warnings=[*_notes(first, own, lost, stage), *code_warnings(references, suspicious)],
+            references=references,
+            suspicious=bool(suspicious),
+        ),
     )
 
 
@@ -267,7 +276,7 @@ def _entries(model: _Model) -> list[Entry]:
     left = [_MOST_OUTLINED]
     told = {"module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"}
     return [
-        describe(str(key), value, left)._replace(outside=True)
+        describe(str(key), value, left)._replace(is_outside=True)
         for key, value in model.states.tree.items()
         if key not in told and value is not None
     ]

@@ -9,17 +9,20 @@ from dataclasses import dataclass, replace
 
 from ckptkit.core.checkpoint import (
     DTYPES,
+    Access,
     Checkpoint,
+    Container,
+    Description,
     Entry,
-    Nest,
+    Nested,
     Payload,
     Record,
-    Rest,
     TensorInfo,
     View,
     is_contiguous,
-    reach,
-    versions_from,
+    module_versions,
+    storage_range,
+    unpack_float4,
 )
 from ckptkit.core.files import LocalFile, Region
 from ckptkit.core.findings import Remark
@@ -93,6 +96,7 @@ def assemble(
     path: str = "",
     format: str = "",  # noqa: A002 - the name of the JSON field
     selection: Selection = WEIGHTS,
+    files: Sequence[str] | None = None,
     close: Callable[[], None] | None = None,
     check: Callable[[], None] | None = None,
 ) -> Checkpoint:
@@ -160,29 +164,27 @@ def assemble(
 
     return Checkpoint(
         infos,
-        payload,
-        path=path,
-        format=format,
-        entries=entries,
-        warnings=warnings,
-        references=references,
-        suspicious=bool(suspicious),
-        versions=_versions(value),
-        envelope=selection.key or (flat_key(chosen) if chosen else ""),
-        made_up={name: dotted for name, dotted in names.made_up.items() if name in infos},
-        span=span,
-        records=records,
-        files=[path],
-        check=check,
-        close=close,
-        nest=Nest(value, placed),
-        rest=_rest(file, value, chosen, entries, placed),
+        Access(payload, span, records, check, close),
+        Description(
+            path,
+            format,
+            files=[path] if files is None else files,
+            envelope=selection.key or (flat_key(chosen) if chosen else ""),
+            entries=entries,
+            versions=module_versions(value.attributes.get("_metadata")) if isinstance(value, MappingValue) else {},
+            ambiguous={name: dotted for name, dotted in names.ambiguous.items() if name in infos},
+            warnings=warnings,
+            references=references,
+            suspicious=bool(suspicious),
+        ),
+        nested=Nested(value, placed),
+        container=_container(file, value, chosen, entries, placed),
     )
 
 
-def _rest(
+def _container(
     file: TorchFile, value: object, chosen: Path, entries: Iterable[Entry], placed: Mapping[str, Path]
-) -> Rest | None:
+) -> Container | None:
     """Return what the file holds beside a mapping of it; None where it holds no more, or the mapping is none of it."""
     level, pickle = file.tree, file.pickle
     for key in chosen:
@@ -194,7 +196,7 @@ def _rest(
         return None
     unknown = tuple(name for name in file.objects.interpreter.references if not is_weights_only(name))
     storages = file.objects.storages
-    return Rest(chosen, placed, pickle, lambda key: file.locate(storages[key]), file.others, unknown, file.doubt)
+    return Container(chosen, placed, pickle, lambda key: file.locate(storages[key]), file.others, unknown, file.doubt)
 
 
 def _sort_leaves(
@@ -242,11 +244,6 @@ def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef
     return []
 
 
-def _versions(value: object) -> dict[str, int]:
-    table = value.attributes.get("_metadata") if isinstance(value, MappingValue) else None
-    return versions_from(table) if isinstance(table, Mapping) else {}
-
-
 def _outside(tree: object, chosen: Path, outlined: list[int]) -> list[Entry]:
     found: list[tuple[Path, object]] = []
     level = tree
@@ -257,7 +254,7 @@ def _outside(tree: object, chosen: Path, outlined: list[int]) -> list[Entry]:
         level = level[key]
     names = name_places([place for place, _ in found]).names
     entries = (describe(name, value, outlined) for name, (_, value) in zip(names, found, strict=True))
-    return [entry._replace(outside=True) for entry in entries]
+    return [entry._replace(is_outside=True) for entry in entries]
 
 
 def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
@@ -292,16 +289,15 @@ def _info(key: str, tensor: TensorRef, ids: dict[str, int]) -> TensorInfo:
         return TensorInfo(key, tensor.dtype, tensor.shape, kind=kind)
     shape, stride, offset, bits = tensor.shape, tensor.stride, tensor.offset, DTYPES[tensor.dtype].bits
     if tensor.dtype == "F4":
-        # torch counts bytes of two elements each, the safetensors code counts the elements.
-        if not shape or stride[-1] != 1:
+        unpacked = unpack_float4(shape, stride, offset)
+        if unpacked is None:
             return TensorInfo(key, tensor.dtype, shape, kind="packed")
-        shape, offset = (*shape[:-1], 2 * shape[-1]), 2 * offset
-        stride = (*(2 * step for step in stride[:-1]), 1)
+        shape, stride, offset = unpacked
     storage = tensor.storage
     length = storage.nbytes if storage.length < 0 else storage.length
     view = View(ids.setdefault(storage.key, len(ids)), offset + storage.start * 8 // bits, stride)
     info = TensorInfo(key, tensor.dtype, shape, view, kind)
-    first, last = reach(info)
+    first, last = storage_range(info)
     if last - storage.start > length:
         raise FormatError(
             f"{quoted(key)}: the view ends at byte {last - storage.start} of storage {quoted(storage.key)}, "
@@ -313,5 +309,5 @@ def _info(key: str, tensor: TensorRef, ids: dict[str, int]) -> TensorInfo:
 
 
 def _span(info: TensorInfo, whole: Region) -> Payload:
-    first, last = reach(info)
+    first, last = storage_range(info)
     return whole.slice(first, last - first)

@@ -7,7 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, Payload, Record, TensorInfo, View, is_contiguous, reach
+from ckptkit.core.checkpoint import (
+    DTYPES,
+    Access,
+    Checkpoint,
+    Description,
+    Entry,
+    Payload,
+    Record,
+    TensorInfo,
+    View,
+    is_contiguous,
+    storage_range,
+)
 from ckptkit.core.files import Extent, Inflated
 from ckptkit.core.findings import Remark
 from ckptkit.core.text import plural, printable, quoted
@@ -62,7 +74,7 @@ def describe(key: str, payload: Mapping[str, Any], storage: int, size: int) -> T
     width = DTYPES[info.dtype].bits // 8
     if size % width:
         raise FormatError(f"{quoted(key)}: its record has {size} bytes, no multiple of the {width} of {info.dtype}")
-    _, last = reach(info)
+    _, last = storage_range(info)
     if last > size:
         raise FormatError(f"{quoted(key)}: the view ends at byte {last} of its record, which has {size}")
     return info
@@ -136,7 +148,7 @@ def open_torch_export(archive: ZipDirectory, selection: Selection = WEIGHTS) -> 
     def span(info: TensorInfo) -> Payload | None:
         if info.kind != "dense":
             return None
-        first, last = reach(info)
+        first, last = storage_range(info)
         return stored(info).slice(first, last - first)
 
     def payload(info: TensorInfo) -> Payload:
@@ -151,17 +163,15 @@ def open_torch_export(archive: ZipDirectory, selection: Selection = WEIGHTS) -> 
 
     return Checkpoint(
         part.infos,
-        payload,
-        path=file.path,
-        format="torch-export",
-        entries=entries,
-        warnings=[*archive.doubts(f"{root}data/"), *_warnings(beside, files, root)],
-        envelope=selection.key,
-        span=span,
-        records=records,
-        files=[file.path],
-        check=file.check_unchanged,
-        close=file.close,
+        Access(payload, span, records, file.check_unchanged, file.close),
+        Description(
+            file.path,
+            "torch-export",
+            files=[file.path],
+            envelope=selection.key,
+            entries=entries,
+            warnings=[*archive.doubts(f"{root}data/"), *_warnings(beside, files, root)],
+        ),
     )
 
 
@@ -254,9 +264,9 @@ def _part(archive: ZipDirectory, root: str, name: str, kind: str) -> _Part:
 
 def _constants(part: _Part) -> Iterator[Entry]:
     for key, info in part.infos.items():
-        yield Entry(f"constants.{key}", "tensor", str(info), outside=True)
+        yield Entry(f"constants.{key}", "tensor", str(info), is_outside=True)
     for entry in part.objects:
-        yield entry._replace(path=f"constants.{entry.path}", outside=True)
+        yield entry._replace(path=f"constants.{entry.path}", is_outside=True)
 
 
 def _is_content(place: str) -> bool:
@@ -264,7 +274,7 @@ def _is_content(place: str) -> bool:
 
 
 def _file(archive: ZipDirectory, root: str, name: str) -> Entry:
-    return Entry(name.removeprefix(root), "file", plural(archive.entries[name].size, "byte"), outside=True)
+    return Entry(name.removeprefix(root), "file", plural(archive.entries[name].size, "byte"), is_outside=True)
 
 
 def _warnings(beside: _Part, files: Sequence[str], root: str) -> Iterator[str]:

@@ -64,10 +64,10 @@ def exact_key(path: Path) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Names:
-    """A name for each place, all different; ``made_up`` has the dotted name of those that could not keep it."""
+    """A name for each place, all different; ``ambiguous`` has the dotted name of those that could not keep it."""
 
     names: Sequence[str]
-    made_up: dict[str, str]
+    ambiguous: dict[str, str]
     warnings: list[str]
 
 
@@ -80,7 +80,7 @@ def name_places(places: Sequence[Path]) -> Names:
     flat = [flat_key(place) for place in places]
     count = Counter(flat)
     taken = {name for name, times in count.items() if times == 1}
-    made_up: dict[str, str] = {}
+    ambiguous: dict[str, str] = {}
     groups: dict[str, list[str]] = {}
     names: list[str] = []
     for place, dotted in zip(places, flat, strict=True):
@@ -90,17 +90,17 @@ def name_places(places: Sequence[Path]) -> Names:
                 name = exact_key(place)
                 if name in taken:  # nan is not equal to nan, and a string can look like a path
                     name = f"{name}#{len(names)}"
-                made_up[name] = dotted
+                ambiguous[name] = dotted
             groups.setdefault(dotted, []).append(name)
             taken.add(name)
         elif not all(type(key) in (str, int) for key in place):
-            made_up[name] = dotted
+            ambiguous[name] = dotted
         names.append(name)
     said = [_told(dotted, members) for dotted, members in list(groups.items())[:_MOST_TOLD]]
     if len(groups) > _MOST_TOLD:
         said.append(f"{len(groups) - _MOST_TOLD:,} more names would each be that of several entries")
     warnings: list[str] = [Remark(text, "same-name") for text in said]
-    return Names(names, made_up, warnings)
+    return Names(names, ambiguous, warnings)
 
 
 def _told(dotted: str, members: Sequence[str]) -> str:

@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, reach, row_major
+from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, row_major, storage_range
 from ckptkit.core.files import Extent
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
@@ -284,8 +284,8 @@ def _union(group: Sequence[TensorInfo], span: Callable[[TensorInfo], Payload | N
     if len({info.dtype for info in group}) > 1 and any(info.dtype in STORAGE_CLASSES for info in group):
         return None  # torch gives all tensors of a typed storage the dtype of the first one
     spans = [span(info) for info in group]
-    first, last = min(reach(info)[0] for info in group), max(reach(info)[1] for info in group)
-    distinct = {(reach(info), info.shape, info.dtype): info.nbytes for info in group}
+    first, last = min(storage_range(info)[0] for info in group), max(storage_range(info)[1] for info in group)
+    distinct = {(storage_range(info), info.shape, info.dtype): info.nbytes for info in group}
     widths = {DTYPES[info.dtype].bits // 8 or 1 for info in group}
     if last - first > sum(distinct.values()) or any((last - first) % width or first % width for width in widths):
         return None
