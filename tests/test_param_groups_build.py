@@ -6,6 +6,9 @@ import fnmatch
 import inspect
 import json
 import pickle
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +18,18 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit.errors import GroupsError
+from ckptkit.param_groups import ownership
+from ckptkit.param_groups import plan as plan_module
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.parse import parse_spec
-from ckptkit.param_groups.plan import check_spec, plan_param_groups
+from ckptkit.param_groups.plan import assign, plan_param_groups
+from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec
 from ckptkit.param_groups.validate import validate_param_groups
+from ckptkit.readiness import preflight
 from ckptkit.render.groups import groups_document, groups_page, groups_rows
 from ckptkit.render.page import as_text
+from tests.helpers_cli import run_ckpt
 
 HEAD_AND_REST = {
     "defaults": {"lr": 0.001},
@@ -325,10 +333,46 @@ def test_not_a_module_is_refused() -> None:
         build_param_groups(Net().state_dict(), [REST])  # type: ignore[arg-type]
 
 
-def test_check_spec_finds_everything_at_once() -> None:
-    """plan raises the first of them; the report of check_spec has them all, and none for a good spec."""
+@pytest.mark.parametrize("entry", ["validate", "table", "lock", "preflight", "preflight_live", "build", "against_spec"])
+def test_a_spec_is_assigned_to_a_model_once(
+    entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Each entry point matches the rules against the parameters once, and passes the plan on."""
+    assigned: list[ParamGroupSpec] = []
+
+    class CountingMatcher(ownership.RuleMatcher):
+        def __init__(self, spec: ParamGroupSpec, table: Any) -> None:
+            assigned.append(spec)
+            super().__init__(spec, table)
+
+    monkeypatch.setattr(plan_module, "RuleMatcher", CountingMatcher)
+    two_classes = tmp_path / "muon.toml"
+    two_classes.write_text(
+        'defaults = { lr = 0.1 }\n[[group]]\nmatch = { ndim = 2 }\noptimizer = "Muon"\n'
+        '[[group]]\nname = "rest"\nrest = true\noptimizer = "AdamW"\n'
+    )
+    spec = tomllib.loads(two_classes.read_text())
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    live = [getattr(torch.optim, name)(build_param_groups(model, spec, optimizer=name)) for name in ("Muon", "AdamW")]
+    assigned.clear()
+    lenet = ("--model", "py:fixtures.lenet:build", str(two_classes))
+    entries: dict[str, Callable[[], object]] = {
+        "validate": lambda: run_ckpt(capsys, "groups", "validate", *lenet),
+        "table": lambda: run_ckpt(capsys, "groups", "table", *lenet),
+        "lock": lambda: run_ckpt(capsys, "groups", "lock", *lenet, "-o", str(tmp_path / "lock.json")),
+        "preflight": lambda: preflight(model, groups=spec, dry_step=lambda twin: twin(torch.ones(1, 2)).sum()),
+        "preflight_live": lambda: preflight(model, groups=spec, optimizer=live),
+        "build": lambda: build_param_groups(model, spec, optimizer="Muon"),
+        "against_spec": lambda: validate_param_groups(model, live, spec=spec),
+    }
+    entries[entry]()
+    assert len(assigned) == 1
+
+
+def test_assign_finds_everything_at_once() -> None:
+    """plan raises the first of them; the report of assign has them all, and none for a good spec."""
     spec = [{"name": "a", "params": "fc4.*"}, {"name": "b", "params": "fc1.*"}, {"name": "c", "params": "fc1.weight"}]
-    report = check_spec(Net(), spec)
+    report = assign(parameter_table(Net()), spec).report
     assert [(finding.code, finding.key) for finding in report.findings] == [
         ("groups.rule-unmatched", "a"),
         ("groups.rule-shadowed", "c"),
@@ -336,7 +380,7 @@ def test_check_spec_finds_everything_at_once() -> None:
     ]
     with pytest.raises(GroupsError, match=r"group 'a' fits no parameter .* \(and 2 more\)"):
         report.raise_for_errors()
-    assert check_spec(Net(), HEAD_AND_REST).findings == ()
+    assert assign(parameter_table(Net()), HEAD_AND_REST).report.findings == ()
 
 
 # --- the plan as a value, and how it looks ---------------------------------------------------------------------------

@@ -24,7 +24,7 @@ from ckptkit.param_groups.lock import (
     lock_param_groups,
     parse_lock,
 )
-from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import assert_param_groups, validate_param_groups
 from tests.helpers_cli import ROOT, run_ckpt
 
@@ -90,7 +90,7 @@ def test_nothing_drifted_where_the_optimizer_was_built_from_the_spec(wrap: Calla
     scheduler.step()
     optimizer.load_state_dict(optimizer.state_dict())
     assert diff_locks(lock, lock_optimizer(wrap(model), optimizer)).findings == ()
-    assert diff_locks(lock, lock_model(subject_of(wrap(model)))).findings == ()
+    assert diff_locks(lock, lock_model(parameter_table(wrap(model)))).findings == ()
 
 
 def replaced_head(model: Net) -> None:
@@ -138,14 +138,14 @@ def test_what_changed_in_the_model_is_named(change: Callable[[Net], None], expec
     model = Net()
     lock = lock_param_groups(model, SPEC)
     change(model)
-    assert codes(lock, lock_model(subject_of(model))) == expected
+    assert codes(lock, lock_model(parameter_table(model))) == expected
 
 
 def test_a_renamed_parameter_is_told_by_its_shape_and_place() -> None:
     model = Net()
     lock = lock_param_groups(model, SPEC)
     renamed(model)
-    (weight, _) = diff_locks(lock, lock_model(subject_of(model))).findings
+    (weight, _) = diff_locks(lock, lock_model(parameter_table(model))).findings
     assert "'classifier.weight' has its shape and its place" in weight.message
     assert weight.hint == "rename its state: head.weight=classifier.weight"
 
@@ -268,7 +268,7 @@ def test_an_explanation_tells_every_step_to_what_the_optimizer_gets() -> None:
     model = Net()
     told = explain_param_group(model, SPEC, "head.bias")
     assert (told.outcome, told.rule, told.shadowed, told.modifiers) == ("trained", "head", ("base",), ("no decay",))
-    steps = [(said.who, said.key, said.value, said.factor) for said in told.steps if said.key != "betas"]
+    steps = [(step.source, step.key, step.value, step.factor) for step in told.steps if step.key != "betas"]
     assert steps == [
         ("defaults", "lr", 0.001, None),
         ("defaults", "weight_decay", 0.1, None),
@@ -296,8 +296,8 @@ def test_a_tied_parameter_is_explained_under_any_of_its_names() -> None:
     model = Net()
     model.fc2.weight = model.fc1.weight
     told = explain_param_group(model, {"group": [{"rest": True}]}, "fc2.weight")
-    assert told.facts.name == "fc1.weight"
-    assert [alias.name for alias in told.facts.aliases] == ["fc2.weight"]
+    assert told.parameter.name == "fc1.weight"
+    assert [alias.name for alias in told.parameter.aliases] == ["fc2.weight"]
 
 
 @pytest.mark.parametrize("name", [None, 5, ["fc1.weight"]], ids=repr)
@@ -313,7 +313,7 @@ def test_what_is_no_lock_is_refused(lock: Any) -> None:
     with pytest.raises(GroupsError, match="a lock cannot be"):
         assert_param_groups(model, optimizer_of(model), lock=lock)
     with pytest.raises(GroupsError, match="a lock cannot be"):
-        diff_locks(lock_model(subject_of(model)), lock)
+        diff_locks(lock_model(parameter_table(model)), lock)
 
 
 def test_a_name_that_the_model_lacks_is_refused_with_the_nearest() -> None:

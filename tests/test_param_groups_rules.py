@@ -12,7 +12,8 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.explain import explain_param_group
 from ckptkit.param_groups.parse import parse_spec
-from ckptkit.param_groups.plan import check_spec, plan_param_groups
+from ckptkit.param_groups.plan import assign, plan_param_groups
+from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import validate_param_groups
 
 
@@ -200,7 +201,7 @@ def test_a_parameter_in_no_layer_and_a_missing_number_are_said() -> None:
         "group": [REST],
         "modifier": [{"name": "depth", "layers": ["embed.*", "blocks.{i:int}.*", "head.*"], "layer_decay": 0.5}],
     }
-    found = {finding.code: finding for finding in check_spec(model, spec).findings}
+    found = {finding.code: finding for finding in assign(parameter_table(model), spec).report.findings}
     assert set(found) == {"groups.layer-unmatched", "groups.layer-gap"}
     assert "'cls_token', 'norm.weight', 'norm.bias'" in found["groups.layer-unmatched"].message
     assert "no number 1 between" in found["groups.layer-gap"].message
@@ -358,12 +359,16 @@ def test_a_checkpoint_can_be_planned_by_names_and_shapes() -> None:
     model.add_module("fc", nn.Linear(3, 2))
     live, offline = plan_param_groups(model, spec), plan_param_groups(model.state_dict(), spec)
     assert offline == live
-    assert {finding.code for finding in check_spec(model.state_dict(), spec).findings} == {"groups.assumed"}
+    assert {finding.code for finding in assign(parameter_table(model.state_dict()), spec).report.findings} == {
+        "groups.assumed"
+    }
 
 
 def test_what_only_a_model_tells_is_said_of_a_checkpoint() -> None:
     spec = {"group": [{"name": "convs", "match": {"module": "Conv2d"}, "optional": True}, REST]}
-    report = check_spec({"conv.weight": torch.zeros(2, 2, 1, 1), "fc.weight": torch.zeros(2, 2)}, spec)
+    report = assign(
+        parameter_table({"conv.weight": torch.zeros(2, 2, 1, 1), "fc.weight": torch.zeros(2, 2)}), spec
+    ).report
     unsure = next(finding for finding in report.findings if finding.code == "groups.needs-model")
     assert (unsure.severity, unsure.key) == ("warning", "conv.weight")
     assert "'convs' fits 'conv.weight', 'fc.weight'" in unsure.message

@@ -15,7 +15,7 @@ import torch
 
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.ownership import resolve
+from ckptkit.param_groups.ownership import resolve_options
 from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec
 
@@ -65,7 +65,7 @@ def test_a_group_without_a_name_is_called_after_its_first_pattern() -> None:
 
 def test_options_of_a_group_stand_over_the_defaults() -> None:
     spec = parse_spec({"defaults": {"lr": 1, "momentum": 0.9}, "group": [{"params": "*", "lr": 2, "nesterov": True}]})
-    assert resolve(spec, spec.rules[0], ())[0] == {"lr": 2, "momentum": 0.9, "nesterov": True}
+    assert resolve_options(spec, spec.rules[0], ())[0] == {"lr": 2, "momentum": 0.9, "nesterov": True}
 
 
 def test_what_was_parsed_does_not_change_with_the_callers_dict() -> None:
@@ -73,7 +73,7 @@ def test_what_was_parsed_does_not_change_with_the_callers_dict() -> None:
     spec = parse_spec(table)
     table["defaults"]["lr"] = 2.0
     table["group"][0]["momentum"] = 0.0
-    assert resolve(spec, spec.rules[0], ())[0] == {"lr": 1.0, "momentum": 0.5}
+    assert resolve_options(spec, spec.rules[0], ())[0] == {"lr": 1.0, "momentum": 0.5}
     with pytest.raises(FrozenInstanceError):
         spec.rules[0].name = "other"  # type: ignore[misc]
 
@@ -190,6 +190,6 @@ def test_a_name_from_a_file_cannot_break_the_line() -> None:
 
 def test_reading_a_spec_does_not_import_torch() -> None:
     """A spec is text; a refusal must come at once."""
-    code = "import sys, ckptkit.param_groups as p; p.parse_spec([{'rest': True}]); print('torch' in sys.modules)"
+    code = "import sys; from ckptkit.param_groups.parse import parse_spec; parse_spec([{'rest': True}]); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

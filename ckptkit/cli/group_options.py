@@ -22,7 +22,7 @@ from ckptkit.param_groups.presets import param_group_preset, param_group_preset_
 from ckptkit.param_groups.spec import ParamGroupSpec
 from ckptkit.rules.variables import parse_setting
 
-__all__ = ["Source", "live_model", "model_option", "model_or_checkpoint", "source_options"]
+__all__ = ["SpecSource", "live_model", "model_option", "model_or_checkpoint", "source_options"]
 
 
 model_option = click.option("--model", required=True, metavar="py:MODULE:CALLABLE", help="The live model.")
@@ -50,7 +50,7 @@ _SENTENCE_END = re.compile(r"(?<!et al)\. ")
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SpecSource:
     """Where a spec comes from: the file at ``path``, or a preset."""
 
     path: str | None
@@ -86,7 +86,7 @@ def source_options(command: _Command) -> _Command:
             raise click.UsageError("give a SPEC file, or --preset NAME (--preset '?' lists them), and not both")
         if settings and preset is None:
             raise click.UsageError("--set gives a setting of a preset, and there is no --preset")
-        return command(*args, source=Source(spec, preset, dict(map(parse_setting, settings))), **others)
+        return command(*args, source=SpecSource(spec, preset, dict(map(parse_setting, settings))), **others)
 
     decorated: Any = with_source
     for option in (

@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
-from ckptkit.cli.group_options import Source, live_model, model_option, model_or_checkpoint, source_options
+from ckptkit.cli.group_options import SpecSource, live_model, model_option, model_or_checkpoint, source_options
 from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, put, quiet_option, read_toml, tell
 from ckptkit.cli.outputs import write_json
 from ckptkit.core.findings import Report
 from ckptkit.core.text import plural, printable
 from ckptkit.errors import GroupsError, RuleError, one_line
-from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.build import build_planned_groups
 from ckptkit.param_groups.compare import diff_locks
 from ckptkit.param_groups.emit import dump_spec, spec_table, write_python
 from ckptkit.param_groups.explain import explain_param_group
@@ -27,9 +27,9 @@ from ckptkit.param_groups.lock import (
     parse_lock,
     plain_option,
 )
-from ckptkit.param_groups.plan import check_spec, plan_param_groups
+from ckptkit.param_groups.plan import assign, plan_param_groups
 from ckptkit.param_groups.presets import preset_summary
-from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.spec import ParamGroupSpec
 from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.render.findings import findings_document, findings_page
@@ -46,7 +46,7 @@ __all__ = ["diff", "emit", "explain", "groups", "lock", "table", "validate"]
               help="python spells out names, and needs the model.")  # fmt: skip
 @form_options
 @quiet_option
-def emit(source: Source, *, model: str | None, language: str, form: Form, quiet: bool) -> None:
+def emit(source: SpecSource, *, model: str | None, language: str, form: Form, quiet: bool) -> None:
     """Write a spec out: a preset to keep and change, a YAML file as TOML, or the groups as Python to paste.
 
     \b
@@ -64,7 +64,7 @@ def emit(source: Source, *, model: str | None, language: str, form: Form, quiet:
     echo_report(form, lambda: [Listing(tuple(text.split("\n")))], lambda: document)
 
 
-def _written(source: Source, model: object, language: str, *, quiet: bool) -> tuple[ParamGroupSpec, str]:
+def _written(source: SpecSource, model: object, language: str, *, quiet: bool) -> tuple[ParamGroupSpec, str]:
     spec = source.over(model, quiet=quiet)
     with about(source.path):
         if language == "python":
@@ -82,7 +82,7 @@ def _written(source: Source, model: object, language: str, *, quiet: bool) -> tu
 @source_options
 @form_options
 @quiet_option
-def table(source: Source, *, model: str, form: Form, quiet: bool) -> None:
+def table(source: SpecSource, *, model: str, form: Form, quiet: bool) -> None:
     """Show each group with its parameters, elements, options and layers, and the rate of each layer.
 
     \b
@@ -92,11 +92,11 @@ def table(source: Source, *, model: str, form: Form, quiet: bool) -> None:
     with model_or_checkpoint(model, quiet=quiet) as found:
         spec = source.over(found, quiet=quiet)
         with about(source.path):
-            report = check_spec(found, spec)
-            report.raise_for_errors()
-            plan = plan_param_groups(found, spec)
+            assignment = assign(parameter_table(found), spec)
+            assignment.report.raise_for_errors()
+    plan = assignment.plan
     echo_report(form, lambda: groups_page(plan), lambda: groups_document(plan))
-    for finding in () if quiet else report.findings:
+    for finding in () if quiet else assignment.report.findings:
         tell(one_line(f"ckpt: {finding.severity}: {finding.message}"))
 
 
@@ -106,7 +106,7 @@ def table(source: Source, *, model: str, form: Form, quiet: bool) -> None:
 @form_options
 @quiet_option
 @click.pass_context
-def validate(context: click.Context, source: Source, *, model: str, form: Form, quiet: bool) -> None:
+def validate(context: click.Context, source: SpecSource, *, model: str, form: Form, quiet: bool) -> None:
     """Prove that a spec owns every trainable parameter of the model exactly once.
 
     SPEC is a TOML, JSON or YAML file of ordered groups; --preset takes its place. Exit code 0 where nothing was
@@ -118,14 +118,14 @@ def validate(context: click.Context, source: Source, *, model: str, form: Form, 
     live = live_model(model)
     given = source.over(live, quiet=quiet)
     with about(source.path):
-        report = check_spec(live, given)
-        plan = plan_param_groups(live, given) if report.ok else None
-        if plan is not None:
-            built = [group for name in plan.optimizers for group in build_param_groups(live, given, optimizer=name)]
+        assignment = assign(parameter_table(live), given)
+        report, plan = assignment.report, assignment.plan
+        if report.ok:
+            built = [group for name in plan.optimizers for group in build_planned_groups(live, plan, optimizer=name)]
             report = Report((*report.findings, *validate_param_groups(live, built).findings), GroupsError)
     if form is Form.JSON or report.findings:
         echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
-    elif not quiet and plan is not None:
+    elif not quiet:
         count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
         put(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
     context.exit(exit_code(report))
@@ -156,7 +156,7 @@ def explain(model: str, spec: str, name: str, *, form: Form, quiet: bool) -> Non
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @form_options
 @quiet_option
-def lock(source: Source, *, model: str, output: str, force: bool, form: Form, quiet: bool) -> None:
+def lock(source: SpecSource, *, model: str, output: str, force: bool, form: Form, quiet: bool) -> None:
     """Write down what trains with what: names, shapes, places in the optimizer's state, ties and options.
 
     A lock is a JSON file to keep beside a run; ckpt groups diff holds a model, a spec or another lock against it.
@@ -208,7 +208,7 @@ def _found(other: str | None, model: str | None) -> ParamGroupsLock:
     if other is None:
         if model is None:
             raise GroupsError("there is nothing to hold the lock against", hint="give another lock, or --model")
-        return lock_model(subject_of(live_model(model)))
+        return lock_model(parameter_table(live_model(model)))
     with about(other):
         given: Mapping[str, Any] = read_toml(other)
         if is_lock(given):

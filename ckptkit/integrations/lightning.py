@@ -6,7 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
-from ckptkit.integrations.gate import Gate, OnFault
+from ckptkit.integrations.base import OnFault, ParamGroupsCheck
 from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.parse import SpecLike
 
@@ -48,7 +48,7 @@ class ParamGroupsCallback(_Callback):
         lock: ParamGroupsLock | None = None,
     ) -> None:
         """Take the choices of the gate."""
-        self._gate = Gate(strict, on_fault, spec, lock)
+        self._groups_check = ParamGroupsCheck(strict, on_fault, spec, lock)
         self._checked: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -60,4 +60,4 @@ class ParamGroupsCallback(_Callback):
         if self._checked != trainer.current_epoch:
             running, self._checked = self._checked is not None, trainer.current_epoch
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            self._gate.check(pl_module, trainer.optimizers, schedulers, running=running)
+            self._groups_check.check(pl_module, trainer.optimizers, schedulers, running=running)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ckptkit.core.torch_types import Module, Optimizer
-from ckptkit.integrations.gate import Gate, OnFault
+from ckptkit.integrations.base import OnFault, ParamGroupsCheck
 from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.parse import SpecLike
 
@@ -38,7 +38,7 @@ class ParamGroupsCallback(TrainerCallback):
         lock: ParamGroupsLock | None = None,
     ) -> None:
         """Take the choices of the gate."""
-        self._gate = Gate(strict, on_fault, spec, lock)
+        self._groups_check = ParamGroupsCheck(strict, on_fault, spec, lock)
 
     def on_train_begin(
         self,
@@ -70,4 +70,4 @@ class ParamGroupsCallback(TrainerCallback):
             self._check(model, optimizer, lr_scheduler, running=True)
 
     def _check(self, model: Module, optimizer: Optimizer, scheduler: Any, *, running: bool = False) -> None:
-        self._gate.check(model, [optimizer], [] if scheduler is None else [scheduler], running=running)
+        self._groups_check.check(model, [optimizer], [] if scheduler is None else [scheduler], running=running)

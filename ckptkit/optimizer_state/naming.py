@@ -14,7 +14,7 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, parameter_shape
-from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.properties import parameter_table
 
 __all__ = ["Parameters", "infer_names", "name_by_position", "parameters_of", "structure_findings", "to_named"]
 
@@ -44,11 +44,11 @@ def parameters_of(model: Any) -> Parameters:
         return model
     if isinstance(model, Mapping) and not isinstance(model, Checkpoint) and all(map(_is_shape, model.values())):
         return Parameters({str(name): tuple(shape) for name, shape in model.items()})
-    parameters = subject_of(model).parameters
+    parameters = parameter_table(model).parameters
     live = hasattr(model, "named_parameters")
     return Parameters(
         {one.name: one.shape or () for one in parameters},
-        frozenset(facts.name for one in parameters if not one.trainable for facts in one.named()),
+        frozenset(info.name for one in parameters if not one.trainable for info in one.named()),
         certain=live,
         said="the model" if live else "the model's checkpoint",
         aliases={alias.name: one.name for one in parameters for alias in one.aliases},

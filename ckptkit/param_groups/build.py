@@ -1,4 +1,4 @@
-"""From a spec to the dicts that a torch optimizer takes."""
+"""Build the group dicts that a torch optimizer takes from a spec."""
 
 from __future__ import annotations
 
@@ -9,32 +9,46 @@ from ckptkit.core.gc_pause import without_collection
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.parameters import take_inventory
-from ckptkit.param_groups.parse import SpecLike, parse_spec
-from ckptkit.param_groups.plan import lay_over
-from ckptkit.param_groups.properties import subject_of_model
+from ckptkit.param_groups.parameters import Inventory, take_inventory
+from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.plan import ParamGroupsPlan, assign
+from ckptkit.param_groups.properties import live_parameter_table
 
-__all__ = ["build_param_groups"]
+__all__ = ["build_param_groups", "build_planned_groups"]
 
 
 def build_param_groups(
     model: Module, spec: SpecLike, *, optimizer: str | None = None, bare: bool = False
 ) -> list[dict[str, Any]]:
-    """Return fresh param groups for any ``torch.optim`` class: every trainable parameter of ``model`` exactly once.
+    """Return new param groups for any ``torch.optim`` class: each trainable parameter of ``model`` exactly once.
 
-    Each dict holds ``params`` as ``(FQN, parameter)`` pairs in model order (torch keeps the names as
-    ``param_names``), the group's ``name``, and the options of its rule and modifiers over the defaults, copied.
-    Frozen parameters are left out unless the spec includes them, a tied one goes by its first registered name.
-    Nothing is shared between two calls. ``LBFGS`` takes one group only.
+    Each dict holds ``params`` as ``(FQN, parameter)`` pairs in the order of the model, the ``name`` of the group, and
+    its options. torch keeps the FQNs as ``param_names``. A tied parameter has its first registered name. Frozen
+    parameters are left out unless the spec includes them. Two calls share no option value. ``LBFGS`` takes one group.
 
-    Where the spec names several optimizer classes, ``optimizer`` says whose groups are wanted. ``bare`` gives plain
-    parameters and no ``name``, for optimizers that refuse what they do not know. What the spec freezes gets
-    ``requires_grad=False`` here. Raises ``GroupsError`` as ``parse_spec`` and ``plan_param_groups`` do.
+    Where the spec names several optimizer classes, ``optimizer`` selects one of them. With ``bare``, the dicts hold
+    plain parameters and no ``name``, for optimizers that refuse unknown keys. Parameters that the spec freezes get
+    ``requires_grad=False`` here.
+
+    Raises ``GroupsError`` as ``plan_param_groups`` does, where the spec cannot be parsed, and where ``optimizer`` is
+    missing or is not in the spec.
     """
     with without_collection():
         inventory = take_inventory(model)
-        plan, report = lay_over(subject_of_model(inventory), parse_spec(spec))
-    report.raise_for_errors()
+        assignment = assign(live_parameter_table(inventory), spec)
+    assignment.report.raise_for_errors()
+    return _build(inventory, assignment.plan, optimizer, bare=bare)
+
+
+def build_planned_groups(model: Module, plan: ParamGroupsPlan, *, optimizer: str | None = None) -> list[dict[str, Any]]:
+    """Return the groups of a plan as ``build_param_groups`` does, for the planned model or a copy of it."""
+    return _build(take_inventory(model), plan, optimizer)
+
+
+def _build(
+    inventory: Inventory, plan: ParamGroupsPlan, optimizer: str | None, *, bare: bool = False
+) -> list[dict[str, Any]]:
+    live = inventory.by_name
     known = [name for name in plan.optimizers if name is not None]
     if optimizer is not None and optimizer not in known:
         raise GroupsError(
@@ -46,7 +60,6 @@ def build_param_groups(
             f"the groups train with several optimizers: {', '.join(known)}",
             hint=f"ask for the groups of one at a time: optimizer={known[0]!r}",
         )
-    live = inventory.by_name
     for parameter in plan.freeze:
         live[parameter.name].tensor.requires_grad_(False)
     groups: list[dict[str, Any]] = []
@@ -54,7 +67,7 @@ def build_param_groups(
         if optimizer is not None and group.optimizer != optimizer:
             continue
         pairs = [(parameter.name, live[parameter.name].tensor) for parameter in group.parameters]
-        # Copied one group at a time: a tensor lr shared by two groups would be changed in both.
+        # Copied for each group: a scheduler would change a shared lr tensor in two groups at once.
         options = copy.deepcopy(dict(group.options))
         if bare:
             groups.append({"params": [tensor for _, tensor in pairs], **options})

@@ -14,9 +14,9 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock, lock_optimizer, lock_plan
 from ckptkit.param_groups.parameters import bare_name
-from ckptkit.param_groups.parse import SpecLike, parse_spec
-from ckptkit.param_groups.plan import lay_over
-from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.plan import assign
+from ckptkit.param_groups.properties import parameter_table
 
 __all__ = ["compare_with_spec", "diff_locks", "driven_options", "match_groups"]
 
@@ -221,11 +221,11 @@ def compare_with_spec(model: Module, groups: Any, spec: SpecLike) -> Iterator[Fi
 
     A learning rate is the one before schedulers moved it, where they recorded that.
     """
-    plan, report = lay_over(subject_of(model), parse_spec(spec))
-    yield from report.findings
-    if not report.ok:
+    assignment = assign(parameter_table(model), spec)
+    yield from assignment.report.findings
+    if not assignment.report.ok:
         return
-    expected, found = lock_plan(plan), lock_optimizer(model, groups)
+    expected, found = lock_plan(assignment.plan), lock_optimizer(model, groups)
     where, heirs = match_groups(expected, found)
     live = [group.options for group in read_groups(groups)[0]]
     for number, group in enumerate(expected.groups):

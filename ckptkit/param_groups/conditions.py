@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +11,9 @@ from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, RuleError
-from ckptkit.param_groups.properties import ROLES, ParameterFacts
+from ckptkit.param_groups.properties import ROLES, ParameterInfo
 
-__all__ = ["Condition", "Depths", "Layers", "condition_table", "parse_condition"]
+__all__ = ["Condition", "LayerNumbers", "Layers", "condition_table", "parse_condition"]
 
 
 _DEEPEST = 32
@@ -32,11 +32,11 @@ class Condition:
     values: tuple[Any, ...] = ()
     inner: tuple[Condition, ...] = ()
 
-    def holds(self, facts: ParameterFacts) -> bool | None:
+    def holds(self, parameter: ParameterInfo) -> bool | None:
         """Return whether it holds, or None where only the live model could tell."""
         if not self.inner:
-            return _QUESTIONS[self.kind](facts, self.values)
-        told = [condition.holds(facts) for condition in self.inner]
+            return _QUESTIONS[self.kind](parameter, self.values)
+        told = [condition.holds(parameter) for condition in self.inner]
         if self.kind == "not":
             return None if told[0] is None else not told[0]
         decisive = self.kind == "any"
@@ -148,71 +148,82 @@ _VALUES: dict[str, Callable[[Any, str], Any]] = {
 }
 
 
-def _is_of_class(facts: ParameterFacts, values: Iterable[str]) -> bool | None:
-    if facts.classes is None:
+def _is_of_class(parameter: ParameterInfo, values: Iterable[str]) -> bool | None:
+    if parameter.classes is None:
         return None
-    return any(value.removeprefix("torch.nn.") in facts.classes or value in facts.classes for value in values)
+    return any(value.removeprefix("torch.nn.") in parameter.classes or value in parameter.classes for value in values)
 
 
-def _has_shape(facts: ParameterFacts, values: tuple[tuple[int | str, ...], ...]) -> bool | None:
-    if facts.shape is None:
+def _has_shape(parameter: ParameterInfo, values: tuple[tuple[int | str, ...], ...]) -> bool | None:
+    if parameter.shape is None:
         return None
     (wanted,) = values
-    return len(wanted) == len(facts.shape) and all(
-        size in ("*", have) for size, have in zip(wanted, facts.shape, strict=True)
+    return len(wanted) == len(parameter.shape) and all(
+        size in ("*", have) for size, have in zip(wanted, parameter.shape, strict=True)
     )
 
 
-_QUESTIONS: dict[str, Callable[[ParameterFacts, tuple[Any, ...]], bool | None]] = {
-    "params": lambda facts, values: matches_any(values, facts.name),
+_QUESTIONS: dict[str, Callable[[ParameterInfo, tuple[Any, ...]], bool | None]] = {
+    "params": lambda parameter, values: matches_any(values, parameter.name),
     "module": _is_of_class,
-    "role": lambda facts, values: any(value in facts.roles for value in values),
-    "ndim": lambda facts, values: None if facts.shape is None else len(facts.shape) in values,
+    "role": lambda parameter, values: any(value in parameter.roles for value in values),
+    "ndim": lambda parameter, values: None if parameter.shape is None else len(parameter.shape) in values,
     "shape": _has_shape,
-    "min_elements": lambda facts, values: None if facts.shape is None else facts.elements >= min(values),
-    "dtype": lambda facts, values: facts.dtype in values,
+    "min_elements": lambda parameter, values: None if parameter.shape is None else parameter.elements >= min(values),
+    "dtype": lambda parameter, values: parameter.dtype in values,
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Depths:
-    """The layer of each name that has one, counted from 0 at the input; ``holes`` are numbers that no name has."""
+class LayerNumbers:
+    """The layer of each parameter that is in one, counted from 0 at the input.
+
+    ``gaps`` are the numbers between the smallest and the largest that no parameter has, such as ``blocks.3`` in a
+    model without that block.
+    """
 
     layer: Mapping[str, int]
     count: int
-    holes: tuple[str, ...] = ()
+    gaps: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """Levels from the input to the output, each of one pattern or several.
+    """The ``layers`` of a modifier: levels from the input to the output, each of one pattern or several.
 
-    A pattern with ``{name:int}`` makes a layer of each number that it finds, in order; one without makes a layer of
-    all that it fits. The learning rate is multiplied by ``decay`` once for each layer above, down to ``min_scale``.
+    A pattern with ``{name:int}`` makes one layer of each number that it captures, in order. Any other pattern makes
+    one layer of every parameter that it matches. The learning rate is multiplied by ``decay`` once for each layer
+    above, but by no less than ``min_scale``.
     """
 
     levels: tuple[tuple[Pattern, ...], ...]
     decay: float
     min_scale: float = 0.0
 
-    def depths(self, names: Iterable[str]) -> Depths:
-        """Return the layer of each of ``names``; frozen ones belong here too, or freezing would shift the others."""
-        places: dict[str, tuple[int, ...]] = {}
+    def number(self, names: Iterable[str]) -> LayerNumbers:
+        """Return the layer of each of ``names``.
+
+        ``names`` must have the frozen parameters too: without them, freezing a layer would renumber the others.
+        """
+        positions: dict[str, tuple[int, ...]] = {}
         for name in names:
-            place = self._place(name)
-            if place is not None:
-                places[name] = place
-        order = {place: layer for layer, place in enumerate(sorted(set(places.values())))}
-        return Depths({name: order[place] for name, place in places.items()}, len(order), tuple(_holes(order)))
+            position = self._position(name)
+            if position is not None:
+                positions[name] = position
+        layers = {position: layer for layer, position in enumerate(sorted(set(positions.values())))}
+        return LayerNumbers(
+            {name: layers[position] for name, position in positions.items()}, len(layers), tuple(_gaps(layers))
+        )
 
     def scale(self, layer: int, count: int) -> float:
-        """Return what the learning rate of a layer is multiplied by: 1 for the last."""
+        """Return the factor for the learning rate of ``layer`` among ``count`` layers; it is 1 for the last."""
         try:
             return max(self.min_scale, self.decay ** (count - 1 - layer))
         except OverflowError:
             return math.inf
 
-    def _place(self, name: str) -> tuple[int, ...] | None:
+    def _position(self, name: str) -> tuple[int, ...] | None:
+        """Return the level of ``name``, then the numbers that its pattern captures, or None."""
         for level, patterns in enumerate(self.levels):
             for pattern in patterns:
                 match = pattern.match(name)
@@ -221,11 +232,11 @@ class Layers:
         return None
 
 
-def _holes(places: Iterable[tuple[int, ...]]) -> Iterable[str]:
-    seen: dict[tuple[int, ...], list[int]] = {}
-    for place in places:
-        if len(place) > 1:
-            seen.setdefault(place[:-1], []).append(place[-1])
-    for start, numbers in seen.items():
+def _gaps(positions: Iterable[tuple[int, ...]]) -> Iterator[str]:
+    numbers_by_start: dict[tuple[int, ...], list[int]] = {}
+    for position in positions:
+        if len(position) > 1:
+            numbers_by_start.setdefault(position[:-1], []).append(position[-1])
+    for start, numbers in numbers_by_start.items():
         for number in sorted(set(range(min(numbers), max(numbers))) - set(numbers))[:8]:
             yield ".".join(map(str, (*start[1:], number)))

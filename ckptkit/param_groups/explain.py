@@ -1,76 +1,81 @@
-"""Why a parameter trains with what: its owner, who else would have taken it, and every step to each option."""
+"""Explain one parameter: the rule that owns it, the rules below, the modifiers, and each step to its options."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.torch_bridge import StateDictLike
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.ownership import Said, Speakers, resolve
+from ckptkit.param_groups.ownership import OptionStep, RuleMatcher, resolve_options
 from ckptkit.param_groups.parse import SpecLike, parse_spec
-from ckptkit.param_groups.properties import ParameterFacts, subject_of
+from ckptkit.param_groups.properties import ParameterInfo, parameter_table
 
 __all__ = ["Explanation", "explain_param_group"]
+
+Outcome = Literal["trained", "frozen", "freeze", "unowned"]
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a spec says of one parameter.
+    """What a spec does with one parameter.
 
-    ``rule`` owns it (None: nobody does), ``shadowed`` fit it too but stand below, ``modifiers`` apply in this order,
-    ``steps`` lead to ``options``. ``outcome`` is ``trained``, ``frozen`` (in the model), ``freeze`` (by the spec) or
-    ``unowned``.
+    - ``outcome``: ``trained``, ``frozen`` (by the model), ``freeze`` (by the spec) or ``unowned``.
+    - ``rule`` owns the parameter, or is None. ``shadowed`` are later rules that match it too.
+    - ``modifiers`` apply in this order; ``layer`` is the layer in which they put the parameter.
+    - ``steps`` lead to ``options``, which is None where the parameter does not train.
     """
 
-    facts: ParameterFacts
-    outcome: str
+    parameter: ParameterInfo
+    outcome: Outcome
     rule: str | None
     shadowed: tuple[str, ...] = ()
     modifiers: tuple[str, ...] = ()
     layer: int | None = None
-    steps: tuple[Said, ...] = ()
+    steps: tuple[OptionStep, ...] = ()
     options: Mapping[str, Any] | None = None
 
 
-def explain_param_group(model: Any, spec: SpecLike, name: str) -> Explanation:
-    """Return which rules of ``spec`` speak for the parameter ``name`` of ``model``, and what comes of it.
+def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str) -> Explanation:
+    """Return which rules and modifiers of ``spec`` apply to the parameter ``name`` of ``model``, and its options.
 
-    ``model`` is what ``plan_param_groups`` takes; a tied parameter may be asked for by any of its names, and is
-    answered for as its first. Raises ``GroupsError`` where the model has no parameter of that name.
+    ``model`` is what ``plan_param_groups`` takes. A tied parameter is found under any of its names, and is reported
+    under the first. Raises ``GroupsError`` where the model has no parameter of that name.
     """
     if not isinstance(name, str):
         raise GroupsError(f"the name of a parameter is {kind_of(name)}", hint="ask for one as named_parameters has it")
-    subject, spec = subject_of(model), parse_spec(spec)
-    facts = next((one for one in subject.parameters if any(name == alias.name for alias in one.named())), None)
-    if facts is None:
-        near = difflib.get_close_matches(name, subject.by_name, n=1, cutoff=0.5)
-        what = "a buffer, which no optimizer trains" if name in subject.buffers else "no parameter of the model"
+    table, spec = parameter_table(model), parse_spec(spec)
+    parameter = next((one for one in table.parameters if any(name == alias.name for alias in one.named())), None)
+    if parameter is None:
+        near = difflib.get_close_matches(name, table.by_name, n=1, cutoff=0.5)
+        what = "a buffer, which no optimizer trains" if name in table.buffers else "no parameter of the model"
         raise GroupsError(
             f"{quoted(name)} is {what}",
             hint=f"did you mean {quoted(near[0])}?" if near else "ckpt show lists the names",
         )
-    speakers = Speakers(spec, subject)
-    owner = speakers.owner(facts)
+    matcher = RuleMatcher(spec, table)
+    owner = matcher.owner(parameter)
     rule = None if owner is None else spec.rules[owner]
-    named = None if rule is None else rule.name
-    others = [other.name for other in speakers.fitting(facts) if other is not rule]
+    rule_name = None if rule is None else rule.name
+    shadowed = [other.name for other in matcher.matching_rules(parameter) if other is not rule]
     if spec.rules[-1].rest and spec.rules[-1] is not rule:
-        others.append(spec.rules[-1].name)
-    if not facts.trainable and spec.frozen != "include":
-        return Explanation(facts, "frozen", named, tuple(others))
+        shadowed.append(spec.rules[-1].name)
+    if not parameter.trainable and spec.frozen != "include":
+        return Explanation(parameter, "frozen", rule_name, tuple(shadowed))
     if rule is None or rule.freeze:
-        outcome = "freeze" if rule is not None or spec.unmatched == "freeze" else "unowned"
-        return Explanation(facts, outcome, named, tuple(others))
-    applied = speakers.modifiers(facts)
-    options, steps = resolve(spec, rule, applied)
+        is_frozen = rule is not None or spec.unmatched == "freeze"
+        return Explanation(parameter, "freeze" if is_frozen else "unowned", rule_name, tuple(shadowed))
+    applied = matcher.modifiers(parameter)
+    options, steps = resolve_options(spec, rule, applied)
     return Explanation(
-        facts,
+        parameter,
         "trained",
         rule.name,
-        tuple(others),
+        tuple(shadowed),
         tuple(one.modifier.name for one in applied),
         next((one.layer for one in applied if one.layer is not None), None),
         tuple(steps),

@@ -15,9 +15,9 @@ from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
 from ckptkit.param_groups.parameters import bare_name, take_inventory
-from ckptkit.param_groups.parse import SpecLike, parse_spec
-from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, lay_over
-from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of, subject_of_model
+from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, assign
+from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, live_parameter_table, parameter_table
 
 __all__ = [
     "LockedGroup",
@@ -104,9 +104,9 @@ def lock_param_groups(model: Any, spec: SpecLike) -> ParamGroupsLock:
 
     ``model`` is what ``plan_param_groups`` takes, and what it raises is raised here.
     """
-    plan, report = lay_over(subject_of(model), parse_spec(spec))
-    report.raise_for_errors()
-    return lock_plan(plan)
+    assignment = assign(parameter_table(model), spec)
+    assignment.report.raise_for_errors()
+    return lock_plan(assignment.plan)
 
 
 def lock_plan(plan: ParamGroupsPlan) -> ParamGroupsLock:
@@ -138,7 +138,7 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
     ``GroupsError`` as ``validate_param_groups`` does.
     """
     inventory = take_inventory(model)
-    facts = subject_of_model(inventory).by_name
+    infos = live_parameter_table(inventory).by_name
     read, members, _ = read_groups(groups)
     indices: dict[int, int] = {}
     places: dict[int, list[LockedParameter]] = {id(group): [] for group in read}
@@ -149,7 +149,7 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
         live = inventory.parameters.get(id(member.tensor))
         if live is not None and live.name not in held:  # what stands there twice is the validator's to tell
             held.add(live.name)
-            places[id(member.group)].append(_locked(facts[live.name], index))
+            places[id(member.group)].append(_locked(infos[live.name], index))
     return ParamGroupsLock(
         tuple(
             LockedGroup(
@@ -160,19 +160,19 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
             )
             for number, group in enumerate(read)
         ),
-        tuple(_locked(facts[live.name], None) for live in inventory.parameters.values() if live.name not in held),
+        tuple(_locked(infos[live.name], None) for live in inventory.parameters.values() if live.name not in held),
     )
 
 
-def lock_model(subject: Subject) -> ParamGroupsLock:
+def lock_model(table: ParameterTable) -> ParamGroupsLock:
     """Return the parameters of a model alone, in no group."""
-    return ParamGroupsLock((), tuple(_locked(facts, None) for facts in subject.parameters))
+    return ParamGroupsLock((), tuple(_locked(info, None) for info in table.parameters))
 
 
 # Wrapping a model changes names and nothing else, so a lock knows the bare ones.
-def _locked(facts: ParameterFacts, index: int | None) -> LockedParameter:
-    aliases = tuple(bare_name(alias.name) for alias in facts.aliases)
-    return LockedParameter(bare_name(facts.name), index, facts.shape or (), facts.dtype, aliases)
+def _locked(info: ParameterInfo, index: int | None) -> LockedParameter:
+    aliases = tuple(bare_name(alias.name) for alias in info.aliases)
+    return LockedParameter(bare_name(info.name), index, info.shape or (), info.dtype, aliases)
 
 
 def _planned(one: PlannedParameter, index: int | None) -> LockedParameter:

@@ -1,4 +1,4 @@
-"""Who speaks for a parameter: the first rule that fits owns it, and every modifier that fits applies."""
+"""Find the rule that owns each parameter, the modifiers that apply to it, and the options that result."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckptkit.core.patterns import Pattern
 from ckptkit.core.text import quoted
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.conditions import Depths
-from ckptkit.param_groups.properties import ParameterFacts, Subject
+from ckptkit.param_groups.conditions import LayerNumbers
+from ckptkit.param_groups.properties import ParameterInfo, ParameterTable
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec, number_fault
 
-__all__ = ["Applied", "Said", "Speakers", "resolve"]
+__all__ = ["AppliedModifier", "OptionStep", "RuleMatcher", "resolve_options"]
 
 
 @dataclass(frozen=True, slots=True)
-class Applied:
-    """A modifier that applies; with layers, in which layer the parameter lies and what its lr is multiplied by."""
+class AppliedModifier:
+    """A modifier that applies to a parameter.
+
+    For a modifier with layers, ``layer`` is the layer of the parameter and ``scale`` multiplies its learning rate.
+    """
 
     modifier: Modifier
     layer: int | None = None
@@ -25,123 +29,126 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """One step: ``who`` made option ``key`` into ``value``, multiplying it by ``factor`` where that is not None."""
+class OptionStep:
+    """One step towards an option: ``source`` set ``key`` to ``value``.
 
-    who: str
+    ``source`` is ``defaults``, or the name of a rule or modifier. ``factor`` is what the option was multiplied by, or
+    None where the step did not multiply.
+    """
+
+    source: str
     key: str
     value: Any
     factor: float | None = None
 
 
-def resolve(spec: ParamGroupSpec, rule: GroupRule, applied: Sequence[Applied]) -> tuple[dict[str, Any], list[Said]]:
-    """Return the options that the optimizer gets, and how they came about.
+def resolve_options(
+    spec: ParamGroupSpec, rule: GroupRule, applied: Sequence[AppliedModifier]
+) -> tuple[dict[str, Any], list[OptionStep]]:
+    """Return the options that the optimizer gets, and the steps that lead to them.
 
-    Each speaker sets options and then multiplies what stands; the learning rate comes out as a number, and beside it,
-    where the spec asks for ``lr_scale``, as the number before all multiples with their product. Raises ``GroupsError``
-    where multiples make of a number what is none to train with.
+    The defaults come first, then the rule, then each modifier. Each of them sets its options and then multiplies the
+    values so far. With ``spec.lr_scale``, ``lr`` keeps its value and ``lr_scale`` holds the product of its multiples.
+    Raises ``GroupsError`` where a product is not a usable number.
     """
-    said = [Said("defaults", key, value) for key, value in spec.given(rule).items()]
-    options = spec.given(rule)
-    scale = 1.0
+    options = spec.defaults_for(rule)
+    steps = [OptionStep("defaults", key, value) for key, value in options.items()]
+    lr_scale = 1.0
 
-    def speak(who: str, values: Mapping[str, Any], multiples: Mapping[str, float]) -> None:
-        nonlocal scale
+    def apply(source: str, values: Mapping[str, Any], multiples: Mapping[str, float]) -> None:
+        nonlocal lr_scale
         for key, value in values.items():
             options[key] = value
-            scale = 1.0 if key == "lr" else scale
-            said.append(Said(who, key, value))
+            lr_scale = 1.0 if key == "lr" else lr_scale
+            steps.append(OptionStep(source, key, value))
         for key, factor in multiples.items():
             if key == "lr" and spec.lr_scale:
-                scale *= factor
-                said.append(Said(who, "lr_scale", scale, factor))
+                lr_scale *= factor
+                steps.append(OptionStep(source, "lr_scale", lr_scale, factor))
             else:
                 options[key] = options[key] * factor
-                said.append(Said(who, key, options[key], factor))
+                steps.append(OptionStep(source, key, options[key], factor))
 
-    speak(rule.name, rule.options, rule.multiples)
+    apply(rule.name, rule.options, rule.multiples)
     for one in applied:
-        speak(one.modifier.name, one.modifier.options, one.modifier.multiples)
+        apply(one.modifier.name, one.modifier.options, one.modifier.multiples)
         if one.layer is not None:
-            speak(f"{one.modifier.name}, layer {one.layer}", {}, {"lr": one.scale})
+            apply(f"{one.modifier.name}, layer {one.layer}", {}, {"lr": one.scale})
     if spec.lr_scale:
-        options["lr_scale"] = scale
-    for one_said in said:
-        fault = None if one_said.factor is None else number_fault(options[one_said.key])
+        options["lr_scale"] = lr_scale
+    for step in steps:
+        fault = None if step.factor is None else number_fault(options[step.key])
         if fault is not None:
             raise GroupsError(
-                f"{quoted(one_said.key)} of group {quoted(rule.name)}, multiplied by all that fit, {fault}",
-                hint=f"ckpt groups explain tells each step; {quoted(one_said.who)} is one of them",
+                f"{quoted(step.key)} of group {quoted(rule.name)}, multiplied by all that fit, {fault}",
+                hint=f"ckpt groups explain tells each step; {quoted(step.source)} is one of them",
             )
-    return options, said
+    return options, steps
 
 
-class Speakers:
-    """A spec over one subject; remembers which patterns and modifiers ever spoke, and what only a model could tell."""
+class RuleMatcher:
+    """Matches the rules and modifiers of a spec against the parameters of one model.
 
-    def __init__(self, spec: ParamGroupSpec, subject: Subject) -> None:
-        """Look up once what each question needs: the layers, and the rule for what nobody fits."""
+    The matcher records what findings need later. ``matched`` has the (rule index, pattern) pairs that own something,
+    ``applied`` the modifiers that apply somewhere. ``without_layer`` lists, by modifier, the parameters that are in
+    no layer; ``undecided`` lists, by rule or modifier, those that only the live model could decide.
+    """
+
+    def __init__(self, spec: ParamGroupSpec, table: ParameterTable) -> None:
+        """Number the layers, and find the rule that takes what no other rule matches."""
         self.spec = spec
-        self._rules = [
-            (index, rule, [(pattern.text, pattern.match) for pattern in rule.patterns])
-            for index, rule in enumerate(spec.rules)
-            if not rule.rest
-        ]
-        names = {rule.name: index for index, rule in enumerate(spec.rules)}
-        self._rest = len(spec.rules) - 1 if spec.rules[-1].rest else names.get(spec.unmatched)
-        self.depths: dict[str, Depths] = {}
+        self._rules = [(index, rule) for index, rule in enumerate(spec.rules) if not rule.rest]
+        indices = {rule.name: index for index, rule in enumerate(spec.rules)}
+        self._rest = len(spec.rules) - 1 if spec.rules[-1].rest else indices.get(spec.unmatched)
+        self.layers: dict[str, LayerNumbers] = {}
         for modifier in spec.modifiers:
             if modifier.layers is not None:
-                fitting = [name for name, facts in subject.by_name.items() if modifier.fits(facts)]
-                self.depths[modifier.name] = modifier.layers.depths(fitting)
-        self.hits: set[tuple[int, str]] = set()
+                matching = [name for name, parameter in table.by_name.items() if modifier.matches(parameter)]
+                self.layers[modifier.name] = modifier.layers.number(matching)
+        self.matched: set[tuple[int, str]] = set()
         self.applied: set[str] = set()
         self.without_layer: dict[str, list[str]] = {}
-        self.unsure: dict[str, list[str]] = {}
+        self.undecided: dict[str, list[str]] = {}
 
-    def owner(self, facts: ParameterFacts) -> int | None:
-        """Return the index of the rule that owns it, or None."""
-        for index, rule, patterns in self._rules:
-            text = _first(patterns, facts.name) if patterns else ""
-            if text is None:
+    def owner(self, parameter: ParameterInfo) -> int | None:
+        """Return the index of the rule that owns ``parameter``: the first that matches, or None."""
+        for index, rule in self._rules:
+            pattern = _first_match(rule.patterns, parameter.name)
+            if pattern is None and rule.patterns:
                 continue
-            holds = rule.condition_of(facts)
+            holds = rule.condition_holds(parameter)
             if holds:
-                self.hits.add((index, text))
+                self.matched.add((index, "" if pattern is None else pattern.text))
                 return index
             if holds is None:
-                self.unsure.setdefault(rule.name, []).append(facts.name)
+                self.undecided.setdefault(rule.name, []).append(parameter.name)
         return self._rest
 
-    def fitting(self, facts: ParameterFacts) -> list[GroupRule]:
-        """Return every rule that fits it, ``rest`` aside."""
-        return [
-            rule
-            for _, rule, patterns in self._rules
-            if (not patterns or _first(patterns, facts.name) is not None) and rule.condition_of(facts)
-        ]
+    def matching_rules(self, parameter: ParameterInfo) -> list[GroupRule]:
+        """Return every rule that matches ``parameter``, except one with ``rest``."""
+        return [rule for _, rule in self._rules if rule.matches(parameter)]
 
-    def modifiers(self, facts: ParameterFacts) -> tuple[Applied, ...]:
-        """Return the modifiers that apply to it, in order."""
+    def modifiers(self, parameter: ParameterInfo) -> tuple[AppliedModifier, ...]:
+        """Return the modifiers that apply to ``parameter``, in the order of the spec."""
         found = []
         for modifier in self.spec.modifiers:
-            fits = modifier.fits(facts)
-            if not fits:
-                if fits is None:
-                    self.unsure.setdefault(modifier.name, []).append(facts.name)
+            matches = modifier.matches(parameter)
+            if not matches:
+                if matches is None:
+                    self.undecided.setdefault(modifier.name, []).append(parameter.name)
                 continue
             if modifier.layers is None:
-                found.append(Applied(modifier))
+                found.append(AppliedModifier(modifier))
             else:
-                depths = self.depths[modifier.name]
-                layer = depths.layer.get(facts.name)
+                numbers = self.layers[modifier.name]
+                layer = numbers.layer.get(parameter.name)
                 if layer is None:
-                    self.without_layer.setdefault(modifier.name, []).append(facts.name)
+                    self.without_layer.setdefault(modifier.name, []).append(parameter.name)
                     continue
-                found.append(Applied(modifier, layer, modifier.layers.scale(layer, depths.count)))
+                found.append(AppliedModifier(modifier, layer, modifier.layers.scale(layer, numbers.count)))
             self.applied.add(modifier.name)
         return tuple(found)
 
 
-def _first(patterns: Sequence[tuple[str, object]], name: str) -> str | None:
-    return next((text for text, fits in patterns if fits(name)), None)  # type: ignore[operator]
+def _first_match(patterns: Sequence[Pattern], name: str) -> Pattern | None:
+    return next((pattern for pattern in patterns if pattern.match(name)), None)

@@ -233,7 +233,7 @@ def _checked(spec: ParamGroupSpec) -> ParamGroupSpec:
             )
         _check_options(rule.options, where)
         if not rule.freeze:
-            _check_multiples(rule.multiples, {**spec.given(rule), **rule.options}, where)
+            _check_multiples(rule.multiples, {**spec.defaults_for(rule), **rule.options}, where)
     _check_modifiers(spec)
     _check_policies(spec)
     return spec
@@ -252,7 +252,7 @@ def _check_modifiers(spec: ParamGroupSpec) -> None:
             raise GroupsError(f"{where} changes nothing", hint="give it an option: weight_decay = 0.0")
         scaled = {**modifier.multiples, **({"lr": 1.0} if modifier.layers else {})}
         for rule in trained:
-            _check_multiples(scaled, {**spec.given(rule), **rule.options, **modifier.options}, where)
+            _check_multiples(scaled, {**spec.defaults_for(rule), **rule.options, **modifier.options}, where)
 
 
 def _check_multiples(multiples: Mapping[str, float], known: Mapping[str, Any], where: str) -> None:

@@ -1,27 +1,33 @@
-"""Who owns what: a spec laid over a model or a checkpoint, as a value to print, check or build from."""
+"""Assign a spec to the parameters of a model: the planned groups, and what is wrong with the spec."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import without_collection
 from ckptkit.core.text import html_table, printable
+from ckptkit.core.torch_bridge import StateDictLike
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.ownership import Applied, Speakers, resolve
+from ckptkit.param_groups.ownership import AppliedModifier, RuleMatcher, resolve_options
 from ckptkit.param_groups.parse import SpecLike, parse_spec
-from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of
+from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
 from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, is_tensor
-from ckptkit.param_groups.spec_findings import Diagnosis
+from ckptkit.param_groups.spec_findings import SpecFindings
 
-__all__ = ["ParamGroupsPlan", "PlannedGroup", "PlannedParameter", "check_spec", "lay_over", "plan_param_groups"]
+__all__ = ["ParamGroupsPlan", "PlannedGroup", "PlannedParameter", "SpecAssignment", "assign", "plan_param_groups"]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedParameter:
-    """A parameter as the plan names it: the first registered FQN, the others where it is tied, and who spoke for it."""
+    """A parameter of a plan.
+
+    ``name`` is its first registered FQN; ``aliases`` are its other names where it is tied. ``rule`` owns it,
+    ``modifiers`` apply to it, and ``layer`` counts from 0 at the input where a modifier numbers layers.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -35,9 +41,9 @@ class PlannedParameter:
 
 @dataclass(frozen=True, slots=True)
 class PlannedGroup:
-    """One group to be: its rule, all options that the optimizer will get, and its parameters in model order.
+    """One param group of a plan: its rule, its options for the optimizer, and its parameters in the order of the model.
 
-    ``optimizer`` is the class that the spec names for it; ``modifiers`` are those that made its options.
+    ``optimizer`` is the class that the spec names for the group. ``modifiers`` are those that changed its options.
     """
 
     name: str
@@ -55,9 +61,10 @@ class PlannedGroup:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupsPlan:
-    """The groups in order, the frozen parameters that no group holds, and idle optional rules.
+    """The planned groups in order, and the parameters that are in none of them.
 
-    ``freeze`` names the parameters that the spec freezes: trainable still, and in no group.
+    ``frozen`` has the parameters with ``requires_grad=False`` that no group holds. ``freeze`` has the parameters that
+    the spec freezes: they are trainable now. ``idle`` has the optional rules that own nothing.
     """
 
     groups: tuple[PlannedGroup, ...]
@@ -72,7 +79,7 @@ class ParamGroupsPlan:
 
     @property
     def optimizers(self) -> tuple[str | None, ...]:
-        """The optimizer classes of the groups, each once; None where the spec names none."""
+        """The optimizer class of each group, without repeats; None where the spec names none."""
         return tuple(dict.fromkeys(group.optimizer for group in self.groups))
 
     def _repr_html_(self) -> str:
@@ -82,156 +89,167 @@ class ParamGroupsPlan:
         )
 
 
-def plan_param_groups(model: Any, spec: SpecLike) -> ParamGroupsPlan:
-    """Return which rule of ``spec`` owns which trainable parameter of ``model``, and with which options it trains.
+@dataclass(frozen=True, slots=True, eq=False)
+class SpecAssignment:
+    """A spec assigned to the parameters of one model: compute it once with ``assign``, and pass it on.
 
-    ``model`` is a live ``torch.nn.Module``, or a checkpoint or a mapping of tensors, of which only names and shapes
-    are used: then every parameter counts as trainable, and roles are told by names. Raises ``GroupsError`` for a
-    rule, a modifier or a pattern that fits nothing (unless it is optional), a trainable parameter that no rule owns,
-    one that is uninitialised, and a tied one whose names would get different options.
+    ``report`` has every finding about the spec. Only a plan whose report has no error may be built.
+    """
+
+    plan: ParamGroupsPlan
+    report: Report
+
+
+def plan_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGroupsPlan:
+    """Return which rule of ``spec`` owns each trainable parameter of ``model``, and its options.
+
+    ``model`` is a live ``torch.nn.Module``, a checkpoint, or a mapping of tensors. Only names and shapes of a
+    checkpoint are used: every parameter counts as trainable, and roles are read from names.
+
+    Raises ``GroupsError`` for a rule, modifier or pattern that matches nothing (unless it is optional). The same is
+    raised for a trainable parameter that no rule owns, an uninitialised parameter, and a tied parameter whose names
+    would get different options.
     """
     with without_collection():
-        plan, report = lay_over(subject_of(model), parse_spec(spec))
-    report.raise_for_errors()
-    return plan
-
-
-def check_spec(model: Any, spec: SpecLike) -> Report:
-    """Return all that ``plan_param_groups`` would refuse, at once, and what it can only assume.
-
-    Raises ``GroupsError`` where the spec itself cannot be read.
-    """
-    return lay_over(subject_of(model), parse_spec(spec))[1]
+        assignment = assign(parameter_table(model), spec)
+    assignment.report.raise_for_errors()
+    return assignment.plan
 
 
 @dataclass(slots=True)
-class _Laid:
-    """One trainable parameter with its owner and its modifiers."""
+class _Assigned:
+    """One trainable parameter with the index of its rule and its modifiers."""
 
-    facts: ParameterFacts
+    parameter: ParameterInfo
     owner: int
-    applied: tuple[Applied, ...]
+    applied: tuple[AppliedModifier, ...]
 
 
 @dataclass(slots=True)
-class _Options:
-    """The options of each owner with each set of modifiers, worked out once."""
+class _OptionsCache:
+    """The options of each rule with each set of modifiers, resolved once."""
 
     spec: ParamGroupSpec
-    known: dict[Any, dict[str, Any]] = field(default_factory=dict)
+    known: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
 
-    def of(self, owner: int, applied: tuple[Applied, ...]) -> dict[str, Any]:
+    def of(self, owner: int, applied: tuple[AppliedModifier, ...]) -> dict[str, Any]:
         key = (owner, tuple((one.modifier.name, one.layer) for one in applied))
         if key not in self.known:
-            self.known[key] = resolve(self.spec, self.spec.rules[owner], applied)[0]
+            self.known[key] = resolve_options(self.spec, self.spec.rules[owner], applied)[0]
         return self.known[key]
 
 
-def lay_over(subject: Subject, spec: ParamGroupSpec) -> tuple[ParamGroupsPlan, Report]:
-    """Return the plan and what is wrong with it; only a plan without errors may be built."""
-    speakers, options = Speakers(spec, subject), _Options(spec)
-    diagnosis = Diagnosis(subject, spec, speakers)
-    laid: list[_Laid] = []
-    frozen: list[ParameterFacts] = []
-    freeze: list[ParameterFacts] = []
-    unowned: list[ParameterFacts] = []
-    excused: set[int] = set()  # rules whose emptiness another finding explains already
+def assign(table: ParameterTable, spec: SpecLike) -> SpecAssignment:
+    """Return the plan that ``spec`` makes of the parameters in ``table``, with every finding about the spec.
+
+    Raises ``GroupsError`` where the spec itself cannot be parsed.
+    """
+    spec = parse_spec(spec)
+    matcher, options = RuleMatcher(spec, table), _OptionsCache(spec)
+    problems = SpecFindings(table, spec, matcher)
+    assigned: list[_Assigned] = []
+    frozen: list[ParameterInfo] = []
+    freeze: list[ParameterInfo] = []
+    unowned: list[ParameterInfo] = []
+    explained: set[int] = set()  # rules that own nothing because of a tie, which has a finding of its own
     owners: set[int] = set()
     findings: list[Finding] = []
-    for facts in subject.parameters:
-        owner = speakers.owner(facts)
-        if not facts.trainable and (spec.frozen != "include" or owner is None or spec.rules[owner].freeze):
-            frozen.append(facts)
+    for parameter in table.parameters:
+        owner = matcher.owner(parameter)
+        if not parameter.trainable and (spec.frozen != "include" or owner is None or spec.rules[owner].freeze):
+            frozen.append(parameter)
             if owner is not None and spec.rules[owner].freeze:
                 owners.add(owner)
             continue
         if owner is None:
-            (freeze if spec.unmatched == "freeze" else unowned).append(facts)
+            (freeze if spec.unmatched == "freeze" else unowned).append(parameter)
             continue
         owners.add(owner)
         if spec.overlap == "error":
-            findings.extend(diagnosis.overlap(facts))
+            findings.extend(problems.overlap(parameter))
         if spec.rules[owner].freeze:
-            freeze.append(facts)
+            freeze.append(parameter)
             continue
-        applied = speakers.modifiers(facts) if spec.modifiers else ()
-        laid.append(_Laid(facts, owner, applied))
-        if facts.shape is None:
-            findings.append(diagnosis.lazy(facts))
-        if facts.aliases and spec.tied == "error":
-            for torn, finding in _torn(laid[-1], speakers, options, diagnosis):
+        applied = matcher.modifiers(parameter) if spec.modifiers else ()
+        assigned.append(_Assigned(parameter, owner, applied))
+        if parameter.shape is None:
+            findings.append(problems.lazy(parameter))
+        if parameter.aliases and spec.tied == "error":
+            for other, finding in _split_ties(assigned[-1], matcher, options, problems):
                 findings.append(finding)
-                excused.add(torn)
+                explained.add(other)
     if spec.frozen == "error" and frozen:
-        findings.append(diagnosis.frozen(frozen))
+        findings.append(problems.frozen(frozen))
     idle = [index for index in range(len(spec.rules)) if index not in owners]
-    findings.extend(diagnosis.idle(idle, excused))
+    findings.extend(problems.idle(idle, explained))
     if unowned:
-        findings.append(diagnosis.unowned(unowned))
-    findings.extend(diagnosis.vectors([(one.owner, one.facts) for one in laid]))
+        findings.append(problems.unowned(unowned))
+    findings.extend(problems.vectors([(one.owner, one.parameter) for one in assigned]))
     plan = ParamGroupsPlan(
-        tuple(_grouped(laid, spec, options)),
+        tuple(_groups(assigned, spec, options)),
         tuple(map(_planned, frozen)),
         tuple(spec.rules[index] for index in idle),
         tuple(map(_planned, freeze)),
     )
-    return plan, Report((*findings, *diagnosis.remarks()), GroupsError)
+    return SpecAssignment(plan, Report((*findings, *problems.remarks()), GroupsError))
 
 
-def _torn(laid: _Laid, speakers: Speakers, options: _Options, diagnosis: Diagnosis) -> Iterator[tuple[int, Finding]]:
-    """Yield where a tied parameter would get other options under another of its names."""
-    mine = options.of(laid.owner, laid.applied)
+def _split_ties(
+    assigned: _Assigned, matcher: RuleMatcher, options: _OptionsCache, problems: SpecFindings
+) -> Iterator[tuple[int, Finding]]:
+    """Yield the rule and a finding for each alias under which a tied parameter would get different options."""
+    mine = options.of(assigned.owner, assigned.applied)
     rules = options.spec.rules
-    for alias in laid.facts.aliases:
-        owner = speakers.owner(alias)
+    for alias in assigned.parameter.aliases:
+        owner = matcher.owner(alias)
         if owner is None:
             continue
         if rules[owner].freeze:
-            yield owner, diagnosis.torn(laid.facts, alias, laid.owner, owner, None)
+            yield owner, problems.split_tie(assigned.parameter, alias, assigned.owner, owner, None)
             continue
-        theirs = options.of(owner, speakers.modifiers(alias))
-        different = _different(mine, theirs)
-        if different or options.spec.optimizer_of(rules[owner]) != options.spec.optimizer_of(rules[laid.owner]):
-            yield owner, diagnosis.torn(laid.facts, alias, laid.owner, owner, different)
+        theirs = options.of(owner, matcher.modifiers(alias))
+        different = _first_difference(mine, theirs)
+        if different or options.spec.optimizer_of(rules[owner]) != options.spec.optimizer_of(rules[assigned.owner]):
+            yield owner, problems.split_tie(assigned.parameter, alias, assigned.owner, owner, different)
 
 
-def _different(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
+    """Return the first option in which two sets of options differ, or None."""
     for key in {**mine, **theirs}:
         if key not in mine or key not in theirs:
             return key
-        # Tensors compare element by element, and two equal ones are still changed one by one later.
+        # Tensors compare element by element, and a scheduler later changes each of two equal tensors alone.
         same = mine[key] is theirs[key]
         if not same and (any(map(is_tensor, (mine[key], theirs[key]))) or mine[key] != theirs[key]):
             return key
-    return ""
+    return None
 
 
-def _grouped(laid: Sequence[_Laid], spec: ParamGroupSpec, options: _Options) -> Iterator[PlannedGroup]:
-    members: dict[Any, list[_Laid]] = {}
-    frozen_options: dict[int, Any] = {}
-    for one in laid:
+def _groups(assigned: Sequence[_Assigned], spec: ParamGroupSpec, options: _OptionsCache) -> Iterator[PlannedGroup]:
+    by_key: dict[Hashable, list[_Assigned]] = {}
+    hashable_options: dict[int, Hashable] = {}
+    for one in assigned:
         rule = spec.rules[one.owner]
         given = options.of(one.owner, one.applied)
-        if id(given) not in frozen_options:
-            frozen_options[id(given)] = _hashable(given)
-        held = frozen_options[id(given)]
-        key: Any = (one.owner, held)
+        if id(given) not in hashable_options:
+            hashable_options[id(given)] = _hashable(given)
+        key: Hashable = (one.owner, hashable_options[id(given)])
         if spec.merge == "options":
-            key = (spec.optimizer_of(rule), held)
+            key = (spec.optimizer_of(rule), hashable_options[id(given)])
         elif spec.merge == "never":
-            key = one.facts.name
-        members.setdefault(key, []).append(one)
-    groups = list(members.values())
+            key = one.parameter.name
+        by_key.setdefault(key, []).append(one)
+    groups = list(by_key.values())
     if spec.order == "rule":
-        # By what spoke, never by who comes first in the model: freezing a layer must not reorder the optimizer's state.
+        # By rule and modifiers, never by position in the model: freezing a layer must not reorder the optimizer state.
         numbers = {modifier.name: number for number, modifier in enumerate(spec.modifiers)}
         groups.sort(key=lambda group: min(_rank(one, numbers) for one in group))
     taken: set[str] = set()
-    alone = {owner: sum(owner == group[0].owner for group in groups) == 1 for owner in range(len(spec.rules))}
+    is_alone = {owner: sum(owner == group[0].owner for group in groups) == 1 for owner in range(len(spec.rules))}
     for group in groups:
         first = group[0]
         rule = spec.rules[first.owner]
-        name = _name(group, spec, alone=alone[first.owner])
+        name = _name(group, spec, alone=is_alone[first.owner])
         while name in taken:
             name += "'"
         taken.add(name)
@@ -239,21 +257,22 @@ def _grouped(laid: Sequence[_Laid], spec: ParamGroupSpec, options: _Options) -> 
             name,
             rule,
             options.of(first.owner, first.applied),
-            tuple(_planned(one.facts, rule=spec.rules[one.owner].name, applied=one.applied) for one in group),
+            tuple(_planned(one.parameter, rule=spec.rules[one.owner].name, applied=one.applied) for one in group),
             spec.optimizer_of(rule),
             tuple(applied.modifier.name for applied in first.applied),
         )
 
 
-def _rank(laid: _Laid, numbers: Mapping[str, int]) -> tuple[int, list[tuple[int, int]]]:
-    applied = [(numbers[one.modifier.name], -1 if one.layer is None else one.layer) for one in laid.applied]
-    return laid.owner, applied
+def _rank(assigned: _Assigned, numbers: Mapping[str, int]) -> tuple[int, list[tuple[int, int]]]:
+    applied = [(numbers[one.modifier.name], -1 if one.layer is None else one.layer) for one in assigned.applied]
+    return assigned.owner, applied
 
 
-def _name(group: Sequence[_Laid], spec: ParamGroupSpec, *, alone: bool) -> str:
+def _name(group: Sequence[_Assigned], spec: ParamGroupSpec, *, alone: bool) -> str:
+    """Return the name of a group; ``alone`` says that its rule has no other group."""
     first = group[0]
     if spec.merge == "never":
-        return f"{spec.rules[first.owner].name}/{first.facts.name}"
+        return f"{spec.rules[first.owner].name}/{first.parameter.name}"
     name = "+".join(spec.rules[owner].name for owner in sorted({one.owner for one in group}))
     if alone:
         return name
@@ -261,7 +280,7 @@ def _name(group: Sequence[_Laid], spec: ParamGroupSpec, *, alone: bool) -> str:
     return "/".join([name, *parts])
 
 
-def _hashable(value: Any) -> Any:
+def _hashable(value: object) -> Hashable:
     if isinstance(value, Mapping):
         return tuple((key, _hashable(inner)) for key, inner in sorted(value.items()))
     if isinstance(value, list | tuple):
@@ -269,13 +288,13 @@ def _hashable(value: Any) -> Any:
     return id(value) if is_tensor(value) else (type(value).__name__, repr(value))
 
 
-def _planned(facts: ParameterFacts, *, rule: str = "", applied: Sequence[Applied] = ()) -> PlannedParameter:
+def _planned(parameter: ParameterInfo, *, rule: str = "", applied: Sequence[AppliedModifier] = ()) -> PlannedParameter:
     return PlannedParameter(
-        facts.name,
-        facts.shape or (),
-        facts.elements,
-        tuple(alias.name for alias in facts.aliases),
-        facts.dtype,
+        parameter.name,
+        parameter.shape or (),
+        parameter.elements,
+        tuple(alias.name for alias in parameter.aliases),
+        parameter.dtype,
         rule,
         tuple(one.modifier.name for one in applied),
         next((one.layer for one in applied if one.layer is not None), None),

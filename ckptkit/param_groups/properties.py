@@ -19,15 +19,15 @@ from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
 __all__ = [
     "HEADS",
     "ROLES",
-    "ParameterFacts",
-    "Subject",
+    "ParameterInfo",
+    "ParameterTable",
     "class_names",
     "is_buffer_name",
+    "live_parameter_table",
     "model_heads",
+    "parameter_table",
     "roles_by_class",
     "roles_by_name",
-    "subject_of",
-    "subject_of_model",
 ]
 
 
@@ -189,11 +189,12 @@ _INNER = ".parametrizations."
 
 
 @dataclass(frozen=True, slots=True)
-class ParameterFacts:
-    """One parameter as a rule sees it; ``aliases`` are the same one under its other names.
+class ParameterInfo:
+    """What a rule can ask about one parameter.
 
-    ``shape`` is None while it is uninitialised, ``classes`` (the names of its module's class and of all that it
-    derives from) is None where only names and shapes are known; ``roles`` are then read off the names.
+    ``shape`` is None while the parameter is uninitialised. ``classes`` has the names of the class of its module and
+    of every base class; it is None for a checkpoint, whose ``roles`` are read from names. ``aliases`` are the same
+    parameter under its other names, where it is tied.
     """
 
     name: str
@@ -202,53 +203,56 @@ class ParameterFacts:
     trainable: bool = True
     classes: frozenset[str] | None = None
     roles: frozenset[str] = frozenset()
-    aliases: tuple[ParameterFacts, ...] = ()
+    aliases: tuple[ParameterInfo, ...] = ()
 
     @property
     def elements(self) -> int:
-        """Number of elements, or 0 while it has no shape."""
+        """Number of elements, or 0 while the parameter has no shape."""
         return 0 if self.shape is None else math.prod(self.shape)
 
-    def named(self) -> Iterator[ParameterFacts]:
-        """Yield it under each of its names."""
+    def named(self) -> Iterator[ParameterInfo]:
+        """Yield the parameter under each of its names, the first registered name first."""
         yield self
         yield from self.aliases
 
 
 @dataclass(frozen=True)
-class Subject:
-    """All parameters that a spec is laid over, in order, and what could only be assumed about them."""
+class ParameterTable:
+    """The parameters of one model in the order of registration, each tied parameter once.
 
-    parameters: tuple[ParameterFacts, ...]
+    ``buffers`` are names. ``assumed`` says what was only assumed, in sentences, where the model is a checkpoint.
+    """
+
+    parameters: tuple[ParameterInfo, ...]
     buffers: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
 
     @cached_property
-    def by_name(self) -> Mapping[str, ParameterFacts]:
-        """Every name of every parameter, aliases included."""
-        return {facts.name: facts for parameter in self.parameters for facts in parameter.named()}
+    def by_name(self) -> Mapping[str, ParameterInfo]:
+        """Every parameter under each of its names."""
+        return {info.name: info for parameter in self.parameters for info in parameter.named()}
 
-    def trainable(self) -> Iterator[ParameterFacts]:
-        """Yield what an optimizer should hold."""
-        return (facts for facts in self.parameters if facts.trainable)
+    def trainable(self) -> Iterator[ParameterInfo]:
+        """Yield the parameters with ``requires_grad=True``."""
+        return (info for info in self.parameters if info.trainable)
 
 
-def subject_of(model: Any) -> Subject:
+def parameter_table(model: Any) -> ParameterTable:
     """Return what is known of a live ``torch.nn.Module``, or of a checkpoint by its names and shapes alone.
 
     Raises ``ModelError`` where ``model`` is neither.
     """
     if hasattr(model, "named_parameters"):
-        return subject_of_model(take_inventory(model))
+        return live_parameter_table(take_inventory(model))
     infos = as_checkpoint(model, "model")
     kept = {key: info for key, info in infos.items() if not _is_buffer(info)}
     ties = {keys[0]: keys[1:] for keys in tied_keys(kept.values())}
     later = {alias for aliases in ties.values() for alias in aliases}
-    facts = {key: _offline(info) for key, info in kept.items()}
+    known = {key: _from_tensor_info(info) for key, info in kept.items()}
     parameters = tuple(
-        _tied(facts[key], [facts[alias] for alias in ties.get(key, ())]) for key in kept if key not in later
+        _with_aliases(known[key], [known[alias] for alias in ties.get(key, ())]) for key in kept if key not in later
     )
-    return Subject(
+    return ParameterTable(
         parameters,
         tuple(key for key in infos if key not in kept),
         (
@@ -258,13 +262,13 @@ def subject_of(model: Any) -> Subject:
     )
 
 
-def subject_of_model(inventory: Inventory) -> Subject:
+def live_parameter_table(inventory: Inventory) -> ParameterTable:
     """Return what the live model tells about its parameters."""
     modules = dict(inventory.model.named_modules(remove_duplicate=False))
     heads = model_heads(inventory.model, modules)
     by_class: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
 
-    def known(name: str, tensor: Tensor, *, trainable: bool, lazy: bool) -> ParameterFacts:
+    def known(name: str, tensor: Tensor, *, trainable: bool, lazy: bool) -> ParameterInfo:
         path = name[: name.index(_INNER)] if _INNER in name else name.rpartition(".")[0]
         module = modules.get(path)
         kind = type(module)
@@ -274,11 +278,11 @@ def subject_of_model(inventory: Inventory) -> Subject:
         shape = None if lazy else tuple(getattr(tensor, "ds_shape", tensor.shape))
         extra = roles_by_name(name, shape, module=module, head=path in heads)
         dtype = _CODES.get(str(tensor.dtype).removeprefix("torch."), "")
-        return ParameterFacts(name, shape, dtype, trainable, classes, roles | extra)
+        return ParameterInfo(name, shape, dtype, trainable, classes, roles | extra)
 
-    return Subject(
+    return ParameterTable(
         tuple(
-            _tied(
+            _with_aliases(
                 known(live.name, live.tensor, trainable=live.trainable, lazy=live.lazy),
                 [known(alias, live.tensor, trainable=live.trainable, lazy=live.lazy) for alias in live.aliases],
             )
@@ -288,19 +292,17 @@ def subject_of_model(inventory: Inventory) -> Subject:
     )
 
 
-def _offline(info: TensorInfo) -> ParameterFacts:
+def _from_tensor_info(info: TensorInfo) -> ParameterInfo:
     head = any(segment in HEADS for segment in info.key.split(".")[:2])
-    return ParameterFacts(
+    return ParameterInfo(
         info.key, info.shape, info.dtype, roles=roles_by_name(info.key, info.shape, guess=True, head=head)
     )
 
 
-def _tied(facts: ParameterFacts, aliases: list[ParameterFacts]) -> ParameterFacts:
+def _with_aliases(info: ParameterInfo, aliases: list[ParameterInfo]) -> ParameterInfo:
     if not aliases:
-        return facts
-    return ParameterFacts(
-        facts.name, facts.shape, facts.dtype, facts.trainable, facts.classes, facts.roles, tuple(aliases)
-    )
+        return info
+    return ParameterInfo(info.name, info.shape, info.dtype, info.trainable, info.classes, info.roles, tuple(aliases))
 
 
 def _is_buffer(info: TensorInfo) -> bool:

@@ -1,4 +1,4 @@
-"""What a param-group spec says: who owns which parameter, what changes its options on top, and how doubt is settled."""
+"""The param-group spec: rules that own parameters, modifiers that change options, defaults and policies."""
 
 from __future__ import annotations
 
@@ -7,32 +7,42 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypeGuard, get_args
 
-from ckptkit.core.patterns import Pattern
+from ckptkit.core.patterns import Pattern, matches_any
 from ckptkit.core.text import kind_of
+from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.conditions import Condition, Layers
-from ckptkit.param_groups.properties import ParameterFacts
+from ckptkit.param_groups.properties import ParameterInfo
 
 __all__ = ["POLICIES", "GroupRule", "Modifier", "ParamGroupSpec", "is_tensor", "number_fault"]
 
+Overlap = Literal["first", "error"]
+Frozen = Literal["skip", "include", "error"]
+Tied = Literal["error", "first"]
+Merge = Literal["rule", "options", "never"]
+Order = Literal["rule", "model"]
+
 POLICIES: Mapping[str, tuple[str, ...]] = {
     "unmatched": ("error", "freeze"),
-    "overlap": ("first", "error"),
-    "frozen": ("skip", "include", "error"),
-    "tied": ("error", "first"),
-    "merge": ("rule", "options", "never"),
-    "order": ("rule", "model"),
+    "overlap": get_args(Overlap),
+    "frozen": get_args(Frozen),
+    "tied": get_args(Tied),
+    "merge": get_args(Merge),
+    "order": get_args(Order),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class GroupRule:
-    """An owner: it takes the parameters whose FQN fits one of ``patterns`` and for which ``condition`` holds.
+    """A rule of a spec: it owns the parameters that match one of ``patterns`` and for which ``condition`` holds.
 
-    With ``rest`` it has neither and takes all that no rule before it does; with ``optional`` it may own none; with
-    ``freeze`` what it owns does not train. ``options`` go to the optimizer as they are, after what ``multiples``
-    say of the defaults; ``optimizer`` is the class that its parameters train with.
+    - ``rest``: the rule has neither patterns nor a condition, and owns every parameter that no earlier rule owns.
+    - ``optional``: the rule may own no parameter.
+    - ``freeze``: the parameters of the rule do not train.
+    - ``options`` go to the optimizer unchanged.
+    - ``multiples`` multiply the defaults: ``{"lr": 10.0}`` is written ``lr_mult = 10.0`` in a spec.
+    - ``optimizer`` is the class that trains the parameters.
     """
 
     name: str
@@ -45,16 +55,23 @@ class GroupRule:
     optimizer: str | None = None
     freeze: bool = False
 
-    def condition_of(self, facts: ParameterFacts) -> bool | None:
-        """Return whether the condition holds, which it does where there is none."""
-        return self.condition is None or self.condition.holds(facts)
+    def condition_holds(self, parameter: ParameterInfo) -> bool | None:
+        """Return whether the condition holds; True without a condition, None where only the live model could tell."""
+        return self.condition is None or self.condition.holds(parameter)
+
+    def matches(self, parameter: ParameterInfo) -> bool | None:
+        """Return whether patterns and condition match, or None where only the live model could tell."""
+        if self.patterns and not matches_any(self.patterns, parameter.name):
+            return False
+        return self.condition_holds(parameter)
 
 
 @dataclass(frozen=True, slots=True)
 class Modifier:
-    """What is changed for the parameters that it fits, whoever owns them; all that fit apply, later ones on top.
+    """A change of options for every parameter that it matches, whichever rule owns the parameter.
 
-    Without ``patterns`` and ``condition`` it fits all parameters; with ``layers`` those that lie in one of them.
+    Every modifier that matches applies, in the order of the spec. A modifier without ``patterns`` and ``condition``
+    matches every parameter. A modifier with ``layers`` applies to the parameters that are in one of the layers.
     """
 
     name: str
@@ -65,20 +82,28 @@ class Modifier:
     multiples: Mapping[str, float] = field(default_factory=dict)
     layers: Layers | None = None
 
-    def fits(self, facts: ParameterFacts) -> bool | None:
-        """Return whether it applies, layers aside, or None where only the live model could tell."""
-        if self.patterns and not any(pattern.match(facts.name) for pattern in self.patterns):
+    def matches(self, parameter: ParameterInfo) -> bool | None:
+        """Return whether patterns and condition match, or None where only the live model could tell.
+
+        Layers are not looked at here.
+        """
+        if self.patterns and not matches_any(self.patterns, parameter.name):
             return False
-        return self.condition is None or self.condition.holds(facts)
+        return self.condition is None or self.condition.holds(parameter)
 
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupSpec:
-    """Ordered rules, of which the first that fits a parameter owns it, then modifiers, over defaults that all share.
+    """Which rule owns each parameter of a model, and with which options the parameter trains.
 
-    ``optimizers`` holds the defaults of a class over ``defaults``. The policies are those of ``POLICIES``;
-    ``unmatched`` may also name the rule that takes what no rule fits. With ``lr_scale`` a group carries the multiple
-    of its learning rate beside it, for a scheduler that reads it.
+    - ``rules`` are ordered: the first rule that matches a parameter owns it.
+    - ``defaults`` are the options of every group; ``optimizers`` has more of them for one optimizer class.
+    - ``modifiers`` then change options, in order.
+    - ``optimizer`` is the class of every rule that names none.
+    - ``unmatched``, ``overlap``, ``frozen``, ``tied``, ``merge`` and ``order`` are policies: see ``POLICIES``.
+      ``unmatched`` may also be the name of the rule that owns every parameter that no rule matches.
+    - With ``lr_scale``, a group keeps its ``lr`` and has the product of its multiples as ``lr_scale``, for a
+      scheduler that reads it.
     """
 
     rules: tuple[GroupRule, ...]
@@ -87,26 +112,26 @@ class ParamGroupSpec:
     optimizer: str | None = None
     optimizers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     unmatched: str = "error"
-    overlap: str = "first"
-    frozen: str = "skip"
-    tied: str = "error"
-    merge: str = "rule"
-    order: str = "rule"
+    overlap: Overlap = "first"
+    frozen: Frozen = "skip"
+    tied: Tied = "error"
+    merge: Merge = "rule"
+    order: Order = "rule"
     lr_scale: bool = False
 
     def optimizer_of(self, rule: GroupRule) -> str | None:
-        """Return the optimizer class that ``rule`` trains with, where the spec names one."""
+        """Return the optimizer class that trains the parameters of ``rule``, or None where the spec names none."""
         return rule.optimizer or self.optimizer
 
-    def given(self, rule: GroupRule) -> dict[str, Any]:
-        """Return the defaults that ``rule`` begins with: those of all, then those of its optimizer class."""
+    def defaults_for(self, rule: GroupRule) -> dict[str, Any]:
+        """Return the defaults of ``rule``: those of every group, then those of its optimizer class."""
         return {**self.defaults, **self.optimizers.get(self.optimizer_of(rule) or "", {})}
 
 
-def number_fault(value: Any) -> str | None:
-    """Return why ``value`` cannot be a learning rate or a weight decay, or None where it can.
+def number_fault(value: object) -> str | None:
+    """Return why ``value`` is not a usable learning rate or weight decay (``is negative (-1)``), or None.
 
-    A torch tensor with one element is a number, as it is for ``torch.optim``.
+    A torch tensor with one element counts as a number, as it does for ``torch.optim``.
     """
     if is_tensor(value):
         if value.numel() != 1:
@@ -125,7 +150,7 @@ def number_fault(value: Any) -> str | None:
     return f"is negative ({value})" if number < 0 else None
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[Tensor]:
     """Return whether ``value`` is a torch tensor, without importing torch."""
-    torch = sys.modules.get("torch")  # no tensor can exist before somebody imported it
+    torch = sys.modules.get("torch")  # no tensor can exist before torch was imported
     return torch is not None and isinstance(value, torch.Tensor)

@@ -8,31 +8,31 @@ from dataclasses import dataclass
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.patterns import suggest_pattern
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.param_groups.ownership import Speakers
-from ckptkit.param_groups.properties import ParameterFacts, Subject
+from ckptkit.param_groups.ownership import RuleMatcher
+from ckptkit.param_groups.properties import ParameterInfo, ParameterTable
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
 
-__all__ = ["Diagnosis"]
+__all__ = ["SpecFindings"]
 
 _REST = 'write a rule that fits, or end with one that takes what is left: [[group]] name = "base", rest = true'
 _SHOWN = 5
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis:
+class SpecFindings:
     """Why a rule owns nothing, which is worked out only for the rules that do not, and other doubt about a spec."""
 
-    subject: Subject
+    table: ParameterTable
     spec: ParamGroupSpec
-    speakers: Speakers
+    matcher: RuleMatcher
 
-    def idle(self, idle: Collection[int], excused: Collection[int]) -> Iterator[Finding]:
+    def idle(self, idle: Collection[int], explained: Collection[int]) -> Iterator[Finding]:
         """Yield why rules, patterns and modifiers fit nothing."""
         for index, rule in enumerate(self.spec.rules):
-            if not rule.optional and index not in excused:
+            if not rule.optional and index not in explained:
                 yield from self._idle_rule(index) if index in idle else self._idle_patterns(index)
         for modifier in self.spec.modifiers:
-            if not modifier.optional and modifier.name not in self.speakers.applied:
+            if not modifier.optional and modifier.name not in self.matcher.applied:
                 yield self._idle_modifier(modifier)
 
     def remarks(self) -> Iterator[Finding]:
@@ -47,7 +47,7 @@ class Diagnosis:
                     f"name it in a group, or at the top of the spec: optimizer = {quoted(name)}",
                     "warning",
                 )
-        for name, without in self.speakers.without_layer.items():
+        for name, without in self.matcher.without_layer.items():
             yield _finding(
                 "groups.layer-unmatched",
                 without[0],
@@ -56,17 +56,17 @@ class Diagnosis:
                 "name them in layers, or leave them out with params or match",
                 "warning",
             )
-        for name, depths in self.speakers.depths.items():
-            if depths.holes:
+        for name, numbers in self.matcher.layers.items():
+            if numbers.gaps:
                 yield _finding(
                     "groups.layer-gap",
                     name,
                     f"modifier {quoted(name)} counts layers without a hole, but the model has no number "
-                    f"{', '.join(depths.holes)} between the others",
+                    f"{', '.join(numbers.gaps)} between the others",
                     "",
                     "note",
                 )
-        for name, unsure in self.speakers.unsure.items():
+        for name, unsure in self.matcher.undecided.items():
             shown = listed(dict.fromkeys(unsure), _SHOWN)
             yield _finding(
                 "groups.needs-model",
@@ -75,15 +75,15 @@ class Diagnosis:
                 "give the live model: --model py:MODULE:CALLABLE",
                 "warning",
             )
-        for assumed in self.subject.assumed:
+        for assumed in self.table.assumed:
             yield _finding("groups.assumed", "", assumed, "", "note")
 
     def _idle_patterns(self, index: int) -> Iterator[Finding]:
         """One pattern of a list can be a slip while the rule as a whole owns something."""
         rule = self.spec.rules[index]
-        names = self.subject.by_name
+        names = self.table.by_name
         for pattern in rule.patterns:
-            if (index, pattern.text) not in self.speakers.hits and not any(map(pattern.match, names)):
+            if (index, pattern.text) not in self.matcher.matched and not any(map(pattern.match, names)):
                 yield _finding(
                     "groups.rule-unmatched",
                     pattern.text,
@@ -94,7 +94,7 @@ class Diagnosis:
     def _idle_rule(self, index: int) -> Iterator[Finding]:
         rule = self.spec.rules[index]
         who = f"group {quoted(rule.name)}"
-        trainable = list(self.subject.trainable())
+        trainable = list(self.table.trainable())
         if not trainable:
             yield _finding(
                 "groups.rule-frozen",
@@ -112,12 +112,12 @@ class Diagnosis:
         else:
             yield self._idle(rule, who, trainable)
 
-    def _idle(self, rule: GroupRule, who: str, trainable: Sequence[ParameterFacts]) -> Finding:
-        def fits(facts: ParameterFacts) -> bool:
-            named = not rule.patterns or any(pattern.match(facts.name) for pattern in rule.patterns)
-            return named and bool(rule.condition_of(facts))
+    def _idle(self, rule: GroupRule, who: str, trainable: Sequence[ParameterInfo]) -> Finding:
+        def fits(parameter: ParameterInfo) -> bool:
+            named = not rule.patterns or any(pattern.match(parameter.name) for pattern in rule.patterns)
+            return named and bool(rule.condition_holds(parameter))
 
-        taken = [facts for facts in trainable if fits(facts)]
+        taken = [parameter for parameter in trainable if fits(parameter)]
         if taken:
             takers = " and ".join(map(quoted, dict.fromkeys(map(self._owner_name, taken))))
             return _finding(
@@ -126,17 +126,17 @@ class Diagnosis:
                 f"{who} owns nothing: all that it fits ({_names(taken)}) is owned by group {takers} before it",
                 "move the narrower group up: the first that fits wins",
             )
-        tied = [(alias, facts) for facts in trainable for alias in facts.aliases if fits(alias)]
+        tied = [(alias, parameter) for parameter in trainable for alias in parameter.aliases if fits(alias)]
         if tied:
-            alias, facts = tied[0]
+            alias, parameter = tied[0]
             return _finding(
                 "groups.rule-tied",
                 alias.name,
-                f"{who} owns nothing: {quoted(alias.name)} is tied to {quoted(facts.name)}, "
-                f"which is owned by group {quoted(self._owner_name(facts))}",
-                f"name the parameter as {quoted(facts.name)}: a tied one goes by its first registered name",
+                f"{who} owns nothing: {quoted(alias.name)} is tied to {quoted(parameter.name)}, "
+                f"which is owned by group {quoted(self._owner_name(parameter))}",
+                f"name the parameter as {quoted(parameter.name)}: a tied one goes by its first registered name",
             )
-        frozen = [facts for facts in self.subject.parameters if any(map(fits, facts.named()))]
+        frozen = [parameter for parameter in self.table.parameters if any(map(fits, parameter.named()))]
         if frozen:
             return _finding(
                 "groups.rule-frozen",
@@ -145,7 +145,7 @@ class Diagnosis:
                 "unfreeze them with requires_grad_(True), drop the group, or set optional = true",
             )
         buffer = next(
-            (name for name in self.subject.buffers if any(pattern.match(name) for pattern in rule.patterns)), None
+            (name for name in self.table.buffers if any(pattern.match(name) for pattern in rule.patterns)), None
         )
         if buffer is not None:
             return _finding(
@@ -158,8 +158,8 @@ class Diagnosis:
 
     def _idle_modifier(self, modifier: Modifier) -> Finding:
         who = f"modifier {quoted(modifier.name)}"
-        fitting = [facts for facts in self.subject.parameters if any(map(modifier.fits, facts.named()))]
-        if fitting and all(not facts.trainable for facts in fitting):
+        fitting = [parameter for parameter in self.table.parameters if any(map(modifier.matches, parameter.named()))]
+        if fitting and all(not parameter.trainable for parameter in fitting):
             return _finding(
                 "groups.rule-frozen",
                 modifier.name,
@@ -177,37 +177,37 @@ class Diagnosis:
         if isinstance(rule, Modifier) and rule.layers is not None:
             asked.append("its layers")
         hint = "look at the names, modules and shapes that the model has, or set optional = true"
-        if rule.patterns and not any(pattern.match(name) for pattern in rule.patterns for name in self.subject.by_name):
-            hint = suggest_pattern(rule.patterns[0], self.subject.by_name)
+        if rule.patterns and not any(pattern.match(name) for pattern in rule.patterns for name in self.table.by_name):
+            hint = suggest_pattern(rule.patterns[0], self.table.by_name)
         return _finding(
             "groups.rule-unmatched", rule.name, f"{who} fits no parameter of the model: {' and '.join(asked)}", hint
         )
 
-    def _owner_name(self, facts: ParameterFacts) -> str:
-        owner = self.speakers.owner(facts)
+    def _owner_name(self, parameter: ParameterInfo) -> str:
+        owner = self.matcher.owner(parameter)
         return "" if owner is None else self.spec.rules[owner].name
 
-    def overlap(self, facts: ParameterFacts) -> Iterator[Finding]:
+    def overlap(self, parameter: ParameterInfo) -> Iterator[Finding]:
         """Yield that more than one rule fits, where the spec forbids it."""
-        fitting = self.speakers.fitting(facts)
+        fitting = self.matcher.matching_rules(parameter)
         if len(fitting) > 1:
             yield _finding(
                 "groups.overlap",
-                facts.name,
-                f"{quoted(facts.name)} fits groups {' and '.join(quoted(rule.name) for rule in fitting)}",
+                parameter.name,
+                f"{quoted(parameter.name)} fits groups {' and '.join(quoted(rule.name) for rule in fitting)}",
                 'narrow their patterns, or let the first own it: overlap = "first"',
             )
 
-    def lazy(self, facts: ParameterFacts) -> Finding:
+    def lazy(self, parameter: ParameterInfo) -> Finding:
         """Return that a parameter has no shape yet."""
         return _finding(
             "groups.lazy",
-            facts.name,
-            f"{quoted(facts.name)} is uninitialised: a lazy module has no shapes before its first forward pass",
+            parameter.name,
+            f"{quoted(parameter.name)} is uninitialised: a lazy module has no shapes before its first forward pass",
             "run the model once on a sample batch, then build the groups",
         )
 
-    def frozen(self, frozen: Sequence[ParameterFacts]) -> Finding:
+    def frozen(self, frozen: Sequence[ParameterInfo]) -> Finding:
         """Return that parameters are frozen, where the spec forbids it."""
         return _finding(
             "groups.frozen",
@@ -217,7 +217,9 @@ class Diagnosis:
             'unfreeze them with requires_grad_(True), or write frozen = "skip"',
         )
 
-    def torn(self, facts: ParameterFacts, alias: ParameterFacts, owner: int, other: int, option: str | None) -> Finding:
+    def split_tie(
+        self, parameter: ParameterInfo, alias: ParameterInfo, owner: int, other: int, option: str | None
+    ) -> Finding:
         """Return that two names of one parameter would get different options."""
         mine, theirs = self.spec.rules[owner].name, self.spec.rules[other].name
         falls = (
@@ -225,15 +227,15 @@ class Diagnosis:
             if owner != other
             else f"would get a different {quoted(option or 'option')} in group {quoted(mine)}"
         )
-        way = f"put both names into one group: params = [{facts.name!r}, {alias.name!r}]"
+        way = f"put both names into one group: params = [{parameter.name!r}, {alias.name!r}]"
         return _finding(
             "groups.tied",
-            facts.name,
-            f"{quoted(facts.name)} and {quoted(alias.name)} are one tied parameter, but {falls}",
+            parameter.name,
+            f"{quoted(parameter.name)} and {quoted(alias.name)} are one tied parameter, but {falls}",
             way if owner != other else 'let its first name decide: tied = "first"',
         )
 
-    def unowned(self, unowned: Sequence[ParameterFacts]) -> Finding:
+    def unowned(self, unowned: Sequence[ParameterInfo]) -> Finding:
         """Return that trainable parameters fall to no rule."""
         verb = "is" if len(unowned) == 1 else "are"
         return _finding(
@@ -243,12 +245,12 @@ class Diagnosis:
             _REST,
         )
 
-    def vectors(self, laid: Sequence[tuple[int, ParameterFacts]]) -> Iterator[Finding]:
+    def vectors(self, assigned: Sequence[tuple[int, ParameterInfo]]) -> Iterator[Finding]:
         """Yield which groups give vectors to Muon: some versions flatten convolutions, none takes vectors."""
-        held: dict[int, list[ParameterFacts]] = {}
-        for owner, facts in laid:
-            if facts.shape is not None and len(facts.shape) < 2:
-                held.setdefault(owner, []).append(facts)
+        held: dict[int, list[ParameterInfo]] = {}
+        for owner, parameter in assigned:
+            if parameter.shape is not None and len(parameter.shape) < 2:
+                held.setdefault(owner, []).append(parameter)
         for owner, vectors in held.items():
             rule = self.spec.rules[owner]
             if self.spec.optimizer_of(rule) == "Muon":
@@ -266,5 +268,5 @@ def _finding(code: str, key: str, message: str, hint: str, severity: Severity = 
     return Finding(code, severity, key, message, hint)
 
 
-def _names(found: Sequence[ParameterFacts]) -> str:
-    return listed([facts.name for facts in found], _SHOWN)
+def _names(found: Sequence[ParameterInfo]) -> str:
+    return listed([parameter.name for parameter in found], _SHOWN)

@@ -118,7 +118,7 @@ def preflight(
     else:
 
         def stepping(twin: Module) -> Sequence[Any]:
-            return _twins(model, twin, training, groups, optimizer)
+            return _twins(model, twin, training, optimizer)
 
         step, said = run_dry_step(model, training.frozen, dry_step, stepping)
         findings += said
@@ -159,12 +159,12 @@ def _compared(subject: InspectedModel, found: StateDictLike, rules: Rules | list
     return diff_checkpoints(subject.state, opened, apply_rules(as_rules(rules), opened))
 
 
-def _twins(model: Module, twin: Module, training: Training, groups: SpecLike | None, optimizer: Any) -> Sequence[Any]:
+def _twins(model: Module, twin: Module, training: Training, optimizer: Any) -> Sequence[Any]:
     """Return optimizers of the copy: live ones copied with their state, others built as they were for the model."""
     if not training.optimizers or any(finding.severity == "error" for finding in training.findings):
         return ()
     if optimizer is None or isinstance(optimizer, str | type):
-        return build_optimizers(twin, groups, optimizer)[0]
+        return build_optimizers(twin, training.plan, optimizer)[0]
     memo: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
     return [_copied(one, memo) for one in training.optimizers]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.coverage import group_by_module
@@ -14,9 +14,10 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.build import build_param_groups
+from ckptkit.param_groups.build import build_planned_groups
 from ckptkit.param_groups.parse import SpecLike
-from ckptkit.param_groups.plan import ParamGroupsPlan, check_spec, plan_param_groups
+from ckptkit.param_groups.plan import ParamGroupsPlan, assign
+from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
@@ -33,7 +34,8 @@ class Training:
     optimizers: tuple[Any, ...] = ()
     frozen: frozenset[str] = frozenset()
     findings: tuple[Finding, ...] = ()
-    not_judged: tuple[str, ...] = field(default=())
+    not_judged: tuple[str, ...] = ()
+    plan: ParamGroupsPlan | None = None
 
 
 @contextlib.contextmanager
@@ -60,9 +62,9 @@ def plan_training(model: Module, groups: SpecLike | None, optimizer: Any, schedu
         findings = list(validate_param_groups(model, live, schedulers=schedulers).findings)
         plan = None
         if groups is not None:
-            report = check_spec(model, groups)
-            findings += report.findings
-            plan = plan_param_groups(model, groups) if report.ok else None
+            assignment = assign(parameter_table(model), groups)
+            findings += assignment.report.findings
+            plan = assignment.plan if assignment.report.ok else None
         rows = _rows(model, live)
         if plan is not None:
             findings += _against(plan, rows)
@@ -72,19 +74,19 @@ def plan_training(model: Module, groups: SpecLike | None, optimizer: Any, schedu
     if groups is None and optimizer is None:
         return Training(frozen=frozen, not_judged=("param groups and their options: none given", *not_judged))
     if groups is not None:
-        report = check_spec(model, groups)
+        assignment = assign(parameter_table(model), groups)
+        report, plan = assignment.report, assignment.plan
         if not report.ok:
             return Training(frozen=frozen, findings=report.findings, not_judged=not_judged)
-        plan = plan_param_groups(model, groups)
         names = {name for parameter in plan.freeze for name in (parameter.name, *parameter.aliases)}
         frozen |= names
-        built, faults = build_optimizers(model, groups, optimizer)
+        built, faults = build_optimizers(model, plan, optimizer)
         findings = [*report.findings, *faults]
         if built:
             findings += validate_param_groups(model, built).findings
-            return Training(_rows(model, built), built, frozen, tuple(findings), not_judged)
+            return Training(_rows(model, built), built, frozen, tuple(findings), not_judged, plan)
         if not any(finding.severity == "error" for finding in findings):
-            findings += validate_param_groups(model, build_param_groups(model, groups)).findings
+            findings += validate_param_groups(model, build_planned_groups(model, plan)).findings
             not_judged = ("the optimizer: none given", *not_judged)
         rows = tuple(
             TrainingGroup(group.name, tuple(one.name for one in group.parameters), group.elements, group.options)
@@ -97,12 +99,11 @@ def plan_training(model: Module, groups: SpecLike | None, optimizer: Any, schedu
 
 
 def build_optimizers(
-    model: Module, groups: SpecLike | None, optimizer: Any
+    model: Module, plan: ParamGroupsPlan | None, optimizer: Any
 ) -> tuple[tuple[Any, ...], Sequence[Finding]]:
     """Return new optimizers of the model, of the class given or of those that the spec names, and what went wrong."""
     kinds: list[tuple[str | None, type]] = []
-    if groups is not None:
-        plan = plan_param_groups(model, groups)
+    if plan is not None:
         named = [name for name in plan.optimizers if name is not None]
         kinds = [(name, _class(name)) for name in named]
         if optimizer is not None and len(named) < 2:
@@ -112,8 +113,8 @@ def build_optimizers(
     built: list[Any] = []
     for name, kind in kinds:
         given: Any = [pair for pair in model.named_parameters() if pair[1].requires_grad]
-        if groups is not None:
-            given = build_param_groups(model, groups, optimizer=name)
+        if plan is not None:
+            given = build_planned_groups(model, plan, optimizer=name)
         try:
             built.append(kind(given))
         except Exception as error:  # noqa: BLE001 - a class of anybody's says in its own way what it does not take

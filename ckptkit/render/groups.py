@@ -11,7 +11,7 @@ from ckptkit.core.text import plural, printable, quoted
 from ckptkit.param_groups.conditions import condition_table
 from ckptkit.param_groups.explain import Explanation
 from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock, plain_option
-from ckptkit.param_groups.ownership import Said
+from ckptkit.param_groups.ownership import OptionStep
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter
 from ckptkit.param_groups.spec import GroupRule
 from ckptkit.render.page import Code, Line, Page, Table, code
@@ -205,12 +205,12 @@ _OUTCOMES = {
 
 def explain_page(told: Explanation) -> Page:
     """Return what the parameter is, who speaks for it, and a row for each step to each of its options."""
-    facts = told.facts
-    roles = f", {' and '.join(sorted(facts.roles))}" if facts.roles else ""
-    shape = "uninitialised" if facts.shape is None else f"{facts.dtype} {list(facts.shape)}"
-    lines = [Line((code(facts.name), f"  {shape}{roles}"))]
-    if facts.aliases:
-        lines.append(Line(("tied to ", _names(alias.name for alias in facts.aliases)), under=True))
+    parameter = told.parameter
+    roles = f", {' and '.join(sorted(parameter.roles))}" if parameter.roles else ""
+    shape = "uninitialised" if parameter.shape is None else f"{parameter.dtype} {list(parameter.shape)}"
+    lines = [Line((code(parameter.name), f"  {shape}{roles}"))]
+    if parameter.aliases:
+        lines.append(Line(("tied to ", _names(alias.name for alias in parameter.aliases)), under=True))
     if told.outcome != "trained":
         lines.append(Line((_OUTCOMES[told.outcome],), under=True))
     if told.rule is not None:
@@ -227,33 +227,33 @@ def explain_page(told: Explanation) -> Page:
 
 def explain_document(told: Explanation) -> dict[str, Any]:
     """Return the document of ``ckpt groups explain --json``."""
-    facts = told.facts
+    parameter = told.parameter
     return {
         "schema": "ckptkit.groups-explain/1",
-        "key": facts.name,
-        "aliases": [alias.name for alias in facts.aliases],
-        "dtype": facts.dtype,
-        "shape": None if facts.shape is None else list(facts.shape),
-        "roles": sorted(facts.roles),
+        "key": parameter.name,
+        "aliases": [alias.name for alias in parameter.aliases],
+        "dtype": parameter.dtype,
+        "shape": None if parameter.shape is None else list(parameter.shape),
+        "roles": sorted(parameter.roles),
         "outcome": told.outcome,
         "rule": told.rule,
         "shadowed": list(told.shadowed),
         "modifiers": list(told.modifiers),
         "layer": told.layer,
         "steps": [
-            {"who": said.who, "option": said.key, "value": plain_option(said.value), "factor": said.factor}
+            {"who": said.source, "option": said.key, "value": plain_option(said.value), "factor": said.factor}
             for said in told.steps
         ],
         "options": None if told.options is None else plain_option(dict(told.options)),
     }
 
 
-def _rows(steps: tuple[Said, ...]) -> Iterator[tuple[str, str, str]]:
+def _rows(steps: tuple[OptionStep, ...]) -> Iterator[tuple[str, str, str]]:
     for key in dict.fromkeys(said.key for said in steps):
         for place, said in enumerate(one for one in steps if one.key == key):
             factor = "" if said.factor is None else f", times {said.factor:g}"
             value = printable(str(plain_option(said.value)))
-            yield ("" if place else printable(key), value, f"{printable(said.who)}{factor}")
+            yield ("" if place else printable(key), value, f"{printable(said.source)}{factor}")
 
 
 def _names(names: Any) -> Code:

@@ -12,7 +12,7 @@ from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, GroupsError
 from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.presets.from_model import FROM_MODEL, Asked
-from ckptkit.param_groups.properties import subject_of
+from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.spec import ParamGroupSpec
 
 __all__ = ["param_group_phases", "param_group_preset", "param_group_preset_names", "preset_summary"]
@@ -81,7 +81,7 @@ def _text(name: str) -> str:
 def _settings(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
     """Return the settings with what the model tells in place of ``model:...``, in the order of the file."""
     values: dict[str, Any] = {}
-    subject = None
+    table = None
     for key, value in given.items():
         if value == _NEEDED:
             raise GroupsError(f"the setting {quoted(key)} has to be given", hint=f"write {key}=...")
@@ -89,9 +89,9 @@ def _settings(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
         if f"{source}{colon}" in (_MODEL, _MADE):
             if model is None and source == "model":
                 raise GroupsError(f"the setting {quoted(key)} is asked of the model", hint="give the model, or set it")
-            if subject is None:
-                subject = subject_of({} if model is None else model)
-            values[key] = FROM_MODEL[maker](Asked(model, subject, {**given, **values}))
+            if table is None:
+                table = parameter_table({} if model is None else model)
+            values[key] = FROM_MODEL[maker](Asked(model, table, {**given, **values}))
         else:
             values[key] = value
     return values

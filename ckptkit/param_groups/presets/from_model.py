@@ -15,7 +15,7 @@ from ckptkit.core.patterns import literal
 from ckptkit.core.text import kind_of, listed, plural, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.emit import patterns_of
-from ckptkit.param_groups.properties import ParameterFacts, Subject, subject_of
+from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
 
 __all__ = ["FROM_MODEL", "Asked", "convnext_layers", "mup_modifiers", "plain_layers", "timm_layers"]
 
@@ -104,7 +104,7 @@ _MATRIX = 2
 _SHAPES = "a mapping of names to shapes, null where a dimension does not grow"
 
 
-def mup_modifiers(subject: Subject, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def mup_modifiers(table: ParameterTable, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return one modifier for each multiple that the growth of parameters over ``base_shapes`` asks for.
 
     Raises ``GroupsError`` for names or dimensions that differ from the base, and for more than two that grew.
@@ -112,12 +112,12 @@ def mup_modifiers(subject: Subject, settings: Mapping[str, Any]) -> list[dict[st
     rule = settings["rule"]
     if rule not in ("adam", "sgd"):
         raise GroupsError(f"rule is {kind_of(rule)}", hint="rule = 'adam' for MuAdam and MuAdamW, 'sgd' for MuSGD")
-    names = [facts.name for facts in subject.parameters]
+    names = [parameter.name for parameter in table.parameters]
     multiples: dict[float, list[str]] = {}
-    for facts, growth in _growths(subject, settings["base_shapes"]):
+    for parameter, growth in _growths(table, settings["base_shapes"]):
         multiple = _adam(growth) if rule == "adam" else _sgd(growth)
         if multiple != 1:
-            multiples.setdefault(multiple, []).append(facts.name)
+            multiples.setdefault(multiple, []).append(parameter.name)
     return [
         {
             "name": f"width x{multiple:g}",
@@ -142,28 +142,28 @@ def _sgd(growth: Sequence[float | None]) -> float:
     return (growth[1] or 1.0) / (growth[0] or 1.0) if grown else 1.0
 
 
-def _growths(subject: Subject, base_shapes: Any) -> Iterator[tuple[ParameterFacts, list[float | None]]]:
+def _growths(table: ParameterTable, base_shapes: Any) -> Iterator[tuple[ParameterInfo, list[float | None]]]:
     """Yield each parameter with the factor by which each dimension grew, None where it is no width."""
     bases, explicit = _bases(base_shapes)
-    missing = [facts.name for facts in subject.parameters if facts.name not in bases]
-    extra = [name for name in bases if name not in subject.by_name]
+    missing = [parameter.name for parameter in table.parameters if parameter.name not in bases]
+    extra = [name for name in bases if name not in table.by_name]
     if missing or extra:
         which = f"lacks {listed(missing)}" if missing else f"has {listed(extra)}, which the model has not"
         raise GroupsError(f"base_shapes {which}", hint="make it from the same model with another width")
-    for facts in subject.parameters:
-        base = bases[facts.name]
-        if facts.shape is None or len(base) != len(facts.shape):
-            raise GroupsError(f"base_shapes has {len(base)} dimensions for {quoted(facts.name)}, the model others")
+    for parameter in table.parameters:
+        base = bases[parameter.name]
+        if parameter.shape is None or len(base) != len(parameter.shape):
+            raise GroupsError(f"base_shapes has {len(base)} dimensions for {quoted(parameter.name)}, the model others")
         growth = [
             None if width is None or (width == size and not explicit) else size / width
-            for width, size in zip(base, facts.shape, strict=True)
+            for width, size in zip(base, parameter.shape, strict=True)
         ]
         if sum(factor is not None for factor in growth) > _MATRIX:
             raise GroupsError(
-                f"{quoted(facts.name)} grows in more than two dimensions, for which muP has no rule",
+                f"{quoted(parameter.name)} grows in more than two dimensions, for which muP has no rule",
                 hint="write null for those that are no width",
             )
-        yield facts, growth
+        yield parameter, growth
 
 
 def _bases(given: Any) -> tuple[Mapping[str, Sequence[int | None]], bool]:
@@ -178,7 +178,7 @@ def _bases(given: Any) -> tuple[Mapping[str, Sequence[int | None]], bool]:
         return given, any(size is None for shape in given.values() for size in shape)
     if not isinstance(given, Mapping) and not hasattr(given, "named_parameters"):
         raise GroupsError(f"base_shapes is {kind_of(given)}", hint=f"give {_SHAPES}")
-    shapes = {facts.name: facts.shape or () for facts in subject_of(given).parameters}
+    shapes = {parameter.name: parameter.shape or () for parameter in parameter_table(given).parameters}
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise GroupsError("base_shapes has a parameter without elements", hint=f"give {_SHAPES}")
     return shapes, False
@@ -192,13 +192,13 @@ class Asked:
     """A model, what is known of its parameters, and the settings so far."""
 
     model: Any
-    subject: Subject
+    table: ParameterTable
     settings: Mapping[str, Any]
 
     @property
     def names(self) -> list[str]:
         """The FQN of each parameter, in model order."""
-        return [facts.name for facts in self.subject.parameters]
+        return [parameter.name for parameter in self.table.parameters]
 
 
 def _no_weight_decay(asked: Asked) -> list[str]:
@@ -230,13 +230,19 @@ def _timm_layers(asked: Asked) -> list[list[str]]:
 
 
 def _first_conv(asked: Asked) -> list[str]:
-    convs = (facts for facts in asked.subject.parameters if facts.shape is not None and len(facts.shape) >= _CONV)
-    return [literal(facts.name) for facts in convs if "embedding" not in facts.roles][:1]
+    convs = (
+        parameter
+        for parameter in asked.table.parameters
+        if parameter.shape is not None and len(parameter.shape) >= _CONV
+    )
+    return [literal(parameter.name) for parameter in convs if "embedding" not in parameter.roles][:1]
 
 
 def _saved_vectors(asked: Asked) -> list[str]:
-    saved = [facts for facts in asked.subject.trainable() if facts.shape is not None and len(facts.shape) == 1]
-    found = [facts.name for facts in saved if not facts.roles & {"lora_a", "lora_b"}]
+    saved = [
+        parameter for parameter in asked.table.trainable() if parameter.shape is not None and len(parameter.shape) == 1
+    ]
+    found = [parameter.name for parameter in saved if not parameter.roles & {"lora_a", "lora_b"}]
     multiple, ratio = asked.settings["vectors_lr_mult"], asked.settings["lr_ratio"]
     if found and multiple != ratio:
         warnings.warn(
@@ -248,17 +254,17 @@ def _saved_vectors(asked: Asked) -> list[str]:
 
 
 def _body_and_head(asked: Asked) -> list[list[str]]:
-    heads = [facts.name for facts in asked.subject.parameters if _is_head(facts)]
+    heads = [parameter.name for parameter in asked.table.parameters if _is_head(parameter)]
     body = [name for name in asked.names if name not in set(heads)]
     return [patterns_of(part, asked.names) for part in (body, heads) if part]
 
 
-def _is_head(facts: ParameterFacts) -> bool:
-    return any("head" in one.roles for one in facts.named())
+def _is_head(parameter: ParameterInfo) -> bool:
+    return any("head" in one.roles for one in parameter.named())
 
 
 def _plain_layers(asked: Asked) -> list[list[str]]:
-    heads = {facts.name for facts in asked.subject.parameters if _is_head(facts)}
+    heads = {parameter.name for parameter in asked.table.parameters if _is_head(parameter)}
     return plain_layers(asked.names, heads)
 
 
@@ -313,5 +319,5 @@ FROM_MODEL: Mapping[str, Callable[[Asked], Any]] = {
     "plain_layers": _plain_layers,
     "slice_groups": _slice_groups,
     "unfrozen_groups": _unfrozen_groups,
-    "mup_modifiers": lambda asked: mup_modifiers(asked.subject, asked.settings),
+    "mup_modifiers": lambda asked: mup_modifiers(asked.table, asked.settings),
 }

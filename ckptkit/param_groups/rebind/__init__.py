@@ -15,9 +15,9 @@ from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import Member, read_groups, single_optimizer
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name, take_inventory
-from ckptkit.param_groups.rebind.replaced import Heirs, find_heirs
-from ckptkit.param_groups.rebind.schedulers import Joining, plan_joining
-from ckptkit.param_groups.rebind.state import OnShape, Refit, refit
+from ckptkit.param_groups.rebind.replaced import Replacement, find_replacements
+from ckptkit.param_groups.rebind.schedulers import SchedulerExtension, plan_extension
+from ckptkit.param_groups.rebind.state import ConvertedState, OnShape, convert_state
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.options import find_option_fault
 from ckptkit.param_groups.validate.schedulers import read_schedulers
@@ -73,11 +73,11 @@ class _Work:
     findings: list[Finding] = field(default_factory=list)
     members: Sequence[Member] = ()
     beside: Collection[int] = ()
-    heirs: Mapping[int, Heirs] = field(default_factory=dict)
+    replacements: Mapping[int, Replacement] = field(default_factory=dict)
     places: list[list[Place]] = field(default_factory=list)  # of each group, as it will be
     state: list[tuple[Any, Any, Mapping[str, Any]]] = field(default_factory=list)  # from, to, slots
     new_group: dict[str, Any] | None = None
-    joining: Joining | None = None
+    joining: SchedulerExtension | None = None
 
     def say(self, code: str, name: str, message: str, hint: str = "", severity: Severity = "note") -> None:
         self.findings.append(Finding(f"rebind.{code}", severity, name, message, hint))
@@ -86,11 +86,11 @@ class _Work:
         """Decide who stands where."""
         read, self.members, _ = read_groups(self.optimizer)
         self.beside = beside
-        self.heirs = find_heirs(self.inventory, self.members, guess=guess, beside=beside)
-        gone = not any(heirs.live for heirs in self.heirs.values())
-        if gone and self.heirs and len(self.heirs) == len({id(one.tensor) for one in self.members}):
+        self.replacements = find_replacements(self.inventory, self.members, guess=guess, beside=beside)
+        gone = not any(replacement.live for replacement in self.replacements.values())
+        if gone and self.replacements and len(self.replacements) == len({id(one.tensor) for one in self.members}):
             raise GroupsError(
-                f"the model has nothing of the optimizer's {plural(len(self.heirs), 'parameter')}, nor of their names",
+                f"the model has none of the {plural(len(self.replacements), 'parameter')} of the optimizer, nor their names",
                 hint="pass the model that it trains",
             )
         by_group: dict[int, list[Place]] = {id(group): [] for group in read}
@@ -100,18 +100,18 @@ class _Work:
 
     def _successors(self, member: Member) -> list[Place]:
         live = self.inventory.parameters.get(id(member.tensor))
-        heirs = self.heirs.get(id(member.tensor))
+        replacement = self.replacements.get(id(member.tensor))
         if live is not None:
             return [(live.tensor, self._name(member, live))]
-        if heirs is None:
+        if replacement is None:
             return [(member.tensor, member.name)]
-        if not heirs.live:
+        if not replacement.live:
             called = f"{quoted(member.name)} in {member.where}" if member.name else member.where
-            self.say("removed", member.name or "", f"{called} was taken out: {heirs.reason}")
-        for heir in heirs.live:
-            why = f": {heirs.reason}" if heirs.reason else ""
+            self.say("removed", member.name or "", f"{called} was taken out: {replacement.reason}")
+        for heir in replacement.live:
+            why = f": {replacement.reason}" if replacement.reason else ""
             self.say("repointed", heir.name, f"{member.where} is {quoted(heir.name)} {heir.shape} as it is now{why}")
-        return [(heir.tensor, self._name(member, heir, said=True)) for heir in heirs.live]
+        return [(heir.tensor, self._name(member, heir, said=True)) for heir in replacement.live]
 
     def _name(self, member: Member, live: LiveParameter, *, said: bool = False) -> str | None:
         """Return the name to record: the one there is where it is true, and none where none is recorded."""
@@ -153,17 +153,19 @@ class _Work:
 
     def _move(self, member: Member, slots: Mapping[str, Any], schema: OptimizerSchema | None) -> None:
         tensor = member.tensor
-        live, heirs = self.inventory.parameters.get(id(tensor)), self.heirs.get(id(tensor))
-        if live is None and heirs is None:
+        live, replacement = self.inventory.parameters.get(id(tensor)), self.replacements.get(id(tensor))
+        if live is None and replacement is None:
             return
-        target = live if live is not None else heirs.live[0] if heirs is not None and heirs.same else None
+        target = (
+            live if live is not None else replacement.live[0] if replacement is not None and replacement.same else None
+        )
         if target is None:
-            reason = heirs.reason if heirs is not None else ""
-            fitted = Refit({}, {}, tuple(slots), reason)
+            reason = replacement.reason if replacement is not None else ""
+            fitted = ConvertedState({}, {}, tuple(slots), reason)
         else:
             older = None if live is not None else tensor
             options = member.group.options
-            fitted = refit(slots, target, older=older, schema=schema, options=options, on_shape=self.on_shape)
+            fitted = convert_state(slots, target, older=older, schema=schema, options=options, on_shape=self.on_shape)
         name = target.name if target is not None else member.name or ""
         called = quoted(name) if name else member.where
         if fitted.dropped:
@@ -184,9 +186,9 @@ class _Work:
         slots = next((slots for slots in self.optimizer.state.values() if slots), None)
         if slots is None:
             return
-        kept = before == after and after != [] and all(one.same for one in self.heirs.values())
+        kept = before == after and after != [] and all(one.same for one in self.replacements.values())
         kept = kept and _lies_along(slots, [tensor for places in self.places for tensor, _ in places])
-        if kept and not self.heirs:
+        if kept and not self.replacements:
             return
         if not kept:
             self.say("state-dropped", "", "the state was dropped: it is one for all parameters, and these have changed")
@@ -262,7 +264,7 @@ class _Work:
         # Copied: a rate that is a tensor would be changed in all groups that share it.
         options = copy.deepcopy({**self.optimizer.defaults, **options})
         if driving := read_schedulers(schedulers):
-            self.joining = plan_joining(driving, self.optimizer, options)
+            self.joining = plan_extension(driving, self.optimizer, options)
             options = dict(self.joining.options)
         params = [tensor if name is None else (name, tensor) for tensor, name in added]
         self.new_group = {"params": params, **options}

@@ -11,14 +11,14 @@ from ckptkit.param_groups.live import Member
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
 from ckptkit.param_groups.validate.stale import UnknownTensor, find_rename, match_to_model
 
-__all__ = ["Heirs", "find_heirs"]
+__all__ = ["Replacement", "find_replacements"]
 
 # What weight norm makes of one tensor: two, whose numbers mean something else.
 _PARTS = (".original0", ".original1", "_g", "_v")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Heirs:
+class Replacement:
     """Who stands in the place of one tensor from now on; ``same`` says that its state can be theirs."""
 
     live: tuple[LiveParameter, ...] = ()
@@ -26,9 +26,9 @@ class Heirs:
     reason: str = ""
 
 
-def find_heirs(
+def find_replacements(
     inventory: Inventory, members: Sequence[Member], *, guess: bool, beside: Collection[int]
-) -> dict[int, Heirs]:
+) -> dict[int, Replacement]:
     """Return the heirs of each tensor among ``members`` that is not in the model, by its ``id``.
 
     ``beside`` are the ids of what belongs elsewhere: it neither has heirs nor is one.
@@ -50,11 +50,11 @@ def find_heirs(
     ends = _ends(missing)
     identified = [_by_its_end(one, ends) for one in match_to_model(inventory, strangers, missing)]
     _refuse_guesses(identified, guess=guess)
-    heirs: dict[int, Heirs] = {}
+    replacement: dict[int, Replacement] = {}
     taken: dict[int, UnknownTensor] = {}
     for stranger in identified:
-        heirs[id(stranger.tensor)] = _heirs_of(inventory, stranger, places, taken)
-    return heirs
+        replacement[id(stranger.tensor)] = _heirs_of(inventory, stranger, places, taken)
+    return replacement
 
 
 def _ends(missing: Sequence[LiveParameter]) -> dict[str, list[LiveParameter]]:
@@ -96,7 +96,7 @@ def _refuse_guesses(identified: Sequence[UnknownTensor], *, guess: bool) -> None
 
 def _heirs_of(
     inventory: Inventory, stranger: UnknownTensor, places: Collection[int], taken: dict[int, UnknownTensor]
-) -> Heirs:
+) -> Replacement:
     live, name = stranger.live, stranger.name
     rename = find_rename(inventory, name) if name else None
     if name and rename is not None and (live is None or live.name in rename.names):
@@ -104,11 +104,11 @@ def _heirs_of(
         several = len(found) > 1 or name.endswith(_PARTS)
         free = [one for one in found if id(one.tensor) not in places and id(one.tensor) not in taken]
         taken.update({id(one.tensor): stranger for one in free})
-        return Heirs(tuple(free), same=not several, reason=rename.event)
+        return Replacement(tuple(free), same=not several, reason=rename.event)
     if live is None:
-        return Heirs(reason="the model has no such parameter any more")
+        return Replacement(reason="the model has no such parameter any more")
     if id(live.tensor) in places:
-        return Heirs(reason=f"it is {quoted(live.name)} now, which has a place of its own")
+        return Replacement(reason=f"it is {quoted(live.name)} now, which has a place of its own")
     if type(live.tensor).__name__ == "FlatParameter":
         raise GroupsError(
             f"{stranger.places[0].where} went into {quoted(live.name)}, which FullyShardedDataParallel made of several",
@@ -116,9 +116,9 @@ def _heirs_of(
         )
     other = taken.setdefault(id(live.tensor), stranger)
     if other is stranger:
-        return Heirs((live,), same=True)
+        return Replacement((live,), same=True)
     if live.aliases:
-        return Heirs(reason=f"it is tied now: {quoted(live.name)} stands for both")
+        return Replacement(reason=f"it is tied now: {quoted(live.name)} stands for both")
     raise GroupsError(
         f"{other.places[0].where} and {stranger.places[0].where} would both become {quoted(live.name)}",
         hint="the names that the optimizer recorded are not true: build it again from model.named_parameters()",

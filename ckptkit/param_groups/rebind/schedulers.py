@@ -13,7 +13,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import unwrap_optimizer
 
-__all__ = ["Joining", "plan_joining"]
+__all__ = ["SchedulerExtension", "plan_extension"]
 
 # These multiply whatever rate a group has, so that several of them act together in any order.
 _FACTORS = frozenset(
@@ -29,7 +29,7 @@ _AGAIN = "build the scheduler again after the group was added"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Joining:
+class SchedulerExtension:
     """What the new group begins with, and the lists to set: nothing was changed yet."""
 
     options: Mapping[str, Any]
@@ -41,7 +41,7 @@ class Joining:
             setattr(scheduler, name, values)
 
 
-def plan_joining(schedulers: Sequence[Any], optimizer: Any, group: Mapping[str, Any]) -> Joining:
+def plan_extension(schedulers: Sequence[Any], optimizer: Any, group: Mapping[str, Any]) -> SchedulerExtension:
     """Return how a group with the options ``group`` joins ``schedulers``, as if it had been there from their start.
 
     Its ``lr`` is its ``initial_lr``, and it goes on with the rate that the schedules have made of that by now; what
@@ -62,7 +62,7 @@ def plan_joining(schedulers: Sequence[Any], optimizer: Any, group: Mapping[str, 
             for one in _parts(scheduler)
             if isinstance(last := getattr(one, "_last_lr", None), list)
         )
-    return Joining(joined, tuple(lists))
+    return SchedulerExtension(joined, tuple(lists))
 
 
 def _parts(scheduler: Any) -> Iterator[Any]:

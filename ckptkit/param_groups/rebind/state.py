@@ -14,13 +14,13 @@ from ckptkit.param_groups.parameters import LiveParameter
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.tensor_ops.resizing import Pad
 
-__all__ = ["OnShape", "Refit", "refit"]
+__all__ = ["ConvertedState", "OnShape", "convert_state"]
 
 OnShape = Literal["drop", "pad", "error"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Refit:
+class ConvertedState:
     """The slots as they will be (the same objects where nothing changes; none where they are dropped), and why."""
 
     slots: Mapping[str, Any]
@@ -29,7 +29,7 @@ class Refit:
     reason: str = ""
 
 
-def refit(
+def convert_state(
     slots: Mapping[str, Any],
     live: LiveParameter,
     *,
@@ -37,7 +37,7 @@ def refit(
     schema: OptimizerSchema | None,
     options: Mapping[str, Any],
     on_shape: OnShape,
-) -> Refit:
+) -> ConvertedState:
     """Return what becomes of the state of a parameter that is ``live`` now and was ``older``, or the same object.
 
     All slots stay or none does: a step fails beside half a state. With ``on_shape="pad"`` rows are added, with what a
@@ -46,10 +46,10 @@ def refit(
     """
     without = next((reason for value in slots.values() if (reason := _beyond(value, live)) is not None), None)
     if without is not None:
-        return Refit({}, {}, tuple(slots), without)
+        return ConvertedState({}, {}, tuple(slots), without)
     wrong = _misshapen(slots, live, older, schema)
     if not wrong:
-        return Refit(*_converted(slots, live, older, schema, options))
+        return ConvertedState(*_converted(slots, live, older, schema, options))
     shown = ", ".join(f"{slot} {tuple(next(_tensors_in(slots[slot])).shape)}" for slot in wrong)
     reason = f"{shown} does not fit {live.shape}"
     if on_shape == "error":
@@ -62,9 +62,9 @@ def refit(
         if fault is None:
             padded = {slot: _padded(slots[slot], live.shape[0], _beginning(slot, schema, options)) for slot in wrong}
             done, converted = _converted({**slots, **padded}, live, older, schema, options)
-            return Refit(done, {**dict.fromkeys(wrong, f"padded to {live.shape}"), **converted})
+            return ConvertedState(done, {**dict.fromkeys(wrong, f"padded to {live.shape}"), **converted})
         reason = f"{reason}, and {fault}"
-    return Refit({}, {}, tuple(slots), reason)
+    return ConvertedState({}, {}, tuple(slots), reason)
 
 
 def _beyond(value: Any, live: LiveParameter) -> str | None:

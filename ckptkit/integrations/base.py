@@ -15,14 +15,14 @@ from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.validate import validate_param_groups
 
-__all__ = ["Gate", "OnFault"]
+__all__ = ["OnFault", "ParamGroupsCheck"]
 
 OnFault = Literal["raise", "warn"]
 _STATE = "groups.state-"
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class ParamGroupsCheck:
     """What stops the training: errors, with ``strict`` warnings too, or with ``on_fault="warn"`` nothing.
 
     ``spec`` and ``lock`` are held against the optimizers, as by ``validate_param_groups``.
