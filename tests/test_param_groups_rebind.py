@@ -487,7 +487,7 @@ REFUSALS: dict[str, tuple[Callable[[Net], Any], dict[str, Any], str]] = {
     "another-model": (
         lambda _: adamw([("x", nn.Parameter(torch.ones(1)))]),
         {},
-        "the model has none of the 1 parameter of the optimizer, nor their names",
+        "none of the 1 parameter of the optimizer is in the model, by identity or by name",
     ),
     "two-of-one-name": (crossed, {}, "would both become 'fc.bias'"),
     "no-such-group": (lambda model: adamw(grouped(model)), {"add_missing": "tail"}, "no one group is called 'tail'"),

@@ -190,6 +190,9 @@ def test_a_name_from_a_file_cannot_break_the_line() -> None:
 
 def test_reading_a_spec_does_not_import_torch() -> None:
     """A spec is text; a refusal must come at once."""
-    code = "import sys; from ckptkit.param_groups.parse import parse_spec; parse_spec([{'rest': True}]); print('torch' in sys.modules)"
+    code = (
+        "import sys; from ckptkit.param_groups.parse import parse_spec; "
+        "parse_spec([{'rest': True}]); print('torch' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"

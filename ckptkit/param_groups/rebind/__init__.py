@@ -90,8 +90,9 @@ class _Work:
         gone = not any(replacement.live for replacement in self.replacements.values())
         if gone and self.replacements and len(self.replacements) == len({id(one.tensor) for one in self.members}):
             raise GroupsError(
-                f"the model has none of the {plural(len(self.replacements), 'parameter')} of the optimizer, nor their names",
-                hint="pass the model that it trains",
+                f"none of the {plural(len(self.replacements), 'parameter')} of the optimizer is in the model, "
+                "by identity or by name",
+                hint="pass the model that this optimizer trains",
             )
         by_group: dict[int, list[Place]] = {id(group): [] for group in read}
         for member in self.members:
