@@ -16,10 +16,11 @@ from ckptkit.checks.adapters import lora_pairs
 from ckptkit.checks.reading import UNJUDGED, Scan, unreadable
 from ckptkit.checks.structure import dtype_mix, index_holes, lacking, not_dense, numbered
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.findings import Finding, Remark, Report
+from ckptkit.core.findings import Finding, ReaderWarning, Report
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.formats import codes
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
 from ckptkit.rules.parse import as_rules
@@ -31,14 +32,14 @@ __all__ = ["run_checks", "unreadable"]
 
 _MOST_OF_A_CODE = 32
 _HINTS = {
-    "code-reference": "ckpt show lists them all; a loader that unpickles may run them",
-    "code-suspicious": "do not load it with pickle, nor with torch.load(weights_only=False)",
-    "skipped-data": "the tensors read as zeros: save it again without skip_data",
-    "stale-shard": "remove it: who reads the directory without its index takes it for a part",
-    "shard-count": "copy the whole directory again",
+    codes.CODE_REFERENCE: "ckpt show lists them all; a loader that unpickles may run them",
+    codes.CODE_SUSPICIOUS: "do not load it with pickle, nor with torch.load(weights_only=False)",
+    codes.SKIPPED_DATA: "the tensors read as zeros: save it again without skip_data",
+    codes.STALE_SHARD: "remove it: who reads the directory without its index takes it for a part",
+    codes.SHARD_COUNT: "copy the whole directory again",
 }
 _PART = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
-_SCALED = frozenset({"adapter-base", "adapter-config"})
+_SCALED = frozenset({codes.ADAPTER_BASE.name, codes.ADAPTER_CONFIG.name})
 
 
 def run_checks(
@@ -160,8 +161,8 @@ def _headers(opened: Checkpoint, chosen: Iterable[str]) -> Iterator[Finding]:
 
 def _told(checkpoint: Checkpoint) -> Iterator[Finding]:
     for warning in checkpoint.warnings:
-        remark = warning if isinstance(warning, Remark) else Remark(warning, "reader-warning")
-        yield Finding(remark.code, remark.severity, "", str(remark), _HINTS.get(remark.code, ""))
+        known = warning if isinstance(warning, ReaderWarning) else ReaderWarning(warning, codes.READER_WARNING)
+        yield known.finding(_HINTS.get(known.code, ""))
 
 
 def _one_shard(checkpoint: Checkpoint) -> Iterator[Finding]:

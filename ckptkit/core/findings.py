@@ -10,7 +10,7 @@ from typing import Literal, Self
 from ckptkit.core.text import html_table, plural, printable
 from ckptkit.errors import CkptkitError, one_line
 
-__all__ = ["Code", "Finding", "Remark", "Report", "Severity", "codes_in"]
+__all__ = ["Code", "Finding", "ReaderWarning", "Report", "Severity", "codes_in"]
 
 Severity = Literal["error", "warning", "note"]
 
@@ -46,18 +46,22 @@ def codes_in(namespace: Mapping[str, object]) -> tuple[Code, ...]:
     return tuple(value for value in namespace.values() if isinstance(value, Code))
 
 
-class Remark(str):
-    """What a reader warns of, and under which code a check reports it; to everybody else it is its text."""
+class ReaderWarning(str):
+    """The text of a reader's warning, with the code and severity of the finding that a check makes of it."""
 
     __slots__ = ("code", "severity")
-    code: str
+    code: Code
     severity: Severity
 
-    def __new__(cls, text: str, code: str, severity: Severity = "warning") -> Self:
-        """Return the text, with its code."""
-        made = super().__new__(cls, text)
-        made.code, made.severity = code, severity
-        return made
+    def __new__(cls, text: str, code: Code, severity: Severity | None = None) -> Self:
+        """Return the text with its code, at the usual severity of the code where none is given."""
+        warning = super().__new__(cls, text)
+        warning.code, warning.severity = code, severity or code.severities[0]
+        return warning
+
+    def finding(self, hint: str = "") -> Finding:
+        """Return the finding that a check reports."""
+        return self.code.finding("", str(self), hint, severity=self.severity)
 
 
 @dataclass(frozen=True)

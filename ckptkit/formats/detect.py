@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import LocalFile
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.foreign import is_torch_tar, refusal_of, refuse_selection
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.formats.zip_archive import read_zip_directory
@@ -113,7 +114,7 @@ def _hollow(checkpoint: Checkpoint) -> tuple[str, ...]:
     empty = sum(0 in info.shape for info in checkpoint.values())
     what = f"{plural(empty, 'weight is', 'weights are')} empty here, as ZeRO-3 leaves them"
     said = f"{what}: the optim_states files have their elements, so open the directory"
-    return (Remark(said, "empty-weights"),) if empty else ()
+    return (ReaderWarning(said, codes.EMPTY_WEIGHTS),) if empty else ()
 
 
 def read_torch(file: LocalFile, *, largest: int) -> TorchFile:

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.files import LocalFile
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import human_bytes, plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
 from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
 from ckptkit.formats.distributed.zero import is_zero, named_states, open_zero
@@ -95,7 +96,7 @@ def read_beside(directory: str, names: Iterable[str]) -> Beside:
         try:
             entry = _describe(directory, members[0], left, outlined, warnings)
         except CkptkitError as error:
-            warnings.append(Remark(f"{members[0]} is not read: {error.reason}", "beside-unread"))
+            warnings.append(ReaderWarning(f"{members[0]} is not read: {error.reason}", codes.BESIDE_UNREAD))
             entry = Entry("", "file", "not read")
         path = members[0] if len(members) == 1 else family
         kind = entry.type if len(members) == 1 else plural(len(members), "file")
@@ -126,7 +127,7 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         left[0] -= made.pickle_size
         suspicious = [code for code in made.objects.interpreter.references if is_suspicious(code)]
         said = code_warnings([], suspicious)
-        warnings.extend(Remark(f"{name} {text}", text.code, text.severity) for text in said)
+        warnings.extend(ReaderWarning(f"{name} {text}", text.code, text.severity) for text in said)
         return describe(name, made.tree, outlined)
     finally:
         file.close()
@@ -140,22 +141,26 @@ _MOST_NAMED = 4
 _DEEPEST = 64
 
 
-def adapter_remarks(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[Remark]:
+def adapter_remarks(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[ReaderWarning]:
     """Return what is odd about the weights of an adapter whose configuration is ``config``; None where there is none.
 
     Of LoRA the ranks are compared: a tensor whose rank is not the one that ``r`` or ``rank_pattern`` gives is named.
     """
     if config is None:
-        return [Remark(f"no {CONFIG} beside the weights: their scale (lora_alpha / r) is unknown", "adapter-config")]
+        return [
+            ReaderWarning(
+                f"no {CONFIG} beside the weights: their scale (lora_alpha / r) is unknown", codes.ADAPTER_CONFIG
+            )
+        ]
     base = config.get("base_model_name_or_path")
     of = f" of {quoted(base)}" if isinstance(base, str) and base else ""
-    remarks = [Remark(f"an adapter: the weights{of} that it belongs to are not inside", "adapter-base", "note")]
+    remarks = [ReaderWarning(f"an adapter: the weights{of} that it belongs to are not inside", codes.ADAPTER_BASE)]
     if config.get("peft_type") == "LORA" and not config.get("target_parameters"):
         wrong = list(_other_ranks(infos, config))
-        remarks += [Remark(text, "adapter-rank") for text in wrong[:_MOST_NAMED]]
+        remarks += [ReaderWarning(text, codes.ADAPTER_RANK) for text in wrong[:_MOST_NAMED]]
         if len(wrong) > _MOST_NAMED:
             said = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than {CONFIG} gives"
-            remarks.append(Remark(said, "adapter-rank"))
+            remarks.append(ReaderWarning(said, codes.ADAPTER_RANK))
     return remarks
 
 

@@ -13,10 +13,11 @@ from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import LocalFile
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.safetensors import parse_json
 
 __all__ = [
@@ -113,7 +114,7 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name
 
 
-def links_outside(directory: str, names: Iterable[str]) -> list[Remark]:
+def links_outside(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
     """Return a remark where some of these files are links out of the directory; those of a hub's cache are as usual."""
     home = os.path.realpath(directory)
     found = []
@@ -129,7 +130,7 @@ def links_outside(directory: str, names: Iterable[str]) -> list[Remark]:
     (name, target), more = found[0], len(found) - 1
     others = f", and {plural(more, 'other')} too" if more else ""
     return [
-        Remark(f"{quoted(name)} is a link out of the directory, to {quoted(target)}{others}", "link-outside", "note")
+        ReaderWarning(f"{quoted(name)} is a link out of the directory, to {quoted(target)}{others}", codes.LINK_OUTSIDE)
     ]
 
 
@@ -151,11 +152,13 @@ def _extra(directory: str, shards: Mapping[str, object]) -> list[str]:
     return [match[0] for match in matches if match[1] in families and match[4] in suffixes and match[0] not in shards]
 
 
-def _odd_names(names: Sequence[str], extra: Sequence[str]) -> Iterator[Remark]:
+def _odd_names(names: Sequence[str], extra: Sequence[str]) -> Iterator[ReaderWarning]:
     """Yield what the names of the shards tell of others: those that lie there, and those that should."""
     if extra:
         more = f" and {len(extra) - 1:,} more" if extra[1:] else ""
-        yield Remark(f"shard {quoted(extra[0])}{more} lies beside the index and is not named in it", "stale-shard")
+        yield ReaderWarning(
+            f"shard {quoted(extra[0])}{more} lies beside the index and is not named in it", codes.STALE_SHARD
+        )
     families: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
         if (match := _NUMBERED.fullmatch(name)) is not None:
@@ -164,7 +167,9 @@ def _odd_names(names: Sequence[str], extra: Sequence[str]) -> Iterator[Remark]:
         absent = next((number for number in range(1, count + 1) if number not in numbers), None)
         if absent is not None:
             lost = f"{family}-{absent:05}-of-{count:05}.{suffix}"
-            yield Remark(f"the index names {len(numbers):,} of {count:,} shards, and not {quoted(lost)}", "shard-count")
+            yield ReaderWarning(
+                f"the index names {len(numbers):,} of {count:,} shards, and not {quoted(lost)}", codes.SHARD_COUNT
+            )
 
 
 def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -217,7 +222,7 @@ def _joined(
     if total is not None and total not in (actual, once):
         stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
         said = f"the index gives a total size of {stated} bytes, the tensors have {actual}"
-        warnings.append(Remark(said, "total-size"))
+        warnings.append(ReaderWarning(said, codes.TOTAL_SIZE))
     metadata: dict[str, str] = {}
     for shard in opened.values():
         metadata |= shard.metadata

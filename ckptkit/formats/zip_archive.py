@@ -13,9 +13,10 @@ from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import Record
 from ckptkit.core.files import Extent, Inflated, LocalFile
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 
 __all__ = ["ZipDirectory", "ZipEntry", "read_zip_directory"]
 
@@ -108,11 +109,11 @@ class ZipDirectory:
         doubts: list[str] = []
         if any(entry.method for name, entry in self.entries.items() if name.startswith(homes)):
             said = "the archive is compressed: tensors are inflated while they are read"
-            doubts.append(Remark(said, "compressed", "note"))
+            doubts.append(ReaderWarning(said, codes.COMPRESSED))
         checksums = [entry.crc for entry in self.entries.values() if entry.size]
         if not any(checksums):
             said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
-            doubts.append(Remark(said, "no-checksum", "note"))
+            doubts.append(ReaderWarning(said, codes.NO_CHECKSUM))
         return doubts
 
     def records(self, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ckptkit.core.checkpoint import Entry
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from tests.helpers_formats import assert_same, bits, opened, saved, write
@@ -112,8 +112,8 @@ def test_an_average_is_told_by_what_lies_beside_it_and_never_by_a_name(
     ):
         with open_checkpoint(f"{path}::{inner}") as checkpoint:
             (said,) = checkpoint.warnings
-            assert isinstance(said, Remark)
-            assert (said.code, said.severity) == ("average-beside", "note")
+            assert isinstance(said, ReaderWarning)
+            assert (said.code.name, said.severity) == ("average-beside", "note")
             assert said.startswith(f"'{inner}' holds {first}, and {second} (")
 
 

@@ -16,9 +16,10 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, TensorInfo
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
@@ -79,7 +80,7 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Select
     warnings = list(dict.fromkeys(text for file in files for text in file.warnings))
     said = f"{plural(len(numbers), 'shard')} joined; a missing last one could not be noticed: "
     warnings.append(
-        Remark(f"{said}this form of DCP records neither their number nor whole shapes", "uncounted", "note")
+        ReaderWarning(f"{said}this form of DCP records neither their number nor whole shapes", codes.UNCOUNTED)
     )
     version = next((text for file in files if (text := file.metadata.get(_VERSION)) != _KNOWN_VERSION), _KNOWN_VERSION)
     if version != _KNOWN_VERSION:

@@ -25,9 +25,10 @@ from ckptkit.core.checkpoint import (
     row_major,
 )
 from ckptkit.core.files import Extent, Inflated, Region
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
 from ckptkit.formats.distributed.zero_files import (
     ModelStates,
@@ -286,17 +287,17 @@ def _notes(model: _Model, own: Sequence[str], lost: Sequence[str], stage: str) -
     said = "the optimizer's own fp32 weights are shown, put together from the parts of all ranks"
     if stage != "3":
         said += f"; the model's, in the dtype that it trained in, are at ::{model.name}"
-    notes: list[str] = [Remark(said, "master-weights", "note")]
+    notes: list[str] = [ReaderWarning(said, codes.MASTER_WEIGHTS)]
     buffers = model.states.tree.get("buffer_names")
     frozen = [name for name in own if not isinstance(buffers, list | tuple | set | frozenset) or name not in buffers]
     if frozen:
         what = plural(len(frozen), "parameter")
         said = f"{what} in no rank's part, as frozen ones are, taken from {model.name}: {printable(frozen[0])}"
-        notes.append(Remark(said, "not-in-parts", "note"))
+        notes.append(ReaderWarning(said, codes.NOT_IN_PARTS, "note"))
     if lost:
         what = plural(len(lost), "name")
         said = f"{what} of the state_dict in no rank's part, as of tied weights, left out: {printable(lost[0])}"
-        notes.append(Remark(said, "not-in-parts"))
+        notes.append(ReaderWarning(said, codes.NOT_IN_PARTS))
     return notes
 
 

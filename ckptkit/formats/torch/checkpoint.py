@@ -25,9 +25,10 @@ from ckptkit.core.checkpoint import (
     unpack_float4,
 )
 from ckptkit.core.files import LocalFile, Region
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided
 from ckptkit.formats.pickle.values import MappingValue, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.modules import open_modules
@@ -106,7 +107,7 @@ def assemble(
     """
     tree, notes = open_modules(file.tree, file.pickle_size)
     value, chosen = select(tree, selection)
-    averages = [Remark(said, "average-beside", "note") for said in averages_beside(tree, chosen, is_tensor)]
+    averages = [ReaderWarning(said, codes.AVERAGE_BESIDE) for said in averages_beside(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
     if selection.key and not isinstance(value, Mapping | list | tuple):
@@ -136,7 +137,7 @@ def assemble(
     warnings = [*names.warnings, *file.warnings, *notes, *averages, *code_warnings(references, suspicious)]
     if (repeated := file.objects.interpreter.repeated) is not None:
         said = f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch"
-        warnings.append(Remark(said, "repeated-key"))
+        warnings.append(ReaderWarning(said, codes.REPEATED_KEY))
     warnings += _seen_twice(infos, tensors)
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
@@ -267,17 +268,17 @@ def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
     return held
 
 
-def code_warnings(references: list[str], suspicious: list[str]) -> list[Remark]:
+def code_warnings(references: list[str], suspicious: list[str]) -> list[ReaderWarning]:
     """Return what to say of the code that a file names: ``suspicious`` where there is any, else ``references``."""
     if suspicious:
         named = ", ".join(printable(name) for name in suspicious[:8])
         said = f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"
-        return [Remark(said, "code-suspicious", "error")]
+        return [ReaderWarning(said, codes.CODE_SUSPICIOUS)]
     if references:
         named = ", ".join(printable(name) for name in references[:8])
         more = f" and {len(references) - 8} more" if len(references) > 8 else ""
         said = f"contains {plural(len(references), 'code reference')}, not run: {named}{more}"
-        return [Remark(said, "code-reference")]
+        return [ReaderWarning(said, codes.CODE_REFERENCE)]
     return []
 
 

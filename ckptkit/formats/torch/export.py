@@ -21,9 +21,10 @@ from ckptkit.core.checkpoint import (
     storage_range,
 )
 from ckptkit.core.files import Extent, Inflated
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Strided
 from ckptkit.formats.safetensors import LARGEST_HEADER, parse_json
@@ -281,7 +282,7 @@ def _warnings(beside: _Part, files: Sequence[str], root: str) -> Iterator[str]:
     count = len(beside.infos) + len(beside.objects)
     if count:
         said = f"{plural(count, 'constant')} beside the state_dict (buffers that are not persistent, lifted tensors)"
-        yield Remark(f"{said}: ::constants takes them", "constants", "note")
+        yield ReaderWarning(f"{said}: ::constants takes them", codes.CONSTANTS)
     compiled = [name.removeprefix(root) for name in files if name.removeprefix(root).startswith(_COMPILED)]
     if compiled:
         yield (f"holds compiled code, {plural(len(compiled), 'entry', 'entries')} such as {quoted(compiled[0])}: "

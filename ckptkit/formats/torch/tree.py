@@ -8,9 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import Entry
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.pickle.values import Global, MappingValue, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.wrappers.envelopes import Selection, choose_envelope, find_optimizers
@@ -99,7 +100,7 @@ def name_places(places: Sequence[Path]) -> Names:
     said = [_told(dotted, members) for dotted, members in list(groups.items())[:_MOST_TOLD]]
     if len(groups) > _MOST_TOLD:
         said.append(f"{len(groups) - _MOST_TOLD:,} more names would each be that of several entries")
-    warnings: list[str] = [Remark(text, "same-name") for text in said]
+    warnings: list[str] = [ReaderWarning(text, codes.SAME_NAME) for text in said]
     return Names(names, ambiguous, warnings)
 
 

@@ -8,9 +8,10 @@ from dataclasses import replace
 
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record
 from ckptkit.core.files import Region, Swapped
-from ckptkit.core.findings import Remark
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.pickle.machine import unpickle
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
@@ -106,7 +107,7 @@ def read_pickles(
     unused = [name for name in archive.entries if name.startswith(_homes(root)) and name not in used]
     if unused:
         said = f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}"
-        warnings.append(Remark(said, "unused-record"))
+        warnings.append(ReaderWarning(said, codes.UNUSED_RECORD))
 
     def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         return archive.records({record(key): named for key, named in keys.items()})
@@ -147,7 +148,7 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
     if skipped and archive.entries[f"{root}data.pkl"].crc:
         what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
         said = f"storage bytes were skipped at save (torch.serialization.skip_data): {what}"
-        warnings.append(Remark(said, "skipped-data"))
+        warnings.append(ReaderWarning(said, codes.SKIPPED_DATA))
     return warnings
 
 

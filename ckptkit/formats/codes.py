@@ -1,0 +1,35 @@
+"""Codes of the warnings that readers give: ``ckpt show`` prints the warnings, ``ckpt check`` reports findings."""
+
+from __future__ import annotations
+
+from ckptkit.core.findings import Code, codes_in
+
+__all__ = ["CODES"]
+
+CODE_SUSPICIOUS = Code("code-suspicious", ("error",), "The file asks for code that is typical of an attack.")
+CODE_REFERENCE = Code("code-reference", ("warning",), "The file names code that torch.load could run.")
+SKIPPED_DATA = Code("skipped-data", ("warning",), "The bytes of storages were not written when the file was saved.")
+UNUSED_RECORD = Code("unused-record", ("warning",), "The file stores bytes that no tensor uses.")
+SAME_NAME = Code("same-name", ("warning",), "Several entries would have the same dotted name.")
+REPEATED_KEY = Code("repeated-key", ("warning",), "A mapping sets the same key more than once.")
+BESIDE_UNREAD = Code("beside-unread", ("warning",), "A file beside the weights cannot be read.")
+ADAPTER_CONFIG = Code("adapter-config", ("warning",), "An adapter has no configuration file, so its scale is unknown.")
+ADAPTER_RANK = Code("adapter-rank", ("warning",), "A LoRA tensor has another rank than the configuration gives.")
+ADAPTER_BASE = Code("adapter-base", ("note",), "The file is an adapter; the weights of its base model are not inside.")
+EMPTY_WEIGHTS = Code("empty-weights", ("warning",), "ZeRO-3 left weights of this file empty.")
+MASTER_WEIGHTS = Code("master-weights", ("note",), "The tensors are the fp32 weights of the optimizer.")
+NOT_IN_PARTS = Code(
+    "not-in-parts", ("warning", "note"), "A name of the state_dict is in no rank's part of a ZeRO checkpoint."
+)
+STALE_SHARD = Code("stale-shard", ("warning",), "A shard beside the index is not named in the index.")
+SHARD_COUNT = Code("shard-count", ("warning",), "The index names fewer shards than the file names count.")
+TOTAL_SIZE = Code("total-size", ("warning",), "The index gives another total size than the tensors have.")
+LINK_OUTSIDE = Code("link-outside", ("note",), "A file of the directory is a link to a file outside the directory.")
+UNCOUNTED = Code("uncounted", ("note",), "A missing last shard of this format cannot be noticed.")
+COMPRESSED = Code("compressed", ("note",), "The archive is compressed, so reading tensors is slower.")
+NO_CHECKSUM = Code("no-checksum", ("note",), "Stored bytes have no checksum, so damage cannot be seen.")
+CONSTANTS = Code("constants", ("note",), "An exported program holds constants beside its state_dict.")
+AVERAGE_BESIDE = Code("average-beside", ("note",), "The file holds trained weights and an average of these weights.")
+READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
+
+CODES = codes_in(globals())
