@@ -22,7 +22,7 @@ from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, links_outside, open_sharded
 from ckptkit.formats.torch.checkpoint import code_warnings
-from ckptkit.formats.torch.tree import describe
+from ckptkit.formats.torch.tree import describe_entry
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = [
@@ -120,7 +120,9 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         found = read_json(directory, name)
         chosen = [key for key in _TOLD[name] if found.get(key) is not None]
         chosen += [key for key, value in found.items() if key not in chosen and isinstance(value, str | int | float)]
-        return Entry(name, "json", {key: describe(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]})
+        return Entry(
+            name, "json", {key: describe_entry(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]}
+        )
     file = LocalFile(os.path.join(directory, name))
     try:
         made = read_torch(file, largest=left[0])
@@ -128,7 +130,7 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         suspicious = [code for code in made.objects.interpreter.references if is_suspicious(code)]
         said = code_warnings([], suspicious)
         warnings.extend(ReaderWarning(f"{name} {text}", text.code, text.severity) for text in said)
-        return describe(name, made.tree, outlined)
+        return describe_entry(name, made.tree, outlined)
     finally:
         file.close()
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, OutputError, PlanError
@@ -24,12 +24,12 @@ from ckptkit.formats.pickle.edit import (
     take_part,
     text_part,
 )
-from ckptkit.formats.pickle.nodes import Event, Node, Part, read_nodes, walk, write_nodes
-from ckptkit.formats.torch.tree import exact_key
+from ckptkit.formats.pickle.nodes import Change, Node, Part, iterate_nodes, read_nodes, write_nodes
+from ckptkit.formats.torch.tree import bracketed_key
 from ckptkit.formats.torch.write import (
     TorchZipLayout,
-    arrange,
-    layout_archive,
+    assign_records,
+    layout_torch_archive,
     pickle_state_dict,
     refuse_unwritable,
     write_torch_zip,
@@ -44,21 +44,18 @@ from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 __all__ = ["Builder", "Origin", "replace_state", "write_optimizer_state"]
 
 
-Path = tuple[object, ...]
-
-
 class Origin:
     """The pickle of a file that is edited, and where in it the state was."""
 
-    def __init__(self, source: Checkpoint, root: Part, path: Path) -> None:
+    def __init__(self, source: Checkpoint, root: Part, path: KeyPath) -> None:
         """Find the mapping; raises ``PlanError`` where it is written in a way that is not known."""
         self.source, self.root = source, root
-        self._known: dict[Path, dict[object, Part]] = {}  # of each place that was asked for, what is inside
+        self._known: dict[KeyPath, dict[object, Part]] = {}  # of each place that was asked for, what is inside
         self.mapping = root
         for key in path:
             self.mapping = part_at(self.mapping, key)
 
-    def at(self, place: Path) -> Part:
+    def at(self, place: KeyPath) -> Part:
         """Return the part at a place in the mapping."""
         if not place:
             return self.mapping
@@ -76,7 +73,7 @@ class Builder:
     records: list[Payload] = field(default_factory=list)
     fresh: set[int] = field(default_factory=set)  # ids of the nodes whose storages are records
     _tensors: dict[object, Part] = field(default_factory=dict)
-    _options: list[tuple[str, SlotValue, Path]] = field(default_factory=list)
+    _options: list[tuple[str, SlotValue, KeyPath]] = field(default_factory=list)
 
     def know_options(self, groups: Sequence[Mapping[str, SlotValue]]) -> None:
         """Remember what the groups of the file have, so that a value that stays is written as it was."""
@@ -97,7 +94,7 @@ class Builder:
         def payload(info: TensorInfo) -> Payload:
             return by_number[int(info.key)].payload()
 
-        self.records, stored = arrange(infos, payload, payload)
+        self.records, stored = assign_records(infos, payload, payload)
         root, _ = read_nodes(pickle_state_dict(stored, {}))
         parts = [part for _, part in items_of(root)]
         self.fresh = {id(node) for part in parts for node in _storages(part)}
@@ -163,19 +160,19 @@ def replace_state(mapping: Part, made: Mapping[str, Part], old: frozenset[object
 def _mapping(items: Mapping[Part, Part]) -> Part:
     made = Node(b"}")
     if items:
-        made.happen(Event(b"u", tuple(part for pair in items.items() for part in pair)))
+        made.add_change(Change(b"u", tuple(part for pair in items.items() for part in pair)))
     return made
 
 
 def _list(items: Sequence[Part]) -> Part:
     made = Node(b"]")
     if items:
-        made.happen(Event(b"e", tuple(items)))
+        made.add_change(Change(b"e", tuple(items)))
     return made
 
 
 def _storages(part: Part) -> list[Node]:
-    return [node for node in walk(part) if node.op == b"Q"]
+    return [node for node in iterate_nodes(part) if node.op == b"Q"]
 
 
 def _atom(value: SlotValue) -> bytes:
@@ -276,8 +273,8 @@ def _edit(value: Mapping[str, SlotValue], source: Checkpoint, output: Output) ->
     storages = number_storages(root, builder.fresh)
     records = [builder.records[one] if isinstance(one, int) else container.storage(one) for one in storages]
     most = _PARTS_PER_BYTE * len(data) + _most(value)
-    layout = layout_archive(write_nodes(root, protocol, most), records, container.other_records())
-    return layout, Selection(exact_key(container.path)) if container.path else OPTIMIZER
+    layout = layout_torch_archive(write_nodes(root, protocol, most), records, container.other_records())
+    return layout, Selection(bracketed_key(container.path)) if container.path else OPTIMIZER
 
 
 def _alone(value: Mapping[str, SlotValue]) -> TorchZipLayout:
@@ -287,7 +284,7 @@ def _alone(value: Mapping[str, SlotValue]) -> TorchZipLayout:
     replace_state(root, _parts(value, builder), frozenset())
     storages = number_storages(root, builder.fresh)
     records = [builder.records[int(one)] for one in storages]
-    return layout_archive(write_nodes(root, 2, _most(value)), records)
+    return layout_torch_archive(write_nodes(root, 2, _most(value)), records)
 
 
 def _most(value: Mapping[str, SlotValue]) -> int:

@@ -27,7 +27,7 @@ from ckptkit.formats.pickle.edit import (
     storage_name,
     text_part,
 )
-from ckptkit.formats.pickle.nodes import Node, Part, read_nodes, walk, write_nodes
+from ckptkit.formats.pickle.nodes import Node, Part, iterate_nodes, read_nodes, write_nodes
 from ckptkit.formats.torch.write import StoredTensor, pickle_state_dict
 from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Plan, Step
@@ -109,7 +109,7 @@ class Editor:
         pickle = pickle_state_dict(stored, {})
         root, _ = read_nodes(pickle)
         made = dict(zip((tensor.info.key for tensor in stored), (value for _, value in items_of(root)), strict=True))
-        fresh = {id(node) for node in walk(root) if node.op == b"Q"}
+        fresh = {id(node) for node in iterate_nodes(root) if node.op == b"Q"}
         places = {
             tensor.info.key: (tensor.record, tensor.offset, tensor.stride, tensor.info.shape) for tensor in stored
         }
@@ -199,7 +199,7 @@ class Editor:
 
     def _notes(self) -> Iterator[str]:
         uses, kept = 0, set()
-        for node in walk(self._root):
+        for node in iterate_nodes(self._root):
             uses += sum(part is self._mapping for part in node.parts())
             if node.op == b"Q":
                 kept.add(storage_name(node))
@@ -208,7 +208,7 @@ class Editor:
         apart = []
         for step in self.changed:
             old = self._predecessor(step)
-            if old is not None and any(node.op == b"Q" and storage_name(node) in kept for node in walk(old)):
+            if old is not None and any(node.op == b"Q" and storage_name(node) in kept for node in iterate_nodes(old)):
                 apart.append(step.out.key)
         if apart:
             more = f" and {len(apart) - _MOST_NAMED} more" if len(apart) > _MOST_NAMED else ""

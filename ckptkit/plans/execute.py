@@ -20,8 +20,8 @@ from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, w
 from ckptkit.formats.sharded import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.formats.torch.write import (
     TorchZipLayout,
-    arrange,
-    layout_archive,
+    assign_records,
+    layout_torch_archive,
     layout_torch_zip,
     refuse_unwritable,
     write_torch_zip,
@@ -259,11 +259,11 @@ def _lay_out_torch(infos: Sequence[TensorInfo], plan: Plan, read: _Reading, edit
     if editor is None:
         return layout_torch_zip(placed, read.payload, read.span, plan.versions)
     changed = {step.out.key for step in editor.changed}
-    records, stored = arrange([info for info in placed if info.key in changed], read.payload, read.span)
+    records, stored = assign_records([info for info in placed if info.key in changed], read.payload, read.span)
     with refusing(read.roles[plan.edited_role].path):
         edited = editor.edited(stored)
     storages = [records[one] if isinstance(one, int) else editor.container.storage(one) for one in edited.storages]
-    return layout_archive(edited.pickle, storages, editor.container.other_records())
+    return layout_torch_archive(edited.pickle, storages, editor.container.other_records())
 
 
 def _finish(

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from ckptkit.comparison import diff
 from ckptkit.errors import CkptkitError, FormatError, PlanError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.torch.tree import flat_key, name_places
+from ckptkit.formats.torch.tree import dotted_key, unique_names
 from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.remap import plan_remap
 from tests.helpers_cli import run_ckpt
@@ -186,10 +186,10 @@ _PATHS = st.lists(st.lists(_KEYS, min_size=1, max_size=3).map(tuple), max_size=1
 @given(_PATHS)
 def test_names_are_all_different(places: list[tuple[object, ...]]) -> None:
     """Whatever the keys are, no two places share a name, and a name that was kept is the dotted one."""
-    names = name_places(places)
+    names = unique_names(places)
     assert len(set(names.names)) == len(places) or len(set(map(repr, places))) < len(places)
     for place, name in zip(places, names.names, strict=True):
-        assert name in names.ambiguous or name == flat_key(place)
+        assert name in names.ambiguous or name == dotted_key(place)
 
 
 def test_a_module_with_one_name_twice_is_refused(tmp_path: Path) -> None:

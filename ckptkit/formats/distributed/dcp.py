@@ -26,7 +26,7 @@ from ckptkit.formats.distributed.dcp_safetensors import is_dcp_shard, open_dcp_s
 from ckptkit.formats.file_pool import FilePool, Section
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.sharded import is_plain_name
-from ckptkit.formats.torch.checkpoint import TorchFile, assemble
+from ckptkit.formats.torch.checkpoint import TorchFile, build_checkpoint
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch.tree import leaves, type_name
 from ckptkit.formats.torch.zip import read_torch_zip
@@ -104,7 +104,7 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
     for references in (metadata.references, *objects.references):
         for name, count in references.items():
             torch.interpreter.references[name] = torch.interpreter.references.get(name, 0) + count
-    return assemble(
+    return build_checkpoint(
         TorchFile(
             _nested(metadata.paths, {**state, **objects.values}),
             torch,
@@ -262,7 +262,7 @@ class _Items:
         if not isinstance(file.tree, TensorRef):
             self.refuse(tensor.key, place, f"holds no tensor but {quoted(type_name(file.tree))}")
         with self._about(tensor.key, place):
-            found = assemble(file)
+            found = build_checkpoint(file)
         info = found[""]
         expected = TensorInfo("", tensor.dtype, _shown_shape(tensor.dtype, box.sizes))
         if (info.dtype, info.shape, info.kind) != (expected.dtype, expected.shape, "dense"):

@@ -13,8 +13,8 @@ from typing import Final
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Box
-from ckptkit.formats.pickle.machine import unpickle
-from ckptkit.formats.pickle.values import Global, Interpreter, Placeholder
+from ckptkit.formats.pickle.machine import parse_pickle
+from ckptkit.formats.pickle.values import CodeName, Interpreter, Placeholder
 from ckptkit.formats.torch.objects import DTypeRef, TorchObjects
 from ckptkit.formats.torch.tree import type_name
 
@@ -85,7 +85,7 @@ def read_metadata(data: bytes) -> DcpMetadata:
     tensor, and whether the places exist, is left to the caller.
     """
     interpreter = _interpreter()
-    value, end = unpickle(data, interpreter)
+    value, end = parse_pickle(data, interpreter)
     if end != len(data):
         raise FormatError(f"{len(data) - end:,} bytes follow the pickle in .metadata")
     fields = _fields(value, "Metadata", "the pickle")
@@ -118,7 +118,7 @@ def read_metadata(data: bytes) -> DcpMetadata:
 def _interpreter() -> Interpreter:
     def inert(dotted: str) -> Callable[..., object]:
         module, _, name = dotted.rpartition(".")
-        kind = Global(module, name)
+        kind = CodeName(module, name)
         return lambda *args: Placeholder(kind, args)
 
     torch = TorchObjects().interpreter

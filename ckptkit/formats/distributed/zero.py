@@ -44,9 +44,9 @@ from ckptkit.formats.distributed.zero_files import (
 )
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.pickle.values import is_harmless, is_suspicious
-from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble, code_warnings
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_checkpoint, code_warnings
 from ckptkit.formats.torch.objects import TensorRef
-from ckptkit.formats.torch.tree import describe
+from ckptkit.formats.torch.tree import describe_entry
 
 __all__ = ["is_zero", "named_states", "open_zero"]
 
@@ -198,7 +198,7 @@ def _read_model(pool: FilePool, name: str, codes: dict[str, None]) -> _Model:
 
 def _own(made: TorchFile, tensors: Mapping[str, TensorRef], path: str) -> Checkpoint:
     # Under their plain names, whatever lies around them in the file.
-    return assemble(replace(made, tree=dict(tensors)), path=path)
+    return build_checkpoint(replace(made, tree=dict(tensors)), path=path)
 
 
 def _part(own: Checkpoint, info: TensorInfo) -> tuple[TensorInfo, Region]:
@@ -277,7 +277,7 @@ def _entries(model: _Model) -> list[Entry]:
     left = [_MOST_OUTLINED]
     told = {"module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"}
     return [
-        describe(str(key), value, left)._replace(is_outside=True)
+        describe_entry(str(key), value, left)._replace(is_outside=True)
         for key, value in model.states.tree.items()
         if key not in told and value is not None
     ]

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 
 from ckptkit.core.text import quoted
 from ckptkit.errors import PlanError
-from ckptkit.formats.pickle.nodes import Event, Node, Part, value_of, walk
-from ckptkit.formats.pickle.values import Global
+from ckptkit.formats.pickle.nodes import Change, Node, Part, iterate_nodes, plain_value
+from ckptkit.formats.pickle.values import CodeName
 
 __all__ = [
     "WAY_OUT",
@@ -38,7 +38,7 @@ def refusal(why: str) -> PlanError:
 
 def name_of(key: Part) -> object:
     """Return what a key is; a node, where it is no plain value."""
-    return value_of(key)
+    return plain_value(key)
 
 
 def text_part(text: str) -> bytes:
@@ -91,7 +91,7 @@ def set_items(mapping: Node, pairs: Pairs) -> None:
     whole = mapping.seen == len(mapping.events)
     first = next((number for number, event in enumerate(mapping.events) if event.op in (b"s", b"u")), 0)
     before, behind = mapping.events[:first], mapping.events[first:]
-    items = Event(b"u", tuple(part for pair in pairs for part in pair))
+    items = Change(b"u", tuple(part for pair in pairs for part in pair))
     mapping.events = [*before, items, *(event for event in behind if event.op not in (b"s", b"u"))]
     if mapping.op == b"d":
         mapping.args = ()
@@ -102,10 +102,10 @@ def called(node: Node) -> str:
     """Return the dotted name of the code that a node calls; empty where it is not named outright."""
     function = node.args[0]
     if isinstance(function, Node):
-        parts = [value_of(part) for part in function.args] if function.op == b"\x93" else []
+        parts = [plain_value(part) for part in function.args] if function.op == b"\x93" else []
         return ".".join(map(str, parts))
-    named = value_of(function)
-    return str(named) if isinstance(named, Global) else ""
+    named = plain_value(function)
+    return str(named) if isinstance(named, CodeName) else ""
 
 
 def arguments_of(node: Node) -> tuple[Part, ...]:
@@ -121,7 +121,7 @@ def arguments_of(node: Node) -> tuple[Part, ...]:
 def storage_name(node: Node) -> str:
     """Return the name of the storage in a persistent id; raises ``PlanError`` where it names a part of one, or none."""
     parts = arguments_of(node)
-    kind, name, view = value_of(parts[0]), value_of(parts[2]), b"N" if len(parts) == 5 else parts[-1]
+    kind, name, view = plain_value(parts[0]), plain_value(parts[2]), b"N" if len(parts) == 5 else parts[-1]
     if kind != "storage" or len(parts) not in (5, 6) or not isinstance(name, str | int):
         raise refusal("it holds the source code of classes" if kind == "module" else "it names no storage")
     if view != b"N":
@@ -135,7 +135,7 @@ def number_storages(root: Part, fresh: set[int]) -> tuple[str | int, ...]:
     ``fresh`` has the ``id`` of each node whose storage is a new record, named by its number; the others are of a file.
     """
     numbers: dict[str | int, int] = {}
-    for node in list(walk(root)):
+    for node in list(iterate_nodes(root)):
         if node.op == b"Q":
             name: str | int = storage_name(node)
             number = numbers.setdefault(int(name) if id(node) in fresh else name, len(numbers))

@@ -10,9 +10,9 @@ from typing import Any, Final
 
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.values import Interpreter, MappingValue, Placeholder, check_key
+from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, check_key
 
-__all__ = ["MARK", "OPCODES", "Operation", "PickleMachine", "TruncatedPickleError", "unpickle"]
+__all__ = ["MARK", "OPCODES", "Operation", "PickleMachine", "TruncatedPickleError", "parse_pickle"]
 
 
 class TruncatedPickleError(FormatError):
@@ -137,7 +137,7 @@ class PickleMachine:
             raise FormatError(f"corrupt pickle: values appended to a {type(target).__name__} at byte {self.pos - 1}")
 
     def build(self, target: object, state: object) -> None:
-        if isinstance(target, MappingValue):
+        if isinstance(target, PickledMapping):
             # Kept aside as data: torch sets these on the object itself, where they can shadow its methods.
             target.attributes = state if isinstance(state, dict) else {"state": state}
         elif isinstance(target, Placeholder):
@@ -155,7 +155,7 @@ _SET = range(12)  # what an empty one costs: a byte makes it, and it takes the m
 _MOST_MEMO = 2**32  # what LONG_BINPUT can name; decimal indexes beyond it can be made to collide in the memo
 
 
-def unpickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
+def parse_pickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
     """Return the inert value of the pickle at ``start`` and the offset behind it.
 
     Raises ``FormatError`` for anything that is not one whole pickle of protocol 0 to 5, and

@@ -12,23 +12,23 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final, NamedTuple
 
 from ckptkit.errors import FormatError, PlanError
-from ckptkit.formats.pickle.machine import OPCODES, Operation, PickleMachine, unpickle
+from ckptkit.formats.pickle.machine import OPCODES, Operation, PickleMachine, parse_pickle
 from ckptkit.formats.pickle.values import Interpreter
 
-__all__ = ["MARKED", "Event", "Node", "Part", "read_nodes", "value_of", "walk", "write_nodes"]
+__all__ = ["MARKED", "Change", "Node", "Part", "iterate_nodes", "plain_value", "read_nodes", "write_nodes"]
 
 
 MARKED: Final = frozenset(b"tldioue\x90\x91")  # opcodes that take everything above a mark
 
 
-class Event(NamedTuple):
+class Change(NamedTuple):
     """A change to an object that is there: items set, values appended, a state given."""
 
     op: bytes
     args: tuple[Part, ...]
 
 
-_NO_EVENTS: Final[list[Event]] = []  # one for all: most objects are never changed
+_NO_EVENTS: Final[list[Change]] = []  # one for all: most objects are never changed
 
 
 class Node:
@@ -47,7 +47,7 @@ class Node:
         self.events = _NO_EVENTS
         self.seen = -1
 
-    def happen(self, event: Event) -> None:
+    def add_change(self, event: Change) -> None:
         """Add a change behind all others."""
         if self.events is _NO_EVENTS:
             self.events = []
@@ -64,23 +64,23 @@ Part = Node | bytes  # of what cannot change (numbers, texts, names of code) the
 
 
 def read_nodes(data: bytes) -> tuple[Part, int]:
-    """Return the object that a pickle makes, and the pickle's protocol; raises ``FormatError`` as ``unpickle`` does."""
+    """Return the root object and the protocol of a pickle; raises ``FormatError`` as ``parse_pickle`` does."""
     machine = PickleMachine(data, Interpreter({}, {}), 0)
     root: Any = machine.run(_NODE_OPCODES)[0]
     _take((root,))
     return root, data[1] if data[:1] == b"\x80" else 0
 
 
-def value_of(part: Part) -> object:
+def plain_value(part: Part) -> object:
     """Return the value of a number, a text or a name of code; of any other object the node itself."""
     if isinstance(part, Node):
         return part
     if part[0] == 0x58:  # most names are such texts, and a machine for each would take its time
         return part[5:].decode("utf-8", "surrogatepass")
-    return unpickle(part + b".", Interpreter({}, {}))[0]
+    return parse_pickle(part + b".", Interpreter({}, {}))[0]
 
 
-def walk(root: Part) -> Iterator[Node]:
+def iterate_nodes(root: Part) -> Iterator[Node]:
     """Yield each node below ``root`` once, itself first, in the order in which it is written."""
     known: set[int] = set()
     stack: list[Iterator[Part]] = [iter((root,))]
@@ -110,7 +110,7 @@ def _happen(machine: PickleMachine, op: bytes, args: tuple[Part, ...]) -> None:
     _take(args)
     if not isinstance(target, Node):
         raise FormatError(f"corrupt pickle: something that cannot change is changed at byte {machine.pos - 1}")
-    target.happen(Event(op, args))
+    target.add_change(Change(op, args))
 
 
 def _fixed(opcode: int, count: int, obey: Callable[[PickleMachine, bytes, tuple[Part, ...]], None]) -> Operation:
@@ -189,7 +189,7 @@ class _Writer:
         self.left = most
         self.out = bytearray(bytes([0x80, protocol]) if protocol >= 2 else b"")
         self.memo: dict[int, int] = {}
-        self.uses = Counter(id(part) for node in walk(root) for part in node.parts())
+        self.uses = Counter(id(part) for node in iterate_nodes(root) for part in node.parts())
 
     def data(self) -> bytes:
         # Not by recursion: objects may be nested deeper than the interpreter's own stack.

@@ -10,9 +10,9 @@ from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
 
 __all__ = [
-    "Global",
+    "CodeName",
     "Interpreter",
-    "MappingValue",
+    "PickledMapping",
     "Placeholder",
     "check_key",
     "is_harmless",
@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 
-class Global:
+class CodeName:
     """A name of code, ``module.name``, that the pickle refers to; it is never looked up."""
 
     __slots__ = ("module", "name")
@@ -50,7 +50,7 @@ class Placeholder:
         self.pairs: dict[object, object] = {}
 
 
-class MappingValue(dict[object, object]):
+class PickledMapping(dict[object, object]):
     """A dict subclass of the pickle, such as ``OrderedDict``, with the attributes it carries."""
 
     __slots__ = ("attributes", "kind")
@@ -123,11 +123,11 @@ class Interpreter:
             return self.constants[dotted]
         if dotted not in self.builders:
             self.references[dotted] = self.references.get(dotted, 0) + 1
-        return Global(module, name)
+        return CodeName(module, name)
 
     def call(self, function: object, args: object) -> object:
         """Return what calling ``function`` would make: a value where a builder knows it, else a placeholder."""
-        builder = self.builders.get(f"{function.module}.{function.name}") if isinstance(function, Global) else None
+        builder = self.builders.get(f"{function.module}.{function.name}") if isinstance(function, CodeName) else None
         if builder is None:
             return Placeholder(function, args)
         if not isinstance(args, tuple):

@@ -14,6 +14,7 @@ from ckptkit.core.checkpoint import (
     Container,
     Description,
     Entry,
+    KeyPath,
     Nested,
     Payload,
     Record,
@@ -30,25 +31,24 @@ from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided
-from ckptkit.formats.pickle.values import MappingValue, Placeholder, is_harmless, is_suspicious, is_weights_only
-from ckptkit.formats.torch.modules import open_modules
+from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
+from ckptkit.formats.torch.modules import replace_modules
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch.tree import (
-    Names,
-    Path,
+    UniqueNames,
     children,
-    describe,
-    flat_key,
+    describe_entry,
+    dotted_key,
+    find_mapping,
     is_tensor,
     key_name,
     leaves,
-    name_places,
-    select,
     type_name,
+    unique_names,
 )
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection, averages_beside
 
-__all__ = ["LARGEST_PICKLE", "TorchFile", "assemble", "assemble_file", "code_warnings"]
+__all__ = ["LARGEST_PICKLE", "TorchFile", "build_checkpoint", "build_file_checkpoint", "code_warnings"]
 
 LARGEST_PICKLE = 256 << 20
 _LEAST_PLACES = 1_000  # and one for each byte of the pickle: more takes parts that are shared
@@ -79,19 +79,19 @@ class TorchFile:
     others: Callable[[], Sequence[tuple[str, Payload]]] = tuple
 
 
-def assemble_file(
+def build_file_checkpoint(
     made: TorchFile,
     file: LocalFile,
     format: str,  # noqa: A002 - the name of the JSON field
     selection: Selection,
 ) -> Checkpoint:
-    """Return what ``assemble`` returns for the whole of one file, which the Checkpoint takes over."""
-    return assemble(
+    """Return what ``build_checkpoint`` returns for the whole of one file, which the Checkpoint takes over."""
+    return build_checkpoint(
         made, path=file.path, format=format, selection=selection, close=file.close, check=file.check_unchanged
     )
 
 
-def assemble(
+def build_checkpoint(
     file: TorchFile,
     *,
     path: str = "",
@@ -105,8 +105,8 @@ def assemble(
 
     Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.
     """
-    tree, notes = open_modules(file.tree, file.pickle_size)
-    value, chosen = select(tree, selection)
+    tree, notes = replace_modules(file.tree, file.pickle_size)
+    value, chosen = find_mapping(tree, selection)
     averages = [ReaderWarning(said, codes.AVERAGE_BESIDE) for said in averages_beside(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
@@ -170,9 +170,9 @@ def assemble(
             path,
             format,
             files=[path] if files is None else files,
-            envelope=selection.key or (flat_key(chosen) if chosen else ""),
+            envelope=selection.key or (dotted_key(chosen) if chosen else ""),
             entries=entries,
-            versions=module_versions(value.attributes.get("_metadata")) if isinstance(value, MappingValue) else {},
+            versions=module_versions(value.attributes.get("_metadata")) if isinstance(value, PickledMapping) else {},
             ambiguous={name: dotted for name, dotted in names.ambiguous.items() if name in infos},
             warnings=warnings,
             references=references,
@@ -184,7 +184,7 @@ def assemble(
 
 
 def _container(
-    file: TorchFile, value: object, chosen: Path, entries: Iterable[Entry], placed: Mapping[str, Path]
+    file: TorchFile, value: object, chosen: KeyPath, entries: Iterable[Entry], placed: Mapping[str, KeyPath]
 ) -> Container | None:
     """Return what the file holds beside a mapping of it; None where it holds no more, or the mapping is none of it."""
     level, pickle = file.tree, file.pickle
@@ -202,8 +202,8 @@ def _container(
 
 def _sort_leaves(
     value: object, size: int, outlined: list[int]
-) -> tuple[dict[str, TensorRef], list[Entry], Names, dict[str, Path]]:
-    found: list[tuple[Path, object]] = []
+) -> tuple[dict[str, TensorRef], list[Entry], UniqueNames, dict[str, KeyPath]]:
+    found: list[tuple[KeyPath, object]] = []
     budget = _NAMES_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
     for place, leaf in leaves(value, [_LEAST_PLACES + size]):
@@ -213,19 +213,19 @@ def _sort_leaves(
         if not is_tensor and len(found) - tensors >= _MOST_ENTRIES:
             unlisted += 1
             continue
-        budget -= len(flat_key(place)) + _PART * len(place)
+        budget -= len(dotted_key(place)) + _PART * len(place)
         if budget < 0:
             raise FormatError("the structure is nested so that its names take many times its own size")
         tensors += is_tensor
         if tensors > _MOST_TENSORS:
             raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
         found.append((place, leaf))
-    names = name_places([place for place, _ in found])
+    names = unique_names([place for place, _ in found])
     named = list(zip(names.names, (leaf for _, leaf in found), strict=True))
     entries = []
-    if isinstance(value, MappingValue):
-        entries += [describe(key_name(name), inner, outlined) for name, inner in value.attributes.items()]
-    entries += [describe(name, leaf, outlined) for name, leaf in named if not isinstance(leaf, TensorRef)]
+    if isinstance(value, PickledMapping):
+        entries += [describe_entry(key_name(name), inner, outlined) for name, inner in value.attributes.items()]
+    entries += [describe_entry(name, leaf, outlined) for name, leaf in named if not isinstance(leaf, TensorRef)]
     if unlisted:
         names.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
     sorted_out = {name: leaf for name, leaf in named if isinstance(leaf, TensorRef)}
@@ -245,16 +245,16 @@ def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef
     return []
 
 
-def _outside(tree: object, chosen: Path, outlined: list[int]) -> list[Entry]:
-    found: list[tuple[Path, object]] = []
+def _outside(tree: object, chosen: KeyPath, outlined: list[int]) -> list[Entry]:
+    found: list[tuple[KeyPath, object]] = []
     level = tree
     for depth, key in enumerate(chosen):
         if not isinstance(level, Mapping):
             break
         found += [((*chosen[:depth], other), level[other]) for other in level if other is not key]
         level = level[key]
-    names = name_places([place for place, _ in found]).names
-    entries = (describe(name, value, outlined) for name, (_, value) in zip(names, found, strict=True))
+    names = unique_names([place for place, _ in found]).names
+    entries = (describe_entry(name, value, outlined) for name, (_, value) in zip(names, found, strict=True))
     return [entry._replace(is_outside=True) for entry in entries]
 
 
@@ -264,7 +264,7 @@ def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
     with contextlib.suppress(FormatError):  # a tree that expands without end: what was named until then will do
         for place, leaf in leaves(tree, [_LEAST_PLACES + size]):
             if isinstance(leaf, TensorRef) and leaf.storage is not None:
-                held.setdefault(leaf.storage.key, []).append(flat_key(place))
+                held.setdefault(leaf.storage.key, []).append(dotted_key(place))
     return held
 
 

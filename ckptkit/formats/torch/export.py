@@ -31,7 +31,7 @@ from ckptkit.formats.safetensors import LARGEST_HEADER, parse_json
 from ckptkit.formats.zip_archive import ZipDirectory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = ["CODES", "describe", "open_torch_export"]
+__all__ = ["CODES", "open_torch_export", "parse_tensor_info"]
 
 
 _MOST_DIMENSIONS = 1024
@@ -45,7 +45,7 @@ CODES: Final = {
 }  # fmt: skip
 
 
-def describe(key: str, payload: Mapping[str, Any], storage: int, size: int) -> TensorInfo:
+def parse_tensor_info(key: str, payload: Mapping[str, Any], storage: int, size: int) -> TensorInfo:
     """Return the description of one tensor of a payload config, whose record number ``storage`` has ``size`` bytes.
 
     Raises ``FormatError`` where a field is missing or wrong, or the view reaches beyond the record.
@@ -259,7 +259,9 @@ def _part(archive: ZipDirectory, root: str, name: str, kind: str) -> _Part:
         if object_kind:
             part.objects.append(Entry(key, object_kind, "a pickle, not read"))
         else:
-            part.infos[key] = describe(key, meta, ids.setdefault(record, len(ids)), archive.entries[entry].size)
+            part.infos[key] = parse_tensor_info(
+                key, meta, ids.setdefault(record, len(ids)), archive.entries[entry].size
+            )
     return part
 
 

@@ -9,9 +9,9 @@ from ckptkit.core.checkpoint import DTYPES, Checkpoint, Record
 from ckptkit.core.files import Extent, LocalFile, Region
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.machine import TruncatedPickleError, unpickle
+from ckptkit.formats.pickle.machine import TruncatedPickleError, parse_pickle
 from ckptkit.formats.pickle.values import Interpreter
-from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_file_checkpoint
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
@@ -29,7 +29,7 @@ def open_torch_legacy(file: LocalFile, selection: Selection = WEIGHTS) -> Checkp
 
     Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
     """
-    return assemble_file(read_torch_legacy(file), file, "torch-legacy", selection)
+    return build_file_checkpoint(read_torch_legacy(file), file, "torch-legacy", selection)
 
 
 def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:
@@ -91,7 +91,7 @@ def read_pickle(
     while True:
         data = file.read(start, min(window, file.size - start))
         try:
-            value, end = unpickle(data, interpreter)
+            value, end = parse_pickle(data, interpreter)
         except TruncatedPickleError as error:
             if len(data) == file.size - start:
                 raise FormatError(error.reason, hint="download or copy it again") from None

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.values import MappingValue, Placeholder
+from ckptkit.formats.pickle.values import PickledMapping, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.tree import type_name
 
-__all__ = ["ModuleWalker", "Parts", "open_modules"]
+__all__ = ["ModuleWalker", "Parts", "replace_modules"]
 
 _DEEPEST = 200
 _PARTS = ("_parameters", "_buffers", "_modules")
@@ -26,7 +26,7 @@ class Parts(NamedTuple):
     loose: list[str]
 
 
-def open_modules(tree: object, budget: int) -> tuple[object, list[str]]:
+def replace_modules(tree: object, budget: int) -> tuple[object, list[str]]:
     """Return the tree with a pickled module, at its root or directly below, replaced by its state_dict; and notes.
 
     As torch does, buffers that the module calls non-persistent are left out; they are named in a note, as
@@ -37,7 +37,7 @@ def open_modules(tree: object, budget: int) -> tuple[object, list[str]]:
     if _is_module(tree):
         return walker.state_dict(tree), walker.notes
     if isinstance(tree, Mapping) and any(map(_is_module, tree.values())):
-        opened = MappingValue(type_name(tree))
+        opened = PickledMapping(type_name(tree))
         opened.update({key: walker.state_dict(value) if _is_module(value) else value for key, value in tree.items()})
         return opened, walker.notes
     return tree, []
@@ -79,9 +79,9 @@ class ModuleWalker:
         self.budget = budget
         self.notes: list[str] = []
 
-    def state_dict(self, module: object) -> MappingValue:
+    def state_dict(self, module: object) -> PickledMapping:
         """Return the state_dict of a module, and note what it leaves out; raises ``FormatError`` beyond the bounds."""
-        made = MappingValue(type_name(module))
+        made = PickledMapping(type_name(module))
         loose: list[str] = []
         hidden: list[str] = []
         stack: list[tuple[str, object, int]] = [("", module, 0)]

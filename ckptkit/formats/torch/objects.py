@@ -14,7 +14,7 @@ from typing import Any, Final
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.values import Global, Interpreter, MappingValue, Placeholder, check_key
+from ckptkit.formats.pickle.values import CodeName, Interpreter, PickledMapping, Placeholder, check_key
 
 __all__ = [
     "STORAGE_TYPES",
@@ -24,7 +24,7 @@ __all__ = [
     "StorageType",
     "TensorRef",
     "TorchObjects",
-    "place_tensor",
+    "tensor_view",
 ]
 
 
@@ -158,7 +158,7 @@ class TorchObjects:
         return builders
 
     def _mapping(self, kind: str, *args: object) -> object:
-        made = MappingValue(kind)
+        made = PickledMapping(kind)
         source = args[-1] if args else ()
         if isinstance(source, dict):
             self.interpreter.spend(source)
@@ -189,10 +189,10 @@ class TorchObjects:
         return text.encode("latin-1")
 
     def _from_type(self, function: object, _kind: object, args: object, _state: object = None) -> object:
-        if isinstance(function, Global) and function.name.startswith("_rebuild_from_type"):
+        if isinstance(function, CodeName) and function.name.startswith("_rebuild_from_type"):
             raise TypeError("itself")  # nested a thousand times, it would exhaust the interpreter's own stack
         made = self.interpreter.call(function, args)
-        plain = _kind == "tensor" or (isinstance(_kind, Global) and str(_kind) == _PARAMETER)
+        plain = _kind == "tensor" or (isinstance(_kind, CodeName) and str(_kind) == _PARAMETER)
         if isinstance(made, TensorRef) and not plain and made.kind == "dense":
             return replace(made, kind="subclass")
         return made
@@ -268,7 +268,7 @@ def _size(sizes: object = ()) -> tuple[int, ...]:
 def _tensor(storage: object, offset: object, size: object, stride: object) -> TensorRef:
     if not isinstance(storage, StorageRef) or type(offset) is not int:
         raise TypeError("a storage or an offset of the wrong type")
-    return place_tensor(storage, storage.dtype or "U8", offset, size, stride)
+    return tensor_view(storage, storage.dtype or "U8", offset, size, stride)
 
 
 def _tensor_v2(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
@@ -277,14 +277,14 @@ def _tensor_v2(storage: object, offset: object, size: object, stride: object, *r
 
 def _tensor_v3(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
     dtype = rest[2]
-    if isinstance(dtype, Global) and dtype.module == "torch" and _NAME.fullmatch(dtype.name):
+    if isinstance(dtype, CodeName) and dtype.module == "torch" and _NAME.fullmatch(dtype.name):
         return TensorRef(str(dtype), _size(size), kind="unknown")  # of a torch that is newer than this table
     if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, DTypeRef):
         raise TypeError("a storage, an offset or a dtype of the wrong type")
-    return _flags(place_tensor(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
+    return _flags(tensor_view(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
 
 
-def place_tensor(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
+def tensor_view(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
     """Return the tensor of a view into a storage; raises ``FormatError`` for numbers that torch cannot count with."""
     shape, steps = _size(size), _size(stride)
     if len(shape) != len(steps):
@@ -311,7 +311,9 @@ def _parameter(data: object, *_: object) -> object:
 
 def _old_parameter(*args: object) -> object:
     # Before 0.4 a parameter was made anew from its data, and the rest set on it.
-    return args[0] if args and isinstance(args[0], TensorRef) else Placeholder(Global(*_PARAMETER.rsplit(".", 1)), args)
+    return (
+        args[0] if args and isinstance(args[0], TensorRef) else Placeholder(CodeName(*_PARAMETER.rsplit(".", 1)), args)
+    )
 
 
 def _quantized(

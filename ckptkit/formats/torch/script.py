@@ -8,11 +8,11 @@ from functools import partial
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import FormatError
-from ckptkit.formats.pickle.values import Global, MappingValue, Placeholder
-from ckptkit.formats.torch.checkpoint import assemble_file
+from ckptkit.formats.pickle.values import CodeName, PickledMapping, Placeholder
+from ckptkit.formats.torch.checkpoint import build_file_checkpoint
 from ckptkit.formats.torch.modules import ModuleWalker, Parts
 from ckptkit.formats.torch.objects import TensorRef
-from ckptkit.formats.torch.zip import read_pickles, root_of
+from ckptkit.formats.torch.zip import archive_root, read_pickles
 from ckptkit.formats.zip_archive import ZipDirectory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
@@ -32,7 +32,7 @@ def open_torchscript(archive: ZipDirectory, selection: Selection = WEIGHTS) -> C
     ``state_dict``. Raises ``FormatError`` where the archive contradicts itself, holds no module, or was written
     on a big-endian machine.
     """
-    root = root_of(archive)
+    root = archive_root(archive)
     order = archive.text(f"{root}byteorder")
     if order not in (None, "little"):
         raise FormatError("a TorchScript archive of a big-endian machine", hint="torch.jit.load misreads it here too")
@@ -50,13 +50,13 @@ def open_torchscript(archive: ZipDirectory, selection: Selection = WEIGHTS) -> C
         notes.append(_UNTOLD)
     tree = weights
     if constants:
-        named = MappingValue("constants")
+        named = PickledMapping("constants")
         named.update((f"c{index}", value) for index, value in enumerate(constants))
-        tree = MappingValue("TorchScript")
+        tree = PickledMapping("TorchScript")
         tree.update({"state_dict": weights, _CONSTANTS: named} if weights else {_CONSTANTS: named})
         if not weights:
             notes.append("a frozen module: it has no state_dict, and its weights are constants of its code")
-    return assemble_file(
+    return build_file_checkpoint(
         replace(file, tree=tree, warnings=(*notes, *walker.notes)), archive.file, "torchscript", selection
     )
 
@@ -85,7 +85,7 @@ def _is_module(value: object, *, says_training: bool) -> bool:
     # An object of a TorchScript class has attributes too; only a module says whether it is training.
     return (
         isinstance(value, Placeholder)
-        and isinstance(value.factory, Global)
+        and isinstance(value.factory, CodeName)
         and str(value.factory).startswith("__torch__.")
         and isinstance(value.state, Mapping)
         and ("training" in value.state or not says_training)

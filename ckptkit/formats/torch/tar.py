@@ -14,7 +14,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.file_pool import Section
 from ckptkit.formats.foreign import TAR_MEMBERS
 from ckptkit.formats.pickle.values import Interpreter
-from ckptkit.formats.torch.checkpoint import TorchFile, assemble_file
+from ckptkit.formats.torch.checkpoint import TorchFile, build_file_checkpoint
 from ckptkit.formats.torch.legacy import read_pickle
 from ckptkit.formats.torch.objects import (
     STORAGE_TYPES,
@@ -24,7 +24,7 @@ from ckptkit.formats.torch.objects import (
     StorageType,
     TensorRef,
     TorchObjects,
-    place_tensor,
+    tensor_view,
 )
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
@@ -64,7 +64,7 @@ def open_torch_tar(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoin
         for key in starts:
             yield Record(file.path, f"storage {key}", locate(stored[int(key)]), keys=tuple(held.get(key, ())))
 
-    return assemble_file(
+    return build_file_checkpoint(
         TorchFile(tree, objects, end + members["tensors"].size, locate, records), file, "torch-tar", selection
     )
 
@@ -178,7 +178,7 @@ def _tensors(section: Section, stored: Mapping[int, StorageRef]) -> dict[int, Te
         pos += _RANK.size
         numbers = struct.unpack(f"<{2 * rank + 1}q", _bytes(section, pos, (2 * rank + 1) * _COUNT.size))
         pos += (2 * rank + 1) * _COUNT.size
-        tensors[key] = place_tensor(storage, storage.dtype, numbers[-1], numbers[:rank], numbers[rank:-1])
+        tensors[key] = tensor_view(storage, storage.dtype, numbers[-1], numbers[:rank], numbers[rank:-1])
     if pos != section.size:
         raise FormatError(f"{section.size - pos} bytes follow the tensors")
     return tensors

@@ -7,34 +7,32 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import Entry
+from ckptkit.core.checkpoint import Entry, KeyPath
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted, shell_word
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.pickle.values import Global, MappingValue, Placeholder
+from ckptkit.formats.pickle.values import CodeName, PickledMapping, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.wrappers.envelopes import Selection, choose_envelope, find_optimizers
 
 __all__ = [
-    "Names",
-    "Path",
+    "UniqueNames",
+    "bracketed_key",
     "children",
-    "describe",
-    "exact_key",
-    "flat_key",
+    "describe_entry",
+    "dotted_key",
+    "find_mapping",
     "is_tensor",
     "key_name",
     "leaves",
-    "name_places",
-    "select",
     "type_name",
+    "unique_names",
 ]
 
 
 _LONGEST_SPELLED = 80
 _MOST_TOLD = 8
-Path = tuple[object, ...]
 
 
 def key_name(key: object) -> str:
@@ -53,18 +51,18 @@ def _spelled(key: object) -> str:
     return text
 
 
-def flat_key(path: Path) -> str:
+def dotted_key(path: KeyPath) -> str:
     """Return the dotted key of a path, as ``state_dict`` would name it."""
     return path[0] if len(path) == 1 and isinstance(path[0], str) else ".".join(map(key_name, path))
 
 
-def exact_key(path: Path) -> str:
+def bracketed_key(path: KeyPath) -> str:
     """Return the path written out key by key, for where dotted keys would collide: ``['a']['b']``."""
     return "".join(f"[{_spelled(key)}]" for key in path)
 
 
 @dataclass(frozen=True, slots=True)
-class Names:
+class UniqueNames:
     """A name for each place, all different; ``ambiguous`` has the dotted name of those that could not keep it."""
 
     names: Sequence[str]
@@ -72,13 +70,13 @@ class Names:
     warnings: list[str]
 
 
-def name_places(places: Sequence[Path]) -> Names:
+def unique_names(places: Sequence[KeyPath]) -> UniqueNames:
     """Return a name for each place: dotted, or written out key by key where two dotted ones would be equal.
 
     A key at the top of a mapping keeps its name, since it is what ``load_state_dict`` would find there. A dotted
     name is made up where one of the keys in it is neither a string nor an integer.
     """
-    flat = [flat_key(place) for place in places]
+    flat = [dotted_key(place) for place in places]
     count = Counter(flat)
     taken = {name for name, times in count.items() if times == 1}
     ambiguous: dict[str, str] = {}
@@ -88,7 +86,7 @@ def name_places(places: Sequence[Path]) -> Names:
         name = dotted
         if count[dotted] > 1:
             if len(place) != 1 or type(place[0]) is not str:
-                name = exact_key(place)
+                name = bracketed_key(place)
                 if name in taken:  # nan is not equal to nan, and a string can look like a path
                     name = f"{name}#{len(names)}"
                 ambiguous[name] = dotted
@@ -101,7 +99,7 @@ def name_places(places: Sequence[Path]) -> Names:
     if len(groups) > _MOST_TOLD:
         said.append(f"{len(groups) - _MOST_TOLD:,} more names would each be that of several entries")
     warnings: list[str] = [ReaderWarning(text, codes.SAME_NAME) for text in said]
-    return Names(names, ambiguous, warnings)
+    return UniqueNames(names, ambiguous, warnings)
 
 
 def _told(dotted: str, members: Sequence[str]) -> str:
@@ -113,11 +111,11 @@ def type_name(value: object) -> str:
     """Return what kind of thing ``value`` is, by the class that the pickle names for it."""
     if isinstance(value, TensorRef):
         return "tensor"
-    if isinstance(value, MappingValue):
+    if isinstance(value, PickledMapping):
         return value.kind
     if isinstance(value, Placeholder):
-        return str(value.factory) if isinstance(value.factory, Global) else "object"
-    if isinstance(value, Global):
+        return str(value.factory) if isinstance(value.factory, CodeName) else "object"
+    if isinstance(value, CodeName):
         return str(value)
     return "null" if value is None else type(value).__name__
 
@@ -135,7 +133,7 @@ def is_tensor(value: object) -> bool:
     return isinstance(value, TensorRef)
 
 
-def select(tree: object, selection: Selection) -> tuple[object, Path]:
+def find_mapping(tree: object, selection: Selection) -> tuple[object, KeyPath]:
     """Return the selected mapping and its path in the tree.
 
     Raises ``FormatError`` where there is no such mapping, and where several could be the weights or the optimizer.
@@ -153,12 +151,12 @@ def select(tree: object, selection: Selection) -> tuple[object, Path]:
     return value, path
 
 
-def _the_optimizer(tree: object) -> tuple[object, Path]:
+def _the_optimizer(tree: object) -> tuple[object, KeyPath]:
     found = find_optimizers(tree)
     if not found:
         raise FormatError("holds no optimizer state", hint="it is what optimizer.state_dict() gives; save that too")
     if len(found) > 1:
-        names = [flat_key(path) for path in found[:_MOST_LISTED]]
+        names = [dotted_key(path) for path in found[:_MOST_LISTED]]
         raise FormatError(
             f"holds the states of {len(found)} optimizers: {', '.join(map(quoted, names))}",
             hint=f"say which is meant by adding {', '.join(shell_word(f'::{name}') for name in names)} to the path",
@@ -169,10 +167,10 @@ def _the_optimizer(tree: object) -> tuple[object, Path]:
     return value, found[0]
 
 
-def _descend(tree: object, wanted: str) -> tuple[object, Path]:
+def _descend(tree: object, wanted: str) -> tuple[object, KeyPath]:
     """Follow every reading of ``wanted`` at once: keys have dots themselves, and may be given as ``['a.b']`` too."""
-    reached: list[tuple[object, Path]] = []
-    open_: list[tuple[object, Path, str]] = [(tree, (), wanted)]
+    reached: list[tuple[object, KeyPath]] = []
+    open_: list[tuple[object, KeyPath, str]] = [(tree, (), wanted)]
     seen: set[tuple[int, int]] = set()
     stuck, deepest = tree, 0
     while open_:
@@ -188,7 +186,7 @@ def _descend(tree: object, wanted: str) -> tuple[object, Path]:
         if not further and len(path) >= deepest:
             stuck, deepest = value, len(path)
     if len(reached) > 1:
-        listed = " or ".join(shell_word(f"::{exact_key(path)}") for _, path in reached[:4])
+        listed = " or ".join(shell_word(f"::{bracketed_key(path)}") for _, path in reached[:4])
         raise FormatError(f"{quoted(wanted)} is {len(reached)} things in it", hint=f"write {listed}")
     if not reached:
         known = ", ".join(printable(key_name(key)) for key in list(children(stuck))[:12])
@@ -199,7 +197,7 @@ def _descend(tree: object, wanted: str) -> tuple[object, Path]:
 def _steps(value: object, rest: str) -> Iterator[tuple[object, object, str]]:
     """Yield each key of ``value`` that ``rest`` can begin with, what is there, and what is left of ``rest``."""
     for key, inside in children(value).items():
-        for written in (key_name(key), exact_key((key,))):
+        for written in (key_name(key), bracketed_key((key,))):
             if rest.startswith(written) and rest[len(written) : len(written) + 1] in ("", ".", "["):
                 yield key, inside, rest[len(written) :].removeprefix(".")
 
@@ -215,7 +213,7 @@ def children(value: object) -> Mapping[object, object]:
     return {}
 
 
-def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
+def leaves(value: object, budget: list[int]) -> Iterator[tuple[KeyPath, object]]:
     """Yield each leaf below ``value`` with its path, in order, descending into plain containers only.
 
     A long list of nothing but numbers, such as the losses of a run, is one leaf.
@@ -223,7 +221,7 @@ def leaves(value: object, budget: list[int]) -> Iterator[tuple[Path, object]]:
     Raises ``FormatError`` where the structure is nested too deeply, or expands to more places than
     ``budget[0]``, which is counted down: a kilobyte of shared lists can stand for 2^60 of them.
     """
-    stack: list[Iterator[tuple[Path, object]]] = [iter([((), value)])]
+    stack: list[Iterator[tuple[KeyPath, object]]] = [iter([((), value)])]
     while stack:
         for path, item in stack[-1]:
             budget[0] -= 1
@@ -247,12 +245,12 @@ def _is_long_list(item: Mapping[object, object] | list[object] | tuple[object, .
     return _SCALARS.issuperset(map(type, item))
 
 
-def _below(path: Path, pairs: object) -> Iterator[tuple[Path, object]]:
+def _below(path: KeyPath, pairs: object) -> Iterator[tuple[KeyPath, object]]:
     for key, value in pairs:  # type: ignore[attr-defined]
         yield (*path, key), value
 
 
-def describe(name: str, value: object, budget: list[int]) -> Entry:
+def describe_entry(name: str, value: object, budget: list[int]) -> Entry:
     """Return an entry for ``value``: itself where it is small and JSON can hold it, else what it is made of.
 
     ``budget[0]`` bounds the places that are looked at, over all calls together.

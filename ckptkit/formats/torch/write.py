@@ -18,8 +18,8 @@ __all__ = [
     "STORAGE_CLASSES",
     "StoredTensor",
     "TorchZipLayout",
-    "arrange",
-    "layout_archive",
+    "assign_records",
+    "layout_torch_archive",
     "layout_torch_zip",
     "pickle_state_dict",
     "refuse_unwritable",
@@ -219,11 +219,11 @@ def layout_torch_zip(
     Raises ``PlanError`` for a dtype that torch has no type for.
     """
     refuse_unwritable(infos)
-    records, stored = arrange(infos, payload, span)
-    return layout_archive(pickle_state_dict(stored, versions or {}), records)
+    records, stored = assign_records(infos, payload, span)
+    return layout_torch_archive(pickle_state_dict(stored, versions or {}), records)
 
 
-def layout_archive(
+def layout_torch_archive(
     pickle: bytes, records: Iterable[Payload], others: Iterable[tuple[str, Payload]] = ()
 ) -> TorchZipLayout:
     """Return the layout of an archive of this pickle and its storages, and what else is to lie beside them, by name."""
@@ -248,7 +248,7 @@ def layout_archive(
     return TorchZipLayout(tuple(entries), offset, offset + directory + end)
 
 
-def arrange(
+def assign_records(
     infos: Sequence[TensorInfo],
     payload: Callable[[TensorInfo], Payload],
     span: Callable[[TensorInfo], Payload | None],

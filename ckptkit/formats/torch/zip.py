@@ -12,13 +12,13 @@ from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.pickle.machine import unpickle
-from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, assemble_file
+from ckptkit.formats.pickle.machine import parse_pickle
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_file_checkpoint
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.zip_archive import ZipDirectory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = ["open_torch_zip", "read_pickles", "read_torch_zip", "root_of"]
+__all__ = ["archive_root", "open_torch_zip", "read_pickles", "read_torch_zip"]
 
 _NEWEST_VERSION = 10
 _MOST_FOLD = 20  # pickles of weights are deflated four- to sixfold, and each byte of one can take a hundred in memory
@@ -36,7 +36,7 @@ def open_torch_zip(archive: ZipDirectory, selection: Selection = WEIGHTS) -> Che
     than its pickle says.
     """
     file = archive.file
-    return assemble_file(read_torch_zip(archive), file, "torch-zip", selection)
+    return build_file_checkpoint(read_torch_zip(archive), file, "torch-zip", selection)
 
 
 def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> TorchFile:
@@ -44,7 +44,7 @@ def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> T
 
     Raises ``FormatError`` likewise, and where the pickle has more than ``largest`` bytes.
     """
-    root = root_of(archive)
+    root = archive_root(archive)
     if f"{root}constants.pkl" in archive.entries:
         raise FormatError(
             "a TorchScript archive", hint="save the state_dict() of the module that torch.jit.load returns"
@@ -70,7 +70,7 @@ def read_pickles(
     for home in ("data", *others):
         objects.prefix = "" if home == "data" else f"{home}/"
         data = archive.read(f"{root}{home}.pkl", largest, fold=_MOST_FOLD)
-        tree, end = unpickle(data, objects.interpreter)
+        tree, end = parse_pickle(data, objects.interpreter)
         if end != len(data):
             warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")
         trees.append(tree)
@@ -124,7 +124,7 @@ def read_pickles(
     return trees, file if others else replace(file, pickle=pickle, doubt=doubt, others=beside)
 
 
-def root_of(archive: ZipDirectory) -> str:
+def archive_root(archive: ZipDirectory) -> str:
     """Return what the names of all records begin with; raises ``FormatError`` where there is no one ``data.pkl``."""
     # Users rename files, so the root says nothing about the file's name.
     roots = archive.roots("data.pkl")
