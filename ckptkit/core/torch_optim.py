@@ -1,40 +1,130 @@
-"""What each class of torch.optim keeps for a parameter, and what may be done with it: the slots of its state."""
+"""The optimizers of torch.optim: the state that each class keeps for a parameter, and the options of its groups."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-__all__ = ["SCHEMAS", "OptimizerSchema", "SlotSchema", "schema_from_options", "schema_of"]
+__all__ = [
+    "OPTIONS",
+    "SCHEMAS",
+    "GroupOption",
+    "OptimizerSchema",
+    "OptionKind",
+    "SlotSchema",
+    "initial_lr",
+    "option_kind",
+    "options_of_kind",
+    "overwritten_options",
+    "schema_from_options",
+    "schema_of",
+]
 
 Layout = Literal["elementwise", "scalar", "row", "column", "other"]
+OptionKind = Literal["members", "name", "recipe", "schedule", "speed", "training"]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupOption:
+    """One key of a param group, and the effect of a change of its value.
+
+    - ``members``: the key holds the parameters, or their names.
+    - ``name``: the key names the group, for people.
+    - ``recipe``: training scripts keep the value in the group, and no class of torch.optim reads it.
+    - ``schedule``: a scheduler keeps the value in the group.
+    - ``speed``: the value changes the speed or the memory of a step, but not its result.
+    - ``training``: the value changes the result of a step.
+    """
+
+    name: str
+    kind: OptionKind
+    # The options whose own values are lost while this key is in the group, because a scheduler writes them.
+    overwrites: tuple[str, ...] = ()
+    # The option that this value multiplies, once a scheduler or a script applies it.
+    multiplies: str = ""
+    # torch.optim got this option after its first release: older files do not have it.
+    is_recent: bool = False
+    # load_state_dict sets this value in a group whose file lacks the option.
+    value_without: object = None
+    # load_state_dict adds this option to the defaults of the optimizer, but not to its groups.
+    is_in_defaults_only: bool = False
+
+
+# The only list of its kind: every comparison of groups, every lock and every load of a state reads it.
+OPTIONS: Mapping[str, GroupOption] = {
+    option.name: option
+    for option in (
+        GroupOption("params", "members"),
+        GroupOption("param_names", "members"),
+        GroupOption("name", "name"),
+        GroupOption("group_name", "name"),
+        GroupOption("layer_id", "recipe"),
+        GroupOption("base_lr", "recipe"),
+        GroupOption("lr_scale", "recipe", multiplies="lr"),
+        GroupOption("lr_mult", "recipe", multiplies="lr"),
+        GroupOption("decay_mult", "recipe", multiplies="weight_decay"),
+        GroupOption("initial_lr", "schedule"),
+        GroupOption("max_lr", "schedule", overwrites=("lr",)),
+        GroupOption("min_lr", "schedule"),
+        GroupOption("swa_lr", "schedule", overwrites=("lr",)),
+        GroupOption("base_momentum", "schedule"),
+        GroupOption("max_momentum", "schedule", overwrites=("lr", "momentum", "betas")),
+        GroupOption("foreach", "speed", is_recent=True),
+        GroupOption("fused", "speed", is_recent=True),
+        GroupOption("capturable", "speed", is_recent=True),
+        GroupOption("differentiable", "speed", is_recent=True, is_in_defaults_only=True),
+        GroupOption("maximize", "training", is_recent=True, value_without=False),
+        GroupOption("decoupled_weight_decay", "training", is_recent=True),
+    )
+}
+
+
+def option_kind(name: str) -> OptionKind:
+    """Return the kind of an option; an option that ``OPTIONS`` does not list changes training."""
+    option = OPTIONS.get(name)
+    return "training" if option is None else option.kind
+
+
+def options_of_kind(*kinds: OptionKind) -> frozenset[str]:
+    """Return the names of all options in ``OPTIONS`` of these kinds."""
+    return frozenset(option.name for option in OPTIONS.values() if option.kind in kinds)
+
+
+def overwritten_options(options: Mapping[str, object]) -> frozenset[str]:
+    """Return the options of a group that a scheduler writes, so that the values before it are not known."""
+    return frozenset(name for option in OPTIONS.values() if option.name in options for name in option.overwrites)
+
+
+def initial_lr(options: Mapping[str, object]) -> object:
+    """Return the learning rate of a group before schedulers changed it, or None where the group has none."""
+    return options.get("initial_lr", options.get("lr"))
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSchema:
     """One entry of the state of a parameter, under torch's own name.
 
-    ``layout`` is how it lies beside the parameter: ``elementwise`` has its shape, ``scalar`` is one number,
-    ``row`` and ``column`` have one number for each row and each column of the last two dimensions, ``other``
-    has a shape of its own.
+    ``layout`` relates the shape of the entry to the shape of the parameter. ``elementwise``: the same shape.
+    ``scalar``: one number. ``row`` and ``column``: one number for each row or column of the last two dimensions.
+    ``other``: a shape that does not follow from the parameter.
     """
 
     name: str
     layout: Layout = "elementwise"
-    # The option of the group that asks for it; without one it is there for every parameter.
+    # The optimizer keeps the slot only where this option of the group is set; None: always.
     enabled_by: str | None = None
-    # torch starts it afresh where it is not there, instead of failing.
+    # A step creates the slot where it is missing, instead of failing.
     is_optional: bool = False
-    # A step takes its root or divides by it: below zero the parameter becomes NaN.
+    # A step takes the square root of the slot or divides by it: a negative value makes the parameter NaN.
     is_non_negative: bool = False
-    # A step fails where its dtype is not that of the parameter (lerp_); elsewhere torch promotes.
+    # A step fails where the slot has another dtype than the parameter (lerp_); elsewhere torch promotes.
     needs_parameter_dtype: bool = False
-    # The option that each element begins with, where that is not zero.
+    # The option that holds the initial value of each element; empty where the initial value is zero.
     initial_value_option: str = ""
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...] | None:
-        """Return the shape beside a parameter of shape ``parameter``, or None where that does not follow from it."""
+        """Return the shape of the slot for a parameter of shape ``parameter``, or None where it does not follow."""
         if self.layout == "elementwise":
             return parameter
         if self.layout == "row":
@@ -46,35 +136,35 @@ class SlotSchema:
 
 @dataclass(frozen=True, slots=True)
 class OptimizerSchema:
-    """All slots that a class of torch.optim can have, and whether each element of a parameter is updated by itself.
+    """The slots that a class of torch.optim can keep for a parameter.
 
-    ``elementwise`` says that an update of one element depends on no other: only then do a parameter cut in
-    pieces and its state cut the same way train on as before.
+    ``is_elementwise`` means that the update of one element depends on no other element. Only then can a parameter and
+    its state be split in the same way, and training continues as before.
     """
 
     name: str
     slots: tuple[SlotSchema, ...]
     is_elementwise: bool = True
-    # An option that no other class of torch.optim has: where only a file is there, it tells the class.
+    # An option that no other class of torch.optim has: it identifies the class of a file.
     unique_option: str = ""
-    # LBFGS keeps one state for all its parameters, under the first.
+    # LBFGS keeps one state for all its parameters, under the first parameter.
     has_shared_state: bool = False
 
-    def slots_for(self, options: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[SlotSchema, ...]:
-        """Return the slots that a parameter of ``shape`` has in a group with ``options``, once it was stepped."""
-        return tuple(slot for slot in self.slots if _asked(slot, options) and _factors(slot, shape))
+    def slots_for(self, options: Mapping[str, object], shape: tuple[int, ...]) -> tuple[SlotSchema, ...]:
+        """Return the slots that a parameter of ``shape`` has in a group with ``options`` after its first step."""
+        return tuple(slot for slot in self.slots if _is_enabled(slot, options) and _has_form_for(slot, shape))
 
     def slot(self, name: str) -> SlotSchema | None:
-        """Return the slot called ``name``, or None where the class has none of that name."""
+        """Return the slot called ``name``, or None where the class has no such slot."""
         return next((slot for slot in self.slots if slot.name == name), None)
 
 
-def _asked(slot: SlotSchema, options: Mapping[str, Any]) -> bool:
+def _is_enabled(slot: SlotSchema, options: Mapping[str, object]) -> bool:
     return slot.enabled_by is None or bool(options.get(slot.enabled_by))
 
 
-def _factors(slot: SlotSchema, shape: tuple[int, ...]) -> bool:
-    """Tell Adafactor's two forms apart: rows and columns where there are both, else a variance for each element."""
+def _has_form_for(slot: SlotSchema, shape: tuple[int, ...]) -> bool:
+    """Return whether Adafactor keeps this slot: rows and columns for a matrix, else a variance of each element."""
     if slot.layout in {"row", "column"}:
         return len(shape) > 1
     return slot.name != "variance" or len(shape) < 2
@@ -157,7 +247,7 @@ SCHEMAS: Mapping[str, OptimizerSchema] = {
 
 
 def schema_of(kind: type) -> OptimizerSchema | None:
-    """Return the schema of a class of torch.optim, or of one that inherits the ``step`` of such a class; else None."""
+    """Return the schema of a class of torch.optim, or of a subclass that inherits its ``step``; else None."""
     for base in kind.__mro__:
         if f"{base.__module__}.".startswith("torch.optim."):
             return SCHEMAS.get(base.__name__)
@@ -166,8 +256,8 @@ def schema_of(kind: type) -> OptimizerSchema | None:
     return None
 
 
-def schema_from_options(options: Mapping[str, Any]) -> OptimizerSchema | None:
-    """Return the schema that the options of a group tell, where they have the mark of one."""
+def schema_from_options(options: Mapping[str, object]) -> OptimizerSchema | None:
+    """Return the schema whose unique option is among the options of a group; else None."""
     return next(
         (schema for schema in SCHEMAS.values() if schema.unique_option and schema.unique_option in options), None
     )

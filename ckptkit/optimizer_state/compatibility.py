@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.torch_optim import OptimizerSchema
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue, parameter_shape
 from ckptkit.param_groups.parameters import Inventory, LiveParameter
@@ -16,7 +16,7 @@ from ckptkit.param_groups.validate.options import torch_options
 __all__ = ["StateMatch", "match_state", "refuse_other_class", "unknown_decay_findings"]
 
 # Came to torch.optim after its first classes did: an older file of the same class does not have them.
-_NEWER = frozenset({"capturable", "decoupled_weight_decay", "differentiable", "foreach", "fused", "maximize"})
+_NEWER = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
 _SAME = "build the class that was saved, or start without its state"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ckptkit.core.text import kind_of, listed, plural, printable, quoted
+from ckptkit.core.torch_optim import options_of_kind
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.model import (
     Change,
@@ -29,7 +30,7 @@ __all__ = ["GroupsLike", "Hyper", "describe_value", "equal_values", "order_like"
 
 Hyper = Literal["live", "saved", "error"]
 # What a group is called, and not how it trains: new groups have names of their own, or none.
-_LABELS = frozenset({"name", "group_name"})
+_LABELS = options_of_kind("name")
 GroupsLike = OptimizerState | ParamGroupsPlan | ParamGroupsLock | Iterable[NamedGroup]
 
 

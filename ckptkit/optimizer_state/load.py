@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import same_values
-from ckptkit.core.torch_optim import OptimizerSchema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
@@ -28,7 +28,7 @@ from ckptkit.rules.model import Rules
 __all__ = ["OptimizerLoadReport", "load_optimizer_state"]
 
 # How a step is computed, and not what: what a file from a GPU says of it may not run here.
-_KERNELS = frozenset({"capturable", "differentiable", "foreach", "fused"})
+_KERNELS = options_of_kind("speed")
 _MOVED = frozenset({"copy", "dropped", "new", "reset"})
 StateLike = OptimizerState | FoundState | Checkpoint | Mapping[Any, Any]
 
@@ -375,7 +375,7 @@ def _findings(fit: StateMatch, unused: Sequence[str]) -> Iterator[Finding]:
 
 def _rates(live: Sequence[NamedGroup], groups: Sequence[NamedGroup]) -> Iterator[Finding]:
     for number, (before, after) in enumerate(zip(live, groups, strict=True)):
-        rate, initial = before.options.get("initial_lr", before.options.get("lr")), after.options.get("initial_lr")
+        rate, initial = initial_lr(before.options), after.options.get("initial_lr")
         if isinstance(rate, int | float) and isinstance(initial, int | float) and rate != initial:
             yield Finding(
                 "optim.initial-lr",

@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
@@ -50,7 +51,8 @@ def plain_option(value: Any) -> Any:
 
 
 SCHEMA = "ckptkit.groups-lock/1"
-_BOOKKEEPING = frozenset({"params", "param_names", "name", "group_name", "initial_lr"})
+# The lock has the learning rate before schedulers changed it as ``lr``, and the names of groups and members elsewhere.
+_NOT_LOCKED = options_of_kind("members", "name") | {"initial_lr"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +183,9 @@ def _planned(one: PlannedParameter, index: int | None) -> LockedParameter:
 
 
 def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    plain = {key: plain_option(value) for key, value in options.items() if key not in _BOOKKEEPING}
+    plain = {key: plain_option(value) for key, value in options.items() if key not in _NOT_LOCKED}
     if "initial_lr" in options:
-        plain["lr"] = plain_option(options["initial_lr"])
+        plain["lr"] = plain_option(initial_lr(options))
     return plain
 
 

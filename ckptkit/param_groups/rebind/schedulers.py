@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_optim import initial_lr
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import unwrap_optimizer
 
@@ -49,7 +50,7 @@ def plan_extension(schedulers: Sequence[Any], optimizer: Any, group: Mapping[str
     optimizer, does not know the groups that there are, or cannot know a value for one more.
     """
     count = len(optimizer.param_groups)
-    initial = group.get("initial_lr", group["lr"])
+    initial = initial_lr(group)
     lists: list[tuple[Any, str, list[Any]]] = []
     for scheduler in schedulers:
         for one in _parts(scheduler):

@@ -10,6 +10,7 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import shape_or_none
+from ckptkit.core.torch_optim import OPTIONS, initial_lr, options_of_kind
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
 from ckptkit.param_groups.parameters import Inventory
 from ckptkit.param_groups.spec import is_tensor, number_fault
@@ -157,14 +158,9 @@ def _kernels(
         )
 
 
-_MULTIPLIERS = {"lr_scale": "lr", "lr_mult": "lr", "decay_mult": "weight_decay"}
+_MULTIPLIERS = {option.name: option.multiplies for option in OPTIONS.values() if option.multiplies}
 # What tells groups apart without being trained with.
-_LABELS = frozenset(
-    {
-        *("params", "param_names", "name", "group_name", "layer_id", *_MULTIPLIERS),
-        *("initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"),
-    }
-)
+_LABELS = options_of_kind("members", "name", "recipe", "schedule")
 # From here on a step costs several times what it would in few groups: kernels run over one group at a time.
 _MANY = 64
 # Above what recipes use for everything: torch's defaults are 0 and 0.01, language models are trained with 0.1.
@@ -213,7 +209,7 @@ def _unapplied(optimizer: LiveOptimizer, key: str, option: str) -> Iterator[Find
     waiting: list[LiveGroup] = []
     for group in optimizer.groups:
         scale = _number(group.options.get(key))
-        value = _number(group.options.get("initial_lr" if option == "lr" else option, group.options.get(option)))
+        value = _number(initial_lr(group.options) if option == "lr" else group.options.get(option))
         # Recipes that resolve the multiplier leave it in the group too: there the option differs from the default.
         if scale is not None and scale != 1 and value is not None and value == base != 0:
             waiting.append(group)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_optim import schema_of
+from ckptkit.core.torch_optim import OPTIONS, options_of_kind, schema_of
 from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
 
@@ -105,12 +105,8 @@ def _etas(value: Any) -> str | None:
 
 
 # Not read by an optimizer, and no slip either: bookkeeping of torch, of its schedulers, and of common recipes.
-_TORCHS = frozenset(
-    {"params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum"}
-)
-_KNOWN = _TORCHS | {"name", "group_name", "base_lr", "lr_scale", "lr_mult", "decay_mult", "layer_id"}
-# Added to the defaults, but not to the groups, when torch loads a state_dict.
-_LATE = frozenset({"differentiable"})
+_KNOWN = options_of_kind("members", "name", "recipe", "schedule")
+_IN_DEFAULTS_ONLY = frozenset(option.name for option in OPTIONS.values() if option.is_in_defaults_only)
 _MEANT = {
     "learning_rate": "lr",
     "learningrate": "lr",
@@ -134,7 +130,7 @@ def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
                 yield Finding("groups.option-value", "error", "", f"{group.where}: {key} {fault[0]}", fault[1])
         yield from _unread(group, defaults)
         for key in defaults or ():
-            if key not in group.options and key not in _LATE:
+            if key not in group.options and key not in _IN_DEFAULTS_ONLY:
                 yield Finding(
                     "groups.option-missing",
                     "error",
