@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.formats.sharded import is_shard_name, split_into_shards, weight_index
+from ckptkit.formats.sharded import is_output_shard_name, split_into_shards, weight_index
 
 
 def sized(*sizes: int) -> list[TensorInfo]:
@@ -78,4 +78,4 @@ def test_the_index_says_where_everything_is() -> None:
 )
 def test_only_shards_and_indexes_of_a_model_are_stale(name: str, *, stale: bool) -> None:
     """Beside new shards these would be read or refused; everything else in a directory stays."""
-    assert is_shard_name(name) is stale
+    assert is_output_shard_name(name) is stale

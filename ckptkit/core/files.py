@@ -15,7 +15,7 @@ from ckptkit.core.checkpoint import Payload
 from ckptkit.core.text import quoted
 from ckptkit.errors import ChangedError, FormatError, PathError
 
-__all__ = ["CHUNK", "Extent", "Inflated", "LocalFile", "Region", "Swapped", "same_bytes", "seekable"]
+__all__ = ["CHUNK", "ByteSwapped", "Extent", "Inflated", "LocalFile", "Region", "is_seekable", "same_bytes"]
 
 CHUNK = 4 << 20
 
@@ -190,7 +190,7 @@ _WORDS: Final = {2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(frozen=True, slots=True)
-class Swapped:
+class ByteSwapped:
     """A range of big-endian numbers of ``width`` bytes each (2, 4 or 8), as little-endian ones."""
 
     source: Extent | Inflated
@@ -213,14 +213,14 @@ class Swapped:
             numbers.byteswap()
             yield memoryview(numbers).cast("B")
 
-    def slice(self, start: int, nbytes: int) -> Swapped:
+    def slice(self, start: int, nbytes: int) -> ByteSwapped:
         """Return a part of the range; it begins and ends between two numbers."""
-        return Swapped(self.source.slice(start, nbytes), self.width)
+        return ByteSwapped(self.source.slice(start, nbytes), self.width)
 
 
-def seekable(payload: Payload) -> TypeGuard[Region]:
+def is_seekable(payload: Payload) -> TypeGuard[Region]:
     """Return whether a part of it can be read without reading what lies before it."""
-    return isinstance(payload.source if isinstance(payload, Swapped) else payload, Extent)
+    return isinstance(payload.source if isinstance(payload, ByteSwapped) else payload, Extent)
 
 
 def same_bytes(one: Payload, other: Payload) -> bool:

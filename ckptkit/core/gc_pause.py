@@ -6,11 +6,11 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["without_collection"]
+__all__ = ["pause_gc"]
 
 
 @contextmanager
-def without_collection() -> Iterator[None]:
+def pause_gc() -> Iterator[None]:
     """Keep the collector out: looking through 100,000 new values for cycles that are not there only costs."""
     enabled = gc.isenabled()
     gc.disable()

@@ -13,7 +13,7 @@ from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats.detect import open_file
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
-__all__ = ["LIVE_PREFIX", "open_checkpoint", "open_inside", "open_optimizer", "refusing", "split_path"]
+__all__ = ["LIVE_PREFIX", "errors_about", "open_checkpoint", "open_inside", "open_optimizer", "split_path"]
 
 # Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
 LIVE_PREFIX = "py:"
@@ -28,7 +28,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     checkpoint, and ``ModelError`` where a live model cannot be built.
     """
     name = _text_of(path)
-    with refusing(name):
+    with errors_about(name):
         if name.startswith(LIVE_PREFIX):
             from ckptkit.formats.live import open_live
 
@@ -51,7 +51,7 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
     saved, key = split_path(name)
     if key:
         return open_checkpoint(name)
-    with refusing(name):
+    with errors_about(name):
         return _open_path(saved, OPTIMIZER)
 
 
@@ -60,7 +60,7 @@ def open_inside(path: str, selection: Selection) -> Checkpoint:
 
     Raises what ``open_checkpoint`` raises.
     """
-    with refusing(path):
+    with errors_about(path):
         return open_file(path, selection)
 
 
@@ -74,7 +74,7 @@ def _text_of(path: Any) -> str:
 
 
 @contextlib.contextmanager
-def refusing(name: str) -> Iterator[None]:
+def errors_about(name: str) -> Iterator[None]:
     """Turn what can go wrong while the file ``name`` is read into refusals that name it."""
     try:
         yield

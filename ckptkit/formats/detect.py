@@ -10,7 +10,7 @@ from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.foreign import is_torch_tar, refusal_of, refuse_selection
+from ckptkit.formats.foreign import is_torch_tar, refuse_selection, unsupported_format
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
 from ckptkit.formats.zip_archive import read_zip_directory
 from ckptkit.wrappers.envelopes import Selection
@@ -105,7 +105,7 @@ def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
     if _looks_like_safetensors(head):
         refuse_selection(selection)
         return open_safetensors(file)
-    raise refusal_of(file, head)
+    raise unsupported_format(file, head)
 
 
 def _hollow(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -132,7 +132,7 @@ def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
         from ckptkit.formats.torch.legacy import read_torch_legacy
 
         return read_torch_legacy(file, largest=largest)
-    raise refusal_of(file, head)
+    raise unsupported_format(file, head)
 
 
 def _head(file: LocalFile) -> bytes:

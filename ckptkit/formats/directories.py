@@ -16,24 +16,24 @@ from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
 from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
-from ckptkit.formats.distributed.zero import is_zero, named_states, open_zero
-from ckptkit.formats.foreign import foreign_directory, refuse_selection
+from ckptkit.formats.distributed.zero import find_states_file, is_zero, open_zero
+from ckptkit.formats.foreign import refuse_selection, unsupported_directory
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.safetensors import parse_json
-from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, links_outside, open_sharded
+from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, link_warnings, open_sharded
 from ckptkit.formats.torch.checkpoint import code_warnings
 from ckptkit.formats.torch.tree import describe_entry
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = [
     "CONFIG",
-    "Beside",
-    "adapter_remarks",
-    "is_beside",
-    "named_beside",
+    "Companions",
+    "adapter_warnings",
+    "find_companion",
+    "is_companion",
     "open_directory",
     "open_index",
-    "read_beside",
+    "read_companions",
     "read_json",
 ]
 
@@ -62,29 +62,29 @@ _MOST_VALUES = 64  # of a JSON file
 _MOST_OUTLINED = 200_000
 
 
-class Beside(NamedTuple):
+class Companions(NamedTuple):
     """One entry for each file beside the weights, or for each set of numbered ones, and what is wrong with them."""
 
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...]
 
 
-def is_beside(name: str) -> bool:
+def is_companion(name: str) -> bool:
     """Return whether a file of this name lies beside weights and holds none itself."""
     return name in _TOLD or _PICKLED.fullmatch(name) is not None
 
 
-def named_beside(names: Iterable[str], key: str) -> tuple[str, str] | None:
+def find_companion(names: Iterable[str], key: str) -> tuple[str, str] | None:
     """Return the file beside the weights that ``key`` begins with, and the rest: ``optimizer.pt`` and ``state``."""
-    fitting = [name for name in names if f"{key}.".startswith(f"{name}.") and is_beside(name)]
+    fitting = [name for name in names if f"{key}.".startswith(f"{name}.") and is_companion(name)]
     name = max(fitting, key=len, default=None)
     return None if name is None else (name, key[len(name) + 1 :])
 
 
-def read_beside(directory: str, names: Iterable[str]) -> Beside:
+def read_companions(directory: str, names: Iterable[str]) -> Companions:
     """Return what lies beside the weights in a directory with these file names; never raises for what it finds."""
     families: dict[str, list[str]] = {}
-    for name in sorted(filter(is_beside, names)):
+    for name in sorted(filter(is_companion, names)):
         families.setdefault(_NUMBER.sub("_*", name), []).append(name)
     entries: list[Entry] = []
     warnings: list[str] = []
@@ -101,7 +101,7 @@ def read_beside(directory: str, names: Iterable[str]) -> Beside:
         path = members[0] if len(members) == 1 else family
         kind = entry.type if len(members) == 1 else plural(len(members), "file")
         entries.append(Entry(path, kind, entry.value, is_outside=True, is_file=True))
-    return Beside(tuple(entries), tuple(warnings))
+    return Companions(tuple(entries), tuple(warnings))
 
 
 def read_json(directory: str, name: str) -> Mapping[str, object]:
@@ -143,7 +143,7 @@ _MOST_NAMED = 4
 _DEEPEST = 64
 
 
-def adapter_remarks(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[ReaderWarning]:
+def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[ReaderWarning]:
     """Return what is odd about the weights of an adapter whose configuration is ``config``; None where there is none.
 
     Of LoRA the ranks are compared: a tensor whose rank is not the one that ``r`` or ``rank_pattern`` gives is named.
@@ -217,12 +217,12 @@ def open_directory(directory: str, selection: Selection) -> Checkpoint:
     checkpoint, where there are several, and where a part of it is missing.
     """
     names = _names(directory)
-    beside = named_beside(names, selection.key) or named_states(names, selection.key)
+    beside = find_companion(names, selection.key) or find_states_file(names, selection.key)
     if beside is not None:
-        return _open_beside(directory, *beside)
+        return _open_companion(directory, *beside)
     checkpoint = _open_weights(directory, names, selection)
     try:
-        entries, warnings = read_beside(directory, names)
+        entries, warnings = read_companions(directory, names)
     except BaseException:
         checkpoint.close()
         raise
@@ -237,7 +237,7 @@ def _names(directory: str) -> list[str]:
     return names
 
 
-def _open_beside(directory: str, name: str, key: str) -> Checkpoint:
+def _open_companion(directory: str, name: str, key: str) -> Checkpoint:
     if name.endswith(".json"):
         raise FormatError(
             "a JSON file, which holds no tensors",
@@ -280,9 +280,9 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
         else open_file(os.path.join(directory, chosen), selection)
     )
     if not index:
-        checkpoint = checkpoint.with_warnings(*links_outside(directory, [chosen]))
+        checkpoint = checkpoint.with_warnings(*link_warnings(directory, [chosen]))
     if chosen.startswith("adapter_model"):
-        checkpoint = checkpoint.with_warnings(*_adapter_warnings(checkpoint, directory, names))
+        checkpoint = checkpoint.with_warnings(*_read_adapter_warnings(checkpoint, directory, names))
     what = f"the index {quoted(chosen)}" if index else quoted(chosen)
     return _with_others(checkpoint, what, [name for name in (*known, *numbered, *indexes) if name != chosen])
 
@@ -292,12 +292,12 @@ def _with_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> 
     return checkpoint.with_warnings(*warnings)
 
 
-def _adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequence[str]) -> tuple[str, ...]:
+def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequence[str]) -> tuple[str, ...]:
     try:
         config = read_json(directory, CONFIG) if CONFIG in names else None
     except CkptkitError:
         return ()  # said of the file, as of every one beside the weights
-    return tuple(adapter_remarks(checkpoint, config))
+    return tuple(adapter_warnings(checkpoint, config))
 
 
 def _tagged(directory: str) -> str:
@@ -333,13 +333,15 @@ def _megatron(directory: str, names: Sequence[str]) -> FormatError | None:
 
 def _only(directory: str, names: Sequence[str]) -> str:
     """Return the only file that by its name holds weights; raises ``FormatError`` where there are none or several."""
-    weights = sorted(name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_beside(name))
+    weights = sorted(
+        name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_companion(name)
+    )
     if not weights and CONFIG in names:
         raise FormatError(
             f"holds {CONFIG} and no weights of the adapter", hint=f"they are called {_ADAPTER[0]} or {_ADAPTER[1]}"
         )
     if not weights:
-        if (foreign := foreign_directory(names) or _megatron(directory, names)) is not None:
+        if (foreign := unsupported_directory(names) or _megatron(directory, names)) is not None:
             raise foreign
         inside = [name for name in sorted(names)[:_MOST_LOOKED_AT] if os.path.isdir(os.path.join(directory, name))]
         if inside:

@@ -12,14 +12,14 @@ from ckptkit.wrappers.envelopes import Selection
 
 __all__ = [
     "TAR_MEMBERS",
-    "foreign_directory",
     "is_flax",
     "is_onnx",
     "is_tensorflow_index",
     "is_tensorflow_shard",
     "is_torch_tar",
-    "refusal_of",
     "refuse_selection",
+    "unsupported_directory",
+    "unsupported_format",
 ]
 
 
@@ -33,7 +33,7 @@ _TENSORFLOW_SHARD = re.compile(r".+\.data-\d{5}-of-\d{5}")
 _NEWEST_ONNX = 63
 
 
-def foreign_directory(names: Collection[str]) -> FormatError | None:
+def unsupported_directory(names: Collection[str]) -> FormatError | None:
     """Return the error that says whose checkpoint a directory with these file names is; None where it is not known."""
     if not {"saved_model.pb", "saved_model.pbtxt"}.isdisjoint(names):
         return FormatError("a SavedModel of TensorFlow, which is not read", hint="tf.saved_model.load reads it")
@@ -169,7 +169,7 @@ def is_torch_tar(head: bytes) -> bool:
     return head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (name.encode() for name in TAR_MEMBERS)
 
 
-def refusal_of(file: LocalFile, head: bytes) -> FormatError:
+def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
     """Return the error that says what ``file`` is, which begins with ``head``, and what to do about it."""
     for magic, what, hint in _KNOWN_MAGICS:
         if head.startswith(magic):

@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
 from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, row_major, storage_range
-from ckptkit.core.files import CHUNK, Inflated, Region, Swapped, seekable
+from ckptkit.core.files import CHUNK, ByteSwapped, Inflated, Region, is_seekable
 from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import FormatError
 
@@ -162,7 +162,7 @@ class Strided:
         if span <= max(_WINDOW, self.nbytes):
             payload = self.storage.slice(first, span)
             return memoryview(b"".join(bytes(chunk) for chunk in payload.chunks())), loops, run
-        if not seekable(self.storage):
+        if not is_seekable(self.storage):
             raise self._too_far_apart(span)
         # Mostly holes: the elements are read in the order in which they lie, and put next to each other.
         inward = sorted((index for index, loop in enumerate(loops) if loop.of), key=lambda index: -loops[index].of)
@@ -178,7 +178,7 @@ class Strided:
         return packed, [loop._replace(of=steps.get(index, 0)) for index, loop in enumerate(loops)], run
 
     def _too_far_apart(self, span: int) -> FormatError:
-        stored = self.storage.source if isinstance(self.storage, Swapped) else self.storage
+        stored = self.storage.source if isinstance(self.storage, ByteSwapped) else self.storage
         return FormatError(
             f"{quoted(self.info.key)}: {human_bytes(self.nbytes)} that lie in {human_bytes(span)} of compressed data",
             hint="save it again with torch.save, which does not compress",
@@ -383,7 +383,7 @@ class _Assembly:
             if nbytes == payload.nbytes:
                 return payload
             # What cannot be read in part, such as a shard of a transposed tensor, is read once and kept until used up.
-            self.regions[index] = payload if seekable(payload) else InMemory(memoryview(_joined(payload)))
+            self.regions[index] = payload if is_seekable(payload) else InMemory(memoryview(_joined(payload)))
         region, start = self.regions[index], self.done[index]
         self.done[index] += nbytes
         if self.done[index] == region.nbytes:

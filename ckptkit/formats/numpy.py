@@ -21,7 +21,7 @@ from ckptkit.core.checkpoint import (
     is_contiguous,
     row_major,
 )
-from ckptkit.core.files import Extent, Inflated, LocalFile, Swapped
+from ckptkit.core.files import ByteSwapped, Extent, Inflated, LocalFile
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Strided
@@ -148,10 +148,10 @@ class _Array:
     place: Extent | Inflated
     swapped: bool
 
-    def stored(self) -> Extent | Inflated | Swapped:
+    def stored(self) -> Extent | Inflated | ByteSwapped:
         """Return the elements in the order of the file, as little-endian numbers."""
         width = DTYPES[self.info.dtype].part_bytes
-        return Swapped(self.place, width) if self.swapped and width > 1 else self.place
+        return ByteSwapped(self.place, width) if self.swapped and width > 1 else self.place
 
     def payload(self) -> Payload:
         """Return the elements in row-major order."""

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, LocalFile
-from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.atomic import AtomicFile
@@ -57,7 +57,7 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     data = file.read(8, size)
     if not data.startswith(b"{"):
         raise FormatError("the header does not begin with '{': not a safetensors file")
-    with without_collection():
+    with pause_gc():
         header = parse_json(data, "the header")
         metadata = _metadata(header.pop(METADATA, None))
         infos, offsets, warnings = _entries(header)

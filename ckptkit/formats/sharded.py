@@ -24,10 +24,10 @@ __all__ = [
     "INDEX_SUFFIXES",
     "Shard",
     "find_index",
-    "is_part_name",
+    "is_output_shard_name",
     "is_plain_name",
     "is_shard_name",
-    "links_outside",
+    "link_warnings",
     "open_sharded",
     "split_into_shards",
     "weight_index",
@@ -114,7 +114,7 @@ def is_plain_name(name: str) -> bool:
     return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name
 
 
-def links_outside(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
+def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
     """Return a remark where some of these files are links out of the directory; those of a hub's cache are as usual."""
     home = os.path.realpath(directory)
     found = []
@@ -209,7 +209,7 @@ def _joined(
             view = info.view._replace(storage=info.view.storage + base) if info.view else None
             infos[key] = replace(info, view=view)
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
-    warnings += links_outside(directory, order)
+    warnings += link_warnings(directory, order)
     folded = {name.casefold(): name for name in order}
     alike = next((name for name in order if folded[name.casefold()] != name), None)
     if alike is not None:
@@ -274,12 +274,12 @@ class Shard:
     infos: tuple[TensorInfo, ...]
 
 
-def is_shard_name(name: str) -> bool:
+def is_output_shard_name(name: str) -> bool:
     """Return whether a file of this name would be stale beside new shards."""
     return _OURS.fullmatch(name) is not None
 
 
-def is_part_name(name: str) -> bool:
+def is_shard_name(name: str) -> bool:
     """Return whether a file of this name would be taken for a part of the sharded checkpoint that it lies beside."""
     return _PART.fullmatch(name) is not None
 

@@ -104,17 +104,17 @@ class ZipDirectory:
             raise FormatError(f"zip entry {quoted(name)} has {self.entries[name].size} bytes")
         return self.read(name, _LONGEST_TEXT).decode("ascii", "replace").strip()
 
-    def doubts(self, *homes: str) -> list[str]:
+    def warnings(self, *homes: str) -> list[str]:
         """Return what to warn of: that tensors, below ``homes``, have to be inflated, or that damage goes unseen."""
-        doubts: list[str] = []
+        warnings: list[str] = []
         if any(entry.method for name, entry in self.entries.items() if name.startswith(homes)):
             said = "the archive is compressed: tensors are inflated while they are read"
-            doubts.append(ReaderWarning(said, codes.COMPRESSED))
+            warnings.append(ReaderWarning(said, codes.COMPRESSED))
         checksums = [entry.crc for entry in self.entries.values() if entry.size]
         if not any(checksums):
             said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
-            doubts.append(ReaderWarning(said, codes.NO_CHECKSUM))
-        return doubts
+            warnings.append(ReaderWarning(said, codes.NO_CHECKSUM))
+        return warnings
 
     def records(self, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         """Yield every entry in the order of the file; ``keys`` says which tensors lie in the entry of a name."""

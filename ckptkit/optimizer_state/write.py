@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, OutputError, PlanError
-from ckptkit.formats import open_inside, refusing
+from ckptkit.formats import errors_about, open_inside
 from ckptkit.formats.atomic import AtomicFile, prepare_target
 from ckptkit.formats.pickle.edit import (
     WAY_OUT,
@@ -220,7 +220,7 @@ def write_optimizer_state(
     value = to_form(state, form or state.form)
     refuse_replacing_inputs(output, _roles(value, source), "source" if edited else "")
     try:
-        with nullcontext() if source is None else refusing(source.path):
+        with nullcontext() if source is None else errors_about(source.path):
             layout, selection = (
                 _edit(value, source, output) if edited and source is not None else (_alone(value), OPTIMIZER)
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
@@ -33,7 +33,7 @@ def build_param_groups(
     Raises ``GroupsError`` as ``plan_param_groups`` does, where the spec cannot be parsed, and where ``optimizer`` is
     missing or is not in the spec.
     """
-    with without_collection():
+    with pause_gc():
         inventory = take_inventory(model)
         assignment = assign(live_parameter_table(inventory), spec)
     assignment.report.raise_for_errors()

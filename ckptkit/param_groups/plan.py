@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import html_table, printable
 from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.core.torch_types import Module
@@ -110,7 +110,7 @@ def plan_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGro
     raised for a trainable parameter that no rule owns, an uninitialised parameter, and a tied parameter whose names
     would get different options.
     """
-    with without_collection():
+    with pause_gc():
         assignment = assign(parameter_table(model), spec)
     assignment.report.raise_for_errors()
     return assignment.plan

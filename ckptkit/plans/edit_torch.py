@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ckptkit.core.checkpoint import Checkpoint, Container
 from ckptkit.core.text import printable, quoted
 from ckptkit.errors import PlanError
-from ckptkit.formats import refusing
+from ckptkit.formats import errors_about
 from ckptkit.formats.pickle.edit import (
     WAY_OUT,
     Pairs,
@@ -61,7 +61,7 @@ def editor_for(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> E
     if checkpoint.container is None:
         raise PlanError(f"the {plan.edited_role} is not what the plan was made from", path=checkpoint.path)
     refuse_unknown(checkpoint.container, checkpoint.path, keep_unknown=output.keep_unknown)
-    with refusing(checkpoint.path):
+    with errors_about(checkpoint.path):
         return Editor(checkpoint.container, plan, plan.edited_role)
 
 

@@ -13,11 +13,11 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
-from ckptkit.formats import open_checkpoint, open_inside, refusing
+from ckptkit.formats import errors_about, open_checkpoint, open_inside
 from ckptkit.formats.atomic import AtomicFile, atomic_directory, prepare_directory, prepare_target
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
-from ckptkit.formats.sharded import Shard, is_part_name, is_shard_name, split_into_shards, weight_index
+from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.formats.torch.write import (
     TorchZipLayout,
     assign_records,
@@ -210,11 +210,11 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
         same = any(_same_file(file, output.path) for file in checkpoint.files)
         parents = {os.path.dirname(file) or "." for file in checkpoint.files}
         inside = output.max_shard_size is not None and any(
-            is_shard_name(os.path.basename(file)) and _same_file(os.path.dirname(file) or ".", output.path)
+            is_output_shard_name(os.path.basename(file)) and _same_file(os.path.dirname(file) or ".", output.path)
             for file in checkpoint.files
         )
         if not same and not inside:
-            if len(checkpoint.files) > 1 and is_part_name(name) and any(_same_file(at, parent) for at in parents):
+            if len(checkpoint.files) > 1 and is_shard_name(name) and any(_same_file(at, parent) for at in parents):
                 raise OutputError("would be taken for a shard of an input", hint="write elsewhere", path=output.path)
             continue
         if not output.force:
@@ -260,7 +260,7 @@ def _lay_out_torch(infos: Sequence[TensorInfo], plan: Plan, read: _Reading, edit
         return layout_torch_zip(placed, read.payload, read.span, plan.versions)
     changed = {step.out.key for step in editor.changed}
     records, stored = assign_records([info for info in placed if info.key in changed], read.payload, read.span)
-    with refusing(read.roles[plan.edited_role].path):
+    with errors_about(read.roles[plan.edited_role].path):
         edited = editor.edited(stored)
     storages = [records[one] if isinstance(one, int) else editor.container.storage(one) for one in edited.storages]
     return layout_torch_archive(edited.pickle, storages, editor.container.other_records())
@@ -299,7 +299,7 @@ def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) 
     assert output.max_shard_size is not None  # noqa: S101 - the caller chose shards because of it
     shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
     existing = os.listdir(output.path) if os.path.isdir(output.path) else []
-    ours = frozenset(name for name in existing if is_shard_name(name))
+    ours = frozenset(name for name in existing if is_output_shard_name(name))
     total = 0
     with atomic_directory(output.path, force=output.force, ours=ours) as directory:
         for shard in shards:

@@ -48,7 +48,7 @@ from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_ch
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.tree import describe_entry
 
-__all__ = ["is_zero", "named_states", "open_zero"]
+__all__ = ["find_states_file", "is_zero", "open_zero"]
 
 _OPTIM = re.compile(r"([a-z0-9_]*?)zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
 _MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model_states\.pt")
@@ -62,7 +62,7 @@ def is_zero(names: Iterable[str]) -> bool:
     return any(_OPTIM.fullmatch(name) or ((match := _MODEL.fullmatch(name)) and match[1]) for name in names)
 
 
-def named_states(names: Iterable[str], key: str) -> tuple[str, str] | None:
+def find_states_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
     """Return the file of DeepSpeed's that ``key`` begins with, and the rest."""
     for name in names:
         if f"{key}.".startswith(f"{name}.") and (_OPTIM.fullmatch(name) or _MODEL.fullmatch(name)):

@@ -171,7 +171,7 @@ def open_torch_export(archive: ZipDirectory, selection: Selection = WEIGHTS) -> 
             files=[file.path],
             envelope=selection.key,
             entries=entries,
-            warnings=[*archive.doubts(f"{root}data/"), *_warnings(beside, files, root)],
+            warnings=[*archive.warnings(f"{root}data/"), *_warnings(beside, files, root)],
         ),
     )
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record
-from ckptkit.core.files import Region, Swapped
+from ckptkit.core.files import ByteSwapped, Region
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
@@ -101,7 +101,7 @@ def read_pickles(
                 hint="the file was damaged or made by a faulty writer",
             )
         region, width = archive.region(name), swapped_width(storage.key)
-        return Swapped(region, width) if big and width > 1 else region
+        return ByteSwapped(region, width) if big and width > 1 else region
 
     used = set(map(record, objects.storages))
     unused = [name for name in archive.entries if name.startswith(_homes(root)) and name not in used]
@@ -142,7 +142,7 @@ def _check_records(archive: ZipDirectory, root: str) -> list[str]:
     version = archive.text(f"{root}version")
     if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
         raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
-    warnings = archive.doubts(*_homes(root))
+    warnings = archive.warnings(*_homes(root))
     skipped = [entry.name for entry in archive.entries.values()
                if entry.size and not entry.crc and entry.name.startswith(_homes(root))]  # fmt: skip
     if skipped and archive.entries[f"{root}data.pkl"].crc:

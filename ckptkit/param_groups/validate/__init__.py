@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.gc_pause import without_collection
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.compare import compare_with_spec, diff_locks
@@ -61,7 +61,7 @@ def validate_param_groups(
     against a spec ``moved``, ``options``, and those of ``check_spec``; against a lock those of ``diff_locks``. Raises
     ``GroupsError`` where ``model``, ``groups``, ``schedulers`` or ``spec`` is nothing of the kind.
     """
-    with without_collection():
+    with pause_gc():
         findings = _findings(model, groups, schedulers)
         if spec is not None:
             findings.extend(compare_with_spec(model, groups, spec))
