@@ -133,11 +133,23 @@ def test_a_slot_that_is_no_tensor_is_refused_where_the_next_step_needs_one(value
     optimizer = stepped(model)
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][0]["exp_avg"] = value
-    with pytest.raises(PlanError, match=r"'0.weight' has exp_avg that is a \w+, where AdamW keeps a tensor"):
+    with pytest.raises(PlanError, match=r"'0.weight' has a \w+ as its exp_avg, but AdamW keeps a tensor there"):
         load_optimizer_state(optimizer, model, saved)
     saved["state"][0]["exp_avg"], saved["state"][0]["step"] = torch.zeros(4, 3), [1]
-    with pytest.raises(PlanError, match="has step that is a list"):
+    with pytest.raises(PlanError, match="has a list as its step"):
         load_optimizer_state(optimizer, model, saved)
+
+
+def test_a_step_count_may_be_a_tensor_of_one_element() -> None:
+    """A step of shape [1] loads and trains, as ``validate_param_groups`` says."""
+    model = net()
+    optimizer = stepped(model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["step"] = torch.tensor([3.0])
+    assert load_optimizer_state(optimizer, model, saved).loaded == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert optimizer.state[model[0].weight]["step"].item() == 3
+    optimizer.step()
+    assert optimizer.state[model[0].weight]["step"].item() == 4
 
 
 def test_a_file_without_state_is_told_as_one() -> None:

@@ -245,7 +245,7 @@ def test_far_too_many_groups() -> None:
     model = nn.ModuleList(nn.Linear(1, 1) for _ in range(40))
     each = [{"params": [parameter]} for parameter in model.parameters()]
     assert codes(model, torch.optim.SGD(each)) == [("many", "note", "")]
-    assert "80 groups with 1 set of options" in message(model, torch.optim.SGD(each))
+    assert "80 groups but only 1 set of options" in message(model, torch.optim.SGD(each))
     layers = [{"params": [parameter], "lr": 0.1 / number} for number, parameter in enumerate(model.parameters(), 1)]
     assert codes(model, torch.optim.SGD(layers)) == []
 
@@ -289,4 +289,4 @@ def test_a_multiplier_that_was_resolved_is_left_alone(key: str) -> None:
     assert codes(model, done) == []
     waiting = torch.optim.SGD([rest, head], lr=0.01, weight_decay=0.01)
     assert codes(model, waiting) == [("multiplier", "warning", "")]
-    assert f"{key} is in 1 group of SGD (the first is group 1), where {option} is" in message(model, waiting)
+    assert f"{key} is in 1 group of SGD (the first is group 1), where {option} is still" in message(model, waiting)

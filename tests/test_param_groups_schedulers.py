@@ -116,7 +116,7 @@ def test_the_state_of_a_scheduler_of_other_groups() -> None:
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     scheduler.load_state_dict(saved)
     assert codes(model, optimizer, scheduler) == [("scheduler-length", "error", "")]
-    assert "LambdaLR knows 1 group (base_lrs), SGD has 3" in message(model, optimizer, scheduler)
+    assert "LambdaLR was built for 1 group (base_lrs), but SGD has 3" in message(model, optimizer, scheduler)
     with pytest.raises(ValueError, match="shorter"):
         advance(scheduler)
 
@@ -241,14 +241,14 @@ def test_a_schedule_that_goes_on_beside_an_optimizer_that_begins() -> None:
 @pytest.mark.parametrize("given", [3, "cosine", [None], {"scheduler": 1}], ids=repr)
 def test_what_is_no_scheduler_is_refused(given: Any) -> None:
     model = Net()
-    with pytest.raises(GroupsError, match="a scheduler cannot be a"):
+    with pytest.raises(GroupsError, match="a scheduler cannot be of type "):
         codes(model, torch.optim.SGD(model.parameters()), given)
 
 
 def test_a_scheduler_without_its_optimizer_is_refused() -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.parameters())
-    with pytest.raises(GroupsError, match="groups alone have none"):
+    with pytest.raises(GroupsError, match="only groups were given"):
         codes(model, optimizer.param_groups, lr_scheduler.StepLR(optimizer, 1))
 
 
@@ -262,7 +262,7 @@ def test_an_lr_scale_that_nobody_reads() -> None:
     ]
     optimizer = torch.optim.SGD(groups, lr=0.1)
     assert codes(model, optimizer) == [("multiplier", "warning", "")]
-    assert "lr_scale is in 2 groups of SGD (the first is group 0), where lr is the default 0.1" in message(
+    assert "lr_scale is in 2 groups of SGD (the first is group 0), where lr is still the default 0.1" in message(
         model, optimizer
     )
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, 10)

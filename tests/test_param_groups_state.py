@@ -190,10 +190,10 @@ def test_parameters_without_state_beside_others_that_have_it() -> None:
 @pytest.mark.parametrize(
     ("slot", "value", "says"),
     [
-        ("exp_avg", float("nan"), "exp_avg of 'body.weight' holds NaN"),
-        ("exp_avg_sq", float("inf"), "exp_avg_sq of 'body.weight' holds Inf"),
-        ("exp_avg_sq", -1.0, "exp_avg_sq of 'body.weight' is negative"),
-        ("step", float("nan"), "step of 'body.weight' holds NaN"),
+        ("exp_avg", float("nan"), "exp_avg of 'body.weight' contains NaN"),
+        ("exp_avg_sq", float("inf"), "exp_avg_sq of 'body.weight' contains Inf"),
+        ("exp_avg_sq", -1.0, "exp_avg_sq of 'body.weight' has negative values"),
+        ("step", float("nan"), "step of 'body.weight' contains NaN"),
     ],
 )
 def test_values_that_no_step_can_use(slot: str, value: float, says: str) -> None:
@@ -240,7 +240,7 @@ def test_state_that_is_the_parameter_itself() -> None:
     model, optimizer = trained("SGD-momentum")
     optimizer.state[model.head.weight]["momentum_buffer"] = model.head.weight.data
     assert codes(model, optimizer) == [("state-shared", "error", "")]
-    assert "in the memory of the parameter 'head.weight'" in message(model, optimizer)
+    assert "shares its memory with the parameter 'head.weight'" in message(model, optimizer)
 
 
 def test_the_state_of_what_the_model_lost() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -132,6 +133,20 @@ class SlotSchema:
         if self.layout == "column":
             return (*parameter[:-2], 1, parameter[-1])
         return () if self.layout == "scalar" else None
+
+    def mismatch(self, value: object, shape: tuple[int, ...] | None, parameter: tuple[int, ...]) -> str | None:
+        """Return the shape or the type of ``value`` if a parameter of shape ``parameter`` cannot have it in this slot.
+
+        ``shape`` is the shape of ``value``, or None if it is not a tensor. Return None for a value that fits.
+        """
+        expected = self.shape(parameter)
+        if expected is None or value is None:
+            return None
+        if shape is None:
+            is_number = self.layout == "scalar" and isinstance(value, int | float)
+            return None if is_number else f"a {type(value).__name__}"
+        fits = math.prod(shape) == 1 if self.layout == "scalar" else shape == expected
+        return None if fits else f"{shape}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,93 +1,103 @@
-"""Whether a saved state is one that a live optimizer can go on with: its class, its slots, their shapes."""
+"""Check that a live optimizer can continue with a saved state: same class, same slots, same shapes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema
+from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import PlanError
+from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue, parameter_shape
 from ckptkit.param_groups.parameters import Inventory, LiveParameter
 from ckptkit.param_groups.validate.options import torch_options
 
 __all__ = ["StateMatch", "match_state", "refuse_other_class", "unknown_decay_findings"]
 
-# Came to torch.optim after its first classes did: an older file of the same class does not have them.
-_NEWER = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
-_SAME = "build the class that was saved, or start without its state"
+# torch.optim added these options later, so an older file of the same class does not have them.
+_NEWER_OPTIONS = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
+_BUILD_SAVED_CLASS = "build the optimizer class that was saved, or start without its state"
 
 
 @dataclass(frozen=True)
 class StateMatch:
-    """What of a state fits: the slots to load, why others do not, and which trainable parameters it has none for."""
+    """The saved slots that fit the live parameters.
+
+    ``dropped`` gives the reason for each parameter whose state does not fit, as the end of a sentence.
+    ``missing`` are the trainable parameters without saved state.
+    """
 
     state: Mapping[str, Mapping[str, SlotValue]]
     dropped: Mapping[str, str]
     missing: tuple[str, ...]
 
 
-def refuse_other_class(saved: OptimizerState, optimizer: Any, schema: OptimizerSchema | None) -> None:
-    """Raise ``PlanError`` where the options or slots of a state are those of another class than the optimizer's.
+def refuse_other_class(saved: OptimizerState, optimizer: Optimizer, schema: OptimizerSchema | None) -> None:
+    """Raise ``PlanError`` if the options or the slots of a state belong to another class than the optimizer's.
 
-    torch would load it, fail later, or go on as a mixture of both. Of classes outside of torch.optim nothing is known.
+    torch loads such a state. It then fails in a later step, or continues with a mixture of both classes. Nothing is
+    known about classes outside of torch.optim.
     """
     if schema is None:
         return
     live = type(optimizer).__name__
-    defaults: Mapping[str, Any] = optimizer.defaults
-    strangers = {*torch_options()} - _NEWER
+    defaults = optimizer.defaults
+    known_options = {*torch_options()} - _NEWER_OPTIONS
     for group in saved.groups:
         if not group.options:
             continue
         decoupled = group.options.get("decoupled_weight_decay")
-        wanted = defaults.get("decoupled_weight_decay")
-        if isinstance(decoupled, bool) and isinstance(wanted, bool) and decoupled != wanted:
+        expected = defaults.get("decoupled_weight_decay")
+        if isinstance(decoupled, bool) and isinstance(expected, bool) and decoupled != expected:
             raise PlanError(
-                f"the state says decoupled_weight_decay={decoupled}, and this {live} was built with {wanted}: weight "
-                "decay would change its meaning",
-                hint=f"build {'AdamW' if decoupled else 'Adam'}, which was saved",
+                f"the state has decoupled_weight_decay={decoupled}, but this {live} was built with {expected}: weight "
+                "decay would get another meaning",
+                hint=f"build {'AdamW' if decoupled else 'Adam'}, the class that was saved",
             )
-        other = sorted(key for key in group.options if key not in defaults and key in strangers)
-        lacking = sorted(key for key in defaults if key not in group.options and key not in _NEWER)
-        if other or lacking:
-            what = f"has {', '.join(other)}" if other else f"has no {', '.join(lacking)}"
-            raise PlanError(f"the state is of another class than {live}: a group of it {what}", hint=_SAME)
-    strange = sorted({slot for slots in saved.state.values() for slot in slots if schema.slot(slot) is None})
-    if strange:
+        unknown = sorted(key for key in group.options if key not in defaults and key in known_options)
+        lacking = sorted(key for key in defaults if key not in group.options and key not in _NEWER_OPTIONS)
+        if unknown or lacking:
+            difference = f"has {', '.join(unknown)}" if unknown else f"has no {', '.join(lacking)}"
+            raise PlanError(
+                f"the state was saved from another class than {live}: one of its groups {difference}",
+                hint=_BUILD_SAVED_CLASS,
+            )
+    unknown = sorted({slot for slots in saved.state.values() for slot in slots if schema.slot(slot) is None})
+    if unknown:
         raise PlanError(
-            f"the state is of another class than {live}: it has {', '.join(strange)}, and {live} keeps "
+            f"the state was saved from another class than {live}: it has {', '.join(unknown)}, but {live} keeps "
             f"{', '.join(slot.name for slot in schema.slots)}",
-            hint=_SAME,
+            hint=_BUILD_SAVED_CLASS,
         )
 
 
 def unknown_decay_findings(saved: OptimizerState, schema: OptimizerSchema | None) -> Iterator[Finding]:
-    """Yield a note where a file is of Adam or of AdamW, and too old to say of which: its decay may mean the other."""
+    """Yield a note if an old file does not say whether it was saved from Adam or from AdamW.
+
+    The same weight decay has another meaning in each of these classes.
+    """
     if schema is not None and schema.name in {"Adam", "AdamW"}:
         groups = [group.options for group in saved.groups if group.options]
         if any(options.get("weight_decay") and "decoupled_weight_decay" not in options for options in groups):
-            yield Finding(
-                "optim.decay-untold",
-                "note",
+            yield codes.DECAY_UNTOLD.finding(
                 "",
-                "the file does not say whether its weight decay was decoupled: what older versions of torch wrote of "
-                "Adam and of AdamW is alike",
-                f"see that it was {schema.name} that was saved",
+                "the file does not say whether its weight decay was decoupled, because older versions of torch wrote "
+                "the same for Adam and for AdamW",
+                f"make sure that {schema.name} was the class that was saved",
             )
 
 
 def match_state(
     saved: OptimizerState, groups: Sequence[NamedGroup], inventory: Inventory, schema: OptimizerSchema | None
 ) -> StateMatch:
-    """Return what of ``saved`` fits the parameters of ``groups``, whose options are those to train with.
+    """Return the part of ``saved`` that fits the parameters of ``groups``, which have the options to train with.
 
-    Raises ``PlanError`` where an optimizer with one state for all parameters would get that of others.
+    Raises ``PlanError`` if the optimizer keeps one state for all its parameters and the file has other parameters.
     """
     if schema is not None and schema.has_shared_state:
-        return _shared(saved, groups, schema)
+        return _match_shared_state(saved, groups, schema)
     state: dict[str, Mapping[str, SlotValue]] = {}
     dropped: dict[str, str] = {}
     missing: list[str] = []
@@ -96,47 +106,50 @@ def match_state(
             parameter = inventory.by_name[name]
             slots = saved.state.get(name)
             if not slots:
-                keeps = schema is None or schema.slots_for(group.options, parameter.shape)
-                if parameter.trainable and keeps:
+                has_state = schema is None or schema.slots_for(group.options, parameter.shape)
+                if parameter.trainable and has_state:
                     missing.append(name)
-            elif (why := _misfit(slots, parameter, group, schema)) is not None:
-                dropped[name] = why
+            elif (reason := _find_mismatch(slots, parameter, group, schema)) is not None:
+                dropped[name] = reason
             else:
                 state[name] = slots
     return StateMatch(state, dropped, tuple(missing))
 
 
-def _shared(saved: OptimizerState, groups: Sequence[NamedGroup], schema: OptimizerSchema) -> StateMatch:
+def _match_shared_state(saved: OptimizerState, groups: Sequence[NamedGroup], schema: OptimizerSchema) -> StateMatch:
     names = tuple(name for group in groups for name in group.names)
     if names != saved.names:
         raise PlanError(
-            f"{schema.name} keeps one state for all its parameters in their order, and the file has others, or another",
-            hint="build it with the same parameters in the same order",
+            f"{schema.name} keeps one state for all its parameters in their order, but the file has other parameters "
+            "or another order",
+            hint="build the optimizer with the same parameters in the same order",
         )
     return StateMatch(saved.state, {}, () if saved.state else names)
 
 
-def _misfit(
+def _find_mismatch(
     slots: Mapping[str, SlotValue], parameter: LiveParameter, group: NamedGroup, schema: OptimizerSchema | None
 ) -> str | None:
-    """Return what is wrong with the slots for this parameter, as the end of a sentence; or None."""
+    """Return why the slots do not fit this parameter, as the end of a sentence, or None if they fit."""
     if parameter.lazy:
-        return "cannot be held against a parameter that has no shape before the first forward pass"
+        return "cannot be compared with a parameter that has no shape before the first forward pass"
     if schema is None:
         shape = parameter_shape(slots)
-        return None if shape in {None, parameter.shape} else f"is of {shape}, and the parameter {parameter.shape}"
+        if shape in {None, parameter.shape}:
+            return None
+        return f"has shape {shape}, but the parameter has shape {parameter.shape}"
     for slot in schema.slots_for(group.options, parameter.shape):
         if slots.get(slot.name) is None and not slot.is_optional:
-            asked = f" with {slot.enabled_by}={group.options.get(slot.enabled_by)}" if slot.enabled_by else ""
-            return f"has no {slot.name}, which {schema.name}{asked} reads in its step"
-    for slot_name, value in slots.items():
-        known = schema.slot(slot_name)
-        expected = None if known is None else known.shape(parameter.shape)
-        if known is None or expected is None or value is None:
-            continue
-        if not isinstance(value, LazyTensor):
-            if known.layout != "scalar" or not isinstance(value, int | float):
-                return f"has {slot_name} that is a {type(value).__name__}, where {schema.name} keeps a tensor"
-        elif value.shape != expected:
-            return f"has {slot_name} of {value.shape}, where {expected} belongs to a parameter of {parameter.shape}"
+            option = f" with {slot.enabled_by}={group.options.get(slot.enabled_by)}" if slot.enabled_by else ""
+            return f"has no {slot.name}, which {schema.name}{option} reads in its step"
+    for name, value in slots.items():
+        known = schema.slot(name)
+        shape = value.shape if isinstance(value, LazyTensor) else None
+        if known is not None and (wrong := known.mismatch(value, shape, parameter.shape)) is not None:
+            if shape is None:
+                return f"has {wrong} as its {name}, but {schema.name} keeps a tensor there"
+            return (
+                f"has {name} of shape {wrong}, but a parameter of shape {parameter.shape} needs "
+                f"{known.shape(parameter.shape)}"
+            )
     return None

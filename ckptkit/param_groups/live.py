@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parameters import Inventory
@@ -53,6 +54,11 @@ class Member:
     def where(self) -> str:
         """The place in a sentence, as one would index it."""
         return f"{self.group.where}[{self.index}]"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the tensor, or None before the first forward pass of a lazy module."""
+        return shape_or_none(self.tensor)
 
 
 def read_groups(given: Any) -> tuple[list[LiveGroup], list[Member], list[Finding]]:

@@ -128,10 +128,11 @@ class ParamGroupSpec:
         return {**self.defaults, **self.optimizers.get(self.optimizer_of(rule) or "", {})}
 
 
-def number_fault(value: object) -> str | None:
+def number_fault(value: object, *, signed: bool = False) -> str | None:
     """Return why ``value`` is not a usable learning rate or weight decay (``is negative (-1)``), or None.
 
-    A torch tensor with one element counts as a number, as it does for ``torch.optim``.
+    A torch tensor with one element counts as a number, as it does for ``torch.optim``. A negative number is
+    usable if ``signed``.
     """
     if is_tensor(value):
         if value.numel() != 1:
@@ -147,7 +148,7 @@ def number_fault(value: object) -> str | None:
         return "is too large for a float"
     if not math.isfinite(number):
         return f"is {number}"
-    return f"is negative ({value})" if number < 0 else None
+    return f"is negative ({value})" if number < 0 and not signed else None
 
 
 def is_tensor(value: object) -> TypeGuard[Tensor]:

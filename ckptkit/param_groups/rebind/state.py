@@ -95,8 +95,12 @@ def _misshapen(
     """Return the slots whose shape is not that which the parameter asks for."""
     tensors = {name: value for name, value in slots.items() if is_tensor(value) and value.ndim}
     if schema is not None:
-        wanted = {slot.name: slot.shape(live.shape) for slot in schema.slots}
-        return tuple(name for name, value in tensors.items() if wanted.get(name) not in (None, tuple(value.shape)))
+        known = {slot.name: slot for slot in schema.slots}
+        return tuple(
+            name
+            for name, value in tensors.items()
+            if name in known and known[name].mismatch(value, tuple(value.shape), live.shape) is not None
+        )
     # Of other people's optimizers nothing is known but that their state was right beside the older parameter.
     if older is None or tuple(older.shape) == live.shape:
         return ()

@@ -1,4 +1,4 @@
-"""What the class of an optimizer demands of its groups, where torch finds out late or never."""
+"""Check live groups against the rules of their optimizer class, which torch checks late or never."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import shape_or_none
 from ckptkit.core.torch_optim import OPTIONS, initial_lr, options_of_kind
+from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
 from ckptkit.param_groups.parameters import Inventory
-from ckptkit.param_groups.spec import is_tensor, number_fault
+from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.validate.options import read_number
 
 __all__ = ["check_across_groups", "check_optimizer_rules", "trained_options"]
 
 
-# Devices for which torch has no capturable step.
+# torch has no capturable step for these devices.
 _NOT_CAPTURABLE = frozenset({"cpu", "mps"})
-# The reference implementation of Muon by its author asserts that a group has exactly these keys.
+# MuonWithAuxAdam, the reference implementation of Muon, asserts that a group has exactly these keys.
 _MUON_KEYS = {
     True: frozenset({"params", "lr", "momentum", "weight_decay", "use_muon"}),
     False: frozenset({"params", "lr", "betas", "eps", "weight_decay", "use_muon"}),
@@ -28,261 +29,234 @@ _MUON_KEYS = {
 
 
 def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
-    """Yield what a step of each optimizer would refuse, or do otherwise than its class says."""
+    """Yield a finding for each group that its optimizer refuses to step, or steps otherwise than its class says."""
     for optimizer in optimizers:
-        within: dict[int, list[Member]] = {id(group): [] for group in optimizer.groups}
+        by_group: dict[int, list[Member]] = {id(group): [] for group in optimizer.groups}
         for member in optimizer.members:
-            within[id(member.group)].append(member)
+            by_group[id(member.group)].append(member)
         if optimizer.instance is None:
-            yield from _two_kinds(inventory, optimizer, within)
+            yield from _check_muon_groups(inventory, optimizer, by_group)
             continue
         if optimizer.schema is None:
             continue
         if optimizer.schema.name == "Muon":
-            yield from _matrices(inventory, optimizer.label, optimizer.members)
+            yield from _check_matrices(inventory, optimizer.label, optimizer.members)
         if optimizer.schema.has_shared_state and len(optimizer.groups) > 1:
-            yield Finding(
-                "groups.one-group",
-                "error",
+            yield codes.ONE_GROUP.finding(
                 "",
-                f"{optimizer.label} has {len(optimizer.groups)} groups, and takes one: its next step fails",
-                "build it with all parameters in one list; it knows no options of a single parameter",
+                f"{optimizer.label} has {len(optimizer.groups)} groups but accepts only one, so its next step fails",
+                "build it with all parameters in one list; it has no options for single parameters",
             )
-        yield from _decoupled(optimizer)
+        yield from _check_decoupled(optimizer)
         for group in optimizer.groups:
-            yield from _kernels(inventory, optimizer, group, within[id(group)])
+            yield from _check_kernels(inventory, optimizer, group, by_group[id(group)])
 
 
-def _matrices(inventory: Inventory, reader: str, members: Sequence[Member]) -> Iterator[Finding]:
+def _check_matrices(inventory: Inventory, label: str, members: Sequence[Member]) -> Iterator[Finding]:
     for member in members:
-        if (shape := shape_or_none(member.tensor)) is not None and len(shape) != 2:
-            name = member_name(inventory, member)
-            yield Finding(
-                "groups.matrices-only",
-                "error",
-                name,
-                f"{quoted(name) if name else member.where} {shape} in {member.where} is no matrix, and {reader} steps "
-                "nothing else: add_param_group does not look, and the first step fails",
+        if member.shape is not None and len(member.shape) != 2:
+            yield codes.MATRICES_ONLY.finding(
+                member_name(inventory, member),
+                f"{member_names(inventory, [member])} {member.shape} in {member.where} is not a matrix, and {label} "
+                "steps only matrices: add_param_group() accepts it, but the first step fails",
                 "give vectors, embeddings and convolutions to a second optimizer, such as AdamW",
             )
 
 
-def _two_kinds(
-    inventory: Inventory, optimizer: LiveOptimizer, within: Mapping[int, Sequence[Member]]
+def _check_muon_groups(
+    inventory: Inventory, optimizer: LiveOptimizer, by_group: Mapping[int, Sequence[Member]]
 ) -> Iterator[Finding]:
-    """Hold groups that say ``use_muon``, each of them, to what the optimizer that reads it asserts without a word."""
+    """Yield what ``MuonWithAuxAdam`` refuses with a bare AssertionError, if all groups have ``use_muon``."""
     if not all("use_muon" in group.options for group in optimizer.groups):
         return
     for group in optimizer.groups:
-        muon = bool(group.options["use_muon"])
-        extra = sorted(str(key) for key in group.options if key not in _MUON_KEYS[muon])
+        use_muon = bool(group.options["use_muon"])
+        extra = sorted(str(key) for key in group.options if key not in _MUON_KEYS[use_muon])
         if extra:
-            yield Finding(
-                "groups.option-set",
-                "warning",
+            yield codes.OPTION_SET.finding(
                 "",
-                f"{group.where} has {', '.join(map(quoted, extra))} beside use_muon: MuonWithAuxAdam asserts that "
-                f"its keys are {', '.join(sorted(_MUON_KEYS[muon]))} and no others",
-                "leave the others out of the groups that it is built with",
+                f"{group.where} has {', '.join(map(quoted, extra))} beside use_muon, but MuonWithAuxAdam accepts only "
+                f"the keys {', '.join(sorted(_MUON_KEYS[use_muon]))}",
+                "remove the other keys from the groups that you build it with",
             )
-        for member in within[id(group)] if muon else ():
-            if (shape := shape_or_none(member.tensor)) is not None and len(shape) < 2:
-                name = member_name(inventory, member)
-                yield Finding(
-                    "groups.matrices-only",
-                    "error",
-                    name,
-                    f"{quoted(name) if name else member.where} {shape} in {member.where} is a vector under "
-                    "use_muon = True, which orthogonalises matrices",
+        for member in by_group[id(group)] if use_muon else ():
+            if member.shape is not None and len(member.shape) < 2:
+                yield codes.MATRICES_ONLY.finding(
+                    member_name(inventory, member),
+                    f"{member_names(inventory, [member])} {member.shape} in {member.where} is a vector, but its group "
+                    "has use_muon = True, which is for matrices",
                     "move it to a group with use_muon = False",
                 )
 
 
-def _decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
-    wanted = optimizer.instance.defaults.get("decoupled_weight_decay")
-    if wanted is None:
+def _check_decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
+    expected = optimizer.instance.defaults.get("decoupled_weight_decay")
+    if expected is None:
         return
-    other = [group for group in optimizer.groups if bool(group.options.get("decoupled_weight_decay", wanted)) != wanted]
-    if not other:
+    wrong = [
+        group for group in optimizer.groups if bool(group.options.get("decoupled_weight_decay", expected)) != expected
+    ]
+    if not wrong:
         return
-    # Some groups alone may be meant so; all of them are what a file of the other class leaves behind.
-    meant = len(other) < len(optimizer.groups) and optimizer.schema is not None and optimizer.schema.name != "AdamW"
-    acts = "subtracts weight decay from the weights" if not wanted else "adds weight decay to the gradient"
-    yield Finding(
-        "groups.decoupled",
-        "warning" if meant else "error",
+    # The user can have set this in some of the groups. A file of the other class sets it in all of them.
+    is_adamw = optimizer.schema is None or optimizer.schema.name == "AdamW"
+    is_deliberate = len(wrong) < len(optimizer.groups) and not is_adamw
+    effect = "adds weight decay to the gradient" if expected else "subtracts weight decay from the weights"
+    saved_class = "Adam" if expected else "AdamW"
+    yield codes.DECOUPLED.finding(
         "",
-        f"{other[0].where} says decoupled_weight_decay={not wanted}, which {optimizer.label} was not built with: it "
-        f"now {acts}, as after a state_dict of {'AdamW' if not wanted else 'Adam'} was loaded",
-        f'set it back: group["decoupled_weight_decay"] = {wanted}, or build the class that the state was saved from',
+        f"{wrong[0].where} has decoupled_weight_decay={not expected}, but {optimizer.label} was built with {expected}: "
+        f"the step now {effect}, as after loading a state_dict of {saved_class}",
+        f'set group["decoupled_weight_decay"] = {expected}, or build the class that the state was saved from',
+        severity="warning" if is_deliberate else "error",
     )
 
 
-def _kernels(
+def _check_kernels(
     inventory: Inventory, optimizer: LiveOptimizer, group: LiveGroup, members: Sequence[Member]
 ) -> Iterator[Finding]:
     options, defaults = group.options, optimizer.instance.defaults
-    fast = next((key for key in ("fused", "foreach") if key in defaults and options.get(key)), None)
-    if "capturable" in defaults and options.get("capturable") and fast != "fused":
-        slow = [member for member in members if member.tensor.device.type in _NOT_CAPTURABLE]
-        if slow:
-            yield Finding(
-                "groups.capturable",
-                "error",
-                member_name(inventory, slow[0]),
-                f"{group.where} has capturable=True with {plural(len(slow), 'parameter')} on "
-                f"{slow[0].tensor.device}, where the step fails: {member_names(inventory, slow)}",
-                'set group["capturable"] = False; a state_dict saved on a GPU brings it along',
+    kernel = next((key for key in ("fused", "foreach") if key in defaults and options.get(key)), None)
+    if "capturable" in defaults and options.get("capturable") and kernel != "fused":
+        refused = [member for member in members if member.tensor.device.type in _NOT_CAPTURABLE]
+        if refused:
+            yield codes.CAPTURABLE.finding(
+                member_name(inventory, refused[0]),
+                f"{group.where} has capturable=True, but {plural(len(refused), 'parameter')} on "
+                f"{refused[0].tensor.device} cannot be stepped that way: {member_names(inventory, refused)}",
+                'set group["capturable"] = False; a state_dict that was saved on a GPU sets it to True',
             )
-    if fast is None:
+    if kernel is None:
         return
-    meshes = {id(getattr(member.tensor, "device_mesh", None)): member for member in members}
+    meshes = {id(getattr(member.tensor, "device_mesh", None)) for member in members}
     plain = [member for member in members if not hasattr(member.tensor, "device_mesh")]
     if plain and len(meshes) > 1:
-        yield Finding(
-            "groups.mixed",
-            "error",
+        yield codes.MIXED.finding(
             member_name(inventory, plain[0]),
-            f"{group.where} has {fast}=True with {plural(len(plain), 'plain tensor')} among DTensors, which one kernel "
-            f"cannot step together: {member_names(inventory, plain)}",
-            f"put them into a group of their own, or set {fast}=False",
+            f"{group.where} has {kernel}=True and mixes {plural(len(plain), 'plain tensor')} with DTensors, which one "
+            f"kernel cannot step together: {member_names(inventory, plain)}",
+            f"put the plain tensors into a group of their own, or set {kernel}=False",
         )
-    adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
-    if adam and fast == "foreach" and is_tensor(options.get("lr")) and not options.get("capturable"):
-        yield Finding(
-            "groups.option-value",
-            "error",
+    is_adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
+    if is_adam and kernel == "foreach" and is_tensor(options.get("lr")) and not options.get("capturable"):
+        yield codes.OPTION_VALUE.finding(
             "",
-            f"{group.where}: lr is a tensor, which foreach=True without capturable=True does not take",
+            f"{group.where}: lr is a tensor, which foreach=True accepts only with capturable=True",
             "make it a number: float(lr), or set foreach=False",
         )
 
 
 _MULTIPLIERS = {option.name: option.multiplies for option in OPTIONS.values() if option.multiplies}
-# What tells groups apart without being trained with.
+# A group can have these options, but they do not change how it trains.
 _LABELS = options_of_kind("members", "name", "recipe", "schedule")
-# From here on a step costs several times what it would in few groups: kernels run over one group at a time.
-_MANY = 64
-# Above what recipes use for everything: torch's defaults are 0 and 0.01, language models are trained with 0.1.
-_STRONG = 0.2
+# Kernels run over one group at a time: with this many groups, a step takes several times longer.
+_MANY_GROUPS = 64
+# The defaults of torch are 0 and 0.01, and language models are trained with 0.1. Recipes use no more for everything.
+_STRONG_DECAY = 0.2
 
 
 def trained_options(group: LiveGroup, *without: str) -> tuple[tuple[str, str], ...]:
-    """Return what a group trains with, in a form that can be compared, leaving out ``without``."""
+    """Return the options that change how a group trains, as comparable text, without those called ``without``."""
     return tuple(sorted((key, repr(value)) for key, value in group.options.items() if key not in _LABELS | {*without}))
 
 
 def check_across_groups(
     inventory: Inventory, optimizers: Sequence[LiveOptimizer], schedulers: Iterable[Any]
 ) -> Iterator[Finding]:
-    """Yield what only several groups together show; ``schedulers`` may apply the multipliers among their options."""
-    scaled = {id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers if _applies_scales(scheduler)}
+    """Yield the findings that need several groups at once; ``schedulers`` can apply the multipliers in the groups."""
+    scaled = {id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers if _applies_lr_scale(scheduler)}
     for optimizer in optimizers:
         if optimizer.instance is None:
             continue
         if optimizer.schema is not None:
             for key, option in _MULTIPLIERS.items():
                 if option != "lr" or id(optimizer.instance) not in scaled:
-                    yield from _unapplied(optimizer, key, option)
-        if optimizer.schema is None or optimizer.schema.name != "Muon":  # it steps no vector at all
-            yield from _decayed(inventory, optimizer)
-        distinct = len({trained_options(group) for group in optimizer.groups})
-        if len(optimizer.groups) >= _MANY and distinct * 4 <= len(optimizer.groups):
-            yield Finding(
-                "groups.many",
-                "note",
+                    yield from _check_multiplier(optimizer, key, option)
+        if optimizer.schema is None or optimizer.schema.name != "Muon":  # Muon steps no vectors
+            yield from _check_decay(inventory, optimizer)
+        different = len({trained_options(group) for group in optimizer.groups})
+        if len(optimizer.groups) >= _MANY_GROUPS and different * 4 <= len(optimizer.groups):
+            yield codes.MANY.finding(
                 "",
-                f"{optimizer.label} has {len(optimizer.groups):,} groups with {plural(distinct, 'set')} of options "
-                "among them: fused and foreach kernels run over one group at a time",
+                f"{optimizer.label} has {len(optimizer.groups):,} groups but only {plural(different, 'set')} of "
+                "options, and fused and foreach kernels run over one group at a time",
                 "put parameters with the same options into one group",
             )
-    yield from _one_tensor(optimizers)
+    yield from _check_shared_lr(optimizers)
 
 
-def _applies_scales(scheduler: Any) -> bool:
-    """Tell a scheduler of timm's kind, which multiplies ``lr_scale`` in, by the method that does it."""
+def _applies_lr_scale(scheduler: Any) -> bool:
+    """Return whether ``scheduler`` multiplies ``lr_scale`` in, as those of timm do in this method."""
     return hasattr(scheduler, "update_groups") and hasattr(scheduler, "optimizer")
 
 
-def _unapplied(optimizer: LiveOptimizer, key: str, option: str) -> Iterator[Finding]:
-    base = _number(optimizer.instance.defaults.get(option))
-    waiting: list[LiveGroup] = []
+def _check_multiplier(optimizer: LiveOptimizer, key: str, option: str) -> Iterator[Finding]:
+    default = read_number(optimizer.instance.defaults.get(option))
+    unapplied: list[LiveGroup] = []
     for group in optimizer.groups:
-        scale = _number(group.options.get(key))
-        value = _number(initial_lr(group.options) if option == "lr" else group.options.get(option))
-        # Recipes that resolve the multiplier leave it in the group too: there the option differs from the default.
-        if scale is not None and scale != 1 and value is not None and value == base != 0:
-            waiting.append(group)
-    if waiting:
-        yield Finding(
-            "groups.multiplier",
-            "warning",
+        factor = read_number(group.options.get(key))
+        value = read_number(initial_lr(group.options) if option == "lr" else group.options.get(option))
+        # Recipes that apply the multiplier keep it in the group too, but then the option differs from the default.
+        if factor is not None and factor != 1 and value is not None and value == default != 0:
+            unapplied.append(group)
+    if unapplied:
+        yield codes.MULTIPLIER.finding(
             "",
-            f"{key} is in {plural(len(waiting), 'group')} of {optimizer.label} (the first is {waiting[0].where}), "
-            f"where {option} is the default {base:g}: neither the optimizer nor a scheduler of torch multiplies it in",
+            f"{key} is in {plural(len(unapplied), 'group')} of {optimizer.label} (the first is {unapplied[0].where}), "
+            f"where {option} is still the default {default:g}: neither the optimizer nor a scheduler of torch applies "
+            f"{key}",
             f'pass the scheduler that reads it, or apply it: group["{option}"] *= group["{key}"]',
         )
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None or number_fault(value) is not None else float(value)
+def _check_decay(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Finding]:
+    """Yield a note on vectors with weight decay, if other vectors have none or if the decay is strong.
 
-
-def _decayed(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Finding]:
-    """Note vectors under weight decay, where other vectors were kept from it or the decay is strong.
-
-    Without either sign it is what every optimizer does by default, and nobody's slip.
+    Weight decay on everything is the default of every optimizer, and is not reported.
     """
-    within: dict[int, list[Member]] = defaultdict(list)
+    by_group: dict[int, list[Member]] = defaultdict(list)
     for member in optimizer.members:
-        if _vector(member) is not None:
-            within[id(member.group)].append(member)
-    decay = {id(group): _number(group.options.get("weight_decay")) or 0.0 for group in optimizer.groups}
-    spared = [members for key, members in within.items() if not decay[key] and _of_vectors(members)]
+        if member.shape is not None:
+            by_group[id(member.group)].append(member)
+    decay = {id(group): read_number(group.options.get("weight_decay")) or 0.0 for group in optimizer.groups}
+    without_decay = [members for key, members in by_group.items() if not decay[key] and _holds_mainly_vectors(members)]
     for group in optimizer.groups:
-        vectors = [member for member in within[id(group)] if _vector(member)]
-        strong = decay[id(group)] >= _STRONG
-        if vectors and (strong or (spared and decay[id(group)])):
-            why = (
-                f"while {plural(sum(map(len, spared)), 'parameter')} without decay are nearly all of this kind"
-                if spared
+        vectors = [member for member in by_group[id(group)] if _is_vector(member)]
+        is_strong = decay[id(group)] >= _STRONG_DECAY
+        if vectors and (is_strong or (without_decay and decay[id(group)])):
+            reason = (
+                f"while most of the {plural(sum(map(len, without_decay)), 'parameter')} without decay are vectors"
+                if without_decay
                 else "which pulls norms and biases to zero"
             )
-            yield Finding(
-                "groups.decay",
-                "note",
+            yield codes.DECAY.finding(
                 member_name(inventory, vectors[0]),
-                f"{group.where} decays {plural(len(vectors), 'vector')} (norms, biases, scales) by "
-                f"{decay[id(group)]:g}, {why}: {member_names(inventory, vectors)}",
-                "if that is not meant, give them a group with weight_decay = 0",
+                f"{group.where} applies weight decay {decay[id(group)]:g} to {plural(len(vectors), 'vector')} (norms, "
+                f"biases, scales), {reason}: {member_names(inventory, vectors)}",
+                "if you did not intend this, put them into a group with weight_decay = 0",
             )
 
 
-def _vector(member: Member) -> bool | None:
-    try:
-        return len(member.tensor.shape) < 2
-    except RuntimeError:  # uninitialised: it says one dimension, whatever it will have
-        return None
+def _is_vector(member: Member) -> bool:
+    return member.shape is not None and len(member.shape) < 2
 
 
-def _of_vectors(members: Sequence[Member]) -> bool:
-    vectors = sum(map(bool, map(_vector, members)))
+def _holds_mainly_vectors(members: Sequence[Member]) -> bool:
+    vectors = sum(map(_is_vector, members))
     return vectors >= 2 and vectors >= 0.75 * len(members)
 
 
-def _one_tensor(optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
-    stand: dict[int, list[LiveGroup]] = defaultdict(list)
+def _check_shared_lr(optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+    by_tensor: dict[int, list[LiveGroup]] = defaultdict(list)
     for group in chain.from_iterable(optimizer.groups for optimizer in optimizers if optimizer.instance is not None):
         if is_tensor(group.options.get("lr")):
-            stand[id(group.options["lr"])].append(group)
-    for groups in stand.values():
+            by_tensor[id(group.options["lr"])].append(group)
+    for groups in by_tensor.values():
         if len(groups) > 1:
-            yield Finding(
-                "groups.shared-lr",
-                "warning",
+            more = f" and {plural(len(groups) - 2, 'more group')}" if groups[2:] else ""
+            yield codes.SHARED_LR.finding(
                 "",
-                f"{groups[0].where} and {groups[1].where} have one tensor as lr"
-                + (f", and {plural(len(groups) - 2, 'more group')}" if groups[2:] else "")
-                + ": what is written into one, as schedulers do, is the lr of all",
+                f"{groups[0].where}, {groups[1].where}{more} share one tensor as lr: a scheduler that writes the lr of "
+                "one group writes the lr of all",
                 "give each group a tensor of its own: lr.clone()",
             )

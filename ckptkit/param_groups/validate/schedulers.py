@@ -1,4 +1,4 @@
-"""Whether schedulers of learning rates fit the groups that they write into."""
+"""Check that learning rate schedulers fit the groups whose lr they set."""
 
 from __future__ import annotations
 
@@ -9,93 +9,97 @@ from typing import Any
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import GroupsError
+from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, unwrap_optimizer
-from ckptkit.param_groups.spec import number_fault
 from ckptkit.param_groups.validate.optimizer_rules import trained_options
+from ckptkit.param_groups.validate.options import read_number
 
 __all__ = ["check_schedulers", "read_schedulers"]
 
-# Lists with a value for each group, where a scheduler has them: torch's, and timm's base_values.
+# The lists of torch's schedulers that have one value for each group, and base_values of timm's.
 _LISTS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values")
-# These multiply the lr that a group has by one factor, so that a group which came later follows all the same.
-_FOLLOW = frozenset({"StepLR", "MultiStepLR", "ExponentialLR", "PolynomialLR"})
-# These start at the lr of the group; others warm up or have their own beginning.
-_FROM_FULL = frozenset({*_FOLLOW, "MultiplicativeLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"})
-# What these write into each group when they are built, one value for all unless they get a list.
-_WRITES = {"OneCycleLR": "max_lr", "CyclicLR": "max_lr", "SWALR": "swa_lr"}
-_AGAIN = "build the scheduler again after the last add_param_group"
+# These multiply the current lr of each group by one factor, so they also work for a group that was added later.
+_MULTIPLY_CURRENT = frozenset({"StepLR", "MultiStepLR", "ExponentialLR", "PolynomialLR"})
+# These start at the lr of the group. Others start with a warm-up or with an lr of their own.
+_START_AT_GROUP_LR = frozenset(
+    {*_MULTIPLY_CURRENT, "MultiplicativeLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"}
+)
+# The key that these write into each group when they are built: one value for all groups, unless they get a list.
+_WRITTEN_KEYS = {"OneCycleLR": "max_lr", "CyclicLR": "max_lr", "SWALR": "swa_lr"}
+_BUILD_AGAIN = "build the scheduler again after the last add_param_group()"
 
 
 def read_schedulers(given: Any) -> tuple[Any, ...]:
-    """Return the schedulers that were given: none, one, or several.
+    """Return the given schedulers (none, one or several) as a tuple, without the wrappers of accelerate.
 
-    Raises ``GroupsError`` where one of them is no scheduler: nothing that has an ``optimizer`` and a ``step``.
+    Raises ``GroupsError`` for an object that has no ``optimizer`` or no ``step()``.
     """
-    several = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
-    several = [_inner(scheduler) for scheduler in several]
-    for scheduler in several:
+    schedulers = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
+    schedulers = [_unwrap(scheduler) for scheduler in schedulers]
+    for scheduler in schedulers:
         if not hasattr(scheduler, "optimizer") or not callable(getattr(scheduler, "step", None)):
             raise GroupsError(
-                f"a scheduler cannot be a {type(scheduler).__name__}",
+                f"a scheduler cannot be of type {type(scheduler).__name__}",
                 hint="pass one scheduler of torch.optim.lr_scheduler, or a list of them",
             )
-    return tuple(several)
+    return tuple(schedulers)
 
 
-def _inner(scheduler: Any) -> Any:
-    """Return the scheduler that accelerate has wrapped, or what was given."""
+def _unwrap(scheduler: Any) -> Any:
     inner = getattr(scheduler, "scheduler", None)
     return inner if hasattr(inner, "optimizer") and not hasattr(scheduler, "optimizer") else scheduler
 
 
 def check_schedulers(optimizers: Sequence[LiveOptimizer], schedulers: Sequence[Any]) -> Iterator[Finding]:
-    """Yield where a scheduler drives another optimizer, other groups, or from another learning rate."""
+    """Yield a finding for each scheduler that drives another optimizer, other groups, or from another lr.
+
+    Raises ``GroupsError`` for schedulers without any optimizer.
+    """
     if schedulers and all(optimizer.instance is None for optimizer in optimizers):
         raise GroupsError(
-            "schedulers are held against the optimizer that they drive, and groups alone have none",
+            "schedulers are compared with the optimizer that they drive, but only groups were given",
             hint="pass the optimizer instead of its groups",
         )
-    known = {id(optimizer.instance): optimizer for optimizer in optimizers}
-    driven = Counter(id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers)
+    by_instance = {id(optimizer.instance): optimizer for optimizer in optimizers}
+    schedulers_of = Counter(id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers)
     for scheduler in schedulers:
-        optimizer = known.get(id(unwrap_optimizer(scheduler.optimizer)))
+        optimizer = by_instance.get(id(unwrap_optimizer(scheduler.optimizer)))
         if optimizer is None:
-            yield _elsewhere(type(scheduler).__name__, scheduler.optimizer)
+            yield _other_optimizer(type(scheduler).__name__, scheduler.optimizer)
             continue
-        for one in _parts(scheduler):
-            inner = known.get(id(unwrap_optimizer(one.optimizer)))
-            if inner is None or inner is not optimizer:
-                yield _elsewhere(f"{type(one).__name__} in {type(scheduler).__name__}", one.optimizer)
+        for part in _with_parts(scheduler):
+            if by_instance.get(id(unwrap_optimizer(part.optimizer))) is not optimizer:
+                yield _other_optimizer(f"{type(part).__name__} in {type(scheduler).__name__}", part.optimizer)
                 continue
-            # SequentialLR asks for each lr from the start, so that there no scheduler follows.
-            alone = one is scheduler or type(scheduler).__name__ == "ChainedScheduler"
-            yield from _lengths(optimizer, one, follows=alone and type(one).__name__ in _FOLLOW)
-            yield from _bases(optimizer, one)
-            yield from _flattened(optimizer, one)
-        if driven[id(unwrap_optimizer(scheduler.optimizer))] == 1:
-            yield from _began_elsewhere(optimizer, scheduler)
-        yield from _ahead(optimizer, scheduler)
+            # SequentialLR computes each lr from the start, so inside it no scheduler multiplies the current lr.
+            is_stepped_alone = part is scheduler or type(scheduler).__name__ == "ChainedScheduler"
+            multiplies_current = is_stepped_alone and type(part).__name__ in _MULTIPLY_CURRENT
+            yield from _check_lengths(optimizer, part, multiplies_current=multiplies_current)
+            yield from _check_base_lrs(optimizer, part)
+            yield from _check_flat(optimizer, part)
+        if schedulers_of[id(optimizer.instance)] == 1:
+            yield from _check_initial_lr(optimizer, scheduler)
+        yield from _check_progress(optimizer, scheduler)
 
 
-def _parts(scheduler: Any) -> Iterator[Any]:
-    """Yield a scheduler and all that it is made of."""
+def _with_parts(scheduler: Any) -> Iterator[Any]:
+    """Yield a scheduler and all schedulers inside it."""
     yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _parts(inner)
+    for part in getattr(scheduler, "_schedulers", ()):
+        yield from _with_parts(part)
 
 
-def _elsewhere(called: str, optimizer: Any) -> Finding:
-    return Finding(
-        "groups.scheduler-optimizer",
-        "error",
+def _other_optimizer(label: str, optimizer: Any) -> Finding:
+    return codes.SCHEDULER_OPTIMIZER.finding(
         "",
-        f"{called} drives another {type(optimizer).__name__} than was given: these groups keep the lr that they have",
-        "build the scheduler again for the optimizer that trains, or pass that optimizer too",
+        f"{label} drives another {type(optimizer).__name__} than the given one, so it never changes the lr of these "
+        "groups",
+        "build the scheduler again for the optimizer that trains, or pass the other optimizer too",
     )
 
 
-def _lengths(optimizer: LiveOptimizer, scheduler: Any, *, follows: bool) -> Iterator[Finding]:
-    count, called = len(optimizer.groups), type(scheduler).__name__
+def _check_lengths(optimizer: LiveOptimizer, scheduler: Any, *, multiplies_current: bool) -> Iterator[Finding]:
+    count, label = len(optimizer.groups), type(scheduler).__name__
     wrong = {
         name: len(values)
         for name in _LISTS
@@ -103,95 +107,88 @@ def _lengths(optimizer: LiveOptimizer, scheduler: Any, *, follows: bool) -> Iter
     }
     if wrong:
         name, length = next(iter(wrong.items()))
+        is_harmless = multiplies_current and set(wrong) <= {"base_lrs"}
         effect = (
-            "its steps are right for the others too, but what it saves and what it resumes from is not"
-            if follows and set(wrong) <= {"base_lrs"}
-            else "its next steps fail, or give the others a wrong lr"
+            "its steps are still right, but the state that it saves is not"
+            if is_harmless
+            else "its next steps fail, or give some groups a wrong lr"
         )
-        yield Finding(
-            "groups.scheduler-length",
-            "warning" if follows and set(wrong) <= {"base_lrs"} else "error",
+        yield codes.SCHEDULER_LENGTH.finding(
             "",
-            f"{called} knows {plural(length, 'group')} ({name}), {optimizer.label} has {count}: {effect}",
-            _AGAIN,
+            f"{label} was built for {plural(length, 'group')} ({name}), but {optimizer.label} has {count}: {effect}",
+            _BUILD_AGAIN,
+            severity="warning" if is_harmless else "error",
         )
-    key = _WRITES.get(called)
-    lacking = [group for group in optimizer.groups if key and not wrong and not _has(group, key, scheduler)]
+    key = _WRITTEN_KEYS.get(label)
+    lacking = [group for group in optimizer.groups if key and not wrong and not _has_key(group, key, scheduler)]
     if key and lacking:
-        yield Finding(
-            "groups.scheduler-length",
-            "error",
+        yield codes.SCHEDULER_LENGTH.finding(
             "",
-            f"{lacking[0].where} has no {key}, which {called} writes into every group when it is built and reads in "
-            "every step: the group came later, or its options were loaded from elsewhere",
-            _AGAIN,
+            f"{lacking[0].where} has no {key}, which {label} writes into every group when it is built and reads in "
+            "every step: the group was added later, or its options were loaded from a file",
+            _BUILD_AGAIN,
         )
 
 
-def _has(group: LiveGroup, key: str, scheduler: Any) -> bool:
+def _has_key(group: LiveGroup, key: str, scheduler: Any) -> bool:
     return key in group.options or hasattr(scheduler, f"{key}s")
 
 
-def _bases(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
-    bases = getattr(scheduler, "base_lrs", None)
-    if not isinstance(bases, Sequence) or len(bases) != len(optimizer.groups) or type(scheduler).__name__ in _WRITES:
+def _check_base_lrs(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
+    base_lrs = getattr(scheduler, "base_lrs", None)
+    if not isinstance(base_lrs, Sequence) or len(base_lrs) != len(optimizer.groups):
         return
-    for base, group in zip(bases, optimizer.groups, strict=True):
-        initial = _number(group.options.get("initial_lr"))
-        known = _number(base)
-        if initial is not None and known is not None and not _close(initial, known):
-            yield Finding(
-                "groups.scheduler-base-lr",
-                "warning",
+    if type(scheduler).__name__ in _WRITTEN_KEYS:
+        return
+    for value, group in zip(base_lrs, optimizer.groups, strict=True):
+        initial_lr, base_lr = read_number(group.options.get("initial_lr")), read_number(value)
+        if initial_lr is not None and base_lr is not None and not _is_close(initial_lr, base_lr):
+            yield codes.SCHEDULER_BASE_LR.finding(
                 "",
-                f"{type(scheduler).__name__} counts from a base lr of {known:g} for {group.where}, which says "
-                f"initial_lr={initial:g}: one of them was loaded without the other, or for groups in another order",
+                f"{type(scheduler).__name__} has a base lr of {base_lr:g} for {group.where}, but the group has "
+                f"initial_lr={initial_lr:g}: only one of them was loaded, or the groups have another order",
                 "load optimizer and scheduler from one checkpoint, or build the scheduler again",
             )
 
 
-def _began_elsewhere(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
-    """Find a new scheduler that counts from an ``initial_lr`` which a file or an older scheduler left behind."""
-    if type(scheduler).__name__ not in _FROM_FULL or getattr(scheduler, "last_epoch", None) != 0:
+def _check_initial_lr(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
+    """Yield a finding if a new scheduler starts from an ``initial_lr`` of a loaded state or of an older scheduler."""
+    if type(scheduler).__name__ not in _START_AT_GROUP_LR or getattr(scheduler, "last_epoch", None) != 0:
         return
     for group in optimizer.groups:
-        initial, rate = _number(group.options.get("initial_lr")), _number(group.options.get("lr"))
-        if initial is not None and rate is not None and not _close(initial, rate):
-            yield Finding(
-                "groups.scheduler-initial-lr",
-                "warning",
+        initial_lr, lr = read_number(group.options.get("initial_lr")), read_number(group.options.get("lr"))
+        if initial_lr is not None and lr is not None and not _is_close(initial_lr, lr):
+            yield codes.SCHEDULER_INITIAL_LR.finding(
                 "",
-                f"{type(scheduler).__name__} is new and counts from initial_lr={initial:g}, but {group.where} has "
-                f"lr={rate:g}: the initial_lr came with a loaded state or from an earlier scheduler",
-                'before the scheduler is built, take it out or set it: group.pop("initial_lr", None)',
+                f"{type(scheduler).__name__} is new and starts from initial_lr={initial_lr:g}, but {group.where} has "
+                f"lr={lr:g}: the initial_lr is from a loaded state or from an earlier scheduler",
+                'before you build the scheduler, remove it: group.pop("initial_lr", None)',
             )
 
 
-def _flattened(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
-    called = type(scheduler).__name__
-    key = _WRITES.get(called)
+def _check_flat(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
+    label = type(scheduler).__name__
+    key = _WRITTEN_KEYS.get(label)
     if key is None or len(optimizer.groups) < 2:
         return
     values = getattr(scheduler, f"{key}s", None) or [group.options.get(key) for group in optimizer.groups]
-    if len({_number(value) for value in values}) > 1:
+    if len({read_number(value) for value in values}) > 1:
         return
     scales = {repr(group.options.get("lr_scale")) for group in optimizer.groups}
     alike = Counter(trained_options(group, "lr", "momentum", "betas") for group in optimizer.groups)
-    # Groups that differ in other options have a reason to be; those that differ in none were split for their lr.
+    # Groups that differ in other options are separate for that reason. Equal groups were separated for their lr.
     if max(alike.values()) > 1 or len(scales) > 1:
         names = " and ".join(group.where for group in optimizer.groups[:2])
-        yield Finding(
-            "groups.scheduler-flat",
-            "warning",
+        yield codes.SCHEDULER_FLAT.finding(
             "",
-            f"{called} has one {key} for all {len(optimizer.groups)} groups, of which some differ in nothing but their "
-            f"lr ({names}): whatever lr they had is gone",
-            f"give it a list with a value for each group: {key}=[...]",
+            f"{label} has one {key} for all {len(optimizer.groups)} groups, although some of them differ only in "
+            f"their lr ({names}): their own lr is lost",
+            f"give it a list with one value for each group: {key}=[...]",
         )
 
 
-def _ahead(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
-    """Find the schedule of a run that goes on, beside an optimizer that has yet to begin."""
+def _check_progress(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
+    """Yield a finding if the scheduler has counted steps and the optimizer has no state yet."""
     epoch = getattr(scheduler, "last_epoch", None)
     state = getattr(optimizer.instance, "state", None)
     if not isinstance(epoch, int) or epoch < 1 or optimizer.schema is None or not isinstance(state, Mapping) or state:
@@ -199,19 +196,13 @@ def _ahead(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     if optimizer.schema.has_shared_state or any(
         optimizer.schema.slots_for(group.options, ()) for group in optimizer.groups
     ):
-        yield Finding(
-            "groups.state-empty",
-            "warning",
+        yield codes.STATE_EMPTY.finding(
             "",
-            f"{type(scheduler).__name__} is at {plural(epoch, 'step')}, but {optimizer.label} has no state at all: it "
-            "was not loaded, or nothing of it was",
-            f"load it, and look: {quoted('len(optimizer.state)')} is the number of parameters with state",
+            f"{type(scheduler).__name__} is at {plural(epoch, 'step')}, but {optimizer.label} has no state: the state "
+            "was not loaded, or the load found nothing for these parameters",
+            f"load the state, then check {quoted('len(optimizer.state)')}, the number of parameters with state",
         )
 
 
-def _number(value: Any) -> float | None:
-    return None if value is None or number_fault(value) is not None else float(value)
-
-
-def _close(one: float, other: float) -> bool:
-    return abs(one - other) <= 1e-6 * max(abs(one), abs(other))
+def _is_close(left: float, right: float) -> bool:
+    return abs(left - right) <= 1e-6 * max(abs(left), abs(right))
