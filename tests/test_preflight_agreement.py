@@ -74,7 +74,6 @@ UNLIKE: dict[str, tuple[Callable[[nn.Module], torch.optim.Optimizer], dict[str, 
 }
 
 
-@pytest.mark.xfail(strict=True, reason="preflight compares five options of each parameter with the spec, and no more")
 @pytest.mark.parametrize(("make", "spec", "code"), UNLIKE.values(), ids=UNLIKE.keys())
 def test_an_optimizer_that_does_not_follow_the_spec_is_not_ready(
     make: Callable[[nn.Module], torch.optim.Optimizer], spec: dict[str, Any], code: str
@@ -96,16 +95,12 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "cosine": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
     "lambda": lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step),
     "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, [1.0, 0.1], total_steps=20),
-    "cyclic": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 1.0, cycle_momentum=False),
+    "cyclic": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 1.0),
 }
-FALSE_ALARM = pytest.mark.xfail(strict=True, reason="preflight takes the initial_lr of a cycle for the lr of the spec")
-CYCLES = ("one-cycle", "cyclic")
 
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
-@pytest.mark.parametrize(
-    "scheduler", [pytest.param(name, marks=[FALSE_ALARM] if name in CYCLES else []) for name in SCHEDULERS]
-)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("name", SPECS)
 def test_an_optimizer_that_follows_the_spec_is_ready(name: str, scheduler: str) -> None:
     """A scheduler may have moved the options that it drives, and the step may be computed by another kernel."""

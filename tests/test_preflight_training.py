@@ -52,15 +52,16 @@ def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any
 
 
 def test_a_live_optimizer_is_held_against_model_and_spec() -> None:
-    """Validated by identity; and each option that is not what the spec says is named."""
+    """Each difference from the spec is an error, and so is a parameter that no group holds."""
     model = Net()
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
     assert found(preflight(model, optimizer=optimizer)) == []
     report = preflight(model, groups=SPEC, optimizer=optimizer)
-    assert found(report) == ["preflight.spec-ignored"]
+    assert found(report) == ["preflight.spec-ignored", "groups.options", *["groups.moved"] * 4]
     assert report.findings[0].message == (
-        "'head.weight' and 1 more trains with lr = 0.001, and the spec says 0.01 (group 'head')"
+        "the optimizer does not follow the spec: 4 parameters in another group and 1 group with other options"
     )
+    assert report.findings[1].message == "group 0 trains with lr=0.001, and the spec says lr=0.01"
     model.head = nn.Linear(4, 3)
     assert "groups.missing" in found(preflight(model, optimizer=optimizer))
 

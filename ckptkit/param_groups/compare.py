@@ -9,6 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import kind_of, plural, printable, quoted
+from ckptkit.core.torch_optim import options_of_kind
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import read_groups
@@ -257,11 +258,11 @@ def compare_with_spec(model: Module, groups: Any, spec: SpecLike) -> Iterator[Fi
 
 
 def _options_agreement(group: LockedGroup, now: LockedGroup, where: str, live: Mapping[str, Any]) -> Iterator[Finding]:
-    driven = driven_options(live)
+    ignored = driven_options(live) | options_of_kind("speed")
     wrong = [
         (f"{key}={now.options[key]!r}" if key in now.options else f"no {key}", f"{key}={value!r}")
         for key, value in group.options.items()
-        if key not in driven and (key not in now.options or now.options[key] != value)
+        if key not in ignored and (key not in now.options or now.options[key] != value)
     ]
     if group.optimizer and now.optimizer and group.optimizer != now.optimizer:
         wrong.insert(0, (now.optimizer, group.optimizer))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
+from ckptkit.param_groups import codes
 from ckptkit.param_groups.build import build_planned_groups
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
@@ -22,8 +24,6 @@ from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
 __all__ = ["Training", "build_optimizers", "module_training", "plan_training", "unchanged_flags"]
-
-_COMPARED = ("lr", "weight_decay", "momentum", "betas", "eps")
 
 
 @dataclass(frozen=True)
@@ -59,17 +59,9 @@ def plan_training(model: Module, groups: SpecLike | None, optimizer: Any, schedu
     )
     live = _live(optimizer)
     if live:
-        findings = list(validate_param_groups(model, live, schedulers=schedulers).findings)
-        plan = None
-        if groups is not None:
-            assignment = assign(parameter_table(model), groups)
-            findings += assignment.report.findings
-            plan = assignment.plan if assignment.report.ok else None
-        rows = _rows(model, live)
-        if plan is not None:
-            findings += _against(plan, rows)
+        found = validate_param_groups(model, live, schedulers=schedulers, spec=groups).findings
         unseen = () if schedulers is not None else ("schedulers: none given",)
-        return Training(rows, live, frozen, tuple(findings), unseen)
+        return Training(_rows(model, live), live, frozen, (*_spec_ignored(found), *found), unseen)
     not_judged: tuple[str, ...] = ("schedulers and optimizer state: no live optimizer given",)
     if groups is None and optimizer is None:
         return Training(frozen=frozen, not_judged=("param groups and their options: none given", *not_judged))
@@ -169,36 +161,18 @@ def _rows(model: Module, optimizers: Sequence[Any]) -> tuple[TrainingGroup, ...]
     return tuple(rows)
 
 
-def _against(plan: ParamGroupsPlan, rows: Sequence[TrainingGroup]) -> Iterator[Finding]:
-    """Yield where the live groups give a parameter another option than the spec does."""
-    there = {name: row for row in rows for name in row.names}
-    for group in plan.groups:
-        unlike: dict[tuple[str, str, str], list[str]] = {}
-        for parameter in group.parameters:
-            row = there.get(parameter.name)
-            if row is None:
-                continue
-            for key in _COMPARED:
-                live = row.options.get("initial_lr", row.options.get("lr")) if key == "lr" else row.options.get(key)
-                if key in group.options and _unlike(group.options[key], live):
-                    told = (key, str(live), str(group.options[key]))
-                    unlike.setdefault(told, []).append(parameter.name)
-        for (key, live, wanted), names in unlike.items():
-            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
-            yield Finding(
-                "preflight.spec-ignored",
-                "error",
-                names[0],
-                f"{quoted(names[0])}{more} trains with {key} = {live}, and the spec says {wanted} "
-                f"(group {quoted(group.name)})",
-                "build the optimizer of build_param_groups(model, spec)",
-            )
-
-
-def _unlike(one: Any, other: Any) -> bool:
-    if isinstance(one, Sequence) and isinstance(other, Sequence):
-        return list(one) != list(other)
-    return bool(one != other)
+def _spec_ignored(findings: Sequence[Finding]) -> Iterator[Finding]:
+    """Yield one finding that counts those in which the validator compares the live groups with the spec."""
+    counts = Counter(finding.code for finding in findings)
+    moved, options = counts[codes.MOVED.name], counts[codes.OPTIONS.name]
+    if moved or options:
+        parts = [
+            f"{plural(moved, 'parameter')} in another group" if moved else "",
+            f"{plural(options, 'group')} with other options" if options else "",
+        ]
+        message = f"the optimizer does not follow the spec: {' and '.join(filter(None, parts))}"
+        hint = "build the optimizer from build_param_groups(model, spec)"
+        yield Finding("preflight.spec-ignored", "error", "", message, hint)
 
 
 def module_training(model: Module, frozen: frozenset[str]) -> tuple[ModuleTraining, ...]:
