@@ -9,7 +9,7 @@ from typing import Any
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, quoted
-from ckptkit.core.torch_optim import OptimizerSchema, schema_of
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, schema_of
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import FoundState
@@ -23,8 +23,12 @@ __all__ = ["check_resume"]
 
 _SHOWN = 3
 _BY_NAME = "load_optimizer_state goes by name"
-# What torch itself puts into groups and nobody tunes; a change of it is no change of training.
-_PLUMBING = frozenset({"foreach", "fused", "capturable", "differentiable", "maximize", "initial_lr", "name"})
+_NOT_COMPARED = options_of_kind("speed", "name") | {"initial_lr"}
+# A change of these options turns a step into another one, so it is an error; the others are warnings.
+_OTHER_DIRECTION = {
+    "decoupled_weight_decay": "Adam and AdamW read the same state, and decay weights otherwise",
+    "maximize": "each step goes in the opposite direction: set maximize again after load_state_dict",
+}
 
 
 def check_resume(
@@ -196,21 +200,20 @@ class _Positions:
 
     def _options(self, number: int, live: TrainingGroup, saved: Mapping[str, Any]) -> Iterator[Finding]:
         where = f"group {number} ({quoted(live.name)})"
-        for key in live.options.keys() & saved.keys() - _PLUMBING:
-            mine, theirs = _plain(live.options[key]), _plain(saved[key])
-            if mine != theirs and mine is not None and theirs is not None:
-                error = key == "decoupled_weight_decay"
+        for key, value in live.options.items():
+            if key in _NOT_COMPARED or key not in saved:
+                continue
+            mine, theirs = _plain(value), _plain(saved[key])
+            if _Unknown not in (mine, theirs) and mine != theirs:
                 yield Finding(
                     "preflight.resume-options",
-                    "error" if error else "warning",
+                    "error" if key in _OTHER_DIRECTION else "warning",
                     "",
                     f"{where}: {key} = {mine} becomes {theirs} with the optimizer state of the run",
-                    "Adam and AdamW read the same state, and decay weights otherwise"
-                    if error
-                    else "set it again after load_state_dict, or begin with what the run had",
+                    _OTHER_DIRECTION.get(key, "set it again after load_state_dict, or begin with what the run had"),
                 )
         if self.training.optimizers:
-            lost = sorted(live.options.keys() - saved.keys() - _PLUMBING - {"group_name"})
+            lost = sorted(key for key, value in live.options.items() if key not in saved and _is_lost(key, value))
             if lost:
                 yield Finding(
                     "preflight.resume-lost",
@@ -221,15 +224,25 @@ class _Positions:
                 )
 
 
+def _is_lost(key: str, value: object) -> bool:
+    """Return whether a load changes an option of a live group that the file does not have."""
+    if key in _NOT_COMPARED:
+        return False
+    option = OPTIONS.get(key)
+    return option is None or option.value_without is None or value != option.value_without
+
+
+class _Unknown:
+    """Stands for a value that cannot be compared."""
+
+
 def _plain(value: Any) -> Any:
     number = number_of(value)
     if number is not None:
         return number
     if isinstance(value, list | tuple):
         return tuple(value)
-    if hasattr(value, "item") and getattr(value, "numel", lambda: 0)() == 1:
-        return value.item()
-    return value if isinstance(value, bool | int | float | str) else None
+    return value if value is None or isinstance(value, bool | int | float | str) else _Unknown
 
 
 def _be(names: Sequence[str]) -> str:
