@@ -16,6 +16,7 @@ _CODES: dict[str, str] = {
     "ckptkit.formats.codes": "Readers: warnings of ckpt show and findings of ckpt check",
     "ckptkit.param_groups.codes": "ckpt groups, validate_param_groups and rebind",
     "ckptkit.optimizer_state.codes": "ckpt optim",
+    "ckptkit.checks.codes": "ckpt check",
 }
 
 

@@ -316,7 +316,7 @@ def test_fast_reads_no_data(tmp_path: Path) -> None:
     report = checked(path, fast=True, progress=seen.append)
     assert (codes(report), seen) == (["not-scanned"], [])
     said = report.findings[0].message
-    assert said.startswith("headers only: no stored byte of a tensor was read, no checksum compared, no number was ")
+    assert said.startswith("headers only: no byte of a tensor was read, no checksum compared, no values were ")
 
 
 # --- what readers say, and what cannot be compared -------------------------------------------------------------------

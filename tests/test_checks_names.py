@@ -45,13 +45,14 @@ def with_names(prefix: str, *of_each: Iterable[str]) -> list[str]:
 
 LOST: dict[str, tuple[list[str], str, str, str]] = {
     # id: (keys, code, key of the finding, a piece of the message)
-    "one layer": (layers(set(range(12)) - {7}), "index-hole", "layers.7", "'layers' has modules 0-11 and no 7"),
-    "two layers": (layers(set(range(12)) - {7, 8}), "index-hole", "layers.7", "no 7-8"),
-    "one of five": (layers({0, 1, 3, 4}), "index-hole", "layers.2", "has modules 0-4 and no 2"),
-    "one of four in a stack": (layers({0, 1, 3}), "index-hole", "layers.2", "has modules 0-3 and no 2"),
-    "an expert": (layers({0, 1, 2, 4, 5}, prefix="layers.3.experts"), "index-hole", "layers.3.experts.3", "no 3"),
+    "one layer": (layers(set(range(12)) - {7}), "index-hole", "layers.7", "'layers' has modules 0-11, but not 7"),
+    "two layers": (layers(set(range(12)) - {7, 8}), "index-hole", "layers.7", "but not 7-8"),
+    "one of five": (layers({0, 1, 3, 4}), "index-hole", "layers.2", "has modules 0-4, but not 2"),
+    "one of four in a stack": (layers({0, 1, 3}), "index-hole", "layers.2", "has modules 0-3, but not 2"),
+    "an expert": (layers({0, 1, 2, 4, 5}, prefix="layers.3.experts"), "index-hole", "layers.3.experts.3", "but not 3"),
     "a layer behind unlike ones": (
-        layers({0}, ("mlp.up.weight",)) + layers({1, 2, 3, 5, 6, 7}), "index-hole", "layers.4", "modules 0-7 and no 4",
+        layers({0}, ("mlp.up.weight",)) + layers({1, 2, 3, 5, 6, 7}), "index-hole", "layers.4",
+        "modules 0-7, but not 4",
     ),
     "a weight": (
         layers(range(6), lost=["layers.4.attn.k.weight"]), "sibling-lacks", "layers.4.attn.k.weight",
@@ -142,7 +143,7 @@ KOHYA: Shapes = {"lora_unet_q.lora_down.weight": (8, 64, 3, 3), "lora_unet_q.lor
 OTHER: Shapes = {"k.lora_A.weight": (8, 64), "k.lora_B.weight": (32, 8)}
 ADAPTERS: dict[str, tuple[Shapes, list[tuple[str, str]], str]] = {
     # id: (shapes, codes with their severities, a piece of the first message)
-    "peft": (PEFT, [("lora-alpha", "note")], "the scale of 1 low-rank pair (alpha / rank)"),
+    "peft": (PEFT, [("lora-alpha", "note")], "the scale of 1 LoRA pair (alpha / rank)"),
     "peft, named": (
         {"m.q.lora_A.default.weight": (8, 64), "m.q.lora_B.default.weight": (32, 8)}, [("lora-alpha", "note")], "",
     ),
@@ -153,7 +154,8 @@ ADAPTERS: dict[str, tuple[Shapes, list[tuple[str, str]], str]] = {
     "kohya": ({**KOHYA, "lora_unet_q.alpha": ()}, [], ""),
     "kohya without alpha": (KOHYA, [("lora-alpha", "note")], "is not in the file"),
     "alpha of one alone": (
-        {**KOHYA, "lora_unet_q.alpha": (), **OTHER}, [("lora-alpha", "warning")], "1 pair without an alpha, where 1",
+        {**KOHYA, "lora_unet_q.alpha": (), **OTHER}, [("lora-alpha", "warning")],
+        "1 LoRA pair without alpha, but 1 with alpha",
     ),
     "diffusers": ({"q.lora.down.weight": (4, 8), "q.lora.up.weight": (8, 4), "q.alpha": ()}, [], ""),
     "stacked experts": ({"w.lora_A.weight": (6, 8, 64), "w.lora_B.weight": (6, 32, 8), "w.alpha": ()}, [], ""),
@@ -162,9 +164,9 @@ ADAPTERS: dict[str, tuple[Shapes, list[tuple[str, str]], str]] = {
     ),
     "half": (
         {"m.q.lora_A.weight": (8, 64)}, [("lora-half", "error"), ("lora-alpha", "note")],
-        "'m.q.lora_A.weight' is half of an adapter: there is no lora_B beside it",
+        "'m.q.lora_A.weight' is half of a LoRA pair: its lora_B is not in the file",
     ),
-    "the other half": ({"q.lora_up.weight": (8, 64)}, [("lora-half", "error")], "there is no lora_A beside it"),
+    "the other half": ({"q.lora_up.weight": (8, 64)}, [("lora-half", "error")], "its lora_A is not in the file"),
     "ranks": (
         {**PEFT, "m.q.lora_B.weight": (32, 4)}, [("lora-rank", "error"), ("lora-alpha", "note")],
         "'m.q.lora_A.weight' is F32 [8, 64] and 'm.q.lora_B.weight' is F32 [32, 4]: their ranks differ",
@@ -209,7 +211,7 @@ def test_a_shard_that_the_index_forgot_is_found(tmp_path: Path) -> None:
     edit(index, **{"c.w": ""})
     (tmp_path / second).unlink()
     assert ("shard-count", "warning", f"the index names 1 of 2 shards, and not '{second}'") in warned(checked(tmp_path))
-    said = f"'{first}' is one of 2 shards by its name: the others were not looked at"
+    said = f"'{first}' is one of 2 shards, by its name: the others were not checked"
     assert warned(checked(tmp_path / first)) == [("one-shard", "note", said)]
 
 

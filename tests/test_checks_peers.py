@@ -81,7 +81,7 @@ def test_it_passes(make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.
     ran = run_ckpt(capsys, "check", make(tmp_path), "--json")
     document = json.loads(ran.out)
     assert (ran.code, document["summary"]["errors"], document["summary"]["warnings"]) == (0, 0, 0), ran.out
-    assert "numbers of" in document["findings"][-1]["message"]
+    assert "values of" in document["findings"][-1]["message"]
 
 
 @pytest.mark.parametrize(("path", "said"), [("gone.safetensors", "no such file"), (".", "without a checkpoint in it")])

@@ -133,7 +133,7 @@ def test_zeros_of_many_tensors_are_one_finding(tmp_path: Path) -> None:
     """With the first names and the number of the others."""
     (finding,) = found({f"l{n}.w": torch.zeros(3, 3) for n in range(10)}, tmp_path)
     assert finding.message == (
-        "10 tensors with nothing but zeros: " + ", ".join(f"'l{n}.w'" for n in range(8)) + " and 2 more"
+        "10 tensors with only zeros: " + ", ".join(f"'l{n}.w'" for n in range(8)) + " and 2 more"
     )
 
 
@@ -148,7 +148,7 @@ def test_subnormal_numbers_are_a_note(tmp_path: Path) -> None:
     assert ((half != 0) & (half.abs() < torch.finfo(torch.float16).tiny)).sum() > 20
     assert found({"w": half}, tmp_path) == []
     (finding,) = found({"w": (NOISE * 1e-5).half()}, tmp_path)
-    assert finding.message == "1 tensor mostly of subnormal numbers, whose digits are lost: 'w'"
+    assert finding.message == "1 tensor with mostly subnormal numbers, which have lost digits: 'w'"
 
 
 # --- tables of integers ----------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_copies_are_found_whatever_their_name(tmp_path: Path) -> None:
     state = {"a": square, "b": square.clone(), "tied to a": square, "c": square.t().contiguous()}
     (finding,) = found({**state, "e": square.clone()}, tmp_path)
     assert brief([finding]) == [("duplicate", "warning", "a")]
-    said = "3 tensors of equal content, 'F32 [32, 32]', stored apart (8.2 kB more than once): 'a', 'b', 'e'"
+    said = "3 equal tensors, 'F32 [32, 32]', stored apart (8.2 kB more than once): 'a', 'b', 'e'"
     assert finding.message == said
 
 
@@ -287,7 +287,7 @@ def test_what_was_never_trained_looks_fresh(
     told = {f["severity"]: f["message"] for f in json.loads(ran.out)["findings"] if f["code"] == "at-init"}
     assert ran.code == 1
     assert told["warning"].endswith(
-        "1 tensor distributed as in a model that was just built (mean, deviation, magnitudes): '2.weight'"
+        "1 tensor distributed as in a model just built (mean, deviation, magnitudes): '2.weight'"
     )
     assert told["note"].endswith("(ones, zeros): '1.weight', '1.bias', '1.running_mean', '1.running_var'")
 
@@ -303,7 +303,7 @@ def test_what_is_equal_to_expected_bit_by_bit_is_said(
         ran = run_ckpt(capsys, "check", "--json", "--like", like, tmp_path / "f.pt")
         codes = {f["code"]: f["message"] for f in json.loads(ran.out)["findings"]}
         assert ran.code == 0, codes
-        assert f"{count} tensors bit by bit as EXPECTED has them" in codes["as-expected"]
+        assert f"{count} tensors bit by bit equal to EXPECTED" in codes["as-expected"]
         ran = run_ckpt(capsys, "check", "--fast", "--json", "--like", like, tmp_path / "f.pt")
         assert [f["code"] for f in json.loads(ran.out)["findings"]] == ["not-scanned"]
 
@@ -332,8 +332,8 @@ def test_numbers_are_found_however_they_are_stored(make: Callable[[Path], str | 
     with open_checkpoint(path) as checkpoint:
         report = run_checks(checkpoint)
     assert [(f.code, f.key) for f in report.findings if f.severity == "error"] == [("nan", "w")]
-    assert f"numbers of {len(checkpoint)} tensor" in report.findings[-1].message
-    assert " not: " not in report.findings[-1].message
+    assert f"values of {len(checkpoint)} tensor" in report.findings[-1].message
+    assert " not checked: " not in report.findings[-1].message
 
 
 def test_swapped_numbers_are_judged_as_they_are_read(tmp_path: Path) -> None:
@@ -349,9 +349,12 @@ def test_what_was_not_judged_is_said_with_its_reason(tmp_path: Path) -> None:
     torch.save(state, tmp_path / "f.pt")
     with open_checkpoint(tmp_path / "f.pt") as checkpoint:
         said = run_checks(checkpoint).findings[-1].message
-        assert "numbers of 1 tensor judged (F32), of 1 not: sparse tensor, of 1 not: expanded to more than" in said
-        assert "no number was judged (NaN, Inf," in run_checks(checkpoint, values=False).findings[-1].message
-        assert "no number was judged (NaN, Inf," in run_checks(checkpoint, fast=True).findings[-1].message
+        assert (
+            "values of 1 tensor checked (F32), 1 not checked: sparse tensor, 1 not checked: expanded to more than"
+            in said
+        )
+        assert "no values were checked (NaN, Inf," in run_checks(checkpoint, values=False).findings[-1].message
+        assert "no values were checked (NaN, Inf," in run_checks(checkpoint, fast=True).findings[-1].message
 
 
 def test_overlapping_views_cost_no_more_than_what_is_stored(tmp_path: Path) -> None:
@@ -360,7 +363,7 @@ def test_overlapping_views_cost_no_more_than_what_is_stored(tmp_path: Path) -> N
     torch.save({f"v{n}": base[n:] for n in range(1000)}, tmp_path / "f.pt")
     with open_checkpoint(tmp_path / "f.pt") as checkpoint:
         said = run_checks(checkpoint).findings[-1].message
-    assert " not: views that overlap many times" in said
+    assert " not checked: views that overlap many times" in said
 
 
 def test_a_model_in_memory_is_judged_too() -> None:
@@ -370,10 +373,10 @@ def test_a_model_in_memory_is_judged_too() -> None:
     report = run_checks(model)
     assert [(finding.code, finding.key) for finding in report.findings[:-1]] == [("nan", "bias")]
     assert report.findings[-1].message.startswith(
-        "held in memory, not in a file: no byte of a file was read, numbers of 2"
+        "held in memory, not in a file: no byte of a file was read, values of 2"
     )
     said = run_checks(nn.Linear(4, 4, device="meta")).findings[-1].message
-    assert said.endswith("numbers of 0 tensors judged, of 2 not: not read")
+    assert said.endswith("values of 0 tensors checked, 2 not checked: not read")
 
 
 def test_without_torch_bytes_are_read_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,4 +385,4 @@ def test_without_torch_bytes_are_read_all_the_same(tmp_path: Path, monkeypatch: 
     monkeypatch.setitem(sys.modules, "torch", None)
     with open_checkpoint(path) as checkpoint:
         (finding,) = run_checks(checkpoint).findings
-    assert "records read, 7 compared with a checksum; no number was judged (NaN, Inf," in finding.message
+    assert "records read, 7 compared with a checksum; no values were checked (NaN, Inf," in finding.message

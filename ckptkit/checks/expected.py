@@ -1,89 +1,90 @@
-"""A comparison with what a model expects, as findings."""
+"""Checks of a checkpoint against what a model expects: keys, shapes and dtypes, and values that were never trained."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
+from ckptkit.checks import codes
 from ckptkit.checks.structure import FLOATS
 from ckptkit.comparison import KeyPair, StateDictDiff
-from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.findings import Code, Finding
 from ckptkit.core.text import listed, plural
 from ckptkit.core.ties import tied_keys
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["as_expected", "differences", "like_a_fresh_model"]
+__all__ = ["check_as_expected", "check_at_init", "check_differences"]
+
+_MIN_VALUES = 1024  # smaller samples are too often alike by chance
+_SIGMAS = 4.0
+_MIN_IN_BIN = 10
 
 
-def differences(result: StateDictDiff) -> Iterator[Finding]:
-    """Yield what ``load_state_dict`` would not take, one finding a kind.
+def check_differences(result: StateDictDiff) -> Iterator[Finding]:
+    """Yield one finding for each kind of difference that ``load_state_dict`` would meet.
 
-    Errors are ``missing``, ``shape-mismatched``, ``uncopyable`` and ``no-tensor``; warnings ``unexpected``,
-    ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied``, for what EXPECTED ties to a key that is there,
-    and ``filled``, for counters that torch fills in by itself.
+    Errors are ``missing``, ``shape-mismatched``, ``uncopyable`` and ``no-tensor``. Warnings are ``unexpected``,
+    ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing key to a key that
+    is there) and ``filled`` (a counter that torch fills in).
     """
-    hint = f"{result.hints[0].message}" if result.hints else "ckpt diff lists them all"
-    there = {pair.key for pair in result.matched}
+    hint = result.hints[0].message if result.hints else "ckpt diff lists all keys"
+    matched = {pair.key for pair in result.matched}
     partners = {key: group for group in tied_keys(result.expected.values()) for key in group}
     missing = [info.key for info in result.missing if info.key not in result.filled]
-    shared = [key for key in missing if any(other in there for other in partners.get(key, ()))]
-    blocked = set(result.blocked)
-    lost = [key for key in missing if key not in blocked and key not in set(shared)]
-    yield from _one("missing", "error", lost, "missing: EXPECTED has {} and this has not", hint)
-    said = "not there, and tied in EXPECTED to what is there: load_state_dict(strict=False) fills {} all the same"
-    yield from _one("missing-tied", "note", shared, said)
+    tied = [key for key in missing if any(other in matched for other in partners.get(key, ()))]
+    elsewhere = {*result.blocked, *tied}
+    lost = [key for key in missing if key not in elsewhere]
+    yield from _of_keys(codes.MISSING, lost, "missing: EXPECTED has {them}, the checkpoint does not", hint)
+    text = "not stored, but tied in EXPECTED to a stored key: load_state_dict(strict=False) fills {them} too"
+    yield from _of_keys(codes.MISSING_TIED, tied, text)
     filled = [info.key for info in result.missing if info.key in result.filled]
-    yield from _one("filled", "note", filled, "not there, as before torch 0.4.1: load_state_dict fills {} in")
+    text = "not stored, as before torch 0.4.1: load_state_dict fills {them} in"
+    yield from _of_keys(codes.FILLED, filled, text)
     unexpected = [info.key for info in result.unexpected if info.key not in result.unseen]
-    yield from _one("unexpected", "warning", unexpected, "unexpected: this has {} and EXPECTED has not", hint)
-    yield from _pairs("shape-mismatched", "error", result.shape_mismatched, "of another shape than in EXPECTED")
+    text = "unexpected: the checkpoint has {them}, EXPECTED does not"
+    yield from _of_keys(codes.UNEXPECTED, unexpected, text, hint)
+    yield from _of_pairs(codes.SHAPE_MISMATCHED, result.shape_mismatched, "with another shape than in EXPECTED")
     uncopyable = {pair.key for pair in result.uncopyable}
-    yield from _pairs("uncopyable", "error", result.uncopyable, "of a kind or dtype that torch cannot copy")
+    yield from _of_pairs(codes.UNCOPYABLE, result.uncopyable, "with a kind or dtype that torch cannot copy")
     cast = [pair for pair in result.dtype_mismatched if pair.key not in uncopyable]
-    yield from _pairs("dtype-mismatched", "warning", cast, "of another dtype, which torch casts without a word")
-    no_tensor = [*result.blocked, *result.foreign]
-    yield from _one("no-tensor", "error", no_tensor, "no tensor, where load_state_dict takes nothing else: {}")
-    yield from _one("extra-state", "warning", result.extra_state, "extra state on one side alone: {}")
+    yield from _of_pairs(codes.DTYPE_MISMATCHED, cast, "with another dtype than in EXPECTED: torch casts silently")
+    not_tensors = [*result.blocked, *result.foreign]
+    yield from _of_keys(codes.NO_TENSOR, not_tensors, "without a tensor, but load_state_dict takes only tensors")
+    yield from _of_keys(codes.EXTRA_STATE, result.extra_state, "of extra state that only one side has")
 
 
-def _one(code: str, severity: Severity, keys: Iterable[str], said: str, hint: str = "") -> Iterator[Finding]:
+def _of_keys(code: Code, keys: Iterable[str], text: str, hint: str = "") -> Iterator[Finding]:
     names = list(keys)
     if names:
-        pronoun = "it" if len(names) == 1 else "them"
-        message = f"{plural(len(names), 'key')} {said.format(pronoun)}: {listed(names)}"
-        yield Finding(code, severity, names[0], message, hint)
+        text = text.format(them="it" if len(names) == 1 else "them")
+        yield code.finding(names[0], f"{plural(len(names), 'key')} {text}: {listed(names)}", hint)
 
 
-def _pairs(code: str, severity: Severity, pairs: Iterable[KeyPair], said: str) -> Iterator[Finding]:
-    told = list(pairs)
-    if told:
-        first = f"{told[0].expected} expected, {told[0].found} found"
-        names = [pair.key for pair in told]
-        yield Finding(code, severity, names[0], f"{plural(len(told), 'key')} {said}: {listed(names)} ({first})")
+def _of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Iterator[Finding]:
+    found = list(pairs)
+    if found:
+        first = f"{found[0].expected} expected, {found[0].found} found"
+        names = [pair.key for pair in found]
+        yield code.finding(names[0], f"{plural(len(found), 'key')} {text}: {listed(names)} ({first})")
 
 
-_LEAST_NUMBERS = 1024  # of fewer, chance decides
-_SIGMAS = 4.0
-_LEAST_IN_BIN = 10
-
-
-def as_expected(pairs: Iterable[KeyPair], same: Callable[[KeyPair], bool]) -> Iterator[Finding]:
-    """Yield a note on the tensors that are bit by bit those of EXPECTED: ``as-expected``."""
-    equal = [pair.key for pair in pairs if pair.expected.elements and same(pair)]
+def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyPair], bool]) -> Iterator[Finding]:
+    """Yield an ``as-expected`` note on the tensors that equal those of EXPECTED bit by bit."""
+    equal = [pair.key for pair in pairs if pair.expected.elements and have_equal_bytes(pair)]
     if equal:
-        said = f"{plural(len(equal), 'tensor')} bit by bit as EXPECTED has them: {listed(equal)}"
-        yield Finding("as-expected", "note", equal[0], said)
+        message = f"{plural(len(equal), 'tensor')} bit by bit equal to EXPECTED: {listed(equal)}"
+        yield codes.AS_EXPECTED.finding(equal[0], message)
 
 
-def like_a_fresh_model(
+def check_at_init(
     pairs: Iterable[KeyPair], found: Mapping[str, ValueStats], fresh: Mapping[str, ValueStats]
 ) -> Iterator[Finding]:
-    """Yield what looks as if it was never trained, beside a model that was just built: ``at-init``.
+    """Yield ``at-init`` for tensors that look like those of a model just built, as if they were never trained.
 
-    A warning on tensors of 1,024 numbers or more whose mean, deviation and magnitudes, by powers of two, differ from
-    those of the fresh ones by no more than two samples of one distribution do; a note on those that hold one number
-    throughout, the same as the fresh ones. It is evidence and no proof: a training that moved little is not told
-    apart. ``found`` and ``fresh`` are by the keys of the checkpoint and of the model.
+    A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram differ from those of the fresh
+    model no more than two samples of one distribution do. A tensor that holds one number throughout is a note if the
+    fresh model holds the same number. This is evidence, not proof: a short training can look the same. ``found`` has
+    the keys of the checkpoint, ``fresh`` those of the model.
     """
     sampled: list[str] = []
     constant: list[str] = []
@@ -94,34 +95,37 @@ def like_a_fresh_model(
         if theirs.constant is not None:
             if ours.constant == theirs.constant and ours.count > 1:
                 constant.append(pair.key)
-        elif _one_distribution(ours, theirs, same_dtype=pair.found.dtype == pair.expected.dtype):
+        elif _have_one_distribution(ours, theirs, same_dtype=pair.found.dtype == pair.expected.dtype):
             sampled.append(pair.key)
     if sampled:
-        said = f"{plural(len(sampled), 'tensor')} distributed as in a model that was just built (mean, deviation, "
-        hint = "never trained, or not what was saved? Of what is meant to start anew, leave it out with --drop"
-        yield Finding("at-init", "warning", sampled[0], f"{said}magnitudes): {listed(sampled)}", hint)
+        count = plural(len(sampled), "tensor")
+        message = f"{count} distributed as in a model just built (mean, deviation, magnitudes): {listed(sampled)}"
+        hint = "never trained, or not saved? Leave out with --drop what will be trained from scratch"
+        yield codes.AT_INIT.finding(sampled[0], message, hint)
     if constant:
-        said = f"{plural(len(constant), 'tensor')} throughout the number that a model has when it is built (ones, zeros"
-        yield Finding("at-init", "note", constant[0], f"{said}): {listed(constant)}")
+        count = plural(len(constant), "tensor")
+        message = f"{count} with the constant of a model just built (ones, zeros): {listed(constant)}"
+        yield codes.AT_INIT.finding(constant[0], message, severity="note")
 
 
-def _one_distribution(ours: ValueStats, theirs: ValueStats, *, same_dtype: bool) -> bool:
+def _have_one_distribution(ours: ValueStats, theirs: ValueStats, *, same_dtype: bool) -> bool:
     count = ours.count
-    if count < _LEAST_NUMBERS or theirs.count != count or not ours.std or not theirs.std:
+    if count < _MIN_VALUES or theirs.count != count or not ours.std or not theirs.std:
         return False
     if ours.mean is None or theirs.mean is None:
         return False
     error = math.sqrt(2 / count)
     if abs(ours.mean - theirs.mean) > _SIGMAS * max(ours.std, theirs.std) * error:
         return False
-    if abs(math.log(ours.std / theirs.std)) > _SIGMAS * error / math.sqrt(2):  # as of normal numbers, the widest used
+    # The standard error of a normal distribution: no common init has a wider one.
+    if abs(math.log(ours.std / theirs.std)) > _SIGMAS * error / math.sqrt(2):
         return False
-    return not same_dtype or _same_bins(ours.histogram, theirs.histogram)
+    return not same_dtype or _have_one_histogram(ours.histogram, theirs.histogram)
 
 
-def _same_bins(ours: Mapping[int, int], theirs: Mapping[int, int]) -> bool:
-    """Return whether chi-squared tells two histograms of as many numbers apart."""
-    bins = [(ours.get(at, 0), theirs.get(at, 0)) for at in ours.keys() | theirs.keys()]
-    full = [(one, other) for one, other in bins if one + other >= _LEAST_IN_BIN]
-    squared = sum((one - other) ** 2 / (one + other) for one, other in full)
+def _have_one_histogram(ours: Mapping[int, int], theirs: Mapping[int, int]) -> bool:
+    """Return whether a chi-squared test finds no difference between two histograms of equally many numbers."""
+    bins = [(ours.get(exponent, 0), theirs.get(exponent, 0)) for exponent in ours.keys() | theirs.keys()]
+    full = [(mine, other) for mine, other in bins if mine + other >= _MIN_IN_BIN]
+    squared = sum((mine - other) ** 2 / (mine + other) for mine, other in full)
     return squared <= len(full) + _SIGMAS * math.sqrt(2 * len(full))

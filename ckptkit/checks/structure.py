@@ -1,4 +1,4 @@
-"""What names, shapes and dtypes tell without the numbers: layers that lack something, dtypes that others have not."""
+"""Checks of names, shapes and dtypes, without a value: missing layers, layers that lack a tensor, mixed dtypes."""
 
 from __future__ import annotations
 
@@ -6,123 +6,129 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
 
+from ckptkit.checks import codes
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
 
-__all__ = ["FLOATS", "dtype_mix", "index_holes", "lacking", "not_dense", "numbered"]
+__all__ = ["FLOATS", "check_dtype_mix", "check_index_holes", "check_not_dense", "check_siblings", "numbered_modules"]
 
 FLOATS = frozenset(
     {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
 )
-_LEAST_SIBLINGS = 4
-# What transformers call their stack: nothing without parameters stands in one of these.
-_STACKS = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks", "transformer_blocks"})
-_LEAST_IN_STACK = 3
-_MOST_LEVELS = 4  # numbered lists inside each other that are looked at
-_LONGEST_NUMBER = 6
-_LOST = "ckpt diff with the model as EXPECTED says what would not load"
-Lists = Mapping[str, Mapping[int, frozenset[str]]]
+_MIN_SIBLINGS = 4
+# The names that model libraries give to a stack of layers. Every module of such a list has parameters.
+_STACK_NAMES = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks", "transformer_blocks"})
+_MIN_IN_STACK = 3
+_MAX_NESTED_LISTS = 4
+_MAX_DIGITS = 6
+_DIFF_HINT = "ckpt diff with the model as EXPECTED lists what would not load"
+NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
-def not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
-    """Yield a note for each kind of tensor that is listed and not read as numbers: ``not-dense``."""
-    kinds: dict[str, list[str]] = {}
+def check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
+    """Yield a ``not-dense`` note for each kind of tensor whose values are not read, such as sparse tensors."""
+    by_kind: dict[str, list[str]] = {}
     for info in infos:
         if info.kind != "dense":
-            kinds.setdefault(info.kind, []).append(info.key)
-    for kind, keys in kinds.items():
-        said = f"{plural(len(keys), f'{kind} tensor')} listed, and not read or written as numbers: {listed(keys)}"
-        yield Finding("not-dense", "note", keys[0], said)
+            by_kind.setdefault(info.kind, []).append(info.key)
+    for kind, keys in by_kind.items():
+        count = plural(len(keys), f"{kind} tensor")
+        message = f"{count} listed, but the values are not read or written: {listed(keys)}"
+        yield codes.NOT_DENSE.finding(keys[0], message)
 
 
-def dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
-    """Yield a note where not all floating-point tensors have one dtype: ``dtype-mix``, naming the odd ones."""
-    found: dict[str, list[str]] = {}
+def check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
+    """Yield a ``dtype-mix`` note that names the tensors without the usual dtype; only floating-point dtypes count."""
+    by_dtype: dict[str, list[str]] = {}
     elements: Counter[str] = Counter()
     for info in infos:
         if info.dtype in FLOATS and info.elements:
-            found.setdefault(info.dtype, []).append(info.key)
+            by_dtype.setdefault(info.dtype, []).append(info.key)
             elements[info.dtype] += info.elements
-    if len(found) < 2:
+    if len(by_dtype) < 2:
         return
     usual, *others = (dtype for dtype, _ in elements.most_common())
-    odd = "; ".join(f"{dtype} in {len(found[dtype]):,}: {listed(found[dtype])}" for dtype in others)
-    yield Finding("dtype-mix", "note", found[others[0]][0], f"{usual} in {plural(len(found[usual]), 'tensor')}, {odd}")
+    rest = "; ".join(f"{dtype} in {len(by_dtype[dtype]):,}: {listed(by_dtype[dtype])}" for dtype in others)
+    message = f"{usual} in {plural(len(by_dtype[usual]), 'tensor')}, {rest}"
+    yield codes.DTYPE_MIX.finding(by_dtype[others[0]][0], message)
 
 
-def numbered(keys: Iterable[str]) -> Lists:
-    """Return the numbered lists of modules among these keys: prefix → number → what lies below it."""
+def numbered_modules(keys: Iterable[str]) -> NumberedModules:
+    """Return the numbered lists of modules in these keys: prefix → number → names of the tensors below it."""
     lists: dict[str, dict[int, set[str]]] = {}
     for key in keys:
         parts = key.split(".")
         levels = 0
         for at, part in enumerate(parts[1:-1], 1):
-            if part.isdecimal() and part.isascii() and len(part) <= _LONGEST_NUMBER:
-                below = lists.setdefault(".".join(parts[:at]), {}).setdefault(int(part), set())
-                below.add(".".join(parts[at + 1 :]))
+            if part.isdecimal() and part.isascii() and len(part) <= _MAX_DIGITS:
+                names = lists.setdefault(".".join(parts[:at]), {}).setdefault(int(part), set())
+                names.add(".".join(parts[at + 1 :]))
                 levels += 1
-                if levels == _MOST_LEVELS:
+                if levels == _MAX_NESTED_LISTS:
                     break
-    return {prefix: {number: frozenset(below) for number, below in of.items()} for prefix, of in lists.items()}
+    return {
+        prefix: {number: frozenset(names) for number, names in members.items()} for prefix, members in lists.items()
+    }
 
 
-def index_holes(lists: Lists) -> Iterator[Finding]:
-    """Yield a warning for each list of like modules that goes on behind a missing number: ``index-hole``.
+def check_index_holes(lists: NumberedModules) -> Iterator[Finding]:
+    """Yield an ``index-hole`` warning for each missing number between two layers that have the same tensors.
 
-    A ``Sequential`` has numbers without parameters too: holes are only those between two modules of the same names, in
-    a list of modules of modules that are mostly alike, where no more than one of five is missing; in a list named as
-    a stack of layers is, one of four.
+    A ``Sequential`` skips numbers too, those of modules without parameters. Therefore most layers of the list must be
+    alike and have submodules, and at most one number in five may be missing. In a list that is named like a stack of
+    layers, one missing number is always reported.
     """
     for prefix, members in lists.items():
         last, first = max(members), min(members)
-        count = last - first + 1 - len(members)
-        stack = prefix.rpartition(".")[2] in _STACKS and len(members) >= _LEAST_IN_STACK
-        most = max(len(members) // _LEAST_SIBLINGS, int(stack))
-        if not 0 < count <= most or not _alike(members):
+        missing = last - first + 1 - len(members)
+        in_stack = prefix.rpartition(".")[2] in _STACK_NAMES and len(members) >= _MIN_IN_STACK
+        most = max(len(members) // _MIN_SIBLINGS, int(in_stack))
+        if not 0 < missing <= most or not _are_alike(members):
             continue
-        order = sorted(members)
-        for below, above in pairwise(order):
+        for below, above in pairwise(sorted(members)):
             if above - below > 1 and members[below] == members[above]:
-                lost = range(below + 1, above)
-                what = f"{lost[0]}" if len(lost) == 1 else f"{lost[0]}-{lost[-1]}"
-                said = f"{quoted(prefix)} has modules {first}-{last} and no {what}"
-                yield Finding("index-hole", "warning", f"{prefix}.{lost[0]}", said, _LOST)
+                hole = range(below + 1, above)
+                numbers = f"{hole[0]}" if len(hole) == 1 else f"{hole[0]}-{hole[-1]}"
+                message = f"{quoted(prefix)} has modules {first}-{last}, but not {numbers}"
+                yield codes.INDEX_HOLE.finding(f"{prefix}.{hole[0]}", message, _DIFF_HINT)
 
 
-def _alike(members: Mapping[int, frozenset[str]]) -> bool:
-    (names, times), *_ = Counter(members.values()).most_common(1)
-    return 2 * times >= len(members) and any("." in name for name in names)
+def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
+    """Return whether most members have the same tensors, and these are in submodules."""
+    (names, count), *_ = Counter(members.values()).most_common(1)
+    return 2 * count >= len(members) and any("." in name for name in names)
 
 
-def lacking(lists: Lists) -> Iterator[Finding]:
-    """Yield a warning for each module of a list that lacks what every sibling has: ``sibling-lacks``.
+def check_siblings(lists: NumberedModules) -> Iterator[Finding]:
+    """Yield a ``sibling-lacks`` warning for each module of a list that lacks a tensor which all its siblings have.
 
-    What a first or last module leaves out as a whole, and what any leaves out together with all that lies beside it, is
-    how networks are built; the same is never done to one of many in the middle, nor to half of a layer.
+    Networks are built so that the first or the last module of a list leaves out a whole block, or that any module
+    leaves out a submodule with everything around it. Neither is reported.
     """
     for prefix, members in lists.items():
-        if len(members) < _LEAST_SIBLINGS or not any("." in name for below in members.values() for name in below):
+        if len(members) < _MIN_SIBLINGS or not any("." in name for names in members.values() for name in names):
             continue
-        times = Counter(name for below in members.values() for name in below)
-        nearly = [name for name, count in times.items() if count == len(members) - 1]
-        everywhere = sum(count == len(members) for count in times.values())
-        lost: dict[int, list[str]] = {}
-        for name in nearly:
-            number = next(number for number, below in members.items() if name not in below)
+        count = Counter(name for names in members.values() for name in names)
+        in_all_but_one = [name for name, times in count.items() if times == len(members) - 1]
+        in_all = sum(times == len(members) for times in count.values())
+        lacking: dict[int, list[str]] = {}
+        for name in in_all_but_one:
+            number = next(number for number, names in members.items() if name not in names)
             if _is_lost(name, members[number], at_an_end=number in (min(members), max(members))):
-                lost.setdefault(number, []).append(name)
-        for number, names in lost.items():
-            if len(names) > everywhere:  # it is a module of another kind
+                lacking.setdefault(number, []).append(name)
+        for number, names in lacking.items():
+            if len(names) > in_all:  # the module is of another class
                 continue
-            said = f"{quoted(f'{prefix}.{number}')} lacks {listed(sorted(names))}, which all its "
-            siblings = f"{len(members) - 1:,} siblings have"
-            yield Finding("sibling-lacks", "warning", f"{prefix}.{number}.{min(names)}", said + siblings, _LOST)
+            module = f"{prefix}.{number}"
+            siblings = f"all its {len(members) - 1:,} siblings have"
+            message = f"{quoted(module)} lacks {listed(sorted(names))}, which {siblings}"
+            yield codes.SIBLING_LACKS.finding(f"{module}.{min(names)}", message, _DIFF_HINT)
 
 
-def _is_lost(name: str, below: frozenset[str], *, at_an_end: bool) -> bool:
+def _is_lost(name: str, names: frozenset[str], *, at_an_end: bool) -> bool:
     layer = name.rpartition(".")[0]
-    if layer and any(other.startswith(f"{layer}.") for other in below):
+    if layer and any(other.startswith(f"{layer}.") for other in names):
         return True
     block = layer.rpartition(".")[0]
-    return not at_an_end and (not block or any(other.startswith(f"{block}.") for other in below))
+    return not at_an_end and (not block or any(other.startswith(f"{block}.") for other in names))

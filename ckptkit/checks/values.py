@@ -1,14 +1,14 @@
-"""All that the numbers of a checkpoint tell, alone and beside those of what a model expects."""
+"""All checks of values: of the checkpoint alone, and compared with what a model expects."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from ckptkit.checks.buffers import buffers
-from ckptkit.checks.copies import copies, equal_groups, untied
-from ckptkit.checks.expected import as_expected, like_a_fresh_model
-from ckptkit.checks.numbers import constant, not_finite, subnormal
-from ckptkit.checks.reading import Judge
+from ckptkit.checks.buffers import check_buffers
+from ckptkit.checks.duplicates import check_duplicates, check_recorded_ties, equal_groups
+from ckptkit.checks.expected import check_as_expected, check_at_init
+from ckptkit.checks.single_tensors import check_constant, check_finite, check_subnormal
+from ckptkit.checks.value_reader import ValueReader
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import same_bytes
@@ -17,60 +17,58 @@ from ckptkit.errors import CkptkitError
 from ckptkit.formats import LIVE_PREFIX
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["about_expected", "about_numbers"]
+__all__ = ["check_expected_values", "check_values"]
 
-_LARGEST_TABLE = 1 << 20  # bytes of a table of which every number is looked at
+_MAX_BUFFER_BYTES = 1 << 20  # larger buffers of indices are not compared number by number
 
 
-def about_numbers(checkpoint: Checkpoint, numbers: Mapping[str, ValueStats]) -> Iterator[Finding]:
-    """Yield what is found in the numbers of the tensors of a checkpoint, by key."""
+def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+    """Yield the findings about the values of a checkpoint, whose statistics are given by key."""
 
-    def same(one: str, other: str) -> bool:
-        return _same(checkpoint, one, checkpoint, other)
+    def have_equal_bytes(first: str, second: str) -> bool:
+        return _have_equal_bytes(checkpoint, first, checkpoint, second)
 
-    def content(key: str) -> bytes:
+    def read_bytes(key: str) -> bytes:
         try:
-            return checkpoint.read_bytes(key) if checkpoint[key].nbytes <= _LARGEST_TABLE else b""
+            return checkpoint.read_bytes(key) if checkpoint[key].nbytes <= _MAX_BUFFER_BYTES else b""
         except (CkptkitError, OSError):
             return b""
 
-    numbers = {key: numbers[key] for key in checkpoint if key in numbers}
-    yield from not_finite(checkpoint, numbers)
-    yield from constant(checkpoint, numbers)
-    yield from subnormal(checkpoint, numbers)
-    yield from buffers(checkpoint, numbers, content)
-    yield from copies(checkpoint, equal_groups(checkpoint, numbers, same))
-    yield from untied({key: checkpoint[key] for key in numbers}, checkpoint.metadata, same)
+    stats = {key: stats[key] for key in checkpoint if key in stats}
+    yield from check_finite(checkpoint, stats)
+    yield from check_constant(checkpoint, stats)
+    yield from check_subnormal(checkpoint, stats)
+    yield from check_buffers(checkpoint, stats, read_bytes)
+    yield from check_duplicates(checkpoint, equal_groups(checkpoint, stats, have_equal_bytes))
+    infos = {key: checkpoint[key] for key in stats}
+    yield from check_recorded_ties(infos, checkpoint.metadata, have_equal_bytes)
 
 
-def about_expected(compared: StateDictDiff, judge: Judge) -> Iterator[Finding]:
-    """Yield what is as EXPECTED has it; a ``py:`` model is built for real, once, for its fresh numbers."""
-    expected = compared.expected
-    if not isinstance(expected, Checkpoint):
-        return
-    found = judge.numbers
-    pairs = [pair for pair in compared.matched if judge.checkpoint.get(pair.found.key) == pair.found]
-    live = expected.path.startswith(LIVE_PREFIX)
+def check_expected_values(result: StateDictDiff, expected: Checkpoint, values: ValueReader) -> Iterator[Finding]:
+    """Yield which tensors equal those of ``expected`` or look untrained; a ``py:`` model is built to get its values."""
+    pairs = [pair for pair in result.matched if values.checkpoint.get(pair.found.key) == pair.found]
+    is_live = expected.path.startswith(LIVE_PREFIX)
     equal: set[str] = set()
 
-    def same(pair: KeyPair) -> bool:
-        if _same(judge.checkpoint, pair.found.key, expected, pair.expected.key):
+    def have_equal_bytes(pair: KeyPair) -> bool:
+        if _have_equal_bytes(values.checkpoint, pair.found.key, expected, pair.expected.key):
             equal.add(pair.key)
         return pair.key in equal
 
-    def worth_it(pair: KeyPair) -> bool:
-        constant = pair.found.key in found and found[pair.found.key].constant is not None
-        return pair.found.dtype == pair.expected.dtype and not (live and constant)
+    def is_worth_comparing(pair: KeyPair) -> bool:
+        stats = values.stats.get(pair.found.key)
+        is_constant = stats is not None and stats.constant is not None
+        return pair.found.dtype == pair.expected.dtype and not (is_live and is_constant)
 
-    yield from as_expected(filter(worth_it, pairs), same)
-    if live:
-        fresh = Judge(expected, [pair.expected.key for pair in pairs], judge.workspace)
-        fresh.read_the_rest()
-        yield from like_a_fresh_model((pair for pair in pairs if pair.key not in equal), found, fresh.numbers)
+    yield from check_as_expected(filter(is_worth_comparing, pairs), have_equal_bytes)
+    if is_live:
+        fresh = ValueReader(expected, [pair.expected.key for pair in pairs], values.workspace)
+        fresh.read_remaining()
+        yield from check_at_init((pair for pair in pairs if pair.key not in equal), values.stats, fresh.stats)
 
 
-def _same(one: Checkpoint, key: str, other: Checkpoint, other_key: str) -> bool:
+def _have_equal_bytes(first: Checkpoint, first_key: str, second: Checkpoint, second_key: str) -> bool:
     try:
-        return same_bytes(one.payload(key), other.payload(other_key))
+        return same_bytes(first.payload(first_key), second.payload(second_key))
     except (CkptkitError, OSError):
-        return False  # what cannot be read was told where it was read first
+        return False  # the pass over the records has reported an unreadable file

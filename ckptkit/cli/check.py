@@ -9,7 +9,8 @@ from functools import partial
 
 import click
 
-from ckptkit.checks import run_checks, unreadable
+from ckptkit.checks import run_checks
+from ckptkit.checks.reading import unreadable_finding
 from ckptkit.cli.options import (
     Form,
     about,
@@ -88,6 +89,6 @@ def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bo
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
                 raise
-            checked.append(Checked(path, (code(path),), (unreadable(error, path),)))
+            checked.append(Checked(path, (code(path),), (unreadable_finding(error, path),)))
             trouble = True
     return checked, trouble

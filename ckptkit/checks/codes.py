@@ -1,0 +1,63 @@
+"""The codes of the findings of ``run_checks``.
+
+A reader's warnings have their own codes, in ``ckptkit.formats.codes``.
+"""
+
+from __future__ import annotations
+
+from ckptkit.core.findings import Code, codes_in
+
+# Files and records
+UNREADABLE = Code("unreadable", ("error",), "The file, or a record of it, cannot be read.")
+CHANGED = Code("changed", ("error",), "The file changed while it was read.")
+CHECKSUM = Code("checksum", ("error",), "The bytes of a record do not match the recorded checksum.")
+ONE_SHARD = Code("one-shard", ("note",), "The file is one of several shards, and only this shard was checked.")
+NOT_SCANNED = Code("not-scanned", ("note",), "Lists what was checked and what was not; always the last finding.")
+
+# Names, shapes and dtypes
+NOT_DENSE = Code("not-dense", ("note",), "A sparse or quantized tensor is listed, but its values are not read.")
+DTYPE_MIX = Code("dtype-mix", ("note",), "The floating-point tensors have more than one dtype.")
+INDEX_HOLE = Code("index-hole", ("warning",), "A list of similar layers skips a number.")
+SIBLING_LACKS = Code("sibling-lacks", ("warning",), "A layer lacks a tensor that all its siblings have.")
+
+# Adapters
+LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is there.")
+LORA_RANK = Code("lora-rank", ("error",), "The two matrices of a LoRA pair have different ranks.")
+LORA_ALPHA = Code("lora-alpha", ("warning", "note"), "Some LoRA pairs have no alpha; a note if none has.")
+
+# Values of single tensors
+NAN = Code("nan", ("error",), "A tensor has NaN values.")
+INF = Code("inf", ("error", "note"), "A tensor has infinite values; -inf in a mask is a note.")
+ALL_ZERO = Code("all-zero", ("warning", "note"), "All values of a tensor are zero; a note for vectors and heads.")
+CONSTANT = Code("constant", ("warning", "note"), "All values of a tensor are the same number; a note for vectors.")
+SUBNORMAL = Code("subnormal", ("note",), "A tensor has subnormal values, or consists mostly of them in a narrow dtype.")
+
+# Buffers
+POSITION_IDS = Code("position-ids", ("error",), "A position_ids buffer is not 0 to n-1 in order.")
+INDEX_RANGE = Code("index-range", ("error",), "A buffer of indices has an index that its table does not have.")
+INDEX_DTYPE = Code("index-dtype", ("warning",), "A position_ids buffer has a floating-point dtype.")
+NEGATIVE_COUNT = Code("negative-count", ("error",), "A num_batches_tracked counter is negative.")
+NEGATIVE_VARIANCE = Code("negative-variance", ("error",), "A running_var buffer has negative values.")
+
+# Equal tensors
+LOST_TIE = Code(
+    "lost-tie",
+    ("warning", "note"),
+    "An embedding and a head are equal but not tied.",
+)
+DUPLICATE = Code("duplicate", ("warning", "note"), "Tensors of equal values are stored several times.")
+
+# Compared with what a model expects
+MISSING = Code("missing", ("error",), "EXPECTED has a key that the checkpoint does not have.")
+MISSING_TIED = Code("missing-tied", ("note",), "A missing key is tied in EXPECTED to a key that is there.")
+FILLED = Code("filled", ("note",), "torch fills in a missing batch norm counter of an old checkpoint.")
+UNEXPECTED = Code("unexpected", ("warning",), "The checkpoint has a key that EXPECTED does not have.")
+SHAPE_MISMATCHED = Code("shape-mismatched", ("error",), "A tensor has another shape in EXPECTED.")
+UNCOPYABLE = Code("uncopyable", ("error",), "torch cannot copy a tensor of this kind or dtype.")
+DTYPE_MISMATCHED = Code("dtype-mismatched", ("warning",), "A tensor has another dtype in EXPECTED; torch casts it.")
+NO_TENSOR = Code("no-tensor", ("error",), "A key that load_state_dict reads holds no tensor.")
+EXTRA_STATE = Code("extra-state", ("warning",), "Only one side has this extra state.")
+AS_EXPECTED = Code("as-expected", ("note",), "A tensor equals that of EXPECTED bit by bit.")
+AT_INIT = Code("at-init", ("warning", "note"), "A tensor looks as if it was never trained.")
+
+CODES = codes_in(globals())

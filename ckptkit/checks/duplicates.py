@@ -1,0 +1,116 @@
+"""Checks for tensors that have equal values and are stored apart: lost ties, and duplicates."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from ckptkit.checks import codes
+from ckptkit.checks.single_tensors import is_mask
+from ckptkit.checks.structure import FLOATS
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.text import human_bytes, listed, plural, quoted
+from ckptkit.statistics.value_stats import ValueStats
+
+__all__ = ["check_duplicates", "check_recorded_ties", "equal_groups"]
+
+_MIN_BYTES = 1024  # smaller tensors can be equal by chance, and their copies cost nothing
+_MAX_COMPARED = 8  # distinct tensors with one fingerprint; a tensor that equals none of them is skipped
+# Buffers that every module computes for itself.
+_COMPUTED = re.compile(r"(?:cos|sin)_?cached?|inv_freq|freqs|coords|grid|anchor|kernel|window|sinusoid|A_log")
+_EMBEDDING = re.compile(r"(?:^|[._])(?:embed\w*|wte|word_embeddings|tok_embeddings|token_embedding|shared)\.weight")
+_HEAD = re.compile(r"(?:^|[._])(?:lm_head|head|output|embed_out|decoder|proj_out|generator|classifier)\.weight")
+_TIE_HINT = "tie them in the model before training (tie_weights): otherwise they diverge"
+EqualBytes = Callable[[str, str], bool]
+
+
+def equal_groups(
+    infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats], have_equal_bytes: EqualBytes
+) -> list[list[str]]:
+    """Return groups of keys whose tensors are equal and stored apart, one key for each place in memory.
+
+    ``have_equal_bytes`` compares the tensors of two keys. Skipped are tensors that are often equal in healthy networks:
+    small tensors, integers, masks, buffers that each module computes, and tensors with a single magnitude beside zeros.
+    """
+    by_fingerprint: dict[tuple[object, ...], list[str]] = {}
+    for key, found in stats.items():
+        info = infos[key]
+        if info.dtype in FLOATS and info.nbytes >= _MIN_BYTES and not _has_one_magnitude(found) and not _computed(key):
+            by_fingerprint.setdefault(_fingerprint(info, found), []).append(key)
+    groups: list[list[str]] = []
+    for keys in by_fingerprint.values():
+        distinct: list[list[str]] = []
+        for key in keys if len(keys) > 1 else ():
+            for group in distinct[:_MAX_COMPARED]:
+                if _equal(infos, group[0], key, have_equal_bytes):
+                    group.append(key)
+                    break
+            else:
+                distinct.append([key])
+        groups += [apart for group in distinct if len(apart := _one_key_a_place(infos, group)) > 1]
+    return groups
+
+
+def _fingerprint(info: TensorInfo, found: ValueStats) -> tuple[object, ...]:
+    """Return exact counts, extremes and magnitudes: equal tensors agree in all of them, other tensors rarely do."""
+    bins = tuple(found.histogram.items())
+    return info.dtype, info.shape, found.nan, found.posinf, found.zeros, found.min, found.max, bins
+
+
+def _equal(infos: Mapping[str, TensorInfo], first: str, second: str, have_equal_bytes: EqualBytes) -> bool:
+    return infos[first].view == infos[second].view is not None or have_equal_bytes(first, second)
+
+
+def _one_key_a_place(infos: Mapping[str, TensorInfo], keys: list[str]) -> list[str]:
+    """Return the first key of each place in memory."""
+    places: dict[object, str] = {}
+    for key in keys:
+        places.setdefault(infos[key].view or key, key)
+    return list(places.values())
+
+
+def _has_one_magnitude(found: ValueStats) -> bool:
+    """Return whether all values that are not zero have the same magnitude, as in a mask."""
+    largest = found.abs_max
+    if not largest or found.l1 is None:
+        return True
+    return abs(found.l1 - largest * (found.finite - found.zeros)) <= 1e-9 * found.l1
+
+
+def _computed(key: str) -> bool:
+    return is_mask(key) or _COMPUTED.search(key.rpartition(".")[2]) is not None
+
+
+def check_duplicates(infos: Mapping[str, TensorInfo], groups: list[list[str]]) -> Iterator[Finding]:
+    """Yield a ``lost-tie`` for an embedding and an output head, and a ``duplicate`` for other equal tensors.
+
+    These are warnings in formats that keep ties, as torch's do: the saved model had two tensors. They are notes in
+    formats that store every key by itself.
+    """
+    for keys in groups:
+        info = infos[keys[0]]
+        severity: Severity = "warning" if info.view is not None else "note"
+        cost = f"{human_bytes((len(keys) - 1) * info.nbytes)} more than once"
+        if any(map(_EMBEDDING.search, keys)) and any(map(_HEAD.search, keys)):
+            message = f"{listed(keys)} are equal and stored apart ({cost}): an embedding and a head are often tied"
+            yield codes.LOST_TIE.finding(keys[0], message, _TIE_HINT, severity=severity)
+        else:
+            message = f"{plural(len(keys), 'equal tensor')}, {quoted(str(info))}, stored apart ({cost}): {listed(keys)}"
+            hint = "was one of them copied instead of trained, or was a tie lost?" if severity == "warning" else ""
+            yield codes.DUPLICATE.finding(keys[0], message, hint, severity=severity)
+
+
+def check_recorded_ties(
+    infos: Mapping[str, TensorInfo], metadata: Mapping[str, str], have_equal_bytes: EqualBytes
+) -> Iterator[Finding]:
+    """Yield a ``lost-tie`` if the metadata ties two keys, but both are in the file and differ.
+
+    ``safetensors.torch.save_model`` records in the metadata which key holds a tensor that had several names.
+    """
+    for name, stored_as in metadata.items():
+        if name in infos and stored_as in infos and name != stored_as:
+            info, other = infos[name], infos[stored_as]
+            if (info.dtype, info.shape) != (other.dtype, other.shape) or not have_equal_bytes(name, stored_as):
+                message = f"the metadata ties {quoted(name)} to {quoted(stored_as)}, but both are stored and differ"
+                yield codes.LOST_TIE.finding(name, message, _TIE_HINT)

@@ -1,0 +1,111 @@
+"""Checks of the values of single tensors: NaN, infinities, all zeros, one constant, subnormal numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from ckptkit.checks import codes
+from ckptkit.checks.structure import FLOATS
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.statistics.value_stats import ValueStats
+
+__all__ = ["check_constant", "check_finite", "check_subnormal", "is_mask"]
+
+_MASK = re.compile(r"mask|(?:^|[._])alibi")
+# Names of tensors that often are zero in a healthy model: biases and means, the second matrix of an adapter, gates,
+# residual branches that are initialised to zero, learned positions.
+_OFTEN_ZERO = re.compile(
+    r"bias|beta(?:$|\.)|running_mean|lora_B|lora[._]up|lora_embedding_A|zero|adaln|rel_pos|pos_emb|position|sampling_offsets|attention_weights"
+    r"|(?:^|[._])(?:gate|gates|alpha|offset|shift|token|gamma|scale|logvar|temperature)(?:$|[._])",
+    re.IGNORECASE,
+)
+_OFTEN_CONSTANT = re.compile(
+    r"bias|scale|gamma|running_var|lambda|(?:^|[._])(?:ls\d*|alpha|beta|gate|temperature|freqs)(?:$|[._])",
+    re.IGNORECASE,
+)
+# Output heads: fine-tuning often begins with zeros.
+_HEAD = re.compile(r"(?:^|\.)(?:head|heads|head_dist|classifier|fc)\.(?:head\.|fc\.)?weight")
+_MOSTLY = 0.5
+_COMPLEX = frozenset({"C32", "C64", "C128"})
+_WIDE_RANGE = frozenset({"F32", "BF16", "F64"})  # trained weights are far larger than their smallest normal number
+
+
+def is_mask(key: str) -> bool:
+    """Return whether the name says that a tensor is a mask, where infinities and zeros are ordinary values."""
+    return _MASK.search(key.rpartition(".")[2]) is not None
+
+
+def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+    """Yield an error for each tensor with NaN (``nan``), or with infinities but no NaN (``inf``).
+
+    Minus infinity in a mask is a note.
+    """
+    for key, found in stats.items():
+        infinite = found.posinf + found.neginf
+        if found.nan:
+            more = f", and {infinite:,} infinite" if infinite else ""
+            message = f"{quoted(key)}: {found.nan:,} of {plural(found.count, 'number')} are NaN{more}"
+            yield codes.NAN.finding(key, message, "use an earlier checkpoint: the training or a cast went wrong")
+        elif infinite:
+            message = f"{quoted(key)}: {infinite:,} of {plural(found.count, 'number')} are infinite"
+            if is_mask(key) and not found.posinf:
+                yield codes.INF.finding(key, f"{message}, which is usual in a mask", severity="note")
+            else:
+                hint = f"was a number too large for {infos[key].dtype} when it was cast?"
+                yield codes.INF.finding(key, message, hint)
+
+
+def check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+    """Yield a finding for tensors whose values are all equal, if this is not usual: ``all-zero`` and ``constant``.
+
+    Matrices and larger tensors are warnings. Vectors are notes, because a norm may have learned to disable its branch;
+    so are output heads of zeros. Not reported are integers, single numbers, vectors of ones, the weights of norms over
+    several dimensions, and tensors whose name says that they are usually zero or constant.
+    """
+    keys_by_kind: dict[tuple[bool, bool], list[str]] = {}
+    for key, found in stats.items():
+        info = infos[key]
+        value = found.constant
+        if value is None or info.dtype not in FLOATS | _COMPLEX or found.count < 2 or is_mask(key):
+            continue
+        is_zero = not value
+        is_matrix = sum(size > 1 for size in info.shape) > 1
+        is_usual = (_OFTEN_ZERO if is_zero else _OFTEN_CONSTANT).search(key) is not None
+        bias = infos.get(f"{key[:-6]}bias") if key.endswith("weight") else None
+        is_norm = bias is not None and info.shape == bias.shape
+        if not is_usual and not (value == 1 and (is_norm or not is_matrix)):
+            is_new_head = is_zero and _HEAD.search(key) is not None
+            is_serious = is_matrix and not is_norm and not is_new_head
+            keys_by_kind.setdefault((is_zero, is_serious), []).append(key)
+    for (is_zero, is_serious), keys in keys_by_kind.items():
+        first = stats[keys[0]].min
+        content = "only zeros" if is_zero else f"one number throughout ({first:g} in the first tensor)"
+        message = f"{plural(len(keys), 'tensor')} with {content}: {listed(keys)}"
+        hint = "never trained, or lost in a conversion?" if is_serious else ""
+        code = codes.ALL_ZERO if is_zero else codes.CONSTANT
+        yield code.finding(keys[0], message, hint, severity="warning" if is_serious else "note")
+
+
+def check_subnormal(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+    """Yield ``subnormal`` notes: some processors are slow with such numbers, and narrow dtypes round them coarsely.
+
+    In F32, BF16 and F64 every subnormal number counts. In narrower dtypes a tensor is reported if more than half of its
+    values that are not zero are subnormal.
+    """
+    slow = [key for key, found in stats.items() if found.subnormal and infos[key].dtype in _WIDE_RANGE]
+    if slow:
+        count = sum(stats[key].subnormal for key in slow)
+        message = f"{plural(count, 'subnormal number')} in {plural(len(slow), 'tensor')}: {listed(slow)}"
+        yield codes.SUBNORMAL.finding(slow[0], message, "torch.set_flush_denormal(True) treats them as zeros")
+    coarse = [
+        key
+        for key, found in stats.items()
+        if infos[key].dtype not in _WIDE_RANGE and found.subnormal > _MOSTLY * (found.finite - found.zeros)
+    ]
+    if coarse:
+        tensors = plural(len(coarse), "tensor")
+        message = f"{tensors} with mostly subnormal numbers, which have lost digits: {listed(coarse)}"
+        yield codes.SUBNORMAL.finding(coarse[0], message, "a wider dtype, or a separate scale, keeps the digits")
