@@ -1,4 +1,4 @@
-"""Every command refuses a bad file alike; the files themselves, and what is said of each, are in tests/hostile."""
+"""Every command refuses a bad file in the same way; tests/hostile has the many kinds of bad files."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 
 from tests.helpers_cli import ROOT, run_ckpt
 
-Maker = Callable[[Path], Path]
+MakeFile = Callable[[Path], Path]
 
 
-def _bytes(data: bytes, name: str = "bad.safetensors") -> Maker:
+def _bytes(data: bytes, name: str = "bad.safetensors") -> MakeFile:
     def make(directory: Path) -> Path:
         (directory / name).write_bytes(data)
         return directory / name
@@ -21,12 +21,12 @@ def _bytes(data: bytes, name: str = "bad.safetensors") -> Maker:
     return make
 
 
-def _cut(source: str, drop: int) -> Maker:
+def _cut(source: str, drop: int) -> MakeFile:
     data = (ROOT / "fixtures" / source).read_bytes()
     return _bytes(data[:-drop], source)
 
 
-def _shards(change: Callable[[Path], None]) -> Maker:
+def _shards(change: Callable[[Path], None]) -> MakeFile:
     def make(directory: Path) -> Path:
         shutil.copytree(ROOT / "fixtures" / "encoder_sharded", directory / "shards")
         change(directory / "shards")
@@ -35,7 +35,7 @@ def _shards(change: Callable[[Path], None]) -> Maker:
     return make
 
 
-BAD: dict[str, tuple[Maker, str]] = {
+BAD: dict[str, tuple[MakeFile, str]] = {
     "missing": (lambda directory: directory / "none.pt", "no such file"),
     "empty": (_bytes(b""), "the file is empty"),
     "truncated safetensors": (_cut("lenet_10class.safetensors", 12), "12 of 248,024 bytes are missing"),
@@ -46,19 +46,19 @@ BAD: dict[str, tuple[Maker, str]] = {
 }
 
 
-def _refused(said: str, err: str) -> None:
+def _refused(reason: str, err: str) -> None:
     lines = err.splitlines()
     assert [line.partition(":")[0] for line in lines] in (["ckpt"], ["ckpt", "hint"]), err
-    assert said in lines[0]
+    assert reason in lines[0]
     assert not any(char < " " for line in lines for char in line)
 
 
 @pytest.mark.parametrize("command", ["show", "check", "diff", "remap", "merge", "convert"])
-@pytest.mark.parametrize(("make", "said"), BAD.values(), ids=BAD.keys())
+@pytest.mark.parametrize(("make", "reason"), BAD.values(), ids=BAD.keys())
 def test_bad_files_are_refused(
-    command: str, make: Maker, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: str, make: MakeFile, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 2, one line and a hint, stdout empty, nothing written."""
+    """Exit code 2, one line and perhaps a hint on stderr, nothing on stdout, no file written."""
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     path = make(tmp_path / "in")
@@ -69,5 +69,5 @@ def test_bad_files_are_refused(
     )
     ran = run_ckpt(capsys, command, path, *more, *output)
     assert (ran.code, ran.out) == (2, "")
-    _refused(said, ran.err)
+    _refused(reason, ran.err)
     assert list((tmp_path / "out").iterdir()) == []

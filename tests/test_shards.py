@@ -1,4 +1,4 @@
-"""Shards are cut by sizes alone, named as Hugging Face libraries name them, and indexed in full."""
+"""Shards are split by size, named as Hugging Face libraries name them, and listed in an index."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sized(*sizes: int) -> list[TensorInfo]:
 
 @given(st.lists(st.integers(0, 50), max_size=30), st.integers(1, 60))
 def test_every_tensor_is_in_one_shard_in_order(sizes: list[int], limit: int) -> None:
-    """A shard is within the limit unless it is one tensor that is not, and none could take its successor too."""
+    """A shard is within the limit unless it is one large tensor, and no shard has room for the next tensor."""
     infos = sized(*sizes)
     shards = split_into_shards(infos, limit)
     assert [info for shard in shards for info in shard.infos] == infos
@@ -40,13 +40,13 @@ def test_every_tensor_is_in_one_shard_in_order(sizes: list[int], limit: int) -> 
     ],
     ids=["none", "fits", "one too large", "two", "large one in the middle"],
 )
-def test_names_are_those_of_the_field(sizes: tuple[int, ...], limit: int, names: list[str]) -> None:
-    """One shard has the plain name, several are numbered from 1."""
+def test_shards_have_the_names_of_hugging_face(sizes: tuple[int, ...], limit: int, names: list[str]) -> None:
+    """A single shard has the plain name; several are numbered from 1."""
     assert [shard.name for shard in split_into_shards(sized(*sizes), limit)] == names
 
 
-def test_the_index_says_where_everything_is() -> None:
-    """Its total is that of the tensors, its map has every key, and keys survive JSON."""
+def test_the_index_maps_every_key_to_its_shard() -> None:
+    """The index has the total size and every key, and unusual keys survive JSON."""
     infos = [TensorInfo("ü\n\ud800", "F32", (2,)), TensorInfo("b", "BF16", (3,))]
     shards = split_into_shards(infos, 8)
     name, data = weight_index(shards)
@@ -77,5 +77,5 @@ def test_the_index_says_where_everything_is() -> None:
     ],
 )
 def test_only_shards_and_indexes_of_a_model_are_stale(name: str, *, stale: bool) -> None:
-    """Beside new shards these would be read or refused; everything else in a directory stays."""
+    """A stale file would be read or refused beside new shards; every other file of a directory is kept."""
     assert is_output_shard_name(name) is stale

@@ -30,7 +30,7 @@ def strip_stages(how: str, keys: Collection[str], beside: Collection[str]) -> tu
     explanation = explain_wrappers(keys, beside)
     notes = [f"--strip auto: {wrapping}" for wrapping in explanation.wrappings]
     notes = notes or [f"--strip auto: no wrapper that is known here is on {plural(len(keys), 'key')}"]
-    notes += [f"--strip auto: {remark}" for remark in explanation.remarks]
+    notes += [f"--strip auto: {note}" for note in explanation.notes]
     return [_stage(wrapping, "--strip auto") for wrapping in explanation.wrappings], notes
 
 

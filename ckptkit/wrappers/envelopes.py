@@ -1,4 +1,4 @@
-"""Which mapping inside a training checkpoint holds the weights: decided by what is in it, and always said."""
+"""Find the mapping of weights, and the states of optimizers, inside a training checkpoint."""
 
 from __future__ import annotations
 
@@ -41,29 +41,28 @@ OPTIMIZER: Final = Selection(optimizer=True)
 
 
 class Envelope(NamedTuple):
-    """A name under which trainers keep weights: what lies there, and whose habit it is.
+    """A key under which trainers store weights, what it holds, and which library writes it.
 
-    It speaks where all of ``beside`` lie next to it.
+    The row applies where all keys of ``siblings`` are in the same mapping.
     """
 
-    name: str
-    what: str
+    key: str
+    content: str
     origin: str = ""
-    beside: frozenset[str] = frozenset()
+    siblings: frozenset[str] = frozenset()
 
 
 def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelope, Envelope]:
-    """Return the rows of an average and of what it is the average of, which are told apart only by each other."""
-    marks = frozenset({average, trained, *others})
+    """Return the rows of an average and of the trained weights; only the presence of both tells them apart."""
+    keys = frozenset({average, trained, *others})
     return (
-        Envelope(average, "the average of the weights", origin, marks - {average}),
-        Envelope(trained, "the weights as trained", origin, marks - {trained}),
+        Envelope(average, "the average of the weights", origin, keys - {average}),
+        Envelope(trained, "the trained weights", origin, keys - {trained}),
     )
 
 
-# Names under which trainers keep weights; anything else inside a checkpoint is taken only where nothing here fits.
-# The first row that fits is the one that speaks. A name with "ema" in it is no proof: mmengine and Lightning save the
-# average as the state_dict, and the weights as trained under the other name.
+# Any other key is considered only where none of these is present. The first row that applies wins. "ema" in a key is
+# not proof of an average: mmengine and Lightning save the average as state_dict and the trained weights as the other.
 ENVELOPES = (
     *_pair("WeightAveraging of Lightning", "state_dict", "current_model_state"),
     *_pair("EMAHook of mmengine", "state_dict", "ema_state_dict", "message_hub"),
@@ -76,30 +75,30 @@ ENVELOPES = (
     Envelope("model", "the weights", "detectron2, fairseq, ultralytics"),
     Envelope("model_state_dict", "the weights", "the recipes of torch"),
     Envelope("model_state", "the weights", "pycls"),
-    Envelope("current_model_state", "the weights as trained", "WeightAveraging of Lightning"),
+    Envelope("current_model_state", "the trained weights", "WeightAveraging of Lightning"),
     Envelope("module", "the weights", "DeepSpeed"),
     Envelope("classy_state_dict", "the weights", "ClassyVision, VISSL"),
     Envelope("base_model", "the weights", "ClassyVision, VISSL"),
     Envelope("trunk", "the weights", "ClassyVision, VISSL"),
     Envelope("ema", "an average of weights"),
-    Envelope("ema_state_dict", "an average of weights, by its name"),
+    Envelope("ema_state_dict", "an average of weights, judging by the key"),
     Envelope("model_ema", "an average of weights"),
     Envelope("params_ema", "an average of weights", "BasicSR"),
     Envelope("state_dict_ema", "an average of weights", "timm"),
     Envelope("G_ema", "an average of the generator", "StyleGAN"),
-    Envelope("teacher", "the network that teaches", "DINO and other distillations"),
-    Envelope("student", "the network that trains", "DINO and other distillations"),
+    Envelope("teacher", "the teacher network", "DINO and other distillations"),
+    Envelope("student", "the student network", "DINO and other distillations"),
     Envelope("encoder", "a part of the model", "I-JEPA"),
     *(Envelope(name, "a part of the model") for name in ("decoder", "backbone", "generator", "discriminator", "policy",
                                                          "actor", "critic", "G", "D")),
     *(Envelope(name, "the weights") for name in ("net", "network", "params", "weights")),
 )  # fmt: skip
-_NAMES = frozenset(row.name for row in ENVELOPES)
+_KEYS = frozenset(row.key for row in ENVELOPES)
 _OPTIMIZER_KEYS = {"state", "param_groups"}
 
 
 def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
-    """Return whether ``value`` is a flat mapping from names to tensors; a few entries of other kinds are allowed."""
+    """Return whether ``value`` is a flat mapping from strings in which most values are tensors."""
     if not isinstance(value, Mapping) or not value or value.keys() >= _OPTIMIZER_KEYS:
         return False
     tensors = sum(is_tensor(item) for item in value.values())
@@ -109,9 +108,10 @@ def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
 def choose_envelope(
     tree: Mapping[object, object], is_tensor: Callable[[object], bool], at: str = ""
 ) -> tuple[str, ...]:
-    """Return the path to the mapping of weights inside ``tree``; empty where ``tree`` is that mapping itself.
+    """Return the keys that lead to the mapping of weights in ``tree``; none where ``tree`` is that mapping.
 
-    Raises ``FormatError`` listing the candidates where there are several.
+    ``at`` is the dotted path of ``tree``, for the error. Raises ``FormatError`` listing the candidates where there are
+    several.
     """
     seen: dict[tuple[int, int], bool] = {}
     children = {
@@ -121,17 +121,17 @@ def choose_envelope(
     }
     if is_state_dict(tree, is_tensor):
         return ()
-    named = {key: value for key, value in children.items() if key in _NAMES}
-    # Tensors at this level would be left out: then only a name that says "weights" is reason enough to go below.
+    named = {key: value for key, value in children.items() if key in _KEYS}
+    # Going deeper leaves out the tensors of this level, so only a well-known key is reason enough.
     candidates = named or ({} if any(map(is_tensor, tree.values())) else children)
     if not candidates:
         return ()
     if len(candidates) > 1:
         listed = ", ".join(shell_word(f"::{at}{key}") for key in candidates)
-        told = ", ".join(_told(key, tree) for key in candidates)
+        described = ", ".join(_describe_key(key, tree) for key in candidates)
         raise FormatError(
-            f"holds {len(candidates)} mappings of weights: {told}",
-            hint=f"say which one is meant by adding {listed} to the path",
+            f"holds {len(candidates)} mappings of weights: {described}",
+            hint=f"select one by adding {listed} to the path",
         )
     ((key, value),) = candidates.items()
     if is_state_dict(value, is_tensor):
@@ -140,34 +140,35 @@ def choose_envelope(
 
 
 def averages_beside(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
-    """Yield, for each name on the way to the mapping that was chosen, what it is where an average lies beside it."""
+    """Yield a sentence for each key of the path ``chosen`` that is an average or has its average beside it."""
     level = tree
     for key in chosen:
         if not isinstance(level, Mapping):
             return
         row = _row(key, level)
-        if row is not None and row.beside:
-            other = next(name for name in row.beside if name in _NAMES)
-            mate = _row(other, level)
+        if row is not None and row.siblings:
+            other = next(name for name in row.siblings if name in _KEYS)
+            sibling = _row(other, level)
             if (
-                mate is not None
-                and mate.beside
+                sibling is not None
+                and sibling.siblings
                 and isinstance(level[other], Mapping)
                 and _holds_weights(level[other], is_tensor, {})
             ):
-                yield f"{quoted(row.name)} holds {row.what}, and {quoted(other)} beside it {mate.what} ({row.origin})"
+                beside = f"{quoted(other)} beside it {sibling.content}"
+                yield f"{quoted(row.key)} holds {row.content}, and {beside} ({row.origin})"
         level = level.get(key)
 
 
 def _row(key: object, siblings: Mapping[object, object]) -> Envelope | None:
-    return next((row for row in ENVELOPES if row.name == key and row.beside <= siblings.keys()), None)
+    return next((row for row in ENVELOPES if row.key == key and row.siblings <= siblings.keys()), None)
 
 
-def _told(key: str, siblings: Mapping[object, object]) -> str:
+def _describe_key(key: str, siblings: Mapping[object, object]) -> str:
     row = _row(key, siblings)
     if row is None:
         return printable(key)
-    return f"{printable(key)} ({row.what}{f': {row.origin}' if row.origin else ''})"
+    return f"{printable(key)} ({row.content}{f': {row.origin}' if row.origin else ''})"
 
 
 def _holds_weights(
@@ -176,18 +177,18 @@ def _holds_weights(
     seen: dict[tuple[int, int], bool],
     depth: int = 3,
 ) -> bool:
-    # Remembered by identity: a small file can refer to one mapping from a million places.
-    place = (id(value), depth)
-    if place not in seen:
-        seen[place] = is_state_dict(value, is_tensor) or (
+    # Cached by identity: a small file can refer to one mapping from a million places.
+    visit = (id(value), depth)
+    if visit not in seen:
+        seen[visit] = is_state_dict(value, is_tensor) or (
             depth > 0
             and not value.keys() >= _OPTIMIZER_KEYS
             and any(
-                key in _NAMES and isinstance(inner, Mapping) and _holds_weights(inner, is_tensor, seen, depth - 1)
+                key in _KEYS and isinstance(inner, Mapping) and _holds_weights(inner, is_tensor, seen, depth - 1)
                 for key, inner in value.items()
             )
         )
-    return seen[place]
+    return seen[visit]
 
 
 FLAT_STATE: Final = "state."
@@ -197,7 +198,7 @@ _MOST_LOOKED_AT = 100_000
 
 
 def is_optimizer_state(value: object) -> bool:
-    """Return whether ``value`` has the form of an optimizer's ``state_dict()``, nested or flattened to names."""
+    """Return whether ``value`` has the form of an optimizer's ``state_dict()``, nested or with flattened keys."""
     if not isinstance(value, Mapping) or not value:
         return False
     if "state" in value and "param_groups" in value:
@@ -207,7 +208,7 @@ def is_optimizer_state(value: object) -> bool:
 
 
 def find_optimizers(tree: object) -> list[tuple[object, ...]]:
-    """Return the keys that lead to each optimizer's state in a nested value, in order; the value itself has none."""
+    """Return the path of each optimizer state in a nested value, in order; the empty path is the value itself."""
     found: list[tuple[object, ...]] = []
     seen: set[int] = set()
     waiting: list[tuple[tuple[object, ...], object]] = [((), tree)]

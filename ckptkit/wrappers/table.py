@@ -1,4 +1,4 @@
-"""The marks that wrappers leave in the names of tensors: where each comes from, and what stands in its way."""
+"""Table of the prefixes and segments that wrappers add to the keys of a state_dict."""
 
 from __future__ import annotations
 
@@ -9,74 +9,77 @@ __all__ = ["ATTRIBUTE", "PARAMETRIZATIONS", "PREFIXES", "SEGMENTS", "WRAPPERS", 
 
 @dataclass(frozen=True, slots=True)
 class Wrapper:
-    """One wrapper: it puts ``mark``, one or more whole segments, in front of every key, or ``anywhere`` in one.
+    """One wrapper and the ``mark`` that it adds: whole segments at the start of every key, or ``anywhere`` in a key.
 
-    ``own`` are keys of its own beside the tensors that it wraps: one of them has to be there, and they go with it.
-    ``after`` is the wrapper that has to have been undone before, where the mark alone says too little. Where a key
-    has a segment of ``refuses``, nothing is undone, and ``hint`` says what to do instead.
+    ``own_keys`` are keys that the wrapper adds for itself. One of them must be present, and all are dropped with the
+    mark. ``after`` is the mark that must have been removed before, where ``mark`` alone is ambiguous. A key with a
+    segment of ``unsupported`` raises an error with ``hint``, since renaming cannot undo the wrapper there.
     """
 
     mark: str
     origin: str
     anywhere: bool = False
-    own: tuple[str, ...] = ()
+    own_keys: tuple[str, ...] = ()
     after: str = ""
-    refuses: frozenset[str] = frozenset()
+    unsupported: frozenset[str] = frozenset()
     hint: str = ""
 
 
 _FACTORS = frozenset({"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"})
 _PEFT = "base_model.model"
 
-# The first row that fits is the one that speaks: what asks for more comes first.
+# The first row that matches wins, so rows with more conditions come first.
 WRAPPERS = (
-    Wrapper("module", "AveragedModel of torch (SWA, EMA)", own=("n_averaged",)),
-    Wrapper("module", "averaged model of mmengine", own=("steps",)),
+    Wrapper("module", "AveragedModel of torch (SWA, EMA)", own_keys=("n_averaged",)),
+    Wrapper("module", "averaged model of mmengine", own_keys=("steps",)),
     Wrapper("module", "DataParallel, DistributedDataParallel"),
     Wrapper("_orig_mod", "torch.compile", anywhere=True),
     Wrapper(
-        "_fsdp_wrapped_module", "FullyShardedDataParallel", anywhere=True, refuses=frozenset({"_flat_param"}),
+        "_fsdp_wrapped_module", "FullyShardedDataParallel", anywhere=True, unsupported=frozenset({"_flat_param"}),
         hint="a _flat_param is many parameters in one: save with StateDictType.FULL_STATE_DICT",
     ),
     Wrapper("_fpw_module", "FullyShardedDataParallel of fairscale", anywhere=True),
     Wrapper("_checkpoint_wrapped_module", "checkpoint_wrapper, by named_parameters()", anywhere=True),
     Wrapper("_forward_module", "strategies of Lightning before 2.1"),
     Wrapper("_module", "GradSampleModule of Opacus"),
-    Wrapper("ema_model", "EMA of ema-pytorch, the average", own=("initted", "step")),
+    Wrapper("ema_model", "EMA of ema-pytorch, the average", own_keys=("initted", "step")),
     Wrapper("ema_model", "EMA of ema-pytorch, the average"),
-    Wrapper("online_model", "EMA of ema-pytorch, the model that trains"),
+    Wrapper("online_model", "EMA of ema-pytorch, the trained model"),
     Wrapper(
-        _PEFT, "PeftModel", refuses=_FACTORS,
-        hint="they are of an adapter: ckpt merge --method lora folds one that was saved; or leave them out: "
+        _PEFT, "PeftModel", unsupported=_FACTORS,
+        hint="they belong to an adapter: ckpt merge --method lora folds a saved adapter; or drop them with "
         "--drop '*.lora_*'",
     ),
     Wrapper("base_layer", "an adapted layer of a PeftModel", anywhere=True, after=_PEFT),
-    Wrapper("original_module", "a module of a PeftModel as it was", anywhere=True, after=_PEFT),
-    Wrapper("modules_to_save.default", "a module of a PeftModel that was trained whole", anywhere=True, after=_PEFT),
+    Wrapper("original_module", "the original of a module of a PeftModel", anywhere=True, after=_PEFT),
+    Wrapper("modules_to_save.default", "a fully trained module of a PeftModel", anywhere=True, after=_PEFT),
 )  # fmt: skip
 PREFIXES = (*dict.fromkeys(f"{row.mark}." for row in WRAPPERS if not row.anywhere), "model.")
 SEGMENTS = tuple(row.mark for row in WRAPPERS if row.anywhere and not row.after)
-# Its mark is the name that the user gave it: taken off where the file says that it is Lightning's, and once.
+# The user chose the attribute name, so it is removed only once, and only from a file that Lightning wrote.
 ATTRIBUTE = Wrapper("*", "the attribute of a LightningModule")
 
 
 @dataclass(frozen=True, slots=True)
 class Parametrization:
-    """Several tensors that stand for one: what follows on its name, and the operation that folds them into it."""
+    """Several tensors that a parametrization stores in place of one, and the operation that folds them into one.
+
+    The keys are ``parent``, the name of the parameter and one of ``endings``.
+    """
 
     endings: tuple[str, ...]
     origin: str
     operation: str
-    home: str = ""  # what stands before the name
+    parent: str = ""
 
 
-_NEW = "parametrizations."
+_PARENT = "parametrizations."
 PARAMETRIZATIONS = (
     Parametrization((".original0", ".original1"), "weight_norm of torch.nn.utils.parametrizations",
-                    "fold_weight_norm", _NEW),
+                    "fold_weight_norm", _PARENT),
     Parametrization((".original", ".0._u", ".0._v"), "spectral_norm of torch.nn.utils.parametrizations",
-                    "fold_spectral_norm", _NEW),
-    Parametrization((".original",), "torch.nn.utils.parametrize", "", _NEW),
+                    "fold_spectral_norm", _PARENT),
+    Parametrization((".original",), "torch.nn.utils.parametrize", "", _PARENT),
     Parametrization(("_g", "_v"), "torch.nn.utils.weight_norm", "fold_weight_norm"),
     Parametrization(("_orig", "_u", "_v"), "torch.nn.utils.spectral_norm", "fold_spectral_norm"),
     Parametrization(("_orig", "_mask"), "torch.nn.utils.prune", "fold_mask"),

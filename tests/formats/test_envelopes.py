@@ -1,4 +1,4 @@
-"""Which mapping inside a training checkpoint holds the weights is told by its content, and all else is listed."""
+"""The mapping of weights inside a training checkpoint is found by its content, and everything else is listed."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def legacy(request: pytest.FixtureRequest) -> bool:
         pytest.param({"state_dict": WEIGHTS, "epoch": 3}, "state_dict", id="state_dict"),
         pytest.param({"model": WEIGHTS, "optimizer": OPTIM}, "model", id="model beside an optimizer"),
         pytest.param({"ema": WEIGHTS, "step": 3}, "ema", id="only ema"),
-        pytest.param({"whatever": WEIGHTS, "optimizer": OPTIM, "epoch": 1}, "whatever", id="a name that nobody knows"),
+        pytest.param({"whatever": WEIGHTS, "optimizer": OPTIM, "epoch": 1}, "whatever", id="an unknown key"),
         pytest.param({"model": {"state_dict": WEIGHTS}, "lr": 1.0}, "model.state_dict", id="two deep"),
-        pytest.param({"model": WEIGHTS, "stats": {"mean": torch.ones(1)}}, "model", id="a known name goes first"),
+        pytest.param({"model": WEIGHTS, "stats": {"mean": torch.ones(1)}}, "model", id="a known key wins"),
         pytest.param({**WEIGHTS, "epoch": 3}, "", id="a state_dict with an epoch in it"),
         pytest.param(OrderedDict(model=OrderedDict(WEIGHTS), a=1), "model", id="ordered"),
         pytest.param({"model_state": WEIGHTS, "cfg": {"a": 1}}, "model_state", id="pycls"),
@@ -53,7 +53,9 @@ def legacy(request: pytest.FixtureRequest) -> bool:
         ),
     ],
 )
-def test_the_weights_are_found_and_it_is_said_where(tmp_path: Path, legacy: bool, tree: Any, envelope: str) -> None:
+def test_the_weights_are_found_and_the_envelope_says_where(
+    tmp_path: Path, legacy: bool, tree: Any, envelope: str
+) -> None:
     path = write(tmp_path, saved(tree, legacy=legacy))
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.envelope == envelope
@@ -78,13 +80,13 @@ def test_two_candidates_are_an_error_that_lists_them(tmp_path: Path, tree: Any, 
 
 
 def mmengine() -> dict[str, Any]:
-    """What EMAHook saves: the values of the two swapped, before the averaged model's own prefix and counter."""
+    """Return what EMAHook saves: the average as state_dict, the trained weights with the prefix of the average."""
     trained = {f"module.{key}": value for key, value in WEIGHTS.items()}
     return {"meta": {}, "message_hub": {}, "state_dict": OTHER, "ema_state_dict": {"steps": torch.tensor(3), **trained}}
 
 
 AVERAGES: dict[str, tuple[dict[str, Any], str, str]] = {
-    # id: (tree, where the average is, where the weights as trained are)
+    # id: (tree, key of the average, key of the trained weights)
     "mmengine": (mmengine(), "state_dict", "ema_state_dict"),
     "Lightning": (
         {"state_dict": OTHER, "current_model_state": WEIGHTS, "averaging_state": {"n_averaged": torch.tensor(3)}},
@@ -97,35 +99,35 @@ AVERAGES: dict[str, tuple[dict[str, Any], str, str]] = {
 
 
 @pytest.mark.parametrize(("tree", "average", "trained"), AVERAGES.values(), ids=AVERAGES.keys())
-def test_an_average_is_told_by_what_lies_beside_it_and_never_by_a_name(
+def test_an_average_is_recognised_by_the_keys_beside_it(
     tmp_path: Path, tree: dict[str, Any], average: str, trained: str
 ) -> None:
-    """The refusal says which is which, and so does whoever opens one of them."""
+    """The error says which mapping is the average, and so does the warning of each mapping."""
     path = write(tmp_path, saved(tree))
     with pytest.raises(FormatError) as caught:
         open_checkpoint(path)
     assert f"{average} (the average of the weights: " in caught.value.reason
-    assert f"{trained} (the weights as trained: " in caught.value.reason
-    for inner, first, second in (
-        (average, "the average of the weights", f"'{trained}' beside it the weights as trained"),
-        (trained, "the weights as trained", f"'{average}' beside it the average of the weights"),
+    assert f"{trained} (the trained weights: " in caught.value.reason
+    for key, first, second in (
+        (average, "the average of the weights", f"'{trained}' beside it the trained weights"),
+        (trained, "the trained weights", f"'{average}' beside it the average of the weights"),
     ):
-        with open_checkpoint(f"{path}::{inner}") as checkpoint:
-            (said,) = checkpoint.warnings
-            assert isinstance(said, ReaderWarning)
-            assert (said.code.name, said.severity) == ("average-beside", "note")
-            assert said.startswith(f"'{inner}' holds {first}, and {second} (")
+        with open_checkpoint(f"{path}::{key}") as checkpoint:
+            (warning,) = checkpoint.warnings
+            assert isinstance(warning, ReaderWarning)
+            assert (warning.code.name, warning.severity) == ("average-beside", "note")
+            assert warning.startswith(f"'{key}' holds {first}, and {second} (")
 
 
 @pytest.mark.parametrize(
     "tree",
     [
         pytest.param({"state_dict": WEIGHTS, "ema_state_dict": {}, "message_hub": {}}, id="an empty one"),
-        pytest.param({"model": None, "ema": WEIGHTS}, id="ultralytics, when it is done"),
+        pytest.param({"model": None, "ema": WEIGHTS}, id="ultralytics after training"),
         pytest.param({"state_dict": WEIGHTS, "message_hub": {}}, id="mmengine without"),
     ],
 )
-def test_weights_without_another_beside_them_need_no_word(tmp_path: Path, tree: dict[str, Any]) -> None:
+def test_weights_without_an_average_get_no_warning(tmp_path: Path, tree: dict[str, Any]) -> None:
     with opened(tmp_path, saved(tree)) as checkpoint:
         assert_same(checkpoint, WEIGHTS)
         assert checkpoint.warnings == ()
@@ -141,7 +143,7 @@ def test_an_optimizer_is_never_taken_for_the_weights(tmp_path: Path, legacy: boo
 
 
 @pytest.mark.parametrize(
-    ("inner", "expected"),
+    ("key", "expected"),
     [
         pytest.param("model", WEIGHTS, id="one name"),
         pytest.param("nested.ema.state_dict", OTHER, id="three names"),
@@ -151,13 +153,13 @@ def test_an_optimizer_is_never_taken_for_the_weights(tmp_path: Path, legacy: boo
         pytest.param("list.1", OTHER, id="an item of a list"),
     ],
 )
-def test_a_mapping_inside_is_opened_by_its_path(tmp_path: Path, legacy: bool, inner: str, expected: Any) -> None:
+def test_a_mapping_inside_is_opened_by_its_path(tmp_path: Path, legacy: bool, key: str, expected: Any) -> None:
     tree = {"model": WEIGHTS, "nested": {"ema": {"state_dict": OTHER}}, "optimizer": OPTIM, "a.b": WEIGHTS, "a": 1,
             "list": [WEIGHTS, OTHER]}  # fmt: skip
     path = write(tmp_path, saved(tree, legacy=legacy))
-    with open_checkpoint(f"{path}::{inner}") as checkpoint:
+    with open_checkpoint(f"{path}::{key}") as checkpoint:
         assert_same(checkpoint, expected)
-        assert checkpoint.envelope == inner
+        assert checkpoint.envelope == key
 
 
 def test_the_optimizer_is_opened_with_its_state_and_its_groups(tmp_path: Path) -> None:
@@ -167,16 +169,16 @@ def test_the_optimizer_is_opened_with_its_state_and_its_groups(tmp_path: Path) -
         assert Entry("param_groups.0.lr", "float", 0.5) in checkpoint.entries
 
 
-@pytest.mark.parametrize("inner", ["nothing", "model.nothing", "model.0.weight.x", "epoch.x", "modelx", "."])
-def test_a_path_that_leads_nowhere_is_refused_and_the_neighbours_listed(tmp_path: Path, inner: str) -> None:
+@pytest.mark.parametrize("key", ["nothing", "model.nothing", "model.0.weight.x", "epoch.x", "modelx", "."])
+def test_a_missing_key_is_refused_with_a_list_of_the_keys_there(tmp_path: Path, key: str) -> None:
     path = write(tmp_path, saved({"model": WEIGHTS, "epoch": 3}))
     with pytest.raises(FormatError, match="holds nothing at") as caught:
-        open_checkpoint(f"{path}::{inner}")
+        open_checkpoint(f"{path}::{key}")
     assert caught.value.path == path
     assert caught.value.hint is not None
 
 
-def test_everything_that_is_no_weight_is_listed(tmp_path: Path, legacy: bool) -> None:
+def test_everything_beside_the_weights_is_listed(tmp_path: Path, legacy: bool) -> None:
     tree = {
         "epoch": 3, "best": True, "none": None, "name": "x\x1b[2J", "lr": math.nan, "loss": -math.inf, "big": 10**5000,
         "text": "x" * 5000, "args": Namespace(lr=0.5, name="net"), "optimizer": OPTIM, "history": [1.0] * 1000,

@@ -62,7 +62,7 @@ def find_rename(inventory: Inventory, recorded: str) -> Rename | None:
 
 def _longer(prefix: str, leaf: str) -> Iterator[tuple[str, tuple[str, ...]]]:
     for row in PARAMETRIZATIONS:
-        yield f"{row.origin} was applied", tuple(f"{prefix}{row.home}{leaf}{ending}" for ending in row.endings)
+        yield f"{row.origin} was applied", tuple(f"{prefix}{row.parent}{leaf}{ending}" for ending in row.endings)
     for wrapper in WRAPPERS:
         if wrapper.after:
             yield f"its module was wrapped, as in {wrapper.origin}", (f"{prefix}{wrapper.mark}.{leaf}",)
@@ -73,8 +73,8 @@ def _shorter(recorded: str) -> Iterator[tuple[str, str]]:
         for ending in row.endings:
             module, dot, leaf = recorded.removesuffix(ending).rpartition(".")
             before = f"{module}{dot}"
-            if recorded.endswith(ending) and before.endswith(row.home):
-                yield f"{row.origin} was removed", f"{before.removesuffix(row.home)}{leaf}"
+            if recorded.endswith(ending) and before.endswith(row.parent):
+                yield f"{row.origin} was removed", f"{before.removesuffix(row.parent)}{leaf}"
     for wrapper in WRAPPERS:
         before, mark, leaf = recorded.rpartition(f"{wrapper.mark}.")
         if wrapper.after and mark and (not before or before.endswith(".")):
