@@ -123,7 +123,7 @@ def test_validate_warns_of_parameters_that_no_layer_names(tmp_path: Path, capsys
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
     (finding,) = json.loads(ran.out)["findings"]
     assert (ran.code, finding["code"], finding["severity"]) == (1, "groups.layer-unmatched", "warning")
-    assert "puts 4 parameters that it fits into no layer" in finding["message"]
+    assert "4 parameters that modifier 'modifier 1' matches are in none of its layers" in finding["message"]
 
 
 def test_validate_warns_of_options_for_a_class_that_trains_nothing(
@@ -154,7 +154,7 @@ def test_vectors_for_muon_are_found_before_it_is_built(tmp_path: Path, capsys: p
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
     (finding,) = json.loads(ran.out)["findings"]
     assert (ran.code, finding["code"]) == (1, "groups.matrices-only")
-    assert "5 parameters of fewer than two dimensions" in finding["message"]
+    assert "5 parameters with fewer than two dimensions" in finding["message"]
     with pytest.raises(ValueError, match="2D"):
         torch.optim.Muon([torch.nn.Parameter(torch.zeros(3))])
 
@@ -194,7 +194,7 @@ def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
         (["table", "--model", "nowhere.pt", "--preset", "muon"], "nowhere.pt: no such file"),
         (["emit", "--preset", "muon", "--set", "first_conv=", "--as", "python"], "not of the form NAME=VALUE"),
         (["emit", "--preset", "no-decay", "--as", "python"], "Python spells out the names of a model"),
-        (["emit", "--preset", "timm-layer-decay"], "'no_weight_decay' is asked of the model"),
+        (["emit", "--preset", "timm-layer-decay"], "'no_weight_decay' is computed from the model"),
     ],
 )
 def test_what_cannot_be_meant_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -102,7 +102,7 @@ def test_freezing_shifts_no_layer_of_timm() -> None:
 def test_a_model_without_layers_of_its_own_is_refused_with_the_way_out() -> None:
     with pytest.raises(GroupsError, match=r"preset 'timm-layer-decay': the model has no group_matcher\(\)"):
         param_group_preset("timm-layer-decay", nn.Linear(2, 2))
-    with pytest.raises(GroupsError, match=r"no stages\.0") as caught:
+    with pytest.raises(GroupsError, match=r"no parameters named stages\.0") as caught:
         param_group_preset("convnext-layer-decay", VitLike())
     assert "timm-layer-decay" in (caught.value.hint or "")
 
@@ -213,8 +213,8 @@ def test_widths_scale_rates_as_in_mup(base: Any, rule: str, table: Numbers) -> N
 @pytest.mark.parametrize(
     ("base", "reason"),
     [
-        ({"0.weight": [8, None]}, "base_shapes lacks '0.bias'"),
-        ({**BASE_SHAPES, "9.weight": [1]}, "base_shapes has '9.weight', which the model has not"),
+        ({"0.weight": [8, None]}, "base_shapes has no '0.bias'"),
+        ({**BASE_SHAPES, "9.weight": [1]}, "base_shapes has '9.weight', which the model does not have"),
         ({**BASE_SHAPES, "0.bias": [8, 8]}, "base_shapes has 2 dimensions for '0.bias'"),
         ({**BASE_SHAPES, "0.bias": [0]}, "base_shapes of '0.bias' is [0]"),
         (7, "base_shapes is an int"),
@@ -246,7 +246,10 @@ def test_the_rates_of_lora_plus_and_what_else_is_saved_at_the_base_rate() -> Non
     a, b, bias, embedding_a, embedding_b, norm, head = (peft[name] for name in LORA_NAMES)
     assert (a, b, bias, norm, head) == ((1.0, 0.5), (16.0, 0.5), (16.0, 0.0), (16.0, 0.0), (1.0, 0.5))
     assert embedding_a == embedding_b == (1e-6, 0.5)
-    with pytest.warns(UserWarning, match=r"1 parameter of one dimension .* LoRA\+ of peft gives 16\.0 x: 'base_model"):
+    with pytest.warns(
+        UserWarning,
+        match=r"1 parameter with one dimension outside LoRA: .* 16\.0 times .*: 'base_model",
+    ):
         spec = param_group_preset("loraplus", model, **given)
     assert rates(model, spec) == {**peft, "base_model.model.ln_f.modules_to_save.default.weight": (1.0, 0.0)}
 
@@ -318,20 +321,20 @@ def test_every_preset_says_what_it_does_and_lists_its_settings(name: str) -> Non
     assert len(preset_summary(name)) > 60
     with pytest.raises(GroupsError, match="has no setting 'typo'") as caught:
         param_group_preset(name, typo=1)
-    assert "it has " in (caught.value.hint or "")
+    assert "its settings are " in (caught.value.hint or "")
 
 
 def test_what_cannot_be_meant_is_refused() -> None:
     with pytest.raises(GroupsError, match="there is no preset 'moun'") as unknown:
         param_group_preset("moun")
     assert "muon" in (unknown.value.hint or "")
-    with pytest.raises(GroupsError, match="'base_shapes' has to be given"):
+    with pytest.raises(GroupsError, match="'base_shapes' is required"):
         param_group_preset("mup", perceptron(8))
-    with pytest.raises(GroupsError, match="'layers' is asked of the model"):
+    with pytest.raises(GroupsError, match="'layers' is computed from the model"):
         param_group_preset("timm-layer-decay", no_weight_decay=[])
     with pytest.raises(GroupsError, match=r"preset 'no-decay': \[defaults\]: lr is the string"):
         param_group_preset("no-decay", lr="fast")
-    with pytest.warns(UserWarning, match="live model alone"):
+    with pytest.warns(UserWarning, match="only a live model has no_weight_decay"):
         param_group_preset("timm-weight-decay", {"a.weight": torch.zeros(2, 2)})
 
 

@@ -199,9 +199,9 @@ def test_python_for_several_optimizers_is_a_function_for_each_and_refuses_anothe
     adamw = torch.optim.AdamW(made["param_groups_adamw"](model))
     assert validate_param_groups(model, [muon, adamw]).findings == ()
     alone = _run(write_python(plan_param_groups(model, [{"rest": True}]), "a spec"))["param_groups"]
-    with pytest.raises(ValueError, match=re.escape("made for another model: ['2.bias', '2.weight']")):
+    with pytest.raises(ValueError, match=re.escape("written for another model: ['2.bias', '2.weight']")):
         alone(model[:2])
-    with pytest.raises(ValueError, match=re.escape("made for another model: ['3.weight', '3.bias']")):
+    with pytest.raises(ValueError, match=re.escape("written for another model: ['3.weight', '3.bias']")):
         alone(nn.Sequential(*model, nn.Linear(4, 1)))
 
 

@@ -211,7 +211,7 @@ def test_tied_names_in_groups_with_equal_options_are_one_and_the_same() -> None:
 
 def test_a_group_that_fits_only_the_other_name_of_a_tied_parameter_says_so() -> None:
     error = fault(Tied(), [{"name": "head", "params": "lm_head.*"}, {"name": "base", "rest": True}])
-    assert "'lm_head.weight' is tied to 'wte.weight', which is owned by group 'base'" in error.reason
+    assert "'lm_head.weight' is tied to 'wte.weight', which group 'base' owns" in error.reason
     assert "'wte.weight'" in (error.hint or "")
 
 
@@ -237,7 +237,7 @@ REST = {"name": "base", "rest": True}
 )
 def test_a_rule_that_fits_nothing_is_refused_with_the_nearest_pattern(params: str, hint: str) -> None:
     error = fault(Net(), [{"name": "head", "params": params}, REST])
-    assert error.reason == f"group 'head' fits no parameter of the model: params = '{params}'"
+    assert error.reason == f"group 'head' matches no parameter of the model: params = '{params}'"
     assert (error.hint or "").startswith(hint)
 
 
@@ -251,7 +251,7 @@ def test_every_suggested_pattern_can_be_used() -> None:
 def test_one_idle_pattern_of_a_list_is_a_slip_too() -> None:
     """The rule owns something, so nobody would notice that the second head is not in it."""
     error = fault(Net(), [{"name": "head", "params": ["fc3.*", "fc4.*"]}, REST])
-    assert error.reason == "pattern 'fc4.*' of group 'head' fits no parameter of the model"
+    assert error.reason == "pattern 'fc4.*' of group 'head' matches no parameter of the model"
 
 
 def test_patterns_of_one_rule_may_overlap() -> None:
@@ -266,9 +266,9 @@ def test_buffers_are_not_parameters() -> None:
 
 def test_a_shadowed_rule_names_the_one_above_it() -> None:
     error = fault(Net(), [{"name": "all fc", "params": "fc*"}, {"name": "head", "params": "fc3.*"}, REST])
-    assert "group 'head' owns nothing" in error.reason
+    assert "group 'head' owns no parameter" in error.reason
     assert "'fc3.weight', 'fc3.bias'" in error.reason
-    assert "by group 'all fc' before it" in error.reason
+    assert "group 'all fc' before it owns all that it matches" in error.reason
     assert "move the narrower group up" in (error.hint or "")
 
 
@@ -277,7 +277,8 @@ def test_a_rule_that_fits_only_frozen_parameters_says_so() -> None:
     model.fc3.requires_grad_(False)
     error = fault(model, HEAD_AND_REST)
     assert (
-        "group 'head' fits only frozen parameters ('fc3.weight', 'fc3.bias' with requires_grad=False)" in error.reason
+        "group 'head' matches only frozen parameters ('fc3.weight', 'fc3.bias' with requires_grad=False)"
+        in error.reason
     )
     assert "requires_grad_(True)" in (error.hint or "")
 
@@ -285,7 +286,7 @@ def test_a_rule_that_fits_only_frozen_parameters_says_so() -> None:
 def test_parameters_that_nobody_owns_are_refused() -> None:
     error = fault(Net(), [{"params": "fc3.*"}])
     assert error.reason == (
-        "5 trainable parameters are owned by no group: 'fc1.weight', 'fc1.bias', 'bn.weight', 'bn.bias', 'fc31.weight'"
+        "5 trainable parameters match no group: 'fc1.weight', 'fc1.bias', 'bn.weight', 'bn.bias', 'fc31.weight'"
     )
     assert "rest = true" in (error.hint or "")
 
@@ -293,8 +294,7 @@ def test_parameters_that_nobody_owns_are_refused() -> None:
 def test_a_long_list_of_parameters_is_cut_and_counted() -> None:
     model = nn.Sequential(*(nn.Linear(1, 1) for _ in range(4)))
     assert fault(model, [{"params": "3.bias"}]).reason == (
-        "7 trainable parameters are owned by no group: "
-        "'0.weight', '0.bias', '1.weight', '1.bias', '2.weight' and 2 more"
+        "7 trainable parameters match no group: '0.weight', '0.bias', '1.weight', '1.bias', '2.weight' and 2 more"
     )
 
 
@@ -378,7 +378,7 @@ def test_assign_finds_everything_at_once() -> None:
         ("groups.rule-shadowed", "c"),
         ("groups.unowned", "bn.weight"),
     ]
-    with pytest.raises(GroupsError, match=r"group 'a' fits no parameter .* \(and 2 more\)"):
+    with pytest.raises(GroupsError, match=r"group 'a' matches no parameter .* \(and 2 more\)"):
         report.raise_for_errors()
     assert assign(parameter_table(Net()), HEAD_AND_REST).report.findings == ()
 

@@ -302,7 +302,7 @@ def test_a_tied_parameter_is_explained_under_any_of_its_names() -> None:
 
 @pytest.mark.parametrize("name", [None, 5, ["fc1.weight"]], ids=repr)
 def test_what_is_no_name_is_refused(name: Any) -> None:
-    with pytest.raises(GroupsError, match="the name of a parameter is"):
+    with pytest.raises(GroupsError, match="the name of the parameter is"):
         explain_param_group(Net(), SPEC, name)
 
 

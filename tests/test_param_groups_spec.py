@@ -122,19 +122,24 @@ ALL = {"name": "all", "rest": True}
         pytest.param({}, "the spec has no group", "[[group]]", id="empty"),
         pytest.param([], "the spec has no group", "rest = true", id="empty-list"),
         pytest.param({"defaults": {"lr": 1}}, "the spec has no group", "[[group]]", id="only-defaults"),
-        pytest.param({"groups": [ALL]}, "unknown key 'groups'", "one [[group]] after", id="unknown-key"),
+        pytest.param({"groups": [ALL]}, "unknown key 'groups'", "[[group]] and [[modifier]] tables", id="unknown-key"),
         pytest.param({"lr": 0.1, "group": [ALL]}, "unknown key 'lr'", "options go into", id="option-outside"),
         pytest.param({"group": ALL}, "a dict, not a list of tables", "[[group]]", id="one-table"),
         pytest.param("fc3.*", "the string 'fc3.*', not a list", "[[group]]", id="string"),
         pytest.param(7, "an int, not a list", "[[group]]", id="int"),
         pytest.param({"group": ["fc3.*"]}, "[[group]] 1 is the string 'fc3.*'", "params", id="string-in-list"),
         pytest.param({"defaults": [1], "group": [ALL]}, "defaults is a list", "[defaults]", id="defaults-list"),
-        pytest.param([{"lr": 0.1}], "[[group]] 1 says neither", "rest = true", id="no-params"),
-        pytest.param([{"name": "a", "rest": False}], "[[group]] 'a' says neither", "rest = true", id="rest-false"),
+        pytest.param([{"lr": 0.1}], "[[group]] 1 has none of params, match and rest", "rest = true", id="no-params"),
+        pytest.param(
+            [{"name": "a", "rest": False}],
+            "'a' has none of params, match and rest",
+            "rest = true",
+            id="rest-false",
+        ),
         pytest.param([{"params": "*", "rest": True}], "has both params and rest", "keep one", id="both"),
         pytest.param([{"params": 3}], "params is an int", "names, not tensors", id="params-int"),
         pytest.param([{"params": ["a", 3]}], "params is a list, not", "names, not tensors", id="params-mixed"),
-        pytest.param([{"params": []}], "params is an empty list", "name what it owns", id="params-empty"),
+        pytest.param([{"params": []}], "params is an empty list", "names that the group owns", id="params-empty"),
         pytest.param([{"params": ""}], "[[group]] 1: a pattern is empty", "'*' matches", id="pattern-empty"),
         pytest.param([{"params": "a{"}], "brace that closes no capture", "re:", id="brace"),
         pytest.param([{"params": "re:("}], "is not a regular expression", "", id="regex"),
@@ -142,16 +147,21 @@ ALL = {"name": "all", "rest": True}
         pytest.param([{"name": 3, "rest": True}], "name is an int", "name = ", id="name-int"),
         pytest.param([{"rest": 1}], "rest is an int", "rest = true", id="rest-int"),
         pytest.param([{"params": "*", "optional": "yes"}], "optional is the string", "optional = true", id="optional"),
-        pytest.param([{"params": "a"}, {"params": "a"}], "two groups are called 'a'", "name =", id="same-name"),
+        pytest.param([{"params": "a"}, {"params": "a"}], "two groups have the name 'a'", "name =", id="same-name"),
         pytest.param([ALL, {"params": "a"}], "not the last group", "move it to the end", id="rest-first"),
         pytest.param([ALL, {"rest": True}], "'all' has rest = true but is not the last", "at most one", id="two-rests"),
-        pytest.param([{**ALL, "param_names": []}], "param_names is not an option", "leave it out", id="param-names"),
+        pytest.param([{**ALL, "param_names": []}], "param_names is not an option", "leave param_names", id="names"),
         pytest.param({"defaults": {"params": "*"}, "group": [ALL]}, "params is not an option", "", id="default-params"),
         pytest.param({"defaults": {"name": "x"}, "group": [ALL]}, "name is not an option", "", id="default-name"),
-        pytest.param([{**ALL, "": 1}], "the option '' has no name", "torch.optim", id="option-empty"),
+        pytest.param([{**ALL, "": 1}], "'' is not the name of an option", "torch.optim", id="option-empty"),
         pytest.param([{**ALL, "weight_decay": -1}], "weight_decay is negative (-1)", "0 or more", id="decay"),
         pytest.param(ParamGroupSpec(()), "the spec has no group", "", id="python-empty"),
-        pytest.param(ParamGroupSpec((GroupRule("a"),)), "either patterns or rest", "keep one", id="python-neither"),
+        pytest.param(
+            ParamGroupSpec((GroupRule("a"),)),
+            "either patterns (or a condition) or rest",
+            "keep one",
+            id="python-neither",
+        ),
         pytest.param(
             ParamGroupSpec((GroupRule("a", (parse_pattern("*"),), rest=True),)),
             "not both",
@@ -177,7 +187,7 @@ def test_a_spec_that_cannot_be_meant_is_refused(spec: Any, reason: str, way_out:
 
 def test_live_tensors_are_told_that_patterns_are_names() -> None:
     """The commonest slip in Python: parameters where their names belong."""
-    with pytest.raises(GroupsError, match=r"params is a generator, not a pattern .*it takes names, not tensors"):
+    with pytest.raises(GroupsError, match=r"params is a generator, not a pattern .*params takes names, not tensors"):
         parse_spec([{"params": torch.nn.Linear(1, 1).parameters()}])
 
 

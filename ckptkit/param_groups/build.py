@@ -57,8 +57,8 @@ def _build(
         )
     if optimizer is None and len(plan.optimizers) > 1:
         raise GroupsError(
-            f"the groups train with several optimizers: {', '.join(known)}",
-            hint=f"ask for the groups of one at a time: optimizer={known[0]!r}",
+            f"the spec names several optimizer classes: {', '.join(known)}",
+            hint=f"build the groups of one class at a time: optimizer={known[0]!r}",
         )
     for parameter in plan.freeze:
         live[parameter.name].tensor.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""Conditions on a parameter: what ``match`` in a spec can ask, combined by any, all and not."""
+"""What a spec can ask about a parameter: the conditions of ``match``, and the layers of a modifier."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _EXAMPLE = 'for example match = { any = [{ ndim = [0, 1] }, { role = "bias" }] }
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One question about a parameter, or several combined.
+    """One condition on a parameter, or several combined.
 
-    ``kind`` is ``params``, ``module``, ``role``, ``dtype``, ``ndim``, ``shape``, ``min_elements``, of which one of
-    ``values`` has to fit, or ``any``, ``all`` or ``not`` of the ``inner`` conditions.
+    ``kind`` is ``params``, ``module``, ``role``, ``dtype``, ``ndim``, ``shape`` or ``min_elements``: the condition
+    holds where one of ``values`` does. Or ``kind`` is ``any``, ``all`` or ``not`` of the conditions in ``inner``.
     """
 
     kind: str
@@ -33,35 +33,35 @@ class Condition:
     inner: tuple[Condition, ...] = ()
 
     def holds(self, parameter: ParameterInfo) -> bool | None:
-        """Return whether it holds, or None where only the live model could tell."""
+        """Return whether the condition holds for ``parameter``, or None where only the live model could tell."""
         if not self.inner:
-            return _QUESTIONS[self.kind](parameter, self.values)
-        told = [condition.holds(parameter) for condition in self.inner]
+            return _CHECKS[self.kind](parameter, self.values)
+        results = [condition.holds(parameter) for condition in self.inner]
         if self.kind == "not":
-            return None if told[0] is None else not told[0]
+            return None if results[0] is None else not results[0]
         decisive = self.kind == "any"
-        if decisive in told:
+        if decisive in results:
             return decisive
-        return None if None in told else not decisive
+        return None if None in results else not decisive
 
 
-def parse_condition(table: Any, where: str, depth: int = 0) -> Condition:
-    """Return the condition that a table describes: all of its keys must hold, and one value of a list.
+def parse_condition(table: object, where: str, depth: int = 0) -> Condition:
+    """Return the condition that a ``match`` table describes: every key must hold, for one value of its list.
 
-    Raises ``GroupsError``, beginning with ``where``, for a question or a value that cannot be meant.
+    Raises ``GroupsError``, which begins with ``where``, for an unknown key or a wrong value.
     """
     if not isinstance(table, Mapping):
         raise GroupsError(f"{where}: match is {kind_of(table)}, not a table", hint=_EXAMPLE)
     if not table:
-        raise GroupsError(f"{where}: match asks nothing", hint=_EXAMPLE)
+        raise GroupsError(f"{where}: match is an empty table", hint=_EXAMPLE)
     if depth > _DEEPEST:
         raise GroupsError(f"{where}: match is nested more than {_DEEPEST} levels deep", hint=_EXAMPLE)
-    conditions = [_one(str(key), value, where, depth) for key, value in table.items()]
+    conditions = [_parse_key(str(key), value, where, depth) for key, value in table.items()]
     return conditions[0] if len(conditions) == 1 else Condition("all", inner=tuple(conditions))
 
 
 def condition_table(condition: Condition) -> dict[str, Any]:
-    """Return the table that ``parse_condition`` reads as this condition."""
+    """Return the table that ``parse_condition`` parses as this condition."""
     if condition.kind == "not":
         return {"not": condition_table(condition.inner[0])}
     if condition.inner:
@@ -70,81 +70,82 @@ def condition_table(condition: Condition) -> dict[str, Any]:
     return {condition.kind: values[0] if len(values) == 1 else values}
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> object:
     return value.text if isinstance(value, Pattern) else list(value) if isinstance(value, tuple) else value
 
 
-def _one(kind: str, value: Any, where: str, depth: int) -> Condition:
+def _parse_key(kind: str, value: object, where: str, depth: int) -> Condition:
     if kind in ("any", "all"):
         if not isinstance(value, list | tuple) or not value:
             raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a list of conditions", hint=_EXAMPLE)
         return Condition(kind, inner=tuple(parse_condition(inner, where, depth + 1) for inner in value))
     if kind == "not":
         return Condition(kind, inner=(parse_condition(value, where, depth + 1),))
-    if kind not in _VALUES:
+    if kind not in _PARSERS:
         raise GroupsError(
             f"{where}: match has the unknown key {quoted(kind)}",
-            hint=f"it asks for {', '.join(_VALUES)}, any, all, not",
+            hint=f"the keys are {', '.join(_PARSERS)}, any, all, not",
         )
     if kind == "shape":
-        return Condition(kind, (_shape(value, where),))
+        return Condition(kind, (_parse_shape(value, where),))
     values = value if isinstance(value, list | tuple) else [value]
     if not values:
-        raise GroupsError(f"{where}: {kind} is an empty list, which nothing fits", hint=_EXAMPLE)
-    return Condition(kind, tuple(_VALUES[kind](one, where) for one in values))
+        raise GroupsError(f"{where}: {kind} is an empty list, which matches nothing", hint=_EXAMPLE)
+    return Condition(kind, tuple(_PARSERS[kind](one, where) for one in values))
 
 
-def _pattern(value: Any, where: str) -> Pattern:
+def _parse_pattern(value: object, where: str) -> Pattern:
     try:
-        return parse_pattern(_text("params", value, where))
+        return parse_pattern(_parse_text("params", value, where))
     except RuleError as error:
         raise GroupsError(f"{where}: {error.reason}", hint=error.hint) from None
 
 
-def _text(kind: str, value: Any, where: str) -> str:
+def _parse_text(kind: str, value: object, where: str) -> str:
     if not isinstance(value, str) or not value:
         raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a name", hint=_EXAMPLE)
     return value
 
 
-def _count(kind: str, value: Any, where: str) -> int:
+def _parse_count(kind: str, value: object, where: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise GroupsError(f"{where}: {kind} is {kind_of(value)}, not a count", hint=f"write {kind} = 1")
     return value
 
 
-def _role(value: Any, where: str) -> str:
+def _parse_role(value: object, where: str) -> str:
     if not isinstance(value, str) or value not in ROLES:
         known = ", ".join(sorted(ROLES))
-        raise GroupsError(f"{where}: there is no role {kind_of(value)}", hint=f"the roles are {known}")
+        raise GroupsError(f"{where}: role is {kind_of(value)}, not a known role", hint=f"the roles are {known}")
     return value
 
 
-def _dtype(value: Any, where: str) -> str:
-    text = _text("dtype", value, where)
+def _parse_dtype(value: object, where: str) -> str:
+    text = _parse_text("dtype", value, where)
     code = next((dtype.code for dtype in DTYPES.values() if text in (dtype.code, dtype.torch_name)), None)
     if code is None:
-        raise GroupsError(f"{where}: there is no dtype {quoted(text)}", hint='write dtype = "F32" or "float32"')
+        raise GroupsError(f"{where}: dtype is {quoted(text)}, not a known dtype", hint='such as "F32" or "float32"')
     return code
 
 
-def _shape(value: Any, where: str) -> tuple[int | str, ...]:
+def _parse_shape(value: object, where: str) -> tuple[int | str, ...]:
     sizes = value if isinstance(value, list | tuple) else None
     if sizes is None or not all(size == "*" or (type(size) is int and size >= 0) for size in sizes):
         raise GroupsError(
-            f"{where}: shape is {kind_of(value)}, not a list of sizes", hint='write shape = [768, "*"]: a star is any'
+            f"{where}: shape is {kind_of(value)}, not a list of sizes",
+            hint='write shape = [768, "*"]: a star matches any size',
         )
     return tuple(sizes)
 
 
-_VALUES: dict[str, Callable[[Any, str], Any]] = {
-    "params": _pattern,
-    "module": lambda value, where: _text("module", value, where),
-    "role": _role,
-    "ndim": lambda value, where: _count("ndim", value, where),
-    "shape": _shape,
-    "min_elements": lambda value, where: _count("min_elements", value, where),
-    "dtype": _dtype,
+_PARSERS: dict[str, Callable[[object, str], Any]] = {
+    "params": _parse_pattern,
+    "module": lambda value, where: _parse_text("module", value, where),
+    "role": _parse_role,
+    "ndim": lambda value, where: _parse_count("ndim", value, where),
+    "shape": _parse_shape,
+    "min_elements": lambda value, where: _parse_count("min_elements", value, where),
+    "dtype": _parse_dtype,
 }
 
 
@@ -157,13 +158,13 @@ def _is_of_class(parameter: ParameterInfo, values: Iterable[str]) -> bool | None
 def _has_shape(parameter: ParameterInfo, values: tuple[tuple[int | str, ...], ...]) -> bool | None:
     if parameter.shape is None:
         return None
-    (wanted,) = values
-    return len(wanted) == len(parameter.shape) and all(
-        size in ("*", have) for size, have in zip(wanted, parameter.shape, strict=True)
+    (expected,) = values
+    return len(expected) == len(parameter.shape) and all(
+        size in ("*", found) for size, found in zip(expected, parameter.shape, strict=True)
     )
 
 
-_QUESTIONS: dict[str, Callable[[ParameterInfo, tuple[Any, ...]], bool | None]] = {
+_CHECKS: dict[str, Callable[[ParameterInfo, tuple[Any, ...]], bool | None]] = {
     "params": lambda parameter, values: matches_any(values, parameter.name),
     "module": _is_of_class,
     "role": lambda parameter, values: any(value in parameter.roles for value in values),

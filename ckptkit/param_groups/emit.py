@@ -1,4 +1,4 @@
-"""A spec written down: as the table that is read as the same spec, as TOML or JSON, and as Python to paste."""
+"""Write a spec as a table, TOML or JSON, or as Python that needs no ckptkit; write patterns for given names."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from ckptkit.param_groups.spec import POLICIES, GroupRule, Modifier, ParamGroupS
 __all__ = ["dump_spec", "patterns_of", "spec_table", "write_python"]
 
 
-_PLAIN = ParamGroupSpec(())
+_DEFAULTS = ParamGroupSpec(())
 
 
 def spec_table(spec: ParamGroupSpec) -> dict[str, Any]:
-    """Return the table that ``parse_spec`` reads as ``spec``; what is at its default is left out."""
+    """Return the table that ``parse_spec`` parses as ``spec``, without keys that have their default."""
     table: dict[str, Any] = {} if spec.optimizer is None else {"optimizer": spec.optimizer}
     for policy in (*POLICIES, "lr_scale"):
-        if getattr(spec, policy) != getattr(_PLAIN, policy):
+        if getattr(spec, policy) != getattr(_DEFAULTS, policy):
             table[policy] = getattr(spec, policy)
     for key, options in (("defaults", spec.defaults), ("optimizers", spec.optimizers)):
         if options:
             table[key] = {name: dict(one) if isinstance(one, Mapping) else one for name, one in options.items()}
-    table["group"] = list(map(_group, spec.rules))
+    table["group"] = list(map(_group_table, spec.rules))
     if spec.modifiers:
-        table["modifier"] = list(map(_modifier, spec.modifiers))
+        table["modifier"] = list(map(_modifier_table, spec.modifiers))
     return table
 
 
 def dump_spec(spec: ParamGroupSpec, form: str) -> str:
-    """Return the text of a spec, ``"toml"`` or ``"json"``, which is read as the same spec.
+    """Return a spec as ``"toml"`` or ``"json"`` text, which ``parse_spec`` parses as the same spec.
 
-    Raises ``GroupsError`` for an option that this form has no word for: a tensor, or null in TOML.
+    Raises ``GroupsError`` for an option that the form cannot express: a tensor, or null in TOML.
     """
     table = spec_table(spec)
     try:
@@ -50,24 +50,27 @@ def dump_spec(spec: ParamGroupSpec, form: str) -> str:
         return "\n".join(_toml_lines(table))
     except (RuleError, TypeError, ValueError) as error:
         reason = error.reason if isinstance(error, RuleError) else str(error)
-        raise GroupsError(f"the spec cannot be written: {reason}", hint="give plain numbers and words") from None
+        raise GroupsError(
+            f"the spec cannot be written as {form}: {reason}", hint="use plain numbers and strings"
+        ) from None
 
 
-def write_python(plan: ParamGroupsPlan, whose: str) -> str:
-    """Return Python that makes the groups of a plan from nothing but the model: a function for each optimizer class.
+def write_python(plan: ParamGroupsPlan, title: str) -> str:
+    """Return Python source that builds the groups of a plan: one function of the model for each optimizer class.
 
-    The names are spelled out, and a model that has others, or trains what is in no group, is refused when it runs.
+    The source lists every FQN and needs no ckptkit. It raises ``ValueError`` for a model without one of the names, and
+    for a trainable parameter in no group. ``title`` goes into a comment.
     """
     parts = []
     for optimizer in plan.optimizers:
         groups = [group for group in plan.groups if group.optimizer == optimizer]
         several = len(plan.optimizers) > 1
         name = "param_groups" + (f"_{re.sub(r'[^0-9a-z]+', '_', str(optimizer).lower())}" if several else "")
-        parts.append("\n".join(_function(name, optimizer, groups, plan, whose=whose, alone=not several)))
+        parts.append("\n".join(_function(name, optimizer, groups, plan, title=title, alone=not several)))
     return "\n\n\n".join(parts)
 
 
-def _group(rule: GroupRule) -> dict[str, Any]:
+def _group_table(rule: GroupRule) -> dict[str, Any]:
     table = _common(rule)
     if rule.rest:
         table["rest"] = True
@@ -78,7 +81,7 @@ def _group(rule: GroupRule) -> dict[str, Any]:
     return _with_options(table, rule)
 
 
-def _modifier(modifier: Modifier) -> dict[str, Any]:
+def _modifier_table(modifier: Modifier) -> dict[str, Any]:
     table = _common(modifier)
     if modifier.layers is not None:
         table["layers"] = [_texts(level) for level in modifier.layers.levels]
@@ -88,24 +91,24 @@ def _modifier(modifier: Modifier) -> dict[str, Any]:
     return _with_options(table, modifier)
 
 
-def _common(one: GroupRule | Modifier) -> dict[str, Any]:
-    table: dict[str, Any] = {"name": one.name}
-    if one.patterns:
-        table["params"] = _texts(one.patterns)
-    if one.condition is not None:
-        table["match"] = condition_table(one.condition)
-    if one.optional:
+def _common(rule: GroupRule | Modifier) -> dict[str, Any]:
+    table: dict[str, Any] = {"name": rule.name}
+    if rule.patterns:
+        table["params"] = _texts(rule.patterns)
+    if rule.condition is not None:
+        table["match"] = condition_table(rule.condition)
+    if rule.optional:
         table["optional"] = True
     return table
 
 
-def _texts(patterns: tuple[Pattern, ...]) -> Any:
+def _texts(patterns: tuple[Pattern, ...]) -> str | list[str]:
     texts = [pattern.text for pattern in patterns]
     return texts[0] if len(texts) == 1 else texts
 
 
-def _with_options(table: dict[str, Any], one: GroupRule | Modifier) -> dict[str, Any]:
-    return {**table, **one.options, **{f"{key}_mult": factor for key, factor in one.multiples.items()}}
+def _with_options(table: dict[str, Any], rule: GroupRule | Modifier) -> dict[str, Any]:
+    return {**table, **rule.options, **{f"{key}_mult": factor for key, factor in rule.multiples.items()}}
 
 
 def _toml_lines(table: Mapping[str, Any]) -> Iterator[str]:
@@ -130,47 +133,50 @@ def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _function(
-    name: str, optimizer: str | None, groups: list[PlannedGroup], plan: ParamGroupsPlan, *, whose: str, alone: bool
+    name: str, optimizer: str | None, groups: list[PlannedGroup], plan: ParamGroupsPlan, *, title: str, alone: bool
 ) -> Iterator[str]:
+    """Yield the lines of one function; ``alone`` says that its groups must hold every trainable parameter."""
     count = sum(len(group.parameters) for group in groups)
-    what = f"{plural(count, 'parameter')} in {plural(len(groups), 'group')}"
+    size = f"{plural(count, 'parameter')} in {plural(len(groups), 'group')}"
     yield f"def {name}(model):"
-    yield f"    # {' '.join(whose.split())}: {what}{f', for {optimizer}' if optimizer else ''}"
+    yield f"    # {' '.join(title.split())}: {size}{f', for {optimizer}' if optimizer else ''}"
     yield "    groups = ["
     for group in groups:
         options = {"name": group.name, **group.options}
-        said = ", ".join(f"{_word(key)}: {_word(value)}" for key, value in options.items())
-        yield f'        {{{said}, "params": ['
-        yield from (f"            {_word(parameter.name)}," for parameter in group.parameters)
+        items = ", ".join(f"{_literal(key)}: {_literal(value)}" for key, value in options.items())
+        yield f'        {{{items}, "params": ['
+        yield from (f"            {_literal(parameter.name)}," for parameter in group.parameters)
         yield "        ]},"
     yield "    ]"
     yield "    named = dict(model.named_parameters())"
     if plan.freeze:
-        yield f"    for name in {_word([parameter.name for parameter in plan.freeze])}:"
+        yield f"    for name in {_literal([parameter.name for parameter in plan.freeze])}:"
         yield "        named[name].requires_grad_(False)"
     yield '    listed = {name for group in groups for name in group["params"]}'
     yield "    unknown = sorted(listed - named.keys())"
     if alone:
         yield "    unknown += [name for name, one in named.items() if one.requires_grad and name not in listed]"
     yield "    if unknown:"
-    yield '        raise ValueError(f"these groups were made for another model: {unknown}")'
+    yield '        raise ValueError(f"these groups were written for another model: {unknown}")'
     yield '    return [{**group, "params": [(name, named[name]) for name in group["params"]]} for group in groups]'
 
 
-def _word(value: Any) -> str:
-    """Return a value as Python writes it."""
+def _literal(value: object) -> str:
+    """Return ``value`` as a Python literal."""
     if isinstance(value, str):
         return json.dumps(value) if value.isascii() else repr(value)
     if isinstance(value, float) and not math.isfinite(value):
         return f'float("{value}")'
     if isinstance(value, list | tuple):
-        inner = ", ".join(map(_word, value))
+        inner = ", ".join(map(_literal, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_word(key)}: {_word(one)}' for key, one in value.items())}}}"
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(one)}' for key, one in value.items())}}}"
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
-    raise GroupsError(f"an option is a {type(value).__name__}, which Python text cannot hold", hint="give a number")
+    raise GroupsError(
+        f"an option is a {type(value).__name__}, which has no Python literal", hint="use plain numbers and strings"
+    )
 
 
 _NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
@@ -178,25 +184,28 @@ _LETTERS = "ijklmnop"
 
 
 def patterns_of(chosen: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return patterns that fit all of ``chosen`` and no other of ``names``, in the order of ``chosen``.
+    """Return patterns that match every name in ``chosen`` and no other of ``names``, in the order of ``chosen``.
 
-    A module whose parameters are all chosen becomes ``module.*``, and modules that differ in numbers alone one pattern,
-    where it fits no other name.
+    A module whose parameters are all chosen becomes ``module.*``. Patterns that differ only in numbers become one
+    pattern, unless it would match a name that is not chosen.
     """
     wanted = set(chosen)
     others = [name for name in names if name not in wanted]
-    torn = {prefix for name in others for prefix in _prefixes(name)}
-    found = dict.fromkeys(_whole(name, torn) for name in chosen)
-    alike = Counter(map(_joined, found))
+    with_others = {prefix for name in others for prefix in _prefixes(name)}
+    patterns = dict.fromkeys(_module_pattern(name, with_others) for name in chosen)
+    counts = Counter(map(_with_captures, patterns))
     joins = {
-        joined for joined, count in alike.items() if count > 1 and not any(map(parse_pattern(joined).match, others))
+        joined for joined, count in counts.items() if count > 1 and not any(map(parse_pattern(joined).match, others))
     }
-    return list(dict.fromkeys(joined if (joined := _joined(pattern)) in joins else pattern for pattern in found))
+    return list(
+        dict.fromkeys(joined if (joined := _with_captures(pattern)) in joins else pattern for pattern in patterns)
+    )
 
 
-def _whole(name: str, torn: Collection[str]) -> str:
+def _module_pattern(name: str, with_others: Collection[str]) -> str:
+    """Return ``module.*`` for the outermost module of ``name`` that is not in ``with_others``, or the name itself."""
     for prefix in _prefixes(name):
-        if prefix not in torn and literal(prefix) == prefix:
+        if prefix not in with_others and literal(prefix) == prefix:
             return f"{prefix}.*"
     return literal(name)
 
@@ -208,8 +217,8 @@ def _prefixes(name: str) -> Iterator[str]:
         end = name.find(".", end + 1)
 
 
-def _joined(pattern: str) -> str:
-    """Return the pattern with a capture in the place of each number, where it is not a regex."""
+def _with_captures(pattern: str) -> str:
+    """Return ``pattern`` with a capture in place of each number; a regex is returned unchanged."""
     count = len(_NUMBER.findall(pattern))
     if pattern.startswith("re:") or not 0 < count <= len(_LETTERS):
         return pattern

@@ -47,14 +47,16 @@ def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str
     under the first. Raises ``GroupsError`` where the model has no parameter of that name.
     """
     if not isinstance(name, str):
-        raise GroupsError(f"the name of a parameter is {kind_of(name)}", hint="ask for one as named_parameters has it")
+        raise GroupsError(
+            f"the name of the parameter is {kind_of(name)}, not a string", hint="use a name of model.named_parameters()"
+        )
     table, spec = parameter_table(model), parse_spec(spec)
     parameter = next((one for one in table.parameters if any(name == alias.name for alias in one.named())), None)
     if parameter is None:
         near = difflib.get_close_matches(name, table.by_name, n=1, cutoff=0.5)
-        what = "a buffer, which no optimizer trains" if name in table.buffers else "no parameter of the model"
+        why = "is a buffer, which no optimizer trains" if name in table.buffers else "is not a parameter of the model"
         raise GroupsError(
-            f"{quoted(name)} is {what}",
+            f"{quoted(name)} {why}",
             hint=f"did you mean {quoted(near[0])}?" if near else "ckpt show lists the names",
         )
     matcher = RuleMatcher(spec, table)

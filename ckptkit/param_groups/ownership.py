@@ -80,8 +80,8 @@ def resolve_options(
         fault = None if step.factor is None else number_fault(options[step.key])
         if fault is not None:
             raise GroupsError(
-                f"{quoted(step.key)} of group {quoted(rule.name)}, multiplied by all that fit, {fault}",
-                hint=f"ckpt groups explain tells each step; {quoted(step.source)} is one of them",
+                f"{quoted(step.key)} of group {quoted(rule.name)} {fault} after all its multiples",
+                hint=f"ckpt groups explain shows each step; {quoted(step.source)} is one of them",
             )
     return options, steps
 

@@ -1,4 +1,4 @@
-"""The live model, seen once: every parameter by identity, with all the names it goes by."""
+"""The parameters and buffers of a live model by identity, with every name of each."""
 
 from __future__ import annotations
 
@@ -16,37 +16,37 @@ __all__ = ["Inventory", "LiveParameter", "take_inventory"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveParameter:
-    """One parameter object of a model: its first registered name, and the others of a tied one."""
+    """One parameter object of a live model: its first registered name, and ``aliases`` where it is tied."""
 
     name: str
     aliases: tuple[str, ...]
-    tensor: Parameter  # a strong reference: an id that is compared must not be recycled meanwhile
+    tensor: Parameter  # a strong reference, so that its id is not reused while ids are compared
     lazy: bool  # uninitialised: it has no shape before the first forward pass
 
     @property
     def trainable(self) -> bool:
-        """Whether it gets a gradient."""
+        """Whether the parameter gets a gradient."""
         return self.tensor.requires_grad
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape, or ``()`` while it has none; of a placeholder of ZeRO-3, the shape that it stands for."""
+        """The shape, or ``()`` while uninitialised; under DeepSpeed ZeRO-3, the shape of the whole parameter."""
         return () if self.lazy else tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
 
     @property
     def elements(self) -> int:
-        """Number of elements, or 0 while it has no shape."""
+        """Number of elements, or 0 while the parameter has no shape."""
         return 0 if self.lazy else math.prod(self.shape)
 
     @property
     def module(self) -> str:
-        """The name of the module that registered it first."""
+        """The name of the module that registered the parameter first."""
         return self.name.rpartition(".")[0]
 
 
 @dataclass(frozen=True, eq=False)
 class Inventory:
-    """All parameters and buffers of one model by ``id()``, held alive, in the order of registration."""
+    """All parameters of one live model by ``id()``, in the order of registration, and its buffers and modules."""
 
     model: Module
     parameters: Mapping[int, LiveParameter]
@@ -61,17 +61,17 @@ class Inventory:
 
     @cached_property
     def bare_buffers(self) -> frozenset[str]:
-        """The names of the buffers, without what wrappers add."""
+        """The names of the buffers, without the segments that wrappers add."""
         return frozenset(bare_name(name) for name, _ in self.model.named_buffers(remove_duplicate=False))
 
     @cached_property
     def by_name(self) -> Mapping[str, LiveParameter]:
-        """Every name of every parameter, aliases included."""
+        """Every parameter under each of its names."""
         return {name: live for live in self.parameters.values() for name in (live.name, *live.aliases)}
 
     @cached_property
     def by_bare_name(self) -> Mapping[str, LiveParameter]:
-        """As ``by_name``, under the names that the parameters had before the model was wrapped."""
+        """Every parameter under each name that it had before the model was wrapped."""
         bare: dict[str, LiveParameter] = {}
         for name, live in self.by_name.items():
             bare.setdefault(bare_name(name), live)
@@ -79,7 +79,7 @@ class Inventory:
 
     @cached_property
     def by_address(self) -> Mapping[int, LiveParameter]:
-        """The parameters by where their memory begins; without those that have none."""
+        """The parameters by the address of their memory, without those that have no memory."""
         found: dict[int, LiveParameter] = {}
         for live in self.parameters.values():
             if start := address(live.tensor):
@@ -96,7 +96,7 @@ class Inventory:
 
     @cached_property
     def modules(self) -> Mapping[str, Module]:
-        """Every module under every name it goes by, without what wrappers add."""
+        """Every module under each of its names, without the segments that wrappers add."""
         found: dict[str, Module] = {}
         for name, module in self.model.named_modules(remove_duplicate=False):
             found.setdefault(bare_name(name), module)
@@ -104,7 +104,7 @@ class Inventory:
 
     @cached_property
     def flattened(self) -> Mapping[str, LiveParameter]:
-        """Every bare name that FullyShardedDataParallel flattened, with the FlatParameter that it went into."""
+        """The FlatParameter of each bare name that FullyShardedDataParallel flattened."""
         found: dict[str, LiveParameter] = {}
         for live in self.parameters.values():
             prefix = bare_name(live.name).rpartition("_flat_param")[0]
@@ -112,16 +112,16 @@ class Inventory:
         return found
 
     def named(self, name: str) -> LiveParameter | None:
-        """Return the parameter that goes by ``name``, before or after wrapping, or None."""
+        """Return the parameter with this name before or after wrapping, or None."""
         return self.by_name.get(name) or self.by_bare_name.get(bare_name(name))
 
     def trainable(self) -> Iterator[LiveParameter]:
-        """Yield what an optimizer should hold."""
+        """Yield the parameters with ``requires_grad=True``."""
         return (live for live in self.parameters.values() if live.trainable)
 
 
 def take_inventory(model: Module) -> Inventory:
-    """Return every parameter and buffer of ``model``, tied ones once, lazy ones marked.
+    """Return the inventory of ``model``: each tied parameter once, lazy parameters marked.
 
     Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``.
     """
@@ -131,9 +131,9 @@ def take_inventory(model: Module) -> Inventory:
     if not isinstance(model, Module):
         raise GroupsError(
             f"the model is a {type(model).__name__}, not a torch.nn.Module",
-            hint="groups are compared with the live model by identity, so it must be the module that will train",
+            hint="give the live module that will train: parameters are compared by identity",
         )
-    # Flat dicts rather than one small list a parameter: what the collector has to visit costs more than the look-ups.
+    # Two flat dicts, not one list for each parameter: the garbage collector would have to visit every list.
     first: dict[int, tuple[str, Parameter]] = {}
     others: dict[int, list[str]] = {}
     for pair in model.named_parameters(remove_duplicate=False):
@@ -154,7 +154,7 @@ def take_inventory(model: Module) -> Inventory:
 
 
 def bare_name(name: str) -> str:
-    """Return ``name`` without the segments that torch's wrappers add: ``module.`` in front, ``_orig_mod`` anywhere."""
+    """Return ``name`` without the segments of torch's wrappers: ``module`` at the start, ``_orig_mod`` anywhere."""
     segments = [segment for segment in name.split(".") if segment not in SEGMENTS]
     while len(segments) > 1 and segments[0] == "module":
         del segments[0]
@@ -162,13 +162,13 @@ def bare_name(name: str) -> str:
 
 
 def flat_names(tensor: Tensor) -> tuple[str, ...]:
-    """Return the names, within their unit, of what was flattened into ``tensor``; of a plain parameter, none."""
+    """Return the names, relative to their FSDP unit, of the parameters in a FlatParameter; else ``()``."""
     return tuple(getattr(tensor, "_fqns", ()))
 
 
 def address(tensor: Tensor) -> int:
-    """Return where the memory of ``tensor`` begins, or 0 where it has none (meta, empty, uninitialised)."""
+    """Return the address of the memory of ``tensor``, or 0 where it has none (meta, empty, uninitialised)."""
     try:
         return tensor.data_ptr() if tensor.numel() else 0
-    except (RuntimeError, ValueError):  # lazy and fake tensors refuse to say
+    except (RuntimeError, ValueError):  # lazy and fake tensors raise
         return 0

@@ -1,4 +1,4 @@
-"""From the parsed text of a spec, or its Python form, to the checked value."""
+"""Parse a spec: a TOML, JSON or YAML table, or its Python form, becomes a checked ``ParamGroupSpec``."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ _GROUP_KEYS = ("name", "params", "match", "rest", "optional", "optimizer", "free
 _MODIFIER_KEYS = ("name", "params", "match", "optional", "layers", "layer_decay", "min_scale")
 _SPEC_KEYS = ("defaults", "group", "modifier", "optimizer", "optimizers", "lr_scale", *POLICIES)
 _RESERVED = {
-    "params": "the parameters of a group come from its patterns",
+    "params": "a group selects its parameters by patterns",
     "param_names": "torch writes it from the names of the parameters",
-    "name": "it is the name of one group",
-    "match": "it belongs to one group or modifier",
-    "rest": "it belongs to one group",
-    "optional": "it belongs to one group",
-    "freeze": "it belongs to one group",
-    "optimizer": "it stands at the top of the spec, or in one group",
-    "layers": "it belongs to one [[modifier]]",
-    "layer_decay": "it belongs to one [[modifier]], beside layers",
-    "min_scale": "it belongs to one [[modifier]], beside layers",
+    "name": "it names one group",
+    "match": "it belongs in one group or modifier",
+    "rest": "it belongs in one group",
+    "optional": "it belongs in one group or modifier",
+    "freeze": "it belongs in one group",
+    "optimizer": "it belongs at the top of the spec, or in one group",
+    "layers": "it belongs in one [[modifier]]",
+    "layer_decay": "it belongs in one [[modifier]], beside layers",
+    "min_scale": "it belongs in one [[modifier]], beside layers",
 }
-_DEPTH = ("layers", "layer_decay", "min_scale")
-_NUMBERS = ("lr", "weight_decay")  # the two that every torch.optim class uses as one number, zero or more
-_MULTIPLE = "_mult"
+_LAYER_KEYS = ("layers", "layer_decay", "min_scale")
+_NUMBERS = ("lr", "weight_decay")  # options that every torch.optim class uses as one number, 0 or more
+_MULTIPLE = "_mult"  # lr_mult = 10 multiplies lr
 _EXAMPLE = 'for example [[group]] with params = "head.*" and lr = 0.01, then one with rest = true'
 _LAYERS = 'layers = [["embed.*"], "blocks.{i:int}.*", ["norm.*", "head.*"]]'
 
 
 def parse_spec(spec: SpecLike) -> ParamGroupSpec:
-    """Return the checked spec that a parsed TOML, JSON or YAML file, a list of groups, or a ``ParamGroupSpec`` gives.
+    """Return the checked spec of a parsed TOML, JSON or YAML file, a list of groups, or a ``ParamGroupSpec``.
 
-    Raises ``GroupsError``, naming the group, for a key, a pattern or an option that cannot be meant.
+    Raises ``GroupsError``, which names the group, for an unknown key, a wrong pattern or a wrong option.
     """
     if isinstance(spec, ParamGroupSpec):
         return _checked(spec)
@@ -50,14 +50,14 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
     if unknown:
         raise GroupsError(
             f"the spec has the unknown key {quoted(unknown[0])}",
-            hint="it holds [defaults] and one [[group]] after the other; options go into one of them",
+            hint="a spec has [defaults], [[group]] and [[modifier]] tables; options go into one of them",
         )
     groups = _tables(table.get("group", []), "group", _EXAMPLE)
     modifiers = _tables(
         table.get("modifier", []), "modifier", 'for example [[modifier]] with match = { role = "bias" }'
     )
     optimizers = _options_table(table.get("optimizers", {}), "optimizers", "write [optimizers.AdamW] lr = 0.001")
-    made = ParamGroupSpec(
+    parsed = ParamGroupSpec(
         tuple(map(_rule, groups, range(1, len(groups) + 1))),
         dict(_options_table(table.get("defaults", {}), "defaults", "write [defaults] lr = 0.001")),
         tuple(map(_modifier, modifiers, range(1, len(modifiers) + 1))),
@@ -68,16 +68,16 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
         },
         **{policy: table[policy] for policy in (*POLICIES, "lr_scale") if policy in table},
     )
-    return _checked(made)
+    return _checked(parsed)
 
 
-def _tables(tables: Any, key: str, example: str) -> Sequence[Any]:
+def _tables(tables: object, key: str, example: str) -> Sequence[Any]:
     if isinstance(tables, str | bytes) or not isinstance(tables, Sequence):
         raise GroupsError(f"the {key}s of a spec are {kind_of(tables)}, not a list of tables", hint=f"write {example}")
     return tables
 
 
-def _options_table(table: Any, where: str, example: str) -> Mapping[str, Any]:
+def _options_table(table: object, where: str, example: str) -> Mapping[str, Any]:
     if not isinstance(table, Mapping):
         raise GroupsError(f"{where} is {kind_of(table)}, not a table of options", hint=example)
     return table
@@ -94,8 +94,8 @@ def _rule(table: Mapping[str, Any] | GroupRule, number: int) -> GroupRule:
         raise GroupsError(f"{where} has both params and rest = true", hint="keep one of them")
     if not rest and "params" not in table and "match" not in table:
         raise GroupsError(
-            f"{where} says neither which params it owns nor rest = true",
-            hint='write params = "head.*", or rest = true for all that no group before it owns',
+            f"{where} has none of params, match and rest = true",
+            hint='write params = "head.*", or rest = true for every parameter that no earlier group owns',
         )
     patterns = _patterns(table["params"], where) if "params" in table else ()
     options, multiples = _options(table, _GROUP_KEYS, where)
@@ -129,7 +129,7 @@ def _modifier(table: Mapping[str, Any] | Modifier, number: int) -> Modifier:
     )
 
 
-def _where(table: Any, kind: str, number: int) -> tuple[str, str | None]:
+def _where(table: object, kind: str, number: int) -> tuple[str, str | None]:
     where = f"[[{kind}]] {number}"
     if not isinstance(table, Mapping):
         raise GroupsError(f"{where} is {kind_of(table)}, not a table", hint=_EXAMPLE)
@@ -137,31 +137,37 @@ def _where(table: Any, kind: str, number: int) -> tuple[str, str | None]:
     if name is None:
         return where, None
     if not (isinstance(name, str) and name):
-        raise GroupsError(f"{where}: name is {kind_of(name)}", hint='give it a word: name = "head"')
+        raise GroupsError(f"{where}: name is {kind_of(name)}, not a name", hint='write name = "head"')
     return f"[[{kind}]] {quoted(name)}", name
 
 
 def _flag(table: Mapping[str, Any], key: str, where: str) -> None:
     if not isinstance(table.get(key, False), bool):
-        raise GroupsError(f"{where}: {key} is {kind_of(table[key])}", hint=f"write {key} = true, or leave it out")
+        raise GroupsError(
+            f"{where}: {key} is {kind_of(table[key])}, not true or false", hint=f"write {key} = true, or leave it out"
+        )
 
 
 def _class_name(table: Mapping[str, Any], where: str) -> str | None:
     name = table.get("optimizer")
     if name is not None and not (isinstance(name, str) and name):
-        raise GroupsError(f"{where}: optimizer is {kind_of(name)}", hint='name its class: optimizer = "AdamW"')
+        raise GroupsError(
+            f"{where}: optimizer is {kind_of(name)}, not the name of a class", hint='write optimizer = "AdamW"'
+        )
     return name
 
 
-def _patterns(given: Any, where: str) -> tuple[Pattern, ...]:
+def _patterns(given: object, where: str) -> tuple[Pattern, ...]:
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
         raise GroupsError(
             f"{where}: params is {kind_of(given)}, not a pattern or a list of patterns",
-            hint='it takes names, not tensors: params = "head.*"',
+            hint='params takes names, not tensors: params = "head.*"',
         )
     if not texts:
-        raise GroupsError(f"{where}: params is an empty list", hint='name what it owns: params = "head.*"')
+        raise GroupsError(
+            f"{where}: params is an empty list", hint='write the names that the group owns: params = "head.*"'
+        )
     try:
         return tuple(map(parse_pattern, texts))
     except RuleError as error:
@@ -169,7 +175,7 @@ def _patterns(given: Any, where: str) -> tuple[Pattern, ...]:
 
 
 def _options(table: Mapping[str, Any], own: Sequence[str], where: str) -> tuple[dict[str, Any], dict[str, float]]:
-    """Return what is said in numbers of its own, and what as a multiple of the defaults."""
+    """Return the options that a table sets, and the factors of its ``_mult`` options."""
     options = {key: value for key, value in table.items() if key not in own}
     multiples = {
         key.removesuffix(_MULTIPLE): options.pop(key)
@@ -189,16 +195,18 @@ def _options(table: Mapping[str, Any], own: Sequence[str], where: str) -> tuple[
 
 def _layers(table: Mapping[str, Any], where: str) -> Layers | None:
     if "layers" not in table:
-        for key in _DEPTH[1:]:
+        for key in _LAYER_KEYS[1:]:
             if key in table:
-                raise GroupsError(f"{where} has {key} but no layers", hint=f"say from input to output: {_LAYERS}")
+                raise GroupsError(
+                    f"{where} has {key} but no layers", hint=f"list the layers from input to output: {_LAYERS}"
+                )
         return None
     levels = table["layers"]
     if isinstance(levels, str) or not isinstance(levels, list | tuple) or not levels:
         raise GroupsError(f"{where}: layers is {kind_of(levels)}, not a list of patterns", hint=f"write {_LAYERS}")
     if "layer_decay" not in table:
         raise GroupsError(f"{where} has layers but no layer_decay", hint="write layer_decay = 0.75")
-    for key in _DEPTH[1:]:
+    for key in _LAYER_KEYS[1:]:
         fault = number_fault(table.get(key, 0))
         if fault is not None:
             raise GroupsError(f"{where}: {key} {fault}", hint=f"write a number, 0 or more: {key} = 0.75")
@@ -210,7 +218,7 @@ def _layers(table: Mapping[str, Any], where: str) -> Layers | None:
 
 
 def _checked(spec: ParamGroupSpec) -> ParamGroupSpec:
-    """Hold a spec that was made in Python to the same rules as one from a file."""
+    """Return ``spec`` after every check that tables and specs made in Python have in common."""
     if not spec.rules:
         raise GroupsError("the spec has no group", hint=_EXAMPLE)
     _check_options(spec.defaults, "[defaults]")
@@ -220,16 +228,18 @@ def _checked(spec: ParamGroupSpec) -> ParamGroupSpec:
     for number, rule in enumerate(spec.rules, start=1):
         where = f"[[group]] {quoted(rule.name)}"
         if rule.name in seen:
-            raise GroupsError(f"two groups are called {quoted(rule.name)}", hint='tell them apart: name = "..."')
+            raise GroupsError(f"two groups have the name {quoted(rule.name)}", hint='give each its own: name = "..."')
         seen.add(rule.name)
         if rule.rest and rule.condition is not None:
             raise GroupsError(f"{where} has both match and rest = true", hint="keep one of them")
         if rule.rest == bool(rule.patterns or rule.condition):
-            raise GroupsError(f"{where} needs either patterns or rest, and not both", hint="keep one of them")
+            raise GroupsError(
+                f"{where} must have either patterns (or a condition) or rest = true, not both", hint="keep one of them"
+            )
         if rule.rest and number < len(spec.rules):
             raise GroupsError(
-                f"{where} has rest = true but is not the last group, so the groups after it could own nothing",
-                hint="move it to the end; a spec has at most one",
+                f"{where} has rest = true but is not the last group: the groups after it could own nothing",
+                hint="move it to the end; a spec has at most one such group",
             )
         _check_options(rule.options, where)
         if not rule.freeze:
@@ -245,11 +255,13 @@ def _check_modifiers(spec: ParamGroupSpec) -> None:
     for modifier in spec.modifiers:
         where = f"[[modifier]] {quoted(modifier.name)}"
         if modifier.name in seen:
-            raise GroupsError(f"two modifiers are called {quoted(modifier.name)}", hint='tell them apart: name = "..."')
+            raise GroupsError(
+                f"two modifiers have the name {quoted(modifier.name)}", hint='give each its own: name = "..."'
+            )
         seen.add(modifier.name)
         _check_options(modifier.options, where)
         if not (modifier.options or modifier.multiples or modifier.layers):
-            raise GroupsError(f"{where} changes nothing", hint="give it an option: weight_decay = 0.0")
+            raise GroupsError(f"{where} changes no option", hint="write an option into it: weight_decay = 0.0")
         scaled = {**modifier.multiples, **({"lr": 1.0} if modifier.layers else {})}
         for rule in trained:
             _check_multiples(scaled, {**spec.defaults_for(rule), **rule.options, **modifier.options}, where)
@@ -259,12 +271,12 @@ def _check_multiples(multiples: Mapping[str, float], known: Mapping[str, Any], w
     for key in multiples:
         if key not in known:
             raise GroupsError(
-                f"{where} multiplies {quoted(key)}, of which the spec has no value",
-                hint=f"write it into [defaults]: {key} = ...",
+                f"{where} multiplies {quoted(key)}, for which the spec has no value",
+                hint=f"write a value into [defaults]: {key} = ...",
             )
         if number_fault(known[key]) is not None:
             raise GroupsError(
-                f"{where} multiplies {quoted(key)}, which is {kind_of(known[key])}", hint="set it instead"
+                f"{where} multiplies {quoted(key)}, which is {kind_of(known[key])}", hint=f"set {key} instead"
             )
 
 
@@ -274,7 +286,7 @@ def _check_policies(spec: ParamGroupSpec) -> None:
         rules = [rule.name for rule in spec.rules] if policy == "unmatched" else []
         if value not in (*words, *rules):
             choices = " or ".join(map(quoted, words)) + (", or the name of a group" if policy == "unmatched" else "")
-            raise GroupsError(f"{policy} is {kind_of(value)}", hint=f"it is {choices}")
+            raise GroupsError(f"{policy} is {kind_of(value)}", hint=f"{policy} must be {choices}")
     if spec.unmatched != "error" and spec.rules[-1].rest:
         raise GroupsError(
             f"unmatched is {quoted(spec.unmatched)}, but group {quoted(spec.rules[-1].name)} has rest = true",
@@ -285,19 +297,23 @@ def _check_policies(spec: ParamGroupSpec) -> None:
     if named and unnamed:
         raise GroupsError(
             f"[[group]] {quoted(named[0].name)} names its optimizer, but {quoted(unnamed[0].name)} does not",
-            hint='say with which class the others train, at the top of the spec: optimizer = "AdamW"',
+            hint='name the class of the other groups at the top of the spec: optimizer = "AdamW"',
         )
     if not isinstance(spec.lr_scale, bool):
-        raise GroupsError(f"lr_scale is {kind_of(spec.lr_scale)}", hint="write lr_scale = true, or leave it out")
+        raise GroupsError(
+            f"lr_scale is {kind_of(spec.lr_scale)}, not true or false", hint="write lr_scale = true, or leave it out"
+        )
 
 
 def _check_options(options: Mapping[Any, Any], where: str) -> None:
     for key, value in options.items():
         if not isinstance(key, str) or not key:
-            raise GroupsError(f"{where}: the option {key!r} has no name", hint="an option is called as in torch.optim")
+            raise GroupsError(
+                f"{where}: {key!r} is not the name of an option", hint="use the names of torch.optim, such as lr"
+            )
         if key in _RESERVED:
-            way_out = f"[[modifier]] {_LAYERS}, layer_decay = 0.75" if key in _DEPTH else "leave it out"
-            raise GroupsError(f"{where}: {key} is not an option, {_RESERVED[key]}", hint=way_out)
+            hint = f"[[modifier]] {_LAYERS}, layer_decay = 0.75" if key in _LAYER_KEYS else f"leave {key} out"
+            raise GroupsError(f"{where}: {key} is not an option: {_RESERVED[key]}", hint=hint)
         fault = number_fault(value) if key in _NUMBERS else None
         if fault is not None:
             raise GroupsError(f"{where}: {key} {fault}", hint=f"write a finite number, 0 or more: {key} = 0.01")

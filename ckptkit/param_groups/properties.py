@@ -1,4 +1,4 @@
-"""What rules can ask about a parameter: names, shape, kind of module, roles; of a live model or of a checkpoint."""
+"""The properties of parameters that rules ask about: name, shape, dtype, module class and roles."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.core.torch_types import Tensor
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
 
 __all__ = [
@@ -61,7 +60,7 @@ _NORM_NAME = re.compile(
 )
 _EMBEDDING_CLASSES = frozenset({"Embedding", "EmbeddingBag"})
 _EMBEDDING_NAME = re.compile(r"(^|_)(embed(ding)?s?|wte|wpe|tok_embeddings)(_tokens|_positions)?$")
-# Learned tables and tokens that models register as bare parameters.
+# Embedding tables and tokens that models register as parameters of their own, without an Embedding module.
 _TABLE_LEAF = re.compile(
     r"(^|_)(pos|position|positional|rel_pos|abs_pos|patch|class|token_type|query)_?embed(ding)?s?$"
     r"|(^|_)(cls|dist|reg|mask|class|register)_tokens?$"
@@ -90,13 +89,13 @@ _MATRIX = 2
 
 
 def class_names(kind: type) -> frozenset[str]:
-    """Return the names of a module's class and of all that it derives from, bare and dotted."""
+    """Return the names of a module class and of every base class, each plain and with its module path."""
     classes = [base for base in kind.__mro__ if base is not object]
     return frozenset(name for base in classes for name in (base.__name__, f"{base.__module__}.{base.__qualname__}"))
 
 
 def roles_by_class(kind: type) -> frozenset[str]:
-    """Return the roles that every parameter of a module of this class plays."""
+    """Return the roles of every parameter whose module has this class."""
     names = {base.__name__ for base in kind.__mro__}
     roles = set()
     if names & _NORM_BASES or (any(map(_NORM_CLASS.search, names)) and not names & _NOT_NORMS):
@@ -107,9 +106,13 @@ def roles_by_class(kind: type) -> frozenset[str]:
 
 
 def roles_by_name(
-    name: str, shape: tuple[int, ...] | None, *, module: Any = None, guess: bool = False, head: bool = False
+    name: str, shape: tuple[int, ...] | None, *, module: Module | None = None, guess: bool = False, head: bool = False
 ) -> frozenset[str]:
-    """Return the roles that a name and a shape tell; with ``guess`` also those that otherwise the module tells."""
+    """Return the roles that follow from a name and a shape.
+
+    With ``guess``, the roles that need the module class are guessed from the name too. ``head`` says that the module
+    is an output layer.
+    """
     path, _, leaf = name.rpartition(".")
     roles = set(_leaf_roles(leaf))
     if head:
@@ -117,7 +120,7 @@ def roles_by_name(
     if "lora_" in name and (lora := _LORA.search(name)):
         roles.add(f"lora_{lora[3].lower()}")
     if module is not None:
-        own = vars(module)  # not getattr: a module looks for what it lacks in three places
+        own = vars(module)  # not getattr: for a missing attribute, Module.__getattr__ searches three dicts
         groups, channels = own.get("groups", 1), own.get("in_channels")
         if isinstance(groups, int) and groups > 1 and groups == channels and leaf.startswith("weight"):
             roles.add("depthwise")
@@ -142,15 +145,15 @@ def _leaf_roles(leaf: str) -> frozenset[str]:
     return frozenset(roles)
 
 
-def model_heads(model: Any, modules: Mapping[str, Any]) -> frozenset[str]:
-    """Return the paths of the modules that give the output: what the model names itself, else its last layer.
+def model_heads(model: Module, modules: Mapping[str, Module]) -> frozenset[str]:
+    """Return the paths of the output layers of a model, and of the modules inside them.
 
-    ``get_output_embeddings`` is asked as in transformers, ``get_classifier`` as in timm. Else it is what goes by
-    the name of a head at the root, else the last module with a matrix of its own.
+    The model is asked first: by ``get_output_embeddings`` as in transformers, and by ``get_classifier`` as in timm.
+    Otherwise the modules with a name of ``HEADS`` at the root are taken, otherwise the last module that has a matrix.
     """
-    for ask in ("get_output_embeddings", "get_classifier"):
-        told = _ask(model, ask)
-        found = {path for path, module in modules.items() if path and module is told}
+    for method in ("get_output_embeddings", "get_classifier"):
+        layer = _call(model, method)
+        found = {path for path, module in modules.items() if path and module is layer}
         if found:
             return _with_inner(found, modules)
     named = {path for path in modules if bare_name(path) in HEADS}
@@ -164,28 +167,29 @@ def model_heads(model: Any, modules: Mapping[str, Any]) -> frozenset[str]:
     return frozenset() if not last else frozenset({last})
 
 
-def _ask(model: Any, method: str) -> Any:
-    asked = getattr(model, method, None)
-    if not callable(asked):
+def _call(model: object, method: str) -> object:
+    """Return what a method of the model returns, or None where it has no such method or raises."""
+    function = getattr(model, method, None)
+    if not callable(function):
         return None
     try:
-        return asked()
-    except Exception:  # noqa: BLE001 - the model's own code, asked only for a hint
+        return function()
+    except Exception:  # noqa: BLE001 - code of the user's model, called only for a better guess
         return None
 
 
-def _with_inner(paths: set[str], modules: Mapping[str, Any]) -> frozenset[str]:
+def _with_inner(paths: set[str], modules: Mapping[str, Module]) -> frozenset[str]:
     return frozenset(path for path in modules if any(path == head or path.startswith(f"{head}.") for head in paths))
 
 
 def is_buffer_name(name: str) -> bool:
-    """Return whether models use to register ``name`` as a buffer."""
+    """Return whether ``name`` is one that models register as a buffer, such as ``running_mean``."""
     return name.rpartition(".")[2] in _BUFFER_LEAVES
 
 
-_CODES = {dtype.torch_name: dtype.code for dtype in DTYPES.values()}
-_WHOLE = frozenset({"F16", "BF16", "F32", "F64", "C32", "C64", "C128"})
-_INNER = ".parametrizations."
+_DTYPE_CODES = {dtype.torch_name: dtype.code for dtype in DTYPES.values()}
+_FLOATING = frozenset({"F16", "BF16", "F32", "F64", "C32", "C64", "C128"})
+_PARAMETRIZED = ".parametrizations."
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +241,8 @@ class ParameterTable:
         return (info for info in self.parameters if info.trainable)
 
 
-def parameter_table(model: Any) -> ParameterTable:
-    """Return what is known of a live ``torch.nn.Module``, or of a checkpoint by its names and shapes alone.
+def parameter_table(model: Module | StateDictLike) -> ParameterTable:
+    """Return the parameters of a live ``torch.nn.Module``, or of a checkpoint by names and shapes only.
 
     Raises ``ModelError`` where ``model`` is neither.
     """
@@ -256,20 +260,20 @@ def parameter_table(model: Any) -> ParameterTable:
         parameters,
         tuple(key for key in infos if key not in kept),
         (
-            "every parameter counts as trainable: only the live model can tell",
-            "roles (bias, norm, embedding, head) and buffers are told by names and dtypes, not by modules",
+            "every parameter counts as trainable: only the live model has requires_grad",
+            "roles (bias, norm, embedding, head) and buffers are guessed from names and dtypes, not from modules",
         ),
     )
 
 
 def live_parameter_table(inventory: Inventory) -> ParameterTable:
-    """Return what the live model tells about its parameters."""
+    """Return the parameters of a live model, with roles from the classes of its modules."""
     modules = dict(inventory.model.named_modules(remove_duplicate=False))
     heads = model_heads(inventory.model, modules)
     by_class: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
 
     def known(name: str, tensor: Tensor, *, trainable: bool, lazy: bool) -> ParameterInfo:
-        path = name[: name.index(_INNER)] if _INNER in name else name.rpartition(".")[0]
+        path = name[: name.index(_PARAMETRIZED)] if _PARAMETRIZED in name else name.rpartition(".")[0]
         module = modules.get(path)
         kind = type(module)
         if kind not in by_class:
@@ -277,7 +281,7 @@ def live_parameter_table(inventory: Inventory) -> ParameterTable:
         classes, roles = by_class[kind]
         shape = None if lazy else tuple(getattr(tensor, "ds_shape", tensor.shape))
         extra = roles_by_name(name, shape, module=module, head=path in heads)
-        dtype = _CODES.get(str(tensor.dtype).removeprefix("torch."), "")
+        dtype = _DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."), "")
         return ParameterInfo(name, shape, dtype, trainable, classes, roles | extra)
 
     return ParameterTable(
@@ -306,4 +310,4 @@ def _with_aliases(info: ParameterInfo, aliases: list[ParameterInfo]) -> Paramete
 
 
 def _is_buffer(info: TensorInfo) -> bool:
-    return is_buffer_name(info.key) or (info.dtype not in _WHOLE and not info.dtype.startswith("F8"))
+    return is_buffer_name(info.key) or (info.dtype not in _FLOATING and not info.dtype.startswith("F8"))

@@ -1,4 +1,4 @@
-"""Well-known ways to group parameters, as the spec files beside this one: ``timm-layer-decay.toml``, with settings."""
+"""Presets: well-known param-group specs with settings, each a TOML file beside this module."""
 
 from __future__ import annotations
 
@@ -9,61 +9,64 @@ from itertools import takewhile
 from typing import Any
 
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import StateDictLike
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, GroupsError
 from ckptkit.param_groups.parse import parse_spec
-from ckptkit.param_groups.presets.from_model import FROM_MODEL, Asked
+from ckptkit.param_groups.presets.from_model import COMPUTED_SETTINGS, PresetContext
 from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.spec import ParamGroupSpec
 
 __all__ = ["param_group_phases", "param_group_preset", "param_group_preset_names", "preset_summary"]
 
 _SUFFIX = ".toml"
-_NEEDED = "?"
-_UNSET: tuple[Any, ...] = ("", [], {})
-_MODEL = "model:"  # asked of the model; what is made of other settings alone begins with the next
-_MADE = "made:"
+_REQUIRED = "?"
+_UNSET: tuple[object, ...] = ("", [], {})
+_NEEDS_MODEL = {"model": True, "made": False}  # prefixes of computed settings, and whether they need a model
 
 
 def param_group_preset_names() -> tuple[str, ...]:
-    """Return the names of all presets for param groups, sorted."""
+    """Return the names of all param-group presets, sorted."""
     names = (item.name for item in files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
 
 
 def preset_summary(name: str) -> str:
-    """Return what the file of a preset says first: what it does, whose rule it is, and where it differs."""
-    lines = takewhile(lambda line: line.startswith("#"), _text(name).splitlines())
+    """Return the comment at the top of a preset: what it does, its source, and its differences from the source."""
+    lines = takewhile(lambda line: line.startswith("#"), _read(name).splitlines())
     return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
-def param_group_preset(name: str, model: Any = None, **settings: Any) -> ParamGroupSpec:
+def param_group_preset(name: str, model: Module | StateDictLike | None = None, **settings: Any) -> ParamGroupSpec:
     """Return the spec of a preset: ``param_group_preset("timm-layer-decay", model, lr=1e-3, layer_decay=0.65)``.
 
-    ``model`` is a live ``Module``, or a checkpoint or a mapping of tensors where its names and shapes are enough; few
-    presets ask for it here, ``build_param_groups`` always does. Names are those of ``param_group_preset_names``, and
-    settings those of the preset's file. Warns (``UserWarning``) where a preset departs from its original for this
-    model. Raises ``GroupsError`` for an unknown preset or setting, one that has to be given, and where only another
-    model would do.
+    ``name`` is one of ``param_group_preset_names()``; ``settings`` are those in the file of the preset. ``model`` is a
+    live ``torch.nn.Module``, or a checkpoint or mapping of tensors where names and shapes are enough. Few presets need
+    a model here.
+
+    Warns (``UserWarning``) where a preset differs from its source for this model. Raises ``GroupsError`` for an unknown
+    preset or setting, for a required setting without a value, and for a model that the preset does not support.
     """
-    table = tomllib.loads(_text(name))
+    table = tomllib.loads(_read(name))
     known = table.pop("settings")
     unknown = [key for key in settings if key not in known]
     if unknown:
         raise GroupsError(
-            f"preset {quoted(name)} has no setting {quoted(unknown[0])}", hint=f"it has {', '.join(sorted(known))}"
+            f"preset {quoted(name)} has no setting {quoted(unknown[0])}",
+            hint=f"its settings are {', '.join(sorted(known))}",
         )
     try:
-        values = _settings({**known, **settings}, model)
-        return parse_spec(_filled(table, values))
+        values = _compute_settings({**known, **settings}, model)
+        return parse_spec(_fill(table, values))
     except CkptkitError as error:
         raise GroupsError(f"preset {quoted(name)}: {error.reason}", hint=error.hint) from None
 
 
-def param_group_phases(name: str, model: Any, **settings: Any) -> tuple[ParamGroupSpec, ...]:
-    """Return the specs of a preset with phases, such as ``gradual-unfreezing``, from the first to the last.
+def param_group_phases(name: str, model: Module | StateDictLike, **settings: Any) -> tuple[ParamGroupSpec, ...]:
+    """Return the specs of every phase of a preset such as ``gradual-unfreezing``, first to last.
 
-    What one phase froze has to be trainable again (``model.requires_grad_(True)``) before the groups of the next are
-    built. Raises ``GroupsError`` as ``param_group_preset`` does.
+    Call ``model.requires_grad_(True)`` before the groups of the next phase are built: a phase freezes parameters.
+    Raises ``GroupsError`` as ``param_group_preset`` does.
     """
     first = param_group_preset(name, model, **settings, phase=0)
     layers = next((modifier.layers for modifier in first.modifiers if modifier.layers is not None), None)
@@ -71,44 +74,47 @@ def param_group_phases(name: str, model: Any, **settings: Any) -> tuple[ParamGro
     return (first, *(param_group_preset(name, model, **settings, phase=phase) for phase in range(1, count)))
 
 
-def _text(name: str) -> str:
+def _read(name: str) -> str:
     known = param_group_preset_names()
     if name not in known:
-        raise GroupsError(f"there is no preset {quoted(name)}", hint=f"presets: {', '.join(known)}")
+        raise GroupsError(f"there is no preset {quoted(name)}", hint=f"the presets are {', '.join(known)}")
     return (files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 
 
-def _settings(given: Mapping[str, Any], model: Any) -> dict[str, Any]:
-    """Return the settings with what the model tells in place of ``model:...``, in the order of the file."""
+def _compute_settings(given: Mapping[str, Any], model: Module | StateDictLike | None) -> dict[str, Any]:
+    """Return the settings in the order of the file, with ``model:...`` and ``made:...`` replaced by their values."""
     values: dict[str, Any] = {}
     table = None
     for key, value in given.items():
-        if value == _NEEDED:
-            raise GroupsError(f"the setting {quoted(key)} has to be given", hint=f"write {key}=...")
-        source, colon, maker = value.partition(":") if isinstance(value, str) else ("", "", "")
-        if f"{source}{colon}" in (_MODEL, _MADE):
-            if model is None and source == "model":
-                raise GroupsError(f"the setting {quoted(key)} is asked of the model", hint="give the model, or set it")
-            if table is None:
-                table = parameter_table({} if model is None else model)
-            values[key] = FROM_MODEL[maker](Asked(model, table, {**given, **values}))
-        else:
+        if value == _REQUIRED:
+            raise GroupsError(f"the setting {quoted(key)} is required", hint=f"write {key}=...")
+        prefix, colon, function = value.partition(":") if isinstance(value, str) else ("", "", "")
+        if not colon or prefix not in _NEEDS_MODEL:
             values[key] = value
+            continue
+        if model is None and _NEEDS_MODEL[prefix]:
+            raise GroupsError(
+                f"the setting {quoted(key)} is computed from the model, and no model was given",
+                hint=f"give the model, or set {key}",
+            )
+        if table is None:
+            table = parameter_table({} if model is None else model)
+        values[key] = COMPUTED_SETTINGS[function](PresetContext(model, table, {**given, **values}))
     return values
 
 
-def _filled(table: Any, settings: Mapping[str, Any]) -> Any:
-    """Return ``table`` with the settings in it; what is unset leaves no trace."""
+def _fill(table: Any, settings: Mapping[str, Any]) -> Any:
+    """Return ``table`` with each ``$name`` replaced by its setting; keys with an unset value are left out."""
     if isinstance(table, str) and table.startswith("$"):
         return settings[table[1:]]
     if isinstance(table, list):
-        return [made for made in (_filled(one, settings) for one in table) if made not in _UNSET]
+        return [value for value in (_fill(inner, settings) for inner in table) if value not in _UNSET]
     if not isinstance(table, dict):
         return table
-    filled = {key: _filled(value, settings) for key, value in table.items()}
-    return {key: _question(key, value) for key, value in filled.items() if value not in _UNSET}
+    filled = {key: _fill(value, settings) for key, value in table.items()}
+    return {key: _as_match(key, value) for key, value in filled.items() if value not in _UNSET}
 
 
-def _question(key: str, value: Any) -> Any:
-    """Return a setting that stands for a whole ``match`` as one: a pattern, or a list of them, asks for names."""
+def _as_match(key: str, value: Any) -> Any:
+    """Return a pattern, or a list of patterns, as a ``match`` table where it is the whole ``match``."""
     return {"params": value} if key == "match" and isinstance(value, str | list) else value
