@@ -10,7 +10,7 @@ from ckptkit.align.matching import BYTES, Matching, match
 from ckptkit.align.modules import Module, modules_of
 from ckptkit.align.pairing import Doubt, Pair
 from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_table, rule_text, suggestions_of
-from ckptkit.comparison import prefix_counts
+from ckptkit.comparison import count_prefixes
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural
@@ -120,7 +120,7 @@ def _without_prefix(left: Checkpoint, right: Checkpoint) -> tuple[Prefix | None,
     """Return a prefix that explains most of what differs, and the keys of found as they would be without it."""
     missing = {key: info.shape for key, info in left.items() if key not in right}
     unexpected = {key: info.shape for key, info in right.items() if key not in left}
-    strip, add = prefix_counts(missing, unexpected)
+    strip, add = count_prefixes(missing, unexpected)
     options = [(count, Prefix(text)) for text, count in strip.items()]
     options += [(count, Prefix(text, added=True)) for text, count in add.items()]
     best, prefix = max(options, key=lambda option: option[0], default=(0, Prefix()))

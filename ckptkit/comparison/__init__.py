@@ -1,4 +1,4 @@
-"""What a model wants against what a checkpoint has: by key, shape and dtype, with no value read."""
+"""``diff``: the keys, shapes and dtypes that a model expects against those of a checkpoint, with no value read."""
 
 from __future__ import annotations
 
@@ -17,68 +17,39 @@ from ckptkit.rules.model import KeyMap, Rules
 from ckptkit.rules.parse import as_rules
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
-__all__ = ["Hint", "KeyPair", "StateDictDiff", "diff", "diff_checkpoints", "prefix_counts"]
-
-
-_MOST_SEGMENTS = 64  # of a prefix: a hostile name can have a million
-Shapes = Mapping[str, tuple[int, ...]]
-
-
-def prefix_counts(expected: Shapes, found: Shapes) -> tuple[Counter[str], Counter[str]]:
-    """Return for how many keys of ``found`` leaving out a prefix makes one of ``expected``, and adding one does.
-
-    Only tensors of one shape count, and only prefixes that a pattern takes as they stand.
-    """
-    strip, add = Counter[str](), Counter[str]()
-    for key, shape in found.items():
-        strip.update(_prefixes(key, shape, expected))
-    for key, shape in expected.items():
-        add.update(_prefixes(key, shape, found))
-    return strip, add
-
-
-def _prefixes(key: str, shape: tuple[int, ...], others: Shapes) -> list[str]:
-    """Return what stands before those endings of ``key`` that are keys of ``others`` with the same shape."""
-    found = []
-    at = key.find(".")
-    for _ in range(_MOST_SEGMENTS):
-        if at < 0:
-            break
-        prefix = key[: at + 1]
-        if others.get(key[at + 1 :]) == shape and literal(prefix) == prefix and "=" not in prefix:
-            found.append(prefix)
-        at = key.find(".", at + 1)
-    return found
-
+__all__ = ["Hint", "KeyPair", "StateDictDiff", "count_prefixes", "diff", "diff_checkpoints"]
 
 _EXTRA_STATE = "_extra_state"
-_STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
-_COUNTER = "num_batches_tracked"
+_EXTRA_STATE_KEY = re.compile(r"(?:.*?\.)?_extra_state(?=\.|$)", re.DOTALL)
+_BATCH_COUNTER = "num_batches_tracked"
+_MAX_HINTS = 3
+_MAX_PREFIX_SEGMENTS = 64  # a hostile key can have a million segments
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """One key on both sides; ``found`` bears the name that it has in its own file."""
+    """A key that both sides have; ``found`` keeps the name that the tensor has in its file."""
 
     expected: TensorInfo
     found: TensorInfo
 
     @property
     def key(self) -> str:
-        """The key that the model expects."""
+        """The expected key."""
         return self.expected.key
 
     @property
     def loads(self) -> bool:
-        """Whether ``load_state_dict`` takes its shape: an equal one, or one of the two cases that torch makes fit."""
-        # Scalars of before torch 0.4 were saved with one dimension; extra state may have any shape.
-        scalar = self.expected.shape == () and self.found.shape == (1,)
-        return scalar or self.expected.shape == self.found.shape or _state_key(self.key) is not None
+        """Whether ``load_state_dict`` accepts the found shape."""
+        # torch reshapes scalars that versions before 0.4 saved with shape (1,). Extra state may have any shape.
+        is_old_scalar = self.expected.shape == () and self.found.shape == (1,)
+        return is_old_scalar or self.expected.shape == self.found.shape or _extra_state_key(self.key) is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A way to make more keys match: what it would do, and the rename that does it."""
+    """A rename that makes more keys match: a sentence with its effect, and the rename itself."""
 
     message: str
     rename: str
@@ -86,18 +57,30 @@ class Hint:
 
 @dataclass(frozen=True, repr=False)
 class StateDictDiff:
-    """The result of a comparison, in torch's words.
+    """The differences between two state_dicts, in torch's words.
 
-    ``missing``: expected, not found. ``unexpected``: found, not expected. ``shape_mismatched``: same key,
-    other shape. ``dtype_mismatched``: a matched key with another dtype, which torch would cast; it is
-    listed under ``matched`` too, as is ``uncopyable``: torch cannot copy the found values, since they are sparse,
-    quantised or none, or of a dtype that nothing is cast from. ``blocked`` names expected keys whose found value
-    is no tensor at all.
+    Attributes:
+        expected: The expected tensors, by key.
+        found: The found tensors, by the key that they have in their file.
+        names: The new name of each found key that the rules kept.
+        matched: Keys with the same shape on both sides. ``dtype_mismatched`` and ``uncopyable`` keys are matched too.
+        missing: Expected tensors that were not found.
+        unexpected: Found tensors that are not expected.
+        shape_mismatched: The same key with another shape.
+        dtype_mismatched: The same key and shape with another dtype; torch casts it.
+        blocked: Expected keys whose found value is not a tensor.
+        uncopyable: Keys whose found tensor torch cannot copy: sparse, quantized, without data, or of a dtype without
+            casts.
+        foreign: Found keys that are not expected and hold no tensor.
+        extra_state: Keys of extra state that only one side has.
+        filled: Missing keys that torch fills in for checkpoints from before version 0.4.1.
+        notes: Remarks of the rules.
+        unseen: Unexpected keys below a submodule that is None; torch ignores them.
     """
 
     expected: Mapping[str, TensorInfo]
     found: Mapping[str, TensorInfo]
-    names: Mapping[str, str]  # keys of found that the rules left -> their new names
+    names: Mapping[str, str]
     matched: tuple[KeyPair, ...]
     missing: tuple[TensorInfo, ...]
     unexpected: tuple[TensorInfo, ...]
@@ -105,14 +88,14 @@ class StateDictDiff:
     dtype_mismatched: tuple[KeyPair, ...]
     blocked: tuple[str, ...] = ()
     uncopyable: tuple[KeyPair, ...] = ()
-    foreign: tuple[str, ...] = ()  # keys of found that are not expected and hold no tensor
-    extra_state: tuple[str, ...] = ()  # keys of extra state that only one side has
-    filled: frozenset[str] = frozenset()  # missing keys that torch fills in for checkpoints of before 0.4.1
-    notes: tuple[str, ...] = ()  # what the rules have to say
-    unseen: frozenset[str] = frozenset()  # unexpected keys below a submodule that is None: torch looks at none of them
+    foreign: tuple[str, ...] = ()
+    extra_state: tuple[str, ...] = ()
+    filled: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    unseen: frozenset[str] = frozenset()
 
     def __repr__(self) -> str:
-        """Show what was found in numbers, and never key by key."""
+        """Return the number of keys of each kind, on one line."""
         return (
             f"<StateDictDiff: {len(self.matched)} matched, {len(self.missing)} missing, "
             f"{len(self.unexpected)} unexpected, {len(self.shape_mismatched)} shape-mismatched, "
@@ -121,19 +104,19 @@ class StateDictDiff:
 
     @property
     def loads(self) -> bool:
-        """Whether ``load_state_dict(strict=False)`` would accept the found tensors."""
+        """Whether ``load_state_dict(strict=False)`` accepts the found tensors."""
         return not self.blocked and not self.uncopyable and all(pair.loads for pair in self.shape_mismatched)
 
     @property
     def loads_strict(self) -> bool:
-        """Whether ``load_state_dict(strict=True)`` would accept the found tensors."""
+        """Whether ``load_state_dict(strict=True)`` accepts the found tensors."""
         missing = any(info.key not in self.filled for info in self.missing)
         unexpected = any(info.key not in self.unseen for info in self.unexpected)
         return self.loads and not missing and not unexpected and not self.foreign and not self.extra_state
 
     @property
     def different(self) -> bool:
-        """Whether there is anything to report."""
+        """Whether the two sides differ in any key, shape or dtype."""
         return bool(
             self.missing or self.unexpected or self.shape_mismatched or self.dtype_mismatched
             or self.uncopyable or self.blocked or self.foreign or self.extra_state
@@ -141,174 +124,212 @@ class StateDictDiff:
 
     @property
     def coverage(self) -> float:
-        """Share of the expected elements that found fills, between 0 and 1; 1 where nothing is expected."""
+        """The share of the expected elements that were found, between 0 and 1; 1 if nothing is expected."""
         wanted = sum(info.elements for info in self.expected.values())
         return sum(pair.expected.elements for pair in self.matched) / wanted if wanted else 1.0
 
     def _repr_html_(self) -> str:
         rows = [("missing", info.key, str(info), "") for info in self.missing]
         rows += [("unexpected", info.key, "", str(info)) for info in self.unexpected]
-        for how, pairs in (
+        for kind, pairs in (
             ("shape-mismatched", self.shape_mismatched),
             ("dtype-mismatched", self.dtype_mismatched),
             ("cannot be copied", self.uncopyable),
         ):
-            rows += [(how, pair.key, str(pair.expected), str(pair.found)) for pair in pairs]
-        rows += [("no tensor", key, "", "") for key in (*self.blocked, *self.foreign)]
-        rows += [("extra state on one side", key, "", "") for key in self.extra_state]
-        table = html_table(("", "key", "expected", "found"), [(how, printable(key), *rest) for how, key, *rest in rows])
+            rows += [(kind, pair.key, str(pair.expected), str(pair.found)) for pair in pairs]
+        rows += [("not a tensor", key, "", "") for key in (*self.blocked, *self.foreign)]
+        rows += [("extra state on one side only", key, "", "") for key in self.extra_state]
+        cells = [(kind, printable(key), *sides) for kind, key, *sides in rows]
+        table = html_table(("", "key", "expected", "found"), cells)
         return f"<p>{len(self.matched):,} matched, {len(rows):,} that differ</p>{table}"
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """Prefixes that explain why keys do not match, best first; empty where none helps."""
+        """Renames that make the most keys match; empty if none makes more match, or if rules already rename."""
         return tuple(_hints(self))
 
 
 def diff(expected: StateDictLike, found: StateDictLike, rules: Rules | list[str] | None = None) -> StateDictDiff:
-    """Return what ``expected`` wants and ``found`` has, as ``load_state_dict`` would see it.
+    """Return the differences between two state_dicts, as ``load_state_dict`` would meet them.
 
-    Either side is a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``. ``rules`` rename
-    and filter the keys of ``found`` first: ``["module.*=*"]``. Raises ``RuleError`` where they go wrong.
+    Args:
+        expected: What the model expects: a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
+        found: What the checkpoint has, in any of these forms.
+        rules: Renames and filters for the keys of ``found``, such as ``["module.*=*"]``.
+
+    Raises:
+        ModelError: One side is not a state_dict.
+        RuleError: A rule matches nothing, or gives two keys the same name.
     """
     left, right = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
     return diff_checkpoints(left, right, apply_rules(as_rules(rules), right))
 
 
 def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
-    """Return the difference, with the keys of ``found`` named as ``key_map`` says."""
-    by_new_name = key_map.describe(dict(found.items()))
-    values = _values_elsewhere(found, by_new_name)
-    wanted_state = _states(expected, expected)
-    found_state = _states(found, by_new_name)
-    absent = tuple(f"{entry.path}." for entry in expected.entries if entry.type == ABSENT)
+    """Return the differences, with the keys of ``found`` renamed and filtered by ``key_map``."""
+    expected_infos, found_infos = dict(expected.items()), dict(found.items())
+    by_new_name = key_map.describe(found_infos)
+    not_tensors = _keys_without_tensor(found, by_new_name)
+    expected_states = _extra_state_keys(expected, expected)
+    found_states = _extra_state_keys(found, by_new_name)
+    absent_modules = tuple(f"{entry.path}." for entry in expected.entries if entry.type == ABSENT)
     matched: list[KeyPair] = []
     missing: list[TensorInfo] = []
-    shapes: list[KeyPair] = []
-    dtypes: list[KeyPair] = []
+    shape_mismatched: list[KeyPair] = []
+    dtype_mismatched: list[KeyPair] = []
     uncopyable: list[KeyPair] = []
     blocked: list[str] = []
-    for key, info in expected.items():
+    for key, info in expected_infos.items():
         other = by_new_name.get(key)
         if other is None:
-            if _state_key(key, expected) not in found_state:
+            if _extra_state_key(key, expected) not in found_states:
                 missing.append(info)
-                if key in values:
+                if key in not_tensors:
                     blocked.append(key)
         elif info.shape != other.shape:
-            shapes.append(KeyPair(info, other))
+            shape_mismatched.append(KeyPair(info, other))
         else:
             pair = KeyPair(info, other)
             matched.append(pair)
             if info.dtype != other.dtype:
-                dtypes.append(pair)
-            if (info.dtype != other.dtype or info.kind != other.kind) and not _copies(pair):
+                dtype_mismatched.append(pair)
+            if (info.dtype != other.dtype or info.kind != other.kind) and not _is_copyable(pair):
                 uncopyable.append(pair)
     unexpected = {
         new: other
         for new, other in by_new_name.items()
-        if new not in expected and _state_key(new, found) not in wanted_state
+        if new not in expected_infos and _extra_state_key(new, found) not in expected_states
     }
-    foreign = [key for key in values if key not in expected and _state_key(key, found) is None]
-    told = {info.key for info in missing} | unexpected.keys()
+    foreign = [key for key in not_tensors if key not in expected_infos and _extra_state_key(key, found) is None]
+    listed = {info.key for info in missing} | unexpected.keys()
+    one_sided_states = sorted((expected_states ^ found_states) - listed)
     return StateDictDiff(
-        expected,
-        found,
+        expected_infos,
+        found_infos,
         key_map.renamed,
         tuple(matched),
         tuple(missing),
         tuple(unexpected.values()),
-        tuple(shapes),
-        tuple(dtypes),
+        tuple(shape_mismatched),
+        tuple(dtype_mismatched),
         blocked=tuple(blocked),
         uncopyable=tuple(uncopyable),
-        foreign=tuple(key for key in foreign if not key.startswith(absent)),
-        extra_state=tuple(sorted(key for key in (wanted_state ^ found_state) - told if not key.startswith(absent))),
-        filled=_filled(missing, expected, found, key_map),
+        foreign=tuple(key for key in foreign if not key.startswith(absent_modules)),
+        extra_state=tuple(key for key in one_sided_states if not key.startswith(absent_modules)),
+        filled=_filled_counters(missing, expected, found, key_map),
         notes=key_map.notes,
-        unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent)),
+        unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent_modules)),
     )
 
 
-def _values_elsewhere(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
-    """Return the keys of found's own mapping that hold no tensor, in order."""
+def _keys_without_tensor(found: Checkpoint, tensors: Mapping[str, TensorInfo]) -> dict[str, None]:
+    """Return the keys of the found state_dict that hold no tensor, in order."""
     paths = [entry.path for entry in found.entries if not entry.is_outside]
     return dict.fromkeys(path for path in paths if path not in tensors and path != "_metadata")
 
 
-def _states(side: Checkpoint, tensors: Iterable[str]) -> set[str]:
+def _extra_state_keys(side: Checkpoint, tensors: Iterable[str]) -> set[str]:
     """Return the keys of extra state on one side."""
-    keys = (_state_key(key, side) for key in (*(entry.path for entry in side.entries), *tensors))
+    keys = (_extra_state_key(key, side) for key in (*(entry.path for entry in side.entries), *tensors))
     return {key for key in keys if key is not None}
 
 
-def _state_key(key: str, side: Checkpoint | None = None) -> str | None:
-    """Return the key of the extra state that ``key`` is, or lies inside of; None where it is anything else."""
-    match = _STATE_KEY.match(key) if _EXTRA_STATE in key else None
-    # Nested mappings of a file are listed flat, so what lies inside a state is that state; live keys are exact.
+def _extra_state_key(key: str, side: Checkpoint | None = None) -> str | None:
+    """Return the key of the extra state that ``key`` is or is a part of; None if it is neither."""
+    match = _EXTRA_STATE_KEY.match(key) if _EXTRA_STATE in key else None
+    # A file lists the parts of a nested extra state under their own keys; a live model has only the exact key.
     if match is None or (side is not None and not side.files and match.end() < len(key)):
         return None
     return match[0]
 
 
-def _copies(pair: KeyPair) -> bool:
-    """Whether torch copies the found values into the expected ones, as far as their kinds and dtypes decide."""
+def _is_copyable(pair: KeyPair) -> bool:
+    """Return whether the kinds and dtypes let torch copy the found values into the expected tensor."""
     kinds = {pair.expected.kind, pair.found.kind}
     dtypes = {pair.expected.dtype, pair.found.dtype}
-    kinds_fit = len(kinds) == 1 or not kinds & {"sparse", "quantized", "meta", "nested"}
-    return _state_key(pair.key) is not None or (kinds_fit and (len(dtypes) == 1 or dtypes <= CASTABLE))
+    is_kind_copyable = len(kinds) == 1 or not kinds & {"sparse", "quantized", "meta", "nested"}
+    is_dtype_copyable = len(dtypes) == 1 or dtypes <= CASTABLE
+    return _extra_state_key(pair.key) is not None or (is_kind_copyable and is_dtype_copyable)
 
 
-def _filled(missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> frozenset[str]:
-    """Return the missing counters that batch norm fills in where the state_dict gives it no version, or one below 2."""
-    renamed = bool(key_map.derived) or any(old != new for old, new in key_map.renamed.items())
-    versions = {} if renamed else found.versions
+def _filled_counters(
+    missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap
+) -> frozenset[str]:
+    """Return the missing counters that batch norm fills in, because the state_dict gives it a version below 2."""
+    is_renamed = bool(key_map.derived) or any(old != new for old, new in key_map.renamed.items())
+    versions = {} if is_renamed else found.versions
     filled = set()
     for key in (info.key for info in missing):
         prefix, _, name = key.rpartition(".")
         mean = f"{prefix}.running_mean" if prefix else "running_mean"
-        # A live model tells the versions of its own modules: batch norm has 2, a look-alike has 1.
+        # Batch norm has version 2; a user's module with the same buffers has version 1.
         is_norm = mean in expected and expected.versions.get(prefix, 2) >= 2
-        if name == _COUNTER and is_norm and versions.get(prefix, 0) < 2:
+        if name == _BATCH_COUNTER and is_norm and versions.get(prefix, 0) < 2:
             filled.add(key)
     return frozenset(filled)
 
 
 def _hints(result: StateDictDiff) -> list[Hint]:
     expected, found = result.expected, result.found
-    renamed = any(old != new for old, new in result.names.items())
-    if not result.missing or not result.unexpected or renamed:
+    is_renamed = any(old != new for old, new in result.names.items())
+    if not result.missing or not result.unexpected or is_renamed:
         return []
-    now = len(result.matched)
     hints: list[tuple[int, Hint]] = []
-    for rename, mapping in _candidates(result):
-        hits = sum(new in expected and expected[new].shape == found[old].shape for old, new in mapping.items())
-        if hits > now and len(set(mapping.values())) == len(mapping):
-            hints.append((hits, Hint(_praise(hits, len(expected), rename), rename)))
-    hints.sort(key=lambda pair: -pair[0])
-    return [hint for hits, hint in hints if hits == hints[0][0]][:3]
+    for rename, names in _candidate_renames(result).items():
+        matches = sum(new in expected and expected[new].shape == found[old].shape for old, new in names.items())
+        if matches > len(result.matched) and len(set(names.values())) == len(names):
+            hints.append((matches, Hint(_hint_message(matches, len(expected), rename), rename)))
+    most = max((matches for matches, _ in hints), default=0)
+    return [hint for matches, hint in hints if matches == most][:_MAX_HINTS]
 
 
-def _praise(hits: int, wanted: int, rename: str) -> str:
-    share = f"all {wanted:,}" if hits == wanted else f"{hits:,} of {wanted:,}"
+def _hint_message(matches: int, wanted: int, rename: str) -> str:
+    share = f"all {wanted:,}" if matches == wanted else f"{matches:,} of {wanted:,}"
     return f"{share} keys match after --rename {shell_word(rename)}"
 
 
-def _candidates(result: StateDictDiff) -> list[tuple[str, dict[str, str]]]:
-    """Return renames that strip or add one prefix, with what each makes of every found key."""
+def _candidate_renames(result: StateDictDiff) -> dict[str, dict[str, str]]:
+    """Return renames that remove or add one prefix, each with the new name of every found key."""
     missing = {info.key: info.shape for info in result.missing}
     unexpected = {info.key: info.shape for info in result.unexpected}
-    strip, add = prefix_counts(missing, unexpected)
-    strips = {name for name, _ in strip.most_common(3)} | set(PREFIXES)
-    made = {
+    removed, added = count_prefixes(missing, unexpected)
+    prefixes = {name for name, _ in removed.most_common(3)} | set(PREFIXES)
+    renames = {
         f"{prefix}*=*": {key: key.removeprefix(prefix) for key in result.names}
-        for prefix in sorted(strips)
+        for prefix in sorted(prefixes)
         if any(key.startswith(prefix) for key in unexpected)
     }
     for segment in SEGMENTS:
         if any(f".{segment}." in key for key in unexpected):
             rename = parse_rename(f"*.{segment}.*=*.*")
-            made[f"*.{segment}.*=*.*"] = {key: rename.apply(key) or key for key in result.names}
-    for prefix, _ in add.most_common(3):
-        made[f"*={prefix}*"] = {key: f"{prefix}{key}" for key in result.names}
-    return list(made.items())
+            renames[f"*.{segment}.*=*.*"] = {key: rename.apply(key) or key for key in result.names}
+    for prefix, _ in added.most_common(3):
+        renames[f"*={prefix}*"] = {key: f"{prefix}{key}" for key in result.names}
+    return renames
+
+
+def count_prefixes(expected: Shapes, found: Shapes) -> tuple[Counter[str], Counter[str]]:
+    """Return how many found keys become expected keys by removing each prefix, and by adding each prefix.
+
+    Only tensors of the same shape count, and only prefixes without special characters of the pattern language.
+    """
+    removed, added = Counter[str](), Counter[str]()
+    for key, shape in found.items():
+        removed.update(_prefixes_before(key, shape, expected))
+    for key, shape in expected.items():
+        added.update(_prefixes_before(key, shape, found))
+    return removed, added
+
+
+def _prefixes_before(key: str, shape: tuple[int, ...], others: Shapes) -> list[str]:
+    """Return the prefixes of ``key`` whose rest is a key of ``others`` with the same shape."""
+    prefixes = []
+    at = key.find(".")
+    for _ in range(_MAX_PREFIX_SEGMENTS):
+        if at < 0:
+            break
+        prefix = key[: at + 1]
+        if others.get(key[at + 1 :]) == shape and literal(prefix) == prefix and "=" not in prefix:
+            prefixes.append(prefix)
+        at = key.find(".", at + 1)
+    return prefixes
