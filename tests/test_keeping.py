@@ -375,7 +375,7 @@ def test_memory_that_is_no_longer_shared_is_named(tmp_path: Path) -> None:
     output = choose_output(tmp_path / "out.pt")
     with open_checkpoint(source) as checkpoint:
         notes = check_output(plan_remap(checkpoint, dtype="F16"), output, {"source": checkpoint}).notes
-        assert notes == ("written apart, in one storage before with tensors that are kept as they are: w",)
+        assert notes == ("no longer share a storage with tensors that the file keeps: w",)
         assert check_output(plan_remap(checkpoint, ["w=x"]), output, {"source": checkpoint}).notes == ()
 
 
@@ -463,9 +463,9 @@ def big_endian(path: Path, order: str) -> Path:
         ({"model": {"w": torch.ones(1)}, "n": argparse.Namespace()}, [],
          "names code that torch.load(weights_only=True) refuses: argparse.Namespace"),
         ({"model": {"w": torch.ones(1), "v": torch.ones(1), "x": 3}, "n": 1}, ["w=x"],
-         "'x' is the name of something in the mapping that is no tensor"),
+         "'x' is already the key of a value that is not a tensor"),
         ({"model": {"w": torch.ones(1), "v": torch.ones(1), "d": {"u": torch.ones(1)}}, "n": 1}, ["d.u=u"],
-         "'d.u' lies deeper in the mapping than under a name, and would be changed"),
+         "'d.u' is nested deeper than the other tensors, and would be changed"),
     ],
     ids=["unknown", "collision", "deep"],
 )  # fmt: skip
@@ -528,8 +528,14 @@ HELD += b"".join(get(900 + n) + get(899) + b"a0" for n in range(999))
 @pytest.mark.parametrize(
     ("rest", "reason"),
     [
-        (b"]" + put(7) + call("a.b", get(7)) + b"\x86" + b"0" + get(7) + b"Na", "it changes objects after it has used"),
-        (b"(]" + put(7) + call("a.b", get(7)) + get(7) + b"Na" + b"t", "it changes objects after it has used them"),
+        (
+            b"]" + put(7) + call("a.b", get(7)) + b"\x86" + b"0" + get(7) + b"Na",
+            "its pickle changes objects after it has used them",
+        ),
+        (
+            b"(]" + put(7) + call("a.b", get(7)) + get(7) + b"Na" + b"t",
+            "its pickle changes objects after it has used them",
+        ),
         (HELD, "its objects hold each other too often"),
     ],
     ids=["thrown away", "changed later", "knots"],

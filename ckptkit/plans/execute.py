@@ -21,12 +21,11 @@ from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, 
 from ckptkit.formats.torch.write import (
     TorchZipLayout,
     assign_records,
-    layout_torch_archive,
     layout_torch_zip,
     refuse_unwritable,
     write_torch_zip,
 )
-from ckptkit.plans.edit_torch import Editor, editor_for
+from ckptkit.plans.edit_torch import PlanEditor, editor_for
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Producer
@@ -254,16 +253,16 @@ def _write_safetensors(
     return layout.nbytes
 
 
-def _lay_out_torch(infos: Sequence[TensorInfo], plan: Plan, read: _Reading, editor: Editor | None) -> TorchZipLayout:
+def _lay_out_torch(
+    infos: Sequence[TensorInfo], plan: Plan, read: _Reading, editor: PlanEditor | None
+) -> TorchZipLayout:
     placed = read.placed(infos)
     if editor is None:
         return layout_torch_zip(placed, read.payload, read.span, plan.versions)
     changed = {step.out.key for step in editor.changed}
     records, stored = assign_records([info for info in placed if info.key in changed], read.payload, read.span)
     with errors_about(read.roles[plan.edited_role].path):
-        edited = editor.edited(stored)
-    storages = [records[one] if isinstance(one, int) else editor.container.storage(one) for one in edited.storages]
-    return layout_torch_archive(edited.pickle, storages, editor.container.other_records())
+        return editor.layout(stored, records)
 
 
 def _finish(

@@ -1,7 +1,6 @@
-"""A pickle as what it does: for each object the opcode that makes it, and those that change it afterwards.
+"""Read a pickle as a graph of opcodes, and write such a graph as a pickle again.
 
-Nothing is known here of any class, and nothing is interpreted: what is read can be written again, with parts
-renamed, dropped or put in.
+No class of the pickle is known or called. An edit renames, drops or inserts parts of the graph.
 """
 
 from __future__ import annotations
@@ -9,79 +8,96 @@ from __future__ import annotations
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple, cast
 
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.pickle.machine import OPCODES, Operation, PickleMachine, parse_pickle
 from ckptkit.formats.pickle.values import Interpreter
 
-__all__ = ["MARKED", "Change", "Node", "Part", "iterate_nodes", "plain_value", "read_nodes", "write_nodes"]
+__all__ = [
+    "LEAVE_OUT",
+    "MARKED",
+    "Node",
+    "Part",
+    "Update",
+    "edit_error",
+    "iterate_nodes",
+    "plain_value",
+    "read_nodes",
+    "write_nodes",
+]
 
 
-MARKED: Final = frozenset(b"tldioue\x90\x91")  # opcodes that take everything above a mark
+MARKED: Final = frozenset(b"tldioue\x90\x91")  # opcodes that take everything above a MARK
 
 
-class Change(NamedTuple):
-    """A change to an object that is there: items set, values appended, a state given."""
+class Update(NamedTuple):
+    """A change to an existing object: items set, values appended, or a state given."""
 
     op: bytes
     args: tuple[Part, ...]
 
 
-_NO_EVENTS: Final[list[Change]] = []  # one for all: most objects are never changed
+_NO_UPDATES: Final[list[Update]] = []  # one list for all nodes, because most objects are never changed
 
 
 class Node:
-    """An object of a pickle that others may share: the opcode that makes it, what that takes, what happens to it then.
+    """An object of a pickle: the opcode that makes the object, the arguments, and the later updates.
 
-    ``seen`` is how much had happened when something first took it: all, unless the object holds itself; -1 where
-    nothing did.
+    Several other nodes can refer to one node. ``updates_at_use`` is the number of updates before the first use as an
+    argument: all of them, unless the object holds itself; -1 for an object that is never an argument.
     """
 
-    __slots__ = ("args", "events", "op", "seen")
+    __slots__ = ("args", "op", "updates", "updates_at_use")
 
     def __init__(self, op: bytes, args: tuple[Part, ...] = ()) -> None:
-        """Describe an object to which nothing has happened."""
+        """Describe an object without updates."""
         self.op = op
         self.args = args
-        self.events = _NO_EVENTS
-        self.seen = -1
+        self.updates = _NO_UPDATES
+        self.updates_at_use = -1
 
-    def add_change(self, event: Change) -> None:
-        """Add a change behind all others."""
-        if self.events is _NO_EVENTS:
-            self.events = []
-        self.events.append(event)
+    def add_update(self, update: Update) -> None:
+        """Append an update."""
+        if self.updates is _NO_UPDATES:
+            self.updates = []
+        self.updates.append(update)
 
     def parts(self) -> Iterator[Part]:
-        """Yield what it is made of, in the order of the pickle."""
+        """Yield the arguments of the object and of the updates, in the order of the pickle."""
         yield from self.args
-        for event in self.events:
-            yield from event.args
+        for update in self.updates:
+            yield from update.args
 
 
-Part = Node | bytes  # of what cannot change (numbers, texts, names of code) the opcode itself is kept
+LEAVE_OUT: Final = "--only-tensors leaves the rest out"
+Part = Node | bytes  # the bytes are the whole opcode of an immutable value: a number, a string, a code name
+
+
+def edit_error(reason: str) -> PlanError:
+    """Return the error for a file that cannot be edited."""
+    return PlanError(f"cannot keep the rest of the file: {reason}", hint=LEAVE_OUT)
 
 
 def read_nodes(data: bytes) -> tuple[Part, int]:
     """Return the root object and the protocol of a pickle; raises ``FormatError`` as ``parse_pickle`` does."""
     machine = PickleMachine(data, Interpreter({}, {}), 0)
-    root: Any = machine.run(_NODE_OPCODES)[0]
-    _take((root,))
+    root = cast("Part", machine.run(_NODE_OPCODES)[0])
+    _mark_used((root,))
     return root, data[1] if data[:1] == b"\x80" else 0
 
 
 def plain_value(part: Part) -> object:
-    """Return the value of a number, a text or a name of code; of any other object the node itself."""
+    """Return the value of a number, a string or a code name; return any other part itself."""
     if isinstance(part, Node):
         return part
-    if part[0] == 0x58:  # most names are such texts, and a machine for each would take its time
+    if part[0] == 0x58:  # nearly all names are such strings; starting a machine for each would be slow
         return part[5:].decode("utf-8", "surrogatepass")
     return parse_pickle(part + b".", Interpreter({}, {}))[0]
 
 
 def iterate_nodes(root: Part) -> Iterator[Node]:
-    """Yield each node below ``root`` once, itself first, in the order in which it is written."""
+    """Yield ``root`` and each node below once, in the order in which a pickle writes them."""
     known: set[int] = set()
     stack: list[Iterator[Part]] = [iter((root,))]
     while stack:
@@ -94,42 +110,47 @@ def iterate_nodes(root: Part) -> Iterator[Node]:
             stack.append(part.parts())
 
 
-def _take(parts: Sequence[Part]) -> None:
+_Action = Callable[[PickleMachine, bytes, tuple[Part, ...]], None]
+
+
+def _mark_used(parts: Sequence[Part]) -> None:
     for part in parts:
-        if isinstance(part, Node) and part.seen < 0:
-            part.seen = len(part.events)
+        if isinstance(part, Node) and part.updates_at_use < 0:
+            part.updates_at_use = len(part.updates)
 
 
-def _make(machine: PickleMachine, op: bytes, args: tuple[Part, ...]) -> None:
-    _take(args)
+def _push_node(machine: PickleMachine, op: bytes, args: tuple[Part, ...]) -> None:
+    _mark_used(args)
     machine.stack.append(Node(op, args))
 
 
-def _happen(machine: PickleMachine, op: bytes, args: tuple[Part, ...]) -> None:
+def _update_top(machine: PickleMachine, op: bytes, args: tuple[Part, ...]) -> None:
     target = machine.stack[-1]
-    _take(args)
+    _mark_used(args)
     if not isinstance(target, Node):
-        raise FormatError(f"corrupt pickle: something that cannot change is changed at byte {machine.pos - 1}")
-    target.add_change(Change(op, args))
+        raise FormatError(f"corrupt pickle: byte {machine.pos - 1} changes a value that cannot change")
+    target.add_update(Update(op, args))
 
 
-def _fixed(opcode: int, count: int, obey: Callable[[PickleMachine, bytes, tuple[Part, ...]], None]) -> Operation:
+def _counted(opcode: int, count: int, action: _Action) -> Operation:
+    """Return the operation of an opcode that takes ``count`` arguments from the stack."""
     op = bytes([opcode])
 
     def run(machine: PickleMachine) -> None:
         args = [machine.pop() for _ in range(count)]
-        obey(machine, op, tuple(reversed(args)))
+        action(machine, op, tuple(reversed(args)))
 
     return run
 
 
-def _marked(opcode: int, obey: Callable[[PickleMachine, bytes, tuple[Part, ...]], None]) -> Operation:
+def _marked(opcode: int, action: _Action) -> Operation:
+    """Return the operation of an opcode that takes everything above a MARK."""
     op = bytes([opcode])
-    return lambda machine: obey(machine, op, tuple(machine.pop_mark()))
+    return lambda machine: action(machine, op, tuple(machine.pop_mark()))
 
 
-def _atom(read: Operation, kind: Callable[[bytes], Part]) -> Operation:
-    """Return the operation that keeps the bytes of an opcode, where ``read`` would push what they mean."""
+def _verbatim(read: Operation, kind: Callable[[bytes], Part]) -> Operation:
+    """Return an operation that pushes the bytes of an opcode where ``read`` would push the value."""
 
     def run(machine: PickleMachine) -> None:
         start = machine.pos - 1
@@ -142,47 +163,41 @@ def _atom(read: Operation, kind: Callable[[bytes], Part]) -> Operation:
 def _instance(machine: PickleMachine) -> None:
     start = machine.pos - 1
     machine.line(), machine.line()
-    _make(machine, machine.data[start : machine.pos], tuple(machine.pop_mark()))
+    _push_node(machine, machine.data[start : machine.pos], tuple(machine.pop_mark()))
 
 
-_ATOMS = b"FGIJKLMNPSTUVXcBC\x88\x89\x8a\x8b\x8c\x8d\x8e)"
+_IMMUTABLE = b"FGIJKLMNPSTUVXcBC\x88\x89\x8a\x8b\x8c\x8d\x8e)"
 _NODE_OPCODES: Final[dict[int, Operation]] = {
     **OPCODES,
-    **{opcode: _atom(OPCODES[opcode], bytes) for opcode in _ATOMS},
-    **{opcode: _atom(OPCODES[opcode], Node) for opcode in b"]}\x8f\x96"},
-    **{opcode: _fixed(opcode, 1, _make) for opcode in b"\x85Q"},
-    **{opcode: _fixed(opcode, 2, _make) for opcode in b"\x86R\x81\x93"},
-    **{opcode: _fixed(opcode, 3, _make) for opcode in b"\x87\x92"},
-    **{opcode: _marked(opcode, _make) for opcode in b"tldo\x91"},
+    **{opcode: _verbatim(OPCODES[opcode], bytes) for opcode in _IMMUTABLE},
+    **{opcode: _verbatim(OPCODES[opcode], Node) for opcode in b"]}\x8f\x96"},
+    **{opcode: _counted(opcode, 1, _push_node) for opcode in b"\x85Q"},
+    **{opcode: _counted(opcode, 2, _push_node) for opcode in b"\x86R\x81\x93"},
+    **{opcode: _counted(opcode, 3, _push_node) for opcode in b"\x87\x92"},
+    **{opcode: _marked(opcode, _push_node) for opcode in b"tldo\x91"},
     0x69: _instance,
-    **{opcode: _fixed(opcode, 1, _happen) for opcode in b"ab"},
-    0x73: _fixed(0x73, 2, _happen),
-    **{opcode: _marked(opcode, _happen) for opcode in b"eu\x90"},
+    **{opcode: _counted(opcode, 1, _update_top) for opcode in b"ab"},
+    0x73: _counted(0x73, 2, _update_top),
+    **{opcode: _marked(opcode, _update_top) for opcode in b"eu\x90"},
 }
 
-_SHORT = 2  # bytes of an opcode that are no more than those which would recall it
+_SHORT = 2  # writing an opcode of so few bytes again costs no more than recalling it from the memo
 
 
 def write_nodes(root: Part, protocol: int, most: int) -> bytes:
-    """Return the pickle that makes ``root`` again: every opcode as it was read, shared objects shared.
+    """Return the pickle of ``root``: the opcodes as they were read, with shared objects shared.
 
-    It is read back, and compared object by object: raises ``PlanError`` where it would not make the same, as for a
-    pickle that changes an object after a call has already seen it, or would take more than ``most`` parts.
+    The result is read back and compared with the graph. Raises ``PlanError`` if both differ, as for a pickle that
+    changes an object after a call has used it, and for a pickle of more than ``most`` parts.
     """
-    data = _Writer(root, protocol, most).data()
-    if not _same(root, read_nodes(data)[0]):
-        raise _refusal("it changes objects after it has used them")
+    data = _Writer(root, protocol, most).pickle()
+    if not _is_same_graph(root, read_nodes(data)[0]):
+        raise edit_error("its pickle changes objects after it has used them")
     return data
 
 
-def _refusal(why: str) -> PlanError:
-    return PlanError(
-        f"its pickle cannot be written again as it is: {why}", hint="--only-tensors writes the tensors alone"
-    )
-
-
 class _Writer:
-    """Opcodes in the order in which Python's own pickler writes them, objects that hold themselves included."""
+    """Write opcodes in the order of Python's own pickler; an object may hold itself."""
 
     def __init__(self, root: Part, protocol: int, most: int) -> None:
         self.root = root
@@ -191,14 +206,14 @@ class _Writer:
         self.memo: dict[int, int] = {}
         self.uses = Counter(id(part) for node in iterate_nodes(root) for part in node.parts())
 
-    def data(self) -> bytes:
-        # Not by recursion: objects may be nested deeper than the interpreter's own stack.
+    def pickle(self) -> bytes:
+        # Not by recursion: objects can be nested deeper than the stack of the interpreter allows.
         stack: list[Iterator[Part]] = [iter((self.root,))]
         while stack:
             part = next(stack[-1], None)
             self.left -= 1
-            if self.left < 0:  # a thousand lists in a tuple that each of them holds would be written a million times
-                raise _refusal("its objects hold each other too often")
+            if self.left < 0:  # a tuple of 1,000 lists that each hold the tuple would be written a million times
+                raise edit_error("its objects hold each other too often")
             if part is None:
                 stack.pop()
             elif id(part) in self.memo:
@@ -212,21 +227,21 @@ class _Writer:
         return bytes(self.out + b".")
 
     def _node(self, node: Node) -> Iterator[Part]:
-        """Write a node, asking for its parts where they belong."""
+        """Write a node, and yield each part at the position where the caller must write the part."""
         marked = node.op[0] in MARKED
         self.out += b"(" if marked else b""
         yield from node.args
-        if id(node) in self.memo:  # one of its parts holds it, and has written it meanwhile
+        if id(node) in self.memo:  # an argument holds this node and has written it already
             self.out += b"1" if marked else b"0" * len(node.args)
             self._recall(node)
             return
         self.out += node.op
-        if node.args or node.events or self.uses[id(node)] > 1:
+        if node.args or node.updates or self.uses[id(node)] > 1:
             self._remember(node)
-        for event in node.events:
-            self.out += b"(" if event.op[0] in MARKED else b""
-            yield from event.args
-            self.out += event.op
+        for update in node.updates:
+            self.out += b"(" if update.op[0] in MARKED else b""
+            yield from update.args
+            self.out += update.op
 
     def _remember(self, part: Part) -> None:
         index = self.memo[id(part)] = len(self.memo)
@@ -237,29 +252,30 @@ class _Writer:
         self.out += struct.pack("<cB", b"h", index) if index < 256 else struct.pack("<cI", b"j", index)
 
 
-def _same(one: Part, other: Part) -> bool:
-    """Return whether two graphs are one and the same: made, changed and shared alike, and seen at the same time."""
-    twins: dict[int, int] = {}
-    taken: set[int] = set()
-    stack = [(one, other)]
+def _is_same_graph(first: Part, second: Part) -> bool:
+    """Return whether two graphs have the same opcodes, sharing and updates, and the same updates before each use."""
+    partner: dict[int, int] = {}
+    matched: set[int] = set()
+    stack = [(first, second)]
     while stack:
         left, right = stack.pop()
         if not isinstance(left, Node) or not isinstance(right, Node):
             if left != right:
                 return False
             continue
-        if id(left) in twins:
-            if twins[id(left)] != id(right):
+        if id(left) in partner:
+            if partner[id(left)] != id(right):
                 return False
             continue
-        if id(right) in taken:
+        if id(right) in matched:
             return False
-        twins[id(left)] = id(right)
-        taken.add(id(right))
-        alike = (left.op, len(left.args), [(event.op, len(event.args)) for event in left.events])
-        if alike != (right.op, len(right.args), [(event.op, len(event.args)) for event in right.events]):
-            return False
-        if left.seen not in (-1, right.seen):
+        partner[id(left)] = id(right)
+        matched.add(id(right))
+        if _outline(left) != _outline(right) or left.updates_at_use not in (-1, right.updates_at_use):
             return False
         stack.extend(zip(left.parts(), right.parts(), strict=True))
     return True
+
+
+def _outline(node: Node) -> tuple[bytes, int, list[tuple[bytes, int]]]:
+    return node.op, len(node.args), [(update.op, len(update.args)) for update in node.updates]
