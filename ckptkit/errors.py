@@ -1,4 +1,19 @@
-"""Every way in which ckptkit can refuse: one sentence, and a hint with the way out."""
+"""The errors that ckptkit raises.
+
+Each error has a reason in one sentence, and usually a hint that says what to do instead::
+
+    CkptkitError
+    ├── PathError          the path cannot be read
+    ├── FormatError        the bytes are not a complete and consistent checkpoint
+    │   └── ChangedError   the file changed while it was read
+    ├── ModelError         a live model cannot be built, described or loaded
+    ├── RuleError          a pattern or a rule is wrong
+    ├── PlanError          the request would lose or mix up tensors
+    ├── OutputError        the output cannot be written
+    └── GroupsError        param groups do not fit the model
+
+Every other exception that leaves ckptkit is a bug.
+"""
 
 from __future__ import annotations
 
@@ -17,35 +32,38 @@ __all__ = [
 
 
 def one_line(sentence: str) -> str:
-    """Return ``sentence`` without line breaks and control characters; what is escaped in it already stays as it is."""
+    """Return ``sentence`` without line breaks and control characters; backslashes in it are unchanged."""
     joined = sentence.replace("\n", " ")
-    # Names quoted in it have their backslashes doubled already, so those are left alone.
+    # Names in the sentence are escaped already, with doubled backslashes, so backslashes are not escaped again.
     return joined if joined.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in joined)
 
 
 class CkptkitError(Exception):
-    """A refusal: ``reason`` says why in one sentence, ``hint`` what to do instead, ``path`` which file."""
+    """The base class of all errors of ckptkit.
+
+    ``reason`` says in one sentence why ckptkit refused, ``hint`` what to do instead, ``path`` which file it was about.
+    """
 
     def __init__(self, reason: str, *, hint: str | None = None, path: str | None = None) -> None:
-        """Keep the three parts apart, so that whoever prints them can lay them out."""
+        """Keep reason, hint and path as separate attributes."""
         super().__init__(reason)
         self.reason = reason
         self.hint = hint
         self.path = path
 
     def __str__(self) -> str:
-        """Everything on one line, for a traceback or a log."""
+        """Return path, reason and hint on one line."""
         where = f"{self.path}: " if self.path else ""
-        way_out = f" ({self.hint})" if self.hint else ""
-        return one_line(f"{where}{self.reason}{way_out}")
+        hint = f" ({self.hint})" if self.hint else ""
+        return one_line(f"{where}{self.reason}{hint}")
 
 
 class PathError(CkptkitError):
-    """Nothing readable is there: missing, unreadable, or not a regular file."""
+    """The path does not exist, cannot be read, or is not a regular file."""
 
 
 class FormatError(CkptkitError):
-    """The bytes are not a checkpoint, or not a whole and honest one."""
+    """The bytes are not a checkpoint, or the checkpoint is incomplete or contradicts itself."""
 
 
 class ChangedError(FormatError):
@@ -53,20 +71,20 @@ class ChangedError(FormatError):
 
 
 class ModelError(CkptkitError):
-    """A live model could not be built, described or loaded."""
+    """A live model cannot be built, described or loaded."""
 
 
 class RuleError(CkptkitError):
-    """A pattern or a rule is wrong, matches nothing, or gives two keys one name."""
+    """A pattern or a rule is not valid, matches nothing, or gives two keys the same name."""
 
 
 class PlanError(CkptkitError):
-    """What was asked for would lose or mix up something, so no plan was made."""
+    """The request would lose or mix up tensors or state, so no plan was made."""
 
 
 class OutputError(CkptkitError):
-    """The output cannot be written there, or not without harm."""
+    """The output cannot be written to this path, or only by overwriting something."""
 
 
 class GroupsError(CkptkitError):
-    """A param-group spec does not fit the model, or live groups failed their validation."""
+    """A spec of param groups does not fit the model, or live groups failed validation."""

@@ -1,4 +1,4 @@
-"""The command line: one group, one file a command, and the one map from what happened to an exit code.
+"""The command line: one file per command, and the exit code of each outcome.
 
 0: nothing to report. 1: differences or findings. 2: trouble. 128+n: signal n. 70: a bug, with its traceback.
 """
@@ -17,8 +17,7 @@ from types import FrameType
 
 import click
 
-from ckptkit.cli.options import put, tell
-from ckptkit.core.text import printable
+from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.errors import CkptkitError
 
 __all__ = ["ckpt", "main", "run"]
@@ -28,12 +27,27 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
     if value and not context.resilient_parsing:
         from importlib.metadata import version
 
-        put(f"ckpt {version('ckptkit')}")
+        print_line(f"ckpt {version('ckptkit')}")
         context.exit()
 
 
+_SUMMARIES = {
+    "show": "Show the content of a checkpoint: tensors, other entries, warnings.",
+    "check": "Read every stored byte, and report what is damaged or unusual.",
+    "stats": "Show statistics of each tensor: mean, extremes, norms, zeros, NaN.",
+    "diff": "Compare the tensors that a model expects with those of a checkpoint.",
+    "align": "Find the rules that rename the tensors of one side to those of the other.",
+    "remap": "Rename, keep, drop and cast tensors, and write the result.",
+    "merge": "Copy the values of other checkpoints into a base where they fit.",
+    "convert": "Write another format, shards, or another dtype.",
+    "optim": "Show the state of an optimizer by name, and edit it as the weights were edited.",
+    "preflight": "Check a run before training: what loads, what trains, one verdict.",
+    "groups": "Check param groups against the live model.",
+}
+
+
 class _Commands(click.Group):
-    """Commands by name, each imported from its own file when it is used."""
+    """A group whose commands are imported from their own files when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
         return list(_SUMMARIES)
@@ -49,32 +63,17 @@ class _Commands(click.Group):
             formatter.write_dl(list(_SUMMARIES.items()))
 
 
-_SUMMARIES = {
-    "show": "What is in a checkpoint: tensors, other entries, warnings.",
-    "check": "Read every stored byte, and say what is damaged or odd.",
-    "stats": "What the numbers are: mean, extremes, norms, zeros, NaN.",
-    "diff": "What a model expects against what a checkpoint has.",
-    "align": "Find the rules by which one side's names become the other's.",
-    "remap": "Rename, keep, drop and cast tensors, and write the rest.",
-    "merge": "Lay the values of donors over a base where they fit.",
-    "convert": "Write another format, shards, or another dtype.",
-    "optim": "Show the state of an optimizer by name, and edit it as the weights were.",
-    "preflight": "One page before training: what loads, what trains, one verdict.",
-    "groups": "Check param groups against the live model.",
-}
-
-
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("-V", "--version", is_flag=True, callback=_version, expose_value=False, is_eager=True,
               help="Show the version and exit.")  # fmt: skip
 @click.pass_context
 def ckpt(context: click.Context) -> None:
-    """See what a checkpoint holds, see what will load, make it fit, and prove what the optimizer trains.
+    """See what a checkpoint holds, see what will load, make it fit, and check what the optimizer trains.
 
     \b
-    A PATH is a file or directory of any known format, told by its content;
+    A PATH is a file or directory of any known format, recognised by its content;
     PATH::a.b is a mapping inside a checkpoint; py:package.module:callable
-    is a live model (this runs that code, and only then).
+    is a live model (this runs the code of the model).
 
     Exit codes: 0 nothing to report, 1 differences or findings, 2 trouble.
     """  # noqa: D301 - \b is click's mark
@@ -83,70 +82,71 @@ def ckpt(context: click.Context) -> None:
 
 
 class _Stopped(BaseException):
-    """A signal asked for the end; raised so that temporary files are removed on the way out."""
+    """A signal asked the process to end; raising it removes temporary files on the way out."""
 
 
-def _stop(number: int, _frame: FrameType | None) -> None:
+def _raise_stopped(number: int, _frame: FrameType | None) -> None:
     raise _Stopped(number)
 
 
 def run() -> None:
     """Run the program on the process's arguments and exit with its code."""
-    gc.disable()  # a command lives for seconds and makes no cycles; looking for them costs half of a large diff
+    gc.disable()  # a command runs for seconds and makes no cycles; the collector would take half the time of a large diff
     sys.exit(main(sys.argv[1:]))
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the program and return the exit code; every expected failure is one line on stderr."""
-    _stand_in_for_closed_streams()
+    _replace_closed_streams()
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal without Unicode must not turn a name into a crash
+        if hasattr(stream, "reconfigure"):  # a name must not crash a terminal without Unicode
             stream.reconfigure(errors="backslashreplace")
     for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup wants it ignored
-            signal.signal(number, _stop)
-    # torch without numpy is a supported set-up, and a warning on every live model says nothing about the model.
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _raise_stopped)
+    # Every live model would cause this warning where numpy is missing, and torch works without numpy.
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy", category=UserWarning)
     try:
         code = _invoke(list(arguments))
         sys.stdout.flush()
     except CkptkitError as error:
-        return _complain(error.reason, error.hint, error.path)
-    except click.exceptions.NoArgsIsHelpError as error:  # its message is the whole help
+        return _report_trouble(error.reason, error.hint, error.path)
+    except click.exceptions.NoArgsIsHelpError as error:  # the message is the whole help
         for line in error.format_message().split("\n"):
-            _say(line)
+            _print_error_line(line)
         return 2
     except click.UsageError as error:
         context = error.ctx.command_path if error.ctx else "ckpt"
-        return _complain(error.format_message(), f"see {context} --help", None)
+        return _report_trouble(error.format_message(), f"see {context} --help", None)
     except click.ClickException as error:
-        return _complain(error.format_message(), None, None)
+        return _report_trouble(error.format_message(), None, None)
     except (click.Abort, KeyboardInterrupt):
         return 128 + signal.SIGINT
     except _Stopped as stopped:
         return 128 + int(stopped.args[0])
     except BrokenPipeError:
-        return _output_gone(128 + signal.SIGPIPE)
+        return _discard_stdout(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO) and error.filename is None:
-            _output_gone(2)
-            return _complain(f"standard output: {os.strerror(error.errno).lower()}", None, None)
-        return _bug()
+            _discard_stdout(2)
+            return _report_trouble(f"standard output: {os.strerror(error.errno).lower()}", None, None)
+        return _report_bug()
     except MemoryError:
-        code = None  # said below: until the exception is gone, it holds on to what filled the memory
+        code = None  # reported below, because the exception keeps the objects alive that filled the memory
     except Exception:  # noqa: BLE001 - a bug must not look like a finding
-        return _bug()
-    return _complain("the work takes more memory than there is", None, None) if code is None else code
+        return _report_bug()
+    return _report_trouble("the command takes more memory than there is", None, None) if code is None else code
 
 
-def _stand_in_for_closed_streams() -> None:
+def _replace_closed_streams() -> None:
+    """Open /dev/null in place of each standard stream that is closed."""
     if sys.stdout is not None and sys.stderr is not None:
         return
-    # A number below 3 that is free would go to the next file opened, and whatever torch prints would end up in it.
+    # The next opened file would get a free descriptor below 3, and the output of torch would end up in that file.
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the end
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
@@ -154,7 +154,7 @@ def _invoke(arguments: list[str]) -> int:
     if "_CKPT_COMPLETE" in os.environ:
         ckpt.main(arguments, prog_name="ckpt", standalone_mode=False)
         return 0
-    # Not click's own main: it ends a broken pipe with 1, which here would mean "different".
+    # Not click's own main, which ends a broken pipe with code 1. Here code 1 means "different".
     try:
         with ckpt.make_context("ckpt", arguments) as context:
             ckpt.invoke(context)
@@ -163,31 +163,33 @@ def _invoke(arguments: list[str]) -> int:
     return 0
 
 
-def _complain(reason: str, hint: str | None, path: str | None) -> int:
+def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
+    from ckptkit.core.text import printable
+
     where = f"{printable(path)}: " if path else ""
-    _say(f"ckpt: {where}{reason}")
+    _print_error_line(f"ckpt: {where}{reason}")
     if hint:
-        _say(f"hint: {hint}")
+        _print_error_line(f"hint: {hint}")
     return 2
 
 
-def _say(line: str) -> None:
+def _print_error_line(line: str) -> None:
     try:
-        tell(line)
-    except OSError:  # nobody reads stderr either
+        print_message(line)
+    except OSError:  # stderr is closed too
         return
 
 
-def _output_gone(code: int) -> int:
-    # Python would flush stdout once more at exit, fail again, and print about it.
+def _discard_stdout(code: int) -> int:
+    # Python flushes stdout once more at exit. That would fail again and print a message.
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 
-def _bug() -> int:
+def _report_bug() -> int:
     import traceback
 
-    for line in traceback.format_exc().split("\n")[:-1]:  # which may quote names too
-        _say(line)
-    _say("ckpt: this is a bug in ckptkit; please report it with the lines above")
+    for line in traceback.format_exc().split("\n")[:-1]:  # line by line, because a traceback may quote names
+        _print_error_line(line)
+    _print_error_line("ckpt: this is a bug in ckptkit; please report it with the lines above")
     return 70

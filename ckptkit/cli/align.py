@@ -1,25 +1,15 @@
-"""``$ ckpt align``."""
+"""The command ``ckpt align``."""
 
 from __future__ import annotations
 
-import sys
-
 import click
 
-from ckptkit.align import Alignment, suggest_rules
-from ckptkit.cli.options import (
-    Form,
-    echo_report,
-    expand_option,
-    form_options,
-    opened,
-    path_argument,
-    quiet_option,
-    tell,
-)
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.align import suggest_rules
+from ckptkit.cli.common.inputs import open_checkpoints
+from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.outputs import write_small_file
+from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
 from ckptkit.core.text import plural, printable
-from ckptkit.formats.atomic import AtomicFile, prepare_target
 from ckptkit.render.align import align_document, align_page
 
 __all__ = ["align"]
@@ -28,13 +18,11 @@ __all__ = ["align"]
 @click.command()
 @path_argument("expected")
 @path_argument("found")
-@click.option(
-    "-o", "--output", type=click.Path(), metavar="RULES", help="Write the rules to a file that --rules reads."
-)
+@click.option("-o", "--output", type=click.Path(), metavar="RULES", help="Write the rules to a file for --rules.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("--digests", is_flag=True, help="Read both, and let equal bytes decide before names do.")
+@click.option("--digests", is_flag=True, help="Read all tensors, and match equal bytes before names.")
 @expand_option
-@form_options
+@report_options
 @quiet_option
 @click.pass_context
 def align(
@@ -46,35 +34,33 @@ def align(
     force: bool,
     digests: bool,
     expand: bool,
-    form: Form,
+    report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Find the rules that give the tensors of FOUND the names that EXPECTED has, with evidence for each.
+    """Find rules that rename the tensors of FOUND to the names in EXPECTED, with evidence for each rule.
 
-    Prefixes, segments, shifted indices, transposed, fused and split tensors are told by names, shapes and order.
-    What those do not decide is listed as ambiguous, and is no rule. Exit code 0 where every tensor expected
-    is explained, 1 where something is open. Without --digests no tensor is read.
+    Compares names, shapes and order to find prefixes, renamed segments, shifted indices, and transposed, fused or
+    split tensors. Tensors that these cannot tell apart are listed as ambiguous, without a rule. Reads no tensor
+    without --digests. Exit code 0 if the rules explain every expected tensor, else 1.
 
     \b
     ckpt align py:mynet:build pretrained.pth -o rules.toml
     ckpt remap pretrained.pth -o mine.safetensors --rules rules.toml
     """  # noqa: D301 - \b is click's mark
-    with opened(expected, found, quiet=quiet) as (left, right):
-        target = None if output is None else prepare_target(output, force=force)
-        result = _search(left, right, digests=digests, quiet=quiet)
+    with open_checkpoints(expected, found, quiet=quiet) as (left, right):
+        target = None if output is None else _prepared(output, force=force)
+        size = sum(info.nbytes for side in (left, right) for info in side.values())
+        with progress_bar(size, "reading", hidden=quiet or not digests) as progress:
+            result = suggest_rules(left, right, digests=digests, progress=progress)
         if target is not None:
-            data = result.toml().encode()
-            with AtomicFile(target, len(data)) as file:
-                file.write(data, 0)
+            write_small_file(target, result.toml().encode())
             if not quiet:
-                tell(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
-        echo_report(form, lambda: align_page(result, expand=expand), lambda: align_document(result))
+                print_message(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
+        echo_report(report_format, lambda: align_page(result, expand=expand), lambda: align_document(result))
     context.exit(0 if result.complete else 1)
 
 
-def _search(left: Checkpoint, right: Checkpoint, *, digests: bool, quiet: bool) -> Alignment:
-    if not digests or quiet or not sys.stderr.isatty():
-        return suggest_rules(left, right, digests=digests)
-    size = sum(info.nbytes for side in (left, right) for info in side.values())
-    with click.progressbar(length=size, label="reading", file=sys.stderr) as bar:
-        return suggest_rules(left, right, digests=True, progress=bar.update)
+def _prepared(output: str, *, force: bool) -> str:
+    from ckptkit.formats.atomic import prepare_target
+
+    return prepare_target(output, force=force)

@@ -1,4 +1,4 @@
-"""``$ ckpt check``."""
+"""The command ``ckpt check``."""
 
 from __future__ import annotations
 
@@ -11,36 +11,28 @@ import click
 
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
-from ckptkit.cli.options import (
-    Form,
-    about,
-    echo_report,
-    exit_code,
-    form_options,
-    opened,
-    path_argument,
-    progress_bar,
-    quiet_option,
-)
-from ckptkit.cli.rules import rule_options
+from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.options import path_argument, quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
+from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.findings import Report
 from ckptkit.errors import CkptkitError, RuleError
-from ckptkit.render.findings import Checked, findings_by_path, findings_document, in_one
-from ckptkit.render.page import code
-from ckptkit.render.show import describe, totals
+from ckptkit.render.findings import CheckedPath, findings_document, merged_report, paths_page
+from ckptkit.render.page import as_code
+from ckptkit.render.summary import describe, totals
 from ckptkit.rules.model import Rules
 
 __all__ = ["check"]
 
 
 @click.command()
-@path_argument("paths", nargs=-1, required=True, metavar="PATH...")
+@path_argument("paths", nargs=-1, metavar="PATH...")
 @click.option("--like", "expected", type=click.Path(), metavar="EXPECTED",
-              help="Compare keys, shapes and dtypes with what a model expects, as ckpt diff does.")  # fmt: skip
+              help="Also compare keys, shapes and dtypes with this model, as ckpt diff does.")  # fmt: skip
 @rule_options(beside="paths")
-@click.option("--fast", is_flag=True, help="Read headers only: no tensor byte, no checksum, no number.")
-@click.option("--no-values", is_flag=True, help="Judge no numbers: bytes and checksums alone, without torch.")
-@form_options
+@click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")
+@click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers; needs no torch.")
+@report_options
 @quiet_option
 @click.pass_context
 def check(
@@ -51,15 +43,15 @@ def check(
     rules: Rules,
     fast: bool,
     no_values: bool,
-    form: Form,
+    report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Read every stored byte of checkpoints, and say what is damaged or odd.
+    """Read every stored byte of checkpoints, and report what is damaged or unusual.
 
-    Checksums are compared where a file has them, and names with each other: a layer that is missing among others,
-    half of an adapter. With --like also with what a model expects, after the rules have renamed the keys. What was
-    not looked at is said too. Exit code 0 where there are only notes, 1 for errors and warnings. Of several paths,
-    one that cannot be opened is an error among the findings, and ends with 2.
+    Compares checksums if the file has them. Finds gaps in the names, such as one missing layer or half of an adapter.
+    --like also compares with the model, after the rules have renamed the keys. The report also names what was not
+    checked. Exit code 0 if there are only notes, 1 for errors and warnings. If one of several paths cannot be opened,
+    that is an error in the report, and the exit code is 2.
 
     \b
     ckpt check run.ckpt
@@ -67,28 +59,28 @@ def check(
     ckpt check --like py:mynet:build --strip auto run.ckpt
     """  # noqa: D301 - \b is click's mark
     with contextlib.ExitStack() as stack:
-        like = stack.enter_context(opened(expected, quiet=quiet))[0] if expected is not None else None
+        like = stack.enter_context(open_checkpoints(expected, quiet=quiet))[0] if expected is not None else None
         run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values)
-        checked, trouble = _check_all(paths, run, hidden=fast or quiet)
-        report = in_one(checked)
-    echo_report(form, lambda: findings_by_path(checked), lambda: findings_document(report))
-    context.exit(2 if trouble else exit_code(report))
+        checked, unopened = _check_all(paths, run, hidden=fast or quiet)
+        report = merged_report(checked)
+    echo_report(report_format, lambda: paths_page(checked), lambda: findings_document(report))
+    context.exit(2 if unopened else exit_code(report))
 
 
-def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bool) -> tuple[list[Checked], bool]:
-    """Return what was found at each path, and whether one of several could not be opened."""
-    checked: list[Checked] = []
-    trouble = False
+def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bool) -> tuple[list[CheckedPath], bool]:
+    """Return the findings at each path, and whether one of several paths could not be opened."""
+    checked: list[CheckedPath] = []
+    unopened = False
     for path in paths:
         try:
-            with opened(path, quiet=True) as (checkpoint,), about(path):
+            with open_checkpoints(path, quiet=True) as (checkpoint,), errors_about(path):
                 title = describe(checkpoint, totals(checkpoint.values()))
                 size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
-                with progress_bar(size, hidden=hidden) as progress:
-                    checked.append(Checked(path, title, run(checkpoint, progress=progress).findings))
+                with progress_bar(size, "reading", hidden=hidden) as progress:
+                    checked.append(CheckedPath(path, title, run(checkpoint, progress=progress).findings))
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
                 raise
-            checked.append(Checked(path, (code(path),), (unreadable_finding(error, path),)))
-            trouble = True
-    return checked, trouble
+            checked.append(CheckedPath(path, (as_code(path),), (unreadable_finding(error, path),)))
+            unopened = True
+    return checked, unopened

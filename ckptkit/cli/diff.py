@@ -1,21 +1,13 @@
-"""``$ ckpt diff``."""
+"""The command ``ckpt diff``."""
 
 from __future__ import annotations
 
 import click
 
-from ckptkit.cli.options import (
-    Form,
-    about,
-    echo_report,
-    expand_option,
-    form_options,
-    opened,
-    path_argument,
-    quiet_option,
-    tell,
-)
-from ckptkit.cli.rules import rule_options
+from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
+from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
 from ckptkit.render.diff import diff_document, diff_page
 from ckptkit.rules.model import Rules
@@ -31,7 +23,7 @@ _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 @rule_options(beside="found")
 @click.option("-a", "--all", "everything", is_flag=True, help="List matched keys too.")
 @expand_option
-@form_options
+@report_options
 @quiet_option
 @click.pass_context
 def diff(
@@ -42,31 +34,30 @@ def diff(
     rules: Rules,
     everything: bool,
     expand: bool,
-    form: Form,
+    report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Compare what a model expects with what a checkpoint has.
+    """Compare the tensors that a model expects with those that a checkpoint has.
 
-    EXPECTED is what the model wants, FOUND what is there; the rules rename and filter the keys of FOUND
-    first. Exit code 0 where nothing differs, 1 where something does. No tensor is read.
+    EXPECTED is the model or a checkpoint of it, FOUND the checkpoint to load. The rules rename and filter the keys of
+    FOUND first. No tensor is read. Exit code 0 if nothing differs, else 1.
 
     \b
     ckpt diff py:mynet:build pretrained.pth
     ckpt diff base.safetensors run.ckpt --strip auto
     ckpt diff base.safetensors run.ckpt --rename 'h.*=layers.*'
     """  # noqa: D301 - \b is click's mark
-    with opened(expected, found, quiet=quiet) as (left, right):
-        with about(found):
+    with open_checkpoints(expected, found, quiet=quiet) as (left, right):
+        with errors_about(found):
             result = compare(left, right, rules)
         echo_report(
-            form,
+            report_format,
             lambda: diff_page(result, left, right, expand=expand, everything=everything),
             lambda: diff_document(result, left, right),
             _COLOURS,
         )
-        for note in () if quiet else result.notes:
-            tell(note)
-        if form is not Form.JSON and not quiet:
-            for hint in result.hints:
-                tell(f"hint: {hint.message}")
+        if not quiet:
+            hints = () if report_format is ReportFormat.JSON else result.hints  # the JSON document has them
+            for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):
+                print_message(message)
     context.exit(1 if result.different else 0)

@@ -1,223 +1,32 @@
-"""``$ ckpt groups``: one file a subcommand."""
+"""The commands ``ckpt groups``: each imports the modules that only it runs, so that the others start fast."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from ckptkit.cli.group_options import SpecSource, live_model, model_option, model_or_checkpoint, source_options
-from ckptkit.cli.options import Form, about, echo_report, exit_code, form_options, put, quiet_option, read_toml, tell
-from ckptkit.cli.outputs import write_json
-from ckptkit.core.findings import Report
-from ckptkit.core.text import plural, printable
-from ckptkit.errors import GroupsError, RuleError, one_line
-from ckptkit.param_groups.build import build_planned_groups
-from ckptkit.param_groups.compare import diff_locks
-from ckptkit.param_groups.emit import dump_spec, spec_table, write_python
-from ckptkit.param_groups.explain import explain_param_group
-from ckptkit.param_groups.lock import (
-    ParamGroupsLock,
-    is_lock,
-    lock_document,
-    lock_model,
-    lock_param_groups,
-    parse_lock,
-    plain_option,
+from ckptkit.cli.common.inputs import errors_about, read_table_file
+from ckptkit.cli.common.options import quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
+from ckptkit.cli.common.spec_options import (
+    SpecSource,
+    build_live_model,
+    model_option,
+    model_or_checkpoint,
+    spec_options,
 )
-from ckptkit.param_groups.plan import assign, plan_param_groups
-from ckptkit.param_groups.presets import preset_summary
-from ckptkit.param_groups.properties import parameter_table
-from ckptkit.param_groups.spec import ParamGroupSpec
-from ckptkit.param_groups.validate import validate_param_groups
-from ckptkit.render.findings import findings_document, findings_page
-from ckptkit.render.groups import explain_document, explain_page, groups_document, groups_page, lock_page
-from ckptkit.render.page import Listing
+from ckptkit.core.text import plural, printable
+from ckptkit.core.torch_types import Module
+from ckptkit.errors import GroupsError, RuleError
 
-__all__ = ["diff", "emit", "explain", "groups", "lock", "table", "validate"]
+if TYPE_CHECKING:
+    from ckptkit.core.checkpoint import Checkpoint
+    from ckptkit.param_groups.lock import ParamGroupsLock
+    from ckptkit.param_groups.spec import ParamGroupSpec
 
-
-@click.command()
-@source_options
-@click.option("--model", metavar="PATH", help="py:MODULE:CALLABLE, or a checkpoint, where names and shapes are enough.")
-@click.option("--as", "language", type=click.Choice(["toml", "json", "python"]), default="toml", show_default=True,
-              help="python spells out names, and needs the model.")  # fmt: skip
-@form_options
-@quiet_option
-def emit(source: SpecSource, *, model: str | None, language: str, form: Form, quiet: bool) -> None:
-    """Write a spec out: a preset to keep and change, a YAML file as TOML, or the groups as Python to paste.
-
-    \b
-    ckpt groups emit --preset timm-layer-decay --set layer_decay=0.65 --model py:mynet:build
-    ckpt groups emit groups.toml --model py:mynet:build --as python
-    """  # noqa: D301 - \b is click's mark
-    if model is None:
-        if language == "python":
-            raise GroupsError("Python spells out the names of a model, and there is none", hint="give it: --model PATH")
-        spec, text = _written(source, None, language, quiet=quiet)
-    else:
-        with model_or_checkpoint(model, quiet=quiet) as found:
-            spec, text = _written(source, found, language, quiet=quiet)
-    document = {"schema": "ckptkit.groups.emit/1", "as": language, "spec": plain_option(spec_table(spec)), "text": text}
-    echo_report(form, lambda: [Listing(tuple(text.split("\n")))], lambda: document)
-
-
-def _written(source: SpecSource, model: object, language: str, *, quiet: bool) -> tuple[ParamGroupSpec, str]:
-    spec = source.over(model, quiet=quiet)
-    with about(source.path):
-        if language == "python":
-            return spec, write_python(plan_param_groups(model, spec), source.label)
-        text = dump_spec(spec, language)
-    if language == "toml" and source.preset is not None:
-        said = textwrap.wrap(f"Preset {source.preset}. {preset_summary(source.preset)}", 116)
-        text = "\n".join([*(f"# {line}" for line in said), "", text])
-    return spec, text
-
-
-@click.command()
-@click.option("--model", required=True, metavar="PATH",
-              help="py:MODULE:CALLABLE, or a checkpoint, of which names and shapes are used.")  # fmt: skip
-@source_options
-@form_options
-@quiet_option
-def table(source: SpecSource, *, model: str, form: Form, quiet: bool) -> None:
-    """Show each group with its parameters, elements, options and layers, and the rate of each layer.
-
-    \b
-    ckpt groups table --model py:mynet:build groups.toml
-    ckpt groups table --model model.safetensors --preset no-decay --set lr=3e-4
-    """  # noqa: D301 - \b is click's mark
-    with model_or_checkpoint(model, quiet=quiet) as found:
-        spec = source.over(found, quiet=quiet)
-        with about(source.path):
-            assignment = assign(parameter_table(found), spec)
-            assignment.report.raise_for_errors()
-    plan = assignment.plan
-    echo_report(form, lambda: groups_page(plan), lambda: groups_document(plan))
-    for finding in () if quiet else assignment.report.findings:
-        tell(one_line(f"ckpt: {finding.severity}: {finding.message}"))
-
-
-@click.command()
-@model_option
-@source_options
-@form_options
-@quiet_option
-@click.pass_context
-def validate(context: click.Context, source: SpecSource, *, model: str, form: Form, quiet: bool) -> None:
-    """Prove that a spec owns every trainable parameter of the model exactly once.
-
-    SPEC is a TOML, JSON or YAML file of ordered groups; --preset takes its place. Exit code 0 where nothing was
-    found, 1 otherwise.
-
-    \b
-    ckpt groups validate --model py:mynet:build groups.toml
-    """  # noqa: D301 - \b is click's mark
-    live = live_model(model)
-    given = source.over(live, quiet=quiet)
-    with about(source.path):
-        assignment = assign(parameter_table(live), given)
-        report, plan = assignment.report, assignment.plan
-        if report.ok:
-            built = [group for name in plan.optimizers for group in build_planned_groups(live, plan, optimizer=name)]
-            report = Report((*report.findings, *validate_param_groups(live, built).findings), GroupsError)
-    if form is Form.JSON or report.findings:
-        echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
-    elif not quiet:
-        count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
-        put(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
-    context.exit(exit_code(report))
-
-
-@click.command()
-@model_option
-@click.argument("spec", type=click.Path())
-@click.argument("name")
-@form_options
-@quiet_option
-def explain(model: str, spec: str, name: str, *, form: Form, quiet: bool) -> None:  # noqa: ARG001 - accepted everywhere
-    """Say which rules of SPEC speak for the parameter NAME, and each step to what it trains with.
-
-    \b
-    ckpt groups explain --model py:mynet:build groups.toml head.bias
-    """  # noqa: D301 - \b is click's mark
-    live = live_model(model)
-    with about(spec):
-        told = explain_param_group(live, read_toml(spec), name)
-    echo_report(form, lambda: explain_page(told), lambda: explain_document(told))
-
-
-@click.command()
-@model_option
-@source_options
-@click.option("-o", "--output", type=click.Path(), metavar="LOCK", required=True, help="Where the lock is written.")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-@form_options
-@quiet_option
-def lock(source: SpecSource, *, model: str, output: str, force: bool, form: Form, quiet: bool) -> None:
-    """Write down what trains with what: names, shapes, places in the optimizer's state, ties and options.
-
-    A lock is a JSON file to keep beside a run; ckpt groups diff holds a model, a spec or another lock against it.
-
-    \b
-    ckpt groups lock --model py:mynet:build groups.toml -o groups.lock.json
-    """  # noqa: D301 - \b is click's mark
-    live = live_model(model)
-    spec = source.over(live, quiet=quiet)
-    with about(source.path):
-        locked = lock_param_groups(live, spec)
-    write_json(output, lock_document(locked), force=force)
-    if form is not Form.TEXT:
-        echo_report(form, lambda: lock_page(locked), lambda: lock_document(locked))
-    if not quiet:
-        count = sum(len(group.parameters) for group in locked.groups)
-        tell(f"wrote {printable(output)}: {plural(count, 'parameter')} in {plural(len(locked.groups), 'group')}")
-
-
-@click.command()
-@click.argument("lock", type=click.Path())
-@click.argument("other", type=click.Path(), required=False)
-@click.option("--model", metavar="py:MODULE:CALLABLE", help="The live model; with a spec as OTHER, its groups over it.")
-@form_options
-@quiet_option
-@click.pass_context
-def diff(context: click.Context, lock: str, other: str | None, *, model: str | None, form: Form, quiet: bool) -> None:
-    """Show what changed since LOCK was written, in another lock, in a model, or in a spec over a model.
-
-    Parameters gone, new, renamed, of another shape, dtype or tie; in another group or place of the optimizer's state;
-    other options. Exit code 0 where nothing changed, 1 otherwise.
-
-    \b
-    ckpt groups diff groups.lock.json --model py:mynet:build groups.toml
-    """  # noqa: D301 - \b is click's mark
-    try:
-        with about(lock):
-            expected = parse_lock(read_toml(lock, as_json=True))
-    except RuleError as error:
-        error.hint = error.hint or "LOCK comes first, and a spec after it; ckpt groups lock writes a lock of a spec"
-        raise
-    report = diff_locks(expected, _found(other, model))
-    if form is Form.JSON or report.findings or not quiet:
-        echo_report(form, lambda: findings_page(report), lambda: findings_document(report))
-    context.exit(exit_code(report))
-
-
-def _found(other: str | None, model: str | None) -> ParamGroupsLock:
-    if other is None:
-        if model is None:
-            raise GroupsError("there is nothing to hold the lock against", hint="give another lock, or --model")
-        return lock_model(parameter_table(live_model(model)))
-    with about(other):
-        given: Mapping[str, Any] = read_toml(other)
-        if is_lock(given):
-            return parse_lock(given)
-        if model is None:
-            raise GroupsError("is a spec, which has no parameters of its own", hint="lay it over one: --model py:...")
-    live = live_model(model)
-    with about(other):
-        return lock_param_groups(live, given)
+__all__ = ["groups"]
 
 
 @click.group()
@@ -225,5 +34,233 @@ def groups() -> None:
     """Check which parameter trains with which options, against the live model."""
 
 
-for _command in (table, validate, emit, explain, lock, diff):
-    groups.add_command(_command)
+@groups.command()
+@click.option("--model", required=True, metavar="PATH",
+              help="py:MODULE:CALLABLE, or a checkpoint whose names and shapes are used.")  # fmt: skip
+@spec_options
+@report_options
+@quiet_option
+def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet: bool) -> None:
+    """Show each group with its parameters, elements, options and layers, and the rate of each layer.
+
+    \b
+    ckpt groups table --model py:mynet:build groups.toml
+    ckpt groups table --model model.safetensors --preset no-decay --set lr=3e-4
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.param_groups.plan import assign
+    from ckptkit.param_groups.properties import parameter_table
+    from ckptkit.render.groups import groups_document, groups_page
+
+    with model_or_checkpoint(model, quiet=quiet) as found:
+        spec = source.read(found, quiet=quiet)
+        with errors_about(source.path):
+            assignment = assign(parameter_table(found), spec)
+            assignment.report.raise_for_errors()
+    plan = assignment.plan
+    echo_report(report_format, lambda: groups_page(plan), lambda: groups_document(plan))
+    for finding in () if quiet else assignment.report.findings:
+        print_message(f"ckpt: {finding.severity}: {finding.message}")
+
+
+@groups.command()
+@model_option
+@spec_options
+@report_options
+@quiet_option
+@click.pass_context
+def validate(
+    context: click.Context, source: SpecSource, *, model: str, report_format: ReportFormat, quiet: bool
+) -> None:
+    """Check that a spec puts every trainable parameter of the model into exactly one group.
+
+    SPEC is a TOML, JSON or YAML file of ordered groups; --preset replaces it. Exit code 0 if nothing was found, else 1.
+
+    \b
+    ckpt groups validate --model py:mynet:build groups.toml
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.core.findings import Report
+    from ckptkit.param_groups.build import build_planned_groups
+    from ckptkit.param_groups.plan import assign
+    from ckptkit.param_groups.properties import parameter_table
+    from ckptkit.param_groups.validate import validate_param_groups
+    from ckptkit.render.findings import findings_document, findings_page
+
+    live = build_live_model(model)
+    spec = source.read(live, quiet=quiet)
+    with errors_about(source.path):
+        assignment = assign(parameter_table(live), spec)
+        report, plan = assignment.report, assignment.plan
+        if report.ok:
+            built = [group for name in plan.optimizers for group in build_planned_groups(live, plan, optimizer=name)]
+            report = Report((*report.findings, *validate_param_groups(live, built).findings), GroupsError)
+    if report_format is ReportFormat.JSON or report.findings:
+        echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
+    elif not quiet:
+        count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
+        print_line(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
+    context.exit(exit_code(report))
+
+
+@groups.command()
+@spec_options
+@click.option("--model", metavar="PATH", help="py:MODULE:CALLABLE, or a checkpoint if names and shapes are enough.")
+@click.option("--as", "language", type=click.Choice(["toml", "json", "python"]), default="toml", show_default=True,
+              help="The language to write. python lists the names, so it needs --model.")  # fmt: skip
+@report_options
+@quiet_option
+def emit(source: SpecSource, *, model: str | None, language: str, report_format: ReportFormat, quiet: bool) -> None:
+    """Print a spec: a preset to keep and change, a YAML file as TOML, or the groups as Python to paste.
+
+    \b
+    ckpt groups emit --preset timm-layer-decay --set layer_decay=0.65 --model py:mynet:build
+    ckpt groups emit groups.toml --model py:mynet:build --as python
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.param_groups.emit import spec_table
+    from ckptkit.param_groups.lock import plain_option
+    from ckptkit.render.page import Listing
+
+    if model is None:
+        if language == "python":
+            raise GroupsError("Python code lists the names of a model, and no model is given", hint="add --model PATH")
+        spec, text = _emitted(source, None, language, quiet=quiet)
+    else:
+        with model_or_checkpoint(model, quiet=quiet) as found:
+            spec, text = _emitted(source, found, language, quiet=quiet)
+    document = {"schema": "ckptkit.groups.emit/1", "as": language, "spec": plain_option(spec_table(spec)), "text": text}
+    echo_report(report_format, lambda: [Listing(tuple(text.split("\n")))], lambda: document)
+
+
+def _emitted(
+    source: SpecSource, model: Module | Checkpoint | None, language: str, *, quiet: bool
+) -> tuple[ParamGroupSpec, str]:
+    """Return the spec for ``model``, and its text in ``language``."""
+    from ckptkit.param_groups.emit import dump_spec, write_python
+
+    spec = source.read(model, quiet=quiet)
+    with errors_about(source.path):
+        if language == "python":
+            from ckptkit.param_groups.plan import plan_param_groups
+
+            return spec, write_python(plan_param_groups(model, spec), source.label)
+        text = dump_spec(spec, language)
+    if language == "toml" and source.preset is not None:
+        from ckptkit.param_groups.presets import preset_summary
+
+        comment = textwrap.wrap(f"Preset {source.preset}. {preset_summary(source.preset)}", 116)
+        text = "\n".join([*(f"# {line}" for line in comment), "", text])
+    return spec, text
+
+
+@groups.command()
+@model_option
+@click.argument("spec", type=click.Path())
+@click.argument("name")
+@report_options
+@quiet_option
+def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, quiet: bool) -> None:  # noqa: ARG001 - every command takes -q
+    """Show which rules of SPEC match the parameter NAME, and how each of its options gets its value.
+
+    \b
+    ckpt groups explain --model py:mynet:build groups.toml head.bias
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.param_groups.explain import explain_param_group
+    from ckptkit.render.groups import explain_document, explain_page
+
+    live = build_live_model(model)
+    with errors_about(spec):
+        explanation = explain_param_group(live, read_table_file(spec), name)
+    echo_report(report_format, lambda: explain_page(explanation), lambda: explain_document(explanation))
+
+
+@groups.command()
+@model_option
+@spec_options
+@click.option("-o", "--output", type=click.Path(), metavar="LOCK", required=True, help="The lock file to write.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@report_options
+@quiet_option
+def lock(
+    source: SpecSource, *, model: str, output: str, force: bool, report_format: ReportFormat, quiet: bool
+) -> None:
+    """Write a lock: the names, shapes, ties, options and optimizer-state positions of all parameters.
+
+    A lock is a JSON file to keep with a run. ckpt groups diff compares it with a model, a spec or another lock.
+
+    \b
+    ckpt groups lock --model py:mynet:build groups.toml -o groups.lock.json
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.cli.common.outputs import write_json
+    from ckptkit.param_groups.lock import lock_document, lock_param_groups
+    from ckptkit.render.groups import lock_page
+
+    live = build_live_model(model)
+    spec = source.read(live, quiet=quiet)
+    with errors_about(source.path):
+        locked = lock_param_groups(live, spec)
+    write_json(output, lock_document(locked), force=force)
+    if report_format is not ReportFormat.TEXT:
+        echo_report(report_format, lambda: lock_page(locked), lambda: lock_document(locked))
+    if not quiet:
+        count = sum(len(group.parameters) for group in locked.groups)
+        print_message(f"wrote {printable(output)}: {plural(count, 'parameter')} in {plural(len(locked.groups), 'group')}")
+
+
+@groups.command()
+@click.argument("lock", type=click.Path())
+@click.argument("other", type=click.Path(), required=False)
+@click.option("--model", metavar="py:MODULE:CALLABLE", help="The live model. If OTHER is a spec, its groups are built.")
+@report_options
+@quiet_option
+@click.pass_context
+def diff(
+    context: click.Context,
+    lock: str,
+    other: str | None,
+    *,
+    model: str | None,
+    report_format: ReportFormat,
+    quiet: bool,
+) -> None:
+    """Show what changed since LOCK was written: in another lock, in a model, or in a spec for a model.
+
+    Reports parameters that are missing, new or renamed, or have another shape, dtype, tie, group, options or position
+    in the optimizer state. Exit code 0 if nothing changed, else 1.
+
+    \b
+    ckpt groups diff groups.lock.json --model py:mynet:build groups.toml
+    """  # noqa: D301 - \b is click's mark
+    from ckptkit.param_groups.compare import diff_locks
+    from ckptkit.param_groups.lock import parse_lock
+    from ckptkit.render.findings import findings_document, findings_page
+
+    try:
+        with errors_about(lock):
+            expected = parse_lock(read_table_file(lock, as_json=True))
+    except RuleError as error:
+        error.hint = error.hint or "LOCK comes first, then a spec; ckpt groups lock writes a lock of a spec"
+        raise
+    report = diff_locks(expected, _other_lock(other, model))
+    if report_format is ReportFormat.JSON or report.findings or not quiet:
+        echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
+    context.exit(exit_code(report))
+
+
+def _other_lock(other: str | None, model: str | None) -> ParamGroupsLock:
+    """Return the lock in the file ``other``, or the lock of a model, with the groups of a spec if that is given."""
+    from ckptkit.param_groups.lock import is_lock, lock_model, lock_param_groups, parse_lock
+
+    if other is None:
+        if model is None:
+            raise GroupsError("there is nothing to compare the lock with", hint="give another lock, or --model")
+        from ckptkit.param_groups.properties import parameter_table
+
+        return lock_model(parameter_table(build_live_model(model)))
+    with errors_about(other):
+        content = read_table_file(other)
+        if is_lock(content):
+            return parse_lock(content)
+        if model is None:
+            raise GroupsError("is a spec, which has no parameters of its own", hint="give the model: --model py:...")
+    live = build_live_model(model)
+    with errors_about(other):
+        return lock_param_groups(live, content)

@@ -1,20 +1,12 @@
-"""``$ ckpt show``."""
+"""The command ``ckpt show``."""
 
 from __future__ import annotations
 
 import click
 
-from ckptkit.cli.options import (
-    Form,
-    about,
-    echo_report,
-    expand_option,
-    filter_options,
-    form_options,
-    opened,
-    path_argument,
-    quiet_option,
-)
+from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report
 from ckptkit.render.show import show_document, show_page, show_tree
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.parse import parse_rules
@@ -25,27 +17,34 @@ __all__ = ["show"]
 @click.command()
 @path_argument("path")
 @filter_options
-@click.option("--tree", is_flag=True, help="Show modules as a tree, with what is below each.")
+@click.option("--tree", is_flag=True, help="Print modules as a tree, with the size of each.")
 @expand_option
-@form_options
+@report_options
 @quiet_option
 def show(
-    path: str, *, keep: tuple[str, ...], drop: tuple[str, ...], tree: bool, expand: bool, form: Form, quiet: bool
+    path: str,
+    *,
+    keep: tuple[str, ...],
+    drop: tuple[str, ...],
+    tree: bool,
+    expand: bool,
+    report_format: ReportFormat,
+    quiet: bool,
 ) -> None:
-    """Show what is in a checkpoint: tensors, other entries, metadata, warnings.
+    """Show the content of a checkpoint: tensors, other entries, metadata and warnings.
 
-    Reads headers only, imports nothing that the file names, and runs none of it.
+    Reads headers only. Does not import or run any code that the file names.
 
     \b
     ckpt show model.safetensors
     ckpt show run.ckpt --tree --keep 'encoder.*'
     ckpt show run.ckpt::optimizer --json
     """  # noqa: D301 - \b is click's mark
-    with opened(path, quiet=quiet) as (checkpoint,), about(path):
+    with open_checkpoints(path, quiet=quiet) as (checkpoint,), errors_about(path):
         chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
         infos = {key: checkpoint[key] for key in chosen}
         echo_report(
-            form,
+            report_format,
             lambda: show_tree(checkpoint, infos) if tree else show_page(checkpoint, infos, expand=expand),
             lambda: show_document(checkpoint, infos),
         )

@@ -1,22 +1,13 @@
-"""``$ ckpt stats``."""
+"""The command ``ckpt stats``."""
 
 from __future__ import annotations
 
 import click
 
-from ckptkit.cli.options import (
-    Form,
-    about,
-    echo_report,
-    expand_option,
-    filter_options,
-    form_options,
-    opened,
-    path_argument,
-    progress_bar,
-    quiet_option,
-)
-from ckptkit.render.stats import SORTS, View, stats_document, stats_page
+from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report, progress_bar
+from ckptkit.render.stats import SORT_KEYS, StatsView, stats_document, stats_page
 from ckptkit.rules.parse import parse_rules
 from ckptkit.statistics.state_dict_stats import stats as stats_of
 
@@ -26,11 +17,11 @@ __all__ = ["stats"]
 @click.command()
 @path_argument("path")
 @filter_options
-@click.option("--depth", type=click.IntRange(0), help="Modules down to this depth instead of tensors.")
-@click.option("--sort", type=click.Choice(list(SORTS)), help="The largest first, by magnitude; else as in the file.")
-@click.option("--top", type=click.IntRange(1), metavar="N", help="Only the first N lines.")
+@click.option("--depth", type=click.IntRange(0), help="List modules down to this depth instead of tensors.")
+@click.option("--sort", type=click.Choice(list(SORT_KEYS)), help="Sort by magnitude, largest first. Default: file order.")
+@click.option("--top", type=click.IntRange(1), metavar="N", help="List the first N only.")
 @expand_option
-@form_options
+@report_options
 @quiet_option
 def stats(
     path: str,
@@ -41,25 +32,25 @@ def stats(
     sort: str | None,
     top: int | None,
     expand: bool,
-    form: Form,
+    report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Show what the numbers are: mean, deviation, extremes, norms, zeros, NaN, Inf and a histogram for each tensor.
+    """Show statistics of each tensor: mean, deviation, extremes, norms, zeros, NaN, Inf and a histogram.
 
-    Every tensor is read once, in pieces, and summed in float64. Mean, deviation, extremes and norms are those of the
-    finite numbers. The histogram counts magnitudes by powers of two.
+    Reads every tensor once, in pieces, and sums in float64. Mean, deviation, extremes and norms cover the finite
+    numbers only. The histogram counts magnitudes by powers of two.
 
     \b
     ckpt stats model.safetensors --depth 2
     ckpt stats run.ckpt --sort abs-max --top 10
     """  # noqa: D301 - \b is click's mark
-    with opened(path, quiet=quiet) as (checkpoint,), about(path):
+    with open_checkpoints(path, quiet=quiet) as (checkpoint,), errors_about(path):
         size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
-        with progress_bar(size, hidden=quiet) as progress:
+        with progress_bar(size, "reading", hidden=quiet) as progress:
             result = stats_of(checkpoint, parse_rules(keep=keep, drop=drop), progress=progress)
-        view = View(depth, sort, top)
+        view = StatsView(depth, sort, top)
         echo_report(
-            form,
+            report_format,
             lambda: stats_page(result, checkpoint, view, expand=expand or sort is not None),
             lambda: stats_document(result, checkpoint, view),
         )

@@ -1,1 +1,1 @@
-"""Results as text and as JSON documents: no decision is made here, and nothing is printed."""
+"""Turn results into text, Markdown and JSON documents. Nothing here decides anything or prints."""

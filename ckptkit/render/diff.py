@@ -1,24 +1,22 @@
-"""A comparison as a page and as a JSON document."""
+"""The differences between two state dicts as a page and as a JSON document."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from ckptkit.comparison import KeyPair, StateDictDiff
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural, printable
-from ckptkit.render.page import Line, Page, Row, Table, spelled
-from ckptkit.render.show import describe, totals
+from ckptkit.render.page import Line, Page, Row, Table, table_rows
+from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document, totals
 
 __all__ = ["diff_document", "diff_page"]
 
 
-def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint) -> dict[str, Any]:
+def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint) -> dict[str, object]:
     """Return the document of ``ckpt diff --json``."""
     return {
         "schema": "ckptkit.diff/1",
-        "expected": _side(expected),
-        "found": _side(found),
+        "expected": checkpoint_document(expected),
+        "found": checkpoint_document(found),
         "matched": [
             {
                 "key": pair.key,
@@ -28,10 +26,10 @@ def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint
             }
             for pair in result.matched
         ],
-        "missing": [_tensor(info) for info in result.missing],
-        "unexpected": [_tensor(info) for info in result.unexpected],
-        "shape_mismatched": [_pair(pair) for pair in result.shape_mismatched],
-        "dtype_mismatched": [_pair(pair) for pair in result.dtype_mismatched],
+        "missing": [tensor_document(info) for info in result.missing],
+        "unexpected": [tensor_document(info) for info in result.unexpected],
+        "shape_mismatched": [_pair_document(pair) for pair in result.shape_mismatched],
+        "dtype_mismatched": [_pair_document(pair) for pair in result.dtype_mismatched],
         "values": None,
         "hints": [{"message": hint.message, "rename": hint.rename} for hint in result.hints],
         "summary": {
@@ -48,28 +46,20 @@ def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint
     }
 
 
-def _side(checkpoint: Checkpoint) -> dict[str, Any]:
-    return {"path": checkpoint.path, "format": checkpoint.format, **totals(checkpoint.values())}
-
-
-def _tensor(info: TensorInfo) -> dict[str, Any]:
-    return {"key": info.key, "dtype": info.dtype, "shape": list(info.shape)}
-
-
-def _pair(pair: KeyPair) -> dict[str, Any]:
+def _pair_document(pair: KeyPair) -> dict[str, object]:
     sides = {"expected": pair.expected, "found": pair.found}
-    made = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sides.items()}
-    return {"key": pair.key, "found_key": pair.found.key, **made}
+    tensors = {name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in sides.items()}
+    return {"key": pair.key, "found_key": pair.found.key, **tensors}
 
 
 def diff_page(
     result: StateDictDiff, expected: Checkpoint, found: Checkpoint, *, expand: bool, everything: bool
 ) -> Page:
-    """Return the page of ``ckpt diff``: what differs, marked as in a diff, then the verdict.
+    """Return the page of ``ckpt diff``: one row per difference, then the counts and the verdict.
 
-    ``-`` is missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
+    A mark begins each row: ``-`` missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
     """
-    wanted, given = totals(expected.values()), totals(found.values())
+    expected_totals, found_totals = totals(expected.values()), totals(found.values())
     rows = _rows(result, expand=expand, everything=everything)
     counts = [
         f"{len(result.matched):,} matched",
@@ -79,11 +69,11 @@ def diff_page(
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
     ]
     return [
-        Line(("expected  ", *describe(expected, wanted))),
-        Line(("found     ", *describe(found, given))),
+        Line(("expected  ", *describe(expected, expected_totals))),
+        Line(("found     ", *describe(found, found_totals))),
         *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
         Line((", ".join(counts),)),
-        Line((f"coverage {_percent(result.coverage)} of {plural(wanted['elements'], 'element')}",)),
+        Line((f"coverage {percent(result.coverage)} of {plural(expected_totals['elements'], 'element')}",)),
         Line((_verdict(result),)),
     ]
 
@@ -91,28 +81,23 @@ def diff_page(
 def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tuple[str, ...]]:
     rows: list[Row] = []
     if everything:
-        other = {pair.key for pair in (*result.dtype_mismatched, *result.uncopyable)}
-        rows += [_row("=", pair) for pair in result.matched if pair.key not in other]
+        other_dtype = {pair.key for pair in (*result.dtype_mismatched, *result.uncopyable)}
+        rows += [_row("=", pair) for pair in result.matched if pair.key not in other_dtype]
     rows += [Row(info.key, ("-", str(info), "")) for info in result.missing if info.key not in result.blocked]
     rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
     rows += [_row("~", pair) for pair in result.shape_mismatched]
-    fatal = {pair.key for pair in result.uncopyable}
-    rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in fatal]
+    uncopyable = {pair.key for pair in result.uncopyable}
+    rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in uncopyable]
     rows += [_row("≈", pair, "  torch cannot copy it") for pair in result.uncopyable]
     rows += [Row(key, ("~", str(result.expected[key]), "no tensor")) for key in result.blocked]
     rows += [Row(key, ("+", "", "no tensor")) for key in result.foreign]
     rows += [Row(key, ("~", "extra state", "on one side only")) for key in result.extra_state]
-    return [(mark, key, *rest) for key, mark, *rest in spelled(rows, expand=expand)]
+    return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
 
 
 def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
     renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
     return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
-
-
-def _percent(share: float) -> str:
-    # A rounded 100.0 % would say that nothing is missing.
-    return "100 %" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
 
 
 def _verdict(result: StateDictDiff) -> str:

@@ -1,29 +1,29 @@
-"""The findings of a check as a page and as a JSON document."""
+"""Findings as a page and as a JSON document."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import plural, printable
 from ckptkit.errors import one_line
 from ckptkit.render.page import Code, Line, Page
 
-__all__ = ["Checked", "finding_lines", "findings_by_path", "findings_document", "findings_page", "in_one"]
+__all__ = ["CheckedPath", "finding_lines", "findings_document", "findings_page", "merged_report", "paths_page"]
 
 
-class Checked(NamedTuple):
-    """What a check found at one of several paths; ``title`` says what is there."""
+class CheckedPath(NamedTuple):
+    """The findings at one of several paths, under a ``title`` that describes the checkpoint there."""
 
     path: str
     title: tuple[str | Code, ...]
     findings: tuple[Finding, ...]
 
 
-def in_one(checked: Iterable[Checked]) -> Report:
-    """Return the findings about several paths as one report, each with its path at the front of its message."""
+def merged_report(checked: Iterable[CheckedPath]) -> Report:
+    """Return the findings at several paths as one report, with the path at the start of each message."""
     return Report(
         tuple(
             replace(finding, message=f"{printable(one.path)}: {finding.message}")
@@ -33,8 +33,8 @@ def in_one(checked: Iterable[Checked]) -> Report:
     )
 
 
-def findings_document(report: Report) -> dict[str, Any]:
-    """Return the document of the checking commands with ``--json``."""
+def findings_document(report: Report) -> dict[str, object]:
+    """Return the JSON document of a command that checks something."""
     return {
         "schema": "ckptkit.check/1",
         "findings": [
@@ -52,24 +52,24 @@ def findings_document(report: Report) -> dict[str, Any]:
 
 
 def findings_page(report: Report) -> Page:
-    """Return one line a finding, its hint below it, then the count."""
+    """Return one line per finding with its hint below, then the number of findings."""
     return [*finding_lines(report.findings), _count(report)]
 
 
-def findings_by_path(checked: Sequence[Checked]) -> Page:
-    """Return the title of each path with its findings below it, then the count of them all."""
+def paths_page(checked: Sequence[CheckedPath]) -> Page:
+    """Return the title of each path with its findings below, then the number of all findings."""
     lines: list[Line] = []
     for one in checked:
         lines += [Line(one.title), *finding_lines(one.findings), Line(())]
-    return [*lines, _count(in_one(checked))]
+    return [*lines, _count(merged_report(checked))]
 
 
 def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
-    """Yield one line a finding, and its hint below it."""
+    """Yield one line per finding, and its hint as an indented line."""
     for finding in findings:
         yield Line((f"{finding.severity}: ", Code(one_line(finding.message)), f"  [{finding.code}]"))
         if finding.hint:
-            yield Line((Code(one_line(finding.hint)),), under=True)
+            yield Line((Code(one_line(finding.hint)),), indented=True)
 
 
 def _count(report: Report) -> Line:

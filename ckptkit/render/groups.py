@@ -1,40 +1,121 @@
-"""A param-groups plan as a page, and as one JSON document."""
+"""Param groups, the explanation of one parameter, and a lock: as pages and as JSON documents."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
 
 from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.param_groups.conditions import condition_table
-from ckptkit.param_groups.explain import Explanation
-from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock, plain_option
-from ckptkit.param_groups.ownership import OptionStep
-from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter
-from ckptkit.param_groups.spec import GroupRule
-from ckptkit.render.page import Code, Line, Page, Table, code
+from ckptkit.param_groups.lock import plain_option
+from ckptkit.render.page import Code, Line, Page, Table, as_code
+from ckptkit.render.summary import share_cell
 
-__all__ = [
-    "explain_document",
-    "explain_page",
-    "groups_document",
-    "groups_page",
-    "groups_rows",
-    "lock_page",
-    "rate_table",
-    "shown_number",
-]
+if TYPE_CHECKING:
+    from ckptkit.param_groups.explain import Explanation
+    from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock
+    from ckptkit.param_groups.ownership import OptionStep
+    from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter
+    from ckptkit.param_groups.spec import GroupRule
 
+__all__ = ["explain_document", "explain_page", "groups_document", "groups_page", "groups_rows", "lock_page"]
 
-_WIDTH = 24
-_SPREAD = 100  # from where on bars of their true length would be too short to tell apart
-_SHORT = 10
+_RIGHT = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
+_ALWAYS = frozenset({"group", "rule", "parameters", "elements", "share", "lr", "weight_decay", "examples"})
+_EXAMPLES = 2
+_LONGEST_RULE = 48  # a longer rule is cut on the page; the JSON document has all of it
+_LONGEST_NUMBER = 10
 
 
-def rate_table(plan: ParamGroupsPlan) -> Table | None:
-    """Return one row for each layer and rate in it, from input to output; None where the plan knows no layers."""
+def groups_page(plan: ParamGroupsPlan) -> Page:
+    """Return the page of ``ckpt groups table``.
+
+    It has a row per group, the rate of each layer, the number of trainable and frozen parameters, and empty groups.
+    """
+    headers, rows = groups_rows(plan)
+    rates = _rate_table(plan)
+    trained = sum(len(group.parameters) for group in plan.groups)
+    counts = [plural(trained, "parameter"), plural(len(plan.groups), "group"), plural(plan.elements, "element")]
+    lines = [Line((f"{counts[0]} in {counts[1]}, {counts[2]}",))]
+    for noun, what, parameters in (
+        ("frozen parameter", "in no group", plan.frozen),
+        ("parameter", "that the spec freezes", plan.freeze),
+    ):
+        if parameters:
+            elements = sum(parameter.elements for parameter in parameters)
+            lines.append(Line((f"{plural(len(parameters), noun)} {what}, {plural(elements, 'element')}",)))
+    lines.extend(Line(("optional group ", Code(quoted(rule.name)), " owns nothing")) for rule in plan.idle)
+    return [Table(headers, tuple(rows), _RIGHT), *([] if rates is None else [rates]), *lines]
+
+
+def groups_rows(plan: ParamGroupsPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Return the headers, and a row of printable cells per group; an option that the spec does not set is empty.
+
+    Optimizer, modifiers, layers and other options have a column only if some group has them.
+    """
+    rows = [_group_row(group, plan.elements) for group in plan.groups]
+    headers = [header for header in (rows[0] if rows else ()) if header in _ALWAYS or any(row[header] for row in rows)]
+    return tuple(headers), [tuple(row[header] for header in headers) for row in rows]
+
+
+def _group_row(group: PlannedGroup, elements: int) -> dict[str, str]:
+    others = {key: value for key, value in group.options.items() if key not in {"lr", "weight_decay"}}
+    layers = [parameter.layer for parameter in group.parameters if parameter.layer is not None]
+    names = [parameter.name for parameter in group.parameters]
+    more = f", ... {len(names) - _EXAMPLES:,} more" if len(names) > _EXAMPLES else ""
+    return {
+        "group": printable(group.name),
+        "rule": _rule_cell(group.rule),
+        "modifiers": ", ".join(map(printable, group.modifiers)),
+        "optimizer": printable(group.optimizer or ""),
+        "parameters": f"{len(group.parameters):,}",
+        "elements": f"{group.elements:,}",
+        "share": share_cell(group.elements, elements),
+        "lr": _option_cell(group.options, "lr"),
+        "weight_decay": _option_cell(group.options, "weight_decay"),
+        "layers": _range(layers),
+        "other options": ", ".join(f"{printable(key)}={_option_cell(others, key)}" for key in others),
+        "examples": ", ".join(map(printable, names[:_EXAMPLES])) + more,
+    }
+
+
+def _rule_cell(rule: GroupRule) -> str:
+    conditions = [printable(pattern.text) for pattern in rule.patterns]
+    if rule.condition is not None:
+        conditions.append(f"match {printable(toml_value(_condition(rule)))}")
+    text = ", ".join(conditions)
+    return "(rest)" if rule.rest else text if len(text) <= _LONGEST_RULE else f"{text[:_LONGEST_RULE]} ..."
+
+
+def _condition(rule: GroupRule) -> Mapping[str, object] | None:
+    from ckptkit.param_groups.conditions import condition_table
+
+    return None if rule.condition is None else condition_table(rule.condition)
+
+
+def _option_cell(options: Mapping[str, object], key: str) -> str:
+    return printable(_short_number(plain_option(options[key]))) if key in options else ""
+
+
+def _short_number(value: object) -> str:
+    text = str(value)
+    return text if not isinstance(value, float) or len(text) <= _LONGEST_NUMBER else f"{value:.6g}"
+
+
+def _range(layers: list[int]) -> str:
+    if not layers:
+        return ""
+    low, high = min(layers), max(layers)
+    return str(low) if low == high else f"{low}..{high}"
+
+
+_BAR_WIDTH = 24
+_LOG_RATIO = 100  # from this ratio of the largest to the smallest rate, bars are drawn on a log scale
+
+
+def _rate_table(plan: ParamGroupsPlan) -> Table | None:
+    """Return a row for each rate in each layer, from input to output; None if no modifier numbers layers."""
     counts: dict[tuple[int, float], int] = {}
     for group in plan.groups:
         rate = _rate(group)
@@ -43,132 +124,65 @@ def rate_table(plan: ParamGroupsPlan) -> Table | None:
                 counts[parameter.layer, rate] = counts.get((parameter.layer, rate), 0) + 1
     if not counts:
         return None
-    rates = [rate for _, rate in counts]
-    above = [rate for rate in rates if rate > 0]
-    log = bool(above) and max(above) / min(above) >= _SPREAD
+    positive = [rate for _, rate in counts if rate > 0]
+    log = bool(positive) and max(positive) / min(positive) >= _LOG_RATIO
     rows = tuple(
-        (str(layer), f"{count:,}", shown_number(rate), _bar(rate, above, log=log))
+        (str(layer), f"{count:,}", _short_number(rate), _bar(rate, positive, log=log))
         for (layer, rate), count in sorted(counts.items())
     )
-    return Table(
-        ("layer", "parameters", "lr", "log scale" if log else ""), rows, frozenset({"layer", "parameters", "lr"})
-    )
-
-
-def shown_number(value: Any) -> str:
-    """Return a number short enough for a column: as it is, or to six digits."""
-    text = str(value)
-    return text if not isinstance(value, float) or len(text) <= _SHORT else f"{value:.6g}"
+    headers = ("layer", "parameters", "lr", "log scale" if log else "")
+    return Table(headers, rows, frozenset({"layer", "parameters", "lr"}))
 
 
 def _rate(group: PlannedGroup) -> float | None:
-    rate, scale = (plain_option(group.options.get(key, missing)) for key, missing in (("lr", None), ("lr_scale", 1.0)))
+    rate = plain_option(group.options.get("lr"))
+    scale = plain_option(group.options.get("lr_scale", 1.0))
     if isinstance(rate, bool) or not isinstance(rate, int | float) or not isinstance(scale, int | float):
         return None
     return float(rate * scale)
 
 
-def _bar(rate: float, above: list[float], *, log: bool) -> str:
+def _bar(rate: float, positive: list[float], *, log: bool) -> str:
     if rate <= 0:
         return ""
-    low, high = min(above), max(above)
+    low, high = min(positive), max(positive)
     share = math.log(rate / low) / math.log(high / low) if log else rate / high
-    return "█" * max(1, round(share * (_WIDTH - 1)) + 1 if log else round(share * _WIDTH))
+    return "█" * max(1, round(share * (_BAR_WIDTH - 1)) + 1 if log else round(share * _BAR_WIDTH))
 
 
-SCHEMA = "ckptkit.groups/1"
-_NUMBERS = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
-_ALWAYS = frozenset({"group", "rule", "parameters", "elements", "share", "lr", "weight_decay", "examples"})
-_EXAMPLES = 2
-_LONGEST = 48  # of what a rule asks; in JSON it is whole
-
-
-def groups_rows(plan: ParamGroupsPlan) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    """Return the headers, and one row of finished cells for each group; a default of the optimizer is left empty.
-
-    Optimizer, modifiers, layers and other options have a column where some group has any.
-    """
-    rows = [_row(group, plan.elements) for group in plan.groups]
-    headers = [header for header in (rows[0] if rows else ()) if header in _ALWAYS or any(row[header] for row in rows)]
-    return tuple(headers), [tuple(row[header] for header in headers) for row in rows]
-
-
-def groups_page(plan: ParamGroupsPlan) -> Page:
-    """Return the table, below it the rate of each layer, what trains, what is frozen, and which groups own nothing."""
-    headers, rows = groups_rows(plan)
-    rates = rate_table(plan)
-    trained = sum(len(group.parameters) for group in plan.groups)
-    counts = [plural(trained, "parameter"), plural(len(plan.groups), "group"), plural(plan.elements, "element")]
-    lines = [Line((f"{counts[0]} in {counts[1]}, {counts[2]}",))]
-    for what, still in (("in no group", plan.frozen), ("that the spec freezes", plan.freeze)):
-        if still:
-            elements = sum(parameter.elements for parameter in still)
-            kind = "frozen parameter" if still is plan.frozen else "parameter"
-            lines.append(Line((f"{plural(len(still), kind)} {what}, {plural(elements, 'element')}",)))
-    lines.extend(Line(("optional group ", Code(quoted(rule.name)), " owns nothing")) for rule in plan.idle)
-    return [Table(headers, tuple(rows), _NUMBERS), *([] if rates is None else [rates]), *lines]
-
-
-def _row(group: PlannedGroup, elements: int) -> dict[str, str]:
-    others = {key: value for key, value in group.options.items() if key not in {"lr", "weight_decay"}}
-    layers = [parameter.layer for parameter in group.parameters if parameter.layer is not None]
-    names = [parameter.name for parameter in group.parameters]
-    more = f", ... {len(names) - _EXAMPLES:,} more" if len(names) > _EXAMPLES else ""
+def groups_document(plan: ParamGroupsPlan) -> dict[str, object]:
+    """Return the document of ``ckpt groups table --json``: NaN and Inf are strings, tensors are numbers."""
     return {
-        "group": printable(group.name),
-        "rule": _rule(group.rule),
-        "modifiers": ", ".join(map(printable, group.modifiers)),
-        "optimizer": printable(group.optimizer or ""),
-        "parameters": f"{len(group.parameters):,}",
-        "elements": f"{group.elements:,}",
-        "share": _share(group.elements, elements),
-        "lr": _cell(group.options, "lr"),
-        "weight_decay": _cell(group.options, "weight_decay"),
-        "layers": _range(layers),
-        "other options": ", ".join(f"{printable(key)}={_cell(others, key)}" for key in others),
-        "examples": ", ".join(map(printable, names[:_EXAMPLES])) + more,
-    }
-
-
-def _range(layers: list[int]) -> str:
-    low, high = min(layers, default=-1), max(layers, default=-1)
-    return "" if not layers else str(low) if low == high else f"{low}..{high}"
-
-
-def groups_document(plan: ParamGroupsPlan) -> dict[str, Any]:
-    """Return the plan as the document of ``ckpt groups table --json``; NaN and Inf are strings, tensors are numbers."""
-    frozen = [_parameter(parameter) for parameter in plan.frozen]
-    return {
-        "schema": SCHEMA,
+        "schema": "ckptkit.groups/1",
         "groups": [
             {
                 "name": group.name,
                 "params": [pattern.text for pattern in group.rule.patterns],
                 "rest": group.rule.rest,
                 "rule": group.rule.name,
-                "match": None if group.rule.condition is None else condition_table(group.rule.condition),
+                "match": _condition(group.rule),
                 "optimizer": group.optimizer,
                 "modifiers": list(group.modifiers),
                 "options": plain_option(dict(group.options)),
                 "elements": group.elements,
-                "parameters": [_parameter(parameter) for parameter in group.parameters],
+                "parameters": [_parameter_document(parameter) for parameter in group.parameters],
             }
             for group in plan.groups
         ],
-        "frozen": frozen,
-        "freeze": [_parameter(parameter) for parameter in plan.freeze],
+        "frozen": [_parameter_document(parameter) for parameter in plan.frozen],
+        "freeze": [_parameter_document(parameter) for parameter in plan.freeze],
         "idle": [rule.name for rule in plan.idle],
         "summary": {
             "groups": len(plan.groups),
             "parameters": sum(len(group.parameters) for group in plan.groups),
             "elements": plan.elements,
-            "frozen_parameters": len(frozen),
+            "frozen_parameters": len(plan.frozen),
             "frozen_elements": sum(parameter.elements for parameter in plan.frozen),
         },
     }
 
 
-def _parameter(parameter: PlannedParameter) -> dict[str, Any]:
+def _parameter_document(parameter: PlannedParameter) -> dict[str, object]:
     return {
         "key": parameter.name,
         "shape": list(parameter.shape),
@@ -180,22 +194,6 @@ def _parameter(parameter: PlannedParameter) -> dict[str, Any]:
     }
 
 
-def _rule(rule: GroupRule) -> str:
-    asked = [printable(pattern.text) for pattern in rule.patterns]
-    if rule.condition is not None:
-        asked.append(f"match {printable(toml_value(condition_table(rule.condition)))}")
-    text = ", ".join(asked)
-    return "(rest)" if rule.rest else text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-
-
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
-
-
-def _cell(options: Mapping[str, Any], key: str) -> str:
-    return printable(shown_number(plain_option(options[key]))) if key in options else ""
-
-
 _OUTCOMES = {
     "frozen": "is frozen in the model (requires_grad=False) and in no group",
     "freeze": "is frozen by the spec and in no group",
@@ -203,31 +201,32 @@ _OUTCOMES = {
 }
 
 
-def explain_page(told: Explanation) -> Page:
-    """Return what the parameter is, who speaks for it, and a row for each step to each of its options."""
-    parameter = told.parameter
+def explain_page(explanation: Explanation) -> Page:
+    """Return the page of ``ckpt groups explain``: the parameter, its rules, and a row per step to each option."""
+    parameter = explanation.parameter
     roles = f", {' and '.join(sorted(parameter.roles))}" if parameter.roles else ""
     shape = "uninitialised" if parameter.shape is None else f"{parameter.dtype} {list(parameter.shape)}"
-    lines = [Line((code(parameter.name), f"  {shape}{roles}"))]
+    lines = [Line((as_code(parameter.name), f"  {shape}{roles}"))]
     if parameter.aliases:
-        lines.append(Line(("tied to ", _names(alias.name for alias in parameter.aliases)), under=True))
-    if told.outcome != "trained":
-        lines.append(Line((_OUTCOMES[told.outcome],), under=True))
-    if told.rule is not None:
-        lines.append(Line(("owned by group ", Code(quoted(told.rule))), under=True))
-    if told.shadowed:
-        lines.append(Line(("fits too, below: ", _names(told.shadowed)), under=True))
-    if told.modifiers:
-        layer = "" if told.layer is None else f", layer {told.layer}"
-        lines.append(Line(("modified by ", _names(told.modifiers), layer), under=True))
-    if not told.steps:
+        lines.append(Line(("tied to ", _quoted_names(alias.name for alias in parameter.aliases)), indented=True))
+    if explanation.outcome != "trained":
+        lines.append(Line((_OUTCOMES[explanation.outcome],), indented=True))
+    if explanation.rule is not None:
+        lines.append(Line(("owned by group ", Code(quoted(explanation.rule))), indented=True))
+    if explanation.shadowed:
+        lines.append(Line(("later rules that match too: ", _quoted_names(explanation.shadowed)), indented=True))
+    if explanation.modifiers:
+        layer = "" if explanation.layer is None else f", layer {explanation.layer}"
+        lines.append(Line(("modified by ", _quoted_names(explanation.modifiers), layer), indented=True))
+    if not explanation.steps:
         return lines
-    return [*lines, Table(("option", "value", "because"), tuple(_rows(told.steps)), frozenset({"value"}))]
+    steps = Table(("option", "value", "because"), tuple(_step_rows(explanation.steps)), frozenset({"value"}))
+    return [*lines, steps]
 
 
-def explain_document(told: Explanation) -> dict[str, Any]:
+def explain_document(explanation: Explanation) -> dict[str, object]:
     """Return the document of ``ckpt groups explain --json``."""
-    parameter = told.parameter
+    parameter = explanation.parameter
     return {
         "schema": "ckptkit.groups-explain/1",
         "key": parameter.name,
@@ -235,35 +234,35 @@ def explain_document(told: Explanation) -> dict[str, Any]:
         "dtype": parameter.dtype,
         "shape": None if parameter.shape is None else list(parameter.shape),
         "roles": sorted(parameter.roles),
-        "outcome": told.outcome,
-        "rule": told.rule,
-        "shadowed": list(told.shadowed),
-        "modifiers": list(told.modifiers),
-        "layer": told.layer,
+        "outcome": explanation.outcome,
+        "rule": explanation.rule,
+        "shadowed": list(explanation.shadowed),
+        "modifiers": list(explanation.modifiers),
+        "layer": explanation.layer,
         "steps": [
-            {"who": said.source, "option": said.key, "value": plain_option(said.value), "factor": said.factor}
-            for said in told.steps
+            {"who": step.source, "option": step.key, "value": plain_option(step.value), "factor": step.factor}
+            for step in explanation.steps
         ],
-        "options": None if told.options is None else plain_option(dict(told.options)),
+        "options": None if explanation.options is None else plain_option(dict(explanation.options)),
     }
 
 
-def _rows(steps: tuple[OptionStep, ...]) -> Iterator[tuple[str, str, str]]:
-    for key in dict.fromkeys(said.key for said in steps):
-        for place, said in enumerate(one for one in steps if one.key == key):
-            factor = "" if said.factor is None else f", times {said.factor:g}"
-            value = printable(str(plain_option(said.value)))
-            yield ("" if place else printable(key), value, f"{printable(said.source)}{factor}")
+def _step_rows(steps: tuple[OptionStep, ...]) -> Iterator[tuple[str, str, str]]:
+    for key in dict.fromkeys(step.key for step in steps):
+        for number, step in enumerate(step for step in steps if step.key == key):
+            factor = "" if step.factor is None else f", times {step.factor:g}"
+            value = printable(str(plain_option(step.value)))
+            yield ("" if number else printable(key), value, f"{printable(step.source)}{factor}")
 
 
-def _names(names: Any) -> Code:
+def _quoted_names(names: Iterable[str]) -> Code:
     return Code(", ".join(map(quoted, names)))
 
 
 def lock_page(lock: ParamGroupsLock) -> Page:
-    """Return the place, name, shape and group of each parameter, then the count and the fingerprint."""
-    rows = [_row_lock(one, group.name) for group in lock.groups for one in group.parameters]
-    rows += [_row_lock(one, "") for one in lock.outside]
+    """Return the page of a lock: a row per parameter, then the number of parameters and the fingerprint."""
+    rows = [_locked_row(parameter, group.name) for group in lock.groups for parameter in group.parameters]
+    rows += [_locked_row(parameter, "") for parameter in lock.outside]
     trained = sum(len(group.parameters) for group in lock.groups)
     count = f"{plural(trained, 'parameter')} in {plural(len(lock.groups), 'group')}, {len(lock.outside)} in none"
     return [
@@ -273,6 +272,6 @@ def lock_page(lock: ParamGroupsLock) -> Page:
     ]
 
 
-def _row_lock(one: LockedParameter, group: str) -> tuple[str, ...]:
-    index = "" if one.index is None else str(one.index)
-    return index, printable(one.name), one.dtype, str(list(one.shape)), printable(group)
+def _locked_row(parameter: LockedParameter, group: str) -> tuple[str, ...]:
+    index = "" if parameter.index is None else str(parameter.index)
+    return index, printable(parameter.name), parameter.dtype, str(list(parameter.shape)), printable(group)

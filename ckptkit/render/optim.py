@@ -1,48 +1,54 @@
-"""The state of an optimizer, and what became of it, as a page and as a JSON document."""
+"""The state of an optimizer, and the changes to one, as a page and as a JSON document."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
-from ckptkit.core.findings import Report
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.optimizer_state.model import (
     Change,
     LazyTensor,
     OpaqueValue,
     OptimizerState,
+    SlotValue,
     number_of,
     parameter_shape,
     tensors_in,
 )
-from ckptkit.plans.execute import Written
-from ckptkit.render.findings import findings_document, findings_page
-from ckptkit.render.page import Code, Line, Page, Row, Table, code, spelled
+from ckptkit.render.page import Code, Line, Page, Row, Table, as_code, table_rows
 
-__all__ = ["changes_page", "state_document", "state_page", "written_line"]
+if TYPE_CHECKING:
+    from ckptkit.core.findings import Report
+    from ckptkit.plans.execute import Written
+
+__all__ = ["changes_page", "state_document", "state_page", "state_title", "written_line"]
 
 _OPTIONS = ("lr", "weight_decay")
 
 
-def state_page(title: Sequence[str | Code], state: OptimizerState, report: Report, *, expand: bool) -> Page:
-    """Return the table of parameters, that of groups, the totals, where names come from, and the findings."""
+def state_title(checkpoint: Checkpoint, form: str) -> Line:
+    """Return the line with the path of a state, the mapping inside the file, and the form of the state."""
+    return Line((as_code(checkpoint.path), *_inside(checkpoint.envelope), f": optimizer state, {form}"))
+
+
+def state_page(title: Line, state: OptimizerState, report: Report, *, expand: bool) -> Page:
+    """Return a row per parameter, a row per group, the totals, the origin of the names, and the findings."""
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     names = dict.fromkeys([*state.names, *state.state])
     rows = [Row(name, _cells(state.state.get(name, {}), group.get(name))) for name in names]
-    parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(spelled(rows, expand=expand)))
-    return [
-        Line(tuple(title)),
-        parameters,
-        _groups(state),
-        Line((_totals(state),)),
-        *_said(state),
-        *(findings_page(report) if report.findings else ()),
-    ]
+    parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(table_rows(rows, expand=expand)))
+    page = [title, parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
+    if report.findings:
+        from ckptkit.render.findings import findings_page
+
+        page += findings_page(report)
+    return page
 
 
-def _cells(slots: Mapping[str, Any], group: int | None) -> tuple[str, ...]:
+def _cells(slots: Mapping[str, SlotValue], group: int | None) -> tuple[str, ...]:
     shape, step = parameter_shape(slots), number_of(slots.get("step"))
     return (
         "" if shape is None else str(list(shape)),
@@ -52,7 +58,7 @@ def _cells(slots: Mapping[str, Any], group: int | None) -> tuple[str, ...]:
     )
 
 
-def _groups(state: OptimizerState) -> Table:
+def _groups_table(state: OptimizerState) -> Table:
     rows = []
     for number, group in enumerate(state.groups):
         others = {
@@ -62,11 +68,28 @@ def _groups(state: OptimizerState) -> Table:
             (
                 str(number),
                 f"{len(group.names):,}",
-                *(_told(group.options[key]) if key in group.options else "" for key in _OPTIONS),
-                ", ".join(f"{printable(key)}={_told(value)}" for key, value in others.items()),
+                *(_value_text(group.options[key]) if key in group.options else "" for key in _OPTIONS),
+                ", ".join(f"{printable(key)}={_value_text(value)}" for key, value in others.items()),
             )
         )
     return Table(("group", "parameters", *_OPTIONS, "other options"), tuple(rows), frozenset({"parameters", *_OPTIONS}))
+
+
+def changes_page(state: OptimizerState, *, expand: bool) -> Page:
+    """Return a row per changed parameter, then the totals and the origin of the names."""
+    group = {name: str(number) for number, group in enumerate(state.groups) for name in group.names}
+    rows = [
+        Row(change.name, (_origin(change), change.operation, change.reason, group.get(change.name, "")))
+        for change in state.changes
+    ]
+    table = Table(("parameter", "from", "what", "because", "group"), tuple(table_rows(rows, expand=expand)))
+    return [table, Line((_totals(state),)), *_remarks(state)]
+
+
+def _origin(change: Change) -> str:
+    first, others = (change.sources or ("",))[0], len(change.sources) - 1
+    more = f" and {others} more" if others > 0 else ""
+    return ("" if first == change.name else printable(first)) + more
 
 
 def _totals(state: OptimizerState) -> str:
@@ -75,38 +98,26 @@ def _totals(state: OptimizerState) -> str:
     return f"{counts[0]} in {counts[1]}; {plural(tensors, 'tensor')} of state, {human_bytes(state.nbytes)}"
 
 
-def _said(state: OptimizerState) -> list[Line]:
-    lines = [Line(("names: ", Code(state.evidence)))] if state.evidence else []
-    return [*lines, *(Line((Code(remark),)) for remark in state.remarks)]
+def _remarks(state: OptimizerState) -> list[Line]:
+    names = [Line(("names: ", Code(state.evidence)))] if state.evidence else []
+    return [*names, *(Line((Code(remark),)) for remark in state.remarks)]
 
 
-def changes_page(state: OptimizerState, *, expand: bool) -> Page:
-    """Return the table of what became of each parameter, then what is to be said of the whole."""
-    group = {name: str(number) for number, group in enumerate(state.groups) for name in group.names}
-    rows = [Row(change.name, (*_origin(change), change.reason, group.get(change.name, ""))) for change in state.changes]
-    table = Table(("parameter", "from", "what", "because", "group"), tuple(spelled(rows, expand=expand)))
-    return [table, Line((_totals(state),)), *_said(state)]
-
-
-def _origin(change: Change) -> tuple[str, str]:
-    first, more = (change.sources or ("",))[0], len(change.sources) - 1
-    return ("" if first == change.name else printable(first)) + (
-        f" and {more} more" if more > 0 else ""
-    ), change.operation
+def _inside(envelope: str) -> Sequence[str | Code]:
+    return (" at ", Code(f"::{printable(envelope)}")) if envelope else ()
 
 
 def written_line(state: OptimizerState, written: Written | None) -> Line:
-    """Return what to say at the end: what was written where, or that nothing was."""
+    """Return the last line of an edit: the path that was written, or that nothing was written."""
     if written is None:
         return Line((f"{_totals(state)}; nothing was written",))
-    at = (" at ", Code(f"::{printable(written.envelope)}")) if written.envelope else ()
-    return Line(("wrote ", code(written.path), *at, f": {_totals(state)}"))
+    return Line(("wrote ", as_code(written.path), *_inside(written.envelope), f": {_totals(state)}"))
 
 
 def state_document(
     path: str, at: str, state: OptimizerState, *, report: Report | None = None, written: Written | None = None
-) -> dict[str, Any]:
-    """Return the document of ``ckpt optim`` with ``--json``; ``report`` are the findings of ``show``."""
+) -> dict[str, object]:
+    """Return the document of ``ckpt optim`` with ``--json``; only ``show`` has a ``report`` of findings."""
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     return {
         "schema": "ckptkit.optim/1",
@@ -116,11 +127,14 @@ def state_document(
         "evidence": state.evidence or None,
         "remarks": list(state.remarks),
         "parameters": [
-            {"key": name, "group": group.get(name), **_slots(state.state.get(name, {}))}
+            {"key": name, "group": group.get(name), **_slots_document(state.state.get(name, {}))}
             for name in dict.fromkeys([*state.names, *state.state])
         ],
         "groups": [
-            {"parameters": len(group.names), "options": {key: _plain(value) for key, value in group.options.items()}}
+            {
+                "parameters": len(group.names),
+                "options": {key: _json_value(value) for key, value in group.options.items()},
+            }
             for group in state.groups
         ],
         "changes": [
@@ -132,7 +146,7 @@ def state_document(
             }
             for change in state.changes
         ],
-        "findings": None if report is None else findings_document(report)["findings"],
+        "findings": None if report is None else _findings(report),
         "summary": {
             "parameters": len(state.names),
             "groups": len(state.groups),
@@ -145,30 +159,36 @@ def state_document(
     }
 
 
-def _slots(slots: Mapping[str, Any]) -> dict[str, Any]:
+def _findings(report: Report) -> object:
+    from ckptkit.render.findings import findings_document
+
+    return findings_document(report)["findings"]
+
+
+def _slots_document(slots: Mapping[str, SlotValue]) -> dict[str, object]:
     shape = parameter_shape(slots)
     return {
         "shape": None if shape is None else list(shape),
-        "step": _plain(number_of(slots.get("step"))),
+        "step": _json_value(number_of(slots.get("step"))),
         "slots": [
             {"name": name, "dtype": value.dtype, "shape": list(value.shape), "bytes": value.nbytes}
             if isinstance(value, LazyTensor)
-            else {"name": name, "value": _plain(value)}
+            else {"name": name, "value": _json_value(value)}
             for name, value in slots.items()
         ],
     }
 
 
-def _told(value: Any) -> str:
-    plain = _plain(value)
+def _value_text(value: SlotValue) -> str:
+    plain = _json_value(value)
     return f"{plain:g}" if isinstance(plain, float) else printable(str(plain))
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON can hold of a value: of a tensor of one element the number."""
+def _json_value(value: SlotValue) -> object:
+    """Return what a JSON document has for a value; for a tensor with one element, the number."""
     if isinstance(value, LazyTensor):
         number = number_of(value)
-        return str(value.info) if number is None else _plain(number)
+        return str(value.info) if number is None else _json_value(number)
     if isinstance(value, OpaqueValue):
         return value.type
     if isinstance(value, float):
@@ -176,7 +196,7 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
+        return {str(key): _json_value(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [_json_value(inner) for inner in value]
     return str(value)

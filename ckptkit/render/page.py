@@ -1,7 +1,7 @@
-"""A report as a page: lines, tables and listings, set as text for a terminal or as Markdown for an issue.
+"""Reports as pages: lines, tables and listings, formatted as text for a terminal or as Markdown for an issue.
 
-In Markdown whatever may come from a file stands in a code span or a code block, where nothing is a link, a mention,
-markup or HTML; only the words of ckptkit itself are prose.
+In Markdown, every text that may come from a file is a code span or a code block. No such text can become a link, a
+mention, markup or HTML.
 """
 
 from __future__ import annotations
@@ -22,36 +22,31 @@ __all__ = [
     "Page",
     "Row",
     "Table",
+    "as_code",
     "as_markdown",
     "as_text",
-    "code",
-    "collapse",
-    "spelled",
+    "join_rows",
+    "table_rows",
 ]
 
 
-_TICKS = re.compile(r"`+")
-_NUMBER = re.compile(r"-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
-_MARKUP = re.compile(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)|^[-+#=]")
-
-
 class Code(str):
-    """Printable text that is quoted from somewhere: a name, a path, a message about them."""
+    """Printable text that ckptkit did not write: a name, a path, or a message that quotes them."""
 
     __slots__ = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A sentence: words of our own as ``str``, everything else as ``Code``; ``under`` belongs to the line above it."""
+    """A sentence. Words of ckptkit are ``str``, everything else is ``Code``; ``indented`` lines explain the one above."""
 
     parts: tuple[str | Code, ...]
-    under: bool = False
+    indented: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Rows of printable cells below headers; the columns named in ``right`` are set flush right."""
+    """Rows of printable cells below headers; the columns named in ``right`` are aligned to the right."""
 
     headers: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
@@ -60,7 +55,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Listing:
-    """Printable lines whose indentation counts."""
+    """Printable lines that keep their indentation."""
 
     lines: tuple[str, ...]
 
@@ -69,23 +64,23 @@ Block = Line | Table | Listing
 Page = Sequence[Block]
 
 
-def code(name: str) -> Code:
-    """Return a name made printable and marked as quoted."""
+def as_code(name: str) -> Code:
+    """Return a name as printable ``Code``."""
     return Code(printable(name))
 
 
 def as_text(page: Page) -> list[str]:
-    """Return the lines of a page for a terminal: an empty one before and after each table and listing."""
+    """Return the lines of a page for a terminal, with an empty line before and after each table and listing."""
     lines: list[str] = []
     for number, block in enumerate(page):
         if number and not (isinstance(block, Line) and isinstance(page[number - 1], Line)):
             lines.append("")
         if isinstance(block, Line):
-            lines.append("  " * block.under + "".join(block.parts))
+            lines.append("  " * block.indented + "".join(block.parts))
         elif isinstance(block, Listing):
             lines += block.lines
         else:
-            lines += _aligned(block.rows, block, "plain")
+            lines += _table_lines(block.rows, block, "plain")
     return lines
 
 
@@ -98,119 +93,121 @@ def as_markdown(page: Page) -> list[str]:
     return lines
 
 
+_BACKTICKS = re.compile(r"`+")
+_NUMBER = re.compile(r"-?[0-9][0-9.,e+-]*( ?[%a-zA-Z]{1,2})?")
+_MARKUP = re.compile(r"[\\`*<>\[\]|~&]|(?<!\w)_|_(?!\w)|^[-+#=]")
+
+
 def _markdown(blocks: Sequence[Block]) -> list[str]:
+    """Return the Markdown of one table, one listing, or a run of lines."""
     first = blocks[0]
     if isinstance(first, Listing):
-        fence = "`" * max(3, _longest_ticks(first.lines) + 1)
+        fence = "`" * max(3, _longest_backticks(first.lines) + 1)
         return [fence, *first.lines, fence]
     if isinstance(first, Table):
-        plain = [header in first.right for header in first.headers]
-        rows = [[_cell(cell, number=number) for cell, number in zip(row, plain, strict=True)] for row in first.rows]
-        return _aligned(rows, first, "pipe")
+        numeric = [header in first.right for header in first.headers]
+        rows = [[_cell(cell, number=number) for cell, number in zip(row, numeric, strict=True)] for row in first.rows]
+        return _table_lines(rows, first, "pipe")
     lines = [block for block in blocks if isinstance(block, Line) and "".join(block.parts)]
     bullet = "- " if len(lines) > 1 else ""
-    return ["  " * line.under + bullet + "".join(map(_span, line.parts)) for line in lines]
+    return ["  " * line.indented + bullet + "".join(map(_span, line.parts)) for line in lines]
 
 
-def _aligned(rows: Iterable[Sequence[str]], table: Table, form: str) -> list[str]:
+def _table_lines(rows: Iterable[Sequence[str]], table: Table, style: str) -> list[str]:
     from tabulate import tabulate
 
     rows = list(rows)
     align = ["right" if header in table.right else "left" for header in table.headers] if rows else None
-    text = tabulate(rows, table.headers, tablefmt=form, disable_numparse=True, colalign=align)
+    text = tabulate(rows, table.headers, tablefmt=style, disable_numparse=True, colalign=align)
     return [line.rstrip() for line in text.split("\n")]
 
 
 def _cell(cell: str, *, number: bool) -> str:
-    # The table is cut into cells first, and takes the backslash away again: in a code span too.
-    return cell if number and _NUMBER.fullmatch(cell) else _fenced(cell).replace("|", "\\|")
+    # GitHub splits a table into cells before it reads code spans, so a pipe needs a backslash in a code span too.
+    return cell if number and _NUMBER.fullmatch(cell) else _code_span(cell).replace("|", "\\|")
 
 
 def _span(part: str | Code) -> str:
-    return _fenced(part) if isinstance(part, Code) else _MARKUP.sub(r"\\\g<0>", part)
+    return _code_span(part) if isinstance(part, Code) else _MARKUP.sub(r"\\\g<0>", part)
 
 
-def _fenced(text: str) -> str:
+def _code_span(text: str) -> str:
     if not text:
         return ""
-    ticks = "`" * (_longest_ticks([text]) + 1)
-    # A space at each end is taken away again, so that text may begin and end with a backtick.
+    ticks = "`" * (_longest_backticks([text]) + 1)
+    # Markdown removes one space at each end of a code span, so that its text may begin and end with a backtick.
     pad = " " if text[0] in "` " or text[-1] in "` " else ""
     return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
-def _longest_ticks(lines: Iterable[str]) -> int:
-    return max((len(run) for line in lines for run in _TICKS.findall(line)), default=0)
-
-
-# An index as torch writes it; "0012" and "1_000" are names.
-_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")
-_MOST_INDICES = 16  # no model nests deeper, and the work grows with their square
-_LONGEST_KEY = 400  # longer ones are cut, and only as a whole
-_LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # what else only the count of joined keys looks like
+def _longest_backticks(lines: Iterable[str]) -> int:
+    return max((len(run) for line in lines for run in _BACKTICKS.findall(line)), default=0)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A line of a table: a key, and what is said of it."""
+    """A row of a table: a key, and the other cells."""
 
     key: str
     cells: tuple[str, ...]
 
 
-def spelled(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
-    """Return finished cells, one line a key, or with the keys joined that differ in indices alone."""
-    return [(printable(row.key), *row.cells) for row in rows] if expand else collapse(rows)
+def table_rows(rows: Iterable[Row], *, expand: bool) -> list[tuple[str, ...]]:
+    """Return printable cells: one row per key if ``expand``, else with similar keys joined as by ``join_rows``."""
+    return [(printable(row.key), *row.cells) for row in rows] if expand else join_rows(rows)
 
 
-def collapse(rows: Iterable[Row]) -> list[tuple[str, ...]]:
-    """Return finished cells, with rows that say the same of keys that differ in indices alone joined into one.
+_INDEX = re.compile(r"0|[1-9][0-9]{0,17}")  # an index as torch writes it; "0012" and "1_000" are names
+_MOST_INDICES = 16  # no model nests deeper, and the work grows with the square of the number
+_LONGEST_KEY = 400  # longer keys are not joined; they are shortened when printed
+_LIKE_A_COUNT = re.compile(r" ×(?=[0-9,]+$)")  # the end of a key that looks like the count of joined keys
 
-    ``layers.{0..11}.attn.q.weight ×12`` stands for exactly the twelve keys it spells: holes are shown
-    (``{0..3,7}``), and several indices are joined only where every combination is there.
+_KeyShape = tuple[str | None, ...]  # the segments of a key, with None for each index
+_IndexSets = tuple[tuple[int, ...], ...]  # for each index of a key, the numbers that it takes
+
+
+def join_rows(rows: Iterable[Row]) -> list[tuple[str, ...]]:
+    """Return printable cells, with rows joined that have equal cells and keys that differ in indices only.
+
+    ``layers.{0..11}.attn.q.weight ×12`` stands for exactly the twelve keys that it spells. Missing indices are shown
+    (``{0..3,7}``). Several indices are joined only if every combination exists.
     """
-    groups: dict[tuple[_Shape, tuple[str, ...]], list[tuple[int, ...]]] = {}
-    order: list[tuple[_Shape, tuple[str, ...]]] = []
+    groups: dict[tuple[_KeyShape, tuple[str, ...]], list[tuple[int, ...]]] = {}
     for row in rows:
-        shape: _Shape = tuple(None if _INDEX.fullmatch(segment) else segment for segment in row.key.split("."))
-        indices = tuple(int(segment) for segment in row.key.split(".") if _INDEX.fullmatch(segment))
+        segments = row.key.split(".")
+        shape: _KeyShape = tuple(None if _INDEX.fullmatch(segment) else segment for segment in segments)
+        indices = tuple(int(segment) for segment in segments if _INDEX.fullmatch(segment))
         if len(indices) > _MOST_INDICES or len(row.key) > _LONGEST_KEY:
             shape, indices = (row.key,), ()
-        if (shape, row.cells) not in groups:
-            order.append((shape, row.cells))
         groups.setdefault((shape, row.cells), []).append(indices)
-    return [(_spelled(shape, sets), *cells) for shape, cells in order for sets in _products(groups[shape, cells])]
+    return [(_joined_key(shape, sets), *cells) for (shape, cells), found in groups.items() for sets in _products(found)]
 
 
-_Shape = tuple[str | None, ...]  # the segments of a key, None where an index is
-_Sets = tuple[tuple[int, ...], ...]
-
-
-def _products(members: Iterable[tuple[int, ...]]) -> list[_Sets]:
+def _products(members: Iterable[tuple[int, ...]]) -> list[_IndexSets]:
     """Return products of index sets that together are exactly the members."""
-    products: list[_Sets] = [tuple((index,) for index in member) for member in members]
+    products: list[_IndexSets] = [tuple((index,) for index in member) for member in members]
     width = len(products[0])
     for place in reversed(range(width)):
 
-        def rest(product: _Sets, place: int = place) -> _Sets:
+        def others(product: _IndexSets, place: int = place) -> _IndexSets:
             return (*product[:place], *product[place + 1 :])
 
-        joined: list[_Sets] = []
-        for _, same in groupby(sorted(products, key=rest), key=rest):
-            group = list(same)
+        joined: list[_IndexSets] = []
+        for _, equal in groupby(sorted(products, key=others), key=others):
+            group = list(equal)
             union = tuple(sorted({index for product in group for index in product[place]}))
             joined.append((*group[0][:place], union, *group[0][place + 1 :]))
         products = joined
     return sorted(products)
 
 
-def _spelled(shape: _Shape, sets: _Sets) -> str:
+def _joined_key(shape: _KeyShape, sets: _IndexSets) -> str:
     count = math.prod(map(len, sets))
-    rest = iter(sets)
+    remaining = iter(sets)
     if count == 1:
-        text = ".".join(str(next(rest)[0]) if segment is None else printable(segment) for segment in shape)
+        text = ".".join(str(next(remaining)[0]) if segment is None else printable(segment) for segment in shape)
         return _LIKE_A_COUNT.sub(r" \\xd7", text)
-    segments = (_ranges(next(rest)) if segment is None else _without_braces(segment) for segment in shape)
+    segments = (_ranges(next(remaining)) if segment is None else _without_braces(segment) for segment in shape)
     return f"{'.'.join(segments)} ×{count}"
 
 

@@ -1,20 +1,22 @@
-"""A plan as a page and as a JSON document, before it is carried out and after."""
+"""A plan as a page and as a JSON document, before and after it is executed."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 from ckptkit.core.text import human_bytes, plural, printable
-from ckptkit.plans.execute import Written
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Code, Line, Page, Row, Table, as_text, code, spelled
+from ckptkit.render.page import Code, Line, Page, Row, Table, as_code, as_text, table_rows
+
+if TYPE_CHECKING:
+    from ckptkit.plans.execute import Written
 
 __all__ = ["plan_document", "plan_page", "written_text"]
 
 
-def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str, Any]:
+def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str, object]:
     """Return the document of ``ckpt merge``, ``remap`` or ``convert`` with ``--json``."""
     return {
         "schema": f"ckptkit.{command}/1",
@@ -51,19 +53,40 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
 
 
 def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
-    """Return the page of a writing command: every tensor of the output with its source, and what is left out."""
+    """Return the page of a writing command: every tensor of the output with its source, then what is left out."""
     rows = [Row(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
-    tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(spelled(rows, expand=expand)))
-    left = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
-    last = (f"{_summary(plan)}; nothing was written",) if written is None else _wrote(plan, written)
-    return [tensors, *left, *(Line((said,)) for said in _kept(plan)), Line(last)]
+    tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
+    left_out = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
+    last = (f"{_summary(plan)}; nothing was written",) if written is None else _written(plan, written)
+    return [tensors, *left_out, *(Line((sentence,)) for sentence in _kept(plan)), Line(last)]
+
+
+def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) -> list[str]:
+    """Return the messages after a plan was executed: what was written, from which sources, and what was left out.
+
+    ``untied`` are groups of keys that shared memory in the source and are separate tensors in the output.
+    """
+    lines = as_text([Line(_written(plan, written))])
+    tensors = [drop for drop in plan.dropped if not drop.is_entry]
+    entries = [drop.key for drop in plan.dropped if drop.is_entry]
+    lines += _kept(plan)
+    if tensors:
+        lines += as_text([_left_out(tensors, expand=False)])
+    if entries:
+        lines.append(f"left out, because not in the mapping that was read: {_first_names(entries, 8)}")
+    if written.beside:
+        lines.append(f"the directory also holds other weights: {_first_names(written.beside, 4)}")
+    lines += [f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}" for group in untied]
+    return lines
 
 
 def _kept(plan: Plan) -> list[str]:
-    if not plan.kept:
-        return []
-    more = f" and {len(plan.kept) - 8} more" if len(plan.kept) > 8 else ""
-    return [f"kept as they are: {', '.join(map(printable, plan.kept[:8]))}{more}"]
+    return [f"copied unchanged: {_first_names(plan.kept, 8)}"] if plan.kept else []
+
+
+def _first_names(names: Sequence[str], most: int) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(map(printable, names[:most]))}{more}"
 
 
 def _origin(step: Step) -> str:
@@ -79,33 +102,15 @@ def _roles(step: Step) -> str:
 
 def _left_out(dropped: Iterable[Dropped], *, expand: bool) -> Table:
     rows = [Row(drop.key, (drop.role, drop.reason)) for drop in dropped]
-    return Table(("left out", "of", "because"), tuple(spelled(rows, expand=expand)))
+    return Table(("left out", "of", "because"), tuple(table_rows(rows, expand=expand)))
 
 
 def _summary(plan: Plan) -> str:
     by_source = Counter(map(_roles, plan.steps))
     parts = ", ".join(f"{count:,} from {role}" for role, count in by_source.items())
-    left = f", {plural(len(plan.dropped), 'entry', 'entries')} left out" if plan.dropped else ""
-    return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{left}"
+    left_out = f", {plural(len(plan.dropped), 'entry', 'entries')} left out" if plan.dropped else ""
+    return f"{plural(len(plan.steps), 'tensor')}, {human_bytes(plan.nbytes)}: {parts}{left_out}"
 
 
-def _wrote(plan: Plan, written: Written) -> tuple[str | Code, ...]:
-    return "wrote ", code(written.path), f": {written.format}, {_summary(plan)}"
-
-
-def written_text(plan: Plan, written: Written, shared: Iterable[tuple[str, ...]]) -> list[str]:
-    """Return what to say after writing: what it is, where from, and what was left out."""
-    lines = as_text([Line(_wrote(plan, written))])
-    tensors = [drop for drop in plan.dropped if not drop.is_entry]
-    others = [drop.key for drop in plan.dropped if drop.is_entry]
-    lines += _kept(plan)
-    if tensors:
-        lines += as_text([_left_out(tensors, expand=False)])
-    if others:
-        more = f" and {len(others) - 8} more" if len(others) > 8 else ""
-        lines.append(f"left out, not among the tensors taken: {', '.join(map(printable, others[:8]))}{more}")
-    if written.beside:
-        more = f" and {len(written.beside) - 4} more" if len(written.beside) > 4 else ""
-        lines.append(f"other weights stay beside them: {', '.join(map(printable, written.beside[:4]))}{more}")
-    lines += [f"written apart, shared before: {', '.join(map(printable, group[:8]))}" for group in shared]
-    return lines
+def _written(plan: Plan, written: Written) -> tuple[str | Code, ...]:
+    return "wrote ", as_code(written.path), f": {written.format}, {_summary(plan)}"

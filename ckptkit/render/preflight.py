@@ -1,37 +1,36 @@
-"""A preflight as one page, and as one JSON document."""
+"""The result of a preflight as one page and as one JSON document."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.param_groups.lock import plain_option
-from ckptkit.readiness import DryStep, Init, Memory, Preflight, Resume
+from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
 from ckptkit.render.page import Block, Code, Line, Page, Table
+from ckptkit.render.summary import share_cell
 
 __all__ = ["preflight_document", "preflight_page"]
 
-SCHEMA = "ckptkit.preflight/1"
-_COUNTS = frozenset({"tensors", "elements", "parameters", "share", "lr", "weight_decay", "bytes", "each"})
-_MOST = 24  # of what stays at init; the rest is in the JSON form
+_RIGHT = frozenset({"tensors", "elements", "parameters", "share", "lr", "weight_decay", "bytes"})
+_MOST_KEPT = 24  # rows of tensors that stay at init; the JSON document has all of them
 
 
 def preflight_page(report: Preflight) -> Page:
-    """Return the sections that there are, what was not judged, the findings, and the verdict last."""
+    """Return a table per section of the report, then what was not judged, the findings, and the verdict."""
     page: list[Block] = []
     if report.init is not None:
-        page += _init(report.init)
-    page += _training(report)
-    page += _groups(report)
+        page += _init_blocks(report.init)
+    page += _training_table(report)
+    page += _groups_table(report)
     if report.memory is not None:
-        page += _memory(report.memory)
+        page += _memory_table(report.memory)
     if report.resume is not None:
-        page.append(_resume(report.resume))
+        page.append(_resume_line(report.resume))
     if report.step is not None:
-        page.append(_step(report.step))
+        page.append(_step_line(report.step))
     page += [Line(("not judged: ", Code(printable(text)))) for text in report.not_judged]
     page.append(Line(()))
     page += finding_lines(report.findings)
@@ -40,55 +39,61 @@ def preflight_page(report: Preflight) -> Page:
     return page
 
 
-def _init(init: Init) -> Iterator[Block]:
+def _init_blocks(init: Init) -> Iterator[Block]:
     rows = tuple(
         (
-            printable(one.module),
-            _part(one.loaded, one.tensors),
-            f"{one.elements:,}",
-            _share(one.loaded_elements, one.elements),
+            printable(module.module),
+            _some_of(module.loaded, module.tensors),
+            f"{module.elements:,}",
+            share_cell(module.loaded_elements, module.elements),
         )
-        for one in init.modules
+        for module in init.modules
     )
-    yield Table(("from init", "tensors", "elements", "share"), rows, _COUNTS)
-    here = {"all": ", and the model has its values", "part": ", of which the model has some", "none": "", "unknown": ""}
-    counts = f"{_part(init.loaded, init.tensors)} tensors, {100 * init.coverage:.1f} % of {init.elements:,} elements"
-    yield Line((f"init fills {counts}{here[init.in_model]}",))
+    yield Table(("from init", "tensors", "elements", "share"), rows, _RIGHT)
+    in_model = {
+        "all": ", and the model has its values",
+        "part": ", of which the model has some",
+        "none": "",
+        "unknown": "",
+    }[init.in_model]
+    counts = f"{_some_of(init.loaded, init.tensors)} tensors, {100 * init.coverage:.1f} % of {init.elements:,} elements"
+    yield Line((f"init fills {counts}{in_model}",))
     if init.kept:
-        kept = tuple((printable(one.key), one.why, one.looks or "not judged") for one in init.kept[:_MOST])
+        kept = tuple((printable(one.key), one.why, one.looks or "not judged") for one in init.kept[:_MOST_KEPT])
         yield Table(("stays at init", "because", "looks"), kept)
-        if len(init.kept) > _MOST:
-            yield Line((f"and {len(init.kept) - _MOST:,} more",))
+        if len(init.kept) > _MOST_KEPT:
+            yield Line((f"and {len(init.kept) - _MOST_KEPT:,} more",))
 
 
-def _training(report: Preflight) -> Iterator[Block]:
+def _training_table(report: Preflight) -> Iterator[Block]:
     rows = []
-    for one in report.training:
-        state = "trains" if one.trainable == one.parameters else "in part" if one.trainable else "frozen"
-        rows.append((printable(one.module), state, _part(one.trainable, one.parameters), f"{one.trainable_elements:,}"))
+    for module in report.training:
+        state = "trains" if module.trainable == module.parameters else "in part" if module.trainable else "frozen"
+        trainable = _some_of(module.trainable, module.parameters)
+        rows.append((printable(module.module), state, trainable, f"{module.trainable_elements:,}"))
     if rows:
-        yield Table(("module", "", "parameters", "elements"), tuple(rows), _COUNTS)
+        yield Table(("module", "", "parameters", "elements"), tuple(rows), _RIGHT)
 
 
-def _groups(report: Preflight) -> Iterator[Block]:
+def _groups_table(report: Preflight) -> Iterator[Block]:
     rows = tuple(
         (
-            printable(one.name),
-            printable(one.optimizer),
-            f"{len(one.names):,}",
-            f"{one.elements:,}",
+            printable(group.name),
+            printable(group.optimizer),
+            f"{len(group.names):,}",
+            f"{group.elements:,}",
             *(
-                printable(str(plain_option(one.options[key]))) if key in one.options else ""
+                printable(str(plain_option(group.options[key]))) if key in group.options else ""
                 for key in ("lr", "weight_decay")
             ),
         )
-        for one in report.groups
+        for group in report.groups
     )
     if rows:
-        yield Table(("group", "optimizer", "parameters", "elements", "lr", "weight_decay"), rows, _COUNTS)
+        yield Table(("group", "optimizer", "parameters", "elements", "lr", "weight_decay"), rows, _RIGHT)
 
 
-def _memory(memory: Memory) -> Iterator[Block]:
+def _memory_table(memory: Memory) -> Iterator[Block]:
     rows = [("parameters", human_bytes(memory.parameters))]
     if memory.buffers:
         rows.append(("buffers", human_bytes(memory.buffers)))
@@ -98,112 +103,114 @@ def _memory(memory: Memory) -> Iterator[Block]:
         size = "not known for this class" if state.nbytes is None else human_bytes(state.nbytes)
         rows.append((f"{printable(state.optimizer)} state{slots}", size))
     rows.append(("together, without activations", human_bytes(memory.total)))
-    yield Table(("memory", "bytes"), tuple(rows), _COUNTS)
+    yield Table(("memory", "bytes"), tuple(rows), _RIGHT)
 
 
-def _resume(resume: Resume) -> Line:
-    said = f"resume: {_part(resume.matched, resume.expected)} tensors of the model are in the run"
+def _resume_line(resume: Resume) -> Line:
+    text = f"resume: {_some_of(resume.matched, resume.expected)} tensors of the model are in the run"
     if resume.positions is not None:
-        said += f"; its optimizer has {plural(resume.positions, 'parameter')}, {resume.with_state:,} with state"
-    return Line((said,))
+        text += f"; its optimizer has {plural(resume.positions, 'parameter')}, {resume.with_state:,} with state"
+    return Line((text,))
 
 
-def _step(step: DryStep) -> Line:
+def _step_line(step: DryStep) -> Line:
     if step.loss is None:
-        return Line(("dry step: it did not get as far as a loss",))
+        return Line(("dry step: it ended before there was a loss",))
     moved = f", {step.moved:,} moved by {step.optimizer}" if step.optimizer else ", and no optimizer to move them"
-    count = f"{_part(step.gradients, step.trainable)} parameters that train got a gradient"
+    count = f"{_some_of(step.gradients, step.trainable)} parameters that train got a gradient"
     return Line((f"dry step on a copy: loss {step.loss:.6g}, {count}{moved}",))
 
 
-def _part(some: int, whole: int) -> str:
+def _some_of(some: int, whole: int) -> str:
     return f"{some:,} of {whole:,}"
 
 
-def _share(part: int, whole: int) -> str:
-    return f"{part / whole:.1%}" if whole else ""
-
-
-def preflight_document(report: Preflight) -> dict[str, Any]:
-    """Return the document of ``ckpt preflight --json``: findings as every check has them, and the page's sections."""
-    init, memory, resume, step = report.init, report.memory, report.resume, report.step
-    found = findings_document(report)
+def preflight_document(report: Preflight) -> dict[str, object]:
+    """Return the document of ``ckpt preflight --json``: the findings, and every section of the report."""
+    findings = findings_document(report)
     return {
-        "schema": SCHEMA,
+        "schema": "ckptkit.preflight/1",
         "verdict": report.verdict,
-        "findings": found["findings"],
-        "summary": found["summary"],
-        "init": None
-        if init is None
-        else {
-            "loaded": init.loaded,
-            "tensors": init.tensors,
-            "loaded_elements": init.loaded_elements,
-            "elements": init.elements,
-            "coverage": init.coverage,
-            "in_model": init.in_model,
-            "modules": [
-                {
-                    "module": one.module,
-                    "loaded": one.loaded,
-                    "tensors": one.tensors,
-                    "loaded_elements": one.loaded_elements,
-                    "elements": one.elements,
-                }
-                for one in init.modules
-            ],
-            "kept": [
-                {"key": one.key, "why": one.why, "elements": one.elements, "looks": one.looks} for one in init.kept
-            ],
-        },
+        "findings": findings["findings"],
+        "summary": findings["summary"],
+        "init": None if report.init is None else _init_document(report.init),
         "training": [
             {
-                "module": one.module,
-                "trainable": one.trainable,
-                "parameters": one.parameters,
-                "trainable_elements": one.trainable_elements,
-                "elements": one.elements,
+                "module": module.module,
+                "trainable": module.trainable,
+                "parameters": module.parameters,
+                "trainable_elements": module.trainable_elements,
+                "elements": module.elements,
             }
-            for one in report.training
+            for module in report.training
         ],
         "groups": [
             {
-                "name": one.name,
-                "optimizer": one.optimizer,
-                "parameters": list(one.names),
-                "elements": one.elements,
-                "options": plain_option(dict(one.options)),
+                "name": group.name,
+                "optimizer": group.optimizer,
+                "parameters": list(group.names),
+                "elements": group.elements,
+                "options": plain_option(dict(group.options)),
             }
-            for one in report.groups
+            for group in report.groups
         ],
-        "memory": None
-        if memory is None
-        else {
-            "parameters": memory.parameters,
-            "buffers": memory.buffers,
-            "gradients": memory.gradients,
-            "states": [
-                {"optimizer": one.optimizer, "slots": list(one.slots), "bytes": one.nbytes} for one in memory.states
-            ],
-            "total": memory.total,
-        },
-        "resume": None
-        if resume is None
-        else {
-            "matched": resume.matched,
-            "expected": resume.expected,
-            "positions": resume.positions,
-            "with_state": resume.with_state,
-            "form": resume.form,
-        },
-        "step": None
-        if step is None
-        else {
-            "loss": step.loss if step.loss is None or math.isfinite(step.loss) else str(step.loss),
-            "optimizer": step.optimizer,
-            "trainable": step.trainable,
-            "gradients": step.gradients,
-            "moved": step.moved,
-        },
+        "memory": None if report.memory is None else _memory_document(report.memory),
+        "resume": None if report.resume is None else _resume_document(report.resume),
+        "step": None if report.step is None else _step_document(report.step),
         "not_judged": list(report.not_judged),
+    }
+
+
+def _init_document(init: Init) -> dict[str, object]:
+    return {
+        "loaded": init.loaded,
+        "tensors": init.tensors,
+        "loaded_elements": init.loaded_elements,
+        "elements": init.elements,
+        "coverage": init.coverage,
+        "in_model": init.in_model,
+        "modules": [
+            {
+                "module": module.module,
+                "loaded": module.loaded,
+                "tensors": module.tensors,
+                "loaded_elements": module.loaded_elements,
+                "elements": module.elements,
+            }
+            for module in init.modules
+        ],
+        "kept": [{"key": one.key, "why": one.why, "elements": one.elements, "looks": one.looks} for one in init.kept],
+    }
+
+
+def _memory_document(memory: Memory) -> dict[str, object]:
+    return {
+        "parameters": memory.parameters,
+        "buffers": memory.buffers,
+        "gradients": memory.gradients,
+        "states": [
+            {"optimizer": state.optimizer, "slots": list(state.slots), "bytes": state.nbytes}
+            for state in memory.states
+        ],
+        "total": memory.total,
+    }
+
+
+def _resume_document(resume: Resume) -> dict[str, object]:
+    return {
+        "matched": resume.matched,
+        "expected": resume.expected,
+        "positions": resume.positions,
+        "with_state": resume.with_state,
+        "form": resume.form,
+    }
+
+
+def _step_document(step: DryStep) -> dict[str, object]:
+    return {
+        "loss": step.loss if step.loss is None or math.isfinite(step.loss) else str(step.loss),
+        "optimizer": step.optimizer,
+        "trainable": step.trainable,
+        "gradients": step.gradients,
+        "moved": step.moved,
     }

@@ -1,36 +1,25 @@
-"""What a checkpoint holds, as a page, as a tree and as a JSON document."""
+"""The content of a checkpoint as a page, as a tree and as a JSON document."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
-from ckptkit.render.page import Block, Code, Line, Listing, Page, Row, Table, code, spelled
+from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
+from ckptkit.render.summary import describe, totals
 
-__all__ = ["describe", "show_document", "show_page", "show_tree", "totals"]
+__all__ = ["show_document", "show_page", "show_tree"]
 
 _LONGEST_VALUE = 80
 _MOST_PARTS = 40
-_DEEPEST = 64  # a name can be nothing but dots; what lies deeper stays in one piece on its last line
+_DEEPEST = 64  # a name can be all dots; segments below this depth are printed on one line
 
 
-def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
-    """Return the number of tensors, of their elements, and of their bytes."""
-    tensors = elements = nbytes = 0
-    for info in infos:
-        count = info.elements
-        tensors += 1
-        elements += count
-        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored_bytes
-    return {"tensors": tensors, "elements": elements, "bytes": nbytes}
-
-
-def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
-    """Return the document of ``ckpt show --json`` for the tensors chosen of a checkpoint."""
+def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, object]:
+    """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint."""
     shared = shared_keys(checkpoint)
     return {
         "schema": "ckptkit.show/1",
@@ -54,15 +43,8 @@ def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> di
     }
 
 
-def describe(checkpoint: Checkpoint, count: Mapping[str, int]) -> tuple[str | Code, ...]:
-    """Return the parts of a line that says what a checkpoint is, which mapping inside it was taken, and its totals."""
-    inside = (" at ", Code(f"::{printable(checkpoint.envelope)}")) if checkpoint.envelope else ()
-    what = f": {checkpoint.format}, {plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
-    return code(checkpoint.path), *inside, f"{what}, {human_bytes(count['bytes'])}"
-
-
 def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand: bool) -> Page:
-    """Return the page of ``ckpt show``: tensors, totals, then everything that is no tensor."""
+    """Return the page of ``ckpt show``: the tensors, the totals, then all other entries of the file."""
     shared = shared_keys(checkpoint)
     rows = []
     for info in infos.values():
@@ -72,26 +54,26 @@ def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand
         rows.append(Row(info.key, (dtype, str(list(info.shape)), human_bytes(info.nbytes), ties)))
     headers = ("key", "dtype", "shape", "bytes", "shares memory with")
     width = len(headers) if any(row.cells[-1] for row in rows) else -1
-    cells = tuple(cell[:width] for cell in spelled(rows, expand=expand))
+    cells = tuple(cell[:width] for cell in table_rows(rows, expand=expand))
     tensors = Table(headers[:width], cells, frozenset({"bytes"})) if rows else Listing(("no tensors",))
     title = Line(describe(checkpoint, totals(infos.values())))
-    return [title, tensors, *_totals(infos.values()), *_others(checkpoint)]
+    return [title, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
 
 
 def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
-    """Return the page of ``ckpt show --tree``: modules by their place in the names, with what is below each."""
+    """Return the page of ``ckpt show --tree``: the modules as their names nest them, each with its size."""
     below: dict[tuple[str, ...], list[TensorInfo]] = {}
     for info in infos.values():
         path = tuple(info.key.split(".", _DEEPEST))
         for depth in range(1, len(path)):
             below.setdefault(path[:depth], []).append(info)
     lines = []
-    opened: set[tuple[str, ...]] = set()
+    printed: set[tuple[str, ...]] = set()
     for info in infos.values():
         path = tuple(info.key.split(".", _DEEPEST))
         for depth in range(1, len(path)):
-            if path[:depth] not in opened:
-                opened.add(path[:depth])
+            if path[:depth] not in printed:
+                printed.add(path[:depth])
                 count = totals(below[path[:depth]])
                 what = f"{plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
                 lines.append(
@@ -101,11 +83,12 @@ def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
     return [
         Line(describe(checkpoint, totals(infos.values()))),
         Listing(tuple(lines or ["no tensors"])),
-        *_others(checkpoint),
+        *_other_entries(checkpoint),
     ]
 
 
 def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
+    """Return the totals by section (the first segment of a key) and by dtype, where there are several."""
     sections: dict[str, list[TensorInfo]] = {}
     dtypes: dict[str, list[TensorInfo]] = {}
     for info in infos:
@@ -125,7 +108,7 @@ def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
     return tables
 
 
-def _others(checkpoint: Checkpoint) -> list[Block]:
+def _other_entries(checkpoint: Checkpoint) -> list[Block]:
     tables: dict[tuple[str, ...], list[tuple[str, ...]]] = {
         ("also holds", "type", "value"): [
             (printable(entry.path), printable(entry.type), _value(entry)) for entry in checkpoint.entries
@@ -133,8 +116,8 @@ def _others(checkpoint: Checkpoint) -> list[Block]:
         ("metadata", "value"): [(printable(key), _cut(printable(text))) for key, text in checkpoint.metadata.items()],
         ("code references, not run",): [(printable(name),) for name in checkpoint.references],
     }
-    found: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
-    return [*found, Line(("headers only: no tensor value was read",))] if checkpoint.files else found
+    blocks: list[Block] = [Table(headers, tuple(rows)) for headers, rows in tables.items() if rows]
+    return [*blocks, Line(("headers only: no tensor value was read",))] if checkpoint.files else blocks
 
 
 def _value(entry: Entry) -> str:

@@ -1,32 +1,32 @@
-"""The numbers of a checkpoint as a page, with a histogram a line, and as a JSON document."""
+"""Statistics of a checkpoint as a page, with a histogram per line, and as a JSON document."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
-from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, spelled
-from ckptkit.render.show import describe, totals
+from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
+from ckptkit.render.summary import describe, totals
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["SORTS", "View", "stats_document", "stats_page"]
+__all__ = ["SORT_KEYS", "StatsView", "stats_document", "stats_page"]
 
 _BARS = "▁▂▃▄▅▆▇█"
 _BINS = 16
-_ROOT = "(root)"  # of the model itself, whose name is empty
-_SEEN = 0.99  # share of the numbers that bars of one power of two have to cover, or else they are made wider
+_ROOT = "(root)"  # printed for the model itself, whose name is empty
+_COVERED = 0.99  # share of the numbers that the bars must cover; bars become wider until they do
 
 
 def _magnitude(value: float | None) -> float:
     return -1.0 if value is None else abs(value)
 
 
-SORTS: Final[Mapping[str, Callable[[ValueStats], float]]] = MappingProxyType(
+SORT_KEYS: Final[Mapping[str, Callable[[ValueStats], float]]] = MappingProxyType(
     {
         "numbers": lambda numbers: numbers.count,
         "mean": lambda numbers: _magnitude(numbers.mean),
@@ -41,24 +41,24 @@ SORTS: Final[Mapping[str, Callable[[ValueStats], float]]] = MappingProxyType(
 )
 
 
-class View(NamedTuple):
-    """What is listed and in which order: tensors, or modules down to ``depth``; ``top`` lines, the largest first."""
+class StatsView(NamedTuple):
+    """What a page lists: tensors, or modules down to ``depth``; the first ``top`` of them, sorted by ``sort``."""
 
     depth: int | None = None
     sort: str | None = None
     top: int | None = None
 
     def chosen(self, named: Mapping[str, ValueStats]) -> dict[str, ValueStats]:
-        """Return what is listed of these, in order; equals stay in theirs."""
+        """Return the statistics to list, in their order; equal ones keep the order of the file."""
         items = list(named.items())
         if self.sort is not None:
-            size = SORTS[self.sort]
+            size = SORT_KEYS[self.sort]
             items.sort(key=lambda item: -size(item[1]))
         return dict(items[: self.top])
 
 
-def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: View, *, expand: bool) -> Page:
-    """Return the page of ``ckpt stats``: a line a tensor or a module, what was not judged, then all together."""
+def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, *, expand: bool) -> Page:
+    """Return the page of ``ckpt stats``: a row per tensor or module, then tensors without statistics, then the total."""
     judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
     total = result.total
     named = judged if view.depth is None else result.modules(view.depth)
@@ -77,7 +77,7 @@ def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: View, *, ex
         if tensor.numbers is None
     ]
     if unjudged:
-        page.append(Table(("not judged", "dtype", "shape", "because"), tuple(spelled(unjudged, expand=expand))))
+        page.append(Table(("not judged", "dtype", "shape", "because"), tuple(table_rows(unjudged, expand=expand))))
     tied = sum(bool(tensor.same_as) for tensor in result.tensors.values())
     if tied:
         page.append(Line((f"{plural(tied, 'key')} of tied tensors: counted once below",)))
@@ -87,7 +87,7 @@ def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: View, *, ex
 class _Column(NamedTuple):
     header: str
     cell: Callable[[ValueStats], str]
-    always: bool = True  # else only where a line has something there
+    always: bool = True  # False: only if some row has text in this column
 
 
 _COLUMNS: Final = (
@@ -106,7 +106,7 @@ _COLUMNS: Final = (
 
 
 def _table(
-    result: StateDictStats, listed: Mapping[str, ValueStats], view: View, axis: _Axis | None, *, expand: bool
+    result: StateDictStats, listed: Mapping[str, ValueStats], view: StatsView, axis: _Axis | None, *, expand: bool
 ) -> Table:
     columns = [column for column in _COLUMNS if column.always or any(map(column.cell, listed.values()))]
     members: dict[str, int] = {}
@@ -119,40 +119,43 @@ def _table(
         first = result.tensors[name].info.dtype if view.depth is None else f"{members[name]:,}"
         cells = (first, f"{numbers.count:,}", *(column.cell(numbers) for column in columns))
         rows.append(Row(name or _ROOT, (*cells, axis.bars(numbers) if axis else "")))
-    heads = ("key", "dtype") if view.depth is None else ("module", "tensors")
-    headers = (*heads, "numbers", *(column.header for column in columns), "magnitudes")
-    return Table(headers, tuple(spelled(rows, expand=expand)), frozenset(headers[2:-1]) | {"tensors"})
+    first_headers = ("key", "dtype") if view.depth is None else ("module", "tensors")
+    headers = (*first_headers, "numbers", *(column.header for column in columns), "magnitudes")
+    return Table(headers, tuple(table_rows(rows, expand=expand)), frozenset(headers[2:-1]) | {"tensors"})
 
 
 class _Axis(NamedTuple):
-    """The bars of all lines: the last ends below ``2**top``, each is ``width`` powers of two, the first all smaller."""
+    """The axis of all histograms on a page.
+
+    The last bar ends below ``2**top``. Each bar is ``width`` powers of two wide. The first also has all smaller numbers.
+    """
 
     top: int
     width: int
 
     @classmethod
     def of(cls, total: ValueStats) -> _Axis | None:
-        """Return bars as narrow as they can be; None where all numbers are zero."""
+        """Return the axis with the narrowest bars that cover nearly all numbers; None if all numbers are zero."""
         if not total.histogram:
             return None
         top = max(total.histogram) + 1
-        wanted = _SEEN * sum(total.histogram.values())
+        wanted = _COVERED * sum(total.histogram.values())
         width = 1
         while sum(times for e, times in total.histogram.items() if e >= top - width * (_BINS - 1)) < wanted:
             width *= 2
         return cls(top, width)
 
     def bars(self, numbers: ValueStats) -> str:
-        """Return a picture of one line: each bar against the highest of its line."""
+        """Return the histogram of one row; the highest bar of each row is full."""
         heights = [0] * _BINS
         for exponent, times in numbers.histogram.items():
             heights[max(_BINS - 1 - (self.top - 1 - exponent) // self.width, 0)] += times
-        most = max(heights)
-        steps = [math.ceil(height * len(_BARS) / most) if most else 0 for height in heights]
+        highest = max(heights)
+        steps = [math.ceil(height * len(_BARS) / highest) if highest else 0 for height in heights]
         return "".join(_BARS[step - 1] if step else "·" for step in steps)
 
     def __str__(self) -> str:
-        """Say what the bars are."""
+        """Return the legend of the histograms."""
         each = "a power of two" if self.width == 1 else f"{self.width} powers of two"
         lowest = self.top - self.width * (_BINS - 1)
         return f"magnitudes: {_BINS} bars, the first all below 2^{lowest}, then {each} each, up to 2^{self.top}"
@@ -163,7 +166,7 @@ def _number(value: float | None) -> str:
 
 
 def _share(part: int, whole: int) -> str:
-    # Rounded to 0.0 % or 100.0 % it would say none, or all.
+    # Rounding must not turn a few into 0.0 %, or nearly all into 100.0 %.
     if part in (0, whole):
         return f"{100 if part else 0} %" if part else ""
     return f"{min(max(100 * part / whole, 0.1), 99.9):.1f} %"
@@ -175,13 +178,13 @@ def _summary(total: ValueStats) -> str:
         parts += [f"mean {_number(total.mean)}", f"std {_number(total.std)}"]
         parts += [f"from {_number(total.min)} to {_number(total.max)}"]
     parts += [f"{_share(total.zeros, total.count)} zeros"] if total.zeros else []
-    odd = {"NaN": total.nan, "Inf": total.posinf, "-Inf": total.neginf}
-    parts += [f"{count:,} {name}" for name, count in odd.items() if count] or ["no NaN, no Inf"]
+    not_finite = {"NaN": total.nan, "Inf": total.posinf, "-Inf": total.neginf}
+    parts += [f"{count:,} {name}" for name, count in not_finite.items() if count] or ["no NaN, no Inf"]
     return ", ".join(parts)
 
 
-def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: View) -> dict[str, Any]:
-    """Return the document of ``ckpt stats --json``; what float cannot write is a string, a histogram pairs."""
+def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: StatsView) -> dict[str, object]:
+    """Return the document of ``ckpt stats --json``: NaN and Inf are strings, a histogram is a list of pairs."""
     judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
     keys = view.chosen(judged) if view.depth is None else judged
     modules = {} if view.depth is None else view.chosen(result.modules(view.depth))
@@ -195,22 +198,22 @@ def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: View) -
                 "dtype": result.tensors[key].info.dtype,
                 "shape": list(result.tensors[key].info.shape),
                 "same_as": result.tensors[key].same_as or None,
-                **_document(numbers),
+                **_numbers_document(numbers),
             }
             for key, numbers in keys.items()
         ],
-        "modules": [{"module": module, **_document(numbers)} for module, numbers in modules.items()],
+        "modules": [{"module": module, **_numbers_document(numbers)} for module, numbers in modules.items()],
         "not_judged": [
             {"key": key, "dtype": tensor.info.dtype, "shape": list(tensor.info.shape), "reason": tensor.why}
             for key, tensor in result.tensors.items()
             if tensor.numbers is None
         ],
-        "total": _document(result.total),
+        "total": _numbers_document(result.total),
         "summary": totals(tensor.info for tensor in result.tensors.values()),
     }
 
 
-def _document(numbers: ValueStats) -> dict[str, Any]:
+def _numbers_document(numbers: ValueStats) -> dict[str, object]:
     return {
         "numbers": numbers.count,
         "nan": numbers.nan,
@@ -220,12 +223,12 @@ def _document(numbers: ValueStats) -> dict[str, Any]:
         "zero_share": numbers.zero_share,
         "subnormal": numbers.subnormal,
         **{
-            name: _plain(getattr(numbers, name))
+            name: _json_number(getattr(numbers, name))
             for name in ("min", "max", "mean", "std", "l1", "l2", "abs_max", "constant")
         },
         "histogram": [list(pair) for pair in numbers.histogram.items()],
     }
 
 
-def _plain(value: float | None) -> float | str | None:
+def _json_number(value: float | None) -> float | str | None:
     return value if value is None or math.isfinite(value) else str(value)

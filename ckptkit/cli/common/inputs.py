@@ -1,0 +1,96 @@
+"""Open the checkpoints and read the small files that a command names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+from ckptkit.cli.common.printing import print_message
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import printable
+from ckptkit.errors import CkptkitError, PathError, RuleError
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
+
+__all__ = ["errors_about", "file_beside", "open_checkpoints", "open_with_warnings", "read_table_file", "read_text_file"]
+
+_IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
+
+
+@contextlib.contextmanager
+def errors_about(path: str | None) -> Iterator[None]:
+    """Set the path of every error that names no file to ``path``."""
+    try:
+        yield
+    except CkptkitError as error:
+        if error.path is None:
+            error.path = path
+        raise
+
+
+@contextlib.contextmanager
+def open_checkpoints(*paths: str, quiet: bool) -> Iterator[list[Checkpoint]]:
+    """Open checkpoints, print the warnings about each unless ``quiet``, and close all of them at the end."""
+    with contextlib.ExitStack() as stack:
+        checkpoints = [stack.enter_context(_open(path)) for path in paths]
+        for checkpoint in checkpoints:
+            _print_warnings(checkpoint, quiet=quiet)
+        yield checkpoints
+
+
+@contextlib.contextmanager
+def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet: bool) -> Iterator[Checkpoint]:
+    """Open one checkpoint with ``opener``, print the warnings about it unless ``quiet``, and close it at the end."""
+    with opener(path) as checkpoint:
+        _print_warnings(checkpoint, quiet=quiet)
+        yield checkpoint
+
+
+def _open(path: str) -> Checkpoint:
+    try:
+        return open_checkpoint(path)
+    except PathError as error:
+        if error.hint is None and _IMPORTABLE.fullmatch(path) and not os.path.lexists(path):
+            error.hint = f"for a live model write {LIVE_PREFIX}{path}"
+        raise
+
+
+def _print_warnings(checkpoint: Checkpoint, *, quiet: bool) -> None:
+    for warning in () if quiet else checkpoint.warnings:
+        print_message(f"ckpt: {printable(checkpoint.path)}: warning: {warning}")
+
+
+def file_beside(path: str, name: str) -> str | None:
+    """Return the path of the file ``name`` in the directory of a checkpoint, or None if there is no such file."""
+    file, _ = split_path(path)
+    found = os.path.join(file if os.path.isdir(file) else os.path.dirname(file), name)
+    return found if os.path.exists(file) and os.path.isfile(found) else None
+
+
+def read_text_file(path: str) -> str:
+    """Return the text of a small file.
+
+    Raises ``PathError`` if the file cannot be read, ``RuleError`` if its bytes are not UTF-8.
+    """
+    from ckptkit.core.files import LocalFile
+
+    with contextlib.closing(LocalFile(path)) as file:  # LocalFile refuses a FIFO, which could block forever
+        try:
+            return file.read(0, file.size).decode()
+        except OSError as error:
+            raise PathError((error.strerror or str(error)).lower(), path=path) from None
+        except UnicodeDecodeError as error:
+            raise RuleError(f"not UTF-8 text: {error}", path=path) from None
+
+
+def read_table_file(path: str, text: str | None = None, *, as_json: bool = False) -> Mapping[str, object]:
+    """Return the table in a TOML, JSON or YAML file; the suffix chooses the format, unless ``as_json``.
+
+    ``text`` is the content of the file if the caller has read it. Raises ``RuleError`` if the content is not valid.
+    """
+    from ckptkit.core.config_files import format_of, parse_table
+
+    text = read_text_file(path) if text is None else text
+    with errors_about(path):
+        return parse_table(text, "json" if as_json else format_of(path))

@@ -1,0 +1,63 @@
+"""Options and arguments that many commands take."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import click
+
+from ckptkit.cli.common.printing import ReportFormat
+
+__all__ = [
+    "CommandFunction",
+    "add_options",
+    "expand_option",
+    "filter_options",
+    "path_argument",
+    "quiet_option",
+    "report_options",
+]
+
+CommandFunction = Callable[..., object]
+Decorator = Callable[[CommandFunction], CommandFunction]
+
+
+def path_argument(name: str, *, nargs: int = 1, required: bool = True, metavar: str | None = None) -> Decorator:
+    """Return an argument that takes a PATH as ckptkit reads it; the shell completes it as a file name."""
+    return click.argument(name, type=click.Path(), nargs=nargs, required=required, metavar=metavar)
+
+
+def add_options(command: CommandFunction, *options: Decorator) -> CommandFunction:
+    """Return ``command`` with ``options``, which ``--help`` lists in this order."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print errors only on stderr.")
+expand_option: Decorator = click.option("--expand", is_flag=True, help="List every tensor; do not join layers.")
+_keep_option = click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only matching keys. Repeatable.")
+_drop_option = click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out matching keys. Repeatable.")
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+_markdown_option = click.option(
+    "--markdown", "as_markdown", is_flag=True, help="Print Markdown, to paste into an issue."
+)
+
+
+def filter_options(command: CommandFunction) -> CommandFunction:
+    """Add --keep and --drop."""
+    return add_options(command, _keep_option, _drop_option)
+
+
+def report_options(command: CommandFunction) -> CommandFunction:
+    """Add --json and --markdown, and pass them to the command as ``report_format``."""
+
+    @functools.wraps(command)
+    def with_report_format(*args: object, as_json: bool, as_markdown: bool, **others: object) -> object:
+        if as_json and as_markdown:
+            raise click.UsageError("--json and --markdown exclude each other")
+        chosen = ReportFormat.JSON if as_json else ReportFormat.MARKDOWN if as_markdown else ReportFormat.TEXT
+        return command(*args, report_format=chosen, **others)
+
+    return add_options(with_report_format, _json_option, _markdown_option)

@@ -1,0 +1,213 @@
+"""Options about an output, and the steps that every command takes to write one."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptkit.cli.common.inputs import errors_about, read_table_file
+from ckptkit.cli.common.options import CommandFunction, add_options, expand_option, quiet_option, report_options
+from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
+from ckptkit.core.text import plural, quoted
+from ckptkit.plans.output import FORMATS, Output, choose_output
+
+if TYPE_CHECKING:
+    from ckptkit.core.checkpoint import Checkpoint
+    from ckptkit.plans.plan import Plan
+    from ckptkit.render.page import Page
+
+__all__ = [
+    "OutputOptions",
+    "echo_output_report",
+    "output_options",
+    "plan_from_file",
+    "plan_output_options",
+    "run_plan",
+    "write_json",
+    "write_small_file",
+]
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+@dataclass(frozen=True, slots=True)
+class OutputOptions:
+    """The options of a command that writes a checkpoint: where and how to write, and what to print."""
+
+    output: Output
+    dry_run: bool
+    report_format: ReportFormat
+    quiet: bool
+    expand: bool
+    plan_file: str | None = None
+    verify: bool = False
+
+
+def output_options(command: CommandFunction) -> CommandFunction:
+    """Add the options that every writing command has, and pass them to the command as ``options``."""
+    return add_options(
+        _with_output_options(command), _output_option, _force_option, _only_tensors_option, _keep_unknown_option,
+        _dry_run_option, expand_option, report_options, quiet_option,
+    )  # fmt: skip
+
+
+def plan_output_options(command: CommandFunction) -> CommandFunction:
+    """Add the options of a command that writes what a plan says, and pass them to the command as ``options``."""
+    return add_options(
+        _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
+        _only_tensors_option, _keep_unknown_option, _dry_run_option, _plan_option, _verify_option, expand_option,
+        report_options, quiet_option,
+    )  # fmt: skip
+
+
+def _with_output_options(command: CommandFunction) -> CommandFunction:
+    @functools.wraps(command)
+    def with_options(
+        *args: object,
+        output: str,
+        force: bool,
+        only_tensors: bool,
+        keep_unknown: bool,
+        dry_run: bool,
+        report_format: ReportFormat,
+        quiet: bool,
+        expand: bool,
+        output_format: str | None = None,
+        max_shard_size: int | None = None,
+        plan_file: str | None = None,
+        verify: bool = False,
+        **others: object,
+    ) -> object:
+        chosen = choose_output(
+            output,
+            format=output_format,
+            max_shard_size=max_shard_size,
+            force=force,
+            only_tensors=only_tensors,
+            keep_unknown=keep_unknown,
+        )
+        options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify)
+        return command(*args, options=options, **others)
+
+    return with_options
+
+
+def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise click.BadParameter(f"{quoted(value)} is not a valid size; write 2GB or 500MiB")
+    size = float(match[1]) * _UNITS[match[2].lower().removesuffix("b")]
+    if not math.isfinite(size):
+        raise click.BadParameter(f"{quoted(value)} is larger than any file can be; write 2GB or 500MiB")
+    return int(size)
+
+
+_output_option = click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
+_format_option = click.option(
+    "--format", "output_format", type=click.Choice(FORMATS),
+    help="Format of the output. Default: the suffix of the file name decides.",
+)  # fmt: skip
+_max_shard_size_option = click.option(
+    "--max-shard-size", callback=_parse_size, metavar="SIZE",
+    help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB). A larger tensor gets its own shard.",
+)  # fmt: skip
+_force_option = click.option("--force", is_flag=True, help="Replace an existing output, completely or not at all.")
+_only_tensors_option = click.option(
+    "--only-tensors", is_flag=True, help="Leave out everything else in a torch file, such as the epoch."
+)
+_keep_unknown_option = click.option(
+    "--keep-unknown", is_flag=True,
+    help="Copy code references that torch.load(weights_only=True) refuses. They are never run.",
+)  # fmt: skip
+_dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print the plan from headers alone; write nothing.")
+_plan_option = click.option(
+    "--plan", "plan_file", type=click.Path(), metavar="FILE",
+    help="Write the plan to FILE as JSON, for --apply and --invert.",
+)  # fmt: skip
+_verify_option = click.option(
+    "--verify", is_flag=True, help="Read the output back and check every tensor against the plan."
+)
+
+
+def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
+    """Print the plan for a dry run, or execute it and print what was written."""
+    from ckptkit.plans.execute import check_output, execute, verify
+    from ckptkit.plans.plan import ties_broken
+    from ckptkit.render.plan import plan_document, plan_page, written_text
+
+    plan = check_output(plan, options.output, sources)
+    if options.plan_file is not None:
+        from ckptkit.plans.saved import plan_to_json
+
+        write_json(options.plan_file, plan_to_json(plan, sources), force=options.output.force)
+    written = None
+    if not options.dry_run:
+        with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
+            written = execute(plan, sources, options.output, progress=progress)
+    echo_output_report(
+        options,
+        lambda: plan_page(plan, written, expand=options.expand),
+        lambda: plan_document(command, plan, written),
+    )
+    verified = None
+    if written is not None and options.verify:
+        verified = verify(plan, sources, written.path, written.envelope)
+    if options.quiet:
+        return
+    messages = list(plan.notes)
+    if written is not None:
+        untied = ties_broken(plan) if options.output.format == "safetensors" else []
+        messages += written_text(plan, written, untied)
+    if verified is not None:
+        messages.append(f"verified: each of {plural(verified, 'tensor')} has the bytes that the plan says")
+    for message in messages:
+        print_message(message)
+
+
+def echo_output_report(
+    options: OutputOptions, page: Callable[[], Page], document: Callable[[], Mapping[str, object]]
+) -> None:
+    """Print the report of a dry run, or of a finished run if the user asked for JSON or Markdown."""
+    if options.dry_run or options.report_format is not ReportFormat.TEXT:
+        echo_report(options.report_format, page, document)
+
+
+def plan_from_file(
+    sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None
+) -> Plan:
+    """Return the plan in ``apply_file`` for these inputs by role, or the inverse of the plan in ``invert_file``."""
+    from ckptkit.plans.saved import apply_plan, invert_plan, plan_from_json
+
+    path = apply_file or invert_file
+    assert path is not None  # noqa: S101 - the command has checked that the user gave one of both
+    with errors_about(path):
+        saved = plan_from_json(read_table_file(path, as_json=True))
+        return apply_plan(invert_plan(saved) if invert_file else saved, sources)
+
+
+def write_json(path: str, document: Mapping[str, object], *, force: bool) -> None:
+    """Write a JSON document to a file, completely or not at all.
+
+    Raises ``OutputError`` if the file exists and ``force`` is false, or if it cannot be written.
+    """
+    from ckptkit.formats.atomic import prepare_target
+
+    write_small_file(prepare_target(path, force=force), json.dumps(document, indent=1).encode() + b"\n")
+
+
+def write_small_file(target: str, data: bytes) -> None:
+    """Write ``data`` to a target that ``prepare_target`` has checked, completely or not at all."""
+    from ckptkit.formats.atomic import AtomicFile
+
+    with AtomicFile(target, len(data)) as file:
+        file.write(data, 0)

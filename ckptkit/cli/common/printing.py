@@ -1,0 +1,83 @@
+"""Print results on stdout and messages on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import click
+
+from ckptkit.errors import one_line
+
+if TYPE_CHECKING:
+    from ckptkit.core.findings import Report
+    from ckptkit.render.page import Page
+
+__all__ = ["ReportFormat", "echo_report", "exit_code", "print_line", "print_message", "progress_bar"]
+
+
+class ReportFormat(Enum):
+    """The format in which a command prints its result."""
+
+    TEXT = "text"
+    JSON = "json"
+    MARKDOWN = "markdown"
+
+
+def print_line(line: str, *, colour: str | None = None) -> None:
+    """Print a line of a result on stdout, in ``colour`` if the terminal has colours and the user allows them."""
+    # Without file=, click wraps an ASCII stream in an encoding of its own, and such a terminal may obey those bytes.
+    click.echo(click.style(line, fg=colour) if colour else line, file=sys.stdout)
+
+
+def print_message(message: str) -> None:
+    """Print a message on stderr as one line, without control characters."""
+    click.echo(one_line(message), file=sys.stderr)
+
+
+def echo_report(
+    report_format: ReportFormat,
+    page: Callable[[], Page],
+    document: Callable[[], Mapping[str, object]],
+    colours: Mapping[str, str] = MappingProxyType({}),
+) -> None:
+    """Print a result in the requested format; only the function for that format is called.
+
+    JSON is printed in ASCII, so names survive every terminal. ``colours`` maps the mark at the start of a line of text
+    to the colour of that line.
+    """
+    if report_format is ReportFormat.JSON:
+        print_line(json.dumps(document(), allow_nan=False))
+        return
+    from ckptkit.render.page import as_markdown, as_text
+
+    if report_format is ReportFormat.MARKDOWN:
+        for line in as_markdown(page()):
+            print_line(line)
+        return
+    for line in as_text(page()):
+        colour = colours.get(line[:1]) if line[1:2] in (" ", "") else None
+        print_line(line, colour=colour)
+
+
+def exit_code(report: Report) -> int:
+    """Return 1 if the report has an error or a warning, else 0: notes alone do not count."""
+    return 1 if report.summary["errors"] or report.summary["warnings"] else 0
+
+
+@contextlib.contextmanager
+def progress_bar(length: int, label: str, *, hidden: bool) -> Iterator[Callable[[int], None] | None]:
+    """Show a progress bar over ``length`` bytes and yield the function that advances it by a number of bytes.
+
+    Yields None, and shows nothing, if the bar is ``hidden`` or stderr is not a terminal.
+    """
+    if hidden or not sys.stderr.isatty():
+        yield None
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
+        yield bar.update
