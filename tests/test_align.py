@@ -514,5 +514,5 @@ def test_align_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert document["summary"]["complete"] is False
     text = run_ckpt(capsys, "align", paths[1], paths[0])
     assert "model.layers.{0,1}.self_attn.q_proj.weight ×2" in text.out
-    assert "a preset fills them all: --rules preset:llama-meta-to-hf" in text.out
+    assert "this preset fills all of them: --rules preset:llama-meta-to-hf" in text.out
     assert "`preset:llama-meta-to-hf`" in run_ckpt(capsys, "align", paths[1], paths[0], "--markdown").out

@@ -33,7 +33,7 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 CASES: dict[str, tuple[list[str], int, str, str]] = {
     # id: (arguments, exit code, a piece of stdout, a piece of stderr)
-    "help": (["--help"], 0, "show       What is in a checkpoint", ""),
+    "help": (["--help"], 0, "show       List the tensors, other entries", ""),
     "short help": (["-h"], 0, "Exit codes: 0", ""),
     "version": (["-V"], 0, "ckpt 0.", ""),
     "unknown command": (["inspect"], 2, "", "ckpt: No such command 'inspect'."),
@@ -56,7 +56,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show what may be a model": (["show", "mynet:build"], 2, "", "hint: for a live model write py:mynet:build\n"),
     "show no model's name": (["show", "a-b:c"], 2, "", "ckpt: a-b:c: no such file or directory\n"),
     "show control characters": (["show", "\x1b[2J\\a"], 2, "", "ckpt: \\x1b[2J\\\\a: no such file or directory\n"),
-    "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "is no size that"),
+    "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "larger than any"),
     "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "check": (["check", DDP], 0, "16 compared with a checksum; values of 10 tensors checked (F32), code", ""),
     "check unchecked": (["check", TEN, "-q"], 0, "no checksum is recorded for 10 of 10 records (248.0 kB)", ""),
@@ -95,7 +95,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "diff unused rule": (["diff", TEN, TEN, "--drop", "x"], 2, "", f"ckpt: {TEN}: --drop 'x' matches none"),
     "diff unused allowed": (["diff", TEN, TEN, "--drop", "x", "--allow-unused"], 0, "10 matched", ""),
     "align prefix": (["align", TEN, DDP], 0, "module.* = *", ""),
-    "align same": (["align", TEN, TEN], 0, "of 10 tensors: 10 by the name they have, 0 by 0 rules", ""),
+    "align same": (["align", TEN, TEN], 0, "of 10 tensors: 10 with the same name, 0 by 0 rules", ""),
     "align shapes": (["align", MODEL, TEN], 1, "~   fc3.weight       F32 [4, 84]  F32 [10, 84]", ""),
     "align digests": (["align", TEN, DDP, "--digests"], 0, "equal bytes", ""),
     "align no bytes": (["align", "nowhere.pt", TEN], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
@@ -115,7 +115,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "10 trainable parameters, each in exactly one of 2 groups",
         "",
     ),
-    "groups not a model": (["groups", "validate", "--model", TEN, "fixtures/groups.toml"], 2, "", "is no live model"),
+    "groups not a model": (["groups", "validate", "--model", TEN, "fixtures/groups.toml"], 2, "", "not a live model"),
     "preflight": (["preflight", "--model", MODEL], 0, "\nready\n", ""),
     "preflight warning": (["preflight", "--model", MODEL, "--init", TEN], 1, "\nready, with 1 warning\n", ""),
     "preflight fresh": (["preflight", "--model", MODEL, "--init", TEN, "--fresh", "fc3.*"], 0, "\nready\n", ""),
@@ -144,7 +144,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         "",
         "--dry-step needs values",
     ),
-    "preflight rules of nothing": (["preflight", "--model", MODEL, "--strip", "auto"], 2, "", "there is none"),
+    "preflight rules of nothing": (["preflight", "--model", MODEL, "--strip", "auto"], 2, "", "is not given"),
     "preflight no such class": (["preflight", "--model", MODEL, "--optimizer", "Adm"], 2, "", "did you mean Adam"),
     "preflight no callable": (
         ["preflight", "--model", MODEL, "--dry-step", "py:fixtures.lenet:__doc__"],
@@ -169,7 +169,7 @@ def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: p
         assert [line.partition(":")[0] for line in ran.err.splitlines()] in (["ckpt"], ["ckpt", "hint"])
 
 
-@pytest.mark.parametrize(("arguments", "last"), [((), "Check param groups"), (("groups",), "validate  Prove that")])
+@pytest.mark.parametrize(("arguments", "last"), [((), "Check param groups"), (("groups",), "validate  Check that")])
 def test_no_command(arguments: tuple[str, ...], last: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Without a command the help itself is on stderr, and the exit code is that of a wrong use."""
     ran = run_ckpt(capsys, *arguments)
@@ -185,8 +185,8 @@ BAD_FILES: dict[str, tuple[str, str, str]] = {
     "null": ("r.json", "null", "holds a JSON null, not an object"),
     "number": ("r.json", "1", "holds a JSON number, not an object"),
     "string": ("r.json", '"a"', "holds a JSON string, not an object"),
-    "no JSON": ("r.json", "{", "is no JSON: "),
-    "no TOML": ("r.toml", "a", "is no TOML: "),
+    "no JSON": ("r.json", "{", "not valid JSON: "),
+    "no TOML": ("r.toml", "a", "not valid TOML: "),
 }
 
 

@@ -187,13 +187,13 @@ def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
     [
         (["table", "--model", LENET], "give a SPEC file, or --preset NAME"),
         (["table", "--model", LENET, "fixtures/groups.toml", "--preset", "muon"], "and not both"),
-        (["table", "--model", LENET, "fixtures/groups.toml", "--set", "a=1"], "there is no --preset"),
+        (["table", "--model", LENET, "fixtures/groups.toml", "--set", "a=1"], "it needs --preset"),
         (["table", "--model", LENET, "--preset", "moun"], "there is no preset 'moun'"),
         (["table", "--model", LENET, "--preset", "muon", "--set", "rate=1"], "has no setting 'rate'"),
         (["table", "--model", LENET, "--preset", "muon", "--set", "lr=fast"], "lr is the string 'fast'"),
         (["table", "--model", "nowhere.pt", "--preset", "muon"], "nowhere.pt: no such file"),
         (["emit", "--preset", "muon", "--set", "first_conv=", "--as", "python"], "not of the form NAME=VALUE"),
-        (["emit", "--preset", "no-decay", "--as", "python"], "Python spells out the names of a model"),
+        (["emit", "--preset", "no-decay", "--as", "python"], "Python code lists the names of a model"),
         (["emit", "--preset", "timm-layer-decay"], "'no_weight_decay' is computed from the model"),
     ],
 )

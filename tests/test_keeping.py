@@ -494,15 +494,15 @@ def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFix
     refused = run_ckpt(capsys, *base, tmp_path / "out.pt")
     assert (refused.code, "--keep-unknown" in refused.err, refused.out) == (2, True, "")
     dry = run_ckpt(capsys, *base, tmp_path / "out.pt", "--keep-unknown", "--dry-run")
-    assert "kept as they are: epoch, args" in dry.out
+    assert "copied unchanged: epoch, args" in dry.out
     done = run_ckpt(capsys, *base, tmp_path / "out.pt", "--keep-unknown", "--verify")
-    assert "kept as they are: epoch, args" in done.err
+    assert "copied unchanged: epoch, args" in done.err
     assert "verified: each of 1 tensor" in done.err
     assert "left out" not in done.err
     assert list(loaded(tmp_path / "out.pt")) == ["model", "epoch", "args"]
     for name, *more in (("bare.pt", "--only-tensors"), ("bare.safetensors",)):
         bare = run_ckpt(capsys, *base, tmp_path / name, *more)
-        assert "left out, not among the tensors taken: epoch, args" in bare.err
+        assert "left out, not in the mapping that was read: epoch, args" in bare.err
         assert "kept" not in bare.err
     assert_same(loaded(tmp_path / "bare.pt"), collections.OrderedDict(v=torch.ones(2)))
 

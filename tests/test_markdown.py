@@ -15,7 +15,7 @@ from markdown_it.token import Token
 from safetensors.torch import save_file
 
 from ckptkit.core.text import printable
-from ckptkit.render.page import Block, Code, Line, Listing, Table, as_markdown, as_text, code
+from ckptkit.render.page import Block, Code, Line, Listing, Table, as_code, as_markdown, as_text
 from tests.helpers_cli import ROOT, run_ckpt
 
 PARSER = MarkdownIt("gfm-like", {"linkify": False})
@@ -55,7 +55,10 @@ def test_a_table_has_its_rows_and_exact_names(names: list[str]) -> None:
 @given(ANY, ANY)
 def test_lines_quote_names_and_nothing_else(first: str, second: str) -> None:
     """In a sentence and below it a name is the content of a code span; our own words are text."""
-    page = [Line((code(first), " <is> *not* `that` [x](y) & ", code(second))), Line((code(second),), under=True)]
+    page = [
+        Line((as_code(first), " <is> *not* `that` [x](y) & ", as_code(second))),
+        Line((as_code(second),), indented=True),
+    ]
     tokens = _tokens(as_markdown(page))
     said = ["".join(child.content for child in token.children) for token in tokens if token.children]
     assert said[0] == f"{printable(first)} <is> *not* `that` [x](y) & {printable(second)}".strip()

@@ -45,11 +45,11 @@ def test_yaml_reads_as_its_author_means_it() -> None:
 @pytest.mark.parametrize(
     ("text", "form", "reason"),
     [
-        ("a: 1\na: 2", "yaml", 'is no YAML: .*duplicate key "a"'),
-        ("a: [", "yaml", "is no YAML"),
+        ("a: 1\na: 2", "yaml", 'not valid YAML: .*duplicate key "a"'),
+        ("a: [", "yaml", "not valid YAML"),
         ("- a", "yaml", "holds a YAML array, not an object"),
         ("a: !!python/object/apply:os.getcwd []", "yaml", "could not determine a constructor for the tag"),
-        ("a = 1\na = 2", "toml", "is no TOML: Cannot overwrite a value"),
+        ("a = 1\na = 2", "toml", "not valid TOML: Cannot overwrite a value"),
         ("[1]", "json", "holds a JSON array, not an object"),
     ],
     ids=["yaml-twice", "yaml-broken", "yaml-list", "yaml-tag", "toml-twice", "json-list"],

@@ -422,7 +422,7 @@ def test_the_table_and_the_document_say_what_the_optimizer_gets() -> None:
     assert "6 parameters in 2 groups, 53 elements" in text
     assert "1 frozen parameter in no group, 9 elements" in text
     assert "optional group 'zz' owns nothing" in text
-    document = groups_document(plan)
+    document: Any = groups_document(plan)
     assert json.loads(json.dumps(document, allow_nan=False)) == document
     assert document["schema"] == "ckptkit.groups/1"
     assert document["groups"][0]["options"] == {"lr": 0.5, "betas": [0.9, 0.99], "weight_decay": 0}

@@ -357,8 +357,8 @@ def test_a_lock_is_written_and_held_against_model_spec_and_lock(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        pytest.param((LENET,), "is no JSON", id="a-spec-as-lock"),
-        pytest.param(("LOCK",), "nothing to hold the lock against", id="nothing-else"),
+        pytest.param((LENET,), "not valid JSON", id="a-spec-as-lock"),
+        pytest.param(("LOCK",), "nothing to compare the lock with", id="nothing-else"),
         pytest.param(("LOCK", LENET), "is a spec, which has no parameters of its own", id="spec-without-model"),
         pytest.param(("LOCK", "none.json"), "none.json: no such file", id="no-file"),
     ],

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
-from ckptkit.render.page import Row, Table, as_text, collapse
+from ckptkit.render.page import Row, Table, as_text, join_rows
 from ckptkit.render.show import show_page, show_tree
 
 
@@ -44,21 +44,21 @@ _keys = st.lists(
 def test_joined_rows_stand_for_exactly_their_keys(keys: list[str], kinds: int) -> None:
     """No key is claimed that is not there, none is lost, and different contents are never joined."""
     rows = [Row(key, (f"F32 [{sum(map(ord, key)) % kinds}]",)) for key in keys]
-    found = [(key, cell) for joined, cell in collapse(rows) for key in _spelled(joined)]
+    found = [(key, cell) for joined, cell in join_rows(rows) for key in _spelled(joined)]
     assert sorted(found) == sorted((row.key, *row.cells) for row in rows)
 
 
 def test_holes_and_crossings_are_shown() -> None:
     """A missing index is a hole in the range; several indices are joined only where all combinations are there."""
     keys = [f"layers.{i}.w" for i in (0, 1, 2, 3, 7)] + ["e.0.x.0", "e.1.x.1"]
-    assert collapse(Row(key, ()) for key in keys) == [("layers.{0..3,7}.w ×5",), ("e.0.x.0",), ("e.1.x.1",)]
+    assert join_rows(Row(key, ()) for key in keys) == [("layers.{0..3,7}.w ×5",), ("e.0.x.0",), ("e.1.x.1",)]
 
 
 def test_names_that_look_like_numbers_stay_names() -> None:
     """``0012`` is no index, and a table changes no cell."""
     rows = [Row("0012", ("1e5",)), Row("0013", ("1e5",))]
-    assert collapse(rows) == [("0012", "1e5"), ("0013", "1e5")]
-    assert as_text([Table(("key", "x"), tuple(collapse(rows)))]) == ["key    x", "0012   1e5", "0013   1e5"]
+    assert join_rows(rows) == [("0012", "1e5"), ("0013", "1e5")]
+    assert as_text([Table(("key", "x"), tuple(join_rows(rows)))]) == ["key    x", "0012   1e5", "0013   1e5"]
 
 
 @pytest.mark.parametrize("key", ["." * 20_000, ".".join("0" * 8_000), ".".join("a" * 8_000)], ids=["dots", "0s", "as"])
@@ -79,4 +79,4 @@ def test_a_key_of_thousands_of_segments(key: str) -> None:
 
 def test_digits_that_torch_does_not_write_are_no_index() -> None:
     """``1\u0663`` is the number 13 to ``int`` alone."""
-    assert collapse([Row("a.1\u0663", ()), Row("a.14", ())]) == [("a.1\u0663",), ("a.14",)]
+    assert join_rows([Row("a.1\u0663", ()), Row("a.14", ())]) == [("a.1\u0663",), ("a.14",)]

@@ -32,16 +32,16 @@ def _version(context: click.Context, _parameter: click.Parameter, value: bool) -
 
 
 _SUMMARIES = {
-    "show": "Show the content of a checkpoint: tensors, other entries, warnings.",
+    "show": "List the tensors, other entries and warnings of a checkpoint.",
     "check": "Read every stored byte, and report what is damaged or unusual.",
-    "stats": "Show statistics of each tensor: mean, extremes, norms, zeros, NaN.",
-    "diff": "Compare the tensors that a model expects with those of a checkpoint.",
-    "align": "Find the rules that rename the tensors of one side to those of the other.",
+    "stats": "Show mean, extremes, norms, zeros and NaN of each tensor.",
+    "diff": "Compare what a model expects with what a checkpoint has.",
+    "align": "Find the rules that rename one checkpoint to match another.",
     "remap": "Rename, keep, drop and cast tensors, and write the result.",
     "merge": "Copy the values of other checkpoints into a base where they fit.",
     "convert": "Write another format, shards, or another dtype.",
-    "optim": "Show the state of an optimizer by name, and edit it as the weights were edited.",
-    "preflight": "Check a run before training: what loads, what trains, one verdict.",
+    "optim": "Show and edit the state of an optimizer by parameter name.",
+    "preflight": "Check a run before training: what loads, what trains, a verdict.",
     "groups": "Check param groups against the live model.",
 }
 
@@ -91,7 +91,7 @@ def _raise_stopped(number: int, _frame: FrameType | None) -> None:
 
 def run() -> None:
     """Run the program on the process's arguments and exit with its code."""
-    gc.disable()  # a command runs for seconds and makes no cycles; the collector would take half the time of a large diff
+    gc.disable()  # a command is short and makes no cycles; the collector would take half the time of a large diff
     sys.exit(main(sys.argv[1:]))
 
 

@@ -179,9 +179,7 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @report_options
 @quiet_option
-def lock(
-    source: SpecSource, *, model: str, output: str, force: bool, report_format: ReportFormat, quiet: bool
-) -> None:
+def lock(source: SpecSource, *, model: str, output: str, force: bool, report_format: ReportFormat, quiet: bool) -> None:
     """Write a lock: the names, shapes, ties, options and optimizer-state positions of all parameters.
 
     A lock is a JSON file to keep with a run. ckpt groups diff compares it with a model, a spec or another lock.
@@ -202,7 +200,9 @@ def lock(
         echo_report(report_format, lambda: lock_page(locked), lambda: lock_document(locked))
     if not quiet:
         count = sum(len(group.parameters) for group in locked.groups)
-        print_message(f"wrote {printable(output)}: {plural(count, 'parameter')} in {plural(len(locked.groups), 'group')}")
+        print_message(
+            f"wrote {printable(output)}: {plural(count, 'parameter')} in {plural(len(locked.groups), 'group')}"
+        )
 
 
 @groups.command()

@@ -41,7 +41,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @click.option("--on-unexpected", type=click.Choice(ON_UNEXPECTED), default="skip", show_default=True,
               help="What to do with a key of a DONOR that BASE does not have.")  # fmt: skip
 @click.option("--on-mismatch", type=click.Choice(ON_MISMATCH), default="error", show_default=True,
-              help="What to do where shapes differ: refuse, keep the value of BASE, or apply an operation.")  # fmt: skip
+              help="What to do where shapes differ: refuse, keep the value of BASE, or change the shape.")  # fmt: skip
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale in the adapter's configuration.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True,

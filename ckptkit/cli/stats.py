@@ -18,7 +18,9 @@ __all__ = ["stats"]
 @path_argument("path")
 @filter_options
 @click.option("--depth", type=click.IntRange(0), help="List modules down to this depth instead of tensors.")
-@click.option("--sort", type=click.Choice(list(SORT_KEYS)), help="Sort by magnitude, largest first. Default: file order.")
+@click.option(
+    "--sort", type=click.Choice(list(SORT_KEYS)), help="Sort by magnitude, largest first. Default: file order."
+)
 @click.option("--top", type=click.IntRange(1), metavar="N", help="List the first N only.")
 @expand_option
 @report_options

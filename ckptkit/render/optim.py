@@ -18,7 +18,7 @@ from ckptkit.optimizer_state.model import (
     parameter_shape,
     tensors_in,
 )
-from ckptkit.render.page import Code, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
 
 if TYPE_CHECKING:
     from ckptkit.core.findings import Report
@@ -40,7 +40,7 @@ def state_page(title: Line, state: OptimizerState, report: Report, *, expand: bo
     names = dict.fromkeys([*state.names, *state.state])
     rows = [Row(name, _cells(state.state.get(name, {}), group.get(name))) for name in names]
     parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(table_rows(rows, expand=expand)))
-    page = [title, parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
+    page: list[Block] = [title, parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
     if report.findings:
         from ckptkit.render.findings import findings_page
 

@@ -38,7 +38,7 @@ class Code(str):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A sentence. Words of ckptkit are ``str``, everything else is ``Code``; ``indented`` lines explain the one above."""
+    """A sentence: words of ckptkit are ``str``, the rest is ``Code``. An ``indented`` line explains the line above."""
 
     parts: tuple[str | Code, ...]
     indented: bool = False

@@ -189,8 +189,7 @@ def _memory_document(memory: Memory) -> dict[str, object]:
         "buffers": memory.buffers,
         "gradients": memory.gradients,
         "states": [
-            {"optimizer": state.optimizer, "slots": list(state.slots), "bytes": state.nbytes}
-            for state in memory.states
+            {"optimizer": state.optimizer, "slots": list(state.slots), "bytes": state.nbytes} for state in memory.states
         ],
         "total": memory.total,
     }

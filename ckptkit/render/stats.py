@@ -58,7 +58,7 @@ class StatsView(NamedTuple):
 
 
 def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, *, expand: bool) -> Page:
-    """Return the page of ``ckpt stats``: a row per tensor or module, then tensors without statistics, then the total."""
+    """Return the page of ``ckpt stats``: a row per tensor or module, then unjudged tensors, then the total."""
     judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
     total = result.total
     named = judged if view.depth is None else result.modules(view.depth)
@@ -127,7 +127,7 @@ def _table(
 class _Axis(NamedTuple):
     """The axis of all histograms on a page.
 
-    The last bar ends below ``2**top``. Each bar is ``width`` powers of two wide. The first also has all smaller numbers.
+    The last bar ends below ``2**top``. Each bar is ``width`` powers of two wide. The first has all smaller numbers.
     """
 
     top: int

@@ -166,7 +166,7 @@ def test_e11_ties_that_a_format_cannot_keep_are_said_to_be_broken(tmp_path: Path
     (tmp_path / "x.pt").write_bytes(torch_zip(mapping({"a": ONE, "b": ONE})))
     ran = run_limited("convert", tmp_path / "x.pt", "-o", tmp_path / "o.safetensors")
     assert ran.code == 0
-    assert "written apart, shared before: a, b" in ran.err
+    assert "written separately, but shared memory before: a, b" in ran.err
 
 
 def test_e12_more_tensors_than_anybody_has_end_as_a_limit(tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_i16_weights_of_other_names_that_stay_are_told(place: Path) -> None:
         (place / "set" / name).write_bytes(b"x")
     ran = run_limited("convert", place / "in.safetensors", "-o", place / "set", *SHARDED, "--force")
     assert ran.code == 0
-    assert "other weights stay beside them: pytorch_model.bin\n" in ran.err
+    assert "the directory also holds other weights: pytorch_model.bin\n" in ran.err
     assert names_in(place / "set") == ["config.json", "model.safetensors", "pytorch_model.bin"]
 
 

@@ -129,7 +129,9 @@ _keep_unknown_option = click.option(
     "--keep-unknown", is_flag=True,
     help="Copy code references that torch.load(weights_only=True) refuses. They are never run.",
 )  # fmt: skip
-_dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print the plan from headers alone; write nothing.")
+_dry_run_option = click.option(
+    "-n", "--dry-run", is_flag=True, help="Print the plan from headers alone; write nothing."
+)
 _plan_option = click.option(
     "--plan", "plan_file", type=click.Path(), metavar="FILE",
     help="Write the plan to FILE as JSON, for --apply and --invert.",
