@@ -339,7 +339,7 @@ def test_a_scheduler_that_does_not_know_a_group_stops_lightning(fit: Callable[..
         optimizer.add_param_group({"params": [*net.norm.parameters(), *net.head.parameters()]})
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    with pytest.raises(GroupsError, match=r"LambdaLR knows 1 group \(base_lrs\), SGD has 2"):
+    with pytest.raises(GroupsError, match=r"LambdaLR was built for 1 group \(base_lrs\), but SGD has 2"):
         fit(Net(), configure)
 
 

@@ -83,7 +83,7 @@ def test_the_gradient_of_what_is_in_no_group_piles_up() -> None:
     missing = findings(model, optimizer, "missing")
     assert [finding.key for finding in missing] == ["2.weight", "2.bias"]
     assert "'2.weight' (3, 5) is trainable but in no group" in missing[0].message
-    assert "its .grad piles up, as optimizer.zero_grad() skips it" in missing[0].message
+    assert "its .grad grows, because optimizer.zero_grad() skips it" in missing[0].message
     norms = []
     for _ in range(3):
         optimizer.zero_grad()
@@ -101,7 +101,7 @@ def test_an_adapter_that_is_put_in_after_the_optimizer_was_built_does_not_train(
     assert [finding.key for finding in findings(model, optimizer, "missing")] == [
         f"{index}.lora_{factor}.default.weight" for index in (0, 2) for factor in "AB"
     ]
-    assert "after the adapter is in the model" in findings(model, optimizer, "missing")[0].hint
+    assert "after you add the adapter" in findings(model, optimizer, "missing")[0].hint
     assert len(findings(model, optimizer, "frozen")) == 4
     renamed = findings(model, optimizer, "names")
     assert [finding.key for finding in renamed] == (
@@ -186,7 +186,7 @@ def test_a_renaming_that_nobody_knows_still_says_both_names() -> None:
     optimizer = sgd(model.named_parameters())
     model[2] = nn.ModuleDict({"inner": model[2]})
     finding = findings(model, optimizer)[0]
-    assert "group 0[2] (3, 5) is recorded as '2.weight' but is '2.inner.weight', as the model calls it now" in (
+    assert "group 0[2] (3, 5) is recorded as '2.weight' but is '2.inner.weight', its name in the model now" in (
         finding.message
     )
 
@@ -231,13 +231,17 @@ def overwrite(model: nn.Sequential) -> nn.Module:
 
 
 LOST: dict[str, tuple[Callable[[nn.Sequential], nn.Module], int, str]] = {
-    "new-parameter": (reassign, 1, "its module was replaced, or an assignment of a new nn.Parameter"),
-    "new-module": (replace, 2, "the module '2' was replaced"),
-    "assign=True": (assign, 4, "load_state_dict(assign=True), a deep copy or a model that was loaded whole"),
-    "deepcopy": (copy.deepcopy, 4, "load_state_dict(assign=True), a deep copy or a model that was loaded whole"),
-    "average": (torch.optim.swa_utils.AveragedModel, 4, "an AveragedModel is a copy: validate the model that trains"),
-    "to-meta": (lambda model: model.to("meta"), 4, "a new one on the meta device, as after to('meta')"),
-    "overwrite": (overwrite, 4, "a new one (torch.float64, cpu), as after a conversion by copy"),
+    "new-parameter": (reassign, 1, "replacing its module, or assigning a new nn.Parameter"),
+    "new-module": (replace, 2, "replacing the module '2', or load_state_dict(assign=True) on it"),
+    "assign=True": (assign, 4, "load_state_dict(assign=True), a deep copy, or loading a whole model"),
+    "deepcopy": (copy.deepcopy, 4, "load_state_dict(assign=True), a deep copy, or loading a whole model"),
+    "average": (
+        torch.optim.swa_utils.AveragedModel,
+        4,
+        "an AveragedModel is a copy, so validate the model that trains",
+    ),
+    "to-meta": (lambda model: model.to("meta"), 4, "a new parameter on the meta device, as after to('meta')"),
+    "overwrite": (overwrite, 4, "a new parameter (torch.float64, cpu), as after a conversion that copies"),
 }
 
 
@@ -276,7 +280,7 @@ def test_a_model_that_was_given_memory_after_the_optimizer_was_built() -> None:
     model.to_empty(device="cpu").load_state_dict(net().state_dict())
     stale = findings(model, optimizer, "stale")
     assert len(stale) == 4
-    assert "it stayed on the meta device when the model got its memory" in stale[0].message
+    assert "it stayed on the meta device when the model got memory" in stale[0].message
     assert moved(model, optimizer) == set()
 
 
@@ -288,7 +292,7 @@ def test_fused_modules_say_where_the_batch_norm_went() -> None:
     assert [finding.key for finding in findings(fused, optimizer, "missing")] == ["0.weight", "0.bias"]
     stale = findings(fused, optimizer, "stale")
     assert [finding.key for finding in stale] == ["0.weight", "0.bias", "1.weight", "1.bias"]
-    assert "group 0[2] (4,) was '1.weight': '1' is an Identity now, as after fuse_modules()" in stale[2].message
+    assert "group 0[2] (4,) was '1.weight': '1' is now an Identity, as after fuse_modules()" in stale[2].message
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, of its quantisation
@@ -300,7 +304,7 @@ def test_a_quantised_model_has_no_parameter_and_says_so() -> None:
     assert list(quantised.parameters()) == []
     stale = findings(quantised, optimizer, "stale")
     assert [finding.key for finding in stale] == ["0.weight", "0.bias", "2.weight", "2.bias"]
-    assert "'0' is a quantised Linear now, which does not train" in stale[0].message
+    assert "'0' is now a quantised Linear, which does not train" in stale[0].message
     (note,) = findings(quantised, optimizer, "no-parameters")
     assert note.severity == "note"
     assert "no parameter ('LinearPackedParams' and 'Tanh')" in note.message
@@ -387,7 +391,7 @@ def test_what_is_kept_in_plain_lists_and_attributes_gets_gradients_and_never_tra
     assert "'blocks[0]' (Linear, 2 trainable parameters, 20 elements) is in a plain list" in found[0].message
     assert "in a plain dict" in found[1].message
     assert "'scale' (4,) is a trainable tensor, a plain attribute" in found[2].message
-    assert "it gets a gradient and never trains" in found[2].message
+    assert "it gets a gradient but never trains" in found[2].message
     before = model.blocks[0].weight.detach().clone()
     assert moved(model, optimizer) == {"first.weight", "first.bias"}
     assert model.blocks[0].weight.grad is not None
@@ -401,7 +405,7 @@ def test_what_is_hidden_and_in_a_group_trains_but_is_not_saved() -> None:
     inside = [*model.parameters(), *model.blocks[0].parameters(), model.scale]
     found = findings(model, sgd(inside))
     assert [finding.code for finding in found] == ["groups.unregistered"] * 4
-    assert "it trains, but state_dict() leaves it out" in found[0].message
+    assert "it trains, but state_dict() does not save it" in found[0].message
     assert "never trains" in found[1].message
     some = findings(model, sgd([*model.parameters(), model.blocks[0].weight]))[0]
     assert "1 of its 2 parameters get a gradient and are in no group" in some.message
@@ -451,7 +455,7 @@ def test_a_tied_weight_is_noted_where_groups_have_rates_of_their_own() -> None:
     optimizer = sgd(groups)
     note = only(model, optimizer, "tied")
     assert (note.severity, note.key) == ("note", "wte.weight")
-    assert "under all of its names it trains in group 1 ('head') with lr=1" in note.message
+    assert "it trains in group 1 ('head') with lr=1 under all of its names" in note.message
     before = model.wte.weight.detach().clone()
     moved(model, optimizer, torch.tensor([0]))
     assert torch.allclose(before - model.wte.weight, 1.0 * model.wte.weight.grad)  # at the rate of the head
@@ -470,7 +474,9 @@ def test_two_parameters_over_one_memory_are_stepped_twice(part: slice) -> None:
     finding = only(model, optimizer, "shared-memory")
     assert (finding.severity, finding.key) == ("warning", "1.weight")
     assert "'0.weight' (4, 4) in group 0[0] and '1.weight' (4, 4) in group 0[1]" in finding.message
-    assert ("are two parameters over one memory" if part == slice(None) else "overlap in memory") in finding.message
+    assert (
+        "are two parameters with the same memory" if part == slice(None) else "overlap in memory"
+    ) in finding.message
     shared, before = (3, 0), memory[3, 0].item()
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -502,7 +508,7 @@ def test_a_module_that_is_registered_twice_is_noted_once() -> None:
     model.decoder, model.relu, model.again = model.encoder, nn.ReLU(), nn.ReLU()
     note = only(model, sgd(model.named_parameters()), "shared-module")
     assert (note.severity, note.key) == ("note", "decoder")
-    assert "'decoder' is the module 'encoder' again: its 4 parameters" in note.message
+    assert "'decoder' is the same module as 'encoder', so its 4 parameters" in note.message
     assert len(findings(model, list(model.named_parameters(remove_duplicate=False)), "duplicate")) == 4
 
 
@@ -538,7 +544,7 @@ def test_a_list_of_groups_that_two_optimizers_are_built_from() -> None:
     (finding,) = findings(model, [first, second], "shared")
     assert finding.severity == "error"
     assert "optimizer 0, group 0 ('all') and optimizer 1, group 0 ('all') are one dict" in finding.message
-    assert "took over the options of the first (lr=0.1)" in finding.message
+    assert "replaced the options of the first (now lr=0.1)" in finding.message
     first.param_groups[0]["lr"] = 3.0
     assert second.param_groups[0]["lr"] == 3.0
 
@@ -547,7 +553,7 @@ def test_one_optimizer_listed_twice_is_one_finding_beside_the_duplicates() -> No
     model = net()
     optimizer = sgd([{"params": model[0].parameters()}, {"params": model[2].parameters()}])
     (finding,) = findings(model, [optimizer, optimizer], "shared")
-    assert "are of one optimizer, listed twice" in finding.message
+    assert "are of one optimizer, which was given twice" in finding.message
     assert len(findings(model, [optimizer, optimizer], "duplicate")) == 4
 
 
@@ -574,7 +580,7 @@ def test_a_wrapper_that_kept_the_groups_of_before_a_load() -> None:
     wrapper.load_state_dict(wrapper.optimizer.state_dict())
     finding = only(model, wrapper, "cached")
     assert finding.severity == "warning"
-    assert "Lookahead.param_groups are not those of Lookahead.optimizer (SGD)" in finding.message
+    assert "Lookahead.param_groups are not the groups of Lookahead.optimizer (SGD)" in finding.message
     wrapper.param_groups[0]["lr"] = 0.0
     assert moved(model, wrapper) == {"0.weight", "0.bias", "2.weight", "2.bias"}
 

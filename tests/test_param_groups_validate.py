@@ -260,9 +260,9 @@ def test_a_head_replaced_after_the_optimizer_was_built(named: bool) -> None:
     maybe = "" if named else "probably "
     assert found[0].message == (
         f"{place} (3, 5) is {maybe}an older 'fc3.weight': "
-        "the model has a new one of shape (7, 5), as after a head was replaced"
+        "the model has a new parameter of shape (7, 5), as after replacing a head"
     )
-    assert f"{place} holds another object in its place" in found[2].message
+    assert f"{place} holds an older object" in found[2].message
     assert step(model, optimizer) == set(BASE)
     assert findings(model, sgd(build_param_groups(model, SPEC))) == ()  # the way out of the hint
 
@@ -310,7 +310,7 @@ def test_a_model_converted_by_copy() -> None:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
     stale = [finding for finding in findings(model, optimizer) if finding.code == "groups.stale"]
     assert len(stale) == 8
-    assert "a new one (torch.float64, cpu)" in stale[0].message
+    assert "a new parameter (torch.float64, cpu)" in stale[0].message
 
 
 def test_an_optimizer_of_a_copied_model() -> None:
@@ -365,7 +365,10 @@ def test_several_lost_parameters_of_one_shape_are_all_named() -> None:
     model[0] = nn.Linear(2, 2, bias=False)
     finding = findings(model, [old, model[2].weight])[0]
     assert (finding.code, finding.key) == ("groups.stale", "")
-    assert "group 0[0] (2, 2) is not in the model; it may have been '0.weight', '1.weight'" in finding.message
+    assert (
+        "group 0[0] (2, 2) is not in the model; it may be an older '0.weight' or '1.weight', which was replaced"
+        in finding.message
+    )
 
 
 def test_ids_cannot_be_recycled_while_they_are_compared() -> None:
@@ -390,7 +393,9 @@ def test_a_parameter_of_another_model_is_foreign(named: bool) -> None:
     finding = only(model, sgd(groups if named else [tensor for _, tensor in groups]), "groups.foreign")
     assert finding.key == ("extra.weight" if named else "")
     assert "group 0[8]" in finding.message
-    assert ("no parameter of that name" if named else "no parameter in its place") in finding.message
+    assert (
+        "no parameter of that name" if named else "the model has no parameter that it could have been"
+    ) in finding.message
 
 
 def test_a_module_kept_in_a_plain_list_trains_and_is_not_saved_until_it_is_registered() -> None:
@@ -406,7 +411,7 @@ def test_a_module_kept_in_a_plain_list_trains_and_is_not_saved_until_it_is_regis
     groups = [*model.first.parameters(), *model.blocks[0].parameters()]
     finding = only(model, groups, "groups.unregistered")
     assert (finding.key, finding.severity) == ("blocks[0]", "warning")
-    assert "it trains, but state_dict() leaves it out" in finding.message
+    assert "it trains, but state_dict() does not save it" in finding.message
     assert "nn.ModuleList" in finding.hint
     assert not any(name.startswith("blocks") for name in model.state_dict())
     model.blocks = nn.ModuleList(model.blocks)

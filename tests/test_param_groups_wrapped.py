@@ -254,7 +254,9 @@ def test_an_optimizer_that_was_built_before_fully_shard(named: bool) -> None:
     sharded(model)
     stale = [finding for finding in findings(model, optimizer) if finding.code == "groups.stale"]
     assert len(stale) == len(list(model.parameters()))
-    assert all("a DTensor in its place since fully_shard()" in finding.message for finding in stale)
+    assert all(
+        "fully_shard() replaced it by a DTensor after the groups were built" in finding.message for finding in stale
+    )
     before = [parameter.full_tensor().clone() for parameter in model.parameters()]  # type: ignore[attr-defined]
     a_step(model, optimizer)
     after = [parameter.full_tensor() for parameter in model.parameters()]  # type: ignore[attr-defined]
@@ -271,7 +273,9 @@ def test_an_optimizer_that_was_built_before_the_parameters_were_flattened(named:
     stale = [finding for finding in findings(flat, optimizer) if finding.code == "groups.stale"]
     assert len(stale) == count
     assert stale[0].key == "_fsdp_wrapped_module._flat_param"
-    assert "went into '_fsdp_wrapped_module._flat_param': FullyShardedDataParallel flattened it" in stale[0].message
+    assert (
+        "is now part of '_fsdp_wrapped_module._flat_param': FullyShardedDataParallel flattened it" in stale[0].message
+    )
     assert "use_orig_params=True" in stale[0].hint
 
 

@@ -72,16 +72,16 @@ def _by_its_end(stranger: UnknownTensor, ends: Mapping[str, Sequence[LiveParamet
     if stranger.live is not None or not found:
         return stranger
     if len(found) == 1:
-        return UnknownTensor(stranger.tensor, stranger.places, found[0], guessed=True)
-    return UnknownTensor(stranger.tensor, stranger.places, candidates=tuple(live.name for live in found[:3]))
+        return UnknownTensor(stranger.tensor, stranger.members, found[0], is_guess=True)
+    return UnknownTensor(stranger.tensor, stranger.members, candidates=tuple(live.name for live in found[:3]))
 
 
 def _refuse_guesses(identified: Sequence[UnknownTensor], *, guess: bool) -> None:
-    unclear = [one for one in identified if (one.guessed and not guess if one.live is not None else one.candidates)]
+    unclear = [one for one in identified if (one.is_guess and not guess if one.live is not None else one.candidates)]
     if not unclear:
         return
     first, more = unclear[0], f" (and {len(unclear) - 1} more)" if unclear[1:] else ""
-    where, shape = first.places[0].where, tuple(first.tensor.shape)
+    where, shape = first.members[0].where, tuple(first.tensor.shape)
     if first.live is not None:
         raise GroupsError(
             f"{where} {shape} is not in the model, and only its shape or place says that it was "
@@ -111,7 +111,8 @@ def _heirs_of(
         return Replacement(reason=f"it is {quoted(live.name)} now, which has a place of its own")
     if type(live.tensor).__name__ == "FlatParameter":
         raise GroupsError(
-            f"{stranger.places[0].where} went into {quoted(live.name)}, which FullyShardedDataParallel made of several",
+            f"{stranger.members[0].where} is now part of {quoted(live.name)}, which "
+            "FullyShardedDataParallel made of several parameters",
             hint="build the optimizer after the model is wrapped, or wrap with use_orig_params=True",
         )
     other = taken.setdefault(id(live.tensor), stranger)
@@ -120,6 +121,6 @@ def _heirs_of(
     if live.aliases:
         return Replacement(reason=f"it is tied now: {quoted(live.name)} stands for both")
     raise GroupsError(
-        f"{other.places[0].where} and {stranger.places[0].where} would both become {quoted(live.name)}",
+        f"{other.members[0].where} and {stranger.members[0].where} would both become {quoted(live.name)}",
         hint="the names that the optimizer recorded are not true: build it again from model.named_parameters()",
     )

@@ -1,4 +1,4 @@
-"""Proof that live groups hold every trainable parameter of the model once, and nothing else."""
+"""Check that live groups hold every trainable parameter of a model exactly once, and nothing else."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
+from ckptkit.param_groups import codes
 from ckptkit.param_groups.compare import compare_with_spec, diff_locks
 from ckptkit.param_groups.live import by_optimizer, read_groups
 from ckptkit.param_groups.lock import ParamGroupsLock, lock_optimizer
 from ckptkit.param_groups.parameters import take_inventory
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.validate.membership import (
-    check_dicts,
     check_membership,
     check_names,
+    check_shared_groups,
     check_wrappers,
     find_missing,
     find_placements,
@@ -42,27 +43,20 @@ def validate_param_groups(
 ) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
 
-    ``groups`` is a list of group dicts, a list of parameters or of ``(name, parameter)`` pairs, an
-    optimizer, or a list of optimizers that share the model. Membership is by identity: equal values
-    prove nothing. Nothing is consumed or changed; where a group holds a one-shot iterator, what it
-    stands for stays unknown, and so does what is missing. Of an optimizer the options, the state and,
-    with ``schedulers`` (one, or several), the schedules are looked at too: state is read once, every value of it.
-    With ``spec`` each parameter must be in the group, and each group have the options, that the spec says;
-    with ``lock`` nothing may have changed since it was written, the order of the optimizer's state included.
+    ``groups`` is one of these: a list of group dicts, a list of parameters, a list of ``(name, parameter)`` pairs, an
+    optimizer, or a list of optimizers that share the model. Parameters are compared by identity, never by value.
+    Nothing is changed, and no iterator is consumed. If a group holds a one-shot iterator, its members and the missing
+    parameters stay unknown.
 
-    Codes: ``groups.missing``, ``duplicate``, ``tied``, ``stale``, ``foreign``, ``sharded``, ``unregistered``,
-    ``frozen``, ``empty``, ``one-shot``, ``unordered``, ``buffer``, ``not-a-parameter``, ``names``, ``shared``,
-    ``cached``, ``lazy``, ``meta``, ``shared-memory``, ``shared-module``, ``no-parameters``; of options
-    ``option-value``, ``option-unread``, ``option-missing``, ``option-set``, ``multiplier``, ``decay``, ``shared-lr``,
-    ``many``, ``matrices-only``, ``one-group``, ``decoupled``, ``capturable``, ``mixed``; of state ``state-shape``,
-    ``state-dtype``, ``state-device``, ``state-incomplete``, ``state-orphan``, ``state-stray``, ``state-steps``,
-    ``state-absent``, ``state-empty``, ``state-value``, ``state-shared``, ``state-dead``; of schedulers
-    ``scheduler-length``, ``scheduler-base-lr``, ``scheduler-initial-lr``, ``scheduler-optimizer``, ``scheduler-flat``;
-    against a spec ``moved``, ``options``, and those of ``check_spec``; against a lock those of ``diff_locks``. Raises
-    ``GroupsError`` where ``model``, ``groups``, ``schedulers`` or ``spec`` is nothing of the kind.
+    For an optimizer, its options and every value of its state are checked too, and with ``schedulers`` (one or several)
+    also their lrs. With ``spec``, each parameter must be in the group, and each group must have the options, that the
+    spec gives it. With ``lock``, nothing may have changed since the lock was made, not even the order of parameters.
+
+    docs/codes.md lists the codes of the findings, all of which begin with ``groups.``. Raises ``GroupsError`` if
+    ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
     """
     with pause_gc():
-        findings = _findings(model, groups, schedulers)
+        findings = _check_live_groups(model, groups, schedulers)
         if spec is not None:
             findings.extend(compare_with_spec(model, groups, spec))
         if lock is not None:
@@ -70,30 +64,32 @@ def validate_param_groups(
         return Report(tuple(findings), GroupsError)
 
 
-def _findings(model: Module, groups: Any, schedulers: Any) -> list[Finding]:
+def _check_live_groups(model: Module, given: Any, given_schedulers: Any) -> list[Finding]:
     inventory = take_inventory(model)
-    driving = read_schedulers(schedulers)
-    read, members, findings = read_groups(groups)
-    owners = by_optimizer(read, members)
-    findings.extend(check_dicts(read))
-    findings.extend(check_wrappers(groups))
-    findings.extend(check_names(inventory, read, members))
-    findings.extend(check_options(read))
-    findings.extend(check_optimizer_rules(inventory, owners))
-    findings.extend(check_across_groups(inventory, owners, driving))
-    findings.extend(check_state(inventory, owners))
-    findings.extend(check_state_values(inventory, owners))
-    findings.extend(check_schedulers(owners, driving))
-    stand = find_placements(members)
-    missing = find_missing(inventory, read, stand)
-    if members and not missing and all(group.is_readable for group in read):
-        # The half of a split that nothing fell into: the Trainer of transformers always makes two groups, and with
-        # LoRA the one without decay is empty.
-        findings = [replace(one, severity="note") if one.code == "groups.empty" else one for one in findings]
-    findings.extend(check_membership(inventory, stand, missing))
+    schedulers = read_schedulers(given_schedulers)
+    groups, members, findings = read_groups(given)
+    optimizers = by_optimizer(groups, members)
+    findings.extend(check_shared_groups(groups))
+    findings.extend(check_wrappers(given))
+    findings.extend(check_names(inventory, groups, members))
+    findings.extend(check_options(groups))
+    findings.extend(check_optimizer_rules(inventory, optimizers))
+    findings.extend(check_across_groups(inventory, optimizers, schedulers))
+    findings.extend(check_state(inventory, optimizers))
+    findings.extend(check_state_values(inventory, optimizers))
+    findings.extend(check_schedulers(optimizers, schedulers))
+    placements = find_placements(members)
+    missing = find_missing(inventory, groups, placements)
+    if members and not missing and all(group.is_readable for group in groups):
+        # Nothing is missing, so an empty group is harmless. The Trainer of transformers always makes two groups, and
+        # with LoRA the group without decay is empty.
+        findings = [
+            replace(finding, severity="note") if finding.code == codes.EMPTY.name else finding for finding in findings
+        ]
+    findings.extend(check_membership(inventory, placements, missing))
     findings.extend(check_meta(inventory, members))
-    findings.extend(check_tied(inventory, stand.first))
-    findings.extend(check_memory(inventory, stand.first))
+    findings.extend(check_tied(inventory, placements.first))
+    findings.extend(check_memory(inventory, placements.first))
     findings.extend(check_empty(inventory))
     return findings
 
@@ -107,9 +103,9 @@ def assert_param_groups(
     lock: ParamGroupsLock | None = None,
     strict: bool = False,
 ) -> Report:
-    """Return the report of ``validate_param_groups`` where nothing is wrong; raise where something is.
+    """Return the report of ``validate_param_groups``, or raise ``GroupsError`` if it has an error.
 
-    ``GroupsError`` names the first fault and says how many more there are: errors, and with ``strict`` warnings too.
+    The error names the first fault and the number of the others. With ``strict``, warnings count as errors.
     """
     report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
     report.raise_for_errors(warnings=strict)
