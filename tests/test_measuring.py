@@ -116,7 +116,7 @@ def test_what_cannot_be_judged_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert [line.split() for line in ran.out.splitlines()[5:7]] == [
         ["not", "judged", "dtype", "shape", "because"], ["q", "Q4_K", "[256]", "quantized", "tensor"],
     ]  # fmt: skip
-    assert repr(found) == "<StateDictStats: 1 of 2 tensors judged>"
+    assert repr(found) == "<StateDictStats: 1 of 2 tensors measured>"
     document = json.loads(run_ckpt(capsys, "stats", path, "--json").out)
     assert document["not_judged"] == [{"key": "q", "dtype": "Q4_K", "shape": [256], "reason": "quantized tensor"}]
     sparse = stats({"s": torch.eye(3).to_sparse(), "b": torch.zeros(2, dtype=torch.uint8).view(torch.bits8)})
@@ -130,7 +130,7 @@ def test_rules_choose_and_rename() -> None:
     assert list(stats(model, ["module.*=*"]).tensors) == ["a", "b"]
     assert list(stats(model, {"keep": ["*.b"]}).tensors) == ["module.b"]
     joined = {"rule": [{"from": ["module.a", "module.b"], "to": "c", "op": {"concat": {"dim": 0}}}]}
-    with pytest.raises(RuleError, match="'c' would be made by an operation"):
+    with pytest.raises(RuleError, match="an operation would compute 'c'"):
         stats(model, joined)
 
 
@@ -231,6 +231,6 @@ def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_notebook_form() -> None:
     """A table with names escaped, that says what was judged."""
     html = stats({"<b>": ODD, "s": torch.eye(2).to_sparse()})._repr_html_()
-    assert "1 tensor of 2 judged" in html
+    assert "1 tensor of 2 measured" in html
     assert "&lt;b&gt;" in html
-    assert "not judged: sparse tensor" in html
+    assert "not measured: sparse tensor" in html

@@ -1,7 +1,7 @@
-"""From the bytes of one tensor, chunk by chunk, to what its numbers are; whoever reads the bytes feeds them.
+"""Statistics of one tensor from its bytes, chunk by chunk; the caller reads the bytes.
 
-Sums are taken in float64, piece by piece about the mean of each piece, and the pieces are put together by an exact sum:
-neither a large mean, nor the size of a chunk, nor the order in which threads are done is lost in rounding.
+Each piece gets its own mean and sum of squares in float64, and an exact sum combines the pieces. So the result depends
+neither on a large mean, nor on the size of the chunks, nor on the order in which the threads finish.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ if TYPE_CHECKING:
 
 __all__ = ["Accumulator", "why_unsupported"]
 
-_MOST_PARTS = 4096
-# Where this share of the sum of squares is left when that of the mean is taken away, at most 5 of the 53 bits are lost:
-# it is then as good as a second look at each distance from the mean, and cheaper.
-_KEPT = 1 / 32
+_MAX_PARTS = 4096
+# The sum of squared distances from the mean is the sum of squares minus count * mean ** 2. If at least this share of the
+# sum remains, the subtraction loses at most 5 of 53 bits, and no second pass over the distances is needed.
+_MIN_SHARE_LEFT = 1 / 32
 _PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
 _FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64"})
 _INTEGERS: Final = frozenset({"U16", "I16", "U32", "I32", "U64", "I64"})
 _COUNTED: Final = frozenset({"BOOL", "U8", "I8", "F4", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0"})
-# The exponent of the smallest normal number, where smaller ones are subnormal.
-_NORMAL: Final = {"F4": 0, "F8_E4M3": -6, "F8_E5M2": -14, "F8_E4M3FNUZ": -7, "F8_E5M2FNUZ": -15,
-                  "F16": -14, "BF16": -126, "F32": -126, "F64": -1022}  # fmt: skip
-_HALVES_OF_F4: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+# The exponent of the smallest normal number of each dtype that has subnormal numbers.
+_MIN_EXPONENT: Final = {"F4": 0, "F8_E4M3": -6, "F8_E5M2": -14, "F8_E4M3FNUZ": -7, "F8_E5M2FNUZ": -15,
+                        "F16": -14, "BF16": -126, "F32": -126, "F64": -1022}  # fmt: skip
+_F4_VALUES: Final = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
 
 def why_unsupported(info: TensorInfo) -> str:
-    """Return why there are no numbers to be taken from the bytes of a tensor; empty where there are."""
+    """Return why statistics of a tensor cannot be computed; an empty string if they can."""
     if info.kind != "dense":
         return f"{info.kind} tensor"
     if info.dtype == "F4" and info.elements % 2:
-        return "an odd number of F4, of which a byte holds two"
+        return "an odd number of F4 elements, which are stored two to a byte"
     if info.dtype in _COUNTED | _FLOATS | _INTEGERS or info.dtype in _PARTS:
         return ""
     return f"torch has no arithmetic for {info.dtype}"
 
 
 class Accumulator:
-    """Takes in the bytes of one tensor, as its ``Payload`` gives them, and tells what its numbers are.
+    """Computes the statistics of one tensor from the bytes of its ``Payload``.
 
-    The chunks may be of any size and may cut a number in two; none is kept. They come in order, or each a part that
-    begins and ends between two numbers.
+    Chunks may have any size, may split a number, and are not kept. They must come in order, unless each begins and ends
+    between two numbers.
     """
 
     def __init__(self, info: TensorInfo, workspace: Workspace) -> None:
-        """Get ready for the numbers of ``info``; raises ``ValueError`` where ``why_unsupported`` has a reason."""
+        """Prepare for the bytes of ``info``; raise ``ValueError`` if ``why_unsupported`` gives a reason."""
         import torch
 
         if reason := why_unsupported(info):
@@ -63,11 +63,11 @@ class Accumulator:
         code = _PARTS.get(info.dtype, info.dtype)
         self._workspace = workspace
         self._dtype: torch.dtype = torch.uint8 if code in _COUNTED else torch_dtype(code)
-        self._tally: _Counts | _Sums = _Counts(code) if code in _COUNTED else _Sums(code, workspace)
+        self._collector: _Counts | _Sums = _Counts(code) if code in _COUNTED else _Sums(code, workspace)
         self._rest = b""
 
     def add(self, chunk: bytes | bytearray | memoryview) -> None:
-        """Take in the next bytes; when this returns, their buffer may be used again."""
+        """Add the next bytes; afterwards the caller may reuse their buffer."""
         width = self._dtype.itemsize
         data = self._rest + bytes(chunk) if self._rest else chunk
         whole = len(data) - len(data) % width
@@ -76,15 +76,15 @@ class Accumulator:
             raw = tensor_of_bytes(data[:whole])
             if raw.data_ptr() % width:
                 raw = raw.clone()
-            self._workspace.share(self._tally.add, raw.view(self._dtype))
+            self._workspace.share(self._collector.add, raw.view(self._dtype))
 
     def result(self) -> ValueStats:
-        """Return what the numbers are of which the bytes have come so far."""
-        return self._tally.result()
+        """Return the statistics of all numbers added so far."""
+        return self._collector.result()
 
 
 class _Counts:
-    """ValueStats of at most 8 bits: how often each code was there, from which all else follows exactly."""
+    """Statistics of numbers of at most 8 bits: counts each of the 256 codes, and computes the rest from the counts."""
 
     def __init__(self, code: str) -> None:
         import torch
@@ -107,7 +107,7 @@ class _Counts:
         mean = exact_sum(value * times for value, times in finite) / max(count, 1)
         squares = exact_sum(times * (value - mean) ** 2 for value, times in finite)
         l1 = exact_sum(abs(value) * times for value, times in finite)
-        smallest = 2.0 ** _NORMAL[self.code] if self.code in _NORMAL else 0.0
+        smallest = 2.0 ** _MIN_EXPONENT[self.code] if self.code in _MIN_EXPONENT else 0.0
         bins: dict[int, int] = {}
         for value, times in finite:
             if value:
@@ -130,13 +130,13 @@ class _Counts:
         import torch
 
         if self.code == "F4":
-            return list(_HALVES_OF_F4)
+            return list(_F4_VALUES)
         if self.code == "BOOL":
             return [0.0] + [1.0] * 255
         codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
         values = codes.view(torch_dtype(self.code))
-        listed: list[float] = (values if self.code in ("U8", "I8") else values.to(torch.float64)).tolist()
-        return listed
+        numbers: list[float] = (values if self.code in ("U8", "I8") else values.to(torch.float64)).tolist()
+        return numbers
 
     def _times(self) -> list[int]:
         counts: list[int] = self.counts.tolist()
@@ -146,7 +146,7 @@ class _Counts:
 
 
 class _Sums:
-    """ValueStats of more than 8 bits: sums, extremes, and how often each exponent was there."""
+    """Statistics of numbers of more than 8 bits: sums, extremes, and a count of each exponent."""
 
     def __init__(self, code: str, workspace: Workspace) -> None:
         import torch
@@ -154,7 +154,7 @@ class _Sums:
         self.code = code
         self.workspace = workspace
         self.lock = threading.Lock()
-        # Every F16 and BF16 is an F32, and normal there or not as it is in the range of F32.
+        # F32 represents every F16 and BF16 exactly, and its exponent tells which of them are subnormal.
         wide = code in _INTEGERS or code == "F64"
         self.work = torch.float64 if wide else torch.float32
         self.bits, self.mantissa, self.bias = (torch.int64, 52, 1023) if wide else (torch.int32, 23, 127)
@@ -171,7 +171,7 @@ class _Sums:
         work = stored if stored.dtype is self.work else self.workspace.buffer("work", self.work, count).copy_(stored)
         exponents = self._exponents(work)
         zeros = count - int(torch.count_nonzero(work)) if exponents[0] else 0
-        special = int(exponents[-1])  # the exponent of NaN and of infinities
+        special = int(exponents[-1])  # NaN and infinities have the largest exponent
         nan = int(torch.count_nonzero(work.isnan())) if special else 0
         posinf = int(torch.count_nonzero(work == math.inf)) if nan < special else 0
         part, low, high = self._of_finite(stored, work, special)
@@ -184,7 +184,7 @@ class _Sums:
             self.low = min((bound for bound in (self.low, low) if bound is not None), default=None)
             self.high = max((bound for bound in (self.high, high) if bound is not None), default=None)
             self.parts += [part] if part else []
-            if len(self.parts) == _MOST_PARTS:
+            if len(self.parts) == _MAX_PARTS:
                 self.parts = [merge_moments(self.parts)]
 
     def _exponents(self, work: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class _Sums:
         if not special:
             low, high = self._extremes(stored, work)
             return self._moments(work, low, high, work.numel()), low, high
-        # A zero adds to no sum, and between numbers of both signs it is no extreme.
+        # Zeros in place of NaN and Inf change no sum, and no extreme if the numbers have both signs.
         finite = torch.nan_to_num(work, 0.0, 0.0, 0.0, out=self.workspace.buffer("finite", self.work, work.numel()))
         low, high = self._extremes(finite, finite)
         part = self._moments(finite, low, high, work.numel() - special) if low < 0 < high else None
@@ -227,11 +227,11 @@ class _Sums:
         if self.code != "U64":
             low, high = torch.aminmax(stored.to(torch.int64))
             return low.item(), high.item()
-        low, high = torch.aminmax(stored.view(torch.int64) ^ -(2**63))  # in the order of what has no sign
+        low, high = torch.aminmax(stored.view(torch.int64) ^ -(2**63))  # int64 values in the order of the uint64 values
         return int(low) + 2**63, int(high) + 2**63
 
     def _moments(self, work: Tensor, low: float, high: float, finite: int) -> Moments:
-        """Return the moments of as many as are finite; zeros stand for the others."""
+        """Return the moments of ``finite`` numbers; the others in ``work`` are zeros."""
         import torch
 
         if low == high:
@@ -241,7 +241,7 @@ class _Sums:
         mean = total / finite if math.isfinite(total) else (wide / finite).sum().item()
         power = torch.dot(wide, wide).item()
         squares = power - finite * mean * mean
-        if not squares > _KEPT * power:
+        if not squares > _MIN_SHARE_LEFT * power:
             numbers = wide if finite == wide.numel() else wide[wide != 0]
             apart = torch.sub(numbers, mean, out=self.workspace.buffer("apart", torch.float64, numbers.numel()))
             squares = torch.dot(apart, apart).item() + (finite - numbers.numel()) * mean * mean
@@ -253,7 +253,7 @@ class _Sums:
         small = exponents[0] - self.zeros
         bins = {-self.bias: small} if small else {}
         bins |= {index - self.bias: exponents[index] for index in self.exponents[1:-1].nonzero()[:, 0].add(1).tolist()}
-        normal = _NORMAL.get(self.code, -self.bias) + self.bias
+        normal = _MIN_EXPONENT.get(self.code, -self.bias) + self.bias
         return ValueStats(
             self.count,
             self.nan,

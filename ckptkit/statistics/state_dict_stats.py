@@ -1,10 +1,9 @@
-"""The numbers of a checkpoint: every tensor read once, in pieces; modules and the whole put together from these."""
+"""``stats``: reads every tensor of a state_dict once, and combines the results for modules and for the whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
@@ -24,9 +23,13 @@ __all__ = ["StateDictStats", "TensorStats", "module_name", "stats"]
 
 @dataclass(frozen=True, slots=True)
 class TensorStats:
-    """A tensor and its ``numbers``; they are None where they could not be judged, and ``why`` says why not.
+    """The statistics of one tensor.
 
-    ``same_as`` is the key of the tensor that this one is, where two keys name one tensor.
+    Attributes:
+        info: The key, dtype and shape of the tensor.
+        numbers: The statistics of its values, or None if they cannot be computed.
+        why: The reason why ``numbers`` is None.
+        same_as: The key of an earlier tensor that is the same memory, or an empty string.
     """
 
     info: TensorInfo
@@ -37,46 +40,48 @@ class TensorStats:
 
 @dataclass(frozen=True, repr=False)
 class StateDictStats:
-    """What the numbers of each tensor are, by key in the order of the checkpoint; tied ones share theirs."""
+    """The statistics of each tensor, by key and in the order of the checkpoint. Tied tensors have equal statistics."""
 
     tensors: Mapping[str, TensorStats]
 
     def __repr__(self) -> str:
-        """Show how much was judged, and never tensor by tensor."""
-        judged = sum(tensor.numbers is not None for tensor in self.tensors.values())
-        return f"<StateDictStats: {judged} of {len(self.tensors)} tensors judged>"
+        """Return the number of measured tensors, on one line."""
+        return f"<StateDictStats: {self._measured} of {len(self.tensors)} tensors measured>"
+
+    @property
+    def _measured(self) -> int:
+        return sum(tensor.numbers is not None for tensor in self.tensors.values())
 
     @property
     def total(self) -> ValueStats:
-        """All numbers together; of tied tensors once."""
-        return self._together(self.tensors)
+        """The statistics of all values together; tied tensors count once."""
+        return self._merge(self.tensors)
 
     def modules(self, depth: int) -> dict[str, ValueStats]:
-        """Return the numbers below each module, by the first ``depth`` segments of its name; of tied tensors once.
+        """Return the statistics of each module, by the first ``depth`` parts of its name; tied tensors count once.
 
-        The module of ``encoder.layers.0.weight`` is ``encoder`` at depth 1 and ``encoder.layers.0`` at 3 and beyond.
+        The module of ``encoder.layers.0.weight`` is ``encoder`` at depth 1, and ``encoder.layers.0`` from depth 3 on.
         """
-        members: dict[str, list[str]] = {}
+        keys_by_module: dict[str, list[str]] = {}
         for key, tensor in self.tensors.items():
             if tensor.numbers is not None:
-                members.setdefault(module_name(key, depth), []).append(key)
-        return {module: self._together(keys) for module, keys in members.items()}
+                keys_by_module.setdefault(module_name(key, depth), []).append(key)
+        return {module: self._merge(keys) for module, keys in keys_by_module.items()}
 
-    def _together(self, keys: Iterable[str]) -> ValueStats:
+    def _merge(self, keys: Iterable[str]) -> ValueStats:
         once = {self.tensors[key].same_as or key: self.tensors[key].numbers for key in keys}
         return merge_stats(numbers for numbers in once.values() if numbers is not None)
 
     def _repr_html_(self) -> str:
         headers = ("key", "", "mean", "std", "min", "max", "l2", "zeros", "NaN", "Inf")
         rows = [(printable(key), str(tensor.info), *_cells(tensor)) for key, tensor in self.tensors.items()]
-        judged = sum(tensor.numbers is not None for tensor in self.tensors.values())
-        return f"<p>{plural(judged, 'tensor')} of {len(rows):,} judged</p>{html_table(headers, rows)}"
+        return f"<p>{plural(self._measured, 'tensor')} of {len(rows):,} measured</p>{html_table(headers, rows)}"
 
 
 def _cells(tensor: TensorStats) -> Iterator[str]:
     numbers = tensor.numbers
     if numbers is None:
-        yield from (f"not judged: {tensor.why}", *[""] * 7)
+        yield from (f"not measured: {tensor.why}", *[""] * 7)
         return
     for value in (numbers.mean, numbers.std, numbers.min, numbers.max, numbers.l2):
         yield "" if value is None else f"{value:.4g}"
@@ -85,46 +90,57 @@ def _cells(tensor: TensorStats) -> Iterator[str]:
 
 
 def module_name(key: str, depth: int) -> str:
-    """Return the first ``depth`` segments of the name of the module that a key lies in; empty for the model itself."""
+    """Return the first ``depth`` parts of the name of the module that has this key; empty for the model itself."""
     return ".".join(key.split(".")[:-1][:depth])
 
 
 def stats(
     checkpoint: StateDictLike,
-    rules: Rules | Iterable[str] | Mapping[str, Any] | None = None,
+    rules: Rules | Iterable[str] | Mapping[str, object] | None = None,
     *,
     progress: Progress | None = None,
 ) -> StateDictStats:
-    """Return what the numbers of each tensor are: counts, extremes, moments, norms and a histogram of magnitudes.
+    """Return statistics of the values of each tensor: counts, extremes, moments, norms and a histogram of magnitudes.
 
-    Each tensor is read once, in pieces, whatever its size; sums are taken in float64. ``checkpoint`` is a Module, a
-    Checkpoint or a mapping of tensors. ``rules`` keep, drop and rename. Quantised and sparse tensors, and dtypes that
-    torch cannot compute with, are listed with the reason why they are not judged. ``progress`` is told the number of
-    bytes after each piece. Raises ``RuleError`` where a rule goes wrong or makes tensors of tensors, ``FormatError``
-    where the bytes are not what the header says, and ``ChangedError`` where a file changes meanwhile.
+    Each tensor is read once, in chunks of bounded size; sums are computed in float64. Quantized and sparse tensors, and
+    dtypes without arithmetic in torch, are listed with the reason why they are not measured.
+
+    Args:
+        checkpoint: A Module, a Checkpoint or a mapping of tensors.
+        rules: Rules that keep, drop and rename keys.
+        progress: Called with the number of bytes after each chunk.
+
+    Raises:
+        RuleError: A rule cannot be applied, or computes a new tensor.
+        ModelError: ``checkpoint`` is not a state_dict, or a tensor is on the meta device.
+        PlanError: ``checkpoint`` has descriptions of tensors, without bytes.
+        FormatError: The stored bytes do not agree with the header.
+        ChangedError: A file changes while it is read.
     """
     opened = as_checkpoint(checkpoint, "checkpoint")
     key_map = apply_rules(as_rules(rules), opened)
     if key_map.derived:
-        made = quoted(next(iter(key_map.derived)))
-        raise RuleError(f"{made} would be made by an operation", hint="write it first, with ckpt remap")
-    first = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
+        computed = quoted(next(iter(key_map.derived)))
+        raise RuleError(f"an operation would compute {computed}", hint="write the tensors first, with ckpt remap")
+    first_of_tie = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
     tensors: dict[str, TensorStats] = {}
     with Workspace() as workspace:
         for key, name in key_map.renamed.items():
             info = opened[key]
-            if key in first:
-                same = key_map.renamed[first[key]]
+            if key in first_of_tie:
+                same = key_map.renamed[first_of_tie[key]]
                 tensors[name] = TensorStats(info, tensors[same].numbers, tensors[same].why, same)
             elif why := why_unsupported(info):
                 tensors[name] = TensorStats(info, None, why)
             else:
-                tensors[name] = TensorStats(info, _numbers(opened, info, workspace, progress))
+                tensors[name] = TensorStats(info, _value_stats(opened, info, workspace, progress))
     opened.check_unchanged()
     return StateDictStats(tensors)
 
 
-def _numbers(checkpoint: Checkpoint, info: TensorInfo, workspace: Workspace, progress: Progress | None) -> ValueStats:
+def _value_stats(
+    checkpoint: Checkpoint, info: TensorInfo, workspace: Workspace, progress: Progress | None
+) -> ValueStats:
     accumulator = Accumulator(info, workspace)
     for chunk in checkpoint.payload(info.key).chunks():
         accumulator.add(chunk)

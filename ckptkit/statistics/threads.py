@@ -1,4 +1,4 @@
-"""What arithmetic over chunks is done with: threads that share the work, and buffers that are used again."""
+"""Threads and reusable buffers for arithmetic over the chunks of tensors."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ if TYPE_CHECKING:
 
 __all__ = ["Workspace"]
 
-_PIECE = 1 << 17  # numbers of which a copy in float64 stays in the cache
-_ALONE = 1 << 15  # below this torch itself uses one thread
-_MOST_THREADS = 8
+_PIECE = 1 << 17  # numbers; a float64 copy of this many stays in the cache
+_MIN_TO_SHARE = 1 << 15  # numbers; torch itself uses one thread for fewer
+_MAX_THREADS = 8
 
 
 class Workspace(Closing):
-    """Threads, one for each processor, and the buffers of each.
+    """Threads, one for each processor, and the buffers of each thread.
 
-    One workspace serves all tensors of a checkpoint, one after the other. Close it, or use it as a context manager.
+    One workspace serves all tensors of a checkpoint, one after another. Close it, or use it as a context manager.
     """
 
     def __init__(self, threads: int | None = None) -> None:
-        """Get ready; of ``threads`` there are by default as many as this process has processors, and 8 at most."""
-        self._threads = threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS)
+        """Use ``threads`` threads; by default one for each processor of this process, but at most 8."""
+        self._threads = threads or min(len(os.sched_getaffinity(0)), _MAX_THREADS)
         self._pool: ThreadPoolExecutor | None = None
         self._local = threading.local()
 
     def share(self, work: Callable[[Tensor], None], numbers: Tensor) -> None:
-        """Call ``work`` with all of ``numbers``, in pieces of bounded size, each in one of the threads."""
-        if numbers.numel() < _ALONE:
+        """Call ``work`` with each piece of ``numbers``, in the threads; pieces have a bounded size."""
+        if numbers.numel() < _MIN_TO_SHARE:
             work(numbers)
             return
         if self._pool is None:
             import torch
 
-            # Where others use the processors, threads that torch starts inside an operation wait for each other many
-            # times longer than the operation takes.
+            # On a busy machine the threads that torch starts inside an operation wait for each other much longer than
+            # the operation takes.
             self._pool = ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,))
-            self._before = torch.get_num_threads()
+            self._torch_threads = torch.get_num_threads()
         pieces = [numbers[start : start + _PIECE] for start in range(0, numbers.numel(), _PIECE)]
         for _ in self._pool.map(work, pieces):
             pass
 
     def buffer(self, name: str, dtype: torch.dtype, count: int) -> Tensor:
-        """Return room for ``count`` numbers of a piece; what this thread got under that name before is overwritten."""
+        """Return a buffer for ``count`` numbers; it reuses the memory of this thread's earlier buffer of that name."""
         import torch
 
         found: Tensor | None = getattr(self._local, name, None)
@@ -66,4 +66,4 @@ class Workspace(Closing):
             import torch
 
             pool.shutdown()
-            torch.set_num_threads(self._before)  # threads that are yet to come would have the one of ours
+            torch.set_num_threads(self._torch_threads)  # otherwise later threads would use only one

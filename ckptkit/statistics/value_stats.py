@@ -1,4 +1,4 @@
-"""What many numbers are together: counts, moments, norms and a histogram; and several of these as one."""
+"""Statistics of many numbers: counts, moments, norms and a histogram. Several can be merged into one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["Moments", "ValueStats", "exact_sum", "merge_moments", "merge_stats"]
 
 
 class Moments(NamedTuple):
-    """Sums over finite numbers, as many as ``finite``; ``squares`` are those of their distances from ``mean``."""
+    """Moments of ``finite`` numbers; ``squares`` is the sum of their squared distances from ``mean``."""
 
     finite: int
     mean: float
@@ -20,21 +20,30 @@ class Moments(NamedTuple):
     l1: float
 
 
-_NONE = Moments(0, 0.0, 0.0, 0.0)
+_NO_MOMENTS = Moments(0, 0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
 class ValueStats:
-    """What the numbers of one tensor are, or of several together.
+    """Statistics of the values of one tensor, or of several together.
 
-    ``count`` is how many there are: of a complex tensor two an element, its real and its imaginary part. ``min``,
-    ``max``, ``mean``, ``std`` (of exactly these numbers, ``correction=0``) and the norms ``l1``, ``l2`` and ``abs_max``
-    are those of the finite ones, and None where there are none; ``min`` and ``max`` of integers are exact.
-    ``subnormal`` counts what is not zero and smaller than the smallest normal number of its dtype.
+    An element of a complex tensor counts as two numbers: its real and its imaginary part. ``min``, ``max``, ``mean``,
+    ``std`` and the norms ``l1``, ``l2`` and ``abs_max`` are computed from the finite numbers only; they are None if
+    there are no finite numbers. ``std`` uses ``correction=0``.
 
-    ``histogram`` has the count of those with ``2**e <= abs(x) < 2**(e + 1)`` by ``e``: exact, whatever the range,
-    and known in one pass. Zeros are in none of the bins; that below the smallest normal number of F32 and BF16 (-127),
-    and of F64 (-1023), holds all that is smaller. Integers beyond 2**53 are binned as the nearest float64.
+    Attributes:
+        count: The number of values.
+        nan: The number of NaN.
+        posinf: The number of positive infinities.
+        neginf: The number of negative infinities.
+        zeros: The number of zeros of either sign.
+        subnormal: The number of values that are not zero and smaller than the smallest normal number of the dtype.
+        min: The smallest finite number; exact for integers.
+        max: The largest finite number; exact for integers.
+        moments: The count, mean, sum of squared distances and l1 norm of the finite numbers.
+        histogram: The number of values with ``2**e <= abs(x) < 2**(e + 1)``, by ``e``. Zeros are in no bin. Bin -127
+            holds all subnormal numbers of F32 and BF16, bin -1023 those of F64. Integers beyond 2**53 are rounded to
+            float64 first.
     """
 
     count: int = 0
@@ -45,12 +54,12 @@ class ValueStats:
     subnormal: int = 0
     min: float | None = None
     max: float | None = None
-    moments: Moments = _NONE
+    moments: Moments = _NO_MOMENTS
     histogram: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def finite(self) -> int:
-        """How many are neither NaN nor infinite."""
+        """The number of values that are neither NaN nor infinite."""
         return self.count - self.nan - self.posinf - self.neginf
 
     @property
@@ -60,7 +69,7 @@ class ValueStats:
 
     @property
     def std(self) -> float | None:
-        """The standard deviation of the finite numbers; infinite where its square is beyond float64, as in torch."""
+        """The standard deviation of the finite numbers; infinite if its square overflows float64, as in torch."""
         return math.sqrt(self.moments.squares / self.finite) if self.finite else None
 
     @property
@@ -70,9 +79,11 @@ class ValueStats:
 
     @property
     def l2(self) -> float | None:
-        """The Euclidean norm of the finite numbers; infinite where its square is beyond float64, as in torch."""
+        """The Euclidean norm of the finite numbers; infinite if its square overflows float64, as in torch."""
         finite, mean, squares, _ = self.moments
-        return math.sqrt(squares + finite * mean * mean) if self.finite else None  # no term is negative: none cancels
+        return (
+            math.sqrt(squares + finite * mean * mean) if self.finite else None
+        )  # both terms are positive: no cancellation
 
     @property
     def abs_max(self) -> float | None:
@@ -81,40 +92,41 @@ class ValueStats:
 
     @property
     def constant(self) -> float | None:
-        """The number that all of them are; None where two differ, or one is not finite."""
+        """The one number that all values equal; None if two differ or one is not finite."""
         return self.min if self.finite == self.count and self.min == self.max else None
 
     @property
     def zero_share(self) -> float:
-        """Share of the numbers that are zero, between 0 and 1; 0 where there are none."""
+        """The share of zeros among the values, between 0 and 1; 0 if there are no values."""
         return self.zeros / self.count if self.count else 0.0
 
 
 def merge_moments(parts: Sequence[Moments]) -> Moments:
-    """Return the moments of all parts together, in whatever order they come."""
+    """Return the moments of all parts together; the order of the parts does not matter."""
     parts = [part for part in parts if part.finite]
     if len(parts) < 2:
-        return parts[0] if parts else _NONE
+        return parts[0] if parts else _NO_MOMENTS
     finite = sum(part.finite for part in parts)
     mean = exact_sum(part.finite * part.mean for part in parts) / finite
-    if not math.isfinite(mean):  # the sum is beyond float64, the mean is not
+    if not math.isfinite(mean):  # the sum overflows float64, but the mean does not
         mean = exact_sum(part.finite / finite * part.mean for part in parts)
-    apart = [(part.finite, part.mean - mean) for part in parts]
-    squares = exact_sum([*(part.squares for part in parts), *(times * far * far for times, far in apart)])
+    offsets = [(part.finite, part.mean - mean) for part in parts]
+    between = (count * offset * offset for count, offset in offsets)
+    squares = exact_sum([*(part.squares for part in parts), *between])
     return Moments(finite, mean, squares, exact_sum(part.l1 for part in parts))
 
 
 def exact_sum(numbers: Iterable[float]) -> float:
-    """Return the sum, rounded once; infinite where it is beyond float64."""
+    """Return the sum with a single rounding; infinite if it overflows float64."""
     try:
         return math.fsum(numbers)
-    except (OverflowError, ValueError):  # the second where infinities of both signs are among them
+    except (OverflowError, ValueError):  # ValueError: infinities of both signs
         return math.inf
 
 
-def merge_stats(several: Iterable[ValueStats]) -> ValueStats:
-    """Return what the numbers of several tensors are together, as if they were one tensor."""
-    parts = list(several)
+def merge_stats(parts: Iterable[ValueStats]) -> ValueStats:
+    """Return the statistics of several tensors together, as if they were one tensor."""
+    parts = list(parts)
     bins: Counter[int] = Counter()
     for part in parts:
         bins.update(part.histogram)
