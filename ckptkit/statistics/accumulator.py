@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 __all__ = ["Accumulator", "why_unsupported"]
 
 _MAX_PARTS = 4096
-# The sum of squared distances from the mean is the sum of squares minus count * mean ** 2. If at least this share of the
-# sum remains, the subtraction loses at most 5 of 53 bits, and no second pass over the distances is needed.
+# The sum of squared distances from the mean is the sum of squares minus count * mean ** 2. If at least this share
+# remains, the subtraction loses at most 5 of 53 bits, and no second pass over the distances is needed.
 _MIN_SHARE_LEFT = 1 / 32
 _PARTS: Final = {"C32": "F16", "C64": "F32", "C128": "F64"}
 _FLOATS: Final = frozenset({"F16", "BF16", "F32", "F64"})

@@ -81,9 +81,8 @@ class ValueStats:
     def l2(self) -> float | None:
         """The Euclidean norm of the finite numbers; infinite if its square overflows float64, as in torch."""
         finite, mean, squares, _ = self.moments
-        return (
-            math.sqrt(squares + finite * mean * mean) if self.finite else None
-        )  # both terms are positive: no cancellation
+        # Both terms are at least 0, so that no digits cancel.
+        return math.sqrt(squares + finite * mean * mean) if self.finite else None
 
     @property
     def abs_max(self) -> float | None:
