@@ -1,4 +1,4 @@
-"""A lock says what was trained with what; against it a model, a spec, an optimizer or another lock shows drift."""
+"""A lock keeps the groups of a run; models, specs, optimizers and other locks are compared with it."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def codes(expected: ParamGroupsLock, found: ParamGroupsLock) -> dict[str, str]:
     return {finding.code.removeprefix("groups."): finding.key for finding in diff_locks(expected, found).findings}
 
 
-def test_a_lock_holds_the_place_of_every_name_in_the_state_of_the_optimizer() -> None:
-    """The index is the one that torch's own state_dict gives the parameter of that name."""
+def test_a_lock_has_the_position_of_each_parameter_in_the_optimizer_state() -> None:
+    """The index is the one that torch's own state_dict gives to the parameter of that name."""
     model = Net()
     lock = lock_param_groups(model, SPEC)
     packed = optimizer_of(model).state_dict()["param_groups"]
@@ -66,7 +66,7 @@ def test_a_lock_holds_the_place_of_every_name_in_the_state_of_the_optimizer() ->
         assert {key: group[key] for key in locked.options} == locked.options
 
 
-def test_a_lock_goes_round_through_its_json() -> None:
+def test_a_lock_is_the_same_after_writing_and_parsing() -> None:
     model = Net()
     model.fc1.requires_grad_(False)
     lock = lock_param_groups(model, SPEC)
@@ -78,8 +78,8 @@ def test_a_lock_goes_round_through_its_json() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
 @pytest.mark.parametrize("wrap", [lambda model: model, torch.compile, nn.DataParallel], ids=["bare", "compile", "dp"])
-def test_nothing_drifted_where_the_optimizer_was_built_from_the_spec(wrap: Callable[[Any], Any]) -> None:
-    """Also after steps, under a scheduler, and where the model was wrapped meanwhile."""
+def test_an_optimizer_built_from_the_spec_equals_its_lock(wrap: Callable[[Any], Any]) -> None:
+    """Also after steps, under a scheduler, and after the model was wrapped."""
     model = Net()
     lock = lock_param_groups(model, SPEC)
     optimizer = optimizer_of(model)
@@ -134,23 +134,23 @@ def frozen(model: Net) -> None:
         pytest.param(tied, {"gone": "fc2.weight", "ties": "fc1.weight"}, id="tied"),
     ],
 )
-def test_what_changed_in_the_model_is_named(change: Callable[[Net], None], expected: dict[str, str]) -> None:
+def test_each_change_of_the_model_is_reported(change: Callable[[Net], None], expected: dict[str, str]) -> None:
     model = Net()
     lock = lock_param_groups(model, SPEC)
     change(model)
     assert codes(lock, lock_model(parameter_table(model))) == expected
 
 
-def test_a_renamed_parameter_is_told_by_its_shape_and_place() -> None:
+def test_a_renamed_parameter_is_recognised_by_its_shape_and_position() -> None:
     model = Net()
     lock = lock_param_groups(model, SPEC)
     renamed(model)
     (weight, _) = diff_locks(lock, lock_model(parameter_table(model))).findings
-    assert "'classifier.weight' has its shape and its place" in weight.message
+    assert "'classifier.weight' has the same shape and position" in weight.message
     assert weight.hint == "rename its state: head.weight=classifier.weight"
 
 
-def test_a_parameter_frozen_since_is_a_warning() -> None:
+def test_a_parameter_that_was_frozen_later_is_a_warning() -> None:
     model = Net()
     lock = lock_param_groups(model, SPEC)
     frozen(model)
@@ -161,8 +161,8 @@ def test_a_parameter_frozen_since_is_a_warning() -> None:
     ]
 
 
-def test_other_membership_of_the_same_sizes_is_found_where_torch_loads_in_silence() -> None:
-    """Two groups of two swapped: torch accepts the file and trains each with the other's state and options."""
+def test_swapped_groups_of_one_size_are_found() -> None:
+    """torch loads such a file without an error, and each parameter gets the state and options of another."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     before = [{"name": "a", "params": "0.*", "lr": 1.0}, {"name": "b", "params": "1.*", "lr": 2.0}]
     after = [{"name": "a", "params": "1.*", "lr": 1.0}, {"name": "b", "params": "0.*", "lr": 2.0}]
@@ -174,21 +174,21 @@ def test_other_membership_of_the_same_sizes_is_found_where_torch_loads_in_silenc
     live.load_state_dict(saved.state_dict())
     assert torch.equal(
         live.state[model.get_parameter("1.weight")]["exp_avg"], saved.state[model.get_parameter("0.weight")]["exp_avg"]
-    ), "silent harm"
+    ), "torch gives the state to another parameter"
     found = codes(lock_param_groups(model, before), lock_param_groups(model, after))
     assert found == {"moved": "1.bias", "order": "0.weight"}
 
 
-def test_a_parameter_in_another_group_is_named_with_both() -> None:
+def test_a_parameter_in_another_group_is_reported_with_both_groups() -> None:
     model = Net()
     spec = copy.deepcopy(SPEC)
     spec["group"][0]["params"] = ["head.*", "fc2.weight"]
     report = diff_locks(lock_param_groups(model, SPEC), lock_optimizer(model, optimizer_of(model, spec)))
     moved = next(finding for finding in report.findings if finding.code == "groups.moved")
-    assert moved.message == "'fc2.weight' was in group 'base' and is in 'head'"
+    assert moved.message == "'fc2.weight' was in group 'base' and is now in 'head'"
 
 
-def test_options_of_the_lock_are_compared_and_those_of_the_optimizer_alone_are_not() -> None:
+def test_only_options_that_the_lock_has_are_compared() -> None:
     model = Net()
     lock = lock_param_groups(model, SPEC)
     optimizer = optimizer_of(model)
@@ -201,15 +201,15 @@ def test_options_of_the_lock_are_compared_and_those_of_the_optimizer_alone_are_n
     ]
 
 
-def test_a_parameter_that_the_optimizer_lacks_is_in_no_group() -> None:
+def test_a_parameter_that_the_optimizer_lacks_is_outside_the_groups() -> None:
     model = Net()
     lock = lock_param_groups(model, SPEC)
     optimizer = torch.optim.AdamW([p for name, p in model.named_parameters() if name != "fc1.weight"])
     assert {"thawed": "fc1.weight"}.items() <= codes(lock, lock_optimizer(model, optimizer)).items()
 
 
-def test_a_parameter_that_an_optimizer_holds_twice_is_in_its_lock_once() -> None:
-    """So that the lock can be read back; that it stands there twice is the validator's to tell."""
+def test_a_parameter_in_the_groups_twice_is_locked_once() -> None:
+    """parse_lock refuses a name that occurs twice; the validator reports the duplicate."""
     model = nn.Linear(2, 2)
     with pytest.warns(UserWarning, match="duplicate parameters"):
         optimizer = torch.optim.SGD([*model.parameters(), model.weight])
@@ -217,7 +217,7 @@ def test_a_parameter_that_an_optimizer_holds_twice_is_in_its_lock_once() -> None
     assert parse_lock(json.loads(json.dumps(lock_document(lock)))) == lock
 
 
-def test_hybrid_groups_count_places_for_each_optimizer() -> None:
+def test_positions_are_counted_for_each_optimizer() -> None:
     model = Net()
     spec = {
         "optimizer": "AdamW",
@@ -229,8 +229,8 @@ def test_hybrid_groups_count_places_for_each_optimizer() -> None:
     assert diff_locks(lock, lock_optimizer(model, made)).findings == ()
 
 
-def test_the_validator_and_the_gate_hold_an_optimizer_against_a_lock() -> None:
-    """Nothing where it is as locked, under a scheduler that writes rates of its own too; else what changed."""
+def test_validating_with_a_lock_reports_what_changed() -> None:
+    """An unchanged optimizer has no findings, also under a scheduler that writes learning rates of its own."""
     model = Net()
     lock = lock_param_groups(model, SPEC)
     optimizer = optimizer_of(model)
@@ -240,35 +240,37 @@ def test_the_validator_and_the_gate_hold_an_optimizer_against_a_lock() -> None:
     spec["group"][0]["params"] = "fc2.*"
     moved = optimizer_of(model, spec)
     assert "groups.moved" in {finding.code for finding in validate_param_groups(model, moved, lock=lock).findings}
-    with pytest.raises(GroupsError, match=r"'head.weight' was in group 'head' and is in 'base'"):
+    with pytest.raises(GroupsError, match=r"'head.weight' was in group 'head' and is now in 'base'"):
         assert_param_groups(model, moved, lock=lock)
 
 
 @pytest.mark.parametrize(
-    ("harm", "reason"),
+    ("change", "reason"),
     [
-        pytest.param(lambda _: [], "is no lock", id="list"),
-        pytest.param(lambda lock: lock | {"schema": "x"}, "is no lock", id="schema"),
-        pytest.param(lambda lock: lock | {"groups": {}}, "a dict where 'groups'", id="groups"),
-        pytest.param(lambda lock: lock | {"groups": [3]}, "list 'groups' of other things", id="group"),
+        pytest.param(lambda _: [], "not a valid lock", id="list"),
+        pytest.param(lambda lock: lock | {"schema": "x"}, "not a valid lock", id="schema"),
+        pytest.param(lambda lock: lock | {"groups": {}}, "a dict as 'groups'", id="groups"),
+        pytest.param(lambda lock: lock | {"groups": [3]}, "a wrong type of entry in 'groups'", id="group"),
         pytest.param(lambda lock: lock | {"outside": lock["groups"][0]["parameters"]}, "twice", id="twice"),
         pytest.param(lambda lock: lock | {"groups": lock["groups"][1:]}, "changed after it was written", id="edited"),
     ],
 )
-def test_a_lock_that_is_none_is_refused(harm: Callable[[Any], Any], reason: str) -> None:
+def test_an_invalid_lock_is_refused(change: Callable[[Any], Any], reason: str) -> None:
     with pytest.raises(GroupsError) as caught:
-        parse_lock(harm(lock_document(lock_param_groups(Net(), SPEC))))
+        parse_lock(change(lock_document(lock_param_groups(Net(), SPEC))))
     assert reason in caught.value.reason
 
 
-# --- explain ---------------------------------------------------------------------------------------------------------
-
-
-def test_an_explanation_tells_every_step_to_what_the_optimizer_gets() -> None:
+def test_an_explanation_has_every_step_that_sets_an_option() -> None:
     model = Net()
-    told = explain_param_group(model, SPEC, "head.bias")
-    assert (told.outcome, told.rule, told.shadowed, told.modifiers) == ("trained", "head", ("base",), ("no decay",))
-    steps = [(step.source, step.key, step.value, step.factor) for step in told.steps if step.key != "betas"]
+    explanation = explain_param_group(model, SPEC, "head.bias")
+    assert (explanation.outcome, explanation.rule, explanation.shadowed, explanation.modifiers) == (
+        "trained",
+        "head",
+        ("base",),
+        ("no decay",),
+    )
+    steps = [(step.source, step.key, step.value, step.factor) for step in explanation.steps if step.key != "betas"]
     assert steps == [
         ("defaults", "lr", 0.001, None),
         ("defaults", "weight_decay", 0.1, None),
@@ -276,15 +278,15 @@ def test_an_explanation_tells_every_step_to_what_the_optimizer_gets() -> None:
         ("no decay", "weight_decay", 0.0, None),
     ]
     group = next(group for group in build_param_groups(model, SPEC) if "head.bias" in dict(group["params"]))
-    assert {key: group[key] for key in told.options or ()} == told.options
+    assert {key: group[key] for key in explanation.options or ()} == explanation.options
 
 
-def test_an_explanation_of_what_does_not_train_says_why() -> None:
+def test_an_explanation_says_why_a_parameter_does_not_train() -> None:
     model = Net()
     model.fc1.requires_grad_(False)
     spec = {"group": [{"name": "still", "params": "fc2.*", "freeze": True}, {"name": "head", "params": "head.*"}]}
     outcomes = {name: explain_param_group(model, spec, name) for name in ("fc1.bias", "fc2.bias", "norm.bias")}
-    assert {name: told.outcome for name, told in outcomes.items()} == {
+    assert {name: explanation.outcome for name, explanation in outcomes.items()} == {
         "fc1.bias": "frozen",
         "fc2.bias": "freeze",
         "norm.bias": "unowned",
@@ -295,20 +297,20 @@ def test_an_explanation_of_what_does_not_train_says_why() -> None:
 def test_a_tied_parameter_is_explained_under_any_of_its_names() -> None:
     model = Net()
     model.fc2.weight = model.fc1.weight
-    told = explain_param_group(model, {"group": [{"rest": True}]}, "fc2.weight")
-    assert told.parameter.name == "fc1.weight"
-    assert [alias.name for alias in told.parameter.aliases] == ["fc2.weight"]
+    explanation = explain_param_group(model, {"group": [{"rest": True}]}, "fc2.weight")
+    assert explanation.parameter.name == "fc1.weight"
+    assert [alias.name for alias in explanation.parameter.aliases] == ["fc2.weight"]
 
 
 @pytest.mark.parametrize("name", [None, 5, ["fc1.weight"]], ids=repr)
-def test_what_is_no_name_is_refused(name: Any) -> None:
+def test_an_argument_that_is_not_a_name_is_refused(name: Any) -> None:
     with pytest.raises(GroupsError, match="the name of the parameter is"):
         explain_param_group(Net(), SPEC, name)
 
 
 @pytest.mark.parametrize("lock", [{}, "groups.lock.json", 5], ids=repr)
-def test_what_is_no_lock_is_refused(lock: Any) -> None:
-    """A path, or the document itself, has to be parsed first."""
+def test_an_argument_that_is_not_a_lock_is_refused(lock: Any) -> None:
+    """A path, or a parsed JSON document, must be parsed to a lock first."""
     model = Net()
     with pytest.raises(GroupsError, match="a lock cannot be"):
         assert_param_groups(model, optimizer_of(model), lock=lock)
@@ -316,22 +318,20 @@ def test_what_is_no_lock_is_refused(lock: Any) -> None:
         diff_locks(lock_model(parameter_table(model)), lock)
 
 
-def test_a_name_that_the_model_lacks_is_refused_with_the_nearest() -> None:
+def test_an_unknown_name_is_refused_with_a_suggestion() -> None:
     with pytest.raises(GroupsError) as caught:
         explain_param_group(Net(), SPEC, "head.weigth")
     assert caught.value.hint == "did you mean 'head.weight'?"
 
 
-# --- the commands ----------------------------------------------------------------------------------------------------
-
 MODEL = "py:fixtures.lenet:build"
 LENET = "fixtures/groups.toml"
 
 
-def test_a_lock_is_written_and_held_against_model_spec_and_lock(
+def test_a_lock_is_written_and_compared_with_model_spec_and_lock(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Exit code 0 where nothing changed, 1 where something did; a second writing needs --force."""
+    """The exit code is 0 without a change and 1 with one; replacing a lock needs --force."""
     lock, spec = tmp_path / "groups.lock.json", tmp_path / "other.toml"
     ran = run_ckpt(capsys, "groups", "lock", "--model", MODEL, LENET, "-o", lock)
     assert (ran.code, ran.out) == (0, "")
@@ -349,13 +349,13 @@ def test_a_lock_is_written_and_held_against_model_spec_and_lock(
     found = json.loads(ran.out)
     assert (ran.code, found["schema"]) == (1, "ckptkit.check/1")
     assert {one["message"] for one in found["findings"] if one["code"] == "groups.moved"} >= {
-        "'fc3.weight' was in group 'head' and is in 'base'",
-        "'fc2.weight' was in group 'base' and is in 'head'",
+        "'fc3.weight' was in group 'head' and is now in 'base'",
+        "'fc2.weight' was in group 'base' and is now in 'head'",
     }
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reason"),
     [
         pytest.param((LENET,), "not valid JSON", id="a-spec-as-lock"),
         pytest.param(("LOCK",), "nothing to compare the lock with", id="nothing-else"),
@@ -364,13 +364,13 @@ def test_a_lock_is_written_and_held_against_model_spec_and_lock(
     ],
 )
 def test_what_cannot_be_compared_is_refused(
-    arguments: tuple[str, ...], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: tuple[str, ...], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     lock = tmp_path / "lock.json"
     run_ckpt(capsys, "groups", "lock", "--model", MODEL, LENET, "-o", lock)
     ran = run_ckpt(capsys, "groups", "diff", *(lock if one == "LOCK" else one for one in arguments))
     assert (ran.code, ran.out) == (2, "")
-    assert said in ran.err
+    assert reason in ran.err
 
 
 def test_explain_prints_the_steps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,282 +1,399 @@
-"""What changed since groups were locked: parameters gone, new, of another shape, in another group or place."""
+"""Compare param groups: a lock with a lock, a spec with live groups, and any two lists of groups."""
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from itertools import zip_longest
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
-from ckptkit.core.findings import Finding, Report, Severity
+from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import kind_of, plural, printable, quoted
-from ckptkit.core.torch_optim import options_of_kind
-from ckptkit.core.torch_types import Module
+from ckptkit.core.torch_optim import options_of_kind, overwritten_options
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.live import read_groups
-from ckptkit.param_groups.lock import LockedGroup, LockedParameter, ParamGroupsLock, lock_optimizer, lock_plan
-from ckptkit.param_groups.parameters import bare_name
+from ckptkit.param_groups import codes
+from ckptkit.param_groups.live import LiveGroups
+from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock, lock_live, lock_plan
+from ckptkit.param_groups.parameters import Inventory, bare_name
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import assign
-from ckptkit.param_groups.properties import parameter_table
+from ckptkit.param_groups.properties import live_parameter_table
 
-__all__ = ["compare_with_spec", "diff_locks", "driven_options", "match_groups"]
+__all__ = [
+    "GroupDifference",
+    "GroupDifferences",
+    "GroupView",
+    "OptionDifference",
+    "OrderDifference",
+    "ShapeDifference",
+    "compare_groups",
+    "compare_with_spec",
+    "diff_locks",
+]
+
+Match = Literal["name", "position"]
+Shape = tuple[int, ...]
+_LOCK_AGAIN = "lock the groups again if the change is intended"
+_BY_NAME = "load the optimizer state by name: torch loads it by position"
+_BUILD_AGAIN = "build the groups from the spec again (build_param_groups), and load the optimizer state by name"
 
 
-# Cycles and annealing to one value write rates of their own into a group, and leave no trace of those it had.
-_DRIVEN = {"max_lr": ("lr",), "swa_lr": ("lr",), "max_momentum": ("lr", "momentum", "betas")}
-_AGAIN = "lock the groups again, once the change is meant"
-_BY_NAME = "carry the optimizer state over by name: torch loads it by place"
+@dataclass(frozen=True, slots=True)
+class GroupView:
+    """One param group, whether a lock, a spec, a live optimizer or a saved state has it.
+
+    ``names`` are in order. ``shapes`` may lack names whose shape is not known, and ``optimizer`` is the name of a class
+    or None.
+    """
+
+    name: str
+    names: tuple[str, ...]
+    options: Mapping[str, object]
+    optimizer: str | None = None
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class OptionDifference:
+    """One option that the parameters ``names`` have with another value; ``is_absent`` where ``found`` lacks it."""
+
+    key: str
+    expected: object
+    found: object
+    names: tuple[str, ...]
+    is_absent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ShapeDifference:
+    """One parameter with two shapes."""
+
+    name: str
+    expected: Shape
+    found: Shape
+
+
+@dataclass(frozen=True, slots=True)
+class OrderDifference:
+    """The parameters of one optimizer in another order: the first position that differs, and how many do."""
+
+    position: int
+    expected: str
+    found: str
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDifference:
+    """The differences of one expected group.
+
+    ``found`` is the number of the group that corresponds to it, or None. ``moved`` has the parameters that are in
+    another found group, each with the number of that group. ``optimizer`` has the expected and the found class where
+    they differ.
+    """
+
+    expected: int
+    found: int | None
+    moved: tuple[tuple[str, int], ...]
+    options: tuple[OptionDifference, ...]
+    optimizer: tuple[str, str] | None
+
+
+@dataclass(frozen=True, slots=True)
+class GroupDifferences:
+    """Every difference between two lists of groups; ``groups`` has one entry for each expected group.
+
+    ``missing`` and ``unexpected`` have the names in expected groups only and in found groups only. ``found_groups`` has
+    the number of the found group of each name.
+    """
+
+    groups: tuple[GroupDifference, ...]
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    shapes: tuple[ShapeDifference, ...]
+    order: tuple[OrderDifference, ...]
+    found_groups: Mapping[str, int]
+
+
+def compare_groups(
+    expected: Sequence[GroupView],
+    found: Sequence[GroupView],
+    *,
+    match: Match = "name",
+    ignored: Callable[[GroupView, GroupView], Collection[str]] = lambda _expected, _found: (),
+    equal: Callable[[object, object], bool] = operator.eq,
+) -> GroupDifferences:
+    """Return the differences between two lists of groups; only options that an expected group has are compared.
+
+    ``match="name"``: groups correspond by name, else by the number of common parameters, and corresponding groups are
+    compared. ``match="position"``, as torch loads a state: groups correspond by number, and the options of each
+    parameter are compared. ``ignored`` gives the options of two groups to leave out; ``equal`` compares two values.
+    """
+    found_groups = {name: number for number, group in enumerate(found) for name in group.names}
+    by_name = match == "name"
+    matches = _match_groups(expected, found, found_groups) if by_name else {at: at for at in range(len(found))}
+    groups = []
+    for number, group in enumerate(expected):
+        other = matches.get(number)
+        common = [(name, found_groups[name]) for name in group.names if name in found_groups]
+        if by_name:
+            compared = {} if other is None else {other: group.names}
+        else:
+            compared = {at: tuple(name for name, place in common if place == at) for _, at in common}
+        groups.append(
+            GroupDifference(
+                number,
+                other,
+                tuple((name, place) for name, place in common if place != other),
+                tuple(
+                    OptionDifference(key, value, found[at].options.get(key), names, key not in found[at].options)
+                    for at, names in compared.items()
+                    for key, value in _options_without(group, ignored(group, found[at]))
+                    if key not in found[at].options or not equal(value, found[at].options[key])
+                ),
+                None if other is None else _class_difference(group, found[other]),
+            )
+        )
+    expected_names = {name for group in expected for name in group.names}
+    return GroupDifferences(
+        tuple(groups),
+        tuple(name for group in expected for name in group.names if name not in found_groups),
+        tuple(name for group in found for name in group.names if name not in expected_names),
+        tuple(_shape_differences(expected, found, found_groups)),
+        tuple(_order_differences(expected, found)),
+        found_groups,
+    )
+
+
+def _match_groups(
+    expected: Sequence[GroupView], found: Sequence[GroupView], found_groups: Mapping[str, int]
+) -> dict[int, int]:
+    """Return the number of the found group of the same name, or else of the one with most common parameters."""
+    by_name = {group.name: number for number, group in enumerate(found)}
+    matches = {number: by_name[group.name] for number, group in enumerate(expected) if group.name in by_name}
+    matched = set(matches.values())
+    for number, group in enumerate(expected):
+        if number in matches:
+            continue
+        common = Counter(found_groups[name] for name in group.names if name in found_groups)
+        free = [(count, -other) for other, count in common.items() if other not in matched]
+        if free:
+            matches[number] = -max(free)[1]
+            matched.add(matches[number])
+    return matches
+
+
+def _options_without(group: GroupView, ignored: Collection[str]) -> Iterator[tuple[str, object]]:
+    return ((key, value) for key, value in group.options.items() if key not in ignored)
+
+
+def _class_difference(expected: GroupView, found: GroupView) -> tuple[str, str] | None:
+    if expected.optimizer and found.optimizer and expected.optimizer != found.optimizer:
+        return expected.optimizer, found.optimizer
+    return None
+
+
+def _shape_differences(
+    expected: Sequence[GroupView], found: Sequence[GroupView], found_groups: Mapping[str, int]
+) -> Iterator[ShapeDifference]:
+    for group in expected:
+        for name in group.names:
+            shape = group.shapes.get(name)
+            other = found[found_groups[name]].shapes.get(name) if name in found_groups else None
+            if shape is not None and other is not None and shape != other:
+                yield ShapeDifference(name, shape, other)
+
+
+def _order_differences(expected: Sequence[GroupView], found: Sequence[GroupView]) -> Iterator[OrderDifference]:
+    """Yield one difference for each optimizer whose common parameters have another order."""
+    before, after = _sequences(expected), _sequences(found)
+    for optimizer, names in before.items():
+        others = after.get(optimizer, names)
+        common = set(names) & set(others)
+        pairs = zip((one for one in names if one in common), (one for one in others if one in common), strict=False)
+        different = [(position, *pair) for position, pair in enumerate(pairs) if pair[0] != pair[1]]
+        if different:
+            yield OrderDifference(*different[0], len(different))
+
+
+def _sequences(groups: Sequence[GroupView]) -> Mapping[str | None, list[str]]:
+    """Return the names of each optimizer in the order of its state; a single optimizer has the key None."""
+    sequences: dict[str | None, list[str]] = {}
+    is_single = len({group.optimizer for group in groups}) == 1
+    for group in groups:
+        sequences.setdefault(None if is_single else group.optimizer, []).extend(group.names)
+    return sequences
+
+
+def _views(lock: ParamGroupsLock) -> list[GroupView]:
+    return [
+        GroupView(group.name, tuple(one.name for one in group.parameters), group.options, group.optimizer)
+        for group in lock.groups
+    ]
 
 
 def diff_locks(expected: ParamGroupsLock, found: ParamGroupsLock) -> Report:
-    """Return what is different in ``found``; a lock without groups is compared by names, shapes, dtypes and ties.
+    """Return the differences of ``found`` from ``expected``.
 
-    Codes of errors: ``groups.gone``, ``new``, ``shape``, ``moved``, ``order``, ``ties``; of warnings: ``dtype``,
-    ``thawed``, ``options``. Options are those that ``expected`` gives; others are the optimizer's own.
+    Where one lock has no groups, only names, shapes, dtypes and ties are compared. Options are compared where
+    ``expected`` has them. Codes of errors: ``groups.gone``, ``new``, ``shape``, ``moved``, ``order``, ``ties``; of
+    warnings: ``dtype``, ``thawed``, ``options``. Raises ``GroupsError`` where an argument is not a lock.
     """
     for lock in (expected, found):
         if not isinstance(lock, ParamGroupsLock):
             raise GroupsError(f"a lock cannot be {kind_of(lock)}", hint="parse_lock(json.load(file)) reads one")
-    if expected.fingerprint == found.fingerprint:
-        findings = []
-    else:
-        findings = [*_names(expected, found), *_shapes(expected, found)]
+    findings: list[Finding] = []
+    if expected.fingerprint != found.fingerprint:
+        findings += [*_name_findings(expected, found), *_shape_findings(expected, found)]
     if expected.groups and found.groups:
-        findings += [*_frozen(expected, found), *_groups(expected, found), *_order(expected, found)]
+        findings += [*_membership_findings(expected, found), *_lock_group_findings(expected, found)]
     return Report(tuple(findings), GroupsError)
 
 
-def _names(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+def _name_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
     gone = [one for name, one in expected.parameters.items() if name not in found.parameters]
     new = [one for name, one in found.parameters.items() if name not in expected.parameters]
-    renamed = _renamed(gone, new)
+    renamed = _find_renamed(gone, new)
     for one in gone:
-        meant = renamed.get(one.name)
-        yield _finding(
-            "gone",
-            one.name,
-            f"{quoted(one.name)} {list(one.shape)} is gone"
-            + (f"; {quoted(meant)} has its shape and its place" if meant else ""),
-            f"rename its state: {printable(one.name)}={printable(meant)}"
-            if meant
-            else "drop its state, or give the name back",
-        )
+        other = renamed.get(one.name)
+        message = f"{quoted(one.name)} {list(one.shape)} is gone"
+        if other is None:
+            yield codes.GONE.finding(one.name, message, "drop its state, or restore the name")
+        else:
+            message += f"; {quoted(other)} has the same shape and position"
+            hint = f"rename its state: {printable(one.name)}={printable(other)}"
+            yield codes.GONE.finding(one.name, message, hint)
     for one in new:
         if one.name not in renamed.values():
-            place = "" if one.index is None else ", and it trains"
-            yield _finding("new", one.name, f"{quoted(one.name)} {list(one.shape)} is new{place}", _AGAIN)
+            suffix = "" if one.index is None else " and trains"
+            message = f"{quoted(one.name)} {list(one.shape)} is new{suffix}"
+            yield codes.NEW.finding(one.name, message, _LOCK_AGAIN)
 
 
-def _renamed(gone: list[LockedParameter], new: list[LockedParameter]) -> dict[str, str]:
-    """Pair what is gone with what is new, where shapes agree one by one in order."""
+def _find_renamed(gone: Sequence[LockedParameter], new: Sequence[LockedParameter]) -> dict[str, str]:
+    """Return the new name of each parameter that is gone, where both lists have the same shapes in the same order."""
     if [one.shape for one in gone] != [one.shape for one in new]:
         return {}
-    return {old.name: now.name for old, now in zip(gone, new, strict=True)}
+    return {old.name: other.name for old, other in zip(gone, new, strict=True)}
 
 
-def _shapes(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
-    for name, one in expected.parameters.items():
-        now = found.parameters.get(name)
-        if now is None:
+def _shape_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    for name, before in expected.parameters.items():
+        after = found.parameters.get(name)
+        if after is None:
             continue
-        if now.shape != one.shape:
-            yield _finding(
-                "shape",
+        if after.shape != before.shape:
+            yield codes.SHAPE.finding(
                 name,
-                f"{quoted(name)} was {list(one.shape)} and is {list(now.shape)}",
-                "its optimizer state fits no longer: drop it, or carry it over with the operation that resized it",
+                f"{quoted(name)} had shape {list(before.shape)} and now has {list(after.shape)}",
+                "its optimizer state has the old shape: drop it, or resize it as the parameter was resized",
             )
-        elif now.dtype != one.dtype and now.dtype and one.dtype:
-            yield _finding(
-                "dtype", name, f"{quoted(name)} was {one.dtype} and is {now.dtype}", "its state is cast", "warning"
-            )
-        if set(now.aliases) != set(one.aliases):
-            yield _finding(
-                "ties",
+        elif after.dtype != before.dtype and after.dtype and before.dtype:
+            message = f"{quoted(name)} had dtype {before.dtype} and now has {after.dtype}"
+            yield codes.DTYPE.finding(name, message, "torch casts its state to the new dtype")
+        if set(after.aliases) != set(before.aliases):
+            yield codes.TIES.finding(
                 name,
-                f"{quoted(name)} was tied to {_all(one.aliases)} and is tied to {_all(now.aliases)}",
+                f"{quoted(name)} was tied to {_name_list(before.aliases)} and is now tied to "
+                f"{_name_list(after.aliases)}",
                 "tie the weights as before, or lock the groups again",
             )
 
 
-def _frozen(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
-    for name, one in expected.parameters.items():
-        now = found.parameters.get(name)
-        if now is not None and (one.index is None) != (now.index is None):
-            before, after = ("in no group", "in one") if one.index is None else ("in a group", "in none")
-            yield _finding(
-                "thawed",
-                name,
-                f"{quoted(name)} was {before} and is {after}",
-                "freeze or unfreeze it as before, or lock the groups again",
-                "warning",
+def _membership_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    for name, before in expected.parameters.items():
+        after = found.parameters.get(name)
+        if after is not None and (before.index is None) != (after.index is None):
+            change = (
+                "was in no group and is now in one" if before.index is None else "was in a group and is now in none"
             )
+            hint = "freeze or unfreeze it as before, or lock the groups again"
+            yield codes.THAWED.finding(name, f"{quoted(name)} {change}", hint)
 
 
-def match_groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> tuple[Mapping[str, int], Mapping[int, int]]:
-    """Return the number of the found group of each parameter, and of the one that each expected group became.
-
-    That is the one of its name, or else the one with most of its parameters.
-    """
-    where = {one.name: number for number, group in enumerate(found.groups) for one in group.parameters}
-    named = {group.name: number for number, group in enumerate(found.groups)}
-    heirs = {number: named[group.name] for number, group in enumerate(expected.groups) if group.name in named}
-    taken = set(heirs.values())
-    for number, group in enumerate(expected.groups):
-        if number in heirs:
-            continue
-        votes = Counter(where[one.name] for one in group.parameters if one.name in where)
-        free = [(count, -heir) for heir, count in votes.items() if heir not in taken]
-        if free:
-            heirs[number] = -max(free)[1]
-            taken.add(heirs[number])
-    return where, heirs
-
-
-def driven_options(options: Mapping[str, Any]) -> frozenset[str]:
-    """Return the options of a live group that a scheduler writes, so that what they were is not known."""
-    return frozenset(key for mark, keys in _DRIVEN.items() if mark in options for key in keys)
-
-
-def _groups(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
-    where, heirs = match_groups(expected, found)
-    for number, group in enumerate(expected.groups):
-        heir = heirs.get(number)
-        for one in group.parameters:
-            now = where.get(one.name)
-            if now is not None and now != heir:
-                yield _finding(
-                    "moved",
-                    one.name,
-                    f"{quoted(one.name)} was in group {quoted(group.name)} and is in {quoted(found.groups[now].name)}",
-                    _BY_NAME,
-                )
-        if heir is not None:
-            yield from _options(group, found.groups[heir])
-
-
-def _options(group: LockedGroup, now: LockedGroup) -> Iterator[Finding]:
-    driven = driven_options(now.options)
-    changed = [
-        f"{key} {value!r} -> {now.options[key]!r}" if key in now.options else f"{key} {value!r} -> nothing"
-        for key, value in group.options.items()
-        if now.options.get(key, _Nothing) != value and key not in driven
-    ]
-    if group.optimizer and now.optimizer and group.optimizer != now.optimizer:
-        changed.insert(0, f"optimizer {group.optimizer} -> {now.optimizer}")
-    if changed:
-        yield _finding(
-            "options",
-            group.name,
-            f"group {quoted(group.name)} has other options: {', '.join(changed)}",
-            _AGAIN,
-            "warning",
+def _lock_group_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
+    differences = compare_groups(
+        _views(expected), _views(found), ignored=lambda _, group: overwritten_options(group.options)
+    )
+    for difference in differences.groups:
+        group = expected.groups[difference.expected]
+        for name, number in difference.moved:
+            other = quoted(found.groups[number].name)
+            message = f"{quoted(name)} was in group {quoted(group.name)} and is now in {other}"
+            yield codes.MOVED.finding(name, message, _BY_NAME)
+        changes = [
+            f"{one.key} {one.expected!r} -> {'nothing' if one.is_absent else repr(one.found)}"
+            for one in difference.options
+        ]
+        if difference.optimizer is not None:
+            changes.insert(0, f"optimizer {' -> '.join(difference.optimizer)}")
+        if changes:
+            message = f"group {quoted(group.name)} has other options: {', '.join(changes)}"
+            yield codes.OPTIONS.finding(group.name, message, _LOCK_AGAIN, severity="warning")
+    for order in differences.order:
+        yield codes.ORDER.finding(
+            order.expected,
+            f"{plural(order.count, 'parameter')} changed position: the first position that held "
+            f"{quoted(order.expected)} now holds {quoted(order.found)}",
+            _BY_NAME,
         )
 
 
-class _Nothing:
-    """What no option equals."""
-
-
-def _order(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
-    before, after = _sequence(expected), _sequence(found)
-    for optimizer in before:
-        both = set(before[optimizer]) & set(after.get(optimizer, before[optimizer]))
-        was = [name for name in before[optimizer] if name in both]
-        now = [name for name in after.get(optimizer, was) if name in both]
-        moved = [(one, other) for one, other in zip_longest(was, now) if one != other]
-        if moved:
-            one, other = moved[0]
-            yield _finding(
-                "order",
-                one or "",
-                f"{plural(len(moved), 'parameter')} stand in another order: where {quoted(one or '')} was, "
-                f"{quoted(other or '')} is",
-                _BY_NAME,
-            )
-
-
-def _sequence(lock: ParamGroupsLock) -> Mapping[str | None, list[str]]:
-    """Return the names of each optimizer in the order of its state; one optimizer needs no name."""
-    sequences: dict[str | None, list[str]] = {}
-    single = len({group.optimizer for group in lock.groups}) == 1
-    for group in lock.groups:
-        held = sequences.setdefault(None if single else group.optimizer, [])
-        held.extend(one.name for one in group.parameters)
-    return sequences
-
-
-def _all(names: tuple[str, ...]) -> str:
+def _name_list(names: tuple[str, ...]) -> str:
     return ", ".join(map(quoted, names)) or "nothing"
 
 
-def _finding(code: str, key: str, message: str, hint: str, severity: Severity = "error") -> Finding:
-    return Finding(f"groups.{code}", severity, key, message, hint)
+def compare_with_spec(inventory: Inventory, live: LiveGroups, spec: SpecLike) -> Iterator[Finding]:
+    """Yield the findings of ``spec`` for the model, and the differences of live groups from what the spec says.
 
-
-_AGAIN_agreement = "build the groups from the spec again (build_param_groups), and carry the state over by name"
-
-
-def compare_with_spec(model: Module, groups: Any, spec: SpecLike) -> Iterator[Finding]:
-    """Yield what is wrong with ``spec``, and where ``groups`` differ from what it makes of ``model``.
-
-    A learning rate is the one before schedulers moved it, where they recorded that.
+    Learning rates are those before schedulers changed them, where the groups record these. Options that schedulers
+    overwrite and options that only change the speed of a step are not compared.
     """
-    assignment = assign(parameter_table(model), spec)
+    assignment = assign(live_parameter_table(inventory), spec)
     yield from assignment.report.findings
     if not assignment.report.ok:
         return
-    expected, found = lock_plan(assignment.plan), lock_optimizer(model, groups)
-    where, heirs = match_groups(expected, found)
-    live = [group.options for group in read_groups(groups)[0]]
-    for number, group in enumerate(expected.groups):
-        heir = heirs.get(number)
-        for one in group.parameters:
-            now = where.get(one.name)
-            if now is not None and now != heir:
-                yield Finding(
-                    "groups.moved",
-                    "error",
-                    one.name,
-                    f"the live group of {quoted(one.name)} {one.shape} is {_called(found.groups, now)}, and the "
-                    f"spec says {quoted(group.name)}",
-                    _AGAIN_agreement,
-                )
-        if heir is not None:
-            yield from _options_agreement(group, found.groups[heir], _called(found.groups, heir), live[heir])
-    trainable = {bare_name(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for one in expected.outside:
-        if one.name in where and one.name in trainable:  # of a frozen one it is said without a spec
-            yield Finding(
-                "groups.moved",
-                "error",
-                one.name,
-                f"{quoted(one.name)} {one.shape} is in {_called(found.groups, where[one.name])}, and the spec "
-                "freezes it",
-                _AGAIN_agreement,
+    expected, found = lock_plan(assignment.plan), lock_live(inventory, live)
+    speed = options_of_kind("speed")
+    differences = compare_groups(
+        _views(expected), _views(found), ignored=lambda _, group: speed | overwritten_options(group.options)
+    )
+    for difference in differences.groups:
+        group = expected.groups[difference.expected]
+        for name, number in difference.moved:
+            message = (
+                f"the live group of {quoted(name)} {expected.parameters[name].shape} is {_label(found, number)}, and "
+                f"the spec says {quoted(group.name)}"
             )
+            yield codes.MOVED.finding(name, message, _BUILD_AGAIN)
+        if difference.found is not None:
+            yield from _spec_options(group.name, _label(found, difference.found), difference)
+    trainable = {bare_name(parameter.name) for parameter in inventory.trainable()}
+    for one in expected.outside:
+        if one.name in differences.found_groups and one.name in trainable:  # frozen parameters have a code of their own
+            label = _label(found, differences.found_groups[one.name])
+            message = f"{quoted(one.name)} {one.shape} is in {label}, and the spec freezes it"
+            yield codes.MOVED.finding(one.name, message, _BUILD_AGAIN)
 
 
-def _options_agreement(group: LockedGroup, now: LockedGroup, where: str, live: Mapping[str, Any]) -> Iterator[Finding]:
-    ignored = driven_options(live) | options_of_kind("speed")
-    wrong = [
-        (f"{key}={now.options[key]!r}" if key in now.options else f"no {key}", f"{key}={value!r}")
-        for key, value in group.options.items()
-        if key not in ignored and (key not in now.options or now.options[key] != value)
+def _spec_options(key: str, label: str, difference: GroupDifference) -> Iterator[Finding]:
+    pairs = [
+        (f"no {one.key}" if one.is_absent else f"{one.key}={one.found!r}", f"{one.key}={one.expected!r}")
+        for one in difference.options
     ]
-    if group.optimizer and now.optimizer and group.optimizer != now.optimizer:
-        wrong.insert(0, (now.optimizer, group.optimizer))
-    if wrong:
-        has, says = (", ".join(side) for side in zip(*wrong, strict=True))
-        yield Finding(
-            "groups.options",
-            "error",
-            group.name,
-            f"{where} trains with {has}, and the spec says {says}",
-            "build the groups from the spec again; load_state_dict() puts the options of the file in their place",
+    if difference.optimizer is not None:
+        wanted, actual = difference.optimizer
+        pairs.insert(0, (actual, wanted))
+    if pairs:
+        has, says = (", ".join(side) for side in zip(*pairs, strict=True))
+        yield codes.OPTIONS.finding(
+            key,
+            f"{label} trains with {has}, and the spec says {says}",
+            "build the groups from the spec again; load_state_dict() replaces the options by those of the file",
         )
 
 
-def _called(groups: tuple[LockedGroup, ...], number: int) -> str:
-    name = groups[number].name
+def _label(lock: ParamGroupsLock, number: int) -> str:
+    name = lock.groups[number].name
     return name if name == f"group {number}" else f"group {number} ({quoted(name)})"

@@ -1,4 +1,4 @@
-"""What was trained with what, as a value to keep beside a run: every name, its place, shape, ties and options."""
+"""A lock of param groups: every parameter with its group, position, shape, ties and options, kept beside a run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from functools import cached_property
 from typing import Any
 
 from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.live import read_groups
-from ckptkit.param_groups.parameters import bare_name, take_inventory
+from ckptkit.param_groups.live import LiveGroups, read_groups
+from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, assign
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, live_parameter_table, parameter_table
@@ -26,6 +27,7 @@ __all__ = [
     "ParamGroupsLock",
     "is_lock",
     "lock_document",
+    "lock_live",
     "lock_model",
     "lock_optimizer",
     "lock_param_groups",
@@ -34,9 +36,14 @@ __all__ = [
     "plain_option",
 ]
 
+SCHEMA = "ckptkit.groups-lock/1"
+# The lock has names in fields of their own, and the learning rate before schedulers changed it as ``lr``.
+_NOT_LOCKED = options_of_kind("members", "name") | {"initial_lr"}
+_WRITE_AGAIN = "write it again with ckpt groups lock"
+
 
 def plain_option(value: Any) -> Any:
-    """Return what JSON can hold of an option: NaN and Inf as strings, a tensor as its number, else its ``str``."""
+    """Return an option as JSON can hold it: NaN and Inf as strings, a tensor as numbers, any other object as text."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, str | int):
@@ -50,14 +57,9 @@ def plain_option(value: Any) -> Any:
     return str(value)
 
 
-SCHEMA = "ckptkit.groups-lock/1"
-# The lock has the learning rate before schedulers changed it as ``lr``, and the names of groups and members elsewhere.
-_NOT_LOCKED = options_of_kind("members", "name") | {"initial_lr"}
-
-
 @dataclass(frozen=True, slots=True)
 class LockedParameter:
-    """One parameter: ``index`` is its place in the state_dict of its optimizer, None where it is in no group."""
+    """One parameter; ``index`` is its position in the state_dict of its optimizer, None where no group has it."""
 
     name: str
     index: int | None
@@ -71,24 +73,24 @@ class LockedParameter:
 
 @dataclass(frozen=True, slots=True)
 class LockedGroup:
-    """One group with its options as numbers and text, and the optimizer class where it is known."""
+    """One group: its options as JSON values, its parameters in order, and the class of its optimizer or None."""
 
     name: str
-    options: Mapping[str, Any]
+    options: Mapping[str, object]
     parameters: tuple[LockedParameter, ...]
     optimizer: str | None = None
 
 
 @dataclass(frozen=True)
 class ParamGroupsLock:
-    """The groups in the order of the optimizer, and ``outside`` the parameters that are in none, as frozen ones are."""
+    """The groups in the order of the optimizer; ``outside`` are the parameters in no group, such as frozen ones."""
 
     groups: tuple[LockedGroup, ...]
     outside: tuple[LockedParameter, ...] = ()
 
     @cached_property
     def parameters(self) -> Mapping[str, LockedParameter]:
-        """Every parameter by its first name, those outside too."""
+        """Every parameter by its first name, also those outside the groups."""
         grouped = (parameter for group in self.groups for parameter in group.parameters)
         return {parameter.name: parameter for parameter in (*grouped, *self.outside)}
 
@@ -101,10 +103,10 @@ class ParamGroupsLock:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def lock_param_groups(model: Any, spec: SpecLike) -> ParamGroupsLock:
-    """Return what ``build_param_groups`` makes of ``spec`` over ``model``, with the place of each parameter.
+def lock_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGroupsLock:
+    """Return the lock of the groups that ``build_param_groups`` makes from ``spec`` for ``model``.
 
-    ``model`` is what ``plan_param_groups`` takes, and what it raises is raised here.
+    ``model`` is any argument that ``plan_param_groups`` accepts. Raises what ``plan_param_groups`` raises.
     """
     assignment = assign(parameter_table(model), spec)
     assignment.report.raise_for_errors()
@@ -112,77 +114,72 @@ def lock_param_groups(model: Any, spec: SpecLike) -> ParamGroupsLock:
 
 
 def lock_plan(plan: ParamGroupsPlan) -> ParamGroupsLock:
-    """Return what ``build_param_groups`` makes of a plan without errors, with the place of each parameter."""
-    indices: dict[str | None, int] = {}
+    """Return the lock of the groups that a plan without errors makes."""
+    counts: dict[str | None, int] = {}
     groups = []
     for group in plan.groups:
-        start = indices.get(group.optimizer, 0)
-        indices[group.optimizer] = start + len(group.parameters)
-        groups.append(
-            LockedGroup(
-                group.name,
-                _plain_options(group.options),
-                tuple(_planned(one, start + place) for place, one in enumerate(group.parameters)),
-                group.optimizer,
-            )
-        )
-    return ParamGroupsLock(
-        tuple(groups),
-        tuple(_planned(one, None) for one in (*plan.frozen, *plan.freeze)),
-    )
+        start = counts.get(group.optimizer, 0)
+        counts[group.optimizer] = start + len(group.parameters)
+        parameters = tuple(_locked_planned(one, start + index) for index, one in enumerate(group.parameters))
+        groups.append(LockedGroup(group.name, _plain_options(group.options), parameters, group.optimizer))
+    outside = tuple(_locked_planned(one, None) for one in (*plan.frozen, *plan.freeze))
+    return ParamGroupsLock(tuple(groups), outside)
 
 
 def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
-    """Return what an optimizer, a list of optimizers, or a list of group dicts really holds of ``model``.
+    """Return the lock of the groups that an optimizer, a list of optimizers, or a list of group dicts has now.
 
-    Parameters are told by identity and go by the model's names; those that are not in the model are left out, as
-    ``validate_param_groups`` names them. The learning rate is the one before schedulers moved it. Raises
+    Parameters are identified by ``id()`` and named as in ``model``. Tensors that are not in ``model`` are left out;
+    ``validate_param_groups`` reports them. The learning rate is the one before schedulers changed it. Raises
     ``GroupsError`` as ``validate_param_groups`` does.
     """
-    inventory = take_inventory(model)
+    return lock_live(take_inventory(model), read_groups(groups))
+
+
+def lock_live(inventory: Inventory, live: LiveGroups) -> ParamGroupsLock:
+    """Return the lock of live groups that were read before."""
     infos = live_parameter_table(inventory).by_name
-    read, members, _ = read_groups(groups)
-    indices: dict[int, int] = {}
-    places: dict[int, list[LockedParameter]] = {id(group): [] for group in read}
-    held: set[str] = set()
-    for member in members:
-        index = indices.get(id(member.group.optimizer), 0)
-        indices[id(member.group.optimizer)] = index + 1
-        live = inventory.parameters.get(id(member.tensor))
-        if live is not None and live.name not in held:  # what stands there twice is the validator's to tell
-            held.add(live.name)
-            places[id(member.group)].append(_locked(infos[live.name], index))
+    counts: dict[int, int] = {}
+    members: dict[int, list[LockedParameter]] = {id(group): [] for group in live.groups}
+    grouped: set[str] = set()
+    for member in live.members:
+        index = counts.get(id(member.group.optimizer), 0)
+        counts[id(member.group.optimizer)] = index + 1
+        parameter = inventory.parameters.get(id(member.tensor))
+        if parameter is not None and parameter.name not in grouped:  # the validator reports a parameter in two groups
+            grouped.add(parameter.name)
+            members[id(member.group)].append(_locked(infos[parameter.name], index))
     return ParamGroupsLock(
         tuple(
             LockedGroup(
-                str(group.options.get("name", group.options.get("group_name", f"group {number}"))),
+                f"group {number}" if group.name is None else group.name,
                 _plain_options(group.options),
-                tuple(places[id(group)]),
+                tuple(members[id(group)]),
                 None if group.optimizer is None else type(group.optimizer).__name__,
             )
-            for number, group in enumerate(read)
+            for number, group in enumerate(live.groups)
         ),
-        tuple(_locked(infos[live.name], None) for live in inventory.parameters.values() if live.name not in held),
+        tuple(_locked(infos[one.name], None) for one in inventory.parameters.values() if one.name not in grouped),
     )
 
 
 def lock_model(table: ParameterTable) -> ParamGroupsLock:
-    """Return the parameters of a model alone, in no group."""
+    """Return a lock without groups: the parameters of a model alone."""
     return ParamGroupsLock((), tuple(_locked(info, None) for info in table.parameters))
 
 
-# Wrapping a model changes names and nothing else, so a lock knows the bare ones.
+# Wrapping a model changes names and nothing else, so a lock has the names without wrappers.
 def _locked(info: ParameterInfo, index: int | None) -> LockedParameter:
     aliases = tuple(bare_name(alias.name) for alias in info.aliases)
     return LockedParameter(bare_name(info.name), index, info.shape or (), info.dtype, aliases)
 
 
-def _planned(one: PlannedParameter, index: int | None) -> LockedParameter:
+def _locked_planned(one: PlannedParameter, index: int | None) -> LockedParameter:
     name, aliases = bare_name(one.name), tuple(map(bare_name, one.aliases))
     return LockedParameter(name, index, one.shape, one.dtype, aliases, one.rule, one.modifiers, one.layer)
 
 
-def _plain_options(options: Mapping[str, Any]) -> dict[str, Any]:
+def _plain_options(options: Mapping[str, Any]) -> dict[str, object]:
     plain = {key: plain_option(value) for key, value in options.items() if key not in _NOT_LOCKED}
     if "initial_lr" in options:
         plain["lr"] = plain_option(initial_lr(options))
@@ -207,7 +204,7 @@ def lock_document(lock: ParamGroupsLock) -> dict[str, Any]:
     }
 
 
-def _parameter_document(one: LockedParameter) -> dict[str, Any]:
+def _parameter_document(one: LockedParameter) -> dict[str, object]:
     return {
         "name": one.name,
         "index": one.index,
@@ -220,18 +217,18 @@ def _parameter_document(one: LockedParameter) -> dict[str, Any]:
     }
 
 
-def is_lock(document: Any) -> bool:
-    """Return whether a parsed JSON document says that it is a lock."""
+def is_lock(document: object) -> bool:
+    """Return whether a parsed JSON document has the schema of a lock."""
     return isinstance(document, Mapping) and document.get("schema") == SCHEMA
 
 
-def parse_lock(document: Any) -> ParamGroupsLock:
-    """Return the lock that a parsed JSON document holds.
+def parse_lock(document: object) -> ParamGroupsLock:
+    """Return the lock in a parsed JSON document.
 
-    Raises ``GroupsError`` where it is none, holds a name twice, or does not have the fingerprint that it gives.
+    Raises ``GroupsError`` where the document is not a lock, has one name twice, or does not match its fingerprint.
     """
-    if not is_lock(document):
-        raise GroupsError("is no lock of param groups", hint="ckpt groups lock writes one")
+    if not isinstance(document, Mapping) or not is_lock(document):
+        raise GroupsError("not a valid lock of param groups", hint="ckpt groups lock writes one")
     lock = ParamGroupsLock(
         tuple(
             LockedGroup(
@@ -246,17 +243,17 @@ def parse_lock(document: Any) -> ParamGroupsLock:
     )
     names = [one.name for group in lock.groups for one in group.parameters] + [one.name for one in lock.outside]
     if len(set(names)) < len(names):
-        twice = next(name for place, name in enumerate(names) if name in names[:place])
-        raise GroupsError(f"the lock holds {quoted(twice)} twice", hint="write it again with ckpt groups lock")
+        repeated = next(name for index, name in enumerate(names) if name in names[:index])
+        raise GroupsError(f"the lock has {quoted(repeated)} twice", hint=_WRITE_AGAIN)
     if document.get("fingerprint") != f"sha256:{lock.fingerprint}":
         raise GroupsError(
             "the lock was changed after it was written: its names and shapes do not have its fingerprint",
-            hint="write it again with ckpt groups lock",
+            hint=_WRITE_AGAIN,
         )
     return lock
 
 
-def _parameters(table: Mapping[str, Any], key: str) -> tuple[LockedParameter, ...]:
+def _parameters(table: Mapping[str, object], key: str) -> tuple[LockedParameter, ...]:
     return tuple(
         LockedParameter(
             _field(one, "name", str),
@@ -272,18 +269,15 @@ def _parameters(table: Mapping[str, Any], key: str) -> tuple[LockedParameter, ..
     )
 
 
-def _list(table: Any, key: str, kind: Any = Mapping) -> Sequence[Any]:
-    values = _field(table, key, list)
+def _list(table: object, key: str, kind: Any = Mapping) -> Sequence[Any]:
+    values: list[Any] = _field(table, key, list)
     if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
-        raise GroupsError(f"the lock has a list {quoted(key)} of other things than it should hold")
-    return values  # type: ignore[no-any-return]
+        raise GroupsError(f"the lock has a wrong type of entry in {quoted(key)}", hint=_WRITE_AGAIN)
+    return values
 
 
-def _field(table: Any, key: str, kind: Any) -> Any:
+def _field(table: object, key: str, kind: Any) -> Any:
     value = table.get(key) if isinstance(table, Mapping) else None
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise GroupsError(
-            f"the lock has {kind_of(value)} where {quoted(key)} should stand",
-            hint="write it again with ckpt groups lock",
-        )
+        raise GroupsError(f"the lock has {kind_of(value)} as {quoted(key)}", hint=_WRITE_AGAIN)
     return value

@@ -84,7 +84,8 @@ class _Work:
 
     def read(self, *, guess: bool, beside: set[int]) -> None:
         """Decide who stands where."""
-        read, self.members, _ = read_groups(self.optimizer)
+        live = read_groups(self.optimizer)
+        read, self.members = live.groups, live.members
         self.beside = beside
         self.replacements = find_replacements(self.inventory, self.members, guess=guess, beside=beside)
         gone = not any(replacement.live for replacement in self.replacements.values())

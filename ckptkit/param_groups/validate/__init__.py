@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,9 +12,9 @@ from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.compare import compare_with_spec, diff_locks
-from ckptkit.param_groups.live import by_optimizer, read_groups
-from ckptkit.param_groups.lock import ParamGroupsLock, lock_optimizer
-from ckptkit.param_groups.parameters import take_inventory
+from ckptkit.param_groups.live import LiveGroups, read_groups
+from ckptkit.param_groups.lock import ParamGroupsLock, lock_live
+from ckptkit.param_groups.parameters import Inventory, take_inventory
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.validate.membership import (
     check_membership,
@@ -56,19 +56,18 @@ def validate_param_groups(
     ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
     """
     with pause_gc():
-        findings = _check_live_groups(model, groups, schedulers)
+        inventory, driving, live = take_inventory(model), read_schedulers(schedulers), read_groups(groups)
+        findings = _check_live_groups(inventory, live, driving, groups)
         if spec is not None:
-            findings.extend(compare_with_spec(model, groups, spec))
+            findings.extend(compare_with_spec(inventory, live, spec))
         if lock is not None:
-            findings.extend(diff_locks(lock, lock_optimizer(model, groups)).findings)
+            findings.extend(diff_locks(lock, lock_live(inventory, live)).findings)
         return Report(tuple(findings), GroupsError)
 
 
-def _check_live_groups(model: Module, given: Any, given_schedulers: Any) -> list[Finding]:
-    inventory = take_inventory(model)
-    schedulers = read_schedulers(given_schedulers)
-    groups, members, findings = read_groups(given)
-    optimizers = by_optimizer(groups, members)
+def _check_live_groups(inventory: Inventory, live: LiveGroups, schedulers: Sequence[Any], given: Any) -> list[Finding]:
+    groups, members, optimizers = live.groups, live.members, live.optimizers
+    findings = list(live.findings)
     findings.extend(check_shared_groups(groups))
     findings.extend(check_wrappers(given))
     findings.extend(check_names(inventory, groups, members))
