@@ -1,4 +1,4 @@
-"""How much of a model something reaches, module by module, at the depth where it shows."""
+"""How much of each module was loaded, at the depth where modules differ."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ckptkit.core.checkpoint import TensorInfo
 
 __all__ = ["ModuleCoverage", "coverage_by_module", "group_by_module"]
 
-_MOST_SECTIONS = 32
+_MAX_MODULES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class ModuleCoverage:
-    """One module, or one tensor that lies beside modules: how many of its tensors and elements were filled."""
+    """How many tensors and elements of one module, or of one tensor without siblings, were loaded."""
 
     module: str
     loaded: int
@@ -25,36 +25,36 @@ class ModuleCoverage:
 
 
 def coverage_by_module(infos: Iterable[TensorInfo], loaded: AbstractSet[str]) -> tuple[ModuleCoverage, ...]:
-    """Return a row for each module; one of which a part was filled is opened, as far as the rows stay few."""
+    """Return one row for each module, or for its submodules if only a part of it was loaded."""
     elements = {info.key: info.elements for info in infos}
     rows = []
     for module, keys in group_by_module({key: key in loaded for key in elements}):
-        filled = [key for key in keys if key in loaded]
-        counts = (sum(elements[key] for key in some) for some in (filled, keys))
-        rows.append(ModuleCoverage(module, len(filled), len(keys), *counts))
+        loaded_keys = [key for key in keys if key in loaded]
+        loaded_elements, all_elements = (sum(elements[key] for key in some) for some in (loaded_keys, keys))
+        rows.append(ModuleCoverage(module, len(loaded_keys), len(keys), loaded_elements, all_elements))
     return tuple(rows)
 
 
 def group_by_module(labels: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
-    """Return the keys by module, in their order: of the children of the model, those with unlike labels opened.
+    """Return the keys by module, in their order; a module whose keys have different labels is split into submodules.
 
-    A section is called by its prefix without the last dot, or by its one key where that lies beside modules. Modules
-    are opened level by level, and no further where that would make more than 32 sections.
+    Each row begins with the name of the module; for a tensor that is not in such a module, with its key. Modules are
+    split level by level, as long as there are at most 32 rows.
     """
-    found = _opened("", list(labels))
-    while len(found) == 1 and found[0][0] != found[0][1][0]:
-        found = _opened(*found[0])
+    modules = _split("", list(labels))
+    while len(modules) == 1 and modules[0][0] != modules[0][1][0]:
+        modules = _split(*modules[0])
     while True:
-        opened: list[tuple[str, list[str]]] = []
-        for prefix, keys in found:
+        finer: list[tuple[str, list[str]]] = []
+        for prefix, keys in modules:
             mixed = len({labels[key] for key in keys}) > 1
-            opened += _opened(prefix, keys) if mixed else [(prefix, keys)]
-        if opened == found or len(opened) > _MOST_SECTIONS:
-            return found
-        found = opened
+            finer += _split(prefix, keys) if mixed else [(prefix, keys)]
+        if finer == modules or len(finer) > _MAX_MODULES:
+            return modules
+        modules = finer
 
 
-def _opened(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:
+def _split(prefix: str, keys: list[str]) -> list[tuple[str, list[str]]]:
     start = len(prefix) + 1 if prefix else 0
     parts: dict[str, list[str]] = {}
     for key in keys:

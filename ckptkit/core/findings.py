@@ -1,4 +1,4 @@
-"""Findings, the codes that name their kinds, and the report that holds them."""
+"""Findings, the codes of their kinds, and the report that collects them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ Severity = Literal["error", "warning", "note"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One finding: a stable ``code``, the FQN it is about (or empty), what is wrong and the way out."""
+    """One finding of a check.
+
+    Attributes:
+        code: The stable name of the kind of finding; docs/codes.md lists the codes.
+        severity: ``"error"``, ``"warning"`` or ``"note"``.
+        key: The name of the tensor or parameter, or an empty string.
+        message: What is wrong, in one sentence.
+        hint: What to do about it, or an empty string.
+    """
 
     code: str
     severity: Severity
@@ -28,21 +36,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One kind of finding: its stable name, the severities that it can have (the usual one first), one sentence."""
+    """One kind of finding: its stable name, its possible severities (the usual one first), and what it means."""
 
     name: str
     severities: tuple[Severity, ...]
     meaning: str
 
     def finding(self, key: str, message: str, hint: str = "", *, severity: Severity | None = None) -> Finding:
-        """Return a finding of this kind about ``key``, at the usual severity where none is given."""
+        """Return a finding of this kind about ``key``; without ``severity``, with the usual severity."""
         if severity is not None and severity not in self.severities:
             raise ValueError(f"{self.name} is declared as {' or '.join(self.severities)}, not as {severity}")
         return Finding(self.name, severity or self.severities[0], key, message, hint)
 
 
 def codes_in(namespace: Mapping[str, object]) -> tuple[Code, ...]:
-    """Return the codes that a module defines, in its order; a module passes its ``globals()``."""
+    """Return the codes among the globals of a module, in order; the module passes its ``globals()``."""
     return tuple(value for value in namespace.values() if isinstance(value, Code))
 
 
@@ -66,7 +74,10 @@ class ReaderWarning(str):
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of one check, in the order in which they were found; ``ok`` where none is an error."""
+    """The findings of one check, in the order in which they were found.
+
+    ``error`` is the exception class that ``raise_for_errors`` raises.
+    """
 
     findings: tuple[Finding, ...] = ()
     error: type[CkptkitError] = CkptkitError
@@ -78,12 +89,12 @@ class Report:
 
     @property
     def summary(self) -> dict[str, int]:
-        """Number of errors, warnings and notes."""
+        """The number of errors, warnings and notes."""
         count = Counter(finding.severity for finding in self.findings)
         return {"errors": count["error"], "warnings": count["warning"], "notes": count["note"]}
 
     def __str__(self) -> str:
-        """One line a finding with its hint, then the count."""
+        """Return one line for each finding, with its hint, then the counts."""
         lines = [
             one_line(f"{f.severity}: {f.message}  [{f.code}]" + (f" ({f.hint})" if f.hint else ""))
             for f in self.findings
@@ -92,9 +103,9 @@ class Report:
         return "\n".join([*lines, ", ".join(parts) or "no findings"])
 
     def raise_for_errors(self, *, warnings: bool = False) -> None:
-        """Raise the first error, saying how many more there are; do nothing where there is none.
+        """Raise the first error as an exception, with the number of further errors; do nothing if there is no error.
 
-        With ``warnings`` they count too, after the errors.
+        With ``warnings``, warnings count as errors too, after the errors.
         """
         errors = [finding for finding in self.findings if finding.severity == "error"]
         if warnings:

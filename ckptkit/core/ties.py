@@ -1,4 +1,4 @@
-"""Which tensors of a checkpoint lie in the same memory: ties, and views that overlap."""
+"""Tensors of a checkpoint that share memory: tied tensors, and views that overlap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["overlapping_tensors", "shared_keys", "tied_keys"]
 
 
 def tied_keys(infos: Iterable[TensorInfo]) -> list[list[str]]:
-    """Return the groups of two or more keys that are the very same tensor: one place, one shape, one dtype."""
+    """Return groups of two or more keys that are one tensor: the same memory, shape and dtype."""
     places: dict[tuple[View, tuple[int, ...], str], list[str]] = {}
     for info in infos:
         if info.view is not None and info.elements:
@@ -19,9 +19,9 @@ def tied_keys(infos: Iterable[TensorInfo]) -> list[list[str]]:
 
 
 def overlapping_tensors(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
-    """Return the groups of two or more views that overlap in memory, directly or through others.
+    """Return groups of two or more views that overlap in memory, directly or through other views of the group.
 
-    Two views of one storage that do not overlap share nothing, as in safetensors.
+    Two views of one storage that do not overlap are in no group, as in safetensors.
     """
     storages: dict[int, list[TensorInfo]] = {}
     for info in infos:
@@ -41,16 +41,16 @@ def overlapping_tensors(infos: Iterable[TensorInfo]) -> list[list[TensorInfo]]:
     return [group for group in groups if len(group) > 1]
 
 
-# A hostile file can make every tensor share one storage; listing all pairs would be quadratic.
-_MOST_SHARED = 64
+# In a hostile file all tensors may share one storage, and listing all pairs would take quadratic time.
+_MAX_SHARED = 64
 
 
 def shared_keys(infos: Mapping[str, TensorInfo]) -> dict[str, tuple[str, ...]]:
-    """Return for each tensor that shares memory the keys of those that share it (the first 64 of them)."""
+    """Return the tensors that share memory: each key with the first 64 keys that share its memory."""
     shared: dict[str, tuple[str, ...]] = {}
     for group in overlapping_tensors(infos.values()):
         keys = tuple(info.key for info in group)
-        first = keys[:_MOST_SHARED]
-        shared |= dict.fromkeys(keys[_MOST_SHARED:], first)
+        first = keys[:_MAX_SHARED]
+        shared |= dict.fromkeys(keys[_MAX_SHARED:], first)
         shared |= {key: tuple(other for other in first if other != key) for key in first}
     return shared
