@@ -302,7 +302,7 @@ def test_rows_that_were_there_go_on_bit_by_bit_where_the_state_is_padded(kind: s
         ("AdamW", lambda model: setattr(model, "emb", nn.Embedding(8, 4)), "does not begin with the rows of the older"),
         ("AdamW", lambda model: setattr(model.emb.weight, "data", torch.ones(4, 4)), "did not grow by rows"),
         ("AdamW", lambda model: setattr(model.emb.weight, "data", torch.ones(8, 5)), "did not grow by rows"),
-        ("Adafactor", lambda model: resize(model, 8, new_object=False), "no state to begin new rows with"),
+        ("Adafactor", lambda model: resize(model, 8, new_object=False), "initial value of a new row is not known"),
     ],
     ids=["another-embedding", "shrunk", "wider", "factored"],
 )
@@ -381,7 +381,7 @@ def test_weights_that_were_tied_since_stand_once() -> None:
     model["head"].weight = model["emb"].weight
     report = rebind(optimizer, model)
     assert said(report)[0] == ("removed", "head.weight")
-    assert "it is 'emb.weight' now" in report.findings[0].message
+    assert "the model now has 'emb.weight' instead" in report.findings[0].message
     assert validate_param_groups(model, optimizer).ok
 
 
@@ -490,7 +490,7 @@ REFUSALS: dict[str, tuple[Callable[[Net], Any], dict[str, Any], str]] = {
         "none of the 1 parameter of the optimizer is in the model, by identity or by name",
     ),
     "two-of-one-name": (crossed, {}, "would both become 'fc.bias'"),
-    "no-such-group": (lambda model: adamw(grouped(model)), {"add_missing": "tail"}, "no one group is called 'tail'"),
+    "no-such-group": (lambda model: adamw(grouped(model)), {"add_missing": "tail"}, "no group has the name 'tail'"),
     "no-such-index": (lambda model: adamw(grouped(model)), {"add_missing": 2}, "there is no group 2"),
     "params-given": (
         lambda model: adamw([("fc.bias", model.fc.bias)]),
@@ -520,7 +520,11 @@ REFUSALS: dict[str, tuple[Callable[[Net], Any], dict[str, Any], str]] = {
         r"add_missing: lr is negative \(-1\)",
     ),
     "no-rate": (lambda model: adamw([("fc.bias", model.fc.bias)]), {"add_missing": {"lr": "x"}}, "lr is the string"),
-    "no-name": (lambda model: adamw([("fc.bias", model.fc.bias)]), {"add_missing": {1: 2}}, "the option 1 has no name"),
+    "no-name": (
+        lambda model: adamw([("fc.bias", model.fc.bias)]),
+        {"add_missing": {1: 2}},
+        "1 is not the name of an option",
+    ),
 }
 
 

@@ -184,13 +184,16 @@ REFUSALS: dict[str, tuple[Make, str]] = {
         lambda one: lrs.OneCycleLR(one, 1.0, total_steps=9),
         "the new group has no initial_lr .*max_momentum",
     ),
-    "CyclicLR": (lambda one: lrs.CyclicLR(one, 0.1, 1.0), "CyclicLR made max_lr, base_momentum, max_momentum of each"),
-    "SWALR": (lambda one: SWALR(one, swa_lr=0.1), "SWALR blends"),
-    "different-lambdas": (two_rates, "LambdaLR has a lr_lambda for each group, and they differ"),
-    "behind": (late_group, r"StepLR knows 1 group \(base_lrs\), and the optimizer has 2"),
-    "of-others": (Own, "Own is none of torch's schedulers"),
+    "CyclicLR": (
+        lambda one: lrs.CyclicLR(one, 0.1, 1.0),
+        "CyclicLR wrote max_lr, base_momentum, max_momentum into each",
+    ),
+    "SWALR": (lambda one: SWALR(one, swa_lr=0.1), "SWALR anneals"),
+    "different-lambdas": (two_rates, "LambdaLR has a different lr_lambda for each group"),
+    "behind": (late_group, r"StepLR has base_lrs for 1 group, and the optimizer has 2"),
+    "of-others": (Own, "Own is not a scheduler of torch"),
     "another-optimizer": (lambda _: lrs.StepLR(setting()[1], 2), "StepLR drives another optimizer"),
-    "no-product": (cosines, "ConstantLR and CosineAnnealingLR act on one rate together"),
+    "no-product": (cosines, "ConstantLR and CosineAnnealingLR change the same learning rate"),
     "not-given": (not_given, "a new group needs the schedulers"),
 }
 

@@ -1,18 +1,19 @@
-"""An optimizer made to hold the model as it is after surgery: the same object, with the state that still fits."""
+"""Make an optimizer hold the current parameters of a model that has changed, and keep the state that still fits."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
-from ckptkit.core.findings import Finding, Report, Severity
+from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import human_bytes, kind_of, listed, plural, quoted
 from ckptkit.core.torch_optim import OptimizerSchema, schema_of
-from ckptkit.core.torch_types import Module, Optimizer
+from ckptkit.core.torch_types import Module, Optimizer, Tensor
 from ckptkit.errors import GroupsError
+from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import Member, read_groups, single_optimizer
 from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name, take_inventory
 from ckptkit.param_groups.rebind.replaced import Replacement, find_replacements
@@ -24,7 +25,7 @@ from ckptkit.param_groups.validate.schedulers import read_schedulers
 
 __all__ = ["rebind"]
 
-Place = tuple[Any, str | None]  # a parameter, and the name that is recorded with it
+_ADD_MISSING = "add_missing takes the name or index of a group, or the options of a new group"
 
 
 def rebind(
@@ -37,300 +38,344 @@ def rebind(
     guess: bool = False,
     beside: Module | Optimizer | Iterable[Module | Optimizer] = (),
 ) -> Report:
-    """Make ``optimizer`` hold the parameters of ``model`` as they are now, and return what was done, a note each.
+    """Make ``optimizer`` hold the current parameters of ``model``, and return a note for each change.
 
-    For after a new head, resized embeddings, ``load_state_dict(assign=True)``, ``to_empty``, weight norm: each
-    parameter that was replaced gives its place to the one of its name (or memory), with the state that still fits;
-    what the model has no more is taken out, with its state. Optimizer, group dicts and their order stay the
-    same objects, so that schedulers, scalers and wrappers go on. Everything is decided before anything is changed.
+    Use it after a new head, resized embeddings, ``load_state_dict(assign=True)``, ``to_empty`` or weight norm. A
+    parameter that was replaced makes room for its replacement: the parameter with its name, or with its memory. State
+    that still fits is kept. Tensors that are no longer in the model are removed with their state. The optimizer, its
+    group dicts and their order stay the same, so schedulers, gradient scalers and wrappers continue to work. Nothing
+    is changed before everything is decided.
 
-    ``add_missing`` adds trainable parameters that no group has: to the group of that name or index, or, of a
-    mapping, to a new group with these options, for which ``schedulers`` (one, or all that there are) are extended:
-    its ``lr`` is what it would have had at their start. Without it they are warned of. ``on_shape`` says what
-    becomes of state of another shape: ``drop``, ``pad`` with zeros where rows were added, or ``error``. ``guess``
-    lets shape and place decide where names are not recorded. ``beside`` are modules that it trains too, and
-    other optimizers that share the model: theirs is left alone. Codes: ``rebind.repointed``, ``removed``,
-    ``added``, ``renamed``, ``state-dropped``, ``state-converted``, ``missing``. Raises ``GroupsError`` where anything
-    cannot be decided; nothing is changed then.
+    - ``add_missing`` adds the trainable parameters that are in no group: to the group with this name or index, or to a
+      new group with these options. Its ``lr`` is the rate at the start of the schedulers. None: they are reported.
+    - ``schedulers``: one scheduler, or all of them. They are extended for a new group.
+    - ``on_shape`` decides about state whose shape no longer fits: ``"drop"``, ``"error"``, or ``"pad"``, which adds
+      rows with initial values.
+    - ``guess`` allows shape and position to identify a parameter, for an optimizer without recorded names.
+    - ``beside``: modules that the optimizer trains too, and other optimizers of the model. Their parameters are left
+      alone.
+
+    Codes: ``rebind.repointed``, ``removed``, ``added``, ``renamed``, ``state-dropped``, ``state-converted``,
+    ``missing``. Raises ``GroupsError`` where something cannot be decided; nothing is changed then.
     """
     if on_shape not in ("drop", "pad", "error"):
-        raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape is "drop", "pad" or "error"')
-    work = _Work(single_optimizer(optimizer), take_inventory(model), on_shape)
-    work.read(guess=guess, beside=_tensors_beside(beside))
-    work.move_state()
-    work.place_missing(add_missing, schedulers)
-    work.move_shared()
-    return work.carry_out()
+        raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape must be "drop", "pad" or "error"')
+    work = _Rebind(single_optimizer(optimizer), take_inventory(model), on_shape)
+    work.replace_parameters(guess=guess, beside=_tensor_ids(beside))
+    work.plan_state()
+    work.plan_missing(add_missing, schedulers)
+    work.plan_shared_state()
+    return work.apply()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slot:
+    """One entry of the ``params`` of a group: the parameter, and the name that is recorded with it."""
+
+    tensor: Tensor
+    name: str | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StateMove:
+    """A change of ``optimizer.state``: the entry of ``old`` is removed, and ``new`` gets ``slots``."""
+
+    old: object = None
+    new: Tensor | None = None
+    slots: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
-class _Work:
-    """What will be done to one optimizer, while it is decided."""
+class _Rebind:
+    """The planned changes to one optimizer."""
 
     optimizer: Any
     inventory: Inventory
     on_shape: OnShape
     findings: list[Finding] = field(default_factory=list)
     members: Sequence[Member] = ()
-    beside: Collection[int] = ()
+    beside: Collection[int] = ()  # ids of tensors that are left alone
     replacements: Mapping[int, Replacement] = field(default_factory=dict)
-    places: list[list[Place]] = field(default_factory=list)  # of each group, as it will be
-    state: list[tuple[Any, Any, Mapping[str, Any]]] = field(default_factory=list)  # from, to, slots
+    params: list[list[_Slot]] = field(default_factory=list)  # the new params of each group
+    moves: list[_StateMove] = field(default_factory=list)
     new_group: dict[str, Any] | None = None
-    joining: SchedulerExtension | None = None
+    extension: SchedulerExtension | None = None
 
-    def say(self, code: str, name: str, message: str, hint: str = "", severity: Severity = "note") -> None:
-        self.findings.append(Finding(f"rebind.{code}", severity, name, message, hint))
-
-    def read(self, *, guess: bool, beside: set[int]) -> None:
-        """Decide who stands where."""
-        live = read_groups(self.optimizer)
-        read, self.members = live.groups, live.members
+    def replace_parameters(self, *, guess: bool, beside: set[int]) -> None:
+        """Plan the new params of each group."""
+        groups = read_groups(self.optimizer)
+        self.members = groups.members
         self.beside = beside
         self.replacements = find_replacements(self.inventory, self.members, guess=guess, beside=beside)
-        gone = not any(replacement.live for replacement in self.replacements.values())
-        if gone and self.replacements and len(self.replacements) == len({id(one.tensor) for one in self.members}):
+        none_found = not any(replacement.live for replacement in self.replacements.values())
+        if none_found and self.replacements and len(self.replacements) == len({id(one.tensor) for one in self.members}):
             raise GroupsError(
                 f"none of the {plural(len(self.replacements), 'parameter')} of the optimizer is in the model, "
                 "by identity or by name",
                 hint="pass the model that this optimizer trains",
             )
-        by_group: dict[int, list[Place]] = {id(group): [] for group in read}
+        by_group: dict[int, list[_Slot]] = {id(group): [] for group in groups.groups}
         for member in self.members:
-            by_group[id(member.group)].extend(self._successors(member))
-        self.places = list(by_group.values())
+            by_group[id(member.group)].extend(self._new_slots(member))
+        self.params = list(by_group.values())
 
-    def _successors(self, member: Member) -> list[Place]:
+    def _new_slots(self, member: Member) -> list[_Slot]:
         live = self.inventory.parameters.get(id(member.tensor))
         replacement = self.replacements.get(id(member.tensor))
         if live is not None:
-            return [(live.tensor, self._name(member, live))]
+            return [_Slot(live.tensor, self._recorded_name(member, live, report=True))]
         if replacement is None:
-            return [(member.tensor, member.name)]
+            return [_Slot(member.tensor, member.name)]
         if not replacement.live:
-            called = f"{quoted(member.name)} in {member.where}" if member.name else member.where
-            self.say("removed", member.name or "", f"{called} was taken out: {replacement.reason}")
-        for heir in replacement.live:
+            text = f"{quoted(member.name)} in {member.where}" if member.name else member.where
+            self.findings.append(codes.REMOVED.finding(member.name or "", f"{text} was removed: {replacement.reason}"))
+        for live in replacement.live:
             why = f": {replacement.reason}" if replacement.reason else ""
-            self.say("repointed", heir.name, f"{member.where} is {quoted(heir.name)} {heir.shape} as it is now{why}")
-        return [(heir.tensor, self._name(member, heir, said=True)) for heir in replacement.live]
+            self.findings.append(
+                codes.REPOINTED.finding(live.name, f"{member.where} now holds {quoted(live.name)} {live.shape}{why}")
+            )
+        return [_Slot(live.tensor, self._recorded_name(member, live, report=False)) for live in replacement.live]
 
-    def _name(self, member: Member, live: LiveParameter, *, said: bool = False) -> str | None:
-        """Return the name to record: the one there is where it is true, and none where none is recorded."""
+    def _recorded_name(self, member: Member, live: LiveParameter, *, report: bool) -> str | None:
+        """Return the name to record for ``live``: the recorded name where it is true, None where none is recorded."""
         if member.name is None:
             return None
         bare = bare_name(member.name)
-        true = [bare_name(name) for name in (live.name, *live.aliases)]
-        if bare in true or (
-            self.inventory.named(member.name) is None and any(one.endswith(f".{bare}") for one in true)
+        names = [bare_name(name) for name in (live.name, *live.aliases)]
+        if bare in names or (
+            self.inventory.named(member.name) is None and any(name.endswith(f".{bare}") for name in names)
         ):
             return member.name
-        if not said:
-            self.say("renamed", live.name, f"{member.where} was recorded as {quoted(member.name)}")
+        if report:
+            self.findings.append(
+                codes.RENAMED.finding(
+                    live.name, f"{member.where} is {quoted(live.name)}, and was recorded as {quoted(member.name)}"
+                )
+            )
         return live.name
 
-    def move_state(self) -> None:
-        """Decide what becomes of the state of each tensor that has one."""
+    def plan_state(self) -> None:
+        """Plan what becomes of the state of each parameter."""
         schema = schema_of(type(self.optimizer))
         if schema is not None and schema.has_shared_state:
             return
-        first = {id(member.tensor): member for member in reversed(self.members)}
-        for tensor, slots in list(self.optimizer.state.items()):
-            member = first.get(id(tensor))
-            if not is_tensor(tensor):
-                # Others keep things of their own under text; numbers are what is left of a file.
-                if schema is not None or isinstance(tensor, int):
-                    self.say("state-dropped", "", f"the state under {tensor!r} was of no parameter")
-                    self.state.append((tensor, None, {}))
+        first_member = {id(member.tensor): member for member in reversed(self.members)}
+        for key, slots in list(self.optimizer.state.items()):
+            member = first_member.get(id(key))
+            if not is_tensor(key):
+                # Optimizers outside torch keep values of their own under strings; an int is left over from a file.
+                if schema is not None or isinstance(key, int):
+                    self._drop(key, f"the state under {key!r} was dropped: it belongs to no parameter")
             elif not isinstance(slots, Mapping):
-                self.say("state-dropped", "", f"the state of {tuple(tensor.shape)} was {kind_of(slots)}, without slots")
-                self.state.append((tensor, None, {}))
+                self._drop(
+                    key, f"the state of a tensor {tuple(key.shape)} was dropped: it is {kind_of(slots)}, not a dict"
+                )
             elif member is None:
                 size = human_bytes(sum(value.nbytes for value in slots.values() if is_tensor(value)))
-                shape = tuple(tensor.shape)
-                self.say("state-dropped", "", f"{size} of state were of a tensor {shape} that no group has")
-                self.state.append((tensor, None, {}))
+                self._drop(key, f"{size} of state was dropped: it belongs to a tensor {tuple(key.shape)} in no group")
             elif slots:
-                self._move(member, slots, schema)
+                self._plan_state_of(member, slots, schema)
 
-    def _move(self, member: Member, slots: Mapping[str, Any], schema: OptimizerSchema | None) -> None:
+    def _drop(self, key: object, message: str) -> None:
+        self.findings.append(codes.STATE_DROPPED.finding("", message))
+        self.moves.append(_StateMove(key))
+
+    def _plan_state_of(self, member: Member, slots: Mapping[str, Any], schema: OptimizerSchema | None) -> None:
         tensor = member.tensor
         live, replacement = self.inventory.parameters.get(id(tensor)), self.replacements.get(id(tensor))
-        if live is None and replacement is None:
-            return
-        target = (
-            live if live is not None else replacement.live[0] if replacement is not None and replacement.same else None
-        )
-        if target is None:
-            reason = replacement.reason if replacement is not None else ""
-            fitted = ConvertedState({}, {}, tuple(slots), reason)
+        if live is not None:
+            target: LiveParameter | None = live
+        elif replacement is not None:
+            target = replacement.live[0] if replacement.keeps_state else None
         else:
-            older = None if live is not None else tensor
-            options = member.group.options
-            fitted = convert_state(slots, target, older=older, schema=schema, options=options, on_shape=self.on_shape)
+            return
+        if target is None:
+            converted = ConvertedState({}, {}, tuple(slots), "" if replacement is None else replacement.reason)
+        else:
+            converted = convert_state(
+                slots,
+                target,
+                older=None if live is not None else tensor,
+                schema=schema,
+                options=member.group.options,
+                on_shape=self.on_shape,
+            )
         name = target.name if target is not None else member.name or ""
-        called = quoted(name) if name else member.where
-        if fitted.dropped:
-            slots_said = ", ".join(fitted.dropped)
-            self.say("state-dropped", name, f"the state of {called} ({slots_said}) was dropped: {fitted.reason}")
-        for slot, how in fitted.converted.items():
-            self.say("state-converted", name, f"{slot} of {called} was {how}")
-        if live is None or fitted.dropped or fitted.converted:
-            self.state.append((tensor, target.tensor if target is not None and fitted.slots else None, fitted.slots))
+        text = quoted(name) if name else member.where
+        if converted.dropped:
+            slot_names = ", ".join(converted.dropped)
+            self.findings.append(
+                codes.STATE_DROPPED.finding(name, f"the state of {text} ({slot_names}) was dropped: {converted.reason}")
+            )
+        for slot, change in converted.changes.items():
+            self.findings.append(codes.STATE_CONVERTED.finding(name, f"{slot} of {text} was {change}"))
+        if live is None or converted.dropped or converted.changes:
+            new = target.tensor if target is not None and converted.slots else None
+            self.moves.append(_StateMove(tensor, new, converted.slots))
 
-    def move_shared(self) -> None:
-        """Keep the one state of LBFGS only where it has the same elements in the same order."""
+    def plan_shared_state(self) -> None:
+        """Plan the state of LBFGS, which fits only the same elements in the same order."""
         schema = schema_of(type(self.optimizer))
         if schema is None or not schema.has_shared_state:
             return
-        before = [tuple(member.tensor.shape) for member in self.members]
-        after = [tuple(tensor.shape) for places in self.places for tensor, _ in places]
+        tensors = [slot.tensor for params in self.params for slot in params]
         slots = next((slots for slots in self.optimizer.state.values() if slots), None)
         if slots is None:
             return
-        kept = before == after and after != [] and all(one.same for one in self.replacements.values())
-        kept = kept and _lies_along(slots, [tensor for places in self.places for tensor, _ in places])
-        if kept and not self.replacements:
+        is_kept = (
+            bool(tensors)
+            and [member.tensor.shape for member in self.members] == [tensor.shape for tensor in tensors]
+            and all(replacement.keeps_state for replacement in self.replacements.values())
+            and _covers(slots, tensors)
+        )
+        if is_kept and not self.replacements:
             return
-        if not kept:
-            self.say("state-dropped", "", "the state was dropped: it is one for all parameters, and these have changed")
-        for tensor in list(self.optimizer.state):
-            self.state.append((tensor, None, {}))
-        if kept:
-            self.state.append((None, self.places[0][0][0], slots))
+        if not is_kept:
+            self.findings.append(
+                codes.STATE_DROPPED.finding(
+                    "", f"the state was dropped: {schema.name} has one state for all parameters, and these have changed"
+                )
+            )
+        self.moves.extend(map(_StateMove, self.optimizer.state))
+        if is_kept:
+            self.moves.append(_StateMove(new=tensors[0], slots=slots))
 
-    def place_missing(self, add_missing: str | int | Mapping[str, Any] | None, schedulers: Any) -> None:
-        """Decide where the parameters go that no group has."""
-        held = {id(tensor) for places in self.places for tensor, _ in places} | set(self.beside)
+    def plan_missing(self, add_missing: str | int | Mapping[str, Any] | None, schedulers: Any) -> None:
+        """Plan where the trainable parameters go that are in no group."""
+        held = {id(slot.tensor) for params in self.params for slot in params} | set(self.beside)
         missing = [live for live in self.inventory.trainable() if id(live.tensor) not in held]
-        target = None if isinstance(add_missing, Mapping) or add_missing is None else self._group(add_missing)
+        if add_missing is not None and not isinstance(add_missing, Mapping):
+            self._group_index(add_missing)  # a wrong group is refused even where nothing is missing
         if not missing:
             return
         names = [live.name for live in missing]
         if add_missing is None:
             verb = "is" if len(names) == 1 else "are"
-            self.say(
-                "missing",
-                names[0],
-                f"{listed(names)} {verb} trainable and in no group of this optimizer",
-                "add_missing= the name or index of a group, or the options of a new one; or freeze them",
-                "warning",
+            self.findings.append(
+                codes.STILL_MISSING.finding(
+                    names[0],
+                    f"{listed(names)} {verb} trainable, but in no group of this optimizer",
+                    f"{_ADD_MISSING}; or freeze the parameters",
+                )
             )
             return
-        named = any("param_names" in group for group in self.optimizer.param_groups)
-        added: list[Place] = [(live.tensor, live.name if named else None) for live in missing]
-        if target is not None:
-            self.places[target].extend(added)
-            where = f"group {target}"
+        has_names = any("param_names" in group for group in self.optimizer.param_groups)
+        added = [_Slot(live.tensor, live.name if has_names else None) for live in missing]
+        if isinstance(add_missing, Mapping):
+            where = self._plan_new_group(dict(add_missing), added, schedulers)
         else:
-            where = self._new_group(dict(add_missing), added, schedulers)  # type: ignore[arg-type]
+            target = self._group_index(add_missing)
+            self.params[target].extend(added)
+            where = f"group {target}"
         for name in names:
-            self.say("added", name, f"{quoted(name)} was added to {where}")
+            self.findings.append(codes.ADDED.finding(name, f"{quoted(name)} was added to {where}"))
 
-    def _group(self, wanted: Any) -> int:
+    def _group_index(self, wanted: object) -> int:
         groups = self.optimizer.param_groups
         if isinstance(wanted, str):
             names = [group.get("name", group.get("group_name")) for group in groups]
             if names.count(wanted) != 1:
-                known = listed([name for name in names if isinstance(name, str)]) or "none has a name"
-                raise GroupsError(f"add_missing: no one group is called {quoted(wanted)}", hint=f"the groups: {known}")
+                known = listed([name for name in names if isinstance(name, str)])
+                how_many = "no group has" if wanted not in names else "several groups have"
+                raise GroupsError(
+                    f"add_missing: {how_many} the name {quoted(wanted)}",
+                    hint=f"the names of the groups are {known}" if known else "no group has a name: use an index",
+                )
             return names.index(wanted)
         if not isinstance(wanted, int) or isinstance(wanted, bool):
-            raise GroupsError(
-                f"add_missing is {kind_of(wanted)}", hint="the name or index of a group, or the options of a new one"
-            )
+            raise GroupsError(f"add_missing is {kind_of(wanted)}", hint=_ADD_MISSING)
         if not 0 <= wanted < len(groups):
-            raise GroupsError(f"add_missing: there is no group {wanted}", hint=f"0 to {len(groups) - 1}")
+            raise GroupsError(f"add_missing: there is no group {wanted}", hint=f"the groups are 0 to {len(groups) - 1}")
         return wanted
 
-    def _new_group(self, options: dict[str, Any], added: Sequence[Place], schedulers: Any) -> str:
+    def _plan_new_group(self, options: dict[str, Any], added: Sequence[_Slot], schedulers: Any) -> str:
+        """Plan a group with ``options`` for the parameters in ``added``, and return its description."""
         groups = self.optimizer.param_groups
         schema = schema_of(type(self.optimizer))
         if schema is not None and schema.has_shared_state:
-            raise GroupsError(f"{schema.name} takes one group only", hint="add_missing=0 adds to it")
+            raise GroupsError(f"{schema.name} takes one group only", hint="add_missing=0 adds to that group")
         if "params" in options:
             raise GroupsError(
-                "add_missing: the parameters of the new group are those that are missing", hint="leave out params"
+                "add_missing: the new group gets the missing parameters and no others", hint="leave out params"
             )
         if schedulers is None and any("initial_lr" in group for group in groups):
             raise GroupsError(
-                "a new group needs the schedulers that drive this optimizer (its groups have an initial_lr), and none "
-                "was given",
-                hint="schedulers= all of them, or () where none is in use any more",
+                "a new group needs the schedulers of this optimizer: its groups have an initial_lr, and none was given",
+                hint="schedulers= takes all of them, or () where none is used any more",
             )
         for key in options:
             if not isinstance(key, str):
-                raise GroupsError(f"add_missing: the option {key!r} has no name", hint="options are called as in torch")
+                raise GroupsError(
+                    f"add_missing: {key!r} is not the name of an option",
+                    hint="use the names of torch.optim, such as lr",
+                )
             if fault := find_option_fault(key, {**self.optimizer.defaults, **options}, type(self.optimizer)):
                 raise GroupsError(f"add_missing: {key} {fault[0]}", hint=fault[1])
-        # Copied: a rate that is a tensor would be changed in all groups that share it.
+        # Copied: a scheduler would change a shared lr tensor in every group that has it.
         options = copy.deepcopy({**self.optimizer.defaults, **options})
         if driving := read_schedulers(schedulers):
-            self.joining = plan_extension(driving, self.optimizer, options)
-            options = dict(self.joining.options)
-        params = [tensor if name is None else (name, tensor) for tensor, name in added]
+            self.extension = plan_extension(driving, self.optimizer, options)
+            options = dict(self.extension.options)
+        params = [slot.tensor if slot.name is None else (slot.name, slot.tensor) for slot in added]
         self.new_group = {"params": params, **options}
-        called = options.get("name")
-        return f"a new group {len(groups)}" + (f" ({quoted(called)})" if isinstance(called, str) else "")
+        name = options.get("name")
+        return f"a new group {len(groups)}" + (f" ({quoted(name)})" if isinstance(name, str) else "")
 
-    def carry_out(self) -> Report:
-        """Do it all. Only the first step can fail, and it is torch's, which checks before it changes."""
+    def apply(self) -> Report:
+        """Apply every planned change. Only ``add_param_group`` can fail, and it comes first."""
         groups = list(self.optimizer.param_groups)
         if self.new_group is not None:
-            _or_refuse(lambda: self.optimizer.add_param_group(self.new_group), type(self.optimizer).__name__)
-        if self.joining is not None:
-            self.joining.carry_out()
-        for group, places in zip(groups, self.places, strict=True):
-            # In place: LBFGS and others keep the list itself.
-            group["params"][:] = [tensor for tensor, _ in places]
+            try:
+                self.optimizer.add_param_group(self.new_group)
+            except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                raise GroupsError(
+                    f"{type(self.optimizer).__name__} refuses a new group: {error}",
+                    hint="add_missing= the name or index of an existing group",
+                ) from error
+        if self.extension is not None:
+            self.extension.apply()
+        for group, params in zip(groups, self.params, strict=True):
+            # In place: LBFGS and others keep a reference to the list.
+            group["params"][:] = [slot.tensor for slot in params]
             if "param_names" in group:
-                group["param_names"] = [name for _, name in places]
+                group["param_names"] = [slot.name for slot in params]
         state = self.optimizer.state
-        for old, _, _ in self.state:
-            if old is not None:
-                state.pop(old)
-        for _, new, slots in self.state:
-            if new is not None:
-                state[new] = dict(slots)
+        for move in self.moves:
+            if move.old is not None:
+                state.pop(move.old)
+        for move in self.moves:
+            if move.new is not None:
+                state[move.new] = dict(move.slots)
         if "_numel_cache" in vars(self.optimizer):  # of LBFGS
             vars(self.optimizer)["_numel_cache"] = None
         return Report(tuple(self.findings), GroupsError)
 
 
-def _lies_along(slots: Mapping[str, Any], tensors: Sequence[Any]) -> bool:
-    """Return whether the vectors of a state have the elements of all these together, in their dtype and place."""
+def _covers(slots: Mapping[str, Any], tensors: Sequence[Tensor]) -> bool:
+    """Return whether each vector of a shared state has the elements of all ``tensors``, in their dtype and device."""
     import torch
 
     views = [
         torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in map(torch.Tensor.detach, tensors)
     ]
-    like = (
+    expected = (
         sum(view.numel() for view in views),
         reduce(torch.promote_types, (view.dtype for view in views)),
         views[0].device,
     )
     vectors = [value for value in slots.values() if is_tensor(value) and value.ndim]
-    return all((value.numel(), value.dtype, value.device) == like for value in vectors)
+    return all((value.numel(), value.dtype, value.device) == expected for value in vectors)
 
 
-def _tensors_beside(beside: Any) -> set[int]:
-    """Return the ids of all that modules and other optimizers hold; one alone will do."""
-    alone = hasattr(beside, "param_groups") or hasattr(beside, "named_parameters")
+def _tensor_ids(beside: Any) -> set[int]:
+    """Return the ids of the parameters of modules and optimizers: of one, or of several."""
+    is_single = hasattr(beside, "param_groups") or hasattr(beside, "named_parameters")
     ids: set[int] = set()
-    for owner in (beside,) if alone or not isinstance(beside, Iterable) else beside:
+    for owner in (beside,) if is_single or not isinstance(beside, Iterable) else beside:
         if hasattr(owner, "param_groups"):
             ids.update(id(tensor) for group in owner.param_groups for tensor in group["params"])
         elif hasattr(owner, "named_parameters") and not isinstance(owner, type):
             ids.update(map(id, owner.parameters()))
         else:
-            raise GroupsError(f"beside has {kind_of(owner)}", hint="it is a list of modules and other optimizers")
+            raise GroupsError(f"beside has {kind_of(owner)}", hint="beside takes modules and other optimizers")
     return ids
-
-
-def _or_refuse(add: Callable[[], object], called: str) -> None:
-    try:
-        add()
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise GroupsError(
-            f"{called} refuses a new group: {error}", hint="add_missing= the name or index of a group that there is"
-        ) from error

@@ -1,4 +1,4 @@
-"""What became of each parameter that an optimizer holds: it lives, another took its place, or nobody did."""
+"""Find which parameters of a model replaced the tensors of an optimizer that are no longer in the model."""
 
 from __future__ import annotations
 
@@ -13,52 +13,52 @@ from ckptkit.param_groups.validate.stale import UnknownTensor, find_rename, matc
 
 __all__ = ["Replacement", "find_replacements"]
 
-# What weight norm makes of one tensor: two, whose numbers mean something else.
-_PARTS = (".original0", ".original1", "_g", "_v")
+# Weight norm makes two tensors of one, and their values mean something else.
+_WEIGHT_NORM_ENDINGS = (".original0", ".original1", "_g", "_v")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Replacement:
-    """Who stands in the place of one tensor from now on; ``same`` says that its state can be theirs."""
+    """The parameters that replace one old tensor: none, one or several.
+
+    ``keeps_state`` says that there is one, and that the state of the old tensor means the same for it.
+    """
 
     live: tuple[LiveParameter, ...] = ()
-    same: bool = False
+    keeps_state: bool = False
     reason: str = ""
 
 
 def find_replacements(
     inventory: Inventory, members: Sequence[Member], *, guess: bool, beside: Collection[int]
 ) -> dict[int, Replacement]:
-    """Return the heirs of each tensor among ``members`` that is not in the model, by its ``id``.
+    """Return the replacement of each tensor in ``members`` that is not in the model, by the ``id`` of the tensor.
 
-    ``beside`` are the ids of what belongs elsewhere: it neither has heirs nor is one.
-
-    Raises ``GroupsError`` where only its shape or place says which one it was, unless ``guess``, and where two
-    tensors have one heir.
+    ``beside`` has the ids of tensors that are neither replaced nor replacements. Raises ``GroupsError`` where only
+    shape or position identifies a replacement, unless ``guess``, and where two tensors would have the same one.
     """
-    places: dict[int, list[Member]] = {}
+    members_by_id: dict[int, list[Member]] = {}
     for member in members:
-        places.setdefault(id(member.tensor), []).append(member)
-    strangers = [
-        UnknownTensor(stand[0].tensor, tuple(stand))
-        for key, stand in places.items()
+        members_by_id.setdefault(id(member.tensor), []).append(member)
+    unknown = [
+        UnknownTensor(same_tensor[0].tensor, tuple(same_tensor))
+        for key, same_tensor in members_by_id.items()
         if key not in inventory.parameters and key not in beside
     ]
     missing = [
-        live for key, live in inventory.parameters.items() if key not in places and live.trainable and key not in beside
+        live
+        for key, live in inventory.parameters.items()
+        if key not in members_by_id and live.trainable and key not in beside
     ]
-    ends = _ends(missing)
-    identified = [_by_its_end(one, ends) for one in match_to_model(inventory, strangers, missing)]
-    _refuse_guesses(identified, guess=guess)
-    replacement: dict[int, Replacement] = {}
-    taken: dict[int, UnknownTensor] = {}
-    for stranger in identified:
-        replacement[id(stranger.tensor)] = _heirs_of(inventory, stranger, places, taken)
-    return replacement
+    by_ending = _by_name_ending(missing)
+    matched = [_match_by_ending(tensor, by_ending) for tensor in match_to_model(inventory, unknown, missing)]
+    _refuse_guesses(matched, guess=guess)
+    claimed: dict[int, UnknownTensor] = {}
+    return {id(tensor.tensor): _replacement(inventory, tensor, members_by_id, claimed) for tensor in matched}
 
 
-def _ends(missing: Sequence[LiveParameter]) -> dict[str, list[LiveParameter]]:
-    """Return the parameters by each end of their names, as of the network inside a LightningModule."""
+def _by_name_ending(missing: Sequence[LiveParameter]) -> dict[str, list[LiveParameter]]:
+    """Return the parameters by each ending of their names: ``fc.weight`` and ``weight`` for ``net.fc.weight``."""
     found: dict[str, list[LiveParameter]] = {}
     for live in missing:
         segments = bare_name(live.name).split(".")
@@ -67,60 +67,64 @@ def _ends(missing: Sequence[LiveParameter]) -> dict[str, list[LiveParameter]]:
     return found
 
 
-def _by_its_end(stranger: UnknownTensor, ends: Mapping[str, Sequence[LiveParameter]]) -> UnknownTensor:
-    found = ends.get(bare_name(stranger.name or ""), ())
-    if stranger.live is not None or not found:
-        return stranger
+def _match_by_ending(tensor: UnknownTensor, by_ending: Mapping[str, Sequence[LiveParameter]]) -> UnknownTensor:
+    """Return ``tensor`` with a guess where its name was recorded in a submodule, as for a net in a LightningModule."""
+    found = by_ending.get(bare_name(tensor.name or ""), ())
+    if tensor.live is not None or not found:
+        return tensor
     if len(found) == 1:
-        return UnknownTensor(stranger.tensor, stranger.members, found[0], is_guess=True)
-    return UnknownTensor(stranger.tensor, stranger.members, candidates=tuple(live.name for live in found[:3]))
+        return UnknownTensor(tensor.tensor, tensor.members, found[0], is_guess=True)
+    return UnknownTensor(tensor.tensor, tensor.members, candidates=tuple(live.name for live in found[:3]))
 
 
-def _refuse_guesses(identified: Sequence[UnknownTensor], *, guess: bool) -> None:
-    unclear = [one for one in identified if (one.is_guess and not guess if one.live is not None else one.candidates)]
+def _refuse_guesses(matched: Sequence[UnknownTensor], *, guess: bool) -> None:
+    unclear = [one for one in matched if (one.is_guess and not guess if one.live is not None else one.candidates)]
     if not unclear:
         return
     first, more = unclear[0], f" (and {len(unclear) - 1} more)" if unclear[1:] else ""
     where, shape = first.members[0].where, tuple(first.tensor.shape)
     if first.live is not None:
         raise GroupsError(
-            f"{where} {shape} is not in the model, and only its shape or place says that it was "
+            f"{where} {shape} is not in the model, and only its shape or position suggests that it was "
             f"{quoted(first.live.name)}{more}",
-            hint="guess=True takes it for that; an optimizer that was built from model.named_parameters() knows",
+            hint="guess=True accepts this; an optimizer built from model.named_parameters() records the names",
         )
     raise GroupsError(
         f"{where} {shape} is not in the model, and may have been any of {listed(first.candidates)}{more}",
-        hint="only an optimizer that was built from model.named_parameters() knows which",
+        hint="only an optimizer built from model.named_parameters() records the names",
     )
 
 
-def _heirs_of(
-    inventory: Inventory, stranger: UnknownTensor, places: Collection[int], taken: dict[int, UnknownTensor]
+def _replacement(
+    inventory: Inventory, tensor: UnknownTensor, held: Collection[int], claimed: dict[int, UnknownTensor]
 ) -> Replacement:
-    live, name = stranger.live, stranger.name
+    """Return the replacement of ``tensor``.
+
+    ``held`` has the ids of the tensors that are in a group. ``claimed`` records which tensor each replacement replaces.
+    """
+    live, name = tensor.live, tensor.name
     rename = find_rename(inventory, name) if name else None
     if name and rename is not None and (live is None or live.name in rename.names):
         found = [one for one in map(inventory.named, rename.names) if one is not None]
-        several = len(found) > 1 or name.endswith(_PARTS)
-        free = [one for one in found if id(one.tensor) not in places and id(one.tensor) not in taken]
-        taken.update({id(one.tensor): stranger for one in free})
-        return Replacement(tuple(free), same=not several, reason=rename.event)
+        is_weight_norm = len(found) > 1 or name.endswith(_WEIGHT_NORM_ENDINGS)
+        free = [one for one in found if id(one.tensor) not in held and id(one.tensor) not in claimed]
+        claimed.update({id(one.tensor): tensor for one in free})
+        return Replacement(tuple(free), keeps_state=bool(free) and not is_weight_norm, reason=rename.event)
     if live is None:
-        return Replacement(reason="the model has no such parameter any more")
-    if id(live.tensor) in places:
-        return Replacement(reason=f"it is {quoted(live.name)} now, which has a place of its own")
+        return Replacement(reason="the model no longer has this parameter")
+    if id(live.tensor) in held:
+        return Replacement(reason=f"the model now has {quoted(live.name)} instead, which is in a group already")
     if type(live.tensor).__name__ == "FlatParameter":
         raise GroupsError(
-            f"{stranger.members[0].where} is now part of {quoted(live.name)}, which "
-            "FullyShardedDataParallel made of several parameters",
+            f"FullyShardedDataParallel flattened {tensor.members[0].where} and others into {quoted(live.name)}",
             hint="build the optimizer after the model is wrapped, or wrap with use_orig_params=True",
         )
-    other = taken.setdefault(id(live.tensor), stranger)
-    if other is stranger:
-        return Replacement((live,), same=True)
+    first = claimed.setdefault(id(live.tensor), tensor)
+    if first is tensor:
+        return Replacement((live,), keeps_state=True)
     if live.aliases:
-        return Replacement(reason=f"it is tied now: {quoted(live.name)} stands for both")
+        return Replacement(reason=f"it is tied now: {quoted(live.name)} replaces both parameters")
     raise GroupsError(
-        f"{other.members[0].where} and {stranger.members[0].where} would both become {quoted(live.name)}",
-        hint="the names that the optimizer recorded are not true: build it again from model.named_parameters()",
+        f"{first.members[0].where} and {tensor.members[0].where} would both become {quoted(live.name)}",
+        hint="the recorded names are wrong: build the optimizer again from model.named_parameters()",
     )

@@ -1,4 +1,4 @@
-"""The state that an optimizer keeps for one parameter, made to fit what that parameter has become."""
+"""Convert the state of one parameter to the shape, dtype and device that the parameter has now."""
 
 from __future__ import annotations
 
@@ -21,10 +21,14 @@ OnShape = Literal["drop", "pad", "error"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ConvertedState:
-    """The slots as they will be (the same objects where nothing changes; none where they are dropped), and why."""
+    """The converted state of one parameter.
+
+    ``slots`` are the new slots: the same objects where nothing changes, empty where the state is dropped. ``changes``
+    says what was done, by slot. ``dropped`` are the names of the dropped slots, for ``reason``.
+    """
 
     slots: Mapping[str, Any]
-    converted: Mapping[str, str]  # slot -> what was done with it
+    changes: Mapping[str, str]
     dropped: tuple[str, ...] = ()
     reason: str = ""
 
@@ -38,16 +42,17 @@ def convert_state(
     options: Mapping[str, Any],
     on_shape: OnShape,
 ) -> ConvertedState:
-    """Return what becomes of the state of a parameter that is ``live`` now and was ``older``, or the same object.
+    """Return the state of ``live``, converted from ``slots``.
 
-    All slots stay or none does: a step fails beside half a state. With ``on_shape="pad"`` rows are added, with what a
-    fresh state begins with, where the parameter provably grew by rows: the same object, or one that begins with the
-    rows of the older. Raises ``GroupsError`` where a shape does not fit and that is an error.
+    ``older`` is the tensor that ``live`` replaced, or None where it is the same object. Either every slot is kept or
+    none: a step fails with half a state. With ``on_shape="pad"``, rows with initial values are added where the
+    parameter grew by rows: it is the same object, or it begins with the rows of ``older``. Raises ``GroupsError`` for
+    a shape that does not fit with ``on_shape="error"``.
     """
-    without = next((reason for value in slots.values() if (reason := _beyond(value, live)) is not None), None)
-    if without is not None:
-        return ConvertedState({}, {}, tuple(slots), without)
-    wrong = _misshapen(slots, live, older, schema)
+    reason = next((reason for value in slots.values() if (reason := _unusable(value, live)) is not None), None)
+    if reason is not None:
+        return ConvertedState({}, {}, tuple(slots), reason)
+    wrong = _wrong_shapes(slots, live, older, schema)
     if not wrong:
         return ConvertedState(*_converted(slots, live, older, schema, options))
     shown = ", ".join(f"{slot} {tuple(next(_tensors_in(slots[slot])).shape)}" for slot in wrong)
@@ -55,32 +60,32 @@ def convert_state(
     if on_shape == "error":
         raise GroupsError(
             f"the state of {quoted(live.name)} does not fit: {reason}",
-            hint='on_shape="drop" starts it anew, "pad" adds rows to it',
+            hint='on_shape="drop" drops the state, on_shape="pad" adds rows to it',
         )
     if on_shape == "pad":
-        fault = _no_padding(slots, wrong, live, older, schema)
+        fault = _padding_fault(slots, wrong, live, older, schema)
         if fault is None:
-            padded = {slot: _padded(slots[slot], live.shape[0], _beginning(slot, schema, options)) for slot in wrong}
-            done, converted = _converted({**slots, **padded}, live, older, schema, options)
-            return ConvertedState(done, {**dict.fromkeys(wrong, f"padded to {live.shape}"), **converted})
+            padded = {slot: _pad(slots[slot], live.shape[0], _initial_value(slot, schema, options)) for slot in wrong}
+            converted, changes = _converted({**slots, **padded}, live, older, schema, options)
+            return ConvertedState(converted, {**dict.fromkeys(wrong, f"padded to {live.shape}"), **changes})
         reason = f"{reason}, and {fault}"
     return ConvertedState({}, {}, tuple(slots), reason)
 
 
-def _beyond(value: Any, live: LiveParameter) -> str | None:
-    """Return why a slot cannot go along whatever its shape."""
+def _unusable(value: object, live: LiveParameter) -> str | None:
+    """Return why no state can be kept, whatever its shape, or None."""
     if live.lazy:
         return "the parameter has no shape yet"
     for tensor in _tensors_in(value):
         if tensor.is_meta and not live.tensor.is_meta:
-            return "it is on the meta device, where there are no values"
+            return "it is on the meta device, which has no values"
         if hasattr(live.tensor, "device_mesh") != hasattr(tensor, "device_mesh"):
-            return "the parameter is a DTensor now, and its state is none"
+            return "only one of the parameter and its state is a DTensor"
     return None
 
 
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield what has dims in a slot, also within lists and dicts, as other people's optimizers keep it."""
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield the tensors with dimensions in a slot; optimizers outside torch keep lists and dicts of them."""
     if is_tensor(value):
         if value.ndim:
             yield value
@@ -89,10 +94,10 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
             yield from _tensors_in(inner)
 
 
-def _misshapen(
+def _wrong_shapes(
     slots: Mapping[str, Any], live: LiveParameter, older: Tensor | None, schema: OptimizerSchema | None
 ) -> tuple[str, ...]:
-    """Return the slots whose shape is not that which the parameter asks for."""
+    """Return the slots whose shape does not fit the parameter."""
     tensors = {name: value for name, value in slots.items() if is_tensor(value) and value.ndim}
     if schema is not None:
         known = {slot.name: slot for slot in schema.slots}
@@ -101,13 +106,13 @@ def _misshapen(
             for name, value in tensors.items()
             if name in known and known[name].mismatch(value, tuple(value.shape), live.shape) is not None
         )
-    # Of other people's optimizers nothing is known but that their state was right beside the older parameter.
+    # The state of an optimizer outside torch fitted the older parameter; nothing else is known about it.
     if older is None or tuple(older.shape) == live.shape:
         return ()
     return tuple(name for name, value in slots.items() if next(_tensors_in(value), None) is not None)
 
 
-def _no_padding(
+def _padding_fault(
     slots: Mapping[str, Any],
     wrong: tuple[str, ...],
     live: LiveParameter,
@@ -118,24 +123,24 @@ def _no_padding(
     import torch
 
     if schema is None or not schema.is_elementwise:
-        return "the optimizer has no state to begin new rows with"
+        return "the initial value of a new row is not known for this optimizer"
     for name in wrong:
         was = tuple(slots[name].shape)
         if not live.shape or was[1:] != live.shape[1:] or was[0] > live.shape[0]:
-            return "it did not grow by rows"
+            return "the parameter did not grow by rows"
     if older is not None:
         rows = live.tensor.detach()[: older.shape[0]]
         if older.is_meta or not torch.equal(rows, older.detach().to(rows.device, rows.dtype)):
-            return "the parameter does not begin with the rows of the older one"
+            return "the new parameter does not begin with the rows of the older one"
     return None
 
 
-def _beginning(name: str, schema: OptimizerSchema | None, options: Mapping[str, Any]) -> float:
+def _initial_value(name: str, schema: OptimizerSchema | None, options: Mapping[str, Any]) -> float:
     slot = None if schema is None else schema.slot(name)
     return 0.0 if slot is None else float(options.get(slot.initial_value_option, 0.0))
 
 
-def _padded(value: Tensor, rows: int, fill: float) -> Tensor:
+def _pad(value: Tensor, rows: int, fill: float) -> Tensor:
     (grown,) = Pad(size=rows, fill=fill or "zeros").apply([value.cpu()])
     return grown.to(value.device)
 
@@ -147,24 +152,30 @@ def _converted(
     schema: OptimizerSchema | None,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the slots in the dtype and on the device of the parameter, as torch does when it loads them."""
-    done: dict[str, Any] = {}
-    said: dict[str, str] = {}
+    """Return the slots in the dtype and on the device of the parameter, as torch loads them, and the changes."""
+    converted: dict[str, Any] = {}
+    changes: dict[str, str] = {}
     tensor = live.tensor
     for name, value in slots.items():
-        done[name] = value
+        converted[name] = value
         if not is_tensor(value):
             continue
-        known = schema is not None and schema.slot(name) is not None
-        # Counters stay as they are, as in torch, which has them on the device only for its fused and captured steps.
-        counter = name == "step"
-        placed = not counter or bool(options.get("fused") or options.get("capturable"))
-        follows = known or (older is not None and value.dtype == older.dtype)
-        to_dtype = not counter and follows and value.is_floating_point() and value.dtype != tensor.dtype
-        moves = placed and value.device != tensor.device and (known or older is None or value.device == older.device)
+        is_known = schema is not None and schema.slot(name) is not None
+        # As in torch, counters keep their dtype, and only fused and captured steps keep them on the device.
+        is_counter = name == "step"
+        is_on_device = not is_counter or bool(options.get("fused") or options.get("capturable"))
+        follows_dtype = is_known or (older is not None and value.dtype == older.dtype)
+        to_dtype = not is_counter and follows_dtype and value.is_floating_point() and value.dtype != tensor.dtype
+        moves = (
+            is_on_device
+            and value.device != tensor.device
+            and (is_known or older is None or value.device == older.device)
+        )
         if to_dtype or moves:
-            done[name] = value.to(tensor.device if moves else value.device, tensor.dtype if to_dtype else value.dtype)
-            said[name] = " and ".join(
+            converted[name] = value.to(
+                tensor.device if moves else value.device, tensor.dtype if to_dtype else value.dtype
+            )
+            changes[name] = " and ".join(
                 part
                 for part in (
                     f"cast from {value.dtype} to {tensor.dtype}" if to_dtype else "",
@@ -172,4 +183,4 @@ def _converted(
                 )
                 if part
             )
-    return done, said
+    return converted, changes
