@@ -1,4 +1,4 @@
-"""The gate in real training loops: the Trainer of transformers and Lightning's, one or two steps of a tiny model."""
+"""The callbacks in real training loops: one or two steps of a tiny model in transformers and in Lightning."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from ckptkit import assert_param_groups, rebind, validate_param_groups
 from ckptkit.errors import GroupsError
 
-# Lightning's own, of a class of torch that it uses, and of test data too small for workers.
+# Warnings of Lightning: about a class of torch that it uses, and about data loaders with few workers.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The '[a-z_]*dataloader' does not have many workers"),
 ]
-TWICE = "optimizer contains a parameter group with duplicate parameters"  # what torch says, and goes on
+TWICE = "optimizer contains a parameter group with duplicate parameters"  # a warning of torch, which continues
 
 Step = dict[str, torch.Tensor]
 
@@ -47,7 +47,7 @@ class Net(nn.Module):
 
 
 class Bare(nn.Module):
-    """Without biases and norms: of the two groups that the Trainer makes, the one without decay stays empty."""
+    """A model without biases and norms: the group without weight decay that the Trainer makes stays empty."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ def values(model: nn.Module) -> Step:
 
 
 def moved(model: nn.Module, before: Step) -> set[str]:
-    """Return which parameters the training moved: the oracle of what the gate claims."""
+    """Return which parameters the training changed."""
     return {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
 
 
@@ -89,12 +89,9 @@ def replace_head(net: Net, optimizer: torch.optim.Optimizer) -> torch.optim.Opti
     return optimizer
 
 
-# --- transformers ----------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    """Return a function that runs the real ``Trainer.train()`` behind the gate, on the CPU and without a network."""
+    """Return a function that runs the real ``Trainer.train()`` with the callback, on the CPU and offline."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     from transformers import Trainer, TrainingArguments
 
@@ -125,7 +122,7 @@ def train(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]
 
 @pytest.mark.parametrize("make", [Net, Bare])
 def test_the_trainers_own_optimizer_passes_and_trains(train: Callable[..., Any], make: Callable[[], nn.Module]) -> None:
-    """Wrapped by accelerate as it is, in two groups one of which may be empty; every parameter moves, none is named."""
+    """The optimizer is wrapped by accelerate and one of its two groups may be empty. Every parameter is updated."""
     model = make()
     before = values(model)
     assert train(model, strict=True).global_step == 2
@@ -135,7 +132,7 @@ def test_the_trainers_own_optimizer_passes_and_trains(train: Callable[..., Any],
 @pytest.mark.filterwarnings(f"ignore:{TWICE}")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_the_trainer_stops_before_its_first_step(train: Callable[..., Any], fault: str) -> None:
-    """The error names the parameter, and nothing has moved."""
+    """The error names the parameter, and no parameter was updated."""
     build, name = FAULTS[fault]
     net = Net()
     optimizer = build(net)
@@ -145,8 +142,8 @@ def test_the_trainer_stops_before_its_first_step(train: Callable[..., Any], faul
     assert moved(net, before) == set()
 
 
-def test_the_trainer_goes_on_with_a_warning_where_that_is_chosen(train: Callable[..., Any]) -> None:
-    """And the fault is real: the new head is not trained."""
+def test_on_fault_warn_lets_the_trainer_continue(train: Callable[..., Any]) -> None:
+    """The fault is real: the new head is not trained."""
     net = Net()
     optimizer = replace_head(net, sgd(net))
     before = values(net)
@@ -155,7 +152,7 @@ def test_the_trainer_goes_on_with_a_warning_where_that_is_chosen(train: Callable
     assert moved(net, before) == {name for name in before if not name.startswith("head")}
 
 
-def test_what_is_only_a_warning_stops_the_trainer_where_it_is_strict(train: Callable[..., Any]) -> None:
+def test_strict_stops_the_trainer_at_a_warning(train: Callable[..., Any]) -> None:
     net = Net()
     optimizer = sgd(net)
     net.body.requires_grad_(requires_grad=False)
@@ -165,8 +162,8 @@ def test_what_is_only_a_warning_stops_the_trainer_where_it_is_strict(train: Call
         assert train(net, optimizer).global_step == 2
 
 
-def test_what_is_unfrozen_while_the_trainer_runs_needs_a_group(train: Callable[..., Any]) -> None:
-    """The first epoch trains the head; at the start of the second the body has no group."""
+def test_a_parameter_that_is_unfrozen_during_training_needs_a_group(train: Callable[..., Any]) -> None:
+    """The first epoch trains the head. At the start of the second epoch, the body is in no group."""
     from transformers import TrainerCallback
 
     class Unfreeze(TrainerCallback):
@@ -181,8 +178,8 @@ def test_what_is_unfrozen_while_the_trainer_runs_needs_a_group(train: Callable[.
     assert moved(net, before) == {name for name in before if not name.startswith("body")}
 
 
-def test_steps_that_differ_by_themselves_stop_nobody(train: Callable[..., Any]) -> None:
-    """A part that gets a gradient in some steps only counts fewer of them, which even the strict gate lets run."""
+def test_different_step_counts_do_not_stop_a_running_training(train: Callable[..., Any]) -> None:
+    """A module that gets a gradient in some steps only has a lower step count, which ``strict`` accepts too."""
 
     class Sometimes(Net):
         def forward(self, x: torch.Tensor, labels: torch.Tensor) -> Step:
@@ -198,7 +195,7 @@ def test_steps_that_differ_by_themselves_stop_nobody(train: Callable[..., Any]) 
 
 
 def test_accelerate_wraps_model_optimizer_and_scheduler() -> None:
-    """All are seen through: members by identity, options by the class that reads them, what is rebound is inside."""
+    """Validation and rebind work on the wrapped model, optimizer and scheduler."""
     from accelerate import Accelerator
 
     net = Net()
@@ -220,7 +217,7 @@ def test_accelerate_wraps_model_optimizer_and_scheduler() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_resizing_the_embeddings_of_transformers(*, tied: bool) -> None:
-    """The embedding stays one object of another shape, an untied head becomes a new one: a step fails until rebound."""
+    """The embedding keeps its object with a new shape, an untied head is replaced: a step fails before ``rebind``."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     sizes: dict[str, Any] = {"n_layer": 1, "n_head": 1, "n_embd": 4, "n_positions": 4}
@@ -235,7 +232,7 @@ def test_resizing_the_embeddings_of_transformers(*, tied: bool) -> None:
     step(model, optimizer)
     model.resize_token_embeddings(11, mean_resizing=False)
     with pytest.raises(RuntimeError, match="size of tensor"):
-        step(*copy.deepcopy((model, optimizer)))  # which leaves it half done
+        step(*copy.deepcopy((model, optimizer)))  # on a copy, because the failed step is half done
     rows = optimizer.state[model.transformer.wte.weight]["exp_avg"].clone()
     report = rebind(optimizer, model, on_shape="pad")
     grown = ["transformer.wte.weight"] if tied else ["transformer.wte.weight", "lm_head.weight"]
@@ -248,12 +245,9 @@ def test_resizing_the_embeddings_of_transformers(*, tied: bool) -> None:
     assert moved(model, before) == names(model)
 
 
-# --- lightning -------------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def fit(tmp_path: Path) -> Callable[..., Any]:
-    """Return a function that runs the real ``Trainer.fit()`` behind the gate."""
+    """Return a function that runs the real ``Trainer.fit()`` with the callback."""
     import lightning.pytorch as pl
 
     from ckptkit.integrations.lightning import ParamGroupsCallback
@@ -306,8 +300,8 @@ def halves(net: Net) -> tuple[torch.optim.Optimizer, ...]:
 
 
 @pytest.mark.parametrize("configure", [sgd, scheduled, halves])
-def test_what_is_right_is_fitted(fit: Callable[..., Any], configure: Callable[[Net], Any]) -> None:
-    """One optimizer; one with a scheduler, of names without ``net.``; two stepped by hand. All move, none is named."""
+def test_correct_groups_are_trained_in_lightning(fit: Callable[..., Any], configure: Callable[[Net], Any]) -> None:
+    """One optimizer, one with a scheduler and names without ``net.``, and two stepped by hand."""
     net = Net()
     before = values(net)
     fit(net, configure, strict=True)
@@ -317,7 +311,7 @@ def test_what_is_right_is_fitted(fit: Callable[..., Any], configure: Callable[[N
 @pytest.mark.filterwarnings(f"ignore:{TWICE}")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_lightning_stops_before_its_first_step(fit: Callable[..., Any], fault: str) -> None:
-    """The error names the parameter by its place in the module, and nothing has moved."""
+    """The error has the FQN in the LightningModule, and no parameter was updated."""
     configure, name = FAULTS[fault]
     net = Net()
     before: Step = {}
@@ -332,7 +326,7 @@ def test_lightning_stops_before_its_first_step(fit: Callable[..., Any], fault: s
     assert moved(net, before) == set()
 
 
-def test_a_scheduler_that_does_not_know_a_group_stops_lightning(fit: Callable[..., Any]) -> None:
+def test_a_scheduler_built_for_fewer_groups_stops_lightning(fit: Callable[..., Any]) -> None:
     def configure(net: Net) -> Any:
         optimizer = sgd(net.body)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 0.5)
@@ -348,13 +342,13 @@ def test_one_parameter_in_two_optimizers_stops_lightning(fit: Callable[..., Any]
         fit(Net(), lambda net: (sgd(net), torch.optim.AdamW([net.head.bias])))
 
 
-def test_lightning_goes_on_with_a_warning_where_that_is_chosen(fit: Callable[..., Any]) -> None:
+def test_on_fault_warn_lets_lightning_continue(fit: Callable[..., Any]) -> None:
     with pytest.warns(UserWarning, match="'net.norm.weight' .* is trainable but in no group"):
         fit(Net(), FAULTS["a parameter left out"][0], on_fault="warn")
 
 
-def test_what_is_unfrozen_and_taken_for_another_is_found(fit: Callable[..., Any]) -> None:
-    """``BaseFinetuning`` drops a fresh norm from the group that it adds, since another one has equal values."""
+def test_a_parameter_that_base_finetuning_drops_is_found(fit: Callable[..., Any]) -> None:
+    """``BaseFinetuning`` compares by value: it leaves out a new norm, because another norm has equal values."""
     from lightning.pytorch.callbacks import BaseFinetuning
 
     class Two(Net):
@@ -380,19 +374,16 @@ def test_what_is_unfrozen_and_taken_for_another_is_found(fit: Callable[..., Any]
         fit(Two(), lambda net: torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1), [Unfreeze()])
 
 
-# --- without them ----------------------------------------------------------------------------------------------------
-
-
-def imported_without(monkeypatch: pytest.MonkeyPatch, room: str, *absent: str) -> Any:
-    """Import a room of its own as if some libraries were not installed."""
-    monkeypatch.delitem(sys.modules, f"ckptkit.integrations.{room}", raising=False)
+def import_without(monkeypatch: pytest.MonkeyPatch, module: str, *absent: str) -> Any:
+    """Import a module of ``ckptkit.integrations`` as if some libraries were not installed."""
+    monkeypatch.delitem(sys.modules, f"ckptkit.integrations.{module}", raising=False)
     for name in absent:
         monkeypatch.setitem(sys.modules, name, None)
-    return importlib.import_module(f"ckptkit.integrations.{room}")
+    return importlib.import_module(f"ckptkit.integrations.{module}")
 
 
 @pytest.mark.parametrize(
-    ("room", "absent", "said"),
+    ("module", "absent", "message"),
     [
         ("transformers", ["transformers"], "needs transformers, which is not installed"),
         (
@@ -402,17 +393,19 @@ def imported_without(monkeypatch: pytest.MonkeyPatch, room: str, *absent: str) -
         ),
     ],
 )
-def test_an_absent_library_is_named(monkeypatch: pytest.MonkeyPatch, room: str, absent: list[str], said: str) -> None:
-    with pytest.raises(ModuleNotFoundError, match=rf"{room} {said} \(pip install {absent[0]}\)"):
-        imported_without(monkeypatch, room, *absent)
+def test_an_absent_library_is_named(
+    monkeypatch: pytest.MonkeyPatch, module: str, absent: list[str], message: str
+) -> None:
+    with pytest.raises(ModuleNotFoundError, match=rf"{module} {message} \(pip install {absent[0]}\)"):
+        import_without(monkeypatch, module, *absent)
 
 
-def test_the_older_name_of_lightning_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    room = imported_without(monkeypatch, "lightning", "lightning", "lightning.pytorch")
-    assert issubclass(room.ParamGroupsCallback, importlib.import_module("pytorch_lightning").Callback)
+def test_the_older_package_of_lightning_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = import_without(monkeypatch, "lightning", "lightning", "lightning.pytorch")
+    assert issubclass(module.ParamGroupsCallback, importlib.import_module("pytorch_lightning").Callback)
 
 
-def test_a_choice_that_is_none_is_refused() -> None:
+def test_an_unknown_on_fault_is_refused() -> None:
     from ckptkit.integrations.transformers import ParamGroupsCallback
 
     with pytest.raises(GroupsError, match="on_fault is 'ignore'"):

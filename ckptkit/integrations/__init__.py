@@ -1,1 +1,1 @@
-"""The gate in other people's training loops: a room for each, and only importing that room imports its library."""
+"""Callbacks that check param groups in other training loops, one module for each library."""

@@ -1,4 +1,4 @@
-"""What every callback does at its moment: prove the groups, then raise, warn or let the training go on."""
+"""The check that the callbacks share: validate the param groups, then raise, warn, or continue the training."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from ckptkit.core.findings import Report
-from ckptkit.core.text import quoted
+from ckptkit.core.findings import Finding, Report
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
+from ckptkit.param_groups import codes
 from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.validate import validate_param_groups
@@ -18,14 +18,26 @@ from ckptkit.param_groups.validate import validate_param_groups
 __all__ = ["OnFault", "ParamGroupsCheck"]
 
 OnFault = Literal["raise", "warn"]
-_STATE = "groups.state-"
+# The codes of warnings about optimizer state.
+_STATE_CODES = frozenset(
+    code.name
+    for code in (
+        codes.STATE_DTYPE,
+        codes.STATE_DEVICE,
+        codes.STATE_INCOMPLETE,
+        codes.STATE_STRAY,
+        codes.STATE_STEPS,
+        codes.STATE_EMPTY,
+    )
+)
 
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupsCheck:
-    """What stops the training: errors, with ``strict`` warnings too, or with ``on_fault="warn"`` nothing.
+    """The settings of a callback, and its check.
 
-    ``spec`` and ``lock`` are held against the optimizers, as by ``validate_param_groups``.
+    Errors stop the training; with ``strict``, warnings do too; with ``on_fault="warn"``, nothing does. ``spec`` and
+    ``lock`` are compared with the optimizers, as ``validate_param_groups`` does.
     """
 
     strict: bool = False
@@ -34,28 +46,30 @@ class ParamGroupsCheck:
     lock: ParamGroupsLock | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a choice that is none: it would wave everything through."""
-        if self.on_fault not in {"raise", "warn"}:
-            raise GroupsError(
-                f"on_fault is {quoted(str(self.on_fault))}, which is no choice", hint='on_fault is "raise" or "warn"'
-            )
+        """Raise ``GroupsError`` for an unknown ``on_fault``, which would let every fault pass."""
+        if self.on_fault not in ("raise", "warn"):
+            raise GroupsError(f"on_fault is {self.on_fault!r}", hint='on_fault must be "raise" or "warn"')
 
-    def check(
-        self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], *, running: bool = False
+    def run(
+        self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], *, has_stepped: bool = False
     ) -> Report:
-        """Return the report on ``optimizers``, which share ``model``; what does not stop the training is a warning.
+        """Return the report on ``optimizers``, which share ``model``; warn of findings that do not stop the training.
 
-        Where it is ``running``, what is only a warning of the state is left out: steps that differ, as of experts, come
-        of the training itself.
-        Raises ``GroupsError`` as ``assert_param_groups`` does, unless the choice is to warn.
+        ``has_stepped`` says that the training has begun. Warnings about optimizer state are then left out: training
+        itself causes them, such as different step counts in a mixture of experts. Raises ``GroupsError`` as
+        ``assert_param_groups`` does, unless ``on_fault`` is ``"warn"``.
         """
         groups = optimizers[0] if len(optimizers) == 1 else list(optimizers)
         report = validate_param_groups(model, groups, schedulers=schedulers, spec=self.spec, lock=self.lock)
-        if running:
-            told = (one for one in report.findings if one.severity != "warning" or not one.code.startswith(_STATE))
-            report = replace(report, findings=tuple(told))
+        if has_stepped:
+            kept = tuple(finding for finding in report.findings if not _is_state_warning(finding))
+            report = replace(report, findings=kept)
         if self.on_fault == "raise":
             report.raise_for_errors(warnings=self.strict)
         if report.summary["errors"] or report.summary["warnings"]:
             warnings.warn(f"param groups: {report}", stacklevel=3)
         return report
+
+
+def _is_state_warning(finding: Finding) -> bool:
+    return finding.severity == "warning" and finding.code in _STATE_CODES

@@ -1,4 +1,4 @@
-"""The gate in Lightning: ``Trainer(callbacks=[ParamGroupsCallback()])``."""
+"""A callback for Lightning that checks param groups: ``Trainer(callbacks=[ParamGroupsCallback()])``."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ckptkit.param_groups.parse import SpecLike
 __all__ = ["ParamGroupsCallback"]
 
 
-def _base() -> Any:
-    """Return Lightning's ``Callback`` under the name that the script imported, or else the one that is installed."""
+def _lightning_callback() -> Any:
+    """Return the ``Callback`` class of the Lightning package that the script imported, or of the installed one."""
     names = sorted(("lightning.pytorch", "pytorch_lightning"), key=lambda name: name not in sys.modules)
     for name in names:
         try:
@@ -28,15 +28,18 @@ def _base() -> Any:
     )
 
 
-_Callback: Any = _base()
+_Callback: Any = _lightning_callback()
 
 
 class ParamGroupsCallback(_Callback):
-    """Lets ``Trainer.fit()`` take its first step only where the optimizers train what the module has.
+    """Stops ``Trainer.fit()`` before the first step where the optimizers do not train the parameters of the module.
 
-    Looks before the first batch of each epoch: all of ``configure_optimizers`` and of a resumed checkpoint is there by
-    then, and so is what other callbacks unfroze. Errors raise ``GroupsError``, with ``strict`` warnings too; with
-    ``on_fault="warn"`` everything is only warned of. Several optimizers are taken together.
+    The check runs before the first batch of each epoch, after ``configure_optimizers``, after a resumed checkpoint was
+    loaded, and after other callbacks unfroze parameters. Several optimizers are checked together.
+
+    - ``strict``: warnings raise ``GroupsError`` too, not only errors.
+    - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.
+    - ``spec``, ``lock``: the groups must agree with them, as for ``validate_param_groups``.
     """
 
     def __init__(
@@ -47,17 +50,17 @@ class ParamGroupsCallback(_Callback):
         spec: SpecLike | None = None,
         lock: ParamGroupsLock | None = None,
     ) -> None:
-        """Take the choices of the gate."""
-        self._groups_check = ParamGroupsCheck(strict, on_fault, spec, lock)
-        self._checked: int | None = None
+        """Store the settings. Raises ``GroupsError`` for an unknown ``on_fault``."""
+        self._check = ParamGroupsCheck(strict, on_fault, spec, lock)
+        self._checked_epoch: int | None = None
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Begin anew: a callback may serve several runs."""
-        self._checked = None
+        """Forget the last run: one callback can serve several runs."""
+        self._checked_epoch = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        """Check once an epoch, whichever batch it begins with."""
-        if self._checked != trainer.current_epoch:
-            running, self._checked = self._checked is not None, trainer.current_epoch
+        """Check once in each epoch, whichever batch is its first."""
+        if self._checked_epoch != trainer.current_epoch:
+            has_stepped, self._checked_epoch = self._checked_epoch is not None, trainer.current_epoch
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
-            self._groups_check.check(pl_module, trainer.optimizers, schedulers, running=running)
+            self._check.run(pl_module, trainer.optimizers, schedulers, has_stepped=has_stepped)

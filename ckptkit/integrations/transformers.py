@@ -1,4 +1,4 @@
-"""The gate in transformers: ``Trainer(..., callbacks=[ParamGroupsCallback()])``."""
+"""A callback for transformers that checks param groups: ``Trainer(..., callbacks=[ParamGroupsCallback()])``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,14 @@ __all__ = ["ParamGroupsCallback"]
 
 
 class ParamGroupsCallback(TrainerCallback):
-    """Lets ``Trainer.train()`` take its first step only where its optimizer trains what the model has.
+    """Stops ``Trainer.train()`` before the first step where the optimizer does not train the parameters of the model.
 
-    Looks when training begins, after a checkpoint was resumed, and again at the start of each epoch, since
-    what was unfrozen meanwhile needs a group. Errors raise ``GroupsError``, with ``strict`` warnings too; with
-    ``on_fault="warn"`` everything is only warned of. The Trainer's own decay groups pass.
+    The check runs when training begins, after a resumed checkpoint was loaded, and at the start of each later epoch,
+    because a parameter that was unfrozen since then needs a group. The two groups that the Trainer makes pass it.
+
+    - ``strict``: warnings raise ``GroupsError`` too, not only errors.
+    - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.
+    - ``spec``, ``lock``: the groups must agree with them, as for ``validate_param_groups``.
     """
 
     def __init__(
@@ -37,8 +40,8 @@ class ParamGroupsCallback(TrainerCallback):
         spec: SpecLike | None = None,
         lock: ParamGroupsLock | None = None,
     ) -> None:
-        """Take the choices of the gate."""
-        self._groups_check = ParamGroupsCheck(strict, on_fault, spec, lock)
+        """Store the settings. Raises ``GroupsError`` for an unknown ``on_fault``."""
+        self._check = ParamGroupsCheck(strict, on_fault, spec, lock)
 
     def on_train_begin(
         self,
@@ -52,7 +55,7 @@ class ParamGroupsCallback(TrainerCallback):
         **others: Any,
     ) -> None:
         """Check before the first step."""
-        self._check(model, optimizer, lr_scheduler)
+        self._run(model, optimizer, lr_scheduler)
 
     def on_epoch_begin(
         self,
@@ -65,9 +68,10 @@ class ParamGroupsCallback(TrainerCallback):
         lr_scheduler: Any = None,
         **others: Any,
     ) -> None:
-        """Check each later epoch."""
+        """Check at the start of each epoch but the first."""
         if state.epoch:
-            self._check(model, optimizer, lr_scheduler, running=True)
+            self._run(model, optimizer, lr_scheduler, has_stepped=True)
 
-    def _check(self, model: Module, optimizer: Optimizer, scheduler: Any, *, running: bool = False) -> None:
-        self._groups_check.check(model, [optimizer], [] if scheduler is None else [scheduler], running=running)
+    def _run(self, model: Module, optimizer: Optimizer, scheduler: Any, *, has_stepped: bool = False) -> None:
+        schedulers = [] if scheduler is None else [scheduler]
+        self._check.run(model, [optimizer], schedulers, has_stepped=has_stepped)

@@ -1,4 +1,4 @@
-"""The gate of a training script, and what it knows of wrapped models and optimizers."""
+"""``assert_param_groups`` raises at errors, also for wrapped models and optimizers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def sgd(groups: Any) -> torch.optim.SGD:
     return torch.optim.SGD(groups, lr=0.1)
 
 
-def test_what_is_right_passes_with_its_report() -> None:
+def test_correct_groups_return_an_empty_report() -> None:
     model = net()
     assert assert_param_groups(model, sgd(model.parameters()), strict=True) == Report((), GroupsError)
 
@@ -33,8 +33,8 @@ def test_the_first_fault_is_raised_with_the_number_of_the_others() -> None:
         assert_param_groups(model, optimizer)
 
 
-def test_warnings_raise_only_where_they_are_asked_to() -> None:
-    """Errors come first whatever the order in which they were found; notes never raise."""
+def test_warnings_raise_only_with_strict() -> None:
+    """Errors come before warnings in the exception; notes never raise."""
     model = net()
     model[0].requires_grad_(requires_grad=False)
     optimizer = sgd(model.parameters())
@@ -48,26 +48,26 @@ def test_warnings_raise_only_where_they_are_asked_to() -> None:
     Report(both.findings[:1]).raise_for_errors(warnings=True)
 
 
-def test_an_empty_group_is_a_note_where_every_parameter_has_another() -> None:
-    """As transformers splits a model that has neither norms nor biases."""
+def test_an_empty_group_is_a_note_where_every_parameter_is_in_another_group() -> None:
+    """transformers makes such groups for a model with neither norms nor biases."""
     model = net()
     optimizer = sgd([{"params": model.parameters()}, {"params": [], "weight_decay": 0.1}])
     (finding,) = assert_param_groups(model, optimizer, strict=True).findings
     assert (finding.code, finding.severity) == ("groups.empty", "note")
 
 
-def test_names_recorded_from_a_part_of_the_model_are_true() -> None:
-    """As in a LightningModule that holds the network; the name of another parameter is still an error."""
+def test_names_recorded_in_a_submodule_are_accepted() -> None:
+    """A LightningModule holds the network as a submodule. The name of another parameter is still an error."""
     whole = nn.ModuleDict({"net": net(), "0": nn.Linear(4, 3)})
     inner, outer = [{"params": list(whole[part].named_parameters())} for part in ("net", "0")]
-    (lie, *others) = validate_param_groups(whole, sgd([inner, outer])).findings
-    assert (lie.code, lie.severity, lie.key) == ("groups.names", "error", "net.0.weight")
+    (wrong_name, *others) = validate_param_groups(whole, sgd([inner, outer])).findings
+    assert (wrong_name.code, wrong_name.severity, wrong_name.key) == ("groups.names", "error", "net.0.weight")
     assert [finding.key for finding in others] == ["net.0.bias"]
     assert_param_groups(nn.ModuleDict({"net": whole["net"]}), sgd([inner]), strict=True)
 
 
-def test_distributed_data_parallel_changes_nothing(tmp_path: Path) -> None:
-    """Neither silence nor the name in the error."""
+def test_a_distributed_data_parallel_model_is_accepted(tmp_path: Path) -> None:
+    """Correct groups pass, and an error has the name in the wrapped model."""
     from torch import distributed
 
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
@@ -82,8 +82,8 @@ def test_distributed_data_parallel_changes_nothing(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
 
-def test_the_flat_copies_of_deepspeed_are_not_taken_for_faults() -> None:
-    """Its optimizer holds none of the model's objects even where all is right, which is said instead."""
+def test_a_deepspeed_optimizer_is_refused_by_name() -> None:
+    """Its groups hold flat copies and no parameter of the model, even where nothing is wrong."""
     model = net()
     inner = sgd(model.parameters())
     kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
