@@ -103,8 +103,8 @@ class _Rebind:
 
     def replace_parameters(self, *, guess: bool, beside: set[int]) -> None:
         """Plan the new params of each group."""
-        groups = read_groups(self.optimizer)
-        self.members = groups.members
+        held = read_groups(self.optimizer)
+        self.members = held.members
         self.beside = beside
         self.replacements = find_replacements(self.inventory, self.members, guess=guess, beside=beside)
         none_found = not any(replacement.live for replacement in self.replacements.values())
@@ -114,7 +114,7 @@ class _Rebind:
                 "by identity or by name",
                 hint="pass the model that this optimizer trains",
             )
-        by_group: dict[int, list[_Slot]] = {id(group): [] for group in groups.groups}
+        by_group: dict[int, list[_Slot]] = {id(group): [] for group in held.groups}
         for member in self.members:
             by_group[id(member.group)].extend(self._new_slots(member))
         self.params = list(by_group.values())
