@@ -117,7 +117,7 @@ def test_names_follow_from_shapes(kind: str, source: str, tmp_path: Path) -> Non
     names: Any = model if source == "model" else open_checkpoint(tmp_path / "model.pt")
     state = to_named(optimizer.state_dict(), names)
     assert same_state(content(state), forms(model, optimizer)["named"])
-    assert "only way to deal them to 2 groups" in state.evidence
+    assert "only way to split them into 2 groups" in state.evidence
 
 
 def test_frozen_parameters_are_not_counted() -> None:
@@ -148,7 +148,7 @@ def test_another_order_is_refused() -> None:
     """A group in another order than the model's does not fit, and the first place is named."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS["SGD"](list(model.parameters())[::-1]))
-    with pytest.raises(PlanError, match=r"position 0 is of \[3\], and 'qkv.weight' there is \[12, 4\]"):
+    with pytest.raises(PlanError, match=r"position 0 has shape \[3\], but 'qkv.weight' has shape \[12, 4\]"):
         to_named(optimizer.state_dict(), model)
 
 
@@ -179,7 +179,7 @@ def short(state: dict[str, Any]) -> None:
     ("break_it", "said"),
     [
         (double, "2 is in the groups more than once"),
-        (hole, "the positions are not 0 to 7: 6, 7 missing"),
+        (hole, "the positions must be 0 to 7, but 6, 7 are missing"),
         (stray, "there is state of 99, which no group has"),
         (liar, "'head.weight' to several"),
         (short, "1 name for 6 parameters"),
@@ -201,7 +201,7 @@ def test_names_that_lie_are_found_by_shape() -> None:
     assert to_named(optimizer.state_dict(), model).names == tuple(name for name, _ in model.named_parameters())
     state = optimizer.state_dict()
     state["param_groups"][0]["param_names"].reverse()
-    with pytest.raises(PlanError, match=r"state called 'head.bias' is of \[12, 4\], and the parameter is \[3\]"):
+    with pytest.raises(PlanError, match=r"state of 'head.bias' has shape \[12, 4\], but the parameter has shape \[3\]"):
         to_named(state, model)
 
 
@@ -222,7 +222,7 @@ def test_several_optimizers_are_listed(tmp_path: Path) -> None:
 
 def test_a_group_for_each_parameter_is_named_and_a_search_that_turns_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The work is bounded by what a way takes that is found at once, so that the bound refuses no such way."""
-    monkeypatch.setattr("ckptkit.optimizer_state.naming._ENOUGH_TRIED", 1000)
+    monkeypatch.setattr("ckptkit.optimizer_state.naming._MIN_CHOICES", 1000)
     shapes = {f"p{number}": (number + 1,) for number in range(60)}
 
     def state(groups: list[int], sizes: list[int]) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def order_like(state: OptimizerState, model: Any) -> OptimizerState:
     unknown = [name for name in require_named(state).names if name not in place]
     if unknown:
         raise PlanError(
-            f"{parameters.said} has no {listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"
+            f"{parameters.source} has no {listed(unknown)}", hint="rename it with rules, or drop it: ckpt optim prune"
         )
     groups = tuple(replace(group, names=tuple(sorted(group.names, key=place.__getitem__))) for group in state.groups)
     return replace(state, groups=groups)

@@ -47,7 +47,7 @@ def prune(
     groups, said = with_members(state.groups, members)
     known = {name if model is None else model.aliases.get(name, name) for name in stays}
     new = [] if model is None else [name for name in model.shapes if name not in known and name not in model.frozen]
-    if new and model is not None and model.certain:
+    if new and model is not None and model.is_certain:
         more = f" and {len(new) - _SHOWN:,} more" if len(new) > _SHOWN else ""
         named = ", ".join(map(printable, new[:_SHOWN]))
         said.append(f"in no group, though the model trains them (ckpt optim resplit adds them): {named}{more}")
@@ -73,7 +73,7 @@ def _fate(name: str, state: OptimizerState, model: Parameters | None) -> tuple[s
         return "copy", ""
     first = model.aliases.get(name, name)
     if first not in model.shapes:
-        return "dropped", f"{model.said} has no such parameter"
+        return "dropped", f"{model.source} has no such parameter"
     if name in model.frozen:
         return "dropped", "it is frozen"
     shape, wanted = parameter_shape(state.state.get(name, {})), model.shapes[first]
