@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 # The modules that list codes, and what the section of each is called.
 _CODES: dict[str, str] = {
     "ckptkit.formats.codes": "Readers: warnings of ckpt show and findings of ckpt check",
+    "ckptkit.loading.codes": "load_into",
     "ckptkit.param_groups.codes": "ckpt groups, validate_param_groups and rebind",
     "ckptkit.optimizer_state.codes": "ckpt optim",
     "ckptkit.checks.codes": "ckpt check",

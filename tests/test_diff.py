@@ -261,5 +261,5 @@ def test_an_unexpected_value_that_is_no_tensor_is_unexpected_too() -> None:
 
 def test_a_key_that_is_no_string_is_refused() -> None:
     """load_state_dict would fail on it too."""
-    with pytest.raises(CkptkitError, match="1 is no string"):
-        diff(nn.Linear(1, 1), {1: torch.ones(1)})
+    with pytest.raises(CkptkitError, match="1 is not a string"):
+        diff(nn.Linear(1, 1), {1: torch.ones(1)})  # type: ignore[arg-type]

@@ -86,7 +86,7 @@ def test_a_single_source_needs_no_role(tmp_path: Path) -> None:
         ({"w": torch.ones(2, dtype=torch.int32)}, "'w' is not what the plan was made from"),
         ({"w": torch.ones(1, 2)}, "'w' is not what the plan was made from"),
         ({"v": torch.ones(2)}, "'w' is no longer in the source"),
-        ({"w": TensorInfo("w", "F32", (2,))}, "'w' is only described"),
+        ({"w": TensorInfo("w", "F32", (2,))}, "'w' is a description without values"),
     ],
     ids=["dtype", "shape", "gone", "no bytes"],
 )
@@ -112,10 +112,10 @@ def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("out", {}, "its suffix tells no format"),
-        ("out.txt", {}, "its suffix tells no format"),
+        ("out", {}, "its suffix does not tell the format"),
+        ("out.txt", {}, "its suffix does not tell the format"),
         ("out.pt", {"format": "gguf"}, "unknown format 'gguf'"),
-        ("out", {"max_shard_size": 0}, "a shard of at most 0 bytes holds nothing"),
+        ("out", {"max_shard_size": 0}, "a shard of at most 0 bytes has room for no tensor"),
         ("out.safetensors", {"max_shard_size": 9}, "shards need a directory"),
         ("out", {"max_shard_size": 9, "format": "torch"}, "shards are written as safetensors only"),
     ],
@@ -242,7 +242,7 @@ def test_a_training_checkpoint_is_not_replaced_by_its_weights(tmp_path: Path) ->
     with open_checkpoint(source) as checkpoint:
         output = choose_output(source, force=True, only_tensors=True)
         error = refusal(lambda: execute(plan_remap(checkpoint), checkpoint, output))
-    assert error.reason == "is an input that holds more than tensors (epoch), which replacing it would lose"
+    assert error.reason == "is an input that holds more than tensors (epoch), and the output would not have that"
     assert sha256(source) == before
 
 

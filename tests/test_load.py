@@ -97,7 +97,8 @@ def test_missing_and_unexpected_keys_are_told_apart() -> None:
     """A kept key is a warning, a donor's surplus a note; neither is an error."""
     model = nn.Linear(2, 2)
     bias = model.bias.detach().clone()
-    report = load_into(model, {"weight": torch.ones(2, 2), "extra": torch.ones(1), "epoch": 3})
+    checkpoint: dict[str, Any] = {"weight": torch.ones(2, 2), "extra": torch.ones(1), "epoch": 3}
+    report = load_into(model, checkpoint)
     assert codes(report) == [
         ("warning", "load.missing", "bias"),
         ("note", "load.skipped", "extra"),
@@ -193,7 +194,7 @@ def test_a_tie_brings_what_the_file_left_out() -> None:
 @pytest.mark.parametrize("batch", [1 << 28, 1], ids=["at once", "one by one"])
 def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One of the two would be lost silently, in whichever batches they come."""
-    monkeypatch.setattr(ckptkit.loading, "_BATCH", batch)
+    monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", batch)
     state = randomised(Tied()).state_dict()
     state["lm_head.weight"] = state["wte.weight"] + 1
     error = refusal(lambda: load_into(Tied(), state), ModelError)
@@ -204,7 +205,7 @@ def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytes
 
 def test_many_batches_load_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
     """How much is read at a time changes nothing."""
-    monkeypatch.setattr(ckptkit.loading, "_BATCH", 40)
+    monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", 40)
     model, donor = Net(), randomised(Net())
     assert load_into(model, donor).coverage == 1.0
     assert same_state(model.state_dict(), donor.state_dict())
@@ -218,7 +219,7 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     error = refusal(lambda: load_into(model, nn.Linear(2, 2)), ModelError)
-    assert error.reason == "'weight' is on the meta device and can hold no value"
+    assert error.reason == "'weight' is on the meta device and cannot hold a value"
     assert error.hint is not None
     assert "to_empty" in error.hint
     assert load_into(model.to_empty(device="cpu"), nn.Linear(2, 2)).coverage == 1.0
@@ -247,7 +248,7 @@ def test_a_hook_that_puts_in_another_object_is_caught() -> None:
 
     model.register_load_state_dict_post_hook(swap)  # type: ignore[no-untyped-call]
     error = refusal(lambda: load_into(model, {"weight": torch.zeros(2, 2)}), ModelError)
-    assert "became another object" in error.reason
+    assert "was replaced while loading" in error.reason
 
 
 def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
@@ -255,7 +256,7 @@ def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
     model = nn.Module()
     model.register_buffer("w", torch.zeros(1).expand(3))
     error = refusal(lambda: load_into(model, {"w": torch.arange(3.0)}), ModelError)
-    assert error.reason.startswith("load_state_dict refused: ")
+    assert error.reason.startswith("load_state_dict failed: ")
 
 
 @pytest.mark.parametrize(
@@ -269,8 +270,8 @@ def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
             PlanError,
             "the base has no 'x'",
         ),
-        ({"weight": torch.ones(2, 2)}, {"on_unexpected": "add"}, ModelError, "a model cannot take over keys"),
-        ({"module.weight": torch.ones(2, 2)}, {}, PlanError, "no key and shape of the base is in the donor"),
+        ({"weight": torch.ones(2, 2)}, {"on_unexpected": "add"}, ModelError, "a model cannot get keys"),
+        ({"module.weight": torch.ones(2, 2)}, {}, PlanError, "the donor has no key and shape of the base"),
         ({"weight": torch.ones(2, 2).to_sparse()}, {}, PlanError, "'weight' cannot be copied: it is a sparse tensor"),
         ({"weight": torch.ones(2, 2) * 1j}, {}, PlanError, "'weight' is C64, and a cast to F32 would lose"),
     ],

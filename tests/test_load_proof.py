@@ -99,16 +99,20 @@ def untie_memory(model: Net) -> None:
 
 
 FAULTS: dict[str, tuple[Callable[[Net], None], type[BaseException], str]] = {
-    "a hook raises": (fail, ModelError, "load_state_dict refused: this model takes no state"),
+    "a hook raises": (fail, ModelError, "load_state_dict failed: this model takes no state"),
     "interrupted": (stop, KeyboardInterrupt, ""),
-    "a kept parameter changed": (change_kept, ModelError, "'head.bias' was not to be loaded, and changed all the same"),
-    "the sign of its zero": (change_kept_sign, ModelError, "'head.bias' was not to be loaded"),
-    "a kept parameter replaced": (replace_kept, ModelError, "'head.bias' became another object"),
-    "a kept parameter removed": (remove_kept, ModelError, "'head.bias' became another object"),
-    "its dtype changed": (narrow_kept, ModelError, "'head.bias' was not to be loaded"),
-    "its shape changed": (shorten_kept, ModelError, "'head.bias' was not to be loaded"),
-    "a module replaced": (replace_module, ModelError, "'head.weight' became another object"),
-    "memory shared anew": (untie_memory, ModelError, "'body.0.bias' and 'body.1.bias' share memory otherwise"),
+    "a kept parameter changed": (change_kept, ModelError, "'head.bias' was not loaded, but it changed"),
+    "the sign of its zero": (change_kept_sign, ModelError, "'head.bias' was not loaded, but it changed"),
+    "a kept parameter replaced": (replace_kept, ModelError, "'head.bias' was replaced while loading"),
+    "a kept parameter removed": (remove_kept, ModelError, "'head.bias' was replaced while loading"),
+    "its dtype changed": (narrow_kept, ModelError, "'head.bias' was not loaded, but it changed"),
+    "its shape changed": (shorten_kept, ModelError, "'head.bias' was not loaded, but it changed"),
+    "a module replaced": (replace_module, ModelError, "'head.weight' was replaced while loading"),
+    "memory shared anew": (
+        untie_memory,
+        ModelError,
+        "whether 'body.0.bias' and 'body.1.bias' share memory",
+    ),
 }
 
 
@@ -137,7 +141,7 @@ def test_a_failure_puts_everything_back(
 
 def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many batches are in the model already when the last tensor cannot be read."""
-    monkeypatch.setattr(ckptkit.loading, "_BATCH", 1)
+    monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", 1)
     whole = as_checkpoint(Net(), "donor")
 
     def payload(info: TensorInfo) -> Payload:
@@ -244,7 +248,7 @@ def test_what_cannot_be_written_outside_of_inference_mode_is_put_back() -> None:
     with torch.inference_mode():
         model = nn.Linear(2, 2)
     before = raw(model.weight), raw(model.bias)
-    with pytest.raises(ModelError, match=r"^load_state_dict refused: .*Inplace update to inference tensor"):
+    with pytest.raises(ModelError, match=r"^load_state_dict failed: .*Inplace update to inference tensor"):
         load_into(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)})
     assert (raw(model.weight), raw(model.bias)) == before
 

@@ -15,7 +15,8 @@ from torch import nn
 from ckptkit import Plan, TensorInfo, execute, open_checkpoint, plan_merge, plan_remap
 from ckptkit.core.checkpoint import View
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.plans.plan import Source, Step, ties_broken
+from ckptkit.plans.merge import OnMissing
+from ckptkit.plans.plan import Source, Step, find_broken_ties
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_outputs import described
 
@@ -59,13 +60,13 @@ def test_a_remap_is_a_list_of_steps_in_the_order_of_the_file() -> None:
 
 def test_what_is_left_out_is_listed_with_the_reason() -> None:
     """Dropped by a rule, kept by none, or no tensor at all: nothing is lost silently."""
-    source = {**{key: torch.zeros(info.shape) for key, info in BASE.items()}, "epoch": 3}
+    source: dict[str, Any] = {**{key: torch.zeros(info.shape) for key, info in BASE.items()}, "epoch": 3}
     plan = plan_remap(source, parse_rules(keep=["fc*"], drop=["*.bias"]))
     assert [step.out.key for step in plan.steps] == ["fc1.weight", "fc3.weight"]
     assert [(drop.role, drop.key, drop.reason) for drop in plan.dropped] == [
         ("source", "fc1.bias", "--drop '*.bias'"),
         ("source", "fc3.bias", "--drop '*.bias'"),
-        ("source", "epoch", "in the state_dict, and no tensor (int)"),
+        ("source", "epoch", "in the state_dict, and not a tensor (int)"),
     ]
 
 
@@ -94,7 +95,7 @@ def test_what_floats_cannot_become_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("rules", "error", "reason"),
     [
-        (parse_rules(drop=["*"]), PlanError, "nothing would be left of 4 tensors"),
+        (parse_rules(drop=["*"]), PlanError, "the output would have none of 4 tensors"),
         (parse_rules(rename=["{a}.weight=w"]), RuleError, "'fc1.weight' and 'fc3.weight' would both be called 'w'"),
         (parse_rules(rename=["fc9.*=x.*"]), RuleError, "--rename 'fc9.*=x.*' matches none of 4 keys"),
     ],
@@ -138,8 +139,8 @@ def test_ties_that_a_flat_file_would_break_are_known() -> None:
         key: TensorInfo(key, "F32", (2,), View(storage, offset, (1,)))
         for key, storage, offset in (("a", 0, 0), ("b", 0, 1), ("c", 0, 2), ("d", 0, 8), ("e", 1, 0))
     }
-    assert ties_broken(plan_remap(tied)) == [("a", "b", "c")]
-    assert ties_broken(plan_remap(tied, dtype="F16")) == [("a", "b", "c")]
+    assert find_broken_ties(plan_remap(tied)) == [("a", "b", "c")]
+    assert find_broken_ties(plan_remap(tied, dtype="F16")) == [("a", "b", "c")]
 
 
 # --- merge: the policies ---------------------------------------------------------------------------------------------
@@ -198,8 +199,8 @@ def test_a_mismatch_may_be_skipped() -> None:
     plan = plan_merge(BASE, donor, ["m.*=*"], on_mismatch="skip")
     assert [source for _, source, _ in told(plan)[2:]] == ["base:fc3.weight", "base:fc3.bias"]
     assert [(drop.key, drop.reason, drop.wanted) for drop in plan.dropped] == [
-        ("m.fc3.weight", "shape [9, 5] does not fit [2, 5]", "fc3.weight"),
-        ("m.fc3.bias", "shape [9] does not fit [2]", "fc3.bias"),
+        ("m.fc3.weight", "its shape is [9, 5], not [2, 5]", "fc3.weight"),
+        ("m.fc3.bias", "its shape is [9], not [2]", "fc3.bias"),
     ]
 
 
@@ -227,11 +228,16 @@ def test_a_mismatch_may_be_skipped() -> None:
         (
             {f"module.{key}": TensorInfo(f"module.{key}", "F32", info.shape) for key, info in BASE.items()},
             {},
-            "no key and shape of the base is in the donor, so there is nothing to merge",
+            "the donor has no key and shape of the base, so there is nothing to merge",
             "all 4 keys match after --rename 'module.*=*'",
         ),
-        (described(x=(1,)), {}, "no key and shape of the base is in the donor", "compare the names: ckpt diff"),
-        (described(fc1__bias=(6,)), {"on_mismatch": "skip"}, "no key and shape of the base", "ckpt diff BASE DONOR"),
+        (described(x=(1,)), {}, "the donor has no key and shape of the base", "compare the names: ckpt diff"),
+        (
+            described(fc1__bias=(6,)),
+            {"on_mismatch": "skip"},
+            "the donor has no key and shape of the base",
+            "ckpt diff BASE DONOR",
+        ),
         (BASE, {"on_missing": "skip"}, "on_missing is 'skip'", "keep, error"),
         (BASE, {"on_unexpected": "keep"}, "on_unexpected is 'keep'", "skip, add, error"),
         (BASE, {"on_mismatch": ""}, "on_mismatch is ''", "error, skip"),
@@ -262,7 +268,7 @@ def test_of_several_donors_the_last_one_wins() -> None:
 def test_a_merge_needs_a_donor_and_each_must_match() -> None:
     """An empty list is a slip, and so is a donor that brings nothing."""
     assert "no donor" in refusal(lambda: plan_merge(BASE, [])).reason
-    assert "in the donor2" in refusal(lambda: plan_merge(BASE, [BASE, described(x=(1,))])).reason
+    assert "the donor2 has no key" in refusal(lambda: plan_merge(BASE, [BASE, described(x=(1,))])).reason
 
 
 def test_models_and_state_dicts_are_merged_alike() -> None:
@@ -335,7 +341,7 @@ class Tied(torch.nn.Module):
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_follows_the_ties_of_the_base(
-    present: str, on_missing: str, suffix: str, dtype: torch.dtype, tmp_path: Path
+    present: str, on_missing: OnMissing, suffix: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """A donor that has one of two tied keys fills both; the base's own values do not come back through the other."""
     model, donor = Tied(), {present: torch.arange(15.0).reshape(5, 3).to(dtype)}
@@ -353,7 +359,7 @@ def test_a_tie_of_the_base_that_the_donor_does_not_have_is_said() -> None:
     """Two tensors for one place are written, and named."""
     donor = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
     assert plan_merge(Tied(), donor).notes == (
-        "'embed.weight' and 'head.weight' are one tensor in the base, and two where they come from",
+        "'embed.weight' and 'head.weight' are one tensor in the base, and get the values of two tensors",
     )
 
 
@@ -394,6 +400,6 @@ def test_a_collision_of_equals(same: bool, tmp_path: Path) -> None:
         with open_checkpoint(tmp_path / "out.safetensors") as out:
             assert torch.equal(out.read("w"), source["a.w"])
     else:
-        with pytest.raises(PlanError, match=r"'a\.w' and 'b\.w' would both be called 'w', and are not equal"):
+        with pytest.raises(PlanError, match=r"'a\.w' and 'b\.w' would both be called 'w', and their bytes differ"):
             execute(plan, source, tmp_path / "out.safetensors")
         assert list(tmp_path.iterdir()) == []

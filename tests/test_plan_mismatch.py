@@ -53,7 +53,7 @@ def test_the_operation_that_fits_is_named_and_applied_when_asked(
 
 def test_an_operation_that_does_not_fit_is_refused_with_one_that_does() -> None:
     """The hint says which would."""
-    with pytest.raises(PlanError, match=r"which resize_pos_embed does not change into each other") as caught:
+    with pytest.raises(PlanError, match=r"and resize_pos_embed does not change one into the other") as caught:
         plan_merge(state(fc__weight=(6, 4)), state(fc__weight=(4, 6)), on_mismatch="resize_pos_embed")
     assert caught.value.hint is not None
     assert "--on-mismatch transpose: " in caught.value.hint

@@ -167,7 +167,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a hole": (
         ["e.0.w", "e.2.w"],
         '[[rule]]\nfrom = "e.{e:int}.w"\nto = "e"\nop = "stack"',
-        "line 1): 'e' lacks one of its parts: there is none with e = 1, and there are 2 others",
+        "line 1): 'e' lacks one of its parts: there is none with e = 1, only 2 others",
     ),
     "a hole of any size": (
         ["e.99999999999999999.w"],
@@ -187,12 +187,12 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "the last of one kind": (
         ["e.0.a", "e.1.a", "e.0.b"],
         '[[rule]]\nfrom = ["e.{e:int}.a", "e.{e:int}.b"]\nto = "e"\nop = "stack"',
-        "line 1): 'e' would be made of 2 {e}, and of 1 {e} that fit 'e.{e:int}.b': a part is missing",
+        "line 1): 'e' would be made of 2 {e}, and of 1 {e} that match 'e.{e:int}.b': a part is missing",
     ),
     "a part is missing": (
         ["q", "k"],
         '\n[[rule]]\nfrom = ["q", "k", "v"]\nto = "qkv"\nop = { concat = { dim = 0 } }',
-        "line 2): 'qkv' is to be made of 'q' and of what fits 'v', which is not there",
+        "line 2): 'qkv' would be made of 'q' and of a tensor that matches 'v', and there is none",
     ),
     "two for one place": (
         ["a.x", "b.x"],
@@ -202,7 +202,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "gathered over a name": (
         ["e.a.w", "e.b.w"],
         '[[rule]]\nfrom = "e.{e}.w"\nto = "e"\nop = "stack"',
-        "gathers over {e}, which is in no new name and is no index",
+        "gathers over {e}, which is in no new name and is not an index",
     ),
     "an index written twice": (
         ["e.1.w", "e.01.w"],
@@ -333,7 +333,7 @@ ACCOUNTED: dict[str, tuple[str, dict[str, str]]] = {
     ),
     "parts filtered out": (
         '[[rule]]\nfrom = "a"\nto = ["x", "y", "z"]\nop = { split = { parts = 3 } }\n[[stage]]\nkeep = ["b", "c", "y"]',
-        {"a": "made into 'x': fits no --keep; made into 'z': fits no --keep"},
+        {"a": "made into 'x': matches no --keep; made into 'z': matches no --keep"},
     ),
 }
 
@@ -369,7 +369,7 @@ def test_what_has_to_be_proved_equal_goes_into_no_operation() -> None:
         '[[rule]]\nfrom = ["a", "b"]\nto = "x"\non_collision = "equal"\n'
         '[[stage]]\n[[stage.rule]]\nfrom = "x"\nto = "y"\nop = "transpose"'
     )
-    with pytest.raises(RuleError, match="has to be proved equal before that"):
+    with pytest.raises(RuleError, match="whose bytes must be compared before"):
         apply_rules(rules(text), ["a", "b"])
 
 

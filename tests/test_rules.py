@@ -56,7 +56,7 @@ def test_the_map_says_which_rule_spoke() -> None:
     made = applied(rename=["module.*=*"], drop=["step"], keep=["module.fc.*", "step"])
     assert dict(made.renamed) == {"module.fc.weight": "fc.weight", "module.fc.bias": "fc.bias"}
     assert made.rule_of["module.fc.bias"] == "--rename 'module.*=*'"
-    assert dict(made.dropped) == {"module.bn.weight": "fits no --keep", "step": "--drop 'step'"}
+    assert dict(made.dropped) == {"module.bn.weight": "matches no --keep", "step": "--drop 'step'"}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_collision_can_be_decided_and_the_loser_is_listed(first: str, second: 
     made = from_file(COLLISION.format(name="a", first=first, second=second), ["a.w", "b.w", "c"])
     lost = "a.w" if kept == "b.w" else "b.w"
     assert dict(made.renamed) == {kept: "w", "c": "c"}
-    assert dict(made.dropped) == {lost: f"'w' is taken by '{kept}'"}
+    assert dict(made.dropped) == {lost: f"'{kept}' gets the name 'w'"}
 
 
 def test_rules_that_decide_a_collision_differently_decide_nothing() -> None:
@@ -126,11 +126,13 @@ def test_of_three_keys_the_last_one_stays() -> None:
         ),
         pytest.param(
             {"rename": ["module.*=*", "module.fc.*=head.*"]},
-            "--rename 'module.fc.*=head.*' is shadowed: every key that it fits is taken by --rename 'module.*=*'",
+            "--rename 'module.fc.*=head.*' is shadowed: the earlier --rename 'module.*=*' matches all its keys",
             id="shadowed",
         ),
         pytest.param(
-            {"drop": ["*.bias"], "rename": ["module.fc.bias=b"]}, "is taken by --drop '*.bias' before", id="by a drop"
+            {"drop": ["*.bias"], "rename": ["module.fc.bias=b"]},
+            "is shadowed: the earlier --drop '*.bias' matches all its keys",
+            id="by a drop",
         ),
     ],
 )
@@ -180,7 +182,7 @@ def test_stages_see_the_names_that_the_one_before_made() -> None:
         "rule 'module.*=*' ([[rule]] 1), rule 'fc.weight=head.weight' ([[stage]] 1, [[rule]] 1)"
     )
     assert made.dropped["module.fc.bias"] == "drop '*.bias' ([[stage]] 2, [[rule]] 1)"
-    assert made.dropped["step"] == "fits no --keep"
+    assert made.dropped["step"] == "matches no --keep"
 
 
 def test_a_command_line_comes_before_the_file() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from ckptkit.errors import RuleError
-from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, FoldLora, account_for_adapter
+from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, FoldLora, plan_adapter
 from ckptkit.tensor_ops.operation import Shape
 from ckptkit.tensor_ops.registry import parse_operation
 from tests.helpers_tensor_ops import dtype_of, same
@@ -187,7 +187,7 @@ def factors(module: str, ins: int, outs: int, rank: int = RANK, name: str = "") 
 
 
 def planned(adapter: dict[str, Shape], **config: object) -> AdapterPlan:
-    return account_for_adapter(adapter, CONFIG | config, BASE)
+    return plan_adapter(adapter, CONFIG | config, BASE)
 
 
 def test_each_factor_finds_its_weight() -> None:
@@ -232,7 +232,7 @@ def test_a_pattern_fits_whole_names_between_dots() -> None:
     """As in peft: ``proj`` is the last name of a path, and no part of one."""
     base: dict[str, Shape] = {"a.proj.weight": (24, 16), "a.qproj.weight": (24, 16)}
     adapter = factors("a.proj", 16, 24) | factors("a.qproj", 16, 24)
-    made = account_for_adapter(adapter, CONFIG | {"alpha_pattern": {"proj": 2}}, base)
+    made = plan_adapter(adapter, CONFIG | {"alpha_pattern": {"proj": 2}}, base)
     assert [fold.operation.scale for fold in made.folds] == [0.5, 4.0]
 
 
@@ -362,4 +362,4 @@ def test_what_cannot_be_folded_truly_is_refused(
 
 def test_a_config_without_a_rank_is_refused() -> None:
     with pytest.raises(RuleError, match="the config has no r "):
-        account_for_adapter(factors("q", 16, 24), {"lora_alpha": 1}, BASE)
+        plan_adapter(factors("q", 16, 24), {"lora_alpha": 1}, BASE)

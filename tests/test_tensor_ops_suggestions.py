@@ -102,7 +102,7 @@ def test_the_best_comes_first(found: Shape, expected: Shape, key: str, names: li
         ((8, 3, 7, 7), (8, 4, 7, 7), "w", "3 input channels become 4, repeated and scaled by 3/4"),
         ((10, 84), (4, 84), "w", "the first 4 of 10 rows are kept"),
         ((84, 10), (84, 4), "w", "the first 4 of 10 along dim 1 are kept"),
-        ((4, 84), (10, 84), "w", "6 rows of their mean are added to the 4 there are"),
+        ((4, 84), (10, 84), "w", "6 rows of their mean are added after the first 4"),
     ],
 )
 def test_a_suggestion_says_what_it_would_do(found: Shape, expected: Shape, key: str, why: str) -> None:
@@ -125,7 +125,7 @@ def test_whatever_is_suggested_fits(found: Shape, expected: Shape, key: str) -> 
 def test_other_names_are_refused() -> None:
     with pytest.raises(RuleError) as caught:
         suggest("fold_lora", (1,), (2,), "w")
-    assert caught.value.reason == "'fold_lora' mends no mismatch"
+    assert caught.value.reason == "'fold_lora' is not an operation for a mismatch"
     assert caught.value.hint == f"one of {', '.join(MISMATCH_NAMES)}"
     assert sorted(MISMATCH_NAMES) == list(MISMATCH_NAMES)
 

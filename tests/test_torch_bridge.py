@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -155,7 +156,7 @@ def test_a_model_on_the_meta_device_has_shapes_and_ties_but_no_values() -> None:
 def test_lazy_modules_are_refused(lazy: nn.Module) -> None:
     """They have no shapes yet: the hint says how they get them. Their state_dict is refused alike."""
     for thing in (lazy, dict(lazy.state_dict())):
-        with pytest.raises(ModelError, match="is uninitialised: a lazy module has no shapes yet") as caught:
+        with pytest.raises(ModelError, match="is uninitialised, so it has no shape yet") as caught:
             as_checkpoint(thing, "model")
         assert caught.value.hint == "run one forward pass first"
 
@@ -189,7 +190,8 @@ def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
     checkpoint = as_checkpoint(model, "model")
     assert [(entry.path, entry.type) for entry in checkpoint.entries] == [("1", "absent module")]
     assert checkpoint.versions["0"] == 2
-    found = as_checkpoint({"w": torch.ones(1), "epoch": 3, "args": {"lr": 1}}, "state")
+    state: dict[str, Any] = {"w": torch.ones(1), "epoch": 3, "args": {"lr": 1}}
+    found = as_checkpoint(state, "state")
     assert [(entry.path, entry.type, entry.value) for entry in found.entries] == [
         ("epoch", "int", 3),
         ("args", "dict", None),
@@ -198,7 +200,7 @@ def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
 
 def test_numbers_that_json_cannot_hold_are_entries_as_text() -> None:
     """Non-finite floats and very large integers."""
-    state = {"a": float("nan"), "b": float("-inf"), "c": 10**5000, "d": 0.5, "e": "text", "f": True}
+    state: dict[str, Any] = {"a": float("nan"), "b": float("-inf"), "c": 10**5000, "d": 0.5, "e": "text", "f": True}
     entries = as_checkpoint(state, "state").entries
     assert [entry.value for entry in entries] == ["nan", "-inf", "an integer of 16610 bits", 0.5, "text", True]
     json.dumps([entry.value for entry in entries], allow_nan=False)
@@ -224,5 +226,5 @@ def test_descriptions_have_no_bytes_and_checkpoints_stay_themselves() -> None:
     described = as_checkpoint({"w": TensorInfo("w", "F32", (2,))}, "base")
     assert isinstance(described, Checkpoint)
     assert as_checkpoint(described, "base") is described
-    with pytest.raises(PlanError, match="'w' is only described"):
+    with pytest.raises(PlanError, match="'w' is a description without values"):
         described.read_bytes("w")

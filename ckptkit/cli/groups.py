@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import click
 
@@ -141,7 +141,7 @@ def _emitted(
         if language == "python":
             from ckptkit.param_groups.plan import plan_param_groups
 
-            return spec, write_python(plan_param_groups(model, spec), source.label)
+            return spec, write_python(plan_param_groups(cast("Module | Checkpoint", model), spec), source.label)
         text = dump_spec(spec, language)
     if language == "toml" and source.preset is not None:
         from ckptkit.param_groups.presets import preset_summary

@@ -14,7 +14,15 @@ from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_p
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import PlanError
-from ckptkit.plans.merge import ON_MISMATCH, ON_MISSING, ON_UNEXPECTED, plan_merge
+from ckptkit.plans.merge import (
+    ON_MISMATCH,
+    ON_MISSING,
+    ON_UNEXPECTED,
+    OnMismatch,
+    OnMissing,
+    OnUnexpected,
+    plan_merge,
+)
 from ckptkit.plans.plan import Plan
 from ckptkit.rules.model import Rules
 
@@ -53,9 +61,9 @@ def merge(
     options: OutputOptions,
     rules: Rules,
     method: str,
-    on_missing: str,
-    on_unexpected: str,
-    on_mismatch: str,
+    on_missing: OnMissing,
+    on_unexpected: OnUnexpected,
+    on_mismatch: OnMismatch,
     scale: float,
     rank: int,
 ) -> None:

@@ -26,6 +26,7 @@ from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import plural, printable
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
 from ckptkit.optimizer_state.forms import FoundState, read_state
@@ -349,13 +350,14 @@ def _open_named_state(
         return checkpoint, to_named(found, name_source.names(stack, checkpoint, found), drop_strays=drop_strays)
 
 
-def _open_model(stack: contextlib.ExitStack, path: str) -> object:
+def _open_model(stack: contextlib.ExitStack, path: str) -> Module | Checkpoint:
     """Return the live model, which has its parameters in order, or a checkpoint of its weights."""
     if path.startswith(LIVE_PREFIX):
         from ckptkit.formats.live import build_shapes
 
         with errors_about(path):
-            return build_shapes(path.removeprefix(LIVE_PREFIX))
+            model: Module = build_shapes(path.removeprefix(LIVE_PREFIX))
+            return model
     return stack.enter_context(open_checkpoint(path))
 
 

@@ -13,7 +13,7 @@ from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.text import html_table, printable, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import KeyMap, Rules
+from ckptkit.rules.model import KeyMap, RulesLike
 from ckptkit.rules.parse import as_rules
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
@@ -149,7 +149,7 @@ class StateDictDiff:
         return tuple(_hints(self))
 
 
-def diff(expected: StateDictLike, found: StateDictLike, rules: Rules | list[str] | None = None) -> StateDictDiff:
+def diff(expected: StateDictLike, found: StateDictLike, rules: RulesLike | None = None) -> StateDictDiff:
     """Return the differences between two state_dicts, as ``load_state_dict`` would meet them.
 
     Args:

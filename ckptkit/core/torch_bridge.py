@@ -1,11 +1,14 @@
-"""The one bridge between torch's tensors and stored bytes; torch is imported when it is crossed."""
+"""Conversions between torch tensors, dtypes and modules, and descriptions and bytes of tensors.
+
+torch is imported by the functions that need it, not by this module.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from ckptkit.core.checkpoint import (
     DTYPES,
@@ -46,24 +49,25 @@ __all__ = [
     "torch_dtype",
 ]
 
-ABSENT = "absent module"  # the type of an entry for a submodule that is None: torch looks at no key below it
+ABSENT = "absent module"  # the type of an entry for a submodule that is None; torch ignores keys below it
 CASTABLE = frozenset(
     dtype.code
     for dtype in DTYPES.values()
     if dtype.torch_name and dtype.bits >= 8 and not dtype.code.startswith(("Q", "BITS"))
 )
-_BLOCK = 4 << 20
-StateDictLike = Any  # a Checkpoint, a Module, a Mapping of tensors, or a Mapping of TensorInfo
+_BLOCK_BYTES = 4 << 20
+# A mapping of TensorInfo has keys, dtypes and shapes, but no values.
+StateDictLike: TypeAlias = Checkpoint | Module | Mapping[str, Tensor] | Mapping[str, TensorInfo]
 
 
 def code_of(dtype: torch.dtype) -> str:
-    """Return the safetensors code of a torch dtype, or torch's name in capitals where there is none."""
+    """Return the safetensors code of a torch dtype, or torch's name in capitals where it has no code."""
     name = str(dtype).removeprefix("torch.")
     return next((known.code for known in DTYPES.values() if known.torch_name == name), name.upper())
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """Return the torch dtype of a safetensors code; ``code`` must be one that torch has."""
+    """Return the torch dtype of a safetensors code; torch must have a dtype for ``code``."""
     import torch
 
     dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
@@ -71,7 +75,7 @@ def torch_dtype(code: str) -> torch.dtype:
 
 
 def dtype_code(name: str) -> str | None:
-    """Return the safetensors code of a dtype that is named by its code or by torch's name, or None."""
+    """Return the safetensors code of a dtype, given its code or torch's name; None for an unknown name."""
     short = name.removeprefix("torch.")
     found = (known.code for known in DTYPES.values() if short.upper() == known.code or short == known.torch_name)
     return next(found, None)
@@ -86,16 +90,16 @@ def shape_or_none(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _blocks(view: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor in pieces along its leading dimensions, each of bounded size."""
-    if view.dim() == 0 or view.numel() * view.element_size() <= _BLOCK:
+    """Yield a tensor in pieces along its leading dims, each of bounded size."""
+    if view.dim() == 0 or view.numel() * view.element_size() <= _BLOCK_BYTES:
         yield view
         return
     row = max(view[0].numel() * view.element_size(), 1)
-    if row > _BLOCK:
+    if row > _BLOCK_BYTES:
         for inner in view:
             yield from _blocks(inner)
     else:
-        rows = _BLOCK // row
+        rows = _BLOCK_BYTES // row
         for first in range(0, len(view), rows):
             yield view[first : first + rows]
 
@@ -113,30 +117,31 @@ def flat_bytes(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor in order, as a flat tensor of bytes."""
     import torch
 
-    # A single element counts as contiguous with any stride, and view() wants the stride to be 1.
+    # A tensor of one element is contiguous with any stride, but view() requires the stride 1.
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
 
-def same_values(there: Tensor, value: Tensor) -> bool:
-    """Return whether a tensor on the CPU has the bytes that ``value`` has in its dtype; NaN may have any of its bits.
+def same_values(tensor: Tensor, value: Tensor) -> bool:
+    """Return whether a tensor on the CPU has the bytes of ``value`` in the tensor's dtype.
 
-    Not numbers are compared: NaN is not equal to itself, and -0.0 is to 0.0.
+    Bytes are compared, not numbers: a NaN equals itself, and -0.0 differs from 0.0. Only after a cast, a NaN may have
+    other bits.
     """
     import torch
 
-    found, expected = flat_bytes(there), flat_bytes(wanted := value.to(there.dtype))
+    found, expected = flat_bytes(tensor), flat_bytes(cast := value.to(tensor.dtype))
     if torch.equal(found, expected):
         return True
-    if there.dtype == value.dtype or not (there.is_floating_point() or there.is_complex()):
+    if tensor.dtype == value.dtype or not (tensor.is_floating_point() or tensor.is_complex()):
         return False
-    # Which bits a NaN gets by a cast depends on the memory layout: torch has several kernels for it.
-    differ = (found != expected).reshape(there.numel(), -1).any(dim=1)
-    wide = torch.complex128 if there.is_complex() else torch.float64
-    return all(bool(tensor.reshape(-1).to(wide)[differ].isnan().all()) for tensor in (there, wanted))
+    # The bits of a NaN after a cast depend on the kernel, which torch chooses by the memory layout.
+    differ = (found != expected).reshape(tensor.numel(), -1).any(dim=1)
+    wide = torch.complex128 if tensor.is_complex() else torch.float64
+    return all(bool(side.reshape(-1).to(wide)[differ].isnan().all()) for side in (tensor, cast))
 
 
 def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:
-    """Return bytes as a flat tensor of them: in their own memory where that can be written to, else in a copy."""
+    """Return a flat uint8 tensor of ``data``, in its memory where that is writable, else in a copy."""
     import torch
 
     writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
@@ -145,16 +150,16 @@ def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class TensorPayload:
-    """A payload that is a tensor in memory; ``nbytes`` is what its elements take."""
+    """The payload of a tensor in memory; ``nbytes`` is the size of its elements."""
 
     tensor: Tensor
     nbytes: int
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes, piece by piece."""
+        """Yield the bytes in pieces; each piece is valid until the next one is asked for."""
         import torch
 
-        buffer = bytearray(min(self.nbytes, _BLOCK))  # one for all: fresh memory costs more than the copy into it
+        buffer = bytearray(min(self.nbytes, _BLOCK_BYTES))  # new memory for each block would cost more than the copy
         for block in _blocks(self.tensor.detach().resolve_conj().resolve_neg()):
             data = flat_bytes(block.cpu())
             if len(data):
@@ -164,22 +169,22 @@ class TensorPayload:
 
 @dataclass(frozen=True, slots=True)
 class CastPayload:
-    """A payload whose elements become another dtype on the way, as ``Tensor.to`` would make them."""
+    """A payload whose elements are cast to another dtype while they are read, as ``Tensor.to`` casts them."""
 
     source: Payload
     found: TensorInfo
-    made: TensorInfo
+    out: TensorInfo
 
     @property
     def nbytes(self) -> int:
-        """Bytes after the cast."""
-        return self.made.nbytes
+        """Number of bytes after the cast."""
+        return self.out.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the cast bytes, piece by piece."""
-        old, new = (torch_dtype(info.dtype) for info in (self.found, self.made))
+        """Yield the bytes after the cast in pieces."""
+        old, new = (torch_dtype(info.dtype) for info in (self.found, self.out))
         width = DTYPES[self.found.dtype].bits // 8
-        rest = b""
+        rest = b""  # a chunk can end within an element
         for chunk in self.source.chunks():
             data = rest + bytes(chunk) if rest else chunk
             whole = len(data) // width * width
@@ -189,58 +194,64 @@ class CastPayload:
                 yield _bytes_of(values.to(new))
 
 
-def as_checkpoint(thing: StateDictLike, role: str) -> Checkpoint:
-    """Return a Checkpoint of whatever stands for a state_dict: itself, a Module, or a mapping of tensors.
+def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
+    """Return a Checkpoint of a Module or of a mapping of tensors or ``TensorInfo``; a Checkpoint is returned as it is.
 
-    A mapping of ``TensorInfo`` has names and shapes but no bytes. ``role`` names it in messages.
-    Raises ``ModelError`` for anything else, a path included: ``open_checkpoint`` is the one door for those.
+    A mapping of ``TensorInfo`` has no bytes to read. ``role`` names the argument in messages. Raises ``ModelError``
+    for any other value, and for a path, which ``open_checkpoint`` opens.
     """
-    if isinstance(thing, Checkpoint):
-        return thing
-    if isinstance(thing, str | bytes) or hasattr(thing, "__fspath__"):
+    given: object = state  # the caller may have passed anything
+    if isinstance(given, Checkpoint):
+        return given
+    if isinstance(given, str | bytes) or hasattr(given, "__fspath__"):
         raise ModelError(f"{role} is a path", hint="open it first: open_checkpoint(path)")
-    if isinstance(thing, Mapping):
-        if all(isinstance(value, TensorInfo) for value in thing.values()):
-            return Checkpoint(thing, Access(_no_bytes), Description(role, "description"))
-        return describe_state_dict(thing, role)
-    if not callable(getattr(thing, "state_dict", None)) or not _is_module(thing):
-        raise ModelError(f"{role} is a {type(thing).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
+    if isinstance(given, Mapping):
+        if all(isinstance(value, TensorInfo) for value in given.values()):
+            return Checkpoint(given, Access(_no_bytes), Description(role, "description"))
+        return describe_state_dict(given, role)
+    if not callable(getattr(given, "state_dict", None)) or not _is_module(given):
+        raise ModelError(f"{role} is a {type(given).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
+    return _describe_module(given, role)
+
+
+def _describe_module(model: Module, role: str) -> Checkpoint:
     try:
-        state = thing.state_dict(keep_vars=True)
-    except Exception as error:  # extra state and hooks are the user's code: what works on no meta device, for one
+        state: object = model.state_dict(keep_vars=True)
+    except Exception as error:  # hooks and extra state are code of the user, which may fail on the meta device
         raise ModelError(f"state_dict() of {printable(role)} failed: {first_line(error)}") from error
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
-    return describe_state_dict(state, role).with_entries(*_absent(thing))
+    return describe_state_dict(state, role).with_entries(*_absent(model))
 
 
 def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of what it says, printable."""
+    """Return the class of an error and the first line of its text, in printable form."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
 
 
-def _is_module(thing: Any) -> bool:
+def _is_module(value: object) -> TypeGuard[Module]:
     import torch
 
-    return isinstance(thing, torch.nn.Module)
+    return isinstance(value, torch.nn.Module)
 
 
 def _absent(model: Module) -> Iterator[Entry]:
     for path, module in model.named_modules(remove_duplicate=False):
-        for name, child in module._modules.items():  # noqa: SLF001 - children() leaves out what is None
+        for name, child in module._modules.items():  # noqa: SLF001 - children() leaves out modules that are None
             if child is None:
                 yield Entry(f"{path}.{name}" if path else name, ABSENT, None)
 
 
 def _no_bytes(info: TensorInfo) -> Payload:
-    raise PlanError(f"{quoted(info.key)} is only described: there are no bytes to read")
+    raise PlanError(f"{quoted(info.key)} is a description without values")
 
 
-def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live model") -> Checkpoint:  # noqa: A002
-    """Return a Checkpoint of a mapping from names to live tensors; what is no tensor becomes an entry.
+def describe_state_dict(state: Mapping[str, object], path: str, format: str = "live model") -> Checkpoint:  # noqa: A002
+    """Return a Checkpoint of a mapping from keys to live tensors; any other value becomes an entry.
 
-    Tensors on the meta device are described and cannot be read.
+    Tensors on the meta device are described and cannot be read. Raises ``ModelError`` for a key that is not a string
+    and for an uninitialised tensor.
     """
     import torch
 
@@ -249,7 +260,7 @@ def describe_state_dict(state: Mapping[str, Any], path: str, format: str = "live
     entries: list[Entry] = []
     for key, value in state.items():
         if not isinstance(key, str):
-            raise ModelError(f"the key {printable(repr(key))} is no string")
+            raise ModelError(f"the key {printable(repr(key))} is not a string")
         if isinstance(value, torch.Tensor):
             tensors[key] = value
             infos[key] = _describe(key, value)
@@ -294,9 +305,7 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
     from torch.nn.parameter import is_lazy
 
     if is_lazy(tensor):
-        raise ModelError(
-            f"{quoted(key)} is uninitialised: a lazy module has no shapes yet", hint="run one forward pass first"
-        )
+        raise ModelError(f"{quoted(key)} is uninitialised, so it has no shape yet", hint="run one forward pass first")
     code = code_of(tensor.dtype)
     kind = "dense"
     if tensor.layout is not torch.strided:
@@ -320,5 +329,5 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
 
 
 def _storage_id(tensor: Tensor) -> int:
-    # Not data_ptr: every tensor on the meta device has none, and ties between them still count.
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch's own test of identity
+    # data_ptr() is 0 for every tensor on the meta device, where ties still count.
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch compares storages by it

@@ -1,4 +1,4 @@
-"""Loading a checkpoint into a live model, and proving that it arrived."""
+"""``load_into``: load a checkpoint into a live model, and check the result."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from ckptkit.core.ties import shared_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, same_values
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
+from ckptkit.loading import codes
 from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot, named_tensors
-from ckptkit.plans.merge import TIED, plan_merge
+from ckptkit.plans.merge import OnMismatch, OnMissing, OnUnexpected, plan_merge
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.produce import Producer
-from ckptkit.rules.model import Rules
+from ckptkit.rules.model import RulesLike
 
 __all__ = ["LoadReport", "load_into"]
 
-_BATCH = 256 << 20
+_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
 class LoadReport(Report):
-    """What was loaded, by key of the model and through ties; ``kept`` stays as the model had it, bit by bit.
+    """The result of ``load_into``: the keys of the model that were loaded, and the findings.
 
-    ``modules`` says the same by module; one that was loaded in part is opened. ``coverage`` is the share of the
-    elements that were loaded, between 0 and 1.
+    ``kept`` names the keys that were not loaded and have every bit that they had. ``coverage`` is the share of the
+    model's elements that were loaded, between 0 and 1. ``modules`` has the coverage of each module; a module that was
+    loaded in part is divided into its children.
     """
 
     loaded: tuple[str, ...] = ()
@@ -42,7 +44,7 @@ class LoadReport(Report):
     modules: tuple[ModuleCoverage, ...] = ()
 
     def __str__(self) -> str:
-        """Say in one line what happened."""
+        """Return one line with the numbers of tensors and elements that were loaded."""
         return (
             f"loaded {len(self.loaded)} of {plural(len(self.loaded) + len(self.kept), 'tensor')}, "
             f"{100 * self.coverage:.1f} % of the elements; kept {len(self.kept)} as they were"
@@ -65,61 +67,62 @@ class LoadReport(Report):
 def load_into(
     model: Module,
     checkpoint: StateDictLike,
-    rules: Rules | list[str] | None = None,
+    rules: RulesLike | None = None,
     *,
-    on_missing: str = "keep",
-    on_unexpected: str = "skip",
-    on_mismatch: str = "error",
+    on_missing: OnMissing = "keep",
+    on_unexpected: OnUnexpected = "skip",
+    on_mismatch: OnMismatch = "error",
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
 ) -> LoadReport:
-    """Load what fits into ``model``, in place, and prove by identity and value that it and nothing else changed.
+    """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
-    ``rules`` and the policies are those of ``plan_merge`` (``on_unexpected="add"`` has no meaning here and
-    is refused). ``require`` is a pattern or a list of patterns: every key of the model's state_dict that fits one must
-    be loaded. ``min_coverage``, between 0 and 1, is the least share of its elements that must be. torch's own
-    ``load_state_dict`` does the copying, so the model's hooks run and values are cast as torch casts.
+    ``rules``, ``on_missing``, ``on_unexpected`` and ``on_mismatch`` are those of ``plan_merge``, but
+    ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every key of the model's state_dict
+    that matches one must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's elements that
+    must be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run, and values are
+    cast as torch casts them.
 
-    Afterwards every loaded tensor has the checkpoint's value, every other one each bit that it had, all are the
-    objects that they were, and the same ones share memory. Whatever fails or is interrupted, the model is put back as
-    it was, from a copy that takes up to 256 MB of memory and beyond that a temporary file.
+    Afterwards every loaded tensor has the value of the checkpoint, and every other tensor has each bit that it had.
+    All parameters and buffers are the same objects and share the same memory as before. If loading fails or is
+    interrupted, the model is restored from a copy, which takes up to 256 MB of memory and then a temporary file.
 
-    Raises ``PlanError`` where a policy says so, ``RuleError`` where a pattern fits no key, and ``ModelError`` where
-    what was asked for is not reached (before anything is copied), a tensor of the model is on the meta device, or the
-    proof fails.
+    Raises ``PlanError`` where a policy is ``error``, and ``RuleError`` where a pattern matches no key. Raises
+    ``ModelError`` where ``require`` or ``min_coverage`` is not met (before anything is copied), where a tensor of the
+    model is on the meta device, and where the check of the result fails.
     """
     if on_unexpected == "add":
         raise ModelError(
-            "a model cannot take over keys that it does not have", hint='on_unexpected is "skip" or "error"'
+            "a model cannot get keys that it does not have", hint='on_unexpected must be "skip" or "error"'
         )
     if not hasattr(model, "named_parameters"):
         raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
     base, donor = as_checkpoint(model, "model"), as_checkpoint(checkpoint, "checkpoint")
     plan = plan_merge(base, donor, rules, on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch)
-    taken = [step for step in plan.steps if step.sources[0].role == "donor"]
-    loaded = {step.out.key for step in taken}
+    from_donor = [step for step in plan.steps if step.sources[0].role == "donor"]
+    loaded = {step.out.key for step in from_donor}
     refuse_unmet(Requirements(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))
     _refuse_meta(model, base)
     with Snapshot(model) as before:
         try:
-            _load(model, base, donor, taken)
-            derived = _prove_rest(model, before, loaded)
+            _load(model, base, donor, from_donor)
+            rewritten = _check_others(model, before, loaded)
         except BaseException as error:
-            stuck = before.restore()
-            if stuck:
-                raise ModelError(f"{quoted(stuck[0])} could not be put back as it was after: {error}") from error
+            failed = before.restore()
+            if failed:
+                raise ModelError(f"{quoted(failed[0])} could not be restored after: {error}") from error
             raise
-        shared = [name for name in _written_through(before, loaded) if name not in loaded]
+        shared = [name for name in _sharing_memory(before, loaded) if name not in loaded]
     kept = [key for key in base if key not in loaded]
     filled = sum(info.elements for key, info in base.items() if key in loaded)
     elements = sum(info.elements for info in base.values())
     findings = (
         *_kept_findings(kept, plan, shared),
-        *_tied_findings(taken),
+        *_tied_findings(from_donor),
         *_dropped_findings(plan),
-        *_unproved_findings(before, derived, loaded),
+        *_unverified_findings(before, rewritten, loaded),
     )
-    findings = tuple(dict.fromkeys(findings))  # an extra state is in both, and no tensor in either
+    findings = tuple(dict.fromkeys(findings))  # both inputs drop an extra state, with equal findings
     return LoadReport(
         findings,
         ModelError,
@@ -134,27 +137,27 @@ def _refuse_meta(model: Module, base: Checkpoint) -> None:
     for name, tensor in named_tensors(model).items():
         if tensor.is_meta:
             raise ModelError(
-                f"{quoted(name)} is on the meta device and can hold no value"
+                f"{quoted(name)} is on the meta device and cannot hold a value"
                 if name in base
-                else f"{quoted(name)} is on the meta device, and no checkpoint brings a buffer that is not persistent",
-                hint="model.to_empty(device=...) gives it memory, or build the model on a real device"
+                else f"{quoted(name)} is on the meta device, and no checkpoint has a buffer that is not persistent",
+                hint="call model.to_empty(device=...), or build the model on a real device"
                 if name in base
                 else "build the model on a real device",
             )
 
 
-def _load(model: Module, base: Checkpoint, donor: Checkpoint, taken: Sequence[Step]) -> None:
+def _load(model: Module, base: Checkpoint, donor: Checkpoint, steps: Sequence[Step]) -> None:
     before = model.state_dict(keep_vars=True)
-    versions = {} if any(step.out.key != step.sources[0].key for step in taken) else donor.versions
-    batches = list(_batches(taken))
+    versions = {} if any(step.out.key != step.sources[0].key for step in steps) else donor.versions
+    batches = list(_batches(steps))
     for batch in batches:
         _load_batch(model, before, donor, batch, versions)
     if len(batches) > 1:
-        # What shares memory with a tensor of a later batch may have been written over since it was proved.
-        shared = shared_keys({step.out.key: base[step.out.key] for step in taken})
+        # A later batch may have overwritten a tensor that shares memory with one of its own.
+        shared = shared_keys({step.out.key: base[step.out.key] for step in steps})
         for batch in batches:
             again = [step for step in batch if step.out.key in shared]
-            _prove(model.state_dict(keep_vars=True), before, _values(donor, again))
+            _check(model.state_dict(keep_vars=True), before, _values(donor, again))
 
 
 def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
@@ -163,7 +166,7 @@ def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
     for step in steps:
         batch.append(step)
         size += step.out.nbytes
-        if size >= _BATCH:
+        if size >= _BATCH_BYTES:
             yield batch
             batch, size = [], 0
     if batch:
@@ -179,14 +182,16 @@ def _load_batch(
 ) -> None:
     values = _values(donor, batch)
     if versions:
-        # Modules take values without a version for those of their oldest one, and may convert them.
+        # A module converts values that have no version as if its oldest version had saved them.
         values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
     try:
         model.load_state_dict(values, strict=False)
-    except Exception as error:  # the model's own hooks may raise anything
-        called = "no " if isinstance(error, KeyError) else ""  # such an error says the key alone
-        raise ModelError(f"load_state_dict refused: {called}{' '.join(str(error).split())}") from error
-    _prove(model.state_dict(keep_vars=True), before, values)
+    except Exception as error:  # hooks of the model can raise anything
+        message = " ".join(str(error).split())
+        if isinstance(error, KeyError):  # its text is the key alone
+            message = f"there is no key {message}"
+        raise ModelError(f"load_state_dict failed: {message}") from error
+    _check(model.state_dict(keep_vars=True), before, values)
 
 
 def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
@@ -194,88 +199,85 @@ def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor
     return OrderedDict((step.out.key, producer.tensor(step)) for step in steps)
 
 
-def _prove(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _check(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for key, value in values.items():
         if _is_extra(key):
             continue
         if after[key] is not before[key]:
-            raise ModelError(f"{quoted(key)} became another object while loading: optimizers still hold the old one")
+            raise ModelError(f"{quoted(key)} was replaced while loading, and optimizers still hold the old tensor")
         if not same_values(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
             raise ModelError(
                 f"{quoted(key)} does not have the checkpoint's value after loading",
-                hint="another key that shares its memory was loaded over it, or a hook of the model changed it",
+                hint="a key that shares its memory was loaded after it, or a hook of the model changed it",
             )
 
 
 def _is_extra(key: str) -> bool:
-    """Return whether a module makes this entry itself, and takes it as it likes."""
+    """Return whether the key is the extra state of a module, which only the module can interpret."""
     return key.rpartition(".")[2] == "_extra_state"
 
 
-def _written_through(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:
-    """Return the names of all tensors that have memory in common with a loaded one, those themselves among them."""
+def _sharing_memory(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:
+    """Return the names of the loaded tensors and of all tensors that share memory with one of them."""
     written = {id(before.tensors[name]) for name in loaded if name in before.tensors}
     names = {name for name, tensor in before.tensors.items() if id(tensor) in written}
     return names.union(*(tie for tie in before.ties if tie & names))
 
 
-def _prove_rest(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
-    """Raise ``ModelError`` where anything but the loaded tensors changed; return the buffers that hooks made anew."""
+def _check_others(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
+    """Raise ``ModelError`` where anything but the loaded tensors changed; return the buffers that hooks rewrote.
+
+    Only buffers that are not persistent may be rewritten.
+    """
     for name in before.replaced():
-        raise ModelError(f"{quoted(name)} became another object while loading: optimizers still hold the old one")
-    written = _written_through(before, loaded)
+        raise ModelError(f"{quoted(name)} was replaced while loading, and optimizers still hold the old tensor")
+    written = _sharing_memory(before, loaded)
     changed = [name for name in before.tensors if name not in written and not before.is_unchanged(name)]
     persistent = model.state_dict(keep_vars=True).keys()
     for name in changed:
         if name in persistent:
             raise ModelError(
-                f"{quoted(name)} was not to be loaded, and changed all the same",
+                f"{quoted(name)} was not loaded, but it changed",
                 hint="a hook of the model wrote to it while loading",
             )
     for tie in before.ties ^ before.ties_now():
         first, second, *_ = sorted(tie)
-        raise ModelError(f"{quoted(first)} and {quoted(second)} share memory otherwise than before loading")
+        raise ModelError(f"loading changed whether {quoted(first)} and {quoted(second)} share memory")
     return changed
 
 
-def _tied_findings(taken: Sequence[Step]) -> Iterator[Finding]:
-    for step in taken:
-        if step.rule.startswith(TIED):
+def _tied_findings(steps: Sequence[Step]) -> Iterator[Finding]:
+    for step in steps:
+        if step.tied_to is not None:
             key = step.out.key
-            yield Finding("load.tied", "note", key, f"{quoted(key)} is {step.rule}, which was loaded")
+            yield codes.TIED.finding(key, f"{quoted(key)} is tied to {quoted(step.tied_to)}, which was loaded")
 
 
 def _kept_findings(kept: Sequence[str], plan: Plan, shared: Sequence[str]) -> Iterator[Finding]:
     mismatched = {drop.wanted for drop in plan.dropped}
     for key in kept:
         if key in shared:
-            yield Finding(
-                "load.shared",
-                "warning",
-                key,
-                f"{quoted(key)} was not loaded, but shares memory with a tensor that was, and changed with it",
+            yield codes.SHARED.finding(
+                key, f"{quoted(key)} was not loaded, but it shares memory with a loaded tensor and changed with it"
             )
         elif key not in mismatched:
-            yield Finding("load.missing", "warning", key, f"{quoted(key)} is not in the checkpoint and stays as it was")
+            yield codes.MISSING.finding(key, f"{quoted(key)} is not in the checkpoint and keeps its value")
 
 
 def _dropped_findings(plan: Plan) -> Iterator[Finding]:
     for drop in plan.dropped:
-        code, severity = ("load.shape", "warning") if drop.wanted else ("load.skipped", "note")
-        yield Finding(code, severity, drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")  # type: ignore[arg-type]
+        code = codes.SHAPE if drop.wanted else codes.SKIPPED
+        yield code.finding(drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")
 
 
-def _unproved_findings(before: Snapshot, derived: Sequence[str], loaded: AbstractSet[str]) -> Iterator[Finding]:
-    for name in derived:
-        message = f"{quoted(name)}, a buffer that no checkpoint has, was written anew by a hook of the model"
-        yield Finding("load.derived", "note", name, message)
+def _unverified_findings(before: Snapshot, rewritten: Sequence[str], loaded: AbstractSet[str]) -> Iterator[Finding]:
+    for name in rewritten:
+        message = f"a hook of the model rewrote {quoted(name)}, a buffer that is in no checkpoint"
+        yield codes.DERIVED.finding(name, message)
     for name in filter(_is_extra, loaded):
-        yield Finding(
-            "load.unproved", "note", name, f"{quoted(name)} was given to its module, which keeps it as it likes"
-        )
+        message = f"{quoted(name)} was passed to its module; whether the module kept it was not checked"
+        yield codes.UNPROVED.finding(name, message)
     for name in before.not_copied:
         if name not in loaded:
             kind = before.infos[name].kind
-            yield Finding(
-                "load.unproved", "note", name, f"{quoted(name)} is a {kind} tensor, whose bits were not compared"
-            )
+            yield codes.UNPROVED.finding(name, f"{quoted(name)} is a {kind} tensor, whose bits were not compared")

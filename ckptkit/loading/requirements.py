@@ -1,4 +1,4 @@
-"""What must be loaded for a load to be one, checked while it is still a plan."""
+"""``require=`` and ``min_coverage=`` of ``load_into``, checked on the plan before anything is loaded."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
@@ -22,7 +21,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """Patterns of the keys that must all be loaded, and the least share of the elements."""
+    """Patterns of keys that must all be loaded, and the least share of the model's elements that must be."""
 
     require: str | Sequence[str] = ()
     min_coverage: float = 0.0
@@ -35,27 +34,27 @@ def refuse_unmet(
     plan: Plan,
     difference: Callable[[], StateDictDiff],
 ) -> None:
-    """Raise ``ModelError`` where a plan leaves out what must be loaded, saying what, why, and the way out.
+    """Raise ``ModelError`` where a plan does not meet the requirements, with the reason and a hint.
 
-    ``difference`` is asked only then. Raises ``RuleError`` for a pattern that fits no key of the model.
+    ``difference`` is called only for the hint. Raises ``RuleError`` for a pattern that matches no key of the model.
     """
     share = requirements.min_coverage
     if isinstance(share, bool) or not isinstance(share, Real) or not 0 <= share <= 1:
         raise ModelError(f"min_coverage is {share!r}, not a share between 0 and 1", hint="for 95 % write 0.95")
-    because = {drop.wanted: drop.reason for drop in plan.dropped if drop.wanted}
+    reasons = {drop.wanted: drop.reason for drop in plan.dropped if drop.wanted}
     for pattern in _patterns(requirements.require):
         wanted = [key for key in base if pattern.match(key)]
         if not wanted:
             raise RuleError(
-                f"require = {quoted(pattern.text)} fits none of {plural(len(base), 'key')} of the model",
+                f"require = {quoted(pattern.text)} matches none of {plural(len(base), 'key')} of the model",
                 hint=suggest_pattern(pattern, base),
             )
         lacking = [key for key in wanted if key not in loaded]
         if lacking:
             raise ModelError(
                 f"require = {quoted(pattern.text)}: {len(lacking):,} of {plural(len(wanted), 'tensor')} would not be "
-                f"loaded, {_reasons(lacking, because)}",
-                hint=_way_out(lacking, because, difference),
+                f"loaded, {_explain(lacking, reasons)}",
+                hint=_hint(lacking, reasons, difference),
             )
     elements = sum(info.elements for info in base.values())
     filled = sum(info.elements for key, info in base.items() if key in loaded)
@@ -63,26 +62,26 @@ def refuse_unmet(
         lacking = sorted((key for key in base if key not in loaded), key=lambda key: -base[key].elements)
         raise ModelError(
             f"the checkpoint fills {filled:,} of {plural(elements, 'element')} ({100 * filled / elements:.4g} %), "
-            f"below min_coverage = {share}; the largest that would not be loaded: {_reasons(lacking, because)}",
-            hint=_way_out(lacking, because, difference),
+            f"below min_coverage = {share}; the largest tensors that would not be loaded: {_explain(lacking, reasons)}",
+            hint=_hint(lacking, reasons, difference),
         )
 
 
-def _patterns(require: Any) -> list[Pattern]:
+def _patterns(require: object) -> list[Pattern]:
     texts = list(require) if isinstance(require, Iterable) and not isinstance(require, str | bytes) else [require]
     if wrong := [text for text in texts if not isinstance(text, str)]:
-        raise RuleError(f"require has {kind_of(wrong[0])}", hint='it is a pattern or a list of patterns: "encoder.*"')
+        raise RuleError(f"require has {kind_of(wrong[0])}", hint='give a pattern or a list of patterns: "encoder.*"')
     return list(map(parse_pattern, texts))
 
 
-def _reasons(lacking: Sequence[str], because: dict[str, str]) -> str:
-    said = [f"{quoted(key)} ({because.get(key, 'not in the checkpoint')})" for key in lacking[:_SHOWN]]
-    more = len(lacking) - len(said)
-    return ", ".join(said) + (f" and {more:,} more" if more else "")
+def _explain(lacking: Sequence[str], reasons: dict[str, str]) -> str:
+    explained = [f"{quoted(key)} ({reasons.get(key, 'not in the checkpoint')})" for key in lacking[:_SHOWN]]
+    more = len(lacking) - len(explained)
+    return ", ".join(explained) + (f" and {more:,} more" if more else "")
 
 
-def _way_out(lacking: Sequence[str], because: dict[str, str], difference: Callable[[], StateDictDiff]) -> str:
-    if all(key in because for key in lacking):
-        return "ask for less, or give on_mismatch the name of an operation that makes the shapes fit"
+def _hint(lacking: Sequence[str], reasons: dict[str, str], difference: Callable[[], StateDictDiff]) -> str:
+    if all(key in reasons for key in lacking):
+        return "require less, or set on_mismatch to an operation that makes the shapes equal"
     hints = difference().hints
-    return hints[0].message if hints else "ask for less, or rename the checkpoint's keys: suggest_rules finds the rules"
+    return hints[0].message if hints else "require less, or rename the checkpoint's keys with rules of suggest_rules"

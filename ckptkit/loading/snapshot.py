@@ -1,4 +1,4 @@
-"""The tensors of a live model as they were: which objects, and every bit of them, to compare with and to put back."""
+"""A snapshot of the tensors of a live model, to compare the model with and to restore it."""
 
 from __future__ import annotations
 
@@ -24,34 +24,34 @@ _IN_MEMORY = 256 << 20
 class _Saved:
     name: str
     tensor: Tensor
-    memory: Tensor  # another view of what the tensor looked into
+    memory: Tensor  # a second view of the memory of the tensor
     offset: int
     nbytes: int
 
 
 def named_tensors(model: Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer under each of its names, buffers that no state_dict has among them."""
+    """Return every parameter and buffer under each of its names, also the buffers that are not persistent."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     return found | dict(model.named_buffers(remove_duplicate=False))
 
 
 class Snapshot(Closing):
-    """Every parameter and buffer of a model at one moment; close it, or use it as a context manager.
+    """A copy of every parameter and buffer of a model; close it, or use it as a context manager.
 
-    The bytes are kept in memory up to 256 MB, and beyond that in a temporary file without a name. ``infos`` describes
-    the tensors by name; ``not_copied`` names those without bytes of their own kind (sparse, quantised, subclasses),
-    which are neither compared nor put back. Raises ``ModelError`` where there is no room for the copy.
+    The bytes are kept in memory up to 256 MB, and above that in a temporary file without a name. ``infos`` describes
+    the tensors by name. ``not_copied`` names the tensors that have no plain bytes (sparse, quantised, subclasses,
+    on the meta device); they are neither compared nor restored.
     """
 
     def __init__(self, model: Module) -> None:
-        """Copy all of them."""
+        """Copy all tensors of ``model``; raise ``ModelError`` where there is no space for the copy."""
         self._model = model
         self.tensors = named_tensors(model)
         self.infos: Checkpoint = describe_state_dict(self.tensors, "model")
         self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (slots, dict(slots))
             for module in model.modules()
-            for slots in (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - what hooks replace
+            for slots in (module._parameters, module._buffers, module._modules)  # noqa: SLF001 - hooks may replace their values
         ]
         self._saved: dict[int, _Saved] = {}
         self._buffer = bytearray()
@@ -62,7 +62,7 @@ class Snapshot(Closing):
             self._file.close()
             size = human_bytes(sum({id(t): self.infos[name].nbytes for name, t in self.tensors.items()}.values()))
             raise ModelError(
-                f"there is no room for a copy of the model as it is: {(error.strerror or str(error)).lower()}",
+                f"there is no space for a copy of the model: {(error.strerror or str(error)).lower()}",
                 hint=f"set TMPDIR to a directory with {size} free",
             ) from error
 
@@ -79,26 +79,26 @@ class Snapshot(Closing):
 
     @property
     def not_copied(self) -> tuple[str, ...]:
-        """The names of the tensors whose bytes were not copied."""
+        """Names of the tensors whose bytes were not copied."""
         return tuple(name for name, tensor in self.tensors.items() if id(tensor) not in self._saved)
 
     @property
     def ties(self) -> set[frozenset[str]]:
-        """The sets of names that share memory."""
+        """Sets of names whose tensors share memory."""
         return _ties(self.infos)
 
     def ties_now(self) -> set[frozenset[str]]:
-        """Return the sets of names that share memory now, of those that were there."""
+        """Return the sets of names in the snapshot whose tensors share memory now."""
         now = named_tensors(self._model)
         return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
 
     def replaced(self) -> Iterator[str]:
-        """Yield the names under which another object is now, or none."""
+        """Yield the names that now have another tensor object, or none."""
         now = named_tensors(self._model)
         return (name for name, tensor in self.tensors.items() if now.get(name) is not tensor)
 
     def is_unchanged(self, name: str) -> bool:
-        """Return whether the tensor that had this name has every bit that it had; true for what is unseen."""
+        """Return whether the tensor of this name has every bit that it had; true where it was not copied."""
         saved = self._saved.get(id(self.tensors[name]))
         return saved is None or self._is_unchanged(saved)
 
@@ -120,13 +120,13 @@ class Snapshot(Closing):
         return torch.equal(before, torch.frombuffer(chunk, dtype=torch.uint8))
 
     def restore(self) -> list[str]:
-        """Put back every object under its name and every bit; return the names of those that do not take it."""
+        """Restore every object under its name and every bit; return the names of tensors that cannot be restored."""
         import torch
 
         for slots, before in self._slots:
             slots.clear()
             slots.update(before)
-        stuck = []
+        failed = []
         for saved in self._saved.values():
             if not saved.tensor.is_set_to(saved.memory):
                 saved.tensor.data = saved.memory
@@ -139,14 +139,14 @@ class Snapshot(Closing):
                 with torch.inference_mode(saved.tensor.is_inference()), torch.no_grad():
                     saved.tensor.copy_(value)
             except RuntimeError:
-                stuck.append(saved.name)
-        # What shares memory with a tensor that was put back later has to be right as well.
-        return stuck + [
-            saved.name for saved in self._saved.values() if saved.name not in stuck and not self._is_unchanged(saved)
+                failed.append(saved.name)
+        # A tensor can share memory with one that was restored after it, so each is checked again.
+        return failed + [
+            saved.name for saved in self._saved.values() if saved.name not in failed and not self._is_unchanged(saved)
         ]
 
     def close(self) -> None:
-        """Give the room back."""
+        """Free the memory or the temporary file."""
         self._file.close()
 
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.ties import tied_keys
@@ -247,7 +248,7 @@ def parameter_table(model: Module | StateDictLike) -> ParameterTable:
     Raises ``ModelError`` where ``model`` is neither.
     """
     if hasattr(model, "named_parameters"):
-        return live_parameter_table(take_inventory(model))
+        return live_parameter_table(take_inventory(cast("Module", model)))
     infos = as_checkpoint(model, "model")
     kept = {key: info for key, info in infos.items() if not _is_buffer(info)}
     ties = {keys[0]: keys[1:] for keys in tied_keys(kept.values())}

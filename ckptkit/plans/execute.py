@@ -1,4 +1,4 @@
-"""Carrying a plan out: the only room that moves tensor bytes. It decides nothing; it can only fail."""
+"""Execution of a plan: write the tensors of the output, and check them by reading them back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.files import same_bytes
@@ -39,23 +40,27 @@ _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What was written, as read back from it."""
+    """A description of the output that was written.
+
+    ``beside`` names other weight files that were in the output directory before and are still there. ``envelope`` is
+    the mapping inside the file that holds the tensors.
+    """
 
     path: str
     format: str
     tensors: int
     nbytes: int
     files: tuple[str, ...]
-    beside: tuple[str, ...] = ()  # other files of weights that were in the directory, and stay
-    envelope: str = ""  # the mapping of the file that the tensors are in
+    beside: tuple[str, ...] = ()
+    envelope: str = ""
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
-    """Return the plan with what the output keeps beside the tensors, and with what it has no place for as dropped.
+    """Return the plan with the entries that the output keeps and those that it drops.
 
-    Raises what ``execute`` would raise before its first byte: ``PlanError`` for a tensor that the format
-    cannot hold, or a file that cannot be edited, ``OutputError`` for an output that exists (without ``force``) or
-    cannot be one.
+    Raises the errors that ``execute`` would raise before its first byte: ``PlanError`` for a tensor that the format
+    cannot hold and for a file that cannot be edited, ``OutputError`` for an output that exists (without ``force``) or
+    cannot be created.
     """
     infos = [step.out for step in plan.steps]
     lost: list[Dropped] = []
@@ -66,38 +71,43 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
         raise
     if output.format == "torch":
         if any(key != "format" for key in plan.metadata):
-            lost.append(Dropped("output", "__metadata__", "a torch file has no place for it", is_entry=True))
+            lost.append(Dropped("output", "__metadata__", "a torch file cannot hold it", is_entry=True))
     elif plan.versions:
-        lost.append(Dropped("output", "_metadata", "safetensors has no place for module versions", is_entry=True))
+        lost.append(Dropped("output", "_metadata", "a safetensors file cannot hold module versions", is_entry=True))
     (prepare_target if output.max_shard_size is None else prepare_directory)(output.path, force=output.force)
     editor = editor_for(plan, output, sources)
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
     entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.is_file]
-    stay = {
+    kept = {
         drop for drop in plan.dropped if drop.is_entry and drop.role == plan.edited_role and drop.key in set(entries)
     }
-    left = [drop for drop in plan.dropped if drop not in stay]
-    kept = tuple(entry for entry in entries if entry in {drop.key for drop in stay})
-    return replace(plan, dropped=(*left, *lost), kept=kept, notes=tuple(dict.fromkeys((*plan.notes, *editor.notes))))
+    dropped = (*(drop for drop in plan.dropped if drop not in kept), *lost)
+    kept_entries = tuple(entry for entry in entries if entry in {drop.key for drop in kept})
+    notes = tuple(dict.fromkeys((*plan.notes, *editor.notes)))
+    return replace(plan, dropped=dropped, kept=kept_entries, notes=notes)
 
 
 def execute(
     plan: Plan,
-    sources: Mapping[str, StateDictLike] | StateDictLike,
+    sources: Mapping[str, object] | StateDictLike,  # object, which a type checker infers for a model beside a dict
     out: Output | str | os.PathLike[str],
     *,
     progress: Progress | None = None,
 ) -> Written:
-    """Write the output that ``plan`` describes, whole or not at all, and read back that it is there.
+    """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
 
-    ``sources`` maps the plan's roles (``source``; ``base``, ``donor``) to what the plan was made from; a
-    single one may be given as it is. ``out`` is a path, whose suffix tells the format, or an ``Output``.
-    A torch file made of a torch file that holds more than the mapping of tensors is a copy of that file with the
-    tensors of the mapping made anew; ``Output`` says how to have the tensors alone. Tensors are streamed: memory does
-    not grow with the checkpoint. Raises ``OutputError`` where the
-    output exists (without ``force``), is an input that would be harmed, or has no room; ``PlanError``
-    where the format cannot hold a tensor; ``ChangedError`` where an input changed meanwhile.
+    ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from. A
+    single input may be given without its role. ``out`` is a path, whose suffix tells the format, or an ``Output``.
+    ``progress`` is called with a number of bytes after each write.
+
+    A torch file that is made from a training checkpoint is a copy of its file with the new tensors in place of the old
+    ones; ``Output(only_tensors=True)`` writes the tensors alone. Tensors are streamed, so the memory in use does not
+    grow with the checkpoint.
+
+    Raises ``OutputError`` where the output exists (without ``force``), where it would replace an input or a part of
+    one, and where the disk is full. Raises ``PlanError`` where the format cannot hold a tensor, and ``ChangedError``
+    where an input changed since it was opened.
     """
     output = out if isinstance(out, Output) else choose_output(out)
     roles = _by_role(plan, sources, output)
@@ -105,28 +115,28 @@ def execute(
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
-        raise PlanError("the plan writes two tensors under one name")
-    read = _Reading(steps, roles, Producer(roles))
+        raise PlanError("the plan writes two tensors with the same key")
+    inputs = _Inputs(steps, roles, Producer(roles))
     for step in plan.steps:
-        _prove_equal(step, roles)
-    report = progress or (lambda _: None)
+        _check_equal(step, roles)
+    report_bytes = progress or (lambda _: None)
     if output.max_shard_size is not None:
-        return _write_shards(plan, output, read, report)
+        return _write_shards(plan, output, inputs, report_bytes)
     target = prepare_target(output.path, force=output.force)
     infos = [step.out for step in plan.steps]
     if output.format == "safetensors":
-        size = _write_safetensors(target, infos, plan.metadata, read, report, replace=output.force)
+        size = _write_safetensors(target, infos, plan.metadata, inputs, report_bytes, replace=output.force)
         return Written(output.path, output.format, len(plan.steps), size, (target,))
-    layout = _lay_out_torch(infos, plan, read, editor)
+    layout = _torch_layout(infos, plan, inputs, editor)
     inner = "" if editor is None else roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes, replace=output.force) as file:
-        _finish(write_torch_zip(layout, file), file, infos, read, report, inner=inner)
+        _finish(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
     return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target,), (), inner)
 
 
 @dataclass(frozen=True, slots=True)
-class _Reading:
-    """From an output's description to its bytes."""
+class _Inputs:
+    """The bytes of the output's tensors, read or computed from the inputs."""
 
     steps: Mapping[str, Step]
     roles: Mapping[str, Checkpoint]
@@ -138,71 +148,75 @@ class _Reading:
     def span(self, info: TensorInfo) -> Payload | None:
         step = self.steps[info.key]
         source = step.sources[0]
-        # A cast tensor, and one of a file without views, lies in the output as its contiguous bytes.
-        if step.operation != "copy" or step.out.view is None:
+        # Only a copy can share the storage of its source; any other tensor is written as its contiguous bytes.
+        if not step.is_copy or step.out.view is None:
             return self.payload(info)
         return self.roles[source.role].span(source.key)
 
-    def placed(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
-        """Return the infos with views such that one tensor of an input is one in the output, and nothing else is."""
+    def with_views(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """Return the infos with views that share a storage where their inputs do, and only there."""
         order = {role: number for number, role in enumerate(self.roles)}
-        whole = {info.key: self._whole(self.steps[info.key]) for info in infos}
-        count = Counter(whole.values())
-        numbers = {identity: -1 - number for number, identity in enumerate(count)}
-        made = []
+        identities = {info.key: self._identity(self.steps[info.key]) for info in infos}
+        count = Counter(identities.values())
+        storages = {identity: -1 - number for number, identity in enumerate(count)}
+        viewed = []
         for info in infos:
-            identity = whole[info.key]
-            view = info.view
-            if view is not None and self.steps[info.key].operation == "copy":
-                role = order[self.steps[info.key].sources[0].role]
-                view = view._replace(storage=view.storage * len(order) + role)
+            step, identity = self.steps[info.key], identities[info.key]
+            if info.view is not None and step.is_copy:
+                # The storages of each input have numbers of their own.
+                storage = info.view.storage * len(order) + order[step.sources[0].role]
+                view: View | None = info.view._replace(storage=storage)
             else:
-                view = View(numbers[identity], 0, row_major(info.shape)) if count[identity] > 1 else None
-            made.append(replace(info, view=view))
-        return made
+                view = View(storages[identity], 0, row_major(info.shape)) if count[identity] > 1 else None
+            viewed.append(replace(info, view=view))
+        return viewed
 
-    def _whole(self, step: Step) -> tuple[object, ...]:
+    def _identity(self, step: Step) -> tuple[object, ...]:
+        """Return a value that is equal for two steps that make the same tensor."""
         source = step.sources[0]
-        identity = step.sources if step.recipe else step.out.view or source.key
-        return source.role, identity, step.recipe, step.out.shape, step.out.dtype, step.operation
+        origin = step.sources if step.recipe else step.out.view or source.key
+        return source.role, origin, step.recipe, step.out.shape, step.out.dtype, step.operation
 
-    def check(self) -> None:
+    def check_unchanged(self) -> None:
         for checkpoint in self.roles.values():
             checkpoint.check_unchanged()
 
 
-def _prove_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
+def _check_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
     first = step.sources[0]
     for source in step.equals:
-        if not same_bytes(*(roles[one.role].payload(one.key) for one in (first, source))):
+        if not same_bytes(roles[first.role].payload(first.key), roles[source.role].payload(source.key)):
             raise PlanError(
                 f"{quoted(first.key)} and {quoted(source.key)} would both be called {quoted(step.out.key)}, "
-                "and are not equal",
+                "and their bytes differ",
                 path=roles[source.role].path,
             )
 
 
-def _by_role(plan: Plan, sources: Mapping[str, StateDictLike] | StateDictLike, output: Output) -> dict[str, Checkpoint]:
-    read = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
-    edited = [plan.edited_role] if plan.edited_role and output.format == "torch" and not output.only_tensors else []
-    wanted = list(dict.fromkeys([*read, *edited]))
-    is_roles = isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) and set(wanted) <= set(sources)
-    # A state_dict may well have a tensor called "source".
-    if not is_roles or not all(isinstance(sources[role], Mapping) or _is_model(sources[role]) for role in wanted):
-        if len(wanted) != 1:
-            raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
-        return {wanted[0]: as_checkpoint(sources, wanted[0])}
-    return {role: as_checkpoint(thing, role) for role, thing in sources.items()}
+def _by_role(plan: Plan, sources: Mapping[str, object] | StateDictLike, output: Output) -> dict[str, Checkpoint]:
+    roles = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
+    if plan.edited_role and output.format == "torch" and not output.only_tensors:
+        roles.append(plan.edited_role)
+    wanted = list(dict.fromkeys(roles))
+    by_role: Mapping[str, object] | None = None
+    if isinstance(sources, Mapping) and not isinstance(sources, Checkpoint):
+        by_role = sources
+    # A state_dict can have a tensor called "source".
+    if by_role is not None and all(role in by_role and _is_state_dict_like(by_role[role]) for role in wanted):
+        return {role: as_checkpoint(cast("StateDictLike", state), role) for role, state in by_role.items()}
+    if len(wanted) != 1:
+        raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
+    return {wanted[0]: as_checkpoint(cast("StateDictLike", sources), wanted[0])}
 
 
-def _is_model(thing: object) -> bool:
-    return callable(getattr(thing, "state_dict", None))
+def _is_state_dict_like(value: object) -> bool:
+    return isinstance(value, Mapping) or callable(getattr(value, "state_dict", None))
 
 
 def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
-    """Raise ``OutputError`` where an output would replace an input, or be taken for a part of one, without being asked.
+    """Raise ``OutputError`` where an output would replace an input without ``force``, or lose a part of an input.
 
-    ``edited`` is the role of the input that the output is an edited copy of, if any.
+    ``edited`` is the role of the input that the output is an edited copy of, or the empty string.
     """
     parent, name = os.path.split(os.path.realpath(output.path))
     for role, checkpoint in roles.items():
@@ -214,25 +228,25 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
         )
         if not same and not inside:
             if len(checkpoint.files) > 1 and is_shard_name(name) and any(_same_file(at, parent) for at in parents):
-                raise OutputError("would be taken for a shard of an input", hint="write elsewhere", path=output.path)
+                raise OutputError("would be read as a shard of an input", hint="write elsewhere", path=output.path)
             continue
         if not output.force:
             raise OutputError("is an input", hint="write elsewhere, or --force to replace it", path=output.path)
         if len(checkpoint.files) > 1 and not inside:
-            raise OutputError("is a shard of an input, which would no longer fit together", path=output.path)
+            raise OutputError("is a shard of an input, whose other shards would no longer match it", path=output.path)
         lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.is_file]
         if lost and role != edited:
             named = ", ".join(map(printable, lost[:4]))
             raise OutputError(
-                f"is an input that holds more than tensors ({named}), which replacing it would lose",
+                f"is an input that holds more than tensors ({named}), and the output would not have that",
                 hint="write elsewhere",
                 path=output.path,
             )
 
 
-def _same_file(one: str, other: str) -> bool:
+def _same_file(first: str, second: str) -> bool:
     try:
-        return os.path.samefile(one, other)
+        return os.path.samefile(first, second)
     except OSError:
         return False
 
@@ -241,27 +255,27 @@ def _write_safetensors(
     target: str,
     infos: Sequence[TensorInfo],
     metadata: Mapping[str, str],
-    read: _Reading,
-    report: Progress,
+    inputs: _Inputs,
+    progress: Progress,
     *,
     replace: bool,
 ) -> int:
     layout = layout_safetensors(infos, metadata)
-    payloads = {info.key: read.payload(info) for info in infos}
+    payloads = {info.key: inputs.payload(info) for info in infos}
     with AtomicFile(target, layout.nbytes, replace=replace) as file:
-        _finish(write_safetensors(layout, payloads, file), file, infos, read, report)
+        _finish(write_safetensors(layout, payloads, file), file, infos, inputs, progress)
     return layout.nbytes
 
 
-def _lay_out_torch(
-    infos: Sequence[TensorInfo], plan: Plan, read: _Reading, editor: PlanEditor | None
+def _torch_layout(
+    infos: Sequence[TensorInfo], plan: Plan, inputs: _Inputs, editor: PlanEditor | None
 ) -> TorchZipLayout:
-    placed = read.placed(infos)
+    viewed = inputs.with_views(infos)
     if editor is None:
-        return layout_torch_zip(placed, read.payload, read.span, plan.versions)
+        return layout_torch_zip(viewed, inputs.payload, inputs.span, plan.versions)
     changed = {step.out.key for step in editor.changed}
-    records, stored = assign_records([info for info in placed if info.key in changed], read.payload, read.span)
-    with errors_about(read.roles[plan.edited_role].path):
+    records, stored = assign_records([info for info in viewed if info.key in changed], inputs.payload, inputs.span)
+    with errors_about(inputs.roles[plan.edited_role].path):
         return editor.layout(stored, records)
 
 
@@ -269,33 +283,33 @@ def _finish(
     work: Iterator[int],
     file: AtomicFile,
     infos: Sequence[TensorInfo],
-    read: _Reading,
-    report: Progress,
+    inputs: _Inputs,
+    progress: Progress,
     *,
     inner: str = "",
 ) -> None:
     for count in work:
-        report(count)
-    read.check()
-    # Success is measured on the output: what does not read back as planned never gets its name.
+        progress(count)
+    inputs.check_unchanged()
+    # A file that does not read back as planned never gets the name of the output.
     try:
         with open_inside(file.temporary, Selection(inner)) as written:
-            as_planned = _reads_as(written, infos)
+            as_planned = _has_tensors(written, infos)
     except CkptkitError as error:
-        raise OutputError(f"does not read back, so it was not kept: {error.reason}", path=file.target) from error
+        raise OutputError(f"could not be read back, so it was deleted: {error.reason}", path=file.target) from error
     if not as_planned:
-        raise OutputError("does not read back as planned, so it was not kept", path=file.target)
+        raise OutputError("was not written as planned, so it was deleted", path=file.target)
 
 
-def _reads_as(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
-    """Return whether what is read are these tensors, from no files but the named ones."""
+def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
+    """Return whether a checkpoint has exactly these tensors, all of them in files with these names."""
     found = {key: (info.dtype, info.shape) for key, info in written.items()}
     files = {os.path.basename(file) for file in written.files}
     return found == {info.key: (info.dtype, info.shape) for info in infos} and (names is None or files <= set(names))
 
 
-def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) -> Written:
-    assert output.max_shard_size is not None  # noqa: S101 - the caller chose shards because of it
+def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progress) -> Written:
+    assert output.max_shard_size is not None  # noqa: S101 - the caller checked it
     shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
     existing = os.listdir(output.path) if os.path.isdir(output.path) else []
     ours = frozenset(name for name in existing if is_output_shard_name(name))
@@ -303,25 +317,25 @@ def _write_shards(plan: Plan, output: Output, read: _Reading, report: Progress) 
     with atomic_directory(output.path, force=output.force, ours=ours) as directory:
         for shard in shards:
             target = os.path.join(directory, shard.name)
-            total += _write_safetensors(target, shard.infos, plan.metadata, read, report, replace=True)
+            total += _write_safetensors(target, shard.infos, plan.metadata, inputs, progress, replace=True)
         name, data = weight_index(shards)
         if len(shards) > 1:
             with AtomicFile(os.path.join(directory, name), len(data)) as file:
                 file.write(data, 0)
         names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
-        _prove_directory(directory, plan, names)
+        _check_directory(directory, plan, names)
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
     return Written(output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside))
 
 
-def _prove_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
-    # Files of other names stay in the directory: an index among them, or stale shards, could be what is read there.
-    why = "other weights in it would be read instead"
+def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
+    # The directory keeps its other files. A reader could prefer an index or old shards among them to the output.
+    why = "holds other weights, which would be read instead of the output"
     try:
         with open_checkpoint(directory) as written:
-            as_planned = _reads_as(written, [step.out for step in plan.steps], names)
+            as_planned = _has_tensors(written, [step.out for step in plan.steps], names)
     except CkptkitError as error:
-        as_planned, why = False, f"beside what is in it, the shards could not be read: {error.reason}"
+        as_planned, why = False, f"the shards could not be read beside the other files of the directory: {error.reason}"
     if not as_planned:
         raise OutputError(why, hint="give a new directory, or remove its other weights")
 
@@ -331,11 +345,11 @@ def _describe_shards(shards: Sequence[Shard]) -> str:
 
 
 def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str = "") -> int:
-    """Return the number of tensors in the output at ``path``, each of them proved to be what ``plan`` makes.
+    """Return the number of tensors in the output at ``path``, after comparing each with the tensor of the plan.
 
-    ``inner`` is the mapping of the file that they are in. Everything is made anew from ``sources`` and compared with
-    what is read back, in bounded memory. Raises ``OutputError`` naming the first tensor that is missing, is one too
-    many, or differs.
+    ``inner`` is the mapping inside the file that holds the tensors. Each tensor is produced again from ``sources`` and
+    compared byte by byte, in bounded memory. Raises ``OutputError`` naming the first tensor that is missing, that the
+    plan does not make, or that differs.
     """
     producer = Producer(sources)
     keys = {step.out.key for step in plan.steps}

@@ -1,9 +1,10 @@
-"""Plans of a base and its donors: the base's keys, the donors' values where they fit."""
+"""Plans of a base and its donors: the keys of the base, with the donors' values where key and shape agree."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
@@ -21,40 +22,57 @@ from ckptkit.plans.steps import (
     role_to_edit,
 )
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Derivation, Rules
+from ckptkit.rules.model import Derivation, RulesLike
 from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.recipes import compose
-from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, suggest, suggestions
+from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, MismatchName, suggest, suggestions
 
-__all__ = ["ON_MISMATCH", "ON_MISSING", "ON_UNEXPECTED", "TIED", "follow_ties", "plan_merge"]
+__all__ = [
+    "ON_MISMATCH",
+    "ON_MISSING",
+    "ON_UNEXPECTED",
+    "OnMismatch",
+    "OnMissing",
+    "OnUnexpected",
+    "follow_ties",
+    "plan_merge",
+]
 
-TIED = "tied to "  # begins the rule of a step that follows a tie of the base
-ON_MISSING = ("keep", "error")
-ON_UNEXPECTED = ("skip", "add", "error")
-ON_MISMATCH = ("error", "skip", *MISMATCH_NAMES)
+OnMissing: TypeAlias = Literal["keep", "error"]
+OnUnexpected: TypeAlias = Literal["skip", "add", "error"]
+OnMismatch: TypeAlias = Literal["error", "skip"] | MismatchName
+ON_MISSING: tuple[str, ...] = get_args(OnMissing)
+ON_UNEXPECTED: tuple[str, ...] = get_args(OnUnexpected)
+ON_MISMATCH: tuple[str, ...] = ("error", "skip", *MISMATCH_NAMES)
 
 
 def plan_merge(
     base: StateDictLike,
     donors: StateDictLike | Sequence[StateDictLike],
-    rules: Rules | list[str] | None = None,
+    rules: RulesLike | None = None,
     *,
-    on_missing: str = "keep",
-    on_unexpected: str = "skip",
-    on_mismatch: str = "error",
+    on_missing: OnMissing = "keep",
+    on_unexpected: OnUnexpected = "skip",
+    on_mismatch: OnMismatch = "error",
 ) -> Plan:
     """Return the plan of an overlay: the keys of ``base``, with the donors' values where key and shape agree.
 
-    ``rules`` rename and filter the donors' keys first; of several donors the last that has a key wins.
-    Values of another dtype are cast to the base's. ``on_missing`` (``keep``, ``error``): a base key that no
-    donor has. ``on_unexpected`` (``skip``, ``add``, ``error``): a donor key that the base does not have.
-    ``on_mismatch`` (``error``, ``skip``, or the name of a tensor operation, such as ``pad``): another shape. Raises
-    ``PlanError`` where a policy says so, the operation does not make the shapes fit, or nothing matches at all.
+    ``rules`` rename and filter the keys of the donors first. Of several donors, the last that has a key wins. Values
+    of another dtype are cast to the dtype of the base.
+
+    ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value.
+    ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
+    ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value, and the name of a tensor operation,
+    such as ``pad``, changes the donor's. With ``error`` each of them raises.
+
+    Raises ``RuleError`` for wrong rules. Raises ``PlanError`` where a policy is ``error``, where the operation cannot
+    make the shapes equal, where nothing matches at all, where a tensor cannot be copied, and where a file refers to
+    code that looks malicious.
     """
+    _check_policy("on_missing", on_missing, ON_MISSING)
+    _check_policy("on_unexpected", on_unexpected, ON_UNEXPECTED)
+    _check_policy("on_mismatch", on_mismatch, ON_MISMATCH)
     policy = _Policy(on_unexpected, on_mismatch)
-    _check_choice("on_missing", on_missing, ON_MISSING)
-    _check_choice("on_unexpected", on_unexpected, ON_UNEXPECTED)
-    _check_choice("on_mismatch", on_mismatch, ON_MISMATCH)
     base = as_checkpoint(base, "base")
     refuse_suspicious(base, "base")
     refuse_ambiguous(base, base)
@@ -62,118 +80,123 @@ def plan_merge(
     if not given:
         raise PlanError("there is no donor to take values from")
     overlays = []
-    for number, thing in enumerate(given, start=1):
+    for number, donor in enumerate(given, start=1):
         role = "donor" if len(given) == 1 else f"donor{number}"
-        overlays.append(_overlay(base, as_checkpoint(thing, role), role, as_rules(rules), policy))
-    taken = {key: step for overlay in overlays for key, step in overlay.taken.items()}
+        overlays.append(_overlay(base, as_checkpoint(donor, role), role, rules, policy))
+    from_donor = {key: step for overlay in overlays for key, step in overlay.from_donor.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
-    taken, notes = follow_ties(base, taken)
-    present = taken.keys() | {key for overlay in overlays for key in overlay.mismatched}
+    from_donor, notes = follow_ties(base, from_donor)
+    present = from_donor.keys() | {key for overlay in overlays for key in overlay.mismatched}
     missing = [key for key in base if key not in present]
     if missing and on_missing == "error":
         raise PlanError(
             f"no donor has {quoted(missing[0])}{_and_more(len(missing) - 1)}",
             hint="--on-missing keep keeps the base's own values",
         )
-    steps = [taken.get(key) or _kept(info, base) for key, info in base.items()]
+    steps = [from_donor.get(key) or _base_step(info, base) for key, info in base.items()]
     dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
-    dropped += _replaced(overlays, taken | added)
+    dropped += _replaced(overlays, from_donor | added)
     notes += [
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
-    outs, edited_role = (*steps, *added.values()), role_to_edit(base, "base")
-    return Plan(outs, tuple(dropped), base.metadata, tuple(notes), base.versions, edited_role)
+    all_steps = (*steps, *added.values())
+    return Plan(all_steps, tuple(dropped), base.metadata, tuple(notes), base.versions, role_to_edit(base, "base"))
 
 
-def follow_ties(base: Checkpoint, taken: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
-    """Return the steps with every key that the base ties to a taken one taken with it, and what remains in doubt.
+def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
+    """Return the steps of the changed keys and of every key that the base ties to one of them, and notes.
 
-    A model that loads the output writes both names into one memory, the last one over the others.
+    A model that loads the output writes tied keys into the same memory, so they must have the same values. A note
+    names two tied keys whose values come from different tensors.
     """
-    made, notes = dict(taken), []
+    steps, notes = dict(changed), []
     for keys in tied_keys(base.values()):
-        leader = next((key for key in keys if key in taken), None)
+        leader = next((key for key in keys if key in changed), None)
         if leader is None:
             continue
         for key in keys:
-            if key not in taken:
-                out = replace(taken[leader].out, key=key)
-                made[key] = replace(taken[leader], out=out, rule=f"{TIED}{quoted(leader)}")
-            elif key != leader and (made[key].out.view is None or made[key].out.view != made[leader].out.view):
+            if key not in changed:
+                out = replace(changed[leader].out, key=key)
+                steps[key] = replace(changed[leader], out=out, rule=f"tied to {quoted(leader)}", tied_to=leader)
+            elif key != leader and (steps[key].out.view is None or steps[key].out.view != steps[leader].out.view):
                 notes.append(
-                    f"{quoted(leader)} and {quoted(key)} are one tensor in the base, and two where they come from"
+                    f"{quoted(leader)} and {quoted(key)} are one tensor in the base, and get the values of two tensors"
                 )
-    return made, notes
+    return steps, notes
 
 
 @dataclass(frozen=True, slots=True)
 class _Policy:
-    on_unexpected: str
-    on_mismatch: str
+    on_unexpected: OnUnexpected
+    on_mismatch: OnMismatch
 
 
 @dataclass(frozen=True, slots=True)
 class _Overlay:
-    """What one donor brings."""
+    """The steps that take a tensor from one donor, by key of the output, and what the output leaves out of it."""
 
     role: str
-    taken: Mapping[str, Step]
+    from_donor: Mapping[str, Step]
     added: Mapping[str, Step]
     mismatched: Sequence[str]
     dropped: Sequence[Dropped]
     notes: Sequence[str]
 
 
-def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: Rules, policy: _Policy) -> _Overlay:
+def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: RulesLike | None, policy: _Policy) -> _Overlay:
     refuse_suspicious(donor, role)
-    key_map = apply_rules(rules, donor)
+    key_map = apply_rules(as_rules(rules), donor)
     result = diff_checkpoints(base, donor, key_map)
     if result.shape_mismatched and policy.on_mismatch == "error":
         raise _mismatch_error(result, role)
     outputs = key_map.outputs()
-    mended = {}
+    resized = {}
     if policy.on_mismatch in MISMATCH_NAMES:
-        mended = {pair.key: _mended(pair, outputs[pair.key], role, donor, policy) for pair in result.shape_mismatched}
-    if not result.matched and not mended and base and not (result.unexpected and policy.on_unexpected == "add"):
+        resized = {
+            pair.key: _resized(pair, outputs[pair.key], role, donor, policy.on_mismatch)
+            for pair in result.shape_mismatched
+        }
+    if not result.matched and not resized and base and not (result.unexpected and policy.on_unexpected == "add"):
         raise _no_match_error(result, role)
     if result.unexpected and policy.on_unexpected == "error":
         raise PlanError(
             f"the base has no {quoted(result.unexpected[0].key)}{_and_more(len(result.unexpected) - 1)}",
-            hint="--on-unexpected skip leaves them out, add takes them over",
+            hint="--on-unexpected skip leaves them out, add adds them",
         )
-    taken = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched} | mended
+    matched = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
     added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
     for pair in result.shape_mismatched:
-        if pair.key not in mended:
-            why = f"shape {list(pair.found.shape)} does not fit {list(pair.expected.shape)}"
+        if pair.key not in resized:
+            why = f"its shape is {list(pair.found.shape)}, not {list(pair.expected.shape)}"
             dropped += dropped_sources(role, pair.key, outputs[pair.key], why, pair.key)
     unexpected = {info.key for info in result.unexpected}
-    for new, how in outputs.items() if unexpected else ():
-        info = how.describe(new, donor)
+    for new, derivation in outputs.items() if unexpected else ():
+        info = derivation.describe(new, donor)
         if new in base or info.key not in unexpected:
             continue
         if policy.on_unexpected == "skip":
-            dropped += dropped_sources(role, new, how, "the base does not have it")
+            dropped += dropped_sources(role, new, derivation, "the base does not have it")
         else:
-            added[new] = make_step(replace(info, key=new), how, role, donor)
+            added[new] = make_step(replace(info, key=new), derivation, role, donor)
     dropped += dropped_entries(donor, role)
-    return _Overlay(role, taken, added, [pair.key for pair in result.shape_mismatched], dropped, key_map.notes)
+    mismatched = [pair.key for pair in result.shape_mismatched]
+    return _Overlay(role, matched | resized, added, mismatched, dropped, key_map.notes)
 
 
-def _mended(pair: KeyPair, how: Derivation, role: str, donor: Checkpoint, policy: _Policy) -> Step:
-    """Return the step that makes a donor's tensor fit, by the operation that was asked for."""
-    name, wanted, given = policy.on_mismatch, pair.expected.shape, pair.found.shape
+def _resized(pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint, name: str) -> Step:
+    """Return the step that gives a tensor of the donor the shape of the base, by the operation called ``name``."""
+    wanted, given = pair.expected.shape, pair.found.shape
     operation = suggest(name, given, wanted, pair.key)
     if operation is None:
         raise PlanError(
             f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
-            f"which {name} does not change into each other",
+            f"and {name} does not change one into the other",
             hint=_ways_out(pair),
         )
-    (recipe,) = compose([how.recipe], [len(how.sources)], (operation,))
-    rule = f"{how.rule}, --on-mismatch {name}" if how.rule else f"--on-mismatch {name}"
-    return make_step(pair.expected, replace(how, recipe=recipe, rule=rule), role, donor)
+    (recipe,) = compose([derivation.recipe], [len(derivation.sources)], (operation,))
+    rule = f"{derivation.rule}, --on-mismatch {name}" if derivation.rule else f"--on-mismatch {name}"
+    return make_step(pair.expected, replace(derivation, recipe=recipe, rule=rule), role, donor)
 
 
 def _ways_out(pair: KeyPair) -> str:
@@ -184,15 +207,24 @@ def _ways_out(pair: KeyPair) -> str:
 
 
 def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
-    """Return what an earlier donor has and a later one has too."""
-    steps = [step for overlay in overlays for step in (*overlay.taken.values(), *overlay.added.values())]
+    """Return the tensors of each donor whose key a later donor has too."""
+    steps = [step for overlay in overlays for step in (*overlay.from_donor.values(), *overlay.added.values())]
     dropped = []
     for step in steps:
         role, last = step.sources[0].role, final[step.out.key].sources[0].role
         if last != role:
-            how = Derivation(tuple(source.key for source in step.sources), step.recipe)
-            dropped += dropped_sources(role, step.out.key, how, f"{last} has it too, and comes later")
+            derivation = Derivation(tuple(source.key for source in step.sources), step.recipe)
+            dropped += dropped_sources(role, step.out.key, derivation, f"{last} has it too, and comes later")
     return dropped
+
+
+def _base_step(info: TensorInfo, base: Checkpoint) -> Step:
+    return make_step(info, Derivation((info.key,)), "base", base)
+
+
+def _check_policy(name: str, value: str, known: Sequence[str]) -> None:
+    if value not in known:
+        raise PlanError(f"{name} is {value!r}", hint=f"it must be one of {', '.join(known)}")
 
 
 def _and_more(count: int) -> str:
@@ -209,15 +241,6 @@ def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
     )
 
 
-def _kept(info: TensorInfo, base: Checkpoint) -> Step:
-    return make_step(info, Derivation((info.key,)), "base", base)
-
-
-def _check_choice(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise PlanError(f"{name} is {value!r}", hint=f"it is one of {', '.join(known)}")
-
-
 def _no_match_error(result: StateDictDiff, role: str) -> PlanError:
     hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff BASE {role.upper()}"
-    return PlanError(f"no key and shape of the base is in the {role}, so there is nothing to merge", hint=hint)
+    return PlanError(f"the {role} has no key and shape of the base, so there is nothing to merge", hint=hint)

@@ -1,4 +1,4 @@
-"""Where an output goes, and how: decided from its name and what is asked for, before anything is read."""
+"""The path, format and options of an output, chosen before any input is read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ _SUFFIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where and how to write: a file of one format, or a directory of shards.
+    """Where and how to write: one file, or a directory of shards of at most ``max_shard_size`` bytes.
 
-    A torch file made of a file that holds more than tensors keeps the rest, unless ``only_tensors``; code that torch's
-    weights-only loader would refuse goes along only with ``keep_unknown``.
+    ``force`` allows to replace an existing output. A torch file that is made from a training checkpoint keeps the
+    other entries of that file, unless ``only_tensors`` is true. It keeps references to code that torch's weights-only
+    loader would refuse only where ``keep_unknown`` is true.
     """
 
     path: str
@@ -41,9 +42,10 @@ def choose_output(
     only_tensors: bool = False,
     keep_unknown: bool = False,
 ) -> Output:
-    """Return how to write to ``path``: the format by ``format`` or the suffix, shards where a size limit is given.
+    """Return how to write to ``path``, as shards where a size limit is given.
 
-    Raises ``OutputError`` where neither tells the format, or shards are asked of a format other than safetensors.
+    ``format`` is ``safetensors`` or ``torch``; without it the suffix of ``path`` decides. Raises ``OutputError`` where
+    the format is unknown, and where shards are asked of another format than safetensors.
     """
     name = os.fspath(path)
     if not name:
@@ -55,10 +57,10 @@ def choose_output(
         if os.path.splitext(name)[1] in _SUFFIXES:
             raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
         if max_shard_size <= 0:
-            raise OutputError(f"a shard of at most {max_shard_size} bytes holds nothing", path=name)
+            raise OutputError(f"a shard of at most {max_shard_size} bytes has room for no tensor", path=name)
         return Output(name, "safetensors", max_shard_size, force)
     if chosen is None:
-        raise OutputError("its suffix tells no format", hint=f"use --format {' or '.join(FORMATS)}", path=name)
+        raise OutputError("its suffix does not tell the format", hint=f"use --format {' or '.join(FORMATS)}", path=name)
     if chosen not in FORMATS:
         raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
     return Output(name, chosen, None, force, only_tensors, keep_unknown)

@@ -1,4 +1,4 @@
-"""Plans as values: every tensor of an output, what it is made of, and what is left out."""
+"""The plan of an output as a value: where each tensor comes from, and what the output leaves out."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ckptkit.core.ties import overlapping_tensors
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["Dropped", "Plan", "Source", "Step", "ties_broken"]
+__all__ = ["Dropped", "Plan", "Source", "Step", "find_broken_ties"]
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a step takes its tensor: which input, by role, and the key it has there."""
+    """One tensor of an input: the role of the input (``base``, ``donor``, ``source``) and the tensor's key in it."""
 
     role: str
     key: str
@@ -26,10 +26,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One tensor of the output: what it will be, from what, by which operation and rule.
+    """One tensor of the output, with its sources, the operations on them and the rule that asked for it.
 
-    Without a ``recipe`` it is its one source, copied or cast; with one, what the recipe makes of its sources, cast
-    where the dtypes differ. ``equals`` are tensors that a rule says have the same bytes as it; ``execute`` proves it.
+    Without a ``recipe`` the tensor is a copy or a cast of its only source. A ``recipe`` computes the tensor from its
+    sources, and a cast follows where the dtypes differ. ``equals`` names tensors that must have the same bytes as the
+    first source; ``execute`` compares them. ``tied_to`` is the key of the output that the base ties this key to.
     """
 
     out: TensorInfo
@@ -38,14 +39,21 @@ class Step:
     rule: str = ""
     recipe: Recipe | None = None
     equals: tuple[Source, ...] = ()
+    is_cast: bool = False  # whether the last operation is a cast
+    tied_to: str | None = None  # a plan file does not record it
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the tensor has the bytes of its source."""
+        return self.recipe is None and not self.is_cast
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """Something of an input that the output will not have, and why.
+    """A tensor or another entry of an input that the output leaves out, and the reason.
 
-    ``wanted`` is the key of the base that it would have filled, where its shape is the reason. ``is_entry`` says
-    that it is no tensor of the mapping taken, but something else that the input holds.
+    ``wanted`` is the key of the base that the tensor would have filled, where its shape is the reason.
+    ``is_entry`` is true for an entry of the input that is not one of its tensors.
     """
 
     role: str
@@ -57,23 +65,24 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of an output in order, what is left out, and the metadata it will carry.
+    """All steps of an output in order, what the output leaves out, and the metadata that it carries.
 
-    ``edited_role`` is the role of the input whose file an output of torch is an edited copy of, where there is one;
-    ``kept`` is what of it stays as it is beside the tensors, by ``fit``.
+    A torch file can be an edited copy of the file of one input. ``edited_role`` is the role of that input, and
+    ``kept`` names its entries that the copy keeps beside the tensors; ``check_output`` fills them in.
+    ``versions`` holds the version of each module, by its prefix, as a torch state_dict has them.
     """
 
     steps: tuple[Step, ...]
     dropped: tuple[Dropped, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    versions: Mapping[str, int] = field(default_factory=dict)  # of modules, by prefix; torch files carry them
+    versions: Mapping[str, int] = field(default_factory=dict)
     edited_role: str = ""
     kept: tuple[str, ...] = ()
 
     @property
     def elements(self) -> int:
-        """Number of elements in the output."""
+        """Number of elements of all tensors in the output."""
         return sum(step.out.elements for step in self.steps)
 
     @property
@@ -92,13 +101,13 @@ class Plan:
             )
             for step in self.steps
         ]
-        dropped_sources = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
-        made = html_table(("key", "tensor", "from", "operation", "rule"), rows)
-        return made + (html_table(("left out", "of", "because"), dropped_sources) if dropped_sources else "")
+        left_out = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
+        tensors = html_table(("key", "tensor", "from", "operation", "rule"), rows)
+        return tensors + (html_table(("left out", "of", "because"), left_out) if left_out else "")
 
 
-def ties_broken(plan: Plan) -> list[tuple[str, ...]]:
-    """Return the keys of each group of outputs that share memory in their source, and would not in a flat file."""
+def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
+    """Return each group of output keys that share memory in their input and would not in a safetensors file."""
     by_role: dict[str, list[TensorInfo]] = {}
     by_source: dict[Source, list[str]] = {}
     for step in plan.steps:

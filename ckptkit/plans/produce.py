@@ -1,4 +1,4 @@
-"""From a step of a plan to the tensor that it makes: read, operated on, cast."""
+"""The tensor of a step: read from the inputs, computed by its recipe, and cast."""
 
 from __future__ import annotations
 
@@ -14,62 +14,65 @@ from ckptkit.plans.plan import Step
 
 __all__ = ["Producer"]
 
-_KEPT = 128 << 20
+_CACHE_BYTES = 128 << 20
 
 
 @dataclass(slots=True)
 class Producer:
-    """Makes the tensors of a plan out of its inputs, by role.
+    """Produces the tensors of a plan from its inputs, which ``roles`` maps by role.
 
-    The outputs of one recipe are made together, and kept while others are asked for, as far as together they are small:
-    of a weight and a bias that are both split in three, the bytes are read once, whatever the order.
+    One evaluation of a recipe gives all its outputs, and a cache of 128 MB keeps the latest ones. So the sources of a
+    split are read once for all its parts, even where the plan has other steps between the parts.
     """
 
     roles: Mapping[str, Checkpoint]
-    _made: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest last
+    _outputs: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest is last
 
     def payload(self, step: Step) -> Payload:
-        """Return the bytes of the step's tensor, made when they are asked for.
+        """Return the bytes of the step's tensor; they are read or computed when their chunks are.
 
         Raises ``PlanError`` where an input no longer holds what the plan was made from.
         """
-        found = self._found(step)
+        found = self._describe(step)
         if step.recipe is not None:
             return _ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         return payload if found.dtype == step.out.dtype else CastPayload(payload, found, step.out)
 
     def tensor(self, step: Step) -> Tensor:
-        """Return the step's tensor; it may share memory with others that this maker made."""
-        self._found(step)
+        """Return the step's tensor; it may share memory with other tensors of this producer.
+
+        Raises ``PlanError`` where an input no longer holds what the plan was made from.
+        """
+        self._describe(step)
         if step.recipe is None:
-            made = self._read(step, 0)
+            tensor = self._read(step, 0)
         else:
             from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
 
-            # All outputs of one chain over the same sources are one piece of work.
-            work = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
-            outputs = self._made.pop(work, None)
+            # The outputs of one chain over the same sources are computed together.
+            chain = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
+            outputs = self._outputs.pop(chain, None)
             if outputs is None:
-                self._make_room()
+                self._shrink_cache()
                 outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number))
-            self._made[work] = outputs
-            made = outputs[step.recipe.part]
-        return made.to(torch_dtype(step.out.dtype))
+            self._outputs[chain] = outputs
+            tensor = outputs[step.recipe.part]
+        return tensor.to(torch_dtype(step.out.dtype))
 
-    def _make_room(self) -> None:
-        rest = _KEPT
-        for work, outputs in reversed(list(self._made.items())):
+    def _shrink_cache(self) -> None:
+        rest = _CACHE_BYTES
+        for chain, outputs in reversed(list(self._outputs.items())):
             rest -= sum(tensor.nbytes for tensor in outputs)
             if rest < 0:
-                del self._made[work]
+                del self._outputs[chain]
 
     def _read(self, step: Step, number: int) -> Tensor:
         source = step.sources[number]
         return self.roles[source.role].read(source.key)
 
-    def _found(self, step: Step) -> TensorInfo:
-        """Return the tensor before the last cast; raises ``PlanError`` where it is not what was planned."""
+    def _describe(self, step: Step) -> TensorInfo:
+        """Return the tensor before the last cast; raise ``PlanError`` where it is not as planned."""
         infos = []
         for source in step.sources:
             checkpoint = self.roles[source.role]
@@ -83,10 +86,10 @@ class Producer:
 
                 shape = recipe_shape(step.recipe, [info.shape for info in infos])
                 dtype = recipe_dtype(step.recipe, [info.dtype for info in infos])
-            same = shape == step.out.shape and (dtype == step.out.dtype or step.operation.endswith("cast"))
+            as_planned = shape == step.out.shape and (dtype == step.out.dtype or step.is_cast)
         except RuleError:
-            same = False
-        if not same:
+            as_planned = False
+        if not as_planned:
             path = self.roles[step.sources[0].role].path
             raise PlanError(f"{quoted(step.sources[0].key)} is not what the plan was made from", path=path)
         return TensorInfo(step.out.key, dtype, shape)
@@ -95,7 +98,7 @@ class Producer:
 @dataclass(frozen=True, slots=True)
 class _ComputedPayload:
     nbytes: int
-    make: Callable[[], Tensor] = field(repr=False)
+    compute: Callable[[], Tensor] = field(repr=False)
 
     def chunks(self) -> Iterator[memoryview]:
-        yield from TensorPayload(self.make(), self.nbytes).chunks()
+        yield from TensorPayload(self.compute(), self.nbytes).chunks()

@@ -1,4 +1,4 @@
-"""Plans of one input: renamed, filtered and cast."""
+"""Plans of one input: its tensors renamed, filtered and cast."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ckptkit.plans.steps import (
     role_to_edit,
 )
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Rules
+from ckptkit.rules.model import RulesLike
 from ckptkit.rules.parse import as_rules
 
 __all__ = ["plan_remap"]
@@ -32,36 +32,38 @@ _MOST_NAMED = 8
 
 def plan_remap(
     source: StateDictLike,
-    rules: Rules | list[str] | None = None,
+    rules: RulesLike | None = None,
     *,
     dtype: str | None = None,
     like: StateDictLike | None = None,
 ) -> Plan:
     """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
 
-    ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep
-    theirs. With ``like``, a Module, a Checkpoint or a mapping, the output has exactly its keys, in its order, its
-    shapes and its dtypes; what the source has beyond them is left out. Raises ``PlanError`` listing what it cannot
-    fill, ``RuleError`` where rules collide or match nothing, ``PlanError`` where nothing would be
-    left, a tensor cannot be copied, or the file refers to code that looks malicious.
+    ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep their dtype.
+    With ``like``, a Module, a Checkpoint or a mapping, the output has exactly its keys, in its order, with its shapes
+    and dtypes; other tensors of ``source`` are left out.
+
+    Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
+    filled (naming them), where no tensor would be left, where a tensor cannot be copied, and where the file refers to
+    code that looks malicious.
     """
     checkpoint = as_checkpoint(source, "source")
     refuse_suspicious(checkpoint, "source")
     key_map = apply_rules(as_rules(rules), checkpoint)
-    wanted = None if dtype is None else float_dtype(dtype)
+    to_dtype = None if dtype is None else float_dtype(dtype)
     outputs = key_map.outputs()
     outs = {
-        new: replace(info, key=new, dtype=wanted if wanted and is_float(info.dtype) else info.dtype)
+        new: replace(info, key=new, dtype=to_dtype if to_dtype and is_float(info.dtype) else info.dtype)
         for new, info in key_map.describe(checkpoint).items()
     }
     surplus: list[Dropped] = []
     if like is not None:
         outs = _exactly(as_checkpoint(like, "the checkpoint to be like"), outs)
-        for key, how in outputs.items():
-            surplus += [] if key in outs else dropped_sources("source", key, how, _NOT_WANTED)
+        for key, derivation in outputs.items():
+            surplus += [] if key in outs else dropped_sources("source", key, derivation, _NOT_WANTED)
     steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
     if not steps:
-        raise PlanError(f"nothing would be left of {plural(len(checkpoint), 'tensor')}")
+        raise PlanError(f"the output would have none of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]
     dropped += [*surplus, *dropped_entries(checkpoint, "source")]
     moved = moved_modules(checkpoint.versions, key_map.renamed)
@@ -72,7 +74,10 @@ def plan_remap(
 
 
 def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the outputs that are wanted, as they are wanted; raises ``PlanError`` listing what cannot be had."""
+    """Return the outputs with the keys, order and dtypes of ``wanted``; raise ``PlanError`` where one cannot be made.
+
+    The error lists every key that is missing or has another shape.
+    """
     problems = [f"{quoted(key)} is missing" for key in wanted if key not in outs]
     problems += [
         f"{quoted(key)} is {list(outs[key].shape)} and should be {list(info.shape)}"
@@ -84,6 +89,6 @@ def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, Te
         raise PlanError(
             f"{len(problems):,} of {plural(len(wanted), 'tensor')} cannot be filled: "
             f"{'; '.join(problems[:_MOST_NAMED])}{more}",
-            hint="rename or reshape what is there with rules, or lay it over a model: ckpt merge",
+            hint="rename or reshape the tensors with rules, or merge them into a model: ckpt merge",
         )
     return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}

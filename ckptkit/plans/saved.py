@@ -1,4 +1,4 @@
-"""Plans as files: every decision written down as JSON, to be read, applied again, or undone."""
+"""Plan files: a plan as a JSON document, to be read, applied again or inverted."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ __all__ = ["SavedPlan", "apply_plan", "header_digest", "invert_plan", "plan_from
 
 
 _SCHEMA = "ckptkit.plan/1"
-_DEEPEST = 60  # passes of one recipe; its operations are taken apart recursively
+_MAX_DEPTH = 60  # of the recipes in a recipe, which are read recursively
 
 
 @dataclass(frozen=True, slots=True)
 class SavedPlan:
-    """A plan with what has to be known of its inputs without them: a digest of each, and the tensors it reads."""
+    """A plan with a digest of the header of each input, by role, and a description of each tensor that it reads."""
 
     plan: Plan
-    headers: Mapping[str, str]  # role -> digest
+    headers: Mapping[str, str]
     inputs: Mapping[Source, TensorInfo]
 
 
 def header_digest(infos: Iterable[TensorInfo]) -> str:
-    """Return a SHA-256 of the names, dtypes and shapes, whatever their order."""
+    """Return a SHA-256 of the names, dtypes and shapes, which does not depend on their order."""
     lines = sorted(json.dumps([info.key, info.dtype, list(info.shape), info.kind]) for info in infos)
     return "sha256:" + hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any]:
-    """Return the document of ``--plan FILE``; ``sources`` maps the plan's roles to what it was made from."""
+    """Return the document of ``--plan FILE``; ``sources`` maps the roles of the plan to its inputs."""
     return {
         "schema": _SCHEMA,
         "sources": {
@@ -77,12 +77,12 @@ def plan_to_json(plan: Plan, sources: Mapping[str, Checkpoint]) -> dict[str, Any
     }
 
 
-def _source_to_json(source: Source, sources: Mapping[str, Checkpoint]) -> dict[str, Any]:
+def _source_to_json(source: Source, sources: Mapping[str, Checkpoint]) -> dict[str, object]:
     info = sources[source.role][source.key]
     return {"role": source.role, "key": source.key, "dtype": info.dtype, "shape": list(info.shape)}
 
 
-def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
+def _recipe_to_json(recipe: Recipe) -> dict[str, object]:
     return {
         "inputs": [item if isinstance(item, int) else _recipe_to_json(item) for item in recipe.inputs],
         "operations": [{operation.name: operation.params()} for operation in recipe.operations],
@@ -91,22 +91,22 @@ def _recipe_to_json(recipe: Recipe) -> dict[str, Any]:
 
 
 def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
-    """Return the plan in the document of a plan file; raises ``PlanError`` where it is none."""
+    """Return the plan in the document of a plan file; raise ``PlanError`` where the document is not a valid plan."""
     if document.get("schema") != _SCHEMA:
-        raise PlanError(f"is no plan: its schema is {quoted(str(document.get('schema'))[:40])}, not {_SCHEMA}")
+        raise PlanError(f"not a plan file: its schema is {quoted(str(document.get('schema'))[:40])}, not {_SCHEMA}")
     try:
         headers = {_text(role): _text(source["header"]) for role, source in document["sources"].items()}
         inputs: dict[Source, TensorInfo] = {}
         steps = tuple(_step(item, inputs) for item in document["plan"])
         dropped = tuple(map(_dropped, document["dropped"]))
         metadata = {_text(key): _text(value) for key, value in document["metadata"].items()}
-        versions = {_text(key): _whole(value) for key, value in document["versions"].items()}
+        versions = {_text(key): _size(value) for key, value in document["versions"].items()}
         notes = tuple(map(_text, document["notes"]))
         edited_role, kept = _text(document["keeps"]), tuple(map(_text, document["kept"]))
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
-        raise PlanError(f"is no whole plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
+        raise PlanError(f"not a valid plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
-        raise PlanError(f"is no plan that can be followed: {error.reason}", hint=error.hint) from None
+        raise PlanError(f"not a plan that can be carried out: {error.reason}", hint=error.hint) from None
     return SavedPlan(Plan(steps, dropped, metadata, notes, versions, edited_role, kept), headers, inputs)
 
 
@@ -116,57 +116,59 @@ def _dropped(item: Mapping[str, Any]) -> Dropped:
 
 
 def _step(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Step:
-    out = TensorInfo(_text(item["key"]), _text(item["dtype"]), tuple(map(_whole, item["shape"])))
-    sources, equals = (tuple(_source(one, inputs) for one in item[name]) for name in ("sources", "equals"))
+    out = TensorInfo(_text(item["key"]), _text(item["dtype"]), tuple(map(_size, item["shape"])))
+    sources, equals = (tuple(_source(source, inputs) for source in item[name]) for name in ("sources", "equals"))
     recipe = None if item["recipe"] is None else _recipe(item["recipe"], len(sources))
     if not sources:
-        raise ValueError(f"{out.key} is made of nothing")
-    return Step(out, sources, _text(item["operation"]), _text(item["rule"]), recipe, equals)
+        raise ValueError(f"{out.key} has no source")
+    operation = _text(item["operation"])
+    is_cast = operation.split(", ")[-1] == "cast"  # the document names the operations in their order
+    return Step(out, sources, operation, _text(item["rule"]), recipe, equals, is_cast)
 
 
 def _source(item: Mapping[str, Any], inputs: dict[Source, TensorInfo]) -> Source:
     source = Source(_text(item["role"]), _text(item["key"]))
-    inputs[source] = TensorInfo(source.key, _text(item["dtype"]), tuple(map(_whole, item["shape"])))
+    inputs[source] = TensorInfo(source.key, _text(item["dtype"]), tuple(map(_size, item["shape"])))
     return source
 
 
 def _recipe(item: Mapping[str, Any], count: int, depth: int = 1) -> Recipe:
-    if depth > _DEEPEST:
-        raise ValueError(f"a recipe of more than {_DEEPEST} passes")
-    inputs = tuple(one if isinstance(one, int) else _recipe(one, count, depth + 1) for one in item["inputs"])
+    if depth > _MAX_DEPTH:
+        raise ValueError(f"recipes are nested more than {_MAX_DEPTH} deep")
+    inputs = tuple(part if isinstance(part, int) else _recipe(part, count, depth + 1) for part in item["inputs"])
     operations = tuple(map(parse_operation, item["operations"]))
-    if not operations or not all(isinstance(one, Recipe) or 0 <= one < count for one in inputs):
-        raise ValueError("a recipe without operations, or with an input that is not there")
-    if not 0 <= _whole(item["part"]) < operations[-1].outputs:
-        raise ValueError("a recipe of a part that is not made")
+    if not operations or not all(isinstance(part, Recipe) or 0 <= part < count for part in inputs):
+        raise ValueError("a recipe has no operations, or an input that does not exist")
+    if not 0 <= _size(item["part"]) < operations[-1].outputs:
+        raise ValueError("a recipe is for an output that its operations do not make")
     return Recipe(inputs, operations, item["part"])
 
 
-def _whole(value: object) -> int:
+def _size(value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**63:
-        raise TypeError("a size or a count is no whole number of 63 bits")
+        raise TypeError("a size or a count is not an integer from 0 to 2**63 - 1")
     return value
 
 
 def _text(value: object) -> str:
     if not isinstance(value, str):
-        raise TypeError(f"{value!r} is no text")
+        raise TypeError(f"{value!r} is not a string")
     return value
 
 
 def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
-    """Return the plan, ready to be executed on ``sources``, by role.
+    """Return the plan, ready to be executed on ``sources``, which maps its roles to the inputs.
 
-    Raises ``PlanError`` where an input has other names, dtypes or shapes than those the plan was made from.
+    Raises ``PlanError`` where an input has other names, dtypes or shapes than the input that the plan was made from.
     """
     if set(saved.headers) != set(sources):
-        raise PlanError(f"the plan reads {', '.join(saved.headers)}, and it is given {', '.join(sources)}")
+        raise PlanError(f"the plan reads {', '.join(saved.headers)}, and is applied to {', '.join(sources)}")
     for role, checkpoint in sources.items():
         refuse_suspicious(checkpoint, role)
         if header_digest(checkpoint.values()) != saved.headers[role]:
             raise PlanError(
                 f"the {role} is not what the plan was made from{_difference(saved, role, checkpoint)}",
-                hint="make the plan anew",
+                hint="make a new plan",
                 path=checkpoint.path,
             )
     steps = []
@@ -174,13 +176,13 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
         try:
             made = complete_step(step, sources)
         except (CkptkitError, KeyError) as error:
-            raise PlanError(f"the plan cannot be followed for {quoted(step.out.key)}: {error}") from None
+            raise PlanError(f"the plan cannot be carried out for {quoted(step.out.key)}: {error}") from None
         infos = [sources[source.role][source.key] for source in step.sources]
         found = describe_output(step.out.key, infos, step.recipe, step.rule)
         if made.operation != step.operation or found.shape != step.out.shape:
             raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
         steps.append(made)
-    # What is no tensor is looked up anew: whether it is kept depends on the output, and what there is on the input.
+    # Entries that are not tensors come from the input of today: the digest does not cover them.
     dropped = [drop for drop in saved.plan.dropped if not drop.is_entry]
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]
     edited = saved.plan.edited_role
@@ -195,7 +197,7 @@ def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:
             return f": {quoted(key)} is not in it"
         if (checkpoint[key].dtype, checkpoint[key].shape) != (info.dtype, info.shape):
             return f": {quoted(key)} is {checkpoint[key]}, and was {info}"
-    return f": it has {plural(len(checkpoint), 'tensor')}, and the plan reads {len(wanted)} of what it was made from"
+    return f": it has {plural(len(checkpoint), 'tensor')}, and the plan reads {len(wanted)} tensors of another set"
 
 
 _ROLE = "source"
@@ -203,82 +205,84 @@ _MOST_NAMED = 4
 
 
 def invert_plan(saved: SavedPlan) -> SavedPlan:
-    """Return the plan that takes the output of ``saved`` for its source, and gives back the source, bit by bit.
+    """Return the plan that makes the source of ``saved`` from its output, with every bit of every tensor.
 
-    It is made from the recorded names and operations, never from the text of rules. Raises ``PlanError`` naming what
-    is lossy: a tensor that was dropped or cast, an operation without an inverse, a part that is not in the output.
-    What the source held besides tensors cannot come back, and is noted.
+    The inverse uses the recorded names and operations, never the text of rules. Entries of the source that are not
+    tensors cannot be restored, and a note names them. Raises ``PlanError`` naming what was lost: a tensor that was
+    dropped or cast, an operation without an inverse, or an output of an operation that the plan left out.
     """
     roles = {source.role for step in saved.plan.steps for source in step.sources}
     if roles != {_ROLE}:
-        raise PlanError("lays one checkpoint over another, and what lay below is not in the output")
+        raise PlanError("cannot be inverted: it merges checkpoints, and the output lacks the values that were replaced")
     lost: list[str] = []
-    made: dict[str, Step] = {}
+    steps: dict[str, Step] = {}
     for group in _groups(saved.plan):
-        undone = _undo(group, saved)
-        if isinstance(undone, str):
-            lost.append(undone)
+        inverse = _invert(group, saved)
+        if isinstance(inverse, str):
+            lost.append(inverse)
         else:
-            made.update({step.out.key: step for step in undone if step.out.key not in made})
+            steps.update({step.out.key: step for step in inverse if step.out.key not in steps})
     lost[:0] = [
         f"{quoted(drop.key)} was dropped ({drop.reason})"
         for drop in saved.plan.dropped
-        if not drop.is_entry and drop.key not in made
+        if not drop.is_entry and drop.key not in steps
     ]
-    if not lost and header_digest(step.out for step in made.values()) != saved.headers.get(_ROLE):
-        lost.append("it does not name every tensor that it was made from")
+    if not lost and header_digest(step.out for step in steps.values()) != saved.headers.get(_ROLE):
+        lost.append("the plan does not name every tensor of its source")
     if lost:
         more = f", and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-        raise PlanError(f"cannot be undone: {'; '.join(lost[:_MOST_NAMED])}{more}")
+        raise PlanError(f"cannot be inverted: {'; '.join(lost[:_MOST_NAMED])}{more}")
     outs = [step.out for step in saved.plan.steps]
     inputs = {Source(_ROLE, info.key): TensorInfo(info.key, info.dtype, info.shape) for info in outs}
     entries = [drop.key for drop in saved.plan.dropped if drop.is_entry]
-    notes = (f"not among the tensors, and gone: {', '.join(map(quoted, entries))}",) if entries else ()
-    names = {step.sources[0].key: key for key, step in made.items() if step.recipe is None}
+    notes = (f"these entries are not restored: {', '.join(map(quoted, entries))}",) if entries else ()
+    names = {step.sources[0].key: key for key, step in steps.items() if step.recipe is None}
     moved = moved_modules(saved.plan.versions, names)
     versions = {old: saved.plan.versions[new] for new, old in moved.items()}
     edited_role = _ROLE if saved.plan.edited_role else ""
-    plan = Plan(tuple(made.values()), (), saved.plan.metadata, notes, versions, edited_role)
+    plan = Plan(tuple(steps.values()), (), saved.plan.metadata, notes, versions, edited_role)
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
 
 
 def _groups(plan: Plan) -> Iterator[list[Step]]:
-    """Yield the steps that one piece of work makes, together."""
+    """Yield the steps of each recipe together: they are the outputs of one evaluation."""
     groups: dict[object, list[Step]] = {}
     for step in plan.steps:
-        work = step.out.key if step.recipe is None else (step.sources, step.recipe.inputs, step.recipe.operations)
-        groups.setdefault(work, []).append(step)
+        chain = step.out.key if step.recipe is None else (step.sources, step.recipe.inputs, step.recipe.operations)
+        groups.setdefault(chain, []).append(step)
     yield from groups.values()
 
 
-def _undo(group: list[Step], saved: SavedPlan) -> list[Step] | str:
+def _invert(group: list[Step], saved: SavedPlan) -> list[Step] | str:
+    """Return the steps that restore the sources of a group, or the reason why none can."""
     first = group[0]
-    cast = next((step for step in group if step.operation.endswith("cast")), None)
+    cast = next((step for step in group if step.is_cast), None)
     if cast is not None:
         return f"{quoted(cast.out.key)} was cast from {saved.inputs[cast.sources[0]].dtype} to {cast.out.dtype}"
     name = quoted(first.out.key)
     if first.recipe is None:
-        return [_back(source, (first,), None, saved) for source in (*first.sources, *first.equals)]
+        return [_restore(source, (first,), None, saved) for source in (*first.sources, *first.equals)]
     if any(isinstance(item, Recipe) for item in first.recipe.inputs):
-        return f"{name} was made in several passes ({first.recipe.outline()})"
+        return f"{name} was made by nested recipes ({first.recipe.outline()})"
     sources = [first.sources[number] for number in first.recipe.inputs if isinstance(number, int)]
     chain = invert_chain(first.recipe.operations, [saved.inputs[source].shape for source in sources])
     if chain is None:
-        return f"{name} was made by {first.recipe.outline()}, which loses something"
+        return f"{name} was made by {first.recipe.outline()}, which has no inverse"
     parts = {step.recipe.part: step for step in group if step.recipe is not None}
     missing = first.recipe.operations[-1].outputs - len(parts)
     if missing:
         return (
-            f"{name} is one of {missing + len(parts)} parts that {first.recipe.outline()} makes, and not all were kept"
+            f"{name} is one of {missing + len(parts)} tensors that {first.recipe.outline()} makes, "
+            "and the output lacks some of them"
         )
-    news = tuple(parts[part] for part in sorted(parts))
-    inputs = tuple(range(len(news)))
-    return [_back(source, news, Recipe(inputs, chain, part), saved) for part, source in enumerate(sources)]
+    outputs = tuple(parts[part] for part in sorted(parts))
+    inputs = tuple(range(len(outputs)))
+    return [_restore(source, outputs, Recipe(inputs, chain, part), saved) for part, source in enumerate(sources)]
 
 
-def _back(source: Source, news: tuple[Step, ...], recipe: Recipe | None, saved: SavedPlan) -> Step:
+def _restore(source: Source, outputs: tuple[Step, ...], recipe: Recipe | None, saved: SavedPlan) -> Step:
     info = saved.inputs[source]
     out = TensorInfo(source.key, info.dtype, info.shape)
-    rule = f"undoes {quoted(news[0].rule)}" if news[0].rule else ""
-    names = "copy" if recipe is None else recipe.outline()
-    return Step(out, tuple(Source(_ROLE, step.out.key) for step in news), names, rule, recipe)
+    rule = f"undoes {quoted(outputs[0].rule)}" if outputs[0].rule else ""
+    operation = "copy" if recipe is None else recipe.outline()
+    return Step(out, tuple(Source(_ROLE, step.out.key) for step in outputs), operation, rule, recipe)

@@ -1,9 +1,10 @@
-"""From one tensor of an input to one step of a plan: copied, cast, or refused with the reason."""
+"""Steps of plans: tensors of the inputs are checked, then copied, cast, computed or refused with the reason."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, TensorInfo
 from ckptkit.core.patterns import literal
@@ -12,6 +13,9 @@ from ckptkit.core.torch_bridge import ABSENT, CASTABLE, dtype_code
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.rules.model import Derivation, describe_output
+
+if TYPE_CHECKING:  # a plan without operations needs no module of them
+    from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = [
     "complete_step",
@@ -27,25 +31,28 @@ __all__ = [
 ]
 
 _WHY_NOT = {
-    "meta": "it has no values: it was saved from the meta device",
-    "unknown": "nothing is known here of its dtype",
-    "subclass": "it is a tensor subclass, whose parts only its own code can put together",
+    "meta": "it was saved from the meta device and has no values",
+    "unknown": "its dtype is not known",
+    "subclass": "it is a tensor subclass, and only the code of its class can rebuild it",
 }
 
 
-def make_step(out: TensorInfo, how: Derivation, role: str, checkpoint: Checkpoint) -> Step:
-    """Return the step that makes ``out`` of the tensors of an input, as rules say: copied, operated on, or cast.
+def make_step(out: TensorInfo, derivation: Derivation, role: str, checkpoint: Checkpoint) -> Step:
+    """Return the step that makes ``out`` from tensors of one input: copied, computed or cast.
 
-    Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where an operation does not fit.
+    Raises ``PlanError`` where a tensor cannot be copied or cast, and ``RuleError`` where an operation does not accept
+    the tensors.
     """
-    sources, equals = (tuple(Source(role, key) for key in keys) for keys in (how.sources, how.equals))
-    return complete_step(Step(out, sources, "", how.rule, how.recipe, equals), {role: checkpoint})
+    sources, equals = (tuple(Source(role, key) for key in keys) for keys in (derivation.sources, derivation.equals))
+    step = Step(out, sources, "", derivation.rule, derivation.recipe, equals)
+    return complete_step(step, {role: checkpoint})
 
 
 def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
-    """Return the step, checked against the inputs that it reads, by role, and with its operation told.
+    """Return the step with its operation named, after a check against the inputs, which ``roles`` maps by role.
 
-    Raises ``PlanError`` where a tensor cannot be copied or cast, ``RuleError`` where the recipe does not fit.
+    Raises ``PlanError`` where a tensor cannot be copied or cast, and ``RuleError`` where the recipe does not accept
+    the tensors.
     """
     out, sources = step.out, step.sources
     for source in sources:
@@ -57,17 +64,26 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     if found.kind != "dense":
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
-    if out.dtype != found.dtype:
+    casts = out.dtype != found.dtype
+    if casts:
         _refuse_cast(found, out.dtype, leave_out)
-    first = step.sources[0]
-    was = roles[first.role][first.key]
+    first = roles[sources[0].role][sources[0].key]
     for source in step.equals:
         other = roles[source.role][source.key]
-        if (other.dtype, other.shape) != (was.dtype, was.shape):
-            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(was.key)}")
-    names = [] if step.recipe is None else [step.recipe.outline()]
-    names += ["cast"] if out.dtype != found.dtype else []
-    return replace(step, out=replace(out, view=found.view, kind="dense"), operation=", ".join(names) or "copy")
+        if (other.dtype, other.shape) != (first.dtype, first.shape):
+            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(first.key)}")
+    return replace(
+        step,
+        out=replace(out, view=found.view, kind="dense"),
+        operation=_operation(step.recipe, casts=casts),
+        is_cast=casts or (step.recipe is not None and step.recipe.operations[-1].name == "cast"),
+    )
+
+
+def _operation(recipe: Recipe | None, *, casts: bool) -> str:
+    names = [] if recipe is None else [recipe.outline()]
+    names += ["cast"] if casts else []
+    return ", ".join(names) or "copy"
 
 
 def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:
@@ -80,12 +96,15 @@ def _refuse_cast(found: TensorInfo, dtype: str, hint: str) -> None:
 
 
 def is_float(code: str) -> bool:
-    """Return whether a dtype is of floating point."""
+    """Return whether the dtype of this code is a floating-point dtype."""
     return code.startswith(("F", "BF"))
 
 
 def float_dtype(name: str) -> str:
-    """Return the code of a floating-point dtype by its code or torch's name; raises ``PlanError`` for any other."""
+    """Return the code of a floating-point dtype, given its code or torch's name.
+
+    Raises ``PlanError`` for any other dtype and for one that torch cannot cast to.
+    """
     code = dtype_code(name)
     if code is None:
         raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names of them")
@@ -98,15 +117,15 @@ def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
     """Raise ``PlanError`` where an input refers to code that no checkpoint needs."""
     if checkpoint.suspicious:
         raise PlanError(
-            f"the {role} asks for code that no checkpoint needs ({printable(checkpoint.references[0])}); "
-            "not run, and nothing is made from it",
+            f"the {role} refers to code that no checkpoint needs ({printable(checkpoint.references[0])}); "
+            "the code was not run, and no output is made from this file",
             hint="get the weights from a source that you trust",
             path=checkpoint.path,
         )
 
 
 def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-    """Raise ``PlanError`` where one of the keys, which shall name a tensor of an output, is a name of ours."""
+    """Raise ``PlanError`` where one of the keys is a name that the reader invented for want of a distinct one."""
     ambiguous = checkpoint.ambiguous
     key = next((key for key in keys if key in ambiguous), None) if ambiguous else None
     if key is None:
@@ -117,21 +136,21 @@ def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
     raise PlanError(
         f"{quoted(others[0])} and {quoted(key)} would both be called {quoted(dotted)}"
         if others
-        else f"{quoted(key)} is no name: the file has another thing than a string for a key",
+        else f"{quoted(key)} is not a name in the file, where its key is not a string",
         hint=f"leave it out: --drop {shell_word(literal(key))}, or give it a name with --rename",
         path=checkpoint.path,
     )
 
 
-def dropped_sources(role: str, name: str, how: Derivation, reason: str, wanted: str = "") -> list[Dropped]:
-    """Return for each tensor of an input that ``name`` stands for that it is left out by that name."""
-    if how.recipe is not None:
+def dropped_sources(role: str, name: str, derivation: Derivation, reason: str, wanted: str = "") -> list[Dropped]:
+    """Return a ``Dropped`` for each source of the output tensor ``name``, which the output leaves out."""
+    if derivation.recipe is not None:
         reason = f"made into {quoted(name)}: {reason}"
-    return [Dropped(role, key, reason, wanted) for key in dict.fromkeys(how.sources)]
+    return [Dropped(role, key, reason, wanted) for key in dict.fromkeys(derivation.sources)]
 
 
 def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
-    """Return what an input holds besides tensors, as left out."""
+    """Return a ``Dropped`` for each entry of an input that is not a tensor."""
     return [
         Dropped(role, entry.path, _entry_reason(entry), is_entry=True)
         for entry in checkpoint.entries
@@ -139,43 +158,41 @@ def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
     ]
 
 
+def _entry_reason(entry: Entry) -> str:
+    where = "beside the state_dict" if entry.is_outside else "in the state_dict, and not a tensor"
+    return f"{where} ({printable(entry.type)})"
+
+
 def role_to_edit(checkpoint: Checkpoint, role: str) -> str:
-    """Return the role of an input whose file holds more than the tensors taken, and can be written again; else none."""
+    """Return ``role`` where the output can be an edited copy of the input's file, else the empty string."""
     return role if checkpoint.container is not None else ""
 
 
 def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
-    """Return the new prefix of each module, of the old and new names of tensors; one whose tensors part ways has none.
+    """Return the new prefix of each module, from the old and new keys of the tensors.
 
-    A module without tensors of its own goes where everything below it goes.
+    A module whose tensors go to different modules is left out. A module without tensors of its own goes where all
+    tensors below it go.
     """
     if all(old == new for old, new in renamed.items()):
         return {module: module for module in modules}
-    homes: dict[str, set[str]] = {}
+    targets: dict[str, set[str | None]] = {}
     for old, new in renamed.items():
-        home, _, leaf = old.rpartition(".")
-        homes.setdefault(home, set()).add(_above(new, leaf))
-    containers = {module for module in modules if module not in homes}
+        module, _, leaf = old.rpartition(".")
+        targets.setdefault(module, set()).add(_prefix_of(new, leaf))
+    containers = {module for module in modules if module not in targets}
     for old, new in renamed.items():
         above, _, _ = old.rpartition(".")
         while above:
             above, _, _ = above.rpartition(".")
             if above in containers:
-                homes.setdefault(above, set()).add(_above(new, old[len(above) + 1 :] if above else old))
-    moved = {home: new for home, (new, *others) in homes.items() if not others and new != _NOWHERE}
+                targets.setdefault(above, set()).add(_prefix_of(new, old[len(above) + 1 :] if above else old))
+    moved = {module: prefix for module, (prefix, *others) in targets.items() if not others and prefix is not None}
     return {module: moved[module] for module in modules if module in moved}
 
 
-_NOWHERE = "*"  # no module is called so
-
-
-def _above(key: str, below: str) -> str:
-    """Return the module in which a key has the name ``below``."""
-    if key == below:
+def _prefix_of(key: str, suffix: str) -> str | None:
+    """Return the prefix of the module in which ``key`` is called ``suffix``, or None where there is none."""
+    if key == suffix:
         return ""
-    return key[: -len(below) - 1] if key.endswith(f".{below}") else _NOWHERE
-
-
-def _entry_reason(entry: Entry) -> str:
-    where = "beside the state_dict" if entry.is_outside else "in the state_dict, and no tensor"
-    return f"{where} ({printable(entry.type)})"
+    return key[: -len(suffix) - 1] if key.endswith(f".{suffix}") else None

@@ -1,11 +1,11 @@
-"""From the keys that are there to the keys that shall be, in one simultaneous pass for each stage."""
+"""Application of rules to keys: each stage is one simultaneous pass over all keys."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -16,109 +16,115 @@ from ckptkit.errors import RuleError
 from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rule
 from ckptkit.wrappers.explain import AUTO, Wrapping, explain_wrappers, strip_prefix
 
-__all__ = ["apply_rules", "strip_stages"]
+__all__ = ["apply_rules"]
 
-
-def strip_stages(how: str, keys: Collection[str], beside: Collection[str]) -> tuple[list[Stage], list[str]]:
-    """Return the passes that undo ``how``: ``auto`` for what the table explains, else one prefix; and what to say.
-
-    ``beside`` names what the keys' file holds besides. Raises ``RuleError`` where a prefix is not on every key.
-    """
-    if how != AUTO:
-        wrapping = strip_prefix(how, keys)
-        return [_stage(wrapping, f"--strip {shell_word(how)}")], [f"--strip: {wrapping}"]
-    explanation = explain_wrappers(keys, beside)
-    notes = [f"--strip auto: {wrapping}" for wrapping in explanation.wrappings]
-    notes = notes or [f"--strip auto: no wrapper that is known here is on {plural(len(keys), 'key')}"]
-    notes += [f"--strip auto: {note}" for note in explanation.notes]
-    return [_stage(wrapping, "--strip auto") for wrapping in explanation.wrappings], notes
-
-
-def _stage(wrapping: Wrapping, where: str) -> Stage:
-    return Stage(rules=tuple(_rules(wrapping, where)))
-
-
-def _rules(wrapping: Wrapping, where: str) -> Iterator[Rule]:
-    for key in wrapping.drops:
-        yield Rule((parse_pattern(literal(key)),), where=where)
-    for template in wrapping.renames:
-        yield Rule((template.pattern,), ((template,),), where=where)
-
-
-_MOST_SOURCES = 100_000  # passes that take apart and join in turns double them each time
+_MAX_SOURCES = 100_000  # of one operation: stages that split and join in turns double the number each time
 
 
 def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
-    """Return what the rules make of the keys; nothing is renamed by accident.
+    """Return the new key of each key, and the keys that are dropped.
 
-    Of a Checkpoint, what lies beside its tensors can tell which wrapper their names come of.
-    Raises ``RuleError`` for two keys with one new name, an empty new name, a rule or a kept pattern that matches
-    nothing (unless it is optional, or unused rules are allowed), and an operation that lacks one of its inputs.
+    Of a Checkpoint, the entries that are not tensors help to find the wrappers that ``strip = "auto"`` removes.
+
+    Raises ``RuleError`` where two keys get the same new name, where a new name is empty, where a rule or a kept
+    pattern matches nothing (unless it is optional, or unused rules are allowed), and where an operation lacks an
+    input.
     """
     if not rules.stages:
         return KeyMap({key: key for key in keys})
     state = {key: Derivation((key,)) for key in keys}
     dropped: dict[str, str] = {}
     notes: list[str] = []
-    beside = [entry.path for entry in keys.entries] if isinstance(keys, Checkpoint) else []
+
+    def run(stage: Stage) -> dict[str, Derivation]:
+        return _Pass(stage, dropped, notes).run(state, allow_unused=rules.allow_unused)
+
+    entries = [entry.path for entry in keys.entries] if isinstance(keys, Checkpoint) else []
     for stage in rules.stages:
-        passes = [stage] if not stage.strip else [Stage(stage.keep)] if stage.keep else []
-        for one in passes:
-            state = _Pass(one, dropped, notes).over(state, allow_unused=rules.allow_unused)
-        for how in stage.strip:
-            undoing, said = strip_stages(how, state, beside)
-            notes.extend(said)
-            for one in undoing:
-                state = _Pass(one, dropped, notes).over(state, allow_unused=rules.allow_unused)
-        if stage.strip and stage.rules:
-            state = _Pass(Stage((), stage.rules), dropped, notes).over(state, allow_unused=rules.allow_unused)
+        if not stage.strip:
+            state = run(stage)
+            continue
+        if stage.keep:
+            state = run(Stage(stage.keep))
+        for prefix in stage.strip:
+            stages, messages = _strip_stages(prefix, state, entries)
+            notes.extend(messages)
+            for strip_stage in stages:
+                state = run(strip_stage)
+        if stage.rules:
+            state = run(Stage((), stage.rules))
     return KeyMap.of(state, dropped, notes)
+
+
+def _strip_stages(prefix: str, keys: Collection[str], entries: Collection[str]) -> tuple[list[Stage], list[str]]:
+    """Return the stages that remove a prefix, or with ``auto`` the marks of known wrappers, and notes about them.
+
+    ``entries`` names the entries of the file that are not tensors. Raises ``RuleError`` where a key lacks the prefix.
+    """
+    if prefix != AUTO:
+        wrapping = strip_prefix(prefix, keys)
+        return [_strip_stage(wrapping, f"--strip {shell_word(prefix)}")], [f"--strip: {wrapping}"]
+    explanation = explain_wrappers(keys, entries)
+    notes = [f"--strip auto: {wrapping}" for wrapping in explanation.wrappings]
+    notes = notes or [f"--strip auto: none of {plural(len(keys), 'key')} has the mark of a known wrapper"]
+    notes += [f"--strip auto: {note}" for note in explanation.notes]
+    return [_strip_stage(wrapping, "--strip auto") for wrapping in explanation.wrappings], notes
+
+
+def _strip_stage(wrapping: Wrapping, where: str) -> Stage:
+    drops = (Rule((parse_pattern(literal(key)),), where=where) for key in wrapping.drops)
+    renames = (Rule((template.pattern,), ((template,),), where=where) for template in wrapping.renames)
+    return Stage(rules=(*drops, *renames))
 
 
 @dataclass(frozen=True, slots=True)
 class _Claim:
-    """Who wants a new name: what the name was before this pass, and the rule that gives it the new one."""
+    """A key that gets a new name in this pass: its name before the pass, and the rule that renames it."""
 
     name: str
-    made: Derivation
+    derivation: Derivation
     rule: Rule | None
 
     @property
     def label(self) -> str:
-        """The key of the input where it still is one tensor of it, else the name that an earlier pass gave it."""
-        return self.made.sources[0] if self.made.recipe is None else self.name
+        """The key of the input, or the name that an earlier pass gave to the output of an operation."""
+        return self.derivation.sources[0] if self.derivation.recipe is None else self.name
 
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """A tensor that goes into an operation: by which pattern of the rule, at which place, and how it is made."""
+    """An input of an operation: the number of the pattern that it matches, its index, and its derivation."""
 
     which: int
     index: tuple[int, ...]
     name: str
-    made: Derivation
+    derivation: Derivation
 
 
 @dataclass(slots=True)
 class _Pass:
-    """One pass over all names."""
+    """One pass over all names.
+
+    ``claims`` maps each new name to the key that gets it. ``groups`` holds the inputs of each operation, by the
+    number of the rule and the new names. ``sizes`` holds the number of inputs that a rule gathered first.
+    """
 
     stage: Stage
     dropped: dict[str, str]
     notes: list[str]
     claims: dict[str, _Claim] = field(default_factory=dict)
     groups: dict[tuple[int, tuple[str, ...]], list[_Member]] = field(default_factory=dict)
-    counted: dict[tuple[int, tuple[str, ...]], tuple[tuple[int, ...], str]] = field(default_factory=dict)
+    sizes: dict[tuple[int, tuple[str, ...]], tuple[tuple[int, ...], str]] = field(default_factory=dict)
 
-    def over(self, state: Mapping[str, Derivation], *, allow_unused: bool) -> dict[str, Derivation]:
-        """Return the names after this pass, in the order of those before it."""
+    def run(self, state: Mapping[str, Derivation], *, allow_unused: bool) -> dict[str, Derivation]:
+        """Return the names after this pass, in the order of the names before it."""
         keep, rules = self.stage.keep, self.stage.rules
         hits = [0] * len(rules)
-        table = _table(rules)
-        for name, made in state.items():
-            claim = _Claim(name, made, None)
+        table = _pattern_table(rules)
+        for name, derivation in state.items():
+            claim = _Claim(name, derivation, None)
             if keep and not matches_any(keep, name):
-                self.leave_out(claim, "fits no --keep")
+                self.leave_out(claim, "matches no --keep")
                 continue
             found = _first_match(table, name)
             if found is None:
@@ -126,13 +132,13 @@ class _Pass:
                 continue
             index, which, match = found
             hits[index] += 1
-            self.obey(index, which, match, claim)
+            self.apply_rule(index, which, match, claim)
         for (index, names), members in self.groups.items():
-            self.finish(index, names, members)
+            self.apply_operations(index, names, members)
         _refuse_unused(self.stage, state, hits, self.notes, allow_unused=allow_unused)
-        return {name: claim.made for name, claim in self.claims.items()}
+        return {name: claim.derivation for name, claim in self.claims.items()}
 
-    def obey(self, index: int, which: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
+    def apply_rule(self, index: int, which: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
         rule = self.stage.rules[index]
         if rule.drops:
             self.leave_out(claim, str(rule))
@@ -142,23 +148,23 @@ class _Pass:
             raise RuleError(f"{rule} leaves {quoted(claim.label)} without a name")
         if not rule.operations:
             for name in names:
-                self.claim(name, _Claim(claim.name, with_rule(claim.made, rule), rule))
+                self.claim(name, _Claim(claim.name, with_rule(claim.derivation, rule), rule))
             return
         members = self.groups.setdefault((index, names), [])
-        if not members:  # the names keep the place of the first tensor that goes into them
+        if not members:  # the outputs are placed where the first input was
             for name in names:
-                self.claim(name, _Claim(claim.name, claim.made, rule))
-        members.append(_Member(which, _numbers(rule, which, match), claim.name, claim.made))
+                self.claim(name, _Claim(claim.name, claim.derivation, rule))
+        members.append(_Member(which, _indices(rule, which, match), claim.name, claim.derivation))
 
     def claim(self, name: str, newcomer: _Claim) -> None:
-        """Give ``name`` to the newcomer, unless who has it keeps it, as their rules say."""
+        """Give ``name`` to the newcomer, or decide by the rules where another key has it already."""
         holder = self.claims.get(name)
         if holder is None:
             self.claims[name] = newcomer
             return
         policies = {rule.on_collision for rule in (holder.rule, newcomer.rule) if rule is not None} - {"error"}
-        operated = any(claim.rule is not None and claim.rule.operations for claim in (holder, newcomer))
-        if len(policies) != 1 or operated:
+        has_operation = any(claim.rule is not None and claim.rule.operations for claim in (holder, newcomer))
+        if len(policies) != 1 or has_operation:
             rules = [f"by {claim.rule}" for claim in (holder, newcomer) if claim.rule is not None and claim.rule.where]
             raise RuleError(
                 f"{quoted(holder.label)} and {quoted(newcomer.label)} would both be called {quoted(name)}"
@@ -168,159 +174,166 @@ class _Pass:
         (policy,) = policies
         winner, loser = (newcomer, holder) if policy == "last" else (holder, newcomer)
         if policy == "equal":
-            if winner.made.recipe is not None or loser.made.recipe is not None:
-                raise RuleError(f"{quoted(name)} would be made by operations, and cannot be proved equal before that")
-            equals = dict.fromkeys((*winner.made.equals, *loser.made.sources, *loser.made.equals))
-            winner = replace(winner, made=replace(winner.made, equals=tuple(equals)))
-            self.leave_out(loser, f"has to equal {quoted(winner.label)}, which takes the name {quoted(name)}")
+            if winner.derivation.recipe is not None or loser.derivation.recipe is not None:
+                raise RuleError(f"{quoted(name)} would be made by operations, so its bytes cannot be compared before")
+            equals = dict.fromkeys((*winner.derivation.equals, *loser.derivation.sources, *loser.derivation.equals))
+            winner = replace(winner, derivation=replace(winner.derivation, equals=tuple(equals)))
+            self.leave_out(loser, f"must equal {quoted(winner.label)}, which gets the name {quoted(name)}")
         else:
-            self.leave_out(loser, f"{quoted(name)} is taken by {quoted(winner.label)}")
+            self.leave_out(loser, f"{quoted(winner.label)} gets the name {quoted(name)}")
         if policy == "last":
-            del self.claims[name]  # the order is that of the keys that stay
+            del self.claims[name]  # the new keys have the order of the keys that win
         self.claims[name] = winner
 
     def leave_out(self, claim: _Claim, reason: str) -> None:
-        """Note for each tensor of the input that a name stands for why it is not taken by that name."""
-        if claim.made.recipe is not None:
+        """Record why the output leaves out each source of a claim."""
+        if claim.derivation.recipe is not None:
             reason = f"made into {quoted(claim.name)}: {reason}"
-        for source in dict.fromkeys(claim.made.sources):
+        for source in dict.fromkeys(claim.derivation.sources):
             before = self.dropped.get(source)
             self.dropped[source] = reason if before is None else f"{before}; {reason}"
 
-    def finish(self, index: int, names: Sequence[str], members: Sequence[_Member]) -> None:
-        """Give what the rule's operations make of a whole group of tensors to the names that wait for it."""
+    def apply_operations(self, index: int, names: Sequence[str], members: Sequence[_Member]) -> None:
+        """Set the derivation of each new name of a group to an output of the rule's operations."""
         from ckptkit.tensor_ops.recipes import compose
 
         rule = self.stage.rules[index]
         inputs: list[_Member] = []
         for which in range(len(rule.sources)):
-            mine = _in_order(rule, which, names, members)
-            self.refuse_uneven(index, which, names[0], mine)
-            inputs += mine
-        sources = tuple(source for member in inputs for source in member.made.sources)
-        unproved = next((member for member in inputs if member.made.equals), None)
-        if unproved is not None:
+            ordered = _in_order(rule, which, names, members)
+            self.refuse_uneven(index, which, names[0], ordered)
+            inputs += ordered
+        sources = tuple(source for member in inputs for source in member.derivation.sources)
+        uncompared = next((member for member in inputs if member.derivation.equals), None)
+        if uncompared is not None:
             raise RuleError(
-                f"{rule} makes another tensor of {quoted(unproved.name)}, which has to be proved equal before that",
+                f"{rule} makes another tensor of {quoted(uncompared.name)}, whose bytes must be compared before",
                 hint='do it in two runs, or choose on_collision = "first" or "last"',
             )
-        if len(sources) > _MOST_SOURCES:
-            raise RuleError(f"{rule}: {quoted(names[0])} would be made of more than {_MOST_SOURCES:,} tensors")
-        said = ", ".join(dict.fromkeys([*(member.made.rule for member in inputs if member.made.rule), str(rule)]))
+        if len(sources) > _MAX_SOURCES:
+            raise RuleError(f"{rule}: {quoted(names[0])} would be made of more than {_MAX_SOURCES:,} tensors")
+        earlier = (member.derivation.rule for member in inputs if member.derivation.rule)
+        all_rules = ", ".join(dict.fromkeys([*earlier, str(rule)]))
         recipes = compose(
-            [member.made.recipe for member in inputs], [len(member.made.sources) for member in inputs], rule.operations
+            [member.derivation.recipe for member in inputs],
+            [len(member.derivation.sources) for member in inputs],
+            rule.operations,
         )
         for name, recipe in zip(names, recipes, strict=True):
-            self.claims[name] = replace(self.claims[name], made=Derivation(sources, recipe, said))
+            self.claims[name] = replace(self.claims[name], derivation=Derivation(sources, recipe, all_rules))
 
     def refuse_uneven(self, index: int, which: int, name: str, members: Sequence[_Member]) -> None:
-        """Raise ``RuleError`` where the rule gathers fewer here than elsewhere: it would be the last ones that lack."""
+        """Raise ``RuleError`` where the rule gathers another number of tensors than for an earlier new name.
+
+        A hole in the indices is found elsewhere; this finds that the last indices are missing.
+        """
         rule = self.stage.rules[index]
         captures = tuple(capture for capture in rule.gathered if capture in rule.sources[which].captures)
-        sizes = _sizes([member.index for member in members])
-        others, other = self.counted.setdefault((index, captures), (sizes, name))
-        if sizes == others:
+        sizes = _grid_sizes([member.index for member in members])
+        first_sizes, first_name = self.sizes.setdefault((index, captures), (sizes, name))
+        if sizes == first_sizes:
             return
         here, there = (
             " x ".join(f"{count} {{{capture}}}" for capture, count in zip(captures, counts, strict=True))
-            for counts in (sizes, others)
+            for counts in (sizes, first_sizes)
         )
-        if name == other:
+        if name == first_name:
             reason = (
-                f"{quoted(name)} would be made of {there}, and of {here} that fit {quoted(rule.sources[which].text)}"
+                f"{quoted(name)} would be made of {there}, and of {here} that match {quoted(rule.sources[which].text)}"
             )
-            hint = "where the numbers differ on purpose, give the captures names that differ"
+            hint = "where the numbers differ on purpose, give the captures different names"
         else:
-            reason = f"{quoted(name)} would be made of {here}, and {quoted(other)} of {there}"
+            reason = f"{quoted(name)} would be made of {here}, and {quoted(first_name)} of {there}"
             hint = "where the numbers differ on purpose, write a rule for each"
         raise RuleError(f"{rule}: {reason}: a part is missing", hint=hint)
 
 
-_Table = Sequence[tuple[str, int, int, Pattern]]  # a text that a key must contain, rule, which of its patterns, pattern
+# For each pattern: a text that a matching key must contain, the number of the rule, that of the pattern, the pattern.
+_PatternTable = Sequence[tuple[str, int, int, Pattern]]
 
 
-def _table(rules: Sequence[Rule]) -> _Table:
+def _pattern_table(rules: Sequence[Rule]) -> _PatternTable:
     patterns = [
         (index, which, pattern) for index, rule in enumerate(rules) for which, pattern in enumerate(rule.sources)
     ]
     common = Counter(text for _, _, pattern in patterns for text in set(pattern.literals))
 
-    def telling(pattern: Pattern) -> str:
+    def rarest_text(pattern: Pattern) -> str:
         return min(filter(None, pattern.literals), key=lambda text: (common[text], -len(text)), default="")
 
-    return [(telling(pattern), index, which, pattern) for index, which, pattern in patterns]
+    return [(rarest_text(pattern), index, which, pattern) for index, which, pattern in patterns]
 
 
-def _first_match(table: _Table, name: str) -> tuple[int, int, re.Match[str] | KeyMatch] | None:
+def _first_match(table: _PatternTable, name: str) -> tuple[int, int, re.Match[str] | KeyMatch] | None:
     for text, index, which, pattern in table:
-        if text in name:  # of hundreds of rules nearly all end here, in a tenth of the time of a regex
+        if text in name:  # most of several hundred rules fail here, in a tenth of the time of a regex
             match = pattern.match(name)
             if match is not None:
                 return index, which, match
     return None
 
 
-def _numbers(rule: Rule, which: int, match: re.Match[str] | KeyMatch) -> tuple[int, ...]:
+def _indices(rule: Rule, which: int, match: re.Match[str] | KeyMatch) -> tuple[int, ...]:
     """Return the values of the captures that the rule gathers over."""
-    numbers = []
+    indices = []
     for name in rule.gathered:
         if name not in rule.sources[which].captures:
             continue
         if not rule.sources[which].captures[name]:
             raise RuleError(
-                f"{rule} gathers over {{{name}}}, which is in no new name and is no index",
+                f"{rule} gathers over {{{name}}}, which is in no new name and is not an index",
                 hint=f"write {{{name}:int}}, or use {{{name}}} in to",
             )
-        numbers.append(int(match[name][:18]))
-    return tuple(numbers)
+        indices.append(int(match[name][:18]))
+    return tuple(indices)
 
 
 def _in_order(rule: Rule, which: int, names: Sequence[str], members: Sequence[_Member]) -> list[_Member]:
-    """Return what fits one pattern of the rule, sorted by index; raises ``RuleError`` for a hole."""
+    """Return the members of one pattern, in the order of their indices; raise ``RuleError`` where one is missing."""
     pattern = rule.sources[which]
-    mine = sorted((member for member in members if member.which == which), key=lambda member: member.index)
-    if not mine:
+    ordered = sorted((member for member in members if member.which == which), key=lambda member: member.index)
+    if not ordered:
         raise RuleError(
-            f"{rule}: {quoted(names[0])} is to be made of {quoted(members[0].name)} and of what fits "
-            f"{quoted(pattern.text)}, which is not there"
+            f"{rule}: {quoted(names[0])} would be made of {quoted(members[0].name)} and of a tensor that matches "
+            f"{quoted(pattern.text)}, and there is none"
         )
-    places = [member.index for member in mine]
-    if len(set(places)) < len(mine):
-        other = next(later for first, later in pairwise(mine) if first.index == later.index)
+    indices = [member.index for member in ordered]
+    if len(set(indices)) < len(ordered):
+        first, second = next(pair for pair in pairwise(ordered) if pair[0].index == pair[1].index)
         raise RuleError(
-            f"{rule}: {quoted(mine[0].name)} and {quoted(other.name)} would have the same place in {quoted(names[0])}",
-            hint="tell them apart by an index that to leaves out, such as {i:int}",
+            f"{rule}: {quoted(first.name)} and {quoted(second.name)} would have the same place in {quoted(names[0])}",
+            hint="tell them apart by an index that is not in to, such as {i:int}",
         )
-    hole = _hole(places)
-    if hole is not None:
+    missing = _missing_index(indices)
+    if missing is not None:
         gathered = [name for name in rule.gathered if name in pattern.captures]
-        at = ", ".join(f"{name} = {value}" for name, value in zip(gathered, hole, strict=True))
+        at = ", ".join(f"{name} = {value}" for name, value in zip(gathered, missing, strict=True))
         raise RuleError(
-            f"{rule}: {quoted(names[0])} lacks one of its parts: there is none with {at}, and there are "
-            f"{plural(len(mine), 'other')}"
+            f"{rule}: {quoted(names[0])} lacks one of its parts: there is none with {at}, only "
+            f"{plural(len(ordered), 'other')}"
         )
-    return mine
+    return ordered
 
 
-def _sizes(places: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """Return how many indexes a grid has along each axis, by its highest."""
-    return tuple(max(place[axis] for place in places) + 1 for axis in range(len(places[0])))
+def _grid_sizes(indices: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the size of the smallest grid that has all these indices."""
+    return tuple(max(index[axis] for index in indices) + 1 for axis in range(len(indices[0])))
 
 
-def _hole(places: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
-    """Return the first index that is missing in a grid of indexes, or None where it is complete."""
-    sizes = _sizes(places)
-    if math.prod(sizes) == len(places):
+def _missing_index(indices: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """Return the first index that is missing in the grid of the indices, or None where the grid is complete."""
+    sizes = _grid_sizes(indices)
+    if math.prod(sizes) == len(indices):
         return None
-    there = set(places)
+    present = set(indices)
     number = 0
-    while True:  # at most as often as there are places: an index may have any size, and most of its grid is missing
-        rest, place = number, []
+    while True:  # this ends after at most len(indices) turns, however large the grid is
+        rest, index = number, []
         for size in reversed(sizes):
             rest, at = divmod(rest, size)
-            place.append(at)
-        if tuple(reversed(place)) not in there:
-            return tuple(reversed(place))
+            index.append(at)
+        if tuple(reversed(index)) not in present:
+            return tuple(reversed(index))
         number += 1
 
 
@@ -340,7 +353,7 @@ def _refuse_unused(
             reason = (
                 f"matches none of {plural(len(kept), 'key')}"
                 if shadow is None
-                else f"is shadowed: every key that it fits is taken by {shadow} before it"
+                else f"is shadowed: the earlier {shadow} matches all its keys"
             )
             unused.append((f"{rule} {reason}", rule.optional))
     for message, optional in unused:
@@ -350,7 +363,8 @@ def _refuse_unused(
 
 
 def _shadow(rules: Sequence[Rule], index: int, names: Iterable[str]) -> Rule | None:
-    mine = _table(rules[index : index + 1])
-    name = next((name for name in names if _first_match(mine, name)), None)
-    found = None if name is None else _first_match(_table(rules[:index]), name)
+    """Return the earlier rule that matches the first key of a rule, or None."""
+    own = _pattern_table(rules[index : index + 1])
+    name = next((name for name in names if _first_match(own, name)), None)
+    found = None if name is None else _first_match(_pattern_table(rules[:index]), name)
     return None if found is None else rules[found[0]]

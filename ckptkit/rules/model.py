@@ -1,53 +1,56 @@
-"""Rules as values: passes of rules, and what they make of a set of keys."""
+"""Rules as values: stages of rules, and the new keys that they give to a set of keys."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.patterns import Pattern, Template
 from ckptkit.core.text import quoted, shell_word
 from ckptkit.errors import RuleError
 
-if TYPE_CHECKING:  # commands that only rename, or list, need no operations
+if TYPE_CHECKING:  # commands that only rename or list keys need no operations
     from ckptkit.tensor_ops.operation import Operation
     from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["Derivation", "KeyMap", "Rule", "Rules", "Stage", "describe_output"]
+__all__ = ["Derivation", "KeyMap", "OnCollision", "Rule", "Rules", "RulesLike", "Stage", "describe_output", "with_rule"]
+
+OnCollision: TypeAlias = Literal["error", "first", "last", "equal"]
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One rule: keys that fit a pattern of ``sources`` are dropped, renamed, or made into others.
+    """One rule: keys that match a pattern of ``sources`` are dropped, renamed, or combined by operations.
 
-    ``templates`` holds for each pattern the names of what it becomes: none is a drop, several are copies, or the
-    outputs of ``operations``. Where two keys want one new name, ``on_collision`` says whose value stays: ``"first"``
-    or ``"last"`` in the order of the keys, ``"equal"`` where both have the same bytes (proved before anything is
-    written), or ``"error"``. ``where`` is its place in a rule file.
+    ``templates`` holds the new names for each pattern. No new name is a drop; several new names are copies, or the
+    outputs of ``operations``. ``on_collision`` chooses between two keys that get the same new name: ``"first"`` or
+    ``"last"`` in the order of the keys, or ``"equal"``, which requires that both have the same bytes (compared before
+    the output is written). With ``"error"`` such keys raise. ``optional`` allows that no key matches. ``where`` is the
+    place of the rule in its file.
     """
 
     sources: tuple[Pattern, ...]
     templates: tuple[tuple[Template, ...], ...] = ()
     operations: tuple[Operation, ...] = ()
     optional: bool = False
-    on_collision: str = "error"
+    on_collision: OnCollision = "error"
     where: str = ""
 
     @property
     def drops(self) -> bool:
-        """Whether it leaves out what it fits."""
+        """Whether the keys that match are left out."""
         return not any(self.templates)
 
     @property
     def gathered(self) -> tuple[str, ...]:
-        """The captures that no new name has: over those, many tensors become one."""
+        """The captures that no new name uses: the tensors that differ in them go into one operation."""
         used = {value for names in self.templates for name in names for kind, value, _ in name.parts if kind == "group"}
         return tuple(dict.fromkeys(name for source in self.sources for name in source.captures if name not in used))
 
     def __str__(self) -> str:
-        """Show the rule as it is written on a command line, or with its place in its file."""
+        """Return the rule as an option of the command line, or with its place in its file."""
         old = ", ".join(source.text for source in self.sources)
         new = "" if self.drops else ", ".join(name.text for name in self.templates[0])
         if self.where:
@@ -57,9 +60,9 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One pass: a filter of what is kept (empty: everything), then the first rule that fits each key.
+    """One pass over the keys: a filter, then prefixes to remove, then the first rule that matches each key.
 
-    ``strip`` comes between the two, as passes of its own: prefixes to take off, or ``"auto"``.
+    An empty ``keep`` keeps every key. ``strip`` holds prefixes, or ``"auto"`` for those of known wrappers.
     """
 
     keep: tuple[Pattern, ...] = ()
@@ -69,17 +72,23 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """Passes in order; each sees the names that the one before it made."""
+    """Stages in order; each stage sees the names that the stage before it gave.
+
+    ``allow_unused`` allows that a rule or a kept pattern matches no key.
+    """
 
     stages: tuple[Stage, ...] = ()
     allow_unused: bool = False
 
 
+RulesLike: TypeAlias = Rules | Iterable[str] | Mapping[str, object]  # renames OLD=NEW, or the content of a rule file
+
+
 @dataclass(frozen=True, slots=True)
 class Derivation:
-    """How one key of the output comes about: from which keys, by which recipe (None: as it is), by which rules.
+    """How one key of the output is made: its source keys, the recipe (None: renamed only) and the rules.
 
-    ``equals`` are keys that a rule promises to have the same bytes.
+    ``equals`` names keys whose tensors must have the same bytes as the source, by ``on_collision = "equal"``.
     """
 
     sources: tuple[str, ...]
@@ -88,17 +97,18 @@ class Derivation:
     equals: tuple[str, ...] = ()
 
     def describe(self, key: str, infos: Mapping[str, TensorInfo]) -> TensorInfo:
-        """Return the tensor as it will be, called by the names of its sources; raises ``RuleError`` where none can be.
+        """Return the description of the new tensor, under the keys of its sources; ``key`` is its new key.
 
-        ``key`` is its new name, for the message.
+        Raises ``RuleError`` where an operation does not accept the sources.
         """
         return describe_output(key, [infos[name] for name in self.sources], self.recipe, self.rule)
 
 
 def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None, rule: str) -> TensorInfo:
-    """Return what a recipe makes of these tensors (None: the first as it is), called by their names.
+    """Return the description of the tensor that a recipe makes (None: the first source), under the sources' keys.
 
-    ``key`` is its new name and ``rule`` who asks for it, for the message of the ``RuleError`` where none can be.
+    Raises ``RuleError`` where an operation does not accept the sources; ``key``, the new key, and ``rule`` are for its
+    message.
     """
     if recipe is None:
         return sources[0]
@@ -117,18 +127,23 @@ def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | No
 
 @dataclass(frozen=True, slots=True)
 class KeyMap:
-    """What the rules made of a set of keys: old → new, what operations and copies made, and what was dropped."""
+    """The result of rules on a set of keys: the new key of each old key, and the keys that are dropped.
+
+    ``renamed`` maps old keys to new keys. ``derived`` holds the new keys that are copies or outputs of operations.
+    ``rule_of`` and ``dropped`` map an old key to its rules and to the reason for leaving it out. ``equals`` maps an old
+    key to the dropped keys that must have the same bytes. ``order`` lists the new keys where there are derived ones.
+    """
 
     renamed: Mapping[str, str]
-    derived: Mapping[str, Derivation] = field(default_factory=dict)  # new key -> how it is made, if not by renaming
-    rule_of: Mapping[str, str] = field(default_factory=dict)  # old key -> the rules that spoke, where one did
-    dropped: Mapping[str, str] = field(default_factory=dict)  # old key -> the reason
-    equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # old key -> dropped ones that must equal it
+    derived: Mapping[str, Derivation] = field(default_factory=dict)
+    rule_of: Mapping[str, str] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    order: Sequence[str] | None = None  # the new keys, where ``derived`` stands between the renamed ones
+    order: Sequence[str] | None = None
 
     def outputs(self) -> Mapping[str, Derivation]:
-        """Return every new key, in order, with how it comes about."""
+        """Return how each new key is made, in the order of the new keys."""
         plain = {
             new: Derivation((old,), None, self.rule_of.get(old, ""), self.equals.get(old, ()))
             for old, new in self.renamed.items()
@@ -138,38 +153,38 @@ class KeyMap:
         return {name: plain.get(name) or self.derived[name] for name in self.order}
 
     def describe(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Return the tensors by their new keys, each still called by the name of its source.
+        """Return the description of each tensor by its new key; the descriptions have the keys of the sources.
 
-        Raises ``RuleError`` where an operation does not fit the tensors it is given.
+        Raises ``RuleError`` where an operation does not accept its tensors.
         """
         plain = {new: infos[old] for old, new in self.renamed.items()}
         if self.order is None:
             return plain
-        made = {key: how.describe(key, infos) for key, how in self.derived.items()}
-        return {key: plain.get(key) or made[key] for key in self.order}
+        derived = {key: derivation.describe(key, infos) for key, derivation in self.derived.items()}
+        return {key: plain.get(key) or derived[key] for key in self.order}
 
     @classmethod
     def of(cls, state: Mapping[str, Derivation], dropped: Mapping[str, str], notes: Sequence[str]) -> KeyMap:
-        """Return the map that ends in these new keys."""
+        """Return the map of these new keys to the old keys."""
         renamed: dict[str, str] = {}
-        made: dict[str, Derivation] = {}
-        for new, how in state.items():
-            if how.recipe is None and how.sources[0] not in renamed:
-                renamed[how.sources[0]] = new
+        derived: dict[str, Derivation] = {}
+        for new, derivation in state.items():
+            if derivation.recipe is None and derivation.sources[0] not in renamed:
+                renamed[derivation.sources[0]] = new
             else:
-                made[new] = how
-        plain = {how.sources[0]: how for new, how in state.items() if new not in made}
+                derived[new] = derivation
+        plain = {derivation.sources[0]: derivation for new, derivation in state.items() if new not in derived}
         return cls(
             renamed,
-            made,
-            {old: how.rule for old, how in plain.items() if how.rule},
+            derived,
+            {old: derivation.rule for old, derivation in plain.items() if derivation.rule},
             dropped,
-            {old: how.equals for old, how in plain.items() if how.equals},
+            {old: derivation.equals for old, derivation in plain.items() if derivation.equals},
             tuple(notes),
-            tuple(state) if made else None,
+            tuple(state) if derived else None,
         )
 
 
-def with_rule(made: Derivation, rule: Rule) -> Derivation:
-    """Return the same, with one more rule that spoke."""
-    return replace(made, rule=f"{made.rule}, {rule}" if made.rule else str(rule))
+def with_rule(derivation: Derivation, rule: Rule) -> Derivation:
+    """Return the derivation with one more rule."""
+    return replace(derivation, rule=f"{derivation.rule}, {rule}" if derivation.rule else str(rule))

@@ -13,7 +13,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Shape, working_dtype
 
-__all__ = ["AdapterPlan", "ExtractLora", "Fold", "FoldLora", "account_for_adapter"]
+__all__ = ["AdapterPlan", "ExtractLora", "Fold", "FoldLora", "plan_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +179,7 @@ class AdapterPlan:
     replacements: Mapping[str, str] = field(default_factory=dict)
 
 
-def account_for_adapter(
-    adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape]
-) -> AdapterPlan:
+def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape]) -> AdapterPlan:
     """Return what an adapter with this ``adapter_config.json`` does to ``base``; every tensor of it has its place.
 
     A replacement may have another shape than what it replaces (a grown vocabulary). Raises ``RuleError`` where a tensor

@@ -206,7 +206,7 @@ def test_c1_nothing_is_written_from_a_file_that_asks_for_code(command: str, tmp_
         path = written(torch_zip(EVIL))(directory)
         return [command, *([path, path] if command == "merge" else [path]), "-o", "o.safetensors", "-q"]
 
-    assert_refused(tmp_path, Bad(make, "asks for code that no checkpoint needs (posix.system)"))
+    assert_refused(tmp_path, Bad(make, "refers to code that no checkpoint needs (posix.system)"))
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])

@@ -114,7 +114,7 @@ ODD: dict[str, Odd] = {
 }
 UNWRITABLE: dict[str, Bad] = {
     "D3 expanded": Bad(converted, "no room: needs 4.4 TB, "),
-    "D11 dtype": Bad(made(v3("torch.float3")), "'v' cannot be copied: nothing is known here of its dtype"),
+    "D11 dtype": Bad(made(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
     "D14 DTensor": Bad(made(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
     "D14 all": Bad(written(kinds), "'meta' cannot be copied: it has no values"),
 }

@@ -87,7 +87,7 @@ BAD: dict[str, Bad] = {
         of_shards(lambda at: at / INDEX, "--force", "--format", "safetensors"), "is a shard of an input, which would"
     ),
     "I2 a new shard of the input": Bad(
-        of_shards(lambda at: at / "model-00009-of-00009.safetensors"), "would be taken for a shard of an input"
+        of_shards(lambda at: at / "model-00009-of-00009.safetensors"), "would be read as a shard of an input"
     ),
     "I2 the directory of the input": Bad(of_shards(lambda at: at, *SHARDED), "already exists"),
     "I2 a training checkpoint": Bad(training, "is an input that holds more than tensors (epoch)"),
@@ -107,7 +107,8 @@ BAD: dict[str, Bad] = {
     "I5 a loop": Bad(converting(loop, "--format", "torch", "--force"), "too many levels of symbolic links"),
     "I5 a loop where shards go": Bad(converting(loop, *SHARDED), "too many levels of symbolic links"),
     "I16 old shards that would be read instead": Bad(
-        converting(old_shards_of_pickles, *SHARDED, "--force"), "other weights in it would be read instead"
+        converting(old_shards_of_pickles, *SHARDED, "--force"),
+        "holds other weights, which would be read instead of the output",
     ),
     "I20 ENAMETOOLONG": Bad(converting(lambda at: at / f"{'n' * 300}.pt"), "file name too long"),
     "I20 ENAMETOOLONG, for shards": Bad(converting(lambda at: at / ("n" * 300), *SHARDED), "file name too long"),

@@ -144,7 +144,7 @@ _verify_option = click.option(
 def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
     from ckptkit.plans.execute import check_output, execute, verify
-    from ckptkit.plans.plan import ties_broken
+    from ckptkit.plans.plan import find_broken_ties
     from ckptkit.render.plan import plan_document, plan_page, written_text
 
     plan = check_output(plan, options.output, sources)
@@ -168,7 +168,7 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
         return
     messages = list(plan.notes)
     if written is not None:
-        untied = ties_broken(plan) if options.output.format == "safetensors" else []
+        untied = find_broken_ties(plan) if options.output.format == "safetensors" else []
         messages += written_text(plan, written, untied)
     if verified is not None:
         messages.append(f"verified: each of {plural(verified, 'tensor')} has the bytes that the plan says")

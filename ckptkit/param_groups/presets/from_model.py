@@ -9,10 +9,11 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import kind_of, listed, plural, quoted
+from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.emit import patterns_of
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
@@ -187,7 +188,9 @@ def _bases(given: object) -> tuple[Mapping[str, Sequence[int | None]], bool]:
         return given, any(size is None for shape in given.values() for size in shape)
     if not isinstance(given, Mapping) and not hasattr(given, "named_parameters"):
         raise GroupsError(f"base_shapes is {kind_of(given)}", hint=f"give {_SHAPES}")
-    shapes = {parameter.name: parameter.shape or () for parameter in parameter_table(given).parameters}
+    shapes = {
+        parameter.name: parameter.shape or () for parameter in parameter_table(cast("StateDictLike", given)).parameters
+    }
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise GroupsError("base_shapes has a parameter with no elements", hint=f"give {_SHAPES}")
     return shapes, False

@@ -1,0 +1,19 @@
+"""Codes of the findings of ``load_into``."""
+
+from __future__ import annotations
+
+from ckptkit.core.findings import Code, codes_in
+
+__all__ = ["CODES", "DERIVED", "MISSING", "SHAPE", "SHARED", "SKIPPED", "TIED", "UNPROVED"]
+
+MISSING = Code("load.missing", ("warning",), "A tensor of the model is not in the checkpoint and keeps its value.")
+SHAPE = Code("load.shape", ("warning",), "A tensor of the checkpoint has another shape and was not loaded.")
+SHARED = Code(
+    "load.shared", ("warning",), "A tensor was not loaded, but it shares memory with a loaded tensor and changed."
+)
+SKIPPED = Code("load.skipped", ("note",), "A tensor or another entry of the checkpoint was not loaded.")
+TIED = Code("load.tied", ("note",), "A tensor was loaded because it is tied to a loaded tensor.")
+DERIVED = Code("load.derived", ("note",), "A hook of the model rewrote a buffer that is in no checkpoint.")
+UNPROVED = Code("load.unproved", ("note",), "A value was not compared after loading.")
+
+CODES = codes_in(globals())
