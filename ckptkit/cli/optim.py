@@ -31,7 +31,7 @@ from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
 from ckptkit.optimizer_state.forms import FoundState, read_state
 from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
-from ckptkit.optimizer_state.naming import name_by_position, structure_findings, to_named
+from ckptkit.optimizer_state.naming import NamesLike, name_by_position, structure_findings, to_named
 from ckptkit.rules.model import Rules
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class NameSource:
         """Whether the user gave neither --model nor --names."""
         return self.model is None and self.names_file is None
 
-    def names(self, stack: contextlib.ExitStack, checkpoint: Checkpoint, found: FoundState) -> object:
+    def names(self, stack: contextlib.ExitStack, checkpoint: Checkpoint, found: FoundState) -> NamesLike | None:
         """Return the names, or a model or checkpoint that has them, or None if the state needs or has no source.
 
         Without --model and --names, a state without names gets the weights in the same file, if the file has any.
@@ -72,7 +72,8 @@ class NameSource:
         if self.names_file is not None:
             text = read_text_file(self.names_file)
             with errors_about(self.names_file):
-                return json.loads(text) if text.lstrip().startswith("[") else text.split()
+                names: list[str] = json.loads(text) if text.lstrip().startswith("[") else text.split()
+                return names
         if self.model is not None:
             return _open_model(stack, self.model)
         if not checkpoint.envelope or found.form != "indexed":

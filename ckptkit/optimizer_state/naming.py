@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
@@ -64,8 +64,9 @@ def parameters_of(model: Parameters | ModelLike) -> Parameters:
     if isinstance(model, Parameters):
         return model
     if isinstance(model, Mapping) and not isinstance(model, Checkpoint) and all(map(_is_shape, model.values())):
-        return Parameters({str(name): tuple(shape) for name, shape in model.items()})
-    parameters = parameter_table(model).parameters
+        shapes = cast("Mapping[str, Shape]", model)
+        return Parameters({str(name): tuple(shape) for name, shape in shapes.items()})
+    parameters = parameter_table(cast("StateDictLike", model)).parameters
     is_live = hasattr(model, "named_parameters")
     return Parameters(
         {parameter.name: parameter.shape or () for parameter in parameters},
@@ -112,7 +113,7 @@ def _named(found: FoundState, names: NamesLike | None) -> OptimizerState:
     if isinstance(names, str | bytes):
         raise PlanError(f"the names are one string, {quoted(str(names))}", hint="give a list of strings")
     given = names if isinstance(names, Sequence) else None
-    model = None if names is None or given is not None else parameters_of(names)
+    model = None if names is None or isinstance(names, Sequence) else parameters_of(names)
     own = _own_names(found)
     if own is not None and given is None:
         if model is not None:
