@@ -15,8 +15,6 @@ from ckptkit.core.text import human_bytes, plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
-from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
-from ckptkit.formats.distributed.zero import find_states_file, is_zero, open_zero
 from ckptkit.formats.foreign import refuse_selection, unsupported_directory
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.safetensors import parse_json
@@ -217,7 +215,11 @@ def open_directory(directory: str, selection: Selection) -> Checkpoint:
     checkpoint, where there are several, and where a part of it is missing.
     """
     names = _names(directory)
-    beside = find_companion(names, selection.key) or find_states_file(names, selection.key)
+    beside = find_companion(names, selection.key)
+    if beside is None and selection.key:
+        from ckptkit.formats.distributed.zero import find_states_file
+
+        beside = find_states_file(names, selection.key)
     if beside is not None:
         return _open_companion(directory, *beside)
     checkpoint = _open_weights(directory, names, selection)
@@ -250,9 +252,14 @@ def _open_companion(directory: str, name: str, key: str) -> Checkpoint:
 def _open_weights(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
     index = find_index(names)
     known = [name for name in (*_WHOLE, *_ADAPTER) if name in names]
-    if index is None and is_dcp(names):
-        return _with_others(open_dcp(directory, selection), "the distributed checkpoint", known)
+    if index is None:
+        from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
+
+        if is_dcp(names):
+            return _with_others(open_dcp(directory, selection), "the distributed checkpoint", known)
     if index is None and not known:
+        from ckptkit.formats.distributed.zero import is_zero, open_zero
+
         if is_zero(names):
             if selection.optimizer:
                 raise FormatError(

@@ -7,14 +7,16 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError, PlanError
-from ckptkit.formats.atomic import AtomicFile
+
+if TYPE_CHECKING:
+    from ckptkit.formats.atomic import AtomicFile
 
 __all__ = [
     "LARGEST_HEADER",

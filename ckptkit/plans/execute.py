@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.files import same_bytes
@@ -19,18 +19,14 @@ from ckptkit.formats.atomic import AtomicFile, atomic_directory, prepare_directo
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
-from ckptkit.formats.torch.write import (
-    TorchZipLayout,
-    assign_records,
-    layout_torch_zip,
-    refuse_unwritable,
-    write_torch_zip,
-)
-from ckptkit.plans.edit_torch import PlanEditor, editor_for
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Producer
 from ckptkit.wrappers.envelopes import Selection
+
+if TYPE_CHECKING:
+    from ckptkit.formats.torch.write import TorchZipLayout
+    from ckptkit.plans.edit_torch import PlanEditor
 
 __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs", "verify"]
 
@@ -65,7 +61,7 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     infos = [step.out for step in plan.steps]
     lost: list[Dropped] = []
     try:
-        (refuse_unwritable if output.format == "torch" else refuse_unstorable)(infos)
+        _refuse_unwritable(infos, output.format)
     except PlanError as error:
         error.path = output.path
         raise
@@ -75,7 +71,7 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
     elif plan.versions:
         lost.append(Dropped("output", "_metadata", "a safetensors file cannot hold module versions", is_entry=True))
     (prepare_target if output.max_shard_size is None else prepare_directory)(output.path, force=output.force)
-    editor = editor_for(plan, output, sources)
+    editor = _editor(plan, output, sources)
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
     entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.is_file]
@@ -111,7 +107,7 @@ def execute(
     """
     output = out if isinstance(out, Output) else choose_output(out)
     roles = _by_role(plan, sources, output)
-    editor = editor_for(plan, output, roles)
+    editor = _editor(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
@@ -127,11 +123,32 @@ def execute(
     if output.format == "safetensors":
         size = _write_safetensors(target, infos, plan.metadata, inputs, report_bytes, replace=output.force)
         return Written(output.path, output.format, len(plan.steps), size, (target,))
+    from ckptkit.formats.torch.write import write_torch_zip
+
     layout = _torch_layout(infos, plan, inputs, editor)
     inner = "" if editor is None else roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes, replace=output.force) as file:
         _finish(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
     return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target,), (), inner)
+
+
+def _refuse_unwritable(infos: Sequence[TensorInfo], format_name: str) -> None:
+    """Raise ``PlanError`` for a tensor that a file of this format cannot hold."""
+    if format_name != "torch":
+        refuse_unstorable(infos)
+        return
+    from ckptkit.formats.torch.write import refuse_unwritable
+
+    refuse_unwritable(infos)
+
+
+def _editor(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> PlanEditor | None:
+    """Return the editor of the torch file that the output copies, or None if the output holds only tensors."""
+    if output.format != "torch":
+        return None
+    from ckptkit.plans.edit_torch import editor_for
+
+    return editor_for(plan, output, roles)
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +287,8 @@ def _write_safetensors(
 def _torch_layout(
     infos: Sequence[TensorInfo], plan: Plan, inputs: _Inputs, editor: PlanEditor | None
 ) -> TorchZipLayout:
+    from ckptkit.formats.torch.write import assign_records, layout_torch_zip
+
     viewed = inputs.with_views(infos)
     if editor is None:
         return layout_torch_zip(viewed, inputs.payload, inputs.span, plan.versions)

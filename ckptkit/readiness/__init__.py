@@ -11,7 +11,6 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.optimizer_state.forms import read_state
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.readiness.dry_step import Loss, run_dry_step
 from ckptkit.readiness.init import UNLOADED, InspectedModel, check_init, check_values, compare_init
@@ -27,7 +26,6 @@ from ckptkit.readiness.model import (
     TrainingGroup,
 )
 from ckptkit.readiness.resources import check_dtypes, estimate_memory
-from ckptkit.readiness.resume import check_resume
 from ckptkit.readiness.training import (
     Training,
     build_optimizers,
@@ -101,6 +99,9 @@ def preflight(
         memory = estimate_memory(model, trained, training.optimizers)
     going = None
     if resume is not None:
+        from ckptkit.optimizer_state.forms import read_state
+        from ckptkit.readiness.resume import check_resume
+
         found = None if resume_optimizer is None else read_state(resume_optimizer)
         resumed = _compared(subject, resume, None)
         going, said = check_resume(model, training, resumed, found)

@@ -8,13 +8,16 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.patterns import KeyMatch, Pattern, literal, matches_any, parse_pattern
 from ckptkit.core.text import plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.rules.model import Derivation, KeyMap, Rule, Rules, Stage, with_rule
-from ckptkit.wrappers.explain import AUTO, Wrapping, explain_wrappers, strip_prefix
+
+if TYPE_CHECKING:
+    from ckptkit.wrappers.explain import Wrapping
 
 __all__ = ["apply_rules"]
 
@@ -61,6 +64,8 @@ def _strip_stages(prefix: str, keys: Collection[str], entries: Collection[str]) 
 
     ``entries`` names the entries of the file that are not tensors. Raises ``RuleError`` where a key lacks the prefix.
     """
+    from ckptkit.wrappers.explain import AUTO, explain_wrappers, strip_prefix
+
     if prefix != AUTO:
         wrapping = strip_prefix(prefix, keys)
         return [_strip_stage(wrapping, f"--strip {shell_word(prefix)}")], [f"--strip: {wrapping}"]

@@ -11,7 +11,6 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
-from ckptkit.param_groups.compare import compare_with_spec, diff_locks
 from ckptkit.param_groups.live import LiveGroups, read_groups
 from ckptkit.param_groups.lock import ParamGroupsLock, lock_live
 from ckptkit.param_groups.parameters import Inventory, take_inventory
@@ -59,8 +58,12 @@ def validate_param_groups(
         inventory, driving, live = take_inventory(model), read_schedulers(schedulers), read_groups(groups)
         findings = _check_live_groups(inventory, live, driving, groups)
         if spec is not None:
+            from ckptkit.param_groups.compare import compare_with_spec
+
             findings.extend(compare_with_spec(inventory, live, spec))
         if lock is not None:
+            from ckptkit.param_groups.compare import diff_locks
+
             findings.extend(diff_locks(lock, lock_live(inventory, live)).findings)
         return Report(tuple(findings), GroupsError)
 
