@@ -1,4 +1,4 @@
-"""Small models with the names of well-known ones, and what each of their parameters trains with."""
+"""Small models with the names of well-known models, and the options of each of their parameters."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Mixed", "NextLike", "VitLike", "bert_like", "built", "numbers", "per
 
 
 def rates(model: Any, spec: ParamGroupSpec) -> dict[str, tuple[float, float]]:
-    """Return learning rate, with its scale where there is one, and weight decay of each parameter that trains."""
+    """Return the learning rate, times ``lr_scale``, and the weight decay of each trained parameter of a plan."""
     return {
         parameter.name: (group.options["lr"] * group.options.get("lr_scale", 1.0), group.options["weight_decay"])
         for group in plan_param_groups(model, spec).groups
@@ -24,7 +24,7 @@ def rates(model: Any, spec: ParamGroupSpec) -> dict[str, tuple[float, float]]:
 
 
 def numbers(groups: Any) -> dict[str, tuple[float, float]]:
-    """Return the same of groups that were built."""
+    """Return the learning rate and the weight decay of each parameter in built groups."""
     return {name: (group["lr"], group["weight_decay"]) for group in groups for name, _ in group["params"]}
 
 
@@ -42,7 +42,7 @@ class VitBlock(nn.Module):
 
 
 class VitLike(nn.Module):
-    """The names of timm's ViT, with what it says of itself."""
+    """A model with the names and the methods of the ViT of timm."""
 
     def __init__(self, blocks: int = 2) -> None:
         super().__init__()

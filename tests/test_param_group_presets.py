@@ -1,8 +1,9 @@
-"""Presets give each parameter the numbers of their originals, or say where they do not.
+"""Presets give each parameter the options of their sources, or say where they differ.
 
-Recorded from the originals over these very models: timm 1.0.31, BEiT (microsoft/unilm 2312c6f), ConvNeXt 048efce,
-detectron2 02b5c4e, mup 1.0.0, and the rates of fastai 2.8.12. LoRA+ (peft 0.21.2) and the recipe of Zhang et al.
-(revisit-bert-finetuning 0aa4f4e) were compared over real GPT-2, BERT, RoBERTa and ELECTRA; here names stand for them.
+The expected numbers were recorded from the sources for these models: timm 1.0.31, BEiT (microsoft/unilm 2312c6f),
+ConvNeXt 048efce, detectron2 02b5c4e, mup 1.0.0, and the rates of fastai 2.8.12. LoRA+ (peft 0.21.2) and the recipe of
+Zhang et al. (revisit-bert-finetuning 0aa4f4e) were compared for real GPT-2, BERT, RoBERTa and ELECTRA; these tests use
+small models with the same names.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ VIT_VECTORS = "blocks.0.gamma blocks.0.norm1.weight blocks.0.norm1.bias"
 
 
 def expect(table: Numbers) -> dict[str, Any]:
-    """Return the table by parameter."""
+    """Return the expected numbers by parameter."""
     return {name: pytest.approx(value, rel=1e-12) for value, names in table.items() for name in names.split()}
 
 
 def test_the_groups_of_timm_and_their_order() -> None:
-    """No decay comes first; the model's own no_weight_decay() is in it; no decay at all is one group, as there."""
+    """The group without decay comes first and has no_weight_decay(). With weight_decay = 0 there is one group."""
     model = VitLike()
     spec = param_group_preset("timm-weight-decay", model, lr=1.0, weight_decay=0.5)
     decaying = ["patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.1.attn.qkv.weight", "head.weight"]
@@ -77,10 +78,10 @@ BEIT_LAYERS: Numbers = {
     [("timm-layer-decay", {"min_scale": 0.2}, TIMM_LAYERS), ("beit-layer-decay", {}, BEIT_LAYERS)],
     ids=["timm", "beit"],
 )
-def test_layers_of_a_vit_decay_as_in_the_original(
+def test_layers_of_a_vit_decay_as_in_the_source(
     name: str, settings: dict[str, Any], table: Numbers, lr_scale: bool
 ) -> None:
-    """In the learning rate itself or, where it is asked for, in lr_scale beside it."""
+    """The factor is in the learning rate or, with ``lr_scale``, in an option of its own."""
     model = VitLike()
     spec = param_group_preset(name, model, lr=1.0, weight_decay=0.5, layer_decay=0.5, lr_scale=lr_scale, **settings)
     assert rates(model, spec) == expect(table)
@@ -89,8 +90,8 @@ def test_layers_of_a_vit_decay_as_in_the_original(
     assert validate_param_groups(model, torch.optim.AdamW(groups)).ok
 
 
-def test_freezing_shifts_no_layer_of_timm() -> None:
-    """Where timm counts what it finds among frozen parameters too."""
+def test_freezing_renumbers_no_layer_of_timm() -> None:
+    """Frozen parameters count as layers too, as in timm."""
     model = VitLike(4)
     before = rates(model, param_group_preset("timm-layer-decay", model))
     model.blocks[:2].requires_grad_(False)
@@ -99,7 +100,7 @@ def test_freezing_shifts_no_layer_of_timm() -> None:
     assert len(after) < len(before)
 
 
-def test_a_model_without_layers_of_its_own_is_refused_with_the_way_out() -> None:
+def test_a_model_without_known_layers_is_refused_with_a_hint() -> None:
     with pytest.raises(GroupsError, match=r"preset 'timm-layer-decay': the model has no group_matcher\(\)"):
         param_group_preset("timm-layer-decay", nn.Linear(2, 2))
     with pytest.raises(GroupsError, match=r"no parameters named stages\.0") as caught:
@@ -131,7 +132,7 @@ def test_convnext_has_its_twelve_layers_below_the_head_and_other_depths_are_coun
 
 
 def test_bert_decays_from_the_head_down_to_the_embeddings() -> None:
-    """Known by names alone, so a checkpoint is enough."""
+    """The preset needs names only, so a checkpoint is enough."""
     spec = param_group_preset("bert-layer-decay", lr=1.0, weight_decay=0.25, layer_decay=0.5)
     layer = "bert.encoder.layer.{0}.attention.self.query"
     vectors = f"{layer}.bias bert.encoder.layer.{{0}}.output.LayerNorm.weight"
@@ -148,8 +149,8 @@ def test_bert_decays_from_the_head_down_to_the_embeddings() -> None:
     )
 
 
-def test_the_trainers_rule_is_that_of_transformers_with_its_slips() -> None:
-    """The original decides; an RMSNorm called ln_1 decays and bias_proj does not, which no-decay has the other way."""
+def test_hf_trainer_selects_the_same_names_as_transformers() -> None:
+    """There an RMSNorm named ln_1 decays and a matrix in bias_proj does not; in the preset no-decay it is reversed."""
     trainer = pytest.importorskip("transformers.trainer").Trainer
     model = Mixed()
     decaying = set(trainer.get_decay_parameter_names(None, model))
@@ -165,7 +166,7 @@ def test_the_trainers_rule_is_that_of_transformers_with_its_slips() -> None:
 
 
 def test_norms_and_biases_of_detectron2() -> None:
-    """A bias of a norm is a bias; an RMSNorm is no norm there, unless it is asked for."""
+    """A bias of a norm counts as a bias. An RMSNorm counts as a norm only with ``norm = { role = "norm" }``."""
     model = Mixed()
     given: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.5, "weight_decay_norm": 0.25}
     spec = param_group_preset("detectron2", model, **given, bias_lr_mult=2.0, weight_decay_bias=0.0)
@@ -203,7 +204,7 @@ BASE_SHAPES: dict[str, list[int | None]] = {  # as mup writes them for widths of
     ids=["MuAdamW", "MuSGD"],
 )
 def test_widths_scale_rates_as_in_mup(base: Any, rule: str, table: Numbers) -> None:
-    """From its base-shape file, from a live base model or from a checkpoint of one; no Parameter is tagged."""
+    """The base is a base-shape file, a live model or a checkpoint. Nothing is stored on Parameters."""
     model = perceptron(32)
     spec = param_group_preset("mup", model, lr=1.0, weight_decay=0.5, rule=rule, base_shapes=base)
     assert rates(model, spec) == expect(table)
@@ -237,8 +238,8 @@ LORA_NAMES = {
 }
 
 
-def test_the_rates_of_lora_plus_and_what_else_is_saved_at_the_base_rate() -> None:
-    """peft multiplies the norm too, which is said; asked for its factor, the numbers are its own."""
+def test_the_rates_of_lora_plus_and_a_warning_where_they_differ_from_peft() -> None:
+    """peft multiplies the rate of a saved norm too: ``vectors_lr_mult`` does the same, and the default warns."""
     model = {name: torch.zeros(shape) for name, shape in LORA_NAMES.items()}
     given: dict[str, Any] = {"lr": 1.0, "lr_ratio": 16.0, "lr_embedding": 1e-6, "weight_decay": 0.5}
     peft = rates(model, param_group_preset("loraplus", model, **given, vectors_lr_mult=16.0))
@@ -255,7 +256,7 @@ def test_the_rates_of_lora_plus_and_what_else_is_saved_at_the_base_rate() -> Non
 
 
 def test_muon_takes_hidden_matrices_and_both_optimizers_step() -> None:
-    """Embeddings, head, vectors and convolutions go to AdamW; one that flattens gets all but the first convolution."""
+    """AdamW gets embeddings, head, vectors and convolutions; with ndim = [2, 4], only the first convolution."""
     model = nn.ModuleDict(
         {
             "stem": nn.Conv2d(3, 2, 1),
@@ -300,7 +301,7 @@ def test_the_head_learns_ten_times_as_fast() -> None:
 
 
 def test_unfreezing_goes_from_the_last_layer_to_the_first() -> None:
-    """Each phase trains one layer more; what trains grows, and the last phase trains all."""
+    """Each phase trains one more layer, and the last phase trains every parameter."""
     model = VitLike(2)
     trained = []
     for spec in param_group_phases("gradual-unfreezing", model, lr=1.0, layer_decay=0.5):
@@ -317,14 +318,14 @@ def test_unfreezing_goes_from_the_last_layer_to_the_first() -> None:
 
 
 @pytest.mark.parametrize("name", param_group_preset_names())
-def test_every_preset_says_what_it_does_and_lists_its_settings(name: str) -> None:
+def test_every_preset_has_a_summary_and_lists_its_settings(name: str) -> None:
     assert len(preset_summary(name)) > 60
     with pytest.raises(GroupsError, match="has no setting 'typo'") as caught:
         param_group_preset(name, typo=1)
     assert "its settings are " in (caught.value.hint or "")
 
 
-def test_what_cannot_be_meant_is_refused() -> None:
+def test_wrong_presets_and_settings_are_refused() -> None:
     with pytest.raises(GroupsError, match="there is no preset 'moun'") as unknown:
         param_group_preset("moun")
     assert "muon" in (unknown.value.hint or "")
@@ -338,7 +339,7 @@ def test_what_cannot_be_meant_is_refused() -> None:
         param_group_preset("timm-weight-decay", {"a.weight": torch.zeros(2, 2)})
 
 
-def test_short_patterns_fit_what_was_chosen_and_nothing_else() -> None:
+def test_patterns_of_matches_the_chosen_names_and_no_others() -> None:
     names = ["a.0.w", "a.0.b", "a.1.w", "a.1.b", "a.10.w", "c", "odd*.w", "odd*.v", "d.e.f.w", "d.g.w"]
     for size in range(1, 4):
         for chosen in itertools.combinations(names, size):

@@ -1,4 +1,4 @@
-"""A spec is the same in TOML, JSON and YAML, comes back from what is written, and runs as Python."""
+"""A spec can be written as TOML, JSON or Python, and means the same in each form."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ group:
 """
 
 
-def test_yaml_reads_as_its_author_means_it() -> None:
-    """1e-5 is a number and not a word, as in version 1.2; the other forms say the same."""
+def test_yaml_is_parsed_as_version_1_2() -> None:
+    """``1e-5`` is a number and ``no`` is a string. TOML and JSON give the same spec."""
     table = parse_table(YAML, "yaml")
     assert table["defaults"] == {"lr": 1e-5, "weight_decay": 0.5, "amsgrad": "no", "fused": True}
     assert type(table["defaults"]["lr"]) is float
@@ -54,7 +54,7 @@ def test_yaml_reads_as_its_author_means_it() -> None:
     ],
     ids=["yaml-twice", "yaml-broken", "yaml-list", "yaml-tag", "toml-twice", "json-list"],
 )
-def test_text_that_is_no_table_is_refused(text: str, form: str, reason: str) -> None:
+def test_text_that_is_not_a_table_is_refused(text: str, form: str, reason: str) -> None:
     with pytest.raises(RuleError, match=reason):
         parse_table(text, form)
 
@@ -74,7 +74,7 @@ OPTIONS = st.dictionaries(KEYS, VALUES, max_size=2).flatmap(
 )
 PATTERNS = st.sampled_from(["a.*", "{b}.c", "d.{i:int}.*", r"re:^e\.\"[0-9]+", "*", "ü'\\x"])
 LISTS = PATTERNS | st.lists(PATTERNS, min_size=1, max_size=3)
-QUESTIONS = st.one_of(
+SIMPLE_CONDITIONS = st.one_of(
     st.fixed_dictionaries({"params": LISTS}),
     st.fixed_dictionaries({"role": st.sampled_from(["bias", "norm"])}),
     st.fixed_dictionaries({"module": WORDS | st.lists(WORDS, min_size=1, max_size=2)}),
@@ -84,7 +84,7 @@ QUESTIONS = st.one_of(
     st.fixed_dictionaries({"dtype": st.sampled_from(["F32", "bfloat16"])}),
 )
 CONDITIONS = st.recursive(
-    QUESTIONS,
+    SIMPLE_CONDITIONS,
     lambda inner: st.one_of(
         st.fixed_dictionaries({"not": inner}),
         st.fixed_dictionaries({"any": st.lists(inner, min_size=1, max_size=2)}),
@@ -96,7 +96,7 @@ CONDITIONS = st.recursive(
 
 @st.composite
 def specs(draw: st.DrawFn) -> ParamGroupSpec:
-    """Draw a spec with anything that a spec can say."""
+    """Draw a spec that may have every kind of key."""
     names = draw(st.lists(WORDS, min_size=2, max_size=5, unique=True))
     groups: list[dict[str, Any]] = []
     for name in names:
@@ -136,18 +136,18 @@ def specs(draw: st.DrawFn) -> ParamGroupSpec:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(specs())
-def test_what_is_written_is_read_as_the_same_spec(spec: ParamGroupSpec) -> None:
-    """In both forms; JSON is also YAML."""
+def test_a_written_spec_is_parsed_as_the_same_spec(spec: ParamGroupSpec) -> None:
+    """In TOML and in JSON."""
     assert parse_spec(parse_table(dump_spec(spec, "toml"), "toml")) == spec
     assert parse_spec(parse_table(dump_spec(spec, "json"), "json")) == spec
 
 
-def test_what_a_form_has_no_word_for_is_refused() -> None:
+def test_a_value_that_a_form_cannot_express_is_refused() -> None:
     spec = parse_spec({"defaults": {"foreach": None}, "group": [{"rest": True}]})
     with pytest.raises(GroupsError, match="TOML has no null"):
         dump_spec(spec, "toml")
     assert parse_spec(parse_table(dump_spec(spec, "json"), "json")) == spec
-    with pytest.raises(GroupsError, match="cannot be written"):
+    with pytest.raises(GroupsError, match="the spec cannot be written as json"):
         dump_spec(parse_spec({"defaults": {"lr": torch.tensor(1.0)}, "group": [{"rest": True}]}), "json")
 
 
@@ -165,7 +165,7 @@ MODELS = {
 
 @pytest.mark.parametrize(("name", "model"), MODELS.items(), ids=MODELS)
 def test_emitted_specs_and_python_make_the_same_groups(name: str, model: Any) -> None:
-    """Written as TOML and JSON, and as a function that is pasted, which needs nothing but the model."""
+    """As TOML, as JSON, and as a Python function that needs only the model."""
     spec = param_group_preset(name, model())
     live = model()
     expected = _plain(build_param_groups(live, spec))
@@ -179,8 +179,8 @@ def test_emitted_specs_and_python_make_the_same_groups(name: str, model: Any) ->
     assert frozen == {key for key, parameter in live.named_parameters() if not parameter.requires_grad}
 
 
-def test_names_of_any_alphabet_are_written_as_they_are() -> None:
-    """Also those that JSON spells with two code units, and those that nothing is drawn for."""
+def test_names_of_any_alphabet_are_kept() -> None:
+    """Also characters outside the BMP, which JSON escapes as two code units, and characters that are not printable."""
     spec = parse_spec({"defaults": {"lr": 1.0}, "group": [{"name": "\U0001f600\x85\u202e", "rest": True}]})
     for form in ("toml", "json"):
         text = dump_spec(spec, form)
@@ -207,7 +207,7 @@ def test_python_for_several_optimizers_is_a_function_for_each_and_refuses_anothe
 
 def _run(text: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
-    exec(text, made)  # noqa: S102 - it is what a user does with it
+    exec(text, made)  # noqa: S102 - a user pastes the text and runs it
     return made
 
 

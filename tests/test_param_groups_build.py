@@ -1,4 +1,4 @@
-"""Every trainable parameter gets into exactly one group, and the optimizers of torch agree."""
+"""``build_param_groups`` puts every trainable parameter into exactly one group that torch optimizers accept."""
 
 from __future__ import annotations
 
@@ -66,11 +66,8 @@ def fault(model: nn.Module, spec: Any) -> GroupsError:
     return caught.value
 
 
-# --- what is built ---------------------------------------------------------------------------------------------------
-
-
 def test_groups_hold_the_live_parameters_under_their_names() -> None:
-    """The very objects, in model order; a pattern fits the whole name, so fc3.* leaves fc31 alone."""
+    """The groups hold the parameter objects in the order of the model, and ``fc3.*`` does not match ``fc31``."""
     model = Net()
     groups = build_param_groups(model, HEAD_AND_REST)
     assert names(groups) == {
@@ -82,8 +79,8 @@ def test_groups_hold_the_live_parameters_under_their_names() -> None:
     assert all(parameter is live[name] for group in groups for name, parameter in group["params"])
 
 
-def test_the_head_moves_ten_times_as_far() -> None:
-    """One real step with equal gradients: the ratio of the learning rates is the ratio of the moves."""
+def test_a_step_changes_the_head_ten_times_as_much() -> None:
+    """In one real step with equal gradients, the updates have the ratio of the learning rates."""
     model = Net()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(build_param_groups(model, HEAD_AND_REST))
@@ -107,9 +104,9 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("kind", OPTIMIZERS, ids=lambda kind: kind.__name__)
 def test_every_optimizer_of_torch_takes_the_groups(kind: type[torch.optim.Optimizer]) -> None:
-    """With names, group names and per-group lr; the state_dict goes round; the validator has nothing to say."""
-    one_group = kind is torch.optim.LBFGS  # torch: it does not support per-parameter options
-    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False))  # Muon: 2-D only
+    """Names, group names and lr arrive, the state_dict loads again, and validation finds nothing."""
+    one_group = kind is torch.optim.LBFGS  # LBFGS does not support per-parameter options
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 2, bias=False))  # Muon takes 2-D parameters only
     spec: list[dict[str, Any]] = [{"name": "all", "params": "*", "lr": 0.1}]
     if not one_group:
         spec = [{"name": "head", "params": "1.*", "lr": 0.1}, {"name": "base", "rest": True}]
@@ -128,7 +125,7 @@ def test_every_optimizer_of_torch_takes_the_groups(kind: type[torch.optim.Optimi
 
 
 def test_two_calls_share_nothing() -> None:
-    """A second optimizer built from a second call keeps its own lr, lists and tensors; the spec stays as it was."""
+    """Two calls return different lr tensors and lists, and the spec does not change."""
     model = Net()
     lr, betas = torch.tensor(0.1), [0.9, 0.99]
     spec = parse_spec({"defaults": {"lr": lr, "betas": betas}, "group": HEAD_AND_REST["group"][1:]})  # type: ignore[index]
@@ -147,7 +144,7 @@ def test_two_calls_share_nothing() -> None:
     "kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam], ids=lambda kind: kind.__name__
 )
 def test_betas_from_a_file_are_a_list_and_train(kind: type[torch.optim.Adam]) -> None:
-    """TOML and JSON have no tuples; one real step is the same as with one."""
+    """TOML and JSON have no tuples: a real step with a list is equal to a step with a tuple."""
     moved = []
     for betas in ([0.5, 0.6], (0.5, 0.6)):
         model = nn.Linear(2, 2)
@@ -162,7 +159,7 @@ def test_betas_from_a_file_are_a_list_and_train(kind: type[torch.optim.Adam]) ->
 
 
 def test_a_tensor_lr_from_the_defaults_is_not_shared_by_two_groups() -> None:
-    """Or changing the lr of one group would change the other."""
+    """Otherwise a change of the lr of one group would change the other group."""
     spec = {"defaults": {"lr": torch.tensor(0.1)}, "group": [{"params": "fc3.*"}, {"rest": True}]}
     head, base = build_param_groups(Net(), spec)
     head["lr"].fill_(0)
@@ -178,16 +175,13 @@ def test_frozen_parameters_are_left_out() -> None:
 
 
 def test_a_meta_model_can_be_planned() -> None:
-    """The table of a live model needs no memory for it."""
+    """A plan needs no parameter values."""
     with torch.device("meta"):
         model = Net()
     assert plan_param_groups(model, HEAD_AND_REST).elements == sum(p.numel() for p in model.parameters())
 
 
-# --- tied weights ----------------------------------------------------------------------------------------------------
-
-
-def test_a_tied_parameter_comes_once_under_its_first_name() -> None:
+def test_a_tied_parameter_is_in_one_group_under_its_first_name() -> None:
     model = Tied()
     spec = [{"name": "embed", "params": ["wte.*", "lm_head.*"], "lr": 0.1}, {"name": "base", "rest": True}]
     assert names(build_param_groups(model, spec)) == {"embed": ["wte.weight"], "base": ["body.weight", "body.bias"]}
@@ -196,7 +190,7 @@ def test_a_tied_parameter_comes_once_under_its_first_name() -> None:
 
 @pytest.mark.parametrize("params", ["wte.*", "lm_head.*"], ids=["first-name", "alias"])
 def test_tied_names_in_groups_with_different_options_are_refused(params: str) -> None:
-    """A head lr that would silently be that of the embedding, or the other way round."""
+    """Otherwise the lr of the head would silently be used for the embedding, or the reverse."""
     error = fault(Tied(), [{"name": "special", "params": params, "lr": 0.1}, {"name": "base", "rest": True}])
     assert error.reason.startswith("'wte.weight' and 'lm_head.weight' are one tied parameter")
     assert "'special'" in error.reason
@@ -204,18 +198,15 @@ def test_tied_names_in_groups_with_different_options_are_refused(params: str) ->
     assert error.hint == "put both names into one group: params = ['wte.weight', 'lm_head.weight']"
 
 
-def test_tied_names_in_groups_with_equal_options_are_one_and_the_same() -> None:
+def test_tied_names_in_groups_with_equal_options_are_accepted() -> None:
     spec = [{"name": "embed", "params": "wte.*", "lr": 0.1}, {"name": "base", "rest": True, "lr": 0.1}]
     assert names(build_param_groups(Tied(), spec))["embed"] == ["wte.weight"]
 
 
-def test_a_group_that_fits_only_the_other_name_of_a_tied_parameter_says_so() -> None:
+def test_a_group_that_matches_only_the_other_name_of_a_tied_parameter_is_refused() -> None:
     error = fault(Tied(), [{"name": "head", "params": "lm_head.*"}, {"name": "base", "rest": True}])
     assert "'lm_head.weight' is tied to 'wte.weight', which group 'base' owns" in error.reason
     assert "'wte.weight'" in (error.hint or "")
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 REST = {"name": "base", "rest": True}
@@ -224,32 +215,32 @@ REST = {"name": "base", "rest": True}
 @pytest.mark.parametrize(
     ("params", "hint"),
     [
-        pytest.param("fc4.*", "did you mean 'fc3.*'?", id="slip"),
+        pytest.param("fc4.*", "did you mean 'fc3.*'?", id="typo"),
         pytest.param("fc3", "did you mean 'fc3.*'?", id="module"),
         pytest.param("fc3.", "did you mean 'fc3.*'?", id="module-dot"),
         pytest.param("module.fc3.*", "did you mean 'fc3.*'?", id="prefix-too-much"),
         pytest.param("weight", "did you mean '*.weight'?", id="prefix-missing"),
-        pytest.param("fc3.wieght", "did you mean 'fc3.weight'?", id="name-slip"),
+        pytest.param("fc3.wieght", "did you mean 'fc3.weight'?", id="name-typo"),
         pytest.param("re:fc3", "did you mean 're:(?:fc3).*'?", id="regex-not-whole"),
         pytest.param("fc3[.]*", "did you mean", id="other-glob"),
         pytest.param("qqq", "the model has 'fc1.weight', 'fc1.bias', 'bn.weight', ...", id="no-idea"),
     ],
 )
-def test_a_rule_that_fits_nothing_is_refused_with_the_nearest_pattern(params: str, hint: str) -> None:
+def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_pattern(params: str, hint: str) -> None:
     error = fault(Net(), [{"name": "head", "params": params}, REST])
     assert error.reason == f"group 'head' matches no parameter of the model: params = '{params}'"
     assert (error.hint or "").startswith(hint)
 
 
 def test_every_suggested_pattern_can_be_used() -> None:
-    """Following the hint gives a group."""
+    """The pattern of the hint matches a parameter."""
     for params in ("fc4.*", "fc3", "module.fc3.*", "re:fc3", "fc3.wieght"):
         hint = fault(Net(), [{"params": params}, REST]).hint or ""
         assert build_param_groups(Net(), [{"params": hint.split("'")[1]}, REST])
 
 
-def test_one_idle_pattern_of_a_list_is_a_slip_too() -> None:
-    """The rule owns something, so nobody would notice that the second head is not in it."""
+def test_one_pattern_of_a_list_that_matches_nothing_is_refused() -> None:
+    """The rule owns something, so without the error the second head would be missing unnoticed."""
     error = fault(Net(), [{"name": "head", "params": ["fc3.*", "fc4.*"]}, REST])
     assert error.reason == "pattern 'fc4.*' of group 'head' matches no parameter of the model"
 
@@ -264,7 +255,7 @@ def test_buffers_are_not_parameters() -> None:
     assert "only buffers such as 'bn.running_mean'" in error.reason
 
 
-def test_a_shadowed_rule_names_the_one_above_it() -> None:
+def test_the_error_of_a_shadowed_rule_names_the_earlier_rule() -> None:
     error = fault(Net(), [{"name": "all fc", "params": "fc*"}, {"name": "head", "params": "fc3.*"}, REST])
     assert "group 'head' owns no parameter" in error.reason
     assert "'fc3.weight', 'fc3.bias'" in error.reason
@@ -272,7 +263,7 @@ def test_a_shadowed_rule_names_the_one_above_it() -> None:
     assert "move the narrower group up" in (error.hint or "")
 
 
-def test_a_rule_that_fits_only_frozen_parameters_says_so() -> None:
+def test_a_rule_that_matches_only_frozen_parameters_is_refused() -> None:
     model = Net()
     model.fc3.requires_grad_(False)
     error = fault(model, HEAD_AND_REST)
@@ -283,7 +274,7 @@ def test_a_rule_that_fits_only_frozen_parameters_says_so() -> None:
     assert "requires_grad_(True)" in (error.hint or "")
 
 
-def test_parameters_that_nobody_owns_are_refused() -> None:
+def test_parameters_that_match_no_rule_are_refused() -> None:
     error = fault(Net(), [{"params": "fc3.*"}])
     assert error.reason == (
         "5 trainable parameters match no group: 'fc1.weight', 'fc1.bias', 'bn.weight', 'bn.bias', 'fc31.weight'"
@@ -298,12 +289,12 @@ def test_a_long_list_of_parameters_is_cut_and_counted() -> None:
     )
 
 
-def test_a_rest_that_takes_nothing_is_refused() -> None:
+def test_a_rest_rule_that_owns_nothing_is_refused() -> None:
     error = fault(Net(), [{"params": "*"}, REST])
     assert "group 'base' has rest = true, but the groups before it own all 7 parameters" in error.reason
 
 
-def test_a_model_without_anything_to_train_is_refused() -> None:
+def test_a_model_without_trainable_parameters_is_refused() -> None:
     for model in (nn.ReLU(), Net().requires_grad_(False)):
         assert "the model has no trainable parameter" in fault(model, [REST]).reason
 
@@ -370,7 +361,7 @@ def test_a_spec_is_assigned_to_a_model_once(
 
 
 def test_assign_finds_everything_at_once() -> None:
-    """plan raises the first of them; the report of assign has them all, and none for a good spec."""
+    """``plan_param_groups`` raises the first error; the report of ``assign`` has every finding."""
     spec = [{"name": "a", "params": "fc4.*"}, {"name": "b", "params": "fc1.*"}, {"name": "c", "params": "fc1.weight"}]
     report = assign(parameter_table(Net()), spec).report
     assert [(finding.code, finding.key) for finding in report.findings] == [
@@ -383,16 +374,13 @@ def test_assign_finds_everything_at_once() -> None:
     assert assign(parameter_table(Net()), HEAD_AND_REST).report.findings == ()
 
 
-# --- the plan as a value, and how it looks ---------------------------------------------------------------------------
-
-
-def test_the_plan_is_a_value() -> None:
-    """It holds no live object: it compares, pickles, and outlives the model."""
+def test_a_plan_holds_no_live_object() -> None:
+    """Two plans can be compared, and a plan can be pickled."""
     plan = plan_param_groups(Net(), HEAD_AND_REST)
     assert plan == plan_param_groups(Net(), HEAD_AND_REST) == pickle.loads(pickle.dumps(plan))
 
 
-def test_the_table_and_the_document_say_what_the_optimizer_gets() -> None:
+def test_the_table_and_the_document_show_what_the_optimizer_gets() -> None:
     model = Net()
     model.fc31.requires_grad_(False)
     spec = {
@@ -444,12 +432,9 @@ def test_the_table_and_the_document_say_what_the_optimizer_gets() -> None:
     }
 
 
-# --- random specs over random models ---------------------------------------------------------------------------------
-
-
 @st.composite
 def models(draw: st.DrawFn) -> nn.Module:
-    """A tree of modules with parameters, some frozen, some tied."""
+    """Draw a tree of modules with parameters, some frozen, some tied."""
     tree = st.recursive(
         st.tuples(st.integers(1, 3), st.booleans()),
         lambda inner: st.dictionaries(st.sampled_from(["a", "b", "ab", "fc1", "fc10"]), inner, min_size=1, max_size=3),
@@ -479,15 +464,15 @@ GLOBS = st.lists(st.sampled_from(["a", "b", "fc1", "*", ".", "weight", "bias"]),
 
 @settings(deadline=None)
 @given(models(), st.lists(st.lists(GLOBS, min_size=1, max_size=3), max_size=4))
-def test_every_trainable_parameter_has_exactly_one_owner_and_it_is_the_first_that_fits(
+def test_every_trainable_parameter_is_owned_by_the_first_rule_that_matches(
     model: nn.Module, rules: list[list[str]]
 ) -> None:
-    """For any spec over any model, against fnmatch as the oracle of what fits, and torch as that of what trains."""
+    """For any spec and any model: fnmatch decides what matches, and torch decides what is trainable."""
     assume(any(parameter.requires_grad for parameter in model.parameters()))
     spec = [{"name": str(i), "params": globs, "optional": True, "lr": 0.1} for i, globs in enumerate(rules)]
     groups = build_param_groups(model, [*spec, {"name": "rest", "rest": True, "optional": True, "lr": 0.1}])
     expected: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters():  # torch drops the later names of a tied one by itself
+    for name, parameter in model.named_parameters():  # torch leaves out the later names of a tied parameter
         if parameter.requires_grad:
             owners = [str(i) for i, globs in enumerate(rules) if any(fnmatch.fnmatchcase(name, glob) for glob in globs)]
             expected.setdefault((owners or ["rest"])[0], []).append(name)
@@ -499,10 +484,10 @@ def test_every_trainable_parameter_has_exactly_one_owner_and_it_is_the_first_tha
 
 @settings(deadline=None)
 @given(models(), st.lists(st.lists(GLOBS, min_size=1, max_size=2), min_size=1, max_size=3), st.booleans())
-def test_what_is_not_refused_has_no_idle_rule_and_leaves_nobody_out(
+def test_a_spec_is_refused_exactly_where_something_matches_nothing(
     model: nn.Module, rules: list[list[str]], rest: bool
 ) -> None:
-    """Without optional, a spec is refused exactly where a rule, a pattern or a parameter is left over."""
+    """Without ``optional``, every rule must own a parameter, every pattern match, and every parameter be owned."""
     spec: list[dict[str, Any]] = [{"name": str(i), "params": globs} for i, globs in enumerate(rules)]
     spec += [{"name": "rest", "rest": True}] if rest else []
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -513,17 +498,17 @@ def test_what_is_not_refused_has_no_idle_rule_and_leaves_nobody_out(
     }
     idle_rule = any(i not in owner.values() for i in range(len(rules))) or (rest and None not in owner.values())
     idle_pattern = any(not fnmatch.filter(every, glob) for globs in rules for glob in globs)
-    left_over = not rest and None in owner.values()
+    is_unowned = not rest and None in owner.values()
     try:
         plan_param_groups(model, spec)
     except GroupsError:
         refused = True
     else:
         refused = False
-    assert refused == (idle_rule or idle_pattern or left_over)
+    assert refused == (idle_rule or idle_pattern or is_unowned)
 
 
-def test_rules_made_in_python_build_as_those_from_a_file() -> None:
+def test_a_spec_made_of_dataclasses_builds_groups() -> None:
     spec = ParamGroupSpec((GroupRule("all", rest=True, options={"lr": 0.5}),), {"momentum": 0.9})
     (group,) = build_param_groups(Net(), spec)
     assert {key: group[key] for key in ("name", "lr", "momentum")} == {"name": "all", "lr": 0.5, "momentum": 0.9}

@@ -1,4 +1,4 @@
-"""What the validator says of options: each fault made with torch, and what torch does with it."""
+"""Validation of options in live groups, with faults that torch itself accepts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from ckptkit.param_groups.validate import validate_param_groups
 from tests.helpers_optimizers import Net, codes, message, step
 
-# A value on both sides of each border that a class of torch.optim guards in its constructor.
+# Values on both sides of each limit that the constructor of a class of torch.optim checks.
 RANGES: list[tuple[str, str, Any]] = [
     *((kind, "lr", value) for kind in ("SGD", "Adam", "Adafactor", "Muon", "LBFGS") for value in (-0.1, 0.0, 0.1)),
     *((kind, "weight_decay", value) for kind in ("SGD", "AdamW", "RAdam") for value in (-1, 0, 0.5)),
@@ -36,8 +36,8 @@ RANGES: list[tuple[str, str, Any]] = [
 
 
 @pytest.mark.parametrize(("kind", "key", "value"), RANGES, ids=str)
-def test_a_group_is_held_to_what_the_constructor_asks(kind: str, key: str, value: Any) -> None:
-    """torch guards its defaults and takes anything in a group: the finding is there exactly where those are refused."""
+def test_a_group_must_have_values_that_the_constructor_accepts(kind: str, key: str, value: Any) -> None:
+    """torch checks the defaults and accepts any value in a group: the finding is there where the default is refused."""
     make = getattr(torch.optim, kind)
     model = nn.Linear(2, 2, bias=False)
     try:
@@ -57,14 +57,14 @@ def test_a_group_is_held_to_what_the_constructor_asks(kind: str, key: str, value
     ids=str,
 )
 def test_an_option_of_another_type(key: str, value: Any) -> None:
-    """As it comes from a file that was read without a thought for types."""
+    """A value of the wrong type, as a config file can give it."""
     model = Net()
     optimizer = torch.optim.Adam([{"params": list(model.parameters()), key: value}])
     assert codes(model, optimizer) == [("option-value", "error", "")]
 
 
 def test_nesterov_without_momentum() -> None:
-    """torch asks it of the defaults alone."""
+    """torch checks this for the defaults only."""
     model = Net()
     with pytest.raises(ValueError, match="Nesterov momentum requires"):
         torch.optim.SGD(model.parameters(), nesterov=True)
@@ -72,19 +72,16 @@ def test_nesterov_without_momentum() -> None:
     assert codes(model, optimizer) == [("option-value", "error", "")]
 
 
-def test_groups_before_an_optimizer_are_held_to_what_all_have_in_common() -> None:
+def test_groups_without_an_optimizer_are_checked_for_what_every_class_requires() -> None:
     model = Net()
     listed = list(model.parameters())
     assert codes(model, [{"params": listed, "betas": [0.9, 1.5]}]) == [("option-value", "error", "")]
     assert codes(model, [{"params": listed, "betas": (0.9, 0.9, 0.99), "eps": (None, 1e-3), "alpha": -1}]) == []
 
 
-# --- what a class demands --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("part", ["bias", "conv"])
-def test_muon_steps_matrices_alone(part: str) -> None:
-    """Its constructor looks, add_param_group does not."""
+def test_muon_takes_matrices_only(part: str) -> None:
+    """The constructor of Muon checks this, ``add_param_group`` does not."""
     model: Any = nn.ModuleDict({"fc": nn.Linear(3, 3), "conv": nn.Conv2d(1, 1, 2, bias=False)})
     other = model["fc"].bias if part == "bias" else model["conv"].weight
     model["fc" if part == "conv" else "conv"].requires_grad_(False)
@@ -108,7 +105,7 @@ def test_lbfgs_has_one_group() -> None:
 
 
 class MuonWithAuxAdam(torch.optim.Optimizer):
-    """What the optimizer of that name asserts of its groups, and nothing of what it does with them."""
+    """The assertions of the optimizer with this name about its groups, without its step."""
 
     def __init__(self, groups: list[dict[str, Any]]) -> None:
         for group in groups:
@@ -117,7 +114,7 @@ class MuonWithAuxAdam(torch.optim.Optimizer):
         super().__init__(groups, {})
 
 
-def test_groups_for_muon_with_adam_have_exactly_its_keys() -> None:
+def test_groups_for_muon_with_adam_have_exactly_the_asserted_keys() -> None:
     model = Net()
     muon = {"params": [model.body.weight, model.head.weight], "lr": 0.02, "momentum": 0.95, "weight_decay": 0.0}
     rest = [p for p in model.parameters() if p.ndim < 2]
@@ -134,8 +131,8 @@ def test_groups_for_muon_with_adam_have_exactly_its_keys() -> None:
     assert codes(model, groups) == [("matrices-only", "error", name) for name in vectors]
 
 
-def test_weight_decay_of_the_other_kind() -> None:
-    """A file of AdamW makes an Adam decay as AdamW does: no error, other weights."""
+def test_decoupled_weight_decay_loaded_into_adam_is_reported() -> None:
+    """The state_dict of an AdamW makes an Adam decay like AdamW, without an error from torch."""
     model = Net()
     before = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
     step(model, before)
@@ -153,7 +150,7 @@ def test_weight_decay_of_the_other_kind() -> None:
     assert codes(model, optimizer) == []
 
 
-def test_decoupled_weight_decay_that_was_asked_for() -> None:
+def test_decoupled_weight_decay_that_was_passed_to_adam_is_accepted() -> None:
     model = Net()
     assert codes(model, torch.optim.Adam(model.parameters(), decoupled_weight_decay=True)) == []
     groups: list[dict[str, Any]] = [
@@ -166,8 +163,8 @@ def test_decoupled_weight_decay_that_was_asked_for() -> None:
     assert codes(model, optimizer) == [("decoupled", "error", "")]
 
 
-def test_capturable_from_a_gpu() -> None:
-    """A state_dict brings the flag along, and no step works on the CPU."""
+def test_capturable_from_a_gpu_is_reported_on_a_cpu() -> None:
+    """A state_dict sets the flag, and then every step on the CPU fails."""
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
     saved = optimizer.state_dict()
@@ -190,7 +187,7 @@ def test_a_tensor_as_lr_and_foreach() -> None:
 
 
 def test_dtypes_may_differ_in_one_group() -> None:
-    """torch sorts them before its kernels run."""
+    """torch groups tensors by dtype before its kernels run."""
     model = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2).double()])
     for options in ({"foreach": True}, {"fused": True}):
         optimizer = torch.optim.AdamW(model.parameters(), **options)  # type: ignore[arg-type]
@@ -200,8 +197,8 @@ def test_dtypes_may_differ_in_one_group() -> None:
         assert codes(model, optimizer) == []
 
 
-def test_plain_tensors_among_distributed_ones(tmp_path: Path) -> None:
-    """One kernel cannot step both."""
+def test_plain_tensors_beside_dtensors_in_one_group_are_reported(tmp_path: Path) -> None:
+    """A fused or foreach kernel cannot step both."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import distribute_tensor
 
@@ -222,11 +219,8 @@ def test_plain_tensors_among_distributed_ones(tmp_path: Path) -> None:
         torch.distributed.destroy_process_group()
 
 
-# --- how options are spread ------------------------------------------------------------------------------------------
-
-
-def test_one_tensor_is_the_lr_of_two_groups() -> None:
-    """What is written into the one changes the other."""
+def test_one_lr_tensor_in_two_groups_is_reported() -> None:
+    """A scheduler that changes the lr of one group changes the other."""
     model = Net()
     groups = [
         {"params": list(model.body.parameters())},
@@ -240,8 +234,8 @@ def test_one_tensor_is_the_lr_of_two_groups() -> None:
     assert codes(model, optimizer) == []
 
 
-def test_far_too_many_groups() -> None:
-    """A note, and only where nearly all of them train alike."""
+def test_many_groups_with_equal_options_get_a_note() -> None:
+    """Only where nearly all of the groups have the same options."""
     model = nn.ModuleList(nn.Linear(1, 1) for _ in range(40))
     each = [{"params": [parameter]} for parameter in model.parameters()]
     assert codes(model, torch.optim.SGD(each)) == [("many", "note", "")]
@@ -250,8 +244,8 @@ def test_far_too_many_groups() -> None:
     assert codes(model, torch.optim.SGD(layers)) == []
 
 
-def test_a_norm_that_the_split_by_decay_missed() -> None:
-    """Kept apart by name, as recipes do it, a norm of an unusual name stays with the matrices."""
+def test_a_norm_with_weight_decay_is_reported_where_others_have_none() -> None:
+    """Recipes select norms by name: a norm with an unusual name stays in the group with weight decay."""
     model: Any = nn.ModuleDict({"fc": nn.Linear(3, 3), "ln_1": nn.RMSNorm(3), "norm": nn.LayerNorm(3)})
     spared = [p for name, p in model.named_parameters() if "norm" in name or "bias" in name]
     decayed = [p for name, p in model.named_parameters() if "norm" not in name and "bias" not in name]
@@ -263,15 +257,15 @@ def test_a_norm_that_the_split_by_decay_missed() -> None:
     assert (model["ln_1"].weight < before).all()  # no gradient: the decay alone
 
 
-def test_strong_weight_decay_on_everything() -> None:
-    """A note; what torch does by default deserves none."""
+def test_strong_weight_decay_for_every_parameter_gets_a_note() -> None:
+    """The default weight decay of torch gets none."""
     model = Net()
     assert codes(model, torch.optim.AdamW(model.parameters(), weight_decay=0.1)) == []
     assert codes(model, torch.optim.AdamW(model.parameters(), weight_decay=0.3)) == [("decay", "note", "body.bias")]
     assert validate_param_groups(model, torch.optim.AdamW(model.parameters(), weight_decay=0.3)).ok
 
 
-def test_a_head_without_decay_is_no_split() -> None:
+def test_a_head_without_weight_decay_does_not_count_as_a_split() -> None:
     model = Net()
     rest = [*model.body.parameters(), *model.norm.parameters()]
     groups = [{"params": rest, "weight_decay": 0.01}, {"params": list(model.head.parameters()), "weight_decay": 0.0}]
@@ -279,7 +273,7 @@ def test_a_head_without_decay_is_no_split() -> None:
 
 
 @pytest.mark.parametrize("key", ["lr_mult", "decay_mult"])
-def test_a_multiplier_that_was_resolved_is_left_alone(key: str) -> None:
+def test_a_multiplier_that_was_applied_is_accepted(key: str) -> None:
     """mmengine writes the product into the group and keeps the factor beside it."""
     model = Net()
     option = "lr" if key == "lr_mult" else "weight_decay"

@@ -1,4 +1,4 @@
-"""An optimizer that goes on after the model was changed: proved by its real steps, against one without a break."""
+"""After ``rebind``, real steps give the same values as an optimizer of a model that did not change."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adamw(groups: Any) -> torch.optim.AdamW:
 
 
 def grouped(model: Net) -> list[dict[str, Any]]:
-    """Two named groups whose parameters have their names."""
+    """Return two named groups of ``(name, parameter)`` pairs."""
     named = dict(model.named_parameters())
     return [
         {"name": "body", "params": [(name, named[name]) for name in BODY]},
@@ -55,7 +55,7 @@ def grouped(model: Net) -> list[dict[str, Any]]:
 
 
 def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) -> None:
-    """Do real steps with gradients that depend on the values, so that any difference grows."""
+    """Take real steps with gradients that depend on the values, so that any difference grows."""
     for _ in range(count):
         for parameter in model.parameters():
             flat = torch.arange(parameter.numel(), dtype=torch.float32, device=parameter.device).reshape(
@@ -65,34 +65,31 @@ def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int = 2) ->
         optimizer.step()
 
 
-def said(report: Any) -> list[tuple[str, str]]:
+def codes_and_keys(report: Any) -> list[tuple[str, str]]:
     return [(finding.code.removeprefix("rebind."), finding.key) for finding in report.findings]
 
 
-def assign(model: nn.Module) -> None:
-    """Load its own values as new parameters."""
+def replace_parameters(model: nn.Module) -> None:
+    """Replace every parameter of the model by a new one with the same value."""
     model.load_state_dict({key: value.clone() for key, value in model.state_dict().items()}, assign=True)
 
 
-def same(one: nn.Module, other: nn.Module, names: list[str]) -> bool:
-    first, second = dict(one.named_parameters()), dict(other.named_parameters())
+def same(model: nn.Module, reference: nn.Module, names: list[str]) -> bool:
+    first, second = dict(model.named_parameters()), dict(reference.named_parameters())
     return all(torch.equal(first[name], second[name]) for name in names)
 
 
-# --- the same values in new objects ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_after_assign_the_training_goes_on_bit_by_bit(kind: str) -> None:
-    """Every parameter is another object; with its state moved, the next steps are those of a run without a break."""
+def test_after_assign_the_training_continues_bit_by_bit(kind: str) -> None:
+    """Every parameter is a new object. With its state moved, the next steps are those of an unchanged model."""
     model = Net()
     optimizer = OPTIMIZERS[kind](grouped(model))
     steps(model, optimizer, 3)
     reference, its = copy.deepcopy((model, optimizer))
     groups, dicts = optimizer.param_groups, list(optimizer.param_groups)
-    assign(model)
+    replace_parameters(model)
     report = rebind(optimizer, model)
-    assert said(report) == [("repointed", name) for name in [*BODY, *HEAD]]
+    assert codes_and_keys(report) == [("repointed", name) for name in [*BODY, *HEAD]]
     assert validate_param_groups(model, optimizer).findings == ()
     assert optimizer.param_groups is groups
     assert all(one is other for one, other in zip(groups, dicts, strict=True))
@@ -112,8 +109,8 @@ def test_after_assign_the_training_goes_on_bit_by_bit(kind: str) -> None:
     ],
     ids=["one-more", "all-double", "one-double", "grown-in-place"],
 )
-def test_lbfgs_starts_anew_beside_other_elements(change: Callable[[Net], object], add: int | None) -> None:
-    """Its vectors lie along all parameters together: a step fails where these have become more, or of another dtype."""
+def test_lbfgs_loses_its_state_where_elements_change(change: Callable[[Net], object], add: int | None) -> None:
+    """The vectors of its state span all parameters: a step fails with more elements or with another dtype."""
     model = Net()
     optimizer: Any = torch.optim.LBFGS(model.named_parameters(), lr=0.1)
 
@@ -125,15 +122,15 @@ def test_lbfgs_starts_anew_beside_other_elements(change: Callable[[Net], object]
     optimizer.step(closure)
     change(model)
     report = rebind(optimizer, model, add_missing=add)
-    assert ("state-dropped", "") in said(report)
+    assert ("state-dropped", "") in codes_and_keys(report)
     assert not optimizer.state
     optimizer.step(closure)
-    assert said(rebind(optimizer, model)) == []
+    assert codes_and_keys(rebind(optimizer, model)) == []
     assert optimizer.state
 
 
-def test_lbfgs_keeps_its_one_state_where_nothing_else_changed() -> None:
-    """And starts anew where it did: its history is one vector for all."""
+def test_lbfgs_keeps_its_state_where_only_the_objects_changed() -> None:
+    """It drops the state after a new head, because each history vector spans all parameters."""
 
     def run(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         def closure() -> float:
@@ -149,19 +146,19 @@ def test_lbfgs_keeps_its_one_state_where_nothing_else_changed() -> None:
     reference = copy.deepcopy(model)
     its = torch.optim.LBFGS(reference.named_parameters(), lr=0.1, max_iter=3)
     its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assign(model)
+    replace_parameters(model)
     rebind(optimizer, model)
     run(model, optimizer)
     run(reference, its)
     assert same(model, reference, [*BODY, *HEAD])
     model.head = nn.Linear(5, 7)
-    assert ("state-dropped", "") in said(rebind(optimizer, model))
+    assert ("state-dropped", "") in codes_and_keys(rebind(optimizer, model))
     before = model.head.weight.detach().clone()
     run(model, optimizer)
     assert not torch.equal(before, model.head.weight)
 
 
-def test_a_deep_copy_is_followed_and_the_original_let_go() -> None:
+def test_an_optimizer_can_be_rebound_to_a_deep_copy() -> None:
     model = Net()
     optimizer = adamw(model.named_parameters())
     steps(model, optimizer)
@@ -172,27 +169,24 @@ def test_a_deep_copy_is_followed_and_the_original_let_go() -> None:
     assert not same(model, copied, BODY)
 
 
-def test_what_waited_on_the_meta_device_starts_anew() -> None:
-    """``to_empty`` gives new parameters memory; state from the meta device has no values, which is said."""
+def test_state_on_the_meta_device_is_dropped() -> None:
+    """It has no values; the parameters of the loaded state_dict do."""
     with torch.device("meta"):
         model = Net()
     optimizer = torch.optim.SGD(model.named_parameters(), lr=0.1, momentum=0.9)
     steps(model, optimizer, 1)
     model.load_state_dict(Net().state_dict(), assign=True)
     report = rebind(optimizer, model)
-    assert [code for code, _ in said(report)] == ["repointed"] * 5 + ["state-dropped"] * 5
+    assert [code for code, _ in codes_and_keys(report)] == ["repointed"] * 5 + ["state-dropped"] * 5
     assert "is on the meta device" in report.findings[-1].message
     before = copy.deepcopy(model)
     steps(model, optimizer)
     assert not any(same(before, model, [name]) for name in [*BODY, *HEAD])
 
 
-# --- a new head ------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_a_new_head_trains_and_the_rest_goes_on_bit_by_bit(kind: str) -> None:
-    """Its state was of another shape and is dropped, slot by slot said; the other parameters feel nothing."""
+def test_a_new_head_trains_and_the_rest_continues_bit_by_bit(kind: str) -> None:
+    """The state of the old head has another shape and is dropped. The other parameters are not affected."""
     model = Net()
     optimizer = OPTIMIZERS[kind](grouped(model))
     steps(model, optimizer)
@@ -201,7 +195,7 @@ def test_a_new_head_trains_and_the_rest_goes_on_bit_by_bit(kind: str) -> None:
     model.head = nn.Linear(5, 7)
     before = copy.deepcopy(model.head)
     report = rebind(optimizer, model)
-    assert said(report) == [("repointed", name) for name in HEAD] + [("state-dropped", name) for name in HEAD]
+    assert codes_and_keys(report) == [("repointed", name) for name in HEAD] + [("state-dropped", name) for name in HEAD]
     assert f"the state of 'head.weight' ({', '.join(slots)}) was dropped: " in report.findings[2].message
     assert [finding for finding in validate_param_groups(model, optimizer).findings if finding.severity != "note"] == []
     assert optimizer.state_dict()["param_groups"][1]["param_names"] == HEAD
@@ -212,8 +206,8 @@ def test_a_new_head_trains_and_the_rest_goes_on_bit_by_bit(kind: str) -> None:
     assert not torch.equal(before.bias, model.head.bias)
 
 
-def test_a_head_of_other_names_needs_a_place() -> None:
-    """The old one is taken out with its state; the new parameters are warned of, or added where that is asked."""
+def test_a_head_with_other_names_needs_add_missing() -> None:
+    """The old head is removed with its state. The new parameters are reported, or added with ``add_missing``."""
     for place in ("head", 1):
         model = Net()
         optimizer = adamw(grouped(model))
@@ -223,14 +217,14 @@ def test_a_head_of_other_names_needs_a_place() -> None:
         new = [f"head.{name}" for name, _ in model.head.named_parameters()]
         undecided, its = copy.deepcopy((model, optimizer))
         report = rebind(its, undecided)
-        assert said(report) == [
+        assert codes_and_keys(report) == [
             *[("removed", name) for name in HEAD],
             *[("state-dropped", name) for name in HEAD],
             ("missing", "head.0.weight"),
         ]
         assert report.findings[-1].severity == "warning"
         report = rebind(optimizer, model, add_missing=place)
-        assert said(report)[-4:] == [("added", name) for name in new]
+        assert codes_and_keys(report)[-4:] == [("added", name) for name in new]
         assert validate_param_groups(model, optimizer).ok
         assert [group["param_names"] for group in optimizer.param_groups] == [BODY, new]
         before = copy.deepcopy(model)
@@ -239,8 +233,8 @@ def test_a_head_of_other_names_needs_a_place() -> None:
         assert kept["step"] + 2 == optimizer.state[model.emb.weight]["step"]
 
 
-def test_state_that_belongs_to_nobody_is_let_go() -> None:
-    """What a hand that changes ``params`` leaves behind makes ``state_dict()`` fail with a bare KeyError."""
+def test_state_of_no_parameter_is_dropped() -> None:
+    """After ``params`` was changed by hand, such state makes ``state_dict()`` fail with a bare KeyError."""
     model = Net()
     optimizer = adamw(model.named_parameters())
     steps(model, optimizer)
@@ -249,15 +243,12 @@ def test_state_that_belongs_to_nobody_is_let_go() -> None:
     optimizer.state[99] = {"step": torch.tensor(1.0)}  # type: ignore[index]
     with pytest.raises(KeyError):
         optimizer.state_dict()
-    assert said(rebind(optimizer, model)) == [("state-dropped", "")] * 3
+    assert codes_and_keys(rebind(optimizer, model)) == [("state-dropped", "")] * 3
     assert len(optimizer.state_dict()["state"]) == 3
 
 
-# --- other shapes and dtypes -----------------------------------------------------------------------------------------
-
-
 def resize(model: Net, rows: int, *, new_object: bool) -> None:
-    """Give the embedding more rows, as transformers does: in place, or as a new parameter that begins as the old."""
+    """Add rows to the embedding as transformers does: in place, or in a new parameter with the old rows first."""
     grown = torch.cat([model.emb.weight.detach(), torch.full((rows - len(model.emb.weight), 4), 0.5)])
     if new_object:
         model.emb.weight = nn.Parameter(grown)
@@ -271,8 +262,8 @@ ELEMENTWISE = [kind for kind in OPTIMIZERS if kind != "Adafactor"]
 
 @pytest.mark.parametrize("new_object", [False, True], ids=["in-place", "new-object"])
 @pytest.mark.parametrize("kind", ELEMENTWISE)
-def test_rows_that_were_there_go_on_bit_by_bit_where_the_state_is_padded(kind: str, *, new_object: bool) -> None:
-    """Without it the next step fails in the middle; with it only the new rows begin anew."""
+def test_old_rows_continue_bit_by_bit_where_the_state_is_padded(kind: str, *, new_object: bool) -> None:
+    """Without ``rebind`` the next step fails in the middle. With it, only the new rows have initial state."""
     model = Net()
     optimizer = OPTIMIZERS[kind](model.named_parameters())
     steps(model, optimizer)
@@ -282,8 +273,8 @@ def test_rows_that_were_there_go_on_bit_by_bit_where_the_state_is_padded(kind: s
         with pytest.raises(RuntimeError, match=r"size of tensor|shape"):
             steps(*copy.deepcopy((model, optimizer)))
     report = rebind(optimizer, model, on_shape="pad")
-    assert ("state-converted", "emb.weight") in said(report)
-    assert "state-dropped" not in dict(said(report))
+    assert ("state-converted", "emb.weight") in codes_and_keys(report)
+    assert "state-dropped" not in dict(codes_and_keys(report))
     assert validate_param_groups(model, optimizer).findings == ()
     old = model.emb.weight.detach()[6:].clone()
     for _ in range(2):
@@ -306,7 +297,9 @@ def test_rows_that_were_there_go_on_bit_by_bit_where_the_state_is_padded(kind: s
     ],
     ids=["another-embedding", "shrunk", "wider", "factored"],
 )
-def test_what_cannot_be_padded_starts_anew_and_is_said(kind: str, change: Callable[[Net], object], why: str) -> None:
+def test_state_that_cannot_be_padded_is_dropped_with_the_reason(
+    kind: str, change: Callable[[Net], object], why: str
+) -> None:
     model = Net()
     optimizer = OPTIMIZERS[kind](model.named_parameters())
     steps(model, optimizer)
@@ -319,8 +312,8 @@ def test_what_cannot_be_padded_starts_anew_and_is_said(kind: str, change: Callab
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_state_follows_a_conversion_of_the_model(kind: str) -> None:
-    """As torch itself converts it when it loads a state_dict: the oracle."""
+def test_state_is_cast_to_the_dtype_of_the_model(kind: str) -> None:
+    """As torch casts it when it loads a state_dict."""
     model = Net()
     optimizer = OPTIMIZERS[kind](model.named_parameters())
     steps(model, optimizer)
@@ -328,18 +321,15 @@ def test_state_follows_a_conversion_of_the_model(kind: str) -> None:
     reference, its = copy.deepcopy((model, optimizer))
     its.load_state_dict(copy.deepcopy(its.state_dict()))
     report = rebind(optimizer, model)
-    assert set(said(report)) == {("state-converted", name) for name in [*BODY, *HEAD]}
+    assert set(codes_and_keys(report)) == {("state-converted", name) for name in [*BODY, *HEAD]}
     assert "cast from torch.float32 to torch.float64" in report.findings[0].message
     steps(model, optimizer)
     steps(reference, its)
     assert same(model, reference, [*BODY, *HEAD])
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
 def test_weight_norm_on_and_off() -> None:
-    """One weight becomes two, whose numbers mean something else, and back: both ways train, and the bias goes on."""
+    """One weight becomes two with other meanings, and one again. Both train, and the bias keeps its state."""
     model = Net()
     optimizer = adamw(grouped(model))
     steps(model, optimizer)
@@ -347,13 +337,13 @@ def test_weight_norm_on_and_off() -> None:
     nn.utils.parametrizations.weight_norm(model.head)
     parts = [f"head.parametrizations.weight.original{part}" for part in (0, 1)]
     report = rebind(optimizer, model)
-    assert said(report) == [*[("repointed", part) for part in parts], ("state-dropped", "head.weight")]
+    assert codes_and_keys(report) == [*[("repointed", part) for part in parts], ("state-dropped", "head.weight")]
     assert validate_param_groups(model, optimizer).ok
     assert optimizer.param_groups[1]["param_names"] == [*parts, "head.bias"]
     steps(model, optimizer)
     nn.utils.parametrize.remove_parametrizations(model.head, "weight")
     report = rebind(optimizer, model)
-    assert said(report)[:2] == [("repointed", "head.weight"), ("removed", parts[1])]
+    assert codes_and_keys(report)[:2] == [("repointed", "head.weight"), ("removed", parts[1])]
     assert validate_param_groups(model, optimizer).ok
     assert optimizer.param_groups[1]["param_names"] == HEAD
     assert optimizer.state[model.head.bias]["step"].item() == step + 2
@@ -362,35 +352,35 @@ def test_weight_norm_on_and_off() -> None:
     assert not any(same(before, model, [name]) for name in [*BODY, *HEAD])
 
 
-def test_names_that_torch_overwrote_are_made_true() -> None:
-    """Loading the state of a model whose layers stand in another order leaves their names on the wrong parameters."""
+def test_names_that_torch_overwrote_are_corrected() -> None:
+    """A state_dict of a model with its layers in another order puts the names on the wrong parameters."""
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
     other = nn.ModuleDict({"b": nn.Linear(3, 3), "a": nn.Linear(3, 3)})
     optimizer = adamw(model.named_parameters())
     optimizer.load_state_dict(adamw(other.named_parameters()).state_dict())
     assert not validate_param_groups(model, optimizer).ok
-    assert [code for code, _ in said(rebind(optimizer, model))] == ["renamed"] * 4
+    assert [code for code, _ in codes_and_keys(rebind(optimizer, model))] == ["renamed"] * 4
     assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
     assert rebind(optimizer, model).findings == ()
 
 
-def test_weights_that_were_tied_since_stand_once() -> None:
+def test_weights_that_were_tied_later_are_kept_once() -> None:
     model = nn.ModuleDict({"emb": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     optimizer = adamw(model.named_parameters())
     steps(model, optimizer)
     model["head"].weight = model["emb"].weight
     report = rebind(optimizer, model)
-    assert said(report)[0] == ("removed", "head.weight")
+    assert codes_and_keys(report)[0] == ("removed", "head.weight")
     assert "the model now has 'emb.weight' instead" in report.findings[0].message
     assert validate_param_groups(model, optimizer).ok
 
 
-def test_without_names_it_takes_asking_to_guess() -> None:
+def test_without_recorded_names_rebind_needs_guess() -> None:
     model = Net()
     optimizer = adamw(model.parameters())
     steps(model, optimizer)
     reference, its = copy.deepcopy((model, optimizer))
-    assign(model)
+    replace_parameters(model)
     with pytest.raises(GroupsError, match=r"group 0\[0\] \(6, 4\) .* it was 'emb.weight' \(and 4 more\)"):
         rebind(optimizer, model)
     rebind(optimizer, model, guess=True)
@@ -401,8 +391,8 @@ def test_without_names_it_takes_asking_to_guess() -> None:
     assert same(model, reference, [*BODY, *HEAD])
 
 
-def test_names_from_within_the_model_are_a_guess_too() -> None:
-    """As of a network inside a LightningModule: ``head.weight`` may be ``net.head.weight``, and is not thrown away."""
+def test_names_recorded_in_a_submodule_need_guess() -> None:
+    """In a LightningModule, ``head.weight`` may be ``net.head.weight``: the parameter is not removed."""
     whole = nn.ModuleDict({"net": Net()})
     optimizer = adamw(whole["net"].named_parameters())
     whole["net"].head = nn.Linear(5, 7)
@@ -412,26 +402,26 @@ def test_names_from_within_the_model_are_a_guess_too() -> None:
     assert validate_param_groups(whole, optimizer).findings == ()
 
 
-def test_what_is_trained_beside_the_model_is_left_alone() -> None:
-    """A loss with parameters of its own is not in the model, and no reason to take it out where it is named."""
+def test_parameters_of_modules_in_beside_are_left_alone() -> None:
+    """A loss with parameters of its own is not in the model; without ``beside``, they are removed."""
     model, loss = Net(), nn.Linear(1, 1)
     optimizer = adamw([*model.named_parameters(), *((f"loss.{name}", one) for name, one in loss.named_parameters())])
     assert rebind(optimizer, model, beside=[loss]).findings == ()
-    assert said(rebind(optimizer, model)) == [("removed", "loss.weight"), ("removed", "loss.bias")]
+    assert codes_and_keys(rebind(optimizer, model)) == [("removed", "loss.weight"), ("removed", "loss.bias")]
 
 
-def test_what_another_optimizer_trains_is_not_missing() -> None:
+def test_parameters_of_optimizers_in_beside_are_not_missing() -> None:
     model = Net()
     others = torch.optim.SGD(model.head.named_parameters(), lr=0.1)
     optimizer = adamw([("fc.weight", model.fc.weight), ("fc.bias", model.fc.bias)])
     model.fc = nn.Linear(4, 5)
     report = rebind(optimizer, model, beside=[others], add_missing=0)
-    assert said(report) == [("repointed", "fc.weight"), ("repointed", "fc.bias"), ("added", "emb.weight")]
+    assert codes_and_keys(report) == [("repointed", "fc.weight"), ("repointed", "fc.bias"), ("added", "emb.weight")]
     assert validate_param_groups(model, [optimizer, others]).ok
 
 
 class Nested(torch.optim.Optimizer):
-    """Keeps its tensors in lists and dicts."""
+    """An optimizer whose state has tensors in lists and dicts."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})
@@ -442,8 +432,8 @@ class Nested(torch.optim.Optimizer):
                 self.state[parameter] = {"all": [{"mean": torch.ones_like(parameter)}, None, 3], "count": 1}
 
 
-def test_state_within_lists_and_dicts_fits_no_other_shape_either() -> None:
-    """Nothing but the step itself would notice that a tensor in a list is of the old shape."""
+def test_state_in_lists_and_dicts_is_dropped_for_another_shape() -> None:
+    """Otherwise only the next step would fail at a tensor of the old shape in a list."""
     model = Net()
     optimizer = Nested(grouped(model))
     optimizer.step()
@@ -456,15 +446,12 @@ def test_state_within_lists_and_dicts_fits_no_other_shape_either() -> None:
     assert optimizer.state[model.emb.weight]["all"][0]["mean"].shape == model.emb.weight.shape
 
 
-def test_one_module_or_optimizer_beside_needs_no_list() -> None:
+def test_beside_can_be_one_module_or_optimizer() -> None:
     model = Net()
     others = torch.optim.SGD(model.head.named_parameters(), lr=0.1)
     optimizer = adamw([("fc.weight", model.fc.weight), ("fc.bias", model.fc.bias), ("emb.weight", model.emb.weight)])
-    assert said(rebind(optimizer, model, beside=others)) == []
-    assert said(rebind(optimizer, model, beside=model.head)) == []
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
+    assert codes_and_keys(rebind(optimizer, model, beside=others)) == []
+    assert codes_and_keys(rebind(optimizer, model, beside=model.head)) == []
 
 
 def crossed(model: Net) -> torch.optim.Optimizer:
@@ -474,7 +461,7 @@ def crossed(model: Net) -> torch.optim.Optimizer:
 
 
 class OneGroup(torch.optim.SGD):
-    """Says itself what it takes."""
+    """An optimizer that refuses a second group."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         if self.param_groups:
@@ -529,7 +516,7 @@ REFUSALS: dict[str, tuple[Callable[[Net], Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_refusals(case: str) -> None:
+def test_wrong_arguments_are_refused(case: str) -> None:
     build, choices, message = REFUSALS[case]
     model = Net()
     optimizer = build(model)
@@ -538,7 +525,7 @@ def test_refusals(case: str) -> None:
 
 
 def test_a_refusal_changes_nothing() -> None:
-    """Also where most could be done: the head can follow, the embedding's state cannot."""
+    """Nothing is changed even where part of it could be done: the head can be replaced, the embedding cannot."""
     model = Net()
     optimizer = adamw(grouped(model))
     steps(model, optimizer)

@@ -1,4 +1,4 @@
-"""Schedulers of an optimizer that gets one group more: the rates are those of a run that had it from its start."""
+"""After ``rebind`` added a group, its rates are those of a run that had the group from the start."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ SCHEDULERS: dict[str, Make] = {
 
 
 def setting(rates: tuple[Any, ...] = (0.1,), **options: Any) -> tuple[nn.ModuleDict, torch.optim.SGD]:
-    """Return a model of two layers and an optimizer with a group for as many of them as there are rates."""
+    """Return a model of two layers, and an optimizer with one group for each of ``rates``."""
     model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 2)})
     layers = [
         {"params": [(f"{name}.{leaf}", one) for leaf, one in layer.named_parameters()]} for name, layer in model.items()
@@ -62,7 +62,7 @@ def setting(rates: tuple[Any, ...] = (0.1,), **options: Any) -> tuple[nn.ModuleD
 
 
 def run(optimizer: torch.optim.Optimizer, scheduler: Any, count: int) -> list[list[Any]]:
-    """Step both for real, and return what each group had at each step."""
+    """Step the optimizer and the scheduler, and return lr and momentum of each group after each step."""
     seen = []
     for _ in range(count):
         optimizer.step()
@@ -76,8 +76,8 @@ def close(one: list[list[Any]], other: list[list[Any]]) -> bool:
     return torch.allclose(torch.tensor(one, dtype=torch.float64), torch.tensor(other, dtype=torch.float64), rtol=1e-12)
 
 
-def joined(make: Make, whole: Make, options: Mapping[str, Any], rate: float = 0.4) -> None:
-    """Add a group after four steps, and hold the next eight against a run that had it all the time."""
+def check_new_group(make: Make, whole: Make, options: Mapping[str, Any], rate: float = 0.4) -> None:
+    """Add a group after four steps, and compare eight more steps with a run that had the group from the start."""
     model, optimizer = setting()
     scheduler = make(optimizer)
     run(optimizer, scheduler, 4)
@@ -98,29 +98,29 @@ def joined(make: Make, whole: Make, options: Mapping[str, Any], rate: float = 0.
 
 
 @pytest.mark.parametrize("kind", SCHEDULERS)
-def test_a_new_group_joins_as_if_it_had_been_there(kind: str) -> None:
-    joined(SCHEDULERS[kind], SCHEDULERS[kind], {})
+def test_a_new_group_has_the_rates_of_a_group_from_the_start(kind: str) -> None:
+    check_new_group(SCHEDULERS[kind], SCHEDULERS[kind], {})
 
 
-def test_what_was_made_of_arguments_is_given_with_the_group() -> None:
-    """OneCycleLR and CyclicLR keep maxima of each group: with them in its options the group joins all the same."""
+def test_the_values_of_cycles_are_options_of_the_new_group() -> None:
+    """OneCycleLR and CyclicLR keep maxima for each group, which their constructors make: the new group gives them."""
     cycle: dict[str, Any] = {"total_steps": 20, "div_factor": 10.0, "final_div_factor": 5.0}
     momenta = {"base_momentum": 0.85, "max_momentum": 0.95}
-    joined(
+    check_new_group(
         lambda optimizer: lrs.OneCycleLR(optimizer, 1.0, **cycle),
         lambda optimizer: lrs.OneCycleLR(optimizer, [1.0, 4.0], **cycle),
         {"initial_lr": 0.4, "max_lr": 4.0, "min_lr": 0.08, **momenta},
     )
     momenta = {"base_momentum": 0.8, "max_momentum": 0.9}
-    joined(
+    check_new_group(
         lambda optimizer: lrs.CyclicLR(optimizer, 0.1, 1.0, step_size_up=3),
         lambda optimizer: lrs.CyclicLR(optimizer, [0.1, 0.4], [1.0, 2.0], step_size_up=3),
         {"max_lr": 2.0, **momenta},
     )
 
 
-def test_a_rate_that_is_a_tensor_is_shared_with_nobody() -> None:
-    """torch changes it in place: where two groups share it, a step of the scheduler changes both, and its base."""
+def test_an_lr_tensor_is_not_shared_between_groups() -> None:
+    """torch changes it in place: in a shared tensor, one step of the scheduler changes both groups and the base lr."""
     model, optimizer = setting((torch.tensor(0.1, dtype=torch.float64),))
     scheduler = lrs.StepLR(optimizer, 1, gamma=0.5)
     run(optimizer, scheduler, 1)
@@ -130,8 +130,8 @@ def test_a_rate_that_is_a_tensor_is_shared_with_nobody() -> None:
     assert [float(base) for base in scheduler.base_lrs] == [0.1, 0.4]
 
 
-def test_a_plateau_goes_on_for_all_groups() -> None:
-    """What it took from the others is not taken from the new one, whose floor is theirs."""
+def test_reduce_lr_on_plateau_is_extended_with_its_min_lr() -> None:
+    """Earlier reductions of the other groups are not applied to the new group, and the minimum is the same."""
     model, optimizer = setting()
     scheduler = lrs.ReduceLROnPlateau(optimizer, patience=0, factor=0.5, min_lr=0.05)
     scheduler.step(1.0)
@@ -143,8 +143,8 @@ def test_a_plateau_goes_on_for_all_groups() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.05]
 
 
-def test_an_old_group_needs_nothing_of_the_scheduler() -> None:
-    """Neither does a model whose parameters only became others: the lists stay the same objects."""
+def test_an_existing_group_needs_no_change_of_the_scheduler() -> None:
+    """The lists of the scheduler stay the same objects."""
     model, optimizer = setting()
     scheduler = lrs.LambdaLR(optimizer, lambda epoch: 0.9**epoch)
     run(optimizer, scheduler, 2)
@@ -199,7 +199,7 @@ REFUSALS: dict[str, tuple[Make, str]] = {
 
 
 @pytest.mark.parametrize("case", REFUSALS)
-def test_what_cannot_be_extended_is_refused_and_left_as_it_is(case: str) -> None:
+def test_a_scheduler_that_cannot_be_extended_is_refused_and_not_changed(case: str) -> None:
     make, message = REFUSALS[case]
     model, optimizer = setting()
     scheduler = make(optimizer)

@@ -1,4 +1,4 @@
-"""Owners say whose a parameter is, modifiers change its options on top, and doubt is settled by policies."""
+"""Rules own parameters, modifiers change their options, and policies decide the other cases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ckptkit.param_groups.validate import validate_param_groups
 
 
 class RMSNorm(nn.Module):
-    """A norm of somebody's own, as in every language model: torch does not know its class."""
+    """A norm class outside torch, as in many language models."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -58,12 +58,12 @@ REST = {"name": "base", "rest": True}
 
 
 def options(model: nn.Module, spec: Any, key: str) -> dict[str, Any]:
-    """Return what each parameter gets for ``key``."""
+    """Return the value of option ``key`` for each parameter."""
     return {name: group[key] for group in build_param_groups(model, spec) for name, _ in group["params"]}
 
 
 def matched(model: Any, match: dict[str, Any]) -> set[str]:
-    """Return what a condition fits."""
+    """Return the parameters that a ``match`` condition matches."""
     spec = {"group": [{"name": "hit", "match": match, "optional": True}, {**REST, "optional": True}]}
     groups = {group.name: group.parameters for group in plan_param_groups(model, spec).groups}
     return {parameter.name for parameter in groups.get("hit", ())}
@@ -97,19 +97,19 @@ def matched(model: Any, match: dict[str, Any]) -> set[str]:
         ),
     ],
 )
-def test_a_condition_asks_for_names_modules_shapes_and_roles(match: dict[str, Any], expected: set[str]) -> None:
+def test_a_condition_matches_names_modules_shapes_and_roles(match: dict[str, Any], expected: set[str]) -> None:
     assert matched(Convs(), match) == expected
 
 
-def test_a_norm_is_told_by_the_name_of_its_class_and_an_embedding_by_its_base() -> None:
-    """Which mmengine and the Trainer miss for RMSNorm classes of one's own."""
+def test_roles_follow_from_the_names_of_classes_and_base_classes() -> None:
+    """mmengine and the Trainer of transformers miss RMSNorm classes outside torch."""
     model = Transformer(1)
     assert matched(model, {"role": "norm"}) == {"blocks.0.ln.weight", "norm.weight", "norm.bias"}
     assert matched(model, {"role": "embedding"}) == {"cls_token", "embed.weight"}
     assert matched(model, {"role": "head"}) == {"head.weight", "head.bias"}
 
 
-def test_a_parametrized_weight_is_asked_about_as_its_module() -> None:
+def test_a_parametrized_weight_has_the_class_of_its_module() -> None:
     model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.Linear(2, 2))
     torch.nn.utils.parametrizations.weight_norm(model[0])
     assert matched(model, {"module": "Conv2d"}) == {
@@ -120,8 +120,8 @@ def test_a_parametrized_weight_is_asked_about_as_its_module() -> None:
     assert matched(model, {"role": "norm"}) == set()
 
 
-def test_modifiers_compose_with_the_owner() -> None:
-    """A head lr does not switch off no-decay for its bias: where it is and what it is are two questions."""
+def test_modifiers_apply_whichever_rule_owns_the_parameter() -> None:
+    """A rule with another lr for the head does not disable no-decay for the bias of the head."""
     spec = {
         "defaults": DEFAULTS,
         "group": [{"name": "head", "params": "head.*", "lr_mult": 10}, REST],
@@ -147,7 +147,7 @@ def test_modifiers_compose_with_the_owner() -> None:
     assert validate_param_groups(model, torch.optim.AdamW(build_param_groups(model, spec))).findings == ()
 
 
-def test_later_modifiers_stand_on_top_and_multiply_what_stands() -> None:
+def test_later_modifiers_set_and_multiply_the_values_of_earlier_ones() -> None:
     spec = {
         "defaults": DEFAULTS,
         "group": [{"name": "head", "params": "head.*", "lr": 2.0}, REST],
@@ -165,8 +165,8 @@ LAYERS = [["cls_token", "embed.*"], "blocks.{i:int}.*", ["norm.*", "head.*"]]
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all", "first-block-frozen"])
-def test_the_learning_rate_decays_by_layer_and_freezing_shifts_nobody(frozen: bool) -> None:
-    """scale = decay ** (layers above); layers count frozen parameters too."""
+def test_the_learning_rate_decays_by_layer_and_freezing_renumbers_no_layer(frozen: bool) -> None:
+    """The factor is decay ** (number of layers above), and frozen parameters count as layers too."""
     model = Transformer(3)
     model.blocks[0].requires_grad_(not frozen)
     spec = {
@@ -190,7 +190,7 @@ def test_the_learning_rate_decays_by_layer_and_freezing_shifts_nobody(frozen: bo
         }
 
 
-def test_a_parameter_in_no_layer_and_a_missing_number_are_said() -> None:
+def test_a_parameter_in_no_layer_and_a_gap_in_layer_numbers_are_reported() -> None:
     model = Transformer(4)
     del model.blocks[1]
     model.blocks = nn.ModuleList()
@@ -207,8 +207,8 @@ def test_a_parameter_in_no_layer_and_a_missing_number_are_said() -> None:
     assert "finds no layer 1 in the model" in found["groups.layer-gap"].message
 
 
-def test_lr_scale_is_written_only_where_it_is_asked_for() -> None:
-    """For a scheduler that reads it; else the number itself is in the group, which every scheduler keeps."""
+def test_lr_scale_is_written_only_on_request() -> None:
+    """Without it, ``lr`` is already multiplied, which every scheduler keeps."""
     spec: dict[str, Any] = {
         "defaults": DEFAULTS,
         "group": [{"name": "head", "params": "head.*", "lr_mult": 10}, REST],
@@ -221,10 +221,7 @@ def test_lr_scale_is_written_only_where_it_is_asked_for() -> None:
     assert [group["lr"] * group["lr_scale"] for group in scaled] == [group["lr"] for group in plain]
 
 
-# --- policies --------------------------------------------------------------------------------------------------------
-
-
-def test_unmatched_names_a_group_or_freezes() -> None:
+def test_unmatched_can_be_the_name_of_a_group_or_freeze() -> None:
     model = Transformer(1)
     spec: dict[str, Any] = {"group": [{"name": "norms", "params": "*norm.*"}, {"name": "head", "params": "head.*"}]}
     named = build_param_groups(model, {**spec, "unmatched": "norms"})
@@ -240,7 +237,7 @@ def test_unmatched_names_a_group_or_freezes() -> None:
     assert validate_param_groups(model, groups).findings == ()
 
 
-def test_a_group_that_freezes_takes_its_parameters_out_of_training() -> None:
+def test_a_group_with_freeze_freezes_its_parameters() -> None:
     model = Transformer(1)
     spec = {"group": [{"name": "still", "params": "embed.*", "freeze": True}, REST]}
     (group,) = build_param_groups(model, spec)
@@ -266,7 +263,7 @@ def test_overlap_can_be_an_error() -> None:
         build_param_groups(Transformer(), {**spec, "overlap": "error"})
 
 
-def test_a_tied_parameter_that_a_modifier_tells_apart_is_refused_or_goes_by_its_first_name() -> None:
+def test_a_tied_parameter_with_different_modifiers_is_refused_or_uses_its_first_name() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["embed"].weight
     spec: dict[str, Any] = {
@@ -289,7 +286,7 @@ def test_a_tied_parameter_that_a_modifier_tells_apart_is_refused_or_goes_by_its_
         ("never", "rule", None),
     ],
 )
-def test_groups_are_merged_and_ordered_as_asked(merge: str, order: str, expected: dict[str, int] | None) -> None:
+def test_groups_are_merged_and_ordered_by_policy(merge: str, order: str, expected: dict[str, int] | None) -> None:
     spec = {
         "merge": merge,
         "order": order,
@@ -303,11 +300,8 @@ def test_groups_are_merged_and_ordered_as_asked(merge: str, order: str, expected
         assert [(group["name"], len(group["params"])) for group in groups] == list(expected.items())
 
 
-# --- several optimizers ----------------------------------------------------------------------------------------------
-
-
-def test_a_hybrid_spec_gives_the_groups_of_each_optimizer() -> None:
-    """Muon for hidden matrices, AdamW for the rest; together they train everything once, and both step."""
+def test_a_spec_with_two_optimizer_classes_builds_the_groups_of_each() -> None:
+    """Muon trains hidden matrices and AdamW the rest: together every parameter once, and both optimizers step."""
     spec = {
         "optimizer": "AdamW",
         "defaults": {"weight_decay": 0.1},
@@ -337,17 +331,14 @@ def test_a_hybrid_spec_gives_the_groups_of_each_optimizer() -> None:
         build_param_groups(model, spec, optimizer="SGD")
 
 
-def test_bare_groups_hold_nothing_that_a_strict_optimizer_refuses() -> None:
+def test_bare_groups_have_no_names() -> None:
     (group,) = build_param_groups(nn.Linear(2, 2), {"defaults": {"lr": 1}, "group": [REST]}, bare=True)
     assert set(group) == {"params", "lr"}
     assert all(isinstance(parameter, nn.Parameter) for parameter in group["params"])
 
 
-# --- names and shapes alone ------------------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_can_be_planned_by_names_and_shapes() -> None:
-    """The same groups as the live model gives, buffers left out; what was assumed is said."""
+    """The plan is equal to the plan of the live model, and the assumptions are reported."""
     spec = {
         "defaults": DEFAULTS,
         "group": [{"name": "head", "match": {"role": "head"}, "lr_mult": 10}, REST],
@@ -364,7 +355,7 @@ def test_a_checkpoint_can_be_planned_by_names_and_shapes() -> None:
     }
 
 
-def test_what_only_a_model_tells_is_said_of_a_checkpoint() -> None:
+def test_a_condition_that_needs_the_live_model_is_reported_for_a_checkpoint() -> None:
     spec = {"group": [{"name": "convs", "match": {"module": "Conv2d"}, "optional": True}, REST]}
     report = assign(
         parameter_table({"conv.weight": torch.zeros(2, 2, 1, 1), "fc.weight": torch.zeros(2, 2)}), spec
@@ -372,9 +363,6 @@ def test_what_only_a_model_tells_is_said_of_a_checkpoint() -> None:
     unsure = next(finding for finding in report.findings if finding.code == "groups.needs-model")
     assert (unsure.severity, unsure.key) == ("warning", "conv.weight")
     assert "'convs' matches 'conv.weight', 'fc.weight'" in unsure.message
-
-
-# --- refusals --------------------------------------------------------------------------------------------------------
 
 
 def modified(**table: Any) -> dict[str, Any]:
@@ -389,7 +377,7 @@ def nested(depth: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("spec", "reason", "way_out"),
+    ("spec", "reason", "hint"),
     [
         pytest.param(
             {"group": [REST], "modifier": {"a": 1}}, "the modifiers of a spec are a dict", "[[modifier]]", id="no-list"
@@ -445,11 +433,11 @@ def nested(depth: int) -> dict[str, Any]:
         ),
     ],
 )
-def test_a_spec_that_cannot_be_meant_is_refused(spec: Any, reason: str, way_out: str) -> None:
+def test_a_wrong_modifier_condition_or_policy_is_refused(spec: Any, reason: str, hint: str) -> None:
     with pytest.raises(GroupsError) as caught:
         parse_spec(spec)
     assert reason in caught.value.reason
-    assert way_out in (caught.value.hint or "")
+    assert hint in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(
@@ -457,8 +445,8 @@ def test_a_spec_that_cannot_be_meant_is_refused(spec: Any, reason: str, way_out:
     [{"lr_mult": 1e308}, {"layers": ["{i:int}.*"], "layer_decay": 1e200}],
     ids=["multiple", "layers"],
 )
-def test_multiples_that_leave_no_number_are_refused(modifier: dict[str, Any]) -> None:
-    """A group with an infinite lr would train to NaN in its first step; explain refuses it as the plan does."""
+def test_multiples_that_give_an_infinite_lr_are_refused(modifier: dict[str, Any]) -> None:
+    """The first step would make every parameter NaN. ``explain_param_group`` refuses the spec too."""
     model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
     spec = {"defaults": {"lr": 100.0}, "group": [{"name": "base", "rest": True}], "modifier": [modifier]}
     for ask in (lambda: build_param_groups(model, spec), lambda: explain_param_group(model, spec, "0.weight")):
@@ -466,7 +454,7 @@ def test_multiples_that_leave_no_number_are_refused(modifier: dict[str, Any]) ->
             ask()
 
 
-def test_a_modifier_that_fits_nothing_is_refused_with_the_nearest_pattern() -> None:
+def test_a_modifier_that_matches_nothing_is_refused_with_the_nearest_pattern() -> None:
     with pytest.raises(GroupsError) as caught:
         build_param_groups(Transformer(), modified(params="haed.*", lr=1))
     assert caught.value.reason == "modifier 'm' matches no parameter of the model: params = 'haed.*'"

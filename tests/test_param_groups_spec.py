@@ -1,4 +1,4 @@
-"""A spec says what it means or is refused in one sentence."""
+"""``parse_spec`` gives the same spec for each form, and refuses a wrong spec in one sentence."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ rest = true
 """
 
 
-def test_toml_json_and_python_are_one_language() -> None:
-    """The parsed TOML, its JSON and the dataclasses give the same value, and a spec parses to itself."""
+def test_toml_json_and_python_give_the_same_spec() -> None:
+    """Parsed TOML, its JSON, and a list of groups give equal specs, and a spec parses to itself."""
     table = tomllib.loads(TOML)
     spec = parse_spec(table)
     assert spec == ParamGroupSpec(
@@ -58,17 +58,17 @@ def test_toml_json_and_python_are_one_language() -> None:
     assert parse_spec(tuple(spec.rules)) == ParamGroupSpec(spec.rules)
 
 
-def test_a_group_without_a_name_is_called_after_its_first_pattern() -> None:
+def test_a_group_without_a_name_has_the_name_of_its_first_pattern() -> None:
     spec = parse_spec([{"params": ["b.*", "a.*"]}, {"rest": True}])
     assert [rule.name for rule in spec.rules] == ["b.*", "rest"]
 
 
-def test_options_of_a_group_stand_over_the_defaults() -> None:
+def test_options_of_a_group_replace_the_defaults() -> None:
     spec = parse_spec({"defaults": {"lr": 1, "momentum": 0.9}, "group": [{"params": "*", "lr": 2, "nesterov": True}]})
     assert resolve_options(spec, spec.rules[0], ())[0] == {"lr": 2, "momentum": 0.9, "nesterov": True}
 
 
-def test_what_was_parsed_does_not_change_with_the_callers_dict() -> None:
+def test_a_spec_does_not_change_with_the_dict_of_the_caller() -> None:
     table: dict[str, Any] = {"defaults": {"lr": 1.0}, "group": [{"params": "*", "momentum": 0.5}]}
     spec = parse_spec(table)
     table["defaults"]["lr"] = 2.0
@@ -82,7 +82,7 @@ def test_what_was_parsed_does_not_change_with_the_callers_dict() -> None:
     "lr", [0, 0.0, 1e-3, 1, Fraction(1, 3), torch.tensor(0.1), torch.tensor([1e-3]), torch.tensor(0.1, device="meta")]
 )
 def test_numbers_that_torch_takes_as_a_learning_rate(lr: Any) -> None:
-    """A tensor lr is one too, and is passed on as the object that it is."""
+    """A tensor can be a learning rate too, and the spec holds the same object."""
     assert parse_spec([{"params": "*", "lr": lr}]).rules[0].options["lr"] is lr
 
 
@@ -102,8 +102,8 @@ def test_numbers_that_torch_takes_as_a_learning_rate(lr: Any) -> None:
         pytest.param(torch.tensor(-1.0), "lr is negative (-1.0)", id="negative-tensor"),
     ],
 )
-def test_a_learning_rate_that_is_none_is_refused(lr: Any, reason: str) -> None:
-    """In a group and in the defaults alike; torch itself takes most of these in silence inside a group."""
+def test_a_wrong_learning_rate_is_refused(lr: Any, reason: str) -> None:
+    """In a group and in the defaults. torch accepts most of these values in a group without an error."""
     with pytest.raises(GroupsError) as caught:
         parse_spec([{"name": "head", "params": "*", "lr": lr}])
     assert caught.value.reason == f"[[group]] 'head': {reason}"
@@ -117,7 +117,7 @@ ALL = {"name": "all", "rest": True}
 
 
 @pytest.mark.parametrize(
-    ("spec", "reason", "way_out"),
+    ("spec", "reason", "hint"),
     [
         pytest.param({}, "the spec has no group", "[[group]]", id="empty"),
         pytest.param([], "the spec has no group", "rest = true", id="empty-list"),
@@ -176,30 +176,30 @@ ALL = {"name": "all", "rest": True}
         ),
     ],
 )
-def test_a_spec_that_cannot_be_meant_is_refused(spec: Any, reason: str, way_out: str) -> None:
-    """One sentence that names the group by its name or number, and a way out."""
+def test_a_wrong_spec_is_refused(spec: Any, reason: str, hint: str) -> None:
+    """The error is one sentence with the name or number of the group, and a hint."""
     with pytest.raises(GroupsError) as caught:
         parse_spec(spec)
     assert reason in caught.value.reason
-    assert way_out in (caught.value.hint or "")
+    assert hint in (caught.value.hint or "")
     assert "\n" not in str(caught.value)
 
 
-def test_live_tensors_are_told_that_patterns_are_names() -> None:
-    """The commonest slip in Python: parameters where their names belong."""
+def test_parameters_in_place_of_names_are_refused() -> None:
+    """A common mistake in Python."""
     with pytest.raises(GroupsError, match=r"params is a generator, not a pattern .*params takes names, not tensors"):
         parse_spec([{"params": torch.nn.Linear(1, 1).parameters()}])
 
 
-def test_a_name_from_a_file_cannot_break_the_line() -> None:
+def test_control_characters_of_a_name_are_escaped_in_the_error() -> None:
     with pytest.raises(GroupsError) as caught:
         parse_spec([{"name": "a\n\x1b[31m", "params": "*", "lr": -1}])
     assert "\n" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
 
 
-def test_reading_a_spec_does_not_import_torch() -> None:
-    """A spec is text; a refusal must come at once."""
+def test_parsing_a_spec_does_not_import_torch() -> None:
+    """An error in a spec must appear without the wait for torch."""
     code = (
         "import sys; from ckptkit.param_groups.parse import parse_spec; "
         "parse_spec([{'rest': True}]); print('torch' in sys.modules)"
