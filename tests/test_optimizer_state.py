@@ -215,9 +215,10 @@ def test_several_optimizers_are_listed(tmp_path: Path) -> None:
     with open_optimizer(f"{tmp_path / 'two.ckpt'}::optimizer_states.1") as checkpoint:
         assert same_state(to_dict(to_named(checkpoint, model)), state)
     torch.save(model.state_dict(), tmp_path / "model.pt")
-    for opener in (open_optimizer, lambda path: read_state(open_checkpoint(path))):
-        with pytest.raises(CkptkitError, match="no optimizer state"):
-            opener(tmp_path / "model.pt")
+    with pytest.raises(CkptkitError, match="holds no optimizer state"):
+        open_optimizer(tmp_path / "model.pt")
+    with pytest.raises(FormatError, match="not an optimizer state"):
+        read_state(open_checkpoint(tmp_path / "model.pt"))
 
 
 def test_a_group_for_each_parameter_is_named_and_a_search_that_turns_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:

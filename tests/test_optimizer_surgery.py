@@ -135,7 +135,7 @@ def test_every_slot_moves_as_its_weight() -> None:
     for slot in ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"):
         old = state.slot(slot)["fc.weight"].read()
         assert torch.equal(made.slot(slot)["fc.kernel"].read(), nn.functional.pad(old.T, (0, 2)))
-    assert made.state["fc.kernel"]["step"].read() == 3
+    assert made.slot("step")["fc.kernel"].read() == 3
     assert "fill=zeros" in " ".join(made.remarks)
 
 
@@ -263,7 +263,7 @@ def test_pruned_to_what_fits() -> None:
     optimizer = OPTIMIZERS["AdamW"]([tensor for tensor in other.parameters() if tensor.requires_grad])
     optimizer.load_state_dict(to_dict(made))
     trained(other, optimizer, 1)
-    steps = {name: float(slots["step"].read()) for name, slots in named(other, optimizer).state.items()}
+    steps = {name: float(step.read()) for name, step in named(other, optimizer).slot("step").items()}
     assert steps == {"qkv.weight": 4, "qkv.bias": 4, "fc.weight": 4, "fc.bias": 4, "head.weight": 1, "head.bias": 1}
 
 
@@ -334,12 +334,12 @@ def test_new_rows_begin_as_those_of_a_new_parameter(kind: str) -> None:
     fresh.grad = torch.zeros_like(fresh)
     optimizer.step()
     pad = {"from": "head.weight", "to": "head.weight", "op": {"pad": {"size": rows + 2}}}
-    grown = remap(state, rules([pad])).state["head.weight"]
+    grown = remap(state, rules([pad]))
     elementwise = {slot: value for slot, value in optimizer.state[fresh].items() if value.shape == fresh.shape}
     assert elementwise
     for slot, value in elementwise.items():
-        assert torch.equal(grown[slot].read()[rows:], value)
-        assert torch.equal(grown[slot].read()[:rows], state.state["head.weight"][slot].read())
+        assert torch.equal(grown.slot(slot)["head.weight"].read()[rows:], value)
+        assert torch.equal(grown.slot(slot)["head.weight"].read()[:rows], state.slot(slot)["head.weight"].read())
 
 
 @pytest.mark.parametrize(

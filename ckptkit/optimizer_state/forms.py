@@ -1,15 +1,16 @@
-"""A state by name, in each of the forms that torch loads: by position, by name, or flattened."""
+"""Read and build the forms of an optimizer state: keyed by position, by name, or by flattened keys."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptkit.core.checkpoint import Checkpoint, Nested
+from ckptkit.core.checkpoint import Checkpoint, KeyPath, Nested
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import describe_state_dict
+from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import FormatError, ModelError, PlanError
 from ckptkit.formats.pickle.values import Placeholder
 from ckptkit.formats.torch.objects import TensorRef
@@ -28,38 +29,249 @@ from ckptkit.wrappers.envelopes import FLAT_GROUPS, FLAT_STATE, is_optimizer_sta
 
 __all__ = ["FoundGroup", "FoundState", "as_named", "read_form", "read_state", "to_dict", "to_form"]
 
+_MAX_DEPTH = 100
+_EXPECTED = "give what optimizer.state_dict() or torch.distributed.checkpoint.state_dict returned"
+_PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None))
+# Returns the slot value of a leaf, given the leaf and its path.
+ReadLeaf = Callable[[object, KeyPath], SlotValue]
+
+
+@dataclass(frozen=True, slots=True)
+class FoundGroup:
+    """A group as it was found: its ``params`` (positions or names), its options, and its ``param_names`` if any."""
+
+    params: tuple[object, ...]
+    options: Mapping[str, SlotValue]
+    param_names: tuple[object, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class FoundState:
+    """The state of an optimizer as it was found, with the keys that it had; these can contradict each other."""
+
+    form: str
+    state: Mapping[object, Mapping[str, SlotValue]]
+    groups: tuple[FoundGroup, ...]
+    path: str = ""
+    remarks: tuple[str, ...] = ()
+
+
+def read_state(state: Checkpoint | Mapping[Any, Any]) -> FoundState:
+    """Return the content of an optimizer state; ``state`` is a Checkpoint of one, or a live ``state_dict()``.
+
+    Raises ``FormatError`` if it is not an optimizer state, or if a part of it has a type that torch never writes, and
+    ``ModelError`` if ``state`` is neither a Checkpoint nor a mapping.
+    """
+    if isinstance(state, Checkpoint):
+        nested = state.nested or Nested(None, {})
+        return _read(nested.value, _leaf_reader(state, nested), state.path)
+    if not isinstance(state, Mapping):
+        raise ModelError(
+            f"the optimizer state is a {type(state).__name__}",
+            hint="give optimizer.state_dict(), or an open checkpoint of one",
+        )
+    return _read(state, _live_leaf_reader(state), "")
+
+
+def read_form(value: Mapping[str, SlotValue]) -> FoundState:
+    """Return the content of a state that ``to_form`` built; its tensors stay unread."""
+    return _read(value, lambda item, _: item, "")
+
+
+def _leaf_reader(checkpoint: Checkpoint, nested: Nested) -> ReadLeaf:
+    keys = {path: key for key, path in nested.paths.items()}
+
+    def read_leaf(value: object, path: KeyPath) -> SlotValue:
+        if isinstance(value, TensorRef):
+            return LazyTensor(checkpoint[keys[path]], checkpoint)
+        if isinstance(value, Placeholder) or not isinstance(value, _PLAIN_TYPES):
+            return OpaqueValue(type_name(value), path, checkpoint)
+        return value
+
+    return read_leaf
+
+
+def _live_leaf_reader(state: Mapping[Any, Any]) -> ReadLeaf:
+    import torch
+
+    tensors: dict[KeyPath, Tensor] = {}
+    stack: list[tuple[KeyPath, object]] = [((), state)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, torch.Tensor):
+            tensors[path] = value
+        elif isinstance(value, Mapping | list | tuple) and len(path) < _MAX_DEPTH:
+            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
+            stack += [((*path, key), inner) for key, inner in pairs]
+    names = {path: ".".join(map(str, path)) for path in tensors}
+    if len(set(names.values())) < len(names):
+        names = {path: "".join(f"[{key!r}]" for key in path) for path in tensors}
+    live = describe_state_dict({names[path]: tensor for path, tensor in tensors.items()}, "optimizer state")
+
+    def read_leaf(value: object, path: KeyPath) -> SlotValue:
+        return LazyTensor(live[names[path]], live) if path in names else value
+
+    return read_leaf
+
+
+def _read(value: object, read_leaf: ReadLeaf, path: str) -> FoundState:
+    if not is_optimizer_state(value):
+        raise FormatError("not an optimizer state", hint=_EXPECTED, path=path or None)
+    assert isinstance(value, Mapping)  # noqa: S101 - every optimizer state is a mapping
+
+    def read(item: object, at: KeyPath) -> SlotValue:
+        if len(at) > _MAX_DEPTH:
+            raise FormatError(f"nested too deeply: more than {_MAX_DEPTH} levels", path=path or None)
+        if isinstance(item, Mapping):
+            return {key: read(inner, (*at, key)) for key, inner in item.items()}
+        if isinstance(item, list | tuple):
+            items = [read(inner, (*at, number)) for number, inner in enumerate(item)]
+            return tuple(items) if isinstance(item, tuple) else items
+        return read_leaf(item, at)
+
+    try:
+        return _read_nested(value, read, path) if "param_groups" in value else _read_flattened(value, read, path)
+    except FormatError as error:
+        error.path = error.path or path or None
+        raise
+
+
+def _read_nested(value: Mapping[Any, Any], read: ReadLeaf, path: str) -> FoundState:
+    groups = tuple(_read_group(number, table, read) for number, table in enumerate(value["param_groups"]))
+    state: dict[object, Mapping[str, SlotValue]] = {}
+    for key, slots in value["state"].items():
+        if not isinstance(slots, Mapping):
+            raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
+        if unnamed := [slot for slot in slots if not isinstance(slot, str)]:
+            raise FormatError(
+                f"the state of {quoted(str(key))} has a slot {quoted(str(unnamed[0]))}, whose name is not a string"
+            )
+        state[key] = {slot: read(inner, ("state", key, slot)) for slot, inner in slots.items()}
+    params = [param for group in groups for param in group.params]
+    for param in (*params, *state):
+        if type(param) not in (int, str):
+            raise FormatError(f"the key of a parameter is a {quoted(type_name(param))}, not a position or a name")
+    if any(isinstance(param, str) for param in params or state):
+        return FoundState("named", state, groups, path)
+    form = "param-names" if any(group.param_names is not None for group in groups) else "indexed"
+    return FoundState(form, state, groups, path)
+
+
+def _read_group(number: int, table: object, read: ReadLeaf) -> FoundGroup:
+    where = f"param_groups[{number}]"
+    if not isinstance(table, Mapping) or not isinstance(table.get("params"), list | tuple):
+        raise FormatError(f"{where} is not a group with a list of params", hint=_EXPECTED)
+    if unnamed := [key for key in table if not isinstance(key, str)]:
+        raise FormatError(f"{where} has an option {quoted(str(unnamed[0]))}, whose name is not a string")
+    names = table.get("param_names")
+    options = {
+        key: read(value, ("param_groups", number, key))
+        for key, value in table.items()
+        if key not in ("params", "param_names")
+    }
+    return FoundGroup(tuple(table["params"]), options, tuple(names) if isinstance(names, list | tuple) else None)
+
+
+def _read_flattened(value: Mapping[str, object], read: ReadLeaf, path: str) -> FoundState:
+    state: dict[object, dict[str, SlotValue]] = {}
+    options: dict[str, dict[str, SlotValue]] = {}
+    for key, inner in value.items():
+        is_state = key.startswith(FLAT_STATE)
+        name, _, entry = key.removeprefix(FLAT_STATE if is_state else FLAT_GROUPS).rpartition(".")
+        if not name or not entry:
+            raise FormatError(f"the key {quoted(key)} does not have the form PARAMETER.SLOT")
+        if is_state:
+            state.setdefault(name, {})[entry] = read(inner, (key,))
+            continue
+        own = options.setdefault(name, {})
+        if entry not in ("params", "param_names"):  # these have the names of all parameters, at every parameter
+            own[entry] = read(inner, (key,))
+    groups: list[tuple[list[str], dict[str, SlotValue]]] = []
+    group_by_options: dict[object, int] = {}
+    for name, own in options.items():
+        number = group_by_options.setdefault(_hashable(own), len(groups))
+        if number == len(groups):
+            groups.append(([], own))
+        groups[number][0].append(name)
+    found = tuple(FoundGroup(tuple(names), own) for names, own in groups)
+    remark = "the flattened form stores no groups, so parameters with equal options were put into one group"
+    return FoundState("flattened", state, found, path, (remark,) if found else ())
+
+
+def _hashable(value: SlotValue) -> object:
+    """Return a hashable object that is equal for equal values; only tensors with one element are compared by value."""
+    if isinstance(value, LazyTensor):
+        is_number = value.info.elements == 1 and value.info.kind == "dense"
+        content = value.source.read_bytes(value.info.key) if is_number else value.info.key
+        return value.dtype, value.shape, content
+    if isinstance(value, Mapping):
+        return tuple((key, _hashable(inner)) for key, inner in sorted(value.items(), key=str))
+    if isinstance(value, list | tuple):
+        return tuple(map(_hashable, value))
+    return type(value).__name__, repr(value)
+
+
+def as_named(found: FoundState, names: Mapping[object, str], evidence: str = "") -> OptimizerState:
+    """Return the state with ``names`` as the keys of its parameters, in the order of the groups."""
+    groups = tuple(NamedGroup(tuple(names[param] for param in group.params), group.options) for group in found.groups)
+    state = {names[key]: slots for key, slots in found.state.items()}
+    ordered = {name: state[name] for group in groups for name in group.names if name in state}
+    return OptimizerState(ordered, groups, found.form, evidence, found.remarks)
+
 
 def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
-    """Return the state as torch loads it, every tensor read into memory of its own.
+    """Return the state in a form that torch loads, every tensor read into memory of its own.
 
-    ``form`` is ``indexed`` for ``optimizer.load_state_dict``, whose positions are those of ``state.names``;
-    ``param-names`` the same with torch's ``param_names``; ``named`` and ``flattened`` for
-    ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict``. Raises ``PlanError`` for a name that is in two
-    groups, and for a value that only code could make.
+    - ``indexed`` is for ``optimizer.load_state_dict()``: its positions are those of ``state.names``.
+    - ``param-names`` is the same, with ``param_names`` in each group.
+    - ``named`` and ``flattened`` are for ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict()``.
+
+    Raises ``PlanError`` for an unknown form, for a name in two groups, for state of a parameter in no group, and for a
+    value that only running code can rebuild.
     """
-    made: dict[str, Any] = _read(to_form(state, form))
-    return made
+    value = to_form(state, form)
+    opaque = next(_opaque_values(value), None)
+    if opaque is not None:
+        raise PlanError(
+            f"the state has a value of type {quoted(opaque.type)}, which only running code can rebuild",
+            hint="load the file with torch.load, and give what that returns",
+        )
+    read: dict[str, Any] = map_tensors(value, LazyTensor.read)
+    return read
 
 
-def to_form(state: OptimizerState, form: str) -> dict[str, SlotValue]:
-    """Return the state in one of ``FORMS``, its tensors still unread; raises ``PlanError`` for a name in two groups."""
+def _opaque_values(value: SlotValue) -> Iterator[OpaqueValue]:
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, OpaqueValue):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple):
+            stack.extend(item)
+
+
+def to_form(state: OptimizerState, form: str) -> dict[str, Any]:
+    """Return the state in one of ``FORMS``, with unread tensors; raises ``PlanError`` as ``to_dict`` does."""
     if form not in FORMS:
-        raise PlanError(f"{quoted(str(form))} is no form of an optimizer state", hint=f"one of {', '.join(FORMS)}")
-    twice = [name for name, count in Counter(require_named(state).names).items() if count > 1]
-    if twice:
-        raise PlanError(f"{quoted(twice[0])} is in the groups more than once")
-    known = set(state.names)
+        raise PlanError(f"{quoted(str(form))} is not a form of an optimizer state", hint=f"one of {', '.join(FORMS)}")
+    names = require_named(state).names
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise PlanError(f"{quoted(repeated[0])} is in the groups more than once")
+    known = set(names)
     strays = [name for name in state.state if name not in known]
     if strays:
         raise PlanError(f"there is state of {quoted(strays[0])}, which is in no group")
     if form == "flattened":
         return _flattened(state)
-    number: dict[str, Any] = {name: name if form == "named" else place for place, name in enumerate(state.names)}
-    groups = []
+    key_of: dict[str, object] = {name: name if form == "named" else place for place, name in enumerate(names)}
+    groups: list[dict[str, SlotValue]] = []
     for group in state.groups:
-        names = {"param_names": list(group.names)} if form == "param-names" else {}
-        groups.append({**group.options, **names, "params": [number[name] for name in group.names]})
-    slots = {number[name]: dict(state.state[name]) for name in state.names if name in state.state}
+        param_names = {"param_names": list(group.names)} if form == "param-names" else {}
+        groups.append({**group.options, **param_names, "params": [key_of[name] for name in group.names]})
+    slots = {key_of[name]: dict(state.state[name]) for name in names if name in state.state}
     return {"state": slots, "param_groups": groups}
 
 
@@ -74,220 +286,3 @@ def _flattened(state: OptimizerState) -> dict[str, SlotValue]:
         for key, value in group.options.items()
     }
     return slots | options
-
-
-def _read(value: SlotValue) -> Any:
-    def live(tensor: LazyTensor) -> Any:
-        return tensor.read()
-
-    unknown = next(_unknown(value), None)
-    if unknown is not None:
-        raise PlanError(
-            f"it holds a value of {quoted(unknown.type)}, which only code could make",
-            hint="torch.load makes it: give what that returns",
-        )
-    return map_tensors(value, live)
-
-
-def _unknown(value: SlotValue) -> Any:
-    stack = [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, OpaqueValue):
-            yield item
-        elif isinstance(item, dict):
-            stack.extend(item.values())
-        elif isinstance(item, list | tuple):
-            stack.extend(item)
-
-
-_DEEPEST = 100
-_FORMS = "it is what optimizer.state_dict() gives, or what torch.distributed.checkpoint.state_dict makes of it"
-Path = tuple[object, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class FoundGroup:
-    """A group as it lies there: what stands under ``params`` (positions, or names), and ``param_names`` if any."""
-
-    params: tuple[object, ...]
-    options: Mapping[str, SlotValue]
-    param_names: tuple[object, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class FoundState:
-    """The state of an optimizer as it lies there, by whatever keys it has, right or wrong."""
-
-    form: str
-    state: Mapping[object, Mapping[str, SlotValue]]
-    groups: tuple[FoundGroup, ...]
-    path: str = ""
-    remarks: tuple[str, ...] = ()
-
-
-def read_state(thing: Checkpoint | Mapping[Any, Any]) -> FoundState:
-    """Return what the state of an optimizer holds; ``thing`` is a Checkpoint of one, or a live ``state_dict()``.
-
-    Raises ``FormatError`` where it is none, or its parts are not of the kinds that torch writes.
-    """
-    if isinstance(thing, Checkpoint):
-        return _read_reading(*_of_checkpoint(thing), thing.path)
-    if not isinstance(thing, Mapping):
-        raise ModelError(
-            f"the optimizer state is a {type(thing).__name__}",
-            hint="give optimizer.state_dict(), or an open checkpoint of one",
-        )
-    return _read_reading(*_of_live(thing), "")
-
-
-def read_form(value: Mapping[str, SlotValue]) -> FoundState:
-    """Return what a state holds that is laid out in one of its forms, its tensors still unread."""
-    return _read_reading(value, lambda item, _: item, "")
-
-
-def _of_checkpoint(checkpoint: Checkpoint) -> tuple[object, Callable[[object, Path], SlotValue]]:
-    nested = checkpoint.nested or Nested(None, {})
-    keys = {place: key for key, place in nested.paths.items()}
-
-    def leaf(value: object, path: Path) -> SlotValue:
-        if isinstance(value, TensorRef):
-            return LazyTensor(checkpoint[keys[path]], checkpoint)
-        if isinstance(value, Placeholder) or not isinstance(value, _PLAIN):
-            return OpaqueValue(type_name(value), path, checkpoint)
-        return value
-
-    return nested.value, leaf
-
-
-def _of_live(state: Mapping[Any, Any]) -> tuple[object, Callable[[object, Path], SlotValue]]:
-    import torch
-
-    tensors: dict[Path, torch.Tensor] = {}
-    stack: list[tuple[Path, object]] = [((), state)]
-    while stack:
-        path, value = stack.pop()
-        if isinstance(value, torch.Tensor):
-            tensors[path] = value
-        elif isinstance(value, Mapping | list | tuple) and len(path) < _DEEPEST:
-            pairs = value.items() if isinstance(value, Mapping) else enumerate(value)
-            stack += [((*path, key), inner) for key, inner in pairs]
-    names = {path: ".".join(map(str, path)) for path in tensors}
-    if len(set(names.values())) < len(names):
-        names = {path: "".join(f"[{key!r}]" for key in path) for path in tensors}
-    live = describe_state_dict({names[path]: tensor for path, tensor in tensors.items()}, "optimizer state")
-
-    def leaf(value: object, path: Path) -> SlotValue:
-        if path in names:
-            return LazyTensor(live[names[path]], live)
-        return value
-
-    return state, leaf
-
-
-_PLAIN = (int, float, complex, bool, str, bytes, type(None))
-
-
-def _read_reading(value: object, leaf: Callable[[object, Path], SlotValue], path: str) -> FoundState:
-    if not is_optimizer_state(value):
-        raise FormatError("is no optimizer state", hint=_FORMS, path=path or None)
-    assert isinstance(value, Mapping)  # noqa: S101 - it is a state
-
-    def plain(item: object, at: Path) -> SlotValue:
-        if len(at) > _DEEPEST:
-            raise FormatError(f"nested too deeply: more than {_DEEPEST} levels", path=path or None)
-        if isinstance(item, Mapping):
-            return {key: plain(inner, (*at, key)) for key, inner in item.items()}
-        if isinstance(item, list | tuple):
-            items = [plain(inner, (*at, number)) for number, inner in enumerate(item)]
-            return tuple(items) if isinstance(item, tuple) else items
-        return leaf(item, at)
-
-    try:
-        return _flattened_reading(value, plain, path) if "param_groups" not in value else _nested(value, plain, path)
-    except FormatError as error:
-        error.path = error.path or path or None
-        raise
-
-
-def _nested(value: Mapping[Any, Any], plain: Callable[[object, Path], SlotValue], path: str) -> FoundState:
-    groups = []
-    for number, table in enumerate(value["param_groups"]):
-        where = f"param_groups[{number}]"
-        if not isinstance(table, Mapping) or not isinstance(table.get("params"), list | tuple):
-            raise FormatError(f"{where} is no group with a list of params", hint=_FORMS)
-        if unnamed := [key for key in table if not isinstance(key, str)]:
-            raise FormatError(f"{where} has an option {quoted(str(unnamed[0]))} whose name is no string")
-        names = table.get("param_names")
-        options = {
-            key: plain(inner, ("param_groups", number, key))
-            for key, inner in table.items()
-            if key not in ("params", "param_names")
-        }
-        given = tuple(names) if isinstance(names, list | tuple) else None
-        groups.append(FoundGroup(tuple(table["params"]), options, given))
-    state: dict[object, Mapping[str, SlotValue]] = {}
-    for key, slots in value["state"].items():
-        if not isinstance(slots, Mapping):
-            raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
-        if unnamed := [slot for slot in slots if not isinstance(slot, str)]:
-            called = quoted(str(unnamed[0]))
-            raise FormatError(f"the state of {quoted(str(key))} has a slot {called} whose name is no string")
-        state[key] = {slot: plain(inner, ("state", key, slot)) for slot, inner in slots.items()}
-    params = [param for group in groups for param in group.params]
-    for param in (*params, *state):
-        if type(param) not in (int, str):
-            raise FormatError(f"a parameter is called by a {quoted(type_name(param))}, not a position or a name")
-    if any(isinstance(param, str) for param in params or state):
-        return FoundState("named", state, tuple(groups), path)
-    form = "param-names" if any(group.param_names is not None for group in groups) else "indexed"
-    return FoundState(form, state, tuple(groups), path)
-
-
-def _flattened_reading(value: Mapping[Any, Any], plain: Callable[[object, Path], SlotValue], path: str) -> FoundState:
-    state: dict[object, dict[str, SlotValue]] = {}
-    options: dict[str, dict[str, SlotValue]] = {}
-    for key, inner in value.items():
-        kept, prefix = (state, FLAT_STATE) if key.startswith(FLAT_STATE) else (options, FLAT_GROUPS)
-        name, _, slot = key.removeprefix(prefix).rpartition(".")
-        if not name or not slot:
-            raise FormatError(f"{quoted(key)} names no parameter and slot")
-        if prefix == FLAT_STATE or slot not in ("params", "param_names"):  # every parameter has the names of all there
-            kept.setdefault(name, {})[slot] = plain(inner, (key,))
-        else:
-            options.setdefault(name, {})
-    groups: list[tuple[list[str], dict[str, SlotValue]]] = []
-    known: dict[object, int] = {}
-    for name, own in options.items():
-        same = known.setdefault(_identity(own), len(groups))
-        if same == len(groups):
-            groups.append(([], own))
-        groups[same][0].append(name)
-    found = tuple(FoundGroup(tuple(names), own) for names, own in groups)
-    said = "this form has no groups: parameters with equal options are taken to be in one"
-    return FoundState("flattened", state, found, path, (said,) if found else ())
-
-
-def _identity(value: SlotValue) -> object:
-    """Return something that is equal for equal values; tensors are, where they are one number with equal bytes."""
-    if isinstance(value, LazyTensor):
-        one = value.info.elements == 1 and value.info.kind == "dense"
-        return value.dtype, value.shape, value.source.read_bytes(value.info.key) if one else value.info.key
-    if isinstance(value, Mapping):
-        return tuple((key, _identity(inner)) for key, inner in sorted(value.items(), key=str))
-    if isinstance(value, list | tuple):
-        return tuple(map(_identity, value))
-    return type(value).__name__, repr(value)
-
-
-def named_groups(found: FoundState, names: Mapping[object, str]) -> tuple[NamedGroup, ...]:
-    """Return the groups with each parameter called by its name."""
-    return tuple(NamedGroup(tuple(names[param] for param in group.params), group.options) for group in found.groups)
-
-
-def as_named(found: FoundState, names: Mapping[object, str], evidence: str = "") -> OptimizerState:
-    """Return the state with each parameter called by its name, in the order of the groups."""
-    groups = named_groups(found, names)
-    known = {names[key]: slots for key, slots in found.state.items()}
-    ordered = {name: known[name] for group in groups for name in group.names if name in known}
-    return OptimizerState(ordered, groups, found.form, evidence, found.remarks)

@@ -282,7 +282,8 @@ def _keep_scalars(optimizer: Any, fit: StateMatch, inventory: Inventory, schema:
     for name, slots in fit.state.items():
         there = optimizer.state.get(inventory.by_name[name].tensor, {})
         for slot in scalars & slots.keys() & there.keys():
-            value = slots[slot].read() if isinstance(slots[slot], LazyTensor) else None
+            saved = slots[slot]
+            value = saved.read() if isinstance(saved, LazyTensor) else None
             if value is not None and is_tensor(there[slot]) and there[slot].dtype != value.dtype:
                 there[slot] = value.to(there[slot].device)
 
@@ -322,7 +323,7 @@ def _same(there: Any, value: SlotValue) -> bool:
     if isinstance(value, LazyTensor):
         if not is_tensor(there) or tuple(there.shape) != value.shape:
             return False
-        return same_values(there.detach().to("cpu").resolve_conj().resolve_neg(), value.look())
+        return same_values(there.detach().to("cpu").resolve_conj().resolve_neg(), value.read_shared())
     if isinstance(value, list | tuple):
         return isinstance(there, list | tuple) and len(there) == len(value) and all(map(_same, there, value))
     if isinstance(value, Mapping):

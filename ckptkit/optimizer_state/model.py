@@ -1,4 +1,4 @@
-"""The state of an optimizer as a value: by the names of parameters, with tensors that are not read until asked for."""
+"""The state of an optimizer as a value: keyed by parameter names, with tensors that are read only on demand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import html_table, kind_of, plural, printable
 from ckptkit.core.torch_bridge import TensorPayload
@@ -35,13 +35,13 @@ __all__ = [
 ]
 
 
-# How files have it: by position, by position with torch's param_names beside, by name, by name without nesting.
+# The forms of a state in a file: keyed by position, by position with param_names, by name, or by flattened keys.
 FORMS = ("indexed", "param-names", "named", "flattened")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
-    """A tensor of a state: what it is, and the Checkpoint that has its bytes, unread."""
+    """A tensor of a state that is not read yet: its description, and the Checkpoint that has its bytes."""
 
     info: TensorInfo
     source: Checkpoint = field(repr=False)
@@ -53,51 +53,54 @@ class LazyTensor:
 
     @property
     def dtype(self) -> str:
-        """The dtype as a safetensors code."""
+        """The dtype as a safetensors code, such as ``F32``."""
         return self.info.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the elements take."""
+        """The size of all elements, in bytes."""
         return self.info.nbytes
 
     def payload(self) -> Payload:
-        """Return the bytes, still unread."""
+        """Return the bytes of the elements, without reading them."""
         return self.source.payload(self.info.key)
 
     def span(self) -> Payload | None:
-        """Return the stored bytes from the first to the last element, or None where they say less."""
+        """Return the stored bytes from the first to the last element, or None if they are not stored as one run."""
         return self.source.span(self.info.key)
 
-    def look(self) -> Tensor:
-        """Return the tensor to look at, on the CPU: that very one, where it is there; raises as ``Checkpoint.read``."""
+    def read_shared(self) -> Tensor:
+        """Return the tensor on the CPU, without a copy if it is a live tensor; raises what ``Checkpoint.read`` does."""
         payload = self.payload()
         if isinstance(payload, TensorPayload):
             return payload.tensor.detach().resolve_conj().resolve_neg().cpu()
         return self.source.read(self.info.key)
 
     def read(self) -> Tensor:
-        """Return the tensor, in memory of its own, on the CPU; raises as ``Checkpoint.read`` does."""
-        tensor = self.look()
+        """Return the tensor on the CPU, in memory of its own; raises what ``Checkpoint.read`` does."""
+        tensor = self.read_shared()
         return tensor.contiguous().clone() if isinstance(self.payload(), TensorPayload) else tensor
 
 
 @dataclass(frozen=True, slots=True)
 class OpaqueValue:
-    """A value that only code could make: it is kept where a file is edited, and nothing else can be done with it."""
+    """A value that only running code can rebuild: it is copied when its file is edited, and cannot be read.
+
+    ``type`` is the name of its class, and ``place`` the path to it in ``source``.
+    """
 
     type: str
-    place: tuple[object, ...] = ()  # the keys that lead to it in the mapping of its file
+    place: KeyPath = ()
     source: Checkpoint | None = field(default=None, repr=False, compare=False)
 
 
-# A LazyTensor, an Unknown, a number, a text, None, or a list, tuple or dict of such; of a live state any object.
-SlotValue = Any
+# A LazyTensor, an OpaqueValue, a number, a string, None, or a list, tuple or dict of these. A live state can have more.
+SlotValue = object
 
 
 @dataclass(frozen=True, slots=True)
 class NamedGroup:
-    """A param group: the FQNs of its parameters in order, and its options as torch calls them (``lr``, ``betas``)."""
+    """A param group: the FQNs of its parameters in order, and its options under torch's names (``lr``, ``betas``)."""
 
     names: tuple[str, ...]
     options: Mapping[str, SlotValue]
@@ -105,9 +108,11 @@ class NamedGroup:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What became of a parameter: which ones it was made of, by what (``copy``: nothing changed), and by which rule.
+    """What an edit did to a parameter: ``operation`` made it from ``sources``.
 
-    For one that is ``dropped``, ``reset`` (its state alone is) or ``new`` (there never was any), ``reason`` says why.
+    ``operation`` is ``copy`` for an unchanged state, ``dropped`` for a removed parameter, ``reset`` for a parameter
+    whose state was removed, and ``new`` for one that had none. Any other operation moved elements of the state.
+    ``reason`` names the rule, or tells why the state was dropped or reset.
     """
 
     name: str
@@ -115,14 +120,21 @@ class Change:
     operation: str
     reason: str = ""
 
+    @property
+    def moves_elements(self) -> bool:
+        """Whether the operation split, joined, padded or rearranged the state."""
+        return self.operation not in {"copy", "dropped", "new", "reset"}
+
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """What ``optimizer.state_dict()`` holds, by FQN: the slots of each parameter (``exp_avg``, ``step``), and groups.
+    """The content of ``optimizer.state_dict()`` by FQN: the slots of each parameter (``exp_avg``) and the groups.
 
-    ``form`` is how it was found, one of ``FORMS``; ``evidence`` says where names come from that were not in it, and
-    ``remarks`` what else is to be known of it, ``changes`` what the last function that made it did. A parameter without
-    state, frozen or never stepped, is in a group only.
+    - ``state`` has no entry for a parameter without state, such as a frozen one; ``groups`` has every parameter.
+    - ``form`` is the form in which the state was found, one of ``FORMS``.
+    - ``evidence`` tells how the names were found, if the state did not contain them.
+    - ``remarks`` are further messages about the state.
+    - ``changes`` has one entry for each parameter that the last edit handled.
     """
 
     state: Mapping[str, Mapping[str, SlotValue]]
@@ -134,30 +146,30 @@ class OptimizerState:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The FQNs of all parameters, in the order of the groups: what torch counts through in its own form."""
+        """The FQNs of all parameters in the order of the groups, which is the order of torch's positions."""
         return tuple(name for group in self.groups for name in group.names)
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of all slots, in the order in which they are met."""
+        """The names of all slots, in the order of their first use."""
         return tuple(dict.fromkeys(slot for slots in self.state.values() for slot in slots))
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in the state."""
+        """The size of all tensors in the state, in bytes."""
         return sum(tensor.nbytes for slots in self.state.values() for tensor in tensors_in(slots))
 
     def slot(self, name: str) -> Mapping[str, LazyTensor]:
-        """Return the tensors of one slot by the names of the parameters that have it."""
-        found = {fqn: slots.get(name) for fqn, slots in self.state.items()}
-        return {fqn: value for fqn, value in found.items() if isinstance(value, LazyTensor)}
+        """Return the tensors of the slot ``name``, by the names of the parameters that have it."""
+        values = {fqn: slots.get(name) for fqn, slots in self.state.items()}
+        return {fqn: value for fqn, value in values.items() if isinstance(value, LazyTensor)}
 
     def group_of(self, name: str) -> NamedGroup | None:
-        """Return the group that a parameter is in, or None."""
+        """Return the group of the parameter ``name``, or None if it is in no group."""
         return next((group for group in self.groups if name in group.names), None)
 
     def __str__(self) -> str:
-        """Return how many parameters, groups and bytes there are."""
+        """Return the numbers of parameters, groups and bytes in one line."""
         counts = plural(len(self.names), "parameter"), plural(len(self.groups), "group")
         return f"{counts[0]} in {counts[1]}, {len(self.state):,} with state, {plural(self.nbytes, 'byte')}"
 
@@ -170,11 +182,12 @@ class OptimizerState:
         return html_table(("parameter", "group", "slots"), rows)
 
 
-def require_named(state: Any) -> OptimizerState:
-    """Return the state that was given; raises ``ModelError`` for anything that is not by name yet."""
+def require_named(state: object) -> OptimizerState:
+    """Return ``state``; raise ``ModelError`` if it is not an ``OptimizerState``."""
     if not isinstance(state, OptimizerState):
         raise ModelError(
-            f"the optimizer state is {kind_of(state)}, not one by name", hint="to_named(state, names) makes one of it"
+            f"the optimizer state is {kind_of(state)}, not an OptimizerState",
+            hint="make one with to_named(state, names)",
         )
     return state
 
@@ -193,7 +206,7 @@ def tensors_in(value: SlotValue) -> Iterator[LazyTensor]:
 
 
 def map_tensors(value: SlotValue, change: Callable[[LazyTensor], Any]) -> Any:
-    """Return the value with every tensor in it replaced by what ``change`` makes of it."""
+    """Return the value with every tensor in it replaced by the result of ``change``."""
     if isinstance(value, LazyTensor):
         return change(value)
     if isinstance(value, Mapping):
@@ -203,24 +216,25 @@ def map_tensors(value: SlotValue, change: Callable[[LazyTensor], Any]) -> Any:
     return value
 
 
-# One number for each element of the parameter, which nothing but that element's gradients went into: of torch.optim,
-# and of optimizers that are widely used beside it (Adan, Lookahead, schedule-free ones, Sophia).
+# Slots with one number for each element of the parameter, computed only from the gradients of that element. These are
+# the slots of torch.optim, and of Adan, Lookahead, schedule-free optimizers and Sophia.
 ELEMENTWISE: Final = frozenset(
     {slot.name for schema in SCHEMAS.values() for slot in schema.slots if slot.layout == "elementwise"}
     | {"exp_avg_diff", "neg_pre_grad", "slow_buffer", "z", "hessian"}
 )
-# Sums over rows and columns: torch.optim.Adafactor's, and those of transformers.
+# Slots with sums over rows and columns, and whether these keep dimensions of size 1: Adafactor of torch.optim does, and
+# that of transformers does not.
 _FACTORED: Final = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", False))
-_OF_FACTORS: Final = frozenset(name for row, column, _ in _FACTORED for name in (row, column))
-_NUMBERS: Final = {
+_FACTORED_NAMES: Final = frozenset(name for row, column, _ in _FACTORED for name in (row, column))
+_STRUCT_CODES: Final = {
     "F16": "<e", "F32": "<f", "F64": "<d", "BOOL": "<?", "U8": "<B", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"
 }  # fmt: skip
 SlotKind = Literal["elementwise", "scalar", "factored", "other"]
 
 
 def slot_kind(name: str, value: SlotValue, elementwise: Collection[str] = ()) -> SlotKind:
-    """Return what a slot is, by its name and what is in it; ``elementwise`` are more names of slots that are so."""
-    if name in _OF_FACTORS:
+    """Return the kind of a slot, from its name and its value; ``elementwise`` has more names of elementwise slots."""
+    if name in _FACTORED_NAMES:
         return "factored"
     if not isinstance(value, LazyTensor):
         return "scalar" if value is None or isinstance(value, bool | int | float | complex | str) else "other"
@@ -230,45 +244,43 @@ def slot_kind(name: str, value: SlotValue, elementwise: Collection[str] = ()) ->
 
 
 def parameter_shape(slots: Mapping[str, SlotValue], elementwise: Collection[str] = ()) -> tuple[int, ...] | None:
-    """Return the shape that a parameter with these slots has, or None where they do not tell it or contradict it."""
+    """Return the shape of the parameter that has these slots, or None if they do not tell it or contradict it."""
     shapes = {
-        value.shape for name, value in slots.items() if slot_kind(name, value, elementwise) == "elementwise"
-    }  # fmt: skip
-    for row, column, kept in _FACTORED:
+        value.shape
+        for name, value in slots.items()
+        if isinstance(value, LazyTensor) and slot_kind(name, value, elementwise) == "elementwise"
+    }
+    for row, column, keeps_dims in _FACTORED:
         rows, columns = slots.get(row), slots.get(column)
         if isinstance(rows, LazyTensor) and isinstance(columns, LazyTensor):
-            shapes.add(_of_factors(rows.shape, columns.shape, kept=kept))
+            shapes.add((*rows.shape[: -1 if keeps_dims else None], *columns.shape[-1:]))
     return shapes.pop() if len(shapes) == 1 else None
 
 
-def _of_factors(rows: tuple[int, ...], columns: tuple[int, ...], *, kept: bool) -> tuple[int, ...]:
-    """Return the shape of what was summed over columns and over rows; ``kept`` says that the sums have dims of one."""
-    return (*rows[: -1 if kept else None], *columns[-1:])
-
-
-def number_of(value: SlotValue) -> float | int | None:
-    """Return a number, or the one that a tensor of one element holds, read without torch; None for anything else."""
+def number_of(value: Any) -> float | int | None:
+    """Return ``value`` if it is a number, or the number in a tensor of one element, without torch; None otherwise."""
     if isinstance(value, int | float):
         return value
+    number: float | int | None
     if hasattr(value, "numel"):  # a live tensor
-        alone: float | int | None = value.item() if value.numel() == 1 and not value.is_meta else None
-        return alone
+        number = value.item() if value.numel() == 1 and not value.is_meta else None
+        return number
     if not isinstance(value, LazyTensor) or value.info.elements != 1 or value.info.kind != "dense":
         return None
     data = value.source.read_bytes(value.info.key)
     if value.dtype == "BF16":
-        data = b"\0\0" + data
-    form = _NUMBERS.get("F32" if value.dtype == "BF16" else value.dtype)
-    number: float | int | None = None if form is None else struct.unpack(form, data)[0]
+        data = b"\0\0" + data  # as F32
+    code = _STRUCT_CODES.get("F32" if value.dtype == "BF16" else value.dtype)
+    number = None if code is None else struct.unpack(code, data)[0]
     return number
 
 
-def same_value(one: SlotValue, other: SlotValue) -> bool:
-    """Return whether two values are equal: tensors where their bytes are, everything else with its type."""
-    if isinstance(one, LazyTensor) and isinstance(other, LazyTensor):
-        return (one.dtype, one.shape) == (other.dtype, other.shape) and same_bytes(one.payload(), other.payload())
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(same_value(one[key], other[key]) for key in one)
-    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
-        return len(one) == len(other) and all(map(same_value, one, other))
-    return type(one) is type(other) and bool(one == other)
+def same_value(left: SlotValue, right: SlotValue) -> bool:
+    """Return whether two values are equal: tensors are compared by their bytes, other values with their types."""
+    if isinstance(left, LazyTensor) and isinstance(right, LazyTensor):
+        return (left.dtype, left.shape) == (right.dtype, right.shape) and same_bytes(left.payload(), right.payload())
+    if isinstance(left, Mapping) and isinstance(right, Mapping):
+        return left.keys() == right.keys() and all(same_value(left[key], right[key]) for key in left)
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple):
+        return len(left) == len(right) and all(map(same_value, left, right))
+    return type(left) is type(right) and bool(left == right)

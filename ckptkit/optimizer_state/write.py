@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
 from ckptkit.core.progress import Progress
@@ -140,7 +141,7 @@ class _StateParts:
         self.records, stored = assign_records(infos, payload, payload)
         self._new_tensors = dict(zip(new, editor.add_tensors(stored).values(), strict=True))
 
-    def of_state(self, value: Mapping[str, SlotValue]) -> dict[str, Part]:
+    def of_state(self, value: Mapping[str, Any]) -> dict[str, Part]:
         """Return a part for each key of a state, such as ``state`` and ``param_groups``."""
         return {
             key: self._groups(inner) if key == "param_groups" else self._part(inner) for key, inner in value.items()
