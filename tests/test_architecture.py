@@ -1,4 +1,4 @@
-"""The rules of the house: imports point down, rooms are small, heavy guests wait outside."""
+"""The rules of the architecture: imports point down, folders are small, and torch is imported only where needed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import ckptkit
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "ckptkit"
 
-# From the floor to the roof: a package imports only from packages below its own floor.
-FLOORS = (
+# From the lowest level to the highest: a package imports only from packages on lower levels.
+LEVELS = (
     {"errors"},
     {"core"},
     {"tensor_ops", "wrappers"},
@@ -34,19 +34,18 @@ FLOORS = (
     {"cli"},
     {"", "__main__"},
 )
-LEVEL = {package: level for level, packages in enumerate(FLOORS) for package in packages}
+LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}
 
-# The command line finds its commands by name, so that each is imported only when it is used.
-HEAVY = {"torch", "numpy"}
+HEAVY_LIBRARIES = {"torch", "numpy"}
 
 
-def room_of(path: Path) -> str:
-    """Return the dotted name of a module below the package; the package itself is the empty name."""
+def module_name(path: Path) -> str:
+    """Return the dotted name of a module inside the package; the name of the package itself is empty."""
     parts = path.relative_to(PACKAGE).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {room_of(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -61,85 +60,86 @@ def imports_of(path: Path) -> set[str]:
     return found
 
 
-MODULES = {f"ckptkit.{room}" if room else "ckptkit" for room in FILES}
+MODULES = {f"ckptkit.{module}" if module else "ckptkit" for module in FILES}
 
 
-def rooms_of(names: set[str]) -> list[str]:
-    """Return the rooms among the names of modules."""
+def own_modules(names: set[str]) -> list[str]:
+    """Return those of the imported names that are modules of ckptkit, as ``module_name`` gives them."""
     return [name.removeprefix("ckptkit").removeprefix(".") for name in names if name in MODULES]
 
 
 def package_of(module: str) -> str:
-    """Return the top package of a module: the part of its name that has a floor."""
+    """Return the top package of a module, which has a level."""
     return module.partition(".")[0]
 
 
-def test_every_package_has_a_floor() -> None:
-    """A new package is given its place."""
-    assert {package_of(module) for module in FILES} == set(LEVEL)
+def test_every_package_has_a_level() -> None:
+    """A new package is listed in ``LEVELS``."""
+    assert {package_of(module) for module in FILES} == set(LEVEL_OF)
 
 
-@pytest.mark.parametrize("package", sorted(LEVEL))
+@pytest.mark.parametrize("package", sorted(LEVEL_OF))
 def test_imports_point_down(package: str) -> None:
-    """No package imports from its own floor or one above."""
+    """No package imports another package on its own level or above."""
     wrong = {
         (module, other)
         for module, path in FILES.items()
         if package_of(module) == package
-        for other in rooms_of(imports_of(path))
-        if package_of(other) != package and LEVEL[package_of(other)] >= LEVEL[package]
+        for other in own_modules(imports_of(path))
+        if package_of(other) != package and LEVEL_OF[package_of(other)] >= LEVEL_OF[package]
     }
     assert wrong == set()
 
 
 def test_no_two_files_import_each_other() -> None:
-    """No import, not even one inside a function, closes a circle of files."""
-    graph = {module: set(rooms_of(imports_of(path))) - {module} for module, path in FILES.items()}
-    # "from ckptkit.render import page" names the package too; importing a file of it is not using its door.
+    """No import closes a circle of files, not even an import inside a function."""
+    graph = {module: set(own_modules(imports_of(path))) - {module} for module, path in FILES.items()}
+    # "from ckptkit.render import page" also names the package; a file may import a sibling without its __init__.
     below = {
         module: {other for other in others if not module.startswith(f"{other}.")} for module, others in graph.items()
     }
     graphlib.TopologicalSorter(below).prepare()
 
 
-def test_a_folder_can_be_taken_in_at_a_glance() -> None:
-    """A folder that holds more files than this is split by what they are for."""
+def test_folders_are_small() -> None:
+    """A folder has at most 16 files; a larger folder is split by purpose."""
     folders = Counter(path.parent.relative_to(PACKAGE).as_posix() for path in FILES.values())
     assert {folder: number for folder, number in folders.items() if number > 16} == {}
 
 
 @pytest.mark.parametrize(
-    ("guest", "homes"),
+    ("library", "packages"),
     [("click", ("cli",)), ("tabulate", ("render",)), ("pickle", ()), ("mmap", ())],
     ids=["click", "tabulate", "pickle", "mmap"],
 )
-def test_guests_stay_in_their_rooms(guest: str, homes: tuple[str, ...]) -> None:
-    """click is for the command line, tabulate for reports; pickle and mmap are for nobody."""
-    users = [room for room, path in FILES.items() if guest in {name.partition(".")[0] for name in imports_of(path)}]
-    assert [room for room in users if not room.startswith(homes or ("none",))] == []
+def test_libraries_are_imported_only_in_their_package(library: str, packages: tuple[str, ...]) -> None:
+    """Only the command line imports click, only reports import tabulate, and nothing imports pickle or mmap."""
+    users = [name for name, path in FILES.items() if library in {top.partition(".")[0] for top in imports_of(path)}]
+    assert [name for name in users if not name.startswith(packages or ("none",))] == []
 
 
-def reached_from(room: str) -> set[str]:
-    """Return every room that a room imports, at once or later, itself or through others."""
+def reached_from(module: str) -> set[str]:
+    """Return every module that a module imports, directly or through others, anywhere in them."""
     reached: set[str] = set()
-    waiting = [room]
+    waiting = [module]
     while waiting:
         current = waiting.pop()
-        if current not in reached and current != "formats.live":  # a live model is torch's own
+        if current not in reached and current != "formats.live":  # a live model needs torch anyway
             reached.add(current)
-            waiting += rooms_of(imports_of(FILES[current]))
+            waiting += own_modules(imports_of(FILES[current]))
     return reached
 
 
 @pytest.mark.parametrize(
-    "room", sorted(room for room in FILES if room.startswith("formats") and room != "formats.live")
+    "module", sorted(name for name in FILES if name.startswith("formats") and name != "formats.live")
 )
-def test_no_reader_reaches_torch(room: str) -> None:
-    """A file is read without torch and numpy, to its last byte; only ``Checkpoint.read`` makes a tensor of it."""
-    guests = {
-        other: HEAVY & {name.partition(".")[0] for name in imports_of(FILES[other])} for other in reached_from(room)
+def test_no_reader_reaches_torch(module: str) -> None:
+    """Every byte of a file can be read without torch and numpy; only ``Checkpoint.read`` makes a tensor."""
+    users = {
+        other: HEAVY_LIBRARIES & {name.partition(".")[0] for name in imports_of(FILES[other])}
+        for other in reached_from(module)
     }
-    assert {other for other, heavy in guests.items() if heavy} <= {"core.checkpoint", "core.torch_types"}
+    assert {other for other, heavy in users.items() if heavy} <= {"core.checkpoint", "core.torch_types"}
 
 
 def test_public_names_are_sorted_and_real() -> None:
@@ -149,20 +149,20 @@ def test_public_names_are_sorted_and_real() -> None:
     assert set(ckptkit.__all__) <= set(dir(ckptkit))
 
 
-# Importing the first runs the program, and importing the others imports the libraries that they are for.
+# Importing __main__ runs the program, and importing an integration imports its library.
 @pytest.mark.parametrize(
-    "room", sorted(FILES.keys() - {"__main__", "integrations.transformers", "integrations.lightning"})
+    "name", sorted(FILES.keys() - {"__main__", "integrations.transformers", "integrations.lightning"})
 )
-def test_every_all_is_real(room: str) -> None:
-    """What a module says it offers is there; the linter keeps each list in order."""
-    module = import_module(f"ckptkit.{room}" if room else "ckptkit")
-    assert [name for name in getattr(module, "__all__", []) if not hasattr(module, name)] == []
+def test_every_all_is_real(name: str) -> None:
+    """Every name in the ``__all__`` of a module exists; the linter keeps each list sorted."""
+    module = import_module(f"ckptkit.{name}" if name else "ckptkit")
+    assert [public for public in getattr(module, "__all__", []) if not hasattr(module, public)] == []
 
 
-@pytest.mark.parametrize("room", sorted(FILES))
-def test_nothing_is_called_safe(room: str) -> None:
-    """No text that the program could print promises that a file is harmless: nobody can know that."""
-    nodes = ast.walk(ast.parse(FILES[room].read_text(encoding="utf-8")))
+@pytest.mark.parametrize("module", sorted(FILES))
+def test_nothing_is_called_safe(module: str) -> None:
+    """No text that the program could print says that a file is harmless, because that cannot be known."""
+    nodes = ast.walk(ast.parse(FILES[module].read_text(encoding="utf-8")))
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     assert [text for text in texts if re.search(r"\bsafe\b", text, re.IGNORECASE)] == []
 
@@ -191,11 +191,40 @@ LIGHT_COMMANDS = {
 
 
 @pytest.mark.parametrize("code", LIGHT_COMMANDS.values(), ids=LIGHT_COMMANDS.keys())
-def test_heavy_guests_wait_outside(code: str, tmp_path: Path) -> None:
-    """Neither torch nor numpy is imported to list, compare, rename or convert bytes."""
+def test_light_commands_import_no_heavy_library(code: str, tmp_path: Path) -> None:
+    """Listing, comparing, renaming and converting bytes import neither torch nor numpy."""
     views = {"w": torch.arange(6.0).view(2, 3).T, "c": torch.ones(2, dtype=torch.complex64).conj()}
     torch.save(views, tmp_path / "views.pt")
     program = f"OUT = {str(tmp_path)!r}\nimport sys\nfrom ckptkit.cli import main\n{code}\nprint(file=sys.stderr)\n"
-    program += f"print('HEAVY', sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)"
+    program += f"print('HEAVY', sorted({HEAVY_LIBRARIES!r} & set(sys.modules)), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "HEAVY []"
+
+
+# The packages that a command must not load, because it calls nothing in them.
+UNUSED_PACKAGES = {
+    "help": ("main(['--help'])", {"core", "formats", "render", "rules", "wrappers"}),
+    "diff": (
+        "main(['diff', 'fixtures/lenet_10class.safetensors', 'fixtures/lenet_ddp.pt', '--rename', 'module.*=*'])",
+        {"param_groups", "plans", "statistics", "tensor_ops"},
+    ),
+    "convert": (
+        "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/shards', '--max-shard-size', '100kB'])",
+        {"comparison", "formats.distributed", "formats.torch.write", "param_groups", "tensor_ops"},
+    ),
+    "groups validate": (
+        "main(['groups', 'validate', '--model', 'py:fixtures.lenet:build', 'fixtures/groups.toml'])",
+        {"comparison", "loading", "optimizer_state", "plans", "rules", "tensor_ops", "wrappers.explain"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("code", "unused"), UNUSED_PACKAGES.values(), ids=UNUSED_PACKAGES.keys())
+def test_light_commands_load_no_heavy_package(code: str, unused: set[str], tmp_path: Path) -> None:
+    """A command loads only the modules that it runs."""
+    program = f"OUT = {str(tmp_path)!r}\nimport sys\nfrom ckptkit.cli import main\n{code}\nprint(file=sys.stderr)\n"
+    program += "print('LOADED', *sorted(sys.modules), file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = done.stderr.splitlines()[-1].split()
+    names = tuple(f"ckptkit.{package}" for package in unused)
+    assert [name for name in loaded if name in names or name.startswith(tuple(f"{name}." for name in names))] == []
