@@ -291,7 +291,7 @@ def test_the_command_line_takes_presets(tmp_path: Path, capsys: pytest.CaptureFi
     command: list[str | Path] = ["remap", source, "-o", out, "--force", "--rules", "preset:llama-hf-to-meta"]
     ran = run_ckpt(capsys, *command)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith("ckpt: preset:llama-hf-to-meta: variable heads: it is taken from a config.json")
+    assert ran.err.startswith("ckpt: preset:llama-hf-to-meta: variable heads: its value is read from a config.json")
     assert run_ckpt(capsys, *command, "--set", "heads=4", "--set", "kv_heads=2").code == 0
     expected = load_file(out)
     config = {"num_attention_heads": HEADS, "num_key_value_heads": KV}
@@ -313,7 +313,7 @@ def test_presets_are_listed_without_anything_else(capsys: pytest.CaptureFixture[
     ran = run_ckpt(capsys, "remap", "--rules", "preset:?")
     assert (ran.code, ran.err) == (0, "")
     assert tuple(line for line in ran.out.splitlines() if line and line[0] != " ") == preset_names()
-    assert "  Vision Transformer: the names of transformers' ViTForImageClassification" in ran.out
+    assert "  Vision Transformer: from the names in the files of transformers' ViTForImageClassification" in ran.out
 
 
 def test_a_variable_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:

@@ -197,7 +197,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "two for one place": (
         ["a.x", "b.x"],
         '[[rule]]\nfrom = "re:(a|b).x"\nto = "x"\nop = "transpose"',
-        "line 1: op takes no re: pattern",
+        "line 1: op cannot have a re: pattern",
     ),
     "gathered over a name": (
         ["e.a.w", "e.b.w"],
@@ -217,17 +217,17 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "as many names as outputs": (
         ["qkv"],
         '[[rule]]\nfrom = "qkv"\nto = ["q", "k"]\nop = { split = { dim = 0, parts = 3 } }',
-        "line 1: split makes 3 of it, and to has 2 names",
+        "line 1: split has 3 outputs, and to has 2 names",
     ),
     "an operation on what is dropped": (
         ["a"],
         '[[rule]]\nfrom = "a"\ndrop = true\nop = "transpose"',
-        "line 1: op makes something of what is dropped",
+        "line 1: op and drop exclude each other",
     ),
     "a policy for collisions": (
         ["a"],
         '[[rule]]\nfrom = "a"\nto = "b"\nop = "transpose"\non_collision = "last"',
-        "line 1: on_collision chooses between names",
+        "line 1: op and on_collision exclude each other",
     ),
     "an unknown operation": (["a"], '[[rule]]\nfrom = "a"\nto = "b"\nop = "transpos"', "line 1: there is no operation"),
     "an unbound capture": (
@@ -278,16 +278,16 @@ def test_variables(table: dict[str, Any], settings: Settings, values: dict[str, 
 
 WRONG_VARIABLES: dict[str, tuple[object, Settings, str]] = {
     "no table": (3, Settings(), "vars must be a table"),
-    "a float": ({"n": 1.5}, Settings(), "variable n: it is no integer"),
+    "a float": ({"n": 1.5}, Settings(), "variable n: it is not an integer"),
     "no configuration": (
         {"n": "config:a"},
         Settings(),
-        "variable n: it is taken from a config.json, and there is none",
+        "variable n: its value is read from a config.json, and there is none",
     ),
     "not in it": ({"n": "config:a"}, Settings(config=dict), "variable n: config.json has no 'a'"),
-    "no integer in it": ({"n": "config:a"}, Settings(config=lambda: {"a": "x"}), "holds no integer at 'a'"),
+    "no integer in it": ({"n": "config:a"}, Settings(config=lambda: {"a": "x"}), "does not have an integer at 'a'"),
     "one that is not there": ({"n": 1}, Settings({"m": "2"}), "the rules have no variable 'm'"),
-    "no name": ({"a b": 1}, Settings(), "'a b' is no name"),
+    "no name": ({"a b": 1}, Settings(), "'a b' is not a valid variable name"),
     "before it is known": ({"n": "m", "m": 1}, Settings(), "uses the unknown variable 'm'"),
 }
 
@@ -315,7 +315,7 @@ def test_variables_from_the_command_line_and_the_configuration(
         tmp_path / "rules.toml",
     ]
     ran = run_ckpt(capsys, *arguments)
-    assert (ran.code, "variable heads: it is taken from a config.json, and there is none" in ran.err) == (2, True)
+    assert (ran.code, "variable heads: its value is read from a config.json, and there is none" in ran.err) == (2, True)
     (tmp_path / "config.json").write_text(json.dumps({"text": {"num_attention_heads": 4}}), encoding="utf-8")
     ran = run_ckpt(capsys, *arguments, "--json")
     assert ran.code == 0

@@ -157,7 +157,7 @@ def test_a_name_that_a_rule_empties_is_an_error_naming_rule_and_key() -> None:
 
 
 def test_an_index_below_zero_is_an_error_naming_the_key() -> None:
-    with pytest.raises(RuleError, match=r"'h\.0' into index -1"):
+    with pytest.raises(RuleError, match=r"gives 'h\.0' the negative index -1"):
         applied(["h.1", "h.0"], rename=["h.{i:int}=h.{i-1}"])
 
 
@@ -198,11 +198,11 @@ def test_a_command_line_comes_before_the_file() -> None:
         pytest.param("rule = [1]", "rule must be a list of tables", id="no tables"),
         pytest.param("keep = 1", "keep must be a pattern", id="keep is a number"),
         pytest.param("keep = ['a', 1]", "keep must be a pattern", id="keep holds a number"),
-        pytest.param("[[rule]]\nto = 'a'", "[[rule]] 1: there is no pattern", id="no from"),
+        pytest.param("[[rule]]\nto = 'a'", "[[rule]] 1: it needs a pattern", id="no from"),
         pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\n[[rule]]\nfrom = 'a'", "[[rule]] 2: it needs either", id="no to"),
         pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\ndrop = true", "[[rule]] 1: it needs either", id="to and drop"),
-        pytest.param("[[rule]]\nfrom = 'a'\nto = 1", "[[rule]] 1: to is a string", id="to is a number"),
-        pytest.param("[[rule]]\nfrom = 'a'\ndrop = 'yes'", "[[rule]] 1: drop and optional are", id="drop is text"),
+        pytest.param("[[rule]]\nfrom = 'a'\nto = 1", "[[rule]] 1: to must be a string or a list", id="to is a number"),
+        pytest.param("[[rule]]\nfrom = 'a'\ndrop = 'yes'", "[[rule]] 1: drop and optional must be", id="drop is text"),
         pytest.param("[[rule]]\nfrom = 'a{'\nto = 'b'", "[[rule]] 1: 'a{' has a brace", id="bad pattern"),
         pytest.param("[[rule]]\nfrom = 'a'\nto = '*'", "[[rule]] 1: 'a=*' has 0 '*'", id="bad template"),
         pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\non_collision = []", "[[rule]] 1: on_collision", id="collision"),
@@ -213,7 +213,7 @@ def test_a_command_line_comes_before_the_file() -> None:
         ),
         pytest.param(
             "[[stage]]\n[[stage]]\n[[stage.rule]]\nfrom = 1",
-            "[[stage]] 2, [[rule]] 1: from is a string",
+            "[[stage]] 2, [[rule]] 1: from must be a string or a list",
             id="in a stage",
         ),
         pytest.param("[[stage]]\nstage = []", "[[stage]] 1 has the unknown key 'stage'", id="a stage in a stage"),

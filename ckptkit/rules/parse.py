@@ -1,15 +1,15 @@
-"""From what users write to rules: strings of a command line, and the tables of a rule file."""
+"""Parsers of rules: options of the command line, arguments of the Python API, and rule files."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeGuard, cast, get_args
 
 from ckptkit.core.patterns import Template, parse_pattern, parse_rename, parse_template
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import RuleError
-from ckptkit.rules.model import Rule, Rules, Stage
+from ckptkit.rules.model import OnCollision, Rule, Rules, RulesLike, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
 
 if TYPE_CHECKING:
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["as_rules", "parse_rules", "rule_lines", "rules_from_table"]
 
-_MOST_STAGES = 50
-_COLLISIONS = ("error", "first", "last", "equal")
+_MAX_STAGES = 50
+_COLLISIONS: tuple[str, ...] = get_args(OnCollision)
 _RULE_HEADER = re.compile(r"^[ \t]*\[\[[ \t]*(?P<staged>stage[ \t]*\.[ \t]*)?rule[ \t]*\]\]", re.MULTILINE)
 
 
@@ -28,32 +28,33 @@ def parse_rules(
     keep: Iterable[str] = (),
     drop: Iterable[str] = (),
     strip: Iterable[str] = (),
-    file: Mapping[str, Any] | None = None,
+    file: Mapping[str, object] | None = None,
     allow_unused: bool = False,
     lines: Sequence[int] = (),
     settings: Settings = NO_VARIABLES,
 ) -> Rules:
-    """Return the rules of a command line, followed by those of a parsed rule file.
+    """Return the rules of a command line, followed by the rules of a parsed rule file.
 
-    Keeping comes first, then dropping, then stripping, then renaming; the file's stages follow as passes of their own
-    where the command line has rules too. ``lines`` are those of the file's rules, for messages, and
-    ``settings`` what its variables are set to. Raises ``RuleError``.
+    The options apply in the order keep, drop, strip, rename; the stages of the file follow. ``lines`` holds the line
+    of each rule of the file, for messages, and ``settings`` the values of its variables. Raises ``RuleError`` for a
+    rule that is not valid.
     """
     stages: list[Stage] = []
     drops = tuple(Rule((parse_pattern(text),)) for text in drop)
     renames = tuple(Rule((template.pattern,), ((template,),)) for template in map(parse_rename, rename))
     kept, stripped = tuple(map(parse_pattern, keep)), _prefixes(list(strip), "strip")
-    passes = [Stage(kept, drops), Stage((), renames, stripped)] if stripped else [Stage(kept, drops + renames)]
-    stages.extend(stage for stage in passes if stage != Stage())
+    given = [Stage(kept, drops), Stage((), renames, stripped)] if stripped else [Stage(kept, drops + renames)]
+    stages.extend(stage for stage in given if stage != Stage())
     if file is not None:
         stages.extend(rules_from_table(file, lines=lines, settings=settings))
     return Rules(tuple(stages), allow_unused)
 
 
-def as_rules(rules: Rules | Iterable[str] | Mapping[str, Any] | None) -> Rules:
-    """Return rules from what a caller of the Python API may pass.
+def as_rules(rules: RulesLike | None) -> Rules:
+    """Return the rules that an argument of the Python API describes.
 
-    Renames as ``"OLD=NEW"`` strings, a mapping in the form of a rule file, ``Rules``, or None.
+    The argument is a list of renames ``"OLD=NEW"``, a mapping with the content of a rule file, ``Rules``, or None.
+    Raises ``RuleError`` for any other value and for a rule that is not valid.
     """
     if isinstance(rules, Rules):
         return rules
@@ -63,47 +64,48 @@ def as_rules(rules: Rules | Iterable[str] | Mapping[str, Any] | None) -> Rules:
         return parse_rules(file=rules)
     if isinstance(rules, str):
         raise RuleError(f"rules is the string {quoted(rules)}", hint=f"pass a list: rules=[{rules!r}]")
-    given: Any = rules
-    renames = list(given) if isinstance(given, Iterable) else [given]
-    if wrong := [item for item in renames if not isinstance(item, str)]:
-        raise RuleError(f"a rule is {kind_of(wrong[0])}", hint='pass a list of renames: rules=["OLD=NEW"]')
+    given: object = rules  # the caller may have passed anything
+    renames: list[object] = list(given) if isinstance(given, Iterable) else [given]
+    if not _are_strings(renames):
+        wrong = next(item for item in renames if not isinstance(item, str))
+        raise RuleError(f"a rule is {kind_of(wrong)}", hint='pass a list of renames: rules=["OLD=NEW"]')
     return parse_rules(rename=renames)
 
 
 def rule_lines(text: str) -> tuple[int, ...]:
-    """Return the line, counted from 1, on which each ``[[rule]]`` of a TOML file begins, in the order of the passes."""
-    # Rules of the file itself are the first pass, below a [[stage]] too.
+    """Return the line, counted from 1, on which each ``[[rule]]`` of a TOML file begins, in the order of the stages."""
+    # A [[rule]] belongs to the first stage wherever it is in the file; a [[stage.rule]] does not.
     headers = sorted(_RULE_HEADER.finditer(text), key=lambda header: header["staged"] is not None)
     return tuple(text.count("\n", 0, header.start()) + 1 for header in headers)
 
 
 def rules_from_table(
-    table: Mapping[str, Any], *, lines: Sequence[int] = (), settings: Settings = NO_VARIABLES
+    table: Mapping[str, object], *, lines: Sequence[int] = (), settings: Settings = NO_VARIABLES
 ) -> tuple[Stage, ...]:
-    """Return the passes that a rule file describes: ``keep``, ``strip``, ``[[rule]]``, then each ``[[stage]]``.
+    """Return the stages of a rule file: ``keep``, ``strip`` and ``[[rule]]`` are the first, then each ``[[stage]]``.
 
-    Raises ``RuleError`` naming the rule by its line, or by its number, counted from 1.
+    Raises ``RuleError`` for a rule that is not valid, naming its line or its number, counted from 1.
     """
-    _known(table, {"keep", "strip", "rule", "stage", "vars"}, "a rule file")
+    _refuse_unknown(table, {"keep", "strip", "rule", "stage", "vars"}, "a rule file")
     variables = settings.resolve(table.get("vars", {}))
-    passes: list[tuple[str, Mapping[str, Any]]] = [
+    tables: list[tuple[str, Mapping[str, object]]] = [
         ("", {name: value for name, value in table.items() if name not in ("stage", "vars")})
     ]
     for number, inner in enumerate(_tables(table, "stage"), start=1):
-        _known(inner, {"keep", "strip", "rule"}, f"[[stage]] {number}")
-        passes.append((f"[[stage]] {number}, ", inner))
-    if len(passes) > _MOST_STAGES:
-        raise RuleError(f"there are {len(passes) - 1:,} stages, and at most {_MOST_STAGES - 1} are taken")
-    count = sum(len(_tables(inner, "rule")) for _, inner in passes)
-    at = iter(lines if len(lines) == count else ())  # rules written as inline tables have no header of their own
-    stages = [_stage(inner, where, at, variables) for where, inner in passes]
+        _refuse_unknown(inner, {"keep", "strip", "rule"}, f"[[stage]] {number}")
+        tables.append((f"[[stage]] {number}, ", inner))
+    if len(tables) > _MAX_STAGES:
+        raise RuleError(f"there are {len(tables) - 1:,} stages, and at most {_MAX_STAGES - 1} are allowed")
+    count = sum(len(_tables(inner, "rule")) for _, inner in tables)
+    at = iter(lines if len(lines) == count else ())  # rules that are inline tables have no header
+    stages = [_stage(inner, where, at, variables) for where, inner in tables]
     return tuple(stage for stage in stages if stage != Stage())
 
 
-def _stage(table: Mapping[str, Any], where: str, lines: Iterable[int], variables: Mapping[str, int]) -> Stage:
+def _stage(table: Mapping[str, object], where: str, lines: Iterable[int], variables: Mapping[str, int]) -> Stage:
     keep = table.get("keep", [])
     keep = [keep] if isinstance(keep, str) else keep
-    if not isinstance(keep, list) or not all(isinstance(text, str) for text in keep):
+    if not isinstance(keep, list) or not _are_strings(keep):
         raise RuleError(f"{where}keep must be a pattern or a list of patterns")
     rules = []
     for number, inner in enumerate(_tables(table, "rule"), start=1):
@@ -124,17 +126,17 @@ def _prefixes(strip: object, where: str) -> tuple[str, ...]:
     return tuple(strip)
 
 
-def _rule(table: Mapping[str, Any], where: str, variables: Mapping[str, int]) -> Rule:
-    _known(table, {"from", "to", "op", "drop", "optional", "on_collision"}, "the rule")
+def _rule(table: Mapping[str, object], where: str, variables: Mapping[str, int]) -> Rule:
+    _refuse_unknown(table, {"from", "to", "op", "drop", "optional", "on_collision"}, "the rule")
     drop, optional = table.get("drop", False), table.get("optional", False)
     on_collision = table.get("on_collision", "error")
     if not isinstance(drop, bool) or not isinstance(optional, bool):
-        raise RuleError("drop and optional are true or false")
+        raise RuleError("drop and optional must be true or false")
     if on_collision not in _COLLISIONS:
-        raise RuleError(f"on_collision is one of {', '.join(_COLLISIONS)}")
+        raise RuleError(f"on_collision must be one of {', '.join(_COLLISIONS)}")
     sources = tuple(parse_pattern(text) for text in _texts(table, "from"))
     if not sources:
-        raise RuleError('there is no pattern: from = "..."')
+        raise RuleError('it needs a pattern: from = "..."')
     targets = _texts(table, "to")
     if drop == bool(targets):
         raise RuleError('it needs either to = "..." or drop = true')
@@ -147,41 +149,45 @@ def _rule(table: Mapping[str, Any], where: str, variables: Mapping[str, int]) ->
 
         operations = parse_operations(table["op"], variables)
         _check_operations(operations, targets, on_collision, is_regex=any(source.is_regex for source in sources))
-    return Rule(sources, templates if targets else (), operations, optional, on_collision, where)
+    return Rule(sources, templates if targets else (), operations, optional, cast("OnCollision", on_collision), where)
 
 
 def _check_operations(
-    operations: Sequence[Operation], targets: Sequence[str], on_collision: str, *, is_regex: bool
+    operations: Sequence[Operation], targets: Sequence[str], on_collision: object, *, is_regex: bool
 ) -> None:
     if not targets:
-        raise RuleError("op makes something of what is dropped", hint="leave out either op or drop")
+        raise RuleError("op and drop exclude each other", hint="leave out one of them")
     if on_collision != "error":
-        raise RuleError("on_collision chooses between names, and op makes new tensors", hint="leave out one of them")
+        raise RuleError("op and on_collision exclude each other", hint="leave out one of them")
     if is_regex:
-        raise RuleError("op takes no re: pattern", hint="write captures: {i:int} is an index, {name} a segment")
+        raise RuleError("op cannot have a re: pattern", hint="use captures: {i:int} is an index, {name} a segment")
     if operations[-1].outputs != len(targets):
         raise RuleError(
-            f"{operations[-1].name} makes {operations[-1].outputs} of it, and to has {len(targets)} names",
-            hint="give as many names as there are outputs",
+            f"{operations[-1].name} has {operations[-1].outputs} outputs, and to has {len(targets)} names",
+            hint="give one name for each output",
         )
 
 
-def _texts(table: Mapping[str, Any], name: str) -> list[str]:
+def _texts(table: Mapping[str, object], name: str) -> list[str]:
     value = table.get(name, [])
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise RuleError(f"{name} is a string, or a list of strings")
+    if not isinstance(texts, list) or not _are_strings(texts):
+        raise RuleError(f"{name} must be a string or a list of strings")
     return texts
 
 
-def _tables(table: Mapping[str, Any], name: str) -> Sequence[Mapping[str, Any]]:
+def _tables(table: Mapping[str, object], name: str) -> Sequence[Mapping[str, object]]:
     inner = table.get(name, [])
     if not isinstance(inner, list) or not all(isinstance(item, Mapping) for item in inner):
         raise RuleError(f"{name} must be a list of tables, written [[{name}]]")
     return inner
 
 
-def _known(table: Mapping[str, Any], known: set[str], where: str) -> None:
+def _are_strings(values: list[object]) -> TypeGuard[list[str]]:
+    return all(isinstance(value, str) for value in values)
+
+
+def _refuse_unknown(table: Mapping[str, object], known: set[str], where: str) -> None:
     unknown = sorted(set(table) - known)
     if unknown:
         raise RuleError(f"{where} has the unknown key {quoted(unknown[0])}", hint=f"known: {', '.join(sorted(known))}")

@@ -57,8 +57,10 @@ BAD: dict[str, Bad] = {
     "I17 no name": Bad(renaming("--rename", "c.w="), "leaves 'c.w' without a name"),
     "I17 the name of the metadata": Bad(renaming("--rename", "c.w=__metadata__"), "a tensor is called '__metadata__'"),
     "I17 a rule that matches nothing": Bad(renaming("--rename", "zz=y"), "--rename 'zz=y' matches none of 3 keys"),
-    "I17 a bad regular expression": Bad(renaming("--rename", "re:(=y"), "'re:(' is not a regular expression"),
-    "I17 a group that is not there": Bad(renaming("--rename", "re:c.w=\\9"), "does not fit 're:c.w': invalid group"),
+    "I17 a bad regular expression": Bad(renaming("--rename", "re:(=y"), "'re:(' is not a valid regular expression"),
+    "I17 a group that is not there": Bad(
+        renaming("--rename", "re:c.w=\\9"), "not a valid template for 're:c.w': invalid"
+    ),
     "I17 a star too few": Bad(renaming("--rename", "a.*=x"), "has 1 '*' on the left and 0 on the right"),
     "I17 nothing is left": Bad(renaming("--drop", "*"), "the output would have none of 3 tensors"),
     "I18 another shape": Bad(merging({**STATE, "a.w": torch.ones(2, 2)}), "'a.w' is [2, 3] in the base and [2, 2] in"),

@@ -1,11 +1,10 @@
-"""Rules for well-known pairs of names, shipped as the rule files beside this one: ``llama-meta-to-hf.toml``."""
+"""Presets: rule files for well-known models, stored beside this module, such as ``llama-meta-to-hf.toml``."""
 
 from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
-from typing import Any
 
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, RuleError
@@ -26,7 +25,7 @@ def preset_names() -> tuple[str, ...]:
 
 
 def preset_text(name: str) -> str:
-    """Return the rule file of a preset as it was written; raises ``RuleError`` listing all where there is none."""
+    """Return the text of the rule file of a preset; raise ``RuleError``, listing all presets, for an unknown name."""
     known = preset_names()
     if name not in known:
         raise RuleError(f"there is no preset {quoted(name)}", hint=f"presets: {', '.join(known)}")
@@ -34,13 +33,13 @@ def preset_text(name: str) -> str:
 
 
 def preset_rules(
-    name: str, variables: Mapping[str, int] | None = None, *, config: Mapping[str, Any] | None = None
+    name: str, variables: Mapping[str, int] | None = None, *, config: Mapping[str, object] | None = None
 ) -> Rules:
-    """Return the rules of a preset, for ``plan_remap``, ``diff``, ``load_into``: ``preset_rules("vit-timm-to-hf")``.
+    """Return the rules of a preset, for ``plan_remap``, ``diff`` and ``load_into``.
 
-    ``config`` is the model's configuration, from which the preset takes numbers that no shape tells, such as that of
-    the heads; ``variables`` (``{"heads": 32}``) are given in place of those. Raises ``RuleError`` for an unknown preset
-    or variable, and where a number is neither given nor in ``config``.
+    ``config`` is the configuration of the model, with numbers that shapes do not tell, such as the number of heads.
+    ``variables``, such as ``{"heads": 32}``, replace values of the configuration. Raises ``RuleError`` for an unknown
+    preset or variable, and where a value is neither in ``variables`` nor in ``config``.
     """
     text = preset_text(name)
     given = Settings(
