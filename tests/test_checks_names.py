@@ -200,7 +200,7 @@ def test_a_stale_shard_is_found_by_the_index(tmp_path: Path) -> None:
     """The directory as a whole is refused; by the path of its index it is read, and the shard is named."""
     index = shard(tmp_path)
     save({"z": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
-    said = "shard 'model-00003-of-00003.safetensors' lies beside the index and is not named in it"
+    said = "shard 'model-00003-of-00003.safetensors' is beside the index, which does not name it"
     assert warned(checked(index)) == [("stale-shard", "warning", said)]
 
 

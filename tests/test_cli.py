@@ -100,7 +100,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "align digests": (["align", TEN, DDP, "--digests"], 0, "equal bytes", ""),
     "align no bytes": (["align", "nowhere.pt", TEN], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "align over a file": (["align", TEN, DDP, "-o", "README.md"], 2, "", "ckpt: README.md: already exists"),
-    "model without callable": (["show", "py:fixtures.lenet"], 2, "", "names no callable"),
+    "model without callable": (["show", "py:fixtures.lenet"], 2, "", "does not name a callable"),
     "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
     "optim show": (["optim", "show", DDP], 0, "names: all parameters of the model's checkpoint, one group in", ""),
     "optim diff": (["optim", "diff", DDP, DDP], 0, "no findings", ""),

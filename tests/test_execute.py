@@ -358,7 +358,7 @@ def test_directories_that_are_more_than_shards_are_not_replaced(tmp_path: Path) 
     """One with directories inside, or a file of that name; an empty one is as good as none."""
     (tmp_path / "out" / "logs").mkdir(parents=True)
     assert refusal(lambda: convert(STATE, tmp_path / "out", shards=20, force=True)).reason == (
-        "holds the directory 'logs', so it is not replaced"
+        "contains the directory 'logs', so it is not replaced"
     )
     (tmp_path / "file").write_bytes(b"old")
     assert "is a file" in refusal(lambda: convert(STATE, tmp_path / "file", shards=20, force=True)).reason

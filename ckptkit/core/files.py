@@ -1,4 +1,4 @@
-"""Byte ranges of local files: opened once, checked to be regular, read with ``pread``."""
+"""Local files and byte ranges in them, read with ``pread``."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _REASONS = {
 }
 
 
-def _reason_of(error: OSError) -> str:
+def _reason(error: OSError) -> str:
     return _REASONS.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
 
 
 class LocalFile:
-    """A regular file open for reading.
+    """A regular file that is open for reading.
 
-    Never mapped into memory: a map dies with SIGBUS when somebody truncates the file, ``pread`` says so.
+    The file is never mapped into memory: a map raises SIGBUS when the file is truncated, ``pread`` returns fewer bytes.
     """
 
     def __init__(self, path: str) -> None:
-        """Open ``path``; raises ``PathError`` where it is missing, unreadable or not a regular file."""
+        """Open ``path``. Raises ``PathError`` where the file is missing, unreadable or not a regular file."""
         self.path = path
         try:
-            # Without O_NONBLOCK the open of a FIFO that nobody writes to never returns.
+            # Without O_NONBLOCK, opening a FIFO without a writer never returns.
             self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
-            reason = _reason_of(error)
+            reason = _reason(error)
             if error.errno == errno.ENOENT and os.path.islink(path):
                 reason = f"a symbolic link to {quoted(os.readlink(path))}, which does not exist"
             raise PathError(reason, path=path) from None
@@ -58,13 +58,13 @@ class LocalFile:
         self._seen = (status.st_ino, status.st_size, status.st_mtime_ns)
 
     def fileno(self) -> int:
-        """Return the descriptor, for the kernel's own copying."""
+        """Return the file descriptor, so that the kernel can copy the bytes."""
         return self._fd
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes.
 
-        Raises ``ChangedError`` where the file has become shorter, and ``PathError`` where the disk cannot read it.
+        Raises ``ChangedError`` where the file became shorter, and ``PathError`` where the disk cannot read it.
         """
         data = self._read(offset, count)
         if len(data) == count:
@@ -83,52 +83,52 @@ class LocalFile:
         try:
             return os.pread(self._fd, count, offset)
         except OSError as error:
-            raise PathError(_reason_of(error), path=self.path) from None
+            raise PathError(_reason(error), path=self.path) from None
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` from ``offset``; raises as ``read`` does."""
+        """Fill ``buffer`` with the bytes from ``offset``. Raises what ``read`` raises."""
         done = 0
         while done < len(buffer):
             try:
                 count = os.preadv(self._fd, [buffer[done:]], offset + done)
             except OSError as error:
-                raise PathError(_reason_of(error), path=self.path) from None
+                raise PathError(_reason(error), path=self.path) from None
             if count == 0:
                 raise ChangedError("the file became shorter while it was read", path=self.path)
             done += count
 
     def check_unchanged(self) -> None:
-        """Raise ``ChangedError`` where size or modification time are no longer those of the opening."""
+        """Raise ``ChangedError`` if the size or the modification time changed since the file was opened."""
         status = os.fstat(self._fd)
         if (status.st_ino, status.st_size, status.st_mtime_ns) != self._seen:
             raise ChangedError("the file changed while it was read", path=self.path)
 
     def close(self) -> None:
-        """Close the descriptor, once."""
+        """Close the file. Closing twice is allowed."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
 
 
 class Region(Payload, Protocol):
-    """A payload of which a part can be taken without reading the rest first."""
+    """A payload that can be sliced without reading the rest first."""
 
     def slice(self, start: int, nbytes: int) -> Payload:
-        """Return ``nbytes`` of it from byte ``start``."""
+        """Return the ``nbytes`` bytes from byte ``start``."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A plain range of bytes in a file: the payload that the kernel can copy by itself."""
+    """A range of bytes in a file, which the kernel can copy."""
 
     file: LocalFile
     offset: int
     nbytes: int
-    crc: int | None = None  # CRC-32 of the whole range, where a container has recorded it
+    crc: int | None = None  # CRC-32 of the whole range, if the container records it
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the range through one reused buffer."""
+        """Yield the bytes in one reused buffer."""
         buffer = memoryview(bytearray(min(self.nbytes, CHUNK)))
         for done in range(0, self.nbytes, CHUNK):
             piece = buffer[: min(CHUNK, self.nbytes - done)]
@@ -137,13 +137,16 @@ class Extent:
 
     def slice(self, start: int, nbytes: int) -> Extent:
         """Return a part of the range."""
-        whole = start == 0 and nbytes == self.nbytes
-        return self if whole else Extent(self.file, self.offset + start, nbytes)
+        is_whole = start == 0 and nbytes == self.nbytes
+        return self if is_whole else Extent(self.file, self.offset + start, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Inflated:
-    """A range of what a deflated range of a file expands to; expanded while it is read, never further than asked."""
+    """A range of the content of a deflated range, inflated while it is read and no further than needed.
+
+    ``size`` is the number of bytes of the whole content.
+    """
 
     packed: Extent
     size: int
@@ -151,33 +154,33 @@ class Inflated:
     nbytes: int = 0
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the range, inflating what lies before it too."""
+        """Yield the bytes, inflating the content before them too."""
         skip, left = self.start, self.nbytes
         if not left:
             return
-        machine = zlib.decompressobj(-zlib.MAX_WBITS)
+        inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         for piece in self.packed.chunks():
-            data = self._expand(machine, piece)
+            data = self._inflate(inflater, piece)
             while data:
                 part = data[skip : skip + left]
-                behind = len(data) - skip - len(part)
+                after = len(data) - skip - len(part)
                 skip -= min(skip, len(data))
                 left -= len(part)
                 if part:
                     yield part
                 if not left:
                     last = self.start + self.nbytes == self.size
-                    if last and (behind > 0 or (not machine.eof and self._expand(machine, machine.unconsumed_tail))):
+                    if last and (after > 0 or (not inflater.eof and self._inflate(inflater, inflater.unconsumed_tail))):
                         raise FormatError(
-                            f"compressed data goes on behind {self.size} bytes", path=self.packed.file.path
+                            f"compressed data continues after {self.size} bytes", path=self.packed.file.path
                         )
                     return
-                data = self._expand(machine, machine.unconsumed_tail)
+                data = self._inflate(inflater, inflater.unconsumed_tail)
         raise FormatError(f"compressed data ends {left} bytes early", path=self.packed.file.path)
 
-    def _expand(self, machine: zlib._Decompress, data: bytes | memoryview) -> bytes:
+    def _inflate(self, inflater: zlib._Decompress, data: bytes | memoryview) -> bytes:
         try:
-            return machine.decompress(data, CHUNK)
+            return inflater.decompress(data, CHUNK)
         except zlib.error as error:
             raise FormatError(f"compressed data is damaged: {error}", path=self.packed.file.path) from None
 
@@ -186,52 +189,52 @@ class Inflated:
         return Inflated(self.packed, self.size, self.start + start, nbytes)
 
 
-_WORDS: Final = {2: "H", 4: "I", 8: "Q"}
+_ARRAY_TYPES: Final = {2: "H", 4: "I", 8: "Q"}
 
 
 @dataclass(frozen=True, slots=True)
 class ByteSwapped:
-    """A range of big-endian numbers of ``width`` bytes each (2, 4 or 8), as little-endian ones."""
+    """A range of big-endian numbers of ``width`` bytes (2, 4 or 8), read as little-endian numbers."""
 
     source: Extent | Inflated
     width: int
 
     @property
     def nbytes(self) -> int:
-        """As many bytes as in the file."""
+        """Number of bytes, the same as in the file."""
         return self.source.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the range, its numbers swapped."""
+        """Yield the numbers with their bytes swapped."""
         rest = b""
         for chunk in self.source.chunks():
             data = rest + chunk if rest else chunk
             whole = len(data) - len(data) % self.width
             rest = bytes(data[whole:])
-            numbers = array.array(_WORDS[self.width])
+            numbers = array.array(_ARRAY_TYPES[self.width])
             numbers.frombytes(data[:whole])
             numbers.byteswap()
             yield memoryview(numbers).cast("B")
 
     def slice(self, start: int, nbytes: int) -> ByteSwapped:
-        """Return a part of the range; it begins and ends between two numbers."""
+        """Return a part of the range, which must begin and end between two numbers."""
         return ByteSwapped(self.source.slice(start, nbytes), self.width)
 
 
 def is_seekable(payload: Payload) -> TypeGuard[Region]:
-    """Return whether a part of it can be read without reading what lies before it."""
+    """Return whether a part can be read without reading the bytes before it."""
     return isinstance(payload.source if isinstance(payload, ByteSwapped) else payload, Extent)
 
 
-def same_bytes(one: Payload, other: Payload) -> bool:
-    """Return whether two payloads are equal, byte by byte; reads both in pieces, and no further than they agree."""
-    if one.nbytes != other.nbytes:
+def same_bytes(first: Payload, second: Payload) -> bool:
+    """Return whether two payloads have equal bytes, reading both in pieces up to the first difference."""
+    if first.nbytes != second.nbytes:
         return False
-    left, right = (_Pieces(payload.chunks()) for payload in (one, other))
+    left, right = (_Pieces(payload.chunks()) for payload in (first, second))
     done = 0
-    while done < one.nbytes:
+    while done < first.nbytes:
         count = min(len(left.current()), len(right.current()))
-        # As bytes: two views are compared item by item.
+        # Comparing bytes is faster than comparing views item by item.
         if not count or left.take(count).tobytes() != right.take(count).tobytes():
             return False
         done += count
@@ -239,7 +242,7 @@ def same_bytes(one: Payload, other: Payload) -> bool:
 
 
 class _Pieces:
-    """The pieces of a payload, taken in lengths of one's own."""
+    """The bytes of a payload, taken in lengths that the caller chooses."""
 
     def __init__(self, chunks: Iterator[bytes | bytearray | memoryview]) -> None:
         self._chunks = chunks

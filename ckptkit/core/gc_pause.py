@@ -1,4 +1,4 @@
-"""Python's garbage collector, kept out of work that makes many values and no cycles."""
+"""Pause the garbage collector during work that creates many objects and no reference cycles."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["pause_gc"]
 
 @contextmanager
 def pause_gc() -> Iterator[None]:
-    """Keep the collector out: looking through 100,000 new values for cycles that are not there only costs."""
+    """Disable the garbage collector inside the ``with`` block, and enable it again if it was enabled before."""
     enabled = gc.isenabled()
     gc.disable()
     try:

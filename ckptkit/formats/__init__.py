@@ -1,4 +1,4 @@
-"""The one door through which paths become checkpoints; a format is told by its content."""
+"""Open checkpoints by path; the content of a file decides its format, not its name."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["LIVE_PREFIX", "errors_about", "open_checkpoint", "open_inside", "open_optimizer", "split_path"]
 
-# Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
+# Functions import the reader that they need, so that listing a small file does not load every reader.
 LIVE_PREFIX = "py:"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint at ``path``: its names, shapes and byte ranges, with no tensor read and no code run.
+    """Return the checkpoint at ``path``: its keys, shapes and byte ranges. No tensor is read and no code is run.
 
     ``path`` is a file, a directory with shards, ``PATH::a.b`` for a mapping inside a checkpoint, or
-    ``py:package.module:callable`` for a live model, whose code then is run. The format is told by content.
-    Raises ``PathError`` where nothing readable is there, ``FormatError`` where it is no whole and honest
+    ``py:package.module:callable`` for a live model, whose code is run.
+    Raises ``PathError`` where the path cannot be read, ``FormatError`` where the file is not a valid and whole
     checkpoint, and ``ModelError`` where a live model cannot be built.
     """
     name = _text_of(path)
@@ -38,16 +38,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
-    """Return what an optimizer's ``state_dict()`` holds, as saved at ``path``: with ``PATH::a.b`` the mapping there.
+    """Return the saved ``state_dict()`` of an optimizer at ``path``; ``PATH::a.b`` names the mapping that holds it.
 
-    Without it, the one mapping that is an optimizer's state is found, and its ``envelope`` says where. Raises what
-    ``open_checkpoint`` raises, and ``FormatError`` where there is none, or several.
+    Without a name, the only optimizer state of the file is found, and ``envelope`` of the result names its mapping.
+    Raises what ``open_checkpoint`` raises, and ``FormatError`` where the file holds no optimizer state, or several.
     """
     name = _text_of(path)
     if name.startswith(LIVE_PREFIX):
-        raise PathError(
-            "is a live model, which has no optimizer", hint="give the file that was saved with it", path=name
-        )
+        raise PathError("is a live model, which has no optimizer", hint="give the file that holds its state", path=name)
     saved, key = split_path(name)
     if key:
         return open_checkpoint(name)
@@ -75,7 +73,7 @@ def _text_of(path: Any) -> str:
 
 @contextlib.contextmanager
 def errors_about(name: str) -> Iterator[None]:
-    """Turn what can go wrong while the file ``name`` is read into refusals that name it."""
+    """Turn errors of reading the file ``name`` into a ``CkptkitError`` that names the file."""
     try:
         yield
     except CkptkitError as error:
@@ -85,10 +83,10 @@ def errors_about(name: str) -> Iterator[None]:
     except OSError as error:
         raise PathError((error.strerror or str(error)).lower(), path=name) from None
     except MemoryError:
-        pass  # refused below: until the exception is gone, it holds on to what filled the memory
+        pass  # raised below, since this exception keeps alive the objects that filled the memory
     else:
         return
-    raise FormatError("describing it takes more memory than there is", path=name)
+    raise FormatError("describing it needs more memory than this machine has", path=name)
 
 
 def _with_names_compared(checkpoint: Checkpoint) -> Checkpoint:
@@ -98,7 +96,7 @@ def _with_names_compared(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def split_path(name: str) -> tuple[str, str]:
-    """Return the path and the mapping inside: the longest path that exists, since names and keys may have :: too."""
+    """Return the path and the key after ``::``. The longest path that exists wins, since names can hold ``::`` too."""
     parts = name.split("::")
     for count in range(len(parts), 0, -1):
         path = "::".join(parts[:count])

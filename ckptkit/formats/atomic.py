@@ -1,4 +1,4 @@
-"""A file or a directory that takes its name only when it is whole and on the disk."""
+"""Write a file or directory under a temporary name; it takes its final name only when it is whole and on disk."""
 
 from __future__ import annotations
 
@@ -17,16 +17,23 @@ from ckptkit.errors import ChangedError, OutputError
 
 __all__ = ["AtomicFile", "atomic_directory", "prepare_directory", "prepare_target"]
 
-_LONGEST_NAME = 200  # bytes of the final name that go into the temporary one, so that it stays below 255
-_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)  # of file systems without them
+_LONGEST_NAME = 200  # bytes of the final name in the temporary name, which must have less than 255
+_NO_LINKS = (
+    errno.EPERM,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EXDEV,
+)  # from file systems without hard links
 
 
 def prepare_target(path: str, *, force: bool) -> str:
-    """Return the real path of an output file, through any symbolic link.
+    """Return the real path of an output file, after following symbolic links.
 
-    Raises ``OutputError`` where its directory is missing, it is no regular file, or it exists without ``force``.
+    Raises ``OutputError`` where the directory is missing, or the path exists and is not a regular file, or exists and
+    ``force`` is not given.
     """
-    target, status = _look(path)
+    target, status = _status(path)
     if status is not None and not stat.S_ISREG(status.st_mode):
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise OutputError(f"is {what}", hint="give a file name", path=path)
@@ -36,12 +43,12 @@ def prepare_target(path: str, *, force: bool) -> str:
 
 
 def prepare_directory(path: str, *, force: bool) -> str:
-    """Return the real path of an output directory, through any symbolic link.
+    """Return the real path of an output directory, after following symbolic links.
 
-    Raises ``OutputError`` where the directory above it is missing, where it is no directory, is the current one,
-    holds directories of its own, or holds anything without ``force``.
+    Raises ``OutputError`` where the parent directory is missing, and where the path exists and is not a directory, is
+    the current directory, contains directories, or contains files and ``force`` is not given.
     """
-    target, status = _look(path)
+    target, status = _status(path)
     if status is None:
         return target
     if not stat.S_ISDIR(status.st_mode):
@@ -50,22 +57,26 @@ def prepare_directory(path: str, *, force: bool) -> str:
         entries = list(os.scandir(target))
     except OSError as error:
         raise OutputError((error.strerror or str(error)).lower(), path=path) from None
-    inner = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
+    subdirectory = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
     if os.path.samefile(target, os.getcwd()):
         raise OutputError(
-            "is the current directory, which replacing would leave deleted", hint="work above it", path=path
+            "is the current directory, and replacing it would delete the current directory",
+            hint="change to its parent",
+            path=path,
         )
-    if inner is not None:
+    if subdirectory is not None:
         raise OutputError(
-            f"holds the directory {quoted(inner)}, so it is not replaced", hint="give a new directory", path=path
+            f"contains the directory {quoted(subdirectory)}, so it is not replaced",
+            hint="give a new directory",
+            path=path,
         )
     if entries and not force:
         raise OutputError("already exists", hint="--force replaces its shards and keeps its other files", path=path)
     return target
 
 
-def _look(path: str) -> tuple[str, os.stat_result | None]:
-    """Return the real path of an output and what stands there; every fault of the name shows before the first byte."""
+def _status(path: str) -> tuple[str, os.stat_result | None]:
+    """Return the real path of an output and the status of a file there, and raise ``OutputError`` for a bad path."""
     target = os.path.realpath(path)
     parent = os.path.dirname(target)
     try:
@@ -78,7 +89,7 @@ def _look(path: str) -> tuple[str, os.stat_result | None]:
     if not stat.S_ISDIR(above):
         raise OutputError(f"its directory {printable(parent)} is not a directory", path=path)
     try:
-        # Not of the real path: a pipe behind /dev/stdout has none.
+        # Not the real path: a pipe behind /dev/stdout has no real path.
         return target, os.stat(path)
     except FileNotFoundError:
         return target, None
@@ -87,10 +98,10 @@ def _look(path: str) -> tuple[str, os.stat_result | None]:
 
 
 class AtomicFile:
-    """A file of known size beside its target, which takes its name on a clean exit and is removed on any other."""
+    """A temporary file of known size that becomes the target when the ``with`` block ends without an error."""
 
     def __init__(self, target: str, size: int, *, replace: bool = True) -> None:
-        """Remember the real path of the target, the exact size in bytes, and whether a file there may be replaced."""
+        """Take the real path of the target, the size in bytes, and whether an existing file may be replaced."""
         self.target = target
         self.size = size
         self.replace = replace
@@ -98,8 +109,8 @@ class AtomicFile:
         self._temporary = ""
 
     def __enter__(self) -> Self:
-        """Create the temporary file and reserve its size; raises ``OutputError`` where the disk has no room."""
-        self._temporary = _beside(self.target)
+        """Create the temporary file and reserve its size. Raises ``OutputError`` where the disk has no room."""
+        self._temporary = _temporary_path(self.target)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         if self.size >= 2**63:
             raise OutputError(f"no room: needs {human_bytes(self.size)}", path=self.target)
@@ -109,27 +120,27 @@ class AtomicFile:
         except BaseException as error:
             self._discard()
             if isinstance(error, OSError):
-                raise self._refusal(error) from None
+                raise self._output_error(error) from None
             raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the file its name, or remove it."""
+        """Rename the temporary file to the target, or remove it after an error."""
         try:
             if kind is None:
                 self._commit()
         except OSError as failure:
-            raise self._refusal(failure) from None
+            raise self._output_error(failure) from None
         finally:
             self._discard()
         if isinstance(error, OSError):
-            raise self._refusal(error) from None
+            raise self._output_error(error) from None
 
     @property
     def temporary(self) -> str:
-        """The path under which the file can be read back before it takes its name."""
+        """Path of the temporary file, where its content can be read back."""
         return self._temporary
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -140,9 +151,9 @@ class AtomicFile:
             done += os.pwrite(self._fd, view[done:], offset + done)
 
     def copy(self, payload: Payload, offset: int) -> Iterator[int]:
-        """Copy a payload to ``offset``, in the kernel where it can; yield the bytes of each step.
+        """Copy a payload to ``offset`` and yield the number of bytes of each step; the kernel copies where possible.
 
-        Raises ``ChangedError`` where the source has become shorter.
+        Raises ``ChangedError`` where the source became shorter.
         """
         if isinstance(payload, Extent):
             yield from self._copy_extent(payload, offset)
@@ -153,7 +164,7 @@ class AtomicFile:
             done += len(chunk)
             yield len(chunk)
         if done != payload.nbytes:
-            raise ChangedError(f"a tensor gave {done} bytes, and {payload.nbytes} were announced")
+            raise ChangedError(f"a tensor gave {done} bytes in place of {payload.nbytes}")
 
     def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
         done = 0
@@ -187,10 +198,10 @@ class AtomicFile:
 
     def _take_free_name(self) -> None:
         try:
-            # Unlike a rename, a link never replaces what another process has put there meanwhile.
+            # Unlike a rename, a link never replaces a file that another program created meanwhile.
             os.link(self._temporary, self.target)
         except FileExistsError:
-            raise _come_between(self.target) from None
+            raise _created_meanwhile(self.target) from None
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
@@ -207,7 +218,7 @@ class AtomicFile:
                 os.unlink(self._temporary)
             self._temporary = ""
 
-    def _refusal(self, error: OSError) -> OutputError:
+    def _output_error(self, error: OSError) -> OutputError:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             disk = os.statvfs(os.path.dirname(self.target))
             free = disk.f_bavail * disk.f_frsize
@@ -218,12 +229,14 @@ class AtomicFile:
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
 
 
-def _come_between(target: str) -> OutputError:
-    return OutputError("came to be while this was written, and was left alone", hint="--force replaces it", path=target)
+def _created_meanwhile(target: str) -> OutputError:
+    return OutputError(
+        "another program created it during this run; it was not replaced", hint="--force replaces it", path=target
+    )
 
 
-def _beside(target: str) -> str:
-    """Return a new name in the target's directory, which says whose it is and never gets too long."""
+def _temporary_path(target: str) -> str:
+    """Return a temporary path in the directory of the target, with the name of the target, ckptkit and the process."""
     parent, name = os.path.split(target)
     short = os.fsencode(name)[:_LONGEST_NAME].decode("utf-8", "ignore")
     return os.path.join(parent, f"{short}.ckptkit-{os.getpid()}-{os.urandom(4).hex()}.tmp")
@@ -237,32 +250,32 @@ def _reserve(fd: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        os.ftruncate(fd, size)  # a file system that cannot reserve; a full disk then shows while writing
+        os.ftruncate(fd, size)  # this file system cannot reserve, so a full disk fails while writing
 
 
 def _keep_owner_and_mode(new: int | str, target: str) -> None:
-    """Give the new file or directory what the old one of that name has, or what any new file gets."""
+    """Give the new file or directory the owner and mode of the old target, or of any new file where there is none."""
     try:
         old = os.stat(target)
     except FileNotFoundError:
-        if isinstance(new, int):  # it was created for nobody else's eyes; a directory was not
+        if isinstance(new, int):  # the temporary file is private; a temporary directory is not
             os.chmod(new, 0o666 & ~current_umask())
         return
-    made = os.stat(new)
+    current = os.stat(new)
     mode = stat.S_IMODE(old.st_mode)
-    if made.st_gid != old.st_gid:
+    if current.st_gid != old.st_gid:
         try:
             os.chown(new, -1, old.st_gid)
         except PermissionError:
-            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # another group must not get what that one had
-    if made.st_uid != old.st_uid:
+            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # another group must not get the rights of the old group
+    if current.st_uid != old.st_uid:
         with contextlib.suppress(PermissionError):
             os.chown(new, old.st_uid, -1)
     os.chmod(new, mode)
 
 
 def current_umask() -> int:
-    """Return the umask without changing it, which another thread could notice, where the system tells it."""
+    """Return the umask, from ``/proc`` where possible: changing it for a moment would affect other threads."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("Umask:"):
@@ -273,7 +286,7 @@ def current_umask() -> int:
 
 
 def sync_directory(path: str) -> None:
-    """Make the names in a directory durable."""
+    """Write the names in a directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -282,28 +295,28 @@ def sync_directory(path: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterator[str]:
-    """Give a directory in which to write; on a clean exit it takes the place of ``path``, whole.
+def atomic_directory(path: str, *, force: bool, replaced: frozenset[str]) -> Iterator[str]:
+    """Yield a temporary directory that replaces ``path`` as a whole at the end of the ``with`` block.
 
-    Of an existing directory (only with ``force``) the files in ``ours`` are replaced or go, every other
-    file stays and is there from the beginning. Raises what ``prepare_directory`` raises.
+    Only with ``force`` may ``path`` exist. The files in ``replaced`` of the old directory are left out; all other files
+    are kept and are in the temporary directory from the start. Raises what ``prepare_directory`` raises.
     """
     import shutil
 
     target = prepare_directory(path, force=force)
     exists = os.path.lexists(target)
-    temporary = _beside(target)
+    temporary = _temporary_path(target)
     try:
         os.mkdir(temporary)
         _keep_owner_and_mode(temporary, target)
         if exists:
-            _bring_along(target, temporary, ours)
+            _keep_other_files(target, temporary, replaced)
         yield temporary
         sync_directory(temporary)
         _swap(temporary, target, exists=exists)
         sync_directory(os.path.dirname(target))
     except OutputError as error:
-        error.path = path  # the temporary path inside is nothing to look for
+        error.path = path  # the user does not know the temporary path
         raise
     except OSError as error:
         raise OutputError((error.strerror or str(error)).lower(), path=path) from None
@@ -311,15 +324,15 @@ def atomic_directory(path: str, *, force: bool, ours: frozenset[str]) -> Iterato
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _bring_along(target: str, temporary: str, ours: frozenset[str]) -> None:
+def _keep_other_files(target: str, temporary: str, replaced: frozenset[str]) -> None:
     for entry in os.scandir(target):
-        goal = os.path.join(temporary, entry.name)
-        if entry.name in ours:
+        kept = os.path.join(temporary, entry.name)
+        if entry.name in replaced:
             continue
         if entry.is_symlink():
-            os.symlink(os.readlink(entry.path), goal)
+            os.symlink(os.readlink(entry.path), kept)
         else:
-            os.link(entry.path, goal)
+            os.link(entry.path, kept)
 
 
 def _swap(temporary: str, target: str, *, exists: bool) -> None:
@@ -328,17 +341,17 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
             os.rename(temporary, target)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                raise _come_between(target) from None
+                raise _created_meanwhile(target) from None
             raise
         return
     import ctypes
 
-    # RENAME_EXCHANGE: at no moment is there no directory of this name, or half of one.
+    # RENAME_EXCHANGE: at every moment the name belongs to a whole directory.
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, flag = -100, 2
     if exchange is not None and exchange(at_cwd, os.fsencode(temporary), at_cwd, os.fsencode(target), flag) == 0:
         return
-    aside = _beside(target)
+    aside = _temporary_path(target)
     os.rename(target, aside)
     try:
         os.rename(temporary, target)

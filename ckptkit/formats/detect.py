@@ -1,4 +1,4 @@
-"""One file, and which reader takes it: told by its first bytes, never by its name."""
+"""Find the reader of a file by the first bytes of the file, never by its name."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ __all__ = ["TORCH_SUFFIXES", "open_file", "open_zip", "read_torch"]
 
 
 def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
-    """Return the Checkpoint in a zip archive; takes over the file.
+    """Return the Checkpoint in a zip archive, which takes over the file.
 
-    Raises ``FormatError`` where the archive contradicts itself, or is none of a known kind.
+    Raises ``FormatError`` where the archive contradicts itself, or its kind is unknown.
     """
     archive = read_zip_directory(file)
     if archive.roots("archive_format"):
@@ -47,7 +47,7 @@ def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
     return open_torch_zip(archive, selection)
 
 
-# Readers are imported by the functions that need them: listing a small file shall cost little more than the file.
+# Functions import the reader that they need, so that listing a small file does not load every reader.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
 _SUFFIXES = (
     (".safetensors", "safetensors"), (".pt2", "torch-export"), (".gguf", "gguf"), (".npz", "npz"), (".npy", "npy"),
@@ -55,13 +55,13 @@ _SUFFIXES = (
 )  # fmt: skip
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
 _ZIP_MAGIC = b"PK\3\4"
-_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, behind its protocol and frame
+_LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, after its protocol and frame
 
 
 def open_file(name: str, selection: Selection) -> Checkpoint:
-    """Return the checkpoint in the file ``name``, or the selected mapping inside it; the content says which format.
+    """Return the checkpoint in the file ``name``, or the selected mapping inside it.
 
-    Raises ``PathError`` where nothing readable is there, ``FormatError`` where it is no whole and honest checkpoint.
+    Raises ``PathError`` where the file cannot be read, ``FormatError`` where it is not a valid and whole checkpoint.
     """
     file = LocalFile(name)
     try:
@@ -71,13 +71,13 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
         if isinstance(error, CkptkitError) and error.path is None:
             error.path = name
         if isinstance(error, FormatError) and name.endswith(_UNFINISHED):
-            error.hint = "its name is that of an unfinished download: let it finish, or start it again"
+            error.hint = "its name is that of an unfinished download: finish the download, or start it again"
         raise
     named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
     if named is not None and not checkpoint.format.startswith(named):
-        warning = f"the name says {named}, the content is {checkpoint.format}: read by content"
+        warning = f"the name says {named}, but the content is {checkpoint.format}"
         checkpoint = checkpoint.with_warnings(warning)
-    return checkpoint.with_warnings(*_hollow(checkpoint))
+    return checkpoint.with_warnings(*_empty_weights_warning(checkpoint))
 
 
 def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
@@ -108,19 +108,20 @@ def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
     raise unsupported_format(file, head)
 
 
-def _hollow(checkpoint: Checkpoint) -> tuple[str, ...]:
+def _empty_weights_warning(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.envelope != "module" or all(entry.path != "param_shapes" for entry in checkpoint.entries):
         return ()
     empty = sum(0 in info.shape for info in checkpoint.values())
     what = f"{plural(empty, 'weight is', 'weights are')} empty here, as ZeRO-3 leaves them"
-    said = f"{what}: the optim_states files have their elements, so open the directory"
-    return (ReaderWarning(said, codes.EMPTY_WEIGHTS),) if empty else ()
+    text = f"{what}: the optim_states files have their elements, so open the directory"
+    return (ReaderWarning(text, codes.EMPTY_WEIGHTS),) if empty else ()
 
 
 def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
-    """Return the inert tree in a file of ``torch.save``, of whatever class it is.
+    """Return the tree of values in a file of ``torch.save``, without running any code.
 
-    Raises ``FormatError`` where it is none or not whole, or its pickle has more than ``largest`` bytes.
+    Raises ``FormatError`` where torch did not save the file, it is not whole, or its pickle is larger than ``largest``
+    bytes.
     """
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
@@ -149,7 +150,7 @@ def _looks_like_safetensors(head: bytes) -> bool:
     size = int.from_bytes(head[:8], "little")
     if len(head) >= 9 and head[8:9] == b"{":
         return size < 2**56
-    # A length that only a safetensors header would have, with a broken header behind it, deserves its own message.
+    # A plausible length of a safetensors header before a broken header gets the message of that reader.
     return (
         0 < size <= LARGEST_HEADER
         and len(head) >= 8

@@ -36,8 +36,8 @@ __all__ = [
 ]
 
 
-# What is said first of a file, and said even where it is no single value; the other values follow.
-_TOLD = {
+# Keys that are listed first, also where the value is a list or an object. Other numbers and texts follow.
+_FIRST_KEYS = {
     "trainer_state.json": ("global_step", "epoch", "best_metric", "best_model_checkpoint", "max_steps"),
     "config.json": ("model_type", "architectures", "dtype", "torch_dtype", "quantization_config"),
     "generation_config.json": (),
@@ -54,33 +54,36 @@ _PICKLED = re.compile(
 )
 _NUMBER = re.compile(r"_\d+(?=\.\w+$)")
 _LARGEST_JSON = 6 << 20
-_LARGEST_PICKLES = 3 << 20  # of all files together; what is made of a byte takes up to seventy
+_LARGEST_PICKLES = 3 << 20  # bytes, of all files together; a byte can become seventy bytes in memory
 _MOST_FILES = 64
 _MOST_VALUES = 64  # of a JSON file
 _MOST_OUTLINED = 200_000
 
 
 class Companions(NamedTuple):
-    """One entry for each file beside the weights, or for each set of numbered ones, and what is wrong with them."""
+    """One entry for each file beside the weights, or for each set of numbered files, and warnings about them."""
 
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...]
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a file of this name lies beside weights and holds none itself."""
-    return name in _TOLD or _PICKLED.fullmatch(name) is not None
+    """Return whether trainers write a file of this name beside the weights, without weights in it."""
+    return name in _FIRST_KEYS or _PICKLED.fullmatch(name) is not None
 
 
 def find_companion(names: Iterable[str], key: str) -> tuple[str, str] | None:
-    """Return the file beside the weights that ``key`` begins with, and the rest: ``optimizer.pt`` and ``state``."""
-    fitting = [name for name in names if f"{key}.".startswith(f"{name}.") and is_companion(name)]
-    name = max(fitting, key=len, default=None)
+    """Split ``key`` into the name of a file beside the weights and the rest: ``optimizer.pt`` and ``state``."""
+    matches = [name for name in names if f"{key}.".startswith(f"{name}.") and is_companion(name)]
+    name = max(matches, key=len, default=None)
     return None if name is None else (name, key[len(name) + 1 :])
 
 
 def read_companions(directory: str, names: Iterable[str]) -> Companions:
-    """Return what lies beside the weights in a directory with these file names; never raises for what it finds."""
+    """Return the files beside the weights in a directory with these file names.
+
+    A file that cannot be read becomes a warning, never an error.
+    """
     families: dict[str, list[str]] = {}
     for name in sorted(filter(is_companion, names)):
         families.setdefault(_NUMBER.sub("_*", name), []).append(name)
@@ -103,7 +106,7 @@ def read_companions(directory: str, names: Iterable[str]) -> Companions:
 
 
 def read_json(directory: str, name: str) -> Mapping[str, object]:
-    """Return the object in a JSON file of the directory; raises ``CkptkitError`` where there is none."""
+    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` where the file has none."""
     file = LocalFile(os.path.join(directory, name))
     try:
         if file.size > _LARGEST_JSON:
@@ -114,37 +117,38 @@ def read_json(directory: str, name: str) -> Mapping[str, object]:
 
 
 def _describe(directory: str, name: str, left: list[int], outlined: list[int], warnings: list[str]) -> Entry:
-    if name in _TOLD:
+    if name in _FIRST_KEYS:
         found = read_json(directory, name)
-        chosen = [key for key in _TOLD[name] if found.get(key) is not None]
+        chosen = [key for key in _FIRST_KEYS[name] if found.get(key) is not None]
         chosen += [key for key, value in found.items() if key not in chosen and isinstance(value, str | int | float)]
         return Entry(
             name, "json", {key: describe_entry(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]}
         )
     file = LocalFile(os.path.join(directory, name))
     try:
-        made = read_torch(file, largest=left[0])
-        left[0] -= made.pickle_size
-        suspicious = [code for code in made.objects.interpreter.references if is_suspicious(code)]
-        said = code_warnings([], suspicious)
-        warnings.extend(ReaderWarning(f"{name} {text}", text.code, text.severity) for text in said)
-        return describe_entry(name, made.tree, outlined)
+        saved = read_torch(file, largest=left[0])
+        left[0] -= saved.pickle_size
+        suspicious = [code for code in saved.objects.interpreter.references if is_suspicious(code)]
+        warnings.extend(
+            ReaderWarning(f"{name} {text}", text.code, text.severity) for text in code_warnings([], suspicious)
+        )
+        return describe_entry(name, saved.tree, outlined)
     finally:
         file.close()
 
 
 CONFIG = "adapter_config.json"
-_OUTER = "base_model.model."
+_PEFT_PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!lora_)\w+)?(?:\.weight)?")
-_LITERAL = re.compile(r"\^?[\w.]+")  # names of modules; everything else is a regular expression, and not evaluated
+_LITERAL = re.compile(r"\^?[\w.]+")  # module names; any other key is a regular expression, which is not evaluated
 _MOST_NAMED = 4
 _DEEPEST = 64
 
 
 def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[ReaderWarning]:
-    """Return what is odd about the weights of an adapter whose configuration is ``config``; None where there is none.
+    """Return warnings about an adapter whose configuration is ``config``, or None where it has no configuration.
 
-    Of LoRA the ranks are compared: a tensor whose rank is not the one that ``r`` or ``rank_pattern`` gives is named.
+    For LoRA, each tensor is named whose rank differs from ``r`` or ``rank_pattern`` of the configuration.
     """
     if config is None:
         return [
@@ -153,15 +157,15 @@ def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, objec
             )
         ]
     base = config.get("base_model_name_or_path")
-    of = f" of {quoted(base)}" if isinstance(base, str) and base else ""
-    remarks = [ReaderWarning(f"an adapter: the weights{of} that it belongs to are not inside", codes.ADAPTER_BASE)]
+    base_model = f"the base model {quoted(base)}" if isinstance(base, str) and base else "its base model"
+    warnings = [ReaderWarning(f"an adapter: the weights of {base_model} are not inside", codes.ADAPTER_BASE)]
     if config.get("peft_type") == "LORA" and not config.get("target_parameters"):
         wrong = list(_other_ranks(infos, config))
-        remarks += [ReaderWarning(text, codes.ADAPTER_RANK) for text in wrong[:_MOST_NAMED]]
+        warnings += [ReaderWarning(text, codes.ADAPTER_RANK) for text in wrong[:_MOST_NAMED]]
         if len(wrong) > _MOST_NAMED:
-            said = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than {CONFIG} gives"
-            remarks.append(ReaderWarning(said, codes.ADAPTER_RANK))
-    return remarks
+            text = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than {CONFIG} gives"
+            warnings.append(ReaderWarning(text, codes.ADAPTER_RANK))
+    return warnings
 
 
 def _other_ranks(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Iterator[str]:
@@ -169,23 +173,23 @@ def _other_ranks(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) 
     pattern = pattern if isinstance(pattern, Mapping) else {}
     if not all(_LITERAL.fullmatch(key) for key in pattern):
         return
-    places = {key: place for place, key in enumerate(pattern)}
+    positions = {key: position for position, key in enumerate(pattern)}
     for key, info in infos.items():
         match = _LOW_RANK.fullmatch(key)
         if match is None or len(info.shape) < 2:
             continue
-        wanted = _rank_of(match["module"].removeprefix(_OUTER), config.get("r"), pattern, places)
+        expected = _rank_of(match["module"].removeprefix(_PEFT_PREFIX), config.get("r"), pattern, positions)
         found = info.shape[0] if match["side"] == "A" else info.shape[1]
-        if type(wanted) is int and found != wanted:
-            yield f"{quoted(key)} has rank {found:,}, and {CONFIG} gives {wanted}"
+        if type(expected) is int and found != expected:
+            yield f"{quoted(key)} has rank {found:,}, but {CONFIG} gives {expected}"
 
 
-def _rank_of(module: str, default: object, pattern: Mapping[str, object], places: Mapping[str, int]) -> object:
-    # The first key wins that is the module's name or an end of it; behind "^" the whole name.
+def _rank_of(module: str, default: object, pattern: Mapping[str, object], positions: Mapping[str, int]) -> object:
+    # The first key wins that is the module's name or its last segments; after "^" the key is the whole name.
     parts = module.split(".")
     ends = [".".join(parts[first:]) for first in range(len(parts))] if len(parts) <= _DEEPEST else [module]
-    fitting = [end for end in (f"^{module}", *ends) if end in places]
-    return pattern[min(fitting, key=places.__getitem__)] if fitting else default
+    matches = [end for end in (f"^{module}", *ends) if end in positions]
+    return pattern[min(matches, key=positions.__getitem__)] if matches else default
 
 
 _WHOLE = (
@@ -193,16 +197,16 @@ _WHOLE = (
     "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
 _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-# accelerate numbers all models after the first; of a step of DeepSpeed the fp32 weights are put together
+# accelerate numbers every model after the first; global_step is the directory of a step of DeepSpeed.
 _SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 _ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)|global_step\d+")
 _MOST_NAMES, _MOST_LOOKED_AT = 1_000_000, 1000
-_METADATA = "metadata.json"  # of Megatron
+_MEGATRON_METADATA = "metadata.json"
 _LATEST, _LONGEST_TAG = "latest", 1000
 
 
 def open_index(directory: str, index: str, selection: Selection, *, whole: bool = False) -> Checkpoint:
-    """Return the checkpoint whose shards the file ``index`` names; ``whole`` refuses others beside them."""
+    """Return the checkpoint whose shards the file ``index`` names; ``whole`` refuses shards that it does not name."""
     refuse_selection(selection)
     return open_sharded(directory or ".", index, lambda path: open_file(path, WEIGHTS), whole=whole)
 
@@ -210,18 +214,18 @@ def open_index(directory: str, index: str, selection: Selection, *, whole: bool 
 def open_directory(directory: str, selection: Selection) -> Checkpoint:
     """Return the checkpoint in ``directory``, or the selected mapping inside it.
 
-    What trainers write beside weights is among its entries; the key can also begin with the name of such a file,
-    which then is what is opened: ``optimizer.pt`` or ``optimizer.pt.state``. Raises ``FormatError`` where there is no
-    checkpoint, where there are several, and where a part of it is missing.
+    Files that trainers write beside the weights are among its entries. The selected key can begin with the name of such
+    a file, such as ``optimizer.pt`` or ``optimizer.pt.state``: then that file is opened. Raises ``FormatError`` where
+    the directory holds no checkpoint or several, and where a part is missing.
     """
-    names = _names(directory)
-    beside = find_companion(names, selection.key)
-    if beside is None and selection.key:
+    names = _file_names(directory)
+    companion = find_companion(names, selection.key)
+    if companion is None and selection.key:
         from ckptkit.formats.distributed.zero import find_states_file
 
-        beside = find_states_file(names, selection.key)
-    if beside is not None:
-        return _open_companion(directory, *beside)
+        companion = find_states_file(names, selection.key)
+    if companion is not None:
+        return _open_companion(directory, *companion)
     checkpoint = _open_weights(directory, names, selection)
     try:
         entries, warnings = read_companions(directory, names)
@@ -231,11 +235,11 @@ def open_directory(directory: str, selection: Selection) -> Checkpoint:
     return checkpoint.with_entries(*entries).with_warnings(*warnings)
 
 
-def _names(directory: str) -> list[str]:
+def _file_names(directory: str) -> list[str]:
     with os.scandir(directory) as listing:
         names = [entry.name for entry in islice(listing, _MOST_NAMES + 1)]
     if len(names) > _MOST_NAMES:
-        raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of the one meant")
+        raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of one file")
     return names
 
 
@@ -256,7 +260,7 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
         from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
 
         if is_dcp(names):
-            return _with_others(open_dcp(directory, selection), "the distributed checkpoint", known)
+            return _warn_of_others(open_dcp(directory, selection), "the distributed checkpoint", known)
     if index is None and not known:
         from ckptkit.formats.distributed.zero import is_zero, open_zero
 
@@ -271,13 +275,13 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
                 )
             return open_zero(directory, names)
         if _LATEST in names and os.path.isfile(os.path.join(directory, _LATEST)):
-            return open_directory(_tagged(directory), selection)
+            return open_directory(_latest_save(directory), selection)
     adapter = [name for name in known if name in _ADAPTER]
-    chosen = index or next(iter(known), None) or _only(directory, names)
+    chosen = index or next(iter(known), None) or _only_weights_file(directory, names)
     if adapter and chosen not in adapter:
         raise FormatError(
             f"holds a whole model and an adapter: {printable(chosen)}, {adapter[0]}",
-            hint="give the path of the one meant",
+            hint="give the path of one of them",
         )
     numbered = sorted(filter(_ANOTHER.fullmatch, names))
     indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIXES))
@@ -290,12 +294,12 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
         checkpoint = checkpoint.with_warnings(*link_warnings(directory, [chosen]))
     if chosen.startswith("adapter_model"):
         checkpoint = checkpoint.with_warnings(*_read_adapter_warnings(checkpoint, directory, names))
-    what = f"the index {quoted(chosen)}" if index else quoted(chosen)
-    return _with_others(checkpoint, what, [name for name in (*known, *numbered, *indexes) if name != chosen])
+    name = f"the index {quoted(chosen)}" if index else quoted(chosen)
+    return _warn_of_others(checkpoint, name, [other for other in (*known, *numbered, *indexes) if other != chosen])
 
 
-def _with_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
-    warnings = (f"{quoted(name)} lies beside {chosen}, which is the one read" for name in others[:4])
+def _warn_of_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
+    warnings = (f"{quoted(name)} is beside {chosen} and is not read" for name in others[:4])
     return checkpoint.with_warnings(*warnings)
 
 
@@ -303,12 +307,12 @@ def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequen
     try:
         config = read_json(directory, CONFIG) if CONFIG in names else None
     except CkptkitError:
-        return ()  # said of the file, as of every one beside the weights
+        return ()  # read_companions warns of the file
     return tuple(adapter_warnings(checkpoint, config))
 
 
-def _tagged(directory: str) -> str:
-    """Return the directory that the file ``latest`` names, as DeepSpeed has it: the last one saved."""
+def _latest_save(directory: str) -> str:
+    """Return the directory that the file ``latest`` of DeepSpeed names: the last save."""
     path = os.path.join(directory, _LATEST)
     file = LocalFile(path)
     try:
@@ -317,17 +321,17 @@ def _tagged(directory: str) -> str:
         file.close()
     if not is_plain_name(tag):
         raise FormatError(f"names the unsafe directory {quoted(tag)}", path=path)
-    inside = os.path.join(directory, tag)
-    if not os.path.isdir(inside) or os.path.exists(os.path.join(inside, _LATEST)):
-        raise FormatError(f"names {quoted(tag)}, which is no directory of a save here", path=path)
-    return inside
+    saved = os.path.join(directory, tag)
+    if not os.path.isdir(saved) or os.path.exists(os.path.join(saved, _LATEST)):
+        raise FormatError(f"names {quoted(tag)}, which is not a directory of a save here", path=path)
+    return saved
 
 
-def _megatron(directory: str, names: Sequence[str]) -> FormatError | None:
-    if _METADATA not in names:
+def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
+    if _MEGATRON_METADATA not in names:
         return None
     try:
-        backend = read_json(directory, _METADATA).get("sharded_backend")
+        backend = read_json(directory, _MEGATRON_METADATA).get("sharded_backend")
     except CkptkitError:
         return None
     if not isinstance(backend, str):
@@ -338,29 +342,32 @@ def _megatron(directory: str, names: Sequence[str]) -> FormatError | None:
     )
 
 
-def _only(directory: str, names: Sequence[str]) -> str:
-    """Return the only file that by its name holds weights; raises ``FormatError`` where there are none or several."""
+def _only_weights_file(directory: str, names: Sequence[str]) -> str:
+    """Return the only file whose name is that of weights. Raises ``FormatError`` where there are none or several."""
     weights = sorted(
         name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_companion(name)
     )
     if not weights and CONFIG in names:
         raise FormatError(
-            f"holds {CONFIG} and no weights of the adapter", hint=f"they are called {_ADAPTER[0]} or {_ADAPTER[1]}"
+            f"holds {CONFIG} and no weights of the adapter",
+            hint=f"the weights are called {' or '.join(_ADAPTER)}",
         )
     if not weights:
-        if (foreign := unsupported_directory(names) or _megatron(directory, names)) is not None:
+        if (foreign := unsupported_directory(names) or _megatron_error(directory, names)) is not None:
             raise foreign
         inside = [name for name in sorted(names)[:_MOST_LOOKED_AT] if os.path.isdir(os.path.join(directory, name))]
         if inside:
             listed = ", ".join(map(printable, inside[:4])) + (", …" if len(inside) > 4 else "")
-            raise FormatError("a directory without a checkpoint in it", hint=f"look into those inside it: {listed}")
-        looked = f"looked for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WHOLE[:2])}"
-        raise FormatError("a directory without a checkpoint in it", hint=looked)
+            raise FormatError(
+                "a directory without a checkpoint in it", hint=f"give one of the directories inside: {listed}"
+            )
+        searched = f"searched for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WHOLE[:2])}"
+        raise FormatError("a directory without a checkpoint in it", hint=searched)
     if len(weights) > 1:
         listed = ", ".join(map(printable, weights[:4]))
         shards = all(map(_SHARD.fullmatch, weights))
         raise FormatError(
             f"a directory with {plural(len(weights), 'file')} of weights and no index, such as {listed}",
-            hint="copy the index too, whose name ends in .index.json" if shards else "give the path of the one meant",
+            hint="copy the index too; its name ends in .index.json" if shards else "give the path of one file",
         )
     return weights[0]

@@ -1,4 +1,4 @@
-"""Many files as one checkpoint: all looked at when it is opened, only the last used kept open."""
+"""The files of a checkpoint with many files, of which only the last used are kept open."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from ckptkit.errors import ChangedError
 
 __all__ = ["FilePool", "PooledFile", "Section"]
 
-_MOST_OPEN = 128  # a save of a thousand ranks has a thousand files, and a process may open about as many
+_MOST_OPEN = 128  # a thousand ranks save a thousand files, which is about as many as a process may open
 
 
 class FilePool:
-    """The files of one directory, each under a plain name and opened when it is first asked for."""
+    """The files of one directory by name, each opened at the first request."""
 
     def __init__(self, directory: str) -> None:
-        """Start with no file."""
+        """Start without any file."""
         self.directory = directory
         self.files: dict[str, PooledFile] = {}
         self._recent: dict[PooledFile, None] = {}
         self._closed = False
 
     def get(self, name: str) -> PooledFile:
-        """Return the file; raises ``PathError`` where it is missing or not a regular file."""
+        """Return the file of this name. Raises ``PathError`` where it is missing or not a regular file."""
         if name not in self.files:
             self.files[name] = PooledFile(os.path.join(self.directory, name), self)
         return self.files[name]
 
     def use(self, file: PooledFile) -> bool:
-        """Move ``file`` to the end of the queue, close the first of too many; return whether it may be open."""
+        """Mark ``file`` as used last and return whether it may be open; close the file that was unused longest."""
         self._recent.pop(file, None)
         if self._closed:
             return False
@@ -54,7 +54,7 @@ class FilePool:
 
 
 class PooledFile(LocalFile):
-    """A file that its pool may close at any time, and that opens itself again when it is read."""
+    """A file that its pool may close at any time, and that is opened again when it is read."""
 
     def __init__(self, path: str, pool: FilePool) -> None:
         """Open ``path`` for the first time."""
@@ -63,26 +63,26 @@ class PooledFile(LocalFile):
         pool.use(self)
 
     def fileno(self) -> int:
-        """Return the descriptor: valid until a hundred other files of the pool have been read."""
-        self._wake()
+        """Return the file descriptor, valid until a hundred other files of the pool have been read."""
+        self._ensure_open()
         return super().fileno()
 
     def read(self, offset: int, count: int) -> bytes:
         """Return exactly ``count`` bytes."""
-        self._wake()
+        self._ensure_open()
         return super().read(offset, count)
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
         """Fill ``buffer`` from ``offset``."""
-        self._wake()
+        self._ensure_open()
         super().read_into(buffer, offset)
 
     def check_unchanged(self) -> None:
-        """Raise ``ChangedError`` where size or modification time are no longer those of the first opening."""
-        self._wake()
+        """Raise ``ChangedError`` if the size or the modification time changed since the file was first opened."""
+        self._ensure_open()
         super().check_unchanged()
 
-    def _wake(self) -> None:
+    def _ensure_open(self) -> None:
         if not self._pool.use(self) or self._fd >= 0:
             return
         seen = self._seen
@@ -93,18 +93,18 @@ class PooledFile(LocalFile):
 
 
 class Section(LocalFile):
-    """A range of a file that is a file of its own to its reader."""
+    """A range of a file that a reader sees as a file."""
 
     def __init__(self, file: LocalFile, offset: int, size: int) -> None:
-        """Show ``size`` bytes of ``file`` from ``offset``; the caller has checked that they are there."""
-        # Not opened, so LocalFile's own beginning is not called.
+        """Show ``size`` bytes of ``file`` from ``offset``; the caller has checked that the file has them."""
+        # LocalFile.__init__ is not called, since there is nothing to open.
         self.path = file.path
         self.size = size
         self.file = file
         self.offset = offset
 
     def fileno(self) -> int:
-        """Refuse: the kernel would count from the beginning of the whole file."""
+        """Raise ``ValueError``: the kernel would count from the start of the whole file."""
         raise ValueError("a section of a file has no descriptor")
 
     def read(self, offset: int, count: int) -> bytes:
@@ -120,4 +120,4 @@ class Section(LocalFile):
         self.file.check_unchanged()
 
     def close(self) -> None:
-        """Leave the file to its owner."""
+        """Do nothing: the owner of the whole file closes it."""

@@ -1,4 +1,4 @@
-"""GGUF, the format of llama.cpp: a header of metadata and tensor descriptions, then the tensors, aligned."""
+"""Read GGUF, the format of llama.cpp: metadata, descriptions of tensors, then the aligned bytes of the tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LONGEST_NAME = 65_535
 _LONGEST_SHOWN = 2000
 _MOST_SHOWN = 16
 _MOST_KEYS = 100_000
-_MOST_ITEMS = 5_000_000  # strings and arrays inside arrays, which are stepped over one by one
+_MOST_ITEMS = 5_000_000  # strings and arrays inside arrays, which are skipped one by one
 _DEEPEST = 8
 _SMALLEST_PAIR = 13  # an empty key, its type, and a value of one byte
 _SCALARS: Final = {
@@ -42,24 +42,24 @@ _U64 = struct.Struct("<Q")
 
 
 class Cursor:
-    """A place in a file that only moves forward; reads through a window and raises ``FormatError`` at the end."""
+    """Read a file forward through a window. Raises ``FormatError`` at the end of the file."""
 
     def __init__(self, file: LocalFile, start: int) -> None:
-        """Begin at byte ``start``."""
+        """Start at byte ``start``."""
         self._file = file
-        self._base = start  # where the window begins in the file
+        self._base = start  # offset of the window in the file
         self._window = b""
         self._at = 0
         self.items_left = _MOST_ITEMS
 
     @property
     def position(self) -> int:
-        """The byte that is read next."""
+        """Offset of the next byte."""
         return self._base + self._at
 
     @property
     def left(self) -> int:
-        """Bytes from here to the end of the file."""
+        """Number of bytes until the end of the file."""
         return self._file.size - self.position
 
     def take(self, count: int) -> bytes:
@@ -71,13 +71,13 @@ class Cursor:
         return data
 
     def skip(self, count: int) -> None:
-        """Step over ``count`` bytes without reading them."""
+        """Skip ``count`` bytes without reading them."""
         if count > self.left:
             raise _cut_off()
         self._at += count
 
     def skip_strings(self, count: int) -> None:
-        """Step over ``count`` strings, each behind its length."""
+        """Skip ``count`` strings, each of which follows its length."""
         unpack = _U64.unpack_from
         while count:
             self._refill(8)
@@ -106,10 +106,10 @@ class Cursor:
         return int(_U64.unpack(self.take(8))[0])
 
     def name(self, what: str) -> str:
-        """Return the next string, which is a name; ``what`` says of what."""
+        """Return the next string, a name; ``what`` names it in errors."""
         size = self.u64()
         if size > min(_LONGEST_NAME, self.left):
-            raise FormatError(f"{what} is said to have {size:,} bytes: damaged or truncated")
+            raise FormatError(f"{what} has a length of {size:,} bytes: damaged or truncated")
         try:
             return self.take(size).decode("utf-8")
         except UnicodeDecodeError as error:
@@ -117,23 +117,23 @@ class Cursor:
 
 
 def _cut_off() -> FormatError:
-    return FormatError("the header goes on behind the end of the file: truncated?", hint="download or copy it again")
+    return FormatError("the header continues after the end of the file: truncated?", hint="download or copy it again")
 
 
 class Metadata(NamedTuple):
-    """The keys and values of a GGUF file, and the one that says how its tensors are aligned."""
+    """The metadata of a GGUF file, and the alignment of its tensors in bytes."""
 
     entries: list[Entry]
     alignment: int
 
 
 def read_metadata(cursor: Cursor, count: int) -> Metadata:
-    """Return the next ``count`` keys and values; long strings and arrays only as what they are.
+    """Return the next ``count`` keys and values; a long string or array becomes a short description.
 
-    Raises ``FormatError`` where one reaches beyond the file, has an unknown type or comes twice.
+    Raises ``FormatError`` where a value reaches beyond the file or has an unknown type, and for a repeated key.
     """
     if count > min(_MOST_KEYS, cursor.left // _SMALLEST_PAIR):
-        raise FormatError(f"claims {plural(count, 'metadata key')}, more than it has room for")
+        raise FormatError(f"the header counts {plural(count, 'metadata key')}, more than the file has room for")
     entries: dict[str, Entry] = {}
     alignment = 32
     for number in range(1, count + 1):
@@ -145,7 +145,7 @@ def read_metadata(cursor: Cursor, count: int) -> Metadata:
         entries[key] = Entry(key, _kind_name(kind, key), value, is_outside=True)
         if key == "general.alignment":
             if kind != 4 or not isinstance(value, int) or value.bit_count() != 1:
-                raise FormatError(f"{quoted(key)} is {value}, and no power of two")
+                raise FormatError(f"{quoted(key)} is {value}, not a uint32 power of two")
             alignment = value
     return Metadata(list(entries.values()), alignment)
 
@@ -196,7 +196,7 @@ def _skip_items(cursor: Cursor, kind: int, count: int, key: str, depth: int) -> 
         return
     least = 8 if kind == _STRING else 12
     if count * least > cursor.left:
-        raise FormatError(f"metadata key {quoted(key)} claims {plural(count, name)}, more than the file has room for")
+        raise FormatError(f"metadata key {quoted(key)} counts {plural(count, name)}, more than the file has room for")
     cursor.items_left -= count
     if cursor.items_left < 0:
         raise FormatError(f"its metadata holds more than {_MOST_ITEMS:,} strings in arrays")
@@ -211,19 +211,19 @@ def _skip_items(cursor: Cursor, kind: int, count: int, key: str, depth: int) -> 
 
 _VERSIONS = (2, 3)
 _MOST_TENSORS = 1_000_000
-_MOST_DIMENSIONS = 64  # the format has four, and keeps more for later
+_MOST_DIMENSIONS = 64  # the format has four, and reserves more
 _SMALLEST_INFO = 24  # a tensor without a name and without dimensions
 
 
 class _Type(NamedTuple):
-    """A type of tensor: its name, and how many elements share a block of how many bytes."""
+    """A type of tensor: its name, the elements in a block and the bytes of a block."""
 
     name: str
     elements: int = 1
     nbytes: int = 0
 
 
-# Numbers that are missing here were taken out of the format again.
+# The missing numbers were removed from the format.
 _TYPES: Final = {
     0: _Type("F32"),
     1: _Type("F16"),
@@ -262,56 +262,56 @@ _TYPES: Final = {
 }
 
 
-class _Place(NamedTuple):
-    """What the header says of a tensor: its description, and where in the data it begins."""
+class _StoredTensor(NamedTuple):
+    """A tensor of the header: its description, and its offset in the data."""
 
     info: TensorInfo
     offset: int
 
 
 def open_gguf(file: LocalFile) -> Checkpoint:
-    """Return the Checkpoint in a GGUF file, its shapes in torch's order; takes over the file.
+    """Return the Checkpoint in a GGUF file, with shapes in the order of torch. It takes over the file.
 
-    Plain numbers can be read; quantised tensors are listed with their stored size, by GGUF's own names.
-    Raises ``FormatError`` where the header contradicts itself or the file, or the version is not known.
+    Plain numbers can be read. Quantised tensors are listed with their stored size and the type name of GGUF.
+    Raises ``FormatError`` where the header contradicts itself or the file, or the version is unknown.
     """
     cursor = Cursor(file, 4)
     _check_version(cursor.take(4))
     tensors, keys = cursor.u64(), cursor.u64()
     metadata = read_metadata(cursor, keys)
     if tensors > min(_MOST_TENSORS, cursor.left // _SMALLEST_INFO):
-        raise FormatError(f"claims {plural(tensors, 'tensor')}, more than it has room for")
-    places: dict[str, _Place] = {}
+        raise FormatError(f"the header counts {plural(tensors, 'tensor')}, more than the file has room for")
+    stored: dict[str, _StoredTensor] = {}
     for number in range(1, tensors + 1):
-        place = _place(cursor, number, metadata.alignment)
-        if place.info.key in places:
-            raise FormatError(f"two tensors are called {quoted(place.info.key)}")
-        places[place.info.key] = place
+        tensor = _read_tensor(cursor, number, metadata.alignment)
+        if tensor.info.key in stored:
+            raise FormatError(f"two tensors are called {quoted(tensor.info.key)}")
+        stored[tensor.info.key] = tensor
     base = _aligned(cursor.position, metadata.alignment)
-    end = _check_places(list(places.values()), base, file.size)
-    behind = file.size - _aligned(end, metadata.alignment)
-    warnings = _warnings(metadata.entries, places, behind)
+    end = _check_offsets(list(stored.values()), base, file.size)
+    after = file.size - _aligned(end, metadata.alignment)
+    warnings = _warnings(metadata.entries, stored, after)
 
     def payload(info: TensorInfo) -> Payload:
         if info.kind != "dense":
             raise FormatError(
                 f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=file.path
             )
-        return Extent(file, base + places[info.key].offset, info.nbytes)
+        return Extent(file, base + stored[info.key].offset, info.nbytes)
 
     def span(info: TensorInfo) -> Payload | None:
         return payload(info) if info.kind == "dense" else None
 
     def records() -> Iterator[Record]:
-        order = sorted(places.values(), key=lambda place: place.offset)
+        order = sorted(stored.values(), key=lambda tensor: tensor.offset)
         room = max(file.size - base, 0)
-        for (info, offset), end in zip(order, [*(place.offset for place in order), room][1:], strict=True):
-            # Of a type that nobody knows the size is not told: all that lies before the next tensor is read.
+        for (info, offset), end in zip(order, [*(tensor.offset for tensor in order), room][1:], strict=True):
+            # The size of an unknown type is unknown, so the record reaches to the next tensor.
             nbytes = max(min(end, room) - offset, 0) if info.kind == "unknown" else info.nbytes
             yield Record(file.path, info.key, Extent(file, base + offset, nbytes), keys=(info.key,))
 
     return Checkpoint(
-        {key: place.info for key, place in places.items()},
+        {key: tensor.info for key, tensor in stored.items()},
         Access(payload, span, records, file.check_unchanged, file.close),
         Description(file.path, "gguf", files=[file.path], entries=metadata.entries, warnings=warnings),
     )
@@ -323,68 +323,71 @@ def _check_version(raw: bytes) -> None:
         return
     if int.from_bytes(raw, "big") in _VERSIONS:
         raise FormatError("a GGUF file for big-endian machines, which is not read", hint="convert the model again")
-    hint = "llama.cpp's tools write today's version" if version == 1 else None
-    raise FormatError(f"a GGUF file of version {version}, and versions 2 and 3 are read", hint=hint)
+    hint = "the tools of llama.cpp write the current version" if version == 1 else None
+    raise FormatError(f"a GGUF file of version {version}; versions 2 and 3 are supported", hint=hint)
 
 
 def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
 
 
-def _place(cursor: Cursor, number: int, alignment: int) -> _Place:
+def _read_tensor(cursor: Cursor, number: int, alignment: int) -> _StoredTensor:
     key = cursor.name(f"the name of tensor {number}")
     dimensions = cursor.u32()
     if dimensions > _MOST_DIMENSIONS:
         raise FormatError(f"{quoted(key)}: a shape of {dimensions:,} dimensions")
-    # The dimension that varies fastest comes first here, and last in torch.
+    # The dimension that varies fastest is the first one here and the last one in torch.
     shape = tuple(cursor.u64() for _ in range(dimensions))[::-1]
     code, offset = cursor.u32(), cursor.u64()
     if math.prod(size or 1 for size in shape) >= 2**63:
         raise FormatError(f"{quoted(key)}: the shape {str(list(shape))[:80]} overflows")
     if offset % alignment:
-        raise FormatError(f"{quoted(key)} begins at byte {offset} of the data, which is no multiple of {alignment}")
+        raise FormatError(f"{quoted(key)} begins at byte {offset} of the data, which is not a multiple of {alignment}")
     if code not in _TYPES:
-        return _Place(TensorInfo(key, f"TYPE_{code}", shape, kind="unknown"), offset)
+        return _StoredTensor(TensorInfo(key, f"TYPE_{code}", shape, kind="unknown"), offset)
     kind = _TYPES[code]
     if kind.name in DTYPES:
-        return _Place(TensorInfo(key, kind.name, shape), offset)
+        return _StoredTensor(TensorInfo(key, kind.name, shape), offset)
     row = shape[-1] if shape else 1
     if row % kind.elements:
         raise FormatError(f"{quoted(key)}: rows of {row} elements do not divide into {kind.name} blocks of "
                           f"{kind.elements}")  # fmt: skip
     stored = math.prod(shape) // kind.elements * kind.nbytes
-    return _Place(TensorInfo(key, kind.name, shape, kind="quantized", stored_bytes=stored), offset)
+    return _StoredTensor(TensorInfo(key, kind.name, shape, kind="quantized", stored_bytes=stored), offset)
 
 
-def _check_places(places: list[_Place], base: int, size: int) -> int:
-    """Return the end of the last tensor, where none overlaps another and none goes on behind the file."""
+def _check_offsets(tensors: list[_StoredTensor], base: int, size: int) -> int:
+    """Return the end of the last tensor.
+
+    Raises ``FormatError`` where two tensors overlap, or a tensor ends after the end of the file.
+    """
     end, last = base, ""
-    for info, offset in sorted(places, key=lambda place: place.offset):
+    for info, offset in sorted(tensors, key=lambda tensor: tensor.offset):
         start = base + offset
         if not info.nbytes and info.elements == 0:
             continue
         if start < end:
             raise FormatError(f"{quoted(info.key)} overlaps {quoted(last)}: it begins at byte {start - base} of the "
-                              f"data, and {end - base} are taken")  # fmt: skip
+                              f"data, and {quoted(last)} ends at byte {end - base}")  # fmt: skip
         end, last = start + info.nbytes, info.key
     if end > size and last:
         raise FormatError(
-            f"truncated: {end - size:,} of {end:,} bytes are missing at the end, where {quoted(last)} lies",
+            f"truncated: {end - size:,} of {end:,} bytes are missing at the end, in {quoted(last)}",
             hint="download or copy it again",
         )
     return min(end, size)
 
 
-def _warnings(entries: list[Entry], places: dict[str, _Place], behind: int) -> list[str]:
+def _warnings(entries: list[Entry], stored: dict[str, _StoredTensor], after: int) -> list[str]:
     warnings = []
     values = {entry.path: entry.value for entry in entries}
     parts, number = values.get("split.count"), values.get("split.no")
     if isinstance(parts, int) and isinstance(number, int) and parts > 1:
         warnings.append(f"this is part {number + 1} of {parts}: the tensors of the other parts are not listed")
-    unknown = [place.info for place in places.values() if place.info.kind == "unknown"]
+    unknown = [tensor.info for tensor in stored.values() if tensor.info.kind == "unknown"]
     if unknown:
         what = plural(len(unknown), "tensor")
-        warnings.append(f"{what} of a type that is not known, of which the size is not told: {quoted(unknown[0].key)}")
-    elif behind > 0:
-        warnings.append(f"{plural(behind, 'byte')} behind the last tensor belong to none")
+        warnings.append(f"{what} of an unknown type, and so of unknown size: {quoted(unknown[0].key)}")
+    elif after > 0:
+        warnings.append(f"{plural(after, 'byte')} after the last tensor belong to no tensor")
     return warnings

@@ -1,4 +1,4 @@
-"""Live models as checkpoints: ``py:package.module:callable`` runs the user's own code, and only then."""
+"""Open live models as checkpoints: ``py:package.module:callable`` imports and runs the user's code."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -19,65 +19,65 @@ __all__ = ["build_model", "build_shapes", "import_target", "open_live"]
 
 
 def import_target(target: str) -> Any:
-    """Return what is at ``package.module:name``, as it stands there.
+    """Return the object at ``package.module:name``.
 
-    The current directory can be imported from. What the code prints goes to stderr. Raises ``ModelError`` where it
-    cannot be imported.
+    Modules of the current directory can be imported. Output of the code goes to stderr. Raises ``ModelError`` where the
+    object cannot be imported.
     """
     module_name, _, name = target.partition(":")
     if not module_name or not name:
-        raise ModelError(f"{quoted(target)} names no callable", hint="write py:package.module:callable")
+        raise ModelError(f"{quoted(target)} does not name a callable", hint="write py:package.module:callable")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            made: Any = importlib.import_module(module_name)
+            found: Any = importlib.import_module(module_name)
         except (Exception, SystemExit) as error:
-            looked = "looked in the current directory and on sys.path" if isinstance(error, ImportError) else None
-            raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=looked) from error
+            searched = "searched in the current directory and on sys.path" if isinstance(error, ImportError) else None
+            raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=searched) from error
         for part in name.split("."):
-            if not hasattr(made, part):
+            if not hasattr(found, part):
                 raise ModelError(f"{quoted(module_name)} has no {quoted(name)}")
-            made = getattr(made, part)
-    return made
+            found = getattr(found, part)
+    return found
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
-    """Return what the callable (or the model itself) at ``package.module:name`` gives, built on ``device``.
+    """Return the model or state_dict at ``package.module:name``; a callable is called, with ``device`` as default.
 
-    Imports as ``import_target`` does, and raises ``ModelError`` where the callable fails too.
+    Raises what ``import_target`` raises, and ``ModelError`` where the callable fails or returns something else.
     """
-    made = import_target(target)
+    found = import_target(target)
     name = target.partition(":")[2]
     with contextlib.redirect_stdout(sys.stderr):
-        if _is_model(made) or isinstance(made, Mapping):
-            return made
-        if not callable(made):
-            raise ModelError(f"{quoted(name)} is a {type(made).__name__}, not a callable or a model")
-        return _call(made, name, device)
+        if _is_model(found) or isinstance(found, Mapping):
+            return found
+        if not callable(found):
+            raise ModelError(f"{quoted(name)} is a {type(found).__name__}, not a callable or a model")
+        return _call(found, name, device)
 
 
-def _call(function: Any, name: str, device: str | None) -> Any:
+def _call(function: Callable[[], Any], name: str, device: str | None) -> Any:
     import torch
 
     try:
         with torch.device(device) if device else contextlib.nullcontext():
-            made = function()
+            model = function()
     except (Exception, SystemExit) as error:
-        wants = isinstance(error, TypeError) and "missing" in str(error) and "required" in str(error)
-        hint = "it is called without arguments" if wants else None
+        needs_arguments = isinstance(error, TypeError) and "missing" in str(error) and "required" in str(error)
+        hint = "it is called without arguments" if needs_arguments else None
         raise ModelError(f"calling {quoted(name)} failed: {first_line(error)}", hint=hint) from error
-    if not _is_model(made) and not isinstance(made, Mapping):
-        raise ModelError(f"{quoted(name)} returned a {type(made).__name__}, not a model or a state_dict")
-    return made
+    if not _is_model(model) and not isinstance(model, Mapping):
+        raise ModelError(f"{quoted(name)} returned a {type(model).__name__}, not a model or a state_dict")
+    return model
 
 
-def _is_model(thing: Any) -> bool:
-    return not isinstance(thing, type) and callable(getattr(thing, "state_dict", None))
+def _is_model(value: object) -> bool:
+    return not isinstance(value, type) and callable(getattr(value, "state_dict", None))
 
 
 def build_shapes(target: str) -> Any:
-    """Return the model built on the meta device, or for real where it cannot be; raises ``ModelError``."""
+    """Return the model built on the meta device, or on its own device where that fails. Raises ``ModelError``."""
     try:
         return build_model(target, device="meta")
     except ModelError:
@@ -85,20 +85,20 @@ def build_shapes(target: str) -> Any:
 
 
 def _describe(target: str, path: str, device: str | None = None) -> Checkpoint:
-    made = build_model(target, device=device)
+    model = build_model(target, device=device)
     with contextlib.redirect_stdout(sys.stderr):  # state_dict() is the user's code too
-        return as_checkpoint(made, path)
+        return as_checkpoint(model, path)
 
 
-def _place(info: TensorInfo) -> tuple[int, list[int]] | None:
-    """Return where a view begins and how it steps, as far as either decides which elements it has."""
+def _offset_and_strides(info: TensorInfo) -> tuple[int, list[int]] | None:
+    """Return the offset and the strides of a view, without the strides of dimensions of size 1."""
     if info.view is None or not info.elements:
         return None
     return info.view.offset, [step for size, step in zip(info.shape, info.view.stride, strict=True) if size != 1]
 
 
-def _shared_otherwise(shapes: Checkpoint, built: Checkpoint) -> frozenset[str]:
-    """Return the keys whose storage holds other keys in one build than in the other."""
+def _keys_shared_differently(shapes: Checkpoint, built: Checkpoint) -> frozenset[str]:
+    """Return the keys that share a storage with different keys in the two builds."""
     groups = [_storages(side, shapes.keys() & built.keys()) for side in (shapes, built)]
     return frozenset().union(*(groups[0] ^ groups[1]))
 
@@ -113,9 +113,10 @@ def _storages(side: Checkpoint, keys: AbstractSet[str]) -> set[frozenset[str]]:
 
 
 def open_live(target: str, path: str) -> Checkpoint:
-    """Return the Checkpoint of a live model, built on the meta device where it can be.
+    """Return the Checkpoint of a live model, built on the meta device where possible.
 
-    Values are wanted rarely; where they are, the model is built a second time, for real.
+    Reading a value builds the model a second time, on its own device. Raises ``ModelError`` where the model cannot be
+    built, or the second build differs from the first.
     """
     try:
         shapes = _describe(target, path, "meta")
@@ -124,19 +125,19 @@ def open_live(target: str, path: str) -> Checkpoint:
             return _describe(target, path)
         except CkptkitError as error:
             raise error from meta_error
-    real: list[tuple[Checkpoint, frozenset[str]]] = []
+    builds: list[tuple[Checkpoint, frozenset[str]]] = []  # the second build, once it exists
 
     def values(info: TensorInfo) -> Checkpoint:
-        if not real:
-            made = _describe(target, path)
-            real.append((made, _shared_otherwise(shapes, made)))
-        built, moved = real[0]
+        if not builds:
+            build = _describe(target, path)
+            builds.append((build, _keys_shared_differently(shapes, build)))
+        built, moved = builds[0]
         other = built.get(info.key)
         if other is None or (other.shape, other.dtype, other.kind) != (info.shape, info.dtype, info.kind):
-            raise ModelError(f"{quoted(info.key)} is not the same when the model is built again", path=path)
-        if info.key in moved or _place(other) != _place(info):
+            raise ModelError(f"{quoted(info.key)} differs when the model is built again", path=path)
+        if info.key in moved or _offset_and_strides(other) != _offset_and_strides(info):
             raise ModelError(
-                f"{quoted(info.key)} is laid out differently when the model is built again",
+                f"{quoted(info.key)} has another layout when the model is built again",
                 hint="save its state_dict() with torch.save and give that file",
                 path=path,
             )

@@ -1,4 +1,4 @@
-"""numpy's files: ``.npy`` with one array, ``.npz`` with one in each entry of a zip archive. No array is unpickled."""
+"""Read ``.npy`` files with one array and ``.npz`` archives of such files. No array is unpickled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["HEAD", "MAGIC", "NpyHeader", "open_npy", "open_npz", "parse_npy_head
 
 MAGIC = b"\x93NUMPY"
 _LONGEST = 10_000  # the limit of numpy itself
-HEAD = 12 + _LONGEST  # in this many bytes a header ends, or is none
+HEAD = 12 + _LONGEST  # bytes that hold every valid header
 _MOST_DIMENSIONS = 64
 _LENGTH_BYTES: Final = {b"\1\0": 2, b"\2\0": 4, b"\3\0": 4}
 _BLANKS = " \t\n"
@@ -45,47 +45,47 @@ _FIELD = re.compile(
     )(?:[ \t\n]*(?:,|\Z)[ \t\n]*|(?<=[\[(]))""",
     re.VERBOSE,
 )
-_CODES: Final = {
+_DTYPE_CODES: Final = {
     "b1": "BOOL", "i1": "I8", "u1": "U8", "i2": "I16", "u2": "U16", "i4": "I32", "u4": "U32", "i8": "I64", "u8": "U64",
     "f2": "F16", "f4": "F32", "f8": "F64", "c8": "C64", "c16": "C128",
 }  # fmt: skip
-_OTHERS: Final = {
+_OTHER_KINDS: Final = {
     "O": ("object", "pickles, which are not read"),
-    "S": ("text", "bytes, and no numbers"),
-    "U": ("text", "characters, and no numbers"),
-    "M": ("datetime", "dates, and no numbers"),
-    "m": ("datetime", "times, and no numbers"),
-    "V": ("void", "bytes of a type that is not told, as numpy writes bfloat16"),
+    "S": ("text", "bytes, not numbers"),
+    "U": ("text", "characters, not numbers"),
+    "M": ("datetime", "dates, not numbers"),
+    "m": ("datetime", "times, not numbers"),
+    "V": ("void", "bytes of an unnamed type, as numpy writes bfloat16"),
 }
 
 
 @dataclass(frozen=True, slots=True)
 class NpyHeader:
-    """What a ``.npy`` file says of its array, whose data begin at byte ``start``.
+    """The header of a ``.npy`` file, whose data begin at byte ``start``.
 
-    ``dtype`` is a safetensors code, or empty: then ``kind`` and ``reason`` say what the elements are instead.
-    ``swapped`` says that numbers are big-endian, ``fortran`` that the first dimension varies fastest.
+    ``dtype`` is a safetensors code, or empty where the elements are not plain numbers: then ``kind`` and ``reason``
+    describe the elements. ``big_endian`` is the byte order; with ``fortran`` the first dimension varies fastest.
     """
 
     start: int
     dtype: str = ""
     shape: tuple[int, ...] = ()
     fortran: bool = False
-    swapped: bool = False
+    big_endian: bool = False
     kind: str = ""
     reason: str = ""
 
 
 def parse_npy_header(head: bytes, what: str) -> NpyHeader:
-    """Return the header at the beginning of a file, of which ``head`` are the first bytes (``HEAD``, or all).
+    """Return the header of a file that begins with the bytes ``head``: ``HEAD`` bytes, or the whole file.
 
-    ``what`` names the array in messages. Raises ``FormatError`` where it is none that numpy writes.
+    ``what`` names the array in errors. Raises ``FormatError`` where numpy does not write such a header.
     """
     width = _LENGTH_BYTES.get(head[6:8])
     if not head.startswith(MAGIC) or len(head) < 8:
-        raise FormatError(f"{what} is no .npy file: it begins with {head[:8].hex(' ') or 'nothing'}")
+        raise FormatError(f"{what} is not a .npy file: it begins with {head[:8].hex(' ') or 'nothing'}")
     if width is None:
-        raise FormatError(f"{what} has version {head[6]}.{head[7]} of the .npy format, and 1.0 to 3.0 are known")
+        raise FormatError(f"{what} has version {head[6]}.{head[7]} of the .npy format; 1.0 to 3.0 are supported")
     start = 8 + width
     size = int.from_bytes(head[8:start], "little")
     if size > _LONGEST:
@@ -96,10 +96,10 @@ def parse_npy_header(head: bytes, what: str) -> NpyHeader:
         text = head[start : start + size].decode("utf-8" if head[6] == 3 else "latin-1").strip(_BLANKS)
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} has a header that is not UTF-8 at byte {error.start}") from None
-    return _header(text, start + size, what)
+    return _parse_fields(text, start + size, what)
 
 
-def _header(text: str, start: int, what: str) -> NpyHeader:
+def _parse_fields(text: str, start: int, what: str) -> NpyHeader:
     wrong = FormatError(f"{what} has a header that numpy does not write: {quoted(text[:80])}")
     if not text.startswith("{") or not text.endswith("}"):
         raise wrong
@@ -124,34 +124,35 @@ def _header(text: str, start: int, what: str) -> NpyHeader:
     shape = tuple(int(size.strip().removesuffix("L")) for size in sizes.split(",") if size.strip())
     if len(shape) > _MOST_DIMENSIONS or math.prod(size or 1 for size in shape) >= 2**63:
         raise FormatError(f"{what}: the shape {str(list(shape))[:80]} overflows")
-    return _typed(found["descr"], start, shape, found["fortran_order"] == "True", what)
+    return _header_of_dtype(found["descr"], start, shape, found["fortran_order"] == "True", what)
 
 
-def _typed(descr: str, start: int, shape: tuple[int, ...], fortran: bool, what: str) -> NpyHeader:
+def _header_of_dtype(descr: str, start: int, shape: tuple[int, ...], fortran: bool, what: str) -> NpyHeader:
     order, name = descr[:1], descr[1:]
-    code = _CODES.get(name, "")
+    code = _DTYPE_CODES.get(name, "")
     if code and (order in ("<", ">") or (order == "|" and name.endswith("1"))):
-        return NpyHeader(start, code, shape, fortran, swapped=order == ">")
-    if order in ("<", ">", "|", "=") and name[:1] in _OTHERS:
-        kind, reason = _OTHERS[name[:1]]
+        return NpyHeader(start, code, shape, fortran, big_endian=order == ">")
+    if order in ("<", ">", "|", "=") and name[:1] in _OTHER_KINDS:
+        kind, reason = _OTHER_KINDS[name[:1]]
         return NpyHeader(start, "", shape, fortran, kind=kind, reason=reason)
     if order in ("<", ">") and name in ("f12", "f16", "c24", "c32"):
-        return NpyHeader(start, "", shape, fortran, kind="long double", reason="numbers of this machine's own format")
+        reason = "numbers in a format of the machine that wrote them"
+        return NpyHeader(start, "", shape, fortran, kind="long double", reason=reason)
     raise FormatError(f"{what} has the unknown dtype {quoted(descr[:40])}")
 
 
 @dataclass(frozen=True, slots=True)
 class _Array:
-    """An array of numbers, and where the bytes of its elements lie, in the order of the file."""
+    """An array of numbers, and the range of its bytes, in the order of the file."""
 
     info: TensorInfo
-    place: Extent | Inflated
-    swapped: bool
+    data: Extent | Inflated
+    big_endian: bool
 
     def stored(self) -> Extent | Inflated | ByteSwapped:
         """Return the elements in the order of the file, as little-endian numbers."""
         width = DTYPES[self.info.dtype].part_bytes
-        return ByteSwapped(self.place, width) if self.swapped and width > 1 else self.place
+        return ByteSwapped(self.data, width) if self.big_endian and width > 1 else self.data
 
     def payload(self) -> Payload:
         """Return the elements in row-major order."""
@@ -159,31 +160,32 @@ class _Array:
 
 
 def open_npy(file: LocalFile) -> Checkpoint:
-    """Return the Checkpoint of a ``.npy`` file: one tensor, without a name; takes over the file.
+    """Return the Checkpoint of a ``.npy`` file: one tensor with an empty key. It takes over the file.
 
-    Raises ``FormatError`` where the array is cut off, or its elements are no plain numbers.
+    Raises ``FormatError`` where the array is cut off, or its elements are not plain numbers.
     """
     header = parse_npy_header(file.read(0, min(file.size, HEAD)), "the file")
     if not header.dtype:
         raise FormatError(f"an array of {header.reason}")
     array = _array("", header, 0, Extent(file, 0, file.size))
-    behind = file.size - header.start - array.info.nbytes
-    if behind < 0:
+    after = file.size - header.start - array.info.nbytes
+    if after < 0:
         raise FormatError(
-            f"truncated: {-behind:,} of {file.size - behind:,} bytes are missing at the end",
+            f"truncated: {-after:,} of {file.size - after:,} bytes are missing at the end",
             hint="download or copy it again",
         )
     warnings = []
-    if behind:
-        more = file.read(file.size - behind, min(behind, len(MAGIC))) == MAGIC
-        warnings.append(f"{plural(behind, 'byte')} follow the array, {'more arrays, ' if more else ''}and are not read")
+    if after:
+        is_array = file.read(file.size - after, min(after, len(MAGIC))) == MAGIC
+        content = " (more arrays)" if is_array else ""
+        warnings.append(f"{plural(after, 'byte')} after the array{content} are not read")
     return _checkpoint(file, {"": array}, format="npy", warnings=warnings)
 
 
 def open_npz(archive: ZipDirectory) -> Checkpoint:
-    """Return the Checkpoint of a ``.npz`` archive, its names without ``.npy``; takes over its file.
+    """Return the Checkpoint of a ``.npz`` archive, with keys without ``.npy``. It takes over the file.
 
-    Arrays of anything but plain numbers are listed as entries. Raises ``FormatError`` where an array is cut off.
+    Arrays of other elements than plain numbers are entries. Raises ``FormatError`` where an array is cut off.
     """
     arrays: dict[str, _Array] = {}
     entries: list[Entry] = []
@@ -195,14 +197,14 @@ def open_npz(archive: ZipDirectory) -> Checkpoint:
             entries.append(Entry(key, f"{header.kind} array", header.reason))
             continue
         arrays[key] = _array(key, header, number, archive.region(name))
-        behind = entry.size - header.start - arrays[key].info.nbytes
-        if behind < 0:
+        after = entry.size - header.start - arrays[key].info.nbytes
+        if after < 0:
             needed, given = arrays[key].info.nbytes, entry.size - header.start
             raise FormatError(
                 f"{quoted(key)}: {arrays[key].info} needs {needed:,} bytes, and {given:,} follow its header"
             )
-        if behind:
-            warnings.append(f"{quoted(name)}: {plural(behind, 'byte')} follow the array, and are not read")
+        if after:
+            warnings.append(f"{quoted(name)}: {plural(after, 'byte')} after the array are not read")
 
     def records() -> Iterator[Record]:
         return archive.records({f"{key}.npy": [key] for key in arrays})
@@ -213,16 +215,16 @@ def open_npz(archive: ZipDirectory) -> Checkpoint:
 def _array(key: str, header: NpyHeader, storage: int, region: Extent | Inflated) -> _Array:
     info = TensorInfo(key, header.dtype, header.shape)
     if header.fortran:
-        turned = replace(info, view=View(storage, 0, row_major(header.shape[::-1])[::-1]))
-        info = info if is_contiguous(turned) else turned
-    return _Array(info, region.slice(header.start, info.nbytes), header.swapped)
+        transposed = replace(info, view=View(storage, 0, row_major(header.shape[::-1])[::-1]))
+        info = info if is_contiguous(transposed) else transposed
+    return _Array(info, region.slice(header.start, info.nbytes), header.big_endian)
 
 
 def _checkpoint(
     file: LocalFile,
     arrays: dict[str, _Array],
     *,
-    format: str,  # noqa: A002 - the field's word
+    format: str,  # noqa: A002 - the name of the JSON field
     entries: Sequence[Entry] = (),
     warnings: Sequence[str],
     records: Callable[[], Iterable[Record]] | None = None,

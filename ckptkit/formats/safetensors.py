@@ -1,4 +1,4 @@
-"""safetensors: a JSON header with names, dtypes, shapes and offsets, then the bytes, without gaps."""
+"""Read and write safetensors files: a JSON header with keys, dtypes, shapes and offsets, then the bytes."""
 
 from __future__ import annotations
 
@@ -34,26 +34,26 @@ __all__ = [
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library itself
 METADATA = "__metadata__"
 _MOST_DIMENSIONS = 1024
-_LARGEST_SIZE = 2**63  # torch counts with signed 64-bit sizes
+_LARGEST_SIZE = 2**63  # torch uses signed 64-bit sizes
 _DEEPEST_EXTRA = 100  # the library stops at 127 levels
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 
 
 def open_safetensors(file: LocalFile) -> Checkpoint:
-    """Return the Checkpoint in a safetensors file; takes over the file.
+    """Return the Checkpoint in a safetensors file, which takes over the file.
 
-    Accepts nothing that the safetensors library refuses, and refuses more: duplicate names and a
-    header that does not begin with a brace. Raises ``FormatError`` naming the tensor and the numbers.
+    Refuses every file that the safetensors library refuses, and also duplicate keys and a header that does not begin
+    with a brace. Raises ``FormatError`` naming the tensor and the numbers.
     """
     size = int.from_bytes(file.read(0, 8), "little") if file.size >= 8 else -1
     if size < 0:
-        raise FormatError(f"too short: {file.size} bytes, and a safetensors header takes 8 to begin with")
+        raise FormatError(f"too short: {file.size} bytes, and a safetensors file begins with 8 bytes of length")
     if size > LARGEST_HEADER:
-        raise FormatError(f"the header is said to have {size:,} bytes, more than the limit of {LARGEST_HEADER:,}")
+        raise FormatError(f"the header has a length of {size:,} bytes, more than the limit of {LARGEST_HEADER:,}")
     if size > file.size - 8:
         raise FormatError(
-            f"the header is said to have {size:,} bytes and the file has {file.size:,}: truncated?",
+            f"the header has a length of {size:,} bytes and the file has {file.size:,}: truncated?",
             hint="download or copy it again",
         )
     data = file.read(8, size)
@@ -82,14 +82,15 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
 
 
 def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]:
-    """Return the JSON object in ``data``; raises ``FormatError`` for anything else, a key given twice included.
+    """Return the JSON object in ``data``; ``what`` names it in errors.
 
-    Without ``finite``, NaN and Infinity are read as Python writes them.
+    Without ``finite``, NaN and Infinity are allowed, as Python writes them. Raises ``FormatError`` for any other text,
+    and for a key that is given twice.
     """
     try:
         value = json.loads(
             data.decode("utf-8"),
-            object_pairs_hook=_unique,
+            object_pairs_hook=_without_duplicates,
             parse_constant=_no_constant if finite else None,
             parse_float=_finite if finite else None,
             parse_int=_integer if b"-0" in data else None,
@@ -99,7 +100,7 @@ def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]
     except UnicodeDecodeError as error:
         raise FormatError(f"{what} is not UTF-8 at byte {error.start}") from None
     except UnicodeEncodeError:
-        raise FormatError(f"{what} holds half of a surrogate pair, which is no text") from None
+        raise FormatError(f"{what} holds half of a surrogate pair, which is not text") from None
     except RecursionError:
         raise FormatError(f"{what} is nested too deeply") from None
     except _JsonError as error:
@@ -112,16 +113,16 @@ def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]
 
 
 class _JsonError(Exception):
-    """JSON that Python reads and the standard does not allow."""
+    """Python reads this JSON, but the standard does not allow it."""
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
         seen: set[str] = set()
         name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise _JsonError(f"names {quoted(name)} twice")
-    return made
+    return table
 
 
 def _no_constant(name: str) -> NoReturn:
@@ -131,12 +132,12 @@ def _no_constant(name: str) -> NoReturn:
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise _JsonError(f"holds {text[:40]}, which is no finite number")
+        raise _JsonError(f"holds {text[:40]}, which is not a finite number")
     return value
 
 
 def _integer(text: str) -> int | float:
-    return -0.0 if text == "-0" else int(text)  # no integer to the safetensors library, and none to us
+    return -0.0 if text == "-0" else int(text)  # the safetensors library does not read -0 as an integer
 
 
 def _metadata(value: object) -> Mapping[str, str]:
@@ -150,30 +151,32 @@ def _metadata(value: object) -> Mapping[str, str]:
 def _entries(header: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], dict[str, tuple[int, int]], list[str]]:
     infos: dict[str, TensorInfo] = {}
     offsets: dict[str, tuple[int, int]] = {}
-    odd = 0
+    with_extra_fields = 0
     for key, entry in header.items():
         try:
             code, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
             bits = _BITS[code]
         except (KeyError, TypeError, ValueError):
-            _explain(key, entry)
+            _raise_entry_error(key, entry)
         elements = 1
         if type(shape) is not list or len(shape) > _MOST_DIMENSIONS:
-            _explain(key, entry)
+            _raise_entry_error(key, entry)
         for size in shape:
             if type(size) is not int or not 0 <= size < _LARGEST_SIZE:
-                _explain(key, entry)
+                _raise_entry_error(key, entry)
             elements *= size
         if type(begin) is not int or type(end) is not int or elements * bits != 8 * (end - begin):
-            _explain(key, entry)
+            _raise_entry_error(key, entry)
         if (elements == 0 and math.prod(size or 1 for size in shape) >= _LARGEST_SIZE) or end >= _LARGEST_SIZE:
             raise FormatError(f"{quoted(key)}: the shape {str(shape)[:80]} overflows")
         if len(entry) != 3:
-            odd += 1
+            with_extra_fields += 1
             _check_extra(key, entry, 0)
         infos[key] = TensorInfo(key, code, tuple(shape))
         offsets[key] = (begin, end)
-    return infos, offsets, [f"{plural(odd, 'entry', 'entries')} with fields that are not known"] if odd else []
+    count = with_extra_fields
+    warnings = [f"{plural(count, 'entry', 'entries')} with unknown fields"] if count else []
+    return infos, offsets, warnings
 
 
 def _check_extra(key: str, value: object, depth: int) -> None:
@@ -186,10 +189,10 @@ def _check_extra(key: str, value: object, depth: int) -> None:
             _check_extra(key, inner, depth + 1)
 
 
-def _explain(key: str, entry: object) -> NoReturn:
+def _raise_entry_error(key: str, entry: object) -> NoReturn:
     name = quoted(key)
     if not isinstance(entry, dict):
-        raise FormatError(f"{name}: the header entry is no object")
+        raise FormatError(f"{name}: the header entry is not an object")
     missing = [field for field in ("dtype", "shape", "data_offsets") if field not in entry]
     if missing:
         raise FormatError(f"{name}: the header entry has no {missing[0]}")
@@ -197,13 +200,13 @@ def _explain(key: str, entry: object) -> NoReturn:
     if not isinstance(code, str) or code not in _BITS:
         raise FormatError(f"{name}: unknown dtype {quoted(str(code)[:40])}")
     if not isinstance(shape, list) or any(type(size) is not int or not 0 <= size < _LARGEST_SIZE for size in shape):
-        raise FormatError(f"{name}: the shape {str(shape)[:80]} is no list of sizes")
+        raise FormatError(f"{name}: the shape {str(shape)[:80]} is not a list of sizes")
     if (
         not isinstance(span, list)
         or len(span) != 2
         or any(type(at) is not int or not 0 <= at < _LARGEST_SIZE for at in span)
     ):
-        raise FormatError(f"{name}: the offsets {str(span)[:80]} are no begin and end")
+        raise FormatError(f"{name}: the offsets {str(span)[:80]} are not a begin and an end")
     if len(shape) > _MOST_DIMENSIONS:
         raise FormatError(f"{name}: a shape of {len(shape)} dimensions")
     needed = math.prod(shape) * _BITS[code]
@@ -217,7 +220,7 @@ def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
     reached = 0
     for begin, end in offsets.values():
         if begin != reached:
-            reached = _reach_of_sorted(offsets)  # most headers are in the order of their data; others cost a sort
+            reached = _end_of_sorted(offsets)  # most headers have the order of their data; only others need a sort
             break
         reached = end
     if reached > size:
@@ -226,15 +229,16 @@ def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
             hint="download or copy it again",
         )
     if reached < size:
-        raise FormatError(f"{size - reached:,} bytes follow the last tensor and belong to none")
+        raise FormatError(f"{size - reached:,} bytes after the last tensor belong to no tensor")
 
 
-def _reach_of_sorted(offsets: Mapping[str, tuple[int, int]]) -> int:
+def _end_of_sorted(offsets: Mapping[str, tuple[int, int]]) -> int:
     reached = 0
     for key, (begin, end) in sorted(offsets.items(), key=lambda item: item[1]):
         if begin != reached:
-            what = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
-            raise FormatError(f"{quoted(key)} {what}: it begins at byte {begin}, and {reached} are taken")
+            problem = "overlaps the tensor before it" if begin < reached else "leaves a gap before it"
+            where = f"it begins at byte {begin}, and the data before it ends at byte {reached}"
+            raise FormatError(f"{quoted(key)} {problem}: {where}")
         reached = end
     return reached
 
@@ -244,7 +248,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True, slots=True)
 class SafetensorsLayout:
-    """A file before it is written: the header's bytes, and the tensors in the order of their data."""
+    """A file to write: the bytes of the header, and the tensors in the order of their data."""
 
     header: bytes
     infos: tuple[TensorInfo, ...]
@@ -252,10 +256,10 @@ class SafetensorsLayout:
 
 
 def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> SafetensorsLayout:
-    """Return the layout of a file with these tensors; order is kept unless alignment needs another.
+    """Return the layout of a file with these tensors, in their order unless alignment needs another order.
 
-    Raises ``PlanError`` for a dtype that the format has no code for, a name that is not Unicode text or
-    is ``__metadata__``, and a header above the format's limit of 100 MB.
+    Raises ``PlanError`` for a dtype without a safetensors code, a key that is not Unicode text or is ``__metadata__``,
+    and a header of more than 100 MB.
     """
     order = list(infos)
     refuse_unstorable(order)
@@ -270,10 +274,10 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
     try:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        odd = error.object[error.start]
-        name = next((info.key for info in order if odd in info.key), odd)
+        character = error.object[error.start]
+        name = next((info.key for info in order if character in info.key), character)
         raise PlanError(
-            f"a name is not Unicode text: {quoted(name)}", hint="give it another with --rename, or write a .pt file"
+            f"a name is not Unicode text: {quoted(name)}", hint="rename it with --rename, or write a .pt file"
         ) from None
     text += b" " * (-len(text) % _ALIGNMENT)
     if len(text) > LARGEST_HEADER:
@@ -282,15 +286,15 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
 
 
 def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
-    """Raise ``PlanError`` for a dtype that the format has no code for, and for the name it keeps for itself."""
+    """Raise ``PlanError`` for a dtype without a safetensors code, and for the reserved key ``__metadata__``."""
     for info in infos:
         if info.key == METADATA:
-            raise PlanError(f"a tensor is called '{METADATA}', which safetensors keeps for itself", hint="rename it")
+            raise PlanError(f"a tensor is called '{METADATA}', which safetensors reserves", hint="rename it")
         dtype = DTYPES.get(info.dtype)
         if dtype is None or not dtype.storable:
             raise PlanError(
                 f"{quoted(info.key)} would be {info.dtype}, which safetensors cannot store",
-                hint="write a .pt file, or leave it out of the input: ckpt remap with --drop",
+                hint="write a .pt file, or drop the tensor: ckpt remap with --drop",
             )
 
 
@@ -304,17 +308,17 @@ def _aligned(infos: Sequence[TensorInfo]) -> bool:
 
 
 def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload], out: AtomicFile) -> Iterator[int]:
-    """Write tensors and header into ``out``; yield the bytes of each step."""
+    """Write the tensors and the header to ``out``; yield the number of bytes of each step."""
     offset = len(layout.header)
     for payload in merge_extents(payloads[info.key] for info in layout.infos):
         yield from out.copy(payload, offset)
         offset += payload.nbytes
-    # Last, so that what a killed process leaves behind is no checkpoint of zeros.
+    # The header comes last, so that a file of a killed process is not a valid checkpoint of zeros.
     out.write(layout.header, 0)
 
 
 def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:
-    """Join neighbours that lie next to each other in one file, so that the kernel copies them in one call."""
+    """Yield the payloads, joining adjacent ranges of one file so that the kernel copies them in one call."""
     pending: Extent | None = None
     for payload in payloads:
         if not isinstance(payload, Extent):
@@ -322,7 +326,7 @@ def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:
                 yield pending
                 pending = None
             yield payload
-        elif pending is not None and _adjoins(pending, payload):
+        elif pending is not None and _is_adjacent(pending, payload):
             pending = Extent(pending.file, pending.offset, pending.nbytes + payload.nbytes)
         else:
             if pending is not None:
@@ -332,5 +336,5 @@ def merge_extents(payloads: Iterable[Payload]) -> Iterator[Payload]:
         yield pending
 
 
-def _adjoins(first: Extent, second: Extent) -> bool:
+def _is_adjacent(first: Extent, second: Extent) -> bool:
     return first.file is second.file and first.offset + first.nbytes == second.offset

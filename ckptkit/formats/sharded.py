@@ -1,4 +1,4 @@
-"""A directory of shards with an index: ``weight_map`` says which file holds which tensor."""
+"""Read and write directories of shards with an index, whose ``weight_map`` names the file of each tensor."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ __all__ = [
 
 INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json", ".pt.index.json")
 _LARGEST_INDEX = 256 << 20
-_CACHE = "blobs"  # where the caches of hubs keep the files that their snapshots are links to
+_HUB_CACHE = "blobs"  # directory of a hub's cache that its snapshots link to
 _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 
 
 def find_index(names: Sequence[str]) -> str | None:
-    """Return which of a directory's file names is the index to read, or None.
+    """Return the name of the index among the file names of a directory, or None.
 
-    With one of each kind, that of the safetensors shards. Raises ``FormatError`` where two of a kind compete.
+    An index of safetensors shards wins over other kinds. Raises ``FormatError`` where there are two of one kind.
     """
     for suffix in INDEX_SUFFIXES:
         found = sorted(name for name in names if name.endswith(suffix))
         if len(found) > 1:
             listed = ", ".join(map(printable, found[:4]))
-            raise FormatError(f"holds {len(found)} indexes: {listed}", hint="give the path of the one meant")
+            raise FormatError(f"holds {len(found)} indexes: {listed}", hint="give the path of one of them")
         if found:
             return found[0]
     return None
@@ -58,11 +58,11 @@ def find_index(names: Sequence[str]) -> str | None:
 def open_sharded(
     directory: str, index_name: str, open_shard: Callable[[str], Checkpoint], *, whole: bool
 ) -> Checkpoint:
-    """Return one Checkpoint over every shard that the index names, each opened by ``open_shard``.
+    """Return one Checkpoint of all shards that the index names; ``open_shard`` opens each.
 
-    With ``whole``, a shard beside the index that the index does not name is an error: it is usually left
-    over from another save. Raises ``FormatError`` for a missing shard, a tensor in the wrong place or in
-    none, and a shard name that leads out of the directory.
+    With ``whole``, a shard that the index does not name is an error: usually it is left from another save. Raises
+    ``FormatError`` for a missing shard, a tensor that is not in the shard that the index names, and a shard outside the
+    directory.
     """
     index_path = os.path.join(directory, index_name)
     index = _read_index(index_path)
@@ -71,25 +71,25 @@ def open_sharded(
         raise FormatError("the index has no weight_map", path=index_path)
     shards: dict[str, list[str]] = {}
     for key, name in weight_map.items():
-        _check_name(key, name, index_name, index_path)
+        _check_shard_name(key, name, index_name, index_path)
         shards.setdefault(name, []).append(key)
-    extra = _extra(directory, shards)
+    extra = _unnamed_shards(directory, shards)
     if whole and extra:
         raise FormatError(
-            f"shard {quoted(extra[0])} lies beside the index and is not named in it: left from another save?",
-            hint="remove it, or give the path of the index itself to read without it",
+            f"shard {quoted(extra[0])} is beside the index, which does not name it: left from another save?",
+            hint="remove the shard, or give the path of the index to ignore it",
             path=directory,
         )
     opened: dict[str, Checkpoint] = {}
     try:
         for name, keys in shards.items():
-            opened[name] = _open_one(os.path.join(directory, name), keys, open_shard)
-        checkpoint = _joined(directory, index_path, index, weight_map, opened)
+            opened[name] = _open_shard(os.path.join(directory, name), keys, open_shard)
+        checkpoint = _join(directory, index_path, index, weight_map, opened)
     except BaseException:
         for shard in opened.values():
             shard.close()
         raise
-    return checkpoint.with_warnings(*_odd_names(list(shards), extra))
+    return checkpoint.with_warnings(*_shard_warnings(list(shards), extra))
 
 
 def _read_index(path: str) -> Mapping[str, Any]:
@@ -108,22 +108,22 @@ def _read_index(path: str) -> Mapping[str, Any]:
 
 
 def is_plain_name(name: str) -> bool:
-    """Return whether ``name`` names a file of the directory itself, on every system, and leads nowhere else."""
-    # Windows rules see drives, roots and both kinds of slash.
+    """Return whether ``name`` is the name of a file in the same directory, on every operating system."""
+    # The rules of Windows know drives, roots and both kinds of slash.
     parts = PureWindowsPath(name)
     return bool(name) and parts.name == name and not parts.drive and name not in (".", "..") and "\0" not in name
 
 
 def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
-    """Return a remark where some of these files are links out of the directory; those of a hub's cache are as usual."""
-    home = os.path.realpath(directory)
+    """Return a warning if some of these files are links out of the directory, other than links into a hub's cache."""
+    real_directory = os.path.realpath(directory)
     found = []
     for name in names:
         path = os.path.join(directory, name)
         if os.path.islink(path):
             target = os.path.realpath(path)
-            where = os.path.dirname(target)
-            if where != home and os.path.basename(where) != _CACHE:
+            target_directory = os.path.dirname(target)
+            if target_directory != real_directory and os.path.basename(target_directory) != _HUB_CACHE:
                 found.append((name, target))
     if not found:
         return []
@@ -134,7 +134,7 @@ def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
     ]
 
 
-def _check_name(key: str, name: object, index_name: str, path: str) -> None:
+def _check_shard_name(key: str, name: object, index_name: str, path: str) -> None:
     if not isinstance(name, str):
         raise FormatError(f"the index maps {quoted(key)} to a {type(name).__name__}, not to a file name", path=path)
     if not is_plain_name(name):
@@ -144,20 +144,20 @@ def _check_name(key: str, name: object, index_name: str, path: str) -> None:
         raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
 
 
-def _extra(directory: str, shards: Mapping[str, object]) -> list[str]:
-    """Return the shards in the directory that are called like those of the index, and that it does not name."""
+def _unnamed_shards(directory: str, shards: Mapping[str, object]) -> list[str]:
+    """Return the files of the directory that are named like shards of the index, and that the index does not name."""
     families = {match[1] for name in shards if (match := _NUMBERED.fullmatch(name))}
     suffixes = {name.rpartition(".")[2] for name in shards}
     matches = [match for name in sorted(os.listdir(directory)) if (match := _NUMBERED.fullmatch(name))]
     return [match[0] for match in matches if match[1] in families and match[4] in suffixes and match[0] not in shards]
 
 
-def _odd_names(names: Sequence[str], extra: Sequence[str]) -> Iterator[ReaderWarning]:
-    """Yield what the names of the shards tell of others: those that lie there, and those that should."""
+def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[ReaderWarning]:
+    """Yield a warning for shards that the index does not name, and for numbers that the index leaves out."""
     if extra:
         more = f" and {len(extra) - 1:,} more" if extra[1:] else ""
         yield ReaderWarning(
-            f"shard {quoted(extra[0])}{more} lies beside the index and is not named in it", codes.STALE_SHARD
+            f"shard {quoted(extra[0])}{more} is beside the index, which does not name it", codes.STALE_SHARD
         )
     families: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
@@ -166,14 +166,14 @@ def _odd_names(names: Sequence[str], extra: Sequence[str]) -> Iterator[ReaderWar
     for (family, count, suffix), numbers in families.items():
         absent = next((number for number in range(1, count + 1) if number not in numbers), None)
         if absent is not None:
-            lost = f"{family}-{absent:05}-of-{count:05}.{suffix}"
+            missing = f"{family}-{absent:05}-of-{count:05}.{suffix}"
             yield ReaderWarning(
-                f"the index names {len(numbers):,} of {count:,} shards, and not {quoted(lost)}", codes.SHARD_COUNT
+                f"the index names {len(numbers):,} of {count:,} shards, and not {quoted(missing)}", codes.SHARD_COUNT
             )
 
 
-def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
-    # A link may lead anywhere (caches link shards to their blobs): the name is plain, and what it names is only read.
+def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
+    # A link may lead anywhere, as in a hub's cache: the name is plain, and the file is only read.
     try:
         shard = open_shard(path)
     except CkptkitError as error:
@@ -188,13 +188,16 @@ def _open_one(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint
         shard.close()
         key, others = (absent or extra)[0], len(absent or extra) - 1
         more = f" and {others} more" if others else ""
-        what = "the shard does not hold it" if absent else "the index does not say so"
-        how = "the index places" if absent else "the shard holds"
-        raise FormatError(f"{how} {quoted(key)}{more} here, but {what}", path=path)
+        reason = (
+            f"the index places {quoted(key)}{more} here, but the shard does not hold it"
+            if absent
+            else f"the shard holds {quoted(key)}{more}, but the index does not place it here"
+        )
+        raise FormatError(reason, path=path)
     return shard
 
 
-def _joined(
+def _join(
     directory: str,
     index_path: str,
     index: Mapping[str, Any],
@@ -211,18 +214,18 @@ def _joined(
     warnings = list(dict.fromkeys(text for shard in opened.values() for text in shard.warnings))
     warnings += link_warnings(directory, order)
     folded = {name.casefold(): name for name in order}
-    alike = next((name for name in order if folded[name.casefold()] != name), None)
-    if alike is not None:
-        other = folded[alike.casefold()]
-        warnings.append(f"shards {quoted(alike)} and {quoted(other)} differ in case alone: one file on some systems")
+    similar = next((name for name in order if folded[name.casefold()] != name), None)
+    if similar is not None:
+        other = folded[similar.casefold()]
+        warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
     total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
     actual = sum(info.nbytes for info in infos.values())
-    # Some writers count a tensor that is tied to another once, some as often as it has a key.
+    # Some writers count a tied tensor once, others once for each key.
     once = actual - sum(infos[key].nbytes for keys in tied_keys(infos.values()) for key in keys[1:])
     if total is not None and total not in (actual, once):
         stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
-        said = f"the index gives a total size of {stated} bytes, the tensors have {actual}"
-        warnings.append(ReaderWarning(said, codes.TOTAL_SIZE))
+        text = f"the index gives a total size of {stated} bytes, but the tensors have {actual}"
+        warnings.append(ReaderWarning(text, codes.TOTAL_SIZE))
     metadata: dict[str, str] = {}
     for shard in opened.values():
         metadata |= shard.metadata
@@ -262,8 +265,8 @@ def _joined(
 
 
 _INDEX = "model.safetensors.index.json"
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_PART = re.compile(r".+-\d{5}-of-\d{5}\.\w+|.+\.index\.json")
+_OUTPUT_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+_SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.\w+|.+\.index\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,17 +278,17 @@ class Shard:
 
 
 def is_output_shard_name(name: str) -> bool:
-    """Return whether a file of this name would be stale beside new shards."""
-    return _OURS.fullmatch(name) is not None
+    """Return whether ckptkit writes files of this name; an old file of such a name is stale beside new shards."""
+    return _OUTPUT_NAME.fullmatch(name) is not None
 
 
 def is_shard_name(name: str) -> bool:
-    """Return whether a file of this name would be taken for a part of the sharded checkpoint that it lies beside."""
-    return _PART.fullmatch(name) is not None
+    """Return whether a reader would take a file of this name for a part of a sharded checkpoint in its directory."""
+    return _SHARD_NAME.fullmatch(name) is not None
 
 
 def split_into_shards(infos: Sequence[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:
-    """Return shards of at most ``max_bytes`` of tensors each, in order; a larger tensor gets one of its own."""
+    """Return shards of at most ``max_bytes`` each, in order; a larger tensor gets a shard of its own."""
     parts: list[list[TensorInfo]] = [[]]
     size = 0
     for info in infos:
@@ -303,7 +306,7 @@ def split_into_shards(infos: Sequence[TensorInfo], max_bytes: int) -> tuple[Shar
 
 
 def weight_index(shards: Sequence[Shard]) -> tuple[str, bytes]:
-    """Return the name and the bytes of the index over these shards, as Hugging Face libraries read it."""
+    """Return the file name and the content of the index of these shards, as Hugging Face libraries read it."""
     weight_map = {info.key: shard.name for shard in shards for info in shard.infos}
     total = sum(info.nbytes for shard in shards for info in shard.infos)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -1,7 +1,6 @@
-"""The directory of a zip archive, read strictly: every disagreement inside the file is an error.
+"""Read the directory of a zip archive strictly: every contradiction inside the file is an error.
 
-Readers that forgive disagree about which bytes they mean, and that is how one file shows one thing
-to a scanner and another to a loader.
+Lenient readers choose different bytes of a contradictory file, so a scanner and a loader can see different content.
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_DIRECTORY = 256 << 20
-_MOST_ENTRIES = 500_000  # each takes memory and a read of its own
-_LARGEST_UNDOUBTED = 1 << 20
-_MOST_FOLD = 100  # JSON that repeats itself is deflated seventyfold
+_MOST_ENTRIES = 500_000  # each entry needs memory and one read
+_ALWAYS_INFLATED = 1 << 20  # bytes; a larger entry must not exceed the largest ratio
+_LARGEST_RATIO = 100  # repetitive JSON is deflated seventyfold
 _LONGEST_TEXT = 1000
 _STORED, _DEFLATED = 0, 8
 _ENCRYPTED = 0x1 | 0x40
@@ -42,7 +41,7 @@ class ZipEntry:
 
     name: str
     method: int
-    crc: int  # zero is how torch writes "none" (torch.serialization.set_crc32_options)
+    crc: int  # zero means none, as torch writes it (torch.serialization.set_crc32_options)
     packed: int  # bytes in the archive
     size: int  # bytes after inflating
     header: int  # offset of the local header
@@ -50,28 +49,28 @@ class ZipEntry:
 
 @dataclass(frozen=True, slots=True)
 class ZipDirectory:
-    """The entries of an archive by name, and where the bytes of each begin."""
+    """The entries of an archive by name, and the offset at which the bytes of each begin."""
 
     file: LocalFile
     entries: dict[str, ZipEntry]
     starts: dict[str, int]  # in the order of the file
 
     def roots(self, name: str) -> list[str]:
-        """Return what stands before each entry of this name: nothing, or the one directory that it lies in."""
+        """Return the folder of each entry of this name: an empty string, or one folder with a slash."""
         return [entry.removesuffix(name) for entry in self.entries if entry == name
                 or (entry.endswith(f"/{name}") and entry.count("/") == 1)]  # fmt: skip
 
     def region(self, name: str) -> Extent | Inflated:
-        """Return the content of an entry, unread."""
+        """Return the content of an entry, without reading it."""
         entry = self.entries[name]
         if entry.method == _STORED:
             return Extent(self.file, self.starts[name], entry.size, entry.crc or None)
         return Inflated(Extent(self.file, self.starts[name], entry.packed), entry.size, 0, entry.size)
 
     def head(self, name: str, count: int) -> bytes:
-        """Return the first bytes of an entry, ``count`` or all of them; of a deflated one no more is inflated."""
+        """Return the first ``count`` bytes of an entry, or all bytes of a shorter entry, inflating no more."""
         entry = self.entries[name]
-        # What deflate cannot shrink it stores, with few bytes more.
+        # Content that deflate cannot shrink is stored with a few extra bytes.
         packed = self.file.read(self.starts[name], min(entry.packed, count + 1024))
         if entry.method == _STORED:
             return packed[:count]
@@ -80,16 +79,17 @@ class ZipDirectory:
         except zlib.error as error:
             raise FormatError(f"zip entry {quoted(name)}: compressed data is damaged: {error}") from None
 
-    def read(self, name: str, most: int, *, fold: int = _MOST_FOLD) -> bytes:
+    def read(self, name: str, most: int, *, ratio: int = _LARGEST_RATIO) -> bytes:
         """Return the whole content of an entry.
 
-        Raises ``FormatError`` where it is damaged, longer than ``most``, or long and deflated more than ``fold`` times.
+        Raises ``FormatError`` where the entry is damaged, has more than ``most`` bytes, or is a zip bomb: large, and
+        more than ``ratio`` times larger than its compressed bytes.
         """
         entry = self.entries[name]
         short = printable(name.rpartition("/")[2])
         if entry.size > most:
             raise FormatError(f"{short} has {entry.size} bytes, more than the limit of {most}")
-        if entry.size > max(_LARGEST_UNDOUBTED, fold * entry.packed):
+        if entry.size > max(_ALWAYS_INFLATED, ratio * entry.packed):
             raise FormatError(f"{short} would inflate from {entry.packed} to {entry.size} bytes: a zip bomb")
         data = b"".join(bytes(chunk) for chunk in self.region(name).chunks())
         if entry.crc and zlib.crc32(data) != entry.crc:
@@ -97,27 +97,27 @@ class ZipDirectory:
         return data
 
     def text(self, name: str) -> str | None:
-        """Return the content of a short entry as text without blanks around it, or None where there is none."""
+        """Return the content of a short entry as stripped text, or None where the archive has no such entry."""
         if name not in self.entries:
             return None
         if self.entries[name].size > _LONGEST_TEXT:
             raise FormatError(f"zip entry {quoted(name)} has {self.entries[name].size} bytes")
         return self.read(name, _LONGEST_TEXT).decode("ascii", "replace").strip()
 
-    def warnings(self, *homes: str) -> list[str]:
-        """Return what to warn of: that tensors, below ``homes``, have to be inflated, or that damage goes unseen."""
+    def warnings(self, *folders: str) -> list[str]:
+        """Return a warning if tensors in ``folders`` are compressed, and one if the archive has no checksums."""
         warnings: list[str] = []
-        if any(entry.method for name, entry in self.entries.items() if name.startswith(homes)):
-            said = "the archive is compressed: tensors are inflated while they are read"
-            warnings.append(ReaderWarning(said, codes.COMPRESSED))
+        if any(entry.method for name, entry in self.entries.items() if name.startswith(folders)):
+            text = "the archive is compressed: tensors are inflated while they are read"
+            warnings.append(ReaderWarning(text, codes.COMPRESSED))
         checksums = [entry.crc for entry in self.entries.values() if entry.size]
         if not any(checksums):
-            said = "no checksums in the archive (torch.serialization.set_crc32_options): damage goes unseen"
-            warnings.append(ReaderWarning(said, codes.NO_CHECKSUM))
+            text = "no checksums in the archive (torch.serialization.set_crc32_options): damage cannot be seen"
+            warnings.append(ReaderWarning(text, codes.NO_CHECKSUM))
         return warnings
 
     def records(self, keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
-        """Yield every entry in the order of the file; ``keys`` says which tensors lie in the entry of a name."""
+        """Yield every entry in the order of the file; ``keys`` maps the name of an entry to the keys of its tensors."""
         for name in self.starts:
             yield Record(
                 self.file.path, name, self.region(name), self.entries[name].crc or None, tuple(keys.get(name, ()))
@@ -125,14 +125,17 @@ class ZipDirectory:
 
 
 def read_zip_directory(file: LocalFile) -> ZipDirectory:
-    """Return the directory of the archive that begins at byte 0; raises ``FormatError`` for any disagreement."""
+    """Return the directory of the archive that begins at byte 0.
+
+    Raises ``FormatError`` where the archive is truncated, contradicts itself or uses an unsupported feature.
+    """
     count, offset, size, end = _find_end(file)
     if size > _LARGEST_DIRECTORY:
         raise FormatError(f"the zip directory has {size} bytes, more than the limit of {_LARGEST_DIRECTORY}")
     if count > _MOST_ENTRIES:
         raise FormatError(f"the zip directory has {count:,} entries, more than the limit of {_MOST_ENTRIES:,}")
     if offset + size > end:
-        raise FormatError("the zip directory lies beyond the end of the archive")
+        raise FormatError("the zip directory is beyond the end of the archive")
     entries = _central(file.read(offset, size), count)
     return ZipDirectory(file, entries, _check_local(file, entries, offset))
 
@@ -144,24 +147,24 @@ def _find_end(file: LocalFile) -> tuple[int, int, int, int]:
     if at < 0 or len(tail) - at < _END.size:
         raise FormatError("a zip archive without a directory at its end: truncated?", hint="download or copy it again")
     _, disk, first_disk, here, count, size, offset, comment = _END.unpack_from(tail, at)
-    behind = len(tail) - at - _END.size - comment
-    if behind:
-        what = f"{behind} bytes follow" if behind > 0 else "the comment is cut off at"
+    after = len(tail) - at - _END.size - comment
+    if after:
+        what = f"{after} bytes follow" if after > 0 else "the comment is cut off at"
         raise FormatError(f"{what} the end of the zip archive")
     end = start + at
     if 0xFFFF in (count, here) or 0xFFFFFFFF in (size, offset):
         if end < _LOCATOR64.size:
-            raise FormatError("a zip archive that claims to be zip64 and is not")
+            raise FormatError("a zip archive with sizes of zip64 and no zip64 directory")
         magic, _, where, _ = _LOCATOR64.unpack(file.read(end - _LOCATOR64.size, _LOCATOR64.size))
         if magic == b"PK\6\7":
             if where + _END64.size > end:
-                raise FormatError("the zip64 directory lies beyond the end of the archive")
+                raise FormatError("the zip64 directory is beyond the end of the archive")
             magic, _, _, _, disk, first_disk, here, count, size, offset = _END64.unpack(file.read(where, _END64.size))
             if magic != b"PK\6\6":
                 raise FormatError("the zip64 directory is not where the archive says")
             end = where
     if disk or first_disk or here != count:
-        raise FormatError("a zip archive in several parts")
+        raise FormatError("a zip archive split into several files")
     return count, offset, size, end
 
 
@@ -201,7 +204,7 @@ def _central(data: bytes, count: int) -> dict[str, ZipEntry]:
         if 0xFFFFFFFF in (packed, size, header):
             size, packed, header = _zip64(extra, name, size, packed, header)
         entry = ZipEntry(name, method, crc, packed, size, header)
-        _refuse_odd(entry, flags, attributes)
+        _check_entry(entry, flags, attributes)
         if name in entries:
             raise FormatError(f"two zip entries are called {quoted(name)}")
         entries[name] = entry
@@ -230,7 +233,7 @@ def _zip64(extra: bytes, name: str, size: int, packed: int, header: int) -> tupl
     raise FormatError(f"zip entry {quoted(name)}: its 64-bit sizes are missing")
 
 
-def _refuse_odd(entry: ZipEntry, flags: int, attributes: int) -> None:
+def _check_entry(entry: ZipEntry, flags: int, attributes: int) -> None:
     name = entry.name
     if not name or "\\" in name or "\0" in name or name.startswith("/") or ".." in name.split("/"):
         raise FormatError(f"a zip entry has the unsafe name {quoted(name)}")
@@ -239,7 +242,7 @@ def _refuse_odd(entry: ZipEntry, flags: int, attributes: int) -> None:
     if entry.method not in (_STORED, _DEFLATED):
         raise FormatError(f"zip entry {quoted(name)}: compression method {entry.method} is not supported")
     if entry.method == _STORED and entry.packed != entry.size:
-        raise FormatError(f"zip entry {quoted(name)} is stored with {entry.packed} bytes and claims {entry.size}")
+        raise FormatError(f"zip entry {quoted(name)} is stored with {entry.packed} bytes and says {entry.size}")
     if attributes & _DOS_DIRECTORY and entry.size:
         raise FormatError(f"zip entry {quoted(name)} is marked as a directory and has content")
 
@@ -252,14 +255,14 @@ def _check_local(file: LocalFile, entries: dict[str, ZipEntry], limit: int) -> d
         if entry.header < reached:
             raise FormatError(f"zip entry {quoted(entry.name)} overlaps the one before it")
         if entry.header + _LOCAL.size + len(raw) > limit:
-            raise FormatError(f"zip entry {quoted(entry.name)} lies beyond the archive")
+            raise FormatError(f"zip entry {quoted(entry.name)} is beyond the end of the archive")
         data = file.read(entry.header, _LOCAL.size + len(raw))
         magic, _, flags, method, _, _, *stated, name_len, extra_len = _LOCAL.unpack_from(data)
         if magic != b"PK\3\4" or name_len != len(raw) or data[_LOCAL.size :] != raw:
             raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its name")
         if method != entry.method or flags & _ENCRYPTED:
             raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its method")
-        # Where a data descriptor follows, the local header leaves these fields empty; zip64 fills them with ones.
+        # The local header leaves these fields empty where a data descriptor follows; zip64 fills them with ones.
         empty = flags & _DESCRIPTOR or not any(stated) or 0xFFFFFFFF in stated[1:]
         if not empty and stated != [entry.crc, entry.packed, entry.size]:
             raise FormatError(f"zip entry {quoted(entry.name)}: directory and local header disagree on its size")

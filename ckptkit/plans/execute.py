@@ -333,7 +333,7 @@ def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progres
     existing = os.listdir(output.path) if os.path.isdir(output.path) else []
     ours = frozenset(name for name in existing if is_output_shard_name(name))
     total = 0
-    with atomic_directory(output.path, force=output.force, ours=ours) as directory:
+    with atomic_directory(output.path, force=output.force, replaced=ours) as directory:
         for shard in shards:
             target = os.path.join(directory, shard.name)
             total += _write_safetensors(target, shard.infos, plan.metadata, inputs, progress, replace=True)

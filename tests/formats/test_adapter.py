@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
     "task_type": None, "target_parameters": None,
 }  # fmt: skip
 OUTER = "base_model.model.model"
-BASE = "an adapter: the weights of 'some/base' that it belongs to are not inside"
+BASE = "an adapter: the weights of the base model 'some/base' are not inside"
 
 
 def lora(module: str, rank: int) -> dict[str, torch.Tensor]:
@@ -65,7 +65,7 @@ RANKS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]] = {
     "as r says": (Q, {}, []),
     "an embedding": (lora("embed_tokens", 4), {}, []),
     "a convolution": (lora("conv", 4), {}, []),
-    "another": (V, {}, ["v_proj.lora_A.weight' has rank 2, and adapter_config.json gives 4", "v_proj.lora_B.weight'"]),
+    "another": (V, {}, ["v_proj.lora_A.weight' has rank 2, but adapter_config.json gives 4", "v_proj.lora_B.weight'"]),
     "another embedding": (
         lora("embed_tokens", 3),
         {},
@@ -131,4 +131,4 @@ def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     error = refusal(str(tmp_path))
     assert error.reason == "holds adapter_config.json and no weights of the adapter"
-    assert error.hint == "they are called adapter_model.safetensors or adapter_model.bin"
+    assert error.hint == "the weights are called adapter_model.safetensors or adapter_model.bin"

@@ -145,7 +145,7 @@ def test_the_states_of_accelerate_are_listed(tmp_path: Path) -> None:
         torch.save({"a": 1}, tmp_path / name)
     assert {path: entry.value for path, entry in entries_of(tmp_path).items()} == {name: {"a": 1} for name in names}
     with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.warnings == ("'model_1.safetensors' lies beside 'model.safetensors', which is the one read",)
+        assert checkpoint.warnings == ("'model_1.safetensors' is beside 'model.safetensors' and is not read",)
 
 
 def test_any_one_file_of_weights_may_have_company(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_a_model_and_an_adapter_are_two_candidates(tmp_path: Path, names: list[s
     error = refusal(str(tmp_path))
     assert isinstance(error, FormatError)
     assert error.reason == f"holds a whole model and an adapter: {said}"
-    assert error.hint == "give the path of the one meant"
+    assert error.hint == "give the path of one of them"
 
 
 def test_the_older_form_of_the_same_weights_is_mentioned(tmp_path: Path) -> None:
@@ -233,7 +233,7 @@ def test_the_older_form_of_the_same_weights_is_mentioned(tmp_path: Path) -> None
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "safetensors"
-        assert checkpoint.warnings == ("'pytorch_model.bin' lies beside 'model.safetensors', which is the one read",)
+        assert checkpoint.warnings == ("'pytorch_model.bin' is beside 'model.safetensors' and is not read",)
 
 
 def test_a_directory_with_nothing_but_company_holds_no_checkpoint(tmp_path: Path) -> None:

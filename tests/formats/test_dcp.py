@@ -442,7 +442,7 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "H13 outside": (_resize(1, (5, 0), (3, 3)), r"'model.rows': a chunk at \[5, 0\] of size \[3, 3\] reaches outside"),
     "H13 larger tensor": (_described(size=torch.Size((9, 3))), "'model.rows': rows 7-8 are covered by no chunk"),
     "H13 smaller tensor": (_described(size=torch.Size((5, 3))), "reaches outside the shape"),
-    "H13 dimensions": (_described(size=torch.Size((7, 3, 1))), "has not the 3 dimensions of the tensor"),
+    "H13 dimensions": (_described(size=torch.Size((7, 3, 1))), "does not have the 3 dimensions of the tensor"),
     "H13 wrong dtype": (
         _described(properties=TensorProperties(dtype=torch.int32)),
         r"'model\.rows': the item at byte \d+: holds F32 \[4, 3\], and the metadata says I32 \[4, 3\]",

@@ -140,9 +140,9 @@ def test_what_may_not_be_read_says_so(tmp_path: Path, directory: bool) -> None:
 @pytest.mark.parametrize(
     ("data", "name", "warning"),
     [
-        pytest.param(GOOD, "x.pt", "the name says torch, the content is safetensors", id="A12 safetensors as .pt"),
+        pytest.param(GOOD, "x.pt", "the name says torch, but the content is safetensors", id="A12 safetensors as .pt"),
         pytest.param(
-            saved(STATE), "x.safetensors", "the name says safetensors, the content is torch-zip", id="A12 zip"
+            saved(STATE), "x.safetensors", "the name says safetensors, but the content is torch-zip", id="A12 zip"
         ),
         pytest.param(saved(STATE, legacy=True), "x.safetensors", "the content is torch-legacy", id="A12 legacy"),
         pytest.param(GOOD, "x.safetensors", "", id="the right name"),
@@ -341,7 +341,7 @@ def test_a_model_laid_out_differently_in_the_real_build_is_refused(modules: Path
     """A span of one layout with the views of the other would be wrong bytes."""
     with open_checkpoint(f"py:livemodels.nets:{name}") as checkpoint:
         for read in (checkpoint.payload, checkpoint.span):
-            with pytest.raises(ModelError, match="'w' is laid out differently when the model is built again") as caught:
+            with pytest.raises(ModelError, match="'w' has another layout when the model is built again") as caught:
                 read("w")
             assert caught.value.hint
         if "other" in checkpoint:
@@ -355,7 +355,7 @@ def test_a_model_laid_out_differently_in_the_real_build_is_refused(modules: Path
 @pytest.mark.parametrize(
     ("target", "hint"),
     [
-        ("livemodels.none:build", "looked in the current directory and on sys.path"),
+        ("livemodels.none:build", "searched in the current directory and on sys.path"),
         ("livemodels.nets:demanding", "it is called without arguments"),
         ("livemodels.syntax:build", None),
         ("livemodels.nets:fails", None),
@@ -384,10 +384,10 @@ def test_names_of_links_and_files_cannot_move_the_cursor(tmp_path: Path) -> None
     ("target", "reason"),
     [
         pytest.param("livemodels.nets:Hopeless", r"failed: KeyError: 'no\\x1b[2Jpe'", id="its extra state fails"),
-        pytest.param("livemodels.nets", "names no callable", id="no colon"),
-        pytest.param("livemodels.nets:", "names no callable", id="no name"),
-        pytest.param(":build", "names no callable", id="no module"),
-        pytest.param("", "names no callable", id="nothing"),
+        pytest.param("livemodels.nets", "does not name a callable", id="no colon"),
+        pytest.param("livemodels.nets:", "does not name a callable", id="no name"),
+        pytest.param(":build", "does not name a callable", id="no module"),
+        pytest.param("", "does not name a callable", id="nothing"),
         pytest.param(
             "livemodels.none:build", "importing 'livemodels.none' failed: ModuleNotFoundError", id="no such module"
         ),

@@ -156,4 +156,4 @@ def test_directories_inside_are_where_to_look(tmp_path: Path, names: list[str]) 
     error = refusal(str(tmp_path))
     assert error.reason == "a directory without a checkpoint in it"
     listed = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
-    assert error.hint == f"look into those inside it: {listed}"
+    assert error.hint == f"give one of the directories inside: {listed}"

@@ -189,7 +189,7 @@ def test_plain_tensors_become_safetensors(tmp_path: Path, capsys: pytest.Capture
         pytest.param(gguf_file(), "", id="nothing in it"),
         pytest.param(gguf_file([info("w")], data=bytes(32)), "", id="padding at the end"),
         pytest.param(
-            gguf_file([info("w")], data=bytes(40)), "8 bytes behind the last tensor belong to none", id="more"
+            gguf_file([info("w")], data=bytes(40)), "8 bytes after the last tensor belong to no tensor", id="more"
         ),
         pytest.param(gguf_file([info("w", (0, 7))]), "", id="no elements"),
         pytest.param(gguf_file([info("w", ())], data=bytes(4)), "", id="a scalar"),
@@ -197,7 +197,7 @@ def test_plain_tensors_become_safetensors(tmp_path: Path, capsys: pytest.Capture
         pytest.param(gguf_file([info("w")], data=bytes(16), version=2), "", id="version 2"),
         pytest.param(
             gguf_file([info("w", kind=99), info("v", kind=4, offset=32)], data=bytes(64)),
-            "2 tensors of a type that is not known, of which the size is not told: 'w'",
+            "2 tensors of an unknown type, and so of unknown size: 'w'",
             id="unknown types",
         ),
         pytest.param(
@@ -225,13 +225,17 @@ def nested(depth: int) -> bytes:
 
 
 HOSTILE = [
-    pytest.param(GOOD[:4] + b"\1" + GOOD[5:], "of version 1, and versions 2 and 3", id="version 1"),
-    pytest.param(GOOD[:4] + b"\4" + GOOD[5:], "of version 4, and", id="version 4"),
+    pytest.param(GOOD[:4] + b"\1" + GOOD[5:], "of version 1; versions 2 and 3", id="version 1"),
+    pytest.param(GOOD[:4] + b"\4" + GOOD[5:], "of version 4; versions 2 and 3", id="version 4"),
     pytest.param(GOOD[:4] + b"\0\0\0\3" + GOOD[8:], "for big-endian machines", id="big-endian"),
-    pytest.param(gguf_file(counts=(2**64 - 1, 0)), "claims .* tensors, more than", id="2^64 tensors"),
-    pytest.param(gguf_file([info("w")], counts=(2, 0)), "claims 2 tensors, more than it has room|1 byte", id="2 of 1"),
-    pytest.param(gguf_file(counts=(0, 2**64 - 1)), "claims .* metadata keys, more than", id="2^64 keys"),
-    pytest.param(gguf_file(data=bytes(2_000_000), counts=(0, 100_001)), "claims 100,001 metadata", id="many keys"),
+    pytest.param(gguf_file(counts=(2**64 - 1, 0)), "the header counts .* tensors, more than", id="2^64 tensors"),
+    pytest.param(
+        gguf_file([info("w")], counts=(2, 0)),
+        "counts 2 tensors, more than the file has room|1 byte",
+        id="2 of 1",
+    ),
+    pytest.param(gguf_file(counts=(0, 2**64 - 1)), "the header counts .* metadata keys, more than", id="2^64 keys"),
+    pytest.param(gguf_file(data=bytes(2_000_000), counts=(0, 100_001)), "counts 100,001 metadata", id="many keys"),
     pytest.param(gguf_file(pairs=[pair("a", 13, b"x" * 8)]), "'a' has a value of the unknown type 13", id="a type"),
     pytest.param(gguf_file(pairs=[pair("a", 2**32 - 1, b"x")]), "'a' has a value of the unknown", id="type 2^32-1"),
     pytest.param(gguf_file(pairs=[pair("a", U32, numbers(1))] * 2), "two metadata keys are called 'a'", id="key twice"),
@@ -241,30 +245,30 @@ HOSTILE = [
     ),
     pytest.param(
         gguf_file(pairs=[struct.pack("<Q", 2**63) + bytes(20)]),
-        "key 1 is said to have .* bytes",
+        "key 1 has a length of .* bytes",
         id="a key of 2^63 bytes",
     ),
     pytest.param(
-        gguf_file(pairs=[string("x" * 70_000) + numbers(U8) + b"x"]), "key 1 is said to have 70,000", id="a long key"
+        gguf_file(pairs=[string("x" * 70_000) + numbers(U8) + b"x"]), "key 1 has a length of 70,000", id="a long key"
     ),
     pytest.param(
         gguf_file(pairs=[pair("a", STRING, struct.pack("<Q", 2**60))]),
-        "header goes on behind the end",
+        "header continues after the end",
         id="a long value",
     ),
     pytest.param(
-        gguf_file(pairs=[pair("a", ARRAY, array(U32, [], 2**62))]), "header goes on behind the end", id="2^62 numbers"
+        gguf_file(pairs=[pair("a", ARRAY, array(U32, [], 2**62))]), "header continues after the end", id="2^62 numbers"
     ),
     pytest.param(
-        gguf_file(pairs=[pair("a", ARRAY, array(STRING, [], 2**61))]), "'a' claims .* strings, more", id="2^61 strings"
+        gguf_file(pairs=[pair("a", ARRAY, array(STRING, [], 2**61))]), "'a' counts .* strings, more", id="2^61 strings"
     ),
     pytest.param(
         gguf_file(pairs=[pair("a", ARRAY, array(STRING, [string("")] * 20 + [struct.pack("<Q", 2**64 - 1)] * 20))]),
-        "header goes on behind the end",
+        "header continues after the end",
         id="a string of 2^64 bytes in an array",
     ),
     pytest.param(
-        gguf_file(pairs=[pair("a", ARRAY, array(ARRAY, [], 2**61))]), "'a' claims .* arrays, more", id="2^61 arrays"
+        gguf_file(pairs=[pair("a", ARRAY, array(ARRAY, [], 2**61))]), "'a' counts .* arrays, more", id="2^61 arrays"
     ),
     pytest.param(
         gguf_file(pairs=[pair("a", ARRAY, array(77, [], 0))]),
@@ -274,17 +278,23 @@ HOSTILE = [
     pytest.param(gguf_file(pairs=[pair("a", ARRAY, nested(9))]), "'a' is nested too deeply", id="nine arrays"),
     pytest.param(gguf_file(pairs=[pair("a", ARRAY, nested(400))]), "'a' is nested too deeply", id="400 arrays"),
     pytest.param(
-        gguf_file(pairs=[pair("general.alignment", U32, numbers(0))]), "alignment' is 0, and no power", id="alignment 0"
+        gguf_file(pairs=[pair("general.alignment", U32, numbers(0))]),
+        "alignment' is 0, not a uint32 power of two",
+        id="alignment 0",
     ),
     pytest.param(
-        gguf_file(pairs=[pair("general.alignment", U32, numbers(24))]), "is 24, and no power", id="alignment 24"
+        gguf_file(pairs=[pair("general.alignment", U32, numbers(24))]),
+        "is 24, not a uint32 power of two",
+        id="alignment 24",
     ),
     pytest.param(
-        gguf_file(pairs=[pair("general.alignment", U8, b"\x20")]), "is 32, and no", id="alignment of another type"
+        gguf_file(pairs=[pair("general.alignment", U8, b"\x20")]),
+        "is 32, not a uint32 power of two",
+        id="alignment of another type",
     ),
     pytest.param(
         gguf_file([info("w")], [pair("general.alignment", U32, numbers(2**31))], bytes(64)),
-        "truncated: .* bytes are missing at the end, where 'w' lies",
+        "truncated: .* bytes are missing at the end, in 'w'",
         id="alignment 2^31",
     ),
     pytest.param(
@@ -295,7 +305,7 @@ HOSTILE = [
     pytest.param(gguf_file([info("w", (2**32, 2**32))]), "'w': the shape .* overflows", id="overflow"),
     pytest.param(gguf_file([info("w", (0, 2**32, 2**32))]), "'w': the shape .* overflows", id="overflow behind a zero"),
     pytest.param(
-        gguf_file([info("w", (2**60,))]), "truncated: 4,6.* bytes are missing at the end, where 'w'", id="2^60 elements"
+        gguf_file([info("w", (2**60,))]), "truncated: 4,6.* bytes are missing at the end, in 'w'", id="2^60 elements"
     ),
     pytest.param(
         gguf_file([info("w", offset=2**63)], data=bytes(16)), "truncated: .* are missing", id="an offset of 2^63"
@@ -305,7 +315,7 @@ HOSTILE = [
     ),
     pytest.param(
         gguf_file([info("w", (9,)), info("v", offset=32)], data=bytes(48)),
-        "'v' overlaps 'w': it begins at byte 32 of the data, and 36 are taken",
+        "'v' overlaps 'w': it begins at byte 32 of the data, and 'w' ends at byte 36",
         id="overlap",
     ),
     pytest.param(gguf_file([info("w"), info("v")], data=bytes(48)), "'v' overlaps 'w'", id="one place for two"),

@@ -223,26 +223,24 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
         pytest.param(by_hand("{'shape': (2,), 'descr': '<f4','fortran_order':False}"), "x.npy", "", id="another order"),
         pytest.param(by_hand('{"descr": "<f4", "fortran_order": False, "shape": (2,)}'), "x.npy", "", id="quotes"),
         pytest.param(fields(shape="(2L,)"), "x.npy", "", id="Python 2"),
-        pytest.param(
-            fields(shape="()"), "x.npy", "4 bytes follow the array, and are not read", id="more than a scalar"
-        ),
+        pytest.param(fields(shape="()"), "x.npy", "4 bytes after the array are not read", id="more than a scalar"),
         pytest.param(
             fields() + npy(filled("<f4", (9,))),
             "x.npy",
-            "164 bytes follow the array, more arrays, and are not read",
+            "164 bytes after the array (more arrays) are not read",
             id="two arrays in one file",
         ),
         pytest.param(
             zip_of([("w.npy", fields() + b"x")]),
             "x.npz",
-            "'w.npy': 1 byte follow the array, and are not read",
+            "'w.npy': 1 byte after the array are not read",
             id="a longer entry",
         ),
-        pytest.param(fields(), "x.npz", "the name says npz, the content is npy: read by content", id="another name"),
+        pytest.param(fields(), "x.npz", "the name says npz, but the content is npy", id="another name"),
         pytest.param(
             npz({"w": filled("<f4", (2,))}),
             "x.pt",
-            "the name says torch, the content is npz: read by content",
+            "the name says torch, but the content is npz",
             id=".pt",
         ),
     ],
@@ -255,7 +253,7 @@ def test_what_is_odd_and_allowed_is_read_and_told(tmp_path: Path, data: bytes, n
 
 
 HOSTILE = [
-    pytest.param(b"\x93NUMPY", "no .npy file|too short", id="the magic alone"),
+    pytest.param(b"\x93NUMPY", "not a .npy file", id="the magic alone"),
     pytest.param(b"\x93NUMPY\1\0", "ends within its header|header of|no .npy", id="no length"),
     pytest.param(by_hand(version=b"\4\0"), "has version 4.0 of the .npy format", id="version 4"),
     pytest.param(by_hand(version=b"\1\1"), "has version 1.1 of the .npy format", id="version 1.1"),
@@ -342,8 +340,8 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
     [
         pytest.param([("w.npy", fields()), ("w.npy", fields())], "two zip entries are called 'w.npy'", id="twice"),
         pytest.param([("../w.npy", fields())], "the unsafe name '../w.npy'", id="climbs"),
-        pytest.param([("w.npy", b"")], "'w.npy' is no .npy file: it begins with nothing", id="an empty entry"),
-        pytest.param([("\x1b[2J.npy", b"x")], r"'\x1b[2J.npy' is no .npy file", id="an escape in a name"),
+        pytest.param([("w.npy", b"")], "'w.npy' is not a .npy file: it begins with nothing", id="an empty entry"),
+        pytest.param([("\x1b[2J.npy", b"x")], r"'\x1b[2J.npy' is not a .npy file", id="an escape in a name"),
         pytest.param([("w.npy", fields()), ("v.txt", b"x")], "no data.pkl: not a torch checkpoint", id="another file"),
     ],
 )

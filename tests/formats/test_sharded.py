@@ -64,7 +64,7 @@ def test_an_index_goes_before_a_single_file_and_that_is_said(tmp_path: Path) -> 
     save({"other": torch.ones(1)}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         assert_same(checkpoint, STATE)
-        assert ["'model.safetensors' lies beside the index" in text for text in checkpoint.warnings] == [True]
+        assert ["'model.safetensors' is beside the index" in text for text in checkpoint.warnings] == [True]
 
 
 def test_safetensors_go_before_pickles(tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_what_of_a_save_did_not_come_along_is_what_to_copy(tmp_path: Path) -> No
     error = refusal(str(tmp_path))
     assert ("weights and no index" in error.reason, error.hint) == (
         True,
-        "copy the index too, whose name ends in .index.json",
+        "copy the index too; its name ends in .index.json",
     )
     index.write_bytes(text)
     one.unlink()

@@ -155,7 +155,7 @@ def test_what_lies_far_apart_in_compressed_data_is_refused(tmp_path: Path, monke
     whole = Inflated(Extent(file, 0, file.size), 2**23, 0, 2**23)
     assert gathered(view, whole) == bits(view)
     monkeypatch.setattr(strided, "_WINDOW", 1 << 20)
-    with pytest.raises(FormatError, match=r"8 B that lie in 8\.4 MB") as caught:
+    with pytest.raises(FormatError, match=r"8 B spread over 8\.4 MB") as caught:
         gathered(view, whole)
     file.close()
     assert caught.value.path == file.path

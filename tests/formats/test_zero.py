@@ -399,8 +399,8 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, case: str) -
         ("/etc", "names the unsafe directory '/etc'"),
         ("", "names the unsafe directory ''"),
         (".", "names the unsafe directory '.'"),
-        ("global_step9", "names 'global_step9', which is no directory of a save here"),
-        ("\x1b[2J", r"names '\x1b[2J', which is no directory"),
+        ("global_step9", "names 'global_step9', which is not a directory of a save here"),
+        ("\x1b[2J", r"names '\x1b[2J', which is not a directory"),
     ],
 )
 def test_latest_leads_nowhere_else(tmp_path: Path, tag: str, reason: str) -> None:
@@ -448,4 +448,4 @@ def test_whole_weights_beside_a_save_are_read_and_the_save_is_mentioned(tmp_path
     torch.save(weights(), directory / "pytorch_model.bin")
     with open_checkpoint(directory) as checkpoint:
         assert_whole(checkpoint, weights())
-        assert checkpoint.warnings == (f"'{STEP}' lies beside 'pytorch_model.bin', which is the one read",)
+        assert checkpoint.warnings == (f"'{STEP}' is beside 'pytorch_model.bin' and is not read",)

@@ -75,9 +75,9 @@ BAD: dict[str, Bad] = {
     "A14 ONNX": Bad(written(b"\x08\x07\x12\x07pytorch\x1a\x031.8", "x.onnx"), "an ONNX model"),
 }
 ODD: dict[str, Odd] = {
-    "A12 safetensors as .pt": Odd(written(SAFETENSORS), "the name says torch, the content is safetensors", "F32"),
+    "A12 safetensors as .pt": Odd(written(SAFETENSORS), "the name says torch, but the content is safetensors", "F32"),
     "A12 zip as .safetensors": Odd(
-        written(ZIP, "x.safetensors"), "the name says safetensors, the content is torch-zip", "F32"
+        written(ZIP, "x.safetensors"), "the name says safetensors, but the content is torch-zip", "F32"
     ),
 }
 OTHER = ("A9 unreadable",)

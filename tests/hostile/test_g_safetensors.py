@@ -52,7 +52,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "G2 BOM": (safetensors_file("\ufeff{}"), "an unknown format"),
     "G2 NaN": (header(',"x":NaN'), "NaN, which is not JSON"),
     "G2 Infinity": (header(',"x":-Infinity'), "-Infinity, which is not JSON"),
-    "G2 a number too large": (header(',"x":1e999'), "1e999, which is no finite number"),
+    "G2 a number too large": (header(',"x":1e999'), "1e999, which is not a finite number"),
     "G2 an integer too large": (header(',"x":' + "9" * 400), "the header entry holds an integer of 13"),
     "G2 an integer of 5,000 digits": (header(',"x":' + "9" * 5000), "not JSON"),
     "G3 not UTF-8": (safetensors_file(b'{"\xff":1}'), "not UTF-8 at byte 2"),
@@ -88,11 +88,20 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "G9 reversed": (entry(data_offsets=[4, 0]), "'w': F32 [1] needs 4 bytes, offsets give -4"),
     "G9 too few": (entry(shape=[3, 2]), "'w': F32 [3, 2] needs 24 bytes, offsets give 4"),
     "G9 offsets of 30 digits": (entry(data_offsets=[10**30, 10**30 + 4]), "'w': "),
-    "G9 start gap": (two((4, 8), (8, 12), 12), "'w' leaves a gap before it: it begins at byte 4, and 0"),
-    "G9 gap": (two((0, 4), (8, 12), 12), "'v' leaves a gap before it: it begins at byte 8, and 4"),
-    "G9 overlap": (two((0, 4), (2, 6)), "'v' overlaps the tensor before it: it begins at byte 2, and 4"),
+    "G9 start gap": (
+        two((4, 8), (8, 12), 12),
+        "'w' leaves a gap before it: it begins at byte 4, and the data before it ends at byte 0",
+    ),
+    "G9 gap": (
+        two((0, 4), (8, 12), 12),
+        "'v' leaves a gap before it: it begins at byte 8, and the data before it ends at byte 4",
+    ),
+    "G9 overlap": (
+        two((0, 4), (2, 6)),
+        "'v' overlaps the tensor before it: it begins at byte 2, and the data before it ends at byte 4",
+    ),
     "G9 same range": (two((0, 4), (0, 4), 4), "overlaps"),
-    "G10 one byte more": (header("", b"12345"), "1 bytes follow the last tensor"),
+    "G10 one byte more": (header("", b"12345"), "1 bytes after the last tensor belong to no tensor"),
     "G10 one byte less": (header("", b"123"), "truncated: 1 of 4 bytes are missing"),
     "G11 odd F4": (safetensors_file({"w": f32(0, 2, [3], "F4")}, b"12"), "'w': F4 [3] needs 1.5 bytes"),
     "G14 100,000 levels": (header(',"x":' + "[" * 100_000 + "]" * 100_000), "nested too deeply"),
@@ -100,8 +109,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "G16 no shape": (entry(shape=None), "'w': the header entry has no shape"),
     "G16 no dtype": (entry(dtype=None), "'w': the header entry has no dtype"),
     "G16 no offsets": (entry(data_offsets=None), "'w': the header entry has no data_offsets"),
-    "G16 no object": (safetensors_file('{"w":[]}'), "'w': the header entry is no object"),
-    "G16 null": (safetensors_file('{"w":null}'), "'w': the header entry is no object"),
+    "G16 no object": (safetensors_file('{"w":[]}'), "'w': the header entry is not an object"),
+    "G16 null": (safetensors_file('{"w":null}'), "'w': the header entry is not an object"),
     "G17 cut at the end of the header": (header("", b""), "truncated: 4 of 4 bytes are missing"),
 }
 BAD = {name: Bad(written(data, NAME), reason) for name, (data, reason) in REFUSED.items()}
@@ -118,7 +127,7 @@ STRICTER = {
 READ = {
     "G7 a dtype that torch lacks": (safetensors_file({"w": f32(0, 3, [2, 2], "F6_E2M3")}, b"abc"), "", "F6_E2M3"),
     "G12 unaligned": (safetensors_file({"b": f32(0, 1, [1], "U8"), "w": f32(1, 5)}, b"x1234"), "", "F32"),
-    "G15 unknown field": (header(',"extra":{"a":[1]}'), "1 entry with fields that are not known", "F32"),
+    "G15 unknown field": (header(',"extra":{"a":[1]}'), "1 entry with unknown fields", "F32"),
 }
 ODD = {name: Odd(written(data, NAME), warning, shown) for name, (data, warning, shown) in READ.items()}
 OTHER = ("G13 200,000 empty tensors", "G18 truncated by another process", "G18 touched by another process")

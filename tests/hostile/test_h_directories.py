@@ -203,10 +203,12 @@ BAD: dict[str, Bad] = {
     ),
     "H4 in the wrong shard": Bad(shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' here, but the shard"),
     "H4 in the shard only": Bad(
-        shards(lambda at: edit(at, **{"a.b": ""})), "the shard holds 'a.b' here, but the index does not say so"
+        shards(lambda at: edit(at, **{"a.b": ""})), "the shard holds 'a.b', but the index does not place it here"
     ),
-    "H4 in two shards": Bad(shards(in_two_shards), "the shard holds 'a.w' here, but the index does not"),
-    "H4 a third shard": Bad(shards(third), "shard 'model-00003-of-00003.safetensors' lies beside the index and is not"),
+    "H4 in two shards": Bad(shards(in_two_shards), "the shard holds 'a.w', but the index does not"),
+    "H4 a third shard": Bad(
+        shards(third), "shard 'model-00003-of-00003.safetensors' is beside the index, which does not"
+    ),
     "H5 not JSON": Bad(index_of("{"), "the index is not JSON"),
     "H5 empty": Bad(index_of(""), "the index is not JSON"),
     "H5 a list": Bad(index_of("[]"), "the index is a JSON list"),
@@ -242,16 +244,20 @@ BAD: dict[str, Bad] = {
 ODD: dict[str, Odd] = {
     "H2 a link as in a cache": Odd(second(outside), "", "3 tensors"),
     "H6 a wrong total": Odd(
-        lambda directory: shard(directory, total=5).parent, "gives a total size of 5 bytes, the tensors have 60", "c.w"
+        lambda directory: shard(directory, total=5).parent,
+        "total size of 5 bytes, but the tensors have 60",
+        "c.w",
     ),
     "H8 an index and a single file": Odd(
-        beside("model.safetensors"), "'model.safetensors' lies beside the index", "3 tensors"
+        beside("model.safetensors"), "'model.safetensors' is beside the index", "3 tensors"
     ),
-    "H8 two kinds of index": Odd(both_kinds, "'pytorch_model.bin.index.json' lies beside the index", "3 tensors"),
+    "H8 two kinds of index": Odd(both_kinds, "'pytorch_model.bin.index.json' is beside the index", "3 tensors"),
     "H8 distributed and a single file": Odd(
-        distributed(lambda path: save(STATE, Path(path) / "model.safetensors")), "'model.safetensors' lies beside", "w"
+        distributed(lambda path: save(STATE, Path(path) / "model.safetensors")),
+        "'model.safetensors' is beside the distributed checkpoint",
+        "w",
     ),
-    "H9 names that differ in case": Odd(case_alone, "differ in case alone", "2 tensors"),
+    "H9 names that differ in case": Odd(case_alone, "differ only in case", "2 tensors"),
     "H10 code in the metadata": Odd(distributed(code_beside), "looks malicious: it asks for posix.system", "[7, 3]"),
     "H10 code as an item": Odd(code_as_item, "looks malicious: it asks for posix.system", "posix.system"),
     "H15 the model_states of ZeRO-3 alone": Odd(hollow, "empty here, as ZeRO-3 leaves them: the optim_states", "w"),
@@ -259,7 +265,7 @@ ODD: dict[str, Odd] = {
         adapter, "no adapter_config.json beside the weights: their scale", "lora_A"
     ),
     "H16 another rank than the configuration gives": Odd(
-        of_another_rank, "has rank 2, and adapter_config.json", "q.lora"
+        of_another_rank, "has rank 2, but adapter_config.json", "q.lora"
     ),
     "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last one could not be noticed", "[6, 2]"),
 }

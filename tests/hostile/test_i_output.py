@@ -103,7 +103,7 @@ BAD: dict[str, Bad] = {
     "I4 no name": Bad(converting(lambda _: ""), "the output has no name"),
     "I4 no name, for shards": Bad(converting(lambda _: "", *SHARDED), "the output has no name"),
     "I4 the current directory": Bad(converting(lambda _: ".", *SHARDED), "is the current directory"),
-    "I4 the root": Bad(converting(lambda _: "/", *SHARDED, "--force"), "holds the directory"),
+    "I4 the root": Bad(converting(lambda _: "/", *SHARDED, "--force"), "contains the directory"),
     "I5 a loop": Bad(converting(loop, "--format", "torch", "--force"), "too many levels of symbolic links"),
     "I5 a loop where shards go": Bad(converting(loop, *SHARDED), "too many levels of symbolic links"),
     "I16 old shards that would be read instead": Bad(

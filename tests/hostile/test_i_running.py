@@ -133,7 +133,9 @@ def test_i14_of_two_runs_to_one_output_one_wins_whole(name: str, place: Path, *,
         late.send_signal(signal.SIGCONT)
         _, err = late.communicate()
     assert late.returncode == (0 if last_wins else 2), err
-    assert last_wins or err.startswith(f"ckpt: {place / name}: came to be while this was written, and was left alone")
+    assert last_wins or err.startswith(
+        f"ckpt: {place / name}: another program created it during this run; it was not replaced"
+    )
     found = place / name / "model.safetensors" if name == "set" else place / name
     state = torch.load(found, weights_only=True) if name == "new.pt" else load_file(found)
     assert same_state(state, STATE if last_wins else {f"x.{key}": value for key, value in STATE.items()})

@@ -69,7 +69,7 @@ def read_pickles(
     prefixes = tuple(f"{home}/" for home in others)
     for home in ("data", *others):
         objects.prefix = "" if home == "data" else f"{home}/"
-        data = archive.read(f"{root}{home}.pkl", largest, fold=_MOST_FOLD)
+        data = archive.read(f"{root}{home}.pkl", largest, ratio=_MOST_FOLD)
         tree, end = parse_pickle(data, objects.interpreter)
         if end != len(data):
             warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")
