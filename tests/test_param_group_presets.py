@@ -19,7 +19,6 @@ from torch import nn
 from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.build import build_param_groups
-from ckptkit.param_groups.emit import patterns_of
 from ckptkit.param_groups.plan import plan_param_groups
 from ckptkit.param_groups.presets import (
     param_group_phases,
@@ -27,6 +26,7 @@ from ckptkit.param_groups.presets import (
     param_group_preset_names,
     preset_summary,
 )
+from ckptkit.param_groups.presets.name_patterns import patterns_of
 from ckptkit.param_groups.validate import validate_param_groups
 from tests.helpers_presets import Mixed, NextLike, VitLike, bert_like, built, numbers, perceptron, rates
 

@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from ckptkit.core.torch_types import Module
 from ckptkit.integrations.base import OnFault, ParamGroupsCheck
 from ckptkit.param_groups.lock import ParamGroupsLock
 from ckptkit.param_groups.parse import SpecLike
@@ -54,11 +55,11 @@ class ParamGroupsCallback(_Callback):
         self._check = ParamGroupsCheck(strict, on_fault, spec, lock)
         self._checked_epoch: int | None = None
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_start(self, trainer: object, pl_module: object) -> None:
         """Forget the last run: one callback can serve several runs."""
         self._checked_epoch = None
 
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Module, batch: object, batch_idx: int) -> None:
         """Check once in each epoch, whichever batch is its first."""
         if self._checked_epoch != trainer.current_epoch:
             has_stepped, self._checked_epoch = self._checked_epoch is not None, trainer.current_epoch

@@ -45,33 +45,33 @@ class ParamGroupsCallback(TrainerCallback):
 
     def on_train_begin(
         self,
-        args: Any,
-        state: Any,
-        control: Any,
+        args: object,
+        state: object,
+        control: object,
         *,
         model: Module,
         optimizer: Optimizer,
-        lr_scheduler: Any = None,
-        **others: Any,
+        lr_scheduler: object = None,
+        **others: object,
     ) -> None:
         """Check before the first step."""
         self._run(model, optimizer, lr_scheduler)
 
     def on_epoch_begin(
         self,
-        args: Any,
+        args: object,
         state: Any,
-        control: Any,
+        control: object,
         *,
         model: Module,
         optimizer: Optimizer,
-        lr_scheduler: Any = None,
-        **others: Any,
+        lr_scheduler: object = None,
+        **others: object,
     ) -> None:
         """Check at the start of each epoch but the first."""
         if state.epoch:
             self._run(model, optimizer, lr_scheduler, has_stepped=True)
 
-    def _run(self, model: Module, optimizer: Optimizer, scheduler: Any, *, has_stepped: bool = False) -> None:
+    def _run(self, model: Module, optimizer: Optimizer, scheduler: object, *, has_stepped: bool = False) -> None:
         schedulers = [] if scheduler is None else [scheduler]
         self._check.run(model, [optimizer], schedulers, has_stepped=has_stepped)

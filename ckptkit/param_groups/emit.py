@@ -1,23 +1,22 @@
-"""Write a spec as a table, TOML or JSON, or as Python that needs no ckptkit; write patterns for given names."""
+"""Write a spec as a table, TOML or JSON, and its groups as Python source that needs no ckptkit."""
 
 from __future__ import annotations
 
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ckptkit.core.config_files import toml_key, toml_value
-from ckptkit.core.patterns import Pattern, literal, parse_pattern
+from ckptkit.core.patterns import Pattern
 from ckptkit.core.text import plural
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.param_groups.conditions import condition_table
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup
 from ckptkit.param_groups.spec import POLICIES, GroupRule, Modifier, ParamGroupSpec
 
-__all__ = ["dump_spec", "patterns_of", "spec_table", "write_python"]
+__all__ = ["dump_spec", "spec_table", "write_python"]
 
 
 _DEFAULTS = ParamGroupSpec(())
@@ -155,7 +154,7 @@ def _function(
     yield '    listed = {name for group in groups for name in group["params"]}'
     yield "    unknown = sorted(listed - named.keys())"
     if alone:
-        yield "    unknown += [name for name, one in named.items() if one.requires_grad and name not in listed]"
+        yield "    unknown += [name for name, tensor in named.items() if tensor.requires_grad and name not in listed]"
     yield "    if unknown:"
     yield '        raise ValueError(f"these groups were written for another model: {unknown}")'
     yield '    return [{**group, "params": [(name, named[name]) for name in group["params"]]} for group in groups]'
@@ -177,50 +176,3 @@ def _literal(value: object) -> str:
     raise GroupsError(
         f"an option is a {type(value).__name__}, which has no Python literal", hint="use plain numbers and strings"
     )
-
-
-_NUMBER = re.compile(r"(?<![^.])[0-9]+(?![^.])")
-_LETTERS = "ijklmnop"
-
-
-def patterns_of(chosen: Sequence[str], names: Collection[str]) -> list[str]:
-    """Return patterns that match every name in ``chosen`` and no other of ``names``, in the order of ``chosen``.
-
-    A module whose parameters are all chosen becomes ``module.*``. Patterns that differ only in numbers become one
-    pattern, unless it would match a name that is not chosen.
-    """
-    wanted = set(chosen)
-    others = [name for name in names if name not in wanted]
-    with_others = {prefix for name in others for prefix in _prefixes(name)}
-    patterns = dict.fromkeys(_module_pattern(name, with_others) for name in chosen)
-    counts = Counter(map(_with_captures, patterns))
-    joins = {
-        joined for joined, count in counts.items() if count > 1 and not any(map(parse_pattern(joined).match, others))
-    }
-    return list(
-        dict.fromkeys(joined if (joined := _with_captures(pattern)) in joins else pattern for pattern in patterns)
-    )
-
-
-def _module_pattern(name: str, with_others: Collection[str]) -> str:
-    """Return ``module.*`` for the outermost module of ``name`` that is not in ``with_others``, or the name itself."""
-    for prefix in _prefixes(name):
-        if prefix not in with_others and literal(prefix) == prefix:
-            return f"{prefix}.*"
-    return literal(name)
-
-
-def _prefixes(name: str) -> Iterator[str]:
-    end = name.find(".")
-    while end != -1:
-        yield name[:end]
-        end = name.find(".", end + 1)
-
-
-def _with_captures(pattern: str) -> str:
-    """Return ``pattern`` with a capture in place of each number; a regex is returned unchanged."""
-    count = len(_NUMBER.findall(pattern))
-    if pattern.startswith("re:") or not 0 < count <= len(_LETTERS):
-        return pattern
-    letters = iter(_LETTERS)
-    return _NUMBER.sub(lambda _: f"{{{next(letters)}}}", pattern)

@@ -86,7 +86,10 @@ _BUFFER_LEAVES = frozenset(
         "sin_cached",
     ]
 )
-_MATRIX = 2
+_MATRIX = 2  # dimensions of a matrix
+_DTYPE_CODES = {dtype.torch_name: dtype.code for dtype in DTYPES.values()}
+_FLOATING = frozenset({"F16", "BF16", "F32", "F64", "C32", "C64", "C128"})
+_PARAMETRIZED = ".parametrizations."
 
 
 def class_names(kind: type) -> frozenset[str]:
@@ -186,11 +189,6 @@ def _with_inner(paths: set[str], modules: Mapping[str, Module]) -> frozenset[str
 def is_buffer_name(name: str) -> bool:
     """Return whether ``name`` is one that models register as a buffer, such as ``running_mean``."""
     return name.rpartition(".")[2] in _BUFFER_LEAVES
-
-
-_DTYPE_CODES = {dtype.torch_name: dtype.code for dtype in DTYPES.values()}
-_FLOATING = frozenset({"F16", "BF16", "F32", "F64", "C32", "C64", "C128"})
-_PARAMETRIZED = ".parametrizations."
 
 
 @dataclass(frozen=True, slots=True)

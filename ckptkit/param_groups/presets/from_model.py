@@ -14,8 +14,9 @@ from typing import Any, cast
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import kind_of, listed, plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.emit import patterns_of
+from ckptkit.param_groups.presets.name_patterns import patterns_of
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
 
 __all__ = ["COMPUTED_SETTINGS", "PresetContext", "convnext_layers", "mup_modifiers", "plain_layers", "timm_layers"]
@@ -148,7 +149,7 @@ def _sgd(growth: Sequence[float | None]) -> float:
     return (growth[1] or 1.0) / (growth[0] or 1.0) if grown else 1.0
 
 
-def _growths(table: ParameterTable, base_shapes: Any) -> Iterator[tuple[ParameterInfo, list[float | None]]]:
+def _growths(table: ParameterTable, base_shapes: object) -> Iterator[tuple[ParameterInfo, list[float | None]]]:
     """Yield each parameter with the factor by which each dimension grew; None for a dimension that is not a width."""
     bases, explicit = _bases(base_shapes)
     missing = [parameter.name for parameter in table.parameters if parameter.name not in bases]
@@ -200,7 +201,7 @@ def _bases(given: object) -> tuple[Mapping[str, Sequence[int | None]], bool]:
 class PresetContext:
     """The model, its parameters, and the settings so far, for a setting that is computed from them."""
 
-    model: Any
+    model: Module | StateDictLike | None
     table: ParameterTable
     settings: Mapping[str, Any]
 

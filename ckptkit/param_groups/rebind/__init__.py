@@ -80,7 +80,7 @@ class _Slot:
 class _StateMove:
     """A change of ``optimizer.state``: the entry of ``old`` is removed, and ``new`` gets ``slots``."""
 
-    old: object = None
+    old: Any = None  # a tensor, or any other key of the state
     new: Tensor | None = None
     slots: Mapping[str, Any] = field(default_factory=dict)
 
@@ -89,7 +89,7 @@ class _StateMove:
 class _Rebind:
     """The planned changes to one optimizer."""
 
-    optimizer: Any
+    optimizer: Optimizer
     inventory: Inventory
     on_shape: OnShape
     findings: list[Finding] = field(default_factory=list)

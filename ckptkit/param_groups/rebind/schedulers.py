@@ -11,6 +11,7 @@ from typing import Any
 
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import initial_lr
+from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import unwrap_optimizer
 
@@ -42,7 +43,7 @@ class SchedulerExtension:
             setattr(scheduler, name, values)
 
 
-def plan_extension(schedulers: Sequence[Any], optimizer: Any, group: Mapping[str, Any]) -> SchedulerExtension:
+def plan_extension(schedulers: Sequence[Any], optimizer: Optimizer, group: Mapping[str, Any]) -> SchedulerExtension:
     """Return how ``schedulers`` are extended for a new group, as if the group had been there from their start.
 
     ``group`` has the options of the new group. Its ``lr`` becomes its ``initial_lr``, and its new ``lr`` is what the
@@ -72,7 +73,7 @@ def _parts(scheduler: Any) -> Iterator[Any]:
         yield from _parts(inner)
 
 
-def _check(scheduler: Any, optimizer: Any, group: Mapping[str, Any]) -> None:
+def _check(scheduler: Any, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     name = type(scheduler).__name__
     if unwrap_optimizer(scheduler.optimizer) is not optimizer:
         raise GroupsError(f"{name} drives another optimizer", hint="pass the schedulers of this optimizer only")
@@ -99,7 +100,7 @@ def _cycles_momentum(scheduler: Any) -> bool:
     return bool(getattr(scheduler, "cycle_momentum", False))
 
 
-def _values(scheduler: Any, count: int, group: Mapping[str, Any], initial: Any) -> Iterator[tuple[str, list[Any]]]:
+def _values(scheduler: Any, count: int, group: Mapping[str, Any], initial: object) -> Iterator[tuple[str, list[Any]]]:
     """Yield the name of each list with a value for every group, and the list with a value for the new group."""
     for name in ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"):
         values = getattr(scheduler, name, None)
