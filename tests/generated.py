@@ -17,6 +17,7 @@ _CODES: dict[str, str] = {
     "ckptkit.loading.codes": "load_into",
     "ckptkit.param_groups.codes": "ckpt groups, validate_param_groups and rebind",
     "ckptkit.optimizer_state.codes": "ckpt optim",
+    "ckptkit.readiness.codes": "ckpt preflight",
     "ckptkit.checks.codes": "ckpt check",
 }
 

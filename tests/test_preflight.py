@@ -1,4 +1,4 @@
-"""The page before training: what loads, what stays at init and looks how, and the one verdict."""
+"""A preflight reports which tensors load, which stay at init, what their values look like, and one verdict."""
 
 from __future__ import annotations
 
@@ -45,11 +45,8 @@ def codes(report: Preflight) -> list[tuple[str, str, str]]:
     return [(one.severity, one.code, one.key) for one in report.findings]
 
 
-# --- the verdict -----------------------------------------------------------------------------------------------------
-
-
-def test_nothing_wrong_is_ready() -> None:
-    """Init loaded, groups that fit, an optimizer that is known: no finding, and the word alone."""
+def test_a_model_without_faults_is_ready() -> None:
+    """Init is loaded, the groups fit, and the optimizer class is known: there is no finding."""
     model, donor = seeded(), seeded(seed=1)
     model.load_state_dict(donor.state_dict())
     report = preflight(model, init=donor, groups=SPEC, optimizer="AdamW")
@@ -63,22 +60,22 @@ def test_nothing_wrong_is_ready() -> None:
     report.raise_for_errors()
 
 
-def test_what_is_not_given_is_not_judged_and_said() -> None:
-    """A page that says ready says of what."""
+def test_questions_without_arguments_are_listed_as_not_judged() -> None:
+    """A page that says ready also says what it did not judge."""
     report = preflight(seeded())
     assert report.verdict == "ready"
     assert [text.partition(":")[0] for text in report.not_judged] == [
-        "what loads",
+        "loading",
         "param groups and their options",
         "schedulers and optimizer state",
         "resuming",
         "gradients",
-        "memory of activations, and of what a step needs for a moment",
+        "memory of activations, and temporary memory of a step",
     ]
 
 
-def test_the_verdict_names_the_first_error_and_counts_the_rest() -> None:
-    """One line to read, and an exception for scripts."""
+def test_the_verdict_has_the_first_error_and_the_number_of_others() -> None:
+    """People read one line, and scripts get an exception."""
     model = seeded()
     with torch.no_grad():
         model.head.weight.fill_(float("nan"))
@@ -90,8 +87,8 @@ def test_the_verdict_names_the_first_error_and_counts_the_rest() -> None:
     assert str(report).endswith(report.verdict)
 
 
-def test_nothing_of_the_callers_is_changed() -> None:
-    """Weights, flags, gradients, mode, random numbers and the spec are as before, whatever a spec would freeze."""
+def test_a_preflight_changes_no_argument() -> None:
+    """Weights, flags, gradients, random numbers and the spec stay, even where the spec freezes parameters."""
     model, spec = seeded(), {**copy.deepcopy(SPEC), "unmatched": "freeze"}
     spec["group"] = [{"name": "head", "params": "head.*", "lr": 1e-2}]
     model.head.bias.grad = torch.ones(10)
@@ -108,37 +105,34 @@ def test_nothing_of_the_callers_is_changed() -> None:
     assert [(row.module, row.trainable) for row in report.training] == [("tokens", 0), ("body", 0), ("head", 2)]
 
 
-# --- init ------------------------------------------------------------------------------------------------------------
-
-
 def test_another_head_stays_at_init() -> None:
-    """Warned of by module, unless it is said to be meant."""
+    """A warning names the module, unless ``fresh`` says that this is intended."""
     model, donor = seeded(classes=3), seeded()
     report = preflight(model, init=donor)
     assert codes(report)[0] == ("warning", "preflight.kept", "head.weight")
-    assert report.findings[0].message == "all of 'head' stay at init: it is [10, 16] in init"
-    assert report.findings[0].hint == "where that is meant, say so: fresh = 'head.*'"
+    assert report.findings[0].message == "all of 'head' stay at init: it has shape [10, 16] in init"
+    assert report.findings[0].hint == "if this is intended, say so: fresh = 'head.*'"
     assert codes(preflight(model, init=donor, fresh="head.*"))[0] == ("note", "preflight.kept", "head.weight")
 
 
-def test_a_pattern_of_what_shall_be_fresh_is_held_to_it() -> None:
-    """It is an error where init fills it after all, and where it fits nothing."""
+def test_a_fresh_pattern_must_match_tensors_that_init_does_not_fill() -> None:
+    """It is an error where init fills such a tensor, and where the pattern matches nothing."""
     report = preflight(seeded(), init=seeded(), fresh=["head.*"])
     assert ("error", "preflight.not-fresh", "head.weight") in codes(report)
-    with pytest.raises(RuleError, match="fits none of"):
+    with pytest.raises(RuleError, match="matches none of"):
         preflight(seeded(), init=seeded(), fresh="heads.*")
 
 
-def test_what_stays_at_init_and_is_frozen_never_learns() -> None:
-    """A random layer that nothing will ever change is worth a word of its own."""
+def test_a_frozen_tensor_at_init_is_a_warning() -> None:
+    """Nothing will ever change the random values of such a layer."""
     model = seeded(classes=3)
     model.head.requires_grad_(False)
     report = preflight(model, init=seeded())
     assert ("warning", "preflight.frozen-at-init", "head.weight") in codes(report)
 
 
-def test_names_under_a_prefix_load_nothing_and_say_what_would_help() -> None:
-    """Rules mend it."""
+def test_a_prefix_in_all_names_is_reported_with_the_rule_that_helps() -> None:
+    """With the rule of the hint, init loads."""
     donor = {f"module.{key}": value for key, value in seeded().state_dict().items()}
     report = preflight(seeded(), init=donor)
     assert codes(report) == [("error", "preflight.init-nothing", "")]
@@ -147,42 +141,41 @@ def test_names_under_a_prefix_load_nothing_and_say_what_would_help() -> None:
 
 
 @pytest.mark.parametrize(
-    ("seeds", "said", "found"),
+    ("seeds", "in_model", "found"),
     [((1, 1), "all", []), ((1, 2), "none", [("note", "preflight.not-loaded", "")])],
     ids=["loaded", "not yet"],
 )
-def test_whether_the_values_are_there(seeds: tuple[int, int], said: str, found: list[Any]) -> None:
-    """The batch norm of two models is equal before either is loaded, and proves nothing."""
+def test_the_page_says_whether_the_model_has_the_values_of_init(
+    seeds: tuple[int, int], in_model: str, found: list[Any]
+) -> None:
+    """Batch norm is equal in two new models, so it proves nothing."""
     report = preflight(seeded(seed=seeds[0]), init=seeded(seed=seeds[1]))
     assert report.init is not None
-    assert report.init.in_model == said
+    assert report.init.in_model == in_model
     assert codes(report) == found
 
 
-def test_a_model_that_was_loaded_in_part() -> None:
+def test_a_model_that_is_loaded_in_part_is_a_warning() -> None:
     """One tensor was changed after the load."""
     model, donor = seeded(seed=1), seeded(seed=1)
     nn.init.normal_(model.head.weight)
     assert codes(preflight(model, init=donor)) == [("warning", "preflight.partly-loaded", "")]
 
 
-def test_values_that_lose_bits_on_the_way_in_are_warned_of() -> None:
-    """A model in bfloat16 keeps 8 bits of what init has 24 of; the other way round nothing is lost."""
+def test_a_cast_that_loses_bits_is_a_warning() -> None:
+    """bfloat16 keeps 8 bits of precision and float32 keeps 24; the opposite cast loses nothing."""
     low, high = seeded().to(torch.bfloat16), seeded()
     assert ("warning", "preflight.init-cast", "tokens.weight") in codes(preflight(low, init=high))
     assert not [code for _, code, _ in codes(preflight(high, init=low)) if code == "preflight.init-cast"]
 
 
-def test_a_tie_is_filled_by_its_other_name() -> None:
-    """safetensors files have one of the two."""
+def test_a_tied_tensor_is_filled_by_its_other_name() -> None:
+    """A safetensors file has only one of the names."""
     model = nn.ModuleDict({"wte": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["wte"].weight
     report = preflight(model, init={"wte.weight": torch.ones(6, 4)})
     assert report.init is not None
     assert (report.init.coverage, report.init.kept) == (1.0, ())
-
-
-# --- how it looks ----------------------------------------------------------------------------------------------------
 
 
 def looks(make: Callable[[], nn.Module], change: Callable[[Any], Any] = lambda _: None) -> dict[str, str]:
@@ -206,42 +199,42 @@ DEFAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "wanted"), DEFAULTS.values(), ids=DEFAULTS.keys())
+@pytest.mark.parametrize(("make", "expected"), DEFAULTS.values(), ids=DEFAULTS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 def test_the_init_of_torch_is_recognised(
-    make: Callable[[], nn.Module], wanted: dict[str, str], dtype: torch.dtype
+    make: Callable[[], nn.Module], expected: dict[str, str], dtype: torch.dtype
 ) -> None:
-    """By what torch's own modules really hold after they are made, in either precision."""
+    """The expected values are those of new modules of torch, in either precision."""
     found = looks(lambda: make().to(dtype))
-    for key, said in wanted.items():
-        assert found[key] == f"as torch initialises {type(make()).__name__}: {said}"
+    for key, text in expected.items():
+        assert found[key] == f"as torch initialises {type(make()).__name__}: {text}"
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_init_of_torch_is_recognised_whatever_the_seed(seed: int) -> None:
-    """The test is wide enough for chance."""
+def test_the_init_of_torch_is_recognised_with_any_seed(seed: int) -> None:
+    """The limits are wide enough for random variation."""
     torch.manual_seed(seed)
     model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Embedding(9, 9), "c": nn.Linear(1, 1)})
     report = preflight(model, init={"c.weight": torch.ones(1, 1)})
     assert report.init is not None
-    told = {kept.key: kept.looks for kept in report.init.kept}
-    assert told["a.weight"].startswith("as torch initialises Linear")
-    assert told["b.weight"].startswith("as torch initialises Embedding")
+    looks_by_key = {kept.key: kept.looks for kept in report.init.kept}
+    assert looks_by_key["a.weight"].startswith("as torch initialises Linear")
+    assert looks_by_key["b.weight"].startswith("as torch initialises Embedding")
 
 
 UNLIKE: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "an init of its own": (lambda m: nn.init.normal_(m.weight, std=0.02), "std 0.019"),
-    "trained away": (lambda m: m.weight.mul_(1.2), "not torch's own init of it"),
-    "shifted": (lambda m: m.weight.add_(0.02), "not torch's own init of it"),
+    "another init": (lambda m: nn.init.normal_(m.weight, std=0.02), "std 0.019"),
+    "scaled": (lambda m: m.weight.mul_(1.2), "unlike torch's own init"),
+    "shifted": (lambda m: m.weight.add_(0.02), "unlike torch's own init"),
     "zero": (lambda m: m.weight.zero_(), "all 0"),
     "one number": (lambda m: m.weight.fill_(0.5), "all 0.5"),
 }
 
 
-@pytest.mark.parametrize(("change", "said"), UNLIKE.values(), ids=UNLIKE.keys())
-def test_what_is_no_init_of_torch_is_not_said_to_be(change: Callable[[Any], Any], said: str) -> None:
-    """A smaller claim is made instead: the numbers."""
-    assert said in looks(lambda: nn.Linear(64, 32), change)["weight"]
+@pytest.mark.parametrize(("change", "text"), UNLIKE.values(), ids=UNLIKE.keys())
+def test_other_values_are_not_called_an_init_of_torch(change: Callable[[Any], Any], text: str) -> None:
+    """The page then shows only the numbers."""
+    assert text in looks(lambda: nn.Linear(64, 32), change)["weight"]
     assert "as torch" not in looks(lambda: nn.Linear(64, 32), change)["weight"]
 
 
@@ -259,8 +252,8 @@ FAULTS: dict[str, tuple[Callable[[torch.Tensor], Any], str]] = {
 
 
 @pytest.mark.parametrize(("change", "code"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_weight_that_hardly_begins_like_this_is_warned_of(change: Callable[[torch.Tensor], Any], code: str) -> None:
-    """Of what was not loaded only: init may hold zeros on purpose."""
+def test_an_improbable_initial_value_is_a_warning(change: Callable[[torch.Tensor], Any], code: str) -> None:
+    """This is judged only for tensors that were not loaded, since init may hold zeros on purpose."""
     model = seeded(classes=3)
     with torch.no_grad():
         change(model.head.weight)
@@ -269,8 +262,8 @@ def test_a_weight_that_hardly_begins_like_this_is_warned_of(change: Callable[[to
         assert not [found for _, found, _ in codes(report) if found == code]
 
 
-def test_a_mask_of_minus_infinity_is_no_fault() -> None:
-    """Buffers of attention are full of it; a NaN in one is worth a warning."""
+def test_a_mask_of_minus_infinity_is_a_note() -> None:
+    """Attention masks hold minus infinity; a NaN in a buffer is a warning."""
     model = nn.Linear(4, 4)
     model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
     assert codes(preflight(model)) == [("note", "preflight.not-finite", "mask")]
@@ -280,7 +273,7 @@ def test_a_mask_of_minus_infinity_is_no_fault() -> None:
 
 
 def test_a_model_on_the_meta_device_is_judged_by_shapes() -> None:
-    """And its page says that values were not."""
+    """The page says that values were not judged."""
     with torch.device("meta"):
         model = Net(classes=3)
     report = preflight(model, init=seeded(), groups=SPEC, optimizer="AdamW")
@@ -291,8 +284,7 @@ def test_a_model_on_the_meta_device_is_judged_by_shapes() -> None:
     assert report.memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
 
 
-def test_an_open_checkpoint_is_read_no_further_than_needed() -> None:
-    """On the meta device not a byte of init is."""
+def test_init_is_not_read_for_a_model_on_the_meta_device() -> None:
     donor = as_checkpoint(seeded(), "init")
 
     def payload(info: object) -> Any:
@@ -304,8 +296,8 @@ def test_an_open_checkpoint_is_read_no_further_than_needed() -> None:
     assert preflight(model, init=unread).ok
 
 
-def test_a_page_in_a_notebook_is_escaped() -> None:
-    """Names of modules come from other people's code."""
+def test_names_are_escaped_in_a_notebook() -> None:
+    """The name of a module may hold HTML."""
     model = nn.Module()
     model.register_module("<script>", nn.Linear(2, 2))
     html = preflight(model, groups={"group": [{"name": "<b>", "rest": True, "lr": 1}]})._repr_html_()

@@ -1,4 +1,4 @@
-"""The page and the document of ``ckpt preflight``, and its exit codes."""
+"""``ckpt preflight`` writes a page or a JSON document, and its exit code says whether there are findings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run_file(folder: Path, kind: Any = torch.optim.AdamW) -> Path:
-    """A run of the fixture's model, saved as trainers save it."""
+    """Return a file with the model, the optimizer and the epoch of a run, as trainers save it."""
     model = Net(classes=4)
     optimizer = kind(model.named_parameters(), lr=1e-3)
     model(torch.randn(2, 3, 32, 32)).sum().backward()
@@ -30,8 +30,8 @@ def run_file(folder: Path, kind: Any = torch.optim.AdamW) -> Path:
     return folder / "run.ckpt"
 
 
-def test_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Weights and optimizer of one file; with the same class it is ready, with another it is not."""
+def test_a_run_with_the_same_optimizer_class_is_ready(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights and optimizer state are in one file; with another class the run is not ready."""
     run = run_file(tmp_path)
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", run, "--optimizer", "AdamW")
     assert (ran.code, ran.out.splitlines()[-1]) == (0, "ready")
@@ -45,16 +45,16 @@ def test_a_run_is_resumed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "[preflight.resume-class]" in other.out
 
 
-def test_a_run_without_an_optimizer(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Weights alone can be gone on with, and the page says that the rest was not judged."""
+def test_a_run_may_have_no_optimizer_state(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The page says that the optimizer state was not judged."""
     torch.save(Net(classes=4).state_dict(), tmp_path / "weights.pt")
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "weights.pt")
     assert ran.code == 0
     assert "not judged: the optimizer state of the run: none given" in ran.out
 
 
-def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
-    """Findings as every check has them, and each section; what is on the page is in it."""
+def test_the_document_has_every_section_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its findings have the same fields as those of every other check."""
     ran = run_ckpt(
         capsys, "preflight", "--json", "--model", MODEL, "--init", "fixtures/lenet_10class.pth",
         "--groups", "fixtures/groups.toml", "--optimizer", "SGD", "--dry-step", "py:fixtures.lenet:loss",
@@ -76,16 +76,16 @@ def test_the_document(capsys: pytest.CaptureFixture[str]) -> None:
     assert document["resume"] is None
 
 
-def test_markdown(capsys: pytest.CaptureFixture[str]) -> None:
-    """For an issue: tables, and names in code."""
+def test_the_page_can_be_markdown(capsys: pytest.CaptureFixture[str]) -> None:
+    """Names are set as code in it."""
     ran = run_ckpt(capsys, "preflight", "--markdown", "--model", MODEL, "--init", "fixtures/lenet_10class.pth")
     assert ran.out.startswith("| from init")
     assert "\n| `conv1` " in ran.out
     assert ran.out.rstrip().endswith("ready, with 1 warning")
 
 
-def test_a_run_with_two_optimizers_asks_which(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """Not judged would be no answer: it is said that there are several."""
+def test_a_run_with_two_optimizers_needs_a_choice(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A warning says that the file has several optimizer states."""
     model = Net(classes=4)
     state = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
     torch.save({"model": model.state_dict(), "optim_g": state, "optim_d": state}, tmp_path / "two.pt")

@@ -1,4 +1,4 @@
-"""The dry step: what gets a gradient and moves, on a copy, with nothing of the caller's changed."""
+"""A dry step shows on a copy which parameters get a gradient and change, and leaves the original as it is."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def found(report: Preflight) -> list[tuple[str, str]]:
     return [(one.code, one.key) for one in report.findings if one.code.startswith("preflight.")]
 
 
-def test_what_the_forward_pass_does_not_use_is_named() -> None:
-    """DDP would fail on it in the second step; here it is found in none."""
+def test_an_unused_parameter_is_reported() -> None:
+    """DDP fails on such a parameter in its second step."""
     model = Net()
     report = preflight(model, optimizer=torch.optim.AdamW(model.parameters()), dry_step=loss)
     assert found(report) == [("preflight.no-gradient", "unused.weight")]
@@ -46,8 +46,8 @@ def test_what_the_forward_pass_does_not_use_is_named() -> None:
     assert report.step.loss is not None
 
 
-def test_nothing_of_the_callers_is_changed() -> None:
-    """Parameters, statistics, gradients, optimizer state and random numbers; with a scheduler on the optimizer too."""
+def test_a_dry_step_changes_no_argument() -> None:
+    """Parameters, buffers, gradients, optimizer state and random numbers stay, also under a scheduler."""
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
@@ -76,8 +76,8 @@ def test_nothing_of_the_callers_is_changed() -> None:
                                                               strict=True))  # fmt: skip
 
 
-def test_momentum_of_before_moves_the_copy_as_it_would_the_model() -> None:
-    """The state of a live optimizer goes along: a step with a gradient of zero still moves by momentum."""
+def test_the_copy_has_the_optimizer_state_of_the_original() -> None:
+    """With a gradient of zero, the momentum of earlier steps still changes the parameter."""
     model = nn.Linear(2, 1, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(torch.ones(1, 2)).sum().backward()
@@ -95,20 +95,20 @@ def write_frozen(twin: Any) -> torch.Tensor:
 
 
 LOSSES: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "it raises": (lambda _: 1 / 0, "preflight.step-failed"),
-    "no tensor": (lambda _: 3.0, "preflight.step-failed"),
+    "an exception": (lambda _: 1 / 0, "preflight.step-failed"),
+    "not a tensor": (lambda _: 3.0, "preflight.step-failed"),
     "a batch of losses": (lambda twin: twin(torch.ones(2, 4)), "preflight.step-failed"),
-    "cut off": (lambda twin: loss(twin).detach(), "preflight.step-failed"),
+    "detached": (lambda twin: loss(twin).detach(), "preflight.step-failed"),
     "not finite": (lambda twin: loss(twin) * float("nan"), "preflight.loss"),
     "gradients not finite": (lambda twin: loss(twin) * float("inf"), "preflight.gradient"),
-    "a frozen one is written to": (write_frozen, "preflight.frozen-moved"),
+    "a write to a frozen parameter": (write_frozen, "preflight.frozen-moved"),
     "constant": (lambda twin: loss(twin) * 0, "preflight.zero-gradient"),
 }
 
 
 @pytest.mark.parametrize(("given", "code"), LOSSES.values(), ids=LOSSES.keys())
-def test_what_goes_wrong_in_a_step_is_a_finding(given: Callable[[Any], Any], code: str) -> None:
-    """Never a traceback: the loss is the user's code, and the page goes on."""
+def test_a_fault_in_a_step_is_a_finding(given: Callable[[Any], Any], code: str) -> None:
+    """An exception in the loss function of the user becomes a finding."""
     model = Net()
     model.body[0].requires_grad_(False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -116,16 +116,16 @@ def test_what_goes_wrong_in_a_step_is_a_finding(given: Callable[[Any], Any], cod
     assert code in [one for one, _ in found(report)]
 
 
-def test_a_parameter_at_lr_zero_does_not_move() -> None:
-    """In a group, with a gradient, and still."""
+def test_a_parameter_with_an_lr_of_zero_does_not_change() -> None:
+    """It is in a group and gets a gradient."""
     model = nn.Linear(4, 3)
     groups: list[dict[str, Any]] = [{"params": [model.weight], "lr": 0.0}, {"params": [model.bias]}]
     report = preflight(model, optimizer=torch.optim.SGD(groups, lr=0.1), dry_step=loss)
     assert found(report) == [("preflight.lr-zero", ""), ("preflight.not-moved", "weight")]
 
 
-def test_groups_of_a_spec_step_the_copy() -> None:
-    """What the spec freezes stays, and is not asked to move."""
+def test_the_copy_is_stepped_by_the_groups_of_a_spec() -> None:
+    """Parameters that the spec freezes do not count as trainable."""
     spec = {"group": [{"params": "head.*", "lr": 0.1}], "unmatched": "freeze"}
     report = preflight(Net(), groups=spec, optimizer="SGD", dry_step=loss)
     assert found(report) == []
@@ -133,23 +133,23 @@ def test_groups_of_a_spec_step_the_copy() -> None:
     assert (report.step.optimizer, report.step.trainable, report.step.moved) == ("SGD", 2, 2)
 
 
-def test_without_an_optimizer_only_gradients_are_looked_at() -> None:
-    """And the page has no number of moved parameters to be wrong about."""
+def test_without_an_optimizer_only_gradients_are_checked() -> None:
+    """No parameter changes, and none is expected to."""
     report = preflight(nn.Linear(4, 3), dry_step=loss)
     assert found(report) == []
     assert report.step is not None
     assert (report.step.optimizer, report.step.gradients, report.step.moved) == ("", 2, 0)
 
 
-def test_a_model_that_cannot_be_copied_is_said() -> None:
-    """A module may hold what refuses it; nothing is run then."""
+def test_a_model_that_cannot_be_copied_is_a_warning() -> None:
+    """The loss function is not called then."""
     model = nn.Linear(4, 3)
     model.kept = (number for number in (1, 2))  # type: ignore[assignment]
     assert found(preflight(model, dry_step=loss)) == [("preflight.no-copy", "")]
 
 
-def test_sparse_gradients_are_looked_into() -> None:
-    """Those of a sparse embedding."""
+def test_sparse_gradients_are_checked() -> None:
+    """A sparse embedding has such gradients."""
     model = nn.Embedding(10, 3, sparse=True)
     report = preflight(
         model,
@@ -161,8 +161,8 @@ def test_sparse_gradients_are_looked_into() -> None:
     assert report.step.moved == 1
 
 
-def test_an_optimizer_that_asks_for_a_closure_is_given_one() -> None:
-    """LBFGS does not step without."""
+def test_an_optimizer_that_needs_a_closure_gets_one() -> None:
+    """LBFGS does not step without a closure."""
     model = nn.Linear(4, 3)
     report = preflight(model, optimizer=torch.optim.LBFGS(model.parameters()), dry_step=loss)
     assert found(report) == []
@@ -170,8 +170,8 @@ def test_an_optimizer_that_asks_for_a_closure_is_given_one() -> None:
     assert report.step.moved == 2
 
 
-def test_a_sparse_buffer_is_counted_as_if_it_were_dense() -> None:
-    """It has no storage to ask; its values are not judged."""
+def test_a_sparse_buffer_counts_with_its_dense_size() -> None:
+    """A sparse tensor has no storage, so its values are not judged."""
     model = nn.Linear(4, 3)
     model.register_buffer("mask", torch.eye(3).to_sparse())
     report = preflight(model, dry_step=loss)

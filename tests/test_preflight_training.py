@@ -1,4 +1,4 @@
-"""Who trains how, in how much memory, and whether a run can go on: held against what torch really does."""
+"""A preflight reports what trains, in how much memory, and whether a run can resume, as torch really does it."""
 
 from __future__ import annotations
 
@@ -41,17 +41,14 @@ def found(report: Preflight, *, least: str = "warning") -> list[str]:
 
 
 def stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state_dict of an optimizer after one step."""
+    """Return the state_dict of an optimizer after one step."""
     model(torch.ones(2, 4)).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
     return optimizer.state_dict()
 
 
-# --- groups and optimizers -------------------------------------------------------------------------------------------
-
-
-def test_a_live_optimizer_is_held_against_model_and_spec() -> None:
+def test_a_live_optimizer_is_compared_with_model_and_spec() -> None:
     """Each difference from the spec is an error, and so is a parameter that no group holds."""
     model = Net()
     optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
@@ -66,8 +63,8 @@ def test_a_live_optimizer_is_held_against_model_and_spec() -> None:
     assert "groups.missing" in found(preflight(model, optimizer=optimizer))
 
 
-def test_a_scheduler_is_looked_at_with_its_optimizer() -> None:
-    """One that drives another optimizer steps nothing here."""
+def test_a_scheduler_is_checked_with_its_optimizer() -> None:
+    """A scheduler of another optimizer is an error."""
     model = Net()
     optimizer, other = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
     scheduler = torch.optim.lr_scheduler.StepLR(other, 1)
@@ -76,7 +73,7 @@ def test_a_scheduler_is_looked_at_with_its_optimizer() -> None:
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no owner": ({"groups": {"group": [{"params": "head.*"}]}}, "groups.unowned"),
-    "a pattern that fits nothing": (
+    "a pattern that matches nothing": (
         {"groups": {"group": [{"params": "hd.*"}, {"rest": True}]}},
         "groups.rule-unmatched",
     ),
@@ -86,8 +83,8 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("given", "code"), BAD.values(), ids=BAD.keys())
-def test_what_cannot_train_is_an_error(given: dict[str, Any], code: str) -> None:
-    """Of the spec, of the class, and of both together."""
+def test_groups_that_cannot_train_are_an_error(given: dict[str, Any], code: str) -> None:
+    """The fault may be in the spec, in the class, or in both together."""
     report = preflight(Net(), **given)
     assert not report.ok
     assert any(one.startswith(code) for one in found(report, least="error"))
@@ -100,23 +97,23 @@ def test_what_cannot_train_is_an_error(given: dict[str, Any], code: str) -> None
         (3, "the optimizer is a int"),
         ([1], "the optimizer is a list"),
     ],
-    ids=["a slip", "a number", "a list"],
+    ids=["a misspelled name", "a number", "a list"],
 )
-def test_what_is_no_optimizer_is_refused(optimizer: Any, reason: str) -> None:
-    """Before anything is judged."""
+def test_an_argument_that_is_not_an_optimizer_is_refused(optimizer: Any, reason: str) -> None:
+    """This is an exception, not a finding."""
     with pytest.raises(GroupsError) as caught:
         preflight(Net(), optimizer=optimizer)
     assert caught.value.reason == reason
 
 
-def test_a_model_that_is_frozen_as_a_whole_is_not_ready() -> None:
-    """torch would make the optimizer all the same where it is given groups."""
+def test_a_model_with_all_parameters_frozen_is_not_ready() -> None:
+    """torch would build the optimizer without an error."""
     model = Net().requires_grad_(False)
     assert found(preflight(model)) == ["preflight.nothing-trains"]
 
 
-def test_frozen_and_trainable_are_told_by_module() -> None:
-    """A module that trains in part is opened."""
+def test_trainable_parameters_are_counted_by_module() -> None:
+    """A module that trains in part has a row for each parameter."""
     model = Net()
     model.one.requires_grad_(False)
     model.two.bias.requires_grad_(False)
@@ -124,11 +121,8 @@ def test_frozen_and_trainable_are_told_by_module() -> None:
     assert rows == [("one", 0, 2), ("two.weight", 1, 1), ("two.bias", 0, 1), ("head", 2, 2)]
 
 
-# --- dtypes ----------------------------------------------------------------------------------------------------------
-
-
-def test_an_eps_that_is_nothing_in_float16() -> None:
-    """The finding is what happens: one step with a gradient of zero makes the weight NaN."""
+def test_an_eps_that_is_zero_in_float16_is_an_error() -> None:
+    """One step with a gradient of zero really makes the weight NaN."""
     model = Net().half()
     optimizer = torch.optim.AdamW(model.parameters())
     assert "preflight.eps" in found(preflight(model, optimizer=optimizer), least="error")
@@ -136,12 +130,12 @@ def test_an_eps_that_is_nothing_in_float16() -> None:
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     assert bool(model.head.weight.isnan().all())
-    calm = torch.optim.AdamW(Net().half().parameters(), eps=1e-4)
-    assert "preflight.eps" not in found(preflight(Net().half(), optimizer=calm))
+    larger = torch.optim.AdamW(Net().half().parameters(), eps=1e-4)
+    assert "preflight.eps" not in found(preflight(Net().half(), optimizer=larger))
 
 
-def test_updates_that_bfloat16_loses() -> None:
-    """The finding is what happens: a weight of 1 does not move at lr = 1e-3, and the dry step sees it."""
+def test_updates_that_bfloat16_loses_are_a_warning() -> None:
+    """A weight of 1 does not change at lr = 1e-3, and the dry step reports this too."""
     model = Net().to(torch.bfloat16)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -156,16 +150,14 @@ def test_updates_that_bfloat16_loses() -> None:
     assert (report.step.gradients, report.step.moved) == (6, 0)
 
 
-def test_whole_numbers_and_mixed_dtypes_are_notes() -> None:
-    """Neither need be wrong."""
+def test_integer_parameters_and_mixed_dtypes_are_notes() -> None:
+    """Both can be intended."""
     model = Net()
     model.head.double()
     model.register_parameter("scale", nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False))
     notes = [one.code for one in preflight(model).findings if one.severity == "note"]
     assert notes == ["preflight.integers", "preflight.mixed-dtypes"]
 
-
-# --- memory ----------------------------------------------------------------------------------------------------------
 
 OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
     "AdamW": ("AdamW", {}),
@@ -181,8 +173,8 @@ OPTIMIZERS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize(("kind", "options"), OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
-def test_the_estimate_of_memory_is_what_torch_takes(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
-    """To the byte: parameters, gradients and state after a step; a frozen layer has neither of the last two."""
+def test_the_memory_estimate_is_exact(kind: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    """It equals the bytes of parameters, gradients and state after a step; a frozen layer has no gradient or state."""
     model = Net().to(dtype)
     model.one.requires_grad_(False)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -193,13 +185,13 @@ def test_the_estimate_of_memory_is_what_torch_takes(kind: str, options: dict[str
     assert memory.parameters == sum(parameter.nbytes for parameter in model.parameters())
     assert memory.gradients == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     optimizer.step()
-    taken = sum(v.nbytes for slots in optimizer.state.values() for v in slots.values() if isinstance(v, torch.Tensor))
-    assert memory.states[0].nbytes == taken
-    assert memory.total == memory.parameters + memory.gradients + taken
+    state = sum(v.nbytes for slots in optimizer.state.values() for v in slots.values() if isinstance(v, torch.Tensor))
+    assert memory.states[0].nbytes == state
+    assert memory.total == memory.parameters + memory.gradients + state
 
 
-def test_ties_count_once_and_unknown_classes_are_said() -> None:
-    """Two names of one parameter take its memory once; buffers are apart."""
+def test_tied_parameters_count_once_and_a_class_may_be_unknown() -> None:
+    """Buffers are counted separately."""
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4), "n": nn.BatchNorm1d(4)})
     model["b"].weight = model["a"].weight
     memory = preflight(model, optimizer=torch.optim.LBFGS(model.parameters())).memory
@@ -208,17 +200,14 @@ def test_ties_count_once_and_unknown_classes_are_said() -> None:
     assert memory.states[0].nbytes is None
 
 
-# --- resuming --------------------------------------------------------------------------------------------------------
-
-
 def run_of(kind: Any = torch.optim.AdamW, **options: Any) -> tuple[Net, dict[str, Any]]:
     torch.manual_seed(0)
     model = Net()
     return model, stepped(model, kind(model.named_parameters(), lr=1e-3, **options))
 
 
-def test_a_run_that_goes_on_as_it_was(tmp_path: Path) -> None:
-    """Of live state, and of the file that it was saved in."""
+def test_a_run_that_did_not_change_is_ready(tmp_path: Path) -> None:
+    """The state may be a state_dict or the file that holds it."""
     saved, state = run_of()
     torch.save({"model": saved.state_dict(), "optimizer": state, "epoch": 3}, tmp_path / "run.pt")
     model = Net()
@@ -232,7 +221,7 @@ def test_a_run_that_goes_on_as_it_was(tmp_path: Path) -> None:
 
 
 def swap(state: dict[str, Any]) -> None:
-    """The file of a model that registered its layers in another order."""
+    """Change the names as in the file of a model that registered its layers in another order."""
     (group,) = state["param_groups"]
     names = group["param_names"]
     group["param_names"] = [*names[2:4], *names[:2], *names[4:]]
@@ -261,8 +250,8 @@ RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
 
 
 @pytest.mark.parametrize(("change", "severity", "code"), RUNS.values(), ids=RUNS.keys())
-def test_a_run_that_does_not_fit(change: Callable[[dict[str, Any]], Any], severity: str, code: str) -> None:
-    """What torch loads in silence, by position, is what a preflight is for."""
+def test_a_run_that_differs_is_reported(change: Callable[[dict[str, Any]], Any], severity: str, code: str) -> None:
+    """torch loads most of these states without an error."""
     saved, state = run_of()
     change(state)
     model = Net()
@@ -271,8 +260,8 @@ def test_a_run_that_does_not_fit(change: Callable[[dict[str, Any]], Any], severi
     assert any(one.severity == severity and one.code.startswith(code) for one in report.findings), report
 
 
-def test_groups_of_other_sizes_are_refused_as_torch_refuses_them() -> None:
-    """With a spec that makes two groups of what was one."""
+def test_groups_of_other_sizes_are_an_error() -> None:
+    """torch refuses such a state too."""
     saved, state = run_of()
     report = preflight(Net(), groups=SPEC, optimizer="AdamW", resume=saved, resume_optimizer=state)
     assert found(report, least="error") == ["preflight.resume-groups"]
@@ -282,8 +271,8 @@ def test_groups_of_other_sizes_are_refused_as_torch_refuses_them() -> None:
         live.load_state_dict(state)
 
 
-def test_the_state_of_another_class_is_told() -> None:
-    """torch takes it, and fails in the step."""
+def test_the_state_of_another_class_is_an_error() -> None:
+    """torch loads such a state and fails in the step."""
     saved, state = run_of(torch.optim.SGD, momentum=0.9)
     model = Net()
     live = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
@@ -291,18 +280,18 @@ def test_the_state_of_another_class_is_told() -> None:
     assert "preflight.resume-class" in found(report, least="error")
 
 
-def test_weights_of_another_model_are_refused() -> None:
-    """As load_state_dict does, with every kind of reason on its own line."""
+def test_weights_of_another_model_are_an_error() -> None:
+    """Each kind of difference has its own finding."""
     report = preflight(Net(), resume=Net(classes=5))
     assert found(report) == ["preflight.resume-weights"]
     state = {f"module.{key}": value for key, value in Net().state_dict().items()}
-    told = [one for one in preflight(Net(), resume=state).findings if one.severity == "error"]
-    assert len(told) == 2
-    assert "'module.*=*'" in told[0].hint
+    errors = [one for one in preflight(Net(), resume=state).findings if one.severity == "error"]
+    assert len(errors) == 2
+    assert "'module.*=*'" in errors[0].hint
 
 
-def test_without_groups_the_model_alone_has_to_tell() -> None:
-    """Two layers of one shape in one group follow from the order; two groups of them do not."""
+def test_without_groups_the_model_must_identify_the_parameters() -> None:
+    """In one group the order identifies two layers of one shape; in two groups it does not."""
     model = Net()
     state = stepped(model, torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9))
     assert found(preflight(Net(), resume=model, resume_optimizer=copy.deepcopy(state))) == []
@@ -316,8 +305,8 @@ def test_without_groups_the_model_alone_has_to_tell() -> None:
     [((0.0, 0.0), False, "error"), ((0.1, 0.0), False, "warning"), ((0.1, 0.1), True, None), ((0.1, 0.1), False, None)],
     ids=["all", "one", "warm-up", "none"],
 )
-def test_a_rate_of_zero_is_not_ready(rates: tuple[float, float], warmup: bool, severity: str | None) -> None:
-    """Held against what a step really moves; a warm-up that begins at 0 is no fault."""
+def test_an_lr_of_zero_is_not_ready(rates: tuple[float, float], warmup: bool, severity: str | None) -> None:
+    """A real step confirms which modules change; a warm-up may begin at 0."""
     model = Net()
     parts = [model.head, nn.Sequential(model.one, model.two)]
     groups = [{"params": list(part.parameters()), "lr": lr} for part, lr in zip(parts, rates, strict=True)]
@@ -327,7 +316,7 @@ def test_a_rate_of_zero_is_not_ready(rates: tuple[float, float], warmup: bool, s
     assert [one.severity for one in report.findings if one.code == "preflight.lr-zero"] == (
         [severity] if severity else []
     )
-    assert (severity == "error") == report.verdict.startswith("not ready: no step moves")
+    assert (severity == "error") == report.verdict.startswith("not ready: no step changes")
     before = copy.deepcopy(model.state_dict())
     stepped(model, optimizer)
     if scheduler is not None:

@@ -1,4 +1,4 @@
-"""One page before training: what loads, what stays at init, who trains at which rate, and whether a run can go on."""
+"""Check before training which tensors load, which stay at init, what trains at which lr, and whether a run resumes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from ckptkit.comparison import StateDictDiff, diff_checkpoints
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
-from ckptkit.core.torch_types import Module
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parse import SpecLike
-from ckptkit.readiness.dry_step import Loss, run_dry_step
+from ckptkit.readiness.dry_step import LossFunction, run_dry_step
 from ckptkit.readiness.init import UNLOADED, InspectedModel, check_init, check_values, compare_init
 from ckptkit.readiness.model import (
     DryStep,
@@ -27,12 +27,13 @@ from ckptkit.readiness.model import (
 )
 from ckptkit.readiness.resources import check_dtypes, estimate_memory
 from ckptkit.readiness.training import (
+    OptimizerLike,
     Training,
     build_optimizers,
+    find_training,
     idle_findings,
     module_training,
-    plan_training,
-    unchanged_flags,
+    restored_flags,
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Rules
@@ -59,120 +60,126 @@ def preflight(
     rules: Rules | list[str] | None = None,
     fresh: str | Sequence[str] = (),
     groups: SpecLike | None = None,
-    optimizer: Any = None,
+    optimizer: OptimizerLike | None = None,
     schedulers: Any = None,
     resume: StateDictLike | None = None,
     resume_optimizer: Any = None,
-    dry_step: Loss | None = None,
+    dry_step: LossFunction | None = None,
 ) -> Preflight:
-    """Return one page on whether ``model`` is ready to train; what is not given is not judged, and said.
+    """Return one page that says whether ``model`` is ready to train, and which questions it did not judge.
 
-    ``init`` is the checkpoint that it begins with, or began with, its keys changed by ``rules``; ``fresh`` are patterns
-    of keys that are meant to stay at init. ``groups`` is a param-group spec, ``optimizer`` a live optimizer, a list of
-    them, a class, or the name of one of torch.optim; ``schedulers`` are those of a live optimizer. ``resume`` are the
-    weights of a run that shall go on, ``resume_optimizer`` the state of its optimizer: a ``state_dict()``, or what
-    ``open_optimizer`` gives. ``dry_step`` is called with a deep copy of the model and returns the loss of one batch, a
-    tensor of one number: a backward pass and a step on the copy then show what gets a gradient and moves.
+    Every argument but ``model`` is optional; a question whose argument is missing is not judged.
 
-    Nothing of the caller's is changed. Values are read once where the model has any. Raises ``ModelError`` where
-    ``model`` cannot be described, ``GroupsError`` where the spec or the optimizer cannot be read, ``RuleError`` for
-    rules and patterns that fit nothing, and what reading the checkpoints raises.
+    - ``init``: the checkpoint that the model starts from. ``rules`` rename its keys. ``fresh`` are patterns of keys
+      that must stay at init.
+    - ``groups``: a param-group spec. ``optimizer``: a live optimizer, a list of them, a class, or the name of a class
+      of torch.optim. ``schedulers``: the schedulers of a live optimizer.
+    - ``resume``: the weights of a run to resume. ``resume_optimizer``: its optimizer state, as ``state_dict()`` or
+      ``open_optimizer`` return it.
+    - ``dry_step``: a function that takes a deep copy of the model and returns the loss of one batch, a tensor of one
+      number. A backward pass and a step on the copy show which parameters get a gradient and change.
+
+    Nothing that the caller passes is changed, and values are read once. Raises ``ModelError`` where ``model`` cannot be
+    described, ``GroupsError`` where the spec or the optimizer cannot be read, ``RuleError`` for rules and patterns that
+    match nothing, and any error of reading the checkpoints.
     """
     import torch
 
     if not isinstance(model, torch.nn.Module):
         raise GroupsError(
             f"the model is a {type(model).__name__}, not a torch.nn.Module",
-            hint="a preflight is of the live model that will train",
+            hint="give the live model that will train",
         )
     state = as_checkpoint(model, "model")
     not_judged: list[str] = []
-    with unchanged_flags(model):
-        training = plan_training(model, groups, optimizer, schedulers)
-        subject = InspectedModel(model, state, training.frozen)
-        facts, findings = _begin(subject, init, rules, fresh, not_judged)
+    with restored_flags(model):
+        training = find_training(model, groups, optimizer, schedulers)
+        inspected = InspectedModel(model, state, training.frozen)
+        init_section, findings = _check_init(inspected, init, rules, fresh, not_judged)
         findings += [*idle_findings(training, model), *training.findings]
         findings += check_dtypes(model, training.frozen, training.optimizers)
         not_judged += training.not_judged
         modules = module_training(model, training.frozen)
         trained = [tensor for name, tensor in model.named_parameters() if name not in training.frozen]
         memory = estimate_memory(model, trained, training.optimizers)
-    going = None
+    resume_section = None
     if resume is not None:
         from ckptkit.optimizer_state.forms import read_state
         from ckptkit.readiness.resume import check_resume
 
-        found = None if resume_optimizer is None else read_state(resume_optimizer)
-        resumed = _compared(subject, resume, None)
-        going, said = check_resume(model, training, resumed, found)
+        saved_state = None if resume_optimizer is None else read_state(resume_optimizer)
+        resumed = _diff(inspected, resume, None)
+        resume_section, more = check_resume(model, training, resumed, saved_state)
         filled = {pair.key for pair in resumed.matched}
-        findings = [one for one in findings if one.code not in UNLOADED or one.key not in filled] + said
-        if found is None:
+        findings = [one for one in findings if one.code not in UNLOADED or one.key not in filled] + more
+        if saved_state is None:
             not_judged.append("the optimizer state of the run: none given")
     else:
         not_judged.append("resuming: no run given")
     step = None
     if dry_step is None:
         not_judged.append("gradients: no dry step asked for")
-    elif subject.on_meta:
+    elif inspected.on_meta:
         not_judged.append("gradients: the model is on the meta device")
     else:
 
-        def stepping(twin: Module) -> Sequence[Any]:
-            return _twins(model, twin, training, optimizer)
+        def optimizers_of(twin: Module) -> Sequence[Optimizer]:
+            return _twin_optimizers(model, twin, training, optimizer)
 
-        step, said = run_dry_step(model, training.frozen, dry_step, stepping)
-        findings += said
-    not_judged.append("memory of activations, and of what a step needs for a moment")
+        step, more = run_dry_step(model, training.frozen, dry_step, optimizers_of)
+        findings += more
+    not_judged.append("memory of activations, and temporary memory of a step")
     return Preflight(
         tuple(findings),
         GroupsError,
-        facts,
+        init_section,
         modules,
         training.groups,
         memory,
-        going,
+        resume_section,
         step,
         tuple(not_judged),
     )
 
 
-def _begin(
-    subject: InspectedModel,
+def _check_init(
+    inspected: InspectedModel,
     init: StateDictLike | None,
     rules: Rules | list[str] | None,
     fresh: str | Sequence[str],
     not_judged: list[str],
 ) -> tuple[Init | None, list[Finding]]:
-    if subject.on_meta:
+    if inspected.on_meta:
         not_judged.append("values: the model is on the meta device")
     if init is None:
-        not_judged.append("what loads: no init given")
-        return None, list(check_values(subject, None))
+        not_judged.append("loading: no init given")
+        return None, list(check_values(inspected, None))
     opened = as_checkpoint(init, "init")
-    result = _compared(subject, opened, rules)
-    facts = compare_init(subject, result, opened)
-    return facts, [*check_init(subject, facts, result, fresh), *check_values(subject, facts)]
+    result = _diff(inspected, opened, rules)
+    section = compare_init(inspected, result, opened)
+    return section, [*check_init(inspected, section, result, fresh), *check_values(inspected, section)]
 
 
-def _compared(subject: InspectedModel, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
+def _diff(inspected: InspectedModel, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
     opened = as_checkpoint(found, "found")
-    return diff_checkpoints(subject.state, opened, apply_rules(as_rules(rules), opened))
+    return diff_checkpoints(inspected.state, opened, apply_rules(as_rules(rules), opened))
 
 
-def _twins(model: Module, twin: Module, training: Training, optimizer: Any) -> Sequence[Any]:
-    """Return optimizers of the copy: live ones copied with their state, others built as they were for the model."""
-    if not training.optimizers or any(finding.severity == "error" for finding in training.findings):
+def _twin_optimizers(
+    model: Module, twin: Module, training: Training, optimizer: OptimizerLike | None
+) -> Sequence[Optimizer]:
+    """Return optimizers of the copy: a live one is copied with its state, any other is built again for the copy."""
+    if not training.given or any(finding.severity == "error" for finding in training.findings):
         return ()
     if optimizer is None or isinstance(optimizer, str | type):
         return build_optimizers(twin, training.plan, optimizer)[0]
     memo: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
-    return [_copied(one, memo) for one in training.optimizers]
+    return [_copy_optimizer(one, memo) for one in training.given]
 
 
-def _copied(optimizer: Any, memo: dict[int, Any]) -> Any:
-    # Optimizer's own way of being copied leaves out what its classes keep beside groups and state, as LBFGS does; the
-    # step that a scheduler puts into the object steps the original, and stays with it.
+def _copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
+    # deepcopy of an Optimizer leaves out attributes of its class, such as those of LBFGS. The step that a scheduler
+    # puts into the object steps the original, so it is not copied.
     made = memo[id(optimizer)] = object.__new__(type(optimizer))
     made.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key != "step"}, memo))
     return made

@@ -1,35 +1,36 @@
-"""One step on a copy: whether what shall train gets a gradient and moves, and what is frozen stays."""
+"""Make one training step on a copy of the model, and report which parameters get a gradient and change."""
 
 from __future__ import annotations
 
 import copy
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed
 from ckptkit.core.torch_bridge import first_line, flat_bytes
-from ckptkit.core.torch_types import Module, Parameter, Tensor
+from ckptkit.core.torch_types import Module, Optimizer, Parameter, Tensor
 from ckptkit.errors import CkptkitError
+from ckptkit.readiness import codes
 from ckptkit.readiness.model import DryStep
 
-__all__ = ["Loss", "Stepped", "run_dry_step"]
+__all__ = ["LossFunction", "OptimizerFactory", "run_dry_step"]
 
-Loss = Callable[[Any], Any]  # takes the model and returns the loss of one batch: a tensor of one number
-Stepped = Callable[[Any], Sequence[Any]]  # takes the copy of the model and returns the optimizers that step it
+LossFunction = Callable[[Any], object]  # takes the model and returns the loss of one batch: a tensor of one number
+OptimizerFactory = Callable[[Module], Sequence[Optimizer]]  # takes the copy and returns the optimizers that step it
 _SHOWN = 4
-_CONTRACT = "it takes the model and returns the loss of one batch, a tensor of one number"
+_LOSS_CONTRACT = "the function takes the model and returns the loss of one batch, a tensor of one number"
 
 
 def run_dry_step(
-    model: Module, frozen: frozenset[str], loss: Loss, optimizers: Stepped
+    model: Module, frozen: frozenset[str], loss: LossFunction, optimizers: OptimizerFactory
 ) -> tuple[DryStep, list[Finding]]:
-    """Return what a forward pass, a backward pass and a step do to a copy of the model.
+    """Return the result of a forward pass, a backward pass and a step on a copy of the model.
 
-    The model itself is not touched; the copy is in its mode (``train``, ``eval``). The state of torch's random numbers
-    is put back. What the loss function changes elsewhere is its own.
+    The model itself is not changed, and the copy has the same mode (``train`` or ``eval``). The state of torch's random
+    number generators is restored. Side effects of the loss function outside the model remain.
     """
     import torch
 
@@ -42,115 +43,107 @@ def run_dry_step(
             stepping = tuple(optimizers(twin))
         except CkptkitError:
             raise
-        except Exception as error:  # noqa: BLE001 - what a model holds may refuse to be copied in any way
-            message = f"no dry step was made, since the model cannot be copied: {first_line(error)}"
-            return DryStep(None, "", 0, 0, 0), [Finding("preflight.no-copy", "warning", "", message)]
-        return _stepped(model, twin, frozen, loss, stepping)
+        except Exception as error:  # noqa: BLE001 - a part of the model may refuse to be copied in any way
+            message = f"no dry step was made, because the model cannot be copied: {first_line(error)}"
+            return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)]
+        return _step(model, twin, frozen, loss, stepping)
 
 
-def _stepped(
-    model: Module, twin: Module, frozen: frozenset[str], loss: Loss, optimizers: Sequence[Any]
+def _step(
+    model: Module, twin: Module, frozen: frozenset[str], loss: LossFunction, optimizers: Sequence[Optimizer]
 ) -> tuple[DryStep, list[Finding]]:
     import torch
 
-    called = ", ".join(type(one).__name__ for one in optimizers)
+    classes = ", ".join(type(one).__name__ for one in optimizers)
     named = {name: tensor for name, tensor in twin.named_parameters() if name not in frozen}
-    nothing = DryStep(None, called, len(named), 0, 0)
+    no_step = DryStep(None, classes, len(named), 0, 0)
     try:
         with torch.enable_grad():
             value = loss(twin)
-    except Exception as error:  # noqa: BLE001 - the user's own code may raise anything
-        return nothing, [_failed(f"the loss function failed: {first_line(error)}", _CONTRACT)]
+    except Exception as error:  # noqa: BLE001 - the loss function of the user may raise anything
+        message = f"the loss function failed: {first_line(error)}"
+        return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)]
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        told = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-        return nothing, [_failed(f"the loss function returned {told}", _CONTRACT)]
+        given = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+        return no_step, [codes.STEP_FAILED.finding("", f"the loss function returned {given}", _LOSS_CONTRACT)]
     number = float(value.detach())
     if not value.requires_grad:
-        reason = "the loss depends on no parameter that trains"
-        return DryStep(number, called, len(named), 0, 0), [_failed(reason, "no_grad() and detach() cut it off")]
+        message = "the loss depends on no parameter that trains"
+        hint = "no_grad() and detach() cut a loss off from the parameters"
+        return DryStep(number, classes, len(named), 0, 0), [codes.STEP_FAILED.finding("", message, hint)]
     try:
         value.backward()  # type: ignore[no-untyped-call]
         grads = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
-        findings = [*_loss_finding(number), *_gradients(named, grads)]
+        findings = [*_loss_findings(number), *_gradient_findings(named, grads)]
         before = dict(model.named_parameters())
-        for one in optimizers:
-            # Of the class: a scheduler puts a step into the object, and that one steps the original.
-            step = type(one).step
+        for optimizer in optimizers:
+            # The step of the class: a scheduler replaces the step of the object, and that one steps the original.
+            step: Callable[..., object] = type(optimizer).step
             closure = inspect.signature(step).parameters.get("closure")
             if closure is not None and closure.default is closure.empty:
-                step(one, lambda: value)
+                step(optimizer, lambda: value)
             else:
-                step(one)
-    except Exception as error:  # noqa: BLE001 - as above, and hooks and optimizers of anybody's
-        return nothing, [_failed(f"the step failed: {first_line(error)}", "the finding is of a copy of the model")]
-    moved = [name for name, tensor in twin.named_parameters() if _differ(tensor, before[name])]
+                step(optimizer)
+    except Exception as error:  # noqa: BLE001 - hooks and optimizers of the user may raise anything
+        hint = "the step was made on a copy of the model"
+        return no_step, [codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", hint)]
+    moved = [name for name, tensor in twin.named_parameters() if _differs(tensor, before[name])]
     if optimizers:
-        findings += _moves(named, grads, moved, frozen)
-    return DryStep(number, called, len(named), len(grads), sum(name in named for name in moved)), findings
+        findings += _change_findings(named, grads, moved, frozen)
+    return DryStep(number, classes, len(named), len(grads), sum(name in named for name in moved)), findings
 
 
-def _failed(message: str, hint: str) -> Finding:
-    return Finding("preflight.step-failed", "error", "", message, hint)
-
-
-def _loss_finding(number: float) -> Iterator[Finding]:
+def _loss_findings(number: float) -> Iterator[Finding]:
     if not math.isfinite(number):
-        yield Finding(
-            "preflight.loss", "error", "", f"the loss is {number}", "look at the batch, and at the values above"
-        )
+        yield codes.LOSS.finding("", f"the loss is {number}", "look at the batch, and at the findings about values")
 
 
-def _gradients(named: dict[str, Parameter], grads: dict[str, Any]) -> Iterator[Finding]:
+def _gradient_findings(named: Mapping[str, Parameter], grads: Mapping[str, Tensor]) -> Iterator[Finding]:
     unused = [name for name in named if name not in grads]
     if unused:
         pronoun = "it" if len(unused) == 1 else "them"
-        yield Finding(
-            "preflight.no-gradient",
-            "warning",
+        yield codes.NO_GRADIENT.finding(
             unused[0],
             f"{listed(unused, _SHOWN)} got no gradient: the forward pass does not use {pronoun}",
-            "freeze what does not train (requires_grad_(False)), or put it to use; DDP refuses it as it is",
+            "freeze parameters that do not train (requires_grad_(False)), or use them; DDP refuses such a model",
         )
-    bad = [name for name, grad in grads.items() if not bool(_values(grad).isfinite().all())]
-    if bad:
-        message = f"the gradient of {listed(bad, _SHOWN)} is not finite"
-        yield Finding(
-            "preflight.gradient", "error", bad[0], message, "a smaller loss, or float32, shows where it begins"
+    not_finite = [name for name, grad in grads.items() if not bool(_values(grad).isfinite().all())]
+    if not_finite:
+        yield codes.GRADIENT.finding(
+            not_finite[0],
+            f"the gradient of {listed(not_finite, _SHOWN)} is not finite",
+            "try a smaller loss, or float32, to find out where this begins",
         )
     zero = [name for name, grad in grads.items() if not bool(_values(grad).any())]
     if zero:
-        yield Finding(
-            "preflight.zero-gradient",
-            "warning",
+        yield codes.ZERO_GRADIENT.finding(
             zero[0],
             f"the gradient of {listed(zero, _SHOWN)} is 0 everywhere, for this batch",
-            "dead units, a loss that is constant, or a layer behind one that is all zero",
+            "possible causes: dead units, a constant loss, or a later layer that is all zero",
         )
 
 
-def _moves(
-    named: dict[str, Parameter], grads: dict[str, Any], moved: Sequence[str], frozen: frozenset[str]
+def _change_findings(
+    named: Mapping[str, Parameter], grads: Mapping[str, Tensor], moved: Sequence[str], frozen: frozenset[str]
 ) -> Iterator[Finding]:
     still = [name for name in named if name in grads and name not in moved and bool(_values(grads[name]).any())]
     if still:
-        yield Finding(
-            "preflight.not-moved",
-            "warning",
+        yield codes.NOT_MOVED.finding(
             still[0],
-            f"{listed(still, _SHOWN)} got a gradient and did not move by one step",
-            "in no group, at lr = 0, or the update is too small for the dtype of the weight",
+            f"{listed(still, _SHOWN)} got a gradient, but the step did not change the values",
+            "the parameter is in no group, or lr is 0, or the update is too small for the dtype of the weight",
         )
     wrong = [name for name in moved if name in frozen]
     if wrong:
-        message = f"{listed(wrong, _SHOWN)} {'is' if len(wrong) == 1 else 'are'} frozen, and moved"
-        yield Finding("preflight.frozen-moved", "error", wrong[0], message, "the forward pass writes to it")
+        message = f"{listed(wrong, _SHOWN)} {'is' if len(wrong) == 1 else 'are'} frozen, but changed"
+        yield codes.FROZEN_MOVED.finding(wrong[0], message, "the forward pass writes to a frozen parameter")
 
 
 def _values(grad: Tensor) -> Tensor:
     return grad.coalesce().values() if grad.is_sparse else grad
 
 
-def _differ(one: Tensor, other: Tensor) -> bool:
+def _differs(tensor: Tensor, other: Tensor) -> bool:
     import torch
 
-    return one.shape != other.shape or not torch.equal(flat_bytes(one), flat_bytes(other))
+    return tensor.shape != other.shape or not torch.equal(flat_bytes(tensor), flat_bytes(other))

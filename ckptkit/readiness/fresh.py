@@ -1,70 +1,72 @@
-"""What the values of a tensor that nothing was loaded into look like: torch's own init, zeros, memory never written."""
+"""Recognise values that nothing was loaded into: torch's own init, zeros, or memory that was never written."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["Look", "looks_of"]
+__all__ = ["Look", "LookKind", "look_of"]
 
-_FEW = 16  # fewer numbers tell no distribution
+LookKind = Literal["fresh", "zero", "constant", "garbage", "other", "few"]
+
+_FEW = 16  # fewer numbers do not show a distribution
 _SURE = 5  # standard errors; by chance alone, two in a million are further off
-# Of what networks hold nearly all lies between 2**-60 and 2**40: elsewhere are the bits of something else.
+# Nearly all values of trained networks are between 2**-60 and 2**40; other exponents are bits of something else.
 _TINY, _HUGE = -60, 40
 _STRAY = 0.005
-_FAULTS = {"zero", "constant", "garbage"}
+# The values that torch fills the tensors of a normalisation layer with.
+_NORM_VALUES: Mapping[str, int] = {
+    "weight": 1,
+    "bias": 0,
+    "running_mean": 0,
+    "running_var": 1,
+    "num_batches_tracked": 0,
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """What values look like: ``kind`` is a word for code, ``said`` one for people with the evidence in it."""
+    """A judgement on values: ``kind`` for code, ``text`` with the evidence for people."""
 
-    kind: str  # "fresh", "zero", "constant", "garbage", "other" or "few"
-    said: str
-
-    @property
-    def faulty(self) -> bool:
-        """Whether a weight that shall train would hardly begin like this."""
-        return self.kind in _FAULTS
+    kind: LookKind
+    text: str
 
 
 class _Spread(NamedTuple):
-    """A distribution that torch fills a new parameter with; ``uniform`` ones end at ``bound``."""
+    """A distribution that torch fills a new parameter with; a uniform distribution ends at ``bound``."""
 
     std: float
     bound: float | None = None
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         return f"normal, std {self.std:.4g}" if self.bound is None else f"uniform within ±{self.bound:.4g}"
 
 
-def looks_of(info: TensorInfo, numbers: ValueStats, module: Module | None) -> Look:
-    """Return what a tensor looks like, beside the module that has it, where that is known.
+def look_of(info: TensorInfo, numbers: ValueStats, module: Module | None) -> Look:
+    """Return what the values of a tensor look like; ``module`` is the module that has the tensor, if known.
 
-    Evidence is what the numbers say, no more: memory that was never written may hold zeros, or the values of a tensor
-    that lay there before, and then looks like those.
+    The judgement is as good as its evidence. Memory that was never written may hold zeros, or the values of an earlier
+    tensor, and then looks like these.
     """
     leaf = info.key.rpartition(".")[2]
     if _like_garbage(info, numbers):
-        return Look(
-            "garbage",
-            f"like memory that was never written: from 2^{min(numbers.histogram)} to 2^{max(numbers.histogram)}",
-        )
+        low, high = min(numbers.histogram), max(numbers.histogram)
+        return Look("garbage", f"like memory that was never written: from 2^{low} to 2^{high}")
     if numbers.min == numbers.max and numbers.finite == numbers.count:
-        return _constant(info, numbers, module, leaf)
-    spread = _default(module, leaf)
+        return _constant_look(info, numbers, module, leaf)
+    spread = _default_spread(module, leaf)
     if numbers.count < _FEW:
         return Look("few", f"{numbers.count} numbers, too few to tell")
-    if spread is not None and _fits(numbers, spread, info):
-        return Look("fresh", f"as torch initialises {type(module).__name__}: {spread.said}")
-    return Look("other", f"std {numbers.std:.4g}: not torch's own init of it" if spread else f"std {numbers.std:.4g}")
+    if spread is not None and _has_spread(numbers, spread, info):
+        return Look("fresh", f"as torch initialises {type(module).__name__}: {spread.text}")
+    return Look("other", f"std {numbers.std:.4g}, unlike torch's own init" if spread else f"std {numbers.std:.4g}")
 
 
 def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
@@ -74,24 +76,15 @@ def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
     return stray > _STRAY * numbers.count
 
 
-def _constant(info: TensorInfo, numbers: ValueStats, module: Module | None, leaf: str) -> Look:
+def _constant_look(info: TensorInfo, numbers: ValueStats, module: Module | None, leaf: str) -> Look:
     value = numbers.min or 0
-    said = f"all {value:g}"
-    expected = _CONSTANTS.get(leaf) if module is not None and _is_norm(module) else None
+    text = f"all {value:g}"
+    expected = _NORM_VALUES.get(leaf) if module is not None and _is_norm(module) else None
     if expected is not None and value == expected:
-        return Look("fresh", f"as torch initialises {type(module).__name__}: {said}")
+        return Look("fresh", f"as torch initialises {type(module).__name__}: {text}")
     if len(info.shape) < 2 or numbers.count == 1:
-        return Look("other", said)
-    return Look("zero" if value == 0 else "constant", said)
-
-
-_CONSTANTS: Mapping[str, int] = {
-    "weight": 1,
-    "bias": 0,
-    "running_mean": 0,
-    "running_var": 1,
-    "num_batches_tracked": 0,
-}
+        return Look("other", text)
+    return Look("zero" if value == 0 else "constant", text)
 
 
 def _is_norm(module: Module) -> bool:
@@ -101,8 +94,8 @@ def _is_norm(module: Module) -> bool:
     )
 
 
-def _default(module: Module | None, leaf: str) -> _Spread | None:
-    """Return what torch fills the parameter ``leaf`` of a module of its own with, where that is one distribution."""
+def _default_spread(module: Module | None, leaf: str) -> _Spread | None:
+    """Return the distribution that torch fills the parameter ``leaf`` of its own module with, or None."""
     from torch import nn
 
     if module is None:
@@ -123,14 +116,14 @@ def _uniform(bound: float) -> _Spread:
     return _Spread(bound / math.sqrt(3), bound)
 
 
-def _fits(numbers: ValueStats, spread: _Spread, info: TensorInfo) -> bool:
+def _has_spread(numbers: ValueStats, spread: _Spread, info: TensorInfo) -> bool:
     mean, std, largest = numbers.mean, numbers.std, numbers.abs_max
     if mean is None or std is None or largest is None or numbers.finite < numbers.count:
         return False
     rounding = 0.01 if info.dtype in ("BF16", "F16") else 1e-6
     if spread.bound is not None and largest > spread.bound * (1 + rounding):
         return False
-    # The standard error of a standard deviation follows from the fourth moment: 1.8 of a uniform, 3 of a normal one.
+    # The standard error of a standard deviation follows from the kurtosis: 1.8 for uniform, 3 for normal values.
     kurtosis = 3.0 if spread.bound is None else 1.8
     error = math.sqrt((kurtosis - 1) / (4 * numbers.count))
     return abs(std / spread.std - 1) <= _SURE * error + rounding and abs(mean) <= spread.std * (

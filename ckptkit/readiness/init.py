@@ -1,4 +1,4 @@
-"""What the initial checkpoint fills, what stays as it was made, and whether that looks like a beginning."""
+"""Compare the model with its initial checkpoint, and check whether the rest looks like an initialisation."""
 
 from __future__ import annotations
 
@@ -9,27 +9,29 @@ from functools import cached_property
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import DTYPES, Checkpoint
 from ckptkit.core.coverage import coverage_by_module, group_by_module
-from ckptkit.core.findings import Finding, Severity
+from ckptkit.core.findings import Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
-from ckptkit.readiness.fresh import Look, looks_of
+from ckptkit.readiness import codes
+from ckptkit.readiness.fresh import Look, look_of
 from ckptkit.readiness.model import Init, Kept
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
 
 __all__ = ["UNLOADED", "InspectedModel", "check_init", "check_values", "compare_init"]
 
 _SHOWN = 4
-# What is only wrong with values that nothing will be loaded over.
-UNLOADED = frozenset({"preflight.zero", "preflight.constant", "preflight.garbage"})
+_LOOKS = {"zero": codes.ZERO, "constant": codes.CONSTANT, "garbage": codes.GARBAGE}
+# The codes about values that a later load would replace.
+UNLOADED = frozenset(code.name for code in _LOOKS.values())
 
 
 @dataclass(frozen=True)
 class InspectedModel:
-    """The model that shall train: its state as a Checkpoint, and which names will not train."""
+    """The model that will train: its state as a Checkpoint, and the names that will not train."""
 
     model: Module
     state: Checkpoint
@@ -37,13 +39,13 @@ class InspectedModel:
 
     @cached_property
     def on_meta(self) -> tuple[str, ...]:
-        """The keys without values."""
+        """The keys of tensors without values."""
         tensors = self.model.state_dict(keep_vars=True)
         return tuple(key for key in self.state if tensors[key].is_meta)
 
     @cached_property
-    def numbers(self) -> StateDictStats | None:
-        """What the numbers of each tensor are, read once; None where any has no values."""
+    def stats(self) -> StateDictStats | None:
+        """The statistics of each tensor, read once; None where any tensor has no values."""
         return None if self.on_meta else stats(self.state)
 
     @cached_property
@@ -52,218 +54,203 @@ class InspectedModel:
         return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
 
     def look(self, key: str) -> Look | None:
-        """Return what the values under ``key`` look like, or None where they cannot be judged."""
-        found = None if self.numbers is None else self.numbers.tensors[key].numbers
+        """Return what the values of ``key`` look like, or None where the tensor has no values."""
+        found = None if self.stats is None else self.stats.tensors[key].numbers
         if found is None or not found.count:
             return None
-        home, _, _ = key.rpartition(".")
+        path, _, _ = key.rpartition(".")
         try:
-            module: Module | None = self.model.get_submodule(home)
+            module: Module | None = self.model.get_submodule(path)
         except AttributeError:
             module = None
-        return looks_of(self.state[key], found, module)
+        return look_of(self.state[key], found, module)
 
 
-def compare_init(subject: InspectedModel, result: StateDictDiff, init: Checkpoint) -> Init:
-    """Return what a comparison with the initial checkpoint means for the model."""
+def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> Init:
+    """Return which tensors the initial checkpoint fills; ``result`` compares the model with it."""
     refused = {pair.key for pair in result.uncopyable}
     loaded = {pair.key for pair in result.matched} - refused
-    for keys in tied_keys(subject.state.values()):
+    for keys in tied_keys(inspected.state.values()):
         if loaded.intersection(keys):
             loaded |= set(keys)
     shapes = {pair.key: list(pair.found.shape) for pair in result.shape_mismatched}
     kept = []
-    for key, info in subject.state.items():
+    for key, info in inspected.state.items():
         if key not in loaded and key not in result.filled:
-            why = f"it is {shapes[key]} in init" if key in shapes else "init does not have it"
-            look = subject.look(key)
-            kept.append(Kept(key, why, info.elements, "" if look is None else look.said))
-    filled = [info for key, info in subject.state.items() if key in loaded]
+            why = f"it has shape {shapes[key]} in init" if key in shapes else "init does not have it"
+            look = inspected.look(key)
+            kept.append(Kept(key, why, info.elements, "" if look is None else look.text))
+    filled = [info for key, info in inspected.state.items() if key in loaded]
     return Init(
         len(filled),
-        len(subject.state),
+        len(inspected.state),
         sum(info.elements for info in filled),
-        sum(info.elements for info in subject.state.values()),
-        coverage_by_module(subject.state.values(), loaded),
+        sum(info.elements for info in inspected.state.values()),
+        coverage_by_module(inspected.state.values(), loaded),
         tuple(kept),
-        _in_model(subject, result, init),
+        _in_model(inspected, result, init),
     )
 
 
-def _in_model(subject: InspectedModel, result: StateDictDiff, init: Checkpoint) -> str:
-    """Tell whether the model has the values of init; those that are one number many times prove nothing."""
-    if subject.numbers is None:
+def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> str:
+    """Return whether the model has the values of init; a tensor with one value everywhere proves nothing."""
+    if inspected.stats is None:
         return "unknown"
-    live = subject.model.state_dict()
+    live = inspected.model.state_dict()
     refused = {pair.key for pair in result.uncopyable}
-    same = {True: 0, False: 0}
+    counts = {True: 0, False: 0}
     for pair in result.matched:
-        found = subject.numbers.tensors[pair.key].numbers
-        direct = pair.found.key in init and init[pair.found.key].shape == pair.found.shape
-        if pair.key in refused or found is None or not direct or found.min == found.max:
+        found = inspected.stats.tensors[pair.key].numbers
+        is_direct = pair.found.key in init and init[pair.found.key].shape == pair.found.shape
+        if pair.key in refused or found is None or not is_direct or found.min == found.max:
             continue
-        there = live[pair.key].detach().to("cpu").resolve_conj().resolve_neg()
+        tensor = live[pair.key].detach().to("cpu").resolve_conj().resolve_neg()
         try:
-            same[same_values(there, init.read(pair.found.key))] += 1
+            counts[same_values(tensor, init.read(pair.found.key))] += 1
         except TypeError:  # a dtype that this torch does not have
             return "unknown"
-    if not any(same.values()):
+    if not any(counts.values()):
         return "unknown"
-    return "part" if all(same.values()) else "all" if same[True] else "none"
+    return "part" if all(counts.values()) else "all" if counts[True] else "none"
 
 
 def check_init(
-    subject: InspectedModel, init: Init, result: StateDictDiff, fresh: str | Sequence[str]
+    inspected: InspectedModel, init: Init, result: StateDictDiff, fresh: str | Sequence[str]
 ) -> Iterator[Finding]:
-    """Yield what is to be said of the initial checkpoint; ``fresh`` are patterns of keys that shall stay at init.
+    """Yield findings about the initial checkpoint; ``fresh`` are patterns of keys that must stay at init.
 
-    Raises ``RuleError`` for a pattern that fits no key of the model.
+    Raises ``RuleError`` for a pattern that matches no key of the model.
     """
-    patterns = _patterns(fresh, subject.state)
+    patterns = _fresh_patterns(fresh, inspected.state)
     if not init.loaded:
         hint = result.hints[0].message if result.hints else "compare the names: ckpt diff MODEL INIT"
-        yield Finding("preflight.init-nothing", "error", "", "init fills no tensor of the model", hint)
+        yield codes.INIT_NOTHING.finding("", "init fills no tensor of the model", hint)
         return
     by_key = {kept.key: kept for kept in init.kept}
     for pattern in patterns:
-        filled = [key for key in subject.state if pattern.match(key) and key not in by_key]
+        filled = [key for key in inspected.state if pattern.match(key) and key not in by_key]
         if filled:
-            yield Finding(
-                "preflight.not-fresh",
-                "error",
+            yield codes.NOT_FRESH.finding(
                 filled[0],
-                f"{quoted(filled[0])} shall stay at init by fresh = {quoted(pattern.text)}, and init fills it",
+                f"{quoted(filled[0])} must stay at init by fresh = {quoted(pattern.text)}, but init fills it",
                 "drop it from init, or correct the pattern",
             )
-    yield from _kept(subject, by_key, patterns)
+    yield from _kept_findings(inspected, by_key, patterns)
     for pair in result.uncopyable:
         message = f"{quoted(pair.key)} is {pair.expected}, and {pair.found} in init, which torch does not copy"
-        yield Finding("preflight.init-refused", "error", pair.key, message, "convert it first: ckpt convert")
-    yield from _narrowed(result)
+        yield codes.INIT_REFUSED.finding(pair.key, message, "convert it first: ckpt convert")
+    yield from _cast_findings(result)
     if init.in_model == "none":
-        yield Finding(
-            "preflight.not-loaded",
-            "note",
-            "",
-            "the model does not have the values of init yet",
-            "load_into(model, init) loads them, and proves it",
-        )
+        message = "the model does not have the values of init yet"
+        yield codes.NOT_LOADED.finding("", message, "load_into(model, init) loads them and proves it")
     elif init.in_model == "part":
-        yield Finding(
-            "preflight.partly-loaded",
-            "warning",
+        yield codes.PARTLY_LOADED.finding(
             "",
-            "the model has the values of init in some tensors and other ones elsewhere: it was loaded otherwise, or "
-            "changed since",
-            "load_into(model, init) loads all, and proves it",
+            "the model has the values of init in some tensors and other values elsewhere: another program loaded it, "
+            "or it changed after the load",
+            "load_into(model, init) loads all tensors and proves it",
         )
 
 
-def _patterns(given: str | Sequence[str], state: Mapping[str, object]) -> list[Pattern]:
+def _fresh_patterns(given: str | Sequence[str], state: Mapping[str, object]) -> list[Pattern]:
     patterns = [parse_pattern(text) for text in ([given] if isinstance(given, str) else given)]
     for pattern in patterns:
         if not any(map(pattern.match, state)):
             raise RuleError(
-                f"fresh = {quoted(pattern.text)} fits none of {plural(len(state), 'key')} of the model",
-                hint="a pattern fits whole keys: 'head.*'",
+                f"fresh = {quoted(pattern.text)} matches none of {plural(len(state), 'key')} of the model",
+                hint="a pattern must match the whole key: 'head.*'",
             )
     return patterns
 
 
-def _kept(subject: InspectedModel, kept: Mapping[str, Kept], patterns: Sequence[Pattern]) -> Iterator[Finding]:
+def _kept_findings(
+    inspected: InspectedModel, kept: Mapping[str, Kept], patterns: Sequence[Pattern]
+) -> Iterator[Finding]:
     def label(key: str) -> tuple[bool, bool, bool]:
-        return key in kept, matches_any(patterns, key), key in subject.frozen
+        return key in kept, matches_any(patterns, key), key in inspected.frozen
 
-    for module, keys in group_by_module({key: label(key) for key in subject.state}):
+    for module, keys in group_by_module({key: label(key) for key in inspected.state}):
         staying = [key for key in keys if key in kept]
-        frozen = [key for key in staying if key in subject.frozen]
+        frozen = [key for key in staying if key in inspected.frozen]
         if frozen:
-            yield Finding(
-                "preflight.frozen-at-init",
-                "warning",
+            verb, pronoun = ("is", "it keeps its") if len(frozen) == 1 else ("are", "they keep their")
+            yield codes.FROZEN_AT_INIT.finding(
                 frozen[0],
-                f"{_counted(module, frozen, keys)} {'is' if len(frozen) == 1 else 'are'} not in init and frozen: "
-                "what it was initialised with stays to the end",
-                "unfreeze it, or rename the keys of init so that they fill it",
+                f"{_tensors_of(module, frozen, keys)} {verb} not in init and frozen: {pronoun} first values to the end",
+                "unfreeze the tensors, or rename the keys of init so that they fill them",
             )
-        trains = [key for key in staying if key not in subject.frozen]
-        wanted = [key for key in trains if matches_any(patterns, key)]
-        severity: Severity = "note" if len(wanted) == len(trains) else "warning"
+        trains = [key for key in staying if key not in inspected.frozen]
+        intended = [key for key in trains if matches_any(patterns, key)]
         if trains:
-            why = f"{kept[trains[0]].why}"
-            yield Finding(
-                "preflight.kept",
-                severity,
+            is_note = len(intended) == len(trains)
+            verb = "stays" if len(trains) == 1 else "stay"
+            pattern = quoted(trains[0] if len(trains) == 1 else f"{module}.*")
+            yield codes.KEPT.finding(
                 trains[0],
-                f"{_counted(module, trains, keys)} {'stays' if len(trains) == 1 else 'stay'} at init: {why}",
-                "" if severity == "note" else f"where that is meant, say so: fresh = {_meant(module, trains)}",
+                f"{_tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
+                "" if is_note else f"if this is intended, say so: fresh = {pattern}",
+                severity="note" if is_note else "warning",
             )
 
 
-def _counted(module: str, some: Sequence[str], keys: Sequence[str]) -> str:
+def _tensors_of(module: str, some: Sequence[str], keys: Sequence[str]) -> str:
     if len(some) == 1:
         return quoted(some[0])
     return f"{plural(len(some), 'tensor')} of {quoted(module)}" if len(some) < len(keys) else f"all of {quoted(module)}"
 
 
-def _meant(module: str, keys: Sequence[str]) -> str:
-    return quoted(keys[0] if len(keys) == 1 else f"{module}.*")
-
-
-def _narrowed(result: StateDictDiff) -> Iterator[Finding]:
+def _cast_findings(result: StateDictDiff) -> Iterator[Finding]:
     narrowed: dict[tuple[str, str], list[str]] = {}
     for pair in result.dtype_mismatched:
-        if _loses(pair.found.dtype, pair.expected.dtype):
+        if _loses_bits(pair.found.dtype, pair.expected.dtype):
             narrowed.setdefault((pair.found.dtype, pair.expected.dtype), []).append(pair.key)
     for (found, expected), keys in narrowed.items():
-        yield Finding(
-            "preflight.init-cast",
-            "warning",
+        verbs = ("is", "becomes") if len(keys) == 1 else ("are", "become")
+        yield codes.INIT_CAST.finding(
             keys[0],
-            f"{plural(len(keys), 'tensor')} of init {'is' if len(keys) == 1 else 'are'} {found} and become {expected} "
-            f"in the model, which keeps fewer bits ({', '.join(map(quoted, keys[:_SHOWN]))})",
-            "build the model in the dtype of init, and let autocast choose the one of the arithmetic",
+            f"{plural(len(keys), 'tensor')} of init {verbs[0]} {found} and {verbs[1]} {expected} in the model, which "
+            f"keeps fewer bits ({listed(keys, _SHOWN)})",
+            "build the model in the dtype of init, and let autocast choose the dtype of the arithmetic",
         )
 
 
-def _loses(found: str, expected: str) -> bool:
+def _loses_bits(found: str, expected: str) -> bool:
     wide, narrow = DTYPES.get(found), DTYPES.get(expected)
-    if wide is None or narrow is None or {found, expected} == {"F16", "BF16"}:
-        return wide is not None and narrow is not None
-    return narrow.bits < wide.bits
+    if wide is None or narrow is None:
+        return False
+    return {found, expected} == {"F16", "BF16"} or narrow.bits < wide.bits
 
 
-def check_values(subject: InspectedModel, init: Init | None) -> Iterator[Finding]:
-    """Yield tensors with NaN or infinity in them, and those that nothing was loaded into and that look like no init."""
-    if subject.numbers is None:
+def check_values(inspected: InspectedModel, init: Init | None) -> Iterator[Finding]:
+    """Yield findings about NaN and Inf, and about tensors without loaded values that do not look like an init."""
+    if inspected.stats is None:
         return
-    kept = subject.state.keys() if init is None else {one.key for one in init.kept}
-    for key, tensor in subject.numbers.tensors.items():
+    kept = inspected.state.keys() if init is None else {one.key for one in init.kept}
+    for key, tensor in inspected.stats.tensors.items():
         numbers = tensor.numbers
         if numbers is None or tensor.same_as:
             continue
-        bad = numbers.count - numbers.finite
-        if bad:
-            is_parameter = key in subject.parameters
-            yield Finding(
-                "preflight.not-finite",
-                "error" if is_parameter else "warning" if numbers.nan else "note",
+        not_finite = numbers.count - numbers.finite
+        if not_finite:
+            is_parameter = key in inspected.parameters
+            yield codes.NOT_FINITE.finding(
                 key,
-                f"{quoted(key)} has {numbers.nan:,} NaN and {bad - numbers.nan:,} infinite of "
+                f"{quoted(key)} has {numbers.nan:,} NaN and {not_finite - numbers.nan:,} infinite of "
                 f"{plural(numbers.count, 'number')}",
-                "initialise it again, or load what has its values" if is_parameter else "",
+                "initialise it again, or load its values" if is_parameter else "",
+                severity="error" if is_parameter else "warning" if numbers.nan else "note",
             )
         elif key in kept:
-            look = subject.look(key)
-            if look is not None and look.faulty and key in subject.parameters:
-                yield _faulty(key, look)
+            look = inspected.look(key)
+            if look is not None and look.kind in _LOOKS and key in inspected.parameters:
+                yield _look_finding(key, look)
 
 
-def _faulty(key: str, look: Look) -> Finding:
-    said = {
-        "zero": "where that is no residual branch or adapter that shall begin as nothing, it was never initialised",
-        "constant": "all its outputs are equal, and so are their gradients: they stay so",
-        "garbage": "torch.empty and to_empty give memory as it lies there",
+def _look_finding(key: str, look: Look) -> Finding:
+    reasons = {
+        "zero": "it was never initialised, unless it is a residual branch or an adapter that must start at zero",
+        "constant": "all its outputs are equal, and so are its gradients, so that it stays like this",
+        "garbage": "torch.empty and to_empty return memory as they find it",
     }
-    hint = "call the module's reset_parameters(), or load a checkpoint that has it"
-    return Finding(f"preflight.{look.kind}", "warning", key, f"{quoted(key)} is {look.said}; {said[look.kind]}", hint)
+    hint = "call reset_parameters() of the module, or load a checkpoint that has the tensor"
+    return _LOOKS[look.kind].finding(key, f"{quoted(key)} is {look.text}; {reasons[look.kind]}", hint)

@@ -1,4 +1,4 @@
-"""What a preflight says, as values: the sections of its page, its findings, and the one verdict."""
+"""The result of a preflight as values: the sections of its page, its findings, and one verdict."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["DryStep", "Init", "Kept", "Memory", "ModuleTraining", "Preflight", "
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor of the model that ``init`` does not fill: why not, and what its values look like, as far as that tells.
+    """A tensor of the model that ``init`` does not fill, the reason, and what its values look like.
 
-    ``looks`` is empty where values were not judged.
+    ``looks`` is empty where the values were not judged.
     """
 
     key: str
@@ -28,9 +28,10 @@ class Kept:
 
 @dataclass(frozen=True, slots=True)
 class Init:
-    """What ``init`` fills, by module, and what it leaves; ``in_model`` tells whether the model has its values already.
+    """The tensors that ``init`` fills, counted by module, and the tensors that it does not fill.
 
-    ``in_model`` is ``"all"``, ``"part"`` or ``"none"``, and ``"unknown"`` where values could not be compared.
+    ``in_model`` says how much of the model has the values of ``init`` already: ``"all"``, ``"part"`` or ``"none"``, and
+    ``"unknown"`` where the values could not be compared.
     """
 
     loaded: int
@@ -49,7 +50,7 @@ class Init:
 
 @dataclass(frozen=True, slots=True)
 class ModuleTraining:
-    """One module, or one parameter beside modules: how many of its parameters and elements will train."""
+    """The number of parameters and elements that train in one module, or of one parameter outside any module."""
 
     module: str
     trainable: int
@@ -60,7 +61,10 @@ class ModuleTraining:
 
 @dataclass(frozen=True, slots=True)
 class TrainingGroup:
-    """One param group: the names of its parameters in order, its options, and the class of its optimizer if known."""
+    """One param group: the names of its parameters in order, its options, and the class of its optimizer.
+
+    The name of a tensor that is not in the model is empty, and so is ``optimizer`` where the class is not known.
+    """
 
     name: str
     names: tuple[str, ...]
@@ -71,7 +75,7 @@ class TrainingGroup:
 
 @dataclass(frozen=True, slots=True)
 class StateMemory:
-    """What the state of one optimizer will take, in bytes; None where nothing is known of its class."""
+    """The bytes of the state of one optimizer after its first step; None where the class is not of torch.optim."""
 
     optimizer: str
     slots: tuple[str, ...]
@@ -80,7 +84,7 @@ class StateMemory:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What training takes beside activations, in bytes: parameters, buffers, a gradient of each that trains, states."""
+    """The bytes that training needs besides activations: parameters, buffers, gradients, optimizer states."""
 
     parameters: int
     buffers: int
@@ -89,15 +93,16 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All that is known, in bytes."""
+        """The sum of all known sizes, in bytes."""
         return self.parameters + self.buffers + self.gradients + sum(state.nbytes or 0 for state in self.states)
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """How a run checkpoint fits: keys of the model that match, and parameters whose optimizer state was placed.
+    """How far the checkpoint of a run fits: ``matched`` of ``expected`` keys of the model have a tensor in it.
 
-    ``positions`` is None where there is no optimizer state to hold against live groups.
+    ``positions`` is the number of parameters in its optimizer state, or None without such a state or without groups.
+    ``with_state`` is the number of parameters that have state.
     """
 
     matched: int
@@ -109,9 +114,9 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class DryStep:
-    """One step on a copy of the model: how many trainable parameters got a gradient, and how many moved.
+    """One step on a copy of the model: how many trainable parameters got a gradient, and how many changed.
 
-    ``loss`` is None where it was not reached, ``optimizer`` empty where none was given: then nothing was to move.
+    ``loss`` is None where no loss was computed. ``optimizer`` is empty where none was given, so that nothing changed.
     """
 
     loss: float | None
@@ -123,9 +128,9 @@ class DryStep:
 
 @dataclass(frozen=True)
 class Preflight(Report):
-    """The page before training: sections are None or empty where what they need was not given.
+    """The page before training; a section is None or empty where its argument was not given.
 
-    ``not_judged`` says what that is. ``ok`` where no finding is an error.
+    ``not_judged`` names these sections. ``ok`` is True where no finding is an error.
     """
 
     init: Init | None = None
@@ -138,7 +143,7 @@ class Preflight(Report):
 
     @property
     def verdict(self) -> str:
-        """``ready``, ``ready, with N warnings``, or ``not ready`` and the first reason."""
+        """``ready``, or ``ready, with N warnings``, or ``not ready`` with the first error."""
         count = self.summary
         if count["errors"]:
             first = next(finding for finding in self.findings if finding.severity == "error")
@@ -147,7 +152,7 @@ class Preflight(Report):
         return f"ready, with {plural(count['warnings'], 'warning')}" if count["warnings"] else "ready"
 
     def __str__(self) -> str:
-        """Return the findings, and the verdict last."""
+        """Return one line for each finding, and the verdict as the last line."""
         return "\n".join([*super().__str__().split("\n")[:-1], self.verdict])
 
     def _repr_html_(self) -> str:

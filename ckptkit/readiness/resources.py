@@ -1,16 +1,18 @@
-"""What dtypes do to a step: an eps that is nothing, updates too small to be kept, parameters without gradients."""
+"""Check the dtypes of the parameters, and estimate the memory of parameters, gradients and optimizer state."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_optim import SlotSchema, schema_of
+from ckptkit.core.torch_optim import SlotSchema
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.loading.snapshot import named_tensors
+from ckptkit.param_groups.live import LiveOptimizer
+from ckptkit.readiness import codes
 from ckptkit.readiness.model import Memory, StateMemory
 
 if TYPE_CHECKING:
@@ -18,77 +20,68 @@ if TYPE_CHECKING:
 
 __all__ = ["check_dtypes", "estimate_memory"]
 
+_STEP_BYTES = 4  # torch keeps scalar slots in float32, whatever the dtype of the parameter
 
-def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[Any]) -> Iterator[Finding]:
-    """Yield what the dtypes of the parameters do to training with these optimizers."""
+
+def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+    """Yield findings about dtypes that cannot train, or that lose what an optimizer computes."""
     named = list(model.named_parameters())
-    training = [(name, tensor) for name, tensor in named if name not in frozen]
-    whole = [name for name, tensor in named if not (tensor.is_floating_point() or tensor.is_complex())]
-    if whole:
-        yield Finding(
-            "preflight.integers",
-            "note",
-            whole[0],
-            f"{plural(len(whole), 'parameter')} of whole numbers ({quoted(whole[0])}) can have no gradient",
-            "quantised weights do not train; a counter is better a buffer",
+    integers = [name for name, tensor in named if not (tensor.is_floating_point() or tensor.is_complex())]
+    if integers:
+        yield codes.INTEGERS.finding(
+            integers[0],
+            f"{plural(len(integers), 'parameter')} of an integer dtype ({quoted(integers[0])}) cannot have a gradient",
+            "quantised weights do not train; register a counter as a buffer",
         )
-    counts: dict[str, list[str]] = {}
-    for name, tensor in training:
-        counts.setdefault(_called(tensor.dtype), []).append(name)
-    if len(counts) > 1:
-        told = ", ".join(f"{dtype} ({plural(len(names), 'parameter')})" for dtype, names in counts.items())
-        yield Finding(
-            "preflight.mixed-dtypes",
-            "note",
+    by_dtype: dict[str, list[str]] = {}
+    for name, tensor in named:
+        if name not in frozen:
+            by_dtype.setdefault(_dtype_name(tensor.dtype), []).append(name)
+    if len(by_dtype) > 1:
+        counts = ", ".join(f"{dtype} ({plural(len(names), 'parameter')})" for dtype, names in by_dtype.items())
+        yield codes.MIXED_DTYPES.finding(
             "",
-            f"what trains is of several dtypes: {told}",
-            "fused and foreach steps work on each apart; where it is not meant, cast the model as a whole",
+            f"the parameters that train have several dtypes: {counts}",
+            "fused and foreach kernels run once for each dtype; cast the whole model if this is not intended",
         )
     for optimizer in optimizers:
-        yield from _eps(optimizer)
-    low = counts.get("bfloat16", [])
+        yield from _eps_findings(optimizer)
+    low = by_dtype.get("bfloat16", [])
     if low and optimizers:
-        yield Finding(
-            "preflight.bf16-weights",
-            "warning",
+        yield codes.BF16_WEIGHTS.finding(
             low[0],
             f"{plural(len(low), 'parameter')} {'is' if len(low) == 1 else 'are'} stepped in bfloat16, which has 8 bits "
-            "of precision: an update smaller than 1/256 of a weight is lost, as lr = 1e-3 is on a weight of 1",
+            "of precision: an update below 1/256 of a weight is lost, such as lr = 1e-3 on a weight of 1",
             "keep the weights in float32 and use autocast, or an optimizer with master weights",
         )
 
 
-def _eps(optimizer: Any) -> Iterator[Finding]:
+def _eps_findings(optimizer: LiveOptimizer) -> Iterator[Finding]:
     import torch
 
-    for number, group in enumerate(optimizer.param_groups):
-        eps = group.get("eps")
-        low = [tensor for tensor in group["params"] if tensor.dtype == torch.float16]
+    for number, group in enumerate(optimizer.groups):
+        eps = group.options.get("eps")
+        low = [member for member in optimizer.members_of(group) if member.tensor.dtype == torch.float16]
         if not low or isinstance(eps, bool) or not isinstance(eps, float):
             continue
         if eps and float(torch.tensor(eps, dtype=torch.float16)) == 0:
-            yield Finding(
-                "preflight.eps",
-                "error",
+            yield codes.EPS.finding(
                 "",
                 f"group {number} has eps = {eps:g}, which is 0 in float16, for {plural(len(low), 'parameter')}: "
-                f"{type(optimizer).__name__} divides 0 by 0 where a gradient is 0, and the weight is NaN",
+                f"{optimizer.class_name} divides 0 by 0 where a gradient is 0, and the weight becomes NaN",
                 "keep the weights in float32 and use autocast, or set eps = 1e-4",
             )
 
 
-def _called(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-_NUMBER = 4  # torch keeps a step in F32, whatever the parameter is
+def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iterable[LiveOptimizer]) -> Memory:
+    """Return the bytes of the model, of the gradients of ``trainable``, and of the states of ``optimizers``.
 
-
-def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iterable[Any]) -> Memory:
-    """Return what the model, the gradients of ``trainable`` and the states of ``optimizers`` take.
-
-    What shares memory counts once. A state is that after the first step: its slots as torch makes them, in the dtype
-    of the parameter, without the copies that a foreach step makes for a moment and without master weights.
+    Shared memory counts once. A state has the size after the first step: its slots as torch makes them, in the dtype of
+    the parameter. Master weights, and copies that a foreach step makes for a short time, are not included.
     """
     import torch
 
@@ -99,34 +92,30 @@ def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iter
         if tensor.layout is torch.strided:
             storage = tensor.untyped_storage()
             known[storage._cdata] = storage.nbytes()  # noqa: SLF001 - torch's own test of identity
-        else:  # a sparse one has no storage of its own: as if it were dense, which is the most that it can take
+        else:  # a sparse tensor has no single storage; its dense size is the upper bound
             known[id(tensor)] = tensor.numel() * tensor.element_size()
-    buffers = sum(size for place, size in sizes[False].items() if place not in sizes[True])
+    buffers = sum(size for storage, size in sizes[False].items() if storage not in sizes[True])
     gradients = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in trainable}.values())
-    return Memory(sum(sizes[True].values()), buffers, gradients, tuple(map(_state, optimizers)))
+    return Memory(sum(sizes[True].values()), buffers, gradients, tuple(map(_state_memory, optimizers)))
 
 
-def _state(optimizer: Any) -> StateMemory:
-    schema = schema_of(type(optimizer))
-    name = type(optimizer).__name__
+def _state_memory(optimizer: LiveOptimizer) -> StateMemory:
+    schema = optimizer.schema
     if schema is None or schema.has_shared_state:
-        return StateMemory(name, (), None)
+        return StateMemory(optimizer.class_name, (), None)
     total = 0
     slots: dict[str, None] = {}
-    for group in optimizer.param_groups:
-        for tensor in group["params"]:
-            if not tensor.requires_grad:
-                continue
-            for slot in schema.slots_for(group, tuple(tensor.shape)):
-                slots.setdefault(slot.name)
-                total += _size(slot, tensor)
-    return StateMemory(name, tuple(slots), total)
+    for member in optimizer.members:
+        if not member.tensor.requires_grad:
+            continue
+        for slot in schema.slots_for(member.group.options, tuple(member.tensor.shape)):
+            slots.setdefault(slot.name)
+            total += _slot_bytes(slot, member.tensor)
+    return StateMemory(optimizer.class_name, tuple(slots), total)
 
 
-def _size(slot: SlotSchema, tensor: Tensor) -> int:
+def _slot_bytes(slot: SlotSchema, tensor: Tensor) -> int:
     shape = slot.shape(tuple(tensor.shape))
     if slot.layout == "scalar":
-        return _NUMBER
-    if shape is None:
-        return 0
-    return math.prod(shape) * tensor.element_size()
+        return _STEP_BYTES
+    return 0 if shape is None else math.prod(shape) * tensor.element_size()

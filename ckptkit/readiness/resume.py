@@ -1,32 +1,35 @@
-"""Whether a run can go on: its weights against the model, its optimizer's state against the live groups."""
+"""Check whether a run can be resumed: its weights with the model, its optimizer state with the groups."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, quoted
-from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, schema_of
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, overwritten_options
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import FoundState
-from ckptkit.optimizer_state.model import number_of, parameter_shape
+from ckptkit.optimizer_state.groups import equal_values
+from ckptkit.optimizer_state.model import SlotValue, number_of, parameter_shape
 from ckptkit.optimizer_state.naming import structure_findings, to_named
+from ckptkit.param_groups.compare import GroupDifference, GroupDifferences, GroupView, compare_groups
 from ckptkit.param_groups.parameters import bare_name
-from ckptkit.readiness.model import Resume, TrainingGroup
+from ckptkit.readiness import codes
+from ckptkit.readiness.model import Resume
 from ckptkit.readiness.training import Training
 
 __all__ = ["check_resume"]
 
 _SHOWN = 3
-_BY_NAME = "load_optimizer_state goes by name"
-_NOT_COMPARED = options_of_kind("speed", "name") | {"initial_lr"}
-# A change of these options turns a step into another one, so it is an error; the others are warnings.
-_OTHER_DIRECTION = {
-    "decoupled_weight_decay": "Adam and AdamW read the same state, and decay weights otherwise",
+_BY_NAME = "load_optimizer_state loads by name"
+_SET_AGAIN = "set it again after load_state_dict, or start with the value of the run"
+_NO_EFFECT = options_of_kind("speed", "name")
+# A change of these options turns the step of a run into another one, so the finding is an error.
+_OTHER_STEP = {
+    "decoupled_weight_decay": "Adam and AdamW read the same state, but apply weight decay in two ways",
     "maximize": "each step goes in the opposite direction: set maximize again after load_state_dict",
 }
 
@@ -34,8 +37,11 @@ _OTHER_DIRECTION = {
 def check_resume(
     model: Module, training: Training, result: StateDictDiff, found: FoundState | None
 ) -> tuple[Resume, list[Finding]]:
-    """Return how the weights and the optimizer state of a run fit, and what is wrong with either."""
-    findings = list(_weights(result))
+    """Return how far the weights and the optimizer state of a run fit, and the findings about both.
+
+    ``result`` compares the model with the weights of the run; ``found`` is the optimizer state, or None.
+    """
+    findings = list(_weight_findings(result))
     matched = len(result.matched) - len(result.uncopyable)
     if found is None:
         return Resume(matched, len(result.expected)), findings
@@ -44,16 +50,16 @@ def check_resume(
     if any(finding.severity == "error" for finding in faults):
         return Resume(matched, len(result.expected), None, len(found.state), found.form), findings
     if not training.groups:
-        findings += _alone(model, found)
+        findings += _model_findings(model, found)
     elif found.form in ("named", "flattened"):
-        findings += _by_name(training, found)
+        findings += _name_findings(training, found)
     else:
-        findings += _Positions(model, training, found).check()
+        findings += _position_findings(model, training, found)
     count = sum(len(group.params) for group in found.groups) if training.groups else None
     return Resume(matched, len(result.expected), count, len(found.state), found.form), findings
 
 
-def _weights(result: StateDictDiff) -> Iterator[Finding]:
+def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
     hint = result.hints[0].message if result.hints else "ckpt diff MODEL RUN shows all of them"
     kinds = (
         ("missing from the run", [info.key for info in result.missing if info.key not in result.filled]),
@@ -61,189 +67,231 @@ def _weights(result: StateDictDiff) -> Iterator[Finding]:
         ("not in the model", [info.key for info in result.unexpected if info.key not in result.unseen]),
         ("of a kind that torch does not copy", [pair.key for pair in result.uncopyable]),
     )
-    for told, keys in kinds:
+    for kind, keys in kinds:
         if keys:
-            message = f"load_state_dict refuses the weights of the run: {listed(keys, _SHOWN)} {_be(keys)} {told}"
-            yield Finding("preflight.resume-weights", "error", keys[0], message, hint)
+            verb = "is" if len(keys) == 1 else "are"
+            message = f"load_state_dict refuses the weights of the run: {listed(keys, _SHOWN)} {verb} {kind}"
+            yield codes.RESUME_WEIGHTS.finding(keys[0], message, hint)
 
 
-def _alone(model: Module, found: FoundState) -> Iterator[Finding]:
+def _model_findings(model: Module, found: FoundState) -> Iterator[Finding]:
+    """Yield a finding where the model alone does not identify the parameters of the state."""
     try:
         to_named(found, model)
     except PlanError as error:
-        message = f"the optimizer state of the run does not tell whose it is: {error.reason}"
-        yield Finding("preflight.resume-unclear", "warning", "", message, "give groups or an optimizer to compare with")
+        message = f"the parameters of the optimizer state of the run cannot be identified: {error.reason}"
+        yield codes.RESUME_UNCLEAR.finding("", message, "give groups or an optimizer to compare with")
 
 
-def _by_name(training: Training, found: FoundState) -> Iterator[Finding]:
-    live = [name for group in training.groups for name in group.names]
-    theirs = {bare_name(str(param)) for group in found.groups for param in group.params}
-    mine = {bare_name(name) for name in live}
-    for told, names in (("has none of", sorted(mine - theirs)), ("also has that of", sorted(theirs - mine))):
+def _name_findings(training: Training, found: FoundState) -> Iterator[Finding]:
+    """Compare groups with a state whose parameters have names."""
+    live = [
+        GroupView(group.name, tuple(map(bare_name, group.names)), group.options, group.optimizer)
+        for group in training.groups
+    ]
+    saved = [
+        GroupView(str(number), tuple(bare_name(str(param)) for param in group.params), group.options)
+        for number, group in enumerate(found.groups)
+    ]
+    differences = _compare(live, saved)
+    for kind, names in (("has none of", differences.missing), ("also has that of", differences.unexpected)):
         if names:
-            yield Finding(
-                "preflight.resume-names",
-                "error",
-                names[0],
-                f"the optimizer state of the run, by name, {told} {listed(names, _SHOWN)}",
-                "load_optimizer_state takes the rules that renamed the weights",
-            )
+            first, *_ = ordered = sorted(set(names))
+            message = f"the optimizer state of the run, by name, {kind} {listed(ordered, _SHOWN)}"
+            hint = "load_optimizer_state accepts the rules that renamed the weights"
+            yield codes.RESUME_NAMES.finding(first, message, hint)
+    yield from _option_findings(training, differences)
 
 
 @dataclass(frozen=True)
-class _Positions:
-    """State that is counted, against live groups: torch gives each position what stands there, whoever that is."""
+class _Position:
+    """One position of the optimizer: the live name, the key of the state in the file, and the name in the file."""
 
-    model: Module
-    training: Training
-    found: FoundState
+    name: str
+    param: object
+    saved_name: str
 
-    def check(self) -> Iterator[Finding]:
-        groups = self.training.groups
-        if len(self.training.optimizers) > 1:
-            yield Finding(
-                "preflight.resume-unclear",
-                "note",
-                "",
-                "the optimizer state of the run was not compared: there are several optimizers, and one state",
+
+def _position_findings(model: Module, training: Training, found: FoundState) -> Iterator[Finding]:
+    """Compare groups with a state whose parameters have positions, as torch's load_state_dict does."""
+    if len(training.optimizers) > 1:
+        message = "the optimizer state of the run was not compared: there are several optimizers, and one state"
+        yield codes.RESUME_UNCLEAR.finding("", message, severity="note")
+        return
+    live_sizes = [len(group.names) for group in training.groups]
+    saved_sizes = [len(group.params) for group in found.groups]
+    if live_sizes != saved_sizes:
+        live_text, saved_text = (" + ".join(map(str, sizes)) for sizes in (live_sizes, saved_sizes))
+        yield codes.RESUME_GROUPS.finding(
+            "",
+            f"load_state_dict refuses the optimizer state of the run: it has groups of {saved_text} parameters, and "
+            f"the live groups have {live_text}",
+            "make the groups that the run had; load_optimizer_state assigns its state to these groups by name",
+        )
+        return
+    schema = training.optimizers[0].schema if training.optimizers else None
+    positions = [
+        [
+            _Position(name, param, str(saved_name))
+            for name, param, saved_name in zip(
+                live.names, saved.params, saved.param_names or ("",) * len(saved.params), strict=True
             )
-            return
-        sizes = [len(group.names) for group in groups], [len(group.params) for group in self.found.groups]
-        if sizes[0] != sizes[1]:
-            told = [" + ".join(map(str, some)) for some in sizes]
-            yield Finding(
-                "preflight.resume-groups",
-                "error",
-                "",
-                f"load_state_dict refuses the optimizer state of the run: it has groups of {told[1]} parameters, and "
-                f"the live ones have {told[0]}",
-                "make the groups that the run had; load_optimizer_state deals its state to these by name",
-            )
-            return
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.model.named_parameters(remove_duplicate=False)}
-        yield from self._members(shapes)
-        yield from self._slots(shapes)
-        for number, (live, saved) in enumerate(zip(groups, self.found.groups, strict=True)):
-            yield from self._options(number, live, saved.options)
-
-    def _pairs(self) -> Iterator[tuple[str, object, str]]:
-        """Yield each live name with the position in the file that torch gives it, and the name recorded there."""
-        for live, saved in zip(self.training.groups, self.found.groups, strict=True):
-            recorded = saved.param_names or ("",) * len(saved.params)
-            for name, param, other in zip(live.names, saved.params, recorded, strict=True):
-                yield name, param, str(other)
-
-    def _members(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
-        torn = [
-            (name, other) for name, _, other in self._pairs() if other and name and bare_name(other) != bare_name(name)
         ]
-        if torn:
-            name, other = torn[0]
-            more = f", and {len(torn) - 1:,} more are torn so" if len(torn) > 1 else ""
-            yield Finding(
-                "preflight.resume-order",
-                "error",
-                name,
-                f"load_state_dict would give {quoted(name)} the optimizer state of {quoted(other)}: it goes by "
-                f"position{more}",
-                _BY_NAME,
-            )
-        for name, param, _ in self._pairs():
-            shape = parameter_shape(self.found.state.get(param, {}))
-            if shape is not None and name in shapes and shape != shapes[name]:
-                yield Finding(
-                    "preflight.resume-shape",
-                    "error",
-                    name,
-                    f"position {param} of the optimizer state is of a parameter {list(shape)}, and {quoted(name)} "
-                    f"there is {list(shapes[name])}: load_state_dict takes it, and the next step fails",
-                    "load_optimizer_state drops the state of what has another shape",
-                )
-        known = [name for name, param, _ in self._pairs() if self.found.state.get(param)]
-        without = [name for name, param, _ in self._pairs() if not self.found.state.get(param)]
-        schema = self._schema()
-        keeps = schema is None or any(slot.enabled_by is None for slot in schema.slots)
-        if without and keeps:
-            severity: Severity = "warning" if known else "note"
-            message = f"there is no optimizer state for {listed(without, _SHOWN)} in the run, which begins anew"
-            yield Finding("preflight.resume-new", severity, without[0], message)
+        for live, saved in zip(training.groups, found.groups, strict=True)
+    ]
+    every = [position for group in positions for position in group]
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    differences = _compare(*_position_views(training, found, positions, shapes))
+    yield from _order_findings(every)
+    yield from _shape_findings(every, differences)
+    yield from _coverage_findings(every, found, schema)
+    if schema is not None and not schema.has_shared_state:
+        yield from _class_findings(training, found, positions, schema, shapes)
+    yield from _option_findings(training, differences)
 
-    def _schema(self) -> OptimizerSchema | None:
-        return schema_of(type(self.training.optimizers[0])) if self.training.optimizers else None
 
-    def _slots(self, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Finding]:
-        schema = self._schema()
-        if schema is None or schema.has_shared_state:
-            return
-        kind = type(self.training.optimizers[0]).__name__
-        options = {name: group.options for group in self.training.groups for name in group.names}
-        for name, param, _ in self._pairs():
-            slots = self.found.state.get(param)
-            if not slots or name not in shapes:
+def _position_views(
+    training: Training,
+    found: FoundState,
+    positions: Sequence[Sequence[_Position]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> tuple[list[GroupView], list[GroupView]]:
+    """Return the live and the saved groups, in which each parameter goes by its position in the optimizer."""
+    live_views, saved_views = [], []
+    start = 0
+    for live, saved, group in zip(training.groups, found.groups, positions, strict=True):
+        numbers = tuple(map(str, range(start, start + len(group))))
+        start += len(group)
+        live_shapes = {
+            number: shapes[one.name] for number, one in zip(numbers, group, strict=True) if one.name in shapes
+        }
+        saved_shapes = {
+            number: shape
+            for number, one in zip(numbers, group, strict=True)
+            if (shape := parameter_shape(found.state.get(one.param, {}))) is not None
+        }
+        live_views.append(GroupView(live.name, numbers, live.options, live.optimizer, live_shapes))
+        saved_views.append(GroupView(live.name, numbers, saved.options, shapes=saved_shapes))
+    return live_views, saved_views
+
+
+def _compare(live: Sequence[GroupView], saved: Sequence[GroupView]) -> GroupDifferences:
+    return compare_groups(live, saved, match="position", ignored=_ignored_options, equal=_equal_options)
+
+
+def _ignored_options(live: GroupView, saved: GroupView) -> frozenset[str]:
+    """Return the options that are not compared: under a scheduler, the value before the scheduler counts."""
+    if "initial_lr" not in live.options or "initial_lr" not in saved.options:
+        return _NO_EFFECT | {"initial_lr"}
+    return _NO_EFFECT | {"lr"} | (overwritten_options(live.options) & overwritten_options(saved.options))
+
+
+def _order_findings(positions: Sequence[_Position]) -> Iterator[Finding]:
+    swapped = [
+        one for one in positions if one.saved_name and one.name and bare_name(one.saved_name) != bare_name(one.name)
+    ]
+    if swapped:
+        first = swapped[0]
+        more = f", and {len(swapped) - 1:,} more would get the state of others" if len(swapped) > 1 else ""
+        yield codes.RESUME_ORDER.finding(
+            first.name,
+            f"load_state_dict loads by position and would give {quoted(first.name)} the optimizer state of "
+            f"{quoted(first.saved_name)}{more}",
+            _BY_NAME,
+        )
+
+
+def _shape_findings(positions: Sequence[_Position], differences: GroupDifferences) -> Iterator[Finding]:
+    for difference in differences.shapes:
+        position = positions[int(difference.name)]
+        yield codes.RESUME_SHAPE.finding(
+            position.name,
+            f"position {position.param} of the optimizer state has the shape {list(difference.found)}, but "
+            f"{quoted(position.name)} at this position has {list(difference.expected)}: load_state_dict accepts the "
+            "state, and the next step fails",
+            "load_optimizer_state drops state of another shape",
+        )
+
+
+def _coverage_findings(
+    positions: Sequence[_Position], found: FoundState, schema: OptimizerSchema | None
+) -> Iterator[Finding]:
+    without = [one.name for one in positions if not found.state.get(one.param)]
+    always_has_state = schema is None or any(slot.enabled_by is None for slot in schema.slots)
+    if without and always_has_state:
+        message = f"the run has no optimizer state for {listed(without, _SHOWN)}, which start without state"
+        severity: Severity = "warning" if len(without) < len(positions) else "note"
+        yield codes.RESUME_NEW.finding(without[0], message, severity=severity)
+
+
+def _class_findings(
+    training: Training,
+    found: FoundState,
+    positions: Sequence[Sequence[_Position]],
+    schema: OptimizerSchema,
+    shapes: Mapping[str, tuple[int, ...]],
+) -> Iterator[Finding]:
+    """Yield one finding for the first parameter whose state is not one of the live class."""
+    kind = training.optimizers[0].class_name
+    for group, members in zip(training.groups, positions, strict=True):
+        for one in members:
+            slots = found.state.get(one.param)
+            if not slots or one.name not in shapes:
                 continue
-            lacking = [
-                slot.name
-                for slot in schema.slots_for(options[name], shapes[name])
-                if slot.name not in slots and not slot.is_optional
-            ]
-            strange = [slot for slot in slots if schema.slot(slot) is None]
-            if lacking or strange:
-                told = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(strange)}"
-                yield Finding(
-                    "preflight.resume-class",
-                    "error",
-                    name,
-                    f"the optimizer state of the run is not one of {kind}: that of {quoted(name)} {told}",
+            expected = schema.slots_for(group.options, shapes[one.name])
+            lacking = [slot.name for slot in expected if slot.name not in slots and not slot.is_optional]
+            unknown = [name for name in slots if schema.slot(name) is None]
+            if lacking or unknown:
+                fault = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)}"
+                yield codes.RESUME_CLASS.finding(
+                    one.name,
+                    f"the optimizer state of the run is not from {kind}: the state of {quoted(one.name)} {fault}",
                     "resume with the optimizer that the run had",
                 )
                 return
 
-    def _options(self, number: int, live: TrainingGroup, saved: Mapping[str, Any]) -> Iterator[Finding]:
-        where = f"group {number} ({quoted(live.name)})"
-        for key, value in live.options.items():
-            if key in _NOT_COMPARED or key not in saved:
-                continue
-            mine, theirs = _plain(value), _plain(saved[key])
-            if _Unknown not in (mine, theirs) and mine != theirs:
-                yield Finding(
-                    "preflight.resume-options",
-                    "error" if key in _OTHER_DIRECTION else "warning",
-                    "",
-                    f"{where}: {key} = {mine} becomes {theirs} with the optimizer state of the run",
-                    _OTHER_DIRECTION.get(key, "set it again after load_state_dict, or begin with what the run had"),
-                )
-        if self.training.optimizers:
-            lost = sorted(key for key, value in live.options.items() if key not in saved and _is_lost(key, value))
-            if lost:
-                yield Finding(
-                    "preflight.resume-lost",
-                    "error" if set(lost) & self.training.optimizers[0].defaults.keys() else "warning",
-                    "",
-                    f"{where} loses {', '.join(map(quoted, lost))} with the optimizer state of the run",
-                    "set it again after load_state_dict",
-                )
+
+def _option_findings(training: Training, differences: GroupDifferences) -> Iterator[Finding]:
+    severity: Severity
+    for difference in differences.groups:
+        where = f"group {difference.expected} ({quoted(training.groups[difference.expected].name)})"
+        for option in difference.options:
+            if not option.is_absent:
+                severity = "error" if option.key in _OTHER_STEP else "warning"
+                values = f"{option.key} = {_plain(option.expected)} becomes {_plain(option.found)}"
+                message = f"{where}: {values} with the optimizer state of the run"
+                hint = _OTHER_STEP.get(option.key, _SET_AGAIN)
+                yield codes.RESUME_OPTIONS.finding("", message, hint, severity=severity)
+        lost = sorted(_lost_options(difference)) if training.optimizers else []
+        if lost:
+            severity = "error" if set(lost) & training.optimizers[0].instance.defaults.keys() else "warning"
+            message = f"{where} loses {', '.join(map(quoted, lost))} with the optimizer state of the run"
+            yield codes.RESUME_LOST.finding("", message, "set it again after load_state_dict", severity=severity)
 
 
-def _is_lost(key: str, value: object) -> bool:
-    """Return whether a load changes an option of a live group that the file does not have."""
-    if key in _NOT_COMPARED:
-        return False
-    option = OPTIONS.get(key)
-    return option is None or option.value_without is None or value != option.value_without
+def _lost_options(difference: GroupDifference) -> Iterator[str]:
+    """Yield the options that the file lacks, apart from those to which torch gives the live value."""
+    for option in difference.options:
+        known = OPTIONS.get(option.key)
+        is_restored = known is not None and known.value_without is not None and option.expected == known.value_without
+        if option.is_absent and not is_restored:
+            yield option.key
 
 
-class _Unknown:
-    """Stands for a value that cannot be compared."""
+def _equal_options(live: SlotValue, saved: SlotValue) -> bool:
+    """Return whether two options are equal; values that cannot be read count as equal."""
+    return not _is_readable(live) or not _is_readable(saved) or equal_values(live, saved)
 
 
-def _plain(value: Any) -> Any:
-    number = number_of(value)
-    if number is not None:
-        return number
+def _is_readable(value: SlotValue) -> bool:
     if isinstance(value, list | tuple):
-        return tuple(value)
-    return value if value is None or isinstance(value, bool | int | float | str) else _Unknown
+        return all(map(_is_readable, value))
+    return value is None or isinstance(value, str) or number_of(value) is not None
 
 
-def _be(names: Sequence[str]) -> str:
-    return "is" if len(names) == 1 else "are"
+def _plain(value: SlotValue) -> object:
+    """Return a readable option as a number, text, None or a tuple."""
+    if isinstance(value, list | tuple):
+        return tuple(map(_plain, value))
+    number = number_of(value)
+    return value if number is None else number

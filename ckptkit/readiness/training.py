@@ -1,4 +1,4 @@
-"""Which parameter trains with which options: of live optimizers, or of a spec and a class as they would be built."""
+"""Decide which parameters train with which options: those of live optimizers, or those that a spec would give."""
 
 from __future__ import annotations
 
@@ -6,32 +6,53 @@ import contextlib
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.core.coverage import group_by_module
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import first_line
-from ckptkit.core.torch_types import Module
+from ckptkit.core.torch_optim import initial_lr, options_of_kind
+from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups import codes
+from ckptkit.param_groups import codes as group_codes
 from ckptkit.param_groups.build import build_planned_groups
+from ckptkit.param_groups.live import LiveGroups, LiveOptimizer, read_groups
+from ckptkit.param_groups.parameters import take_inventory
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
 from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import validate_param_groups
+from ckptkit.readiness import codes
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
-__all__ = ["Training", "build_optimizers", "module_training", "plan_training", "unchanged_flags"]
+__all__ = [
+    "OptimizerLike",
+    "Training",
+    "build_optimizers",
+    "find_training",
+    "idle_findings",
+    "module_training",
+    "restored_flags",
+]
+
+# A live optimizer, several of them, a class, or the name of a class of torch.optim.
+OptimizerLike = Optimizer | Sequence[Optimizer] | type[Optimizer] | str
+_NOT_SHOWN = options_of_kind("members") | {"name"}
 
 
 @dataclass(frozen=True)
 class Training:
-    """Who trains how: the groups in order, the optimizers that have them, and the names that do not train."""
+    """What trains: the groups in order, their optimizers, and the names of the parameters that do not train.
+
+    ``given`` are the optimizer objects as the caller passed them, or as they were built here; ``plan`` is set where
+    they were built from a spec.
+    """
 
     groups: tuple[TrainingGroup, ...] = ()
-    optimizers: tuple[Any, ...] = ()
+    optimizers: tuple[LiveOptimizer, ...] = ()
+    given: tuple[Optimizer, ...] = ()
     frozen: frozenset[str] = frozenset()
     findings: tuple[Finding, ...] = ()
     not_judged: tuple[str, ...] = ()
@@ -39,8 +60,8 @@ class Training:
 
 
 @contextlib.contextmanager
-def unchanged_flags(model: Module) -> Iterator[None]:
-    """Give every parameter its ``requires_grad`` back at the end: building groups of a spec may freeze some."""
+def restored_flags(model: Module) -> Iterator[None]:
+    """Restore ``requires_grad`` of every parameter at the end, since building the groups of a spec may change it."""
     flags = [(tensor, tensor.requires_grad) for tensor in model.parameters()]
     try:
         yield
@@ -49,85 +70,104 @@ def unchanged_flags(model: Module) -> Iterator[None]:
             tensor.requires_grad_(flag)
 
 
-def plan_training(model: Module, groups: SpecLike | None, optimizer: Any, schedulers: Any) -> Training:
-    """Return what the groups and the optimizer mean for the model, with all that is wrong with them.
+def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLike | None, schedulers: Any) -> Training:
+    """Return what a spec and an optimizer mean for the model, and the findings about both.
 
-    Raises ``GroupsError`` where the spec cannot be read, or the optimizer is none.
+    Raises ``GroupsError`` where the spec cannot be read, or the optimizer is of a wrong type.
     """
     frozen = frozenset(
         name for name, tensor in model.named_parameters(remove_duplicate=False) if not tensor.requires_grad
     )
-    live = _live(optimizer)
-    if live:
-        found = validate_param_groups(model, live, schedulers=schedulers, spec=groups).findings
-        unseen = () if schedulers is not None else ("schedulers: none given",)
-        return Training(_rows(model, live), live, frozen, (*_spec_ignored(found), *found), unseen)
-    not_judged: tuple[str, ...] = ("schedulers and optimizer state: no live optimizer given",)
-    if groups is None and optimizer is None:
-        return Training(frozen=frozen, not_judged=("param groups and their options: none given", *not_judged))
+    given = _live_optimizers(optimizer)
+    if given:
+        not_judged: tuple[str, ...] = () if schedulers is not None else ("schedulers: none given",)
+        found = validate_param_groups(model, _one_or_all(given), schedulers=schedulers, spec=groups).findings
+        training = Training(frozen=frozen, findings=(*_spec_ignored(found), *found), not_judged=not_judged)
+        return _with_optimizers(training, model, given)
+    not_judged = ("schedulers and optimizer state: no live optimizer given",)
     if groups is not None:
-        assignment = assign(parameter_table(model), groups)
-        report, plan = assignment.report, assignment.plan
-        if not report.ok:
-            return Training(frozen=frozen, findings=report.findings, not_judged=not_judged)
-        names = {name for parameter in plan.freeze for name in (parameter.name, *parameter.aliases)}
-        frozen |= names
-        built, faults = build_optimizers(model, plan, optimizer)
-        findings = [*report.findings, *faults]
-        if built:
-            findings += validate_param_groups(model, built).findings
-            return Training(_rows(model, built), built, frozen, tuple(findings), not_judged, plan)
-        if not any(finding.severity == "error" for finding in findings):
-            findings += validate_param_groups(model, build_planned_groups(model, plan)).findings
-            not_judged = ("the optimizer: none given", *not_judged)
-        rows = tuple(
-            TrainingGroup(group.name, tuple(one.name for one in group.parameters), group.elements, group.options)
-            for group in plan.groups
-        )
-        return Training(rows, (), frozen, tuple(findings), not_judged)
+        return _spec_training(model, groups, optimizer, Training(frozen=frozen, not_judged=not_judged))
+    if optimizer is None:
+        return Training(frozen=frozen, not_judged=("param groups and their options: none given", *not_judged))
     built, faults = build_optimizers(model, None, optimizer)
-    findings = [*faults, *(validate_param_groups(model, built).findings if built else ())]
-    return Training(_rows(model, built), built, frozen, tuple(findings), not_judged)
+    findings = (*faults, *(validate_param_groups(model, _one_or_all(built)).findings if built else ()))
+    return _with_optimizers(Training(frozen=frozen, findings=findings, not_judged=not_judged), model, built)
+
+
+def _one_or_all(given: tuple[Optimizer, ...]) -> Any:
+    """Return a single optimizer itself, so that findings do not number it."""
+    return given[0] if len(given) == 1 else given
+
+
+def _with_optimizers(training: Training, model: Module, given: tuple[Optimizer, ...]) -> Training:
+    if not given:
+        return training
+    live = read_groups(_one_or_all(given))
+    return replace(training, groups=_training_groups(model, live), optimizers=live.optimizers, given=given)
+
+
+def _spec_training(model: Module, groups: SpecLike, optimizer: OptimizerLike | None, unplanned: Training) -> Training:
+    """Return what a spec means, with optimizers built from it where the class is known."""
+    assignment = assign(parameter_table(model), groups)
+    report, plan = assignment.report, assignment.plan
+    if not report.ok:
+        return replace(unplanned, findings=report.findings)
+    frozen = unplanned.frozen | {name for one in plan.freeze for name in (one.name, *one.aliases)}
+    built, faults = build_optimizers(model, plan, optimizer)
+    findings = [*report.findings, *faults]
+    if built:
+        findings += validate_param_groups(model, _one_or_all(built)).findings
+        training = replace(unplanned, frozen=frozen, findings=tuple(findings), plan=plan)
+        return _with_optimizers(training, model, built)
+    not_judged = unplanned.not_judged
+    if not any(finding.severity == "error" for finding in findings):
+        findings += validate_param_groups(model, build_planned_groups(model, plan)).findings
+        not_judged = ("the optimizer: none given", *not_judged)
+    planned = tuple(
+        TrainingGroup(group.name, tuple(one.name for one in group.parameters), group.elements, group.options)
+        for group in plan.groups
+    )
+    return Training(planned, frozen=frozen, findings=tuple(findings), not_judged=not_judged)
 
 
 def build_optimizers(
-    model: Module, plan: ParamGroupsPlan | None, optimizer: Any
-) -> tuple[tuple[Any, ...], Sequence[Finding]]:
-    """Return new optimizers of the model, of the class given or of those that the spec names, and what went wrong."""
-    kinds: list[tuple[str | None, type]] = []
+    model: Module, plan: ParamGroupsPlan | None, optimizer: OptimizerLike | None
+) -> tuple[tuple[Optimizer, ...], Sequence[Finding]]:
+    """Return new optimizers of the given class or of those that the plan names, and a finding where one refuses."""
+    kinds: list[tuple[str | None, type[Any]]] = []
     if plan is not None:
         named = [name for name in plan.optimizers if name is not None]
-        kinds = [(name, _class(name)) for name in named]
+        kinds = [(name, _optimizer_class(name)) for name in named]
         if optimizer is not None and len(named) < 2:
-            kinds = [(named[0] if named else None, _class(optimizer))]
+            kinds = [(named[0] if named else None, _optimizer_class(optimizer))]
     elif optimizer is not None:
-        kinds = [(None, _class(optimizer))]
-    built: list[Any] = []
+        kinds = [(None, _optimizer_class(optimizer))]
+    built: list[Optimizer] = []
     for name, kind in kinds:
-        given: Any = [pair for pair in model.named_parameters() if pair[1].requires_grad]
+        params: list[Any] = [pair for pair in model.named_parameters() if pair[1].requires_grad]
         if plan is not None:
-            given = build_planned_groups(model, plan, optimizer=name)
+            params = build_planned_groups(model, plan, optimizer=name)
         try:
-            built.append(kind(given))
-        except Exception as error:  # noqa: BLE001 - a class of anybody's says in its own way what it does not take
-            message = f"{kind.__name__} does not take these groups: {first_line(error)}"
-            return (), [Finding("preflight.optimizer", "error", "", message, "ckpt groups table shows them")]
+            built.append(kind(params))
+        except Exception as error:  # noqa: BLE001 - a class of the user may raise anything
+            message = f"{kind.__name__} refuses these groups: {first_line(error)}"
+            return (), [codes.OPTIMIZER.finding("", message, "ckpt groups table shows them")]
     return tuple(built), ()
 
 
-def _live(optimizer: Any) -> tuple[Any, ...]:
+def _live_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     if optimizer is None or isinstance(optimizer, str | type):
         return ()
-    several = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-    if not several or not all(hasattr(one, "param_groups") for one in several):
+    given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
+    if not given or not all(hasattr(one, "param_groups") for one in given):
         raise GroupsError(
             f"the optimizer is a {type(optimizer).__name__}",
-            hint="give a live optimizer, a list of them, a class, or the name of one of torch.optim",
+            hint="give a live optimizer, a list of them, a class, or the name of a class of torch.optim",
         )
-    return several
+    return given
 
 
-def _class(given: str | type) -> type:
+def _optimizer_class(given: object) -> type[Any]:
     import torch
 
     if isinstance(given, type):
@@ -137,46 +177,50 @@ def _class(given: str | type) -> type:
         for name, kind in vars(torch.optim).items()
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name != "Optimizer"
     }
-    if given not in known:
-        near = difflib.get_close_matches(given, known, n=1, cutoff=0.6)
+    name = str(given)
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
         raise GroupsError(
-            f"torch.optim has no optimizer {quoted(given)}",
+            f"torch.optim has no optimizer {quoted(name)}",
             hint=f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}",
         )
-    return known[given]
+    return known[name]
 
 
-def _rows(model: Module, optimizers: Sequence[Any]) -> tuple[TrainingGroup, ...]:
-    names: dict[int, str] = {}
-    for name, tensor in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(tensor), name)
-    rows = []
-    for optimizer in optimizers:
-        for number, group in enumerate(optimizer.param_groups):
-            called = group.get("name", group.get("group_name", f"group {number}"))
-            options = {key: value for key, value in group.items() if key not in ("params", "param_names", "name")}
-            members = tuple(names.get(id(tensor), "") for tensor in group["params"])
-            elements = sum(tensor.numel() for tensor in group["params"])
-            rows.append(TrainingGroup(str(called), members, elements, options, type(optimizer).__name__))
-    return tuple(rows)
+def _training_groups(model: Module, live: LiveGroups) -> tuple[TrainingGroup, ...]:
+    inventory = take_inventory(model)
+    groups = []
+    for optimizer in live.optimizers:
+        for number, group in enumerate(optimizer.groups):
+            members = optimizer.members_of(group)
+            parameters = [inventory.parameters.get(id(member.tensor)) for member in members]
+            groups.append(
+                TrainingGroup(
+                    f"group {number}" if group.name is None else group.name,
+                    tuple("" if one is None else one.name for one in parameters),
+                    sum(member.tensor.numel() for member in members),
+                    {key: value for key, value in group.options.items() if key not in _NOT_SHOWN},
+                    optimizer.class_name,
+                )
+            )
+    return tuple(groups)
 
 
 def _spec_ignored(findings: Sequence[Finding]) -> Iterator[Finding]:
-    """Yield one finding that counts those in which the validator compares the live groups with the spec."""
+    """Yield one finding that counts the differences of the live groups from the spec among ``findings``."""
     counts = Counter(finding.code for finding in findings)
-    moved, options = counts[codes.MOVED.name], counts[codes.OPTIONS.name]
+    moved, options = counts[group_codes.MOVED.name], counts[group_codes.OPTIONS.name]
     if moved or options:
         parts = [
             f"{plural(moved, 'parameter')} in another group" if moved else "",
             f"{plural(options, 'group')} with other options" if options else "",
         ]
         message = f"the optimizer does not follow the spec: {' and '.join(filter(None, parts))}"
-        hint = "build the optimizer from build_param_groups(model, spec)"
-        yield Finding("preflight.spec-ignored", "error", "", message, hint)
+        yield codes.SPEC_IGNORED.finding("", message, "build the optimizer from build_param_groups(model, spec)")
 
 
 def module_training(model: Module, frozen: frozenset[str]) -> tuple[ModuleTraining, ...]:
-    """Return how much of each module will train; one of which a part does is opened."""
+    """Return how much of each module trains; a module that trains in part has a row for each of its parts."""
     sizes: Mapping[str, int] = {name: tensor.numel() for name, tensor in model.named_parameters()}
     rows = []
     for module, names in group_by_module({name: name in frozen for name in sizes}):
@@ -194,26 +238,20 @@ def module_training(model: Module, frozen: frozenset[str]) -> tuple[ModuleTraini
 
 
 def idle_findings(training: Training, model: Module) -> Iterator[Finding]:
-    """Yield where nothing trains at all, and which groups no step moves."""
-    count = len(list(model.parameters()))
-    if count and all(name in training.frozen for name, _ in model.named_parameters()):
-        yield Finding(
-            "preflight.nothing-trains",
-            "error",
-            "",
-            f"all of {plural(count, 'parameter')} are frozen (requires_grad=False)",
-            "unfreeze what shall train: requires_grad_(True)",
-        )
-    filled = [row for row in training.groups if row.names]
-    # A warm-up may well begin at 0: torch's schedulers then keep the rate that they lead to.
-    still = [row for row in filled if row.options.get("initial_lr", row.options.get("lr")) == 0]
+    """Yield a finding where nothing trains, and one for the groups that no step changes."""
+    names = [name for name, _ in model.named_parameters()]
+    if names and all(name in training.frozen for name in names):
+        message = f"all of {plural(len(names), 'parameter')} are frozen (requires_grad=False)"
+        yield codes.NOTHING_TRAINS.finding("", message, "unfreeze the parameters that must train: requires_grad_(True)")
+    filled = [group for group in training.groups if group.names]
+    # A warm-up may begin at lr = 0: torch's schedulers then keep the rate that they lead to as initial_lr.
+    still = [group for group in filled if initial_lr(group.options) == 0]
     if still:
-        every = len(still) == len(filled)
-        which = "all groups" if every else f"group {', '.join(quoted(row.name) for row in still)}"
-        yield Finding(
-            "preflight.lr-zero",
-            "error" if every else "warning",
+        is_every = len(still) == len(filled)
+        groups = "all groups" if is_every else f"group {', '.join(quoted(group.name) for group in still)}"
+        yield codes.LR_ZERO.finding(
             "",
-            f"no step moves a parameter of {which}: lr is 0",
-            "write the lr that was meant, or freeze what shall stay (freeze = true in a spec)",
+            f"no step changes a parameter of {groups}: lr is 0",
+            "set the lr that you want, or freeze these parameters (freeze = true in a spec)",
+            severity="error" if is_every else "warning",
         )
