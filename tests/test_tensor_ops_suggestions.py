@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.errors import RuleError
+from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 from ckptkit.tensor_ops.operation import Shape
 from ckptkit.tensor_ops.registry import parse_operation
-from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, suggest, suggestions
+from ckptkit.tensor_ops.suggestions import suggest, suggestions
 
 POS = "vit.pos_embed"
 

@@ -41,7 +41,9 @@ def groups() -> None:
 @report_options
 @quiet_option
 def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet: bool) -> None:
-    """Show each group with its parameters, elements, options and layers, and the rate of each layer.
+    """Show each group with its parameters and options.
+
+    The table has the elements and layers of each group too, and the learning rate of each layer.
 
     \b
     ckpt groups table --model py:mynet:build groups.toml
@@ -71,9 +73,10 @@ def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet:
 def validate(
     context: click.Context, source: SpecSource, *, model: str, report_format: ReportFormat, quiet: bool
 ) -> None:
-    """Check that a spec puts every trainable parameter of the model into exactly one group.
+    """Check that a spec puts every parameter into one group.
 
-    SPEC is a TOML, JSON or YAML file of ordered groups; --preset replaces it. Exit code 0 if nothing was found, else 1.
+    Every trainable parameter of the model must be in exactly one group. SPEC is a TOML, JSON or YAML file of ordered
+    groups; --preset replaces it. Exit code 0 if nothing was found, else 1.
 
     \b
     ckpt groups validate --model py:mynet:build groups.toml
@@ -109,7 +112,9 @@ def validate(
 @report_options
 @quiet_option
 def emit(source: SpecSource, *, model: str | None, language: str, report_format: ReportFormat, quiet: bool) -> None:
-    """Print a spec: a preset to keep and change, a YAML file as TOML, or the groups as Python to paste.
+    """Print a spec as TOML, JSON or Python.
+
+    Use this to keep and change a preset, to convert a YAML file to TOML, or to paste the groups into Python code.
 
     \b
     ckpt groups emit --preset timm-layer-decay --set layer_decay=0.65 --model py:mynet:build
@@ -158,7 +163,9 @@ def _emitted(
 @report_options
 @quiet_option
 def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, quiet: bool) -> None:  # noqa: ARG001 - every command takes -q
-    """Show which rules of SPEC match the parameter NAME, and how each of its options gets its value.
+    """Show how the parameter NAME gets its options.
+
+    Lists the rules of SPEC that match the parameter, and each step to the value of each option.
 
     \b
     ckpt groups explain --model py:mynet:build groups.toml head.bias
@@ -180,9 +187,10 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
 @report_options
 @quiet_option
 def lock(source: SpecSource, *, model: str, output: str, force: bool, report_format: ReportFormat, quiet: bool) -> None:
-    """Write a lock: the names, shapes, ties, options and optimizer-state positions of all parameters.
+    """Write the groups of a model to a lock file.
 
-    A lock is a JSON file to keep with a run. ckpt groups diff compares it with a model, a spec or another lock.
+    A lock is a JSON file to keep with a run. It has the names, shapes, ties, options and optimizer-state positions of
+    all parameters. ckpt groups diff compares it with a model, a spec or another lock.
 
     \b
     ckpt groups lock --model py:mynet:build groups.toml -o groups.lock.json
@@ -221,10 +229,11 @@ def diff(
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Show what changed since LOCK was written: in another lock, in a model, or in a spec for a model.
+    """Show what changed since LOCK was written.
 
-    Reports parameters that are missing, new or renamed, or have another shape, dtype, tie, group, options or position
-    in the optimizer state. Exit code 0 if nothing changed, else 1.
+    OTHER is another lock, or a spec for --model; without OTHER, LOCK is compared with the model alone. Reports
+    parameters that are missing, new or renamed, or have another shape, dtype, tie, group, option or position in the
+    optimizer state. Exit code 0 if nothing changed, else 1.
 
     \b
     ckpt groups diff groups.lock.json --model py:mynet:build groups.toml

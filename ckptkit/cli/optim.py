@@ -132,9 +132,9 @@ def show(
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Show each parameter with its slots, step count and group, the options of the groups, and what is unusual.
+    """Show each parameter with its slots, step count and group.
 
-    Exit code 0 if nothing was found, else 1.
+    Also shows the options of the groups, and what is unusual. Exit code 0 if nothing was found, else 1.
 
     \b
     ckpt optim show run.ckpt
@@ -180,9 +180,10 @@ def remap_command(
     like: str | None,
     elementwise: tuple[str, ...],
 ) -> None:
-    """Edit the state with the rules that renamed, split, joined, padded or transposed the weights.
+    """Edit the state by the rules that changed the weights.
 
-    The rules are those of ckpt remap. Everything else in the file (weights, epoch) stays unchanged.
+    The rules are those of ckpt remap: they rename, split, join, pad or transpose. Everything else in the file (weights,
+    epoch) stays unchanged.
 
     \b
     ckpt optim remap run.ckpt -o new.ckpt --rules rules.toml --like py:newnet:build
@@ -223,7 +224,9 @@ def resplit_command(
     other: str | None,
     hyper: Literal["live", "saved", "error"],
 ) -> None:
-    """Move the parameters to other groups: more, fewer, or in another order. Each keeps its state and options.
+    """Move the parameters to other groups.
+
+    There may be more or fewer groups, or another order. Each parameter keeps its state and its options.
 
     \b
     ckpt optim resplit run.ckpt -o new.ckpt --groups groups.toml
@@ -289,7 +292,9 @@ def prune_command(
     drop: tuple[str, ...],
     reset: tuple[str, ...],
 ) -> None:
-    """Leave out parameters that are deleted or frozen, and state that has another shape or belongs to no group.
+    """Leave out parameters and state that no longer fit.
+
+    Leaves out parameters that are deleted or frozen, and state that has another shape or belongs to no group.
 
     \b
     ckpt optim prune run.ckpt -o new.ckpt --like py:newnet:build
@@ -320,9 +325,10 @@ def diff(
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
-    """Show, by parameter name, what would change if the optimizer with the state LIVE loaded the state SAVED.
+    """Show what loading the state SAVED would change.
 
-    Exit code 0 if nothing was found, else 1.
+    LIVE is the present state of the optimizer that would load it. Differences are listed by parameter name. Exit
+    code 0 if nothing was found, else 1.
 
     \b
     ckpt optim diff run.ckpt now.ckpt

@@ -10,7 +10,6 @@ from typing import Any
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
-from ckptkit.formats.detect import open_file
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["LIVE_PREFIX", "errors_about", "open_checkpoint", "open_inside", "open_optimizer", "split_path"]
@@ -59,6 +58,8 @@ def open_inside(path: str, selection: Selection) -> Checkpoint:
     Raises what ``open_checkpoint`` raises.
     """
     with errors_about(path):
+        from ckptkit.formats.detect import open_file
+
         return open_file(path, selection)
 
 
@@ -117,4 +118,6 @@ def _open_path(name: str, selection: Selection) -> Checkpoint:
         from ckptkit.formats.directories import open_index
 
         return open_index(*os.path.split(name), selection)
+    from ckptkit.formats.detect import open_file
+
     return open_file(name, selection)

@@ -26,6 +26,8 @@ def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
 
     Raises ``FormatError`` where the archive contradicts itself, or its kind is unknown.
     """
+    from ckptkit.formats.zip_archive import read_zip_directory
+
     archive = read_zip_directory(file)
     if archive.roots("archive_format"):
         from ckptkit.formats.torch.export import open_torch_export
@@ -126,7 +128,6 @@ def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
         from ckptkit.formats.torch.zip import read_torch_zip
-        from ckptkit.formats.zip_archive import read_zip_directory
 
         return read_torch_zip(read_zip_directory(file), largest=largest)
     if _is_legacy(head):

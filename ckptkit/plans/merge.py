@@ -24,8 +24,7 @@ from ckptkit.plans.steps import (
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, RulesLike
 from ckptkit.rules.parse import as_rules
-from ckptkit.tensor_ops.recipes import compose
-from ckptkit.tensor_ops.suggestions import MISMATCH_NAMES, MismatchName, suggest, suggestions
+from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES, MismatchName
 
 __all__ = [
     "ON_MISMATCH",
@@ -186,6 +185,9 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: RulesLike | 
 
 def _resized(pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint, name: str) -> Step:
     """Return the step that gives a tensor of the donor the shape of the base, by the operation called ``name``."""
+    from ckptkit.tensor_ops.recipes import compose
+    from ckptkit.tensor_ops.suggestions import suggest
+
     wanted, given = pair.expected.shape, pair.found.shape
     operation = suggest(name, given, wanted, pair.key)
     if operation is None:
@@ -200,6 +202,8 @@ def _resized(pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint
 
 
 def _ways_out(pair: KeyPair) -> str:
+    from ckptkit.tensor_ops.suggestions import suggestions
+
     ways = [
         f"--on-mismatch {name}: {why}" for name, why in suggestions(pair.found.shape, pair.expected.shape, pair.key)
     ]

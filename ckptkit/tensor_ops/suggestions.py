@@ -6,29 +6,16 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Literal, TypeAlias, get_args
 
 from ckptkit.core.text import plural
 from ckptkit.errors import RuleError
+from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 from ckptkit.tensor_ops.moving import Permute, Reshape, Slice, Transpose
 from ckptkit.tensor_ops.operation import Operation, Shape, times
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 
-__all__ = ["MISMATCH_NAMES", "MismatchName", "suggest", "suggestions"]
+__all__ = ["suggest", "suggestions"]
 
-MismatchName: TypeAlias = Literal[
-    "conv_in_channels",
-    "pad",
-    "pad_mean",
-    "pad_normal",
-    "permute",
-    "reshape",
-    "resize_pos_embed",
-    "resize_pos_embed_1d",
-    "slice",
-    "transpose",
-]
-MISMATCH_NAMES: tuple[MismatchName, ...] = get_args(MismatchName)
 _Suggestion = tuple[Operation, str]  # the operation, and a sentence about its effect
 # The rows of a table of relative positions are offsets, not positions, so a grid of positions does not describe them.
 _POSITIONS = re.compile(r"(?:^|[._])(?:pos|position|positional|positions|wpe)(?:[._]|$)")

@@ -115,7 +115,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
 _output_option = click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
 _format_option = click.option(
     "--format", "output_format", type=click.Choice(FORMATS),
-    help="Format of the output. Default: the suffix of the file name decides.",
+    help="Format of the output. Default: by the suffix of its name.",
 )  # fmt: skip
 _max_shard_size_option = click.option(
     "--max-shard-size", callback=_parse_size, metavar="SIZE",
@@ -129,9 +129,7 @@ _keep_unknown_option = click.option(
     "--keep-unknown", is_flag=True,
     help="Copy code references that torch.load(weights_only=True) refuses. They are never run.",
 )  # fmt: skip
-_dry_run_option = click.option(
-    "-n", "--dry-run", is_flag=True, help="Print the plan from headers alone; write nothing."
-)
+_dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print the plan; write nothing.")
 _plan_option = click.option(
     "--plan", "plan_file", type=click.Path(), metavar="FILE",
     help="Write the plan to FILE as JSON, for --apply and --invert.",
