@@ -1,15 +1,15 @@
-"""Which keys of one checkpoint are which of another: rules with evidence, and what is not decided."""
+"""``suggest_rules``: finds the rules that rename the keys of one checkpoint to those of another, with evidence."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptkit.align.evidence import Contents, digests_of
-from ckptkit.align.matching import BYTES, Matching, match
-from ckptkit.align.modules import Module, modules_of
-from ckptkit.align.pairing import Doubt, Pair
-from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_table, rule_text, suggestions_of
+from ckptkit.align.evidence import Digests, match_modules, read_digests
+from ckptkit.align.matching import EQUAL_BYTES, Matching, match_checkpoints
+from ckptkit.align.modules import LayeredModule, group_into_modules
+from ckptkit.align.pairing import ModulePair, Undecided
+from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_file, rule_table, suggestions_for
 from ckptkit.comparison import count_prefixes
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
@@ -22,13 +22,21 @@ from ckptkit.rules.parse import as_rules
 
 __all__ = ["Alignment", "Ambiguity", "Suggestion", "suggest_rules"]
 
-_MOST_CANDIDATES = 16
-Shown = Mapping[str, TensorInfo]  # keys as they are compared; each tensor has its own
+_MAX_CANDIDATES = 16
+_PREFIX_CONFIDENCE = 0.98
+SourcesByKey = dict[str, tuple[str, ...]]  # expected key -> found keys
 
 
 @dataclass(frozen=True, slots=True)
 class Ambiguity:
-    """Tensors of which each could be each: ``candidates`` are the rules that would fit, none of them proved."""
+    """Tensors that could be matched in several ways, or in one way that nothing proves.
+
+    Attributes:
+        expected: The expected tensors.
+        found: The found tensors that they could be made from.
+        why: Why no rule was written.
+        candidates: The rules that are possible.
+    """
 
     expected: tuple[TensorInfo, ...]
     found: tuple[TensorInfo, ...]
@@ -38,10 +46,18 @@ class Ambiguity:
 
 @dataclass(frozen=True)
 class Alignment:
-    """The result of a search: suggestions that make ``found`` what is expected, and what they leave open.
+    """The rules that rename the found keys to the expected keys, and the tensors without a rule.
 
-    ``same`` are keys that need no rule. ``unequal`` have one name and two shapes. ``missing`` are expected and
-    ``unexpected`` found, and nothing fits them. ``presets`` are those that fill every key expected.
+    Attributes:
+        expected: The checkpoint with the expected keys.
+        found: The checkpoint whose keys the rules rename.
+        same: Keys that need no rule.
+        suggestions: The suggested rules.
+        ambiguous: Tensors that could be matched in several ways.
+        unequal: Expected and found tensors with the same name and different shapes.
+        missing: Expected tensors that no found tensor fits.
+        unexpected: Found tensors that fit no expected tensor.
+        presets: The names of the presets that fill every expected key.
     """
 
     expected: Checkpoint
@@ -56,219 +72,254 @@ class Alignment:
 
     @property
     def share(self) -> float:
-        """Share of the expected elements that ``same`` and the rules fill, between 0 and 1; 1 where there is none."""
+        """The share of the expected elements that are filled, between 0 and 1; 1 if nothing is expected."""
         wanted = sum(info.elements for info in self.expected.values())
-        filled = sum(self.expected[key].elements for key in self.same) + sum(one.elements for one in self.suggestions)
+        filled = sum(self.expected[key].elements for key in self.same)
+        filled += sum(suggestion.elements for suggestion in self.suggestions)
         return filled / wanted if wanted else 1.0
 
     @property
     def complete(self) -> bool:
-        """Whether every key expected is filled by rules that are certain enough to be written."""
+        """Whether every expected key keeps its name or is filled by a rule."""
         return not self.missing and not self.ambiguous and not self.unequal
 
     @property
     def rules(self) -> Rules:
-        """The suggestions as every function takes them: ``load_into(model, found, alignment.rules)``."""
+        """The suggestions as rules, for example for ``load_into(model, found, alignment.rules)``."""
         return as_rules(rule_table(self.suggestions))
 
     def toml(self) -> str:
-        """Return the rules as the text of a rule file, what is ambiguous in comments."""
-        count = len(self.same) + sum(len(one.keys) for one in self.suggestions)
+        """Return the rules as the text of a rule file, with the candidates of ambiguous tensors in comments."""
+        count = len(self.same) + sum(len(suggestion.keys) for suggestion in self.suggestions)
         title = [
             f"From {self.found.path} to {self.expected.path}.",
-            f"{count:,} of {plural(len(self.expected), 'tensor')} explained, {len(self.same):,} by the name they have.",
+            f"{count:,} of {plural(len(self.expected), 'tensor')} explained, {len(self.same):,} without a rule.",
         ]
-        doubts = [(_doubtful(one), list(one.candidates)) for one in self.ambiguous]
-        return rule_text(title, self.suggestions, doubts)
-
-
-def _doubtful(one: Ambiguity) -> str:
-    return f"{plural(len(one.expected), 'tensor')}: {one.why}"
+        undecided = [
+            (f"{plural(len(ambiguity.expected), 'tensor')}: {ambiguity.why}", ambiguity.candidates)
+            for ambiguity in self.ambiguous
+        ]
+        return rule_file(title, self.suggestions, undecided)
 
 
 def suggest_rules(
     expected: StateDictLike, found: StateDictLike, *, digests: bool = False, progress: Progress | None = None
 ) -> Alignment:
-    """Return the rules by which the keys of ``found`` become those ``expected``, each with its evidence.
+    """Return rules that rename the keys of ``found`` to the keys of ``expected``, each with its evidence.
 
-    Either side is a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``. Names, shapes and the order of
-    keys decide; with ``digests`` the bytes of both do first, and ``progress`` is told how many were read. What they do
-    not decide is ambiguous, and never a rule. Raises ``ModelError`` for what is no checkpoint, ``PlanError``
-    where digests are asked of a mere description.
+    Names, shapes and the order of the keys decide. Tensors that they do not decide are ambiguous and get no rule.
+
+    Args:
+        expected: A Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
+        found: The same.
+        digests: Compare the bytes of the tensors first.
+        progress: Called with the number of bytes after each chunk that is read for the digests.
+
+    Raises:
+        ModelError: One side is not a state_dict.
+        PlanError: Digests are asked for, but one side is a description without bytes.
+        FormatError: The bytes of a file cannot be read.
     """
     left, right = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
-    contents = digests_of(left, right, progress) if digests else Contents()
-    prefix, shown = _without_prefix(left, right)
-    made = match(left, shown, contents)
-    same, rules = _proved(made, left, right, shown, prefix)
-    return _alignment(made, left, right, same, tuple(_with_bytes(one, contents) for one in rules))
+    known_digests = read_digests(left, right, progress) if digests else Digests()
+    prefix, right_infos = _apply_common_prefix(left, right)
+    matching = match_checkpoints(left, right_infos, known_digests)
+    same, suggestions = _verified_rules(matching, left, right, right_infos, prefix)
+    return _alignment(matching, left, right, same, tuple(_add_digests(rule, known_digests) for rule in suggestions))
 
 
-def _with_bytes(one: Suggestion, contents: Contents) -> Suggestion:
-    """Return the rule with what the bytes of its tensors say."""
-    if one.operations or one.why == BYTES:
-        return one
-    told = [equal for key, (taken, *_) in one.keys.items() if (equal := contents.equal(key, taken)) is not None]
-    if not any(told):
-        return one
-    count = "all" if len(told) == len(one.keys) and all(told) else f"{sum(told):,} of {len(one.keys):,}"
-    confidence = 1.0 if count == "all" else one.confidence
-    return replace(one, why=f"{one.why}; {BYTES} in {count}", confidence=confidence)
+def _add_digests(suggestion: Suggestion, digests: Digests) -> Suggestion:
+    """Return the suggestion with equal bytes as further evidence."""
+    if suggestion.operations or suggestion.why == EQUAL_BYTES:
+        return suggestion
+    results = [
+        equal for key, (source, *_) in suggestion.keys.items() if (equal := digests.are_equal(key, source)) is not None
+    ]
+    if not any(results):
+        return suggestion
+    is_proved = len(results) == len(suggestion.keys) and all(results)
+    count = "all" if is_proved else f"{sum(results):,} of {len(suggestion.keys):,}"
+    confidence = 1.0 if is_proved else suggestion.confidence
+    return replace(suggestion, why=f"{suggestion.why}; {EQUAL_BYTES} in {count}", confidence=confidence)
 
 
-def _without_prefix(left: Checkpoint, right: Checkpoint) -> tuple[Prefix | None, Shown]:
-    """Return a prefix that explains most of what differs, and the keys of found as they would be without it."""
+def _apply_common_prefix(left: Checkpoint, right: Checkpoint) -> tuple[Prefix | None, Mapping[str, TensorInfo]]:
+    """Return the prefix that explains most differences, and the found tensors by their keys with that prefix changed.
+
+    Without such a prefix, return None and the found tensors as they are.
+    """
     missing = {key: info.shape for key, info in left.items() if key not in right}
     unexpected = {key: info.shape for key, info in right.items() if key not in left}
-    strip, add = count_prefixes(missing, unexpected)
-    options = [(count, Prefix(text)) for text, count in strip.items()]
-    options += [(count, Prefix(text, added=True)) for text, count in add.items()]
+    removed, added = count_prefixes(missing, unexpected)
+    options = [(count, Prefix(text)) for text, count in removed.items()]
+    options += [(count, Prefix(text, is_added=True)) for text, count in added.items()]
     best, prefix = max(options, key=lambda option: option[0], default=(0, Prefix()))
     if best == 0 or 2 * best < min(len(missing), len(unexpected)):
         return None, right
-    shown = {_seen(key, prefix) if key in unexpected else key: info for key, info in right.items()}
-    return (prefix, shown) if len(shown) == len(right) else (None, right)
+    changed = {prefix.apply(key) if key in unexpected else key: info for key, info in right.items()}
+    return (prefix, changed) if len(changed) == len(right) else (None, right)
 
 
-def _seen(key: str, prefix: Prefix) -> str:
-    return f"{prefix.text}{key}" if prefix.added else key.removeprefix(prefix.text)
-
-
-Intended = dict[str, tuple[str, ...]]
-
-
-def _proved(
-    made: Matching, left: Checkpoint, right: Checkpoint, shown: Shown, prefix: Prefix | None
+def _verified_rules(
+    matching: Matching,
+    left: Checkpoint,
+    right: Checkpoint,
+    right_infos: Mapping[str, TensorInfo],
+    prefix: Prefix | None,
 ) -> tuple[tuple[str, ...], tuple[Suggestion, ...]]:
-    """Return the keys that need no rule and the rules for all others, shortest form first that does what is meant."""
-    filled = {key: taken for one in suggestions_of(made.pairs, (), plainly=True) for key, taken in one.keys.items()}
-    kept = [key for pair in made.pairs for key in _kept(pair)]
-    meant: Intended = {**{key: (key,) for key in kept}, **filled}
-    free = {info.key for one, _ in made.unequal for member in one.members.values() for info in member.tensors.values()}
-    seen = modules_of(shown)
-    for form in ("prefix", "short", "plain"):
-        if form == "prefix" and prefix is None:
-            continue
-        rules = (
-            _prefixed(made.pairs, seen, prefix)
-            if form == "prefix" and prefix
-            else suggestions_of(made.pairs, seen, plainly=form == "plain")
-        )
-        if _does(rules, meant, free, left, right):
-            return tuple(kept), tuple(rules)
+    """Return the keys that need no rule, and the rules for the others: the shortest form that does what is intended.
+
+    Both are empty if no form does.
+    """
+    plain = suggestions_for(matching.pairs, (), is_plain=True)
+    same = [key for pair in matching.pairs for key in _same_keys(pair)]
+    intended: SourcesByKey = {key: (key,) for key in same}
+    for suggestion in plain:
+        intended |= suggestion.keys
+    # The rules may also fill a key that is found with another shape: it stays reported as unequal.
+    ignored = {
+        info.key
+        for expected, _ in matching.unequal
+        for member in expected.members.values()
+        for info in member.tensors.values()
+    }
+    modules = group_into_modules(right_infos)
+    for suggestions in _rule_forms(matching.pairs, modules, prefix):
+        if _do_as_intended(suggestions, intended, ignored, left, right):
+            return tuple(same), tuple(suggestions)
     return (), ()
 
 
-def _kept(pair: Pair) -> Iterable[str]:
-    for link in pair.fit.links:
+def _rule_forms(
+    pairs: Sequence[ModulePair], modules: Sequence[LayeredModule], prefix: Prefix | None
+) -> Iterator[list[Suggestion]]:
+    """Yield the same rules in several forms, the shortest first."""
+    if prefix is not None:
+        yield _with_prefix_rule(pairs, modules, prefix)
+    yield suggestions_for(pairs, modules)
+    yield suggestions_for(pairs, modules, is_plain=True)
+
+
+def _same_keys(pair: ModulePair) -> Iterator[str]:
+    """Yield the keys of a pair that need no rule."""
+    for link in pair.match.links:
         if link.operations or len(link.expected) != 1 or len(link.found) != 1:
             continue
-        for moved, index in pair.fit.pairs(link):
-            key = link.expected[0].tensors[moved].key
+        for shifted, index in pair.match.index_pairs(link):
+            key = link.expected[0].tensors[shifted].key
             if key == link.found[0].tensors[index].key:
                 yield key
 
 
-def _prefixed(pairs: Iterable[Pair], seen: Sequence[Module], prefix: Prefix) -> list[Suggestion]:
-    """Return rules of which the last is the prefix, for all that has no other."""
-    others: list[Pair] = []
-    keys: Intended = {}
+def _with_prefix_rule(
+    pairs: Iterable[ModulePair], modules: Sequence[LayeredModule], prefix: Prefix
+) -> list[Suggestion]:
+    """Return rules whose last one adds or removes the prefix, for all tensors that need no other rule."""
+    others: list[ModulePair] = []
+    keys: SourcesByKey = {}
     elements = 0
     for pair in pairs:
-        plain = len(pair.found) == len(pair.expected) == 1 and pair.expected[0].path == pair.found[0].path
+        is_one_name = len(pair.found) == len(pair.expected) == 1 and pair.expected[0].path == pair.found[0].path
         links = []
-        for link in pair.fit.links:
-            if not plain or link.operations or any(pair.fit.shift) or link.expected[0].name != link.found[0].name:
+        for link in pair.match.links:
+            is_same_name = is_one_name and link.expected[0].name == link.found[0].name
+            if not is_same_name or link.operations or any(pair.match.shift):
                 links.append(link)
                 continue
-            for moved, index in pair.fit.pairs(link):
-                info, other = link.expected[0].tensors[moved], link.found[0].tensors[index]
-                if info.key != other.key:
-                    keys[info.key] = (other.key,)
-                    elements += info.elements
+            for shifted, index in pair.match.index_pairs(link):
+                expected, found = link.expected[0].tensors[shifted], link.found[0].tensors[index]
+                if expected.key != found.key:
+                    keys[expected.key] = (found.key,)
+                    elements += expected.elements
         if links:
-            others.append(replace(pair, fit=replace(pair.fit, links=tuple(links))))
+            others.append(replace(pair, match=replace(pair.match, links=tuple(links))))
     old, new = prefix.rule
-    what = "added to" if prefix.added else "taken off"
-    last = Suggestion((old,), (new,), (), f"one prefix {what} all of them", 0.98, keys, elements)
-    return [*suggestions_of(others, seen), last]
+    why = f"one prefix {'added to' if prefix.is_added else 'removed from'} all of them"
+    last = Suggestion((old,), (new,), (), why, _PREFIX_CONFIDENCE, keys, elements)
+    return [*suggestions_for(others, modules), last]
 
 
-def _does(rules: Sequence[Suggestion], meant: Intended, free: set[str], left: Checkpoint, right: Checkpoint) -> bool:
-    """Return whether rules fill every key as it is meant, and no other key expected."""
+def _do_as_intended(
+    suggestions: Sequence[Suggestion], intended: SourcesByKey, ignored: set[str], left: Checkpoint, right: Checkpoint
+) -> bool:
+    """Return whether the rules fill every key from its intended sources, and no other expected key."""
     try:
-        key_map = apply_rules(as_rules(rule_table(rules)), right)
-        made, infos = key_map.outputs(), key_map.describe(right)
+        key_map = apply_rules(as_rules(rule_table(suggestions)), right)
+        outputs, infos = key_map.outputs(), key_map.describe(right)
     except RuleError:
         return False
     for key in left:
-        how = made.get(key)
-        if key in meant:
-            if how is None or how.sources != meant[key] or infos[key].shape != left[key].shape:
+        output = outputs.get(key)
+        if key in intended:
+            if output is None or output.sources != intended[key] or infos[key].shape != left[key].shape:
                 return False
-        elif how is not None and key not in free and how.sources != (key,):
+        elif output is not None and key not in ignored and output.sources != (key,):
             return False
     return True
 
 
 def _alignment(
-    made: Matching, left: Checkpoint, right: Checkpoint, same: tuple[str, ...], rules: tuple[Suggestion, ...]
+    matching: Matching, left: Checkpoint, right: Checkpoint, same: tuple[str, ...], suggestions: tuple[Suggestion, ...]
 ) -> Alignment:
-    filled = {*same, *(key for one in rules for key in one.keys)}
-    used = {*same, *(key for one in rules for taken in one.keys.values() for key in taken)}
+    filled = {*same, *(key for suggestion in suggestions for key in suggestion.keys)}
+    used = set(same)
+    for suggestion in suggestions:
+        used.update(*suggestion.keys.values())
     ambiguous = []
-    for doubt in made.doubts:
-        one = _ambiguity(doubt, filled, used)
-        if one is not None:
-            ambiguous.append(one)
-    unequal = [
-        (info, other.members[kind].tensors[index])
-        for one, other in made.unequal
-        for kind, member in one.members.items()
-        for index, info in member.tensors.items()
-        if kind in other.members
-        and index in other.members[kind].tensors
-        and other.members[kind].tensors[index].shape != info.shape
-        and info.key not in filled
-    ]
-    told = {info.key for one in ambiguous for info in one.expected} | {info.key for info, _ in unequal}
-    seen = {info.key for one in ambiguous for info in one.found} | {other.key for _, other in unequal}
-    missing = tuple(info for key, info in left.items() if key not in filled and key not in told)
-    presets = fitting_presets(left, right) if ambiguous or missing else ()
+    for undecided in matching.undecided:
+        ambiguity = _ambiguity(undecided, filled, used)
+        if ambiguity is not None:
+            ambiguous.append(ambiguity)
+    unequal = [pair for modules in matching.unequal for pair in _unequal_tensors(*modules) if pair[0].key not in filled]
+    listed = {info.key for ambiguity in ambiguous for info in ambiguity.expected} | {info.key for info, _ in unequal}
+    listed_found = {info.key for ambiguity in ambiguous for info in ambiguity.found} | {info.key for _, info in unequal}
+    missing = tuple(info for key, info in left.items() if key not in filled and key not in listed)
     return Alignment(
         left,
         right,
         same,
-        rules,
+        suggestions,
         tuple(ambiguous),
         tuple(unequal),
         missing,
-        tuple(info for key, info in right.items() if key not in used and key not in seen),
-        presets,
+        tuple(info for key, info in right.items() if key not in used and key not in listed_found),
+        fitting_presets(left, right) if ambiguous or missing else (),
     )
 
 
-def _ambiguity(doubt: Doubt, filled: set[str], used: set[str]) -> Ambiguity | None:
-    sides = [
-        tuple(info for module in modules for member in module.members.values() for info in member.tensors.values())
-        for modules in (doubt.expected, doubt.found)
-    ]
-    expected = tuple(info for info in sides[0] if info.key not in filled)
-    found = tuple(info for info in sides[1] if info.key not in used)
+def _unequal_tensors(expected: LayeredModule, found: LayeredModule) -> Iterator[tuple[TensorInfo, TensorInfo]]:
+    """Yield the tensors of two modules that have the same name and different shapes."""
+    for kind, member in expected.members.items():
+        others = found.members[kind].tensors if kind in found.members else {}
+        for index, info in member.tensors.items():
+            if index in others and others[index].shape != info.shape:
+                yield info, others[index]
+
+
+def _ambiguity(undecided: Undecided, filled: set[str], used: set[str]) -> Ambiguity | None:
+    expected, found = (
+        tuple(info for info in _tensors(modules) if info.key not in done)
+        for modules, done in ((undecided.expected, filled), (undecided.found, used))
+    )
     if not expected or not found:
         return None
-    pairs = [doubt.pair] if doubt.pair else _each_with_each(doubt)
-    return Ambiguity(expected, found, doubt.why, tuple(suggestions_of(pairs, ())))
+    pairs = [undecided.pair] if undecided.pair else _all_pairs(undecided)
+    return Ambiguity(expected, found, undecided.why, tuple(suggestions_for(pairs, ())))
 
 
-def _each_with_each(doubt: Doubt) -> list[Pair]:
-    from ckptkit.align.evidence import fit
+def _tensors(modules: Iterable[LayeredModule]) -> Iterator[TensorInfo]:
+    for module in modules:
+        for member in module.members.values():
+            yield from member.tensors.values()
 
-    made: list[Pair] = []
-    if len(doubt.expected) * len(doubt.found) <= _MOST_CANDIDATES:
-        for one in doubt.expected:
-            for other in doubt.found:
-                how = fit(one, other)
-                if how is not None:
-                    made.append(Pair((one,), (other,), how, doubt.why, 0.0))
-    return made
+
+def _all_pairs(undecided: Undecided) -> list[ModulePair]:
+    """Return every possible pair of the undecided modules; empty if there are very many."""
+    if len(undecided.expected) * len(undecided.found) > _MAX_CANDIDATES:
+        return []
+    return [
+        ModulePair((expected,), (found,), match, undecided.why, 0.0)
+        for expected in undecided.expected
+        for found in undecided.found
+        if (match := match_modules(expected, found)) is not None
+    ]

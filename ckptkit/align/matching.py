@@ -1,4 +1,7 @@
-"""Two checkpoints side by side: layers with layers, then module by module; and what no shape can show."""
+"""Matches two checkpoints: stacks of layers with stacks of layers, then module by module.
+
+Then it looks at what no shape shows: whether square matrices are transposed, and the row order of rotary embeddings.
+"""
 
 from __future__ import annotations
 
@@ -6,151 +9,160 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from ckptkit.align.evidence import Contents, Fit, Link, best_shift, fit
-from ckptkit.align.modules import Index, Module, likeness, modules_of, words_of
-from ckptkit.align.pairing import Doubt, Pair, Scope
+from ckptkit.align.evidence import Digests, ModuleMatch, TensorLink, best_shift, match_modules
+from ckptkit.align.modules import LayeredModule, group_into_modules, split_words, word_overlap
+from ckptkit.align.pairing import ModulePair, Scope, Undecided
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.tensor_ops.registry import parse_operation
 
-__all__ = ["BYTES", "Matching", "match"]
+__all__ = ["EQUAL_BYTES", "Matching", "match_checkpoints"]
 
-BYTES = "equal bytes"
+EQUAL_BYTES = "equal bytes"
 
-_SAME_LAYERS, _CLEARLY = 0.3, 0.05
+_MIN_OVERLAP, _MIN_MARGIN = 0.3, 0.05
+_MAX_STACK_PAIRS = 10_000
 _TRANSPOSE = parse_operation("transpose")
-_EMBEDDINGS = ("word_embedding", "position_embedding", "type_embedding")
-_ROTATED = frozenset({"query", "key", "qkv"})
-_ROPE = "where positions are rotated in, its rows may be in another order (rope_permute), which no shape shows"
+_EMBEDDING_ROLES = ("word_embedding", "position_embedding", "type_embedding")
+_ROTATED_ROLES = frozenset({"query", "key", "qkv"})
+_ROTARY = "with rotary embeddings its rows may be in another order (rope_permute), which no shape shows"
+Stacks = dict[str, list[LayeredModule]]
 
 
 @dataclass(slots=True)
 class Matching:
-    """What was paired, what is doubtful, and what has one name and two shapes."""
+    """The paired modules, the undecided ones, and modules with equal names but different shapes."""
 
-    pairs: list[Pair] = field(default_factory=list)
-    doubts: list[Doubt] = field(default_factory=list)
-    unequal: list[tuple[Module, Module]] = field(default_factory=list)
+    pairs: list[ModulePair] = field(default_factory=list)
+    undecided: list[Undecided] = field(default_factory=list)
+    unequal: list[tuple[LayeredModule, LayeredModule]] = field(default_factory=list)
 
 
-def match(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], contents: Contents) -> Matching:
-    """Return which modules of ``found`` are which of ``expected``; their ``contents`` decide first, where known."""
-    in_order = not (_sorted(expected) or _sorted(found))
-    left, right = modules_of(expected), modules_of(found)
-    rotates = not any(map(_adds_positions, (*left, *right)))
-    made = Matching()
-    made.pairs += _same_contents(left, right, contents)
-    left, right = _without(left, right, made.pairs)
-    blocks_left, blocks_right = _layers(left), _layers(right)
+def match_checkpoints(
+    expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], digests: Digests
+) -> Matching:
+    """Return which modules of ``found`` are which modules of ``expected``; known ``digests`` decide first."""
+    in_order = not (_is_sorted(expected) or _is_sorted(found))
+    left, right = group_into_modules(expected), group_into_modules(found)
+    may_rotate = not any(map(_adds_positions, (*left, *right)))
+    result = Matching()
+    result.pairs += _pair_by_digests(left, right, digests)
+    left, right = _without_paired(left, right, result.pairs)
+    left_stacks, right_stacks = _group_by_stack(left), _group_by_stack(right)
     outside = Scope(
-        [module for module in left if module.layers is None],
-        [module for module in right if module.layers is None],
+        [module for module in left if module.stack is None],
+        [module for module in right if module.stack is None],
         in_order=in_order,
     )
     scopes = [outside]
-    paired, tied = _same_layers(blocks_left, blocks_right, made.pairs)
-    for lefts, rights in tied:
-        sides = [
-            tuple(module for name in names for module in blocks.pop(name))
-            for blocks, names in ((blocks_left, sorted(lefts)), (blocks_right, sorted(rights)))
-        ]
-        made.doubts.append(Doubt(sides[0], sides[1], "in layers that are alike: nothing tells which are which"))
-    for one, other in paired:
-        shift = best_shift(_first(blocks_left[one]), _first(blocks_right[other]))
-        scopes.append(Scope(blocks_left.pop(one), blocks_right.pop(other), shift, in_order))
+    stack_pairs, tied = _match_stacks(left_stacks, right_stacks, result.pairs)
+    for left_names, right_names in tied:
+        lefts, rights = (
+            tuple(module for name in sorted(names) for module in stacks.pop(name))
+            for stacks, names in ((left_stacks, left_names), (right_stacks, right_names))
+        )
+        why = "several stacks of layers are alike, and nothing tells them apart"
+        result.undecided.append(Undecided(lefts, rights, why))
+    for left_name, right_name in stack_pairs:
+        shift = best_shift(_layer_numbers(left_stacks[left_name]), _layer_numbers(right_stacks[right_name]))
+        scopes.append(Scope(left_stacks.pop(left_name), right_stacks.pop(right_name), shift, in_order))
     for scope in scopes:
-        scope.settle()
-    for scope in [scope for scope in scopes[1:] if not scope.pairs and not scope.doubts]:
-        scopes.remove(scope)  # no layers of one kind after all
-        blocks_left[f"{len(blocks_left)}"], blocks_right[f"{len(blocks_right)}"] = scope.left, scope.right
-    # What fits as no layer may still fit one by one: the steps of a Sequential, say.
-    single = Scope(
-        outside.left + [one for block in blocks_left.values() for module in block for one in module.apart()],
-        outside.right + [one for block in blocks_right.values() for module in block for one in module.apart()],
-        in_order=in_order,
-    )
-    outside.doubts = []  # said again by the other
-    single.settle()
-    for scope in (*scopes, single):
-        made.pairs += scope.pairs
-        made.doubts += scope.doubts
-        made.unequal += scope.unequal
-    _turn_squares(made)
-    if rotates:
-        _doubt_rotations(made)
-    _doubt_others(made, contents)
-    return made
+        scope.pair_all()
+    for scope in [scope for scope in scopes[1:] if not scope.pairs and not scope.undecided]:
+        scopes.remove(scope)  # the two stacks have no module in common
+        left_stacks[f"{len(left_stacks)}"], right_stacks[f"{len(right_stacks)}"] = scope.left, scope.right
+    # Modules that match in no stack may still match one by one, such as the steps of a Sequential.
+    rest_left, rest_right = outside.left + _split_stacks(left_stacks), outside.right + _split_stacks(right_stacks)
+    rest = Scope(rest_left, rest_right, in_order=in_order)
+    outside.undecided = []  # the rest lists them again
+    rest.pair_all()
+    for scope in (*scopes, rest):
+        result.pairs += scope.pairs
+        result.undecided += scope.undecided
+        result.unequal += scope.unequal
+    _transpose_squares(result)
+    if may_rotate:
+        _doubt_rotary(result)
+    _doubt_unequal_bytes(result, digests)
+    return result
 
 
-def _sorted(keys: Iterable[str]) -> bool:
-    """Return whether keys are in order of their text, which says nothing about the order of a model."""
+def _is_sorted(keys: Iterable[str]) -> bool:
+    """Return whether keys are sorted by name, so that their order says nothing about the order of the model."""
     keys = list(keys)
     return len(keys) > 2 and keys == sorted(keys)
 
 
-def _first(modules: Iterable[Module]) -> set[int]:
+def _layer_numbers(modules: Iterable[LayeredModule]) -> set[int]:
     return {index[0] for module in modules for index in module.indices}
 
 
-def _layers(modules: Iterable[Module]) -> dict[str, list[Module]]:
-    layers: dict[str, list[Module]] = defaultdict(list)
+def _group_by_stack(modules: Iterable[LayeredModule]) -> Stacks:
+    stacks: Stacks = defaultdict(list)
     for module in modules:
-        if module.layers is not None:
-            layers[module.layers].append(module)
-    return dict(layers)
+        if module.stack is not None:
+            stacks[module.stack].append(module)
+    return dict(stacks)
 
 
-def _without(
-    left: Iterable[Module], right: Iterable[Module], pairs: Iterable[Pair]
-) -> tuple[list[Module], list[Module]]:
-    gone = {id(module) for pair in pairs for module in (*pair.expected, *pair.found)}
-    return [one for one in left if id(one) not in gone], [one for one in right if id(one) not in gone]
+def _split_stacks(stacks: Stacks) -> list[LayeredModule]:
+    return [single for modules in stacks.values() for module in modules for single in module.split()]
 
 
-def _same_contents(left: Sequence[Module], right: Sequence[Module], contents: Contents) -> list[Pair]:
-    """Return the modules whose tensors have equal bytes, and never two of one side."""
-    owners: list[dict[str, Module]] = []
+def _without_paired(
+    left: Iterable[LayeredModule], right: Iterable[LayeredModule], pairs: Iterable[ModulePair]
+) -> tuple[list[LayeredModule], list[LayeredModule]]:
+    paired = {id(module) for pair in pairs for module in (*pair.expected, *pair.found)}
+    lefts, rights = ([module for module in modules if id(module) not in paired] for modules in (left, right))
+    return lefts, rights
+
+
+def _pair_by_digests(
+    left: Sequence[LayeredModule], right: Sequence[LayeredModule], digests: Digests
+) -> list[ModulePair]:
+    """Return the pairs of modules that share bytes with each other and with no third module."""
+    owners: list[dict[str, LayeredModule]] = []
     for modules in (left, right):
         members = [(module, member) for module in modules for member in module.members.values()]
         owners.append({info.key: module for module, member in members for info in member.tensors.values()})
-    votes = {(owners[0][one], owners[1][other]) for one, other in contents.alone()}
-    lefts, rights = (Counter(pair[side] for pair in votes) for side in (0, 1))
+    votes = {(owners[0][expected_key], owners[1][found_key]) for expected_key, found_key in digests.unique_pairs()}
+    lefts, rights = (Counter(vote[side] for vote in votes) for side in (0, 1))
     pairs = []
-    for one, other in sorted(votes, key=lambda pair: pair[0].order):
-        how = fit(one, other) if lefts[one] == rights[other] == 1 else None
-        if how is not None and not any(link.operations for link in how.links):
-            pairs.append(Pair((one,), (other,), how, BYTES, 1.0))
+    for expected, found in sorted(votes, key=lambda vote: vote[0].order):
+        match = match_modules(expected, found) if lefts[expected] == rights[found] == 1 else None
+        if match is not None and not any(link.operations for link in match.links):
+            pairs.append(ModulePair((expected,), (found,), match, EQUAL_BYTES, 1.0))
     return pairs
 
 
-def _doubt_others(made: Matching, contents: Contents) -> None:
-    """Keep apart what differs in its bytes, where most of what else is paired does not: then the names may mislead."""
-    told = [_equal(pair, contents) for pair in made.pairs]
-    if 2 * sum(share == 1 for share in told) <= sum(share is not None for share in told):
+def _doubt_unequal_bytes(result: Matching, digests: Digests) -> None:
+    """Make pairs with different bytes undecided if the bytes of most other pairs are equal: names may mislead."""
+    shares = [_share_of_equal_bytes(pair, digests) for pair in result.pairs]
+    if 2 * sum(share == 1 for share in shares) <= sum(share is not None for share in shares):
         return
     kept = []
-    for pair, share in zip(made.pairs, told, strict=True):
+    for pair, share in zip(result.pairs, shares, strict=True):
         if share == 0:
-            made.doubts.append(
-                Doubt(pair.expected, pair.found, "its bytes differ, where those of most are equal", pair)
-            )
+            why = "its bytes differ, while those of most tensors are equal"
+            result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
         else:
             kept.append(pair)
-    made.pairs = kept
+    result.pairs = kept
 
 
-def _equal(pair: Pair, contents: Contents) -> float | None:
-    """Return the share of a pair's tensors that have equal bytes; None where none is comparable."""
-    told = [
-        equal
-        for link in pair.fit.links
+def _share_of_equal_bytes(pair: ModulePair, digests: Digests) -> float | None:
+    """Return the share of a pair's tensors that have equal bytes; None if no digests are known."""
+    keys = (
+        (link.expected[0].tensors[shifted].key, link.found[0].tensors[index].key)
+        for link in pair.match.links
         if not link.operations
-        for moved, index in pair.fit.pairs(link)
-        if (equal := contents.equal(link.expected[0].tensors[moved].key, link.found[0].tensors[index].key)) is not None
-    ]
-    return sum(told) / len(told) if told else None
+        for shifted, index in pair.match.index_pairs(link)
+    )
+    results = [equal for expected, found in keys if (equal := digests.are_equal(expected, found)) is not None]
+    return sum(results) / len(results) if results else None
 
 
-def _profile(modules: Iterable[Module]) -> Counter[tuple[int, ...]]:
+def _count_shapes(modules: Iterable[LayeredModule]) -> Counter[tuple[int, ...]]:
+    """Return how often each shape occurs, with sorted sizes, so that a transposed matrix counts as the same."""
     shapes: Counter[tuple[int, ...]] = Counter()
     for module in modules:
         for member in module.members.values():
@@ -158,119 +170,130 @@ def _profile(modules: Iterable[Module]) -> Counter[tuple[int, ...]]:
     return shapes
 
 
-def _same_layers(
-    left: Mapping[str, list[Module]], right: Mapping[str, list[Module]], known: Iterable[Pair]
+def _match_stacks(
+    left: Stacks, right: Stacks, known: Iterable[ModulePair]
 ) -> tuple[list[tuple[str, str]], list[tuple[set[str], set[str]]]]:
-    """Return the layers that are the same by what they hold, or by their names where that does not decide; and ties.
+    """Return which stacks of layers match by their shapes and names, and groups of stacks that cannot be told apart.
 
-    Pairs that are ``known`` already speak for the layers that they are in.
+    Pairs that are ``known`` already count as evidence for the stacks that they are in.
     """
-    votes = Counter((pair.expected[0].layers, pair.found[0].layers) for pair in known)
-    profiles = [{name: _profile(modules) for name, modules in side.items()} for side in (left, right)]
+    votes = Counter((pair.expected[0].stack, pair.found[0].stack) for pair in known)
+    left_shapes, right_shapes = (
+        {name: _count_shapes(modules) for name, modules in stacks.items()} for stacks in (left, right)
+    )
     scores: dict[tuple[str, str], float] = {}
-    if len(left) * len(right) <= 10_000:
-        for one, shapes in profiles[0].items():
-            for other, shapes_too in profiles[1].items():
-                score = _overlap(shapes, shapes_too)
-                if score >= _SAME_LAYERS or one == other or votes[one, other]:
-                    named = 0.2 * likeness(words_of(one), words_of(other)) + (one == other)
-                    scores[one, other] = score + named + 2 * (votes[one, other] > 0)
-    paired: list[tuple[str, str]] = []
+    if len(left) * len(right) <= _MAX_STACK_PAIRS:
+        for left_name, shapes in left_shapes.items():
+            for right_name, other_shapes in right_shapes.items():
+                score = _share_of_common_elements(shapes, other_shapes)
+                if score >= _MIN_OVERLAP or left_name == right_name or votes[left_name, right_name]:
+                    by_name = 0.2 * word_overlap(split_words(left_name), split_words(right_name))
+                    by_name += left_name == right_name
+                    scores[left_name, right_name] = score + by_name + 2 * (votes[left_name, right_name] > 0)
+    pairs: list[tuple[str, str]] = []
     tied: list[tuple[set[str], set[str]]] = []
     while scores:
-        pair = max(scores, key=lambda pair: scores[pair])
+        best = max(scores, key=lambda pair: scores[pair])
         rivals = [
-            score for other, score in scores.items() if other != pair and (other[0] == pair[0] or other[1] == pair[1])
+            score for pair, score in scores.items() if pair != best and (pair[0] == best[0] or pair[1] == best[1])
         ]
-        if all(score <= scores[pair] - _CLEARLY for score in rivals):
-            paired.append(pair)
-            scores = {other: score for other, score in scores.items() if other[0] != pair[0] and other[1] != pair[1]}
+        if all(score <= scores[best] - _MIN_MARGIN for score in rivals):
+            pairs.append(best)
+            lefts, rights = {best[0]}, {best[1]}
         else:
-            lefts, rights = ({pair[side]} for side in (0, 1))
-            for one, other in scores:  # all that have to do with it are as undecided
-                if one in lefts or other in rights:
-                    lefts.add(one)
-                    rights.add(other)
+            lefts, rights = {best[0]}, {best[1]}
+            for left_name, right_name in scores:  # every stack that shares a candidate with these is undecided too
+                if left_name in lefts or right_name in rights:
+                    lefts.add(left_name)
+                    rights.add(right_name)
             tied.append((lefts, rights))
-            scores = {it: score for it, score in scores.items() if it[0] not in lefts and it[1] not in rights}
-    return paired, tied
+        scores = {pair: score for pair, score in scores.items() if pair[0] not in lefts and pair[1] not in rights}
+    return pairs, tied
 
 
-def _overlap(one: Counter[tuple[int, ...]], other: Counter[tuple[int, ...]]) -> float:
-    def size(shapes: Counter[tuple[int, ...]]) -> int:
-        total = 0
-        for shape, count in shapes.items():
-            elements = count
-            for length in shape:
-                elements *= length
-            total += elements
-        return total
-
-    return size(one & other) / max(size(one), size(other), 1)
+def _share_of_common_elements(left: Counter[tuple[int, ...]], right: Counter[tuple[int, ...]]) -> float:
+    return _count_elements(left & right) / max(_count_elements(left), _count_elements(right), 1)
 
 
-def _is_square(link: Link, how: Fit) -> bool:
-    shapes = [link.found[0].tensors[index].shape for _, index in how.pairs(link)]
+def _count_elements(shapes: Counter[tuple[int, ...]]) -> int:
+    total = 0
+    for shape, count in shapes.items():
+        elements = count
+        for size in shape:
+            elements *= size
+        total += elements
+    return total
+
+
+def _is_square(link: TensorLink, match: ModuleMatch) -> bool:
+    shapes = [link.found[0].tensors[index].shape for _, index in match.index_pairs(link)]
     return all(len(shape) == 2 and shape[0] == shape[1] for shape in shapes)
 
 
-def _any(link: Link) -> Index:
-    return next(iter(link.found[0].tensors))
+def _transpose_squares(result: Matching) -> None:
+    """Transpose square matrices if all other matrices of their kind are transposed; their shape cannot tell.
 
-
-def _turn_squares(made: Matching) -> None:
-    """Let square matrices be transposed where all others of their kind are: their shape alone cannot tell.
-
-    Where some are and some are not, those that would have to be transposed are more likely to be others.
+    If only some of the others are transposed, the pairs in question become undecided.
     """
-    seen: dict[tuple[str | None, str, str], set[bool]] = defaultdict(set)
-    for pair in made.pairs:
-        if pair.expected[0].part in _EMBEDDINGS or len(pair.found) != 1 or len(pair.expected) != 1:
+    transposed_kinds = _transposed_kinds(result.pairs)
+    for number, pair in enumerate(result.pairs):
+        links: list[TensorLink] = []
+        is_mixed = is_changed = False
+        for link in pair.match.links:
+            leaves = link.expected[0].leaf, link.found[0].leaf
+            stack = pair.found[0].stack
+            siblings = transposed_kinds.get((stack, *leaves)) or transposed_kinds.get((None, *leaves)) or {False}
+            is_open = not link.operations and pair.why != EQUAL_BYTES and _is_square(link, pair.match)
+            is_fused = len(link.found) + len(link.expected) > 2
+            is_matrix = len(next(iter(link.found[0].tensors.values())).shape) == 2
+            is_mixed |= (is_open or _TRANSPOSE in link.operations) and len(siblings) > 1
+            is_mixed |= is_fused and is_matrix and True in siblings
+            if is_open and siblings == {True}:
+                is_changed = True
+                note = "square, and transposed like all others of its kind"
+                links.append(replace(link, operations=(_TRANSPOSE,), note=note))
+            else:
+                links.append(link)
+        if is_mixed:
+            why = "it may be transposed: others of its kind disagree"
+            result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
+        elif is_changed:
+            match = replace(pair.match, links=tuple(links))
+            result.pairs[number] = replace(pair, match=match, confidence=pair.confidence * 0.9)
+    removed = {id(group.pair) for group in result.undecided if group.pair is not None}
+    result.pairs = [pair for pair in result.pairs if id(pair) not in removed]
+
+
+def _transposed_kinds(pairs: Iterable[ModulePair]) -> Mapping[tuple[str | None, str, str], set[bool]]:
+    """Return whether matrices that are not square are transposed, by stack and leaf; the stack None is all stacks."""
+    kinds: dict[tuple[str | None, str, str], set[bool]] = defaultdict(set)
+    for pair in pairs:
+        if pair.expected[0].role in _EMBEDDING_ROLES or len(pair.found) != 1 or len(pair.expected) != 1:
             continue
-        for link in pair.fit.links:
+        for link in pair.match.links:
             shapes = [info.shape for info in link.found[0].tensors.values()]
-            if all(len(shape) == 2 for shape in shapes) and not _is_square(link, pair.fit):
-                turned = _TRANSPOSE in link.operations
-                for layers in {pair.found[0].layers, None}:
-                    seen[layers, link.expected[0].leaf, link.found[0].leaf].add(turned)
-    for number, pair in enumerate(made.pairs):
-        links: list[Link] = []
-        mixed = turned = False
-        for link in pair.fit.links:
-            names = link.expected[0].leaf, link.found[0].leaf
-            siblings = seen.get((pair.found[0].layers, *names)) or seen.get((None, *names)) or {False}
-            squares = not link.operations and pair.why != BYTES and _is_square(link, pair.fit)
-            fused = len(link.found) + len(link.expected) > 2 and len(link.found[0].tensors[_any(link)].shape) == 2
-            mixed |= (squares or _TRANSPOSE in link.operations) and len(siblings) > 1
-            mixed |= fused and True in siblings
-            turn = squares and siblings == {True}
-            turned |= turn
-            note = "square, and transposed as all of its kind are"
-            links.append(replace(link, operations=(_TRANSPOSE,), note=note) if turn else link)
-        if mixed:
-            made.doubts.append(Doubt(pair.expected, pair.found, "transposed or not: those like it do not agree", pair))
-        elif turned:
-            made.pairs[number] = replace(
-                pair, fit=replace(pair.fit, links=tuple(links)), confidence=pair.confidence * 0.9
-            )
-    undecided = {id(doubt.pair) for doubt in made.doubts if doubt.pair is not None}
-    made.pairs = [pair for pair in made.pairs if id(pair) not in undecided]
+            if all(len(shape) == 2 for shape in shapes) and not _is_square(link, pair.match):
+                for stack in {pair.found[0].stack, None}:
+                    kinds[stack, link.expected[0].leaf, link.found[0].leaf].add(_TRANSPOSE in link.operations)
+    return kinds
 
 
-def _adds_positions(module: Module) -> bool:
-    """Return whether a module adds positions, or biases by them: then nothing rotates queries and keys."""
-    words = {word for text in module.path.texts for word in words_of(text)}
+def _adds_positions(module: LayeredModule) -> bool:
+    """Return whether a module adds position embeddings or biases, so that queries and keys are not rotated."""
+    words = {word for text in module.path.texts for word in split_words(text)}
     return bool(words & {"wpe", "pos", "relative", "rel", "alibi"}) and not words & {"rotary", "rope"}
 
 
-def _doubt_rotations(made: Matching) -> None:
-    """Keep apart the queries and keys of another implementation, where positions may be rotated in."""
+def _doubt_rotary(result: Matching) -> None:
+    """Make queries and keys undecided if another implementation may store the rows in another order."""
     kept = []
-    for pair in made.pairs:
-        parts = {module.part for module in (*pair.expected, *pair.found)}
-        same = [module.rest for module in pair.expected] == [module.rest for module in pair.found]
-        if same or pair.why == BYTES or not parts & _ROTATED:
+    for pair in result.pairs:
+        roles = {module.role for module in (*pair.expected, *pair.found)}
+        is_same_code = [module.path_in_layer for module in pair.expected] == [
+            module.path_in_layer for module in pair.found
+        ]
+        if is_same_code or pair.why == EQUAL_BYTES or not roles & _ROTATED_ROLES:
             kept.append(pair)
         else:
-            made.doubts.append(Doubt(pair.expected, pair.found, _ROPE, pair))
-    made.pairs = kept
+            result.undecided.append(Undecided(pair.expected, pair.found, _ROTARY, pair))
+    result.pairs = kept

@@ -1,4 +1,4 @@
-"""Keys gathered into modules, and modules of many layers into one with an index."""
+"""Groups the keys of a checkpoint into modules, and the same module of many layers into one with an index."""
 
 from __future__ import annotations
 
@@ -11,11 +11,23 @@ from types import MappingProxyType
 
 from ckptkit.core.checkpoint import TensorInfo
 
-__all__ = ["FUSED", "Index", "Member", "Module", "Name", "leaf_of", "likeness", "modules_of", "part_of", "words_of"]
+__all__ = [
+    "FUSED_ROLES",
+    "Index",
+    "KeyTemplate",
+    "LayeredModule",
+    "ModuleMember",
+    "group_into_modules",
+    "role_of",
+    "split_leaf",
+    "split_words",
+    "word_overlap",
+]
 
+Index = tuple[int, ...]
 
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+|[^\x00-\x7f]+")
-_SAME: Mapping[str, str] = MappingProxyType(
+_SYNONYMS: Mapping[str, str] = MappingProxyType(
     {
         "attention": "attn", "attentions": "attn", "layernorm": "norm", "ln": "norm", "bn": "norm", "batchnorm": "norm",
         "rmsnorm": "norm", "groupnorm": "norm", "gn": "norm", "norms": "norm", "embedding": "embed",
@@ -25,7 +37,7 @@ _SAME: Mapping[str, str] = MappingProxyType(
     }
 )  # fmt: skip
 
-# What the last part of a key is of a module; the names of several libraries for one thing.
+# The last part of a key, in the spelling of several libraries, and the name that torch uses for the tensor.
 _LEAVES: Mapping[str, str] = MappingProxyType(
     {
         "weight": "weight", "kernel": "weight", "gamma": "weight", "weights": "weight", "w": "weight", "g": "weight",
@@ -35,38 +47,15 @@ _LEAVES: Mapping[str, str] = MappingProxyType(
         "num_batches_tracked": "num_batches_tracked",
     }
 )  # fmt: skip
-_JOINED_LEAF = re.compile(r"(.+)_(weights?|kernel|bias)")
+_LEAF_AFTER_UNDERSCORE = re.compile(r"(.+)_(weights?|kernel|bias)")
 
 
-def leaf_of(segment: str) -> tuple[str, str] | None:
-    """Return what of a key's last segment still names the module, and what the tensor is of it; None: a bare one."""
-    if segment in _LEAVES:
-        return "", _LEAVES[segment]
-    joined = _JOINED_LEAF.fullmatch(segment)
-    return (joined[1], _LEAVES[joined[2]]) if joined else None
+def _spelled(**roles: str) -> dict[tuple[str, ...], str]:
+    return {tuple(text.split()): role for role, texts in roles.items() for text in texts.split(", ")}
 
 
-@lru_cache(maxsize=65536)
-def words_of(path: str) -> tuple[str, ...]:
-    """Return the words of a path, in small letters, spelled one way where several are common."""
-    words = [_SAME.get(word, word) for word in (found[0].lower() for found in _WORD.finditer(path))]
-    made: list[str] = []
-    for word in words:
-        before = made[-1] if made else ""
-        if (before, word) == ("layer", "norm"):
-            made.pop()
-        elif (before, word) == ("encoder", "attn"):  # attention to what the encoder made
-            made[-1] = "cross"
-        made.append(word)
-    return tuple(made)
-
-
-def _spelled(**parts: str) -> dict[tuple[str, ...], str]:
-    return {tuple(text.split()): part for part, texts in parts.items() for text in texts.split(", ")}
-
-
-# The end of a module's path inside a layer. Where one is the end of another, the longer decides.
-_IN_LAYERS = _spelled(
+# The end of a module's path inside a layer. The longest match decides.
+_ROLES_IN_LAYERS = _spelled(
     query="q proj, q, query, wq, q lin, to q, linear q, query proj",
     key="k proj, k, key, wk, k lin, to k, linear k, key proj",
     value="v proj, v, value, wv, v lin, to v, linear v, value proj",
@@ -82,165 +71,190 @@ _IN_LAYERS = _spelled(
     norm1="norm 1, input norm, attn norm, norm before",
     norm2="norm 2, post attn norm, mlp norm, norm after",
 )
-# The end of a path outside of layers, behind any name.
-_EMBEDDINGS = _spelled(
+# The end of a path outside of layers, after any other words.
+_EMBEDDING_ROLES = _spelled(
     word_embedding="tok embed, embed tok, wte, word embed",
     position_embedding="pos embed, embed pos, wpe",
     type_embedding="type embed",
 )
-# The whole of a path outside of layers, behind at most one other word: the model's name.
-_ENDS = _spelled(
+# The whole path outside of layers, after at most one other word, the name of the model.
+_OUTPUT_ROLES = _spelled(
     head="lm head, head, classifier, fc, linear, output, score",
     final_norm="norm, norm f, final norm, norm final",
 )
-# What a fused projection holds, in the order in which its name says so, or in which everybody has it.
-FUSED: Mapping[str, tuple[str, ...]] = MappingProxyType({"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")})
+# The roles that a fused projection holds, in the order of its name.
+FUSED_ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
+)
+
+
+def split_leaf(segment: str) -> tuple[str, str] | None:
+    """Split the last segment of a key into a rest that belongs to the module's name, and torch's name for the tensor.
+
+    Return None if the segment names no tensor of a module, as ``cls_token`` does.
+    """
+    if segment in _LEAVES:
+        return "", _LEAVES[segment]
+    match = _LEAF_AFTER_UNDERSCORE.fullmatch(segment)
+    return (match[1], _LEAVES[match[2]]) if match else None
 
 
 @lru_cache(maxsize=65536)
-def part_of(path: str, *, in_layer: bool) -> tuple[str, tuple[str, ...]]:
-    """Return which part of a model a module is by the spelling of its path, and the words in front of that spelling.
+def split_words(path: str) -> tuple[str, ...]:
+    """Return the words of a path in lower case, with one spelling for common synonyms."""
+    words: list[str] = []
+    for word in (_SYNONYMS.get(found[0].lower(), found[0].lower()) for found in _WORD.finditer(path)):
+        before = words[-1] if words else ""
+        if (before, word) == ("layer", "norm"):
+            words.pop()
+        elif (before, word) == ("encoder", "attn"):  # cross-attention
+            words[-1] = "cross"
+        words.append(word)
+    return tuple(words)
 
-    Where no spelling is known the part is empty, and the words are all of them.
+
+@lru_cache(maxsize=65536)
+def role_of(path: str, *, in_layer: bool) -> tuple[str, tuple[str, ...]]:
+    """Return the role that the spelling of a module's path gives it, such as ``query``, and the words before it.
+
+    If no spelling is known, return an empty role and all words.
     """
-    words = words_of(path)
-    tables = (_IN_LAYERS,) if in_layer else (_EMBEDDINGS, _ENDS)
+    words = split_words(path)
+    tables = (_ROLES_IN_LAYERS,) if in_layer else (_EMBEDDING_ROLES, _OUTPUT_ROLES)
     for table in tables:
         for start in range(len(words)):
-            if words[start:] in table and (table is not _ENDS or start <= 1):
+            if words[start:] in table and (table is not _OUTPUT_ROLES or start <= 1):
                 return table[words[start:]], words[:start]
     return "", words
 
 
-def likeness(one: Iterable[str], other: Iterable[str]) -> float:
+def word_overlap(left: Iterable[str], right: Iterable[str]) -> float:
     """Return the share of words that two names have in common, between 0 and 1."""
-    left, right = set(one), set(other)
-    return len(left & right) / len(left | right) if left or right else 1.0
-
-
-Index = tuple[int, ...]
-_SEGMENT = re.compile(r"[^./]*[./]?", re.DOTALL)
-_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([./]?)", re.DOTALL)
-_DEEPEST = 32  # a hostile name can have a million segments
-_FEW = 4  # "w1, w2, w3" are names; "layer_0" to "layer_11" are counted
-_END = "./"  # no segment has two separators
+    lefts, rights = set(left), set(right)
+    return len(lefts & rights) / len(lefts | rights) if lefts or rights else 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
-    """A key with its indices taken out: the texts around them."""
+class KeyTemplate:
+    """A key without its indices: the texts before, between and after them."""
 
     texts: tuple[str, ...]
 
-    def at(self, index: Index) -> str:
+    def key_at(self, index: Index) -> str:
         """Return the key with these indices."""
         pieces = [self.texts[0]]
         for number, text in zip(index, self.texts[1:], strict=True):
             pieces += [str(number), text]
         return "".join(pieces)
 
-    def with_last(self, index: Index) -> Name:
-        """Return the name with its last indices made text."""
+    def with_fixed(self, index: Index) -> KeyTemplate:
+        """Return the template with its last indices written into the text."""
         kept = len(self.texts) - len(index)
-        return Name((*self.texts[: kept - 1], Name(self.texts[kept - 1 :]).at(index)))
+        return KeyTemplate((*self.texts[: kept - 1], KeyTemplate(self.texts[kept - 1 :]).key_at(index)))
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """One kind of tensor of a module, in every layer: its name, and the tensor for each index."""
+class ModuleMember:
+    """One tensor of a module, such as its weight, in every layer."""
 
-    name: Name
-    leaf: str  # the text of the key behind the module's path
+    name: KeyTemplate
+    leaf: str  # the end of the key, after the path of the module
     tensors: dict[Index, TensorInfo]
 
 
 @dataclass(eq=False)
-class Module:
-    """Tensors that belong together, under the texts around the indices of their path.
+class LayeredModule:
+    """A module of a checkpoint, in all layers that have it.
 
-    ``members`` are told apart by what they are of it (``weight``, ``bias``; empty for a tensor that is no module's).
+    ``members`` are its tensors by torch's name (``weight``, ``bias``); the name of a tensor without a module is empty.
     """
 
-    path: Name
-    order: tuple[int, ...]  # of its first key in the checkpoint
-    members: dict[str, Member] = field(default_factory=dict)
+    path: KeyTemplate
+    order: tuple[int, ...]  # the position of its first key in the checkpoint
+    members: dict[str, ModuleMember] = field(default_factory=dict)
 
     @property
-    def layers(self) -> str | None:
-        """The path up to its first index; None where it has none."""
+    def stack(self) -> str | None:
+        """The path before the first index, such as ``layers.``; None for a module outside of layers."""
         return self.path.texts[0] if len(self.path.texts) > 1 else None
 
     @cached_property
-    def rest(self) -> str:
-        """The path behind its first index, with a mark for those that follow; the whole of it where it has none."""
+    def path_in_layer(self) -> str:
+        """The path after the first index, with ``#`` for further indices; outside of layers the whole path."""
         return "#".join(self.path.texts[1:] if len(self.path.texts) > 1 else self.path.texts).strip("./")
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """The words of ``rest``."""
-        return words_of(self.rest)
+        """The words of ``path_in_layer``."""
+        return split_words(self.path_in_layer)
 
     @cached_property
-    def part(self) -> str:
-        """Which part of a model it is by its spelling."""
-        return part_of(self.rest, in_layer=self.layers is not None)[0]
+    def role(self) -> str:
+        """The role that the spelling of the path gives the module, such as ``query``; empty if it is not known."""
+        return role_of(self.path_in_layer, in_layer=self.stack is not None)[0]
 
     @cached_property
     def meaning(self) -> frozenset[str]:
-        """The words of ``rest``, with one word for the part where its spelling is known."""
-        part, words = part_of(self.rest, in_layer=self.layers is not None)
-        return frozenset((*words, part) if part else words)
+        """The words of ``path_in_layer``, with the role in place of its spelling."""
+        role, words = role_of(self.path_in_layer, in_layer=self.stack is not None)
+        return frozenset((*words, role) if role else words)
 
     @property
     def indices(self) -> frozenset[Index]:
-        """Every index that one of its tensors has."""
+        """Every index that at least one of its tensors has."""
         return frozenset(index for member in self.members.values() for index in member.tensors)
 
     @property
-    def main(self) -> Member:
-        """The tensor that says most about it."""
+    def main(self) -> ModuleMember:
+        """The member that identifies the module best: its weight, if it has one."""
         return self.members.get("weight") or next(iter(self.members.values()))
 
-    def apart(self, kept: int = 0) -> list[Module]:
-        """Return the modules of each single index, of which only the first ones are ``kept`` as indices."""
-        made: dict[Index, Module] = {}
+    def split(self, kept: int = 0) -> list[LayeredModule]:
+        """Return one module for each index; the first ``kept`` numbers of an index remain an index."""
+        modules: dict[Index, LayeredModule] = {}
         for kind, member in self.members.items():
             for index, info in member.tensors.items():
                 head, tail = index[:kept], index[kept:]
-                if tail not in made:
-                    made[tail] = Module(self.path.with_last(tail), (*self.order, *tail))
+                if tail not in modules:
+                    modules[tail] = LayeredModule(self.path.with_fixed(tail), (*self.order, *tail))
                     if not kept:
-                        made[tail].part = self.part
-                single = made[tail].members.setdefault(kind, Member(member.name.with_last(tail), member.leaf, {}))
-                single.tensors[head] = info
-        return list(made.values())
+                        modules[tail].role = self.role
+                empty = ModuleMember(member.name.with_fixed(tail), member.leaf, {})
+                modules[tail].members.setdefault(kind, empty).tensors[head] = info
+        return list(modules.values())
 
 
-def modules_of(infos: Mapping[str, TensorInfo]) -> list[Module]:
-    """Return the modules of a checkpoint, in its order; numbers that count layers are indices, all else is text."""
-    names: dict[tuple[str, ...], dict[Index, TensorInfo]] = {}
-    for key, (texts, index) in _indexed(infos).items():
-        names.setdefault(texts, {})[index] = infos[key]
-    made: dict[tuple[tuple[str, ...], str], Module] = {}
-    for order, (texts, tensors) in enumerate(names.items()):
+def group_into_modules(infos: Mapping[str, TensorInfo]) -> list[LayeredModule]:
+    """Return the modules of a checkpoint, in its order; only numbers that count layers become indices."""
+    tensors_by_template: dict[tuple[str, ...], dict[Index, TensorInfo]] = {}
+    for key, (texts, index) in _split_indices(infos).items():
+        tensors_by_template.setdefault(texts, {})[index] = infos[key]
+    modules: dict[tuple[tuple[str, ...], str], LayeredModule] = {}
+    for order, (texts, tensors) in enumerate(tensors_by_template.items()):
         cut = max(texts[-1].rfind("."), texts[-1].rfind("/")) + 1
-        found = leaf_of(texts[-1][cut:])
-        joined, kind = found or ("", "")
-        owner = texts[-1][:cut] + joined if joined else texts[-1][: max(cut - 1, 0)]
+        found = split_leaf(texts[-1][cut:])
+        rest, kind = found or ("", "")
+        owner = texts[-1][:cut] + rest if rest else texts[-1][: max(cut - 1, 0)]
         path = (*texts[:-1], owner if found else texts[-1])
         leaf = texts[-1][len(path[-1]) :]
-        module = made.setdefault((path, "" if found else "bare"), Module(Name(path), (order,)))
-        if kind in module.members:  # gamma beside weight: which of them is the module's cannot be known
-            module = made[path, texts[-1]] = Module(Name(texts), (order,))
+        module = modules.setdefault((path, "" if found else "bare"), LayeredModule(KeyTemplate(path), (order,)))
+        if kind in module.members:  # with both gamma and weight, the weight of the module cannot be known
+            module = modules[path, texts[-1]] = LayeredModule(KeyTemplate(texts), (order,))
             leaf, kind = "", ""
-        module.members[kind] = Member(Name(texts), leaf, tensors)
-    return list(made.values())
+        module.members[kind] = ModuleMember(KeyTemplate(texts), leaf, tensors)
+    return list(modules.values())
 
 
+_SEGMENT = re.compile(r"[^./]*[./]?", re.DOTALL)
+_NUMBERED = re.compile(r"(.*?)(0|[1-9][0-9]{0,17})([./]?)", re.DOTALL)
+_MAX_SEGMENTS = 32  # a hostile key can have a million
+_MAX_NAMES = 4  # w1, w2 and w3 are names, but layer_0 to layer_11 are counted
+_END = "./"  # marks the end of a key: no segment has two separators
 _Node = dict[str, "_Node"]
 
 
-def _indexed(keys: Iterable[str]) -> dict[str, tuple[tuple[str, ...], Index]]:
+def _split_indices(keys: Iterable[str]) -> dict[str, tuple[tuple[str, ...], Index]]:
+    """Return the texts and the indices of each key."""
     root: _Node = {}
     for key in keys:
         node = root
@@ -248,44 +262,46 @@ def _indexed(keys: Iterable[str]) -> dict[str, tuple[tuple[str, ...], Index]]:
             node = node.setdefault(segment, {})
     found: dict[str, tuple[tuple[str, ...], Index]] = {}
     waiting: list[tuple[_Node, str, tuple[str, ...], Index]] = [(root, "", ("",), ())]
-    below: dict[int, frozenset[str]] = {}
-    _gather(root, below)
+    names_below: dict[int, frozenset[str]] = {}
+    _collect_names(root, names_below)
     while waiting:
         node, key, texts, index = waiting.pop()
-        counted = _counted(node, below)
+        counted = _counted_children(node, names_below)
         for segment, child in node.items():
             number = counted.get(segment)
             if number is None:
-                here, there = (*texts[:-1], texts[-1] + segment), index
+                child_texts, child_index = (*texts[:-1], texts[-1] + segment), index
             else:
-                here, there = (*texts[:-1], texts[-1] + number[0], number[2]), (*index, int(number[1]))
+                child_texts = (*texts[:-1], texts[-1] + number[0], number[2])
+                child_index = (*index, int(number[1]))
             if segment == _END:
                 found[key] = (texts, index)
             else:
-                waiting.append((child, key + segment, here, there))
+                waiting.append((child, key + segment, child_texts, child_index))
     return {key: found[key] for key in keys}
 
 
 def _segments(key: str) -> list[str]:
     parts = [part for part in _SEGMENT.findall(key) if part]
-    parts = parts if len(parts) <= _DEEPEST else [*parts[: _DEEPEST - 1], "".join(parts[_DEEPEST - 1 :])]
+    if len(parts) > _MAX_SEGMENTS:
+        parts = [*parts[: _MAX_SEGMENTS - 1], "".join(parts[_MAX_SEGMENTS - 1 :])]
     return [*parts, _END]
 
 
-def _gather(node: _Node, below: dict[int, frozenset[str]]) -> frozenset[str]:
-    """Return the names below a node, with every number the same, and remember them for each node."""
+def _collect_names(node: _Node, names_below: dict[int, frozenset[str]]) -> frozenset[str]:
+    """Return the names below a node, with every number written as ``#``, and store them for each node by its id."""
     names: set[str] = set()
     for segment, child in node.items():
         match = _NUMBERED.fullmatch(segment)
         plain = f"#{match[3]}" if match and not match[1] else segment
-        inner = _gather(child, below)
+        inner = _collect_names(child, names_below)
         names.update(f"{plain}{name}" for name in inner) if inner else names.add(plain)
-    below[id(node)] = made = frozenset(names)
-    return made
+    names_below[id(node)] = frozenset(names)
+    return names_below[id(node)]
 
 
-def _counted(node: _Node, below: Mapping[int, frozenset[str]]) -> dict[str, tuple[str, str, str]]:
-    """Return which children of a node are counted: their text, number and separator."""
+def _counted_children(node: _Node, names_below: Mapping[int, frozenset[str]]) -> dict[str, tuple[str, str, str]]:
+    """Return the children of a node whose number is an index, each with its text, number and separator."""
     families: dict[tuple[str, str], list[tuple[str, re.Match[str]]]] = {}
     for segment in node:
         match = _NUMBERED.fullmatch(segment)
@@ -294,15 +310,16 @@ def _counted(node: _Node, below: Mapping[int, frozenset[str]]) -> dict[str, tupl
     counted: dict[str, tuple[str, str, str]] = {}
     for (text, _), members in families.items():
         numbers = {int(match[2]) for _, match in members}
-        layers = [below[id(node[segment])] for segment, _ in members]
-        inside = any(layer != frozenset({_END}) for layer in layers)
-        if (not text or (inside and len(numbers) > 1 and (0 in numbers or len(numbers) > _FEW))) and _alike(layers):
+        layers = [names_below[id(node[segment])] for segment, _ in members]
+        have_children = any(layer != frozenset({_END}) for layer in layers)
+        are_counted = have_children and len(numbers) > 1 and (0 in numbers or len(numbers) > _MAX_NAMES)
+        if (not text or are_counted) and _are_alike(layers):
             counted |= {segment: (match[1], match[2], match[3]) for segment, match in members}
     return counted
 
 
-def _alike(layers: Sequence[frozenset[str]]) -> bool:
-    """Return whether most of what is counted is built alike, as layers are and the steps of a Sequential are not."""
+def _are_alike(layers: Sequence[frozenset[str]]) -> bool:
+    """Return whether most children have the same names below them, like layers and unlike the steps of a Sequential."""
     usual = Counter(layers).most_common(1)[0][0]
     shares = [len(layer & usual) / max(len(layer | usual), 1) for layer in layers]
-    return len(shares) == 1 or sum(shares) - 1 >= 0.5 * (len(shares) - 1)  # one is the usual one itself
+    return len(shares) == 1 or sum(shares) - 1 >= 0.5 * (len(shares) - 1)  # the usual layer itself does not count

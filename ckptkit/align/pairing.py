@@ -1,6 +1,7 @@
-"""Which module of found is which of those expected: by content, name, spelling, shape and order, surest first.
+"""Pairs found modules with expected modules: by name, spelling, shape and order, the most certain first.
 
-What none of these decides stays undecided, and is listed with what it could be: a wrong guess would be silent.
+Modules that none of these decides stay undecided and are listed with their candidates, because nobody would notice a
+wrong guess.
 """
 
 from __future__ import annotations
@@ -10,284 +11,303 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from ckptkit.align.evidence import Fit, Link, fit, shift_between
-from ckptkit.align.modules import FUSED, Module, likeness
+from ckptkit.align.evidence import ModuleMatch, TensorLink, index_shift, match_modules
+from ckptkit.align.modules import FUSED_ROLES, LayeredModule, word_overlap
 from ckptkit.tensor_ops.operation import Operation
 from ckptkit.tensor_ops.registry import parse_operation
 
-__all__ = ["Doubt", "Pair", "Scope"]
+__all__ = ["ModulePair", "Scope", "Undecided"]
 
-_MOST = 100_000  # comparisons of likeness in one scope
-_LEAST_LIKE, _MARGIN = 0.3, 0.12
-_SEQUENCE = 4  # one order of four is no accident
+_MAX_CANDIDATES = 100_000  # pairs of modules in one scope
+_MIN_LIKENESS, _MIN_MARGIN = 0.3, 0.12
+_MIN_SEQUENCE = 4  # so many modules are not in the same order by chance
+_INCOMPLETE_PENALTY = 0.15
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
-    """Modules of found, one or several, that are those expected, with the reason."""
+class ModulePair:
+    """Found modules that become expected modules: usually one of each, but several if a projection is fused."""
 
-    expected: tuple[Module, ...]
-    found: tuple[Module, ...]
-    fit: Fit
+    expected: tuple[LayeredModule, ...]
+    found: tuple[LayeredModule, ...]
+    match: ModuleMatch
     why: str
     confidence: float
 
 
 @dataclass(frozen=True, slots=True)
-class Doubt:
-    """Modules of which each could be each, or a pair that may hide what no shape shows."""
+class Undecided:
+    """Modules that could be paired in several ways, or a likely ``pair`` that no shape can prove."""
 
-    expected: tuple[Module, ...]
-    found: tuple[Module, ...]
+    expected: tuple[LayeredModule, ...]
+    found: tuple[LayeredModule, ...]
     why: str
-    pair: Pair | None = None
+    pair: ModulePair | None = None
+
+
+_Candidate = tuple[LayeredModule, LayeredModule, ModuleMatch]
 
 
 @dataclass(slots=True)
 class Scope:
-    """The modules of one kind of layer on both sides, or those outside of layers; paired ones leave it."""
+    """The modules of one stack of layers on both sides, or the modules outside of layers.
 
-    left: list[Module]
-    right: list[Module]
+    ``left`` and ``right`` are the expected and the found modules that are not paired yet.
+    """
+
+    left: list[LayeredModule]
+    right: list[LayeredModule]
     layer_shift: int | None = None
-    in_order: bool = False  # whether both sides list modules as they were built, and not by their names
-    pairs: list[Pair] = field(default_factory=list)
-    doubts: list[Doubt] = field(default_factory=list)
-    unequal: list[tuple[Module, Module]] = field(default_factory=list)
+    in_order: bool = False  # both sides list modules in the order of the model, not sorted by name
+    pairs: list[ModulePair] = field(default_factory=list)
+    undecided: list[Undecided] = field(default_factory=list)
+    unequal: list[tuple[LayeredModule, LayeredModule]] = field(default_factory=list)
 
-    def settle(self) -> None:
-        """Pair what can be paired."""
-        self._by_key(lambda module: module.path.texts, "same name", 1.0, equal=True)
-        layered = [pair for pair in self.unequal if pair[0].layers is not None]
-        if layered:  # some of the layers may differ, and others not
-            self.unequal = [pair for pair in self.unequal if pair[0].layers is None]
-            self.left += [single for one, _ in layered for single in one.apart()]
-            self.right += [single for _, other in layered for single in other.apart()]
-            self._by_key(lambda module: module.path.texts, "same name", 1.0, equal=True)
-        self._by_key(lambda module: _placed(module, module.rest), "same name in its layer", 0.95, equal=True)
-        self._by_key(lambda module: _placed(module, module.words), "same words", 0.92)
-        self._by_key(lambda module: module.part or None, "known spellings", 0.9)
-        self._fused()
-        self._unnamed()
+    def pair_all(self) -> None:
+        """Pair the modules; list the rest as undecided, or as unequal for equal names with different shapes."""
+        self._pair_by_key(lambda module: module.path.texts, "same name", 1.0, is_exact=True)
+        layered = [pair for pair in self.unequal if pair[0].stack is not None]
+        if layered:  # only some of the layers may differ
+            self.unequal = [pair for pair in self.unequal if pair[0].stack is None]
+            self.left += [single for expected, _ in layered for single in expected.split()]
+            self.right += [single for _, found in layered for single in found.split()]
+            self._pair_by_key(lambda module: module.path.texts, "same name", 1.0, is_exact=True)
+        self._pair_by_key(_path_in_layer_key, "same name in its layer", 0.95, is_exact=True)
+        self._pair_by_key(_words_key, "same words", 0.92)
+        self._pair_by_key(lambda module: module.role or None, "known spellings", 0.9)
+        self._pair_fused()
+        self._pair_unnamed()
         # An index inside of a layer may be a name on the other side: mlp.0 and mlp.2 are fc1 and fc2.
-        if self.layer_shift is not None and any(len(one.path.texts) > 2 for one in (*self.left, *self.right)):
-            self.left, self.right = ([one for module in side for one in module.apart(1)] for side in self._sides())
-            self._unnamed()
-        self._doubtful()
+        if self.layer_shift is not None and any(len(module.path.texts) > 2 for module in (*self.left, *self.right)):
+            self.left = [single for module in self.left for single in module.split(1)]
+            self.right = [single for module in self.right for single in module.split(1)]
+            self._pair_unnamed()
+        self._list_undecided()
 
-    def _sides(self) -> tuple[list[Module], list[Module]]:
-        return self.left, self.right
-
-    def _unnamed(self) -> None:
-        while self._by_likeness() or self._by_shape() or self._by_order() or self._in_sequence():
+    def _pair_unnamed(self) -> None:
+        while self._pair_by_likeness() or self._pair_by_shape() or self._pair_by_neighbours() or self._pair_sequence():
             pass
 
-    def _take(self, pairs: Sequence[Pair]) -> bool:
+    def _add(self, pairs: Sequence[ModulePair]) -> bool:
         self.pairs += pairs
-        self._leave(
-            [module for pair in pairs for module in pair.expected], [module for pair in pairs for module in pair.found]
-        )
+        self._remove([module for pair in pairs for module in (*pair.expected, *pair.found)])
         return bool(pairs)
 
-    def _leave(self, left: Iterable[Module], right: Iterable[Module]) -> None:
-        gone = {id(module) for module in (*left, *right)}
-        self.left = [module for module in self.left if id(module) not in gone]
-        self.right = [module for module in self.right if id(module) not in gone]
+    def _remove(self, modules: Iterable[LayeredModule]) -> None:
+        removed = {id(module) for module in modules}
+        self.left = [module for module in self.left if id(module) not in removed]
+        self.right = [module for module in self.right if id(module) not in removed]
 
-    def _by_key(self, key: Callable[[Module], Hashable], why: str, confidence: float, *, equal: bool = False) -> None:
-        sides: list[dict[Hashable, list[Module]]] = []
-        for modules in (self.left, self.right):
-            by_key = defaultdict(list)
-            for module in modules:
-                if key(module) is not None:
-                    by_key[key(module)].append(module)
-            sides.append(by_key)
-        made, unequal = [], []
-        for name, lefts in sides[0].items():
-            rights = sides[1].get(name, [])
-            if len(lefts) != 1 or len(rights) != 1:
+    def _pair_by_key(
+        self, key: Callable[[LayeredModule], Hashable], why: str, confidence: float, *, is_exact: bool = False
+    ) -> None:
+        """Pair modules whose key only one module of each side has; with ``is_exact``, other shapes are ``unequal``."""
+        lefts, rights = (_group_by(key, modules) for modules in (self.left, self.right))
+        pairs, unequal = [], []
+        for value, expected_modules in lefts.items():
+            found_modules = rights.get(value, [])
+            if len(expected_modules) != 1 or len(found_modules) != 1:
                 continue
-            how = fit(lefts[0], rights[0], self.layer_shift)
-            if how is None and equal:
-                unequal.append((lefts[0], rights[0]))
-                how = fit(lefts[0], rights[0], self.layer_shift, partly=True)
-            if how is not None:
-                said = f"{why}: {lefts[0].part.replace('_', ' ')}" if why == "known spellings" else why
-                made.append(Pair((lefts[0],), (rights[0],), how, said, confidence))
-        self.pairs += made
+            expected, found = expected_modules[0], found_modules[0]
+            match = match_modules(expected, found, self.layer_shift)
+            if match is None and is_exact:
+                unequal.append((expected, found))
+                match = match_modules(expected, found, self.layer_shift, partly=True)
+            if match is not None:
+                reason = f"{why}: {expected.role.replace('_', ' ')}" if why == "known spellings" else why
+                pairs.append(ModulePair((expected,), (found,), match, reason, confidence))
         self.unequal += unequal
-        self._leave(
-            [*(pair.expected[0] for pair in made), *(left for left, _ in unequal)],
-            [*(pair.found[0] for pair in made), *(right for _, right in unequal)],
-        )
+        self._remove([module for pair in unequal for module in pair])
+        self._add(pairs)
 
-    def _fused(self) -> None:
-        for name, parts in FUSED.items():
+    def _pair_fused(self) -> None:
+        for fused_role, roles in FUSED_ROLES.items():
             for splits in (True, False):
-                wholes, pieces = (self.right, self.left) if splits else (self.left, self.right)
-                whole = [module for module in wholes if module.part == name]
-                several = [[module for module in pieces if module.part == part] for part in parts]
-                if len(whole) != 1 or any(len(modules) != 1 for modules in several):
+                fused_side, parts_side = (self.right, self.left) if splits else (self.left, self.right)
+                fused = [module for module in fused_side if module.role == fused_role]
+                by_role = [[module for module in parts_side if module.role == role] for role in roles]
+                if len(fused) != 1 or any(len(modules) != 1 for modules in by_role):
                     continue
-                apart = tuple(modules[0] for modules in several)
-                how = _fuse(whole[0], apart, self.layer_shift, splits=splits)
-                if how is not None:
-                    what = "taken apart" if splits else "fused"
-                    why = f"{', '.join(parts)} {what}, in the order that its name says"
-                    one, other = (apart, (whole[0],)) if splits else ((whole[0],), apart)
-                    self._take([Pair(one, other, how, why, 0.85)])
+                parts = tuple(modules[0] for modules in by_role)
+                match = _match_fused(fused[0], parts, self.layer_shift, splits=splits)
+                if match is not None:
+                    why = f"{', '.join(roles)} {'split' if splits else 'fused'}, in the order of the fused name"
+                    expected, found = (parts, (fused[0],)) if splits else ((fused[0],), parts)
+                    self._add([ModulePair(expected, found, match, why, 0.85)])
 
-    def _candidates(self) -> list[tuple[Module, Module, Fit]]:
-        """Return everything that could be a pair by kinds, shapes and layers, and is no contradiction by spelling."""
-        shelves: dict[Hashable, list[Module]] = defaultdict(list)
-        for module in self.right:
-            shelves[_shelf(module)].append(module)
-        if sum(len(shelves.get(_shelf(module), ())) for module in self.left) > _MOST:
+    def _candidates(self) -> list[_Candidate]:
+        """Return all pairs of modules whose tensors, shapes and layers agree and whose known roles do not differ."""
+        rights = _group_by(_shape_key, self.right)
+        if sum(len(rights.get(_shape_key(module), ())) for module in self.left) > _MAX_CANDIDATES:
             return []
-        found = []
+        candidates = []
         for left in self.left:
-            for right in shelves.get(_shelf(left), ()):
-                if not (left.part and right.part and left.part != right.part):
-                    how = fit(left, right, self.layer_shift)
-                    if how is not None:
-                        found.append((left, right, how))
-        return found
+            for right in rights.get(_shape_key(left), ()):
+                if not (left.role and right.role and left.role != right.role):
+                    match = match_modules(left, right, self.layer_shift)
+                    if match is not None:
+                        candidates.append((left, right, match))
+        return candidates
 
-    def _straight(self) -> list[tuple[Module, Module, Fit]]:
-        """Return the candidates that are alike in every tensor; transposed ones only where names told of others."""
-        turned = any(link.operations for pair in self.pairs for link in pair.fit.links)
+    def _close_candidates(self) -> list[_Candidate]:
+        """Return the candidates with the same tensors; transposed ones only if a pair found by name is transposed."""
+        may_transpose = any(link.operations for pair in self.pairs for link in pair.match.links)
         return [
-            (left, right, how)
-            for left, right, how in self._candidates()
-            if how.whole
-            and (turned or not any(link.operations for link in how.links))
-            and (_is_matrix(left) or _related(left, right) or not _leaves(left).isdisjoint(_leaves(right)))
+            (left, right, match)
+            for left, right, match in self._candidates()
+            if match.is_complete
+            and (may_transpose or not any(link.operations for link in match.links))
+            and (_has_matrix(left) or _are_related(left, right) or not _leaves(left).isdisjoint(_leaves(right)))
         ]
 
-    def _by_likeness(self) -> bool:
-        scored: dict[tuple[int, int], tuple[float, Module, Module, Fit]] = {}
-        of: dict[int, list[float]] = defaultdict(list)
-        for left, right, how in self._candidates():
-            score = _likeness(left, right) - (0 if how.whole else 0.15)
-            scored[id(left), id(right)] = (score, left, right, how)
-            of[id(left)].append(score)
-            of[id(right)].append(score)
-        for scores in of.values():
+    def _pair_by_likeness(self) -> bool:
+        scored: list[tuple[float, _Candidate]] = []
+        scores_of: dict[int, list[float]] = defaultdict(list)
+        for left, right, match in self._candidates():
+            score = _likeness(left, right) - (0 if match.is_complete else _INCOMPLETE_PENALTY)
+            scored.append((score, (left, right, match)))
+            scores_of[id(left)].append(score)
+            scores_of[id(right)].append(score)
+        for scores in scores_of.values():
             scores.sort(reverse=True)
-        sure_ones = []
-        for score, left, right, how in scored.values():
-            sure = all(
-                of[id(module)][0] == score and (of[id(module)][1:] or [-1.0])[0] <= score - _MARGIN
+        pairs = []
+        for score, (left, right, match) in scored:
+            is_clear = all(
+                scores_of[id(module)][0] == score and (scores_of[id(module)][1:] or [-1.0])[0] <= score - _MIN_MARGIN
                 for module in (left, right)
             )
-            if sure and score >= _LEAST_LIKE and _related(left, right):
-                sure_ones.append(Pair((left,), (right,), how, "the most alike in name, of those of its shape", 0.75))
-        return self._take(sure_ones)
+            if is_clear and score >= _MIN_LIKENESS and _are_related(left, right):
+                why = "the most similar name among the modules of this shape"
+                pairs.append(ModulePair((left,), (right,), match, why, 0.75))
+        return self._add(pairs)
 
-    def _by_shape(self) -> bool:
-        found = self._straight()
-        lefts = Counter(id(left) for left, _, _ in found)
-        rights = Counter(id(right) for _, right, _ in found)
-        lone = []
-        for left, right, how in found:
-            # Outside of layers two tensors can have one shape by chance: a head of two classes, and two token types.
-            if lefts[id(left)] == rights[id(right)] == 1 and (left.layers is not None or _related(left, right)):
-                lone.append(Pair((left,), (right,), how, "the only ones of their shape", 0.8))
-        return self._take(lone)
+    def _pair_by_shape(self) -> bool:
+        # Outside of layers two shapes can be equal by chance: a head of two classes, and two token types.
+        return self._add(
+            [
+                ModulePair((left,), (right,), match, "the only modules of this shape", 0.8)
+                for left, right, match in _only_candidates(self._close_candidates())
+                if left.stack is not None or _are_related(left, right)
+            ]
+        )
 
-    def _by_order(self) -> bool:
+    def _pair_by_neighbours(self) -> bool:
+        """Pair modules that are alone between the same two paired modules, if both sides are in order."""
         anchors = [(pair.expected[0].order, pair.found[0].order) for pair in self.pairs if len(pair.found) == 1]
         anchors.sort()
         if not self.in_order or len(anchors) < 2 or anchors != sorted(anchors, key=lambda pair: pair[1]):
             return False
         starts = [[pair[side] for pair in anchors] for side in (0, 1)]
-        gaps: dict[tuple[int, int], list[tuple[Module, Module, Fit]]] = defaultdict(list)
-        for left, right, how in self._straight():
-            if left.layers is not None:
-                gaps[bisect(starts[0], left.order), bisect(starts[1], right.order)].append((left, right, how))
-        lone = []
-        for (before, also), items in gaps.items():
-            left, right, how = items[0]
-            if before == also and len(items) == 1 and 0 < before < len(anchors):
-                lone.append(Pair((left,), (right,), how, "between the same neighbours", 0.6))
-        return self._take(lone)
+        gaps: dict[tuple[int, int], list[_Candidate]] = defaultdict(list)
+        for left, right, match in self._close_candidates():
+            if left.stack is not None:
+                gaps[bisect(starts[0], left.order), bisect(starts[1], right.order)].append((left, right, match))
+        pairs = []
+        for (left_gap, right_gap), candidates in gaps.items():
+            left, right, match = candidates[0]
+            if left_gap == right_gap and len(candidates) == 1 and 0 < left_gap < len(anchors):
+                pairs.append(ModulePair((left,), (right,), match, "between the same neighbours", 0.6))
+        return self._add(pairs)
 
-    def _in_sequence(self) -> bool:
-        """Pair what has other names and no layers, where several matrices of shapes of their own come in one order."""
-        found = [item for item in self._straight() if _is_matrix(item[0]) and item[0].layers is None]
-        lefts = Counter(id(left) for left, _, _ in found)
-        rights = Counter(id(right) for _, right, _ in found)
-        lone = [item for item in found if lefts[id(item[0])] == rights[id(item[1])] == 1]
-        lone.sort(key=lambda item: item[0].order)
-        orders = [right.order for _, right, _ in lone]
-        if not self.in_order or len(lone) < _SEQUENCE or orders != sorted(orders):
+    def _pair_sequence(self) -> bool:
+        """Pair modules outside of layers if several matrices with unique shapes come in the same order."""
+        matrices = [item for item in self._close_candidates() if _has_matrix(item[0]) and item[0].stack is None]
+        unique = sorted(_only_candidates(matrices), key=lambda item: item[0].order)
+        orders = [right.order for _, right, _ in unique]
+        if not self.in_order or len(unique) < _MIN_SEQUENCE or orders != sorted(orders):
             return False
-        why = f"the only ones of their shape, and {len(lone)} such come in the same order"
-        return self._take([Pair((left,), (right,), how, why, 0.6) for left, right, how in lone])
+        why = f"the only modules of this shape, and {len(unique)} such modules come in the same order"
+        return self._add([ModulePair((left,), (right,), match, why, 0.6) for left, right, match in unique])
 
-    def _doubtful(self) -> None:
-        groups: dict[tuple[int, ...], tuple[list[Module], list[Module]]] = {}
-        of: dict[int, tuple[Module, list[Module]]] = {}
+    def _list_undecided(self) -> None:
+        candidates_of: dict[int, tuple[LayeredModule, list[LayeredModule]]] = {}
         for left, right, _ in self._candidates():
-            of.setdefault(id(left), (left, []))[1].append(right)
-        for left, rights in of.values():
+            candidates_of.setdefault(id(left), (left, []))[1].append(right)
+        groups: dict[tuple[int, ...], tuple[list[LayeredModule], list[LayeredModule]]] = {}
+        for left, rights in candidates_of.values():
             groups.setdefault(tuple(map(id, rights)), ([], rights))[0].append(left)
         for lefts, rights in groups.values():
-            alone = len(lefts) == len(rights) == 1
-            why = "of one shape, and nothing in their names" if alone else "of one shape: their names do not decide"
-            self.doubts.append(Doubt(tuple(lefts), tuple(rights), why))
+            why = "the names do not decide between equal shapes"
+            if len(lefts) == len(rights) == 1:
+                why = "the shapes agree, but the names do not"
+            self.undecided.append(Undecided(tuple(lefts), tuple(rights), why))
 
 
-def _placed(module: Module, name: Hashable) -> Hashable:
-    return (name, len(module.path.texts)) if name not in ("", ()) else None
+def _group_by(
+    key: Callable[[LayeredModule], Hashable], modules: Iterable[LayeredModule]
+) -> dict[Hashable, list[LayeredModule]]:
+    groups: dict[Hashable, list[LayeredModule]] = defaultdict(list)
+    for module in modules:
+        value = key(module)
+        if value is not None:
+            groups[value].append(module)
+    return groups
 
 
-def _likeness(left: Module, right: Module) -> float:
-    """Return how alike two names are, those of one part of a model by what they have in front of it."""
+def _only_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    """Return the candidates whose two modules are in no other candidate."""
+    lefts = Counter(id(left) for left, _, _ in candidates)
+    rights = Counter(id(right) for _, right, _ in candidates)
+    return [item for item in candidates if lefts[id(item[0])] == rights[id(item[1])] == 1]
+
+
+def _path_in_layer_key(module: LayeredModule) -> Hashable:
+    return (module.path_in_layer, len(module.path.texts)) if module.path_in_layer else None
+
+
+def _words_key(module: LayeredModule) -> Hashable:
+    return (module.words, len(module.path.texts)) if module.words else None
+
+
+def _shape_key(module: LayeredModule) -> Hashable:
+    return len(module.path.texts), *sorted(next(iter(module.main.tensors.values())).shape)
+
+
+def _likeness(left: LayeredModule, right: LayeredModule) -> float:
+    """Return how similar two names are, between 0 and 1; a shared role counts as a shared word."""
     if all(word.isdigit() for word in set(left.words).intersection(right.words)):
-        spelled = 0.0  # a number alone is a place in a list, and lists begin and count as they like
+        overlap = 0.0  # a shared number alone is a position in a list, and lists count in different ways
     else:
-        spelled = likeness(left.words, right.words)
-    return max(spelled, likeness(left.meaning, right.meaning)) if left.part and left.part == right.part else spelled
+        overlap = word_overlap(left.words, right.words)
+    return max(overlap, word_overlap(left.meaning, right.meaning)) if left.role and left.role == right.role else overlap
 
 
-def _related(left: Module, right: Module) -> bool:
+def _are_related(left: LayeredModule, right: LayeredModule) -> bool:
     return _likeness(left, right) > 0
 
 
-def _is_matrix(module: Module) -> bool:
-    """Return whether its shape says something: every second tensor of a model is a vector of its width."""
+def _has_matrix(module: LayeredModule) -> bool:
+    """Return whether a module has a matrix; the shape of a vector says little, since many have the model's width."""
     return any(len(info.shape) > 1 for member in module.members.values() for info in member.tensors.values())
 
 
-def _leaves(module: Module) -> set[str]:
+def _leaves(module: LayeredModule) -> set[str]:
     return {member.leaf for member in module.members.values()}
 
 
-def _shelf(module: Module) -> Hashable:
-    member = module.main
-    return len(module.path.texts), *sorted(next(iter(member.tensors.values())).shape)
+def _match_fused(
+    fused: LayeredModule, parts: Sequence[LayeredModule], layer_shift: int | None, *, splits: bool
+) -> ModuleMatch | None:
+    """Return how a fused module relates to its parts, which are concatenated along dim 0 of each tensor.
 
-
-def _fuse(whole: Module, apart: Sequence[Module], layer_shift: int | None, *, splits: bool) -> Fit | None:
-    """Return how one module is several side by side, along the first dim of each of their tensors."""
-    kinds = [kind for kind in whole.members if all(kind in module.members for module in apart)]
-    if not kinds or any(len(module.path.texts) != len(whole.path.texts) for module in apart):
+    With ``splits`` the fused module was found and the parts are expected. None if the shapes do not add up.
+    """
+    kinds = [kind for kind in fused.members if all(kind in module.members for module in parts)]
+    if not kinds or any(len(module.path.texts) != len(fused.path.texts) for module in parts):
         return None
-    one, other = (apart[0], whole) if splits else (whole, apart[0])
-    lead = shift_between(one.indices, other.indices, layer_shift)
+    expected, found = (parts[0], fused) if splits else (fused, parts[0])
+    shift = index_shift(expected.indices, found.indices, layer_shift)
     links = []
     for kind in kinds:
-        pieces = tuple(module.members[kind] for module in apart)
+        whole, pieces = fused.members[kind], tuple(module.members[kind] for module in parts)
         if any(piece.tensors.keys() != pieces[0].tensors.keys() for piece in pieces):
             return None
-        link = Link(pieces, (whole.members[kind],)) if splits else Link((whole.members[kind],), pieces)
-        draft = Fit(lead, (link,))
+        link = TensorLink(pieces, (whole,)) if splits else TensorLink((whole,), pieces)
         sizes = set()
-        for moved, index in draft.pairs(link):
-            at, piece_at = (index, moved) if splits else (moved, index)
-            total = whole.members[kind].tensors[at].shape
-            shapes = [piece.tensors[piece_at].shape for piece in pieces]
+        for expected_index, found_index in ModuleMatch(shift).index_pairs(link):
+            whole_index, piece_index = (found_index, expected_index) if splits else (expected_index, found_index)
+            total = whole.tensors[whole_index].shape
+            shapes = [piece.tensors[piece_index].shape for piece in pieces]
             if any(len(shape) != len(total) or not shape or shape[1:] != total[1:] for shape in shapes):
                 return None
             if sum(shape[0] for shape in shapes) != total[0]:
@@ -295,12 +315,12 @@ def _fuse(whole: Module, apart: Sequence[Module], layer_shift: int | None, *, sp
             sizes.add(tuple(shape[0] for shape in shapes))
         if len(sizes) != 1:
             return None
-        (size,) = sizes
-        links.append(Link(link.expected, link.found, (_operation(size, splits=splits),)))
-    return Fit(lead, tuple(links))
+        operation = _fuse_or_split(sizes.pop(), splits=splits)
+        links.append(TensorLink(link.expected, link.found, (operation,)))
+    return ModuleMatch(shift, tuple(links))
 
 
-def _operation(sizes: Sequence[int], *, splits: bool) -> Operation:
+def _fuse_or_split(sizes: Sequence[int], *, splits: bool) -> Operation:
     if not splits:
         return parse_operation({"concat": {"dim": 0}})
     if len(set(sizes)) == 1:

@@ -1,18 +1,18 @@
-"""From paired modules to rules: as few as say it, and none that says more."""
+"""Writes paired modules as rules: as few as possible, without a rule that also matches other keys."""
 
 from __future__ import annotations
 
 import re
 import tomllib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from ckptkit.align.evidence import Link
-from ckptkit.align.modules import Index, Module, Name
-from ckptkit.align.pairing import Pair
+from ckptkit.align.evidence import ModuleMatch, TensorLink
+from ckptkit.align.modules import Index, KeyTemplate, LayeredModule
+from ckptkit.align.pairing import ModulePair
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable
@@ -22,19 +22,26 @@ from ckptkit.rules.model import Rules
 from ckptkit.rules.presets import preset_names, preset_rules, preset_text
 from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["Prefix", "Suggestion", "fitting_presets", "rule_table", "rule_text", "suggestions_of"]
+__all__ = ["Prefix", "Suggestion", "fitting_presets", "rule_file", "rule_table", "suggestions_for"]
 
-
-_SPECIAL = re.compile(r"[*{}=]|^re:")
+_PATTERN_CHARACTERS = re.compile(r"[*{}=]|^re:")
 _VARIABLES = "ijklmnopqrstuvwxyz"
+_PRESET_SAMPLE = 64  # keys
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, slots=True)
 class Suggestion:
-    """One rule of a rule file, with what speaks for it.
+    """One suggested rule, with its evidence.
 
-    ``keys`` maps each key expected that it fills to the keys of found that it takes; ``elements`` are those of the
-    keys expected. ``confidence`` lies between 0 and 1, where 1 is certain by names alone or by equal bytes.
+    Attributes:
+        sources: The patterns of the found keys.
+        targets: The new names of the keys.
+        operations: Tensor operations, in order.
+        why: The evidence, in words.
+        confidence: Between 0 and 1; 1 if the names alone or equal bytes prove the rule.
+        keys: Each expected key that the rule fills, with the found keys that it is made from.
+        elements: The number of elements of the filled keys.
     """
 
     sources: tuple[str, ...]
@@ -53,160 +60,181 @@ class Suggestion:
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """A text that all keys of found have in front and those expected do not, or the other way about."""
+    """A prefix to remove from all found keys, or to add to them."""
 
     text: str = ""
-    added: bool = False
+    is_added: bool = False
 
     @property
     def rule(self) -> tuple[str, str]:
         """Both sides of the rename."""
-        return ("*", f"{self.text}*") if self.added else (f"{self.text}*", "*")
+        return ("*", f"{self.text}*") if self.is_added else (f"{self.text}*", "*")
+
+    def apply(self, key: str) -> str:
+        """Return a found key with the prefix added or removed."""
+        return f"{self.text}{key}" if self.is_added else key.removeprefix(self.text)
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
-    """A pair's rule before patterns are written: the names of both sides, and what they fill."""
+class _RuleDraft:
+    """A rule of a pair, before its names become patterns."""
 
-    pair: Pair
-    sources: tuple[Name, ...]
-    targets: tuple[Name, ...]
+    pair: ModulePair
+    sources: tuple[KeyTemplate, ...]
+    targets: tuple[KeyTemplate, ...]
     operations: tuple[Operation, ...]
-    links: tuple[Link, ...]
-    tail: str = ""  # what stands behind each name on both sides
+    links: tuple[TensorLink, ...]
+    ending: str = ""  # follows each name on both sides, such as ".*"
 
     @property
     def shift(self) -> Index:
-        return self.pair.fit.shift
+        return self.pair.match.shift
 
 
-def suggestions_of(pairs: Iterable[Pair], found: Iterable[Module], *, plainly: bool = False) -> list[Suggestion]:
-    """Return the rules for these pairs; pairs that keep their name need none.
+def suggestions_for(
+    pairs: Iterable[ModulePair], found: Iterable[LayeredModule], *, is_plain: bool = False
+) -> list[Suggestion]:
+    """Return the rules for these pairs; a pair with equal names needs none.
 
-    ``plainly`` writes one rule for each kind of tensor, where the shorter ones would take what is none of theirs.
+    ``found`` are all found modules: a short rule such as ``layers.{i:int}.*`` is written only if it matches no key of
+    another pair. With ``is_plain``, each tensor of a module gets its own rule.
     """
-    below: Counter[tuple[str, ...]] = Counter()
+    keys_below: Counter[tuple[str, ...]] = Counter()
     for module in found:
         for member in module.members.values():
-            below.update(_beginnings(member.name))
-    lines = [line for pair in pairs for line in _lines(pair, below, plainly=plainly)]
-    lines = lines if plainly else _whole_layers(lines, below)
-    return [made for made in map(_suggestion, lines) if made is not None]
+            keys_below.update(_beginnings(member.name))
+    drafts = [draft for pair in pairs for draft in _drafts(pair, keys_below, is_plain=is_plain)]
+    drafts = drafts if is_plain else _join_layers(drafts, keys_below)
+    return [suggestion for suggestion in map(_suggestion, drafts) if suggestion is not None]
 
 
-def _beginnings(name: Name) -> Iterable[tuple[str, ...]]:
+def _beginnings(name: KeyTemplate) -> Iterator[tuple[str, ...]]:
+    """Yield the beginnings of a name that end with a separator."""
     for at, text in enumerate(name.texts):
         for found in re.finditer(r"[./]", text):
             yield (*name.texts[:at], text[: found.end()])
 
 
-def _lines(pair: Pair, below: Counter[tuple[str, ...]], *, plainly: bool) -> list[_Line]:
-    groups: dict[tuple[Operation, ...], list[Link]] = defaultdict(list)
-    for link in pair.fit.links:
-        groups[link.operations].append(link)
-    lines = []
-    for operations, links in groups.items():
-        tails = {member.leaf for link in links for member in (*link.expected, *link.found)}
-        modules = (*pair.expected, *pair.found)
-        covered = all(
-            below[*module.path.texts[:-1], module.path.texts[-1] + next(iter(tails))[:1]] == len(links)
-            for module in pair.found
-        )
-        same = all({member.leaf for member in (*link.expected, *link.found)} == {link.found[0].leaf} for link in links)
-        separators = {tail[:1] for tail in tails}
-        joins = len(links) > 1 and len(separators) == 1 and separators <= {".", "/"} and min(map(len, tails)) > 1
-        if joins and same and covered and not plainly:
-            names = [_real(module.path, module) for module in modules]
-            count = len(pair.expected)
-            tail = f"{min(separators)}*"
-            lines.append(_Line(pair, tuple(names[count:]), tuple(names[:count]), operations, tuple(links), tail))
+def _drafts(pair: ModulePair, keys_below: Counter[tuple[str, ...]], *, is_plain: bool) -> list[_RuleDraft]:
+    """Return one rule for all tensors of a module with the same operations if possible, else one for each tensor."""
+    links_by_operations: dict[tuple[Operation, ...], list[TensorLink]] = defaultdict(list)
+    for link in pair.match.links:
+        links_by_operations[link.operations].append(link)
+    drafts = []
+    for operations, links in links_by_operations.items():
+        if not is_plain and _is_whole_module(pair, links, keys_below):
+            targets, sources = (
+                tuple(_with_full_prefix(module.path, module) for module in modules)
+                for modules in (pair.expected, pair.found)
+            )
+            ending = f"{links[0].found[0].leaf[:1]}*"
+            drafts.append(_RuleDraft(pair, sources, targets, operations, tuple(links), ending))
             continue
         for link in links:
-            sources, targets = (
-                tuple(_real(member.name, module) for member, module in zip(members, side, strict=True))
-                for members, side in ((link.found, pair.found), (link.expected, pair.expected))
+            targets, sources = (
+                tuple(_with_full_prefix(member.name, module) for member, module in zip(members, modules, strict=True))
+                for members, modules in ((link.expected, pair.expected), (link.found, pair.found))
             )
-            lines.append(_Line(pair, sources, targets, operations, (link,)))
-    return [line for line in lines if line.operations or line.sources != line.targets or any(line.shift)]
+            drafts.append(_RuleDraft(pair, sources, targets, operations, (link,)))
+    return [draft for draft in drafts if draft.operations or draft.sources != draft.targets or any(draft.shift)]
 
 
-def _real(name: Name, module: Module) -> Name:
-    """Return a name as the checkpoint has it: keys were compared without a prefix that all have."""
+def _is_whole_module(pair: ModulePair, links: Sequence[TensorLink], keys_below: Counter[tuple[str, ...]]) -> bool:
+    """Return whether one rule that ends in ``.*`` means these links and matches no other found key."""
+    leaves = {member.leaf for link in links for member in (*link.expected, *link.found)}
+    separators = {leaf[:1] for leaf in leaves}
+    if len(links) < 2 or len(separators) != 1 or not separators <= {".", "/"} or min(map(len, leaves)) < 2:
+        return False
+    if any({member.leaf for member in (*link.expected, *link.found)} != {link.found[0].leaf} for link in links):
+        return False
+    (separator,) = separators
+    return all(
+        keys_below[*module.path.texts[:-1], module.path.texts[-1] + separator] == len(links) for module in pair.found
+    )
+
+
+def _with_full_prefix(name: KeyTemplate, module: LayeredModule) -> KeyTemplate:
+    """Return a name as the checkpoint has it; the modules may come from keys with a prefix added or removed."""
     member = module.main
     index, info = next(iter(member.tensors.items()))
-    seen = member.name.at(index)
-    if seen.endswith(info.key):
-        return Name((name.texts[0][len(seen) - len(info.key) :], *name.texts[1:]))
-    return Name((info.key[: len(info.key) - len(seen)] + name.texts[0], *name.texts[1:]))
+    compared = member.name.key_at(index)
+    if compared.endswith(info.key):
+        return KeyTemplate((name.texts[0][len(compared) - len(info.key) :], *name.texts[1:]))
+    return KeyTemplate((info.key[: len(info.key) - len(compared)] + name.texts[0], *name.texts[1:]))
 
 
-def _whole_layers(lines: Sequence[_Line], below: Counter[tuple[str, ...]]) -> list[_Line]:
-    """Join the rules of a layer that all of it follows: its parts keep their names, and only where it is changes."""
-    groups: dict[tuple[object, ...], list[_Line]] = defaultdict(list)
-    for line in lines:
-        groups[_layer_rule(line)].append(line)
-    joined: list[_Line] = []
-    for rule, members in groups.items():
-        module = members[0].pair.found[0]
-        texts = module.path.texts
-        count = sum(len(line.links) for line in members)
-        if rule and below[texts[0], texts[1][:1]] == count and len(members) > 1:
-            first = members[0]
-            source, target = (Name((names[0].texts[0], "")) for names in (first.sources, first.targets))
-            links = tuple(link for line in members for link in line.links)
-            weakest = min(members, key=lambda line: line.pair.confidence).pair
-            fit = type(weakest.fit)(first.shift[:1], links)
-            pair = Pair(weakest.expected, weakest.found, fit, weakest.why, weakest.confidence)
-            joined.append(_Line(pair, (source,), (target,), (), links, f"{texts[1][:1]}*"))
+def _join_layers(drafts: Sequence[_RuleDraft], keys_below: Counter[tuple[str, ...]]) -> list[_RuleDraft]:
+    """Join the rules of all modules of a layer if only the part before the layer's index, and the index, change."""
+    groups: dict[tuple[object, ...], list[_RuleDraft]] = defaultdict(list)
+    for draft in drafts:
+        groups[_layer_rename(draft)].append(draft)
+    joined: list[_RuleDraft] = []
+    for rename, members in groups.items():
+        first = members[0]
+        texts = first.pair.found[0].path.texts
+        count = sum(len(draft.links) for draft in members)
+        if rename and keys_below[texts[0], texts[1][:1]] == count and len(members) > 1:
+            source, target = (KeyTemplate((names[0].texts[0], "")) for names in (first.sources, first.targets))
+            links = tuple(link for draft in members for link in draft.links)
+            weakest = min(members, key=lambda draft: draft.pair.confidence).pair
+            pair = replace(weakest, match=ModuleMatch(first.shift[:1], links))
+            joined.append(_RuleDraft(pair, (source,), (target,), (), links, f"{texts[1][:1]}*"))
         else:
             joined += members
     return joined
 
 
-def _layer_rule(line: _Line) -> tuple[object, ...]:
-    source, target = line.sources[0].texts, line.targets[0].texts
-    plain = len(line.sources) == len(line.targets) == 1 and not line.operations and not any(line.shift[1:])
-    if not plain or len(source) < 2 or source[1:] != target[1:] or source[1][:1] not in (".", "/"):
+def _layer_rename(draft: _RuleDraft) -> tuple[object, ...]:
+    """Return the rename of the layer that a rule amounts to; empty if the rule changes more."""
+    source, target = draft.sources[0].texts, draft.targets[0].texts
+    is_rename = len(draft.sources) == len(draft.targets) == 1 and not draft.operations and not any(draft.shift[1:])
+    if not is_rename or len(source) < 2 or source[1:] != target[1:] or source[1][:1] not in (".", "/"):
         return ()
-    return source[0], target[0], line.shift[:1], source[1][:1]
+    return source[0], target[0], draft.shift[:1], source[1][:1]
 
 
-def _suggestion(line: _Line) -> Suggestion | None:
+def _suggestion(draft: _RuleDraft) -> Suggestion | None:
+    """Return the finished rule; None if the pattern language cannot express the names."""
     keys: dict[str, tuple[str, ...]] = {}
     elements = 0
-    for link in line.links:
-        shift = line.shift + (0,) * (len(link.found[0].name.texts) - 1 - len(line.shift))
+    for link in draft.links:
+        # A joined rule has the shift of the layer only; further indices do not change.
+        shift = draft.shift + (0,) * (len(link.found[0].name.texts) - 1 - len(draft.shift))
         for index in link.found[0].tensors:
-            moved = tuple(one + by for one, by in zip(index, shift, strict=True))
-            if all(moved in member.tensors for member in link.expected) and all(
-                index in member.tensors for member in link.found
-            ):
-                taken = tuple(member.tensors[index].key for member in link.found)
+            shifted = tuple(number + by for number, by in zip(index, shift, strict=True))
+            are_expected = all(shifted in member.tensors for member in link.expected)
+            if are_expected and all(index in member.tensors for member in link.found):
+                sources = tuple(member.tensors[index].key for member in link.found)
                 for member in link.expected:
-                    keys[member.tensors[moved].key] = taken
-                    elements += member.tensors[moved].elements
-    patterns = _patterns(line)
+                    keys[member.tensors[shifted].key] = sources
+                    elements += member.tensors[shifted].elements
+    patterns = _patterns(draft)
     if patterns is None:
         return None
-    why = "; ".join(dict.fromkeys([line.pair.why, *(link.note for link in line.links if link.note)]))
-    return Suggestion(*patterns, line.operations, why, line.pair.confidence, keys, elements)
+    why = "; ".join(dict.fromkeys([draft.pair.why, *(link.note for link in draft.links if link.note)]))
+    return Suggestion(*patterns, draft.operations, why, draft.pair.confidence, keys, elements)
 
 
-def _patterns(line: _Line) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """Return both sides as patterns; None where the language has no words for them."""
-    texts = [text for name in (*line.sources, *line.targets) for text in name.texts]
+def _patterns(draft: _RuleDraft) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """Return both sides as patterns; None if the pattern language cannot express them."""
+    texts = [text for name in (*draft.sources, *draft.targets) for text in name.texts]
     try:
         "".join(texts).encode()
-    except UnicodeEncodeError:  # a lone surrogate, which no file of rules can hold
+    except UnicodeEncodeError:  # a lone surrogate, which a rule file cannot hold
         return None
-    if not any(_SPECIAL.search(text) for text in texts):
-        sources = tuple(_pattern(name, [f"{{{one}:int}}" for one in _VARIABLES]) for name in line.sources)
-        shown = [f"{{{one}{by:+d}}}" if by else f"{{{one}}}" for one, by in zip(_VARIABLES, line.shift, strict=False)]
-        targets = tuple(_pattern(name, shown) for name in line.targets)
-        return tuple(f"{one}{line.tail}" for one in sources), tuple(f"{one}{line.tail}" for one in targets)
-    if line.operations or any(line.shift) or line.tail or len(line.sources) + len(line.targets) > 2:
+    if not any(_PATTERN_CHARACTERS.search(text) for text in texts):
+        captures = [f"{{{variable}:int}}" for variable in _VARIABLES]
+        shifted = [
+            f"{{{variable}{by:+d}}}" if by else f"{{{variable}}}"
+            for variable, by in zip(_VARIABLES, draft.shift, strict=False)
+        ]
+        return (
+            tuple(f"{_fill_in(name, captures)}{draft.ending}" for name in draft.sources),
+            tuple(f"{_fill_in(name, shifted)}{draft.ending}" for name in draft.targets),
+        )
+    if draft.operations or any(draft.shift) or draft.ending or len(draft.sources) + len(draft.targets) > 2:
         return None
-    (source,), (target,) = line.sources, line.targets
+    (source,), (target,) = draft.sources, draft.targets
     old = "([0-9]+)".join(map(re.escape, source.texts))
     new = "".join(
         text.replace("\\", "\\\\") + (f"\\g<{at}>" if at < len(target.texts) else "")
@@ -215,29 +243,26 @@ def _patterns(line: _Line) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     return (f"re:{old}",), (new,)
 
 
-def _pattern(name: Name, shown: Sequence[str]) -> str:
+def _fill_in(name: KeyTemplate, variables: Sequence[str]) -> str:
     pieces = [name.texts[0]]
-    for text, variable in zip(name.texts[1:], shown, strict=False):
+    for text, variable in zip(name.texts[1:], variables, strict=False):
         pieces += [variable, text]
     return "".join(pieces)
 
 
-_Item = TypeVar("_Item")
-
-
-def rule_table(suggestions: Iterable[Suggestion]) -> dict[str, Any]:
+def rule_table(suggestions: Iterable[Suggestion]) -> dict[str, object]:
     """Return the rules in the form of a parsed rule file."""
-    return {"rule": [_table(one) for one in suggestions]}
+    return {"rule": [_table(suggestion) for suggestion in suggestions]}
 
 
-def _table(one: Suggestion) -> dict[str, Any]:
-    made: dict[str, Any] = {"from": _one_or_all(one.sources), "to": _one_or_all(one.targets)}
-    if one.operations:
-        made["op"] = _one_or_all(tuple(map(_operation, one.operations)))
-    return made
+def _table(suggestion: Suggestion) -> dict[str, object]:
+    table: dict[str, object] = {"from": _one_or_all(suggestion.sources), "to": _one_or_all(suggestion.targets)}
+    if suggestion.operations:
+        table["op"] = _one_or_all(tuple(map(_operation, suggestion.operations)))
+    return table
 
 
-def _operation(operation: Operation) -> str | dict[str, Any]:
+def _operation(operation: Operation) -> object:
     return {operation.name: operation.params()} if operation.params() else operation.name
 
 
@@ -245,54 +270,46 @@ def _one_or_all(items: tuple[_Item, ...]) -> _Item | list[_Item]:
     return items[0] if len(items) == 1 else list(items)
 
 
-def rule_text(
-    title: Iterable[str], suggestions: Iterable[Suggestion], doubts: Iterable[tuple[str, list[Suggestion]]]
+def rule_file(
+    title: Iterable[str], suggestions: Iterable[Suggestion], undecided: Iterable[tuple[str, Sequence[Suggestion]]]
 ) -> str:
-    """Return a TOML file with a title, the rules, and those that could be, as comments."""
+    """Return a TOML file with a title in comments, the rules, and the candidates of undecided tensors in comments."""
     lines = [f"# {printable(line)}" for line in title]
-    for one in suggestions:
-        lines += ["", *_comment(one), *_lines_rule_file(one)]
-    for why, candidates in doubts:
+    for suggestion in suggestions:
+        count = plural(len(suggestion.keys), "tensor")
+        evidence = f"# {count}, confidence {suggestion.confidence:.2f}: {printable(suggestion.why)}"
+        lines += ["", evidence, *_rule_lines(suggestion)]
+    for why, candidates in undecided:
         lines += ["", f"# ambiguous: {printable(why)}"]
-        for one in candidates:
-            lines += [f"# {line}" for line in _lines_rule_file(one)]
+        lines += [f"# {line}" for candidate in candidates for line in _rule_lines(candidate)]
     return "\n".join(lines) + "\n"
 
 
-def _comment(one: Suggestion) -> list[str]:
-    return [f"# {plural(len(one.keys), 'tensor')}, confidence {one.confidence:.2f}: {printable(one.why)}"]
-
-
-def _lines_rule_file(one: Suggestion) -> list[str]:
-    table = _table(one)
-    lines = ["[[rule]]", f"from = {toml_value(table['from'])}", f"to = {toml_value(table['to'])}"]
-    if "op" in table:
-        lines.append(f"op = {toml_value(table['op'])}")
-    return lines
-
-
-_SAMPLE = 64
+def _rule_lines(suggestion: Suggestion) -> list[str]:
+    table = _table(suggestion)
+    return ["[[rule]]", *(f"{name} = {toml_value(value)}" for name, value in table.items())]
 
 
 def fitting_presets(expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> tuple[str, ...]:
-    """Return the names of the presets that make every key expected, in its shape, of what was found."""
-    return tuple(name for name in preset_names() if _fits(name, expected, found))
+    """Return the names of the presets that make every expected key, in its shape, from the found keys."""
+    return tuple(name for name in preset_names() if _is_fitting(name, expected, found))
 
 
-def _fits(name: str, expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> bool:
+def _is_fitting(name: str, expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo]) -> bool:
     variables = tomllib.loads(preset_text(name)).get("vars", {})
-    rules = preset_rules(name, dict.fromkeys(variables, 1))  # one head: how many there are changes no shape
-    if not _speaks_of(rules, found):
+    rules = preset_rules(name, dict.fromkeys(variables, 1))  # the number of heads changes no shape
+    if not _matches_many(rules, found):
         return False
     try:
-        made = apply_rules(rules, found).describe(found)
+        infos = apply_rules(rules, found).describe(found)
     except RuleError:
         return False
-    return all(key in made and made[key].shape == info.shape for key, info in expected.items())
+    return all(key in infos and infos[key].shape == info.shape for key, info in expected.items())
 
 
-def _speaks_of(rules: Rules, found: Mapping[str, TensorInfo]) -> bool:
+def _matches_many(rules: Rules, found: Mapping[str, TensorInfo]) -> bool:
+    """Return whether the rules match more than a quarter of a sample of keys."""
     patterns = [pattern for stage in rules.stages for rule in stage.rules for pattern in rule.sources]
-    step = max(len(found) // _SAMPLE, 1)
+    step = max(len(found) // _PRESET_SAMPLE, 1)
     sample = list(islice(found, 0, None, step))
     return sum(any(pattern.match(key) for pattern in patterns) for key in sample) > len(sample) / 4
