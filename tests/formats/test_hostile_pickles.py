@@ -113,12 +113,16 @@ CORRUPT = [
         id="a negative byte",
     ),
     pytest.param(tensor(more=mapping({"conj": b"\x88"})), "F32 tensor marked as conjugate", id="a conjugate float"),
-    pytest.param(call("torch._utils._rebuild_tensor_v2", b"N"), "arguments it does not take", id="no storage"),
+    pytest.param(call("torch._utils._rebuild_tensor_v2", b"N"), "does not take the given arguments", id="no storage"),
     pytest.param(
-        call("torch._utils._rebuild_tensor_v3", storage(), b"NNNNNN"), "arguments it does not take", id="no dtype"
+        call("torch._utils._rebuild_tensor_v3", storage(), b"NNNNNN"),
+        "does not take the given arguments",
+        id="no dtype",
     ),
     pytest.param(
-        glob("collections.OrderedDict") + b"]R", "was given a list for its arguments", id="no tuple of arguments"
+        glob("collections.OrderedDict") + b"]R",
+        "the arguments of collections.OrderedDict are a list, not a tuple",
+        id="no tuple of arguments",
     ),
 ]
 

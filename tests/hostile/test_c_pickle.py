@@ -107,7 +107,7 @@ BAD: dict[str, Bad] = {
     "C5 underflow": Bad(at_once(b"R"), "corrupt pickle: nothing on the stack at byte 2"),
     "C5 no MARK": Bad(at_once(b"t"), "corrupt pickle: no MARK at byte 2"),
     "C5 memo": Bad(at_once(b"h\5"), "memo 5 is read before it is written, at byte 3"),
-    "C7 hash": Bad(at_once(b"}" + laughs(60, b"", b"\x86") + b"Ns"), "a tuple of tuples, too deep to be a name"),
+    "C7 hash": Bad(at_once(b"}" + laughs(60, b"", b"\x86") + b"Ns"), "a tuple of tuples, which no checkpoint needs"),
     "C8 laughs": Bad(at_once(mapping({"w": WEIGHTS, "x": laughs(60)})), "so often that it expands too far"),
     "C9 lists": Bad(written(lambda: torch_zip(b"]" * 200_000 + b"a" * 199_999)), "nested too deeply"),
     "C9 tuples": Bad(written(lambda: torch_zip(b")" + b"\x85" * 200_000)), "nested too deeply"),

@@ -1,1 +1,1 @@
-"""Pickles, read and written without running any of them."""
+"""Read, edit and write pickles without running code from them."""

@@ -1,4 +1,4 @@
-"""The state of the inert pickle machine: a stack, a memo, and what may be done to them."""
+"""Parse a pickle without running code: a stack machine for the opcodes of protocols 0 to 5."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import codecs
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import Any, Final
+from typing import Final
 
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
@@ -16,7 +16,7 @@ __all__ = ["MARK", "OPCODES", "Operation", "PickleMachine", "TruncatedPickleErro
 
 
 class TruncatedPickleError(FormatError):
-    """The bytes end inside the pickle."""
+    """Raised when the bytes end inside the pickle."""
 
 
 MARK: Final = object()
@@ -26,21 +26,21 @@ _BUDGET_PER_BYTE = 4
 
 
 class PickleMachine:
-    """One run over one pickle: a stack, a memo, and a table of opcodes."""
+    """The stack and the memo of one run over one pickle."""
 
     def __init__(self, data: bytes, interpreter: Interpreter, start: int) -> None:
-        """Stand at ``start`` with an empty stack."""
+        """Prepare a run that begins at byte ``start``."""
         self.data = data
         self.end = len(data)
         self.pos = start
         self.interpreter = interpreter
         interpreter.budget += _BUDGET_PER_BYTE * len(data)
-        self.stack: list[Any] = []
-        self.memo: dict[int, Any] = {}
+        self.stack: list[object] = []
+        self.memo: dict[int, object] = {}
         self.tuple_keys = 0
 
     def run(self, operations: Mapping[int, Operation]) -> tuple[object, int]:
-        """Obey opcodes until STOP; return the value and the offset behind it."""
+        """Execute opcodes until STOP; return the value and the offset of the next byte."""
         start = self.pos
         try:
             while True:
@@ -61,13 +61,15 @@ class PickleMachine:
         except (ValueError, OverflowError, struct.error) as error:
             raise FormatError(f"corrupt pickle: {printable(str(error))} at byte {self.pos}") from None
 
-    def pop(self) -> Any:
+    def pop(self) -> object:
+        """Return the top of the stack and remove it; raises ``FormatError`` for a MARK."""
         value = self.stack.pop()
         if value is MARK:
             raise FormatError(f"corrupt pickle: stray MARK at byte {self.pos - 1}")
         return value
 
-    def pop_mark(self) -> list[Any]:
+    def pop_mark(self) -> list[object]:
+        """Return everything above the last MARK, and remove it together with the MARK."""
         stack = self.stack
         for index in range(len(stack) - 1, -1, -1):
             if stack[index] is MARK:
@@ -76,7 +78,8 @@ class PickleMachine:
                 return items
         raise FormatError(f"corrupt pickle: no MARK at byte {self.pos - 1}")
 
-    def take(self, count: int) -> bytes:
+    def read_bytes(self, count: int) -> bytes:
+        """Return the next ``count`` bytes."""
         if count < 0:
             raise FormatError(f"corrupt pickle: negative length at byte {self.pos}")
         if count > self.end - self.pos:
@@ -86,11 +89,13 @@ class PickleMachine:
         self.pos += count
         return self.data[self.pos - count : self.pos]
 
-    def number(self, layout: struct.Struct) -> int:
-        (value,) = layout.unpack(self.take(layout.size))
+    def read_number(self, layout: struct.Struct) -> int:
+        """Return the next integer, which has this layout."""
+        (value,) = layout.unpack(self.read_bytes(layout.size))
         return int(value)
 
-    def line(self) -> str:
+    def read_line(self) -> str:
+        """Return the text up to the next line break."""
         stop = self.data.find(b"\n", self.pos)
         if stop < 0:
             raise TruncatedPickleError(f"the line at byte {self.pos} has no end: truncated?")
@@ -98,8 +103,8 @@ class PickleMachine:
         self.pos = stop + 1
         return text.decode("utf-8")
 
-    def key(self, key: object) -> object:
-        """Return ``key`` where hashing it is cheap and collides with nothing; refuse everything else."""
+    def checked_key(self, key: object) -> object:
+        """Return ``key``; raises ``FormatError`` for a key that is slow to hash or can be made to collide."""
         if isinstance(key, str):
             return key
         if isinstance(key, tuple):
@@ -107,14 +112,15 @@ class PickleMachine:
             if self.tuple_keys > _MOST_TUPLE_KEYS:
                 raise FormatError(f"more than {_MOST_TUPLE_KEYS} dict keys are tuples")
             if len(key) > _LONGEST_TUPLE_KEY or any(isinstance(item, tuple) for item in key):
-                raise FormatError("a dict key is a long tuple or a tuple of tuples, too deep to be a name")
+                raise FormatError("a dict key is a long tuple or a tuple of tuples, which no checkpoint needs")
             for item in key:
                 check_key(item)
             return key
         check_key(key)
         return key
 
-    def put_items(self, target: object, pairs: list[Any]) -> None:
+    def put_items(self, target: object, pairs: list[object]) -> None:
+        """Set keys and values, which alternate in ``pairs``, in a dict or a placeholder."""
         if len(pairs) % 2:
             raise FormatError(f"corrupt pickle: a key without a value at byte {self.pos - 1}")
         if isinstance(target, dict):
@@ -124,42 +130,45 @@ class PickleMachine:
         else:
             raise FormatError(f"corrupt pickle: items set on a {type(target).__name__} at byte {self.pos - 1}")
         for index in range(0, len(pairs), 2):
-            self.interpreter.set_item(into, self.key(pairs[index]), pairs[index + 1])
+            self.interpreter.set_item(into, self.checked_key(pairs[index]), pairs[index + 1])
 
-    def put_values(self, target: object, values: list[Any]) -> None:
+    def put_values(self, target: object, values: list[object]) -> None:
+        """Append values to a list, a set or a placeholder."""
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
-            target.update(self.key(value) for value in values)
+            target.update(self.checked_key(value) for value in values)
         elif isinstance(target, Placeholder):
             target.items.extend(values)
         else:
             raise FormatError(f"corrupt pickle: values appended to a {type(target).__name__} at byte {self.pos - 1}")
 
     def build(self, target: object, state: object) -> None:
+        """Set the state of a mapping or a placeholder; ignore the state of any other value."""
         if isinstance(target, PickledMapping):
-            # Kept aside as data: torch sets these on the object itself, where they can shadow its methods.
+            # Kept as separate data: torch sets these attributes on the object, where they can hide its methods.
             target.attributes = state if isinstance(state, dict) else {"state": state}
         elif isinstance(target, Placeholder):
             target.state = state
 
     def persistent(self, pid: object) -> object:
+        """Return the value of a persistent id, such as a storage."""
         if self.interpreter.persistent is None:
-            raise FormatError(f"corrupt pickle: a persistent id at byte {self.pos - 1} where none belongs")
+            raise FormatError(f"corrupt pickle: an unexpected persistent id at byte {self.pos - 1}")
         return self.interpreter.persistent(pid)
 
 
 Operation = Callable[[PickleMachine], None]
 
-_SET = range(12)  # what an empty one costs: a byte makes it, and it takes the memory of four lists
-_MOST_MEMO = 2**32  # what LONG_BINPUT can name; decimal indexes beyond it can be made to collide in the memo
+_EMPTY_SET_COST = range(12)  # one byte of a pickle makes an empty set, which takes the memory of four lists
+_MOST_MEMO = 2**32  # the limit of LONG_BINPUT; larger decimal indexes could be made to collide in the memo
 
 
 def parse_pickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
-    """Return the inert value of the pickle at ``start`` and the offset behind it.
+    """Return the value of the pickle at ``start`` and the offset of the next byte; no code is run.
 
-    Raises ``FormatError`` for anything that is not one whole pickle of protocol 0 to 5, and
-    ``TruncatedPickleError``, a kind of it, where more bytes might still make it one.
+    Objects that need code become placeholders. Raises ``FormatError`` for anything but one whole pickle of protocol
+    0 to 5, and its subclass ``TruncatedPickleError`` for bytes that end inside the pickle.
     """
     return PickleMachine(data, interpreter, start).run(OPCODES)
 
@@ -177,23 +186,23 @@ def _empty(kind: Callable[[], object]) -> Operation:
 
 
 def _integer(layout: struct.Struct) -> Operation:
-    return lambda machine: machine.stack.append(machine.number(layout))
+    return lambda machine: machine.stack.append(machine.read_number(layout))
 
 
 def _text(layout: struct.Struct) -> Operation:
     def run(machine: PickleMachine) -> None:
-        raw = machine.take(machine.number(layout))
+        raw = machine.read_bytes(machine.read_number(layout))
         machine.stack.append(raw.decode("utf-8", "surrogatepass"))
 
     return run
 
 
 def _raw(layout: struct.Struct, kind: Callable[[bytes], object]) -> Operation:
-    return lambda machine: machine.stack.append(kind(machine.take(machine.number(layout))))
+    return lambda machine: machine.stack.append(kind(machine.read_bytes(machine.read_number(layout))))
 
 
 def _old_string(data: bytes) -> object:
-    # A str of Python 2: text nearly always, but arrays keep their bytes in it too.
+    # A str of Python 2 is nearly always text, but arrays store their bytes in one too.
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:
@@ -204,7 +213,7 @@ _ESCAPED = re.compile(r"""(?:[^\\]|\\(?:[\\'"abfnrtv]|x[0-9a-fA-F]{2}|[0-3]?[0-7
 
 
 def _quoted_string(machine: PickleMachine) -> None:
-    text = machine.line().strip()
+    text = machine.read_line().strip()
     if len(text) < 2 or text[0] != text[-1] or text[0] not in "\"'":
         raise FormatError(f"corrupt pickle: a string without quotes before byte {machine.pos}")
     if not _ESCAPED.fullmatch(text[1:-1]):
@@ -213,13 +222,13 @@ def _quoted_string(machine: PickleMachine) -> None:
 
 
 def _decimal(machine: PickleMachine) -> None:
-    text = machine.line()
+    text = machine.read_line()
     machine.stack.append({"00": False, "01": True}[text] if text in ("00", "01") else int(text.rstrip("L")))
 
 
 def _long(layout: struct.Struct) -> Operation:
     return lambda machine: machine.stack.append(
-        int.from_bytes(machine.take(machine.number(layout)), "little", signed=True)
+        int.from_bytes(machine.read_bytes(machine.read_number(layout)), "little", signed=True)
     )
 
 
@@ -238,13 +247,13 @@ def _dict_from_mark(machine: PickleMachine) -> None:
 
 
 def _set(machine: PickleMachine) -> None:
-    machine.interpreter.spend(_SET)
+    machine.interpreter.count_copy(_EMPTY_SET_COST)
     machine.stack.append(set())
 
 
 def _frozenset_from_mark(machine: PickleMachine) -> None:
-    machine.interpreter.spend(_SET)
-    machine.stack.append(frozenset(machine.key(item) for item in machine.pop_mark()))
+    machine.interpreter.count_copy(_EMPTY_SET_COST)
+    machine.stack.append(frozenset(machine.checked_key(item) for item in machine.pop_mark()))
 
 
 def _set_item(machine: PickleMachine) -> None:
@@ -268,7 +277,7 @@ def _append_all(machine: PickleMachine) -> None:
 
 
 def _global(machine: PickleMachine) -> None:
-    module, name = machine.line(), machine.line()
+    module, name = machine.read_line(), machine.read_line()
     machine.stack.append(machine.interpreter.lookup(module, name))
 
 
@@ -293,7 +302,7 @@ def _new_with_keywords(machine: PickleMachine) -> None:
 
 
 def _instance(machine: PickleMachine) -> None:
-    module, name = machine.line(), machine.line()
+    module, name = machine.read_line(), machine.read_line()
     args = tuple(machine.pop_mark())
     machine.stack.append(machine.interpreter.call(machine.interpreter.lookup(module, name), args))
 
@@ -346,13 +355,13 @@ def _memoize(machine: PickleMachine) -> None:
 
 
 def _protocol(machine: PickleMachine) -> None:
-    version = machine.number(_U1)
+    version = machine.read_number(_U1)
     if version > 5:
         raise FormatError(f"pickle protocol {version} is not known")
 
 
 def _frame(machine: PickleMachine) -> None:
-    if machine.number(_U8) > machine.end - machine.pos:
+    if machine.read_number(_U8) > machine.end - machine.pos:
         raise TruncatedPickleError(f"corrupt pickle: the frame at byte {machine.pos} is longer than the file")
 
 
@@ -368,36 +377,36 @@ OPCODES: Final[Mapping[int, Operation]] = {
     0x30: lambda machine: machine.stack.__delitem__(-1),  # POP takes a MARK too
     0x31: lambda machine: machine.pop_mark().clear(),
     0x32: lambda machine: machine.stack.append(machine.stack[-1]),
-    0x46: lambda machine: machine.stack.append(float(machine.line())),
-    0x47: lambda machine: machine.stack.append(_F8.unpack(machine.take(8))[0]),
+    0x46: lambda machine: machine.stack.append(float(machine.read_line())),
+    0x47: lambda machine: machine.stack.append(_F8.unpack(machine.read_bytes(8))[0]),
     0x49: _decimal,
     0x4A: _integer(_I4),
     0x4B: _integer(_U1),
     0x4C: _decimal,
     0x4D: _integer(_U2),
     0x4E: _constant(None),
-    0x50: lambda machine: machine.stack.append(machine.persistent(machine.line())),
+    0x50: lambda machine: machine.stack.append(machine.persistent(machine.read_line())),
     0x51: lambda machine: machine.stack.append(machine.persistent(machine.pop())),
     0x52: _reduce,
     0x53: _quoted_string,
     0x54: _raw(_I4, _old_string),
     0x55: _raw(_U1, _old_string),
-    0x56: lambda machine: machine.stack.append(machine.line().encode().decode("raw-unicode-escape")),
+    0x56: lambda machine: machine.stack.append(machine.read_line().encode().decode("raw-unicode-escape")),
     0x58: _text(_U4),
     0x61: _append,
     0x62: _build,
     0x63: _global,
     0x64: _dict_from_mark,
     0x65: _append_all,
-    0x67: _get(lambda machine: int(machine.line())),
+    0x67: _get(lambda machine: int(machine.read_line())),
     0x68: _binget,
     0x69: _instance,
-    0x6A: _get(lambda machine: machine.number(_U4)),
+    0x6A: _get(lambda machine: machine.read_number(_U4)),
     0x6C: lambda machine: machine.stack.append(machine.pop_mark()),
     0x6F: _object,
-    0x70: _put(lambda machine: int(machine.line())),
+    0x70: _put(lambda machine: int(machine.read_line())),
     0x71: _binput,
-    0x72: _put(lambda machine: machine.number(_U4)),
+    0x72: _put(lambda machine: machine.read_number(_U4)),
     0x73: _set_item,
     0x74: lambda machine: machine.stack.append(tuple(machine.pop_mark())),
     0x75: _set_items,

@@ -119,6 +119,10 @@ def _mark_used(parts: Sequence[Part]) -> None:
             part.updates_at_use = len(part.updates)
 
 
+def _above_mark(machine: PickleMachine) -> tuple[Part, ...]:
+    return cast("tuple[Part, ...]", tuple(machine.pop_mark()))
+
+
 def _push_node(machine: PickleMachine, op: bytes, args: tuple[Part, ...]) -> None:
     _mark_used(args)
     machine.stack.append(Node(op, args))
@@ -137,7 +141,7 @@ def _counted(opcode: int, count: int, action: _Action) -> Operation:
     op = bytes([opcode])
 
     def run(machine: PickleMachine) -> None:
-        args = [machine.pop() for _ in range(count)]
+        args = [cast("Part", machine.pop()) for _ in range(count)]
         action(machine, op, tuple(reversed(args)))
 
     return run
@@ -146,7 +150,7 @@ def _counted(opcode: int, count: int, action: _Action) -> Operation:
 def _marked(opcode: int, action: _Action) -> Operation:
     """Return the operation of an opcode that takes everything above a MARK."""
     op = bytes([opcode])
-    return lambda machine: action(machine, op, tuple(machine.pop_mark()))
+    return lambda machine: action(machine, op, _above_mark(machine))
 
 
 def _verbatim(read: Operation, kind: Callable[[bytes], Part]) -> Operation:
@@ -162,8 +166,8 @@ def _verbatim(read: Operation, kind: Callable[[bytes], Part]) -> Operation:
 
 def _instance(machine: PickleMachine) -> None:
     start = machine.pos - 1
-    machine.line(), machine.line()
-    _push_node(machine, machine.data[start : machine.pos], tuple(machine.pop_mark()))
+    machine.read_line(), machine.read_line()
+    _push_node(machine, machine.data[start : machine.pos], _above_mark(machine))
 
 
 _IMMUTABLE = b"FGIJKLMNPSTUVXcBC\x88\x89\x8a\x8b\x8c\x8d\x8e)"

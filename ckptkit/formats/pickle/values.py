@@ -1,4 +1,4 @@
-"""Inert values: what the pickle machine builds in place of objects that would need code."""
+"""The values that parsing a pickle returns, with placeholders for objects that need code."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = [
 
 
 class CodeName:
-    """A name of code, ``module.name``, that the pickle refers to; it is never looked up."""
+    """The name of code, ``module.name``, to which a pickle refers; the code is never imported."""
 
     __slots__ = ("module", "name")
 
     def __init__(self, module: str, name: str) -> None:
-        """Keep the two parts of the name."""
+        """Take the module and the name in the module."""
         self.module = module
         self.name = name
 
@@ -37,12 +37,12 @@ class CodeName:
 
 
 class Placeholder:
-    """An object that the pickle would build with code: what it would call, with what, and the state it would set."""
+    """An object that only code could build: the function to call, the arguments, and the state to set."""
 
     __slots__ = ("args", "factory", "items", "pairs", "state")
 
     def __init__(self, factory: object, args: object = ()) -> None:
-        """Record the call."""
+        """Take the function and the arguments of the call."""
         self.factory = factory
         self.args = args
         self.state: object = None
@@ -51,26 +51,26 @@ class Placeholder:
 
 
 class PickledMapping(dict[object, object]):
-    """A dict subclass of the pickle, such as ``OrderedDict``, with the attributes it carries."""
+    """An instance of a dict subclass, such as ``OrderedDict``, with its attributes."""
 
     __slots__ = ("attributes", "kind")
 
     def __init__(self, kind: str) -> None:
-        """Start empty; ``kind`` is the class it stands for."""
+        """Make an empty mapping; ``kind`` is the name of the subclass."""
         super().__init__()
         self.kind = kind
         self.attributes: dict[object, object] = {}
 
 
 _LONGEST_NAME = 1000
-_LARGEST_KEY = 2**61 - 1  # integers equal modulo this collide in every dict
+_LARGEST_KEY = 2**61 - 1  # integers that are equal modulo this number collide in every dict
 
 
 def check_key(key: object) -> None:
-    """Raise ``FormatError`` where hashing or comparing ``key`` could be made expensive, or is not possible.
+    """Raise ``FormatError`` for a key that cannot be hashed, or that an attacker could make slow to hash or compare.
 
-    Tuples are left to the caller; complex numbers can all be made to collide, and comparing two
-    frozen sets of frozen sets takes exponential time.
+    The caller checks tuples. Complex numbers can be made to collide, and comparing two frozen sets of frozen sets
+    takes exponential time.
     """
     if isinstance(key, str | bytes | float | None):
         return
@@ -82,10 +82,10 @@ def check_key(key: object) -> None:
 
 
 class Interpreter:
-    """What the machine may turn into values: the builders of a format, by dotted name, and its persistent ids.
+    """The functions and constants that a pickle may use: a table of safe stand-ins by dotted name.
 
-    A builder takes the arguments as the pickle gave them, and raises ``FormatError`` where they are not
-    what it expects. Constants stand for globals that are values, such as ``torch.float32``.
+    A builder gets the arguments of the pickle and returns a value; for wrong arguments it raises ``FormatError``.
+    A constant is the value of a name, such as ``torch.float32``. Every other function call becomes a placeholder.
     """
 
     def __init__(
@@ -94,28 +94,28 @@ class Interpreter:
         constants: Mapping[str, object],
         persistent: Callable[[object], object] | None = None,
     ) -> None:
-        """Keep the tables; ``references`` collects every other global that the pickle names."""
+        """Take the tables; ``references`` collects every other code name of the pickle."""
         self.builders = builders
         self.constants = constants
         self.persistent = persistent
         self.references: dict[str, int] = {}
-        self.repeated: str | None = None  # a key that was set twice in one mapping
+        self.repeated: str | None = None  # the first key that was set twice in one mapping
         self.budget = 0
 
-    def spend(self, work: Sized) -> None:
-        """Pay for a copy of ``work``; a pickle that copies many times its own size is a bomb."""
+    def count_copy(self, work: Sized) -> None:
+        """Count a copy of ``work``; raises ``FormatError`` if a pickle copies many times its own size."""
         self.budget -= len(work)
         if self.budget < 0:
             raise FormatError("the pickle asks for copies of many times its own size")
 
     def set_item(self, target: dict[object, object], key: object, value: object) -> None:
-        """Set an item as a pickle says, remembering a key that comes twice: nobody sees what its first value was."""
+        """Set an item, and remember a key that is set twice, because its first value is lost."""
         if key in target and self.repeated is None:
             self.repeated = str(key)
         target[key] = value
 
     def lookup(self, module: str, name: str) -> object:
-        """Return what a global stands for: a constant, or its name."""
+        """Return the constant of this name, or the name itself."""
         dotted = f"{module}.{name}"
         if len(dotted) > _LONGEST_NAME:
             raise FormatError(f"the pickle refers to code by a name of {len(dotted)} characters")
@@ -126,20 +126,20 @@ class Interpreter:
         return CodeName(module, name)
 
     def call(self, function: object, args: object) -> object:
-        """Return what calling ``function`` would make: a value where a builder knows it, else a placeholder."""
+        """Return the result of a builder for ``function``, or a placeholder for the call."""
         builder = self.builders.get(f"{function.module}.{function.name}") if isinstance(function, CodeName) else None
         if builder is None:
             return Placeholder(function, args)
         if not isinstance(args, tuple):
-            raise FormatError(f"corrupt pickle: {function} was given a {type(args).__name__} for its arguments")
+            raise FormatError(f"corrupt pickle: the arguments of {function} are a {type(args).__name__}, not a tuple")
         try:
             return builder(*args)
         except (TypeError, ValueError, OverflowError, LookupError, AttributeError) as error:
-            told = printable(str(error))
-            raise FormatError(f"corrupt pickle: {function} was given arguments it does not take ({told})") from None
+            reason = printable(str(error))
+            raise FormatError(f"corrupt pickle: {function} does not take the given arguments ({reason})") from None
 
 
-# Named by many honest checkpoints and harmless to show: no warning for these, and still nothing of them is run.
+# Many honest checkpoints name these, so a reader gives no warning for them; nothing of them is run either.
 _HARMLESS: Final = (
     "argparse.", "types.SimpleNamespace", "pathlib.", "datetime.", "decimal.", "uuid.", "functools.partial", "enum.",
     "omegaconf.", "typing.", "collections.", "transformers.training_args.", "transformers.trainer_utils.",
@@ -150,7 +150,7 @@ _HARMLESS: Final = (
     "numpy._core.numeric._frombuffer", "__torch__.", "torch.jit._pickle.",
     "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
 )  # fmt: skip
-# Nothing that a checkpoint needs; the list only sharpens the words of a warning and cannot be complete.
+# No checkpoint needs these. The list only makes a warning stronger, and cannot be complete.
 _SUSPICIOUS: Final = (
     "os.", "posix.", "nt.", "subprocess.", "sys.", "runpy.", "socket.", "pty.", "shutil.", "importlib.", "ctypes.",
     "webbrowser.", "urllib.", "http.", "requests.", "pickle.", "code.", "asyncio.", "multiprocessing.", "platform.",
@@ -159,13 +159,13 @@ _SUSPICIOUS: Final = (
     "__builtin__.eval", "__builtin__.exec", "__builtin__.compile", "__builtin__.getattr", "__builtin__.__import__",
     "__builtin__.open", "__builtin__.apply", "__builtin__.execfile", "__builtin__.file", "builtins.breakpoint",
 )  # fmt: skip
-# Modules that others import, by which pickles reach them unseen: pathlib.os.system.
-_REACHED: Final = frozenset(
+# Modules that other modules import: a pickle can reach them under another name, such as pathlib.os.system.
+_IMPORTED_MODULES: Final = frozenset(
     {"os", "posix", "sys", "subprocess", "builtins", "builtin", "importlib", "import", "globals"}
 )
 
 
-# What torch's weights-only loader accepts beyond what is read here: old kinds of tensors, dtypes of few bits.
+# Names that torch's weights-only loader accepts and no reader here needs: old tensor classes, dtypes of few bits.
 _WEIGHTS_ONLY: Final = re.compile(
     r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Z][A-Za-z0-9]+Tensor|torch\.u?int[1-7]|builtins\.bytearray"
     r"|torch\.storage\.TypedStorage|torch\._utils\._rebuild_device_tensor_from_(?:cpu_tensor|numpy)"
@@ -173,15 +173,15 @@ _WEIGHTS_ONLY: Final = re.compile(
 
 
 def is_suspicious(name: str) -> bool:
-    """Return whether code of this name has no business in a checkpoint; a False promises nothing."""
-    return name.startswith(_SUSPICIOUS) or any(part.strip("_") in _REACHED for part in name.split(".")[1:])
+    """Return whether no checkpoint needs code of this name; False does not mean that the code is harmless."""
+    return name.startswith(_SUSPICIOUS) or any(part.strip("_") in _IMPORTED_MODULES for part in name.split(".")[1:])
 
 
 def is_harmless(name: str) -> bool:
-    """Return whether code of this name is common in honest checkpoints, and needs no warning."""
+    """Return whether code of this name is common in honest checkpoints and needs no warning."""
     return name.startswith(_HARMLESS) and not is_suspicious(name)
 
 
 def is_weights_only(name: str) -> bool:
-    """Return whether torch's weights-only loader takes code of this name, of what no reader here has a meaning for."""
+    """Return whether torch's weights-only loader accepts a code name that no reader here needs."""
     return _WEIGHTS_ONLY.fullmatch(name) is not None

@@ -1,1 +1,1 @@
-"""torch's own files: zip, legacy, tar, TorchScript, export; read, written and edited."""
+"""Read, write and edit the file formats of torch: zip, legacy, tar, TorchScript and torch.export."""

@@ -161,10 +161,10 @@ class TorchObjects:
         made = PickledMapping(kind)
         source = args[-1] if args else ()
         if isinstance(source, dict):
-            self.interpreter.spend(source)
+            self.interpreter.count_copy(source)
             made.update(source)
         elif isinstance(source, list | tuple):
-            self.interpreter.spend(source)
+            self.interpreter.count_copy(source)
             for pair in source:
                 key, value = pair
                 check_key(key)
@@ -175,7 +175,7 @@ class TorchObjects:
         def build(source: object = (), *_: object) -> object:
             if not isinstance(source, list | tuple | dict | set | frozenset):
                 raise TypeError(f"a {type(source).__name__}")
-            self.interpreter.spend(source)
+            self.interpreter.count_copy(source)
             if kind in (set, frozenset) and not all(isinstance(item, str | bytes | float | None) for item in source):
                 return list(source)  # hashing others can be made expensive, and nobody asks a checkpoint's set
             return kind(source)
@@ -185,7 +185,7 @@ class TorchObjects:
     def _encode(self, text: object, encoding: object = "utf-8") -> object:
         if not isinstance(text, str) or encoding not in ("latin1", "latin-1"):
             return Placeholder("_codecs.encode", (text, encoding))
-        self.interpreter.spend(text)
+        self.interpreter.count_copy(text)
         return text.encode("latin-1")
 
     def _from_type(self, function: object, _kind: object, args: object, _state: object = None) -> object:
