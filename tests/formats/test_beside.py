@@ -183,7 +183,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "malicious": (
         "training_args.bin",
         lambda path: path.write_bytes(with_weights(x=b"cposix\nsystem\n" + b"X\4\0\0\0true\x85R")),
-        "training_args.bin looks malicious: it asks for posix.system to be called; not run",
+        "training_args.bin looks malicious: it asks to call posix.system; not run",
     ),
 }  # fmt: skip
 

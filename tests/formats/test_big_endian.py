@@ -57,7 +57,7 @@ def test_every_element_is_swapped_as_torch_swaps_it(tmp_path: Path, dtype: Any, 
     with open_checkpoint(path) as checkpoint:
         assert_same(checkpoint, state)
         assert_same(checkpoint, torch.load(path, weights_only=True))
-        assert any("big-endian machine: numbers are swapped" in line for line in checkpoint.warnings)
+        assert any("big-endian machine: the bytes of each number are swapped" in line for line in checkpoint.warnings)
 
 
 def views(kind: torch.dtype) -> dict[str, torch.Tensor]:

@@ -77,7 +77,7 @@ def test_a_pickled_object_is_refused_with_the_way_out(tmp_path: Path) -> None:
     error = refused(tmp_path, saved(torch.Generator()))
     assert "a pickled object of class" in error.reason
     assert "not a state_dict" in error.reason
-    assert error.hint == "save its state_dict() and give that"
+    assert error.hint == "save the state_dict() of the object instead"
 
 
 def test_a_directory_of_distributed_shards_without_readable_metadata_is_refused(tmp_path: Path) -> None:

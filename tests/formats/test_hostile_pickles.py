@@ -94,7 +94,7 @@ CORRUPT = [
     pytest.param(b"S'abc\n", "a string without quotes", id="STRING without quotes"),
     pytest.param(b"S'\\d'\n", "a string with an unknown escape", id="STRING with an escape"),
     pytest.param(b"S'a'", "has no end|no end", id="a line without an end"),
-    pytest.param(b"P0\n", "a persistent id that names no storage", id="C18 PERSID"),
+    pytest.param(b"P0\n", "a persistent id does not name a storage", id="C18 PERSID"),
     pytest.param(
         several(text("storage"), b"N", text("0"), b"N", number(4)) + b"Q", "unknown type, key", id="C18 no type"
     ),
@@ -105,14 +105,14 @@ CORRUPT = [
         tensor(size=(2**62,) * 1000, stride=(0,) * 1000), "'w': the shape .* overflows", id="D2 1,000 factors"
     ),
     pytest.param(
-        tensor(size=(1,) * 5000, stride=(0,) * 5000), "a tensor of 5000 dimensions", id="D12 5,000 dimensions"
+        tensor(size=(1,) * 5000, stride=(0,) * 5000), "a tensor has 5000 dimensions", id="D12 5,000 dimensions"
     ),
     pytest.param(
         tensor(more=mapping({"neg": b"\x88"}), where=storage("0", 16, "torch.ByteStorage")),
         "U8 .*negative",
         id="a negative byte",
     ),
-    pytest.param(tensor(more=mapping({"conj": b"\x88"})), "F32 tensor marked as conjugate", id="a conjugate float"),
+    pytest.param(tensor(more=mapping({"conj": b"\x88"})), "F32 tensor is marked as conjugate", id="a conjugate float"),
     pytest.param(call("torch._utils._rebuild_tensor_v2", b"N"), "does not take the given arguments", id="no storage"),
     pytest.param(
         call("torch._utils._rebuild_tensor_v3", storage(), b"NNNNNN"),

@@ -163,7 +163,7 @@ def test_a_path_that_means_two_places_is_refused_with_both(inner: str, hint: str
     path = write(tmp_path, saved(STATES))
     with pytest.raises(FormatError) as caught:
         open_checkpoint(f"{path}::{inner}")
-    assert caught.value.reason == f"'{inner}' is 2 things in it"
+    assert caught.value.reason == f"'{inner}' fits 2 places in the file"
     assert caught.value.hint == hint
 
 

@@ -143,7 +143,7 @@ def test_a_module_is_the_state_dict_that_torch_loads(tmp_path: Path, data: Any) 
 def test_what_is_no_part_of_the_state_dict_is_named(tmp_path: Path) -> None:
     """And nothing else is said: that the code is compressed concerns no tensor."""
     with opened(tmp_path, scripted()) as checkpoint:
-        assert checkpoint.warnings == ("2 tensor attributes not part of the state_dict: part.plain",)
+        assert checkpoint.warnings == ("2 tensor attributes not in the state_dict: part.plain",)
     with opened(tmp_path, rezip(scripted(), method=zipfile.ZIP_DEFLATED)) as checkpoint:
         assert any("the archive is compressed" in line for line in checkpoint.warnings)
 
@@ -267,18 +267,18 @@ HOSTILE = {
     "big-endian": (script(MODULE, byteorder=b"big"), "a TorchScript archive of a big-endian machine"),
     "key of the other pickle": (
         script(made("__torch__.Net", mapping({"w": tensor(storage("constants/0"))}))),
-        "names storages of another pickle",
+        "names storages that belong to another pickle",
     ),
     "no record": (script(MODULE, several(tensor(storage("1")))), None),
     "record too short": (
         script(made("__torch__.Net", mapping({"w": tensor(storage("0", 5)), "training": b"\x89"}))),
-        "storage '0': 20 bytes named, 16 stored",
+        "storage '0': the pickle says 20 bytes, the archive has 16",
     ),
     "nested": (script(nested(300)), "modules are nested too deeply"),
     "laughs": (script(laughing(60)), "expand too far"),
     "constants of another root": (
         zip_of([("a/data.pkl", pickled(b")")), ("b/constants.pkl", pickled(b")"))]),
-        "constants.pkl lies elsewhere than data.pkl",
+        "constants.pkl and data.pkl are in different folders",
     ),
     "two modules": (
         zip_of([(f"{r}/{n}.pkl", pickled(b")")) for r in "ab" for n in ("data", "constants")]),

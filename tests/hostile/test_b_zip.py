@@ -156,7 +156,8 @@ BAD: dict[str, Bad] = {
         written(patch_central(GOOD, "archive/data/0", size=2**31 - 1)), "stored with 24 bytes and says 2147483647"
     ),
     "B10 smaller": Bad(
-        written(patch_central(GOOD, "archive/data/0", size=8, packed=8)), "storage '0': 24 bytes named, 8 stored"
+        written(patch_central(GOOD, "archive/data/0", size=8, packed=8)),
+        "storage '0': the pickle says 24 bytes, the archive has 8",
     ),
     "B11 directory bit": Bad(
         written(patch_central(GOOD, "archive/data/0", attributes=0x10)), "'archive/data/0' is marked as a directory"
@@ -170,7 +171,7 @@ BAD: dict[str, Bad] = {
     "B17 flipped pickle": Bad(written(damaged(GOOD, "archive/data.pkl")), "data.pkl does not match its checksum"),
     "B20 storage": Bad(
         lambda directory: bomb("data/0", size=FULL, directory=directory),
-        "storage '0': 16 bytes named, 10737418240 stored",
+        "storage '0': the pickle says 16 bytes, the archive has 10737418240",
     ),
     "B20 pickle": Bad(
         lambda directory: bomb("data.pkl", size=3 * BLOCK, blocks=3, directory=directory),
@@ -186,7 +187,7 @@ BAD: dict[str, Bad] = {
     "B21 a million entries": Bad(
         lambda directory: crowded(0, directory, claimed=1_000_000), "has 1,000,000 entries, more than the limit"
     ),
-    "B22 version": Bad(written(rezip(GOOD, {"archive/version": b"99\n"})), "format version is '99', newer"),
+    "B22 version": Bad(written(rezip(GOOD, {"archive/version": b"99\n"})), "format version '99' is newer"),
     "B24 middle": Bad(written(rezip(GOOD, {"archive/byteorder": b"middle"})), "its byte order is 'middle'"),
     "B29 parent": Bad(written(with_record("archive/../data/0")), "unsafe name 'archive/../data/0'"),
     "B29 absolute": Bad(written(with_record("/archive/x")), "unsafe name '/archive/x'"),
@@ -197,12 +198,12 @@ ODD: dict[str, Odd] = {
     "B13 deflated": Odd(written(rezip(GOOD, method=zipfile.ZIP_DEFLATED)), "the archive is compressed", "F32"),
     "B16 flipped storage": Odd(written(damaged(GOOD, "archive/data/0")), "", "F32"),
     "B18 no checksums": Odd(written(without_checksums), "no checksums in the archive", "F32"),
-    "B19 skipped": Odd(written(skipped), "storage bytes were skipped at save", "F32"),
+    "B19 skipped": Odd(written(skipped), "torch.save did not write the bytes of storages", "F32"),
     "B21 70,000 entries": Odd(lambda directory: crowded(70_000, directory), "", "F32"),
     "B25 alignment": Odd(written(rezip(GOOD, {"archive/.storage_alignment": b"4096"})), "", "F32"),
     "B27 another root": Odd(written(GOOD.replace(b"archive/", b"renamed/")), "", "F32"),
     "B30 unused": Odd(
-        written(with_record("archive/data/9")), "no tensor refers to 1 stored record, such as 'archive/data/9'", "F32"
+        written(with_record("archive/data/9")), "no tensor uses 1 stored record, such as 'archive/data/9'", "F32"
     ),
 }
 OTHER = (

@@ -146,15 +146,15 @@ BAD: dict[str, Bad] = {
         ),
         "'x': the view ends at byte 1099511627776 of storage '0', which has 16",
     ),
-    "C18 str": Bad(at_once(text("0") + b"Q"), "a persistent id that names no storage"),
-    "C18 1-tuple": Bad(at_once(several(text("storage")) + b"Q"), "a persistent id that names no storage"),
-    "C18 module": Bad(at_once(several(text("module"), b"NN") + b"Q"), "a persistent id that names no storage"),
-    "C18 unknown tag": Bad(at_once(several(text("tensor"), b"NNNN") + b"Q"), "a persistent id that names no storage"),
+    "C18 str": Bad(at_once(text("0") + b"Q"), "a persistent id does not name a storage"),
+    "C18 1-tuple": Bad(at_once(several(text("storage")) + b"Q"), "a persistent id does not name a storage"),
+    "C18 module": Bad(at_once(several(text("module"), b"NN") + b"Q"), "a persistent id does not name a storage"),
+    "C18 unknown tag": Bad(at_once(several(text("tensor"), b"NNNN") + b"Q"), "a persistent id does not name a storage"),
 }
 ODD: dict[str, Odd] = {
-    "C1 zip": Odd(written(torch_zip(EVIL)), "looks malicious: it asks for posix.system", "posix.system"),
-    "C1 legacy": Odd(written(legacy_file(EVIL)), "looks malicious: it asks for posix.system", "posix.system"),
-    "C2 every way": Odd(written(torch_zip(EVERY_WAY)), "looks malicious: it asks for", "subprocess.Popen"),
+    "C1 zip": Odd(written(torch_zip(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
+    "C1 legacy": Odd(written(legacy_file(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
+    "C2 every way": Odd(written(torch_zip(EVERY_WAY)), "looks malicious: it asks to call", "subprocess.Popen"),
     "C4 behind STOP": Odd(
         written(torch_zip(mapping({"w": WEIGHTS}) + b".junk")), "5 bytes follow the pickle in data.pkl", "F32"
     ),

@@ -258,8 +258,10 @@ ODD: dict[str, Odd] = {
         "w",
     ),
     "H9 names that differ in case": Odd(case_alone, "differ only in case", "2 tensors"),
-    "H10 code in the metadata": Odd(distributed(code_beside), "looks malicious: it asks for posix.system", "[7, 3]"),
-    "H10 code as an item": Odd(code_as_item, "looks malicious: it asks for posix.system", "posix.system"),
+    "H10 code in the metadata": Odd(
+        distributed(code_beside), "looks malicious: it asks to call posix.system", "[7, 3]"
+    ),
+    "H10 code as an item": Odd(code_as_item, "looks malicious: it asks to call posix.system", "posix.system"),
     "H15 the model_states of ZeRO-3 alone": Odd(hollow, "empty here, as ZeRO-3 leaves them: the optim_states", "w"),
     "H16 an adapter without its configuration": Odd(
         adapter, "no adapter_config.json beside the weights: their scale", "lora_A"

@@ -82,7 +82,7 @@ def check_key(key: object) -> None:
 
 
 class Interpreter:
-    """The functions and constants that a pickle may use: a table of safe stand-ins by dotted name.
+    """The functions and constants that a pickle may use: tables by dotted name.
 
     A builder gets the arguments of the pickle and returns a value; for wrong arguments it raises ``FormatError``.
     A constant is the value of a name, such as ``torch.float32``. Every other function call becomes a placeholder.

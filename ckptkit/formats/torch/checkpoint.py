@@ -1,4 +1,4 @@
-"""From the inert tree of a torch file to a Checkpoint: names, geometry and byte ranges, all checked."""
+"""Build a Checkpoint from the parsed pickle of a torch file: unique names, and checked shapes and byte ranges."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ckptkit.core.checkpoint import (
 )
 from ckptkit.core.files import LocalFile, Region
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided
@@ -35,7 +35,6 @@ from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmle
 from ckptkit.formats.torch.modules import replace_modules
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch.tree import (
-    UniqueNames,
     children,
     describe_entry,
     dotted_key,
@@ -51,32 +50,33 @@ from ckptkit.wrappers.envelopes import WEIGHTS, Selection, averages_beside
 __all__ = ["LARGEST_PICKLE", "TorchFile", "build_checkpoint", "build_file_checkpoint", "code_warnings"]
 
 LARGEST_PICKLE = 256 << 20
-_LEAST_PLACES = 1_000  # and one for each byte of the pickle: more takes parts that are shared
-_NAMES_PER_BYTE = 64
-_PART = 4  # what a part of a path costs beside its characters
-_MOST_OUTLINED = 1_000_000
+_FEWEST_PLACES = 1_000  # a pickle may have so many places, and one more for each byte: only shared values have more
+_CHARACTERS_PER_BYTE = 64  # of all names together, for each byte of the pickle
+_CHARACTERS_PER_PART = 4  # counted for each key of a path, in addition to the characters of the key
+_MOST_SUMMARIZED = 1_000_000
 _MOST_ENTRIES = 100_000
 _MOST_TENSORS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class TorchFile:
-    """What a container reader found: the inert tree, the builders that made it, and where each storage lies.
+    """The parsed pickle of a torch file, and the functions that find its storages.
 
-    ``records`` goes over everything stored, told which tensors lie in the storage of a key. ``pickle`` gives the bytes
-    that the whole tree was read from, ``others`` what a container holds that is neither pickle nor storage.
+    ``objects`` are the builders that parsed the pickle. ``records`` returns everything stored; its argument has the
+    keys of the tensors in each storage. ``pickle`` returns the bytes of the pickle, and ``other_records`` everything
+    that is neither the pickle nor a storage. ``unwritable`` is the reason why the file cannot be written again.
     """
 
     tree: object
     objects: TorchObjects
     pickle_size: int
-    locate: Callable[[StorageRef], Region]  # raises FormatError where the storage is not in the file
+    locate: Callable[[StorageRef], Region]  # raises FormatError for a storage that is not in the file
     records: Callable[[Mapping[str, Sequence[str]]], Iterable[Record]]
     warnings: tuple[str, ...] = ()
-    uncertain: Callable[[TensorRef], bool] = lambda _: False  # whether the order of its bytes cannot be known
+    has_unknown_byte_order: Callable[[TensorRef], bool] = lambda _: False
     pickle: Callable[[], bytes] | None = None
-    doubt: str = ""  # why a file cannot be written again with all that it holds
-    others: Callable[[], Sequence[tuple[str, Payload]]] = tuple
+    unwritable: str = ""
+    other_records: Callable[[], Sequence[tuple[str, Payload]]] = tuple
 
 
 def build_file_checkpoint(
@@ -85,7 +85,7 @@ def build_file_checkpoint(
     format: str,  # noqa: A002 - the name of the JSON field
     selection: Selection,
 ) -> Checkpoint:
-    """Return what ``build_checkpoint`` returns for the whole of one file, which the Checkpoint takes over."""
+    """Return the Checkpoint of a single file, as ``build_checkpoint`` does; the Checkpoint closes the file."""
     return build_checkpoint(
         made, path=file.path, format=format, selection=selection, close=file.close, check=file.check_unchanged
     )
@@ -103,65 +103,66 @@ def build_checkpoint(
 ) -> Checkpoint:
     """Return the Checkpoint of the selected mapping in a torch file.
 
-    Raises ``FormatError`` where a tensor reaches beyond its storage, or a storage is not what the pickle says.
+    Raises ``FormatError`` for a tensor that exceeds its storage, and for a storage that contradicts the pickle.
     """
     tree, notes = replace_modules(file.tree, file.pickle_size)
     value, chosen = find_mapping(tree, selection)
-    averages = [ReaderWarning(said, codes.AVERAGE_BESIDE) for said in averages_beside(tree, chosen, is_tensor)]
+    averages = [ReaderWarning(text, codes.AVERAGE_BESIDE) for text in averages_beside(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
     if selection.key and not isinstance(value, Mapping | list | tuple):
         raise FormatError(
-            f"holds no mapping at {quoted(selection.key)}, but {quoted(type_name(value))}",
-            hint="ckpt show without the :: part lists its value",
+            f"holds {quoted(type_name(value))} at {quoted(selection.key)}, not a mapping",
+            hint="ckpt show without the :: part shows the value",
         )
     if isinstance(value, Placeholder):
         raise FormatError(
             f"holds a pickled object of class {quoted(type_name(value))}, not a state_dict",
-            hint="save its state_dict() and give that",
+            hint="save the state_dict() of the object instead",
         )
-    outlined = [_MOST_OUTLINED]
-    tensors, entries, names, placed = _sort_leaves(value, file.pickle_size, outlined)
-    places: dict[str, Region] = {}
+    budget = [_MOST_SUMMARIZED]
+    found = _sort_leaves(value, file.pickle_size, budget)
+    regions: dict[str, Region] = {}  # by the key of the storage
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
-    for key, tensor in tensors.items():
-        if tensor.kind == "dense" and file.uncertain(tensor):
-            tensor = replace(tensor, kind="big-endian")  # noqa: PLW2901 - what is listed of it
+    for key, tensor in found.tensors.items():
+        if tensor.kind == "dense" and file.has_unknown_byte_order(tensor):
+            tensor = replace(tensor, kind="big-endian")  # noqa: PLW2901 - it is listed, and cannot be read
         infos[key] = _info(key, tensor, ids)
-        if tensor.storage is not None and tensor.storage.key not in places:
-            places[tensor.storage.key] = file.locate(tensor.storage)
-    entries = _outside(tree, chosen, outlined) + entries
-    references = [name for name in file.objects.interpreter.references if not is_harmless(name)]
+        if tensor.storage is not None and tensor.storage.key not in regions:
+            regions[tensor.storage.key] = file.locate(tensor.storage)
+    entries = _entries_outside(tree, chosen, budget) + found.entries
+    interpreter = file.objects.interpreter
+    references = [name for name in interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
-    warnings = [*names.warnings, *file.warnings, *notes, *averages, *code_warnings(references, suspicious)]
-    if (repeated := file.objects.interpreter.repeated) is not None:
-        said = f"a mapping sets {quoted(repeated)} more than once: the last value counts, as in torch"
-        warnings.append(ReaderWarning(said, codes.REPEATED_KEY))
-    warnings += _seen_twice(infos, tensors)
+    warnings = [*found.warnings, *file.warnings, *notes, *averages, *code_warnings(references, suspicious)]
+    if interpreter.repeated is not None:
+        text = f"a mapping sets {quoted(interpreter.repeated)} more than once: the last value counts, as in torch"
+        warnings.append(ReaderWarning(text, codes.REPEATED_KEY))
+    warnings += _dtype_conflicts(infos, found.tensors)
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
     def span(info: TensorInfo) -> Payload | None:
-        tensor = tensors[info.key]
+        tensor = found.tensors[info.key]
         if tensor.conj or tensor.neg or info.kind != "dense" or tensor.storage is None:
             return None
-        return _span(info, places[tensor.storage.key])
+        return _span(info, regions[tensor.storage.key])
 
     def payload(info: TensorInfo) -> Payload:
-        tensor = tensors[info.key]
+        tensor = found.tensors[info.key]
         if info.kind != "dense" or tensor.storage is None:
             raise FormatError(f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=path)
-        whole = places[tensor.storage.key]
-        plain = is_contiguous(info) and not tensor.conj and not tensor.neg
-        return _span(info, whole) if plain else Strided(whole, info, tensor.conj, tensor.neg)
+        region = regions[tensor.storage.key]
+        has_stored_order = is_contiguous(info) and not tensor.conj and not tensor.neg
+        return _span(info, region) if has_stored_order else Strided(region, info, tensor.conj, tensor.neg)
 
     def records() -> Iterable[Record]:
-        held: dict[str, list[str]] = {}
-        for key, tensor in tensors.items():
+        keys: dict[str, list[str]] = {}
+        for key, tensor in found.tensors.items():
             if tensor.storage is not None:
-                held.setdefault(tensor.storage.key, []).append(key)
-        return file.records({**_held_outside(tree, file.pickle_size), **held} if chosen else held)
+                keys.setdefault(tensor.storage.key, []).append(key)
+        return file.records({**_keys_by_storage(tree, file.pickle_size), **keys} if chosen else keys)
 
     return Checkpoint(
         infos,
@@ -173,79 +174,100 @@ def build_checkpoint(
             envelope=selection.key or (dotted_key(chosen) if chosen else ""),
             entries=entries,
             versions=module_versions(value.attributes.get("_metadata")) if isinstance(value, PickledMapping) else {},
-            ambiguous={name: dotted for name, dotted in names.ambiguous.items() if name in infos},
+            ambiguous={name: dotted for name, dotted in found.ambiguous.items() if name in infos},
             warnings=warnings,
             references=references,
             suspicious=bool(suspicious),
         ),
-        nested=Nested(value, placed),
-        container=_container(file, value, chosen, entries, placed),
+        nested=Nested(value, found.paths),
+        container=_container(file, value, chosen, entries, found.paths),
     )
 
 
 def _container(
-    file: TorchFile, value: object, chosen: KeyPath, entries: Iterable[Entry], placed: Mapping[str, KeyPath]
+    file: TorchFile, value: object, chosen: KeyPath, entries: Iterable[Entry], paths: Mapping[str, KeyPath]
 ) -> Container | None:
-    """Return what the file holds beside a mapping of it; None where it holds no more, or the mapping is none of it."""
+    """Return the file around the mapping, or None if the file holds no more or does not hold the mapping as it is."""
     level, pickle = file.tree, file.pickle
     for key in chosen:
         level = children(level).get(key)
-    # The state_dict of a pickled module is read out of the module: the file itself has no such mapping.
+    # The state_dict of a pickled module is computed from the module: the file has no such mapping.
     if pickle is None or level is not value or not isinstance(value, Mapping):
         return None
     if not chosen and all(entry.path == "_metadata" for entry in entries):
         return None
-    unknown = tuple(name for name in file.objects.interpreter.references if not is_weights_only(name))
     storages = file.objects.storages
-    return Container(chosen, placed, pickle, lambda key: file.locate(storages[key]), file.others, unknown, file.doubt)
+    return Container(
+        chosen,
+        paths,
+        pickle,
+        storage=lambda key: file.locate(storages[key]),
+        other_records=file.other_records,
+        references=tuple(name for name in file.objects.interpreter.references if not is_weights_only(name)),
+        unwritable=file.unwritable,
+    )
 
 
-def _sort_leaves(
-    value: object, size: int, outlined: list[int]
-) -> tuple[dict[str, TensorRef], list[Entry], UniqueNames, dict[str, KeyPath]]:
+@dataclass(frozen=True, slots=True)
+class _Leaves:
+    """The tensors in a mapping by name, with their key paths, and entries for all other values."""
+
+    tensors: dict[str, TensorRef]
+    paths: dict[str, KeyPath]
+    entries: list[Entry]
+    ambiguous: dict[str, str]
+    warnings: list[str]
+
+
+def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves:
+    """Return the tensors and entries of a mapping; ``size`` is the size of the pickle, which bounds their number."""
     found: list[tuple[KeyPath, object]] = []
-    budget = _NAMES_PER_BYTE * size + 1_000_000
+    budget = _CHARACTERS_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
-    for place, leaf in leaves(value, [_LEAST_PLACES + size]):
+    for path, leaf in leaves(value, [_FEWEST_PLACES + size]):
         is_tensor = isinstance(leaf, TensorRef)
-        if not is_tensor and not (place or isinstance(leaf, list | tuple)):
+        if not is_tensor and not (path or isinstance(leaf, list | tuple)):
             continue
         if not is_tensor and len(found) - tensors >= _MOST_ENTRIES:
             unlisted += 1
             continue
-        budget -= len(dotted_key(place)) + _PART * len(place)
+        budget -= len(dotted_key(path)) + _CHARACTERS_PER_PART * len(path)
         if budget < 0:
-            raise FormatError("the structure is nested so that its names take many times its own size")
+            raise FormatError("the structure is nested so deeply that its names take many times the size of the file")
         tensors += is_tensor
         if tensors > _MOST_TENSORS:
             raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
-        found.append((place, leaf))
-    names = unique_names([place for place, _ in found])
-    named = list(zip(names.names, (leaf for _, leaf in found), strict=True))
-    entries = []
+        found.append((path, leaf))
+    names = unique_names([path for path, _ in found])
+    result = _Leaves({}, {}, [], names.ambiguous, names.warnings)
     if isinstance(value, PickledMapping):
-        entries += [describe_entry(key_name(name), inner, outlined) for name, inner in value.attributes.items()]
-    entries += [describe_entry(name, leaf, outlined) for name, leaf in named if not isinstance(leaf, TensorRef)]
+        for key, attribute in value.attributes.items():
+            result.entries.append(describe_entry(key_name(key), attribute, summary_budget))
+    for name, (path, leaf) in zip(names.names, found, strict=True):
+        if isinstance(leaf, TensorRef):
+            result.tensors[name] = leaf
+            result.paths[name] = path
+        else:
+            result.entries.append(describe_entry(name, leaf, summary_budget))
     if unlisted:
-        names.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
-    sorted_out = {name: leaf for name, leaf in named if isinstance(leaf, TensorRef)}
-    placed = {
-        name: place for name, (place, leaf) in zip(names.names, found, strict=True) if isinstance(leaf, TensorRef)
-    }
-    return sorted_out, entries, names, placed
+        result.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
+    return result
 
 
-def _seen_twice(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:
-    first: dict[str, str] = {}
+def _dtype_conflicts(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:
+    first_keys: dict[str, str] = {}  # of each storage
     for key, tensor in tensors.items():
-        if tensor.storage is not None and infos[first.setdefault(tensor.storage.key, key)].dtype != tensor.dtype:
-            one, other = infos[first[tensor.storage.key]], infos[key]
-            names = f"{quoted(one.key)} is {one}, {quoted(key)} is {other}"
-            return [f"one storage is seen as two dtypes, which torch.save refuses: {names}"]
+        if tensor.storage is None:
+            continue
+        first = infos[first_keys.setdefault(tensor.storage.key, key)]
+        if first.dtype != tensor.dtype:
+            conflict = f"{quoted(first.key)} is {first}, {quoted(key)} is {infos[key]}"
+            return [f"two dtypes share one storage, which torch.save refuses: {conflict}"]
     return []
 
 
-def _outside(tree: object, chosen: KeyPath, outlined: list[int]) -> list[Entry]:
+def _entries_outside(tree: object, chosen: KeyPath, summary_budget: list[int]) -> list[Entry]:
+    """Return entries for everything outside the chosen mapping."""
     found: list[tuple[KeyPath, object]] = []
     level = tree
     for depth, key in enumerate(chosen):
@@ -253,32 +275,31 @@ def _outside(tree: object, chosen: KeyPath, outlined: list[int]) -> list[Entry]:
             break
         found += [((*chosen[:depth], other), level[other]) for other in level if other is not key]
         level = level[key]
-    names = unique_names([place for place, _ in found]).names
-    entries = (describe_entry(name, value, outlined) for name, (_, value) in zip(names, found, strict=True))
+    names = unique_names([path for path, _ in found]).names
+    entries = (describe_entry(name, value, summary_budget) for name, (_, value) in zip(names, found, strict=True))
     return [entry._replace(is_outside=True) for entry in entries]
 
 
-def _held_outside(tree: object, size: int) -> dict[str, list[str]]:
-    """Return the names of all tensors, those beside the mapping of weights too, by the key of their storage."""
-    held: dict[str, list[str]] = {}
-    with contextlib.suppress(FormatError):  # a tree that expands without end: what was named until then will do
-        for place, leaf in leaves(tree, [_LEAST_PLACES + size]):
+def _keys_by_storage(tree: object, size: int) -> dict[str, list[str]]:
+    """Return the dotted keys of all tensors in the file, by the key of their storage."""
+    keys: dict[str, list[str]] = {}
+    with contextlib.suppress(FormatError):  # of a tree that expands without end, the first names are enough
+        for path, leaf in leaves(tree, [_FEWEST_PLACES + size]):
             if isinstance(leaf, TensorRef) and leaf.storage is not None:
-                held.setdefault(leaf.storage.key, []).append(dotted_key(place))
-    return held
+                keys.setdefault(leaf.storage.key, []).append(dotted_key(path))
+    return keys
 
 
 def code_warnings(references: list[str], suspicious: list[str]) -> list[ReaderWarning]:
-    """Return what to say of the code that a file names: ``suspicious`` where there is any, else ``references``."""
+    """Return a warning about the code that a file names: the suspicious names, or else all names."""
     if suspicious:
-        named = ", ".join(printable(name) for name in suspicious[:8])
-        said = f"looks malicious: it asks for {named} to be called; not run, and loading it elsewhere may run it"
-        return [ReaderWarning(said, codes.CODE_SUSPICIOUS)]
+        names = ", ".join(map(printable, suspicious[:8]))
+        text = f"looks malicious: it asks to call {names}; not run here, but loading the file elsewhere may run it"
+        return [ReaderWarning(text, codes.CODE_SUSPICIOUS)]
     if references:
-        named = ", ".join(printable(name) for name in references[:8])
-        more = f" and {len(references) - 8} more" if len(references) > 8 else ""
-        said = f"contains {plural(len(references), 'code reference')}, not run: {named}{more}"
-        return [ReaderWarning(said, codes.CODE_REFERENCE)]
+        names = listed(references, 8, show=printable)
+        text = f"contains {plural(len(references), 'code reference')}, not run: {names}"
+        return [ReaderWarning(text, codes.CODE_REFERENCE)]
     return []
 
 

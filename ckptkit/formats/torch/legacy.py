@@ -1,4 +1,4 @@
-"""torch's format before 1.6: five pickles in a row, then each storage behind its length."""
+"""Read torch's format before 1.6: five pickles, then the length and the bytes of each storage."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
 
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first of the five pickles, a number that the format is told by
+_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle holds this number, which identifies the format
 _PROTOCOL = 1001
 _FIRST_WINDOW = 1 << 20
-_UNTYPED = "it was written on a big-endian machine, and the order of the bytes of some numbers cannot be known"
+_UNTYPED = "it was written on a big-endian machine, and the byte order of some numbers is unknown"
 _LENGTH = struct.Struct("<q")
 
 
 def open_torch_legacy(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoint:
-    """Return the Checkpoint in a legacy torch file; takes over the file.
+    """Return the Checkpoint in a legacy torch file; the Checkpoint closes the file.
 
-    Raises ``FormatError`` where it contradicts itself, or ends before its last storage does.
+    Raises ``FormatError`` for a file that contradicts itself or ends too early.
     """
     return build_file_checkpoint(read_torch_legacy(file), file, "torch-legacy", selection)
 
 
 def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> TorchFile:
-    """Return the inert tree in a legacy torch file, and where its storages lie.
+    """Return the parsed pickle of a legacy torch file.
 
-    Raises ``FormatError`` likewise, and where a pickle has more than ``largest`` bytes.
+    Raises ``FormatError`` as ``open_torch_legacy`` does, and for a pickle of more than ``largest`` bytes.
     """
     objects = TorchObjects()
     plain = Interpreter({}, {})
@@ -44,34 +44,44 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
         raise FormatError("a bare pickle, not a file of torch.save")
     protocol, pos = read_pickle(file, plain, pos, largest=largest)
     if protocol != _PROTOCOL:
-        raise FormatError(f"a legacy torch file of another protocol than {_PROTOCOL}")
+        raise FormatError(f"a legacy torch file whose protocol is not {_PROTOCOL}")
     info, pos = read_pickle(file, plain, pos, largest=largest)
     big = isinstance(info, dict) and info.get("little_endian") is False
     start = pos
     tree, pos = read_pickle(file, objects.interpreter, pos, largest=largest)
     size = pos - start
-    keys, pos = read_pickle(file, plain, pos, largest=largest)
-    starts = _storage_starts(file, objects, keys, pos)
+    storage_keys, pos = read_pickle(file, plain, pos, largest=largest)
+    starts = _storage_starts(file, objects, storage_keys, pos)
 
     def locate(storage: StorageRef) -> Region:
         if storage.key not in starts:
             raise FormatError(f"storage {quoted(storage.key)} is not in the file")
         return Extent(file, starts[storage.key], storage.nbytes)
 
-    def uncertain(tensor: TensorRef) -> bool:
-        # torch wrote numbers of up to 8 bytes little-endian everywhere; of complex ones it mixed up the parts.
+    def has_unknown_byte_order(tensor: TensorRef) -> bool:
+        # torch wrote numbers of up to 8 bytes little-endian on every machine, and mixed up the parts of complex ones.
         dtype = DTYPES[tensor.dtype]
         untyped = tensor.storage is not None and not tensor.storage.dtype
         return big and (dtype.parts > 1 or (untyped and dtype.part_bytes > 1))
 
-    def records(held: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+    def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         for key in starts:
-            yield Record(file.path, f"storage {key}", locate(objects.storages[key]), keys=tuple(held.get(key, ())))
+            yield Record(file.path, f"storage {key}", locate(objects.storages[key]), keys=tuple(keys.get(key, ())))
 
-    said = ("written on a big-endian machine: read as torch reads it, its numbers are little-endian",) if big else ()
-    unclear = big and any(not storage.dtype or DTYPES[storage.dtype].parts > 1 for storage in objects.storages.values())
-    doubt = _UNTYPED if unclear else ""
-    return TorchFile(tree, objects, size, locate, records, said, uncertain, lambda: file.read(start, size), doubt)
+    is_unclear = big and any(
+        not storage.dtype or DTYPES[storage.dtype].parts > 1 for storage in objects.storages.values()
+    )
+    return TorchFile(
+        tree,
+        objects,
+        size,
+        locate,
+        records,
+        warnings=("written on a big-endian machine, where torch stores numbers little-endian too",) if big else (),
+        has_unknown_byte_order=has_unknown_byte_order,
+        pickle=lambda: file.read(start, size),
+        unwritable=_UNTYPED if is_unclear else "",
+    )
 
 
 def read_pickle(
@@ -82,12 +92,12 @@ def read_pickle(
     largest: int = LARGEST_PICKLE,
     window: int = _FIRST_WINDOW,
 ) -> tuple[object, int]:
-    """Return the inert value of the pickle at ``start`` and the offset behind it.
+    """Return the value of the pickle at ``start`` and the offset of the next byte; no code is run.
 
-    Raises ``FormatError`` where there is none, or one of more than ``largest`` bytes.
+    Raises ``FormatError`` for anything but a pickle of at most ``largest`` bytes.
     """
-    # Where a pickle ends is known only by reading it, and the storages behind it may be large:
-    # so a window is read, and a larger one only if the pickle did not end inside it.
+    # Only parsing shows where a pickle ends, and the storages that follow can be large.
+    # Therefore a window is read, and a larger one only if the pickle does not end inside.
     while True:
         data = file.read(start, min(window, file.size - start))
         try:
@@ -111,7 +121,7 @@ def _storage_starts(file: LocalFile, objects: TorchObjects, keys: object, pos: i
     for key in map(str, keys):
         storage = objects.storages.get(key)
         if storage is None:
-            raise FormatError(f"storage {quoted(key)} is in the file and belongs to no tensor")
+            raise FormatError(f"no tensor uses storage {quoted(key)}, which is in the file")
         if key in starts:
             raise FormatError(f"storage {quoted(key)} is listed twice")
         if pos + _LENGTH.size > file.size:
@@ -138,5 +148,6 @@ def _check_numel(key: str, storage: StorageRef, numel: int) -> None:
     width = DTYPES[storage.dtype].bits // 8 if storage.dtype else 1
     if numel * width != storage.nbytes:
         raise FormatError(
-            f"storage {quoted(key)}: {storage.nbytes} bytes named, {numel} elements of {width} bytes stored"
+            f"storage {quoted(key)}: the pickle says {storage.nbytes} bytes, "
+            f"the file has {numel} elements of {width} bytes"
         )

@@ -1,4 +1,4 @@
-"""A pickled ``nn.Module`` as its state_dict: read from the dicts that every module keeps, with no class imported."""
+"""Compute the state_dict of a pickled ``nn.Module`` from its attributes, without importing its class."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from ckptkit.formats.pickle.values import PickledMapping, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.tree import type_name
 
-__all__ = ["ModuleWalker", "Parts", "replace_modules"]
+__all__ = ["ModuleContents", "ModuleWalker", "replace_modules"]
 
 _DEEPEST = 200
-_PARTS = ("_parameters", "_buffers", "_modules")
+_MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 
 
-class Parts(NamedTuple):
-    """What a module keeps itself, by name: entries of its state_dict, its children, and tensors that are no entries."""
+class ModuleContents(NamedTuple):
+    """What one module has itself: entries of the state_dict, child modules, and the names of all other tensors."""
 
     entries: list[tuple[str, object]]
     children: list[tuple[str, object]]
-    hidden: list[str]
-    loose: list[str]
+    non_persistent: list[str]
+    attributes: list[str]
 
 
 def replace_modules(tree: object, budget: int) -> tuple[object, list[str]]:
-    """Return the tree with a pickled module, at its root or directly below, replaced by its state_dict; and notes.
+    """Return the tree with each pickled module replaced by its state_dict, and notes about tensors left out.
 
-    As torch does, buffers that the module calls non-persistent are left out; they are named in a note, as
-    are tensors that it keeps as plain attributes. Raises ``FormatError`` where modules are nested too
-    deeply, or refer to each other so often that there are more than ``budget`` places.
+    Only the root of the tree and the values directly below are replaced. As in torch, non-persistent buffers and
+    plain tensor attributes are left out. Raises ``FormatError`` for modules that are nested too deeply, or that
+    refer to each other so often that there are more than ``budget`` places.
     """
-    walker = ModuleWalker(_parts, budget)
+    walker = ModuleWalker(_contents, budget)
     if _is_module(tree):
         return walker.state_dict(tree), walker.notes
     if isinstance(tree, Mapping) and any(map(_is_module, tree.values())):
@@ -47,43 +47,43 @@ def _is_module(value: object) -> bool:
     return (
         isinstance(value, Placeholder)
         and isinstance(value.state, Mapping)
-        and all(isinstance(value.state.get(part), Mapping) for part in _PARTS)
+        and all(isinstance(value.state.get(name), Mapping) for name in _MODULE_DICTS)
     )
 
 
-def _parts(state: Mapping[object, object]) -> Parts:
+def _contents(state: Mapping[object, object]) -> ModuleContents:
     skipped = state.get("_non_persistent_buffers_set")
     skipped = set(skipped) if isinstance(skipped, set | frozenset | list | tuple) else set()
     buffers = _items(state, "_buffers")
-    kept = [(name, value) for name, value in buffers if name not in skipped]
-    return Parts(
-        [(name, value) for name, value in _items(state, "_parameters") + kept if value is not None],
+    persistent = [(name, value) for name, value in buffers if name not in skipped]
+    return ModuleContents(
+        [(name, value) for name, value in _items(state, "_parameters") + persistent if value is not None],
         _items(state, "_modules"),
         [name for name, _ in buffers if name in skipped],
         [str(name) for name, value in state.items() if isinstance(value, TensorRef)],
     )
 
 
-def _items(state: Mapping[object, object], part: str) -> list[tuple[str, object]]:
-    items = state.get(part)
+def _items(state: Mapping[object, object], attribute: str) -> list[tuple[str, object]]:
+    items = state.get(attribute)
     pairs = items.items() if isinstance(items, Mapping) else ()
     return [(name, value) for name, value in pairs if isinstance(name, str)]
 
 
 class ModuleWalker:
-    """Walks over nested modules in the order of ``state_dict``: parameters, buffers, then children."""
+    """Visit nested modules in the order of ``state_dict``: parameters, buffers, then child modules."""
 
-    def __init__(self, parts: Callable[[Mapping[object, object]], Parts], budget: int) -> None:
-        """Take what finds the parts in the state of a module, and how many places there may be."""
-        self.parts = parts
+    def __init__(self, contents: Callable[[Mapping[object, object]], ModuleContents], budget: int) -> None:
+        """Take the function that finds the contents in the state of a module, and the number of places allowed."""
+        self.contents = contents
         self.budget = budget
         self.notes: list[str] = []
 
     def state_dict(self, module: object) -> PickledMapping:
-        """Return the state_dict of a module, and note what it leaves out; raises ``FormatError`` beyond the bounds."""
-        made = PickledMapping(type_name(module))
-        loose: list[str] = []
-        hidden: list[str] = []
+        """Return the state_dict of a module, and add notes; raises ``FormatError`` for too many or too deep modules."""
+        result = PickledMapping(type_name(module))
+        non_persistent: list[str] = []
+        attributes: list[str] = []
         stack: list[tuple[str, object, int]] = [("", module, 0)]
         while stack:
             prefix, current, depth = stack.pop()
@@ -91,18 +91,18 @@ class ModuleWalker:
                 continue
             if depth > _DEEPEST:
                 raise FormatError(f"modules are nested too deeply: more than {_DEEPEST} levels")
-            parts = self.parts(current.state)
-            self.budget -= 3 + len(parts.entries) + len(parts.children) + len(parts.hidden)
+            own = self.contents(current.state)
+            self.budget -= 3 + len(own.entries) + len(own.children) + len(own.non_persistent)
             if self.budget < 0:
                 raise FormatError("modules refer to each other so often that they expand too far")
-            for name, value in parts.entries:
-                if prefix + name in made:
+            for name, value in own.entries:
+                if prefix + name in result:
                     raise FormatError(f"two tensors of the module would both be called {quoted(prefix + name)}")
-                made[prefix + name] = value
-            hidden += [prefix + name for name in parts.hidden]
-            loose += [prefix + name for name in parts.loose]
-            stack.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(parts.children))
-        for keys, what in ((hidden, "non-persistent buffer"), (loose, "tensor attribute")):
+                result[prefix + name] = value
+            non_persistent += [prefix + name for name in own.non_persistent]
+            attributes += [prefix + name for name in own.attributes]
+            stack.extend((f"{prefix}{name}.", child, depth + 1) for name, child in reversed(own.children))
+        for keys, noun in ((non_persistent, "non-persistent buffer"), (attributes, "tensor attribute")):
             if keys:
-                self.notes.append(f"{plural(len(keys), what)} not part of the state_dict: {printable(keys[0])}")
-        return made
+                self.notes.append(f"{plural(len(keys), noun)} not in the state_dict: {printable(keys[0])}")
+        return result

@@ -1,6 +1,6 @@
-"""What torch's own pickles build: storages and tensors as references, containers as values.
+"""Build references to storages and tensors from the pickles of torch, without calling torch.
 
-Argument orders are those of ``torch/_utils.py`` and ``torch/_tensor.py``; nothing of them is called.
+The builders take their arguments in the order of the functions in ``torch/_utils.py`` and ``torch/_tensor.py``.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import quoted
@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StorageType:
-    """A storage class of torch; ``dtype`` is empty for the untyped one, which counts bytes."""
+    """A storage class of torch; ``dtype`` is empty for the untyped storage, which counts bytes."""
 
     dtype: str
 
@@ -44,18 +44,18 @@ class DTypeRef:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StorageRef:
-    """A storage as a pickle names it: which record, what it holds, and the part a legacy view takes of it."""
+    """A storage as a pickle names it: the key of the record, the dtype, and the range of a legacy view."""
 
     key: str
     dtype: str
     nbytes: int
-    start: int = 0  # bytes; legacy files can name a part of a storage
-    length: int = -1  # bytes of that part
+    start: int = 0  # in bytes; legacy files can name a part of a storage
+    length: int = -1  # in bytes; -1 means the whole storage
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TensorRef:
-    """A tensor as a pickle describes it; ``storage`` is None where the file holds no bytes for it."""
+    """A tensor as a pickle describes it; ``storage`` is None for a tensor without bytes in the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -115,14 +115,14 @@ _CONSTANTS: Final = _constants()
 
 
 class TorchObjects:
-    """Everything that one torch file's pickles may build, and the storages they named."""
+    """The builders for the pickles of one torch file, and the storages that these pickles name."""
 
     def __init__(self, persistent: Callable[[object], object] | None = None) -> None:
-        """Start with no storage seen; ``persistent`` reads persistent ids that do not describe storages."""
+        """Prepare the builders; ``persistent`` replaces the reading of persistent ids."""
         self.storages: dict[str, StorageRef] = {}
         self._locations: dict[str, str] = {}
-        self.prefix = ""  # of the keys of the storages that the next pickle names
-        self.sources: list[str] = []  # source files that a legacy full-module pickle embeds
+        self.prefix = ""  # put before each storage key that the next pickle names
+        self.sources: list[str] = []  # source files that a legacy pickle of a module embeds
         self.interpreter = Interpreter(self._builders(), _CONSTANTS, persistent or self._persistent)
 
     def _builders(self) -> dict[str, Callable[..., object]]:
@@ -177,7 +177,7 @@ class TorchObjects:
                 raise TypeError(f"a {type(source).__name__}")
             self.interpreter.count_copy(source)
             if kind in (set, frozenset) and not all(isinstance(item, str | bytes | float | None) for item in source):
-                return list(source)  # hashing others can be made expensive, and nobody asks a checkpoint's set
+                return list(source)  # other items can be slow to hash, and no reader needs a set here
             return kind(source)
 
         return build
@@ -188,11 +188,11 @@ class TorchObjects:
         self.interpreter.count_copy(text)
         return text.encode("latin-1")
 
-    def _from_type(self, function: object, _kind: object, args: object, _state: object = None) -> object:
+    def _from_type(self, function: object, subclass: object, args: object, _state: object = None) -> object:
         if isinstance(function, CodeName) and function.name.startswith("_rebuild_from_type"):
-            raise TypeError("itself")  # nested a thousand times, it would exhaust the interpreter's own stack
+            raise TypeError("it calls itself")  # a thousand nested calls would exhaust the stack of Python
         made = self.interpreter.call(function, args)
-        plain = _kind == "tensor" or (isinstance(_kind, CodeName) and str(_kind) == _PARAMETER)
+        plain = subclass == "tensor" or (isinstance(subclass, CodeName) and str(subclass) == _PARAMETER)
         if isinstance(made, TensorRef) and not plain and made.kind == "dense":
             return replace(made, kind="subclass")
         return made
@@ -203,21 +203,21 @@ class TorchObjects:
                 self.sources.append(pid[2])
             return pid[1]
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] != "storage":
-            raise FormatError("corrupt pickle: a persistent id that names no storage")
+            raise FormatError("corrupt pickle: a persistent id does not name a storage")
         kind, key, numel = pid[1], pid[2], pid[4]
         if isinstance(key, int) and not isinstance(key, bool):
             key = str(key)
         if not isinstance(kind, StorageType) or not isinstance(key, str) or not _is_count(numel):
-            raise FormatError("corrupt pickle: a persistent id with a storage of unknown type, key or size")
+            raise FormatError("corrupt pickle: a persistent id names a storage with an unknown type, key or size")
         key = self.prefix + key
         width = _width(kind.dtype)
         storage = StorageRef(key, kind.dtype, numel * width)
         known = self.storages.setdefault(key, storage)
         if known.nbytes != storage.nbytes:
-            raise FormatError(f"storage {quoted(key)} is given two sizes, {known.nbytes} and {storage.nbytes} bytes")
+            raise FormatError(f"storage {quoted(key)} has two sizes, {known.nbytes} and {storage.nbytes} bytes")
         if isinstance(pid[3], str) and self._locations.setdefault(key, pid[3]) != pid[3]:
             raise FormatError(
-                f"storage {quoted(key)} is given two locations, {quoted(self._locations[key])} and {quoted(pid[3])}"
+                f"storage {quoted(key)} has two locations, {quoted(self._locations[key])} and {quoted(pid[3])}"
             )
         if len(pid) == 6 and pid[5] is not None:
             return self._part(storage, pid[5], width)
@@ -225,29 +225,29 @@ class TorchObjects:
 
     def _part(self, storage: StorageRef, view: object, width: int) -> StorageRef:
         if not isinstance(view, tuple) or len(view) != 3 or not all(map(_is_count, view[1:])):
-            raise FormatError(f"storage {quoted(storage.key)}: a view of it is described wrongly")
+            raise FormatError(f"a view of storage {quoted(storage.key)} is not valid")
         start, length = view[1] * width, view[2] * width
         if start + length > storage.nbytes:
             raise FormatError(
-                f"storage {quoted(storage.key)}: a view of it ends at byte {start + length} of {storage.nbytes}"
+                f"storage {quoted(storage.key)}: a view ends at byte {start + length} of {storage.nbytes}"
             )
         return replace(storage, start=start, length=length)
 
 
 def _is_count(number: object) -> bool:
-    # torch counts with signed 64 bits; Python would go on, to numbers that cannot be printed.
+    # torch counts with signed 64 bits; Python integers can be too long to print.
     return type(number) is int and 0 <= number < 2**63
 
 
 def _name(part: object) -> str:
     if not isinstance(part, str | int):
-        raise TypeError("a name that is no string")
+        raise TypeError("the name is not a string")
     return str(part)
 
 
 def _complex(real: object = 0.0, imag: object = 0.0) -> complex:
     if not isinstance(real, int | float) or not isinstance(imag, int | float):
-        raise TypeError("parts that are no numbers")
+        raise TypeError("the parts are not numbers")
     return complex(real, imag)
 
 
@@ -257,17 +257,17 @@ def _width(dtype: str) -> int:
 
 def _size(sizes: object = ()) -> tuple[int, ...]:
     if not isinstance(sizes, list | tuple) or not all(type(n) is int for n in sizes):
-        raise TypeError("sizes that are no integers")
+        raise TypeError("the sizes are not integers")
     if len(sizes) > _MOST_DIMENSIONS:
-        raise FormatError(f"corrupt pickle: a tensor of {len(sizes)} dimensions")
+        raise FormatError(f"corrupt pickle: a tensor has {len(sizes)} dimensions")
     if not all(map(_is_count, sizes)):
-        raise FormatError(f"corrupt pickle: a tensor with a size or stride below 0 or above 2^63: {str(sizes)[:80]}")
+        raise FormatError(f"corrupt pickle: a size or stride of a tensor is below 0 or above 2^63: {str(sizes)[:80]}")
     return tuple(sizes)
 
 
 def _tensor(storage: object, offset: object, size: object, stride: object) -> TensorRef:
     if not isinstance(storage, StorageRef) or type(offset) is not int:
-        raise TypeError("a storage or an offset of the wrong type")
+        raise TypeError("the storage or the offset has the wrong type")
     return tensor_view(storage, storage.dtype or "U8", offset, size, stride)
 
 
@@ -278,34 +278,34 @@ def _tensor_v2(storage: object, offset: object, size: object, stride: object, *r
 def _tensor_v3(storage: object, offset: object, size: object, stride: object, *rest: object) -> TensorRef:
     dtype = rest[2]
     if isinstance(dtype, CodeName) and dtype.module == "torch" and _NAME.fullmatch(dtype.name):
-        return TensorRef(str(dtype), _size(size), kind="unknown")  # of a torch that is newer than this table
+        return TensorRef(str(dtype), _size(size), kind="unknown")  # a dtype of a torch that is newer than this table
     if not isinstance(storage, StorageRef) or type(offset) is not int or not isinstance(dtype, DTypeRef):
-        raise TypeError("a storage, an offset or a dtype of the wrong type")
+        raise TypeError("the storage, the offset or the dtype has the wrong type")
     return _flags(tensor_view(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
 
 
 def tensor_view(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
-    """Return the tensor of a view into a storage; raises ``FormatError`` for numbers that torch cannot count with."""
+    """Return the tensor of a view into a storage; raises ``FormatError`` for sizes, strides or offsets out of range."""
     shape, steps = _size(size), _size(stride)
     if len(shape) != len(steps):
-        raise FormatError(f"corrupt pickle: a tensor of {len(shape)} dimensions with {len(steps)} strides")
+        raise FormatError(f"corrupt pickle: a tensor has {len(shape)} dimensions and {len(steps)} strides")
     if not _is_count(offset):
-        raise FormatError(f"corrupt pickle: a tensor at the offset {offset}, below 0 or above 2^63")
+        raise FormatError(f"corrupt pickle: the offset of a tensor is {offset}, below 0 or above 2^63")
     return TensorRef(dtype, shape, storage, offset, steps)
 
 
-def _flags(tensor: TensorRef, metadata: Any) -> TensorRef:
+def _flags(tensor: TensorRef, metadata: object) -> TensorRef:
     if not isinstance(metadata, dict):
         return tensor
     conj, neg = bool(metadata.get("conj")), bool(metadata.get("neg"))
     if (conj and tensor.dtype not in _COMPLEX) or (neg and tensor.dtype not in _NEGATABLE):
-        raise FormatError(f"corrupt pickle: a {tensor.dtype} tensor marked as conjugate or negative")
+        raise FormatError(f"corrupt pickle: a {tensor.dtype} tensor is marked as conjugate or negative")
     return replace(tensor, conj=conj, neg=neg)
 
 
 def _parameter(data: object, *_: object) -> object:
     if not isinstance(data, TensorRef):
-        raise TypeError("a parameter that is no tensor")
+        raise TypeError("the parameter is not a tensor")
     return data
 
 
@@ -322,9 +322,9 @@ def _quantized(
     return replace(_tensor(storage, offset, size, stride), kind="quantized")
 
 
-def _sparse(layout: object, data: Any) -> TensorRef:
+def _sparse(layout: object, data: object) -> TensorRef:
     if not isinstance(data, tuple) or len(data) > 5:
-        raise TypeError("parts that are no short tuple")
+        raise TypeError("the parts are not a short tuple")
     parts = [part for part in data if isinstance(part, TensorRef)]
     size = data[2] if layout == "torch.sparse_coo" else data[3]
     return TensorRef(parts[-1].dtype, _size(size), kind="sparse")
@@ -332,17 +332,17 @@ def _sparse(layout: object, data: Any) -> TensorRef:
 
 def _meta(dtype: object, size: object, stride: object, _grad: object) -> TensorRef:
     if not isinstance(dtype, DTypeRef):
-        raise TypeError("a dtype of the wrong type")
+        raise TypeError("the dtype has the wrong type")
     return TensorRef(dtype.code, _size(size), stride=_size(stride), kind="meta")
 
 
 def _nested(buffer: object, *_: object) -> TensorRef:
     if not isinstance(buffer, TensorRef):
-        raise TypeError("a nested tensor without a buffer")
+        raise TypeError("the nested tensor has no buffer")
     return replace(buffer, kind="nested")
 
 
-def _subclass(_kind: object, dtype: object, size: object, stride: object, *_: object) -> TensorRef:
+def _subclass(_class: object, dtype: object, size: object, stride: object, *_: object) -> TensorRef:
     if not isinstance(dtype, DTypeRef):
-        raise TypeError("a dtype of the wrong type")
+        raise TypeError("the dtype has the wrong type")
     return TensorRef(dtype.code, _size(size), stride=_size(stride), kind="subclass")

@@ -1,4 +1,4 @@
-"""The format of torch 0.1: a tar archive of a pickle, its tensors, and their storages; nothing of it is unpacked."""
+"""Read the format of torch 0.1: a tar archive with a pickle, its tensors and their storages."""
 
 from __future__ import annotations
 
@@ -33,26 +33,26 @@ __all__ = ["open_torch_tar"]
 _BLOCK = 512
 _MOST_PADDING = 1 << 20
 _OCTAL = re.compile(rb" *([0-7]{1,12})[ \0]*")
-_WINDOW = 1 << 12  # of the pickles in front of each storage and tensor, which are short
+_WINDOW = 1 << 12  # the pickle in front of each storage and tensor is short
 _COUNT = struct.Struct("<q")
-_RANK = struct.Struct("<i4x")  # once written as 8 bytes
+_RANK = struct.Struct("<i4x")  # the number of dimensions, which old versions wrote as 8 bytes
 
 
 def open_torch_tar(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoint:
-    """Return the Checkpoint in a tar archive of torch; takes over the file.
+    """Return the Checkpoint in a tar archive of torch; the Checkpoint closes the file.
 
-    Raises ``FormatError`` where the archive holds anything but the four members of the format, each of them once
-    and a plain file, where it contradicts itself, or was written on a big-endian machine.
+    Raises ``FormatError`` unless the archive holds each of the four members of the format once, as a plain file.
+    Also raises it for an archive that contradicts itself, or that was not written on a little-endian machine.
     """
     members = _members(file)
     info, _ = read_pickle(members["sys_info"], Interpreter({}, {}), 0)
     if not isinstance(info, dict) or info.get("little_endian") is False:
         raise FormatError(
-            "a tar archive of torch that is not of a little-endian machine", hint="load and save it there"
+            "a tar archive of torch that was not written on a little-endian machine", hint="load and save it there"
         )
     stored, starts = _storages(members["storages"])
     tensors = _tensors(members["tensors"], stored)
-    objects = TorchObjects(persistent=lambda pid: _named(pid, stored, tensors, objects.sources))
+    objects = TorchObjects(persistent=lambda pid: _resolve(pid, stored, tensors, objects.sources))
     tree, end = read_pickle(members["pickle"], objects.interpreter, 0)
     if end != members["pickle"].size:
         raise FormatError(f"{members['pickle'].size - end} bytes follow the pickle")
@@ -60,9 +60,9 @@ def open_torch_tar(file: LocalFile, selection: Selection = WEIGHTS) -> Checkpoin
     def locate(storage: StorageRef) -> Region:
         return Extent(file, members["storages"].offset + starts[storage.key], storage.nbytes)
 
-    def records(held: Mapping[str, Sequence[str]]) -> Iterator[Record]:
+    def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         for key in starts:
-            yield Record(file.path, f"storage {key}", locate(stored[int(key)]), keys=tuple(held.get(key, ())))
+            yield Record(file.path, f"storage {key}", locate(stored[int(key)]), keys=tuple(keys.get(key, ())))
 
     return build_file_checkpoint(
         TorchFile(tree, objects, end + members["tensors"].size, locate, records), file, "torch-tar", selection
@@ -84,7 +84,7 @@ def _members(file: LocalFile) -> dict[str, Section]:
         start = pos + _BLOCK
         if start + size > file.size:
             raise FormatError(
-                f"member {quoted(name)} of the tar archive ends {start + size - file.size} bytes behind the file",
+                f"member {quoted(name)} of the tar archive ends {start + size - file.size} bytes after the file",
                 hint="download or copy it again",
             )
         members[name] = Section(file, start, size)
@@ -99,15 +99,16 @@ def _members(file: LocalFile) -> dict[str, Section]:
 
 
 def _member(header: bytes) -> tuple[str, int]:
-    """Return name and size of a member of which the format knows; refuse all others."""
+    """Return name and size of a member; raises ``FormatError`` for a member that does not belong to the format."""
     name = header[:100].partition(b"\0")[0].decode("utf-8", "replace")
-    told = _OCTAL.fullmatch(header[148:156])
-    if header[257:262] != b"ustar" or not told or int(told[1], 8) != sum(header[:148] + header[156:]) + 8 * ord(" "):
+    checksum = _OCTAL.fullmatch(header[148:156])
+    expected = sum(header[:148] + header[156:]) + 8 * ord(" ")
+    if header[257:262] != b"ustar" or not checksum or int(checksum[1], 8) != expected:
         raise FormatError("a tar archive with a damaged header")
     if name not in TAR_MEMBERS or header[345:500].strip(b"\0"):
-        raise FormatError(f"a tar archive of torch with a member {quoted(name)}, which has no place there")
+        raise FormatError(f"a tar archive of torch with an unexpected member {quoted(name)}")
     if header[156:157] not in (b"0", b"\0"):
-        raise FormatError(f"member {quoted(name)} of the tar archive is a link or something else that is no file")
+        raise FormatError(f"member {quoted(name)} of the tar archive is not a plain file")
     size = _OCTAL.fullmatch(header[124:136])
     if not size:
         raise FormatError(f"member {quoted(name)} of the tar archive has no size")
@@ -115,16 +116,21 @@ def _member(header: bytes) -> tuple[str, int]:
 
 
 def _storages(section: Section) -> tuple[dict[int, StorageRef], dict[str, int]]:
-    """Return the storages by key, parts of others among them, and where the whole ones begin in the section."""
+    """Return the storages by key, views of other storages included, and the offset of each whole storage."""
     kinds = Interpreter({}, STORAGE_TYPES)
     stored: dict[int, StorageRef] = {}
     starts: dict[str, int] = {}
     count, pos = _count(section, "storages")
     for _ in range(count):
-        told, pos = read_pickle(section, kinds, pos, window=_WINDOW)
-        if not isinstance(told, tuple) or len(told) != 3 or not isinstance(told[2], StorageType) or not told[2].dtype:
+        described, pos = read_pickle(section, kinds, pos, window=_WINDOW)
+        if (
+            not isinstance(described, tuple)
+            or len(described) != 3
+            or not isinstance(described[2], StorageType)
+            or not described[2].dtype
+        ):
             raise FormatError("a storage of unknown type in the tar archive")
-        key, dtype = _key(told[0], stored), told[2].dtype
+        key, dtype = _key(described[0], stored), described[2].dtype
         (numel,) = _COUNT.unpack(_bytes(section, pos, _COUNT.size))
         pos += _COUNT.size
         nbytes = numel * DTYPES[dtype].bits // 8
@@ -141,7 +147,7 @@ def _storages(section: Section) -> tuple[dict[int, StorageRef], dict[str, int]]:
             or len(view) != 4
             or not all(type(part) is int and 0 <= part < 2**64 for part in view)
         ):
-            raise FormatError("a view of a storage is described wrongly")
+            raise FormatError("a view of a storage is not valid")
         target, root, offset, numel = view
         stored[_key(target, stored)] = _view(stored, root, offset, numel)
     if pos != section.size:
@@ -156,7 +162,7 @@ def _view(stored: Mapping[int, StorageRef], root: int, offset: int, numel: int) 
     width = DTYPES[whole.dtype].bits // 8
     limit = whole.nbytes if whole.length < 0 else whole.length
     if (offset + numel) * width > limit:
-        raise FormatError(f"a view of {numel} elements of the storage '{root}' from {offset} on reaches beyond it")
+        raise FormatError(f"a view of {numel} elements from {offset} exceeds the storage '{root}'")
     return replace(whole, start=whole.start + offset * width, length=numel * width)
 
 
@@ -165,12 +171,12 @@ def _tensors(section: Section, stored: Mapping[int, StorageRef]) -> dict[int, Te
     tensors: dict[int, TensorRef] = {}
     count, pos = _count(section, "tensors")
     for _ in range(count):
-        told, pos = read_pickle(section, kinds, pos, window=_WINDOW)
-        if not isinstance(told, tuple) or len(told) != 3 or not isinstance(told[2], DTypeRef):
+        described, pos = read_pickle(section, kinds, pos, window=_WINDOW)
+        if not isinstance(described, tuple) or len(described) != 3 or not isinstance(described[2], DTypeRef):
             raise FormatError("a tensor of unknown type in the tar archive")
-        key = _key(_key(told[0], stored), tensors)
-        storage = stored.get(told[1]) if type(told[1]) is int else None
-        if storage is None or storage.dtype != told[2].code:
+        key = _key(_key(described[0], stored), tensors)
+        storage = stored.get(described[1]) if type(described[1]) is int else None
+        if storage is None or storage.dtype != described[2].code:
             raise FormatError(f"tensor '{key}' has no storage of its type in the tar archive")
         (rank,) = _RANK.unpack(_bytes(section, pos, _RANK.size))
         if not 0 <= rank <= section.size // _COUNT.size:
@@ -184,16 +190,16 @@ def _tensors(section: Section, stored: Mapping[int, StorageRef]) -> dict[int, Te
     return tensors
 
 
-def _count(section: Section, what: str) -> tuple[int, int]:
+def _count(section: Section, noun: str) -> tuple[int, int]:
     count, pos = read_pickle(section, Interpreter({}, {}), 0, window=_WINDOW)
     if type(count) is not int or not 0 <= count <= section.size:
-        raise FormatError(f"a tar archive of torch without the number of its {what}")
+        raise FormatError(f"a tar archive of torch without the number of its {noun}")
     return count, pos
 
 
 def _key(key: object, known: Mapping[int, object]) -> int:
     if type(key) is not int or not 0 <= key < 2**64:
-        raise FormatError("a storage or tensor in the tar archive has a key that is no address")
+        raise FormatError("a storage or tensor in the tar archive has a key that is not an address")
     if key in known:
         raise FormatError(f"two storages or tensors have the key '{key}'")
     return key
@@ -205,16 +211,16 @@ def _bytes(section: Section, start: int, count: int) -> bytes:
     return section.read(start, count)
 
 
-def _named(
+def _resolve(
     pid: object, stored: Mapping[int, StorageRef], tensors: Mapping[int, TensorRef], sources: list[str]
 ) -> object:
     if isinstance(pid, tuple) and pid:
-        # A class of modules, with the file and the text of its source.
+        # A module class, with the path and the text of its source file.
         if len(pid) == 3 and isinstance(pid[1], str) and pid[1]:
             sources.append(pid[1])
         return pid[0]
     if isinstance(pid, str) and pid.isascii() and pid.isdigit() and len(pid) <= 20:
         pid = int(pid)
     if type(pid) is not int or (pid not in tensors and pid not in stored):
-        raise FormatError("corrupt pickle: a persistent id that names no tensor")
+        raise FormatError("corrupt pickle: a persistent id does not name a tensor")
     return tensors.get(pid) or stored[pid]

@@ -21,28 +21,28 @@ from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 __all__ = ["archive_root", "open_torch_zip", "read_pickles", "read_torch_zip"]
 
 _NEWEST_VERSION = 10
-_MOST_FOLD = 20  # pickles of weights are deflated four- to sixfold, and each byte of one can take a hundred in memory
-# What every writer of the format makes anew; the id names the contents of one file and no other.
-_OURS = re.compile(
+_MOST_COMPRESSION = 20  # pickles of weights shrink four- to sixfold, and a byte can take a hundred in memory
+# Every writer makes these records itself; the serialization id belongs to the contents of one file.
+_REWRITTEN = re.compile(
     r"data\.pkl|byteorder|data/.*|\.format_version|\.storage_alignment|\.data/serialization_id", re.DOTALL
 )
 _UNTYPED = "it was written on a big-endian machine, and does not say how wide all its numbers are"
 
 
 def open_torch_zip(archive: ZipDirectory, selection: Selection = WEIGHTS) -> Checkpoint:
-    """Return the Checkpoint in a torch zip archive; takes over its file.
+    """Return the Checkpoint in a torch zip archive; the Checkpoint closes the file.
 
-    Raises ``FormatError`` where the archive is no torch checkpoint, contradicts itself, or holds less
-    than its pickle says.
+    Raises ``FormatError`` for an archive that is not a torch checkpoint, contradicts itself, or lacks a record that
+    its pickle names.
     """
     file = archive.file
     return build_file_checkpoint(read_torch_zip(archive), file, "torch-zip", selection)
 
 
 def read_torch_zip(archive: ZipDirectory, *, largest: int = LARGEST_PICKLE) -> TorchFile:
-    """Return the inert tree in a torch zip archive, and where its storages lie.
+    """Return the parsed pickle of a torch zip archive.
 
-    Raises ``FormatError`` likewise, and where the pickle has more than ``largest`` bytes.
+    Raises ``FormatError`` as ``open_torch_zip`` does, and for a pickle of more than ``largest`` bytes.
     """
     root = archive_root(archive)
     if f"{root}constants.pkl" in archive.entries:
@@ -57,36 +57,36 @@ def read_pickles(
 ) -> tuple[list[object], TorchFile]:
     """Return the trees of ``data.pkl`` and of ``NAME.pkl`` for each of ``others``, and the file with the first tree.
 
-    The storages of ``NAME.pkl`` are the records below ``NAME/``, and have keys that begin with it.
+    The storages of ``NAME.pkl`` are the records below ``NAME/``, and their keys begin with ``NAME/``.
     """
     warnings = _check_records(archive, root)
     big = _byte_order(archive, root) == "big"
     if big:
-        warnings.append("written on a big-endian machine: numbers are swapped while they are read")
+        warnings.append("written on a big-endian machine: the bytes of each number are swapped while reading")
     objects = TorchObjects()
     trees: list[object] = []
     size = 0
     prefixes = tuple(f"{home}/" for home in others)
     for home in ("data", *others):
         objects.prefix = "" if home == "data" else f"{home}/"
-        data = archive.read(f"{root}{home}.pkl", largest, ratio=_MOST_FOLD)
+        data = archive.read(f"{root}{home}.pkl", largest, ratio=_MOST_COMPRESSION)
         tree, end = parse_pickle(data, objects.interpreter)
         if end != len(data):
             warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")
         trees.append(tree)
         size += len(data)
         if home == "data" and any(key.startswith(prefixes) for key in objects.storages):
-            raise FormatError("data.pkl names storages of another pickle")
+            raise FormatError("data.pkl names storages that belong to another pickle")
 
     def record(key: str) -> str:
         return f"{root}{key}" if key.startswith(prefixes) else f"{root}data/{key}"
 
     def swapped_width(key: str) -> int:
-        # As torch does: by the type under which the file names the storage first, an untyped one not at all.
+        # As in torch, the first type that the pickle gives to a storage counts; untyped storages are not swapped.
         dtype = objects.storages[key].dtype
         return DTYPES[dtype].part_bytes if dtype else 1
 
-    def uncertain(tensor: TensorRef) -> bool:
+    def has_unknown_byte_order(tensor: TensorRef) -> bool:
         width = DTYPES[tensor.dtype].part_bytes
         return big and tensor.storage is not None and width != swapped_width(tensor.storage.key)
 
@@ -97,17 +97,17 @@ def read_pickles(
             raise FormatError(f"storage {quoted(storage.key)} is not in the archive")
         if entry.size != storage.nbytes:
             raise FormatError(
-                f"storage {quoted(storage.key)}: {storage.nbytes} bytes named, {entry.size} stored",
-                hint="the file was damaged or made by a faulty writer",
+                f"storage {quoted(storage.key)}: the pickle says {storage.nbytes} bytes, the archive has {entry.size}",
+                hint="the file is damaged, or its writer has a bug",
             )
         region, width = archive.region(name), swapped_width(storage.key)
         return ByteSwapped(region, width) if big and width > 1 else region
 
     used = set(map(record, objects.storages))
-    unused = [name for name in archive.entries if name.startswith(_homes(root)) and name not in used]
+    unused = [name for name in archive.entries if name.startswith(_storage_folders(root)) and name not in used]
     if unused:
-        said = f"no tensor refers to {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}"
-        warnings.append(ReaderWarning(said, codes.UNUSED_RECORD))
+        text = f"no tensor uses {plural(len(unused), 'stored record')}, such as {quoted(unused[0])}"
+        warnings.append(ReaderWarning(text, codes.UNUSED_RECORD))
 
     def records(keys: Mapping[str, Sequence[str]]) -> Iterator[Record]:
         return archive.records({record(key): named for key, named in keys.items()})
@@ -115,45 +115,45 @@ def read_pickles(
     def pickle() -> bytes:
         return archive.read(f"{root}data.pkl", largest)
 
-    def beside() -> list[tuple[str, Payload]]:
-        kept = [name for name in archive.entries if name.startswith(root) and not _OURS.fullmatch(name[len(root) :])]
-        return [(name[len(root) :], archive.region(name)) for name in kept]
+    def other_records() -> list[tuple[str, Payload]]:
+        names = [name.removeprefix(root) for name in archive.entries if name.startswith(root)]
+        return [(name, archive.region(root + name)) for name in names if not _REWRITTEN.fullmatch(name)]
 
-    doubt = _UNTYPED if big and any(not storage.dtype for storage in objects.storages.values()) else ""
-    file = TorchFile(trees[0], objects, size, locate, records, tuple(warnings), uncertain)
-    return trees, file if others else replace(file, pickle=pickle, doubt=doubt, others=beside)
+    unwritable = _UNTYPED if big and any(not storage.dtype for storage in objects.storages.values()) else ""
+    file = TorchFile(trees[0], objects, size, locate, records, tuple(warnings), has_unknown_byte_order)
+    return trees, file if others else replace(file, pickle=pickle, unwritable=unwritable, other_records=other_records)
 
 
 def archive_root(archive: ZipDirectory) -> str:
-    """Return what the names of all records begin with; raises ``FormatError`` where there is no one ``data.pkl``."""
-    # Users rename files, so the root says nothing about the file's name.
+    """Return the common prefix of all record names; raises ``FormatError`` unless there is exactly one ``data.pkl``."""
+    # Users rename files, so the prefix need not be the name of the file.
     roots = archive.roots("data.pkl")
     if len(roots) != 1:
-        what = "no data.pkl" if not roots else f"{len(roots)} entries called data.pkl"
-        raise FormatError(f"a zip archive with {what}: not a torch checkpoint")
+        count = f"{len(roots)} entries called" if roots else "no"
+        raise FormatError(f"a zip archive with {count} data.pkl: not a torch checkpoint")
     return roots[0]
 
 
-def _homes(root: str) -> tuple[str, str]:
+def _storage_folders(root: str) -> tuple[str, str]:
     return f"{root}data/", f"{root}constants/"
 
 
 def _check_records(archive: ZipDirectory, root: str) -> list[str]:
     version = archive.text(f"{root}version")
     if version is not None and (not version.isdigit() or int(version[:9]) > _NEWEST_VERSION):
-        raise FormatError(f"its format version is {quoted(version[:20])}, newer than known")
-    warnings = archive.warnings(*_homes(root))
+        raise FormatError(f"format version {quoted(version[:20])} is newer than this ckptkit")
+    warnings = archive.warnings(*_storage_folders(root))
     skipped = [entry.name for entry in archive.entries.values()
-               if entry.size and not entry.crc and entry.name.startswith(_homes(root))]  # fmt: skip
+               if entry.size and not entry.crc and entry.name.startswith(_storage_folders(root))]  # fmt: skip
     if skipped and archive.entries[f"{root}data.pkl"].crc:
-        what = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
-        said = f"storage bytes were skipped at save (torch.serialization.skip_data): {what}"
-        warnings.append(ReaderWarning(said, codes.SKIPPED_DATA))
+        examples = f"{plural(len(skipped), 'record')} without a checksum, such as {quoted(skipped[0])}"
+        text = f"torch.save did not write the bytes of storages (torch.serialization.skip_data): {examples}"
+        warnings.append(ReaderWarning(text, codes.SKIPPED_DATA))
     return warnings
 
 
 def _byte_order(archive: ZipDirectory, root: str) -> str:
     order = archive.text(f"{root}byteorder")
     if order not in (None, "little", "big"):
-        raise FormatError(f"its byte order is {quoted(order[:20])}", hint="torch knows little and big")
+        raise FormatError(f"its byte order is {quoted(order[:20])}", hint="the byte order must be little or big")
     return order or "little"
