@@ -85,7 +85,7 @@ def test_after_assign_the_training_continues_bit_by_bit(kind: str) -> None:
     model = Net()
     optimizer = OPTIMIZERS[kind](grouped(model))
     steps(model, optimizer, 3)
-    reference, its = copy.deepcopy((model, optimizer))
+    reference, reference_optimizer = copy.deepcopy((model, optimizer))
     groups, dicts = optimizer.param_groups, list(optimizer.param_groups)
     replace_parameters(model)
     report = rebind(optimizer, model)
@@ -94,7 +94,7 @@ def test_after_assign_the_training_continues_bit_by_bit(kind: str) -> None:
     assert optimizer.param_groups is groups
     assert all(one is other for one, other in zip(groups, dicts, strict=True))
     steps(model, optimizer, 3)
-    steps(reference, its, 3)
+    steps(reference, reference_optimizer, 3)
     assert same(model, reference, [*BODY, *HEAD])
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
@@ -144,12 +144,12 @@ def test_lbfgs_keeps_its_state_where_only_the_objects_changed() -> None:
     optimizer = torch.optim.LBFGS(model.named_parameters(), lr=0.1, max_iter=3)
     run(model, optimizer)
     reference = copy.deepcopy(model)
-    its = torch.optim.LBFGS(reference.named_parameters(), lr=0.1, max_iter=3)
-    its.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    reference_optimizer = torch.optim.LBFGS(reference.named_parameters(), lr=0.1, max_iter=3)
+    reference_optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     replace_parameters(model)
     rebind(optimizer, model)
     run(model, optimizer)
-    run(reference, its)
+    run(reference, reference_optimizer)
     assert same(model, reference, [*BODY, *HEAD])
     model.head = nn.Linear(5, 7)
     assert ("state-dropped", "") in codes_and_keys(rebind(optimizer, model))
@@ -190,7 +190,7 @@ def test_a_new_head_trains_and_the_rest_continues_bit_by_bit(kind: str) -> None:
     model = Net()
     optimizer = OPTIMIZERS[kind](grouped(model))
     steps(model, optimizer)
-    reference, its = copy.deepcopy((model, optimizer))
+    reference, reference_optimizer = copy.deepcopy((model, optimizer))
     slots = list(optimizer.state[model.head.weight])
     model.head = nn.Linear(5, 7)
     before = copy.deepcopy(model.head)
@@ -200,7 +200,7 @@ def test_a_new_head_trains_and_the_rest_continues_bit_by_bit(kind: str) -> None:
     assert [finding for finding in validate_param_groups(model, optimizer).findings if finding.severity != "note"] == []
     assert optimizer.state_dict()["param_groups"][1]["param_names"] == HEAD
     steps(model, optimizer)
-    steps(reference, its)
+    steps(reference, reference_optimizer)
     assert same(model, reference, BODY)
     assert not torch.equal(before.weight, model.head.weight)
     assert not torch.equal(before.bias, model.head.bias)
@@ -215,8 +215,8 @@ def test_a_head_with_other_names_needs_add_missing() -> None:
         kept = copy.deepcopy(optimizer.state_dict()["state"][0])
         model.head = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 2))  # type: ignore[assignment]
         new = [f"head.{name}" for name, _ in model.head.named_parameters()]
-        undecided, its = copy.deepcopy((model, optimizer))
-        report = rebind(its, undecided)
+        undecided, reference_optimizer = copy.deepcopy((model, optimizer))
+        report = rebind(reference_optimizer, undecided)
         assert codes_and_keys(report) == [
             *[("removed", name) for name in HEAD],
             *[("state-dropped", name) for name in HEAD],
@@ -267,7 +267,7 @@ def test_old_rows_continue_bit_by_bit_where_the_state_is_padded(kind: str, *, ne
     model = Net()
     optimizer = OPTIMIZERS[kind](model.named_parameters())
     steps(model, optimizer)
-    reference, its = copy.deepcopy((model, optimizer))
+    reference, reference_optimizer = copy.deepcopy((model, optimizer))
     resize(model, 8, new_object=new_object)
     if not new_object:
         with pytest.raises(RuntimeError, match=r"size of tensor|shape"):
@@ -278,7 +278,7 @@ def test_old_rows_continue_bit_by_bit_where_the_state_is_padded(kind: str, *, ne
     assert validate_param_groups(model, optimizer).findings == ()
     old = model.emb.weight.detach()[6:].clone()
     for _ in range(2):
-        for one, run in ((model, optimizer), (reference, its)):
+        for one, run in ((model, optimizer), (reference, reference_optimizer)):
             for parameter in one.parameters():
                 parameter.grad = torch.full_like(parameter, 0.25)
             run.step()
@@ -318,13 +318,13 @@ def test_state_is_cast_to_the_dtype_of_the_model(kind: str) -> None:
     optimizer = OPTIMIZERS[kind](model.named_parameters())
     steps(model, optimizer)
     model.double()
-    reference, its = copy.deepcopy((model, optimizer))
-    its.load_state_dict(copy.deepcopy(its.state_dict()))
+    reference, reference_optimizer = copy.deepcopy((model, optimizer))
+    reference_optimizer.load_state_dict(copy.deepcopy(reference_optimizer.state_dict()))
     report = rebind(optimizer, model)
     assert set(codes_and_keys(report)) == {("state-converted", name) for name in [*BODY, *HEAD]}
     assert "cast from torch.float32 to torch.float64" in report.findings[0].message
     steps(model, optimizer)
-    steps(reference, its)
+    steps(reference, reference_optimizer)
     assert same(model, reference, [*BODY, *HEAD])
 
 
@@ -379,7 +379,7 @@ def test_without_recorded_names_rebind_needs_guess() -> None:
     model = Net()
     optimizer = adamw(model.parameters())
     steps(model, optimizer)
-    reference, its = copy.deepcopy((model, optimizer))
+    reference, reference_optimizer = copy.deepcopy((model, optimizer))
     replace_parameters(model)
     with pytest.raises(GroupsError, match=r"group 0\[0\] \(6, 4\) .* it was 'emb.weight' \(and 4 more\)"):
         rebind(optimizer, model)
@@ -387,7 +387,7 @@ def test_without_recorded_names_rebind_needs_guess() -> None:
     assert "param_names" not in optimizer.param_groups[0]
     assert validate_param_groups(model, optimizer).findings == ()
     steps(model, optimizer)
-    steps(reference, its)
+    steps(reference, reference_optimizer)
     assert same(model, reference, [*BODY, *HEAD])
 
 
@@ -421,7 +421,7 @@ def test_parameters_of_optimizers_in_beside_are_not_missing() -> None:
 
 
 class Nested(torch.optim.Optimizer):
-    """An optimizer whose state has tensors in lists and dicts."""
+    """An optimizer with lists and dicts of tensors in its state."""
 
     def __init__(self, params: Any) -> None:
         super().__init__(params, {"lr": 0.1})

@@ -83,12 +83,15 @@ def check_new_group(make: Make, whole: Make, options: Mapping[str, Any], rate: f
     run(optimizer, scheduler, 4)
     inner = list(getattr(scheduler, "_schedulers", ()))
     rebind(optimizer, model, schedulers=scheduler, add_missing={"lr": rate, **options})
-    _, its = setting((0.1, rate))
-    reference = whole(its)
-    run(its, reference, 4)
-    assert close([[group["lr"] for group in optimizer.param_groups]], [[group["lr"] for group in its.param_groups]])
+    _, reference_optimizer = setting((0.1, rate))
+    reference = whole(reference_optimizer)
+    run(reference_optimizer, reference, 4)
+    assert close(
+        [[group["lr"] for group in optimizer.param_groups]],
+        [[group["lr"] for group in reference_optimizer.param_groups]],
+    )
     assert scheduler.get_last_lr() == [group["lr"] for group in optimizer.param_groups]
-    assert close(run(optimizer, scheduler, 8), run(its, reference, 8))
+    assert close(run(optimizer, scheduler, 8), run(reference_optimizer, reference, 8))
     assert validate_param_groups(model, optimizer).findings == ()
     assert list(getattr(scheduler, "_schedulers", ())) == inner
     saved = copy.deepcopy({key: value for key, value in scheduler.state_dict().items() if key != "lr_lambdas"})

@@ -93,7 +93,7 @@ class ParamGroupsPlan:
 class SpecAssignment:
     """A spec assigned to the parameters of one model: compute it once with ``assign``, and pass it on.
 
-    ``report`` has every finding about the spec. Only a plan whose report has no error may be built.
+    ``report`` has every finding about the spec. Build a plan only where the report has no error.
     """
 
     plan: ParamGroupsPlan
@@ -106,9 +106,9 @@ def plan_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGro
     ``model`` is a live ``torch.nn.Module``, a checkpoint, or a mapping of tensors. Only names and shapes of a
     checkpoint are used: every parameter counts as trainable, and roles are read from names.
 
-    Raises ``GroupsError`` for a rule, modifier or pattern that matches nothing (unless it is optional). The same is
-    raised for a trainable parameter that no rule owns, an uninitialised parameter, and a tied parameter whose names
-    would get different options.
+    Raises ``GroupsError`` for a rule, modifier or pattern that matches nothing (unless it is optional), for a trainable
+    parameter that no rule owns, for an uninitialised parameter, and for a tied parameter that would get different
+    options under its names.
     """
     with pause_gc():
         assignment = assign(parameter_table(model), spec)

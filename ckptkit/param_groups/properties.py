@@ -99,7 +99,7 @@ def class_names(kind: type) -> frozenset[str]:
 
 
 def roles_by_class(kind: type) -> frozenset[str]:
-    """Return the roles of every parameter whose module has this class."""
+    """Return the roles of every parameter in a module of this class."""
     names = {base.__name__ for base in kind.__mro__}
     roles = set()
     if names & _NORM_BASES or (any(map(_NORM_CLASS.search, names)) and not names & _NOT_NORMS):
@@ -196,7 +196,7 @@ class ParameterInfo:
     """What a rule can ask about one parameter.
 
     ``shape`` is None while the parameter is uninitialised. ``classes`` has the names of the class of its module and
-    of every base class; it is None for a checkpoint, whose ``roles`` are read from names. ``aliases`` are the same
+    of every base class; it is None for a checkpoint, where ``roles`` are read from names. ``aliases`` are the same
     parameter under its other names, where it is tied.
     """
 

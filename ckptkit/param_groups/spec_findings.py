@@ -198,7 +198,7 @@ class SpecFindings:
                 alias.name,
                 f"{group} owns no parameter: {quoted(alias.name)} is tied to {quoted(parameter.name)}, "
                 f"which group {quoted(self._owner_name(parameter))} owns",
-                f"write {quoted(parameter.name)} instead: a tied parameter goes by its first registered name",
+                f"write {quoted(parameter.name)} instead: a tied parameter is listed under its first registered name",
             )
         frozen = [parameter for parameter in self.table.parameters if any(map(rule.matches, parameter.named()))]
         if frozen:

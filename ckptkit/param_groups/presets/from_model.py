@@ -212,7 +212,7 @@ class PresetContext:
 
 
 def _no_weight_decay(context: PresetContext) -> list[str]:
-    """Return patterns for ``model.no_weight_decay()``, whose names may have the wildcards of fnmatch."""
+    """Return patterns for ``model.no_weight_decay()``. Its names may have the wildcards of fnmatch."""
     own = getattr(context.model, "no_weight_decay", None)
     if not callable(own):
         if not hasattr(context.model, "named_parameters"):

@@ -17,8 +17,8 @@ _LETTERS = "ijklmnop"
 def patterns_of(chosen: Sequence[str], names: Collection[str]) -> list[str]:
     """Return patterns that match every name in ``chosen`` and no other of ``names``, in the order of ``chosen``.
 
-    A module whose parameters are all chosen becomes ``module.*``. Patterns that differ only in numbers become one
-    pattern, unless it would match a name that is not chosen.
+    A module becomes ``module.*`` where all of its parameters are chosen. Patterns that differ only in numbers become
+    one pattern, unless it would match a name that is not chosen.
     """
     wanted = set(chosen)
     others = [name for name in names if name not in wanted]

@@ -40,17 +40,17 @@ def rebind(
 ) -> Report:
     """Make ``optimizer`` hold the current parameters of ``model``, and return a note for each change.
 
-    Use it after a new head, resized embeddings, ``load_state_dict(assign=True)``, ``to_empty`` or weight norm. A
-    parameter that was replaced makes room for its replacement: the parameter with its name, or with its memory. State
-    that still fits is kept. Tensors that are no longer in the model are removed with their state. The optimizer, its
-    group dicts and their order stay the same, so schedulers, gradient scalers and wrappers continue to work. Nothing
-    is changed before everything is decided.
+    Use it after a new head, resized embeddings, ``load_state_dict(assign=True)``, ``to_empty`` or weight norm. Each
+    old parameter is replaced by the current parameter with the same name, or with the same memory. State that still
+    fits is kept. Tensors that are no longer in the model are removed with their state. The optimizer, its group dicts
+    and their order stay the same, so schedulers, gradient scalers and wrappers continue to work. Nothing is changed
+    before everything is decided.
 
     - ``add_missing`` adds the trainable parameters that are in no group: to the group with this name or index, or to a
       new group with these options. Its ``lr`` is the rate at the start of the schedulers. None: they are reported.
     - ``schedulers``: one scheduler, or all of them. They are extended for a new group.
-    - ``on_shape`` decides about state whose shape no longer fits: ``"drop"``, ``"error"``, or ``"pad"``, which adds
-      rows with initial values.
+    - ``on_shape`` decides about state with a shape that no longer fits: ``"drop"``, ``"error"``, or ``"pad"``, which
+      adds rows with initial values.
     - ``guess`` allows shape and position to identify a parameter, for an optimizer without recorded names.
     - ``beside``: modules that the optimizer trains too, and other optimizers of the model. Their parameters are left
       alone.

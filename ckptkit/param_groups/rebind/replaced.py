@@ -13,7 +13,7 @@ from ckptkit.param_groups.validate.stale import UnknownTensor, find_rename, matc
 
 __all__ = ["Replacement", "find_replacements"]
 
-# Weight norm makes two tensors of one, and their values mean something else.
+# Weight norm splits one tensor into two with other meanings.
 _WEIGHT_NORM_ENDINGS = (".original0", ".original1", "_g", "_v")
 
 

@@ -53,27 +53,27 @@ def plan_extension(schedulers: Sequence[Any], optimizer: Optimizer, group: Mappi
     count = len(optimizer.param_groups)
     initial = initial_lr(group)
     lists: list[tuple[Any, str, list[Any]]] = []
-    for scheduler in schedulers:
-        for one in _parts(scheduler):
-            _check(one, optimizer, group)
-            lists.extend((one, name, values) for name, values in _values(one, count, group, initial))
+    every = [inner for scheduler in schedulers for inner in _with_inner(scheduler)]
+    for scheduler in every:
+        _check_extensible(scheduler, optimizer, group)
+        lists.extend((scheduler, name, values) for name, values in _extended_lists(scheduler, count, group, initial))
     options = _scheduled_options(schedulers, {**group, "lr": copy.deepcopy(initial), "initial_lr": initial})
-    for scheduler in schedulers:
-        lists.extend(
-            (one, "_last_lr", [*last[:count], copy.deepcopy(options["lr"])])
-            for one in _parts(scheduler)
-            if isinstance(last := getattr(one, "_last_lr", None), list)
-        )
+    lists.extend(
+        (scheduler, "_last_lr", [*last[:count], copy.deepcopy(options["lr"])])
+        for scheduler in every
+        if isinstance(last := getattr(scheduler, "_last_lr", None), list)
+    )
     return SchedulerExtension(options, tuple(lists))
 
 
-def _parts(scheduler: Any) -> Iterator[Any]:
+def _with_inner(scheduler: Any) -> Iterator[Any]:
+    """Yield a scheduler, then the schedulers inside a SequentialLR or ChainedScheduler."""
     yield scheduler
     for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _parts(inner)
+        yield from _with_inner(inner)
 
 
-def _check(scheduler: Any, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+def _check_extensible(scheduler: Any, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     name = type(scheduler).__name__
     if unwrap_optimizer(scheduler.optimizer) is not optimizer:
         raise GroupsError(f"{name} drives another optimizer", hint="pass the schedulers of this optimizer only")
@@ -100,7 +100,9 @@ def _cycles_momentum(scheduler: Any) -> bool:
     return bool(getattr(scheduler, "cycle_momentum", False))
 
 
-def _values(scheduler: Any, count: int, group: Mapping[str, Any], initial: object) -> Iterator[tuple[str, list[Any]]]:
+def _extended_lists(
+    scheduler: Any, count: int, group: Mapping[str, Any], initial: object
+) -> Iterator[tuple[str, list[Any]]]:
     """Yield the name of each list with a value for every group, and the list with a value for the new group."""
     for name in ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"):
         values = getattr(scheduler, name, None)
@@ -117,7 +119,7 @@ def _values(scheduler: Any, count: int, group: Mapping[str, Any], initial: objec
             value = copy.deepcopy(initial)
         elif key in group and name != "lr_lambdas":
             value = group[key]
-        elif all(one is values[0] or one == values[0] for one in values):
+        elif all(known is values[0] or known == values[0] for known in values):
             value = values[0]
         else:
             raise GroupsError(
@@ -129,43 +131,46 @@ def _values(scheduler: Any, count: int, group: Mapping[str, Any], initial: objec
 
 def _scheduled_options(schedulers: Sequence[Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a group would have now, if ``schedulers`` had driven it from their start."""
-    flat = [one for scheduler in schedulers for one in _acting(scheduler) if type(one).__name__ != "ReduceLROnPlateau"]
-    if len(flat) > 1 and not all(type(one).__name__ in _FACTORS for one in flat):
-        names = " and ".join(type(one).__name__ for one in flat)
+    active = [
+        inner for scheduler in schedulers for inner in _active(scheduler) if type(inner).__name__ != "ReduceLROnPlateau"
+    ]
+    kinds = [type(scheduler).__name__ for scheduler in active]
+    if len(active) > 1 and not all(kind in _FACTORS for kind in kinds):
+        names = " and ".join(kinds)
         raise GroupsError(
             f"{names} change the same learning rate: its value for a new group is not known",
             hint=_REBUILD,
         )
     options = dict(group)
-    for one in flat:
-        now = _options_now(one, group)
-        rate = options["lr"] * (now["lr"] / group["lr"]) if len(flat) > 1 and group["lr"] else now["lr"]
+    for scheduler in active:
+        now = _options_now(scheduler, group)
+        rate = options["lr"] * (now["lr"] / group["lr"]) if len(active) > 1 and group["lr"] else now["lr"]
         options = {**options, **now, "lr": rate}
     return options
 
 
-def _acting(scheduler: Any) -> list[Any]:
+def _active(scheduler: Any) -> list[Any]:
     """Return the schedulers that set the current rate: in a SequentialLR, only the active one."""
     kind, inner = type(scheduler).__name__, getattr(scheduler, "_schedulers", ())
     if kind == "SequentialLR":
-        return _acting(inner[bisect_right(vars(scheduler)["_milestones"], scheduler.last_epoch)])
+        return _active(inner[bisect_right(vars(scheduler)["_milestones"], scheduler.last_epoch)])
     if kind == "ChainedScheduler":
-        return [acting for one in inner for acting in _acting(one)]
+        return [active for part in inner for active in _active(part)]
     return [scheduler]
 
 
 def _options_now(scheduler: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that ``scheduler`` would give a group now, computed by torch on a copy of the scheduler."""
-    alone = dict(group)
+    options = dict(group)
     probe = copy.copy(scheduler)
-    probe.optimizer = SimpleNamespace(param_groups=[alone])
+    probe.optimizer = SimpleNamespace(param_groups=[options])
     vars(probe)["_get_lr_called_within_step"] = True  # else get_lr() warns
-    for name, values in _values(scheduler, len(scheduler.optimizer.param_groups), group, group["initial_lr"]):
+    for name, values in _extended_lists(scheduler, len(scheduler.optimizer.param_groups), group, group["initial_lr"]):
         setattr(probe, name, values[-1:])
     if type(scheduler).__name__ == "MultiplicativeLR":
         for epoch in range(1, scheduler.last_epoch + 1):
-            alone["lr"] = alone["lr"] * probe.lr_lambdas[0](epoch)
-        return alone
+            options["lr"] = options["lr"] * probe.lr_lambdas[0](epoch)
+        return options
     compute: Callable[[], list[Any]] = getattr(probe, "_get_closed_form_lr", probe.get_lr)
-    (alone["lr"],) = compute()
-    return alone
+    (options["lr"],) = compute()
+    return options

@@ -55,8 +55,8 @@ def convert_state(
     wrong = _wrong_shapes(slots, live, older, schema)
     if not wrong:
         return ConvertedState(*_converted(slots, live, older, schema, options))
-    shown = ", ".join(f"{slot} {tuple(next(_tensors_in(slots[slot])).shape)}" for slot in wrong)
-    reason = f"{shown} does not fit {live.shape}"
+    shapes = ", ".join(f"{slot} {tuple(next(_tensors_in(slots[slot])).shape)}" for slot in wrong)
+    reason = f"{shapes} does not fit {live.shape}"
     if on_shape == "error":
         raise GroupsError(
             f"the state of {quoted(live.name)} does not fit: {reason}",
@@ -97,7 +97,7 @@ def _tensors_in(value: object) -> Iterator[Tensor]:
 def _wrong_shapes(
     slots: Mapping[str, Any], live: LiveParameter, older: Tensor | None, schema: OptimizerSchema | None
 ) -> tuple[str, ...]:
-    """Return the slots whose shape does not fit the parameter."""
+    """Return the slots with a shape that does not fit the parameter."""
     tensors = {name: value for name, value in slots.items() if is_tensor(value) and value.ndim}
     if schema is not None:
         known = {slot.name: slot for slot in schema.slots}
