@@ -117,8 +117,6 @@ def test_an_optimizer_that_follows_the_spec_is_ready(name: str, scheduler: str) 
         assert report.verdict == "ready"
 
 
-# --- the optimizer state of a run ------------------------------------------------------------------------------------
-
 LBFGS = torch.optim.LBFGS
 # The class, the options that the script builds it with, and those that the run had.
 TRAINS_OTHERWISE: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
@@ -187,3 +185,52 @@ def test_an_option_that_only_changes_speed_or_memory_is_not_reported(option: str
     model = net()
     live = torch.optim.AdamW(model.parameters())
     assert preflight(model, optimizer=live, resume=saved, resume_optimizer=state).verdict == "ready"
+
+
+RESUMED: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "step": SCHEDULERS["step"],
+    "cosine": SCHEDULERS["cosine"],
+    "lambda": SCHEDULERS["lambda"],
+    "one-cycle": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=20),
+}
+
+
+@pytest.mark.parametrize("scheduler", RESUMED)
+def test_an_option_that_a_scheduler_changed_is_not_reported(scheduler: str) -> None:
+    """The scheduler of the resumed run continues from the options of the file; setting them again would break it."""
+    saved = net()
+    optimizer = torch.optim.AdamW(saved.parameters())
+    schedule = RESUMED[scheduler](optimizer)
+    for _ in range(5):
+        saved(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        schedule.step()
+    model = net()
+    live = torch.optim.AdamW(model.parameters())
+    schedule = RESUMED[scheduler](live)
+    assert live.param_groups[0]["lr"] != optimizer.param_groups[0]["lr"]
+    report = preflight(
+        model, optimizer=live, schedulers=schedule, resume=saved, resume_optimizer=optimizer.state_dict()
+    )
+    assert [finding for finding in report.findings if finding.code == "preflight.resume-options"] == []
+    changed = torch.optim.AdamW(model.parameters(), lr=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(changed, 1)
+    report = preflight(model, optimizer=changed, resume=saved, resume_optimizer=optimizer.state_dict())
+    assert any("initial_lr = 0.5 becomes " in finding.message for finding in report.findings)
+
+
+def test_a_state_by_name_is_compared_by_name() -> None:
+    """Its options count as those of a state by position, also where the run had other groups."""
+    saved, state = run_of(torch.optim.AdamW)
+    names = [name for name, _ in saved.named_parameters()]
+    (group,) = state["param_groups"]
+    halves = [
+        {**group, "params": names[:2]},
+        {**group, "params": names[2:], "maximize": True, "foreach": True},
+    ]
+    by_name = {"state": {names[key]: slots for key, slots in state["state"].items()}, "param_groups": halves}
+    model = net()
+    live = torch.optim.AdamW(model.named_parameters())
+    report = preflight(model, optimizer=live, resume=saved, resume_optimizer=by_name)
+    assert [(finding.code, finding.severity) for finding in report.findings] == [("preflight.resume-options", "error")]
+    assert "maximize = False becomes True" in report.findings[0].message

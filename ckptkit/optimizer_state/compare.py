@@ -1,4 +1,4 @@
-"""Two states by name: what loading one where the other is would change, and what torch would not say of it."""
+"""Compare a saved optimizer state with a live one, and find what is unusual in one state."""
 
 from __future__ import annotations
 
@@ -8,101 +8,114 @@ from collections.abc import Iterator, Sequence
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError
+from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.groups import describe_value, equal_values
 from ckptkit.optimizer_state.model import OptimizerState, number_of, parameter_shape
+from ckptkit.param_groups.compare import GroupDifferences, GroupView, compare_groups
 
 __all__ = ["optimizer_state_diff", "state_findings"]
-
-
-def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
-    """Return what is found where ``saved`` would be loaded by the optimizer that ``live`` is the state of.
-
-    ``optim.groups``: torch refuses, by number or size of groups. ``optim.parameters``: one is on one side alone.
-    ``optim.membership`` and ``optim.order``: torch counts positions, and would give a parameter the state of another.
-    ``optim.options``: a value that loading changes; ``optim.options-lost``: one that only the live side has, which
-    loading deletes. ``optim.shape``: state of another shape, found by torch at the next step. ``optim.coverage``: what
-    would start anew.
-    """
-    return Report(tuple(_findings(saved, live)), PlanError)
-
-
-def _findings(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
-    here, there = set(live.names), set(saved.names)
-    sizes = [[len(group.names) for group in state.groups] for state in (saved, live)]
-    if sizes[0] != sizes[1]:
-        said = f"groups of {_counts(sizes[0])} parameters were saved, and there are groups of {_counts(sizes[1])}"
-        yield Finding("optim.groups", "error", "", said, "ckpt optim resplit deals them to the new groups by name")
-    for names, only, hint in (
-        ([name for name in live.names if name not in there], "has no saved state", "it starts anew, once it is added"),
-        (
-            [name for name in saved.names if name not in here],
-            "was saved, and is not there",
-            "ckpt optim remap or prune",
-        ),
-    ):
-        if names:
-            yield Finding("optim.parameters", "error", names[0], f"{listed(names)} {only}", hint)
-    homes = [{name: at for at, group in enumerate(state.groups) for name in group.names} for state in (saved, live)]
-    moved = [name for name in live.names if name in there and homes[0][name] != homes[1][name]]
-    if moved:
-        first = moved[0]
-        said = f"{listed(moved)}: saved in group {homes[0][first]}, now in group {homes[1][first]}"
-        yield Finding("optim.membership", "error", first, said, "ckpt optim resplit moves it, with its options")
-    elif sizes[0] == sizes[1] and here == there and saved.names != live.names:
-        pairs = zip(saved.names, live.names, strict=True)
-        at, (old, new) = next((at, pair) for at, pair in enumerate(pairs) if pair[0] != pair[1])
-        said = f"position {at} was {quoted(old)}, and is {quoted(new)}"
-        yield Finding("optim.order", "error", new, said, "loaded by position, each would get the state of another")
-    yield from _options(saved, live)
-    for name in live.names:
-        shapes = [parameter_shape(state.state.get(name, {})) for state in (saved, live)]
-        if None not in shapes and shapes[0] != shapes[1]:
-            said = f"the state of {quoted(name)} was saved as {list(shapes[0] or ())}, and is {list(shapes[1] or ())}"
-            yield Finding("optim.shape", "error", name, said, "ckpt optim prune --like drops it, remap pads or cuts it")
-    bare = [name for name in live.names if name in there and name not in saved.state]
-    if bare and saved.state:
-        yield Finding(
-            "optim.coverage", "note", bare[0], f"{listed(bare)} saved without state", "frozen or never stepped"
-        )
-
-
-def _options(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
-    before = {name: group.options for group in saved.groups for name in group.names}
-    changed: dict[tuple[str, str, str], list[str]] = {}
-    lost: dict[str, list[str]] = {}
-    for group in live.groups:
-        for name in group.names:
-            for key, value in group.options.items() if name in before else ():
-                if key not in before[name]:
-                    lost.setdefault(key, []).append(name)
-                elif not equal_values(before[name][key], value):
-                    changed.setdefault((key, describe_value(value), describe_value(before[name][key])), []).append(name)
-    for (key, now, then), names in changed.items():
-        said = f"{key} of {listed(names)} is {now}, and loading makes it {then}"
-        yield Finding(
-            "optim.options", "warning", names[0], said, "torch takes the saved options: set them again afterwards"
-        )
-    for key, names in lost.items():
-        said = f"{key} of {listed(names)} was not saved, and loading deletes it"
-        yield Finding("optim.options-lost", "warning", names[0], said, "ckpt optim resplit --as keeps it")
-
-
-def _counts(sizes: Sequence[int]) -> str:
-    return ", ".join(map(str, sizes[:8])) + (f" and {len(sizes) - 8} more" if len(sizes) > 8 else "")
-
 
 _SHOWN = 4
 
 
+def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
+    """Return what would change if the optimizer with the state ``live`` loaded the state ``saved``.
+
+    - ``optim.groups``: torch refuses, because the number or the sizes of the groups differ.
+    - ``optim.parameters``: only one side has a parameter.
+    - ``optim.membership`` and ``optim.order``: torch loads by position, so a parameter would get the state of another.
+    - ``optim.options``: loading changes an option. ``optim.options-lost``: loading deletes an option.
+    - ``optim.shape``: the state has another shape, and the next step fails.
+    - ``optim.coverage``: a parameter would start without state.
+    """
+    return Report(tuple(_differences(saved, live)), PlanError)
+
+
+def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
+    differences = compare_groups(_views(live), _views(saved), match="position", equal=equal_values)
+    saved_sizes, live_sizes = ([len(group.names) for group in state.groups] for state in (saved, live))
+    if saved_sizes != live_sizes:
+        message = f"groups of {listed(saved_sizes)} parameters were saved, and now they have {listed(live_sizes)}"
+        yield codes.GROUPS.finding("", message, "ckpt optim resplit assigns them to the new groups by name")
+    if differences.missing:
+        message = f"{listed(differences.missing)} has no saved state"
+        yield codes.PARAMETERS.finding(
+            differences.missing[0], message, "a parameter that is added starts without state"
+        )
+    if differences.unexpected:
+        message = f"{listed(differences.unexpected)} was saved but is not in the live groups"
+        yield codes.PARAMETERS.finding(differences.unexpected[0], message, "use ckpt optim remap or prune")
+    moved = [(name, group.expected, number) for group in differences.groups for name, number in group.moved]
+    if moved:
+        name, now, before = moved[0]
+        message = f"{listed([one for one, _, _ in moved])}: saved in group {before}, now in group {now}"
+        yield codes.MEMBERSHIP.finding(name, message, "ckpt optim resplit moves it with its options")
+    elif saved_sizes == live_sizes and not differences.missing and not differences.unexpected:
+        for order in differences.order:
+            message = f"position {order.position} held {quoted(order.found)} and now holds {quoted(order.expected)}"
+            hint = "torch loads by position, so each parameter would get the state of another"
+            yield codes.ORDER.finding(order.expected, message, hint)
+    yield from _option_findings(live, differences)
+    for shape in differences.shapes:
+        yield codes.SHAPE.finding(
+            shape.name,
+            f"the state of {quoted(shape.name)} was saved with shape {list(shape.found)} and now has "
+            f"{list(shape.expected)}",
+            "ckpt optim prune --like drops it, ckpt optim remap pads or cuts it",
+        )
+    saved_names = set(saved.names)
+    without = [name for name in live.names if name in saved_names and name not in saved.state]
+    if without and saved.state:
+        message = f"{listed(without)} saved without state"
+        yield codes.COVERAGE.finding(without[0], message, "the parameter was frozen or never stepped")
+
+
+def _views(state: OptimizerState) -> list[GroupView]:
+    shapes = {name: parameter_shape(slots) for name, slots in state.state.items()}
+    return [
+        GroupView(
+            str(number),
+            group.names,
+            group.options,
+            shapes={name: shape for name in group.names if (shape := shapes.get(name)) is not None},
+        )
+        for number, group in enumerate(state.groups)
+    ]
+
+
+def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Iterator[Finding]:
+    """Yield one finding for all parameters that have the same difference."""
+    changed: dict[tuple[str, str, str], list[str]] = {}
+    lost: dict[str, list[str]] = {}
+    for option in (option for group in differences.groups for option in group.options):
+        if option.is_absent:
+            lost.setdefault(option.key, []).extend(option.names)
+        else:
+            values = describe_value(option.expected), describe_value(option.found)
+            changed.setdefault((option.key, *values), []).extend(option.names)
+    position = {name: number for number, name in enumerate(live.names)}
+    for (key, now, before), names in changed.items():
+        names.sort(key=position.__getitem__)
+        message = f"{key} of {listed(names)} is {now}, and loading makes it {before}"
+        hint = "torch uses the saved options: set them again after the load"
+        yield codes.OPTIONS.finding(names[0], message, hint)
+    for key, names in lost.items():
+        names.sort(key=position.__getitem__)
+        message = f"{key} of {listed(names)} was not saved, and loading deletes it"
+        yield codes.OPTIONS_LOST.finding(names[0], message, "ckpt optim resplit --as keeps it")
+
+
 def state_findings(state: OptimizerState) -> Iterator[Finding]:
-    """Yield what is odd: parameters without state, without a slot that the others have, and step counts that differ."""
+    """Yield what is unusual: parameters without state, parameters that lack a slot, and different step counts."""
     without = [name for name in state.names if not state.state.get(name)]
     if without and len(without) < len(state.names):
-        said = f"{len(without):,} of {plural(len(state.names), 'parameter')} have no state: {listed(without)}"
-        yield Finding("optim.no-state", "note", without[0], said, "frozen, or never stepped: they start anew")
+        message = f"{len(without):,} of {plural(len(state.names), 'parameter')} have no state: {listed(without)}"
+        hint = "they were frozen or never stepped, and start without state"
+        yield codes.NO_STATE.finding(without[0], message, hint)
     for group in state.groups:
-        for matrices in (True, False):
-            yield from _lacking(state, [name for name in group.names if _is_matrix(state, name) == matrices])
+        for is_matrix in (True, False):
+            names = [name for name in group.names if _is_matrix(state, name) == is_matrix]
+            yield from _missing_slots(state, names)
     steps: dict[float, list[str]] = {}
     for name, slots in state.state.items():
         step = number_of(slots.get("step"))
@@ -110,11 +123,11 @@ def state_findings(state: OptimizerState) -> Iterator[Finding]:
             steps.setdefault(step, []).append(name)
     if len(steps) > 1:
         counts = sorted(steps.items(), key=lambda pair: -len(pair[1]))
-        told = "; ".join(
+        shown = "; ".join(
             f"{step:g} of {plural(len(names), 'parameter')} ({names[0]})" for step, names in counts[:_SHOWN]
         )
-        hint = "unfrozen later, or edited: bias correction differs between them"
-        yield Finding("optim.steps-differ", "warning", counts[-1][1][0], f"step counts differ: {told}", hint)
+        hint = "some parameters were unfrozen later, or the file was edited: their bias correction differs"
+        yield codes.STEPS_DIFFER.finding(counts[-1][1][0], f"step counts differ: {shown}", hint)
 
 
 def _is_matrix(state: OptimizerState, name: str) -> bool:
@@ -122,15 +135,13 @@ def _is_matrix(state: OptimizerState, name: str) -> bool:
     return max(map(len, shapes), default=0) > 1
 
 
-def _lacking(state: OptimizerState, names: Sequence[str]) -> Iterator[Finding]:
-    there = [name for name in names if state.state.get(name)]
-    counted = Counter(slot for name in there for slot in state.state[name])
-    for slot, count in counted.items():
-        if len(there) > count > len(there) / 2:
-            lacking = [name for name in there if slot not in state.state[name]]
-            said = (
-                f"{listed(lacking)} {'has' if len(lacking) == 1 else 'have'} no {slot}, as the others of the group do"
-            )
-            yield Finding(
-                "optim.slot-missing", "error", lacking[0], said, "a step raises KeyError: ckpt optim prune --reset"
-            )
+def _missing_slots(state: OptimizerState, names: Sequence[str]) -> Iterator[Finding]:
+    with_state = [name for name in names if state.state.get(name)]
+    counts = Counter(slot for name in with_state for slot in state.state[name])
+    for slot, count in counts.items():
+        if len(with_state) > count > len(with_state) / 2:
+            lacking = [name for name in with_state if slot not in state.state[name]]
+            verb = "has" if len(lacking) == 1 else "have"
+            message = f"{listed(lacking)} {verb} no {slot}, but other parameters of the group do"
+            hint = "a step raises KeyError; ckpt optim prune --reset drops the incomplete state"
+            yield codes.SLOT_MISSING.finding(lacking[0], message, hint)
