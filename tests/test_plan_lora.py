@@ -143,10 +143,10 @@ REFUSED: dict[str, tuple[dict[str, Any], State, str]] = {
         {f"{P}z.lora_A.weight": torch.ones(2, 4), f"{P}z.lora_B.weight": torch.ones(6, 2)},
         "z.lora_A.we",
     ),
-    "no partner": ({}, {f"{P}head.lora_A.weight": torch.ones(2, 6)}, "has no partner beside it"),
-    "another rank": ({"r": 4}, {}, "and the config says rank 4"),
-    "DoRA": ({"use_dora": True}, {}, "uses use_dora, which is not folded by this formula"),
-    "no LoRA": ({"peft_type": "IA3"}, {}, "is of type IA3, and only LORA is folded"),
+    "no partner": ({}, {f"{P}head.lora_A.weight": torch.ones(2, 6)}, "has no partner in the adapter"),
+    "another rank": ({"r": 4}, {}, "but the rank in the config is 4"),
+    "DoRA": ({"use_dora": True}, {}, "uses use_dora, which cannot be folded"),
+    "no LoRA": ({"peft_type": "IA3"}, {}, "is IA3, and only LORA can be folded"),
     "no shape": (
         {},
         {f"{P}head.lora_A.weight": torch.ones(2, 9), f"{P}head.lora_B.weight": torch.ones(3, 2)},
@@ -185,7 +185,7 @@ def test_the_base_of_another_name_is_told_by_its_prefix(
     ran = fold(capsys, base, adapter)
     assert ran.code == 2
     assert "of 7 tensors" in ran.err
-    assert f"hint: every one has after --rename {rename}\n" in ran.err
+    assert f"hint: each has one after --rename {rename}\n" in ran.err
     ran = fold(capsys, base, adapter, "--rename", rename.strip("'"))
     assert ran.code == 0, ran.err
     assert "3 from base and donor" in ran.err

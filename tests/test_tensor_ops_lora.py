@@ -91,14 +91,14 @@ def test_the_bias_of_a_factor_folds_into_the_bias() -> None:
         ({"scale": 1}, [(6, 5), (4, 5, 1, 1), (6, 4)], "A of [4, 5, 1, 1] and B of [6, 4] have no rank in common"),
         ({"scale": 1}, [(6, 5), (4,), (6, 4)], "A of [4] and B of [6, 4] have no rank in common"),
         ({"alpha": 1, "r": 8}, [(6, 5), (4, 5), (6, 4)], "A of [4, 5] has rank 4, not 8"),
-        ({"scale": 1}, [(5, 6), (4, 5), (6, 4)], "A of [4, 5] and B of [6, 4] make [6, 5], and W is [5, 6]"),
+        ({"scale": 1}, [(5, 6), (4, 5), (6, 4)], "A of [4, 5] and B of [6, 4] make [6, 5], but W is [5, 6]"),
         (
             {"scale": 1, "fan_in_fan_out": True}, [(6, 5), (4, 5), (6, 4)],
-            "A of [4, 5] and B of [6, 4] make [5, 6], and W is [6, 5]",
+            "A of [4, 5] and B of [6, 4] make [5, 6], but W is [6, 5]",
         ),
-        ({"scale": 1}, [(6, 5)], "takes W, A and B, and there are 1"),
+        ({"scale": 1}, [(6, 5)], "takes W, A and B, not 1 tensor"),
         ({"alpha": 1}, [(6,), (6,)], "a bias does not tell the rank"),
-        ({"scale": 1}, [(6,), (5,)], "the bias is [6], and its update [5]"),
+        ({"scale": 1}, [(6,), (5,)], "the bias is [6], but its update is [5]"),
     ],
 )  # fmt: skip
 def test_factors_that_do_not_fit_are_refused(table: dict[str, Any], shapes: list[Shape], reason: str) -> None:
@@ -112,7 +112,7 @@ def test_factors_that_do_not_fit_are_refused(table: dict[str, Any], shapes: list
     [
         ({}, "fold_lora: needs either scale or alpha"),
         ({"scale": 1, "alpha": 1}, "fold_lora: needs either scale or alpha"),
-        ({"alpha": 1, "r": 0}, "fold_lora: 0 is no rank"),
+        ({"alpha": 1, "r": 0}, "fold_lora: 0 is not a valid rank"),
     ],
 )
 def test_a_scale_is_said_once(table: dict[str, Any], reason: str) -> None:
@@ -156,17 +156,17 @@ def test_the_signs_of_an_extraction_do_not_depend_on_the_decomposition() -> None
 @pytest.mark.parametrize(
     ("table", "shapes", "reason"),
     [
-        ({"rank": 6}, [(9, 5), (9, 5)], "an update of [9, 5] has no rank above 5"),
-        ({"rank": 1}, [(9, 5), (9, 4)], "takes two weights of one shape, and here are [9, 5], [9, 4]"),
-        ({"rank": 1}, [(9,), (9,)], "[9] is no weight to decompose"),
-        ({"rank": 1, "fan_in_fan_out": True}, [(9, 1, 1), (9, 1, 1)], "[9, 1, 1] is no matrix to decompose"),
+        ({"rank": 6}, [(9, 5), (9, 5)], "an update of [9, 5] has a rank of at most 5"),
+        ({"rank": 1}, [(9, 5), (9, 4)], "takes two weights of one shape, not [9, 5], [9, 4]"),
+        ({"rank": 1}, [(9,), (9,)], "[9] is not a weight to decompose"),
+        ({"rank": 1, "fan_in_fan_out": True}, [(9, 1, 1), (9, 1, 1)], "[9, 1, 1] is not a matrix to decompose"),
     ],
 )
 def test_what_has_no_such_rank_is_refused(table: dict[str, Any], shapes: list[Shape], reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_operation({"extract_lora": table}).shapes(shapes)
     assert caught.value.reason == f"extract_lora: {reason}"
-    with pytest.raises(RuleError, match="extract_lora: 0 is no rank"):
+    with pytest.raises(RuleError, match="extract_lora: 0 is not a valid rank"):
         parse_operation({"extract_lora": {"rank": 0}})
 
 
@@ -281,19 +281,19 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
 @pytest.mark.parametrize(
     ("adapter", "config", "reason"),
     [
-        (factors("q", 16, 24), {"peft_type": "LOHA"}, "the adapter is of type LOHA, and only LORA is folded"),
+        (factors("q", 16, 24), {"peft_type": "LOHA"}, "the type of the adapter is LOHA, and only LORA can be folded"),
         (
             factors("q", 16, 24) | {f"{P}q.lora_magnitude_vector": (24,)}, {"use_dora": True},
-            f"'{P}q.lora_magnitude_vector' belongs to DoRA, which is not folded by this formula",
+            f"'{P}q.lora_magnitude_vector' belongs to DoRA, which cannot be folded",
         ),
-        (factors("q", 16, 24), {"use_dora": True}, "the adapter uses use_dora, which is not folded by this formula"),
+        (factors("q", 16, 24), {"use_dora": True}, "the adapter uses use_dora, which cannot be folded"),
         (
             factors("q", 16, 24), {"target_parameters": ["w"]},
-            "the adapter uses target_parameters, which is not folded by this formula",
+            "the adapter uses target_parameters, which cannot be folded",
         ),
         (
             factors("q", 16, 24), {"init_lora_weights": "pissa_niter_4"},
-            "init_lora_weights is 'pissa_niter_4', and such an adapter fits the base that its start left behind",
+            "init_lora_weights is 'pissa_niter_4', which changed the base before training",
         ),
         (factors("z", 16, 24), {}, f"of 2 tensors, '{P}z.lora_A.weight' and 1 more have no place in the base"),
         (
@@ -306,10 +306,10 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
         ),
         (
             factors("k", 16, 24) | {f"{P}q.lora_B.bias": (24,)}, {},
-            f"'{P}q.lora_B.bias' has no factors beside it",
+            f"'{P}q.lora_B.bias' has no factors lora_A and lora_B",
         ),
-        (factors("k", 16, 24) | {f"{P}q.lora_A.bias": (4,)}, {}, f"'{P}q.lora_A.bias' is no tensor of an adapter"),
-        ({f"{P}q.lora_A.weight": (RANK, 16)}, {}, f"'{P}q.lora_A.weight' has no partner beside it"),
+        (factors("k", 16, 24) | {f"{P}q.lora_A.bias": (4,)}, {}, f"'{P}q.lora_A.bias' is not a tensor of an adapter"),
+        ({f"{P}q.lora_A.weight": (RANK, 16)}, {}, f"'{P}q.lora_A.weight' has no partner in the adapter"),
         ({f"{P}head.weight": (5, 8)}, {}, "none of 1 tensor is a factor lora_A or lora_B"),
         (
             factors("q", 16, 24, name=".one") | factors("k", 16, 24, name=".two"), {},
@@ -317,12 +317,12 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
         ),
         (
             factors("q", 16, 24) | factors("q", 16, 24, name=".one"), {},
-            f"'{P}q.lora_A.weight' and '{P}q.lora_A.one.weight' have one place in the base",
+            f"'{P}q.lora_A.weight' and '{P}q.lora_A.one.weight' have the same place in the base",
         ),
-        (factors("q", 16, 24, rank=8), {}, f"'{P}q.lora_A.weight' is [8, 16], and the config says rank 4"),
+        (factors("q", 16, 24, rank=8), {}, f"'{P}q.lora_A.weight' is [8, 16], but the rank in the config is 4"),
         (
             factors("q", 16, 25), {},
-            "'q.weight': fold_lora: A of [4, 16] and B of [25, 4] make [25, 16], and W is [24, 16]",
+            "'q.weight': fold_lora: A of [4, 16] and B of [25, 4] make [25, 16], but W is [24, 16]",
         ),
         (
             factors("mha", 16, 48), {},
@@ -330,24 +330,24 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
         ),
         (
             factors("q", 16, 24) | factors("sq", 16, 16), {"fan_in_fan_out": True},
-            "fan_in_fan_out is true, which 'q.weight' belies, and 'sq.weight' is square: its shape does not tell",
+            "fan_in_fan_out is true, which the shape of 'q.weight' contradicts; 'sq.weight' is square and cannot tell",
         ),
         (factors("q", 16, 24), {"r": "4"}, "the config's r is '4'"),
         (factors("q", 16, 24), {"lora_alpha": True}, "the config's lora_alpha is True"),
         (factors("q", 16, 24), {"lora_alpha": math.nan}, "the config's lora_alpha is nan"),
-        (factors("q", 16, 24), {"alpha_pattern": [1]}, "the config's alpha_pattern is no table"),
+        (factors("q", 16, 24), {"alpha_pattern": [1]}, "the config's alpha_pattern is not a table"),
         (factors("q", 16, 24), {"alpha_pattern": {"q": None}}, "the config's alpha_pattern is None"),
         (
             factors("q", 16, 24), {"alpha_pattern": {"(q": 1}},
-            "the pattern '(q' of alpha_pattern is no regular expression",
+            "the pattern '(q' of alpha_pattern is not a valid regular expression",
         ),
         (
             factors("q", 16, 24), {"alpha_pattern": {"(q+)+$": 1}},
-            "the pattern '(q+)+$' of alpha_pattern repeats too much to be tried",
+            "the pattern '(q+)+$' of alpha_pattern has too many repetitions",
         ),
         (
             factors("q", 16, 24), {"rank_pattern": {".*.*.*.*x": 1}},
-            "the pattern '.*.*.*.*x' of rank_pattern repeats too much to be tried",
+            "the pattern '.*.*.*.*x' of rank_pattern has too many repetitions",
         ),
     ],
 )  # fmt: skip

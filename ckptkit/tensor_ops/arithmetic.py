@@ -1,4 +1,4 @@
-"""One tensor, its values changed: cast, scale, add."""
+"""Operations that compute new values: cast, scale, add, and the folding of norms, masks and batch norms."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptkit.core.checkpoint import DTYPES
-from ckptkit.core.text import quoted
+from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import CASTABLE, dtype_code, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import (
@@ -27,29 +27,29 @@ __all__ = ["Add", "Cast", "FoldBatchNorm", "FoldMask", "FoldSpectralNorm", "Fold
 
 @dataclass(frozen=True, slots=True)
 class Cast(Operation):
-    """Another dtype, by its safetensors code or torch's name, as ``Tensor.to`` makes it."""
+    """Cast to another dtype, as ``Tensor.to`` does; ``dtype`` is a safetensors code or torch's name."""
 
     dtype: Text
     name: ClassVar[str] = "cast"
 
     def __post_init__(self) -> None:
-        """Take torch's name for its code; refuse what is no dtype to cast to."""
+        """Replace torch's name by the code; raise ``RuleError`` for a dtype that torch cannot cast to."""
         code = dtype_code(self.dtype)
         if code not in CASTABLE:
-            raise self.refusal(f"{quoted(self.dtype)} is no dtype to cast to", "for example F32, F16, BF16")
+            raise self.refusal(f"{quoted(self.dtype)} is not a dtype to cast to", "for example F32, F16, BF16")
         object.__setattr__(self, "dtype", code)
 
     @property
     def lossy(self) -> bool:
-        """A cast cannot be undone where the new dtype holds less, which shapes do not tell."""
+        """Whether a cast loses bits; always true, because it depends on the dtype of the input."""
         return True
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape as it is."""
+        """Return the shape of the input."""
         return (self.only(inputs),)
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
-        """Return the new dtype; raises ``RuleError`` for what torch cannot cast, and for a lost imaginary part."""
+        """Return the new dtype; raise ``RuleError`` where torch cannot cast or the imaginary part would be lost."""
         for code in inputs:
             if code not in CASTABLE:
                 raise self.refusal(f"{printable_code(code)} cannot be cast to {self.dtype}")
@@ -58,61 +58,62 @@ class Cast(Operation):
         return (self.dtype,)
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Cast."""
+        """Cast the tensor."""
         return (tensors[0].to(torch_dtype(self.dtype)).contiguous(),)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale(Arithmetic):
-    """Every element multiplied by a number."""
+    """Multiply every element by ``factor``."""
 
     factor: Number
     name: ClassVar[str] = "scale"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape as it is."""
+        """Return the shape of the input."""
         return (self.only(inputs),)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Multiply."""
+        """Multiply the tensor."""
         return [tensors[0] * self.factor]
 
 
 @dataclass(frozen=True, slots=True)
 class Add(Arithmetic):
-    """A number added to every element: 1 for a norm that is stored around zero, -1 for the way back."""
+    """Add ``value`` to every element; for example, 1 for the weight of a norm that is stored as an offset from 1."""
 
     value: Number
     name: ClassVar[str] = "add"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape as it is."""
+        """Return the shape of the input."""
         return (self.only(inputs),)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Add."""
+        """Add the number."""
         return [tensors[0] + self.value]
 
 
 @dataclass(frozen=True, slots=True)
 class FoldWeightNorm(Arithmetic):
-    """``[g, v]`` into the weight: ``weight_g``, ``weight_v``, or ``parametrizations.weight.original0``, ``original1``.
+    """Compute a weight from ``[g, v]`` of a weight norm.
 
-    ``dim`` is that of ``torch.nn.utils.weight_norm``; -1 stands for its ``dim=None``, a norm over everything.
+    They are ``weight_g`` and ``weight_v``, or ``parametrizations.weight.original0`` and ``original1``. ``dim`` is the
+    ``dim`` of ``torch.nn.utils.weight_norm``; -1 means its ``dim=None``, one norm over all elements.
     """
 
     dim: Int = 0
     name: ClassVar[str] = "fold_weight_norm"
 
     def __post_init__(self) -> None:
-        """Refuse a dim below -1, which torch takes for another."""
+        """Raise ``RuleError`` for a dim below -1, which torch would interpret in another way."""
         if self.dim < -1:
-            raise self.refusal(f"dim is {self.dim}", "count it from the front; -1 is a norm over everything")
+            raise self.refusal(f"dim is {self.dim}", "count it from the front; -1 is one norm over all elements")
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape of v; raises ``RuleError`` where g is not one length for each of its slices."""
+        """Return the shape of v; raise ``RuleError`` where g does not have one length for each slice of v."""
         if len(inputs) != 2:
-            raise self.refusal(f"takes g and v, and there are {len(inputs)}")
+            raise self.refusal(f"takes g and v, not {plural(len(inputs), 'tensor')}")
         lengths, vectors = inputs
         wanted: Shape = ()
         if self.dim >= 0:
@@ -120,47 +121,48 @@ class FoldWeightNorm(Arithmetic):
             wanted = tuple(size if at == dim else 1 for at, size in enumerate(vectors))
         if lengths != wanted:
             raise self.refusal(
-                f"g is {list(lengths)}, and a v of {list(vectors)} asks for {list(wanted)}",
-                "the order is g, v; dim is that of the weight norm",
+                f"g is {list(lengths)}, but a v of {list(vectors)} needs {list(wanted)}",
+                "the order is g, v; dim is the dim of the weight norm",
             )
         return (vectors,)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Give each slice of v the length that g says."""
+        """Scale each slice of v to its length in g."""
         import torch
 
         lengths, vectors = tensors
-        return [torch._weight_norm(vectors, lengths, self.dim)]  # noqa: SLF001 - what weight_norm itself computes
+        return [torch._weight_norm(vectors, lengths, self.dim)]  # noqa: SLF001 - weight_norm calls it
 
 
 @dataclass(frozen=True, slots=True)
 class FoldSpectralNorm(Arithmetic):
-    """``[orig, u, v]`` into the weight that evaluation takes: ``orig`` over the singular value that u and v point to.
+    """Compute the weight of evaluation mode from ``[orig, u, v]`` of a spectral norm.
 
-    They are ``weight_orig``, ``weight_u``, ``weight_v``, or ``parametrizations.weight.original``, ``.0._u``, ``.0._v``.
-    ``dim`` is that of the spectral norm: 1 for a transposed convolution, else 0.
+    The weight is ``orig`` divided by the singular value that u and v estimate. They are ``weight_orig``, ``weight_u``
+    and ``weight_v``, or ``parametrizations.weight.original``, ``.0._u`` and ``.0._v``. ``dim`` is the dim of the
+    spectral norm: 1 for a transposed convolution, else 0.
     """
 
     dim: Int = 0
     name: ClassVar[str] = "fold_spectral_norm"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape of orig; raises ``RuleError`` where u and v are not vectors of its two sides."""
+        """Return the shape of orig; raise ``RuleError`` where u and v do not have the sizes of its rows and columns."""
         if len(inputs) != 3:
-            raise self.refusal(f"takes orig, u and v, and there are {len(inputs)}")
+            raise self.refusal(f"takes orig, u and v, not {plural(len(inputs), 'tensor')}")
         weight, *vectors = inputs
         dim = self.axis(self.dim, weight)
         rows, columns = weight[dim], math.prod(weight[:dim] + weight[dim + 1 :])
         if vectors != [(rows,), (columns,)]:
             raise self.refusal(
-                f"an orig of {list(weight)} asks for u of [{rows}] and v of [{columns}], and here are "
+                f"an orig of {list(weight)} needs u of [{rows}] and v of [{columns}], not "
                 f"{' and '.join(str(list(shape)) for shape in vectors)}",
-                "the order is orig, u, v; dim is that of the spectral norm",
+                "the order is orig, u, v; dim is the dim of the spectral norm",
             )
         return (weight,)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Divide by the singular value."""
+        """Divide orig by the singular value."""
         import torch
 
         weight, left, right = tensors
@@ -170,29 +172,29 @@ class FoldSpectralNorm(Arithmetic):
 
 @dataclass(frozen=True, slots=True)
 class FoldMask(Arithmetic):
-    """``[orig, mask]`` into their product, the pruned weight: ``weight_orig``, ``weight_mask`` of ``utils.prune``."""
+    """Multiply ``[orig, mask]``: ``weight_orig`` and ``weight_mask`` of ``torch.nn.utils.prune``."""
 
     name: ClassVar[str] = "fold_mask"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape of orig; raises ``RuleError`` where the mask has another."""
+        """Return the shape of orig; raise ``RuleError`` where the mask has another shape."""
         if len(inputs) != 2 or inputs[0] != inputs[1]:
             raise self.refusal(
-                f"takes orig and a mask of its shape, and here are {', '.join(str(list(shape)) for shape in inputs)}"
+                f"takes orig and a mask of its shape, not {', '.join(str(list(shape)) for shape in inputs)}"
             )
         return (inputs[0],)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Multiply."""
+        """Multiply orig by the mask."""
         return [tensors[0] * tensors[1]]
 
 
 @dataclass(frozen=True, slots=True)
 class FoldBatchNorm(Arithmetic):
-    """A batch norm into the layer before it, as it acts in evaluation: a weight and a bias.
+    """Fold a batch norm in evaluation mode into the layer before it; the outputs are a weight and a bias.
 
-    Takes ``weight, [bias,] bn.weight, bn.bias, running_mean, running_var`` of a convolution (``transposed`` where it is
-    one) or a Linear. Right only where nothing else reads what lies between the two.
+    The inputs are ``weight, [bias,] bn.weight, bn.bias, running_mean, running_var`` of a Linear or a convolution, with
+    ``transposed`` for a transposed one. The result is correct only where no other module reads the output of the layer.
     """
 
     eps: Number = 1e-5
@@ -201,29 +203,30 @@ class FoldBatchNorm(Arithmetic):
 
     @property
     def outputs(self) -> int:
-        """Weight and bias."""
+        """Two: weight and bias."""
         return 2
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shapes of weight and bias; raises ``RuleError`` where a vector is not one number a channel."""
+        """Return the shapes of weight and bias; raise ``RuleError`` where a vector has a wrong size."""
         if len(inputs) not in (5, 6):
             raise self.refusal(
-                f"there are {len(inputs)} tensors", "weight, [bias,] bn.weight, bn.bias, running_mean, running_var"
+                f"takes 5 or 6 tensors, not {len(inputs)}",
+                "weight, [bias,] bn.weight, bn.bias, running_mean, running_var",
             )
         weight, *vectors = inputs
         channels = (weight[self.axis(int(self.transposed), weight)],)
         for shape in vectors:
             if shape != channels:
-                raise self.refusal(f"a weight of {list(weight)} has {channels[0]} channels, and here is {list(shape)}")
+                raise self.refusal(f"a weight of {list(weight)} has {channels[0]} channels, not {list(shape)}")
         return weight, channels
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
-        """Return the dtypes of weight and bias: a bias that there was keeps its own."""
+        """Return the dtypes of weight and bias; a bias in the inputs keeps its dtype."""
         (weight, _) = Arithmetic.dtypes(self, inputs)
         return weight, inputs[1] if len(inputs) == 6 else weight
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Scale the rows and shift the bias, in torch's own order of operations."""
+        """Scale the rows and shift the bias, in the order of operations that torch uses."""
         import torch
 
         weight, *bias, gain, shift, mean, variance = tensors
@@ -232,6 +235,6 @@ class FoldBatchNorm(Arithmetic):
         shape = [1] * weight.dim()
         shape[int(self.transposed)] = -1
         centred = (bias[0] if bias else torch.zeros_like(mean)) - mean
-        # torch fuses a Linear with another association than a convolution; the last bit depends on it.
+        # torch multiplies in another order for a Linear than for a convolution; the last bit depends on it.
         moved = centred * scale if weight.dim() == 2 else centred * inverse * gain
         return [weight * scale.reshape(shape), moved + shift]

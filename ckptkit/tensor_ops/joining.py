@@ -1,4 +1,4 @@
-"""Several tensors into one and back: concat and split, stack and unstack, interleave and deinterleave."""
+"""Operations that join tensors and their inverses: concat, stack, interleave, and the fusion of qkv projections."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ckptkit.core.text import quoted
+from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import Int, Ints, Moving, Shape, Text, unflatten
 
 __all__ = ["Concat", "Deinterleave", "FuseQkv", "Interleave", "Split", "SplitQkv", "Stack", "Unstack"]
 
 
-_MOST_PARTS = 100_000  # an empty tensor divides into any number of them
+_MAX_PARTS = 100_000  # an empty tensor can be split into any number of parts
 
 
 @dataclass(frozen=True, slots=True)
 class Split(Moving):
-    """One tensor cut along a dim, into ``sizes`` or into equal ``parts``."""
+    """Split a tensor along a dim, into ``sizes`` or into equal ``parts``."""
 
     dim: Int = 0
     sizes: Ints | None = None
@@ -26,29 +26,29 @@ class Split(Moving):
     name: ClassVar[str] = "split"
 
     def __post_init__(self) -> None:
-        """Refuse both ways of saying how many, and neither."""
+        """Raise ``RuleError`` unless exactly one of ``sizes`` and ``parts`` is given, and valid."""
         if (self.sizes is None) == (self.parts is None):
             raise self.refusal("needs either sizes or parts")
-        if not 1 <= self.outputs <= _MOST_PARTS or any(size < 0 for size in self.sizes or ()):
-            raise self.refusal(f"cannot cut into {self.parts if self.sizes is None else list(self.sizes[:8])}")
+        if not 1 <= self.outputs <= _MAX_PARTS or any(size < 0 for size in self.sizes or ()):
+            raise self.refusal(f"cannot split into {self.parts if self.sizes is None else list(self.sizes[:8])}")
 
     @property
     def outputs(self) -> int:
-        """Number of pieces."""
+        """Number of parts."""
         return self.parts or 0 if self.sizes is None else len(self.sizes)
 
     def _sizes(self, shape: Shape, dim: int) -> tuple[int, ...]:
         if self.sizes is None:
             if shape[dim] % self.outputs:
-                raise self.refusal(f"dim {self.dim} of {list(shape)} does not divide into {self.outputs} equal parts")
+                raise self.refusal(f"dim {self.dim} of {list(shape)} cannot be divided into {self.outputs} equal parts")
             return (shape[dim] // self.outputs,) * self.outputs
         if sum(self.sizes) != shape[dim]:
             total = f"{' + '.join(map(str, self.sizes))} = {sum(self.sizes)}"
-            raise self.refusal(f"dim {self.dim} of {list(shape)} is {shape[dim]}, and {total}")
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is {shape[dim]}, but {total}")
         return self.sizes
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return one shape a piece."""
+        """Return the shape of each part."""
         shape = self.only(inputs)
         dim = self.axis(self.dim, shape)
         return tuple((*shape[:dim], size, *shape[dim + 1 :]) for size in self._sizes(shape, dim))
@@ -69,39 +69,37 @@ class Split(Moving):
 
 @dataclass(frozen=True, slots=True)
 class Concat(Moving):
-    """Tensors put one behind the other along a dim, in the order given."""
+    """Concatenate tensors along a dim, in the order of the inputs."""
 
     dim: Int = 0
     name: ClassVar[str] = "concat"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the one shape, whose size along the dim is the sum."""
+        """Return the shape of the output; its size along the dim is the sum of the sizes."""
         if not inputs:
-            raise self.refusal("there is nothing to join")
+            raise self.refusal("there is no tensor to join")
         first = inputs[0]
         dim = self.axis(self.dim, first)
         for shape in inputs:
-            if len(shape) != len(first) or any(
-                one != other for at, (one, other) in enumerate(zip(shape, first, strict=True)) if at != dim
-            ):
+            if len(shape) != len(first) or any(size != first[at] for at, size in enumerate(shape) if at != dim):
                 raise self.refusal(f"{list(first)} and {list(shape)} differ in more than dim {self.dim}")
         return ((*first[:dim], sum(shape[dim] for shape in inputs), *first[dim + 1 :]),)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Join."""
+        """Concatenate the tensors."""
         import torch
 
         return [torch.cat(list(tensors), self.dim)]
 
     def inverse(self, inputs: Sequence[Shape]) -> Split:
-        """Return the split into the sizes that went in."""
+        """Return the split into the sizes of the inputs."""
         self.shapes(inputs)
         return Split(self.dim, tuple(shape[self.dim] for shape in inputs))
 
 
 def _same(operation: Moving, inputs: Sequence[Shape]) -> Shape:
     if not inputs:
-        raise operation.refusal("there is nothing to join")
+        raise operation.refusal("there is no tensor to join")
     for shape in inputs:
         if shape != inputs[0]:
             raise operation.refusal(f"the tensors differ in shape: {list(inputs[0])} and {list(shape)}")
@@ -110,48 +108,48 @@ def _same(operation: Moving, inputs: Sequence[Shape]) -> Shape:
 
 @dataclass(frozen=True, slots=True)
 class Stack(Moving):
-    """Tensors of one shape along a new dim: the experts of a layer into one tensor."""
+    """Stack tensors of one shape along a new dim, such as the experts of a layer."""
 
     dim: Int = 0
     name: ClassVar[str] = "stack"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the one shape, with the number of tensors as a new size."""
+        """Return the shape of the output; the new dim has the number of tensors as its size."""
         shape = _same(self, inputs)
         dim = self.axis(self.dim, (*shape, 0))
         return ((*shape[:dim], len(inputs), *shape[dim:]),)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Stack."""
+        """Stack the tensors."""
         import torch
 
         return [torch.stack(list(tensors), self.dim)]
 
     def inverse(self, inputs: Sequence[Shape]) -> Unstack:
-        """Return the taking apart along the same dim."""
+        """Return the unstack along the same dim."""
         return Unstack(len(inputs), self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Unstack(Moving):
-    """One tensor taken apart along a dim of size ``parts``, which goes away."""
+    """Take a tensor apart along a dim of size ``parts``; the outputs do not have the dim."""
 
     parts: Int
     dim: Int = 0
     name: ClassVar[str] = "unstack"
 
     def __post_init__(self) -> None:
-        """Refuse to make nothing."""
-        if not 1 <= self.parts <= _MOST_PARTS:
-            raise self.refusal(f"cannot take apart into {self.parts}")
+        """Raise ``RuleError`` for a number of parts that is not valid."""
+        if not 1 <= self.parts <= _MAX_PARTS:
+            raise self.refusal(f"cannot unstack into {self.parts} parts")
 
     @property
     def outputs(self) -> int:
-        """Number of pieces."""
+        """Number of parts."""
         return self.parts
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape without the dim, once a piece."""
+        """Return the shape without the dim, once for each part."""
         shape = self.only(inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] != self.parts:
@@ -159,38 +157,38 @@ class Unstack(Moving):
         return ((*shape[:dim], *shape[dim + 1 :]),) * self.parts
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Take apart."""
+        """Unbind the dim."""
         return tensors[0].unbind(self.dim)
 
     def inverse(self, inputs: Sequence[Shape]) -> Stack:
-        """Return the stacking along the same dim."""
+        """Return the stack along the same dim."""
         del inputs
         return Stack(self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class Interleave(Moving):
-    """Tensors of one shape taken in turns along a dim, ``block`` rows at a time: gate and up of a fused MLP."""
+    """Interleave tensors of one shape along a dim, ``block`` rows of each in turn, such as gate and up of an MLP."""
 
     dim: Int = 0
     block: Int = 1
     name: ClassVar[str] = "interleave"
 
     def __post_init__(self) -> None:
-        """Refuse turns without a row."""
+        """Raise ``RuleError`` for a block without rows."""
         if self.block < 1:
-            raise self.refusal(f"cannot take turns of {self.block}")
+            raise self.refusal(f"block is {self.block}, not at least 1")
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the one shape, whose size along the dim is the sum."""
+        """Return the shape of the output; its size along the dim is the sum of the sizes."""
         shape = _same(self, inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] % self.block:
-            raise self.refusal(f"dim {self.dim} of {list(shape)} is not made of blocks of {self.block}")
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is not divisible into blocks of {self.block}")
         return ((*shape[:dim], shape[dim] * len(inputs), *shape[dim + 1 :]),)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Take turns."""
+        """Interleave the blocks."""
         import torch
 
         dim = self.dim % tensors[0].dim()
@@ -199,13 +197,13 @@ class Interleave(Moving):
         return [torch.stack(parts, dim + 1).flatten(dim, dim + 2)]
 
     def inverse(self, inputs: Sequence[Shape]) -> Deinterleave:
-        """Return the taking apart into as many tensors."""
+        """Return the deinterleave into the same number of tensors."""
         return Deinterleave(self.dim, len(inputs), self.block)
 
 
 @dataclass(frozen=True, slots=True)
 class Deinterleave(Moving):
-    """One tensor dealt out along a dim into ``parts`` tensors, ``block`` rows at a time."""
+    """Distribute the rows of a tensor to ``parts`` tensors along a dim, ``block`` rows to each in turn."""
 
     dim: Int = 0
     parts: Int = 2
@@ -213,13 +211,13 @@ class Deinterleave(Moving):
     name: ClassVar[str] = "deinterleave"
 
     def __post_init__(self) -> None:
-        """Refuse turns without a row, and nobody to take them."""
-        if not 1 <= self.parts <= _MOST_PARTS or self.block < 1:
-            raise self.refusal(f"cannot deal out blocks of {self.block} into {self.parts}")
+        """Raise ``RuleError`` for a block without rows, and for a number of parts that is not valid."""
+        if not 1 <= self.parts <= _MAX_PARTS or self.block < 1:
+            raise self.refusal(f"cannot distribute blocks of {self.block} to {self.parts} parts")
 
     @property
     def outputs(self) -> int:
-        """Number of pieces."""
+        """Number of parts."""
         return self.parts
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
@@ -228,32 +226,32 @@ class Deinterleave(Moving):
         dim = self.axis(self.dim, shape)
         if shape[dim] % (self.parts * self.block):
             raise self.refusal(
-                f"dim {self.dim} of {list(shape)} is not made of {self.parts} parts in blocks of {self.block}"
+                f"dim {self.dim} of {list(shape)} is not divisible into {self.parts} parts in blocks of {self.block}"
             )
         return ((*shape[:dim], shape[dim] // self.parts, *shape[dim + 1 :]),) * self.parts
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Deal out."""
+        """Distribute the blocks."""
         (tensor,) = tensors
         dim = self.dim % tensor.dim()
         blocks = tensor.shape[dim] // (self.parts * self.block)
-        dealt = unflatten(tensor, dim, (blocks, self.parts, self.block)).unbind(dim + 1)
-        return [part.flatten(dim, dim + 1) for part in dealt]
+        blocked = unflatten(tensor, dim, (blocks, self.parts, self.block)).unbind(dim + 1)
+        return [part.flatten(dim, dim + 1) for part in blocked]
 
     def inverse(self, inputs: Sequence[Shape]) -> Interleave:
-        """Return the taking in turns."""
+        """Return the interleave with the same blocks."""
         del inputs
         return Interleave(self.dim, self.block)
 
 
 @dataclass(frozen=True, slots=True)
 class _Qkv(Moving):
-    """Where the rows of a fused projection lie.
+    """The order of the rows in a fused projection of query, key and value.
 
     ``layout`` is ``concat`` (all queries, then all keys, then all values) or ``interleaved`` (for each key-value head
-    its queries, its key, its value; with as many key-value heads as heads that is q, k, v of each head in turn).
-    ``kv_heads`` is ``heads`` where not given. ``head_dim`` need not be given: it follows from the shape.
-    ``dim`` is 0 for torch's Linear; 1 for a Conv1D weight as in GPT-2; -1 serves its weight and its bias.
+    its queries, its key and its value). ``kv_heads`` is ``heads`` by default. ``head_dim`` follows from the shape and
+    is checked where it is given. ``dim`` is 0 for a Linear and 1 for the weight of a Conv1D as in GPT-2; -1 is right
+    for the weight and the bias of a Conv1D.
     """
 
     heads: Int
@@ -263,13 +261,13 @@ class _Qkv(Moving):
     dim: Int = 0
 
     def __post_init__(self) -> None:
-        """Refuse heads that cannot share their keys evenly, and an unknown layout."""
+        """Raise ``RuleError`` for numbers of heads that do not match, and for an unknown layout."""
         if self.layout not in ("concat", "interleaved"):
-            raise self.refusal(f"layout is {quoted(self.layout)}", "it is concat or interleaved")
+            raise self.refusal(f"layout is {quoted(self.layout)}", "it must be concat or interleaved")
         if self.heads < 1 or self.groups < 1 or self.heads % self.groups:
-            raise self.refusal(f"{self.heads} heads do not share {self.groups} key-value heads evenly")
+            raise self.refusal(f"{self.heads} heads cannot share {self.groups} key-value heads evenly")
         if self.head_dim is not None and self.head_dim < 1:
-            raise self.refusal(f"a head is not {self.head_dim} rows")
+            raise self.refusal(f"head_dim is {self.head_dim}, not at least 1")
 
     @property
     def groups(self) -> int:
@@ -281,7 +279,7 @@ class _Qkv(Moving):
         return self.heads, self.groups, self.groups
 
     def head_size(self, shape: Shape, dim: int, heads: int) -> int:
-        """Return the rows of a head; raises ``RuleError`` where the size of ``dim`` is not that many heads."""
+        """Return the number of rows of a head; raise ``RuleError`` where the size of ``dim`` does not match."""
         size = shape[dim] // heads
         if size * heads != shape[dim] or self.head_dim not in (None, size):
             each = "" if self.head_dim is None else f" of {self.head_dim}"
@@ -291,13 +289,13 @@ class _Qkv(Moving):
 
 @dataclass(frozen=True, slots=True)
 class SplitQkv(_Qkv):
-    """A fused projection taken apart into query, key and value."""
+    """Split a fused projection into query, key and value."""
 
     name: ClassVar[str] = "split_qkv"
 
     @property
     def outputs(self) -> int:
-        """Query, key and value."""
+        """Three: query, key and value."""
         return 3
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
@@ -308,7 +306,7 @@ class SplitQkv(_Qkv):
         return tuple((*shape[:dim], size * count, *shape[dim + 1 :]) for count in self.counts())
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Take apart."""
+        """Split the rows."""
         import torch
 
         (tensor,) = tensors
@@ -321,33 +319,33 @@ class SplitQkv(_Qkv):
         return [part.flatten(dim, dim + 2) for part in torch.split(grouped, [share, 1, 1], dim + 1)]
 
     def inverse(self, inputs: Sequence[Shape]) -> FuseQkv:
-        """Return the fusion in the same layout."""
+        """Return the fusion with the same layout."""
         del inputs
         return FuseQkv(self.heads, self.kv_heads, self.head_dim, self.layout, self.dim)
 
 
 @dataclass(frozen=True, slots=True)
 class FuseQkv(_Qkv):
-    """Query, key and value, in this order, made one projection."""
+    """Fuse query, key and value, in this order, into one projection."""
 
     name: ClassVar[str] = "fuse_qkv"
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the fused projection."""
         if len(inputs) != 3:
-            raise self.refusal(f"takes query, key and value, and there are {len(inputs)}")
+            raise self.refusal(f"takes query, key and value, not {plural(len(inputs), 'tensor')}")
         dim = self.axis(self.dim, inputs[0])
         size = self.head_size(inputs[0], dim, self.heads)
         for part, shape in zip(("key", "value"), inputs[1:], strict=True):
             wanted = (*inputs[0][:dim], size * self.groups, *inputs[0][dim + 1 :])
             if shape != wanted:
                 raise self.refusal(
-                    f"the {part} is {list(shape)}, and a query of {list(inputs[0])} asks for {list(wanted)}"
+                    f"the {part} is {list(shape)}, but a query of {list(inputs[0])} needs {list(wanted)}"
                 )
         return ((*inputs[0][:dim], size * sum(self.counts()), *inputs[0][dim + 1 :]),)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Fuse."""
+        """Fuse the rows."""
         import torch
 
         dim = self.dim % tensors[0].dim()
@@ -361,6 +359,6 @@ class FuseQkv(_Qkv):
         return [torch.cat(parts, dim + 1).flatten(dim, dim + 2)]
 
     def inverse(self, inputs: Sequence[Shape]) -> SplitQkv:
-        """Return the taking apart in the same layout."""
+        """Return the split with the same layout."""
         del inputs
         return SplitQkv(self.heads, self.kv_heads, self.head_dim, self.layout, self.dim)

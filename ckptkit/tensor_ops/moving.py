@@ -1,4 +1,4 @@
-"""One tensor into one, its elements moved: transpose, permute, reshape, slice, RoPE rows."""
+"""Operations that move the elements of one tensor: transpose, permute, reshape, slice, and the order of RoPE rows."""
 
 from __future__ import annotations
 
@@ -15,44 +15,44 @@ __all__ = ["Permute", "Reshape", "RopePermute", "Slice", "Transpose"]
 
 @dataclass(frozen=True, slots=True)
 class Transpose(Moving):
-    """Two dims exchanged; without parameters, the two of a matrix."""
+    """Exchange two dims; without parameters, the two dims of a matrix."""
 
     dim0: Int | None = None
     dim1: Int | None = None
     name: ClassVar[str] = "transpose"
 
     def __post_init__(self) -> None:
-        """Refuse one dim without the other."""
+        """Raise ``RuleError`` for one dim without the other."""
         if (self.dim0 is None) != (self.dim1 is None):
             raise self.refusal("needs both dim0 and dim1, or neither")
 
     def _dims(self, shape: Shape) -> tuple[int, int]:
         if self.dim0 is None or self.dim1 is None:
             if len(shape) != 2:
-                raise self.refusal(f"{list(shape)} is no matrix", "say which dims: dim0, dim1")
+                raise self.refusal(f"{list(shape)} is not a matrix", "give the dims: dim0, dim1")
             return 0, 1
         return self.axis(self.dim0, shape), self.axis(self.dim1, shape)
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape with two sizes exchanged."""
-        made = list(shape := self.only(inputs))
-        one, other = self._dims(shape)
-        made[one], made[other] = made[other], made[one]
-        return (tuple(made),)
+        sizes = list(shape := self.only(inputs))
+        first, second = self._dims(shape)
+        sizes[first], sizes[second] = sizes[second], sizes[first]
+        return (tuple(sizes),)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Exchange the dims."""
         return [tensors[0].transpose(*self._dims(tuple(tensors[0].shape)))]
 
     def inverse(self, inputs: Sequence[Shape]) -> Transpose:
-        """Return itself."""
+        """Return the operation itself, which is its own inverse."""
         del inputs
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Permute(Moving):
-    """All dims in another order: output dim ``i`` is input dim ``dims[i]``, as in torch."""
+    """Reorder all dims: dim ``i`` of the output is dim ``dims[i]`` of the input, as in ``Tensor.permute``."""
 
     dims: Ints
     name: ClassVar[str] = "permute"
@@ -60,7 +60,7 @@ class Permute(Moving):
     def _dims(self, shape: Shape) -> list[int]:
         dims = [self.axis(dim, shape) for dim in self.dims]
         if sorted(dims) != list(range(len(shape))):
-            raise self.refusal(f"dims {list(self.dims)} do not name each dim of {list(shape)} once")
+            raise self.refusal(f"dims {list(self.dims)} must name each dim of {list(shape)} once")
         return dims
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
@@ -73,22 +73,22 @@ class Permute(Moving):
         return [tensors[0].permute(self.dims)]
 
     def inverse(self, inputs: Sequence[Shape]) -> Permute:
-        """Return the permutation back."""
+        """Return the inverse permutation."""
         dims = self._dims(self.only(inputs))
         return Permute(tuple(dims.index(dim) for dim in range(len(dims))))
 
 
 @dataclass(frozen=True, slots=True)
 class Reshape(Moving):
-    """The same elements in the same order under another shape; one size may be -1, as in torch."""
+    """Give the elements, in the same order, another shape; one size may be -1, as in ``Tensor.reshape``."""
 
     shape: Ints
     name: ClassVar[str] = "reshape"
 
     def __post_init__(self) -> None:
-        """Refuse sizes that are none."""
+        """Raise ``RuleError`` for a shape that is not valid."""
         if any(size < -1 for size in self.shape) or self.shape.count(-1) > 1:
-            raise self.refusal(f"{list(self.shape)} is no shape")
+            raise self.refusal(f"{list(self.shape)} is not a valid shape")
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the new shape."""
@@ -99,7 +99,7 @@ class Reshape(Moving):
                 raise self.refusal(f"the {count:,} elements of {list(shape)} do not fill {list(self.shape)}")
             return (tuple(count // rest if size == -1 else size for size in self.shape),)
         if count != rest:
-            raise self.refusal(f"{list(shape)} has {count:,} elements, and {list(self.shape)} has {rest:,}")
+            raise self.refusal(f"{list(shape)} has {count:,} elements, but {list(self.shape)} has {rest:,}")
         return (self.shape,)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -107,13 +107,13 @@ class Reshape(Moving):
         return [tensors[0].reshape(self.shape)]
 
     def inverse(self, inputs: Sequence[Shape]) -> Reshape:
-        """Return the reshape to what went in."""
+        """Return the reshape to the shape of the input."""
         return Reshape(self.only(inputs))
 
 
 @dataclass(frozen=True, slots=True)
 class Slice(Moving):
-    """The rows from ``start`` up to ``stop`` (its end where not given) of one dim; nothing beyond it is asked for."""
+    """Take the rows from ``start`` up to ``stop`` (by default, the end) of one dim; the rows must exist."""
 
     dim: Int = 0
     start: Int = 0
@@ -121,24 +121,24 @@ class Slice(Moving):
     name: ClassVar[str] = "slice"
 
     def __post_init__(self) -> None:
-        """Refuse a range that runs backwards."""
+        """Raise ``RuleError`` for a range that is not valid."""
         if self.start < 0 or (self.stop is not None and self.stop < self.start):
-            raise self.refusal(f"{self.start} to {self.stop} is no range")
+            raise self.refusal(f"{self.start} to {self.stop} is not a valid range")
 
     @property
     def lossy(self) -> bool:
-        """What is cut off is gone."""
+        """Whether rows are lost; always true, because it depends on the shape of the input."""
         return True
 
     def _range(self, shape: Shape) -> tuple[int, int, int]:
         dim = self.axis(self.dim, shape)
         stop = shape[dim] if self.stop is None else self.stop
         if not self.start <= stop <= shape[dim]:
-            raise self.refusal(f"dim {self.dim} of {list(shape)} does not reach from {self.start} to {stop}")
+            raise self.refusal(f"dim {self.dim} of {list(shape)} does not have the rows from {self.start} to {stop}")
         return dim, self.start, stop - self.start
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape with one size cut."""
+        """Return the shape with the smaller size."""
         shape = self.only(inputs)
         dim, _, length = self._range(shape)
         return ((*shape[:dim], length, *shape[dim + 1 :]),)
@@ -150,11 +150,11 @@ class Slice(Moving):
 
 @dataclass(frozen=True, slots=True)
 class RopePermute(Moving):
-    """Rows of a query or key projection between two orders of a head's rotated pairs; weights and biases.
+    """Reorder the rows of a query or key projection between two conventions for rotated pairs; weights and biases.
 
-    The original order of Meta's checkpoints puts the two rows of a pair side by side, the one of Hugging Face half a
-    head apart. ``direction`` is ``to_hf`` or ``to_original``; ``heads`` counts the heads of this very tensor (the
-    key-value heads for keys). A check of shapes cannot see whether it is needed.
+    In Meta's checkpoints, the two rows of a pair are next to each other; in those of Hugging Face they are half a head
+    apart. ``direction`` is ``to_hf`` or ``to_original``. ``heads`` is the number of heads of the tensor, which is the
+    number of key-value heads for a key. Shapes do not tell whether a tensor needs this operation.
     """
 
     heads: Int
@@ -162,17 +162,17 @@ class RopePermute(Moving):
     name: ClassVar[str] = "rope_permute"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown direction."""
+        """Raise ``RuleError`` for an unknown direction and for less than one head."""
         if self.direction not in ("to_hf", "to_original"):
-            raise self.refusal(f"direction is {quoted(self.direction)}", "it is to_hf or to_original")
+            raise self.refusal(f"direction is {quoted(self.direction)}", "it must be to_hf or to_original")
         if self.heads < 1:
-            raise self.refusal(f"there are no {self.heads} heads")
+            raise self.refusal(f"heads is {self.heads}, not at least 1")
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape as it is."""
+        """Return the shape of the input."""
         shape = self.only(inputs)
         if not shape or shape[0] % (2 * self.heads):
-            raise self.refusal(f"the rows of {list(shape)} are not {self.heads} heads of pairs")
+            raise self.refusal(f"the rows of {list(shape)} cannot be divided into {self.heads} heads of pairs")
         return (shape,)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -183,6 +183,6 @@ class RopePermute(Moving):
         return [tensor.reshape(self.heads, *inner, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)]
 
     def inverse(self, inputs: Sequence[Shape]) -> RopePermute:
-        """Return the other direction."""
+        """Return the operation in the other direction."""
         del inputs
         return RopePermute(self.heads, "to_original" if self.direction == "to_hf" else "to_hf")

@@ -1,4 +1,4 @@
-"""What every tensor operation is: resolved parameters, the shapes it makes, and tensors in, tensors out."""
+"""The base classes of tensor operations, and their parameters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args, get_type_hints
 
 from ckptkit.core.checkpoint import DTYPES
 from ckptkit.core.text import printable, quoted
@@ -39,20 +39,21 @@ __all__ = [
 ]
 
 
-Shape = tuple[int, ...]
+Shape: TypeAlias = tuple[int, ...]
 ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
 
 
 def times(shape: Sequence[int]) -> str:
-    """Return sizes as messages give them: ``14 x 14``."""
+    """Return sizes in the form of messages: ``14 x 14``."""
     return " x ".join(map(str, shape))
 
 
 class Operation(ABC):
-    """Some tensors made of others. A subclass is a frozen dataclass of plain values, as a rule file holds them.
+    """An operation that makes output tensors from input tensors.
 
-    ``shapes`` and ``dtypes`` tell, without torch and before a byte is read, what ``apply`` will make, and raise
-    ``RuleError`` where the inputs do not fit.
+    A subclass is a frozen dataclass whose fields are parameters with values that a rule file can hold. ``shapes`` and
+    ``dtypes`` describe the outputs before any tensor is read, without torch. They raise ``RuleError`` for inputs that
+    the operation does not accept.
     """
 
     __slots__ = ()
@@ -60,117 +61,120 @@ class Operation(ABC):
 
     @property
     def lossy(self) -> bool:
-        """Whether the inputs cannot be had back bit by bit."""
+        """Whether the inputs cannot be restored from the outputs bit by bit."""
         return False
 
     @property
     def outputs(self) -> int:
-        """Number of tensors that it makes."""
+        """Number of output tensors."""
         return 1
 
     @abstractmethod
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shapes of the outputs; raises ``RuleError`` saying what does not fit, and why."""
+        """Return the shapes of the outputs; raise ``RuleError`` for shapes that the operation does not accept."""
 
     @abstractmethod
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
-        """Return the dtypes of the outputs as safetensors codes; raises ``RuleError`` where the inputs' do not fit."""
+        """Return the dtype codes of the outputs; raise ``RuleError`` for dtypes that the operation does not accept."""
 
     @abstractmethod
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the outputs for inputs that have been checked."""
+        """Return the outputs for inputs that ``shapes`` and ``dtypes`` accepted."""
 
     def inverse(self, inputs: Sequence[Shape]) -> Operation | None:
-        """Return the operation that undoes this one on tensors that had these shapes, or None where it is lossy."""
+        """Return the inverse operation for inputs of these shapes, or None where there is none."""
         del inputs
         return None
 
     def for_optimizer_state(self) -> Operation | None:
-        """Return what does the same to other numbers of the elements, such as moments; None where it computes."""
+        """Return the operation for optimizer state with one value per element, or None where there is none."""
         return None
 
     def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Return the outputs, contiguous, maybe in the inputs' memory; raises ``RuleError`` where they do not fit."""
+        """Return contiguous outputs, which may share the memory of the inputs.
+
+        Raises ``RuleError`` for inputs that the operation does not accept.
+        """
         self.shapes([tuple(tensor.shape) for tensor in tensors])
         self.dtypes([code_of(tensor.dtype) for tensor in tensors])
         return self.make([tensor.detach().resolve_conj().resolve_neg() for tensor in tensors])
 
     def params(self) -> dict[str, Any]:
-        """Return the parameters as JSON holds them; ``parse_operation({op.name: op.params()})`` equals ``op``."""
+        """Return the parameters as JSON values; ``parse_operation({op.name: op.params()})`` equals ``op``."""
         values = ((item.name, getattr(self, item.name)) for item in fields(self))  # type: ignore[arg-type]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values if value is not None}
 
     def __str__(self) -> str:
-        """Show the operation as a plan prints it: ``split(dim=0, sizes=[4, 2, 2])``."""
+        """Return the operation as plans print it: ``split(dim=0, sizes=[4, 2, 2])``."""
         return f"{self.name}({', '.join(f'{name}={value}' for name, value in self.params().items())})"
 
     def refusal(self, reason: str, hint: str | None = None) -> RuleError:
-        """Return the error that this operation raises."""
+        """Return a ``RuleError`` that names the operation."""
         return RuleError(f"{self.name}: {reason}", hint=hint)
 
     def only(self, inputs: Sequence[Shape]) -> Shape:
-        """Return the one shape that goes in."""
+        """Return the shape of the only input; raise ``RuleError`` for another number of inputs."""
         if len(inputs) != 1:
-            raise self.refusal(f"takes one tensor, and there are {len(inputs)}")
+            raise self.refusal(f"takes one tensor, not {len(inputs)}")
         return inputs[0]
 
     def axis(self, dim: int, shape: Shape) -> int:
-        """Return a dim counted from the front; a negative one counts from the end, as in torch."""
+        """Return a dim counted from the front; a negative dim counts from the end, as in torch."""
         if not -len(shape) <= dim < len(shape):
             raise self.refusal(f"{list(shape)} has no dim {dim}")
         return dim % len(shape)
 
 
 class Moving(Operation):
-    """An operation that only moves elements: any dtype, every bit as it was."""
+    """An operation that only moves elements, of any dtype, and keeps every bit."""
 
     __slots__ = ()
 
     def for_optimizer_state(self) -> Operation:
-        """Return itself: it moves whatever belongs to an element."""
+        """Return the operation itself, which moves any value that belongs to an element."""
         return self
 
     @abstractmethod
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the outputs for inputs whose elements are integers of the dtype's width."""
+        """Return the outputs for inputs that are viewed as integers of the same width."""
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
-        """Return the inputs' dtype for every output; raises ``RuleError`` where they differ or come in packs."""
-        different = sorted(set(inputs))
-        if len(different) != 1:
-            raise self.refusal(f"the tensors differ in dtype ({', '.join(different)})", "cast them first")
-        if different[0] not in CASTABLE:
-            raise self.refusal(f"elements of {printable_code(different[0])} cannot be moved one by one")
-        return (different[0],) * self.outputs
+        """Return the dtype of the inputs for every output; raise ``RuleError`` where dtypes differ or pack elements."""
+        codes = sorted(set(inputs))
+        if len(codes) != 1:
+            raise self.refusal(f"the tensors differ in dtype ({', '.join(codes)})", "cast them first")
+        if codes[0] not in CASTABLE:
+            raise self.refusal(f"elements of {printable_code(codes[0])} cannot be moved one by one")
+        return (codes[0],) * self.outputs
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Move the elements as integers: no kernel is missing for those, and none changes the bits of a NaN."""
+        """Move the elements as integers: torch has every kernel for integers, and none changes the bits of a NaN."""
         import torch
 
         dtype = tensors[0].dtype
-        # torch has no integers of 128 bits, and copies complex numbers as they are.
+        # torch has no integers of 128 bits, but its copies of complex numbers keep every bit.
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize, dtype)
-        made = self.move([tensor.view(width) for tensor in tensors])
-        # Contiguous already here: a later copy of strided booleans would make every odd one a 1.
-        return tuple(tensor.contiguous().view(dtype) for tensor in made)
+        outputs = self.move([tensor.view(width) for tensor in tensors])
+        # A copy of strided booleans would change values above 1, so the copy is made before the view.
+        return tuple(tensor.contiguous().view(dtype) for tensor in outputs)
 
 
 class Arithmetic(Operation):
-    """An operation that computes in F32 (in F64 where a tensor is), and rounds once to what ``dtypes`` says."""
+    """An operation that computes in F32, or in F64 where an input is F64, and rounds once to the output dtypes."""
 
     __slots__ = ()
 
     @property
     def lossy(self) -> bool:
-        """Rounding cannot be undone."""
+        """Whether bits are lost; rounding loses some."""
         return True
 
     @abstractmethod
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the outputs for inputs of one wide dtype, which are left as they are."""
+        """Return the outputs for inputs that were cast to one dtype; the inputs must not be changed."""
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
-        """Return the first dtype for every output; raises ``RuleError`` for what is no float of 16 bits or more."""
+        """Return the first dtype for every output; raise ``RuleError`` for any but floats of 16 bits or more."""
         for code in inputs:
             if code not in ARITHMETIC:
                 raise self.refusal(
@@ -179,20 +183,20 @@ class Arithmetic(Operation):
         return (inputs[0],) * self.outputs
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Widen, compute, round."""
+        """Cast the inputs, compute, and round."""
         wide = working_dtype(tensors)
-        made = self.compute([tensor.to(wide) for tensor in tensors])
+        outputs = self.compute([tensor.to(wide) for tensor in tensors])
         codes = self.dtypes([code_of(tensor.dtype) for tensor in tensors])
-        return tuple(tensor.to(torch_dtype(code)).contiguous() for tensor, code in zip(made, codes, strict=True))
+        return tuple(tensor.to(torch_dtype(code)).contiguous() for tensor, code in zip(outputs, codes, strict=True))
 
 
 def printable_code(code: str) -> str:
-    """Return a dtype code for a message; one that a file made up is quoted."""
+    """Return a dtype code for a message; an unknown code, which is from a file, is quoted."""
     return code if code in DTYPES else quoted(code)
 
 
 def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return the dtype to compute in: float64 where one of the tensors is, else float32."""
+    """Return float64 where one of the tensors has that dtype, else float32."""
     import torch
 
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
@@ -204,11 +208,11 @@ def elements(shape: Shape) -> int:
 
 
 def unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
-    """Return the tensor with one dim, counted from the front, as several."""
+    """Return the tensor with one dim, counted from the front, divided into dims of these sizes."""
     return tensor.reshape(*tensor.shape[:dim], *sizes, *tensor.shape[dim + 1 :])
 
 
-Variables = Mapping[str, int]
+Variables: TypeAlias = Mapping[str, int]
 _Op = TypeVar("_Op", bound=Operation)
 
 
@@ -218,7 +222,7 @@ def _int(value: object, variables: Variables) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise RuleError(f"{_shown(value)} is not an integer")
     if not -(2**63) <= value < 2**63:
-        raise RuleError("an integer of more than 64 bits is no size")
+        raise RuleError("an integer must not have more than 64 bits")
     return value
 
 
@@ -232,7 +236,7 @@ def _number(value: object, _: Variables) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise RuleError(f"{_shown(value)} is not a number")
     if isinstance(value, int) and value.bit_length() > 1000:
-        raise RuleError("an integer of that many bits is no number to compute with")
+        raise RuleError("the integer is too large for a computation")
     if not math.isfinite(value):
         raise RuleError(f"{value} is not a finite number")
     return value
@@ -240,7 +244,7 @@ def _number(value: object, _: Variables) -> float:
 
 def _text(value: object, _: Variables) -> str:
     if not isinstance(value, str):
-        raise RuleError(f"{_shown(value)} is not a text")
+        raise RuleError(f"{_shown(value)} is not a string")
     return value
 
 
@@ -267,7 +271,7 @@ def _shown(value: object) -> str:
 
 
 def read_parameters(kind: type[_Op], table: Mapping[str, object], variables: Variables) -> _Op:
-    """Return the operation with these parameters; raises ``RuleError`` naming the one that is wrong or missing."""
+    """Return the operation with these parameters; raise ``RuleError`` for a wrong, missing or unknown parameter."""
     readers = _readers(kind)
     names = ", ".join(readers) if readers else "none"
     for name in table:
@@ -285,13 +289,14 @@ def read_parameters(kind: type[_Op], table: Mapping[str, object], variables: Var
     return kind(**values)
 
 
-def _readers(kind: type[Operation]) -> dict[str, Callable[[object, Variables], Any]]:
+def _readers(kind: type[Operation]) -> dict[str, Callable[[object, Variables], object]]:
+    """Return the function that reads each parameter, which is the metadata of its annotation."""
     hints = get_type_hints(kind, include_extras=True)
     return {item.name: _reader(hints[item.name]) for item in fields(kind)}  # type: ignore[arg-type]
 
 
-def _reader(hint: Any) -> Callable[[object, Variables], Any]:
+def _reader(hint: Any) -> Callable[[object, Variables], object]:
     if hasattr(hint, "__metadata__"):
-        reader: Callable[[object, Variables], Any] = hint.__metadata__[0]
+        reader: Callable[[object, Variables], object] = hint.__metadata__[0]
         return reader
     return next(_reader(arm) for arm in get_args(hint) if arm is not type(None))

@@ -1,4 +1,4 @@
-"""How a tensor is made of others: a tree of operations, whose leaves are tensors that are there."""
+"""Recipes: trees of operations that compute a tensor from source tensors."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["Recipe", "compose", "evaluate_recipe", "recipe_dtype", "recipe_shape
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """One of the tensors that a chain of operations makes.
+    """One output of a chain of operations.
 
-    An input is the number of a source, in whatever list goes with the recipe, or what another recipe makes;
-    ``part`` counts the outputs of the last operation.
+    An input is the number of a source, which counts in a list beside the recipe, or another recipe. ``part`` is the
+    number of the output of the last operation.
     """
 
     inputs: tuple[int | Recipe, ...]
@@ -25,15 +25,15 @@ class Recipe:
     part: int = 0
 
     def outline(self) -> str:
-        """Return the names of the operations in the order in which they run: ``stack, transpose``."""
+        """Return the names of the operations in the order of their execution: ``stack, transpose``."""
         inner = dict.fromkeys(item.outline() for item in self.inputs if isinstance(item, Recipe))
         return ", ".join([*inner, *(operation.name for operation in self.operations)])
 
 
 def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: tuple[Operation, ...]) -> list[Recipe]:
-    """Return the recipes, one for each output, of a chain over tensors that have recipes (None: a source as it is).
+    """Return a recipe for each output of a chain whose inputs have recipes (None: the input is a source).
 
-    ``counts`` says how many sources each of them has; the new recipes count through all of them in order.
+    ``counts`` holds the number of sources of each input. The new recipes number the sources of all inputs in order.
     """
     inputs: list[int | Recipe] = []
     first = 0
@@ -42,7 +42,7 @@ def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: t
         first += count
     only = inputs[0] if len(inputs) == 1 else None
     if isinstance(only, Recipe) and only.operations[-1].outputs == 1:
-        inputs, operations = list(only.inputs), only.operations + operations  # one chain, which can be undone
+        inputs, operations = list(only.inputs), only.operations + operations  # one chain, which can be inverted
     return [Recipe(tuple(inputs), operations, part) for part in range(operations[-1].outputs)]
 
 
@@ -52,23 +52,24 @@ def _renumbered(recipe: Recipe, numbers: Sequence[int]) -> Recipe:
 
 
 def recipe_shape(recipe: int | Recipe, sources: Sequence[Shape]) -> Shape:
-    """Return the shape of what is made of sources with these shapes; raises ``RuleError`` where they do not fit."""
+    """Return the shape of the output for sources of these shapes; raise ``RuleError`` where an operation refuses."""
     if isinstance(recipe, int):
         return sources[recipe]
     return chain_shapes(recipe.operations, [recipe_shape(item, sources) for item in recipe.inputs])[recipe.part]
 
 
 def recipe_dtype(recipe: int | Recipe, sources: Sequence[str]) -> str:
-    """Return the dtype of what is made of sources with these dtypes; raises ``RuleError`` where they do not fit."""
+    """Return the dtype of the output for sources of these dtypes; raise ``RuleError`` where an operation refuses."""
     if isinstance(recipe, int):
         return sources[recipe]
     return chain_dtypes(recipe.operations, [recipe_dtype(item, sources) for item in recipe.inputs])[recipe.part]
 
 
 def evaluate_recipe(recipe: Recipe, sources: Sequence[object], read: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
-    """Return every output of the recipe's last operation.
+    """Return every output of the last operation of the recipe.
 
-    ``read`` gives a source by its number; where two of ``sources`` are equal, what is made of them is made once.
+    ``read`` returns a source by its number. Equal elements of ``sources`` are the same tensor, and equal parts of the
+    recipe are evaluated once.
     """
     first: dict[object, int] = {}
     numbers = [first.setdefault(source, number) for number, source in enumerate(sources)]
@@ -78,16 +79,16 @@ def evaluate_recipe(recipe: Recipe, sources: Sequence[object], read: Callable[[i
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
     read: Callable[[int], Tensor]
-    made: dict[object, tuple[Tensor, ...]] = field(default_factory=dict)
+    outputs: dict[object, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def evaluate(self, recipe: Recipe) -> tuple[Tensor, ...]:
-        work = recipe.inputs, recipe.operations
-        if work in self.made:
-            return self.made[work]
+        chain = recipe.inputs, recipe.operations
+        if chain in self.outputs:
+            return self.outputs[chain]
         inputs = [
             self.read(item) if isinstance(item, int) else self.evaluate(item)[item.part] for item in recipe.inputs
         ]
         outputs = apply_chain(recipe.operations, inputs)
-        if len(outputs) > 1:  # the parts of one tensor go their own ways, and each comes by here
-            self.made[work] = outputs
+        if len(outputs) > 1:  # other inputs can be other outputs of this chain
+            self.outputs[chain] = outputs
         return outputs

@@ -1,4 +1,4 @@
-"""Operations by name, and chains of them: the outputs of one are the inputs of the next."""
+"""Operations by name, and chains: the outputs of an operation are the inputs of the next."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ _NONE: Mapping[str, int] = MappingProxyType({})
 
 
 def parse_operation(table: Mapping[str, object] | str, variables: Mapping[str, int] = _NONE) -> Operation:
-    """Return the operation that a rule file describes: ``{"split": {"dim": 0, "parts": 3}}``, or just a name.
+    """Return the operation that a rule file describes: ``{"split": {"dim": 0, "parts": 3}}``, or only its name.
 
-    Integers may be written as arithmetic with ``variables``. Raises ``RuleError`` for an unknown name, and for
-    parameters that are unknown, missing, or of another type.
+    Integers may be written as arithmetic with ``variables``. Raises ``RuleError`` for an unknown name, and for a
+    parameter that is unknown, missing or not valid.
     """
     if isinstance(table, str):
         return read_parameters(_kind(table), {}, variables)
     if len(table) != 1:
         raise RuleError(
-            f"an operation is a name and its parameters, and here are {len(table)} names",
-            hint="for example op = { split = { dim = 0, parts = 3 } }; several operations are a list",
+            f"an operation is one name with its parameters, not {len(table)} names",
+            hint="for example op = { split = { dim = 0, parts = 3 } }; give several operations as a list",
         )
     ((name, params),) = table.items()
     kind = _kind(name)
     if not isinstance(params, Mapping):
-        raise RuleError(f"the parameters of {kind.name} are no table", hint=f"{kind.name} = {{ NAME = VALUE, ... }}")
+        raise RuleError(f"the parameters of {kind.name} are not a table", hint=f"{kind.name} = {{ NAME = VALUE, ... }}")
     return read_parameters(kind, params, variables)
 
 
@@ -66,27 +66,27 @@ def _kind(name: str) -> type[Operation]:
 
 
 def parse_operations(value: object, variables: Mapping[str, int] = _NONE) -> tuple[Operation, ...]:
-    """Return the chain that a rule file describes: an operation, or a list of them in order.
+    """Return the chain that a rule file describes: an operation, or a list of operations in order.
 
-    Raises ``RuleError`` as ``parse_operation``, and for an empty list.
+    Raises ``RuleError`` for an empty list, and as ``parse_operation`` does.
     """
     items = value if isinstance(value, list | tuple) else [value]
     if not items:
         raise RuleError("the list of operations is empty")
-    made = []
+    operations = []
     for item in items:
         if not isinstance(item, str | Mapping):
-            raise RuleError(f"an operation is a name or a table, not {item!r}")
-        made.append(parse_operation(item, variables))
-    return tuple(made)
+            raise RuleError(f"an operation must be a name or a table, not {item!r}")
+        operations.append(parse_operation(item, variables))
+    return tuple(operations)
 
 
 def chain_shapes(operations: Iterable[Operation], inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-    """Return the shapes that a chain makes; raises ``RuleError`` where one operation does not fit."""
+    """Return the shapes of the outputs of a chain; raise ``RuleError`` where an operation refuses its inputs."""
     return _chain_shapes(tuple(operations), tuple(inputs))
 
 
-@functools.lru_cache(maxsize=16)  # a layer of five hundred experts is asked for five hundred times in a row
+@functools.lru_cache(maxsize=16)  # a layer of 500 experts asks 500 times in a row
 def _chain_shapes(operations: tuple[Operation, ...], shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
     for operation in operations:
         shapes = operation.shapes(shapes)
@@ -94,7 +94,7 @@ def _chain_shapes(operations: tuple[Operation, ...], shapes: tuple[Shape, ...]) 
 
 
 def chain_dtypes(operations: Iterable[Operation], inputs: Sequence[str]) -> tuple[str, ...]:
-    """Return the dtypes that a chain makes; raises ``RuleError`` where one operation does not take them."""
+    """Return the dtypes of the outputs of a chain; raise ``RuleError`` where an operation refuses its inputs."""
     return _chain_dtypes(tuple(operations), tuple(inputs))
 
 
@@ -106,21 +106,21 @@ def _chain_dtypes(operations: tuple[Operation, ...], dtypes: tuple[str, ...]) ->
 
 
 def apply_chain(operations: Iterable[Operation], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the tensors that a chain makes; raises ``RuleError`` where one operation does not fit."""
-    made = tuple(tensors)
+    """Return the outputs of a chain; raise ``RuleError`` where an operation refuses its inputs."""
+    outputs = tuple(tensors)
     for operation in operations:
-        made = operation.apply(made)
-    return made
+        outputs = operation.apply(outputs)
+    return outputs
 
 
 def invert_chain(operations: Iterable[Operation], inputs: Sequence[Shape]) -> tuple[Operation, ...] | None:
-    """Return the chain that undoes this one on tensors that had these shapes, or None where one step is lossy."""
+    """Return the inverse chain for inputs of these shapes, or None where an operation has no inverse."""
     shapes = tuple(inputs)
-    back: list[Operation] = []
+    inverses: list[Operation] = []
     for operation in operations:
         inverse = operation.inverse(shapes)
         if inverse is None:
             return None
-        back.insert(0, inverse)
+        inverses.insert(0, inverse)
         shapes = operation.shapes(shapes)
-    return tuple(back)
+    return tuple(inverses)

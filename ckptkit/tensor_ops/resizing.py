@@ -1,4 +1,4 @@
-"""One tensor made larger or smaller: padded rows, another grid of position embeddings, other input channels."""
+"""Operations that resize a tensor: padding, position embeddings, and input channels of a convolution."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _LARGEST: Mapping[str, float] = MappingProxyType(
 
 @dataclass(frozen=True, slots=True)
 class Pad(Operation):
-    """Rows added at the end of a dim until it is ``size`` long; those that were there keep every bit.
+    """Add rows at the end of a dim up to ``size``; the rows of the input keep every bit.
 
-    ``fill`` is ``zeros``, ``mean`` (the mean of the rows there are), ``normal`` (drawn around that mean with the
-    standard deviation of each column, by ``seed``), or a number.
+    ``fill`` is ``zeros``, ``mean`` (the mean of the rows), ``normal`` (drawn with the mean and the standard deviation
+    of each column, and with ``seed``), or a number.
     """
 
     size: Int
@@ -52,37 +52,37 @@ class Pad(Operation):
     name: ClassVar[str] = "pad"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown fill and a size that is none."""
+        """Raise ``RuleError`` for an unknown fill and for a negative size."""
         if isinstance(self.fill, str) and self.fill not in _FILLS:
-            raise self.refusal(f"fill is {quoted(self.fill)}", f"it is {', '.join(_FILLS)}, or a number")
+            raise self.refusal(f"fill is {quoted(self.fill)}", f"it must be {', '.join(_FILLS)}, or a number")
         if self.size < 0:
-            raise self.refusal(f"{self.size} is no size")
+            raise self.refusal(f"{self.size} is not a valid size")
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape with one size grown."""
+        """Return the shape with the larger size."""
         shape = self.only(inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] > self.size:
-            raise self.refusal(f"dim {self.dim} of {list(shape)} is larger than {self.size} already", "use slice")
+            raise self.refusal(f"dim {self.dim} of {list(shape)} is already larger than {self.size}", "use slice")
         if shape[dim] == 0 and self.fill in ("mean", "normal"):
-            raise self.refusal(f"{list(shape)} has no rows to take a mean of")
+            raise self.refusal(f"{list(shape)} has no rows to compute a mean of")
         return ((*shape[:dim], self.size, *shape[dim + 1 :]),)
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
-        """Return the dtype as it is; raises ``RuleError`` where it cannot hold the fill."""
+        """Return the dtype of the input; raise ``RuleError`` where it cannot hold the fill."""
         for code in inputs:
             if self.fill == "zeros":
-                if code not in CASTABLE or code == "F8_E8M0":  # which is powers of two only
-                    raise self.refusal(f"{printable_code(code)} does not hold zeros")
+                if code not in CASTABLE or code == "F8_E8M0":  # whose values are powers of two
+                    raise self.refusal(f"{printable_code(code)} cannot hold zeros")
             elif isinstance(self.fill, str):
                 if code not in ARITHMETIC:
-                    raise self.refusal(f"there is no {self.fill} of {printable_code(code)}", 'fill = "zeros"')
+                    raise self.refusal(f"fill cannot be {self.fill} for {printable_code(code)}", 'fill = "zeros"')
             elif not _holds(code, self.fill):
-                raise self.refusal(f"{printable_code(code)} does not hold {self.fill}")
+                raise self.refusal(f"{printable_code(code)} cannot hold {self.fill}")
         return (inputs[0],)
 
     def for_optimizer_state(self) -> Pad:
-        """Return the same with zeros: whatever new rows begin with, no gradient has been there."""
+        """Return the operation with zeros: new rows got no gradient yet, whatever values they begin with."""
         return replace(self, fill="zeros")
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -106,7 +106,7 @@ class Pad(Operation):
         return mean.unsqueeze(dim) + deviation.unsqueeze(dim) * noise
 
     def inverse(self, inputs: Sequence[Shape]) -> Slice:
-        """Return the cut back to what there was."""
+        """Return the slice of the rows of the input."""
         shape = self.only(inputs)
         return Slice(self.dim, 0, shape[self.axis(self.dim, shape)])
 
@@ -123,7 +123,7 @@ def _holds(code: str, value: float) -> bool:
 
 
 def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each column in F64, a bounded piece of rows at a time."""
+    """Return the mean and the standard deviation of each column in F64, computed in pieces of bounded size."""
     import torch
 
     count = rows.shape[0]
@@ -141,11 +141,11 @@ def _moments(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class ResizePosEmbed(Arithmetic):
-    """Absolute position embeddings for another number of positions; tensors of ``[N, D]`` or ``[1, N, D]``.
+    """Resize absolute position embeddings of shape ``[N, D]`` or ``[1, N, D]`` to another number of positions.
 
-    ``new`` is a grid ``[height, width]`` (bicubic, with antialiasing unless switched off) or a length ``[n]``
-    (linear). ``old`` is what the tensor has now; a grid not given is square. The first ``prefix`` tokens (class,
-    distillation) are no part of the grid and keep every bit.
+    ``new`` is a grid ``[height, width]``, interpolated bicubically, or a length ``[n]``, interpolated linearly.
+    ``old`` is the grid or length of the input; by default the grid is square. The first ``prefix`` tokens (class,
+    distillation) are not part of the grid and keep every bit.
     """
 
     new: Ints
@@ -155,12 +155,12 @@ class ResizePosEmbed(Arithmetic):
     name: ClassVar[str] = "resize_pos_embed"
 
     def __post_init__(self) -> None:
-        """Refuse grids that are neither one nor two sizes."""
+        """Raise ``RuleError`` for grids that do not have one or two sizes, and for a negative prefix."""
         for grid in (self.new, self.old or self.new):
             if len(grid) != len(self.new) or len(grid) not in (1, 2) or min(grid) < 1:
-                raise self.refusal(f"{list(grid)} is no grid", "[height, width], or [length]")
+                raise self.refusal(f"{list(grid)} is not a valid grid", "[height, width], or [length]")
         if self.prefix < 0:
-            raise self.refusal(f"there are no {self.prefix} prefix tokens")
+            raise self.refusal(f"prefix is {self.prefix}, not at least 0")
 
     def _old(self, shape: Shape) -> tuple[int, ...]:
         if len(shape) not in (2, 3) or (len(shape) == 3 and shape[0] != 1) or not shape[-1]:
@@ -175,49 +175,51 @@ class ResizePosEmbed(Arithmetic):
             return (count,)
         side = math.isqrt(max(count, 0))
         if count < 1 or side * side != count:
-            raise self.refusal(f"{list(shape)} has {count} positions{kept}, no square grid", "give old, or prefix")
+            raise self.refusal(
+                f"{list(shape)} has {count} positions{kept}, which is not a square grid", "give old, or prefix"
+            )
         return side, side
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape with the new number of tokens."""
+        """Return the shape with the new number of positions."""
         shape = self.only(inputs)
         self._old(shape)
         return ((*shape[:-2], self.prefix + math.prod(self.new), shape[-1]),)
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """Resize the grid, and put the prefix in front of it as it was."""
+        """Resize the grid, and put the prefix tokens in front of it."""
         (tensor,) = tensors
         dim = tensor.dim() - 2
         if self._old(tuple(tensor.shape)) == self.new:
             return (tensor.contiguous(),)
         grid = tensor.narrow(dim, self.prefix, tensor.shape[dim] - self.prefix)
-        (made,) = Arithmetic.make(self, [grid])
-        return Concat(dim).make([tensor.narrow(dim, 0, self.prefix), made])
+        (resized,) = Arithmetic.make(self, [grid])
+        return Concat(dim).make([tensor.narrow(dim, 0, self.prefix), resized])
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Interpolate a grid without prefix."""
+        """Interpolate a grid without prefix tokens."""
         import torch
 
         (tensor,) = tensors
         width = tensor.shape[-1]
         old = self.old or ((tensor.shape[-2],) if len(self.new) == 1 else (math.isqrt(tensor.shape[-2]),) * 2)
         image = tensor.reshape(1, *old, width).movedim(-1, 1)
-        made = torch.nn.functional.interpolate(
+        resized = torch.nn.functional.interpolate(
             image,
             size=list(self.new),
             mode="linear" if len(self.new) == 1 else "bicubic",
             antialias=self.antialias and len(self.new) == 2,
         )
-        return [made.movedim(1, -1).reshape(*tensor.shape[:-2], -1, width)]
+        return [resized.movedim(1, -1).reshape(*tensor.shape[:-2], -1, width)]
 
 
 @dataclass(frozen=True, slots=True)
 class ConvInChannels(Arithmetic):
-    """The first convolution of an image model for another number of input channels.
+    """Change the number of input channels of the first convolution of an image model.
 
-    ``sum`` adds the channels up (to one); ``repeat`` takes them in turn as often as needed and scales by old over new,
-    so that an equal input in all channels gives what it gave. Where ``mode`` is not given, one channel is the sum.
-    ``base`` is the number of channels of the image, where space-to-depth made the weight's own a multiple of it.
+    ``sum`` adds the channels up to one. ``repeat`` repeats them in order and scales by old over new, so that equal
+    channels give the same output as before. By default, one channel is the sum, and several are repeated. ``base`` is
+    the number of channels of the image, where space-to-depth multiplied the channels of the weight.
     """
 
     channels: Int
@@ -226,31 +228,31 @@ class ConvInChannels(Arithmetic):
     name: ClassVar[str] = "conv_in_channels"
 
     def __post_init__(self) -> None:
-        """Refuse an unknown mode, and a sum that is several channels."""
+        """Raise ``RuleError`` for an unknown mode, for less than one channel, and for a sum of several channels."""
         if self.mode not in (None, "sum", "repeat"):
-            raise self.refusal(f"mode is {quoted(self.mode or '')}", "it is sum or repeat")
+            raise self.refusal(f"mode is {quoted(self.mode or '')}", "it must be sum or repeat")
         if self.channels < 1 or (self.base is not None and self.base < 1):
-            raise self.refusal(f"there are no {self.channels if self.channels < 1 else self.base} channels")
+            raise self.refusal(f"{self.channels if self.channels < 1 else self.base} is not a valid number of channels")
         if self.mode == "sum" and self.channels != 1:
-            raise self.refusal(f"a sum is one channel, not {self.channels}")
+            raise self.refusal(f"a sum has one channel, not {self.channels}")
 
     @property
     def sums(self) -> bool:
-        """Whether the channels are added up."""
+        """Whether the channels are added up to one."""
         return self.mode == "sum" or (self.mode is None and self.channels == 1)
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
-        """Return the shape with other input channels."""
+        """Return the shape with the new number of input channels."""
         shape = self.only(inputs)
         if len(shape) < 3:
-            raise self.refusal(f"{list(shape)} is no weight of a convolution")
+            raise self.refusal(f"{list(shape)} is not the weight of a convolution")
         base = self.base or shape[1]
         if shape[1] == 0 or shape[1] % base or (shape[1] != base and not self.sums):
             raise self.refusal(f"dim 1 of {list(shape)} is not {plural(base, 'channel')}")
         return ((shape[0], shape[1] // base if self.sums else self.channels, *shape[2:]),)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Add up, or repeat and scale."""
+        """Add the channels up, or repeat and scale them."""
         (tensor,) = tensors
         outs, ins, *kernel = tensor.shape
         base = self.base or ins
@@ -258,6 +260,6 @@ class ConvInChannels(Arithmetic):
             return [tensor]
         if self.sums:
             return [tensor.reshape(outs, ins // base, base, *kernel).sum(2)]
-        times_over = math.ceil(self.channels / base)
-        repeated = tensor.repeat(1, times_over, *(1 for _ in kernel))[:, : self.channels]
+        repeats = math.ceil(self.channels / base)
+        repeated = tensor.repeat(1, repeats, *(1 for _ in kernel))[:, : self.channels]
         return [repeated * (base / self.channels)]

@@ -116,7 +116,7 @@ UNWRITABLE: dict[str, Bad] = {
     "D3 expanded": Bad(converted, "no room: needs 4.4 TB, "),
     "D11 dtype": Bad(made(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
     "D14 DTensor": Bad(made(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
-    "D14 all": Bad(written(kinds), "'meta' cannot be copied: it has no values"),
+    "D14 all": Bad(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),
 }
 OTHER = tuple(f"{name} written" for name in UNWRITABLE)
 

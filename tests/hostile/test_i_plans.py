@@ -68,7 +68,7 @@ BAD: dict[str, Bad] = {
     "I18 no donor": Bad(merging(), "Missing argument 'DONORS...'"),
     "I19 complex128": Bad(storing(torch.ones(2, dtype=torch.complex128)), "'w' would be C128, which safetensors"),
     "I19 sparse": Bad(storing(torch.eye(3).to_sparse()), "'w' cannot be copied: it is a sparse tensor"),
-    "I19 meta": Bad(storing(torch.ones(2, device="meta")), "'w' cannot be copied: it has no values"),
+    "I19 meta": Bad(storing(torch.ones(2, device="meta")), "'w' cannot be copied: it was saved from the meta device"),
     "I19 quantized": Bad(quantized, "'w' cannot be copied: it is a quantized tensor"),
     "I19 a giant expanded": Bad(storing(torch.ones(1).expand(2**40)), "no room: needs 4.4 TB"),
 }
