@@ -1,4 +1,4 @@
-"""What holds for every test: none fails because the machine is busy, or waits for threads that it does not need."""
+"""Settings for all tests: no test has a time limit, and torch uses one thread."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("ckptkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ckptkit")
 
-# Models this small wait longer for each other's threads than they compute; the tests themselves share the cores.
+# Small models are slower with several threads, and the tests run in parallel already.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

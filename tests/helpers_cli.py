@@ -1,4 +1,4 @@
-"""Running the command line inside the test process, from the root of the checkout."""
+"""Run the command line inside the test process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Ran:
-    """How a command ended, and what it said."""
+    """The exit code of a command, and the text that it printed on stdout and stderr."""
 
     code: int
     out: str
@@ -24,8 +24,8 @@ class Ran:
 
 
 def run_ckpt(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> Ran:
-    """Run ``ckpt`` with these arguments and return what came of it."""
+    """Run ``ckpt`` with these arguments; return the exit code and both outputs."""
     capsys.readouterr()
     code = main([str(argument) for argument in arguments])
-    said = capsys.readouterr()
-    return Ran(code, said.out, said.err)
+    captured = capsys.readouterr()
+    return Ran(code, captured.out, captured.err)

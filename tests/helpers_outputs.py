@@ -1,4 +1,4 @@
-"""State_dicts of every shape for the tests of plans, writers and loading, and the oracles they are held against."""
+"""Random state_dicts for the tests of plans, writers and loading, and functions that compare tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from hypothesis import strategies as st
@@ -24,7 +23,7 @@ def dtype_of(code: str) -> torch.dtype:
 
 
 def tensor_of(code: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
-    """A tensor of random bits, so that every NaN and every odd code of a dtype comes up."""
+    """Return a tensor of random bits, so that every NaN and every rare code of a dtype can occur."""
     dtype = dtype_of(code)
     count = torch.Size(shape).numel() * dtype.itemsize
     generator = torch.Generator().manual_seed(seed)
@@ -33,27 +32,27 @@ def tensor_of(code: str, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
 
 
 def raw(tensor: torch.Tensor) -> bytes:
-    """The logical elements as contiguous bytes: what a checkpoint must hold."""
+    """Return the elements as contiguous bytes, as a checkpoint must store them."""
     plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
     return bytes(plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).tolist())
 
 
 def described(**tensors: Sequence[int]) -> dict[str, TensorInfo]:
-    """F32 descriptions by key; a double underscore stands for a dot."""
+    """Return F32 descriptions by key; a double underscore in a name stands for a dot."""
     named = {name.replace("__", "."): tuple(shape) for name, shape in tensors.items()}
     return {key: TensorInfo(key, "F32", shape) for key, shape in named.items()}
 
 
-def same_state(found: Mapping[str, Any], wanted: Mapping[str, torch.Tensor]) -> bool:
-    """Same keys in any order; same dtype, shape and bytes under each."""
-    return found.keys() == wanted.keys() and all(
+def same_state(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    """Return whether both have the same keys in any order, with the same dtype, shape and bytes."""
+    return found.keys() == expected.keys() and all(
         (found[key].dtype, found[key].shape, raw(found[key])) == (value.dtype, value.shape, raw(value))
-        for key, value in wanted.items()
+        for key, value in expected.items()
     )
 
 
 def scratch() -> tempfile.TemporaryDirectory[str]:
-    """A directory for one example of a property test, in memory where the system has such a place: fsync costs."""
+    """Return a temporary directory, in memory if the system has /dev/shm, because fsync is slow."""
     return tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)
 
 
@@ -67,13 +66,13 @@ def names_in(directory: Path) -> list[str]:
 
 @st.composite
 def state_dicts(draw: st.DrawFn, codes: Iterable[str] = CODES) -> dict[str, torch.Tensor]:
-    """A random state_dict: contiguous, transposed, sliced, expanded, empty and 0-dim tensors, ties and views."""
+    """Return a random state_dict: contiguous, transposed, sliced, expanded, empty and 0-dim tensors, ties and views."""
     choice = st.sampled_from(tuple(codes))
     made: dict[str, torch.Tensor] = {}
     for number in range(draw(st.integers(1, 6))):
         shape = draw(st.lists(st.integers(0, 4), max_size=3))
         whole = tensor_of(draw(choice), shape, seed=number)
-        tensor = _laid_out(whole, draw(st.sampled_from(("plain", "transposed", "sliced", "expanded", "stepped"))))
+        tensor = _with_layout(whole, draw(st.sampled_from(("plain", "transposed", "sliced", "expanded", "stepped"))))
         made[f"{draw(st.sampled_from(('a.', 'b.', 'ü.', ' ', '')))}t{number}"] = tensor
         relative = draw(st.sampled_from(("none", "none", "tie", "view", "transpose", "row")))
         if relative != "none":
@@ -81,7 +80,7 @@ def state_dicts(draw: st.DrawFn, codes: Iterable[str] = CODES) -> dict[str, torc
     return made
 
 
-def _laid_out(tensor: torch.Tensor, layout: str) -> torch.Tensor:
+def _with_layout(tensor: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "transposed" and tensor.dim() >= 2:
         return tensor.transpose(0, -1)
     if layout == "sliced" and tensor.dim():

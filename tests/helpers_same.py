@@ -1,103 +1,122 @@
-"""Whether two objects that torch loaded are the same: types, values to the last bit, order, and who is who."""
+"""Compare two objects that torch loaded: types, values bit by bit, order, identity of objects, and shared memory."""
 
 from __future__ import annotations
 
 import collections
 import math
 import struct
-from typing import Any
 
 import numpy as np
 import torch
 
 from tests.helpers_outputs import raw
 
+__all__ = ["assert_same"]
 
-class _Twins:
-    """Which object of one side is which of the other; both are kept alive, so that no identity comes twice."""
+
+def assert_same(first: object, second: object) -> None:
+    """Raise ``AssertionError`` unless both objects have the same types, values, order, identities and shared memory."""
+    _compare(first, second, "root", _Identities(), {})
+
+
+class _Identities:
+    """The object on one side for each object on the other; both stay alive, so that no id is used again."""
 
     def __init__(self) -> None:
-        self.twin: dict[int, int] = {}
-        self.back: dict[int, int] = {}
-        self.alive: list[Any] = []
+        self.second_of: dict[int, int] = {}
+        self.first_of: dict[int, int] = {}
+        self.alive: list[object] = []
 
-    def meet(self, one: Any, other: Any, path: str) -> bool:
-        """Return whether they have met before; raises where either has met somebody else."""
-        left, right = id(one), id(other)
-        assert self.twin.get(left, right) == right, f"{path}: one object became two, or two became one"
-        assert self.back.get(right, left) == left, f"{path}: one object became two, or two became one"
-        known = left in self.twin
-        self.twin[left], self.back[right] = right, left
-        self.alive += [one, other]
+    def pair(self, first: object, second: object, path: str) -> bool:
+        """Return whether these objects are a pair already; raise if one of them has another partner."""
+        left, right = id(first), id(second)
+        assert self.second_of.get(left, right) == right, f"{path}: one object became two, or two became one"
+        assert self.first_of.get(right, left) == left, f"{path}: one object became two, or two became one"
+        known = left in self.second_of
+        self.second_of[left], self.first_of[right] = right, left
+        self.alive += [first, second]
         return known
 
 
-def assert_same(one: Any, other: Any) -> None:
-    """Raise where two loaded objects differ in anything: type, value, order, attributes, identity, shared memory."""
-    _compare(one, other, "root", _Twins(), {})
-
-
-def _compare(one: Any, other: Any, path: str, twins: _Twins, storages: dict[int, int]) -> None:
-    assert type(one) is type(other), f"{path}: {type(one)} became {type(other)}"
-    if isinstance(one, float):
-        assert struct.pack("d", one) == struct.pack("d", other) or (math.isnan(one) and math.isnan(other)), path
+def _compare(first: object, second: object, path: str, identities: _Identities, storages: dict[int, int]) -> None:
+    assert type(first) is type(second), f"{path}: {type(first)} became {type(second)}"
+    if isinstance(first, float):
+        assert isinstance(second, float)
+        assert struct.pack("d", first) == struct.pack("d", second) or (math.isnan(first) and math.isnan(second)), path
         return
-    # Small values are one object to Python for reasons of its own.
-    if one is None or isinstance(one, bool | int | str | bytes | complex | torch.dtype | torch.device | type):
-        assert one == other, f"{path}: {one!r} became {other!r}"
+    # Python may use one object for equal small values, so their identity says nothing.
+    if first is None or isinstance(first, bool | int | str | bytes | complex | torch.dtype | torch.device | type):
+        assert first == second, f"{path}: {first!r} became {second!r}"
         return
-    if not isinstance(one, np.generic) and not (isinstance(one, tuple) and not one) and twins.meet(one, other, path):
+    has_identity = not isinstance(first, np.generic) and not (isinstance(first, tuple) and not first)
+    if has_identity and identities.pair(first, second, path):
         return
-    if isinstance(one, torch.Tensor):
-        _compare_tensors(one, other, path, storages)
-    elif isinstance(one, np.ndarray | np.generic):
-        assert (one.dtype, one.shape) == (other.dtype, other.shape), path
-        assert one.tobytes() == other.tobytes(), path
-    elif isinstance(one, dict):
-        assert len(one) == len(other), f"{path}: {list(one)} became {list(other)}"
-        if isinstance(one, collections.defaultdict):
-            assert one.default_factory is other.default_factory, path
-        for number, (left, right) in enumerate(zip(one.items(), other.items(), strict=True)):
-            _compare(left[0], right[0], f"{path}, key {number}", twins, storages)
-            _compare(left[1], right[1], f"{path}[{left[0]!r}]", twins, storages)
-    elif isinstance(one, list | tuple | collections.deque):
-        assert len(one) == len(other), path
-        assert getattr(one, "maxlen", None) == getattr(other, "maxlen", None), path
-        for number, (left, right) in enumerate(zip(one, other, strict=True)):
-            _compare(left, right, f"{path}[{number}]", twins, storages)
-    elif isinstance(one, torch.Generator):
-        assert torch.equal(one.get_state(), other.get_state()), path
-    elif isinstance(one, np.random.Generator):
-        _compare(one.bit_generator.state, other.bit_generator.state, path, twins, storages)
-    elif not hasattr(one, "__dict__"):
-        assert one == other, f"{path}: {one!r} became {other!r}"
-    if hasattr(one, "__dict__"):
-        attributes = [list(vars(thing).items()) for thing in (one, other)]
+    _compare_content(first, second, path, identities, storages)
+    if hasattr(first, "__dict__"):
+        attributes = [list(vars(side).items()) for side in (first, second)]
         assert len(attributes[0]) == len(attributes[1]), path
         for left, right in zip(*attributes, strict=True):
-            _compare(left[0], right[0], f"{path}, an attribute", twins, storages)
-            _compare(left[1], right[1], f"{path}.{left[0]}", twins, storages)
+            _compare(left[0], right[0], f"{path}, an attribute", identities, storages)
+            _compare(left[1], right[1], f"{path}.{left[0]}", identities, storages)
 
 
-def _compare_tensors(one: torch.Tensor, other: torch.Tensor, path: str, storages: dict[int, int]) -> None:
-    def told(tensor: torch.Tensor) -> tuple[Any, ...]:
+def _compare_content(
+    first: object, second: object, path: str, identities: _Identities, storages: dict[int, int]
+) -> None:
+    if isinstance(first, torch.Tensor):
+        assert isinstance(second, torch.Tensor)
+        _compare_tensors(first, second, path, storages)
+    elif isinstance(first, np.ndarray | np.generic):
+        assert isinstance(second, np.ndarray | np.generic)
+        assert (first.dtype, first.shape) == (second.dtype, second.shape), path
+        assert first.tobytes() == second.tobytes(), path
+    elif isinstance(first, dict):
+        assert isinstance(second, dict)
+        assert len(first) == len(second), f"{path}: {list(first)} became {list(second)}"
+        if isinstance(first, collections.defaultdict):
+            assert isinstance(second, collections.defaultdict)
+            assert first.default_factory is second.default_factory, path
+        for number, (left, right) in enumerate(zip(first.items(), second.items(), strict=True)):
+            _compare(left[0], right[0], f"{path}, key {number}", identities, storages)
+            _compare(left[1], right[1], f"{path}[{left[0]!r}]", identities, storages)
+    elif isinstance(first, list | tuple | collections.deque):
+        assert isinstance(second, list | tuple | collections.deque)
+        assert len(first) == len(second), path
+        assert getattr(first, "maxlen", None) == getattr(second, "maxlen", None), path
+        for number, (left, right) in enumerate(zip(first, second, strict=True)):
+            _compare(left, right, f"{path}[{number}]", identities, storages)
+    elif isinstance(first, torch.Generator):
+        assert isinstance(second, torch.Generator)
+        assert torch.equal(first.get_state(), second.get_state()), path
+    elif isinstance(first, np.random.Generator):
+        assert isinstance(second, np.random.Generator)
+        _compare(first.bit_generator.state, second.bit_generator.state, path, identities, storages)
+    elif not hasattr(first, "__dict__"):
+        assert first == second, f"{path}: {first!r} became {second!r}"
+
+
+def _compare_tensors(first: torch.Tensor, second: torch.Tensor, path: str, storages: dict[int, int]) -> None:
+    def properties(tensor: torch.Tensor) -> tuple[object, ...]:
         return tensor.dtype, tensor.shape, tensor.layout, tensor.requires_grad, tensor.device, tensor.is_quantized
 
-    assert told(one) == told(other), f"{path}: {told(one)} became {told(other)}"
-    if one.layout != torch.strided:
-        assert torch.equal(one.to_dense(), other.to_dense()), path
+    def strides(tensor: torch.Tensor) -> tuple[object, ...]:
+        return tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
+
+    assert properties(first) == properties(second), f"{path}: {properties(first)} became {properties(second)}"
+    if first.layout != torch.strided:
+        assert torch.equal(first.to_dense(), second.to_dense()), path
         return
-    if one.device.type == "meta":
+    if first.device.type == "meta":
         return
-    places = (one.stride(), one.storage_offset(), one.is_conj(), one.is_neg())
-    assert places == (other.stride(), other.storage_offset(), other.is_conj(), other.is_neg()), path
-    if one.is_quantized:
-        assert torch.equal(one.int_repr(), other.int_repr()), path
-        assert one.qscheme() == other.qscheme(), path
-        assert torch.equal(one.dequantize(), other.dequantize()), path
+    assert strides(first) == strides(second), f"{path}: {strides(first)} became {strides(second)}"
+    if first.is_quantized:
+        assert torch.equal(first.int_repr(), second.int_repr()), path
+        assert first.qscheme() == second.qscheme(), path
+        assert torch.equal(first.dequantize(), second.dequantize()), path
         return
-    assert raw(one) == raw(other), f"{path}: its values changed"
-    if one.numel():
-        here, there = one.untyped_storage().data_ptr(), other.untyped_storage().data_ptr()
-        assert storages.setdefault(here, there) == there, f"{path}: memory that was shared is not, or the other way"
-        assert storages.setdefault(-there - 1, here) == here, f"{path}: memory that was apart is shared"
+    assert raw(first) == raw(second), f"{path}: its values changed"
+    if first.numel():
+        left, right = first.untyped_storage().data_ptr(), second.untyped_storage().data_ptr()
+        # Keys for the other direction are negative, so that both directions fit into one dictionary.
+        assert storages.setdefault(left, right) == right, f"{path}: shared memory became separate, or the reverse"
+        assert storages.setdefault(-right - 1, left) == left, f"{path}: separate memory became shared"

@@ -53,8 +53,13 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show nothing inside": (["show", f"{DDP}::ema"], 2, "", "holds nothing at 'ema'"),
     "show shards": (["show", "fixtures/encoder_sharded"], 0, "2 shards", ""),
     "show model": (["show", MODEL], 0, "live model, 10 tensors", ""),
-    "show what may be a model": (["show", "mynet:build"], 2, "", "hint: for a live model write py:mynet:build\n"),
-    "show no model's name": (["show", "a-b:c"], 2, "", "ckpt: a-b:c: no such file or directory\n"),
+    "show a possible model": (
+        ["show", "mynet:build"],
+        2,
+        "",
+        "hint: for a live model write py:mynet:build\n",
+    ),
+    "show an impossible model": (["show", "a-b:c"], 2, "", "ckpt: a-b:c: no such file or directory\n"),
     "show control characters": (["show", "\x1b[2J\\a"], 2, "", "ckpt: \\x1b[2J\\\\a: no such file or directory\n"),
     "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "larger than any"),
     "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
@@ -159,7 +164,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
 
 @pytest.mark.parametrize(("arguments", "code", "out", "err"), CASES.values(), ids=CASES.keys())
 def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each command ends with its exit code; trouble leaves stdout empty and says one line and a hint."""
+    """Each command returns its exit code; trouble leaves stdout empty and prints one line and a hint on stderr."""
     ran = run_ckpt(capsys, *arguments)
     assert ran.code == code, ran.err
     assert out in ran.out
@@ -171,7 +176,7 @@ def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: p
 
 @pytest.mark.parametrize(("arguments", "last"), [((), "Check param groups"), (("groups",), "validate  Check that")])
 def test_no_command(arguments: tuple[str, ...], last: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command the help itself is on stderr, and the exit code is that of a wrong use."""
+    """Without a command, the help is printed on stderr, and the exit code is 2."""
     ran = run_ckpt(capsys, *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("Usage: ckpt")
@@ -185,8 +190,8 @@ BAD_FILES: dict[str, tuple[str, str, str]] = {
     "null": ("r.json", "null", "holds a JSON null, not an object"),
     "number": ("r.json", "1", "holds a JSON number, not an object"),
     "string": ("r.json", '"a"', "holds a JSON string, not an object"),
-    "no JSON": ("r.json", "{", "not valid JSON: "),
-    "no TOML": ("r.toml", "a", "not valid TOML: "),
+    "invalid JSON": ("r.json", "{", "not valid JSON: "),
+    "invalid TOML": ("r.toml", "a", "not valid TOML: "),
 }
 
 
@@ -194,7 +199,7 @@ BAD_FILES: dict[str, tuple[str, str, str]] = {
 def test_files_of_rules_and_groups(
     name: str, content: str, err: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever is no table at the top is refused, with the name of the file."""
+    """A file without a table at the top level is refused, with the name of the file."""
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     for arguments in (("diff", TEN, TEN, "--rules", path), ("groups", "validate", "--model", MODEL, path)):
@@ -204,20 +209,20 @@ def test_files_of_rules_and_groups(
 
 
 def test_a_pipe_of_rules_does_not_hang(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A FIFO that nobody writes to is refused at once."""
+    """A FIFO without a writer is refused at once."""
     os.mkfifo(tmp_path / "r.toml")
     ran = run_ckpt(capsys, "diff", TEN, TEN, "--rules", tmp_path / "r.toml")
     assert (ran.code, ran.err) == (2, f"ckpt: {tmp_path / 'r.toml'}: not a regular file\n")
 
 
-def test_errors_are_one_harmless_line() -> None:
-    """Reason, hint and path are printable; what is escaped already is not escaped again."""
+def test_errors_are_one_printable_line() -> None:
+    """Reason, hint and path are printed without control characters; escaped text is not escaped again."""
     error = CkptkitError("no \x1b[2J\nhere '\\\\x1b'", hint="\u202edo", path="a\nb")
     assert str(error) == "a b: no \\x1b[2J here '\\\\x1b' (\\u202edo)"
 
 
 @pytest.mark.parametrize("donors", [1, 2])
-def test_merge_blames_a_donor_only_where_it_is_the_only_one(donors: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_merge_names_the_donor_in_an_error_if_there_is_one(donors: int, capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "merge", TEN, *[DDP] * donors, "-o", "o.pt", "-n", "--drop", "x")
     assert ran.code == 2
     assert ran.err.startswith(f"ckpt: {DDP}: --drop" if donors == 1 else "ckpt: --drop")
@@ -236,7 +241,7 @@ WRITES: dict[str, tuple[list[str], str]] = {
 def test_writing(
     arguments: list[str], said: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A plan is printed without writing; the output is not replaced unless asked; --json names what was written."""
+    """--dry-run writes nothing; an output is replaced only with --force; --json names the output."""
     out = tmp_path / name
     dry = run_ckpt(capsys, *arguments, "-o", out, "--dry-run")
     assert (dry.code, list(tmp_path.iterdir())) == (0, [])
@@ -258,7 +263,7 @@ def test_writing(
 
 
 def _shape(value: Any) -> Any:
-    """Return the field names of a document, with lists reduced to their first element."""
+    """Return the field names and types of a document, with each list reduced to its first element."""
     if isinstance(value, dict):
         return {key: _shape(inner) for key, inner in value.items()}
     if isinstance(value, list):
@@ -301,7 +306,7 @@ def test_diff_document(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("command", ["merge", "remap", "convert"])
 def test_plan_document(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The writing commands share one form of document, with no output after a dry run."""
+    """The writing commands print documents of one form; after a dry run, output is null."""
     sources = [DDP, DDP] if command == "merge" else [DDP]
     asked: tuple[str | Path, ...] = (command, *sources, "-o", tmp_path / "o.pt", "--json", "--dry-run")
     document = json.loads(run_ckpt(capsys, *asked, "--only-tensors").out)
@@ -320,7 +325,7 @@ def test_plan_document(command: str, tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_findings_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``groups validate --json`` lists findings with their way out, and ends with 1."""
+    """``groups validate --json`` lists findings with hints, and exits with 1."""
     spec = tmp_path / "groups.toml"
     spec.write_text('[[group]]\nparams = "fc3.*"\nlr = 0.1\n', encoding="utf-8")
     ran = run_ckpt(capsys, "groups", "validate", "--model", MODEL, spec, "--json")
@@ -332,8 +337,8 @@ def test_findings_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "rest = true" in document["findings"][0]["hint"]
 
 
-def test_an_option_nobody_reads_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A slip in an option's name is a warning, and ends with 1."""
+def test_a_misspelled_option_is_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelled option is a warning, and the exit code is 1."""
     spec = tmp_path / "groups.toml"
     spec.write_text("[[group]]\nrest = true\nlrr = 0.1\n", encoding="utf-8")
     ran = run_ckpt(capsys, "groups", "validate", "--model", MODEL, spec)
@@ -342,7 +347,7 @@ def test_an_option_nobody_reads_is_found(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """Help names the command as it is typed, with an example that is not a placeholder."""
+    """Each help text has an example of the command, as a user would type it."""
 
     def walk(command: click.Command, path: list[str]) -> Iterator[list[str]]:
         if isinstance(command, click.Group):
@@ -370,14 +375,14 @@ def _ckpt(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes
 
 
 def test_ignored_signals_stay_ignored(capsys: pytest.CaptureFixture[str]) -> None:
-    """Under nohup a hangup stays without effect."""
+    """Under nohup, SIGHUP is still ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_ckpt(capsys, "show", TEN).code == 0
     assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
-def test_torch_without_numpy_is_no_news() -> None:
-    """Its warning does not reach stderr."""
+def test_torch_without_numpy_prints_no_warning() -> None:
+    """The warning that torch prints without numpy does not reach stderr."""
     program = "import sys; sys.modules['numpy'] = None; from ckptkit.cli import run; run()"
     command = [sys.executable, "-c", program, "show", MODEL]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
@@ -385,14 +390,14 @@ def test_torch_without_numpy_is_no_news() -> None:
 
 
 def test_completion_lists_commands() -> None:
-    """The shell's completion works without importing a command."""
+    """The completion of the shell lists the commands."""
     environment = {**os.environ, "_CKPT_COMPLETE": "bash_complete", "COMP_WORDS": "ckpt ", "COMP_CWORD": "1"}
     done = _ckpt(env=environment)
     assert {b"plain,show", b"plain,diff", b"plain,merge"} <= set(done.stdout.split())
 
 
 def test_rule_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``--rules FILE`` takes the rules that the README shows, and its errors name the file."""
+    """``--rules FILE`` reads rules with stages, and its errors name the file."""
     rules, out = tmp_path / "rules.toml", tmp_path / "o.safetensors"
     rules.write_text(
         'keep = ["layers.*"]\n[[rule]]\nfrom = "layers.{i:int}.*"\nto = "h.{i+1}.*"\n'
@@ -403,11 +408,11 @@ def test_rule_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert {key.split(".")[1] for key in load_file(out)} == {str(index) for index in range(1, 12)}
     rules.write_text("[[rule]]\nfrom = 3\n", encoding="utf-8")
     ran = run_ckpt(capsys, "remap", "fixtures/encoder_tied.pt", "-o", out, "--force", "--rules", rules)
-    assert ran.err.startswith(f"ckpt: {rules}: line 1: from is a string")
+    assert ran.err.startswith(f"ckpt: {rules}: line 1: from must be a string or a list of strings")
 
 
 def test_max_shard_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Sizes are given as people write them; the shards read back as one checkpoint."""
+    """A size may have a unit; the shards read back as one checkpoint."""
     out = tmp_path / "shards"
     arguments = ("convert", "fixtures/encoder_tied.pt", "-o", out, "--max-shard-size")
     assert run_ckpt(capsys, *arguments, "20kB").code == 0

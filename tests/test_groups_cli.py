@@ -1,4 +1,4 @@
-"""``ckpt groups`` takes a preset in the place of a file, a checkpoint in the place of a model, and writes specs out."""
+"""``ckpt groups`` takes a preset instead of a file and a checkpoint instead of a model, and prints specs."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ LENET = "py:fixtures.lenet:build"
 SAVED = ROOT / "fixtures" / "lenet_10class.safetensors"
 
 
-def test_all_presets_are_listed_by_a_question_mark(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_question_mark_lists_all_presets(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "emit", "--preset", "?")
     assert [line.partition(":")[0] for line in ran.out.splitlines()] == list(param_group_preset_names())
     assert not any(line.endswith("et al") for line in ran.out.splitlines())
 
 
-def test_a_spec_in_the_place_of_a_lock_is_told_from_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spec_instead_of_a_lock_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "diff", "fixtures/groups.toml", "--model", LENET)
     assert ran.code == 2
     assert "ckpt groups lock writes a lock of a spec" in ran.err
 
 
 @pytest.mark.parametrize("form", ["toml", "json"])
-def test_an_emitted_preset_is_its_spec(form: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """With its settings, whether they are numbers, words or lists."""
+def test_an_emitted_preset_is_the_same_spec(form: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The emitted text has the settings: numbers, words and lists."""
     given = ("--set", "lr=.5", "--set", "head_lr_mult=1e1", "--set", "head=fc3.*")
     ran = run_ckpt(capsys, "groups", "emit", "--preset", "head-lr", *given, "--as", form)
     assert parse_spec(parse_table(ran.out, form)) == param_group_preset(
@@ -44,14 +44,14 @@ def test_an_emitted_preset_is_its_spec(form: str, capsys: pytest.CaptureFixture[
     assert ran.code == 0
 
 
-def test_json_of_emit_holds_the_spec_and_its_text(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_json_document_of_emit_has_the_spec_and_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "emit", "--preset", "muon", "--set", "first_conv=[]", "--json")
     document = json.loads(ran.out)
     assert document["schema"] == "ckptkit.groups.emit/1"
     assert parse_spec(document["spec"]) == parse_spec(parse_table(document["text"], "toml"))
 
 
-def test_emitted_python_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_emitted_python_runs_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     made: dict[str, object] = {}
     exec(run_ckpt(capsys, "groups", "emit", "--preset", "no-decay", "--model", LENET, "--as", "python").out, made)  # noqa: S102
     model = build()
@@ -60,7 +60,7 @@ def test_emitted_python_runs_as_it_is(capsys: pytest.CaptureFixture[str]) -> Non
     torch.optim.AdamW(groups)
 
 
-def test_a_spec_in_yaml_is_taken_and_rewritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_spec_in_yaml_is_read_and_printed_as_toml(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = tmp_path / "groups.yaml"
     spec.write_text("defaults: {lr: 1e-5}\ngroup:\n- {name: head, params: fc3.*, lr_mult: 10}\n- rest: true\n")
     assert run_ckpt(capsys, "groups", "validate", "--model", LENET, spec).out.startswith("10 trainable parameters")
@@ -68,8 +68,8 @@ def test_a_spec_in_yaml_is_taken_and_rewritten(tmp_path: Path, capsys: pytest.Ca
     assert parse_spec(parse_table(toml, "toml")) == parse_spec(parse_table(spec.read_text(), "yaml"))
 
 
-def test_a_table_over_a_checkpoint_says_what_it_assumes(capsys: pytest.CaptureFixture[str]) -> None:
-    """On stderr, and the data on stdout are those of the live model."""
+def test_the_table_of_a_checkpoint_prints_its_assumption(capsys: pytest.CaptureFixture[str]) -> None:
+    """The assumption is printed on stderr; stdout is the same as for the live model."""
     ran = run_ckpt(capsys, "groups", "table", "--model", SAVED, "--preset", "no-decay", "--json")
     assert "note: every parameter counts as trainable" in ran.err
     live = run_ckpt(capsys, "groups", "table", "--model", LENET, "--preset", "no-decay", "--json")
@@ -84,10 +84,10 @@ def test_a_table_over_a_checkpoint_says_what_it_assumes(capsys: pytest.CaptureFi
     [("0.2", "log scale", [1, 9, 16, 24]), ("0.5", "", [3, 6, 12, 24])],
     ids=["log", "linear"],
 )
-def test_the_rate_of_each_layer_is_drawn(
+def test_the_rate_of_each_layer_has_a_bar(
     decay: str, scale: str, bars: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In proportion, or in powers where it spans two decades and more; JSON has the layer of each parameter."""
+    """Bars are on a log scale from a ratio of 100; the JSON document has the layer of each parameter."""
     given = ("--preset", "gradual-unfreezing", "--set", "phase=3", "--set", f"layer_decay={decay}", "--set", "lr=1.0")
     ran = run_ckpt(capsys, "groups", "table", "--model", LENET, *given)
     drawn = [line.count("█") for line in ran.out.splitlines() if "█" in line]
@@ -100,7 +100,7 @@ def test_the_rate_of_each_layer_is_drawn(
     assert document["groups"][0]["modifiers"] == ["depth"]
 
 
-def test_the_table_names_optimizers_and_what_a_rule_asks(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_has_optimizers_and_conditions(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "table", "--model", LENET, "--preset", "muon")
     head, hidden, others = ran.out.splitlines()[:3]
     assert "optimizer" in head
@@ -108,13 +108,13 @@ def test_the_table_names_optimizers_and_what_a_rule_asks(capsys: pytest.CaptureF
     assert (" Muon " in hidden, " AdamW " in others) == (True, True)
 
 
-def test_several_optimizers_are_validated_together(capsys: pytest.CaptureFixture[str]) -> None:
+def test_groups_of_several_optimizers_are_validated_together(capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, "--preset", "muon")
     assert (ran.code, ran.out.strip()) == (0, "10 trainable parameters, each in exactly one of 2 groups")
 
 
-def test_validate_warns_of_parameters_that_no_layer_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They would train at their full rate without a word."""
+def test_validate_warns_of_parameters_in_no_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """These parameters would train at the full rate without a message."""
     spec = tmp_path / "groups.toml"
     spec.write_text(
         'defaults.lr = 1e-3\n[[group]]\nname = "all"\nrest = true\n'
@@ -126,10 +126,8 @@ def test_validate_warns_of_parameters_that_no_layer_names(tmp_path: Path, capsys
     assert "4 parameters that modifier 'modifier 1' matches are in none of its layers" in finding["message"]
 
 
-def test_validate_warns_of_options_for_a_class_that_trains_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """As after a slip in the name: the group would train with the defaults of its class."""
+def test_validate_warns_of_options_for_an_unused_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With a misspelled class, the group would train with the defaults of the class."""
     spec = tmp_path / "groups.toml"
     spec.write_text('[optimizers.AdamW]\nlr = 1e-3\n[[group]]\nname = "all"\nrest = true\noptimizer = "AdmaW"\n')
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
@@ -137,9 +135,7 @@ def test_validate_warns_of_options_for_a_class_that_trains_nothing(
     assert [one["code"] for one in json.loads(ran.out)["findings"]] == ["groups.optimizer-unused"]
 
 
-def test_layer_decay_outside_of_a_modifier_is_told_where_it_goes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_layer_decay_outside_of_a_modifier_gets_a_hint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = tmp_path / "groups.toml"
     spec.write_text('[defaults]\nlr = 1e-3\nlayer_decay = 0.75\n[[group]]\nname = "all"\nrest = true\n')
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec)
@@ -147,8 +143,8 @@ def test_layer_decay_outside_of_a_modifier_is_told_where_it_goes(
     assert "[[modifier]] layers = [" in ran.err
 
 
-def test_vectors_for_muon_are_found_before_it_is_built(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """torch's Muon refuses them, which is the oracle."""
+def test_vectors_in_a_group_for_muon_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The Muon of torch refuses vectors too."""
     spec = tmp_path / "groups.toml"
     spec.write_text('[[group]]\nname = "all"\nrest = true\noptimizer = "Muon"\nlr = 0.02\n')
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
@@ -160,7 +156,7 @@ def test_vectors_for_muon_are_found_before_it_is_built(tmp_path: Path, capsys: p
 
 
 def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A base-shape file of mup, which is YAML, or a checkpoint of the base model: both say the same."""
+    """A base-shape file of mup (YAML) and a checkpoint of the base model give the same rates."""
     shapes = {name: parameter.shape for name, parameter in build().named_parameters()}
     grown = {"fc1.weight": [shapes["fc1.weight"][0] // 2, shapes["fc1.weight"][1] // 2]}
     base = {name: grown.get(name, list(shape)) for name, shape in shapes.items()}
@@ -183,7 +179,7 @@ def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (["table", "--model", LENET], "give a SPEC file, or --preset NAME"),
         (["table", "--model", LENET, "fixtures/groups.toml", "--preset", "muon"], "and not both"),
@@ -197,7 +193,7 @@ def test_base_shapes_come_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
         (["emit", "--preset", "timm-layer-decay"], "'no_weight_decay' is computed from the model"),
     ],
 )
-def test_what_cannot_be_meant_is_one_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_give_one_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "groups", *arguments)
     assert (ran.code, ran.out) == (2, "")
-    assert said in ran.err
+    assert message in ran.err

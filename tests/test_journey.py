@@ -1,4 +1,4 @@
-"""The journey that everything serves: an old network, a new head, and an optimizer that trains what was meant."""
+"""The main use: load an old network into a model with a new head, and train the head at another rate."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPEC = tomllib.loads((ROOT / "fixtures" / "groups.toml").read_text(encoding="utf
 
 @pytest.fixture(params=[LOCAL, REAL], ids=["fixture", "a file of 2018"])
 def pretrained(request: pytest.FixtureRequest) -> Path:
-    """Return a legacy file of ten classes; the real one only where it lies beside the checkout."""
+    """Return a legacy file of a network with ten classes; the real one only if it is beside the checkout."""
     path = Path(request.param)
     if not path.exists():
         pytest.skip("the real file is not beside this checkout")
@@ -42,7 +42,7 @@ def _assert_merged(state: Mapping[str, torch.Tensor], model: Net, pretrained: Pa
 
 
 def test_in_python(pretrained: Path, tmp_path: Path) -> None:
-    """Diff, merge, load, group, validate; then one step moves the head ten times as far as the rest."""
+    """Diff, merge, load, group, validate; then one step moves the head ten times as far as the other layers."""
     torch.manual_seed(7)
     model = build()
     with open_checkpoint(pretrained) as checkpoint:
@@ -77,7 +77,7 @@ def test_in_python(pretrained: Path, tmp_path: Path) -> None:
 def test_on_the_command_line(
     pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The four commands of the journey, with their exit codes."""
+    """The same on the command line, with the exit code of each command."""
     monkeypatch.chdir(ROOT)
     model, out = "py:fixtures.lenet:build", tmp_path / "init.safetensors"
     compared = run_ckpt(capsys, "diff", model, pretrained, "--json")
@@ -92,8 +92,8 @@ def test_on_the_command_line(
         assert all(torch.equal(merged.read(key), old[key]) for key in merged if not key.startswith("fc3."))
 
 
-def test_the_head_is_replaced_after_the_optimizer_was_built() -> None:
-    """The mistake that the tutorial's recipe invites is found, with the name of what no longer trains."""
+def test_a_head_replaced_after_the_optimizer_was_built_is_found() -> None:
+    """Replacing the head after building the optimizer is found, with the names of the parameters that do not train."""
     model = build()
     optimizer = torch.optim.SGD(build_param_groups(model, SPEC), lr=0.001)
     model.fc3 = torch.nn.Linear(84, 7)

@@ -1,4 +1,4 @@
-"""Reports as Markdown: a parser of GitHub's dialect finds the tables and names that are there, and nothing else."""
+"""Reports as Markdown: a parser of GitHub's dialect finds the tables and names of the page, and nothing else."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _tokens(lines: list[str]) -> list[Token]:
 
 
 def _cells(tokens: list[Token]) -> list[list[str]]:
-    """The cells of each row of a page's tables, as a reader sees them; headers too."""
+    """Return the cells of each table row as a reader sees them, headers included."""
     rows: list[list[str]] = []
     for before, token in pairwise(tokens):
         if token.type == "tr_open":
@@ -44,7 +44,7 @@ def _cells(tokens: list[Token]) -> list[list[str]]:
 
 @given(st.lists(ANY, min_size=1, max_size=4))
 def test_a_table_has_its_rows_and_exact_names(names: list[str]) -> None:
-    """Every name is the content of one code span, one row each, whatever it is made of."""
+    """Every name is the content of one code span in its own row, for any characters."""
     table = Table(("key", "bytes"), tuple((printable(name), "1.0 kB") for name in names), frozenset({"bytes"}))
     tokens = _tokens(as_markdown([table]))
     assert _cells(tokens) == [["key", "bytes"], *([printable(name), "1.0 kB"] for name in names)]
@@ -54,7 +54,7 @@ def test_a_table_has_its_rows_and_exact_names(names: list[str]) -> None:
 
 @given(ANY, ANY)
 def test_lines_quote_names_and_nothing_else(first: str, second: str) -> None:
-    """In a sentence and below it a name is the content of a code span; our own words are text."""
+    """In a line and in an indented line, a name is the content of a code span, and words of ckptkit are text."""
     page = [
         Line((as_code(first), " <is> *not* `that` [x](y) & ", as_code(second))),
         Line((as_code(second),), indented=True),
@@ -68,14 +68,14 @@ def test_lines_quote_names_and_nothing_else(first: str, second: str) -> None:
 
 @given(st.lists(ANY, min_size=1, max_size=4))
 def test_a_listing_is_one_block_of_code(names: list[str]) -> None:
-    """Its lines stand as they are, however many backticks are in them."""
+    """The lines of a listing are unchanged, with any number of backticks."""
     lines = tuple(f"  {printable(name)}" for name in names)
     (token,) = PARSER.parse("\n".join(as_markdown([Listing(lines)])))
     assert (token.type, token.content) == ("fence", "".join(f"{line}\n" for line in lines))
 
 
-def test_blocks_are_apart() -> None:
-    """A run of lines is one list, a line alone is a paragraph, and a table or listing never joins its neighbours."""
+def test_blocks_are_separated() -> None:
+    """Several lines are one list, a single line is a paragraph, and tables and listings are separate blocks."""
     table = Table(("a",), (("1",),))
     page: list[Block] = [
         Line(("one",)),
@@ -91,7 +91,7 @@ def test_blocks_are_apart() -> None:
     assert as_text(page) == ["one", "", "a", "1", "", "a", "1", "", "two", "three", "", "x", "", "four"]
 
 
-def test_quoted_text_that_is_empty_leaves_no_mark() -> None:
+def test_an_empty_code_part_leaves_no_backticks() -> None:
     assert as_markdown([Line((Code(""), "x"))]) == ["x"]
 
 
@@ -116,7 +116,7 @@ REPORTS: dict[str, list[str]] = {
 def test_every_report_has_a_markdown_form(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It ends as the text does and says the same, word for word; with --json it is a wrong use."""
+    """Markdown has the same words and exit code as the text; together with --json it is an error."""
     monkeypatch.chdir(ROOT)
     spec = tmp_path / "spec.toml"
     spec.write_text('[[group]]\nparams = "fc3.*"\nlrr = 0.1\n', encoding="utf-8")
@@ -133,8 +133,8 @@ def test_every_report_has_a_markdown_form(
     assert both.err.startswith("ckpt: --json and --markdown exclude each other\nhint: see ckpt ")
 
 
-def test_what_was_written_is_a_report_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a dry run the page ends with the output; the messages are the same as ever."""
+def test_a_writing_command_prints_a_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without --dry-run, the page ends with the output, and stderr is the same as without --markdown."""
     source, out = tmp_path / "a|b`.safetensors", tmp_path / "o.safetensors"
     save_file({"x|`": torch.ones(1)}, source)
     ran = run_ckpt(capsys, "convert", source, "-o", out, "--markdown")

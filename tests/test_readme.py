@@ -1,4 +1,4 @@
-"""The README is true: its commands run, and print what it shows."""
+"""The commands in the README run and print the output that the README shows."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _sessions() -> list[tuple[str, str]]:
 def test_sessions(
     command: str, output: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each command of the README prints, on a terminal that shows both streams, exactly what stands below it."""
+    """Each command in the README prints exactly the text below it, on stdout and then on stderr."""
     shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
     monkeypatch.chdir(tmp_path)
     ran = run_ckpt(capfd, *shlex.split(command)[1:])
@@ -40,7 +40,7 @@ def test_sessions(
 
 
 def test_python_example(tmp_path: Path) -> None:
-    """The script runs as it stands, from the checkout."""
+    """The script in the README runs unchanged from the checkout."""
     (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     script = tmp_path / "train.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{block}", encoding="utf-8")
@@ -53,7 +53,7 @@ def test_python_example(tmp_path: Path) -> None:
 
 
 def test_rule_file_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """The rule file of the README is one that is read."""
+    """The rule file in the README is valid."""
     import tomllib
 
     block = next(text for text in re.findall(r"```toml\n(.*?)```", README, re.DOTALL) if "[[rule]]" in text)
@@ -65,7 +65,7 @@ def test_rule_file_example(capsys: pytest.CaptureFixture[str]) -> None:
 def test_two_commands_do_everything(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first installs and does the main job, the second installs and tests; both under the constraints."""
+    """One command installs and does the main job, the other installs and tests; both use the constraints."""
     assert len(COMMANDS) == 2
     assert all(command.startswith("pip install -c constraints.txt ") for command in COMMANDS)
     shutil.copytree(ROOT / "fixtures", tmp_path / "fixtures")
@@ -75,8 +75,8 @@ def test_two_commands_do_everything(
     assert COMMANDS[1].endswith("&& python -m pytest -q -n auto")
 
 
-def test_everything_that_is_named_is_there() -> None:
-    """Files that the README, CONTRIBUTING and the changelog link to or name exist."""
+def test_linked_files_exist() -> None:
+    """The files that the README and CONTRIBUTING link to or name exist."""
     for document in ("README.md", "CONTRIBUTING.md"):
         text = (ROOT / document).read_text(encoding="utf-8")
         for name in re.findall(r"\]\(([^)#:]+)\)", text) + re.findall(r"`((?:tests|fixtures|\.ci)/[\w./]+)`", text):

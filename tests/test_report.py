@@ -1,4 +1,4 @@
-"""Results as text: joined rows spell exactly the keys they stand for."""
+"""Results as text: joined rows spell exactly the keys that they stand for."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptkit.render.show import show_page, show_tree
 
 
 def _spelled(cell: str) -> list[str]:
-    """Return the keys that a joined key stands for, read back from its text."""
+    """Return the keys that the text of a joined key stands for."""
     text, _, count = cell.partition(" ×")
     parts = []
     tokens = re.split(r"(\{[^}]*\})", text)
@@ -42,20 +42,20 @@ _keys = st.lists(
 
 @given(_keys, st.integers(1, 3))
 def test_joined_rows_stand_for_exactly_their_keys(keys: list[str], kinds: int) -> None:
-    """No key is claimed that is not there, none is lost, and different contents are never joined."""
+    """Joined rows spell no other keys, lose no key, and never join different cells."""
     rows = [Row(key, (f"F32 [{sum(map(ord, key)) % kinds}]",)) for key in keys]
     found = [(key, cell) for joined, cell in join_rows(rows) for key in _spelled(joined)]
     assert sorted(found) == sorted((row.key, *row.cells) for row in rows)
 
 
-def test_holes_and_crossings_are_shown() -> None:
-    """A missing index is a hole in the range; several indices are joined only where all combinations are there."""
+def test_missing_indices_are_shown() -> None:
+    """A missing index is left out of the range; several indices are joined only if all combinations exist."""
     keys = [f"layers.{i}.w" for i in (0, 1, 2, 3, 7)] + ["e.0.x.0", "e.1.x.1"]
     assert join_rows(Row(key, ()) for key in keys) == [("layers.{0..3,7}.w ×5",), ("e.0.x.0",), ("e.1.x.1",)]
 
 
 def test_names_that_look_like_numbers_stay_names() -> None:
-    """``0012`` is no index, and a table changes no cell."""
+    """``0012`` is not an index, and a table prints cells unchanged."""
     rows = [Row("0012", ("1e5",)), Row("0013", ("1e5",))]
     assert join_rows(rows) == [("0012", "1e5"), ("0013", "1e5")]
     assert as_text([Table(("key", "x"), tuple(join_rows(rows)))]) == ["key    x", "0012   1e5", "0013   1e5"]
@@ -63,7 +63,7 @@ def test_names_that_look_like_numbers_stay_names() -> None:
 
 @pytest.mark.parametrize("key", ["." * 20_000, ".".join("0" * 8_000), ".".join("a" * 8_000)], ids=["dots", "0s", "as"])
 def test_a_key_of_thousands_of_segments(key: str) -> None:
-    """It costs what its length costs, and its depth is cut short: the rest is on the last line."""
+    """The work and the output grow with the length of the key only; deep segments are printed on one line."""
     info = TensorInfo(key, "F32", (1,))
     checkpoint = Checkpoint(
         {key: info}, Access(lambda _: pytest.fail("it is read")), Description("x.pt", "safetensors")
@@ -77,6 +77,6 @@ def test_a_key_of_thousands_of_segments(key: str) -> None:
     assert "F32" in row
 
 
-def test_digits_that_torch_does_not_write_are_no_index() -> None:
-    """``1\u0663`` is the number 13 to ``int`` alone."""
+def test_digits_that_torch_does_not_write_are_not_an_index() -> None:
+    """``1\u0663`` is 13 for ``int``, but torch does not write it."""
     assert join_rows([Row("a.1\u0663", ()), Row("a.14", ())]) == [("a.1\u0663",), ("a.14",)]

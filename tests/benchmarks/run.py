@@ -1,8 +1,8 @@
-"""Time ckptkit against a named rival, in pairs, and print ratios: ``python tests/benchmarks/run.py``.
+"""Time ckptkit against another program, in pairs, and print ratios: ``python tests/benchmarks/run.py``.
 
-Each pair runs the two commands in turn, as whole processes, so that a machine whose speed drifts
-drifts for both. The figure is the median of the ratios; memory is the peak of the process. Seconds mean
-nothing across machines and are printed only for orientation. Ends with 1 where a limit is passed.
+Each pair runs both commands in turn, each as a process, so that a change of the machine's speed affects both. The
+result is the median of the ratios; memory is the peak of the process. Seconds differ between machines and are printed
+for orientation only. The exit code is 1 if a ratio or a peak is above its limit.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ CKPT = [PYTHON, "-m", "ckptkit"]
 
 @dataclass(frozen=True)
 class Race:
-    """A command of ours, its rival, and how much time and memory it may take."""
+    """A command of ckptkit, the command to compare it with, and the limits of time ratio and memory."""
 
     name: str
     ours: list[str]
     rival: list[str]
     limit: float
     memory_limit: int | None = None  # bytes
-    inside: bool = False  # both are Python that prints the seconds that count, without those for getting ready
+    inside: bool = False  # both commands print their own seconds, without those for preparations
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def _write_safetensors(
     prefix: str = "",
     block: Sequence[str] = BLOCK,
 ) -> None:
-    # In a process of its own: a child's peak begins at what its parent has used, so this one has to stay small.
+    # The peak of a child begins at the memory of its parent, so this process must stay small: a fork writes the file.
     child = os.fork()
     if child:
         if os.waitpid(child, 0)[1]:
@@ -105,11 +105,11 @@ def _write_torch(path: Path, count: int, elements: int, content: str = "weights"
     subprocess.run([PYTHON, "-c", program], check=True)
 
 
-# The least that anybody does who compares parameters by identity is one pass over their names that keeps their ids.
+# The least work of any comparison by identity: one pass over the names that collects the ids.
 GROUPS = """
 import statistics, time, torch
 from torch import nn
-from ckptkit.param_groups import build_param_groups, validate_param_groups
+from ckptkit import build_param_groups, validate_param_groups
 linear = lambda: nn.Linear(4, 4)
 block = lambda: nn.ModuleDict({"q": linear(), "k": linear(), "norm": nn.LayerNorm(4), "o": linear()})
 model = nn.Sequential(*(block() for _ in range(2000)))
@@ -127,7 +127,7 @@ GROUPS_WORK = {"validate": "validate_param_groups(model, optimizer)", "build": "
 
 
 def races(directory: Path, gigabytes: float) -> Iterable[Race]:
-    """Make the files that each race needs, and yield it."""
+    """Yield each race after writing the files that it needs."""
     _write_safetensors(directory / "small.safetensors", 10, 16)
     show = [*CKPT, "show", "small.safetensors"]
     torch_tool = (
@@ -200,18 +200,18 @@ def races(directory: Path, gigabytes: float) -> Iterable[Race]:
 
 
 def _copy(name: str) -> list[str]:
-    # As ours: beside the target, flushed, then renamed over the file of the run before.
+    # Like ckptkit: write beside the target, flush, then rename over the file of the previous run.
     return ["sh", "-c", f"cp {name} copy.tmp && sync copy.tmp && mv copy.tmp copy && sync ."]
 
 
 def main() -> int:
-    """Run every race and print a line for each; return 1 where one is over its limit."""
+    """Run every race and print a line for each; return 1 if one is above its limit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--runs", type=int, default=5, help="pairs that count, after one that does not")
+    parser.add_argument("--runs", type=int, default=5, help="pairs that count, after a first pair that does not count")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the large files")
     parser.add_argument("--only", default="", help="only races whose name contains this")
     options = parser.parse_args()
-    over = False
+    above_limit = False
     print(f"{'race':52} {'ratio':>6} {'limit':>6}  {'from - to':13} {'ours':>8} {'rival':>8} {'peak':>8}")
     with tempfile.TemporaryDirectory(prefix="ckptkit-benchmark-") as name:
         directory = Path(name)
@@ -222,7 +222,7 @@ def main() -> int:
             pairs = [[_run(one, directory, inside=race.inside) for one in both] for _ in range(options.runs + 1)][1:]
             ratios = sorted(ours.seconds / rival.seconds for ours, rival in pairs)
             ratio, peak = statistics.median(ratios), max(ours.peak for ours, _ in pairs)
-            over |= ratio > race.limit or (race.memory_limit is not None and peak > race.memory_limit)
+            above_limit |= ratio > race.limit or (race.memory_limit is not None and peak > race.memory_limit)
             ours, rival = (statistics.median(run.seconds for run in runs) for runs in zip(*pairs, strict=True))
             spread = f"{ratios[0]:.2f} - {ratios[-1]:.2f}"
             print(
@@ -230,7 +230,7 @@ def main() -> int:
                 f"{ours:6.2f} s {rival:6.2f} s {peak / MB:5.0f} MB",
                 flush=True,
             )
-    return int(over)
+    return int(above_limit)
 
 
 if __name__ == "__main__":
