@@ -316,7 +316,7 @@ def test_h10_code_in_the_metadata_is_not_run(broken: str, tmp_path: Path, where:
     metadata = metadata_of(broken)
     if where == "instead":
         put_metadata(broken, attack)
-        assert "the pickle is no Metadata of DCP but a 'posix.system'" in refusal(broken).reason
+        assert "the pickle is a 'posix.system', not a Metadata of DCP" in refusal(broken).reason
     else:
         if where == "planner_data":
             metadata.planner_data["more"] = attack
@@ -352,7 +352,10 @@ def test_h11_an_interrupted_save_is_called_so(broken: str) -> None:
 
 def test_metadata_of_each_rank_alone_is_no_interrupted_save(broken: str) -> None:
     os.rename(f"{broken}/.metadata", f"{broken}/__0.metadata")
-    assert refusal(broken).reason == "saved with use_collectives=False: each rank's metadata is alone, and not joined"
+    assert (
+        refusal(broken).reason
+        == "saved with use_collectives=False: each rank has its own metadata, and there is no joined one"
+    )
 
 
 Damage = Callable[[Any], object]
@@ -420,15 +423,15 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     ),
     "H12 offset past the end": (
         _moved("model.rows", offset=10**9),
-        r"'model.rows': the chunk at \[0, 0\] is said to lie at bytes 1,000,000,000 to 1,000,001,\d+, and the file has",
+        r"'model.rows': the metadata places the chunk at \[0, 0\] at bytes 1,000,000,000 to 1,000,001,\d+, and",
     ),
-    "H12 length past the end": (_moved("step", length=10**9), "'step': the value is said to lie at bytes"),
-    "H12 no bytes": (_moved("step", length=0), "'step': the value is said to lie at bytes"),
+    "H12 length past the end": (_moved("step", length=10**9), "'step': the metadata places the value at bytes"),
+    "H12 no bytes": (_moved("step", length=0), "'step': the metadata places the value at bytes"),
     "H12 negative": (_moved("step", offset=-4), "'step': its place has the offset '-4'"),
     "H12 enormous": (_moved("step", offset=2**70), r"'step': its place has the offset '1180591620717411303424'"),
     "H12 beyond printing": (_moved("step", offset=1 << 20000), r"the offset an integer of 20001 bits"),
-    "H12 no numbers": (_moved("step", offset="0"), "'step': its place is no file name with an offset and a length"),
-    "H12 shared bytes": (_moved("model.rows", offset=8), r"'model\.rows' and '.*' are said to share the bytes from"),
+    "H12 no numbers": (_moved("step", offset="0"), "'step': its place is not a file name with an offset and a length"),
+    "H12 shared bytes": (_moved("model.rows", offset=8), r"places 'model\.rows' and '.*' in the same bytes from"),
     "H12 shifted": (_moved("step", offset=1, length=1000), r"'step': the item at byte 1: "),
     "extension": (
         _moved("model.rows", transform_descriptors=["zstd"]),
@@ -445,11 +448,11 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "H13 dimensions": (_described(size=torch.Size((7, 3, 1))), "does not have the 3 dimensions of the tensor"),
     "H13 wrong dtype": (
         _described(properties=TensorProperties(dtype=torch.int32)),
-        r"'model\.rows': the item at byte \d+: holds F32 \[4, 3\], and the metadata says I32 \[4, 3\]",
+        r"'model\.rows': the item at byte \d+: holds F32 \[4, 3\], but the metadata says I32 \[4, 3\]",
     ),
     "H13 wrong shape": (
         _both(_resize(0, (0, 0), (3, 3)), _resize(1, (3, 0), (4, 3))),
-        r"'model\.rows': the item at byte \d+: holds F32 \[4, 3\], and the metadata says F32 \[3, 3\]",
+        r"'model\.rows': the item at byte \d+: holds F32 \[4, 3\], but the metadata says F32 \[3, 3\]",
     ),
     "H13 same chunk twice": (
         _chunks(lambda chunks: chunks.append(chunks[0])),
@@ -473,26 +476,32 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
         ),
         "'step': storage_data has no place for it",
     ),
-    "no tables": (_set(state_dict_metadata=None), "state_dict_metadata is no dict but a 'null'"),
-    "no places": (_set(storage_data=[]), "storage_data is no dict but a 'list'"),
+    "no tables": (_set(state_dict_metadata=None), "state_dict_metadata is a 'null', not a dict"),
+    "no places": (_set(storage_data=[]), "storage_data is a 'list', not a dict"),
     "odd key": (
         lambda metadata: metadata.state_dict_metadata.update({3: metadata.state_dict_metadata["step"]}),
-        "state_dict_metadata has an 'int' for a name",
+        "state_dict_metadata has an 'int' as a key",
     ),
     "odd place": (
         lambda metadata: metadata.storage_data.update({"x": 1}),
-        "a key of storage_data is no MetadataIndex of DCP but a 'str'",
+        "a key of storage_data is a 'str', not a MetadataIndex of DCP",
     ),
-    "odd chunk": (_chunks(lambda chunks: chunks.append(None)), r"'model\.rows': a chunk is no ChunkStorageMetadata"),  # type: ignore[arg-type]
-    "odd chunks": (_described(chunks=3), r"'model\.rows': its chunks are no list but an 'int'"),
-    "odd size": (_described(size=[7, 3]), r"'model\.rows': the shape is no tuple of counts"),
-    "negative size": (_described(size=(7, -3)), r"'model\.rows': the shape is no tuple of counts: '\(7, -3\)'"),
+    "odd chunk": (
+        _chunks(lambda chunks: chunks.append(None)),  # type: ignore[arg-type]
+        r"'model\.rows': a chunk is a 'null', not a ChunkStorageMetadata",
+    ),
+    "odd chunks": (_described(chunks=3), r"'model\.rows': its chunks are an 'int', not a list"),
+    "odd size": (_described(size=[7, 3]), r"'model\.rows': the shape is not a tuple of counts"),
+    "negative size": (_described(size=(7, -3)), r"'model\.rows': the shape is not a tuple of counts: '\(7, -3\)'"),
     "too many dimensions": (_described(size=(1,) * 65), r"'model\.rows': the shape has 65 dimensions"),
     "overflow": (
         _both(_drop_chunk(0), _drop_chunk(0), _described(size=torch.Size((0, 2**62, 4)))),
         r"'model\.rows'|'rows': the shape .* overflows",
     ),
-    "odd properties": (_described(properties=None), r"'model\.rows': its properties are none of DCP"),
+    "odd properties": (
+        _described(properties=None),
+        r"'model\.rows': its properties are a 'null'",
+    ),
     "odd path": (
         lambda metadata: metadata.planner_data.update({"step": 5}),
         "'step': its path in planner_data is '5'",
@@ -508,15 +517,15 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     ),
     "two at one path": (
         lambda metadata: metadata.planner_data.update({"step": ("model", "rows")}),
-        "'step' has the place of something else",
+        "planner_data gives 'step' the place of another value",
     ),
     "path through a tensor": (
         lambda metadata: metadata.planner_data.update({"step": ("model", "rows", "x")}),
-        "'step' lies inside something that is no mapping",
+        "planner_data places 'step' inside a value that is not a mapping",
     ),
     "path of a mapping": (
         lambda metadata: metadata.planner_data.update({"step": ("model",)}),
-        "'step' has the place of something else",
+        "planner_data gives 'step' the place of another value",
     ),
 }
 
@@ -586,7 +595,7 @@ def test_an_item_that_is_no_tensor_is_refused(broken: str) -> None:
     places = swapped.storage_data
     places[one], places[other] = places[other], places[one]
     with open_dcp(put_metadata(broken, swapped)) as checkpoint:
-        with pytest.raises(FormatError, match=r"'model\.plain': the item at byte \d+: holds no tensor but 'int'"):
+        with pytest.raises(FormatError, match=r"'model\.plain': the item at byte \d+: holds 'int', not a tensor"):
             checkpoint.read_bytes("plain")
         assert checkpoint.entries[-2].type == "StoredObject", "a tensor where a value should be stays unread"
 
@@ -608,7 +617,7 @@ def test_files_of_another_save_are_said(broken: str) -> None:
 
 def test_another_version_is_said(broken: str) -> None:
     with open_dcp(edit(broken, _set(version="2.0.0"))) as checkpoint:
-        assert checkpoint.warnings == ("written in version '2.0.0' of the format; 1.0.0 is known",)
+        assert checkpoint.warnings == ("written in version '2.0.0' of the format; 1.0.0 is supported",)
 
 
 def test_a_list_of_chunks_shared_by_many_tensors_is_not_walked_for_each() -> None:

@@ -19,8 +19,8 @@ import torch
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import Extent
 from ckptkit.core.ties import shared_keys
-from ckptkit.errors import ChangedError, CkptkitError
-from ckptkit.formats import open_checkpoint
+from ckptkit.errors import ChangedError, CkptkitError, FormatError
+from ckptkit.formats import open_checkpoint, open_optimizer
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import CODE_OF, bits, refusal
 
@@ -182,7 +182,9 @@ def test_the_parts_of_all_ranks_are_the_weights(tmp_path: Path, way: str, inside
         assert_whole(checkpoint, expected())
         assert shared_keys(checkpoint)["head.weight"] == ("emb.weight",)
         assert checkpoint.format.startswith(f"deepspeed zero stage {'3' if '3' in way[:7] else '1 or 2'} (")
-        assert [text.startswith("the optimizer's own fp32 weights are shown") for text in checkpoint.warnings] == [True]
+        assert [text.startswith("these are the fp32 weights of the optimizer") for text in checkpoint.warnings] == [
+            True
+        ]
         assert {entry.path for entry in checkpoint.entries} == {
             "global_steps", "dp_world_size", "ds_config", "ds_version"
         }  # fmt: skip
@@ -227,7 +229,7 @@ def test_it_is_converted_as_any_other(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_the_files_are_reachable(tmp_path: Path) -> None:
-    """The weights in the dtype of training are a mapping of the model's file, and that is said."""
+    """Each file can be opened by its name after ``::``; a warning names the file of the model's own weights."""
     directory = save_stage2(tmp_path / "run")
     with open_checkpoint(directory) as checkpoint:
         assert f"::{MODEL}" in checkpoint.warnings[0]
@@ -236,6 +238,8 @@ def test_the_files_are_reachable(tmp_path: Path) -> None:
     with open_checkpoint(f"{directory}::{optim(1)}.optimizer_state_dict.base_optimizer_state") as checkpoint:
         assert list(checkpoint) == ["state.0.step", "state.0.exp_avg"]
     assert "holds nothing at 'module'" in refusal(f"{directory}::module").reason
+    with pytest.raises(FormatError, match="holds one optimizer state for each rank"):
+        open_optimizer(directory)
 
 
 def test_frozen_parameters_that_are_not_listed_come_from_the_module(tmp_path: Path) -> None:
@@ -305,7 +309,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
     "a file is cut off": (
         save_stage2, lambda at: (at / optim(1)).write_bytes((at / optim(1)).read_bytes()[:-99]), "truncated", optim(1)),
     "a file is empty": (save_stage2, lambda at: (at / optim(1)).write_bytes(b""), "the file is empty", optim(1)),
-    "no model file": (save_stage2, lambda at: (at / MODEL).unlink(), f"{MODEL} is missing, which names", ""),
+    "no model file": (save_stage2, lambda at: (at / MODEL).unlink(), f"{MODEL} is missing, and it names", ""),
     "another step": (
         save_stage2, _inner(1, lambda states: states.update(base_optimizer_state=_base(3))),
         "rank 1 was saved at another step of the optimizer than rank 0", optim(1)),
@@ -316,10 +320,10 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
     "another dtype": (save_stage2, _inner(1, _to_half), "rank 1 has its weights in another dtype", optim(1)),
     "a group more": (
         save_stage2, _inner(1, lambda states: states["single_partition_of_fp32_groups"].append(torch.ones(2))),
-        "rank 1 has 3 groups of weights, and rank 0 has 2", optim(1)),
+        "rank 1 has 3 groups of weights, but rank 0 has 2", optim(1)),
     "a part is short": (
         save_stage2, _inner(0, lambda states: _longer(states, -4)),
-        r"'l2.weight': elements 90 to 125 of group 0, and the ranks hold 121", ""),
+        r"'l2.weight': elements 90 to 125 of group 0, but the ranks hold 121", ""),
     "a part is long": (
         save_stage2, _inner(0, lambda states: _longer(states, 9)), "hold 134 elements of group 0, .* have 125", ""),
     "shapes are larger": (save_stage2, lambda at: _shape(at, 5, 8), "'l2.weight': elements 90 to 130 of group 0", ""),
@@ -336,17 +340,17 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
         save_stage2, _inner(0, lambda states: states.pop("single_partition_of_fp32_groups")), "no fp32 weig", optim(0)),
     "no flat vector": (
         save_stage2, _inner(0, lambda states: states.update(single_partition_of_fp32_groups=[torch.ones(2, 2)] * 2)),
-        "its part of group 0 is no flat vector but F32", optim(0)),
+        "its part of group 0 is F32", optim(0)),
     "a frozen one is short": (
         save_stage2,
         lambda at: change(at / MODEL, lambda states: states["frozen_param_fragments"].update(_SHORT)),
-        "'frozen.bias': 3 elements by its shape, 2 in fragments", ""),
+        "'frozen.bias': its shape has 3 elements, its fragments have 2", ""),
     "a frozen one is missing": (
         save_stage2, lambda at: change(at / MODEL, lambda states: states["frozen_param_fragments"].pop("frozen.bias")),
-        "'frozen.bias' is frozen and has no fragment here", MODEL),
+        "'frozen.bias' is frozen and has no fragment in this file", MODEL),
     "model-parallel": (
         save_stage2, lambda at: shutil.copy(at / optim(0), at / "zero_pp_rank_0_mp_rank_01_optim_states.pt"),
-        "model-parallel: each mp rank has its own cut", ""),
+        "model-parallel: each mp rank has its own slice", ""),
     "pipeline": (
         save_stage2, lambda at: (at / "layer_00-model_00-model_states.pt").touch(), "holds layers or experts", ""),
     "bf16 and not": (
@@ -355,18 +359,18 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
         save_stage3, _inner(1, lambda states: _longer(states, -4)),
         "'l1.bias': elements 65 to 69 of rank 1, which holds 66", ""),
     "stage 3: a part is long": (
-        save_stage3, _inner(1, lambda states: _longer(states, 1)), "rank 1 holds .* elements, and its parameters", ""),
+        save_stage3, _inner(1, lambda states: _longer(states, 1)), "rank 1 holds .* elements, but its parameters", ""),
     "stage 3: no optim_states": (
         save_stage3, _remove_optim,
-        "ZeRO-3: the weights are in the optim_states files, and none is here", ""),
+        "ZeRO-3: the weights are in the optim_states files, and the directory has none", ""),
     "stage 3: a model file is missing": (
         save_stage3, lambda at: (at / model_of(1)).unlink(), f"{model_of(1)} is missing", ""),
     "stage 3: another step": (
         save_stage3, lambda at: change(at / model_of(1), lambda states: states.update(global_steps=3)),
-        f"saved at step 3, and {model_of(0)} at step 2", model_of(1)),
+        f"saved at step 3, but {model_of(0)} at step 2", model_of(1)),
     "stage 3: a step that is none": (
         save_stage3, lambda at: change(at / model_of(1), lambda states: states.update(global_steps=10**6000)),
-        f"saved at step None, and {model_of(0)} at step 2", model_of(1)),
+        f"saved at step None, but {model_of(0)} at step 2", model_of(1)),
     "an enormous number of ranks": (
         save_stage2, _inner(0, lambda states: states.update(partition_count=[10**6000] * 2)),
         "has no partition_count", optim(0)),

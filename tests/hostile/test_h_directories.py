@@ -224,7 +224,7 @@ BAD: dict[str, Bad] = {
     "H5 300 MB": Bad(shards(lambda at: os.truncate(at, 300 << 20)), "the index has 314,572,800 bytes, more than the"),
     "H7 a pickle": Bad(shards(lambda at: edit(at, **{"a.w": "x.bin"})), "of safetensors shards names 'x.bin'"),
     "H10 code instead of metadata": Bad(
-        distributed(lambda path: put_metadata(path, Attack())), "the pickle is no Metadata of DCP but a 'posix.system'"
+        distributed(lambda path: put_metadata(path, Attack())), "the pickle is a 'posix.system', not a Metadata of DCP"
     ),
     "H11 no metadata": Bad(
         distributed(lambda path: os.remove(f"{path}/.metadata")), "no .metadata, which is written last: an interrupted"
@@ -232,7 +232,7 @@ BAD: dict[str, Bad] = {
     "H12 missing": Bad(distributed(lambda path: os.remove(f"{path}/__1_0.distcp")), "no such file or directory (the"),
     "H12 truncated": Bad(distributed(lambda path: os.truncate(f"{path}/__1_0.distcp", 100)), "truncated?"),
     "H12 climbs": Bad(moved(relative_path="../outside.distcp"), "the unsafe file '../outside.distcp'"),
-    "H12 offset past the end": Bad(moved(offset=10**9), "is said to lie at bytes 1,000,000,000"),
+    "H12 offset past the end": Bad(moved(offset=10**9), "places the chunk at [4, 0] at bytes 1,000,000,000"),
     "H13 hole": Bad(metadata(without_second_chunk), "'w': rows 4-6 are covered by no chunk"),
     "H13 overlap": Bad(second_chunk((3, 0), (4, 3)), "'w': row 3 is covered by 2 chunks"),
     "H13 outside": Bad(second_chunk((5, 0), (3, 3)), "'w': a chunk at [5, 0] of size [3, 3] reaches outside"),
@@ -269,7 +269,7 @@ ODD: dict[str, Odd] = {
     "H16 another rank than the configuration gives": Odd(
         of_another_rank, "has rank 2, but adapter_config.json", "q.lora"
     ),
-    "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last one could not be noticed", "[6, 2]"),
+    "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last shard cannot be noticed", "[6, 2]"),
 }
 OTHER = ("H13 another dtype", "H17 a hundred thousand files")
 
@@ -295,7 +295,7 @@ def test_h13_a_chunk_of_another_dtype_is_an_error_when_it_is_read(tmp_path: Path
     def other(found: Any) -> None:
         found.state_dict_metadata["w"].properties = TensorProperties(dtype=torch.int32)
 
-    case = Bad(metadata(other), "holds F32 [4, 3], and the metadata says I32 [4, 3]")
+    case = Bad(metadata(other), "holds F32 [4, 3], but the metadata says I32 [4, 3]")
     assert_refused(tmp_path, case, command="convert")
 
 

@@ -37,7 +37,7 @@ __all__ = ["is_dcp", "open_dcp"]
 
 _METADATA = ".metadata"
 _SUFFIX = ".distcp"
-_OF_ONE_RANK = re.compile(r"__\d+\.metadata")
+_METADATA_OF_RANK = re.compile(r"__\d+\.metadata")
 _LARGEST_METADATA = 256 << 20
 _MOST_PLACES = 2_000_000  # in the nested state
 _LARGEST_OBJECT, _LARGEST_OBJECTS, _MOST_OBJECTS = 1 << 20, 16 << 20, 1000
@@ -53,25 +53,24 @@ def is_dcp(names: Iterable[str]) -> bool:
 def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a directory that ``torch.distributed.checkpoint`` wrote, in either of its forms.
 
-    Its tensors are whole, put together from their chunks while they are read. ``selection`` can name a mapping in
-    the saved state, such as ``model``. Raises ``FormatError``
-    where the save was interrupted, a file is missing or short, or chunks leave a hole or overlap, naming tensor
-    and rows; and, on reading, where a chunk is not what the metadata says.
+    Tensors are whole: reading a tensor joins its chunks. ``selection`` can name a mapping in the saved state, such as
+    ``model``. Raises ``FormatError`` where the save was interrupted, a file is missing or short, or chunks overlap or
+    leave a gap, naming the tensor and the rows. Reading raises it where a chunk contradicts the metadata.
     """
     names = os.listdir(directory)
     if _METADATA not in names:
         parts = sum(name.endswith(_SUFFIX) for name in names)
         if not parts:
             return open_dcp_safetensors(directory, names, selection)
-        if any(_OF_ONE_RANK.fullmatch(name) for name in names):
+        if any(_METADATA_OF_RANK.fullmatch(name) for name in names):
             raise FormatError(
-                "saved with use_collectives=False: each rank's metadata is alone, and not joined",
-                hint="load it with torch, and save it with collectives",
+                "saved with use_collectives=False: each rank has its own metadata, and there is no joined one",
+                hint="load it with torch, and save it again with collectives",
                 path=directory,
             )
         raise FormatError(
             f"{plural(parts, f'{_SUFFIX} file')} and no {_METADATA}, which is written last: an interrupted save?",
-            hint="take the checkpoint before it",
+            hint="use the previous checkpoint",
             path=directory,
         )
     pool = FilePool(directory)
@@ -124,7 +123,7 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
 
 def _warnings(metadata: DcpMetadata, objects: _Objects, extra: set[str]) -> Iterator[str]:
     if metadata.version not in (None, _VERSION):
-        yield f"written in version {quoted(str(metadata.version))} of the format; {_VERSION} is known"
+        yield f"written in version {quoted(str(metadata.version))} of the format; {_VERSION} is supported"
     if extra:
         yield f"{plural(len(extra), 'file')} not named in {_METADATA}, left from another save: {quoted(min(extra))}"
     if objects.unread:
@@ -135,7 +134,7 @@ def _check_places(pool: FilePool, metadata: DcpMetadata) -> None:
     taken: dict[str, list[tuple[int, int, str]]] = {}
     for key, what, place in _all_places(metadata):
         if not is_plain_name(place.name):
-            raise FormatError(f"{quoted(key)}: {what} is said to be in the unsafe file {quoted(place.name)}")
+            raise FormatError(f"{quoted(key)}: the metadata places {what} in the unsafe file {quoted(place.name)}")
         try:
             file = pool.get(place.name)
         except PathError as error:
@@ -147,7 +146,7 @@ def _check_places(pool: FilePool, metadata: DcpMetadata) -> None:
         if not place.length or place.offset + place.length > file.size:
             where = f"bytes {place.offset:,} to {place.offset + place.length:,}"
             raise FormatError(
-                f"{quoted(key)}: {what} is said to lie at {where}, and the file has {file.size:,}: truncated?",
+                f"{quoted(key)}: the metadata places {what} at {where}, and the file has {file.size:,}: truncated?",
                 hint="copy it again",
                 path=file.path,
             )
@@ -157,7 +156,7 @@ def _check_places(pool: FilePool, metadata: DcpMetadata) -> None:
         for (begin, length, key), (following, _, other) in pairwise(ranges):
             if begin + length > following:
                 raise FormatError(
-                    f"{quoted(key)} and {quoted(other)} are said to share the bytes from {following:,}",
+                    f"the metadata places {quoted(key)} and {quoted(other)} in the same bytes from {following:,}",
                     path=pool.get(name).path,
                 )
 
@@ -171,7 +170,7 @@ def _all_places(metadata: DcpMetadata) -> Iterator[tuple[str, str, Place]]:
 
 
 class _Branch(dict[object, object]):
-    """A mapping or list of the nested state, as opposed to a saved value that is a dict itself."""
+    """A mapping or list of the nested state; a saved value that is a dict has another class."""
 
 
 def _nested(paths: Mapping[str, Path], values: Mapping[str, object]) -> object:
@@ -183,12 +182,12 @@ def _nested(paths: Mapping[str, Path], values: Mapping[str, object]) -> object:
             raise FormatError(f"the saved state is nested into more than {_MOST_PLACES:,} places")
         level = root
         for part in path[:-1]:
-            inner = level.setdefault(part, _Branch())
-            if not isinstance(inner, _Branch):
-                raise FormatError(f"{quoted(key)} lies inside something that is no mapping, says planner_data")
-            level = inner
+            branch = level.setdefault(part, _Branch())
+            if not isinstance(branch, _Branch):
+                raise FormatError(f"planner_data places {quoted(key)} inside a value that is not a mapping")
+            level = branch
         if path[-1] in level:
-            raise FormatError(f"{quoted(key)} has the place of something else, says planner_data")
+            raise FormatError(f"planner_data gives {quoted(key)} the place of another value")
         level[path[-1]] = values[key]
     return _with_lists(root)
 
@@ -203,11 +202,8 @@ def _with_lists(branch: _Branch) -> object:
     return [branch[index] for index in range(len(branch))]
 
 
-# --- items ---------------------------------------------------------------------------------------------------------
-
-
 class StoredObject:
-    """A saved value that is named and not shown."""
+    """Stands for a saved value that is listed by name only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,23 +215,23 @@ class _Objects:
 
 
 class _Items:
-    """The items of the files, each read as the archive that it is."""
+    """Read the items of the files; each item is a zip archive."""
 
     def __init__(self, pool: FilePool) -> None:
         self.pool = pool
         self.known: dict[Place, Extent] = {}
 
     def archive(self, key: str, place: Place) -> ZipDirectory:
-        with self._about(key, place):
+        with self._errors_about(key, place):
             return read_zip_directory(Section(self.pool.get(place.name), place.offset, place.length))
 
     def read(self, key: str, place: Place) -> TorchFile:
         archive = self.archive(key, place)
-        with self._about(key, place):
+        with self._errors_about(key, place):
             return read_torch_zip(archive)
 
     @contextlib.contextmanager
-    def _about(self, key: str, place: Place) -> Iterator[None]:
+    def _errors_about(self, key: str, place: Place) -> Iterator[None]:
         try:
             yield
         except ChangedError:
@@ -248,7 +244,7 @@ class _Items:
                           path=self.pool.get(place.name).path) from None  # fmt: skip
 
     def chunk(self, tensor: DcpTensor, box: Box, place: Place) -> Payload:
-        """Return the bytes of a chunk, whose own header says the same as the metadata."""
+        """Return the bytes of a chunk, after comparing its own header with the metadata."""
         if place not in self.known:
             payload = self.payload(self.read(tensor.key, place), tensor, box, place)
             if not isinstance(payload, Extent) or not isinstance(payload.file, Section):
@@ -258,24 +254,24 @@ class _Items:
         return self.known[place]
 
     def payload(self, file: TorchFile, tensor: DcpTensor, box: Box, place: Place) -> Payload:
-        """Return what an item holds; raises ``FormatError`` where that is not the chunk of the metadata."""
+        """Return the bytes of an item. Raises ``FormatError`` where the item is not the chunk of the metadata."""
         if not isinstance(file.tree, TensorRef):
-            self.refuse(tensor.key, place, f"holds no tensor but {quoted(type_name(file.tree))}")
-        with self._about(tensor.key, place):
+            self.refuse(tensor.key, place, f"holds {quoted(type_name(file.tree))}, not a tensor")
+        with self._errors_about(tensor.key, place):
             found = build_checkpoint(file)
         info = found[""]
-        expected = TensorInfo("", tensor.dtype, _shown_shape(tensor.dtype, box.sizes))
+        expected = TensorInfo("", tensor.dtype, _element_shape(tensor.dtype, box.sizes))
         if (info.dtype, info.shape, info.kind) != (expected.dtype, expected.shape, "dense"):
-            self.refuse(tensor.key, place, f"holds {info}, and the metadata says {expected}")
+            self.refuse(tensor.key, place, f"holds {info}, but the metadata says {expected}")
         payload = found.payload("")
         if isinstance(payload, Inflated):
-            self.refuse(tensor.key, place, "is compressed, which DCP does not do")
+            self.refuse(tensor.key, place, "is compressed, which DCP never does")
         return payload
 
 
 @dataclass(frozen=True, slots=True)
-class _Refused:
-    """The payload of an item that is not what it should be."""
+class _BrokenPayload:
+    """The payload of a broken item: reading it raises the error."""
 
     error: CkptkitError
     nbytes: int = 0
@@ -296,7 +292,7 @@ def _records(metadata: DcpMetadata, items: _Items, keys: Mapping[str, Sequence[s
             yield Record(
                 os.path.join(items.pool.directory, place.name),
                 where,
-                _Refused(error),
+                _BrokenPayload(error),
                 keys=tuple(keys.get(key, (key,))),
             )
 
@@ -321,25 +317,25 @@ def _read_objects(objects: Mapping[str, Place], items: _Items) -> _Objects:
     left = [_MOST_PARTS]
     for key, place in objects.items():
         values[key] = StoredObject()
-        fits = place.length <= _LARGEST_OBJECT and read + place.length <= _LARGEST_OBJECTS
-        if not fits or len(references) >= _MOST_OBJECTS:
+        is_small = place.length <= _LARGEST_OBJECT and read + place.length <= _LARGEST_OBJECTS
+        if not is_small or len(references) >= _MOST_OBJECTS:
             unread.append(f"{quoted(key)}, {human_bytes(place.length)}")
             continue
         file = items.read(key, place)
         read += max(place.length, file.pickle_size)  # an archive can be small because it is compressed
         references.append(file.objects.interpreter.references)
         try:
-            # Tensors inside of a saved object are none of the state's own, and have no name in it.
-            inside = any(isinstance(leaf, TensorRef) for _, leaf in leaves(file.tree, left))
+            # Tensors inside a saved object are not tensors of the state, and have no key in the state.
+            has_tensors = any(isinstance(leaf, TensorRef) for _, leaf in leaves(file.tree, left))
         except FormatError as error:
             items.refuse(key, place, error.reason)
-        if not inside:
+        if not has_tensors:
             values[key] = file.tree
     return _Objects(values, unread, references, read)
 
 
-def _shown_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # torch counts bytes of two elements each, the safetensors code counts the elements.
+def _element_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    # torch counts bytes of two elements; the safetensors dtype counts elements.
     return (*shape[:-1], 2 * shape[-1]) if dtype == "F4" and shape else shape
 
 

@@ -1,7 +1,7 @@
-"""What the ``.metadata`` of a distributed checkpoint says, read by the inert pickle machine and checked against itself.
+"""Read the ``.metadata`` of a distributed checkpoint without running code, and check that it is consistent.
 
-``torch.distributed.checkpoint`` loads this file with ``pickle.load``, which runs whatever code it names; here the
-few classes of its own become frozen descriptions, and every other name a reference that is never looked up.
+``torch.distributed.checkpoint`` loads this file with ``pickle.load``, which runs the code that the file names. Here the
+classes of DCP become plain descriptions, and every other name becomes a reference that is never imported.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from ckptkit.formats.torch.tree import type_name
 __all__ = ["DcpMetadata", "DcpTensor", "Place", "read_metadata"]
 
 _MOST_CHUNKS = 1_000_000
-_MOST_COORDINATES = 8_000_000  # chunks times dimensions: a list of chunks can be shared by every tensor
+_MOST_COORDINATES = 8_000_000  # chunks times dimensions, since all tensors can share one list of chunks
 _MOST_DIMENSIONS = 64
 _LONGEST_PATH = 200
 _LONGEST_LIST = 2**32
 _LONGEST_SHOWN = 80
 
-_HOME = "torch.distributed.checkpoint.metadata"
-_OLD_HOME = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3, for the properties
+_MODULE = "torch.distributed.checkpoint.metadata"
+_OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3, for the properties
 _CLASSES: Final[Mapping[str, str]] = {
-    **{f"{_HOME}.{name}": name for name in (
+    **{f"{_MODULE}.{name}": name for name in (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )},
-    f"{_OLD_HOME}.TensorProperties": "TensorProperties",
-    f"{_OLD_HOME}.MEM_FORMAT_ENCODING": "_MEM_FORMAT_ENCODING",
+    f"{_OLD_MODULE}.TensorProperties": "TensorProperties",
+    f"{_OLD_MODULE}.MEM_FORMAT_ENCODING": "_MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem._StorageInfo": "_StorageInfo",
 }  # fmt: skip
-_OF_TORCH = ("torch.Size", "torch.serialization._get_layout")
+_TORCH_NAMES = ("torch.Size", "torch.serialization._get_layout")
 Path = tuple[object, ...]
-_Where = tuple[str, tuple[int, ...] | None]
+_ItemIndex = tuple[str, tuple[int, ...] | None]
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where one item lies: ``length`` bytes of the file ``name``, from ``offset``."""
+    """The position of an item: ``length`` bytes of the file ``name`` from ``offset``."""
 
     name: str
     offset: int
@@ -54,9 +54,9 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class DcpTensor:
-    """A whole tensor as the metadata describes it, and each chunk that holds elements, with its place.
+    """A whole tensor as the metadata describes it, with the box and the place of each chunk that has elements.
 
-    ``dtype`` is a safetensors code, ``shape`` counts as torch does; ``kind`` is ``"dense"`` or its layout.
+    ``dtype`` is a safetensors code, ``shape`` the shape in torch. ``kind`` is ``"dense"`` or the layout of torch.
     """
 
     key: str
@@ -68,21 +68,21 @@ class DcpTensor:
 
 @dataclass(frozen=True, slots=True)
 class DcpMetadata:
-    """The content of a ``.metadata``: tensors and other objects by FQN, and where in the state they belong."""
+    """The content of a ``.metadata``: tensors and other objects by FQN, and the path of each in the nested state."""
 
     tensors: Mapping[str, DcpTensor]
     objects: Mapping[str, Place]
-    paths: Mapping[str, Path]  # the keys on the way to it, outermost first; every FQN has one
+    paths: Mapping[str, Path]  # keys from the outermost mapping to the value, for every FQN
     version: str | None
     references: Mapping[str, int]  # code that the pickle names, and how often
 
 
 def read_metadata(data: bytes) -> DcpMetadata:
-    """Return what ``.metadata`` says, with nothing imported and nothing run.
+    """Return the content of a ``.metadata``, without importing or running code.
 
-    Raises ``FormatError`` where it is no DCP metadata, is not whole, describes an item that it places nowhere or
-    twice, places one that it does not describe, or is larger than any honest one. Whether the chunks cover each
-    tensor, and whether the places exist, is left to the caller.
+    Raises ``FormatError`` where the bytes are not valid DCP metadata or not whole, where a described item has no place
+    or two, where a place has no description, and above limits on size. The caller must check that the chunks cover each
+    tensor and that the places exist.
     """
     interpreter = _interpreter()
     value, end = parse_pickle(data, interpreter)
@@ -96,7 +96,7 @@ def read_metadata(data: bytes) -> DcpMetadata:
     left = [_MOST_CHUNKS, _MOST_COORDINATES]
     for key, item in table.items():
         if not isinstance(key, str):
-            raise FormatError(f"state_dict_metadata has {_article(type_name(key))} for a name")
+            raise FormatError(f"state_dict_metadata has {_article(type_name(key))} as a key")
         if _class(item) == "BytesStorageMetadata":
             objects[key] = _place_of(places, key, None)
         else:
@@ -116,14 +116,14 @@ def read_metadata(data: bytes) -> DcpMetadata:
 
 
 def _interpreter() -> Interpreter:
-    def inert(dotted: str) -> Callable[..., object]:
+    def placeholder(dotted: str) -> Callable[..., object]:
         module, _, name = dotted.rpartition(".")
         kind = CodeName(module, name)
         return lambda *args: Placeholder(kind, args)
 
     torch = TorchObjects().interpreter
-    builders = {dotted: inert(dotted) for dotted in _CLASSES}
-    return Interpreter(builders | {name: torch.builders[name] for name in _OF_TORCH}, torch.constants)
+    builders = {dotted: placeholder(dotted) for dotted in _CLASSES}
+    return Interpreter(builders | {name: torch.builders[name] for name in _TORCH_NAMES}, torch.constants)
 
 
 def _class(value: object) -> str | None:
@@ -132,11 +132,11 @@ def _class(value: object) -> str | None:
 
 def _fields(value: object, kind: str, what: str, key: str | None = None) -> Mapping[object, object]:
     if not isinstance(value, Placeholder) or _class(value) != kind or not isinstance(value.state, dict):
-        raise FormatError(f"{_of(key)}{what} is no {kind} of DCP but {_article(type_name(value))}")
+        raise FormatError(f"{_prefix(key)}{what} is {_article(type_name(value))}, not a {kind} of DCP")
     return value.state
 
 
-def _of(key: str | None) -> str:
+def _prefix(key: str | None) -> str:
     return "" if key is None else f"{quoted(key)}: "
 
 
@@ -146,7 +146,7 @@ def _article(noun: str) -> str:
 
 def _dict(value: object, what: str) -> Mapping[object, object]:
     if not isinstance(value, dict):
-        raise FormatError(f"{what} is no dict but {_article(type_name(value))}")
+        raise FormatError(f"{what} is {_article(type_name(value))}, not a dict")
     return value
 
 
@@ -156,33 +156,33 @@ def _is_count(value: object) -> bool:
 
 def _sizes(value: object, key: str, what: str) -> tuple[int, ...]:
     if not isinstance(value, tuple) or not all(map(_is_count, value)):
-        raise FormatError(f"{quoted(key)}: {what} is no tuple of counts: {_shown(value)}")
+        raise FormatError(f"{quoted(key)}: {what} is not a tuple of counts: {_shown(value)}")
     if len(value) > _MOST_DIMENSIONS:
         raise FormatError(f"{quoted(key)}: {what} has {len(value)} dimensions, more than {_MOST_DIMENSIONS}")
     return value
 
 
 def _shown(value: object) -> str:
-    plain = value is None or isinstance(value, str | int | float) or (
+    is_plain = value is None or isinstance(value, str | int | float) or (
         isinstance(value, tuple | list) and all(isinstance(item, str | int | float) for item in value[:16])
     )  # fmt: skip
     if isinstance(value, int) and value.bit_length() > 128:
         return f"an integer of {value.bit_length()} bits"
-    if not plain:
+    if not is_plain:
         return _article(type_name(value))
     shown = value[:16] if isinstance(value, tuple | list) else value
     if isinstance(shown, tuple | list) and any(isinstance(n, int) and n.bit_length() > 128 for n in shown):
-        return f"{plural(len(shown), 'number')}, some of them enormous"
+        return f"{plural(len(shown), 'number')}, some with more than 128 bits"
     return quoted(str(shown)[:_LONGEST_SHOWN])
 
 
-def _places(storage: Mapping[object, object]) -> dict[_Where, Place]:
-    places: dict[_Where, Place] = {}
+def _places(storage: Mapping[object, object]) -> dict[_ItemIndex, Place]:
+    places: dict[_ItemIndex, Place] = {}
     for index, info in storage.items():
-        where = _fields(index, "MetadataIndex", "a key of storage_data")
-        key, offset = where.get("fqn"), where.get("offset")
+        item = _fields(index, "MetadataIndex", "a key of storage_data")
+        key, offset = item.get("fqn"), item.get("offset")
         if not isinstance(key, str):
-            raise FormatError(f"storage_data has {_article(type_name(key))} for a name")
+            raise FormatError(f"storage_data has {_article(type_name(key))} as a key")
         at = None if offset is None else _sizes(offset, key, "the offset in storage_data")
         if (key, at) in places:
             raise FormatError(f"storage_data places {quoted(key)} twice" + (f" at {list(at)}" if at else ""))
@@ -193,7 +193,7 @@ def _places(storage: Mapping[object, object]) -> dict[_Where, Place]:
 def _place(key: str, fields: Mapping[object, object]) -> Place:
     name, offset, length = (fields.get(field) for field in ("relative_path", "offset", "length"))
     if not isinstance(name, str) or type(offset) is not int or type(length) is not int:
-        raise FormatError(f"{quoted(key)}: its place is no file name with an offset and a length")
+        raise FormatError(f"{quoted(key)}: its place is not a file name with an offset and a length")
     if not _is_count(offset) or not _is_count(length):
         raise FormatError(
             f"{quoted(key)}: its place has the offset {_shown(offset)} and the length {_shown(length)}, "
@@ -203,12 +203,12 @@ def _place(key: str, fields: Mapping[object, object]) -> Place:
     if transforms:
         raise FormatError(
             f"{quoted(key)} is stored through the extension {_shown(transforms)}, which is not read",
-            hint="load it with torch and that extension, and save it without",
+            hint="load it with torch and that extension, and save it again without the extension",
         )
     return Place(name, offset, length)
 
 
-def _place_of(places: dict[_Where, Place], key: str, offset: tuple[int, ...] | None) -> Place:
+def _place_of(places: dict[_ItemIndex, Place], key: str, offset: tuple[int, ...] | None) -> Place:
     place = places.pop((key, offset), None)
     if place is None:
         what = "it" if offset is None else f"the chunk at {list(offset)}"
@@ -216,17 +216,17 @@ def _place_of(places: dict[_Where, Place], key: str, offset: tuple[int, ...] | N
     return place
 
 
-def _tensor(key: str, item: object, places: dict[_Where, Place], left: list[int]) -> DcpTensor:
+def _tensor(key: str, item: object, places: dict[_ItemIndex, Place], left: list[int]) -> DcpTensor:
     fields = _fields(item, "TensorStorageMetadata", "its description", key)
     shape = _sizes(fields.get("size"), key, "the shape")
     dtype, kind = _properties(key, fields.get("properties"))
     chunks = fields.get("chunks")
     if not isinstance(chunks, list):
-        raise FormatError(f"{quoted(key)}: its chunks are no list but {_article(type_name(chunks))}")
+        raise FormatError(f"{quoted(key)}: its chunks are {_article(type_name(chunks))}, not a list")
     left[0] -= len(chunks)
     left[1] -= len(chunks) * len(shape)
     if min(left) < 0:
-        raise FormatError(f"describes more than {_MOST_CHUNKS:,} chunks, or chunks of too many dimensions in sum")
+        raise FormatError(f"describes more than {_MOST_CHUNKS:,} chunks, or chunks with too many dimensions in total")
     placed = []
     for chunk in chunks:
         parts = _fields(chunk, "ChunkStorageMetadata", "a chunk", key)
@@ -235,7 +235,7 @@ def _tensor(key: str, item: object, places: dict[_Where, Place], left: list[int]
             _sizes(parts.get("sizes"), key, "the size of a chunk"),
         )
         if 0 in box.sizes:
-            # Ranks that were left without rows still write a chunk each, all at one offset.
+            # Each rank without rows still writes an empty chunk, all at the same offset.
             places.pop((key, box.offsets), None)
         else:
             placed.append((box, _place_of(places, key, box.offsets)))
@@ -245,22 +245,22 @@ def _tensor(key: str, item: object, places: dict[_Where, Place], left: list[int]
 def _properties(key: str, value: object) -> tuple[str, str]:
     state = value.state if isinstance(value, Placeholder) and _class(value) == "TensorProperties" else None
     if not isinstance(state, tuple) or len(state) < 2:
-        raise FormatError(f"{quoted(key)}: its properties are none of DCP but {_article(type_name(value))}")
+        raise FormatError(f"{quoted(key)}: its properties are {_article(type_name(value))}, not TensorProperties")
     dtype, layout = state[:2]
     if not isinstance(dtype, DTypeRef):
-        raise FormatError(f"{quoted(key)}: its dtype is no dtype that is known but {_article(type_name(dtype))}")
+        raise FormatError(f"{quoted(key)}: its dtype is {_article(type_name(dtype))}, not a known dtype")
     return dtype.code, "dense" if layout == "torch.strided" else "sparse"
 
 
 def _paths(table: Mapping[object, object], planner: object) -> Iterator[tuple[str, Path]]:
-    # Without flattening there is no planner data: the names are all there is.
+    # Without flattening there is no planner data, and each key is its own path.
     paths = planner if isinstance(planner, dict) else {}
     for key in table:
         path = paths.get(key)
         if path is None:
             path = (key,)
-        plain = isinstance(path, tuple | list) and all(type(part) in (str, int) for part in path)
-        if not plain or not 0 < len(path) <= _LONGEST_PATH:
+        is_plain = isinstance(path, tuple | list) and all(type(part) in (str, int) for part in path)
+        if not is_plain or not 0 < len(path) <= _LONGEST_PATH:
             raise FormatError(f"{quoted(str(key))}: its path in planner_data is {_shown(path)}")
         if any(isinstance(part, int) and not 0 <= part < _LONGEST_LIST for part in path):
             raise FormatError(f"{quoted(str(key))}: its path in planner_data has an index out of bounds")

@@ -1,8 +1,8 @@
-"""DCP's safetensors form: every rank's pieces in files of its own, each saying where in its tensor a piece begins.
+"""Read the safetensors form of DCP: each rank writes its own files, with the offset of each piece in its tensor.
 
-It records neither whole shapes nor the number of ranks (``-of-00002`` counts the files of one rank), so what can be
-missed is missed by arithmetic: a hole between pieces, a gap in the numbers. DCP's own consolidation fills
-such a hole with zeros.
+The format records neither whole shapes nor the number of ranks (``-of-00002`` counts the files of one rank). A missing
+file therefore shows as a gap between pieces or a gap in the numbers. DCP's own consolidation fills such a gap with
+zeros.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ _KNOWN_VERSION = "1.0"
 
 
 def is_dcp_shard(name: str) -> bool:
-    """Return whether this is what DCP calls one rank's file of pieces."""
+    """Return whether a file has the name of a shard of one rank."""
     return _SHARD.fullmatch(name) is not None
 
 
 class _Shard(NamedTuple):
-    number: int  # of the rank
-    model: int  # which of the rank's files
+    rank: int  # counted from 1
+    model: int  # number of the file among the files of the rank
     total: int
     name: str
 
@@ -55,20 +55,20 @@ class _Piece:
 def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of the whole tensors in a directory of unconsolidated shards.
 
-    Raises ``FormatError`` naming the rows that no shard holds, or the number of a shard that is missing. The last
-    shard's absence cannot be seen: a warning says so.
+    Raises ``FormatError`` naming the rows that no shard holds, or the number of a missing shard. A missing last shard
+    cannot be noticed, and a warning says so.
     """
     refuse_selection(selection, directory)
     found = [match for name in names if (match := _SHARD.fullmatch(name))]
     shards = sorted(_Shard(int(match[1]), int(match[2]), int(match[3]), match[0]) for match in found)
     if not shards:
         raise FormatError("holds no shard of a distributed checkpoint", path=directory)
-    numbers = {shard.number for shard in shards}
+    numbers = {shard.rank for shard in shards}
     missing = _missing(numbers, "shard-{:05}-*.safetensors")
     pool = FilePool(directory)
     try:
         files = [_open_shard(pool, shard.name) for shard in shards]
-        infos, opened = _joined([piece for file in files for piece in _pieces(file)], missing, directory)
+        infos, opened = _join([piece for file in files for piece in _pieces(file)], missing, directory)
         _check_numbers(shards, missing, directory)
     except BaseException:
         pool.close()
@@ -78,13 +78,14 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Select
         return opened[info.key]()
 
     warnings = list(dict.fromkeys(text for file in files for text in file.warnings))
-    said = f"{plural(len(numbers), 'shard')} joined; a missing last one could not be noticed: "
+    text = f"{plural(len(numbers), 'shard')} joined; a missing last shard cannot be noticed: "
     warnings.append(
-        ReaderWarning(f"{said}this form of DCP records neither their number nor whole shapes", codes.UNCOUNTED)
+        ReaderWarning(f"{text}this form of DCP records neither their number nor whole shapes", codes.UNCOUNTED)
     )
-    version = next((text for file in files if (text := file.metadata.get(_VERSION)) != _KNOWN_VERSION), _KNOWN_VERSION)
+    versions = (file.metadata.get(_VERSION) for file in files)
+    version = next((other for other in versions if other != _KNOWN_VERSION), _KNOWN_VERSION)
     if version != _KNOWN_VERSION:
-        warnings.append(f"written in version {quoted(str(version))} of the form; {_KNOWN_VERSION} is known")
+        warnings.append(f"written in version {quoted(str(version))} of the form; {_KNOWN_VERSION} is supported")
     return Checkpoint(
         infos,
         Access(
@@ -118,7 +119,7 @@ def _check_numbers(shards: Sequence[_Shard], missing: str, directory: str) -> No
     if len(totals) > 1:
         raise FormatError(f"shards of two saves: some count {totals[0]} files, some {totals[1]}", path=directory)
     if missing:
-        # Tensors that are not split lie in one shard alone, and would be lost without a trace.
+        # A tensor that is not split is in one shard only, so a missing shard loses it without a trace.
         raise FormatError(f"{missing} is missing", hint="copy the whole directory again", path=directory)
     present = {shard.model for shard in shards}
     absent = _missing(present | {totals[0] + 1}, "model-{:05}")
@@ -137,14 +138,14 @@ def _open_shard(pool: FilePool, name: str) -> Checkpoint:
 
 def _pieces(file: Checkpoint) -> list[_Piece]:
     if _INFO not in file.metadata:
-        raise FormatError(f"is named as a shard of a distributed checkpoint, and has no {_INFO}", path=file.path)
+        raise FormatError(f"is named like a shard of a distributed checkpoint, but has no {_INFO}", path=file.path)
     try:
         table = parse_json(file.metadata[_INFO].encode("utf-8", "surrogatepass"), _INFO)
     except FormatError as error:
         raise FormatError(error.reason, path=file.path) from None
-    lost = sorted(table.keys() - file.keys())
-    if lost:
-        raise FormatError(f"{_INFO} names {quoted(lost[0])}, which the shard does not hold", path=file.path)
+    absent = sorted(table.keys() - file.keys())
+    if absent:
+        raise FormatError(f"{_INFO} names {quoted(absent[0])}, which the shard does not hold", path=file.path)
     return [_Piece(file, info, _box(info, table.get(info.key), file.path)) for info in file.values()]
 
 
@@ -154,11 +155,11 @@ def _box(info: TensorInfo, entry: object, path: str) -> Box:
         raise FormatError(f"{quoted(info.key)}: {_INFO} has no saved_offsets of {plural(len(info.shape), 'number')}",
                           path=path)  # fmt: skip
     if any(type(offset) is not int or not 0 <= offset < 2**62 for offset in offsets):
-        raise FormatError(f"{quoted(info.key)}: the saved_offsets {str(offsets)[:80]} are no offsets", path=path)
+        raise FormatError(f"{quoted(info.key)}: the saved_offsets {str(offsets)[:80]} are not valid offsets", path=path)
     return Box(tuple(offsets), info.shape)
 
 
-def _joined(
+def _join(
     pieces: list[_Piece], missing: str, directory: str
 ) -> tuple[dict[str, TensorInfo], Mapping[str, Callable[[], Payload]]]:
     by_key: dict[str, list[_Piece]] = {}
