@@ -1,4 +1,4 @@
-"""``ckpt check``: damage is found wherever a checksum is recorded, and what was not looked at is said."""
+"""``ckpt check`` finds damage wherever a checksum is recorded, and lists what it did not check."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def flipped(data: bytes, at: int) -> bytes:
 
 
 def middle_of(data: bytes, name: str) -> int:
-    """The place of the middle byte of an entry's content, as ``zipfile`` finds it."""
+    """Return the offset of the middle byte of an entry's content, as ``zipfile`` finds it."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         info = archive.getinfo(name)
     name_length, extra_length = struct.unpack_from("<HH", data, info.header_offset + 26)
@@ -70,9 +70,6 @@ def middle_of(data: bytes, name: str) -> int:
 def bad_entry(data: bytes) -> str | None:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         return archive.testzip()
-
-
-# --- clean files -----------------------------------------------------------------------------------------------------
 
 
 def _torch(thing: object, **settings: Any) -> Callable[[Path], Path]:
@@ -146,10 +143,10 @@ CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
 
 
 @pytest.mark.parametrize(("make", "expected", "nbytes"), CLEAN.values(), ids=CLEAN.keys())
-def test_clean_files_have_notes_alone(
+def test_clean_files_have_only_notes(
     make: Callable[[Path], Path], expected: list[str], nbytes: int, tmp_path: Path
 ) -> None:
-    """No error and no warning for an honest file of any format; each stored tensor is read, and read once."""
+    """An undamaged file of any format has no errors or warnings, and each stored tensor is read exactly once."""
     with open_checkpoint(make(tmp_path)) as checkpoint:
         report = run_checks(checkpoint)
         records = [record for record in checkpoint.records() if record.keys]
@@ -160,7 +157,7 @@ def test_clean_files_have_notes_alone(
 
 
 def test_all_entries_of_an_archive_are_read_in_its_order(tmp_path: Path) -> None:
-    """Every entry, whether a tensor lies in it or not, and as many bytes as zipfile counts."""
+    """Entries with and without tensors are read, and the number of bytes equals that of zipfile."""
     path = write(tmp_path, rezip(saved(TIED), {"archive/extra": b"x" * 70}))
     seen: list[int] = []
     with zipfile.ZipFile(path) as archive, open_checkpoint(path) as checkpoint:
@@ -172,7 +169,7 @@ def test_all_entries_of_an_archive_are_read_in_its_order(tmp_path: Path) -> None
 
 
 def test_tensors_of_an_unknown_size_are_read_up_to_the_next(tmp_path: Path) -> None:
-    """A type that nobody knows leaves no byte of the file unread."""
+    """Tensors of an unknown type do not leave bytes of the file unread."""
     infos = [info("v", kind=99, offset=32), info("w", kind=99), info("far", (0,), kind=99, offset=1 << 40)]
     path = write(tmp_path, gguf_file(infos, data=bytes(70)), "f.gguf")
     with open_checkpoint(path) as checkpoint:
@@ -181,13 +178,13 @@ def test_tensors_of_an_unknown_size_are_read_up_to_the_next(tmp_path: Path) -> N
     assert (sizes, report.ok) == ({"w": 32, "v": 38, "far": 0}, True)
 
 
-def test_files_beside_the_weights_are_said_to_be_unread(tmp_path: Path) -> None:
-    """What trainers write beside weights is listed with them; its bytes are another path's matter."""
+def test_files_beside_the_weights_are_listed_as_unread(tmp_path: Path) -> None:
+    """Files that trainers write beside the weights are listed, but their bytes are not read."""
     assert checked(_trainer(tmp_path)).findings[-1].message.endswith("other files were not read ('optimizer.pt')")
 
 
 def test_the_bytes_of_big_endian_files_are_compared_as_they_are_stored(tmp_path: Path) -> None:
-    """Checksums are of what lies in the file, and not of the numbers as they are read."""
+    """Checksums are compared with the stored bytes, not with the byte-swapped values."""
     data = rezip(GOOD, {"archive/byteorder": b"big"})
     assert codes(checked(write(tmp_path, data))) == ["reader-warning", "subnormal", "not-scanned"]
     damaged = flipped(data, middle_of(data, "archive/data/0"))
@@ -195,7 +192,7 @@ def test_the_bytes_of_big_endian_files_are_compared_as_they_are_stored(tmp_path:
 
 
 def test_safetensors_are_read_in_the_order_of_their_bytes(tmp_path: Path) -> None:
-    """A header may name tensors in any order; reading goes forward all the same."""
+    """Tensors are read in the order of their bytes, whatever the order of the header."""
     header = {key: {"dtype": "U8", "shape": [4], "data_offsets": [at, at + 4]} for key, at in (("z", 4), ("a", 0))}
     text = json.dumps(header).encode()
     path = write(tmp_path, struct.pack("<Q", len(text)) + text + b"01234567", "f.safetensors")
@@ -204,14 +201,12 @@ def test_safetensors_are_read_in_the_order_of_their_bytes(tmp_path: Path) -> Non
         assert [record.keys for record in checkpoint.records()] == [("a",), ("z",)]
 
 
-# --- damage ----------------------------------------------------------------------------------------------------------
-
 GOOD = saved(TIED)
 
 
 @pytest.mark.parametrize("name", ["archive/data/0", "archive/data/1", "archive/.data/serialization_id"])
 def test_a_flipped_bit_is_found(name: str, tmp_path: Path) -> None:
-    """B16: the record that zipfile finds bad is named, and every tensor that lies in it, ties too; showing it works."""
+    """The finding names the record that zipfile finds damaged, and every tensor in that record, also tied tensors."""
     data = flipped(GOOD, middle_of(GOOD, name))
     assert bad_entry(data) == name
     report = checked(write(tmp_path, data))
@@ -232,7 +227,7 @@ def _content(data: bytes, name: str) -> bytes:
 
 @pytest.mark.parametrize("level", [0, 9], ids=["stored blocks", "compressed"])
 def test_damage_in_a_deflated_record_is_found(level: int, tmp_path: Path) -> None:
-    """Where the stream still inflates, by the checksum of what it inflates to; else because it does not."""
+    """If the damaged stream still inflates, its checksum differs; if not, the record is unreadable."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(GOOD)) as old, zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as new:
         for name in old.namelist():
@@ -250,7 +245,7 @@ def test_damage_in_a_deflated_record_is_found(level: int, tmp_path: Path) -> Non
 
 
 def test_damage_in_a_distributed_checkpoint_is_found(tmp_path: Path) -> None:
-    """The item is named by its file and place, the tensor by its name in the mapping; what is beside it by its path."""
+    """The finding names the file and the tensor; an optimizer tensor is named by its path."""
     path = save(tmp_path / "run", TRAINED)
     file = tmp_path / "run" / "__0_0.distcp"
     whole = file.read_bytes()
@@ -262,7 +257,7 @@ def test_damage_in_a_distributed_checkpoint_is_found(tmp_path: Path) -> None:
 
 
 def test_a_damaged_item_of_a_distributed_checkpoint_does_not_hide_the_next(tmp_path: Path) -> None:
-    """An item whose own header is broken is one finding, and the reading goes on."""
+    """An item with a damaged header is one finding, and the next items are still read."""
     cuts = [([0], [2]), ([2], [2]), ([4], [2])]
     path = write_cut(tmp_path / "cut", {"w": (torch.arange(6.0) + 9, cuts)}, files=1)
     file = tmp_path / "cut" / "__0_0.distcp"
@@ -278,7 +273,7 @@ def test_a_damaged_item_of_a_distributed_checkpoint_does_not_hide_the_next(tmp_p
 
 
 def test_damage_in_a_shard_names_the_shard(tmp_path: Path) -> None:
-    """Which file to fetch again, and which tensor was in it."""
+    """The finding names the shard to download again, and the tensor in the damaged record."""
     path = CLEAN["sharded torch"][0](tmp_path)
     shard = path / "model-00002-of-00002.bin"
     data = shard.read_bytes()
@@ -289,16 +284,16 @@ def test_damage_in_a_shard_names_the_shard(tmp_path: Path) -> None:
     assert f"'{root}/data/0' of 'model-00002-of-00002.bin' does not match" in finding.message
 
 
-def test_damage_beside_the_weights_is_named_by_its_path(tmp_path: Path) -> None:
-    """The optimizer's tensors are none of the mapping, and their bytes are compared all the same."""
+def test_damage_of_the_optimizer_state_is_found(tmp_path: Path) -> None:
+    """Records of optimizer tensors are compared too, although they are not in the state_dict."""
     data = saved(TRAINED)
     finding = only(checked(write(tmp_path, flipped(data, middle_of(data, "archive/data/2")))), "checksum")
     assert finding.key == "optimizer.m"
     assert finding.message.endswith("; it holds 'optimizer.m'")
 
 
-def test_chosen_tensors_alone_are_read(tmp_path: Path) -> None:
-    """Rules leave out what holds none of the tensors kept, which is said; a rule that hits nothing is an error."""
+def test_only_chosen_tensors_are_read(tmp_path: Path) -> None:
+    """Records without a kept tensor are not read, which the report says; a rule that matches nothing is an error."""
     path = write(tmp_path, flipped(GOOD, middle_of(GOOD, "archive/data/0")))
     clean = checked(path, rules={"keep": ["n"]})
     assert codes(clean) == ["not-scanned"]
@@ -310,16 +305,13 @@ def test_chosen_tensors_alone_are_read(tmp_path: Path) -> None:
 
 
 def test_fast_reads_no_data(tmp_path: Path) -> None:
-    """Damage to data goes unseen, and the report says that nobody looked."""
+    """``fast`` does not see damaged data, and the report says that no data was read."""
     path = write(tmp_path, flipped(GOOD, middle_of(GOOD, "archive/data/0")))
     seen: list[int] = []
     report = checked(path, fast=True, progress=seen.append)
     assert (codes(report), seen) == (["not-scanned"], [])
-    said = report.findings[0].message
-    assert said.startswith("headers only: no byte of a tensor was read, no checksum compared, no values were ")
-
-
-# --- what readers say, and what cannot be compared -------------------------------------------------------------------
+    message = report.findings[0].message
+    assert message.startswith("headers only: no byte of a tensor was read, no checksum compared, no values were ")
 
 
 class _Evil:
@@ -349,7 +341,7 @@ def _misnamed(directory: Path) -> Path:
     return _torch(TIED)(directory).rename(directory / "f.safetensors")
 
 
-SAID: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
+READER_WARNINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
     # id: (maker, code, severity, a piece of the message)
     "B18 no checksums": (_without_checksums, "no-checksum", "note", "no checksums in the archive"),
     "B19 skipped data": (_skipped, "skipped-data", "warning", "2 records without a checksum"),
@@ -367,32 +359,32 @@ SAID: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
 }
 
 
-@pytest.mark.parametrize(("make", "code", "severity", "said"), SAID.values(), ids=SAID.keys())
-def test_what_readers_notice_has_a_code(
-    make: Callable[[Path], Path], code: str, severity: str, said: str, tmp_path: Path
+@pytest.mark.parametrize(("make", "code", "severity", "text"), READER_WARNINGS.values(), ids=READER_WARNINGS.keys())
+def test_warnings_of_readers_have_codes(
+    make: Callable[[Path], Path], code: str, severity: str, text: str, tmp_path: Path
 ) -> None:
-    """Each oddity is one finding under a code that stays, headers alone suffice for it, and show says the same."""
+    """Each warning of a reader is one finding with a stable code, also with ``fast``; ``show`` prints the same text."""
     for fast in (False, True):
         path = make(tmp_path)
         finding = only(checked(path, fast=fast), code)
-        assert (finding.severity, said in finding.message) == (severity, True)
+        assert (finding.severity, text in finding.message) == (severity, True)
         with open_checkpoint(path) as checkpoint:
             assert finding.message in checkpoint.warnings or code == "not-dense"
 
 
 def test_skipped_records_are_counted_as_unchecked(tmp_path: Path) -> None:
-    """B19: of some records a checksum is there, and of some not."""
+    """The finding counts the records without a checksum among all records."""
     assert "2 of 8 records (12.0 kB)" in only(checked(_skipped(tmp_path)), "no-checksum").message
 
 
-def test_what_is_in_memory_alone_is_not_read() -> None:
-    """A model has no file; its names can be given all the same, and no claim is made."""
+def test_a_model_in_memory_has_no_bytes_to_read() -> None:
+    """A model has no file, and the report says that no byte of a file was read."""
     report = run_checks(nn.Linear(2, 2))
     assert [(finding.code, finding.message[:14]) for finding in report.findings] == [("not-scanned", "held in memory")]
 
 
 def test_a_reader_without_records_is_read_tensor_by_tensor(tmp_path: Path) -> None:
-    """What is known of no container is still read, once a tensor, and said to be unchecked."""
+    """Without records, each tensor is read once and reported as unchecked."""
     path = _safetensors(tmp_path)
     with open_checkpoint(path) as inner:
         bare = Checkpoint(
@@ -403,11 +395,8 @@ def test_a_reader_without_records_is_read_tensor_by_tensor(tmp_path: Path) -> No
     assert "2 of 2 records (40 B)" in report.findings[1].message
 
 
-# --- files that change, and files that cannot be read ----------------------------------------------------------------
-
-
 def test_a_file_that_becomes_shorter_is_a_finding(tmp_path: Path) -> None:
-    """Reading ends there, in words and not in an exception, and the rest is said to be unread."""
+    """A file that becomes shorter ends the reading with a finding, and the report says that the rest was not read."""
     path = tmp_path / "f.safetensors"
     save_file({str(index): torch.ones(1000) for index in range(4)}, path)
     report = checked(path, progress=lambda _: os.truncate(path, 5000))
@@ -423,7 +412,7 @@ def test_a_file_that_is_written_to_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_a_read_that_fails_is_a_finding(tmp_path: Path) -> None:
-    """The system's own word, with the record that it is about; here for a descriptor that is closed."""
+    """The finding has the message of the operating system and the name of the record."""
     checkpoint = open_checkpoint(_safetensors(tmp_path))
     checkpoint.close()
     report = run_checks(checkpoint)
@@ -432,7 +421,7 @@ def test_a_read_that_fails_is_a_finding(tmp_path: Path) -> None:
 
 
 def test_records_of_any_zip_archive(tmp_path: Path) -> None:
-    """The seam for other archives: entries in order, each with the keys that its reader gives it."""
+    """``records`` returns the entries of any zip archive in order, each with the keys that the reader gives."""
     path = tmp_path / "a.zip"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("w.npy", b"123")
@@ -444,9 +433,6 @@ def test_records_of_any_zip_archive(tmp_path: Path) -> None:
         ("w.npy", zlib.crc32(b"123"), ("w",)),
         ("empty", None, ()),
     ]
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -475,7 +461,7 @@ CODES: dict[str, tuple[list[str], int, str]] = {
 def test_several_paths(
     names: list[str], code: int, count: str, files: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every path is looked at, whatever was before it; findings stand below their path; the worst decides the code."""
+    """Every path is checked; findings are listed below their path, and the worst one decides the exit code."""
     ran = run_ckpt(capsys, "check", *(files[name] for name in names))
     assert (ran.code, ran.err, ran.out.splitlines()[-1]) == (code, "", count)
     titles = [line for line in ran.out.splitlines() if line.startswith("/")]
@@ -493,17 +479,17 @@ def test_several_paths(
 
 
 @pytest.mark.parametrize("options", [[], ["--json"], ["--fast"]], ids=["text", "json", "fast"])
-def test_one_path_that_cannot_be_opened_is_trouble(
+def test_a_path_that_cannot_be_opened_is_an_error(
     options: list[str], files: Mapping[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As with every command: stdout is empty, and one line and a hint say why."""
+    """As in every command, stdout is empty, and stderr has one line and a hint."""
     ran = run_ckpt(capsys, "check", files["broken"], *options)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"ckpt: {files['broken']}: a zip archive without a directory at its end")
 
 
 def test_names_in_findings_are_printed_harmlessly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A tensor's name cannot move the cursor; the document has it exactly."""
+    """Control characters in a name are escaped on the terminal and exact in JSON."""
     name = "\x1b[2J\u202egone"
     data = saved({name: torch.ones(9)})
     path = write(tmp_path, flipped(data, middle_of(data, "archive/data/0")))
@@ -516,7 +502,7 @@ def test_names_in_findings_are_printed_harmlessly(tmp_path: Path, capsys: pytest
 
 @pytest.mark.parametrize("kind", ["stored", "deflated"])
 def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
-    """Without torch, 300 MB are read in 200 MB, the interpreter included; what inflates to them as well."""
+    """Without torch, a file of 300 MB is read within 200 MB of memory, also if it is compressed."""
     path, size = tmp_path / "large", 300_000_000
     if kind == "stored":
         text = json.dumps({"w": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -535,14 +521,14 @@ def test_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
     assert "300.0 MB in " in ran.out
 
 
-def test_progress_is_shown_on_a_terminal_alone(tmp_path: Path) -> None:
-    """A bar on stderr where that is a terminal, none with -q, and stdout has the findings alone."""
+def test_progress_is_shown_only_on_a_terminal(tmp_path: Path) -> None:
+    """Progress is shown on stderr if it is a terminal and without -q; stdout has only the findings."""
     path = _torch(TIED)(tmp_path)
     for options, expected in (((), True), (("-q",), False), (("--fast",), False)):
         terminal, end = pty.openpty()
         command = [sys.executable, "-m", "ckptkit", "check", "--no-values", str(path), *options]
         done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=end, check=True)
-        os.write(end, b".")  # so that there is something to read, whatever the program said
+        os.write(end, b".")  # so that the read below never blocks
         os.close(end)
         shown = os.read(terminal, 10_000)
         os.close(terminal)

@@ -1,4 +1,4 @@
-"""``ckpt check`` on names and shapes alone: what is lost is found, and networks as they are built are left alone."""
+"""``ckpt check`` finds lost tensors by names and shapes, and reports nothing about networks as they are built."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def infos(shapes: Shapes | Iterable[str], dtype: str = "F32") -> dict[str, Tenso
 
 
 def findings(named: Mapping[str, TensorInfo]) -> list[Finding]:
-    """What is found by the headers, without the note that nothing was read."""
+    """Return the findings about headers, without the ``not-scanned`` note."""
     *found, last = run_checks(named, fast=True).findings
     assert last.code == "not-scanned"
     return found
@@ -43,7 +43,7 @@ def with_names(prefix: str, *of_each: Iterable[str]) -> list[str]:
     return [f"{prefix}.{number}.{name}" for number, names in enumerate(of_each) for name in names]
 
 
-LOST: dict[str, tuple[list[str], str, str, str]] = {
+LOST_TENSORS: dict[str, tuple[list[str], str, str, str]] = {
     # id: (keys, code, key of the finding, a piece of the message)
     "one layer": (layers(set(range(12)) - {7}), "index-hole", "layers.7", "'layers' has modules 0-11, but not 7"),
     "two layers": (layers(set(range(12)) - {7, 8}), "index-hole", "layers.7", "but not 7-8"),
@@ -68,18 +68,18 @@ LOST: dict[str, tuple[list[str], str, str, str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("keys", "code", "key", "said"), LOST.values(), ids=LOST.keys())
-def test_what_is_lost_from_a_list_is_found(keys: list[str], code: str, key: str, said: str) -> None:
-    """By the names of its siblings, wherever the list is; as one warning that names the place."""
+@pytest.mark.parametrize(("keys", "code", "key", "text"), LOST_TENSORS.values(), ids=LOST_TENSORS.keys())
+def test_lost_tensors_are_found(keys: list[str], code: str, key: str, text: str) -> None:
+    """A lost tensor or layer is one warning with its key, wherever the list of layers is."""
     (finding,) = findings(infos(keys))
     assert (finding.code, finding.severity, finding.key) == (code, "warning", key)
-    assert said in finding.message
+    assert text in finding.message
 
 
 CONV, NORM = ("weight", "bias"), ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 C2F = [f"{name}.{leaf}" for name in ("cv1.conv", "cv2.conv", "m.0.cv1.conv") for leaf in ("weight", "bias")]
 DOWN = ["down.reduction.weight", "down.norm.weight"]
-BUILT: dict[str, list[str]] = {
+REAL_NETWORKS: dict[str, list[str]] = {
     "VGG, activations between": [f"features.{n}.{leaf}" for n in (0, 2, 5, 7, 10, 12, 14, 17) for leaf in CONV],
     "VGG with norms": [f"features.{n}.{leaf}" for n in (0, 3, 7, 10, 14) for leaf in CONV]
     + [f"features.{n}.{leaf}" for n in (1, 4, 8, 11, 15) for leaf in NORM],
@@ -107,20 +107,20 @@ BUILT: dict[str, list[str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("keys", BUILT.values(), ids=BUILT.keys())
-def test_networks_as_they_are_built_are_left_alone(keys: list[str]) -> None:
-    """Numbers of modules without parameters, and blocks that are built otherwise at an end, are no findings."""
+@pytest.mark.parametrize("keys", REAL_NETWORKS.values(), ids=REAL_NETWORKS.keys())
+def test_real_networks_have_no_findings(keys: list[str]) -> None:
+    """Numbers of modules without parameters, and different blocks at an end, are not findings."""
     assert findings(infos(keys)) == []
 
 
-def test_hostile_names_take_no_time() -> None:
-    """A number may be anything, and lists lie in lists: what is looked at of each name is bounded."""
+def test_hostile_names_take_little_time() -> None:
+    """Huge numbers and deeply nested lists take little time, because only a part of each name is parsed."""
     keys = [f"a.{10**5 * number}.b.c" for number in range(9)] + [".".join(["0"] * 3000) + f".{n}" for n in range(300)]
     assert findings(infos(keys)) == []
 
 
 def test_odd_dtypes_are_named() -> None:
-    """One note: the usual dtype by elements, and the tensors that have another; integers are none of it."""
+    """One note names the usual dtype and the tensors with another floating-point dtype; integers do not count."""
     named = {**infos(layers(range(12)), "BF16"), **infos(["norm.weight"]), **infos(["ids"], "I64")}
     (finding,) = findings(named)
     assert (finding.code, finding.severity, finding.key) == ("dtype-mix", "note", "norm.weight")
@@ -128,15 +128,13 @@ def test_odd_dtypes_are_named() -> None:
 
 
 def test_very_many_findings_of_a_code_are_counted() -> None:
-    """Each of the first is told; a file in which everything is broken gives no report without end."""
+    """The first 32 findings of a code are listed and the others counted, so that the report stays short."""
     lost = [f"layers.{n}.experts.2.w.weight" for n in range(100)]
     keys = [f"layers.{n}.experts.{e}.w.weight" for n in range(100) for e in range(6)]
     found = findings(infos(set(keys) - set(lost)))
     assert (len(found), {finding.code for finding in found}) == (33, {"index-hole"})
     assert found[-1].message == "68 more findings of this kind"
 
-
-# --- adapters --------------------------------------------------------------------------------------------------------
 
 PEFT: Shapes = {"m.q.lora_A.weight": (8, 64), "m.q.lora_B.weight": (32, 8)}
 KOHYA: Shapes = {"lora_unet_q.lora_down.weight": (8, 64, 3, 3), "lora_unet_q.lora_up.weight": (32, 8, 1, 1)}
@@ -175,15 +173,12 @@ ADAPTERS: dict[str, tuple[Shapes, list[tuple[str, str]], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("shapes", "codes", "said"), ADAPTERS.values(), ids=ADAPTERS.keys())
-def test_pairs_of_an_adapter(shapes: Shapes, codes: list[tuple[str, str]], said: str) -> None:
-    """Half a pair and two ranks are errors in every spelling; a scale that is not in the file is said."""
+@pytest.mark.parametrize(("shapes", "codes", "text"), ADAPTERS.values(), ids=ADAPTERS.keys())
+def test_pairs_of_an_adapter(shapes: Shapes, codes: list[tuple[str, str]], text: str) -> None:
+    """Half a pair and different ranks are errors in every spelling; a missing scale is reported."""
     found = findings(infos(shapes))
     assert [(finding.code, finding.severity) for finding in found] == codes
-    assert said in "".join(finding.message for finding in found[:1])
-
-
-# --- shards ----------------------------------------------------------------------------------------------------------
+    assert text in "".join(finding.message for finding in found[:1])
 
 
 def checked(path: Path) -> Report:
@@ -191,69 +186,68 @@ def checked(path: Path) -> Report:
         return run_checks(checkpoint, fast=True)
 
 
-def warned(report: Report) -> Sequence[tuple[str, str, str]]:
-    told = [finding for finding in report.findings[:-1] if finding.code != "dtype-mix"]
-    return [(finding.code, finding.severity, finding.message) for finding in told]
+def warnings_of(report: Report) -> Sequence[tuple[str, str, str]]:
+    findings = [finding for finding in report.findings[:-1] if finding.code != "dtype-mix"]
+    return [(finding.code, finding.severity, finding.message) for finding in findings]
 
 
 def test_a_stale_shard_is_found_by_the_index(tmp_path: Path) -> None:
-    """The directory as a whole is refused; by the path of its index it is read, and the shard is named."""
+    """The directory is refused; by the path of its index it is read, and the stale shard is a warning."""
     index = shard(tmp_path)
     save({"z": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
-    said = "shard 'model-00003-of-00003.safetensors' is beside the index, which does not name it"
-    assert warned(checked(index)) == [("stale-shard", "warning", said)]
+    message = "shard 'model-00003-of-00003.safetensors' is beside the index, which does not name it"
+    assert warnings_of(checked(index)) == [("stale-shard", "warning", message)]
 
 
 def test_a_shard_that_the_index_forgot_is_found(tmp_path: Path) -> None:
-    """The names of the others say how many there are."""
+    """The names of the other shards tell how many there should be."""
     index = shard(tmp_path)
     first, second, _ = NAMES["safetensors"]
     edit(index, **{"c.w": ""})
     (tmp_path / second).unlink()
-    assert ("shard-count", "warning", f"the index names 1 of 2 shards, and not '{second}'") in warned(checked(tmp_path))
-    said = f"'{first}' is one of 2 shards, by its name: the others were not checked"
-    assert warned(checked(tmp_path / first)) == [("one-shard", "note", said)]
+    assert ("shard-count", "warning", f"the index names 1 of 2 shards, and not '{second}'") in warnings_of(
+        checked(tmp_path)
+    )
+    message = f"'{first}' is one of 2 shards, by its name: the others were not checked"
+    assert warnings_of(checked(tmp_path / first)) == [("one-shard", "note", message)]
 
 
 def test_a_total_size_counts_ties_once_or_as_often_as_they_are_named(tmp_path: Path) -> None:
-    """Writers differ in that; anything else is a warning of its own code."""
+    """Both ways of counting tied tensors are accepted; any other total size is a warning."""
     names = {"a": "pytorch_model-00001-of-00001.bin", "b": "pytorch_model-00001-of-00001.bin"}
     tensor = torch.ones(3)
     save({"a": tensor, "b": tensor}, tmp_path / names["a"])
     for total, codes in ((12, []), (24, []), (36, ["total-size"])):
         index = {"metadata": {"total_size": total}, "weight_map": names}
         (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-        assert [code for code, _, _ in warned(checked(tmp_path))] == codes
-
-
-# --- against what a model expects ------------------------------------------------------------------------------------
+        assert [code for code, _, _ in warnings_of(checked(tmp_path))] == codes
 
 
 def net() -> nn.Module:
-    """A head that is tied to the embedding, a norm with counters, a layer that has no twin."""
+    """Return a model with a tied head, a batch norm and a plain layer."""
     embed, head = nn.Embedding(10, 4), nn.Linear(4, 10, bias=False)
     head.weight = embed.weight
     return nn.ModuleDict({"embed": embed, "bn": nn.BatchNorm1d(4), "fc": nn.Linear(4, 4), "head": head})
 
 
-def lived(**changes: object) -> dict[str, object]:
+def state_of_net(**changes: object) -> dict[str, object]:
     state = {**net().state_dict(), **changes}
     return {key: value for key, value in state.items() if value is not None}
 
 
 LIKE: dict[str, tuple[dict[str, object], list[tuple[str, str, str]]]] = {
     # id: (the state of the checkpoint, findings as code, severity and key)
-    "equal": (lived(), []),
-    "missing": (lived(**{"fc.bias": None}), [("missing", "error", "fc.bias")]),
-    "unexpected": (lived(more=torch.ones(1)), [("unexpected", "warning", "more")]),
-    "another shape": (lived(**{"fc.bias": torch.ones(5)}), [("shape-mismatched", "error", "fc.bias")]),
-    "another dtype": (lived(**{"fc.bias": torch.ones(4).half()}), [("dtype-mismatched", "warning", "fc.bias")]),
-    "sparse": (lived(**{"fc.bias": torch.ones(4).to_sparse()}), [("uncopyable", "error", "fc.bias")]),
-    "tied, once": (lived(**{"head.weight": None}), [("missing-tied", "note", "head.weight")]),
+    "equal": (state_of_net(), []),
+    "missing": (state_of_net(**{"fc.bias": None}), [("missing", "error", "fc.bias")]),
+    "unexpected": (state_of_net(more=torch.ones(1)), [("unexpected", "warning", "more")]),
+    "another shape": (state_of_net(**{"fc.bias": torch.ones(5)}), [("shape-mismatched", "error", "fc.bias")]),
+    "another dtype": (state_of_net(**{"fc.bias": torch.ones(4).half()}), [("dtype-mismatched", "warning", "fc.bias")]),
+    "sparse": (state_of_net(**{"fc.bias": torch.ones(4).to_sparse()}), [("uncopyable", "error", "fc.bias")]),
+    "tied, once": (state_of_net(**{"head.weight": None}), [("missing-tied", "note", "head.weight")]),
     "neither of the tied": (
-        lived(**{"head.weight": None, "embed.weight": None}), [("missing", "error", "embed.weight")],
+        state_of_net(**{"head.weight": None, "embed.weight": None}), [("missing", "error", "embed.weight")],
     ),
-    "a number": (lived(**{"fc.bias": 3}), [("no-tensor", "error", "fc.bias")]),
+    "a number": (state_of_net(**{"fc.bias": 3}), [("no-tensor", "error", "fc.bias")]),
 }  # fmt: skip
 
 
@@ -261,7 +255,7 @@ LIKE: dict[str, tuple[dict[str, object], list[tuple[str, str, str]]]] = {
 def test_differences_are_findings(
     state: dict[str, object], expected: list[tuple[str, str, str]], tmp_path: Path
 ) -> None:
-    """One for each kind, as an error where ``load_state_dict`` raises; ties of the model are known."""
+    """Each kind of difference is one finding, an error if ``load_state_dict`` raises; ties of the model count."""
     torch.save(state, tmp_path / "f.pt")
     model = net()
     with open_checkpoint(tmp_path / "f.pt") as checkpoint:
@@ -277,16 +271,16 @@ def test_differences_are_findings(
     assert raised == any(severity == "error" for _, severity, _ in expected)
 
 
-def test_counters_that_torch_fills_in_are_a_note(tmp_path: Path) -> None:
-    """Files of before torch 0.4.1 have none, and load."""
-    torch.save(lived(**{"bn.num_batches_tracked": None}), tmp_path / "f.pt")
+def test_filled_counters_are_a_note(tmp_path: Path) -> None:
+    """Files from before torch 0.4.1 have no batch norm counters, and load."""
+    torch.save(state_of_net(**{"bn.num_batches_tracked": None}), tmp_path / "f.pt")
     with open_checkpoint(tmp_path / "f.pt") as checkpoint:
         found = run_checks(checkpoint, like=net(), fast=True).findings
     assert [(f.code, f.severity) for f in found][:-1] == [("filled", "note")]
 
 
 def test_rules_rename_for_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The options are those of ``ckpt diff``; EXPECTED is opened once for all paths, and a file or a live model."""
+    """``--strip`` renames the keys for the comparison with EXPECTED, as in ``ckpt diff``."""
     os.symlink(Path("fixtures/lenet_ddp.pt").resolve(), tmp_path / "ddp.pt")
     model = "py:fixtures.lenet:build"
     ran = run_ckpt(capsys, "check", "--fast", "--like", model, tmp_path / "ddp.pt", "--json")
@@ -296,7 +290,7 @@ def test_rules_rename_for_the_comparison(tmp_path: Path, capsys: pytest.CaptureF
     assert not {"missing", "unexpected"} & set(codes), codes
 
 
-def test_what_is_expected_has_to_be_there(capsys: pytest.CaptureFixture[str]) -> None:
-    """An error about EXPECTED names it, and stdout stays empty."""
+def test_expected_must_exist(capsys: pytest.CaptureFixture[str]) -> None:
+    """An error about EXPECTED names its path, and stdout stays empty."""
     ran = run_ckpt(capsys, "check", "--like", "none.pt", "fixtures/lenet_10class.pth")
     assert (ran.code, ran.out, ran.err.splitlines()[0]) == (2, "", "ckpt: none.pt: no such file or directory")

@@ -1,4 +1,4 @@
-"""Every malformed file that some other checker calls healthy fails in ``ckpt check``; what they cannot open passes."""
+"""``ckpt check`` fails for malformed files that other checkers accept, and passes for files that they cannot open."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FP8 = torch.arange(64.0).to(torch.float8_e4m3fn)
 BROKEN = torch.arange(64.0)
 BROKEN[3], BROKEN[5] = torch.nan, torch.inf
 
-FAILS: dict[str, tuple[bytes, int, str]] = {
-    # id: (the file, the exit code, a piece of what is said)
+MALFORMED: dict[str, tuple[bytes, int, str]] = {
+    # id: (the file, the exit code, a part of the output)
     "data truncated": (GOOD[: len(GOOD) // 2], 2, "bytes are missing at the end"),
     "header truncated": (GOOD[:40], 2, "truncated?"),
     "not JSON": (safetensors_file("{"), 2, "the header is not JSON"),
@@ -42,13 +42,15 @@ FAILS: dict[str, tuple[bytes, int, str]] = {
 }
 
 
-@pytest.mark.parametrize(("data", "code", "said"), FAILS.values(), ids=FAILS.keys())
-def test_it_fails(data: bytes, code: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """With 1 for findings and 2 for a file that cannot be opened, in words; in JSON too, and never as a traceback."""
+@pytest.mark.parametrize(("data", "code", "text"), MALFORMED.values(), ids=MALFORMED.keys())
+def test_malformed_files_fail(
+    data: bytes, code: int, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Exit code 1 means findings, 2 a file that cannot be opened; there is a message, and never a traceback."""
     (tmp_path / "x.safetensors").write_bytes(data)
     for options in ([], ["--json"]):
         ran = run_ckpt(capsys, "check", tmp_path / "x.safetensors", *options)
-        assert (ran.code, said in (ran.out if code == 1 else ran.err)) == (code, True), ran
+        assert (ran.code, text in (ran.out if code == 1 else ran.err)) == (code, True), ran
         assert code == 1 or ran.out == ""
     assert code == 2 or json.loads(ran.out)["summary"]["errors"] == 1
 
@@ -67,7 +69,7 @@ def _pickled(at: Path) -> Path:
     return at / "x.pt"
 
 
-PASSES: dict[str, Callable[[Path], Path]] = {
+UNDAMAGED: dict[str, Callable[[Path], Path]] = {
     "a directory of shards": _directory,
     "an index": lambda at: shard(at / "d"),
     "FP8": _fp8,
@@ -75,18 +77,18 @@ PASSES: dict[str, Callable[[Path], Path]] = {
 }
 
 
-@pytest.mark.parametrize("make", PASSES.values(), ids=PASSES.keys())
-def test_it_passes(make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Honest files of any form have notes alone, and the last says how many tensors were judged."""
+@pytest.mark.parametrize("make", UNDAMAGED.values(), ids=UNDAMAGED.keys())
+def test_undamaged_files_pass(make: Callable[[Path], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Undamaged files of any form have only notes, and the last says how many tensors were checked."""
     ran = run_ckpt(capsys, "check", make(tmp_path), "--json")
     document = json.loads(ran.out)
     assert (ran.code, document["summary"]["errors"], document["summary"]["warnings"]) == (0, 0, 0), ran.out
     assert "values of" in document["findings"][-1]["message"]
 
 
-@pytest.mark.parametrize(("path", "said"), [("gone.safetensors", "no such file"), (".", "without a checkpoint in it")])
-def test_what_is_no_checkpoint_is_trouble(
-    path: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("path", "text"), [("gone.safetensors", "no such file"), (".", "without a checkpoint in it")])
+def test_paths_without_a_checkpoint_are_errors(
+    path: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ran = run_ckpt(capsys, "check", tmp_path / path)
-    assert (ran.code, ran.out, said in ran.err) == (2, "", True), ran.err
+    assert (ran.code, ran.out, text in ran.err) == (2, "", True), ran.err

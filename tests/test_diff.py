@@ -1,4 +1,4 @@
-"""What is said about two sets of tensors: every word has torch's meaning."""
+"""``diff`` of two state_dicts: every word has torch's meaning."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NET = described(fc1__weight=(5, 4), fc1__bias=(5,), fc2__weight=(3, 5), fc2__bia
 
 
 def renamed(infos: Mapping[str, TensorInfo], before: str, after: str) -> dict[str, TensorInfo]:
-    """The same tensors under names with the prefix ``before`` put in place of ``after``."""
+    """Return the same tensors with the prefix ``before`` of their names replaced by ``after``."""
     names = [after + key.removeprefix(before) if key.startswith(before) else key for key in infos]
     return {name: TensorInfo(name, info.dtype, info.shape) for name, info in zip(names, infos.values(), strict=True)}
 
@@ -26,11 +26,8 @@ def without(infos: Mapping[str, TensorInfo], *keys: str) -> dict[str, TensorInfo
     return {key: info for key, info in infos.items() if key not in keys}
 
 
-# --- the words -------------------------------------------------------------------------------------------------------
-
-
 def test_a_checkpoint_that_fits_has_nothing_to_report() -> None:
-    """Same keys, shapes and dtypes: everything is matched, and load_state_dict takes it."""
+    """With the same keys, shapes and dtypes, everything is matched and load_state_dict accepts it."""
     result = diff(NET, NET)
     assert [pair.key for pair in result.matched] == list(NET)
     assert (result.different, result.loads, result.loads_strict, result.coverage) == (False, True, True, 1.0)
@@ -38,7 +35,7 @@ def test_a_checkpoint_that_fits_has_nothing_to_report() -> None:
 
 
 def test_each_difference_is_listed_under_its_own_word() -> None:
-    """Missing: expected only. Unexpected: found only. Mismatches: on both sides, with both descriptions."""
+    """Missing keys are only expected, unexpected keys only found; mismatches have both descriptions."""
     found = {
         **without(NET, "fc2.bias"),
         "fc1.weight": TensorInfo("fc1.weight", "F32", (5, 3)),
@@ -70,12 +67,12 @@ def test_each_difference_is_listed_under_its_own_word() -> None:
 def test_coverage_counts_elements(
     expected: dict[str, TensorInfo], found: dict[str, TensorInfo], coverage: float
 ) -> None:
-    """The share of the expected elements that found fills, never the share of keys."""
+    """Coverage is the share of the expected elements that were found, not the share of keys."""
     assert diff(expected, found).coverage == coverage
 
 
-def test_a_result_is_shown_in_numbers() -> None:
-    """At a prompt the result of a model of a thousand tensors is one line."""
+def test_repr_has_the_counts() -> None:
+    """The repr is one line, even for a thousand tensors."""
     shown = repr(
         diff({"a": torch.ones(2), "b": torch.ones(3)}, {"a": torch.ones(2), "b": torch.ones(4), "c": torch.ones(1)})
     )
@@ -83,13 +80,13 @@ def test_a_result_is_shown_in_numbers() -> None:
 
 
 def test_another_dtype_is_a_difference_that_loads() -> None:
-    """torch casts while loading, so it is reported and loads strictly."""
+    """torch casts while loading, so another dtype is reported but loads strictly."""
     result = diff({"w": TensorInfo("w", "F32", (2,))}, {"w": TensorInfo("w", "F16", (2,))})
     assert (result.different, result.loads, result.loads_strict) == (True, True, True)
 
 
 def test_descriptions_need_no_values() -> None:
-    """Two mappings of TensorInfo are enough, and a model or a dict of tensors stands for its description."""
+    """Either side may be a mapping of TensorInfo, a model or a dict of tensors."""
     model = nn.Linear(4, 5)
     wanted = described(weight=(5, 4), bias=(5,))
     assert not diff(wanted, model).different
@@ -102,18 +99,15 @@ def test_descriptions_need_no_values() -> None:
     ["model.pt", b"model.pt", 3, None, [], nn.Linear, torch.optim.SGD([nn.Parameter(torch.ones(1))])],
     ids=["path", "bytes", "int", "None", "list", "class", "optimizer"],
 )
-def test_what_is_no_state_dict_is_refused(thing: Any) -> None:
-    """A path too: it becomes a checkpoint at one door, and the message says which."""
+def test_other_values_than_state_dicts_are_refused(thing: Any) -> None:
+    """Only state_dicts are accepted; for a path the hint names ``open_checkpoint``."""
     with pytest.raises(ModelError, match="expected is a ") as caught:
         diff(thing, {})
     assert caught.value.hint
 
 
-# --- rules -----------------------------------------------------------------------------------------------------------
-
-
 def test_rules_rename_what_was_found() -> None:
-    """The pair keeps both names; dropped keys are neither matched nor unexpected."""
+    """A pair has both names; dropped keys are neither matched nor unexpected."""
     found = {**renamed(NET, "", "module."), "optimizer.step": TensorInfo("optimizer.step", "I64", ())}
     result = diff(NET, found, parse_rules(rename=["module.*=*"], drop=["optimizer.*"]))
     assert [(pair.key, pair.found.key) for pair in result.matched] == [(key, f"module.{key}") for key in NET]
@@ -125,13 +119,10 @@ def test_rules_rename_what_was_found() -> None:
     [(["modul.*=*"], "matches none"), (["module.{a}.weight=w"], "would both be called")],
     ids=["matches nothing", "collision"],
 )
-def test_rules_that_go_wrong_are_refused(rules: list[str], message: str) -> None:
-    """A typing slip never looks like a difference."""
+def test_rules_that_cannot_be_applied_are_refused(rules: list[str], message: str) -> None:
+    """A rule that matches nothing is an error, so that a typo does not look like a difference."""
     with pytest.raises(RuleError, match=message):
         diff(NET, renamed(NET, "", "module."), rules)
-
-
-# --- hints -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -149,7 +140,7 @@ def test_rules_that_go_wrong_are_refused(rules: list[str], message: str) -> None
 def test_the_prefix_that_explains_everything_is_named(
     expected: dict[str, TensorInfo], found: dict[str, TensorInfo], rename: str
 ) -> None:
-    """The first hint says how many keys it would match; following it makes the checkpoint load strictly."""
+    """The first hint says how many keys would match; its rename makes the checkpoint load strictly."""
     hint = diff(expected, found).hints[0]
     assert hint.rename == rename
     assert hint.message == f"all 4 keys match after --rename '{rename}'"
@@ -157,7 +148,7 @@ def test_the_prefix_that_explains_everything_is_named(
 
 
 def test_a_hint_counts_what_it_would_match() -> None:
-    """Where some keys stay apart, the number says so, and it is the number that comes true."""
+    """If some keys still do not match, the hint gives the number that will match."""
     found = {**renamed(without(NET, "fc2.bias"), "", "module."), "extra": TensorInfo("extra", "F32", (9,))}
     hint = diff(NET, found).hints[0]
     assert hint.message == "3 of 4 keys match after --rename 'module.*=*'"
@@ -176,14 +167,14 @@ def test_a_hint_counts_what_it_would_match() -> None:
     ],
     ids=["equal", "nothing in common", "only missing", "other shapes", "nothing missing", "would collide"],
 )
-def test_no_hint_where_none_helps(expected: dict[str, TensorInfo], found: dict[str, TensorInfo]) -> None:
-    """A rename that would match no more keys, or give two keys one name, is not offered."""
+def test_no_hint_if_none_helps(expected: dict[str, TensorInfo], found: dict[str, TensorInfo]) -> None:
+    """A rename is not suggested if it matches no more keys or gives two keys the same name."""
     assert diff(expected, found).hints == ()
 
 
 @pytest.mark.parametrize("prefix", ["mo\x1b[31mdule.", "m\ndule.", "a*b.", "{x}.", "re:a.", "a=b."])
 def test_hostile_prefixes_make_no_hostile_hint(prefix: str) -> None:
-    """What is shown is printable; a prefix that a pattern would not take literally is not offered."""
+    """Hints are printable; a prefix with special characters of the pattern language is not suggested."""
     found = renamed(NET, "", prefix)
     result = diff(NET, found)
     for hint in result.hints:
@@ -191,11 +182,8 @@ def test_hostile_prefixes_make_no_hostile_hint(prefix: str) -> None:
         assert diff(NET, found, [hint.rename]).loads_strict
 
 
-# --- what torch does in odd cases: each line was seen to be so, and the property test compares with torch itself ------
-
-
 class Counter(nn.Module):
-    """Looks like batch norm by its names, and is none."""
+    """Has the buffers of batch norm, but is another class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -204,7 +192,7 @@ class Counter(nn.Module):
 
 
 def test_only_batch_norm_fills_in_its_counter() -> None:
-    """Checkpoints of before 0.4.1 have no counter: missing, and still loaded strictly; a look-alike's does not."""
+    """Batch norm loads strictly without its counter, as saved before 0.4.1; a similar class does not."""
     found = described(running_mean=(2,), running_var=(2,))
     model = nn.BatchNorm1d(2, affine=False)
     norm = diff(model, found)
@@ -216,7 +204,7 @@ def test_only_batch_norm_fills_in_its_counter() -> None:
 
 
 def test_a_submodule_set_to_none_hides_its_keys() -> None:
-    """After ``model.fc = None`` torch takes ``fc.weight`` without a word: unexpected, and loaded strictly."""
+    """After ``model.fc = None`` torch ignores ``fc.weight``: the key is unexpected but loads strictly."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     state = model.state_dict()
     model[1] = None  # type: ignore[assignment]
@@ -239,7 +227,7 @@ def test_a_submodule_set_to_none_hides_its_keys() -> None:
     ids=["sparse", "int", "None", "list", "bool"],
 )
 def test_values_that_cannot_be_copied_do_not_load(value: Any, *, loads: bool, field: str) -> None:
-    """A key that is there with something torch cannot copy makes it raise in both modes."""
+    """torch raises in both modes for a key whose value it cannot copy."""
     model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2))})
     result = diff(model, {"w": value})
     assert result.loads is loads
@@ -252,14 +240,14 @@ def test_values_that_cannot_be_copied_do_not_load(value: Any, *, loads: bool, fi
         assert loads
 
 
-def test_an_unexpected_value_that_is_no_tensor_is_unexpected_too() -> None:
-    """torch's strict mode counts every key, whatever is under it; an entry beside the envelope is not in the way."""
+def test_an_unexpected_value_that_is_not_a_tensor_is_unexpected_too() -> None:
+    """In strict mode torch raises for every unexpected key, even if its value is not a tensor."""
     model = nn.Linear(1, 1)
     result = diff(model, {**model.state_dict(), "epoch": 3})
     assert (result.foreign, result.loads, result.loads_strict, result.different) == (("epoch",), True, False, True)
 
 
-def test_a_key_that_is_no_string_is_refused() -> None:
-    """load_state_dict would fail on it too."""
+def test_a_key_that_is_not_a_string_is_refused() -> None:
+    """load_state_dict fails for such a key too."""
     with pytest.raises(CkptkitError, match="1 is not a string"):
         diff(nn.Linear(1, 1), {1: torch.ones(1)})  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""The verdict of a comparison is that of ``load_state_dict``, for whatever comes: torch itself is asked."""
+"""``diff`` says what ``load_state_dict`` does with any state_dict: torch itself is called."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimen
 
 
 class Buffers(nn.Module):
-    """Buffers and parameters of no and of several dimensions, one of them not in the state_dict."""
+    """Buffers and parameters with and without dimensions, one of them not in the state_dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -33,7 +33,7 @@ class Buffers(nn.Module):
 
 
 class Lookalike(nn.Module):
-    """Has batch norm's names without being one."""
+    """Has the buffers of batch norm, but is another class."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Lookalike(nn.Module):
 
 
 class Extra(nn.Module):
-    """Carries extra state of some kind beside a weight."""
+    """Has extra state and a weight."""
 
     def __init__(self, state: object) -> None:
         super().__init__()
@@ -129,13 +129,13 @@ CHANGES = (
 
 
 def changed(draw: st.DrawFn, state: OrderedDict[str, Any], change: str) -> None:
-    """Do one thing to a state_dict that people or programs do to it."""
+    """Change a state_dict as people or programs do."""
     if change == "add" or not state:
         value = draw(st.sampled_from((torch.ones(2), torch.tensor(1), *VALUES)))
         state[draw(st.sampled_from(NEW_KEYS))] = value
         return
     key = draw(st.sampled_from(sorted(state)))
-    plain = torch.ones(state[key].shape if isinstance(state[key], torch.Tensor) else (2,))  # values decide nothing
+    plain = torch.ones(state[key].shape if isinstance(state[key], torch.Tensor) else (2,))  # only the shape matters
     if change == "drop":
         del state[key]
     elif change == "old":  # as torch wrote it before batch norm had a counter
@@ -165,7 +165,7 @@ def packed(shape: torch.Size) -> torch.Tensor:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
-    """A model and a state_dict that was its own before things happened to it."""
+    """Return a model and its own state_dict after some changes."""
     model = draw(models())
     own = copy.deepcopy(model).state_dict()
     state: OrderedDict[str, Any] = OrderedDict(own)
@@ -174,8 +174,8 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
     if draw(st.booleans()):
         table = copy.deepcopy(own._metadata)  # type: ignore[attr-defined]
         for prefix in list(table):
-            version = draw(st.sampled_from((None, None, None, 0, 1, "gone")))
-            if version == "gone":
+            version = draw(st.sampled_from((None, None, None, 0, 1, "deleted")))
+            if version == "deleted":
                 del table[prefix]
             elif version is not None:
                 table[prefix]["version"] = version
@@ -184,7 +184,7 @@ def cases(draw: st.DrawFn) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def accepts(model: nn.Module, state: dict[str, Any], *, strict: bool) -> bool:
-    """What torch says, by trying."""
+    """Return whether torch loads the state_dict, by loading it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch only warns of a complex value cast to a real one
         try:
@@ -197,7 +197,7 @@ def accepts(model: nn.Module, state: dict[str, Any], *, strict: bool) -> bool:
 @settings(max_examples=800, deadline=None, suppress_health_check=list(HealthCheck))
 @given(cases())
 def test_the_verdict_is_that_of_load_state_dict(case: tuple[nn.Module, dict[str, Any]]) -> None:
-    """``loads_strict`` and ``loads`` hold exactly where torch does not raise."""
+    """``loads_strict`` and ``loads`` are true exactly if torch does not raise."""
     model, state = case
     result = diff(model, state)
     assert (result.loads_strict, result.loads) == (

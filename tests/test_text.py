@@ -1,4 +1,4 @@
-"""Names as text: printable, on one line, and still exact: Python reads the printed form back."""
+"""Printed names are printable, on one line and exact: Python reads the printed form back."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_harmless_names_are_printed_exactly(name: str) -> None:
         pytest.param("a\\x1b", "a\\\\x1b", id="a backslash becomes two"),
     ],
 )
-def test_characters_that_do_something_are_escaped(name: str, shown: str) -> None:
+def test_control_and_invisible_characters_are_escaped(name: str, shown: str) -> None:
     assert printable(name) == shown
 
 
 @given(ANY)
 def test_python_reads_a_printed_name_back(name: str) -> None:
-    """Printed names are printable, one line, free of runs of spaces, and a string literal of Python: so injective."""
+    """A printed name is one line without runs of spaces, and a Python literal; so no two names print the same."""
     shown = quoted(name)
     assert shown.isprintable()
     assert one_line(shown) == shown
@@ -59,24 +59,24 @@ def test_python_reads_a_printed_name_back(name: str) -> None:
 
 
 @given(ANY)
-def test_whatever_an_error_says_is_one_printable_line(sentence: str) -> None:
+def test_an_error_is_one_printable_line(sentence: str) -> None:
     assert one_line(sentence).isprintable()
 
 
-def test_a_very_long_name_is_cut_in_the_middle_and_says_so() -> None:
+def test_a_very_long_name_is_cut_in_the_middle() -> None:
     shown = printable("a" * 500_000 + "\n" * 500_000)
     assert shown == "a" * 200 + "...<999600 more characters>..." + "\\x0a" * 200
 
 
 @pytest.mark.parametrize("count", [400, 1_000_000])
-def test_a_name_of_spaces_costs_what_its_length_costs(count: int) -> None:
+def test_names_of_spaces_take_linear_time(count: int) -> None:
     assert printable(" " * count).startswith("\\x20" * 200)
     assert len(printable("a" + " " * (count - 2) + "b")) < 2000
 
 
 @given(st.text(max_size=50).filter(lambda text: "\0" not in text) | st.text("'\"$`\\;&|\n !a", max_size=30))
-def test_a_word_for_the_shell_is_data(text: str) -> None:
-    """What a hint shows can be pasted: on one line, and nothing in it is run."""
+def test_a_shell_word_runs_nothing(text: str) -> None:
+    """A hint can be pasted: it is one line, and the shell runs nothing in it."""
     word = shell_word(text)
     assert one_line(word) == word
     if not word.startswith("$"):
@@ -92,17 +92,17 @@ def test_the_shell_reads_a_word_back(text: str) -> None:
     assert done.stdout.decode() == text
 
 
-def test_a_word_too_long_to_paste_is_cut() -> None:
+def test_a_very_long_shell_word_is_cut() -> None:
     assert "more characters" in shell_word("a" * 1000)
 
 
 def test_html_tables_are_escaped_and_bounded() -> None:
-    """A cell is text, and a notebook is not flooded."""
-    made = html_table(("a", "b"), [("<img src=x onerror=1>", '"><script>')] * 600)
-    assert "<img" not in made
-    assert "<script" not in made
-    assert made.count("<tr>") == 501
-    assert made.endswith("<p>and 100 rows more</p>")
+    """Cells are escaped, and a notebook shows at most 500 rows."""
+    table = html_table(("a", "b"), [("<img src=x onerror=1>", '"><script>')] * 600)
+    assert "<img" not in table
+    assert "<script" not in table
+    assert table.count("<tr>") == 501
+    assert table.endswith("<p>and 100 rows more</p>")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What numbers are, from their bytes: torch and math over the whole tensor in float64 are the oracle."""
+"""Statistics computed from bytes equal those that torch and math compute over the whole tensor in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ckptkit.statistics.value_stats import ValueStats, merge_stats
 from tests.helpers_formats import bits, random_tensor
 
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-JUDGED = [
+SUPPORTED = [
     code
     for code, dtype in DTYPES.items()
     if not code.startswith(("Q", "BITS", "F6_")) and hasattr(torch, dtype.torch_name)
@@ -28,11 +28,11 @@ JUDGED = [
 
 @pytest.fixture(scope="module")
 def workspace() -> Iterator[Workspace]:
-    with Workspace(2) as made:
-        yield made
+    with Workspace(2) as workspace:
+        yield workspace
 
 
-def fed(info: TensorInfo, data: bytes, workspace: Workspace, step: int = 1 << 22) -> ValueStats:
+def stats_of(info: TensorInfo, data: bytes, workspace: Workspace, step: int = 1 << 22) -> ValueStats:
     accumulator = Accumulator(info, workspace)
     for start in range(0, len(data), step):
         accumulator.add(memoryview(data)[start : start + step])
@@ -44,7 +44,7 @@ def described(tensor: torch.Tensor) -> TensorInfo:
 
 
 def numbers_in(tensor: torch.Tensor) -> list[float]:
-    """Every number of a tensor as a Python number, exactly."""
+    """Return every number of a tensor as an exact Python number."""
     if tensor.dtype is torch.float4_e2m1fn_x2:
         signed = [*F4, *(-value for value in F4)]
         return [signed[half] for byte in bits(tensor) for half in (byte & 15, byte >> 4)]
@@ -61,7 +61,7 @@ def exponent_of(value: float) -> int:
 
 
 def check(found: ValueStats, values: list[float], code: str) -> None:
-    """All that is counted is exact; moments are within a few roundings of what exact sums give."""
+    """Assert that counts are exact and that moments differ from exact sums by a few roundings at most."""
     finite = [value for value in values if math.isfinite(value)]
     assert found.count == len(values)
     assert found.finite == len(finite)
@@ -95,21 +95,21 @@ def check(found: ValueStats, values: list[float], code: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-@pytest.mark.parametrize("code", JUDGED)
+@pytest.mark.parametrize("code", SUPPORTED)
 def test_every_dtype(code: str, workspace: Workspace) -> None:
-    """Of random bits, NaN, infinities and unused codes among them, everything is what exact arithmetic gives."""
+    """The statistics of random bits, with NaN, infinities and unused codes, agree with exact arithmetic."""
     dtype = getattr(torch, DTYPES[code].torch_name)
     tensor = random_tensor(dtype, (4002,))
     if code in ("F64", "C128"):  # squares of the full range are beyond float64, in torch as well
         tensor = torch.where(tensor.abs() < 1e100, tensor, torch.tensor(math.nan).to(dtype))
         tensor = torch.where((tensor.abs() > 1e-100) | tensor.isnan(), tensor, torch.zeros((), dtype=dtype))
-    check(fed(described(tensor), bits(tensor), workspace), numbers_in(tensor), code)
+    check(stats_of(described(tensor), bits(tensor), workspace), numbers_in(tensor), code)
 
 
 def test_no_dtype_is_forgotten() -> None:
-    """What is not judged has a reason; every other dtype of the table is tested above."""
+    """A dtype without statistics has a reason; every other dtype of the table is tested above."""
     reasons = {code: why_unsupported(TensorInfo("w", code, (2,))) for code in DTYPES}
-    assert sorted(code for code, reason in reasons.items() if not reason) == sorted(JUDGED)
+    assert sorted(code for code, reason in reasons.items() if not reason) == sorted(SUPPORTED)
     assert reasons["F6_E2M3"] == "torch has no arithmetic for F6_E2M3"
     assert why_unsupported(TensorInfo("w", "F4", (3,)))
     for kind in ("sparse", "quantized", "meta", "subclass"):
@@ -128,22 +128,22 @@ SPECIAL = [0.0, -0.0, 1.0, -1.5, 3e38, -1e-40, 1e-45, 65504.0, 6e-8, math.nan, m
     st.integers(1, 9),
 )
 def test_any_floats_in_any_chunks(workspace: Workspace, dtype: torch.dtype, values: list[float], step: int) -> None:
-    """Chunks of any size, those that cut a number among them, give the same as all the bytes at once."""
+    """Chunks of any size, even those that split a number, give the same result as all bytes at once."""
     tensor = torch.tensor(values, dtype=dtype)
     info, data = described(tensor), bits(tensor)
-    check(fed(info, data, workspace), numbers_in(tensor), info.dtype)
-    in_pieces = fed(info, data, workspace, step)
+    check(stats_of(info, data, workspace), numbers_in(tensor), info.dtype)
+    in_pieces = stats_of(info, data, workspace, step)
     check(in_pieces, numbers_in(tensor), info.dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int32], ids=str)
 @pytest.mark.parametrize("count", [32767, 32768, 131071, 131072, 131073, 400_001])
-def test_pieces_meet_without_a_seam(dtype: torch.dtype, count: int, workspace: Workspace) -> None:
-    """Where a tensor is cut for the threads nothing is lost, counted twice, or rounded more than float64 does."""
+def test_pieces_of_threads_add_up(dtype: torch.dtype, count: int, workspace: Workspace) -> None:
+    """Splitting a tensor for the threads loses no number, counts none twice, and rounds no more than float64."""
     tensor = (torch.randn(count, generator=torch.Generator().manual_seed(count)) * 1000).to(dtype)
     if dtype.is_floating_point:
         tensor[[0, 131072 % count, -1]] = torch.tensor([math.nan, math.inf, 0.0], dtype=dtype)
-    found = fed(described(tensor), bytes(tensor.view(torch.uint8).numpy()), workspace)
+    found = stats_of(described(tensor), bytes(tensor.view(torch.uint8).numpy()), workspace)
     wide = tensor.to(torch.float64)
     finite = wide[wide.isfinite()]
     assert (found.count, found.nan, found.posinf) == (count, int(wide.isnan().sum()), int((wide == math.inf).sum()))
@@ -156,47 +156,47 @@ def test_pieces_meet_without_a_seam(dtype: torch.dtype, count: int, workspace: W
     assert sum(found.histogram.values()) == len(finite) - found.zeros
 
 
-def test_a_large_mean_hides_no_deviation(workspace: Workspace) -> None:
-    """A deviation a ten-millionth of the mean is right to its last digits, over many pieces of unlike means."""
+def test_a_large_mean_does_not_hide_the_deviation(workspace: Workspace) -> None:
+    """A deviation of a ten-millionth of the mean is exact to the last digits, over pieces with different means."""
     steps = torch.arange(300_000, dtype=torch.float64)
     tensor = 1e8 + (steps % 7) + (steps > 150_000) * 3
-    found = fed(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor), workspace)
     assert found.std == pytest.approx((tensor - 1e8).std(correction=0).item(), rel=1e-12)
     assert found.mean == pytest.approx(1e8 + (tensor - 1e8).mean().item(), rel=1e-15)
 
 
 @pytest.mark.parametrize("center", [0.0, 1e-3, 3.0, -1e6, 1e12], ids=str)
 @pytest.mark.parametrize("special", [0, 1, 499, 1000], ids=str)
-def test_what_is_not_finite_moves_nothing(center: float, special: int, workspace: Workspace) -> None:
-    """Among numbers around any mean, a few or mostly NaN and Inf leave the moments of the rest as they are."""
+def test_nan_and_inf_do_not_change_moments(center: float, special: int, workspace: Workspace) -> None:
+    """NaN and Inf, few or many, do not change the moments of the other numbers, whatever their mean."""
     tensor = torch.randn(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + center
     tensor[7] = 0.0
     tensor[-20:] *= -1
     tensor[torch.randperm(1000, generator=torch.Generator().manual_seed(4))[:special]] = math.nan
     tensor[::5] = torch.where(tensor[::5].isnan(), -math.inf, tensor[::5])
-    check(fed(described(tensor), bits(tensor), workspace), numbers_in(tensor), "F64")
+    check(stats_of(described(tensor), bits(tensor), workspace), numbers_in(tensor), "F64")
     narrow = tensor.float()
-    check(fed(described(narrow), bits(narrow), workspace), numbers_in(narrow), "F32")
+    check(stats_of(described(narrow), bits(narrow), workspace), numbers_in(narrow), "F32")
 
 
 def test_the_order_of_threads_does_not_show() -> None:
-    """Twice over, with one thread or four, every bit of the result is the same."""
+    """The result has the same bits in a second run, and with one thread or four."""
     tensor = torch.randn(1_000_000, generator=torch.Generator().manual_seed(1))
     data = bytes(tensor.view(torch.uint8).numpy())
     results = []
     for threads in (1, 4, 4):
         with Workspace(threads) as workspace:
-            results.append(fed(described(tensor), data, workspace))
+            results.append(stats_of(described(tensor), data, workspace))
     assert results[0] == results[1] == results[2]
 
 
 def test_threads_of_torch_are_as_before() -> None:
-    """Neither this thread nor one to come is left with fewer threads than torch had."""
+    """Afterwards this thread and later threads use as many torch threads as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
         with Workspace(2) as workspace:
-            fed(TensorInfo("w", "U8", (1 << 17,)), bytes(1 << 17), workspace)
+            stats_of(TensorInfo("w", "U8", (1 << 17,)), bytes(1 << 17), workspace)
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -214,54 +214,54 @@ def test_threads_of_torch_are_as_before() -> None:
     ids=str,
 )
 def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int], workspace: Workspace) -> None:
-    """The smallest and the largest are exact where float64 is not."""
+    """The smallest and the largest integer are exact, even beyond the precision of float64."""
     tensor = torch.tensor(values, dtype=dtype)
-    found = fed(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor), workspace)
     assert (found.min, found.max) == (min(values), max(values))
     assert found.zeros == values.count(0)
 
 
-def test_what_is_beyond_float64_is_infinite_and_no_trouble(workspace: Workspace) -> None:
-    """Numbers whose sum and squares overflow have their mean all the same, and an infinite deviation, as in torch."""
+def test_overflow_of_float64_gives_inf(workspace: Workspace) -> None:
+    """Numbers whose sum and squares overflow have a finite mean and an infinite deviation, as in torch."""
     tensor = torch.tensor([1.7e308, 1.7e308, 1.7e308, -1e308], dtype=torch.float64)
     for step in (32, 8):
-        found = fed(described(tensor), bits(tensor), workspace, step)
+        found = stats_of(described(tensor), bits(tensor), workspace, step)
         assert found.mean == pytest.approx(1.025e308, rel=1e-12)
         assert (found.std, found.l1, found.l2) == (math.inf, math.inf, math.inf)
         assert (found.min, found.max) == (-1e308, 1.7e308)
 
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 0)], ids=str)
-def test_scalars_and_nothing(shape: tuple[int, ...], workspace: Workspace) -> None:
+def test_scalars_and_empty_tensors(shape: tuple[int, ...], workspace: Workspace) -> None:
     tensor = torch.full(shape, 0.1)
-    found = fed(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor), workspace)
     check(found, numbers_in(tensor), "F32")
     assert found.zero_share == 0
 
 
 def test_a_constant_has_no_deviation(workspace: Workspace) -> None:
-    """What is one number throughout is named, and rounding makes no deviation of it; two numbers are none."""
+    """A tensor of one number is constant and has a deviation of exactly 0; a tensor of two numbers is not constant."""
     tensor = torch.full((100_003,), 0.1)
-    found = fed(described(tensor), bits(tensor), workspace)
+    found = stats_of(described(tensor), bits(tensor), workspace)
     assert (found.constant, found.std, found.mean) == (tensor[0].item(), 0.0, tensor[0].item())
     tensor[5] = math.nan
-    assert fed(described(tensor), bits(tensor), workspace).constant is None
+    assert stats_of(described(tensor), bits(tensor), workspace).constant is None
 
 
 @given(st.lists(st.lists(st.sampled_from(SPECIAL[:6]) | st.floats(-1e6, 1e6), max_size=9), max_size=5))
 @settings(max_examples=50)
-def test_several_are_as_one(workspace: Workspace, parts: list[list[float]]) -> None:
-    """Tensors put together by their moments are what all their numbers are in one tensor."""
+def test_merged_stats_equal_those_of_one_tensor(workspace: Workspace, parts: list[list[float]]) -> None:
+    """Merged statistics of several tensors equal the statistics of one tensor with all their numbers."""
     tensors = [torch.tensor(part, dtype=torch.float64) for part in parts]
-    found = merge_stats(fed(described(tensor), bits(tensor), workspace) for tensor in tensors)
+    found = merge_stats(stats_of(described(tensor), bits(tensor), workspace) for tensor in tensors)
     check(found, [value for part in parts for value in part], "F64")
 
 
 def test_read_only_and_unaligned_chunks(workspace: Workspace) -> None:
-    """Bytes that cannot be written to, and those that begin at an odd address, are taken as they are."""
+    """Chunks may be read-only, and may begin at an odd address."""
     tensor = torch.randn(1000)
     data = bits(tensor)
-    expected = fed(described(tensor), data, workspace)
+    expected = stats_of(described(tensor), data, workspace)
     shifted = bytearray(b"?" + data)
     accumulator = Accumulator(described(tensor), workspace)
     accumulator.add(memoryview(shifted)[1:])

@@ -1,4 +1,4 @@
-"""``ckpt stats`` and ``stats``: torch's own arithmetic over the loaded tensors is the oracle."""
+"""``ckpt stats`` and ``stats`` agree with torch's own arithmetic over the loaded tensors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ DDP, TEN, TIED = "fixtures/lenet_ddp.pt", "fixtures/lenet_10class.pth", "fixture
 NAN, INF = math.nan, math.inf
 
 
-def agrees(found: ValueStats | None, tensor: torch.Tensor) -> None:
-    """What was found is what torch says of the finite elements in float64."""
+def assert_agrees(found: ValueStats | None, tensor: torch.Tensor) -> None:
+    """Assert that statistics equal those that torch computes for the finite elements in float64."""
     assert found is not None
     wide = tensor.to(torch.float64).reshape(-1)
     wide = wide[wide.isfinite()]
@@ -42,35 +42,35 @@ def agrees(found: ValueStats | None, tensor: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("path", [DDP, TEN, TIED, "fixtures/encoder_sharded"])
 def test_every_tensor_of_a_file(path: str) -> None:
-    """Keys are in the order of the file, and each has the numbers that torch finds in it."""
+    """Keys are in the order of the file, and the statistics of each agree with torch."""
     with open_checkpoint(ROOT / path) as checkpoint:
         found = stats(checkpoint)
         assert list(found.tensors) == list(checkpoint)
         for key, tensor in found.tensors.items():
-            agrees(tensor.numbers, checkpoint.read(key))
+            assert_agrees(tensor.numbers, checkpoint.read(key))
 
 
 def test_views_of_one_storage_and_conjugates(tmp_path: Path) -> None:
-    """Transposed, strided, expanded and overlapping views have the numbers of their elements, not of the storage."""
+    """Transposed, strided, expanded and overlapping views have the statistics of their elements, not of the storage."""
     base = torch.randn(60, 50)
     tensors = {"t": base.T, "s": base[::3, 1::2], "e": base[:1].expand(9, 50), "o": base[1:], "one": base[3, 4]}
     z = torch.randn(7, dtype=torch.complex64)
     with open_checkpoint(write(tmp_path, saved({**tensors, "c": z.conj()}))) as checkpoint:
         found = stats(checkpoint)
     for key, tensor in tensors.items():
-        agrees(found.tensors[key].numbers, tensor)
-    agrees(found.tensors["c"].numbers, torch.view_as_real(z.conj().resolve_conj()))
+        assert_agrees(found.tensors[key].numbers, tensor)
+    assert_agrees(found.tensors["c"].numbers, torch.view_as_real(z.conj().resolve_conj()))
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.int32], ids=str)
 def test_big_endian_numbers(tmp_path: Path, kind: torch.dtype) -> None:
     tensor = (torch.randn(1000) * 100).to(kind)
     with open_checkpoint(write(tmp_path, big(saved({"w": tensor}), kind.itemsize))) as checkpoint:
-        agrees(stats(checkpoint).tensors["w"].numbers, tensor)
+        assert_agrees(stats(checkpoint).tensors["w"].numbers, tensor)
 
 
 def test_ties_are_read_once_and_counted_once() -> None:
-    """A tied tensor says whose numbers it has; the whole and a module that holds both count it once."""
+    """A tied tensor names the first key of the tie; the total, and a module with both keys, count it once."""
     seen: list[int] = []
     shared = torch.randn(40)
     model = {"a.x": shared, "a.y": shared, "b.x": shared, "b.z": torch.randn(8)}
@@ -79,11 +79,11 @@ def test_ties_are_read_once_and_counted_once() -> None:
     assert [tensor.same_as for tensor in found.tensors.values()] == ["", "a.x", "a.x", ""]
     assert found.total.count == 48
     assert {name: numbers.count for name, numbers in found.modules(1).items()} == {"a": 40, "b": 48}
-    agrees(found.modules(1)["b"], torch.cat([shared, model["b.z"]]))
+    assert_agrees(found.modules(1)["b"], torch.cat([shared, model["b.z"]]))
 
 
-def test_modules_are_as_if_they_were_one_tensor() -> None:
-    """At each depth a module has the moments of all elements below it, however unlike its tensors are."""
+def test_stats_of_modules() -> None:
+    """At each depth a module has the moments of all elements below it, however different its tensors are."""
     parts = {
         "encoder.0.weight": torch.randn(300) + 1e4,
         "encoder.0.bias": torch.randn(7).bfloat16(),
@@ -100,11 +100,11 @@ def test_modules_are_as_if_they_were_one_tensor() -> None:
         modules = found.modules(depth)
         assert list(modules) == list(expected)
         for module, keys in expected.items():
-            agrees(modules[module], torch.cat([parts[key].double().reshape(-1) for key in keys]))
+            assert_agrees(modules[module], torch.cat([parts[key].double().reshape(-1) for key in keys]))
 
 
-def test_what_cannot_be_judged_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Quantised tensors of GGUF, sparse ones and bits without arithmetic are listed with the reason; the code is 0."""
+def test_tensors_without_stats_are_listed_with_a_reason(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Quantized tensors, sparse tensors and dtypes without arithmetic are listed with a reason; the exit code is 0."""
     data = gguf_file([gguf_info("q", (256,), 12), gguf_info("w", (4,), 0, 160)], data=bytes(160) + bytes(16))
     path = write(tmp_path, data, "m.gguf")
     with open_checkpoint(path) as checkpoint:
@@ -124,8 +124,8 @@ def test_what_cannot_be_judged_is_said(tmp_path: Path, capsys: pytest.CaptureFix
     assert sparse.total == ValueStats()
 
 
-def test_rules_choose_and_rename() -> None:
-    """Keys are those after the rules; an operation makes what is in no file, and is refused."""
+def test_rules_filter_and_rename() -> None:
+    """Keys are those after the rules; a rule that computes a tensor is refused, because no file has the tensor."""
     model = {"module.a": torch.ones(2), "module.b": torch.zeros(3)}
     assert list(stats(model, ["module.*=*"]).tensors) == ["a", "b"]
     assert list(stats(model, {"keep": ["*.b"]}).tensors) == ["module.b"]
@@ -139,13 +139,13 @@ def test_rules_choose_and_rename() -> None:
     [({"w": TensorInfo("w", "F32", (2,))}, PlanError), ({"w": torch.ones(2, device="meta")}, ModelError)],
     ids=["description", "meta"],
 )
-def test_what_has_no_bytes_is_refused(thing: Any, error: type[Exception]) -> None:
+def test_tensors_without_bytes_are_refused(thing: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="'w'"):
         stats(thing)
 
 
-def test_damage_is_trouble(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file that became shorter after its header was read ends with an error that names it, never with numbers."""
+def test_a_damaged_file_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that became shorter after its header was read gives an error with its path, never statistics."""
     path = tmp_path / "w.safetensors"
     save_file({"w": torch.ones(1000)}, path)
     with open_checkpoint(path) as checkpoint:
@@ -161,7 +161,7 @@ ODD = torch.tensor([NAN, NAN, INF, -INF, 1e-40, 0.0, 2.0, -6.0])
 
 
 def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A line a tensor, columns for what is odd only where it is, bars on one scale, and all together at the end."""
+    """One line for each tensor, columns for odd values only if there are some, bars on one scale, and a total line."""
     monkeypatch.chdir(tmp_path)
     save_file({"b\n": ODD, "a": torch.ones(3), "n": torch.zeros(0)}, "w.safetensors")
     ran = run_ckpt(capsys, "stats", "w.safetensors", "--sort", "nan", "--top", "2")
@@ -186,7 +186,7 @@ def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     ("sort", "first"), [("numbers", "b"), ("mean", "c"), ("std", "b"), ("zeros", "a"), ("l1", "b"), ("abs-max", "c")]
 )
 def test_sorted_by_size(sort: str, first: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The largest magnitude comes first, whatever its sign, in every form of the report."""
+    """The largest magnitude comes first, whatever its sign, in text and in JSON."""
     path = tmp_path / "w.safetensors"
     save_file({"a": torch.zeros(2), "b": torch.tensor([-9.0, 9.0, 1.0]), "c": torch.full((1,), -10.0)}, path)
     document = json.loads(run_ckpt(capsys, "stats", path, "--json", "--sort", sort, "--top", "1").out)
@@ -197,7 +197,7 @@ def test_sorted_by_size(sort: str, first: str, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_bars_are_shares_of_the_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A bar a power of two, the highest for most numbers, a dot for none, and the first for all that is smaller."""
+    """There is one bar for each power of two, a dot for an empty bin, and the first bar counts all smaller numbers."""
     path = tmp_path / "w.safetensors"
     values = [4.0] * 800 + [2.0] * 400 + [-1.0] * 100 + [2.0**-13, 1e-30, 0.0]
     save_file({"w": torch.tensor(values)}, path)
@@ -207,7 +207,7 @@ def test_bars_are_shares_of_the_numbers(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One document of a schema, with names and counts exact, and what JSON cannot write as a string."""
+    """The JSON document has exact names and counts, and strings for numbers that JSON cannot express."""
     path = tmp_path / "w.safetensors"
     save_file({"m.b": ODD, "m.h": torch.tensor([1e200, 1e200], dtype=torch.float64)}, path)
     document = json.loads(run_ckpt(capsys, "stats", path, "--json", "--depth", "1").out)
@@ -229,7 +229,7 @@ def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_notebook_form() -> None:
-    """A table with names escaped, that says what was judged."""
+    """The notebook form is a table with escaped names and the number of measured tensors."""
     html = stats({"<b>": ODD, "s": torch.eye(2).to_sparse()})._repr_html_()
     assert "1 tensor of 2 measured" in html
     assert "&lt;b&gt;" in html
