@@ -1,4 +1,4 @@
-"""Write torch's zip format: stored entries, aligned as torch aligns them, with true checksums."""
+"""Write torch's zip format: the pickle of a state_dict, and one aligned record with a checksum for each storage."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, row_major, storage_range
+from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, pack_float4, row_major, storage_range
 from ckptkit.core.files import Extent
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 
-# The dtypes that have a storage class of their own; torch writes the others through untyped storages.
+# The dtypes with a storage class; torch stores all other dtypes in untyped storages.
 STORAGE_CLASSES = {
     "F64": "DoubleStorage", "F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
     "I64": "LongStorage", "I32": "IntStorage", "I16": "ShortStorage", "I8": "CharStorage", "U8": "ByteStorage",
@@ -37,7 +37,7 @@ STORAGE_CLASSES = {
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor of the output: which record holds it, and how it lies in there; counts are of elements."""
+    """A tensor of the output: the number of its record, and offset and stride in the record, in elements."""
 
     info: TensorInfo
     record: int
@@ -47,7 +47,7 @@ class StoredTensor:
 
 
 def pickle_state_dict(tensors: Iterable[StoredTensor], versions: Mapping[str, int]) -> bytes:
-    """Return the pickle of an ``OrderedDict`` of names and tensors in order, with module versions as ``_metadata``."""
+    """Return the pickle of an ``OrderedDict`` of tensors by key, with the module versions as ``_metadata``."""
     emit = _Emitter()
     emit.out += b"\x80\x02"
     emit.ordered_dict()
@@ -79,9 +79,8 @@ def _metadata(emit: _Emitter, versions: Mapping[str, int]) -> None:
 def _tensor(emit: _Emitter, tensor: StoredTensor) -> None:
     info = tensor.info
     dtype, shape, offset, stride = info.dtype, info.shape, tensor.offset, tensor.stride
-    if dtype == "F4":  # torch counts bytes of two elements each
-        shape, offset = (*shape[:-1], shape[-1] // 2), offset // 2
-        stride = (*(step // 2 for step in stride[:-1]), 1)
+    if dtype == "F4":
+        shape, stride, offset = pack_float4(shape), (*(step // 2 for step in stride[:-1]), 1), offset // 2
     storage = STORAGE_CLASSES.get(dtype)
     emit.name("torch._utils", "_rebuild_tensor_v2" if storage else "_rebuild_tensor_v3")
     emit.out += b"(("
@@ -105,7 +104,7 @@ def _tensor(emit: _Emitter, tensor: StoredTensor) -> None:
 
 
 class _Emitter:
-    """Opcodes of protocol 2; names and constants are written once and recalled from the memo."""
+    """Write opcodes of protocol 2; code names and constants are written once and then recalled from the memo."""
 
     def __init__(self) -> None:
         self.out = bytearray()
@@ -163,7 +162,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _ALIGNMENT = 64
 _UTF8 = 0x800
 _LIMIT = 0xFFFFFFFF
-_JANUARY_1980 = 0x21  # a fixed date keeps equal contents equal files
+_JANUARY_1980 = 0x21  # with a fixed date, equal contents give equal files
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +191,7 @@ class _Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TorchZipLayout:
-    """An archive before it is written: its entries, each at its place, and the exact size."""
+    """The layout of an archive: the entries with their offsets, the offset of the directory, and the exact size."""
 
     entries: tuple[_Entry, ...]
     directory: int
@@ -200,7 +199,7 @@ class TorchZipLayout:
 
 
 def refuse_unwritable(infos: Iterable[TensorInfo]) -> None:
-    """Raise ``PlanError`` for a dtype that torch has no type for, or none that its files can hold."""
+    """Raise ``PlanError`` for a dtype that torch does not have, or that its files cannot hold."""
     for info in infos:
         if info.dtype not in DTYPES or not DTYPES[info.dtype].torch_name or info.dtype.startswith(("Q", "BITS")):
             raise PlanError(f"{quoted(info.key)} is {info.dtype}, which cannot be written to a torch file")
@@ -214,9 +213,9 @@ def layout_torch_zip(
 ) -> TorchZipLayout:
     """Return the layout of an archive with these tensors as one state_dict, in order.
 
-    Tensors that share memory in their source share a storage in the output too, as far as their bytes can be
-    copied as they lie; strides are kept where that costs no room. ``versions`` become the ``_metadata``.
-    Raises ``PlanError`` for a dtype that torch has no type for.
+    Tensors that share memory in the source share a storage in the output if their bytes can be copied unchanged.
+    Strides are kept unless this needs more space. ``versions`` become the ``_metadata``. Raises ``PlanError`` as
+    ``refuse_unwritable`` does.
     """
     refuse_unwritable(infos)
     records, stored = assign_records(infos, payload, span)
@@ -226,7 +225,7 @@ def layout_torch_zip(
 def layout_torch_archive(
     pickle: bytes, records: Iterable[Payload], others: Iterable[tuple[str, Payload]] = ()
 ) -> TorchZipLayout:
-    """Return the layout of an archive of this pickle and its storages, and what else is to lie beside them, by name."""
+    """Return the layout of an archive with a pickle, the records of its storages, and other records by name."""
     contents: dict[str, Payload] = {
         "data.pkl": _Bytes(pickle),
         "byteorder": _Bytes(b"little"),
@@ -253,36 +252,38 @@ def assign_records(
     payload: Callable[[TensorInfo], Payload],
     span: Callable[[TensorInfo], Payload | None],
 ) -> tuple[list[Payload], list[StoredTensor]]:
-    """Decide which tensors share a record, and how each lies in its own."""
+    """Return the records that hold the tensors, and for each tensor its record, offset and stride."""
     unions: dict[str, tuple[int, Payload]] = {}
     for group in overlapping_tensors(infos):
         shared = _union(group, span)
         if shared is not None:
             unions.update((info.key, shared) for info in group)
     records: list[Payload] = []
-    known: dict[object, StoredTensor] = {}  # what makes two tensors one record -> the first of them
+    first_tensors: dict[object, StoredTensor] = {}  # of each record, by the identity of its bytes
     stored = []
     for info in infos:
         if info.key in unions and info.view is not None:
             first, content = unions[info.key]
-            same: object = id(content)
-            place = info.view.offset - first * 8 // DTYPES[info.dtype].bits, info.view.stride
+            identity: object = id(content)
+            placement = info.view.offset - first * 8 // DTYPES[info.dtype].bits, info.view.stride
         else:
             content, stride = _single(info, payload, span)
-            # Two names of one view are one record, gaps or not; without a span, equal views may differ in value.
-            same = (info.view, info.shape, info.dtype) if info.view and info.elements and span(info) else info.key
-            place = 0, stride
-        if same not in known:
-            known[same] = StoredTensor(info, len(records), content.nbytes, *place)
+            # Two keys of one view share a record, even with gaps. Without a span, equal views can differ in value.
+            has_span = info.view and info.elements and span(info)
+            identity = (info.view, info.shape, info.dtype) if has_span else info.key
+            placement = 0, stride
+        first_tensor = first_tensors.get(identity)
+        if first_tensor is None:
+            first_tensor = first_tensors[identity] = StoredTensor(info, len(records), content.nbytes, *placement)
             records.append(content)
-        stored.append(StoredTensor(info, known[same].record, known[same].record_nbytes, *place))
+        stored.append(StoredTensor(info, first_tensor.record, first_tensor.record_nbytes, *placement))
     return records, stored
 
 
 def _union(group: Sequence[TensorInfo], span: Callable[[TensorInfo], Payload | None]) -> tuple[int, Payload] | None:
-    """Return the first byte and the bytes that a group of views covers, or None where writing them apart is better."""
+    """Return the first byte and the bytes of a group of views, or None if separate records are better."""
     if len({info.dtype for info in group}) > 1 and any(info.dtype in STORAGE_CLASSES for info in group):
-        return None  # torch gives all tensors of a typed storage the dtype of the first one
+        return None  # torch gives all tensors of a typed storage the dtype of the first tensor
     spans = [span(info) for info in group]
     first, last = min(storage_range(info)[0] for info in group), max(storage_range(info)[1] for info in group)
     distinct = {(storage_range(info), info.shape, info.dtype): info.nbytes for info in group}
@@ -313,10 +314,10 @@ def _single(
 
 
 def write_torch_zip(layout: TorchZipLayout, out: AtomicFile) -> Iterator[int]:
-    """Write the archive into ``out``; yield the bytes of each step."""
+    """Write the archive to ``out``, and yield the number of bytes of each step."""
     directory = bytearray()
     for entry in layout.entries:
-        # A recorded checksum travels with bytes that nobody looks at, so that damage stays detectable.
+        # Unchanged bytes keep the checksum of the source, so damage in the source stays detectable.
         crc = entry.content.crc if isinstance(entry.content, Extent) else None
         if crc is not None:
             yield from out.copy(entry.content, entry.start)
