@@ -123,7 +123,7 @@ def test_validate_warns_of_parameters_in_no_layer(tmp_path: Path, capsys: pytest
     ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec, "--json")
     (finding,) = json.loads(ran.out)["findings"]
     assert (ran.code, finding["code"], finding["severity"]) == (1, "groups.layer-unmatched", "warning")
-    assert "4 parameters that modifier 'modifier 1' matches are in none of its layers" in finding["message"]
+    assert "4 parameters are in no layer of modifier 'modifier 1'" in finding["message"]
 
 
 def test_validate_warns_of_options_for_an_unused_optimizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -459,3 +459,8 @@ def test_a_modifier_that_matches_nothing_is_refused_with_the_nearest_pattern() -
         build_param_groups(Transformer(), modified(params="haed.*", lr=1))
     assert caught.value.reason == "modifier 'm' matches no parameter of the model: params = 'haed.*'"
     assert caught.value.hint == "did you mean 'head.*'?"
+
+
+def test_the_error_of_a_condition_that_matches_nothing_shows_the_condition() -> None:
+    with pytest.raises(GroupsError, match=r'matches no parameter of the model: match = \{ role = "lora_a" \}'):
+        build_param_groups(Transformer(), modified(match={"role": "lora_a"}, lr=1))

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+from ckptkit.core.config_files import toml_value
 from ckptkit.core.findings import Finding
 from ckptkit.core.patterns import matches_any, suggest_pattern
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.param_groups import codes
+from ckptkit.param_groups.conditions import condition_table
 from ckptkit.param_groups.ownership import RuleMatcher
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable
 from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
@@ -53,12 +55,12 @@ class SpecFindings:
                     f"name the class in a group, or at the top of the spec: optimizer = {quoted(name)}",
                 )
         for name, without in self.matcher.without_layer.items():
+            are, keep = ("is", "keeps") if len(without) == 1 else ("are", "keep")
             yield codes.LAYER_UNMATCHED.finding(
                 without[0],
-                f"{plural(len(without), 'parameter')} that modifier {quoted(name)} matches "
-                f"{'is' if len(without) == 1 else 'are'} in none of its layers, with the full lr: "
-                f"{listed(without, _SHOWN)}",
-                "add them to layers, or exclude them with params or match",
+                f"{plural(len(without), 'parameter')} {are} in no layer of modifier {quoted(name)}, "
+                f"and {keep} the full lr: {listed(without, _SHOWN)}",
+                "add them to layers, or exclude them from the modifier with params or match",
             )
         for name, numbers in self.matcher.layers.items():
             if numbers.gaps:
@@ -232,7 +234,7 @@ class SpecFindings:
         if rule.patterns:
             asked.append("params = " + ", ".join(quoted(pattern.text) for pattern in rule.patterns))
         if rule.condition is not None:
-            asked.append("its match condition")
+            asked.append(f"match = {toml_value(condition_table(rule.condition))}")
         if isinstance(rule, Modifier) and rule.layers is not None:
             asked.append("its layers")
         hint = "compare with the names, modules and shapes of the model, or set optional = true"
