@@ -1,4 +1,4 @@
-"""Small models that were trained for real, and what is equal in two optimizer states."""
+"""A small model, real training steps, and the comparison of two optimizer states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 class Net(nn.Module):
-    """A body of one fused matrix, a norm with buffers, and a head."""
+    """A network with a fused matrix, a norm with buffers, and a head."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Net(nn.Module):
 def trained(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 3, *, seed: int = 0
 ) -> torch.optim.Optimizer:
-    """Step an optimizer on data that is the same for the same seed, and return it."""
+    """Make real steps on data that depends only on the seed, and return the optimizer."""
     for step in range(steps):
         data = torch.randn(6, 4, generator=torch.Generator().manual_seed(1000 * seed + step))
         optimizer.zero_grad()
@@ -46,7 +46,7 @@ def trained(
 
 
 def same_state(one: Any, other: Any) -> bool:
-    """Whether two nested values are the same to the last bit, kinds of containers and numbers included."""
+    """Return whether two nested values are equal to the last bit, including the types of containers and numbers."""
     if isinstance(one, torch.Tensor) or isinstance(other, torch.Tensor):
         return (
             isinstance(one, torch.Tensor)

@@ -1,4 +1,4 @@
-"""Every class of torch.optim and of its schedulers, small nets to train with them, and real steps."""
+"""Every optimizer and scheduler of torch.optim, small models for them, real steps, and the findings of a validation."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ SCHEDULERS: dict[str, Callable[[Optimizer], Any]] = {
 
 
 class Net(nn.Module):
-    """Two layers and a norm; ``matrices`` leaves the two weights alone."""
+    """Two linear layers and a norm; with ``matrices`` only the two weights."""
 
     def __init__(self, classes: int = 3, *, matrices: bool = False) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class Net(nn.Module):
 
 
 class Sparse(nn.Module):
-    """An embedding with sparse gradients, which SparseAdam alone steps."""
+    """An embedding with sparse gradients, which only SparseAdam steps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class Sparse(nn.Module):
 
 
 def net_for(name: str) -> Any:
-    """Return a net that the optimizer of that name can step."""
+    """Return a model that the optimizer called ``name`` can step."""
     return Sparse() if name == "SparseAdam" else Net(matrices=name == "Muon")
 
 
@@ -108,13 +108,13 @@ def step(model: nn.Module, optimizer: Optimizer, count: int = 1) -> None:
 
 
 def codes(model: nn.Module, groups: Any, schedulers: Any = None) -> list[tuple[str, str, str]]:
-    """Validate; return code, severity and key of each finding, which must have a way out and stay on one line."""
+    """Return code, severity and key of each finding; every finding must have a hint and a message of one line."""
     report = validate_param_groups(model, groups, schedulers=schedulers)
     assert all(finding.hint and "\n" not in finding.message for finding in report.findings)
     return [(finding.code.removeprefix("groups."), finding.severity, finding.key) for finding in report.findings]
 
 
 def message(model: nn.Module, groups: Any, schedulers: Any = None) -> str:
-    """Return the message of the one finding that there is."""
+    """Return the message of the only finding."""
     (finding,) = validate_param_groups(model, groups, schedulers=schedulers).findings
     return finding.message

@@ -1,4 +1,4 @@
-"""Files with an optimizer's state: edited without anything else changing, and loaded by torch as before."""
+"""Files with an optimizer state: an edit changes nothing else, and torch loads the result."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def groups_of(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def run_file(path: Path, kind: str = "AdamW", **settings: Any) -> tuple[Net, dict[str, Any]]:
-    """A training checkpoint as a script would save it, and what is in it."""
+    """Return the path of a training checkpoint as a script saves it, and its content."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS[kind](groups_of(model)))
     extra = {"device": torch.device("cpu"), "losses": [0.5] * 3, "rng": torch.get_rng_state(), "epoch": 3}
@@ -69,7 +69,7 @@ def write(state: OptimizerState, path: Path, source: Any = None, **settings: Any
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("settings", [{}, {"pickle_protocol": 4}, {"_use_new_zipfile_serialization": False}])
 def test_a_copy_is_a_copy(kind: str, settings: dict[str, Any], tmp_path: Path) -> None:
-    """A state that is not changed makes the same file, as torch loads it, ties and devices and all else included."""
+    """An unchanged state is written to a file that torch loads as the same content, with ties and devices."""
     _, content = run_file(tmp_path / "run.ckpt", kind, **settings)
     content["again"] = content["model"]["qkv.weight"]
     first = content["optimizer"]["param_groups"][0]
@@ -82,7 +82,7 @@ def test_a_copy_is_a_copy(kind: str, settings: dict[str, Any], tmp_path: Path) -
 
 
 def test_only_the_state_changes(tmp_path: Path) -> None:
-    """Of an edited file everything but the optimizer's state is what it was; the state is what the rules make."""
+    """An edit changes only the optimizer state, which is then the result of the rules."""
     model, content = run_file(tmp_path / "run.ckpt")
     with open_optimizer(tmp_path / "run.ckpt") as source:
         made = remap(to_named(source, model), ["fc.*=inner.*"])
@@ -95,7 +95,7 @@ def test_only_the_state_changes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["indexed", "param-names", "named", "flattened"])
 def test_every_form_is_written(form: str, tmp_path: Path) -> None:
-    """A live state becomes a file in each form, which torch loads weights-only and its own tools take."""
+    """A live state is written in every form; torch loads it with weights_only, and its own tools accept it."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS["AdamW"](groups_of(model)))
     state = to_named(optimizer.state_dict(), model)
@@ -115,7 +115,7 @@ def test_every_form_is_written(form: str, tmp_path: Path) -> None:
 
 
 def test_a_distributed_state_becomes_a_file(tmp_path: Path) -> None:
-    """What torch.distributed.checkpoint wrote is written as a torch file, in the form that load_state_dict takes."""
+    """A DCP directory is written to a torch file, in the form that load_state_dict() accepts."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS["SGD"](model.parameters()))
     state = dcp_state_dict.get_optimizer_state_dict(model, optimizer)
@@ -130,7 +130,7 @@ def test_a_distributed_state_becomes_a_file(tmp_path: Path) -> None:
     [("o.safetensors", "to a torch file"), ("run.ckpt", "is an input"), ("there.pt", "already exists")],
 )
 def test_outputs_are_refused_early(name: str, said: str, tmp_path: Path) -> None:
-    """No other format, and nothing that is there already: nothing is written."""
+    """Another format and an existing output are refused before anything is written."""
     run_file(tmp_path / "run.ckpt")
     (tmp_path / "there.pt").write_bytes(b"x")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -140,7 +140,7 @@ def test_outputs_are_refused_early(name: str, said: str, tmp_path: Path) -> None
 
 
 def test_a_value_of_code_stays_in_its_file_alone(tmp_path: Path) -> None:
-    """An option that only code could make is kept where it was, and refused for any other file."""
+    """A value that only code can rebuild is copied when its file is edited, and refused for any other file."""
     import numpy as np
 
     model, content = run_file(tmp_path / "run.ckpt")
@@ -156,7 +156,7 @@ def test_a_value_of_code_stays_in_its_file_alone(tmp_path: Path) -> None:
 
 
 def test_remap_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The names come from the weights in the file; the new state loads into the new model in the new model's order."""
+    """Names come from the weights in the file; the result loads into the new model, in the order of that model."""
     _, content = run_file(tmp_path / "run.ckpt")
     (tmp_path / "rules.toml").write_text(RULES)
     shapes = {
@@ -184,7 +184,7 @@ def test_remap_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_show_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Names, shapes, steps, groups; findings decide the exit code; without names positions stand for them."""
+    """The page has names, shapes, steps and groups; findings set the exit code; positions replace missing names."""
     _, content = run_file(tmp_path / "run.ckpt")
     ran = run_ckpt(capsys, "optim", "show", tmp_path / "run.ckpt", "--json")
     document = json.loads(ran.out)
@@ -211,7 +211,7 @@ def test_show_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 
 def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A spec makes other groups of a file, the groups of another file bring them back, and a pattern resets a head."""
+    """A spec changes the groups of a file, another file restores them, and a pattern resets a head."""
     _, content = run_file(tmp_path / "run.ckpt", "SGD")
     (tmp_path / "spec.toml").write_text(SPEC)
     run, out = tmp_path / "run.ckpt", [tmp_path / f"{name}.ckpt" for name in "bcd"]
@@ -234,7 +234,7 @@ def test_resplit_and_prune_on_the_command_line(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where shapes do not tell, a list of names does; without it the refusal says so."""
+    """A list of names settles what shapes do not tell; without the list, the error asks for it."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = trained(
         model, OPTIMIZERS["SGD"]([{"params": model[1].parameters()}, {"params": model[0].parameters()}])
@@ -256,6 +256,6 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("path", [None, 5, b"run.pt", ["run.pt"], ""], ids=repr)
 @pytest.mark.parametrize("door", [open_checkpoint, open_optimizer])
 def test_what_is_no_path_is_refused(door: Any, path: Any) -> None:
-    """In a sentence about what was given, with no name of the inside in it."""
+    """The error names what was given, and no internals."""
     with pytest.raises(PathError, match=r"a path cannot be|the path is empty"):
         door(path)

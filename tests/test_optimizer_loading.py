@@ -1,4 +1,4 @@
-"""Loading optimizer state by name: training goes on to the last bit, and what cannot go on is refused."""
+"""Optimizer state is loaded by name: training continues to the last bit, or the load is refused."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Old(nn.Module):
 
 
 class New(nn.Module):
-    """``Old`` under other names, registered in another order."""
+    """``Old`` with other names, registered in another order."""
 
     def __init__(self, old: Old) -> None:
         super().__init__()
@@ -92,8 +92,8 @@ def begun(kind: str = "AdamW", classes: int = 3, groups: Callable[[Old], Any] | 
     return model, optimizer
 
 
-def dealt(model: nn.Module, *starts: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Groups by the beginnings of names, each in the reverse order of the model."""
+def reordered_groups(model: nn.Module, *starts: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return groups by the beginnings of names, each in the reverse order of the model."""
     named = list(model.named_parameters())[::-1]
     return [{"params": [(name, p) for name, p in named if name.startswith(some)]} for some in starts]
 
@@ -103,7 +103,7 @@ THREE_NEW = (("head",), ("attn",), ("body",))
 
 
 def same(old: Iterable[tuple[Any, Any]], one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> bool:
-    """Whether each pair of parameters, and every tensor of their states, is the same to the last bit."""
+    """Return whether each pair of parameters and all tensors of their states are equal to the last bit."""
     pairs = list(old)
     for mine, theirs in pairs:
         left, right = one.state[mine], other.state[theirs]
@@ -119,11 +119,11 @@ def same(old: Iterable[tuple[Any, Any]], one: torch.optim.Optimizer, other: torc
 @pytest.mark.parametrize("split", ["1->3", "3->1", "3->3"])
 @pytest.mark.parametrize("kind", PROVED)
 def test_training_goes_on_bit_by_bit(kind: str, split: str, form: str, tmp_path: Any) -> None:
-    """Saved, renamed, dealt into other groups in another order, loaded: two more steps are the uninterrupted ones."""
-    model, optimizer = begun(kind, groups=None if split == "1->3" else lambda old: dealt(old, *THREE_OLD))
+    """After a save, renames, other groups and a load, two more steps equal those of an uninterrupted run."""
+    model, optimizer = begun(kind, groups=None if split == "1->3" else lambda old: reordered_groups(old, *THREE_OLD))
     saved: Any = optimizer.state_dict()
     resumed = New(model)
-    groups = list(resumed.named_parameters())[::-1] if split == "3->1" else dealt(resumed, *THREE_NEW)
+    groups = list(resumed.named_parameters())[::-1] if split == "3->1" else reordered_groups(resumed, *THREE_NEW)
     other = PROVED[kind](groups)
     if form == "file":
         torch.save(saved, tmp_path / "optimizer.pt")
@@ -148,7 +148,7 @@ def test_training_goes_on_bit_by_bit(kind: str, split: str, form: str, tmp_path:
 
 
 class Apart(nn.Module):
-    """``Old`` with its fused matrix in three."""
+    """``Old`` with its fused matrix in three parts."""
 
     def __init__(self, old: Old) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Apart(nn.Module):
 
 
 def apart(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is given by the names of ``Old``, by those of ``Apart``."""
+    """Return values with the names of ``Old`` as values with the names of ``Apart``."""
     made = {name: tensor for name, tensor in old.items() if "qkv" not in name}
     for name, tensor in old.items():
         if name.startswith("qkv."):
@@ -171,10 +171,10 @@ def apart(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", sorted(set(PROVED) - WHOLE))
 def test_training_goes_on_after_a_split(kind: str) -> None:
-    """Each element has its own update: with the same gradients the parts train as the whole does."""
+    """Each element has its own update, so the parts train like the whole with the same gradients."""
     model, optimizer = begun(kind)
     resumed = Apart(model)
-    other = PROVED[kind](dealt(resumed, ("q", "head"), ("k",), ("v", "fc")))
+    other = PROVED[kind](reordered_groups(resumed, ("q", "head"), ("k",), ("v", "fc")))
     report = load_optimizer_state(other, resumed, optimizer.state_dict(), parse_rules(file=SPLIT))
     assert sorted(report.reshaped) == sorted(name for name, _ in resumed.named_parameters() if name[1] == ".")
     parameters = dict(resumed.named_parameters())
@@ -194,7 +194,7 @@ def test_training_goes_on_after_a_split(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", sorted(WHOLE))
 def test_a_split_that_would_train_otherwise_is_refused(kind: str) -> None:
-    """Their update looks at the whole matrix: with the same state and gradients the parts go another way."""
+    """The update depends on the whole matrix, so the parts would train otherwise with the same state and gradients."""
     model, optimizer = begun(kind)
     resumed = Apart(model)
     other = PROVED[kind](resumed.named_parameters())
@@ -214,8 +214,8 @@ def test_a_split_that_would_train_otherwise_is_refused(kind: str) -> None:
         assert not torch.equal(apart(dict(model.named_parameters()))["q.weight"], parameters["q.weight"])
 
 
-def test_a_state_that_was_cut_before_is_refused_too() -> None:
-    """Also where only the live optimizer says that it is a Muon."""
+def test_a_state_that_was_already_split_is_refused() -> None:
+    """A split is refused also if only the live optimizer shows that it is Muon."""
     model, optimizer = begun("Muon")
     found = to_named(optimizer.state_dict())
     bare = [{**group, "params": group["params"]} for group in optimizer.state_dict()["param_groups"]]
@@ -230,11 +230,8 @@ def test_a_state_that_was_cut_before_is_refused_too() -> None:
         )
 
 
-# --- traps of the peers ----------------------------------------------------------------------------------------------
-
-
-def test_gradients_play_no_part_and_no_step_is_made() -> None:
-    """torch's own tools load nothing where a gradient is set, and step to make room where none is."""
+def test_gradients_are_not_used_and_no_step_is_made() -> None:
+    """Loading works with and without gradients and makes no step, unlike the tools of torch."""
     model, optimizer = begun("Adam")
     for leftover in (False, True):
         other = PROVED["Adam"](model.named_parameters())
@@ -249,7 +246,7 @@ def test_gradients_play_no_part_and_no_step_is_made() -> None:
 
 
 def test_nothing_is_shared_with_the_state_that_was_given() -> None:
-    """torch keeps the tensors that it is given; here two optimizers can load one state."""
+    """Two optimizers can load one state without sharing tensors, which torch would share."""
     model, optimizer = begun()
     twin = copy.deepcopy(model)
     other = PROVED["AdamW"](twin.named_parameters())
@@ -261,7 +258,7 @@ def test_nothing_is_shared_with_the_state_that_was_given() -> None:
 
 
 def test_the_order_of_a_state_without_names_is_proved_by_shapes() -> None:
-    """As for a file from before names were kept; where two readings are left, none is taken."""
+    """A file without names gets them from shapes; if two assignments fit, loading is refused."""
     model, optimizer = begun()
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["param_names"]
@@ -275,7 +272,7 @@ def test_the_order_of_a_state_without_names_is_proved_by_shapes() -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrappers_and_ties_change_no_name() -> None:
-    """Saved from a compiled model or a DataParallel, under any name of a tied parameter."""
+    """State from a compiled model, from DataParallel, and under any name of a tied parameter is loaded."""
     model, optimizer = begun("Adam")
     saved = optimizer.state_dict()
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
@@ -291,13 +288,12 @@ def test_wrappers_and_ties_change_no_name() -> None:
     assert load_optimizer_state(second, tied, first.state_dict()).loaded == ("wte.weight",)
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
 def test_options_that_only_the_live_groups_have_stay() -> None:
-    """torch deletes them."""
+    """Options that the file does not have are kept, which torch would delete."""
     model, optimizer = begun()
-    groups = [{**group, "lr_scale": 0.5, "name": group["params"][0][0]} for group in dealt(model, *THREE_OLD)]
+    groups = [
+        {**group, "lr_scale": 0.5, "name": group["params"][0][0]} for group in reordered_groups(model, *THREE_OLD)
+    ]
     other = PROVED["AdamW"](groups)
     load_optimizer_state(other, model, optimizer.state_dict())
     assert [group["lr_scale"] for group in other.param_groups] == [0.5] * 3
@@ -306,9 +302,12 @@ def test_options_that_only_the_live_groups_have_stay() -> None:
 
 
 @pytest.mark.parametrize(("hyper", "lr"), [("saved", [0.01] * 3), ("live", [0.5, 0.25, 0.125])])
-def test_whose_options_count(hyper: Any, lr: list[float]) -> None:
+def test_which_options_are_loaded(hyper: Any, lr: list[float]) -> None:
     model, optimizer = begun()
-    groups = [{**group, "lr": rate} for group, rate in zip(dealt(model, *THREE_OLD), (0.5, 0.25, 0.125), strict=True)]
+    groups = [
+        {**group, "lr": rate}
+        for group, rate in zip(reordered_groups(model, *THREE_OLD), (0.5, 0.25, 0.125), strict=True)
+    ]
     other = PROVED["AdamW"](groups)
     load_optimizer_state(other, model, optimizer.state_dict(), hyper=hyper)
     assert [group["lr"] for group in other.param_groups] == lr
@@ -316,11 +315,11 @@ def test_whose_options_count(hyper: Any, lr: list[float]) -> None:
         load_optimizer_state(PROVED["AdamW"](groups), model, optimizer.state_dict(), hyper="error")
 
 
-def test_groups_of_different_rates_do_not_become_one_in_silence() -> None:
-    """torch's own tools take the last, or the first."""
+def test_groups_with_different_lrs_are_not_merged_silently() -> None:
+    """Merging groups with different lrs is refused; the tools of torch take one of the values."""
     rates = (0.5, 0.25, 0.125)
     model, optimizer = begun(
-        groups=lambda old: [{**g, "lr": rate} for g, rate in zip(dealt(old, *THREE_OLD), rates, strict=True)]
+        groups=lambda old: [{**g, "lr": rate} for g, rate in zip(reordered_groups(old, *THREE_OLD), rates, strict=True)]
     )
     other = PROVED["AdamW"](model.named_parameters())
     with pytest.raises(PlanError, match="had different values of 'lr'"):
@@ -331,8 +330,8 @@ def test_groups_of_different_rates_do_not_become_one_in_silence() -> None:
     assert same(((p, p) for p in model.parameters()), optimizer, other)
 
 
-def test_how_a_step_is_computed_stays() -> None:
-    """A file from a GPU says capturable=True, which no CPU can step."""
+def test_options_for_speed_are_kept() -> None:
+    """capturable=True from a GPU file is not loaded, because no CPU can step that way."""
     model, optimizer = begun()
     saved = optimizer.state_dict()
     saved["param_groups"][0].update(capturable=True, fused=True)
@@ -342,7 +341,7 @@ def test_how_a_step_is_computed_stays() -> None:
     train(model, other, 1)
 
 
-def test_a_rate_that_is_a_tensor_stays_one() -> None:
+def test_an_lr_that_is_a_tensor_stays_a_tensor() -> None:
     model, optimizer = begun()
     other = torch.optim.AdamW(model.named_parameters(), lr=torch.tensor(0.5), amsgrad=True)
     load_optimizer_state(other, model, optimizer.state_dict())
@@ -352,8 +351,8 @@ def test_a_rate_that_is_a_tensor_stays_one() -> None:
     assert float(back.param_groups[0]["lr"]) == pytest.approx(0.01)
 
 
-def test_an_initial_rate_of_the_file_is_said() -> None:
-    """A scheduler that is built after loading counts from it, whatever the groups were built with."""
+def test_an_initial_lr_of_the_file_is_reported() -> None:
+    """A finding warns that a scheduler built after loading starts from the initial_lr of the file."""
     model, optimizer = begun()
     lr_scheduler.StepLR(optimizer, 1)
     saved = optimizer.state_dict()
@@ -364,9 +363,6 @@ def test_an_initial_rate_of_the_file_is_said() -> None:
     other = torch.optim.AdamW(model.named_parameters(), lr=7.0, amsgrad=True)
     assert load_optimizer_state(other, model, saved, hyper="live").findings == ()  # the way out of the hint
     assert lr_scheduler.CosineAnnealingLR(other, 10).base_lrs == [7.0]
-
-
-# --- what does not fit -----------------------------------------------------------------------------------------------
 
 
 SWITCHES = {
@@ -383,7 +379,7 @@ SWITCHES = {
 
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_the_state_of_another_class_is_refused(switch: str) -> None:
-    """torch loads each of them; some fail at a later step, and some train otherwise for ever."""
+    """torch would load each of these, then fail in a later step or train otherwise."""
     saved, live, says = SWITCHES[switch]
     model, optimizer = begun(saved)
     matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
@@ -395,7 +391,7 @@ def test_the_state_of_another_class_is_refused(switch: str) -> None:
 
 
 def test_no_class_of_torch_takes_the_state_of_another() -> None:
-    """Every pair of classes, with the options and slots that torch gives them."""
+    """Every pair of classes is refused, with the options and slots that torch gives them."""
     kinds = [name for name in ALL if name not in {"SparseAdam", "AdamW-tensor-lr"}]
     saved: dict[str, Any] = {}
     for name in kinds:
@@ -413,8 +409,8 @@ def test_no_class_of_torch_takes_the_state_of_another() -> None:
                 load_optimizer_state(live, model, saved[one])
 
 
-def test_an_optimizer_of_which_nothing_is_known_goes_by_names() -> None:
-    """Its slots are its own: only what tells the shape of a parameter is held against it."""
+def test_an_unknown_optimizer_is_loaded_by_names() -> None:
+    """For an unknown class, only slots that tell the shape of a parameter are compared with it."""
 
     class Own(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
@@ -441,7 +437,7 @@ def test_an_optimizer_of_which_nothing_is_known_goes_by_names() -> None:
         load_optimizer_state(Own(model.named_parameters()), model, optimizer.state_dict())
 
 
-def test_slots_of_another_class_are_refused_where_no_options_tell_it() -> None:
+def test_slots_of_another_class_are_refused_without_options() -> None:
     model, optimizer = begun("SGD")
     found = to_named(optimizer.state_dict())
     bare = type(found)(found.state, tuple(type(group)(group.names, {}) for group in found.groups))
@@ -449,8 +445,8 @@ def test_slots_of_another_class_are_refused_where_no_options_tell_it() -> None:
         load_optimizer_state(PROVED["Adam"](model.named_parameters()), model, bare)
 
 
-def test_a_replaced_head_starts_anew_where_that_is_asked() -> None:
-    """torch loads the state of the old head, and fails at the next step."""
+def test_a_replaced_head_starts_without_state_on_request() -> None:
+    """A replaced head starts without state on request; torch would load the old state and fail in the next step."""
     model, optimizer = begun()
     model.head = nn.Linear(4, 7)
     other = PROVED["AdamW"](model.named_parameters())
@@ -471,7 +467,7 @@ def test_a_replaced_head_starts_anew_where_that_is_asked() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Adafactor", "SGD"])
-def test_factored_and_elementwise_shapes_are_held_against_the_parameter(kind: str) -> None:
+def test_factored_and_elementwise_shapes_are_compared_with_the_parameter(kind: str) -> None:
     model, optimizer = begun(kind)
     model.head = nn.Linear(4, 7)
     other = PROVED[kind](model.named_parameters())
@@ -482,7 +478,7 @@ def test_factored_and_elementwise_shapes_are_held_against_the_parameter(kind: st
 
 
 def test_a_parameter_that_the_file_does_not_have() -> None:
-    """It starts anew, or keeps what it has; the report says so."""
+    """A new parameter keeps the state of the optimizer, if any, and the report lists it as missing."""
     model, optimizer = begun()
     saved = optimizer.state_dict()
     grown: Any = nn.ModuleDict({"old": model, "extra": nn.Linear(4, 4)})
@@ -514,7 +510,7 @@ def test_state_for_which_there_is_no_parameter() -> None:
 
 
 def test_a_load_that_would_load_nothing_is_refused() -> None:
-    """Names of another model: torch goes by position, and its tools by name say nothing."""
+    """The names of another model are refused; torch would load by position."""
     model, optimizer = begun()
     resumed = New(model)
     resumed.head = nn.Linear(4, 3)
@@ -525,8 +521,8 @@ def test_a_load_that_would_load_nothing_is_refused() -> None:
         load_optimizer_state(other, resumed, saved)
 
 
-def test_a_slot_that_the_options_ask_for() -> None:
-    """amsgrad was off when the state was saved: torch would fail at the next step."""
+def test_a_slot_that_the_options_need() -> None:
+    """A state that was saved without amsgrad is refused with it, because the next step would fail."""
     model, _ = begun()
     plain = torch.optim.AdamW(model.named_parameters(), lr=0.01)
     train(model, plain, 1)
@@ -558,14 +554,14 @@ def test_a_damaged_state_changes_nothing() -> None:
 @pytest.mark.parametrize(
     "policy", [{"hyper": "mine"}, {"on_missing": "skip"}, {"on_unexpected": "add"}, {"on_mismatch": "pad"}], ids=str
 )
-def test_a_policy_that_is_none_is_refused(policy: dict[str, Any]) -> None:
+def test_an_unknown_policy_is_refused(policy: dict[str, Any]) -> None:
     model, optimizer = begun()
     with pytest.raises(PlanError, match=next(iter(policy))):
         load_optimizer_state(optimizer, model, optimizer.state_dict(), **policy)
 
 
-def test_a_hook_that_changes_values_is_found_out() -> None:
-    """What was given is compared with what is there, not with itself; the optimizer is put back."""
+def test_a_hook_that_changes_values_is_detected() -> None:
+    """Loaded values are compared with the saved ones, and the optimizer is restored if they differ."""
     model, optimizer = begun()
     other = torch.optim.AdamW(model.named_parameters(), lr=0.5, amsgrad=True)
 
@@ -580,7 +576,7 @@ def test_a_hook_that_changes_values_is_found_out() -> None:
 
 
 def test_a_file_from_before_steps_were_tensors() -> None:
-    """torch makes tensors of them as it loads."""
+    """Plain step counts of old files are loaded as the tensors that torch makes from them."""
     model, optimizer = begun("NAdam")
     saved = copy.deepcopy(optimizer.state_dict())
     for slots in saved["state"].values():
@@ -604,7 +600,7 @@ def test_a_bfloat16_model_gets_the_state_as_torch_casts_it() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("kind", [kind for kind in PROVED if kind != "Muon"])
 def test_training_goes_on_bit_by_bit_in_other_dtypes(kind: str, dtype: torch.dtype) -> None:
-    """torch casts the product that NAdam keeps in 32 bits to the dtype of the parameter: its next steps are others."""
+    """Training continues in any dtype, although torch would cast the 32-bit product of NAdam."""
     torch.manual_seed(0)
     model = Old().to(dtype)
     optimizer = PROVED[kind](model.named_parameters())

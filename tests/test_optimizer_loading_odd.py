@@ -1,4 +1,4 @@
-"""Loading the state of odd optimizers, from odd files, given by mistake: refused in a sentence, or loaded as it is."""
+"""Unusual optimizers, unusual files and wrong arguments are refused with a clear error, or loaded unchanged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ckptkit.param_groups.plan import plan_param_groups
 
 
 class Odd(torch.optim.Optimizer):
-    """Keeps for each parameter what ``make`` makes of it, once it was stepped."""
+    """An optimizer whose step keeps for each parameter the result of ``make``."""
 
     def __init__(self, params: Any, make: Callable[[torch.Tensor], dict[Any, Any]]) -> None:
         self.make = make
@@ -68,8 +68,8 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_wrong_argument_is_refused_in_a_sentence(mistake: dict[str, Any]) -> None:
-    """Whatever is given in the place of what, no error comes from inside."""
+def test_a_wrong_argument_is_refused(mistake: dict[str, Any]) -> None:
+    """An argument of another type raises an error of ckptkit, not one from inside the code."""
     model = net()
     optimizer = stepped(model)
     given: dict[str, Any] = {"optimizer": optimizer, "model": model, "state": optimizer.state_dict(), **mistake}
@@ -78,7 +78,7 @@ def test_a_wrong_argument_is_refused_in_a_sentence(mistake: dict[str, Any]) -> N
 
 
 def test_a_value_that_is_not_a_number_is_loaded() -> None:
-    """NaN is a value as any other, though it equals nothing."""
+    """A NaN is loaded like any other value, although it is not equal to itself."""
     model = net()
     old, new = (Odd(model.named_parameters(), lambda _: {"loss": math.nan}) for _ in range(2))
     old.step()
@@ -89,7 +89,7 @@ def test_a_value_that_is_not_a_number_is_loaded() -> None:
 
 @pytest.mark.parametrize("key", [0, ("a", 1)], ids=repr)
 def test_a_slot_whose_name_is_no_string_is_refused(key: Any) -> None:
-    """Its optimizer would look for the number, and find a text."""
+    """A slot name that is not a string is refused, because it would be loaded as a string."""
     model = net()
     optimizer = Odd(model.named_parameters(), lambda tensor: {key: torch.zeros_like(tensor)})
     optimizer.step()
@@ -101,8 +101,8 @@ def test_a_slot_whose_name_is_no_string_is_refused(key: Any) -> None:
         to_named(saved)
 
 
-def test_what_the_file_does_not_have_keeps_every_bit_and_its_dtype() -> None:
-    """torch casts what it is given to the dtype of the parameter; what an optimizer has already is not given to it."""
+def test_state_that_the_file_does_not_have_is_kept() -> None:
+    """State that the file does not have keeps its values and dtype, which torch would cast."""
     model = net().bfloat16()
     optimizer = Odd(model.named_parameters(), lambda tensor: {"master": torch.full_like(tensor, 1 / 3).double()})
     optimizer.step()
@@ -117,7 +117,7 @@ def test_what_the_file_does_not_have_keeps_every_bit_and_its_dtype() -> None:
     assert optimizer.state["of all"] == {"count": 3}  # type: ignore[index]
 
 
-def test_state_of_no_group_is_told_as_unused() -> None:
+def test_state_of_no_group_is_reported_as_unused() -> None:
     model = net()
     optimizer = stepped(model)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -128,7 +128,7 @@ def test_state_of_no_group_is_told_as_unused() -> None:
 
 
 @pytest.mark.parametrize("value", [3.0, "x", [1]], ids=repr)
-def test_a_slot_that_is_no_tensor_is_refused_where_the_next_step_needs_one(value: Any) -> None:
+def test_a_slot_that_must_be_a_tensor_is_refused(value: Any) -> None:
     model = net()
     optimizer = stepped(model)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -152,7 +152,7 @@ def test_a_step_count_may_be_a_tensor_of_one_element() -> None:
     assert optimizer.state[model[0].weight]["step"].item() == 4
 
 
-def test_a_file_without_state_is_told_as_one() -> None:
+def test_a_file_without_state_is_refused() -> None:
     model = net()
     fresh = torch.optim.AdamW(model.named_parameters()).state_dict()
     with pytest.raises(PlanError, match="the file has groups but no state") as caught:
@@ -161,8 +161,8 @@ def test_a_file_without_state_is_told_as_one() -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_a_hook_did_before_it_failed_is_undone(when: str) -> None:
-    """It may write into the groups and states that are there."""
+def test_changes_of_a_failed_hook_are_undone(when: str) -> None:
+    """Changes that a hook made to groups and state before it failed are undone."""
     model = net()
     optimizer = stepped(model)
     saved = copy.deepcopy(optimizer.state_dict())
@@ -189,8 +189,8 @@ def test_what_a_hook_did_before_it_failed_is_undone(when: str) -> None:
 
 
 @pytest.mark.parametrize("hyper", ["saved", "error"])
-def test_groups_keep_the_names_that_they_have(hyper: Any) -> None:
-    """A name is what a group is called, and not how it trains: it neither stops a load nor wanders."""
+def test_groups_keep_their_names(hyper: Any) -> None:
+    """The names of groups do not stop a load, and are not loaded."""
     model = net()
     apart = [
         {"params": list(part.named_parameters(prefix=str(n))), "name": f"part {n}"} for n, part in enumerate(model)
@@ -204,7 +204,7 @@ def test_groups_keep_the_names_that_they_have(hyper: Any) -> None:
         assert [group["name"] for group in new.param_groups] == [group["name"] for group in after]
 
 
-def test_new_groups_are_called_as_their_spec_says_where_the_file_has_names() -> None:
+def test_new_groups_get_the_names_of_their_spec() -> None:
     model = net()
     old = torch.optim.AdamW([{"params": list(model.named_parameters()), "name": "all"}])
     spec = {"defaults": {"lr": 0.1}, "group": [{"name": "head", "params": "1.*"}, {"name": "base", "rest": True}]}
@@ -214,8 +214,8 @@ def test_new_groups_are_called_as_their_spec_says_where_the_file_has_names() -> 
     assert "name" not in resplit(apart, [NamedGroup(state.names, {})]).groups[0].options
 
 
-def test_a_rate_is_a_number_where_the_optimizer_has_one() -> None:
-    """A step of ``foreach`` takes no tensor as its rate unless it is capturable."""
+def test_an_lr_is_loaded_as_the_number_that_the_optimizer_has() -> None:
+    """A tensor lr of the file is loaded as a number, because ``foreach`` needs one."""
     model = net()
     saved = stepped(model, foreach=False).state_dict()
     saved["param_groups"][0] |= {"lr": torch.tensor(0.1), "betas": (torch.tensor(0.5), torch.tensor(0.75))}
@@ -233,8 +233,8 @@ def test_a_rate_is_a_number_where_the_optimizer_has_one() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
-def test_an_old_file_that_may_be_of_adam_or_of_adamw_is_told(kind: Any) -> None:
-    """Older versions of torch wrote the same keys for both, so that no switch between them can be refused."""
+def test_an_old_file_of_adam_or_adamw_is_noted(kind: Any) -> None:
+    """A note tells that an old file can be from Adam or from AdamW, because both wrote the same keys."""
     model = net()
     saved = stepped(model, weight_decay=0.1).state_dict()
     del saved["param_groups"][0]["decoupled_weight_decay"]

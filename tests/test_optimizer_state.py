@@ -1,4 +1,4 @@
-"""An optimizer state is read by name in each of torch's forms, and names are given only where they are proved."""
+"""Optimizer states are read by name in every form of torch; names are inferred only if the shapes prove them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FLATTEN = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def split(model: nn.Module) -> list[dict[str, Any]]:
-    """Two groups, of which the first lies around the second in the model."""
+    """Return two groups; in the model, the parameters of the second are between those of the first."""
     named = dict(model.named_parameters())
     inner = [tensor for name, tensor in named.items() if name.startswith("fc")]
     outer = [tensor for name, tensor in named.items() if not name.startswith("fc")]
@@ -35,7 +35,7 @@ def split(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of one optimizer in every form that torch gives."""
+    """Return the state of one optimizer in every form that torch can save."""
     indexed = optimizer.state_dict()
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     with_names = copy.deepcopy(indexed)
@@ -50,15 +50,15 @@ def forms(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def content(state: OptimizerState) -> Any:
-    """All that a state says, read."""
+    """Return the whole content of a state, with its tensors."""
     return to_dict(state, "named")
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 @pytest.mark.parametrize("form", ["indexed", "param-names", "named", "flattened"])
 @pytest.mark.parametrize("saved", [True, False], ids=["file", "live"])
-def test_every_form_is_read_and_made(kind: str, form: str, saved: bool, tmp_path: Path) -> None:
-    """Whatever the form, the content is that of torch's own name-keyed form, and goes back into the form it came in."""
+def test_every_form_is_read_and_built(kind: str, form: str, saved: bool, tmp_path: Path) -> None:
+    """Every form has the content of torch's name-keyed form, and can be built again."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS[kind](split(model)))
     given_form = forms(model, optimizer)[form]
@@ -76,7 +76,7 @@ def test_every_form_is_read_and_made(kind: str, form: str, saved: bool, tmp_path
 
 
 def test_names_of_dcp_directories(tmp_path: Path) -> None:
-    """Both forms that torch.distributed.checkpoint writes are read from its directory too."""
+    """Both forms that torch.distributed.checkpoint writes are read from its directory."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS["AdamW"](split(model)))
     for form in ("named", "flattened"):
@@ -87,7 +87,7 @@ def test_names_of_dcp_directories(tmp_path: Path) -> None:
 
 
 def sorted_by_name(value: Any) -> Any:
-    """Without the order of mappings, which DCP does not keep."""
+    """Return the value with sorted mappings, because DCP does not keep their order."""
     if isinstance(value, dict):
         return {key: sorted_by_name(value[key]) for key in sorted(value)}
     return [sorted_by_name(item) for item in value] if isinstance(value, list) else value
@@ -96,7 +96,7 @@ def sorted_by_name(value: Any) -> Any:
 @given(st.lists(st.sampled_from([0, 1, 2]), min_size=8, max_size=8), st.sampled_from(list(OPTIMIZERS)))
 @settings(max_examples=15, deadline=None)
 def test_by_position_and_back(deal: list[int], kind: str) -> None:
-    """However the parameters are dealt to groups, names given in their order bring back the very same state."""
+    """Names given in the order of the groups restore the same state, for any split into groups."""
     model = Net()
     named = list(model.named_parameters())
     members = [[pair for pair, group in zip(named, deal, strict=True) if group == number] for number in sorted({*deal})]
@@ -110,7 +110,7 @@ def test_by_position_and_back(deal: list[int], kind: str) -> None:
 @pytest.mark.parametrize("source", ["model", "checkpoint"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_names_follow_from_shapes(kind: str, source: str, tmp_path: Path) -> None:
-    """Positions get the names of the live model, or of its checkpoint without the buffers, where one way alone fits."""
+    """Positions get the names of a live model, or of its checkpoint without buffers, if only one assignment fits."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS[kind](split(model)))
     torch.save(model.state_dict(), tmp_path / "model.pt")
@@ -121,7 +121,7 @@ def test_names_follow_from_shapes(kind: str, source: str, tmp_path: Path) -> Non
 
 
 def test_frozen_parameters_are_not_counted() -> None:
-    """Where an optimizer was made of what trains, the names are those."""
+    """An optimizer of the trainable parameters gets only their names."""
     model = Net()
     model.qkv.requires_grad_(False)
     optimizer = trained(model, OPTIMIZERS["AdamW"]([tensor for tensor in model.parameters() if tensor.requires_grad]))
@@ -130,8 +130,8 @@ def test_frozen_parameters_are_not_counted() -> None:
     )
 
 
-def test_two_ways_are_refused_and_named() -> None:
-    """Two equal layers in two groups could be either: both are named, and so is the way out, which works."""
+def test_ambiguous_names_are_refused_and_listed() -> None:
+    """For two equal layers in two groups, the error names both candidates and a hint that works."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     optimizer = trained(
         model, OPTIMIZERS["SGD"]([{"params": model[1].parameters()}, {"params": model[0].parameters()}])
@@ -145,57 +145,57 @@ def test_two_ways_are_refused_and_named() -> None:
 
 
 def test_another_order_is_refused() -> None:
-    """A group in another order than the model's does not fit, and the first place is named."""
+    """A group in another order than the model does not fit, and the error names the first position."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS["SGD"](list(model.parameters())[::-1]))
     with pytest.raises(PlanError, match=r"position 0 has shape \[3\], but 'qkv.weight' has shape \[12, 4\]"):
         to_named(optimizer.state_dict(), model)
 
 
-def double(state: dict[str, Any]) -> None:
+def repeat_a_position(state: dict[str, Any]) -> None:
     state["param_groups"][0]["params"] = [2, 1, 2]
 
 
-def hole(state: dict[str, Any]) -> None:
+def skip_positions(state: dict[str, Any]) -> None:
     state["param_groups"][1]["params"] = [8, 9]
     state["state"] = {key: slots for key, slots in state["state"].items() if key < 6}
 
 
-def stray(state: dict[str, Any]) -> None:
+def add_state_of_no_group(state: dict[str, Any]) -> None:
     state["state"][99] = {"momentum_buffer": torch.zeros(2)}
 
 
-def liar(state: dict[str, Any]) -> None:
+def repeat_a_name(state: dict[str, Any]) -> None:
     for group in state["param_groups"]:
         group["param_names"] = ["head.weight", *(f"other{number}" for number in group["params"][1:])]
 
 
-def short(state: dict[str, Any]) -> None:
+def shorten_param_names(state: dict[str, Any]) -> None:
     for group in state["param_groups"]:
         group["param_names"] = ["head.weight"]
 
 
 @pytest.mark.parametrize(
-    ("break_it", "said"),
+    ("damage", "message"),
     [
-        (double, "2 is in the groups more than once"),
-        (hole, "the positions must be 0 to 7, but 6, 7 are missing"),
-        (stray, "there is state of 99, which no group has"),
-        (liar, "'head.weight' to several"),
-        (short, "1 name for 6 parameters"),
+        (repeat_a_position, "2 is in the groups more than once"),
+        (skip_positions, "the positions must be 0 to 7, but 6, 7 are missing"),
+        (add_state_of_no_group, "there is state of 99, which no group has"),
+        (repeat_a_name, "'head.weight' to several"),
+        (shorten_param_names, "1 name for 6 parameters"),
     ],
 )
-def test_contradictions_are_refused(break_it: Callable[[dict[str, Any]], None], said: str) -> None:
-    """Positions that tell nothing for certain are no reason to guess."""
+def test_contradictions_are_refused(damage: Callable[[dict[str, Any]], None], message: str) -> None:
+    """No name is guessed from contradicting positions."""
     model = Net()
     state = trained(model, OPTIMIZERS["SGD"](split(model))).state_dict()
-    break_it(state)
-    with pytest.raises(FormatError, match=said):
+    damage(state)
+    with pytest.raises(FormatError, match=message):
         to_named(state, model)
 
 
-def test_names_that_lie_are_found_by_shape() -> None:
-    """torch overwrites param_names on loading: names whose shapes are not the parameters' are refused."""
+def test_wrong_recorded_names_are_found_by_shape() -> None:
+    """Recorded names with other shapes are refused, because torch overwrites param_names when it loads."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS["SGD"](list(model.named_parameters())))
     assert to_named(optimizer.state_dict(), model).names == tuple(name for name, _ in model.named_parameters())
@@ -206,7 +206,7 @@ def test_names_that_lie_are_found_by_shape() -> None:
 
 
 def test_several_optimizers_are_listed(tmp_path: Path) -> None:
-    """Two optimizers in one file are named, and one of them can be given; a file of weights has none."""
+    """An error lists two optimizers in one file, and a path selects one; a file of weights has none."""
     model = Net()
     state = trained(model, OPTIMIZERS["SGD"](model.parameters())).state_dict()
     torch.save({"state_dict": model.state_dict(), "optimizer_states": [state, state]}, tmp_path / "two.ckpt")
@@ -221,8 +221,8 @@ def test_several_optimizers_are_listed(tmp_path: Path) -> None:
         read_state(open_checkpoint(tmp_path / "model.pt"))
 
 
-def test_a_group_for_each_parameter_is_named_and_a_search_that_turns_back_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The work is bounded by what a way takes that is found at once, so that the bound refuses no such way."""
+def test_one_group_for_each_parameter_is_named_and_a_long_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit of the search allows every search without backtracking, and stops one with too much of it."""
     monkeypatch.setattr("ckptkit.optimizer_state.naming._MIN_CHOICES", 1000)
     shapes = {f"p{number}": (number + 1,) for number in range(60)}
 

@@ -1,4 +1,4 @@
-"""States follow their weights: after surgery training goes on bit by bit as it would have without."""
+"""Optimizer state follows its weights: after an edit, training continues bit by bit."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ GROWN: dict[str, Any] = {"from": "head.weight", "to": "head.weight", "op": {"pad
 
 
 class Apart(nn.Module):
-    """The parameters of ``Net`` with its fused matrix in three, other names and another order."""
+    """The parameters of ``Net`` with its fused matrix in three parts, other names and another order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,8 +52,8 @@ class Apart(nn.Module):
         self.norm = nn.BatchNorm1d(4)
 
 
-def taken_apart(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """What is given by the names of ``Net``, by those of ``Apart``."""
+def split_fused(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return values with the names of ``Net`` as values with the names of ``Apart``."""
     made = {name.replace("fc.", "inner."): tensor for name, tensor in old.items() if "qkv" not in name}
     for leaf in ("weight", "bias"):
         made |= {f"{name}.{leaf}": part for name, part in zip("qkv", old[f"qkv.{leaf}"].chunk(3), strict=True)}
@@ -61,7 +61,7 @@ def taken_apart(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def named(model: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """The state by name, with the names that the parameters really have."""
+    """Return the state by the real names of the parameters."""
     names = {id(tensor): name for name, tensor in model.named_parameters()}
     return to_named(optimizer.state_dict(), [names[id(p)] for g in optimizer.param_groups for p in g["params"]])
 
@@ -72,10 +72,10 @@ def rules(tables: list[dict[str, Any]]) -> Any:
 
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_training_goes_on_after_surgery(kind: str) -> None:
-    """Split, renamed, reordered and dealt to three groups: with the same gradients every later step is the same."""
+    """After a split, renames, reordering and three new groups, the same gradients give the same steps."""
     model, other = Net(), Apart()
     optimizer = trained(model, OPTIMIZERS[kind](model.parameters()))
-    other.load_state_dict(taken_apart(model.state_dict()))
+    other.load_state_dict(split_fused(model.state_dict()))
     parameters = dict(other.named_parameters())
     members = [
         [name for name in parameters if name.startswith(start)]
@@ -88,16 +88,16 @@ def test_training_goes_on_after_surgery(kind: str) -> None:
     for step in range(3):
         trained(model, optimizer, 1, seed=step + 1)
         gradients = {name: tensor.grad for name, tensor in model.named_parameters() if tensor.grad is not None}
-        for name, gradient in taken_apart(gradients).items():
+        for name, gradient in split_fused(gradients).items():
             parameters[name].grad = gradient.clone()
         resumed.step()
-        expected = taken_apart(dict(model.named_parameters()))
+        expected = split_fused(dict(model.named_parameters()))
         assert all(torch.equal(expected[name], tensor) for name, tensor in parameters.items())
 
 
 @pytest.mark.parametrize("kind", ELEMENTWISE)
 def test_steps_are_bit_identical(kind: str) -> None:
-    """Renamed, reordered and dealt to three groups, with the same gradients each step is the uninterrupted one."""
+    """After renames, reordering and three new groups, each step equals that of an uninterrupted run."""
     model = Net()
     optimizer = trained(model, OPTIMIZERS[kind](model.parameters()))
     twin = copy.deepcopy(model)
@@ -115,8 +115,8 @@ def test_steps_are_bit_identical(kind: str) -> None:
 
 @given(st.sampled_from(ELEMENTWISE), st.lists(st.integers(0, 2), min_size=8, max_size=8))
 @settings(max_examples=10, deadline=None)
-def test_apart_and_together_is_nothing(kind: str, deal: list[int]) -> None:
-    """A split that is joined again, and groups that are dealt out and back, leave the very same state."""
+def test_a_split_and_a_join_change_nothing(kind: str, deal: list[int]) -> None:
+    """A split and a join, and new groups and the old ones again, restore the same state."""
     model = Net()
     before = named(model, trained(model, OPTIMIZERS[kind](model.parameters()), 1))
     split = remap(before, rules(APART))
@@ -126,8 +126,8 @@ def test_apart_and_together_is_nothing(kind: str, deal: list[int]) -> None:
     assert same_state(to_dict(back, "param-names"), to_dict(before, "param-names"))
 
 
-def test_every_slot_moves_as_its_weight() -> None:
-    """What the rules do to a weight, they do to each of its moments; step is copied."""
+def test_every_slot_moves_like_its_weight() -> None:
+    """Rules change each moment like its weight, and copy the step count."""
     model = Net()
     state = named(model, trained(model, OPTIMIZERS["AdamW"](model.parameters())))
     operations = ["transpose", {"pad": {"dim": 1, "size": 7, "fill": "mean"}}]
@@ -139,47 +139,47 @@ def test_every_slot_moves_as_its_weight() -> None:
     assert "fill=zeros" in " ".join(made.remarks)
 
 
-def uneven(state: OptimizerState) -> OptimizerState:
-    """The state with one step count that is another's."""
+def with_another_step(state: OptimizerState) -> OptimizerState:
+    """Return the state with another step count for one parameter."""
     old = remap(state, rules(APART)).state
     other = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters()), 5))
     changed = {**old, "k.weight": {**old["k.weight"], "step": other.state["qkv.weight"]["step"]}}
     return OptimizerState(changed, (NamedGroup(tuple(old), {"lr": 0.1}),))
 
 
-def stateless(state: OptimizerState) -> OptimizerState:
+def without_one_state(state: OptimizerState) -> OptimizerState:
     old = dict(remap(state, rules(APART)).state)
     del old["k.bias"]
     return OptimizerState(old, (NamedGroup((*old, "k.bias"), {"lr": 0.1}),))
 
 
-def torn(state: OptimizerState) -> OptimizerState:
+def in_two_groups(state: OptimizerState) -> OptimizerState:
     old = remap(state, rules(APART)).state
     first = NamedGroup(("q.weight", "q.bias"), {"lr": 0.1})
     return OptimizerState(old, (first, NamedGroup(tuple(name for name in old if name not in first.names), {"lr": 1})))
 
 
 @pytest.mark.parametrize(
-    ("prepare", "tables", "said"),
+    ("prepare", "tables", "message"),
     [
         (None, [{"from": "fc.weight", "to": "fc.weight", "op": {"scale": {"factor": 2.0}}}], "scale computes"),
         (None, [{"from": "fc.weight", "to": "fc.weight", "op": {"cast": {"dtype": "BF16"}}}], "cast computes"),
         (None, [{"from": "fc.*", "to": "head.*"}], "head"),
-        (uneven, TOGETHER, "'q.weight' with step 3.0 and 'k.weight' with step 5.0"),
-        (stateless, TOGETHER, "'k.bias' too, which has no step"),
-        (torn, TOGETHER, "groups 0 and 1, which differ in lr"),
+        (with_another_step, TOGETHER, "'q.weight' with step 3.0 and 'k.weight' with step 5.0"),
+        (without_one_state, TOGETHER, "'k.bias' too, which has no step"),
+        (in_two_groups, TOGETHER, "groups 0 and 1, which differ in lr"),
     ],
     ids=["scale", "cast", "collision", "steps", "no state", "groups"],
 )
-def test_what_a_state_cannot_follow(prepare: Any, tables: list[dict[str, Any]], said: str) -> None:
-    """What is no move of elements, or would mix up numbers, is refused in a sentence that names them."""
+def test_what_a_state_cannot_follow(prepare: Any, tables: list[dict[str, Any]], message: str) -> None:
+    """A rule that computes values, or would merge different numbers, is refused by name."""
     state = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters())))
-    with pytest.raises(CkptkitError, match=said):
+    with pytest.raises(CkptkitError, match=message):
         remap(state if prepare is None else prepare(state), rules(tables))
 
 
-def test_factored_slots_follow_names_alone() -> None:
-    """Sums over rows and columns of a matrix are not those of its parts."""
+def test_factored_slots_can_only_be_renamed() -> None:
+    """Factored slots can be renamed but not split, because the sums of a matrix are not those of its parts."""
     state = named(model := Net(), trained(model, OPTIMIZERS["Adafactor"](model.parameters())))
     with pytest.raises(PlanError, match=r"Adafactor computes each update from the whole parameter"):
         remap(state, rules(APART))
@@ -196,7 +196,7 @@ def spec_groups(model: nn.Module, **head: Any) -> Any:
     ("hyper", "lr"), [("live", [0.5, 0.01, 1e-8]), ("saved", [0.01, 0.01, 1e-8])], ids=["live", "saved"]
 )
 def test_options_follow_the_parameters(hyper: Any, lr: list[float]) -> None:
-    """One group becomes two of a spec: what the spec says counts or not, as asked; all else stays, also what is new."""
+    """A spec splits a group: ``hyper`` chooses its options or the saved ones, and all others are kept."""
     state = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters())))
     made = resplit(state, spec_groups(model, lr=0.5, lr_scale=2.0), hyper)
     assert [made.groups[0].options["lr"], made.groups[1].options["lr"], made.groups[0].options["eps"]] == lr
@@ -207,8 +207,8 @@ def test_options_follow_the_parameters(hyper: Any, lr: list[float]) -> None:
     )
 
 
-def test_a_lock_brings_its_groups_back() -> None:
-    """The groups of a lock are groups like any others: what was trained with what comes back by name."""
+def test_a_lock_restores_its_groups() -> None:
+    """The groups of a lock restore by name which parameter trained with which options."""
     spec = [{"name": "head", "params": "head.*", "lr": 0.5}, {"name": "rest", "rest": True, "lr": 0.1}]
     state = named(model := Net(), trained(model, OPTIMIZERS["SGD"](model.parameters())))
     made = resplit(state, lock_param_groups(model, spec))
@@ -218,8 +218,8 @@ def test_a_lock_brings_its_groups_back() -> None:
     ]
 
 
-def test_different_values_do_not_become_one() -> None:
-    """Two groups of different lr are no one group, unless the one says its own; with error any difference is one."""
+def test_different_values_are_not_merged() -> None:
+    """Groups with different lrs merge only if the new group has its own lr; ``error`` refuses any difference."""
     model = Net()
     groups = [{"params": model.head.parameters(), "lr": 0.5}, {"params": [*model.parameters()][:6]}]
     state = named(model, trained(model, OPTIMIZERS["SGD"](groups)))
@@ -234,7 +234,7 @@ def test_different_values_do_not_become_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("groups", "said"),
+    ("groups", "message"),
     [
         (
             [NamedGroup(("head.weight",), {})],
@@ -243,15 +243,15 @@ def test_different_values_do_not_become_one() -> None:
         ([NamedGroup(("head.weight", "head.weight"), {})], "'head.weight' would be in the groups more than once"),
     ],
 )
-def test_nobody_is_lost_in_new_groups(groups: list[NamedGroup], said: str) -> None:
-    """A parameter that is in no new group, or in two, is named."""
+def test_no_parameter_is_lost_in_new_groups(groups: list[NamedGroup], message: str) -> None:
+    """A parameter in no new group, or in two, is refused by name."""
     state = named(model := Net(), trained(model, OPTIMIZERS["SGD"](model.parameters())))
-    with pytest.raises(PlanError, match=said):
+    with pytest.raises(PlanError, match=message):
         resplit(state, groups)
 
 
-def test_pruned_to_what_fits() -> None:
-    """Of a model with another head, a layer less and a frozen norm the rest loads, and steps."""
+def test_prune_to_a_model() -> None:
+    """The state without what a changed model cannot use loads into that model and steps."""
     state = named(model := Net(), trained(model, OPTIMIZERS["AdamW"](model.parameters())))
     other = Net(7)
     other.load_state_dict({k: v for k, v in model.state_dict().items() if "head" not in k}, strict=False)
@@ -267,8 +267,8 @@ def test_pruned_to_what_fits() -> None:
     assert steps == {"qkv.weight": 4, "qkv.bias": 4, "fc.weight": 4, "fc.bias": 4, "head.weight": 1, "head.bias": 1}
 
 
-def test_pruned_as_asked() -> None:
-    """Patterns drop parameters or their state alone; one that fits nothing is an error, and so is nothing left."""
+def test_prune_by_patterns() -> None:
+    """Patterns drop parameters or only their state; it is an error to match or to keep nothing."""
     state = named(model := Net(), trained(model, OPTIMIZERS["SGD"](model.parameters())))
     made = prune(state, drop=["head.*"], reset=["fc.*"])
     assert made.names == ("qkv.weight", "qkv.bias", "norm.weight", "norm.bias", "fc.weight", "fc.bias")
@@ -279,42 +279,42 @@ def test_pruned_as_asked() -> None:
         prune(state, drop=["*"])
 
 
-def swapped(model: nn.Module) -> list[dict[str, Any]]:
+def two_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [*model.parameters()][:6], "lr": 0.5}, {"params": [*model.parameters()][6:]}]
 
 
-def others(model: nn.Module) -> list[dict[str, Any]]:
+def other_two_groups(model: nn.Module) -> list[dict[str, Any]]:
     return [{"params": [*model.parameters()][:2]}, {"params": [*model.parameters()][2:]}]
 
 
-def scaled(model: nn.Module) -> list[dict[str, Any]]:
-    return [{**group, "lr_scale": 2.0} for group in swapped(model)]
+def two_groups_with_lr_scale(model: nn.Module) -> list[dict[str, Any]]:
+    return [{**group, "lr_scale": 2.0} for group in two_groups(model)]
 
 
 @pytest.mark.parametrize(
     ("groups", "change", "codes"),
     [
-        (swapped, None, []),
+        (two_groups, None, []),
         (lambda model: list(model.parameters()), None, ["groups", "membership", "options"]),
-        (others, None, ["groups", "membership", "options"]),
-        (lambda model: [{**g, "params": g["params"][::-1]} for g in swapped(model)], None, ["order"]),
-        (lambda model: [{**g, "lr": 1.0} for g in swapped(model)], None, ["options", "options"]),
-        (scaled, None, ["options-lost"]),
-        (swapped, lambda state: remap(state, ["fc.*=inner.*"]), ["parameters", "parameters"]),
-        (swapped, lambda state: prune(state, reset=["fc.*"]), ["coverage"]),
-        (swapped, lambda state: remap(state, rules([GROWN])), ["shape"]),
+        (other_two_groups, None, ["groups", "membership", "options"]),
+        (lambda model: [{**g, "params": g["params"][::-1]} for g in two_groups(model)], None, ["order"]),
+        (lambda model: [{**g, "lr": 1.0} for g in two_groups(model)], None, ["options", "options"]),
+        (two_groups_with_lr_scale, None, ["options-lost"]),
+        (two_groups, lambda state: remap(state, ["fc.*=inner.*"]), ["parameters", "parameters"]),
+        (two_groups, lambda state: prune(state, reset=["fc.*"]), ["coverage"]),
+        (two_groups, lambda state: remap(state, rules([GROWN])), ["shape"]),
     ],
     ids=["same", "one group", "other groups", "order", "lr", "lr_scale", "names", "no state", "shape"],
 )
-def test_what_loading_would_do(groups: Any, change: Any, codes: list[str]) -> None:
-    """What torch refuses, what it does without a word, and what it deletes: each is found by name."""
-    saved = named(model := Net(), trained(model, OPTIMIZERS["SGD"](swapped(model))))
+def test_the_effects_of_loading_are_found(groups: Any, change: Any, codes: list[str]) -> None:
+    """The comparison finds, by name, what torch would refuse, change silently, or delete."""
+    saved = named(model := Net(), trained(model, OPTIMIZERS["SGD"](two_groups(model))))
     live = named(other := Net(), trained(other, OPTIMIZERS["SGD"](groups(other))))
     report = optimizer_state_diff(saved if change is None else change(saved), live)
     assert [finding.code for finding in report.findings] == [f"optim.{code}" for code in codes]
 
 
-BEGINNERS: dict[str, Any] = {
+ELEMENTWISE_OPTIMIZERS: dict[str, Any] = {
     "SGD": lambda groups: torch.optim.SGD(groups, lr=0.01, momentum=0.9),
     "AdamW": torch.optim.AdamW,
     "Adagrad": lambda groups: torch.optim.Adagrad(groups, initial_accumulator_value=0.5),
@@ -323,14 +323,14 @@ BEGINNERS: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("kind", BEGINNERS)
-def test_new_rows_begin_as_those_of_a_new_parameter(kind: str) -> None:
-    """As torch begins a state itself: of Adagrad with its ``initial_accumulator_value``, of Rprop with its ``lr``."""
+@pytest.mark.parametrize("kind", ELEMENTWISE_OPTIMIZERS)
+def test_new_rows_start_like_those_of_a_new_parameter(kind: str) -> None:
+    """New rows start as torch does: with ``initial_accumulator_value`` for Adagrad, with ``lr`` for Rprop."""
     model = Net()
-    state = named(model, trained(model, BEGINNERS[kind](model.parameters())))
+    state = named(model, trained(model, ELEMENTWISE_OPTIMIZERS[kind](model.parameters())))
     rows, columns = model.head.weight.shape
     fresh = nn.Parameter(torch.ones(2, columns))
-    optimizer = BEGINNERS[kind]([fresh])
+    optimizer = ELEMENTWISE_OPTIMIZERS[kind]([fresh])
     fresh.grad = torch.zeros_like(fresh)
     optimizer.step()
     pad = {"from": "head.weight", "to": "head.weight", "op": {"pad": {"size": rows + 2}}}
@@ -360,7 +360,7 @@ def test_new_rows_begin_as_those_of_a_new_parameter(kind: str) -> None:
         to_dict,
     ],
 )
-def test_a_wrong_argument_is_refused_in_a_sentence(ask: Any) -> None:
+def test_a_wrong_argument_is_refused(ask: Any) -> None:
     """An argument of another type raises an error of ckptkit, not one from inside the code."""
     model = Net()
     state = named(model, trained(model, OPTIMIZERS["AdamW"](model.parameters()), 1))
@@ -368,7 +368,7 @@ def test_a_wrong_argument_is_refused_in_a_sentence(ask: Any) -> None:
         ask(to_dict(state) if ask is to_dict else state)
 
 
-def test_one_pattern_needs_no_list() -> None:
+def test_one_pattern_can_be_a_string() -> None:
     model = Net()
     state = named(model, trained(model, OPTIMIZERS["AdamW"](model.parameters()), 1))
     assert prune(state, drop="head.*").names == prune(state, drop=["head.*"]).names
