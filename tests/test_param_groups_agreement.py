@@ -1,4 +1,4 @@
-"""What the validator says of live groups that are not those of the spec; torch's own schedulers move the rates."""
+"""The validator compares live groups with a spec, also after schedulers changed the learning rates."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ FORMS: dict[str, Callable[[nn.Module], Any]] = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_nothing_is_said_of_groups_that_the_spec_makes(form: str) -> None:
-    """By name or by what is in them, in any order, for a model that was wrapped since too."""
+def test_groups_that_follow_the_spec_have_no_findings(form: str) -> None:
+    """Groups correspond by name or by their parameters, in any order, also after the model was wrapped."""
     model = net()
     groups = FORMS[form](model)
     assert findings(model, groups) == []
@@ -68,7 +68,7 @@ SCHEDULES: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 
 @pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
 @pytest.mark.parametrize("schedule", SCHEDULES)
-def test_a_scheduler_that_moved_the_rates_changes_nothing_of_what_was_meant(schedule: str) -> None:
+def test_a_learning_rate_that_a_scheduler_changed_is_not_a_difference(schedule: str) -> None:
     model = net()
     optimizer = torch.optim.AdamW(build_param_groups(model, ADAM))
     before = [group["lr"] for group in optimizer.param_groups]
@@ -79,7 +79,7 @@ def test_a_scheduler_that_moved_the_rates_changes_nothing_of_what_was_meant(sche
     assert findings(model, optimizer, ADAM) == []
 
 
-def test_a_parameter_in_another_group_than_the_spec_says() -> None:
+def test_a_parameter_in_another_group_is_an_error() -> None:
     model = net()
     weight, bias = model[2].parameters()
     groups: list[dict[str, Any]] = [
@@ -91,8 +91,8 @@ def test_a_parameter_in_another_group_than_the_spec_says() -> None:
     assert finding.message == "the live group of '2.bias' (3,) is group 1 ('base'), and the spec says 'head'"
 
 
-def test_options_that_a_loaded_state_dict_put_in_the_place_of_those_of_the_spec() -> None:
-    """torch takes the rates of the file, whatever the groups were built with."""
+def test_options_that_load_state_dict_replaced_are_an_error() -> None:
+    """torch uses the options of the file, not those that the groups were built with."""
     model = net()
     older = torch.optim.SGD(build_param_groups(model, [{"params": "2.*", "lr": 0.5}, {"rest": True, "lr": 0.1}]))
     optimizer = torch.optim.SGD(build_param_groups(model, SPEC))
@@ -103,7 +103,7 @@ def test_options_that_a_loaded_state_dict_put_in_the_place_of_those_of_the_spec(
     assert "trains with weight_decay=0, and the spec says weight_decay=0.05" in base.message
 
 
-def test_another_class_of_optimizer_than_the_spec_says() -> None:
+def test_another_optimizer_class_is_an_error() -> None:
     model = net()
     spec = {**SPEC, "optimizer": "AdamW"}
     assert findings(model, torch.optim.AdamW(build_param_groups(model, spec)), spec) == []
@@ -111,7 +111,7 @@ def test_another_class_of_optimizer_than_the_spec_says() -> None:
     assert "group 0 ('head') trains with SGD, and the spec says AdamW" in found[0].message
 
 
-def test_what_the_spec_freezes_and_a_group_holds() -> None:
+def test_a_parameter_that_the_spec_freezes_must_be_in_no_group() -> None:
     spec = {"unmatched": "freeze", "group": [{"name": "head", "params": "2.*", "lr": 1.0}]}
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
@@ -123,8 +123,8 @@ def test_what_the_spec_freezes_and_a_group_holds() -> None:
     assert findings(model, torch.optim.SGD(build_param_groups(model, spec)), spec) == []
 
 
-def test_a_spec_that_does_not_fit_the_model_is_reported_beside_the_groups() -> None:
-    """Its faults are findings, as everything else; a spec that is none is refused."""
+def test_faults_of_the_spec_are_findings_too() -> None:
+    """A spec that cannot be read is an exception."""
     model = net()
     optimizer = torch.optim.SGD(model[0].parameters(), lr=0.1)
     found = findings(model, optimizer, [{"params": "hd.*", "lr": 1.0}, {"rest": True}])

@@ -211,7 +211,7 @@ def _order_differences(expected: Sequence[GroupView], found: Sequence[GroupView]
     for optimizer, names in before.items():
         others = after.get(optimizer, names)
         common = set(names) & set(others)
-        pairs = zip((one for one in names if one in common), (one for one in others if one in common), strict=False)
+        pairs = zip(filter(common.__contains__, names), filter(common.__contains__, others), strict=False)
         different = [(position, *pair) for position, pair in enumerate(pairs) if pair[0] != pair[1]]
         if different:
             yield OrderDifference(*different[0], len(different))
@@ -228,7 +228,7 @@ def _sequences(groups: Sequence[GroupView]) -> Mapping[str | None, list[str]]:
 
 def _views(lock: ParamGroupsLock) -> list[GroupView]:
     return [
-        GroupView(group.name, tuple(one.name for one in group.parameters), group.options, group.optimizer)
+        GroupView(group.name, tuple(parameter.name for parameter in group.parameters), group.options, group.optimizer)
         for group in lock.groups
     ]
 
@@ -252,28 +252,28 @@ def diff_locks(expected: ParamGroupsLock, found: ParamGroupsLock) -> Report:
 
 
 def _name_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterator[Finding]:
-    gone = [one for name, one in expected.parameters.items() if name not in found.parameters]
-    new = [one for name, one in found.parameters.items() if name not in expected.parameters]
+    gone = [parameter for name, parameter in expected.parameters.items() if name not in found.parameters]
+    new = [parameter for name, parameter in found.parameters.items() if name not in expected.parameters]
     renamed = _find_renamed(gone, new)
-    for one in gone:
-        other = renamed.get(one.name)
-        message = f"{quoted(one.name)} {list(one.shape)} is gone"
+    for parameter in gone:
+        other = renamed.get(parameter.name)
+        message = f"{quoted(parameter.name)} {list(parameter.shape)} is gone"
         if other is None:
-            yield codes.GONE.finding(one.name, message, "drop its state, or restore the name")
+            yield codes.GONE.finding(parameter.name, message, "drop its state, or restore the name")
         else:
             message += f"; {quoted(other)} has the same shape and position"
-            hint = f"rename its state: {printable(one.name)}={printable(other)}"
-            yield codes.GONE.finding(one.name, message, hint)
-    for one in new:
-        if one.name not in renamed.values():
-            suffix = "" if one.index is None else " and trains"
-            message = f"{quoted(one.name)} {list(one.shape)} is new{suffix}"
-            yield codes.NEW.finding(one.name, message, _LOCK_AGAIN)
+            hint = f"rename its state: {printable(parameter.name)}={printable(other)}"
+            yield codes.GONE.finding(parameter.name, message, hint)
+    for parameter in new:
+        if parameter.name not in renamed.values():
+            suffix = "" if parameter.index is None else " and trains"
+            message = f"{quoted(parameter.name)} {list(parameter.shape)} is new{suffix}"
+            yield codes.NEW.finding(parameter.name, message, _LOCK_AGAIN)
 
 
 def _find_renamed(gone: Sequence[LockedParameter], new: Sequence[LockedParameter]) -> dict[str, str]:
     """Return the new name of each parameter that is gone, where both lists have the same shapes in the same order."""
-    if [one.shape for one in gone] != [one.shape for one in new]:
+    if [parameter.shape for parameter in gone] != [parameter.shape for parameter in new]:
         return {}
     return {old.name: other.name for old, other in zip(gone, new, strict=True)}
 
@@ -323,8 +323,8 @@ def _lock_group_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> I
             message = f"{quoted(name)} was in group {quoted(group.name)} and is now in {other}"
             yield codes.MOVED.finding(name, message, _BY_NAME)
         changes = [
-            f"{one.key} {one.expected!r} -> {'nothing' if one.is_absent else repr(one.found)}"
-            for one in difference.options
+            f"{option.key} {option.expected!r} -> {'nothing' if option.is_absent else repr(option.found)}"
+            for option in difference.options
         ]
         if difference.optimizer is not None:
             changes.insert(0, f"optimizer {' -> '.join(difference.optimizer)}")
@@ -370,17 +370,21 @@ def compare_with_spec(inventory: Inventory, live: LiveGroups, spec: SpecLike) ->
         if difference.found is not None:
             yield from _spec_options(group.name, _label(found, difference.found), difference)
     trainable = {bare_name(parameter.name) for parameter in inventory.trainable()}
-    for one in expected.outside:
-        if one.name in differences.found_groups and one.name in trainable:  # frozen parameters have a code of their own
-            label = _label(found, differences.found_groups[one.name])
-            message = f"{quoted(one.name)} {one.shape} is in {label}, and the spec freezes it"
-            yield codes.MOVED.finding(one.name, message, _BUILD_AGAIN)
+    for parameter in expected.outside:
+        # The validator reports a frozen parameter in a group also without a spec.
+        if parameter.name in differences.found_groups and parameter.name in trainable:
+            label = _label(found, differences.found_groups[parameter.name])
+            message = f"{quoted(parameter.name)} {parameter.shape} is in {label}, and the spec freezes it"
+            yield codes.MOVED.finding(parameter.name, message, _BUILD_AGAIN)
 
 
 def _spec_options(key: str, label: str, difference: GroupDifference) -> Iterator[Finding]:
     pairs = [
-        (f"no {one.key}" if one.is_absent else f"{one.key}={one.found!r}", f"{one.key}={one.expected!r}")
-        for one in difference.options
+        (
+            f"no {option.key}" if option.is_absent else f"{option.key}={option.found!r}",
+            f"{option.key}={option.expected!r}",
+        )
+        for option in difference.options
     ]
     if difference.optimizer is not None:
         wanted, actual = difference.optimizer

@@ -286,6 +286,6 @@ def member_name(inventory: Inventory, member: Member) -> str:
 
 def member_names(inventory: Inventory, members: Sequence[Member]) -> str:
     """Return the first few names of ``members`` for a sentence, and how many more there are."""
-    shown = [quoted(name) if (name := member_name(inventory, one)) else one.where for one in members[:_SHOWN]]
+    shown = [quoted(name) if (name := member_name(inventory, member)) else member.where for member in members[:_SHOWN]]
     more = f" and {plural(len(members) - _SHOWN, 'more', 'more')}" if len(members) > _SHOWN else ""
     return ", ".join(shown) + more

@@ -98,7 +98,8 @@ class ParamGroupsLock:
     def fingerprint(self) -> str:
         """SHA-256 over name, dtype, shape and ties of every parameter, sorted by name."""
         lines = sorted(
-            json.dumps([one.name, one.dtype, list(one.shape), sorted(one.aliases)]) for one in self.parameters.values()
+            json.dumps([parameter.name, parameter.dtype, list(parameter.shape), sorted(parameter.aliases)])
+            for parameter in self.parameters.values()
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
@@ -120,9 +121,11 @@ def lock_plan(plan: ParamGroupsPlan) -> ParamGroupsLock:
     for group in plan.groups:
         start = counts.get(group.optimizer, 0)
         counts[group.optimizer] = start + len(group.parameters)
-        parameters = tuple(_locked_planned(one, start + index) for index, one in enumerate(group.parameters))
+        parameters = tuple(
+            _locked_planned(parameter, start + index) for index, parameter in enumerate(group.parameters)
+        )
         groups.append(LockedGroup(group.name, _plain_options(group.options), parameters, group.optimizer))
-    outside = tuple(_locked_planned(one, None) for one in (*plan.frozen, *plan.freeze))
+    outside = tuple(_locked_planned(parameter, None) for parameter in (*plan.frozen, *plan.freeze))
     return ParamGroupsLock(tuple(groups), outside)
 
 
@@ -159,7 +162,11 @@ def lock_live(inventory: Inventory, live: LiveGroups) -> ParamGroupsLock:
             )
             for number, group in enumerate(live.groups)
         ),
-        tuple(_locked(infos[one.name], None) for one in inventory.parameters.values() if one.name not in grouped),
+        tuple(
+            _locked(infos[parameter.name], None)
+            for parameter in inventory.parameters.values()
+            if parameter.name not in grouped
+        ),
     )
 
 
@@ -174,9 +181,17 @@ def _locked(info: ParameterInfo, index: int | None) -> LockedParameter:
     return LockedParameter(bare_name(info.name), index, info.shape or (), info.dtype, aliases)
 
 
-def _locked_planned(one: PlannedParameter, index: int | None) -> LockedParameter:
-    name, aliases = bare_name(one.name), tuple(map(bare_name, one.aliases))
-    return LockedParameter(name, index, one.shape, one.dtype, aliases, one.rule, one.modifiers, one.layer)
+def _locked_planned(parameter: PlannedParameter, index: int | None) -> LockedParameter:
+    return LockedParameter(
+        bare_name(parameter.name),
+        index,
+        parameter.shape,
+        parameter.dtype,
+        tuple(map(bare_name, parameter.aliases)),
+        parameter.rule,
+        parameter.modifiers,
+        parameter.layer,
+    )
 
 
 def _plain_options(options: Mapping[str, Any]) -> dict[str, object]:
@@ -196,24 +211,24 @@ def lock_document(lock: ParamGroupsLock) -> dict[str, Any]:
                 "name": group.name,
                 "optimizer": group.optimizer,
                 "options": dict(group.options),
-                "parameters": [_parameter_document(one) for one in group.parameters],
+                "parameters": [_parameter_document(parameter) for parameter in group.parameters],
             }
             for group in lock.groups
         ],
-        "outside": [_parameter_document(one) for one in lock.outside],
+        "outside": [_parameter_document(parameter) for parameter in lock.outside],
     }
 
 
-def _parameter_document(one: LockedParameter) -> dict[str, object]:
+def _parameter_document(parameter: LockedParameter) -> dict[str, object]:
     return {
-        "name": one.name,
-        "index": one.index,
-        "shape": list(one.shape),
-        "dtype": one.dtype,
-        "aliases": list(one.aliases),
-        "rule": one.rule,
-        "modifiers": list(one.modifiers),
-        "layer": one.layer,
+        "name": parameter.name,
+        "index": parameter.index,
+        "shape": list(parameter.shape),
+        "dtype": parameter.dtype,
+        "aliases": list(parameter.aliases),
+        "rule": parameter.rule,
+        "modifiers": list(parameter.modifiers),
+        "layer": parameter.layer,
     }
 
 
@@ -241,7 +256,8 @@ def parse_lock(document: object) -> ParamGroupsLock:
         ),
         _parameters(document, "outside"),
     )
-    names = [one.name for group in lock.groups for one in group.parameters] + [one.name for one in lock.outside]
+    grouped = [parameter for group in lock.groups for parameter in group.parameters]
+    names = [parameter.name for parameter in (*grouped, *lock.outside)]
     if len(set(names)) < len(names):
         repeated = next(name for index, name in enumerate(names) if name in names[:index])
         raise GroupsError(f"the lock has {quoted(repeated)} twice", hint=_WRITE_AGAIN)
@@ -256,16 +272,16 @@ def parse_lock(document: object) -> ParamGroupsLock:
 def _parameters(table: Mapping[str, object], key: str) -> tuple[LockedParameter, ...]:
     return tuple(
         LockedParameter(
-            _field(one, "name", str),
-            _field(one, "index", int | None),
-            tuple(_list(one, "shape", int)),
-            _field(one, "dtype", str),
-            tuple(_list(one, "aliases", str)),
-            _field(one, "rule", str),
-            tuple(_list(one, "modifiers", str)),
-            _field(one, "layer", int | None),
+            _field(parameter, "name", str),
+            _field(parameter, "index", int | None),
+            tuple(_list(parameter, "shape", int)),
+            _field(parameter, "dtype", str),
+            tuple(_list(parameter, "aliases", str)),
+            _field(parameter, "rule", str),
+            tuple(_list(parameter, "modifiers", str)),
+            _field(parameter, "layer", int | None),
         )
-        for one in _list(table, key)
+        for parameter in _list(table, key)
     )
 
 

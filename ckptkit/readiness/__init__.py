@@ -111,7 +111,7 @@ def preflight(
         resumed = _diff(inspected, resume, None)
         resume_section, more = check_resume(model, training, resumed, saved_state)
         filled = {pair.key for pair in resumed.matched}
-        findings = [one for one in findings if one.code not in UNLOADED or one.key not in filled] + more
+        findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled] + more
         if saved_state is None:
             not_judged.append("the optimizer state of the run: none given")
     else:
@@ -174,7 +174,7 @@ def _twin_optimizers(
     if optimizer is None or isinstance(optimizer, str | type):
         return build_optimizers(twin, training.plan, optimizer)[0]
     memo: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
-    return [_copy_optimizer(one, memo) for one in training.given]
+    return [_copy_optimizer(original, memo) for original in training.given]
 
 
 def _copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:

@@ -54,7 +54,7 @@ def _step(
 ) -> tuple[DryStep, list[Finding]]:
     import torch
 
-    classes = ", ".join(type(one).__name__ for one in optimizers)
+    classes = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
     named = {name: tensor for name, tensor in twin.named_parameters() if name not in frozen}
     no_step = DryStep(None, classes, len(named), 0, 0)
     try:

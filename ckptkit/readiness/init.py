@@ -225,7 +225,7 @@ def check_values(inspected: InspectedModel, init: Init | None) -> Iterator[Findi
     """Yield findings about NaN and Inf, and about tensors without loaded values that do not look like an init."""
     if inspected.stats is None:
         return
-    kept = inspected.state.keys() if init is None else {one.key for one in init.kept}
+    kept = inspected.state.keys() if init is None else {entry.key for entry in init.kept}
     for key, tensor in inspected.stats.tensors.items():
         numbers = tensor.numbers
         if numbers is None or tensor.same_as:

@@ -161,20 +161,20 @@ class Preflight(Report):
         parts = [f"<p><b>{html.escape(printable(self.verdict))}</b></p>"]
         if self.init is not None:
             rows = [
-                (printable(one.module), f"{one.loaded:,} of {one.tensors:,}", f"{one.elements:,}")
-                for one in self.init.modules
+                (printable(row.module), f"{row.loaded:,} of {row.tensors:,}", f"{row.elements:,}")
+                for row in self.init.modules
             ]
             parts.append(html_table(("module", "tensors loaded", "elements"), rows))
         if self.training:
             rows = [
-                (printable(one.module), f"{one.trainable:,} of {one.parameters:,}", f"{one.elements:,}")
-                for one in self.training
+                (printable(row.module), f"{row.trainable:,} of {row.parameters:,}", f"{row.elements:,}")
+                for row in self.training
             ]
             parts.append(html_table(("module", "parameters that train", "elements"), rows))
         if self.groups:
             rows = [
-                (printable(one.name), f"{len(one.names):,}", printable(str(one.options.get("lr", ""))))
-                for one in self.groups
+                (printable(row.name), f"{len(row.names):,}", printable(str(row.options.get("lr", ""))))
+                for row in self.groups
             ]
             parts.append(html_table(("group", "parameters", "lr"), rows))
         if self.memory is not None:

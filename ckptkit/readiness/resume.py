@@ -100,7 +100,7 @@ def _name_findings(training: Training, found: FoundState) -> Iterator[Finding]:
             message = f"the optimizer state of the run, by name, {kind} {listed(ordered, _SHOWN)}"
             hint = "load_optimizer_state accepts the rules that renamed the weights"
             yield codes.RESUME_NAMES.finding(first, message, hint)
-    yield from _option_findings(training, differences)
+    yield from _changed_findings(training, differences)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,8 @@ def _position_findings(model: Module, training: Training, found: FoundState) -> 
     yield from _coverage_findings(every, found, schema)
     if schema is not None and not schema.has_shared_state:
         yield from _class_findings(training, found, positions, schema, shapes)
-    yield from _option_findings(training, differences)
+    yield from _changed_findings(training, differences)
+    yield from _lost_findings(training, differences)
 
 
 def _position_views(
@@ -163,12 +164,14 @@ def _position_views(
         numbers = tuple(map(str, range(start, start + len(group))))
         start += len(group)
         live_shapes = {
-            number: shapes[one.name] for number, one in zip(numbers, group, strict=True) if one.name in shapes
+            number: shapes[position.name]
+            for number, position in zip(numbers, group, strict=True)
+            if position.name in shapes
         }
         saved_shapes = {
             number: shape
-            for number, one in zip(numbers, group, strict=True)
-            if (shape := parameter_shape(found.state.get(one.param, {}))) is not None
+            for number, position in zip(numbers, group, strict=True)
+            if (shape := parameter_shape(found.state.get(position.param, {}))) is not None
         }
         live_views.append(GroupView(live.name, numbers, live.options, live.optimizer, live_shapes))
         saved_views.append(GroupView(live.name, numbers, saved.options, shapes=saved_shapes))
@@ -188,7 +191,9 @@ def _ignored_options(live: GroupView, saved: GroupView) -> frozenset[str]:
 
 def _order_findings(positions: Sequence[_Position]) -> Iterator[Finding]:
     swapped = [
-        one for one in positions if one.saved_name and one.name and bare_name(one.saved_name) != bare_name(one.name)
+        position
+        for position in positions
+        if position.saved_name and position.name and bare_name(position.saved_name) != bare_name(position.name)
     ]
     if swapped:
         first = swapped[0]
@@ -216,10 +221,10 @@ def _shape_findings(positions: Sequence[_Position], differences: GroupDifference
 def _coverage_findings(
     positions: Sequence[_Position], found: FoundState, schema: OptimizerSchema | None
 ) -> Iterator[Finding]:
-    without = [one.name for one in positions if not found.state.get(one.param)]
+    without = [position.name for position in positions if not found.state.get(position.param)]
     always_has_state = schema is None or any(slot.enabled_by is None for slot in schema.slots)
     if without and always_has_state:
-        message = f"the run has no optimizer state for {listed(without, _SHOWN)}, which start without state"
+        message = f"the run has no optimizer state for {listed(without, _SHOWN)}, so training starts without it"
         severity: Severity = "warning" if len(without) < len(positions) else "note"
         yield codes.RESUME_NEW.finding(without[0], message, severity=severity)
 
@@ -231,42 +236,52 @@ def _class_findings(
     schema: OptimizerSchema,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Finding]:
-    """Yield one finding for the first parameter whose state is not one of the live class."""
+    """Yield a finding for the first parameter that has the state of another class."""
     kind = training.optimizers[0].class_name
     for group, members in zip(training.groups, positions, strict=True):
-        for one in members:
-            slots = found.state.get(one.param)
-            if not slots or one.name not in shapes:
+        for position in members:
+            slots = found.state.get(position.param)
+            if not slots or position.name not in shapes:
                 continue
-            expected = schema.slots_for(group.options, shapes[one.name])
+            expected = schema.slots_for(group.options, shapes[position.name])
             lacking = [slot.name for slot in expected if slot.name not in slots and not slot.is_optional]
             unknown = [name for name in slots if schema.slot(name) is None]
             if lacking or unknown:
                 fault = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)}"
                 yield codes.RESUME_CLASS.finding(
-                    one.name,
-                    f"the optimizer state of the run is not from {kind}: the state of {quoted(one.name)} {fault}",
+                    position.name,
+                    f"the optimizer state of the run is not from {kind}: the state of {quoted(position.name)} {fault}",
                     "resume with the optimizer that the run had",
                 )
                 return
 
 
-def _option_findings(training: Training, differences: GroupDifferences) -> Iterator[Finding]:
-    severity: Severity
+def _changed_findings(training: Training, differences: GroupDifferences) -> Iterator[Finding]:
     for difference in differences.groups:
-        where = f"group {difference.expected} ({quoted(training.groups[difference.expected].name)})"
         for option in difference.options:
             if not option.is_absent:
-                severity = "error" if option.key in _OTHER_STEP else "warning"
+                severity: Severity = "error" if option.key in _OTHER_STEP else "warning"
                 values = f"{option.key} = {_plain(option.expected)} becomes {_plain(option.found)}"
-                message = f"{where}: {values} with the optimizer state of the run"
+                message = f"{_label(training, difference)}: {values} with the optimizer state of the run"
                 hint = _OTHER_STEP.get(option.key, _SET_AGAIN)
                 yield codes.RESUME_OPTIONS.finding("", message, hint, severity=severity)
-        lost = sorted(_lost_options(difference)) if training.optimizers else []
+
+
+def _lost_findings(training: Training, differences: GroupDifferences) -> Iterator[Finding]:
+    if not training.optimizers:
+        return
+    defaults = training.optimizers[0].instance.defaults
+    for difference in differences.groups:
+        lost = sorted(_lost_options(difference))
         if lost:
-            severity = "error" if set(lost) & training.optimizers[0].instance.defaults.keys() else "warning"
-            message = f"{where} loses {', '.join(map(quoted, lost))} with the optimizer state of the run"
+            severity: Severity = "error" if defaults.keys() & set(lost) else "warning"
+            names = ", ".join(map(quoted, lost))
+            message = f"{_label(training, difference)} loses {names} with the optimizer state of the run"
             yield codes.RESUME_LOST.finding("", message, "set it again after load_state_dict", severity=severity)
+
+
+def _label(training: Training, difference: GroupDifference) -> str:
+    return f"group {difference.expected} ({quoted(training.groups[difference.expected].name)})"
 
 
 def _lost_options(difference: GroupDifference) -> Iterator[str]:

@@ -112,7 +112,7 @@ def _spec_training(model: Module, groups: SpecLike, optimizer: OptimizerLike | N
     report, plan = assignment.report, assignment.plan
     if not report.ok:
         return replace(unplanned, findings=report.findings)
-    frozen = unplanned.frozen | {name for one in plan.freeze for name in (one.name, *one.aliases)}
+    frozen = unplanned.frozen | {name for parameter in plan.freeze for name in (parameter.name, *parameter.aliases)}
     built, faults = build_optimizers(model, plan, optimizer)
     findings = [*report.findings, *faults]
     if built:
@@ -124,7 +124,9 @@ def _spec_training(model: Module, groups: SpecLike, optimizer: OptimizerLike | N
         findings += validate_param_groups(model, build_planned_groups(model, plan)).findings
         not_judged = ("the optimizer: none given", *not_judged)
     planned = tuple(
-        TrainingGroup(group.name, tuple(one.name for one in group.parameters), group.elements, group.options)
+        TrainingGroup(
+            group.name, tuple(parameter.name for parameter in group.parameters), group.elements, group.options
+        )
         for group in plan.groups
     )
     return Training(planned, frozen=frozen, findings=tuple(findings), not_judged=not_judged)
@@ -159,7 +161,7 @@ def _live_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     if optimizer is None or isinstance(optimizer, str | type):
         return ()
     given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-    if not given or not all(hasattr(one, "param_groups") for one in given):
+    if not given or not all(hasattr(item, "param_groups") for item in given):
         raise GroupsError(
             f"the optimizer is a {type(optimizer).__name__}",
             hint="give a live optimizer, a list of them, a class, or the name of a class of torch.optim",
@@ -197,7 +199,7 @@ def _training_groups(model: Module, live: LiveGroups) -> tuple[TrainingGroup, ..
             groups.append(
                 TrainingGroup(
                     f"group {number}" if group.name is None else group.name,
-                    tuple("" if one is None else one.name for one in parameters),
+                    tuple("" if parameter is None else parameter.name for parameter in parameters),
                     sum(member.tensor.numel() for member in members),
                     {key: value for key, value in group.options.items() if key not in _NOT_SHOWN},
                     optimizer.class_name,
