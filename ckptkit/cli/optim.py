@@ -24,11 +24,12 @@ from ckptkit.cli.common.outputs import OutputOptions, echo_output_report, output
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.findings import Finding, Report, Severity
+from ckptkit.core.findings import Report, Severity
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
+from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, read_state
 from ckptkit.optimizer_state.model import FORMS, OptimizerState, parameter_shape
 from ckptkit.optimizer_state.naming import NamesLike, name_by_position, structure_findings, to_named
@@ -54,7 +55,7 @@ def optim() -> None:
 
 @dataclass(frozen=True, slots=True)
 class NameSource:
-    """Where the names of the parameters come from: a model, a file with names, or None of both."""
+    """Where the names of the parameters come from: a model, a file with names, or neither."""
 
     model: str | None
     names_file: str | None
@@ -152,7 +153,7 @@ def show(
             state = name_by_position(found)
             if not findings:
                 severity: Severity = "note" if name_source.is_empty else "error"
-                findings.append(Finding("optim.no-names", severity, "", error.reason, error.hint or ""))
+                findings.append(codes.NO_NAMES.finding("", error.reason, error.hint or "", severity=severity))
         report = Report((*findings, *state_findings(state)))
         echo_report(
             report_format,

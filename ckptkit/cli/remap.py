@@ -53,12 +53,13 @@ def remap(
     ckpt remap mine.safetensors -o hf.safetensors --invert plan.json
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
-        if apply_file is None and invert_file is None:
+        plan_file = invert_file if apply_file is None else apply_file
+        if plan_file is None:
             plan = _plan(checkpoint, source, rules, dtype, like)
         else:
-            if rules.stages or dtype or like or (apply_file and invert_file):
+            if rules.stages or dtype or like or (apply_file is not None and invert_file is not None):
                 raise click.UsageError("--apply and --invert each read the whole plan from a file: give nothing else")
-            plan = plan_from_file({"source": checkpoint}, apply_file=apply_file, invert_file=invert_file)
+            plan = plan_from_file(plan_file, {"source": checkpoint}, invert=apply_file is None)
         run_plan("remap", plan, {"source": checkpoint}, options)
 
 

@@ -144,12 +144,20 @@ class Preflight(Report):
     @property
     def verdict(self) -> str:
         """``ready``, or ``ready, with N warnings``, or ``not ready`` with the first error."""
-        count = self.summary
-        if count["errors"]:
-            first = next(finding for finding in self.findings if finding.severity == "error")
-            more = f" (and {plural(count['errors'] - 1, 'more error')})" if count["errors"] > 1 else ""
-            return f"not ready: {first.message}{more}"
-        return f"ready, with {plural(count['warnings'], 'warning')}" if count["warnings"] else "ready"
+        if reason := self.not_ready_reason:
+            return f"not ready: {reason}"
+        warnings = self.summary["warnings"]
+        return f"ready, with {plural(warnings, 'warning')}" if warnings else "ready"
+
+    @property
+    def not_ready_reason(self) -> str:
+        """The message of the first error, and the number of other errors; empty without an error."""
+        count = self.summary["errors"]
+        if not count:
+            return ""
+        first = next(finding for finding in self.findings if finding.severity == "error")
+        more = f" (and {plural(count - 1, 'more error')})" if count > 1 else ""
+        return f"{first.message}{more}"
 
     def __str__(self) -> str:
         """Return one line for each finding, and the verdict as the last line."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ from ckptkit.optimizer_state.model import (
     tensors_in,
 )
 from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
+from ckptkit.render.summary import json_number
 
 if TYPE_CHECKING:
     from ckptkit.core.findings import Report
@@ -192,7 +192,7 @@ def _json_value(value: SlotValue) -> object:
     if isinstance(value, OpaqueValue):
         return value.type
     if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
+        return json_number(value)
     if value is None or isinstance(value, str | int):
         return value
     if isinstance(value, Mapping):

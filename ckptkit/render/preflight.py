@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from ckptkit.core.text import human_bytes, plural, printable
@@ -10,7 +9,7 @@ from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
 from ckptkit.render.page import Block, Code, Line, Page, Table
-from ckptkit.render.summary import share_cell
+from ckptkit.render.summary import json_number, share_cell
 
 __all__ = ["preflight_document", "preflight_page"]
 
@@ -34,8 +33,8 @@ def preflight_page(report: Preflight) -> Page:
     page += [Line(("not judged: ", Code(printable(text)))) for text in report.not_judged]
     page.append(Line(()))
     page += finding_lines(report.findings)
-    word, _, reason = report.verdict.partition(": ")
-    page.append(Line((f"{word}: ", Code(printable(reason))) if reason else (word,)))
+    reason = report.not_ready_reason
+    page.append(Line(("not ready: ", Code(printable(reason)))) if reason else Line((report.verdict,)))
     return page
 
 
@@ -207,7 +206,7 @@ def _resume_document(resume: Resume) -> dict[str, object]:
 
 def _step_document(step: DryStep) -> dict[str, object]:
     return {
-        "loss": step.loss if step.loss is None or math.isfinite(step.loss) else str(step.loss),
+        "loss": json_number(step.loss),
         "optimizer": step.optimizer,
         "trainable": step.trainable,
         "gradients": step.gradients,

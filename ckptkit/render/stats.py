@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
-from ckptkit.render.summary import describe, totals
+from ckptkit.render.summary import describe, json_number, totals
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
 
@@ -223,12 +223,8 @@ def _numbers_document(numbers: ValueStats) -> dict[str, object]:
         "zero_share": numbers.zero_share,
         "subnormal": numbers.subnormal,
         **{
-            name: _json_number(getattr(numbers, name))
+            name: json_number(getattr(numbers, name))
             for name in ("min", "max", "mean", "std", "l1", "l2", "abs_max", "constant")
         },
         "histogram": [list(pair) for pair in numbers.histogram.items()],
     }
-
-
-def _json_number(value: float | None) -> float | str | None:
-    return value if value is None or math.isfinite(value) else str(value)

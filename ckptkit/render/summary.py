@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 from ckptkit.core.checkpoint import DTYPES, Checkpoint, TensorInfo
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.render.page import Code, as_code
 
-__all__ = ["checkpoint_document", "describe", "percent", "share_cell", "tensor_document", "totals"]
+__all__ = ["checkpoint_document", "describe", "json_number", "percent", "share_cell", "tensor_document", "totals"]
 
 
 def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
@@ -42,6 +43,11 @@ def tensor_document(info: TensorInfo) -> dict[str, object]:
 def percent(share: float) -> str:
     """Return a share between 0 and 1 as a percentage; only a share of exactly 1 gives 100 %."""
     return "100 %" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
+
+
+def json_number(value: float | None) -> float | str | None:
+    """Return a number for a JSON document, in which NaN and Inf are strings."""
+    return value if value is None or math.isfinite(value) else str(value)
 
 
 def share_cell(part: int, whole: int) -> str:

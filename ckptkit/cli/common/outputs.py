@@ -182,17 +182,13 @@ def echo_output_report(
         echo_report(options.report_format, page, document)
 
 
-def plan_from_file(
-    sources: Mapping[str, Checkpoint], *, apply_file: str | None, invert_file: str | None = None
-) -> Plan:
-    """Return the plan in ``apply_file`` for these inputs by role, or the inverse of the plan in ``invert_file``."""
+def plan_from_file(path: str, sources: Mapping[str, Checkpoint], *, invert: bool) -> Plan:
+    """Return the plan in a file, or its inverse, for inputs by role."""
     from ckptkit.plans.saved import apply_plan, invert_plan, plan_from_json
 
-    path = apply_file or invert_file
-    assert path is not None  # noqa: S101 - the command has checked that the user gave one of both
     with errors_about(path):
         saved = plan_from_json(read_table_file(path, as_json=True))
-        return apply_plan(invert_plan(saved) if invert_file else saved, sources)
+        return apply_plan(invert_plan(saved) if invert else saved, sources)
 
 
 def write_json(path: str, document: Mapping[str, object], *, force: bool) -> None:
