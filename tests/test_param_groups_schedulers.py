@@ -1,4 +1,4 @@
-"""What the validator says of schedulers: each fault made with torch, and what its steps then do."""
+"""``validate_param_groups`` finds schedulers that do not fit the groups, each fault made with torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def two_groups(model: Any, **options: Any) -> torch.optim.SGD:
 
 
 def advance(scheduler: Any, count: int = 1) -> list[float]:
-    """Step optimizer and scheduler; return the learning rates."""
+    """Step optimizer and scheduler, and return the lrs."""
     for _ in range(count):
         scheduler.optimizer.step()
         scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
@@ -33,8 +33,8 @@ def advance(scheduler: Any, count: int = 1) -> list[float]:
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_nothing_is_said_of_a_scheduler_that_fits(name: str) -> None:
-    """New, after real steps, and after optimizer and scheduler were saved and loaded."""
+def test_a_fitting_scheduler_has_no_findings(name: str) -> None:
+    """A fitting scheduler has no findings when new, after real steps, and after saving and loading."""
     model = Net()
     optimizer = OPTIMIZERS["SGD-momentum"](model.named_parameters())
     scheduler = SCHEDULERS[name](optimizer)
@@ -50,7 +50,7 @@ def test_nothing_is_said_of_a_scheduler_that_fits(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"SGD-momentum"}))
-def test_nothing_is_said_of_any_optimizer_under_a_scheduler(name: str) -> None:
+def test_every_optimizer_with_a_scheduler_has_no_findings(name: str) -> None:
     model = net_for(name)
     optimizer = OPTIMIZERS[name](model.parameters())
     schedulers = [lr_scheduler.LinearLR(optimizer, total_iters=2), lr_scheduler.CosineAnnealingLR(optimizer, 10)]
@@ -60,7 +60,7 @@ def test_nothing_is_said_of_any_optimizer_under_a_scheduler(name: str) -> None:
     assert codes(model, optimizer, schedulers) == []
 
 
-def test_several_groups_and_a_scheduler() -> None:
+def test_several_groups_with_a_scheduler_have_no_findings() -> None:
     model = Net()
     optimizer = two_groups(model, momentum=0.9)
     for make in SCHEDULERS.values():
@@ -68,27 +68,27 @@ def test_several_groups_and_a_scheduler() -> None:
         assert codes(twin[0], twin[1], make(twin[1])) == []
 
 
-FOLLOW = {"StepLR", "MultiStepLR", "ExponentialLR", "PolynomialLR"}
+MULTIPLY_CURRENT = {"StepLR", "MultiStepLR", "ExponentialLR", "PolynomialLR"}
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_group_that_came_after_the_scheduler(name: str) -> None:
-    """An error unless every step of torch's gives it the lr that it would have had from the start."""
+def test_a_group_added_after_the_scheduler(name: str) -> None:
+    """A group that was added later is an error, unless torch gives it the lr of a group from the start."""
     model = Net()
     rest = [*model.body.parameters(), *model.norm.parameters()]
     optimizer = torch.optim.SGD(rest, lr=0.1, momentum=0.9)
     scheduler = SCHEDULERS[name](optimizer)
     optimizer.add_param_group({"params": list(model.head.parameters()), "lr": 0.2})
-    severity = "warning" if name in FOLLOW else "error"
+    severity = "warning" if name in MULTIPLY_CURRENT else "error"
     found = codes(model, optimizer, scheduler)
     assert ("scheduler-length", severity, "") in found
-    if name in FOLLOW:
+    if name in MULTIPLY_CURRENT:
         first, later = advance(scheduler, 4)
         assert later == pytest.approx(2 * first)
 
 
 @pytest.mark.parametrize("name", ["LambdaLR", "CyclicLR", "OneCycleLR", "MultiplicativeLR", "SWALR", "SequentialLR"])
-def test_a_group_that_came_later_stops_the_scheduler(name: str) -> None:
+def test_a_later_group_stops_the_scheduler(name: str) -> None:
     model = Net()
     optimizer = torch.optim.SGD(model.body.parameters(), lr=0.1, momentum=0.9)
     scheduler = SCHEDULERS[name](optimizer)
@@ -98,8 +98,8 @@ def test_a_group_that_came_later_stops_the_scheduler(name: str) -> None:
         advance(scheduler, 4)
 
 
-def test_a_group_that_came_later_gets_a_wrong_rate_in_silence() -> None:
-    """LinearLR divides by a warm-up that the new group never had."""
+def test_a_later_group_gets_a_wrong_lr_silently() -> None:
+    """A later group gets a wrong lr, because LinearLR divides by a warm-up that it never had."""
     model = Net()
     optimizer = torch.optim.SGD(model.body.parameters(), lr=0.1)
     scheduler = lr_scheduler.LinearLR(optimizer, total_iters=3)
@@ -109,7 +109,7 @@ def test_a_group_that_came_later_gets_a_wrong_rate_in_silence() -> None:
 
 
 def test_the_state_of_a_scheduler_of_other_groups() -> None:
-    """torch loads it, whatever its length, and fails at the next step."""
+    """The state of a scheduler for other groups is an error; torch loads it, and the next step fails."""
     model = Net()
     saved = lr_scheduler.LambdaLR(torch.optim.SGD(model.parameters(), lr=0.1), lambda _: 1.0).state_dict()
     optimizer = two_groups(model)
@@ -121,8 +121,8 @@ def test_the_state_of_a_scheduler_of_other_groups() -> None:
         advance(scheduler)
 
 
-def test_groups_in_another_order_than_the_scheduler_knows() -> None:
-    """The rates change places, in silence."""
+def test_groups_in_another_order_than_the_scheduler() -> None:
+    """Groups in another order than the scheduler has are warnings, because lrs change places."""
     model = Net()
     optimizer = two_groups(model)
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
@@ -137,7 +137,7 @@ def test_groups_in_another_order_than_the_scheduler_knows() -> None:
 
 
 def test_a_new_scheduler_over_a_loaded_state() -> None:
-    """The rate that was asked for is gone: the schedule counts from that of the file."""
+    """A new scheduler after a load is a warning, because it starts from the initial_lr of the file."""
     model = Net()
     old = torch.optim.SGD(model.parameters(), lr=0.1)
     advance(lr_scheduler.StepLR(old, 1, gamma=0.5))
@@ -151,7 +151,7 @@ def test_a_new_scheduler_over_a_loaded_state() -> None:
 
 
 def test_a_scheduler_after_a_warm_up_by_hand() -> None:
-    """Two schedulers on one optimizer: that the second starts from what the first has left is meant."""
+    """A second scheduler on one optimizer may start from the lr that the first left."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     warm_up, main = lr_scheduler.LinearLR(optimizer), lr_scheduler.StepLR(optimizer, 2)
@@ -159,7 +159,7 @@ def test_a_scheduler_after_a_warm_up_by_hand() -> None:
 
 
 def test_a_scheduler_of_another_optimizer() -> None:
-    """As after the optimizer was built again: its rate never changes."""
+    """A scheduler of an old optimizer is an error, because the lr of the new one never changes."""
     model = Net()
     old = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = lr_scheduler.ExponentialLR(old, 0.5)
@@ -170,8 +170,8 @@ def test_a_scheduler_of_another_optimizer() -> None:
     assert codes(model, old, scheduler) == []
 
 
-def test_a_scheduler_of_another_optimizer_inside_of_one() -> None:
-    """torch refuses to build it, and not to load it; deepcopy of the parts makes it too."""
+def test_a_part_of_a_scheduler_for_another_optimizer() -> None:
+    """A part of a scheduler that drives another optimizer is an error; a deepcopy of parts makes one."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     scheduler = lr_scheduler.ChainedScheduler([lr_scheduler.StepLR(optimizer, 1)])
@@ -179,8 +179,8 @@ def test_a_scheduler_of_another_optimizer_inside_of_one() -> None:
     assert codes(model, optimizer, scheduler) == [("scheduler-optimizer", "error", "")]
 
 
-def test_what_accelerate_wraps_is_seen_through() -> None:
-    """Its scheduler and its optimizer each hold the real one."""
+def test_wrappers_of_accelerate_are_unwrapped() -> None:
+    """The wrappers of accelerate are unwrapped, for schedulers and optimizers."""
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapped: Any = SimpleNamespace(optimizer=optimizer, param_groups=optimizer.param_groups)
@@ -203,8 +203,8 @@ def test_what_accelerate_wraps_is_seen_through() -> None:
     ],
     ids=["OneCycleLR", "CyclicLR", "SWALR"],
 )
-def test_one_rate_for_all_groups(make: Any) -> None:
-    """What each group had is overwritten when the scheduler is built, or by its steps."""
+def test_one_lr_for_all_groups(make: Any) -> None:
+    """One lr for all groups is a warning, because the scheduler overwrites the lrs of the groups."""
     model = Net()
     groups: list[dict[str, Any]] = [
         {"params": list(model.body.parameters())},
@@ -217,8 +217,8 @@ def test_one_rate_for_all_groups(make: Any) -> None:
     assert len(set(advance(scheduler, 2))) == 1
 
 
-def test_one_rate_for_groups_that_differ_in_their_decay() -> None:
-    """They have a reason to be, with one rate for all."""
+def test_one_lr_for_groups_with_different_decay() -> None:
+    """Groups that differ in weight decay may share one lr."""
     model = Net()
     vectors = [p for p in model.parameters() if p.ndim < 2]
     matrices = [p for p in model.parameters() if p.ndim > 1]
@@ -227,8 +227,8 @@ def test_one_rate_for_groups_that_differ_in_their_decay() -> None:
     assert codes(model, optimizer, lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=10)) == []
 
 
-def test_a_schedule_that_goes_on_beside_an_optimizer_that_begins() -> None:
-    """A load of the optimizer that loaded nothing, or was forgotten."""
+def test_a_scheduler_beside_an_optimizer_without_state() -> None:
+    """A scheduler past step 0 beside an optimizer without state is a warning."""
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters())
     scheduler = lr_scheduler.ConstantLR(optimizer, factor=1.0)
@@ -239,7 +239,7 @@ def test_a_schedule_that_goes_on_beside_an_optimizer_that_begins() -> None:
 
 
 @pytest.mark.parametrize("given", [3, "cosine", [None], {"scheduler": 1}], ids=repr)
-def test_what_is_no_scheduler_is_refused(given: Any) -> None:
+def test_other_types_of_schedulers_are_refused(given: Any) -> None:
     model = Net()
     with pytest.raises(GroupsError, match="a scheduler cannot be of type "):
         codes(model, torch.optim.SGD(model.parameters()), given)
@@ -252,8 +252,8 @@ def test_a_scheduler_without_its_optimizer_is_refused() -> None:
         codes(model, optimizer.param_groups, lr_scheduler.StepLR(optimizer, 1))
 
 
-def test_an_lr_scale_that_nobody_reads() -> None:
-    """Layer-wise decay as timm builds it: torch's scheduler gives every group one rate."""
+def test_an_lr_scale_that_no_scheduler_reads() -> None:
+    """lr_scale is a warning with the schedulers of torch, which do not read it."""
     model = Net()
     layers = [model.body, model.norm, model.head]
     groups = [
@@ -268,8 +268,8 @@ def test_an_lr_scale_that_nobody_reads() -> None:
     cosine = lr_scheduler.CosineAnnealingLR(optimizer, 10)
     assert len(set(advance(cosine))) == 1
     assert codes(model, optimizer, cosine) == [("multiplier", "warning", "")]
-    timms = SimpleNamespace(optimizer=optimizer, step=print, update_groups=print, base_values=[0.1, 0.1, 0.1])
-    assert codes(model, optimizer, timms) == []
+    timm_scheduler = SimpleNamespace(optimizer=optimizer, step=print, update_groups=print, base_values=[0.1, 0.1, 0.1])
+    assert codes(model, optimizer, timm_scheduler) == []
     for group in optimizer.param_groups:  # the way out of the hint
         group["lr"] = group["initial_lr"] = group["lr"] * group["lr_scale"]
     assert codes(model, optimizer) == []

@@ -1,4 +1,4 @@
-"""What the validator says of optimizer state: each fault made with torch, and what torch does with it."""
+"""``validate_param_groups`` finds faults of optimizer state, each made with torch and checked with a step."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def trained(name: str, count: int = 2) -> tuple[Any, torch.optim.Optimizer]:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_nothing_is_said_of_state_as_torch_makes_it(name: str) -> None:
-    """Freshly built, after real steps, and after a round trip through state_dict."""
+def test_state_that_torch_makes_has_no_findings(name: str) -> None:
+    """State has no findings when new, after real steps, and after saving and loading."""
     model, optimizer = trained(name, 0)
     assert codes(model, optimizer) == []
     step(model, optimizer, 3)
@@ -42,8 +42,8 @@ def test_every_class_of_torch_has_its_schema() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"LBFGS"}))
-def test_a_schema_names_the_slots_and_shapes_that_torch_makes(name: str) -> None:
-    """No slot too many or too few, for vectors and for matrices, with options and without."""
+def test_a_schema_has_the_slots_and_shapes_of_torch(name: str) -> None:
+    """The schema has exactly the slots of torch, for vectors and matrices, with and without options."""
     model, optimizer = trained(name)
     schema = schema_of(type(optimizer))
     assert schema is not None
@@ -57,7 +57,7 @@ def test_a_schema_names_the_slots_and_shapes_that_torch_makes(name: str) -> None
 
 
 def test_a_class_with_a_step_of_its_own_has_no_schema() -> None:
-    """What it keeps is its own affair; one that only inherits keeps what its parent does."""
+    """A class with its own step has no schema; a class that only inherits has that of its parent."""
 
     class Own(torch.optim.Adam):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -72,7 +72,7 @@ def test_a_class_with_a_step_of_its_own_has_no_schema() -> None:
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_state_of_another_shape(name: str) -> None:
-    """torch loads it without a word, and the next step fails."""
+    """State of another shape is an error; torch loads it, and the next step fails."""
     _, before = trained(name)
     model = Net(7, matrices=name == "Muon")
     optimizer = OPTIMIZERS[name](model.parameters())
@@ -88,7 +88,7 @@ def test_state_of_another_shape(name: str) -> None:
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_state_of_another_dtype(name: str) -> None:
-    """An error exactly where torch's step fails, a warning where it promotes."""
+    """State of another dtype is an error if the step of torch fails, and a warning if it promotes."""
     model, optimizer = trained(name)
     model.bfloat16()
     (found,) = codes(model, optimizer)
@@ -109,8 +109,8 @@ def test_state_on_another_device() -> None:
 
 
 @pytest.mark.parametrize("name", ADAPTIVE)
-def test_a_slot_that_is_not_there(name: str) -> None:
-    """An error where torch's step fails, a warning where it starts the slot from zero."""
+def test_a_missing_slot(name: str) -> None:
+    """A missing slot is an error if the step of torch fails, and a warning if torch starts it from zero."""
     for slot in next(iter(trained(name)[1].state.values())):
         model, optimizer = trained(name)
         del optimizer.state[model.body.weight][slot]
@@ -126,8 +126,8 @@ def test_a_slot_that_is_not_there(name: str) -> None:
         assert [code for code in found if code[0] != "state-steps"] == [expected]
 
 
-def test_state_of_an_object_that_no_group_has() -> None:
-    """state_dict() fails with a number for a message."""
+def test_state_of_a_tensor_in_no_group() -> None:
+    """State of a tensor in no group is an error, because state_dict() fails with a KeyError."""
     model, optimizer = trained("AdamW")
     optimizer.param_groups[0]["params"][-1] = model.head.bias = nn.Parameter(torch.zeros(3))
     assert [code for code in codes(model, optimizer) if code[0] == "state-orphan"] == [("state-orphan", "error", "")]
@@ -136,7 +136,7 @@ def test_state_of_an_object_that_no_group_has() -> None:
 
 
 def test_state_under_a_number() -> None:
-    """torch keeps it, and saves it again for ever."""
+    """State under a number is a warning, because torch saves it again with every checkpoint."""
     model, optimizer = trained("SGD-momentum")
     saved = copy.deepcopy(optimizer.state_dict())
     saved["state"][99] = {"momentum_buffer": torch.ones(2)}
@@ -147,7 +147,7 @@ def test_state_under_a_number() -> None:
 
 
 def test_state_of_another_class() -> None:
-    """SGD's file in an AdamW: the slots of the one are not those of the other."""
+    """The state of SGD in AdamW has unread and missing slots."""
     model, before = trained("SGD-momentum")
     optimizer = torch.optim.AdamW(model.parameters())
     with pytest.raises(KeyError):  # half way, with the groups overwritten already
@@ -160,8 +160,8 @@ def test_state_of_another_class() -> None:
     ]
 
 
-def test_different_numbers_of_steps() -> None:
-    """What was frozen starts its bias correction again beside what was not."""
+def test_different_step_counts() -> None:
+    """Different step counts are a warning, because the bias correction differs."""
     torch.manual_seed(0)
     model = Net()
     model.body.requires_grad_(False)
@@ -175,8 +175,8 @@ def test_different_numbers_of_steps() -> None:
     )
 
 
-def test_parameters_without_state_beside_others_that_have_it() -> None:
-    """A note: whether it was lost or is yet to come cannot be seen."""
+def test_parameters_without_state_beside_others_with_state() -> None:
+    """Parameters without state beside others are a note, because they may be new."""
     torch.manual_seed(0)
     model = Net()
     model.body.requires_grad_(False)
@@ -196,8 +196,8 @@ def test_parameters_without_state_beside_others_that_have_it() -> None:
         ("step", float("nan"), "step of 'body.weight' contains NaN"),
     ],
 )
-def test_values_that_no_step_can_use(slot: str, value: float, says: str) -> None:
-    """The step gives no error: NaN goes into the parameter, and infinity stops it."""
+def test_unusable_values(slot: str, value: float, says: str) -> None:
+    """NaN, Inf and negative squares are errors, although a step of torch accepts them."""
     model, optimizer = trained("Adam")
     tensor = optimizer.state[model.body.weight][slot]
     tensor.reshape(-1)[0] = value
@@ -215,14 +215,14 @@ def report(model: nn.Module, optimizer: Any) -> Any:
     return validate_param_groups(model, optimizer)
 
 
-def test_a_negative_mean_is_no_fault() -> None:
+def test_a_negative_mean_is_allowed() -> None:
     model, optimizer = trained("Adam")
     assert any(bool((slots["exp_avg"] < 0).any()) for slots in optimizer.state.values())
     assert codes(model, optimizer) == []
 
 
-def test_two_optimizers_that_loaded_one_file() -> None:
-    """torch keeps the tensors that it is given: a step of the one moves the state of the other."""
+def test_two_optimizers_that_loaded_one_state() -> None:
+    """Two optimizers that loaded one state share tensors, which is an error."""
     model, first = trained("Adam")
     twin = Net()
     second = torch.optim.Adam(twin.parameters())
@@ -243,16 +243,16 @@ def test_state_that_is_the_parameter_itself() -> None:
     assert "shares its memory with the parameter 'head.weight'" in message(model, optimizer)
 
 
-def test_the_state_of_what_the_model_lost() -> None:
-    """A note on the memory that it takes, beside the errors on the parameter itself."""
+def test_state_of_a_replaced_parameter() -> None:
+    """State of a replaced parameter is a note with its size."""
     model, optimizer = trained("AdamW")
     model.head = nn.Linear(5, 9)
     assert ("state-dead", "note", "") in codes(model, optimizer)
     assert any("152 B of state for 2 tensors" in finding.message for finding in report(model, optimizer).findings)
 
 
-def test_other_peoples_state_is_their_own() -> None:
-    """Nothing is known of its slots, so that only values and memory are looked at."""
+def test_state_of_an_unknown_optimizer() -> None:
+    """For an unknown optimizer, only the values and the memory of the state are checked."""
 
     class Own(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:

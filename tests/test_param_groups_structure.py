@@ -1,4 +1,4 @@
-"""What the validator says of a model whose parts are hidden, shared, wrapped or without memory; all made with torch."""
+"""``validate_param_groups`` finds parts of a model that are unregistered, shared, replaced or without memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def net() -> nn.Sequential:
 
 
 class Adapted(nn.Module):
-    """A linear layer with a low-rank update beside it, laid out as peft does."""
+    """A linear layer with a low-rank update, with the attributes that peft uses."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def sgd(groups: Any, **options: Any) -> torch.optim.SGD:
 
 
 def findings(model: nn.Module, groups: Any, code: str = "") -> list[Finding]:
-    """Validate, and return the findings of one code, or all; each has a way out and stays on one line."""
+    """Return the findings, or those of one code; each must have a hint and a message of one line."""
     found = validate_param_groups(model, groups).findings
     assert all(finding.hint and "\n" not in finding.message for finding in found)
     return [finding for finding in found if not code or finding.code == f"groups.{code}"]
@@ -66,18 +66,15 @@ def only(model: nn.Module, groups: Any, code: str) -> Finding:
 
 
 def moved(model: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor | None = None) -> set[str]:
-    """Train one real step, and return which parameters moved."""
+    """Make one real training step, and return the parameters that moved."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model(torch.ones(2, 4) if x is None else x).sum().backward()
     optimizer.step()
     return {name for name, parameter in model.named_parameters() if not torch.equal(before[name], parameter)}
 
 
-# --- in no group, and why --------------------------------------------------------------------------------------------
-
-
-def test_the_gradient_of_what_is_in_no_group_piles_up() -> None:
-    """zero_grad() of the optimizer does not reach it, which is what the message says."""
+def test_the_gradient_of_a_missing_parameter_grows() -> None:
+    """The .grad of a missing parameter grows, because zero_grad() of the optimizer skips it."""
     model: Any = net()
     optimizer = sgd(model[0].parameters())
     missing = findings(model, optimizer, "missing")
@@ -93,8 +90,8 @@ def test_the_gradient_of_what_is_in_no_group_piles_up() -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
-def test_an_adapter_that_is_put_in_after_the_optimizer_was_built_does_not_train(named: bool) -> None:
-    """All that the optimizer holds lives on, frozen; the adapter is in no group, and nothing moves."""
+def test_an_adapter_added_after_the_optimizer_is_missing(named: bool) -> None:
+    """An adapter that is added after the optimizer is missing, and the old parameters are frozen."""
     model: Any = net()
     optimizer = sgd(model.named_parameters() if named else model.parameters())
     model[0], model[2] = Adapted(model[0]), Adapted(model[2])
@@ -113,9 +110,6 @@ def test_an_adapter_that_is_put_in_after_the_optimizer_was_built_does_not_train(
     assert moved(model, optimizer) == set()
     again = sgd([pair for pair in model.named_parameters() if pair[1].requires_grad])
     assert findings(model, again) == []
-
-
-# --- the same object under another name ------------------------------------------------------------------------------
 
 
 RENAMED: dict[str, tuple[Callable[[nn.Module], object], str, str]] = {
@@ -140,8 +134,8 @@ RENAMED: dict[str, tuple[Callable[[nn.Module], object], str, str]] = {
 
 @pytest.mark.filterwarnings("ignore:.*spectral_norm.*:FutureWarning")
 @pytest.mark.parametrize("change", RENAMED)
-def test_what_keeps_the_object_and_changes_its_name_is_a_warning_with_the_renaming(change: str) -> None:
-    """It trains on; only what is saved by name would not be found again."""
+def test_a_changed_name_is_a_warning_with_the_new_name(change: str) -> None:
+    """A renamed parameter is a warning with the new name, because its saved state would not be found."""
     apply, now, cause = RENAMED[change]
     model = net()
     optimizer = sgd(model.named_parameters())
@@ -157,7 +151,7 @@ def test_what_keeps_the_object_and_changes_its_name_is_a_warning_with_the_renami
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("old", [True, False], ids=["nn.utils", "parametrizations"])
 def test_weight_norm_makes_two_new_parameters_of_one(old: bool) -> None:
-    """The optimizer goes on with the old weight, which is in no module any more; the bias alone moves."""
+    """Weight norm replaces a weight by two parameters, and the old weight is stale."""
     model = net()
     optimizer = sgd(model.named_parameters())
     (nn.utils.weight_norm if old else nn.utils.parametrizations.weight_norm)(model[2])
@@ -170,7 +164,7 @@ def test_weight_norm_makes_two_new_parameters_of_one(old: bool) -> None:
     assert findings(model, sgd(model.named_parameters())) == []
 
 
-def test_taking_weight_norm_off_makes_a_new_parameter_of_the_two() -> None:
+def test_removing_weight_norm_makes_a_new_parameter() -> None:
     model = net()
     nn.utils.parametrizations.weight_norm(model[2])
     optimizer = sgd(model.named_parameters())
@@ -181,7 +175,7 @@ def test_taking_weight_norm_off_makes_a_new_parameter_of_the_two() -> None:
     assert "2.weight" not in moved(model, optimizer)
 
 
-def test_a_renaming_that_nobody_knows_still_says_both_names() -> None:
+def test_an_unknown_rename_reports_both_names() -> None:
     model = net()
     optimizer = sgd(model.named_parameters())
     model[2] = nn.ModuleDict({"inner": model[2]})
@@ -192,7 +186,7 @@ def test_a_renaming_that_nobody_knows_still_says_both_names() -> None:
 
 
 def test_a_stale_parameter_whose_name_was_recorded_from_a_part_of_the_model() -> None:
-    """head.named_parameters() records no more than weight and bias."""
+    """A stale parameter is found although its name was recorded from a part of the model."""
     model = nn.ModuleDict({"body": nn.Linear(4, 5), "head": nn.Linear(5, 3)})
     optimizer = sgd([{"params": model[part].named_parameters(), "name": part} for part in model])
     (finding, _) = findings(model, optimizer)
@@ -202,9 +196,6 @@ def test_a_stale_parameter_whose_name_was_recorded_from_a_part_of_the_model() ->
     )
     model["head"] = nn.Linear(5, 7)
     assert [finding.key for finding in findings(model, optimizer, "stale")] == ["head.weight", "head.bias"]
-
-
-# --- another object under the same name ------------------------------------------------------------------------------
 
 
 def reassign(model: nn.Sequential) -> nn.Module:
@@ -230,7 +221,7 @@ def overwrite(model: nn.Sequential) -> nn.Module:
         torch.__future__.set_overwrite_module_params_on_conversion(False)
 
 
-LOST: dict[str, tuple[Callable[[nn.Sequential], nn.Module], int, str]] = {
+REPLACED: dict[str, tuple[Callable[[nn.Sequential], nn.Module], int, str]] = {
     "new-parameter": (reassign, 1, "replacing its module, or assigning a new nn.Parameter"),
     "new-module": (replace, 2, "replacing the module '2', or load_state_dict(assign=True) on it"),
     "assign=True": (assign, 4, "load_state_dict(assign=True), a deep copy, or loading a whole model"),
@@ -246,13 +237,13 @@ LOST: dict[str, tuple[Callable[[nn.Sequential], nn.Module], int, str]] = {
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
-@pytest.mark.parametrize("change", LOST)
-def test_each_way_to_lose_the_objects_is_told_by_what_it_leaves(change: str, named: bool) -> None:
-    """Stale and missing come in pairs, with the cause; what is stale does not move what the model computes with."""
-    lose, count, cause = LOST[change]
+@pytest.mark.parametrize("change", REPLACED)
+def test_each_way_to_replace_the_objects_is_explained(change: str, named: bool) -> None:
+    """Each way to replace the objects gives stale and missing pairs, with its cause."""
+    change_objects, count, cause = REPLACED[change]
     model = net()
     optimizer = sgd(model.named_parameters() if named else model.parameters())
-    changed = lose(model)
+    changed = change_objects(model)
     stale, missing = findings(changed, optimizer, "stale"), findings(changed, optimizer, "missing")
     assert len(stale) == len(missing) == count == len(findings(changed, optimizer)) // 2
     assert [finding.key for finding in stale] == [finding.key for finding in missing]
@@ -262,7 +253,7 @@ def test_each_way_to_lose_the_objects_is_told_by_what_it_leaves(change: str, nam
 
 
 def test_swapping_the_content_keeps_the_objects() -> None:
-    """The other future of conversion in torch changes what is in a Parameter, and not which one it is."""
+    """A conversion that swaps the content of parameters keeps the objects, and has no findings."""
     model = net()
     optimizer = sgd(model.named_parameters())
     torch.__future__.set_swap_module_params_on_conversion(True)
@@ -274,7 +265,7 @@ def test_swapping_the_content_keeps_the_objects() -> None:
 
 
 def test_a_model_that_was_given_memory_after_the_optimizer_was_built() -> None:
-    """to_empty() makes new parameters of those on the meta device; the optimizer steps on nothing."""
+    """Parameters that stayed on the meta device after to_empty() are stale."""
     model = net().to("meta")
     optimizer = sgd(model.named_parameters())
     model.to_empty(device="cpu").load_state_dict(net().state_dict())
@@ -296,8 +287,8 @@ def test_fused_modules_say_where_the_batch_norm_went() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # torch's own, of its quantisation
-def test_a_quantised_model_has_no_parameter_and_says_so() -> None:
-    """It has modules and gradients of nothing: a note by itself, and the reason of each parameter that is gone."""
+def test_a_quantised_model_has_no_parameter() -> None:
+    """A quantised model has no parameters: a note says so, and each old parameter has its reason."""
     model = net()
     optimizer = sgd(model.named_parameters())
     quantised = torch.ao.quantization.quantize_dynamic(model, {nn.Linear})  # type: ignore[no-untyped-call]
@@ -328,11 +319,8 @@ def test_a_weight_that_was_untied_after_the_optimizer_was_built() -> None:
     assert "lm_head.weight" not in moved(model, optimizer, torch.tensor([0, 1]))
 
 
-# --- identity, never values ------------------------------------------------------------------------------------------
-
-
 def test_a_fresh_batch_norm_is_not_taken_for_another_one_of_equal_values() -> None:
-    """All new BatchNorms hold ones and zeros: who compares by value calls the second one trained already."""
+    """Two new BatchNorms have equal values but are different parameters."""
     model: Any = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4))
     assert torch.equal(model[0].weight, model[1].weight)
     assert torch.equal(model[0].bias, model[1].bias)
@@ -348,7 +336,7 @@ def test_a_fresh_batch_norm_is_not_taken_for_another_one_of_equal_values() -> No
 
 
 def test_no_recycled_id_makes_a_new_layer_look_like_the_old_one() -> None:
-    """An id list outlives its parameters, and new ones get their ids; what the validator compares is held alive."""
+    """A recycled id never makes a new layer look like the old one, because compared objects are kept alive."""
     for _ in range(30):
         model = net()
         old = [id(parameter) for parameter in model[2].parameters()]
@@ -362,11 +350,8 @@ def test_no_recycled_id_makes_a_new_layer_look_like_the_old_one() -> None:
         assert [finding.key for finding in findings(model, optimizer, "missing")] == ["2.weight", "2.bias"]
 
 
-# --- hidden from parameters() ----------------------------------------------------------------------------------------
-
-
-class Hiding(nn.Module):
-    """Parts that train, each kept where torch does not look."""
+class Unregistered(nn.Module):
+    """Trainable parts in attributes that ``parameters()`` does not read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -382,8 +367,8 @@ class Hiding(nn.Module):
         return out
 
 
-def test_what_is_kept_in_plain_lists_and_attributes_gets_gradients_and_never_trains() -> None:
-    model = Hiding()
+def test_unregistered_parts_never_train() -> None:
+    model = Unregistered()
     optimizer = sgd(model.named_parameters())
     found = findings(model, optimizer)
     assert [(finding.code, finding.severity) for finding in found] == [("groups.unregistered", "warning")] * 4
@@ -399,9 +384,9 @@ def test_what_is_kept_in_plain_lists_and_attributes_gets_gradients_and_never_tra
     assert torch.equal(model.blocks[0].weight, before)
 
 
-def test_what_is_hidden_and_in_a_group_trains_but_is_not_saved() -> None:
-    """One finding a part, not one a parameter, and none that calls it foreign."""
-    model = Hiding()
+def test_an_unregistered_part_in_a_group_is_not_saved() -> None:
+    """An unregistered part in a group has one finding, and is not foreign."""
+    model = Unregistered()
     inside = [*model.parameters(), *model.blocks[0].parameters(), model.scale]
     found = findings(model, sgd(inside))
     assert [finding.code for finding in found] == ["groups.unregistered"] * 4
@@ -411,8 +396,8 @@ def test_what_is_hidden_and_in_a_group_trains_but_is_not_saved() -> None:
     assert "1 of its 2 parameters get a gradient and are in no group" in some.message
 
 
-def test_a_list_of_registered_or_frozen_modules_hides_nothing() -> None:
-    """Lists of layers beside their registration, a frozen teacher in a list, and the weights that an LSTM keeps."""
+def test_registered_and_frozen_modules_in_lists_are_no_fault() -> None:
+    """Registered layers in a list, a frozen teacher, and the weight list of an LSTM have no findings."""
 
     class Open(nn.Module):
         def __init__(self) -> None:
@@ -428,11 +413,8 @@ def test_a_list_of_registered_or_frozen_modules_hides_nothing() -> None:
     assert findings(model, sgd(model.named_parameters())) == []
 
 
-# --- tied, shared and overlapping ------------------------------------------------------------------------------------
-
-
 def test_a_tied_weight_in_two_groups_is_one_parameter() -> None:
-    """torch refuses without a name; the finding has both names and both places."""
+    """A tied weight in two groups is an error with both names and both places."""
     model = Tied()
     groups = [
         {"params": [*model.wte.parameters(), *model.body.parameters()], "name": "base", "lr": 0.1},
@@ -446,8 +428,8 @@ def test_a_tied_weight_in_two_groups_is_one_parameter() -> None:
     assert "as group 0 ('base')[0] and group 1 ('head')[0]" in error.message
 
 
-def test_a_tied_weight_is_noted_where_groups_have_rates_of_their_own() -> None:
-    """The embedding trains at the rate of the head; with one rate for all there is nothing to say."""
+def test_a_tied_weight_is_noted_if_lrs_differ() -> None:
+    """A tied weight is noted only if the groups have different lrs."""
     model: Any = Tied()
     head = {id(parameter) for parameter in model.lm_head.parameters()}
     base = [parameter for parameter in model.parameters() if id(parameter) not in head]
@@ -464,8 +446,8 @@ def test_a_tied_weight_is_noted_where_groups_have_rates_of_their_own() -> None:
 
 
 @pytest.mark.parametrize("part", [slice(None), slice(2, 6)], ids=["all", "part"])
-def test_two_parameters_over_one_memory_are_stepped_twice(part: slice) -> None:
-    """A tie by memory: torch sees two objects."""
+def test_two_parameters_with_one_memory_are_stepped_twice(part: slice) -> None:
+    """Two parameters with one memory are a warning, because each step changes both."""
     model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
     memory = torch.arange(24.0).view(6, 4)
     model[0].weight = nn.Parameter(memory[:4])
@@ -484,8 +466,8 @@ def test_two_parameters_over_one_memory_are_stepped_twice(part: slice) -> None:
     assert memory[shared].item() == pytest.approx(before - 2 * 0.1)  # twice the lr
 
 
-def test_views_of_one_memory_that_share_no_element_are_no_overlap() -> None:
-    """Rows or columns of one matrix; columns lie between each other in memory."""
+def test_views_without_a_common_element_do_not_overlap() -> None:
+    """Rows or columns of one matrix do not overlap, although columns alternate in memory."""
     memory = torch.zeros(6, 4)
     model = nn.ParameterDict({"rows": memory[:3, :2], "more": memory[:3, 2:], "rest": memory[3:]})
     assert findings(model, sgd(model.parameters())) == []
@@ -493,7 +475,7 @@ def test_views_of_one_memory_that_share_no_element_are_no_overlap() -> None:
     assert only(model, sgd(model.parameters()), "shared-memory").key == "right"
 
 
-def test_two_frozen_parameters_over_one_memory_harm_nobody() -> None:
+def test_two_frozen_parameters_may_share_memory() -> None:
     memory = torch.zeros(4)
     model = nn.ParameterDict({"a": memory, "b": memory, "c": torch.ones(1)})
     model["a"].requires_grad_(False)
@@ -502,7 +484,7 @@ def test_two_frozen_parameters_over_one_memory_harm_nobody() -> None:
 
 
 def test_a_module_that_is_registered_twice_is_noted_once() -> None:
-    """Its parameters have two names and train once; the modules in it are not noted again."""
+    """A module that is registered twice is noted once, without its inner modules."""
     model = nn.Module()
     model.encoder = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     model.decoder, model.relu, model.again = model.encoder, nn.ReLU(), nn.ReLU()
@@ -512,11 +494,8 @@ def test_a_module_that_is_registered_twice_is_noted_once() -> None:
     assert len(findings(model, list(model.named_parameters(remove_duplicate=False)), "duplicate")) == 4
 
 
-# --- without memory --------------------------------------------------------------------------------------------------
-
-
 def test_an_optimizer_that_steps_on_the_meta_device() -> None:
-    """torch takes it, and steps without a word; a list of groups is a plan still."""
+    """Parameters on the meta device are an error for an optimizer, and allowed in a list of groups."""
     model = net().to("meta")
     groups = [{"params": list(model.parameters()), "name": "all"}]
     assert findings(model, groups) == []
@@ -531,11 +510,8 @@ def test_an_optimizer_that_steps_on_the_meta_device() -> None:
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-# --- what stands beside the parameters -------------------------------------------------------------------------------
-
-
 def test_a_list_of_groups_that_two_optimizers_are_built_from() -> None:
-    """The second one takes over the rate of the first, and both read one dict."""
+    """A list of groups that two optimizers share is an error, because both read the same dicts."""
     model = net()
     groups: list[dict[str, Any]] = [{"params": list(model.parameters()), "name": "all"}]
     first = sgd(groups, lr=0.1)
@@ -549,7 +525,7 @@ def test_a_list_of_groups_that_two_optimizers_are_built_from() -> None:
     assert second.param_groups[0]["lr"] == 3.0
 
 
-def test_one_optimizer_listed_twice_is_one_finding_beside_the_duplicates() -> None:
+def test_one_optimizer_given_twice_is_one_finding_beside_the_duplicates() -> None:
     model = net()
     optimizer = sgd([{"params": model[0].parameters()}, {"params": model[2].parameters()}])
     (finding,) = findings(model, [optimizer, optimizer], "shared")
@@ -558,7 +534,7 @@ def test_one_optimizer_listed_twice_is_one_finding_beside_the_duplicates() -> No
 
 
 class Lookahead(torch.optim.Optimizer):
-    """A wrapper as many are written: it keeps the groups of the optimizer that it steps."""
+    """A common kind of wrapper, which stores the groups of its inner optimizer."""
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
@@ -573,7 +549,7 @@ class Lookahead(torch.optim.Optimizer):
 
 
 def test_a_wrapper_that_kept_the_groups_of_before_a_load() -> None:
-    """load_state_dict() makes new dicts, so a rate that is set in the old ones never arrives."""
+    """A wrapper with the dicts of before load_state_dict() is a warning: a new lr does not reach the optimizer."""
     model = net()
     wrapper = Lookahead(sgd(model.parameters()))
     assert findings(model, wrapper) == []
@@ -586,7 +562,7 @@ def test_a_wrapper_that_kept_the_groups_of_before_a_load() -> None:
 
 
 def test_a_name_that_is_recorded_for_two_parameters() -> None:
-    """torch takes any names."""
+    """One name for two parameters is an error, although torch accepts it."""
     model = net()
     optimizer = sgd([("x", parameter) for parameter in model[0].parameters()])
     (finding,) = findings(model, optimizer, "names")[:1]

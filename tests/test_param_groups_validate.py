@@ -1,4 +1,4 @@
-"""What the validator says of real faults, each of them made with torch itself."""
+"""``validate_param_groups`` finds real faults of membership, names and options, each made with torch."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sgd(groups: Any, **options: Any) -> torch.optim.SGD:
 
 
 def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> set[str]:
-    """Do one real step, and return which parameters moved: the oracle of what the findings claim."""
+    """Make one real step, and return the parameters that moved, to check what the findings claim."""
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else parameter.grad
@@ -64,7 +64,7 @@ def step(model: nn.Module, *optimizers: torch.optim.Optimizer) -> set[str]:
 
 
 def findings(model: nn.Module, groups: Any) -> tuple[Finding, ...]:
-    """Validate; every finding must have a way out and stay on one line."""
+    """Return the findings; every finding must have a hint and a message of one line."""
     report = validate_param_groups(model, groups)
     assert report.error is GroupsError
     assert all(finding.hint and "\n" not in finding.message for finding in report.findings)
@@ -80,13 +80,10 @@ def by_code(code: str, names: Iterable[str]) -> list[tuple[str, str]]:
 
 
 def only(model: nn.Module, groups: Any, code: str) -> Finding:
-    """Return the one finding that there is."""
+    """Return the only finding."""
     (finding,) = findings(model, groups)
     assert finding.code == code
     return finding
-
-
-# --- silence ---------------------------------------------------------------------------------------------------------
 
 
 CLEAN: dict[str, Callable[[nn.Module], Any]] = {
@@ -106,13 +103,13 @@ CLEAN: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("make", [Net, Tied], ids=lambda make: make.__name__)
 @pytest.mark.parametrize("form", CLEAN)
-def test_nothing_is_said_of_groups_that_are_right(make: Callable[[], nn.Module], form: str) -> None:
-    """Every form in which groups come, with buffers and tied weights."""
+def test_correct_groups_have_no_findings(make: Callable[[], nn.Module], form: str) -> None:
+    """Correct groups have no findings in any form, with buffers and tied weights."""
     model = make()
     assert findings(model, CLEAN[form](model)) == ()
 
 
-KEEPS_IDENTITY: dict[str, Callable[[Net], object]] = {
+KEEPS_OBJECTS: dict[str, Callable[[Net], object]] = {
     "half": lambda model: model.half(),
     "to-double": lambda model: model.to(torch.float64),
     "load_state_dict": lambda model: model.load_state_dict(Net().state_dict()),
@@ -123,17 +120,17 @@ KEEPS_IDENTITY: dict[str, Callable[[Net], object]] = {
 }
 
 
-@pytest.mark.parametrize("change", KEEPS_IDENTITY)
-def test_what_keeps_the_objects_keeps_the_silence(change: str) -> None:
+@pytest.mark.parametrize("change", KEEPS_OBJECTS)
+def test_changes_that_keep_the_objects_have_no_findings(change: str) -> None:
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC))
-    KEEPS_IDENTITY[change](model)
+    KEEPS_OBJECTS[change](model)
     assert findings(model, optimizer) == ()
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it imports its compiler
-def test_wrapping_the_model_changes_names_and_nothing_else() -> None:
-    """torch.compile and DataParallel put a prefix in front of names that the optimizer has recorded without it."""
+def test_wrapping_the_model_has_no_findings() -> None:
+    """The prefixes of torch.compile and DataParallel do not matter for recorded names."""
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC))
     compiled = torch.compile(model)
@@ -144,7 +141,7 @@ def test_wrapping_the_model_changes_names_and_nothing_else() -> None:
 
 
 def test_a_scheduler_and_a_reloaded_state_leave_no_finding() -> None:
-    """Their bookkeeping in the groups (initial_lr, max_momentum, ...) is known."""
+    """Options that schedulers write into groups (initial_lr, max_momentum) cause no finding."""
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC), momentum=0.9)
     for make in (
@@ -171,11 +168,8 @@ def test_the_input_is_not_changed() -> None:
     assert findings(model, sgd(groups)) == ()
 
 
-# --- missing and duplicate -------------------------------------------------------------------------------------------
-
-
 def test_a_trainable_parameter_in_no_group_is_missing() -> None:
-    """It does not move, and the finding says so."""
+    """A trainable parameter in no group does not move, and the finding says so."""
     model = Net()
     optimizer = sgd([*model.fc1.parameters(), *model.bn.parameters(), *model.fc3.parameters()])
     assert codes(model, optimizer) == by_code("groups.missing", ["fc2.weight", "fc2.bias"])
@@ -183,8 +177,8 @@ def test_a_trainable_parameter_in_no_group_is_missing() -> None:
     assert "'fc2.weight' (5, 5) is trainable but in no group" in findings(model, optimizer)[0].message
 
 
-def test_freezing_is_the_way_out_of_missing() -> None:
-    """Following the hint silences it."""
+def test_a_frozen_parameter_is_not_missing() -> None:
+    """Freezing the parameter, as the hint says, removes the finding."""
     model = Net()
     optimizer = sgd([*model.fc1.parameters(), *model.bn.parameters(), *model.fc3.parameters()])
     model.fc2.requires_grad_(False)
@@ -192,7 +186,7 @@ def test_freezing_is_the_way_out_of_missing() -> None:
 
 
 def test_twice_in_one_group_is_a_duplicate() -> None:
-    """torch only warns, and steps it twice."""
+    """A parameter that is twice in one group is an error; torch only warns, and steps it twice."""
     model = nn.Linear(2, 1, bias=False)
     with pytest.warns(UserWarning, match="duplicate parameters"):
         optimizer = sgd([model.weight, model.weight])
@@ -204,7 +198,7 @@ def test_twice_in_one_group_is_a_duplicate() -> None:
     assert (before - model.weight).mean().item() == pytest.approx(0.2)  # twice the lr
 
 
-def test_a_duplicate_across_groups_is_named_where_torch_names_nobody() -> None:
+def test_a_duplicate_across_groups_is_named() -> None:
     model = Net()
     groups = [
         {"params": list(model.parameters()), "name": "all"},
@@ -217,7 +211,7 @@ def test_a_duplicate_across_groups_is_named_where_torch_names_nobody() -> None:
 
 
 def test_a_duplicate_across_optimizers_is_found() -> None:
-    """torch cannot know; together with what neither of them holds."""
+    """Two optimizers are checked together, for duplicates and for missing parameters."""
     model = Net()
     pair = [sgd([*model.fc1.parameters(), *model.fc2.parameters()]), sgd([*model.fc1.parameters(), model.fc3.weight])]
     assert codes(model, pair) == [
@@ -233,7 +227,7 @@ def test_tied_weights_given_by_both_names_are_a_duplicate() -> None:
 
 
 def test_equal_values_are_not_the_same_parameter() -> None:
-    """Membership is identity: a clone of every weight trains nothing."""
+    """Parameters are compared by identity, so clones of the weights are stale."""
     model = Net()
     clones = sgd([nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()])
     found = codes(model, clones)
@@ -242,12 +236,9 @@ def test_equal_values_are_not_the_same_parameter() -> None:
     assert step(model, clones) == set()
 
 
-# --- stale -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
 def test_a_head_replaced_after_the_optimizer_was_built(named: bool) -> None:
-    """The new head never moves; the old one is named as what it was, even where torch kept no names."""
+    """A replaced head is missing, and the old one is named, even if torch recorded no names."""
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC) if named else model.parameters())
     model.fc3 = nn.Linear(5, 7)
@@ -267,8 +258,8 @@ def test_a_head_replaced_after_the_optimizer_was_built(named: bool) -> None:
     assert findings(model, sgd(build_param_groups(model, SPEC))) == ()  # the way out of the hint
 
 
-def test_the_old_head_next_to_the_new_one_is_dead_weight() -> None:
-    """add_param_group heals the missing half only."""
+def test_an_old_head_beside_the_new_one_is_stale() -> None:
+    """After add_param_group() the new head is no longer missing, but the old one is still stale."""
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC))
     model.fc3 = nn.Linear(5, 3)
@@ -290,7 +281,7 @@ def test_load_state_dict_with_assign_makes_every_group_stale(named: bool) -> Non
 
 
 def test_a_model_materialised_after_the_optimizer_was_built() -> None:
-    """The optimizer keeps the parameters that have no memory, and steps on them without a word."""
+    """The parameters on the meta device are stale, although the optimizer steps them silently."""
     with torch.device("meta"):
         model = Net()
     optimizer = sgd(build_param_groups(model, SPEC))
@@ -325,7 +316,7 @@ def test_an_optimizer_of_a_copied_model() -> None:
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
 @pytest.mark.parametrize("source", ["state_dict", "data"])
 def test_an_optimizer_built_from_state_dict_or_data(source: str, named: bool) -> None:
-    """It holds the memory but not the parameters: no gradient ever arrives."""
+    """Tensors of state_dict() or .data share memory with the parameters but get no gradient."""
     model = Net()
     pairs = [(name, tensor) for name, tensor in model.state_dict().items() if tensor.is_floating_point()]
     if source == "data":
@@ -358,8 +349,8 @@ def test_weight_norm_applied_after_the_optimizer_was_built() -> None:
     )
 
 
-def test_several_lost_parameters_of_one_shape_are_all_named() -> None:
-    """Where it cannot be told which one the object was, no FQN is claimed."""
+def test_several_candidates_of_one_shape_are_all_named() -> None:
+    """If several parameters could be the old one, the finding lists them and has no key."""
     model = nn.Sequential(*(nn.Linear(2, 2, bias=False) for _ in range(3)))
     old = model[0].weight
     model[0] = nn.Linear(2, 2, bias=False)
@@ -372,7 +363,7 @@ def test_several_lost_parameters_of_one_shape_are_all_named() -> None:
 
 
 def test_ids_cannot_be_recycled_while_they_are_compared() -> None:
-    """A model whose parameters are made anew on every look must not be taken for the one in the groups."""
+    """A recycled id never makes a new parameter look like one in the groups."""
 
     class Fleeting(nn.Module):
         def named_parameters(self, *_: Any, **__: Any) -> Any:
@@ -381,9 +372,6 @@ def test_ids_cannot_be_recycled_while_they_are_compared() -> None:
 
     groups = [parameter for _, parameter in Fleeting().named_parameters()]
     assert codes(Fleeting(), groups) == [*by_code("groups.stale", "uvw"), *by_code("groups.missing", "uvw")]
-
-
-# --- foreign, buffers and other things -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
@@ -398,8 +386,8 @@ def test_a_parameter_of_another_model_is_foreign(named: bool) -> None:
     ) in finding.message
 
 
-def test_a_module_kept_in_a_plain_list_trains_and_is_not_saved_until_it_is_registered() -> None:
-    """The hint names nn.ModuleList, and that is the way out."""
+def test_a_module_in_a_plain_list_is_unregistered() -> None:
+    """A module in a plain list is unregistered; nn.ModuleList, as the hint says, removes the finding."""
 
     class Hidden(nn.Module):
         def __init__(self) -> None:
@@ -419,7 +407,7 @@ def test_a_module_kept_in_a_plain_list_trains_and_is_not_saved_until_it_is_regis
 
 
 def test_a_buffer_is_not_a_parameter() -> None:
-    """torch takes it in silence."""
+    """A buffer in a group is an error, although torch accepts it."""
     model = Net()
     optimizer = sgd([*model.parameters(), *model.buffers()])
     assert codes(model, optimizer) == by_code(
@@ -455,8 +443,8 @@ def test_what_no_optimizer_can_train_is_named(thing: Any, words: str) -> None:
         pytest.param(None, "has no params", id="none"),
     ],
 )
-def test_params_that_are_no_list_leave_the_rest_unknown(params: Any, words: str) -> None:
-    """One finding, and nobody is called missing for it."""
+def test_unreadable_params_leave_the_missing_unknown(params: Any, words: str) -> None:
+    """Unreadable params give one finding, and no parameter is reported as missing."""
     finding = only(Net(), [{"params": params, "name": "all"}], "groups.not-a-parameter")
     assert finding.message == f"group 0 ('all') {words}"
     assert only(Net(), [{"lr": 0.1}], "groups.not-a-parameter").message == "group 0 has no params"
@@ -475,18 +463,15 @@ def test_params_that_are_no_list_leave_the_rest_unknown(params: Any, words: str)
         pytest.param([sgd([nn.Parameter(torch.ones(1))]), torch.ones(1)], id="optimizer-and-tensor"),
     ],
 )
-def test_what_holds_no_groups_at_all_is_refused(given: Any) -> None:
+def test_other_types_of_groups_are_refused(given: Any) -> None:
     with pytest.raises(GroupsError) as caught:
         validate_param_groups(Net(), given)
     assert "pass the list of group dicts" in (caught.value.hint or "")
 
 
-def test_a_model_that_is_none_is_refused() -> None:
+def test_other_types_of_models_are_refused() -> None:
     with pytest.raises(GroupsError, match=r"the model is a OrderedDict"):
         validate_param_groups(Net().state_dict(), [])  # type: ignore[arg-type]
-
-
-# --- frozen and lazy -------------------------------------------------------------------------------------------------
 
 
 def test_a_frozen_parameter_in_a_group_is_a_warning() -> None:
@@ -499,7 +484,7 @@ def test_a_frozen_parameter_in_a_group_is_a_warning() -> None:
 
 
 def test_a_frozen_parameter_with_a_gradient_left_is_an_error() -> None:
-    """Frozen in the middle of training: the optimizer goes on moving it, by momentum and decay even with zeros."""
+    """A frozen parameter with a .grad is an error: momentum and weight decay still move it."""
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC), momentum=0.9)
     assert step(model, optimizer) == {*BASE, *HEAD}
@@ -529,9 +514,6 @@ def test_stale_and_missing_ones_may_be_uninitialised() -> None:
     assert [code for code, _ in codes(model, optimizer)] == ["groups.stale"] * 2 + ["groups.missing"] * 2
 
 
-# --- the form of the groups ------------------------------------------------------------------------------------------
-
-
 ONE_SHOT: dict[str, Callable[[nn.Module], Any]] = {
     "generator": lambda model: (parameter for parameter in model.parameters()),
     "parameters()": lambda model: model.parameters(),
@@ -546,7 +528,7 @@ ONE_SHOT: dict[str, Callable[[nn.Module], Any]] = {
 
 @pytest.mark.parametrize("kind", ONE_SHOT)
 def test_a_one_shot_iterator_is_reported_and_not_consumed(kind: str) -> None:
-    """In a group or as a whole; its members stay unknown, so nobody is called missing; and all is still there after."""
+    """An iterator is reported and not consumed, and no parameter is reported as missing."""
     model = Net()
     params = ONE_SHOT[kind](model)
     finding = only(model, [{"params": params, "name": "base"}], "groups.one-shot")
@@ -556,14 +538,14 @@ def test_a_one_shot_iterator_is_reported_and_not_consumed(kind: str) -> None:
     assert len(list(params)) == len(list(ONE_SHOT[kind](model))) > 0
 
 
-def test_what_else_is_wrong_is_found_beside_a_one_shot_iterator() -> None:
+def test_other_faults_are_found_beside_a_one_shot_iterator() -> None:
     model = Net()
     groups = [{"params": [model.fc3.weight, model.fc3.weight]}, {"params": model.fc1.parameters()}]
     assert codes(model, groups) == [("groups.one-shot", ""), ("groups.duplicate", "fc3.weight")]
 
 
 def test_an_exhausted_filter_leaves_an_empty_group_in_the_optimizer() -> None:
-    """The tutorial's idiom after somebody counted its parameters: torch says nothing, and the base never trains."""
+    """An exhausted filter() leaves an empty group, and its parameters are missing; torch accepts it."""
     model = Net()
     head = set(map(id, model.fc3.parameters()))
     base = filter(lambda parameter: id(parameter) not in head, model.parameters())
@@ -576,25 +558,22 @@ def test_an_exhausted_filter_leaves_an_empty_group_in_the_optimizer() -> None:
     assert step(model, optimizer) == set(HEAD)
 
 
-def test_no_group_at_all_is_an_empty_one() -> None:
+def test_no_groups_are_one_empty_group() -> None:
     assert codes(Net(), []) == [("groups.empty", ""), *by_code("groups.missing", [*BASE, *HEAD])]
 
 
 @pytest.mark.parametrize("inside", [True, False], ids=["in-a-dict", "bare"])
 @pytest.mark.parametrize("kind", [set, frozenset])
 def test_a_set_has_no_order(kind: Callable[[Iterable[Any]], Any], inside: bool) -> None:
-    """torch refuses it in a dict, and takes a bare one."""
+    """A set is an error in a dict and on its own; torch accepts the second."""
     model = Net()
     params = kind(model.parameters())
     finding = only(model, [{"params": params}] if inside else params, "groups.unordered")
     assert "saved by position" in finding.message
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
 def test_names_that_a_loaded_state_dict_put_in_the_wrong_order() -> None:
-    """torch overwrites the live names with those of the file, and loads the state by position."""
+    """Names that a load_state_dict() put in another order are errors."""
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
     pairs = list(model.named_parameters())
     optimizer = sgd(pairs)
@@ -607,8 +586,8 @@ def test_names_that_a_loaded_state_dict_put_in_the_wrong_order() -> None:
     assert "group 0[0] (2, 2) is recorded as '1.weight' but is '0.weight'" in found[0].message
 
 
-def test_a_name_that_nobody_has_any_more_is_a_warning() -> None:
-    """Pruning keeps the object and renames it; it still trains."""
+def test_an_old_name_is_a_warning() -> None:
+    """A renamed parameter still trains, so its old recorded name is only a warning."""
     model = Net()
     optimizer = sgd(build_param_groups(model, SPEC))
     prune.l1_unstructured(model.fc2, "weight", 0.5)  # type: ignore[no-untyped-call]
@@ -616,7 +595,7 @@ def test_a_name_that_nobody_has_any_more_is_a_warning() -> None:
     assert (finding.severity, finding.key) == ("warning", "fc2.weight_orig")
 
 
-def test_an_alias_is_a_true_name() -> None:
+def test_an_alias_is_a_valid_name() -> None:
     model = Tied()
     assert findings(model, sgd([("lm_head.weight", model.lm_head.weight)])) == ()
 
@@ -629,7 +608,7 @@ def test_names_and_parameters_that_disagree_in_number() -> None:
     assert "7 names in param_names for 8 parameters" in finding.message
 
 
-def test_some_names_are_not_enough() -> None:
+def test_names_for_some_parameters_are_an_error() -> None:
     model = nn.Linear(2, 2)
     groups = [{"params": [("weight", model.weight), model.bias]}]
     assert "names 1 of its 2 parameters" in only(model, groups, "groups.names").message
@@ -637,12 +616,9 @@ def test_some_names_are_not_enough() -> None:
         sgd(groups)
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("lr", ["1e-3", -1, float("nan"), True], ids=str)
 def test_a_learning_rate_that_torch_does_not_check(lr: Any) -> None:
-    """torch checks the lr of the constructor, never that of a group."""
+    """A wrong lr of a group is an error, which torch does not check."""
     model = Net()
     optimizer = sgd([{"params": list(model.parameters()), "lr": lr}])
     finding = only(model, optimizer, "groups.option-value")
@@ -650,14 +626,14 @@ def test_a_learning_rate_that_torch_does_not_check(lr: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "meant"),
+    ("key", "intended"),
     [("learning_rate", "lr"), ("wd", "weight_decay"), ("weight_decy", "weight_decay"), ("momentun", "momentum")],
 )
-def test_an_option_that_the_optimizer_does_not_read(key: str, meant: str) -> None:
-    """torch takes it in silence, and trains with the default."""
+def test_an_option_that_the_optimizer_does_not_read(key: str, intended: str) -> None:
+    """An option that the optimizer does not read is a warning with a suggestion."""
     model = Net()
     finding = only(model, sgd([{"params": list(model.parameters()), key: 0.5}]), "groups.option-unread")
-    assert (finding.severity, finding.hint) == ("warning", f"did you mean '{meant}'?")
+    assert (finding.severity, finding.hint) == ("warning", f"did you mean '{intended}'?")
     assert f"'{key}' is not read by SGD" in finding.message
 
 
@@ -684,7 +660,7 @@ def test_betas_are_not_for_sgd() -> None:
     ],
 )
 def test_an_option_that_no_optimizer_reads(key: str, hint: str | None) -> None:
-    """Before an optimizer is chosen, whatever a class of torch.optim takes is right."""
+    """Groups without an optimizer can have every option of any class of torch.optim."""
     model = Net()
     groups = build_param_groups(model, [{"rest": True, key: 0.5}])
     if hint is None:
@@ -694,7 +670,7 @@ def test_an_option_that_no_optimizer_reads(key: str, hint: str | None) -> None:
         assert (finding.severity, finding.hint) == ("warning", hint)
 
 
-def test_a_report_is_printed_a_line_a_finding() -> None:
+def test_a_report_has_one_line_for_each_finding() -> None:
     model = Net()
     report = validate_param_groups(model, [{"params": [p for n, p in model.named_parameters() if n != "fc3.bias"]}])
     (line, count) = str(report).splitlines()
@@ -704,7 +680,7 @@ def test_a_report_is_printed_a_line_a_finding() -> None:
     assert str(validate_param_groups(model, list(model.parameters()))) == "no findings"
 
 
-def test_other_peoples_optimizers_may_keep_counters_in_a_group() -> None:
+def test_other_optimizers_may_keep_counters_in_a_group() -> None:
     class Own(torch.optim.Optimizer):
         def __init__(self, params: Any) -> None:
             super().__init__(params, {"lr": None, "scale": 1.0})
@@ -717,7 +693,7 @@ def test_other_peoples_optimizers_may_keep_counters_in_a_group() -> None:
     assert only(model, optimizer, "groups.option-unread").hint == "did you mean 'scale'?"
 
 
-def test_an_option_that_got_lost_on_the_way() -> None:
+def test_a_missing_option_is_an_error() -> None:
     model = Net()
     optimizer = torch.optim.Adam(model.parameters())
     del optimizer.param_groups[0]["betas"]
@@ -726,13 +702,10 @@ def test_an_option_that_got_lost_on_the_way() -> None:
         step(model, optimizer)
 
 
-# --- random groups ---------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None)
 @given(st.data())
 def test_findings_are_exactly_the_faults_that_were_put_in(data: st.DataObject) -> None:
-    """Random groups over a random choice of parameters: missing, duplicate, stale and foreign against plain sets."""
+    """For random groups, the missing, duplicate, stale and foreign tensors are exactly those that were put in."""
     model, other = Net(), nn.Linear(7, 7)
     live = list(model.named_parameters())
     chosen = data.draw(st.lists(st.sampled_from(range(len(live))), max_size=14))

@@ -1,4 +1,4 @@
-"""Wrapping, converting and reparametrising a model: silence where the groups still train it, the cause where not."""
+"""Wrapped, converted and parametrized models have no findings if the groups still train them, else the cause."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A process group of this process alone, through a file: no port and no second process."""
+    """A process group with one process, through a file: it needs no port."""
     path: Path = tmp_path_factory.mktemp("gloo") / "store"
     before = dict(os.environ)
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=0, world_size=1)
@@ -40,7 +40,7 @@ def _one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 class Encoder(nn.Module):
-    """A tied transformer in small: embedding, block, norm, and a head over the embedding."""
+    """A small transformer with tied weights: embedding, block, norm and head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ class Convolution(nn.Module):
         return out
 
 
-class Low(nn.Module):
-    """A low-rank update beside a frozen layer, written by hand."""
+class LowRank(nn.Module):
+    """A frozen layer with a low-rank update, written by hand."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()
@@ -84,12 +84,12 @@ class Low(nn.Module):
 
 def adapt(model: Any) -> Any:
     model.requires_grad_(False)
-    model.fc = Low(model.fc)
+    model.fc = LowRank(model.fc)
     return model
 
 
 def on(part: str, change: Callable[..., Any], *given: Any) -> Callable[[nn.Module], nn.Module]:
-    """Return what changes one module of a model and gives the model back."""
+    """Return a function that changes one module of a model and returns the model."""
 
     def do(model: nn.Module) -> nn.Module:
         change(model.get_submodule(part), *given)
@@ -157,7 +157,7 @@ def sgd(groups: Any) -> torch.optim.SGD:
 
 
 def split(model: nn.Module) -> torch.optim.Optimizer:
-    """An optimizer with two groups of one rate, as most recipes make them; the names are recorded."""
+    """Return an optimizer with names and two groups of one lr, as most recipes make them."""
     pairs = [pair for pair in model.named_parameters() if pair[1].requires_grad]
     decay, plain = ([pair for pair in pairs if (pair[1].ndim > 1) is more] for more in (True, False))
     groups = [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
@@ -179,7 +179,7 @@ def findings(model: nn.Module, groups: Any) -> tuple[Finding, ...]:
 
 
 def a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Train one step where the model can run as it is."""
+    """Make one real training step."""
     kind = next(parameter.dtype for parameter in model.parameters())
     inside = next((module for module in model.modules() if isinstance(module, Encoder | Convolution)), None)
     x = torch.tensor([[1, 2]]) if isinstance(inside, Encoder) else torch.randn(2, 3, 4, 4, dtype=kind)
@@ -189,8 +189,8 @@ def a_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", [*KEEPS, *RENAMES, *REPLACES])
-def test_an_optimizer_that_was_built_after_the_change_is_right(change: str, form: str) -> None:
-    """Whatever was done to the model first, and after a real step."""
+def test_an_optimizer_built_after_the_change_has_no_findings(change: str, form: str) -> None:
+    """An optimizer that was built after any change has no findings, before and after a step."""
     make, apply = {**KEEPS, **RENAMES, **REPLACES}[change]
     model = apply(make())
     optimizer = FORMS[form](model)
@@ -202,8 +202,8 @@ def test_an_optimizer_that_was_built_after_the_change_is_right(change: str, form
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", KEEPS)
-def test_an_optimizer_that_was_built_before_is_right_where_the_objects_live_on(change: str, form: str) -> None:
-    """The names recorded before differ from those of the wrapped model by what the wrapper adds, and by no more."""
+def test_an_optimizer_built_before_has_no_findings_if_objects_are_kept(change: str, form: str) -> None:
+    """An optimizer that was built before a wrapper has no findings if the objects are kept."""
     make, apply = KEEPS[change]
     model = make()
     optimizer = FORMS[form](model)
@@ -211,7 +211,7 @@ def test_an_optimizer_that_was_built_before_is_right_where_the_objects_live_on(c
 
 
 @pytest.mark.parametrize("change", RENAMES)
-def test_an_optimizer_that_was_built_before_a_renaming_is_warned_of(change: str) -> None:
+def test_an_optimizer_built_before_a_rename_is_a_warning(change: str) -> None:
     make, apply = RENAMES[change]
     model = make()
     optimizer = split(model)
@@ -221,8 +221,8 @@ def test_an_optimizer_that_was_built_before_a_renaming_is_warned_of(change: str)
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("change", REPLACES)
-def test_an_optimizer_that_was_built_before_the_objects_were_replaced_is_refused(change: str, form: str) -> None:
-    """Every parameter of the changed model that trains and stands in no group is named."""
+def test_an_optimizer_built_before_a_replacement_is_an_error(change: str, form: str) -> None:
+    """Every trainable parameter that is in no group after the change is named."""
     make, apply = REPLACES[change]
     model = make()
     optimizer = FORMS[form](model)
@@ -236,7 +236,7 @@ def test_an_optimizer_that_was_built_before_the_objects_were_replaced_is_refused
 
 
 def test_a_tie_does_not_survive_load_state_dict_with_assign() -> None:
-    """torch makes two parameters over the one memory of the file, and each of them moves it."""
+    """load_state_dict(assign=True) unties weights: two parameters share one memory, which is a warning."""
     model = Encoder()
     model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
     assert model.wte.weight is not model.lm_head.weight
@@ -247,8 +247,8 @@ def test_a_tie_does_not_survive_load_state_dict_with_assign() -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
-def test_an_optimizer_that_was_built_before_fully_shard(named: bool) -> None:
-    """It steps without a word, and nothing moves."""
+def test_an_optimizer_built_before_fully_shard(named: bool) -> None:
+    """Every parameter is stale after fully_shard(), and no step moves the model."""
     model = Encoder()
     optimizer = sgd(model.named_parameters() if named else model.parameters())
     sharded(model)
@@ -264,8 +264,8 @@ def test_an_optimizer_that_was_built_before_fully_shard(named: bool) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["names-recorded", "no-names"])
-def test_an_optimizer_that_was_built_before_the_parameters_were_flattened(named: bool) -> None:
-    """FullyShardedDataParallel makes one parameter of many; each says into which one it went."""
+def test_an_optimizer_built_before_flattening(named: bool) -> None:
+    """Each old parameter names the flat parameter of FullyShardedDataParallel that it is part of now."""
     model = Convolution()
     count = len(list(model.parameters()))
     optimizer = sgd(model.named_parameters() if named else model.parameters())
@@ -280,7 +280,7 @@ def test_an_optimizer_that_was_built_before_the_parameters_were_flattened(named:
 
 
 def test_groups_that_were_split_after_the_parameters_were_flattened() -> None:
-    """All of the head is in the flat parameter, so its own group is empty."""
+    """The group of a head that is part of a flat parameter is empty, which is a note."""
     flat = flattened(Convolution(), orig=False)
     head = list(flat.get_submodule("_fsdp_wrapped_module.fc").parameters())
     base = [parameter for parameter in flat.parameters() if not any(parameter is one for one in head)]
@@ -290,7 +290,7 @@ def test_groups_that_were_split_after_the_parameters_were_flattened() -> None:
 
 
 def test_placeholders_of_zero_3_are_one_finding() -> None:
-    """Its groups hold flat shards, made here as it makes them: empty parameters that remember their shape."""
+    """Flat shards of ZeRO-3 in the groups give one finding; the test makes them as DeepSpeed does."""
     model = nn.Linear(4, 3)
     optimizer = sgd(model.named_parameters())
     shards = [parameter.detach().clone().flatten().requires_grad_() for parameter in model.parameters()]
@@ -305,7 +305,7 @@ def test_placeholders_of_zero_3_are_one_finding() -> None:
     assert "before deepspeed.initialize()" in finding.hint
 
 
-def test_a_lazy_model_that_was_materialised_is_like_any_other() -> None:
+def test_a_lazy_model_has_no_findings_after_its_first_forward_pass() -> None:
     model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.Flatten(), nn.LazyLinear(2))
     before = sgd(model.parameters())
     assert {finding.code for finding in findings(model, before)} == {"groups.lazy"}
