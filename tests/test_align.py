@@ -1,4 +1,4 @@
-"""``ckpt align``: every rule that it writes is right, and what names and shapes cannot decide is never a rule."""
+"""``ckpt align`` writes only correct rules, and no rule for tensors that names and shapes cannot decide."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def aligned(expected: Shapes, found: Shapes) -> Alignment:
 
 
 def renames(result: Alignment) -> dict[str, str]:
-    """Found keys that are renamed alone, with their new names."""
+    """Return the found keys that are renamed one by one, with their new names."""
     return {taken[0]: key for one in result.suggestions for key, taken in one.keys.items() if len(taken) == 1}
 
 
@@ -89,15 +89,15 @@ def the_rules(preset: str) -> Rules:
 
 
 def _true_sources(how: Derivation | None, key: str) -> set[tuple[str, ...]]:
-    """What a key may be made of: what the preset makes it of, or its equal; else the tensor of its own name."""
+    """Return the correct sources of a key: those of the preset, a tensor equal to them, or the same name."""
     return {(key,)} if how is None else {how.sources, *((other,) for other in how.equals)}
 
 
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
 @pytest.mark.parametrize("order", ["as built", "by name"])
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_rule_is_what_the_preset_does(name: str, order: str, back: bool) -> None:
-    """At published sizes: no key is filled from another than the true one, and at least the given share is filled."""
+def test_every_rule_agrees_with_the_preset(name: str, order: str, back: bool) -> None:
+    """At published sizes, no key is filled from a wrong source, and at least the given share is filled."""
     preset, opposite, old, new, share = PUBLISHED[name]
     found, expected = (new, old) if back else (old, new)
     result = aligned(ORDERS[order](expected), ORDERS[order](found))
@@ -113,8 +113,8 @@ def test_every_rule_is_what_the_preset_does(name: str, order: str, back: bool) -
 
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
 @pytest.mark.parametrize("name", SMALL)
-def test_what_its_rules_make_is_what_the_preset_makes_bit_for_bit(name: str, back: bool, tmp_path: Path) -> None:
-    """Transposes of square matrices and the order of what is fused are right too, which no shape shows."""
+def test_rules_compute_the_same_bits_as_the_preset(name: str, back: bool, tmp_path: Path) -> None:
+    """Transposed square matrices and the order of fused projections are correct too, which no shape shows."""
     (old, new), (preset, opposite, *_) = SMALL[name], PUBLISHED[name]
     found, expected = (new, old) if back else (old, new)
     state = {key: tensor_of("F32", shape, seed) for seed, (key, shape) in enumerate(found.items())}
@@ -131,8 +131,8 @@ def test_what_its_rules_make_is_what_the_preset_makes_bit_for_bit(name: str, bac
 
 @pytest.mark.parametrize("back", [False, True], ids=["there", "back"])
 @pytest.mark.parametrize("order", ["as built", "by name"])
-def test_a_pair_that_no_preset_knows(order: str, back: bool) -> None:
-    """Whisper: two stacks of layers, two attentions in one, and steps of a Sequential that have names elsewhere."""
+def test_a_model_without_a_preset(order: str, back: bool) -> None:
+    """Whisper has two stacks of layers, two attentions in a layer, and numbered modules that have names elsewhere."""
     named = [(new, old, shape) if back else (old, new, shape) for old, new, shape in whisper.openai_and_hf()]
     found = {old: shape for old, _, shape in named}
     expected = {new: shape for _, new, shape in named}
@@ -143,8 +143,8 @@ def test_a_pair_that_no_preset_knows(order: str, back: bool) -> None:
     assert result.share == 1
 
 
-def test_steps_that_are_numbered_here_and_named_there() -> None:
-    """Matrices with shapes of their own that come in one order; what is sorted by name has lost its order."""
+def test_numbered_modules_that_have_names_elsewhere() -> None:
+    """Matrices with unique shapes in the same order are paired, unless the keys are sorted by name."""
     widths = (3, 64, 64, 128, 128, 256, 256)
     shapes = [(outs, ins, 3, 3) for ins, outs in pairwise(widths)]
     found, expected = (
@@ -165,14 +165,14 @@ def test_steps_that_are_numbered_here_and_named_there() -> None:
 
 
 def test_torchvision_and_timm_agree() -> None:
-    """Plain ResNets have the same names in both, and need no rule."""
+    """Plain ResNets have the same names in both libraries, and need no rule."""
     result = aligned(resnet.torchvision(), resnet.torchvision())
     assert (result.complete, result.suggestions, len(result.same)) == (True, (), 320)
     assert result.toml().count("[[rule]]") == 0
 
 
 def test_a_frozen_backbone_is_filled_without_counters_and_head() -> None:
-    """What a detector does not have is left over, and nothing is made to fit it."""
+    """Counters and the head, which a detector does not have, are unexpected and get no rule."""
     result = aligned(resnet.detectron2(classes=None, frozen=True), resnet.torchvision())
     assert result.complete
     assert {info.key.rpartition(".")[2] for info in result.unexpected if "fc" not in info.key} == {
@@ -182,7 +182,7 @@ def test_a_frozen_backbone_is_filled_without_counters_and_head() -> None:
 
 @pytest.mark.parametrize("back", [False, True], ids=["meta to hf", "hf to meta"])
 def test_rotary_rows_are_ambiguous_and_the_preset_is_named(back: bool) -> None:
-    """No shape tells in which order the rows of query and key are: the plain rename would ruin the model silently."""
+    """No shape shows the row order of query and key, so that a plain rename could ruin the model silently."""
     old, new = llama.meta(2), llama.hf(2)
     result = aligned(old, new) if back else aligned(new, old)
     open_keys = {info.key for one in result.ambiguous for info in one.expected}
@@ -248,8 +248,8 @@ PLANTED: dict[str, tuple[Shapes, Shapes, list[tuple[str, str]]]] = {
 
 
 @pytest.mark.parametrize(("expected", "found", "rules"), PLANTED.values(), ids=PLANTED.keys())
-def test_what_was_changed_is_found(expected: Shapes, found: Shapes, rules: list[tuple[str, str]]) -> None:
-    """Each change alone is found as the rule by which one would write it."""
+def test_changes_are_found(expected: Shapes, found: Shapes, rules: list[tuple[str, str]]) -> None:
+    """Each change is found as the rule that a person would write."""
     result = aligned(expected, found)
     assert [(one.sources[0], one.targets[0]) for one in result.suggestions] == rules
     assert result.share == 1
@@ -319,8 +319,8 @@ UNDECIDED: dict[str, tuple[Shapes, Shapes, set[str]]] = {
 
 @pytest.mark.parametrize(("expected", "found", "left_open"), UNDECIDED.values(), ids=UNDECIDED.keys())
 @pytest.mark.parametrize("order", ORDERS)
-def test_what_does_not_decide_is_no_rule(expected: Shapes, found: Shapes, left_open: set[str], order: str) -> None:
-    """Traps: a likely guess is listed or left, never written as a rule."""
+def test_undecided_tensors_get_no_rule(expected: Shapes, found: Shapes, left_open: set[str], order: str) -> None:
+    """A guess is never written as a rule, however likely it looks."""
     result = aligned(ORDERS[order](expected), ORDERS[order](found))
     filled = {*result.same, *(key for one in result.suggestions for key in one.keys)}
     assert filled & left_open == set()
@@ -328,7 +328,7 @@ def test_what_does_not_decide_is_no_rule(expected: Shapes, found: Shapes, left_o
 
 
 def test_order_decides_between_neighbours_that_are_known() -> None:
-    """One module between the same two on both sides is the same; where keys are sorted by name, order says nothing."""
+    """A module alone between the same two modules is paired, unless the keys are sorted by name."""
     sizes: list[tuple[int, ...]] = [(8, 8), (8,), (32, 8), (8,), (8, 32)]
     expected = _block(
         {f"{name}.weight": size for name, size in zip(("attn.proj", "x", "fc1", "y", "fc2"), sizes, strict=True)}
@@ -348,14 +348,14 @@ def test_order_decides_between_neighbours_that_are_known() -> None:
 
 
 def test_one_implementation_keeps_its_rotary_queries() -> None:
-    """Below a prefix, or in layers that are called otherwise, the same names are the same code."""
+    """Equal names in a layer mean the same code, below any prefix and in any stack of layers."""
     found = _layers(2, at="model.layers", self_attn__q_proj__weight=(8, 8), self_attn__k_proj__weight=(8, 8))
     assert aligned(_moved(found, "model.", ""), found).complete
     assert aligned(_moved(found, "model.layers", "decoder.blocks"), found).complete
 
 
-def test_the_rest_of_a_module_with_another_shape_is_taken() -> None:
-    """One tensor of another shape does not keep its neighbours, or the same tensor of other layers."""
+def test_other_tensors_of_a_module_are_filled() -> None:
+    """A tensor with another shape does not prevent its neighbours and other layers from being filled."""
     expected = {"fc.weight": (4, 8), "fc.bias": (3,), **_layers(3, w__weight=(8, 8))}
     found = expected | {"fc.weight": (4, 9), "layers.1.w.weight": (8, 7)}
     result = aligned(expected, found)
@@ -369,7 +369,7 @@ def _random(shapes: Shapes) -> State:
 
 
 def test_equal_bytes_decide_what_names_cannot() -> None:
-    """With digests tensors of one shape and any name find each other; zeros, which are many, do not mislead."""
+    """Digests pair tensors of equal shapes whatever their names; equal tensors of zeros do not mislead."""
     found = _random(_layers(3, at="h", one__weight=(8, 8), two__weight=(8, 8), one__bias=(8,), two__bias=(8,)))
     found |= {key: torch.zeros(8) for key in found if key.endswith("bias")}
     expected = {
@@ -381,8 +381,8 @@ def test_equal_bytes_decide_what_names_cannot() -> None:
     assert {(one.confidence, one.why) for one in result.suggestions} == {(1.0, "equal bytes")}
 
 
-def test_other_bytes_cast_doubt_on_names() -> None:
-    """Where nearly all tensors are the same, two that are not have been exchanged, or are others."""
+def test_different_bytes_make_a_pair_ambiguous() -> None:
+    """If the bytes of most tensors are equal, a pair with different bytes becomes ambiguous."""
     found = _random(_layers(2, at="h", attn__q__weight=(8, 8), attn__k__weight=(8, 8), mlp__fc1__weight=(9, 8)))
     found |= _random({"wpe.weight": (5, 8), "head.weight": (3, 8), "norm.weight": (8,)})
     expected = {key.replace("h.", "layers."): value for key, value in found.items()}
@@ -395,8 +395,8 @@ def test_other_bytes_cast_doubt_on_names() -> None:
     }
 
 
-def test_a_model_is_loaded_by_what_was_found() -> None:
-    """The rules go to every function as they are."""
+def test_a_model_is_loaded_with_the_rules() -> None:
+    """The rules can be passed to ``load_into``."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(4, size) for size, name in ((3, "fc1"), (2, "fc2"))})
     found = {f"net.{key}": torch.randn_like(value) for key, value in model.state_dict().items()}
     result = suggest_rules(model, found)
@@ -424,7 +424,7 @@ ODD_NAMES = [
 
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_odd_names_survive_the_rule_file(name: str) -> None:
-    """Whatever a name holds, the file that is written says the rules that were found."""
+    """The rule file expresses the rules exactly, whatever characters the names have."""
     expected = {f"new.part.{name}.weight": (3, 4), "new.fc.weight": (4, 5), "new.fc.bias": (4,)}
     found = {key.replace("new", "old"): shape for key, shape in expected.items()}
     result = aligned(expected, found)
@@ -442,8 +442,8 @@ SHAPES = st.dictionaries(KEYS, st.sampled_from([(4, 4), (4, 6), (6, 4), (4,), (1
 
 @settings(deadline=None)
 @given(SHAPES, SHAPES)
-def test_rules_do_what_they_say(expected: Shapes, found: Shapes) -> None:
-    """For any two lists: the file reads back, its rules fill exactly the keys that they claim, in the right shapes."""
+def test_rules_fill_the_keys_that_they_claim(expected: Shapes, found: Shapes) -> None:
+    """For any two lists of keys, the rule file reads back, and its rules fill exactly the keys that they claim."""
     result = aligned(expected, found)
     table = tomllib.loads(result.toml())
     assert [str(rule.operations) for stage in parse_rules(file=table).stages for rule in stage.rules] == [
@@ -454,16 +454,16 @@ def test_rules_do_what_they_say(expected: Shapes, found: Shapes) -> None:
     claims = [key for one in result.suggestions for key in one.keys] + list(result.same)
     assert len(claims) == len(set(claims))
     assert all(described[key].shape == expected[key] for key in claims)
-    told = [info.key for info, _ in result.unequal] + [info.key for info in result.missing]
-    told += [info.key for one in result.ambiguous for info in one.expected]
-    assert {*claims, *told} == set(expected)
+    left_over = [info.key for info, _ in result.unequal] + [info.key for info in result.missing]
+    left_over += [info.key for one in result.ambiguous for info in one.expected]
+    assert {*claims, *left_over} == set(expected)
     assert all(0 <= one.confidence <= 1 for one in result.suggestions)
 
 
 @settings(deadline=None)
 @given(SHAPES, st.sampled_from(["module.", "model.encoder.", "net."]))
 def test_a_prefix_is_always_found(shapes: Shapes, prefix: str) -> None:
-    """Whatever the names, one prefix in front of all is one rule, both ways; what has no names in between is exact."""
+    """A prefix of all keys is found in both directions, whatever the names."""
     longer = {f"{prefix}{key}": shape for key, shape in shapes.items()}
     for expected, found in ((shapes, longer), (longer, shapes)):
         result = aligned(expected, found)
@@ -472,13 +472,13 @@ def test_a_prefix_is_always_found(shapes: Shapes, prefix: str) -> None:
 
 
 def test_no_bytes_to_compare() -> None:
-    """Descriptions have names and shapes alone."""
+    """Digests need bytes, and descriptions have none."""
     with pytest.raises(PlanError):
         suggest_rules(infos(TRUNK), infos(TRUNK), digests=True)
 
 
 def test_the_command_writes_a_file_that_remap_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``align -o``, then ``remap --rules`` as it stands, and ``--like`` finds nothing missing."""
+    """``remap --rules --like`` accepts the file that ``align -o`` writes."""
     shapes = vit.timm(2, 8, 12, patch=2, patches=4, classes=3), vit.hf(2, 8, 12, patch=2, patches=4, classes=3)
     paths = [tmp_path / f"{name}.safetensors" for name in ("timm", "hf", "out")]
     for path, one in zip(paths, shapes, strict=False):
@@ -494,7 +494,7 @@ def test_the_command_writes_a_file_that_remap_takes(tmp_path: Path, capsys: pyte
 
 
 def test_align_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``align --json`` has exactly the fields of its schema, and ends with 1 where something is open."""
+    """``align --json`` has exactly the fields of its schema, and exits with 1 if tensors are ambiguous."""
     paths = [tmp_path / f"{name}.safetensors" for name in ("meta", "hf")]
     for path, one in zip(paths, (llama.meta(2, 16, 24, 30, 8), llama.hf(2, 16, 24, 30, 8)), strict=True):
         save_file(_random(one), path)

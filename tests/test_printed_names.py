@@ -1,4 +1,4 @@
-"""Names from files are printed exactly and harmlessly by every command: a name is one line, and moves nothing."""
+"""Every command prints names from files exactly, on one line and without control characters."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def _at_root(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def _made(directory: Path, name: str) -> Path:
-    """A torch file in which everything that has a name has this one, and a value of it too."""
+def _write_named(directory: Path, name: str) -> Path:
+    """Write a torch file in which every key, entry and text value has this name."""
     state = {f"{name}.weight": torch.ones(2, 3), f"{name}.bias": torch.ones(3), "z": torch.ones(4)}
     state[f"{name}.tied"] = state[f"{name}.bias"]
     path = directory / "names.pt"
@@ -70,7 +70,7 @@ def _made(directory: Path, name: str) -> Path:
     return path
 
 
-def _plain(directory: Path) -> Path:
+def _write_plain(directory: Path) -> Path:
     path = directory / "plain.pt"
     torch.save({"plain.weight": torch.ones(2, 3), "plain.bias": torch.ones(4), "y": torch.ones(4)}, path)
     return path
@@ -100,7 +100,11 @@ COMMANDS: dict[str, list[str]] = {
 
 def _run(capsys: pytest.CaptureFixture[str], arguments: list[str], directory: Path, name: str) -> Ran:
     directory.mkdir()
-    places = {"FILE": str(_made(directory, name)), "PLAIN": str(_plain(directory)), "OUT": str(directory / "o")}
+    places = {
+        "FILE": str(_write_named(directory, name)),
+        "PLAIN": str(_write_plain(directory)),
+        "OUT": str(directory / "o"),
+    }
     places |= {"FILE::args": f"{places['FILE']}::args", "FILE::nothing": f"{places['FILE']}::nothing"}
     places["OUT.pt"] = f"{places['OUT']}.pt"
     return run_ckpt(capsys, *(places.get(argument, argument) for argument in arguments))
@@ -116,7 +120,7 @@ def _assert_harmless(text: str) -> None:
 def test_a_name_adds_no_line_and_no_control(
     arguments: list[str], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever the names are, a command ends as with harmless ones, in as many lines of printable text."""
+    """With any names, a command has the same exit code and number of lines as with usual names, all printable."""
     ran = _run(capsys, arguments, tmp_path / "a", name)
     usual = _run(capsys, arguments, tmp_path / "b", "usual")
     _assert_harmless(ran.out)
@@ -127,8 +131,8 @@ def test_a_name_adds_no_line_and_no_control(
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_names_are_read_back(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """JSON has every name exactly, and so has the text, as the body of a Python string, where it is not cut."""
-    path = _made(tmp_path, name)
+    """JSON has every name exactly; the text has it as the body of a Python string, unless it is cut."""
+    path = _write_named(tmp_path, name)
     keys = [f"{name}.weight", f"{name}.bias", "z", f"{name}.tied"]
     out = run_ckpt(capsys, "show", path, "--json").out
     assert out.isascii()
@@ -137,7 +141,7 @@ def test_names_are_read_back(name: str, tmp_path: Path, capsys: pytest.CaptureFi
     assert [entry["path"] for entry in document["entries"]] == [f"{name}e", "args", "v"]
     plan = json.loads(run_ckpt(capsys, "convert", path, "-o", tmp_path / "o.pt", "-n", "--json").out)
     assert [step["key"] for step in plan["plan"]] == keys
-    differing = json.loads(run_ckpt(capsys, "diff", _plain(tmp_path), path, "--json").out)
+    differing = json.loads(run_ckpt(capsys, "diff", _write_plain(tmp_path), path, "--json").out)
     assert [info["key"] for info in differing["unexpected"]] == keys
     shown = run_ckpt(capsys, "show", path, "--expand").out
     cells = [re.split(r" {2,}", line)[0] for line in shown.splitlines()]
@@ -155,8 +159,8 @@ def _literal(cell: str) -> str:
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_names_survive_writing(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """torch and safetensors read every name back exactly, through a plan in a file too; or it is refused by name."""
-    path, plan = _made(tmp_path, name), tmp_path / "plan.json"
+    """torch and safetensors read every written name back exactly, also through a plan file, or it is refused."""
+    path, plan = _write_named(tmp_path, name), tmp_path / "plan.json"
     out = {suffix: tmp_path / f"o.{suffix}" for suffix in ("pt", "safetensors")}
     assert run_ckpt(capsys, "remap", path, "-o", out["pt"], "--rename", "z=y", "--plan", plan, "-q").code == 0
     expected = [f"{name}.weight", f"{name}.bias", "y", f"{name}.tied"]
@@ -195,7 +199,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "twice": {"group": [{"name": "NAME", "params": "plain.*"}, {"name": "NAME", "rest": True}]},
     "unknown": {"group": [{"rest": True, "lr": 0.1}], "NAME": 1},
 }
-WITHOUT_MODEL = {"one MB", "lone surrogate"}  # of a parameter's name Python's own source and JSON make the same
+WITHOUT_MODEL = {"one MB", "lone surrogate"}  # such names cannot be written into the source of a model
 
 
 @pytest.mark.parametrize("name", [NAMES[key] for key in NAMES if key not in WITHOUT_MODEL],
@@ -204,7 +208,7 @@ WITHOUT_MODEL = {"one MB", "lone surrogate"}  # of a parameter's name Python's o
 def test_parameters_of_a_model(
     command: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A live model may name its parameters as it likes, and a spec its groups and options."""
+    """Names of parameters, groups and options are printed harmlessly too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     for number, (kind, spec) in enumerate(SPECS.items()):
@@ -215,7 +219,7 @@ def test_parameters_of_a_model(
             text = text.replace("LITERAL", json.dumps(literal(f"{called}x"))[1:-1])
             (tmp_path / f"{module}.json").write_text(text, encoding="utf-8")
             more = ["-o", f"{module}.lock.json", "--markdown"] if command == "lock" else []
-            importlib.invalidate_caches()  # the file is younger than the clock of the directory tells
+            importlib.invalidate_caches()  # the new file may be newer than the cached directory listing
             ran = run_ckpt(capsys, "groups", command, "--model", f"py:{module}:Net", f"{module}.json", *more)
             _assert_harmless(ran.out + ran.err)
             seen.append(ran.err)
@@ -227,8 +231,8 @@ def test_parameters_of_a_model(
 
 @pytest.mark.parametrize("name", ["\x1b[2J", "a\nb", "\u202eb", "'; touch pwned; '", "\udcff", "a  b "], ids=ascii)
 def test_files_of_any_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Paths are names as well: in titles, errors, warnings and what is said of an output."""
-    path = _made(tmp_path, "w").rename(tmp_path / f"{name}.pt")
+    """Paths are printed harmlessly in titles, errors and warnings."""
+    path = _write_named(tmp_path, "w").rename(tmp_path / f"{name}.pt")
     out = tmp_path / f"out {name}.pt"
     commands: list[list[str | Path]] = [
         ["show", path],
@@ -247,9 +251,9 @@ def test_files_of_any_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
 def test_terminals_of_any_kind(encoding: str, tmp_path: Path) -> None:
-    """On a narrow terminal without Unicode and without colours every name is there, and nothing crashes."""
+    """On a narrow terminal without Unicode and colours, every command works."""
     name = "\x1b[2J" + NAMES["wide"] + NAMES["lone surrogate"] + "×" * 30
-    path, plain = str(_made(tmp_path, name)), str(_plain(tmp_path))
+    path, plain = str(_write_named(tmp_path, name)), str(_write_plain(tmp_path))
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "40", "NO_COLOR": "1"}
     for arguments in (
         ["show", path],
@@ -268,9 +272,9 @@ def test_terminals_of_any_kind(encoding: str, tmp_path: Path) -> None:
         _assert_harmless((done.stdout + done.stderr).decode(encoding))
 
 
-def test_colours_are_those_of_a_diff_alone(tmp_path: Path) -> None:
-    """On a terminal a diff has colours, NO_COLOR takes them away, and a tensor called ``+`` is no addition."""
-    path, plain = str(_made(tmp_path, "+")), str(_plain(tmp_path))
+def test_only_a_diff_has_colours(tmp_path: Path) -> None:
+    """Only a diff on a terminal has colours, unless NO_COLOR is set; a tensor named ``+`` gets none."""
+    path, plain = str(_write_named(tmp_path, "+")), str(_write_plain(tmp_path))
     torch.save({"+": torch.ones(1), "-": torch.ones(1)}, path)
     assert b"\x1b[32m" in _on_terminal(["diff", plain, path], {})
     assert b"\x1b" not in _on_terminal(["diff", plain, path], {"NO_COLOR": "1"})
@@ -279,7 +283,7 @@ def test_colours_are_those_of_a_diff_alone(tmp_path: Path) -> None:
 
 
 def _on_terminal(arguments: list[str], more: dict[str, str]) -> bytes:
-    """What a terminal receives from the program, on both streams."""
+    """Return what a terminal receives from the program, on both streams."""
     ours, theirs = os.openpty()
     environment = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "TERM")} | {
         "TERM": "xterm"
@@ -287,34 +291,34 @@ def _on_terminal(arguments: list[str], more: dict[str, str]) -> bytes:
     command = [sys.executable, "-m", "ckptkit", *arguments]
     with subprocess.Popen(command, cwd=ROOT, env=environment | more, stdout=theirs, stderr=theirs) as process:
         os.close(theirs)
-        said = b"".join(_chunks(ours))
+        output = b"".join(_chunks(ours))
     os.close(ours)
     assert process.returncode in (0, 1)
-    return said
+    return output
 
 
 def _chunks(descriptor: int) -> Iterator[bytes]:
     try:
         while chunk := os.read(descriptor, 65536):
             yield chunk
-    except OSError:  # how Linux says that the other side of a terminal is closed
+    except OSError:  # Linux raises it when the other side of a terminal is closed
         return
 
 
-def test_the_progress_bar_names_nothing(tmp_path: Path) -> None:
-    """While a file with hostile names is written on a terminal, the bar is all that moves the cursor."""
-    path = str(_made(tmp_path, NAMES["CSI"] + NAMES["newline"]))
-    said = _on_terminal(["remap", path, "-o", str(tmp_path / "o.pt"), "--rename", "z=y"], {"NO_COLOR": "1"})
-    assert b"\x1b[2J" not in said
-    assert b"\x1b]" not in said
-    assert b"\nckpt: b" not in said
+def test_the_progress_bar_prints_no_names(tmp_path: Path) -> None:
+    """Names do not move the cursor while the progress bar is shown."""
+    path = str(_write_named(tmp_path, NAMES["CSI"] + NAMES["newline"]))
+    output = _on_terminal(["remap", path, "-o", str(tmp_path / "o.pt"), "--rename", "z=y"], {"NO_COLOR": "1"})
+    assert b"\x1b[2J" not in output
+    assert b"\x1b]" not in output
+    assert b"\nckpt: b" not in output
 
 
-def test_a_bug_is_told_harmlessly(
+def test_names_in_a_traceback_are_escaped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lines of a traceback may quote names too."""
-    path = _made(tmp_path, NAMES["CSI"])
+    """Names in a traceback are escaped too."""
+    path = _write_named(tmp_path, NAMES["CSI"])
 
     def broken(*_: object) -> None:
         raise RuntimeError(NAMES["CSI"] + NAMES["newline"])
@@ -327,7 +331,7 @@ def test_a_bug_is_told_harmlessly(
 
 
 class _Text(HTMLParser):
-    """What a browser makes of a fragment: its elements, and the text of its cells."""
+    """Parses HTML into its elements and the text of its cells, as a browser does."""
 
     def __init__(self, fragment: str) -> None:
         super().__init__()
@@ -347,7 +351,7 @@ class _Text(HTMLParser):
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES.keys())
 def test_notebooks_show_names_as_text(name: str, tmp_path: Path) -> None:
-    """The HTML of each public result is a table, and a name in it is the text of a cell."""
+    """The HTML of each public result is a table, and names are the text of cells."""
     model = torch.nn.Module()
     model.register_parameter("plain", torch.nn.Parameter(torch.ones(2)))
     state = {"plain": torch.ones(2), name: torch.ones(1)}
