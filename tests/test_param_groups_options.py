@@ -144,9 +144,9 @@ def test_decoupled_weight_decay_loaded_into_adam_is_reported() -> None:
     weight = model.body.weight.detach().clone()
     for slots in optimizer.state.values():
         slots["exp_avg"].zero_()
-    optimizer.step()  # no gradient and no momentum: what is left is the decay of AdamW
+    optimizer.step()  # without gradient and momentum, only the weight decay of AdamW changes the values
     assert torch.allclose(model.body.weight, weight * (1 - 0.001 * 0.05), rtol=0, atol=1e-7)
-    optimizer.param_groups[0]["decoupled_weight_decay"] = False  # the way out of the hint
+    optimizer.param_groups[0]["decoupled_weight_decay"] = False  # as the hint says
     assert codes(model, optimizer) == []
 
 
@@ -173,7 +173,7 @@ def test_capturable_from_a_gpu_is_reported_on_a_cpu() -> None:
     assert codes(model, optimizer) == [("capturable", "error", "body.weight")]
     with pytest.raises(AssertionError, match="capturable=True"):
         step(model, optimizer)
-    optimizer.param_groups[0]["fused"] = True  # which captures on every device that it runs on
+    optimizer.param_groups[0]["fused"] = True  # the fused step supports capturable on every device
     step(model, optimizer)
     assert codes(model, optimizer) == []
 
@@ -230,7 +230,7 @@ def test_one_lr_tensor_in_two_groups_is_reported() -> None:
     assert codes(model, optimizer) == [("shared-lr", "warning", "")]
     optimizer.param_groups[0]["lr"].fill_(0.5)
     assert float(optimizer.param_groups[1]["lr"]) == 0.5
-    optimizer.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"].clone()  # the way out of the hint
+    optimizer.param_groups[1]["lr"] = optimizer.param_groups[1]["lr"].clone()  # as the hint says
     assert codes(model, optimizer) == []
 
 
@@ -254,7 +254,7 @@ def test_a_norm_with_weight_decay_is_reported_where_others_have_none() -> None:
     before = model["ln_1"].weight.detach().clone()
     model["ln_1"].weight.grad = torch.zeros(3)
     torch.optim.AdamW(groups).step()
-    assert (model["ln_1"].weight < before).all()  # no gradient: the decay alone
+    assert (model["ln_1"].weight < before).all()  # without a gradient, only the weight decay changes the values
 
 
 def test_strong_weight_decay_for_every_parameter_gets_a_note() -> None:

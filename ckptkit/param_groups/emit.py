@@ -30,7 +30,7 @@ def spec_table(spec: ParamGroupSpec) -> dict[str, Any]:
             table[policy] = getattr(spec, policy)
     for key, options in (("defaults", spec.defaults), ("optimizers", spec.optimizers)):
         if options:
-            table[key] = {name: dict(one) if isinstance(one, Mapping) else one for name, one in options.items()}
+            table[key] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in options.items()}
     table["group"] = list(map(_group_table, spec.rules))
     if spec.modifiers:
         table["modifier"] = list(map(_modifier_table, spec.modifiers))
@@ -119,8 +119,8 @@ def _toml_lines(table: Mapping[str, Any]) -> Iterator[str]:
     for name, options in table.get("optimizers", {}).items():
         yield from ("", f"[optimizers.{toml_key(name)}]", *_pairs(options))
     for kind in ("group", "modifier"):
-        for one in table.get(kind, ()):
-            yield from ("", f"[[{kind}]]", *_pairs(one))
+        for inner in table.get(kind, ()):
+            yield from ("", f"[[{kind}]]", *_pairs(inner))
 
 
 def _pairs(table: Mapping[str, Any]) -> Iterator[str]:
@@ -170,7 +170,7 @@ def _literal(value: object) -> str:
         inner = ", ".join(map(_literal, value))
         return f"[{inner}]" if isinstance(value, list) else f"({inner}{',' * (len(value) == 1)})"
     if isinstance(value, Mapping):
-        return f"{{{', '.join(f'{_literal(key)}: {_literal(one)}' for key, one in value.items())}}}"
+        return f"{{{', '.join(f'{_literal(key)}: {_literal(inner)}' for key, inner in value.items())}}}"
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     raise GroupsError(

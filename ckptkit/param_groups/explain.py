@@ -51,7 +51,7 @@ def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str
             f"the name of the parameter is {kind_of(name)}, not a string", hint="use a name of model.named_parameters()"
         )
     table, spec = parameter_table(model), parse_spec(spec)
-    parameter = next((one for one in table.parameters if any(name == alias.name for alias in one.named())), None)
+    parameter = table.parameter(name)
     if parameter is None:
         near = difflib.get_close_matches(name, table.by_name, n=1, cutoff=0.5)
         why = "is a buffer, which no optimizer trains" if name in table.buffers else "is not a parameter of the model"
@@ -78,8 +78,8 @@ def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str
         "trained",
         rule.name,
         tuple(shadowed),
-        tuple(one.modifier.name for one in applied),
-        next((one.layer for one in applied if one.layer is not None), None),
+        tuple(entry.modifier.name for entry in applied),
+        next((entry.layer for entry in applied if entry.layer is not None), None),
         tuple(steps),
         options,
     )

@@ -70,10 +70,10 @@ def resolve_options(
                 steps.append(OptionStep(source, key, options[key], factor))
 
     apply(rule.name, rule.options, rule.multiples)
-    for one in applied:
-        apply(one.modifier.name, one.modifier.options, one.modifier.multiples)
-        if one.layer is not None:
-            apply(f"{one.modifier.name}, layer {one.layer}", {}, {"lr": one.scale})
+    for entry in applied:
+        apply(entry.modifier.name, entry.modifier.options, entry.modifier.multiples)
+        if entry.layer is not None:
+            apply(f"{entry.modifier.name}, layer {entry.layer}", {}, {"lr": entry.scale})
     if spec.lr_scale:
         options["lr_scale"] = lr_scale
     for step in steps:

@@ -133,7 +133,7 @@ class _OptionsCache:
     known: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
 
     def of(self, owner: int, applied: tuple[AppliedModifier, ...]) -> dict[str, Any]:
-        key = (owner, tuple((one.modifier.name, one.layer) for one in applied))
+        key = (owner, tuple((entry.modifier.name, entry.layer) for entry in applied))
         if key not in self.known:
             self.known[key] = resolve_options(self.spec, self.spec.rules[owner], applied)[0]
         return self.known[key]
@@ -184,7 +184,7 @@ def assign(table: ParameterTable, spec: SpecLike) -> SpecAssignment:
     findings.extend(problems.idle(idle, explained))
     if unowned:
         findings.append(problems.unowned(unowned))
-    findings.extend(problems.vectors([(one.owner, one.parameter) for one in assigned]))
+    findings.extend(problems.vectors([(entry.owner, entry.parameter) for entry in assigned]))
     plan = ParamGroupsPlan(
         tuple(_groups(assigned, spec, options)),
         tuple(map(_planned, frozen)),
@@ -228,22 +228,22 @@ def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str
 def _groups(assigned: Sequence[_Assigned], spec: ParamGroupSpec, options: _OptionsCache) -> Iterator[PlannedGroup]:
     by_key: dict[Hashable, list[_Assigned]] = {}
     hashable_options: dict[int, Hashable] = {}
-    for one in assigned:
-        rule = spec.rules[one.owner]
-        given = options.of(one.owner, one.applied)
+    for entry in assigned:
+        rule = spec.rules[entry.owner]
+        given = options.of(entry.owner, entry.applied)
         if id(given) not in hashable_options:
             hashable_options[id(given)] = _hashable(given)
-        key: Hashable = (one.owner, hashable_options[id(given)])
+        key: Hashable = (entry.owner, hashable_options[id(given)])
         if spec.merge == "options":
             key = (spec.optimizer_of(rule), hashable_options[id(given)])
         elif spec.merge == "never":
-            key = one.parameter.name
-        by_key.setdefault(key, []).append(one)
+            key = entry.parameter.name
+        by_key.setdefault(key, []).append(entry)
     groups = list(by_key.values())
     if spec.order == "rule":
         # By rule and modifiers, never by position in the model: freezing a layer must not reorder the optimizer state.
         numbers = {modifier.name: number for number, modifier in enumerate(spec.modifiers)}
-        groups.sort(key=lambda group: min(_rank(one, numbers) for one in group))
+        groups.sort(key=lambda group: min(_rank(entry, numbers) for entry in group))
     taken: set[str] = set()
     is_alone = {owner: sum(owner == group[0].owner for group in groups) == 1 for owner in range(len(spec.rules))}
     for group in groups:
@@ -257,14 +257,16 @@ def _groups(assigned: Sequence[_Assigned], spec: ParamGroupSpec, options: _Optio
             name,
             rule,
             options.of(first.owner, first.applied),
-            tuple(_planned(one.parameter, rule=spec.rules[one.owner].name, applied=one.applied) for one in group),
+            tuple(
+                _planned(entry.parameter, rule=spec.rules[entry.owner].name, applied=entry.applied) for entry in group
+            ),
             spec.optimizer_of(rule),
             tuple(applied.modifier.name for applied in first.applied),
         )
 
 
 def _rank(assigned: _Assigned, numbers: Mapping[str, int]) -> tuple[int, list[tuple[int, int]]]:
-    applied = [(numbers[one.modifier.name], -1 if one.layer is None else one.layer) for one in assigned.applied]
+    applied = [(numbers[entry.modifier.name], -1 if entry.layer is None else entry.layer) for entry in assigned.applied]
     return assigned.owner, applied
 
 
@@ -273,10 +275,10 @@ def _name(group: Sequence[_Assigned], spec: ParamGroupSpec, *, alone: bool) -> s
     first = group[0]
     if spec.merge == "never":
         return f"{spec.rules[first.owner].name}/{first.parameter.name}"
-    name = "+".join(spec.rules[owner].name for owner in sorted({one.owner for one in group}))
+    name = "+".join(spec.rules[owner].name for owner in sorted({entry.owner for entry in group}))
     if alone:
         return name
-    parts = [one.modifier.name if one.layer is None else f"layer {one.layer}" for one in first.applied]
+    parts = [entry.modifier.name if entry.layer is None else f"layer {entry.layer}" for entry in first.applied]
     return "/".join([name, *parts])
 
 
@@ -296,6 +298,6 @@ def _planned(parameter: ParameterInfo, *, rule: str = "", applied: Sequence[Appl
         tuple(alias.name for alias in parameter.aliases),
         parameter.dtype,
         rule,
-        tuple(one.modifier.name for one in applied),
-        next((one.layer for one in applied if one.layer is not None), None),
+        tuple(entry.modifier.name for entry in applied),
+        next((entry.layer for entry in applied if entry.layer is not None), None),
     )

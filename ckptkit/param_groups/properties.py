@@ -235,6 +235,10 @@ class ParameterTable:
         """Every parameter under each of its names."""
         return {info.name: info for parameter in self.parameters for info in parameter.named()}
 
+    def parameter(self, name: str) -> ParameterInfo | None:
+        """Return the parameter that has ``name`` or one of its aliases, under its first name, or None."""
+        return next((info for info in self.parameters if any(alias.name == name for alias in info.named())), None)
+
     def trainable(self) -> Iterator[ParameterInfo]:
         """Yield the parameters with ``requires_grad=True``."""
         return (info for info in self.parameters if info.trainable)

@@ -272,7 +272,7 @@ def _body_and_head(context: PresetContext) -> list[list[str]]:
 
 
 def _is_head(parameter: ParameterInfo) -> bool:
-    return any("head" in one.roles for one in parameter.named())
+    return any("head" in alias.roles for alias in parameter.named())
 
 
 def _plain_layers(context: PresetContext) -> list[list[str]]:
