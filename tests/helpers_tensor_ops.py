@@ -1,4 +1,4 @@
-"""Tensors of random bits, and how to compare them bit by bit."""
+"""Tensors of random bits, and their comparison bit by bit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def dtype_of(code: str) -> torch.dtype:
 
 
 def random_bits(shape: tuple[int, ...], code: str, seed: int = 0) -> torch.Tensor:
-    """Any bit pattern at all: NaNs with payloads, negative zeros, booleans that are neither 0 nor 1."""
+    """Return a tensor of random bits, with NaN payloads, negative zeros, and booleans other than 0 and 1."""
     generator = torch.Generator().manual_seed(seed)
     dtype = dtype_of(code)
     count = torch.Size(shape).numel()
@@ -26,7 +26,7 @@ def random_bits(shape: tuple[int, ...], code: str, seed: int = 0) -> torch.Tenso
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """The bits of each element as one number; 128 of them as a complex one."""
+    """Return the bits of each element as an integer, or as a complex number for 128 bits."""
     return tensor.view(
         {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(tensor.itemsize, tensor.dtype)
     )

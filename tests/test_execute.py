@@ -1,4 +1,4 @@
-"""An output appears whole, where and as it was asked for, and harms no input."""
+"""An output is written whole or not at all, and no input is damaged."""
 
 from __future__ import annotations
 
@@ -51,11 +51,8 @@ def state_at(path: Path) -> dict[str, torch.Tensor]:
         return {key: checkpoint.read(key) for key in checkpoint}
 
 
-# --- roles and plans -------------------------------------------------------------------------------------------------
-
-
 def test_several_inputs_make_one_output(tmp_path: Path) -> None:
-    """Base and donor by role, copied and cast; storages of different inputs are never mixed up in a torch file."""
+    """Base and donor are given by role; equal storage numbers of different inputs are not mixed up."""
     base = {"a": torch.zeros(3, dtype=torch.bfloat16), "b": torch.arange(3.0)}
     donor = {"a": torch.tensor([1.5, 2.0, -7.0]), "x": torch.ones(2)}
     saved(tmp_path / "base.pt", base)
@@ -70,7 +67,7 @@ def test_several_inputs_make_one_output(tmp_path: Path) -> None:
 
 
 def test_a_single_source_needs_no_role(tmp_path: Path) -> None:
-    """Not even one that has a tensor called ``source``; a plan of two roles asks for both."""
+    """This holds even for a state_dict with a tensor called ``source``; a plan of two roles needs both."""
     state = {"source": torch.ones(2), "w": torch.zeros(1)}
     execute(plan_remap(state), state, tmp_path / "a.safetensors")
     execute(plan_remap(state), {"source": state}, tmp_path / "b.safetensors")
@@ -91,7 +88,7 @@ def test_a_single_source_needs_no_role(tmp_path: Path) -> None:
     ids=["dtype", "shape", "gone", "no bytes"],
 )
 def test_a_plan_is_carried_out_on_what_it_was_made_from(now: Any, reason: str, tmp_path: Path) -> None:
-    """Equal sizes are not enough: the same bytes under another dtype are other weights."""
+    """An input with other dtypes is refused even where the sizes in bytes are equal."""
     plan = plan_remap({"w": torch.ones(2)})
     error = refusal(lambda: execute(plan, now, tmp_path / "a.safetensors"), PlanError)
     assert error.reason.startswith(reason)
@@ -99,14 +96,11 @@ def test_a_plan_is_carried_out_on_what_it_was_made_from(now: Any, reason: str, t
 
 
 def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
-    """What is reported adds up to what is written, so a bar ends at its end."""
+    """The reported bytes add up to the bytes of all tensors."""
     for name in ("a.safetensors", "a.pt"):
         seen: list[int] = []
         written = convert(STATE, tmp_path / name, progress=seen.append)
         assert BYTES <= sum(seen) <= written.nbytes
-
-
-# --- where to write --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -121,7 +115,7 @@ def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
     ],
 )
 def test_an_output_that_makes_no_sense_is_refused(name: str, options: dict[str, Any], reason: str) -> None:
-    """Before anything is read."""
+    """The output is refused before any input is read."""
     assert refusal(lambda: choose_output(name, **options)).reason == reason
 
 
@@ -137,7 +131,7 @@ def test_an_output_that_makes_no_sense_is_refused(name: str, options: dict[str, 
     ids=["exists", "directory", "FIFO", "device", "loop"],
 )
 def test_what_is_there_already_is_left_alone(make: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
-    """Without force a file, and even with it whatever is no file."""
+    """Without force an existing file is refused, and with force anything that is not a file."""
     out = tmp_path / "out.pt"
     make(out)
     before = os.lstat(out)
@@ -150,7 +144,7 @@ def test_what_is_there_already_is_left_alone(make: Callable[[Path], object], rea
 
 @pytest.mark.parametrize("shards", [None, 20])
 def test_the_directory_must_be_there(shards: int | None, tmp_path: Path) -> None:
-    """It is named, and not made: a typing slip would scatter files."""
+    """A missing directory is named and not created, because it may be a typing error."""
     out = tmp_path / "no" / ("out" if shards else "out.pt")
     assert refusal(lambda: convert(STATE, out, shards=shards)).reason == f"its directory {out.parent} does not exist"
     if not shards:
@@ -159,7 +153,7 @@ def test_the_directory_must_be_there(shards: int | None, tmp_path: Path) -> None
 
 
 def test_modes_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:
-    """A new file follows the umask, a replaced one keeps its mode."""
+    """A new file has the mode of the umask, a replaced file keeps its mode."""
     old = os.umask(0o027)
     try:
         for name in ("new.pt", "new.safetensors"):
@@ -180,7 +174,7 @@ def test_modes_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> No
 @pytest.mark.parametrize("shards", [None, 20], ids=["file", "directory"])
 @pytest.mark.parametrize("dangling", [True, False], ids=["dangling", "to something"])
 def test_symbolic_links_are_written_through(tmp_path: Path, shards: int | None, *, dangling: bool) -> None:
-    """The link stays a link; a dangling one gets its target."""
+    """The link is kept and its target is written, also where the target did not exist."""
     (tmp_path / "store").mkdir()
     target = tmp_path / "store" / ("blob" if shards else "blob.pt")
     link = tmp_path / ("link" if shards else "link.pt")
@@ -199,7 +193,7 @@ def test_symbolic_links_are_written_through(tmp_path: Path, shards: int | None, 
 )
 @pytest.mark.parametrize("shards", [None, 20], ids=["file", "directory"])
 def test_every_name_that_the_disk_takes_is_taken(name: str, shards: int | None, tmp_path: Path) -> None:
-    """Names as long as names can be, names that are no text, names with a meaning of their own."""
+    """Very long names, names that are not text and names with special characters work."""
     out = tmp_path / (name.removesuffix(".pt") if shards else name)
     convert(STATE, out, shards=shards)
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
@@ -207,13 +201,10 @@ def test_every_name_that_the_disk_takes_is_taken(name: str, shards: int | None, 
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-# --- inputs ----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["in.safetensors", "in.pt"])
 @pytest.mark.parametrize("way", ["same", "dot", "symlink", "hardlink"])
 def test_an_input_is_replaced_only_by_force_and_then_rightly(name: str, way: str, tmp_path: Path) -> None:
-    """However it is spelt; bytes are still read from the old file while the new one is made."""
+    """The input is recognised under any spelling, and read while its replacement is written."""
     source = saved(tmp_path / name)
     out = tmp_path / f"out{source.suffix}"
     if way == "same":
@@ -236,7 +227,7 @@ def test_an_input_is_replaced_only_by_force_and_then_rightly(name: str, way: str
 
 
 def test_a_training_checkpoint_is_not_replaced_by_its_weights(tmp_path: Path) -> None:
-    """Where the tensors alone are asked for, what is none would be lost: an epoch, an optimizer."""
+    """An output of tensors alone would lose the other entries, such as the epoch."""
     source = saved(tmp_path / "in.pt", {"state_dict": STATE, "epoch": 3})
     before = sha256(source)
     with open_checkpoint(source) as checkpoint:
@@ -247,7 +238,7 @@ def test_a_training_checkpoint_is_not_replaced_by_its_weights(tmp_path: Path) ->
 
 
 def test_the_shard_of_an_input_is_never_an_output(tmp_path: Path) -> None:
-    """The others would no longer fit to it; the directory as a whole may be replaced, by force, and rightly."""
+    """A single shard is refused; the whole directory may be replaced with force."""
     convert(STATE, tmp_path / "in", shards=50)
     before = {name: sha256(tmp_path / "in" / name) for name in names_in(tmp_path / "in")}
     shard = next(name for name in before if name.endswith("00001-of-00002.safetensors"))
@@ -263,7 +254,7 @@ def test_the_shard_of_an_input_is_never_an_output(tmp_path: Path) -> None:
 
 
 def test_shards_do_not_sweep_away_an_input_that_holds_more(tmp_path: Path) -> None:
-    """A single file in the directory of the output counts as its shard, and is looked at like one."""
+    """A single file in the output directory that has the name of a shard is checked as an input."""
     (tmp_path / "run").mkdir()
     source = tmp_path / "run" / "model.safetensors"  # told by its content, which torch wrote
     torch.save({"state_dict": STATE, "epoch": 3}, source)
@@ -294,7 +285,7 @@ def touched(path: Path) -> None:
 def test_an_input_that_changes_meanwhile_is_noticed(
     name: str, out: str, change: Callable[[Path], None], tmp_path: Path, *, before_the_first_byte: bool
 ) -> None:
-    """Half of one file and half of another are no checkpoint: the old output stays, and nothing beside it."""
+    """The old output is kept, and no other file is left, where an input changes during the run."""
     source, target = saved(tmp_path / name), tmp_path / out
     target.write_bytes(b"old")
     with open_checkpoint(source) as checkpoint:
@@ -308,13 +299,10 @@ def test_an_input_that_changes_meanwhile_is_noticed(
     assert names_in(tmp_path) == sorted([name, out])
 
 
-# --- shards ----------------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None, max_examples=40)
 @given(state_dicts(("F32", "BF16", "U8")), st.integers(1, 100))
 def test_shards_are_a_checkpoint_of_their_own(state: dict[str, torch.Tensor], limit: int) -> None:
-    """Each is within the limit unless one tensor is not; the index is whole; read back, it is what went in."""
+    """Shards are within the limit unless one tensor exceeds it, and read back as the input."""
     with scratch() as name:
         out = Path(name, "out")
         written = convert(state, out, shards=limit)
@@ -331,7 +319,7 @@ def test_shards_are_a_checkpoint_of_their_own(state: dict[str, torch.Tensor], li
 
 
 def test_other_files_stay_and_stale_shards_go(tmp_path: Path) -> None:
-    """A directory holds one set of shards, and a config.json that is nobody's shard; a link stays a link."""
+    """Old shards are removed; a config.json and a symbolic link to the directory are kept."""
     out = tmp_path / "out"
     convert(STATE, out, shards=20)
     assert len(names_in(out)) == 4
@@ -355,7 +343,7 @@ def test_other_files_stay_and_stale_shards_go(tmp_path: Path) -> None:
 
 
 def test_directories_that_are_more_than_shards_are_not_replaced(tmp_path: Path) -> None:
-    """One with directories inside, or a file of that name; an empty one is as good as none."""
+    """A directory with subdirectories and a file are refused; an empty directory is used."""
     (tmp_path / "out" / "logs").mkdir(parents=True)
     assert refusal(lambda: convert(STATE, tmp_path / "out", shards=20, force=True)).reason == (
         "contains the directory 'logs', so it is not replaced"
@@ -368,16 +356,13 @@ def test_directories_that_are_more_than_shards_are_not_replaced(tmp_path: Path) 
     assert names_in(tmp_path) == ["empty", "file", "out"]
 
 
-# --- lightness -------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("source", "out"),
     [("in.safetensors", "out.safetensors"), ("in.pt", "out.safetensors"), ("in.pt", "out.pt"), ("in.pt", "out"),
      ("in.safetensors", "out.pt")],
 )  # fmt: skip
 def test_copying_bytes_needs_no_torch(source: str, out: str, tmp_path: Path) -> None:
-    """Renaming, converting and sharding contiguous tensors start at once and stay small."""
+    """Renaming, converting and sharding contiguous tensors do not import torch."""
     saved(tmp_path / source)
     code = (
         "import sys; from ckptkit import *\n"

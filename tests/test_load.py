@@ -1,4 +1,4 @@
-"""What was loaded is really in the model: by identity, by value, and by what the report says."""
+"""``load_into`` puts the values into the model, and its report is true."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.helpers_outputs import raw, same_state, tensor_of
 
 
 class Net(nn.Module):
-    """A body with batch norm, and a head."""
+    """A model with batch norm in its body, and a head."""
 
     def __init__(self, classes: int = 3) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Net(nn.Module):
 
 
 class Tied(nn.Module):
-    """An embedding and an output layer that are one parameter."""
+    """A model with an embedding and an output layer that share a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,11 +59,8 @@ def refusal(act: Callable[[], object], error: type[CkptkitError]) -> CkptkitErro
     return caught.value
 
 
-# --- what arrives ----------------------------------------------------------------------------------------------------
-
-
 def test_everything_arrives_in_the_very_same_parameters() -> None:
-    """Batch norm's statistics and counter too; an optimizer made before still holds the model's parameters."""
+    """Parameters and buffers get the values and are the same objects as before, as optimizers need."""
     model, donor = Net(), randomised(Net())
     before = model.state_dict(keep_vars=True)
     report = load_into(model, donor)
@@ -75,7 +72,7 @@ def test_everything_arrives_in_the_very_same_parameters() -> None:
 
 
 def test_the_head_stays_where_classes_differ(tmp_path: Path) -> None:
-    """The journey: a pretrained file under DDP's prefix, a new head, and a report of what happened to each."""
+    """A file with the prefix of DDP is loaded into a model with a new head, and the report names both parts."""
     donor = randomised(Net(classes=10))
     save_file({f"module.{key}": value for key, value in donor.state_dict().items()}, tmp_path / "pre.safetensors")
     model = Net(classes=3)
@@ -94,7 +91,7 @@ def test_the_head_stays_where_classes_differ(tmp_path: Path) -> None:
 
 
 def test_missing_and_unexpected_keys_are_told_apart() -> None:
-    """A kept key is a warning, a donor's surplus a note; neither is an error."""
+    """A kept key is a warning and an additional key of the donor a note; neither is an error."""
     model = nn.Linear(2, 2)
     bias = model.bias.detach().clone()
     checkpoint: dict[str, Any] = {"weight": torch.ones(2, 2), "extra": torch.ones(1), "epoch": 3}
@@ -112,7 +109,7 @@ def test_missing_and_unexpected_keys_are_told_apart() -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(("F32", "F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64")), st.integers(0, 9), st.booleans())
 def test_nan_and_every_other_bit_pattern_arrive(code: str, seed: int, strided: bool) -> None:
-    """Values are compared as bytes, so NaN is equal to itself and -0.0 is not 0.0."""
+    """Values are compared as bytes: a NaN equals itself, and -0.0 differs from 0.0."""
     value = tensor_of(code, (3, 5), seed)
     target = torch.zeros(5, 3, dtype=value.dtype).t() if strided else torch.zeros(3, 5, dtype=value.dtype)
     model = nn.Module()
@@ -124,7 +121,7 @@ def test_nan_and_every_other_bit_pattern_arrive(code: str, seed: int, strided: b
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from((torch.bfloat16, torch.float16, torch.float8_e4m3fn)), st.integers(0, 9), st.booleans())
 def test_a_low_precision_model_takes_float32_with_nan(dtype: torch.dtype, seed: int, strided: bool) -> None:
-    """Cast as torch casts, in any memory layout: the kernels for strided memory make other bits of a NaN."""
+    """Values are cast as torch casts them, for any memory layout, though the bits of a NaN can differ."""
     value = tensor_of("F32", (4, 3, 5, 5), seed)
     value[0] = float("nan")
     layout = torch.channels_last if strided else torch.contiguous_format
@@ -137,7 +134,7 @@ def test_a_low_precision_model_takes_float32_with_nan(dtype: torch.dtype, seed: 
 
 
 def test_integers_and_booleans_are_cast_as_torch_casts_them() -> None:
-    """A counter kept as another integer is the common case."""
+    """For example, a counter of another integer dtype is cast."""
     model = nn.BatchNorm1d(2)
     load_into(model, {"num_batches_tracked": torch.tensor(7, dtype=torch.int32)})
     assert model.num_batches_tracked is not None
@@ -145,7 +142,7 @@ def test_integers_and_booleans_are_cast_as_torch_casts_them() -> None:
 
 
 class Versioned(nn.Linear):
-    """Takes state without a version for that of its first one, and converts it, as torch's own modules do."""
+    """A module that converts state without a version, as torch's own modules do."""
 
     _version = 2
 
@@ -156,7 +153,7 @@ class Versioned(nn.Linear):
 
 
 def test_module_versions_travel_with_the_values(tmp_path: Path) -> None:
-    """From a model and from a file of torch.save alike; without them a converting module is caught."""
+    """Versions of a model and of a file of torch.save reach the module, so it does not convert."""
     donor = nn.Sequential(Versioned(2, 2))
     torch.save(donor.state_dict(), tmp_path / "a.pt")
     model = nn.Sequential(Versioned(2, 2))
@@ -168,11 +165,8 @@ def test_module_versions_travel_with_the_values(tmp_path: Path) -> None:
     refusal(lambda: load_into(model, dict(donor.state_dict())), ModelError)
 
 
-# --- ties ------------------------------------------------------------------------------------------------------------
-
-
 def test_tied_weights_load_from_equal_values() -> None:
-    """Both keys are there with one value: the tie stays a tie."""
+    """Both keys with equal values are loaded, and the tie is kept."""
     model, donor = Tied(), randomised(Tied())
     assert load_into(model, donor).coverage == 1.0
     assert model.lm_head.weight is model.wte.weight
@@ -180,7 +174,7 @@ def test_tied_weights_load_from_equal_values() -> None:
 
 
 def test_a_tie_brings_what_the_file_left_out() -> None:
-    """safetensors files have one of two tied keys: the other is loaded through it, and said to be."""
+    """A key that is not in the file is loaded through its tie, and a note says so."""
     model, state = Tied(), randomised(Tied()).state_dict()
     del state["lm_head.weight"]
     report = load_into(model, state)
@@ -193,7 +187,7 @@ def test_a_tie_brings_what_the_file_left_out() -> None:
 
 @pytest.mark.parametrize("batch", [1 << 28, 1], ids=["at once", "one by one"])
 def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One of the two would be lost silently, in whichever batches they come."""
+    """Two values for one tensor are refused, in the same batch and in different batches."""
     monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", batch)
     state = randomised(Tied()).state_dict()
     state["lm_head.weight"] = state["wte.weight"] + 1
@@ -204,18 +198,15 @@ def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytes
 
 
 def test_many_batches_load_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    """How much is read at a time changes nothing."""
+    """The result does not depend on the size of a batch."""
     monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", 40)
     model, donor = Net(), randomised(Net())
     assert load_into(model, donor).coverage == 1.0
     assert same_state(model.state_dict(), donor.state_dict())
 
 
-# --- what is refused -------------------------------------------------------------------------------------------------
-
-
 def test_a_model_on_the_meta_device_is_refused() -> None:
-    """torch would warn and load nothing; with memory it works."""
+    """torch would warn and load nothing; after to_empty() loading works."""
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     error = refusal(lambda: load_into(model, nn.Linear(2, 2)), ModelError)
@@ -226,7 +217,7 @@ def test_a_model_on_the_meta_device_is_refused() -> None:
 
 
 def test_a_hook_that_changes_values_is_caught() -> None:
-    """Success is measured on the model, not on the call."""
+    """The values in the model are compared after load_state_dict returns."""
     model = nn.Linear(2, 2)
 
     def spoil(module: nn.Module, _: object) -> None:
@@ -239,7 +230,7 @@ def test_a_hook_that_changes_values_is_caught() -> None:
 
 
 def test_a_hook_that_puts_in_another_object_is_caught() -> None:
-    """An optimizer would go on training the old one."""
+    """An optimizer would train the old tensor."""
     model = nn.Linear(2, 2)
 
     def swap(module: nn.Module, _: object) -> None:
@@ -252,7 +243,7 @@ def test_a_hook_that_puts_in_another_object_is_caught() -> None:
 
 
 def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
-    """A buffer that is one element expanded cannot be written: torch says so, on one line."""
+    """The message of torch, about an expanded buffer, is on one line."""
     model = nn.Module()
     model.register_buffer("w", torch.zeros(1).expand(3))
     error = refusal(lambda: load_into(model, {"w": torch.arange(3.0)}), ModelError)
@@ -280,18 +271,15 @@ def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
 def test_a_refused_plan_leaves_the_model_as_it_was(
     state: dict[str, torch.Tensor], policies: dict[str, Any], error: type[CkptkitError], reason: str
 ) -> None:
-    """Policies are those of a merge, and decide before the first value is copied."""
+    """The policies are checked before the first value is copied."""
     model = nn.Linear(2, 2)
     before = copy.deepcopy(model.state_dict())
     assert refusal(lambda: load_into(model, state, **policies), error).reason.startswith(reason)
     assert same_state(model.state_dict(), before)
 
 
-# --- the report ------------------------------------------------------------------------------------------------------
-
-
 def test_a_report_in_a_notebook_is_escaped() -> None:
-    """Keys come from other people's files: they never become markup, nor move a cursor."""
+    """Keys of a file are escaped in HTML."""
     hostile = "<script>alert(1)</script>\x1b[31m"
     html = load_into(nn.Linear(2, 2), {"weight": torch.ones(2, 2), hostile: torch.ones(1)})._repr_html_()
     assert html.startswith("<p>loaded 1 of 2 tensors, 66.7 % of the elements; kept 1 as they were</p><table>")

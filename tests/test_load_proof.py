@@ -1,4 +1,4 @@
-"""Loaded whole, or as before: what was not loaded keeps every bit, and a failure puts the model back."""
+"""``load_into`` changes only the loaded tensors, and a failure restores the model."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.helpers_outputs import raw, tensor_of
 
 
 class Net(nn.Module):
-    """A body, a head, a tie, and a buffer that no state_dict has."""
+    """A model with a body, a head, a tie and a buffer that is not persistent."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Net(nn.Module):
 
 
 def pinned(model: nn.Module) -> dict[str, tuple[int, int, torch.dtype, bytes]]:
-    """Every tensor by name: which object, where its memory is, and its bits."""
+    """Return the object, the memory and the bits of every tensor, by name."""
     return {name: (id(t), t.data_ptr(), t.dtype, raw(t)) for name, t in named_tensors(model).items()}
 
 
@@ -125,7 +125,7 @@ def test_a_failure_puts_everything_back(
     in_memory: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Objects, bits, dtypes and shapes are those of before; what was loaded already is undone."""
+    """Objects, bits, dtypes and shapes are restored, also of tensors that were already loaded."""
     monkeypatch.setattr(ckptkit.loading.snapshot, "_IN_MEMORY", in_memory)
     model = hooked(fault)
     before = pinned(model)
@@ -140,7 +140,7 @@ def test_a_failure_puts_everything_back(
 
 
 def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many batches are in the model already when the last tensor cannot be read."""
+    """Many batches are already loaded when the last tensor cannot be read."""
     monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", 1)
     whole = as_checkpoint(Net(), "donor")
 
@@ -157,13 +157,13 @@ def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.Monke
 
 
 def test_a_cache_that_a_hook_makes_anew_is_a_note() -> None:
-    """No checkpoint has it, so deriving it from what was loaded is its only way; it is said."""
+    """A hook may rewrite a buffer that is in no checkpoint, and a note says so."""
     report = load_into(hooked(lambda model: model.cache.mul_(2)), Net())
     assert [(f.severity, f.code, f.key) for f in report.findings] == [("note", "load.derived", "cache")]
 
 
 def test_a_view_of_what_was_loaded_is_told_from_what_was_kept() -> None:
-    """A buffer that looks into a loaded parameter changes with it, and is not said to be as it was."""
+    """A buffer that is a view of a loaded parameter changes with it, and is not reported as kept."""
     model = nn.Linear(3, 3, bias=False)
     model.register_buffer("first_row", model.weight.detach()[0])
     report = load_into(model, {"weight": torch.ones(3, 3)})
@@ -171,7 +171,7 @@ def test_a_view_of_what_was_loaded_is_told_from_what_was_kept() -> None:
 
 
 def test_what_cannot_be_compared_is_said() -> None:
-    """A sparse buffer has no bytes of its own: it stays, and nobody claims a proof."""
+    """A sparse buffer is kept, and a note says that its bits were not compared."""
     model = nn.Linear(2, 2, bias=False)
     model.register_buffer("mask", torch.eye(2).to_sparse(), persistent=False)
     report = load_into(model, {"weight": torch.ones(2, 2)})
@@ -180,7 +180,7 @@ def test_what_cannot_be_compared_is_said() -> None:
 
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "not persistent"])
 def test_nothing_is_left_on_the_meta_device(persistent: bool) -> None:
-    """What the checkpoint does not bring would have no value after the load either."""
+    """A tensor on the meta device that is not loaded would have no value, so it is refused."""
     model = nn.Linear(2, 2, bias=False)
     model.register_buffer("rope", torch.empty(2, device="meta"), persistent=persistent)
     before = copy.deepcopy(model.weight)
@@ -190,7 +190,7 @@ def test_nothing_is_left_on_the_meta_device(persistent: bool) -> None:
 
 
 def test_no_room_for_the_copy_is_said_before_anything_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk is full; the hint says how much is needed, and where to say so."""
+    """Where the disk is full, the hint names the needed size and TMPDIR."""
     full = lambda max_size: open("/dev/full", "r+b", buffering=0)  # noqa: E731, SIM115, ARG005
     monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full)
     model = Net()
@@ -219,7 +219,7 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_a_snapshot_brings_back_every_bit(make: Callable[[], torch.Tensor]) -> None:
-    """Of every dtype and layout, NaNs of any payload among them."""
+    """A snapshot restores tensors of every dtype and layout, with NaNs of any bits."""
     model = nn.Module()
     model.register_buffer("w", make())
     tensor = named_tensors(model)["w"]
@@ -234,7 +234,7 @@ def test_a_snapshot_brings_back_every_bit(make: Callable[[], torch.Tensor]) -> N
 
 
 def test_what_cannot_be_written_is_named_when_it_cannot_be_put_back() -> None:
-    """One element expanded to many takes no values of its own; its one element was changed through its base."""
+    """An expanded tensor cannot be written, so a change of its base cannot be undone."""
     base = torch.zeros(1)
     model = nn.Module()
     model.register_buffer("w", base.expand(3))
@@ -244,7 +244,7 @@ def test_what_cannot_be_written_is_named_when_it_cannot_be_put_back() -> None:
 
 
 def test_what_cannot_be_written_outside_of_inference_mode_is_put_back() -> None:
-    """torch copies into such a tensor before it refuses to."""
+    """torch copies values into an inference tensor before it raises."""
     with torch.inference_mode():
         model = nn.Linear(2, 2)
     before = raw(model.weight), raw(model.bias)
@@ -254,7 +254,7 @@ def test_what_cannot_be_written_outside_of_inference_mode_is_put_back() -> None:
 
 
 class Scaled(nn.Linear):
-    """Keeps something beside its tensors, as layers of eight bits do: it goes through the state_dict as ``extra``."""
+    """A module with extra state in its state_dict, as 8-bit layers have."""
 
     def __init__(self, extra: Any) -> None:
         super().__init__(2, 2)
@@ -268,7 +268,7 @@ class Scaled(nn.Linear):
 
 
 def test_extra_state_that_is_a_tensor_goes_to_its_module() -> None:
-    """It is made anew whenever it is asked for, so that it is no object to be kept."""
+    """The module makes a new tensor for each state_dict, so identity is not checked."""
     model = Scaled(torch.zeros(3))
     report = load_into(model, Scaled(torch.arange(3.0)))
     assert torch.equal(model.extra, torch.arange(3.0))

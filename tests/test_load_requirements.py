@@ -1,4 +1,4 @@
-"""What a load is asked to reach: refused as a plan, with what is missing and the way out, and the model untouched."""
+"""``require`` and ``min_coverage`` are checked on the plan; a refusal has a reason and a hint and changes nothing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def net(classes: int = 3) -> nn.Module:
 
 
 def donor() -> dict[str, torch.Tensor]:
-    """Of another head, without the neck's bias."""
+    """Return a state_dict with another head and without the bias of the neck."""
     state = dict(net(classes=5).state_dict())
     del state["neck.bias"]
     return state
@@ -48,7 +48,7 @@ REACHED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("asked", REACHED.values(), ids=REACHED.keys())
 def test_what_is_reached_loads(asked: dict[str, Any]) -> None:
-    """A bar that the plan clears changes nothing: 53 of 72 elements are there."""
+    """A requirement that the plan meets changes nothing; 53 of 72 elements are loaded."""
     report = load_into(net(), donor(), on_mismatch="skip", **asked)
     assert report.coverage == 53 / 72
 
@@ -97,7 +97,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
 def test_what_is_not_reached_is_refused_untouched(
     asked: dict[str, Any], kind: type[CkptkitError], reason: str, hint: str
 ) -> None:
-    """The refusal names what is missing and why, before the first value is copied."""
+    """The error names the missing keys and the reasons before the first value is copied."""
     model = net()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(kind) as caught:
@@ -108,7 +108,7 @@ def test_what_is_not_reached_is_refused_untouched(
 
 
 def test_a_prefix_that_explains_what_is_missing_is_the_way_out() -> None:
-    """The commonest reason has its cure in the hint."""
+    """The hint gives the rename that removes a prefix."""
     state = {f"module.{key}": value for key, value in net().state_dict().items() if key != "head.bias"}
     state["head.bias"] = torch.zeros(3)
     with pytest.raises(ModelError) as caught:
@@ -117,7 +117,7 @@ def test_a_prefix_that_explains_what_is_missing_is_the_way_out() -> None:
 
 
 def test_a_tie_counts_as_loaded() -> None:
-    """One of two tied keys in the file brings the other, whichever is required."""
+    """A key that is loaded through a tie meets a requirement."""
     model = nn.ModuleDict({"wte": nn.Embedding(6, 4), "head": nn.Linear(4, 6, bias=False)})
     model["head"].weight = model["wte"].weight
     report = load_into(model, {"wte.weight": torch.ones(6, 4)}, require="head.*", min_coverage=1)
@@ -125,7 +125,7 @@ def test_a_tie_counts_as_loaded() -> None:
 
 
 def test_coverage_is_told_by_module() -> None:
-    """What is whole is one row; what is loaded in part is opened to where the parts differ."""
+    """A module that is loaded whole has one row; another is divided into its children."""
     report = load_into(net(), donor(), on_mismatch="skip")
     assert report.modules == (
         ModuleCoverage("body", 7, 7, 37, 37),
@@ -142,7 +142,7 @@ KEYS = st.lists(st.sampled_from("abc"), min_size=1, max_size=4).map(".".join)
 
 @given(st.dictionaries(KEYS, st.booleans(), max_size=30))
 def test_sections_are_a_partition(labels: dict[str, bool]) -> None:
-    """Every key is in one section, in order, below its prefix; few keys are opened until each is of one kind."""
+    """Every key is in one section, in order, and below the prefix of the section."""
     found = group_by_module(labels)
     assert sorted(key for _, keys in found for key in keys) == sorted(labels)
     assert all(key == prefix or key.startswith(f"{prefix}.") for prefix, keys in found for key in keys)
@@ -150,7 +150,7 @@ def test_sections_are_a_partition(labels: dict[str, bool]) -> None:
 
 
 def test_sections_stay_few() -> None:
-    """A model of which every layer is loaded in part is told at the level above."""
+    """A model with every layer loaded in part is not divided into all its layers."""
     infos = [TensorInfo(f"net.layers.{i}.{name}", "F32", (2,)) for i in range(100) for name in ("w", "lora")]
     rows = coverage_by_module([*infos, TensorInfo("head", "F32", (3,))], {i.key for i in infos if i.key.endswith("w")})
     assert rows == (ModuleCoverage("net.layers", 100, 200, 200, 400), ModuleCoverage("head", 0, 1, 0, 3))
@@ -177,6 +177,6 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
 def test_a_wrong_argument_is_refused_in_a_sentence(mistake: dict[str, Any]) -> None:
-    """Whatever is given in the place of what, no error comes from inside."""
+    """A wrong argument gives an error of ckptkit."""
     with pytest.raises(CkptkitError):
         load_into(**{"model": net(), "checkpoint": donor(), "on_mismatch": "skip", **mistake})

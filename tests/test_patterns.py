@@ -1,4 +1,4 @@
-"""One pattern language everywhere: which keys are meant, and what they are called afterwards."""
+"""The pattern language: which keys a pattern matches, and the new names that a template gives."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_many_stars_over_a_long_key_take_no_time(pattern: str, key: str) -> None
 
 @given(st.text() | st.text("a*{}.:r=e", max_size=12))
 def test_a_literal_pattern_fits_its_key_alone(key: str) -> None:
-    """Whatever is in a key, a hint can name it and nothing else."""
+    """``literal`` gives a pattern for any key, and the pattern matches no other key."""
     pattern = parse_pattern(literal(key))
     assert pattern.match(key) is not None
     assert pattern.match(f"{key}x") is None

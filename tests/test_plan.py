@@ -1,4 +1,4 @@
-"""Plans are values: what an output will hold is decided, and refused, before a byte is read."""
+"""Plans are decided, and refused, before any tensor is read."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ BASE = described(fc1__weight=(5, 4), fc1__bias=(5,), fc3__weight=(2, 5), fc3__bi
 
 
 def refusal(make: Callable[[], Plan], error: type[CkptkitError] = PlanError) -> CkptkitError:
-    """The error of making a plan: one sentence and a way out."""
+    """Return the error of a plan, after a check that it has a hint."""
     with pytest.raises(error) as caught:
         make()
     assert "\n" not in str(caught.value)
     return caught.value
 
 
-def told(plan: Plan) -> list[tuple[str, str, str]]:
-    """Each step in short: the key, where it comes from, the operation."""
+def outline(plan: Plan) -> list[tuple[str, str, str]]:
+    """Return the key, the source and the operation of each step."""
     return [(step.out.key, f"{step.sources[0].role}:{step.sources[0].key}", step.operation) for step in plan.steps]
 
 
@@ -40,11 +40,8 @@ def left_out(plan: Plan) -> list[tuple[str, str]]:
     return [(drop.role, drop.key) for drop in plan.dropped]
 
 
-# --- remap -----------------------------------------------------------------------------------------------------------
-
-
 def test_a_remap_is_a_list_of_steps_in_the_order_of_the_file() -> None:
-    """Every step names its source, its operation and the rule that spoke; equal inputs give equal plans."""
+    """Every step names its source, operation and rule; equal inputs give equal plans."""
     rules = ["fc3.*=head.*"]
     plan = plan_remap(BASE, rules)
     assert plan.steps[2] == Step(
@@ -59,7 +56,7 @@ def test_a_remap_is_a_list_of_steps_in_the_order_of_the_file() -> None:
 
 
 def test_what_is_left_out_is_listed_with_the_reason() -> None:
-    """Dropped by a rule, kept by none, or no tensor at all: nothing is lost silently."""
+    """Tensors that a rule drops or no pattern keeps, and other entries, are all listed."""
     source: dict[str, Any] = {**{key: torch.zeros(info.shape) for key, info in BASE.items()}, "epoch": 3}
     plan = plan_remap(source, parse_rules(keep=["fc*"], drop=["*.bias"]))
     assert [step.out.key for step in plan.steps] == ["fc1.weight", "fc3.weight"]
@@ -71,7 +68,7 @@ def test_what_is_left_out_is_listed_with_the_reason() -> None:
 
 
 def test_dtype_casts_floats_and_leaves_the_rest_alone() -> None:
-    """Integers, booleans and complex numbers keep their dtype, and so do floats that have it already."""
+    """Integers, booleans and complex numbers keep their dtype; floats of that dtype are copied."""
     codes = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "U8", "BOOL", "C64")
     plan = plan_remap({code: TensorInfo(code, code, (3,)) for code in codes}, dtype="bfloat16")
     assert {step.out.key: (step.out.dtype, step.operation) for step in plan.steps} == {
@@ -82,13 +79,13 @@ def test_dtype_casts_floats_and_leaves_the_rest_alone() -> None:
 
 @pytest.mark.parametrize("name", ["BF16", "bf16", "bfloat16", "torch.bfloat16"])
 def test_a_dtype_has_two_names(name: str) -> None:
-    """The safetensors code in either case, and torch's own name."""
+    """A dtype has its safetensors code, in either case, and torch's name."""
     assert plan_remap(BASE, dtype=name).steps[0].out.dtype == "BF16"
 
 
 @pytest.mark.parametrize("name", ["I64", "int64", "F4", "float4_e2m1fn_x2", "BOOL", "float", "half", "", "BF16 "])
 def test_what_floats_cannot_become_is_refused(name: str) -> None:
-    """A dtype that is none, or that would lose what floats are."""
+    """An unknown dtype and a dtype that floats cannot be cast to are refused."""
     assert refusal(lambda: plan_remap(BASE, dtype=name)).reason
 
 
@@ -102,7 +99,7 @@ def test_what_floats_cannot_become_is_refused(name: str) -> None:
     ids=["nothing left", "collision", "unused"],
 )
 def test_a_remap_that_goes_wrong_is_refused(rules: Any, error: type[CkptkitError], reason: str) -> None:
-    """The sentence names the keys and the rule."""
+    """The message names the keys and the rule."""
     assert refusal(lambda: plan_remap(BASE, rules), error).reason == reason
 
 
@@ -117,7 +114,7 @@ def test_a_remap_that_goes_wrong_is_refused(rules: Any, error: type[CkptkitError
     ids=["sparse", "subclass", "meta", "quantised"],
 )
 def test_what_cannot_be_copied_is_refused_by_name(value: Any, why: str) -> None:
-    """The hint leaves exactly that tensor out, and following it works."""
+    """The hint leaves out exactly that tensor, and it works."""
     plain = TensorInfo("w", "F32", (1,)) if isinstance(value, TensorInfo) else torch.zeros(1)
     error = refusal(lambda: plan_remap({"w": plain, "odd": value}))
     assert error.reason.startswith("'odd' cannot be copied: ")
@@ -127,14 +124,14 @@ def test_what_cannot_be_copied_is_refused_by_name(value: Any, why: str) -> None:
 
 
 def test_f4_has_no_cast() -> None:
-    """Packed halves of bytes are copied as they are or not at all."""
+    """F4, which packs two elements into a byte, can be copied and not cast."""
     packed = {"w": TensorInfo("w", "F4", (4,))}
     assert plan_remap(packed).steps[0].operation == "copy"
     assert "cannot be cast to F32" in refusal(lambda: plan_remap(packed, dtype="F32")).reason
 
 
 def test_ties_that_a_flat_file_would_break_are_known() -> None:
-    """Views of one storage that overlap are grouped, cast or not; what shares nothing is not."""
+    """Overlapping views of one storage are grouped, with and without a cast; other tensors are not."""
     tied = {
         key: TensorInfo(key, "F32", (2,), View(storage, offset, (1,)))
         for key, storage, offset in (("a", 0, 0), ("b", 0, 1), ("c", 0, 2), ("d", 0, 8), ("e", 1, 0))
@@ -143,14 +140,11 @@ def test_ties_that_a_flat_file_would_break_are_known() -> None:
     assert find_broken_ties(plan_remap(tied, dtype="F16")) == [("a", "b", "c")]
 
 
-# --- merge: the policies ---------------------------------------------------------------------------------------------
-
-
 def test_an_overlay_takes_what_fits_and_keeps_the_rest() -> None:
-    """The keys of the base in its order; the donor's value where key and shape agree; its extras are left out."""
+    """The output has the keys of the base, with the donor's values where key and shape agree."""
     donor = {**{key: BASE[key] for key in ("fc1.bias", "fc1.weight")}, **described(fc9=(7,))}
     plan = plan_merge(BASE, donor)
-    assert told(plan) == [
+    assert outline(plan) == [
         ("fc1.weight", "donor:fc1.weight", "copy"),
         ("fc1.bias", "donor:fc1.bias", "copy"),
         ("fc3.weight", "base:fc3.weight", "copy"),
@@ -160,15 +154,15 @@ def test_an_overlay_takes_what_fits_and_keeps_the_rest() -> None:
 
 
 def test_rules_rename_the_donor_only() -> None:
-    """The source keeps the name that it has in its own file."""
+    """The source of a step has the key of the donor's file."""
     donor = {f"module.{key}": TensorInfo(f"module.{key}", "F32", info.shape) for key, info in BASE.items()}
     plan = plan_merge(BASE, donor, ["module.*=*"])
-    assert told(plan)[0] == ("fc1.weight", "donor:module.fc1.weight", "copy")
+    assert outline(plan)[0] == ("fc1.weight", "donor:module.fc1.weight", "copy")
     assert plan.steps[0].rule == "--rename 'module.*=*'"
 
 
 def test_values_are_cast_to_the_dtype_of_the_base() -> None:
-    """As load_state_dict does it; a cast that would lose the imaginary part is refused instead."""
+    """Values are cast as load_state_dict casts them, but a lost imaginary part is refused."""
     base = {"w": TensorInfo("w", "BF16", (2,))}
     step = plan_merge(base, described(w=(2,))).steps[0]
     assert (step.out.dtype, step.operation) == ("BF16", "cast")
@@ -187,17 +181,17 @@ def test_values_are_cast_to_the_dtype_of_the_base() -> None:
     ids=["default", "skip", "add"],
 )
 def test_unexpected_keys_are_skipped_or_added(policies: dict[str, Any], keys: list[str], dropped: list[str]) -> None:
-    """Added ones come last; skipped ones are listed."""
+    """Added keys come last; skipped keys are listed."""
     plan = plan_merge(described(a=(1,), b=(2,)), described(x=(3,), a=(1,)), **policies)
     assert [step.out.key for step in plan.steps] == keys
     assert [drop.key for drop in plan.dropped] == dropped
 
 
 def test_a_mismatch_may_be_skipped() -> None:
-    """Then the base keeps its value, and the list says which of its keys was meant, renamed or not."""
+    """The base keeps its value, and the dropped tensor names the key of the base, with and without renames."""
     donor = described(m__fc1__weight=(5, 4), m__fc1__bias=(5,), m__fc3__weight=(9, 5), m__fc3__bias=(9,))
     plan = plan_merge(BASE, donor, ["m.*=*"], on_mismatch="skip")
-    assert [source for _, source, _ in told(plan)[2:]] == ["base:fc3.weight", "base:fc3.bias"]
+    assert [source for _, source, _ in outline(plan)[2:]] == ["base:fc3.weight", "base:fc3.bias"]
     assert [(drop.key, drop.reason, drop.wanted) for drop in plan.dropped] == [
         ("m.fc3.weight", "its shape is [9, 5], not [2, 5]", "fc3.weight"),
         ("m.fc3.bias", "its shape is [9], not [2]", "fc3.bias"),
@@ -247,7 +241,7 @@ def test_a_mismatch_may_be_skipped() -> None:
 def test_a_merge_that_would_go_wrong_is_refused(
     donor: dict[str, TensorInfo], policies: dict[str, Any], reason: str, hint: str
 ) -> None:
-    """The sentence names the key, the hint the way out."""
+    """The message names the key, and the hint says what to do."""
     error = refusal(lambda: plan_merge(BASE, donor, **policies))
     assert error.reason.startswith(reason)
     assert error.hint is not None
@@ -255,35 +249,32 @@ def test_a_merge_that_would_go_wrong_is_refused(
 
 
 def test_of_several_donors_the_last_one_wins() -> None:
-    """What an earlier one would have brought is listed; a key that one of them has is not missing."""
+    """The replaced tensors of earlier donors are listed; a key is missing only where no donor has it."""
     first, second = described(a=(1,), b=(2,), x=(4,)), described(b=(2,), x=(4,))
     plan = plan_merge(
         described(a=(1,), b=(2,)), [first, second], on_unexpected="add", on_missing="error", on_mismatch="error"
     )
-    assert told(plan) == [("a", "donor1:a", "copy"), ("b", "donor2:b", "copy"), ("x", "donor2:x", "copy")]
+    assert outline(plan) == [("a", "donor1:a", "copy"), ("b", "donor2:b", "copy"), ("x", "donor2:x", "copy")]
     assert left_out(plan) == [("donor1", "b"), ("donor1", "x")]
     assert {drop.reason for drop in plan.dropped} == {"donor2 has it too, and comes later"}
 
 
 def test_a_merge_needs_a_donor_and_each_must_match() -> None:
-    """An empty list is a slip, and so is a donor that brings nothing."""
+    """An empty list of donors and a donor without a match are refused."""
     assert "no donor" in refusal(lambda: plan_merge(BASE, [])).reason
     assert "the donor2 has no key" in refusal(lambda: plan_merge(BASE, [BASE, described(x=(1,))])).reason
 
 
 def test_models_and_state_dicts_are_merged_alike() -> None:
-    """A module on the meta device is as good as a description."""
+    """A module on the meta device gives the same plan as a description."""
     live, state = nn.Linear(2, 3), nn.Linear(2, 3).state_dict()
     with torch.device("meta"):
         shapes = nn.Linear(2, 3)
-    assert told(plan_merge(live, state)) == told(plan_merge(shapes, state))
-
-
-# --- hostile input ---------------------------------------------------------------------------------------------------
+    assert outline(plan_merge(live, state)) == outline(plan_merge(shapes, state))
 
 
 class Canary:
-    """Pickles as a call of os.system."""
+    """An object that would call os.system when it is unpickled."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -295,7 +286,7 @@ class Canary:
 
 
 def test_nothing_is_made_from_a_file_that_asks_for_code(tmp_path: Path) -> None:
-    """Neither plan reads it as a source, a base or a donor, and the code never runs."""
+    """Such a file is refused as source, base and donor, and its code never runs."""
     canary, bad = tmp_path / "canary", tmp_path / "bad.pt"
     torch.save({"w": torch.zeros(2)}, tmp_path / "good.pt")
     with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(bad, "w") as made:
@@ -323,11 +314,8 @@ def test_nothing_is_made_from_a_file_that_asks_for_code(tmp_path: Path) -> None:
     assert canary.exists()  # the file would have done it
 
 
-# --- ties of the base ------------------------------------------------------------------------------------------------
-
-
 class Tied(torch.nn.Module):
-    """An embedding and a head that are one tensor."""
+    """A model with an embedding and a head that are one tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -343,7 +331,7 @@ class Tied(torch.nn.Module):
 def test_a_merge_follows_the_ties_of_the_base(
     present: str, on_missing: OnMissing, suffix: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """A donor that has one of two tied keys fills both; the base's own values do not come back through the other."""
+    """A donor with one of two tied keys fills both keys of the output."""
     model, donor = Tied(), {present: torch.arange(15.0).reshape(5, 3).to(dtype)}
     plan = plan_merge(model, donor, on_missing=on_missing)
     execute(plan, {"base": model, "donor": donor}, tmp_path / f"out.{suffix}")
@@ -356,7 +344,7 @@ def test_a_merge_follows_the_ties_of_the_base(
 
 
 def test_a_tie_of_the_base_that_the_donor_does_not_have_is_said() -> None:
-    """Two tensors for one place are written, and named."""
+    """Both tensors of the donor are written, and a note names the keys."""
     donor = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
     assert plan_merge(Tied(), donor).notes == (
         "'embed.weight' and 'head.weight' are one tensor in the base, and get the values of two tensors",
@@ -364,7 +352,7 @@ def test_a_tie_of_the_base_that_the_donor_does_not_have_is_said() -> None:
 
 
 def test_a_cast_keeps_ties(tmp_path: Path) -> None:
-    """What was one tensor is one after a cast."""
+    """Tied tensors are still tied after a cast."""
     weight = torch.randn(4)
     plan = plan_remap({"a": weight, "b": weight, "c": weight[:2]}, dtype="BF16")
     execute(plan, {"a": weight, "b": weight, "c": weight[:2]}, tmp_path / "out.pt")
@@ -375,7 +363,7 @@ def test_a_cast_keeps_ties(tmp_path: Path) -> None:
 
 
 def test_torch_files_carry_module_versions(tmp_path: Path) -> None:
-    """``_metadata`` goes along, under the modules' new names; torch's loader sees it."""
+    """``_metadata`` is written with the new names of the modules, and torch's loader sees it."""
     norm: Any = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 2)).state_dict()
     execute(plan_remap(norm, ["0.*=norm.*"]), norm, tmp_path / "out.pt")
     assert torch.load(tmp_path / "out.pt", weights_only=True)._metadata == {"norm": {"version": 2}, "1": {"version": 1}}
@@ -388,7 +376,7 @@ def test_torch_files_carry_module_versions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_collision_of_equals(same: bool, tmp_path: Path) -> None:
-    """``on_collision = "equal"``: one name for two tensors where their bytes are the same, refused where not."""
+    """``on_collision = "equal"`` accepts two tensors with the same bytes, and refuses others."""
     source = {"a.w": torch.arange(4.0), "b.w": torch.arange(4.0) + (not same)}
     rules = parse_rules(file={"rule": [{"from": "{x}.w", "to": "w", "on_collision": "equal"}]})
     plan = plan_remap(source, rules)

@@ -1,4 +1,4 @@
-"""An adapter is found from what tuning changed, and folded in again it gives the tuned weights."""
+"""An adapter is extracted from a tuned model, and folding it gives the tuned weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ State = dict[str, torch.Tensor]
 
 
 def states(rank: int) -> tuple[State, State]:
-    """A base, and the same with an update of that rank in each of its weights of modules."""
+    """Return a base, and a tuned state with an update of the given rank in each weight."""
     generator = torch.Generator().manual_seed(1)
     base = {
         "q.weight": torch.randn(12, 8, generator=generator),
@@ -35,7 +35,7 @@ def states(rank: int) -> tuple[State, State]:
 
 
 def test_what_is_extracted_is_the_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """An update of rank 2 is found by an adapter of rank 2, configuration beside it; ``lora`` adds it again."""
+    """An adapter of rank 2 has an update of rank 2, with its configuration beside it; ``lora`` folds it."""
     base, tuned = states(2)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -67,7 +67,7 @@ def test_what_is_extracted_is_the_change(tmp_path: Path, capsys: pytest.CaptureF
 def test_nothing_is_written_where_the_configuration_would_be_lost(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An existing configuration is not replaced without ``--force``, and the name of the weights is peft's."""
+    """An existing configuration needs ``--force``, and the name of the output must be peft's."""
     base, tuned = states(1)
     for name, state in (("base", base), ("tuned", tuned)):
         save_file(state, tmp_path / f"{name}.safetensors")
@@ -88,7 +88,7 @@ def test_nothing_is_written_where_the_configuration_would_be_lost(
 
 
 def test_what_cannot_be_compared_is_named() -> None:
-    """A key that the base lacks, another shape, a rank that no weight has, and nothing to find."""
+    """A key that the base lacks, another shape, a rank that is too large, and no weight are refused."""
     base, tuned = states(1)
     with pytest.raises(PlanError, match=r"'q\.weight' is \[12, 8\] in the tuned model, and the base does not have it"):
         plan_extract_lora({"w": torch.zeros(1)}, {"q.weight": tuned["q.weight"]}, 1)

@@ -1,4 +1,4 @@
-"""Adapters of peft are folded into their base by ``ckpt merge --method lora``: every tensor counted, one at a time."""
+"""``ckpt merge --method lora`` folds an adapter of peft into its base, and uses every tensor of it."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def adapter_state() -> State:
 
 
 def folded(base: State, adapter: State, scale: float) -> State:
-    """What torch computes, in F64 and rounded once."""
+    """Return the folded weight, computed by torch in F64 and rounded once."""
     made = dict(base)
     for name in ("l.0.q", "l.1.q"):
         down, up = (adapter[f"{P}{name}.lora_{side}.weight"].double() for side in "AB")
@@ -84,7 +84,7 @@ def fold(capsys: pytest.CaptureFixture[str], base: Path, adapter: Path, *more: s
 def test_an_adapter_is_folded_as_torch_computes_it(
     dtype: torch.dtype, name: str, more: tuple[str, ...], scale: float, request: pytest.FixtureRequest
 ) -> None:
-    """Linear layers, an embedding, a module saved whole with more rows; all else bit for bit; proved by --verify."""
+    """Linear layers, an embedding and a replaced module are folded; other tensors keep every bit."""
     tmp_path, capsys = request.getfixturevalue("tmp_path"), request.getfixturevalue("capsys")
     state, factors = base_state(dtype), adapter_state()
     base, adapter = written(tmp_path, state, factors, CONFIG)
@@ -103,7 +103,7 @@ def test_an_adapter_is_folded_as_torch_computes_it(
 
 
 def test_the_plan_is_shown_before_anything_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Which weights change, of what, and by which scale."""
+    """The plan names the changed weights, their sources and the scale."""
     base, adapter = written(tmp_path, base_state(), adapter_state(), CONFIG)
     ran = fold(capsys, base, adapter, "--dry-run", "--json", "--plan", tmp_path / "plan.json")
     document = json.loads(ran.out)
@@ -126,7 +126,7 @@ def test_the_plan_is_shown_before_anything_is_written(tmp_path: Path, capsys: py
 
 
 def test_a_saved_plan_of_two_inputs_is_applied_again() -> None:
-    """Both inputs are compared with what the plan was made from."""
+    """Both inputs are compared with the inputs of the plan."""
     roles = {"base": as_checkpoint(base_state(), "base"), "donor": as_checkpoint(adapter_state(), "donor")}
     plan = plan_lora(roles["base"], roles["donor"], CONFIG)
     saved = plan_from_json(json.loads(json.dumps(plan_to_json(plan, roles))))
@@ -159,7 +159,7 @@ REFUSED: dict[str, tuple[dict[str, Any], State, str]] = {
 def test_what_has_no_place_is_named(
     config: dict[str, Any], changes: State, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nothing is written, and the adapter's path is the one that is blamed."""
+    """Nothing is written, and the error has the path of the adapter."""
     base, adapter = written(tmp_path, base_state(), adapter_state() | changes, CONFIG | config)
     ran = fold(capsys, base, adapter)
     assert (ran.code, ran.out) == (2, "")
@@ -178,7 +178,7 @@ PREFIXES = {
 def test_the_base_of_another_name_is_told_by_its_prefix(
     of_base: str, of_adapter: str, rename: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """And what the hint says does it."""
+    """The rename in the hint works."""
     state = {f"{of_base}{key}": value for key, value in base_state().items()}
     factors = {key.replace(P, f"{P}{of_adapter}"): value for key, value in adapter_state().items()}
     base, adapter = written(tmp_path, state, factors, CONFIG)
@@ -224,7 +224,7 @@ def test_without_its_configuration_and_with_two_an_adapter_is_refused(
 
 
 def test_ties_of_the_base_are_followed(tmp_path: Path) -> None:
-    """A fold into one of two tied weights is in both, as it would be in the model; into both it is refused."""
+    """A fold into one of two tied weights changes both; folds into both are refused."""
     weight = randn(6, 4, seed=1)
     base = {"q.weight": weight, "k.weight": weight}
     adapter = {f"{P}q.lora_A.weight": randn(2, 4, seed=2), f"{P}q.lora_B.weight": randn(6, 2, seed=3)}
@@ -240,7 +240,7 @@ def test_ties_of_the_base_are_followed(tmp_path: Path) -> None:
 
 
 def test_rules_may_drop_and_not_copy() -> None:
-    """One layer is left as it was by dropping its factors."""
+    """A layer keeps its weight where a rule drops its factors."""
     plan = plan_lora(base_state(), adapter_state(), CONFIG, _drop("*l.1.*"))
     assert {step.out.key for step in plan.steps if step.recipe is not None} == {"l.0.q.weight", "emb.weight"}
     assert [drop.key for drop in plan.dropped] == [f"{P}l.1.q.lora_A.weight", f"{P}l.1.q.lora_B.weight"]
@@ -254,7 +254,7 @@ def _drop(pattern: str) -> Any:
 
 
 def test_weights_that_nothing_is_added_to_are_refused() -> None:
-    """Integers, and what is no number of its own."""
+    """Integers and packed dtypes are refused."""
     base = base_state() | {"l.0.q.weight": torch.ones(6, 4, dtype=torch.int8)}
     with pytest.raises(CkptkitError, match=r"'l\.0\.q\.weight': fold_lora: "):
         plan_lora(base, adapter_state(), CONFIG)

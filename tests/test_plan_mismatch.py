@@ -1,4 +1,4 @@
-"""``--on-mismatch`` with a tensor operation: asked for by name, and what would fit is said where none was."""
+"""``--on-mismatch`` applies a tensor operation by its name, and errors suggest one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MENDED: dict[str, tuple[str, str, Shape, Shape]] = {
 def test_the_operation_that_fits_is_named_and_applied_when_asked(
     case: tuple[str, str, Shape, Shape], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Unasked, nothing is changed: the error names the operation; asked, the output has the base's shape."""
+    """By default, the error names the operation; with its name, the output has the shape of the base."""
     name, key, found, expected = case
     base, donor, out = (tmp_path / f"{part}.safetensors" for part in ("base", "donor", "out"))
     save_file({key: torch.zeros(expected), "same": torch.zeros(2)}, base)
@@ -52,7 +52,7 @@ def test_the_operation_that_fits_is_named_and_applied_when_asked(
 
 
 def test_an_operation_that_does_not_fit_is_refused_with_one_that_does() -> None:
-    """The hint says which would."""
+    """The hint names an operation that works."""
     with pytest.raises(PlanError, match=r"and resize_pos_embed does not change one into the other") as caught:
         plan_merge(state(fc__weight=(6, 4)), state(fc__weight=(4, 6)), on_mismatch="resize_pos_embed")
     assert caught.value.hint is not None
@@ -60,7 +60,7 @@ def test_an_operation_that_does_not_fit_is_refused_with_one_that_does() -> None:
 
 
 def test_a_model_loads_through_it() -> None:
-    """``load_into`` takes the same policies, and proves what it loaded."""
+    """``load_into`` has the same policies, and checks the loaded values."""
     model = torch.nn.Embedding(6, 3)
     old = torch.randn(4, 3)
     report = load_into(model, {"weight": old}, on_mismatch="pad")

@@ -1,4 +1,4 @@
-"""Presets: each turns one library's exact keys and shapes into the other's, and its opposite turns every bit back."""
+"""Each preset gives exactly the keys and shapes of the other library, and the opposite preset restores every bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIZES = {"patch": 2, "patches": 9, "classes": 5}
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two ways to name one model, and the presets between them; both lists can be had back from the other."""
+    """Two lists of names for one model, and the presets between them."""
 
     there: str
     back: str
@@ -76,7 +76,7 @@ CODES = {"resnet": "F32", "bert": "F64", "gpt2": "F16", "llama": "BF16", "vit": 
 
 
 def random_bits(shapes: Shapes, code: str = "F32") -> State:
-    """Tensors whose every bit is random, NaNs of all kinds among them; those that nanoGPT ties are equal."""
+    """Return tensors of random bits, with NaNs of all kinds; tensors that nanoGPT ties are equal."""
     state = {key: tensor_of(code, shape, seed) for seed, (key, shape) in enumerate(shapes.items())}
     if "transformer.wte.weight" in state and "lm_head.weight" in state:
         state["lm_head.weight"] = state["transformer.wte.weight"].clone()
@@ -84,7 +84,7 @@ def random_bits(shapes: Shapes, code: str = "F32") -> State:
 
 
 def remapped(state: State, name: str, variables: dict[str, int], out: Path, like: Shapes | None = None) -> State:
-    """What ``ckpt remap --rules preset:NAME`` writes, read by safetensors."""
+    """Return the output of ``ckpt remap --rules preset:NAME``, read by safetensors."""
     wanted = None if like is None else _infos(like, next(iter(state.values())).dtype)
     execute(plan_remap(state, preset_rules(name, variables), like=wanted), state, out)
     return load_file(out)
@@ -98,7 +98,7 @@ def _infos(shapes: Shapes, dtype: torch.dtype) -> dict[str, TensorInfo]:
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_there_and_back_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """Both lists are met exactly, nothing more and nothing less, and the way back restores every bit."""
+    """The keys and shapes are exactly those of the list, and the opposite preset restores every bit."""
     pair = PAIRS[name]
     for number, (names, old, new) in enumerate(
         (((pair.there, pair.back), pair.old, pair.new), ((pair.back, pair.there), pair.new, pair.old))
@@ -112,7 +112,7 @@ def test_there_and_back_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_like_the_other_side_needs_nothing_more(name: str, tmp_path: Path) -> None:
-    """``--like`` finds every key that the other library expects."""
+    """``--like`` finds every key of the other library."""
     pair = PAIRS[name]
     state = random_bits(pair.old, CODES[name.partition(" ")[0]])
     made = remapped(state, pair.there, pair.variables, tmp_path / "o.safetensors", like=pair.new)
@@ -124,14 +124,14 @@ def test_every_preset_has_an_opposite_that_is_tested() -> None:
 
 
 def _rope_to_hf(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Row by row: of each head first the rows that Meta has at even places, then those at odd ones."""
+    """Return the rows of each head: first the rows at even positions in Meta's file, then those at odd positions."""
     size = len(weight) // heads
     order = [head * size + 2 * pair + odd for head in range(heads) for odd in (0, 1) for pair in range(size // 2)]
     return weight[torch.tensor(order)]
 
 
 def test_llama_attends_as_before(tmp_path: Path) -> None:
-    """The scores of attention are those of Meta's complex rotation, computed the way of transformers."""
+    """The attention scores of transformers equal the scores of Meta's complex rotation."""
     shapes = {key: shape for key, shape in PAIRS["llama"].old.items() if ".1" not in key}
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) for key, shape in shapes.items()}
@@ -182,7 +182,7 @@ def _linear(x: torch.Tensor, state: State, name: str) -> torch.Tensor:
 
 
 def test_gpt2_projects_as_before(tmp_path: Path) -> None:
-    """What Conv1D computes with the old weights, a Linear computes with the new ones: in all four, square or not."""
+    """A Linear with the new weights computes the same as a Conv1D with the old ones, for all four projections."""
     generator = torch.Generator().manual_seed(0)
     state = {key: torch.randn(shape, generator=generator) for key, shape in PAIRS["gpt2"].old.items()}
     made = remapped(state, "gpt2-hf-to-nanogpt", {}, tmp_path / "o.safetensors")
@@ -244,7 +244,7 @@ VARIANTS: dict[str, tuple[str, str, Callable[[State], State]]] = {
 
 @pytest.mark.parametrize(("name", "preset", "varied"), VARIANTS.values(), ids=VARIANTS.keys())
 def test_files_as_they_are_found(name: str, preset: str, varied: Callable[[State], State], tmp_path: Path) -> None:
-    """What such files have beyond the plain list makes no difference."""
+    """Additional tensors of such files do not change the result."""
     pair = PAIRS[name]
     plain = random_bits(pair.old if preset == pair.there else pair.new)
     expected = remapped(plain, preset, pair.variables, tmp_path / "a.safetensors")
@@ -253,7 +253,7 @@ def test_files_as_they_are_found(name: str, preset: str, varied: Callable[[State
 
 
 def test_ties_are_proved_not_assumed(tmp_path: Path) -> None:
-    """A head that is not its embedding is an error, and no output."""
+    """A head that differs from its embedding is an error, and there is no output."""
     state = random_bits(PAIRS["gpt2"].new)
     state["lm_head.weight"] = torch.zeros_like(state["lm_head.weight"])
     with pytest.raises(Exception, match="lm_head"):
@@ -262,7 +262,7 @@ def test_ties_are_proved_not_assumed(tmp_path: Path) -> None:
 
 
 def test_frozen_norms_have_no_counters(tmp_path: Path) -> None:
-    """The backbone of a detector is written with ``--like``, and is read without making counters up."""
+    """The backbone of a detector is written with ``--like``, and read without adding counters."""
     sizes = ((1, 1, 1, 1), 4)
     state = random_bits(resnet.torchvision(*sizes, 5))
     frozen = resnet.detectron2(*sizes, None, frozen=True)
@@ -274,7 +274,7 @@ def test_frozen_norms_have_no_counters(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", preset_names())
 def test_presets_are_rule_files_that_say_what_they_do(name: str) -> None:
-    """A preset is read as any rule file; its first lines say which definitions it follows."""
+    """A preset is a rule file; its first lines name the models."""
     text = preset_text(name)
     assert text.startswith("# ")
     variables = tomllib.loads(text).get("vars", {})
@@ -284,7 +284,7 @@ def test_presets_are_rule_files_that_say_what_they_do(name: str) -> None:
 
 
 def test_the_command_line_takes_presets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``--rules preset:NAME``, with numbers from the configuration beside the input, or set."""
+    """``--rules preset:NAME`` works with numbers from a configuration beside the input, and with --set."""
     source, out = tmp_path / "model.safetensors", tmp_path / "o.safetensors"
     state = random_bits(PAIRS["llama"].new)
     save_file(state, source)
@@ -309,7 +309,7 @@ def test_an_unknown_preset_lists_those_there_are(name: str, capsys: pytest.Captu
 
 
 def test_presets_are_listed_without_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
-    """``--rules 'preset:?'`` needs no checkpoint and no output: it says of each preset what its file says first."""
+    """``--rules 'preset:?'`` needs no checkpoint and no output, and prints the header of each preset."""
     ran = run_ckpt(capsys, "remap", "--rules", "preset:?")
     assert (ran.code, ran.err) == (0, "")
     assert tuple(line for line in ran.out.splitlines() if line and line[0] != " ") == preset_names()
@@ -324,7 +324,7 @@ def test_a_variable_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_sizes_in_the_lists_are_the_published_ones() -> None:
-    """The numbers of parameters that the models are known by."""
+    """The models have their published numbers of parameters."""
     counted = {
         name: sum(math.prod(shape) for key, shape in shapes.items() if "running" not in key and "tracked" not in key)
         for name, shapes in {

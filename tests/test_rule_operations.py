@@ -1,4 +1,4 @@
-"""Rules with operations: many tensors to one, one to many, in one pass or several, or refused before a byte."""
+"""Rules with operations join and split tensors in one or several stages, or are refused before any tensor is read."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def rules(text: str, **options: Any) -> Rules:
 
 
 def made(state: dict[str, torch.Tensor], text: str, tmp_path: Path) -> dict[str, torch.Tensor]:
-    """What remap writes, read by safetensors."""
+    """Return the output of remap, read by safetensors."""
     execute(plan_remap(state, rules(text)), state, tmp_path / "o.safetensors")
     return load_file(tmp_path / "o.safetensors")
 
@@ -71,7 +71,7 @@ def fused(layers: int = 2) -> dict[str, torch.Tensor]:
 
 
 def test_one_tensor_becomes_several(tmp_path: Path) -> None:
-    """A grouped-query split: sizes by arithmetic with variables, an index shifted on the way."""
+    """A grouped-query split works with variables in the sizes and arithmetic in the index."""
     state = fused()
     expected = {"first": state["first"], "last": state["last"]}
     for layer in range(2):
@@ -82,7 +82,7 @@ def test_one_tensor_becomes_several(tmp_path: Path) -> None:
 
 
 def test_outputs_stand_where_their_first_source_stood() -> None:
-    """The order of a checkpoint is that of its layers, and stays so."""
+    """An output has the position of its first source."""
     plan = plan_remap(fused(1), rules(FUSED))
     assert [step.out.key for step in plan.steps] == [
         "first", "l.1.q.weight", "l.1.k.weight", "l.1.v.weight", "l.1.q.bias", "l.1.k.bias", "l.1.v.bias", "last",
@@ -91,21 +91,21 @@ def test_outputs_stand_where_their_first_source_stood() -> None:
 
 
 def test_a_second_pass_works_on_what_the_first_made(tmp_path: Path) -> None:
-    """Experts are stacked in the order of their numbers, ten after nine, and then fused."""
+    """Experts are stacked in numeric order, ten after nine, and then fused."""
     state = {f"experts.{e}.{part}.weight": torch.randn(4, 6) for e in (10, 9, *range(9)) for part in ("w3", "w1")}
     stacks = {part: torch.stack([state[f"experts.{e}.{part}.weight"] for e in range(11)]) for part in ("w1", "w3")}
     assert_equal(made(state, EXPERTS, tmp_path), {"experts.gate_up": torch.cat([stacks["w1"], stacks["w3"]], dim=1)})
 
 
 def test_a_list_of_names_without_an_operation_copies(tmp_path: Path) -> None:
-    """One embedding for both ends of a model."""
+    """One embedding is copied to two keys."""
     state = {"wte": torch.randn(3, 2), "b": torch.zeros(1)}
     found = made(state, '[[rule]]\nfrom = "wte"\nto = ["embed", "head"]', tmp_path)
     assert_equal(found, {"embed": state["wte"], "head": state["wte"], "b": state["b"]})
 
 
 def test_a_list_of_patterns_without_an_operation_renames_each() -> None:
-    """Two spellings of one name."""
+    """Two patterns are renamed by one rule."""
     assert dict(apply_rules(rules('[[rule]]\nfrom = ["a.*", "b.*"]\nto = "c.*"'), ["a.x", "b.y"]).renamed) == {
         "a.x": "c.x",
         "b.y": "c.y",
@@ -113,7 +113,7 @@ def test_a_list_of_patterns_without_an_operation_renames_each() -> None:
 
 
 def test_a_chain_of_operations_and_a_cast(tmp_path: Path) -> None:
-    """The outputs of one are the inputs of the next, and the dtype asked for comes last."""
+    """The outputs of an operation are the inputs of the next, and the cast comes last."""
     state = {"a": torch.randn(2, 3), "b": torch.randn(2, 3)}
     text = '[[rule]]\nfrom = ["a", "b"]\nto = "c"\nop = [{ concat = { dim = 0 } }, "transpose"]'
     plan = plan_remap(state, rules(text), dtype="BF16")
@@ -124,7 +124,7 @@ def test_a_chain_of_operations_and_a_cast(tmp_path: Path) -> None:
 
 
 def test_a_model_is_compared_merged_and_loaded_through_operations(tmp_path: Path) -> None:
-    """diff, merge and load_into see the tensors that the operations would make."""
+    """diff, merge and load_into use the outputs of the operations."""
     model = torch.nn.ModuleDict({name: torch.nn.Linear(5, 4) for name in "qkv"})
     found = {"qkv.weight": torch.randn(12, 5), "qkv.bias": torch.randn(12)}
     text = '[[rule]]\nfrom = "qkv.*"\nto = ["q.*", "k.*", "v.*"]\nop = { split = { dim = 0, parts = 3 } }'
@@ -144,7 +144,7 @@ def test_a_model_is_compared_merged_and_loaded_through_operations(tmp_path: Path
 
 
 def test_sources_are_read_once_for_all_that_is_made_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of a tensor that is split in three, the bytes are read once."""
+    """The bytes of a tensor that is split in three are read once."""
     from ckptkit import open_checkpoint
     from ckptkit.core.checkpoint import Checkpoint
 
@@ -251,7 +251,7 @@ def test_what_would_go_wrong_is_refused_with_the_line(keys: list[str], text: str
 
 
 def test_shapes_are_checked_before_any_byte_is_read() -> None:
-    """The error names the rule, the new key, and what does not fit."""
+    """The error names the rule, the new key and the shapes."""
     from ckptkit import TensorInfo
 
     text = '[[rule]]\nfrom = "a"\nto = ["b", "c"]\nop = { split = { dim = 0, sizes = [3, 4] } }'
@@ -302,7 +302,7 @@ def test_wrong_variables(table: object, settings: Settings, reason: str) -> None
 def test_variables_from_the_command_line_and_the_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``config:`` is read from the file beside the checkpoint; ``--set`` goes before it."""
+    """``config:`` reads the file beside the checkpoint; ``--set`` replaces its value."""
     text = FUSED.replace("heads = 4", 'heads = "config:text.num_attention_heads"')
     (tmp_path / "rules.toml").write_text(text, encoding="utf-8")
     save_file(fused(1), tmp_path / "in.safetensors")
@@ -346,7 +346,7 @@ def test_what_is_made_and_left_out_is_listed_by_the_names_of_the_input(text: str
 
 
 def test_every_source_of_what_does_not_fit_in_is_listed() -> None:
-    """With --like, and by each reason for which a merge leaves out what was made of several tensors."""
+    """Every source of a left-out output is listed, with --like and for each policy of a merge."""
     source = {key: torch.zeros(3) for key in "abc"}
     stack = rules('[[rule]]\nfrom = ["a", "b"]\nto = "z"\nop = "stack"')
     like = plan_remap(source, stack, like={"c": torch.zeros(3)})
@@ -364,19 +364,19 @@ def test_every_source_of_what_does_not_fit_in_is_listed() -> None:
 
 
 def test_what_has_to_be_proved_equal_goes_into_no_operation() -> None:
-    """The proof is of bytes that are there; it would be lost in what is made of them."""
+    """Tensors that must be equal are compared before operations, so they cannot be inputs of one."""
     text = (
         '[[rule]]\nfrom = ["a", "b"]\nto = "x"\non_collision = "equal"\n'
         '[[stage]]\n[[stage.rule]]\nfrom = "x"\nto = "y"\nop = "transpose"'
     )
-    with pytest.raises(RuleError, match="whose bytes must be compared before"):
+    with pytest.raises(RuleError, match="but its bytes must be compared first"):
         apply_rules(rules(text), ["a", "b"])
 
 
 def test_sources_are_read_once_in_whatever_order_their_parts_are_wanted(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Two tensors split in turns, and one that is taken apart, worked on and put together in three passes."""
+    """Sources are read once in plans that alternate between them, and in plans of three stages."""
     from ckptkit.core.checkpoint import Checkpoint
 
     read: list[str] = []

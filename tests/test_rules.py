@@ -1,4 +1,4 @@
-"""Rules rename, keep and drop in one simultaneous pass, and nothing is lost or renamed by accident."""
+"""Rules rename, keep and drop keys in one simultaneous pass; no key is lost or renamed by accident."""
 
 from __future__ import annotations
 
@@ -292,7 +292,7 @@ def test_a_prefix_that_is_added_can_be_stripped_again(keys: list[str], prefix: s
 
 
 def test_what_equals_through_two_passes_is_all_to_be_proved() -> None:
-    """A key that had to equal the loser of a second collision has to equal the winner as well."""
+    """A key that must equal the loser of a second collision must equal the winner too."""
     text = """
     [[rule]]
     from = ["a", "b"]
@@ -312,7 +312,7 @@ def test_what_equals_through_two_passes_is_all_to_be_proved() -> None:
 
 
 def test_lines_of_rules_written_below_a_stage() -> None:
-    """A rule of the file itself is in the first pass wherever it stands, and is named by the line where it stands."""
+    """A [[rule]] is in the first stage wherever it is in the file, and errors name its line."""
     text = '[[stage]]\n[[stage.rule]]\nfrom = "b"\nto = "c"\n[[rule]]\nfrom = "a"\nto = "b"\n'
     assert rule_lines(text) == (5, 2)
 

@@ -1,4 +1,4 @@
-"""Plans as files: applied again, undone, and refused where the world is no longer what they were made for."""
+"""Plan files are applied again and inverted, and refused for inputs that changed."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ def state() -> State:
 
 
 def saved(plan: Any, source: State) -> SavedPlan:
-    """The plan after it was a file."""
+    """Return the plan after it was written as JSON and read again."""
     return plan_from_json(json.loads(json.dumps(plan_to_json(plan, {"source": as_checkpoint(source, "source")}))))
 
 
 def there_and_back(source: State, rules: str, tmp_path: Path) -> State:
-    """What the inverse of a plan makes of the plan's own output, all of it read by safetensors."""
+    """Return the output of the inverse plan on the plan's output, read by safetensors."""
     plan = plan_remap(source, parse_rules(file=tomllib.loads(rules)))
     execute(plan, source, tmp_path / "there.safetensors")
     there = load_file(tmp_path / "there.safetensors")
@@ -72,7 +72,7 @@ def assert_same(found: State, expected: State) -> None:
 
 
 def test_a_plan_is_the_same_after_it_was_a_file(tmp_path: Path) -> None:
-    """Applied to the same input, a saved plan writes the same bytes."""
+    """A saved plan writes the same bytes when it is applied to the same input."""
     source = state()
     plan = plan_remap(source, parse_rules(file=tomllib.loads(RULES)), dtype="BF16")
     again = apply_plan(saved(plan, source), {"source": as_checkpoint(source, "source")})
@@ -83,7 +83,7 @@ def test_a_plan_is_the_same_after_it_was_a_file(tmp_path: Path) -> None:
 
 
 def test_a_plan_is_undone_bit_by_bit(tmp_path: Path) -> None:
-    """Splits are joined, stacks taken apart, swaps swapped back; no text of a rule is read for it."""
+    """The inverse restores splits, stacks and swaps without the text of a rule."""
     source = state()
     assert_same(there_and_back(source, RULES, tmp_path), source)
 
@@ -93,7 +93,7 @@ def test_a_plan_is_undone_bit_by_bit(tmp_path: Path) -> None:
 def test_any_renaming_with_a_split_is_undone(
     tmp_path_factory: pytest.TempPathFactory, order: list[str], parts: int
 ) -> None:
-    """Whatever the permutation, what went in comes back."""
+    """The inverse restores the source of any permutation of keys."""
     source = {f"k{n}": torch.randn(n + 1) for n in range(6)} | {"fused": torch.randn(4 * parts)}
     renames = "".join(f'[[rule]]\nfrom = "k{n}"\nto = "{name}"\n' for n, name in enumerate(order))
     names = json.dumps([f"part{n}" for n in range(parts)])
@@ -129,7 +129,7 @@ def test_what_is_lossy_is_named(rules: str, options: dict[str, Any], reason: str
 
 
 def test_a_merge_is_not_undone() -> None:
-    """What lay below the donor's values is not in the output."""
+    """The output of a merge lacks the values that were replaced."""
     one = as_checkpoint({"w": torch.zeros(2), "v": torch.zeros(1)}, "base")
     two = as_checkpoint({"w": torch.ones(2)}, "donor")
     document = plan_to_json(plan_merge(one, two), {"base": one, "donor": two})
@@ -155,7 +155,7 @@ def test_a_changed_source_is_refused(changed: State, reason: str) -> None:
 
 
 def test_the_digest_is_of_names_dtypes_and_shapes() -> None:
-    """Order is nothing; each of the three is something."""
+    """The digest depends on names, dtypes and shapes, and not on their order."""
     infos = [TensorInfo("a", "F32", (1, 2)), TensorInfo("b", "F32", (2,))]
     assert header_digest(infos) == header_digest(infos[::-1])
     others = [TensorInfo("a", "F32", (2, 1)), TensorInfo("a", "F16", (1, 2)), TensorInfo("c", "F32", (1, 2))]
@@ -163,7 +163,7 @@ def test_the_digest_is_of_names_dtypes_and_shapes() -> None:
 
 
 def broken(document: dict[str, Any], path: str, value: object) -> dict[str, Any]:
-    """The document with one place changed; ``plan.0.key`` is a path."""
+    """Return the document with one place changed; ``plan.0.key`` is a path."""
     made: Any = json.loads(json.dumps(document))
     level = made
     *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
@@ -201,7 +201,7 @@ BROKEN: dict[str, tuple[str, object]] = {
 
 @pytest.mark.parametrize(("path", "value"), BROKEN.values(), ids=BROKEN.keys())
 def test_a_plan_that_was_edited_wrongly_is_refused(path: str, value: object) -> None:
-    """Plan files may be edited by hand: what cannot be followed is an error, and never a traceback."""
+    """A plan file with a wrong edit is refused with an error, never with a traceback."""
     source = {"fused": torch.zeros(4, 2), "w": torch.zeros(1)}
     rules = parse_rules(file={"rule": [{"from": "fused", "to": "t", "op": "transpose"}]})
     checkpoint: Checkpoint = as_checkpoint(source, "source")
@@ -222,7 +222,7 @@ def test_a_recipe_of_very_many_passes_is_refused(depth: int) -> None:
 
 
 def test_inputs_in_another_order_go_back_to_where_they_came_from(tmp_path: Path) -> None:
-    """A plan that was edited by hand joins the second tensor before the first."""
+    """The plan was edited to join the second tensor before the first; its inverse restores both."""
     source = {"a": torch.zeros(2), "b": torch.ones(2)}
     roles = {"source": as_checkpoint(source, "source")}
     joined = plan_remap(source, parse_rules(file={"rule": [{"from": ["a", "b"], "to": "c", "op": "concat"}]}))
@@ -236,7 +236,7 @@ def test_inputs_in_another_order_go_back_to_where_they_came_from(tmp_path: Path)
 
 
 def test_a_plan_that_keeps_silent_about_a_tensor_is_not_undone() -> None:
-    """What it was made from is known by its digest: all of it comes back, or nothing does."""
+    """The digest shows that the plan does not restore every tensor of the source."""
     source = {"a": torch.zeros(2), "b": torch.ones(2)}
     document = plan_to_json(plan_remap(source), {"source": as_checkpoint(source, "source")})
     del document["plan"][1]
@@ -245,7 +245,7 @@ def test_a_plan_that_keeps_silent_about_a_tensor_is_not_undone() -> None:
 
 
 def test_the_versions_of_modules_come_back_with_their_names(tmp_path: Path) -> None:
-    """A model takes values without a version for those of its oldest one, and may convert them."""
+    """A model may convert values that have no version, so the inverse restores the versions."""
     source = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
     plan = plan_remap(source, ["{i:int}.*=layers.{i}.*"])
     execute(plan, source, tmp_path / "there.pt")
@@ -261,7 +261,7 @@ def test_a_copy_that_was_left_out_is_no_loss(tmp_path: Path) -> None:
 
 
 def test_one_part_cast_is_named() -> None:
-    """The others of the same split were not, and what they were made from cannot come back either."""
+    """A cast of one output of a split makes the whole split lossy."""
     source = {"f": torch.zeros(2)}
     split = parse_rules(file={"rule": [{"from": "f", "to": ["x", "y"], "op": {"split": {"parts": 2}}}]})
     plan = plan_remap(source, split, like={"x": torch.zeros(1), "y": torch.zeros(1, dtype=torch.float16)})
@@ -270,7 +270,7 @@ def test_one_part_cast_is_named() -> None:
 
 
 def test_verify_finds_what_is_not_as_planned(tmp_path: Path) -> None:
-    """One changed bit, one tensor too many, one missing: each is named."""
+    """A changed bit, an additional tensor and a missing tensor are each named."""
     source = state()
     plan = plan_remap(source, parse_rules(file=tomllib.loads(RULES)))
     roles = {"source": as_checkpoint(source, "source")}
@@ -289,7 +289,7 @@ def test_verify_finds_what_is_not_as_planned(tmp_path: Path) -> None:
 
 
 def test_plans_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """``--plan`` writes, ``--apply`` repeats, ``--invert`` undoes, ``--verify`` proves."""
+    """``--plan`` writes a plan, ``--apply`` repeats it, ``--invert`` inverts it, ``--verify`` checks the output."""
     source, rules, plan = tmp_path / "in.safetensors", tmp_path / "rules.toml", tmp_path / "plan.json"
     there, again, back = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "back"))
     save_file(state(), source)

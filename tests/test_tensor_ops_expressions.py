@@ -1,4 +1,4 @@
-"""Integers written as arithmetic are computed as Python computes them, and nothing else is."""
+"""Integer arithmetic has the values of Python, and any other text is refused."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_arithmetic_is_computed(text: str, value: int) -> None:
     ],
 )  # fmt: skip
 def test_everything_else_is_refused(text: str) -> None:
-    """Even where Python would have an answer."""
+    """The text is refused even where Python could evaluate it."""
     with pytest.raises(RuleError, match="is not arithmetic"):
         evaluate_expression(text, VARIABLES)
 
@@ -71,7 +71,7 @@ def test_an_unknown_variable_comes_with_those_known() -> None:
 
 @given(st.text(alphabet="n0123456789+-*/() ", max_size=30))
 def test_agrees_with_python_on_any_such_text(text: str) -> None:
-    """Where both have an integer it is the same; where Python has none, neither have we."""
+    """The value equals the integer of Python, and is refused where Python has none."""
     try:
         made = evaluate_expression(text, {"n": 7})
     except RuleError:

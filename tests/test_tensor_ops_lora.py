@@ -1,4 +1,4 @@
-"""Adapters fold as they act in the forward pass, each tensor of them is accounted for, and updates can be extracted."""
+"""LoRA adapters are folded with the result of their forward pass, and updates are extracted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_linear_layer_answers_as_with_its_adapter() -> None:
 
 
 def test_an_embedding_answers_as_with_its_adapter() -> None:
-    """A is [r, vocab], B is [dim, r]: rows are looked up in A, and go through B."""
+    """A is [r, vocab] and B is [dim, r]: rows are looked up in A and multiplied by B."""
     weight, down, up, tokens = randn(9, 5), randn(RANK, 9, seed=1), randn(5, RANK, seed=2), torch.tensor([3, 0, 3, 8])
     made = folded({"scale": 0.5, "fan_in_fan_out": True}, weight, down, up)
     wanted = functional.embedding(tokens, weight) + 0.5 * functional.embedding(tokens, down.T) @ up.T
@@ -45,7 +45,7 @@ def test_an_embedding_answers_as_with_its_adapter() -> None:
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3,), (1, 2, 3)], ids=["1x1", "3x3", "1-D", "3-D"])
 def test_a_convolution_answers_as_with_its_adapter(kernel: tuple[int, ...]) -> None:
-    """A convolves with the kernel, B with one of size 1."""
+    """A has the kernel of the convolution, and B a kernel of size 1."""
     weight, down = randn(6, 5, *kernel), randn(RANK, 5, *kernel, seed=1)
     up = randn(6, RANK, *(1 for _ in kernel), seed=2)
     batch = randn(2, 5, *(7 for _ in kernel), seed=3)
@@ -56,7 +56,7 @@ def test_a_convolution_answers_as_with_its_adapter(kernel: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32", "F64"])
 def test_the_sum_is_rounded_once(code: str) -> None:
-    """In F32 the update is not rounded to a narrow dtype before it is added; factors may be wider than the weight."""
+    """The update is added in F32 before it is rounded; factors may have a wider dtype than the weight."""
     weight, down, up = randn(6, 5, code=code), randn(RANK, 5, code="F32", seed=1), randn(6, RANK, code="F32", seed=2)
     wide = torch.float64 if code == "F64" else torch.float32
     wanted = (weight.to(wide) + (up.to(wide) @ down.to(wide)) * 0.3).to(weight.dtype)
@@ -131,7 +131,7 @@ def test_a_scale_is_said_once(table: dict[str, Any], reason: str) -> None:
     ids=["linear", "fan_in_fan_out", "convolution"],
 )
 def test_an_update_of_low_rank_is_extracted_whole(shape: Shape, down: Shape, up: Shape, *, turned: bool) -> None:
-    """Folding what was extracted gives the tuned weight; nothing is left over."""
+    """Folding the extracted factors gives the tuned weight."""
     base = randn(*shape)
     fold = FoldLora(1.0, fan_in_fan_out=turned)
     (tuned,) = fold.apply([base, randn(*down, seed=1), randn(*up, seed=2)])
@@ -191,7 +191,7 @@ def planned(adapter: dict[str, Shape], **config: object) -> AdapterPlan:
 
 
 def test_each_factor_finds_its_weight() -> None:
-    """By name; live and saved names are the same adapter."""
+    """Saved keys and keys of the live model give the same folds."""
     (fold,) = planned(factors("q", 16, 24)).folds
     assert (fold.key, fold.factors) == ("q.weight", (f"{P}q.lora_A.weight", f"{P}q.lora_B.weight"))
     assert fold.operation == FoldLora(4.0)
@@ -229,7 +229,7 @@ def test_the_scale_follows_the_config_and_its_patterns(config: dict[str, object]
 
 
 def test_a_pattern_fits_whole_names_between_dots() -> None:
-    """As in peft: ``proj`` is the last name of a path, and no part of one."""
+    """As in peft, ``proj`` matches the last name of a path and not a part of a name."""
     base: dict[str, Shape] = {"a.proj.weight": (24, 16), "a.qproj.weight": (24, 16)}
     adapter = factors("a.proj", 16, 24) | factors("a.qproj", 16, 24)
     made = plan_adapter(adapter, CONFIG | {"alpha_pattern": {"proj": 2}}, base)
@@ -238,7 +238,7 @@ def test_a_pattern_fits_whole_names_between_dots() -> None:
 
 @pytest.mark.parametrize("configured", [False, True])
 def test_the_shape_tells_how_a_weight_is_stored(*, configured: bool) -> None:
-    """Where it is not square; the config does where it is."""
+    """The shape decides for a weight that is not square, and the config for a square one."""
     (plain,) = planned(factors("q", 16, 24), fan_in_fan_out=configured).folds
     (turned,) = planned(factors("c", 16, 48), fan_in_fan_out=configured).folds
     (square,) = planned(factors("sq", 16, 16), fan_in_fan_out=configured).folds
@@ -246,7 +246,7 @@ def test_the_shape_tells_how_a_weight_is_stored(*, configured: bool) -> None:
 
 
 def test_whole_modules_and_biases_are_replaced() -> None:
-    """``modules_to_save`` and trained biases, by their saved and their live names; the shape may be another."""
+    """``modules_to_save`` and trained biases replace tensors of the base, also in another shape."""
     adapter = factors("q", 16, 24) | {
         f"{P}head.weight": (7, 8),
         f"{P}head.modules_to_save.default.bias": (7,),
@@ -261,7 +261,7 @@ def test_whole_modules_and_biases_are_replaced() -> None:
 
 
 def test_an_update_of_a_replaced_weight_folds_into_the_new_one() -> None:
-    """A grown vocabulary that is adapted too."""
+    """An embedding with a larger vocabulary is replaced and then folded."""
     adapter: dict[str, Shape] = {
         f"{P}emb.base_layer.weight": (40, 16),
         f"{P}emb.lora_embedding_A": (RANK, 40),
@@ -354,7 +354,7 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
 def test_what_cannot_be_folded_truly_is_refused(
     adapter: dict[str, Shape], config: dict[str, object], reason: str
 ) -> None:
-    """By name, before a tensor is read; nothing of an adapter is left out in silence."""
+    """The error names the tensor or the option, before any tensor is read."""
     with pytest.raises(RuleError) as caught:
         planned(adapter, **config)
     assert caught.value.reason == reason

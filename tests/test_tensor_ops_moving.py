@@ -1,4 +1,4 @@
-"""Operations that move elements: shapes told before a byte is read, every bit kept, and undone exactly."""
+"""Operations that move elements describe their outputs, keep every bit, and have exact inverses."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def shape_of(rank: int) -> st.SearchStrategy[Shape]:
 
 @st.composite
 def moves(draw: st.DrawFn) -> tuple[dict[str, Any], list[Shape]]:
-    """An operation that moves elements, and shapes that it takes."""
+    """An operation that moves elements, and shapes that it accepts."""
     name = draw(st.sampled_from(MOVES))
     rank = draw(st.integers(1, 4))
     shape = draw(shape_of(rank))
@@ -90,7 +90,7 @@ MOVES = (
 @settings(max_examples=400, deadline=None)
 @given(moves(), st.sampled_from(MOVABLE))
 def test_what_moves_is_moved_back_bit_for_bit(move: tuple[dict[str, Any], list[Shape]], code: str) -> None:
-    """The inverse gives back the very bits, whatever they mean; shapes are told truly, there and back."""
+    """The inverse restores every bit, and the described shapes are the shapes of the outputs."""
     table, shapes = move
     operation = parse_operation(table)
     tensors = [random_bits(shape, code, seed) for seed, shape in enumerate(shapes)]
@@ -109,13 +109,13 @@ def test_what_moves_is_moved_back_bit_for_bit(move: tuple[dict[str, Any], list[S
 
 @given(moves())
 def test_parameters_survive_json(move: tuple[dict[str, Any], list[Shape]]) -> None:
-    """What an operation says of itself makes it again."""
+    """The parameters of an operation give an equal operation."""
     operation = parse_operation(move[0])
     assert parse_operation(json.loads(json.dumps({operation.name: operation.params()}))) == operation
 
 
 def test_every_move_is_drawn() -> None:
-    """The table above knows every operation that moves elements."""
+    """The table above has every operation that moves elements."""
     lossless = {name for name in NAMES if name in MOVES}
     assert lossless == set(MOVES)
 
@@ -145,7 +145,7 @@ def test_one_tensor_is_moved_as_torch_moves_it(table: Any, shape: Shape, wanted:
 
 
 def test_gate_and_up_take_turns() -> None:
-    """Row 0 of the gate, row 0 of up, row 1 of the gate; in blocks where asked."""
+    """Row 0 of gate, row 0 of up, row 1 of gate, and so on, or in blocks."""
     gate, up = torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11, 12, 13])
     assert only("interleave", gate, up).tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
     assert only({"interleave": {"block": 2}}, gate, up).tolist() == [0, 1, 10, 11, 2, 3, 12, 13]
@@ -153,7 +153,7 @@ def test_gate_and_up_take_turns() -> None:
 
 @pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
 def test_rope_rows_follow_the_published_conversion(*, bias: bool) -> None:
-    """Both orders, derived from the rotation itself: pair i is rows (2i, 2i+1), or rows (i, i + half)."""
+    """Both orders follow from the rotation: pair i is rows (2i, 2i+1), or rows (i, i + half)."""
     heads, head_dim, width = 3, 8, 5
     shape = (heads * head_dim,) if bias else (heads * head_dim, width)
     original = torch.randn(shape, generator=torch.Generator().manual_seed(0))
@@ -166,7 +166,7 @@ def test_rope_rows_follow_the_published_conversion(*, bias: bool) -> None:
 
 
 def test_rotating_gives_the_same_scores_after_the_permutation() -> None:
-    """Queries and keys in either order, rotated in the manner of that order, give the same attention."""
+    """Each order, rotated in its own way, gives the same attention scores."""
     heads, head_dim, width = 2, 6, 7
     generator = torch.Generator().manual_seed(1)
     query, key = (torch.randn(heads * head_dim, width, generator=generator, dtype=torch.float64) for _ in "qk")
@@ -192,7 +192,7 @@ def test_rotating_gives_the_same_scores_after_the_permutation() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)], ids=["one each", "grouped", "one for all"])
 @pytest.mark.parametrize("layout", ["concat", "interleaved"])
 def test_fused_rows_lie_where_the_layout_says(layout: str, heads: int, kv_heads: int, *, bias: bool) -> None:
-    """Each row of the fused projection is looked up by hand."""
+    """Each row of the fused projection equals the row of its source."""
     head_dim, share = 3, heads // kv_heads
     rows = (heads + 2 * kv_heads) * head_dim
     fused = torch.arange(float(rows)) if bias else torch.arange(float(rows * 2)).view(rows, 2)
@@ -244,7 +244,7 @@ def test_fused_rows_lie_where_the_layout_says(layout: str, heads: int, kv_heads:
     ],
 )  # fmt: skip
 def test_shapes_that_do_not_fit_are_refused(table: Any, shapes: list[Shape], reason: str) -> None:
-    """Before a byte is read, and by apply too, in one sentence with the sizes."""
+    """``shapes`` and ``apply`` raise the same error, which has the sizes."""
     operation = parse_operation(table)
     with pytest.raises(RuleError) as caught:
         operation.shapes(shapes)
@@ -305,7 +305,7 @@ def test_dtypes_that_do_not_fit_are_refused(dtypes: list[str], reason: str) -> N
     ],
 )
 def test_what_is_written_wrong_is_refused(value: Any, reason: str, hint: str | None) -> None:
-    """The sentence names the operation and the parameter; the hint says what there is."""
+    """The error names the operation and the parameter; the hint lists the choices."""
     with pytest.raises(RuleError) as caught:
         parse_operations(value, {"n": 3})
     assert caught.value.reason == reason
@@ -313,7 +313,7 @@ def test_what_is_written_wrong_is_refused(value: Any, reason: str, hint: str | N
 
 
 def test_parameters_are_arithmetic_with_variables() -> None:
-    """As a rule file writes them, and resolved from then on."""
+    """Parameters of a rule file are evaluated once, when the file is read."""
     variables = {"heads": 4, "kv": 2, "hd": 8}
     operation = parse_operation({"split": {"sizes": ["heads*hd", "kv*hd", "kv*hd"]}}, variables)
     assert operation == parse_operation({"split": {"sizes": [32, 16, 16]}})
@@ -321,7 +321,7 @@ def test_parameters_are_arithmetic_with_variables() -> None:
 
 
 def test_a_chain_is_carried_out_in_order_and_undone_in_reverse() -> None:
-    """Transposed Conv1D rows, taken apart; every bit comes back."""
+    """A transpose and a split of a Conv1D are inverted with every bit."""
     chain = parse_operations(["transpose", {"split_qkv": {"heads": 2, "layout": "interleaved"}}])
     fused = random_bits((4, 12), "BF16")
     assert chain_shapes(chain, [(4, 12)]) == ((4, 4),) * 3

@@ -1,4 +1,4 @@
-"""Which operation mends a mismatch: found by shapes, and by the key where shapes alone would lie."""
+"""Operations for a shape mismatch are found by the shapes, and by the key where shapes are not enough."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ shapes = st.lists(st.integers(0, 20), max_size=4).map(tuple)
 
 @given(shapes, shapes, st.sampled_from([POS, "fc.weight", "relative_position_bias_table"]))
 def test_whatever_is_suggested_fits(found: Shape, expected: Shape, key: str) -> None:
-    """By the operation's own account of its output."""
+    """Each suggested operation describes an output of the expected shape."""
     for name, why in suggestions(found, expected, key):
         operation = suggest(name, found, expected, key)
         assert operation is not None
@@ -133,5 +133,5 @@ def test_other_names_are_refused() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 0), (1, 4, 0), ()], ids=str)
 def test_nothing_is_no_grid(shape: Shape) -> None:
-    """Tables without columns, and scalars, are no positions."""
+    """Tables without columns and scalars are not position embeddings."""
     assert suggest("resize_pos_embed", shape, shape, POS) is None

@@ -1,4 +1,4 @@
-"""Operations that compute: what torch computes, in F32 or F64, rounded once; the rest of the bits as they were."""
+"""Operations that compute have the values of torch in F32 or F64, rounded once, and keep all other bits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def only(table: Any, *tensors: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("code", FLOATS)
 @pytest.mark.parametrize(("case", "table", "shapes"), [(case, *row) for case, row in TABLES.items()], ids=TABLES.keys())
 def test_shapes_and_dtypes_are_told_truly(case: str, table: dict[str, Any], shapes: list[Shape], code: str) -> None:
-    """Without a tensor in sight; parameters survive JSON, and inputs stay as they are."""
+    """Descriptions equal the outputs, parameters survive JSON, and the inputs are not changed."""
     name = case.partition(" ")[0]
     operation = parse_operation({name: table})
     assert parse_operation(json.loads(json.dumps({name: operation.params()}))) == operation
@@ -80,7 +80,7 @@ def test_every_operation_that_computes_is_in_the_table() -> None:
 @settings(max_examples=20, deadline=None)
 @given(data=st.data())
 def test_padding_keeps_every_bit_and_is_undone(code: str, data: st.DataObject) -> None:
-    """Zeros for any dtype that has them; the rows that were there are the rows that are there."""
+    """Any dtype with a zero can be padded with zeros, and the inverse restores the rows."""
     shape = data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3).map(tuple))
     dim = data.draw(st.integers(-len(shape), len(shape) - 1))
     operation = parse_operation({"pad": {"dim": dim, "size": shape[dim] + data.draw(st.integers(0, 3))}})
@@ -109,7 +109,7 @@ def test_rows_are_padded_with_their_mean(dim: int, code: str) -> None:
 
 
 def test_rows_drawn_are_spread_as_those_there_are_and_the_same_each_time() -> None:
-    """Mean and standard deviation of each column; the seed decides, and nothing else."""
+    """New rows have the mean and the deviation of each column, and depend only on the seed."""
     tensor = torch.stack([randn(400, seed=1) * 3 + 10, randn(400, seed=2) * 0.1 - 5], 1)
     made = only({"pad": {"size": 20_400, "fill": "normal"}}, tensor)
     added = made[400:]
@@ -124,7 +124,7 @@ def test_rows_drawn_are_spread_as_those_there_are_and_the_same_each_time() -> No
 
 
 def test_the_mean_of_many_rows_is_taken_in_pieces() -> None:
-    """More than fit into one piece give the same."""
+    """The result for many rows equals the result for one piece."""
     tensor = randn(3000, 700)
     made = only({"pad": {"size": 3001, "fill": "mean"}}, tensor)
     assert torch.equal(made[-1], tensor.double().mean(0).float())
@@ -152,7 +152,7 @@ def test_a_number_is_filled_in_where_the_dtype_holds_it(code: str, fill: float, 
 
 @pytest.mark.parametrize("code", FLOATS)
 def test_casting_scaling_and_adding_round_once(code: str) -> None:
-    """In F32, or F64 where the tensor is; then to its own dtype."""
+    """The computation is in F32, or in F64 for an F64 tensor, and is rounded once."""
     tensor = randn(40, code=code)
     wide = tensor if code == "F64" else tensor.float()
     assert same(only({"scale": {"factor": 1 / 3}}, tensor), (wide * (1 / 3)).to(tensor.dtype))
@@ -172,7 +172,7 @@ def test_casting_scaling_and_adding_round_once(code: str) -> None:
 def test_a_grid_is_resized_as_an_image(
     old: tuple[int, int], new: tuple[int, int], prefix: int, rank: int, code: str, *, antialias: bool
 ) -> None:
-    """Bicubic, each channel on its own; the prefix keeps every bit."""
+    """Each channel is resized bicubically, and prefix tokens keep every bit."""
     tokens = randn(1, prefix + math.prod(old), 8, code=code)
     table: dict[str, Any] = {"new": list(new), "prefix": prefix, "antialias": antialias}
     if old[0] != old[1]:
@@ -194,19 +194,19 @@ def test_a_grid_is_resized_as_an_image(
 
 
 def test_a_row_of_positions_is_resized_by_linear_interpolation() -> None:
-    """Halfway between two positions lies their mean; the ends stay."""
+    """A position between two others gets their mean, and the ends are kept."""
     made = only({"resize_pos_embed": {"new": [6], "prefix": 1}}, torch.tensor([[9.0], [0.0], [1.0], [4.0]]))
     assert made.flatten().tolist() == [9.0, 0.0, 0.25, 0.75, 1.75, 3.25, 4.0]
 
 
 def test_an_unchanged_grid_keeps_every_bit() -> None:
-    """NaNs too."""
+    """This includes NaNs."""
     tokens = random_bits((1, 17, 4), "BF16")
     assert same(only({"resize_pos_embed": {"new": [4, 4], "prefix": 1}}, tokens), tokens)
 
 
 def test_first_convolutions_answer_as_before() -> None:
-    """A grey image in all channels gives what it gave; of one channel, what that channel in all three gave."""
+    """A grey image gives the same output with any number of channels."""
     weight, grey = randn(4, 3, 5, 5, code="F64"), randn(1, 1, 8, 8, code="F64", seed=1)
     wanted = functional.conv2d(grey.expand(1, 3, 8, 8), weight)
     summed = only({"conv_in_channels": {"channels": 1}}, weight)
@@ -221,7 +221,7 @@ def test_first_convolutions_answer_as_before() -> None:
 
 @pytest.mark.parametrize("code", FLOATS)
 def test_channels_are_summed_and_repeated_exactly(code: str) -> None:
-    """Channel by channel, as image models are adapted everywhere: repeated in turn, times old over new."""
+    """Channels are repeated in order and scaled by old over new."""
     weight = randn(4, 3, 2, 2, code=code)
     wide = weight if code == "F64" else weight.float()
     four = only({"conv_in_channels": {"channels": 4}}, weight)
@@ -234,7 +234,7 @@ def test_channels_are_summed_and_repeated_exactly(code: str) -> None:
 
 
 def test_space_to_depth_sums_within_each_place() -> None:
-    """Twelve channels of three make four: channel 3k + c belongs to place k."""
+    """Twelve channels of a base of three become four: channel 3k + c belongs to position k."""
     weight = randn(2, 12, 1, 1)
     made = only({"conv_in_channels": {"channels": 1, "base": 3}}, weight)
     assert torch.equal(made, torch.stack([weight[:, 3 * at : 3 * at + 3].sum(1) for at in range(4)], 1))
@@ -244,7 +244,7 @@ def test_space_to_depth_sums_within_each_place() -> None:
 @pytest.mark.parametrize("style", ["old", "parametrization"])
 @pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
 def test_a_weight_norm_folds_into_the_very_weight_of_the_module(style: str, dim: int | None) -> None:
-    """Bit for bit what the module computes in its forward pass."""
+    """The folded weight has the bits of the module's weight in its forward pass."""
     module = torch.nn.Conv1d(3, 4, 5)
     if style == "old":
         weight_norm(module, dim=dim)  # type: ignore[arg-type]
@@ -264,7 +264,7 @@ def test_a_weight_norm_folds_into_the_very_weight_of_the_module(style: str, dim:
 @pytest.mark.parametrize("style", ["old", "parametrization"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_spectral_norm_folds_into_the_very_weight_of_evaluation(style: str, dim: int) -> None:
-    """Bit for bit what the module computes in evaluation, for a convolution and a transposed one."""
+    """The folded weight has the bits of the module's weight in evaluation mode."""
     module = torch.nn.ConvTranspose1d(3, 4, 5) if dim else torch.nn.Conv1d(3, 4, 5)
     keys: tuple[str, ...]
     if style == "old":
@@ -283,7 +283,7 @@ def test_a_spectral_norm_folds_into_the_very_weight_of_evaluation(style: str, di
 
 
 def test_a_mask_folds_into_the_very_weight_of_the_pruned_module() -> None:
-    """Signs of zeros among them."""
+    """The folded weight has the bits of the module's weight, also the signs of zeros."""
     module = torch.nn.Linear(6, 5)
     prune.random_unstructured(module, "weight", amount=0.5)  # type: ignore[no-untyped-call]
     state = module.state_dict()
@@ -301,7 +301,7 @@ BATCH_NORMS = {
 
 @pytest.mark.parametrize(("layer", "norm", "shape"), BATCH_NORMS.values(), ids=BATCH_NORMS.keys())
 def test_a_batch_norm_folds_as_torch_fuses_it(layer: Any, norm: Any, shape: Shape) -> None:
-    """Bit for bit torch.nn.utils.fusion, and the two layers in evaluation."""
+    """The result has the bits of torch.nn.utils.fusion and the output of both layers in evaluation mode."""
     with torch.no_grad():
         for seed, tensor in enumerate((norm.weight, norm.bias, norm.running_mean, norm.running_var)):
             tensor.copy_(randn(norm.num_features, seed=seed).abs() + 0.1)
@@ -328,7 +328,7 @@ def test_a_batch_norm_folds_as_torch_fuses_it(layer: Any, norm: Any, shape: Shap
 
 
 def test_a_bias_keeps_its_own_dtype_and_statistics_may_be_wider() -> None:
-    """A BF16 convolution with F32 statistics."""
+    """A BF16 convolution can have F32 statistics."""
     operation = parse_operation("fold_batch_norm")
     assert operation.dtypes(["BF16", "F32", "F32", "F32", "F32", "F32"]) == ("BF16", "F32")
     assert operation.dtypes(["BF16", "F32", "F32", "F32", "F32"]) == ("BF16", "BF16")

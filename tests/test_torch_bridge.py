@@ -1,4 +1,4 @@
-"""Across the bridge between live tensors and stored bytes nothing changes on its way; torch is the oracle."""
+"""Conversions between live tensors and stored bytes keep every bit, and casts are those of torch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,9 @@ pytestmark = [
 ]
 
 
-# --- casts -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Pieces:
-    """A payload that comes in pieces of the given size, whatever that does to its elements."""
+    """A payload in pieces of the given size, which may end within an element."""
 
     data: bytes
     size: int
@@ -55,7 +52,7 @@ def cast(tensor: torch.Tensor, before: str, after: str, size: int) -> bytes:
 
 @pytest.mark.parametrize("before", sorted(CASTABLE))
 def test_a_cast_is_that_of_tensor_to(before: str) -> None:
-    """From every castable dtype to every other, over odd piece boundaries; which bits a NaN gets is torch's affair."""
+    """Casts between all castable dtypes equal ``Tensor.to`` for pieces of any size, except for the bits of NaN."""
     # Within the range of every integer: converting what one cannot hold is undefined, and differs between kernels.
     source = torch.linspace(0, 100, 67).to(dtype_of(before))
     for after in sorted(CASTABLE):
@@ -66,7 +63,7 @@ def test_a_cast_is_that_of_tensor_to(before: str) -> None:
 
 
 def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Equal bits, or NaN on both sides."""
+    """Return whether two tensors have equal bits, or NaN in both."""
     wide = torch.complex128 if one.is_complex() else torch.float64
     differ = one.view(torch.uint8).reshape(len(one), -1) != other.view(torch.uint8).reshape(len(other), -1)
     rest = differ.any(dim=1)
@@ -75,19 +72,16 @@ def alike(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 @pytest.mark.parametrize("after", ["F16", "BF16", "F8_E4M3", "F8_E5M2", "F64"])
 def test_every_bit_pattern_of_a_float_is_cast_as_torch_casts_it(after: str) -> None:
-    """Subnormals, infinities, NaN and values beyond the range: nothing about them is ours."""
+    """This includes subnormals, infinities, NaN and values out of range."""
     source = tensor_of("F32", (4099,), seed=5)
     made = torch.frombuffer(bytearray(cast(source, "F32", after, 4093)), dtype=torch.uint8).view(dtype_of(after))
     assert alike(made, source.to(dtype_of(after)))
 
 
-# --- describing ------------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None, max_examples=100)
 @given(state_dicts())
 def test_a_state_dict_is_described_as_it_is(state: dict[str, torch.Tensor]) -> None:
-    """Key, dtype, shape, strides and sharing; reading gives the same tensor in memory of its own."""
+    """Key, dtype, shape, strides and sharing are described, and reading gives an equal tensor."""
     checkpoint = as_checkpoint(state, "state")
     assert list(checkpoint) == list(state)
     for key, tensor in state.items():
@@ -108,7 +102,7 @@ def test_a_state_dict_is_described_as_it_is(state: dict[str, torch.Tensor]) -> N
 @settings(deadline=None, max_examples=100)
 @given(state_dicts())
 def test_a_span_is_what_lies_between_first_and_last_element(state: dict[str, torch.Tensor]) -> None:
-    """Laid out again with the view's own strides, it gives the view."""
+    """The span, viewed with the strides of the tensor, gives the tensor."""
     checkpoint = as_checkpoint(state, "state")
     for key, tensor in state.items():
         span = checkpoint.span(key)
@@ -121,7 +115,7 @@ def test_a_span_is_what_lies_between_first_and_last_element(state: dict[str, tor
 
 
 def test_conjugate_and_negative_views_are_read_resolved() -> None:
-    """Their stored bytes say less than their values, so there is no span."""
+    """Their stored bytes differ from their values, so there is no span."""
     wave = tensor_of("C64", (3, 2))
     views = {"conj": wave.conj(), "neg": torch._neg_view(wave), "both": wave.conj().imag}
     checkpoint = as_checkpoint(views, "state")
@@ -131,7 +125,7 @@ def test_conjugate_and_negative_views_are_read_resolved() -> None:
 
 
 def test_float4_counts_elements_and_copies_bytes() -> None:
-    """torch counts bytes of two elements, the safetensors code counts elements."""
+    """The shape in torch counts bytes of two elements; the description counts elements."""
     packed = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 3)
     checkpoint = as_checkpoint({"w": packed}, "state")
     assert (checkpoint["w"].dtype, checkpoint["w"].shape, checkpoint["w"].nbytes) == ("F4", (2, 6), 6)
@@ -140,7 +134,7 @@ def test_float4_counts_elements_and_copies_bytes() -> None:
 
 
 def test_a_model_on_the_meta_device_has_shapes_and_ties_but_no_values() -> None:
-    """Descriptions are complete, and reading says why it cannot be."""
+    """Descriptions are complete, and reading raises an error with the reason."""
     with torch.device("meta"):
         model = nn.ModuleDict({"a": nn.Linear(2, 2, bias=False), "b": nn.Linear(2, 2, bias=False)})
         model["b"].weight = model["a"].weight
@@ -154,7 +148,7 @@ def test_a_model_on_the_meta_device_has_shapes_and_ties_but_no_values() -> None:
 
 @pytest.mark.parametrize("lazy", [nn.LazyLinear(3), nn.Sequential(nn.ReLU(), nn.LazyBatchNorm1d())])
 def test_lazy_modules_are_refused(lazy: nn.Module) -> None:
-    """They have no shapes yet: the hint says how they get them. Their state_dict is refused alike."""
+    """Lazy modules and their state_dicts have no shapes, and the hint says how to get them."""
     for thing in (lazy, dict(lazy.state_dict())):
         with pytest.raises(ModelError, match="is uninitialised, so it has no shape yet") as caught:
             as_checkpoint(thing, "model")
@@ -176,7 +170,7 @@ def odd_kinds() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(("key", "kind"), [("sparse",) * 2, ("csr", "sparse"), ("quantized",) * 2, ("subclass",) * 2,
                                            ("nested",) * 2])  # fmt: skip
 def test_other_kinds_are_listed_and_not_read(key: str, kind: str) -> None:
-    """Their bytes alone do not say what they are."""
+    """Tensors without plain bytes are described and cannot be read."""
     checkpoint = as_checkpoint({key: odd_kinds()[key]}, "state")
     assert checkpoint[key].kind == kind
     with pytest.raises(ModelError, match=f"it is a {kind} tensor"):
@@ -184,7 +178,7 @@ def test_other_kinds_are_listed_and_not_read(key: str, kind: str) -> None:
 
 
 def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
-    """Extra state, an epoch, a submodule that is None: named, and no tensor."""
+    """Extra state, an epoch and a submodule that is None become entries."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(1, 1))
     model[1] = None  # type: ignore[assignment]
     checkpoint = as_checkpoint(model, "model")
@@ -199,7 +193,7 @@ def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
 
 
 def test_numbers_that_json_cannot_hold_are_entries_as_text() -> None:
-    """Non-finite floats and very large integers."""
+    """Non-finite floats and very large integers become text."""
     state: dict[str, Any] = {"a": float("nan"), "b": float("-inf"), "c": 10**5000, "d": 0.5, "e": "text", "f": True}
     entries = as_checkpoint(state, "state").entries
     assert [entry.value for entry in entries] == ["nan", "-inf", "an integer of 16610 bits", 0.5, "text", True]
@@ -207,7 +201,7 @@ def test_numbers_that_json_cannot_hold_are_entries_as_text() -> None:
 
 
 def test_a_state_dict_that_fails_is_a_refusal() -> None:
-    """Hooks and extra state are the user's code: what they raise, or give, is told in one line."""
+    """An error in a hook or in extra state is reported on one line."""
 
     class Failing(nn.Linear):
         def get_extra_state(self) -> float:
@@ -222,7 +216,7 @@ def test_a_state_dict_that_fails_is_a_refusal() -> None:
 
 
 def test_descriptions_have_no_bytes_and_checkpoints_stay_themselves() -> None:
-    """A mapping of TensorInfo is enough for every plan and for no reading."""
+    """A mapping of TensorInfo can be planned and not read; a Checkpoint is returned as it is."""
     described = as_checkpoint({"w": TensorInfo("w", "F32", (2,))}, "base")
     assert isinstance(described, Checkpoint)
     assert as_checkpoint(described, "base") is described

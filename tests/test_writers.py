@@ -1,4 +1,4 @@
-"""What is written is read back by torch, safetensors and zipfile themselves, to the byte."""
+"""Written files are read by torch, safetensors and zipfile, with every byte."""
 
 from __future__ import annotations
 
@@ -47,13 +47,10 @@ def loaded(path: Path, *, mmap: bool = False) -> State:
     return state
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
-
-
 @settings(deadline=None, max_examples=120)
 @given(state_dicts(STORABLE))
 def test_safetensors_reads_what_was_written(state: State) -> None:
-    """Every storable dtype, stride and tie: the library's own reader finds the same keys, dtypes, shapes and bytes."""
+    """The library reads the same keys, dtypes, shapes and bytes for every dtype, stride and tie."""
     with scratch() as name:
         out = written(state, "a.safetensors", Path(name))
         assert same_state(load_file(out), state)
@@ -66,7 +63,7 @@ def test_safetensors_reads_what_was_written(state: State) -> None:
 @settings(deadline=None, max_examples=60)
 @given(state_dicts(STORABLE))
 def test_torch_files_become_safetensors(state: State) -> None:
-    """From torch.save with strides and shared storages to a flat file, with every value in its place."""
+    """A file of torch.save with strides and shared storages is converted with every value."""
     with scratch() as name:
         torch.save(state, Path(name, "a.pt"))
         with open_checkpoint(Path(name, "a.pt")) as source:
@@ -74,7 +71,7 @@ def test_torch_files_become_safetensors(state: State) -> None:
 
 
 def test_metadata_travels_and_data_is_aligned(tmp_path: Path) -> None:
-    """The metadata of the source is kept; every tensor begins at a multiple of its element size."""
+    """The metadata is kept, and every tensor begins at a multiple of its element size."""
     state = {"a": tensor_of("U8", (3,)), "b": tensor_of("F64", (2,)), "c": tensor_of("BF16", (5,))}
     save_file(state, tmp_path / "a.safetensors", metadata={"format": "pt", "ü": '"\n'})
     with open_checkpoint(tmp_path / "a.safetensors") as source:
@@ -90,7 +87,7 @@ def test_metadata_travels_and_data_is_aligned(tmp_path: Path) -> None:
 
 
 def test_the_order_is_kept_where_alignment_allows() -> None:
-    """Equal element sizes stay in the order of the plan; else the widest come first, otherwise in order."""
+    """Tensors of equal element size keep their order; otherwise wide elements come first."""
     floats = [TensorInfo(key, "F32", (1,)) for key in "cab"]
     assert [info.key for info in layout_safetensors(floats, {}).infos] == ["c", "a", "b"]
     mixed = [TensorInfo("x", "U8", (1,)), *floats, TensorInfo("y", "I64", (1,))]
@@ -109,13 +106,13 @@ def test_the_order_is_kept_where_alignment_allows() -> None:
     ids=["dtype", "unknown dtype", "reserved name", "surrogate", "header too large"],
 )
 def test_what_safetensors_cannot_hold_is_refused(info: TensorInfo, reason: str) -> None:
-    """By name, before a byte is written."""
+    """The error names the tensor, before any byte is written."""
     with pytest.raises(PlanError, match="^" + reason.replace("(", r"\(")):
         layout_safetensors([info], {})
 
 
 def test_neighbours_in_one_file_are_copied_in_one_call(tmp_path: Path) -> None:
-    """Only what adjoins in the same file is joined, and what comes from elsewhere stays where it is in the order."""
+    """Only neighbours in the same file are joined, and the order of all tensors is kept."""
     (tmp_path / "a").write_bytes(bytes(100))
     one, other = LocalFile(str(tmp_path / "a")), LocalFile(str(tmp_path / "a"))
     live = as_checkpoint({"w": torch.ones(1)}, "live").payload("w")
@@ -126,15 +123,12 @@ def test_neighbours_in_one_file_are_copied_in_one_call(tmp_path: Path) -> None:
     other.close()
 
 
-# --- torch files -----------------------------------------------------------------------------------------------------
-
-
 def share(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 def check_layout(state: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    """Ties are ties; where keeping a layout costs no room, it is kept."""
+    """Check that ties are ties, and that layouts are kept where this costs no space."""
     infos = as_checkpoint(dict(state), "state")
     for key, tensor in state.items():
         first, last = storage_range(infos[key])
@@ -149,7 +143,7 @@ def check_layout(state: Mapping[str, torch.Tensor], found: Mapping[str, torch.Te
 @settings(deadline=None, max_examples=120)
 @given(state_dicts())
 def test_torch_loads_what_was_written(state: State) -> None:
-    """weights_only, with and without mmap; the archive passes its own test; ties and strides are still there."""
+    """torch loads the file with weights_only, with and without mmap, and ties and strides are kept."""
     with scratch() as name:
         out = written(state, "a.pt", Path(name))
         with zipfile.ZipFile(out) as archive:
@@ -165,7 +159,7 @@ def test_torch_loads_what_was_written(state: State) -> None:
 @settings(deadline=None, max_examples=80)
 @given(state_dicts())
 def test_torch_files_are_rewritten_as_they_were(state: State) -> None:
-    """From torch.save, legacy or zip, to our own and once more: values, ties and views stay."""
+    """Legacy and zip files of torch.save are rewritten twice; values, ties and views are kept."""
     with scratch() as name:
         torch.save(state, Path(name, "a.pt"))
         with open_checkpoint(Path(name, "a.pt")) as source:
@@ -193,7 +187,7 @@ VIEWS: dict[str, State] = {
 @pytest.mark.parametrize("state", VIEWS.values(), ids=VIEWS)
 @pytest.mark.parametrize("from_file", [True, False], ids=["file", "live"])
 def test_views_of_one_storage_stay_views_of_one(state: State, tmp_path: Path, *, from_file: bool) -> None:
-    """Training one still trains the other; the file holds the shared bytes once."""
+    """Training one view still changes the other, and the file holds the shared bytes once."""
     torch.save(state, tmp_path / "a.pt")
     source: Any = open_checkpoint(tmp_path / "a.pt") if from_file else state
     found = loaded(written(source, "b.pt", tmp_path))
@@ -210,7 +204,7 @@ def records(path: Path) -> list[zipfile.ZipInfo]:
 
 
 def test_two_small_views_do_not_drag_a_large_storage_along(tmp_path: Path) -> None:
-    """What a slice leaves out of a large tensor is left out of the file."""
+    """The part of a storage that no view uses is not written."""
     large = torch.arange(100_000.0)
     out = written({"a": large[:4], "b": large[-4:], "c": large[::50_000]}, "a.pt", tmp_path)
     assert out.stat().st_size < 3000
@@ -218,7 +212,7 @@ def test_two_small_views_do_not_drag_a_large_storage_along(tmp_path: Path) -> No
 
 
 def test_views_of_two_dtypes_are_written_apart(tmp_path: Path) -> None:
-    """torch gives all tensors of a typed storage the dtype of the first: sharing one would turn values into others."""
+    """torch gives all tensors of a typed storage one dtype, so views of two dtypes are not shared."""
     data = tensor_of("F32", (4,))
     info = [TensorInfo(key, code, (4,), View(0, 0, (1,))) for key, code in (("f", "F32"), ("i", "I32"))]
     live = as_checkpoint({"f": data, "i": data.view(torch.int32)}, "live")
@@ -230,20 +224,20 @@ def test_views_of_two_dtypes_are_written_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("code", [*CODES, "F4"])
 def test_every_dtype_of_torch_has_a_place(code: str, tmp_path: Path) -> None:
-    """Through a storage class of its own or an untyped storage, as torch itself would write it."""
+    """Each dtype is written with its storage class or an untyped storage, as torch writes it."""
     value = tensor_of(code, (2, 6)) if code != "F4" else tensor_of("U8", (2, 6)).view(torch.float4_e2m1fn_x2)
     assert same_state(loaded(written({"w": value}, "a.pt", tmp_path)), {"w": value})
 
 
 @pytest.mark.parametrize("code", ["QI8", "F6_E2M3", "BITS8", "NEW"])
 def test_what_torch_has_no_type_for_is_refused(code: str) -> None:
-    """By name, before a byte is written."""
+    """The error names the tensor, before any byte is written."""
     with pytest.raises(PlanError, match=f"'w' is {code}, which cannot be written to a torch file"):
         layout_torch_zip([TensorInfo("w", code, (2,))], lambda _: Nothing(), lambda _: None)
 
 
 class Nothing:
-    """A payload that says it has bytes and gives none."""
+    """A payload with a size and without bytes."""
 
     nbytes = 8
 
@@ -253,7 +247,7 @@ class Nothing:
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 def test_a_tensor_that_changes_its_size_meanwhile_is_noticed(name: str, tmp_path: Path) -> None:
-    """Zeros in the place of what never came would look like weights."""
+    """Otherwise zeros would be written in place of the missing bytes."""
     source = Checkpoint(described(w=(2,)), Access(lambda _: Nothing()), Description("source", "test"))
     with pytest.raises(ChangedError, match="gave 0 bytes in place of 8"):
         execute(plan_remap(source), source, tmp_path / name)
@@ -262,7 +256,7 @@ def test_a_tensor_that_changes_its_size_meanwhile_is_noticed(name: str, tmp_path
 
 @pytest.mark.parametrize("key", ["", ".", "a\nb", "a\0b", "ключ.重み", "\ud800", "data.pkl", "x" * 5000, "a.b.c", "0"])
 def test_every_name_survives(key: str, tmp_path: Path) -> None:
-    """A torch file holds any string as a key; the flat format any that is Unicode text."""
+    """A torch file can hold any string as a key, a safetensors file any Unicode text."""
     state = {key: torch.ones(2), "plain": torch.zeros(1)}
     assert same_state(loaded(written(state, "a.pt", tmp_path)), state)
     if key != "\ud800":
@@ -270,17 +264,14 @@ def test_every_name_survives(key: str, tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_without_tensors_is_still_one(tmp_path: Path) -> None:
-    """A merge into a model that has no state: an empty file that both libraries read."""
+    """A file without tensors is read by both libraries."""
     plan = plan_merge({}, {"x": torch.ones(1)})
     execute(plan, {"base": {}, "donor": {}}, tmp_path / "a.safetensors")
     assert load_file(tmp_path / "a.safetensors") == {}
 
 
-# --- archives beyond the limits of the first zip format --------------------------------------------------------------
-
-
 class Holes:
-    """An output in which copied payloads are left as holes: gigabytes that take no room."""
+    """An output file that keeps copied payloads as holes, so large files take no space."""
 
     def __init__(self, path: Path) -> None:
         self.file = path.open("wb")
@@ -296,7 +287,7 @@ class Holes:
 
 @pytest.mark.parametrize("large", [2**32 - 2, 2**32 - 1, 2**32, 4_800_000_000], ids=["below", "at", "above", "4.8 GB"])
 def test_records_beyond_4_gib(large: int, tmp_path: Path) -> None:
-    """Sizes and offsets of 64 bits where they are needed: zipfile, torch and ckptkit find what lies behind them."""
+    """Sizes and offsets have 64 bits where needed, and zipfile, torch and ckptkit read the records behind."""
     (tmp_path / "zeros").write_bytes(b"")
     source = LocalFile(str(tmp_path / "zeros"))
     tail = torch.arange(5.0)
@@ -325,7 +316,7 @@ def test_records_beyond_4_gib(large: int, tmp_path: Path) -> None:
 
 
 def test_more_entries_than_16_bits_count(tmp_path: Path) -> None:
-    """65,536 entries: the directory needs its larger form, and everybody reads it."""
+    """An archive of 65,536 entries is read by every reader."""
     live = as_checkpoint({"w": torch.ones(1)}, "live").payload("w")
     infos = [TensorInfo(f"t{number}", "F32", (1,)) for number in range(0x10000 - 3)]
     layout = layout_torch_zip(infos, lambda _: live, lambda _: None)
@@ -339,7 +330,7 @@ def test_more_entries_than_16_bits_count(tmp_path: Path) -> None:
 
 
 def test_an_output_error_names_the_target(tmp_path: Path) -> None:
-    """The temporary name is nobody's business."""
+    """The error has the name of the output, not the temporary name."""
     with (
         pytest.raises(OutputError, match="operation not permitted") as caught,
         AtomicFile(str(tmp_path / "a.pt"), 1),
@@ -350,6 +341,6 @@ def test_an_output_error_names_the_target(tmp_path: Path) -> None:
 
 
 def test_the_widths_of_the_table_are_those_of_torch() -> None:
-    """The writers count bytes by the table: it must say what torch says."""
+    """The table has the element sizes of torch."""
     for code in CODES:
         assert DTYPES[code].bits == 8 * tensor_of(code, (1,)).itemsize

@@ -152,7 +152,7 @@ def matches_any(patterns: Iterable[Pattern], key: str) -> bool:
 class Template:
     """The right side of a rename: the new name of the keys that match ``pattern``.
 
-    Each part is a kind (``literal`` or ``group``), the text or the name of the group, and what to add to an index.
+    A part has a kind (``literal`` or ``group``), its text or the name of its group, and the number to add to an index.
     """
 
     text: str

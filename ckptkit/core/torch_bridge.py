@@ -169,7 +169,7 @@ class TensorPayload:
 
 @dataclass(frozen=True, slots=True)
 class CastPayload:
-    """A payload whose elements are cast to another dtype while they are read, as ``Tensor.to`` casts them."""
+    """A payload that casts its elements to another dtype while they are read, as ``Tensor.to`` does."""
 
     source: Payload
     found: TensorInfo

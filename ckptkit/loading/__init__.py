@@ -280,4 +280,4 @@ def _unverified_findings(before: Snapshot, rewritten: Sequence[str], loaded: Abs
     for name in before.not_copied:
         if name not in loaded:
             kind = before.infos[name].kind
-            yield codes.UNPROVED.finding(name, f"{quoted(name)} is a {kind} tensor, whose bits were not compared")
+            yield codes.UNPROVED.finding(name, f"{quoted(name)} is a {kind} tensor, so its bits were not compared")

@@ -79,16 +79,16 @@ class Snapshot(Closing):
 
     @property
     def not_copied(self) -> tuple[str, ...]:
-        """Names of the tensors whose bytes were not copied."""
+        """Names of the tensors that were not copied."""
         return tuple(name for name, tensor in self.tensors.items() if id(tensor) not in self._saved)
 
     @property
     def ties(self) -> set[frozenset[str]]:
-        """Sets of names whose tensors share memory."""
+        """Sets of names of tensors that share memory."""
         return _ties(self.infos)
 
     def ties_now(self) -> set[frozenset[str]]:
-        """Return the sets of names in the snapshot whose tensors share memory now."""
+        """Return the sets of names of tensors that share memory now; only names in the snapshot count."""
         now = named_tensors(self._model)
         return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
 

@@ -1,1 +1,1 @@
-"""Plans: what an output will hold, decided before a byte is read, and carried out."""
+"""Plans: descriptions of outputs, made before any tensor is read, and their execution."""

@@ -250,7 +250,7 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
         if not output.force:
             raise OutputError("is an input", hint="write elsewhere, or --force to replace it", path=output.path)
         if len(checkpoint.files) > 1 and not inside:
-            raise OutputError("is a shard of an input, whose other shards would no longer match it", path=output.path)
+            raise OutputError("is a shard of an input, and the other shards would no longer match", path=output.path)
         lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.is_file]
         if lost and role != edited:
             named = ", ".join(map(printable, lost[:4]))

@@ -106,7 +106,7 @@ def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str
     """Return the steps of the changed keys and of every key that the base ties to one of them, and notes.
 
     A model that loads the output writes tied keys into the same memory, so they must have the same values. A note
-    names two tied keys whose values come from different tensors.
+    names two tied keys that get the values of different tensors.
     """
     steps, notes = dict(changed), []
     for keys in tied_keys(base.values()):
@@ -132,7 +132,7 @@ class _Policy:
 
 @dataclass(frozen=True, slots=True)
 class _Overlay:
-    """The steps that take a tensor from one donor, by key of the output, and what the output leaves out of it."""
+    """The steps that take a tensor from one donor, by output key, and the tensors of the donor that are left out."""
 
     role: str
     from_donor: Mapping[str, Step]
@@ -211,7 +211,7 @@ def _ways_out(pair: KeyPair) -> str:
 
 
 def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
-    """Return the tensors of each donor whose key a later donor has too."""
+    """Return the tensors of each donor that a later donor replaces."""
     steps = [step for overlay in overlays for step in (*overlay.from_donor.values(), *overlay.added.values())]
     dropped = []
     for step in steps:

@@ -20,7 +20,7 @@ _SUFFIXES = {
 class Output:
     """Where and how to write: one file, or a directory of shards of at most ``max_shard_size`` bytes.
 
-    ``force`` allows to replace an existing output. A torch file that is made from a training checkpoint keeps the
+    With ``force``, an existing output is replaced. A torch file that is made from a training checkpoint keeps the
     other entries of that file, unless ``only_tensors`` is true. It keeps references to code that torch's weights-only
     loader would refuse only where ``keep_unknown`` is true.
     """

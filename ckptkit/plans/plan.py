@@ -1,4 +1,4 @@
-"""The plan of an output as a value: where each tensor comes from, and what the output leaves out."""
+"""Plans as values: the source of each tensor of an output, and the entries that the output leaves out."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of an output in order, what the output leaves out, and the metadata that it carries.
+    """All steps of an output in order, the entries that it leaves out, and its metadata.
 
     A torch file can be an edited copy of the file of one input. ``edited_role`` is the role of that input, and
     ``kept`` names its entries that the copy keeps beside the tensors; ``check_output`` fills them in.

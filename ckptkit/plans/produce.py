@@ -31,7 +31,7 @@ class Producer:
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor; they are read or computed when their chunks are.
 
-        Raises ``PlanError`` where an input no longer holds what the plan was made from.
+        Raises ``PlanError`` where an input changed since the plan was made.
         """
         found = self._describe(step)
         if step.recipe is not None:
@@ -42,7 +42,7 @@ class Producer:
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.
 
-        Raises ``PlanError`` where an input no longer holds what the plan was made from.
+        Raises ``PlanError`` where an input changed since the plan was made.
         """
         self._describe(step)
         if step.recipe is None:

@@ -125,7 +125,7 @@ def refuse_suspicious(checkpoint: Checkpoint, role: str) -> None:
 
 
 def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
-    """Raise ``PlanError`` where one of the keys is a name that the reader invented for want of a distinct one."""
+    """Raise ``PlanError`` where the file has no unambiguous name for one of the keys."""
     ambiguous = checkpoint.ambiguous
     key = next((key for key in keys if key in ambiguous), None) if ambiguous else None
     if key is None:
@@ -136,7 +136,7 @@ def refuse_ambiguous(checkpoint: Checkpoint, keys: Iterable[str]) -> None:
     raise PlanError(
         f"{quoted(others[0])} and {quoted(key)} would both be called {quoted(dotted)}"
         if others
-        else f"{quoted(key)} is not a name in the file, where its key is not a string",
+        else f"the file has no unambiguous name for {quoted(key)}",
         hint=f"leave it out: --drop {shell_word(literal(key))}, or give it a name with --rename",
         path=checkpoint.path,
     )
@@ -171,7 +171,7 @@ def role_to_edit(checkpoint: Checkpoint, role: str) -> str:
 def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
     """Return the new prefix of each module, from the old and new keys of the tensors.
 
-    A module whose tensors go to different modules is left out. A module without tensors of its own goes where all
+    A module is left out where its tensors go to different modules. A module without tensors of its own goes where all
     tensors below it go.
     """
     if all(old == new for old, new in renamed.items()):

@@ -1,1 +1,1 @@
-"""Ordered rules: from the keys that are there to the keys that shall be."""
+"""Rules: rename, filter and combine the keys of a checkpoint."""

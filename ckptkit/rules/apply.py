@@ -180,7 +180,9 @@ class _Pass:
         winner, loser = (newcomer, holder) if policy == "last" else (holder, newcomer)
         if policy == "equal":
             if winner.derivation.recipe is not None or loser.derivation.recipe is not None:
-                raise RuleError(f"{quoted(name)} would be made by operations, so its bytes cannot be compared before")
+                raise RuleError(
+                    f'{quoted(name)} would be made by operations, and on_collision = "equal" compares only inputs'
+                )
             equals = dict.fromkeys((*winner.derivation.equals, *loser.derivation.sources, *loser.derivation.equals))
             winner = replace(winner, derivation=replace(winner.derivation, equals=tuple(equals)))
             self.leave_out(loser, f"must equal {quoted(winner.label)}, which gets the name {quoted(name)}")
@@ -212,7 +214,7 @@ class _Pass:
         uncompared = next((member for member in inputs if member.derivation.equals), None)
         if uncompared is not None:
             raise RuleError(
-                f"{rule} makes another tensor of {quoted(uncompared.name)}, whose bytes must be compared before",
+                f"{rule} changes {quoted(uncompared.name)}, but its bytes must be compared first",
                 hint='do it in two runs, or choose on_collision = "first" or "last"',
             )
         if len(sources) > _MAX_SOURCES:

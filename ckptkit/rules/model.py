@@ -88,7 +88,7 @@ RulesLike: TypeAlias = Rules | Iterable[str] | Mapping[str, object]  # renames O
 class Derivation:
     """How one key of the output is made: its source keys, the recipe (None: renamed only) and the rules.
 
-    ``equals`` names keys whose tensors must have the same bytes as the source, by ``on_collision = "equal"``.
+    ``equals`` names keys that must have the same bytes as the source, by ``on_collision = "equal"``.
     """
 
     sources: tuple[str, ...]

@@ -1,1 +1,1 @@
-"""Tensor operations: how the tensors of one layout become those of another, described before a byte is read."""
+"""Tensor operations: convert tensors between layouts; the outputs are described before any tensor is read."""

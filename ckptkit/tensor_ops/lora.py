@@ -81,7 +81,7 @@ class FoldLora(Arithmetic):
 
 @dataclass(frozen=True, slots=True)
 class ExtractLora(Arithmetic):
-    """Compute ``[A, B]`` of rank ``rank`` whose product is nearest to ``tuned - base``, from ``[base, tuned]``.
+    """Compute the ``[A, B]`` of rank ``rank`` with the product nearest to ``tuned - base``, from ``[base, tuned]``.
 
     The scale is 1. By singular value decomposition, each factor gets the square root of the singular values. The
     largest entry of each column of B is positive, so the signs do not depend on the machine. The shapes for
@@ -130,7 +130,7 @@ class ExtractLora(Arithmetic):
         ]
 
     def residual(self, tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> float:
-        """Return the norm of what ``[A, B]`` leave out of the difference, as a share of the norm of the difference."""
+        """Return the norm of the difference that ``[A, B]`` do not reproduce, as a share of its norm."""
         wide = working_dtype(tensors)
         update = _difference([tensor.to(wide) for tensor in tensors], fan_in_fan_out=self.fan_in_fan_out).flatten(1)
         down, up = (factor.to(wide).flatten(1) for factor in factors)

@@ -51,7 +51,7 @@ def times(shape: Sequence[int]) -> str:
 class Operation(ABC):
     """An operation that makes output tensors from input tensors.
 
-    A subclass is a frozen dataclass whose fields are parameters with values that a rule file can hold. ``shapes`` and
+    A subclass is a frozen dataclass; its fields are parameters with values that a rule file can hold. ``shapes`` and
     ``dtypes`` describe the outputs before any tensor is read, without torch. They raise ``RuleError`` for inputs that
     the operation does not accept.
     """

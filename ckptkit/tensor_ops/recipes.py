@@ -31,7 +31,7 @@ class Recipe:
 
 
 def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: tuple[Operation, ...]) -> list[Recipe]:
-    """Return a recipe for each output of a chain whose inputs have recipes (None: the input is a source).
+    """Return a recipe for each output of a chain; its inputs have recipes (None: the input is a source).
 
     ``counts`` holds the number of sources of each input. The new recipes number the sources of all inputs in order.
     """

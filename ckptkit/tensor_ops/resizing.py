@@ -72,7 +72,7 @@ class Pad(Operation):
         """Return the dtype of the input; raise ``RuleError`` where it cannot hold the fill."""
         for code in inputs:
             if self.fill == "zeros":
-                if code not in CASTABLE or code == "F8_E8M0":  # whose values are powers of two
+                if code not in CASTABLE or code == "F8_E8M0":  # which has only powers of two
                     raise self.refusal(f"{printable_code(code)} cannot hold zeros")
             elif isinstance(self.fill, str):
                 if code not in ARITHMETIC:

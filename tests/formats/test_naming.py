@@ -53,10 +53,10 @@ def test_places_of_one_dotted_name_are_listed_by_path(
         values = [leaf for leaf in _leaves(tree) if isinstance(leaf, torch.Tensor)]
         assert [checkpoint.read_bytes(key) for key in keys] == [bits(value) for value in values]
         assert sum("would both be called" in warning for warning in checkpoint.warnings) == 1
-        with pytest.raises(PlanError, match=r"would both be called|is no name") as caught:
+        with pytest.raises(PlanError, match=r"would both be called|has no unambiguous name") as caught:
             plan_remap(checkpoint)
         assert "--drop" in str(caught.value.hint)
-        with pytest.raises(PlanError, match=r"would both be called|is no name"):
+        with pytest.raises(PlanError, match=r"would both be called|has no unambiguous name"):
             plan_merge(checkpoint, {keys[0]: torch.ones(1)})
         renames = [f"re:{_escaped(key)}=t{number}" for number, key in enumerate(keys)]
         assert [step.out.key for step in plan_remap(checkpoint, renames).steps] == [f"t{n}" for n in range(len(keys))]
@@ -98,7 +98,7 @@ def test_keys_that_are_no_names_are_shown_and_not_written(key: object, tmp_path:
     """A key of another type is listed as Python writes it; an output has names only."""
     with opened(tmp_path, saved({key: ONE, "w": TWO})) as checkpoint:
         assert list(checkpoint) == [repr(key), "w"]
-        with pytest.raises(PlanError, match="is no name"):
+        with pytest.raises(PlanError, match="has no unambiguous name"):
             plan_remap(checkpoint)
 
 

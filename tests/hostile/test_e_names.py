@@ -110,9 +110,7 @@ ODD: dict[str, Odd] = {
 }
 UNWRITABLE: dict[str, Bad] = {
     "E1 dots": Bad(written(torch_zip(PATHS)), "would both be called 'a.b'"),
-    "E4 None": Bad(
-        written(torch_zip(keyed((b"N", ONE)))), "'None' is not a name in the file, where its key is not a string"
-    ),
+    "E4 None": Bad(written(torch_zip(keyed((b"N", ONE)))), "the file has no unambiguous name for 'None'"),
     "E8 __metadata__": Bad(reserved, "a tensor is called '__metadata__', which safetensors reserves"),
 }
 OTHER = (

@@ -82,9 +82,11 @@ BAD: dict[str, Bad] = {
     "I2 a hard link": Bad(
         converting(lambda at: linked(at, lambda out: os.link(at / "in.safetensors", out))), "already exists"
     ),
-    "I2 a shard of the input": Bad(of_shards(lambda at: at / FIRST, "--force"), "is a shard of an input, whose other"),
+    "I2 a shard of the input": Bad(
+        of_shards(lambda at: at / FIRST, "--force"), "is a shard of an input, and the other"
+    ),
     "I2 the index of the input": Bad(
-        of_shards(lambda at: at / INDEX, "--force", "--format", "safetensors"), "is a shard of an input, whose other"
+        of_shards(lambda at: at / INDEX, "--force", "--format", "safetensors"), "is a shard of an input, and the other"
     ),
     "I2 a new shard of the input": Bad(
         of_shards(lambda at: at / "model-00009-of-00009.safetensors"), "would be read as a shard of an input"

@@ -1,4 +1,4 @@
-"""BERT: the names and shapes of transformers' BertForPreTraining, and of the original TensorFlow checkpoints."""
+"""BERT: the names and shapes of transformers' BertForPreTraining and of the original TensorFlow checkpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def hf(
     *,
     tied: bool = False,
 ) -> Shapes:
-    """``BertForPreTraining`` as ``save_pretrained`` writes it; ``tied`` as its state_dict has it, with the decoder."""
+    """Return ``BertForPreTraining`` as ``save_pretrained`` writes it; with ``tied``, the decoder is included."""
     shapes: Shapes = {
         "bert.embeddings.word_embeddings.weight": (words, width),
         "bert.embeddings.position_embeddings.weight": (positions, width),
@@ -46,7 +46,7 @@ def _pair(name: str, shape: tuple[int, ...]) -> Shapes:
 
 
 def original(layers: int = 12, width: int = 768, inner: int = 3072, words: int = 30522, positions: int = 512) -> Shapes:
-    """The variables of ``modeling.py`` and of the two heads of ``run_pretraining.py``, in order of their names."""
+    """Return the variables of ``modeling.py`` and of the two heads of ``run_pretraining.py``, sorted by name."""
     shapes: Shapes = {
         "bert/embeddings/word_embeddings": (words, width),
         "bert/embeddings/position_embeddings": (positions, width),

@@ -1,4 +1,4 @@
-"""GPT-2: the names and shapes of transformers' GPT2LMHeadModel, and of nanoGPT."""
+"""GPT-2: the names and shapes of transformers' GPT2LMHeadModel and of nanoGPT."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def _gpt2(layers: int, width: int, words: int, positions: int, *, linear: bool) 
 
 
 def hf(layers: int = 12, width: int = 768, words: int = 50257, positions: int = 1024, *, tied: bool = False) -> Shapes:
-    """``GPT2LMHeadModel``: as ``save_pretrained`` writes it, or ``tied`` as its state_dict has it, with the head."""
+    """Return ``GPT2LMHeadModel`` as ``save_pretrained`` writes it, or with ``tied`` its state_dict, with the head."""
     head: Shapes = {"lm_head.weight": (words, width)} if tied else {}
     return _gpt2(layers, width, words, positions, linear=False) | head
 
 
 def nanogpt(layers: int = 12, width: int = 768, words: int = 50257, positions: int = 1024) -> Shapes:
-    """nanoGPT's ``GPT`` with bias, in the order of its state_dict, the tied head included."""
+    """Return the state_dict of nanoGPT's ``GPT`` with bias, in its order, with the tied head."""
     return _gpt2(layers, width, words, positions, linear=True) | {"lm_head.weight": (words, width)}

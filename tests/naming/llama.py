@@ -1,4 +1,4 @@
-"""Llama: the names and shapes of Meta's consolidated checkpoints, and of transformers' LlamaForCausalLM."""
+"""Llama: the names and shapes of Meta's consolidated checkpoints and of transformers' LlamaForCausalLM."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["hf", "meta"]
 def meta(
     layers: int = 32, width: int = 4096, inner: int = 14336, words: int = 128256, kv: int = 1024, *, freqs: int = 0
 ) -> Shapes:
-    """``Transformer`` of ``llama/model.py`` (the defaults are Llama 3 8B), with ``rope.freqs`` where a file has it."""
+    """Return ``Transformer`` of ``llama/model.py`` (by default Llama 3 8B), with ``rope.freqs`` if wanted."""
     shapes: Shapes = {"tok_embeddings.weight": (words, width)}
     if freqs:
         shapes |= {"rope.freqs": (freqs,)}
@@ -31,7 +31,7 @@ def meta(
 
 
 def hf(layers: int = 32, width: int = 4096, inner: int = 14336, words: int = 128256, kv: int = 1024) -> Shapes:
-    """``LlamaForCausalLM`` (the defaults are Llama 3 8B), in the order of its state_dict."""
+    """Return ``LlamaForCausalLM`` (by default Llama 3 8B), in the order of its state_dict."""
     shapes: Shapes = {"model.embed_tokens.weight": (words, width)}
     for layer in range(layers):
         at = f"model.layers.{layer}"

@@ -1,4 +1,4 @@
-"""ResNet: the names and shapes that torchvision (and timm, for its plain ones) and detectron2 give its tensors."""
+"""ResNet: the names and shapes of torchvision, which timm's plain ResNets share, and of detectron2."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _convolutions(planes: int, ins: int, *, bottleneck: bool) -> list[tuple[int,
 def torchvision(
     blocks: tuple[int, ...] = _RESNET50, width: int = 64, classes: int = 1000, *, bottleneck: bool = True
 ) -> Shapes:
-    """``torchvision.models.resnet50()``, in the order of its state_dict; timm's ``resnet50`` has the same names."""
+    """Return ``torchvision.models.resnet50()`` in its order; timm's ``resnet50`` has the same names."""
     shapes: Shapes = {"conv1.weight": (width, 3, 7, 7)} | _norm("bn1", width)
     ins = width
     for stage, count in enumerate(blocks, start=1):
@@ -49,7 +49,7 @@ def detectron2(
     bottleneck: bool = True,
     frozen: bool = False,
 ) -> Shapes:
-    """detectron2's ``ResNet``: with ``linear`` and BN as a classifier, or as the frozen backbone of a detector."""
+    """Return detectron2's ``ResNet``: a classifier with ``linear`` and BN, or the frozen backbone of a detector."""
     shapes: Shapes = {"stem.conv1.weight": (width, 3, 7, 7)} | _norm("stem.conv1.norm", width, counters=not frozen)
     ins = width
     for stage, count in enumerate(blocks, start=2):

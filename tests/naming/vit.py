@@ -1,4 +1,4 @@
-"""Vision Transformer: the names and shapes of timm, and of the files of transformers' ViTForImageClassification."""
+"""Vision Transformer: the names and shapes of timm and of the files of transformers' ViTForImageClassification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def _pair(name: str, shape: tuple[int, ...]) -> Shapes:
 def timm(
     layers: int = 12, width: int = 768, inner: int = 3072, *, patch: int = 16, patches: int = 196, classes: int = 1000
 ) -> Shapes:
-    """``vit_base_patch16_224`` of timm, in the order of its state_dict."""
+    """Return ``vit_base_patch16_224`` of timm in the order of its state_dict."""
     shapes: Shapes = {"cls_token": (1, 1, width), "pos_embed": (1, patches + 1, width)}
     shapes |= _pair("patch_embed.proj", (width, 3, patch, patch))
     for layer in range(layers):
@@ -31,7 +31,7 @@ def timm(
 def hf(
     layers: int = 12, width: int = 768, inner: int = 3072, *, patch: int = 16, patches: int = 196, classes: int = 1000
 ) -> Shapes:
-    """``google/vit-base-patch16-224`` as its file has it, in the order of the modules."""
+    """Return ``google/vit-base-patch16-224`` in the order of its modules."""
     at = "vit.embeddings"
     shapes: Shapes = {f"{at}.cls_token": (1, 1, width), f"{at}.position_embeddings": (1, patches + 1, width)}
     shapes |= _pair(f"{at}.patch_embeddings.projection", (width, 3, patch, patch))

@@ -1,4 +1,4 @@
-"""Whisper: the names that OpenAI's model and transformers' WhisperModel give its tensors, side by side."""
+"""Whisper: the names of OpenAI's model and of transformers' WhisperModel, side by side."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _attention(old: str, new: str, width: int) -> _Named:
 
 
 def openai_and_hf(layers: int = 4, width: int = 384, words: int = 51865) -> _Named:
-    """``whisper.load_model("tiny")`` and ``WhisperModel``: both names and the shape of every tensor."""
+    """Return both names and the shape of every tensor of the model ``tiny``."""
     named: _Named = _pair("encoder.conv1", "encoder.conv1", (width, 80, 3))
     named += _pair("encoder.conv2", "encoder.conv2", (width, width, 3))
     named += [
