@@ -1,4 +1,4 @@
-"""Whatever fails, and whenever: the output is the old one or the new one, inputs are untouched, and no litter stays."""
+"""After any failure the output is the old or the new one, inputs are unchanged, and no temporary file is left."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def write(state: Any, out: Path, shards: int | None) -> None:
 
 
 def outcome(act: Callable[[], object]) -> CkptkitError | None:
-    """How something was refused, or None where it was done; anything else is a bug and comes through."""
+    """Return the CkptkitError of a call, or None where it succeeded; other errors are raised."""
     try:
         act()
     except CkptkitError as refusal:
@@ -72,14 +72,14 @@ def outcome(act: Callable[[], object]) -> CkptkitError | None:
 
 
 def content(path: Path) -> dict[str, str] | None:
-    """What stands at a path, by name and digest; None where nothing does."""
+    """Return the digest of each file at a path, or None where the path does not exist."""
     if path.is_dir():
         return {name: sha256(path / name) for name in names_in(path)}
     return {path.name: sha256(path)} if path.exists() else None
 
 
 class Faults:
-    """Counts system calls by name and lets chosen ones fail: the one stand-in of these tests."""
+    """Counts system calls by name and makes chosen calls fail."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, calls: tuple[str, ...] = CALLS) -> None:
         self.monkeypatch = monkeypatch
@@ -87,7 +87,7 @@ class Faults:
         self.count = 0
 
     def arm(self, nth: int, error: int) -> None:
-        """Let the ``nth`` call from now on fail, and only that one."""
+        """Make only the ``nth`` call from now on fail."""
         self.count = 0
         for name in self.calls:
             self.monkeypatch.setattr(os, name, self._wrapped(getattr(os, name), nth, error))
@@ -112,7 +112,7 @@ def faults(monkeypatch: pytest.MonkeyPatch) -> Faults:
 
 
 def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
-    """The old and the new content of the output, made where nothing fails."""
+    """Return the old and the new content of the output, written without failures."""
     _, out, shards = case
     place = tmp_path / "made"
     place.mkdir()
@@ -130,7 +130,7 @@ def expected(tmp_path: Path, source: Path, case: Case) -> tuple[Any, Any]:
 @pytest.mark.parametrize("present", [True, False], ids=["old output", "no output"])
 @each_case
 def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults: Faults, *, present: bool) -> None:
-    """The n-th call fails, for n = 1 until all succeed: each time one refusal, and old or new to the byte."""
+    """The n-th call fails, for n = 1 until all succeed: each time one error, and exactly the old or new output."""
     name, out, shards = case
     source = saved(tmp_path / name, NEW)
     old, new = expected(tmp_path, source, case)
@@ -162,10 +162,8 @@ def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults
             return
 
 
-def test_without_an_exchange_of_names_a_directory_still_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the system has no renameat2, a failure between the two renames puts the old directory back."""
+def test_without_renameat2_the_old_directory_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without renameat2, a failure between the two renames restores the old directory."""
 
     def no_library(*_: object, **__: object) -> object:
         return object()
@@ -216,10 +214,10 @@ def unsupported(code: int) -> Callable[[Any], Callable[..., Any]]:
     ids=["short", "EXDEV", "ENOSYS", "EINVAL", "no reserve", "both"],
 )
 @each_case
-def test_calls_may_do_less_than_asked(
+def test_system_calls_may_do_less_than_asked(
     case: Case, calls: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Short reads and writes, other file systems, no reservation: the same bytes in the end."""
+    """Short reads and writes, other file systems and no reservation give the same bytes."""
     name, out, shards = case
     source = saved(tmp_path / name, NEW)
     _, new = expected(tmp_path, source, case)
@@ -232,8 +230,6 @@ def test_calls_may_do_less_than_asked(
     new.pop("config.json", None)
     assert content(tmp_path / "place" / out) == new
 
-
-# --- the process dies ------------------------------------------------------------------------------------------------
 
 KILLED = """
 import json, os, shutil, signal, sys
@@ -272,7 +268,7 @@ print(json.dumps(results))
 
 @each_case
 def test_a_process_may_be_killed_at_any_system_call(case: Case, tmp_path: Path) -> None:
-    """SIGKILL before each call in turn: old or new, never mixed; what stays beside it says whose it is."""
+    """SIGKILL before each call in turn leaves the old or the new output; a temporary file has ckptkit in its name."""
     name, out, shards = case
     source = saved(tmp_path / name, NEW)
     old, new = expected(tmp_path, source, case)
@@ -298,8 +294,6 @@ def test_a_process_may_be_killed_at_any_system_call(case: Case, tmp_path: Path) 
     assert sha256(source) == digest
 
 
-# --- the disk is full ------------------------------------------------------------------------------------------------
-
 FULL = """
 import json, resource, sys
 from ckptkit import *
@@ -323,8 +317,8 @@ def refused(source: Path, out: Path, shards: int | None, limit: int) -> list[str
 
 
 @each_case
-def test_a_limit_on_file_sizes_is_a_refusal(case: Case, tmp_path: Path) -> None:
-    """Before the first byte, with what is needed and what is free; the old output stays."""
+def test_a_limit_on_file_sizes_is_an_error(case: Case, tmp_path: Path) -> None:
+    """The error comes before the first byte with the needed and free sizes; the old output is kept."""
     name, out, shards = case
     source, place = saved(tmp_path / name, NEW), tmp_path / "place"
     place.mkdir()
@@ -339,7 +333,7 @@ def test_a_limit_on_file_sizes_is_a_refusal(case: Case, tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 64 kB, where the system lets us have one."""
+    """Yield a file system of 64 kB, where the system allows to mount one."""
     place = tmp_path / "disk"
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
@@ -350,8 +344,8 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize(("out", "shards"), [("out.safetensors", None), ("out.pt", None), ("out", 30_000)])
-def test_a_full_disk_is_a_refusal(out: str, shards: int | None, tmp_path: Path, small_disk: Path) -> None:
-    """On a real one: the reason gives both sizes, the old output stays, and nothing else."""
+def test_a_full_disk_is_an_error(out: str, shards: int | None, tmp_path: Path, small_disk: Path) -> None:
+    """On a real disk, the error gives both sizes, and only the old output is left."""
     source = saved(tmp_path / "in.safetensors", {f"t{number}": torch.ones(5000) for number in range(4)})
     write(OLD, small_disk / out, shards)
     old = content(small_disk / out)

@@ -1,4 +1,4 @@
-"""Formats of others, told by their structure so that a reader can be named; nothing of them is read."""
+"""Recognise formats that ckptkit does not read, so that the error can name a program that reads them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ __all__ = [
 
 
 _VERSION, _GRAPH, _PRODUCER = 0x08, 0x3A, 0x12
-_STRINGS = (_PRODUCER, 0x1A, 0x22, 0x32)  # producer and its version, domain, documentation
+_STRINGS = (_PRODUCER, 0x1A, 0x22, 0x32)  # producer, version of the producer, domain, documentation
 _MODEL_VERSION = 0x28
-_BEHIND_GRAPH = (0x42, 0x72, 0xA2, 0xCA)  # opset imports, metadata, training, functions
+_AFTER_GRAPH = (0x42, 0x72, 0xA2, 0xCA)  # opset imports, metadata, training, functions
 _IN_GRAPH = (0x0A, 0x12, 0x2A)  # nodes, name, initializers
 _TABLE_END = bytes.fromhex("57fb808b247547db")
 _TENSORFLOW_SHARD = re.compile(r".+\.data-\d{5}-of-\d{5}")
@@ -34,7 +34,7 @@ _NEWEST_ONNX = 63
 
 
 def unsupported_directory(names: Collection[str]) -> FormatError | None:
-    """Return the error that says whose checkpoint a directory with these file names is; None where it is not known."""
+    """Return the error that names the unsupported format of a directory with these file names, or None."""
     if not {"saved_model.pb", "saved_model.pbtxt"}.isdisjoint(names):
         return FormatError("a SavedModel of TensorFlow, which is not read", hint="tf.saved_model.load reads it")
     if not {"_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt"}.isdisjoint(names):
@@ -47,17 +47,17 @@ def unsupported_directory(names: Collection[str]) -> FormatError | None:
 
 
 def is_tensorflow_shard(path: str) -> bool:
-    """Return whether this is what TensorFlow calls a file of nothing but the bytes of its tensors."""
+    """Return whether TensorFlow gives such a name to a file that holds only the bytes of tensors."""
     return _TENSORFLOW_SHARD.fullmatch(path) is not None
 
 
 def is_tensorflow_index(read: Callable[[int, int], bytes], size: int) -> bool:
-    """Return whether a file ends as the tables do in which TensorFlow lists the tensors of a checkpoint."""
+    """Return whether a file ends like the tables in which TensorFlow lists the tensors of a checkpoint."""
     return size >= 48 and read(size - 8, 8) == _TABLE_END
 
 
 def is_onnx(head: bytes, size: int, read: Callable[[int, int], bytes]) -> bool:
-    """Return whether a file of ``size`` bytes is a model of ONNX: fields in order, up to a graph of its length."""
+    """Return whether a file of ``size`` bytes is an ONNX model: its fields are in order up to the graph."""
     if len(head) < 4 or head[0] != _VERSION or not 0 < head[1] <= _NEWEST_ONNX:
         return False
     at, last = 2, _VERSION
@@ -66,7 +66,7 @@ def is_onnx(head: bytes, size: int, read: Callable[[int, int], bytes]) -> bool:
         value, at = _varint(head, at + 1)
         if last == _GRAPH:
             end = at + value
-            return at < len(head) and head[at] in _IN_GRAPH and end < size and read(end, 1)[0] in _BEHIND_GRAPH
+            return at < len(head) and head[at] in _IN_GRAPH and end < size and read(end, 1)[0] in _AFTER_GRAPH
         if last in _STRINGS:
             text = head[at : at + value]
             at += value
@@ -88,18 +88,16 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     return value, at
 
 
-# --- msgpack -------------------------------------------------------------------------------------------------------
-
 _FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8, 0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8,
           0xD0: 1, 0xD1: 2, 0xD2: 4, 0xD3: 8}  # fmt: skip
-_SIZED = {0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC4: 1, 0xC5: 2, 0xC6: 4}  # text and bytes, by the width of their length
+_SIZED = {0xD9: 1, 0xDA: 2, 0xDB: 4, 0xC4: 1, 0xC5: 2, 0xC6: 4}  # texts and bytes -> width of their length
 _MAPS = {0xDE: 2, 0xDF: 4}
 _EXTENSIONS = {0xC7: 1, 0xC8: 2, 0xC9: 4}
-_ARRAY, _OF_THREE = 1, 0x93  # flax: an extension of this type, of shape, dtype and bytes
+_ARRAY, _THREE_ITEMS = 1, 0x93  # flax: an extension of type 1 with shape, dtype and bytes
 
 
 def is_flax(head: bytes) -> bool:
-    """Return whether a file begins as what flax serialises: nested mappings from names to arrays of its own type."""
+    """Return whether a file begins like a file of flax: nested msgpack mappings from names to arrays."""
     at, left = 0, [1]
     while at < len(head):
         byte = head[at]
@@ -112,9 +110,9 @@ def is_flax(head: bytes) -> bool:
             return False
         elif byte in _EXTENSIONS:
             width = _EXTENSIONS[byte]
-            return head[at + 1 + width : at + 3 + width] == bytes((_ARRAY, _OF_THREE))
+            return head[at + 1 + width : at + 3 + width] == bytes((_ARRAY, _THREE_ITEMS))
         else:
-            end = _behind(head, at)
+            end = _end_of_scalar(head, at)
             if end is None:
                 return False
             at = end
@@ -124,15 +122,15 @@ def is_flax(head: bytes) -> bool:
             left[-1] -= 1
         if len(left) == 1:
             return False
-        end = _behind(head, at)
+        end = _end_of_scalar(head, at)
         if end is None or not (0xA0 <= head[at] <= 0xBF or head[at] in (0xD9, 0xDA)):
             return False
         at = end
     return False
 
 
-def _behind(head: bytes, at: int) -> int | None:
-    """Return where the scalar at ``at`` ends, None where there is none."""
+def _end_of_scalar(head: bytes, at: int) -> int | None:
+    """Return the end of the scalar at ``at``, or None where there is no scalar."""
     if at >= len(head):
         return None
     byte = head[at]
@@ -165,15 +163,15 @@ _KNOWN_MAGICS = (
 
 
 def is_torch_tar(head: bytes) -> bool:
-    """Return whether ``head`` begins a tar archive whose first member is one of those of torch."""
+    """Return whether ``head`` begins a tar archive whose first member is one that torch 0.1 writes."""
     return head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (name.encode() for name in TAR_MEMBERS)
 
 
 def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
-    """Return the error that says what ``file`` is, which begins with ``head``, and what to do about it."""
-    for magic, what, hint in _KNOWN_MAGICS:
+    """Return the error that names the format of ``file``, which begins with ``head``, and says what to do."""
+    for magic, description, hint in _KNOWN_MAGICS:
         if head.startswith(magic):
-            return FormatError(f"{what}", hint=hint)
+            return FormatError(description, hint=hint)
     start = head.lstrip()[:64].lower()
     if start.startswith((b"<!doctype", b"<html", b"<?xml", b"<head")):
         return FormatError("an HTML page, not a checkpoint (a failed download?)", hint="download it again")
@@ -183,7 +181,7 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
         return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return FormatError(
-            "a bare pickle, not a file of torch.save", hint="load it where it was made, and torch.save it"
+            "a bare pickle, not a file of torch.save", hint="load it where it was written, and torch.save it"
         )
     if is_flax(head):
         return FormatError(
@@ -199,7 +197,7 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
 
 
 def refuse_selection(selection: Selection, path: str | None = None) -> None:
-    """Raise ``FormatError`` unless the weights are selected: a flat format holds no mapping inside."""
+    """Raise ``FormatError`` unless the weights are selected, since a flat format has no mapping inside."""
     if selection.optimizer:
         raise FormatError(
             "holds only tensors and no optimizer state", hint="give the file that was saved with it", path=path

@@ -1,4 +1,4 @@
-"""Small honest files of every kind, as their own libraries write them: what the fuzzing damages."""
+"""Small valid files of every kind, written by their own libraries, for the fuzzing tests to damage."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ARRAYS: tuple[dict[str, np.ndarray[Any, Any]], ...] = (
 
 
 def corpus(kind: str) -> list[bytes]:
-    """Small files of one kind, as their own libraries write them."""
+    """Return small files of one kind, written by its own library."""
     if kind == "safetensors":
         header = {"__metadata__": {"format": "pt"}, "w": f32(0, 24, [2, 3]), "b": f32(24, 26, [2], "U8")}
         plain = safetensors_file(header, bytes(range(26)))
@@ -89,7 +89,7 @@ def _scripted() -> bytes:
 
 
 def items(directory: Path) -> None:
-    """Write the items that the metadata of the distributed checkpoints speaks of."""
+    """Write the items that the metadata of the distributed checkpoints names."""
     save(directory, {"model": dict(STATE), "step": 3})
 
 
@@ -126,7 +126,7 @@ def _quantised_gguf(writer: gguf.GGUFWriter) -> None:
 
 
 def _with_stable_keys(data: bytes) -> bytes:
-    # torch names a legacy storage by its address, which differs from run to run; the order of names is kept.
+    # torch names a legacy storage by its address, which differs between runs; the order of the names is kept.
     for number, key in enumerate(sorted(set(re.findall(rb"\d{12,}", data)))):
         data = data.replace(key, b"%0*d" % (len(key), number))
     return data

@@ -43,7 +43,7 @@ ORACLES: Mapping[str, Callable[[str], Seen | None]] = {
 
 
 def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
-    """One to four kinds of damage: bits, bytes, numbers and tokens, cuts, repeats, and pieces of other files."""
+    """Return the file with one to four kinds of damage: bits, bytes, numbers, tokens, cuts, repeats, other pieces."""
     made = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
         at = rng.randrange(len(made) + 1)
@@ -84,7 +84,7 @@ def _swap(made: bytearray, rng: random.Random) -> None:
 
 
 def _other_layout(data: bytes, rng: random.Random) -> bytes:
-    """The file with a header that is still JSON, and says something else in one or two places."""
+    """Return the file with one or two changes in the header, which is still JSON."""
     size = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:size])
     for _ in range(rng.choice((1, 2))):
@@ -112,14 +112,14 @@ def _other_layout(data: bytes, rng: random.Random) -> bytes:
 
 
 def _other_entry(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
-    """The archive with one entry damaged, and checksums that say that it is whole."""
+    """Return the archive with one entry damaged and its checksum updated."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         name = rng.choice([name for name in archive.namelist() if archive.getinfo(name).file_size])
         return rezip(data, {name: mutate(archive.read(name), files, rng)})
 
 
 def _other_member(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
-    """The tar archive with one member damaged, in headers that say that it is whole."""
+    """Return the tar archive with one member damaged and its header updated."""
     with tarfile.open(fileobj=io.BytesIO(data)) as archive:
         members = {info.name: file.read() for info in archive if (file := archive.extractfile(info))}
     name = rng.choice(list(members))
@@ -146,7 +146,7 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
 
 
 def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
-    """Read ``count`` mutants; return how they ended. Raises ``AssertionError`` where the two readings differ."""
+    """Read ``count`` damaged files and count the outcomes. Raises ``AssertionError`` where two readers differ."""
     path = directory / FILES.get(kind, "x.pt")
     for name, key in (("one", "w"), ("two", "v")):
         (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))
@@ -186,7 +186,7 @@ def _compared(kind: str, seen: Seen, expected: Seen | None) -> str:
     if kind == "npz":
         # Listing inflates no array: damage that numpy sees in one, where it reads that, is no difference.
         seen = {key: entry for key, entry in seen.items() if key in expected}
-    # What is listed and cannot be read is no claim about values.
+    # A tensor that is listed and cannot be read has no values to compare.
     unread = {key for key, (_, _, data) in seen.items() if data is None}
     seen, expected = ({key: part[key] for key in part if key not in unread} for part in (seen, expected))
     differing = {key for key in seen.keys() | expected.keys() if seen.get(key) != expected.get(key)}

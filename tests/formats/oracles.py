@@ -1,4 +1,4 @@
-"""Checkpoints as we read them and as their own libraries do, in one form, so that they can be compared."""
+"""Read checkpoints with ckptkit and with other libraries, in one form that can be compared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Seen = dict[str, tuple[str, tuple[int, ...], bytes | None]]  # no bytes: listed,
 
 
 def ours(path: str) -> Seen | None:
-    """Names, dtypes, shapes and bytes as we read them; None for a refusal. Anything else is a bug, and escapes."""
+    """Return keys, dtypes, shapes and bytes by ckptkit, or None where it refuses the file; other errors are raised."""
     try:
         with open_checkpoint(path) as checkpoint:
             shared_keys(checkpoint)
@@ -43,7 +43,7 @@ def ours(path: str) -> Seen | None:
 
 
 def by_safetensors(path: str) -> Seen | None:
-    """The same by the safetensors library; None where it refuses the file."""
+    """Return the same by the safetensors library, or None where it refuses the file."""
     try:
         with safe_open(path, "pt") as file:
             names = file.keys()
@@ -63,7 +63,7 @@ def _bytes_by_safetensors(path: str, key: str) -> bytes:
 
 
 def by_torch(path: str) -> Seen | None:
-    """The same by torch.load(weights_only=True), where it gives a flat mapping; None else.
+    """Return the same by torch.load(weights_only=True), or None unless it gives a flat mapping.
 
     Asked only about files that we accept: on others it may allocate or hang. Where a deflated record is
     damaged, torch 2.13 hands out uninitialised memory: nothing can be compared with that.
@@ -89,7 +89,7 @@ def by_torch(path: str) -> Seen | None:
 
 
 def by_gguf(path: str) -> Seen | None:
-    """The tensors of plain numbers by gguf-py; None where it refuses the file."""
+    """Return the tensors of plain numbers by gguf-py, or None where it refuses the file."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tensors = gguf.GGUFReader(path).tensors
@@ -103,7 +103,7 @@ def by_gguf(path: str) -> Seen | None:
 
 
 def by_numpy(path: str) -> Seen | None:
-    """The arrays of numbers by numpy.load, without pickles; None where it refuses the file, no key where an array."""
+    """Return the arrays of numbers by numpy.load without pickles, or None where it refuses the file."""
     seen: Seen = {}
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -122,7 +122,7 @@ def by_numpy(path: str) -> Seen | None:
 
 
 def by_dcp(path: str) -> Seen | None:
-    """The tensors of a distributed checkpoint by torch's own converter, where it gives a flat mapping; None else.
+    """Return the tensors of a distributed checkpoint by the converter of torch, or None unless they are flat.
 
     Asked only about metadata that we accept, which then names no code but torch's own.
     """

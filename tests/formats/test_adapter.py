@@ -24,7 +24,7 @@ BASE = "an adapter: the weights of the base model 'some/base' are not inside"
 
 
 def lora(module: str, rank: int) -> dict[str, torch.Tensor]:
-    """The two factors of one module, under the names that PEFT saves them by."""
+    """Return the two factors of one module, with the keys of PEFT."""
     if module.endswith("tokens"):
         return {f"{OUTER}.{module}.lora_embedding_A": torch.ones(rank, 50),
                 f"{OUTER}.{module}.lora_embedding_B": torch.ones(16, rank)}  # fmt: skip
@@ -44,7 +44,7 @@ V = lora("layers.0.self_attn.v_proj", 2)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
-def test_an_adapter_is_its_weights_and_its_configuration(tmp_path: Path, kind: str) -> None:
+def test_an_adapter_has_weights_and_a_configuration(tmp_path: Path, kind: str) -> None:
     save(tmp_path, Q)
     if kind == "bin":
         (tmp_path / "adapter_model.safetensors").unlink()
@@ -90,7 +90,7 @@ RANKS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("case", RANKS)
-def test_a_rank_that_the_configuration_does_not_give_is_named(tmp_path: Path, case: str) -> None:
+def test_a_tensor_of_another_rank_than_the_configuration_is_named(tmp_path: Path, case: str) -> None:
     state, config, said = RANKS[case]
     with open_checkpoint(save(tmp_path, state, **config)) as checkpoint:
         first, *others = checkpoint.warnings
@@ -107,7 +107,7 @@ def test_many_wrong_ranks_are_counted(tmp_path: Path) -> None:
 
 
 def test_without_its_configuration_the_scale_is_unknown(tmp_path: Path) -> None:
-    """H16."""
+    """Row H16 of the table of hostile input."""
     save(tmp_path, Q)
     (tmp_path / "adapter_config.json").unlink()
     with open_checkpoint(tmp_path) as checkpoint:
@@ -116,7 +116,7 @@ def test_without_its_configuration_the_scale_is_unknown(tmp_path: Path) -> None:
         )
 
 
-def test_a_broken_configuration_is_said_once(tmp_path: Path) -> None:
+def test_a_broken_configuration_gets_one_warning(tmp_path: Path) -> None:
     save(tmp_path, Q)
     (tmp_path / "adapter_config.json").write_text("{")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -126,7 +126,7 @@ def test_a_broken_configuration_is_said_once(tmp_path: Path) -> None:
 
 
 def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
-    """H16: it is all that a failed download leaves."""
+    """H16: a failed download can leave only the configuration."""
     save(tmp_path, Q)
     (tmp_path / "adapter_model.safetensors").unlink()
     error = refusal(str(tmp_path))

@@ -1,4 +1,4 @@
-"""What trainers write beside the weights: listed with them, opened by name, never run, never in the way."""
+"""Files that trainers write beside the weights are listed and can be opened by name; no code in them is run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CONFIG = {"architectures": ["LlamaForCausalLM"], "hidden_size": 16, "model_type"
 
 
 class TrainingArguments(Namespace):
-    """Stands for the class of transformers: hundreds of fields, and code that is not here."""
+    """A stand-in for the class of transformers, which has hundreds of fields."""
 
 
 def trained() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def trained() -> dict[str, Any]:
 
 
 def trainer_directory(directory: Path) -> Path:
-    """Write what transformers' Trainer writes at a checkpoint, file by file."""
+    """Write the files that the Trainer of transformers writes at a checkpoint."""
     directory.mkdir(exist_ok=True)
     save_file(STATE, directory / "model.safetensors", {"format": "pt"})
     (directory / "config.json").write_text(json.dumps(CONFIG))
@@ -66,7 +66,7 @@ def entries_of(directory: Path) -> dict[str, Entry]:
         return {entry.path: entry for entry in checkpoint.entries}
 
 
-def test_a_checkpoint_of_the_trainer_is_its_weights_and_lists_the_rest(tmp_path: Path) -> None:
+def test_a_checkpoint_of_the_trainer_lists_the_other_files(tmp_path: Path) -> None:
     with open_checkpoint(trainer_directory(tmp_path)) as checkpoint:
         assert {key: info.shape for key, info in checkpoint.items()} == {"net.bias": (2,), "net.weight": (2, 3)}
         assert checkpoint.warnings == ()
@@ -87,15 +87,15 @@ def test_a_checkpoint_of_the_trainer_is_its_weights_and_lists_the_rest(tmp_path:
     }  # fmt: skip
 
 
-def test_what_is_written_says_what_stays_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_conversion_names_the_files_that_it_leaves_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = trainer_directory(tmp_path / "checkpoint-2")
     ran = run_ckpt(capsys, "convert", directory, "-o", tmp_path / "out.pt")
     assert ran.code == 0
     assert "left out, not in the mapping that was read: config.json, generation_config.json, optimizer.pt" in ran.err
 
 
-def test_weights_are_replaced_in_place_beside_their_other_files(tmp_path: Path) -> None:
-    """Files of their own are not lost when the one that holds the weights is replaced."""
+def test_replacing_the_weights_keeps_the_other_files(tmp_path: Path) -> None:
+    """Writing the file of weights in place changes no file beside it."""
     directory = trainer_directory(tmp_path)
     before = {path.name: path.read_bytes() for path in directory.iterdir() if path.name != "model.safetensors"}
     with open_checkpoint(directory) as checkpoint:
@@ -107,7 +107,7 @@ def test_weights_are_replaced_in_place_beside_their_other_files(tmp_path: Path) 
 
 
 def test_a_file_beside_the_weights_is_opened_by_its_name(tmp_path: Path) -> None:
-    """``DIR::optimizer.pt`` is that file, and what follows is a mapping inside it."""
+    """``DIR::optimizer.pt`` opens the file, and a key after it opens a mapping inside the file."""
     directory = trainer_directory(tmp_path)
     expected = torch.load(directory / "optimizer.pt", weights_only=True)["state"]
     flat = {f"{index}.{name}": value for index, state in expected.items() for name, value in state.items()}
@@ -137,7 +137,7 @@ def test_states_of_many_ranks_are_one_entry(tmp_path: Path) -> None:
 
 
 def test_the_states_of_accelerate_are_listed(tmp_path: Path) -> None:
-    """Its files are of the same kind under other names; a second model is mentioned, not read."""
+    """The files of accelerate have other names; a warning names a second model, which is not read."""
     save_file(STATE, tmp_path / "model.safetensors")
     save_file(STATE, tmp_path / "model_1.safetensors")
     names = ("custom_checkpoint_0.pkl", "optimizer.bin", "random_states_0.pkl", "sampler.bin", "scheduler.bin")
@@ -148,7 +148,7 @@ def test_the_states_of_accelerate_are_listed(tmp_path: Path) -> None:
         assert checkpoint.warnings == ("'model_1.safetensors' is beside 'model.safetensors' and is not read",)
 
 
-def test_any_one_file_of_weights_may_have_company(tmp_path: Path) -> None:
+def test_a_single_file_of_any_name_may_have_files_beside_it(tmp_path: Path) -> None:
     torch.save(STATE, tmp_path / "my_run.pth")
     torch.save(trained(), tmp_path / "optimizer.pt")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -190,7 +190,7 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_beside_the_weights_is_a_warning(tmp_path: Path, case: str) -> None:
-    """The weights are whole, and are read; the file is named."""
+    """The weights are read, and the warning names the broken file."""
     name, damage, said = BROKEN[case]
     damage(trainer_directory(tmp_path) / name)
     with open_checkpoint(tmp_path) as checkpoint:
@@ -199,8 +199,8 @@ def test_a_broken_file_beside_the_weights_is_a_warning(tmp_path: Path, case: str
         assert [entry.path for entry in checkpoint.entries].count(name) == 1
 
 
-def test_all_that_is_beside_is_bounded(tmp_path: Path) -> None:
-    """A configuration of a million values, and long ones, takes a line."""
+def test_the_values_of_a_large_configuration_are_bounded(tmp_path: Path) -> None:
+    """A configuration with very many or very long values is cut to a line."""
     directory = trainer_directory(tmp_path)
     (directory / "config.json").write_text(
         json.dumps({"model_type": "x" * 5000, "big": 2**70} | {f"k{n}": n for n in range(100_000)})
@@ -228,7 +228,7 @@ def test_a_model_and_an_adapter_are_two_candidates(tmp_path: Path, names: list[s
     assert error.hint == "give the path of one of them"
 
 
-def test_the_older_form_of_the_same_weights_is_mentioned(tmp_path: Path) -> None:
+def test_a_warning_names_the_older_form_of_the_same_weights(tmp_path: Path) -> None:
     save_file(STATE, tmp_path / "model.safetensors")
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -236,18 +236,18 @@ def test_the_older_form_of_the_same_weights_is_mentioned(tmp_path: Path) -> None
         assert checkpoint.warnings == ("'pytorch_model.bin' is beside 'model.safetensors' and is not read",)
 
 
-def test_a_directory_with_nothing_but_company_holds_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_not_a_checkpoint(tmp_path: Path) -> None:
     trainer_directory(tmp_path)
     (tmp_path / "model.safetensors").unlink()
     assert "a directory without a checkpoint in it" in refusal(str(tmp_path)).reason
 
 
 class HyperParameters(dict[str, Any]):
-    """Stands for the AttributeDict of Lightning."""
+    """A stand-in for the AttributeDict of Lightning."""
 
 
 def test_a_checkpoint_of_lightning_is_its_state_dict(tmp_path: Path) -> None:
-    """``state_dict`` is taken; loops, callbacks, optimizers and hyper-parameters of unknown classes are entries."""
+    """The weights are ``state_dict``; loops, callbacks, optimizers and hyper-parameters are entries."""
     path = tmp_path / "epoch=0-step=4.ckpt"
     content = {
         "epoch": 0, "global_step": 4, "pytorch-lightning_version": "2.6.6", "state_dict": STATE,
@@ -277,8 +277,8 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("case", BOMBS)
-def test_what_expands_beside_the_weights_stays_within_bounds(tmp_path: Path, case: str) -> None:
-    """At the largest size that is read, the weights are shown within the limit for bad input."""
+def test_expanding_files_beside_the_weights_are_bounded(tmp_path: Path, case: str) -> None:
+    """With files of the largest size that is read, the weights are shown within the memory limit."""
     name, data = BOMBS[case]
     (trainer_directory(tmp_path) / name).write_bytes(data)
     ran = run_limited("show", tmp_path)

@@ -1,4 +1,4 @@
-"""Files of big-endian machines: read as torch reads them, and what torch itself would misread is refused by name."""
+"""Files of big-endian machines are read as torch reads them; tensors that torch misreads are refused by name."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers_formats import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-# Written through an untyped storage, of which torch does not know in how many bytes to swap it.
+# Written through an untyped storage, for which torch does not know the width of the numbers.
 UNTYPED = {code for code in DTYPES if code.startswith(("U16", "U32", "U64", "C32", "BITS16"))}
 IN_TORCH = [dtype for dtype in DTYPES.values() if dtype.torch_name and not dtype.code.startswith("Q")]
 
@@ -41,7 +41,7 @@ def reversed_in(data: bytes, width: int) -> bytes:
 
 
 def big(data: bytes, width: int, method: int = zipfile.ZIP_STORED) -> bytes:
-    """The archive as a big-endian machine would have written it, all of its numbers of ``width`` bytes."""
+    """Return the archive as a big-endian machine writes it, with numbers of ``width`` bytes."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         stored = {name: archive.read(name) for name in archive.namelist() if name.startswith("archive/data/")}
     changes: dict[str, bytes | None] = {name: reversed_in(content, width) for name, content in stored.items()}
@@ -88,7 +88,7 @@ def test_views_of_one_storage_are_swapped_once(tmp_path: Path, kind: torch.dtype
                 assert span.nbytes == info.nbytes
 
 
-def test_the_parts_of_a_complex_storage_are_numbers_of_their_own(tmp_path: Path) -> None:
+def test_the_parts_of_complex_numbers_are_swapped_separately(tmp_path: Path) -> None:
     values = random_tensor(torch.complex64, (4,))
     state = {"real": values.real, "imag": values.conj().imag}
     path = write(tmp_path, big(saved(state), 4))
@@ -105,8 +105,8 @@ def test_a_large_deflated_storage_is_swapped_across_its_pieces(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("code", sorted(UNTYPED))
-def test_what_has_no_type_in_the_file_is_listed_and_not_read(tmp_path: Path, code: str) -> None:
-    """torch swaps a storage by its type, and gives other values here than the writing machine had."""
+def test_a_storage_without_a_type_is_listed_and_not_read(tmp_path: Path, code: str) -> None:
+    """torch swaps a storage by its type, and here reads other values than were written."""
     state = {
         "x": random_tensor(getattr(torch, DTYPES[code].torch_name), (3, 2)),
         "w": torch.arange(3, dtype=torch.int8),
@@ -122,7 +122,7 @@ def test_what_has_no_type_in_the_file_is_listed_and_not_read(tmp_path: Path, cod
 
 
 def test_a_storage_of_two_types_is_swapped_by_the_first_as_torch_does(tmp_path: Path) -> None:
-    """Where the second has numbers of another width, nobody can say what it holds."""
+    """A second type with another width cannot be read."""
     first, same = tensor(storage("0", 4)), tensor(storage("0", 4, "torch.IntStorage"))
     other = tensor(storage("0", 8, "torch.HalfStorage"), size=(8,), stride=(1,))
     swapped = reversed_in(bytes(range(16)), 4)
@@ -139,7 +139,7 @@ def test_a_storage_of_two_types_is_swapped_by_the_first_as_torch_does(tmp_path: 
 
 
 def test_legacy_storages_are_little_endian_everywhere(tmp_path: Path) -> None:
-    """torch looks at no flag there, since it writes little-endian; of complex numbers it mixed up the parts."""
+    """torch writes little-endian there and reads no flag; it mixed up the parts of complex numbers."""
     body = mapping(
         {
             "w": tensor(storage("0", 4, "torch.FloatStorage", "cpu", b"N")),
@@ -157,6 +157,6 @@ def test_legacy_storages_are_little_endian_everywhere(tmp_path: Path) -> None:
         assert any("written on a big-endian machine" in line for line in checkpoint.warnings)
 
 
-def test_a_little_endian_file_says_nothing(tmp_path: Path) -> None:
+def test_a_little_endian_file_gets_no_warning(tmp_path: Path) -> None:
     with warnings.catch_warnings(action="error"), opened(tmp_path, saved({"w": torch.ones(2)})) as checkpoint:
         assert checkpoint.warnings == ()

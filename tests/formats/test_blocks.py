@@ -1,4 +1,4 @@
-"""A tensor in blocks: covered exactly or refused, and its bytes those of the whole."""
+"""A tensor in blocks is refused unless the blocks cover it exactly, and reads as the whole tensor."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def cover(shape: tuple[int, ...], boxes: list[Box]) -> None:
 
 
 def cut(box: Box, depth: int, chance: random.Random) -> list[Box]:
-    """Cut a box in two at a random place of a random dimension, and the halves again."""
+    """Return the boxes of a random recursive division of a box."""
     dims = [dim for dim, size in enumerate(box.sizes) if size > 1]
     if not depth or not dims:
         return [box]
@@ -60,7 +60,7 @@ shapes = st.lists(st.integers(1, 6), max_size=4).map(tuple)
 
 @settings(deadline=None, max_examples=200)
 @given(shape=shapes, seed=st.integers(0, 2**32), depth=st.integers(0, 5), width=st.sampled_from(sorted(WIDTHS)))
-def test_any_cutting_is_put_together_again(shape: tuple[int, ...], seed: int, depth: int, width: int) -> None:
+def test_any_division_reads_as_the_whole_tensor(shape: tuple[int, ...], seed: int, depth: int, width: int) -> None:
     tensor = random_tensor(WIDTHS[width], shape, seed)
     boxes = cut(Box((0,) * len(shape), shape), depth, random.Random(seed))  # noqa: S311
     cover(shape, boxes)
@@ -136,13 +136,13 @@ def test_a_refusal_names_the_ranges(case: str) -> None:
         cover(shape, boxes)
 
 
-def test_empty_boxes_cover_nothing_and_do_no_harm() -> None:
+def test_empty_boxes_cover_nothing() -> None:
     cover((0, 3), [])
     cover((0, 3), [Box((0, 0), (0, 3)), Box((0, 0), (0, 3))])
     cover((1, 3), [Box((0, 0), (1, 3)), Box((1, 0), (0, 3)), Box((1, 0), (0, 3))])
 
 
-def test_boxes_that_cut_each_other_to_shreds_are_refused_before_the_work_is_done() -> None:
+def test_boxes_that_overlap_in_too_many_ways_are_refused_early() -> None:
     side = 4000
     steps = [Box((0, at), (at + 1, 1)) for at in range(side)]
     steps += [Box((at + 1, at), (side - at - 1, 1)) for at in range(side - 1)]
@@ -157,8 +157,8 @@ def test_a_grid_of_any_size_is_within_the_budget() -> None:
 
 
 @pytest.mark.parametrize("dim", [1, 2])
-def test_rows_longer_than_a_piece_are_put_together_within_bounds(tmp_path: Path, dim: int) -> None:
-    """Memory does not follow the tensor: 48 MB in two blocks, whose rows alone are larger than a piece."""
+def test_rows_longer_than_a_piece_are_joined_in_bounded_memory(tmp_path: Path, dim: int) -> None:
+    """A tensor of 48 MB in two blocks, whose rows are larger than a piece, needs little memory."""
     shape = (2, 6, CHUNK // 4)
     tensor = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)
     near = shape[dim] // 2 - 1

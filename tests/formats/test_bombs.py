@@ -1,4 +1,4 @@
-"""Small files that stand for much: reading one ends soon, in little memory, as a list or as a refusal."""
+"""Small files that expand: reading one ends soon and in little memory, with a list or an error."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ EDIT = CHILD.replace("from ckptkit.formats import open_checkpoint", "from ckptki
 
 @pytest.mark.parametrize("name", ["C8 laughs beside the weights", "C8 wide mappings as entries", "C9 100,000 objects"])
 def test_what_can_be_listed_can_be_edited_or_is_refused(tmp_path: Path, name: str) -> None:
-    """With what stands for much left beside the weights, within the same limits."""
+    """Editing keeps the expanding values beside the weights, within the same limits."""
     path = write(tmp_path, BOMBS[name]())
     done = subprocess.run([sys.executable, "-c", EDIT, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -171,7 +171,7 @@ def test_what_can_be_listed_can_be_edited_or_is_refused(tmp_path: Path, name: st
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_ends_as_a_list_or_a_refusal(tmp_path: Path, name: str) -> None:
-    """The limits of memory and of CPU time are the child's; ending by either of them fails the test."""
+    """The child process has limits of memory and CPU time; reaching a limit fails the test."""
     path = write(tmp_path, BOMBS[name]())
     done = subprocess.run([sys.executable, "-c", CHILD, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -1,4 +1,4 @@
-"""Distributed checkpoints: whole tensors as torch reads them, and nothing believed that the files do not hold."""
+"""Distributed checkpoints are read as torch reads them, and metadata that the files contradict is refused."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def broken(ranks: Path, tmp_path: Path) -> str:
-    """A copy of what two ranks wrote, to be broken."""
+    """Return a copy of a checkpoint of two ranks, for a test that damages it."""
     return str(shutil.copytree(ranks / "dcp", tmp_path / "copy"))
 
 
 def assert_whole(checkpoint: Checkpoint) -> None:
-    """Every tensor is what the ranks held together; they decide about the order."""
+    """Assert that every tensor is the whole of what the ranks saved."""
     expected = full_tensors()
     assert set(checkpoint) == set(expected)
     assert_same(checkpoint, {key: expected[key] for key in checkpoint})
@@ -79,9 +79,6 @@ def trained() -> dict[str, Any]:
     model(torch.randn(5, 3)).sum().backward()
     optimizer.step()
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": 7, "lr": [0.5, 2.0]}
-
-
-# --- what is there ---------------------------------------------------------------------------------------------------
 
 
 def test_the_weights_are_found_and_are_those_of_torch(tmp_path: Path) -> None:
@@ -98,7 +95,7 @@ def test_the_weights_are_found_and_are_those_of_torch(tmp_path: Path) -> None:
         assert entries == {"optimizer": "2 items, 18 tensors", "step": 7, "lr": [0.5, 2.0]}
 
 
-def test_inner_paths_reach_the_nesting_that_torch_restores(tmp_path: Path) -> None:
+def test_a_key_opens_a_mapping_of_the_nested_state(tmp_path: Path) -> None:
     path = save(tmp_path / "run", trained())
     whole = loaded(path, tmp_path)
     moments = {f"{index}.{name}": tensor for index, state in whole["optimizer"]["state"].items()
@@ -129,7 +126,7 @@ def test_a_flat_state_needs_no_envelope(tmp_path: Path) -> None:
         assert checkpoint.envelope == ""
 
 
-def test_names_alone_serve_where_there_is_no_planner_data(tmp_path: Path) -> None:
+def test_without_planner_data_the_keys_are_flat(tmp_path: Path) -> None:
     path = save(tmp_path / "run", {"model": {"a": torch.ones(2), "b": torch.ones(3)}})
     edit(path, lambda metadata: setattr(metadata, "planner_data", None))
     with open_dcp(path) as checkpoint:
@@ -146,7 +143,7 @@ def test_every_dtype_that_dcp_can_hold(tmp_path: Path, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float4_e2m1fn_x2, torch.complex128])
-def test_every_width_is_put_together_from_a_grid(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_a_grid_of_chunks_is_joined_for_every_width(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = random_tensor(dtype, (5, 6))
     view = tensor.view(torch.uint8) if dtype is torch.float4_e2m1fn_x2 else tensor
     cuts = [((0, 0), (2, 4)), ((0, 4), (2, 2)), ((2, 0), (3, 1)), ((2, 1), (3, 5))]
@@ -200,7 +197,7 @@ def test_views_and_empty_tensors(tmp_path: Path, name: str) -> None:
 
 
 def test_two_ranks_give_whole_tensors(ranks: Path, tmp_path: Path) -> None:
-    """DTensors split by rows and by columns, with fewer rows than ranks, replicated, transposed, in bfloat16."""
+    """DTensors are split by rows or columns, with fewer rows than ranks, replicated, transposed, in bfloat16."""
     path = str(ranks / "dcp")
     assert len([name for name in os.listdir(path) if name.endswith(".distcp")]) == 2
     whole = loaded(path, tmp_path)
@@ -221,7 +218,7 @@ def test_two_ranks_give_whole_tensors(ranks: Path, tmp_path: Path) -> None:
 
 @settings(deadline=None, max_examples=25)
 @given(rows=st.integers(1, 9), columns=st.integers(1, 9), data=st.data())
-def test_any_grid_of_chunks_is_what_torch_makes_of_it(
+def test_any_grid_of_chunks_reads_as_torch_reads_it(
     tmp_path_factory: pytest.TempPathFactory, rows: int, columns: int, data: st.DataObject
 ) -> None:
     tmp_path = tmp_path_factory.mktemp("grid")
@@ -254,7 +251,7 @@ def test_a_thousand_files_do_not_exhaust_the_descriptors(tmp_path: Path) -> None
         list(payload.chunks())
 
 
-def test_what_is_large_many_or_no_value_is_named_and_not_read(tmp_path: Path) -> None:
+def test_too_many_or_too_large_objects_are_named_and_not_read(tmp_path: Path) -> None:
     state = {"w": torch.ones(2), "text": "x" * 2_000_000, "pair": (torch.ones(2), 1), "none": None}
     with open_dcp(save(tmp_path / "run", {"model": {"w": state.pop("w")}, **state})) as checkpoint:
         assert [(entry.path, entry.type) for entry in checkpoint.entries] == [
@@ -273,7 +270,7 @@ def test_objects_of_unknown_classes_are_references(tmp_path: Path) -> None:
 
 
 class Config:
-    """A class of the user's own."""
+    """A class of the user."""
 
 
 def test_neither_torch_nor_numpy_is_imported(ranks: Path) -> None:
@@ -290,18 +287,15 @@ def test_neither_torch_nor_numpy_is_imported(ranks: Path) -> None:
     assert done.stdout == "[]\n"
 
 
-def test_a_directory_is_told_by_its_names() -> None:
+def test_a_directory_is_recognised_by_its_file_names() -> None:
     assert is_dcp(["__0_0.distcp"])
     assert is_dcp([".metadata"])
     assert is_dcp(["shard-00001-model-00001-of-00001.safetensors"])
     assert not is_dcp(["model-00001-of-00002.safetensors", "model.safetensors.index.json", "metadata", "distcp"])
 
 
-# --- what is not ----------------------------------------------------------------------------------------------------
-
-
 class Attack:
-    """Runs a command when it is unpickled by anything that obeys."""
+    """Runs a command when pickle loads it."""
 
     def __init__(self, command: str) -> None:
         self.command = command
@@ -343,14 +337,14 @@ def test_h10_code_in_an_item_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_h11_an_interrupted_save_is_called_so(broken: str) -> None:
+def test_h11_an_interrupted_save_is_named(broken: str) -> None:
     os.remove(f"{broken}/.metadata")
     error = refusal(broken)
     assert error.reason == "2 .distcp files and no .metadata, which is written last: an interrupted save?"
     assert error.hint
 
 
-def test_metadata_of_each_rank_alone_is_no_interrupted_save(broken: str) -> None:
+def test_metadata_of_each_rank_is_not_an_interrupted_save(broken: str) -> None:
     os.rename(f"{broken}/.metadata", f"{broken}/__0.metadata")
     assert (
         refusal(broken).reason
@@ -379,7 +373,7 @@ def _chunks(change: Callable[[list[ChunkStorageMetadata]], object], key: str = "
 
 
 def _resize(index: int, offsets: tuple[int, ...], sizes: tuple[int, ...]) -> Damage:
-    """Change a chunk and its place alike, as a consistent lie."""
+    """Change a chunk and its place in the same way, so that they agree."""
 
     def change(metadata: Any) -> None:
         chunk = metadata.state_dict_metadata["model.rows"].chunks[index]
@@ -538,8 +532,8 @@ def test_metadata_that_contradicts_itself_or_the_files_is_refused(broken: str, c
     assert re.search(reason, error.reason), error.reason
 
 
-def test_torch_itself_reads_past_a_hole(broken: str, tmp_path: Path) -> None:
-    """The reason for the coverage check: the same directory converts without an error."""
+def test_torch_itself_ignores_a_gap(broken: str, tmp_path: Path) -> None:
+    """torch converts the same directory without an error, which is the reason for the check of coverage."""
     assert loaded(edit(broken, _drop_chunk(1)), tmp_path)["model"]["rows"].shape == (7, 3)
 
 
@@ -589,7 +583,7 @@ def test_damage_inside_an_item_is_named_when_it_is_read(broken: str) -> None:
         assert caught.value.path == str(target)
 
 
-def test_an_item_that_is_no_tensor_is_refused(broken: str) -> None:
+def test_an_item_that_is_not_a_tensor_is_refused(broken: str) -> None:
     swapped = metadata_of(broken)
     one, other = _place(swapped, "model.plain"), _place(swapped, "step")
     places = swapped.storage_data
@@ -609,13 +603,13 @@ def test_a_change_while_reading_is_noticed(broken: str) -> None:
             checkpoint.check_unchanged()
 
 
-def test_files_of_another_save_are_said(broken: str) -> None:
+def test_a_warning_names_files_of_another_save(broken: str) -> None:
     shutil.copy(f"{broken}/__0_0.distcp", f"{broken}/__5_0.distcp")
     with open_dcp(broken) as checkpoint:
         assert checkpoint.warnings == ("1 file not named in .metadata, left from another save: '__5_0.distcp'",)
 
 
-def test_another_version_is_said(broken: str) -> None:
+def test_a_warning_names_another_version(broken: str) -> None:
     with open_dcp(edit(broken, _set(version="2.0.0"))) as checkpoint:
         assert checkpoint.warnings == ("written in version '2.0.0' of the format; 1.0.0 is supported",)
 
@@ -629,7 +623,7 @@ def test_a_list_of_chunks_shared_by_many_tensors_is_not_walked_for_each() -> Non
         read_metadata(pickle.dumps(metadata, 4))
 
 
-def test_bytes_behind_the_pickle_are_refused(broken: str) -> None:
+def test_bytes_after_the_pickle_are_refused(broken: str) -> None:
     with open(f"{broken}/.metadata", "ab") as file:
         file.write(b"more")
     error = refusal(broken)

@@ -1,4 +1,4 @@
-"""DCP's safetensors form: pieces joined where they say they belong, and a missing shard never filled with zeros."""
+"""The safetensors form of DCP: pieces are joined by their offsets, and a missing shard is never filled with zeros."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def copy(ranks: Path, tmp_path: Path) -> Path:
 
 
 def put(path: Path, shard: int, pieces: dict[str, tuple[torch.Tensor, list[int]]], model: int = 1, of: int = 1) -> Path:
-    """Write one rank's file, as the writer of DCP does."""
+    """Write the file of one rank, as DCP does."""
     path.mkdir(exist_ok=True)
     info = {key: {"saved_offsets": offsets} for key, (_, offsets) in pieces.items()}
     metadata = {"DCP_SHARDING_INFO": json.dumps(info), "DCP_VERSION": "1.0", "format": "pt"}
@@ -81,7 +81,7 @@ def test_it_is_what_torch_consolidates(ranks: Path, tmp_path: Path) -> None:
         }
 
 
-def test_h14_a_missing_first_or_middle_shard_is_a_hole_and_not_zeros(tmp_path: Path) -> None:
+def test_h14_a_missing_first_or_middle_shard_is_refused(tmp_path: Path) -> None:
     tensor = random_tensor(torch.float32, (9, 2))
     for lost, named in ((1, "rows 0-2 are"), (2, "rows 3-5 are")):
         path = rows(tmp_path / f"lost{lost}", tensor, 3, 3, 3)
@@ -99,8 +99,8 @@ def test_h14_a_missing_last_shard_is_warned_about(tmp_path: Path) -> None:
         assert checkpoint.warnings[0].startswith("2 shards joined; a missing last shard cannot be noticed")
 
 
-def test_a_gap_in_the_numbers_is_refused_even_without_a_hole(tmp_path: Path) -> None:
-    """What lay in the missing shard alone would be lost without a trace."""
+def test_a_gap_in_the_numbers_is_refused_without_a_gap_in_a_tensor(tmp_path: Path) -> None:
+    """A tensor that only the missing shard holds would be lost without a trace."""
     path = put(tmp_path / "run", 1, {"a": (torch.ones(2), [0])})
     put(path, 3, {"b": (torch.ones(2), [0])})
     put(path, 6, {"c": (torch.ones(2), [0])})
@@ -112,7 +112,7 @@ def test_a_gap_in_the_numbers_is_refused_even_without_a_hole(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("of", [3, 999_999_999])
-def test_h14_files_that_no_rank_has_are_numbered(tmp_path: Path, of: int) -> None:
+def test_h14_missing_files_are_named_by_number(tmp_path: Path, of: int) -> None:
     path = put(tmp_path / "run", 1, {"a": (torch.ones(2), [0])}, 1, of)
     error = refusal(str(path))
     assert error.reason.startswith("no shard holds model-00002, model-00003")
@@ -221,7 +221,7 @@ def test_it_is_flat(ranks: Path) -> None:
     assert error.hint == "use --keep 'model.*'"
 
 
-def test_another_version_is_said(copy: Path) -> None:
+def test_a_warning_names_another_version(copy: Path) -> None:
     _header(lambda header: header["__metadata__"].update(DCP_VERSION="2.0"))(copy)
     with open_dcp(str(copy)) as checkpoint:
         assert checkpoint.warnings[-1] == "written in version '2.0' of the form; 1.0 is supported"

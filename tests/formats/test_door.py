@@ -1,4 +1,4 @@
-"""Whatever a path leads to, the door says what it is: by content, at once, in one line that names the path."""
+"""open_checkpoint recognises any path by its content; an error is one line that names the path."""
 
 from __future__ import annotations
 
@@ -66,14 +66,16 @@ NO_CHECKPOINT = [
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".bin.incomplete", ""])
 @pytest.mark.parametrize(("data", "reason"), NO_CHECKPOINT)
-def test_what_is_no_checkpoint_is_told_by_its_content(tmp_path: Path, data: bytes, reason: str, suffix: str) -> None:
+def test_a_file_of_another_format_is_named_by_its_content(
+    tmp_path: Path, data: bytes, reason: str, suffix: str
+) -> None:
     error = refused(tmp_path, data, f"file{suffix}")
     assert isinstance(error, FormatError)
     assert reason in error.reason
     assert error.path == str(tmp_path / f"file{suffix}")
 
 
-def test_a_pickled_object_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_pickled_object_is_refused_with_a_hint(tmp_path: Path) -> None:
     error = refused(tmp_path, saved(torch.Generator()))
     assert "a pickled object of class" in error.reason
     assert "not a state_dict" in error.reason
@@ -89,7 +91,7 @@ def test_a_directory_of_distributed_shards_without_readable_metadata_is_refused(
 @pytest.mark.parametrize(
     "what", ["missing", "missing directory", "file as directory", "dangling", "loop", "NUL", "long", "no name"]
 )
-def test_a_path_that_leads_to_nothing_says_why(tmp_path: Path, what: str) -> None:
+def test_a_path_without_a_file_is_refused_with_a_reason(tmp_path: Path, what: str) -> None:
     (tmp_path / "dangling").symlink_to("gone.pt")
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "file").write_bytes(GOOD)
@@ -111,10 +113,10 @@ def test_a_path_that_leads_to_nothing_says_why(tmp_path: Path, what: str) -> Non
 
 
 @pytest.mark.parametrize("what", ["fifo", "socket", "device", "link to a fifo"])
-def test_what_is_no_regular_file_is_refused_without_waiting_for_it(
+def test_a_special_file_is_refused_without_waiting_for_it(
     tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A10: opening a FIFO that nobody writes to would never return, and reading /dev/zero never ends."""
+    """A10: opening a FIFO without a writer would never return, and reading /dev/zero never ends."""
     monkeypatch.chdir(tmp_path)  # the name of a socket must be short
     os.mkfifo("fifo")
     os.symlink("fifo", "link to a fifo")
@@ -127,7 +129,7 @@ def test_what_is_no_regular_file_is_refused_without_waiting_for_it(
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 @pytest.mark.parametrize("directory", [False, True])
-def test_what_may_not_be_read_says_so(tmp_path: Path, directory: bool) -> None:
+def test_a_file_without_permission_is_refused(tmp_path: Path, directory: bool) -> None:
     target = tmp_path / "x"
     target.mkdir() if directory else target.write_bytes(GOOD)
     target.chmod(0)
@@ -150,7 +152,9 @@ def test_what_may_not_be_read_says_so(tmp_path: Path, directory: bool) -> None:
         pytest.param(saved(STATE), "x", "", id="a name without a suffix"),
     ],
 )
-def test_the_content_decides_and_a_wrong_name_is_said(tmp_path: Path, data: bytes, name: str, warning: str) -> None:
+def test_the_content_decides_and_a_warning_names_a_wrong_suffix(
+    tmp_path: Path, data: bytes, name: str, warning: str
+) -> None:
     with opened(tmp_path, data, name) as checkpoint:
         assert_same(checkpoint, STATE)
         assert len(checkpoint.warnings) == bool(warning)
@@ -169,11 +173,11 @@ def test_a_path_may_have_any_name(tmp_path: Path, name: str, monkeypatch: pytest
         assert_same(checkpoint, STATE)
 
 
-@pytest.mark.parametrize("inner", ["a::b", "['a::b']", "['a::b'].m"])
-def test_a_mapping_inside_may_have_colons_in_its_name(tmp_path: Path, inner: str) -> None:
+@pytest.mark.parametrize("key", ["a::b", "['a::b']", "['a::b'].m"])
+def test_a_mapping_inside_may_have_colons_in_its_name(tmp_path: Path, key: str) -> None:
     path = write(tmp_path, saved({"a::b": {"m": {"w": STATE["w"]}, "w": STATE["w"]}, "c": 1}))
-    with open_checkpoint(f"{path}::{inner}") as checkpoint:
-        assert set(checkpoint) == ({"w"} if inner.endswith("m") else {"w", "m.w"})
+    with open_checkpoint(f"{path}::{key}") as checkpoint:
+        assert set(checkpoint) == ({"w"} if key.endswith("m") else {"w", "m.w"})
 
 
 def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
@@ -186,7 +190,7 @@ def test_a_flat_file_has_no_mapping_inside(tmp_path: Path) -> None:
 def test_a_disk_that_fails_is_a_refusal_that_names_the_input(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    """Not the output's name, and no traceback, whoever reads."""
+    """The error names the input, not the output, and there is no traceback."""
 
     def fail(*_: object) -> NoReturn:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -211,8 +215,6 @@ def test_a_closed_checkpoint_releases_its_file(tmp_path: Path) -> None:
             opened(tmp_path, data)  # type: ignore[arg-type]
     assert (set(os.listdir("/proc/self/fd")) if before else before) <= before
 
-
-# --- live models -----------------------------------------------------------------------------------------------------
 
 MODULE = """
     import sys
@@ -317,7 +319,7 @@ def test_a_live_model_is_a_checkpoint(modules: Path, name: str, capsys: pytest.C
     assert modules.exists()
 
 
-def test_a_model_that_cannot_be_built_on_meta_is_built_for_real(modules: Path) -> None:
+def test_a_model_that_cannot_be_built_on_meta_is_built_on_its_device(modules: Path) -> None:
     with open_checkpoint("py:livemodels.nets:Stubborn") as checkpoint:
         assert_same(checkpoint, {"table": torch.ones(1)})
     with open_checkpoint("py:livemodels.nets:table") as checkpoint:
@@ -326,7 +328,7 @@ def test_a_model_that_cannot_be_built_on_meta_is_built_for_real(modules: Path) -
     assert modules.exists()
 
 
-def test_extra_state_that_needs_values_is_had_from_a_real_build(
+def test_extra_state_that_needs_values_comes_from_a_second_build(
     modules: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open_checkpoint("py:livemodels.nets:Asks") as checkpoint:
@@ -337,8 +339,8 @@ def test_extra_state_that_needs_values_is_had_from_a_real_build(
 
 
 @pytest.mark.parametrize("name", ["transposed", "shifted", "untied", "tied"])
-def test_a_model_laid_out_differently_in_the_real_build_is_refused(modules: Path, name: str) -> None:
-    """A span of one layout with the views of the other would be wrong bytes."""
+def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str) -> None:
+    """The bytes of one layout with the views of another layout would be wrong."""
     with open_checkpoint(f"py:livemodels.nets:{name}") as checkpoint:
         for read in (checkpoint.payload, checkpoint.span):
             with pytest.raises(ModelError, match="'w' has another layout when the model is built again") as caught:
@@ -361,7 +363,7 @@ def test_a_model_laid_out_differently_in_the_real_build_is_refused(modules: Path
         ("livemodels.nets:fails", None),
     ],
 )
-def test_the_hint_says_what_was_tried(modules: Path, target: str, hint: str | None) -> None:
+def test_the_hint_says_where_the_module_was_searched(modules: Path, target: str, hint: str | None) -> None:
     with pytest.raises(ModelError) as caught:
         open_checkpoint(f"py:{target}")
     assert caught.value.hint == hint
@@ -406,7 +408,7 @@ def test_names_of_links_and_files_cannot_move_the_cursor(tmp_path: Path) -> None
         pytest.param("..:x", "importing '..' failed", id="a relative name"),
     ],
 )
-def test_a_live_model_that_cannot_be_had_says_why(modules: Path, target: str, reason: str) -> None:
+def test_a_live_model_that_cannot_be_built_is_refused_with_a_reason(modules: Path, target: str, reason: str) -> None:
     with pytest.raises(ModelError) as caught:
         open_checkpoint(f"py:{target}")
     assert re.search(re.escape(reason), caught.value.reason), caught.value.reason

@@ -1,4 +1,4 @@
-"""What is known and not read: named for what it is by its own bytes, with one line that says what reads it."""
+"""Files of formats that ckptkit does not read are recognised by their bytes, and the hint names a reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ckptkit.formats.foreign import is_flax, is_onnx
 from tests.helpers_dcp import save as save_distributed
 from tests.helpers_formats import refusal
 
-# Written by onnx 1.23 (IR 14): a graph of one Add with one initializer, behind nothing, a producer, and more.
+# Written by onnx 1.23 (IR 14): a graph of one Add with one initializer, with and without a producer.
 GRAPH = bytes.fromhex(
     "0a0e0a01780a017712017922034164641201672a1108021001420177"
     "4a080000803f0000803f5a0f0a0178120a0a08080112040a020802620f0a0179120a0a08080112040a020802"
@@ -49,7 +49,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("case", FILES)
-def test_a_file_of_others_is_named(tmp_path: Path, case: str) -> None:
+def test_an_unsupported_file_is_named(tmp_path: Path, case: str) -> None:
     name, data, what, reader = FILES[case]
     (tmp_path / name).write_bytes(data)
     error = refusal(str(tmp_path / name))
@@ -90,12 +90,12 @@ NOT_FLAX = {
 
 
 @pytest.mark.parametrize("data", [*NOT_ONNX.values(), *NOT_FLAX.values()], ids=[*NOT_ONNX, *NOT_FLAX])
-def test_what_only_looks_like_it_is_not(data: bytes) -> None:
+def test_similar_bytes_are_not_recognised(data: bytes) -> None:
     assert not is_onnx(data[:512], len(data), lambda at, count: data[at : at + count])
     assert not is_flax(data[:512])
 
 
-def test_no_random_bytes_are_taken_for_either() -> None:
+def test_random_bytes_are_not_recognised() -> None:
     chance = random.Random(0)  # noqa: S311 - the same bytes every time
     for first in (b"", b"\x08", b"\x08\x07", b"\x81", b"\x81\xa6params"):
         for _ in range(4000):
@@ -114,7 +114,7 @@ DIRECTORIES = {
 
 
 @pytest.mark.parametrize("case", DIRECTORIES)
-def test_a_directory_of_others_is_named(tmp_path: Path, case: str) -> None:
+def test_an_unsupported_directory_is_named(tmp_path: Path, case: str) -> None:
     names, what, reader = DIRECTORIES[case]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -134,7 +134,7 @@ def test_megatron_in_zarr_is_named(tmp_path: Path) -> None:
 
 
 def test_megatron_in_torch_dist_is_a_distributed_checkpoint(tmp_path: Path) -> None:
-    """What all ranks have in common is an entry beside it."""
+    """The file of common values is an entry."""
     directory = Path(save_distributed(tmp_path / "iter_0000003", {"model": {"w": torch.ones(2, 3)}}))
     (directory / "metadata.json").write_text(json.dumps({"sharded_backend": "torch_dist", "common_backend": "torch"}))
     torch.save({"iteration": 3, "checkpoint_version": 3.0}, directory / "common.pt")
@@ -149,8 +149,8 @@ def test_megatron_in_torch_dist_is_a_distributed_checkpoint(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     "names", [["checkpoint-2", "checkpoint-4"], ["unet", "vae", "text_encoder", "scheduler", "tokenizer"]]
 )
-def test_directories_inside_are_where_to_look(tmp_path: Path, names: list[str]) -> None:
-    """A run of a trainer, a pipeline: the checkpoints are one level down, and it is for a person to choose."""
+def test_the_hint_names_the_directories_inside(tmp_path: Path, names: list[str]) -> None:
+    """The checkpoints of a run or a pipeline are one level down, and the user must choose one."""
     for name in names:
         (tmp_path / name).mkdir()
     error = refusal(str(tmp_path))

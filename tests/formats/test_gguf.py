@@ -1,4 +1,4 @@
-"""GGUF files: what gguf-py writes is listed as it reads it, and no number of a header is believed unmeasured."""
+"""GGUF files are listed as gguf-py reads them, and every number of a header is checked against the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ GOOD = gguf_file([info("w"), info("v", (2, 1), offset=32)], data=bytes(range(16)
 
 
 def assert_as_gguf(path: str) -> None:
-    """Names, order, types, shapes, stored sizes and, of plain numbers, bytes are those that gguf-py reads."""
+    """Assert that names, order, types, shapes, stored sizes and bytes of plain numbers are those of gguf-py."""
     expected = gguf.GGUFReader(path).tensors
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.format == "gguf"
@@ -48,7 +48,7 @@ def assert_as_gguf(path: str) -> None:
 
 
 def raw(kind: Kind, shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, Any]:
-    """Random bytes for a tensor of this type, which gguf-py takes with the row length in bytes."""
+    """Return random bytes for a tensor of this type; for gguf-py the last dimension counts bytes."""
     elements, nbytes = GGML_QUANT_SIZES[kind]
     made = np.random.default_rng(seed).integers(0, 256, (*shape[:-1], shape[-1] // elements * nbytes), dtype=np.uint8)
     code = next((PLAIN[name] for name in PLAIN if name == kind.name), None)
@@ -56,7 +56,7 @@ def raw(kind: Kind, shape: tuple[int, ...], seed: int = 0) -> np.ndarray[Any, An
 
 
 def test_every_type_has_the_size_that_gguf_gives_it(tmp_path: Path) -> None:
-    """Both ways: a type that gguf-py knows and this table does not would be listed as unknown."""
+    """The table has every type of gguf-py and no other type."""
 
     def fill(writer: gguf.GGUFWriter) -> None:
         for kind, (elements, _) in GGML_QUANT_SIZES.items():
@@ -105,7 +105,7 @@ def metadata(writer: gguf.GGUFWriter) -> None:
     writer.add_token_scores([0.0] * 32_000)
 
 
-def test_metadata_is_told_and_long_arrays_only_counted(tmp_path: Path) -> None:
+def test_metadata_is_listed_and_long_arrays_are_counted(tmp_path: Path) -> None:
     with opened(tmp_path, written(metadata), "x.gguf") as checkpoint:
         entries = {entry.path: (entry.type, entry.value) for entry in checkpoint.entries}
         assert all(entry.is_outside for entry in checkpoint.entries)
@@ -132,8 +132,8 @@ def test_metadata_is_told_and_long_arrays_only_counted(tmp_path: Path) -> None:
     }
 
 
-def test_a_vocabulary_is_stepped_over_and_what_follows_is_found(tmp_path: Path) -> None:
-    """Strings lie across the borders of whatever is read at once, and one is longer than that."""
+def test_a_vocabulary_is_skipped(tmp_path: Path) -> None:
+    """Strings cross the edges of the read window, and one string is longer than the window."""
     tokens = [string("x" * (index % 300)) for index in range(20_000)] + [string(b"y" * 3_000_000), string("z")]
     data = gguf_file(
         [info("w")], [pair("tokens", ARRAY, array(STRING, tokens)), pair("after", STRING, string("here"))], bytes(16)
@@ -213,7 +213,7 @@ def test_plain_tensors_become_safetensors(tmp_path: Path, capsys: pytest.Capture
         pytest.param(gguf_file(pairs=[pair("a", STRING, string(b"\xff"))]), "", id="a value that is not UTF-8"),
     ],
 )
-def test_what_is_odd_and_allowed_is_read_and_told(tmp_path: Path, data: bytes, warning: str) -> None:
+def test_an_odd_file_is_read_with_a_warning(tmp_path: Path, data: bytes, warning: str) -> None:
     with opened(tmp_path, data, "x.gguf") as checkpoint:
         assert "; ".join(checkpoint.warnings) == warning
         for key, found in checkpoint.items():
@@ -353,14 +353,14 @@ def test_a_mapping_inside_is_refused(tmp_path: Path) -> None:
         open_checkpoint(f"{write(tmp_path, GOOD, 'x.gguf')}::a")
 
 
-def test_many_empty_strings_are_no_trap(tmp_path: Path) -> None:
-    """Six million strings are 48 MB of zeros: more than any vocabulary, and refused before the first is looked at."""
+def test_too_many_strings_are_refused(tmp_path: Path) -> None:
+    """Six million empty strings, 48 MB of zeros, are refused before the first is read."""
     data = gguf_file(pairs=[pair("a", ARRAY, array(STRING, [], 6_000_000) + bytes(48_000_000))])
     assert "more than 5,000,000 strings" in refused(tmp_path, data, "x.gguf").reason
 
 
 def test_a_vocabulary_alone_can_be_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As llama.cpp has them for its tests: metadata, and no tensor."""
+    """The tests of llama.cpp have such files: metadata without tensors."""
     path = write(tmp_path, written(lambda writer: writer.add_array("tokenizer.ggml.tokens", ["a", "b"])), "x.gguf")
     assert_as_gguf(path)
     assert run_ckpt(capsys, "check", path).code == 0

@@ -1,4 +1,4 @@
-"""numpy's files: every array of numbers as numpy.load reads it, everything else by name, nothing evaluated."""
+"""Arrays of numbers are read as numpy.load reads them; other arrays are listed; nothing is evaluated."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Array = np.ndarray[Any, Any]
 
 
 def filled(dtype: str, shape: tuple[int, ...], order: str = "C", seed: int = 0) -> Array:
-    """Random bits in the given order of dimensions, every NaN among them."""
+    """Return random bits, with NaN among the numbers, in the given order of dimensions."""
     kind = np.dtype(dtype)
     top = 2 if kind.kind == "b" else 256
     count = int(np.prod(shape, dtype=int)) * kind.itemsize
@@ -70,12 +70,12 @@ def fields(descr: str = "'<f4'", fortran: str = "False", shape: str = "(2,)") ->
 
 
 def little(array: Array) -> bytes:
-    """The elements as they are listed: row-major, little-endian."""
+    """Return the elements in row-major order as little-endian bytes."""
     return np.ascontiguousarray(array.astype(array.dtype.newbyteorder("<"), copy=False)).tobytes()
 
 
 def assert_as_numpy(path: str) -> None:
-    """Names, order, dtypes, shapes and bytes of every array of numbers are those that numpy.load gives."""
+    """Assert that names, order, dtypes, shapes and bytes of arrays of numbers are those of numpy.load."""
     loaded = np.load(path, allow_pickle=False)
     arrays = {key: loaded[key] for key in loaded.files} if isinstance(loaded, np.lib.npyio.NpzFile) else {"": loaded}
     with open_checkpoint(path) as checkpoint:
@@ -128,7 +128,7 @@ def test_whatever_numpy_writes_is_read(
 
 
 def test_fortran_order_is_a_view(tmp_path: Path) -> None:
-    """Its strides are those of torch, and its stored bytes are the span: a torch file keeps it as it lies."""
+    """The view has the strides of torch, and a torch file keeps the stored order of the bytes."""
     array = filled("<f4", (3, 4), "F")
     with opened(tmp_path, npz({"w": array}), "x.npz") as checkpoint:
         info = checkpoint["w"]
@@ -195,8 +195,8 @@ OTHERS: dict[str, tuple[Array, str]] = {
 
 
 @pytest.mark.parametrize(("array", "kind"), OTHERS.values(), ids=OTHERS.keys())
-def test_what_is_no_number_is_listed_and_never_read(tmp_path: Path, array: Array, kind: str) -> None:
-    """In an archive it stands beside the numbers; as the only array of a file it is a refusal that names it."""
+def test_arrays_of_other_elements_are_listed_and_not_read(tmp_path: Path, array: Array, kind: str) -> None:
+    """In an archive such an array is an entry; a .npy file of such an array is refused."""
     with opened(tmp_path, npz({"w": filled("<f4", (2,)), "odd": array}), "x.npz") as checkpoint:
         assert list(checkpoint) == ["w"]
         assert [(entry.path, entry.type) for entry in checkpoint.entries] == [("odd", kind)]
@@ -246,7 +246,7 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.filterwarnings("ignore:Reading .* created on Python 2:UserWarning")
-def test_what_is_odd_and_allowed_is_read_and_told(tmp_path: Path, data: bytes, name: str, warning: str) -> None:
+def test_an_odd_file_is_read_with_a_warning(tmp_path: Path, data: bytes, name: str, warning: str) -> None:
     with opened(tmp_path, data, name) as checkpoint:
         assert "; ".join(checkpoint.warnings) == warning
     assert_as_numpy(str(tmp_path / name))
@@ -319,7 +319,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("data", "reason"), HOSTILE)
 def test_a_broken_array_is_refused(tmp_path: Path, data: bytes, reason: str) -> None:
-    """Alone and, where the entry is damaged and not only of another kind, in an archive, by its name there."""
+    """As a file, and as an entry of an archive, where the error names the entry."""
     error = refused(tmp_path, data, "x.npy")
     assert isinstance(error, FormatError)
     assert re.search(reason, error.reason), error.reason
@@ -358,7 +358,7 @@ def test_damaged_compression_is_refused(tmp_path: Path) -> None:
 
 
 def test_opening_inflates_headers_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twenty arrays of 8 MB, deflated to nearly nothing: listed without expanding one."""
+    """Twenty compressed arrays of 8 MB are listed without inflating one."""
     path = tmp_path / "x.npz"
     path.write_bytes(npz({f"w{index}": np.zeros(1 << 20) for index in range(20)}, compressed=True))
     monkeypatch.setattr("ckptkit.core.files.Inflated.chunks", lambda _: pytest.fail("a tensor was inflated"))

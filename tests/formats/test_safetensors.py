@@ -1,4 +1,4 @@
-"""safetensors files: what the library writes is read bit by bit, and nothing is accepted that it refuses."""
+"""safetensors files of the library are read bit by bit, and files that the library refuses are refused."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_whatever_the_library_writes_is_read(tmp_path: Path, layout: dict[str, t
         pytest.param(safetensors_file({"w-0": f32()}, b"1234"), "w-0", b"1234", id="minus zero in a name"),
     ],
 )
-def test_what_is_odd_and_allowed_is_read(tmp_path: Path, data: bytes, key: str, value: bytes) -> None:
+def test_an_odd_file_is_read(tmp_path: Path, data: bytes, key: str, value: bytes) -> None:
     path = write(tmp_path, data, "x.safetensors")
     assert library_accepts(path)
     with open_checkpoint(path) as checkpoint:

@@ -1,4 +1,4 @@
-"""A directory of shards is one checkpoint: the index and the shards must agree, and nothing outside is followed."""
+"""A directory of shards is one checkpoint; index and shards must agree, and shards must be in the directory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def test_shards_are_one_checkpoint(tmp_path: Path, kind: str, by: str) -> None:
         checkpoint.check_unchanged()
 
 
-def test_an_index_beside_no_other_path_is_opened_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_in_the_current_directory_is_opened_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = shard(tmp_path)
     monkeypatch.chdir(tmp_path)
     with open_checkpoint(index.name) as checkpoint:
@@ -58,8 +60,8 @@ def test_a_directory_with_a_single_file_is_that_file(tmp_path: Path, name: str) 
         assert checkpoint.path == str(tmp_path / name)
 
 
-def test_an_index_goes_before_a_single_file_and_that_is_said(tmp_path: Path) -> None:
-    """H8: one of the two is stale; which one, only a person can tell."""
+def test_an_index_wins_over_a_single_file_with_a_warning(tmp_path: Path) -> None:
+    """H8: one of the two is stale, and only the user knows which."""
     shard(tmp_path)
     save({"other": torch.ones(1)}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -67,7 +69,7 @@ def test_an_index_goes_before_a_single_file_and_that_is_said(tmp_path: Path) -> 
         assert ["'model.safetensors' is beside the index" in text for text in checkpoint.warnings] == [True]
 
 
-def test_safetensors_go_before_pickles(tmp_path: Path) -> None:
+def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
     shard(tmp_path, "bin")
     shard(tmp_path, "safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -76,7 +78,7 @@ def test_safetensors_go_before_pickles(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("total", [TOTAL + 1, 0, "60", [60], {"a": 1}, 10**4000, -0.5])
 def test_a_wrong_total_size_is_a_warning(tmp_path: Path, total: Any) -> None:
-    """H6: some writers put the sum of the file sizes there."""
+    """H6: some writers give the sum of the file sizes."""
     shard(tmp_path, total=total)
     with open_checkpoint(tmp_path) as checkpoint:
         assert_same(checkpoint, STATE)
@@ -104,7 +106,7 @@ def test_an_index_without_a_total_is_read(tmp_path: Path, document: Callable[[di
 
 
 def test_shards_may_be_links_as_in_the_cache_of_a_hub(tmp_path: Path) -> None:
-    """H2: snapshots are symbolic links to ../../blobs; their own names are plain."""
+    """H2: the files of a snapshot are symbolic links to ../../blobs with plain names."""
     shard(tmp_path / "blobs")
     snapshot = tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
@@ -123,7 +125,7 @@ FIRST, SECOND, INDEX = NAMES["safetensors"]
      "..\\x.safetensors", "\\x.safetensors", "sub/x.safetensors", "./x.safetensors", "..", ".", "x\0.safetensors"],
 )  # fmt: skip
 def test_a_shard_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str) -> None:
-    """H1: by the rules of every system at once, before anything is opened."""
+    """H1: a name is checked by the rules of every operating system, before a shard is opened."""
     index = shard(tmp_path / "x")
     save({"a.w": STATE["a.w"]}, tmp_path / "x.safetensors")
     edit(index, **{"a.w": name})
@@ -132,14 +134,14 @@ def test_a_shard_name_that_leads_elsewhere_is_refused(tmp_path: Path, name: str)
     assert error.path == str(index)
 
 
-def test_an_extra_shard_is_no_matter_where_the_index_itself_is_given(tmp_path: Path) -> None:
+def test_an_extra_shard_is_allowed_where_the_index_is_given(tmp_path: Path) -> None:
     index = shard(tmp_path)
     save({"z": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
     with open_checkpoint(index) as checkpoint:
         assert_same(checkpoint, STATE)
 
 
-def test_another_model_beside_the_shards_is_no_matter(tmp_path: Path) -> None:
+def test_another_model_beside_the_shards_is_ignored(tmp_path: Path) -> None:
     shard(tmp_path)
     save({"z": torch.ones(1)}, tmp_path / "other-00001-of-00001.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -165,8 +167,8 @@ def test_a_directory_that_is_not_one_checkpoint_is_refused(tmp_path: Path, names
     assert error.path == str(tmp_path)
 
 
-def test_what_of_a_save_did_not_come_along_is_what_to_copy(tmp_path: Path) -> None:
-    """Shards without their index, and an index without one of its shards: the way out is the file that is not there."""
+def test_the_hint_for_an_incomplete_copy_is_to_copy_the_missing_file(tmp_path: Path) -> None:
+    """Shards can lack their index, and an index can lack a shard."""
     shard(tmp_path)
     (index,) = tmp_path.glob("*.index.json")
     one = min(tmp_path.glob("*-of-*"))
@@ -185,15 +187,15 @@ def test_what_of_a_save_did_not_come_along_is_what_to_copy(tmp_path: Path) -> No
         assert_same(checkpoint, STATE)
 
 
-def test_a_mapping_inside_shards_is_refused_with_the_way_out(tmp_path: Path) -> None:
+def test_a_mapping_inside_shards_is_refused_with_a_hint(tmp_path: Path) -> None:
     shard(tmp_path)
     error = refusal(f"{tmp_path}::a")
     assert "there is no mapping 'a' inside" in error.reason
     assert error.hint == "use --keep 'a.*'"
 
 
-def test_a_link_to_elsewhere_is_followed_and_said(tmp_path: Path) -> None:
-    """H2: the person who keeps shards on another disk may do so; whoever unpacked a stranger's archive shall see it."""
+def test_a_link_out_of_the_directory_is_followed_with_a_warning(tmp_path: Path) -> None:
+    """H2: shards may be on another disk, but the user of an unknown archive must see the links."""
     shard(tmp_path / "run")
     (tmp_path / "disk").mkdir()
     for name in (FIRST, SECOND):
@@ -212,7 +214,7 @@ def test_a_link_to_elsewhere_is_followed_and_said(tmp_path: Path) -> None:
 
 
 def test_blocks_keep_their_stored_size_in_a_shard(tmp_path: Path) -> None:
-    """A shard is told by its content too: blocks of GGUF are of no dtype that would give their size."""
+    """A shard can have any format: the dtype of GGUF blocks does not give their size."""
     (tmp_path / "a.bin").write_bytes(gguf_file([info("w", (32,), 8)], data=bytes(34)))
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"w": "a.bin"}}))
     with open_checkpoint(tmp_path) as checkpoint:

@@ -1,4 +1,4 @@
-"""Strided, conjugate and negative views as contiguous bytes: those of torch's own copy, in bounded memory."""
+"""Strided, conjugate and negative views give the bytes of torch's contiguous copy, in bounded memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def info_of(view: torch.Tensor) -> TensorInfo:
 
 
 def stored(view: torch.Tensor) -> bytes:
-    """The bytes of the whole storage, as a file holds them."""
+    """Return the bytes of the whole storage, as a file holds them."""
     return bytes(torch.empty(0, dtype=torch.uint8).set_(view.untyped_storage()).tolist())
 
 
@@ -39,7 +39,7 @@ def gathered(view: torch.Tensor, storage: Region | None = None, *, conj: bool = 
 
 @st.composite
 def views(draw: st.DrawFn) -> torch.Tensor:
-    """A view with any strides into a storage of any dtype, its own first element at any offset."""
+    """Return a view with any strides and offset into a storage of any dtype."""
     dtype = getattr(torch, DTYPES[draw(st.sampled_from(CODES))].torch_name)
     shape = draw(st.lists(st.integers(1, 6), max_size=5))
     stride = [draw(st.integers(0, 7)) for _ in shape]
@@ -51,14 +51,14 @@ def views(draw: st.DrawFn) -> torch.Tensor:
 @settings(deadline=None, max_examples=300)
 @given(view=views())
 def test_any_view_is_its_elements_in_order(view: torch.Tensor) -> None:
-    """For every dtype and stride: the bytes of torch's own contiguous copy, random ones included."""
+    """For every dtype and stride, the bytes are those of torch's contiguous copy."""
     assert gathered(view) == bits(view)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "every other"])
 @pytest.mark.parametrize("code", ["F16", "BF16", "F32", "F64", "C32", "C64", "C128"])
 def test_conjugate_and_negative_are_as_torch_resolves_them(code: str, layout: str) -> None:
-    """Signed zeros, infinities and the payloads of NaN among them: a sign bit is flipped, and no other bit."""
+    """Only sign bits are flipped, also of zeros, infinities and NaN."""
     kind = DTYPES[code]
     real = {2: torch.bfloat16 if code == "BF16" else torch.float16, 4: torch.float32, 8: torch.float64}
     part = real[kind.bits // 8 // kind.parts]
@@ -100,7 +100,7 @@ SHAPES = {
 
 @pytest.mark.parametrize(("shape", "stride"), SHAPES.values(), ids=SHAPES.keys())
 def test_a_large_view_comes_in_pieces_of_bounded_size(shape: tuple[int, ...], stride: tuple[int, ...]) -> None:
-    """None is missing and none comes twice."""
+    """No element is missing or repeated."""
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     view = torch.arange(last + 1, dtype=torch.int32).as_strided(shape, stride)
     whole = torch.arange(last + 1, dtype=torch.int32).numpy().tobytes()
@@ -121,10 +121,10 @@ HOLES = {
 
 
 @pytest.mark.parametrize(("shape", "stride"), HOLES.values(), ids=HOLES.keys())
-def test_what_lies_between_the_elements_is_not_held(
+def test_bytes_between_the_elements_are_not_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], stride: tuple[int, ...]
 ) -> None:
-    """A few elements of a large storage cost memory for themselves and one window."""
+    """A few elements of a large storage need memory for the elements and one window."""
     monkeypatch.setattr(strided, "_WINDOW", 1 << 20)
     last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
     whole = torch.arange(7 + last + 1, dtype=torch.int32)
@@ -142,12 +142,12 @@ def test_what_lies_between_the_elements_is_not_held(
     assert peak < 4 * payload.nbytes + 3 * CHUNK < file.size
 
 
-def test_a_conjugate_of_nothing_is_nothing() -> None:
+def test_a_conjugate_without_elements_is_empty() -> None:
     assert gathered(torch.empty(0, 2, dtype=torch.complex64), conj=True) == b""
 
 
-def test_what_lies_far_apart_in_compressed_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Half a megabyte can stand for half a gigabyte, and between two of its elements all of it would be held."""
+def test_elements_far_apart_in_compressed_data_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a megabyte can inflate to half a gigabyte, which would have to be kept in memory."""
     view = torch.arange(2**21, dtype=torch.int32)[:: 2**21 - 1]
     packer = zlib.compressobj(wbits=-zlib.MAX_WBITS)
     (tmp_path / "packed").write_bytes(packer.compress(stored(view)) + packer.flush())

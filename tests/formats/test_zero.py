@@ -1,4 +1,4 @@
-"""ZeRO checkpoints of DeepSpeed: the weights that its own script would make, from files in its own layout."""
+"""ZeRO checkpoints of DeepSpeed give the weights that its own script makes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def model_of(rank: int) -> str:
 
 
 def weights() -> dict[str, torch.Tensor]:
-    """Every fp32 weight, by name: what has to come out."""
+    """Return every fp32 weight by key, as it must be read."""
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(shape, generator=generator) for group in GROUPS for name, shape in group.items()}
 
@@ -92,7 +92,7 @@ def save_stage2(
     prefix: str = "",
     legacy: bool = False,
 ) -> Path:
-    """Write the files of stages 1 and 2: per group one vector, padded to twice the ranks, cut among them."""
+    """Write the files of stages 1 and 2: one vector for each group, padded to twice the ranks and split among them."""
     made = directory / STEP
     made.mkdir(parents=True)
     whole, gaps = weights(), [[0] * len(group) for group in GROUPS]
@@ -128,7 +128,7 @@ def save_stage2(
 
 
 def save_stage3(directory: Path, ranks: int = 2) -> Path:
-    """Write the files of stage 3: each parameter cut among the ranks, frozen ones too; the module is empty."""
+    """Write the files of stage 3: each parameter is split among the ranks, and the module is empty."""
     made = directory / STEP
     made.mkdir(parents=True)
     cut: dict[str, list[torch.Tensor]] = {
@@ -148,16 +148,16 @@ def save_stage3(directory: Path, ranks: int = 2) -> Path:
     return directory
 
 
-def assert_whole(checkpoint: Checkpoint, wanted: dict[str, torch.Tensor]) -> None:
-    assert set(checkpoint) == set(wanted)
-    for key, tensor in wanted.items():
+def assert_whole(checkpoint: Checkpoint, expected_tensors: dict[str, torch.Tensor]) -> None:
+    assert set(checkpoint) == set(expected_tensors)
+    for key, tensor in expected_tensors.items():
         info = checkpoint[key]
         assert (info.dtype, info.shape) == (CODE_OF[tensor.dtype], tuple(tensor.shape)), key
         assert checkpoint.payload(key).nbytes == info.nbytes, key
         assert checkpoint.read_bytes(key) == bits(tensor), key
 
 
-WAYS: dict[str, Callable[[Path], Path]] = {
+SAVES: dict[str, Callable[[Path], Path]] = {
     "stage 2": save_stage2,
     "stage 2, one rank": lambda path: save_stage2(path, 1),
     "stage 2, three ranks": lambda path: save_stage2(path, 3),
@@ -174,10 +174,10 @@ WAYS: dict[str, Callable[[Path], Path]] = {
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["by latest", "the directory itself"])
-@pytest.mark.parametrize("way", WAYS)
-def test_the_parts_of_all_ranks_are_the_weights(tmp_path: Path, way: str, inside: bool) -> None:
-    """Bytes, dtypes and shapes are those that were cut up; buffers and frozen parameters keep their dtype."""
-    directory = WAYS[way](tmp_path / "run")
+@pytest.mark.parametrize("way", SAVES)
+def test_the_parts_of_all_ranks_are_joined_to_the_weights(tmp_path: Path, way: str, inside: bool) -> None:
+    """Bytes, dtypes and shapes are those of the weights; buffers and frozen parameters keep their dtype."""
+    directory = SAVES[way](tmp_path / "run")
     with open_checkpoint(directory / STEP if inside else directory) as checkpoint:
         assert_whole(checkpoint, expected())
         assert shared_keys(checkpoint)["head.weight"] == ("emb.weight",)
@@ -198,8 +198,8 @@ def test_the_order_is_that_of_the_state_dict(tmp_path: Path) -> None:
         assert list(checkpoint) == list(module)
 
 
-def test_what_lies_in_one_file_is_copied_from_it(tmp_path: Path) -> None:
-    """A weight in one rank's part is a plain range of its file; one that is cut is read from both."""
+def test_a_weight_in_one_file_is_a_range_of_that_file(tmp_path: Path) -> None:
+    """A weight in the part of one rank is a range of its file; a split weight is read from both files."""
     with open_checkpoint(save_stage2(tmp_path / "run")) as checkpoint:
         plain = {key: isinstance(checkpoint.payload(key), Extent) for key in ("emb.weight", "l1.weight", "l2.weight")}
         assert plain == {"emb.weight": True, "l1.weight": False, "l2.weight": True}
@@ -207,7 +207,7 @@ def test_what_lies_in_one_file_is_copied_from_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [save_stage2, save_stage3])
 def test_the_script_of_deepspeed_agrees(tmp_path: Path, save: Callable[[Path], Path]) -> None:
-    """The oracle where it is installed: its conversion makes the same weights; what it casts, it casts to F32."""
+    """Where DeepSpeed is installed, its script makes the same weights, cast to F32."""
     script = pytest.importorskip("deepspeed.utils.zero_to_fp32")
     directory = save(tmp_path / "run")
     with contextlib.redirect_stdout(io.StringIO()):
@@ -218,7 +218,7 @@ def test_the_script_of_deepspeed_agrees(tmp_path: Path, save: Callable[[Path], P
             assert torch.equal(checkpoint.read(key).to(tensor.dtype), tensor), key
 
 
-def test_it_is_converted_as_any_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_zero_checkpoint_can_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = save_stage3(tmp_path / "run", 3)
     ran = run_ckpt(capsys, "convert", directory, "-o", tmp_path / "whole.pt")
     assert ran.code == 0, ran.err
@@ -243,7 +243,7 @@ def test_the_files_are_reachable(tmp_path: Path) -> None:
 
 
 def test_frozen_parameters_that_are_not_listed_come_from_the_module(tmp_path: Path) -> None:
-    """Stage 1 lists none: DeepSpeed's script leaves them out, though its model file has them."""
+    """Stage 1 lists no frozen parameters: DeepSpeed's script leaves them out, though the model file has them."""
     directory = save_stage2(tmp_path / "run")
     change(
         directory / STEP / MODEL, lambda states: states.update(frozen_param_shapes=None, frozen_param_fragments=None)
@@ -253,8 +253,8 @@ def test_frozen_parameters_that_are_not_listed_come_from_the_module(tmp_path: Pa
         assert "2 parameters in no rank's part" in checkpoint.warnings[1]
 
 
-def test_names_without_weights_are_said(tmp_path: Path) -> None:
-    """A tied weight of stage 3 that is not among shared_params is nowhere: it is left out and named."""
+def test_a_warning_names_keys_without_weights(tmp_path: Path) -> None:
+    """A tied weight of stage 3 that shared_params does not list is in no file: it is left out with a warning."""
     directory = save_stage3(tmp_path / "run")
     for rank in range(2):
         change(directory / STEP / model_of(rank), lambda states: states.update(shared_params={}))
@@ -386,7 +386,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, case: str) -> None:
-    """The file or the tensor is named, when the directory is opened."""
+    """Opening the directory raises an error that names the file or the tensor."""
     save, damage, reason, name = BROKEN[case]
     at = save(tmp_path / "run") / STEP
     damage(at)
@@ -407,7 +407,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, case: str) -
         ("\x1b[2J", r"names '\x1b[2J', which is not a directory"),
     ],
 )
-def test_latest_leads_nowhere_else(tmp_path: Path, tag: str, reason: str) -> None:
+def test_latest_must_name_a_directory_of_the_save(tmp_path: Path, tag: str, reason: str) -> None:
     directory = save_stage2(tmp_path / "run")
     (directory / "latest").write_text(tag)
     error = refusal(str(directory))
@@ -415,7 +415,7 @@ def test_latest_leads_nowhere_else(tmp_path: Path, tag: str, reason: str) -> Non
     assert error.path == str(directory / "latest")
 
 
-def test_a_directory_called_latest_is_no_pointer(tmp_path: Path) -> None:
+def test_a_directory_called_latest_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "latest").mkdir()
     torch.save(BUFFERS, tmp_path / "weights.pt")
     with open_checkpoint(tmp_path) as checkpoint:
@@ -423,7 +423,7 @@ def test_a_directory_called_latest_is_no_pointer(tmp_path: Path) -> None:
 
 
 def test_a_model_file_of_stage_3_says_where_its_weights_are(tmp_path: Path) -> None:
-    """H15: alone it holds names and buffers; every weight in it is empty."""
+    """H15: the file holds names and buffers, and every weight in it is empty."""
     path = save_stage3(tmp_path / "run") / STEP / model_of(0)
     with open_checkpoint(path) as checkpoint:
         assert checkpoint["l1.weight"].shape == (0,)
@@ -446,8 +446,8 @@ def test_a_file_that_changes_is_noticed(tmp_path: Path) -> None:
             checkpoint.check_unchanged()
 
 
-def test_whole_weights_beside_a_save_are_read_and_the_save_is_mentioned(tmp_path: Path) -> None:
-    """transformers writes what it gathered beside DeepSpeed's own directory."""
+def test_whole_weights_win_over_a_save_with_a_warning(tmp_path: Path) -> None:
+    """transformers writes the gathered weights beside the directory of DeepSpeed."""
     directory = save_stage2(tmp_path / "run")
     torch.save(weights(), directory / "pytorch_model.bin")
     with open_checkpoint(directory) as checkpoint:

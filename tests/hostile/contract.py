@@ -1,4 +1,4 @@
-"""The contract for bad input, checked on the program itself: its own process, with limits on memory and time."""
+"""Check how the program treats bad input, in a process of its own with limits on memory and time."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ __all__ = [
     "written",
 ]
 
-MEMORY = 300 << 20  # address space, in bytes: more than the program may ever hold
-_SECONDS = 20  # of processor time, so that a busy machine fails no test; what hangs is stopped
+MEMORY = 300 << 20  # bytes of address space, which the program must never exceed
+_SECONDS = 20  # of processor time, so that a test does not fail on a busy machine
 
 Maker = Callable[[Path], Path]  # writes a file into an empty directory, and returns the path to give to ckpt
 Command = Callable[[Path], list[str | Path]]  # the same, for a whole command line
@@ -39,7 +39,7 @@ Command = Callable[[Path], list[str | Path]]  # the same, for a whole command li
 
 @dataclass(frozen=True)
 class Bad:
-    """Input that is refused: how to make it, and a part of the reason."""
+    """Input that must be refused: a function that writes it, and a part of the reason."""
 
     make: Maker | Command
     reason: str
@@ -47,7 +47,7 @@ class Bad:
 
 @dataclass(frozen=True)
 class Odd:
-    """Input that works: how to make it, what stderr warns of, and what stdout shows."""
+    """Input that must be read: a function that writes it, a part of the warning, and a part of stdout."""
 
     make: Maker | Command
     warning: str = ""
@@ -55,7 +55,7 @@ class Odd:
 
 
 def written(data: bytes | Callable[[], bytes], name: str = "file.pt") -> Maker:
-    """Return the maker of one file; bytes that take long to put together are put together by a function."""
+    """Return a function that writes one file; ``data`` can be a function that returns the bytes."""
 
     def make(directory: Path) -> Path:
         (directory / name).write_bytes(data() if callable(data) else data)
@@ -67,7 +67,7 @@ def written(data: bytes | Callable[[], bytes], name: str = "file.pt") -> Maker:
 def run_limited(
     *arguments: str | Path, memory: int = MEMORY, cwd: Path = ROOT, file_size: int = resource.RLIM_INFINITY
 ) -> Ran:
-    """Run ``ckpt`` in a process of its own that can take no more than ``memory`` bytes."""
+    """Run ``ckpt`` in a process that can use at most ``memory`` bytes."""
     command = [sys.executable, "-m", "ckptkit", *(os.fspath(argument) for argument in arguments)]
     done = subprocess.run(
         command, cwd=cwd, capture_output=True, text=True, errors="surrogateescape", check=False,
@@ -96,8 +96,8 @@ def paused(real):
         os.kill(os.getpid(), signal.SIGSTOP)
         return real(*arguments, **options)
     return call
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup, or in the background, both are ignored: a program
-signal.signal(signal.SIGINT, signal.default_int_handler)  # inherits that and keeps to it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # a program that is started by nohup, or in the
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background, inherits that both are ignored
 name = sys.argv.pop(1)
 setattr(os, name, paused(getattr(os, name)))
 run()
@@ -106,7 +106,7 @@ run()
 
 @contextlib.contextmanager
 def paused(call: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """Run ``ckpt`` up to its first ``os.call``, before which it stands still until it gets SIGCONT."""
+    """Run ``ckpt`` until its first ``os.call``, before which it stops until it gets SIGCONT."""
     command = [sys.executable, "-c", _PAUSED, call, *(os.fspath(argument) for argument in arguments)]
     with subprocess.Popen(
         command, cwd=ROOT, text=True, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -121,13 +121,13 @@ def paused(call: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]
 
 
 def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None:
-    """The input is refused: exit 2, one line with path and reason, stdout empty, nothing written, no canary sings."""
+    """Assert that the input is refused: exit code 2, one line with path and reason, empty stdout, no file written."""
     ran, made, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
     lines = [line for line in ran.err.split("\n") if ": warning: " not in line]
     assert [line.partition(":")[0] for line in lines] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
     where = lines[0].removeprefix("ckpt: ")
-    # The path as it was given, or that of the part of it that is wrong, such as a shard.
+    # The error names the given path, or the part that is wrong, such as a shard.
     if not isinstance(made, list):
         assert where.startswith((f"{printable(str(made))}: ", printable(f"{directory / 'in'}/"))), ran.err
     assert case.reason in lines[0], ran.err
@@ -137,7 +137,7 @@ def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None
 
 
 def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
-    """The input works: exit 0, the warning on stderr, and still nothing run and nothing written."""
+    """Assert that the input is read: exit code 0, the warning on stderr, no code run and no file written."""
     ran, _, before = _run(directory, case.make, command)
     assert ran.code == 0, ran.err
     assert case.warning in ran.err, ran.err
@@ -147,7 +147,7 @@ def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
 
 
 def one_of_each_row(names: Iterable[str]) -> list[str]:
-    """Return the first case of every row: enough processes where all are held to their reasons without one."""
+    """Return the first case of every row, for tests that need one process for each case."""
     return list({name.split()[0]: name for name in reversed(list(names))}.values())
 
 
@@ -161,15 +161,15 @@ def _run(
     before = _content(inputs)
     output: list[str | Path] = [] if command in ("show", "check") else ["-o", directory / "out" / "o.safetensors"]
     arguments = made if isinstance(made, list) else [command, made, *output]
-    # Inside the empty directory: a file that the program dropped where it stands would be seen.
+    # The working directory is empty, so that a file written there would be noticed.
     return run_limited(*arguments, cwd=directory / "out"), made, before
 
 
 def _assert_harmless(ran: Ran) -> None:
-    said = ran.out + ran.err
-    assert all(char.isprintable() or char == "\n" for char in said), ascii(said)
-    assert "Traceback" not in said
-    assert not re.search(r"\bsafe\b", said)
+    printed = ran.out + ran.err
+    assert all(char.isprintable() or char == "\n" for char in printed), ascii(printed)
+    assert "Traceback" not in printed
+    assert not re.search(r"\bsafe\b", printed)
 
 
 def _assert_untouched(directory: Path, before: dict[str, bytes | None]) -> None:
@@ -178,7 +178,7 @@ def _assert_untouched(directory: Path, before: dict[str, bytes | None]) -> None:
 
 
 def _content(directory: Path) -> dict[str, bytes | None]:
-    """What lies there, so that a change is seen; the sparse giants and what may not be read count by name alone."""
+    """Return the content of each file, or None for huge files and files that cannot be read."""
     return {
         os.fsdecode(path.relative_to(directory)): path.read_bytes() if _is_small(path) else None
         for path in sorted(directory.rglob("*"))

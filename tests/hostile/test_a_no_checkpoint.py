@@ -1,4 +1,4 @@
-"""Table A: what is no checkpoint, or none any more, is said to be what it is."""
+"""Table A: the error for a file that is not a checkpoint says what the file is."""
 
 from __future__ import annotations
 
@@ -94,5 +94,5 @@ def test_it_is_read_by_its_content(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a9_what_may_not_be_read_says_so(tmp_path: Path) -> None:
+def test_a9_a_file_without_permission_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path, Bad(unreadable, "permission denied"))

@@ -19,13 +19,13 @@ ROWS = {
     "H": 17,
     "I": 20,
 }
-NOT_APPLICABLE: dict[str, str] = {}  # a row, and in a sentence why nothing can be tested of it
+NOT_APPLICABLE: dict[str, str] = {}  # row -> the reason why it cannot be tested
 
 TABLES = [path.stem for path in sorted(Path(__file__).parent.glob("test_*.py")) if path.stem != "test_all_rows"]
 
 
 def names() -> list[str]:
-    """Return the names of all cases: those of the tables, and those tested by functions of their own."""
+    """Return the names of all cases: those of the tables, and those with a test function of their own."""
     modules = [import_module(f"tests.hostile.{table}") for table in TABLES]
     return [name for module in modules for name in (*module.BAD, *module.ODD, *module.OTHER)]
 

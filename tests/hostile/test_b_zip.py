@@ -1,4 +1,4 @@
-"""Table B: a zip archive that contradicts itself is refused, and one that is merely odd is read, and said to be odd."""
+"""Table B: a zip archive that contradicts itself is refused, and an odd archive is read with a warning."""
 
 from __future__ import annotations
 
@@ -35,11 +35,8 @@ STATE = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3), "n": torch.ten
 GOOD = saved(STATE)
 
 
-# --- archives put together by hand -----------------------------------------------------------------------------------
-
-
 def moved(data: bytes, name: str, other: str) -> bytes:
-    """The archive with one entry of the directory pointing to the local header of another."""
+    """Return the archive with a directory entry that points to the local header of another entry."""
     return patch_central(data, name, header=data.find(other.encode()) - 30)
 
 
@@ -65,7 +62,7 @@ def twice(name: str) -> bytes:
 
 
 def damaged(data: bytes, name: str) -> bytes:
-    """The archive with the first byte of one entry's content overwritten."""
+    """Return the archive with the first byte of the content of an entry overwritten."""
     at = data.find(name.encode())
     at += sum(struct.unpack_from("<HH", data, at - 4))
     return data[:at] + b"\xff" + data[at + 1 :]
@@ -114,14 +111,14 @@ BLOCK = 64 << 20
 
 @cache
 def zeros(blocks: int) -> bytes:
-    """What inflates to a thousand times as many zeros."""
+    """Return bytes that inflate to a thousand times as many zeros."""
     machine = zlib.compressobj(9, zlib.DEFLATED, -15)
-    # After a full flush the stream depends on nothing before it, so that it can be repeated.
+    # After a full flush the stream does not depend on earlier bytes, so the block can be repeated.
     return (machine.compress(bytes(BLOCK)) + machine.flush(zlib.Z_FULL_FLUSH)) * blocks + machine.flush()
 
 
 def bomb(name: str, *, size: int, blocks: int = 160, directory: Path) -> Path:
-    """An archive of one tensor in which one entry inflates to ten gigabytes, and is said to inflate to ``size``."""
+    """Write an archive of one tensor with an entry that inflates to ten gigabytes, but has the size ``size``."""
     contents = {"data.pkl": pickled(mapping({"w": tensor()})), "data/0": bytes(16), "version": b"3"}
     entries = [(f"archive/{entry}", data, len(data), len(data)) for entry, data in contents.items() if entry != name]
     packed = zeros(blocks)
@@ -225,14 +222,14 @@ def test_an_odd_archive_is_listed(name: str, tmp_path: Path) -> None:
     assert_odd(tmp_path, ODD[name])
 
 
-def test_b20_a_storage_that_inflates_to_more_than_named_is_never_written(tmp_path: Path) -> None:
-    """``show`` reads no tensor; what does stops where the named size ends."""
+def test_b20_a_storage_that_inflates_to_more_than_its_size_is_not_written(tmp_path: Path) -> None:
+    """``show`` reads no tensor; a command that reads one stops at the size of the entry."""
     case = Bad(lambda directory: bomb("data/0", size=16, directory=directory), "compressed data continues after 16")
     assert_refused(tmp_path, case, command="convert")
 
 
-def test_b16_a_flipped_bit_is_found_by_whoever_reads(tmp_path: Path) -> None:
-    """``show`` reads headers only, and says so; ``check`` reads every byte."""
+def test_b16_a_flipped_bit_is_found_by_check(tmp_path: Path) -> None:
+    """``show`` reads only headers and says so; ``check`` reads every byte."""
     (tmp_path / "x.pt").write_bytes(damaged(GOOD, "archive/data/0"))
     ran = run_limited("check", tmp_path / "x.pt")
     assert (ran.code, ran.err) == (1, "")
@@ -241,7 +238,7 @@ def test_b16_a_flipped_bit_is_found_by_whoever_reads(tmp_path: Path) -> None:
 
 
 def test_b23_big_endian_storages_are_swapped_or_refused(tmp_path: Path) -> None:
-    """Never read as if they were little-endian, which would be other numbers."""
+    """Big-endian bytes are never read as little-endian numbers."""
     swapped: dict[str, bytes | None] = {
         f"archive/data/{index}": bits(tensor.reshape(-1, 1).view(torch.uint8).flip(-1))
         for index, tensor in enumerate(STATE.values())
@@ -256,8 +253,8 @@ def test_b23_big_endian_storages_are_swapped_or_refused(tmp_path: Path) -> None:
         assert_refused(tmp_path, Bad(lambda _: tmp_path / "big.pt", "big-endian"))
 
 
-def test_b26_torchscript_is_called_by_its_name(tmp_path: Path) -> None:
-    """Shown or refused."""
+def test_b26_torchscript_is_named(tmp_path: Path) -> None:
+    """The format is named, whether the file is shown or refused."""
     (tmp_path / "script.pt").write_bytes(rezip(GOOD, {"archive/constants.pkl": pickled(b")")}))
     ran = run_limited("show", tmp_path / "script.pt")
     assert "torchscript" in (ran.out if ran.code == 0 else ran.err).lower(), ran
@@ -265,7 +262,7 @@ def test_b26_torchscript_is_called_by_its_name(tmp_path: Path) -> None:
 
 
 def test_b28_a_storage_beyond_four_gigabytes_is_found(tmp_path: Path) -> None:
-    """In a sparse file: 64-bit sizes and offsets, and nothing of it is read but what is asked for."""
+    """A sparse file has 64-bit sizes and offsets, and only the requested bytes are read."""
     size = (1 << 32) + 64
     body = mapping(
         {
@@ -284,9 +281,6 @@ def test_b28_a_storage_beyond_four_gigabytes_is_found(tmp_path: Path) -> None:
         assert checkpoint["big"].nbytes == size
         assert checkpoint.read_bytes("end") == b"last"
         assert checkpoint.read_bytes("w") == bytes(range(16))
-
-
-# --- more of the same, inside the test process -----------------------------------------------------------------------
 
 
 def longer_than_said() -> bytes:

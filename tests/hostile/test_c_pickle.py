@@ -1,4 +1,4 @@
-"""Table C: pickles that ask for code, lie or blow up: nothing of them is run, and each ends soon, in little memory."""
+"""Table C: pickles that ask for code, lie or expand: no code is run, and reading ends soon and in little memory."""
 
 from __future__ import annotations
 
@@ -37,8 +37,7 @@ from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
 WEIGHTS = tensor()
 
 
-# --- code: `touch` makes a canary where it is run --------------------------------------------------------------------
-
+# `touch` creates a canary file where it is run.
 CODE: dict[str, Callable[[str], bytes]] = {
     "REDUCE": lambda touch: call("posix.system", text(touch)),
     "REDUCE os": lambda touch: call("os.system", text(touch)),
@@ -73,7 +72,7 @@ EVERY_WAY = mapping({"w": WEIGHTS} | {name: code("touch canary") for name, code 
 
 
 def module(name: str, **state: bytes) -> bytes:
-    """An ``nn.Module`` of a class that nobody here knows."""
+    """Return the pickle of an ``nn.Module`` of an unknown class."""
     return glob(name) + b")\x81" + mapping(state) + b"b"
 
 
@@ -189,12 +188,12 @@ def test_a_hostile_pickle_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_an_odd_pickle_is_listed_and_nothing_of_it_run(name: str, tmp_path: Path) -> None:
+def test_an_odd_pickle_is_listed_without_running_code(name: str, tmp_path: Path) -> None:
     assert_odd(tmp_path, ODD[name])
 
 
-def test_c1_the_canary_sings_where_such_a_pickle_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control: what is not run above is what Python's own pickle runs."""
+def test_c1_pickle_itself_runs_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: Python's own pickle runs the code that ckpt does not run, and creates the canary file."""
     monkeypatch.chdir(tmp_path)
     pickle.loads(pickled(CODE["REDUCE"]("touch canary")))
     assert (tmp_path / "canary").exists()
@@ -224,7 +223,7 @@ def test_c2_code_is_named_and_never_run(tmp_path: Path, name: str, kind: str) ->
 
 
 def test_c3_a_pickle_cut_anywhere_is_refused(tmp_path: Path) -> None:
-    """Never an answer made of half a pickle; the archive around it is whole, and its checksum right."""
+    """Half a pickle is never read, even in a whole archive with a correct checksum."""
     whole = pickled(WHOLE)
     for length in range(len(whole)):
         error = refused(tmp_path, archive(whole[:length]))

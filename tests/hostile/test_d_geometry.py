@@ -1,4 +1,4 @@
-"""Table D: tensors that reach where nothing is are refused before anything is allocated; odd ones are listed."""
+"""Table D: a tensor that reaches beyond its storage is refused before memory is allocated; odd tensors are listed."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
 
 
 def made(value: bytes, records: dict[str, bytes] | None = None) -> Callable[[Path], Path]:
-    """A checkpoint with this value beside a tensor that is in order."""
+    """Return a function that writes a checkpoint with this value beside a valid tensor."""
     return written(torch_zip(mapping({"w": tensor(), "v": value}), records))
 
 
 def v3(dtype: str) -> bytes:
-    """A tensor of four bytes as torch describes the dtypes that came after its storage classes."""
+    """Return the pickle of a tensor of four bytes, in the form for dtypes without a storage class."""
     untyped = storage("0", 16, "torch.storage.UntypedStorage")
     return call(
         "torch._utils._rebuild_tensor_v3", untyped, b"K\0", several(b"K\4"), several(b"K\1"), b"\x89N", glob(dtype)
@@ -37,11 +37,11 @@ def v3(dtype: str) -> bytes:
 
 
 class Marked(torch.Tensor):
-    """A subclass that nobody else knows."""
+    """An unknown subclass of Tensor."""
 
 
 def kinds() -> bytes:
-    """A tensor of every kind that torch saves and that is no block of numbers."""
+    """Return a file with a tensor of every kind that torch saves, other than dense tensors."""
     with warnings.catch_warnings(action="ignore"):
         return saved(
             {
@@ -56,7 +56,7 @@ def kinds() -> bytes:
 
 
 def dtensor() -> bytes:
-    """The pickle of ``DTensor``: a wrapper around the tensor that one process holds."""
+    """Return the pickle of a ``DTensor``, which wraps the tensor of one process."""
     cls = glob("torch.distributed.tensor.DTensor")
     shape, device = several(b"K\4"), call("torch.device", text("cpu"))
     args = several(cls, glob("torch.float32"), shape, several(b"K\1"), b"K\0", b"N", device, b"\x89")
@@ -132,5 +132,5 @@ def test_an_odd_tensor_is_listed(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)
-def test_what_cannot_be_written_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_a_tensor_that_cannot_be_written_is_refused_by_name(name: str, tmp_path: Path) -> None:
     assert_refused(tmp_path, UNWRITABLE[name], command="convert")

@@ -1,4 +1,4 @@
-"""Table E: names and structures that other tools mix up are kept apart, exact in JSON and harmless in text."""
+"""Table E: similar names and structures are kept apart; names are exact in JSON and harmless in text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OTHER_ONE = tensor(size=(1,), stride=(1,))
 
 
 def keyed(*pairs: tuple[bytes, bytes]) -> bytes:
-    """A mapping whose keys need not be strings."""
+    """Return the pickle of a mapping whose keys can have any type."""
     return b"}(" + b"".join(key + value for key, value in pairs) + b"u"
 
 
@@ -27,7 +27,7 @@ def named(names: Sequence[str]) -> bytes:
 
 
 def crowd(count: int) -> bytes:
-    """Very many tensors in few bytes: all of them one."""
+    """Return a small file with very many tensors, all of which are the same tensor."""
     again = b"h\0"
     return torch_zip(keyed((text("w"), ONE + b"q\0"), *((text(str(index)), again) for index in range(count - 1))))
 
@@ -125,7 +125,7 @@ OTHER = (
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_an_error_cannot_be_made_to_lie(name: str, tmp_path: Path) -> None:
+def test_a_name_cannot_forge_an_error(name: str, tmp_path: Path) -> None:
     assert_refused(tmp_path, BAD[name])
 
 
@@ -147,7 +147,7 @@ def test_e5_to_e9_every_name_is_exact_in_json(tmp_path: Path) -> None:
 
 
 def test_e5_to_e9_every_name_takes_one_harmless_line_of_text(tmp_path: Path) -> None:
-    """As it is where it may be, else escaped: nothing in it moves the cursor, breaks a line or is read as a number."""
+    """A harmless name is printed as it is; characters that move the cursor or break a line are escaped."""
     (tmp_path / "x.pt").write_bytes(named(AWKWARD))
     ran = run_limited("show", tmp_path / "x.pt", "--expand")
     assert ran.code == 0
@@ -160,15 +160,15 @@ def test_e5_to_e9_every_name_takes_one_harmless_line_of_text(tmp_path: Path) -> 
         assert any(line.startswith(f"{escaped}  ") for line in shown), escaped
 
 
-def test_e11_ties_that_a_format_cannot_keep_are_said_to_be_broken(tmp_path: Path) -> None:
+def test_e11_a_warning_names_ties_that_the_format_cannot_keep(tmp_path: Path) -> None:
     (tmp_path / "x.pt").write_bytes(torch_zip(mapping({"a": ONE, "b": ONE})))
     ran = run_limited("convert", tmp_path / "x.pt", "-o", tmp_path / "o.safetensors")
     assert ran.code == 0
     assert "written separately, but shared memory before: a, b" in ran.err
 
 
-def test_e12_more_tensors_than_anybody_has_end_as_a_limit(tmp_path: Path) -> None:
-    """By their number where memory suffices for so many, else by the memory they would take."""
+def test_e12_too_many_tensors_are_refused(tmp_path: Path) -> None:
+    """The error gives the limit on their number, or says that the memory is not enough."""
     (tmp_path / "x.pt").write_bytes(crowd(2_000_000))
     ran = run_limited("show", tmp_path / "x.pt")
     assert (ran.code, ran.out) == (2, "")

@@ -1,4 +1,4 @@
-"""Table F: torch's format before 1.6 is believed in nothing that the rest of the file does not bear out."""
+"""Table F: a file of torch before 1.6 is refused where its parts contradict each other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, one_of_
 
 
 def part(*numbers: int) -> bytes:
-    """A storage of four floats, of which the pickle takes a part: (key of the view, offset, size), in elements."""
+    """Return a file with a storage of four floats and a view of a part: key of the view, offset, size in elements."""
     return storage("0", 4, "torch.FloatStorage", "cpu", several(text("v"), *map(number, numbers)))
 
 
@@ -26,7 +26,7 @@ TAR = ("sys_info", "pickle", "tensors", "storages")
 
 
 def tar(*names: str, kind: bytes = tarfile.REGTYPE) -> bytes:
-    """A tar archive with members of these names; the first is of the kind, and all are looked at before any is read."""
+    """Return a tar archive with members of these names, the first of which has the type ``kind``."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as archive:
         for name in names:
@@ -37,7 +37,7 @@ def tar(*names: str, kind: bytes = tarfile.REGTYPE) -> bytes:
 
 
 def too_large() -> bytes:
-    """The archive with a first member that is said to have more bytes than the file."""
+    """Return an archive whose first member has a size larger than the file."""
     info = tarfile.TarInfo(TAR[0])
     info.size = 1 << 30
     return info.tobuf(tarfile.USTAR_FORMAT) + tar(*TAR[1:])
@@ -124,5 +124,5 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_it_is_read_and_said(name: str, tmp_path: Path) -> None:
+def test_it_is_read_with_a_warning(name: str, tmp_path: Path) -> None:
     assert_odd(tmp_path, ODD[name])

@@ -1,4 +1,4 @@
-"""Table G: a safetensors header is read strictly: nothing is accepted that the library itself refuses."""
+"""Table G: a safetensors header is read strictly, and every file that the library refuses is refused."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
 }
 BAD = {name: Bad(written(data, NAME), reason) for name, (data, reason) in REFUSED.items()}
 
-# Where the library reads what is refused here, and why.
+# Cases that the library reads and ckpt refuses, with the reason.
 STRICTER = {
     "G2 leading space": "the format's own text asks for a brace, and other readers hold to it",
     "G4 a tensor twice": "the format forbids it; the library takes the last one, others the first",
@@ -135,7 +135,7 @@ OTHER = ("G13 200,000 empty tensors", "G18 truncated by another process", "G18 t
 
 @pytest.mark.parametrize("name", BAD)
 def test_the_tensor_and_the_numbers_are_named(name: str, tmp_path: Path) -> None:
-    """And the library refuses the same, with the exceptions that are listed."""
+    """The library refuses the same files, with the listed exceptions."""
     data, reason = REFUSED[name]
     path = written(data, NAME)(tmp_path)
     error = refusal(str(path))
@@ -152,7 +152,7 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ODD)
 def test_it_is_read(name: str, tmp_path: Path) -> None:
-    """As the library reads it, where it does."""
+    """The tensors are those of the library, where the library reads the file."""
     assert_odd(tmp_path, ODD[name])
     path = tmp_path / "in" / NAME
     with open_checkpoint(path) as checkpoint, safe_open(path, "pt") as file:
@@ -162,7 +162,7 @@ def test_it_is_read(name: str, tmp_path: Path) -> None:
 
 
 def test_g13_many_empty_tensors_are_listed(tmp_path: Path) -> None:
-    """The library takes seconds for these, and no byte of data is behind them."""
+    """Very many tensors without data are listed within the limits; the library needs seconds for them."""
 
     def one_of_many(directory: Path) -> list[str | Path]:
         empty = ",".join(f'"t{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(200_000))
@@ -174,7 +174,7 @@ def test_g13_many_empty_tensors_are_listed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("change", ["shorter", "touched"])
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])
 def test_g18_a_file_that_changes_meanwhile_is_an_error(change: str, out: str, tmp_path: Path) -> None:
-    """The program has read the header, and stands still while another process does it; a memory map would die here."""
+    """Another process changes the file after the program has read the header; a memory map would crash here."""
     source = tmp_path / NAME
     source.write_bytes(safetensors_file({"w": f32(0, 1 << 20, [1 << 18])}, bytes(1 << 20)))
     with paused("posix_fallocate", "convert", source, "-o", tmp_path / out) as process:

@@ -1,4 +1,4 @@
-"""Table H: directories of shards, of distributed checkpoints, and of whatever else may lie in one."""
+"""Table H: directories of shards, distributed checkpoints, and other files in such directories."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ PIECE = "shard-{:05}-model-00001-of-00001.safetensors"
 
 
 class Attack:
-    """Makes a file in the current directory when it is unpickled by anything that obeys."""
+    """Creates a file in the current directory when pickle loads it."""
 
     def __reduce__(self) -> Any:
         return os.system, ("touch canary",)
 
 
 def shards(change: Callable[[Path], object]) -> Maker:
-    """Two shards and their index, changed by a function of the index."""
+    """Return a function that writes two shards and their index, and changes them."""
 
     def make(directory: Path) -> Path:
         change(shard(directory / "shards"))
@@ -45,7 +45,7 @@ def shards(change: Callable[[Path], object]) -> Maker:
 
 
 def second(change: Callable[[Path], object]) -> Maker:
-    """The same, with the second shard replaced."""
+    """Return a function that writes two shards and their index, and changes the second shard."""
 
     def damage(index: Path) -> None:
         (index.parent / SECOND).unlink()
@@ -59,7 +59,7 @@ def index_of(text: str | bytes) -> Maker:
 
 
 def outside(path: Path) -> None:
-    """A link to a file elsewhere, as the caches of hubs are full of."""
+    """Replace a file by a link to the cache of a hub."""
     (path.parent.parent / "blobs").mkdir()
     save({"c.w": STATE["c.w"]}, path.parent.parent / "blobs" / "0a1b.safetensors")
     path.symlink_to("../blobs/0a1b.safetensors")
@@ -83,7 +83,7 @@ def both_kinds(directory: Path) -> Path:
 
 
 def case_alone(directory: Path) -> Path:
-    """Where the system takes no notice of case, one of the two shards has overwritten the other."""
+    """Write two shards whose names differ only in case: on some systems one file overwrites the other."""
     path = directory / "shards"
     path.mkdir()
     save({"a": torch.ones(1)}, path / "Model-00001-of-00002.safetensors")
@@ -111,7 +111,7 @@ def metadata(change: Callable[[Any], object]) -> Maker:
 
 
 def moved(**fields: Any) -> Maker:
-    """The place of the second chunk changed."""
+    """Return a function that changes the place of the second chunk."""
 
     def change(found: Any) -> None:
         place = MetadataIndex("w", (4, 0))
@@ -146,7 +146,7 @@ def code_as_item(directory: Path) -> Path:
 
 
 def pieces(lost: int) -> Maker:
-    """Three ranks' files of DCP's safetensors form, one of them gone."""
+    """Return a function that writes the safetensors form of DCP for three ranks without one of the files."""
 
     def make(directory: Path) -> Path:
         for number in {1, 2, 3} - {lost}:
@@ -177,8 +177,8 @@ def adapter_and_model(directory: Path) -> Path:
     return adapter(directory)
 
 
-def hollow(directory: Path) -> Path:
-    """What ZeRO-3 writes as a rank's model_states: names, shapes, and no weights."""
+def without_weights(directory: Path) -> Path:
+    """Write the model_states of a rank of ZeRO-3: names and shapes without weights."""
     state = {"module": {"w": torch.empty(0)}, "param_shapes": [{"w": torch.Size((2, 3))}]}
     torch.save(state, directory / "zero_pp_rank_0_mp_rank_00_model_states.pt")
     return directory / "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -262,7 +262,9 @@ ODD: dict[str, Odd] = {
         distributed(code_beside), "looks malicious: it asks to call posix.system", "[7, 3]"
     ),
     "H10 code as an item": Odd(code_as_item, "looks malicious: it asks to call posix.system", "posix.system"),
-    "H15 the model_states of ZeRO-3 alone": Odd(hollow, "empty here, as ZeRO-3 leaves them: the optim_states", "w"),
+    "H15 the model_states of ZeRO-3 alone": Odd(
+        without_weights, "empty here, as ZeRO-3 leaves them: the optim_states", "w"
+    ),
     "H16 an adapter without its configuration": Odd(
         adapter, "no adapter_config.json beside the weights: their scale", "lora_A"
     ),
@@ -285,12 +287,12 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ODD)
-def test_it_is_read_and_said(name: str, tmp_path: Path) -> None:
+def test_it_is_read_with_a_warning(name: str, tmp_path: Path) -> None:
     assert_odd(tmp_path, ODD[name])
 
 
 def test_h13_a_chunk_of_another_dtype_is_an_error_when_it_is_read(tmp_path: Path) -> None:
-    """Its header is read with its bytes: what was begun of the output goes again."""
+    """The header of a chunk is read with its bytes; the unfinished output is removed."""
 
     def other(found: Any) -> None:
         found.state_dict_metadata["w"].properties = TensorProperties(dtype=torch.int32)
@@ -299,7 +301,7 @@ def test_h13_a_chunk_of_another_dtype_is_an_error_when_it_is_read(tmp_path: Path
     assert_refused(tmp_path, case, command="convert")
 
 
-def test_h17_a_hundred_thousand_files_and_a_closed_directory_are_no_matter() -> None:
+def test_h17_many_files_and_a_closed_directory_are_handled() -> None:
     with scratch() as name:
         for number in range(100_000):
             os.mknod(f"{name}/{number}.txt")

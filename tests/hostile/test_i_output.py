@@ -1,4 +1,4 @@
-"""Table I, where to write: what would do harm or cannot work is refused before the first byte."""
+"""Table I, outputs: a harmful or impossible output path is refused before the first byte is written."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SHARDED = ("--max-shard-size", "1kB")
 
 
 def converting(out: Callable[[Path], Path | str], *options: str) -> Command:
-    """A conversion of a good file to wherever ``out`` says, which also prepares the place."""
+    """Return a command that converts a good file to the path that ``out`` prepares."""
 
     def make(directory: Path) -> list[str | Path]:
         save(STATE, directory / "in.safetensors")
@@ -32,7 +32,7 @@ def converting(out: Callable[[Path], Path | str], *options: str) -> Command:
 
 
 def of_shards(out: Callable[[Path], Path], *options: str) -> Command:
-    """The same of a directory of shards."""
+    """Return a command that converts a directory of shards to the path that ``out`` prepares."""
 
     def make(directory: Path) -> list[str | Path]:
         shard(directory / "set")
@@ -130,7 +130,7 @@ def test_it_is_refused(name: str, tmp_path: Path) -> None:
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory on a disk that is quick to sync, with a good file in it."""
+    """Yield a directory on a fast disk with a good file in it."""
     with scratch() as name:
         save(STATE, Path(name) / "in.safetensors")
         yield Path(name)
@@ -148,7 +148,7 @@ def mounted(at: Path, *options: str | Path) -> Iterator[None]:
         subprocess.run(["umount", at], check=True)
 
 
-def test_i2_a_shard_through_a_bind_mount_is_still_one(place: Path) -> None:
+def test_i2_a_shard_behind_a_bind_mount_is_recognised(place: Path) -> None:
     shard(place / "set")
     with mounted(place / "again", "--bind", place / "set"):
         ran = run_limited("convert", place / "set", "-o", place / "again" / FIRST, "--force")
@@ -165,7 +165,7 @@ def test_i3_a_read_only_directory_is_named(place: Path) -> None:
 
 @pytest.mark.parametrize("dangling", [True, False], ids=["dangling", "to a file"])
 def test_i5_a_link_is_written_through(place: Path, *, dangling: bool) -> None:
-    """And in place by force: the link stays a link, and what it leads to is whole."""
+    """With --force too: the link is kept, and its target is whole."""
     target = place / ("new.safetensors" if dangling else "in.safetensors")
     (place / "link.safetensors").symlink_to(target.name)
     ran = run_limited("convert", place / "in.safetensors", "-o", place / "link.safetensors", "--force", "-q")
@@ -176,7 +176,7 @@ def test_i5_a_link_is_written_through(place: Path, *, dangling: bool) -> None:
 
 
 def test_i6_a_limit_on_file_sizes_leaves_the_old_file(place: Path) -> None:
-    """Room is reserved before the first byte: what does not fit changes nothing."""
+    """Space is reserved before the first byte, so an output that does not fit changes nothing."""
     save_file({"w": torch.zeros(1_000_000)}, place / "large.safetensors")
     out = with_old(place)
     ran = run_limited("convert", place / "large.safetensors", "-o", out, "--force", file_size=100_000)
@@ -186,8 +186,8 @@ def test_i6_a_limit_on_file_sizes_leaves_the_old_file(place: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), SHARDED], ids=["file", "shards"])
-def test_i9_the_mode_and_the_owner_stay(place: Path, options: tuple[str, ...]) -> None:
-    """A new output follows the umask; one that is replaced keeps what it had."""
+def test_i9_the_mode_and_the_owner_are_kept(place: Path, options: tuple[str, ...]) -> None:
+    """A new output follows the umask; a replaced output keeps its mode and owner."""
     out = place / ("set" if options else "o.safetensors")
     old = os.umask(0o027)
     try:
@@ -205,8 +205,8 @@ def test_i9_the_mode_and_the_owner_stay(place: Path, options: tuple[str, ...]) -
     assert (after.st_mode, after.st_uid, after.st_gid) == (before.st_mode, before.st_uid, before.st_gid)
 
 
-def test_i9_a_directory_hands_on_its_group(place: Path) -> None:
-    """In a setgid directory, new directories have the bit too, and files the group."""
+def test_i9_a_setgid_directory_sets_the_group(place: Path) -> None:
+    """In a setgid directory, new directories are setgid too, and new files have its group."""
     group = 4321 if os.geteuid() == 0 else os.getgid()
     (place / "shared").mkdir()
     os.chown(place / "shared", -1, group)
@@ -218,14 +218,14 @@ def test_i9_a_directory_hands_on_its_group(place: Path) -> None:
     assert (place / "shared" / "set").stat().st_mode & stat.S_ISGID
 
 
-def test_i10_a_name_of_250_bytes_leaves_room_for_the_temporary_one(place: Path) -> None:
+def test_i10_a_name_of_250_bytes_has_a_temporary_name(place: Path) -> None:
     out = place / ("n" * 247 + ".pt")
     assert run_limited("convert", place / "in.safetensors", "-o", out).code == 0
     assert names_in(place) == ["in.safetensors", out.name]
 
 
-def test_i16_weights_of_other_names_that_stay_are_told(place: Path) -> None:
-    """They are not ours to remove, and would be found by others."""
+def test_i16_a_warning_names_other_weights_in_the_directory(place: Path) -> None:
+    """ckpt does not remove weights with other names, and other programs could read them."""
     (place / "set").mkdir()
     for name in ("pytorch_model.bin", "config.json", "model-00001-of-00009.safetensors"):
         (place / "set" / name).write_bytes(b"x")
@@ -235,15 +235,15 @@ def test_i16_weights_of_other_names_that_stay_are_told(place: Path) -> None:
     assert names_in(place / "set") == ["config.json", "model.safetensors", "pytorch_model.bin"]
 
 
-def test_i20_a_read_only_disk_says_so(place: Path) -> None:
+def test_i20_a_read_only_disk_is_named(place: Path) -> None:
     with mounted(place / "disk", "-t", "tmpfs", "-o", "ro", "tmpfs"):
         for name, options in (("o.pt", ()), ("set", SHARDED)):
             ran = run_limited("convert", place / "in.safetensors", "-o", place / "disk" / name, *options)
             assert (ran.code, ran.err) == (2, f"ckpt: {place}/disk/{name}: read-only file system\n")
 
 
-def test_i20_a_disk_that_takes_no_more_files_says_so(place: Path) -> None:
-    """It has room for the bytes, so a number of bytes would mislead."""
+def test_i20_a_disk_without_free_inodes_is_named(place: Path) -> None:
+    """The disk has room for the bytes, so the error does not give a number of bytes."""
     with mounted(place / "disk", "-t", "tmpfs", "-o", "size=1m,nr_inodes=1", "tmpfs"):
         ran = run_limited("convert", place / "in.safetensors", "-o", place / "disk" / "o.pt")
     assert ran.code == 2

@@ -1,4 +1,4 @@
-"""Table I, what is asked for: plans that would lose or mix up tensors are refused by name, before a byte is written."""
+"""Table I, plans: a plan that would lose or mix up tensors is refused by name before a byte is written."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ DONORS = {
 
 
 @pytest.mark.parametrize("case", DONORS)
-def test_i18_values_of_a_donor_are_taken_as_they_are(case: str, place: Path) -> None:
-    """An overlay computes nothing: NaN and integers are bytes like any other."""
+def test_i18_values_of_a_donor_are_copied(case: str, place: Path) -> None:
+    """An overlay computes nothing, so NaN and integers are copied byte by byte."""
     arguments = merging(DONORS[case])(place)
     ran = run_limited(*arguments)
     assert ran.code == 0, ran.err

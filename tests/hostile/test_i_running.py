@@ -1,4 +1,4 @@
-"""Table I, while it runs: whatever stops the program or comes between, the output is the old one or the new one."""
+"""Table I, interruptions: whatever stops the program, the output is the old file or the new file."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OLD = {"old": torch.ones(2)}
 
 @pytest.fixture
 def place() -> Iterator[Path]:
-    """A directory on a disk that is quick to sync, with a good file and an older output in it."""
+    """Yield a directory on a fast disk with a good file and an older output in it."""
     with scratch() as name:
         save(STATE, Path(name) / "in.safetensors")
         save(OLD, Path(name) / "out.safetensors")
@@ -45,7 +45,7 @@ def converting(place: Path, name: str = "out.safetensors", *options: str) -> lis
 
 @pytest.mark.parametrize("step", ["posix_fallocate", "copy_file_range", "fsync", "replace"])
 def test_i7_killed_at_a_step_the_old_output_is_whole(step: str, place: Path) -> None:
-    """What stays says whose it is and, until all is written, is no checkpoint that anybody could take for one."""
+    """A temporary file has ckptkit in its name and is not a valid checkpoint until all bytes are written."""
     with paused(step, *converting(place, "out.safetensors", "--force")) as process:
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -60,8 +60,8 @@ def test_i7_killed_at_a_step_the_old_output_is_whole(step: str, place: Path) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=["INT", "TERM", "HUP"])
 @pytest.mark.parametrize("options", [(), ("--max-shard-size", "30")], ids=["file", "shards"])
-def test_i8_a_signal_removes_what_was_begun(number: signal.Signals, options: tuple[str, ...], place: Path) -> None:
-    """Stopped in mid-write, the program ends with 128 + n without a word, and leaves nothing behind."""
+def test_i8_a_signal_removes_unfinished_output(number: signal.Signals, options: tuple[str, ...], place: Path) -> None:
+    """A signal during the write ends the program with 128 + n, without output and without temporary files."""
     before = names_in(place)
     with paused("pwrite", *converting(place, "new" if options else "new.pt", *options)) as process:
         assert names_in(place) != before
@@ -73,7 +73,7 @@ def test_i8_a_signal_removes_what_was_begun(number: signal.Signals, options: tup
 
 
 def test_i11_a_broken_pipe_is_quiet(place: Path) -> None:
-    """``ckpt show … | head -1`` ends without a word, of an output that no pipe holds."""
+    """``ckpt show … | head -1`` ends without an error, even with more output than a pipe holds."""
     save_file({f"{number:05}.weight": torch.ones(1) for number in range(4000)}, place / "many.safetensors")
     command = f"{sys.executable} -m ckptkit show {place}/many.safetensors | head -1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -81,8 +81,8 @@ def test_i11_a_broken_pipe_is_quiet(place: Path) -> None:
     assert done.stdout.splitlines()[1:] == ["141"]
 
 
-def test_i12_a_full_stdout_is_trouble(place: Path) -> None:
-    """Output that cannot be written is one line on stderr and exit code 2."""
+def test_i12_a_full_stdout_is_an_error(place: Path) -> None:
+    """Output that cannot be written gives one line on stderr and exit code 2."""
     with open("/dev/full", "wb") as full:
         command: list[str | Path] = [sys.executable, "-m", "ckptkit", "show", place / "in.safetensors"]
         done = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, check=False)
@@ -90,8 +90,8 @@ def test_i12_a_full_stdout_is_trouble(place: Path) -> None:
 
 
 @pytest.mark.parametrize("closing", [">&-", "2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
-def test_i12_closed_streams_are_no_crash(closing: str, place: Path) -> None:
-    """Nor is anything printed into the output instead."""
+def test_i12_closed_streams_do_not_crash(closing: str, place: Path) -> None:
+    """Nothing is printed into the output file."""
     for arguments in (f"show {place}/in.safetensors", f"convert {place}/in.safetensors -o {place}/new.safetensors"):
         command = f"{sys.executable} -m ckptkit {arguments} {closing}"
         done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, check=False)
@@ -100,7 +100,7 @@ def test_i12_closed_streams_are_no_crash(closing: str, place: Path) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
-def test_i12_what_a_terminal_cannot_show_is_escaped(encoding: str, place: Path) -> None:
+def test_i12_characters_outside_the_encoding_are_escaped(encoding: str, place: Path) -> None:
     save_file({"κ": torch.ones(1), "layers.0.w": torch.ones(1), "layers.1.w": torch.ones(1)}, place / "x.safetensors")
     command: list[str | Path] = [sys.executable, "-m", "ckptkit", "show", place / "x.safetensors"]
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
@@ -110,7 +110,7 @@ def test_i12_what_a_terminal_cannot_show_is_escaped(encoding: str, place: Path) 
     assert b"layers.{0,1}.w" in done.stdout
 
 
-def test_i13_a_name_that_is_no_text_works_and_is_shown_escaped(place: Path) -> None:
+def test_i13_a_file_name_that_is_not_text_works_and_is_escaped(place: Path) -> None:
     source, out = place / os.fsdecode(b"\xff.safetensors"), place / os.fsdecode(b"\xfe.pt")
     os.rename(place / "in.safetensors", source)
     shown = run_limited("show", source)
@@ -123,8 +123,8 @@ def test_i13_a_name_that_is_no_text_works_and_is_shown_escaped(place: Path) -> N
 
 @pytest.mark.parametrize("name", ["new.safetensors", "new.pt", "set"])
 @pytest.mark.parametrize("force", [True, False], ids=["with force", "without"])
-def test_i14_of_two_runs_to_one_output_one_wins_whole(name: str, place: Path, *, force: bool) -> None:
-    """By force the last one; without it the first one, though the other began before there was anything."""
+def test_i14_the_output_of_two_runs_is_that_of_one_of_them(name: str, place: Path, *, force: bool) -> None:
+    """With --force the last run wins; without it the run that finishes first wins."""
     last_wins = force and name != "set"  # a directory that came to be meanwhile may hold what nobody looked at
     options = (*(("--force",) if force else ()), *(("--max-shard-size", "1kB") if name == "set" else ()))
     with paused("posix_fallocate", *converting(place, name, *options)) as late:
@@ -142,8 +142,8 @@ def test_i14_of_two_runs_to_one_output_one_wins_whole(name: str, place: Path, *,
     assert names_in(place) == sorted(["in.safetensors", "out.safetensors", name])
 
 
-def test_i15_an_input_that_is_replaced_meanwhile_is_the_one_that_was_opened(place: Path) -> None:
-    """The name leads to another file; what was read was one file, from its beginning to its end."""
+def test_i15_an_input_that_is_replaced_is_read_as_it_was_opened(place: Path) -> None:
+    """The path names another file afterwards; all bytes come from the file that was opened."""
     with paused("posix_fallocate", *converting(place, "new.safetensors")) as process:
         os.replace(place / "out.safetensors", place / "in.safetensors")
         process.send_signal(signal.SIGCONT)
@@ -154,7 +154,7 @@ def test_i15_an_input_that_is_replaced_meanwhile_is_the_one_that_was_opened(plac
 
 @pytest.mark.parametrize("present", [True, False], ids=["old set", "none"])
 def test_i16_killed_between_shards_the_old_set_is_whole(place: Path, *, present: bool) -> None:
-    """The new ones lie in a directory of another name until the last of them and the index are there."""
+    """The new shards are in a temporary directory until all shards and the index are written."""
     options = ("--max-shard-size", "30", "--force")
     if present:
         assert run_limited("convert", place / "out.safetensors", "-o", place / "set", *options).code == 0
