@@ -1,0 +1,91 @@
+"""The table of group options agrees with what torch's optimizers and schedulers really do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit.core.torch_optim import OPTIONS, initial_lr, option_kind, options_of_kind, overwritten_options
+
+KINDS: dict[str, Any] = {"SGD": torch.optim.SGD, "Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}
+
+
+def stepped(kind: str, **options: Any) -> torch.Tensor:
+    """Return a parameter after three steps of an optimizer."""
+    parameter = nn.Parameter(torch.linspace(-1, 1, 12))
+    optimizer = KINDS[kind]([parameter], lr=0.1, weight_decay=0.1, **options)
+    for number in range(3):
+        parameter.grad = torch.linspace(0.1, number + 1, 12)
+        optimizer.step()
+    return parameter.detach()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("option", ["foreach", "fused"])
+def test_an_option_of_speed_does_not_change_a_step(kind: str, option: str) -> None:
+    """The other options of speed need a GPU or a graph of the step."""
+    assert option_kind(option) == "speed"
+    assert torch.allclose(stepped(kind, **{option: True}), stepped(kind, **{option: False}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "option"), [("SGD", "maximize"), ("AdamW", "maximize"), ("Adam", "decoupled_weight_decay")]
+)
+def test_an_option_of_training_changes_a_step(kind: str, option: str) -> None:
+    """Both values give other parameters."""
+    assert option_kind(option) == "training"
+    assert not torch.allclose(stepped(kind, **{option: True}), stepped(kind, **{option: False}))
+
+
+def test_an_option_that_is_not_listed_changes_training() -> None:
+    """An unknown option of another optimizer is never left out of a comparison."""
+    assert option_kind("prodigy_steps") == "training"
+    assert "lr" not in OPTIONS
+
+
+Scheduler = Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]
+SCHEDULERS: dict[str, Scheduler] = {
+    "StepLR": lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5),
+    "CosineAnnealingLR": lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+    "OneCycleLR": lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.0, total_steps=20),
+    "CyclicLR": lambda optimizer: torch.optim.lr_scheduler.CyclicLR(optimizer, 0.01, 1.0),
+    "SWALR": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, swa_lr=0.5, anneal_epochs=2),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_every_option_that_a_scheduler_writes_is_known(scheduler: str, kind: str) -> None:
+    """A changed option is overwritten by the scheduler, or is the lr, whose first value the group keeps."""
+    options = {"momentum": 0.9} if kind == "SGD" else {}
+    optimizer = KINDS[kind]([nn.Parameter(torch.ones(2))], lr=0.1, **options)
+    before = dict(optimizer.param_groups[0])
+    schedule = SCHEDULERS[scheduler](optimizer)
+    for _ in range(3):
+        schedule.step()
+    (group,) = optimizer.param_groups
+    changed = {key for key, value in before.items() if key != "params" and group[key] != value}
+    added = group.keys() - before.keys()
+    assert "lr" in changed
+    assert added <= options_of_kind("schedule")
+    assert changed - overwritten_options(group) <= {"lr"}
+    assert "lr" in overwritten_options(group) or initial_lr(group) == before["lr"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_without_a_recent_option_gets_the_listed_value(kind: str) -> None:
+    """load_state_dict fills in what an older file does not have."""
+    optimizer = KINDS[kind]([nn.Parameter(torch.ones(2))], lr=0.1, maximize=True)
+    state = optimizer.state_dict()
+    for option in OPTIONS.values():
+        if option.is_recent:
+            state["param_groups"][0].pop(option.name, None)
+    optimizer.load_state_dict(state)
+    for option in OPTIONS.values():
+        if option.value_without is not None:
+            assert optimizer.param_groups[0][option.name] == option.value_without
