@@ -41,10 +41,9 @@ _BUILD_AGAIN = "build the groups from the spec again (build_param_groups), and l
 
 @dataclass(frozen=True, slots=True)
 class GroupView:
-    """One param group, whether a lock, a spec, a live optimizer or a saved state has it.
+    """One param group of a lock, a spec, a live optimizer or a saved state, in the form that is compared.
 
-    ``names`` are in order. ``shapes`` may lack names whose shape is not known, and ``optimizer`` is the name of a class
-    or None.
+    ``names`` are in order. ``shapes`` lacks the names whose shape is not known. ``optimizer`` is a class name or None.
     """
 
     name: str
@@ -54,9 +53,13 @@ class GroupView:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
 
 
+Ignored = Callable[[GroupView, GroupView], Collection[str]]
+Equal = Callable[[object, object], bool]
+
+
 @dataclass(frozen=True, slots=True)
 class OptionDifference:
-    """One option that the parameters ``names`` have with another value; ``is_absent`` where ``found`` lacks it."""
+    """One option of the parameters ``names`` with two values; ``is_absent`` means that the found group lacks it."""
 
     key: str
     expected: object
@@ -76,7 +79,7 @@ class ShapeDifference:
 
 @dataclass(frozen=True, slots=True)
 class OrderDifference:
-    """The parameters of one optimizer in another order: the first position that differs, and how many do."""
+    """The first position at which the parameters of an optimizer differ, and the number of such positions."""
 
     position: int
     expected: str
@@ -104,8 +107,8 @@ class GroupDifference:
 class GroupDifferences:
     """Every difference between two lists of groups; ``groups`` has one entry for each expected group.
 
-    ``missing`` and ``unexpected`` have the names in expected groups only and in found groups only. ``found_groups`` has
-    the number of the found group of each name.
+    ``missing`` are the names in expected groups only, ``unexpected`` those in found groups only. ``found_groups`` maps
+    each name to the number of its found group.
     """
 
     groups: tuple[GroupDifference, ...]
@@ -121,40 +124,41 @@ def compare_groups(
     found: Sequence[GroupView],
     *,
     match: Match = "name",
-    ignored: Callable[[GroupView, GroupView], Collection[str]] = lambda _expected, _found: (),
-    equal: Callable[[object, object], bool] = operator.eq,
+    ignored: Ignored = lambda _expected, _found: (),
+    equal: Equal = operator.eq,
 ) -> GroupDifferences:
     """Return the differences between two lists of groups; only options that an expected group has are compared.
 
-    ``match="name"``: groups correspond by name, else by the number of common parameters, and corresponding groups are
-    compared. ``match="position"``, as torch loads a state: groups correspond by number, and the options of each
-    parameter are compared. ``ignored`` gives the options of two groups to leave out; ``equal`` compares two values.
+    - ``match="name"``: groups correspond by name, or else by most common parameters. Corresponding groups are compared.
+    - ``match="position"``, as torch loads a state: groups correspond by number, but the options of each parameter are
+      compared with those of the found group that has the parameter.
+
+    ``ignored`` returns the options of an expected and a found group that are not compared. ``equal`` compares two
+    values of an option.
     """
     found_groups = {name: number for number, group in enumerate(found) for name in group.names}
-    by_name = match == "name"
-    matches = _match_groups(expected, found, found_groups) if by_name else {at: at for at in range(len(found))}
+    if match == "name":
+        matches = _match_groups(expected, found, found_groups)
+    else:
+        matches = {number: number for number in range(len(found))}
     groups = []
     for number, group in enumerate(expected):
-        other = matches.get(number)
+        matched = matches.get(number)
         common = [(name, found_groups[name]) for name in group.names if name in found_groups]
-        if by_name:
-            compared = {} if other is None else {other: group.names}
+        partners: dict[int, list[str]] = {}
+        if match == "name":
+            partners = {} if matched is None else {matched: list(group.names)}
         else:
-            compared = {at: tuple(name for name, place in common if place == at) for _, at in common}
-        groups.append(
-            GroupDifference(
-                number,
-                other,
-                tuple((name, place) for name, place in common if place != other),
-                tuple(
-                    OptionDifference(key, value, found[at].options.get(key), names, key not in found[at].options)
-                    for at, names in compared.items()
-                    for key, value in _options_without(group, ignored(group, found[at]))
-                    if key not in found[at].options or not equal(value, found[at].options[key])
-                ),
-                None if other is None else _class_difference(group, found[other]),
-            )
-        )
+            for name, partner in common:
+                partners.setdefault(partner, []).append(name)
+        options = [
+            difference
+            for partner, names in partners.items()
+            for difference in _option_differences(group, found[partner], names, ignored, equal)
+        ]
+        moved = tuple((name, partner) for name, partner in common if partner != matched)
+        classes = None if matched is None else _class_difference(group, found[matched])
+        groups.append(GroupDifference(number, matched, moved, tuple(options), classes))
     expected_names = {name for group in expected for name in group.names}
     return GroupDifferences(
         tuple(groups),
@@ -177,15 +181,21 @@ def _match_groups(
         if number in matches:
             continue
         common = Counter(found_groups[name] for name in group.names if name in found_groups)
-        free = [(count, -other) for other, count in common.items() if other not in matched]
+        free = [(count, -candidate) for candidate, count in common.items() if candidate not in matched]
         if free:
             matches[number] = -max(free)[1]
             matched.add(matches[number])
     return matches
 
 
-def _options_without(group: GroupView, ignored: Collection[str]) -> Iterator[tuple[str, object]]:
-    return ((key, value) for key, value in group.options.items() if key not in ignored)
+def _option_differences(
+    expected: GroupView, found: GroupView, names: Sequence[str], ignored: Ignored, equal: Equal
+) -> Iterator[OptionDifference]:
+    left_out = ignored(expected, found)
+    for key, value in expected.options.items():
+        if key not in left_out and not (key in found.options and equal(value, found.options[key])):
+            is_absent = key not in found.options
+            yield OptionDifference(key, value, found.options.get(key), tuple(names), is_absent)
 
 
 def _class_difference(expected: GroupView, found: GroupView) -> tuple[str, str] | None:
