@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,6 +22,7 @@ __all__ = [
     "overwritten_options",
     "schema_from_options",
     "schema_of",
+    "torch_options",
 ]
 
 Layout = Literal["elementwise", "scalar", "row", "column", "other"]
@@ -276,3 +279,17 @@ def schema_from_options(options: Mapping[str, object]) -> OptimizerSchema | None
     return next(
         (schema for schema in SCHEMAS.values() if schema.unique_option and schema.unique_option in options), None
     )
+
+
+@functools.cache
+def torch_options() -> tuple[str, ...]:
+    """Return every option that a class of torch.optim takes."""
+    import torch
+
+    classes = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
+    options = [key for kind in classes if issubclass(kind, torch.optim.Optimizer) for key in _constructor_names(kind)]
+    return tuple(sorted(set(options) - {"self", "params", "defaults"}))
+
+
+def _constructor_names(kind: type) -> Iterable[str]:
+    return inspect.signature(kind.__init__).parameters  # type: ignore[misc]

@@ -1,4 +1,1 @@
-"""The state of an optimizer by the names of its parameters: read in each of torch's forms, edited as weights are.
-
-Everything here takes values and gives values; ``open_optimizer`` opens a file for it.
-"""
+"""Optimizer state by parameter names: read any form of torch, edit it like the weights, load it, write it."""

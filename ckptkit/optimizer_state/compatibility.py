@@ -6,13 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, torch_options
 from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue, parameter_shape
 from ckptkit.param_groups.parameters import Inventory, LiveParameter
-from ckptkit.param_groups.validate.options import torch_options
 
 __all__ = ["StateMatch", "match_state", "refuse_other_class", "unknown_decay_findings"]
 

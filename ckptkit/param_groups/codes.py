@@ -30,7 +30,11 @@ ASSUMED = Code("groups.assumed", ("note",), "A property of the parameters was as
 # Which parameters the groups hold.
 MISSING = Code("groups.missing", ("error",), "A trainable parameter is in no param group.")
 DUPLICATE = Code("groups.duplicate", ("error",), "A parameter is in the param groups more than once.")
-TIED = Code("groups.tied", ("error", "note"), "The names of one tied parameter would need different options.")
+TIED = Code(
+    "groups.tied",
+    ("error", "note"),
+    "One tied parameter is in several groups, or its names may need different options.",
+)
 STALE = Code("groups.stale", ("error",), "A group holds an old tensor that the model has since replaced.")
 FOREIGN = Code("groups.foreign", ("error",), "A group holds a tensor that is not a parameter of the model.")
 SHARDED = Code("groups.sharded", ("error",), "The groups hold flat shards of DeepSpeed instead of the parameters.")
@@ -45,7 +49,7 @@ UNORDERED = Code("groups.unordered", ("error",), "The params of a group are a se
 NOT_A_PARAMETER = Code("groups.not-a-parameter", ("error",), "A group holds something that no optimizer can train.")
 BUFFER = Code("groups.buffer", ("error",), "A group holds a buffer, which gets no gradient.")
 NAMES = Code(
-    "groups.names", ("error", "warning"), "The recorded names of parameters are incomplete, repeated or no longer true."
+    "groups.names", ("error", "warning"), "The recorded names of parameters are incomplete, repeated or wrong."
 )
 SHARED = Code("groups.shared", ("error",), "One group dict, or one optimizer, was given twice.")
 CACHED = Code("groups.cached", ("warning",), "A wrapper has other group dicts than the optimizer that it wraps.")
@@ -73,8 +77,8 @@ MIXED = Code("groups.mixed", ("error",), "One fused or foreach group mixes DTens
 
 # The state of live optimizers.
 STATE_SHAPE = Code("groups.state-shape", ("error",), "The state of a parameter has the wrong shape.")
-STATE_DTYPE = Code("groups.state-dtype", ("error", "warning"), "The state and its parameter have two dtypes.")
-STATE_DEVICE = Code("groups.state-device", ("error", "warning"), "The state and its parameter are on two devices.")
+STATE_DTYPE = Code("groups.state-dtype", ("error", "warning"), "The state of a parameter has another dtype.")
+STATE_DEVICE = Code("groups.state-device", ("error", "warning"), "The state of a parameter is on another device.")
 STATE_INCOMPLETE = Code(
     "groups.state-incomplete", ("error", "warning"), "The state of a parameter lacks a slot that the optimizer reads."
 )

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import difflib
-import functools
-import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, schema_of
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, schema_of, torch_options
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
 
-__all__ = ["OptionFault", "check_options", "find_option_fault", "read_number", "torch_options"]
+__all__ = ["OptionFault", "check_options", "find_option_fault", "read_number"]
 
 
 class OptionFault(NamedTuple):
@@ -175,20 +173,6 @@ def _unread_options(group: LiveGroup, defaults: Mapping[str, Any] | None) -> Ite
                 f"{group.where}: {quoted(str(key))} is not read by {reader}",
                 f"did you mean {quoted(intended)}?" if intended is not None else "remove it, or correct its name",
             )
-
-
-@functools.cache
-def torch_options() -> tuple[str, ...]:
-    """Return every option that a class of torch.optim takes."""
-    import torch
-
-    classes = [kind for kind in vars(torch.optim).values() if isinstance(kind, type)]
-    options = [key for kind in classes if issubclass(kind, torch.optim.Optimizer) for key in _constructor_names(kind)]
-    return tuple(sorted(set(options) - {"self", "params", "defaults"}))
-
-
-def _constructor_names(kind: type) -> Iterable[str]:
-    return inspect.signature(kind.__init__).parameters  # type: ignore[misc]
 
 
 def _class_name(group: LiveGroup) -> str:
