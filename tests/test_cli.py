@@ -75,12 +75,12 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "stats depth": (["stats", TEN, "--depth", "1"], 0, "module      tensors    numbers", ""),
     "stats keep": (["stats", DDP, "--keep", "*.fc3.*"], 0, "\n850 numbers, mean 0.001285, std 0.0637", ""),
     "stats keep nothing": (["stats", DDP, "--keep", "fc4.*"], 2, "", f"ckpt: {DDP}: --keep 'fc4.*' matches"),
-    "stats ties": (["stats", "fixtures/encoder_tied.pt"], 0, "1 key of tied tensors: counted once below", ""),
+    "stats ties": (["stats", "fixtures/encoder_tied.pt"], 0, "1 key of tied tensors, counted once in the total", ""),
     "stats model": (["stats", MODEL, "--sort", "l2", "--top", "1"], 0, "fc1.weight", ""),
     "stats no numbers": (["stats", f"{DDP}::optimizer"], 0, "\nno numbers\n", ""),
     "stats missing": (["stats", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
     "stats bad sort": (["stats", TEN, "--sort", "size"], 2, "", "hint: see ckpt stats --help"),
-    "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts it", ""),
+    "diff same": (["diff", TEN, "fixtures/lenet_10class.safetensors"], 0, "load_state_dict accepts the checkpoint", ""),
     "diff shapes": (["diff", MODEL, TEN], 1, "8 matched, 0 missing, 0 unexpected, 2 shape-mismatched", ""),
     "diff prefix": (["diff", TEN, DDP], 1, "coverage 0.0 %", "all 10 keys match after --rename 'module.*=*'"),
     "diff stripped": (["diff", TEN, DDP, "--strip", "auto"], 0, "10 matched", "--strip auto: 'module.' (DataParallel"),
@@ -128,13 +128,13 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "preflight groups": (
         ["preflight", "--model", MODEL, "--groups", "fixtures/groups.toml", "--optimizer", "SGD"],
         0,
-        "SGD state (momentum_buffer)    246.0 kB",
+        "SGD state (momentum_buffer)  246.0 kB",
         "",
     ),
     "preflight step": (
         ["preflight", "--model", MODEL, "--optimizer", "SGD", "--dry-step", "py:fixtures.lenet:loss"],
         0,
-        "10 of 10 parameters that train got a gradient, 10 moved by SGD",
+        "10 of 10 trainable parameters got a gradient, 10 moved by SGD",
         "",
     ),
     "preflight shapes": (
@@ -237,19 +237,19 @@ WRITES: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out.pt"])
-@pytest.mark.parametrize(("arguments", "said"), WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize(("arguments", "summary"), WRITES.values(), ids=WRITES.keys())
 def test_writing(
-    arguments: list[str], said: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], summary: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """--dry-run writes nothing; an output is replaced only with --force; --json names the output."""
     out = tmp_path / name
     dry = run_ckpt(capsys, *arguments, "-o", out, "--dry-run")
     assert (dry.code, list(tmp_path.iterdir())) == (0, [])
-    assert said in dry.out
+    assert summary in dry.out
     assert "nothing was written" in dry.out
     first = run_ckpt(capsys, *arguments, "-o", out)
     assert (first.code, first.out) == (0, "")
-    assert said in first.err
+    assert summary in first.err
     before = out.read_bytes()
     second = run_ckpt(capsys, *arguments, "-o", out)
     assert (second.code, second.out, out.read_bytes()) == (2, "", before)

@@ -60,9 +60,9 @@ def test_lines_quote_names_and_nothing_else(first: str, second: str) -> None:
         Line((as_code(second),), indented=True),
     ]
     tokens = _tokens(as_markdown(page))
-    said = ["".join(child.content for child in token.children) for token in tokens if token.children]
-    assert said[0] == f"{printable(first)} <is> *not* `that` [x](y) & {printable(second)}".strip()
-    assert said[1:] == ([printable(second)] if second else [])
+    shown = ["".join(child.content for child in token.children) for token in tokens if token.children]
+    assert shown[0] == f"{printable(first)} <is> *not* `that` [x](y) & {printable(second)}".strip()
+    assert shown[1:] == ([printable(second)] if second else [])
     assert as_text(page)[1] == f"  {printable(second)}"
 
 
@@ -125,9 +125,9 @@ def test_every_report_has_a_markdown_form(
     text, ran = run_ckpt(capsys, *arguments), run_ckpt(capsys, *arguments, "--markdown")
     assert (ran.code, ran.err) == (text.code, text.err)
     tokens = _tokens(ran.out.splitlines())
-    said = [token.content if token.type == "fence" else "" for token in tokens]
-    said += ["".join(child.content for child in token.children or ()) for token in tokens]
-    assert sorted(re.findall(r"\S+", " ".join(said))) == sorted(re.findall(r"\S+", text.out))
+    shown = [token.content if token.type == "fence" else "" for token in tokens]
+    shown += ["".join(child.content for child in token.children or ()) for token in tokens]
+    assert sorted(re.findall(r"\S+", " ".join(shown))) == sorted(re.findall(r"\S+", text.out))
     both = run_ckpt(capsys, *arguments, "--markdown", "--json")
     assert (both.code, both.out) == (2, "")
     assert both.err.startswith("ckpt: --json and --markdown exclude each other\nhint: see ckpt ")

@@ -177,7 +177,7 @@ def test_page(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
         "·······▄·······█",
     ]  # fmt: skip
     assert ones.split() == ["a", "F32", "3", "1", "0", "1", "1", "3", "1.732", "···············█"]
-    assert axis == "magnitudes: 16 bars, the first all below 2^-237, then 16 powers of two each, up to 2^3"
+    assert axis == "magnitudes: 16 bars; the first has all below 2^-237, the others 16 powers of two each, up to 2^3"
     assert listed == "2 of 3 tensors listed"
     assert total == "11 numbers, mean -0.1429, std 2.474, from -6 to 2, 9.1 % zeros, 2 NaN, 1 Inf, 1 -Inf"
 
@@ -203,7 +203,7 @@ def test_bars_are_shares_of_the_numbers(tmp_path: Path, capsys: pytest.CaptureFi
     save_file({"w": torch.tensor(values)}, path)
     out = run_ckpt(capsys, "stats", path).out
     assert "  ▁············▁▄█\n" in out
-    assert "\nmagnitudes: 16 bars, the first all below 2^-12, then a power of two each, up to 2^3\n" in out
+    assert "\nmagnitudes: 16 bars; the first has all below 2^-12, the others a power of two each, up to 2^3\n" in out
 
 
 def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

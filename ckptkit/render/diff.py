@@ -102,7 +102,7 @@ def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
 
 def _verdict(result: StateDictDiff) -> str:
     if result.loads_strict:
-        return "load_state_dict accepts it"
+        return "load_state_dict accepts the checkpoint"
     if result.loads:
-        return "load_state_dict raises with strict=True; with strict=False it loads what matched and says nothing"
-    return "load_state_dict raises, with strict=False too"
+        return "load_state_dict raises with strict=True; with strict=False it silently loads the matched keys"
+    return "load_state_dict raises, even with strict=False"

@@ -101,7 +101,7 @@ def _memory_table(memory: Memory) -> Iterator[Block]:
         slots = f" ({', '.join(state.slots)})" if state.slots else ""
         size = "not known for this class" if state.nbytes is None else human_bytes(state.nbytes)
         rows.append((f"{printable(state.optimizer)} state{slots}", size))
-    rows.append(("together, without activations", human_bytes(memory.total)))
+    rows.append(("total, without activations", human_bytes(memory.total)))
     yield Table(("memory", "bytes"), tuple(rows), _RIGHT)
 
 
@@ -116,7 +116,7 @@ def _step_line(step: DryStep) -> Line:
     if step.loss is None:
         return Line(("dry step: it ended before there was a loss",))
     moved = f", {step.moved:,} moved by {step.optimizer}" if step.optimizer else ", and no optimizer to move them"
-    count = f"{_some_of(step.gradients, step.trainable)} parameters that train got a gradient"
+    count = f"{_some_of(step.gradients, step.trainable)} trainable parameters got a gradient"
     return Line((f"dry step on a copy: loss {step.loss:.6g}, {count}{moved}",))
 
 

@@ -80,7 +80,7 @@ def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, 
         page.append(Table(("not judged", "dtype", "shape", "because"), tuple(table_rows(unjudged, expand=expand))))
     tied = sum(bool(tensor.same_as) for tensor in result.tensors.values())
     if tied:
-        page.append(Line((f"{plural(tied, 'key')} of tied tensors: counted once below",)))
+        page.append(Line((f"{plural(tied, 'key')} of tied tensors, counted once in the total",)))
     return [*page, *([Line((_summary(total),))] if judged else [Listing(("no numbers",))])]
 
 
@@ -158,7 +158,9 @@ class _Axis(NamedTuple):
         """Return the legend of the histograms."""
         each = "a power of two" if self.width == 1 else f"{self.width} powers of two"
         lowest = self.top - self.width * (_BINS - 1)
-        return f"magnitudes: {_BINS} bars, the first all below 2^{lowest}, then {each} each, up to 2^{self.top}"
+        return (
+            f"magnitudes: {_BINS} bars; the first has all below 2^{lowest}, the others {each} each, up to 2^{self.top}"
+        )
 
 
 def _number(value: float | None) -> str:
