@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import typing
 from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import ckptkit
-from tests.generated import code_tables, files
+from ckptkit.core.findings import Code
+from tests.generated import ROOT, code_tables, files
+
+PACKAGE = ROOT / "ckptkit"
 
 
 @pytest.mark.parametrize(("path", "text"), files().items(), ids=[path.name for path in files()])
@@ -22,6 +27,28 @@ def test_a_code_is_declared_once() -> None:
     """Two kinds of finding never share a code."""
     codes = Counter(code.name for table in code_tables().values() for code in table)
     assert [name for name, number in codes.items() if number > 1] == []
+
+
+@pytest.mark.parametrize("module", code_tables())
+def test_every_declared_code_is_used(module: str) -> None:
+    """The list of codes has no code that the package never reports."""
+    names = {name for name, value in vars(import_module(module)).items() if isinstance(value, Code)}
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py") if path.name != "codes.py"]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    assert names - used == set()
+
+
+def test_findings_are_made_from_codes() -> None:
+    """No finding has a code that is not in the lists: only ``Code.finding`` calls ``Finding``."""
+    callers = {
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding"
+    }
+    assert callers == {"core/findings.py"}
 
 
 @pytest.mark.parametrize("name", [name for name in ckptkit.__all__ if callable(getattr(ckptkit, name))])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
 
@@ -29,7 +29,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.formats import codes as reader_codes
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Rules
+from ckptkit.rules.model import RulesLike
 from ckptkit.rules.parse import as_rules
 
 __all__ = ["run_checks"]
@@ -49,7 +49,7 @@ _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTE
 
 def run_checks(
     checkpoint: StateDictLike,
-    rules: Rules | Iterable[str] | Mapping[str, object] | None = None,
+    rules: RulesLike | None = None,
     *,
     like: StateDictLike | None = None,
     fast: bool = False,

@@ -180,24 +180,24 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     uncopyable: list[KeyPair] = []
     blocked: list[str] = []
     for key, info in expected_infos.items():
-        other = by_new_name.get(key)
-        if other is None:
+        found_info = by_new_name.get(key)
+        if found_info is None:
             if _extra_state_key(key, expected) not in found_states:
                 missing.append(info)
                 if key in not_tensors:
                     blocked.append(key)
-        elif info.shape != other.shape:
-            shape_mismatched.append(KeyPair(info, other))
+        elif info.shape != found_info.shape:
+            shape_mismatched.append(KeyPair(info, found_info))
         else:
-            pair = KeyPair(info, other)
+            pair = KeyPair(info, found_info)
             matched.append(pair)
-            if info.dtype != other.dtype:
+            if info.dtype != found_info.dtype:
                 dtype_mismatched.append(pair)
-            if (info.dtype != other.dtype or info.kind != other.kind) and not _is_copyable(pair):
+            if (info.dtype != found_info.dtype or info.kind != found_info.kind) and not _is_copyable(pair):
                 uncopyable.append(pair)
     unexpected = {
-        new: other
-        for new, other in by_new_name.items()
+        new: info
+        for new, info in by_new_name.items()
         if new not in expected_infos and _extra_state_key(new, found) not in expected_states
     }
     foreign = [key for key in not_tensors if key not in expected_infos and _extra_state_key(key, found) is None]

@@ -103,9 +103,9 @@ class Report:
         return "\n".join([*lines, ", ".join(parts) or "no findings"])
 
     def raise_for_errors(self, *, warnings: bool = False) -> None:
-        """Raise the first error as an exception, with the number of further errors; do nothing if there is no error.
+        """Raise the first error as an exception of class ``error``, with the number of further errors.
 
-        With ``warnings``, warnings count as errors too, after the errors.
+        Do nothing if there is no error. With ``warnings``, warnings count as errors too, after the errors.
         """
         errors = [finding for finding in self.findings if finding.severity == "error"]
         if warnings:

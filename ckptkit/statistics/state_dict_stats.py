@@ -12,7 +12,7 @@ from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Rules
+from ckptkit.rules.model import RulesLike
 from ckptkit.rules.parse import as_rules
 from ckptkit.statistics.accumulator import Accumulator, why_unsupported
 from ckptkit.statistics.threads import Workspace
@@ -96,7 +96,7 @@ def module_name(key: str, depth: int) -> str:
 
 def stats(
     checkpoint: StateDictLike,
-    rules: Rules | Iterable[str] | Mapping[str, object] | None = None,
+    rules: RulesLike | None = None,
     *,
     progress: Progress | None = None,
 ) -> StateDictStats:
