@@ -91,7 +91,7 @@ def _parse_key(kind: str, value: object, where: str, depth: int) -> Condition:
     values = value if isinstance(value, list | tuple) else [value]
     if not values:
         raise GroupsError(f"{where}: {kind} is an empty list, which matches nothing", hint=_EXAMPLE)
-    return Condition(kind, tuple(_PARSERS[kind](one, where) for one in values))
+    return Condition(kind, tuple(_PARSERS[kind](inner, where) for inner in values))
 
 
 def _parse_pattern(value: object, where: str) -> Pattern:

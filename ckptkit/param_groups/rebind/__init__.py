@@ -107,8 +107,8 @@ class _Rebind:
         self.members = held.members
         self.beside = beside
         self.replacements = find_replacements(self.inventory, self.members, guess=guess, beside=beside)
-        none_found = not any(replacement.live for replacement in self.replacements.values())
-        if none_found and self.replacements and len(self.replacements) == len({id(one.tensor) for one in self.members}):
+        all_unknown = len(self.replacements) == len({id(member.tensor) for member in self.members}) > 0
+        if all_unknown and not any(replacement.live for replacement in self.replacements.values()):
             raise GroupsError(
                 f"none of the {plural(len(self.replacements), 'parameter')} of the optimizer is in the model, "
                 "by identity or by name",

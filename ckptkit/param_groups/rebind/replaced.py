@@ -78,7 +78,11 @@ def _match_by_ending(tensor: UnknownTensor, by_ending: Mapping[str, Sequence[Liv
 
 
 def _refuse_guesses(matched: Sequence[UnknownTensor], *, guess: bool) -> None:
-    unclear = [one for one in matched if (one.is_guess and not guess if one.live is not None else one.candidates)]
+    unclear = [
+        tensor
+        for tensor in matched
+        if (tensor.is_guess and not guess if tensor.live is not None else tensor.candidates)
+    ]
     if not unclear:
         return
     first, more = unclear[0], f" (and {len(unclear) - 1} more)" if unclear[1:] else ""
@@ -105,10 +109,12 @@ def _replacement(
     live, name = tensor.live, tensor.name
     rename = find_rename(inventory, name) if name else None
     if name and rename is not None and (live is None or live.name in rename.names):
-        found = [one for one in map(inventory.named, rename.names) if one is not None]
+        found = [parameter for parameter in map(inventory.named, rename.names) if parameter is not None]
         is_weight_norm = len(found) > 1 or name.endswith(_WEIGHT_NORM_ENDINGS)
-        free = [one for one in found if id(one.tensor) not in held and id(one.tensor) not in claimed]
-        claimed.update({id(one.tensor): tensor for one in free})
+        free = [
+            parameter for parameter in found if id(parameter.tensor) not in held and id(parameter.tensor) not in claimed
+        ]
+        claimed.update({id(parameter.tensor): tensor for parameter in free})
         return Replacement(tuple(free), keeps_state=bool(free) and not is_weight_norm, reason=rename.event)
     if live is None:
         return Replacement(reason="the model no longer has this parameter")
