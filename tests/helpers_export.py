@@ -1,4 +1,4 @@
-"""Archives of torch.export for the tests: one exported for real, and others made of it by changing what it says."""
+"""Archives of torch.export for the tests: a real one, and changed copies."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DTYPES = [
 
 
 class Net(nn.Module):
-    """Tied, sliced and transposed weights, a buffer that is not persistent, a constant, and one of every dtype."""
+    """A module with tied, sliced and transposed weights, a non-persistent buffer, a constant, and every dtype."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def exported() -> bytes:
 
 @cache
 def small() -> bytes:
-    """A program of one linear layer: its archive is the smallest that torch writes."""
+    """Return the archive of a program with one linear layer, the smallest that torch writes."""
     return exported_as(lambda buffer, program: torch.export.save(program, buffer), nn.Linear(3, 2))
 
 
@@ -82,5 +82,5 @@ def config(data: bytes, place: str = WEIGHTS) -> dict[str, Any]:
 
 
 def changed(data: bytes, /, **entries: bytes | None) -> bytes:
-    """The archive written anew with these entries below its root, without those that are None."""
+    """Return the archive with other contents of these entries; None removes an entry."""
     return rezip(data, {root_of(data) + place: content for place, content in entries.items()})

@@ -1,4 +1,4 @@
-"""Files for the tests of the readers: honest ones made by torch and safetensors, hostile ones put together by hand."""
+"""Files for the tests of readers: good files by torch and safetensors, and handmade hostile files."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_everything(path: str) -> dict[str, bytes]:
 
 
 def refusal(path: str) -> CkptkitError:
-    """The error of opening ``path`` and of reading everything in it: one line that names the file."""
+    """Return the error of opening ``path`` and reading everything; assert that it is one line with the file name."""
     with pytest.raises(CkptkitError) as caught:
         read_everything(path)
     assert caught.value.path
@@ -52,7 +52,7 @@ def refused(tmp_path: Path, data: bytes, name: str = "file.pt") -> CkptkitError:
 
 
 def random_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int = 0) -> torch.Tensor:
-    """Random bits, so that every NaN and every unused code of a dtype is among them."""
+    """Return a tensor of random bits, so that every NaN and every unused code of a dtype can occur."""
     generator = torch.Generator().manual_seed(seed)
     top = 2 if dtype is torch.bool else 256
     count = torch.Size(shape).numel() * dtype.itemsize
@@ -60,15 +60,17 @@ def random_tensor(dtype: torch.dtype, shape: Sequence[int], seed: int = 0) -> to
 
 
 def bits(tensor: torch.Tensor) -> bytes:
-    """The logical values of a tensor as contiguous bytes."""
+    """Return the logical values of a tensor as contiguous bytes."""
     plain = tensor.detach().resolve_conj().resolve_neg()
-    plain = plain.view(torch.uint8) if plain.dtype is torch.bool else plain  # copied as booleans, odd bytes become 1
+    plain = (
+        plain.view(torch.uint8) if plain.dtype is torch.bool else plain
+    )  # a copy as booleans would turn odd bytes into 1
     plain = plain.clone(memory_format=torch.contiguous_format).reshape(-1)
     return bytes(plain.view(torch.uint8).tolist())
 
 
 def assert_same(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) -> None:
-    """Names, order, dtypes, shapes and bytes are those of ``expected``, by every way of reading."""
+    """Assert that names, order, dtypes, shapes and bytes equal ``expected``, in every way of reading."""
     assert list(checkpoint) == list(expected)
     for key, tensor in expected.items():
         info = checkpoint[key]
@@ -83,9 +85,6 @@ def assert_same(checkpoint: Checkpoint, expected: Mapping[str, torch.Tensor]) ->
         assert bits(read) == bits(tensor), key
 
 
-# --- safetensors -----------------------------------------------------------------------------------------------------
-
-
 def safetensors_file(header: Mapping[str, Any] | str | bytes, data: bytes = b"") -> bytes:
     text = json.dumps(header) if isinstance(header, Mapping) else header
     raw = text.encode() if isinstance(text, str) else text
@@ -97,16 +96,13 @@ def f32(begin: int = 0, end: int = 4, shape: Sequence[int] = (1,), dtype: str = 
 
 
 def library_accepts(path: str | Path) -> bool:
-    """Return whether the safetensors library takes this for a whole file."""
+    """Return whether the safetensors library accepts these bytes as a whole file."""
     try:
         with safe_open(path, "pt") as file:
             file.keys()
     except Exception:  # noqa: BLE001 - whatever it raises, it refuses
         return False
     return True
-
-
-# --- what torch.save makes -------------------------------------------------------------------------------------------
 
 
 def saved(thing: object, *, legacy: bool = False, protocol: int = 2) -> bytes:
@@ -124,7 +120,7 @@ def zip_of(entries: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORE
 
 
 def rezip(data: bytes, changes: Mapping[str, bytes | None] | None = None, method: int = zipfile.ZIP_STORED) -> bytes:
-    """The archive written anew by zipfile, some entries replaced, added, or (None) left out."""
+    """Return the archive rewritten by zipfile with other contents of these entries; None removes an entry."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries: dict[str, bytes | None] = {name: archive.read(name) for name in archive.namelist()}
     entries |= changes or {}
@@ -136,7 +132,7 @@ CENTRAL = {"flags": (8, "H"), "method": (10, "H"), "crc": (16, "L"), "packed": (
 
 
 def patch_central(data: bytes, name: str, **fields: int) -> bytes:
-    """The archive with fields of one entry of its central directory overwritten."""
+    """Return the archive with other values in one entry of its central directory."""
     raw = name.encode()
     at = data.rfind(raw) - 46
     assert data[at : at + 4] == b"PK\1\2"
@@ -145,9 +141,6 @@ def patch_central(data: bytes, name: str, **fields: int) -> bytes:
         offset, code = CENTRAL[field]
         struct.pack_into(f"<{code}", made, at + offset, value)
     return bytes(made)
-
-
-# --- pickles by hand (protocol 2) ------------------------------------------------------------------------------------
 
 
 def glob(dotted: str) -> bytes:
@@ -208,7 +201,7 @@ def get(index: int) -> bytes:
 
 
 def laughs(levels: int, open_: bytes = b"](", close: bytes = b"e") -> bytes:
-    """A list of two lists of two lists...: a few bytes a level, two to the power of the levels when walked."""
+    """Return a list of two lists of two lists ...: a few bytes for each level, but 2^levels places."""
     made = b"]" + put(0) + b"0"
     for level in range(1, levels + 1):
         made += open_ + get(level - 1) * 2 + close + put(level) + b"0"
@@ -224,7 +217,7 @@ def pickled(body: bytes) -> bytes:
 
 
 def torch_zip(body: bytes, records: Mapping[str, bytes] | None = None) -> bytes:
-    """A torch zip around a pickle made by hand; one storage of 16 bytes unless told otherwise."""
+    """Return a torch zip file with a handmade pickle, and by default one storage of 16 bytes."""
     stored = {"0": bytes(range(16))} if records is None else records
     entries = [("archive/data.pkl", pickled(body)), ("archive/byteorder", b"little")]
     entries += [(f"archive/data/{key}", data) for key, data in stored.items()]
@@ -232,14 +225,14 @@ def torch_zip(body: bytes, records: Mapping[str, bytes] | None = None) -> bytes:
 
 
 def with_weights(**more: bytes) -> bytes:
-    """A torch zip of a mapping with one tensor, ``w``, and whatever else is asked for."""
+    """Return a torch zip file of a mapping with one tensor, ``w``, and the given extra values."""
     return torch_zip(mapping({"w": tensor(), **more}))
 
 
 def legacy_file(
     body: bytes, keys: object = ("0",), stored: bytes | None = None, magic: int = MAGIC, protocol: int = 1001
 ) -> bytes:
-    """A legacy file around a pickle made by hand; one storage of four floats unless told otherwise."""
+    """Return a legacy file with a handmade pickle, and by default one storage of four floats."""
     info = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
     head = b"".join(pickle.dumps(part, 2) for part in (magic, protocol, info))
     tail = struct.pack("<q", 4) + bytes(range(16)) if stored is None else stored

@@ -1,4 +1,4 @@
-"""Tar archives as torch 0.1 wrote them, which no torch of today can: put together member by member."""
+"""Build tar archives as torch 0.1 wrote them, which no current torch can write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = {
 
 
 class Pickler(pickle.Pickler):
-    """Pickles as torch 0.1 did: tensors and classes of modules by persistent id, parameters made from their data."""
+    """A pickler like that of torch 0.1: tensors and module classes are persistent ids."""
 
     def persistent_id(self, thing: Any) -> Any:
         if type(thing) is torch.Tensor:
@@ -61,7 +61,7 @@ def parts(
     views: Sequence[tuple[int, int, int, int]] = (),
     of: Mapping[int, int] | None = None,
 ) -> dict[str, bytes]:
-    """The four members for ``thing``, made of ``tensors``; ``of`` says whose storage is a view, by position."""
+    """Return the four members for ``thing`` and its ``tensors``; ``of`` gives the position of each viewed storage."""
     keys = {id(tensor): 7_000_000 + index for index, tensor in enumerate(tensors)}
     storages: dict[int, torch.Tensor] = {}
     for tensor in tensors:

@@ -1,4 +1,4 @@
-"""Editing a training checkpoint keeps the rest: what torch loads is what it loaded before, but for what was asked."""
+"""Editing a training checkpoint keeps the rest: torch loads the same values, except for the requested change."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loaded(path: Path) -> Any:
 
 
 def edited(source: Path, out: Path, rules: list[str] | None = None, *, dtype: str | None = None) -> Any:
-    """What torch loads of an edited copy, which loads weights-only wherever its source does."""
+    """Return what torch loads from an edited copy; the copy must load weights-only if the source does."""
     with open_checkpoint(source) as checkpoint:
         execute(
             plan_remap(checkpoint, rules, dtype=dtype), checkpoint, choose_output(out, force=True, keep_unknown=True)
@@ -58,7 +58,7 @@ def edited(source: Path, out: Path, rules: list[str] | None = None, *, dtype: st
 
 
 def renamed(state: Any, names: Callable[[str], str]) -> Any:
-    """The same mapping, of the same class and with its attributes, under other names."""
+    """Return a copy of the mapping, with the same class and attributes, and with other names."""
     made = copy.copy(state)
     made.clear()
     made.update({names(key): value for key, value in state.items()})
@@ -71,7 +71,7 @@ def saved(path: Path, content: Any, *, legacy: bool = False, protocol: int = 2) 
 
 
 def tied_model(*, sparse: bool) -> nn.ModuleDict:
-    """Two layers behind a prefix, one of them tied to a third, and buffers."""
+    """Return a model with a prefix, a tied embedding and head, and buffers."""
     torch.manual_seed(0)
     embed, head = nn.Embedding(6, 4, sparse=sparse), nn.Linear(4, 6, bias=False)
     head.weight = embed.weight
@@ -99,7 +99,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 
 
 def trained(name: str) -> dict[str, Any]:
-    """A training checkpoint after two steps, as a script would save it."""
+    """Return a training checkpoint after two steps, as a script would save it."""
     model = tied_model(sparse=name == "SparseAdam")
     layers: Any = model["net"]
     weight = layers["embed"].weight
@@ -137,7 +137,7 @@ def trained(name: str) -> dict[str, Any]:
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_the_state_of_every_optimizer_is_kept(name: str, tmp_path: Path, *, legacy: bool) -> None:
-    """Renamed, dropped, cast: the optimizer, schedulers, scaler and shadow of a run are what they were, and ties."""
+    """After a rename, a drop and a cast, the optimizer, schedulers, scaler, other tensors and ties are unchanged."""
     source = saved(tmp_path / "run.ckpt", trained(name), legacy=legacy)
     before = sha256(source)
 
@@ -172,7 +172,7 @@ def test_the_state_of_every_optimizer_is_kept(name: str, tmp_path: Path, *, lega
 
 
 class Unknown:
-    """A class of the user, gone while the file is edited."""
+    """A class of the user that is not importable while the file is edited."""
 
 
 ODDITIES = (
@@ -182,7 +182,7 @@ ODDITIES = (
 
 
 def oddities() -> dict[str, Any]:
-    """What runs put into their checkpoints, and what hardly anybody does."""
+    """Return values that training scripts save, common ones and rare ones."""
     shared = ["a list that is there three times"]
     recursive: list[Any] = [1]
     recursive.append(recursive)
@@ -237,7 +237,7 @@ def oddities() -> dict[str, Any]:
 @pytest.mark.parametrize("place", ["first", "last"])
 @pytest.mark.parametrize("name", ODDITIES)
 def test_whatever_is_beside_the_weights_is_kept(name: str, place: str, protocol: int, tmp_path: Path) -> None:
-    """Types, values, order and identity, in every protocol, whether or not the weights come first in the pickle."""
+    """Types, values, order and identity remain, in every protocol, with the weights first or last in the pickle."""
     rest = oddities()[name]
     weights = collections.OrderedDict(module_a=torch.arange(6.0).view(2, 3), module_b=nn.Parameter(torch.ones(2)))
     content = {"rest": rest, "state_dict": weights} if place == "first" else {"state_dict": weights, "rest": rest}
@@ -248,11 +248,11 @@ def test_whatever_is_beside_the_weights_is_kept(name: str, place: str, protocol:
 
 
 def test_everything_together_is_kept(tmp_path: Path) -> None:
-    """One file with all of it, the mapping shared with others, in the zip format and in the one before."""
+    """One file holds all oddities and uses the mapping twice, in the zip format and in the legacy format."""
     parts = oddities()
     weights = {"w": torch.arange(6.0), "b": parts["tensors"][0]}
     for legacy in (False, True):
-        if legacy:  # torch writes such tensors, and cannot read them; of modules it writes the source code too
+        if legacy:  # torch writes such tensors and cannot read them; for modules it writes the source code too
             del parts["module"]
             parts["tensors"] = [one for one in parts["tensors"] if isinstance(one, torch.Tensor) and one.numel() and
                                 one.dtype in (torch.float32, torch.bfloat16, torch.int64)]  # fmt: skip
@@ -266,7 +266,7 @@ def test_everything_together_is_kept(tmp_path: Path) -> None:
 
 
 def test_no_class_is_needed_to_keep_its_objects(tmp_path: Path) -> None:
-    """A module that is not installed: the file is edited all the same, and loads where the module is there again."""
+    """A file that needs a missing module can be edited, and loads again as soon as the module is back."""
     module = types.ModuleType("lost_module")
     lost = type("Lost", (), {"__module__": "lost_module"})
     module.Lost = lost  # type: ignore[attr-defined]
@@ -288,7 +288,7 @@ def test_no_class_is_needed_to_keep_its_objects(tmp_path: Path) -> None:
 
 
 def test_nothing_in_the_file_is_run(tmp_path: Path) -> None:
-    """An object that would write a file when it is loaded goes along, and does so when torch loads it."""
+    """An object that writes a file when it is loaded is kept; only torch.load runs its code."""
     mark = tmp_path / "ran"
     source = saved(tmp_path / "in.pt", {"model": {"w": torch.ones(2)}, "trap": Trap(mark)})
     with open_checkpoint(source) as checkpoint:
@@ -299,14 +299,14 @@ def test_nothing_in_the_file_is_run(tmp_path: Path) -> None:
 
 
 class Trap:
-    """Touches a file when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
-        """Remember which."""
+        """Take the path of the file to create."""
         self.path = path
 
     def __reduce__(self) -> Any:
-        """Ask for code to be called."""
+        """Return the call that the pickle asks for."""
         return spring, (str(self.path),)
 
 
@@ -314,11 +314,8 @@ def spring(path: str) -> None:
     Path(path).touch()
 
 
-# --- what is changed, and what is said of it -------------------------------------------------------------------------
-
-
 def test_a_merge_keeps_the_rest_of_its_base(tmp_path: Path) -> None:
-    """The donor's values in the base's places: parameters stay parameters, in their order, and new keys come last."""
+    """The base gets the donor's values: parameters remain parameters, the order is the same, and new keys follow."""
     base = {
         "state_dict": {"a": nn.Parameter(torch.zeros(2)), "n": torch.tensor(1), "note": "in the middle",
                        "b": torch.zeros(3, dtype=torch.bfloat16)},
@@ -338,7 +335,7 @@ def test_a_merge_keeps_the_rest_of_its_base(tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_folded_into_a_training_checkpoint(tmp_path: Path) -> None:
-    """The weight is new, and all else of the run is as it was."""
+    """The weight is new, and everything else in the file is unchanged."""
     source = saved(tmp_path / "base.ckpt", {"model": {"q.weight": torch.zeros(3, 2), "n": torch.ones(1)}, "epoch": 3})
     name = "base_model.model.q.lora_{}.weight"
     adapter = {name.format("A"): torch.ones(1, 2), name.format("B"): torch.ones(3, 1)}
@@ -352,7 +349,7 @@ def test_an_adapter_is_folded_into_a_training_checkpoint(tmp_path: Path) -> None
 
 
 def test_new_tensors_are_what_the_old_ones_were(tmp_path: Path) -> None:
-    """A cast parameter still is one; attributes stay, gradients are asked for, an identical object is one still."""
+    """A cast parameter is still a parameter, with its attributes and requires_grad; shared objects remain shared."""
     tagged = torch.ones(2)
     tagged.tag = ["kept"]  # type: ignore[attr-defined]
     parameter = nn.Parameter(torch.ones(2, 3))
@@ -369,7 +366,7 @@ def test_new_tensors_are_what_the_old_ones_were(tmp_path: Path) -> None:
 
 
 def test_memory_that_is_no_longer_shared_is_named(tmp_path: Path) -> None:
-    """A cast tensor parts from its like in the optimizer, and the plan says so; nobody else does."""
+    """A note of the plan names a cast tensor that shared its storage with another tensor, and no other tensor."""
     weight = torch.ones(4)
     source = saved(tmp_path / "in.pt", {"model": {"w": weight, "v": torch.ones(2)}, "ema": [weight[1:]]})
     output = choose_output(tmp_path / "out.pt")
@@ -380,7 +377,7 @@ def test_memory_that_is_no_longer_shared_is_named(tmp_path: Path) -> None:
 
 
 def test_storages_that_nobody_refers_to_are_dropped(tmp_path: Path) -> None:
-    """The file of a dropped tensor is as small as if it had never been there; one that is shared stays."""
+    """The storage of a dropped tensor is not written, unless another tensor uses it."""
     large = torch.ones(100_000)
     source = saved(tmp_path / "in.pt", {"model": {"large": large, "w": torch.ones(2)}, "epoch": 3})
     shared = saved(tmp_path / "shared.pt", {"model": {"large": large, "w": torch.ones(2)}, "ema": large})
@@ -393,7 +390,7 @@ def test_storages_that_nobody_refers_to_are_dropped(tmp_path: Path) -> None:
 
 
 def test_a_file_is_replaced_in_place_where_nothing_is_lost(tmp_path: Path) -> None:
-    """Onto itself by force; not with the tensors alone, which would lose the rest."""
+    """With force, an output may replace its source; with only_tensors it may not, because the rest would be lost."""
     source = saved(tmp_path / "run.pt", {"model": {"w": torch.ones(2)}, "epoch": 3})
     with open_checkpoint(source) as checkpoint:
         plan = plan_remap(checkpoint, ["w=v"])
@@ -404,7 +401,7 @@ def test_a_file_is_replaced_in_place_where_nothing_is_lost(tmp_path: Path) -> No
 
 
 def test_a_mapping_deeper_in_the_file_is_edited_where_it_is(tmp_path: Path) -> None:
-    """The one that is named by ``::``, with all around it; a root that is the mapping itself too."""
+    """``::`` selects a nested mapping, and everything around it is kept; the root can be the mapping too."""
     source = saved(tmp_path / "in.pt", {"a": {"ema": {"w": torch.ones(1)}, "model": {"w": torch.zeros(1)}}, "n": 1})
     with open_checkpoint(f"{source}::a.ema") as checkpoint:
         execute(plan_remap(checkpoint, ["w=v"]), checkpoint, tmp_path / "out.pt")
@@ -415,7 +412,7 @@ def test_a_mapping_deeper_in_the_file_is_edited_where_it_is(tmp_path: Path) -> N
 
 
 def test_what_else_the_archive_holds_is_kept(tmp_path: Path) -> None:
-    """A record that no tensor refers to and nobody knows lies in the output too, with its checksum."""
+    """The output also has a record that no tensor uses, with its checksum."""
     source = saved(tmp_path / "in.pt", {"model": {"w": torch.ones(2)}, "epoch": 3})
     with zipfile.ZipFile(source, "a") as archive:
         archive.writestr("in/extra/notes.txt", "hello")
@@ -427,7 +424,7 @@ def test_what_else_the_archive_holds_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("order", ["big", "little"])
 def test_the_numbers_of_a_big_endian_file_are_what_torch_reads(order: str, tmp_path: Path) -> None:
-    """Swapped once, on the way; refused where the file does not say how wide they are."""
+    """Numbers are swapped once; a file that does not say how wide they are is refused."""
     content = {
         "model": {"w": tensor_of("F32", (3,)), "h": tensor_of("BF16", (4,))},
         "rest": {"step": tensor_of("I64", (2,), 2)},
@@ -445,16 +442,13 @@ def test_the_numbers_of_a_big_endian_file_are_what_torch_reads(order: str, tmp_p
 
 
 def big_endian(path: Path, order: str) -> Path:
-    """The same file, saying that it is of another byte order."""
+    """Return the same file with another byte order in its header."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
             archive.writestr(name, order if name.endswith("byteorder") else data)
     return path
-
-
-# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -470,7 +464,7 @@ def big_endian(path: Path, order: str) -> Path:
     ids=["unknown", "collision", "deep"],
 )  # fmt: skip
 def test_what_cannot_be_kept_is_refused_by_name(content: Any, rules: list[str], reason: str, tmp_path: Path) -> None:
-    """In a dry run too; the hint says how to have the tensors alone, and that works."""
+    """A dry run refuses too; the hint names --only-tensors, and that option works."""
     source = saved(tmp_path / "in.pt", content)
     with open_checkpoint(source) as checkpoint:
         plan = plan_remap(checkpoint, rules)
@@ -488,7 +482,7 @@ def test_what_cannot_be_kept_is_refused_by_name(content: Any, rules: list[str], 
 
 
 def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Before and after, in text and in JSON; with ``--only-tensors`` and in safetensors the rest is left out."""
+    """The command lists what it keeps; with ``--only-tensors`` and for safetensors it lists what it leaves out."""
     source = saved(tmp_path / "run.pt", {"model": {"w": torch.ones(2)}, "epoch": 3, "args": argparse.Namespace()})
     base = ("remap", source, "--rename", "w=v", "--force", "-o")
     refused = run_ckpt(capsys, *base, tmp_path / "out.pt")
@@ -508,7 +502,7 @@ def test_the_command_says_what_is_kept(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_plan_file_keeps_the_rest_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Applied, the rest is kept; undone, the file is what it was."""
+    """A plan file keeps the rest when it is applied, and restores the file when it is inverted."""
     source = saved(tmp_path / "run.pt", {"model": {"w": torch.ones(2)}, "epoch": 3})
     plan = tmp_path / "plan.json"
     run_ckpt(capsys, "remap", source, "-o", tmp_path / "a.pt", "--rename", "w=v", "--plan", plan)
@@ -541,7 +535,7 @@ HELD += b"".join(get(900 + n) + get(899) + b"a0" for n in range(999))
     ids=["thrown away", "changed later", "knots"],
 )
 def test_a_pickle_that_no_pickler_writes_is_refused(rest: bytes, reason: str, tmp_path: Path) -> None:
-    """What a call saw is what it will see again; what cannot be had so is not written."""
+    """A pickle is refused if the calls in the output would not get the same arguments."""
     source = tmp_path / "in.pt"
     source.write_bytes(torch_zip(mapping({"model": mapping({"w": tensor()}), "rest": rest})))
     with open_checkpoint(source) as checkpoint:
@@ -552,7 +546,7 @@ def test_a_pickle_that_no_pickler_writes_is_refused(rest: bytes, reason: str, tm
 
 
 def test_what_counts_as_unknown_is_what_torch_says() -> None:
-    """Every name that torch's weights-only loader takes is known here, and no other needs no asking."""
+    """ckptkit knows every name that torch's weights-only loader accepts, and asks about all others."""
     allowed = torch._weights_only_unpickler._get_allowed_globals()
     known = TorchObjects().interpreter
     assert [
@@ -560,9 +554,6 @@ def test_what_counts_as_unknown_is_what_torch_says() -> None:
     ] == []
     for name in ("argparse.Namespace", "torch.nn.Linear", "torch.optim.SGD", "x.torch.FloatTensor", "torch.Tensor.x"):
         assert not is_weights_only(name)
-
-
-# --- anything at all -------------------------------------------------------------------------------------------------
 
 
 ATOMS = st.one_of(
@@ -574,7 +565,7 @@ ATOMS = st.one_of(
 
 @st.composite
 def trees(draw: st.DrawFn) -> Any:
-    """A nested object whose parts refer to each other, and to themselves."""
+    """Draw a nested object whose parts refer to each other and to themselves."""
     made: list[Any] = [draw(ATOMS) for _ in range(draw(st.integers(1, 4)))]
     lists: list[list[Any]] = []
     for _ in range(draw(st.integers(0, 8))):
@@ -601,7 +592,7 @@ def trees(draw: st.DrawFn) -> Any:
 @settings(deadline=None, max_examples=150)
 @given(trees(), st.booleans(), st.sampled_from(("same", "rename", "drop", "cast")), st.sampled_from((2, 4)))
 def test_any_tree_is_kept(tree: Any, front: bool, change: str, protocol: int) -> None:
-    """Whatever is nested, shared and knotted beside the weights comes back as it was, with the weights it refers to."""
+    """Nested, shared and cyclic values beside the weights are unchanged, and still refer to the weights."""
     weights = {"a": torch.arange(3.0), "b": torch.ones(2, 2).T, "c": torch.tensor(3)}
     tree.append([weights["a"], weights["b"][:1]])
     content = {"rest": tree, "model": weights} if front else {"model": weights, "rest": tree}

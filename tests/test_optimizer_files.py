@@ -77,7 +77,7 @@ def test_a_copy_is_a_copy(kind: str, settings: dict[str, Any], tmp_path: Path) -
     torch.save(content, tmp_path / "run.ckpt", **settings)
     with open_optimizer(tmp_path / "run.ckpt") as source:
         write_optimizer_state(to_named(source, Net()), choose_output(tmp_path / "copy.ckpt"), source)
-    weights_only = "pickle_protocol" not in settings  # torch's weights-only loader knows its own protocol alone
+    weights_only = "pickle_protocol" not in settings  # torch's weights-only loader accepts only its own protocol
     assert_same(*(torch.load(tmp_path / name, weights_only=weights_only) for name in ("run.ckpt", "copy.ckpt")))
 
 

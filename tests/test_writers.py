@@ -193,7 +193,7 @@ def test_views_of_one_storage_stay_views_of_one(state: State, tmp_path: Path, *,
     found = loaded(written(source, "b.pt", tmp_path))
     assert same_state(found, state)
     names = list(state)
-    if from_file or names != ["a", "b", "c"]:  # live views that only overlap have no one span that covers them
+    if from_file or names != ["a", "b", "c"]:  # live views that only overlap have no common span
         assert all(share(found[names[0]], found[name]) for name in names)
         assert sum(info.file_size for info in records(tmp_path / "b.pt")) == 96
 

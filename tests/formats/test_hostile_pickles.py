@@ -1,4 +1,4 @@
-"""Pickles that ask for code or lie: nothing of them is run, and each lie is refused with its place."""
+"""Pickles that call code or are corrupt: no code is run, and each fault is refused with its position."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_pickled_object_is_no_state_dict(tmp_path: Path, body: bytes, monkeypa
 
 
 def test_unknown_classes_are_listed_by_name(tmp_path: Path) -> None:
-    """C19, C20: most are honest, so the words are milder; arguments of common libraries go without a warning."""
+    """C19, C20: unknown classes give a mild warning, and classes of common libraries give none."""
     model = glob("net.Model") + b")\x81" + mapping({"lr": number(3)}) + b"b"
     with opened(tmp_path, with_weights(model=model, args=call("argparse.Namespace"))) as checkpoint:
         assert (checkpoint.suspicious, checkpoint.references) == (False, ("net.Model",))
@@ -56,7 +56,7 @@ def test_unknown_classes_are_listed_by_name(tmp_path: Path) -> None:
 
 
 def test_attributes_set_on_an_ordered_dict_are_data(tmp_path: Path) -> None:
-    """C17: torch sets them on the object, where they shadow its methods."""
+    """C17: torch sets the attributes on the object, where they hide its methods."""
     body = call("collections.OrderedDict") + text("w") + WEIGHTS + b"s" + mapping({"items": b"N", "keys": b"N"}) + b"b"
     with opened(tmp_path, torch_zip(body)) as checkpoint:
         assert {key: info.shape for key, info in checkpoint.items()} == {"w": (2, 2)}
@@ -67,8 +67,6 @@ def test_names_in_references_cannot_move_the_cursor(tmp_path: Path) -> None:
     with opened(tmp_path, with_weights(x=text("os\x1b[2J") + text("x\nsystem") + b"\x93")) as checkpoint:
         assert all(line.isprintable() for line in checkpoint.warnings)
 
-
-# --- corrupt pickles (C4, C5, C11 to C15, C18) and impossible tensors (D) --------------------------------------------
 
 HUGE = 10**5000
 CORRUPT = [
@@ -137,7 +135,7 @@ def test_a_corrupt_pickle_is_refused_with_the_place(tmp_path: Path, value: bytes
 
 
 def test_one_storage_may_be_seen_as_two_dtypes(tmp_path: Path) -> None:
-    """D9: torch allows it; the bytes are the same."""
+    """D9: two tensors may read one storage with two dtypes, as in torch."""
     other = tensor(storage("0", 16, "torch.ByteStorage"), size=(16,), stride=(1,))
     with opened(tmp_path, with_weights(v=other)) as checkpoint:
         assert str(checkpoint["v"]) == "U8 [16]"

@@ -1,4 +1,4 @@
-"""Pickled modules: read as the state_dict that torch would give, with no class imported."""
+"""Pickled modules give the state_dict that torch gives, without importing a class."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ torch.save(best, sys.argv[1] + "/best.pt", _use_new_zipfile_serialization=new)
 
 @pytest.fixture(params=["zip", "legacy"])
 def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """Return a directory with a model of unknown classes, saved whole by a process that knew them."""
+    """Return a directory with a pickled model, whose classes only the saving process could import."""
     (tmp_path / "detector.py").write_text(SOURCE, encoding="utf-8")
     subprocess.run(
         [sys.executable, "-W", "ignore", "-c", SAVE, tmp_path, request.param], check=True, capture_output=True
@@ -65,7 +65,7 @@ def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("name", ["model.pt", "trainer.pt"])
 def test_a_module_is_its_state_dict(saved: Path, name: str) -> None:
-    """Names, order, values and ties are those of ``state_dict()``; what that leaves out is named."""
+    """Names, order, values and ties equal ``state_dict()``; a note names what ``state_dict()`` leaves out."""
     state = torch.load(saved / "state.pt", weights_only=True)
     with open_checkpoint(saved / name) as checkpoint:
         assert list(checkpoint) == list(state)
@@ -81,7 +81,7 @@ def test_a_module_is_its_state_dict(saved: Path, name: str) -> None:
 
 
 def test_what_a_detector_trainer_publishes_is_the_state_dict_of_its_model(saved: Path) -> None:
-    """The model in half precision, the ema taken out, the arguments of the training beside it."""
+    """The weights are the half-precision model; the ema and the training arguments are entries."""
     state = torch.load(saved / "half.pt", weights_only=True)
     with open_checkpoint(saved / "best.pt") as checkpoint:
         assert checkpoint.envelope == "model"
@@ -95,7 +95,7 @@ def test_what_a_detector_trainer_publishes_is_the_state_dict_of_its_model(saved:
 
 
 def test_a_module_that_contains_itself_ends(tmp_path: Path) -> None:
-    """A cycle of modules is refused, not followed."""
+    """A cycle of modules is refused."""
     model = nn.Sequential(nn.Linear(1, 1))
     model._modules["again"] = model
     path = tmp_path / "loop.pt"

@@ -1,4 +1,4 @@
-"""Nested states as dotted names: every place is listed, none is mistaken for another, and a path means one of them."""
+"""Nested values get unique dotted names, and the name after ``::`` selects exactly one of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ONE, TWO, THREE = torch.zeros(1), torch.ones(1), torch.full((1,), 3.0)
 NAN = float("nan")
 
 COLLISIONS: dict[str, tuple[dict[Any, Any], list[str]]] = {
-    # id: (tree, the key of each of its tensors)
+    # id: (tree, the key of each tensor in the tree)
     "E1 a dot and a level": ({"a.b": ONE, "a": {"b": TWO}}, ["a.b", "['a']['b']"]),
     "E1 the level first": ({"a": {"b": TWO}, "a.b": ONE}, ["['a']['b']", "a.b"]),
     "E1 both below": ({"x": {"a.b": ONE, "a": {"b": TWO}}, "n": 1, "m": 2}, ["['x']['a.b']", "['x']['a']['b']"]),
@@ -46,7 +46,7 @@ COLLISIONS: dict[str, tuple[dict[Any, Any], list[str]]] = {
 def test_places_of_one_dotted_name_are_listed_by_path(
     tree: dict[Any, Any], keys: list[str], legacy: bool, tmp_path: Path
 ) -> None:
-    """Each is there with its own bytes, all are named in a warning, and no output is made until they have names."""
+    """Each tensor is listed with its bytes and named in a warning; an output needs other names first."""
     path = write(tmp_path, saved(tree, legacy=legacy))
     with open_checkpoint(path) as checkpoint:
         assert list(checkpoint) == keys
@@ -72,7 +72,7 @@ def _leaves(value: Any) -> list[Any]:
 
 
 def test_the_name_that_torch_would_see_stays(tmp_path: Path) -> None:
-    """``load_state_dict`` finds the key at the top, whatever lies deeper and comes first; so does ``diff``."""
+    """``load_state_dict`` and ``diff`` find the key at the top, even if a nested one comes first."""
     with opened(tmp_path, saved({"a": {"b": torch.ones(7)}, "a.b": torch.ones(2)})) as checkpoint:
         result = diff({"a.b": torch.zeros(2)}, checkpoint)
         assert [pair.key for pair in result.matched] == ["a.b"]
@@ -80,7 +80,7 @@ def test_the_name_that_torch_would_see_stays(tmp_path: Path) -> None:
 
 
 def test_the_way_out_of_a_collision(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The error names both places, and what its hint says works in a shell."""
+    """The error names both places, and the command in its hint works in a shell."""
     path = write(tmp_path, saved({"a.b": ONE, "a": {"b": TWO}, "c": THREE}))
     out = tmp_path / "o.safetensors"
     refused = run_ckpt(capsys, "convert", path, "-o", out)
@@ -95,7 +95,7 @@ def test_the_way_out_of_a_collision(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 @pytest.mark.parametrize("key", [None, 1.5, NAN, b"k", (0, 1), True], ids=repr)
 def test_keys_that_are_no_names_are_shown_and_not_written(key: object, tmp_path: Path) -> None:
-    """A key of another type is listed as Python writes it; an output has names only."""
+    """A key that is not a string is listed as Python writes it; an output needs strings."""
     with opened(tmp_path, saved({key: ONE, "w": TWO})) as checkpoint:
         assert list(checkpoint) == [repr(key), "w"]
         with pytest.raises(PlanError, match="has no unambiguous name"):
@@ -103,13 +103,13 @@ def test_keys_that_are_no_names_are_shown_and_not_written(key: object, tmp_path:
 
 
 def test_integers_are_names(tmp_path: Path) -> None:
-    """Optimizers count their parameters, and lists their items."""
+    """Integer keys of optimizer state and positions in lists are parts of names."""
     with opened(tmp_path, saved({0: ONE, 1: [TWO, THREE]})) as checkpoint:
         assert [step.out.key for step in plan_remap(checkpoint).steps] == ["0", "1.0", "1.1"]
 
 
 def test_entries_have_names_of_their_own(tmp_path: Path) -> None:
-    """What is no tensor is listed by path too where dotted names are equal, among the weights and beside them."""
+    """Entries with equal dotted names are listed by path too, inside and outside the weights."""
     tree = {"u": ONE, "v": TWO, "w": THREE, "a": {"b": 7}, "a.b": 8}
     with opened(tmp_path, saved({"model": tree, "e.f": 1, "e": {"f": 2}, 1: 3, "1": 4})) as checkpoint:
         assert [(entry.path, entry.value) for entry in checkpoint.entries] == [
@@ -123,7 +123,7 @@ PAIR = {"True and 1": (b"\x88", number(1), "1"), "a string twice": (text("w"), t
 
 @pytest.mark.parametrize(("first", "second", "name"), PAIR.values(), ids=PAIR.keys())
 def test_a_key_given_twice_is_said(first: bytes, second: bytes, name: str, tmp_path: Path) -> None:
-    """A pickle may set one key of a dict twice: torch keeps the last value, and the first is not lost in silence."""
+    """A warning names a key that a pickle sets twice; as in torch, the last value counts."""
     body = b"}(" + first + tensor(size=(1,), stride=(1,)) + second + tensor(offset=3, size=(1,), stride=(1,)) + b"u"
     path = write(tmp_path, torch_zip(body))
     (expected,) = torch.load(path, weights_only=False).values()
@@ -148,7 +148,7 @@ STATES = {
      ("['0']", "s"), ("x[0]", "y"), ("a", "b.u b.c.v")],
 )  # fmt: skip
 def test_a_path_means_one_place(inner: str, keys: str, tmp_path: Path) -> None:
-    """Keys with dots are found whatever stands before them; brackets say exactly which key is meant."""
+    """Keys with dots are found at any depth; brackets select exactly one key."""
     path = write(tmp_path, saved({"n": 1, **STATES}))
     with open_checkpoint(f"{path}::{inner}") as checkpoint:
         assert list(checkpoint) == keys.split()
@@ -168,7 +168,7 @@ def test_a_path_that_means_two_places_is_refused_with_both(inner: str, hint: str
 
 
 def test_a_path_into_a_web_of_references_takes_no_time(tmp_path: Path) -> None:
-    """One mapping in a thousand places, under keys of dots alone: every reading is looked at once."""
+    """A mapping in a thousand places, under keys of dots, is searched once for each reading of the name."""
     web: dict[str, Any] = {}
     for _ in range(60):
         web = {"a": web, "a.a": web, "a.a.a": web}
@@ -185,7 +185,7 @@ _PATHS = st.lists(st.lists(_KEYS, min_size=1, max_size=3).map(tuple), max_size=1
 
 @given(_PATHS)
 def test_names_are_all_different(places: list[tuple[object, ...]]) -> None:
-    """Whatever the keys are, no two places share a name, and a name that was kept is the dotted one."""
+    """No two places share a name for any keys, and an unambiguous name is the dotted one."""
     names = unique_names(places)
     assert len(set(names.names)) == len(places) or len(set(map(repr, places))) < len(places)
     for place, name in zip(places, names.names, strict=True):
@@ -193,7 +193,7 @@ def test_names_are_all_different(places: list[tuple[object, ...]]) -> None:
 
 
 def test_a_module_with_one_name_twice_is_refused(tmp_path: Path) -> None:
-    """torch lets no name have a dot; a file can, and then one tensor would be lost."""
+    """A file can have module names with dots, and then two tensors could get one name."""
     module = torch.nn.Module()
     inner = torch.nn.Module()
     inner._parameters["w"] = torch.nn.Parameter(TWO)

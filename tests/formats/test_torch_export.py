@@ -1,4 +1,4 @@
-"""Archives of torch.export: the state_dict that torch.export.load gives, with no program read and nothing unpickled."""
+"""torch.export archives give the state_dict of torch.export.load; the program and pickles are never read."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def several() -> bytes:
 
 
 class Shift(torch.nn.Module):
-    """A program with one constant and no state."""
+    """A module with one constant and no state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_the_table_of_dtypes_is_that_of_the_schema() -> None:
 
 
 def test_the_state_dict_is_that_of_torch(tmp_path: Path) -> None:
-    """Names, order, dtypes, shapes, strides, ties and bytes, one tensor of every dtype among them."""
+    """Names, order, dtypes, shapes, strides, ties and bytes agree with torch, for every dtype."""
     expected = loaded().state_dict
     with opened(tmp_path, exported(), "x.pt2") as checkpoint:
         assert checkpoint.format == "torch-export"
@@ -82,8 +82,10 @@ def test_constants_are_told_and_can_be_taken(tmp_path: Path) -> None:
     path = write(tmp_path, exported(), "x.pt2")
     expected = loaded().constants
     with open_checkpoint(path) as checkpoint:
-        told = {entry.path: entry.value for entry in checkpoint.entries if entry.type == "tensor" and entry.is_outside}
-        assert told == {f"constants.{key}": "F32 [4]" for key in ("fixed", "lifted_tensor_0", "passing")}
+        redescribed = {
+            entry.path: entry.value for entry in checkpoint.entries if entry.type == "tensor" and entry.is_outside
+        }
+        assert redescribed == {f"constants.{key}": "F32 [4]" for key in ("fixed", "lifted_tensor_0", "passing")}
         assert [line for line in checkpoint.warnings if line.startswith("3 constants beside the state_dict")]
     with open_checkpoint(f"{path}::constants") as checkpoint:
         assert_same(checkpoint, expected)
@@ -133,7 +135,7 @@ def test_it_becomes_safetensors_and_torch_files(tmp_path: Path, capsys: pytest.C
 
 
 def test_a_flipped_byte_is_found_with_the_tensors_that_lie_in_it(tmp_path: Path) -> None:
-    """An honest archive has notes alone; each record is read once, ties and other files among them."""
+    """A good archive gives only notes; each record is read once, for tied tensors and other files too."""
     with opened(tmp_path, exported(), "x.pt2") as checkpoint:
         assert [finding.code for finding in run_checks(checkpoint).findings] == [
             "constants",
@@ -151,8 +153,8 @@ def test_a_flipped_byte_is_found_with_the_tensors_that_lie_in_it(tmp_path: Path)
         assert "'a.weight', 'b.weight'" in report.findings[2].message
 
 
-def told(place: str = WEIGHTS, key: str = "weight", /, **fields: Any) -> bytes:
-    """The small archive with fields of one description replaced, those of its tensor_meta too."""
+def redescribed(place: str = WEIGHTS, key: str = "weight", /, **fields: Any) -> bytes:
+    """Return the small archive with other fields in the description of one tensor."""
     table = config(small(), place)
     meta = table[key]["tensor_meta"]
     for name, value in fields.items():
@@ -165,8 +167,8 @@ def ints(*values: int) -> list[dict[str, int]]:
 
 
 def test_pickled_weights_are_listed_and_never_opened(tmp_path: Path) -> None:
-    """torch.export.load would unpickle these without any restriction."""
-    data = changed(told(use_pickle=True), **{"data/weights/weight_0": saved({"w": torch.zeros(2)})})
+    """torch.export.load would unpickle these records without restrictions."""
+    data = changed(redescribed(use_pickle=True), **{"data/weights/weight_0": saved({"w": torch.zeros(2)})})
     with opened(tmp_path, data, "x.pt2") as checkpoint:
         assert [str(info) for info in checkpoint.values()] == ["F32 [2, 3] (pickled)", "F32 [2]"]
         assert checkpoint.span("weight") is None
@@ -194,10 +196,12 @@ def test_objects_among_the_constants_are_listed_and_never_opened(tmp_path: Path)
 @pytest.mark.parametrize(
     ("data", "kinds", "warning"),
     [
-        pytest.param(lambda: told(layout=1), "F32 [2, 3] (sparse)", "", id="sparse"),
+        pytest.param(lambda: redescribed(layout=1), "F32 [2, 3] (sparse)", "", id="sparse"),
         pytest.param(lambda: changed(small(), **{"data/weights/weight_0": b""}), "F32 [2, 3] (meta)", "", id="fake"),
-        pytest.param(lambda: told(sizes=ints(0, 3)), "F32 [0, 3]", "", id="no elements in a record that has bytes"),
-        pytest.param(lambda: told(sizes=[], strides=[]), "F32 []", "", id="a scalar of a longer record"),
+        pytest.param(
+            lambda: redescribed(sizes=ints(0, 3)), "F32 [0, 3]", "", id="no elements in a record that has bytes"
+        ),
+        pytest.param(lambda: redescribed(sizes=[], strides=[]), "F32 []", "", id="a scalar of a longer record"),
         pytest.param(
             lambda: changed(
                 small(), **{"data/aotinductor/model/x.so": b"\x7fELF", "data/aotinductor/model/x.cpp": b""}
@@ -232,43 +236,53 @@ def test_a_deflated_archive_is_inflated(tmp_path: Path) -> None:
 
 HOSTILE = [
     pytest.param(
-        lambda: told(path_name="../weights/weight_0"), "'weight': the record name .* is not valid", id="climbs"
+        lambda: redescribed(path_name="../weights/weight_0"), "'weight': the record name .* is not valid", id="climbs"
     ),
-    pytest.param(lambda: told(path_name=".."), "'weight': the record name", id="dots"),
-    pytest.param(lambda: told(path_name="/etc/passwd"), "'weight': the record name", id="absolute"),
-    pytest.param(lambda: told(path_name="a\\b"), "'weight': the record name", id="backslash"),
-    pytest.param(lambda: told(path_name=""), "'weight': the record name '' is not valid", id="no record name"),
-    pytest.param(lambda: told(path_name=5), "'weight': the record name '5' is not valid", id="a number for a name"),
-    pytest.param(lambda: told(path_name="weight_9"), "'weight': the record 'weight_9' is not", id="no such record"),
-    pytest.param(lambda: told(use_pickle=1), "'weight': .* whether it is a pickle", id="use_pickle 1"),
-    pytest.param(lambda: told(tensor_meta=None), "'weight': the description has no tensor_meta", id="no meta"),
-    pytest.param(lambda: told(dtype=0), "'weight': the dtype '0' is not known", id="unknown dtype"),
-    pytest.param(lambda: told(dtype="FLOAT"), "'weight': the dtype 'FLOAT'", id="a name for a dtype"),
-    pytest.param(lambda: told(dtype=True), "'weight': the dtype 'True'", id="true for a dtype"),
-    pytest.param(lambda: told(layout=99), "'weight': the layout '99'", id="unknown layout"),
-    pytest.param(lambda: told(sizes=None), "'weight': the sizes are not a list", id="no sizes"),
-    pytest.param(lambda: told(sizes=ints(2)), "'weight': 1 sizes and 2 strides", id="rank"),
+    pytest.param(lambda: redescribed(path_name=".."), "'weight': the record name", id="dots"),
+    pytest.param(lambda: redescribed(path_name="/etc/passwd"), "'weight': the record name", id="absolute"),
+    pytest.param(lambda: redescribed(path_name="a\\b"), "'weight': the record name", id="backslash"),
+    pytest.param(lambda: redescribed(path_name=""), "'weight': the record name '' is not valid", id="no record name"),
     pytest.param(
-        lambda: told(sizes=ints(2, 4)), "'weight': the view ends at byte 28 .* has 24", id="beyond its record"
+        lambda: redescribed(path_name=5), "'weight': the record name '5' is not valid", id="a number for a name"
     ),
-    pytest.param(lambda: told(storage_offset={"as_int": 1}), "'weight': the view ends at byte 28", id="offset"),
-    pytest.param(lambda: told(storage_offset={"as_int": -1}), "'weight': .* in the storage_offset", id="offset -1"),
     pytest.param(
-        lambda: told(strides=ints(3, -1)), "'weight': .* in the strides is not a valid size", id="a negative stride"
+        lambda: redescribed(path_name="weight_9"), "'weight': the record 'weight_9' is not", id="no such record"
     ),
-    pytest.param(lambda: told(strides=ints(2**62, 1)), "'weight': the view ends at byte", id="a stride of 2^62"),
-    pytest.param(lambda: told(sizes=ints(2**63, 1)), "'weight': .* in the sizes is not a valid size", id="2^63"),
-    pytest.param(lambda: told(sizes=ints(2**62, 2**62)), "'weight': the shape .* overflows", id="overflow"),
-    pytest.param(lambda: told(sizes=ints(0, 2**62, 2**62)), "'weight': the shape .* overflows", id="zero first"),
-    pytest.param(lambda: told(sizes=ints(*[1] * 1025)), "'weight': the sizes are not a list of up to", id="dimensions"),
+    pytest.param(lambda: redescribed(use_pickle=1), "'weight': .* whether the record is a pickle", id="use_pickle 1"),
+    pytest.param(lambda: redescribed(tensor_meta=None), "'weight': the description has no tensor_meta", id="no meta"),
+    pytest.param(lambda: redescribed(dtype=0), "'weight': the dtype '0' is not known", id="unknown dtype"),
+    pytest.param(lambda: redescribed(dtype="FLOAT"), "'weight': the dtype 'FLOAT'", id="a name for a dtype"),
+    pytest.param(lambda: redescribed(dtype=True), "'weight': the dtype 'True'", id="true for a dtype"),
+    pytest.param(lambda: redescribed(layout=99), "'weight': the layout '99'", id="unknown layout"),
+    pytest.param(lambda: redescribed(sizes=None), "'weight': the sizes are not a list", id="no sizes"),
+    pytest.param(lambda: redescribed(sizes=ints(2)), "'weight': 1 sizes and 2 strides", id="rank"),
     pytest.param(
-        lambda: told(sizes=[{"as_expr": {"expr_str": "s0", "hint": {"as_int": 2}}}, {"as_int": 3}]),
+        lambda: redescribed(sizes=ints(2, 4)), "'weight': the view ends at byte 28 .* has 24", id="beyond its record"
+    ),
+    pytest.param(lambda: redescribed(storage_offset={"as_int": 1}), "'weight': the view ends at byte 28", id="offset"),
+    pytest.param(
+        lambda: redescribed(storage_offset={"as_int": -1}), "'weight': .* in the storage_offset", id="offset -1"
+    ),
+    pytest.param(
+        lambda: redescribed(strides=ints(3, -1)),
+        "'weight': .* in the strides is not a valid size",
+        id="a negative stride",
+    ),
+    pytest.param(lambda: redescribed(strides=ints(2**62, 1)), "'weight': the view ends at byte", id="a stride of 2^62"),
+    pytest.param(lambda: redescribed(sizes=ints(2**63, 1)), "'weight': .* in the sizes is not a valid size", id="2^63"),
+    pytest.param(lambda: redescribed(sizes=ints(2**62, 2**62)), "'weight': the shape .* overflows", id="overflow"),
+    pytest.param(lambda: redescribed(sizes=ints(0, 2**62, 2**62)), "'weight': the shape .* overflows", id="zero first"),
+    pytest.param(
+        lambda: redescribed(sizes=ints(*[1] * 1025)), "'weight': the sizes are not a list of up to", id="dimensions"
+    ),
+    pytest.param(
+        lambda: redescribed(sizes=[{"as_expr": {"expr_str": "s0", "hint": {"as_int": 2}}}, {"as_int": 3}]),
         "'weight': the sizes depend on the input of the program",
         id="a symbolic size",
     ),
-    pytest.param(lambda: told(sizes=[2, 3]), "'weight': '2' in the sizes is not a valid size", id="plain sizes"),
+    pytest.param(lambda: redescribed(sizes=[2, 3]), "'weight': '2' in the sizes is not a valid size", id="plain sizes"),
     pytest.param(
-        lambda: told(sizes=[{"as_int": True}, {"as_int": 3}]),
+        lambda: redescribed(sizes=[{"as_int": True}, {"as_int": 3}]),
         "'weight': .* in the sizes is not a valid size",
         id="true for a size",
     ),

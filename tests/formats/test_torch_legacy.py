@@ -1,4 +1,4 @@
-"""torch's format before 1.6 is read bit by bit, what torch itself cannot load too; a lie about a storage is refused."""
+"""Files of torch before 1.6 are read to the bit; a file that contradicts itself is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.helpers_formats import (
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 IN_TORCH = [dtype for dtype in DTYPES.values() if dtype.torch_name and not dtype.code.startswith("Q")]
-# torch 2.13 writes these through its untyped storage, and then finds no dtype on it when it loads them.
+# torch 2.13 writes these with untyped storages, and fails to load them because the dtype is missing.
 UNLOADABLE = {code for code in DTYPES if code.startswith(("F4", "F8", "U16", "U32", "U64", "C32", "BITS"))}
 
 
@@ -76,7 +76,7 @@ def test_a_pickle_longer_than_the_first_window_is_read(tmp_path: Path) -> None:
 
 
 def part(*numbers: int) -> bytes:
-    """A storage of four floats, of which the pickle takes a part: (key of the view, offset, size), in elements."""
+    """Return the persistent id of a view of a storage: (key of the view, offset, size), in elements."""
     return storage("0", 4, "torch.FloatStorage", "cpu", several(text("v"), *map(number, numbers)))
 
 
@@ -92,7 +92,7 @@ def test_a_view_of_a_part_of_a_storage_is_read_as_torch_reads_it(tmp_path: Path)
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_truncation_at_every_byte_is_refused(tmp_path: Path, legacy: bool) -> None:
-    """C3, F4: a download that stopped is never taken for a whole checkpoint."""
+    """C3, F4: a partial download is never accepted as a whole checkpoint."""
     data = saved({"w": torch.arange(3.0), "epoch": 3, "name": "x" * 300}, legacy=legacy)
     reasons = {refused(tmp_path, data[:size]).reason for size in range(len(data))}
     assert len(reasons) > 3

@@ -1,4 +1,4 @@
-"""torch's tar archives of 0.1 are read as torch reads them and never unpacked; one that lies is refused."""
+"""Tar archives of torch 0.1 give the values that torch reads; an archive that contradicts itself is refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.helpers_tar import KINDS, parts, tar, tar_of
 
 
 def by_torch(path: str) -> Any:
-    return torch.load(path, weights_only=False)  # it reads this format in no other way; the file is our own
+    return torch.load(path, weights_only=False)  # torch reads this format only so; the test made the file
 
 
 @pytest.mark.parametrize("code", KINDS)
@@ -55,7 +55,7 @@ def test_views_and_ties_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_storage_can_be_a_part_of_another(tmp_path: Path) -> None:
-    """And of a part of it, as torch has it."""
+    """A storage can be a view of another storage, and of a view, as in torch."""
     base = torch.arange(10.0)
     state = {"all": base, "part": base[:3], "inner": base[:2]}
     views = [(50, 1000, 2, 6), (51, 50, 1, 4)]
@@ -67,7 +67,7 @@ def test_a_storage_can_be_a_part_of_another(tmp_path: Path) -> None:
 
 
 def test_a_pickled_module_is_its_state_dict(tmp_path: Path) -> None:
-    """Its parameters are made anew from their data, and its source code is reported."""
+    """A pickled module gives its state_dict, and a warning names its source code."""
     model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
     data = {id(parameter): parameter.detach() for parameter in model.parameters()}
     tensors = [*data.values(), *model.buffers()]
@@ -89,7 +89,7 @@ def changed(name: str, old: bytes, new: bytes) -> bytes:
 
 
 def with_tensor(rank: int, *numbers: int) -> bytes:
-    """The archive with the description of its last tensor, a matrix, written anew."""
+    """Return the archive with another description of its last tensor, a matrix."""
     head = PARTS["tensors"][: -(8 + 5 * 8)]
     return tar(PARTS | {"tensors": head + struct.pack("<i4x", rank) + struct.pack(f"<{len(numbers)}q", *numbers)})
 
@@ -107,7 +107,7 @@ def linked(kind: bytes) -> bytes:
 
 
 def patched(data: bytes, at: int, new: bytes) -> bytes:
-    """The archive with bytes of its first header overwritten, and the checksum of that mended."""
+    """Return the archive with other bytes in its first header, and the matching checksum."""
     header = bytearray(data[:512])
     header[at : at + len(new)] = new
     header[148:156] = b" " * 8

@@ -1,4 +1,4 @@
-"""torch's zip files: what torch.save writes is read bit by bit; an archive that contradicts itself is refused."""
+"""Zip files of torch.save are read to the bit; an archive that contradicts itself is refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ VIEWS = {
     "complex128": random_tensor(torch.complex128, (3, 2)).T,
     "many ones": BASE.view(1, 24, *[1] * 60).transpose(1, 0),
 }
-# torch 2.13 writes these into legacy files and cannot load them from there.
+# torch 2.13 writes these to legacy files and cannot load them again.
 UNLOADABLE = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.uint64, torch.complex32)
 
 
@@ -149,10 +149,7 @@ def test_what_is_no_dense_tensor_is_listed_and_cannot_be_read(tmp_path: Path, ki
 
 
 class Marked(torch.Tensor):
-    """A subclass that nobody else knows."""
-
-
-# --- the container ---------------------------------------------------------------------------------------------------
+    """A tensor subclass that no other process can import."""
 
 
 @pytest.mark.parametrize(
@@ -181,7 +178,7 @@ def test_a_deflated_archive_is_said_to_be_compressed_and_parts_of_it_are_read(tm
 
 
 def test_torch_options_of_saving_change_nothing(tmp_path: Path) -> None:
-    """B18: without checksums; and with storages aligned to pages."""
+    """B18: files without checksums and files with page-aligned storages read the same."""
     before = torch.serialization.get_crc32_options()
     config: Any = torch.utils.serialization.config.save
     try:
@@ -200,7 +197,7 @@ def test_torch_options_of_saving_change_nothing(tmp_path: Path) -> None:
 
 
 def test_storages_skipped_at_save_are_said_to_be(tmp_path: Path) -> None:
-    """B19: the records are there, with zeros in place of what was never written; empty ones lack nothing."""
+    """B19: a warning names records whose bytes were never written; empty records are complete."""
     with torch.serialization.skip_data():
         skipped, empty = saved(STATE), saved({"e": torch.zeros(0)})
     with opened(tmp_path, skipped) as checkpoint:

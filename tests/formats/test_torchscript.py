@@ -1,4 +1,4 @@
-"""TorchScript archives: the state_dict that torch.jit.load gives, and the constants of the code, which stays closed."""
+"""TorchScript archives give the state_dict of torch.jit.load and the constants; their code is never read."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ jit: Any = torch.jit
 
 
 class Part(nn.Module):
-    """Everything that a module can keep."""
+    """A module with every kind of attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def traced() -> bytes:
 @functools.cache
 def frozen() -> bytes:
     module = net()
-    module.again = nn.Linear(3, 2)  # freezing takes no module that is there twice
+    module.again = nn.Linear(3, 2)  # torch.jit.freeze rejects a module that is used twice
     return saved(jit.freeze(jit.script(module)))
 
 
@@ -141,7 +141,7 @@ def test_a_module_is_the_state_dict_that_torch_loads(tmp_path: Path, data: Any) 
 
 
 def test_what_is_no_part_of_the_state_dict_is_named(tmp_path: Path) -> None:
-    """And nothing else is said: that the code is compressed concerns no tensor."""
+    """A warning names the attributes, and no warning concerns the compressed code."""
     with opened(tmp_path, scripted()) as checkpoint:
         assert checkpoint.warnings == ("2 tensor attributes not in the state_dict: part.plain",)
     with opened(tmp_path, rezip(scripted(), method=zipfile.ZIP_DEFLATED)) as checkpoint:
@@ -161,7 +161,7 @@ def test_constants_of_the_code_lie_beside_the_state_dict(tmp_path: Path) -> None
 
 
 def test_a_frozen_module_is_its_constants(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """They have the names that the code gives them."""
+    """The constants have the names that the code uses."""
     path = write(tmp_path, frozen())
     loaded = jit.load(path)
     assert not loaded.state_dict()
@@ -180,7 +180,7 @@ def test_a_frozen_module_is_its_constants(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_the_code_is_never_opened(tmp_path: Path) -> None:
-    """What is there instead of it, torch cannot even parse."""
+    """The test replaces the code with text that torch cannot parse."""
     garbage: dict[str, bytes | None] = dict.fromkeys(records(scripted(), "code"), b"os.system('true') \0\xff")
     assert garbage
     path = write(tmp_path, rezip(scripted(), garbage))
@@ -191,7 +191,7 @@ def test_the_code_is_never_opened(tmp_path: Path) -> None:
 
 
 def test_an_archive_of_an_older_torch_lists_all_attributes(tmp_path: Path) -> None:
-    """It kept them in no order: which are parameters says nothing but the code, so nothing is left out."""
+    """Old archives have no order of attributes, and only the code names the parameters, so all are listed."""
     with opened(tmp_path, rezip(scripted(), {"archive/byteorder": None})) as checkpoint:
         state = jit.load(io.BytesIO(scripted())).state_dict()
         assert checkpoint.keys() - state.keys() == {"part.plain", "again.plain"}
@@ -204,7 +204,7 @@ def made(kind: str, state: bytes) -> bytes:
 
 
 def script(body: bytes, constants: bytes = b")", **more: bytes) -> bytes:
-    """An archive around pickles made by hand; one storage of 16 bytes for each of them."""
+    """Return an archive of handmade pickles, with one storage of 16 bytes for each pickle."""
     entries = {"data.pkl": pickled(body), "constants.pkl": pickled(constants), "byteorder": b"little"}
     entries |= {
         "data/0": bytes(range(16)),
@@ -226,7 +226,7 @@ def test_the_storages_of_both_pickles_are_told_apart(tmp_path: Path) -> None:
 
 
 def test_an_object_that_is_no_module_has_no_state_dict(tmp_path: Path) -> None:
-    """As torch has it: an instance of a TorchScript class in an attribute is not looked into."""
+    """As in torch, the attributes of an instance of a TorchScript class are not listed."""
     helper = made("__torch__.Helper", mapping({"hidden": tensor()}))
     data = script(made("__torch__.Net", mapping({"w": tensor(), "training": b"\x89", "helper": helper})))
     with opened(tmp_path, data) as checkpoint:
@@ -241,7 +241,7 @@ def nested(depth: int) -> bytes:
 
 
 def laughing(levels: int) -> bytes:
-    """Each module holds the one below twice: 2^levels modules in a few kilobytes."""
+    """Return modules that each hold the next one twice: 2^levels modules in a few kilobytes."""
     body = MODULE + b"q\x00"
     for level in range(levels):
         state = (
@@ -290,7 +290,7 @@ HOSTILE = {
 @pytest.mark.parametrize("name", HOSTILE)
 def test_an_archive_that_contradicts_itself_is_refused(tmp_path: Path, name: str) -> None:
     data, reason = HOSTILE[name]
-    if reason is None:  # nothing is looked for that nobody asks for
+    if reason is None:  # missing constants matter only if something uses them
         with opened(tmp_path, data) as checkpoint:
             assert list(checkpoint) == ["w"]
         with pytest.raises(FormatError, match="storage 'constants/1' is not in the archive"):
