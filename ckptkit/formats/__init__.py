@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import kind_of, look_alikes
@@ -63,7 +62,7 @@ def open_inside(path: str, selection: Selection) -> Checkpoint:
         return open_file(path, selection)
 
 
-def _text_of(path: Any) -> str:
+def _text_of(path: object) -> str:
     name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
         raise PathError(f"a path cannot be {kind_of(name)}", hint="give a string or a pathlib.Path")
@@ -103,8 +102,8 @@ def split_path(name: str) -> tuple[str, str]:
         path = "::".join(parts[:count])
         if os.path.exists(path):
             return path, "::".join(parts[count:])
-    path, _, inner = name.rpartition("::")
-    return (path, inner) if path else (name, "")
+    path, _, key = name.rpartition("::")
+    return (path, key) if path else (name, "")
 
 
 def _open_path(name: str, selection: Selection) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""Which of the files in a directory are the checkpoint: told by their names, each then read by its content."""
+"""Open the checkpoint in a directory: file names say which files to read, the content of each says how."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def _call(function: Callable[[], Any], name: str, device: str | None) -> Any:
 
     try:
         with torch.device(device) if device else contextlib.nullcontext():
-            model = function()
+            model: Any = function()
     except (Exception, SystemExit) as error:
         needs_arguments = isinstance(error, TypeError) and "missing" in str(error) and "required" in str(error)
         hint = "it is called without arguments" if needs_arguments else None

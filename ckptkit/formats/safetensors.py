@@ -81,7 +81,7 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     )
 
 
-def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, Any]:
+def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, object]:
     """Return the JSON object in ``data``; ``what`` names it in errors.
 
     Without ``finite``, NaN and Infinity are allowed, as Python writes them. Raises ``FormatError`` for any other text,
@@ -116,7 +116,7 @@ class _JsonError(Exception):
     """Python reads this JSON, but the standard does not allow it."""
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
     table = dict(pairs)
     if len(table) != len(pairs):
         seen: set[str] = set()
@@ -185,8 +185,8 @@ def _check_extra(key: str, value: object, depth: int) -> None:
     if type(value) is int and value.bit_length() > 1000:
         raise FormatError(f"{quoted(key)}: the header entry holds an integer of {value.bit_length()} bits")
     if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            _check_extra(key, inner, depth + 1)
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_extra(key, part, depth + 1)
 
 
 def _raise_entry_error(key: str, entry: object) -> NoReturn:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import PureWindowsPath
-from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import LocalFile
@@ -92,7 +91,7 @@ def open_sharded(
     return checkpoint.with_warnings(*_shard_warnings(list(shards), extra))
 
 
-def _read_index(path: str) -> Mapping[str, Any]:
+def _read_index(path: str) -> Mapping[str, object]:
     file = LocalFile(path)
     try:
         if file.size > _LARGEST_INDEX:
@@ -200,7 +199,7 @@ def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoi
 def _join(
     directory: str,
     index_path: str,
-    index: Mapping[str, Any],
+    index: Mapping[str, object],
     weight_map: Mapping[str, str],
     opened: Mapping[str, Checkpoint],
 ) -> Checkpoint:
@@ -218,7 +217,8 @@ def _join(
     if similar is not None:
         other = folded[similar.casefold()]
         warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
-    total = index.get("metadata", {}).get("total_size") if isinstance(index.get("metadata"), dict) else None
+    stated_metadata = index.get("metadata")
+    total = stated_metadata.get("total_size") if isinstance(stated_metadata, dict) else None
     actual = sum(info.nbytes for info in infos.values())
     # Some writers count a tied tensor once, others once for each key.
     once = actual - sum(infos[key].nbytes for keys in tied_keys(infos.values()) for key in keys[1:])

@@ -1,8 +1,7 @@
 """Checkpoints of ``torch.distributed.checkpoint``: ``.metadata`` beside files in which every item is a torch zip.
 
-DCP itself fills what no chunk covers with whatever lies in memory, follows ``../`` and runs code that the metadata
-names. Here coverage, names and ranges are checked when the directory is opened, each chunk's own header when it is
-first read, and nothing is run.
+DCP itself leaves uninitialised memory where no chunk is, follows ``../`` and runs code that the metadata names. Here
+nothing is run. Opening the directory checks coverage, names and ranges; the first read of a chunk checks its header.
 """
 
 from __future__ import annotations
