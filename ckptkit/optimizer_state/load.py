@@ -21,7 +21,7 @@ from ckptkit.optimizer_state.groups import Hyper, resplit
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue
 from ckptkit.optimizer_state.naming import NamesLike, to_named
 from ckptkit.optimizer_state.remap import remap
-from ckptkit.param_groups.live import single_optimizer
+from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import Inventory, take_inventory
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.rules.model import Rules
@@ -149,17 +149,18 @@ def _check_policies(hyper: str, on_missing: str, on_unexpected: str, on_mismatch
 
 def _live_groups(optimizer: Optimizer, inventory: Inventory) -> tuple[NamedGroup, ...]:
     groups = []
-    for number, group in enumerate(optimizer.param_groups):
+    pairs = [(live, group) for live in read_groups(optimizer).optimizers for group in live.groups]
+    for live, group in pairs:
         names = []
-        for index, tensor in enumerate(group["params"]):
-            parameter = inventory.parameters.get(id(tensor))
+        for member in live.members_of(group):
+            parameter = inventory.parameters.get(id(member.tensor))
             if parameter is None:
                 raise GroupsError(
-                    f"group {number}[{index}] {tuple(tensor.shape)} is not a parameter of the model",
+                    f"{member.where} {member.shape} is not a parameter of the model",
                     hint="validate_param_groups(model, optimizer) tells what it was; build the optimizer again",
                 )
             names.append(parameter.name)
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        options = {key: value for key, value in group.options.items() if key not in options_of_kind("members")}
         groups.append(NamedGroup(tuple(names), options))
     return tuple(groups)
 

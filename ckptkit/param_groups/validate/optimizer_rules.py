@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -31,11 +31,8 @@ _MUON_KEYS = {
 def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield a finding for each group that its optimizer refuses to step, or steps otherwise than its class says."""
     for optimizer in optimizers:
-        by_group: dict[int, list[Member]] = {id(group): [] for group in optimizer.groups}
-        for member in optimizer.members:
-            by_group[id(member.group)].append(member)
         if optimizer.instance is None:
-            yield from _check_muon_groups(inventory, optimizer, by_group)
+            yield from _check_muon_groups(inventory, optimizer)
             continue
         if optimizer.schema is None:
             continue
@@ -49,7 +46,7 @@ def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimiz
             )
         yield from _check_decoupled(optimizer)
         for group in optimizer.groups:
-            yield from _check_kernels(inventory, optimizer, group, by_group[id(group)])
+            yield from _check_kernels(inventory, optimizer, group, optimizer.members_of(group))
 
 
 def _check_matrices(inventory: Inventory, label: str, members: Sequence[Member]) -> Iterator[Finding]:
@@ -63,9 +60,7 @@ def _check_matrices(inventory: Inventory, label: str, members: Sequence[Member])
             )
 
 
-def _check_muon_groups(
-    inventory: Inventory, optimizer: LiveOptimizer, by_group: Mapping[int, Sequence[Member]]
-) -> Iterator[Finding]:
+def _check_muon_groups(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Finding]:
     """Yield what ``MuonWithAuxAdam`` refuses with a bare AssertionError, if all groups have ``use_muon``."""
     if not all("use_muon" in group.options for group in optimizer.groups):
         return
@@ -79,7 +74,7 @@ def _check_muon_groups(
                 f"the keys {', '.join(sorted(_MUON_KEYS[use_muon]))}",
                 "remove the other keys from the groups that you build it with",
             )
-        for member in by_group[id(group)] if use_muon else ():
+        for member in optimizer.members_of(group) if use_muon else ():
             if member.shape is not None and len(member.shape) < 2:
                 yield codes.MATRICES_ONLY.finding(
                     member_name(inventory, member),
