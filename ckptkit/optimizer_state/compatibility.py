@@ -24,7 +24,7 @@ _BUILD_SAVED_CLASS = "build the optimizer class that was saved, or start without
 class StateMatch:
     """The saved slots that fit the live parameters.
 
-    ``dropped`` gives the reason for each parameter whose state does not fit, as the end of a sentence.
+    ``dropped`` tells why the state of a parameter does not fit, as the end of a sentence.
     ``missing`` are the trainable parameters without saved state.
     """
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Nested
-from ckptkit.core.text import quoted
+from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_bridge import describe_state_dict
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import FormatError, ModelError, PlanError
@@ -59,8 +59,8 @@ class FoundState:
 def read_state(state: Checkpoint | Mapping[Any, Any]) -> FoundState:
     """Return the content of an optimizer state; ``state`` is a Checkpoint of one, or a live ``state_dict()``.
 
-    Raises ``FormatError`` if it is not an optimizer state, or if a part of it has a type that torch never writes, and
-    ``ModelError`` if ``state`` is neither a Checkpoint nor a mapping.
+    Raises ``FormatError`` if it is not an optimizer state, or if a part of it has a type that torch never writes.
+    Raises ``ModelError`` if ``state`` is neither a Checkpoint nor a mapping.
     """
     if isinstance(state, Checkpoint):
         nested = state.nested or Nested(None, {})
@@ -144,7 +144,7 @@ def _read_nested(value: Mapping[Any, Any], read: ReadLeaf, path: str) -> FoundSt
             raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
         if unnamed := [slot for slot in slots if not isinstance(slot, str)]:
             raise FormatError(
-                f"the state of {quoted(str(key))} has a slot {quoted(str(unnamed[0]))}, whose name is not a string"
+                f"the state of {quoted(str(key))} has a slot named {printable(repr(unnamed[0]))}, which is not a string"
             )
         state[key] = {slot: read(inner, ("state", key, slot)) for slot, inner in slots.items()}
     params = [param for group in groups for param in group.params]
@@ -162,7 +162,7 @@ def _read_group(number: int, table: object, read: ReadLeaf) -> FoundGroup:
     if not isinstance(table, Mapping) or not isinstance(table.get("params"), list | tuple):
         raise FormatError(f"{where} is not a group with a list of params", hint=_EXPECTED)
     if unnamed := [key for key in table if not isinstance(key, str)]:
-        raise FormatError(f"{where} has an option {quoted(str(unnamed[0]))}, whose name is not a string")
+        raise FormatError(f"{where} has an option named {printable(repr(unnamed[0]))}, which is not a string")
     names = table.get("param_names")
     options = {
         key: read(value, ("param_groups", number, key))
@@ -226,8 +226,8 @@ def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
     - ``param-names`` is the same, with ``param_names`` in each group.
     - ``named`` and ``flattened`` are for ``torch.distributed.checkpoint.state_dict.set_optimizer_state_dict()``.
 
-    Raises ``PlanError`` for an unknown form, for a name in two groups, for state of a parameter in no group, and for a
-    value that only running code can rebuild.
+    Raises ``PlanError`` for an unknown form, for a name in two groups, and for state of a parameter in no group.
+    Raises it too for a value that only running code can rebuild.
     """
     value = to_form(state, form)
     opaque = next(_opaque_values(value), None)

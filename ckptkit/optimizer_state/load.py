@@ -85,8 +85,8 @@ def load_optimizer_state(
     groups of the optimizer can differ from those of the file in number, order and members.
 
     - ``hyper`` chooses the options: those of the file (``saved``), those of the optimizer (``live``), or an error if
-      they differ (``error``). The optimizer keeps every option that the file does not have, and always those that only
-      change the speed of a step (``foreach``, ``fused``, ``capturable``, ``differentiable``).
+      they differ (``error``). The optimizer keeps every option that the file does not have. It always keeps its
+      options for speed (``foreach``, ``fused``, ``capturable``, ``differentiable``).
     - ``on_missing`` is for trainable parameters without state in the file: ``keep`` or ``error``.
     - ``on_unexpected`` is for state of parameters that the optimizer does not have: ``skip`` or ``error``.
     - ``on_mismatch`` is for state that does not fit its parameter: ``error`` or ``skip``.

@@ -110,9 +110,12 @@ class NamedGroup:
 class Change:
     """What an edit did to a parameter: ``operation`` made it from ``sources``.
 
-    ``operation`` is ``copy`` for an unchanged state, ``dropped`` for a removed parameter, ``reset`` for a parameter
-    whose state was removed, and ``new`` for one that had none. Any other operation moved elements of the state.
-    ``reason`` names the rule, or tells why the state was dropped or reset.
+    - ``copy``: the state is unchanged.
+    - ``dropped``: the parameter was removed.
+    - ``reset``: the parameter is left, but its state was removed.
+    - ``new``: the parameter was added and has no state.
+
+    Any other operation moved elements of the state. ``reason`` names the rule, or tells why state was removed.
     """
 
     name: str

@@ -53,16 +53,16 @@ def remap(
     """Return the state of the parameters that ``rules`` make; give the rules that remap the weights of the model.
 
     - A slot with one number for each element (``exp_avg``, ``momentum_buffer``) is split, joined, padded and transposed
-      like its weight, bit by bit, when it is read. ``elementwise`` names more such slots. New rows have the value that
-      the optimizer starts with.
+      like its weight. This is done bit by bit, when the slot is read. ``elementwise`` names more such slots. New rows
+      have the value that the optimizer starts with.
     - A slot with one number for the whole parameter (``step``) is copied. It must be equal for parameters that become
       one.
     - Any other slot can only be renamed.
 
     A new parameter is in the group of the parameters that it is made from.
 
-    Raises ``RuleError`` as for weights. Raises ``PlanError`` if a rule computes new values, if parameters with
-    different options or different numbers become one, or if a slot cannot follow its weight.
+    Raises ``RuleError`` as for weights. Raises ``PlanError`` if a rule computes new values, or if a slot cannot follow
+    its weight. Raises it too if parameters with different options or different numbers become one.
     """
     key_map = apply_rules(as_rules(rules), require_named(state).names)
     outputs = key_map.outputs()

@@ -42,16 +42,16 @@ def validate_param_groups(
 ) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
 
-    ``groups`` is one of these: a list of group dicts, a list of parameters, a list of ``(name, parameter)`` pairs, an
-    optimizer, or a list of optimizers that share the model. Parameters are compared by identity, never by value.
-    Nothing is changed, and no iterator is consumed. If a group holds a one-shot iterator, its members and the missing
-    parameters stay unknown.
+    ``groups`` is an optimizer, a list of optimizers that share the model, a list of group dicts, or a list of
+    parameters or ``(name, parameter)`` pairs. Parameters are compared by identity, never by value. Nothing is changed,
+    and no iterator is consumed. If a group holds a one-shot iterator, its members and the missing parameters stay
+    unknown.
 
     For an optimizer, its options and every value of its state are checked too, and with ``schedulers`` (one or several)
     also their lrs. With ``spec``, each parameter must be in the group, and each group must have the options, that the
     spec gives it. With ``lock``, nothing may have changed since the lock was made, not even the order of parameters.
 
-    docs/codes.md lists the codes of the findings, all of which begin with ``groups.``. Raises ``GroupsError`` if
+    The codes of the findings begin with ``groups.``; docs/codes.md lists them. Raises ``GroupsError`` if
     ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
     """
     with pause_gc():

@@ -57,13 +57,13 @@ def check_shared_groups(groups: Sequence[LiveGroup]) -> Iterator[Finding]:
             yield codes.SHARED.finding(
                 "",
                 f"{first.where} and {group.where} are one dict, as when a list of groups is used twice: the second use "
-                f"replaced the options of the first{options}, and a change in one changes the other",
+                f"replaced the options of the first{options}, and both change together",
                 "make a new list of groups for each optimizer, as build_param_groups does",
             )
 
 
 def check_wrappers(given: Any) -> Iterator[Finding]:
-    """Yield a finding for each wrapper (Lookahead, SAM, LARC) whose groups are not those of its inner optimizer."""
+    """Yield a finding for each wrapper (Lookahead, SAM, LARC) that has other groups than its inner optimizer."""
     for wrapper in given if isinstance(given, list | tuple) else [given]:
         if hasattr(wrapper, "param_groups"):
             yield from _check_wrapper(wrapper)

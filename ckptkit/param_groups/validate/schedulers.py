@@ -1,4 +1,4 @@
-"""Check that learning rate schedulers fit the groups whose lr they set."""
+"""Check that learning rate schedulers fit the groups that they drive."""
 
 from __future__ import annotations
 
@@ -124,8 +124,8 @@ def _check_lengths(optimizer: LiveOptimizer, scheduler: Any, *, multiplies_curre
     if key and lacking:
         yield codes.SCHEDULER_LENGTH.finding(
             "",
-            f"{lacking[0].where} has no {key}, which {label} writes into every group when it is built and reads in "
-            "every step: the group was added later, or its options were loaded from a file",
+            f"{lacking[0].where} has no {key}, which {label} writes into every group and reads in every step: the "
+            "group was added later, or its options were loaded from a file",
             _BUILD_AGAIN,
         )
 

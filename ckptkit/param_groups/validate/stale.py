@@ -88,7 +88,7 @@ REBIND_HINT = f"{REBUILD_HINT}, or rebind(optimizer, model)"
 
 @dataclass(frozen=True, eq=False)
 class ModelContext:
-    """The model, the ids of all tensors in the groups, and the names of parameters whose older objects are there."""
+    """The model, the ids of all tensors in the groups, and the names of parameters with older objects there."""
 
     inventory: Inventory
     held_ids: Collection[int]
