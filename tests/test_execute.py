@@ -87,7 +87,7 @@ def test_a_single_source_needs_no_role(tmp_path: Path) -> None:
     ],
     ids=["dtype", "shape", "gone", "no bytes"],
 )
-def test_a_plan_is_carried_out_on_what_it_was_made_from(now: Any, reason: str, tmp_path: Path) -> None:
+def test_a_plan_is_executed_only_on_its_inputs(now: Any, reason: str, tmp_path: Path) -> None:
     """An input with other dtypes is refused even where the sizes in bytes are equal."""
     plan = plan_remap({"w": torch.ones(2)})
     error = refusal(lambda: execute(plan, now, tmp_path / "a.safetensors"), PlanError)
@@ -114,7 +114,7 @@ def test_progress_counts_every_byte_of_the_tensors(tmp_path: Path) -> None:
         ("out", {"max_shard_size": 9, "format": "torch"}, "shards are written as safetensors only"),
     ],
 )
-def test_an_output_that_makes_no_sense_is_refused(name: str, options: dict[str, Any], reason: str) -> None:
+def test_invalid_outputs_are_refused(name: str, options: dict[str, Any], reason: str) -> None:
     """The output is refused before any input is read."""
     assert refusal(lambda: choose_output(name, **options)).reason == reason
 
@@ -130,7 +130,7 @@ def test_an_output_that_makes_no_sense_is_refused(name: str, options: dict[str, 
     ],
     ids=["exists", "directory", "FIFO", "device", "loop"],
 )
-def test_what_is_there_already_is_left_alone(make: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+def test_existing_paths_are_not_replaced(make: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
     """Without force an existing file is refused, and with force anything that is not a file."""
     out = tmp_path / "out.pt"
     make(out)
@@ -143,7 +143,7 @@ def test_what_is_there_already_is_left_alone(make: Callable[[Path], object], rea
 
 
 @pytest.mark.parametrize("shards", [None, 20])
-def test_the_directory_must_be_there(shards: int | None, tmp_path: Path) -> None:
+def test_the_directory_must_exist(shards: int | None, tmp_path: Path) -> None:
     """A missing directory is named and not created, because it may be a typing error."""
     out = tmp_path / "no" / ("out" if shards else "out.pt")
     assert refusal(lambda: convert(STATE, out, shards=shards)).reason == f"its directory {out.parent} does not exist"
@@ -152,7 +152,7 @@ def test_the_directory_must_be_there(shards: int | None, tmp_path: Path) -> None
         assert refusal(lambda: convert(STATE, out)).reason == f"its directory {out.parent} is not a directory"
 
 
-def test_modes_are_those_of_any_new_file_or_of_the_old_one(tmp_path: Path) -> None:
+def test_file_modes(tmp_path: Path) -> None:
     """A new file has the mode of the umask, a replaced file keeps its mode."""
     old = os.umask(0o027)
     try:
@@ -192,7 +192,7 @@ def test_symbolic_links_are_written_through(tmp_path: Path, shards: int | None, 
     "name", ["n" * 247 + ".pt", "é" * 123 + "x.pt", "重" * 84 + ".pt", os.fsdecode(b"\xff.pt"), "a::b.pt", "py:x.pt"]
 )
 @pytest.mark.parametrize("shards", [None, 20], ids=["file", "directory"])
-def test_every_name_that_the_disk_takes_is_taken(name: str, shards: int | None, tmp_path: Path) -> None:
+def test_every_valid_file_name_works(name: str, shards: int | None, tmp_path: Path) -> None:
     """Very long names, names that are not text and names with special characters work."""
     out = tmp_path / (name.removesuffix(".pt") if shards else name)
     convert(STATE, out, shards=shards)
@@ -203,7 +203,7 @@ def test_every_name_that_the_disk_takes_is_taken(name: str, shards: int | None, 
 
 @pytest.mark.parametrize("name", ["in.safetensors", "in.pt"])
 @pytest.mark.parametrize("way", ["same", "dot", "symlink", "hardlink"])
-def test_an_input_is_replaced_only_by_force_and_then_rightly(name: str, way: str, tmp_path: Path) -> None:
+def test_an_input_is_replaced_only_by_force(name: str, way: str, tmp_path: Path) -> None:
     """The input is recognised under any spelling, and read while its replacement is written."""
     source = saved(tmp_path / name)
     out = tmp_path / f"out{source.suffix}"
@@ -253,7 +253,7 @@ def test_the_shard_of_an_input_is_never_an_output(tmp_path: Path) -> None:
     assert not set(before) & set(names_in(tmp_path / "in")) - {"model.safetensors.index.json"}
 
 
-def test_shards_do_not_sweep_away_an_input_that_holds_more(tmp_path: Path) -> None:
+def test_shards_do_not_replace_a_training_checkpoint(tmp_path: Path) -> None:
     """A single file in the output directory that has the name of a shard is checked as an input."""
     (tmp_path / "run").mkdir()
     source = tmp_path / "run" / "model.safetensors"  # told by its content, which torch wrote
@@ -282,7 +282,7 @@ def touched(path: Path) -> None:
 @pytest.mark.parametrize("before_the_first_byte", [True, False], ids=["before", "during"])
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pt"])
 @pytest.mark.parametrize("name", ["in.safetensors", "in.pt"])
-def test_an_input_that_changes_meanwhile_is_noticed(
+def test_an_input_that_changes_during_the_run_is_noticed(
     name: str, out: str, change: Callable[[Path], None], tmp_path: Path, *, before_the_first_byte: bool
 ) -> None:
     """The old output is kept, and no other file is left, where an input changes during the run."""
@@ -301,7 +301,7 @@ def test_an_input_that_changes_meanwhile_is_noticed(
 
 @settings(deadline=None, max_examples=40)
 @given(state_dicts(("F32", "BF16", "U8")), st.integers(1, 100))
-def test_shards_are_a_checkpoint_of_their_own(state: dict[str, torch.Tensor], limit: int) -> None:
+def test_shards_are_read_back_as_the_input(state: dict[str, torch.Tensor], limit: int) -> None:
     """Shards are within the limit unless one tensor exceeds it, and read back as the input."""
     with scratch() as name:
         out = Path(name, "out")
@@ -318,7 +318,7 @@ def test_shards_are_a_checkpoint_of_their_own(state: dict[str, torch.Tensor], li
         assert same_state(state_at(out), state)
 
 
-def test_other_files_stay_and_stale_shards_go(tmp_path: Path) -> None:
+def test_old_shards_are_removed_and_other_files_kept(tmp_path: Path) -> None:
     """Old shards are removed; a config.json and a symbolic link to the directory are kept."""
     out = tmp_path / "out"
     convert(STATE, out, shards=20)

@@ -59,7 +59,7 @@ def refusal(act: Callable[[], object], error: type[CkptkitError]) -> CkptkitErro
     return caught.value
 
 
-def test_everything_arrives_in_the_very_same_parameters() -> None:
+def test_values_are_loaded_into_the_same_parameters() -> None:
     """Parameters and buffers get the values and are the same objects as before, as optimizers need."""
     model, donor = Net(), randomised(Net())
     before = model.state_dict(keep_vars=True)
@@ -71,7 +71,7 @@ def test_everything_arrives_in_the_very_same_parameters() -> None:
     assert str(report) == "loaded 9 of 9 tensors, 100.0 % of the elements; kept 0 as they were"
 
 
-def test_the_head_stays_where_classes_differ(tmp_path: Path) -> None:
+def test_a_new_head_keeps_its_values(tmp_path: Path) -> None:
     """A file with the prefix of DDP is loaded into a model with a new head, and the report names both parts."""
     donor = randomised(Net(classes=10))
     save_file({f"module.{key}": value for key, value in donor.state_dict().items()}, tmp_path / "pre.safetensors")
@@ -90,7 +90,7 @@ def test_the_head_stays_where_classes_differ(tmp_path: Path) -> None:
     assert report.coverage == body / (body + 27)
 
 
-def test_missing_and_unexpected_keys_are_told_apart() -> None:
+def test_missing_and_unexpected_keys_have_their_own_findings() -> None:
     """A kept key is a warning and an additional key of the donor a note; neither is an error."""
     model = nn.Linear(2, 2)
     bias = model.bias.detach().clone()
@@ -108,7 +108,7 @@ def test_missing_and_unexpected_keys_are_told_apart() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(("F32", "F64", "F16", "BF16", "F8_E4M3", "F8_E5M2", "C64")), st.integers(0, 9), st.booleans())
-def test_nan_and_every_other_bit_pattern_arrive(code: str, seed: int, strided: bool) -> None:
+def test_every_bit_pattern_is_loaded(code: str, seed: int, strided: bool) -> None:
     """Values are compared as bytes: a NaN equals itself, and -0.0 differs from 0.0."""
     value = tensor_of(code, (3, 5), seed)
     target = torch.zeros(5, 3, dtype=value.dtype).t() if strided else torch.zeros(3, 5, dtype=value.dtype)
@@ -152,7 +152,7 @@ class Versioned(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
 
 
-def test_module_versions_travel_with_the_values(tmp_path: Path) -> None:
+def test_module_versions_are_loaded(tmp_path: Path) -> None:
     """Versions of a model and of a file of torch.save reach the module, so it does not convert."""
     donor = nn.Sequential(Versioned(2, 2))
     torch.save(donor.state_dict(), tmp_path / "a.pt")
@@ -173,7 +173,7 @@ def test_tied_weights_load_from_equal_values() -> None:
     assert same_state(model.state_dict(), donor.state_dict())
 
 
-def test_a_tie_brings_what_the_file_left_out() -> None:
+def test_a_key_is_loaded_through_its_tie() -> None:
     """A key that is not in the file is loaded through its tie, and a note says so."""
     model, state = Tied(), randomised(Tied()).state_dict()
     del state["lm_head.weight"]
@@ -197,7 +197,7 @@ def test_tied_weights_with_two_values_are_refused(batch: int, monkeypatch: pytes
     assert "shares its memory" in error.hint
 
 
-def test_many_batches_load_what_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_a_batch_does_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     """The result does not depend on the size of a batch."""
     monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", 40)
     model, donor = Net(), randomised(Net())
@@ -229,7 +229,7 @@ def test_a_hook_that_changes_values_is_caught() -> None:
     assert error.reason == "'weight' does not have the checkpoint's value after loading"
 
 
-def test_a_hook_that_puts_in_another_object_is_caught() -> None:
+def test_a_hook_that_replaces_a_parameter_is_caught() -> None:
     """An optimizer would train the old tensor."""
     model = nn.Linear(2, 2)
 
@@ -242,7 +242,7 @@ def test_a_hook_that_puts_in_another_object_is_caught() -> None:
     assert "was replaced while loading" in error.reason
 
 
-def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
+def test_errors_of_load_state_dict_are_quoted() -> None:
     """The message of torch, about an expanded buffer, is on one line."""
     model = nn.Module()
     model.register_buffer("w", torch.zeros(1).expand(3))
@@ -268,7 +268,7 @@ def test_what_load_state_dict_refuses_is_refused_in_its_words() -> None:
     ],
     ids=["mismatch", "missing", "unexpected", "add", "no match", "sparse", "complex"],
 )
-def test_a_refused_plan_leaves_the_model_as_it_was(
+def test_a_refused_plan_does_not_change_the_model(
     state: dict[str, torch.Tensor], policies: dict[str, Any], error: type[CkptkitError], reason: str
 ) -> None:
     """The policies are checked before the first value is copied."""

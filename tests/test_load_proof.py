@@ -118,7 +118,7 @@ FAULTS: dict[str, tuple[Callable[[Net], None], type[BaseException], str]] = {
 
 @pytest.mark.parametrize("in_memory", [1 << 28, 1], ids=["in memory", "in a file"])
 @pytest.mark.parametrize(("fault", "kind", "reason"), FAULTS.values(), ids=FAULTS.keys())
-def test_a_failure_puts_everything_back(
+def test_a_failure_restores_everything(
     fault: Callable[[Net], None],
     kind: type[BaseException],
     reason: str,
@@ -139,7 +139,7 @@ def test_a_failure_puts_everything_back(
     assert pinned(model) == before
 
 
-def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_truncated_file_does_not_change_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many batches are already loaded when the last tensor cannot be read."""
     monkeypatch.setattr(ckptkit.loading, "_BATCH_BYTES", 1)
     whole = as_checkpoint(Net(), "donor")
@@ -156,13 +156,13 @@ def test_a_file_that_breaks_off_midway_leaves_no_trace(monkeypatch: pytest.Monke
     assert pinned(model) == before
 
 
-def test_a_cache_that_a_hook_makes_anew_is_a_note() -> None:
+def test_a_cache_that_a_hook_rewrites_is_noted() -> None:
     """A hook may rewrite a buffer that is in no checkpoint, and a note says so."""
     report = load_into(hooked(lambda model: model.cache.mul_(2)), Net())
     assert [(f.severity, f.code, f.key) for f in report.findings] == [("note", "load.derived", "cache")]
 
 
-def test_a_view_of_what_was_loaded_is_told_from_what_was_kept() -> None:
+def test_a_view_of_a_loaded_parameter_is_reported() -> None:
     """A buffer that is a view of a loaded parameter changes with it, and is not reported as kept."""
     model = nn.Linear(3, 3, bias=False)
     model.register_buffer("first_row", model.weight.detach()[0])
@@ -170,7 +170,7 @@ def test_a_view_of_what_was_loaded_is_told_from_what_was_kept() -> None:
     assert [(f.severity, f.code, f.key) for f in report.findings] == [("warning", "load.shared", "first_row")]
 
 
-def test_what_cannot_be_compared_is_said() -> None:
+def test_tensors_that_cannot_be_compared_are_noted() -> None:
     """A sparse buffer is kept, and a note says that its bits were not compared."""
     model = nn.Linear(2, 2, bias=False)
     model.register_buffer("mask", torch.eye(2).to_sparse(), persistent=False)
@@ -179,7 +179,7 @@ def test_what_cannot_be_compared_is_said() -> None:
 
 
 @pytest.mark.parametrize("persistent", [True, False], ids=["persistent", "not persistent"])
-def test_nothing_is_left_on_the_meta_device(persistent: bool) -> None:
+def test_tensors_on_the_meta_device_are_refused(persistent: bool) -> None:
     """A tensor on the meta device that is not loaded would have no value, so it is refused."""
     model = nn.Linear(2, 2, bias=False)
     model.register_buffer("rope", torch.empty(2, device="meta"), persistent=persistent)
@@ -189,7 +189,7 @@ def test_nothing_is_left_on_the_meta_device(persistent: bool) -> None:
     assert torch.equal(model.weight, before)
 
 
-def test_no_room_for_the_copy_is_said_before_anything_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_before_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the disk is full, the hint names the needed size and TMPDIR."""
     full = lambda max_size: open("/dev/full", "r+b", buffering=0)  # noqa: E731, SIM115, ARG005
     monkeypatch.setattr(tempfile, "SpooledTemporaryFile", full)
@@ -218,7 +218,7 @@ LAYOUTS: dict[str, Callable[[], torch.Tensor]] = {
 
 
 @pytest.mark.parametrize("make", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_a_snapshot_brings_back_every_bit(make: Callable[[], torch.Tensor]) -> None:
+def test_a_snapshot_restores_every_bit(make: Callable[[], torch.Tensor]) -> None:
     """A snapshot restores tensors of every dtype and layout, with NaNs of any bits."""
     model = nn.Module()
     model.register_buffer("w", make())
@@ -233,7 +233,7 @@ def test_a_snapshot_brings_back_every_bit(make: Callable[[], torch.Tensor]) -> N
     assert raw(tensor) == before
 
 
-def test_what_cannot_be_written_is_named_when_it_cannot_be_put_back() -> None:
+def test_a_tensor_that_cannot_be_restored_is_named() -> None:
     """An expanded tensor cannot be written, so a change of its base cannot be undone."""
     base = torch.zeros(1)
     model = nn.Module()
@@ -243,7 +243,7 @@ def test_what_cannot_be_written_is_named_when_it_cannot_be_put_back() -> None:
         assert snapshot.restore() == ["w"]
 
 
-def test_what_cannot_be_written_outside_of_inference_mode_is_put_back() -> None:
+def test_inference_tensors_are_restored() -> None:
     """torch copies values into an inference tensor before it raises."""
     with torch.inference_mode():
         model = nn.Linear(2, 2)
@@ -275,6 +275,6 @@ def test_extra_state_that_is_a_tensor_goes_to_its_module() -> None:
     assert [(one.code, one.key) for one in report.findings] == [("load.unproved", "_extra_state")]
 
 
-def test_extra_state_that_is_no_tensor_is_told_once() -> None:
+def test_extra_state_that_is_not_a_tensor_has_one_finding() -> None:
     report = load_into(Scaled({"a": 1}), Scaled({"a": 2}))
     assert [(one.code, one.key) for one in report.findings] == [("load.skipped", "_extra_state")]

@@ -47,7 +47,7 @@ REACHED: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("asked", REACHED.values(), ids=REACHED.keys())
-def test_what_is_reached_loads(asked: dict[str, Any]) -> None:
+def test_met_requirements_change_nothing(asked: dict[str, Any]) -> None:
     """A requirement that the plan meets changes nothing; 53 of 72 elements are loaded."""
     report = load_into(net(), donor(), on_mismatch="skip", **asked)
     assert report.coverage == 53 / 72
@@ -94,7 +94,7 @@ REFUSED: dict[str, tuple[dict[str, Any], type[CkptkitError], str, str]] = {
 
 
 @pytest.mark.parametrize(("asked", "kind", "reason", "hint"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_is_not_reached_is_refused_untouched(
+def test_unmet_requirements_are_refused_before_loading(
     asked: dict[str, Any], kind: type[CkptkitError], reason: str, hint: str
 ) -> None:
     """The error names the missing keys and the reasons before the first value is copied."""
@@ -107,7 +107,7 @@ def test_what_is_not_reached_is_refused_untouched(
     assert same_state(model.state_dict(), before)
 
 
-def test_a_prefix_that_explains_what_is_missing_is_the_way_out() -> None:
+def test_a_missing_prefix_is_in_the_hint() -> None:
     """The hint gives the rename that removes a prefix."""
     state = {f"module.{key}": value for key, value in net().state_dict().items() if key != "head.bias"}
     state["head.bias"] = torch.zeros(3)
@@ -124,7 +124,7 @@ def test_a_tie_counts_as_loaded() -> None:
     assert report.coverage == 1.0
 
 
-def test_coverage_is_told_by_module() -> None:
+def test_coverage_by_module() -> None:
     """A module that is loaded whole has one row; another is divided into its children."""
     report = load_into(net(), donor(), on_mismatch="skip")
     assert report.modules == (
@@ -176,7 +176,7 @@ MISTAKES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_wrong_argument_is_refused_in_a_sentence(mistake: dict[str, Any]) -> None:
+def test_wrong_arguments_are_refused(mistake: dict[str, Any]) -> None:
     """A wrong argument gives an error of ckptkit."""
     with pytest.raises(CkptkitError):
         load_into(**{"model": net(), "checkpoint": donor(), "on_mismatch": "skip", **mistake})

@@ -63,7 +63,7 @@ def test_a_pattern_fits_whole_keys(pattern: str, fits: list[str], fits_not: list
         pytest.param("re:(?<=a*)b", "is not a valid regular expression", id="variable look-behind"),
     ],
 )
-def test_a_pattern_that_is_none_is_refused(pattern: str, reason: str) -> None:
+def test_invalid_patterns_are_refused(pattern: str, reason: str) -> None:
     with pytest.raises(RuleError, match=reason):
         parse_pattern(pattern)
 
@@ -132,7 +132,7 @@ def test_a_rename_that_cannot_work_is_refused_before_any_key_is_seen(rename: str
         pytest.param("b.{i:int}=b.{i+1}", "b." + "9" * 19, "19 digits", id="too many digits"),
     ],
 )
-def test_arithmetic_that_makes_no_index_names_the_key(rename: str, key: str, reason: str) -> None:
+def test_invalid_arithmetic_names_the_key(rename: str, key: str, reason: str) -> None:
     with pytest.raises(RuleError, match=reason) as caught:
         parse_rename(rename).apply(key)
     assert key in caught.value.reason
@@ -156,7 +156,7 @@ def test_adding_a_prefix_then_stripping_it_is_identity(key: str, prefix: str) ->
 @given(
     st.lists(st.sampled_from(["*", "a", "b", ".", "ab", "{x}"]), min_size=1, max_size=8), st.text("ab.", max_size=16)
 )
-def test_stars_take_what_the_regex_gives_them(parts: list[str], key: str) -> None:
+def test_stars_match_as_in_a_regex(parts: list[str], key: str) -> None:
     pattern = parse_pattern("".join(parts))
     match, oracle = pattern.match(key), pattern.regex.fullmatch(key)
     assert (match is None) == (oracle is None)

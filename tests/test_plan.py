@@ -55,7 +55,7 @@ def test_a_remap_is_a_list_of_steps_in_the_order_of_the_file() -> None:
     assert (plan.elements, plan.nbytes, plan.dropped) == (37, 148, ())
 
 
-def test_what_is_left_out_is_listed_with_the_reason() -> None:
+def test_dropped_tensors_are_listed_with_the_reason() -> None:
     """Tensors that a rule drops or no pattern keeps, and other entries, are all listed."""
     source: dict[str, Any] = {**{key: torch.zeros(info.shape) for key, info in BASE.items()}, "epoch": 3}
     plan = plan_remap(source, parse_rules(keep=["fc*"], drop=["*.bias"]))
@@ -67,7 +67,7 @@ def test_what_is_left_out_is_listed_with_the_reason() -> None:
     ]
 
 
-def test_dtype_casts_floats_and_leaves_the_rest_alone() -> None:
+def test_dtype_casts_only_floats() -> None:
     """Integers, booleans and complex numbers keep their dtype; floats of that dtype are copied."""
     codes = ("F64", "F32", "F16", "BF16", "F8_E4M3", "I64", "U8", "BOOL", "C64")
     plan = plan_remap({code: TensorInfo(code, code, (3,)) for code in codes}, dtype="bfloat16")
@@ -84,7 +84,7 @@ def test_a_dtype_has_two_names(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["I64", "int64", "F4", "float4_e2m1fn_x2", "BOOL", "float", "half", "", "BF16 "])
-def test_what_floats_cannot_become_is_refused(name: str) -> None:
+def test_dtypes_that_floats_cannot_be_cast_to_are_refused(name: str) -> None:
     """An unknown dtype and a dtype that floats cannot be cast to are refused."""
     assert refusal(lambda: plan_remap(BASE, dtype=name)).reason
 
@@ -98,7 +98,7 @@ def test_what_floats_cannot_become_is_refused(name: str) -> None:
     ],
     ids=["nothing left", "collision", "unused"],
 )
-def test_a_remap_that_goes_wrong_is_refused(rules: Any, error: type[CkptkitError], reason: str) -> None:
+def test_wrong_remaps_are_refused(rules: Any, error: type[CkptkitError], reason: str) -> None:
     """The message names the keys and the rule."""
     assert refusal(lambda: plan_remap(BASE, rules), error).reason == reason
 
@@ -113,7 +113,7 @@ def test_a_remap_that_goes_wrong_is_refused(rules: Any, error: type[CkptkitError
     ],
     ids=["sparse", "subclass", "meta", "quantised"],
 )
-def test_what_cannot_be_copied_is_refused_by_name(value: Any, why: str) -> None:
+def test_tensors_that_cannot_be_copied_are_refused_by_name(value: Any, why: str) -> None:
     """The hint leaves out exactly that tensor, and it works."""
     plain = TensorInfo("w", "F32", (1,)) if isinstance(value, TensorInfo) else torch.zeros(1)
     error = refusal(lambda: plan_remap({"w": plain, "odd": value}))
@@ -130,7 +130,7 @@ def test_f4_has_no_cast() -> None:
     assert "cannot be cast to F32" in refusal(lambda: plan_remap(packed, dtype="F32")).reason
 
 
-def test_ties_that_a_flat_file_would_break_are_known() -> None:
+def test_find_broken_ties() -> None:
     """Overlapping views of one storage are grouped, with and without a cast; other tensors are not."""
     tied = {
         key: TensorInfo(key, "F32", (2,), View(storage, offset, (1,)))
@@ -140,7 +140,7 @@ def test_ties_that_a_flat_file_would_break_are_known() -> None:
     assert find_broken_ties(plan_remap(tied, dtype="F16")) == [("a", "b", "c")]
 
 
-def test_an_overlay_takes_what_fits_and_keeps_the_rest() -> None:
+def test_an_overlay_takes_matching_values_and_keeps_the_others() -> None:
     """The output has the keys of the base, with the donor's values where key and shape agree."""
     donor = {**{key: BASE[key] for key in ("fc1.bias", "fc1.weight")}, **described(fc9=(7,))}
     plan = plan_merge(BASE, donor)
@@ -238,7 +238,7 @@ def test_a_mismatch_may_be_skipped() -> None:
     ],
     ids=["mismatch", "missing", "unexpected", "prefix", "no match", "only mismatches", "word 1", "word 2", "word 3"],
 )
-def test_a_merge_that_would_go_wrong_is_refused(
+def test_wrong_merges_are_refused(
     donor: dict[str, TensorInfo], policies: dict[str, Any], reason: str, hint: str
 ) -> None:
     """The message names the key, and the hint says what to do."""
@@ -285,7 +285,7 @@ class Canary:
         return os.system, (self.command,)
 
 
-def test_nothing_is_made_from_a_file_that_asks_for_code(tmp_path: Path) -> None:
+def test_a_file_that_refers_to_suspicious_code_is_refused(tmp_path: Path) -> None:
     """Such a file is refused as source, base and donor, and its code never runs."""
     canary, bad = tmp_path / "canary", tmp_path / "bad.pt"
     torch.save({"w": torch.zeros(2)}, tmp_path / "good.pt")
@@ -343,7 +343,7 @@ def test_a_merge_follows_the_ties_of_the_base(
     assert torch.equal(fresh.embed.weight, donor[present].float())
 
 
-def test_a_tie_of_the_base_that_the_donor_does_not_have_is_said() -> None:
+def test_a_tie_of_the_base_that_the_donor_does_not_have_is_noted() -> None:
     """Both tensors of the donor are written, and a note names the keys."""
     donor = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
     assert plan_merge(Tied(), donor).notes == (

@@ -34,7 +34,7 @@ def states(rank: int) -> tuple[State, State]:
     return base, tuned
 
 
-def test_what_is_extracted_is_the_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_extracted_adapter_is_the_change(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """An adapter of rank 2 has an update of rank 2, with its configuration beside it; ``lora`` folds it."""
     base, tuned = states(2)
     adapter = tmp_path / "adapter"
@@ -87,7 +87,7 @@ def test_nothing_is_written_where_the_configuration_would_be_lost(
     ]  # fmt: skip
 
 
-def test_what_cannot_be_compared_is_named() -> None:
+def test_tensors_that_cannot_be_compared_are_named() -> None:
     """A key that the base lacks, another shape, a rank that is too large, and no weight are refused."""
     base, tuned = states(1)
     with pytest.raises(PlanError, match=r"'q\.weight' is \[12, 8\] in the tuned model, and the base does not have it"):

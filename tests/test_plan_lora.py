@@ -155,15 +155,15 @@ REFUSED: dict[str, tuple[dict[str, Any], State, str]] = {
 }
 
 
-@pytest.mark.parametrize(("config", "changes", "said"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_has_no_place_is_named(
-    config: dict[str, Any], changes: State, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("config", "changes", "reason"), REFUSED.values(), ids=REFUSED.keys())
+def test_tensors_without_a_place_are_named(
+    config: dict[str, Any], changes: State, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Nothing is written, and the error has the path of the adapter."""
     base, adapter = written(tmp_path, base_state(), adapter_state() | changes, CONFIG | config)
     ran = fold(capsys, base, adapter)
     assert (ran.code, ran.out) == (2, "")
-    assert said in ran.err
+    assert reason in ran.err
     assert f"ckpt: {adapter}: " in ran.err
     assert not (tmp_path / "out.safetensors").exists()
 
@@ -175,7 +175,7 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize(("of_base", "of_adapter", "rename"), PREFIXES.values(), ids=PREFIXES.keys())
-def test_the_base_of_another_name_is_told_by_its_prefix(
+def test_another_prefix_of_the_base_is_in_the_hint(
     of_base: str, of_adapter: str, rename: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The rename in the hint works."""
@@ -201,14 +201,14 @@ USAGE: dict[str, tuple[list[str], str]] = {
 }
 
 
-@pytest.mark.parametrize(("more", "said"), USAGE.values(), ids=USAGE.keys())
+@pytest.mark.parametrize(("more", "reason"), USAGE.values(), ids=USAGE.keys())
 def test_options_of_another_method_are_refused(
-    more: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    more: list[str], reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, adapter = written(tmp_path, base_state(), adapter_state(), CONFIG)
     ran = run_ckpt(capsys, "merge", base, adapter, "-o", tmp_path / "o.safetensors", *more)
     assert (ran.code, ran.out) == (2, "")
-    assert said in ran.err
+    assert reason in ran.err
 
 
 def test_without_its_configuration_and_with_two_an_adapter_is_refused(
@@ -253,7 +253,7 @@ def _drop(pattern: str) -> Any:
     return {"rule": [{"from": pattern, "drop": True}]}
 
 
-def test_weights_that_nothing_is_added_to_are_refused() -> None:
+def test_weights_of_unsupported_dtypes_are_refused() -> None:
     """Integers and packed dtypes are refused."""
     base = base_state() | {"l.0.q.weight": torch.ones(6, 4, dtype=torch.int8)}
     with pytest.raises(CkptkitError, match=r"'l\.0\.q\.weight': fold_lora: "):

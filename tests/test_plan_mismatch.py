@@ -29,7 +29,7 @@ MENDED: dict[str, tuple[str, str, Shape, Shape]] = {
 
 
 @pytest.mark.parametrize("case", MENDED.values(), ids=MENDED.keys())
-def test_the_operation_that_fits_is_named_and_applied_when_asked(
+def test_the_operation_is_suggested_and_applied(
     case: tuple[str, str, Shape, Shape], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """By default, the error names the operation; with its name, the output has the shape of the base."""
@@ -51,7 +51,7 @@ def test_the_operation_that_fits_is_named_and_applied_when_asked(
         assert torch.equal(made[key], load_file(donor)[key].T)
 
 
-def test_an_operation_that_does_not_fit_is_refused_with_one_that_does() -> None:
+def test_a_wrong_operation_is_refused_with_a_suggestion() -> None:
     """The hint names an operation that works."""
     with pytest.raises(PlanError, match=r"and resize_pos_embed does not change one into the other") as caught:
         plan_merge(state(fc__weight=(6, 4)), state(fc__weight=(4, 6)), on_mismatch="resize_pos_embed")

@@ -97,7 +97,7 @@ def _infos(shapes: Shapes, dtype: torch.dtype) -> dict[str, TensorInfo]:
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_there_and_back_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_preset_and_its_opposite_restore_every_bit(name: str, tmp_path: Path) -> None:
     """The keys and shapes are exactly those of the list, and the opposite preset restores every bit."""
     pair = PAIRS[name]
     for number, (names, old, new) in enumerate(
@@ -111,7 +111,7 @@ def test_there_and_back_is_the_same_bit_for_bit(name: str, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_like_the_other_side_needs_nothing_more(name: str, tmp_path: Path) -> None:
+def test_like_the_other_library(name: str, tmp_path: Path) -> None:
     """``--like`` finds every key of the other library."""
     pair = PAIRS[name]
     state = random_bits(pair.old, CODES[name.partition(" ")[0]])
@@ -243,7 +243,7 @@ VARIANTS: dict[str, tuple[str, str, Callable[[State], State]]] = {
 
 
 @pytest.mark.parametrize(("name", "preset", "varied"), VARIANTS.values(), ids=VARIANTS.keys())
-def test_files_as_they_are_found(name: str, preset: str, varied: Callable[[State], State], tmp_path: Path) -> None:
+def test_real_files(name: str, preset: str, varied: Callable[[State], State], tmp_path: Path) -> None:
     """Additional tensors of such files do not change the result."""
     pair = PAIRS[name]
     plain = random_bits(pair.old if preset == pair.there else pair.new)
@@ -252,7 +252,7 @@ def test_files_as_they_are_found(name: str, preset: str, varied: Callable[[State
     assert same_state(found, expected)
 
 
-def test_ties_are_proved_not_assumed(tmp_path: Path) -> None:
+def test_ties_are_compared(tmp_path: Path) -> None:
     """A head that differs from its embedding is an error, and there is no output."""
     state = random_bits(PAIRS["gpt2"].new)
     state["lm_head.weight"] = torch.zeros_like(state["lm_head.weight"])
@@ -273,7 +273,7 @@ def test_frozen_norms_have_no_counters(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_are_rule_files_that_say_what_they_do(name: str) -> None:
+def test_presets_are_rule_files_with_a_description(name: str) -> None:
     """A preset is a rule file; its first lines name the models."""
     text = preset_text(name)
     assert text.startswith("# ")
@@ -301,14 +301,14 @@ def test_the_command_line_takes_presets(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("name", ["llama", "../rules/model"])
-def test_an_unknown_preset_lists_those_there_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_preset_lists_the_known_ones(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     ran = run_ckpt(capsys, "diff", "fixtures/lenet_ddp.pt", "fixtures/lenet_ddp.pt", "--rules", f"preset:{name}")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith(f"ckpt: preset:{name}: there is no preset '{name}'\nhint: presets: bert-hf-to-original, ")
     assert all(known in ran.err for known in preset_names())
 
 
-def test_presets_are_listed_without_anything_else(capsys: pytest.CaptureFixture[str]) -> None:
+def test_presets_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     """``--rules 'preset:?'`` needs no checkpoint and no output, and prints the header of each preset."""
     ran = run_ckpt(capsys, "remap", "--rules", "preset:?")
     assert (ran.code, ran.err) == (0, "")
@@ -316,7 +316,7 @@ def test_presets_are_listed_without_anything_else(capsys: pytest.CaptureFixture[
     assert "  Vision Transformer: from the names in the files of transformers' ViTForImageClassification" in ran.out
 
 
-def test_a_variable_that_is_not_there(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_variable(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(RuleError, match="no variable 'heads'") as caught:
         preset_rules("vit-timm-to-hf", {"heads": 3})
     assert caught.value.path == "preset:vit-timm-to-hf"

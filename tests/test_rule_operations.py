@@ -81,7 +81,7 @@ def test_one_tensor_becomes_several(tmp_path: Path) -> None:
     assert_equal(made(state, FUSED, tmp_path), expected)
 
 
-def test_outputs_stand_where_their_first_source_stood() -> None:
+def test_outputs_have_the_position_of_their_first_source() -> None:
     """An output has the position of its first source."""
     plan = plan_remap(fused(1), rules(FUSED))
     assert [step.out.key for step in plan.steps] == [
@@ -143,7 +143,7 @@ def test_a_model_is_compared_merged_and_loaded_through_operations(tmp_path: Path
     assert_equal(load_file(tmp_path / "o.safetensors"), expected)
 
 
-def test_sources_are_read_once_for_all_that_is_made_of_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_sources_are_read_once_for_all_their_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The bytes of a tensor that is split in three are read once."""
     from ckptkit import open_checkpoint
     from ckptkit.core.checkpoint import Checkpoint
@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
 
 
 @pytest.mark.parametrize(("keys", "text", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_would_go_wrong_is_refused_with_the_line(keys: list[str], text: str, reason: str) -> None:
+def test_wrong_rules_are_refused_with_the_line(keys: list[str], text: str, reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         apply_rules(rules(text), keys)
     assert reason in caught.value.reason
@@ -339,13 +339,13 @@ ACCOUNTED: dict[str, tuple[str, dict[str, str]]] = {
 
 
 @pytest.mark.parametrize(("text", "dropped"), ACCOUNTED.values(), ids=ACCOUNTED.keys())
-def test_what_is_made_and_left_out_is_listed_by_the_names_of_the_input(text: str, dropped: dict[str, str]) -> None:
+def test_dropped_outputs_are_listed_by_their_sources(text: str, dropped: dict[str, str]) -> None:
     source = {key: torch.zeros(3) for key in "abc"}
     plan = plan_remap(source, rules(text))
     assert {drop.key: drop.reason for drop in plan.dropped} == dropped
 
 
-def test_every_source_of_what_does_not_fit_in_is_listed() -> None:
+def test_every_source_of_a_dropped_output_is_listed() -> None:
     """Every source of a left-out output is listed, with --like and for each policy of a merge."""
     source = {key: torch.zeros(3) for key in "abc"}
     stack = rules('[[rule]]\nfrom = ["a", "b"]\nto = "z"\nop = "stack"')
@@ -363,7 +363,7 @@ def test_every_source_of_what_does_not_fit_in_is_listed() -> None:
     ]  # fmt: skip
 
 
-def test_what_has_to_be_proved_equal_goes_into_no_operation() -> None:
+def test_tensors_that_must_be_equal_are_not_inputs_of_operations() -> None:
     """Tensors that must be equal are compared before operations, so they cannot be inputs of one."""
     text = (
         '[[rule]]\nfrom = ["a", "b"]\nto = "x"\non_collision = "equal"\n'
@@ -373,9 +373,7 @@ def test_what_has_to_be_proved_equal_goes_into_no_operation() -> None:
         apply_rules(rules(text), ["a", "b"])
 
 
-def test_sources_are_read_once_in_whatever_order_their_parts_are_wanted(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_sources_are_read_once_in_any_order_of_their_outputs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Sources are read once in plans that alternate between them, and in plans of three stages."""
     from ckptkit.core.checkpoint import Checkpoint
 
@@ -405,7 +403,7 @@ def test_sources_are_read_once_in_whatever_order_their_parts_are_wanted(
     assert torch.equal(load_file(tmp_path / "passes.safetensors")["f"], state["e"].transpose(1, 2))
 
 
-def test_passes_that_double_what_a_tensor_is_made_of_end() -> None:
+def test_stages_that_double_the_sources_are_refused() -> None:
     apart = {"rule": [{"from": "a", "to": ["b", "c"], "op": {"split": {"parts": 2}}}]}
     together = {"rule": [{"from": ["b", "c"], "to": "a", "op": "concat"}]}
     with pytest.raises(RuleError, match="made of more than 100,000 tensors"):

@@ -52,7 +52,7 @@ def test_rules_run_in_one_simultaneous_pass(options: Any, keys: list[str], renam
     assert set(made.dropped) == set(keys) - set(renamed)
 
 
-def test_the_map_says_which_rule_spoke() -> None:
+def test_the_key_map_names_the_rules() -> None:
     made = applied(rename=["module.*=*"], drop=["step"], keep=["module.fc.*", "step"])
     assert dict(made.renamed) == {"module.fc.weight": "fc.weight", "module.fc.bias": "fc.bias"}
     assert made.rule_of["module.fc.bias"] == "--rename 'module.*=*'"
@@ -291,7 +291,7 @@ def test_a_prefix_that_is_added_can_be_stripped_again(keys: list[str], prefix: s
     assert [stripped[added[key]] for key in keys] == keys
 
 
-def test_what_equals_through_two_passes_is_all_to_be_proved() -> None:
+def test_equals_of_two_stages_are_all_compared() -> None:
     """A key that must equal the loser of a second collision must equal the winner too."""
     text = """
     [[rule]]

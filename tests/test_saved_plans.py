@@ -54,7 +54,7 @@ def saved(plan: Any, source: State) -> SavedPlan:
     return plan_from_json(json.loads(json.dumps(plan_to_json(plan, {"source": as_checkpoint(source, "source")}))))
 
 
-def there_and_back(source: State, rules: str, tmp_path: Path) -> State:
+def apply_and_invert(source: State, rules: str, tmp_path: Path) -> State:
     """Return the output of the inverse plan on the plan's output, read by safetensors."""
     plan = plan_remap(source, parse_rules(file=tomllib.loads(rules)))
     execute(plan, source, tmp_path / "there.safetensors")
@@ -82,15 +82,15 @@ def test_a_plan_is_the_same_after_it_was_a_file(tmp_path: Path) -> None:
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
 
 
-def test_a_plan_is_undone_bit_by_bit(tmp_path: Path) -> None:
+def test_a_plan_is_inverted_bit_by_bit(tmp_path: Path) -> None:
     """The inverse restores splits, stacks and swaps without the text of a rule."""
     source = state()
-    assert_same(there_and_back(source, RULES, tmp_path), source)
+    assert_same(apply_and_invert(source, RULES, tmp_path), source)
 
 
 @given(order=st.permutations([f"k{n}" for n in range(6)]), parts=st.integers(1, 4))
 @settings(max_examples=25, deadline=None)
-def test_any_renaming_with_a_split_is_undone(
+def test_any_renaming_with_a_split_is_inverted(
     tmp_path_factory: pytest.TempPathFactory, order: list[str], parts: int
 ) -> None:
     """The inverse restores the source of any permutation of keys."""
@@ -98,7 +98,7 @@ def test_any_renaming_with_a_split_is_undone(
     renames = "".join(f'[[rule]]\nfrom = "k{n}"\nto = "{name}"\n' for n, name in enumerate(order))
     names = json.dumps([f"part{n}" for n in range(parts)])
     rules = renames + f'[[rule]]\nfrom = "fused"\nto = {names}\nop = {{ split = {{ dim = 0, parts = {parts} }} }}'
-    assert_same(there_and_back(source, rules, tmp_path_factory.mktemp("undo")), source)
+    assert_same(apply_and_invert(source, rules, tmp_path_factory.mktemp("undo")), source)
 
 
 LOSSY: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -120,7 +120,7 @@ LOSSY: dict[str, tuple[str, dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("rules", "options", "reason"), LOSSY.values(), ids=LOSSY.keys())
-def test_what_is_lossy_is_named(rules: str, options: dict[str, Any], reason: str) -> None:
+def test_lossy_steps_are_named(rules: str, options: dict[str, Any], reason: str) -> None:
     source = {"a.x": torch.ones(2), "b.x": torch.zeros(3)}
     plan = plan_remap(source, parse_rules(file=tomllib.loads(rules)), **options)
     with pytest.raises(PlanError, match="cannot be inverted") as caught:
@@ -128,7 +128,7 @@ def test_what_is_lossy_is_named(rules: str, options: dict[str, Any], reason: str
     assert reason in caught.value.reason
 
 
-def test_a_merge_is_not_undone() -> None:
+def test_a_merge_is_not_inverted() -> None:
     """The output of a merge lacks the values that were replaced."""
     one = as_checkpoint({"w": torch.zeros(2), "v": torch.zeros(1)}, "base")
     two = as_checkpoint({"w": torch.ones(2)}, "donor")
@@ -200,7 +200,7 @@ BROKEN: dict[str, tuple[str, object]] = {
 
 
 @pytest.mark.parametrize(("path", "value"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_plan_that_was_edited_wrongly_is_refused(path: str, value: object) -> None:
+def test_a_plan_with_a_wrong_edit_is_refused(path: str, value: object) -> None:
     """A plan file with a wrong edit is refused with an error, never with a traceback."""
     source = {"fused": torch.zeros(4, 2), "w": torch.zeros(1)}
     rules = parse_rules(file={"rule": [{"from": "fused", "to": "t", "op": "transpose"}]})
@@ -211,7 +211,7 @@ def test_a_plan_that_was_edited_wrongly_is_refused(path: str, value: object) -> 
 
 
 @pytest.mark.parametrize("depth", [100, 300])
-def test_a_recipe_of_very_many_passes_is_refused(depth: int) -> None:
+def test_very_deep_recipes_are_refused(depth: int) -> None:
     source = {"w": torch.zeros(2, 2)}
     document = plan_to_json(plan_remap(source), {"source": as_checkpoint(source, "source")})
     recipe: object = 0
@@ -221,7 +221,7 @@ def test_a_recipe_of_very_many_passes_is_refused(depth: int) -> None:
         plan_from_json(broken(document, "plan.0.recipe", recipe))
 
 
-def test_inputs_in_another_order_go_back_to_where_they_came_from(tmp_path: Path) -> None:
+def test_inputs_in_another_order_are_restored(tmp_path: Path) -> None:
     """The plan was edited to join the second tensor before the first; its inverse restores both."""
     source = {"a": torch.zeros(2), "b": torch.ones(2)}
     roles = {"source": as_checkpoint(source, "source")}
@@ -235,7 +235,7 @@ def test_inputs_in_another_order_go_back_to_where_they_came_from(tmp_path: Path)
     assert_same(load_file(tmp_path / "back.safetensors"), source)
 
 
-def test_a_plan_that_keeps_silent_about_a_tensor_is_not_undone() -> None:
+def test_a_plan_that_lacks_a_tensor_is_not_inverted() -> None:
     """The digest shows that the plan does not restore every tensor of the source."""
     source = {"a": torch.zeros(2), "b": torch.ones(2)}
     document = plan_to_json(plan_remap(source), {"source": as_checkpoint(source, "source")})
@@ -244,7 +244,7 @@ def test_a_plan_that_keeps_silent_about_a_tensor_is_not_undone() -> None:
         invert_plan(plan_from_json(document))
 
 
-def test_the_versions_of_modules_come_back_with_their_names(tmp_path: Path) -> None:
+def test_the_versions_of_modules_are_restored(tmp_path: Path) -> None:
     """A model may convert values that have no version, so the inverse restores the versions."""
     source = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
     plan = plan_remap(source, ["{i:int}.*=layers.{i}.*"])
@@ -254,13 +254,13 @@ def test_the_versions_of_modules_come_back_with_their_names(tmp_path: Path) -> N
     assert back.versions == {"": 1, "0": 1, "1": 2}
 
 
-def test_a_copy_that_was_left_out_is_no_loss(tmp_path: Path) -> None:
+def test_a_dropped_copy_is_no_loss(tmp_path: Path) -> None:
     source = {"a": torch.arange(2.0)}
     rules = '[[rule]]\nfrom = "a"\nto = ["x", "y"]\n[[stage]]\nkeep = "y"'
-    assert_same(there_and_back(source, rules, tmp_path), source)
+    assert_same(apply_and_invert(source, rules, tmp_path), source)
 
 
-def test_one_part_cast_is_named() -> None:
+def test_a_cast_of_one_output_is_named() -> None:
     """A cast of one output of a split makes the whole split lossy."""
     source = {"f": torch.zeros(2)}
     split = parse_rules(file={"rule": [{"from": "f", "to": ["x", "y"], "op": {"split": {"parts": 2}}}]})
@@ -269,7 +269,7 @@ def test_one_part_cast_is_named() -> None:
         invert_plan(saved(plan, source))
 
 
-def test_verify_finds_what_is_not_as_planned(tmp_path: Path) -> None:
+def test_verify_names_each_difference(tmp_path: Path) -> None:
     """A changed bit, an additional tensor and a missing tensor are each named."""
     source = state()
     plan = plan_remap(source, parse_rules(file=tomllib.loads(RULES)))

@@ -27,7 +27,7 @@ def folded(table: dict[str, Any], *tensors: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def test_a_linear_layer_answers_as_with_its_adapter() -> None:
+def test_a_linear_layer_gives_the_output_with_its_adapter() -> None:
     weight, down, up, batch = randn(6, 5), randn(RANK, 5, seed=1), randn(6, RANK, seed=2), randn(3, 5, seed=3)
     made = folded({"alpha": 16, "r": RANK}, weight, down, up)
     torch.testing.assert_close(batch @ made.T, batch @ weight.T + 4 * (batch @ down.T @ up.T))
@@ -35,7 +35,7 @@ def test_a_linear_layer_answers_as_with_its_adapter() -> None:
     assert torch.equal(turned, made.T)
 
 
-def test_an_embedding_answers_as_with_its_adapter() -> None:
+def test_an_embedding_gives_the_output_with_its_adapter() -> None:
     """A is [r, vocab] and B is [dim, r]: rows are looked up in A and multiplied by B."""
     weight, down, up, tokens = randn(9, 5), randn(RANK, 9, seed=1), randn(5, RANK, seed=2), torch.tensor([3, 0, 3, 8])
     made = folded({"scale": 0.5, "fan_in_fan_out": True}, weight, down, up)
@@ -44,7 +44,7 @@ def test_an_embedding_answers_as_with_its_adapter() -> None:
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3,), (1, 2, 3)], ids=["1x1", "3x3", "1-D", "3-D"])
-def test_a_convolution_answers_as_with_its_adapter(kernel: tuple[int, ...]) -> None:
+def test_a_convolution_gives_the_output_with_its_adapter(kernel: tuple[int, ...]) -> None:
     """A has the kernel of the convolution, and B a kernel of size 1."""
     weight, down = randn(6, 5, *kernel), randn(RANK, 5, *kernel, seed=1)
     up = randn(6, RANK, *(1 for _ in kernel), seed=2)
@@ -115,7 +115,7 @@ def test_factors_that_do_not_fit_are_refused(table: dict[str, Any], shapes: list
         ({"alpha": 1, "r": 0}, "fold_lora: 0 is not a valid rank"),
     ],
 )
-def test_a_scale_is_said_once(table: dict[str, Any], reason: str) -> None:
+def test_a_scale_is_given_once(table: dict[str, Any], reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_operation({"fold_lora": table})
     assert caught.value.reason == reason
@@ -162,7 +162,7 @@ def test_the_signs_of_an_extraction_do_not_depend_on_the_decomposition() -> None
         ({"rank": 1, "fan_in_fan_out": True}, [(9, 1, 1), (9, 1, 1)], "[9, 1, 1] is not a matrix to decompose"),
     ],
 )
-def test_what_has_no_such_rank_is_refused(table: dict[str, Any], shapes: list[Shape], reason: str) -> None:
+def test_wrong_ranks_are_refused(table: dict[str, Any], shapes: list[Shape], reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_operation({"extract_lora": table}).shapes(shapes)
     assert caught.value.reason == f"extract_lora: {reason}"
@@ -351,7 +351,7 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
         ),
     ],
 )  # fmt: skip
-def test_what_cannot_be_folded_truly_is_refused(
+def test_adapters_that_cannot_be_folded_are_refused(
     adapter: dict[str, Shape], config: dict[str, object], reason: str
 ) -> None:
     """The error names the tensor or the option, before any tensor is read."""

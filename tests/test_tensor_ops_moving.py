@@ -89,7 +89,7 @@ MOVES = (
 
 @settings(max_examples=400, deadline=None)
 @given(moves(), st.sampled_from(MOVABLE))
-def test_what_moves_is_moved_back_bit_for_bit(move: tuple[dict[str, Any], list[Shape]], code: str) -> None:
+def test_moving_is_inverted_bit_for_bit(move: tuple[dict[str, Any], list[Shape]], code: str) -> None:
     """The inverse restores every bit, and the described shapes are the shapes of the outputs."""
     table, shapes = move
     operation = parse_operation(table)
@@ -144,7 +144,7 @@ def test_one_tensor_is_moved_as_torch_moves_it(table: Any, shape: Shape, wanted:
     assert torch.equal(only(table, NUMBERS.view(shape)), wanted(NUMBERS.view(shape)))
 
 
-def test_gate_and_up_take_turns() -> None:
+def test_interleave_gate_and_up() -> None:
     """Row 0 of gate, row 0 of up, row 1 of gate, and so on, or in blocks."""
     gate, up = torch.tensor([0, 1, 2, 3]), torch.tensor([10, 11, 12, 13])
     assert only("interleave", gate, up).tolist() == [0, 10, 1, 11, 2, 12, 3, 13]
@@ -191,7 +191,7 @@ def test_rotating_gives_the_same_scores_after_the_permutation() -> None:
 @pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (4, 1)], ids=["one each", "grouped", "one for all"])
 @pytest.mark.parametrize("layout", ["concat", "interleaved"])
-def test_fused_rows_lie_where_the_layout_says(layout: str, heads: int, kv_heads: int, *, bias: bool) -> None:
+def test_fused_rows_have_the_layout(layout: str, heads: int, kv_heads: int, *, bias: bool) -> None:
     """Each row of the fused projection equals the row of its source."""
     head_dim, share = 3, heads // kv_heads
     rows = (heads + 2 * kv_heads) * head_dim
@@ -243,7 +243,7 @@ def test_fused_rows_lie_where_the_layout_says(layout: str, heads: int, kv_heads:
         ),
     ],
 )  # fmt: skip
-def test_shapes_that_do_not_fit_are_refused(table: Any, shapes: list[Shape], reason: str) -> None:
+def test_wrong_shapes_are_refused(table: Any, shapes: list[Shape], reason: str) -> None:
     """``shapes`` and ``apply`` raise the same error, which has the sizes."""
     operation = parse_operation(table)
     with pytest.raises(RuleError) as caught:
@@ -262,7 +262,7 @@ def test_shapes_that_do_not_fit_are_refused(table: Any, shapes: list[Shape], rea
     ],
     ids=["two dtypes", "packed", "made up"],
 )
-def test_dtypes_that_do_not_fit_are_refused(dtypes: list[str], reason: str) -> None:
+def test_wrong_dtypes_are_refused(dtypes: list[str], reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_operation("concat").dtypes(dtypes)
     assert caught.value.reason == reason
@@ -304,7 +304,7 @@ def test_dtypes_that_do_not_fit_are_refused(dtypes: list[str], reason: str) -> N
         ([3], "an operation must be a name or a table, not 3", None),
     ],
 )
-def test_what_is_written_wrong_is_refused(value: Any, reason: str, hint: str | None) -> None:
+def test_wrong_parameters_are_refused(value: Any, reason: str, hint: str | None) -> None:
     """The error names the operation and the parameter; the hint lists the choices."""
     with pytest.raises(RuleError) as caught:
         parse_operations(value, {"n": 3})
@@ -320,7 +320,7 @@ def test_parameters_are_arithmetic_with_variables() -> None:
     assert str(operation) == "split(dim=0, sizes=[32, 16, 16])"
 
 
-def test_a_chain_is_carried_out_in_order_and_undone_in_reverse() -> None:
+def test_a_chain_runs_in_order_and_is_inverted() -> None:
     """A transpose and a split of a Conv1D are inverted with every bit."""
     chain = parse_operations(["transpose", {"split_qkv": {"heads": 2, "layout": "interleaved"}}])
     fused = random_bits((4, 12), "BF16")

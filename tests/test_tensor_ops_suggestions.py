@@ -62,7 +62,7 @@ POS = "vit.pos_embed"
         ("pad", (10, 84), (4, 84), "w", None),
     ],
 )
-def test_an_operation_is_found_where_it_fits(
+def test_an_operation_is_found_for_its_shapes(
     name: str, found: Shape, expected: Shape, key: str, made: dict[str, object] | None
 ) -> None:
     operation = suggest(name, found, expected, key)
@@ -106,7 +106,7 @@ def test_the_best_comes_first(found: Shape, expected: Shape, key: str, names: li
         ((4, 84), (10, 84), "w", "6 rows of their mean are added after the first 4"),
     ],
 )
-def test_a_suggestion_says_what_it_would_do(found: Shape, expected: Shape, key: str, why: str) -> None:
+def test_a_suggestion_describes_its_effect(found: Shape, expected: Shape, key: str, why: str) -> None:
     assert suggestions(found, expected, key)[0][1] == why
 
 
@@ -114,7 +114,7 @@ shapes = st.lists(st.integers(0, 20), max_size=4).map(tuple)
 
 
 @given(shapes, shapes, st.sampled_from([POS, "fc.weight", "relative_position_bias_table"]))
-def test_whatever_is_suggested_fits(found: Shape, expected: Shape, key: str) -> None:
+def test_every_suggestion_gives_the_shape(found: Shape, expected: Shape, key: str) -> None:
     """Each suggested operation describes an output of the expected shape."""
     for name, why in suggestions(found, expected, key):
         operation = suggest(name, found, expected, key)
@@ -132,6 +132,6 @@ def test_other_names_are_refused() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (1, 4, 0), ()], ids=str)
-def test_nothing_is_no_grid(shape: Shape) -> None:
+def test_empty_tensors_are_not_grids(shape: Shape) -> None:
     """Tables without columns and scalars are not position embeddings."""
     assert suggest("resize_pos_embed", shape, shape, POS) is None

@@ -50,7 +50,7 @@ def only(table: Any, *tensors: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("code", FLOATS)
 @pytest.mark.parametrize(("case", "table", "shapes"), [(case, *row) for case, row in TABLES.items()], ids=TABLES.keys())
-def test_shapes_and_dtypes_are_told_truly(case: str, table: dict[str, Any], shapes: list[Shape], code: str) -> None:
+def test_descriptions_equal_the_outputs(case: str, table: dict[str, Any], shapes: list[Shape], code: str) -> None:
     """Descriptions equal the outputs, parameters survive JSON, and the inputs are not changed."""
     name = case.partition(" ")[0]
     operation = parse_operation({name: table})
@@ -108,7 +108,7 @@ def test_rows_are_padded_with_their_mean(dim: int, code: str) -> None:
     assert torch.equal(added, wanted.expand_as(added))
 
 
-def test_rows_drawn_are_spread_as_those_there_are_and_the_same_each_time() -> None:
+def test_normal_rows_have_the_moments_of_the_input() -> None:
     """New rows have the mean and the deviation of each column, and depend only on the seed."""
     tensor = torch.stack([randn(400, seed=1) * 3 + 10, randn(400, seed=2) * 0.1 - 5], 1)
     made = only({"pad": {"size": 20_400, "fill": "normal"}}, tensor)
@@ -123,7 +123,7 @@ def test_rows_drawn_are_spread_as_those_there_are_and_the_same_each_time() -> No
     assert single.tolist() == [[2.0, 5.0]] * 3
 
 
-def test_the_mean_of_many_rows_is_taken_in_pieces() -> None:
+def test_the_mean_of_many_rows_is_computed_in_pieces() -> None:
     """The result for many rows equals the result for one piece."""
     tensor = randn(3000, 700)
     made = only({"pad": {"size": 3001, "fill": "mean"}}, tensor)
@@ -205,7 +205,7 @@ def test_an_unchanged_grid_keeps_every_bit() -> None:
     assert same(only({"resize_pos_embed": {"new": [4, 4], "prefix": 1}}, tokens), tokens)
 
 
-def test_first_convolutions_answer_as_before() -> None:
+def test_first_convolutions_give_the_same_output() -> None:
     """A grey image gives the same output with any number of channels."""
     weight, grey = randn(4, 3, 5, 5, code="F64"), randn(1, 1, 8, 8, code="F64", seed=1)
     wanted = functional.conv2d(grey.expand(1, 3, 8, 8), weight)
@@ -389,7 +389,7 @@ def test_a_bias_keeps_its_own_dtype_and_statistics_may_be_wider() -> None:
         ),
     ],
 )  # fmt: skip
-def test_shapes_that_do_not_fit_are_refused(table: Any, shapes: list[Shape], reason: str) -> None:
+def test_wrong_shapes_are_refused(table: Any, shapes: list[Shape], reason: str) -> None:
     operation = parse_operation(table)
     with pytest.raises(RuleError) as caught:
         operation.shapes(shapes)
@@ -407,7 +407,7 @@ def test_shapes_that_do_not_fit_are_refused(table: Any, shapes: list[Shape], rea
         ({"cast": {"dtype": "F32"}}, ["QI8"], "cast: QI8 cannot be cast to F32"),
     ],
 )
-def test_dtypes_that_do_not_fit_are_refused(table: Any, dtypes: list[str], reason: str) -> None:
+def test_wrong_dtypes_are_refused(table: Any, dtypes: list[str], reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_operation(table).dtypes(dtypes)
     assert caught.value.reason == reason
@@ -436,7 +436,7 @@ def test_dtypes_that_do_not_fit_are_refused(table: Any, dtypes: list[str], reaso
         ({"fold_weight_norm": {"dim": -2}}, "fold_weight_norm: dim is -2"),
     ],
 )
-def test_what_is_written_wrong_is_refused(table: Any, reason: str) -> None:
+def test_wrong_parameters_are_refused(table: Any, reason: str) -> None:
     with pytest.raises(RuleError) as caught:
         parse_operation(table)
     assert caught.value.reason == reason

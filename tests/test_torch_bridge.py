@@ -80,7 +80,7 @@ def test_every_bit_pattern_of_a_float_is_cast_as_torch_casts_it(after: str) -> N
 
 @settings(deadline=None, max_examples=100)
 @given(state_dicts())
-def test_a_state_dict_is_described_as_it_is(state: dict[str, torch.Tensor]) -> None:
+def test_a_state_dict_is_described(state: dict[str, torch.Tensor]) -> None:
     """Key, dtype, shape, strides and sharing are described, and reading gives an equal tensor."""
     checkpoint = as_checkpoint(state, "state")
     assert list(checkpoint) == list(state)
@@ -101,7 +101,7 @@ def test_a_state_dict_is_described_as_it_is(state: dict[str, torch.Tensor]) -> N
 
 @settings(deadline=None, max_examples=100)
 @given(state_dicts())
-def test_a_span_is_what_lies_between_first_and_last_element(state: dict[str, torch.Tensor]) -> None:
+def test_a_span_is_the_bytes_from_first_to_last_element(state: dict[str, torch.Tensor]) -> None:
     """The span, viewed with the strides of the tensor, gives the tensor."""
     checkpoint = as_checkpoint(state, "state")
     for key, tensor in state.items():
@@ -177,7 +177,7 @@ def test_other_kinds_are_listed_and_not_read(key: str, kind: str) -> None:
         checkpoint.payload(key)
 
 
-def test_everything_else_is_an_entry_and_versions_are_kept() -> None:
+def test_other_values_are_entries_and_versions_are_kept() -> None:
     """Extra state, an epoch and a submodule that is None become entries."""
     model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(1, 1))
     model[1] = None  # type: ignore[assignment]

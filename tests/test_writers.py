@@ -105,7 +105,7 @@ def test_the_order_is_kept_where_alignment_allows() -> None:
     ],
     ids=["dtype", "unknown dtype", "reserved name", "surrogate", "header too large"],
 )
-def test_what_safetensors_cannot_hold_is_refused(info: TensorInfo, reason: str) -> None:
+def test_tensors_that_safetensors_cannot_hold_are_refused(info: TensorInfo, reason: str) -> None:
     """The error names the tensor, before any byte is written."""
     with pytest.raises(PlanError, match="^" + reason.replace("(", r"\(")):
         layout_safetensors([info], {})
@@ -203,7 +203,7 @@ def records(path: Path) -> list[zipfile.ZipInfo]:
         return [info for info in archive.infolist() if "/data/" in info.filename]
 
 
-def test_two_small_views_do_not_drag_a_large_storage_along(tmp_path: Path) -> None:
+def test_small_views_do_not_copy_a_large_storage(tmp_path: Path) -> None:
     """The part of a storage that no view uses is not written."""
     large = torch.arange(100_000.0)
     out = written({"a": large[:4], "b": large[-4:], "c": large[::50_000]}, "a.pt", tmp_path)
@@ -223,14 +223,14 @@ def test_views_of_two_dtypes_are_written_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [*CODES, "F4"])
-def test_every_dtype_of_torch_has_a_place(code: str, tmp_path: Path) -> None:
+def test_every_dtype_of_torch_is_written(code: str, tmp_path: Path) -> None:
     """Each dtype is written with its storage class or an untyped storage, as torch writes it."""
     value = tensor_of(code, (2, 6)) if code != "F4" else tensor_of("U8", (2, 6)).view(torch.float4_e2m1fn_x2)
     assert same_state(loaded(written({"w": value}, "a.pt", tmp_path)), {"w": value})
 
 
 @pytest.mark.parametrize("code", ["QI8", "F6_E2M3", "BITS8", "NEW"])
-def test_what_torch_has_no_type_for_is_refused(code: str) -> None:
+def test_dtypes_that_torch_lacks_are_refused(code: str) -> None:
     """The error names the tensor, before any byte is written."""
     with pytest.raises(PlanError, match=f"'w' is {code}, which cannot be written to a torch file"):
         layout_torch_zip([TensorInfo("w", code, (2,))], lambda _: Nothing(), lambda _: None)
@@ -246,7 +246,7 @@ class Nothing:
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_a_tensor_that_changes_its_size_meanwhile_is_noticed(name: str, tmp_path: Path) -> None:
+def test_a_payload_of_another_size_is_noticed(name: str, tmp_path: Path) -> None:
     """Otherwise zeros would be written in place of the missing bytes."""
     source = Checkpoint(described(w=(2,)), Access(lambda _: Nothing()), Description("source", "test"))
     with pytest.raises(ChangedError, match="gave 0 bytes in place of 8"):
@@ -263,7 +263,7 @@ def test_every_name_survives(key: str, tmp_path: Path) -> None:
         assert same_state(load_file(written(state, "a.safetensors", tmp_path)), state)
 
 
-def test_a_checkpoint_without_tensors_is_still_one(tmp_path: Path) -> None:
+def test_a_checkpoint_without_tensors(tmp_path: Path) -> None:
     """A file without tensors is read by both libraries."""
     plan = plan_merge({}, {"x": torch.ones(1)})
     execute(plan, {"base": {}, "donor": {}}, tmp_path / "a.safetensors")
@@ -315,7 +315,7 @@ def test_records_beyond_4_gib(large: int, tmp_path: Path) -> None:
     source.close()
 
 
-def test_more_entries_than_16_bits_count(tmp_path: Path) -> None:
+def test_more_entries_than_16_bits_can_count(tmp_path: Path) -> None:
     """An archive of 65,536 entries is read by every reader."""
     live = as_checkpoint({"w": torch.ones(1)}, "live").payload("w")
     infos = [TensorInfo(f"t{number}", "F32", (1,)) for number in range(0x10000 - 3)]

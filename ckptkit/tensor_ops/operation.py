@@ -99,7 +99,7 @@ class Operation(ABC):
         self.dtypes([code_of(tensor.dtype) for tensor in tensors])
         return self.make([tensor.detach().resolve_conj().resolve_neg() for tensor in tensors])
 
-    def params(self) -> dict[str, Any]:
+    def params(self) -> dict[str, object]:
         """Return the parameters as JSON values; ``parse_operation({op.name: op.params()})`` equals ``op``."""
         values = ((item.name, getattr(self, item.name)) for item in fields(self))  # type: ignore[arg-type]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values if value is not None}
