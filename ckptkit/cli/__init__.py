@@ -135,7 +135,7 @@ def main(arguments: Sequence[str]) -> int:
         code = None  # reported below, because the exception keeps the objects alive that filled the memory
     except Exception:  # noqa: BLE001 - a bug must not look like a finding
         return _report_bug()
-    return _report_trouble("the command takes more memory than there is", None, None) if code is None else code
+    return _report_trouble("the command needs more memory than this machine has", None, None) if code is None else code
 
 
 def _replace_closed_streams() -> None:

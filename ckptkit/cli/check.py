@@ -11,7 +11,7 @@ import click
 
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
 from ckptkit.cli.common.options import path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
@@ -73,7 +73,7 @@ def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bo
     unopened = False
     for path in paths:
         try:
-            with open_checkpoints(path, quiet=True) as (checkpoint,), errors_about(path):
+            with open_checkpoints(path, quiet=True) as (checkpoint,), default_error_path(path):
                 title = describe(checkpoint, totals(checkpoint.values()))
                 size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
                 with progress_bar(size, "reading", hidden=hidden) as progress:

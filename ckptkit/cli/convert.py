@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
 from ckptkit.cli.common.options import path_argument
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.plans.remap import plan_remap
@@ -25,6 +25,6 @@ def convert(source: str, *, options: OutputOptions, dtype: str | None) -> None:
     ckpt convert model.safetensors -o half.safetensors --dtype BF16
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
-        with errors_about(source):
+        with default_error_path(source):
             plan = plan_remap(checkpoint, dtype=dtype)
         run_plan("convert", plan, {"source": checkpoint}, options)

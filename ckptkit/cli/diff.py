@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
 from ckptkit.cli.common.rule_options import rule_options
@@ -48,7 +48,7 @@ def diff(
     ckpt diff base.safetensors run.ckpt --rename 'h.*=layers.*'
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
-        with errors_about(found):
+        with default_error_path(found):
             result = compare(left, right, rules)
         echo_report(
             report_format,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, read_table_file
+from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
 from ckptkit.cli.common.spec_options import (
@@ -55,7 +55,7 @@ def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet:
 
     with model_or_checkpoint(model, quiet=quiet) as found:
         spec = source.read(found, quiet=quiet)
-        with errors_about(source.path):
+        with default_error_path(source.path):
             assignment = assign(parameter_table(found), spec)
             assignment.report.raise_for_errors()
     plan = assignment.plan
@@ -90,7 +90,7 @@ def validate(
 
     live = build_live_model(model)
     spec = source.read(live, quiet=quiet)
-    with errors_about(source.path):
+    with default_error_path(source.path):
         assignment = assign(parameter_table(live), spec)
         report, plan = assignment.report, assignment.plan
         if report.ok:
@@ -142,7 +142,7 @@ def _emitted(
     from ckptkit.param_groups.emit import dump_spec, write_python
 
     spec = source.read(model, quiet=quiet)
-    with errors_about(source.path):
+    with default_error_path(source.path):
         if language == "python":
             from ckptkit.param_groups.plan import plan_param_groups
 
@@ -174,7 +174,7 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
     from ckptkit.render.groups import explain_document, explain_page
 
     live = build_live_model(model)
-    with errors_about(spec):
+    with default_error_path(spec):
         explanation = explain_param_group(live, read_table_file(spec), name)
     echo_report(report_format, lambda: explain_page(explanation), lambda: explain_document(explanation))
 
@@ -201,7 +201,7 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
 
     live = build_live_model(model)
     spec = source.read(live, quiet=quiet)
-    with errors_about(source.path):
+    with default_error_path(source.path):
         locked = lock_param_groups(live, spec)
     write_json(output, lock_document(locked), force=force)
     if report_format is not ReportFormat.TEXT:
@@ -243,7 +243,7 @@ def diff(
     from ckptkit.render.findings import findings_document, findings_page
 
     try:
-        with errors_about(lock):
+        with default_error_path(lock):
             expected = parse_lock(read_table_file(lock, as_json=True))
     except RuleError as error:
         error.hint = error.hint or "LOCK comes first, then a spec; ckpt groups lock writes a lock of a spec"
@@ -264,12 +264,12 @@ def _other_lock(other: str | None, model: str | None) -> ParamGroupsLock:
         from ckptkit.param_groups.properties import parameter_table
 
         return lock_model(parameter_table(build_live_model(model)))
-    with errors_about(other):
+    with default_error_path(other):
         content = read_table_file(other)
         if is_lock(content):
             return parse_lock(content)
         if model is None:
             raise GroupsError("is a spec, which has no parameters of its own", hint="give the model: --model py:...")
     live = build_live_model(model)
-    with errors_about(other):
+    with default_error_path(other):
         return lock_param_groups(live, content)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 from click.core import ParameterSource
 
-from ckptkit.cli.common.inputs import errors_about, file_beside, open_checkpoints, read_table_file
+from ckptkit.cli.common.inputs import default_error_path, file_beside, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import path_argument
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan, write_json
 from ckptkit.cli.common.rule_options import rule_options
@@ -84,7 +84,9 @@ def merge(
         raise click.UsageError(f"--method {method} takes one DONOR")
     config = _config_target(options) if method == "extract-lora" else None
     with open_checkpoints(base, *donors, quiet=options.quiet) as (first, *others):
-        with errors_about(donors[0] if len(donors) == 1 else None):  # an error does not say which of several donors
+        with default_error_path(
+            donors[0] if len(donors) == 1 else None
+        ):  # an error does not say which of several donors
             if method == "lora":
                 plan = _plan_lora(first, others[0], donors[0], rules, scale)
             elif method == "extract-lora":

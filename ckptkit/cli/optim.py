@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_with_warnings, read_table_file, read_text_file
+from ckptkit.cli.common.inputs import default_error_path, open_with_warnings, read_table_file, read_text_file
 from ckptkit.cli.common.options import (
     CommandFunction,
     add_options,
@@ -72,7 +72,7 @@ class NameSource:
         """
         if self.names_file is not None:
             text = read_text_file(self.names_file)
-            with errors_about(self.names_file):
+            with default_error_path(self.names_file):
                 names: list[str] = json.loads(text) if text.lstrip().startswith("[") else text.split()
                 return names
         if self.model is not None:
@@ -194,7 +194,7 @@ def remap_command(
 
     with contextlib.ExitStack() as stack:
         checkpoint, state = _open_named_state(stack, path, name_source, quiet=options.quiet)
-        with errors_about(path):
+        with default_error_path(path):
             state = remap(state, rules, elementwise=elementwise)
             if like is not None:
                 state = order_like(state, _open_model(stack, like))
@@ -243,7 +243,7 @@ def resplit_command(
             groups = _groups_in(spec, state, name_source, stack)
         else:
             _, groups = _open_named_state(stack, other or "", name_source, quiet=options.quiet)
-        with errors_about(path):
+        with default_error_path(path):
             state = resplit(state, groups, hyper)
         _write(state, checkpoint, options, form, [])
 
@@ -256,7 +256,7 @@ def _groups_in(
     from ckptkit.param_groups.plan import plan_param_groups
 
     table = read_table_file(spec)
-    with errors_about(spec):
+    with default_error_path(spec):
         if is_lock(table):
             return parse_lock(table)
         model = _shapes_in(state) if name_source.model is None else _open_model(stack, name_source.model)
@@ -305,7 +305,7 @@ def prune_command(
 
     with contextlib.ExitStack() as stack:
         checkpoint, state = _open_named_state(stack, path, name_source, quiet=options.quiet, drop_strays=True)
-        with errors_about(path):
+        with default_error_path(path):
             state = prune(state, None if like is None else _open_model(stack, like), drop=drop, reset=reset)
         _write(state, checkpoint, options, form, [])
 
@@ -346,7 +346,7 @@ def diff(
 
 def _open_state(stack: contextlib.ExitStack, path: str, *, quiet: bool) -> tuple[Checkpoint, FoundState]:
     checkpoint = stack.enter_context(open_with_warnings(path, open_optimizer, quiet=quiet))
-    with errors_about(path):
+    with default_error_path(path):
         return checkpoint, read_state(checkpoint)
 
 
@@ -354,7 +354,7 @@ def _open_named_state(
     stack: contextlib.ExitStack, path: str, name_source: NameSource, *, quiet: bool, drop_strays: bool = False
 ) -> tuple[Checkpoint, OptimizerState]:
     checkpoint, found = _open_state(stack, path, quiet=quiet)
-    with errors_about(path):
+    with default_error_path(path):
         return checkpoint, to_named(found, name_source.names(stack, checkpoint, found), drop_strays=drop_strays)
 
 
@@ -363,7 +363,7 @@ def _open_model(stack: contextlib.ExitStack, path: str) -> Module | Checkpoint:
     if path.startswith(LIVE_PREFIX):
         from ckptkit.formats.live import build_shapes
 
-        with errors_about(path):
+        with default_error_path(path):
             model: Module = build_shapes(path.removeprefix(LIVE_PREFIX))
             return model
     return stack.enter_context(open_checkpoint(path))

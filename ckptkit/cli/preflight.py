@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints, read_table_file
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
@@ -85,7 +85,7 @@ def preflight(
         paths = [path for path in (init, resume) if path is not None]
         checkpoints = dict(zip(paths, stack.enter_context(open_checkpoints(*paths, quiet=quiet)), strict=True))
         if init is not None and not shapes_only:
-            with errors_about(init):
+            with default_error_path(init):
                 _load(live, checkpoints[init], rules)
         state = None
         if resume_optimizer is not None:
@@ -135,7 +135,7 @@ def _import_loss(target: str) -> Callable[[Module], Tensor]:
 
     if not target.startswith(LIVE_PREFIX):
         raise ModelError("not a callable", hint="write py:package.module:callable", path=target)
-    with errors_about(target):
+    with default_error_path(target):
         found: object = import_target(target.removeprefix(LIVE_PREFIX))
         if not callable(found):
             raise ModelError(

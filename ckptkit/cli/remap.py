@@ -6,7 +6,7 @@ import contextlib
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
 from ckptkit.cli.common.options import path_argument
 from ckptkit.cli.common.outputs import OutputOptions, plan_from_file, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
@@ -66,5 +66,5 @@ def remap(
 def _plan(checkpoint: Checkpoint, source: str, rules: Rules, dtype: str | None, like: str | None) -> Plan:
     with contextlib.ExitStack() as stack:
         expected = None if like is None else stack.enter_context(open_checkpoint(like))
-        with errors_about(source):
+        with default_error_path(source):
             return plan_remap(checkpoint, rules, dtype=dtype, like=expected)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report
 from ckptkit.render.show import show_document, show_page, show_tree
@@ -40,7 +40,7 @@ def show(
     ckpt show run.ckpt --tree --keep 'encoder.*'
     ckpt show run.ckpt::optimizer --json
     """  # noqa: D301 - \b is click's mark
-    with open_checkpoints(path, quiet=quiet) as (checkpoint,), errors_about(path):
+    with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
         infos = {key: checkpoint[key] for key in chosen}
         echo_report(

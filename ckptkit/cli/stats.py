@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, progress_bar
 from ckptkit.render.stats import SORT_KEYS, StatsView, stats_document, stats_page
@@ -46,7 +46,7 @@ def stats(
     ckpt stats model.safetensors --depth 2
     ckpt stats run.ckpt --sort abs-max --top 10
     """  # noqa: D301 - \b is click's mark
-    with open_checkpoints(path, quiet=quiet) as (checkpoint,), errors_about(path):
+    with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
         size = sum(info.nbytes for info in checkpoint.values() if info.kind == "dense")
         with progress_bar(size, "reading", hidden=quiet) as progress:
             result = stats_of(checkpoint, parse_rules(keep=keep, drop=drop), progress=progress)

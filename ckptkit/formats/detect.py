@@ -12,7 +12,6 @@ from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.foreign import is_torch_tar, refuse_selection, unsupported_format
 from ckptkit.formats.safetensors import LARGEST_HEADER, open_safetensors
-from ckptkit.formats.zip_archive import read_zip_directory
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
@@ -128,6 +127,7 @@ def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
         from ckptkit.formats.torch.zip import read_torch_zip
+        from ckptkit.formats.zip_archive import read_zip_directory
 
         return read_torch_zip(read_zip_directory(file), largest=largest)
     if _is_legacy(head):

@@ -13,13 +13,20 @@ from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, PathError, RuleError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
 
-__all__ = ["errors_about", "file_beside", "open_checkpoints", "open_with_warnings", "read_table_file", "read_text_file"]
+__all__ = [
+    "default_error_path",
+    "file_beside",
+    "open_checkpoints",
+    "open_with_warnings",
+    "read_table_file",
+    "read_text_file",
+]
 
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
 
 
 @contextlib.contextmanager
-def errors_about(path: str | None) -> Iterator[None]:
+def default_error_path(path: str | None) -> Iterator[None]:
     """Set the path of every error that names no file to ``path``."""
     try:
         yield
@@ -92,5 +99,5 @@ def read_table_file(path: str, text: str | None = None, *, as_json: bool = False
     from ckptkit.core.config_files import format_of, parse_table
 
     text = read_text_file(path) if text is None else text
-    with errors_about(path):
+    with default_error_path(path):
         return parse_table(text, "json" if as_json else format_of(path))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, read_table_file
+from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import CommandFunction, add_options, expand_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
 from ckptkit.core.text import plural, quoted
@@ -186,7 +186,7 @@ def plan_from_file(path: str, sources: Mapping[str, Checkpoint], *, invert: bool
     """Return the plan in a file, or its inverse, for inputs by role."""
     from ckptkit.plans.saved import apply_plan, invert_plan, plan_from_json
 
-    with errors_about(path):
+    with default_error_path(path):
         saved = plan_from_json(read_table_file(path, as_json=True))
         return apply_plan(invert_plan(saved) if invert else saved, sources)
 

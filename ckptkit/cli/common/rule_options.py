@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, file_beside, read_table_file, read_text_file
+from ckptkit.cli.common.inputs import default_error_path, file_beside, read_table_file, read_text_file
 from ckptkit.cli.common.options import CommandFunction, add_options, filter_options
 from ckptkit.cli.common.printing import print_line
 from ckptkit.rules.model import Rules
@@ -65,7 +65,7 @@ def _rules_in(path: str, parse: Callable[..., Rules], settings: tuple[str, ...],
     from ckptkit.rules.variables import Settings, parse_setting
 
     given = Settings(dict(map(parse_setting, settings)), _config_reader(checkpoint))
-    with errors_about(path):
+    with default_error_path(path):
         text = _text_of(path)
         return parse(file=read_table_file(path, text), lines=rule_lines(text), settings=given)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptkit.cli.common.inputs import errors_about, open_checkpoints, read_table_file
+from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import CommandFunction, add_options
 from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.core.torch_types import Module
@@ -42,7 +42,7 @@ def build_live_model(target: str, *, with_values: bool = False) -> Module:
 
     if not target.startswith(LIVE_PREFIX):
         raise ModelError("not a live model", hint="write py:package.module:callable", path=target)
-    with errors_about(target):
+    with default_error_path(target):
         built = (build_model if with_values else build_shapes)(target.removeprefix(LIVE_PREFIX))
         if not isinstance(built, nn.Module):
             raise ModelError(f"returns a {type(built).__name__}, but param groups need an nn.Module")
@@ -77,7 +77,7 @@ class SpecSource:
         if self.path is not None:
             from ckptkit.param_groups.parse import parse_spec
 
-            with errors_about(self.path):
+            with default_error_path(self.path):
                 return parse_spec(read_table_file(self.path))
         from ckptkit.param_groups.presets import param_group_preset
 
