@@ -291,7 +291,7 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
 
     @property
     def envelope(self) -> str:
-        """Return the dotted path of the mapping inside the file that was taken; empty for the whole file."""
+        """Return the dotted path of the selected mapping inside the file; empty for the whole file."""
         return self._description.envelope
 
     @property

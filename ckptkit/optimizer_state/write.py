@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import cast
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
 from ckptkit.core.progress import Progress
@@ -141,13 +141,14 @@ class _StateParts:
         self.records, stored = assign_records(infos, payload, payload)
         self._new_tensors = dict(zip(new, editor.add_tensors(stored).values(), strict=True))
 
-    def of_state(self, value: Mapping[str, Any]) -> dict[str, Part]:
+    def of_state(self, value: Mapping[str, SlotValue]) -> dict[str, Part]:
         """Return a part for each key of a state, such as ``state`` and ``param_groups``."""
         return {
             key: self._groups(inner) if key == "param_groups" else self._part(inner) for key, inner in value.items()
         }
 
-    def _groups(self, groups: Sequence[Mapping[str, SlotValue]]) -> Part:
+    def _groups(self, value: SlotValue) -> Part:
+        groups = cast("Sequence[Mapping[str, SlotValue]]", value)  # as every form of optimizer state has them
         return list_part(
             [
                 dict_part([(text_part(key), self._option(key, value)) for key, value in group.items()])

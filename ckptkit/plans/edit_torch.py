@@ -116,7 +116,7 @@ class PlanEditor:
     def _set_tensors(self, parts: Mapping[str, Part]) -> None:
         """Put the tensors of the plan into the mapping, in the order of the plan.
 
-        Every other item remains behind the tensor that it follows in the file.
+        Every other item still follows the tensor that it follows in the file.
         """
         steps = [step for step in self._plan.steps if self._replaced_key(step) not in self._deeper]
         last_step = {self._replaced_key(step): number for number, step in enumerate(steps)}

@@ -225,16 +225,16 @@ def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves
     budget = _CHARACTERS_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
     for path, leaf in leaves(value, [_FEWEST_PLACES + size]):
-        is_tensor = isinstance(leaf, TensorRef)
-        if not is_tensor and not (path or isinstance(leaf, list | tuple)):
+        leaf_is_tensor = isinstance(leaf, TensorRef)
+        if not leaf_is_tensor and not (path or isinstance(leaf, list | tuple)):
             continue
-        if not is_tensor and len(found) - tensors >= _MOST_ENTRIES:
+        if not leaf_is_tensor and len(found) - tensors >= _MOST_ENTRIES:
             unlisted += 1
             continue
         budget -= len(dotted_key(path)) + _CHARACTERS_PER_PART * len(path)
         if budget < 0:
             raise FormatError("the structure is nested so deeply that its names take many times the size of the file")
-        tensors += is_tensor
+        tensors += leaf_is_tensor
         if tensors > _MOST_TENSORS:
             raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
         found.append((path, leaf))

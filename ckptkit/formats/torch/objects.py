@@ -30,7 +30,7 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StorageType:
-    """A storage class of torch; ``dtype`` is empty for the untyped storage, which counts bytes."""
+    """A storage class of torch; ``dtype`` is empty for an untyped storage, which counts bytes."""
 
     dtype: str
 
@@ -89,14 +89,14 @@ def _storage_types() -> dict[str, StorageType]:
     table: dict[str, StorageType] = {}
     for name, code in _STORAGES.items():
         kind = StorageType(code)
-        table |= {f"{home}.{name}Storage": kind for home in ("torch", "torch.cuda", "torch.storage")}
+        table |= {f"{module}.{name}Storage": kind for module in ("torch", "torch.cuda", "torch.storage")}
     untyped = ("torch.storage.UntypedStorage", "torch.storage._UntypedStorage", "torch.UntypedStorage")
     return table | dict.fromkeys(untyped, StorageType(""))
 
 
 STORAGE_TYPES: Final[Mapping[str, StorageType]] = _storage_types()
 TENSOR_TYPES: Final[Mapping[str, DTypeRef]] = {
-    f"{home}.{name}Tensor": DTypeRef(code) for name, code in _STORAGES.items() for home in ("torch", "torch.cuda")
+    f"{module}.{name}Tensor": DTypeRef(code) for name, code in _STORAGES.items() for module in ("torch", "torch.cuda")
 }
 
 
@@ -144,17 +144,17 @@ class TorchObjects:
             "_codecs.encode": self._encode,
             "collections.deque": self._copy(list),
         }
-        for home in ("torch._tensor", "torch.tensor"):
-            builders[f"{home}._rebuild_from_type"] = self._from_type
-            builders[f"{home}._rebuild_from_type_v2"] = self._from_type
+        for module in ("torch._tensor", "torch.tensor"):
+            builders[f"{module}._rebuild_from_type"] = self._from_type
+            builders[f"{module}._rebuild_from_type_v2"] = self._from_type
         for name in ("OrderedDict", "defaultdict", "Counter"):
             builders[f"collections.{name}"] = partial(self._mapping, name)
-        for home in ("builtins", "__builtin__"):
-            builders[f"{home}.dict"] = partial(self._mapping, "dict")
+        for module in ("builtins", "__builtin__"):
+            builders[f"{module}.dict"] = partial(self._mapping, "dict")
             for kind in (list, set, frozenset, tuple):
-                builders[f"{home}.{kind.__name__}"] = self._copy(kind)
-            builders[f"{home}.complex"] = _complex
-            builders[f"{home}.slice"] = lambda *parts: ["slice", *parts]
+                builders[f"{module}.{kind.__name__}"] = self._copy(kind)
+            builders[f"{module}.complex"] = _complex
+            builders[f"{module}.slice"] = lambda *parts: ["slice", *parts]
         return builders
 
     def _mapping(self, kind: str, *args: object) -> object:

@@ -31,8 +31,15 @@ __all__ = [
 ]
 
 
-_LONGEST_KEY = 80
+_DEEPEST = 200
+_LONGEST_KEY = 80  # as a part of a name
 _MOST_WARNINGS = 8
+_MOST_OPTIMIZERS = 8  # named in an error
+_MOST_ITEMS = 64  # of an entry that is shown with all its values
+_LONGEST_TEXT = 2000  # that is shown
+_LONGEST_LIST = 1000  # whose scalars are leaves of their own
+_SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
+_NOT_SHOWN = object()
 
 
 def key_name(key: object) -> str:
@@ -119,14 +126,6 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-_DEEPEST = 200
-_MOST_ITEMS = 64
-_MOST_NAMED = 8
-_LONGEST_TEXT = 2000
-_LONGEST_LIST = 1000
-_SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
-
-
 def is_tensor(value: object) -> bool:
     """Return whether a value is a reference to a tensor."""
     return isinstance(value, TensorRef)
@@ -155,7 +154,7 @@ def _only_optimizer(tree: object) -> tuple[object, KeyPath]:
     if not found:
         raise FormatError("holds no optimizer state", hint="save optimizer.state_dict() too")
     if len(found) > 1:
-        names = [dotted_key(path) for path in found[:_MOST_NAMED]]
+        names = [dotted_key(path) for path in found[:_MOST_OPTIMIZERS]]
         raise FormatError(
             f"holds the states of {len(found)} optimizers: {', '.join(map(quoted, names))}",
             hint=f"choose one: add {' or '.join(shell_word(f'::{name}') for name in names)} to the path",
@@ -256,14 +255,12 @@ def describe_entry(name: str, value: object, budget: list[int]) -> Entry:
 
     ``budget[0]`` is the number of places that may be visited, in all calls together.
     """
-    shown = _plain(value, [_MOST_ITEMS], 4)
+    shown = _json_value(value, [_MOST_ITEMS], 4)
     return Entry(name, type_name(value), _summary(value, budget) if shown is _NOT_SHOWN else shown)
 
 
-_NOT_SHOWN = object()
-
-
-def _plain(value: object, left: list[int], depth: int) -> object:
+def _json_value(value: object, left: list[int], depth: int) -> object:
+    """Return a value that JSON can hold, or ``_NOT_SHOWN`` for a value that is too large, too deep or of a class."""
     left[0] -= 1
     if left[0] < 0 or depth < 0:
         return _NOT_SHOWN
@@ -276,14 +273,14 @@ def _plain(value: object, left: list[int], depth: int) -> object:
     if isinstance(value, str):
         return value if len(value) <= _LONGEST_TEXT else _NOT_SHOWN
     if isinstance(value, Placeholder) and isinstance(value.state, dict) and not value.items and not value.pairs:
-        return _plain(value.state, left, depth)
+        return _json_value(value.state, left, depth)
     if isinstance(value, Mapping):
         if len(value) > _MOST_ITEMS or not all(isinstance(key, str) for key in value):
             return _NOT_SHOWN
-        pairs = {str(key): _plain(item, left, depth - 1) for key, item in value.items()}
+        pairs = {str(key): _json_value(item, left, depth - 1) for key, item in value.items()}
         return _NOT_SHOWN if _NOT_SHOWN in pairs.values() else pairs
     if isinstance(value, list | tuple):
-        items = [_plain(item, left, depth - 1) for item in value[: _MOST_ITEMS + 1]]
+        items = [_json_value(item, left, depth - 1) for item in value[: _MOST_ITEMS + 1]]
         return _NOT_SHOWN if any(item is _NOT_SHOWN for item in items) else items
     return _NOT_SHOWN
 

@@ -1,4 +1,4 @@
-"""torch's zip format (torch 1.6 and later): ``ROOT/data.pkl`` beside one stored entry per storage."""
+"""Read torch's zip format (torch 1.6 and later): ``ROOT/data.pkl``, and one uncompressed record for each storage."""
 
 from __future__ import annotations
 
@@ -66,16 +66,16 @@ def read_pickles(
     objects = TorchObjects()
     trees: list[object] = []
     size = 0
-    prefixes = tuple(f"{home}/" for home in others)
-    for home in ("data", *others):
-        objects.prefix = "" if home == "data" else f"{home}/"
-        data = archive.read(f"{root}{home}.pkl", largest, ratio=_MOST_COMPRESSION)
+    prefixes = tuple(f"{folder}/" for folder in others)
+    for folder in ("data", *others):
+        objects.prefix = "" if folder == "data" else f"{folder}/"
+        data = archive.read(f"{root}{folder}.pkl", largest, ratio=_MOST_COMPRESSION)
         tree, end = parse_pickle(data, objects.interpreter)
         if end != len(data):
-            warnings.append(f"{len(data) - end} bytes follow the pickle in {home}.pkl")
+            warnings.append(f"{len(data) - end} bytes follow the pickle in {folder}.pkl")
         trees.append(tree)
         size += len(data)
-        if home == "data" and any(key.startswith(prefixes) for key in objects.storages):
+        if folder == "data" and any(key.startswith(prefixes) for key in objects.storages):
             raise FormatError("data.pkl names storages that belong to another pickle")
 
     def record(key: str) -> str:
