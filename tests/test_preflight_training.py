@@ -1,4 +1,4 @@
-"""A preflight reports what trains, in how much memory, and whether a run can resume, as torch really does it."""
+"""A preflight reports the groups that train, their memory, and whether a run can resume, and torch confirms it."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ SCHEDULERS: dict[str, Scheduler] = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 def test_every_option_that_a_scheduler_writes_is_known(scheduler: str, kind: str) -> None:
-    """A changed option is overwritten by the scheduler, or is the lr, whose first value the group keeps."""
+    """A scheduler overwrites the listed options, or it changes only the lr and keeps the first lr in the group."""
     options = {"momentum": 0.9} if kind == "SGD" else {}
     optimizer = KINDS[kind]([nn.Parameter(torch.ones(2))], lr=0.1, **options)
     before = dict(optimizer.param_groups[0])

@@ -43,13 +43,13 @@ class GroupOption:
 
     name: str
     kind: OptionKind
-    # The options whose own values are lost while this key is in the group, because a scheduler writes them.
+    # A scheduler that keeps this key in the group overwrites these options, so their own values are lost.
     overwrites: tuple[str, ...] = ()
     # The option that this value multiplies, once a scheduler or a script applies it.
     multiplies: str = ""
     # torch.optim got this option after its first release: older files do not have it.
     is_recent: bool = False
-    # load_state_dict sets this value in a group whose file lacks the option.
+    # load_state_dict sets this value where the file lacks the option.
     value_without: object = None
     # load_state_dict adds this option to the defaults of the optimizer, but not to its groups.
     is_in_defaults_only: bool = False
@@ -275,7 +275,7 @@ def schema_of(kind: type) -> OptimizerSchema | None:
 
 
 def schema_from_options(options: Mapping[str, object]) -> OptimizerSchema | None:
-    """Return the schema whose unique option is among the options of a group; else None."""
+    """Return the schema that has its unique option among the options of a group; else None."""
     return next(
         (schema for schema in SCHEMAS.values() if schema.unique_option and schema.unique_option in options), None
     )

@@ -1,4 +1,4 @@
-"""Compare a saved optimizer state with a live one, and find what is unusual in one state."""
+"""Compare a saved optimizer state with a live state, and find unusual values in a single state."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Ite
 
 
 def state_findings(state: OptimizerState) -> Iterator[Finding]:
-    """Yield what is unusual: parameters without state, parameters that lack a slot, and different step counts."""
+    """Yield findings about parameters without state, parameters that lack a slot, and different step counts."""
     without = [name for name in state.names if not state.state.get(name)]
     if without and len(without) < len(state.names):
         message = f"{len(without):,} of {plural(len(state.names), 'parameter')} have no state: {listed(without)}"

@@ -43,7 +43,7 @@ _BUILD_AGAIN = "build the groups from the spec again (build_param_groups), and l
 class GroupView:
     """One param group of a lock, a spec, a live optimizer or a saved state, in the form that is compared.
 
-    ``names`` are in order. ``shapes`` lacks the names whose shape is not known. ``optimizer`` is a class name or None.
+    ``names`` are in order. ``shapes`` has the names with a known shape. ``optimizer`` is a class name or None.
     """
 
     name: str
@@ -216,7 +216,7 @@ def _shape_differences(
 
 
 def _order_differences(expected: Sequence[GroupView], found: Sequence[GroupView]) -> Iterator[OrderDifference]:
-    """Yield one difference for each optimizer whose common parameters have another order."""
+    """Yield a difference for each optimizer that has the common parameters in another order."""
     before, after = _sequences(expected), _sequences(found)
     for optimizer, names in before.items():
         others = after.get(optimizer, names)
@@ -355,7 +355,7 @@ def _name_list(names: tuple[str, ...]) -> str:
 
 
 def compare_with_spec(inventory: Inventory, live: LiveGroups, spec: SpecLike) -> Iterator[Finding]:
-    """Yield the findings of ``spec`` for the model, and the differences of live groups from what the spec says.
+    """Yield the findings of ``spec`` for the model, and each difference of the live groups from the spec.
 
     Learning rates are those before schedulers changed them, where the groups record these. Options that schedulers
     overwrite and options that only change the speed of a step are not compared.

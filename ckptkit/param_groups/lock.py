@@ -107,7 +107,7 @@ class ParamGroupsLock:
 def lock_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGroupsLock:
     """Return the lock of the groups that ``build_param_groups`` makes from ``spec`` for ``model``.
 
-    ``model`` is any argument that ``plan_param_groups`` accepts. Raises what ``plan_param_groups`` raises.
+    ``model`` is any argument that ``plan_param_groups`` accepts. Raises the errors of ``plan_param_groups``.
     """
     assignment = assign(parameter_table(model), spec)
     assignment.report.raise_for_errors()

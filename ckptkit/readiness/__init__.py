@@ -1,4 +1,4 @@
-"""Check before training which tensors load, which stay at init, what trains at which lr, and whether a run resumes."""
+"""Check a run before training: which tensors load, which parameters train at which lr, and whether it can resume."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def preflight(
 ) -> Preflight:
     """Return one page that says whether ``model`` is ready to train, and which questions it did not judge.
 
-    Every argument but ``model`` is optional; a question whose argument is missing is not judged.
+    Every argument but ``model`` is optional; without its argument, a question is not judged.
 
     - ``init``: the checkpoint that the model starts from. ``rules`` rename its keys. ``fresh`` are patterns of keys
       that must stay at init.

@@ -24,7 +24,7 @@ _STEP_BYTES = 4  # torch keeps scalar slots in float32, whatever the dtype of th
 
 
 def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
-    """Yield findings about dtypes that cannot train, or that lose what an optimizer computes."""
+    """Yield findings about dtypes that cannot train, or that lose the updates of an optimizer."""
     named = list(model.named_parameters())
     integers = [name for name, tensor in named if not (tensor.is_floating_point() or tensor.is_complex())]
     if integers:

@@ -84,7 +84,7 @@ def _model_findings(model: Module, found: FoundState) -> Iterator[Finding]:
 
 
 def _name_findings(training: Training, found: FoundState) -> Iterator[Finding]:
-    """Compare groups with a state whose parameters have names."""
+    """Compare groups with a state that has its parameters by name."""
     live = [
         GroupView(group.name, tuple(map(bare_name, group.names)), group.options, group.optimizer)
         for group in training.groups
@@ -113,7 +113,7 @@ class _Position:
 
 
 def _position_findings(model: Module, training: Training, found: FoundState) -> Iterator[Finding]:
-    """Compare groups with a state whose parameters have positions, as torch's load_state_dict does."""
+    """Compare groups with a state that has its parameters by position, as torch's load_state_dict does."""
     if len(training.optimizers) > 1:
         message = "the optimizer state of the run was not compared: there are several optimizers, and one state"
         yield codes.RESUME_UNCLEAR.finding("", message, severity="note")
@@ -157,7 +157,7 @@ def _position_views(
     positions: Sequence[Sequence[_Position]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[list[GroupView], list[GroupView]]:
-    """Return the live and the saved groups, in which each parameter goes by its position in the optimizer."""
+    """Return the live and the saved groups, with the position of each parameter as its name."""
     live_views, saved_views = [], []
     start = 0
     for live, saved, group in zip(training.groups, found.groups, positions, strict=True):
