@@ -236,7 +236,7 @@ PLANTED: dict[str, tuple[Shapes, Shapes, list[tuple[str, str]]]] = {
         _block({f"mlp.experts.{expert}.w3.weight": (9, 8) for expert in range(3)}, at="h"),
         [("h.{i:int}.mlp.experts.{j:int}.w3.weight", "layers.{i}.moe.experts.{j}.up_proj.weight")],
     ),
-    "a table that is no module": (
+    "a table that is not in a module": (
         {"wte.weight": (30, 8), **TRUNK}, {"word_embeddings": (30, 8), **TRUNK}, [("word_embeddings", "wte.weight")],
     ),
     "kernels with their channels last": (

@@ -127,7 +127,7 @@ def _gguf(directory: Path) -> Path:
 
 
 CLEAN: dict[str, tuple[Callable[[Path], Path], list[str], int]] = {
-    # id: (maker, codes, bytes of the tensors that lie in the files)
+    # id: (maker, codes, bytes of the tensors in the files)
     "torch zip": (_torch(TIED), ["not-scanned"], 12008),
     "torch zip of a run": (_torch(TRAINED), ["not-scanned"], 48),
     "torch legacy": (_torch(TIED, _use_new_zipfile_serialization=False), ["no-checksum", "not-scanned"], 12008),

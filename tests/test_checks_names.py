@@ -101,8 +101,8 @@ REAL_NETWORKS: dict[str, list[str]] = {
     "one attention among state spaces": layers({0, 1, 2, 4, 5, 6, 7}, ["mamba.a.weight", "mamba.b.weight", "n.weight"])
     + layers({3}, ["attn.q.weight", "n.weight"]),
     "a part of a pipeline": layers(range(8, 16)),
-    "three, in what is no stack by its name": layers({0, 1, 3}, BLOCK, "features"),
-    "numbers that are no places": [f"stage{n}.x" for n in (1, 2, 9)] + ["0", "1.2", "v.99999999999.w.b", "a.٣.b.c"],
+    "three, in a list that is not named like a stack": layers({0, 1, 3}, BLOCK, "features"),
+    "numbers that are not positions": [f"stage{n}.x" for n in (1, 2, 9)] + ["0", "1.2", "v.99999999999.w.b", "a.٣.b.c"],
     "nothing": [],
 }  # fmt: skip
 

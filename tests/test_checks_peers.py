@@ -38,7 +38,7 @@ MALFORMED: dict[str, tuple[bytes, int, str]] = {
     "NaN in FP8": (save({"a": BROKEN.to(torch.float8_e4m3fn)}), 1, "are NaN"),
     "NaN beside FP8": (save({"a": BROKEN, "q": FP8}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
     "NaN in a .pt": (saved({"a": BROKEN.half()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
-    "junk that is no .pt": (b"\1" * 100, 2, "unknown format; it begins with 01 01"),
+    "random bytes": (b"\1" * 100, 2, "unknown format; it begins with 01 01"),
 }
 
 

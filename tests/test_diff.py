@@ -227,7 +227,7 @@ def test_a_submodule_set_to_none_hides_its_keys() -> None:
     ids=["sparse", "int", "None", "list", "bool"],
 )
 def test_values_that_cannot_be_copied_do_not_load(value: Any, *, loads: bool, field: str) -> None:
-    """torch raises in both modes for a key whose value it cannot copy."""
+    """torch raises in both modes for a value that it cannot copy."""
     model = nn.ParameterDict({"w": nn.Parameter(torch.zeros(2))})
     result = diff(model, {"w": value})
     assert result.loads is loads

@@ -38,7 +38,7 @@ def test_harmless_names_are_printed_exactly(name: str) -> None:
         pytest.param("a\ud800", "a\\ud800", id="lone surrogate"),
         pytest.param("a\U000e0041\U0010ffff", "a\\U000e0041\\U0010ffff", id="tags and the last code point"),
         pytest.param("a\ufe0f\u3164\u034f\u2800", "a\\ufe0f\\u3164\\u034f\\u2800", id="selectors, fillers, a blank"),
-        pytest.param("a\u00a0b\u3000", "a\\xa0b\\u3000", id="spaces that are none"),
+        pytest.param("a\u00a0b\u3000", "a\\xa0b\\u3000", id="other spaces"),
         pytest.param(" a  b   ", "\\x20a \\x20b\\x20\\x20\\x20", id="spaces that a table would hide"),
         pytest.param("a\\x1b", "a\\\\x1b", id="a backslash becomes two"),
     ],

@@ -222,7 +222,7 @@ def test_integers_keep_their_extremes(dtype: torch.dtype, values: list[int], wor
 
 
 def test_overflow_of_float64_gives_inf(workspace: Workspace) -> None:
-    """Numbers whose sum and squares overflow have a finite mean and an infinite deviation, as in torch."""
+    """If the sum and the squares overflow, the mean is finite and the deviation infinite, as in torch."""
     tensor = torch.tensor([1.7e308, 1.7e308, 1.7e308, -1e308], dtype=torch.float64)
     for step in (32, 8):
         found = stats_of(described(tensor), bits(tensor), workspace, step)

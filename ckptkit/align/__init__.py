@@ -50,7 +50,7 @@ class Alignment:
 
     Attributes:
         expected: The checkpoint with the expected keys.
-        found: The checkpoint whose keys the rules rename.
+        found: The checkpoint with the keys that the rules rename.
         same: Keys that need no rule.
         suggestions: The suggested rules.
         ambiguous: Tensors that could be matched in several ways.
@@ -214,7 +214,7 @@ def _same_keys(pair: ModulePair) -> Iterator[str]:
 def _with_prefix_rule(
     pairs: Iterable[ModulePair], modules: Sequence[LayeredModule], prefix: Prefix
 ) -> list[Suggestion]:
-    """Return rules whose last one adds or removes the prefix, for all tensors that need no other rule."""
+    """Return rules of which the last adds or removes the prefix of all tensors without another rule."""
     others: list[ModulePair] = []
     keys: SourcesByKey = {}
     elements = 0

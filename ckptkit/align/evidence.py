@@ -70,7 +70,7 @@ def match_modules(
 ) -> ModuleMatch | None:
     """Return how ``found`` becomes ``expected``; None if the number of indices, a shape or all tensors differ.
 
-    With ``partly``, tensors whose shapes differ are left out.
+    With ``partly``, tensors with different shapes are left out.
     """
     if len(expected.path.texts) != len(found.path.texts):
         return None
@@ -149,7 +149,7 @@ def _keys_by_digest(digests: Mapping[str, Hashable]) -> dict[Hashable, list[str]
 
 
 def read_digests(expected: Checkpoint, found: Checkpoint, progress: Progress | None = None) -> Digests:
-    """Return the digests of the tensors whose dtype and shape occur on both sides; tensors are read in chunks.
+    """Return the digests of the tensors with a dtype and shape that both sides have; tensors are read in chunks.
 
     Raises ``FormatError`` if bytes cannot be read, and ``PlanError`` if a side has no bytes.
     """

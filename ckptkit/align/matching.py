@@ -60,7 +60,7 @@ def match_checkpoints(
             tuple(module for name in sorted(names) for module in stacks.pop(name))
             for stacks, names in ((left_stacks, left_names), (right_stacks, right_names))
         )
-        why = "several stacks of layers are alike, and nothing tells them apart"
+        why = "several stacks of layers are alike, and nothing distinguishes them"
         result.undecided.append(Undecided(lefts, rights, why))
     for left_name, right_name in stack_pairs:
         shift = best_shift(_layer_numbers(left_stacks[left_name]), _layer_numbers(right_stacks[right_name]))
@@ -173,7 +173,7 @@ def _count_shapes(modules: Iterable[LayeredModule]) -> Counter[tuple[int, ...]]:
 def _match_stacks(
     left: Stacks, right: Stacks, known: Iterable[ModulePair]
 ) -> tuple[list[tuple[str, str]], list[tuple[set[str], set[str]]]]:
-    """Return which stacks of layers match by their shapes and names, and groups of stacks that cannot be told apart.
+    """Return which stacks of layers match by their shapes and names, and groups of stacks that look the same.
 
     Pairs that are ``known`` already count as evidence for the stacks that they are in.
     """

@@ -301,7 +301,7 @@ def _collect_names(node: _Node, names_below: dict[int, frozenset[str]]) -> froze
 
 
 def _counted_children(node: _Node, names_below: Mapping[int, frozenset[str]]) -> dict[str, tuple[str, str, str]]:
-    """Return the children of a node whose number is an index, each with its text, number and separator."""
+    """Return the children of a node that are counted, each with its text, number and separator."""
     families: dict[tuple[str, str], list[tuple[str, re.Match[str]]]] = {}
     for segment in node:
         match = _NUMBERED.fullmatch(segment)

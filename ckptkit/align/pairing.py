@@ -1,7 +1,6 @@
 """Pairs found modules with expected modules: by name, spelling, shape and order, the most certain first.
 
-Modules that none of these decides stay undecided and are listed with their candidates, because nobody would notice a
-wrong guess.
+Other modules stay undecided and are listed with their candidates, because nobody would notice a wrong guess.
 """
 
 from __future__ import annotations
@@ -101,7 +100,10 @@ class Scope:
     def _pair_by_key(
         self, key: Callable[[LayeredModule], Hashable], why: str, confidence: float, *, is_exact: bool = False
     ) -> None:
-        """Pair modules whose key only one module of each side has; with ``is_exact``, other shapes are ``unequal``."""
+        """Pair modules with a key that no other module of their side has.
+
+        With ``is_exact``, modules with equal keys and different shapes are listed as ``unequal``.
+        """
         lefts, rights = (_group_by(key, modules) for modules in (self.left, self.right))
         pairs, unequal = [], []
         for value, expected_modules in lefts.items():
@@ -136,7 +138,7 @@ class Scope:
                     self._add([ModulePair(expected, found, match, why, 0.85)])
 
     def _candidates(self) -> list[_Candidate]:
-        """Return all pairs of modules whose tensors, shapes and layers agree and whose known roles do not differ."""
+        """Return all pairs of modules with the same tensors, shapes and layers, and without different roles."""
         rights = _group_by(_shape_key, self.right)
         if sum(len(rights.get(_shape_key(module), ())) for module in self.left) > _MAX_CANDIDATES:
             return []
@@ -245,7 +247,7 @@ def _group_by(
 
 
 def _only_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """Return the candidates whose two modules are in no other candidate."""
+    """Return the candidates with two modules that no other candidate has."""
     lefts = Counter(id(left) for left, _, _ in candidates)
     rights = Counter(id(right) for _, right, _ in candidates)
     return [item for item in candidates if lefts[id(item[0])] == rights[id(item[1])] == 1]

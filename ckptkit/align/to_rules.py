@@ -94,7 +94,7 @@ class _RuleDraft:
 def suggestions_for(
     pairs: Iterable[ModulePair], found: Iterable[LayeredModule], *, is_plain: bool = False
 ) -> list[Suggestion]:
-    """Return the rules for these pairs; a pair with equal names needs none.
+    """Return the rules for these pairs; a pair with equal names needs no rule.
 
     ``found`` are all found modules: a short rule such as ``layers.{i:int}.*`` is written only if it matches no key of
     another pair. With ``is_plain``, each tensor of a module gets its own rule.

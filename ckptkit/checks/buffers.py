@@ -72,7 +72,7 @@ def _check_positions(info: TensorInfo, found: ValueStats, read_bytes: Callable[[
 
 
 def _indexed_table(prefix: str, name: str, infos: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """Return the table whose rows the buffer ``name`` of module ``prefix`` indexes."""
+    """Return the table that the buffer ``name`` of module ``prefix`` indexes by row."""
     module = f"{prefix}." if prefix else ""
     if name == "relative_position_index":
         return _first_table(infos, [f"{module}relative_position_bias_table"])

@@ -23,7 +23,7 @@ SIBLING_LACKS = Code("sibling-lacks", ("warning",), "A layer lacks a tensor that
 # Adapters
 LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is there.")
 LORA_RANK = Code("lora-rank", ("error",), "The two matrices of a LoRA pair have different ranks.")
-LORA_ALPHA = Code("lora-alpha", ("warning", "note"), "Some LoRA pairs have no alpha; a note if none has.")
+LORA_ALPHA = Code("lora-alpha", ("warning", "note"), "Some LoRA pairs have no alpha; a note if all lack it.")
 
 # Values of single tensors
 NAN = Code("nan", ("error",), "A tensor has NaN values.")

@@ -16,7 +16,7 @@ from ckptkit.statistics.value_stats import ValueStats
 __all__ = ["check_duplicates", "check_recorded_ties", "equal_groups"]
 
 _MIN_BYTES = 1024  # smaller tensors can be equal by chance, and their copies cost nothing
-_MAX_COMPARED = 8  # distinct tensors with one fingerprint; a tensor that equals none of them is skipped
+_MAX_COMPARED = 8  # distinct tensors with one fingerprint; further tensors are skipped
 # Buffers that every module computes for itself.
 _COMPUTED = re.compile(r"(?:cos|sin)_?cached?|inv_freq|freqs|coords|grid|anchor|kernel|window|sinusoid|A_log")
 _EMBEDDING = re.compile(r"(?:^|[._])(?:embed\w*|wte|word_embeddings|tok_embeddings|token_embedding|shared)\.weight")
@@ -28,10 +28,10 @@ EqualBytes = Callable[[str, str], bool]
 def equal_groups(
     infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats], have_equal_bytes: EqualBytes
 ) -> list[list[str]]:
-    """Return groups of keys whose tensors are equal and stored apart, one key for each place in memory.
+    """Return groups of keys with equal tensors that are stored apart, one key for each place in memory.
 
-    ``have_equal_bytes`` compares the tensors of two keys. Skipped are tensors that are often equal in healthy networks:
-    small tensors, integers, masks, buffers that each module computes, and tensors with a single magnitude beside zeros.
+    ``have_equal_bytes`` compares the tensors of two keys. Tensors that are often equal in healthy networks are skipped:
+    small tensors, integers, masks, computed buffers, and tensors with a single magnitude beside zeros.
     """
     by_fingerprint: dict[tuple[object, ...], list[str]] = {}
     for key, found in stats.items():

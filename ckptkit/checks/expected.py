@@ -81,8 +81,8 @@ def check_at_init(
 ) -> Iterator[Finding]:
     """Yield ``at-init`` for tensors that look like those of a model just built, as if they were never trained.
 
-    A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram differ from those of the fresh
-    model no more than two samples of one distribution do. A tensor that holds one number throughout is a note if the
+    A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram agree with the fresh model as
+    well as two samples of one distribution do. A tensor that holds one number throughout is a note if the
     fresh model holds the same number. This is evidence, not proof: a short training can look the same. ``found`` has
     the keys of the checkpoint, ``fresh`` those of the model.
     """

@@ -59,11 +59,11 @@ def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats
 
 
 def check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
-    """Yield a finding for tensors whose values are all equal, if this is not usual: ``all-zero`` and ``constant``.
+    """Yield a finding for tensors with one value throughout, if this is not usual: ``all-zero`` and ``constant``.
 
     Matrices and larger tensors are warnings. Vectors are notes, because a norm may have learned to disable its branch;
-    so are output heads of zeros. Not reported are integers, single numbers, vectors of ones, the weights of norms over
-    several dimensions, and tensors whose name says that they are usually zero or constant.
+    so are output heads of zeros. Integers, single numbers, vectors of ones and the weights of norms are not reported.
+    The same holds for tensors that usually are zero or constant, by their names.
     """
     keys_by_kind: dict[tuple[bool, bool], list[str]] = {}
     for key, found in stats.items():

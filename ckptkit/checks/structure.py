@@ -27,7 +27,7 @@ NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
 def check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
-    """Yield a ``not-dense`` note for each kind of tensor whose values are not read, such as sparse tensors."""
+    """Yield a ``not-dense`` note for each kind of tensor that is listed without its values, such as sparse tensors."""
     by_kind: dict[str, list[str]] = {}
     for info in infos:
         if info.kind != "dense":
@@ -103,8 +103,8 @@ def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
 def check_siblings(lists: NumberedModules) -> Iterator[Finding]:
     """Yield a ``sibling-lacks`` warning for each module of a list that lacks a tensor which all its siblings have.
 
-    Networks are built so that the first or the last module of a list leaves out a whole block, or that any module
-    leaves out a submodule with everything around it. Neither is reported.
+    In many networks the first or the last module of a list has no tensor of some block, or a module has nothing in
+    place of a submodule and its surroundings. Neither is reported.
     """
     for prefix, members in lists.items():
         if len(members) < _MIN_SIBLINGS or not any("." in name for names in members.values() for name in names):

@@ -48,7 +48,7 @@ def _byte_range(payload: Payload) -> _ByteRange | None:
 
 @dataclass(slots=True)
 class _TensorInProgress:
-    """A tensor whose bytes are being read; several keys if they name the same bytes."""
+    """A tensor that is being read; it has several keys if they name the same bytes."""
 
     keys: list[str]
     ranges: tuple[_ByteRange, ...]

@@ -23,7 +23,7 @@ _MAX_BUFFER_BYTES = 1 << 20  # larger buffers of indices are not compared number
 
 
 def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
-    """Yield the findings about the values of a checkpoint, whose statistics are given by key."""
+    """Yield the findings about the values of a checkpoint; ``stats`` are their statistics by key."""
 
     def have_equal_bytes(first: str, second: str) -> bool:
         return _have_equal_bytes(checkpoint, first, checkpoint, second)

@@ -68,9 +68,9 @@ class StateDictDiff:
         unexpected: Found tensors that are not expected.
         shape_mismatched: The same key with another shape.
         dtype_mismatched: The same key and shape with another dtype; torch casts it.
-        blocked: Expected keys whose found value is not a tensor.
-        uncopyable: Keys whose found tensor torch cannot copy: sparse, quantized, without data, or of a dtype without
-            casts.
+        blocked: Expected keys that were found with a value that is not a tensor.
+        uncopyable: Keys with a found tensor that torch cannot copy: sparse, quantized, without data, or of a dtype
+            without casts.
         foreign: Found keys that are not expected and hold no tensor.
         extra_state: Keys of extra state that only one side has.
         filled: Missing keys that torch fills in for checkpoints from before version 0.4.1.
@@ -145,7 +145,7 @@ class StateDictDiff:
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """Renames that make the most keys match; empty if none makes more match, or if rules already rename."""
+        """Renames that make the most keys match; empty if no rename makes more match, or if rules already rename."""
         return tuple(_hints(self))
 
 
@@ -322,7 +322,7 @@ def count_prefixes(expected: Shapes, found: Shapes) -> tuple[Counter[str], Count
 
 
 def _prefixes_before(key: str, shape: tuple[int, ...], others: Shapes) -> list[str]:
-    """Return the prefixes of ``key`` whose rest is a key of ``others`` with the same shape."""
+    """Return the prefixes of ``key`` that leave a key of ``others`` with the same shape."""
     prefixes = []
     at = key.find(".")
     for _ in range(_MAX_PREFIX_SEGMENTS):

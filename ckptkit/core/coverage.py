@@ -36,7 +36,7 @@ def coverage_by_module(infos: Iterable[TensorInfo], loaded: AbstractSet[str]) ->
 
 
 def group_by_module(labels: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
-    """Return the keys by module, in their order; a module whose keys have different labels is split into submodules.
+    """Return the keys by module, in their order; a module with different labels is split into submodules.
 
     Each row begins with the name of the module; for a tensor that is not in such a module, with its key. Modules are
     split level by level, as long as there are at most 32 rows.

@@ -62,7 +62,7 @@ class ReaderWarning(str):
     severity: Severity
 
     def __new__(cls, text: str, code: Code, severity: Severity | None = None) -> Self:
-        """Return the text with its code, at the usual severity of the code where none is given."""
+        """Return the text with its code; without ``severity``, with the usual severity of the code."""
         warning = super().__new__(cls, text)
         warning.code, warning.severity = code, severity or code.severities[0]
         return warning

@@ -28,8 +28,8 @@ class ValueStats:
     """Statistics of the values of one tensor, or of several together.
 
     An element of a complex tensor counts as two numbers: its real and its imaginary part. ``min``, ``max``, ``mean``,
-    ``std`` and the norms ``l1``, ``l2`` and ``abs_max`` are computed from the finite numbers only; they are None if
-    there are no finite numbers. ``std`` uses ``correction=0``.
+    ``std`` (with ``correction=0``) and the norms ``l1``, ``l2`` and ``abs_max`` use only the finite numbers. They are
+    None without finite numbers.
 
     Attributes:
         count: The number of values.
