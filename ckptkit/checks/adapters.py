@@ -30,8 +30,8 @@ class _LoraPair:
 def check_lora(infos: Mapping[str, TensorInfo], *, scale_reported: bool = False) -> Iterator[Finding]:
     """Yield errors for LoRA pairs that cannot be applied: ``lora-half`` and ``lora-rank``.
 
-    ``lora-alpha`` is a warning if only some modules have an alpha. It is a note if no module has one and the reader has not
-    reported the scale (``scale_reported``).
+    ``lora-alpha`` is a warning if only some modules have an alpha. It is a note if no module has one and the reader
+    has not reported the scale (``scale_reported``).
     """
     pairs: dict[tuple[str, str, str], _LoraPair] = {}
     for key, info in infos.items():

@@ -127,6 +127,7 @@ def check_siblings(lists: NumberedModules) -> Iterator[Finding]:
 
 
 def _is_lost(name: str, names: frozenset[str], *, at_an_end: bool) -> bool:
+    """Return whether other tensors of the same submodule are there; between the ends, of the same block suffices."""
     layer = name.rpartition(".")[0]
     if layer and any(other.startswith(f"{layer}.") for other in names):
         return True
