@@ -163,7 +163,7 @@ def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults
 
 
 def test_without_renameat2_the_old_directory_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without renameat2, a failure between the two renames restores the old directory."""
+    """Without renameat2, a failure between both renames restores the old directory."""
 
     def no_library(*_: object, **__: object) -> object:
         return object()

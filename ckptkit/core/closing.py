@@ -14,7 +14,7 @@ class Closing:
     __slots__ = ()
 
     def close(self) -> None:
-        """Release what the object holds."""
+        """Release the files, threads or memory of the object."""
         raise NotImplementedError
 
     def __enter__(self) -> Self:

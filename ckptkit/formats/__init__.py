@@ -20,10 +20,10 @@ LIVE_PREFIX = "py:"
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the checkpoint at ``path``: its keys, shapes and byte ranges. No tensor is read and no code is run.
 
-    ``path`` is a file, a directory with shards, ``PATH::a.b`` for a mapping inside a checkpoint, or
-    ``py:package.module:callable`` for a live model, whose code is run.
-    Raises ``PathError`` where the path cannot be read, ``FormatError`` where the file is not a valid and whole
-    checkpoint, and ``ModelError`` where a live model cannot be built.
+    ``path`` is a file or a directory with shards. ``PATH::a.b`` opens a mapping inside a checkpoint.
+    ``py:package.module:callable`` opens a live model, and runs its code. Shapes are those of torch, sizes are in bytes.
+    Raises ``PathError`` where the path cannot be read, and ``FormatError`` where the checkpoint is not valid or not
+    whole. Raises ``ModelError`` where a live model cannot be built.
     """
     name = _text_of(path)
     with errors_about(name):

@@ -45,8 +45,8 @@ def prepare_target(path: str, *, force: bool) -> str:
 def prepare_directory(path: str, *, force: bool) -> str:
     """Return the real path of an output directory, after following symbolic links.
 
-    Raises ``OutputError`` where the parent directory is missing, and where the path exists and is not a directory, is
-    the current directory, contains directories, or contains files and ``force`` is not given.
+    Raises ``OutputError`` where the parent directory is missing, or the path is a file, the current directory or a
+    directory that contains directories. Without ``force`` the directory must be empty.
     """
     target, status = _status(path)
     if status is None:

@@ -343,7 +343,7 @@ def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
 
 
 def _only_weights_file(directory: str, names: Sequence[str]) -> str:
-    """Return the only file whose name is that of weights. Raises ``FormatError`` where there are none or several."""
+    """Return the only file with a name of a weights file. Raises ``FormatError`` where there are none or several."""
     weights = sorted(
         name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_companion(name)
     )

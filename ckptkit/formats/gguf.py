@@ -389,5 +389,5 @@ def _warnings(entries: list[Entry], stored: dict[str, _StoredTensor], after: int
         what = plural(len(unknown), "tensor")
         warnings.append(f"{what} of an unknown type, and so of unknown size: {quoted(unknown[0].key)}")
     elif after > 0:
-        warnings.append(f"{plural(after, 'byte')} after the last tensor belong to no tensor")
+        warnings.append(f"not part of a tensor: {plural(after, 'byte')} after the last tensor")
     return warnings

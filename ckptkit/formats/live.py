@@ -98,7 +98,7 @@ def _offset_and_strides(info: TensorInfo) -> tuple[int, list[int]] | None:
 
 
 def _keys_shared_differently(shapes: Checkpoint, built: Checkpoint) -> frozenset[str]:
-    """Return the keys that share a storage with different keys in the two builds."""
+    """Return the keys that share a storage with different keys in the second build."""
     groups = [_storages(side, shapes.keys() & built.keys()) for side in (shapes, built)]
     return frozenset().union(*(groups[0] ^ groups[1]))
 

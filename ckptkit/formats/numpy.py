@@ -178,7 +178,7 @@ def open_npy(file: LocalFile) -> Checkpoint:
     if after:
         is_array = file.read(file.size - after, min(after, len(MAGIC))) == MAGIC
         content = " (more arrays)" if is_array else ""
-        warnings.append(f"{plural(after, 'byte')} after the array{content} are not read")
+        warnings.append(f"not read: {plural(after, 'byte')} after the array{content}")
     return _checkpoint(file, {"": array}, format="npy", warnings=warnings)
 
 
@@ -204,7 +204,7 @@ def open_npz(archive: ZipDirectory) -> Checkpoint:
                 f"{quoted(key)}: {arrays[key].info} needs {needed:,} bytes, and {given:,} follow its header"
             )
         if after:
-            warnings.append(f"{quoted(name)}: {plural(after, 'byte')} after the array are not read")
+            warnings.append(f"{quoted(name)}: not read: {plural(after, 'byte')} after the array")
 
     def records() -> Iterator[Record]:
         return archive.records({f"{key}.npy": [key] for key in arrays})

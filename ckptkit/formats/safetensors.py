@@ -229,7 +229,7 @@ def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
             hint="download or copy it again",
         )
     if reached < size:
-        raise FormatError(f"{size - reached:,} bytes after the last tensor belong to no tensor")
+        raise FormatError(f"not part of a tensor: {plural(size - reached, 'byte')} after the last tensor")
 
 
 def _end_of_sorted(offsets: Mapping[str, tuple[int, int]]) -> int:
@@ -258,8 +258,8 @@ class SafetensorsLayout:
 def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> SafetensorsLayout:
     """Return the layout of a file with these tensors, in their order unless alignment needs another order.
 
-    Raises ``PlanError`` for a dtype without a safetensors code, a key that is not Unicode text or is ``__metadata__``,
-    and a header of more than 100 MB.
+    Raises ``PlanError`` for a dtype without a safetensors code, a key that is not Unicode text, the key
+    ``__metadata__``, and a header of more than 100 MB.
     """
     order = list(infos)
     refuse_unstorable(order)

@@ -82,8 +82,8 @@ class ZipDirectory:
     def read(self, name: str, most: int, *, ratio: int = _LARGEST_RATIO) -> bytes:
         """Return the whole content of an entry.
 
-        Raises ``FormatError`` where the entry is damaged, has more than ``most`` bytes, or is a zip bomb: large, and
-        more than ``ratio`` times larger than its compressed bytes.
+        Raises ``FormatError`` where the entry is damaged or has more than ``most`` bytes. Raises it too for a zip bomb,
+        a large entry that inflates to more than ``ratio`` times its compressed bytes.
         """
         entry = self.entries[name]
         short = printable(name.rpartition("/")[2])

@@ -1,1 +1,1 @@
-"""What wrappers and trainers put around weights: prefixes, segments and envelopes, each known by its own mark."""
+"""Prefixes, segments and envelopes that wrappers and trainers add around weights."""

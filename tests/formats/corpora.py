@@ -69,7 +69,7 @@ def corpus(kind: str) -> list[bytes]:
     if legacy:
         made = [_with_stable_keys(data) for data in made]
     else:
-        # Without checksums damage reaches the pickle machine, which is what is to be tested.
+        # Without checksums, damage reaches the pickle machine, which the fuzzing tests.
         torch.serialization.set_crc32_options(False)
         made += [
             saved(tree)

@@ -1,6 +1,7 @@
-"""Honest files, damaged by chance, read by us and by their own libraries: only refusals may escape, and we agree.
+"""Damage valid files at random, and compare what ckptkit reads with what their own libraries read.
 
-A long run: ``python -m tests.formats.mutate --mutants 100000 --seed 1`` from the root of the repository.
+Only a ``CkptkitError`` may be raised. A long run, from the root of the repository:
+``python -m tests.formats.mutate --mutants 100000 --seed 1``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 
 from ckptkit.core.checkpoint import DTYPES
 from tests.formats.corpora import corpus, items
-from tests.formats.oracles import Seen, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch, ours
+from tests.formats.oracles import Seen, by_ckptkit, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch
 from tests.helpers_formats import f32, rezip, safetensors_file
 from tests.helpers_tar import tar
 
@@ -127,14 +128,14 @@ def _other_member(data: bytes, files: list[bytes], rng: random.Random) -> bytes:
 
 
 def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
-    rng = random.Random(f"{kind} {seed}")  # noqa: S311 - a seeded sequence is what is wanted
+    rng = random.Random(f"{kind} {seed}")  # noqa: S311 - the sequence must be repeatable
     files = corpus(kind)
     for index in range(count):
         data = files[index % len(files)]
         if kind == "safetensors" and rng.random() < 0.5:
             yield _other_layout(data, rng)
         elif kind == "safetensors" and rng.random() < 0.8:
-            # Most damage to the header changes its length: told so, the reader looks further.
+            # Most damage changes the length of the header: with the new length, the reader reads further.
             size = 8 + int.from_bytes(data[:8], "little")
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
         elif kind == "tar" and rng.random() < 0.8:
@@ -169,7 +170,7 @@ def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
 
 def _bounded(path: str) -> Seen | None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seen = ours(path)
+    seen = by_ckptkit(path)
     grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     if grown > _MOST_MEMORY:
         raise AssertionError(f"reading it took {grown} kB")
@@ -179,12 +180,12 @@ def _bounded(path: str) -> Seen | None:
 def _compared(kind: str, seen: Seen, expected: Seen | None) -> str:
     if expected is None:
         if kind in ("safetensors", "npy"):
-            raise AssertionError("we accept what the library refuses")
+            raise AssertionError("ckptkit accepts a file that the library refuses")
         return "no oracle"
     if kind == "safetensors":
         expected = {key: (code, shape, data or seen[key][2]) for key, (code, shape, data) in expected.items()}
     if kind == "npz":
-        # Listing inflates no array: damage that numpy sees in one, where it reads that, is no difference.
+        # ckptkit lists an array without inflating it, so it does not see all the damage that numpy sees.
         seen = {key: entry for key, entry in seen.items() if key in expected}
     # A tensor that is listed and cannot be read has no values to compare.
     unread = {key for key, (_, _, data) in seen.items() if data is None}

@@ -25,7 +25,7 @@ _LARGEST_READ = 1 << 20
 Seen = dict[str, tuple[str, tuple[int, ...], bytes | None]]  # no bytes: listed, and not to be read
 
 
-def ours(path: str) -> Seen | None:
+def by_ckptkit(path: str) -> Seen | None:
     """Return keys, dtypes, shapes and bytes by ckptkit, or None where it refuses the file; other errors are raised."""
     try:
         with open_checkpoint(path) as checkpoint:

@@ -1,4 +1,4 @@
-"""Adapters of PEFT: their weights against the configuration without which nobody knows what they do."""
+"""Adapters of PEFT: the weights must agree with the configuration file, which gives their scale."""
 
 from __future__ import annotations
 

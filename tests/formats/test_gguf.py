@@ -189,7 +189,7 @@ def test_plain_tensors_become_safetensors(tmp_path: Path, capsys: pytest.Capture
         pytest.param(gguf_file(), "", id="nothing in it"),
         pytest.param(gguf_file([info("w")], data=bytes(32)), "", id="padding at the end"),
         pytest.param(
-            gguf_file([info("w")], data=bytes(40)), "8 bytes after the last tensor belong to no tensor", id="more"
+            gguf_file([info("w")], data=bytes(40)), "not part of a tensor: 8 bytes after the last tensor", id="more"
         ),
         pytest.param(gguf_file([info("w", (0, 7))]), "", id="no elements"),
         pytest.param(gguf_file([info("w", ())], data=bytes(4)), "", id="a scalar"),

@@ -61,7 +61,7 @@ def test_a_directory_with_a_single_file_is_that_file(tmp_path: Path, name: str) 
 
 
 def test_an_index_wins_over_a_single_file_with_a_warning(tmp_path: Path) -> None:
-    """H8: one of the two is stale, and only the user knows which."""
+    """H8: the index or the file is stale, and only the user knows which."""
     shard(tmp_path)
     save({"other": torch.ones(1)}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:

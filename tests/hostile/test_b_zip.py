@@ -85,7 +85,7 @@ def skipped() -> bytes:
 def zip64(path: Path, entries: Sequence[tuple[str, bytes, int, int]], claimed: int | None = None) -> Path:
     """Write an archive of (name, bytes, bytes in the file, bytes after inflating), sizes in the directory only.
 
-    What an entry has in the file beyond its bytes is a hole before them. ``claimed`` is a false number of entries.
+    Missing bytes of an entry become a hole before its content. ``claimed`` is a false number of entries.
     """
     directory = bytearray()
     with path.open("wb") as file:

@@ -101,7 +101,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "'v' overlaps the tensor before it: it begins at byte 2, and the data before it ends at byte 4",
     ),
     "G9 same range": (two((0, 4), (0, 4), 4), "overlaps"),
-    "G10 one byte more": (header("", b"12345"), "1 bytes after the last tensor belong to no tensor"),
+    "G10 one byte more": (header("", b"12345"), "not part of a tensor: 1 byte after the last tensor"),
     "G10 one byte less": (header("", b"123"), "truncated: 1 of 4 bytes are missing"),
     "G11 odd F4": (safetensors_file({"w": f32(0, 2, [3], "F4")}, b"12"), "'w': F4 [3] needs 1.5 bytes"),
     "G14 100,000 levels": (header(',"x":' + "[" * 100_000 + "]" * 100_000), "nested too deeply"),

@@ -125,7 +125,7 @@ def test_i13_a_file_name_that_is_not_text_works_and_is_escaped(place: Path) -> N
 @pytest.mark.parametrize("force", [True, False], ids=["with force", "without"])
 def test_i14_the_output_of_two_runs_is_that_of_one_of_them(name: str, place: Path, *, force: bool) -> None:
     """With --force the last run wins; without it the run that finishes first wins."""
-    last_wins = force and name != "set"  # a directory that came to be meanwhile may hold what nobody looked at
+    last_wins = force and name != "set"  # a directory that another program created may contain anything
     options = (*(("--force",) if force else ()), *(("--max-shard-size", "1kB") if name == "set" else ()))
     with paused("posix_fallocate", *converting(place, name, *options)) as late:
         other = run_limited("remap", place / "in.safetensors", "-o", place / name, "--rename", "*=x.*", *options)

@@ -53,8 +53,9 @@ def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a directory that ``torch.distributed.checkpoint`` wrote, in either of its forms.
 
     Tensors are whole: reading a tensor joins its chunks. ``selection`` can name a mapping in the saved state, such as
-    ``model``. Raises ``FormatError`` where the save was interrupted, a file is missing or short, or chunks overlap or
-    leave a gap, naming the tensor and the rows. Reading raises it where a chunk contradicts the metadata.
+    ``model``. Raises ``FormatError`` where the save was interrupted, or a file is missing or short. Raises it too where
+    chunks overlap or leave a gap, naming the tensor and the rows. Reading raises it where a chunk contradicts the
+    metadata.
     """
     names = os.listdir(directory)
     if _METADATA not in names:
@@ -202,7 +203,7 @@ def _with_lists(branch: _Branch) -> object:
 
 
 class StoredObject:
-    """Stands for a saved value that is listed by name only."""
+    """Replaces a saved value that is listed by name only."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,7 +229,7 @@ def split_vector(
     """Return the parameters in the vector of their group, in the layout of ZeRO stages 1 and 2.
 
     ``paddings`` are the elements to skip after each parameter. Raises ``FormatError`` naming the first parameter that
-    reaches beyond the vector, and where more elements are left than the padding to twice the number of ranks explains.
+    reaches beyond the vector. Raises it too where more elements are left than padding to twice the number of ranks.
     """
     parameters: dict[str, Parameter] = {}
     at = 0
