@@ -196,8 +196,8 @@ class Template:
 def parse_template(text: str, pattern: Pattern) -> Template:
     """Return the template ``text`` for keys that match ``pattern``.
 
-    Raises ``RuleError`` where it uses a ``*`` or a capture that the pattern does not have, and for arithmetic on a
-    capture that is not ``{name:int}``.
+    Raises ``RuleError`` for a ``*`` or a capture that the pattern does not have, and for arithmetic on a capture that
+    is not ``{name:int}``.
     """
     if pattern.is_regex:
         return _regex_template(text, pattern)

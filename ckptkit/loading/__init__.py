@@ -85,11 +85,12 @@ def load_into(
 
     Afterwards every loaded tensor has the value of the checkpoint, and every other tensor has each bit that it had.
     All parameters and buffers are the same objects and share the same memory as before. If loading fails or is
-    interrupted, the model is restored from a copy, which takes up to 256 MB of memory and then a temporary file.
+    interrupted, the model is restored from a copy. The copy takes up to 256 MB of memory; a larger one is a temporary
+    file.
 
     Raises ``PlanError`` where a policy is ``error``, and ``RuleError`` where a pattern matches no key. Raises
-    ``ModelError`` where ``require`` or ``min_coverage`` is not met (before anything is copied), where a tensor of the
-    model is on the meta device, and where the check of the result fails.
+    ``ModelError`` where ``require`` or ``min_coverage`` is not met, before anything is copied. The same is raised where
+    a tensor of the model is on the meta device, and where the check of the result fails.
     """
     if on_unexpected == "add":
         raise ModelError(

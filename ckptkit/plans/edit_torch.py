@@ -94,7 +94,7 @@ class PlanEditor:
         return self._file.layout(records)
 
     def _is_unchanged(self, step: Step) -> bool:
-        return step.operation == "copy" and step.recipe is None and step.sources[0].role == self._role
+        return step.is_copy and step.sources[0].role == self._role
 
     def _replaced_key(self, step: Step) -> str:
         """Return the key of the tensor in the file that a step replaces."""

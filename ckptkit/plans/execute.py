@@ -54,9 +54,9 @@ class Written:
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
     """Return the plan with the entries that the output keeps and those that it drops.
 
-    Raises the errors that ``execute`` would raise before its first byte: ``PlanError`` for a tensor that the format
-    cannot hold and for a file that cannot be edited, ``OutputError`` for an output that exists (without ``force``) or
-    cannot be created.
+    Raises the errors that ``execute`` would raise before its first byte. ``PlanError`` is for a tensor that the format
+    cannot hold and for a file that cannot be edited. ``OutputError`` is for an output that exists (without ``force``)
+    or cannot be created.
     """
     infos = [step.out for step in plan.steps]
     lost: list[Dropped] = []
@@ -97,8 +97,8 @@ def execute(
     single input may be given without its role. ``out`` is a path, whose suffix tells the format, or an ``Output``.
     ``progress`` is called with a number of bytes after each write.
 
-    A torch file that is made from a training checkpoint is a copy of its file with the new tensors in place of the old
-    ones; ``Output(only_tensors=True)`` writes the tensors alone. Tensors are streamed, so the memory in use does not
+    A torch file that is made from a training checkpoint is a copy of its file, with the tensors replaced.
+    ``Output(only_tensors=True)`` writes the tensors alone. Tensors are streamed, so the memory in use does not
     grow with the checkpoint.
 
     Raises ``OutputError`` where the output exists (without ``force``), where it would replace an input or a part of

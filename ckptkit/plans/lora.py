@@ -107,8 +107,8 @@ def _refuse_two_folds(base: Checkpoint, changed: Mapping[str, Step]) -> None:
 def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rules: RulesLike | None = None) -> Plan:
     """Return the plan of the LoRA adapter of rank ``rank`` that is nearest to the change from ``base`` to ``tuned``.
 
-    Each weight of a module with two dims or more becomes the two factors of its change, by singular value
-    decomposition, under the keys that peft uses. ``rules`` rename and filter the keys of ``tuned`` first. Every other
+    Each weight of a module with two dims or more gives two factors of its change, by singular value decomposition.
+    The factors have the keys that peft uses. ``rules`` rename and filter the keys of ``tuned`` first. Every other
     tensor is listed as dropped, whether it changed or not.
 
     Raises ``PlanError`` where the base does not have a key or has it in another shape, and where no weight is left.

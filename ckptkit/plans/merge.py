@@ -65,8 +65,8 @@ def plan_merge(
     such as ``pad``, changes the donor's. With ``error`` each of them raises.
 
     Raises ``RuleError`` for wrong rules. Raises ``PlanError`` where a policy is ``error``, where the operation cannot
-    make the shapes equal, where nothing matches at all, where a tensor cannot be copied, and where a file refers to
-    code that looks malicious.
+    make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot be copied, and
+    where a file refers to code that looks malicious.
     """
     _check_policy("on_missing", on_missing, ON_MISSING)
     _check_policy("on_unexpected", on_unexpected, ON_UNEXPECTED)

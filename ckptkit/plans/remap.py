@@ -44,8 +44,8 @@ def plan_remap(
     and dtypes; other tensors of ``source`` are left out.
 
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
-    filled (naming them), where no tensor would be left, where a tensor cannot be copied, and where the file refers to
-    code that looks malicious.
+    filled, where no tensor would be left, and where a tensor cannot be copied. A file that refers to code that looks
+    malicious is refused too.
     """
     checkpoint = as_checkpoint(source, "source")
     refuse_suspicious(checkpoint, "source")

@@ -174,14 +174,14 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
     steps = []
     for step in saved.plan.steps:
         try:
-            made = complete_step(step, sources)
+            completed = complete_step(step, sources)
         except (CkptkitError, KeyError) as error:
             raise PlanError(f"the plan cannot be carried out for {quoted(step.out.key)}: {error}") from None
         infos = [sources[source.role][source.key] for source in step.sources]
         found = describe_output(step.out.key, infos, step.recipe, step.rule)
-        if made.operation != step.operation or found.shape != step.out.shape:
+        if completed.operation != step.operation or found.shape != step.out.shape:
             raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
-        steps.append(made)
+        steps.append(completed)
     # Entries that are not tensors come from the input of today: the digest does not cover them.
     dropped = [drop for drop in saved.plan.dropped if not drop.is_entry]
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]

@@ -29,9 +29,9 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
 
     Of a Checkpoint, the entries that are not tensors help to find the wrappers that ``strip = "auto"`` removes.
 
-    Raises ``RuleError`` where two keys get the same new name, where a new name is empty, where a rule or a kept
-    pattern matches nothing (unless it is optional, or unused rules are allowed), and where an operation lacks an
-    input.
+    Raises ``RuleError`` where two keys get the same new name, where a new name is empty, and where an operation lacks
+    an input. It is also raised where a rule or a kept pattern matches nothing, unless the rule is optional or unused
+    rules are allowed.
     """
     if not rules.stages:
         return KeyMap({key: key for key in keys})

@@ -184,8 +184,8 @@ def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], bas
     """Return the changes of an adapter with this ``adapter_config.json`` to ``base``, from keys and shapes alone.
 
     A replacement may have another shape than the tensor that it replaces, such as a larger vocabulary. Raises
-    ``RuleError`` where a tensor of the adapter has no place in the base, where a factor lacks its partner, and where
-    its rank differs from the config. The same is raised for adapters that this formula does not fold: DoRA and other
+    ``RuleError`` where a tensor of the adapter has no place in the base and where a factor lacks its partner or has
+    another rank than the config. The same is raised for adapters that this formula does not fold: DoRA and other
     variants, and initialisations that changed the base.
     """
     _refuse_unsupported(adapter, config)

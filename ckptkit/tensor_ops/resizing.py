@@ -41,8 +41,8 @@ _LARGEST: Mapping[str, float] = MappingProxyType(
 class Pad(Operation):
     """Add rows at the end of a dim up to ``size``; the rows of the input keep every bit.
 
-    ``fill`` is ``zeros``, ``mean`` (the mean of the rows), ``normal`` (drawn with the mean and the standard deviation
-    of each column, and with ``seed``), or a number.
+    ``fill`` is ``zeros``, ``mean`` (the mean of the rows), ``normal``, or a number. With ``normal`` the rows are drawn
+    with the mean and the standard deviation of each column, and with ``seed``.
     """
 
     size: Int
