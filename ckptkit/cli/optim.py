@@ -240,7 +240,7 @@ def resplit_command(
         checkpoint, state = _open_named_state(stack, path, name_source, quiet=options.quiet)
         groups: OptimizerState | ParamGroupsPlan | ParamGroupsLock
         if spec is not None:
-            groups = _groups_in(spec, state, name_source, stack)
+            groups = _read_groups(spec, state, name_source, stack)
         else:
             _, groups = _open_named_state(stack, other or "", name_source, quiet=options.quiet)
         with default_error_path(path):
@@ -248,7 +248,7 @@ def resplit_command(
         _write(state, checkpoint, options, form, [])
 
 
-def _groups_in(
+def _read_groups(
     spec: str, state: OptimizerState, name_source: NameSource, stack: contextlib.ExitStack
 ) -> ParamGroupsPlan | ParamGroupsLock:
     """Return the groups in a file: those of a lock, or those of a spec for the model or for the shapes in the state."""

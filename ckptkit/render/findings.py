@@ -26,9 +26,9 @@ def merged_report(checked: Iterable[CheckedPath]) -> Report:
     """Return the findings at several paths as one report, with the path at the start of each message."""
     return Report(
         tuple(
-            replace(finding, message=f"{printable(one.path)}: {finding.message}")
-            for one in checked
-            for finding in one.findings
+            replace(finding, message=f"{printable(at_path.path)}: {finding.message}")
+            for at_path in checked
+            for finding in at_path.findings
         )
     )
 
@@ -59,8 +59,8 @@ def findings_page(report: Report) -> Page:
 def paths_page(checked: Sequence[CheckedPath]) -> Page:
     """Return the title of each path with its findings below, then the number of all findings."""
     lines: list[Line] = []
-    for one in checked:
-        lines += [Line(one.title), *finding_lines(one.findings), Line(())]
+    for at_path in checked:
+        lines += [Line(at_path.title), *finding_lines(at_path.findings), Line(())]
     return [*lines, _count(merged_report(checked))]
 
 

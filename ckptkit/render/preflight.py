@@ -58,8 +58,9 @@ def _init_blocks(init: Init) -> Iterator[Block]:
     counts = f"{_some_of(init.loaded, init.tensors)} tensors, {100 * init.coverage:.1f} % of {init.elements:,} elements"
     yield Line((f"init fills {counts}{in_model}",))
     if init.kept:
-        kept = tuple((printable(one.key), one.why, one.looks or "not judged") for one in init.kept[:_MOST_KEPT])
-        yield Table(("stays at init", "because", "looks"), kept)
+        kept = init.kept[:_MOST_KEPT]
+        kept_rows = tuple((printable(tensor.key), tensor.why, tensor.looks or "not judged") for tensor in kept)
+        yield Table(("stays at init", "because", "looks"), kept_rows)
         if len(init.kept) > _MOST_KEPT:
             yield Line((f"and {len(init.kept) - _MOST_KEPT:,} more",))
 
@@ -178,7 +179,10 @@ def _init_document(init: Init) -> dict[str, object]:
             }
             for module in init.modules
         ],
-        "kept": [{"key": one.key, "why": one.why, "elements": one.elements, "looks": one.looks} for one in init.kept],
+        "kept": [
+            {"key": tensor.key, "why": tensor.why, "elements": tensor.elements, "looks": tensor.looks}
+            for tensor in init.kept
+        ],
     }
 
 

@@ -41,10 +41,12 @@ def rule_options(beside: str) -> Callable[[CommandFunction], CommandFunction]:
         ) -> object:
             if settings and rules_file is None:
                 raise click.UsageError("--set sets a variable of a rule file, so it needs --rules")
-            lines = functools.partial(
+            parse = functools.partial(
                 parse_rules, rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused
             )
-            rules = lines() if rules_file is None else _rules_in(rules_file, lines, settings, _first(others[beside]))
+            if rules_file is None:
+                return command(*args, rules=parse(), **others)
+            rules = _read_rules(rules_file, parse, settings, _first_path(others[beside]))
             return command(*args, rules=rules, **others)
 
         return add_options(
@@ -54,23 +56,23 @@ def rule_options(beside: str) -> Callable[[CommandFunction], CommandFunction]:
     return decorate
 
 
-def _first(paths: object) -> str:
+def _first_path(paths: object) -> str:
     """Return the path that an argument holds, the first of several, or an empty string."""
     if isinstance(paths, tuple):
         paths = paths[0] if paths else ""
     return paths if isinstance(paths, str) else ""
 
 
-def _rules_in(path: str, parse: Callable[..., Rules], settings: tuple[str, ...], checkpoint: str) -> Rules:
+def _read_rules(path: str, parse: Callable[..., Rules], settings: tuple[str, ...], checkpoint: str) -> Rules:
     from ckptkit.rules.variables import Settings, parse_setting
 
     given = Settings(dict(map(parse_setting, settings)), _config_reader(checkpoint))
     with default_error_path(path):
-        text = _text_of(path)
+        text = _rules_text(path)
         return parse(file=read_table_file(path, text), lines=rule_lines(text), settings=given)
 
 
-def _text_of(path: str) -> str:
+def _rules_text(path: str) -> str:
     from ckptkit.rules.presets import PRESET_PREFIX, preset_text
 
     if path.startswith(PRESET_PREFIX):

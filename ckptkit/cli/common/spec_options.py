@@ -82,7 +82,7 @@ class SpecSource:
         from ckptkit.param_groups.presets import param_group_preset
 
         with contextlib.ExitStack() as stack:
-            values = {key: _setting(key, text, stack, quiet=quiet) for key, text in self.settings.items()}
+            values = {key: _setting_value(key, text, stack, quiet=quiet) for key, text in self.settings.items()}
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 spec = param_group_preset(self.preset or "", model, **values)
@@ -91,7 +91,7 @@ class SpecSource:
         return spec
 
 
-def _setting(key: str, text: str, stack: contextlib.ExitStack, *, quiet: bool) -> object:
+def _setting_value(key: str, text: str, stack: contextlib.ExitStack, *, quiet: bool) -> object:
     """Return the value of a setting: a TOML value, a text that is not valid TOML, or the base shapes in a file."""
     from ckptkit.core.config_files import format_of, parse_table
 
@@ -116,12 +116,12 @@ def spec_options(command: CommandFunction) -> CommandFunction:
             raise click.UsageError("give a SPEC file, or --preset NAME (--preset '?' lists them), and not both")
         if settings and preset is None:
             raise click.UsageError("--set sets a setting of a preset, so it needs --preset")
-        return command(*args, source=SpecSource(spec, preset, _parsed(settings)), **others)
+        return command(*args, source=SpecSource(spec, preset, _parse_settings(settings)), **others)
 
     return add_options(with_source, _spec_argument, _preset_option, _set_option)
 
 
-def _parsed(settings: tuple[str, ...]) -> dict[str, str]:
+def _parse_settings(settings: tuple[str, ...]) -> dict[str, str]:
     if not settings:
         return {}
     from ckptkit.rules.variables import parse_setting
