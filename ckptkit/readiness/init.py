@@ -18,7 +18,7 @@ from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.readiness import codes
 from ckptkit.readiness.fresh import Look, look_of
-from ckptkit.readiness.model import Init, Kept
+from ckptkit.readiness.model import Init, InModel, Kept
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
 
 __all__ = ["UNLOADED", "InspectedModel", "check_init", "check_values", "compare_init"]
@@ -92,7 +92,7 @@ def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpo
     )
 
 
-def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> str:
+def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> InModel:
     """Return whether the model has the values of init; a tensor with one value everywhere proves nothing."""
     if inspected.stats is None:
         return "unknown"

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.findings import Report
 from ckptkit.core.text import html_table, human_bytes, plural, printable
 
-__all__ = ["DryStep", "Init", "Kept", "Memory", "ModuleTraining", "Preflight", "Resume", "StateMemory", "TrainingGroup"]
+__all__ = [
+    "DryStep",
+    "InModel",
+    "Init",
+    "Kept",
+    "Memory",
+    "ModuleTraining",
+    "Preflight",
+    "Resume",
+    "StateMemory",
+    "TrainingGroup",
+]
+
+InModel = Literal["all", "part", "none", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +43,8 @@ class Kept:
 class Init:
     """The tensors that ``init`` fills, counted by module, and the tensors that it does not fill.
 
-    ``in_model`` says how much of the model has the values of ``init`` already: ``"all"``, ``"part"`` or ``"none"``, and
-    ``"unknown"`` where the values could not be compared.
+    ``in_model`` says which of the loaded tensors have the values of ``init`` already; it is ``"unknown"`` where values
+    could not be compared.
     """
 
     loaded: int
@@ -40,7 +53,7 @@ class Init:
     elements: int
     modules: tuple[ModuleCoverage, ...]
     kept: tuple[Kept, ...]
-    in_model: str
+    in_model: InModel
 
     @property
     def coverage(self) -> float:
