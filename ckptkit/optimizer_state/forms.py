@@ -56,7 +56,7 @@ class FoundState:
     remarks: tuple[str, ...] = ()
 
 
-def read_state(state: Checkpoint | Mapping[Any, Any]) -> FoundState:
+def read_state(state: Checkpoint | Mapping[str, object]) -> FoundState:
     """Return the content of an optimizer state; ``state`` is a Checkpoint of one, or a live ``state_dict()``.
 
     Raises ``FormatError`` if it is not an optimizer state, or if a part of it has a type that torch never writes.
@@ -91,7 +91,7 @@ def _leaf_reader(checkpoint: Checkpoint, nested: Nested) -> ReadLeaf:
     return read_leaf
 
 
-def _live_leaf_reader(state: Mapping[Any, Any]) -> ReadLeaf:
+def _live_leaf_reader(state: Mapping[str, object]) -> ReadLeaf:
     import torch
 
     tensors: dict[KeyPath, Tensor] = {}
@@ -136,7 +136,7 @@ def _read(value: object, read_leaf: ReadLeaf, path: str) -> FoundState:
         raise
 
 
-def _read_nested(value: Mapping[Any, Any], read: ReadLeaf, path: str) -> FoundState:
+def _read_nested(value: Mapping[str, Any], read: ReadLeaf, path: str) -> FoundState:
     groups = tuple(_read_group(number, table, read) for number, table in enumerate(value["param_groups"]))
     state: dict[object, Mapping[str, SlotValue]] = {}
     for key, slots in value["state"].items():

@@ -28,7 +28,7 @@ from ckptkit.rules.model import Rules
 
 __all__ = ["OptimizerLoadReport", "load_optimizer_state"]
 
-StateLike = OptimizerState | FoundState | Checkpoint | Mapping[Any, Any]
+StateLike = OptimizerState | FoundState | Checkpoint | Mapping[str, object]
 OnMissing = Literal["keep", "error"]
 OnUnexpected = Literal["skip", "error"]
 OnMismatch = Literal["error", "skip"]
@@ -264,7 +264,7 @@ def _refuse_by_policy(match: StateMatch, saved: OptimizerState, on_missing: OnMi
 
 
 def _load(
-    optimizer: Any, state: OptimizerState, match: StateMatch, inventory: Inventory, schema: OptimizerSchema | None
+    optimizer: Optimizer, state: OptimizerState, match: StateMatch, inventory: Inventory, schema: OptimizerSchema | None
 ) -> None:
     given = to_dict(state, "indexed")
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
@@ -291,7 +291,9 @@ def _load(
         raise
 
 
-def _restore_scalar_dtypes(optimizer: Any, match: StateMatch, inventory: Inventory, schema: OptimizerSchema) -> None:
+def _restore_scalar_dtypes(
+    optimizer: Optimizer, match: StateMatch, inventory: Inventory, schema: OptimizerSchema
+) -> None:
     """Undo the cast of single numbers, because NAdam keeps a product in 32 bits for a parameter of any dtype."""
     scalars = {slot.name for slot in schema.slots if slot.layout == "scalar"} - {"step"}  # torch does not cast step
     for name, slots in match.state.items():
@@ -303,7 +305,7 @@ def _restore_scalar_dtypes(optimizer: Any, match: StateMatch, inventory: Invento
                 loaded[slot] = value.to(loaded[slot].device)
 
 
-def _snapshot(optimizer: Any) -> Callable[[], None]:
+def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
     """Return a function that restores groups and state; torch replaces both, but a hook can change them in place."""
     groups, state = optimizer.param_groups, optimizer.state
     tables = [(table, dict(table)) for table in (*groups, *state.values()) if isinstance(table, dict)]
@@ -321,7 +323,7 @@ def _snapshot(optimizer: Any) -> Callable[[], None]:
     return restore
 
 
-def _compare_values(optimizer: Any, match: StateMatch, inventory: Inventory) -> None:
+def _compare_values(optimizer: Optimizer, match: StateMatch, inventory: Inventory) -> None:
     """Raise ``GroupsError`` if the optimizer does not have the saved values."""
     for name, slots in match.state.items():
         loaded = optimizer.state.get(inventory.by_name[name].tensor, {})
@@ -333,7 +335,7 @@ def _compare_values(optimizer: Any, match: StateMatch, inventory: Inventory) -> 
                 )
 
 
-def _is_same(loaded: Any, value: SlotValue) -> bool:
+def _is_same(loaded: object, value: SlotValue) -> bool:
     """Return whether a loaded slot has the saved value, cast to the dtype of the parameter as torch does."""
     if isinstance(value, LazyTensor):
         if not is_tensor(loaded) or tuple(loaded.shape) != value.shape:

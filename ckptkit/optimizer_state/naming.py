@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any, cast
+from typing import cast
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
@@ -82,7 +82,7 @@ def _is_shape(value: object) -> bool:
 
 
 def to_named(
-    state: FoundState | Checkpoint | Mapping[Any, Any], names: NamesLike | None = None, *, drop_strays: bool = False
+    state: FoundState | Checkpoint | Mapping[str, object], names: NamesLike | None = None, *, drop_strays: bool = False
 ) -> OptimizerState:
     """Return the state of an optimizer by the names of its parameters.
 
@@ -143,7 +143,7 @@ def _own_names(found: FoundState) -> dict[object, str] | None:
     return {param: str(param) for group in found.groups for param in group.params}
 
 
-def _given_names(params: Sequence[object], names: Sequence[Any]) -> dict[object, str]:
+def _given_names(params: Sequence[object], names: Sequence[object]) -> dict[object, str]:
     if len(names) != len(params):
         raise PlanError(f"{plural(len(names), 'name')} for {plural(len(params), 'parameter')}", hint=_GIVE_MODEL)
     if not all(isinstance(name, str) and name for name in names):
@@ -151,7 +151,7 @@ def _given_names(params: Sequence[object], names: Sequence[Any]) -> dict[object,
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
         raise PlanError(f"{listed(repeated, _MAX_SHOWN)} is given twice", hint=_GIVE_MODEL)
-    return dict(zip(params, names, strict=True))
+    return dict(zip(params, map(str, names), strict=True))
 
 
 def _compare_with_model(found: FoundState, names: Mapping[object, str], model: Parameters) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
 from ckptkit.core.text import quoted
@@ -48,7 +48,7 @@ _RESET = "drop its state first: ckpt optim prune --reset PATTERN"
 
 
 def remap(
-    state: OptimizerState, rules: Rules | list[str] | Mapping[str, Any] | None, *, elementwise: Collection[str] = ()
+    state: OptimizerState, rules: Rules | list[str] | Mapping[str, object] | None, *, elementwise: Collection[str] = ()
 ) -> OptimizerState:
     """Return the state of the parameters that ``rules`` make; give the rules that remap the weights of the model.
 

@@ -31,7 +31,7 @@ _NUMBERS_OF_ALL = ("lr", "weight_decay")
 _NUMBERS_OF_TORCH = ("momentum", "lr_decay", "initial_accumulator_value", "momentum_decay")
 
 
-def find_option_fault(key: str, options: Mapping[str, Any], kind: type | None) -> OptionFault | None:
+def find_option_fault(key: str, options: Mapping[str, object], kind: type | None) -> OptionFault | None:
     """Return the fault of the option ``key`` of a group, or None; ``kind`` is the class of the optimizer.
 
     Without a class, only the options that have the same meaning in all of torch.optim are checked.
@@ -63,7 +63,7 @@ def _eps_fault(value: object, schema: OptimizerSchema | None) -> OptionFault | N
     return _fault(number_fault(value), _ZERO_OR_MORE)
 
 
-def _class_fault(key: str, options: Mapping[str, Any], schema: OptimizerSchema) -> OptionFault | None:
+def _class_fault(key: str, options: Mapping[str, object], schema: OptimizerSchema) -> OptionFault | None:
     """Return the fault of an option that only one class of torch.optim has, or None."""
     value = options[key]
     if key == "rho":
@@ -135,7 +135,7 @@ _INTENDED = {
 def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
     """Yield a finding for each option that is out of range, that nothing reads, or that is missing."""
     for group in groups:
-        defaults: Mapping[str, Any] | None = getattr(group.optimizer, "defaults", None)
+        defaults: Mapping[str, object] | None = getattr(group.optimizer, "defaults", None)
         for key in group.options:
             if defaults is not None and defaults.get(key, 0) is None:
                 continue
@@ -152,7 +152,7 @@ def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
                 )
 
 
-def _unread_options(group: LiveGroup, defaults: Mapping[str, Any] | None) -> Iterator[Finding]:
+def _unread_options(group: LiveGroup, defaults: Mapping[str, object] | None) -> Iterator[Finding]:
     # A group without an optimizer may go to any class. An option that no class of torch reads is reported all the
     # same, because nothing else will report it.
     read_options = defaults if defaults is not None else torch_options() if group.optimizer is None else None

@@ -19,7 +19,7 @@ from ckptkit.param_groups.validate.stale import REBIND_HINT
 __all__ = ["check_state", "check_state_values"]
 
 
-MemberState = tuple[Member, Mapping[str, Any]]  # a member of a group, and the slots that the optimizer keeps for it
+MemberState = tuple[Member, Mapping[str, object]]  # a member of a group, and the slots that the optimizer keeps for it
 _DROP = "drop it, and the next step starts without it: optimizer.state.pop(parameter)"
 _LOAD_AGAIN = "load the state again from an intact file, or drop it: optimizer.state.pop(parameter)"
 
@@ -41,7 +41,9 @@ def check_state(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> It
             yield from _check_absent(inventory, optimizer, optimizer.schema, states)
 
 
-def _check_keys(optimizer: LiveOptimizer, state: Mapping[Any, Any], members: Mapping[int, Member]) -> Iterator[Finding]:
+def _check_keys(
+    optimizer: LiveOptimizer, state: Mapping[object, object], members: Mapping[int, Member]
+) -> Iterator[Finding]:
     orphans = [key for key in state if is_tensor(key) and id(key) not in members]
     if orphans:
         yield codes.STATE_ORPHAN.finding(
@@ -78,7 +80,7 @@ def _check_slots(
     inventory: Inventory, optimizer: LiveOptimizer, schema: OptimizerSchema, states: Sequence[MemberState]
 ) -> Iterator[Finding]:
     unread: dict[str, list[Member]] = defaultdict(list)
-    converted: dict[tuple[Code, Any, Any], dict[Member, bool]] = defaultdict(dict)
+    converted: dict[tuple[Code, object, object], dict[Member, bool]] = defaultdict(dict)
     for member, slots in states:
         shape = member.shape
         if shape is None:
@@ -113,7 +115,7 @@ def _check_slots(
         yield _converted(inventory, code, of_state, of_parameter, members)
 
 
-def _shape_of(value: Any) -> tuple[int, ...] | None:
+def _shape_of(value: object) -> tuple[int, ...] | None:
     return tuple(value.shape) if is_tensor(value) else None
 
 
@@ -177,7 +179,7 @@ def _step_counts(states: Sequence[MemberState]) -> Iterator[tuple[float, Member]
     """Yield the step count of each member; the counts on one device are fetched together."""
     import torch
 
-    by_device: dict[Any, list[tuple[Tensor, Member]]] = defaultdict(list)
+    by_device: dict[object, list[tuple[Tensor, Member]]] = defaultdict(list)
     for member, slots in states:
         step = slots.get("step")
         if isinstance(step, int | float):
@@ -232,7 +234,7 @@ def check_state_values(inventory: Inventory, optimizers: Sequence[LiveOptimizer]
     yield from _check_shared_memory(inventory, optimizers)
 
 
-def _state_tensors(optimizer: LiveOptimizer) -> Iterator[tuple[Member, str, Any]]:
+def _state_tensors(optimizer: LiveOptimizer) -> Iterator[tuple[Member, str, Tensor]]:
     """Yield every tensor in the state of the members of the groups, with the name of its slot."""
     state = getattr(optimizer.instance, "state", None)
     if not isinstance(state, Mapping):
@@ -270,7 +272,7 @@ def _check_shared_memory(inventory: Inventory, optimizers: Sequence[LiveOptimize
         for optimizer in optimizers
         for member in optimizer.members
     }
-    seen: dict[tuple[Any, int], str] = {}
+    seen: dict[tuple[object, int], str] = {}
     count, first = 0, ""
     for optimizer in optimizers:
         for member, name, value in _state_tensors(optimizer):
