@@ -113,6 +113,21 @@ def test_groups_of_several_optimizers_are_validated_together(capsys: pytest.Capt
     assert (ran.code, ran.out.strip()) == (0, "10 trainable parameters, each in exactly one of 2 groups")
 
 
+def test_a_spec_that_forbids_frozen_parameters_may_freeze_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The groups of both optimizers are built from one plan, so freezing for the first does not fail the second."""
+    spec = tmp_path / "groups.toml"
+    spec.write_text(
+        'frozen = "error"\ndefaults.lr = 1e-3\n'
+        '[[group]]\nname = "body"\nparams = "conv1.*"\nfreeze = true\n'
+        '[[group]]\nname = "head"\nparams = "fc3.*"\noptimizer = "SGD"\n'
+        '[[group]]\nname = "rest"\nrest = true\noptimizer = "AdamW"\n'
+    )
+    ran = run_ckpt(capsys, "groups", "validate", "--model", LENET, spec)
+    assert (ran.code, ran.out, ran.err) == (0, "8 trainable parameters, each in exactly one of 2 groups\n", "")
+
+
 def test_validate_warns_of_parameters_in_no_layer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """These parameters would train at the full rate without a message."""
     spec = tmp_path / "groups.toml"

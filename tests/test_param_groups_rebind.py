@@ -352,6 +352,25 @@ def test_weight_norm_on_and_off() -> None:
     assert not any(same(before, model, [name]) for name in [*BODY, *HEAD])
 
 
+def test_state_is_dropped_where_the_only_successor_is_in_a_group_already() -> None:
+    """The new weight was added by hand and has a state of its own, so the old state has no place."""
+    model = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4))
+    optimizer = adamw(model.named_parameters())
+    steps(model, optimizer)
+    plain = nn.Linear(4, 4)
+    optimizer.add_param_group({"params": [("weight", plain.weight)]})
+    report = rebind(optimizer, plain)
+    original = "parametrizations.weight.original"
+    assert ("state-dropped", original) in codes_and_keys(report)
+    (dropped,) = [finding for finding in report.findings if finding.code == "rebind.state-dropped"]
+    assert dropped.message.endswith("was dropped: spectral_norm of torch.nn.utils.parametrizations was removed")
+    assert validate_param_groups(plain, optimizer).ok
+    assert len(optimizer.state_dict()["state"]) == 1
+    before = copy.deepcopy(plain)
+    steps(plain, optimizer)
+    assert not any(same(before, plain, [name]) for name in ("weight", "bias"))
+
+
 def test_names_that_torch_overwrote_are_corrected() -> None:
     """A state_dict of a model with its layers in another order puts the names on the wrong parameters."""
     model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
