@@ -310,7 +310,7 @@ def _parameter(data: object, *_: object) -> object:
 
 
 def _old_parameter(*args: object) -> object:
-    # Before 0.4 a parameter was made anew from its data, and the rest set on it.
+    # Before torch 0.4, the pickle called the class with the data and set everything else as state.
     return (
         args[0] if args and isinstance(args[0], TensorRef) else Placeholder(CodeName(*_PARAMETER.rsplit(".", 1)), args)
     )
