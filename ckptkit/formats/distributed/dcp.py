@@ -16,11 +16,11 @@ from functools import partial
 from itertools import pairwise
 from typing import NoReturn
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import DTYPES, Checkpoint, KeyPath, Payload, Record, TensorInfo
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, DcpTensor, Path, Place, read_metadata
+from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, DcpTensor, Place, read_metadata
 from ckptkit.formats.distributed.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
 from ckptkit.formats.file_pool import FilePool, Section
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
@@ -173,7 +173,7 @@ class _Branch(dict[object, object]):
     """A mapping or list of the nested state; a saved value that is a dict has another class."""
 
 
-def _nested(paths: Mapping[str, Path], values: Mapping[str, object]) -> object:
+def _nested(paths: Mapping[str, KeyPath], values: Mapping[str, object]) -> object:
     root = _Branch()
     left = _MOST_PLACES
     for key, path in paths.items():

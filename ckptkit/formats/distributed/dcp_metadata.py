@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from ckptkit.core.checkpoint import KeyPath
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Box
@@ -39,7 +40,6 @@ _CLASSES: Final[Mapping[str, str]] = {
     "torch.distributed.checkpoint.filesystem._StorageInfo": "_StorageInfo",
 }  # fmt: skip
 _TORCH_NAMES = ("torch.Size", "torch.serialization._get_layout")
-Path = tuple[object, ...]
 _ItemIndex = tuple[str, tuple[int, ...] | None]
 
 
@@ -72,7 +72,7 @@ class DcpMetadata:
 
     tensors: Mapping[str, DcpTensor]
     objects: Mapping[str, Place]
-    paths: Mapping[str, Path]  # keys from the outermost mapping to the value, for every FQN
+    paths: Mapping[str, KeyPath]  # keys from the outermost mapping to the value, for every FQN
     version: str | None
     references: Mapping[str, int]  # code that the pickle names, and how often
 
@@ -252,7 +252,7 @@ def _properties(key: str, value: object) -> tuple[str, str]:
     return dtype.code, "dense" if layout == "torch.strided" else "sparse"
 
 
-def _paths(table: Mapping[object, object], planner: object) -> Iterator[tuple[str, Path]]:
+def _paths(table: Mapping[object, object], planner: object) -> Iterator[tuple[str, KeyPath]]:
     # Without flattening there is no planner data, and each key is its own path.
     paths = planner if isinstance(planner, dict) else {}
     for key in table:
