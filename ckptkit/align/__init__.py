@@ -130,7 +130,7 @@ def suggest_rules(
 
 def _add_digests(suggestion: Suggestion, digests: Digests) -> Suggestion:
     """Return the suggestion with equal bytes as further evidence."""
-    if suggestion.operations or suggestion.why == EQUAL_BYTES:
+    if suggestion.operations or suggestion.has_equal_bytes:
         return suggestion
     results = [
         equal for key, (source, *_) in suggestion.keys.items() if (equal := digests.are_equal(key, source)) is not None

@@ -130,7 +130,7 @@ def _pair_by_digests(
     for expected, found in sorted(votes, key=lambda vote: vote[0].order):
         match = match_modules(expected, found) if lefts[expected] == rights[found] == 1 else None
         if match is not None and not any(link.operations for link in match.links):
-            pairs.append(ModulePair((expected,), (found,), match, EQUAL_BYTES, 1.0))
+            pairs.append(ModulePair((expected,), (found,), match, EQUAL_BYTES, 1.0, has_equal_bytes=True))
     return pairs
 
 
@@ -243,7 +243,7 @@ def _transpose_squares(result: Matching) -> None:
             leaves = link.expected[0].leaf, link.found[0].leaf
             stack = pair.found[0].stack
             siblings = transposed_kinds.get((stack, *leaves)) or transposed_kinds.get((None, *leaves)) or {False}
-            is_open = not link.operations and pair.why != EQUAL_BYTES and _is_square(link, pair.match)
+            is_open = not link.operations and not pair.has_equal_bytes and _is_square(link, pair.match)
             is_fused = len(link.found) + len(link.expected) > 2
             is_matrix = len(next(iter(link.found[0].tensors.values())).shape) == 2
             is_mixed |= (is_open or _TRANSPOSE in link.operations) and len(siblings) > 1
@@ -292,7 +292,7 @@ def _doubt_rotary(result: Matching) -> None:
         is_same_code = [module.path_in_layer for module in pair.expected] == [
             module.path_in_layer for module in pair.found
         ]
-        if is_same_code or pair.why == EQUAL_BYTES or not roles & _ROTATED_ROLES:
+        if is_same_code or pair.has_equal_bytes or not roles & _ROTATED_ROLES:
             kept.append(pair)
         else:
             result.undecided.append(Undecided(pair.expected, pair.found, _ROTARY, pair))

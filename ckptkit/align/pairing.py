@@ -32,6 +32,7 @@ class ModulePair:
     match: ModuleMatch
     why: str
     confidence: float
+    has_equal_bytes: bool = False  # paired because their bytes are equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +74,7 @@ class Scope:
             self._pair_by_key(lambda module: module.path.texts, "same name", 1.0, is_exact=True)
         self._pair_by_key(_path_in_layer_key, "same name in its layer", 0.95, is_exact=True)
         self._pair_by_key(_words_key, "same words", 0.92)
-        self._pair_by_key(lambda module: module.role or None, "known spellings", 0.9)
+        self._pair_by_key(lambda module: module.role or None, "known spellings: {role}", 0.9)
         self._pair_fused()
         self._pair_unnamed()
         # An index inside of a layer may be a name on the other side: mlp.0 and mlp.2 are fc1 and fc2.
@@ -100,7 +101,7 @@ class Scope:
     def _pair_by_key(
         self, key: Callable[[LayeredModule], Hashable], why: str, confidence: float, *, is_exact: bool = False
     ) -> None:
-        """Pair modules with a key that no other module of their side has.
+        """Pair modules with a key that no other module of their side has; ``{role}`` in ``why`` is filled in.
 
         With ``is_exact``, modules with equal keys and different shapes are listed as ``unequal``.
         """
@@ -116,7 +117,7 @@ class Scope:
                 unequal.append((expected, found))
                 match = match_modules(expected, found, self.layer_shift, partly=True)
             if match is not None:
-                reason = f"{why}: {expected.role.replace('_', ' ')}" if why == "known spellings" else why
+                reason = why.format(role=expected.role.replace("_", " "))
                 pairs.append(ModulePair((expected,), (found,), match, reason, confidence))
         self.unequal += unequal
         self._remove([module for pair in unequal for module in pair])

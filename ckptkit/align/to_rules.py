@@ -42,6 +42,7 @@ class Suggestion:
         confidence: Between 0 and 1; 1 if the names alone or equal bytes prove the rule.
         keys: Each expected key that the rule fills, with the found keys that it is made from.
         elements: The number of elements of the filled keys.
+        has_equal_bytes: Whether equal bytes are the reason for the rule.
     """
 
     sources: tuple[str, ...]
@@ -51,6 +52,7 @@ class Suggestion:
     confidence: float
     keys: dict[str, tuple[str, ...]]
     elements: int
+    has_equal_bytes: bool = False
 
     @property
     def names(self) -> str:
@@ -212,7 +214,8 @@ def _suggestion(draft: _RuleDraft) -> Suggestion | None:
     if patterns is None:
         return None
     why = "; ".join(dict.fromkeys([draft.pair.why, *(link.note for link in draft.links if link.note)]))
-    return Suggestion(*patterns, draft.operations, why, draft.pair.confidence, keys, elements)
+    pair = draft.pair
+    return Suggestion(*patterns, draft.operations, why, pair.confidence, keys, elements, pair.has_equal_bytes)
 
 
 def _patterns(draft: _RuleDraft) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
