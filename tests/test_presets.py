@@ -32,8 +32,8 @@ SIZES = {"patch": 2, "patches": 9, "classes": 5}
 class Pairing:
     """Two lists of names for one model, and the presets between them."""
 
-    there: str
-    back: str
+    forward: str
+    backward: str
     old: Shapes
     new: Shapes
     variables: dict[str, int] = field(default_factory=dict)
@@ -101,13 +101,13 @@ def test_a_preset_and_its_opposite_restore_every_bit(name: str, tmp_path: Path) 
     """The keys and shapes are exactly those of the list, and the opposite preset restores every bit."""
     pair = PAIRS[name]
     for number, (names, old, new) in enumerate(
-        (((pair.there, pair.back), pair.old, pair.new), ((pair.back, pair.there), pair.new, pair.old))
+        (((pair.forward, pair.backward), pair.old, pair.new), ((pair.backward, pair.forward), pair.new, pair.old))
     ):
         state = random_bits(old, CODES[name.partition(" ")[0]])
-        there = remapped(state, names[0], pair.variables, tmp_path / f"{number}a.safetensors")
-        assert {key: tuple(value.shape) for key, value in there.items()} == new
-        back = remapped(there, names[1], pair.variables, tmp_path / f"{number}b.safetensors")
-        assert same_state(back, state)
+        forward = remapped(state, names[0], pair.variables, tmp_path / f"{number}a.safetensors")
+        assert {key: tuple(value.shape) for key, value in forward.items()} == new
+        backward = remapped(forward, names[1], pair.variables, tmp_path / f"{number}b.safetensors")
+        assert same_state(backward, state)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -115,12 +115,12 @@ def test_like_the_other_library(name: str, tmp_path: Path) -> None:
     """``--like`` finds every key of the other library."""
     pair = PAIRS[name]
     state = random_bits(pair.old, CODES[name.partition(" ")[0]])
-    made = remapped(state, pair.there, pair.variables, tmp_path / "o.safetensors", like=pair.new)
+    made = remapped(state, pair.forward, pair.variables, tmp_path / "o.safetensors", like=pair.new)
     assert {key: tuple(value.shape) for key, value in made.items()} == pair.new
 
 
 def test_every_preset_has_an_opposite_that_is_tested() -> None:
-    assert set(preset_names()) == {name for pair in PAIRS.values() for name in (pair.there, pair.back)}
+    assert set(preset_names()) == {name for pair in PAIRS.values() for name in (pair.forward, pair.backward)}
 
 
 def _rope_to_hf(weight: torch.Tensor, heads: int) -> torch.Tensor:
@@ -246,7 +246,7 @@ VARIANTS: dict[str, tuple[str, str, Callable[[State], State]]] = {
 def test_real_files(name: str, preset: str, varied: Callable[[State], State], tmp_path: Path) -> None:
     """Additional tensors of such files do not change the result."""
     pair = PAIRS[name]
-    plain = random_bits(pair.old if preset == pair.there else pair.new)
+    plain = random_bits(pair.old if preset == pair.forward else pair.new)
     expected = remapped(plain, preset, pair.variables, tmp_path / "a.safetensors")
     found = remapped(varied(plain), preset, pair.variables, tmp_path / "b.safetensors")
     assert same_state(found, expected)
@@ -267,9 +267,9 @@ def test_frozen_norms_have_no_counters(tmp_path: Path) -> None:
     state = random_bits(resnet.torchvision(*sizes, 5))
     frozen = resnet.detectron2(*sizes, None, frozen=True)
     made = remapped(state, "resnet-torchvision-to-detectron2", {}, tmp_path / "a.safetensors", like=frozen)
-    back = remapped(made, "resnet-detectron2-to-torchvision", {}, tmp_path / "b.safetensors")
+    backward = remapped(made, "resnet-detectron2-to-torchvision", {}, tmp_path / "b.safetensors")
     kept = {key: value for key, value in state.items() if not key.startswith("fc.") and not key.endswith("tracked")}
-    assert same_state(back, kept)
+    assert same_state(backward, kept)
 
 
 @pytest.mark.parametrize("name", preset_names())

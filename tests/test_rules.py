@@ -46,17 +46,17 @@ def from_file(text: str, keys: tuple[str, ...] | list[str]) -> KeyMap:
     ],
 )  # fmt: skip
 def test_rules_run_in_one_simultaneous_pass(options: Any, keys: list[str], renamed: dict[str, str]) -> None:
-    made = applied(keys, **options)
-    assert dict(made.renamed) == renamed
-    assert list(made.renamed) == [key for key in keys if key in renamed]
-    assert set(made.dropped) == set(keys) - set(renamed)
+    key_map = applied(keys, **options)
+    assert dict(key_map.renamed) == renamed
+    assert list(key_map.renamed) == [key for key in keys if key in renamed]
+    assert set(key_map.dropped) == set(keys) - set(renamed)
 
 
 def test_the_key_map_names_the_rules() -> None:
-    made = applied(rename=["module.*=*"], drop=["step"], keep=["module.fc.*", "step"])
-    assert dict(made.renamed) == {"module.fc.weight": "fc.weight", "module.fc.bias": "fc.bias"}
-    assert made.rule_of["module.fc.bias"] == "--rename 'module.*=*'"
-    assert dict(made.dropped) == {"module.bn.weight": "matches no --keep", "step": "--drop 'step'"}
+    key_map = applied(rename=["module.*=*"], drop=["step"], keep=["module.fc.*", "step"])
+    assert dict(key_map.renamed) == {"module.fc.weight": "fc.weight", "module.fc.bias": "fc.bias"}
+    assert key_map.rule_of["module.fc.bias"] == "--rename 'module.*=*'"
+    assert dict(key_map.dropped) == {"module.bn.weight": "matches no --keep", "step": "--drop 'step'"}
 
 
 @pytest.mark.parametrize(
@@ -97,10 +97,10 @@ on_collision = "{second}"
     ],
 )
 def test_a_collision_can_be_decided_and_the_loser_is_listed(first: str, second: str, kept: str) -> None:
-    made = from_file(COLLISION.format(name="a", first=first, second=second), ["a.w", "b.w", "c"])
+    key_map = from_file(COLLISION.format(name="a", first=first, second=second), ["a.w", "b.w", "c"])
     lost = "a.w" if kept == "b.w" else "b.w"
-    assert dict(made.renamed) == {kept: "w", "c": "c"}
-    assert dict(made.dropped) == {lost: f"'{kept}' gets the name 'w'"}
+    assert dict(key_map.renamed) == {kept: "w", "c": "c"}
+    assert dict(key_map.dropped) == {lost: f"'{kept}' gets the name 'w'"}
 
 
 def test_rules_that_decide_a_collision_differently_decide_nothing() -> None:
@@ -110,9 +110,9 @@ def test_rules_that_decide_a_collision_differently_decide_nothing() -> None:
 
 def test_of_three_keys_the_last_one_stays() -> None:
     text = '[[rule]]\nfrom = "{x}.w"\nto = "w"\non_collision = "last"'
-    made = from_file(text, ["a.w", "b.w", "c.w"])
-    assert dict(made.renamed) == {"c.w": "w"}
-    assert set(made.dropped) == {"a.w", "b.w"}
+    key_map = from_file(text, ["a.w", "b.w", "c.w"])
+    assert dict(key_map.renamed) == {"c.w": "w"}
+    assert set(key_map.dropped) == {"a.w", "b.w"}
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_a_rule_that_does_nothing_is_an_error_unless_allowed(options: Any, reaso
         applied(**options)
     assert reason in caught.value.reason
     assert "--allow-unused" in (caught.value.hint or "")
-    made = applied(**options, allow_unused=True)
-    assert any(reason in note for note in made.notes)
+    key_map = applied(**options, allow_unused=True)
+    assert any(reason in note for note in key_map.notes)
 
 
 def test_an_optional_rule_may_do_nothing_and_that_is_noted() -> None:
-    made = from_file('[[rule]]\nfrom = "x"\nto = "y"\noptional = true', ["a"])
-    assert dict(made.renamed) == {"a": "a"}
-    assert made.notes == ("rule 'x=y' ([[rule]] 1) matches none of 1 key",)
+    key_map = from_file('[[rule]]\nfrom = "x"\nto = "y"\noptional = true', ["a"])
+    assert dict(key_map.renamed) == {"a": "a"}
+    assert key_map.notes == ("rule 'x=y' ([[rule]] 1) matches none of 1 key",)
 
 
 def test_a_name_that_a_rule_empties_is_an_error_naming_rule_and_key() -> None:
@@ -176,13 +176,13 @@ def test_stages_see_the_names_that_the_one_before_made() -> None:
     from = "*.bias"
     drop = true
     """
-    made = from_file(text, NET)
-    assert dict(made.renamed) == {"module.fc.weight": "head.weight"}
-    assert made.rule_of["module.fc.weight"] == (
+    key_map = from_file(text, NET)
+    assert dict(key_map.renamed) == {"module.fc.weight": "head.weight"}
+    assert key_map.rule_of["module.fc.weight"] == (
         "rule 'module.*=*' ([[rule]] 1), rule 'fc.weight=head.weight' ([[stage]] 1, [[rule]] 1)"
     )
-    assert made.dropped["module.fc.bias"] == "drop '*.bias' ([[stage]] 2, [[rule]] 1)"
-    assert made.dropped["step"] == "matches no --keep"
+    assert key_map.dropped["module.fc.bias"] == "drop '*.bias' ([[stage]] 2, [[rule]] 1)"
+    assert key_map.dropped["step"] == "matches no --keep"
 
 
 def test_a_command_line_comes_before_the_file() -> None:
@@ -226,9 +226,9 @@ def test_an_error_in_a_rule_file_names_the_rule_by_its_number(text: str, reason:
 
 
 def test_callers_may_pass_rules_in_several_forms() -> None:
-    made = parse_rules(rename=["a=b"])
+    key_map = parse_rules(rename=["a=b"])
     table = {"rule": [{"from": "a", "to": "b"}]}
-    forms = [as_rules(form) for form in (made, ["a=b"], table)]
+    forms = [as_rules(form) for form in (key_map, ["a=b"], table)]
     assert [dict(apply_rules(form, ["a"]).renamed) for form in forms] == [{"a": "b"}] * 3
     assert as_rules(None) == Rules()
     with pytest.raises(RuleError, match=r"rules=\['a=b'\]"):
@@ -258,13 +258,13 @@ def test_nothing_is_lost_and_no_name_is_given_twice(
     keys: list[str], rename: list[str], drop: list[str], keep: list[str]
 ) -> None:
     try:
-        made = applied(keys, rename=rename, drop=drop, keep=keep, allow_unused=True)
+        key_map = applied(keys, rename=rename, drop=drop, keep=keep, allow_unused=True)
     except RuleError as error:
         assert "both be called" in error.reason  # noqa: PT017 - the one refusal that these rules can meet
         return
-    assert set(made.renamed) | set(made.dropped) == set(keys)
-    assert set(made.renamed).isdisjoint(made.dropped)
-    assert len(set(made.renamed.values())) == len(made.renamed)
+    assert set(key_map.renamed) | set(key_map.dropped) == set(keys)
+    assert set(key_map.renamed).isdisjoint(key_map.dropped)
+    assert len(set(key_map.renamed.values())) == len(key_map.renamed)
 
 
 @given(KEY_SETS, st.sampled_from(["first", "last"]), st.lists(RENAMES, min_size=1, max_size=4))
@@ -273,15 +273,15 @@ def test_with_a_decision_there_is_no_collision_and_still_nothing_lost(
 ) -> None:
     pairs = (text.removeprefix("re:").rpartition("=") for text in rename if not text.startswith("re:"))
     table = {"rule": [{"from": a, "to": b, "on_collision": policy, "optional": True} for a, _, b in pairs]}
-    made = apply_rules(parse_rules(file=table), keys)
-    assert set(made.renamed) | set(made.dropped) == set(keys)
-    assert len(set(made.renamed.values())) == len(made.renamed) == len(keys) - len(made.dropped)
+    key_map = apply_rules(parse_rules(file=table), keys)
+    assert set(key_map.renamed) | set(key_map.dropped) == set(keys)
+    assert len(set(key_map.renamed.values())) == len(key_map.renamed) == len(keys) - len(key_map.dropped)
 
 
 @given(KEY_SETS, st.permutations(["a.*=x.*", "b.*=y.*", "w.*=z.*", "0=n", "10.*=ten.*"]))
 def test_renames_that_fit_different_keys_may_come_in_any_order(keys: list[str], rename: list[str]) -> None:
-    made = applied(keys, rename=rename, allow_unused=True)
-    assert made.renamed == applied(keys, rename=sorted(rename), allow_unused=True).renamed
+    key_map = applied(keys, rename=rename, allow_unused=True)
+    assert key_map.renamed == applied(keys, rename=sorted(rename), allow_unused=True).renamed
 
 
 @given(KEY_SETS, KEY)

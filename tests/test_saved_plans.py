@@ -58,9 +58,9 @@ def apply_and_invert(source: State, rules: str, tmp_path: Path) -> State:
     """Return the output of the inverse plan on the plan's output, read by safetensors."""
     plan = plan_remap(source, parse_rules(file=tomllib.loads(rules)))
     execute(plan, source, tmp_path / "there.safetensors")
-    there = load_file(tmp_path / "there.safetensors")
-    back = apply_plan(invert_plan(saved(plan, source)), {"source": as_checkpoint(there, "source")})
-    execute(back, there, tmp_path / "back.safetensors")
+    written = load_file(tmp_path / "there.safetensors")
+    restored = apply_plan(invert_plan(saved(plan, source)), {"source": as_checkpoint(written, "source")})
+    execute(restored, written, tmp_path / "back.safetensors")
     return load_file(tmp_path / "back.safetensors")
 
 
@@ -228,10 +228,10 @@ def test_inputs_in_another_order_are_restored(tmp_path: Path) -> None:
     joined = plan_remap(source, parse_rules(file={"rule": [{"from": ["a", "b"], "to": "c", "op": "concat"}]}))
     edited = plan_from_json(broken(plan_to_json(joined, roles), "plan.0.recipe.inputs", [1, 0]))
     execute(apply_plan(edited, roles), source, tmp_path / "c.safetensors")
-    there = load_file(tmp_path / "c.safetensors")
-    assert there["c"].tolist() == [1, 1, 0, 0]
-    back = apply_plan(invert_plan(edited), {"source": as_checkpoint(there, "source")})
-    execute(back, there, tmp_path / "back.safetensors")
+    written = load_file(tmp_path / "c.safetensors")
+    assert written["c"].tolist() == [1, 1, 0, 0]
+    restored = apply_plan(invert_plan(edited), {"source": as_checkpoint(written, "source")})
+    execute(restored, written, tmp_path / "back.safetensors")
     assert_same(load_file(tmp_path / "back.safetensors"), source)
 
 
@@ -249,9 +249,9 @@ def test_the_versions_of_modules_are_restored(tmp_path: Path) -> None:
     source = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2)).state_dict()
     plan = plan_remap(source, ["{i:int}.*=layers.{i}.*"])
     execute(plan, source, tmp_path / "there.pt")
-    there = torch.load(tmp_path / "there.pt")
-    back = apply_plan(invert_plan(saved(plan, source)), {"source": as_checkpoint(there, "source")})
-    assert back.versions == {"": 1, "0": 1, "1": 2}
+    written = torch.load(tmp_path / "there.pt")
+    restored = apply_plan(invert_plan(saved(plan, source)), {"source": as_checkpoint(written, "source")})
+    assert restored.versions == {"": 1, "0": 1, "1": 2}
 
 
 def test_a_dropped_copy_is_no_loss(tmp_path: Path) -> None:
@@ -291,20 +291,20 @@ def test_verify_names_each_difference(tmp_path: Path) -> None:
 def test_plans_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--plan`` writes a plan, ``--apply`` repeats it, ``--invert`` inverts it, ``--verify`` checks the output."""
     source, rules, plan = tmp_path / "in.safetensors", tmp_path / "rules.toml", tmp_path / "plan.json"
-    there, again, back = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "back"))
+    written, again, restored = (tmp_path / f"{name}.safetensors" for name in ("there", "again", "back"))
     save_file(state(), source)
     rules.write_text(RULES, encoding="utf-8")
-    ran = run_ckpt(capsys, "remap", source, "-o", there, "--rules", rules, "--plan", plan, "--verify")
+    ran = run_ckpt(capsys, "remap", source, "-o", written, "--rules", rules, "--plan", plan, "--verify")
     assert (ran.code, "verified: each of 15 tensors" in ran.err) == (0, True), ran.err
     assert run_ckpt(capsys, "remap", source, "-o", again, "--apply", plan).code == 0
-    assert again.read_bytes() == there.read_bytes()
-    assert run_ckpt(capsys, "remap", there, "-o", back, "--invert", plan).code == 0
-    assert_same(load_file(back), load_file(source))
-    ran = run_ckpt(capsys, "remap", there, "-o", back, "--force", "--apply", plan)
+    assert again.read_bytes() == written.read_bytes()
+    assert run_ckpt(capsys, "remap", written, "-o", restored, "--invert", plan).code == 0
+    assert_same(load_file(restored), load_file(source))
+    ran = run_ckpt(capsys, "remap", written, "-o", restored, "--force", "--apply", plan)
     assert (ran.code, "the source is not what the plan was made from" in ran.err) == (2, True)
     ran = run_ckpt(capsys, "remap", source, "-o", tmp_path / "n.pt", "--rules", rules, "--plan", plan, "--dry-run")
     assert (ran.code, f"{plan}: already exists" in ran.err) == (2, True)
-    ran = run_ckpt(capsys, "remap", source, "-o", back, "--apply", plan, "--rename", "a.*=c.*")
+    ran = run_ckpt(capsys, "remap", source, "-o", restored, "--apply", plan, "--rename", "a.*=c.*")
     assert (ran.code, "give nothing else" in ran.err) == (2, True)
 
 
