@@ -161,7 +161,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
     while True:
         if type(optimizer).__module__.partition(".")[0] == "deepspeed":
             raise GroupsError(
-                f"the optimizer is DeepSpeed's {type(optimizer).__name__}: its groups hold flat copies, not the "
+                f"the optimizer is DeepSpeed's {type(optimizer).__name__}, and its groups hold flat copies, not the "
                 "parameters of the model",
                 hint="check the optimizer before deepspeed.initialize or accelerator.prepare takes it",
             )
