@@ -312,8 +312,8 @@ with open_checkpoint(source) as checkpoint:
 def refused(source: Path, out: Path, shards: int | None, limit: int) -> list[str]:
     task = json.dumps([str(source), str(out), shards, limit])
     done = subprocess.run([sys.executable, "-c", FULL, task], cwd=ROOT, check=True, capture_output=True, text=True)
-    told: list[str] = json.loads(done.stdout)
-    return told
+    printed: list[str] = json.loads(done.stdout)
+    return printed
 
 
 @each_case

@@ -113,8 +113,8 @@ def _empty_weights_warning(checkpoint: Checkpoint) -> tuple[str, ...]:
     if checkpoint.envelope != "module" or all(entry.path != "param_shapes" for entry in checkpoint.entries):
         return ()
     empty = sum(0 in info.shape for info in checkpoint.values())
-    what = f"{plural(empty, 'weight is', 'weights are')} empty here, as ZeRO-3 leaves them"
-    text = f"{what}: the optim_states files have their elements, so open the directory"
+    what = plural(empty, "weight is", "weights are")
+    text = f"{what} empty: ZeRO-3 stores the elements in the optim_states files, so open the directory"
     return (ReaderWarning(text, codes.EMPTY_WEIGHTS),) if empty else ()
 
 

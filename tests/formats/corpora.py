@@ -65,19 +65,19 @@ def corpus(kind: str) -> list[bytes]:
         "optimizer": {"state": {0: {"m": BASE}}, "param_groups": [{"params": [0]}]},
     }
     legacy = kind == "legacy"
-    made = [saved(tree, legacy=legacy) for tree in (STATE, nested)]
+    files = [saved(tree, legacy=legacy) for tree in (STATE, nested)]
     if legacy:
-        made = [_with_stable_keys(data) for data in made]
+        files = [_with_stable_keys(data) for data in files]
     else:
         # Without checksums, damage reaches the pickle machine, which the fuzzing tests.
         torch.serialization.set_crc32_options(False)
-        made += [
+        files += [
             saved(tree)
             for tree in (STATE, nested, {"w": BASE.to(torch.float8_e5m2), "c": BASE.to(torch.complex64).conj()})
         ]
         torch.serialization.set_crc32_options(True)
-        made.append(rezip(made[0], method=8))
-    return made
+        files.append(rezip(files[0], method=8))
+    return files
 
 
 def _scripted() -> bytes:

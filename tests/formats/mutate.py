@@ -45,43 +45,43 @@ ORACLES: Mapping[str, Callable[[str], Seen | None]] = {
 
 def mutate(data: bytes, others: list[bytes], rng: random.Random) -> bytes:
     """Return the file with one to four kinds of damage: bits, bytes, numbers, tokens, cuts, repeats, other pieces."""
-    made = bytearray(data)
+    damaged = bytearray(data)
     for _ in range(rng.choice((1, 1, 1, 2, 2, 4))):
-        at = rng.randrange(len(made) + 1)
+        at = rng.randrange(len(damaged) + 1)
         span = rng.choice((1, 2, 4, 8, 16, 64))
         how = rng.randrange(10)
-        if how <= 1 and at < len(made):
-            made[at] ^= 1 << rng.randrange(8)
-        elif how == 2 and at < len(made):
-            made[at] = rng.randrange(256)
+        if how <= 1 and at < len(damaged):
+            damaged[at] ^= 1 << rng.randrange(8)
+        elif how == 2 and at < len(damaged):
+            damaged[at] = rng.randrange(256)
         elif how == 3:
             width = rng.choice((1, 2, 4, 8))
-            made[at : at + width] = (rng.choice(_NUMBERS) % 2 ** (8 * width)).to_bytes(width, "little")
+            damaged[at : at + width] = (rng.choice(_NUMBERS) % 2 ** (8 * width)).to_bytes(width, "little")
         elif how == 4:
-            made[at:at] = rng.choice(_TOKENS)
+            damaged[at:at] = rng.choice(_TOKENS)
         elif how == 5:
-            numbers = [match.span() for match in re.finditer(rb"-?\d+|\"[^\"]*\"", made)]
+            numbers = [match.span() for match in re.finditer(rb"-?\d+|\"[^\"]*\"", damaged)]
             first, last = rng.choice(numbers) if numbers else (at, at)
-            made[first:last] = rng.choice(_TOKENS) if rng.random() < 0.3 else b"%d" % rng.randrange(9)
+            damaged[first:last] = rng.choice(_TOKENS) if rng.random() < 0.3 else b"%d" % rng.randrange(9)
         elif how == 6:
-            del made[at : at + span]
+            del damaged[at : at + span]
         elif how == 7:
-            made[at:at] = made[at : at + span]
+            damaged[at:at] = damaged[at : at + span]
         elif how == 8:
             other = rng.choice(others)
             start = rng.randrange(len(other))
-            made[at : at + span] = other[start : start + span]
+            damaged[at : at + span] = other[start : start + span]
         elif rng.random() < 0.3:
-            del made[at:]
+            del damaged[at:]
         else:
-            _swap(made, rng)
-    return bytes(made)
+            _swap(damaged, rng)
+    return bytes(damaged)
 
 
-def _swap(made: bytearray, rng: random.Random) -> None:
-    if len(made) > 2:
-        one, two = rng.randrange(len(made)), rng.randrange(len(made))
-        made[one], made[two] = made[two], made[one]
+def _swap(damaged: bytearray, rng: random.Random) -> None:
+    if len(damaged) > 2:
+        first, second = rng.randrange(len(damaged)), rng.randrange(len(damaged))
+        damaged[first], damaged[second] = damaged[second], damaged[first]
 
 
 def _other_layout(data: bytes, rng: random.Random) -> bytes:

@@ -91,12 +91,12 @@ RANKS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], list[str]]] = {
 
 @pytest.mark.parametrize("case", RANKS)
 def test_a_tensor_of_another_rank_than_the_configuration_is_named(tmp_path: Path, case: str) -> None:
-    state, config, said = RANKS[case]
+    state, config, expected = RANKS[case]
     with open_checkpoint(save(tmp_path, state, **config)) as checkpoint:
         first, *others = checkpoint.warnings
         assert first == BASE
-        assert len(others) == len(said)
-        assert all(part in text for part, text in zip(said, others, strict=True)), others
+        assert len(others) == len(expected)
+        assert all(part in text for part, text in zip(expected, others, strict=True)), others
 
 
 def test_many_wrong_ranks_are_counted(tmp_path: Path) -> None:

@@ -191,11 +191,11 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_broken_file_beside_the_weights_is_a_warning(tmp_path: Path, case: str) -> None:
     """The weights are read, and the warning names the broken file."""
-    name, damage, said = BROKEN[case]
+    name, damage, message = BROKEN[case]
     damage(trainer_directory(tmp_path) / name)
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.read_bytes("net.bias") == b"\0\0\x80\x3f" * 2
-        assert [text.startswith(said) for text in checkpoint.warnings] == [True], checkpoint.warnings
+        assert [text.startswith(message) for text in checkpoint.warnings] == [True], checkpoint.warnings
         assert [entry.path for entry in checkpoint.entries].count(name) == 1
 
 
@@ -213,18 +213,18 @@ def test_the_values_of_a_large_configuration_are_bounded(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "listed"),
     [
         (["model.safetensors", "adapter_model.safetensors"], "model.safetensors, adapter_model.safetensors"),
         (["pytorch_model.bin", "adapter_model.bin"], "pytorch_model.bin, adapter_model.bin"),
     ],
 )
-def test_a_model_and_an_adapter_are_two_candidates(tmp_path: Path, names: list[str], said: str) -> None:
+def test_a_model_and_an_adapter_are_two_candidates(tmp_path: Path, names: list[str], listed: str) -> None:
     for name in names:
         torch.save(STATE, tmp_path / name)
     error = refusal(str(tmp_path))
     assert isinstance(error, FormatError)
-    assert error.reason == f"holds a whole model and an adapter: {said}"
+    assert error.reason == f"holds a whole model and an adapter: {listed}"
     assert error.hint == "give the path of one of them"
 
 

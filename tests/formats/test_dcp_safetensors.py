@@ -83,12 +83,12 @@ def test_it_is_what_torch_consolidates(ranks: Path, tmp_path: Path) -> None:
 
 def test_h14_a_missing_first_or_middle_shard_is_refused(tmp_path: Path) -> None:
     tensor = random_tensor(torch.float32, (9, 2))
-    for lost, named in ((1, "rows 0-2 are"), (2, "rows 3-5 are")):
-        path = rows(tmp_path / f"lost{lost}", tensor, 3, 3, 3)
-        os.remove(path / NAME.format(lost, 1, 1))
+    for missing, named in ((1, "rows 0-2 are"), (2, "rows 3-5 are")):
+        path = rows(tmp_path / f"without{missing}", tensor, 3, 3, 3)
+        os.remove(path / NAME.format(missing, 1, 1))
         error = refusal(str(path))
         assert error.reason == f"'w': {named} covered by no chunk"
-        assert error.hint == f"shard-{lost:05}-*.safetensors is missing"
+        assert error.hint == f"shard-{missing:05}-*.safetensors is missing"
 
 
 def test_h14_a_missing_last_shard_is_warned_about(tmp_path: Path) -> None:

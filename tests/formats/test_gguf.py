@@ -175,7 +175,7 @@ def test_plain_tensors_become_safetensors(tmp_path: Path, capsys: pytest.Capture
 
     path, out = write(tmp_path, written(fill), "x.gguf"), str(tmp_path / "y.safetensors")
     ran = run_ckpt(capsys, "convert", path, "-o", out)
-    assert (ran.code, "general.architecture" in ran.out + ran.err) == (0, True), "what is left out is said"
+    assert (ran.code, "general.architecture" in ran.out + ran.err) == (0, True), "the left-out metadata is named"
     with safe_open(out, "np") as file:
         assert {key: file.get_tensor(key).tobytes() for key in file.keys()} == {  # noqa: SIM118 - no mapping
             key: values.tobytes() for key, values in arrays.items()

@@ -171,9 +171,9 @@ def test_it_becomes_safetensors_and_torch_files(tmp_path: Path, capsys: pytest.C
             key: little(array) for key, array in arrays.items()
         }
     assert run_ckpt(capsys, "convert", path, "-o", tmp_path / "y.pt").code == 0
-    made = torch.load(tmp_path / "y.pt", weights_only=True)
-    assert {key: little(tensor.numpy()) for key, tensor in made.items()} == {k: little(v) for k, v in arrays.items()}
-    assert made["a.weight"].stride() == (1, 3)
+    loaded = torch.load(tmp_path / "y.pt", weights_only=True)
+    assert {key: little(tensor.numpy()) for key, tensor in loaded.items()} == {k: little(v) for k, v in arrays.items()}
+    assert loaded["a.weight"].stride() == (1, 3)
     document = json.loads(run_ckpt(capsys, "show", path, "--json").out)
     assert [(entry["key"], entry["dtype"], entry["shape"]) for entry in document["tensors"]] == [
         ("a.weight", "F32", [3, 4]),

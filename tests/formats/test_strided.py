@@ -32,9 +32,9 @@ def stored(view: torch.Tensor) -> bytes:
 
 
 def gathered(view: torch.Tensor, storage: Region | None = None, *, conj: bool = False, neg: bool = False) -> bytes:
-    made = Strided(storage or InMemory(memoryview(stored(view))), info_of(view), conj, neg)
-    assert made.nbytes == view.numel() * view.element_size()
-    return b"".join(bytes(chunk) for chunk in made.chunks())
+    payload = Strided(storage or InMemory(memoryview(stored(view))), info_of(view), conj, neg)
+    assert payload.nbytes == view.numel() * view.element_size()
+    return b"".join(bytes(chunk) for chunk in payload.chunks())
 
 
 @st.composite
@@ -134,11 +134,11 @@ def test_bytes_between_the_elements_are_not_kept(
     file = LocalFile(str(path))
     payload = Strided(Extent(file, 0, file.size), info_of(view))
     tracemalloc.start()
-    made = b"".join(bytes(chunk) for chunk in payload.chunks())
+    content = b"".join(bytes(chunk) for chunk in payload.chunks())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     file.close()
-    assert made == view.contiguous().numpy().tobytes()
+    assert content == view.contiguous().numpy().tobytes()
     assert peak < 4 * payload.nbytes + 3 * CHUNK < file.size
 
 

@@ -93,8 +93,8 @@ def save_stage2(
     legacy: bool = False,
 ) -> Path:
     """Write the files of stages 1 and 2: one vector for each group, padded to twice the ranks and split among them."""
-    made = directory / STEP
-    made.mkdir(parents=True)
+    save_directory = directory / STEP
+    save_directory.mkdir(parents=True)
     whole, gaps = weights(), [[0] * len(group) for group in GROUPS]
     parts: list[list[torch.Tensor]] = []
     for number, group in enumerate(GROUPS):
@@ -116,12 +116,12 @@ def save_stage2(
         if paddings:
             states["param_alignment_paddings"] = gaps
         torch.save(
-            {"optimizer_state_dict": states, "ds_config": {}}, made / optim(rank, prefix),
+            {"optimizer_state_dict": states, "ds_config": {}}, save_directory / optim(rank, prefix),
             _use_new_zipfile_serialization=not legacy,
         )  # fmt: skip
     half = {name: tensor.bfloat16() for name, tensor in whole.items()}
     module = {**half, **BUFFERS, **frozen(), "head.weight": half["emb.weight"]}
-    torch.save(_model_states(module, frozen()), made / MODEL)
+    torch.save(_model_states(module, frozen()), save_directory / MODEL)
     (directory / "latest").write_text(STEP)
     (directory / "zero_to_fp32.py").write_text("raise SystemExit('run')")
     return directory
@@ -129,8 +129,8 @@ def save_stage2(
 
 def save_stage3(directory: Path, ranks: int = 2) -> Path:
     """Write the files of stage 3: each parameter is split among the ranks, and the module is empty."""
-    made = directory / STEP
-    made.mkdir(parents=True)
+    save_directory = directory / STEP
+    save_directory.mkdir(parents=True)
     cut: dict[str, list[torch.Tensor]] = {
         name: _cut_evenly(tensor.flatten(), ranks) for name, tensor in weights().items()
     }
@@ -141,9 +141,9 @@ def save_stage3(directory: Path, ranks: int = 2) -> Path:
             "zero_stage": 3, "partition_count": ranks, "optimizer_state_dict": _base(),
             "fp32_flat_groups": [torch.cat([cut[name][rank] for name in group]) for group in GROUPS],
         }  # fmt: skip
-        torch.save({"optimizer_state_dict": states, "ds_config": {}}, made / optim(rank))
+        torch.save({"optimizer_state_dict": states, "ds_config": {}}, save_directory / optim(rank))
         fragments = {name: parts[rank] for name, parts in cut_frozen.items()}
-        torch.save(_model_states({**module, **BUFFERS}, fragments), made / model_of(rank))
+        torch.save(_model_states({**module, **BUFFERS}, fragments), save_directory / model_of(rank))
     (directory / "latest").write_text(STEP)
     return directory
 
@@ -211,10 +211,10 @@ def test_the_script_of_deepspeed_agrees(tmp_path: Path, save: Callable[[Path], P
     script = pytest.importorskip("deepspeed.utils.zero_to_fp32")
     directory = save(tmp_path / "run")
     with contextlib.redirect_stdout(io.StringIO()):
-        made = script.get_fp32_state_dict_from_zero_checkpoint(str(directory))
+        converted = script.get_fp32_state_dict_from_zero_checkpoint(str(directory))
     with open_checkpoint(directory) as checkpoint:
-        assert set(checkpoint) == set(made)
-        for key, tensor in made.items():
+        assert set(checkpoint) == set(converted)
+        for key, tensor in converted.items():
             assert torch.equal(checkpoint.read(key).to(tensor.dtype), tensor), key
 
 
@@ -287,9 +287,9 @@ def _shape(at: Path, *shape: int) -> None:
 
 
 def _inside_itself() -> list[Any]:
-    made: list[Any] = []
-    made.append(made)
-    return made
+    nested: list[Any] = []
+    nested.append(nested)
+    return nested
 
 
 def _remove_optim(at: Path) -> None:
@@ -427,7 +427,7 @@ def test_a_model_file_of_stage_3_says_where_its_weights_are(tmp_path: Path) -> N
     path = save_stage3(tmp_path / "run") / STEP / model_of(0)
     with open_checkpoint(path) as checkpoint:
         assert checkpoint["l1.weight"].shape == (0,)
-        assert [text.startswith("10 weights are empty here, as ZeRO-3") for text in checkpoint.warnings] == [True]
+        assert [text.startswith("10 weights are empty: ZeRO-3 stores") for text in checkpoint.warnings] == [True]
 
 
 def test_steps_that_contain_themselves_are_not_compared(tmp_path: Path) -> None:

@@ -122,14 +122,14 @@ def paused(call: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]
 
 def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None:
     """Assert that the input is refused: exit code 2, one line with path and reason, empty stdout, no file written."""
-    ran, made, before = _run(directory, case.make, command)
+    ran, argument, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
     lines = [line for line in ran.err.split("\n") if ": warning: " not in line]
     assert [line.partition(":")[0] for line in lines] in (["ckpt", ""], ["ckpt", "hint", ""]), ran.err
     where = lines[0].removeprefix("ckpt: ")
     # The error names the given path, or the part that is wrong, such as a shard.
-    if not isinstance(made, list):
-        assert where.startswith((f"{printable(str(made))}: ", printable(f"{directory / 'in'}/"))), ran.err
+    if not isinstance(argument, list):
+        assert where.startswith((f"{printable(str(argument))}: ", printable(f"{directory / 'in'}/"))), ran.err
     assert case.reason in lines[0], ran.err
     assert len(ran.err) < 3000
     _assert_harmless(ran)
@@ -157,12 +157,12 @@ def _run(
     inputs = directory / "in"
     inputs.mkdir()
     (directory / "out").mkdir()
-    made = make(inputs)
+    argument = make(inputs)
     before = _content(inputs)
     output: list[str | Path] = [] if command in ("show", "check") else ["-o", directory / "out" / "o.safetensors"]
-    arguments = made if isinstance(made, list) else [command, made, *output]
+    arguments = argument if isinstance(argument, list) else [command, argument, *output]
     # The working directory is empty, so that a file written there would be noticed.
-    return run_limited(*arguments, cwd=directory / "out"), made, before
+    return run_limited(*arguments, cwd=directory / "out"), argument, before
 
 
 def _assert_harmless(ran: Ran) -> None:

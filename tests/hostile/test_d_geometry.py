@@ -23,7 +23,7 @@ from tests.helpers_formats import (
 from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
 
 
-def made(value: bytes, records: dict[str, bytes] | None = None) -> Callable[[Path], Path]:
+def with_value(value: bytes, records: dict[str, bytes] | None = None) -> Callable[[Path], Path]:
     """Return a function that writes a checkpoint with this value beside a valid tensor."""
     return written(torch_zip(mapping({"w": tensor(), "v": value}), records))
 
@@ -74,48 +74,58 @@ EXPANDED = tensor(size=(2**40,), stride=(0,))
 
 
 def converted(directory: Path) -> list[str | Path]:
-    return ["convert", made(EXPANDED)(directory), "-o", "o.safetensors"]
+    return ["convert", with_value(EXPANDED)(directory), "-o", "o.safetensors"]
 
 
 BAD: dict[str, Bad] = {
-    "D1 stride": Bad(made(tensor(stride=(1000, 1))), "'v': the view ends at byte 4008 of storage '0', which has 16"),
-    "D1 offset": Bad(made(tensor(offset=100)), "'v': the view ends at byte 416 of storage '0', which has 16"),
-    "D2 shape": Bad(made(tensor(size=(2**40, 2**40))), "'v': the shape [1099511627776, 1099511627776] overflows"),
-    "D4 size": Bad(made(tensor(size=(-2, 2))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 2)"),
-    "D4 stride": Bad(made(tensor(stride=(-2, 1))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 1)"),
-    "D4 offset": Bad(made(tensor(offset=-1)), "the offset of a tensor is -1, below 0"),
-    "D5 rank": Bad(made(tensor(size=(4,))), "a tensor has 1 dimensions and 2 strides"),
-    "D6 more stored": Bad(made(b"N", {"0": bytes(20)}), "storage '0': the pickle says 16 bytes, the archive has 20"),
-    "D6 less stored": Bad(made(b"N", {"0": bytes(12)}), "storage '0': the pickle says 16 bytes, the archive has 12"),
+    "D1 stride": Bad(
+        with_value(tensor(stride=(1000, 1))), "'v': the view ends at byte 4008 of storage '0', which has 16"
+    ),
+    "D1 offset": Bad(with_value(tensor(offset=100)), "'v': the view ends at byte 416 of storage '0', which has 16"),
+    "D2 shape": Bad(with_value(tensor(size=(2**40, 2**40))), "'v': the shape [1099511627776, 1099511627776] overflows"),
+    "D4 size": Bad(with_value(tensor(size=(-2, 2))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 2)"),
+    "D4 stride": Bad(
+        with_value(tensor(stride=(-2, 1))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 1)"
+    ),
+    "D4 offset": Bad(with_value(tensor(offset=-1)), "the offset of a tensor is -1, below 0"),
+    "D5 rank": Bad(with_value(tensor(size=(4,))), "a tensor has 1 dimensions and 2 strides"),
+    "D6 more stored": Bad(
+        with_value(b"N", {"0": bytes(20)}), "storage '0': the pickle says 16 bytes, the archive has 20"
+    ),
+    "D6 less stored": Bad(
+        with_value(b"N", {"0": bytes(12)}), "storage '0': the pickle says 16 bytes, the archive has 12"
+    ),
     "D6 2^40": Bad(
-        made(tensor(storage("1", 2**40)), {"0": bytes(16), "1": bytes(16)}),
+        with_value(tensor(storage("1", 2**40)), {"0": bytes(16), "1": bytes(16)}),
         "storage '1': the pickle says 4398046511104 bytes, the archive has 16",
     ),
-    "D6 negative": Bad(made(tensor(storage("1", -1))), "a storage with an unknown type, key or size"),
-    "D7 missing": Bad(made(b"N", {}), "storage '0' is not in the archive"),
-    "D7 a key that climbs": Bad(made(tensor(storage("../data/0"))), "storage '../data/0' is not in the archive"),
-    "D8 two sizes": Bad(made(tensor(storage("0", 5))), "storage '0' has two sizes, 16 and 20 bytes"),
+    "D6 negative": Bad(with_value(tensor(storage("1", -1))), "a storage with an unknown type, key or size"),
+    "D7 missing": Bad(with_value(b"N", {}), "storage '0' is not in the archive"),
+    "D7 a key that climbs": Bad(with_value(tensor(storage("../data/0"))), "storage '../data/0' is not in the archive"),
+    "D8 two sizes": Bad(with_value(tensor(storage("0", 5))), "storage '0' has two sizes, 16 and 20 bytes"),
     "D8 two locations": Bad(
-        made(tensor(storage(location="cuda:0"))), "storage '0' has two locations, 'cpu' and 'cuda:0'"
+        with_value(tensor(storage(location="cuda:0"))), "storage '0' has two locations, 'cpu' and 'cuda:0'"
     ),
-    "D11 a storage of no known dtype": Bad(made(tensor(storage("1", 4, "torch.Float3Storage"))), "unknown type"),
+    "D11 a storage of no known dtype": Bad(with_value(tensor(storage("1", 4, "torch.Float3Storage"))), "unknown type"),
 }
 ODD: dict[str, Odd] = {
-    "D3 expanded": Odd(made(EXPANDED), "", "[1099511627776]   4.4 TB"),
-    "D9 two dtypes": Odd(made(SEEN_AS_BYTES), "two dtypes share one storage", "U8"),
-    "D10 location": Odd(made(tensor(storage("1", location="cuda:9999")), {"0": bytes(16), "1": bytes(16)}), "", "v"),
-    "D11 dtype": Odd(made(v3("torch.float3")), "", "torch.float3 (unknown)"),
-    "D12 empty": Odd(made(tensor(size=(0, 5), stride=(5, 1), offset=99)), "", "[0, 5]"),
-    "D12 scalar": Odd(made(tensor(size=(), stride=())), "", "[]"),
-    "D12 1,000 dimensions": Odd(made(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
+    "D3 expanded": Odd(with_value(EXPANDED), "", "[1099511627776]   4.4 TB"),
+    "D9 two dtypes": Odd(with_value(SEEN_AS_BYTES), "two dtypes share one storage", "U8"),
+    "D10 location": Odd(
+        with_value(tensor(storage("1", location="cuda:9999")), {"0": bytes(16), "1": bytes(16)}), "", "v"
+    ),
+    "D11 dtype": Odd(with_value(v3("torch.float3")), "", "torch.float3 (unknown)"),
+    "D12 empty": Odd(with_value(tensor(size=(0, 5), stride=(5, 1), offset=99)), "", "[0, 5]"),
+    "D12 scalar": Odd(with_value(tensor(size=(), stride=())), "", "[]"),
+    "D12 1,000 dimensions": Odd(with_value(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
     "D13 float8": Odd(written(saved({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, legacy=True)), "", "F8_E4M3"),
-    "D14 DTensor": Odd(made(dtensor()), "", "F32 (subclass)"),
+    "D14 DTensor": Odd(with_value(dtensor()), "", "F32 (subclass)"),
     **{f"D14 {kind}": Odd(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
 }
 UNWRITABLE: dict[str, Bad] = {
     "D3 expanded": Bad(converted, "no room: needs 4.4 TB, "),
-    "D11 dtype": Bad(made(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
-    "D14 DTensor": Bad(made(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
+    "D11 dtype": Bad(with_value(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
+    "D14 DTensor": Bad(with_value(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
     "D14 all": Bad(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),
 }
 OTHER = tuple(f"{name} written" for name in UNWRITABLE)

@@ -118,7 +118,7 @@ OTHER = (
     "E5 all in text",
     "E7 all in JSON and in text",
     "E9 all in JSON and in text",
-    "E11 said when written",
+    "E11 a warning when written",
     "E12 2,000,000",
     *(f"{name} written" for name in UNWRITABLE),
 )

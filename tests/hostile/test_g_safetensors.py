@@ -180,8 +180,8 @@ def test_g18_a_file_that_changes_meanwhile_is_an_error(change: str, out: str, tm
     with paused("posix_fallocate", "convert", source, "-o", tmp_path / out) as process:
         os.truncate(source, 5000) if change == "shorter" else os.utime(source, (1, 1))
         process.send_signal(signal.SIGCONT)
-        said, err = process.communicate()
-    assert (process.returncode, said) == (2, ""), err
+        output, err = process.communicate()
+    assert (process.returncode, output) == (2, ""), err
     how = "became shorter" if change == "shorter" else "changed"
     assert err == f"ckpt: {source}: the file {how} while it was read\n"
     assert [path.name for path in tmp_path.iterdir()] == [NAME]

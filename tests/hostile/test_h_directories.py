@@ -145,11 +145,11 @@ def code_as_item(directory: Path) -> Path:
     return Path(save_distributed(directory / "run", {"model": {"w": torch.ones(2)}, "x": Attack()}))
 
 
-def pieces(lost: int) -> Maker:
+def pieces(missing: int) -> Maker:
     """Return a function that writes the safetensors form of DCP for three ranks without one of the files."""
 
     def make(directory: Path) -> Path:
-        for number in {1, 2, 3} - {lost}:
+        for number in {1, 2, 3} - {missing}:
             info = json.dumps({"w": {"saved_offsets": [3 * (number - 1), 0]}})
             save_file({"w": torch.ones(3, 2)}, directory / PIECE.format(number), {"DCP_SHARDING_INFO": info})
         return directory
@@ -263,7 +263,7 @@ ODD: dict[str, Odd] = {
     ),
     "H10 code as an item": Odd(code_as_item, "looks malicious: it asks to call posix.system", "posix.system"),
     "H15 the model_states of ZeRO-3 alone": Odd(
-        without_weights, "empty here, as ZeRO-3 leaves them: the optim_states", "w"
+        without_weights, "empty: ZeRO-3 stores the elements in the optim_states files", "w"
     ),
     "H16 an adapter without its configuration": Odd(
         adapter, "no adapter_config.json beside the weights: their scale", "lora_A"

@@ -67,8 +67,8 @@ def test_i8_a_signal_removes_unfinished_output(number: signal.Signals, options: 
         assert names_in(place) != before
         process.send_signal(number)
         process.send_signal(signal.SIGCONT)
-        said = process.communicate()
-    assert (process.returncode, said) == (128 + number, ("", ""))
+        streams = process.communicate()
+    assert (process.returncode, streams) == (128 + number, ("", ""))
     assert names_in(place) == before
 
 
