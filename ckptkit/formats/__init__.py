@@ -25,14 +25,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises ``PathError`` where the path cannot be read, and ``FormatError`` where the checkpoint is not valid or not
     whole. Raises ``ModelError`` where a live model cannot be built.
     """
-    name = _text_of(path)
+    name = _path_text(path)
     with errors_about(name):
         if name.startswith(LIVE_PREFIX):
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
         path, key = split_path(name)
-        return _with_names_compared(_open_path(path, Selection(key)))
+        return _warn_of_similar_keys(_open_path(path, Selection(key)))
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -41,7 +41,7 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
     Without a name, the only optimizer state of the file is found, and ``envelope`` of the result names its mapping.
     Raises what ``open_checkpoint`` raises, and ``FormatError`` where the file holds no optimizer state, or several.
     """
-    name = _text_of(path)
+    name = _path_text(path)
     if name.startswith(LIVE_PREFIX):
         raise PathError("is a live model, which has no optimizer", hint="give the file that holds its state", path=name)
     saved, key = split_path(name)
@@ -62,7 +62,7 @@ def open_inside(path: str, selection: Selection) -> Checkpoint:
         return open_file(path, selection)
 
 
-def _text_of(path: object) -> str:
+def _path_text(path: object) -> str:
     name = os.fspath(path) if isinstance(path, os.PathLike) else path
     if not isinstance(name, str):
         raise PathError(f"a path cannot be {kind_of(name)}", hint="give a string or a pathlib.Path")
@@ -89,10 +89,10 @@ def errors_about(name: str) -> Iterator[None]:
     raise FormatError("describing it needs more memory than this machine has", path=name)
 
 
-def _with_names_compared(checkpoint: Checkpoint) -> Checkpoint:
-    if (alike := look_alikes(checkpoint)) is None:
+def _warn_of_similar_keys(checkpoint: Checkpoint) -> Checkpoint:
+    if (pair := look_alikes(checkpoint)) is None:
         return checkpoint
-    return checkpoint.with_warnings(f"two names look alike: {alike[0][:200]!a} and {alike[1][:200]!a}")
+    return checkpoint.with_warnings(f"two names look alike: {pair[0][:200]!a} and {pair[1][:200]!a}")
 
 
 def split_path(name: str) -> tuple[str, str]:
