@@ -18,11 +18,11 @@ from tests.helpers_cli import ROOT, Ran
 
 __all__ = [
     "MEMORY",
-    "Bad",
+    "Accepted",
     "Command",
-    "Maker",
-    "Odd",
-    "assert_odd",
+    "MakeInput",
+    "Refused",
+    "assert_accepted",
     "assert_refused",
     "one_of_each_row",
     "paused",
@@ -33,28 +33,28 @@ __all__ = [
 MEMORY = 300 << 20  # bytes of address space, which the program must never exceed
 _SECONDS = 20  # of processor time, so that a test does not fail on a busy machine
 
-Maker = Callable[[Path], Path]  # writes a file into an empty directory, and returns the path to give to ckpt
+MakeInput = Callable[[Path], Path]  # writes a file into an empty directory, and returns the path to give to ckpt
 Command = Callable[[Path], list[str | Path]]  # the same, for a whole command line
 
 
 @dataclass(frozen=True)
-class Bad:
+class Refused:
     """Input that must be refused: a function that writes it, and a part of the reason."""
 
-    make: Maker | Command
+    make: MakeInput | Command
     reason: str
 
 
 @dataclass(frozen=True)
-class Odd:
+class Accepted:
     """Input that must be read: a function that writes it, a part of the warning, and a part of stdout."""
 
-    make: Maker | Command
+    make: MakeInput | Command
     warning: str = ""
     shown: str = ""
 
 
-def written(data: bytes | Callable[[], bytes], name: str = "file.pt") -> Maker:
+def written(data: bytes | Callable[[], bytes], name: str = "file.pt") -> MakeInput:
     """Return a function that writes one file; ``data`` can be a function that returns the bytes."""
 
     def make(directory: Path) -> Path:
@@ -120,7 +120,7 @@ def paused(call: str, *arguments: str | Path) -> Iterator[subprocess.Popen[str]]
             process.kill()
 
 
-def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None:
+def assert_refused(directory: Path, case: Refused, *, command: str = "show") -> None:
     """Assert that the input is refused: exit code 2, one line with path and reason, empty stdout, no file written."""
     ran, argument, before = _run(directory, case.make, command)
     assert (ran.code, ran.out) == (2, ""), ran
@@ -136,7 +136,7 @@ def assert_refused(directory: Path, case: Bad, *, command: str = "show") -> None
     _assert_untouched(directory, before)
 
 
-def assert_odd(directory: Path, case: Odd, *, command: str = "show") -> None:
+def assert_accepted(directory: Path, case: Accepted, *, command: str = "show") -> None:
     """Assert that the input is read: exit code 0, the warning on stderr, no code run and no file written."""
     ran, _, before = _run(directory, case.make, command)
     assert ran.code == 0, ran.err
@@ -152,7 +152,7 @@ def one_of_each_row(names: Iterable[str]) -> list[str]:
 
 
 def _run(
-    directory: Path, make: Maker | Command, command: str
+    directory: Path, make: MakeInput | Command, command: str
 ) -> tuple[Ran, Path | list[str | Path], dict[str, bytes | None]]:
     inputs = directory / "in"
     inputs.mkdir()

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save
 
 from tests.helpers_formats import saved
-from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+from tests.hostile.contract import Accepted, Refused, assert_accepted, assert_refused, written
 
 STATE = {"w": torch.arange(4.0)}
 SAFETENSORS, ZIP = save(STATE), saved(STATE)
@@ -50,49 +50,53 @@ def readme(directory: Path) -> Path:
     return directory
 
 
-BAD: dict[str, Bad] = {
-    "A1 empty": Bad(written(b""), "the file is empty"),
-    "A2 one byte": Bad(written(b"P"), "too short to be a checkpoint: 1 bytes"),
-    "A2 the first bytes of a zip": Bad(written(b"PK\3\4"), "without a directory at its end: truncated?"),
-    "A3 pointer": Bad(written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a git-lfs pointer"),
-    "A4 HTML": Bad(written(b"<!DOCTYPE html><title>404</title>"), "an HTML page, not a checkpoint"),
-    "A5 zeros": Bad(written(bytes(4096)), "only zero bytes (an interrupted write?)"),
-    "A6 gzip": Bad(written(gzip.compress(ZIP)), "a gzip-compressed file"),
-    "A7 text": Bad(written(b"epoch 1, loss 0.3\n"), "an unknown format; it begins with 65 70 6f 63 68"),
-    "A7 PNG": Bad(written(b"\x89PNG\r\n\x1a\n" + bytes(20)), "a PNG picture"),
-    "A7 7z": Bad(written(b"7z\xbc\xaf\x27\x1c" + bytes(20)), "a 7-zip archive"),
-    "A8 an empty directory": Bad(lambda directory: directory, "a directory without a checkpoint in it"),
-    "A8 a directory of other files": Bad(readme, "a directory without a checkpoint in it"),
-    "A9 missing": Bad(lambda directory: directory / "none.pt", "no such file or directory"),
-    "A10 FIFO": Bad(fifo, "not a regular file"),
-    "A10 device": Bad(lambda _: Path("/dev/zero"), "not a regular file"),
-    "A10 socket": Bad(listening, "not a regular file"),
-    "A11 dangling": Bad(lambda directory: linked("x.pt", "gone.pt", directory), "a symbolic link to 'gone.pt', which"),
-    "A11 loop": Bad(lambda directory: linked("x.pt", "x.pt", directory), "too many levels of symbolic links"),
-    "A13 unfinished zip": Bad(written(ZIP[:-100], "x.pt.incomplete"), "without a directory at its end: truncated?"),
-    "A13 unfinished safetensors": Bad(written(SAFETENSORS[:-8], "x.crdownload"), "8 of 16 bytes are missing"),
-    "A14 HDF5": Bad(written(b"\x89HDF\r\n\x1a\n" + bytes(20), "x.h5"), "an HDF5 file"),
-    "A14 ONNX": Bad(written(b"\x08\x07\x12\x07pytorch\x1a\x031.8", "x.onnx"), "an ONNX model"),
+REFUSED: dict[str, Refused] = {
+    "A1 empty": Refused(written(b""), "the file is empty"),
+    "A2 one byte": Refused(written(b"P"), "too short to be a checkpoint: 1 bytes"),
+    "A2 the first bytes of a zip": Refused(written(b"PK\3\4"), "without a directory at its end: truncated?"),
+    "A3 pointer": Refused(written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a git-lfs pointer"),
+    "A4 HTML": Refused(written(b"<!DOCTYPE html><title>404</title>"), "an HTML page, not a checkpoint"),
+    "A5 zeros": Refused(written(bytes(4096)), "only zero bytes (an interrupted write?)"),
+    "A6 gzip": Refused(written(gzip.compress(ZIP)), "a gzip-compressed file"),
+    "A7 text": Refused(written(b"epoch 1, loss 0.3\n"), "an unknown format; it begins with 65 70 6f 63 68"),
+    "A7 PNG": Refused(written(b"\x89PNG\r\n\x1a\n" + bytes(20)), "a PNG picture"),
+    "A7 7z": Refused(written(b"7z\xbc\xaf\x27\x1c" + bytes(20)), "a 7-zip archive"),
+    "A8 an empty directory": Refused(lambda directory: directory, "a directory without a checkpoint in it"),
+    "A8 a directory of other files": Refused(readme, "a directory without a checkpoint in it"),
+    "A9 missing": Refused(lambda directory: directory / "none.pt", "no such file or directory"),
+    "A10 FIFO": Refused(fifo, "not a regular file"),
+    "A10 device": Refused(lambda _: Path("/dev/zero"), "not a regular file"),
+    "A10 socket": Refused(listening, "not a regular file"),
+    "A11 dangling": Refused(
+        lambda directory: linked("x.pt", "gone.pt", directory), "a symbolic link to 'gone.pt', which"
+    ),
+    "A11 loop": Refused(lambda directory: linked("x.pt", "x.pt", directory), "too many levels of symbolic links"),
+    "A13 unfinished zip": Refused(written(ZIP[:-100], "x.pt.incomplete"), "without a directory at its end: truncated?"),
+    "A13 unfinished safetensors": Refused(written(SAFETENSORS[:-8], "x.crdownload"), "8 of 16 bytes are missing"),
+    "A14 HDF5": Refused(written(b"\x89HDF\r\n\x1a\n" + bytes(20), "x.h5"), "an HDF5 file"),
+    "A14 ONNX": Refused(written(b"\x08\x07\x12\x07pytorch\x1a\x031.8", "x.onnx"), "an ONNX model"),
 }
-ODD: dict[str, Odd] = {
-    "A12 safetensors as .pt": Odd(written(SAFETENSORS), "the name says torch, but the content is safetensors", "F32"),
-    "A12 zip as .safetensors": Odd(
+ACCEPTED: dict[str, Accepted] = {
+    "A12 safetensors as .pt": Accepted(
+        written(SAFETENSORS), "the name says torch, but the content is safetensors", "F32"
+    ),
+    "A12 zip as .safetensors": Accepted(
         written(ZIP, "x.safetensors"), "the name says safetensors, but the content is torch-zip", "F32"
     ),
 }
 OTHER = ("A9 unreadable",)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_it_is_read_by_its_content(name: str, tmp_path: Path) -> None:
-    assert_odd(tmp_path, ODD[name])
+    assert_accepted(tmp_path, ACCEPTED[name])
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a9_a_file_without_permission_is_refused(tmp_path: Path) -> None:
-    assert_refused(tmp_path, Bad(unreadable, "permission denied"))
+    assert_refused(tmp_path, Refused(unreadable, "permission denied"))

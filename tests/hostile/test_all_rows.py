@@ -27,7 +27,7 @@ TABLES = [path.stem for path in sorted(Path(__file__).parent.glob("test_*.py")) 
 def names() -> list[str]:
     """Return the names of all cases: those of the tables, and those with a test function of their own."""
     modules = [import_module(f"tests.hostile.{table}") for table in TABLES]
-    return [name for module in modules for name in (*module.BAD, *module.ODD, *module.OTHER)]
+    return [name for module in modules for name in (*module.REFUSED, *module.ACCEPTED, *module.OTHER)]
 
 
 @pytest.mark.parametrize("letter", ROWS)

@@ -32,7 +32,7 @@ from tests.helpers_formats import (
     with_weights,
     zip_of,
 )
-from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+from tests.hostile.contract import Accepted, Refused, assert_accepted, assert_refused, written
 
 WEIGHTS = tensor()
 
@@ -100,37 +100,41 @@ def at_once(value: bytes) -> Callable[[Path], Path]:
     return written(torch_zip(value))
 
 
-BAD: dict[str, Bad] = {
-    "C3 cut in the middle": Bad(written(archive(pickled(WHOLE)[:100])), "has no end: truncated?"),
-    "C4 no STOP": Bad(written(archive(b"\x80\x02}")), "the pickle that starts at byte 0 has no end: truncated?"),
-    "C5 underflow": Bad(at_once(b"R"), "corrupt pickle: nothing on the stack at byte 2"),
-    "C5 no MARK": Bad(at_once(b"t"), "corrupt pickle: no MARK at byte 2"),
-    "C5 memo": Bad(at_once(b"h\5"), "memo 5 is read before it is written, at byte 3"),
-    "C7 hash": Bad(at_once(b"}" + laughs(60, b"", b"\x86") + b"Ns"), "a tuple of tuples, which no checkpoint needs"),
-    "C8 laughs": Bad(at_once(mapping({"w": WEIGHTS, "x": laughs(60)})), "so often that it expands too far"),
-    "C9 lists": Bad(written(lambda: torch_zip(b"]" * 200_000 + b"a" * 199_999)), "nested too deeply"),
-    "C9 tuples": Bad(written(lambda: torch_zip(b")" + b"\x85" * 200_000)), "nested too deeply"),
-    "C10 a list in itself": Bad(
+REFUSED: dict[str, Refused] = {
+    "C3 cut in the middle": Refused(written(archive(pickled(WHOLE)[:100])), "has no end: truncated?"),
+    "C4 no STOP": Refused(written(archive(b"\x80\x02}")), "the pickle that starts at byte 0 has no end: truncated?"),
+    "C5 underflow": Refused(at_once(b"R"), "corrupt pickle: nothing on the stack at byte 2"),
+    "C5 no MARK": Refused(at_once(b"t"), "corrupt pickle: no MARK at byte 2"),
+    "C5 memo": Refused(at_once(b"h\5"), "memo 5 is read before it is written, at byte 3"),
+    "C7 hash": Refused(
+        at_once(b"}" + laughs(60, b"", b"\x86") + b"Ns"), "a tuple of tuples, which no checkpoint needs"
+    ),
+    "C8 laughs": Refused(at_once(mapping({"w": WEIGHTS, "x": laughs(60)})), "so often that it expands too far"),
+    "C9 lists": Refused(written(lambda: torch_zip(b"]" * 200_000 + b"a" * 199_999)), "nested too deeply"),
+    "C9 tuples": Refused(written(lambda: torch_zip(b")" + b"\x85" * 200_000)), "nested too deeply"),
+    "C10 a list in itself": Refused(
         at_once(mapping({"w": WEIGHTS, "x": b"]" + put(0) + get(0) + b"a"})), "nested too deeply"
     ),
-    "C10 a dict in itself": Bad(
+    "C10 a dict in itself": Refused(
         at_once(mapping({"w": WEIGHTS, "x": b"}" + put(0) + text("x") + get(0) + b"s"})), "nested too deeply"
     ),
-    "C11 keys that collide": Bad(
+    "C11 keys that collide": Refused(
         written(lambda: torch_zip(keyed_by(*(number(n * (2**61 - 1)) for n in range(20_000))))),
         "a dict key is an integer of 61 bits",
     ),
-    "C12 a list as key": Bad(at_once(b"}]Ns"), "corrupt pickle: a list as dict key"),
-    "C13 BINUNICODE": Bad(at_once(b"X\xff\xff\xff\x7f"), "a length of 2147483647 bytes at byte 7 points past the end"),
-    "C13 BINBYTES8": Bad(at_once(b"\x8e" + struct.pack("<Q", 2**40)), "a length of 1099511627776 bytes"),
-    "C13 FRAME": Bad(at_once(b"\x95" + struct.pack("<Q", 2**62)), "the frame at byte 11 is longer than the file"),
-    "C13 LONG4": Bad(at_once(b"\x8b" + struct.pack("<i", 2**28)), "a length of 268435456 bytes"),
-    "C13 INT": Bad(written(lambda: torch_zip(b"I" + b"9" * 10**6 + b"\n")), "corrupt pickle: Exceeds the limit"),
-    "C14 bad UTF-8": Bad(at_once(b"X\1\0\0\0\xff"), "can't decode byte 0xff"),
-    "C15 protocol 9": Bad(at_once(b"\x80\x09N"), "pickle protocol 9 is not known"),
-    "C15 EXT1": Bad(at_once(b"\x82\1"), "an extension registry at byte 2, which no checkpoint needs"),
-    "C15 NEXT_BUFFER": Bad(at_once(b"\x97"), "out-of-band buffers at byte 2, which no checkpoint needs"),
-    "C16 qtensor": Bad(
+    "C12 a list as key": Refused(at_once(b"}]Ns"), "corrupt pickle: a list as dict key"),
+    "C13 BINUNICODE": Refused(
+        at_once(b"X\xff\xff\xff\x7f"), "a length of 2147483647 bytes at byte 7 points past the end"
+    ),
+    "C13 BINBYTES8": Refused(at_once(b"\x8e" + struct.pack("<Q", 2**40)), "a length of 1099511627776 bytes"),
+    "C13 FRAME": Refused(at_once(b"\x95" + struct.pack("<Q", 2**62)), "the frame at byte 11 is longer than the file"),
+    "C13 LONG4": Refused(at_once(b"\x8b" + struct.pack("<i", 2**28)), "a length of 268435456 bytes"),
+    "C13 INT": Refused(written(lambda: torch_zip(b"I" + b"9" * 10**6 + b"\n")), "corrupt pickle: Exceeds the limit"),
+    "C14 bad UTF-8": Refused(at_once(b"X\1\0\0\0\xff"), "can't decode byte 0xff"),
+    "C15 protocol 9": Refused(at_once(b"\x80\x09N"), "pickle protocol 9 is not known"),
+    "C15 EXT1": Refused(at_once(b"\x82\1"), "an extension registry at byte 2, which no checkpoint needs"),
+    "C15 NEXT_BUFFER": Refused(at_once(b"\x97"), "out-of-band buffers at byte 2, which no checkpoint needs"),
+    "C16 qtensor": Refused(
         written(
             with_weights(
                 x=call(
@@ -145,35 +149,39 @@ BAD: dict[str, Bad] = {
         ),
         "'x': the view ends at byte 1099511627776 of storage '0', which has 16",
     ),
-    "C18 str": Bad(at_once(text("0") + b"Q"), "a persistent id does not name a storage"),
-    "C18 1-tuple": Bad(at_once(several(text("storage")) + b"Q"), "a persistent id does not name a storage"),
-    "C18 module": Bad(at_once(several(text("module"), b"NN") + b"Q"), "a persistent id does not name a storage"),
-    "C18 unknown tag": Bad(at_once(several(text("tensor"), b"NNNN") + b"Q"), "a persistent id does not name a storage"),
+    "C18 str": Refused(at_once(text("0") + b"Q"), "a persistent id does not name a storage"),
+    "C18 1-tuple": Refused(at_once(several(text("storage")) + b"Q"), "a persistent id does not name a storage"),
+    "C18 module": Refused(at_once(several(text("module"), b"NN") + b"Q"), "a persistent id does not name a storage"),
+    "C18 unknown tag": Refused(
+        at_once(several(text("tensor"), b"NNNN") + b"Q"), "a persistent id does not name a storage"
+    ),
 }
-ODD: dict[str, Odd] = {
-    "C1 zip": Odd(written(torch_zip(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
-    "C1 legacy": Odd(written(legacy_file(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
-    "C2 every way": Odd(written(torch_zip(EVERY_WAY)), "looks malicious: it asks to call", "subprocess.Popen"),
-    "C4 behind STOP": Odd(
+ACCEPTED: dict[str, Accepted] = {
+    "C1 zip": Accepted(written(torch_zip(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
+    "C1 legacy": Accepted(written(legacy_file(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
+    "C2 every way": Accepted(written(torch_zip(EVERY_WAY)), "looks malicious: it asks to call", "subprocess.Popen"),
+    "C4 behind STOP": Accepted(
         written(torch_zip(mapping({"w": WEIGHTS}) + b".junk")), "5 bytes follow the pickle in data.pkl", "F32"
     ),
-    "C6 memo of 2^31": Odd(written(torch_zip(b"}" + put(2**31 - 1) + text("w") + WEIGHTS + b"s")), "", "F32"),
-    "C14 lone surrogate": Odd(written(torch_zip(mapping({"\ud800": WEIGHTS}))), "", r"\ud800"),
-    "C16 bytearray": Odd(
+    "C6 memo of 2^31": Accepted(written(torch_zip(b"}" + put(2**31 - 1) + text("w") + WEIGHTS + b"s")), "", "F32"),
+    "C14 lone surrogate": Accepted(written(torch_zip(mapping({"\ud800": WEIGHTS}))), "", r"\ud800"),
+    "C16 bytearray": Accepted(
         written(with_weights(x=call("builtins.bytearray", number(2**38)))), "1 code reference, not run", "F32"
     ),
-    "C16 FloatTensor": Odd(
+    "C16 FloatTensor": Accepted(
         written(with_weights(x=call("torch.FloatTensor", number(2**38)))), "1 code reference, not run", "F32"
     ),
-    "C17 attributes": Odd(
+    "C17 attributes": Accepted(
         written(
             torch_zip(call("collections.OrderedDict") + text("w") + WEIGHTS + b"s" + mapping({"items": b"N"}) + b"b")
         ),
         "",
         "items",
     ),
-    "C19 function": Odd(written(with_weights(f=FUNCTION)), "2 code references, not run: cloudpickle", "_make_function"),
-    "C20 module": Odd(
+    "C19 function": Accepted(
+        written(with_weights(f=FUNCTION)), "2 code references, not run: cloudpickle", "_make_function"
+    ),
+    "C20 module": Accepted(
         written(torch_zip(mapping({"epoch": b"K\3", "model": MODULE}))),
         "2 code references, not run: ultralytics.nn.tasks.DetectionModel",
         "conv.bias",
@@ -182,14 +190,14 @@ ODD: dict[str, Odd] = {
 OTHER = ("C1 written", "C1 canary", "C2 each way", "C3 every length")
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_hostile_pickle_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_an_odd_pickle_is_listed_without_running_code(name: str, tmp_path: Path) -> None:
-    assert_odd(tmp_path, ODD[name])
+    assert_accepted(tmp_path, ACCEPTED[name])
 
 
 def test_c1_pickle_itself_runs_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +213,7 @@ def test_c1_nothing_is_written_from_a_file_that_asks_for_code(command: str, tmp_
         path = written(torch_zip(EVIL))(directory)
         return [command, *([path, path] if command == "merge" else [path]), "-o", "o.safetensors", "-q"]
 
-    assert_refused(tmp_path, Bad(make, "refers to code that no checkpoint needs (posix.system)"))
+    assert_refused(tmp_path, Refused(make, "refers to code that no checkpoint needs (posix.system)"))
 
 
 @pytest.mark.parametrize("kind", ["zip", "legacy"])

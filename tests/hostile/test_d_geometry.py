@@ -20,7 +20,7 @@ from tests.helpers_formats import (
     text,
     torch_zip,
 )
-from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, written
+from tests.hostile.contract import Accepted, Refused, assert_accepted, assert_refused, written
 
 
 def with_value(value: bytes, records: dict[str, bytes] | None = None) -> Callable[[Path], Path]:
@@ -77,68 +77,76 @@ def converted(directory: Path) -> list[str | Path]:
     return ["convert", with_value(EXPANDED)(directory), "-o", "o.safetensors"]
 
 
-BAD: dict[str, Bad] = {
-    "D1 stride": Bad(
+REFUSED: dict[str, Refused] = {
+    "D1 stride": Refused(
         with_value(tensor(stride=(1000, 1))), "'v': the view ends at byte 4008 of storage '0', which has 16"
     ),
-    "D1 offset": Bad(with_value(tensor(offset=100)), "'v': the view ends at byte 416 of storage '0', which has 16"),
-    "D2 shape": Bad(with_value(tensor(size=(2**40, 2**40))), "'v': the shape [1099511627776, 1099511627776] overflows"),
-    "D4 size": Bad(with_value(tensor(size=(-2, 2))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 2)"),
-    "D4 stride": Bad(
+    "D1 offset": Refused(with_value(tensor(offset=100)), "'v': the view ends at byte 416 of storage '0', which has 16"),
+    "D2 shape": Refused(
+        with_value(tensor(size=(2**40, 2**40))), "'v': the shape [1099511627776, 1099511627776] overflows"
+    ),
+    "D4 size": Refused(
+        with_value(tensor(size=(-2, 2))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 2)"
+    ),
+    "D4 stride": Refused(
         with_value(tensor(stride=(-2, 1))), "a size or stride of a tensor is below 0 or above 2^63: (-2, 1)"
     ),
-    "D4 offset": Bad(with_value(tensor(offset=-1)), "the offset of a tensor is -1, below 0"),
-    "D5 rank": Bad(with_value(tensor(size=(4,))), "a tensor has 1 dimensions and 2 strides"),
-    "D6 more stored": Bad(
+    "D4 offset": Refused(with_value(tensor(offset=-1)), "the offset of a tensor is -1, below 0"),
+    "D5 rank": Refused(with_value(tensor(size=(4,))), "a tensor has 1 dimensions and 2 strides"),
+    "D6 more stored": Refused(
         with_value(b"N", {"0": bytes(20)}), "storage '0': the pickle says 16 bytes, the archive has 20"
     ),
-    "D6 less stored": Bad(
+    "D6 less stored": Refused(
         with_value(b"N", {"0": bytes(12)}), "storage '0': the pickle says 16 bytes, the archive has 12"
     ),
-    "D6 2^40": Bad(
+    "D6 2^40": Refused(
         with_value(tensor(storage("1", 2**40)), {"0": bytes(16), "1": bytes(16)}),
         "storage '1': the pickle says 4398046511104 bytes, the archive has 16",
     ),
-    "D6 negative": Bad(with_value(tensor(storage("1", -1))), "a storage with an unknown type, key or size"),
-    "D7 missing": Bad(with_value(b"N", {}), "storage '0' is not in the archive"),
-    "D7 a key that climbs": Bad(with_value(tensor(storage("../data/0"))), "storage '../data/0' is not in the archive"),
-    "D8 two sizes": Bad(with_value(tensor(storage("0", 5))), "storage '0' has two sizes, 16 and 20 bytes"),
-    "D8 two locations": Bad(
+    "D6 negative": Refused(with_value(tensor(storage("1", -1))), "a storage with an unknown type, key or size"),
+    "D7 missing": Refused(with_value(b"N", {}), "storage '0' is not in the archive"),
+    "D7 a key that climbs": Refused(
+        with_value(tensor(storage("../data/0"))), "storage '../data/0' is not in the archive"
+    ),
+    "D8 two sizes": Refused(with_value(tensor(storage("0", 5))), "storage '0' has two sizes, 16 and 20 bytes"),
+    "D8 two locations": Refused(
         with_value(tensor(storage(location="cuda:0"))), "storage '0' has two locations, 'cpu' and 'cuda:0'"
     ),
-    "D11 a storage of no known dtype": Bad(with_value(tensor(storage("1", 4, "torch.Float3Storage"))), "unknown type"),
+    "D11 a storage of no known dtype": Refused(
+        with_value(tensor(storage("1", 4, "torch.Float3Storage"))), "unknown type"
+    ),
 }
-ODD: dict[str, Odd] = {
-    "D3 expanded": Odd(with_value(EXPANDED), "", "[1099511627776]   4.4 TB"),
-    "D9 two dtypes": Odd(with_value(SEEN_AS_BYTES), "two dtypes share one storage", "U8"),
-    "D10 location": Odd(
+ACCEPTED: dict[str, Accepted] = {
+    "D3 expanded": Accepted(with_value(EXPANDED), "", "[1099511627776]   4.4 TB"),
+    "D9 two dtypes": Accepted(with_value(SEEN_AS_BYTES), "two dtypes share one storage", "U8"),
+    "D10 location": Accepted(
         with_value(tensor(storage("1", location="cuda:9999")), {"0": bytes(16), "1": bytes(16)}), "", "v"
     ),
-    "D11 dtype": Odd(with_value(v3("torch.float3")), "", "torch.float3 (unknown)"),
-    "D12 empty": Odd(with_value(tensor(size=(0, 5), stride=(5, 1), offset=99)), "", "[0, 5]"),
-    "D12 scalar": Odd(with_value(tensor(size=(), stride=())), "", "[]"),
-    "D12 1,000 dimensions": Odd(with_value(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
-    "D13 float8": Odd(written(saved({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, legacy=True)), "", "F8_E4M3"),
-    "D14 DTensor": Odd(with_value(dtensor()), "", "F32 (subclass)"),
-    **{f"D14 {kind}": Odd(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
+    "D11 dtype": Accepted(with_value(v3("torch.float3")), "", "torch.float3 (unknown)"),
+    "D12 empty": Accepted(with_value(tensor(size=(0, 5), stride=(5, 1), offset=99)), "", "[0, 5]"),
+    "D12 scalar": Accepted(with_value(tensor(size=(), stride=())), "", "[]"),
+    "D12 1,000 dimensions": Accepted(with_value(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
+    "D13 float8": Accepted(written(saved({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, legacy=True)), "", "F8_E4M3"),
+    "D14 DTensor": Accepted(with_value(dtensor()), "", "F32 (subclass)"),
+    **{f"D14 {kind}": Accepted(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
 }
-UNWRITABLE: dict[str, Bad] = {
-    "D3 expanded": Bad(converted, "no room: needs 4.4 TB, "),
-    "D11 dtype": Bad(with_value(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
-    "D14 DTensor": Bad(with_value(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
-    "D14 all": Bad(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),
+UNWRITABLE: dict[str, Refused] = {
+    "D3 expanded": Refused(converted, "no room: needs 4.4 TB, "),
+    "D11 dtype": Refused(with_value(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
+    "D14 DTensor": Refused(with_value(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
+    "D14 all": Refused(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),
 }
 OTHER = tuple(f"{name} written" for name in UNWRITABLE)
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_an_impossible_tensor_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_an_odd_tensor_is_listed(name: str, tmp_path: Path) -> None:
-    assert_odd(tmp_path, ODD[name])
+    assert_accepted(tmp_path, ACCEPTED[name])
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers_formats import f32, mapping, number, safetensors_file, several, tensor, text, torch_zip
-from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, run_limited, written
+from tests.hostile.contract import Accepted, Refused, assert_accepted, assert_refused, run_limited, written
 
 ONE = tensor()
 OTHER_ONE = tensor(size=(1,), stride=(1,))
@@ -69,49 +69,49 @@ AWKWARD = (
     "\U0001f600",
 )
 
-BAD: dict[str, Bad] = {
-    "E5 ESC in an error": Bad(
+REFUSED: dict[str, Refused] = {
+    "E5 ESC in an error": Refused(
         written(safetensors_file({"\x1b[2J\r": f32(0, 16, [3])}, bytes(16)), "x.safetensors"),
         r"'\x1b[2J\x0d': F32 [3] needs 12 bytes",
     ),
-    "E6 bidi in an error": Bad(
+    "E6 bidi in an error": Refused(
         written(torch_zip(mapping({"\u202e\u200b": tensor(offset=100)}))), r"'\u202e\u200b': the view ends"
     ),
-    "E8 a name of 1 MB in an error": Bad(
+    "E8 a name of 1 MB in an error": Refused(
         written(lambda: torch_zip(mapping({LONG: tensor(offset=100)}))), "<999600 more characters>"
     ),
 }
-ODD: dict[str, Odd] = {
-    "E1 dots": Odd(written(torch_zip(PATHS)), "would both be called 'a.b'", "['a']['b']"),
-    "E2 int and str": Odd(
+ACCEPTED: dict[str, Accepted] = {
+    "E1 dots": Accepted(written(torch_zip(PATHS)), "would both be called 'a.b'", "['a']['b']"),
+    "E2 int and str": Accepted(
         written(torch_zip(keyed((number(0), ONE), (text("0"), OTHER_ONE)))),
         "would both be called '0'",
         "[0]",
     ),
-    "E2 bool and int": Odd(
+    "E2 bool and int": Accepted(
         written(torch_zip(keyed((b"\x88", ONE), (number(1), OTHER_ONE)))), "a mapping sets '1' more than once", "True"
     ),
-    "E3 twice": Odd(
+    "E3 twice": Accepted(
         written(torch_zip(keyed((text("w"), ONE), (text("w"), OTHER_ONE)))), "a mapping sets 'w' more than once", "[1]"
     ),
-    **{f"E4 {name}": Odd(written(torch_zip(keyed((key, ONE)))), "", f"{name}  ") for name, key in KEYS.items()},
+    **{f"E4 {name}": Accepted(written(torch_zip(keyed((key, ONE)))), "", f"{name}  ") for name, key in KEYS.items()},
     **{
-        f"E6 {name}": Odd(written(named(pair)), f"two names look alike: {pair[0]!a} and {pair[1]!a}", "F32")
+        f"E6 {name}": Accepted(written(named(pair)), f"two names look alike: {pair[0]!a} and {pair[1]!a}", "F32")
         for name, pair in ALIKE.items()
     },
-    "E8 a name of 1 MB": Odd(written(lambda: named([LONG])), "", "<999600 more characters>"),
-    "E10 bare tensor": Odd(written(torch_zip(ONE)), "", "F32"),
-    "E10 list of tensors": Odd(written(torch_zip(b"](" + ONE + OTHER_ONE + b"e")), "", "2 tensors"),
-    "E10 no tensors": Odd(written(torch_zip(mapping({"epoch": b"K\3"}), {})), "", "no tensors"),
-    "E10 empty": Odd(written(torch_zip(b"}", {})), "", "no tensors"),
-    "E11 tied": Odd(written(torch_zip(mapping({"a": ONE, "b": ONE}))), "", "shares memory with"),
-    "E11 overlapping": Odd(written(torch_zip(mapping({"a": ONE, "b": OTHER_ONE}))), "", "shares memory with"),
-    "E12 100,000": Odd(written(lambda: crowd(100_000)), "", "100,000 tensors"),
+    "E8 a name of 1 MB": Accepted(written(lambda: named([LONG])), "", "<999600 more characters>"),
+    "E10 bare tensor": Accepted(written(torch_zip(ONE)), "", "F32"),
+    "E10 list of tensors": Accepted(written(torch_zip(b"](" + ONE + OTHER_ONE + b"e")), "", "2 tensors"),
+    "E10 no tensors": Accepted(written(torch_zip(mapping({"epoch": b"K\3"}), {})), "", "no tensors"),
+    "E10 empty": Accepted(written(torch_zip(b"}", {})), "", "no tensors"),
+    "E11 tied": Accepted(written(torch_zip(mapping({"a": ONE, "b": ONE}))), "", "shares memory with"),
+    "E11 overlapping": Accepted(written(torch_zip(mapping({"a": ONE, "b": OTHER_ONE}))), "", "shares memory with"),
+    "E12 100,000": Accepted(written(lambda: crowd(100_000)), "", "100,000 tensors"),
 }
-UNWRITABLE: dict[str, Bad] = {
-    "E1 dots": Bad(written(torch_zip(PATHS)), "would both be called 'a.b'"),
-    "E4 None": Bad(written(torch_zip(keyed((b"N", ONE)))), "the file has no unambiguous name for 'None'"),
-    "E8 __metadata__": Bad(reserved, "a tensor is called '__metadata__', which safetensors reserves"),
+UNWRITABLE: dict[str, Refused] = {
+    "E1 dots": Refused(written(torch_zip(PATHS)), "would both be called 'a.b'"),
+    "E4 None": Refused(written(torch_zip(keyed((b"N", ONE)))), "the file has no unambiguous name for 'None'"),
+    "E8 __metadata__": Refused(reserved, "a tensor is called '__metadata__', which safetensors reserves"),
 }
 OTHER = (
     "E5 all in JSON",
@@ -124,14 +124,14 @@ OTHER = (
 )
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_a_name_cannot_forge_an_error(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_an_odd_structure_is_listed(name: str, tmp_path: Path) -> None:
-    assert_odd(tmp_path, ODD[name])
+    assert_accepted(tmp_path, ACCEPTED[name])
 
 
 @pytest.mark.parametrize("name", UNWRITABLE)

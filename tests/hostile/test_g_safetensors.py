@@ -13,7 +13,7 @@ from safetensors import safe_open
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from tests.helpers_formats import bits, f32, library_accepts, refusal, safetensors_file
-from tests.hostile.contract import Bad, Odd, assert_odd, assert_refused, one_of_each_row, paused, written
+from tests.hostile.contract import Accepted, Refused, assert_accepted, assert_refused, one_of_each_row, paused, written
 
 W = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 GOOD = safetensors_file({"w": f32()}, b"1234")
@@ -37,7 +37,7 @@ def two(first: tuple[int, int], second: tuple[int, int], size: int = 8) -> bytes
     return safetensors_file({"w": f32(*first), "v": f32(*second)}, bytes(size))
 
 
-REFUSED: dict[str, tuple[bytes, str]] = {
+BROKEN: dict[str, tuple[bytes, str]] = {
     "G1 seven bytes": (b"\0\0\0\0\0\0\0", "only zero bytes"),
     "G1 length 0": (b"\0" * 8 + b"{}", "the header does not begin with '{'"),
     "G1 length 2^32": (GOOD[:4] + b"\1" + GOOD[5:], "4,294,967,357 bytes, more than the limit"),
@@ -113,7 +113,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     "G16 null": (safetensors_file('{"w":null}'), "'w': the header entry is not an object"),
     "G17 cut at the end of the header": (header("", b""), "truncated: 4 of 4 bytes are missing"),
 }
-BAD = {name: Bad(written(data, NAME), reason) for name, (data, reason) in REFUSED.items()}
+REFUSED = {name: Refused(written(data, NAME), reason) for name, (data, reason) in BROKEN.items()}
 
 # Cases that the library reads and ckpt refuses, with the reason.
 STRICTER = {
@@ -129,14 +129,14 @@ READ = {
     "G12 unaligned": (safetensors_file({"b": f32(0, 1, [1], "U8"), "w": f32(1, 5)}, b"x1234"), "", "F32"),
     "G15 unknown field": (header(',"extra":{"a":[1]}'), "1 entry with unknown fields", "F32"),
 }
-ODD = {name: Odd(written(data, NAME), warning, shown) for name, (data, warning, shown) in READ.items()}
+ACCEPTED = {name: Accepted(written(data, NAME), warning, shown) for name, (data, warning, shown) in READ.items()}
 OTHER = ("G13 200,000 empty tensors", "G18 truncated by another process", "G18 touched by another process")
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BROKEN)
 def test_the_tensor_and_the_numbers_are_named(name: str, tmp_path: Path) -> None:
     """The library refuses the same files, with the listed exceptions."""
-    data, reason = REFUSED[name]
+    data, reason = BROKEN[name]
     path = written(data, NAME)(tmp_path)
     error = refusal(str(path))
     assert isinstance(error, FormatError)
@@ -145,19 +145,19 @@ def test_the_tensor_and_the_numbers_are_named(name: str, tmp_path: Path) -> None
     assert library_accepts(path) == (name in STRICTER)
 
 
-@pytest.mark.parametrize("name", [*one_of_each_row(BAD), "G8 huge factors"])
+@pytest.mark.parametrize("name", [*one_of_each_row(REFUSED), "G8 huge factors"])
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_it_is_read(name: str, tmp_path: Path) -> None:
     """The tensors are those of the library, where the library reads the file."""
-    assert_odd(tmp_path, ODD[name])
+    assert_accepted(tmp_path, ACCEPTED[name])
     path = tmp_path / "in" / NAME
     with open_checkpoint(path) as checkpoint, safe_open(path, "pt") as file:
         assert set(checkpoint) == set(file.keys())
-        if "F6" not in ODD[name].shown:
+        if "F6" not in ACCEPTED[name].shown:
             assert all(checkpoint.read_bytes(key) == bits(file.get_tensor(key)) for key in checkpoint)
 
 
@@ -168,7 +168,7 @@ def test_g13_many_empty_tensors_are_listed(tmp_path: Path) -> None:
         empty = ",".join(f'"t{number}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for number in range(200_000))
         return ["show", written(safetensors_file("{" + empty + "}"), NAME)(directory), "--keep", "t199999"]
 
-    assert_odd(tmp_path, Odd(one_of_many, "", "1 tensor, 0 elements"))
+    assert_accepted(tmp_path, Accepted(one_of_many, "", "1 tensor, 0 elements"))
 
 
 @pytest.mark.parametrize("change", ["shorter", "touched"])

@@ -20,7 +20,15 @@ from tests.helpers_dcp import save as save_distributed
 from tests.helpers_formats import refusal
 from tests.helpers_outputs import scratch
 from tests.helpers_shards import NAMES, STATE, edit, save, shard
-from tests.hostile.contract import Bad, Maker, Odd, assert_odd, assert_refused, one_of_each_row, run_limited
+from tests.hostile.contract import (
+    Accepted,
+    MakeInput,
+    Refused,
+    assert_accepted,
+    assert_refused,
+    one_of_each_row,
+    run_limited,
+)
 
 FIRST, SECOND, INDEX = NAMES["safetensors"]
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
@@ -34,7 +42,7 @@ class Attack:
         return os.system, ("touch canary",)
 
 
-def shards(change: Callable[[Path], object]) -> Maker:
+def shards(change: Callable[[Path], object]) -> MakeInput:
     """Return a function that writes two shards and their index, and changes them."""
 
     def make(directory: Path) -> Path:
@@ -44,7 +52,7 @@ def shards(change: Callable[[Path], object]) -> Maker:
     return make
 
 
-def second(change: Callable[[Path], object]) -> Maker:
+def second(change: Callable[[Path], object]) -> MakeInput:
     """Return a function that writes two shards and their index, and changes the second shard."""
 
     def damage(index: Path) -> None:
@@ -54,7 +62,7 @@ def second(change: Callable[[Path], object]) -> Maker:
     return shards(damage)
 
 
-def index_of(text: str | bytes) -> Maker:
+def index_of(text: str | bytes) -> MakeInput:
     return shards(lambda index: index.write_bytes(text.encode() if isinstance(text, str) else text))
 
 
@@ -73,7 +81,7 @@ def third(index: Path) -> None:
     save({"z": torch.ones(1)}, index.parent / "model-00003-of-00003.safetensors")
 
 
-def beside(name: str) -> Maker:
+def beside(name: str) -> MakeInput:
     return shards(lambda index: save({"other": torch.ones(1)}, index.parent / name))
 
 
@@ -93,7 +101,7 @@ def case_alone(directory: Path) -> Path:
     return path
 
 
-def distributed(change: Callable[[str], object]) -> Maker:
+def distributed(change: Callable[[str], object]) -> MakeInput:
     def make(directory: Path) -> Path:
         state = {"w": torch.arange(21.0).reshape(7, 3), "v": torch.ones(2)}
         cuts: dict[str, tuple[torch.Tensor, list[Cut]]] = {
@@ -106,11 +114,11 @@ def distributed(change: Callable[[str], object]) -> Maker:
     return make
 
 
-def metadata(change: Callable[[Any], object]) -> Maker:
+def metadata(change: Callable[[Any], object]) -> MakeInput:
     return distributed(lambda path: edit_metadata(path, change))
 
 
-def moved(**fields: Any) -> Maker:
+def moved(**fields: Any) -> MakeInput:
     """Return a function that changes the place of the second chunk."""
 
     def change(found: Any) -> None:
@@ -125,7 +133,7 @@ def without_second_chunk(found: Any) -> None:
     del found.storage_data[MetadataIndex("w", chunk.offsets)]
 
 
-def second_chunk(offsets: tuple[int, int], sizes: tuple[int, int]) -> Maker:
+def second_chunk(offsets: tuple[int, int], sizes: tuple[int, int]) -> MakeInput:
     def change(found: Any) -> None:
         chunk = found.state_dict_metadata["w"].chunks[1]
         place = found.storage_data.pop(MetadataIndex("w", chunk.offsets))
@@ -145,7 +153,7 @@ def code_as_item(directory: Path) -> Path:
     return Path(save_distributed(directory / "run", {"model": {"w": torch.ones(2)}, "x": Attack()}))
 
 
-def pieces(missing: int) -> Maker:
+def pieces(missing: int) -> MakeInput:
     """Return a function that writes the safetensors form of DCP for three ranks without one of the files."""
 
     def make(directory: Path) -> Path:
@@ -184,111 +192,119 @@ def without_weights(directory: Path) -> Path:
     return directory / "zero_pp_rank_0_mp_rank_00_model_states.pt"
 
 
-BAD: dict[str, Bad] = {
-    "H1 climbs": Bad(shards(lambda at: edit(at, **{"a.w": "../x.safetensors"})), "unsafe shard '../x.safetensors'"),
-    "H1 absolute": Bad(shards(lambda at: edit(at, **{"a.w": "/etc/passwd"})), "unsafe shard '/etc/passwd'"),
-    "H1 Windows": Bad(shards(lambda at: edit(at, **{"a.w": "C:\\x"})), "unsafe shard 'C:"),
-    "H2 a link to no checkpoint": Bad(second(lambda at: at.symlink_to("/etc/passwd")), "should hold 'c.w'"),
-    "H2 a link to a device": Bad(second(lambda at: at.symlink_to("/dev/zero")), "not a regular file"),
-    "H3 missing": Bad(second(lambda _: None), "no such file or directory (a shard that should hold 'c.w')"),
-    "H3 empty": Bad(second(lambda at: at.touch()), "the file is empty (a shard that should hold 'c.w')"),
-    "H3 a pointer": Bad(second(lambda at: at.write_bytes(LFS)), "git-lfs pointer"),
-    "H3 truncated": Bad(
+REFUSED: dict[str, Refused] = {
+    "H1 climbs": Refused(shards(lambda at: edit(at, **{"a.w": "../x.safetensors"})), "unsafe shard '../x.safetensors'"),
+    "H1 absolute": Refused(shards(lambda at: edit(at, **{"a.w": "/etc/passwd"})), "unsafe shard '/etc/passwd'"),
+    "H1 Windows": Refused(shards(lambda at: edit(at, **{"a.w": "C:\\x"})), "unsafe shard 'C:"),
+    "H2 a link to no checkpoint": Refused(second(lambda at: at.symlink_to("/etc/passwd")), "should hold 'c.w'"),
+    "H2 a link to a device": Refused(second(lambda at: at.symlink_to("/dev/zero")), "not a regular file"),
+    "H3 missing": Refused(second(lambda _: None), "no such file or directory (a shard that should hold 'c.w')"),
+    "H3 empty": Refused(second(lambda at: at.touch()), "the file is empty (a shard that should hold 'c.w')"),
+    "H3 a pointer": Refused(second(lambda at: at.write_bytes(LFS)), "git-lfs pointer"),
+    "H3 truncated": Refused(
         shards(lambda at: os.truncate(at.parent / SECOND, os.path.getsize(at.parent / SECOND) - 1)), "truncated: 1 of"
     ),
-    "H3 a directory": Bad(second(lambda at: at.mkdir()), "not a regular file (a shard that should hold"),
-    "H3 a dangling link": Bad(second(lambda at: at.symlink_to("gone")), "a symbolic link to 'gone', which does not"),
-    "H4 in the index only": Bad(
+    "H3 a directory": Refused(second(lambda at: at.mkdir()), "not a regular file (a shard that should hold"),
+    "H3 a dangling link": Refused(
+        second(lambda at: at.symlink_to("gone")), "a symbolic link to 'gone', which does not"
+    ),
+    "H4 in the index only": Refused(
         shards(lambda at: edit(at, x=FIRST)), "the index places 'x' here, but the shard does not hold it"
     ),
-    "H4 in the wrong shard": Bad(shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' here, but the shard"),
-    "H4 in the shard only": Bad(
+    "H4 in the wrong shard": Refused(
+        shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' here, but the shard"
+    ),
+    "H4 in the shard only": Refused(
         shards(lambda at: edit(at, **{"a.b": ""})), "the shard holds 'a.b', but the index does not place it here"
     ),
-    "H4 in two shards": Bad(shards(in_two_shards), "the shard holds 'a.w', but the index does not"),
-    "H4 a third shard": Bad(
+    "H4 in two shards": Refused(shards(in_two_shards), "the shard holds 'a.w', but the index does not"),
+    "H4 a third shard": Refused(
         shards(third), "shard 'model-00003-of-00003.safetensors' is beside the index, which does not"
     ),
-    "H5 not JSON": Bad(index_of("{"), "the index is not JSON"),
-    "H5 empty": Bad(index_of(""), "the index is not JSON"),
-    "H5 a list": Bad(index_of("[]"), "the index is a JSON list"),
-    "H5 not UTF-8": Bad(index_of(b'{"\xff":1}'), "the index is not UTF-8"),
-    "H5 nested": Bad(index_of("[" * 10**5), "the index is nested too deeply"),
-    "H5 no map": Bad(index_of("{}"), "the index has no weight_map"),
-    "H5 an empty map": Bad(index_of('{"weight_map":{}}'), "the index has no weight_map"),
-    "H5 a list as map": Bad(index_of('{"weight_map":[1]}'), "the index has no weight_map"),
-    "H5 a number": Bad(shards(lambda at: edit(at, **{"a.w": 1})), "maps 'a.w' to a int, not to a file name"),
-    "H5 an object": Bad(shards(lambda at: edit(at, **{"a.w": {"file": FIRST}})), "maps 'a.w' to a dict, not"),
-    "H5 null": Bad(shards(lambda at: edit(at, **{"a.w": None})), "maps 'a.w' to a NoneType, not to a file"),
-    "H5 twice": Bad(index_of('{"weight_map":{"a":"x","a":"y"}}'), "the index names 'a' twice"),
-    "H5 300 MB": Bad(shards(lambda at: os.truncate(at, 300 << 20)), "the index has 314,572,800 bytes, more than the"),
-    "H7 a pickle": Bad(shards(lambda at: edit(at, **{"a.w": "x.bin"})), "of safetensors shards names 'x.bin'"),
-    "H10 code instead of metadata": Bad(
+    "H5 not JSON": Refused(index_of("{"), "the index is not JSON"),
+    "H5 empty": Refused(index_of(""), "the index is not JSON"),
+    "H5 a list": Refused(index_of("[]"), "the index is a JSON list"),
+    "H5 not UTF-8": Refused(index_of(b'{"\xff":1}'), "the index is not UTF-8"),
+    "H5 nested": Refused(index_of("[" * 10**5), "the index is nested too deeply"),
+    "H5 no map": Refused(index_of("{}"), "the index has no weight_map"),
+    "H5 an empty map": Refused(index_of('{"weight_map":{}}'), "the index has no weight_map"),
+    "H5 a list as map": Refused(index_of('{"weight_map":[1]}'), "the index has no weight_map"),
+    "H5 a number": Refused(shards(lambda at: edit(at, **{"a.w": 1})), "maps 'a.w' to a int, not to a file name"),
+    "H5 an object": Refused(shards(lambda at: edit(at, **{"a.w": {"file": FIRST}})), "maps 'a.w' to a dict, not"),
+    "H5 null": Refused(shards(lambda at: edit(at, **{"a.w": None})), "maps 'a.w' to a NoneType, not to a file"),
+    "H5 twice": Refused(index_of('{"weight_map":{"a":"x","a":"y"}}'), "the index names 'a' twice"),
+    "H5 300 MB": Refused(
+        shards(lambda at: os.truncate(at, 300 << 20)), "the index has 314,572,800 bytes, more than the"
+    ),
+    "H7 a pickle": Refused(shards(lambda at: edit(at, **{"a.w": "x.bin"})), "of safetensors shards names 'x.bin'"),
+    "H10 code instead of metadata": Refused(
         distributed(lambda path: put_metadata(path, Attack())), "the pickle is a 'posix.system', not a Metadata of DCP"
     ),
-    "H11 no metadata": Bad(
+    "H11 no metadata": Refused(
         distributed(lambda path: os.remove(f"{path}/.metadata")), "no .metadata, which is written last: an interrupted"
     ),
-    "H12 missing": Bad(distributed(lambda path: os.remove(f"{path}/__1_0.distcp")), "no such file or directory (the"),
-    "H12 truncated": Bad(distributed(lambda path: os.truncate(f"{path}/__1_0.distcp", 100)), "truncated?"),
-    "H12 climbs": Bad(moved(relative_path="../outside.distcp"), "the unsafe file '../outside.distcp'"),
-    "H12 offset past the end": Bad(moved(offset=10**9), "places the chunk at [4, 0] at bytes 1,000,000,000"),
-    "H13 hole": Bad(metadata(without_second_chunk), "'w': rows 4-6 are covered by no chunk"),
-    "H13 overlap": Bad(second_chunk((3, 0), (4, 3)), "'w': row 3 is covered by 2 chunks"),
-    "H13 outside": Bad(second_chunk((5, 0), (3, 3)), "'w': a chunk at [5, 0] of size [3, 3] reaches outside"),
-    "H14 the first shard": Bad(pieces(1), "'w': rows 0-2 are covered by no chunk"),
-    "H14 the middle shard": Bad(pieces(2), "'w': rows 3-5 are covered by no chunk"),
-    "H16 an adapter beside a whole model": Bad(adapter_and_model, "holds a whole model and an adapter"),
-    "H16 a configuration without its adapter": Bad(configuration, "holds adapter_config.json and no weights"),
+    "H12 missing": Refused(
+        distributed(lambda path: os.remove(f"{path}/__1_0.distcp")), "no such file or directory (the"
+    ),
+    "H12 truncated": Refused(distributed(lambda path: os.truncate(f"{path}/__1_0.distcp", 100)), "truncated?"),
+    "H12 climbs": Refused(moved(relative_path="../outside.distcp"), "the unsafe file '../outside.distcp'"),
+    "H12 offset past the end": Refused(moved(offset=10**9), "places the chunk at [4, 0] at bytes 1,000,000,000"),
+    "H13 hole": Refused(metadata(without_second_chunk), "'w': rows 4-6 are covered by no chunk"),
+    "H13 overlap": Refused(second_chunk((3, 0), (4, 3)), "'w': row 3 is covered by 2 chunks"),
+    "H13 outside": Refused(second_chunk((5, 0), (3, 3)), "'w': a chunk at [5, 0] of size [3, 3] reaches outside"),
+    "H14 the first shard": Refused(pieces(1), "'w': rows 0-2 are covered by no chunk"),
+    "H14 the middle shard": Refused(pieces(2), "'w': rows 3-5 are covered by no chunk"),
+    "H16 an adapter beside a whole model": Refused(adapter_and_model, "holds a whole model and an adapter"),
+    "H16 a configuration without its adapter": Refused(configuration, "holds adapter_config.json and no weights"),
 }
-ODD: dict[str, Odd] = {
-    "H2 a link as in a cache": Odd(second(outside), "", "3 tensors"),
-    "H6 a wrong total": Odd(
+ACCEPTED: dict[str, Accepted] = {
+    "H2 a link as in a cache": Accepted(second(outside), "", "3 tensors"),
+    "H6 a wrong total": Accepted(
         lambda directory: shard(directory, total=5).parent,
         "total size of 5 bytes, but the tensors have 60",
         "c.w",
     ),
-    "H8 an index and a single file": Odd(
+    "H8 an index and a single file": Accepted(
         beside("model.safetensors"), "'model.safetensors' is beside the index", "3 tensors"
     ),
-    "H8 two kinds of index": Odd(both_kinds, "'pytorch_model.bin.index.json' is beside the index", "3 tensors"),
-    "H8 distributed and a single file": Odd(
+    "H8 two kinds of index": Accepted(both_kinds, "'pytorch_model.bin.index.json' is beside the index", "3 tensors"),
+    "H8 distributed and a single file": Accepted(
         distributed(lambda path: save(STATE, Path(path) / "model.safetensors")),
         "'model.safetensors' is beside the distributed checkpoint",
         "w",
     ),
-    "H9 names that differ in case": Odd(case_alone, "differ only in case", "2 tensors"),
-    "H10 code in the metadata": Odd(
+    "H9 names that differ in case": Accepted(case_alone, "differ only in case", "2 tensors"),
+    "H10 code in the metadata": Accepted(
         distributed(code_beside), "looks malicious: it asks to call posix.system", "[7, 3]"
     ),
-    "H10 code as an item": Odd(code_as_item, "looks malicious: it asks to call posix.system", "posix.system"),
-    "H15 the model_states of ZeRO-3 alone": Odd(
+    "H10 code as an item": Accepted(code_as_item, "looks malicious: it asks to call posix.system", "posix.system"),
+    "H15 the model_states of ZeRO-3 alone": Accepted(
         without_weights, "empty: ZeRO-3 stores the elements in the optim_states files", "w"
     ),
-    "H16 an adapter without its configuration": Odd(
+    "H16 an adapter without its configuration": Accepted(
         adapter, "no adapter_config.json beside the weights: their scale", "lora_A"
     ),
-    "H16 another rank than the configuration gives": Odd(
+    "H16 another rank than the configuration gives": Accepted(
         of_another_rank, "has rank 2, but adapter_config.json", "q.lora"
     ),
-    "H14 the last shard": Odd(pieces(3), "2 shards joined; a missing last shard cannot be noticed", "[6, 2]"),
+    "H14 the last shard": Accepted(pieces(3), "2 shards joined; a missing last shard cannot be noticed", "[6, 2]"),
 }
 OTHER = ("H13 another dtype", "H17 a hundred thousand files")
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_the_reason_is_given(name: str, tmp_path: Path) -> None:
-    assert BAD[name].reason in refusal(str(BAD[name].make(tmp_path))).reason
+    assert REFUSED[name].reason in refusal(str(REFUSED[name].make(tmp_path))).reason
 
 
-@pytest.mark.parametrize("name", one_of_each_row(BAD))
+@pytest.mark.parametrize("name", one_of_each_row(REFUSED))
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("name", ACCEPTED)
 def test_it_is_read_with_a_warning(name: str, tmp_path: Path) -> None:
-    assert_odd(tmp_path, ODD[name])
+    assert_accepted(tmp_path, ACCEPTED[name])
 
 
 def test_h13_a_chunk_of_another_dtype_is_an_error_when_it_is_read(tmp_path: Path) -> None:
@@ -297,7 +313,7 @@ def test_h13_a_chunk_of_another_dtype_is_an_error_when_it_is_read(tmp_path: Path
     def other(found: Any) -> None:
         found.state_dict_metadata["w"].properties = TensorProperties(dtype=torch.int32)
 
-    case = Bad(metadata(other), "holds F32 [4, 3], but the metadata says I32 [4, 3]")
+    case = Refused(metadata(other), "holds F32 [4, 3], but the metadata says I32 [4, 3]")
     assert_refused(tmp_path, case, command="convert")
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers_outputs import names_in, same_state, scratch
 from tests.helpers_shards import NAMES, STATE, save, shard
-from tests.hostile.contract import Bad, Command, Odd, assert_refused, run_limited
+from tests.hostile.contract import Accepted, Command, Refused, assert_refused, run_limited
 
 FIRST, _, INDEX = NAMES["safetensors"]
 SHARDED = ("--max-shard-size", "1kB")
@@ -71,61 +71,65 @@ def old_shards_of_pickles(directory: Path) -> Path:
     return directory / "set"
 
 
-BAD: dict[str, Bad] = {
-    "I1 a file": Bad(converting(with_old), "already exists"),
-    "I1 a directory with files": Bad(converting(lambda at: shard(at / "set").parent, *SHARDED), "already exists"),
-    "I2 the same path": Bad(converting(lambda at: at / "in.safetensors"), "already exists"),
-    "I2 the same with a dot": Bad(converting(lambda at: f"{at}/./in.safetensors"), "already exists"),
-    "I2 a symbolic link": Bad(
+REFUSED: dict[str, Refused] = {
+    "I1 a file": Refused(converting(with_old), "already exists"),
+    "I1 a directory with files": Refused(converting(lambda at: shard(at / "set").parent, *SHARDED), "already exists"),
+    "I2 the same path": Refused(converting(lambda at: at / "in.safetensors"), "already exists"),
+    "I2 the same with a dot": Refused(converting(lambda at: f"{at}/./in.safetensors"), "already exists"),
+    "I2 a symbolic link": Refused(
         converting(lambda at: linked(at, lambda out: out.symlink_to("in.safetensors"))), "already exists"
     ),
-    "I2 a hard link": Bad(
+    "I2 a hard link": Refused(
         converting(lambda at: linked(at, lambda out: os.link(at / "in.safetensors", out))), "already exists"
     ),
-    "I2 a shard of the input": Bad(
+    "I2 a shard of the input": Refused(
         of_shards(lambda at: at / FIRST, "--force"), "is a shard of an input, and the other"
     ),
-    "I2 the index of the input": Bad(
+    "I2 the index of the input": Refused(
         of_shards(lambda at: at / INDEX, "--force", "--format", "safetensors"), "is a shard of an input, and the other"
     ),
-    "I2 a new shard of the input": Bad(
+    "I2 a new shard of the input": Refused(
         of_shards(lambda at: at / "model-00009-of-00009.safetensors"), "would be read as a shard of an input"
     ),
-    "I2 the directory of the input": Bad(of_shards(lambda at: at, *SHARDED), "already exists"),
-    "I2 a training checkpoint": Bad(training, "is an input that holds more than tensors (epoch)"),
-    "I3 missing": Bad(converting(lambda at: at / "no" / "o.pt"), "does not exist"),
-    "I3 missing, for shards": Bad(converting(lambda at: at / "no" / "set", *SHARDED), "does not exist"),
-    "I3 a file": Bad(converting(lambda at: at / "in.safetensors" / "o.pt"), "in.safetensors is not a directory"),
-    "I3 a file, for shards": Bad(converting(lambda at: at / "in.safetensors" / "set", *SHARDED), "is not a directory"),
-    "I4 a directory": Bad(converting(lambda at: at, "--format", "torch", "--force"), "is a directory"),
-    "I4 a file where shards go": Bad(converting(with_old, *SHARDED), "shards need a directory"),
-    "I4 a FIFO": Bad(converting(fifo, "--force"), "is not a regular file"),
-    "I4 /dev/full": Bad(converting(lambda _: "/dev/full", "--format", "torch", "--force"), "is not a regular file"),
-    "I4 /dev/stdout": Bad(converting(lambda _: "/dev/stdout", "--format", "torch", "--force"), "is not a regular file"),
-    "I4 no name": Bad(converting(lambda _: ""), "the output has no name"),
-    "I4 no name, for shards": Bad(converting(lambda _: "", *SHARDED), "the output has no name"),
-    "I4 the current directory": Bad(converting(lambda _: ".", *SHARDED), "is the current directory"),
-    "I4 the root": Bad(converting(lambda _: "/", *SHARDED, "--force"), "contains the directory"),
-    "I5 a loop": Bad(converting(loop, "--format", "torch", "--force"), "too many levels of symbolic links"),
-    "I5 a loop where shards go": Bad(converting(loop, *SHARDED), "too many levels of symbolic links"),
-    "I16 old shards that would be read instead": Bad(
+    "I2 the directory of the input": Refused(of_shards(lambda at: at, *SHARDED), "already exists"),
+    "I2 a training checkpoint": Refused(training, "is an input that holds more than tensors (epoch)"),
+    "I3 missing": Refused(converting(lambda at: at / "no" / "o.pt"), "does not exist"),
+    "I3 missing, for shards": Refused(converting(lambda at: at / "no" / "set", *SHARDED), "does not exist"),
+    "I3 a file": Refused(converting(lambda at: at / "in.safetensors" / "o.pt"), "in.safetensors is not a directory"),
+    "I3 a file, for shards": Refused(
+        converting(lambda at: at / "in.safetensors" / "set", *SHARDED), "is not a directory"
+    ),
+    "I4 a directory": Refused(converting(lambda at: at, "--format", "torch", "--force"), "is a directory"),
+    "I4 a file where shards go": Refused(converting(with_old, *SHARDED), "shards need a directory"),
+    "I4 a FIFO": Refused(converting(fifo, "--force"), "is not a regular file"),
+    "I4 /dev/full": Refused(converting(lambda _: "/dev/full", "--format", "torch", "--force"), "is not a regular file"),
+    "I4 /dev/stdout": Refused(
+        converting(lambda _: "/dev/stdout", "--format", "torch", "--force"), "is not a regular file"
+    ),
+    "I4 no name": Refused(converting(lambda _: ""), "the output has no name"),
+    "I4 no name, for shards": Refused(converting(lambda _: "", *SHARDED), "the output has no name"),
+    "I4 the current directory": Refused(converting(lambda _: ".", *SHARDED), "is the current directory"),
+    "I4 the root": Refused(converting(lambda _: "/", *SHARDED, "--force"), "contains the directory"),
+    "I5 a loop": Refused(converting(loop, "--format", "torch", "--force"), "too many levels of symbolic links"),
+    "I5 a loop where shards go": Refused(converting(loop, *SHARDED), "too many levels of symbolic links"),
+    "I16 old shards that would be read instead": Refused(
         converting(old_shards_of_pickles, *SHARDED, "--force"),
         "holds other weights, which would be read instead of the output",
     ),
-    "I20 ENAMETOOLONG": Bad(converting(lambda at: at / f"{'n' * 300}.pt"), "file name too long"),
-    "I20 ENAMETOOLONG, for shards": Bad(converting(lambda at: at / ("n" * 300), *SHARDED), "file name too long"),
-    "I20 ENOTDIR": Bad(converting(lambda at: at / "in.safetensors" / "x" / "o.pt"), "does not exist"),
+    "I20 ENAMETOOLONG": Refused(converting(lambda at: at / f"{'n' * 300}.pt"), "file name too long"),
+    "I20 ENAMETOOLONG, for shards": Refused(converting(lambda at: at / ("n" * 300), *SHARDED), "file name too long"),
+    "I20 ENOTDIR": Refused(converting(lambda at: at / "in.safetensors" / "x" / "o.pt"), "does not exist"),
 }
-ODD: dict[str, Odd] = {}
+ACCEPTED: dict[str, Accepted] = {}
 OTHER = (
     "I2 a bind mount", "I3 read-only", "I5 written through", "I6 a limit on file sizes", "I9 mode and owner",
     "I9 a directory that hands on its group", "I10 250 bytes", "I16 weights that stay", "I20 EROFS", "I20 no inode",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from tests.helpers_outputs import names_in, same_state, scratch
 from tests.helpers_shards import STATE, save
-from tests.hostile.contract import Bad, Command, Odd, assert_refused, run_limited
+from tests.hostile.contract import Accepted, Command, Refused, assert_refused, run_limited
 
 WITH_TORCH = 8 << 30  # address space: importing torch alone takes gigabytes of it
 FIVE = torch.arange(5.0)
@@ -52,33 +52,39 @@ def quantized(directory: Path) -> list[str | Path]:
         return storing(torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.quint8))(directory)
 
 
-BAD: dict[str, Bad] = {
-    "I17 two names become one": Bad(renaming("--rename", "re:a\\..*=x"), "would both be called 'x'"),
-    "I17 no name": Bad(renaming("--rename", "c.w="), "leaves 'c.w' without a name"),
-    "I17 the name of the metadata": Bad(renaming("--rename", "c.w=__metadata__"), "a tensor is called '__metadata__'"),
-    "I17 a rule that matches nothing": Bad(renaming("--rename", "zz=y"), "--rename 'zz=y' matches none of 3 keys"),
-    "I17 a bad regular expression": Bad(renaming("--rename", "re:(=y"), "'re:(' is not a valid regular expression"),
-    "I17 a group that is not there": Bad(
+REFUSED: dict[str, Refused] = {
+    "I17 two names become one": Refused(renaming("--rename", "re:a\\..*=x"), "would both be called 'x'"),
+    "I17 no name": Refused(renaming("--rename", "c.w="), "leaves 'c.w' without a name"),
+    "I17 the name of the metadata": Refused(
+        renaming("--rename", "c.w=__metadata__"), "a tensor is called '__metadata__'"
+    ),
+    "I17 a rule that matches nothing": Refused(renaming("--rename", "zz=y"), "--rename 'zz=y' matches none of 3 keys"),
+    "I17 a bad regular expression": Refused(renaming("--rename", "re:(=y"), "'re:(' is not a valid regular expression"),
+    "I17 a group that is not there": Refused(
         renaming("--rename", "re:c.w=\\9"), "not a valid template for 're:c.w': invalid"
     ),
-    "I17 a star too few": Bad(renaming("--rename", "a.*=x"), "has 1 '*' on the left and 0 on the right"),
-    "I17 nothing is left": Bad(renaming("--drop", "*"), "the output would have none of 3 tensors"),
-    "I18 another shape": Bad(merging({**STATE, "a.w": torch.ones(2, 2)}), "'a.w' is [2, 3] in the base and [2, 2] in"),
-    "I18 no key in common": Bad(merging({"z": torch.ones(1)}), "the donor has no key and shape of the base"),
-    "I18 no donor": Bad(merging(), "Missing argument 'DONORS...'"),
-    "I19 complex128": Bad(storing(torch.ones(2, dtype=torch.complex128)), "'w' would be C128, which safetensors"),
-    "I19 sparse": Bad(storing(torch.eye(3).to_sparse()), "'w' cannot be copied: it is a sparse tensor"),
-    "I19 meta": Bad(storing(torch.ones(2, device="meta")), "'w' cannot be copied: it was saved from the meta device"),
-    "I19 quantized": Bad(quantized, "'w' cannot be copied: it is a quantized tensor"),
-    "I19 a giant expanded": Bad(storing(torch.ones(1).expand(2**40)), "no room: needs 4.4 TB"),
+    "I17 a star too few": Refused(renaming("--rename", "a.*=x"), "has 1 '*' on the left and 0 on the right"),
+    "I17 nothing is left": Refused(renaming("--drop", "*"), "the output would have none of 3 tensors"),
+    "I18 another shape": Refused(
+        merging({**STATE, "a.w": torch.ones(2, 2)}), "'a.w' is [2, 3] in the base and [2, 2] in"
+    ),
+    "I18 no key in common": Refused(merging({"z": torch.ones(1)}), "the donor has no key and shape of the base"),
+    "I18 no donor": Refused(merging(), "Missing argument 'DONORS...'"),
+    "I19 complex128": Refused(storing(torch.ones(2, dtype=torch.complex128)), "'w' would be C128, which safetensors"),
+    "I19 sparse": Refused(storing(torch.eye(3).to_sparse()), "'w' cannot be copied: it is a sparse tensor"),
+    "I19 meta": Refused(
+        storing(torch.ones(2, device="meta")), "'w' cannot be copied: it was saved from the meta device"
+    ),
+    "I19 quantized": Refused(quantized, "'w' cannot be copied: it is a quantized tensor"),
+    "I19 a giant expanded": Refused(storing(torch.ones(1).expand(2**40)), "no room: needs 4.4 TB"),
 }
-ODD: dict[str, Odd] = {}
+ACCEPTED: dict[str, Accepted] = {}
 OTHER = ("I18 odd donors", "I19 views are written as their values")
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", REFUSED)
 def test_it_is_refused(name: str, tmp_path: Path) -> None:
-    assert_refused(tmp_path, BAD[name])
+    assert_refused(tmp_path, REFUSED[name])
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from tests.helpers_cli import ROOT
 from tests.helpers_outputs import names_in, same_state, scratch
 from tests.helpers_shards import STATE, save
-from tests.hostile.contract import Bad, Odd, paused, run_limited
+from tests.hostile.contract import Accepted, Refused, paused, run_limited
 
-BAD: dict[str, Bad] = {}
-ODD: dict[str, Odd] = {}
+REFUSED: dict[str, Refused] = {}
+ACCEPTED: dict[str, Accepted] = {}
 OTHER = (
     "I7 killed at a step", "I8 a signal", "I11 a broken pipe", "I12 closed streams", "I12 ascii", "I12 full",
     "I13 a name that is no text", "I14 two runs, one output", "I15 the input changes", "I15 the input is replaced",
