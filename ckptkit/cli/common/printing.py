@@ -16,6 +16,7 @@ from ckptkit.errors import one_line
 
 if TYPE_CHECKING:
     from ckptkit.core.findings import Report
+    from ckptkit.core.progress import Progress
     from ckptkit.render.page import Page
 
 __all__ = ["ReportFormat", "echo_report", "exit_code", "print_line", "print_message", "progress_bar"]
@@ -71,7 +72,7 @@ def exit_code(report: Report) -> int:
 
 
 @contextlib.contextmanager
-def progress_bar(length: int, label: str, *, hidden: bool) -> Iterator[Callable[[int], None] | None]:
+def progress_bar(length: int, label: str, *, hidden: bool) -> Iterator[Progress | None]:
     """Show a progress bar over ``length`` bytes and yield the function that advances it by a number of bytes.
 
     Yields None, and shows nothing, if the bar is ``hidden`` or stderr is not a terminal.

@@ -36,12 +36,12 @@ def build_live_model(target: str, *, with_values: bool = False) -> Module:
 
     Builds the module with values if ``with_values``. Raises ``ModelError`` if ``target`` does not build a module.
     """
+    if not target.startswith(LIVE_PREFIX):
+        raise ModelError("not a live model", hint="write py:package.module:callable", path=target)
     from torch import nn
 
     from ckptkit.formats.live import build_model, build_shapes
 
-    if not target.startswith(LIVE_PREFIX):
-        raise ModelError("not a live model", hint="write py:package.module:callable", path=target)
     with default_error_path(target):
         built = (build_model if with_values else build_shapes)(target.removeprefix(LIVE_PREFIX))
         if not isinstance(built, nn.Module):
