@@ -375,7 +375,7 @@ def test_unregistered_parts_never_train() -> None:
     assert [finding.key for finding in found] == ["blocks[0]", "by_name['a']['deep'][0]", "scale", "queue[0]"]
     assert "'blocks[0]' (Linear, 2 trainable parameters, 20 elements) is in a plain list" in found[0].message
     assert "in a plain dict" in found[1].message
-    assert "'scale' (4,) is a trainable tensor, a plain attribute" in found[2].message
+    assert "'scale' (4,) is a trainable tensor in a plain attribute" in found[2].message
     assert "it gets a gradient but never trains" in found[2].message
     before = model.blocks[0].weight.detach().clone()
     assert moved(model, optimizer) == {"first.weight", "first.bias"}

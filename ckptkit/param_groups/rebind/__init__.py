@@ -310,7 +310,7 @@ class _Rebind:
                     hint="use the names of torch.optim, such as lr",
                 )
             if fault := find_option_fault(key, {**self.optimizer.defaults, **options}, type(self.optimizer)):
-                raise GroupsError(f"add_missing: {key} {fault[0]}", hint=fault[1])
+                raise GroupsError(f"add_missing: {key} {fault.problem}", hint=fault.hint)
         # Copied: a scheduler would change a shared lr tensor in every group that has it.
         options = copy.deepcopy({**self.optimizer.defaults, **options})
         if driving := read_schedulers(schedulers):

@@ -264,14 +264,14 @@ def unregistered_finding(part: UnregisteredTensors, held_ids: Collection[int]) -
     """Return the finding for unregistered tensors; ``held_ids`` are the ids of all tensors in the groups."""
     count = len(part.tensors)
     in_groups = sum(id(tensor) in held_ids for _, tensor in part.tensors)
-    where = f"in a plain {part.container}" if part.container else "a plain attribute"
+    where = f"in a plain {part.container or 'attribute'}"
     if part.kind:
         size = plural(sum(tensor.numel() for _, tensor in part.tensors), "element")
         description = f"({part.kind}, {plural(count, 'trainable parameter')}, {size}) is {where}"
         hint = "register it: nn.ModuleList for a list, nn.ModuleDict for a dict"
     else:
         shape = tuple(part.tensors[0][1].shape)
-        description = f"{shape} is a trainable tensor{'' if part.container else ','} {where}"
+        description = f"{shape} is a trainable tensor {where}"
         hint = "make it an nn.Parameter of the module, or put several into an nn.ParameterList or nn.ParameterDict"
     if in_groups == count:
         effect = "it trains, but state_dict() does not save it, and .to() and .half() do not convert it"

@@ -18,14 +18,14 @@ __all__ = ["OptionFault", "check_options", "find_option_fault", "read_number"]
 
 
 class OptionFault(NamedTuple):
-    """The fault of an option, as the end of a sentence, and the values that the option accepts."""
+    """The fault of an option, as the end of a sentence, and a hint with the values that the option accepts."""
 
     problem: str
-    accepted: str
+    hint: str
 
 
-_ZERO_OR_MORE = "a finite number, 0 or more"
-_BETAS = "numbers from 0 to 1, without 1: (0.9, 0.999)"
+_ZERO_OR_MORE = "it must be a finite number, 0 or more"
+_BETAS = "they must be numbers from 0 to 1, without 1: (0.9, 0.999)"
 # These must be 0 or more for every optimizer. Those below have this meaning in torch.optim only.
 _NUMBERS_OF_ALL = ("lr", "weight_decay")
 _NUMBERS_OF_TORCH = ("momentum", "lr_decay", "initial_accumulator_value", "momentum_decay")
@@ -51,13 +51,13 @@ def find_option_fault(key: str, options: Mapping[str, object], kind: type | None
     return None if schema is None else _class_fault(key, options, schema)
 
 
-def _fault(problem: str | None, accepted: str) -> OptionFault | None:
-    return None if problem is None else OptionFault(problem, accepted)
+def _fault(problem: str | None, hint: str) -> OptionFault | None:
+    return None if problem is None else OptionFault(problem, hint)
 
 
 def _eps_fault(value: object, schema: OptimizerSchema | None) -> OptionFault | None:
     if schema is not None and schema.name == "Adafactor":
-        return _fault(_two_eps_fault(value), "a pair: None or a number of 0 or more, then a number of 0 or more")
+        return _fault(_two_eps_fault(value), "it must be a pair of numbers, 0 or more; the first can be None")
     if schema is None and isinstance(value, Sequence | None):
         return None
     return _fault(number_fault(value), _ZERO_OR_MORE)
@@ -67,13 +67,13 @@ def _class_fault(key: str, options: Mapping[str, object], schema: OptimizerSchem
     """Return the fault of an option that only one class of torch.optim has, or None."""
     value = options[key]
     if key == "rho":
-        return _fault(_range_fault(value, 0, 1), "a number from 0 to 1")
+        return _fault(_range_fault(value, 0, 1), "it must be a number from 0 to 1")
     if key == "etas":
-        return _fault(_etas_fault(value), "one number below 1 and one above: (0.5, 1.2)")
+        return _fault(_etas_fault(value), "they must be one number below 1 and one above: (0.5, 1.2)")
     if schema.name == "Adafactor" and key == "beta2_decay":
-        return _fault(_range_fault(value, -math.inf, 0), "a number of 0 or less")
+        return _fault(_range_fault(value, -math.inf, 0), "it must be a number of 0 or less")
     if schema.name == "Adafactor" and key == "d":
-        return _fault(_range_fault(value, 1, math.inf), "a number of 1 or more")
+        return _fault(_range_fault(value, 1, math.inf), "it must be a number of 1 or more")
     needs_momentum = not options.get("momentum") or options.get("dampening")
     if schema.name == "SGD" and key == "nesterov" and value and needs_momentum:
         return OptionFault("needs momentum, and no dampening", "set momentum = 0.9 and dampening = 0")
@@ -141,7 +141,7 @@ def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
                 continue
             fault = find_option_fault(key, group.options, None if group.optimizer is None else type(group.optimizer))
             if fault is not None:
-                yield codes.OPTION_VALUE.finding("", f"{group.where}: {key} {fault.problem}", fault.accepted)
+                yield codes.OPTION_VALUE.finding("", f"{group.where}: {key} {fault.problem}", fault.hint)
         yield from _unread_options(group, defaults)
         for key in defaults or ():
             if key not in group.options and key not in _IN_DEFAULTS_ONLY:
