@@ -29,7 +29,7 @@ MALFORMED: dict[str, tuple[bytes, int, str]] = {
     "overlapping": (safetensors_file({"a": f32(0, 4), "b": f32(2, 6)}, bytes(6)), 2, "overlaps the tensor before it"),
     "a gap": (safetensors_file({"a": f32(0, 4), "b": f32(8, 12)}, bytes(12)), 2, "leaves a gap before it"),
     "shape and bytes": (safetensors_file({"a": f32(0, 4, [2])}, bytes(4)), 2, "needs 8 bytes, offsets give 4"),
-    "trailing bytes": (GOOD + bytes(48), 2, "4not part of a tensor: 8 bytes after the last tensor"),
+    "trailing bytes": (GOOD + bytes(48), 2, "not part of a tensor: 48 bytes after the last tensor"),
     "a key twice": (safetensors_file(f'{{"a":{json.dumps(f32())},"a":{json.dumps(f32())}}}', bytes(4)), 2, "'a' twice"),
     "unknown dtype": (safetensors_file({"a": f32(dtype="Q4")}, bytes(4)), 2, "unknown dtype 'Q4'"),
     "a list": (safetensors_file("[]"), 2, "unknown format; it begins with 02 00"),

@@ -236,7 +236,7 @@ def oddities() -> dict[str, Any]:
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("place", ["first", "last"])
 @pytest.mark.parametrize("name", ODDITIES)
-def test_whatever_is_beside_the_weights_is_kept(name: str, place: str, protocol: int, tmp_path: Path) -> None:
+def test_every_value_beside_the_weights_is_kept(name: str, place: str, protocol: int, tmp_path: Path) -> None:
     """Types, values, order and identity remain, in every protocol, with the weights first or last in the pickle."""
     rest = oddities()[name]
     weights = collections.OrderedDict(module_a=torch.arange(6.0).view(2, 3), module_b=nn.Parameter(torch.ones(2)))
@@ -411,7 +411,7 @@ def test_a_mapping_deeper_in_the_file_is_edited_where_it_is(tmp_path: Path) -> N
     assert list(edited(source, tmp_path / "out.pt", ["w=x.w"])) == ["x.w", "_extra_state", "v"]
 
 
-def test_what_else_the_archive_holds_is_kept(tmp_path: Path) -> None:
+def test_other_records_of_the_archive_are_kept(tmp_path: Path) -> None:
     """The output also has a record that no tensor uses, with its checksum."""
     source = saved(tmp_path / "in.pt", {"model": {"w": torch.ones(2)}, "epoch": 3})
     with zipfile.ZipFile(source, "a") as archive:
@@ -463,7 +463,7 @@ def big_endian(path: Path, order: str) -> Path:
     ],
     ids=["unknown", "collision", "deep"],
 )  # fmt: skip
-def test_what_cannot_be_kept_is_refused_by_name(content: Any, rules: list[str], reason: str, tmp_path: Path) -> None:
+def test_a_value_that_cannot_be_kept_is_named(content: Any, rules: list[str], reason: str, tmp_path: Path) -> None:
     """A dry run refuses too; the hint names --only-tensors, and that option works."""
     source = saved(tmp_path / "in.pt", content)
     with open_checkpoint(source) as checkpoint:
@@ -545,7 +545,7 @@ def test_a_pickle_that_no_pickler_writes_is_refused(rest: bytes, reason: str, tm
     assert names_in(tmp_path) == ["in.pt"]
 
 
-def test_what_counts_as_unknown_is_what_torch_says() -> None:
+def test_unknown_code_is_what_torch_refuses() -> None:
     """ckptkit knows every name that torch's weights-only loader accepts, and asks about all others."""
     allowed = torch._weights_only_unpickler._get_allowed_globals()
     known = TorchObjects().interpreter

@@ -37,7 +37,7 @@ WEIGHTS = tensor()
         pytest.param(b"](NNe" + b")R", id="called a list"),
     ],
 )
-def test_a_pickled_object_is_no_state_dict(tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pickled_object_is_not_a_state_dict(tmp_path: Path, body: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     error = refused(tmp_path, torch_zip(body))
     assert "holds a pickled object of class" in error.reason

@@ -94,7 +94,7 @@ def test_the_way_out_of_a_collision(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 @pytest.mark.parametrize("key", [None, 1.5, NAN, b"k", (0, 1), True], ids=repr)
-def test_keys_that_are_no_names_are_shown_and_not_written(key: object, tmp_path: Path) -> None:
+def test_keys_that_are_not_strings_are_shown_and_not_written(key: object, tmp_path: Path) -> None:
     """A key that is not a string is listed as Python writes it; an output needs strings."""
     with opened(tmp_path, saved({key: ONE, "w": TWO})) as checkpoint:
         assert list(checkpoint) == [repr(key), "w"]
@@ -122,7 +122,7 @@ PAIR = {"True and 1": (b"\x88", number(1), "1"), "a string twice": (text("w"), t
 
 
 @pytest.mark.parametrize(("first", "second", "name"), PAIR.values(), ids=PAIR.keys())
-def test_a_key_given_twice_is_said(first: bytes, second: bytes, name: str, tmp_path: Path) -> None:
+def test_a_key_that_is_set_twice_is_named(first: bytes, second: bytes, name: str, tmp_path: Path) -> None:
     """A warning names a key that a pickle sets twice; as in torch, the last value counts."""
     body = b"}(" + first + tensor(size=(1,), stride=(1,)) + second + tensor(offset=3, size=(1,), stride=(1,)) + b"u"
     path = write(tmp_path, torch_zip(body))

@@ -186,5 +186,5 @@ def test_code_that_the_pickle_names_is_listed_and_not_run(tmp_path: Path) -> Non
         pytest.param(bytes(4096), "only zero bytes", id="zeros, which torch takes for an empty archive"),
     ],
 )
-def test_what_is_no_archive_of_torch_is_called_what_it_is(tmp_path: Path, data: bytes, reason: str) -> None:
+def test_another_tar_archive_is_named_by_its_kind(tmp_path: Path, data: bytes, reason: str) -> None:
     assert reason in refused(tmp_path, data).reason

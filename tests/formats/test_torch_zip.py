@@ -132,7 +132,7 @@ def test_every_pickle_protocol_of_torch_save_is_read(tmp_path: Path, protocol: i
 
 
 @pytest.mark.parametrize("kind", ["sparse", "quantized", "meta", "subclass"])
-def test_what_is_no_dense_tensor_is_listed_and_cannot_be_read(tmp_path: Path, kind: str) -> None:
+def test_a_tensor_that_is_not_dense_is_listed_and_cannot_be_read(tmp_path: Path, kind: str) -> None:
     makers: dict[str, Any] = {
         "sparse": lambda: torch.eye(3).to_sparse(),
         "quantized": lambda: torch.quantize_per_tensor(torch.ones(3, 3), 0.5, 0, torch.qint8),
@@ -196,7 +196,7 @@ def test_torch_options_of_saving_change_nothing(tmp_path: Path) -> None:
             assert len(checkpoint.warnings) == 1
 
 
-def test_storages_skipped_at_save_are_said_to_be(tmp_path: Path) -> None:
+def test_storages_that_torch_save_skipped_are_named(tmp_path: Path) -> None:
     """B19: a warning names records whose bytes were never written; empty records are complete."""
     with torch.serialization.skip_data():
         skipped, empty = saved(STATE), saved({"e": torch.zeros(0)})

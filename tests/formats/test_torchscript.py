@@ -140,7 +140,7 @@ def test_a_module_is_the_state_dict_that_torch_loads(tmp_path: Path, data: Any) 
         assert checkpoint.references == ()
 
 
-def test_what_is_no_part_of_the_state_dict_is_named(tmp_path: Path) -> None:
+def test_attributes_outside_the_state_dict_are_named(tmp_path: Path) -> None:
     """A warning names the attributes, and no warning concerns the compressed code."""
     with opened(tmp_path, scripted()) as checkpoint:
         assert checkpoint.warnings == ("2 tensor attributes not in the state_dict: part.plain",)
@@ -225,7 +225,7 @@ def test_the_storages_of_both_pickles_are_told_apart(tmp_path: Path) -> None:
         assert checkpoint.read_bytes("c0") == bytes(16)
 
 
-def test_an_object_that_is_no_module_has_no_state_dict(tmp_path: Path) -> None:
+def test_an_object_that_is_not_a_module_has_no_state_dict(tmp_path: Path) -> None:
     """As in torch, the attributes of an instance of a TorchScript class are not listed."""
     helper = made("__torch__.Helper", mapping({"hidden": tensor()}))
     data = script(made("__torch__.Net", mapping({"w": tensor(), "training": b"\x89", "helper": helper})))
