@@ -48,8 +48,8 @@ def optim() -> None:
     """Show the state of an optimizer by parameter name, and edit it as the weights were edited.
 
     PATH is a checkpoint that holds the result of optimizer.state_dict(). PATH::a.b selects one state if the file has
-    several. If the state numbers its parameters, the names come from --model, or from the weights in the same file, as
-    far as shapes and order leave only one assignment.
+    several. If the state numbers its parameters, the names come from --model, or from the weights in the same file.
+    Shapes and order must leave only one assignment.
     """
 
 

@@ -63,7 +63,7 @@ def preflight(
 
     Builds the model with values and loads --init into it in memory, unless --shapes-only. What you do not give is not
     checked, and the report says so. The rules rename the keys of --init. Exit code 0 if ready, 1 if ready with
-    warnings or not ready (the last line, and "verdict" in the JSON document, say which), 2 for trouble.
+    warnings or not ready, 2 for trouble. The last line, and "verdict" in the JSON document, say which.
 
     \b
     ckpt preflight --model py:mynet:build --init init.safetensors --groups groups.toml --optimizer AdamW
