@@ -11,7 +11,7 @@ from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue, parameter_shape
-from ckptkit.param_groups.parameters import Inventory, LiveParameter
+from ckptkit.param_groups.parameters import LiveModel, LiveParameter
 
 __all__ = ["StateMatch", "match_state", "refuse_other_class", "unknown_decay_findings"]
 
@@ -89,7 +89,7 @@ def unknown_decay_findings(saved: OptimizerState, schema: OptimizerSchema | None
 
 
 def match_state(
-    saved: OptimizerState, groups: Sequence[NamedGroup], inventory: Inventory, schema: OptimizerSchema | None
+    saved: OptimizerState, groups: Sequence[NamedGroup], live_model: LiveModel, schema: OptimizerSchema | None
 ) -> StateMatch:
     """Return the part of ``saved`` that fits the parameters of ``groups``, which have the options to train with.
 
@@ -102,7 +102,7 @@ def match_state(
     missing: list[str] = []
     for group in groups:
         for name in group.names:
-            parameter = inventory.by_name[name]
+            parameter = live_model.by_name[name]
             slots = saved.state.get(name)
             if not slots:
                 has_state = schema is None or schema.slots_for(group.options, parameter.shape)

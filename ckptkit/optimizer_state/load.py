@@ -22,7 +22,7 @@ from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState
 from ckptkit.optimizer_state.naming import NamesLike, to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
-from ckptkit.param_groups.parameters import Inventory, take_inventory
+from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.rules.model import Rules
 
@@ -100,14 +100,14 @@ def load_optimizer_state(
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
     inner = single_optimizer(optimizer)
-    inventory = take_inventory(model)
-    live_groups = _live_groups(inner, inventory)
+    live_model = read_live_model(model)
+    live_groups = _live_groups(inner, live_model)
     saved, strays = _named(state, names, model, drop_strays=on_unexpected == "skip", has_rules=rules is not None)
     schema = schema_of(type(inner))
     refuse_other_class(saved, inner, schema)
     if rules is not None:
         saved = remap(saved, rules)
-    saved, unused = _with_live_names(saved, inventory, live_groups)
+    saved, unused = _with_live_names(saved, live_model, live_groups)
     unused += strays
     if unused and on_unexpected == "error":
         raise PlanError(
@@ -116,14 +116,14 @@ def load_optimizer_state(
         )
     _refuse_moved_elements(saved, schema)
     groups = _chosen_options(saved, live_groups, hyper)
-    match = match_state(saved, groups, inventory, schema)
+    match = match_state(saved, groups, live_model, schema)
     _refuse_by_policy(match, saved, on_missing, on_mismatch)
     findings = [
         *_match_findings(match, unused),
         *_initial_lr_findings(live_groups, groups),
         *unknown_decay_findings(saved, schema),
     ]
-    _load(inner, replace(saved, state=match.state, groups=groups), match, inventory, schema)
+    _load(inner, replace(saved, state=match.state, groups=groups), match, live_model, schema)
     return OptimizerLoadReport(
         tuple(findings),
         PlanError,
@@ -147,13 +147,13 @@ def _check_policies(hyper: str, on_missing: str, on_unexpected: str, on_mismatch
             raise PlanError(f"{name} is {quoted(str(value))}", hint=f"it must be {' or '.join(get_args(policy))}")
 
 
-def _live_groups(optimizer: Optimizer, inventory: Inventory) -> tuple[NamedGroup, ...]:
+def _live_groups(optimizer: Optimizer, live_model: LiveModel) -> tuple[NamedGroup, ...]:
     groups = []
     pairs = [(live, group) for live in read_groups(optimizer).optimizers for group in live.groups]
     for live, group in pairs:
         names = []
         for member in live.members_of(group):
-            parameter = inventory.parameters.get(id(member.tensor))
+            parameter = live_model.parameters.get(id(member.tensor))
             if parameter is None:
                 raise GroupsError(
                     f"{member.where} {member.shape} is not a parameter of the model",
@@ -185,7 +185,7 @@ def _named(
 
 
 def _with_live_names(
-    saved: OptimizerState, inventory: Inventory, live_groups: Sequence[NamedGroup]
+    saved: OptimizerState, live_model: LiveModel, live_groups: Sequence[NamedGroup]
 ) -> tuple[OptimizerState, list[str]]:
     """Return the state by the names of the live model, and the saved names that the optimizer does not have."""
     in_optimizer = {name for group in live_groups for name in group.names}
@@ -193,7 +193,7 @@ def _with_live_names(
     used: set[str] = set()
     unused: list[str] = []
     for name in saved.names:
-        parameter = inventory.named(name)
+        parameter = live_model.named(name)
         if parameter is None or parameter.name not in in_optimizer:
             unused.append(name)
         elif parameter.name in used:
@@ -264,7 +264,11 @@ def _refuse_by_policy(match: StateMatch, saved: OptimizerState, on_missing: OnMi
 
 
 def _load(
-    optimizer: Optimizer, state: OptimizerState, match: StateMatch, inventory: Inventory, schema: OptimizerSchema | None
+    optimizer: Optimizer,
+    state: OptimizerState,
+    match: StateMatch,
+    live_model: LiveModel,
+    schema: OptimizerSchema | None,
 ) -> None:
     given = to_dict(state, "indexed")
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
@@ -279,25 +283,25 @@ def _load(
         except Exception as error:  # hooks, and optimizers from other packages, can raise anything
             raise GroupsError(f"load_state_dict() failed: {' '.join(str(error).split())}") from error
         # torch would cast this state, and drops state under keys that are not parameters, so it was not given to torch.
-        kept = [inventory.by_name[name].tensor for name in (*match.missing, *match.dropped)]
+        kept = [live_model.by_name[name].tensor for name in (*match.missing, *match.dropped)]
         for key in (*kept, *(key for key in before if not is_tensor(key) and key not in optimizer.state)):
             if key in before:
                 optimizer.state[key] = before[key]
         if schema is not None:
-            _restore_scalar_dtypes(optimizer, match, inventory, schema)
-        _compare_values(optimizer, match, inventory)
+            _restore_scalar_dtypes(optimizer, match, live_model, schema)
+        _compare_values(optimizer, match, live_model)
     except BaseException:
         restore()
         raise
 
 
 def _restore_scalar_dtypes(
-    optimizer: Optimizer, match: StateMatch, inventory: Inventory, schema: OptimizerSchema
+    optimizer: Optimizer, match: StateMatch, live_model: LiveModel, schema: OptimizerSchema
 ) -> None:
     """Undo the cast of single numbers, because NAdam keeps a product in 32 bits for a parameter of any dtype."""
     scalars = {slot.name for slot in schema.slots if slot.layout == "scalar"} - {"step"}  # torch does not cast step
     for name, slots in match.state.items():
-        loaded = optimizer.state.get(inventory.by_name[name].tensor, {})
+        loaded = optimizer.state.get(live_model.by_name[name].tensor, {})
         for slot in scalars & slots.keys() & loaded.keys():
             saved = slots[slot]
             value = saved.read() if isinstance(saved, LazyTensor) else None
@@ -323,10 +327,10 @@ def _snapshot(optimizer: Optimizer) -> Callable[[], None]:
     return restore
 
 
-def _compare_values(optimizer: Optimizer, match: StateMatch, inventory: Inventory) -> None:
+def _compare_values(optimizer: Optimizer, match: StateMatch, live_model: LiveModel) -> None:
     """Raise ``GroupsError`` if the optimizer does not have the saved values."""
     for name, slots in match.state.items():
-        loaded = optimizer.state.get(inventory.by_name[name].tensor, {})
+        loaded = optimizer.state.get(live_model.by_name[name].tensor, {})
         for slot, value in slots.items():
             if not _is_same(loaded.get(slot), value):
                 raise GroupsError(

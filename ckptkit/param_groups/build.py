@@ -9,7 +9,7 @@ from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
-from ckptkit.param_groups.parameters import Inventory, take_inventory
+from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
 from ckptkit.param_groups.properties import live_parameter_table
@@ -34,21 +34,21 @@ def build_param_groups(
     missing or is not in the spec.
     """
     with pause_gc():
-        inventory = take_inventory(model)
-        assignment = assign(live_parameter_table(inventory), spec)
+        live_model = read_live_model(model)
+        assignment = assign(live_parameter_table(live_model), spec)
     assignment.report.raise_for_errors()
-    return _build(inventory, assignment.plan, optimizer, bare=bare)
+    return _build(live_model, assignment.plan, optimizer, bare=bare)
 
 
 def build_planned_groups(model: Module, plan: ParamGroupsPlan, *, optimizer: str | None = None) -> list[dict[str, Any]]:
     """Return the groups of a plan as ``build_param_groups`` does, for the planned model or a copy of it."""
-    return _build(take_inventory(model), plan, optimizer)
+    return _build(read_live_model(model), plan, optimizer)
 
 
 def _build(
-    inventory: Inventory, plan: ParamGroupsPlan, optimizer: str | None, *, bare: bool = False
+    live_model: LiveModel, plan: ParamGroupsPlan, optimizer: str | None, *, bare: bool = False
 ) -> list[dict[str, Any]]:
-    live = inventory.by_name
+    live = live_model.by_name
     known = [name for name in plan.optimizers if name is not None]
     if optimizer is not None and optimizer not in known:
         raise GroupsError(

@@ -15,7 +15,7 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroups
 from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock, lock_live, lock_plan
-from ckptkit.param_groups.parameters import Inventory, bare_name
+from ckptkit.param_groups.parameters import LiveModel, bare_name
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import assign
 from ckptkit.param_groups.properties import live_parameter_table
@@ -354,17 +354,17 @@ def _name_list(names: tuple[str, ...]) -> str:
     return ", ".join(map(quoted, names)) or "nothing"
 
 
-def compare_with_spec(inventory: Inventory, live: LiveGroups, spec: SpecLike) -> Iterator[Finding]:
+def compare_with_spec(live_model: LiveModel, live: LiveGroups, spec: SpecLike) -> Iterator[Finding]:
     """Yield the findings of ``spec`` for the model, and each difference of the live groups from the spec.
 
     Learning rates are those before schedulers changed them, where the groups record these. Options that schedulers
     overwrite and options that only change the speed of a step are not compared.
     """
-    assignment = assign(live_parameter_table(inventory), spec)
+    assignment = assign(live_parameter_table(live_model), spec)
     yield from assignment.report.findings
     if not assignment.report.ok:
         return
-    expected, found = lock_plan(assignment.plan), lock_live(inventory, live)
+    expected, found = lock_plan(assignment.plan), lock_live(live_model, live)
     speed = options_of_kind("speed")
     differences = compare_groups(
         _views(expected), _views(found), ignored=lambda _, group: speed | overwritten_options(group.options)
@@ -379,7 +379,7 @@ def compare_with_spec(inventory: Inventory, live: LiveGroups, spec: SpecLike) ->
             yield codes.MOVED.finding(name, message, _BUILD_AGAIN)
         if difference.found is not None:
             yield from _spec_options(group.name, _label(found, difference.found), difference)
-    trainable = {bare_name(parameter.name) for parameter in inventory.trainable()}
+    trainable = {bare_name(parameter.name) for parameter in live_model.trainable()}
     for parameter in expected.outside:
         # The validator reports a frozen parameter in a group also without a spec.
         if parameter.name in differences.found_groups and parameter.name in trainable:

@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
-from ckptkit.param_groups.parameters import Inventory
+from ckptkit.param_groups.parameters import LiveModel
 from ckptkit.param_groups.spec import is_tensor
 
 __all__ = [
@@ -278,14 +278,14 @@ def _members(group: LiveGroup, items: Sequence[Any], names: Any, findings: list[
             )
 
 
-def member_name(inventory: Inventory, member: Member) -> str:
+def member_name(live_model: LiveModel, member: Member) -> str:
     """Return the FQN of a member, else the name recorded with it, else an empty string."""
-    live = inventory.parameters.get(id(member.tensor))
+    live = live_model.parameters.get(id(member.tensor))
     return live.name if live is not None else member.name or ""
 
 
-def member_names(inventory: Inventory, members: Sequence[Member]) -> str:
+def member_names(live_model: LiveModel, members: Sequence[Member]) -> str:
     """Return the first few names of ``members`` for a sentence, and how many more there are."""
-    shown = [quoted(name) if (name := member_name(inventory, member)) else member.where for member in members[:_SHOWN]]
+    shown = [quoted(name) if (name := member_name(live_model, member)) else member.where for member in members[:_SHOWN]]
     more = f" and {plural(len(members) - _SHOWN, 'more', 'more')}" if len(members) > _SHOWN else ""
     return ", ".join(shown) + more

@@ -16,7 +16,7 @@ from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import LiveGroups, read_groups
-from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
+from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, assign
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, live_parameter_table, parameter_table
@@ -136,19 +136,19 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
     ``validate_param_groups`` reports them. The learning rate is the one before schedulers changed it. Raises
     ``GroupsError`` as ``validate_param_groups`` does.
     """
-    return lock_live(take_inventory(model), read_groups(groups))
+    return lock_live(read_live_model(model), read_groups(groups))
 
 
-def lock_live(inventory: Inventory, live: LiveGroups) -> ParamGroupsLock:
+def lock_live(live_model: LiveModel, live: LiveGroups) -> ParamGroupsLock:
     """Return the lock of live groups that were read before."""
-    infos = live_parameter_table(inventory).by_name
+    infos = live_parameter_table(live_model).by_name
     counts: dict[int, int] = {}
     members: dict[int, list[LockedParameter]] = {id(group): [] for group in live.groups}
     grouped: set[str] = set()
     for member in live.members:
         index = counts.get(id(member.group.optimizer), 0)
         counts[id(member.group.optimizer)] = index + 1
-        parameter = inventory.parameters.get(id(member.tensor))
+        parameter = live_model.parameters.get(id(member.tensor))
         if parameter is not None and parameter.name not in grouped:  # the validator reports a parameter in two groups
             grouped.add(parameter.name)
             members[id(member.group)].append(_locked(infos[parameter.name], index))
@@ -164,7 +164,7 @@ def lock_live(inventory: Inventory, live: LiveGroups) -> ParamGroupsLock:
         ),
         tuple(
             _locked(infos[parameter.name], None)
-            for parameter in inventory.parameters.values()
+            for parameter in live_model.parameters.values()
             if parameter.name not in grouped
         ),
     )

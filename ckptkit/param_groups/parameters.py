@@ -11,7 +11,7 @@ from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.wrappers.table import SEGMENTS
 
-__all__ = ["Inventory", "LiveParameter", "take_inventory"]
+__all__ = ["LiveModel", "LiveParameter", "read_live_model"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -45,7 +45,7 @@ class LiveParameter:
 
 
 @dataclass(frozen=True, eq=False)
-class Inventory:
+class LiveModel:
     """All parameters of one live model by ``id()``, in the order of registration, and its buffers and modules."""
 
     model: Module
@@ -120,8 +120,8 @@ class Inventory:
         return (live for live in self.parameters.values() if live.trainable)
 
 
-def take_inventory(model: Module) -> Inventory:
-    """Return the inventory of ``model``: each tied parameter once, lazy parameters marked.
+def read_live_model(model: Module) -> LiveModel:
+    """Return the parameters of ``model``: each tied parameter once, lazy parameters marked.
 
     Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``.
     """
@@ -142,7 +142,7 @@ def take_inventory(model: Module) -> Inventory:
             others.setdefault(key, []).append(pair[0])
         else:
             first[key] = pair
-    return Inventory(
+    return LiveModel(
         model,
         {
             key: LiveParameter(

@@ -14,7 +14,7 @@ from ckptkit.core.checkpoint import DTYPES, TensorInfo
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.param_groups.parameters import Inventory, bare_name, take_inventory
+from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model
 
 __all__ = [
     "HEADS",
@@ -250,7 +250,7 @@ def parameter_table(model: Module | StateDictLike) -> ParameterTable:
     Raises ``ModelError`` where ``model`` is neither.
     """
     if hasattr(model, "named_parameters"):
-        return live_parameter_table(take_inventory(cast("Module", model)))
+        return live_parameter_table(read_live_model(cast("Module", model)))
     infos = as_checkpoint(model, "model")
     kept = {key: info for key, info in infos.items() if not _is_buffer(info)}
     ties = {keys[0]: keys[1:] for keys in tied_keys(kept.values())}
@@ -269,10 +269,10 @@ def parameter_table(model: Module | StateDictLike) -> ParameterTable:
     )
 
 
-def live_parameter_table(inventory: Inventory) -> ParameterTable:
+def live_parameter_table(live_model: LiveModel) -> ParameterTable:
     """Return the parameters of a live model, with roles from the classes of its modules."""
-    modules = dict(inventory.model.named_modules(remove_duplicate=False))
-    heads = model_heads(inventory.model, modules)
+    modules = dict(live_model.model.named_modules(remove_duplicate=False))
+    heads = model_heads(live_model.model, modules)
     by_class: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
 
     def known(name: str, tensor: Tensor, *, trainable: bool, lazy: bool) -> ParameterInfo:
@@ -293,9 +293,9 @@ def live_parameter_table(inventory: Inventory) -> ParameterTable:
                 known(live.name, live.tensor, trainable=live.trainable, lazy=live.lazy),
                 [known(alias, live.tensor, trainable=live.trainable, lazy=live.lazy) for alias in live.aliases],
             )
-            for live in inventory.parameters.values()
+            for live in live_model.parameters.values()
         ),
-        tuple(name for name, _ in inventory.buffers.values()),
+        tuple(name for name, _ in live_model.buffers.values()),
     )
 
 

@@ -19,7 +19,7 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes as group_codes
 from ckptkit.param_groups.build import build_planned_groups
 from ckptkit.param_groups.live import LiveGroups, LiveOptimizer, read_groups
-from ckptkit.param_groups.parameters import take_inventory
+from ckptkit.param_groups.parameters import read_live_model
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
 from ckptkit.param_groups.properties import parameter_table
@@ -190,12 +190,12 @@ def _optimizer_class(given: object) -> type[Any]:
 
 
 def _training_groups(model: Module, live: LiveGroups) -> tuple[TrainingGroup, ...]:
-    inventory = take_inventory(model)
+    live_model = read_live_model(model)
     groups = []
     for optimizer in live.optimizers:
         for number, group in enumerate(optimizer.groups):
             members = optimizer.members_of(group)
-            parameters = [inventory.parameters.get(id(member.tensor)) for member in members]
+            parameters = [live_model.parameters.get(id(member.tensor)) for member in members]
             groups.append(
                 TrainingGroup(
                     f"group {number}" if group.name is None else group.name,

@@ -15,7 +15,7 @@ from ckptkit.core.torch_types import Module, Optimizer, Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import Member, read_groups, single_optimizer
-from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name, take_inventory
+from ckptkit.param_groups.parameters import LiveModel, LiveParameter, bare_name, read_live_model
 from ckptkit.param_groups.rebind.replaced import Replacement, find_replacements
 from ckptkit.param_groups.rebind.schedulers import SchedulerExtension, plan_extension
 from ckptkit.param_groups.rebind.state import ConvertedState, OnShape, convert_state
@@ -60,7 +60,7 @@ def rebind(
     """
     if on_shape not in ("drop", "pad", "error"):
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape must be "drop", "pad" or "error"')
-    work = _Rebind(single_optimizer(optimizer), take_inventory(model), on_shape)
+    work = _Rebind(single_optimizer(optimizer), read_live_model(model), on_shape)
     work.replace_parameters(guess=guess, beside=_tensor_ids(beside))
     work.plan_state()
     work.plan_missing(add_missing, schedulers)
@@ -90,7 +90,7 @@ class _Rebind:
     """The planned changes to one optimizer."""
 
     optimizer: Optimizer
-    inventory: Inventory
+    live_model: LiveModel
     on_shape: OnShape
     findings: list[Finding] = field(default_factory=list)
     members: Sequence[Member] = ()
@@ -106,7 +106,7 @@ class _Rebind:
         held = read_groups(self.optimizer)
         self.members = held.members
         self.beside = beside
-        self.replacements = find_replacements(self.inventory, self.members, guess=guess, beside=beside)
+        self.replacements = find_replacements(self.live_model, self.members, guess=guess, beside=beside)
         all_unknown = len(self.replacements) == len({id(member.tensor) for member in self.members}) > 0
         if all_unknown and not any(replacement.live for replacement in self.replacements.values()):
             raise GroupsError(
@@ -120,7 +120,7 @@ class _Rebind:
         self.params = list(by_group.values())
 
     def _new_slots(self, member: Member) -> list[_Slot]:
-        live = self.inventory.parameters.get(id(member.tensor))
+        live = self.live_model.parameters.get(id(member.tensor))
         replacement = self.replacements.get(id(member.tensor))
         if live is not None:
             return [_Slot(live.tensor, self._recorded_name(member, live, report=True))]
@@ -143,7 +143,7 @@ class _Rebind:
         bare = bare_name(member.name)
         names = [bare_name(name) for name in (live.name, *live.aliases)]
         if bare in names or (
-            self.inventory.named(member.name) is None and any(name.endswith(f".{bare}") for name in names)
+            self.live_model.named(member.name) is None and any(name.endswith(f".{bare}") for name in names)
         ):
             return member.name
         if report:
@@ -182,7 +182,7 @@ class _Rebind:
 
     def _plan_state_of(self, member: Member, slots: Mapping[str, Any], schema: OptimizerSchema | None) -> None:
         tensor = member.tensor
-        live, replacement = self.inventory.parameters.get(id(tensor)), self.replacements.get(id(tensor))
+        live, replacement = self.live_model.parameters.get(id(tensor)), self.replacements.get(id(tensor))
         if live is not None:
             target: LiveParameter | None = live
         elif replacement is not None:
@@ -243,7 +243,7 @@ class _Rebind:
     def plan_missing(self, add_missing: str | int | Mapping[str, Any] | None, schedulers: Any) -> None:
         """Plan where the trainable parameters go that are in no group."""
         held = {id(slot.tensor) for params in self.params for slot in params} | set(self.beside)
-        missing = [live for live in self.inventory.trainable() if id(live.tensor) not in held]
+        missing = [live for live in self.live_model.trainable() if id(live.tensor) not in held]
         if add_missing is not None and not isinstance(add_missing, Mapping):
             self._group_index(add_missing)  # a wrong group is refused even where nothing is missing
         if not missing:

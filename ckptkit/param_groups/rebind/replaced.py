@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import Member
-from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
+from ckptkit.param_groups.parameters import LiveModel, LiveParameter, bare_name
 from ckptkit.param_groups.validate.stale import UnknownTensor, find_rename, match_to_model
 
 __all__ = ["Replacement", "find_replacements"]
@@ -30,7 +30,7 @@ class Replacement:
 
 
 def find_replacements(
-    inventory: Inventory, members: Sequence[Member], *, guess: bool, beside: Collection[int]
+    live_model: LiveModel, members: Sequence[Member], *, guess: bool, beside: Collection[int]
 ) -> dict[int, Replacement]:
     """Return the replacement of each tensor in ``members`` that is not in the model, by the ``id`` of the tensor.
 
@@ -43,18 +43,18 @@ def find_replacements(
     unknown = [
         UnknownTensor(same_tensor[0].tensor, tuple(same_tensor))
         for key, same_tensor in members_by_id.items()
-        if key not in inventory.parameters and key not in beside
+        if key not in live_model.parameters and key not in beside
     ]
     missing = [
         live
-        for key, live in inventory.parameters.items()
+        for key, live in live_model.parameters.items()
         if key not in members_by_id and live.trainable and key not in beside
     ]
     by_ending = _by_name_ending(missing)
-    matched = [_match_by_ending(tensor, by_ending) for tensor in match_to_model(inventory, unknown, missing)]
+    matched = [_match_by_ending(tensor, by_ending) for tensor in match_to_model(live_model, unknown, missing)]
     _refuse_guesses(matched, guess=guess)
     claimed: dict[int, UnknownTensor] = {}
-    return {id(tensor.tensor): _replacement(inventory, tensor, members_by_id, claimed) for tensor in matched}
+    return {id(tensor.tensor): _replacement(live_model, tensor, members_by_id, claimed) for tensor in matched}
 
 
 def _by_name_ending(missing: Sequence[LiveParameter]) -> dict[str, list[LiveParameter]]:
@@ -100,16 +100,16 @@ def _refuse_guesses(matched: Sequence[UnknownTensor], *, guess: bool) -> None:
 
 
 def _replacement(
-    inventory: Inventory, tensor: UnknownTensor, held: Collection[int], claimed: dict[int, UnknownTensor]
+    live_model: LiveModel, tensor: UnknownTensor, held: Collection[int], claimed: dict[int, UnknownTensor]
 ) -> Replacement:
     """Return the replacement of ``tensor``.
 
     ``held`` has the ids of the tensors that are in a group. ``claimed`` records which tensor each replacement replaces.
     """
     live, name = tensor.live, tensor.name
-    rename = find_rename(inventory, name) if name else None
+    rename = find_rename(live_model, name) if name else None
     if name and rename is not None and (live is None or live.name in rename.names):
-        found = [parameter for parameter in map(inventory.named, rename.names) if parameter is not None]
+        found = [parameter for parameter in map(live_model.named, rename.names) if parameter is not None]
         is_weight_norm = len(found) > 1 or name.endswith(_WEIGHT_NORM_ENDINGS)
         free = [
             parameter for parameter in found if id(parameter.tensor) not in held and id(parameter.tensor) not in claimed

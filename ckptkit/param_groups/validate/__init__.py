@@ -13,7 +13,7 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroups, read_groups
 from ckptkit.param_groups.lock import ParamGroupsLock, lock_live
-from ckptkit.param_groups.parameters import Inventory, take_inventory
+from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.validate.membership import (
     check_membership,
@@ -55,44 +55,44 @@ def validate_param_groups(
     ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
     """
     with pause_gc():
-        inventory, driving, live = take_inventory(model), read_schedulers(schedulers), read_groups(groups)
-        findings = _check_live_groups(inventory, live, driving, groups)
+        live_model, driving, live = read_live_model(model), read_schedulers(schedulers), read_groups(groups)
+        findings = _check_live_groups(live_model, live, driving, groups)
         if spec is not None:
             from ckptkit.param_groups.compare import compare_with_spec
 
-            findings.extend(compare_with_spec(inventory, live, spec))
+            findings.extend(compare_with_spec(live_model, live, spec))
         if lock is not None:
             from ckptkit.param_groups.compare import diff_locks
 
-            findings.extend(diff_locks(lock, lock_live(inventory, live)).findings)
+            findings.extend(diff_locks(lock, lock_live(live_model, live)).findings)
         return Report(tuple(findings), GroupsError)
 
 
-def _check_live_groups(inventory: Inventory, live: LiveGroups, schedulers: Sequence[Any], given: Any) -> list[Finding]:
+def _check_live_groups(live_model: LiveModel, live: LiveGroups, schedulers: Sequence[Any], given: Any) -> list[Finding]:
     groups, members, optimizers = live.groups, live.members, live.optimizers
     findings = list(live.findings)
     findings.extend(check_shared_groups(groups))
     findings.extend(check_wrappers(given))
-    findings.extend(check_names(inventory, groups, members))
+    findings.extend(check_names(live_model, groups, members))
     findings.extend(check_options(groups))
-    findings.extend(check_optimizer_rules(inventory, optimizers))
-    findings.extend(check_across_groups(inventory, optimizers, schedulers))
-    findings.extend(check_state(inventory, optimizers))
-    findings.extend(check_state_values(inventory, optimizers))
+    findings.extend(check_optimizer_rules(live_model, optimizers))
+    findings.extend(check_across_groups(live_model, optimizers, schedulers))
+    findings.extend(check_state(live_model, optimizers))
+    findings.extend(check_state_values(live_model, optimizers))
     findings.extend(check_schedulers(optimizers, schedulers))
     placements = find_placements(members)
-    missing = find_missing(inventory, groups, placements)
+    missing = find_missing(live_model, groups, placements)
     if members and not missing and all(group.is_readable for group in groups):
         # Nothing is missing, so an empty group is harmless. The Trainer of transformers always makes two groups, and
         # with LoRA the group without decay is empty.
         findings = [
             replace(finding, severity="note") if finding.code == codes.EMPTY.name else finding for finding in findings
         ]
-    findings.extend(check_membership(inventory, placements, missing))
-    findings.extend(check_meta(inventory, members))
-    findings.extend(check_tied(inventory, placements.first))
-    findings.extend(check_memory(inventory, placements.first))
-    findings.extend(check_empty(inventory))
+    findings.extend(check_membership(live_model, placements, missing))
+    findings.extend(check_meta(live_model, members))
+    findings.extend(check_tied(live_model, placements.first))
+    findings.extend(check_memory(live_model, placements.first))
+    findings.extend(check_empty(live_model))
     return findings
 
 

@@ -12,7 +12,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, Member
-from ckptkit.param_groups.parameters import Inventory, LiveParameter, bare_name
+from ckptkit.param_groups.parameters import LiveModel, LiveParameter, bare_name
 from ckptkit.param_groups.validate.model import find_unregistered, unregistered_finding
 from ckptkit.param_groups.validate.stale import (
     REBIND_HINT,
@@ -84,7 +84,7 @@ def _check_wrapper(wrapper: Any) -> Iterator[Finding]:
             )
 
 
-def check_names(inventory: Inventory, groups: Iterable[LiveGroup], members: Iterable[Member]) -> Iterator[Finding]:
+def check_names(live_model: LiveModel, groups: Iterable[LiveGroup], members: Iterable[Member]) -> Iterator[Finding]:
     """Yield a finding if an optimizer names only some of its parameters, or gives two of them one name."""
     named = Counter[LiveGroup]()
     total = Counter[LiveGroup]()
@@ -95,7 +95,7 @@ def check_names(inventory: Inventory, groups: Iterable[LiveGroup], members: Iter
         if member.name is None:
             continue
         named[member.group] += 1
-        if id(member.tensor) not in inventory.parameters:
+        if id(member.tensor) not in live_model.parameters:
             continue  # a stale or foreign tensor, which has a finding of its own
         key = (id(member.group.optimizer), member.name)
         first = first_with.setdefault(key, member)
@@ -103,7 +103,7 @@ def check_names(inventory: Inventory, groups: Iterable[LiveGroup], members: Iter
             reported.add(key)
             # The names were recorded from two parts of the model, and each is right within its part.
             are_partial = all(
-                _has_name_ending(inventory.parameters[id(one.tensor)], bare_name(member.name))
+                _has_name_ending(live_model.parameters[id(one.tensor)], bare_name(member.name))
                 for one in (first, member)
             )
             yield codes.NAMES.finding(
@@ -139,10 +139,10 @@ def _has_name_ending(live: LiveParameter, ending: str) -> bool:
     return any(f".{bare_name(name)}".endswith(f".{ending}") for name in (live.name, *live.aliases))
 
 
-def _check_name(inventory: Inventory, live: LiveParameter, member: Member) -> Iterator[Finding]:
+def _check_name(live_model: LiveModel, live: LiveParameter, member: Member) -> Iterator[Finding]:
     """Yield a finding if the name that was recorded with a parameter is not one of its names."""
     name = member.name or ""
-    other = inventory.named(name)
+    other = live_model.named(name)
     # A name that was recorded from a part of the model, as from the network of a LightningModule, lacks the beginning.
     if other is live or (other is None and _has_name_ending(live, bare_name(name))):
         return
@@ -156,7 +156,7 @@ def _check_name(inventory: Inventory, live: LiveParameter, member: Member) -> It
         )
         return
     # It is the same object and still trains, but state that was saved under the old name will not be found.
-    rename = find_rename(inventory, name)
+    rename = find_rename(live_model, name)
     known = rename is not None and live.name in rename.names
     reason = f", its name since {rename.event}" if rename is not None and known else ", its name in the model now"
     yield codes.NAMES.finding(
@@ -188,62 +188,62 @@ def find_placements(members: Iterable[Member]) -> Placements:
     return placements
 
 
-def find_missing(inventory: Inventory, groups: Iterable[LiveGroup], placements: Placements) -> list[LiveParameter]:
+def find_missing(live_model: LiveModel, groups: Iterable[LiveGroup], placements: Placements) -> list[LiveParameter]:
     """Return the trainable parameters that are in no group, or none if the content of a group is unknown."""
     if not all(group.is_readable for group in groups):
         return []
-    return [live for key, live in inventory.parameters.items() if key not in placements.first and live.trainable]
+    return [live for key, live in live_model.parameters.items() if key not in placements.first and live.trainable]
 
 
 def check_membership(
-    inventory: Inventory, placements: Placements, missing: Sequence[LiveParameter]
+    live_model: LiveModel, placements: Placements, missing: Sequence[LiveParameter]
 ) -> Iterator[Finding]:
     """Yield a finding for each tensor that does not belong in its group, and for each missing parameter."""
-    unregistered = find_unregistered(inventory)
+    unregistered = find_unregistered(live_model)
     unregistered_ids = {id(tensor) for part in unregistered for _, tensor in part.tensors}
     unknown: list[UnknownTensor] = []
     for key, first in placements.first.items():
-        live = inventory.parameters.get(key)
+        live = live_model.parameters.get(key)
         members = placements.several.get(key, (first,))
         if len(members) > 1:
             yield _duplicate(members, live)
         if live is not None:
             if first.name != live.name or len(members) > 1 or live.lazy or not live.trainable:
-                yield from _check_live(inventory, live, members)
-        elif key in inventory.buffers:
-            yield _buffer(*inventory.buffers[key], first)
+                yield from _check_live(live_model, live, members)
+        elif key in live_model.buffers:
+            yield _buffer(*live_model.buffers[key], first)
         elif not (first.tensor.is_leaf or first.tensor.retains_grad):
             yield _computed(first)
         elif key not in unregistered_ids:
             unknown.append(UnknownTensor(first.tensor, tuple(members)))
-    yield from _check_unknown(inventory, placements.first, unknown, missing)
+    yield from _check_unknown(live_model, placements.first, unknown, missing)
     yield from (unregistered_finding(part, placements.first) for part in unregistered)
 
 
 def _check_unknown(
-    inventory: Inventory,
+    live_model: LiveModel,
     held_ids: Collection[int],
     unknown: Sequence[UnknownTensor],
     missing: Sequence[LiveParameter],
 ) -> Iterator[Finding]:
     """Yield a finding for each tensor that is not in the model, and for each missing parameter."""
-    if unknown and any(hasattr(live.tensor, "ds_id") for live in inventory.parameters.values()):
+    if unknown and any(hasattr(live.tensor, "ds_id") for live in live_model.parameters.values()):
         yield _sharded(unknown[0], len(unknown), missing)
         return
-    matched = match_to_model(inventory, unknown, missing)
+    matched = match_to_model(live_model, unknown, missing)
     replaced: dict[str, Member] = {}
     for tensor in matched:
         if tensor.live is not None:
             replaced.setdefault(tensor.live.name, tensor.members[0])
-    context = ModelContext(inventory, held_ids, replaced)
+    context = ModelContext(live_model, held_ids, replaced)
     yield from (unknown_tensor_finding(tensor, context) for tensor in matched)
     yield from (_missing(live, replaced.get(live.name)) for live in missing)
 
 
-def _check_live(inventory: Inventory, live: LiveParameter, members: Sequence[Member]) -> Iterator[Finding]:
+def _check_live(live_model: LiveModel, live: LiveParameter, members: Sequence[Member]) -> Iterator[Finding]:
     for member in members:
         if member.name is not None and member.name != live.name and member.name not in live.aliases:
-            yield from _check_name(inventory, live, member)
+            yield from _check_name(live_model, live, member)
     where = members[0].where
     if not live.trainable and live.tensor.grad is not None:
         yield codes.FROZEN.finding(

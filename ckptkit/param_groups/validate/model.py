@@ -13,7 +13,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, Member
-from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, bare_name, flat_names
+from ckptkit.param_groups.parameters import LiveModel, LiveParameter, address, bare_name, flat_names
 
 __all__ = [
     "UnregisteredTensors",
@@ -29,19 +29,19 @@ __all__ = [
 _MAX_NAMES = 3
 
 
-def check_empty(inventory: Inventory) -> Iterator[Finding]:
+def check_empty(live_model: LiveModel) -> Iterator[Finding]:
     """Yield a note if the model has modules but no parameter."""
-    if not inventory.parameters:
-        kinds = sorted({type(module).__name__ for module in inventory.modules.values() if not list(module.children())})
+    if not live_model.parameters:
+        kinds = sorted({type(module).__name__ for module in live_model.modules.values() if not list(module.children())})
         yield codes.NO_PARAMETERS.finding(
             "",
-            f"the {type(inventory.model).__name__} has {plural(len(inventory.modules), 'module')} but no parameter "
+            f"the {type(live_model.model).__name__} has {plural(len(live_model.modules), 'module')} but no parameter "
             f"({_joined(kinds)}): quantised modules keep packed weights, which no optimizer can train",
             "train the model before you quantise it, or add an adapter that trains",
         )
 
 
-def check_meta(inventory: Inventory, members: Sequence[Member]) -> Iterator[Finding]:
+def check_meta(live_model: LiveModel, members: Sequence[Member]) -> Iterator[Finding]:
     """Yield a finding for each group of an optimizer that holds parameters on the meta device.
 
     Groups without an optimizer are not checked, because the model can get memory before the optimizer is built.
@@ -49,7 +49,7 @@ def check_meta(inventory: Inventory, members: Sequence[Member]) -> Iterator[Find
     by_group: dict[LiveGroup, list[str]] = {}
     for member in members:
         if member.tensor.is_meta and member.group.optimizer is not None:
-            live = inventory.parameters.get(id(member.tensor))
+            live = live_model.parameters.get(id(member.tensor))
             if live is not None:
                 by_group.setdefault(member.group, []).append(live.name)
     for group, names in by_group.items():
@@ -61,12 +61,12 @@ def check_meta(inventory: Inventory, members: Sequence[Member]) -> Iterator[Find
         )
 
 
-def check_tied(inventory: Inventory, placements: Mapping[int, Member]) -> Iterator[Finding]:
+def check_tied(live_model: LiveModel, placements: Mapping[int, Member]) -> Iterator[Finding]:
     """Yield a note for each module registered twice, and for each tied parameter if groups have different lrs."""
-    tied = [live for live in inventory.parameters.values() if live.aliases]
+    tied = [live for live in live_model.parameters.values() if live.aliases]
     if not tied:
         return
-    yield from _check_shared_modules(inventory, tied)
+    yield from _check_shared_modules(live_model, tied)
     groups = {id(member.group): member.group for member in placements.values()}.values()
     if len({_lr(group) for group in groups} - {None}) < 2:
         return
@@ -74,7 +74,7 @@ def check_tied(inventory: Inventory, placements: Mapping[int, Member]) -> Iterat
         member = placements.get(id(live.tensor))
         if member is None or (lr := _lr(member.group)) is None:
             continue
-        if all(_module_id(inventory, name) == _module_id(inventory, live.name) for name in live.aliases):
+        if all(_module_id(live_model, name) == _module_id(live_model, live.name) for name in live.aliases):
             continue
         yield codes.TIED.finding(
             live.name,
@@ -85,9 +85,9 @@ def check_tied(inventory: Inventory, placements: Mapping[int, Member]) -> Iterat
         )
 
 
-def _check_shared_modules(inventory: Inventory, tied: Sequence[LiveParameter]) -> Iterator[Finding]:
+def _check_shared_modules(live_model: LiveModel, tied: Sequence[LiveParameter]) -> Iterator[Finding]:
     names_of: dict[int, list[str]] = {}
-    for name, module in inventory.modules.items():
+    for name, module in live_model.modules.items():
         names_of.setdefault(id(module), []).append(name)
     shared = [names for names in names_of.values() if len(names) > 1]
     shared_names = {name for names in shared for name in names}
@@ -103,8 +103,8 @@ def _check_shared_modules(inventory: Inventory, tied: Sequence[LiveParameter]) -
             )
 
 
-def _module_id(inventory: Inventory, name: str) -> int:
-    return id(inventory.modules.get(bare_name(name).rpartition(".")[0]))
+def _module_id(live_model: LiveModel, name: str) -> int:
+    return id(live_model.modules.get(bare_name(name).rpartition(".")[0]))
 
 
 def _lr(group: LiveGroup) -> float | None:
@@ -114,9 +114,9 @@ def _lr(group: LiveGroup) -> float | None:
         return None
 
 
-def check_memory(inventory: Inventory, placements: Mapping[int, Member]) -> Iterator[Finding]:
+def check_memory(live_model: LiveModel, placements: Mapping[int, Member]) -> Iterator[Finding]:
     """Yield a finding for each parameter that overlaps another one in memory, if one of the two trains."""
-    by_address = sorted(((address(live.tensor), live) for live in inventory.parameters.values()), key=_address)
+    by_address = sorted(((address(live.tensor), live) for live in live_model.parameters.values()), key=_address)
     end, previous = 0, None
     for start, live in by_address:
         stop = start + _byte_span(live.tensor) if start else 0
@@ -197,22 +197,22 @@ class UnregisteredTensors:
     tensors: tuple[tuple[str, Tensor], ...]
 
 
-def find_unregistered(inventory: Inventory) -> list[UnregisteredTensors]:
+def find_unregistered(live_model: LiveModel) -> list[UnregisteredTensors]:
     """Return the trainable tensors that ``vars()`` of a module has and ``model.parameters()`` does not return.
 
     A list of registered modules, or a frozen teacher in a list, has no such tensors.
     """
-    return list(_Search(inventory).search_modules(inventory.model, ""))
+    return list(_Search(live_model).search_modules(live_model.model, ""))
 
 
 class _Search:
-    def __init__(self, inventory: Inventory) -> None:
+    def __init__(self, live_model: LiveModel) -> None:
         from torch import Tensor
         from torch.nn import Module, RNNBase
 
         self._module, self._tensor, self._rnn = Module, Tensor, RNNBase
         self._torch_attributes = frozenset(vars(Module()))
-        self._parameters = inventory.parameters
+        self._parameters = live_model.parameters
         self._seen: set[int] = set()
 
     def search_modules(self, root: Module, path: str) -> Iterator[UnregisteredTensors]:

@@ -12,7 +12,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import OPTIONS, initial_lr, options_of_kind
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
-from ckptkit.param_groups.parameters import Inventory
+from ckptkit.param_groups.parameters import LiveModel
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.options import read_number
 
@@ -28,16 +28,16 @@ _MUON_KEYS = {
 }
 
 
-def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+def check_optimizer_rules(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield a finding for each group that its optimizer refuses to step, or steps otherwise than its class says."""
     for optimizer in optimizers:
         if optimizer.instance is None:
-            yield from _check_muon_groups(inventory, optimizer)
+            yield from _check_muon_groups(live_model, optimizer)
             continue
         if optimizer.schema is None:
             continue
         if optimizer.schema.name == "Muon":
-            yield from _check_matrices(inventory, optimizer.label, optimizer.members)
+            yield from _check_matrices(live_model, optimizer.label, optimizer.members)
         if optimizer.schema.has_shared_state and len(optimizer.groups) > 1:
             yield codes.ONE_GROUP.finding(
                 "",
@@ -46,21 +46,21 @@ def check_optimizer_rules(inventory: Inventory, optimizers: Sequence[LiveOptimiz
             )
         yield from _check_decoupled(optimizer)
         for group in optimizer.groups:
-            yield from _check_kernels(inventory, optimizer, group, optimizer.members_of(group))
+            yield from _check_kernels(live_model, optimizer, group, optimizer.members_of(group))
 
 
-def _check_matrices(inventory: Inventory, label: str, members: Sequence[Member]) -> Iterator[Finding]:
+def _check_matrices(live_model: LiveModel, label: str, members: Sequence[Member]) -> Iterator[Finding]:
     for member in members:
         if member.shape is not None and len(member.shape) != 2:
             yield codes.MATRICES_ONLY.finding(
-                member_name(inventory, member),
-                f"{member_names(inventory, [member])} {member.shape} in {member.where} is not a matrix, and {label} "
+                member_name(live_model, member),
+                f"{member_names(live_model, [member])} {member.shape} in {member.where} is not a matrix, and {label} "
                 "steps only matrices: add_param_group() accepts it, but the first step fails",
                 "give vectors, embeddings and convolutions to a second optimizer, such as AdamW",
             )
 
 
-def _check_muon_groups(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Finding]:
+def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:
     """Yield what ``MuonWithAuxAdam`` refuses with a bare AssertionError, if all groups have ``use_muon``."""
     if not all("use_muon" in group.options for group in optimizer.groups):
         return
@@ -77,8 +77,8 @@ def _check_muon_groups(inventory: Inventory, optimizer: LiveOptimizer) -> Iterat
         for member in optimizer.members_of(group) if use_muon else ():
             if member.shape is not None and len(member.shape) < 2:
                 yield codes.MATRICES_ONLY.finding(
-                    member_name(inventory, member),
-                    f"{member_names(inventory, [member])} {member.shape} in {member.where} is a vector, but its group "
+                    member_name(live_model, member),
+                    f"{member_names(live_model, [member])} {member.shape} in {member.where} is a vector, but its group "
                     "has use_muon = True, which is for matrices",
                     "move it to a group with use_muon = False",
                 )
@@ -108,7 +108,7 @@ def _check_decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
 
 
 def _check_kernels(
-    inventory: Inventory, optimizer: LiveOptimizer, group: LiveGroup, members: Sequence[Member]
+    live_model: LiveModel, optimizer: LiveOptimizer, group: LiveGroup, members: Sequence[Member]
 ) -> Iterator[Finding]:
     options, defaults = group.options, optimizer.instance.defaults
     kernel = next((key for key in ("fused", "foreach") if key in defaults and options.get(key)), None)
@@ -116,9 +116,9 @@ def _check_kernels(
         refused = [member for member in members if member.tensor.device.type in _NOT_CAPTURABLE]
         if refused:
             yield codes.CAPTURABLE.finding(
-                member_name(inventory, refused[0]),
+                member_name(live_model, refused[0]),
                 f"{group.where} has capturable=True, but {plural(len(refused), 'parameter')} on "
-                f"{refused[0].tensor.device} cannot be stepped that way: {member_names(inventory, refused)}",
+                f"{refused[0].tensor.device} cannot be stepped that way: {member_names(live_model, refused)}",
                 'set group["capturable"] = False; a state_dict that was saved on a GPU sets it to True',
             )
     if kernel is None:
@@ -127,9 +127,9 @@ def _check_kernels(
     plain = [member for member in members if not hasattr(member.tensor, "device_mesh")]
     if plain and len(meshes) > 1:
         yield codes.MIXED.finding(
-            member_name(inventory, plain[0]),
+            member_name(live_model, plain[0]),
             f"{group.where} has {kernel}=True and mixes {plural(len(plain), 'plain tensor')} with DTensors, which one "
-            f"kernel cannot step together: {member_names(inventory, plain)}",
+            f"kernel cannot step together: {member_names(live_model, plain)}",
             f"put the plain tensors into a group of their own, or set {kernel}=False",
         )
     is_adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
@@ -156,7 +156,7 @@ def trained_options(group: LiveGroup, *without: str) -> tuple[tuple[str, str], .
 
 
 def check_across_groups(
-    inventory: Inventory, optimizers: Sequence[LiveOptimizer], schedulers: Iterable[Any]
+    live_model: LiveModel, optimizers: Sequence[LiveOptimizer], schedulers: Iterable[Any]
 ) -> Iterator[Finding]:
     """Yield the findings that need several groups at once; ``schedulers`` can apply the multipliers in the groups."""
     scaled = {id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers if _applies_lr_scale(scheduler)}
@@ -168,7 +168,7 @@ def check_across_groups(
                 if option != "lr" or id(optimizer.instance) not in scaled:
                     yield from _check_multiplier(optimizer, key, option)
         if optimizer.schema is None or optimizer.schema.name != "Muon":  # Muon steps no vectors
-            yield from _check_decay(inventory, optimizer)
+            yield from _check_decay(live_model, optimizer)
         different = len({trained_options(group) for group in optimizer.groups})
         if len(optimizer.groups) >= _MANY_GROUPS and different * 4 <= len(optimizer.groups):
             yield codes.MANY.finding(
@@ -204,7 +204,7 @@ def _check_multiplier(optimizer: LiveOptimizer, key: str, option: str) -> Iterat
         )
 
 
-def _check_decay(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Finding]:
+def _check_decay(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:
     """Yield a note on vectors with weight decay, if other vectors have none or if the decay is strong.
 
     Weight decay on everything is the default of every optimizer, and is not reported.
@@ -225,9 +225,9 @@ def _check_decay(inventory: Inventory, optimizer: LiveOptimizer) -> Iterator[Fin
                 else "which pulls norms and biases to zero"
             )
             yield codes.DECAY.finding(
-                member_name(inventory, vectors[0]),
+                member_name(live_model, vectors[0]),
                 f"{group.where} applies weight decay {decay[id(group)]:g} to {plural(len(vectors), 'vector')} (norms, "
-                f"biases, scales), {reason}: {member_names(inventory, vectors)}",
+                f"biases, scales), {reason}: {member_names(live_model, vectors)}",
                 "if you did not intend this, put them into a group with weight_decay = 0",
             )
 

@@ -13,7 +13,7 @@ from ckptkit.core.torch_bridge import shape_or_none
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import Member
-from ckptkit.param_groups.parameters import Inventory, LiveParameter, address, bare_name, flat_names
+from ckptkit.param_groups.parameters import LiveModel, LiveParameter, address, bare_name, flat_names
 from ckptkit.wrappers.table import PARAMETRIZATIONS, WRAPPERS
 
 __all__ = [
@@ -41,21 +41,21 @@ class Rename:
     event: str
 
 
-def find_rename(inventory: Inventory, recorded: str) -> Rename | None:
+def find_rename(live_model: LiveModel, recorded: str) -> Rename | None:
     """Return the new name of ``recorded`` after its module was parametrized, pruned, adapted, or restored.
 
     Return None if the model still has the name, or has no parameter that ``recorded`` can have become.
     """
     recorded = bare_name(recorded)
-    if recorded in inventory.by_bare_name:
+    if recorded in live_model.by_bare_name:
         return None
     module, dot, leaf = recorded.rpartition(".")
     for event, names in _names_after_adding(f"{module}{dot}", leaf):
-        found = [inventory.by_bare_name[name] for name in names if name in inventory.by_bare_name]
-        if found and all(name in inventory.by_bare_name or name in inventory.bare_buffers for name in names):
+        found = [live_model.by_bare_name[name] for name in names if name in live_model.by_bare_name]
+        if found and all(name in live_model.by_bare_name or name in live_model.bare_buffers for name in names):
             return Rename(found[0], tuple(live.name for live in found), event)
     for event, name in _names_after_removing(recorded):
-        live = inventory.by_bare_name.get(name)
+        live = live_model.by_bare_name.get(name)
         if live is not None:
             return Rename(live, (live.name,), event)
     return None
@@ -90,19 +90,19 @@ REBIND_HINT = f"{REBUILD_HINT}, or rebind(optimizer, model)"
 class ModelContext:
     """The model, the ids of all tensors in the groups, and the names of parameters with older objects there."""
 
-    inventory: Inventory
+    live_model: LiveModel
     held_ids: Collection[int]
     replaced_names: Collection[str] = ()
 
     @cached_property
     def is_all_new(self) -> bool:
         """Whether the groups hold no parameter of the model."""
-        return not any(key in self.inventory.parameters for key in self.held_ids)
+        return not any(key in self.live_model.parameters for key in self.held_ids)
 
 
 def _replacement_reason(tensor: Tensor, live: LiveParameter, recorded: str | None, context: ModelContext) -> str:
     """Return why the model has the other object ``live`` instead of ``tensor``, as a clause."""
-    rename = find_rename(context.inventory, recorded) if recorded else None
+    rename = find_rename(context.live_model, recorded) if recorded else None
     if recorded and rename is not None and live.name in rename.names:
         names = " and ".join(map(quoted, rename.names))
         return f"{quoted(recorded)} became {names} when {rename.event}, after the groups were built"
@@ -121,7 +121,7 @@ def _replacement_reason(tensor: Tensor, live: LiveParameter, recorded: str | Non
     if tensor.device != live.tensor.device or tensor.dtype != live.tensor.dtype:
         kind = f"{live.tensor.dtype}, {live.tensor.device}"
         return f"the model has a new parameter ({kind}), as after a conversion that copies"
-    if type(context.inventory.model).__name__ == "AveragedModel":
+    if type(context.live_model.model).__name__ == "AveragedModel":
         return "an AveragedModel is a copy, so validate the model that trains"
     return f"the model has a new object, as after {_replacing_call(live, context)}"
 
@@ -129,7 +129,7 @@ def _replacement_reason(tensor: Tensor, live: LiveParameter, recorded: str | Non
 def _replacing_call(live: LiveParameter, context: ModelContext) -> str:
     if context.is_all_new:
         return "load_state_dict(assign=True), a deep copy, or loading a whole model"
-    siblings = context.inventory.by_module[live.module]
+    siblings = context.live_model.by_module[live.module]
     if live.module and len(siblings) > 1 and all(sibling.name in context.replaced_names for sibling in siblings):
         return f"replacing the module {quoted(live.module)}, or load_state_dict(assign=True) on it"
     return "replacing its module, or assigning a new nn.Parameter"
@@ -151,7 +151,7 @@ class Disappeared:
 def _find_disappeared(recorded: str, context: ModelContext) -> Disappeared | None:
     """Return why the model has no parameter ``recorded``, or None if it has no module of that name either."""
     module, _, leaf = bare_name(recorded).rpartition(".")
-    found = context.inventory.modules.get(module)
+    found = context.live_model.modules.get(module)
     if found is None:
         return None
     kind = type(found)
@@ -193,7 +193,7 @@ class UnknownTensor:
 
 
 def match_to_model(
-    inventory: Inventory, unknown: Sequence[UnknownTensor], missing: Sequence[LiveParameter]
+    live_model: LiveModel, unknown: Sequence[UnknownTensor], missing: Sequence[LiveParameter]
 ) -> list[UnknownTensor]:
     """Return the unknown tensors with the parameters of the model that they once were, if these can be found.
 
@@ -206,10 +206,10 @@ def match_to_model(
     for one in unknown:
         live = None
         if one.name:
-            rename = find_rename(inventory, one.name)
-            live = inventory.named(one.name) or (rename.live if rename else None)
-            live = live or inventory.flattened.get(bare_name(one.name))
-        live = live or inventory.by_address.get(address(one.tensor))
+            rename = find_rename(live_model, one.name)
+            live = live_model.named(one.name) or (rename.live if rename else None)
+            live = live or live_model.flattened.get(bare_name(one.name))
+        live = live or live_model.by_address.get(address(one.tensor))
         if live is not None or (one.name and bare_name(one.name) not in endings):
             matched[id(one.tensor)] = replace(one, live=live)
     found_names = {one.live.name for one in matched.values() if one.live}

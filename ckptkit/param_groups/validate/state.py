@@ -12,7 +12,7 @@ from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveOptimizer, Member, member_name, member_names
-from ckptkit.param_groups.parameters import Inventory, address
+from ckptkit.param_groups.parameters import LiveModel, address
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.stale import REBIND_HINT
 
@@ -24,7 +24,7 @@ _DROP = "drop it, and the next step starts without it: optimizer.state.pop(param
 _LOAD_AGAIN = "load the state again from an intact file, or drop it: optimizer.state.pop(parameter)"
 
 
-def check_state(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+def check_state(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield a finding for state of no parameter, for wrong or missing slots, and for different step counts."""
     for optimizer in optimizers:
         state = getattr(optimizer.instance, "state", None)
@@ -34,11 +34,11 @@ def check_state(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> It
         yield from _check_keys(optimizer, state, members)
         states = [(member, state[member.tensor]) for member in members.values() if state.get(member.tensor)]
         states = [(member, slots) for member, slots in states if isinstance(slots, Mapping)]
-        yield from _check_dead(inventory, optimizer, states)
+        yield from _check_dead(live_model, optimizer, states)
         if optimizer.schema is not None and not optimizer.schema.has_shared_state:
-            yield from _check_slots(inventory, optimizer, optimizer.schema, states)
-            yield from _check_steps(inventory, optimizer, states)
-            yield from _check_absent(inventory, optimizer, optimizer.schema, states)
+            yield from _check_slots(live_model, optimizer, optimizer.schema, states)
+            yield from _check_steps(live_model, optimizer, states)
+            yield from _check_absent(live_model, optimizer, optimizer.schema, states)
 
 
 def _check_keys(
@@ -64,20 +64,20 @@ def _check_keys(
         )
 
 
-def _check_dead(inventory: Inventory, optimizer: LiveOptimizer, states: Sequence[MemberState]) -> Iterator[Finding]:
-    dead = [(member, slots) for member, slots in states if id(member.tensor) not in inventory.parameters]
+def _check_dead(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequence[MemberState]) -> Iterator[Finding]:
+    dead = [(member, slots) for member, slots in states if id(member.tensor) not in live_model.parameters]
     if dead:
         size = sum(value.nbytes for _, slots in dead for value in slots.values() if is_tensor(value))
         yield codes.STATE_DEAD.finding(
             "",
             f"{optimizer.label} still keeps {human_bytes(size)} of state for {plural(len(dead), 'tensor')} that the "
-            f"model does not have: {member_names(inventory, [member for member, _ in dead])}",
+            f"model does not have: {member_names(live_model, [member for member, _ in dead])}",
             REBIND_HINT,
         )
 
 
 def _check_slots(
-    inventory: Inventory, optimizer: LiveOptimizer, schema: OptimizerSchema, states: Sequence[MemberState]
+    live_model: LiveModel, optimizer: LiveOptimizer, schema: OptimizerSchema, states: Sequence[MemberState]
 ) -> Iterator[Finding]:
     unread: dict[str, list[Member]] = defaultdict(list)
     converted: dict[tuple[Code, object, object], dict[Member, bool]] = defaultdict(dict)
@@ -87,7 +87,7 @@ def _check_slots(
             continue
         expected = schema.slots_for(member.group.options, shape)
         lacking = [slot for slot in expected if slots.get(slot.name) is None]
-        yield from _check_incomplete(inventory, optimizer, member, lacking)
+        yield from _check_incomplete(live_model, optimizer, member, lacking)
         wrong: dict[str, str] = {}
         for name, value in slots.items():
             slot = schema.slot(name)
@@ -103,16 +103,16 @@ def _check_slots(
                 if value.device != member.tensor.device:
                     converted[codes.STATE_DEVICE, value.device, member.tensor.device][member] = True
         if wrong:
-            yield _wrong_shape(inventory, member, wrong, shape)
+            yield _wrong_shape(live_model, member, wrong, shape)
     for name, holders in unread.items():
         yield codes.STATE_STRAY.finding(
-            member_name(inventory, holders[0]),
-            f"{optimizer.label} keeps {quoted(name)} for {member_names(inventory, holders)} but does not read it: the "
+            member_name(live_model, holders[0]),
+            f"{optimizer.label} keeps {quoted(name)} for {member_names(live_model, holders)} but does not read it: the "
             "state is from an optimizer of another class",
             "load the state of the same class, or start without state: optimizer.state.clear()",
         )
     for (code, of_state, of_parameter), members in converted.items():
-        yield _converted(inventory, code, of_state, of_parameter, members)
+        yield _converted(live_model, code, of_state, of_parameter, members)
 
 
 def _shape_of(value: object) -> tuple[int, ...] | None:
@@ -120,55 +120,55 @@ def _shape_of(value: object) -> tuple[int, ...] | None:
 
 
 def _check_incomplete(
-    inventory: Inventory, optimizer: LiveOptimizer, member: Member, lacking: Sequence[SlotSchema]
+    live_model: LiveModel, optimizer: LiveOptimizer, member: Member, lacking: Sequence[SlotSchema]
 ) -> Iterator[Finding]:
     if not lacking:
         return
     is_optional = all(slot.is_optional for slot in lacking)
     effect = "starts again from zero" if is_optional else "reads in its step, so the step fails"
     yield codes.STATE_INCOMPLETE.finding(
-        member_name(inventory, member),
-        f"the state of {member_names(inventory, [member])} has no {', '.join(slot.name for slot in lacking)}, which "
+        member_name(live_model, member),
+        f"the state of {member_names(live_model, [member])} has no {', '.join(slot.name for slot in lacking)}, which "
         f"{optimizer.label} {effect}",
         _LOAD_AGAIN,
         severity="warning" if is_optional else "error",
     )
 
 
-def _wrong_shape(inventory: Inventory, member: Member, wrong: Mapping[str, str], shape: tuple[int, ...]) -> Finding:
+def _wrong_shape(live_model: LiveModel, member: Member, wrong: Mapping[str, str], shape: tuple[int, ...]) -> Finding:
     found = ", ".join(f"{slot} {mismatch}" for slot, mismatch in wrong.items())
     return codes.STATE_SHAPE.finding(
-        member_name(inventory, member),
-        f"{member_names(inventory, [member])} has shape {shape}, but its state does not fit that ({found}): the state "
+        member_name(live_model, member),
+        f"{member_names(live_model, [member])} has shape {shape}, but its state does not fit that ({found}): the state "
         "is from another parameter, or from before a resize, and the next step fails",
         _DROP,
     )
 
 
 def _converted(
-    inventory: Inventory, code: Code, of_state: object, of_parameter: object, fails: Mapping[Member, bool]
+    live_model: LiveModel, code: Code, of_state: object, of_parameter: object, fails: Mapping[Member, bool]
 ) -> Finding:
     members = list(fails)
     effect = "the next step fails" if any(fails.values()) else "torch computes in the wider of the two"
     return code.finding(
-        member_name(inventory, members[0]),
-        f"the state of {member_names(inventory, members)} is {of_state}, but "
+        member_name(live_model, members[0]),
+        f"the state of {member_names(live_model, members)} is {of_state}, but "
         f"{plural(len(members), 'parameter is', 'parameters are')} {of_parameter}: {effect}",
         "load the state_dict after you convert the model, because torch then converts the state too",
         severity="error" if any(fails.values()) else "warning",
     )
 
 
-def _check_steps(inventory: Inventory, optimizer: LiveOptimizer, states: Sequence[MemberState]) -> Iterator[Finding]:
+def _check_steps(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequence[MemberState]) -> Iterator[Finding]:
     by_count: dict[float, list[Member]] = defaultdict(list)
     for count, member in _step_counts(states):
         by_count[count].append(member)
     if len(by_count) > 1:
         counts = sorted(by_count.items(), key=lambda item: -len(item[1]))
-        parts = [f"{count:g} for {member_names(inventory, members)}" for count, members in counts[:3]]
+        parts = [f"{count:g} for {member_names(live_model, members)}" for count, members in counts[:3]]
         more = f", and {plural(len(counts) - 3, 'other count')}" if len(counts) > 3 else ""
         yield codes.STATE_STEPS.finding(
-            member_name(inventory, counts[-1][1][0]),
+            member_name(live_model, counts[-1][1][0]),
             f"{optimizer.label} has different step counts: {'; '.join(parts)}{more}. Parameters with a low count get "
             "the bias correction of the first steps",
             "this is right for parameters that were unfrozen or had no gradient; otherwise their state was not loaded",
@@ -194,7 +194,7 @@ def _step_counts(states: Sequence[MemberState]) -> Iterator[tuple[float, Member]
 
 
 def _check_absent(
-    inventory: Inventory, optimizer: LiveOptimizer, schema: OptimizerSchema, states: Sequence[MemberState]
+    live_model: LiveModel, optimizer: LiveOptimizer, schema: OptimizerSchema, states: Sequence[MemberState]
 ) -> Iterator[Finding]:
     with_state = {id(member.tensor) for member, _ in states}
     without = [
@@ -207,13 +207,13 @@ def _check_absent(
     if with_state and without:
         total = plural(len(with_state) + len(without), "parameter")
         yield codes.STATE_ABSENT.finding(
-            member_name(inventory, without[0]),
-            f"{optimizer.label} has no state for {len(without)} of {total}: {member_names(inventory, without)}",
+            member_name(live_model, without[0]),
+            f"{optimizer.label} has no state for {len(without)} of {total}: {member_names(live_model, without)}",
             "they had no gradient so far, or their state was not loaded",
         )
 
 
-def check_state_values(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+def check_state_values(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield a finding for each slot with unusable values, and for state tensors that share memory."""
     for optimizer in optimizers:
         for member, name, value in _state_tensors(optimizer):
@@ -227,11 +227,11 @@ def check_state_values(inventory: Inventory, optimizers: Sequence[LiveOptimizer]
                 else f"contains {fault}, and every further step writes {fault} into the parameter"
             )
             yield codes.STATE_VALUE.finding(
-                member_name(inventory, member),
-                f"{name} of {member_names(inventory, [member])} {problem}",
+                member_name(live_model, member),
+                f"{name} of {member_names(live_model, [member])} {problem}",
                 _LOAD_AGAIN,
             )
-    yield from _check_shared_memory(inventory, optimizers)
+    yield from _check_shared_memory(live_model, optimizers)
 
 
 def _state_tensors(optimizer: LiveOptimizer) -> Iterator[tuple[Member, str, Tensor]]:
@@ -266,7 +266,7 @@ def _value_fault(value: Any) -> Literal["NaN", "Inf", "negative"] | None:
     return "negative" if low < 0 else None
 
 
-def _check_shared_memory(inventory: Inventory, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
+def _check_shared_memory(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     parameters = {
         (member.tensor.device, address(member.tensor)): member
         for optimizer in optimizers
@@ -279,10 +279,10 @@ def _check_shared_memory(inventory: Inventory, optimizers: Sequence[LiveOptimize
             place = (value.device, address(value))
             if not place[1]:
                 continue
-            this = f"{name} of {member_names(inventory, [member])} in {optimizer.label}"
+            this = f"{name} of {member_names(live_model, [member])} in {optimizer.label}"
             other = seen.setdefault(place, this)
             if other == this and place in parameters:
-                other = f"the parameter {member_names(inventory, [parameters[place]])}"
+                other = f"the parameter {member_names(live_model, [parameters[place]])}"
             if other != this:
                 count += 1
                 first = first or f"{this} shares its memory with {other}"
