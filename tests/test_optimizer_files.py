@@ -126,15 +126,15 @@ def test_a_distributed_state_becomes_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [("o.safetensors", "to a torch file"), ("run.ckpt", "is an input"), ("there.pt", "already exists")],
 )
-def test_outputs_are_refused_early(name: str, said: str, tmp_path: Path) -> None:
+def test_outputs_are_refused_early(name: str, message: str, tmp_path: Path) -> None:
     """Another format and an existing output are refused before anything is written."""
     run_file(tmp_path / "run.ckpt")
     (tmp_path / "there.pt").write_bytes(b"x")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with open_optimizer(tmp_path / "run.ckpt") as source, pytest.raises(OutputError, match=said):
+    with open_optimizer(tmp_path / "run.ckpt") as source, pytest.raises(OutputError, match=message):
         write_optimizer_state(to_named(source, Net()), choose_output(tmp_path / name), source)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -254,8 +254,8 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 @pytest.mark.parametrize("path", [None, 5, b"run.pt", ["run.pt"], ""], ids=repr)
-@pytest.mark.parametrize("door", [open_checkpoint, open_optimizer])
-def test_what_is_no_path_is_refused(door: Any, path: Any) -> None:
+@pytest.mark.parametrize("opener", [open_checkpoint, open_optimizer])
+def test_other_types_of_paths_are_refused(opener: Any, path: Any) -> None:
     """The error names what was given, and no internals."""
     with pytest.raises(PathError, match=r"a path cannot be|the path is empty"):
-        door(path)
+        opener(path)

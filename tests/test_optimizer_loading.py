@@ -84,7 +84,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
         optimizer.step()
 
 
-def begun(kind: str = "AdamW", classes: int = 3, groups: Callable[[Old], Any] | None = None) -> tuple[Old, Any]:
+def trained_model(kind: str = "AdamW", classes: int = 3, groups: Callable[[Old], Any] | None = None) -> tuple[Old, Any]:
     torch.manual_seed(0)
     model = Old(classes, bias=kind != "Muon")
     optimizer = PROVED[kind](model.named_parameters() if groups is None else groups(model))
@@ -120,7 +120,9 @@ def same(old: Iterable[tuple[Any, Any]], one: torch.optim.Optimizer, other: torc
 @pytest.mark.parametrize("kind", PROVED)
 def test_training_goes_on_bit_by_bit(kind: str, split: str, form: str, tmp_path: Any) -> None:
     """After a save, renames, other groups and a load, two more steps equal those of an uninterrupted run."""
-    model, optimizer = begun(kind, groups=None if split == "1->3" else lambda old: reordered_groups(old, *THREE_OLD))
+    model, optimizer = trained_model(
+        kind, groups=None if split == "1->3" else lambda old: reordered_groups(old, *THREE_OLD)
+    )
     saved: Any = optimizer.state_dict()
     resumed = New(model)
     groups = list(resumed.named_parameters())[::-1] if split == "3->1" else reordered_groups(resumed, *THREE_NEW)
@@ -172,7 +174,7 @@ def apart(old: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("kind", sorted(set(PROVED) - WHOLE))
 def test_training_goes_on_after_a_split(kind: str) -> None:
     """Each element has its own update, so the parts train like the whole with the same gradients."""
-    model, optimizer = begun(kind)
+    model, optimizer = trained_model(kind)
     resumed = Apart(model)
     other = PROVED[kind](reordered_groups(resumed, ("q", "head"), ("k",), ("v", "fc")))
     report = load_optimizer_state(other, resumed, optimizer.state_dict(), parse_rules(file=SPLIT))
@@ -195,7 +197,7 @@ def test_training_goes_on_after_a_split(kind: str) -> None:
 @pytest.mark.parametrize("kind", sorted(WHOLE))
 def test_a_split_that_would_train_otherwise_is_refused(kind: str) -> None:
     """The update depends on the whole matrix, so the parts would train otherwise with the same state and gradients."""
-    model, optimizer = begun(kind)
+    model, optimizer = trained_model(kind)
     resumed = Apart(model)
     other = PROVED[kind](resumed.named_parameters())
     with pytest.raises(PlanError, match=f"{kind} computes each update from the whole parameter|no number for each"):
@@ -216,7 +218,7 @@ def test_a_split_that_would_train_otherwise_is_refused(kind: str) -> None:
 
 def test_a_state_that_was_already_split_is_refused() -> None:
     """A split is refused also if only the live optimizer shows that it is Muon."""
-    model, optimizer = begun("Muon")
+    model, optimizer = trained_model("Muon")
     found = to_named(optimizer.state_dict())
     bare = [{**group, "params": group["params"]} for group in optimizer.state_dict()["param_groups"]]
     assert "ns_coefficients" in bare[0]
@@ -232,7 +234,7 @@ def test_a_state_that_was_already_split_is_refused() -> None:
 
 def test_gradients_are_not_used_and_no_step_is_made() -> None:
     """Loading works with and without gradients and makes no step, unlike the tools of torch."""
-    model, optimizer = begun("Adam")
+    model, optimizer = trained_model("Adam")
     for leftover in (False, True):
         other = PROVED["Adam"](model.named_parameters())
         for parameter in model.parameters():
@@ -247,7 +249,7 @@ def test_gradients_are_not_used_and_no_step_is_made() -> None:
 
 def test_nothing_is_shared_with_the_state_that_was_given() -> None:
     """Two optimizers can load one state without sharing tensors, which torch would share."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     twin = copy.deepcopy(model)
     other = PROVED["AdamW"](twin.named_parameters())
     load_optimizer_state(other, twin, optimizer.state_dict())
@@ -259,7 +261,7 @@ def test_nothing_is_shared_with_the_state_that_was_given() -> None:
 
 def test_the_order_of_a_state_without_names_is_proved_by_shapes() -> None:
     """A file without names gets them from shapes; if two assignments fit, loading is refused."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     saved = optimizer.state_dict()
     del saved["param_groups"][0]["param_names"]
     other = PROVED["AdamW"](list(model.parameters())[::-1])
@@ -273,7 +275,7 @@ def test_the_order_of_a_state_without_names_is_proved_by_shapes() -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_wrappers_and_ties_change_no_name() -> None:
     """State from a compiled model, from DataParallel, and under any name of a tied parameter is loaded."""
-    model, optimizer = begun("Adam")
+    model, optimizer = trained_model("Adam")
     saved = optimizer.state_dict()
     for prefix in ("module.", "_orig_mod.", "module._orig_mod."):
         saved["param_groups"][0]["param_names"] = [f"{prefix}{name}" for name, _ in model.named_parameters()]
@@ -290,7 +292,7 @@ def test_wrappers_and_ties_change_no_name() -> None:
 
 def test_options_that_only_the_live_groups_have_stay() -> None:
     """Options that the file does not have are kept, which torch would delete."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     groups = [
         {**group, "lr_scale": 0.5, "name": group["params"][0][0]} for group in reordered_groups(model, *THREE_OLD)
     ]
@@ -303,7 +305,7 @@ def test_options_that_only_the_live_groups_have_stay() -> None:
 
 @pytest.mark.parametrize(("hyper", "lr"), [("saved", [0.01] * 3), ("live", [0.5, 0.25, 0.125])])
 def test_which_options_are_loaded(hyper: Any, lr: list[float]) -> None:
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     groups = [
         {**group, "lr": rate}
         for group, rate in zip(reordered_groups(model, *THREE_OLD), (0.5, 0.25, 0.125), strict=True)
@@ -318,7 +320,7 @@ def test_which_options_are_loaded(hyper: Any, lr: list[float]) -> None:
 def test_groups_with_different_lrs_are_not_merged_silently() -> None:
     """Merging groups with different lrs is refused; the tools of torch take one of the values."""
     rates = (0.5, 0.25, 0.125)
-    model, optimizer = begun(
+    model, optimizer = trained_model(
         groups=lambda old: [{**g, "lr": rate} for g, rate in zip(reordered_groups(old, *THREE_OLD), rates, strict=True)]
     )
     other = PROVED["AdamW"](model.named_parameters())
@@ -332,7 +334,7 @@ def test_groups_with_different_lrs_are_not_merged_silently() -> None:
 
 def test_options_for_speed_are_kept() -> None:
     """capturable=True from a GPU file is not loaded, because no CPU can step that way."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     saved = optimizer.state_dict()
     saved["param_groups"][0].update(capturable=True, fused=True)
     other = PROVED["AdamW"](model.named_parameters())
@@ -342,7 +344,7 @@ def test_options_for_speed_are_kept() -> None:
 
 
 def test_an_lr_that_is_a_tensor_stays_a_tensor() -> None:
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     other = torch.optim.AdamW(model.named_parameters(), lr=torch.tensor(0.5), amsgrad=True)
     load_optimizer_state(other, model, optimizer.state_dict())
     assert torch.equal(other.param_groups[0]["lr"], torch.tensor(0.01))
@@ -353,7 +355,7 @@ def test_an_lr_that_is_a_tensor_stays_a_tensor() -> None:
 
 def test_an_initial_lr_of_the_file_is_reported() -> None:
     """A finding warns that a scheduler built after loading starts from the initial_lr of the file."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     lr_scheduler.StepLR(optimizer, 1)
     saved = optimizer.state_dict()
     other = torch.optim.AdamW(model.named_parameters(), lr=7.0, amsgrad=True)
@@ -380,11 +382,11 @@ SWITCHES = {
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_the_state_of_another_class_is_refused(switch: str) -> None:
     """torch would load each of these, then fail in a later step or train otherwise."""
-    saved, live, says = SWITCHES[switch]
-    model, optimizer = begun(saved)
+    saved, live, message = SWITCHES[switch]
+    model, optimizer = trained_model(saved)
     matrices = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
     other = PROVED[live](matrices)
-    with pytest.raises(PlanError, match=says):
+    with pytest.raises(PlanError, match=message):
         load_optimizer_state(other, model, optimizer.state_dict())
     options = copy.deepcopy(other.param_groups[0])
     assert options["lr"] == PROVED[live](matrices).param_groups[0]["lr"]
@@ -438,7 +440,7 @@ def test_an_unknown_optimizer_is_loaded_by_names() -> None:
 
 
 def test_slots_of_another_class_are_refused_without_options() -> None:
-    model, optimizer = begun("SGD")
+    model, optimizer = trained_model("SGD")
     found = to_named(optimizer.state_dict())
     bare = type(found)(found.state, tuple(type(group)(group.names, {}) for group in found.groups))
     with pytest.raises(PlanError, match="it has momentum_buffer, but Adam keeps step, exp_avg"):
@@ -447,7 +449,7 @@ def test_slots_of_another_class_are_refused_without_options() -> None:
 
 def test_a_replaced_head_starts_without_state_on_request() -> None:
     """A replaced head starts without state on request; torch would load the old state and fail in the next step."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     model.head = nn.Linear(4, 7)
     other = PROVED["AdamW"](model.named_parameters())
     with pytest.raises(
@@ -468,7 +470,7 @@ def test_a_replaced_head_starts_without_state_on_request() -> None:
 
 @pytest.mark.parametrize("kind", ["Adafactor", "SGD"])
 def test_factored_and_elementwise_shapes_are_compared_with_the_parameter(kind: str) -> None:
-    model, optimizer = begun(kind)
+    model, optimizer = trained_model(kind)
     model.head = nn.Linear(4, 7)
     other = PROVED[kind](model.named_parameters())
     with pytest.raises(
@@ -479,7 +481,7 @@ def test_factored_and_elementwise_shapes_are_compared_with_the_parameter(kind: s
 
 def test_a_parameter_that_the_file_does_not_have() -> None:
     """A new parameter keeps the state of the optimizer, if any, and the report lists it as missing."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     saved = optimizer.state_dict()
     grown: Any = nn.ModuleDict({"old": model, "extra": nn.Linear(4, 4)})
     rules = ["*=old.*"]
@@ -498,8 +500,8 @@ def test_a_parameter_that_the_file_does_not_have() -> None:
     assert torch.equal(other.state[grown["extra"].bias]["exp_avg"], torch.ones(4))
 
 
-def test_state_for_which_there_is_no_parameter() -> None:
-    model, optimizer = begun()
+def test_state_without_a_parameter() -> None:
+    model, optimizer = trained_model()
     other = PROVED["AdamW"](model.fc.named_parameters(prefix="fc"))
     unused = ("qkv.weight", "qkv.bias", "head.weight", "head.bias")
     report = load_optimizer_state(other, model, optimizer.state_dict())
@@ -511,7 +513,7 @@ def test_state_for_which_there_is_no_parameter() -> None:
 
 def test_a_load_that_would_load_nothing_is_refused() -> None:
     """The names of another model are refused; torch would load by position."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     resumed = New(model)
     resumed.head = nn.Linear(4, 3)
     saved = optimizer.state_dict()
@@ -523,7 +525,7 @@ def test_a_load_that_would_load_nothing_is_refused() -> None:
 
 def test_a_slot_that_the_options_need() -> None:
     """A state that was saved without amsgrad is refused with it, because the next step would fail."""
-    model, _ = begun()
+    model, _ = trained_model()
     plain = torch.optim.AdamW(model.named_parameters(), lr=0.01)
     train(model, plain, 1)
     other = PROVED["AdamW"](model.named_parameters())
@@ -535,14 +537,14 @@ def test_a_slot_that_the_options_need() -> None:
 
 
 def test_an_optimizer_of_another_model_is_refused() -> None:
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     with pytest.raises(GroupsError, match=r"group 0\[0\] \(12, 4\) is not a parameter of the model"):
         load_optimizer_state(optimizer, Old(), optimizer.state_dict())
     del model
 
 
 def test_a_damaged_state_changes_nothing() -> None:
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     saved = optimizer.state_dict()
     saved["param_groups"][0]["params"] = [0, 1, 2, 3, 4, 4]
     other = PROVED["AdamW"](model.named_parameters())
@@ -555,14 +557,14 @@ def test_a_damaged_state_changes_nothing() -> None:
     "policy", [{"hyper": "mine"}, {"on_missing": "skip"}, {"on_unexpected": "add"}, {"on_mismatch": "pad"}], ids=str
 )
 def test_an_unknown_policy_is_refused(policy: dict[str, Any]) -> None:
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     with pytest.raises(PlanError, match=next(iter(policy))):
         load_optimizer_state(optimizer, model, optimizer.state_dict(), **policy)
 
 
 def test_a_hook_that_changes_values_is_detected() -> None:
     """Loaded values are compared with the saved ones, and the optimizer is restored if they differ."""
-    model, optimizer = begun()
+    model, optimizer = trained_model()
     other = torch.optim.AdamW(model.named_parameters(), lr=0.5, amsgrad=True)
 
     def doubled(loaded: Any) -> None:
@@ -577,7 +579,7 @@ def test_a_hook_that_changes_values_is_detected() -> None:
 
 def test_a_file_from_before_steps_were_tensors() -> None:
     """Plain step counts of old files are loaded as the tensors that torch makes from them."""
-    model, optimizer = begun("NAdam")
+    model, optimizer = trained_model("NAdam")
     saved = copy.deepcopy(optimizer.state_dict())
     for slots in saved["state"].values():
         slots["step"], slots["mu_product"] = int(slots["step"]), float(slots["mu_product"])
@@ -587,7 +589,7 @@ def test_a_file_from_before_steps_were_tensors() -> None:
 
 
 def test_a_bfloat16_model_gets_the_state_as_torch_casts_it() -> None:
-    model, optimizer = begun("Adam")
+    model, optimizer = trained_model("Adam")
     model.bfloat16()
     other = PROVED["Adam"](model.named_parameters())
     load_optimizer_state(other, model, optimizer.state_dict())

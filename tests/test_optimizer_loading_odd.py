@@ -88,7 +88,7 @@ def test_a_value_that_is_not_a_number_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("key", [0, ("a", 1)], ids=repr)
-def test_a_slot_whose_name_is_no_string_is_refused(key: Any) -> None:
+def test_a_slot_name_that_is_not_a_string_is_refused(key: Any) -> None:
     """A slot name that is not a string is refused, because it would be loaded as a string."""
     model = net()
     optimizer = Odd(model.named_parameters(), lambda tensor: {key: torch.zeros_like(tensor)})

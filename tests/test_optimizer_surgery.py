@@ -121,8 +121,8 @@ def test_a_split_and_a_join_change_nothing(kind: str, deal: list[int]) -> None:
     before = named(model, trained(model, OPTIMIZERS[kind](model.parameters()), 1))
     split = remap(before, rules(APART))
     members = [[name for name, at in zip(split.names, deal * 2, strict=False) if at == number] for number in range(3)]
-    dealt = resplit(split, [NamedGroup(tuple(names), {}) for names in members if names])
-    back = order_like(remap(resplit(dealt, split), rules(TOGETHER)), model)
+    in_groups = resplit(split, [NamedGroup(tuple(names), {}) for names in members if names])
+    back = order_like(remap(resplit(in_groups, split), rules(TOGETHER)), model)
     assert same_state(to_dict(back, "param-names"), to_dict(before, "param-names"))
 
 
