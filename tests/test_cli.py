@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from ckptkit.cli import ckpt
+from ckptkit.cli.groups import groups
 from ckptkit.errors import CkptkitError
 from tests.helpers_cli import ROOT, run_ckpt
 
@@ -174,13 +175,21 @@ def test_commands(arguments: list[str], code: int, out: str, err: str, capsys: p
         assert [line.partition(":")[0] for line in ran.err.splitlines()] in (["ckpt"], ["ckpt", "hint"])
 
 
-@pytest.mark.parametrize(("arguments", "last"), [((), "Check param groups"), (("groups",), "validate  Check that")])
-def test_no_command(arguments: tuple[str, ...], last: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a command, the help is printed on stderr, and the exit code is 2."""
+@pytest.mark.parametrize(
+    ("arguments", "group", "line"),
+    [((), ckpt, "groups     Check param groups"), (("groups",), groups, "validate  Check that")],
+    ids=["ckpt", "groups"],
+)
+def test_no_command(
+    arguments: tuple[str, ...], group: click.Group, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a command, the help with every command is printed on stderr, and the exit code is 2."""
     ran = run_ckpt(capsys, *arguments)
     assert (ran.code, ran.out) == (2, "")
     assert ran.err.startswith("Usage: ckpt")
-    assert last in ran.err.splitlines()[-1]
+    assert f"\n  {line}" in ran.err
+    commands = [text.split()[0] for text in ran.err.partition("\nCommands:\n")[2].splitlines()]
+    assert commands == group.list_commands(click.Context(group))
 
 
 BAD_FILES: dict[str, tuple[str, str, str]] = {
@@ -347,7 +356,7 @@ def test_a_misspelled_option_is_found(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each help text has an example of the command, as a user would type it."""
+    """Each help text has an example of the command, as a user would type it; each file of ``cli/`` is a command."""
 
     def walk(command: click.Command, path: list[str]) -> Iterator[list[str]]:
         if isinstance(command, click.Group):
@@ -360,7 +369,9 @@ def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[st
             yield path
 
     paths = list(walk(ckpt, []))
-    assert len(paths) == 20
+    files = {path.stem for path in (ROOT / "ckptkit" / "cli").glob("*.py")} - {"__init__"}
+    assert {path[0] for path in paths} == files
+    assert [path for path in paths if path[0] == "groups"] == [["groups", name] for name in sorted(groups.commands)]
     for path in paths:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0

@@ -15,13 +15,7 @@ from itertools import groupby
 from ckptkit.checks import codes
 from ckptkit.checks.adapters import check_lora
 from ckptkit.checks.reading import VALUES_UNCHECKED, Scan
-from ckptkit.checks.structure import (
-    check_dtype_mix,
-    check_index_holes,
-    check_not_dense,
-    check_siblings,
-    numbered_modules,
-)
+from ckptkit.checks.structure import check_structure
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, ReaderWarning, Report
 from ckptkit.core.progress import Progress
@@ -142,11 +136,7 @@ def _check_headers(opened: Checkpoint, chosen: Iterable[str]) -> Iterator[Findin
     yield from warnings
     infos = {key: opened[key] for key in chosen}
     yield from _check_shard_name(opened)
-    yield from check_not_dense(infos.values())
-    yield from check_dtype_mix(infos.values())
-    lists = numbered_modules(infos)
-    yield from check_index_holes(lists)
-    yield from check_siblings(lists)
+    yield from check_structure(infos)
     yield from check_lora(infos, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))
 
 

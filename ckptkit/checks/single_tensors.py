@@ -12,7 +12,7 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["check_constant", "check_finite", "check_subnormal", "is_mask"]
+__all__ = ["check_single_tensors", "is_mask"]
 
 _MASK = re.compile(r"mask|(?:^|[._])alibi")
 # Names of tensors that often are zero in a healthy model: biases and means, the second matrix of an adapter, gates,
@@ -38,7 +38,14 @@ def is_mask(key: str) -> bool:
     return _MASK.search(key.rpartition(".")[2]) is not None
 
 
-def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def check_single_tensors(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+    """Yield the findings of every check that looks at the values of one tensor at a time."""
+    yield from _check_finite(infos, stats)
+    yield from _check_constant(infos, stats)
+    yield from _check_subnormal(infos, stats)
+
+
+def _check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield an error for each tensor with NaN (``nan``), or with infinities but no NaN (``inf``).
 
     Minus infinity in a mask is a note.
@@ -58,7 +65,7 @@ def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats
                 yield codes.INF.finding(key, message, hint)
 
 
-def check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def _check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield a finding for tensors with one value throughout, if this is not usual: ``all-zero`` and ``constant``.
 
     Matrices and larger tensors are warnings. Vectors are notes, because a norm may have learned to disable its branch;
@@ -89,7 +96,7 @@ def check_constant(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueSta
         yield code.finding(keys[0], message, hint, severity="warning" if is_serious else "note")
 
 
-def check_subnormal(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def _check_subnormal(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield ``subnormal`` notes: some processors are slow with such numbers, and narrow dtypes round them coarsely.
 
     In F32, BF16 and F64 every subnormal number counts. In narrower dtypes a tensor is reported if more than half of its

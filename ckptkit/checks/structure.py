@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
 
-__all__ = ["FLOATS", "check_dtype_mix", "check_index_holes", "check_not_dense", "check_siblings", "numbered_modules"]
+__all__ = ["FLOATS", "check_structure"]
 
 FLOATS = frozenset(
     {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F4", "F6_E2M3", "F6_E3M2"}
@@ -23,10 +23,19 @@ _MIN_IN_STACK = 3
 _MAX_NESTED_LISTS = 4
 _MAX_DIGITS = 6
 _DIFF_HINT = "ckpt diff with the model as EXPECTED lists what would not load"
-NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
+_NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
-def check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
+def check_structure(infos: Mapping[str, TensorInfo]) -> Iterator[Finding]:
+    """Yield the findings of every check of names, shapes and dtypes."""
+    yield from _check_not_dense(infos.values())
+    yield from _check_dtype_mix(infos.values())
+    lists = _numbered_modules(infos)
+    yield from _check_index_holes(lists)
+    yield from _check_siblings(lists)
+
+
+def _check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
     """Yield a ``not-dense`` note for each kind of tensor that is listed without its values, such as sparse tensors."""
     by_kind: dict[str, list[str]] = {}
     for info in infos:
@@ -38,7 +47,7 @@ def check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
         yield codes.NOT_DENSE.finding(keys[0], message)
 
 
-def check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
+def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
     """Yield a ``dtype-mix`` note that names the tensors without the usual dtype; only floating-point dtypes count."""
     by_dtype: dict[str, list[str]] = {}
     elements: Counter[str] = Counter()
@@ -54,7 +63,7 @@ def check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
     yield codes.DTYPE_MIX.finding(by_dtype[others[0]][0], message)
 
 
-def numbered_modules(keys: Iterable[str]) -> NumberedModules:
+def _numbered_modules(keys: Iterable[str]) -> _NumberedModules:
     """Return the numbered lists of modules in these keys: prefix → number → names of the tensors below it."""
     lists: dict[str, dict[int, set[str]]] = {}
     for key in keys:
@@ -72,7 +81,7 @@ def numbered_modules(keys: Iterable[str]) -> NumberedModules:
     }
 
 
-def check_index_holes(lists: NumberedModules) -> Iterator[Finding]:
+def _check_index_holes(lists: _NumberedModules) -> Iterator[Finding]:
     """Yield an ``index-hole`` warning for each missing number between two layers that have the same tensors.
 
     A ``Sequential`` skips numbers too, those of modules without parameters. Therefore most layers of the list must be
@@ -100,7 +109,7 @@ def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
     return 2 * count >= len(members) and any("." in name for name in names)
 
 
-def check_siblings(lists: NumberedModules) -> Iterator[Finding]:
+def _check_siblings(lists: _NumberedModules) -> Iterator[Finding]:
     """Yield a ``sibling-lacks`` warning for each module of a list that lacks a tensor which all its siblings have.
 
     In many networks the first or the last module of a list has no tensor of some block, or a module has nothing in

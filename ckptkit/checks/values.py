@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from ckptkit.checks.buffers import check_buffers
 from ckptkit.checks.duplicates import check_duplicates, check_recorded_ties, equal_groups
 from ckptkit.checks.expected import check_as_expected, check_at_init
-from ckptkit.checks.single_tensors import check_constant, check_finite, check_subnormal
+from ckptkit.checks.single_tensors import check_single_tensors
 from ckptkit.checks.value_reader import ValueReader
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
@@ -35,9 +35,7 @@ def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Ite
             return b""
 
     stats = {key: stats[key] for key in checkpoint if key in stats}
-    yield from check_finite(checkpoint, stats)
-    yield from check_constant(checkpoint, stats)
-    yield from check_subnormal(checkpoint, stats)
+    yield from check_single_tensors(checkpoint, stats)
     yield from check_buffers(checkpoint, stats, read_bytes)
     yield from check_duplicates(checkpoint, equal_groups(checkpoint, stats, have_equal_bytes))
     infos = {key: checkpoint[key] for key in stats}
