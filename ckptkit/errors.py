@@ -41,11 +41,12 @@ def one_line(sentence: str) -> str:
 class CkptkitError(Exception):
     """The base class of all errors of ckptkit.
 
-    ``reason`` says in one sentence why ckptkit refused, ``hint`` what to do instead, ``path`` which file it was about.
+    ``reason`` is one sentence that says why ckptkit refused, ``hint`` says what to do instead, and ``path`` is the
+    file, or None.
     """
 
     def __init__(self, reason: str, *, hint: str | None = None, path: str | None = None) -> None:
-        """Keep reason, hint and path as separate attributes."""
+        """Set the attributes ``reason``, ``hint`` and ``path``."""
         super().__init__(reason)
         self.reason = reason
         self.hint = hint

@@ -1,4 +1,4 @@
-"""``diff``: the keys, shapes and dtypes that a model expects against those of a checkpoint, with no value read."""
+"""``diff``: compare the keys, shapes and dtypes of a checkpoint with a model, without reading values."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True, slots=True)
 class KeyPair:
-    """A key that both sides have; ``found`` keeps the name that the tensor has in its file."""
+    """A key that both sides have; ``found.key`` is the key in the file, before any rename."""
 
     expected: TensorInfo
     found: TensorInfo
@@ -62,7 +62,7 @@ class StateDictDiff:
     Attributes:
         expected: The expected tensors, by key.
         found: The found tensors, by the key that they have in their file.
-        names: The new name of each found key that the rules kept.
+        names: The new name of each found key that no rule drops.
         matched: Keys with the same shape on both sides. ``dtype_mismatched`` and ``uncopyable`` keys are matched too.
         missing: Expected tensors that were not found.
         unexpected: Found tensors that are not expected.
@@ -145,16 +145,16 @@ class StateDictDiff:
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """Renames that make the most keys match; empty if no rename makes more match, or if rules already rename."""
+        """Renames that make the most keys match; empty if no rename helps, or if the rules already rename keys."""
         return tuple(_hints(self))
 
 
 def diff(expected: StateDictLike, found: StateDictLike, rules: RulesLike | None = None) -> StateDictDiff:
-    """Return the differences between two state_dicts, as ``load_state_dict`` would meet them.
+    """Return the differences between two state_dicts that ``load_state_dict`` would report.
 
     Args:
-        expected: What the model expects: a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
-        found: What the checkpoint has, in any of these forms.
+        expected: The model: a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
+        found: The checkpoint, in any of these forms.
         rules: Renames and filters for the keys of ``found``, such as ``["module.*=*"]``.
 
     Raises:
@@ -255,7 +255,7 @@ def _is_copyable(pair: KeyPair) -> bool:
 def _filled_counters(
     missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap
 ) -> frozenset[str]:
-    """Return the missing counters that batch norm fills in, because the state_dict gives it a version below 2."""
+    """Return the missing counters that torch fills in, because the state_dict has batch norm in a version below 2."""
     is_renamed = bool(key_map.derived) or any(old != new for old, new in key_map.renamed.items())
     versions = {} if is_renamed else found.versions
     filled = set()
@@ -309,7 +309,7 @@ def _candidate_renames(result: StateDictDiff) -> dict[str, dict[str, str]]:
 
 
 def count_prefixes(expected: Shapes, found: Shapes) -> tuple[Counter[str], Counter[str]]:
-    """Return how many found keys become expected keys by removing each prefix, and by adding each prefix.
+    """Return two counts by prefix: how many found keys become expected keys without the prefix, and with the prefix.
 
     Only tensors of the same shape count, and only prefixes without special characters of the pattern language.
     """

@@ -1,1 +1,1 @@
-"""What everything else is written in: names, tensors, files, findings."""
+"""The basic types of the whole package: checkpoints, tensors, files, patterns, texts and findings."""

@@ -95,9 +95,9 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
 
 
 class View(NamedTuple):
-    """The part of a storage that a tensor covers; equal ``storage`` within one checkpoint means shared memory.
+    """The part of a storage that a tensor covers; ``offset`` and ``stride`` count elements, as in torch.
 
-    ``offset`` and ``stride`` count elements, as in torch.
+    Two tensors of a checkpoint share memory if their ``storage`` numbers are equal.
     """
 
     storage: int
@@ -107,11 +107,11 @@ class View(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Describe a tensor of a checkpoint without its values: key, dtype (safetensors code) and shape.
+    """The description of a tensor without its values: key, dtype (safetensors code) and shape.
 
-    ``kind`` is ``"dense"`` for a tensor whose bytes can be copied. Any other kind (``"sparse"``, ``"quantized"``,
-    ``"meta"``, ...) is listed and cannot be written. ``stored_bytes`` is the size in bytes of a tensor whose dtype
-    is not in ``DTYPES``, such as the block types of GGUF.
+    ``kind`` is ``"dense"`` if the bytes of the tensor can be copied. A tensor of any other kind (``"sparse"``,
+    ``"quantized"``, ``"meta"``, ...) is listed but cannot be written. ``stored_bytes`` is the size in bytes for a
+    dtype that is not in ``DTYPES``, such as the block types of GGUF.
     """
 
     key: str
@@ -185,7 +185,7 @@ KeyPath = tuple[object, ...]  # the keys and positions that lead from a nested v
 class Nested(NamedTuple):
     """The nested mapping that a Checkpoint lists flat, and the key path of each tensor in the mapping.
 
-    Containers, numbers and strings are Python's own. Placeholders stand for tensors and for objects that need code.
+    Containers, numbers and strings are Python objects. Placeholders replace tensors and objects that need code.
     """
 
     value: object
@@ -213,7 +213,7 @@ class Container:
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """What a reader states about a checkpoint; ``Checkpoint`` has a property for each field."""
+    """The description that a reader gives of a checkpoint; ``Checkpoint`` has a property for each field."""
 
     path: str
     format: str
@@ -249,8 +249,8 @@ class Access:
 class Checkpoint(Mapping[str, TensorInfo], Closing):
     """An open checkpoint: a mapping from key to ``TensorInfo`` that reads bytes only on request.
 
-    Close it, or use it as a context manager. A Checkpoint never changes: ``with_warnings`` and ``with_entries``
-    return another one, which shares the open files.
+    Close a Checkpoint, or use it as a context manager. A Checkpoint never changes: ``with_warnings`` and
+    ``with_entries`` return a new Checkpoint that shares the open files.
     """
 
     __slots__ = ("__weakref__", "_access", "_container", "_description", "_infos", "_nested", "_open_files")
@@ -264,13 +264,13 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         nested: Nested | None = None,
         container: Container | None = None,
     ) -> None:
-        """Take over the open files of the reader, whose functions are ``access``."""
+        """Take over the open files of a reader; ``access`` has the functions of the reader."""
         self._infos = infos
         self._access = access
         self._description = description
         self._nested = nested
         self._container = container
-        self._open_files = ExitStack()  # shared with every Checkpoint derived from this one
+        self._open_files = ExitStack()  # shared with the Checkpoints that with_warnings and with_entries return
         if access.close is not None:
             self._open_files.callback(access.close)
 
@@ -311,15 +311,15 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
 
     @property
     def ambiguous(self) -> Mapping[str, str]:
-        """Return the dotted name of each key that ckptkit had to make up.
+        """Return the keys that ckptkit had to make up, each with its dotted name.
 
-        A key is made up if the dotted name would fit several places, or if a part of the name is not a string.
+        A key is made up if several values have the same dotted name, or if a part of the name is not a string.
         """
         return self._description.ambiguous
 
     @property
     def warnings(self) -> Sequence[str]:
-        """Return what the reader found odd, as sentences."""
+        """Return the warnings of the reader, as sentences."""
         return self._description.warnings
 
     @property
@@ -339,7 +339,7 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
 
     @property
     def container(self) -> Container | None:
-        """Return the whole file around the mapping, if the file holds more and can be written again."""
+        """Return the whole file if it holds more than the mapping of tensors, else None."""
         return self._container
 
     def with_warnings(self, *warnings: str) -> Checkpoint:
@@ -394,10 +394,10 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         return self._access.payload(self._infos[key])
 
     def span(self, key: str) -> Payload | None:
-        """Return the stored bytes from the first to the last element of a view, or None if they are not its values.
+        """Return the stored bytes from the first to the last element of a view.
 
-        Through spans, a writer writes two views of one storage once. Only ``payload`` has the values of a conjugate
-        or negative view, and of a format without views.
+        A writer uses spans to write the shared bytes of two views only once. Return None for a conjugate or negative
+        view and for a format without views: their values are only in ``payload``.
         """
         span = self._access.span
         return None if span is None else span(self._infos[key])

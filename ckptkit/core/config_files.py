@@ -18,7 +18,7 @@ _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def format_of(path: str) -> str:
-    """Return the format that the suffix of a file names; other suffixes count as TOML."""
+    """Return ``"json"``, ``"yaml"`` or ``"toml"`` by the suffix of a path; any other suffix means TOML."""
     return "json" if path.endswith(".json") else "yaml" if path.endswith((".yaml", ".yml", ".bsh")) else "toml"
 
 
@@ -81,5 +81,5 @@ def toml_value(value: object) -> str:
     if isinstance(value, Mapping):
         inner = ", ".join(f"{toml_key(str(key))} = {toml_value(item)}" for key, item in value.items())
         return f"{{ {inner} }}" if inner else "{}"
-    what = "null" if value is None else quoted(type(value).__name__)
-    raise RuleError(f"TOML has no {what}", hint="leave the key out, or write JSON")
+    kind = "null" if value is None else quoted(type(value).__name__)
+    raise RuleError(f"TOML has no {kind}", hint="leave the key out, or write JSON")

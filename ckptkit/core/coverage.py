@@ -1,4 +1,4 @@
-"""How much of each module was loaded, at the depth where modules differ."""
+"""Count the loaded tensors of each module; a module that was loaded in part is divided into submodules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_MODULES = 32
 
 @dataclass(frozen=True, slots=True)
 class ModuleCoverage:
-    """How many tensors and elements of one module, or of one tensor without siblings, were loaded."""
+    """The numbers of loaded tensors and elements of one module, or of one tensor that is not in such a module."""
 
     module: str
     loaded: int
@@ -36,10 +36,10 @@ def coverage_by_module(infos: Iterable[TensorInfo], loaded: AbstractSet[str]) ->
 
 
 def group_by_module(labels: Mapping[str, Hashable]) -> list[tuple[str, list[str]]]:
-    """Return the keys by module, in their order; a module with different labels is split into submodules.
+    """Return each module with its keys, in the order of the keys.
 
-    Each row begins with the name of the module; for a tensor that is not in such a module, with its key. Modules are
-    split level by level, as long as there are at most 32 rows.
+    A module with different labels is divided into submodules, level by level, while there are at most 32 rows. A
+    tensor outside of these modules has a row of its own, which begins with its key.
     """
     modules = _split("", list(labels))
     while len(modules) == 1 and modules[0][0] != modules[0][1][0]:

@@ -86,7 +86,7 @@ class LocalFile:
             raise PathError(_reason(error), path=self.path) from None
 
     def read_into(self, buffer: memoryview, offset: int) -> None:
-        """Fill ``buffer`` with the bytes from ``offset``. Raises what ``read`` raises."""
+        """Fill ``buffer`` with the bytes from ``offset``. Raises the same errors as ``read``."""
         done = 0
         while done < len(buffer):
             try:
@@ -143,7 +143,7 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Inflated:
-    """A range of the content of a deflated range, inflated while it is read and no further than needed.
+    """A range of the content of a compressed (deflate) part of a file; nothing after the range is decompressed.
 
     ``size`` is the number of bytes of the whole content.
     """
@@ -154,7 +154,7 @@ class Inflated:
     nbytes: int = 0
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the bytes, inflating the content before them too."""
+        """Yield the bytes; the content before the range is decompressed too."""
         skip, left = self.start, self.nbytes
         if not left:
             return

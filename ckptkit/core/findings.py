@@ -74,7 +74,7 @@ class ReaderWarning(str):
 
 @dataclass(frozen=True)
 class Report:
-    """The findings of one check, in the order in which they were found.
+    """The findings of one check, in the order of their discovery.
 
     ``error`` is the exception class that ``raise_for_errors`` raises.
     """

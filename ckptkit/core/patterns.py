@@ -270,7 +270,7 @@ def suggest_pattern(pattern: Pattern, names: Collection[str]) -> str:
 
 
 def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:
-    """Yield similar patterns: for the children of a module, with or without a prefix, and without a typing error."""
+    """Yield similar patterns: for the children of a module, with or without a prefix, or with a typo corrected."""
     text = pattern.text
     if pattern.is_regex:
         body = f"(?:{text[3:]})"

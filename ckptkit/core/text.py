@@ -70,7 +70,7 @@ def quoted(name: str) -> str:
 def listed(names: Collection[object], most: int = 8, *, show: Callable[[str], str] = quoted) -> str:
     """Return the first ``most`` names and how many more there are, for use inside a sentence: ``'a', 'b' and 3 more``.
 
-    ``show`` makes a string printable; by default it is quoted. What is not a string is shown by ``str``.
+    ``show`` makes a string printable; by default, strings are quoted. Other values are converted by ``str``.
     """
     first = [show(name) if isinstance(name, str) else str(name) for name in islice(names, most)]
     return ", ".join(first) + (f" and {len(names) - most:,} more" if len(names) > most else "")
@@ -103,8 +103,8 @@ def _for_shell(char: str) -> str:
 def look_alikes(names: Iterable[str]) -> tuple[str, str] | None:
     """Return the first two different names that look the same to a person, or None.
 
-    Such names differ in composed and decomposed accents, invisible characters, wide letters, or Cyrillic and Greek
-    letters that look Latin.
+    Such names differ only in the encoding of accents, in invisible characters, in wide letters, or in Cyrillic and
+    Greek letters that look Latin.
     """
     names = list(names)
     if all(map(str.isascii, names)):
@@ -156,7 +156,7 @@ def human_bytes(count: int) -> str:
 
 
 def html_table(headers: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
-    """Return an HTML table of printable cells, with HTML escaped; of very many rows the first 500 and a count."""
+    """Return an HTML table of printable cells, with HTML escaped; after 500 rows, a count of the other rows."""
     import html
 
     head = "".join(f"<th>{html.escape(name)}</th>" for name in headers)

@@ -124,8 +124,8 @@ def flat_bytes(tensor: Tensor) -> Tensor:
 def same_values(tensor: Tensor, value: Tensor) -> bool:
     """Return whether a tensor on the CPU has the bytes of ``value`` in the tensor's dtype.
 
-    Bytes are compared, not numbers: a NaN equals itself, and -0.0 differs from 0.0. Only after a cast, a NaN may have
-    other bits.
+    Bytes are compared, not numbers: a NaN equals itself, and -0.0 differs from 0.0. After a cast, any two NaNs are
+    equal.
     """
     import torch
 
@@ -141,7 +141,7 @@ def same_values(tensor: Tensor, value: Tensor) -> bool:
 
 
 def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:
-    """Return a flat uint8 tensor of ``data``, in its memory where that is writable, else in a copy."""
+    """Return a flat uint8 tensor of ``data``, which shares the memory of ``data`` if that memory is writable."""
     import torch
 
     writable = isinstance(data, bytearray) or (isinstance(data, memoryview) and not data.readonly)
@@ -169,7 +169,10 @@ class TensorPayload:
 
 @dataclass(frozen=True, slots=True)
 class CastPayload:
-    """A payload that casts its elements to another dtype while they are read, as ``Tensor.to`` does."""
+    """A payload that casts its elements while they are read, as ``Tensor.to`` does.
+
+    ``found`` describes the source, ``out`` the result.
+    """
 
     source: Payload
     found: TensorInfo
@@ -197,8 +200,8 @@ class CastPayload:
 def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     """Return a Checkpoint of a Module or of a mapping of tensors or ``TensorInfo``; a Checkpoint is returned as it is.
 
-    A mapping of ``TensorInfo`` has no bytes to read. ``role`` names the argument in messages. Raises ``ModelError``
-    for any other value, and for a path, which ``open_checkpoint`` opens.
+    A mapping of ``TensorInfo`` has no bytes to read. Messages call the argument ``role``, such as ``base``. Raises
+    ``ModelError`` for any other value, also for a path, which ``open_checkpoint`` opens.
     """
     given: object = state  # the caller may have passed anything
     if isinstance(given, Checkpoint):
@@ -330,4 +333,4 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
 
 def _storage_id(tensor: Tensor) -> int:
     # data_ptr() is 0 for every tensor on the meta device, where ties still count.
-    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch compares storages by it
+    return int(tensor.untyped_storage()._cdata)  # noqa: SLF001 - torch compares storages by this address

@@ -55,7 +55,7 @@ class GroupOption:
     is_in_defaults_only: bool = False
 
 
-# The only list of its kind: every comparison of groups, every lock and every load of a state reads it.
+# Comparisons of groups, locks and the loading of optimizer state all read this table; no other module lists options.
 OPTIONS: Mapping[str, GroupOption] = {
     option.name: option
     for option in (
@@ -96,7 +96,7 @@ def options_of_kind(*kinds: OptionKind) -> frozenset[str]:
 
 
 def overwritten_options(options: Mapping[str, object]) -> frozenset[str]:
-    """Return the options of a group that a scheduler writes, so that the values before it are not known."""
+    """Return the options of a group that a scheduler overwrites, so that their original values are not known."""
     return frozenset(name for option in OPTIONS.values() if option.name in options for name in option.overwrites)
 
 
@@ -182,7 +182,10 @@ def _is_enabled(slot: SlotSchema, options: Mapping[str, object]) -> bool:
 
 
 def _has_form_for(slot: SlotSchema, shape: tuple[int, ...]) -> bool:
-    """Return whether Adafactor keeps this slot: rows and columns for a matrix, else a variance of each element."""
+    """Return whether a parameter of this shape has the slot.
+
+    Only Adafactor depends on the shape: it keeps rows and columns for a matrix, else a variance of each element.
+    """
     if slot.layout in {"row", "column"}:
         return len(shape) > 1
     return slot.name != "variance" or len(shape) < 2
