@@ -15,7 +15,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from hypothesis import strategies as st
 
-from ckptkit.core.checkpoint import DTYPES, TensorInfo
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.dtypes import DTYPES
 
 CODES = tuple(code for code, dtype in DTYPES.items() if dtype.torch_name and not code.startswith(("Q", "BITS", "F4")))
 STORABLE = tuple(code for code in CODES if DTYPES[code].storable)

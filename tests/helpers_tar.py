@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 
 KINDS = {
     "F64": "Double",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.torch_bridge import CASTABLE, flat_bytes
 
 MOVABLE = sorted(CASTABLE)

@@ -9,15 +9,8 @@ import pytest
 import torch
 
 from ckptkit import open_checkpoint
-from ckptkit.core.checkpoint import (
-    Access,
-    Checkpoint,
-    Description,
-    Entry,
-    TensorInfo,
-    pack_float4,
-    unpack_float4,
-)
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Entry, TensorInfo
+from ckptkit.core.dtypes import pack_float4, unpack_float4
 from ckptkit.errors import CkptkitError
 
 ATTRIBUTES = sorted(name for name, value in vars(Checkpoint).items() if isinstance(value, property))

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.core.checkpoint import DTYPES, TensorInfo
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.statistics.accumulator import Accumulator, why_unsupported
 from ckptkit.statistics.threads import Workspace

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
 from ckptkit.core.checkpoint import (
-    DTYPES,
     Access,
     Checkpoint,
     Description,
@@ -22,8 +21,8 @@ from ckptkit.core.checkpoint import (
     is_contiguous,
     module_versions,
     storage_range,
-    unpack_float4,
 )
+from ckptkit.core.dtypes import DTYPES, unpack_float4
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError

@@ -7,7 +7,8 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
-from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, row_major, storage_range
+from ckptkit.core.checkpoint import Payload, TensorInfo, row_major, storage_range
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import CHUNK, ByteSwapped, Inflated, Region, is_seekable
 from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import FormatError

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from ckptkit.core.checkpoint import (
-    DTYPES,
     Access,
     Checkpoint,
     Description,
@@ -21,6 +20,7 @@ from ckptkit.core.checkpoint import (
     is_contiguous,
     row_major,
 )
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import ByteSwapped, Extent, Inflated, LocalFile
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError

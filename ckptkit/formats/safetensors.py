@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import plural, quoted

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, RuleError

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
-from ckptkit.core.checkpoint import DTYPES, TensorInfo
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module, Tensor

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Entry, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, dtype_code

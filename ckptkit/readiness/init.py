@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ckptkit.comparison import StateDictDiff
-from ckptkit.core.checkpoint import DTYPES, Checkpoint
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import coverage_by_module, group_by_module
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import listed, plural, quoted

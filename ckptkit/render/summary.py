@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.render.page import Code, as_code
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import CASTABLE, dtype_code, torch_dtype
 from ckptkit.core.torch_types import Tensor

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeAlias, TypeVar, get_args, get_type_hints
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import printable, quoted
 from ckptkit.core.torch_bridge import CASTABLE, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import ClassVar
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import CASTABLE
 from ckptkit.core.torch_types import Tensor

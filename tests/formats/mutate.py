@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from tests.formats.corpora import corpus, items
 from tests.formats.oracles import Seen, by_ckptkit, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch
 from tests.helpers_formats import f32, rezip, safetensors_file

@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch.distributed.checkpoint.api import CheckpointException
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import shared_keys
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from tests.helpers_formats import (

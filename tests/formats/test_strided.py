@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckptkit.core.checkpoint import DTYPES, TensorInfo, View
+from ckptkit.core.checkpoint import TensorInfo, View
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import CHUNK, Extent, Inflated, LocalFile, Region
 from ckptkit.errors import FormatError
 from ckptkit.formats import layout as strided

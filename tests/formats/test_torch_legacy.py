@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import shared_keys
 from ckptkit.formats import open_checkpoint
 from tests.helpers_formats import (

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from ckptkit.cli import main
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from tests.helpers_formats import assert_same, bits, call, opened, pickled, random_tensor, refused, text, write

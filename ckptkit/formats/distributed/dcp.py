@@ -16,7 +16,8 @@ from functools import partial
 from itertools import pairwise
 from typing import NoReturn
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, KeyPath, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, Record, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError

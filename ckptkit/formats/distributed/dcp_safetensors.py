@@ -15,7 +15,8 @@ from functools import partial
 from itertools import chain, islice
 from typing import NamedTuple
 
-from ckptkit.core.checkpoint import DTYPES, Access, Checkpoint, Description, Payload, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError

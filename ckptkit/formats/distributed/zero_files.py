@@ -10,7 +10,8 @@ from functools import partial
 from itertools import accumulate
 from typing import NamedTuple, Self
 
-from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo
+from ckptkit.core.checkpoint import Payload, TensorInfo
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Region
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.checkpoint import (
-    DTYPES,
     Access,
     Checkpoint,
     Container,
@@ -23,8 +22,8 @@ from ckptkit.core.checkpoint import (
     is_contiguous,
     module_versions,
     storage_range,
-    unpack_float4,
 )
+from ckptkit.core.dtypes import DTYPES, unpack_float4
 from ckptkit.core.files import LocalFile, Region
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable, quoted

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ckptkit.core.checkpoint import (
-    DTYPES,
     Access,
     Checkpoint,
     Description,
@@ -20,6 +19,7 @@ from ckptkit.core.checkpoint import (
     is_contiguous,
     storage_range,
 )
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, Inflated
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted

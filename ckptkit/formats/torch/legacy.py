@@ -5,7 +5,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping, Sequence
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Record
+from ckptkit.core.checkpoint import Checkpoint, Record
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile, Region
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Final
 
-from ckptkit.core.checkpoint import DTYPES
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import CodeName, Interpreter, PickledMapping, Placeholder, check_key

@@ -7,7 +7,8 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Record
+from ckptkit.core.checkpoint import Checkpoint, Record
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile, Region
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError

@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import DTYPES, Payload, TensorInfo, is_contiguous, pack_float4, row_major, storage_range
+from ckptkit.core.checkpoint import Payload, TensorInfo, is_contiguous, row_major, storage_range
+from ckptkit.core.dtypes import DTYPES, pack_float4
 from ckptkit.core.files import Extent
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckptkit.core.checkpoint import DTYPES, Checkpoint, Payload, Record
+from ckptkit.core.checkpoint import Checkpoint, Payload, Record
+from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import ByteSwapped, Region
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
