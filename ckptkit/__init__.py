@@ -33,7 +33,7 @@ _HOMES = {
     "build_param_groups": "param_groups.build",
     "choose_output": "plans.output",
     "diff": "comparison",
-    "diff_locks": "param_groups.compare",
+    "diff_locks": "param_groups.compare.locks",
     "execute": "plans.execute",
     "explain_param_group": "param_groups.explain",
     "load_into": "loading",

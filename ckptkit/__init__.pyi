@@ -18,7 +18,7 @@ from ckptkit.optimizer_state.load import load_optimizer_state as load_optimizer_
 from ckptkit.optimizer_state.model import OptimizerState as OptimizerState
 from ckptkit.optimizer_state.write import write_optimizer_state as write_optimizer_state
 from ckptkit.param_groups.build import build_param_groups as build_param_groups
-from ckptkit.param_groups.compare import diff_locks as diff_locks
+from ckptkit.param_groups.compare.locks import diff_locks as diff_locks
 from ckptkit.param_groups.explain import Explanation as Explanation
 from ckptkit.param_groups.explain import explain_param_group as explain_param_group
 from ckptkit.param_groups.lock import ParamGroupsLock as ParamGroupsLock

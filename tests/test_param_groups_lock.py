@@ -14,7 +14,7 @@ from torch import nn
 
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.build import build_param_groups
-from ckptkit.param_groups.compare import diff_locks
+from ckptkit.param_groups.compare.locks import diff_locks
 from ckptkit.param_groups.explain import explain_param_group
 from ckptkit.param_groups.lock import (
     ParamGroupsLock,

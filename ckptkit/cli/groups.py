@@ -238,7 +238,7 @@ def diff(
     \b
     ckpt groups diff groups.lock.json --model py:mynet:build groups.toml
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.param_groups.compare import diff_locks
+    from ckptkit.param_groups.compare.locks import diff_locks
     from ckptkit.param_groups.lock import parse_lock
     from ckptkit.render.findings import findings_document, findings_page
 

@@ -11,7 +11,7 @@ from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.groups import describe_value, equal_values
 from ckptkit.optimizer_state.model import OptimizerState, number_of, parameter_shape
-from ckptkit.param_groups.compare import GroupDifferences, GroupView, compare_groups
+from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, compare_groups
 
 __all__ = ["optimizer_state_diff", "state_findings"]
 

@@ -46,7 +46,7 @@ class LiveParameter:
 
 @dataclass(frozen=True, eq=False)
 class LiveModel:
-    """All parameters of one live model by ``id()``, in the order of registration, and its buffers and modules."""
+    """A live model: ``parameters`` by ``id()``, in the order of registration, and its buffers and modules."""
 
     model: Module
     parameters: Mapping[int, LiveParameter]
@@ -121,7 +121,7 @@ class LiveModel:
 
 
 def read_live_model(model: Module) -> LiveModel:
-    """Return the parameters of ``model``: each tied parameter once, lazy parameters marked.
+    """Return the parameters of ``model``, each tied parameter once.
 
     Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``.
     """

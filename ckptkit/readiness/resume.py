@@ -15,7 +15,7 @@ from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.groups import equal_values
 from ckptkit.optimizer_state.model import SlotValue, number_of, parameter_shape
 from ckptkit.optimizer_state.naming import structure_findings, to_named
-from ckptkit.param_groups.compare import GroupDifference, GroupDifferences, GroupView, compare_groups
+from ckptkit.param_groups.compare.groups import GroupDifference, GroupDifferences, GroupView, compare_groups
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.readiness import codes
 from ckptkit.readiness.model import Resume

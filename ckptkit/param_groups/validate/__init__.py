@@ -58,11 +58,11 @@ def validate_param_groups(
         live_model, driving, live = read_live_model(model), read_schedulers(schedulers), read_groups(groups)
         findings = _check_live_groups(live_model, live, driving, groups)
         if spec is not None:
-            from ckptkit.param_groups.compare import compare_with_spec
+            from ckptkit.param_groups.compare.spec import compare_with_spec
 
             findings.extend(compare_with_spec(live_model, live, spec))
         if lock is not None:
-            from ckptkit.param_groups.compare import diff_locks
+            from ckptkit.param_groups.compare.locks import diff_locks
 
             findings.extend(diff_locks(lock, lock_live(live_model, live)).findings)
         return Report(tuple(findings), GroupsError)

@@ -1,0 +1,1 @@
+"""Compare param groups with each other, with a lock, and with a spec."""
