@@ -8,6 +8,10 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.torch_bridge import CASTABLE, flat_bytes
 
 MOVABLE = sorted(CASTABLE)
+MOVES = (
+    "concat", "deinterleave", "fuse_qkv", "interleave", "permute", "reshape", "rope_permute", "slice", "split",
+    "split_qkv", "stack", "transpose", "unstack",
+)  # fmt: skip
 
 
 def dtype_of(code: str) -> torch.dtype:
