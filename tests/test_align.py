@@ -389,7 +389,9 @@ def test_different_bytes_make_a_pair_ambiguous() -> None:
     expected |= {f"layers.{i}.mlp.fc1.weight": torch.randn(9, 8) for i in range(2)}
     assert suggest_rules(expected, found).complete
     result = suggest_rules(expected, found, digests=True)
-    assert [one.why for one in result.ambiguous] == ["its bytes differ, while those of most tensors are equal"]
+    assert [one.why for one in result.ambiguous] == [
+        "the bytes of the tensor differ, but the bytes of most tensors are equal"
+    ]
     assert {info.key for one in result.ambiguous for info in one.expected} == {
         f"layers.{i}.mlp.fc1.weight" for i in range(2)
     }

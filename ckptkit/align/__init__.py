@@ -1,4 +1,4 @@
-"""``suggest_rules``: finds the rules that rename the keys of one checkpoint to those of another, with evidence."""
+"""``suggest_rules``: find the rules that turn the keys of one checkpoint into the keys of another, with evidence."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Ambiguity:
 
     Attributes:
         expected: The expected tensors.
-        found: The found tensors that they could be made from.
+        found: The found tensors that could become the expected tensors.
         why: Why no rule was written.
         candidates: The rules that are possible.
     """
@@ -93,7 +93,7 @@ class Alignment:
         count = len(self.same) + sum(len(suggestion.keys) for suggestion in self.suggestions)
         title = [
             f"From {self.found.path} to {self.expected.path}.",
-            f"{count:,} of {plural(len(self.expected), 'tensor')} explained, {len(self.same):,} without a rule.",
+            f"{count:,} of {plural(len(self.expected), 'tensor')} found, {len(self.same):,} under the same name.",
         ]
         undecided = [
             (f"{plural(len(ambiguity.expected), 'tensor')}: {ambiguity.why}", ambiguity.candidates)
@@ -107,11 +107,12 @@ def suggest_rules(
 ) -> Alignment:
     """Return rules that rename the keys of ``found`` to the keys of ``expected``, each with its evidence.
 
-    Names, shapes and the order of the keys decide. Tensors that they do not decide are ambiguous and get no rule.
+    Rules follow from the names, the shapes and the order of the keys. A tensor that fits in several ways is ambiguous
+    and gets no rule.
 
     Args:
         expected: A Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
-        found: The same.
+        found: The checkpoint to rename, in any of these forms.
         digests: Compare the bytes of the tensors first.
         progress: Called with the number of bytes after each chunk that is read for the digests.
 
@@ -167,16 +168,16 @@ def _verified_rules(
     right_infos: Mapping[str, TensorInfo],
     prefix: Prefix | None,
 ) -> tuple[tuple[str, ...], tuple[Suggestion, ...]]:
-    """Return the keys that need no rule, and the rules for the others: the shortest form that does what is intended.
+    """Return the keys that need no rule, and the rules for all other keys in the shortest form that works.
 
-    Both are empty if no form does.
+    Both are empty if no form of the rules fills the intended keys.
     """
     plain = suggestions_for(matching.pairs, (), is_plain=True)
     same = [key for pair in matching.pairs for key in _same_keys(pair)]
     intended: SourcesByKey = {key: (key,) for key in same}
     for suggestion in plain:
         intended |= suggestion.keys
-    # The rules may also fill a key that is found with another shape: it stays reported as unequal.
+    # The rules may also fill a key that is found with another shape; the key is still reported as unequal.
     ignored = {
         info.key
         for expected, _ in matching.unequal
@@ -214,7 +215,7 @@ def _same_keys(pair: ModulePair) -> Iterator[str]:
 def _with_prefix_rule(
     pairs: Iterable[ModulePair], modules: Sequence[LayeredModule], prefix: Prefix
 ) -> list[Suggestion]:
-    """Return rules of which the last adds or removes the prefix of all tensors without another rule."""
+    """Return the rules; the last rule adds or removes the prefix of all tensors that no other rule renames."""
     others: list[ModulePair] = []
     keys: SourcesByKey = {}
     elements = 0
@@ -234,7 +235,7 @@ def _with_prefix_rule(
         if links:
             others.append(replace(pair, match=replace(pair.match, links=tuple(links))))
     old, new = prefix.rule
-    why = f"one prefix {'added to' if prefix.is_added else 'removed from'} all of them"
+    why = f"one prefix {'added to' if prefix.is_added else 'removed from'} all tensors"
     last = Suggestion((old,), (new,), (), why, _PREFIX_CONFIDENCE, keys, elements)
     return [*suggestions_for(others, modules), last]
 
@@ -314,7 +315,7 @@ def _tensors(modules: Iterable[LayeredModule]) -> Iterator[TensorInfo]:
 
 
 def _all_pairs(undecided: Undecided) -> list[ModulePair]:
-    """Return every possible pair of the undecided modules; empty if there are very many."""
+    """Return every possible pair of the undecided modules; empty if there are more than 16."""
     if len(undecided.expected) * len(undecided.found) > _MAX_CANDIDATES:
         return []
     return [

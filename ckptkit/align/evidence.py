@@ -1,4 +1,4 @@
-"""Whether two modules can be the same: by the shapes of their tensors, layer by layer, and by equal bytes."""
+"""Compare two modules by the shapes of their tensors in every layer, and by equal bytes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _COUNTERS = frozenset({"num_batches_tracked"})
 
 @dataclass(frozen=True, slots=True)
 class TensorLink:
-    """Which members of found modules become which members of expected modules, in every layer."""
+    """The members of found modules that become members of expected modules, in every layer."""
 
     expected: tuple[ModuleMember, ...]
     found: tuple[ModuleMember, ...]
@@ -50,14 +50,14 @@ class ModuleMatch:
 
 
 def best_shift(expected: Iterable[int], found: Iterable[int]) -> int:
-    """Return the difference between the first indices if more found indices are expected with this shift; else 0."""
+    """Return the number to add to the found indices: the difference of the first indices if more match, else 0."""
     wanted, given = set(expected), set(found)
     by = min(wanted) - min(given)
     return by if len({number + by for number in given} & wanted) > len(given & wanted) else 0
 
 
 def index_shift(expected: frozenset[Index], found: frozenset[Index], layer_shift: int | None) -> Index:
-    """Return the shift of each index; the first is ``layer_shift`` if that is known."""
+    """Return the number to add to each found index; the first number is ``layer_shift`` if that is known."""
     axes = len(next(iter(found)))
     shifts = [best_shift((index[axis] for index in expected), (index[axis] for index in found)) for axis in range(axes)]
     if axes and layer_shift is not None:
@@ -109,7 +109,10 @@ def _common_kinds(expected: LayeredModule, found: LayeredModule) -> list[tuple[s
 
 
 def _operations(shapes: Sequence[tuple[Shape, Shape]]) -> tuple[Operation, ...] | None:
-    """Return what turns the first shape of every pair into the second: nothing, or one operation that fits all."""
+    """Return the operations that turn the first shape of every pair into the second; None if no operation does.
+
+    The result is empty for equal shapes, else it has one operation.
+    """
     if all(found == expected for found, expected in shapes):
         return ()
     for name in ("transpose", "permute"):
@@ -133,7 +136,10 @@ class Digests:
         return self.expected[expected] == self.found[found]
 
     def unique_pairs(self) -> Iterator[tuple[str, str]]:
-        """Yield the keys of two tensors with equal bytes that no third tensor has; so zeros and ones do not count."""
+        """Yield the keys of two tensors with equal bytes that no third tensor has.
+
+        Tensors of zeros or ones usually have equals, so they are not evidence.
+        """
         expected, found = (_keys_by_digest(digests) for digests in (self.expected, self.found))
         for digest, keys in expected.items():
             others = found.get(digest, [])

@@ -1,6 +1,7 @@
-"""Matches two checkpoints: stacks of layers with stacks of layers, then module by module.
+"""Match two checkpoints: first stacks of layers, then modules.
 
-Then it looks at what no shape shows: whether square matrices are transposed, and the row order of rotary embeddings.
+Shapes show neither whether a square matrix is transposed nor the row order of rotary embeddings. Such pairs are
+checked again at the end.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ _MAX_STACK_PAIRS = 10_000
 _TRANSPOSE = parse_operation("transpose")
 _EMBEDDING_ROLES = ("word_embedding", "position_embedding", "type_embedding")
 _ROTATED_ROLES = frozenset({"query", "key", "qkv"})
-_ROTARY = "with rotary embeddings its rows may be in another order (rope_permute), which no shape shows"
+_ROTARY = "with rotary embeddings the rows may be in another order (rope_permute), which the shape does not show"
 Stacks = dict[str, list[LayeredModule]]
 
 
 @dataclass(slots=True)
 class Matching:
-    """The paired modules, the undecided ones, and modules with equal names but different shapes."""
+    """The paired modules, the undecided modules, and modules with equal names but different shapes."""
 
     pairs: list[ModulePair] = field(default_factory=list)
     undecided: list[Undecided] = field(default_factory=list)
@@ -40,7 +41,7 @@ class Matching:
 def match_checkpoints(
     expected: Mapping[str, TensorInfo], found: Mapping[str, TensorInfo], digests: Digests
 ) -> Matching:
-    """Return which modules of ``found`` are which modules of ``expected``; known ``digests`` decide first."""
+    """Return the pairs of expected and found modules; equal bytes, by ``digests``, decide before names and shapes."""
     in_order = not (_is_sorted(expected) or _is_sorted(found))
     left, right = group_into_modules(expected), group_into_modules(found)
     may_rotate = not any(map(_adds_positions, (*left, *right)))
@@ -70,10 +71,10 @@ def match_checkpoints(
     for scope in [scope for scope in scopes[1:] if not scope.pairs and not scope.undecided]:
         scopes.remove(scope)  # the two stacks have no module in common
         left_stacks[f"{len(left_stacks)}"], right_stacks[f"{len(right_stacks)}"] = scope.left, scope.right
-    # Modules that match in no stack may still match one by one, such as the steps of a Sequential.
+    # Modules that match in no stack may still match one by one, such as the modules of a Sequential.
     rest_left, rest_right = outside.left + _split_stacks(left_stacks), outside.right + _split_stacks(right_stacks)
     rest = Scope(rest_left, rest_right, in_order=in_order)
-    outside.undecided = []  # the rest lists them again
+    outside.undecided = []  # ``rest`` decides about these modules again
     rest.pair_all()
     for scope in (*scopes, rest):
         result.pairs += scope.pairs
@@ -142,7 +143,7 @@ def _doubt_unequal_bytes(result: Matching, digests: Digests) -> None:
     kept = []
     for pair, share in zip(result.pairs, shares, strict=True):
         if share == 0:
-            why = "its bytes differ, while those of most tensors are equal"
+            why = "the bytes of the tensor differ, but the bytes of most tensors are equal"
             result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
         else:
             kept.append(pair)
@@ -175,7 +176,7 @@ def _match_stacks(
 ) -> tuple[list[tuple[str, str]], list[tuple[set[str], set[str]]]]:
     """Return which stacks of layers match by their shapes and names, and groups of stacks that look the same.
 
-    Pairs that are ``known`` already count as evidence for the stacks that they are in.
+    A pair in ``known`` is evidence that the stacks of its modules match.
     """
     votes = Counter((pair.expected[0].stack, pair.found[0].stack) for pair in known)
     left_shapes, right_shapes = (
@@ -231,9 +232,9 @@ def _is_square(link: TensorLink, match: ModuleMatch) -> bool:
 
 
 def _transpose_squares(result: Matching) -> None:
-    """Transpose square matrices if all other matrices of their kind are transposed; their shape cannot tell.
+    """Transpose square matrices, whose shape shows nothing, if all matrices of the same name are transposed.
 
-    If only some of the others are transposed, the pairs in question become undecided.
+    If only some matrices of the same name are transposed, the pairs of the square matrices become undecided.
     """
     transposed_kinds = _transposed_kinds(result.pairs)
     for number, pair in enumerate(result.pairs):
@@ -250,12 +251,12 @@ def _transpose_squares(result: Matching) -> None:
             is_mixed |= is_fused and is_matrix and True in siblings
             if is_open and siblings == {True}:
                 is_changed = True
-                note = "square, and transposed like all others of its kind"
+                note = "square, and transposed like all other matrices of the same name"
                 links.append(replace(link, operations=(_TRANSPOSE,), note=note))
             else:
                 links.append(link)
         if is_mixed:
-            why = "it may be transposed: others of its kind disagree"
+            why = "the matrix may be transposed: only some matrices of the same name are"
             result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
         elif is_changed:
             match = replace(pair.match, links=tuple(links))
@@ -265,7 +266,7 @@ def _transpose_squares(result: Matching) -> None:
 
 
 def _transposed_kinds(pairs: Iterable[ModulePair]) -> Mapping[tuple[str | None, str, str], set[bool]]:
-    """Return whether matrices that are not square are transposed, by stack and leaf; the stack None is all stacks."""
+    """Return whether matrices that are not square are transposed, by stack and leaf; None is for all stacks."""
     kinds: dict[tuple[str | None, str, str], set[bool]] = defaultdict(set)
     for pair in pairs:
         if pair.expected[0].role in _EMBEDDING_ROLES or len(pair.found) != 1 or len(pair.expected) != 1:

@@ -1,4 +1,4 @@
-"""Groups the keys of a checkpoint into modules, and the same module of many layers into one with an index."""
+"""Group the keys of a checkpoint into modules; the same module of many layers becomes one ``LayeredModule``."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ _OUTPUT_ROLES = _spelled(
     head="lm head, head, classifier, fc, linear, output, score",
     final_norm="norm, norm f, final norm, norm final",
 )
-# The roles that a fused projection holds, in the order of its name.
+# The roles of the parts of a fused projection, in the order of its name.
 FUSED_ROLES: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
 )
@@ -166,7 +166,7 @@ class ModuleMember:
 class LayeredModule:
     """A module of a checkpoint, in all layers that have it.
 
-    ``members`` are its tensors by torch's name (``weight``, ``bias``); the name of a tensor without a module is empty.
+    ``members`` holds the tensors by torch's name (``weight``, ``bias``); a tensor without a module has the name ``""``.
     """
 
     path: KeyTemplate
@@ -319,7 +319,7 @@ def _counted_children(node: _Node, names_below: Mapping[int, frozenset[str]]) ->
 
 
 def _are_alike(layers: Sequence[frozenset[str]]) -> bool:
-    """Return whether most children have the same names below them, like layers and unlike the steps of a Sequential."""
+    """Return whether most children have the same names below them, like layers, unlike modules of a Sequential."""
     usual = Counter(layers).most_common(1)[0][0]
     shares = [len(layer & usual) / max(len(layer | usual), 1) for layer in layers]
     return len(shares) == 1 or sum(shares) - 1 >= 0.5 * (len(shares) - 1)  # the usual layer itself does not count

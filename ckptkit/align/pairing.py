@@ -1,6 +1,6 @@
-"""Pairs found modules with expected modules: by name, spelling, shape and order, the most certain first.
+"""Pair found modules with expected modules by name, spelling, shape and order; the most certain method is first.
 
-Other modules stay undecided and are listed with their candidates, because nobody would notice a wrong guess.
+All other modules are listed as undecided, with their candidates, because nobody would notice a wrong guess.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Scope:
     unequal: list[tuple[LayeredModule, LayeredModule]] = field(default_factory=list)
 
     def pair_all(self) -> None:
-        """Pair the modules; list the rest as undecided, or as unequal for equal names with different shapes."""
+        """Pair the modules; list other modules as undecided, or as unequal if only their shapes differ."""
         self._pair_by_key(lambda module: module.path.texts, "same name", 1.0, is_exact=True)
         layered = [pair for pair in self.unequal if pair[0].stack is not None]
         if layered:  # only some of the layers may differ
@@ -101,7 +101,7 @@ class Scope:
     def _pair_by_key(
         self, key: Callable[[LayeredModule], Hashable], why: str, confidence: float, *, is_exact: bool = False
     ) -> None:
-        """Pair modules with a key that no other module of their side has; ``{role}`` in ``why`` is filled in.
+        """Pair modules of equal keys that no other module has; ``{role}`` in ``why`` becomes the role.
 
         With ``is_exact``, modules with equal keys and different shapes are listed as ``unequal``.
         """
@@ -280,7 +280,7 @@ def _are_related(left: LayeredModule, right: LayeredModule) -> bool:
 
 
 def _has_matrix(module: LayeredModule) -> bool:
-    """Return whether a module has a matrix; the shape of a vector says little, since many have the model's width."""
+    """Return whether a module has a matrix; most vectors have the width of the model, so their shape says little."""
     return any(len(info.shape) > 1 for member in module.members.values() for info in member.tensors.values())
 
 

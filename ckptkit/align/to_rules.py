@@ -1,4 +1,4 @@
-"""Writes paired modules as rules: as few as possible, without a rule that also matches other keys."""
+"""Write paired modules as rules: as few rules as possible, and no rule that also matches other keys."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def _drafts(pair: ModulePair, keys_below: Counter[tuple[str, ...]], *, is_plain:
 
 
 def _is_whole_module(pair: ModulePair, links: Sequence[TensorLink], keys_below: Counter[tuple[str, ...]]) -> bool:
-    """Return whether one rule that ends in ``.*`` means these links and matches no other found key."""
+    """Return whether one rule that ends in ``.*`` renames all these tensors and matches no other found key."""
     leaves = {member.leaf for link in links for member in (*link.expected, *link.found)}
     separators = {leaf[:1] for leaf in leaves}
     if len(links) < 2 or len(separators) != 1 or not separators <= {".", "/"} or min(map(len, leaves)) < 2:
@@ -156,7 +156,7 @@ def _is_whole_module(pair: ModulePair, links: Sequence[TensorLink], keys_below: 
 
 
 def _with_full_prefix(name: KeyTemplate, module: LayeredModule) -> KeyTemplate:
-    """Return a name as the checkpoint has it; the modules may come from keys with a prefix added or removed."""
+    """Return a name as the file has it: the keys of the modules may have a prefix added or removed."""
     member = module.main
     index, info = next(iter(member.tensors.items()))
     compared = member.name.key_at(index)
@@ -166,7 +166,7 @@ def _with_full_prefix(name: KeyTemplate, module: LayeredModule) -> KeyTemplate:
 
 
 def _join_layers(drafts: Sequence[_RuleDraft], keys_below: Counter[tuple[str, ...]]) -> list[_RuleDraft]:
-    """Join the rules of all modules of a layer if only the part before the layer's index, and the index, change."""
+    """Join the rules of all modules of a layer if they change only the layer's index and the text before the index."""
     groups: dict[tuple[object, ...], list[_RuleDraft]] = defaultdict(list)
     for draft in drafts:
         groups[_layer_rename(draft)].append(draft)
@@ -187,7 +187,7 @@ def _join_layers(drafts: Sequence[_RuleDraft], keys_below: Counter[tuple[str, ..
 
 
 def _layer_rename(draft: _RuleDraft) -> tuple[object, ...]:
-    """Return the rename of the layer that a rule amounts to; empty if the rule changes more."""
+    """Return the rename of a layer that has the same effect as the rule; empty if the rule changes more."""
     source, target = draft.sources[0].texts, draft.targets[0].texts
     is_rename = len(draft.sources) == len(draft.targets) == 1 and not draft.operations and not any(draft.shift[1:])
     if not is_rename or len(source) < 2 or source[1:] != target[1:] or source[1][:1] not in (".", "/"):
