@@ -121,12 +121,12 @@ def suggest_rules(
         PlanError: Digests are asked for, but one side is a description without bytes.
         FormatError: The bytes of a file cannot be read.
     """
-    left, right = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
-    known_digests = read_digests(left, right, progress) if digests else Digests()
-    prefix, right_infos = _apply_common_prefix(left, right)
-    matching = match_checkpoints(left, right_infos, known_digests)
-    same, suggestions = _verified_rules(matching, left, right, right_infos, prefix)
-    return _alignment(matching, left, right, same, tuple(_add_digests(rule, known_digests) for rule in suggestions))
+    expected, found = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
+    known_digests = read_digests(expected, found, progress) if digests else Digests()
+    prefix, found_infos = _apply_common_prefix(expected, found)
+    matching = match_checkpoints(expected, found_infos, known_digests)
+    same, suggestions = _verified_rules(matching, expected, found, found_infos, prefix)
+    return _alignment(matching, expected, found, same, tuple(_add_digests(rule, known_digests) for rule in suggestions))
 
 
 def _add_digests(suggestion: Suggestion, digests: Digests) -> Suggestion:
@@ -144,28 +144,28 @@ def _add_digests(suggestion: Suggestion, digests: Digests) -> Suggestion:
     return replace(suggestion, why=f"{suggestion.why}; {EQUAL_BYTES} in {count}", confidence=confidence)
 
 
-def _apply_common_prefix(left: Checkpoint, right: Checkpoint) -> tuple[Prefix | None, Mapping[str, TensorInfo]]:
+def _apply_common_prefix(expected: Checkpoint, found: Checkpoint) -> tuple[Prefix | None, Mapping[str, TensorInfo]]:
     """Return the prefix that explains most differences, and the found tensors by their keys with that prefix changed.
 
     Without such a prefix, return None and the found tensors as they are.
     """
-    missing = {key: info.shape for key, info in left.items() if key not in right}
-    unexpected = {key: info.shape for key, info in right.items() if key not in left}
+    missing = {key: info.shape for key, info in expected.items() if key not in found}
+    unexpected = {key: info.shape for key, info in found.items() if key not in expected}
     removed, added = count_prefixes(missing, unexpected)
     options = [(count, Prefix(text)) for text, count in removed.items()]
     options += [(count, Prefix(text, is_added=True)) for text, count in added.items()]
     best, prefix = max(options, key=lambda option: option[0], default=(0, Prefix()))
     if best == 0 or 2 * best < min(len(missing), len(unexpected)):
-        return None, right
-    changed = {prefix.apply(key) if key in unexpected else key: info for key, info in right.items()}
-    return (prefix, changed) if len(changed) == len(right) else (None, right)
+        return None, found
+    changed = {prefix.apply(key) if key in unexpected else key: info for key, info in found.items()}
+    return (prefix, changed) if len(changed) == len(found) else (None, found)
 
 
 def _verified_rules(
     matching: Matching,
-    left: Checkpoint,
-    right: Checkpoint,
-    right_infos: Mapping[str, TensorInfo],
+    expected: Checkpoint,
+    found: Checkpoint,
+    found_infos: Mapping[str, TensorInfo],
     prefix: Prefix | None,
 ) -> tuple[tuple[str, ...], tuple[Suggestion, ...]]:
     """Return the keys that need no rule, and the rules for all other keys in the shortest form that works.
@@ -180,13 +180,13 @@ def _verified_rules(
     # The rules may also fill a key that is found with another shape; the key is still reported as unequal.
     ignored = {
         info.key
-        for expected, _ in matching.unequal
-        for member in expected.members.values()
+        for module, _ in matching.unequal
+        for member in module.members.values()
         for info in member.tensors.values()
     }
-    modules = group_into_modules(right_infos)
+    modules = group_into_modules(found_infos)
     for suggestions in _rule_forms(matching.pairs, modules, prefix):
-        if _do_as_intended(suggestions, intended, ignored, left, right):
+        if _do_as_intended(suggestions, intended, ignored, expected, found):
             return tuple(same), tuple(suggestions)
     return (), ()
 
@@ -241,18 +241,22 @@ def _with_prefix_rule(
 
 
 def _do_as_intended(
-    suggestions: Sequence[Suggestion], intended: SourcesByKey, ignored: set[str], left: Checkpoint, right: Checkpoint
+    suggestions: Sequence[Suggestion],
+    intended: SourcesByKey,
+    ignored: set[str],
+    expected: Checkpoint,
+    found: Checkpoint,
 ) -> bool:
     """Return whether the rules fill every key from its intended sources, and no other expected key."""
     try:
-        key_map = apply_rules(as_rules(rule_table(suggestions)), right)
-        outputs, infos = key_map.outputs(), key_map.describe(right)
+        key_map = apply_rules(as_rules(rule_table(suggestions)), found)
+        outputs, infos = key_map.outputs(), key_map.describe(found)
     except RuleError:
         return False
-    for key in left:
+    for key in expected:
         output = outputs.get(key)
         if key in intended:
-            if output is None or output.sources != intended[key] or infos[key].shape != left[key].shape:
+            if output is None or output.sources != intended[key] or infos[key].shape != expected[key].shape:
                 return False
         elif output is not None and key not in ignored and output.sources != (key,):
             return False
@@ -260,7 +264,11 @@ def _do_as_intended(
 
 
 def _alignment(
-    matching: Matching, left: Checkpoint, right: Checkpoint, same: tuple[str, ...], suggestions: tuple[Suggestion, ...]
+    matching: Matching,
+    expected: Checkpoint,
+    found: Checkpoint,
+    same: tuple[str, ...],
+    suggestions: tuple[Suggestion, ...],
 ) -> Alignment:
     filled = {*same, *(key for suggestion in suggestions for key in suggestion.keys)}
     used = set(same)
@@ -274,17 +282,17 @@ def _alignment(
     unequal = [pair for modules in matching.unequal for pair in _unequal_tensors(*modules) if pair[0].key not in filled]
     listed = {info.key for ambiguity in ambiguous for info in ambiguity.expected} | {info.key for info, _ in unequal}
     listed_found = {info.key for ambiguity in ambiguous for info in ambiguity.found} | {info.key for _, info in unequal}
-    missing = tuple(info for key, info in left.items() if key not in filled and key not in listed)
+    missing = tuple(info for key, info in expected.items() if key not in filled and key not in listed)
     return Alignment(
-        left,
-        right,
+        expected,
+        found,
         same,
         suggestions,
         tuple(ambiguous),
         tuple(unequal),
         missing,
-        tuple(info for key, info in right.items() if key not in used and key not in listed_found),
-        fitting_presets(left, right) if ambiguous or missing else (),
+        tuple(info for key, info in found.items() if key not in used and key not in listed_found),
+        fitting_presets(expected, found) if ambiguous or missing else (),
     )
 
 

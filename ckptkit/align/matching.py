@@ -43,37 +43,40 @@ def match_checkpoints(
 ) -> Matching:
     """Return the pairs of expected and found modules; equal bytes, by ``digests``, decide before names and shapes."""
     in_order = not (_is_sorted(expected) or _is_sorted(found))
-    left, right = group_into_modules(expected), group_into_modules(found)
-    may_rotate = not any(map(_adds_positions, (*left, *right)))
+    expected_modules, found_modules = group_into_modules(expected), group_into_modules(found)
+    may_rotate = not any(map(_adds_positions, (*expected_modules, *found_modules)))
     result = Matching()
-    result.pairs += _pair_by_digests(left, right, digests)
-    left, right = _without_paired(left, right, result.pairs)
-    left_stacks, right_stacks = _group_by_stack(left), _group_by_stack(right)
+    result.pairs += _pair_by_digests(expected_modules, found_modules, digests)
+    expected_modules, found_modules = _without_paired(expected_modules, found_modules, result.pairs)
+    expected_stacks, found_stacks = _group_by_stack(expected_modules), _group_by_stack(found_modules)
     outside = Scope(
-        [module for module in left if module.stack is None],
-        [module for module in right if module.stack is None],
+        [module for module in expected_modules if module.stack is None],
+        [module for module in found_modules if module.stack is None],
         in_order=in_order,
     )
     scopes = [outside]
-    stack_pairs, tied = _match_stacks(left_stacks, right_stacks, result.pairs)
-    for left_names, right_names in tied:
-        lefts, rights = (
+    stack_pairs, tied = _match_stacks(expected_stacks, found_stacks, result.pairs)
+    for expected_names, found_names in tied:
+        tied_expected, tied_found = (
             tuple(module for name in sorted(names) for module in stacks.pop(name))
-            for stacks, names in ((left_stacks, left_names), (right_stacks, right_names))
+            for stacks, names in ((expected_stacks, expected_names), (found_stacks, found_names))
         )
         why = "several stacks of layers are alike, and nothing distinguishes them"
-        result.undecided.append(Undecided(lefts, rights, why))
-    for left_name, right_name in stack_pairs:
-        shift = best_shift(_layer_numbers(left_stacks[left_name]), _layer_numbers(right_stacks[right_name]))
-        scopes.append(Scope(left_stacks.pop(left_name), right_stacks.pop(right_name), shift, in_order))
+        result.undecided.append(Undecided(tied_expected, tied_found, why))
+    for expected_name, found_name in stack_pairs:
+        shift = best_shift(_layer_numbers(expected_stacks[expected_name]), _layer_numbers(found_stacks[found_name]))
+        scopes.append(Scope(expected_stacks.pop(expected_name), found_stacks.pop(found_name), shift, in_order))
     for scope in scopes:
         scope.pair_all()
     for scope in [scope for scope in scopes[1:] if not scope.pairs and not scope.undecided]:
         scopes.remove(scope)  # the two stacks have no module in common
-        left_stacks[f"{len(left_stacks)}"], right_stacks[f"{len(right_stacks)}"] = scope.left, scope.right
+        expected_stacks[f"{len(expected_stacks)}"], found_stacks[f"{len(found_stacks)}"] = scope.expected, scope.found
     # Modules that match in no stack may still match one by one, such as the modules of a Sequential.
-    rest_left, rest_right = outside.left + _split_stacks(left_stacks), outside.right + _split_stacks(right_stacks)
-    rest = Scope(rest_left, rest_right, in_order=in_order)
+    rest_expected, rest_found = (
+        outside.expected + _split_stacks(expected_stacks),
+        outside.found + _split_stacks(found_stacks),
+    )
+    rest = Scope(rest_expected, rest_found, in_order=in_order)
     outside.undecided = []  # ``rest`` decides about these modules again
     rest.pair_all()
     for scope in (*scopes, rest):
@@ -110,26 +113,28 @@ def _split_stacks(stacks: Stacks) -> list[LayeredModule]:
 
 
 def _without_paired(
-    left: Iterable[LayeredModule], right: Iterable[LayeredModule], pairs: Iterable[ModulePair]
+    expected_modules: Iterable[LayeredModule], found_modules: Iterable[LayeredModule], pairs: Iterable[ModulePair]
 ) -> tuple[list[LayeredModule], list[LayeredModule]]:
     paired = {id(module) for pair in pairs for module in (*pair.expected, *pair.found)}
-    lefts, rights = ([module for module in modules if id(module) not in paired] for modules in (left, right))
-    return lefts, rights
+    unpaired_expected, unpaired_found = (
+        [module for module in modules if id(module) not in paired] for modules in (expected_modules, found_modules)
+    )
+    return unpaired_expected, unpaired_found
 
 
 def _pair_by_digests(
-    left: Sequence[LayeredModule], right: Sequence[LayeredModule], digests: Digests
+    expected_modules: Sequence[LayeredModule], found_modules: Sequence[LayeredModule], digests: Digests
 ) -> list[ModulePair]:
     """Return the pairs of modules that share bytes with each other and with no third module."""
     owners: list[dict[str, LayeredModule]] = []
-    for modules in (left, right):
+    for modules in (expected_modules, found_modules):
         members = [(module, member) for module in modules for member in module.members.values()]
         owners.append({info.key: module for module, member in members for info in member.tensors.values()})
     votes = {(owners[0][expected_key], owners[1][found_key]) for expected_key, found_key in digests.unique_pairs()}
-    lefts, rights = (Counter(vote[side] for vote in votes) for side in (0, 1))
+    expected_votes, found_votes = (Counter(vote[side] for vote in votes) for side in (0, 1))
     pairs = []
     for expected, found in sorted(votes, key=lambda vote: vote[0].order):
-        match = match_modules(expected, found) if lefts[expected] == rights[found] == 1 else None
+        match = match_modules(expected, found) if expected_votes[expected] == found_votes[found] == 1 else None
         if match is not None and not any(link.operations for link in match.links):
             pairs.append(ModulePair((expected,), (found,), match, EQUAL_BYTES, 1.0, has_equal_bytes=True))
     return pairs
@@ -172,25 +177,25 @@ def _count_shapes(modules: Iterable[LayeredModule]) -> Counter[tuple[int, ...]]:
 
 
 def _match_stacks(
-    left: Stacks, right: Stacks, known: Iterable[ModulePair]
+    expected: Stacks, found: Stacks, known: Iterable[ModulePair]
 ) -> tuple[list[tuple[str, str]], list[tuple[set[str], set[str]]]]:
     """Return which stacks of layers match by their shapes and names, and groups of stacks that look the same.
 
     A pair in ``known`` is evidence that the stacks of its modules match.
     """
     votes = Counter((pair.expected[0].stack, pair.found[0].stack) for pair in known)
-    left_shapes, right_shapes = (
-        {name: _count_shapes(modules) for name, modules in stacks.items()} for stacks in (left, right)
+    expected_shapes, found_shapes = (
+        {name: _count_shapes(modules) for name, modules in stacks.items()} for stacks in (expected, found)
     )
     scores: dict[tuple[str, str], float] = {}
-    if len(left) * len(right) <= _MAX_STACK_PAIRS:
-        for left_name, shapes in left_shapes.items():
-            for right_name, other_shapes in right_shapes.items():
+    if len(expected) * len(found) <= _MAX_STACK_PAIRS:
+        for expected_name, shapes in expected_shapes.items():
+            for found_name, other_shapes in found_shapes.items():
                 score = _share_of_common_elements(shapes, other_shapes)
-                if score >= _MIN_OVERLAP or left_name == right_name or votes[left_name, right_name]:
-                    by_name = 0.2 * word_overlap(split_words(left_name), split_words(right_name))
-                    by_name += left_name == right_name
-                    scores[left_name, right_name] = score + by_name + 2 * (votes[left_name, right_name] > 0)
+                if score >= _MIN_OVERLAP or expected_name == found_name or votes[expected_name, found_name]:
+                    by_name = 0.2 * word_overlap(split_words(expected_name), split_words(found_name))
+                    by_name += expected_name == found_name
+                    scores[expected_name, found_name] = score + by_name + 2 * (votes[expected_name, found_name] > 0)
     pairs: list[tuple[str, str]] = []
     tied: list[tuple[set[str], set[str]]] = []
     while scores:
@@ -200,20 +205,24 @@ def _match_stacks(
         ]
         if all(score <= scores[best] - _MIN_MARGIN for score in rivals):
             pairs.append(best)
-            lefts, rights = {best[0]}, {best[1]}
+            expected_names, found_names = {best[0]}, {best[1]}
         else:
-            lefts, rights = {best[0]}, {best[1]}
-            for left_name, right_name in scores:  # every stack that shares a candidate with these is undecided too
-                if left_name in lefts or right_name in rights:
-                    lefts.add(left_name)
-                    rights.add(right_name)
-            tied.append((lefts, rights))
-        scores = {pair: score for pair, score in scores.items() if pair[0] not in lefts and pair[1] not in rights}
+            expected_names, found_names = {best[0]}, {best[1]}
+            for expected_name, found_name in scores:  # every stack that shares a candidate with these is undecided too
+                if expected_name in expected_names or found_name in found_names:
+                    expected_names.add(expected_name)
+                    found_names.add(found_name)
+            tied.append((expected_names, found_names))
+        scores = {
+            pair: score
+            for pair, score in scores.items()
+            if pair[0] not in expected_names and pair[1] not in found_names
+        }
     return pairs, tied
 
 
-def _share_of_common_elements(left: Counter[tuple[int, ...]], right: Counter[tuple[int, ...]]) -> float:
-    return _count_elements(left & right) / max(_count_elements(left), _count_elements(right), 1)
+def _share_of_common_elements(first: Counter[tuple[int, ...]], second: Counter[tuple[int, ...]]) -> float:
+    return _count_elements(first & second) / max(_count_elements(first), _count_elements(second), 1)
 
 
 def _count_elements(shapes: Counter[tuple[int, ...]]) -> int:

@@ -52,11 +52,11 @@ _Candidate = tuple[LayeredModule, LayeredModule, ModuleMatch]
 class Scope:
     """The modules of one stack of layers on both sides, or the modules outside of layers.
 
-    ``left`` and ``right`` are the expected and the found modules that are not paired yet.
+    ``expected`` and ``found`` hold the modules that are not paired yet.
     """
 
-    left: list[LayeredModule]
-    right: list[LayeredModule]
+    expected: list[LayeredModule]
+    found: list[LayeredModule]
     layer_shift: int | None = None
     in_order: bool = False  # both sides list modules in the order of the model, not sorted by name
     pairs: list[ModulePair] = field(default_factory=list)
@@ -69,8 +69,8 @@ class Scope:
         layered = [pair for pair in self.unequal if pair[0].stack is not None]
         if layered:  # only some of the layers may differ
             self.unequal = [pair for pair in self.unequal if pair[0].stack is None]
-            self.left += [single for expected, _ in layered for single in expected.split()]
-            self.right += [single for _, found in layered for single in found.split()]
+            self.expected += [single for expected, _ in layered for single in expected.split()]
+            self.found += [single for _, found in layered for single in found.split()]
             self._pair_by_key(lambda module: module.path.texts, "same name", 1.0, is_exact=True)
         self._pair_by_key(_path_in_layer_key, "same name in its layer", 0.95, is_exact=True)
         self._pair_by_key(_words_key, "same words", 0.92)
@@ -78,9 +78,9 @@ class Scope:
         self._pair_fused()
         self._pair_unnamed()
         # An index inside of a layer may be a name on the other side: mlp.0 and mlp.2 are fc1 and fc2.
-        if self.layer_shift is not None and any(len(module.path.texts) > 2 for module in (*self.left, *self.right)):
-            self.left = [single for module in self.left for single in module.split(1)]
-            self.right = [single for module in self.right for single in module.split(1)]
+        if self.layer_shift is not None and any(len(module.path.texts) > 2 for module in (*self.expected, *self.found)):
+            self.expected = [single for module in self.expected for single in module.split(1)]
+            self.found = [single for module in self.found for single in module.split(1)]
             self._pair_unnamed()
         self._list_undecided()
 
@@ -95,8 +95,8 @@ class Scope:
 
     def _remove(self, modules: Iterable[LayeredModule]) -> None:
         removed = {id(module) for module in modules}
-        self.left = [module for module in self.left if id(module) not in removed]
-        self.right = [module for module in self.right if id(module) not in removed]
+        self.expected = [module for module in self.expected if id(module) not in removed]
+        self.found = [module for module in self.found if id(module) not in removed]
 
     def _pair_by_key(
         self, key: Callable[[LayeredModule], Hashable], why: str, confidence: float, *, is_exact: bool = False
@@ -105,10 +105,10 @@ class Scope:
 
         With ``is_exact``, modules with equal keys and different shapes are listed as ``unequal``.
         """
-        lefts, rights = (_group_by(key, modules) for modules in (self.left, self.right))
+        expected_groups, found_groups = (_group_by(key, modules) for modules in (self.expected, self.found))
         pairs, unequal = [], []
-        for value, expected_modules in lefts.items():
-            found_modules = rights.get(value, [])
+        for value, expected_modules in expected_groups.items():
+            found_modules = found_groups.get(value, [])
             if len(expected_modules) != 1 or len(found_modules) != 1:
                 continue
             expected, found = expected_modules[0], found_modules[0]
@@ -126,7 +126,7 @@ class Scope:
     def _pair_fused(self) -> None:
         for fused_role, roles in FUSED_ROLES.items():
             for splits in (True, False):
-                fused_side, parts_side = (self.right, self.left) if splits else (self.left, self.right)
+                fused_side, parts_side = (self.found, self.expected) if splits else (self.expected, self.found)
                 fused = [module for module in fused_side if module.role == fused_role]
                 by_role = [[module for module in parts_side if module.role == role] for role in roles]
                 if len(fused) != 1 or any(len(modules) != 1 for modules in by_role):
@@ -140,57 +140,61 @@ class Scope:
 
     def _candidates(self) -> list[_Candidate]:
         """Return all pairs of modules with the same tensors, shapes and layers, and without different roles."""
-        rights = _group_by(_shape_key, self.right)
-        if sum(len(rights.get(_shape_key(module), ())) for module in self.left) > _MAX_CANDIDATES:
+        found_groups = _group_by(_shape_key, self.found)
+        if sum(len(found_groups.get(_shape_key(module), ())) for module in self.expected) > _MAX_CANDIDATES:
             return []
         candidates = []
-        for left in self.left:
-            for right in rights.get(_shape_key(left), ()):
-                if not (left.role and right.role and left.role != right.role):
-                    match = match_modules(left, right, self.layer_shift)
+        for expected in self.expected:
+            for found in found_groups.get(_shape_key(expected), ()):
+                if not (expected.role and found.role and expected.role != found.role):
+                    match = match_modules(expected, found, self.layer_shift)
                     if match is not None:
-                        candidates.append((left, right, match))
+                        candidates.append((expected, found, match))
         return candidates
 
     def _close_candidates(self) -> list[_Candidate]:
         """Return the candidates with the same tensors; transposed ones only if a pair found by name is transposed."""
         may_transpose = any(link.operations for pair in self.pairs for link in pair.match.links)
         return [
-            (left, right, match)
-            for left, right, match in self._candidates()
+            (expected, found, match)
+            for expected, found, match in self._candidates()
             if match.is_complete
             and (may_transpose or not any(link.operations for link in match.links))
-            and (_has_matrix(left) or _are_related(left, right) or not _leaves(left).isdisjoint(_leaves(right)))
+            and (
+                _has_matrix(expected)
+                or _are_related(expected, found)
+                or not _leaves(expected).isdisjoint(_leaves(found))
+            )
         ]
 
     def _pair_by_likeness(self) -> bool:
         scored: list[tuple[float, _Candidate]] = []
         scores_of: dict[int, list[float]] = defaultdict(list)
-        for left, right, match in self._candidates():
-            score = _likeness(left, right) - (0 if match.is_complete else _INCOMPLETE_PENALTY)
-            scored.append((score, (left, right, match)))
-            scores_of[id(left)].append(score)
-            scores_of[id(right)].append(score)
+        for expected, found, match in self._candidates():
+            score = _likeness(expected, found) - (0 if match.is_complete else _INCOMPLETE_PENALTY)
+            scored.append((score, (expected, found, match)))
+            scores_of[id(expected)].append(score)
+            scores_of[id(found)].append(score)
         for scores in scores_of.values():
             scores.sort(reverse=True)
         pairs = []
-        for score, (left, right, match) in scored:
+        for score, (expected, found, match) in scored:
             is_clear = all(
                 scores_of[id(module)][0] == score and (scores_of[id(module)][1:] or [-1.0])[0] <= score - _MIN_MARGIN
-                for module in (left, right)
+                for module in (expected, found)
             )
-            if is_clear and score >= _MIN_LIKENESS and _are_related(left, right):
+            if is_clear and score >= _MIN_LIKENESS and _are_related(expected, found):
                 why = "the most similar name among the modules of this shape"
-                pairs.append(ModulePair((left,), (right,), match, why, 0.75))
+                pairs.append(ModulePair((expected,), (found,), match, why, 0.75))
         return self._add(pairs)
 
     def _pair_by_shape(self) -> bool:
         # Outside of layers two shapes can be equal by chance: a head of two classes, and two token types.
         return self._add(
             [
-                ModulePair((left,), (right,), match, "the only modules of this shape", 0.8)
-                for left, right, match in _only_candidates(self._close_candidates())
-                if left.stack is not None or _are_related(left, right)
+                ModulePair((expected,), (found,), match, "the only modules of this shape", 0.8)
+                for expected, found, match in _only_candidates(self._close_candidates())
+                if expected.stack is not None or _are_related(expected, found)
             ]
         )
 
@@ -202,38 +206,38 @@ class Scope:
             return False
         starts = [[pair[side] for pair in anchors] for side in (0, 1)]
         gaps: dict[tuple[int, int], list[_Candidate]] = defaultdict(list)
-        for left, right, match in self._close_candidates():
-            if left.stack is not None:
-                gaps[bisect(starts[0], left.order), bisect(starts[1], right.order)].append((left, right, match))
+        for expected, found, match in self._close_candidates():
+            if expected.stack is not None:
+                gaps[bisect(starts[0], expected.order), bisect(starts[1], found.order)].append((expected, found, match))
         pairs = []
-        for (left_gap, right_gap), candidates in gaps.items():
-            left, right, match = candidates[0]
-            if left_gap == right_gap and len(candidates) == 1 and 0 < left_gap < len(anchors):
-                pairs.append(ModulePair((left,), (right,), match, "between the same neighbours", 0.6))
+        for (expected_gap, found_gap), candidates in gaps.items():
+            expected, found, match = candidates[0]
+            if expected_gap == found_gap and len(candidates) == 1 and 0 < expected_gap < len(anchors):
+                pairs.append(ModulePair((expected,), (found,), match, "between the same neighbours", 0.6))
         return self._add(pairs)
 
     def _pair_sequence(self) -> bool:
         """Pair modules outside of layers if several matrices with unique shapes come in the same order."""
         matrices = [item for item in self._close_candidates() if _has_matrix(item[0]) and item[0].stack is None]
         unique = sorted(_only_candidates(matrices), key=lambda item: item[0].order)
-        orders = [right.order for _, right, _ in unique]
+        orders = [found.order for _, found, _ in unique]
         if not self.in_order or len(unique) < _MIN_SEQUENCE or orders != sorted(orders):
             return False
         why = f"the only modules of this shape, and {len(unique)} such modules come in the same order"
-        return self._add([ModulePair((left,), (right,), match, why, 0.6) for left, right, match in unique])
+        return self._add([ModulePair((expected,), (found,), match, why, 0.6) for expected, found, match in unique])
 
     def _list_undecided(self) -> None:
         candidates_of: dict[int, tuple[LayeredModule, list[LayeredModule]]] = {}
-        for left, right, _ in self._candidates():
-            candidates_of.setdefault(id(left), (left, []))[1].append(right)
+        for expected, found, _ in self._candidates():
+            candidates_of.setdefault(id(expected), (expected, []))[1].append(found)
         groups: dict[tuple[int, ...], tuple[list[LayeredModule], list[LayeredModule]]] = {}
-        for left, rights in candidates_of.values():
-            groups.setdefault(tuple(map(id, rights)), ([], rights))[0].append(left)
-        for lefts, rights in groups.values():
+        for expected, found_modules in candidates_of.values():
+            groups.setdefault(tuple(map(id, found_modules)), ([], found_modules))[0].append(expected)
+        for expected_modules, found_modules in groups.values():
             why = "the names do not decide between equal shapes"
-            if len(lefts) == len(rights) == 1:
+            if len(expected_modules) == len(found_modules) == 1:
                 why = "the shapes agree, but the names do not"
-            self.undecided.append(Undecided(tuple(lefts), tuple(rights), why))
+            self.undecided.append(Undecided(tuple(expected_modules), tuple(found_modules), why))
 
 
 def _group_by(
@@ -249,9 +253,9 @@ def _group_by(
 
 def _only_candidates(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     """Return the candidates with two modules that no other candidate has."""
-    lefts = Counter(id(left) for left, _, _ in candidates)
-    rights = Counter(id(right) for _, right, _ in candidates)
-    return [item for item in candidates if lefts[id(item[0])] == rights[id(item[1])] == 1]
+    expected_counts = Counter(id(expected) for expected, _, _ in candidates)
+    found_counts = Counter(id(found) for _, found, _ in candidates)
+    return [item for item in candidates if expected_counts[id(item[0])] == found_counts[id(item[1])] == 1]
 
 
 def _path_in_layer_key(module: LayeredModule) -> Hashable:
@@ -266,17 +270,21 @@ def _shape_key(module: LayeredModule) -> Hashable:
     return len(module.path.texts), *sorted(next(iter(module.main.tensors.values())).shape)
 
 
-def _likeness(left: LayeredModule, right: LayeredModule) -> float:
+def _likeness(first: LayeredModule, second: LayeredModule) -> float:
     """Return how similar two names are, between 0 and 1; a shared role counts as a shared word."""
-    if all(word.isdigit() for word in set(left.words).intersection(right.words)):
+    if all(word.isdigit() for word in set(first.words).intersection(second.words)):
         overlap = 0.0  # a shared number alone is a position in a list, and lists count in different ways
     else:
-        overlap = word_overlap(left.words, right.words)
-    return max(overlap, word_overlap(left.meaning, right.meaning)) if left.role and left.role == right.role else overlap
+        overlap = word_overlap(first.words, second.words)
+    return (
+        max(overlap, word_overlap(first.meaning, second.meaning))
+        if first.role and first.role == second.role
+        else overlap
+    )
 
 
-def _are_related(left: LayeredModule, right: LayeredModule) -> bool:
-    return _likeness(left, right) > 0
+def _are_related(first: LayeredModule, second: LayeredModule) -> bool:
+    return _likeness(first, second) > 0
 
 
 def _has_matrix(module: LayeredModule) -> bool:

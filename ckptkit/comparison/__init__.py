@@ -161,8 +161,8 @@ def diff(expected: StateDictLike, found: StateDictLike, rules: RulesLike | None 
         ModelError: One side is not a state_dict.
         RuleError: A rule matches nothing, or gives two keys the same name.
     """
-    left, right = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
-    return diff_checkpoints(left, right, apply_rules(as_rules(rules), right))
+    expected, found = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
+    return diff_checkpoints(expected, found, apply_rules(as_rules(rules), found))
 
 
 def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:
