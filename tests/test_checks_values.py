@@ -192,7 +192,7 @@ def test_a_lost_tie_is_found(tmp_path: Path) -> None:
     state = {"wte.weight": NOISE, "h.0.w": NOISE + 1, "lm_head.weight": NOISE.clone()}
     (finding,) = found(state, tmp_path)
     assert codes_and_keys([finding]) == [("lost-tie", "warning", "wte.weight")]
-    message = "'wte.weight', 'lm_head.weight' are equal and stored apart (8.2 kB more than once)"
+    message = "'wte.weight', 'lm_head.weight' are equal, but not tied (8.2 kB more than once)"
     assert finding.message.startswith(message)
     save_file(state, tmp_path / "f.safetensors")
     assert codes_and_keys(found_in(tmp_path / "f.safetensors")) == [("lost-tie", "note", "lm_head.weight")]
@@ -205,7 +205,7 @@ def test_duplicates_are_found_whatever_their_name(tmp_path: Path) -> None:
     state = {"a": square, "b": square.clone(), "tied to a": square, "c": square.t().contiguous()}
     (finding,) = found({**state, "e": square.clone()}, tmp_path)
     assert codes_and_keys([finding]) == [("duplicate", "warning", "a")]
-    message = "3 equal tensors, 'F32 [32, 32]', stored apart (8.2 kB more than once): 'a', 'b', 'e'"
+    message = "3 equal tensors, 'F32 [32, 32]', not tied (8.2 kB more than once): 'a', 'b', 'e'"
     assert finding.message == message
 
 

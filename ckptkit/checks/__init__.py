@@ -1,6 +1,6 @@
-"""The checks of ``run_checks``: of files, names, shapes and values.
+"""``run_checks``: check the files, names, shapes and values of a checkpoint.
 
-The report also lists what was not checked: otherwise silence would look like health.
+The report also lists everything that was not checked, so that nobody takes a short report for proof.
 """
 
 from __future__ import annotations
@@ -50,17 +50,17 @@ def run_checks(
     values: bool = True,
     progress: Progress | None = None,
 ) -> Report:
-    """Return a report of what is damaged or odd about a checkpoint; the last finding lists what was not checked.
+    """Return a report of damaged and unusual parts of a checkpoint; the last finding lists everything unchecked.
 
-    Every stored byte is read once, in bounded memory. Records are compared with their checksums where the file has
-    some, and the values of all tensors are checked. ``docs/codes.md`` lists the codes of the findings.
+    Every stored byte is read once, in bounded memory. Records are compared with their checksums if the file has
+    checksums, and the values of all tensors are checked. ``docs/codes.md`` lists the codes of the findings.
 
     Args:
         checkpoint: A Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
         rules: Rules that keep and drop keys: records without a kept tensor are not read. Renames count only for the
             comparison with ``like``.
-        like: What a model expects, as in ``diff``. A ``py:`` checkpoint is built with its values, and tensors that
-            look like a fresh initialisation beside it are reported.
+        like: The model to compare with, as ``expected`` in ``diff``. A ``py:`` model is built with its values, and
+            tensors that look newly initialised are reported.
         fast: Read headers only.
         values: Whether values are checked. This needs torch; without torch they are not checked.
         progress: Called with the number of bytes after each chunk.
@@ -150,5 +150,5 @@ def _check_shard_name(checkpoint: Checkpoint) -> Iterator[Finding]:
     name = os.path.basename(checkpoint.files[0]) if len(checkpoint.files) == 1 else ""
     match = _SHARD_NAME.fullmatch(name)
     if match is not None and int(match[2]) > 1:
-        message = f"{quoted(name)} is one of {int(match[2]):,} shards, by its name: the others were not checked"
+        message = f"{quoted(name)} is one of {int(match[2]):,} shards, by its name: no other shard was checked"
         yield codes.ONE_SHARD.finding("", message, "give the path of the index or of the directory")

@@ -1,4 +1,4 @@
-"""Checks of buffers: indices against the table that they index, and counters and variances against zero."""
+"""Checks of buffers: indices must be rows of their table, counters and variances must not be negative."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ INDEX_HOLE = Code("index-hole", ("warning",), "A list of similar layers skips a 
 SIBLING_LACKS = Code("sibling-lacks", ("warning",), "A layer lacks a tensor that all its siblings have.")
 
 # Adapters
-LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is there.")
+LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is in the file.")
 LORA_RANK = Code("lora-rank", ("error",), "The two matrices of a LoRA pair have different ranks.")
 LORA_ALPHA = Code("lora-alpha", ("warning", "note"), "Some LoRA pairs have no alpha; a note if all lack it.")
 
@@ -49,7 +49,7 @@ DUPLICATE = Code("duplicate", ("warning", "note"), "Tensors of equal values are 
 
 # Compared with what a model expects
 MISSING = Code("missing", ("error",), "EXPECTED has a key that the checkpoint does not have.")
-MISSING_TIED = Code("missing-tied", ("note",), "A missing key is tied in EXPECTED to a key that is there.")
+MISSING_TIED = Code("missing-tied", ("note",), "A missing key is tied in EXPECTED to a key that the checkpoint has.")
 FILLED = Code("filled", ("note",), "torch fills in a missing batch norm counter of an old checkpoint.")
 UNEXPECTED = Code("unexpected", ("warning",), "The checkpoint has a key that EXPECTED does not have.")
 SHAPE_MISMATCHED = Code("shape-mismatched", ("error",), "A tensor has another shape in EXPECTED.")
@@ -57,7 +57,7 @@ UNCOPYABLE = Code("uncopyable", ("error",), "torch cannot copy a tensor of this 
 DTYPE_MISMATCHED = Code("dtype-mismatched", ("warning",), "A tensor has another dtype in EXPECTED; torch casts it.")
 NO_TENSOR = Code("no-tensor", ("error",), "A key that load_state_dict reads holds no tensor.")
 EXTRA_STATE = Code("extra-state", ("warning",), "Only one side has this extra state.")
-AS_EXPECTED = Code("as-expected", ("note",), "A tensor equals that of EXPECTED bit by bit.")
+AS_EXPECTED = Code("as-expected", ("note",), "A tensor equals the tensor of EXPECTED bit by bit.")
 AT_INIT = Code("at-init", ("warning", "note"), "A tensor looks as if it was never trained.")
 
 CODES = codes_in(globals())

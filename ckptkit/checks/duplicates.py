@@ -1,4 +1,4 @@
-"""Checks for tensors that have equal values and are stored apart: lost ties, and duplicates."""
+"""Checks for equal tensors that are stored separately: lost ties, and duplicates."""
 
 from __future__ import annotations
 
@@ -28,27 +28,32 @@ EqualBytes = Callable[[str, str], bool]
 def equal_groups(
     infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats], have_equal_bytes: EqualBytes
 ) -> list[list[str]]:
-    """Return groups of keys with equal tensors that are stored apart, one key for each place in memory.
+    """Return groups of keys with equal tensors that are stored separately; of tied keys, only the first counts.
 
     ``have_equal_bytes`` compares the tensors of two keys. Tensors that are often equal in healthy networks are skipped:
-    small tensors, integers, masks, computed buffers, and tensors with a single magnitude beside zeros.
+    small tensors, integers, masks, computed buffers, and tensors with only one magnitude apart from zeros.
     """
     by_fingerprint: dict[tuple[object, ...], list[str]] = {}
     for key, found in stats.items():
         info = infos[key]
-        if info.dtype in FLOATS and info.nbytes >= _MIN_BYTES and not _has_one_magnitude(found) and not _computed(key):
+        if (
+            info.dtype in FLOATS
+            and info.nbytes >= _MIN_BYTES
+            and not _has_one_magnitude(found)
+            and not _is_computed(key)
+        ):
             by_fingerprint.setdefault(_fingerprint(info, found), []).append(key)
     groups: list[list[str]] = []
     for keys in by_fingerprint.values():
         distinct: list[list[str]] = []
         for key in keys if len(keys) > 1 else ():
             for group in distinct[:_MAX_COMPARED]:
-                if _equal(infos, group[0], key, have_equal_bytes):
+                if _are_equal(infos, group[0], key, have_equal_bytes):
                     group.append(key)
                     break
             else:
                 distinct.append([key])
-        groups += [apart for group in distinct if len(apart := _one_key_a_place(infos, group)) > 1]
+        groups += [separate for group in distinct if len(separate := _without_tied_keys(infos, group)) > 1]
     return groups
 
 
@@ -58,12 +63,12 @@ def _fingerprint(info: TensorInfo, found: ValueStats) -> tuple[object, ...]:
     return info.dtype, info.shape, found.nan, found.posinf, found.zeros, found.min, found.max, bins
 
 
-def _equal(infos: Mapping[str, TensorInfo], first: str, second: str, have_equal_bytes: EqualBytes) -> bool:
+def _are_equal(infos: Mapping[str, TensorInfo], first: str, second: str, have_equal_bytes: EqualBytes) -> bool:
     return infos[first].view == infos[second].view is not None or have_equal_bytes(first, second)
 
 
-def _one_key_a_place(infos: Mapping[str, TensorInfo], keys: list[str]) -> list[str]:
-    """Return the first key of each place in memory."""
+def _without_tied_keys(infos: Mapping[str, TensorInfo], keys: list[str]) -> list[str]:
+    """Return the keys without those that share the memory of an earlier key."""
     places: dict[object, str] = {}
     for key in keys:
         places.setdefault(infos[key].view or key, key)
@@ -78,25 +83,25 @@ def _has_one_magnitude(found: ValueStats) -> bool:
     return abs(found.l1 - largest * (found.finite - found.zeros)) <= 1e-9 * found.l1
 
 
-def _computed(key: str) -> bool:
+def _is_computed(key: str) -> bool:
     return is_mask(key) or _COMPUTED.search(key.rpartition(".")[2]) is not None
 
 
 def check_duplicates(infos: Mapping[str, TensorInfo], groups: list[list[str]]) -> Iterator[Finding]:
     """Yield a ``lost-tie`` for an embedding and an output head, and a ``duplicate`` for other equal tensors.
 
-    These are warnings in formats that keep ties, as torch's do: the saved model had two tensors. They are notes in
-    formats that store every key by itself.
+    The findings are warnings in formats that record ties, such as torch's: the saved model had two tensors. They are
+    notes in formats that store every key separately.
     """
     for keys in groups:
         info = infos[keys[0]]
         severity: Severity = "warning" if info.view is not None else "note"
         cost = f"{human_bytes((len(keys) - 1) * info.nbytes)} more than once"
         if any(map(_EMBEDDING.search, keys)) and any(map(_HEAD.search, keys)):
-            message = f"{listed(keys)} are equal and stored apart ({cost}): an embedding and a head are often tied"
+            message = f"{listed(keys)} are equal, but not tied ({cost}): an embedding and a head are often tied"
             yield codes.LOST_TIE.finding(keys[0], message, _TIE_HINT, severity=severity)
         else:
-            message = f"{plural(len(keys), 'equal tensor')}, {quoted(str(info))}, stored apart ({cost}): {listed(keys)}"
+            message = f"{plural(len(keys), 'equal tensor')}, {quoted(str(info))}, not tied ({cost}): {listed(keys)}"
             hint = "was one of them copied instead of trained, or was a tie lost?" if severity == "warning" else ""
             yield codes.DUPLICATE.finding(keys[0], message, hint, severity=severity)
 

@@ -1,4 +1,4 @@
-"""Checks of a checkpoint against what a model expects: keys, shapes and dtypes, and values that were never trained."""
+"""Comparisons of a checkpoint with a model: keys, shapes and dtypes, and values that were never trained."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _MIN_IN_BIN = 10
 
 
 def check_differences(result: StateDictDiff) -> Iterator[Finding]:
-    """Yield one finding for each kind of difference that ``load_state_dict`` would meet.
+    """Yield one finding for each kind of difference that ``load_state_dict`` would report.
 
     Errors are ``missing``, ``shape-mismatched``, ``uncopyable`` and ``no-tensor``. Warnings are ``unexpected``,
-    ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing key to a key that
-    is there) and ``filled`` (a counter that torch fills in).
+    ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing key to a stored key)
+    and ``filled`` (a counter that torch fills in).
     """
     hint = result.hints[0].message if result.hints else "ckpt diff lists all keys"
     matched = {pair.key for pair in result.matched}
@@ -34,14 +34,14 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     tied = [key for key in missing if any(other in matched for other in partners.get(key, ()))]
     elsewhere = {*result.blocked, *tied}
     lost = [key for key in missing if key not in elsewhere]
-    yield from _of_keys(codes.MISSING, lost, "missing: EXPECTED has {them}, the checkpoint does not", hint)
-    text = "not stored, but tied in EXPECTED to a stored key: load_state_dict(strict=False) fills {them} too"
+    yield from _of_keys(codes.MISSING, lost, "of EXPECTED missing in the checkpoint", hint)
+    text = "missing in the checkpoint, but filled by load_state_dict(strict=False), which loads a tied key"
     yield from _of_keys(codes.MISSING_TIED, tied, text)
     filled = [info.key for info in result.missing if info.key in result.filled]
-    text = "not stored, as before torch 0.4.1: load_state_dict fills {them} in"
+    text = "missing as in checkpoints from before torch 0.4.1, but filled by load_state_dict"
     yield from _of_keys(codes.FILLED, filled, text)
     unexpected = [info.key for info in result.unexpected if info.key not in result.unseen]
-    text = "unexpected: the checkpoint has {them}, EXPECTED does not"
+    text = "of the checkpoint missing in EXPECTED"
     yield from _of_keys(codes.UNEXPECTED, unexpected, text, hint)
     yield from _of_pairs(codes.SHAPE_MISMATCHED, result.shape_mismatched, "with another shape than in EXPECTED")
     uncopyable = {pair.key for pair in result.uncopyable}
@@ -56,7 +56,6 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
 def _of_keys(code: Code, keys: Iterable[str], text: str, hint: str = "") -> Iterator[Finding]:
     names = list(keys)
     if names:
-        text = text.format(them="it" if len(names) == 1 else "them")
         yield code.finding(names[0], f"{plural(len(names), 'key')} {text}: {listed(names)}", hint)
 
 
@@ -69,7 +68,7 @@ def _of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Iterator[Findi
 
 
 def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyPair], bool]) -> Iterator[Finding]:
-    """Yield an ``as-expected`` note on the tensors that equal those of EXPECTED bit by bit."""
+    """Yield an ``as-expected`` note on the tensors that equal the tensors of EXPECTED bit by bit."""
     equal = [pair.key for pair in pairs if pair.expected.elements and have_equal_bytes(pair)]
     if equal:
         message = f"{plural(len(equal), 'tensor')} bit by bit equal to EXPECTED: {listed(equal)}"
@@ -79,12 +78,12 @@ def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyP
 def check_at_init(
     pairs: Iterable[KeyPair], found: Mapping[str, ValueStats], fresh: Mapping[str, ValueStats]
 ) -> Iterator[Finding]:
-    """Yield ``at-init`` for tensors that look like those of a model just built, as if they were never trained.
+    """Yield ``at-init`` for tensors that look as if they were never trained, compared with a newly built model.
 
-    A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram agree with the fresh model as
-    well as two samples of one distribution do. A tensor that holds one number throughout is a note if the
-    fresh model holds the same number. This is evidence, not proof: a short training can look the same. ``found`` has
-    the keys of the checkpoint, ``fresh`` those of the model.
+    A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram fit the new model. They may
+    differ as much as two samples of one distribution differ. A constant tensor is a note if the new model has the same
+    constant. This is evidence, not proof: a short training can look the same. ``found`` has the keys of the
+    checkpoint, ``fresh`` has the keys of the model.
     """
     sampled: list[str] = []
     constant: list[str] = []

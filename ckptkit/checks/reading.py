@@ -1,4 +1,4 @@
-"""One pass over all stored bytes: compares checksums, and passes the bytes on to a ``ValueReader``."""
+"""Read all stored bytes once: compare checksums, and pass the bytes to a ``ValueReader``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _MIN_THREAD_BYTES = 1 << 18  # for smaller chunks a thread costs more than it sa
 
 
 def unreadable_finding(error: CkptkitError, path: str) -> Finding:
-    """Return the finding that ``path`` cannot be opened, or cannot be read further."""
+    """Return the finding for a file that cannot be opened or read; ``path`` is the path of the checkpoint."""
     other_path = f"{printable(error.path)}: " if error.path and error.path != path else ""
     return _code_of(error).finding("", f"{other_path}{error.reason}", error.hint or "")
 
@@ -117,13 +117,13 @@ class Scan:
         return code.finding(key, f"{quoted(record.name)}{file} {message}{holds}", hint)
 
     def no_checksum_finding(self) -> Finding:
-        """Return the note that damage to records without a checksum is not seen."""
+        """Return the note that damage to records without a checksum is not detected."""
         count = f"{self.unchecked:,} of {plural(self.records, 'record')} ({human_bytes(self.unchecked_bytes)})"
-        message = f"{self.checkpoint.format}: no checksum is recorded for {count}: damage there is not seen"
+        message = f"{self.checkpoint.format}: no checksum is recorded for {count}: damage is not detected there"
         return NO_CHECKSUM.finding("", message)
 
     def summary(self) -> str:
-        """Return what was read and what was not."""
+        """Return a sentence about the bytes that were read, and about everything that was not read."""
         values = VALUES_UNCHECKED if self.values is None else self.values.summary()
         if not self.checkpoint.files:
             return f"held in memory, not in a file: no byte of a file was read, {values}"

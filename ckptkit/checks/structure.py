@@ -1,4 +1,4 @@
-"""Checks of names, shapes and dtypes, without a value: missing layers, layers that lack a tensor, mixed dtypes."""
+"""Checks that read no values: missing layers, layers that lack a tensor, mixed dtypes."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _numbered_modules(keys: Iterable[str]) -> _NumberedModules:
 def _check_index_holes(lists: _NumberedModules) -> Iterator[Finding]:
     """Yield an ``index-hole`` warning for each missing number between two layers that have the same tensors.
 
-    A ``Sequential`` skips numbers too, those of modules without parameters. Therefore most layers of the list must be
+    A ``Sequential`` also skips the numbers of modules without parameters. Therefore most layers of the list must be
     alike and have submodules, and at most one number in five may be missing. In a list that is named like a stack of
     layers, one missing number is always reported.
     """
@@ -112,8 +112,8 @@ def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
 def _check_siblings(lists: _NumberedModules) -> Iterator[Finding]:
     """Yield a ``sibling-lacks`` warning for each module of a list that lacks a tensor which all its siblings have.
 
-    In many networks the first or the last module of a list has no tensor of some block, or a module has nothing in
-    place of a submodule and its surroundings. Neither is reported.
+    Two cases are usual and not reported: the first or the last module of a list lacks a whole submodule, and any module
+    lacks a whole block of submodules.
     """
     for prefix, members in lists.items():
         if len(members) < _MIN_SIBLINGS or not any("." in name for names in members.values() for name in names):
@@ -136,7 +136,10 @@ def _check_siblings(lists: _NumberedModules) -> Iterator[Finding]:
 
 
 def _is_lost(name: str, names: frozenset[str], *, at_an_end: bool) -> bool:
-    """Return whether other tensors of the same submodule are there; between the ends, of the same block suffices."""
+    """Return whether the module still has other tensors of the same submodule.
+
+    Between the ends of a list, other tensors of the same block of submodules are enough.
+    """
     layer = name.rpartition(".")[0]
     if layer and any(other.startswith(f"{layer}.") for other in names):
         return True

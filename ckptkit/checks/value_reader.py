@@ -59,7 +59,7 @@ class _TensorInProgress:
 
 @dataclass(slots=True)
 class RecordTensors:
-    """Which bytes of a record belong to which tensor."""
+    """The tensors in a record that is being read, with the byte range of each tensor."""
 
     tensors: list[tuple[int, int, _TensorInProgress]]  # first byte, end, tensor; in the order of the record
     next_tensor: int = 0
@@ -68,9 +68,9 @@ class RecordTensors:
 
 @dataclass(slots=True)
 class ValueReader:
-    """Computes the statistics of the tensors ``keys`` while somebody else reads the records.
+    """Compute the statistics of the tensors ``keys`` from records that the caller reads.
 
-    ``stats`` has each tensor that is done, by key. ``skipped`` says why a tensor was not read.
+    ``stats`` has each finished tensor, by key. ``skipped`` says why a tensor was not read.
     """
 
     checkpoint: Checkpoint
@@ -83,7 +83,7 @@ class ValueReader:
     _by_ranges: dict[tuple[tuple[_ByteRange, ...], str], _TensorInProgress] = field(default_factory=dict)
 
     def start_record(self, record: Record) -> RecordTensors:
-        """Return which tensors are in a record that is about to be read."""
+        """Return the tensors in a record, before the first call of ``add`` for the record."""
         whole = _byte_range(record.payload)
         tensors: dict[int, tuple[int, int, _TensorInProgress]] = {}
         self._bytes_allowed += _MAX_OVERLAP * record.payload.nbytes
@@ -97,7 +97,7 @@ class ValueReader:
         return RecordTensors(sorted(tensors.values(), key=lambda item: item[:2]))
 
     def add(self, record: RecordTensors, offset: int, chunk: bytes | bytearray | memoryview) -> None:
-        """Take in a chunk of the record that begins at its byte ``offset``."""
+        """Add a chunk of a record, which begins at byte ``offset`` of the record."""
         end = offset + len(chunk)
         while record.next_tensor < len(record.tensors) and record.tensors[record.next_tensor][0] < end:
             record.active.append(record.tensors[record.next_tensor])
@@ -133,8 +133,8 @@ class ValueReader:
         dtypes = sorted({self.checkpoint[key].dtype for key in self.stats})
         checked = f"values of {plural(len(self.stats), 'tensor')} checked"
         parts = [f"{checked} ({', '.join(dtypes)})" if dtypes else checked]
-        left = [key for key in self.keys if key not in self.stats and self.checkpoint[key].elements > 0]
-        reasons = Counter(self.skipped.get(key, _UNREAD) for key in left)
+        unchecked = [key for key in self.keys if key not in self.stats and self.checkpoint[key].elements > 0]
+        reasons = Counter(self.skipped.get(key, _UNREAD) for key in unchecked)
         parts += [f"{count:,} not checked: {reason}" for reason, count in reasons.items()]
         return ", ".join(parts)
 

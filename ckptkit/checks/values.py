@@ -1,4 +1,4 @@
-"""All checks of values: of the checkpoint alone, and compared with what a model expects."""
+"""All checks of values: of a checkpoint alone, and of a checkpoint compared with a model."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Ite
 
 
 def check_expected_values(result: StateDictDiff, expected: Checkpoint, values: ValueReader) -> Iterator[Finding]:
-    """Yield which tensors equal those of ``expected`` or look untrained; a ``py:`` model is built to get its values."""
+    """Yield findings about tensors that equal the tensors of ``expected``, and about tensors that look untrained.
+
+    A ``py:`` model is built to get its values.
+    """
     pairs = [pair for pair in result.matched if values.checkpoint.get(pair.found.key) == pair.found]
     is_live = expected.path.startswith(LIVE_PREFIX)
     equal: set[str] = set()

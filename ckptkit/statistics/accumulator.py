@@ -1,7 +1,7 @@
 """Statistics of one tensor from its bytes, chunk by chunk; the caller reads the bytes.
 
-Each piece gets its own mean and sum of squares in float64, and an exact sum combines the pieces. So the result depends
-neither on a large mean, nor on the size of the chunks, nor on the order in which the threads finish.
+Each piece gets its own mean and sum of squares in float64, and an exact sum combines the pieces. So a large mean costs
+no accuracy, and the size of the chunks and the order of the threads do not change the result.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def why_unsupported(info: TensorInfo) -> str:
 
 
 class Accumulator:
-    """Computes the statistics of one tensor from the bytes of its ``Payload``.
+    """Compute the statistics of one tensor from the bytes of its ``Payload``.
 
-    Chunks may have any size, may split a number, and are not kept. They must come in order, unless each begins and ends
-    between two numbers.
+    Chunks may have any size and may split a number; the accumulator does not hold on to them. Chunks must come in
+    order, unless every chunk begins and ends between two numbers.
     """
 
     def __init__(self, info: TensorInfo, workspace: Workspace) -> None:
@@ -84,7 +84,7 @@ class Accumulator:
 
 
 class _Counts:
-    """Statistics of numbers of at most 8 bits: counts each of the 256 codes, and computes the rest from the counts."""
+    """Statistics of numbers of at most 8 bits, computed from a count of each of the 256 codes."""
 
     def __init__(self, code: str) -> None:
         import torch
@@ -146,7 +146,7 @@ class _Counts:
 
 
 class _Sums:
-    """Statistics of numbers of more than 8 bits: sums, extremes, and a count of each exponent."""
+    """Statistics of numbers of more than 8 bits, computed from sums, extremes and a count of each exponent."""
 
     def __init__(self, code: str, workspace: Workspace) -> None:
         import torch

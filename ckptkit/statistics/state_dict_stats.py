@@ -1,4 +1,4 @@
-"""``stats``: reads every tensor of a state_dict once, and combines the results for modules and for the whole."""
+"""``stats``: statistics of every tensor of a state_dict, of its modules, and of all tensors together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class TensorStats:
         info: The key, dtype and shape of the tensor.
         numbers: The statistics of its values, or None if they cannot be computed.
         why: The reason why ``numbers`` is None.
-        same_as: The key of an earlier tensor that is the same memory, or an empty string.
+        same_as: The key of an earlier tensor in the same memory, or an empty string.
     """
 
     info: TensorInfo

@@ -1,4 +1,4 @@
-"""Statistics of many numbers: counts, moments, norms and a histogram. Several can be merged into one."""
+"""Statistics of many numbers: counts, moments, norms and a histogram; statistics of several tensors can be merged."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class ValueStats:
         max: The largest finite number; exact for integers.
         moments: The count, mean, sum of squared distances and l1 norm of the finite numbers.
         histogram: The number of values with ``2**e <= abs(x) < 2**(e + 1)``, by ``e``. Zeros are in no bin. Bin -127
-            holds all subnormal numbers of F32 and BF16, bin -1023 those of F64. Integers beyond 2**53 are rounded to
-            float64 first.
+            holds all subnormal numbers of F32 and BF16, bin -1023 all subnormal numbers of F64. Integers beyond 2**53
+            are rounded to float64 first.
     """
 
     count: int = 0
@@ -91,7 +91,7 @@ class ValueStats:
 
     @property
     def constant(self) -> float | None:
-        """The one number that all values equal; None if two differ or one is not finite."""
+        """The value of every element if all values are finite and equal, else None."""
         return self.min if self.finite == self.count and self.min == self.max else None
 
     @property
