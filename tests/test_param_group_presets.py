@@ -249,7 +249,7 @@ def test_the_rates_of_lora_plus_and_a_warning_where_they_differ_from_peft() -> N
     assert embedding_a == embedding_b == (1e-6, 0.5)
     with pytest.warns(
         UserWarning,
-        match=r"1 parameter with one dimension outside LoRA: .* 16\.0 times .*: 'base_model",
+        match=r"1 parameter with one dimension outside LoRA: lr is .* uses 16\.0 times; .*: 'base_model",
     ):
         spec = param_group_preset("loraplus", model, **given)
     assert rates(model, spec) == {**peft, "base_model.model.ln_f.modules_to_save.default.weight": (1.0, 0.0)}

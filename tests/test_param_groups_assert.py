@@ -89,5 +89,7 @@ def test_a_deepspeed_optimizer_is_refused_by_name() -> None:
     kind = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
     wrapper = kind()
     wrapper.optimizer, wrapper.param_groups = inner, inner.param_groups
-    with pytest.raises(GroupsError, match=r"DeepSpeed's DeepSpeedZeroOptimizer: .* before deepspeed\.initialize"):
+    with pytest.raises(
+        GroupsError, match=r"DeepSpeed's DeepSpeedZeroOptimizer, .* before you pass it to deepspeed\.initialize"
+    ):
         assert_param_groups(model, wrapper)

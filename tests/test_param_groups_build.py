@@ -259,8 +259,8 @@ def test_the_error_of_a_shadowed_rule_names_the_earlier_rule() -> None:
     error = fault(Net(), [{"name": "all fc", "params": "fc*"}, {"name": "head", "params": "fc3.*"}, REST])
     assert "group 'head' owns no parameter" in error.reason
     assert "'fc3.weight', 'fc3.bias'" in error.reason
-    assert "group 'all fc' before it owns all that it matches" in error.reason
-    assert "move the narrower group up" in (error.hint or "")
+    assert "every parameter that it matches is in an earlier group, 'all fc'" in error.reason
+    assert "move the group with the narrower patterns up" in (error.hint or "")
 
 
 def test_a_rule_that_matches_only_frozen_parameters_is_refused() -> None:

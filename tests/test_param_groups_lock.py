@@ -250,7 +250,7 @@ def test_validating_with_a_lock_reports_what_changed() -> None:
         pytest.param(lambda _: [], "not a valid lock", id="list"),
         pytest.param(lambda lock: lock | {"schema": "x"}, "not a valid lock", id="schema"),
         pytest.param(lambda lock: lock | {"groups": {}}, "a dict as 'groups'", id="groups"),
-        pytest.param(lambda lock: lock | {"groups": [3]}, "a wrong type of entry in 'groups'", id="group"),
+        pytest.param(lambda lock: lock | {"groups": [3]}, "an entry of a wrong type in 'groups'", id="group"),
         pytest.param(lambda lock: lock | {"outside": lock["groups"][0]["parameters"]}, "twice", id="twice"),
         pytest.param(lambda lock: lock | {"groups": lock["groups"][1:]}, "changed after it was written", id="edited"),
     ],

@@ -195,7 +195,7 @@ REFUSALS: dict[str, tuple[Make, str]] = {
     "different-lambdas": (two_rates, "LambdaLR has a different lr_lambda for each group"),
     "behind": (late_group, r"StepLR has base_lrs for 1 group, and the optimizer has 2"),
     "of-others": (Own, "Own is not a scheduler of torch"),
-    "another-optimizer": (lambda _: lrs.StepLR(setting()[1], 2), "StepLR drives another optimizer"),
+    "another-optimizer": (lambda _: lrs.StepLR(setting()[1], 2), "StepLR is a scheduler of another optimizer"),
     "no-product": (cosines, "ConstantLR and CosineAnnealingLR change the same learning rate"),
     "not-given": (not_given, "a new group needs the schedulers"),
 }

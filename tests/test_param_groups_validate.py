@@ -532,7 +532,7 @@ def test_a_one_shot_iterator_is_reported_and_not_consumed(kind: str) -> None:
     model = Net()
     params = ONE_SHOT[kind](model)
     finding = only(model, [{"params": params, "name": "base"}], "groups.one-shot")
-    assert f"group 0 ('base') has a one-shot {type(params).__name__} as params" in finding.message
+    assert f"group 0 ('base') has a {type(params).__name__} as params, which can be read only once" in finding.message
     assert "list(" in finding.hint
     only(model, params, "groups.one-shot")
     assert len(list(params)) == len(list(ONE_SHOT[kind](model))) > 0

@@ -20,11 +20,12 @@ __all__ = ["build_param_groups", "build_planned_groups"]
 def build_param_groups(
     model: Module, spec: SpecLike, *, optimizer: str | None = None, bare: bool = False
 ) -> list[dict[str, Any]]:
-    """Return new param groups for any ``torch.optim`` class: each trainable parameter of ``model`` exactly once.
+    """Return new param groups for a ``torch.optim`` class, with each trainable parameter of ``model`` exactly once.
 
     Each dict holds ``params`` as ``(FQN, parameter)`` pairs in the order of the model, the ``name`` of the group, and
     its options. torch keeps the FQNs as ``param_names``. A tied parameter has its first registered name. Frozen
-    parameters are left out unless the spec includes them. Two calls share no option value. ``LBFGS`` takes one group.
+    parameters are left out unless the spec includes them. Two calls never share an option value, such as
+    an lr tensor. ``LBFGS`` accepts one group only.
 
     Where the spec names several optimizer classes, ``optimizer`` selects one of them. With ``bare``, the dicts hold
     plain parameters and no ``name``, for optimizers that refuse unknown keys. Parameters that the spec freezes get

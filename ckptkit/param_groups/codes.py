@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ckptkit.core.findings import Code, codes_in
 
-# A spec on its own, and over a model.
+# A spec, alone and for a model.
 UNOWNED = Code("groups.unowned", ("error",), "A trainable parameter matches no group of the spec.")
 OVERLAP = Code("groups.overlap", ("error",), "A parameter matches several groups of a spec that forbids this.")
 RULE_UNMATCHED = Code(
@@ -70,7 +70,9 @@ MANY = Code("groups.many", ("note",), "Many groups have the same options, which 
 MATRICES_ONLY = Code("groups.matrices-only", ("error", "warning"), "Muon gets a parameter that is not a matrix.")
 ONE_GROUP = Code("groups.one-group", ("error",), "The optimizer class takes one group only and has several.")
 DECOUPLED = Code(
-    "groups.decoupled", ("error", "warning"), "Weight decay acts otherwise than the class of the optimizer says."
+    "groups.decoupled",
+    ("error", "warning"),
+    "The step applies weight decay in another way than the optimizer class does.",
 )
 CAPTURABLE = Code("groups.capturable", ("error",), "A group is capturable, but its parameters are on a CPU or on MPS.")
 MIXED = Code("groups.mixed", ("error",), "One fused or foreach group mixes DTensors and plain tensors.")
@@ -103,8 +105,12 @@ SCHEDULER_INITIAL_LR = Code(
     ("warning",),
     "A new scheduler starts from an initial_lr, not from the lr of the group.",
 )
-SCHEDULER_OPTIMIZER = Code("groups.scheduler-optimizer", ("error",), "A scheduler drives another optimizer.")
-SCHEDULER_FLAT = Code("groups.scheduler-flat", ("warning",), "A scheduler gave all groups one lr and erased their own.")
+SCHEDULER_OPTIMIZER = Code(
+    "groups.scheduler-optimizer", ("error",), "A scheduler changes the lr of an optimizer that was not given."
+)
+SCHEDULER_FLAT = Code(
+    "groups.scheduler-flat", ("warning",), "A scheduler set all groups to one lr and replaced their own."
+)
 
 # Live groups against a spec, and one lock against another.
 GONE = Code("groups.gone", ("error",), "A locked parameter is no longer in the model.")
@@ -117,7 +123,7 @@ ORDER = Code("groups.order", ("error",), "The parameters have another order than
 THAWED = Code("groups.thawed", ("warning",), "A parameter entered the groups or left them since the lock was made.")
 OPTIONS = Code("groups.options", ("error", "warning"), "A group has other options than the spec or the lock says.")
 
-# What a rebind did.
+# The changes that rebind made.
 REPOINTED = Code("rebind.repointed", ("note",), "A group now holds the parameter that replaced an old one.")
 REMOVED = Code("rebind.removed", ("note",), "A tensor that the model no longer has was taken out of its group.")
 ADDED = Code("rebind.added", ("note",), "A parameter that was in no group was added to one.")

@@ -1,4 +1,4 @@
-"""What a spec can ask about a parameter: the conditions of ``match``, and the layers of a modifier."""
+"""How a spec selects parameters: the conditions of ``match``, and the layers of a modifier."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from ckptkit.param_groups.properties import ROLES, ParameterInfo
 __all__ = ["Condition", "LayerNumbers", "Layers", "condition_table", "parse_condition"]
 
 
-_DEEPEST = 32
+_MAX_DEPTH = 32
 _EXAMPLE = 'for example match = { any = [{ ndim = [0, 1] }, { role = "bias" }] }'
 
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """One condition on a parameter, or several combined.
+    """One condition on a parameter, or a combination of conditions.
 
-    ``kind`` is ``params``, ``module``, ``role``, ``dtype``, ``ndim``, ``shape`` or ``min_elements``: the condition
-    holds where one of ``values`` does. Or ``kind`` is ``any``, ``all`` or ``not`` of the conditions in ``inner``.
+    - One condition: ``kind`` is ``params``, ``module``, ``role``, ``dtype``, ``ndim``, ``shape`` or ``min_elements``.
+      The condition holds where one of ``values`` matches the parameter.
+    - A combination: ``kind`` is ``any``, ``all`` or ``not``, and ``inner`` has the conditions.
     """
 
     kind: str
@@ -46,16 +47,17 @@ class Condition:
 
 
 def parse_condition(table: object, where: str, depth: int = 0) -> Condition:
-    """Return the condition that a ``match`` table describes: every key must hold, for one value of its list.
+    """Return the condition that a ``match`` table describes.
 
+    Every key of the table must hold. A key with a list of values holds where one of them matches.
     Raises ``GroupsError``, which begins with ``where``, for an unknown key or a wrong value.
     """
     if not isinstance(table, Mapping):
         raise GroupsError(f"{where}: match is {kind_of(table)}, not a table", hint=_EXAMPLE)
     if not table:
         raise GroupsError(f"{where}: match is an empty table", hint=_EXAMPLE)
-    if depth > _DEEPEST:
-        raise GroupsError(f"{where}: match is nested more than {_DEEPEST} levels deep", hint=_EXAMPLE)
+    if depth > _MAX_DEPTH:
+        raise GroupsError(f"{where}: match is nested more than {_MAX_DEPTH} levels deep", hint=_EXAMPLE)
     conditions = [_parse_key(str(key), value, where, depth) for key, value in table.items()]
     return conditions[0] if len(conditions) == 1 else Condition("all", inner=tuple(conditions))
 
@@ -124,7 +126,9 @@ def _parse_dtype(value: object, where: str) -> str:
     text = _parse_text("dtype", value, where)
     code = next((dtype.code for dtype in DTYPES.values() if text in (dtype.code, dtype.torch_name)), None)
     if code is None:
-        raise GroupsError(f"{where}: dtype is {quoted(text)}, not a known dtype", hint='such as "F32" or "float32"')
+        raise GroupsError(
+            f"{where}: dtype is {quoted(text)}, not a known dtype", hint='write "F32" or "float32", for example'
+        )
     return code
 
 
@@ -177,10 +181,9 @@ _CHECKS: dict[str, Callable[[ParameterInfo, tuple[Any, ...]], bool | None]] = {
 
 @dataclass(frozen=True, slots=True)
 class LayerNumbers:
-    """The layer of each parameter that is in one, counted from 0 at the input.
+    """The layer number of each parameter that is in a layer, counted from 0 at the input.
 
-    ``gaps`` are the numbers between the smallest and the largest that no parameter has, such as ``blocks.3`` in a
-    model without that block.
+    ``gaps`` has the numbers that are missing in the names: ``3`` where the model has ``blocks.2`` and ``blocks.4``.
     """
 
     layer: Mapping[str, int]
@@ -190,10 +193,10 @@ class LayerNumbers:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """The ``layers`` of a modifier: levels from the input to the output, each of one pattern or several.
+    """The ``layers`` of a modifier: levels from the input to the output, each with one or more patterns.
 
-    A pattern with ``{name:int}`` makes one layer of each number that it captures, in order. Any other pattern makes
-    one layer of every parameter that it matches. The learning rate is multiplied by ``decay`` once for each layer
+    A pattern with ``{name:int}`` makes one layer for each number that it captures, in order. Any other pattern puts
+    all parameters that it matches into one layer. The learning rate is multiplied by ``decay`` once for each layer
     above, but by no less than ``min_scale``.
     """
 
@@ -201,8 +204,8 @@ class Layers:
     decay: float
     min_scale: float = 0.0
 
-    def number(self, names: Iterable[str]) -> LayerNumbers:
-        """Return the layer of each of ``names``.
+    def layer_numbers(self, names: Iterable[str]) -> LayerNumbers:
+        """Return the layer number of each name in ``names``.
 
         ``names`` must have the frozen parameters too: without them, freezing a layer would renumber the others.
         """

@@ -1,4 +1,4 @@
-"""Explain one parameter: the rule that owns it, the rules below, the modifiers, and each step to its options."""
+"""Explain the options of one parameter: the rule that owns it, later rules that match it, and its modifiers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Outcome = Literal["trained", "frozen", "freeze", "unowned"]
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a spec does with one parameter.
+    """The effect of a spec on one parameter.
 
     - ``outcome``: ``trained``, ``frozen`` (by the model), ``freeze`` (by the spec) or ``unowned``.
     - ``rule`` owns the parameter, or is None. ``shadowed`` are later rules that match it too.
-    - ``modifiers`` apply in this order; ``layer`` is the layer in which they put the parameter.
-    - ``steps`` lead to ``options``, which is None where the parameter does not train.
+    - ``modifiers`` apply in this order. ``layer`` is the number of the layer that the parameter is in.
+    - ``steps`` are the changes that lead to ``options``, in order. ``options`` is None where nothing trains.
     """
 
     parameter: ParameterInfo
@@ -43,8 +43,8 @@ class Explanation:
 def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str) -> Explanation:
     """Return which rules and modifiers of ``spec`` apply to the parameter ``name`` of ``model``, and its options.
 
-    ``model`` is what ``plan_param_groups`` takes. A tied parameter is found under any of its names, and is reported
-    under the first. Raises ``GroupsError`` where the model has no parameter of that name.
+    ``model`` is any argument that ``plan_param_groups`` accepts. A tied parameter is found under any of its names, and
+    is reported under the first. Raises ``GroupsError`` where the model has no parameter of that name.
     """
     if not isinstance(name, str):
         raise GroupsError(
@@ -57,7 +57,7 @@ def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str
         why = "is a buffer, which no optimizer trains" if name in table.buffers else "is not a parameter of the model"
         raise GroupsError(
             f"{quoted(name)} {why}",
-            hint=f"did you mean {quoted(near[0])}?" if near else "ckpt show lists the names",
+            hint=f"did you mean {quoted(near[0])}?" if near else "ckpt show lists the names of the parameters",
         )
     matcher = RuleMatcher(spec, table)
     owner = matcher.owner(parameter)

@@ -1,4 +1,4 @@
-"""Read param groups as a script has them: a list, an optimizer or several, without consuming or changing them."""
+"""Read live param groups from a list, an optimizer or several optimizers, without changing or consuming them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LiveGroup:
-    """One group: its position for a sentence, its options, and its optimizer or None."""
+    """One group: ``where`` names its position in messages, and ``optimizer`` is None for a group without optimizer."""
 
     where: str
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class LiveGroup:
 
     @property
     def name(self) -> str | None:
-        """The name in its options, or None."""
+        """The name in the options of the group, or None."""
         name = self.options.get("name", self.options.get("group_name"))
         return None if name is None else str(name)
 
@@ -54,12 +54,12 @@ class Member:
 
     group: LiveGroup
     index: int
-    tensor: Any  # a strong reference: an id that is compared must not be recycled meanwhile
+    tensor: Any  # a strong reference, so that its id is not reused while ids are compared
     name: str | None
 
     @property
     def where(self) -> str:
-        """The group and the index, for a sentence."""
+        """The group and the index, for messages: ``group 0[3]``."""
         return f"{self.group.where}[{self.index}]"
 
     @property
@@ -79,16 +79,16 @@ class LiveOptimizer:
 
     @cached_property
     def schema(self) -> OptimizerSchema | None:
-        """The schema of its class, or None for a class outside torch.optim."""
+        """The schema of the optimizer class, or None for a class outside torch.optim."""
         return None if self.instance is None else schema_of(type(self.instance))
 
     @property
     def class_name(self) -> str:
-        """The name of its class."""
+        """The name of the optimizer class."""
         return type(self.instance).__name__
 
     def members_of(self, group: LiveGroup) -> tuple[Member, ...]:
-        """Return the members of one of its groups, in order."""
+        """Return the members of ``group``, in order."""
         return tuple(self._members.get(id(group), ()))
 
     @cached_property
@@ -146,7 +146,7 @@ def read_groups(given: Any) -> LiveGroups:
                     "",
                     f"{group.where} is empty, so nothing trains with its options; was it built from a filter() or a "
                     "generator that had been read before?",
-                    "an iterator is empty after its first reader: build the groups from lists, or drop this group",
+                    "build the groups from lists, because an iterator can be read only once; or remove this group",
                 )
             )
         members.extend(_members(group, items, names, findings))
@@ -163,7 +163,7 @@ def unwrap_optimizer(optimizer: Any) -> Any:
             raise GroupsError(
                 f"the optimizer is DeepSpeed's {type(optimizer).__name__}, and its groups hold flat copies, not the "
                 "parameters of the model",
-                hint="check the optimizer before deepspeed.initialize or accelerator.prepare takes it",
+                hint="check the optimizer before you pass it to deepspeed.initialize or accelerator.prepare",
             )
         inner = getattr(optimizer, "optimizer", None)
         if inner is optimizer or not hasattr(inner, "param_groups"):
@@ -213,7 +213,7 @@ def _from_dicts(
 
 
 def _is_iterator(value: object) -> bool:
-    """Return whether ``value`` can be read only once: an iterator is its own ``iter()``, and asking reads nothing."""
+    """Return whether ``value`` is an iterator, which can be read only once; ``iter()`` of an iterator reads nothing."""
     return isinstance(value, Iterable) and iter(value) is value
 
 
@@ -224,16 +224,18 @@ def _params_list(group: LiveGroup, params: Any, findings: list[Finding]) -> list
     if isinstance(params, str | bytes | Mapping) or not isinstance(params, Iterable):
         fault = "has no params" if params is None else f"has a {type(params).__name__} as params"
         findings.append(
-            codes.NOT_A_PARAMETER.finding("", f"{group.where} {fault}", "params is a list of parameters of the model")
+            codes.NOT_A_PARAMETER.finding(
+                "", f"{group.where} {fault}", "params must be a list of parameters of the model"
+            )
         )
         return None
     if _is_iterator(params):
         findings.append(
             codes.ONE_SHOT.finding(
                 "",
-                f"{group.where} has a one-shot {type(params).__name__} as params: its first reader leaves it empty, so "
-                "its parameters were not checked",
-                "make it a list: list(...)",
+                f"{group.where} has a {type(params).__name__} as params, which can be read only once: its parameters "
+                "were not checked",
+                "make params a list: list(...)",
             )
         )
         return None
@@ -243,7 +245,7 @@ def _params_list(group: LiveGroup, params: Any, findings: list[Finding]) -> list
                 "",
                 f"{group.where} has a {type(params).__name__} as params: its order changes from run to run, and "
                 "optimizer state is saved by position",
-                "make it a list in the order of model.named_parameters()",
+                "make params a list in the order of model.named_parameters()",
             )
         )
     return list(params)
@@ -273,7 +275,7 @@ def _members(group: LiveGroup, items: Sequence[Any], names: Any, findings: list[
                 codes.NOT_A_PARAMETER.finding(
                     "",
                     f"{group.where}[{index}] is a {type(tensor).__name__}, not a parameter",
-                    "a module gives its parameters by .parameters(), a dict by .values()",
+                    "use .parameters() of a module, and .values() of a dict",
                 )
             )
 

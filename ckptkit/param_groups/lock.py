@@ -1,4 +1,4 @@
-"""A lock of param groups: every parameter with its group, position, shape, ties and options, kept beside a run."""
+"""A lock of param groups: each parameter with its group, position, shape and ties, and the options of each group."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 SCHEMA = "ckptkit.groups-lock/1"
-# The lock has names in fields of their own, and the learning rate before schedulers changed it as ``lr``.
+# The lock has separate fields for names, and stores initial_lr as lr.
 _NOT_LOCKED = options_of_kind("members", "name") | {"initial_lr"}
 _WRITE_AGAIN = "write it again with ckpt groups lock"
 
@@ -140,7 +140,7 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
 
 
 def lock_live(live_model: LiveModel, live: LiveGroups) -> ParamGroupsLock:
-    """Return the lock of live groups that were read before."""
+    """Return the lock of ``live``, with the parameters named as in ``live_model``."""
     infos = live_parameter_table(live_model).by_name
     counts: dict[int, int] = {}
     members: dict[int, list[LockedParameter]] = {id(group): [] for group in live.groups}
@@ -171,7 +171,7 @@ def lock_live(live_model: LiveModel, live: LiveGroups) -> ParamGroupsLock:
 
 
 def lock_model(table: ParameterTable) -> ParamGroupsLock:
-    """Return a lock without groups: the parameters of a model alone."""
+    """Return a lock that has the parameters of a model, and no groups."""
     return ParamGroupsLock((), tuple(_locked(info, None) for info in table.parameters))
 
 
@@ -260,10 +260,10 @@ def parse_lock(document: object) -> ParamGroupsLock:
     names = [parameter.name for parameter in (*grouped, *lock.outside)]
     if len(set(names)) < len(names):
         repeated = next(name for index, name in enumerate(names) if name in names[:index])
-        raise GroupsError(f"the lock has {quoted(repeated)} twice", hint=_WRITE_AGAIN)
+        raise GroupsError(f"the lock lists parameter {quoted(repeated)} twice", hint=_WRITE_AGAIN)
     if document.get("fingerprint") != f"sha256:{lock.fingerprint}":
         raise GroupsError(
-            "the lock was changed after it was written: its names and shapes do not have its fingerprint",
+            "the lock was changed after it was written: its fingerprint does not match its names and shapes",
             hint=_WRITE_AGAIN,
         )
     return lock
@@ -288,7 +288,7 @@ def _parameters(table: Mapping[str, object], key: str) -> tuple[LockedParameter,
 def _list(table: object, key: str, kind: Any = Mapping) -> Sequence[Any]:
     values: list[Any] = _field(table, key, list)
     if not all(isinstance(value, kind) and not isinstance(value, bool) for value in values):
-        raise GroupsError(f"the lock has a wrong type of entry in {quoted(key)}", hint=_WRITE_AGAIN)
+        raise GroupsError(f"the lock has an entry of a wrong type in {quoted(key)}", hint=_WRITE_AGAIN)
     return values
 
 

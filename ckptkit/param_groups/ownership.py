@@ -30,10 +30,10 @@ class AppliedModifier:
 
 @dataclass(frozen=True, slots=True)
 class OptionStep:
-    """One step towards an option: ``source`` set ``key`` to ``value``.
+    """One change of an option: ``source`` set ``key`` to ``value``.
 
-    ``source`` is ``defaults``, or the name of a rule or modifier. ``factor`` is what the option was multiplied by, or
-    None where the step did not multiply.
+    ``source`` is ``defaults``, or the name of a rule or modifier. ``factor`` is the number that the option was
+    multiplied by, or None where the option was set.
     """
 
     source: str
@@ -45,7 +45,7 @@ class OptionStep:
 def resolve_options(
     spec: ParamGroupSpec, rule: GroupRule, applied: Sequence[AppliedModifier]
 ) -> tuple[dict[str, Any], list[OptionStep]]:
-    """Return the options that the optimizer gets, and the steps that lead to them.
+    """Return the options that the optimizer gets, and every change that leads to them, in order.
 
     The defaults come first, then the rule, then each modifier. Each of them sets its options and then multiplies the
     values so far. With ``spec.lr_scale``, ``lr`` keeps its value and ``lr_scale`` holds the product of its multiples.
@@ -81,7 +81,7 @@ def resolve_options(
         if fault is not None:
             raise GroupsError(
                 f"{quoted(step.key)} of group {quoted(rule.name)} {fault} after all its multiples",
-                hint=f"ckpt groups explain shows each step; {quoted(step.source)} is one of them",
+                hint=f"ckpt groups explain shows every factor; one of them is from {quoted(step.source)}",
             )
     return options, steps
 
@@ -89,13 +89,16 @@ def resolve_options(
 class RuleMatcher:
     """Matches the rules and modifiers of a spec against the parameters of one model.
 
-    The matcher records what findings need later. ``matched`` has the (rule index, pattern) pairs that own something,
-    ``applied`` the modifiers that apply somewhere. ``without_layer`` lists, by modifier, the parameters that are in
-    no layer; ``undecided`` lists, by rule or modifier, those that only the live model could decide.
+    While it matches, the matcher records the facts that findings report:
+
+    - ``matched``: each pair of a rule index and a pattern that owns a parameter.
+    - ``applied``: the names of the modifiers that apply to a parameter.
+    - ``without_layer``: for each modifier, the parameters that it matches but that are in none of its layers.
+    - ``undecided``: for each rule or modifier, the parameters whose match only the live model can decide.
     """
 
     def __init__(self, spec: ParamGroupSpec, table: ParameterTable) -> None:
-        """Number the layers, and find the rule that takes what no other rule matches."""
+        """Number the layers of each modifier, and find the rule that owns the parameters that no other rule matches."""
         self.spec = spec
         self._rules = [(index, rule) for index, rule in enumerate(spec.rules) if not rule.rest]
         indices = {rule.name: index for index, rule in enumerate(spec.rules)}
@@ -104,7 +107,7 @@ class RuleMatcher:
         for modifier in spec.modifiers:
             if modifier.layers is not None:
                 matching = [name for name, parameter in table.by_name.items() if modifier.matches(parameter)]
-                self.layers[modifier.name] = modifier.layers.number(matching)
+                self.layers[modifier.name] = modifier.layers.layer_numbers(matching)
         self.matched: set[tuple[int, str]] = set()
         self.applied: set[str] = set()
         self.without_layer: dict[str, list[str]] = {}

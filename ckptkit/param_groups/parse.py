@@ -1,4 +1,4 @@
-"""Parse a spec: a TOML, JSON or YAML table, or its Python form, becomes a checked ``ParamGroupSpec``."""
+"""Parse and check a spec, given as a TOML, JSON or YAML table or as Python objects."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ _RESERVED = {
     "freeze": "it belongs in one group",
     "optimizer": "it belongs at the top of the spec, or in one group",
     "layers": "it belongs in one [[modifier]]",
-    "layer_decay": "it belongs in one [[modifier]], beside layers",
-    "min_scale": "it belongs in one [[modifier]], beside layers",
+    "layer_decay": "it belongs in one [[modifier]], together with layers",
+    "min_scale": "it belongs in one [[modifier]], together with layers",
 }
 _LAYER_KEYS = ("layers", "layer_decay", "min_scale")
 _NUMBERS = ("lr", "weight_decay")  # options that every torch.optim class uses as one number, 0 or more
@@ -218,7 +218,7 @@ def _layers(table: Mapping[str, Any], where: str) -> Layers | None:
 
 
 def _checked(spec: ParamGroupSpec) -> ParamGroupSpec:
-    """Return ``spec`` after every check that tables and specs made in Python have in common."""
+    """Return ``spec`` after the checks that apply to tables and to specs made in Python."""
     if not spec.rules:
         raise GroupsError("the spec has no group", hint=_EXAMPLE)
     _check_options(spec.defaults, "[defaults]")
@@ -238,7 +238,7 @@ def _checked(spec: ParamGroupSpec) -> ParamGroupSpec:
             )
         if rule.rest and number < len(spec.rules):
             raise GroupsError(
-                f"{where} has rest = true but is not the last group: the groups after it could own nothing",
+                f"{where} has rest = true but is not the last group: the groups after it would get no parameter",
                 hint="move it to the end; a spec has at most one such group",
             )
         _check_options(rule.options, where)
@@ -261,7 +261,9 @@ def _check_modifiers(spec: ParamGroupSpec) -> None:
         seen.add(modifier.name)
         _check_options(modifier.options, where)
         if not (modifier.options or modifier.multiples or modifier.layers):
-            raise GroupsError(f"{where} changes no option", hint="write an option into it: weight_decay = 0.0")
+            raise GroupsError(
+                f"{where} changes no option", hint="add an option to the modifier, such as weight_decay = 0.0"
+            )
         scaled = {**modifier.multiples, **({"lr": 1.0} if modifier.layers else {})}
         for rule in trained:
             _check_multiples(scaled, {**spec.defaults_for(rule), **rule.options, **modifier.options}, where)

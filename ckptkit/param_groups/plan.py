@@ -1,4 +1,4 @@
-"""Assign a spec to the parameters of a model: the planned groups, and what is wrong with the spec."""
+"""Assign the parameters of a model to the groups of a spec, and find the faults of the spec."""
 
 from __future__ import annotations
 
@@ -91,9 +91,9 @@ class ParamGroupsPlan:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SpecAssignment:
-    """A spec assigned to the parameters of one model: compute it once with ``assign``, and pass it on.
+    """The groups that a spec makes for one model, and every finding about the spec.
 
-    ``report`` has every finding about the spec. Build a plan only where the report has no error.
+    Build groups from ``plan`` only where ``report`` has no error.
     """
 
     plan: ParamGroupsPlan
@@ -106,9 +106,12 @@ def plan_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGro
     ``model`` is a live ``torch.nn.Module``, a checkpoint, or a mapping of tensors. Only names and shapes of a
     checkpoint are used: every parameter counts as trainable, and roles are read from names.
 
-    Raises ``GroupsError`` for a rule, modifier or pattern that matches nothing (unless it is optional), for a trainable
-    parameter that no rule owns, for an uninitialised parameter, and for a tied parameter that would get different
-    options under its names.
+    Raises ``GroupsError``:
+
+    - for a rule, modifier or pattern that matches nothing, unless it is optional;
+    - for a trainable parameter that no rule owns;
+    - for an uninitialised parameter;
+    - for a tied parameter that would get different options under its names.
     """
     with pause_gc():
         assignment = assign(parameter_table(model), spec)
@@ -151,7 +154,7 @@ def assign(table: ParameterTable, spec: SpecLike) -> SpecAssignment:
     frozen: list[ParameterInfo] = []
     freeze: list[ParameterInfo] = []
     unowned: list[ParameterInfo] = []
-    explained: set[int] = set()  # rules that own nothing because of a tie, which has a finding of its own
+    explained: set[int] = set()  # rules that own nothing because of a tie, which has its own finding
     owners: set[int] = set()
     findings: list[Finding] = []
     for parameter in table.parameters:
@@ -214,11 +217,11 @@ def _split_ties(
 
 
 def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str | None:
-    """Return the first option in which two sets of options differ, or None."""
+    """Return the first option that differs between two sets of options, or None."""
     for key in {**mine, **theirs}:
         if key not in mine or key not in theirs:
             return key
-        # Tensors compare element by element, and a scheduler later changes each of two equal tensors alone.
+        # Two equal tensors count as different, because a scheduler can later change one of them alone.
         same = mine[key] is theirs[key]
         if not same and (any(map(is_tensor, (mine[key], theirs[key]))) or mine[key] != theirs[key]):
             return key

@@ -1,4 +1,4 @@
-"""The properties of parameters that rules ask about: name, shape, dtype, module class and roles."""
+"""The properties of parameters that a rule can test: name, shape, dtype, module class and roles."""
 
 from __future__ import annotations
 
@@ -153,8 +153,8 @@ def _leaf_roles(leaf: str) -> frozenset[str]:
 def model_heads(model: Module, modules: Mapping[str, Module]) -> frozenset[str]:
     """Return the paths of the output layers of a model, and of the modules inside them.
 
-    The model is asked first: by ``get_output_embeddings`` as in transformers, and by ``get_classifier`` as in timm.
-    Otherwise the modules with a name of ``HEADS`` at the root are taken, otherwise the last module that has a matrix.
+    ``get_output_embeddings()`` of transformers or ``get_classifier()`` of timm gives the layer, if the model has one.
+    Otherwise it is every module of the root with a name in ``HEADS``, or else the last module that has a matrix.
     """
     for method in ("get_output_embeddings", "get_classifier"):
         layer = _call(model, method)
@@ -194,10 +194,10 @@ def is_buffer_name(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ParameterInfo:
-    """What a rule can ask about one parameter.
+    """The properties of one parameter that a rule can test.
 
-    ``shape`` is None while the parameter is uninitialised. ``classes`` has the names of the class of its module and
-    of every base class; it is None for a checkpoint, where ``roles`` are read from names. ``aliases`` are the same
+    ``shape`` is None while the parameter is uninitialised. ``classes`` has the names of the module class and of every
+    base class. For a checkpoint, ``classes`` is None and ``roles`` are guessed from names. ``aliases`` are the same
     parameter under its other names, where it is tied.
     """
 
@@ -224,7 +224,7 @@ class ParameterInfo:
 class ParameterTable:
     """The parameters of one model in the order of registration, each tied parameter once.
 
-    ``buffers`` are names. ``assumed`` says what was only assumed, in sentences, where the model is a checkpoint.
+    ``buffers`` has names. ``assumed`` has a sentence for each assumption, where the model is a checkpoint.
     """
 
     parameters: tuple[ParameterInfo, ...]

@@ -85,7 +85,7 @@ class Modifier:
     def matches(self, parameter: ParameterInfo) -> bool | None:
         """Return whether patterns and condition match, or None where only the live model could tell.
 
-        Layers are not looked at here.
+        Layers are not checked here.
         """
         if self.patterns and not matches_any(self.patterns, parameter.name):
             return False
@@ -94,7 +94,7 @@ class Modifier:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroupSpec:
-    """Which rule owns each parameter of a model, and with which options the parameter trains.
+    """The rules that decide the group of each parameter, and the options of each group.
 
     - ``rules`` are ordered: the first rule that matches a parameter owns it.
     - ``defaults`` are the options of every group; ``optimizers`` has more of them for one optimizer class.
@@ -124,7 +124,7 @@ class ParamGroupSpec:
         return rule.optimizer or self.optimizer
 
     def defaults_for(self, rule: GroupRule) -> dict[str, Any]:
-        """Return the defaults of ``rule``: those of every group, then those of its optimizer class."""
+        """Return ``defaults``, updated with the options in ``optimizers`` for the optimizer class of ``rule``."""
         return {**self.defaults, **self.optimizers.get(self.optimizer_of(rule) or "", {})}
 
 

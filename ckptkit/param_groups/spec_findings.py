@@ -1,4 +1,4 @@
-"""Describe what is wrong with a spec over a model: rules that own nothing, parameters without a rule, doubts."""
+"""The findings about a spec for a model: rules that own nothing, parameters without a rule, and assumptions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MATRIX = 2  # the dimensions of a matrix
 class SpecFindings:
     """Makes the findings about one spec over one model, after ``matcher`` has seen every parameter.
 
-    Why a rule owns nothing is worked out only for the rules that own nothing.
+    The reason why a rule owns nothing is computed only for such rules, because it takes time.
     """
 
     table: ParameterTable
@@ -33,9 +33,9 @@ class SpecFindings:
     matcher: RuleMatcher
 
     def idle(self, idle: Collection[int], explained: Collection[int]) -> Iterator[Finding]:
-        """Yield why the rules in ``idle`` own nothing, and which patterns and modifiers match nothing.
+        """Yield a finding for each rule that owns nothing, and for each pattern and modifier that matches nothing.
 
-        ``idle`` and ``explained`` are indices of rules; the latter have a finding already.
+        ``idle`` has the indices of the rules that own nothing. ``explained`` has those with a finding already.
         """
         for index, rule in enumerate(self.spec.rules):
             if not rule.optional and index not in explained:
@@ -45,7 +45,7 @@ class SpecFindings:
                 yield self._idle_modifier(modifier)
 
     def remarks(self) -> Iterator[Finding]:
-        """Yield what has no effect, what could not be decided, and what was assumed."""
+        """Yield warnings and notes: unused options, layers, conditions that need the live model, and assumptions."""
         used = {self.spec.optimizer_of(rule) for rule in self.spec.rules}
         for name in self.spec.optimizers:
             if name not in used:
@@ -90,7 +90,7 @@ class SpecFindings:
             )
 
     def lazy(self, parameter: ParameterInfo) -> Finding:
-        """Return that ``parameter`` has no shape yet."""
+        """Return the finding that ``parameter`` has no shape yet."""
         return codes.LAZY.finding(
             parameter.name,
             f"{quoted(parameter.name)} is uninitialised: a lazy module has no shapes before its first forward pass",
@@ -98,7 +98,7 @@ class SpecFindings:
         )
 
     def frozen(self, frozen: Sequence[ParameterInfo]) -> Finding:
-        """Return that the parameters in ``frozen`` are frozen, for a spec that forbids this."""
+        """Return the finding that the parameters in ``frozen`` are frozen, for a spec that forbids this."""
         verb = "has" if len(frozen) == 1 else "have"
         return codes.FROZEN.finding(
             frozen[0].name,
@@ -110,7 +110,7 @@ class SpecFindings:
     def split_tie(
         self, parameter: ParameterInfo, alias: ParameterInfo, owner: int, other: int, option: str | None
     ) -> Finding:
-        """Return that two names of one tied parameter would get different options.
+        """Return the finding that two names of one tied parameter would get different options.
 
         ``owner`` and ``other`` are the indices of their rules. ``option`` is the first option that differs, or None
         where one of the rules freezes.
@@ -130,7 +130,7 @@ class SpecFindings:
         )
 
     def unowned(self, unowned: Sequence[ParameterInfo]) -> Finding:
-        """Return that no rule matches the trainable parameters in ``unowned``."""
+        """Return the finding that no rule matches the trainable parameters in ``unowned``."""
         verb = "matches" if len(unowned) == 1 else "match"
         return codes.UNOWNED.finding(
             unowned[0].name,
@@ -139,7 +139,7 @@ class SpecFindings:
         )
 
     def vectors(self, owned: Sequence[tuple[int, ParameterInfo]]) -> Iterator[Finding]:
-        """Yield which groups give vectors to Muon.
+        """Yield a finding for each group that gives vectors to Muon.
 
         Only vectors are reported: some versions of Muon flatten a convolution to a matrix, but none takes a vector.
         """
@@ -159,7 +159,7 @@ class SpecFindings:
                 )
 
     def _idle_patterns(self, index: int) -> Iterator[Finding]:
-        """Yield the patterns that match nothing: one of a list can be misspelled while its rule owns something."""
+        """Yield a finding for each pattern that matches nothing, of a rule that owns parameters by other patterns."""
         rule = self.spec.rules[index]
         names = self.table.by_name
         for pattern in rule.patterns:
@@ -190,8 +190,9 @@ class SpecFindings:
             owners = " and ".join(map(quoted, dict.fromkeys(map(self._owner_name, shadowed))))
             return codes.RULE_SHADOWED.finding(
                 rule.name,
-                f"{group} owns no parameter: group {owners} before it owns all that it matches ({_names(shadowed)})",
-                "move the narrower group up: the first group that matches wins",
+                f"{group} owns no parameter: every parameter that it matches is in an earlier group, {owners} "
+                f"({_names(shadowed)})",
+                "move the group with the narrower patterns up: the first group that matches a parameter owns it",
             )
         tied = [(alias, parameter) for parameter in trainable for alias in parameter.aliases if rule.matches(alias)]
         if tied:

@@ -113,8 +113,8 @@ def compare_groups(
     """Return the differences between two lists of groups; only options that an expected group has are compared.
 
     - ``match="name"``: groups correspond by name, or else by most common parameters. Corresponding groups are compared.
-    - ``match="position"``, as torch loads a state: groups correspond by number, but the options of each parameter are
-      compared with those of the found group that has the parameter.
+    - ``match="position"``, as torch loads a state: groups correspond by number. The options of each parameter are
+      compared with the options of the found group that has the parameter.
 
     ``ignored`` returns the options of an expected and a found group that are not compared. ``equal`` compares two
     values of an option.
@@ -156,7 +156,7 @@ def compare_groups(
 def _match_groups(
     expected: Sequence[GroupView], found: Sequence[GroupView], found_groups: Mapping[str, int]
 ) -> dict[int, int]:
-    """Return the number of the found group of the same name, or else of the one with most common parameters."""
+    """Return the number of the found group of the same name, or else of the group with most common parameters."""
     by_name = {group.name: number for number, group in enumerate(found)}
     matches = {number: by_name[group.name] for number, group in enumerate(expected) if group.name in by_name}
     matched = set(matches.values())

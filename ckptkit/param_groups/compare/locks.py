@@ -72,7 +72,7 @@ def _shape_findings(expected: ParamGroupsLock, found: ParamGroupsLock) -> Iterat
             yield codes.SHAPE.finding(
                 name,
                 f"{quoted(name)} had shape {list(before.shape)} and now has {list(after.shape)}",
-                "its optimizer state has the old shape: drop it, or resize it as the parameter was resized",
+                "drop its optimizer state, which has the old shape, or resize the state like the parameter",
             )
         elif after.dtype != before.dtype and after.dtype and before.dtype:
             message = f"{quoted(name)} had dtype {before.dtype} and now has {after.dtype}"

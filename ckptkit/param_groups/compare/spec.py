@@ -25,8 +25,8 @@ _BUILD_AGAIN = "build the groups from the spec again (build_param_groups), and l
 def compare_with_spec(live_model: LiveModel, live: LiveGroups, spec: SpecLike) -> Iterator[Finding]:
     """Yield the findings of ``spec`` for the model, and each difference of the live groups from the spec.
 
-    Learning rates are those before schedulers changed them, where the groups record these. Options that schedulers
-    overwrite and options that only change the speed of a step are not compared.
+    Where a group has an ``initial_lr``, it is compared instead of ``lr``, which schedulers change. Options that
+    schedulers overwrite and options that only change the speed of a step are not compared.
     """
     assignment = assign(live_parameter_table(live_model), spec)
     yield from assignment.report.findings
@@ -72,7 +72,7 @@ def _spec_options(key: str, label: str, difference: GroupDifference) -> Iterator
         yield codes.OPTIONS.finding(
             key,
             f"{label} trains with {has}, and the spec says {says}",
-            "build the groups from the spec again; load_state_dict() replaces the options by those of the file",
+            "build the groups from the spec again; load_state_dict() replaces the options with the saved options",
         )
 
 

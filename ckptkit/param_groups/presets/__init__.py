@@ -1,4 +1,4 @@
-"""Presets: well-known param-group specs with settings, each a TOML file beside this module."""
+"""Presets: well-known param-group specs with settings, one TOML file each in this folder."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def param_group_preset(name: str, model: Module | StateDictLike | None = None, *
     """Return the spec of a preset: ``param_group_preset("timm-layer-decay", model, lr=1e-3, layer_decay=0.65)``.
 
     ``name`` is one of ``param_group_preset_names()``; ``settings`` are those in the file of the preset. ``model`` is a
-    live ``torch.nn.Module``, or a checkpoint or mapping of tensors where names and shapes are enough. Few presets need
-    a model here.
+    live ``torch.nn.Module``, or a checkpoint or mapping of tensors where names and shapes are enough. Most presets
+    need no model.
 
     Warns (``UserWarning``) where a preset differs from its source for this model. Raises ``GroupsError`` for an unknown
     preset or setting, for a required setting without a value, and for a model that the preset does not support.

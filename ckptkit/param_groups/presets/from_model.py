@@ -150,7 +150,7 @@ def _sgd(growth: Sequence[float | None]) -> float:
 
 
 def _growths(table: ParameterTable, base_shapes: object) -> Iterator[tuple[ParameterInfo, list[float | None]]]:
-    """Yield each parameter with the factor by which each dimension grew; None for a dimension that is not a width."""
+    """Yield each parameter with the growth factor of each dimension, or None for a dimension that is not a width."""
     bases, explicit = _bases(base_shapes)
     missing = [parameter.name for parameter in table.parameters if parameter.name not in bases]
     extra = [name for name in bases if name not in table.by_name]
@@ -258,8 +258,8 @@ def _saved_vectors(context: PresetContext) -> list[str]:
     multiple, ratio = context.settings["vectors_lr_mult"], context.settings["lr_ratio"]
     if found and multiple != ratio:
         warnings.warn(
-            f"{plural(len(found), 'parameter')} with one dimension outside LoRA: the learning rate is {multiple} times "
-            f"the base rate, but {ratio} times in LoRA+ of peft (vectors_lr_mult sets the factor): {listed(found)}",
+            f"{plural(len(found), 'parameter')} with one dimension outside LoRA: lr is {multiple} times the base lr, "
+            f"and LoRA+ of peft uses {ratio} times; vectors_lr_mult sets the factor: {listed(found)}",
             stacklevel=4,
         )
     return patterns_of(found, context.names)

@@ -46,8 +46,9 @@ def rebind(
     and their order stay the same, so schedulers, gradient scalers and wrappers continue to work. Nothing is changed
     before everything is decided.
 
-    - ``add_missing`` adds the trainable parameters that are in no group: to the group with this name or index, or to a
-      new group with these options. Its ``lr`` is the rate at the start of the schedulers. None: they are reported.
+    - ``add_missing``: the name or index of the group that gets the trainable parameters that are in no group, or the
+      options of a new group for them. ``lr`` of a new group is its rate at the start of the schedulers. With None,
+      the parameters are only reported.
     - ``schedulers``: one scheduler, or all of them. They are extended for a new group.
     - ``on_shape`` decides about state with a shape that no longer fits: ``"drop"``, ``"error"``, or ``"pad"``, which
       adds rows with initial values.
@@ -137,7 +138,7 @@ class _Rebind:
         return [_Slot(live.tensor, self._recorded_name(member, live, report=False)) for live in replacement.live]
 
     def _recorded_name(self, member: Member, live: LiveParameter, *, report: bool) -> str | None:
-        """Return the name to record for ``live``: the recorded name where it is true, None where none is recorded."""
+        """Return the name to record for ``live``, or None where no name was recorded."""
         if member.name is None:
             return None
         bare = bare_name(member.name)
@@ -149,13 +150,13 @@ class _Rebind:
         if report:
             self.findings.append(
                 codes.RENAMED.finding(
-                    live.name, f"{member.where} is {quoted(live.name)}, and was recorded as {quoted(member.name)}"
+                    live.name, f"{member.where} is {quoted(live.name)}; its recorded name was {quoted(member.name)}"
                 )
             )
         return live.name
 
     def plan_state(self) -> None:
-        """Plan what becomes of the state of each parameter."""
+        """Plan the new state of each parameter."""
         schema = schema_of(type(self.optimizer))
         if schema is not None and schema.has_shared_state:
             return
@@ -168,7 +169,8 @@ class _Rebind:
                     self._drop(key, f"the state under {key!r} was dropped: it belongs to no parameter")
             elif not isinstance(slots, Mapping):
                 self._drop(
-                    key, f"the state of a tensor {tuple(key.shape)} was dropped: it is {kind_of(slots)}, not a dict"
+                    key,
+                    f"the state of a tensor {tuple(key.shape)} was dropped: the state is {kind_of(slots)}, not a dict",
                 )
             elif member is None:
                 size = human_bytes(sum(value.nbytes for value in slots.values() if is_tensor(value)))
@@ -241,7 +243,7 @@ class _Rebind:
             self.moves.append(_StateMove(new=tensors[0], slots=slots))
 
     def plan_missing(self, add_missing: str | int | Mapping[str, Any] | None, schedulers: Any) -> None:
-        """Plan where the trainable parameters go that are in no group."""
+        """Plan the group of each trainable parameter that is in no group."""
         held = {id(slot.tensor) for params in self.params for slot in params} | set(self.beside)
         missing = [live for live in self.live_model.trainable() if id(live.tensor) not in held]
         if add_missing is not None and not isinstance(add_missing, Mapping):
@@ -255,7 +257,8 @@ class _Rebind:
                 codes.STILL_MISSING.finding(
                     names[0],
                     f"{listed(names)} {verb} trainable, but in no group of this optimizer",
-                    f"{_ADD_MISSING}; or freeze the parameters",
+                    "pass add_missing= the name or index of a group, or the options of a new group; or freeze the "
+                    "parameters",
                 )
             )
             return
@@ -300,8 +303,9 @@ class _Rebind:
             )
         if schedulers is None and any("initial_lr" in group for group in groups):
             raise GroupsError(
-                "a new group needs the schedulers of this optimizer: its groups have an initial_lr, and none was given",
-                hint="schedulers= takes all of them, or () where none is used any more",
+                "a new group needs the schedulers of this optimizer: its groups have an initial_lr, but "
+                "schedulers is None",
+                hint="pass every scheduler as schedulers=, or schedulers=() if the optimizer has none any more",
             )
         for key in options:
             if not isinstance(key, str):
@@ -313,8 +317,8 @@ class _Rebind:
                 raise GroupsError(f"add_missing: {key} {fault.problem}", hint=fault.hint)
         # Copied: a scheduler would change a shared lr tensor in every group that has it.
         options = copy.deepcopy({**self.optimizer.defaults, **options})
-        if driving := read_schedulers(schedulers):
-            self.extension = plan_extension(driving, self.optimizer, options)
+        if given_schedulers := read_schedulers(schedulers):
+            self.extension = plan_extension(given_schedulers, self.optimizer, options)
             options = dict(self.extension.options)
         params = [slot.tensor if slot.name is None else (slot.name, slot.tensor) for slot in added]
         self.new_group = {"params": params, **options}
@@ -330,7 +334,7 @@ class _Rebind:
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
                 raise GroupsError(
                     f"{type(self.optimizer).__name__} refuses a new group: {error}",
-                    hint="add_missing= the name or index of an existing group",
+                    hint="pass add_missing= the name or index of an existing group",
                 ) from error
         if self.extension is not None:
             self.extension.apply()

@@ -21,7 +21,7 @@ _WEIGHT_NORM_ENDINGS = (".original0", ".original1", "_g", "_v")
 class Replacement:
     """The parameters that replace one old tensor: none, one or several.
 
-    ``keeps_state`` says that there is one, and that the state of the old tensor means the same for it.
+    ``keeps_state`` is True where exactly one parameter replaces the tensor and can use its optimizer state.
     """
 
     live: tuple[LiveParameter, ...] = ()
@@ -104,7 +104,8 @@ def _replacement(
 ) -> Replacement:
     """Return the replacement of ``tensor``.
 
-    ``held`` has the ids of the tensors that are in a group. ``claimed`` records which tensor each replacement replaces.
+    ``held`` has the ids of the tensors that are in a group. ``claimed`` maps the id of
+    each replacement to the tensor that it replaces, and is extended here.
     """
     live, name = tensor.live, tensor.name
     rename = find_rename(live_model, name) if name else None
@@ -129,7 +130,7 @@ def _replacement(
     if first is tensor:
         return Replacement((live,), keeps_state=True)
     if live.aliases:
-        return Replacement(reason=f"it is tied now: {quoted(live.name)} replaces both parameters")
+        return Replacement(reason=f"{quoted(live.name)} is tied now and replaces both parameters")
     raise GroupsError(
         f"{first.members[0].where} and {tensor.members[0].where} would both become {quoted(live.name)}",
         hint="the recorded names are wrong: build the optimizer again from model.named_parameters()",

@@ -1,4 +1,4 @@
-"""Extend schedulers for a new group: the values that they keep for each group, and the learning rate it starts with."""
+"""Extend schedulers for a new group: their lists with one value for each group, and the learning rate of the group."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class SchedulerExtension:
 def plan_extension(schedulers: Sequence[Any], optimizer: Optimizer, group: Mapping[str, Any]) -> SchedulerExtension:
     """Return how ``schedulers`` are extended for a new group, as if the group had been there from their start.
 
-    ``group`` has the options of the new group. Its ``lr`` becomes its ``initial_lr``, and its new ``lr`` is what the
-    schedules have made of that by now, without the reductions of ``ReduceLROnPlateau``. Raises ``GroupsError`` for a
-    scheduler of another optimizer, for one with values for other groups, and where a value cannot be known.
+    ``group`` has the options of the new group. Its ``lr`` becomes its ``initial_lr``. Its new ``lr`` is the rate
+    that the schedulers would have set by now, without the reductions of ``ReduceLROnPlateau``. Raises ``GroupsError``
+    for a scheduler of another optimizer, for a scheduler of other groups, and where a value cannot be known.
     """
     count = len(optimizer.param_groups)
     initial = initial_lr(group)
@@ -76,7 +76,9 @@ def _with_inner(scheduler: Any) -> Iterator[Any]:
 def _check_extensible(scheduler: Any, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     name = type(scheduler).__name__
     if unwrap_optimizer(scheduler.optimizer) is not optimizer:
-        raise GroupsError(f"{name} drives another optimizer", hint="pass the schedulers of this optimizer only")
+        raise GroupsError(
+            f"{name} is a scheduler of another optimizer", hint="pass the schedulers of this optimizer only"
+        )
     if not type(scheduler).__module__.startswith("torch.optim."):
         raise GroupsError(
             f"{name} is not a scheduler of torch: how to extend it for a new group is not known", hint=_REBUILD
@@ -130,7 +132,7 @@ def _extended_lists(
 
 
 def _scheduled_options(schedulers: Sequence[Any], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that a group would have now, if ``schedulers`` had driven it from their start."""
+    """Return the options that a group would have now, if ``schedulers`` had changed them from their start."""
     active = [
         inner for scheduler in schedulers for inner in _active(scheduler) if type(inner).__name__ != "ReduceLROnPlateau"
     ]

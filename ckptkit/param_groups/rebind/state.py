@@ -44,10 +44,10 @@ def convert_state(
 ) -> ConvertedState:
     """Return the state of ``live``, converted from ``slots``.
 
-    ``older`` is the tensor that ``live`` replaced, or None where it is the same object. Either every slot is kept or
-    none: a step fails with half a state. With ``on_shape="pad"``, rows with initial values are added where the
-    parameter grew by rows: it is the same object, or it begins with the rows of ``older``. Raises ``GroupsError`` for
-    a shape that does not fit with ``on_shape="error"``.
+    ``older`` is the tensor that ``live`` replaced, or None where it is the same object. All slots are
+    kept or all are dropped, because a step fails if some slots are missing. With ``on_shape="pad"``, rows with initial
+    values are added where the parameter grew by rows: ``live`` must be the same object, or begin with the rows of
+    ``older``. With ``on_shape="error"``, a shape that does not fit raises ``GroupsError``.
     """
     reason = next((reason for value in slots.values() if (reason := _unusable(value, live)) is not None), None)
     if reason is not None:
