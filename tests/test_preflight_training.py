@@ -94,8 +94,8 @@ def test_groups_that_cannot_train_are_an_error(given: dict[str, Any], code: str)
     ("optimizer", "reason"),
     [
         ("AdamV", "torch.optim has no optimizer 'AdamV'"),
-        (3, "the optimizer is a int"),
-        ([1], "the optimizer is a list"),
+        (3, "the optimizer cannot be of type int"),
+        ([1], "the optimizer cannot be of type list"),
     ],
     ids=["a misspelled name", "a number", "a list"],
 )

@@ -36,8 +36,8 @@ _STATE_CODES = frozenset(
 class ParamGroupsCheck:
     """The settings of a callback, and its check.
 
-    Errors stop the training; with ``strict``, warnings do too; with ``on_fault="warn"``, nothing does. ``spec`` and
-    ``lock`` are compared with the optimizers, as ``validate_param_groups`` does.
+    Errors stop the training, and with ``strict``, warnings stop it too. With ``on_fault="warn"``, nothing stops the
+    training. ``spec`` and ``lock`` are compared with the optimizers, as in ``validate_param_groups``.
     """
 
     strict: bool = False
@@ -55,15 +55,15 @@ class ParamGroupsCheck:
     ) -> Report:
         """Return the report on ``optimizers``, which share ``model``; warn of findings that do not stop the training.
 
-        ``has_stepped`` says that the training has begun. Warnings about optimizer state are then left out: training
-        itself causes them, such as different step counts in a mixture of experts. Raises ``GroupsError`` as
+        With ``has_stepped``, after the first step, warnings about optimizer state are left out. Training itself causes
+        these warnings, such as different step counts in a mixture of experts. Raises ``GroupsError`` as
         ``assert_param_groups`` does, unless ``on_fault`` is ``"warn"``.
         """
         groups = optimizers[0] if len(optimizers) == 1 else list(optimizers)
         report = validate_param_groups(model, groups, schedulers=schedulers, spec=self.spec, lock=self.lock)
         if has_stepped:
-            kept = tuple(finding for finding in report.findings if not _is_state_warning(finding))
-            report = replace(report, findings=kept)
+            findings = tuple(finding for finding in report.findings if not _is_state_warning(finding))
+            report = replace(report, findings=findings)
         if self.on_fault == "raise":
             report.raise_for_errors(warnings=self.strict)
         if report.summary["errors"] or report.summary["warnings"]:

@@ -35,8 +35,8 @@ _Callback: Any = _lightning_callback()
 class ParamGroupsCallback(_Callback):
     """Stops ``Trainer.fit()`` before the first step where the optimizers do not train the parameters of the module.
 
-    The check runs before the first batch of each epoch, after ``configure_optimizers``, after a resumed checkpoint was
-    loaded, and after other callbacks unfroze parameters. Several optimizers are checked together.
+    The check runs before the first batch of each epoch. By then, ``configure_optimizers`` was called, a resumed
+    checkpoint was loaded, and other callbacks have unfrozen parameters. Several optimizers are checked together.
 
     - ``strict``: warnings raise ``GroupsError`` too, not only errors.
     - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.
@@ -60,7 +60,7 @@ class ParamGroupsCallback(_Callback):
         self._checked_epoch = None
 
     def on_train_batch_start(self, trainer: Any, pl_module: Module, batch: object, batch_idx: int) -> None:
-        """Check once in each epoch, whichever batch is its first."""
+        """Check once in each epoch: the first batch can have any index after a resume."""
         if self._checked_epoch != trainer.current_epoch:
             has_stepped, self._checked_epoch = self._checked_epoch is not None, trainer.current_epoch
             schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]

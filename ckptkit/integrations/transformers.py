@@ -24,8 +24,8 @@ __all__ = ["ParamGroupsCallback"]
 class ParamGroupsCallback(TrainerCallback):
     """Stops ``Trainer.train()`` before the first step where the optimizer does not train the parameters of the model.
 
-    The check runs when training begins, after a resumed checkpoint was loaded, and at the start of each later epoch,
-    because a parameter that was unfrozen since then needs a group. The two groups that the Trainer makes pass it.
+    The check runs when training begins, after a resumed checkpoint was loaded. It runs again at the start of each later
+    epoch, because a parameter that was unfrozen needs a group. The two groups that the Trainer makes pass the check.
 
     - ``strict``: warnings raise ``GroupsError`` too, not only errors.
     - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.

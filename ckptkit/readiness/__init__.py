@@ -66,12 +66,12 @@ def preflight(
     resume_optimizer: Any = None,
     dry_step: LossFunction | None = None,
 ) -> Preflight:
-    """Return one page that says whether ``model`` is ready to train, and which questions it did not judge.
+    """Return a report that says whether ``model`` is ready to train.
 
-    Every argument but ``model`` is optional; without its argument, a question is not judged.
+    Every argument but ``model`` is optional. A check whose argument is missing is skipped, and ``not_judged`` names it.
 
-    - ``init``: the checkpoint that the model starts from. ``rules`` rename its keys. ``fresh`` are patterns of keys
-      that must stay at init.
+    - ``init``: the checkpoint that the model starts from. ``rules`` rename its keys. ``fresh`` are patterns of the keys
+      that must keep their initial values, such as the keys of a new head.
     - ``groups``: a param-group spec. ``optimizer``: a live optimizer, a list of them, a class, or the name of a class
       of torch.optim. ``schedulers``: the schedulers of a live optimizer.
     - ``resume``: the weights of a run to resume. ``resume_optimizer``: its optimizer state, as ``state_dict()`` or
@@ -79,9 +79,12 @@ def preflight(
     - ``dry_step``: a function that takes a deep copy of the model and returns the loss of one batch, a tensor of one
       number. A backward pass and a step on the copy show which parameters get a gradient and change.
 
-    Nothing that the caller passes is changed, and values are read once. Raises ``ModelError`` where ``model`` cannot be
-    described, ``GroupsError`` where the spec or the optimizer cannot be read, ``RuleError`` for rules and patterns that
-    match nothing, and any error of reading the checkpoints.
+    The arguments are not changed, and each tensor is read once. Raises:
+
+    - ``ModelError`` where ``model`` cannot be described;
+    - ``GroupsError`` where the spec or the optimizer cannot be read;
+    - ``RuleError`` for rules and patterns that match nothing;
+    - any error that reading a checkpoint raises.
     """
     import torch
 
@@ -118,13 +121,13 @@ def preflight(
         not_judged.append("resuming: no run given")
     step = None
     if dry_step is None:
-        not_judged.append("gradients: no dry step asked for")
+        not_judged.append("gradients: no dry_step given")
     elif inspected.on_meta:
         not_judged.append("gradients: the model is on the meta device")
     else:
 
-        def optimizers_of(twin: Module) -> Sequence[Optimizer]:
-            return _twin_optimizers(model, twin, training, optimizer)
+        def optimizers_of(model_copy: Module) -> Sequence[Optimizer]:
+            return _optimizers_of_copy(model, model_copy, training, optimizer)
 
         step, more = run_dry_step(model, training.frozen, dry_step, optimizers_of)
         findings += more
@@ -165,21 +168,21 @@ def _diff(inspected: InspectedModel, found: StateDictLike, rules: Rules | list[s
     return diff_checkpoints(inspected.state, opened, apply_rules(as_rules(rules), opened))
 
 
-def _twin_optimizers(
-    model: Module, twin: Module, training: Training, optimizer: OptimizerLike | None
+def _optimizers_of_copy(
+    model: Module, model_copy: Module, training: Training, optimizer: OptimizerLike | None
 ) -> Sequence[Optimizer]:
-    """Return optimizers of the copy: a live one is copied with its state, any other is built again for the copy."""
+    """Return optimizers for ``model_copy``: a copy of each live optimizer with its state, or new ones of a class."""
     if not training.given or any(finding.severity == "error" for finding in training.findings):
         return ()
     if optimizer is None or isinstance(optimizer, str | type):
-        return build_optimizers(twin, training.plan, optimizer)[0]
-    memo: dict[int, Any] = dict(zip(map(id, model.parameters()), twin.parameters(), strict=True))
+        return build_optimizers(model_copy, training.plan, optimizer)[0]
+    memo: dict[int, Any] = dict(zip(map(id, model.parameters()), model_copy.parameters(), strict=True))
     return [_copy_optimizer(original, memo) for original in training.given]
 
 
 def _copy_optimizer(optimizer: Optimizer, memo: dict[int, Any]) -> Optimizer:
-    # deepcopy of an Optimizer leaves out attributes of its class, such as those of LBFGS. The step that a scheduler
-    # puts into the object steps the original, so it is not copied.
+    # deepcopy of an Optimizer leaves out attributes, such as _numel_cache of LBFGS. A scheduler stores a step() in the
+    # object, which would update the original, so this attribute is not copied.
     made = memo[id(optimizer)] = object.__new__(type(optimizer))
     made.__dict__.update(copy.deepcopy({key: value for key, value in vars(optimizer).items() if key != "step"}, memo))
     return made

@@ -1,10 +1,10 @@
-"""The kinds of findings of a preflight, besides those of the param groups and of the optimizer state."""
+"""The kinds of findings of a preflight, without the kinds of param groups and of optimizer state."""
 
 from __future__ import annotations
 
 from ckptkit.core.findings import Code, codes_in
 
-# What the initial checkpoint loads.
+# The initial checkpoint.
 INIT_NOTHING = Code("preflight.init-nothing", ("error",), "The initial checkpoint fills no tensor of the model.")
 INIT_REFUSED = Code("preflight.init-refused", ("error",), "torch refuses to copy a tensor of the initial checkpoint.")
 INIT_CAST = Code("preflight.init-cast", ("warning",), "Loading casts tensors to a dtype with fewer bits.")
@@ -24,7 +24,7 @@ ZERO = Code("preflight.zero", ("warning",), "A matrix that nothing was loaded in
 CONSTANT = Code("preflight.constant", ("warning",), "A matrix that nothing was loaded into has one value everywhere.")
 GARBAGE = Code("preflight.garbage", ("warning",), "A tensor looks like memory that was never written.")
 
-# What trains.
+# The param groups and the optimizer.
 OPTIMIZER = Code("preflight.optimizer", ("error",), "The optimizer class refuses the param groups.")
 SPEC_IGNORED = Code("preflight.spec-ignored", ("error",), "The live optimizer does not follow the spec.")
 NOTHING_TRAINS = Code("preflight.nothing-trains", ("error",), "All parameters are frozen.")
@@ -33,7 +33,7 @@ LR_ZERO = Code("preflight.lr-zero", ("error", "warning"), "The lr of some or all
 # Dtypes.
 INTEGERS = Code("preflight.integers", ("note",), "Parameters of an integer dtype cannot have gradients.")
 MIXED_DTYPES = Code("preflight.mixed-dtypes", ("note",), "The parameters that train have several dtypes.")
-BF16_WEIGHTS = Code("preflight.bf16-weights", ("warning",), "The optimizer steps weights in bfloat16.")
+BF16_WEIGHTS = Code("preflight.bf16-weights", ("warning",), "The optimizer updates weights in bfloat16.")
 EPS = Code("preflight.eps", ("error",), "The eps of the optimizer is 0 in the dtype of the weights.")
 
 # The run to resume.

@@ -37,29 +37,29 @@ def run_dry_step(
     devices = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices):
         try:
-            twin = copy.deepcopy(model)
-            for tensor in twin.parameters():
+            model_copy = copy.deepcopy(model)
+            for tensor in model_copy.parameters():
                 tensor.grad = None
-            stepping = tuple(optimizers(twin))
+            stepping = tuple(optimizers(model_copy))
         except CkptkitError:
             raise
         except Exception as error:  # noqa: BLE001 - a part of the model may refuse to be copied in any way
             message = f"no dry step was made, because the model cannot be copied: {first_line(error)}"
             return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)]
-        return _step(model, twin, frozen, loss, stepping)
+        return _step(model, model_copy, frozen, loss, stepping)
 
 
 def _step(
-    model: Module, twin: Module, frozen: frozenset[str], loss: LossFunction, optimizers: Sequence[Optimizer]
+    model: Module, model_copy: Module, frozen: frozenset[str], loss: LossFunction, optimizers: Sequence[Optimizer]
 ) -> tuple[DryStep, list[Finding]]:
     import torch
 
     classes = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
-    named = {name: tensor for name, tensor in twin.named_parameters() if name not in frozen}
+    named = {name: tensor for name, tensor in model_copy.named_parameters() if name not in frozen}
     no_step = DryStep(None, classes, len(named), 0, 0)
     try:
         with torch.enable_grad():
-            value = loss(twin)
+            value = loss(model_copy)
     except Exception as error:  # noqa: BLE001 - the loss function of the user may raise anything
         message = f"the loss function failed: {first_line(error)}"
         return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)]
@@ -69,7 +69,7 @@ def _step(
     number = float(value.detach())
     if not value.requires_grad:
         message = "the loss depends on no parameter that trains"
-        hint = "no_grad() and detach() cut a loss off from the parameters"
+        hint = "remove no_grad() and detach() between the parameters and the loss"
         return DryStep(number, classes, len(named), 0, 0), [codes.STEP_FAILED.finding("", message, hint)]
     try:
         value.backward()  # type: ignore[no-untyped-call]
@@ -77,7 +77,7 @@ def _step(
         findings = [*_loss_findings(number), *_gradient_findings(named, grads)]
         before = dict(model.named_parameters())
         for optimizer in optimizers:
-            # The step of the class: a scheduler replaces the step of the object, and that one steps the original.
+            # step() of the class: a scheduler stores a step() in the object, and this updates the original optimizer.
             step: Callable[..., object] = type(optimizer).step
             closure = inspect.signature(step).parameters.get("closure")
             if closure is not None and closure.default is closure.empty:
@@ -87,7 +87,7 @@ def _step(
     except Exception as error:  # noqa: BLE001 - hooks and optimizers of the user may raise anything
         hint = "the step was made on a copy of the model"
         return no_step, [codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", hint)]
-    moved = [name for name, tensor in twin.named_parameters() if _differs(tensor, before[name])]
+    moved = [name for name, tensor in model_copy.named_parameters() if _differs(tensor, before[name])]
     if optimizers:
         findings += _change_findings(named, grads, moved, frozen)
     return DryStep(number, classes, len(named), len(grads), sum(name in named for name in moved)), findings
@@ -95,7 +95,9 @@ def _step(
 
 def _loss_findings(number: float) -> Iterator[Finding]:
     if not math.isfinite(number):
-        yield codes.LOSS.finding("", f"the loss is {number}", "look at the batch, and at the findings about values")
+        yield codes.LOSS.finding(
+            "", f"the loss is {number}", "check the batch, and the findings about values of the model"
+        )
 
 
 def _gradient_findings(named: Mapping[str, Parameter], grads: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -105,14 +107,14 @@ def _gradient_findings(named: Mapping[str, Parameter], grads: Mapping[str, Tenso
         yield codes.NO_GRADIENT.finding(
             unused[0],
             f"{listed(unused, _SHOWN)} got no gradient: the forward pass does not use {pronoun}",
-            "freeze parameters that do not train (requires_grad_(False)), or use them; DDP refuses such a model",
+            "freeze unused parameters (requires_grad_(False)), or use them; DDP refuses a model with unused parameters",
         )
     not_finite = [name for name, grad in grads.items() if not bool(_values(grad).isfinite().all())]
     if not_finite:
         yield codes.GRADIENT.finding(
             not_finite[0],
             f"the gradient of {listed(not_finite, _SHOWN)} is not finite",
-            "try a smaller loss, or float32, to find out where this begins",
+            "scale the loss down, or run in float32, to find the layer where NaN or Inf begins",
         )
     zero = [name for name, grad in grads.items() if not bool(_values(grad).any())]
     if zero:

@@ -1,4 +1,4 @@
-"""Recognise values that nothing was loaded into: torch's own init, zeros, or memory that was never written."""
+"""Recognise tensors that no checkpoint was loaded into, from the statistics of their values."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["Look", "LookKind", "look_of"]
+__all__ = ["Judgement", "JudgementKind", "judge_values"]
 
-LookKind = Literal["fresh", "zero", "constant", "garbage", "other", "few"]
+JudgementKind = Literal["fresh", "zero", "constant", "garbage", "other", "few"]
 
 _FEW = 16  # fewer numbers do not show a distribution
-_SURE = 5  # standard errors; by chance alone, two in a million are further off
+_SURE = 5  # standard errors; chance exceeds them about once in two million tensors
 # Nearly all values of trained networks are between 2**-60 and 2**40; other exponents are bits of something else.
 _TINY, _HUGE = -60, 40
 _STRAY = 0.005
@@ -31,10 +31,10 @@ _NORM_VALUES: Mapping[str, int] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """A judgement on values: ``kind`` for code, ``text`` with the evidence for people."""
+class Judgement:
+    """A guess where the values of a tensor come from; ``text`` has the evidence, for messages."""
 
-    kind: LookKind
+    kind: JudgementKind
     text: str
 
 
@@ -49,24 +49,23 @@ class _Spread(NamedTuple):
         return f"normal, std {self.std:.4g}" if self.bound is None else f"uniform within ±{self.bound:.4g}"
 
 
-def look_of(info: TensorInfo, numbers: ValueStats, module: Module | None) -> Look:
-    """Return what the values of a tensor look like; ``module`` is the module that has the tensor, if known.
+def judge_values(info: TensorInfo, numbers: ValueStats, module: Module | None) -> Judgement:
+    """Return where the values of a tensor probably come from; ``module`` is the module that has the tensor, if known.
 
-    The judgement is as good as its evidence. Memory that was never written may hold zeros, or the values of an earlier
-    tensor, and then looks like these.
+    The judgement can be wrong: memory that was never written may hold zeros, or the values of an earlier tensor.
     """
     leaf = info.key.rpartition(".")[2]
     if _like_garbage(info, numbers):
         low, high = min(numbers.histogram), max(numbers.histogram)
-        return Look("garbage", f"like memory that was never written: from 2^{low} to 2^{high}")
+        return Judgement("garbage", f"like memory that was never written: from 2^{low} to 2^{high}")
     if numbers.min == numbers.max and numbers.finite == numbers.count:
-        return _constant_look(info, numbers, module, leaf)
+        return _judge_constant(info, numbers, module, leaf)
     spread = _default_spread(module, leaf)
     if numbers.count < _FEW:
-        return Look("few", f"{numbers.count} numbers, too few to tell")
+        return Judgement("few", f"{numbers.count} numbers, too few to tell")
     if spread is not None and _has_spread(numbers, spread, info):
-        return Look("fresh", f"as torch initialises {type(module).__name__}: {spread.text}")
-    return Look("other", f"std {numbers.std:.4g}, unlike torch's own init" if spread else f"std {numbers.std:.4g}")
+        return Judgement("fresh", f"as torch initialises {type(module).__name__}: {spread.text}")
+    return Judgement("other", f"std {numbers.std:.4g}, unlike torch's own init" if spread else f"std {numbers.std:.4g}")
 
 
 def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
@@ -76,15 +75,15 @@ def _like_garbage(info: TensorInfo, numbers: ValueStats) -> bool:
     return stray > _STRAY * numbers.count
 
 
-def _constant_look(info: TensorInfo, numbers: ValueStats, module: Module | None, leaf: str) -> Look:
+def _judge_constant(info: TensorInfo, numbers: ValueStats, module: Module | None, leaf: str) -> Judgement:
     value = numbers.min or 0
     text = f"all {value:g}"
     expected = _NORM_VALUES.get(leaf) if module is not None and _is_norm(module) else None
     if expected is not None and value == expected:
-        return Look("fresh", f"as torch initialises {type(module).__name__}: {text}")
+        return Judgement("fresh", f"as torch initialises {type(module).__name__}: {text}")
     if len(info.shape) < 2 or numbers.count == 1:
-        return Look("other", text)
-    return Look("zero" if value == 0 else "constant", text)
+        return Judgement("other", text)
+    return Judgement("zero" if value == 0 else "constant", text)
 
 
 def _is_norm(module: Module) -> bool:
@@ -95,7 +94,7 @@ def _is_norm(module: Module) -> bool:
 
 
 def _default_spread(module: Module | None, leaf: str) -> _Spread | None:
-    """Return the distribution that torch fills the parameter ``leaf`` of its own module with, or None."""
+    """Return the distribution from which torch initialises the parameter ``leaf`` of ``module``, or None."""
     from torch import nn
 
     if module is None:

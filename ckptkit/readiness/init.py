@@ -1,4 +1,4 @@
-"""Compare the model with its initial checkpoint, and check whether the rest looks like an initialisation."""
+"""Compare the model with its initial checkpoint, and check the values of the other tensors."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.readiness import codes
-from ckptkit.readiness.fresh import Look, look_of
+from ckptkit.readiness.fresh import Judgement, judge_values
 from ckptkit.readiness.model import Init, InModel, Kept
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
 
 __all__ = ["UNLOADED", "InspectedModel", "check_init", "check_values", "compare_init"]
 
 _SHOWN = 4
-_LOOKS = {"zero": codes.ZERO, "constant": codes.CONSTANT, "garbage": codes.GARBAGE}
-# The codes about values that a later load would replace.
-UNLOADED = frozenset(code.name for code in _LOOKS.values())
+_CODES = {"zero": codes.ZERO, "constant": codes.CONSTANT, "garbage": codes.GARBAGE}
+# The codes about tensors that a later load fills, so that the finding no longer applies.
+UNLOADED = frozenset(code.name for code in _CODES.values())
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class InspectedModel:
         """Every name of every parameter."""
         return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
 
-    def look(self, key: str) -> Look | None:
-        """Return what the values of ``key`` look like, or None where the tensor has no values."""
+    def judgement(self, key: str) -> Judgement | None:
+        """Return where the values of ``key`` probably come from, or None where the tensor has no values."""
         found = None if self.stats is None else self.stats.tensors[key].numbers
         if found is None or not found.count:
             return None
@@ -64,7 +64,7 @@ class InspectedModel:
             module: Module | None = self.model.get_submodule(path)
         except AttributeError:
             module = None
-        return look_of(self.state[key], found, module)
+        return judge_values(self.state[key], found, module)
 
 
 def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> Init:
@@ -79,8 +79,8 @@ def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpo
     for key, info in inspected.state.items():
         if key not in loaded and key not in result.filled:
             why = f"it has shape {shapes[key]} in init" if key in shapes else "init does not have it"
-            look = inspected.look(key)
-            kept.append(Kept(key, why, info.elements, "" if look is None else look.text))
+            judgement = inspected.judgement(key)
+            kept.append(Kept(key, why, info.elements, "" if judgement is None else judgement.text))
     filled = [info for key, info in inspected.state.items() if key in loaded]
     return Init(
         len(filled),
@@ -133,23 +133,23 @@ def check_init(
         if filled:
             yield codes.NOT_FRESH.finding(
                 filled[0],
-                f"{quoted(filled[0])} must stay at init by fresh = {quoted(pattern.text)}, but init fills it",
-                "drop it from init, or correct the pattern",
+                f"{quoted(filled[0])} must stay at init by fresh = {quoted(pattern.text)}, but init has values for it",
+                "remove it from init, or correct the pattern",
             )
     yield from _kept_findings(inspected, by_key, patterns)
     for pair in result.uncopyable:
         message = f"{quoted(pair.key)} is {pair.expected}, and {pair.found} in init, which torch does not copy"
-        yield codes.INIT_REFUSED.finding(pair.key, message, "convert it first: ckpt convert")
+        yield codes.INIT_REFUSED.finding(pair.key, message, "convert the checkpoint first: ckpt convert")
     yield from _cast_findings(result)
     if init.in_model == "none":
         message = "the model does not have the values of init yet"
-        yield codes.NOT_LOADED.finding("", message, "load_into(model, init) loads them and proves it")
+        yield codes.NOT_LOADED.finding("", message, "load_into(model, init) loads the values and verifies them")
     elif init.in_model == "part":
         yield codes.PARTLY_LOADED.finding(
             "",
-            "the model has the values of init in some tensors and other values elsewhere: another program loaded it, "
-            "or it changed after the load",
-            "load_into(model, init) loads all tensors and proves it",
+            "the model has the values of init in some tensors only: other code loaded it, or its values changed after "
+            "the load",
+            "load_into(model, init) loads all tensors and verifies them",
         )
 
 
@@ -177,7 +177,7 @@ def _kept_findings(
             verb, pronoun = ("is", "it keeps its") if len(frozen) == 1 else ("are", "they keep their")
             yield codes.FROZEN_AT_INIT.finding(
                 frozen[0],
-                f"{_tensors_of(module, frozen, keys)} {verb} not in init and frozen: {pronoun} first values to the end",
+                f"{_tensors_of(module, frozen, keys)} {verb} frozen and not in init, so {pronoun} initial values",
                 "unfreeze the tensors, or rename the keys of init so that they fill them",
             )
         trains = [key for key in staying if key not in inspected.frozen]
@@ -189,7 +189,7 @@ def _kept_findings(
             yield codes.KEPT.finding(
                 trains[0],
                 f"{_tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
-                "" if is_note else f"if this is intended, say so: fresh = {pattern}",
+                "" if is_note else f"if this is intended, pass fresh = {pattern}",
                 severity="note" if is_note else "warning",
             )
 
@@ -223,7 +223,7 @@ def _loses_bits(found: str, expected: str) -> bool:
 
 
 def check_values(inspected: InspectedModel, init: Init | None) -> Iterator[Finding]:
-    """Yield findings about NaN and Inf, and about tensors without loaded values that do not look like an init."""
+    """Yield findings about NaN and Inf, and about unloaded tensors that do not have the values of an initialisation."""
     if inspected.stats is None:
         return
     kept = inspected.state.keys() if init is None else {entry.key for entry in init.kept}
@@ -242,16 +242,16 @@ def check_values(inspected: InspectedModel, init: Init | None) -> Iterator[Findi
                 severity="error" if is_parameter else "warning" if numbers.nan else "note",
             )
         elif key in kept:
-            look = inspected.look(key)
-            if look is not None and look.kind in _LOOKS and key in inspected.parameters:
-                yield _look_finding(key, look)
+            judgement = inspected.judgement(key)
+            if judgement is not None and judgement.kind in _CODES and key in inspected.parameters:
+                yield _value_finding(key, judgement)
 
 
-def _look_finding(key: str, look: Look) -> Finding:
+def _value_finding(key: str, judgement: Judgement) -> Finding:
     reasons = {
         "zero": "it was never initialised, unless it is a residual branch or an adapter that must start at zero",
-        "constant": "all its outputs are equal, and so are its gradients, so that it stays like this",
-        "garbage": "torch.empty and to_empty return memory as they find it",
+        "constant": "all its outputs and gradients are equal, so training keeps the values equal",
+        "garbage": "torch.empty() and to_empty() do not initialise memory",
     }
     hint = "call reset_parameters() of the module, or load a checkpoint that has the tensor"
-    return _LOOKS[look.kind].finding(key, f"{quoted(key)} is {look.text}; {reasons[look.kind]}", hint)
+    return _CODES[judgement.kind].finding(key, f"{quoted(key)} is {judgement.text}; {reasons[judgement.kind]}", hint)

@@ -1,4 +1,4 @@
-"""The result of a preflight as values: the sections of its page, its findings, and one verdict."""
+"""The result of a preflight: sections, findings, and one verdict."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ InModel = Literal["all", "part", "none", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """A tensor of the model that ``init`` does not fill, the reason, and what its values look like.
+    """A tensor of the model that ``init`` does not fill, the reason, and the probable origin of its values.
 
     ``looks`` is empty where the values were not judged.
     """
@@ -43,8 +43,8 @@ class Kept:
 class Init:
     """The tensors that ``init`` fills, counted by module, and the tensors that it does not fill.
 
-    ``in_model`` says which of the loaded tensors have the values of ``init`` already; it is ``"unknown"`` where values
-    could not be compared.
+    ``in_model`` says which of these tensors have the values of ``init`` already: all, part or none of them. It is
+    ``"unknown"`` where values could not be compared.
     """
 
     loaded: int
@@ -76,7 +76,7 @@ class ModuleTraining:
 class TrainingGroup:
     """One param group: the names of its parameters in order, its options, and the class of its optimizer.
 
-    The name of a tensor that is not in the model is empty, and so is ``optimizer`` where the class is not known.
+    A tensor that is not in the model has an empty name. ``optimizer`` is empty where the class is not known.
     """
 
     name: str
@@ -97,7 +97,7 @@ class StateMemory:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """The bytes that training needs besides activations: parameters, buffers, gradients, optimizer states."""
+    """The bytes of parameters, buffers, gradients and optimizer states; activations are not included."""
 
     parameters: int
     buffers: int
@@ -112,7 +112,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """How far the checkpoint of a run fits: ``matched`` of ``expected`` keys of the model have a tensor in it.
+    """How far the checkpoint of a run fits: it has a tensor for ``matched`` of the ``expected`` keys of the model.
 
     ``positions`` is the number of parameters in its optimizer state, or None without such a state or without groups.
     ``with_state`` is the number of parameters that have state.
@@ -129,7 +129,7 @@ class Resume:
 class DryStep:
     """One step on a copy of the model: how many trainable parameters got a gradient, and how many changed.
 
-    ``loss`` is None where no loss was computed. ``optimizer`` is empty where none was given, so that nothing changed.
+    ``loss`` is None where no loss was computed. ``optimizer`` is empty where no optimizer was given and no step made.
     """
 
     loss: float | None
@@ -141,9 +141,9 @@ class DryStep:
 
 @dataclass(frozen=True)
 class Preflight(Report):
-    """The page before training; a section is None or empty where its argument was not given.
+    """The findings and sections of a preflight; a section is None or empty where its argument was not given.
 
-    ``not_judged`` names these sections. ``ok`` is True where no finding is an error.
+    ``not_judged`` names the checks that were skipped. ``ok`` is True where no finding is an error.
     """
 
     init: Init | None = None
@@ -199,6 +199,6 @@ class Preflight(Report):
             ]
             parts.append(html_table(("group", "parameters", "lr"), rows))
         if self.memory is not None:
-            parts.append(f"<p>{human_bytes(self.memory.total)} beside activations</p>")
+            parts.append(f"<p>{human_bytes(self.memory.total)} without activations</p>")
         parts += [f"<p>not judged: {html.escape(printable(text))}</p>" for text in self.not_judged]
         return "".join([*parts, super()._repr_html_()])

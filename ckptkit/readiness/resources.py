@@ -50,8 +50,8 @@ def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[Liv
     if low and optimizers:
         yield codes.BF16_WEIGHTS.finding(
             low[0],
-            f"{plural(len(low), 'parameter')} {'is' if len(low) == 1 else 'are'} stepped in bfloat16, which has 8 bits "
-            "of precision: an update below 1/256 of a weight is lost, such as lr = 1e-3 on a weight of 1",
+            f"{plural(len(low), 'parameter')} {'is' if len(low) == 1 else 'are'} updated in bfloat16, which has 8 bits "
+            "of precision: an update below 1/256 of the weight is lost",
             "keep the weights in float32 and use autocast, or an optimizer with master weights",
         )
 
@@ -67,8 +67,8 @@ def _eps_findings(optimizer: LiveOptimizer) -> Iterator[Finding]:
         if eps and float(torch.tensor(eps, dtype=torch.float16)) == 0:
             yield codes.EPS.finding(
                 "",
-                f"group {number} has eps = {eps:g}, which is 0 in float16, for {plural(len(low), 'parameter')}: "
-                f"{optimizer.class_name} divides 0 by 0 where a gradient is 0, and the weight becomes NaN",
+                f"group {number} has {plural(len(low), 'parameter')} in float16, where its eps = {eps:g} is 0: "
+                f"{optimizer.class_name} divides 0 by 0 for a gradient of 0, and the weight becomes NaN",
                 "keep the weights in float32 and use autocast, or set eps = 1e-4",
             )
 
@@ -80,8 +80,8 @@ def _dtype_name(dtype: torch.dtype) -> str:
 def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iterable[LiveOptimizer]) -> Memory:
     """Return the bytes of the model, of the gradients of ``trainable``, and of the states of ``optimizers``.
 
-    Shared memory counts once. A state has the size after the first step: its slots as torch makes them, in the dtype of
-    the parameter. Master weights, and copies that a foreach step makes for a short time, are not included.
+    Shared memory counts once. The size of a state is its size after the first step, with slots in the dtype of the
+    parameter. Master weights, and copies that a foreach step makes for a short time, are not included.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Check whether a run can be resumed: its weights with the model, its optimizer state with the groups."""
+"""Check whether a run can be resumed: compare its weights with the model, and its optimizer state with the groups."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from ckptkit.readiness.training import Training
 __all__ = ["check_resume"]
 
 _SHOWN = 3
-_BY_NAME = "load_optimizer_state loads by name"
-_SET_AGAIN = "set it again after load_state_dict, or start with the value of the run"
+_BY_NAME = "use load_optimizer_state, which loads by name"
+_SET_AGAIN = "set the option again after load_state_dict, or keep the value of the run"
 _NO_EFFECT = options_of_kind("speed", "name")
-# A change of these options turns the step of a run into another one, so the finding is an error.
+# With another value of these options, a step does something else, so the finding is an error.
 _OTHER_STEP = {
     "decoupled_weight_decay": "Adam and AdamW read the same state, but apply weight decay in two ways",
     "maximize": "each step goes in the opposite direction: set maximize again after load_state_dict",
@@ -39,7 +39,7 @@ def check_resume(
 ) -> tuple[Resume, list[Finding]]:
     """Return how far the weights and the optimizer state of a run fit, and the findings about both.
 
-    ``result`` compares the model with the weights of the run; ``found`` is the optimizer state, or None.
+    ``result`` compares the model with the weights of the run. ``found`` is the optimizer state of the run, or None.
     """
     findings = list(_weight_findings(result))
     matched = len(result.matched) - len(result.uncopyable)
@@ -94,10 +94,13 @@ def _name_findings(training: Training, found: FoundState) -> Iterator[Finding]:
         for number, group in enumerate(found.groups)
     ]
     differences = _compare(live, saved)
-    for kind, names in (("has none of", differences.missing), ("also has that of", differences.unexpected)):
+    for kind, names in (
+        ("has no entry for", differences.missing),
+        ("has entries for the unknown", differences.unexpected),
+    ):
         if names:
             first, *_ = ordered = sorted(set(names))
-            message = f"the optimizer state of the run, by name, {kind} {listed(ordered, _SHOWN)}"
+            message = f"the optimizer state of the run {kind} {listed(ordered, _SHOWN)}"
             hint = "load_optimizer_state accepts the rules that renamed the weights"
             yield codes.RESUME_NAMES.finding(first, message, hint)
     yield from _changed_findings(training, differences)
@@ -115,7 +118,7 @@ class _Position:
 def _position_findings(model: Module, training: Training, found: FoundState) -> Iterator[Finding]:
     """Compare groups with a state that has its parameters by position, as torch's load_state_dict does."""
     if len(training.optimizers) > 1:
-        message = "the optimizer state of the run was not compared: there are several optimizers, and one state"
+        message = "the optimizer state of the run was not compared: there are several optimizers, but only one state"
         yield codes.RESUME_UNCLEAR.finding("", message, severity="note")
         return
     live_sizes = [len(group.names) for group in training.groups]
@@ -124,8 +127,8 @@ def _position_findings(model: Module, training: Training, found: FoundState) -> 
         live_text, saved_text = (" + ".join(map(str, sizes)) for sizes in (live_sizes, saved_sizes))
         yield codes.RESUME_GROUPS.finding(
             "",
-            f"load_state_dict refuses the optimizer state of the run: it has groups of {saved_text} parameters, and "
-            f"the live groups have {live_text}",
+            f"load_state_dict refuses the optimizer state of the run: the saved groups have {saved_text} parameters, "
+            f"and the live groups have {live_text}",
             "make the groups that the run had; load_optimizer_state assigns its state to these groups by name",
         )
         return
@@ -183,7 +186,7 @@ def _compare(live: Sequence[GroupView], saved: Sequence[GroupView]) -> GroupDiff
 
 
 def _ignored_options(live: GroupView, saved: GroupView) -> frozenset[str]:
-    """Return the options that are not compared: under a scheduler, the value before the scheduler counts."""
+    """Return the options that are not compared; with a scheduler, ``initial_lr`` is compared instead of ``lr``."""
     if "initial_lr" not in live.options or "initial_lr" not in saved.options:
         return _NO_EFFECT | {"initial_lr"}
     return _NO_EFFECT | {"lr"} | (overwritten_options(live.options) & overwritten_options(saved.options))
@@ -211,10 +214,10 @@ def _shape_findings(positions: Sequence[_Position], differences: GroupDifference
         position = positions[int(difference.name)]
         yield codes.RESUME_SHAPE.finding(
             position.name,
-            f"position {position.param} of the optimizer state has the shape {list(difference.found)}, but "
-            f"{quoted(position.name)} at this position has {list(difference.expected)}: load_state_dict accepts the "
-            "state, and the next step fails",
-            "load_optimizer_state drops state of another shape",
+            f"position {position.param} of the optimizer state has shape {list(difference.found)}, but "
+            f"{quoted(position.name)} at this position has {list(difference.expected)}: load_state_dict loads it, "
+            "and the next step fails",
+            "use load_optimizer_state, which drops state of another shape",
         )
 
 
@@ -277,7 +280,9 @@ def _lost_findings(training: Training, differences: GroupDifferences) -> Iterato
             severity: Severity = "error" if defaults.keys() & set(lost) else "warning"
             names = ", ".join(map(quoted, lost))
             message = f"{_label(training, difference)} loses {names} with the optimizer state of the run"
-            yield codes.RESUME_LOST.finding("", message, "set it again after load_state_dict", severity=severity)
+            yield codes.RESUME_LOST.finding(
+                "", message, "set the options again after load_state_dict", severity=severity
+            )
 
 
 def _label(training: Training, difference: GroupDifference) -> str:
@@ -285,7 +290,7 @@ def _label(training: Training, difference: GroupDifference) -> str:
 
 
 def _lost_options(difference: GroupDifference) -> Iterator[str]:
-    """Yield the options that the file lacks, apart from those to which torch gives the live value."""
+    """Yield the options that the file lacks and that torch does not restore to the live value."""
     for option in difference.options:
         known = OPTIONS.get(option.key)
         is_restored = known is not None and known.value_without is not None and option.expected == known.value_without

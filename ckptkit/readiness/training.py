@@ -1,4 +1,4 @@
-"""Decide which parameters train with which options: those of live optimizers, or those that a spec would give."""
+"""Find which parameters train with which options, from live optimizers or from a spec."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _NOT_SHOWN = options_of_kind("members") | {"name"}
 
 @dataclass(frozen=True)
 class Training:
-    """What trains: the groups in order, their optimizers, and the names of the parameters that do not train.
+    """The groups in order, their optimizers, and the names of the parameters that do not train.
 
-    ``given`` are the optimizer objects as the caller passed them, or as they were built here; ``plan`` is set where
-    they were built from a spec.
+    ``given`` has the optimizer objects that the caller passed, or that were built here. ``plan`` is the plan of the
+    spec where they were built from a spec.
     """
 
     groups: tuple[TrainingGroup, ...] = ()
@@ -71,7 +71,7 @@ def restored_flags(model: Module) -> Iterator[None]:
 
 
 def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLike | None, schedulers: Any) -> Training:
-    """Return what a spec and an optimizer mean for the model, and the findings about both.
+    """Return which parameters of ``model`` train with which options, and the findings about the spec and the optimizer.
 
     Raises ``GroupsError`` where the spec cannot be read, or the optimizer is of a wrong type.
     """
@@ -107,7 +107,7 @@ def _with_optimizers(training: Training, model: Module, given: tuple[Optimizer, 
 
 
 def _spec_training(model: Module, groups: SpecLike, optimizer: OptimizerLike | None, unplanned: Training) -> Training:
-    """Return what a spec means, with optimizers built from it where the class is known."""
+    """Return the groups that a spec makes, with optimizers built from them where the class is known."""
     assignment = assign(parameter_table(model), groups)
     report, plan = assignment.report, assignment.plan
     if not report.ok:
@@ -135,7 +135,7 @@ def _spec_training(model: Module, groups: SpecLike, optimizer: OptimizerLike | N
 def build_optimizers(
     model: Module, plan: ParamGroupsPlan | None, optimizer: OptimizerLike | None
 ) -> tuple[tuple[Optimizer, ...], Sequence[Finding]]:
-    """Return new optimizers of the given class or of those that the plan names, and a finding where one refuses."""
+    """Return new optimizers of the given class or of the classes in the plan, and a finding where a class refuses."""
     kinds: list[tuple[str | None, type[Any]]] = []
     if plan is not None:
         named = [name for name in plan.optimizers if name is not None]
@@ -153,7 +153,7 @@ def build_optimizers(
             built.append(kind(params))
         except Exception as error:  # noqa: BLE001 - a class of the user may raise anything
             message = f"{kind.__name__} refuses these groups: {first_line(error)}"
-            return (), [codes.OPTIMIZER.finding("", message, "ckpt groups table shows them")]
+            return (), [codes.OPTIMIZER.finding("", message, "ckpt groups table shows the groups")]
     return tuple(built), ()
 
 
@@ -163,7 +163,7 @@ def _live_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
     if not given or not all(hasattr(item, "param_groups") for item in given):
         raise GroupsError(
-            f"the optimizer is a {type(optimizer).__name__}",
+            f"the optimizer cannot be of type {type(optimizer).__name__}",
             hint="give a live optimizer, a list of them, a class, or the name of a class of torch.optim",
         )
     return given
@@ -240,13 +240,13 @@ def module_training(model: Module, frozen: frozenset[str]) -> tuple[ModuleTraini
 
 
 def idle_findings(training: Training, model: Module) -> Iterator[Finding]:
-    """Yield a finding where nothing trains, and one for the groups that no step changes."""
+    """Yield a finding where every parameter is frozen, and a finding for the groups with lr = 0."""
     names = [name for name, _ in model.named_parameters()]
     if names and all(name in training.frozen for name in names):
         message = f"all of {plural(len(names), 'parameter')} are frozen (requires_grad=False)"
         yield codes.NOTHING_TRAINS.finding("", message, "unfreeze the parameters that must train: requires_grad_(True)")
     filled = [group for group in training.groups if group.names]
-    # A warm-up may begin at lr = 0: torch's schedulers then keep the rate that they lead to as initial_lr.
+    # A warm-up may begin at lr = 0; its final rate is then stored as initial_lr.
     still = [group for group in filled if initial_lr(group.options) == 0]
     if still:
         is_every = len(still) == len(filled)
