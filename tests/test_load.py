@@ -262,7 +262,12 @@ def test_errors_of_load_state_dict_are_quoted() -> None:
             "the base has no 'x'",
         ),
         ({"weight": torch.ones(2, 2)}, {"on_unexpected": "add"}, ModelError, "a model cannot get keys"),
-        ({"module.weight": torch.ones(2, 2)}, {}, PlanError, "the donor has no key and shape of the base"),
+        (
+            {"module.weight": torch.ones(2, 2)},
+            {},
+            PlanError,
+            "the donor has no tensor with a key and shape of the base",
+        ),
         ({"weight": torch.ones(2, 2).to_sparse()}, {}, PlanError, "'weight' cannot be copied: it is a sparse tensor"),
         ({"weight": torch.ones(2, 2) * 1j}, {}, PlanError, "'weight' is C64, and a cast to F32 would lose"),
     ],

@@ -222,14 +222,19 @@ def test_a_mismatch_may_be_skipped() -> None:
         (
             {f"module.{key}": TensorInfo(f"module.{key}", "F32", info.shape) for key, info in BASE.items()},
             {},
-            "the donor has no key and shape of the base, so there is nothing to merge",
+            "the donor has no tensor with a key and shape of the base, so there is nothing to merge",
             "all 4 keys match after --rename 'module.*=*'",
         ),
-        (described(x=(1,)), {}, "the donor has no key and shape of the base", "compare the names: ckpt diff"),
+        (
+            described(x=(1,)),
+            {},
+            "the donor has no tensor with a key and shape of the base",
+            "compare the names: ckpt diff",
+        ),
         (
             described(fc1__bias=(6,)),
             {"on_mismatch": "skip"},
-            "the donor has no key and shape of the base",
+            "the donor has no tensor with a key and shape of the base",
             "ckpt diff BASE DONOR",
         ),
         (BASE, {"on_missing": "skip"}, "on_missing is 'skip'", "keep, error"),
@@ -256,7 +261,7 @@ def test_of_several_donors_the_last_one_wins() -> None:
     )
     assert outline(plan) == [("a", "donor1:a", "copy"), ("b", "donor2:b", "copy"), ("x", "donor2:x", "copy")]
     assert left_out(plan) == [("donor1", "b"), ("donor1", "x")]
-    assert {drop.reason for drop in plan.dropped} == {"donor2 has it too, and comes later"}
+    assert {drop.reason for drop in plan.dropped} == {"donor2 is a later donor and has the key too"}
 
 
 def test_a_merge_needs_a_donor_and_each_must_match() -> None:
@@ -347,7 +352,7 @@ def test_a_tie_of_the_base_that_the_donor_does_not_have_is_noted() -> None:
     """Both tensors of the donor are written, and a note names the keys."""
     donor = {"embed.weight": torch.zeros(5, 3), "head.weight": torch.ones(5, 3)}
     assert plan_merge(Tied(), donor).notes == (
-        "'embed.weight' and 'head.weight' are one tensor in the base, and get the values of two tensors",
+        "'embed.weight' and 'head.weight' are tied in the base, but get the values of two tensors",
     )
 
 

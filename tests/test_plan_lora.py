@@ -122,7 +122,7 @@ def test_the_plan_is_shown_before_anything_is_written(tmp_path: Path, capsys: py
     (row,) = (line.split() for line in text.splitlines() if line.startswith("l.{0,1}.q.weight"))
     assert " ".join(row) == "l.{0,1}.q.weight ×2 F32 [6, 4] base and donor fold_lora lora, scale 3"
     back = run_ckpt(capsys, "remap", base, "-o", tmp_path / "b.safetensors", "--invert", tmp_path / "plan.json")
-    assert "it merges checkpoints" in back.err
+    assert "the plan merges checkpoints" in back.err
 
 
 def test_a_saved_plan_of_two_inputs_is_applied_again() -> None:
@@ -132,7 +132,7 @@ def test_a_saved_plan_of_two_inputs_is_applied_again() -> None:
     saved = plan_from_json(json.loads(json.dumps(plan_to_json(plan, roles))))
     assert apply_plan(saved, roles).steps == plan.steps
     less = {key: value for key, value in adapter_state().items() if "l.1" not in key}
-    with pytest.raises(PlanError, match="the donor is not what the plan was made from"):
+    with pytest.raises(PlanError, match="the donor is not the input that the plan was made from"):
         apply_plan(saved, {**roles, "donor": as_checkpoint(less, "donor")})
 
 
@@ -185,7 +185,7 @@ def test_another_prefix_of_the_base_is_in_the_hint(
     ran = fold(capsys, base, adapter)
     assert ran.code == 2
     assert "of 7 tensors" in ran.err
-    assert f"hint: each has one after --rename {rename}\n" in ran.err
+    assert f"hint: every tensor has a matching key after --rename {rename}\n" in ran.err
     ran = fold(capsys, base, adapter, "--rename", rename.strip("'"))
     assert ran.code == 0, ran.err
     assert "3 from base and donor" in ran.err

@@ -167,17 +167,17 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a hole": (
         ["e.0.w", "e.2.w"],
         '[[rule]]\nfrom = "e.{e:int}.w"\nto = "e"\nop = "stack"',
-        "line 1): 'e' lacks one of its parts: there is none with e = 1, only 2 others",
+        "line 1): 'e' lacks a part: no tensor has e = 1, only 2 others",
     ),
     "a hole of any size": (
         ["e.99999999999999999.w"],
         '[[rule]]\nfrom = "e.{e:int}.w"\nto = "e"\nop = "stack"',
-        "there is none with e = 0",
+        "no tensor has e = 0",
     ),
     "a hole in two indexes": (
         ["e.0.0", "e.0.1", "e.1.0"],
         '[[rule]]\nfrom = "e.{i:int}.{j:int}"\nto = "e"\nop = "stack"',
-        "there is none with i = 1, j = 1",
+        "no tensor has i = 1, j = 1",
     ),
     "the last of one layer": (
         ["h.0.e.0.w", "h.0.e.1.w", "h.1.e.0.w"],
@@ -192,7 +192,7 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a part is missing": (
         ["q", "k"],
         '\n[[rule]]\nfrom = ["q", "k", "v"]\nto = "qkv"\nop = { concat = { dim = 0 } }',
-        "line 2): 'qkv' would be made of 'q' and of a tensor that matches 'v', and there is none",
+        "line 2): 'qkv' would be made of 'q' and of a tensor that matches 'v', but no tensor does",
     ),
     "two for one place": (
         ["a.x", "b.x"],
@@ -278,11 +278,11 @@ def test_variables(table: dict[str, Any], settings: Settings, values: dict[str, 
 
 WRONG_VARIABLES: dict[str, tuple[object, Settings, str]] = {
     "no table": (3, Settings(), "vars must be a table"),
-    "a float": ({"n": 1.5}, Settings(), "variable n: it is not an integer"),
+    "a float": ({"n": 1.5}, Settings(), "variable n: the value is not an integer"),
     "no configuration": (
         {"n": "config:a"},
         Settings(),
-        "variable n: its value is read from a config.json, and there is none",
+        "variable n: the value is in config.json, but there is no config.json",
     ),
     "not in it": ({"n": "config:a"}, Settings(config=dict), "variable n: config.json has no 'a'"),
     "no integer in it": ({"n": "config:a"}, Settings(config=lambda: {"a": "x"}), "does not have an integer at 'a'"),
@@ -315,7 +315,10 @@ def test_variables_from_the_command_line_and_the_configuration(
         tmp_path / "rules.toml",
     ]
     ran = run_ckpt(capsys, *arguments)
-    assert (ran.code, "variable heads: its value is read from a config.json, and there is none" in ran.err) == (2, True)
+    assert (ran.code, "variable heads: the value is in config.json, but there is no config.json" in ran.err) == (
+        2,
+        True,
+    )
     (tmp_path / "config.json").write_text(json.dumps({"text": {"num_attention_heads": 4}}), encoding="utf-8")
     ran = run_ckpt(capsys, *arguments, "--json")
     assert ran.code == 0
@@ -351,7 +354,7 @@ def test_every_source_of_a_dropped_output_is_listed() -> None:
     stack = rules('[[rule]]\nfrom = ["a", "b"]\nto = "z"\nop = "stack"')
     like = plan_remap(source, stack, like={"c": torch.zeros(3)})
     assert [(drop.key, drop.reason) for drop in like.dropped] == [
-        (key, "made into 'z': not among the keys that are wanted") for key in "ab"
+        (key, "made into 'z': not among the keys of like") for key in "ab"
     ]
     other = plan_merge({"c": torch.zeros(3), "z": torch.zeros(5)}, source, stack, on_mismatch="skip")
     assert [(drop.key, drop.wanted) for drop in other.dropped] == [("a", "z"), ("b", "z")]

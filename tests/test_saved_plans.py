@@ -133,7 +133,7 @@ def test_a_merge_is_not_inverted() -> None:
     one = as_checkpoint({"w": torch.zeros(2), "v": torch.zeros(1)}, "base")
     two = as_checkpoint({"w": torch.ones(2)}, "donor")
     document = plan_to_json(plan_merge(one, two), {"base": one, "donor": two})
-    with pytest.raises(PlanError, match="it merges checkpoints"):
+    with pytest.raises(PlanError, match="the plan merges checkpoints"):
         invert_plan(plan_from_json(document))
     assert apply_plan(plan_from_json(document), {"base": one, "donor": two}) == plan_merge(one, two)
 
@@ -141,7 +141,7 @@ def test_a_merge_is_not_inverted() -> None:
 CHANGED: dict[str, tuple[State, str]] = {
     "another shape": ({"w": torch.zeros(3)}, "'w' is F32 [3], and was F32 [2]"),
     "another dtype": ({"w": torch.zeros(2, dtype=torch.float64)}, "'w' is F64 [2], and was F32 [2]"),
-    "gone": ({"v": torch.zeros(2)}, "'w' is not in it"),
+    "gone": ({"v": torch.zeros(2)}, "'w' is missing"),
     "one more": ({"w": torch.zeros(2), "v": torch.zeros(2)}, "it has 2 tensors"),
 }
 
@@ -149,7 +149,7 @@ CHANGED: dict[str, tuple[State, str]] = {
 @pytest.mark.parametrize(("changed", "reason"), CHANGED.values(), ids=CHANGED.keys())
 def test_a_changed_source_is_refused(changed: State, reason: str) -> None:
     source = {"w": torch.zeros(2)}
-    with pytest.raises(PlanError, match="is not what the plan was made from") as caught:
+    with pytest.raises(PlanError, match="is not the input that the plan was made from") as caught:
         apply_plan(saved(plan_remap(source), source), {"source": as_checkpoint(changed, "source")})
     assert reason in caught.value.reason
 
@@ -301,7 +301,7 @@ def test_plans_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert run_ckpt(capsys, "remap", written, "-o", restored, "--invert", plan).code == 0
     assert_same(load_file(restored), load_file(source))
     ran = run_ckpt(capsys, "remap", written, "-o", restored, "--force", "--apply", plan)
-    assert (ran.code, "the source is not what the plan was made from" in ran.err) == (2, True)
+    assert (ran.code, "the source is not the input that the plan was made from" in ran.err) == (2, True)
     ran = run_ckpt(capsys, "remap", source, "-o", tmp_path / "n.pt", "--rules", rules, "--plan", plan, "--dry-run")
     assert (ran.code, f"{plan}: already exists" in ran.err) == (2, True)
     ran = run_ckpt(capsys, "remap", source, "-o", restored, "--apply", plan, "--rename", "a.*=c.*")

@@ -295,14 +295,14 @@ def test_the_bias_of_a_factor_has_a_fold_of_its_own() -> None:
             factors("q", 16, 24), {"init_lora_weights": "pissa_niter_4"},
             "init_lora_weights is 'pissa_niter_4', which changed the base before training",
         ),
-        (factors("z", 16, 24), {}, f"of 2 tensors, '{P}z.lora_A.weight' and 1 more have no place in the base"),
+        (factors("z", 16, 24), {}, f"of 2 tensors, '{P}z.lora_A.weight' and 1 more have no matching key in the base"),
         (
             factors("q", 16, 24) | {f"{P}z.weight": (1,)}, {},
-            f"of 3 tensors, '{P}z.weight' has no place in the base",
+            f"of 3 tensors, '{P}z.weight' has no matching key in the base",
         ),
         (
             factors("k", 16, 24) | {f"{P}k.lora_B.bias": (24,)}, {},
-            f"of 3 tensors, '{P}k.lora_B.bias' has no place in the base",
+            f"of 3 tensors, '{P}k.lora_B.bias' has no matching key in the base",
         ),
         (
             factors("k", 16, 24) | {f"{P}q.lora_B.bias": (24,)}, {},

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from ckptkit.core.text import quoted
+from ckptkit.core.text import listed, quoted
 from ckptkit.errors import RuleError
 
 __all__ = [
@@ -265,8 +265,7 @@ def suggest_pattern(pattern: Pattern, names: Collection[str]) -> str:
             return f"did you mean {quoted(text)}?"
     if close := difflib.get_close_matches(pattern.text, names, n=1, cutoff=0.5):
         return f"the nearest name is {quoted(close[0])}"
-    some = list(names)[:3]
-    return f"the model has {', '.join(map(quoted, some))}{', ...' if len(names) > len(some) else ''}"
+    return f"the model has {listed(names, 3)}"
 
 
 def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:

@@ -67,13 +67,15 @@ def quoted(name: str) -> str:
     return f"'{inner}'"
 
 
-def listed(names: Collection[object], most: int = 8, *, show: Callable[[str], str] = quoted) -> str:
+def listed(
+    names: Collection[object], most: int = 8, *, show: Callable[[str], str] = quoted, separator: str = ", "
+) -> str:
     """Return the first ``most`` names and how many more there are, for use inside a sentence: ``'a', 'b' and 3 more``.
 
     ``show`` makes a string printable; by default, strings are quoted. Other values are converted by ``str``.
     """
     first = [show(name) if isinstance(name, str) else str(name) for name in islice(names, most)]
-    return ", ".join(first) + (f" and {len(names) - most:,} more" if len(names) > most else "")
+    return separator.join(first) + (f" and {len(names) - most:,} more" if len(names) > most else "")
 
 
 def shell_word(text: str) -> str:

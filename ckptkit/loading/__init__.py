@@ -111,7 +111,7 @@ def load_into(
         except BaseException as error:
             failed = before.restore()
             if failed:
-                raise ModelError(f"{quoted(failed[0])} could not be restored after: {error}") from error
+                raise ModelError(f"{quoted(failed[0])} could not be restored after the error: {error}") from error
             raise
         shared = [name for name in _sharing_memory(before, loaded) if name not in loaded]
     kept = [key for key in base if key not in loaded]

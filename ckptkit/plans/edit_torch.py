@@ -52,7 +52,7 @@ def editor_for(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> P
 class PlanEditor:
     """A torch file that is ready to get the tensors of a plan.
 
-    ``notes`` name side effects on the rest of the file. ``changed`` are the steps whose tensor is not in the file.
+    ``notes`` name side effects on the rest of the file. ``changed`` has the steps that write a new tensor.
     """
 
     def __init__(self, container: Container, plan: Plan, role: str) -> None:
@@ -116,7 +116,7 @@ class PlanEditor:
     def _set_tensors(self, parts: Mapping[str, Part]) -> None:
         """Put the tensors of the plan into the mapping, in the order of the plan.
 
-        Every other item still follows the tensor that it follows in the file.
+        An item that is not a tensor still follows the same tensor as in the file.
         """
         steps = [step for step in self._plan.steps if self._replaced_key(step) not in self._deeper]
         last_step = {self._replaced_key(step): number for number, step in enumerate(steps)}
@@ -165,7 +165,7 @@ class PlanEditor:
             if node.op == b"Q":
                 kept.add(storage_name(node))
         if uses > 1:
-            yield "the file uses the mapping in several places as one object: all of them change"
+            yield "several places of the file share the mapping as one object: all these places change"
         separated = []
         for step in self.changed:
             old = self._replaced_part(step)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.files import same_bytes
 from ckptkit.core.progress import Progress
-from ckptkit.core.text import printable, quoted
+from ckptkit.core.text import listed, printable, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
@@ -52,9 +52,9 @@ class Written:
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
-    """Return the plan with the entries that the output keeps and those that it drops.
+    """Return the plan with the entries that this output keeps (``kept``) and drops (``dropped``).
 
-    Raises the errors that ``execute`` would raise before its first byte. ``PlanError`` is for a tensor that the format
+    Raises the errors that ``execute`` would raise before it writes. ``PlanError`` is for a tensor that the format
     cannot hold and for a file that cannot be edited. ``OutputError`` is for an output that exists (without ``force``)
     or cannot be created.
     """
@@ -86,7 +86,7 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
 
 def execute(
     plan: Plan,
-    sources: Mapping[str, object] | StateDictLike,  # object, which a type checker infers for a model beside a dict
+    sources: Mapping[str, object] | StateDictLike,  # object: a dict of a model and a state_dict has no narrower type
     out: Output | str | os.PathLike[str],
     *,
     progress: Progress | None = None,
@@ -94,19 +94,20 @@ def execute(
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
 
     ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from. A
-    single input may be given without its role. ``out`` is a path, whose suffix tells the format, or an ``Output``.
+    single input may be given without its role. ``out`` is a path, with a suffix that names the format, or an
+    ``Output``.
     ``progress`` is called with a number of bytes after each write.
 
-    A torch file that is made from a training checkpoint is a copy of its file, with the tensors replaced.
-    ``Output(only_tensors=True)`` writes the tensors alone. Tensors are streamed, so the memory in use does not
-    grow with the checkpoint.
+    A torch file that is made from a training checkpoint is a copy of that file with new tensors.
+    ``Output(only_tensors=True)`` writes only the tensors. Tensors are streamed, so the memory in use does not grow
+    with the checkpoint.
 
     Raises ``OutputError`` where the output exists (without ``force``), where it would replace an input or a part of
     one, and where the disk is full. Raises ``PlanError`` where the format cannot hold a tensor, and ``ChangedError``
     where an input changed since it was opened.
     """
     output = out if isinstance(out, Output) else choose_output(out)
-    roles = _by_role(plan, sources, output)
+    roles = _checkpoints_by_role(plan, sources, output)
     editor = _editor(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
     steps = {step.out.key: step for step in plan.steps}
@@ -210,7 +211,9 @@ def _check_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
             )
 
 
-def _by_role(plan: Plan, sources: Mapping[str, object] | StateDictLike, output: Output) -> dict[str, Checkpoint]:
+def _checkpoints_by_role(
+    plan: Plan, sources: Mapping[str, object] | StateDictLike, output: Output
+) -> dict[str, Checkpoint]:
     roles = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
     if plan.edited_role and output.format == "torch" and not output.only_tensors:
         roles.append(plan.edited_role)
@@ -253,9 +256,8 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
             raise OutputError("is a shard of an input, and the other shards would no longer match", path=output.path)
         lost = [entry.path for entry in checkpoint.entries if entry.path != "_metadata" and not entry.is_file]
         if lost and role != edited:
-            named = ", ".join(map(printable, lost[:4]))
             raise OutputError(
-                f"is an input that holds more than tensors ({named}), and the output would not have that",
+                f"is an input that holds more than tensors: the output would lose {listed(lost, 4, show=printable)}",
                 hint="write elsewhere",
                 path=output.path,
             )
@@ -354,7 +356,7 @@ def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
         with open_checkpoint(directory) as written:
             as_planned = _has_tensors(written, [step.out for step in plan.steps], names)
     except CkptkitError as error:
-        as_planned, why = False, f"the shards could not be read beside the other files of the directory: {error.reason}"
+        as_planned, why = False, f"the shards cannot be read with the other files of the directory: {error.reason}"
     if not as_planned:
         raise OutputError(why, hint="give a new directory, or remove its other weights")
 
@@ -367,8 +369,8 @@ def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str 
     """Return the number of tensors in the output at ``path``, after comparing each with the tensor of the plan.
 
     ``inner`` is the mapping inside the file that holds the tensors. Each tensor is produced again from ``sources`` and
-    compared byte by byte, in bounded memory. Raises ``OutputError`` naming the first tensor that is missing, that the
-    plan does not make, or that differs.
+    compared byte by byte, in bounded memory. Raises ``OutputError`` for the first tensor that is missing, that the plan
+    does not make, or that differs.
     """
     producer = Producer(sources)
     keys = {step.out.key for step in plan.steps}

@@ -57,7 +57,7 @@ def plan_lora(
     adapter_plan = plan_adapter(
         {new: donor[old].shape for new, old in names.items()}, config, {key: info.shape for key, info in base.items()}
     )
-    changed = _changed(adapter_plan, roles, names, scale)
+    changed = _changed_steps(adapter_plan, roles, names, scale)
     _refuse_two_folds(base, changed)
     changed, notes = follow_ties(base, changed)
     steps = [changed.get(key) or complete_step(Step(info, (Source(_BASE, key),)), roles) for key, info in base.items()]
@@ -74,7 +74,7 @@ def _inputs(base: StateDictLike, donor: StateDictLike) -> dict[str, Checkpoint]:
     return roles
 
 
-def _changed(
+def _changed_steps(
     adapter_plan: AdapterPlan, roles: Mapping[str, Checkpoint], names: Mapping[str, str], scale: float
 ) -> dict[str, Step]:
     """Return the steps of the tensors of the base that the adapter changes, by key."""
@@ -128,7 +128,7 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
             has = f"has it as {list(base[key].shape)}" if key in base else "does not have it"
             raise PlanError(f"{quoted(key)} is {list(info.shape)} in the tuned model, and the base {has}")
         if not key.endswith(".weight") or len(info.shape) < 2:
-            dropped.append(Dropped(_DONOR, old, "not a weight of two dims or more, which an adapter has factors for"))
+            dropped.append(Dropped(_DONOR, old, "not a weight of two dims or more, which an adapter can change"))
             continue
         sources = Source(_BASE, key), Source(_DONOR, old)
         for part, (factor, shape) in enumerate(zip(_FACTORS, operation.shapes([info.shape] * 2), strict=True)):

@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias, get_args
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.text import quoted
+from ckptkit.core.text import listed, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
@@ -61,8 +61,8 @@ def plan_merge(
 
     ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value.
     ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
-    ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value, and the name of a tensor operation,
-    such as ``pad``, changes the donor's. With ``error`` each of them raises.
+    ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value. The name of a tensor operation, such
+    as ``pad``, converts the donor's value. Every policy raises with ``error``.
 
     Raises ``RuleError`` for wrong rules. Raises ``PlanError`` where a policy is ``error``, where the operation cannot
     make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot be copied, and
@@ -89,7 +89,7 @@ def plan_merge(
     missing = [key for key in base if key not in present]
     if missing and on_missing == "error":
         raise PlanError(
-            f"no donor has {quoted(missing[0])}{_and_more(len(missing) - 1)}",
+            f"no donor has {listed(missing, 1)}",
             hint="--on-missing keep keeps the base's own values",
         )
     steps = [from_donor.get(key) or _base_step(info, base) for key, info in base.items()]
@@ -119,7 +119,7 @@ def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str
                 steps[key] = replace(changed[leader], out=out, rule=f"tied to {quoted(leader)}", tied_to=leader)
             elif key != leader and (steps[key].out.view is None or steps[key].out.view != steps[leader].out.view):
                 notes.append(
-                    f"{quoted(leader)} and {quoted(key)} are one tensor in the base, and get the values of two tensors"
+                    f"{quoted(leader)} and {quoted(key)} are tied in the base, but get the values of two tensors"
                 )
     return steps, notes
 
@@ -159,8 +159,8 @@ def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: RulesLike | 
         raise _no_match_error(result, role)
     if result.unexpected and policy.on_unexpected == "error":
         raise PlanError(
-            f"the base has no {quoted(result.unexpected[0].key)}{_and_more(len(result.unexpected) - 1)}",
-            hint="--on-unexpected skip leaves them out, add adds them",
+            f"the base has no {listed([info.key for info in result.unexpected], 1)}",
+            hint="--on-unexpected skip leaves such keys out, --on-unexpected add adds such keys",
         )
     matched = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
     added: dict[str, Step] = {}
@@ -194,14 +194,14 @@ def _resized(pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint
         raise PlanError(
             f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
             f"and {name} does not change one into the other",
-            hint=_ways_out(pair),
+            hint=_mismatch_hint(pair),
         )
     (recipe,) = compose([derivation.recipe], [len(derivation.sources)], (operation,))
     rule = f"{derivation.rule}, --on-mismatch {name}" if derivation.rule else f"--on-mismatch {name}"
     return make_step(pair.expected, replace(derivation, recipe=recipe, rule=rule), role, donor)
 
 
-def _ways_out(pair: KeyPair) -> str:
+def _mismatch_hint(pair: KeyPair) -> str:
     from ckptkit.tensor_ops.suggestions import suggestions
 
     ways = [
@@ -218,7 +218,7 @@ def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[D
         role, last = step.sources[0].role, final[step.out.key].sources[0].role
         if last != role:
             derivation = Derivation(tuple(source.key for source in step.sources), step.recipe)
-            dropped += dropped_sources(role, step.out.key, derivation, f"{last} has it too, and comes later")
+            dropped += dropped_sources(role, step.out.key, derivation, f"{last} is a later donor and has the key too")
     return dropped
 
 
@@ -231,20 +231,18 @@ def _check_policy(name: str, value: str, known: Sequence[str]) -> None:
         raise PlanError(f"{name} is {value!r}", hint=f"it must be one of {', '.join(known)}")
 
 
-def _and_more(count: int) -> str:
-    return f" and {count} more" if count else ""
-
-
 def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
     first, others = result.shape_mismatched[0], len(result.shape_mismatched) - 1
     wanted, given = list(first.expected.shape), list(first.found.shape)
     more = f", and {others} more differ in shape" if others else ""
     return PlanError(
         f"{quoted(first.key)} is {wanted} in the base and {given} in the {role}{more}",
-        hint=_ways_out(first),
+        hint=_mismatch_hint(first),
     )
 
 
 def _no_match_error(result: StateDictDiff, role: str) -> PlanError:
     hint = result.hints[0].message if result.hints else f"compare the names: ckpt diff BASE {role.upper()}"
-    return PlanError(f"the {role} has no key and shape of the base, so there is nothing to merge", hint=hint)
+    return PlanError(
+        f"the {role} has no tensor with a key and shape of the base, so there is nothing to merge", hint=hint
+    )

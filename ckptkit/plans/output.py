@@ -45,7 +45,7 @@ def choose_output(
     """Return how to write to ``path``, as shards where a size limit is given.
 
     ``format`` is ``safetensors`` or ``torch``; without it the suffix of ``path`` decides. Raises ``OutputError`` where
-    the format is unknown, and where shards are asked of another format than safetensors.
+    the format is unknown, and where shards are requested for another format than safetensors.
     """
     name = os.fspath(path)
     if not name:
@@ -57,10 +57,12 @@ def choose_output(
         if os.path.splitext(name)[1] in _SUFFIXES:
             raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
         if max_shard_size <= 0:
-            raise OutputError(f"a shard of at most {max_shard_size} bytes has room for no tensor", path=name)
+            raise OutputError(f"a shard of at most {max_shard_size} bytes cannot hold a tensor", path=name)
         return Output(name, "safetensors", max_shard_size, force)
     if chosen is None:
-        raise OutputError("its suffix does not tell the format", hint=f"use --format {' or '.join(FORMATS)}", path=name)
+        raise OutputError(
+            "the suffix does not name a known format", hint=f"use --format {' or '.join(FORMATS)}", path=name
+        )
     if chosen not in FORMATS:
         raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
     return Output(name, chosen, None, force, only_tensors, keep_unknown)

@@ -1,4 +1,4 @@
-"""Plans as values: the source of each tensor of an output, and the entries that the output leaves out."""
+"""The classes of a plan: the sources of each tensor of an output, and the entries that the output leaves out."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Step:
 class Dropped:
     """A tensor or another entry of an input that the output leaves out, and the reason.
 
-    ``wanted`` is the key of the base that the tensor would have filled, where its shape is the reason.
-    ``is_entry`` is true for an entry of the input that is not one of its tensors.
+    If the shape is the reason, ``wanted`` is the key of the base that the tensor would have filled. ``is_entry`` is
+    true for an entry that is not a tensor.
     """
 
     role: str
@@ -65,11 +65,11 @@ class Dropped:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All steps of an output in order, the entries that it leaves out, and its metadata.
+    """The tensors of an output in order (one ``Step`` each), the entries that the output leaves out, and its metadata.
 
-    A torch file can be an edited copy of the file of one input. ``edited_role`` is the role of that input, and
-    ``kept`` names its entries that the copy keeps beside the tensors; ``check_output`` fills them in.
-    ``versions`` holds the version of each module, by its prefix, as a torch state_dict has them.
+    A torch output can be a copy of the file of one input, with new tensors. ``edited_role`` is the role of that input.
+    ``kept`` names the entries that the copy has too, such as the optimizer; ``check_output`` sets ``kept``.
+    ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
     """
 
     steps: tuple[Step, ...]
@@ -107,7 +107,7 @@ class Plan:
 
 
 def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
-    """Return each group of output keys that share memory in their input and would not in a safetensors file."""
+    """Return each group of output keys that share memory in the input, but would not in a safetensors file."""
     by_role: dict[str, list[TensorInfo]] = {}
     by_source: dict[Source, list[str]] = {}
     for step in plan.steps:

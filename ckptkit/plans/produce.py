@@ -29,7 +29,7 @@ class Producer:
     _outputs: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest is last
 
     def payload(self, step: Step) -> Payload:
-        """Return the bytes of the step's tensor; they are read or computed when their chunks are.
+        """Return the bytes of the step's tensor, which are read or computed only with the chunks.
 
         Raises ``PlanError`` where an input changed since the plan was made.
         """
@@ -72,7 +72,10 @@ class Producer:
         return self.roles[source.role].read(source.key)
 
     def _describe(self, step: Step) -> TensorInfo:
-        """Return the tensor before the last cast; raise ``PlanError`` where it is not as planned."""
+        """Return the description of the tensor before the last cast.
+
+        Raises ``PlanError`` where the shape or the dtype differs from the plan.
+        """
         infos = []
         for source in step.sources:
             checkpoint = self.roles[source.role]
@@ -91,7 +94,7 @@ class Producer:
             as_planned = False
         if not as_planned:
             path = self.roles[step.sources[0].role].path
-            raise PlanError(f"{quoted(step.sources[0].key)} is not what the plan was made from", path=path)
+            raise PlanError(f"{quoted(step.sources[0].key)} has another shape or dtype than in the plan", path=path)
         return TensorInfo(step.out.key, dtype, shape)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan
@@ -26,8 +26,7 @@ from ckptkit.rules.parse import as_rules
 
 __all__ = ["plan_remap"]
 
-_NOT_WANTED = "not among the keys that are wanted"
-_MOST_NAMED = 8
+_NOT_WANTED = "not among the keys of like"
 
 
 def plan_remap(
@@ -40,8 +39,8 @@ def plan_remap(
     """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
 
     ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep their dtype.
-    With ``like``, a Module, a Checkpoint or a mapping, the output has exactly its keys, in its order, with its shapes
-    and dtypes; other tensors of ``source`` are left out.
+    ``like`` is a Module, a Checkpoint or a mapping: the output has the keys of ``like`` in the same order, with the
+    same shapes and dtypes. All other tensors of ``source`` are left out.
 
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
     filled, where no tensor would be left, and where a tensor cannot be copied. A file that refers to code that looks
@@ -58,7 +57,7 @@ def plan_remap(
     }
     surplus: list[Dropped] = []
     if like is not None:
-        outs = _exactly(as_checkpoint(like, "the checkpoint to be like"), outs)
+        outs = _outputs_like(as_checkpoint(like, "like"), outs)
         for key, derivation in outputs.items():
             surplus += [] if key in outs else dropped_sources("source", key, derivation, _NOT_WANTED)
     steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
@@ -73,8 +72,8 @@ def plan_remap(
     )
 
 
-def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the outputs with the keys, order and dtypes of ``wanted``; raise ``PlanError`` where one cannot be made.
+def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """Return the outputs with the keys, order and dtypes of ``wanted``; raise ``PlanError`` for missing outputs.
 
     The error lists every key that is missing or has another shape.
     """
@@ -85,10 +84,9 @@ def _exactly(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, Te
         if key in outs and outs[key].shape != info.shape
     ]
     if problems:
-        more = f", and {len(problems) - _MOST_NAMED} more" if len(problems) > _MOST_NAMED else ""
         raise PlanError(
             f"{len(problems):,} of {plural(len(wanted), 'tensor')} cannot be filled: "
-            f"{'; '.join(problems[:_MOST_NAMED])}{more}",
+            f"{listed(problems, show=str, separator='; ')}",
             hint="rename or reshape the tensors with rules, or merge them into a model: ckpt merge",
         )
     return {key: replace(outs[key], dtype=info.dtype) for key, info in wanted.items()}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.steps import complete_step, dropped_entries, moved_modules, refuse_suspicious, role_to_edit
@@ -26,7 +26,7 @@ _MAX_DEPTH = 60  # of the recipes in a recipe, which are read recursively
 
 @dataclass(frozen=True, slots=True)
 class SavedPlan:
-    """A plan with a digest of the header of each input, by role, and a description of each tensor that it reads."""
+    """A plan, the header digest of each input by role, and the description of each tensor that the plan reads."""
 
     plan: Plan
     headers: Mapping[str, str]
@@ -106,7 +106,7 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise PlanError(f"not a valid plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
-        raise PlanError(f"not a plan that can be carried out: {error.reason}", hint=error.hint) from None
+        raise PlanError(f"not a plan that can be executed: {error.reason}", hint=error.hint) from None
     return SavedPlan(Plan(steps, dropped, metadata, notes, versions, edited_role, kept), headers, inputs)
 
 
@@ -167,7 +167,7 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
         refuse_suspicious(checkpoint, role)
         if header_digest(checkpoint.values()) != saved.headers[role]:
             raise PlanError(
-                f"the {role} is not what the plan was made from{_difference(saved, role, checkpoint)}",
+                f"the {role} is not the input that the plan was made from{_difference(saved, role, checkpoint)}",
                 hint="make a new plan",
                 path=checkpoint.path,
             )
@@ -176,13 +176,13 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
         try:
             completed = complete_step(step, sources)
         except (CkptkitError, KeyError) as error:
-            raise PlanError(f"the plan cannot be carried out for {quoted(step.out.key)}: {error}") from None
+            raise PlanError(f"the plan cannot be executed for {quoted(step.out.key)}: {error}") from None
         infos = [sources[source.role][source.key] for source in step.sources]
         found = describe_output(step.out.key, infos, step.recipe, step.rule)
         if completed.operation != step.operation or found.shape != step.out.shape:
             raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
         steps.append(completed)
-    # Entries that are not tensors come from the input of today: the digest does not cover them.
+    # Entries that are not tensors are read from the present inputs, because the digest does not cover such entries.
     dropped = [drop for drop in saved.plan.dropped if not drop.is_entry]
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]
     edited = saved.plan.edited_role
@@ -194,10 +194,10 @@ def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:
     wanted = {source.key: info for source, info in saved.inputs.items() if source.role == role}
     for key, info in wanted.items():
         if key not in checkpoint:
-            return f": {quoted(key)} is not in it"
+            return f": {quoted(key)} is missing"
         if (checkpoint[key].dtype, checkpoint[key].shape) != (info.dtype, info.shape):
             return f": {quoted(key)} is {checkpoint[key]}, and was {info}"
-    return f": it has {plural(len(checkpoint), 'tensor')}, and the plan reads {len(wanted)} tensors of another set"
+    return f": the {len(wanted)} tensors of the plan are among other tensors ({plural(len(checkpoint), 'tensor')} now)"
 
 
 _ROLE = "source"
@@ -208,15 +208,17 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     """Return the plan that makes the source of ``saved`` from its output, with every bit of every tensor.
 
     The inverse uses the recorded names and operations, never the text of rules. Entries of the source that are not
-    tensors cannot be restored, and a note names them. Raises ``PlanError`` naming what was lost: a tensor that was
-    dropped or cast, an operation without an inverse, or an output of an operation that the plan left out.
+    tensors cannot be restored, and a note names them. Raises ``PlanError`` for a tensor that was dropped or cast, for
+    an operation without an inverse, and for an operation whose outputs are not all in the plan.
     """
     roles = {source.role for step in saved.plan.steps for source in step.sources}
     if roles != {_ROLE}:
-        raise PlanError("cannot be inverted: it merges checkpoints, and the output lacks the values that were replaced")
+        raise PlanError(
+            "cannot be inverted: the plan merges checkpoints, and the output lacks the values that were replaced"
+        )
     lost: list[str] = []
     steps: dict[str, Step] = {}
-    for group in _groups(saved.plan):
+    for group in _steps_by_recipe(saved.plan):
         inverse = _invert(group, saved)
         if isinstance(inverse, str):
             lost.append(inverse)
@@ -230,8 +232,7 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     if not lost and header_digest(step.out for step in steps.values()) != saved.headers.get(_ROLE):
         lost.append("the plan does not name every tensor of its source")
     if lost:
-        more = f", and {len(lost) - _MOST_NAMED} more" if len(lost) > _MOST_NAMED else ""
-        raise PlanError(f"cannot be inverted: {'; '.join(lost[:_MOST_NAMED])}{more}")
+        raise PlanError(f"cannot be inverted: {listed(lost, _MOST_NAMED, show=str, separator='; ')}")
     outs = [step.out for step in saved.plan.steps]
     inputs = {Source(_ROLE, info.key): TensorInfo(info.key, info.dtype, info.shape) for info in outs}
     entries = [drop.key for drop in saved.plan.dropped if drop.is_entry]
@@ -244,7 +245,7 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     return SavedPlan(plan, {_ROLE: header_digest(inputs.values())}, inputs)
 
 
-def _groups(plan: Plan) -> Iterator[list[Step]]:
+def _steps_by_recipe(plan: Plan) -> Iterator[list[Step]]:
     """Yield the steps of each recipe together: they are the outputs of one evaluation."""
     groups: dict[object, list[Step]] = {}
     for step in plan.steps:
@@ -254,7 +255,7 @@ def _groups(plan: Plan) -> Iterator[list[Step]]:
 
 
 def _invert(group: list[Step], saved: SavedPlan) -> list[Step] | str:
-    """Return the steps that restore the sources of a group, or the reason why none can."""
+    """Return the steps that restore the sources of a group, or the reason why the sources cannot be restored."""
     first = group[0]
     cast = next((step for step in group if step.is_cast), None)
     if cast is not None:

@@ -1,4 +1,4 @@
-"""Steps of plans: tensors of the inputs are checked, then copied, cast, computed or refused with the reason."""
+"""Make the steps of plans, and refuse tensors that cannot be copied, cast or computed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.rules.model import Derivation, describe_output
 
-if TYPE_CHECKING:  # a plan without operations needs no module of them
+if TYPE_CHECKING:  # a plan without operations does not import them
     from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = [
@@ -108,7 +108,7 @@ def float_dtype(name: str) -> str:
     """
     code = dtype_code(name)
     if code is None:
-        raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names of them")
+        raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names for these")
     if not is_float(code) or code not in CASTABLE:
         raise PlanError(f"{code} is not a dtype that floating-point tensors can be cast to")
     return code
@@ -172,8 +172,8 @@ def role_to_edit(checkpoint: Checkpoint, role: str) -> str:
 def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[str, str]:
     """Return the new prefix of each module, from the old and new keys of the tensors.
 
-    A module is left out where its tensors go to different modules. A module without tensors of its own goes where all
-    tensors below it go.
+    A module is left out where its tensors move to different modules. A module without own tensors moves with the
+    tensors below it, if these move to one module.
     """
     if all(old == new for old, new in renamed.items()):
         return {module: module for module in modules}
@@ -193,7 +193,7 @@ def moved_modules(modules: Iterable[str], renamed: Mapping[str, str]) -> dict[st
 
 
 def _prefix_of(key: str, suffix: str) -> str | None:
-    """Return the prefix of the module in which ``key`` is called ``suffix``, or None where there is none."""
+    """Return ``key`` without ``.suffix`` at its end, which is the prefix of a module, or None without this end."""
     if key == suffix:
         return ""
     return key[: -len(suffix) - 1] if key.endswith(f".{suffix}") else None

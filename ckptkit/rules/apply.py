@@ -302,22 +302,21 @@ def _in_order(rule: Rule, which: int, names: Sequence[str], members: Sequence[_M
     if not ordered:
         raise RuleError(
             f"{rule}: {quoted(names[0])} would be made of {quoted(members[0].name)} and of a tensor that matches "
-            f"{quoted(pattern.text)}, and there is none"
+            f"{quoted(pattern.text)}, but no tensor does"
         )
     indices = [member.index for member in ordered]
     if len(set(indices)) < len(ordered):
         first, second = next(pair for pair in pairwise(ordered) if pair[0].index == pair[1].index)
         raise RuleError(
             f"{rule}: {quoted(first.name)} and {quoted(second.name)} would have the same place in {quoted(names[0])}",
-            hint="tell them apart by an index that is not in to, such as {i:int}",
+            hint="distinguish the two tensors by an index that is not in to, such as {i:int}",
         )
     missing = _missing_index(indices)
     if missing is not None:
         gathered = [name for name in rule.gathered if name in pattern.captures]
         at = ", ".join(f"{name} = {value}" for name, value in zip(gathered, missing, strict=True))
         raise RuleError(
-            f"{rule}: {quoted(names[0])} lacks one of its parts: there is none with {at}, only "
-            f"{plural(len(ordered), 'other')}"
+            f"{rule}: {quoted(names[0])} lacks a part: no tensor has {at}, only {plural(len(ordered), 'other')}"
         )
     return ordered
 

@@ -136,10 +136,10 @@ def _rule(table: Mapping[str, object], where: str, variables: Mapping[str, int])
         raise RuleError(f"on_collision must be one of {', '.join(_COLLISIONS)}")
     sources = tuple(parse_pattern(text) for text in _texts(table, "from"))
     if not sources:
-        raise RuleError('it needs a pattern: from = "..."')
+        raise RuleError('the rule needs a pattern: from = "..."')
     targets = _texts(table, "to")
     if drop == bool(targets):
-        raise RuleError('it needs either to = "..." or drop = true')
+        raise RuleError('the rule needs either to = "..." or drop = true')
     templates: tuple[tuple[Template, ...], ...] = tuple(
         tuple(parse_template(text, source) for text in targets) for source in sources
     )

@@ -50,7 +50,7 @@ class Settings:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if not isinstance(value, str):
-            raise RuleError("it is not an integer", hint='write a number, arithmetic, or "config:NAME"')
+            raise RuleError("the value is not an integer", hint='write a number, arithmetic, or "config:NAME"')
         if value.startswith(_FROM_CONFIG):
             return self._from_config(value.removeprefix(_FROM_CONFIG))
         from ckptkit.tensor_ops.expressions import evaluate_expression
@@ -59,7 +59,7 @@ class Settings:
 
     def _from_config(self, path: str) -> int:
         if self.config is None:
-            raise RuleError("its value is read from a config.json, and there is none", hint="set it: --set NAME=VALUE")
+            raise RuleError("the value is in config.json, but there is no config.json", hint="set it: --set NAME=VALUE")
         found: object = self.config()
         for part in path.split("."):
             found = found.get(part) if isinstance(found, Mapping) else None

@@ -230,7 +230,7 @@ def _refuse_unplaced(parts: _Parts, count: int, base: Mapping[str, Shape]) -> No
     if unplaced:
         more = f" and {len(unplaced) - 1} more have" if unplaced[1:] else " has"
         raise RuleError(
-            f"of {plural(count, 'tensor')}, {quoted(unplaced[0])}{more} no place in the base",
+            f"of {plural(count, 'tensor')}, {quoted(unplaced[0])}{more} no matching key in the base",
             hint=_renaming([key for key, _ in places], unplaced[0], base)
             or "check that the adapter belongs to this base, or rename its keys to the keys of the base",
         )
@@ -244,10 +244,10 @@ def _renaming(places: Sequence[str], name: str, base: Mapping[str, Shape]) -> st
     shorter = (first[: at + 1] for at, char in enumerate(first) if char == "." and first[at + 1 :] in base)
     for prefix in longer:
         if all(f"{prefix}{key}" in base for key in places):
-            return f"each has one after --rename {shell_word(f'{head}*={head}{prefix}*')}"
+            return f"every tensor has a matching key after --rename {shell_word(f'{head}*={head}{prefix}*')}"
     for prefix in shorter:
         if all(key.startswith(prefix) and key.removeprefix(prefix) in base for key in places):
-            return f"each has one after --rename {shell_word(f'{head}{prefix}*={head}*')}"
+            return f"every tensor has a matching key after --rename {shell_word(f'{head}{prefix}*={head}*')}"
     return None
 
 

@@ -69,7 +69,7 @@ def _conv_in(found: Shape, expected: Shape, _: str) -> _Suggestion | None:
 def _transpose(found: Shape, expected: Shape, _: str) -> _Suggestion | None:
     if len(found) != 2 or expected != found[::-1]:
         return None
-    return Transpose(), "its two dims are exchanged"
+    return Transpose(), "the two dims are exchanged"
 
 
 def _permute(found: Shape, expected: Shape, _: str) -> _Suggestion | None:

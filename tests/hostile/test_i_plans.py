@@ -68,7 +68,9 @@ REFUSED: dict[str, Refused] = {
     "I18 another shape": Refused(
         merging({**STATE, "a.w": torch.ones(2, 2)}), "'a.w' is [2, 3] in the base and [2, 2] in"
     ),
-    "I18 no key in common": Refused(merging({"z": torch.ones(1)}), "the donor has no key and shape of the base"),
+    "I18 no key in common": Refused(
+        merging({"z": torch.ones(1)}), "the donor has no tensor with a key and shape of the base"
+    ),
     "I18 no donor": Refused(merging(), "Missing argument 'DONORS...'"),
     "I19 complex128": Refused(storing(torch.ones(2, dtype=torch.complex128)), "'w' would be C128, which safetensors"),
     "I19 sparse": Refused(storing(torch.eye(3).to_sparse()), "'w' cannot be copied: it is a sparse tensor"),
