@@ -223,7 +223,7 @@ REST = {"name": "base", "rest": True}
         pytest.param("fc3.wieght", "did you mean 'fc3.weight'?", id="name-typo"),
         pytest.param("re:fc3", "did you mean 're:(?:fc3).*'?", id="regex-not-whole"),
         pytest.param("fc3[.]*", "did you mean", id="other-glob"),
-        pytest.param("qqq", "the model has 'fc1.weight', 'fc1.bias', 'bn.weight' and 3 more", id="no-idea"),
+        pytest.param("qqq", "the model has 'fc1.weight', 'fc1.bias', 'bn.weight' and 4 more", id="no-idea"),
     ],
 )
 def test_a_rule_that_matches_nothing_is_refused_with_the_nearest_pattern(params: str, hint: str) -> None:

@@ -267,7 +267,7 @@ def test_of_several_donors_the_last_one_wins() -> None:
 def test_a_merge_needs_a_donor_and_each_must_match() -> None:
     """An empty list of donors and a donor without a match are refused."""
     assert "no donor" in refusal(lambda: plan_merge(BASE, [])).reason
-    assert "the donor2 has no key" in refusal(lambda: plan_merge(BASE, [BASE, described(x=(1,))])).reason
+    assert "the donor2 has no tensor with a key" in refusal(lambda: plan_merge(BASE, [BASE, described(x=(1,))])).reason
 
 
 def test_models_and_state_dicts_are_merged_alike() -> None:

@@ -167,17 +167,17 @@ REFUSED: dict[str, tuple[list[str], str, str]] = {
     "a hole": (
         ["e.0.w", "e.2.w"],
         '[[rule]]\nfrom = "e.{e:int}.w"\nto = "e"\nop = "stack"',
-        "line 1): 'e' lacks a part: no tensor has e = 1, only 2 others",
+        "line 1): 'e' lacks a part: no tensor has e = 1 (2 tensors found)",
     ),
     "a hole of any size": (
         ["e.99999999999999999.w"],
         '[[rule]]\nfrom = "e.{e:int}.w"\nto = "e"\nop = "stack"',
-        "no tensor has e = 0",
+        "no tensor has e = 0 (1 tensor found)",
     ),
     "a hole in two indexes": (
         ["e.0.0", "e.0.1", "e.1.0"],
         '[[rule]]\nfrom = "e.{i:int}.{j:int}"\nto = "e"\nop = "stack"',
-        "no tensor has i = 1, j = 1",
+        "no tensor has i = 1, j = 1 (3 tensors found)",
     ),
     "the last of one layer": (
         ["h.0.e.0.w", "h.0.e.1.w", "h.1.e.0.w"],
@@ -354,7 +354,7 @@ def test_every_source_of_a_dropped_output_is_listed() -> None:
     stack = rules('[[rule]]\nfrom = ["a", "b"]\nto = "z"\nop = "stack"')
     like = plan_remap(source, stack, like={"c": torch.zeros(3)})
     assert [(drop.key, drop.reason) for drop in like.dropped] == [
-        (key, "made into 'z': not among the keys of like") for key in "ab"
+        (key, "made into 'z': not a key of the checkpoint given as like") for key in "ab"
     ]
     other = plan_merge({"c": torch.zeros(3), "z": torch.zeros(5)}, source, stack, on_mismatch="skip")
     assert [(drop.key, drop.wanted) for drop in other.dropped] == [("a", "z"), ("b", "z")]

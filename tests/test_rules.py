@@ -199,8 +199,12 @@ def test_a_command_line_comes_before_the_file() -> None:
         pytest.param("keep = 1", "keep must be a pattern", id="keep is a number"),
         pytest.param("keep = ['a', 1]", "keep must be a pattern", id="keep holds a number"),
         pytest.param("[[rule]]\nto = 'a'", "[[rule]] 1: the rule needs a pattern", id="no from"),
-        pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\n[[rule]]\nfrom = 'a'", "[[rule]] 2: it needs either", id="no to"),
-        pytest.param("[[rule]]\nfrom = 'a'\nto = 'b'\ndrop = true", "[[rule]] 1: it needs either", id="to and drop"),
+        pytest.param(
+            "[[rule]]\nfrom = 'a'\nto = 'b'\n[[rule]]\nfrom = 'a'", "[[rule]] 2: the rule needs either", id="no to"
+        ),
+        pytest.param(
+            "[[rule]]\nfrom = 'a'\nto = 'b'\ndrop = true", "[[rule]] 1: the rule needs either", id="to and drop"
+        ),
         pytest.param("[[rule]]\nfrom = 'a'\nto = 1", "[[rule]] 1: to must be a string or a list", id="to is a number"),
         pytest.param("[[rule]]\nfrom = 'a'\ndrop = 'yes'", "[[rule]] 1: drop and optional must be", id="drop is text"),
         pytest.param("[[rule]]\nfrom = 'a{'\nto = 'b'", "[[rule]] 1: 'a{' has a brace", id="bad pattern"),

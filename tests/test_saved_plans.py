@@ -142,7 +142,7 @@ CHANGED: dict[str, tuple[State, str]] = {
     "another shape": ({"w": torch.zeros(3)}, "'w' is F32 [3], and was F32 [2]"),
     "another dtype": ({"w": torch.zeros(2, dtype=torch.float64)}, "'w' is F64 [2], and was F32 [2]"),
     "gone": ({"v": torch.zeros(2)}, "'w' is missing"),
-    "one more": ({"w": torch.zeros(2), "v": torch.zeros(2)}, "it has 2 tensors"),
+    "one more": ({"w": torch.zeros(2), "v": torch.zeros(2)}, "a set of 2 tensors"),
 }
 
 

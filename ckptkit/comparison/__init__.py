@@ -256,7 +256,7 @@ def _filled_counters(
     missing: Iterable[TensorInfo], expected: Checkpoint, found: Checkpoint, key_map: KeyMap
 ) -> frozenset[str]:
     """Return the missing counters that torch fills in, because the state_dict has batch norm in a version below 2."""
-    is_renamed = bool(key_map.derived) or any(old != new for old, new in key_map.renamed.items())
+    is_renamed = bool(key_map.copied_or_computed) or any(old != new for old, new in key_map.renamed.items())
     versions = {} if is_renamed else found.versions
     filled = set()
     for key in (info.key for info in missing):

@@ -33,9 +33,9 @@ _BATCH_BYTES = 256 << 20
 class LoadReport(Report):
     """The result of ``load_into``: the keys of the model that were loaded, and the findings.
 
-    ``kept`` names the keys that were not loaded and have every bit that they had. ``coverage`` is the share of the
-    model's elements that were loaded, between 0 and 1. ``modules`` has the coverage of each module; a module that was
-    loaded in part is divided into its children.
+    ``kept`` names the keys that were not loaded; their values change only with a loaded tensor in the same memory.
+    ``coverage`` is the share of the model's elements that were loaded, between 0 and 1. ``modules`` has the coverage of
+    each module; a module that was loaded in part is divided into its children.
     """
 
     loaded: tuple[str, ...] = ()
@@ -77,20 +77,19 @@ def load_into(
 ) -> LoadReport:
     """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
-    ``rules``, ``on_missing``, ``on_unexpected`` and ``on_mismatch`` are those of ``plan_merge``, but
-    ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every key of the model's state_dict
-    that matches one must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's elements that
-    must be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run, and values are
-    cast as torch casts them.
+    ``rules``, ``on_missing``, ``on_unexpected`` and ``on_mismatch`` mean the same as in ``plan_merge``, but
+    ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every matching key of the model's
+    state_dict must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's elements that must
+    be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run, and torch casts the
+    values.
 
-    Afterwards every loaded tensor has the value of the checkpoint, and every other tensor has each bit that it had.
+    Afterwards every loaded tensor has the value of the checkpoint, and every other tensor has the same bits as before.
     All parameters and buffers are the same objects and share the same memory as before. If loading fails or is
-    interrupted, the model is restored from a copy. The copy takes up to 256 MB of memory; a larger one is a temporary
-    file.
+    interrupted, the model is restored from a copy. A copy of more than 256 MB is stored in a temporary file.
 
     Raises ``PlanError`` where a policy is ``error``, and ``RuleError`` where a pattern matches no key. Raises
-    ``ModelError`` where ``require`` or ``min_coverage`` is not met, before anything is copied. The same is raised where
-    a tensor of the model is on the meta device, and where the check of the result fails.
+    ``ModelError`` where ``require`` or ``min_coverage`` is not met, before anything is copied. ``ModelError`` is also
+    raised where a tensor of the model is on the meta device, and where the check of the result fails.
     """
     if on_unexpected == "add":
         raise ModelError(
@@ -107,7 +106,7 @@ def load_into(
     with Snapshot(model) as before:
         try:
             _load(model, base, donor, from_donor)
-            rewritten = _check_others(model, before, loaded)
+            rewritten = _check_not_loaded(model, before, loaded)
         except BaseException as error:
             failed = before.restore()
             if failed:
@@ -154,11 +153,11 @@ def _load(model: Module, base: Checkpoint, donor: Checkpoint, steps: Sequence[St
     for batch in batches:
         _load_batch(model, before, donor, batch, versions)
     if len(batches) > 1:
-        # A later batch may have overwritten a tensor that shares memory with one of its own.
+        # A later batch may have overwritten a tensor of an earlier batch that shares memory with a later tensor.
         shared = shared_keys({step.out.key: base[step.out.key] for step in steps})
         for batch in batches:
             again = [step for step in batch if step.out.key in shared]
-            _check(model.state_dict(keep_vars=True), before, _values(donor, again))
+            _check_loaded(model.state_dict(keep_vars=True), before, _values(donor, again))
 
 
 def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
@@ -192,7 +191,7 @@ def _load_batch(
         if isinstance(error, KeyError):  # its text is the key alone
             message = f"there is no key {message}"
         raise ModelError(f"load_state_dict failed: {message}") from error
-    _check(model.state_dict(keep_vars=True), before, values)
+    _check_loaded(model.state_dict(keep_vars=True), before, values)
 
 
 def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
@@ -200,9 +199,9 @@ def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor
     return OrderedDict((step.out.key, producer.tensor(step)) for step in steps)
 
 
-def _check(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _check_loaded(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for key, value in values.items():
-        if _is_extra(key):
+        if _is_extra_state(key):
             continue
         if after[key] is not before[key]:
             raise ModelError(f"{quoted(key)} was replaced while loading, and optimizers still hold the old tensor")
@@ -213,7 +212,7 @@ def _check(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Ma
             )
 
 
-def _is_extra(key: str) -> bool:
+def _is_extra_state(key: str) -> bool:
     """Return whether the key is the extra state of a module, which only the module can interpret."""
     return key.rpartition(".")[2] == "_extra_state"
 
@@ -225,7 +224,7 @@ def _sharing_memory(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:
     return names.union(*(tie for tie in before.ties if tie & names))
 
 
-def _check_others(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
+def _check_not_loaded(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
     """Raise ``ModelError`` where anything but the loaded tensors changed; return the buffers that hooks rewrote.
 
     Only buffers that are not persistent may be rewritten.
@@ -275,7 +274,7 @@ def _unverified_findings(before: Snapshot, rewritten: Sequence[str], loaded: Abs
     for name in rewritten:
         message = f"a hook of the model rewrote {quoted(name)}, a buffer that is in no checkpoint"
         yield codes.DERIVED.finding(name, message)
-    for name in filter(_is_extra, loaded):
+    for name in filter(_is_extra_state, loaded):
         message = f"{quoted(name)} was passed to its module; whether the module kept it was not checked"
         yield codes.UNPROVED.finding(name, message)
     for name in before.not_copied:

@@ -10,7 +10,7 @@ from numbers import Real
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.patterns import Pattern, parse_pattern, suggest_pattern
-from ckptkit.core.text import kind_of, plural, quoted
+from ckptkit.core.text import kind_of, listed, plural, quoted
 from ckptkit.errors import ModelError, RuleError
 from ckptkit.plans.plan import Plan
 
@@ -21,7 +21,7 @@ _SHOWN = 3
 
 @dataclass(frozen=True, slots=True)
 class Requirements:
-    """Patterns of keys that must all be loaded, and the least share of the model's elements that must be."""
+    """Patterns of keys that must all be loaded, and the least share of the model's elements that must be loaded."""
 
     require: str | Sequence[str] = ()
     min_coverage: float = 0.0
@@ -75,9 +75,8 @@ def _patterns(require: object) -> list[Pattern]:
 
 
 def _explain(lacking: Sequence[str], reasons: dict[str, str]) -> str:
-    explained = [f"{quoted(key)} ({reasons.get(key, 'not in the checkpoint')})" for key in lacking[:_SHOWN]]
-    more = len(lacking) - len(explained)
-    return ", ".join(explained) + (f" and {more:,} more" if more else "")
+    explained = [f"{quoted(key)} ({reasons.get(key, 'not in the checkpoint')})" for key in lacking]
+    return listed(explained, _SHOWN, show=str)
 
 
 def _hint(lacking: Sequence[str], reasons: dict[str, str], difference: Callable[[], StateDictDiff]) -> str:

@@ -36,11 +36,11 @@ def named_tensors(model: Module) -> dict[str, Tensor]:
 
 
 class Snapshot(Closing):
-    """A copy of every parameter and buffer of a model; close it, or use it as a context manager.
+    """A copy of every parameter and buffer of a model; close the snapshot, or use it as a context manager.
 
-    The bytes are kept in memory up to 256 MB, and above that in a temporary file without a name. ``infos`` describes
-    the tensors by name. ``not_copied`` names the tensors that have no plain bytes (sparse, quantised, subclasses,
-    on the meta device); they are neither compared nor restored.
+    Up to 256 MB are stored in memory, more in a temporary file without a name. ``infos`` describes the tensors by name.
+    ``not_copied`` names the tensors without plain bytes (sparse, quantized, subclasses, on the meta device), which are
+    neither compared nor restored.
     """
 
     def __init__(self, model: Module) -> None:
@@ -93,12 +93,12 @@ class Snapshot(Closing):
         return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
 
     def replaced(self) -> Iterator[str]:
-        """Yield the names that now have another tensor object, or none."""
+        """Yield the names that no longer have the same tensor object."""
         now = named_tensors(self._model)
         return (name for name, tensor in self.tensors.items() if now.get(name) is not tensor)
 
     def is_unchanged(self, name: str) -> bool:
-        """Return whether the tensor of this name has every bit that it had; true where it was not copied."""
+        """Return whether a tensor has the same bits as the snapshot; true for a tensor that was not copied."""
         saved = self._saved.get(id(self.tensors[name]))
         return saved is None or self._is_unchanged(saved)
 
@@ -120,7 +120,7 @@ class Snapshot(Closing):
         return torch.equal(before, torch.frombuffer(chunk, dtype=torch.uint8))
 
     def restore(self) -> list[str]:
-        """Restore every object under its name and every bit; return the names of tensors that cannot be restored."""
+        """Restore the objects and bits of all tensors; return the names of tensors that cannot be restored."""
         import torch
 
         for slots, before in self._slots:
@@ -140,7 +140,7 @@ class Snapshot(Closing):
                     saved.tensor.copy_(value)
             except RuntimeError:
                 failed.append(saved.name)
-        # A tensor can share memory with one that was restored after it, so each is checked again.
+        # A tensor can share memory with a tensor that was restored later, so every tensor is checked again.
         return failed + [
             saved.name for saved in self._saved.values() if saved.name not in failed and not self._is_unchanged(saved)
         ]

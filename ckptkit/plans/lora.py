@@ -42,7 +42,7 @@ def plan_lora(
     and filter the keys of the adapter first. ``scale`` multiplies the scale of the config. The output has the keys and
     dtypes of ``base``. A tensor that the adapter saves whole replaces the base's tensor, in its own shape.
 
-    Raises ``RuleError`` where a tensor of the adapter has no place in the base, naming it. Raises ``PlanError`` where
+    Raises ``RuleError`` for a tensor of the adapter without a matching key in the base. Raises ``PlanError`` where
     two folds would change one tied tensor, and where ``scale`` is not finite.
     """
     if not math.isfinite(scale):
@@ -51,7 +51,7 @@ def plan_lora(
     base, donor = roles.values()
     refuse_ambiguous(base, base)
     key_map = apply_rules(as_rules(rules), donor)
-    if key_map.derived:
+    if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
     names = {new: old for old, new in key_map.renamed.items()}
     adapter_plan = plan_adapter(
@@ -117,7 +117,7 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
     roles = _inputs(base, tuned)
     base, donor = roles.values()
     key_map = apply_rules(as_rules(rules), donor)
-    if key_map.derived:
+    if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of the tuned model, not copy or compute them")
     operation = ExtractLora(rank)
     steps: list[Step] = []

@@ -26,7 +26,7 @@ from ckptkit.rules.parse import as_rules
 
 __all__ = ["plan_remap"]
 
-_NOT_WANTED = "not among the keys of like"
+_NOT_WANTED = "not a key of the checkpoint given as like"
 
 
 def plan_remap(

@@ -197,7 +197,8 @@ def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:
             return f": {quoted(key)} is missing"
         if (checkpoint[key].dtype, checkpoint[key].shape) != (info.dtype, info.shape):
             return f": {quoted(key)} is {checkpoint[key]}, and was {info}"
-    return f": the {len(wanted)} tensors of the plan are among other tensors ({plural(len(checkpoint), 'tensor')} now)"
+    now, then = (plural(len(tensors), "tensor") for tensors in (checkpoint, wanted))
+    return f": a set of {now}, and the plan reads another set of {then}"
 
 
 _ROLE = "source"

@@ -27,11 +27,11 @@ _MAX_SOURCES = 100_000  # of one operation: stages that split and join in turns 
 def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
     """Return the new key of each key, and the keys that are dropped.
 
-    Of a Checkpoint, the entries that are not tensors help to find the wrappers that ``strip = "auto"`` removes.
+    If ``keys`` is a Checkpoint, its entries that are not tensors help ``strip = "auto"`` to recognise wrappers.
 
     Raises ``RuleError`` where two keys get the same new name, where a new name is empty, and where an operation lacks
-    an input. It is also raised where a rule or a kept pattern matches nothing, unless the rule is optional or unused
-    rules are allowed.
+    an input. It is also raised where a rule or a ``keep`` pattern matches nothing, unless the rule is optional or
+    unused rules are allowed.
     """
     if not rules.stages:
         return KeyMap({key: key for key in keys})
@@ -60,7 +60,7 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
 
 
 def _strip_stages(prefix: str, keys: Collection[str], entries: Collection[str]) -> tuple[list[Stage], list[str]]:
-    """Return the stages that remove a prefix, or with ``auto`` the marks of known wrappers, and notes about them.
+    """Return the stages that remove a prefix, or with ``auto`` the marks of known wrappers, and notes for the user.
 
     ``entries`` names the entries of the file that are not tensors. Raises ``RuleError`` where a key lacks the prefix.
     """
@@ -98,9 +98,9 @@ class _Claim:
 
 @dataclass(frozen=True, slots=True)
 class _Member:
-    """An input of an operation: the number of the pattern that it matches, its index, and its derivation."""
+    """An input of an operation: the number of the matching pattern, the index in the key, and the derivation."""
 
-    which: int
+    pattern_number: int
     index: tuple[int, ...]
     name: str
     derivation: Derivation
@@ -108,9 +108,9 @@ class _Member:
 
 @dataclass(slots=True)
 class _Pass:
-    """One pass over all names.
+    """One pass of a stage over all names.
 
-    ``claims`` maps each new name to the key that gets it. ``groups`` holds the inputs of each operation, by the
+    ``claims`` maps each new name to the key that gets the name. ``groups`` holds the inputs of each operation, by the
     number of the rule and the new names. ``sizes`` holds the number of inputs that a rule gathered first.
     """
 
@@ -135,34 +135,34 @@ class _Pass:
             if found is None:
                 self.claim(name, claim)
                 continue
-            index, which, match = found
-            hits[index] += 1
-            self.apply_rule(index, which, match, claim)
-        for (index, names), members in self.groups.items():
-            self.apply_operations(index, names, members)
+            rule_number, pattern_number, match = found
+            hits[rule_number] += 1
+            self.apply_rule(rule_number, pattern_number, match, claim)
+        for (rule_number, names), members in self.groups.items():
+            self.apply_operations(rule_number, names, members)
         _refuse_unused(self.stage, state, hits, self.notes, allow_unused=allow_unused)
         return {name: claim.derivation for name, claim in self.claims.items()}
 
-    def apply_rule(self, index: int, which: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
-        rule = self.stage.rules[index]
+    def apply_rule(self, rule_number: int, pattern_number: int, match: re.Match[str] | KeyMatch, claim: _Claim) -> None:
+        rule = self.stage.rules[rule_number]
         if rule.drops:
             self.leave_out(claim, str(rule))
             return
-        names = tuple(template.expand(match) for template in rule.templates[which])
+        names = tuple(template.expand(match) for template in rule.templates[pattern_number])
         if "" in names and claim.name:  # a checkpoint that is one bare tensor has the key ''
             raise RuleError(f"{rule} leaves {quoted(claim.label)} without a name")
         if not rule.operations:
             for name in names:
                 self.claim(name, _Claim(claim.name, with_rule(claim.derivation, rule), rule))
             return
-        members = self.groups.setdefault((index, names), [])
+        members = self.groups.setdefault((rule_number, names), [])
         if not members:  # the outputs are placed where the first input was
             for name in names:
                 self.claim(name, _Claim(claim.name, claim.derivation, rule))
-        members.append(_Member(which, _indices(rule, which, match), claim.name, claim.derivation))
+        members.append(_Member(pattern_number, _indices(rule, pattern_number, match), claim.name, claim.derivation))
 
     def claim(self, name: str, newcomer: _Claim) -> None:
-        """Give ``name`` to the newcomer, or decide by the rules where another key has it already."""
+        """Give ``name`` to the newcomer; if another key has the name already, the rules decide."""
         holder = self.claims.get(name)
         if holder is None:
             self.claims[name] = newcomer
@@ -200,15 +200,15 @@ class _Pass:
             before = self.dropped.get(source)
             self.dropped[source] = reason if before is None else f"{before}; {reason}"
 
-    def apply_operations(self, index: int, names: Sequence[str], members: Sequence[_Member]) -> None:
+    def apply_operations(self, rule_number: int, names: Sequence[str], members: Sequence[_Member]) -> None:
         """Set the derivation of each new name of a group to an output of the rule's operations."""
         from ckptkit.tensor_ops.recipes import compose
 
-        rule = self.stage.rules[index]
+        rule = self.stage.rules[rule_number]
         inputs: list[_Member] = []
-        for which in range(len(rule.sources)):
-            ordered = _in_order(rule, which, names, members)
-            self.refuse_uneven(index, which, names[0], ordered)
+        for pattern_number in range(len(rule.sources)):
+            ordered = _in_order(rule, pattern_number, names, members)
+            self.refuse_uneven(rule_number, pattern_number, names[0], ordered)
             inputs += ordered
         sources = tuple(source for member in inputs for source in member.derivation.sources)
         uncompared = next((member for member in inputs if member.derivation.equals), None)
@@ -229,15 +229,15 @@ class _Pass:
         for name, recipe in zip(names, recipes, strict=True):
             self.claims[name] = replace(self.claims[name], derivation=Derivation(sources, recipe, all_rules))
 
-    def refuse_uneven(self, index: int, which: int, name: str, members: Sequence[_Member]) -> None:
+    def refuse_uneven(self, rule_number: int, pattern_number: int, name: str, members: Sequence[_Member]) -> None:
         """Raise ``RuleError`` where the rule gathers another number of tensors than for an earlier new name.
 
-        A hole in the indices is found elsewhere; this finds that the last indices are missing.
+        Then the last indices are missing; ``_in_order`` finds a missing index between others.
         """
-        rule = self.stage.rules[index]
-        captures = tuple(capture for capture in rule.gathered if capture in rule.sources[which].captures)
+        rule = self.stage.rules[rule_number]
+        captures = tuple(capture for capture in rule.gathered if capture in rule.sources[pattern_number].captures)
         sizes = _grid_sizes([member.index for member in members])
-        first_sizes, first_name = self.sizes.setdefault((index, captures), (sizes, name))
+        first_sizes, first_name = self.sizes.setdefault((rule_number, captures), (sizes, name))
         if sizes == first_sizes:
             return
         here, there = (
@@ -246,7 +246,8 @@ class _Pass:
         )
         if name == first_name:
             reason = (
-                f"{quoted(name)} would be made of {there}, and of {here} that match {quoted(rule.sources[which].text)}"
+                f"{quoted(name)} would be made of {there}, and of {here} that match "
+                f"{quoted(rule.sources[pattern_number].text)}"
             )
             hint = "where the numbers differ on purpose, give the captures different names"
         else:
@@ -255,38 +256,43 @@ class _Pass:
         raise RuleError(f"{rule}: {reason}: a part is missing", hint=hint)
 
 
-# For each pattern: a text that a matching key must contain, the number of the rule, that of the pattern, the pattern.
+# Rows: a text that each matching key contains, the number of the rule, the number of the pattern, the pattern.
 _PatternTable = Sequence[tuple[str, int, int, Pattern]]
 
 
 def _pattern_table(rules: Sequence[Rule]) -> _PatternTable:
     patterns = [
-        (index, which, pattern) for index, rule in enumerate(rules) for which, pattern in enumerate(rule.sources)
+        (rule_number, pattern_number, pattern)
+        for rule_number, rule in enumerate(rules)
+        for pattern_number, pattern in enumerate(rule.sources)
     ]
     common = Counter(text for _, _, pattern in patterns for text in set(pattern.literals))
 
     def rarest_text(pattern: Pattern) -> str:
         return min(filter(None, pattern.literals), key=lambda text: (common[text], -len(text)), default="")
 
-    return [(rarest_text(pattern), index, which, pattern) for index, which, pattern in patterns]
+    return [
+        (rarest_text(pattern), rule_number, pattern_number, pattern)
+        for rule_number, pattern_number, pattern in patterns
+    ]
 
 
 def _first_match(table: _PatternTable, name: str) -> tuple[int, int, re.Match[str] | KeyMatch] | None:
-    for text, index, which, pattern in table:
+    for text, rule_number, pattern_number, pattern in table:
         if text in name:  # most of several hundred rules fail here, in a tenth of the time of a regex
             match = pattern.match(name)
             if match is not None:
-                return index, which, match
+                return rule_number, pattern_number, match
     return None
 
 
-def _indices(rule: Rule, which: int, match: re.Match[str] | KeyMatch) -> tuple[int, ...]:
+def _indices(rule: Rule, pattern_number: int, match: re.Match[str] | KeyMatch) -> tuple[int, ...]:
     """Return the values of the captures that the rule gathers over."""
     indices = []
     for name in rule.gathered:
-        if name not in rule.sources[which].captures:
+        if name not in rule.sources[pattern_number].captures:
             continue
-        if not rule.sources[which].captures[name]:
+        if not rule.sources[pattern_number].captures[name]:
             raise RuleError(
                 f"{rule} gathers over {{{name}}}, which is in no new name and is not an index",
                 hint=f"write {{{name}:int}}, or use {{{name}}} in to",
@@ -295,10 +301,12 @@ def _indices(rule: Rule, which: int, match: re.Match[str] | KeyMatch) -> tuple[i
     return tuple(indices)
 
 
-def _in_order(rule: Rule, which: int, names: Sequence[str], members: Sequence[_Member]) -> list[_Member]:
+def _in_order(rule: Rule, pattern_number: int, names: Sequence[str], members: Sequence[_Member]) -> list[_Member]:
     """Return the members of one pattern, in the order of their indices; raise ``RuleError`` where one is missing."""
-    pattern = rule.sources[which]
-    ordered = sorted((member for member in members if member.which == which), key=lambda member: member.index)
+    pattern = rule.sources[pattern_number]
+    ordered = sorted(
+        (member for member in members if member.pattern_number == pattern_number), key=lambda member: member.index
+    )
     if not ordered:
         raise RuleError(
             f"{rule}: {quoted(names[0])} would be made of {quoted(members[0].name)} and of a tensor that matches "
@@ -316,7 +324,7 @@ def _in_order(rule: Rule, which: int, names: Sequence[str], members: Sequence[_M
         gathered = [name for name in rule.gathered if name in pattern.captures]
         at = ", ".join(f"{name} = {value}" for name, value in zip(gathered, missing, strict=True))
         raise RuleError(
-            f"{rule}: {quoted(names[0])} lacks a part: no tensor has {at}, only {plural(len(ordered), 'other')}"
+            f"{rule}: {quoted(names[0])} lacks a part: no tensor has {at} ({plural(len(ordered), 'tensor')} found)"
         )
     return ordered
 
@@ -353,9 +361,9 @@ def _refuse_unused(
         for pattern in stage.keep
         if not any(pattern.match(name) for name in names)
     ]
-    for index, rule in enumerate(stage.rules):
-        if hits[index] == 0:
-            shadow = _shadow(stage.rules, index, kept)
+    for rule_number, rule in enumerate(stage.rules):
+        if hits[rule_number] == 0:
+            shadow = _shadowing_rule(stage.rules, rule_number, kept)
             reason = (
                 f"matches none of {plural(len(kept), 'key')}"
                 if shadow is None
@@ -368,9 +376,9 @@ def _refuse_unused(
         notes.append(message)
 
 
-def _shadow(rules: Sequence[Rule], index: int, names: Iterable[str]) -> Rule | None:
+def _shadowing_rule(rules: Sequence[Rule], rule_number: int, names: Iterable[str]) -> Rule | None:
     """Return the earlier rule that matches the first key of a rule, or None."""
-    own = _pattern_table(rules[index : index + 1])
+    own = _pattern_table(rules[rule_number : rule_number + 1])
     name = next((name for name in names if _first_match(own, name)), None)
-    found = None if name is None else _first_match(_pattern_table(rules[:index]), name)
+    found = None if name is None else _first_match(_pattern_table(rules[:rule_number]), name)
     return None if found is None else rules[found[0]]

@@ -1,4 +1,4 @@
-"""Rules as values: stages of rules, and the new keys that they give to a set of keys."""
+"""The classes of rules: stages of rules, and the new keys that rules give to a set of keys."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ OnCollision: TypeAlias = Literal["error", "first", "last", "equal"]
 class Rule:
     """One rule: keys that match a pattern of ``sources`` are dropped, renamed, or combined by operations.
 
-    ``templates`` holds the new names for each pattern. No new name is a drop; several new names are copies, or the
-    outputs of ``operations``. ``on_collision`` chooses between two keys that get the same new name: ``"first"`` or
-    ``"last"`` in the order of the keys, or ``"equal"``, which requires that both have the same bytes (compared before
-    the output is written). With ``"error"`` such keys raise. ``optional`` allows that no key matches. ``where`` is the
-    place of the rule in its file.
+    ``templates`` holds the new names for each pattern. A rule without new names drops the keys. Several new names are
+    copies of the tensor, or the outputs of ``operations``.
+
+    ``on_collision`` chooses between two keys that get the same new name. ``"first"`` and ``"last"`` follow the order of
+    the keys, and ``"error"`` raises. ``"equal"`` requires the same bytes, which are compared before the output is
+    written. ``optional`` allows that no key matches. ``where`` is the place of the rule in its file.
     """
 
     sources: tuple[Pattern, ...]
@@ -62,7 +63,7 @@ class Rule:
 class Stage:
     """One pass over the keys: a filter, then prefixes to remove, then the first rule that matches each key.
 
-    An empty ``keep`` keeps every key. ``strip`` holds prefixes, or ``"auto"`` for those of known wrappers.
+    An empty ``keep`` keeps every key. ``strip`` holds prefixes, or ``"auto"`` for the prefixes of known wrappers.
     """
 
     keep: tuple[Pattern, ...] = ()
@@ -74,7 +75,7 @@ class Stage:
 class Rules:
     """Stages in order; each stage sees the names that the stage before it gave.
 
-    ``allow_unused`` allows that a rule or a kept pattern matches no key.
+    ``allow_unused`` allows that a rule or a ``keep`` pattern matches no key.
     """
 
     stages: tuple[Stage, ...] = ()
@@ -107,8 +108,8 @@ class Derivation:
 def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | None, rule: str) -> TensorInfo:
     """Return the description of the tensor that a recipe makes (None: the first source), under the sources' keys.
 
-    Raises ``RuleError`` where an operation does not accept the sources; ``key``, the new key, and ``rule`` are for its
-    message.
+    Raises ``RuleError`` where an operation does not accept the sources; the message has ``key`` (the new key) and
+    ``rule``.
     """
     if recipe is None:
         return sources[0]
@@ -129,13 +130,14 @@ def describe_output(key: str, sources: Sequence[TensorInfo], recipe: Recipe | No
 class KeyMap:
     """The result of rules on a set of keys: the new key of each old key, and the keys that are dropped.
 
-    ``renamed`` maps old keys to new keys. ``derived`` holds the new keys that are copies or outputs of operations.
-    ``rule_of`` and ``dropped`` map an old key to its rules and to the reason for leaving it out. ``equals`` maps an old
-    key to the dropped keys that must have the same bytes. ``order`` lists the new keys where there are derived ones.
+    ``renamed`` maps each old key to its first new key. ``copied_or_computed`` holds all other new keys: further copies,
+    and outputs of operations. ``order`` then lists all new keys; without such keys it is None. ``rule_of`` maps an old
+    key to its rules, ``dropped`` to the reason for dropping the key, and ``equals`` to the dropped keys that must have
+    the same bytes.
     """
 
     renamed: Mapping[str, str]
-    derived: Mapping[str, Derivation] = field(default_factory=dict)
+    copied_or_computed: Mapping[str, Derivation] = field(default_factory=dict)
     rule_of: Mapping[str, str] = field(default_factory=dict)
     dropped: Mapping[str, str] = field(default_factory=dict)
     equals: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -143,14 +145,14 @@ class KeyMap:
     order: Sequence[str] | None = None
 
     def outputs(self) -> Mapping[str, Derivation]:
-        """Return how each new key is made, in the order of the new keys."""
+        """Return the derivation of each new key, in the order of the new keys."""
         plain = {
             new: Derivation((old,), None, self.rule_of.get(old, ""), self.equals.get(old, ()))
             for old, new in self.renamed.items()
         }
         if self.order is None:
             return plain
-        return {name: plain.get(name) or self.derived[name] for name in self.order}
+        return {name: plain.get(name) or self.copied_or_computed[name] for name in self.order}
 
     def describe(self, infos: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Return the description of each tensor by its new key; the descriptions have the keys of the sources.
@@ -160,28 +162,32 @@ class KeyMap:
         plain = {new: infos[old] for old, new in self.renamed.items()}
         if self.order is None:
             return plain
-        derived = {key: derivation.describe(key, infos) for key, derivation in self.derived.items()}
-        return {key: plain.get(key) or derived[key] for key in self.order}
+        copied_or_computed = {
+            key: derivation.describe(key, infos) for key, derivation in self.copied_or_computed.items()
+        }
+        return {key: plain.get(key) or copied_or_computed[key] for key in self.order}
 
     @classmethod
     def of(cls, state: Mapping[str, Derivation], dropped: Mapping[str, str], notes: Sequence[str]) -> KeyMap:
-        """Return the map of these new keys to the old keys."""
+        """Return the ``KeyMap`` of new keys with these derivations."""
         renamed: dict[str, str] = {}
-        derived: dict[str, Derivation] = {}
+        copied_or_computed: dict[str, Derivation] = {}
         for new, derivation in state.items():
             if derivation.recipe is None and derivation.sources[0] not in renamed:
                 renamed[derivation.sources[0]] = new
             else:
-                derived[new] = derivation
-        plain = {derivation.sources[0]: derivation for new, derivation in state.items() if new not in derived}
+                copied_or_computed[new] = derivation
+        plain = {
+            derivation.sources[0]: derivation for new, derivation in state.items() if new not in copied_or_computed
+        }
         return cls(
             renamed,
-            derived,
+            copied_or_computed,
             {old: derivation.rule for old, derivation in plain.items() if derivation.rule},
             dropped,
             {old: derivation.equals for old, derivation in plain.items() if derivation.equals},
             tuple(notes),
-            tuple(state) if derived else None,
+            tuple(state) if copied_or_computed else None,
         )
 
 

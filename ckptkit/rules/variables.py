@@ -24,7 +24,7 @@ class Settings:
     config: Callable[[], Mapping[str, object]] | None = None
 
     def resolve(self, table: object) -> dict[str, int]:
-        """Return the variables of the table ``[vars]``; a value that the user set replaces that of the file.
+        """Return the variables of the table ``[vars]``; a value that the user set replaces the value of the file.
 
         A value is an integer, arithmetic with the variables before it, or ``"config:a.b"``, which names an integer in
         the configuration. Raises ``RuleError`` for any other value, and where the user set a variable that the file

@@ -119,8 +119,8 @@ def stats(
     """
     opened = as_checkpoint(checkpoint, "checkpoint")
     key_map = apply_rules(as_rules(rules), opened)
-    if key_map.derived:
-        computed = quoted(next(iter(key_map.derived)))
+    if key_map.copied_or_computed:
+        computed = quoted(next(iter(key_map.copied_or_computed)))
         raise RuleError(f"an operation would compute {computed}", hint="write the tensors first, with ckpt remap")
     first_of_tie = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
     tensors: dict[str, TensorStats] = {}

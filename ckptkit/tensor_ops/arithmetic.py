@@ -46,7 +46,7 @@ class Cast(Operation):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the input."""
-        return (self.only(inputs),)
+        return (self.only_shape(inputs),)
 
     def dtypes(self, inputs: Sequence[str]) -> tuple[str, ...]:
         """Return the new dtype; raise ``RuleError`` where torch cannot cast or the imaginary part would be lost."""
@@ -71,7 +71,7 @@ class Scale(Arithmetic):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the input."""
-        return (self.only(inputs),)
+        return (self.only_shape(inputs),)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Multiply the tensor."""
@@ -87,7 +87,7 @@ class Add(Arithmetic):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the input."""
-        return (self.only(inputs),)
+        return (self.only_shape(inputs),)
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Add the number."""
@@ -98,8 +98,8 @@ class Add(Arithmetic):
 class FoldWeightNorm(Arithmetic):
     """Compute a weight from ``[g, v]`` of a weight norm.
 
-    They are ``weight_g`` and ``weight_v``, or ``parametrizations.weight.original0`` and ``original1``. ``dim`` is the
-    ``dim`` of ``torch.nn.utils.weight_norm``; -1 means its ``dim=None``, one norm over all elements.
+    The inputs are ``weight_g`` and ``weight_v``, or ``parametrizations.weight.original0`` and ``original1``. ``dim`` is
+    the ``dim`` of ``torch.nn.utils.weight_norm``; -1 means ``dim=None``, one norm over all elements.
     """
 
     dim: Int = 0
@@ -138,9 +138,9 @@ class FoldWeightNorm(Arithmetic):
 class FoldSpectralNorm(Arithmetic):
     """Compute the weight of evaluation mode from ``[orig, u, v]`` of a spectral norm.
 
-    The weight is ``orig`` divided by the singular value that u and v estimate. They are ``weight_orig``, ``weight_u``
-    and ``weight_v``, or ``parametrizations.weight.original``, ``.0._u`` and ``.0._v``. ``dim`` is the dim of the
-    spectral norm: 1 for a transposed convolution, else 0.
+    The weight is ``orig`` divided by the singular value that u and v estimate. The inputs are ``weight_orig``,
+    ``weight_u`` and ``weight_v``, or ``parametrizations.weight.original``, ``.0._u`` and ``.0._v``. ``dim`` is the dim
+    of the spectral norm: 1 for a transposed convolution, else 0.
     """
 
     dim: Int = 0
@@ -193,8 +193,9 @@ class FoldMask(Arithmetic):
 class FoldBatchNorm(Arithmetic):
     """Fold a batch norm in evaluation mode into the layer before it; the outputs are a weight and a bias.
 
-    The inputs are ``weight, [bias,] bn.weight, bn.bias, running_mean, running_var`` of a Linear or a convolution, with
-    ``transposed`` for a transposed one. The result is correct only where no other module reads the output of the layer.
+    The inputs are ``weight, [bias,] bn.weight, bn.bias, running_mean, running_var`` of a Linear or a convolution.
+    ``transposed`` is true for a transposed convolution. The result is correct only where no other module reads the
+    output of the layer.
     """
 
     eps: Number = 1e-5

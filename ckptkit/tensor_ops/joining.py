@@ -49,12 +49,12 @@ class Split(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of each part."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         dim = self.axis(self.dim, shape)
         return tuple((*shape[:dim], size, *shape[dim + 1 :]) for size in self._sizes(shape, dim))
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Cut."""
+        """Split the tensor."""
         import torch
 
         (tensor,) = tensors
@@ -97,7 +97,7 @@ class Concat(Moving):
         return Split(self.dim, tuple(shape[self.dim] for shape in inputs))
 
 
-def _same(operation: Moving, inputs: Sequence[Shape]) -> Shape:
+def _common_shape(operation: Moving, inputs: Sequence[Shape]) -> Shape:
     if not inputs:
         raise operation.refusal("there is no tensor to join")
     for shape in inputs:
@@ -115,7 +115,7 @@ class Stack(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the output; the new dim has the number of tensors as its size."""
-        shape = _same(self, inputs)
+        shape = _common_shape(self, inputs)
         dim = self.axis(self.dim, (*shape, 0))
         return ((*shape[:dim], len(inputs), *shape[dim:]),)
 
@@ -132,7 +132,7 @@ class Stack(Moving):
 
 @dataclass(frozen=True, slots=True)
 class Unstack(Moving):
-    """Take a tensor apart along a dim of size ``parts``; the outputs do not have the dim."""
+    """Split a tensor along a dim of size ``parts``, and remove the dim."""
 
     parts: Int
     dim: Int = 0
@@ -150,7 +150,7 @@ class Unstack(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape without the dim, once for each part."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] != self.parts:
             raise self.refusal(f"dim {self.dim} of {list(shape)} is {shape[dim]}, not {self.parts}")
@@ -181,7 +181,7 @@ class Interleave(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the output; its size along the dim is the sum of the sizes."""
-        shape = _same(self, inputs)
+        shape = _common_shape(self, inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] % self.block:
             raise self.refusal(f"dim {self.dim} of {list(shape)} is not divisible into blocks of {self.block}")
@@ -222,7 +222,7 @@ class Deinterleave(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of each part."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] % (self.parts * self.block):
             raise self.refusal(
@@ -250,8 +250,8 @@ class _Qkv(Moving):
 
     ``layout`` is ``concat`` (all queries, then all keys, then all values) or ``interleaved`` (for each key-value head
     its queries, its key and its value). ``kv_heads`` is ``heads`` by default. ``head_dim`` follows from the shape and
-    is checked where it is given. ``dim`` is 0 for a Linear and 1 for the weight of a Conv1D as in GPT-2; -1 is right
-    for the weight and the bias of a Conv1D.
+    is checked where it is given. ``dim`` is 0 for a Linear. For a Conv1D as in GPT-2, -1 is correct for both the weight
+    and the bias.
     """
 
     heads: Int
@@ -264,19 +264,19 @@ class _Qkv(Moving):
         """Raise ``RuleError`` for numbers of heads that do not match, and for an unknown layout."""
         if self.layout not in ("concat", "interleaved"):
             raise self.refusal(f"layout is {quoted(self.layout)}", "it must be concat or interleaved")
-        if self.heads < 1 or self.groups < 1 or self.heads % self.groups:
-            raise self.refusal(f"{self.heads} heads cannot share {self.groups} key-value heads evenly")
+        if self.heads < 1 or self.key_value_heads < 1 or self.heads % self.key_value_heads:
+            raise self.refusal(f"{self.heads} heads cannot share {self.key_value_heads} key-value heads evenly")
         if self.head_dim is not None and self.head_dim < 1:
             raise self.refusal(f"head_dim is {self.head_dim}, not at least 1")
 
     @property
-    def groups(self) -> int:
+    def key_value_heads(self) -> int:
         """Number of key-value heads."""
         return self.heads if self.kv_heads is None else self.kv_heads
 
     def counts(self) -> tuple[int, int, int]:
         """Return the number of heads in query, key and value."""
-        return self.heads, self.groups, self.groups
+        return self.heads, self.key_value_heads, self.key_value_heads
 
     def head_size(self, shape: Shape, dim: int, heads: int) -> int:
         """Return the number of rows of a head; raise ``RuleError`` where the size of ``dim`` does not match."""
@@ -300,7 +300,7 @@ class SplitQkv(_Qkv):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shapes of query, key and value."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         dim = self.axis(self.dim, shape)
         size = self.head_size(shape, dim, sum(self.counts()))
         return tuple((*shape[:dim], size * count, *shape[dim + 1 :]) for count in self.counts())
@@ -314,8 +314,8 @@ class SplitQkv(_Qkv):
         size = tensor.shape[dim] // sum(self.counts())
         if self.layout == "concat":
             return torch.split(tensor, [size * count for count in self.counts()], dim)
-        share = self.heads // self.groups
-        grouped = unflatten(tensor, dim, (self.groups, share + 2, size))
+        share = self.heads // self.key_value_heads
+        grouped = unflatten(tensor, dim, (self.key_value_heads, share + 2, size))
         return [part.flatten(dim, dim + 2) for part in torch.split(grouped, [share, 1, 1], dim + 1)]
 
     def inverse(self, inputs: Sequence[Shape]) -> FuseQkv:
@@ -337,7 +337,7 @@ class FuseQkv(_Qkv):
         dim = self.axis(self.dim, inputs[0])
         size = self.head_size(inputs[0], dim, self.heads)
         for part, shape in zip(("key", "value"), inputs[1:], strict=True):
-            wanted = (*inputs[0][:dim], size * self.groups, *inputs[0][dim + 1 :])
+            wanted = (*inputs[0][:dim], size * self.key_value_heads, *inputs[0][dim + 1 :])
             if shape != wanted:
                 raise self.refusal(
                     f"the {part} is {list(shape)}, but a query of {list(inputs[0])} needs {list(wanted)}"
@@ -352,9 +352,10 @@ class FuseQkv(_Qkv):
         if self.layout == "concat":
             return [torch.cat(list(tensors), dim)]
         size = tensors[0].shape[dim] // self.heads
-        shares = (self.heads // self.groups, 1, 1)
+        shares = (self.heads // self.key_value_heads, 1, 1)
         parts = [
-            unflatten(tensor, dim, (self.groups, share, size)) for tensor, share in zip(tensors, shares, strict=True)
+            unflatten(tensor, dim, (self.key_value_heads, share, size))
+            for tensor, share in zip(tensors, shares, strict=True)
         ]
         return [torch.cat(parts, dim + 1).flatten(dim, dim + 2)]
 

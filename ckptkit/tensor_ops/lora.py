@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from ckptkit.core.text import plural, printable, quoted, shell_word
+from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Shape, working_dtype
@@ -41,7 +41,7 @@ class FoldLora(Arithmetic):
         if self.r is not None and self.r < 1:
             raise self.refusal(f"{self.r} is not a valid rank")
 
-    def factor(self, rank: int) -> float:
+    def scale_for(self, rank: int) -> float:
         """Return the scale for a rank."""
         if self.scale is not None or self.alpha is None:
             return self.scale or 0.0
@@ -72,20 +72,20 @@ class FoldLora(Arithmetic):
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """Multiply, scale and add."""
         if len(tensors) == 2:
-            return [tensors[1] * self.factor(self.r or 1) + tensors[0]]
+            return [tensors[1] * self.scale_for(self.r or 1) + tensors[0]]
         weight, down, up = tensors
         update = up.flatten(1) @ down.flatten(1)
-        update = (update.T if self.fan_in_fan_out else update.reshape(weight.shape)) * self.factor(down.shape[0])
+        update = (update.T if self.fan_in_fan_out else update.reshape(weight.shape)) * self.scale_for(down.shape[0])
         return [update.add_(weight)]
 
 
 @dataclass(frozen=True, slots=True)
 class ExtractLora(Arithmetic):
-    """Compute the ``[A, B]`` of rank ``rank`` with the product nearest to ``tuned - base``, from ``[base, tuned]``.
+    """Compute ``[A, B]`` of rank ``rank`` from ``[base, tuned]``, so that ``B @ A`` is nearest to ``tuned - base``.
 
     The scale is 1. By singular value decomposition, each factor gets the square root of the singular values. The
-    largest entry of each column of B is positive, so the signs do not depend on the machine. The shapes for
-    convolutions are those of ``fold_lora``.
+    largest entry of each column of B is positive, so the signs do not depend on the machine. For convolutions, A and B
+    have the same shapes as in ``fold_lora``.
     """
 
     rank: Int
@@ -130,7 +130,7 @@ class ExtractLora(Arithmetic):
         ]
 
     def residual(self, tensors: Sequence[Tensor], factors: Sequence[Tensor]) -> float:
-        """Return the norm of the difference that ``[A, B]`` do not reproduce, as a share of its norm."""
+        """Return the norm of ``tuned - base - B @ A`` divided by the norm of ``tuned - base``."""
         wide = working_dtype(tensors)
         update = _difference([tensor.to(wide) for tensor in tensors], fan_in_fan_out=self.fan_in_fan_out).flatten(1)
         down, up = (factor.to(wide).flatten(1) for factor in factors)
@@ -174,7 +174,7 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """The changes of an adapter to its base: folds, and replacements (base key → adapter key)."""
+    """The changes of an adapter to the base: folds, and replacements (base key → adapter key)."""
 
     folds: tuple[Fold, ...]
     replacements: Mapping[str, str] = field(default_factory=dict)
@@ -183,10 +183,11 @@ class AdapterPlan:
 def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], base: Mapping[str, Shape]) -> AdapterPlan:
     """Return the changes of an adapter with this ``adapter_config.json`` to ``base``, from keys and shapes alone.
 
-    A replacement may have another shape than the tensor that it replaces, such as a larger vocabulary. Raises
-    ``RuleError`` where a tensor of the adapter has no place in the base and where a factor lacks its partner or has
-    another rank than the config. The same is raised for adapters that this formula does not fold: DoRA and other
-    variants, and initialisations that changed the base.
+    A replacement may have another shape than the tensor that it replaces, such as a larger vocabulary.
+
+    Raises ``RuleError`` where a tensor of the adapter has no matching key in the base, and where lora_A or lora_B is
+    missing or has another rank than the config. ``RuleError`` is also raised for adapters with another formula, such as
+    DoRA, and for initialisations that changed the base.
     """
     _refuse_unsupported(adapter, config)
     parts = _parse_keys(adapter)
@@ -194,7 +195,7 @@ def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], bas
     replacements = dict(parts.replacements)
     scales = _Scales(config)
     shapes = {**base, **{key: adapter[name] for key, name in replacements.items()}}
-    oriented = _Orientation(bool(config.get("fan_in_fan_out")))
+    orientation = _Orientation(bool(config.get("fan_in_fan_out")))
     folds = []
     for module, sides in parts.factors.items():
         weight, (down, up) = f"{module}.weight", _pair(sides)
@@ -202,14 +203,14 @@ def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], bas
         if down.rpartition(".lora_")[2].startswith("embedding_"):
             operation = replace(operation, fan_in_fan_out=True)
         else:
-            operation = oriented.orient(operation, weight, (shapes[weight], adapter[down], adapter[up]))
+            operation = orientation.orient(operation, weight, (shapes[weight], adapter[down], adapter[up]))
         folds.append(Fold(weight, (down, up), operation, replacements.pop(weight, "")))
         if module in parts.biases:
             name, key = parts.biases.pop(module), f"{module}.bias"
             folds.append(Fold(key, (name,), FoldLora(operation.scale), replacements.pop(key, "")))
     if parts.biases:
         raise RuleError(f"{quoted(next(iter(parts.biases.values())))} has no factors lora_A and lora_B")
-    oriented.refuse_doubt()
+    orientation.refuse_contradiction()
     for fold in folds:
         _check(fold, shapes, adapter)
     return AdapterPlan(tuple(folds), replacements)
@@ -228,16 +229,16 @@ def _refuse_unplaced(parts: _Parts, count: int, base: Mapping[str, Shape]) -> No
         places.append((f"{module}.weight", list(sides.values())))
     unplaced = [name for key, names in places if key not in base for name in names]
     if unplaced:
-        more = f" and {len(unplaced) - 1} more have" if unplaced[1:] else " has"
+        has = "have" if len(unplaced) > 1 else "has"
         raise RuleError(
-            f"of {plural(count, 'tensor')}, {quoted(unplaced[0])}{more} no matching key in the base",
+            f"of {plural(count, 'tensor')}, {listed(unplaced, 1)} {has} no matching key in the base",
             hint=_renaming([key for key, _ in places], unplaced[0], base)
             or "check that the adapter belongs to this base, or rename its keys to the keys of the base",
         )
 
 
 def _renaming(places: Sequence[str], name: str, base: Mapping[str, Shape]) -> str | None:
-    """Return a hint with a rename where adding or removing one prefix gives every place a key of the base."""
+    """Return a hint with a rename if adding or removing one prefix turns every place into a key of the base."""
     first = next(key for key in places if key not in base)
     head = _PREFIX if name.startswith(_PREFIX) else ""
     longer = (key[: -len(first)] for key in base if key.endswith(f".{first}"))
@@ -321,7 +322,7 @@ class _Scales:
     """The scale of each module, by the config and its patterns."""
 
     def __init__(self, config: Mapping[str, object]) -> None:
-        self._root = bool(config.get("use_rslora"))
+        self._is_rslora = bool(config.get("use_rslora"))
         self._rank = _number(config, "r", config.get("r"))
         self._alpha = _number(config, "lora_alpha", config.get("lora_alpha"))
         self._ranks = _patterns(config, "rank_pattern")
@@ -331,7 +332,7 @@ class _Scales:
         rank = _first_match(self._ranks, module, self._rank)
         if not down or rank != down[0]:
             raise RuleError(f"{quoted(key)} is {list(down)}, but the rank in the config is {rank:g}")
-        return _first_match(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._root else rank)
+        return _first_match(self._alphas, module, self._alpha) / (math.sqrt(rank) if self._is_rslora else rank)
 
 
 def _number(config: Mapping[str, object], name: str, value: object) -> float:
@@ -381,7 +382,7 @@ class _Orientation:
             self._contradicting = self._contradicting or (key if transposed != self._configured else "")
         return replace(operation, fan_in_fan_out=self._configured if plain == transposed else transposed)
 
-    def refuse_doubt(self) -> None:
+    def refuse_contradiction(self) -> None:
         """Raise ``RuleError`` where a weight is square, and the shape of another weight contradicts the config."""
         if self._square and self._contradicting:
             raise RuleError(

@@ -1,4 +1,4 @@
-"""The names of the operations that turn one shape into another, apart from the operations, which take time to load."""
+"""The names of the operations for mismatched shapes; a module of its own, because importing the operations is slow."""
 
 from __future__ import annotations
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Tensor
-from ckptkit.tensor_ops.operation import Int, Ints, Moving, Shape, Text, elements
+from ckptkit.tensor_ops.operation import Int, Ints, Moving, Shape, Text
 
 __all__ = ["Permute", "Reshape", "RopePermute", "Slice", "Transpose"]
 
@@ -35,7 +36,7 @@ class Transpose(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape with two sizes exchanged."""
-        sizes = list(shape := self.only(inputs))
+        sizes = list(shape := self.only_shape(inputs))
         first, second = self._dims(shape)
         sizes[first], sizes[second] = sizes[second], sizes[first]
         return (tuple(sizes),)
@@ -65,7 +66,7 @@ class Permute(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the sizes in the new order."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         return (tuple(shape[dim] for dim in self._dims(shape)),)
 
     def move(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -74,7 +75,7 @@ class Permute(Moving):
 
     def inverse(self, inputs: Sequence[Shape]) -> Permute:
         """Return the inverse permutation."""
-        dims = self._dims(self.only(inputs))
+        dims = self._dims(self.only_shape(inputs))
         return Permute(tuple(dims.index(dim) for dim in range(len(dims))))
 
 
@@ -92,8 +93,8 @@ class Reshape(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the new shape."""
-        shape = self.only(inputs)
-        count, rest = elements(shape), elements(tuple(size for size in self.shape if size != -1))
+        shape = self.only_shape(inputs)
+        count, rest = math.prod(shape), math.prod(size for size in self.shape if size != -1)
         if -1 in self.shape:
             if rest == 0 or count % rest:
                 raise self.refusal(f"the {count:,} elements of {list(shape)} do not fill {list(self.shape)}")
@@ -108,7 +109,7 @@ class Reshape(Moving):
 
     def inverse(self, inputs: Sequence[Shape]) -> Reshape:
         """Return the reshape to the shape of the input."""
-        return Reshape(self.only(inputs))
+        return Reshape(self.only_shape(inputs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class Slice(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape with the smaller size."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         dim, _, length = self._range(shape)
         return ((*shape[:dim], length, *shape[dim + 1 :]),)
 
@@ -150,11 +151,11 @@ class Slice(Moving):
 
 @dataclass(frozen=True, slots=True)
 class RopePermute(Moving):
-    """Reorder the rows of a query or key projection between two conventions for rotated pairs; weights and biases.
+    """Reorder the rows of a query or key projection (weight or bias) between two conventions for rotary embeddings.
 
-    In Meta's checkpoints, the two rows of a pair are next to each other; in those of Hugging Face they are half a head
-    apart. ``direction`` is ``to_hf`` or ``to_original``. ``heads`` is the number of heads of the tensor, which is the
-    number of key-value heads for a key. Shapes do not tell whether a tensor needs this operation.
+    In Meta's checkpoints, the two rows of a rotated pair are next to each other; in Hugging Face's checkpoints, the two
+    rows are half a head apart. ``direction`` is ``to_hf`` or ``to_original``. ``heads`` is the number of heads of the
+    tensor: for a key, the number of key-value heads. Shapes do not show whether a tensor needs this operation.
     """
 
     heads: Int
@@ -170,7 +171,7 @@ class RopePermute(Moving):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape of the input."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         if not shape or shape[0] % (2 * self.heads):
             raise self.refusal(f"the rows of {list(shape)} cannot be divided into {self.heads} heads of pairs")
         return (shape,)

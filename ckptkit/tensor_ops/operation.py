@@ -30,10 +30,9 @@ __all__ = [
     "Operation",
     "Shape",
     "Text",
-    "elements",
+    "grid_text",
     "printable_code",
     "read_parameters",
-    "times",
     "unflatten",
     "working_dtype",
 ]
@@ -43,7 +42,7 @@ Shape: TypeAlias = tuple[int, ...]
 ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
 
 
-def times(shape: Sequence[int]) -> str:
+def grid_text(shape: Sequence[int]) -> str:
     """Return sizes in the form of messages: ``14 x 14``."""
     return " x ".join(map(str, shape))
 
@@ -112,7 +111,7 @@ class Operation(ABC):
         """Return a ``RuleError`` that names the operation."""
         return RuleError(f"{self.name}: {reason}", hint=hint)
 
-    def only(self, inputs: Sequence[Shape]) -> Shape:
+    def only_shape(self, inputs: Sequence[Shape]) -> Shape:
         """Return the shape of the only input; raise ``RuleError`` for another number of inputs."""
         if len(inputs) != 1:
             raise self.refusal(f"takes one tensor, not {len(inputs)}")
@@ -200,11 +199,6 @@ def working_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
     import torch
 
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-
-
-def elements(shape: Shape) -> int:
-    """Return the number of elements of a shape."""
-    return math.prod(shape)
 
 
 def unflatten(tensor: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:

@@ -16,8 +16,8 @@ __all__ = ["Recipe", "compose", "evaluate_recipe", "recipe_dtype", "recipe_shape
 class Recipe:
     """One output of a chain of operations.
 
-    An input is the number of a source, which counts in a list beside the recipe, or another recipe. ``part`` is the
-    number of the output of the last operation.
+    An input is another recipe, or the position of a tensor in the list of sources that is used with the recipe.
+    ``part`` is the number of the output of the last operation.
     """
 
     inputs: tuple[int | Recipe, ...]
@@ -31,9 +31,10 @@ class Recipe:
 
 
 def compose(parts: Sequence[Recipe | None], counts: Sequence[int], operations: tuple[Operation, ...]) -> list[Recipe]:
-    """Return a recipe for each output of a chain; its inputs have recipes (None: the input is a source).
+    """Return a recipe for each output of the chain ``operations``.
 
-    ``counts`` holds the number of sources of each input. The new recipes number the sources of all inputs in order.
+    ``parts`` holds the recipe of each input of the chain, or None for an input that is a source. ``counts`` holds the
+    number of sources of each input. The new recipes number the sources of all inputs in order.
     """
     inputs: list[int | Recipe] = []
     first = 0

@@ -24,8 +24,8 @@ from ckptkit.tensor_ops.operation import (
     Operation,
     Shape,
     Text,
+    grid_text,
     printable_code,
-    times,
 )
 
 __all__ = ["ConvInChannels", "Pad", "ResizePosEmbed"]
@@ -60,7 +60,7 @@ class Pad(Operation):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape with the larger size."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         dim = self.axis(self.dim, shape)
         if shape[dim] > self.size:
             raise self.refusal(f"dim {self.dim} of {list(shape)} is already larger than {self.size}", "use slice")
@@ -72,7 +72,7 @@ class Pad(Operation):
         """Return the dtype of the input; raise ``RuleError`` where it cannot hold the fill."""
         for code in inputs:
             if self.fill == "zeros":
-                if code not in CASTABLE or code == "F8_E8M0":  # which has only powers of two
+                if code not in CASTABLE or code == "F8_E8M0":  # F8_E8M0 has only powers of two
                     raise self.refusal(f"{printable_code(code)} cannot hold zeros")
             elif isinstance(self.fill, str):
                 if code not in ARITHMETIC:
@@ -82,7 +82,7 @@ class Pad(Operation):
         return (inputs[0],)
 
     def for_optimizer_state(self) -> Pad:
-        """Return the operation with zeros: new rows got no gradient yet, whatever values they begin with."""
+        """Return the operation with zeros, because the new rows have had no gradient yet."""
         return replace(self, fill="zeros")
 
     def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -107,7 +107,7 @@ class Pad(Operation):
 
     def inverse(self, inputs: Sequence[Shape]) -> Slice:
         """Return the slice of the rows of the input."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         return Slice(self.dim, 0, shape[self.axis(self.dim, shape)])
 
 
@@ -169,7 +169,7 @@ class ResizePosEmbed(Arithmetic):
         kept = f" after {plural(self.prefix, 'prefix token')}" if self.prefix else ""
         if self.old is not None:
             if math.prod(self.old) != count:
-                raise self.refusal(f"{list(shape)} has {count} positions{kept}, not {times(self.old)}")
+                raise self.refusal(f"{list(shape)} has {count} positions{kept}, not {grid_text(self.old)}")
             return self.old
         if len(self.new) == 1 and count > 0:
             return (count,)
@@ -182,7 +182,7 @@ class ResizePosEmbed(Arithmetic):
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape with the new number of positions."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         self._old(shape)
         return ((*shape[:-2], self.prefix + math.prod(self.new), shape[-1]),)
 
@@ -217,9 +217,10 @@ class ResizePosEmbed(Arithmetic):
 class ConvInChannels(Arithmetic):
     """Change the number of input channels of the first convolution of an image model.
 
-    ``sum`` adds the channels up to one. ``repeat`` repeats them in order and scales by old over new, so that equal
-    channels give the same output as before. By default, one channel is the sum, and several are repeated. ``base`` is
-    the number of channels of the image, where space-to-depth multiplied the channels of the weight.
+    The mode ``sum`` adds all channels into one. The mode ``repeat`` repeats the channels in order and scales by old
+    over new, so that equal channels give the same output as before. By default, the mode is ``sum`` for one new
+    channel, else ``repeat``. ``base`` is the number of channels of the image, where space-to-depth multiplied the
+    channels of the weight.
     """
 
     channels: Int
@@ -238,12 +239,12 @@ class ConvInChannels(Arithmetic):
 
     @property
     def sums(self) -> bool:
-        """Whether the channels are added up to one."""
+        """Whether all channels are added into one."""
         return self.mode == "sum" or (self.mode is None and self.channels == 1)
 
     def shapes(self, inputs: Sequence[Shape]) -> tuple[Shape, ...]:
         """Return the shape with the new number of input channels."""
-        shape = self.only(inputs)
+        shape = self.only_shape(inputs)
         if len(shape) < 3:
             raise self.refusal(f"{list(shape)} is not the weight of a convolution")
         base = self.base or shape[1]

@@ -11,7 +11,7 @@ from ckptkit.core.text import plural
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 from ckptkit.tensor_ops.moving import Permute, Reshape, Slice, Transpose
-from ckptkit.tensor_ops.operation import Operation, Shape, times
+from ckptkit.tensor_ops.operation import Operation, Shape, grid_text
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 
 __all__ = ["suggest", "suggestions"]
@@ -21,7 +21,7 @@ _Suggestion = tuple[Operation, str]  # the operation, and a sentence about its e
 _POSITIONS = re.compile(r"(?:^|[._])(?:pos|position|positional|positions|wpe)(?:[._]|$)")
 _RELATIVE = re.compile(r"(?:^|[._])rel(?:ative)?(?:[._]|$)")
 _PREFIXES = (1, 0, 2, 5)  # a class token; none; with distillation; with four registers
-# From the order in which Keras and Flax store kernels of one, two and three dimensions to the order of torch.
+# The permutations of kernels with one, two and three dimensions from the order of Keras and Flax to torch's order.
 _FROM_CHANNELS_LAST = {3: (2, 1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
 _MOST_CHANNELS = 4  # of an image; more channels are the width of an inner layer
 _NUMBERS = ("no", "one", "two", "three", "four", "five")
@@ -36,7 +36,7 @@ def _resize_2d(found: Shape, expected: Shape, key: str) -> _Suggestion | None:
             old_grid, new_grid = (math.isqrt(old),) * 2, (math.isqrt(new),) * 2
             kept = f", {_NUMBERS[prefix]} prefix token{'s' if prefix > 1 else ''} kept" if prefix else ""
             operation = ResizePosEmbed(new_grid, old_grid, prefix)
-            return operation, f"a {times(old_grid)} grid becomes {times(new_grid)}{kept}"
+            return operation, f"a {grid_text(old_grid)} grid becomes {grid_text(new_grid)}{kept}"
     return None
 
 
@@ -59,7 +59,7 @@ def _are_positions(found: Shape, expected: Shape, key: str) -> bool:
 
 
 def _conv_in(found: Shape, expected: Shape, _: str) -> _Suggestion | None:
-    if len(found) < 3 or _different(found, expected) != 1 or not expected[1] or not 0 < found[1] <= _MOST_CHANNELS:
+    if len(found) < 3 or _differing_dim(found, expected) != 1 or not expected[1] or not 0 < found[1] <= _MOST_CHANNELS:
         return None
     operation = ConvInChannels(expected[1])
     how = "summed" if operation.sums else f"repeated and scaled by {found[1]}/{expected[1]}"
@@ -100,7 +100,7 @@ def _regrouped(first: Shape, second: Shape) -> bool:
 
 
 def _slice(found: Shape, expected: Shape, _: str) -> _Suggestion | None:
-    dim = _different(found, expected)
+    dim = _differing_dim(found, expected)
     if dim is None or found[dim] < expected[dim]:
         return None
     return Slice(dim, 0, expected[dim]), f"the first {expected[dim]:,} of {found[dim]:,} {_rows(dim)} are kept"
@@ -110,7 +110,7 @@ def _pad(fill: str) -> Callable[[Shape, Shape, str], _Suggestion | None]:
     how = {"zeros": "of zeros", "mean": "of their mean", "normal": "drawn with their mean and deviation"}[fill]
 
     def pad(found: Shape, expected: Shape, _: str) -> _Suggestion | None:
-        dim = _different(found, expected)
+        dim = _differing_dim(found, expected)
         if dim is None or found[dim] > expected[dim] or (not found[dim] and fill != "zeros"):
             return None
         more = expected[dim] - found[dim]
@@ -123,15 +123,15 @@ def _rows(dim: int) -> str:
     return "rows" if dim == 0 else f"along dim {dim}"
 
 
-def _different(found: Shape, expected: Shape) -> int | None:
-    """Return the dim in which two shapes differ, or None where they differ in none or in several."""
+def _differing_dim(found: Shape, expected: Shape) -> int | None:
+    """Return the only dim that differs between two shapes, or None where no dim or several dims differ."""
     if len(found) != len(expected):
         return None
     dims = [dim for dim, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1]]
     return dims[0] if len(dims) == 1 else None
 
 
-# Where several apply, the first is the best.
+# If several operations apply, the first is the best.
 _SUGGESTERS: Mapping[str, Callable[[Shape, Shape, str], _Suggestion | None]] = MappingProxyType(
     {
         "resize_pos_embed": _resize_2d,
@@ -151,7 +151,7 @@ _SUGGESTERS: Mapping[str, Callable[[Shape, Shape, str], _Suggestion | None]] = M
 def suggest(name: str, found: Shape, expected: Shape, key: str) -> Operation | None:
     """Return the operation called ``name`` that turns the shape ``found`` into ``expected``, or None.
 
-    The ``key`` tells position embeddings from other tensors. A reshape only joins or divides neighbouring dims.
+    ``key`` distinguishes position embeddings from other tensors. A reshape only joins or divides neighbouring dims.
     Raises ``RuleError`` for a name that is not among ``MISMATCH_NAMES``.
     """
     if name not in _SUGGESTERS:
@@ -164,7 +164,7 @@ def suggestions(found: Shape, expected: Shape, key: str) -> tuple[tuple[str, str
     """Return each name for which ``suggest`` returns an operation, with a sentence about its effect, best first."""
     tried = ((name, suggester(found, expected, key)) for name, suggester in _SUGGESTERS.items())
     found_names = [(name, suggestion[1]) for name, suggestion in tried if suggestion is not None]
-    # A table of text positions can have a square number of rows by chance; the name tells those of images.
+    # A table of text positions can have a square number of rows by chance; only the key shows positions of images.
     if len(found) == 2 and [name for name, _ in found_names[:2]] == ["resize_pos_embed", "resize_pos_embed_1d"]:
         grid = _SUGGESTERS["resize_pos_embed"](found, expected, key)
         prefixed = grid is not None and isinstance(grid[0], ResizePosEmbed) and grid[0].prefix > 0
