@@ -68,7 +68,7 @@ def index_shift(expected: frozenset[Index], found: frozenset[Index], layer_shift
 def match_modules(
     expected: LayeredModule, found: LayeredModule, layer_shift: int | None = None, *, partly: bool = False
 ) -> ModuleMatch | None:
-    """Return how ``found`` becomes ``expected``; None if the number of indices, a shape or all tensors differ.
+    """Return the match of the tensors of two modules; None if the number of indices, a shape or all names differ.
 
     With ``partly``, tensors with different shapes are left out.
     """

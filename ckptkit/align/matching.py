@@ -241,7 +241,7 @@ def _is_square(link: TensorLink, match: ModuleMatch) -> bool:
 
 
 def _transpose_squares(result: Matching) -> None:
-    """Transpose square matrices, whose shape shows nothing, if all matrices of the same name are transposed.
+    """Transpose square matrices if all other matrices of the same name are transposed: their shape shows nothing.
 
     If only some matrices of the same name are transposed, the pairs of the square matrices become undecided.
     """

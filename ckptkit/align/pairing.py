@@ -299,7 +299,7 @@ def _leaves(module: LayeredModule) -> set[str]:
 def _match_fused(
     fused: LayeredModule, parts: Sequence[LayeredModule], layer_shift: int | None, *, splits: bool
 ) -> ModuleMatch | None:
-    """Return how a fused module relates to its parts, which are concatenated along dim 0 of each tensor.
+    """Return the match of a fused module with its parts, which are concatenated along dim 0 of each tensor.
 
     With ``splits`` the fused module was found and the parts are expected. None if the shapes do not add up.
     """

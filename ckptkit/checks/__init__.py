@@ -119,7 +119,7 @@ def _has_torch() -> bool:
 
 
 def _report(findings: Iterable[Finding]) -> Report:
-    """Return the report, with the first 32 findings of each code and a count of the others."""
+    """Return the report, with the first 32 findings of each code and a count of further findings."""
     kept: list[Finding] = []
     for _, group in groupby(findings, key=lambda finding: (finding.code, finding.severity)):
         same = list(group)

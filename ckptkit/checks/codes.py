@@ -12,7 +12,9 @@ UNREADABLE = Code("unreadable", ("error",), "The file, or a record of it, cannot
 CHANGED = Code("changed", ("error",), "The file changed while it was read.")
 CHECKSUM = Code("checksum", ("error",), "The bytes of a record do not match the recorded checksum.")
 ONE_SHARD = Code("one-shard", ("note",), "The file is one of several shards, and only this shard was checked.")
-NOT_SCANNED = Code("not-scanned", ("note",), "Lists what was checked and what was not; always the last finding.")
+NOT_SCANNED = Code(
+    "not-scanned", ("note",), "Lists everything that was checked or not checked; always the last finding."
+)
 
 # Names, shapes and dtypes
 NOT_DENSE = Code("not-dense", ("note",), "A sparse or quantized tensor is listed, but its values are not read.")
@@ -47,7 +49,7 @@ LOST_TIE = Code(
 )
 DUPLICATE = Code("duplicate", ("warning", "note"), "Tensors of equal values are stored several times.")
 
-# Compared with what a model expects
+# Comparisons with a model
 MISSING = Code("missing", ("error",), "EXPECTED has a key that the checkpoint does not have.")
 MISSING_TIED = Code("missing-tied", ("note",), "A missing key is tied in EXPECTED to a key that the checkpoint has.")
 FILLED = Code("filled", ("note",), "torch fills in a missing batch norm counter of an old checkpoint.")

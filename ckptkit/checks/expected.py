@@ -99,7 +99,7 @@ def check_at_init(
     if sampled:
         count = plural(len(sampled), "tensor")
         message = f"{count} distributed as in a model just built (mean, deviation, magnitudes): {listed(sampled)}"
-        hint = "never trained, or not saved? Leave out with --drop what will be trained from scratch"
+        hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
         yield codes.AT_INIT.finding(sampled[0], message, hint)
     if constant:
         count = plural(len(constant), "tensor")
@@ -116,7 +116,7 @@ def _have_one_distribution(ours: ValueStats, theirs: ValueStats, *, same_dtype: 
     error = math.sqrt(2 / count)
     if abs(ours.mean - theirs.mean) > _SIGMAS * max(ours.std, theirs.std) * error:
         return False
-    # The standard error of a normal distribution: no common init has a wider one.
+    # The standard error of a normal distribution; no common initialisation has a larger error.
     if abs(math.log(ours.std / theirs.std)) > _SIGMAS * error / math.sqrt(2):
         return False
     return not same_dtype or _have_one_histogram(ours.histogram, theirs.histogram)

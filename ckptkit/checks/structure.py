@@ -22,7 +22,7 @@ _STACK_NAMES = frozenset({"layers", "layer", "blocks", "block", "h", "resblocks"
 _MIN_IN_STACK = 3
 _MAX_NESTED_LISTS = 4
 _MAX_DIGITS = 6
-_DIFF_HINT = "ckpt diff with the model as EXPECTED lists what would not load"
+_DIFF_HINT = "ckpt diff with the model as EXPECTED lists all keys that would not load"
 _NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
@@ -112,8 +112,8 @@ def _are_alike(members: Mapping[int, frozenset[str]]) -> bool:
 def _check_siblings(lists: _NumberedModules) -> Iterator[Finding]:
     """Yield a ``sibling-lacks`` warning for each module of a list that lacks a tensor which all its siblings have.
 
-    Two cases are usual and not reported: the first or the last module of a list lacks a whole submodule, and any module
-    lacks a whole block of submodules.
+    Two cases are usual and not reported. The first or the last module of a list may lack a whole submodule, and any
+    module may lack a whole block of submodules.
     """
     for prefix, members in lists.items():
         if len(members) < _MIN_SIBLINGS or not any("." in name for names in members.values() for name in names):

@@ -129,7 +129,7 @@ class ValueReader:
                 self.skipped[key] = _UNREAD  # the pass over the records has reported a damaged file
 
     def summary(self) -> str:
-        """Return how many tensors were checked, their dtypes, and why others were not."""
+        """Return the number and dtypes of the checked tensors, and the reasons why other tensors were not checked."""
         dtypes = sorted({self.checkpoint[key].dtype for key in self.stats})
         checked = f"values of {plural(len(self.stats), 'tensor')} checked"
         parts = [f"{checked} ({', '.join(dtypes)})" if dtypes else checked]

@@ -322,7 +322,7 @@ def count_prefixes(expected: Shapes, found: Shapes) -> tuple[Counter[str], Count
 
 
 def _prefixes_before(key: str, shape: tuple[int, ...], others: Shapes) -> list[str]:
-    """Return the prefixes of ``key`` that leave a key of ``others`` with the same shape."""
+    """Return the prefixes of ``key`` after which a key of ``others`` with the same shape follows."""
     prefixes = []
     at = key.find(".")
     for _ in range(_MAX_PREFIX_SEGMENTS):

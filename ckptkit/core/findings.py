@@ -36,7 +36,7 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One kind of finding: its stable name, its possible severities (the usual one first), and what it means."""
+    """One kind of finding: a stable name, the possible severities (the usual severity first), and the meaning."""
 
     name: str
     severities: tuple[Severity, ...]

@@ -18,7 +18,9 @@ _SUFFIXES = {
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Where and how to write: one file, or a directory of shards of at most ``max_shard_size`` bytes.
+    """The path, format and options of an output: one file, or a directory of shards.
+
+    A shard has at most ``max_shard_size`` bytes.
 
     With ``force``, an existing output is replaced. A torch file that is made from a training checkpoint keeps the
     other entries of that file, unless ``only_tensors`` is true. It keeps references to code that torch's weights-only
@@ -42,7 +44,7 @@ def choose_output(
     only_tensors: bool = False,
     keep_unknown: bool = False,
 ) -> Output:
-    """Return how to write to ``path``, as shards where a size limit is given.
+    """Return the output for ``path``: a directory of shards if ``max_shard_size`` is given, else one file.
 
     ``format`` is ``safetensors`` or ``torch``; without it the suffix of ``path`` decides. Raises ``OutputError`` where
     the format is unknown, and where shards are requested for another format than safetensors.

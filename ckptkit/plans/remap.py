@@ -39,8 +39,8 @@ def plan_remap(
     """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
 
     ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep their dtype.
-    ``like`` is a Module, a Checkpoint or a mapping: the output has the keys of ``like`` in the same order, with the
-    same shapes and dtypes. All other tensors of ``source`` are left out.
+    ``like`` is a Module, a Checkpoint or a mapping. The output then has the keys of ``like`` in the same order, with
+    the same shapes and dtypes. All other tensors of ``source`` are left out.
 
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
     filled, where no tensor would be left, and where a tensor cannot be copied. A file that refers to code that looks

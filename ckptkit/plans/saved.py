@@ -209,8 +209,8 @@ def invert_plan(saved: SavedPlan) -> SavedPlan:
     """Return the plan that makes the source of ``saved`` from its output, with every bit of every tensor.
 
     The inverse uses the recorded names and operations, never the text of rules. Entries of the source that are not
-    tensors cannot be restored, and a note names them. Raises ``PlanError`` for a tensor that was dropped or cast, for
-    an operation without an inverse, and for an operation whose outputs are not all in the plan.
+    tensors cannot be restored, and a note names them. Raises ``PlanError`` for a tensor that was dropped or cast. It
+    is also raised for an operation that has no inverse, or that has outputs which the plan does not use.
     """
     roles = {source.role for step in saved.plan.steps for source in step.sources}
     if roles != {_ROLE}:

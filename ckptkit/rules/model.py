@@ -132,8 +132,8 @@ class KeyMap:
 
     ``renamed`` maps each old key to its first new key. ``copied_or_computed`` holds all other new keys: further copies,
     and outputs of operations. ``order`` then lists all new keys; without such keys it is None. ``rule_of`` maps an old
-    key to its rules, ``dropped`` to the reason for dropping the key, and ``equals`` to the dropped keys that must have
-    the same bytes.
+    key to its rules, and ``dropped`` maps an old key to the reason for dropping it. ``equals`` maps an old key to the
+    dropped keys that must have the same bytes.
     """
 
     renamed: Mapping[str, str]

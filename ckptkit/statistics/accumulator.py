@@ -231,7 +231,7 @@ class _Sums:
         return int(low) + 2**63, int(high) + 2**63
 
     def _moments(self, work: Tensor, low: float, high: float, finite: int) -> Moments:
-        """Return the moments of ``finite`` numbers; the others in ``work`` are zeros."""
+        """Return the moments of ``finite`` numbers; all other numbers in ``work`` are zeros."""
         import torch
 
         if low == high:

@@ -186,8 +186,8 @@ def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], bas
     A replacement may have another shape than the tensor that it replaces, such as a larger vocabulary.
 
     Raises ``RuleError`` where a tensor of the adapter has no matching key in the base, and where lora_A or lora_B is
-    missing or has another rank than the config. ``RuleError`` is also raised for adapters with another formula, such as
-    DoRA, and for initialisations that changed the base.
+    missing. It is also raised where a rank differs from the config, for adapters with another formula (such as DoRA),
+    and for initialisations that changed the base.
     """
     _refuse_unsupported(adapter, config)
     parts = _parse_keys(adapter)

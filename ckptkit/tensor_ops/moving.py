@@ -153,7 +153,7 @@ class Slice(Moving):
 class RopePermute(Moving):
     """Reorder the rows of a query or key projection (weight or bias) between two conventions for rotary embeddings.
 
-    In Meta's checkpoints, the two rows of a rotated pair are next to each other; in Hugging Face's checkpoints, the two
+    In Meta's checkpoints, the two rows of a rotated pair are next to each other. In Hugging Face's checkpoints, the two
     rows are half a head apart. ``direction`` is ``to_hf`` or ``to_original``. ``heads`` is the number of heads of the
     tensor: for a key, the number of key-value heads. Shapes do not show whether a tensor needs this operation.
     """
