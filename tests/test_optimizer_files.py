@@ -253,6 +253,24 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert torch.equal(state["state"]["head.bias"]["momentum_buffer"], moved)
 
 
+@pytest.mark.parametrize("text", ['["0.weight", ', "[" * 100_000, '["0.weight", 1]', '["0.weight"] 1'], ids=range(4))
+@pytest.mark.parametrize("command", ["show", "prune", "diff"])
+def test_a_names_file_that_is_not_a_json_list_of_names_is_an_error(
+    command: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every command ends with exit code 2, and the error names the file in one line."""
+    model = nn.Linear(4, 4)
+    torch.save(trained(model, OPTIMIZERS["SGD"](model.parameters())).state_dict(), tmp_path / "optimizer.pt")
+    (tmp_path / "names.json").write_text(text)
+    state = tmp_path / "optimizer.pt"
+    others = {"show": (), "prune": ("-o", tmp_path / "new.pt", "--reset", "weight"), "diff": (state,)}[command]
+    ran = run_ckpt(capsys, "optim", command, state, *others, "--names", tmp_path / "names.json")
+    assert (ran.code, ran.out) == (2, "")
+    error, hint = ran.err.splitlines()
+    assert error.startswith(f"ckpt: {tmp_path / 'names.json'}: not a valid JSON list of names")
+    assert hint == 'hint: write ["first.weight", "first.bias"], or one name a line'
+
+
 @pytest.mark.parametrize("path", [None, 5, b"run.pt", ["run.pt"], ""], ids=repr)
 @pytest.mark.parametrize("opener", [open_checkpoint, open_optimizer])
 def test_other_types_of_paths_are_refused(opener: Any, path: Any) -> None:

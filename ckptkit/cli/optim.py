@@ -27,7 +27,7 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.findings import Report, Severity
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
-from ckptkit.errors import CkptkitError, PlanError
+from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer, split_path
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, read_state
@@ -71,10 +71,7 @@ class NameSource:
         Without --model and --names, a state without names gets the weights in the same file, if the file has any.
         """
         if self.names_file is not None:
-            text = read_text_file(self.names_file)
-            with default_error_path(self.names_file):
-                names: list[str] = json.loads(text) if text.lstrip().startswith("[") else text.split()
-                return names
+            return _read_names(self.names_file)
         if self.model is not None:
             return _open_model(stack, self.model)
         if not checkpoint.envelope or found.form != "indexed":
@@ -84,6 +81,22 @@ class NameSource:
         except CkptkitError:
             return None
         return weights if weights.envelope != checkpoint.envelope and len(weights) else None
+
+
+def _read_names(path: str) -> list[str]:
+    """Return the names in a file: a JSON list, or words; raises ``RuleError`` if the list is not valid."""
+    text = read_text_file(path)
+    if not text.lstrip().startswith("["):
+        return text.split()
+    hint = 'write ["first.weight", "first.bias"], or one name a line'
+    try:
+        names: list[object] = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RuleError(f"not a valid JSON list of names: {error}", hint=hint, path=path) from None
+    strings = [name for name in names if isinstance(name, str)]
+    if len(strings) != len(names):
+        raise RuleError("not a valid JSON list of names: an item is not a string", hint=hint, path=path)
+    return strings
 
 
 _model_option = click.option(
@@ -147,8 +160,9 @@ def show(
     with contextlib.ExitStack() as stack:
         checkpoint, found = _open_state(stack, path, quiet=quiet)
         findings = list(structure_findings(found))
+        names = name_source.names(stack, checkpoint, found)
         try:
-            state = to_named(found, name_source.names(stack, checkpoint, found))
+            state = to_named(found, names)
         except CkptkitError as error:
             state = name_by_position(found)
             if not findings:
@@ -282,7 +296,7 @@ def _shapes_in(state: OptimizerState) -> dict[str, TensorInfo]:
               help="The model that will load the state, or its weights.")  # fmt: skip
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out matching parameters. Repeatable.")
 @click.option("--reset", multiple=True, metavar="PATTERN",
-              help="Drop the state of matching parameters, so that it starts anew. Repeatable.")  # fmt: skip
+              help="Drop the state of matching parameters, so that it starts from zero. Repeatable.")  # fmt: skip
 def prune_command(
     path: str,
     *,
