@@ -85,8 +85,8 @@ def match_checkpoints(
         result.unequal += scope.unequal
     _transpose_squares(result)
     if may_rotate:
-        _doubt_rotary(result)
-    _doubt_unequal_bytes(result, digests)
+        _reject_rotary(result)
+    _reject_unequal_bytes(result, digests)
     return result
 
 
@@ -140,19 +140,19 @@ def _pair_by_digests(
     return pairs
 
 
-def _doubt_unequal_bytes(result: Matching, digests: Digests) -> None:
+def _reject_unequal_bytes(result: Matching, digests: Digests) -> None:
     """Make pairs with different bytes undecided if the bytes of most other pairs are equal: names may mislead."""
     shares = [_share_of_equal_bytes(pair, digests) for pair in result.pairs]
     if 2 * sum(share == 1 for share in shares) <= sum(share is not None for share in shares):
         return
-    kept = []
+    accepted = []
     for pair, share in zip(result.pairs, shares, strict=True):
         if share == 0:
             why = "the bytes of the tensor differ, but the bytes of most tensors are equal"
             result.undecided.append(Undecided(pair.expected, pair.found, why, pair))
         else:
-            kept.append(pair)
-    result.pairs = kept
+            accepted.append(pair)
+    result.pairs = accepted
 
 
 def _share_of_equal_bytes(pair: ModulePair, digests: Digests) -> float | None:
@@ -294,16 +294,16 @@ def _adds_positions(module: LayeredModule) -> bool:
     return bool(words & {"wpe", "pos", "relative", "rel", "alibi"}) and not words & {"rotary", "rope"}
 
 
-def _doubt_rotary(result: Matching) -> None:
+def _reject_rotary(result: Matching) -> None:
     """Make queries and keys undecided if another implementation may store the rows in another order."""
-    kept = []
+    accepted = []
     for pair in result.pairs:
         roles = {module.role for module in (*pair.expected, *pair.found)}
         is_same_code = [module.path_in_layer for module in pair.expected] == [
             module.path_in_layer for module in pair.found
         ]
         if is_same_code or pair.has_equal_bytes or not roles & _ROTATED_ROLES:
-            kept.append(pair)
+            accepted.append(pair)
         else:
             result.undecided.append(Undecided(pair.expected, pair.found, _ROTARY, pair))
-    result.pairs = kept
+    result.pairs = accepted

@@ -120,14 +120,14 @@ def _has_torch() -> bool:
 
 def _report(findings: Iterable[Finding]) -> Report:
     """Return the report, with the first 32 findings of each code and a count of further findings."""
-    kept: list[Finding] = []
+    shown: list[Finding] = []
     for _, group in groupby(findings, key=lambda finding: (finding.code, finding.severity)):
         same = list(group)
-        kept += same[:_MAX_PER_CODE]
+        shown += same[:_MAX_PER_CODE]
         if len(same) > _MAX_PER_CODE:
             message = f"{plural(len(same) - _MAX_PER_CODE, 'more finding')} of this kind"
-            kept.append(replace(same[_MAX_PER_CODE], message=message, hint="--keep 'PATTERN' checks only some keys"))
-    return Report(tuple(kept))
+            shown.append(replace(same[_MAX_PER_CODE], message=message, hint="--keep 'PATTERN' checks only some keys"))
+    return Report(tuple(shown))
 
 
 def _check_headers(opened: Checkpoint, chosen: Iterable[str]) -> Iterator[Finding]:

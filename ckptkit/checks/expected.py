@@ -34,32 +34,38 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     tied = [key for key in missing if any(other in matched for other in partners.get(key, ()))]
     elsewhere = {*result.blocked, *tied}
     lost = [key for key in missing if key not in elsewhere]
-    yield from _of_keys(codes.MISSING, lost, "of EXPECTED missing in the checkpoint", hint)
+    yield from _findings_of_keys(codes.MISSING, lost, "of EXPECTED missing in the checkpoint", hint)
     text = "missing in the checkpoint, but filled by load_state_dict(strict=False), which loads a tied key"
-    yield from _of_keys(codes.MISSING_TIED, tied, text)
+    yield from _findings_of_keys(codes.MISSING_TIED, tied, text)
     filled = [info.key for info in result.missing if info.key in result.filled]
     text = "missing as in checkpoints from before torch 0.4.1, but filled by load_state_dict"
-    yield from _of_keys(codes.FILLED, filled, text)
+    yield from _findings_of_keys(codes.FILLED, filled, text)
     unexpected = [info.key for info in result.unexpected if info.key not in result.unseen]
     text = "of the checkpoint missing in EXPECTED"
-    yield from _of_keys(codes.UNEXPECTED, unexpected, text, hint)
-    yield from _of_pairs(codes.SHAPE_MISMATCHED, result.shape_mismatched, "with another shape than in EXPECTED")
+    yield from _findings_of_keys(codes.UNEXPECTED, unexpected, text, hint)
+    yield from _findings_of_pairs(
+        codes.SHAPE_MISMATCHED, result.shape_mismatched, "with another shape than in EXPECTED"
+    )
     uncopyable = {pair.key for pair in result.uncopyable}
-    yield from _of_pairs(codes.UNCOPYABLE, result.uncopyable, "with a kind or dtype that torch cannot copy")
+    yield from _findings_of_pairs(codes.UNCOPYABLE, result.uncopyable, "with a kind or dtype that torch cannot copy")
     cast = [pair for pair in result.dtype_mismatched if pair.key not in uncopyable]
-    yield from _of_pairs(codes.DTYPE_MISMATCHED, cast, "with another dtype than in EXPECTED: torch casts silently")
+    yield from _findings_of_pairs(
+        codes.DTYPE_MISMATCHED, cast, "with another dtype than in EXPECTED: torch casts silently"
+    )
     not_tensors = [*result.blocked, *result.foreign]
-    yield from _of_keys(codes.NO_TENSOR, not_tensors, "without a tensor, but load_state_dict takes only tensors")
-    yield from _of_keys(codes.EXTRA_STATE, result.extra_state, "of extra state that only one side has")
+    yield from _findings_of_keys(
+        codes.NO_TENSOR, not_tensors, "without a tensor, but load_state_dict takes only tensors"
+    )
+    yield from _findings_of_keys(codes.EXTRA_STATE, result.extra_state, "of extra state that only one side has")
 
 
-def _of_keys(code: Code, keys: Iterable[str], text: str, hint: str = "") -> Iterator[Finding]:
+def _findings_of_keys(code: Code, keys: Iterable[str], text: str, hint: str = "") -> Iterator[Finding]:
     names = list(keys)
     if names:
         yield code.finding(names[0], f"{plural(len(names), 'key')} {text}: {listed(names)}", hint)
 
 
-def _of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Iterator[Finding]:
+def _findings_of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Iterator[Finding]:
     found = list(pairs)
     if found:
         first = f"{found[0].expected} expected, {found[0].found} found"
@@ -76,25 +82,25 @@ def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyP
 
 
 def check_at_init(
-    pairs: Iterable[KeyPair], found: Mapping[str, ValueStats], fresh: Mapping[str, ValueStats]
+    pairs: Iterable[KeyPair], found_stats: Mapping[str, ValueStats], fresh_stats: Mapping[str, ValueStats]
 ) -> Iterator[Finding]:
     """Yield ``at-init`` for tensors that look as if they were never trained, compared with a newly built model.
 
     A tensor of 1,024 numbers or more is a warning if its mean, deviation and histogram fit the new model. They may
     differ as much as two samples of one distribution differ. A constant tensor is a note if the new model has the same
-    constant. This is evidence, not proof: a short training can look the same. ``found`` has the keys of the
-    checkpoint, ``fresh`` has the keys of the model.
+    constant. This is evidence, not proof: a short training can look the same. ``found_stats`` has the keys of the
+    checkpoint, ``fresh_stats`` has the keys of the model.
     """
     sampled: list[str] = []
     constant: list[str] = []
     for pair in pairs:
-        ours, theirs = found.get(pair.found.key), fresh.get(pair.expected.key)
-        if ours is None or theirs is None or pair.found.dtype not in FLOATS or ours.finite != ours.count:
+        found, fresh = found_stats.get(pair.found.key), fresh_stats.get(pair.expected.key)
+        if found is None or fresh is None or pair.found.dtype not in FLOATS or found.finite != found.count:
             continue
-        if theirs.constant is not None:
-            if ours.constant == theirs.constant and ours.count > 1:
+        if fresh.constant is not None:
+            if found.constant == fresh.constant and found.count > 1:
                 constant.append(pair.key)
-        elif _have_one_distribution(ours, theirs, same_dtype=pair.found.dtype == pair.expected.dtype):
+        elif _have_one_distribution(found, fresh, same_dtype=pair.found.dtype == pair.expected.dtype):
             sampled.append(pair.key)
     if sampled:
         count = plural(len(sampled), "tensor")
@@ -107,24 +113,24 @@ def check_at_init(
         yield codes.AT_INIT.finding(constant[0], message, severity="note")
 
 
-def _have_one_distribution(ours: ValueStats, theirs: ValueStats, *, same_dtype: bool) -> bool:
-    count = ours.count
-    if count < _MIN_VALUES or theirs.count != count or not ours.std or not theirs.std:
+def _have_one_distribution(found: ValueStats, fresh: ValueStats, *, same_dtype: bool) -> bool:
+    count = found.count
+    if count < _MIN_VALUES or fresh.count != count or not found.std or not fresh.std:
         return False
-    if ours.mean is None or theirs.mean is None:
+    if found.mean is None or fresh.mean is None:
         return False
     error = math.sqrt(2 / count)
-    if abs(ours.mean - theirs.mean) > _SIGMAS * max(ours.std, theirs.std) * error:
+    if abs(found.mean - fresh.mean) > _SIGMAS * max(found.std, fresh.std) * error:
         return False
     # The standard error of a normal distribution; no common initialisation has a larger error.
-    if abs(math.log(ours.std / theirs.std)) > _SIGMAS * error / math.sqrt(2):
+    if abs(math.log(found.std / fresh.std)) > _SIGMAS * error / math.sqrt(2):
         return False
-    return not same_dtype or _have_one_histogram(ours.histogram, theirs.histogram)
+    return not same_dtype or _have_one_histogram(found.histogram, fresh.histogram)
 
 
-def _have_one_histogram(ours: Mapping[int, int], theirs: Mapping[int, int]) -> bool:
+def _have_one_histogram(found: Mapping[int, int], fresh: Mapping[int, int]) -> bool:
     """Return whether a chi-squared test finds no difference between two histograms of equally many numbers."""
-    bins = [(ours.get(exponent, 0), theirs.get(exponent, 0)) for exponent in ours.keys() | theirs.keys()]
-    full = [(mine, other) for mine, other in bins if mine + other >= _MIN_IN_BIN]
-    squared = sum((mine - other) ** 2 / (mine + other) for mine, other in full)
+    bins = [(found.get(exponent, 0), fresh.get(exponent, 0)) for exponent in found.keys() | fresh.keys()]
+    full = [(count, fresh_count) for count, fresh_count in bins if count + fresh_count >= _MIN_IN_BIN]
+    squared = sum((count - fresh_count) ** 2 / (count + fresh_count) for count, fresh_count in full)
     return squared <= len(full) + _SIGMAS * math.sqrt(2 * len(full))

@@ -49,21 +49,22 @@ def refuse_unmet(
                 f"require = {quoted(pattern.text)} matches none of {plural(len(base), 'key')} of the model",
                 hint=suggest_pattern(pattern, base),
             )
-        lacking = [key for key in wanted if key not in loaded]
-        if lacking:
+        not_loaded = [key for key in wanted if key not in loaded]
+        if not_loaded:
             raise ModelError(
-                f"require = {quoted(pattern.text)}: {len(lacking):,} of {plural(len(wanted), 'tensor')} would not be "
-                f"loaded, {_explain(lacking, reasons)}",
-                hint=_hint(lacking, reasons, difference),
+                f"require = {quoted(pattern.text)}: {len(not_loaded):,} of {plural(len(wanted), 'tensor')} would not "
+                f"be loaded, {_list_with_reasons(not_loaded, reasons)}",
+                hint=_hint(not_loaded, reasons, difference),
             )
     elements = sum(info.elements for info in base.values())
     filled = sum(info.elements for key, info in base.items() if key in loaded)
     if elements and filled / elements < share:
-        lacking = sorted((key for key in base if key not in loaded), key=lambda key: -base[key].elements)
+        not_loaded = sorted((key for key in base if key not in loaded), key=lambda key: -base[key].elements)
         raise ModelError(
             f"the checkpoint fills {filled:,} of {plural(elements, 'element')} ({100 * filled / elements:.4g} %), "
-            f"below min_coverage = {share}; the largest tensors that would not be loaded: {_explain(lacking, reasons)}",
-            hint=_hint(lacking, reasons, difference),
+            f"below min_coverage = {share}; the largest tensors that would not be loaded: "
+            f"{_list_with_reasons(not_loaded, reasons)}",
+            hint=_hint(not_loaded, reasons, difference),
         )
 
 
@@ -74,13 +75,13 @@ def _patterns(require: object) -> list[Pattern]:
     return list(map(parse_pattern, texts))
 
 
-def _explain(lacking: Sequence[str], reasons: dict[str, str]) -> str:
-    explained = [f"{quoted(key)} ({reasons.get(key, 'not in the checkpoint')})" for key in lacking]
+def _list_with_reasons(not_loaded: Sequence[str], reasons: dict[str, str]) -> str:
+    explained = [f"{quoted(key)} ({reasons.get(key, 'not in the checkpoint')})" for key in not_loaded]
     return listed(explained, _SHOWN, show=str)
 
 
-def _hint(lacking: Sequence[str], reasons: dict[str, str], difference: Callable[[], StateDictDiff]) -> str:
-    if all(key in reasons for key in lacking):
+def _hint(not_loaded: Sequence[str], reasons: dict[str, str], difference: Callable[[], StateDictDiff]) -> str:
+    if all(key in reasons for key in not_loaded):
         return "require less, or set on_mismatch to an operation that makes the shapes equal"
     hints = difference().hints
     return hints[0].message if hints else "require less, or rename the checkpoint's keys with rules of suggest_rules"

@@ -65,8 +65,8 @@ class PlanEditor:
         self._items = {plain_value(key): (key, value) for key, value in self._file.items()}
         self._tensor_names = {name: key_of[name] for name in self._items if name in key_of}
         self._tensors = {key: self._items[name] for name, key in self._tensor_names.items()}
-        self._deeper = {key for key in container.paths if key not in self._tensors}
-        self._refuse_deeper_changes()
+        self._nested_keys = {key for key in container.paths if key not in self._tensors}
+        self._refuse_nested_changes()
         self.changed = [step for step in plan.steps if not self._is_unchanged(step)]
         self._set_tensors({step.out.key: b"N" for step in self.changed})
         self._rename_modules()
@@ -104,13 +104,13 @@ class PlanEditor:
         item = self._tensors.get(self._replaced_key(step))
         return None if item is None else item[1]
 
-    def _refuse_deeper_changes(self) -> None:
+    def _refuse_nested_changes(self) -> None:
         kept = {
             step.out.key
             for step in self._plan.steps
             if self._is_unchanged(step) and step.sources[0].key == step.out.key
         }
-        if changed := self._deeper - kept:
+        if changed := self._nested_keys - kept:
             raise edit_error(f"{quoted(min(changed))} is nested deeper than the other tensors, and would be changed")
 
     def _set_tensors(self, parts: Mapping[str, Part]) -> None:
@@ -118,7 +118,7 @@ class PlanEditor:
 
         An item that is not a tensor still follows the same tensor as in the file.
         """
-        steps = [step for step in self._plan.steps if self._replaced_key(step) not in self._deeper]
+        steps = [step for step in self._plan.steps if self._replaced_key(step) not in self._nested_keys]
         last_step = {self._replaced_key(step): number for number, step in enumerate(steps)}
         others: dict[int, Items] = {}  # by the number of the step before
         previous = -1

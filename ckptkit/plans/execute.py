@@ -115,7 +115,7 @@ def execute(
         raise PlanError("the plan writes two tensors with the same key")
     inputs = _Inputs(steps, roles, Producer(roles))
     for step in plan.steps:
-        _check_equal(step, roles)
+        _refuse_different_bytes(step, roles)
     report_bytes = progress or (lambda _: None)
     if output.max_shard_size is not None:
         return _write_shards(plan, output, inputs, report_bytes)
@@ -129,7 +129,7 @@ def execute(
     layout = _torch_layout(infos, plan, inputs, editor)
     inner = "" if editor is None else roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes, replace=output.force) as file:
-        _finish(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
+        _write_and_read_back(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
     return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target,), (), inner)
 
 
@@ -200,7 +200,7 @@ class _Inputs:
             checkpoint.check_unchanged()
 
 
-def _check_equal(step: Step, roles: Mapping[str, Checkpoint]) -> None:
+def _refuse_different_bytes(step: Step, roles: Mapping[str, Checkpoint]) -> None:
     first = step.sources[0]
     for source in step.equals:
         if not same_bytes(roles[first.role].payload(first.key), roles[source.role].payload(source.key)):
@@ -282,7 +282,7 @@ def _write_safetensors(
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
     with AtomicFile(target, layout.nbytes, replace=replace) as file:
-        _finish(write_safetensors(layout, payloads, file), file, infos, inputs, progress)
+        _write_and_read_back(write_safetensors(layout, payloads, file), file, infos, inputs, progress)
     return layout.nbytes
 
 
@@ -300,7 +300,7 @@ def _torch_layout(
         return editor.layout(stored, records)
 
 
-def _finish(
+def _write_and_read_back(
     work: Iterator[int],
     file: AtomicFile,
     infos: Sequence[TensorInfo],

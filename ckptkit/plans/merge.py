@@ -81,7 +81,7 @@ def plan_merge(
     overlays = []
     for number, donor in enumerate(given, start=1):
         role = "donor" if len(given) == 1 else f"donor{number}"
-        overlays.append(_overlay(base, as_checkpoint(donor, role), role, rules, policy))
+        overlays.append(_make_overlay(base, as_checkpoint(donor, role), role, rules, policy))
     from_donor = {key: step for overlay in overlays for key, step in overlay.from_donor.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
     from_donor, notes = follow_ties(base, from_donor)
@@ -94,7 +94,7 @@ def plan_merge(
         )
     steps = [from_donor.get(key) or _base_step(info, base) for key, info in base.items()]
     dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
-    dropped += _replaced(overlays, from_donor | added)
+    dropped += _replaced_by_later_donors(overlays, from_donor | added)
     notes += [
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
@@ -142,7 +142,7 @@ class _Overlay:
     notes: Sequence[str]
 
 
-def _overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: RulesLike | None, policy: _Policy) -> _Overlay:
+def _make_overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: RulesLike | None, policy: _Policy) -> _Overlay:
     refuse_suspicious(donor, role)
     key_map = apply_rules(as_rules(rules), donor)
     result = diff_checkpoints(base, donor, key_map)
@@ -210,7 +210,7 @@ def _mismatch_hint(pair: KeyPair) -> str:
     return "; ".join([*ways[:3], "--on-mismatch skip keeps the base's values there"])
 
 
-def _replaced(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
+def _replaced_by_later_donors(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
     """Return the tensors of each donor that a later donor replaces."""
     steps = [step for overlay in overlays for step in (*overlay.from_donor.values(), *overlay.added.values())]
     dropped = []

@@ -56,7 +56,7 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
                 state = run(strip_stage)
         if stage.rules:
             state = run(Stage((), stage.rules))
-    return KeyMap.of(state, dropped, notes)
+    return KeyMap.from_derivations(state, dropped, notes)
 
 
 def _strip_stages(prefix: str, keys: Collection[str], entries: Collection[str]) -> tuple[list[Stage], list[str]]:

@@ -168,7 +168,9 @@ class KeyMap:
         return {key: plain.get(key) or copied_or_computed[key] for key in self.order}
 
     @classmethod
-    def of(cls, state: Mapping[str, Derivation], dropped: Mapping[str, str], notes: Sequence[str]) -> KeyMap:
+    def from_derivations(
+        cls, state: Mapping[str, Derivation], dropped: Mapping[str, str], notes: Sequence[str]
+    ) -> KeyMap:
         """Return the ``KeyMap`` of new keys with these derivations."""
         renamed: dict[str, str] = {}
         copied_or_computed: dict[str, Derivation] = {}

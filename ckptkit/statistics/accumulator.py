@@ -174,7 +174,7 @@ class _Sums:
         special = int(exponents[-1])  # NaN and infinities have the largest exponent
         nan = int(torch.count_nonzero(work.isnan())) if special else 0
         posinf = int(torch.count_nonzero(work == math.inf)) if nan < special else 0
-        part, low, high = self._of_finite(stored, work, special)
+        part, low, high = self._moments_and_extremes(stored, work, special)
         with self.lock:
             self.count += count
             self.nan += nan
@@ -198,7 +198,7 @@ class _Sums:
             fields = self.workspace.buffer("fields", torch.uint8, work.numel()).copy_(shifted)  # drops the sign bit
         return torch.bincount(fields, minlength=len(self.exponents))
 
-    def _of_finite(
+    def _moments_and_extremes(
         self, stored: Tensor, work: Tensor, special: int
     ) -> tuple[Moments | None, float | None, float | None]:
         import torch
