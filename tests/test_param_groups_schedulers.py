@@ -190,7 +190,7 @@ def test_wrappers_of_accelerate_are_unwrapped() -> None:
     assert codes(model, wrapped, inner) == []
     other = SimpleNamespace(scheduler=lr_scheduler.StepLR(torch.optim.SGD(model.parameters()), 1))
     assert codes(model, wrapped, other) == [("scheduler-optimizer", "error", "")]
-    with pytest.raises(GroupsError, match="drives another SGD"):
+    with pytest.raises(GroupsError, match="belongs to another SGD"):
         assert_param_groups(model, wrapped, schedulers=other)
 
 

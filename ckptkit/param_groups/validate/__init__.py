@@ -21,7 +21,7 @@ from ckptkit.param_groups.validate.membership import (
     check_shared_groups,
     check_wrappers,
     find_missing,
-    find_placements,
+    group_by_tensor,
 )
 from ckptkit.param_groups.validate.model import check_empty, check_memory, check_meta, check_tied
 from ckptkit.param_groups.validate.optimizer_rules import check_across_groups, check_optimizer_rules
@@ -48,15 +48,15 @@ def validate_param_groups(
     unknown.
 
     For an optimizer, its options and every value of its state are checked too, and with ``schedulers`` (one or several)
-    also their lrs. With ``spec``, each parameter must be in the group, and each group must have the options, that the
-    spec gives it. With ``lock``, nothing may have changed since the lock was made, not even the order of parameters.
+    also their lrs. With ``spec``, each parameter must be in the group of the spec, and each group must have the options
+    of the spec. With ``lock``, nothing may differ from the lock, not even the order of the parameters.
 
     The codes of the findings begin with ``groups.``; docs/codes.md lists them. Raises ``GroupsError`` if
     ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
     """
     with pause_gc():
-        live_model, driving, live = read_live_model(model), read_schedulers(schedulers), read_groups(groups)
-        findings = _check_live_groups(live_model, live, driving, groups)
+        live_model, given_schedulers, live = read_live_model(model), read_schedulers(schedulers), read_groups(groups)
+        findings = _check_live_groups(live_model, live, given_schedulers, groups)
         if spec is not None:
             from ckptkit.param_groups.compare.spec import compare_with_spec
 
@@ -80,18 +80,18 @@ def _check_live_groups(live_model: LiveModel, live: LiveGroups, schedulers: Sequ
     findings.extend(check_state(live_model, optimizers))
     findings.extend(check_state_values(live_model, optimizers))
     findings.extend(check_schedulers(optimizers, schedulers))
-    placements = find_placements(members)
-    missing = find_missing(live_model, groups, placements)
+    by_tensor = group_by_tensor(members)
+    missing = find_missing(live_model, groups, by_tensor)
     if members and not missing and all(group.is_readable for group in groups):
         # Nothing is missing, so an empty group is harmless. The Trainer of transformers always makes two groups, and
         # with LoRA the group without decay is empty.
         findings = [
             replace(finding, severity="note") if finding.code == codes.EMPTY.name else finding for finding in findings
         ]
-    findings.extend(check_membership(live_model, placements, missing))
+    findings.extend(check_membership(live_model, by_tensor, missing))
     findings.extend(check_meta(live_model, members))
-    findings.extend(check_tied(live_model, placements.first))
-    findings.extend(check_memory(live_model, placements.first))
+    findings.extend(check_tied(live_model, by_tensor.first))
+    findings.extend(check_memory(live_model, by_tensor.first))
     findings.extend(check_empty(live_model))
     return findings
 
@@ -107,7 +107,7 @@ def assert_param_groups(
 ) -> Report:
     """Return the report of ``validate_param_groups``, or raise ``GroupsError`` if it has an error.
 
-    The error names the first fault and the number of the others. With ``strict``, warnings count as errors.
+    The exception names the first fault and the number of the others. With ``strict``, warnings count as errors.
     """
     report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
     report.raise_for_errors(warnings=strict)

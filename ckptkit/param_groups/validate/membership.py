@@ -25,13 +25,13 @@ from ckptkit.param_groups.validate.stale import (
 )
 
 __all__ = [
-    "Placements",
+    "MembersByTensor",
     "check_membership",
     "check_names",
     "check_shared_groups",
     "check_wrappers",
     "find_missing",
-    "find_placements",
+    "group_by_tensor",
 ]
 
 
@@ -48,7 +48,7 @@ def check_shared_groups(groups: Sequence[LiveGroup]) -> Iterator[Finding]:
                 yield codes.SHARED.finding(
                     "",
                     f"{first.where} and {group.where} are of one optimizer, which was given twice",
-                    "give it once",
+                    "give the optimizer once",
                 )
             reported.add(id(group.optimizer))
         else:
@@ -56,8 +56,8 @@ def check_shared_groups(groups: Sequence[LiveGroup]) -> Iterator[Finding]:
             options = f" (now lr={group.options['lr']})" if has_lr else ""
             yield codes.SHARED.finding(
                 "",
-                f"{first.where} and {group.where} are one dict, as when a list of groups is used twice: the second use "
-                f"replaced the options of the first{options}, and both change together",
+                f"{first.where} and {group.where} are one dict{options}, as when one list of groups is used for two "
+                "optimizers: an option that is set in one is set in both",
                 "make a new list of groups for each optimizer, as build_param_groups does",
             )
 
@@ -79,13 +79,13 @@ def _check_wrapper(wrapper: Any) -> Iterator[Finding]:
             yield codes.CACHED.finding(
                 "",
                 f"{kind}.param_groups are not the groups of {kind}.{name} ({type(inner).__name__}), as after "
-                f"load_state_dict(), which replaces them: an option that you set there does not reach the {name}",
+                f"load_state_dict(): an option that you set in {kind}.param_groups does not reach {kind}.{name}",
                 f"make param_groups a property of {kind} that returns self.{name}.param_groups",
             )
 
 
 def check_names(live_model: LiveModel, groups: Iterable[LiveGroup], members: Iterable[Member]) -> Iterator[Finding]:
-    """Yield a finding if an optimizer names only some of its parameters, or gives two of them one name."""
+    """Yield a finding if an optimizer has names for some parameters only, or one name for two parameters."""
     named = Counter[LiveGroup]()
     total = Counter[LiveGroup]()
     first_with: dict[tuple[int, str], Member] = {}
@@ -101,15 +101,15 @@ def check_names(live_model: LiveModel, groups: Iterable[LiveGroup], members: Ite
         first = first_with.setdefault(key, member)
         if first.tensor is not member.tensor and key not in reported:
             reported.add(key)
-            # The names were recorded from two parts of the model, and each is right within its part.
+            # Each name is right within the part of the model that it was recorded from.
             are_partial = all(
-                _has_name_ending(live_model.parameters[id(one.tensor)], bare_name(member.name))
-                for one in (first, member)
+                _has_name_ending(live_model.parameters[id(holder.tensor)], bare_name(member.name))
+                for holder in (first, member)
             )
             yield codes.NAMES.finding(
                 "",
                 f"{first.where} and {member.where} are two parameters, both recorded as {quoted(member.name)}",
-                "build the optimizer again from model.named_parameters(), because saved state is matched by name",
+                "build the optimizer again from model.named_parameters(): loading by name needs unique names",
                 severity="warning" if are_partial else "error",
             )
     fully_named: dict[int, LiveGroup] = {}
@@ -147,11 +147,11 @@ def _check_name(live_model: LiveModel, live: LiveParameter, member: Member) -> I
     if other is live or (other is None and _has_name_ending(live, bare_name(name))):
         return
     message = f"{member.where} {live.shape} is recorded as {quoted(name)} but is {quoted(live.name)}"
-    build_again = "build the optimizer again from model.named_parameters(), so that its state is saved with right names"
+    build_again = "build the optimizer again from model.named_parameters(), so that it saves state by the right names"
     if other is not None:
         yield codes.NAMES.finding(
             live.name,
-            f"{message}, and {quoted(name)} is another parameter, as after load_state_dict() from another order",
+            f"{message}, and {quoted(name)} is another parameter, as after loading a state with another order",
             build_again,
         )
         return
@@ -162,13 +162,13 @@ def _check_name(live_model: LiveModel, live: LiveParameter, member: Member) -> I
     yield codes.NAMES.finding(
         live.name,
         f"{message}{reason}",
-        f"{build_again}, or rename {quoted(name)} to {quoted(live.name)} in it",
+        f"{build_again}, or rename {quoted(name)} to {quoted(live.name)} in param_names",
         severity="warning",
     )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Placements:
+class MembersByTensor:
     """The members that hold each tensor, by the ``id()`` of the tensor.
 
     ``first`` has the first member of every tensor. ``several`` has all members of each tensor with more than one.
@@ -178,33 +178,33 @@ class Placements:
     several: dict[int, list[Member]] = field(default_factory=dict)
 
 
-def find_placements(members: Iterable[Member]) -> Placements:
+def group_by_tensor(members: Iterable[Member]) -> MembersByTensor:
     """Return the members that hold each tensor."""
-    placements = Placements()
+    by_tensor = MembersByTensor()
     for member in members:
-        first = placements.first.setdefault(id(member.tensor), member)
+        first = by_tensor.first.setdefault(id(member.tensor), member)
         if first is not member:
-            placements.several.setdefault(id(member.tensor), [first]).append(member)
-    return placements
+            by_tensor.several.setdefault(id(member.tensor), [first]).append(member)
+    return by_tensor
 
 
-def find_missing(live_model: LiveModel, groups: Iterable[LiveGroup], placements: Placements) -> list[LiveParameter]:
+def find_missing(live_model: LiveModel, groups: Iterable[LiveGroup], by_tensor: MembersByTensor) -> list[LiveParameter]:
     """Return the trainable parameters that are in no group, or none if the content of a group is unknown."""
     if not all(group.is_readable for group in groups):
         return []
-    return [live for key, live in live_model.parameters.items() if key not in placements.first and live.trainable]
+    return [live for key, live in live_model.parameters.items() if key not in by_tensor.first and live.trainable]
 
 
 def check_membership(
-    live_model: LiveModel, placements: Placements, missing: Sequence[LiveParameter]
+    live_model: LiveModel, by_tensor: MembersByTensor, missing: Sequence[LiveParameter]
 ) -> Iterator[Finding]:
     """Yield a finding for each tensor that does not belong in its group, and for each missing parameter."""
     unregistered = find_unregistered(live_model)
     unregistered_ids = {id(tensor) for part in unregistered for _, tensor in part.tensors}
     unknown: list[UnknownTensor] = []
-    for key, first in placements.first.items():
+    for key, first in by_tensor.first.items():
         live = live_model.parameters.get(key)
-        members = placements.several.get(key, (first,))
+        members = by_tensor.several.get(key, (first,))
         if len(members) > 1:
             yield _duplicate(members, live)
         if live is not None:
@@ -216,8 +216,8 @@ def check_membership(
             yield _computed(first)
         elif key not in unregistered_ids:
             unknown.append(UnknownTensor(first.tensor, tuple(members)))
-    yield from _check_unknown(live_model, placements.first, unknown, missing)
-    yield from (unregistered_finding(part, placements.first) for part in unregistered)
+    yield from _check_unknown(live_model, by_tensor.first, unknown, missing)
+    yield from (unregistered_finding(part, by_tensor.first) for part in unregistered)
 
 
 def _check_unknown(
@@ -249,15 +249,15 @@ def _check_live(live_model: LiveModel, live: LiveParameter, members: Sequence[Me
         yield codes.FROZEN.finding(
             live.name,
             f"{quoted(live.name)} {live.shape} in {where} is frozen (requires_grad=False), but its .grad is not None: "
-            "the optimizer still moves it, by momentum and weight decay even if .grad is 0",
-            "set its .grad to None, or remove it from the groups",
+            "a step still changes it, even if .grad is 0 (momentum, weight decay)",
+            "set .grad of the parameter to None, or remove the parameter from the groups",
         )
     elif not live.trainable:
         yield codes.FROZEN.finding(
             live.name,
-            f"{quoted(live.name)} {live.shape} in {where} is frozen (requires_grad=False): no step moves it while its "
-            ".grad is None",
-            "remove it from the groups",
+            f"{quoted(live.name)} {live.shape} in {where} is frozen (requires_grad=False): no step changes it while "
+            "its .grad is None",
+            "remove the parameter from the groups, or unfreeze it: requires_grad_(True)",
             severity="warning",
         )
     if live.lazy:
@@ -277,15 +277,15 @@ def _duplicate(members: Sequence[Member], live: LiveParameter | None) -> Finding
         names = " and ".join(map(quoted, (live.name, *live.aliases)))
         return codes.TIED.finding(
             name,
-            f"{names} are one tied parameter{shape}, but it is in several groups, as {where}: it can have only one set "
-            "of options",
-            f"keep it in one group, as {quoted(live.name)}",
+            f"{names} are one tied parameter{shape}, but several groups hold it ({where}): a parameter can have only "
+            "one set of options",
+            f"keep the parameter in one group, under the name {quoted(live.name)}",
         )
     return codes.DUPLICATE.finding(
         name,
-        f"{quoted(name) if name else 'one tensor'}{shape} is in the groups {plural(len(members), 'time')}, as {where}, "
-        "and each of them moves it",
-        "keep one of them; named_parameters(remove_duplicate=False) yields tied parameters twice",
+        f"{quoted(name) if name else 'one tensor'}{shape} is in the groups {plural(len(members), 'time')} ({where}), "
+        "so each step updates it several times",
+        "remove the repeated entries; named_parameters(remove_duplicate=False) yields tied parameters twice",
     )
 
 
@@ -293,7 +293,7 @@ def _buffer(name: str, buffer: Tensor, member: Member) -> Finding:
     return codes.BUFFER.finding(
         name,
         f"{quoted(name)} {tuple(buffer.shape)} in {member.where} is a buffer ({buffer.dtype}), which gets no gradient",
-        "remove it, or register it as an nn.Parameter",
+        "remove the buffer from the group, or register it as an nn.Parameter",
     )
 
 
@@ -302,8 +302,8 @@ def _sharded(unknown: UnknownTensor, count: int, missing: Sequence[LiveParameter
     return codes.SHARDED.finding(
         missing[0].name if missing else "",
         f"the parameters{example} are placeholders of ZeRO-3 (ds_id), but the groups hold {plural(count, 'shard')} of "
-        f"deepspeed.initialize(), such as {unknown.members[0].where} {shape_text(unknown.tensor)}: which parameter "
-        "trains with which options cannot be checked",
+        f"deepspeed.initialize(), such as {unknown.members[0].where} {shape_text(unknown.tensor)}: options cannot be "
+        "checked by parameter",
         "validate the model and the optimizer before deepspeed.initialize()",
     )
 
@@ -322,12 +322,12 @@ def _missing(live: LiveParameter, replaced: Member | None) -> Finding:
         return codes.MISSING.finding(
             live.name, f"{quoted(live.name)}{shape} is in no group: {replaced.where} holds an older object", REBIND_HINT
         )
-    hint = "add it to a group, or freeze it: requires_grad_(False)"
+    hint = "add the parameter to a group, or freeze it: requires_grad_(False)"
     if ".lora_" in f".{live.name}":
-        hint = "build the groups after you add the adapter, or add it with optimizer.add_param_group()"
+        hint = "build the groups after you add the adapter, or add its parameters with optimizer.add_param_group()"
     return codes.MISSING.finding(
         live.name,
-        f"{quoted(live.name)}{shape} is trainable but in no group: no step moves it, and its .grad grows, because "
+        f"{quoted(live.name)}{shape} is trainable but in no group: no step changes it, and its .grad grows, because "
         "optimizer.zero_grad() skips it",
         hint,
     )

@@ -61,17 +61,17 @@ def check_meta(live_model: LiveModel, members: Sequence[Member]) -> Iterator[Fin
         )
 
 
-def check_tied(live_model: LiveModel, placements: Mapping[int, Member]) -> Iterator[Finding]:
+def check_tied(live_model: LiveModel, members_by_id: Mapping[int, Member]) -> Iterator[Finding]:
     """Yield a note for each module registered twice, and for each tied parameter if groups have different lrs."""
     tied = [live for live in live_model.parameters.values() if live.aliases]
     if not tied:
         return
     yield from _check_shared_modules(live_model, tied)
-    groups = {id(member.group): member.group for member in placements.values()}.values()
+    groups = {id(member.group): member.group for member in members_by_id.values()}.values()
     if len({_lr(group) for group in groups} - {None}) < 2:
         return
     for live in tied:
-        member = placements.get(id(live.tensor))
+        member = members_by_id.get(id(live.tensor))
         if member is None or (lr := _lr(member.group)) is None:
             continue
         if all(_module_id(live_model, name) == _module_id(live_model, live.name) for name in live.aliases):
@@ -79,8 +79,8 @@ def check_tied(live_model: LiveModel, placements: Mapping[int, Member]) -> Itera
         yield codes.TIED.finding(
             live.name,
             f"{_joined([live.name, *live.aliases])} are one tied parameter {live.shape}: it trains in "
-            f"{member.group.where} with lr={lr:g} under all of its names, but other groups have another lr",
-            "make sure that this is the lr that you want for all of these names",
+            f"{member.group.where} with lr={lr:g} under each of its names, but other groups have another lr",
+            "check that this lr is right for all of these names",
             severity="note",
         )
 
@@ -99,7 +99,7 @@ def _check_shared_modules(live_model: LiveModel, tied: Sequence[LiveParameter]) 
             yield codes.SHARED_MODULE.finding(
                 others[0],
                 f"{_joined(others)} {verb} the same module as {quoted(first)}, so its {parameters} train once",
-                "deepcopy() one of them if they should not share parameters",
+                "copy.deepcopy() one of the modules if they must not share parameters",
             )
 
 
@@ -114,14 +114,14 @@ def _lr(group: LiveGroup) -> float | None:
         return None
 
 
-def check_memory(live_model: LiveModel, placements: Mapping[int, Member]) -> Iterator[Finding]:
-    """Yield a finding for each parameter that overlaps another one in memory, if one of the two trains."""
+def check_memory(live_model: LiveModel, members_by_id: Mapping[int, Member]) -> Iterator[Finding]:
+    """Yield a finding for each two parameters that overlap in memory, if at least one of them trains."""
     by_address = sorted(((address(live.tensor), live) for live in live_model.parameters.values()), key=_address)
     end, previous = 0, None
     for start, live in by_address:
         stop = start + _byte_span(live.tensor) if start else 0
         if previous is not None and start < end and _overlap(previous, live):
-            yield _overlapping(previous, live, placements)
+            yield _overlapping(previous, live, members_by_id)
         if stop > end:
             end, previous = stop, live
 
@@ -131,7 +131,7 @@ def _address(pair: tuple[int, object]) -> int:
 
 
 def _byte_span(tensor: Tensor) -> int:
-    """Return the number of bytes from the first element of ``tensor`` to the end of its last."""
+    """Return the number of bytes from the first element of ``tensor`` to the end of the last element."""
     if tensor.is_contiguous():
         return tensor.numel() * tensor.element_size()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
@@ -139,7 +139,7 @@ def _byte_span(tensor: Tensor) -> int:
 
 
 def _overlap(first: LiveParameter, second: LiveParameter) -> bool:
-    """Return whether two parameters share an element and one of them trains; two columns of a matrix share none."""
+    """Return whether two parameters share an element and at least one trains; columns of a matrix share no element."""
     left, right = first.tensor, second.tensor
     if not (first.trainable or second.trainable) or left.device != right.device:
         return False
@@ -151,16 +151,16 @@ def _overlap(first: LiveParameter, second: LiveParameter) -> bool:
         return True
     import torch
 
-    # One flag for each element of the memory that both span: the left tensor sets its flags, the right one reads them.
+    # One flag for each element of the memory that both tensors span: set by the left tensor, read by the right tensor.
     span = max(offset + _byte_span(tensor) for offset, tensor in zip(offsets, (left, right), strict=True))
     flags = torch.zeros(span // size, dtype=torch.bool)
     flags.as_strided(left.shape, left.stride(), offsets[0] // size).fill_(True)
     return bool(flags.as_strided(right.shape, right.stride(), offsets[1] // size).any())
 
 
-def _overlapping(first: LiveParameter, second: LiveParameter, placements: Mapping[int, Member]) -> Finding:
+def _overlapping(first: LiveParameter, second: LiveParameter, members_by_id: Mapping[int, Member]) -> Finding:
     def label(live: LiveParameter) -> str:
-        member = placements.get(id(live.tensor))
+        member = members_by_id.get(id(live.tensor))
         return f"{quoted(live.name)} {live.shape} in " + (member.where if member is not None else "no group")
 
     is_same = first.shape == second.shape and address(first.tensor) == address(second.tensor)
@@ -168,7 +168,7 @@ def _overlapping(first: LiveParameter, second: LiveParameter, placements: Mappin
     return codes.SHARED_MEMORY.finding(
         second.name,
         f"{label(first)} and {label(second)} {relation}: a step that changes one changes the other too",
-        "tie them, so that they are one parameter (b.weight = a.weight), or .clone() one of them",
+        "tie the parameters (b.weight = a.weight), or .clone() one of them",
     )
 
 
@@ -188,7 +188,7 @@ class UnregisteredTensors:
     """Trainable tensors that a module holds and did not register, with their names inside of ``path``.
 
     ``container`` is the type that holds them (``list``, ``dict``), or empty for a plain attribute. ``kind`` is the
-    class of the module that has them as parameters, or empty for a tensor on its own.
+    class of the module that has them as parameters, or empty for a plain tensor.
     """
 
     path: str
@@ -271,7 +271,7 @@ def unregistered_finding(part: UnregisteredTensors, held_ids: Collection[int]) -
         hint = "register it: nn.ModuleList for a list, nn.ModuleDict for a dict"
     else:
         shape = tuple(part.tensors[0][1].shape)
-        description = f"{shape} is a trainable tensor {where}"
+        description = f"{shape} is a trainable tensor {where}, not a parameter"
         hint = "make it an nn.Parameter of the module, or put several into an nn.ParameterList or nn.ParameterDict"
     if in_groups == count:
         effect = "it trains, but state_dict() does not save it, and .to() and .half() do not convert it"

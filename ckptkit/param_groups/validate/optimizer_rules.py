@@ -29,7 +29,7 @@ _MUON_KEYS = {
 
 
 def check_optimizer_rules(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
-    """Yield a finding for each group that its optimizer refuses to step, or steps otherwise than its class says."""
+    """Yield a finding for each group for which a step fails, or is not the step of the optimizer class."""
     for optimizer in optimizers:
         if optimizer.instance is None:
             yield from _check_muon_groups(live_model, optimizer)
@@ -42,7 +42,7 @@ def check_optimizer_rules(live_model: LiveModel, optimizers: Sequence[LiveOptimi
             yield codes.ONE_GROUP.finding(
                 "",
                 f"{optimizer.label} has {len(optimizer.groups)} groups but accepts only one, so its next step fails",
-                "build it with all parameters in one list; it has no options for single parameters",
+                "build the optimizer with all parameters in one group",
             )
         yield from _check_decoupled(optimizer)
         for group in optimizer.groups:
@@ -61,7 +61,7 @@ def _check_matrices(live_model: LiveModel, label: str, members: Sequence[Member]
 
 
 def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:
-    """Yield what ``MuonWithAuxAdam`` refuses with a bare AssertionError, if all groups have ``use_muon``."""
+    """Yield findings about groups with ``use_muon`` that ``MuonWithAuxAdam`` refuses with a bare AssertionError."""
     if not all("use_muon" in group.options for group in optimizer.groups):
         return
     for group in optimizer.groups:
@@ -70,9 +70,9 @@ def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Itera
         if extra:
             yield codes.OPTION_SET.finding(
                 "",
-                f"{group.where} has {', '.join(map(quoted, extra))} beside use_muon, but MuonWithAuxAdam accepts only "
-                f"the keys {', '.join(sorted(_MUON_KEYS[use_muon]))}",
-                "remove the other keys from the groups that you build it with",
+                f"{group.where} has {', '.join(map(quoted, extra))} besides use_muon, but MuonWithAuxAdam accepts "
+                f"only the keys {', '.join(sorted(_MUON_KEYS[use_muon]))}",
+                "remove the other keys before you build the optimizer",
             )
         for member in optimizer.members_of(group) if use_muon else ():
             if member.shape is not None and len(member.shape) < 2:
@@ -80,7 +80,7 @@ def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Itera
                     member_name(live_model, member),
                     f"{member_names(live_model, [member])} {member.shape} in {member.where} is a vector, but its group "
                     "has use_muon = True, which is for matrices",
-                    "move it to a group with use_muon = False",
+                    "move the vector to a group with use_muon = False",
                 )
 
 
@@ -102,7 +102,7 @@ def _check_decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
         "",
         f"{wrong[0].where} has decoupled_weight_decay={not expected}, but {optimizer.label} was built with {expected}: "
         f"the step now {effect}, as after loading a state_dict of {saved_class}",
-        f'set group["decoupled_weight_decay"] = {expected}, or build the class that the state was saved from',
+        f'set group["decoupled_weight_decay"] = {expected}, or use the class that the state was saved from',
         severity="warning" if is_deliberate else "error",
     )
 
@@ -117,8 +117,8 @@ def _check_kernels(
         if refused:
             yield codes.CAPTURABLE.finding(
                 member_name(live_model, refused[0]),
-                f"{group.where} has capturable=True, but {plural(len(refused), 'parameter')} on "
-                f"{refused[0].tensor.device} cannot be stepped that way: {member_names(live_model, refused)}",
+                f"{group.where} has capturable=True, which {refused[0].tensor.device} does not support, for "
+                f"{plural(len(refused), 'parameter')}: {member_names(live_model, refused)}",
                 'set group["capturable"] = False; a state_dict that was saved on a GPU sets it to True',
             )
     if kernel is None:
@@ -129,7 +129,7 @@ def _check_kernels(
         yield codes.MIXED.finding(
             member_name(live_model, plain[0]),
             f"{group.where} has {kernel}=True and mixes {plural(len(plain), 'plain tensor')} with DTensors, which one "
-            f"kernel cannot step together: {member_names(live_model, plain)}",
+            f"kernel cannot update together: {member_names(live_model, plain)}",
             f"put the plain tensors into a group of their own, or set {kernel}=False",
         )
     is_adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
@@ -137,7 +137,7 @@ def _check_kernels(
         yield codes.OPTION_VALUE.finding(
             "",
             f"{group.where}: lr is a tensor, which foreach=True accepts only with capturable=True",
-            "make it a number: float(lr), or set foreach=False",
+            "make lr a number, float(lr), or set foreach=False",
         )
 
 
@@ -146,7 +146,7 @@ _MULTIPLIERS = {option.name: option.multiplies for option in OPTIONS.values() if
 _LABELS = options_of_kind("members", "name", "recipe", "schedule")
 # Kernels run over one group at a time: with this many groups, a step takes several times longer.
 _MANY_GROUPS = 64
-# The defaults of torch are 0 and 0.01, and language models are trained with 0.1. Recipes use no more for everything.
+# torch's defaults are 0 and 0.01, and recipes for language models use 0.1. No common recipe uses more for vectors.
 _STRONG_DECAY = 0.2
 
 
@@ -158,7 +158,7 @@ def trained_options(group: LiveGroup, *without: str) -> tuple[tuple[str, str], .
 def check_across_groups(
     live_model: LiveModel, optimizers: Sequence[LiveOptimizer], schedulers: Iterable[Any]
 ) -> Iterator[Finding]:
-    """Yield the findings that need several groups at once; ``schedulers`` can apply the multipliers in the groups."""
+    """Yield the findings that compare several groups; ``schedulers`` can apply the multipliers in the groups."""
     scaled = {id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers if _applies_lr_scale(scheduler)}
     for optimizer in optimizers:
         if optimizer.instance is None:
@@ -181,7 +181,7 @@ def check_across_groups(
 
 
 def _applies_lr_scale(scheduler: Any) -> bool:
-    """Return whether ``scheduler`` multiplies ``lr_scale`` in, as those of timm do in this method."""
+    """Return whether ``scheduler`` multiplies lr by ``lr_scale``, as schedulers of timm do in ``update_groups``."""
     return hasattr(scheduler, "update_groups") and hasattr(scheduler, "optimizer")
 
 
@@ -198,9 +198,8 @@ def _check_multiplier(optimizer: LiveOptimizer, key: str, option: str) -> Iterat
         yield codes.MULTIPLIER.finding(
             "",
             f"{key} is in {plural(len(unapplied), 'group')} of {optimizer.label} (the first is {unapplied[0].where}), "
-            f"where {option} is still the default {default:g}: neither the optimizer nor a scheduler of torch applies "
-            f"{key}",
-            f'pass the scheduler that reads it, or apply it: group["{option}"] *= group["{key}"]',
+            f"where {option} is still the default {default:g}: nothing in torch applies {key}",
+            f'pass the scheduler that reads {key}, or apply it: group["{option}"] *= group["{key}"]',
         )
 
 
@@ -228,7 +227,7 @@ def _check_decay(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Fi
                 member_name(live_model, vectors[0]),
                 f"{group.where} applies weight decay {decay[id(group)]:g} to {plural(len(vectors), 'vector')} (norms, "
                 f"biases, scales), {reason}: {member_names(live_model, vectors)}",
-                "if you did not intend this, put them into a group with weight_decay = 0",
+                "if this is not intended, put the vectors into a group with weight_decay = 0",
             )
 
 

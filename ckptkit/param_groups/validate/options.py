@@ -26,7 +26,7 @@ class OptionFault(NamedTuple):
 
 _ZERO_OR_MORE = "it must be a finite number, 0 or more"
 _BETAS = "they must be numbers from 0 to 1, without 1: (0.9, 0.999)"
-# These must be 0 or more for every optimizer. Those below have this meaning in torch.optim only.
+# Numbers of 0 or more: the first for every optimizer, the second for classes of torch.optim only.
 _NUMBERS_OF_ALL = ("lr", "weight_decay")
 _NUMBERS_OF_TORCH = ("momentum", "lr_decay", "initial_accumulator_value", "momentum_decay")
 
@@ -118,7 +118,7 @@ def read_number(value: Any) -> float | None:
     return None if value is None or number_fault(value) is not None else float(value)
 
 
-# No optimizer reads these, but they are no mistake: torch, its schedulers and common recipes keep them in groups.
+# No optimizer reads these, and this is right: torch, its schedulers and common recipes store them in groups.
 _BOOKKEEPING = options_of_kind("members", "name", "recipe", "schedule")
 _IN_DEFAULTS_ONLY = frozenset(option.name for option in OPTIONS.values() if option.is_in_defaults_only)
 _INTENDED = {

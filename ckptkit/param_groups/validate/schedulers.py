@@ -1,4 +1,4 @@
-"""Check that learning rate schedulers fit the groups that they drive."""
+"""Check that learning rate schedulers fit the groups of their optimizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _MULTIPLY_CURRENT = frozenset({"StepLR", "MultiStepLR", "ExponentialLR", "Polyno
 _START_AT_GROUP_LR = frozenset(
     {*_MULTIPLY_CURRENT, "MultiplicativeLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"}
 )
-# The key that these write into each group when they are built: one value for all groups, unless they get a list.
+# The key that these schedulers write into each group. They write one value into all groups, unless given a list.
 _WRITTEN_KEYS = {"OneCycleLR": "max_lr", "CyclicLR": "max_lr", "SWALR": "swa_lr"}
 _BUILD_AGAIN = "build the scheduler again after the last add_param_group()"
 
@@ -51,13 +51,13 @@ def _unwrap(scheduler: Any) -> Any:
 
 
 def check_schedulers(optimizers: Sequence[LiveOptimizer], schedulers: Sequence[Any]) -> Iterator[Finding]:
-    """Yield a finding for each scheduler that drives another optimizer, other groups, or from another lr.
+    """Yield a finding for each scheduler that was built for another optimizer, for other groups, or for another lr.
 
     Raises ``GroupsError`` for schedulers without any optimizer.
     """
     if schedulers and all(optimizer.instance is None for optimizer in optimizers):
         raise GroupsError(
-            "schedulers are compared with the optimizer that they drive, but only groups were given",
+            "schedulers are compared with their optimizer, but only groups were given",
             hint="pass the optimizer instead of its groups",
         )
     by_instance = {id(optimizer.instance): optimizer for optimizer in optimizers}
@@ -92,8 +92,7 @@ def _with_parts(scheduler: Any) -> Iterator[Any]:
 def _other_optimizer(label: str, optimizer: Any) -> Finding:
     return codes.SCHEDULER_OPTIMIZER.finding(
         "",
-        f"{label} drives another {type(optimizer).__name__} than the given one, so it never changes the lr of these "
-        "groups",
+        f"{label} belongs to another {type(optimizer).__name__}, so it never changes the lr of the given groups",
         "build the scheduler again for the optimizer that trains, or pass the other optimizer too",
     )
 
@@ -124,8 +123,8 @@ def _check_lengths(optimizer: LiveOptimizer, scheduler: Any, *, multiplies_curre
     if key and lacking:
         yield codes.SCHEDULER_LENGTH.finding(
             "",
-            f"{lacking[0].where} has no {key}, which {label} writes into every group and reads in every step: the "
-            "group was added later, or its options were loaded from a file",
+            f"{lacking[0].where} has no {key}, which {label} reads in every step: the group was added after {label} "
+            "was built, or its options were loaded from a file",
             _BUILD_AGAIN,
         )
 
@@ -145,8 +144,8 @@ def _check_base_lrs(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
         if initial_lr is not None and base_lr is not None and not _is_close(initial_lr, base_lr):
             yield codes.SCHEDULER_BASE_LR.finding(
                 "",
-                f"{type(scheduler).__name__} has a base lr of {base_lr:g} for {group.where}, but the group has "
-                f"initial_lr={initial_lr:g}: only one of them was loaded, or the groups have another order",
+                f"{type(scheduler).__name__} has base lr {base_lr:g} for {group.where}, but the group has "
+                f"initial_lr={initial_lr:g}: only one side was loaded, or the order of the groups changed",
                 "load optimizer and scheduler from one checkpoint, or build the scheduler again",
             )
 
@@ -162,7 +161,7 @@ def _check_initial_lr(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Find
                 "",
                 f"{type(scheduler).__name__} is new and starts from initial_lr={initial_lr:g}, but {group.where} has "
                 f"lr={lr:g}: the initial_lr is from a loaded state or from an earlier scheduler",
-                'before you build the scheduler, remove it: group.pop("initial_lr", None)',
+                'remove initial_lr before you build the scheduler: group.pop("initial_lr", None)',
             )
 
 
@@ -183,7 +182,7 @@ def _check_flat(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
             "",
             f"{label} has one {key} for all {len(optimizer.groups)} groups, although some of them differ only in "
             f"their lr ({names}): their own lr is lost",
-            f"give it a list with one value for each group: {key}=[...]",
+            f"give {label} a list with one value for each group: {key}=[...]",
         )
 
 
@@ -199,7 +198,7 @@ def _check_progress(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
         yield codes.STATE_EMPTY.finding(
             "",
             f"{type(scheduler).__name__} is at {plural(epoch, 'step')}, but {optimizer.label} has no state: the state "
-            "was not loaded, or the load found nothing for these parameters",
+            "was not loaded, or the loaded file had no state for these parameters",
             f"load the state, then check {quoted('len(optimizer.state)')}, the number of parameters with state",
         )
 

@@ -1,4 +1,4 @@
-"""Explain tensors in a group that are not parameters of the model: which parameter each was, and what replaced it."""
+"""Explain tensors in the groups that are not parameters of the model: what they were, and what replaced them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rename:
-    """The parameters that a recorded name has become.
+    """The parameters that replaced the parameter with a recorded name.
 
-    ``live`` is the first of them, and ``names`` are the names of all. ``event`` tells, as a clause, what changed them.
+    ``live`` is the first of them, and ``names`` has the names of all. ``event`` is a clause that says what happened.
     """
 
     live: LiveParameter
@@ -44,7 +44,7 @@ class Rename:
 def find_rename(live_model: LiveModel, recorded: str) -> Rename | None:
     """Return the new name of ``recorded`` after its module was parametrized, pruned, adapted, or restored.
 
-    Return None if the model still has the name, or has no parameter that ``recorded`` can have become.
+    Return None if the model still has the name, or has no parameter that can have replaced ``recorded``.
     """
     recorded = bare_name(recorded)
     if recorded in live_model.by_bare_name:
@@ -88,7 +88,7 @@ REBIND_HINT = f"{REBUILD_HINT}, or rebind(optimizer, model)"
 
 @dataclass(frozen=True, eq=False)
 class ModelContext:
-    """The model, the ids of all tensors in the groups, and the names of parameters with older objects there."""
+    """The model, the ids of all tensors in the groups, and the names of parameters with an older object in a group."""
 
     live_model: LiveModel
     held_ids: Collection[int]
@@ -101,7 +101,7 @@ class ModelContext:
 
 
 def _replacement_reason(tensor: Tensor, live: LiveParameter, recorded: str | None, context: ModelContext) -> str:
-    """Return why the model has the other object ``live`` instead of ``tensor``, as a clause."""
+    """Return a clause that says why the model now has ``live`` instead of ``tensor``."""
     rename = find_rename(context.live_model, recorded) if recorded else None
     if recorded and rename is not None and live.name in rename.names:
         names = " and ".join(map(quoted, rename.names))
@@ -174,10 +174,10 @@ _USE_NAMED_PARAMETERS = "take the parameters from model.named_parameters(), neve
 
 @dataclass(frozen=True, slots=True, eq=False)
 class UnknownTensor:
-    """A tensor in the groups that is not in the model, and the parameter ``live`` that it once was, if known.
+    """A tensor in the groups that is not in the model, and the parameter ``live`` that replaced it, if known.
 
-    ``is_guess`` tells that ``live`` was found by shape or order, not by name or memory. ``candidates`` are the names of
-    the parameters that it can have been, if there are several.
+    ``is_guess`` is True if ``live`` was found by shape or order, not by name or memory. ``candidates`` has the names of
+    the parameters that may have replaced it, if there are several.
     """
 
     tensor: Tensor
@@ -195,13 +195,13 @@ class UnknownTensor:
 def match_to_model(
     live_model: LiveModel, unknown: Sequence[UnknownTensor], missing: Sequence[LiveParameter]
 ) -> list[UnknownTensor]:
-    """Return the unknown tensors with the parameters of the model that they once were, if these can be found.
+    """Return the unknown tensors, each with the parameter of the model that replaced it, if one can be found.
 
     A tensor is matched by its recorded name, then by its memory. The others are matched with the missing parameters:
     by shape, then in order if the numbers of tensors and their dimensions agree.
     """
     matched: dict[int, UnknownTensor] = {}
-    # A name that was recorded from a part of the model lacks the beginning, and can fit several parameters.
+    # A name that was recorded from a part of the model lacks the first segments, and can fit several parameters.
     endings = {ending for live in missing if unknown for ending in _name_endings(bare_name(live.name))}
     for one in unknown:
         live = None
@@ -248,7 +248,7 @@ def _guess(unknown: Sequence[UnknownTensor], parameters: Sequence[LiveParameter]
             left.extend(alike)
     left_parameters = [live for live in parameters if live.name not in used]
     flat = [live for live in left_parameters if flat_names(live.tensor)]
-    if flat and flat == left_parameters:  # each holds many parameters, and nothing tells which holds which
+    if flat and flat == left_parameters:  # each holds many parameters, so no pairing can be found
         names = tuple(live.name for live in flat[:3])
         yield from (replace(one, live=flat[0], is_guess=True, candidates=names) for one in left)
         return
@@ -258,7 +258,7 @@ def _guess(unknown: Sequence[UnknownTensor], parameters: Sequence[LiveParameter]
 
 
 def unknown_tensor_finding(unknown: UnknownTensor, context: ModelContext) -> Finding:
-    """Return the finding for a tensor that is not in the model: stale if it once was a parameter, else foreign."""
+    """Return the finding for a tensor that is not in the model: stale if it once was a parameter, or foreign."""
     tensor, live = unknown.tensor, unknown.live
     where = f"{' and '.join(member.where for member in unknown.members[:3])} {shape_text(tensor)}"
     if live is None and unknown.candidates:
@@ -303,5 +303,5 @@ def _disappeared_finding(unknown: UnknownTensor, where: str, context: ModelConte
     return codes.FOREIGN.finding(
         name,
         f"{where}{recorded} is not a parameter of the model: {reason}",
-        "remove it, or register its module in the model",
+        "remove the tensor from the group, or register its module in the model",
     )

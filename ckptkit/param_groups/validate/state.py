@@ -1,4 +1,4 @@
-"""Check that the state of live optimizers fits the parameters that it is kept for."""
+"""Check that the state of live optimizers fits its parameters."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["check_state", "check_state_values"]
 
 
 MemberState = tuple[Member, Mapping[str, object]]  # a member of a group, and the slots that the optimizer keeps for it
-_DROP = "drop it, and the next step starts without it: optimizer.state.pop(parameter)"
-_LOAD_AGAIN = "load the state again from an intact file, or drop it: optimizer.state.pop(parameter)"
+_DROP = "drop the state, so that the next step makes a new one: optimizer.state.pop(parameter)"
+_LOAD_AGAIN = "load the state again from an intact file, or drop the state: optimizer.state.pop(parameter)"
 
 
 def check_state(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
@@ -50,7 +50,7 @@ def _check_keys(
             "",
             f"{optimizer.label} keeps state for {plural(len(orphans), 'tensor')} that none of its groups holds (the "
             f"first has shape {tuple(orphans[0].shape)}), so state_dict() fails with a KeyError",
-            "drop it: optimizer.state.pop(tensor), or move it to the parameter that replaced the tensor",
+            "drop the state: optimizer.state.pop(tensor), or move it to the parameter that replaced the tensor",
         )
     # Optimizers from other packages keep data of their own under strings. Integers are positions from a loaded file.
     strays = [key for key in state if not is_tensor(key) and (optimizer.schema is not None or isinstance(key, int))]
@@ -58,9 +58,9 @@ def _check_keys(
         more = f" and {plural(len(strays) - 1, 'more key')}" if strays[1:] else ""
         yield codes.STATE_STRAY.finding(
             "",
-            f"{optimizer.label} keeps state under {strays[0]!r}{more}, which belongs to no parameter: it was loaded "
-            "from a file, and every checkpoint saves it again",
-            "drop it: optimizer.state.pop(key)",
+            f"{optimizer.label} keeps state under {strays[0]!r}{more}, which belongs to no parameter: the state was "
+            "loaded from a file, and every checkpoint saves it again",
+            "drop the state: optimizer.state.pop(key)",
         )
 
 
@@ -139,8 +139,8 @@ def _wrong_shape(live_model: LiveModel, member: Member, wrong: Mapping[str, str]
     found = ", ".join(f"{slot} {mismatch}" for slot, mismatch in wrong.items())
     return codes.STATE_SHAPE.finding(
         member_name(live_model, member),
-        f"{member_names(live_model, [member])} has shape {shape}, but its state does not fit that ({found}): the state "
-        "is from another parameter, or from before a resize, and the next step fails",
+        f"{member_names(live_model, [member])} has shape {shape}, but its state does not fit ({found}), so the next "
+        "step fails: the state is from another parameter, or from before a resize",
         _DROP,
     )
 
@@ -149,7 +149,7 @@ def _converted(
     live_model: LiveModel, code: Code, of_state: object, of_parameter: object, fails: Mapping[Member, bool]
 ) -> Finding:
     members = list(fails)
-    effect = "the next step fails" if any(fails.values()) else "torch computes in the wider of the two"
+    effect = "the next step fails" if any(fails.values()) else "torch computes in the wider dtype"
     return code.finding(
         member_name(live_model, members[0]),
         f"the state of {member_names(live_model, members)} is {of_state}, but "
@@ -209,7 +209,7 @@ def _check_absent(
         yield codes.STATE_ABSENT.finding(
             member_name(live_model, without[0]),
             f"{optimizer.label} has no state for {len(without)} of {total}: {member_names(live_model, without)}",
-            "they had no gradient so far, or their state was not loaded",
+            "these parameters had no gradient so far, or their state was not loaded",
         )
 
 
@@ -287,9 +287,9 @@ def _check_shared_memory(live_model: LiveModel, optimizers: Sequence[LiveOptimiz
                 count += 1
                 first = first or f"{this} shares its memory with {other}"
     if count:
-        more = f" (and {plural(count - 1, 'more state tensor')} likewise)" if count > 1 else ""
+        more = f" (and {plural(count - 1, 'more state tensor')} in the same way)" if count > 1 else ""
         yield codes.STATE_SHARED.finding(
             "",
-            f"{first}{more}, so a step on one changes the other",
+            f"{first}{more}, so a step that changes one tensor changes both",
             "load_state_dict() keeps the tensors that it gets: give each optimizer its own copy.deepcopy() of them",
         )
