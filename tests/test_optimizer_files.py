@@ -253,6 +253,20 @@ def test_names_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert torch.equal(state["state"]["head.bias"]["momentum_buffer"], moved)
 
 
+@pytest.mark.parametrize(
+    "option", [("--model", "no.pt"), ("--model", "py:no_such_module:build"), ("--names", "no.txt")], ids=range(3)
+)
+def test_a_state_is_shown_without_names_if_their_source_cannot_be_opened(
+    option: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reason is the finding ``optim.no-names``, and the exit code is 1."""
+    model = nn.Linear(4, 4)
+    torch.save(trained(model, OPTIMIZERS["SGD"](model.parameters())).state_dict(), tmp_path / "optimizer.pt")
+    ran = run_ckpt(capsys, "optim", "show", tmp_path / "optimizer.pt", *option, "--json")
+    findings = [(finding["code"], finding["severity"]) for finding in json.loads(ran.out)["findings"]]
+    assert (ran.code, findings) == (1, [("optim.no-names", "error")])
+
+
 @pytest.mark.parametrize("text", ['["0.weight", ', "[" * 100_000, '["0.weight", 1]', '["0.weight"] 1'], ids=range(4))
 @pytest.mark.parametrize("command", ["show", "prune", "diff"])
 def test_a_names_file_that_is_not_a_json_list_of_names_is_an_error(

@@ -160,9 +160,10 @@ def show(
     with contextlib.ExitStack() as stack:
         checkpoint, found = _open_state(stack, path, quiet=quiet)
         findings = list(structure_findings(found))
-        names = name_source.names(stack, checkpoint, found)
         try:
-            state = to_named(found, names)
+            state = to_named(found, name_source.names(stack, checkpoint, found))
+        except RuleError:  # a file of names that is not valid
+            raise
         except CkptkitError as error:
             state = name_by_position(found)
             if not findings:
