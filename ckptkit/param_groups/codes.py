@@ -126,7 +126,7 @@ OPTIONS = Code("groups.options", ("error", "warning"), "A group has other option
 # The changes that rebind made.
 REPOINTED = Code("rebind.repointed", ("note",), "A group now holds the parameter that replaced an old one.")
 REMOVED = Code("rebind.removed", ("note",), "A tensor that the model no longer has was taken out of its group.")
-ADDED = Code("rebind.added", ("note",), "A parameter that was in no group was added to one.")
+ADDED = Code("rebind.added", ("note",), "A parameter that was in no group was added to a group.")
 RENAMED = Code("rebind.renamed", ("note",), "The recorded name of a parameter was corrected.")
 STATE_DROPPED = Code("rebind.state-dropped", ("note",), "State was dropped, so its parameter starts without state.")
 STATE_CONVERTED = Code("rebind.state-converted", ("note",), "State was padded, cast or moved to fit its parameter.")

@@ -133,7 +133,7 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
     """Return the lock of the groups that an optimizer, a list of optimizers, or a list of group dicts has now.
 
     Parameters are identified by ``id()`` and named as in ``model``. Tensors that are not in ``model`` are left out;
-    ``validate_param_groups`` reports them. The learning rate is the one before schedulers changed it. Raises
+    ``validate_param_groups`` reports them. The learning rate is the rate before schedulers changed it. Raises
     ``GroupsError`` as ``validate_param_groups`` does.
     """
     return lock_live(read_live_model(model), read_groups(groups))

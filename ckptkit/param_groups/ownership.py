@@ -94,7 +94,7 @@ class RuleMatcher:
     - ``matched``: each pair of a rule index and a pattern that owns a parameter.
     - ``applied``: the names of the modifiers that apply to a parameter.
     - ``without_layer``: for each modifier, the parameters that it matches but that are in none of its layers.
-    - ``undecided``: for each rule or modifier, the parameters whose match only the live model can decide.
+    - ``undecided``: for each rule or modifier, the parameters that only the live model can decide about.
     """
 
     def __init__(self, spec: ParamGroupSpec, table: ParameterTable) -> None:

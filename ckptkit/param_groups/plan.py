@@ -43,7 +43,7 @@ class PlannedParameter:
 class PlannedGroup:
     """One param group of a plan: its rule, its options for the optimizer, and its parameters in the order of the model.
 
-    ``optimizer`` is the class that the spec names for the group. ``modifiers`` are those that changed its options.
+    ``optimizer`` is the class that the spec names for the group. ``modifiers`` changed the options of the group.
     """
 
     name: str

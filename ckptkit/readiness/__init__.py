@@ -68,7 +68,7 @@ def preflight(
 ) -> Preflight:
     """Return a report that says whether ``model`` is ready to train.
 
-    Every argument but ``model`` is optional. A check whose argument is missing is skipped, and ``not_judged`` names it.
+    Only ``model`` is required. Without its argument, a check is skipped, and ``not_judged`` names the check.
 
     - ``init``: the checkpoint that the model starts from. ``rules`` rename its keys. ``fresh`` are patterns of the keys
       that must keep their initial values, such as the keys of a new head.

@@ -35,7 +35,7 @@ def find_replacements(
     """Return the replacement of each tensor in ``members`` that is not in the model, by the ``id`` of the tensor.
 
     ``beside`` has the ids of tensors that are neither replaced nor replacements. Raises ``GroupsError`` where only
-    shape or position identifies a replacement, unless ``guess``, and where two tensors would have the same one.
+    shape or position identifies a replacement, unless ``guess``, and where two tensors would have the same replacement.
     """
     members_by_id: dict[int, list[Member]] = {}
     for member in members:

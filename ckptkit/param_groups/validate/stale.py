@@ -203,20 +203,20 @@ def match_to_model(
     matched: dict[int, UnknownTensor] = {}
     # A name that was recorded from a part of the model lacks the first segments, and can fit several parameters.
     endings = {ending for live in missing if unknown for ending in _name_endings(bare_name(live.name))}
-    for one in unknown:
+    for entry in unknown:
         live = None
-        if one.name:
-            rename = find_rename(live_model, one.name)
-            live = live_model.named(one.name) or (rename.live if rename else None)
-            live = live or live_model.flattened.get(bare_name(one.name))
-        live = live or live_model.by_address.get(address(one.tensor))
-        if live is not None or (one.name and bare_name(one.name) not in endings):
-            matched[id(one.tensor)] = replace(one, live=live)
-    found_names = {one.live.name for one in matched.values() if one.live}
+        if entry.name:
+            rename = find_rename(live_model, entry.name)
+            live = live_model.named(entry.name) or (rename.live if rename else None)
+            live = live or live_model.flattened.get(bare_name(entry.name))
+        live = live or live_model.by_address.get(address(entry.tensor))
+        if live is not None or (entry.name and bare_name(entry.name) not in endings):
+            matched[id(entry.tensor)] = replace(entry, live=live)
+    found_names = {entry.live.name for entry in matched.values() if entry.live}
     unmatched_parameters = [live for live in missing if live.name not in found_names]
-    for one in _guess([one for one in unknown if id(one.tensor) not in matched], unmatched_parameters):
-        matched[id(one.tensor)] = one
-    return [matched[id(one.tensor)] for one in unknown]
+    for entry in _guess([entry for entry in unknown if id(entry.tensor) not in matched], unmatched_parameters):
+        matched[id(entry.tensor)] = entry
+    return [matched[id(entry.tensor)] for entry in unknown]
 
 
 def _name_endings(name: str) -> Iterator[str]:
@@ -230,31 +230,31 @@ def _guess(unknown: Sequence[UnknownTensor], parameters: Sequence[LiveParameter]
     for live in parameters:
         by_shape[live.shape].append(live)
     unknown_by_shape: dict[tuple[int, ...], list[UnknownTensor]] = defaultdict(list)
-    for one in unknown:
-        unknown_by_shape[shape_or_none(one.tensor) or ()].append(one)
+    for entry in unknown:
+        unknown_by_shape[shape_or_none(entry.tensor) or ()].append(entry)
     left: list[UnknownTensor] = []
     used: set[str] = set()
     for shape, alike in unknown_by_shape.items():
         found = by_shape.get(shape, [])
         if len(found) == len(alike):
-            for one, live in zip(alike, found, strict=True):
+            for entry, live in zip(alike, found, strict=True):
                 used.add(live.name)
-                yield replace(one, live=live, is_guess=True)
+                yield replace(entry, live=live, is_guess=True)
         elif found:
             names = tuple(live.name for live in found[:3])
             used.update(live.name for live in found)
-            yield from (replace(one, candidates=names) for one in alike)
+            yield from (replace(entry, candidates=names) for entry in alike)
         else:
             left.extend(alike)
     left_parameters = [live for live in parameters if live.name not in used]
     flat = [live for live in left_parameters if flat_names(live.tensor)]
     if flat and flat == left_parameters:  # each holds many parameters, so no pairing can be found
         names = tuple(live.name for live in flat[:3])
-        yield from (replace(one, live=flat[0], is_guess=True, candidates=names) for one in left)
+        yield from (replace(entry, live=flat[0], is_guess=True, candidates=names) for entry in left)
         return
-    is_paired = [one.tensor.ndim for one in left] == [len(live.shape) for live in left_parameters]
-    for index, one in enumerate(left):
-        yield replace(one, live=left_parameters[index] if is_paired else None, is_guess=is_paired)
+    is_paired = [entry.tensor.ndim for entry in left] == [len(live.shape) for live in left_parameters]
+    for index, entry in enumerate(left):
+        yield replace(entry, live=left_parameters[index] if is_paired else None, is_guess=is_paired)
 
 
 def unknown_tensor_finding(unknown: UnknownTensor, context: ModelContext) -> Finding:
