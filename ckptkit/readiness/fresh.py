@@ -16,7 +16,7 @@ __all__ = ["Judgement", "JudgementKind", "judge_values"]
 JudgementKind = Literal["fresh", "zero", "constant", "garbage", "other", "few"]
 
 _FEW = 16  # fewer numbers do not show a distribution
-_SURE = 5  # standard errors; chance exceeds them about once in two million tensors
+_SURE = 5  # standard errors; by chance alone, at most two in a million tensors exceed them
 # Nearly all values of trained networks are between 2**-60 and 2**40; other exponents are bits of something else.
 _TINY, _HUGE = -60, 40
 _STRAY = 0.005
