@@ -485,7 +485,7 @@ def test_a_path_that_cannot_be_opened_is_an_error(
     """As in every command, stdout is empty, and stderr has one line and a hint."""
     ran = run_ckpt(capsys, "check", files["broken"], *options)
     assert (ran.code, ran.out) == (2, "")
-    assert ran.err.startswith(f"ckpt: {files['broken']}: a zip archive without a directory at its end")
+    assert ran.err.startswith(f"ckpt: {files['broken']}: the zip archive has no directory at its end")
 
 
 def test_names_in_findings_are_printed_harmlessly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -276,7 +276,7 @@ def test_an_untrained_layer_is_found(
     messages = {f["severity"]: f["message"] for f in json.loads(ran.out)["findings"] if f["code"] == "at-init"}
     assert ran.code == 1
     assert messages["warning"].endswith(
-        "1 tensor distributed as in a model just built (mean, deviation, magnitudes): '2.weight'"
+        "1 tensor distributed as in a new model (mean, deviation, magnitudes): '2.weight'"
     )
     assert messages["note"].endswith("(ones, zeros): '1.weight', '1.bias', '1.running_mean', '1.running_var'")
 

@@ -64,7 +64,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "show control characters": (["show", "\x1b[2J\\a"], 2, "", "ckpt: \\x1b[2J\\\\a: no such file or directory\n"),
     "shard size of 400 digits": (["convert", TEN, "-o", "o", "--max-shard-size", "9" * 400], 2, "", "larger than any"),
     "show missing": (["show", "nowhere.pt"], 2, "", "ckpt: nowhere.pt: no such file or directory\n"),
-    "check": (["check", DDP], 0, "16 compared with a checksum; values of 10 tensors checked (F32), code", ""),
+    "check": (["check", DDP], 0, "16 compared with a checksum; values of 10 tensors checked (F32); code", ""),
     "check unchecked": (["check", TEN, "-q"], 0, "no checksum is recorded for 10 of 10 records (248.0 kB)", ""),
     "check fast": (["check", "--fast", DDP], 0, "note: headers only: no byte of a tensor was read", ""),
     "check keep": (["check", DDP, "--keep", "*.fc3.*"], 0, "3.4 kB in 2 records read, 2 compared", ""),
@@ -141,7 +141,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "preflight shapes": (
         ["preflight", "--model", MODEL, "--init", TEN, "--shapes-only"],
         1,
-        "not judged: values: the model is on the meta device",
+        "not measured: values: the model is on the meta device",
         "",
     ),
     "preflight shapes and step": (

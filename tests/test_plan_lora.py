@@ -217,7 +217,7 @@ def test_without_its_configuration_and_with_two_an_adapter_is_refused(
     base, adapter = written(tmp_path, base_state(), adapter_state(), None)
     ran = fold(capsys, base, adapter)
     assert (ran.code, ran.err.splitlines()[-1]) == (
-        2, f"ckpt: {adapter}: has no adapter_config.json beside it, which holds the scale of the adapter",
+        2, f"ckpt: {adapter}: no adapter_config.json in the directory of the adapter: the scale is unknown",
     )  # fmt: skip
     ran = fold(capsys, base, adapter, adapter)
     assert "--method lora takes one DONOR" in ran.err

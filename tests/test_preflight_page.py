@@ -50,7 +50,7 @@ def test_a_run_may_have_no_optimizer_state(capsys: pytest.CaptureFixture[str], t
     torch.save(Net(classes=4).state_dict(), tmp_path / "weights.pt")
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "weights.pt")
     assert ran.code == 0
-    assert "not judged: the optimizer state of the run: none given" in ran.out
+    assert "not measured: the optimizer state of the run: none given" in ran.out
 
 
 def test_the_document_has_every_section_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
@@ -90,7 +90,7 @@ def test_a_run_with_two_optimizers_needs_a_choice(capsys: pytest.CaptureFixture[
     state = torch.optim.SGD(model.parameters(), lr=0.1).state_dict()
     torch.save({"model": model.state_dict(), "optim_g": state, "optim_d": state}, tmp_path / "two.pt")
     ran = run_ckpt(capsys, "preflight", "--model", MODEL, "--resume", tmp_path / "two.pt")
-    assert "warning: the optimizer state of the run was not judged" in ran.err
+    assert "warning: the optimizer state of the run was not measured" in ran.err
     one = ("preflight", "--model", MODEL, "--resume", tmp_path / "two.pt", "--resume-optimizer")
     assert run_ckpt(capsys, *one, f"{tmp_path / 'two.pt'}::optim_g").err == ""
     assert run_ckpt(capsys, *one, tmp_path / "two.pt").code == 2

@@ -114,7 +114,7 @@ def test_tensors_without_stats_are_listed_with_a_reason(tmp_path: Path, capsys: 
     ran = run_ckpt(capsys, "stats", path)
     assert (ran.code, ran.err) == (0, "")
     assert [line.split() for line in ran.out.splitlines()[5:7]] == [
-        ["not", "judged", "dtype", "shape", "because"], ["q", "Q4_K", "[256]", "quantized", "tensor"],
+        ["not", "measured", "dtype", "shape", "because"], ["q", "Q4_K", "[256]", "quantized", "tensor"],
     ]  # fmt: skip
     assert repr(found) == "<StateDictStats: 1 of 2 tensors measured>"
     document = json.loads(run_ckpt(capsys, "stats", path, "--json").out)

@@ -38,7 +38,7 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     text = "missing in the checkpoint, but filled by load_state_dict(strict=False), which loads a tied key"
     yield from _findings_of_keys(codes.MISSING_TIED, tied, text)
     filled = [info.key for info in result.missing if info.key in result.filled]
-    text = "missing as in checkpoints from before torch 0.4.1, but filled by load_state_dict"
+    text = "missing, as in checkpoints from before torch 0.4.1; load_state_dict fills these keys"
     yield from _findings_of_keys(codes.FILLED, filled, text)
     unexpected = [info.key for info in result.unexpected if info.key not in result.unseen]
     text = "of the checkpoint missing in EXPECTED"
@@ -104,12 +104,12 @@ def check_at_init(
             sampled.append(pair.key)
     if sampled:
         count = plural(len(sampled), "tensor")
-        message = f"{count} distributed as in a model just built (mean, deviation, magnitudes): {listed(sampled)}"
+        message = f"{count} distributed as in a new model (mean, deviation, magnitudes): {listed(sampled)}"
         hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
         yield codes.AT_INIT.finding(sampled[0], message, hint)
     if constant:
         count = plural(len(constant), "tensor")
-        message = f"{count} with the constant of a model just built (ones, zeros): {listed(constant)}"
+        message = f"{count} with the constant initial values of a new model (ones or zeros): {listed(constant)}"
         yield codes.AT_INIT.finding(constant[0], message, severity="note")
 
 

@@ -128,7 +128,7 @@ class Scan:
         if not self.checkpoint.files:
             return f"held in memory, not in a file: no byte of a file was read, {values}"
         read = f"{human_bytes(self.nbytes)} in {plural(self.records, 'record')} read, {self.compared:,} compared"
-        parts = [f"{read} with a checksum; {values}", "code was not analysed"]
+        parts = [f"{read} with a checksum; {values}; code was not analysed"]
         inside = [entry.path for entry in self.checkpoint.entries if not entry.is_file]
         if inside:
             parts.append(f"entries that are not tensors were not interpreted ({listed(inside)})")
@@ -139,7 +139,7 @@ class Scan:
             parts.append(f"{plural(self.left_out, 'record')} without a chosen tensor not read")
         if self.stopped:
             parts.append("the rest was not read")
-        return ", ".join(parts)
+        return "; ".join(parts)
 
 
 def _as_ckptkit_error(error: CkptkitError | OSError) -> CkptkitError:

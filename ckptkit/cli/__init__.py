@@ -71,9 +71,9 @@ def ckpt(context: click.Context) -> None:
     """See what a checkpoint holds, see what will load, make it fit, and check what the optimizer trains.
 
     \b
-    A PATH is a file or directory of any known format, recognised by its content;
-    PATH::a.b is a mapping inside a checkpoint; py:package.module:callable
-    is a live model (this runs the code of the model).
+    A PATH is a file or directory of any known format, recognised by its content.
+    PATH::a.b is a mapping inside a checkpoint. py:package.module:callable is a
+    live model; ckpt runs the code of that model.
 
     Exit codes: 0 nothing to report, 1 differences or findings, 2 trouble.
     """  # noqa: D301 - \b is click's mark

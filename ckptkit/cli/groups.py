@@ -36,7 +36,7 @@ def groups() -> None:
 
 @groups.command()
 @click.option("--model", required=True, metavar="PATH",
-              help="py:MODULE:CALLABLE, or a checkpoint whose names and shapes are used.")  # fmt: skip
+              help="py:MODULE:CALLABLE, or a checkpoint that gives names and shapes.")  # fmt: skip
 @spec_options
 @report_options
 @quiet_option

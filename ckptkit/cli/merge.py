@@ -136,5 +136,5 @@ def _plan_lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, s
 
     config = file_beside(path, _CONFIG)
     if config is None:
-        raise PlanError(f"has no {_CONFIG} beside it, which holds the scale of the adapter", path=path)
+        raise PlanError(f"no {_CONFIG} in the directory of the adapter: the scale is unknown", path=path)
     return plan_lora(base, adapter, read_table_file(config, as_json=True), rules, scale=scale)

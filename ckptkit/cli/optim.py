@@ -198,7 +198,7 @@ def remap_command(
 ) -> None:
     """Edit the state by the rules that changed the weights.
 
-    The rules are those of ckpt remap: they rename, split, join, pad or transpose. Everything else in the file (weights,
+    The rules work as in ckpt remap: they rename, split, join, pad or transpose. Everything else in the file (weights,
     epoch) stays unchanged.
 
     \b
@@ -227,9 +227,9 @@ def remap_command(
 @click.option("--groups", "spec", type=click.Path(), metavar="FILE",
               help="The new groups: a spec as for ckpt groups, or a lock.")  # fmt: skip
 @click.option("--as", "other", type=click.Path(), metavar="PATH",
-              help="The new groups: those of another optimizer state.")  # fmt: skip
+              help="Another optimizer state, which has the new groups.")  # fmt: skip
 @click.option("--hyper", type=click.Choice(("live", "saved", "error")), default="live", show_default=True,
-              help="Where options differ: use those of the new groups, use those of PATH, or refuse.")  # fmt: skip
+              help="Which options to use where they differ: of the new groups, of PATH, or refuse.")  # fmt: skip
 def resplit_command(
     path: str,
     *,

@@ -125,7 +125,7 @@ def _optimizer_in(path: str, stack: contextlib.ExitStack, *, quiet: bool) -> Che
     except CkptkitError as error:
         if not quiet:
             print_message(
-                f"ckpt: {printable(path)}: warning: the optimizer state of the run was not judged: {error.reason}"
+                f"ckpt: {printable(path)}: warning: the optimizer state of the run was not measured: {error.reason}"
             )
         return None
 

@@ -38,7 +38,7 @@ def prepare_target(path: str, *, force: bool) -> str:
         what = "a directory" if stat.S_ISDIR(status.st_mode) else "not a regular file"
         raise OutputError(f"is {what}", hint="give a file name", path=path)
     if status is not None and not force:
-        raise OutputError("already exists", hint="--force replaces it, whole or not at all", path=path)
+        raise OutputError("already exists", hint="--force replaces it, completely or not at all", path=path)
     return target
 
 

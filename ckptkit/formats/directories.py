@@ -153,12 +153,15 @@ def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, objec
     if config is None:
         return [
             ReaderWarning(
-                f"no {CONFIG} beside the weights: their scale (lora_alpha / r) is unknown", codes.ADAPTER_CONFIG
+                f"no {CONFIG} in the directory of the weights: the scale (lora_alpha / r) is unknown",
+                codes.ADAPTER_CONFIG,
             )
         ]
     base = config.get("base_model_name_or_path")
     base_model = f"the base model {quoted(base)}" if isinstance(base, str) and base else "its base model"
-    warnings = [ReaderWarning(f"an adapter: the weights of {base_model} are not inside", codes.ADAPTER_BASE)]
+    warnings = [
+        ReaderWarning(f"this is an adapter: the file does not contain the weights of {base_model}", codes.ADAPTER_BASE)
+    ]
     if config.get("peft_type") == "LORA" and not config.get("target_parameters"):
         wrong = list(_other_ranks(infos, config))
         warnings += [ReaderWarning(text, codes.ADAPTER_RANK) for text in wrong[:_MOST_NAMED]]

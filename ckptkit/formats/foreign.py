@@ -193,7 +193,7 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
         return FormatError("only zero bytes (an interrupted write?)", hint="copy it again")
     if len(head) < 8:
         return FormatError(f"too short to be a checkpoint: {file.size} bytes")
-    return FormatError(f"an unknown format; it begins with {head[:8].hex(' ')}")
+    return FormatError(f"unknown format: the first bytes are {head[:8].hex(' ')}")
 
 
 def refuse_selection(selection: Selection, path: str | None = None) -> None:

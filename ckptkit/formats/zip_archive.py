@@ -145,7 +145,9 @@ def _find_end(file: LocalFile) -> tuple[int, int, int, int]:
     tail = file.read(start, file.size - start)
     at = tail.rfind(b"PK\5\6")
     if at < 0 or len(tail) - at < _END.size:
-        raise FormatError("a zip archive without a directory at its end: truncated?", hint="download or copy it again")
+        raise FormatError(
+            "the zip archive has no directory at its end, so it is probably truncated", hint="download or copy it again"
+        )
     _, disk, first_disk, here, count, size, offset, comment = _END.unpack_from(tail, at)
     after = len(tail) - at - _END.size - comment
     if after:

@@ -1,4 +1,4 @@
-"""Put the parameters of a state into other groups: those of a spec, of a lock, of another state, or reordered ones."""
+"""Put the parameters of a state into the groups of a spec, a lock or another state, or into another order."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
     """Return the state with its parameters in other groups: more groups, fewer groups, or another order.
 
     ``groups`` are those of a planned spec, of a lock, of another state, or ``NamedGroup`` values. The saved options
-    follow the parameters. If the new group and the file both have an option, ``hyper`` decides: ``live`` takes the
-    value of the new group, ``saved`` takes the value of the file, and ``error`` raises if they differ. An option that
+    follow the parameters. ``hyper`` decides if the new group and the file both have an option. ``live`` takes
+    the value of the new group, and ``saved`` the value of the file. ``error`` raises if they differ. An option that
     only one of them has is kept. A parameter that the file does not have starts without state.
 
     Raises ``PlanError`` if a parameter of the file is in no new group or in two. Raises it too if a saved value would

@@ -45,7 +45,7 @@ class OptimizerLoadReport(Report):
     - ``missing``: the file has no state for the parameter.
     - ``dropped``: the state in the file does not fit.
     - ``unused``: the file has state, but the optimizer has no such parameter.
-    - ``reshaped``: rules made the state from that of other parameters, for example by a split.
+    - ``reshaped``: rules made the state from the state of other parameters, for example by a split.
 
     A parameter in ``missing`` or ``dropped`` keeps the state that the optimizer had for it, if any.
     """
@@ -84,8 +84,8 @@ def load_optimizer_state(
     list or a model. Without ``names``, the order and the shapes of ``model`` must allow exactly one assignment. The
     groups of the optimizer can differ from those of the file in number, order and members.
 
-    - ``hyper`` chooses the options: those of the file (``saved``), those of the optimizer (``live``), or an error if
-      they differ (``error``). The optimizer keeps every option that the file does not have. It always keeps its
+    - ``hyper`` chooses the options: from the file (``saved``), from the optimizer (``live``), or an error if they
+      differ (``error``). The optimizer keeps every option that the file does not have. It always keeps its
       options for speed (``foreach``, ``fused``, ``capturable``, ``differentiable``).
     - ``on_missing`` is for trainable parameters without state in the file: ``keep`` or ``error``.
     - ``on_unexpected`` is for state of parameters that the optimizer does not have: ``skip`` or ``error``.
@@ -259,7 +259,7 @@ def _refuse_by_policy(match: StateMatch, saved: OptimizerState, on_missing: OnMi
     if not match.state and (match.missing or match.dropped):
         raise PlanError(
             "nothing would be loaded: the file has no state that fits a parameter of the optimizer",
-            hint="its names are those of another model: rename them with rules",
+            hint="the file has the names of another model: rename them with rules",
         )
 
 
@@ -281,7 +281,7 @@ def _load(
         try:
             optimizer.load_state_dict(given)
         except Exception as error:  # hooks, and optimizers from other packages, can raise anything
-            raise GroupsError(f"load_state_dict() failed: {' '.join(str(error).split())}") from error
+            raise GroupsError(f"load_state_dict failed: {' '.join(str(error).split())}") from error
         # torch would cast this state, and drops state under keys that are not parameters, so it was not given to torch.
         kept = [live_model.by_name[name].tensor for name in (*match.missing, *match.dropped)]
         for key in (*kept, *(key for key in before if not is_tensor(key) and key not in optimizer.state)):

@@ -226,7 +226,7 @@ ELEMENTWISE: Final = frozenset(
     | {"exp_avg_diff", "neg_pre_grad", "slow_buffer", "z", "hessian"}
 )
 # Slots with sums over rows and columns, and whether these keep dimensions of size 1: Adafactor of torch.optim does, and
-# that of transformers does not.
+# Adafactor of transformers does not.
 _FACTORED: Final = (("row_var", "col_var", True), ("exp_avg_sq_row", "exp_avg_sq_col", False))
 _FACTORED_NAMES: Final = frozenset(name for row, column, _ in _FACTORED for name in (row, column))
 _STRUCT_CODES: Final = {

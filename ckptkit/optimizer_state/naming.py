@@ -123,7 +123,7 @@ def _named(found: FoundState, names: NamesLike | None) -> OptimizerState:
         params = [param for group in found.groups for param in group.params]
         return as_named(found, _given_names(params, given), "the names were given")
     if model is None:
-        raise PlanError("the state counts its parameters and has no names for them", hint=_GIVE_MODEL)
+        raise PlanError("the state numbers its parameters and does not contain their names", hint=_GIVE_MODEL)
     inferred, evidence = infer_names(found, model)
     return as_named(found, inferred, evidence)
 
@@ -167,7 +167,7 @@ def _compare_with_model(found: FoundState, names: Mapping[object, str], model: P
             raise PlanError(
                 f"the state of {quoted(name)} has shape {list(shape)}, but the parameter has shape "
                 f"{list(model.shapes[name])}",
-                hint="torch overwrites param_names when it loads a file, so the names can be those of another order",
+                hint="torch overwrites param_names when it loads a file, so the names can be in another order",
             )
 
 
@@ -267,7 +267,7 @@ def _no_solution(candidates: Sequence[str], model: Parameters, shapes: Sequence[
 
 def _evidence(found: FoundState, model: Parameters, candidates: int, shapes: Sequence[Shape | None]) -> str:
     known = sum(shape is not None for shape in shapes)
-    fit = f"{known:,} of {plural(len(shapes), 'shape')} known, and each fits" if known else "no shapes to compare"
+    fit = f"{known:,} of {plural(len(shapes), 'shape')} known, and all fit" if known else "no shapes to compare"
     used = "all" if candidates == len(shapes) else f"{len(shapes):,} of {candidates:,}"
     count = len(found.groups)
     split = "one group in" if count == 1 else f"the only way to split them into {count} groups in"
@@ -336,7 +336,7 @@ def _first_two_solutions(search: _Search) -> Iterator[list[str]]:
     limit = min(_MAX_CHOICES, max(_MIN_CHOICES, _CHOICES_FACTOR * len(search.names) * len(start)))
     while pending:
         if search.choices > limit:
-            raise PlanError("there are too many ways in which the groups could take the parameters", hint=_GIVE_NAMES)
+            raise PlanError("there are too many ways to assign the parameters to the groups", hint=_GIVE_NAMES)
         at = len(path)
         counts = next(pending[-1], None)
         if counts is None:

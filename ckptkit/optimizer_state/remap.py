@@ -131,7 +131,7 @@ class _SlotRemapper:
         self._refuse_whole_parameter_updates(name, derivation)
         if _MUON_OPTION in self.group_of[derivation.sources[0]].options:
             self.remarks.append(
-                "the momentum of Muon moves with its matrix, so its next update is that of the new matrix"
+                "the momentum of Muon moves with its matrix, so its next update is computed for the new matrix"
             )
         found = [slots for slots in sources if slots is not None]
         slot_names = tuple(dict.fromkeys(slot for slots in found for slot in slots))

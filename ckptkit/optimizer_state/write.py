@@ -157,7 +157,7 @@ class _StateParts:
         )
 
     def _option(self, key: str, value: SlotValue) -> Part:
-        """Return the part of an option: the one that the file has, if the file has an equal value."""
+        """Return the part of an option, reused from the file if the file has an equal value."""
         if not isinstance(value, LazyTensor) and key not in ("params", "param_names"):
             for name, old_value, path in self._options:
                 if name == key and same_value(old_value, value):

@@ -200,5 +200,5 @@ class Preflight(Report):
             parts.append(html_table(("group", "parameters", "lr"), rows))
         if self.memory is not None:
             parts.append(f"<p>{human_bytes(self.memory.total)} without activations</p>")
-        parts += [f"<p>not judged: {html.escape(printable(text))}</p>" for text in self.not_judged]
+        parts += [f"<p>not measured: {html.escape(printable(text))}</p>" for text in self.not_judged]
         return "".join([*parts, super()._repr_html_()])

@@ -73,7 +73,7 @@ def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) 
     if tensors:
         lines += as_text([_left_out(tensors, expand=False)])
     if entries:
-        lines.append(f"left out, not in the mapping that was read: {_first_names(entries, 8)}")
+        lines.append(f"left out, stored outside of the weights: {_first_names(entries, 8)}")
     if written.beside:
         lines.append(f"the directory also holds other weights: {_first_names(written.beside, 4)}")
     lines += [

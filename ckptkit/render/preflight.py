@@ -18,7 +18,7 @@ _MOST_KEPT = 24  # rows of tensors that stay at init; the JSON document has all 
 
 
 def preflight_page(report: Preflight) -> Page:
-    """Return a table per section of the report, then what was not judged, the findings, and the verdict."""
+    """Return a table per section of the report, then what was not measured, the findings, and the verdict."""
     page: list[Block] = []
     if report.init is not None:
         page += _init_blocks(report.init)
@@ -30,7 +30,7 @@ def preflight_page(report: Preflight) -> Page:
         page.append(_resume_line(report.resume))
     if report.step is not None:
         page.append(_step_line(report.step))
-    page += [Line(("not judged: ", Code(printable(text)))) for text in report.not_judged]
+    page += [Line(("not measured: ", Code(printable(text)))) for text in report.not_judged]
     page.append(Line(()))
     page += finding_lines(report.findings)
     reason = report.not_ready_reason
@@ -59,7 +59,7 @@ def _init_blocks(init: Init) -> Iterator[Block]:
     yield Line((f"init fills {counts}{in_model}",))
     if init.kept:
         kept = init.kept[:_MOST_KEPT]
-        kept_rows = tuple((printable(tensor.key), tensor.why, tensor.looks or "not judged") for tensor in kept)
+        kept_rows = tuple((printable(tensor.key), tensor.why, tensor.looks or "not measured") for tensor in kept)
         yield Table(("stays at init", "because", "looks"), kept_rows)
         if len(init.kept) > _MOST_KEPT:
             yield Line((f"and {len(init.kept) - _MOST_KEPT:,} more",))

@@ -58,10 +58,10 @@ class StatsView(NamedTuple):
 
 
 def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, *, expand: bool) -> Page:
-    """Return the page of ``ckpt stats``: a row per tensor or module, then unjudged tensors, then the total."""
-    judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
+    """Return the page of ``ckpt stats``: a row per tensor or module, then unmeasured tensors, then the total."""
+    measured = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
     total = result.total
-    named = judged if view.depth is None else result.modules(view.depth)
+    named = measured if view.depth is None else result.modules(view.depth)
     listed = view.chosen(named)
     infos = [tensor.info for tensor in result.tensors.values()]
     page: list[Block] = [Line(describe(checkpoint, totals(infos)))]
@@ -71,17 +71,17 @@ def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, 
     if len(listed) < len(named):
         noun = "tensor" if view.depth is None else "module"
         page.append(Line((f"{len(listed):,} of {plural(len(named), noun)} listed",)))
-    unjudged = [
+    unmeasured = [
         Row(key, (tensor.info.dtype, str(list(tensor.info.shape)), tensor.why))
         for key, tensor in result.tensors.items()
         if tensor.numbers is None
     ]
-    if unjudged:
-        page.append(Table(("not judged", "dtype", "shape", "because"), tuple(table_rows(unjudged, expand=expand))))
+    if unmeasured:
+        page.append(Table(("not measured", "dtype", "shape", "because"), tuple(table_rows(unmeasured, expand=expand))))
     tied = sum(bool(tensor.same_as) for tensor in result.tensors.values())
     if tied:
         page.append(Line((f"{plural(tied, 'key')} of tied tensors, counted once in the total",)))
-    return [*page, *([Line((_summary(total),))] if judged else [Listing(("no numbers",))])]
+    return [*page, *([Line((_summary(total),))] if measured else [Listing(("no numbers",))])]
 
 
 class _Column(NamedTuple):
@@ -187,8 +187,8 @@ def _summary(total: ValueStats) -> str:
 
 def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: StatsView) -> dict[str, object]:
     """Return the document of ``ckpt stats --json``: NaN and Inf are strings, a histogram is a list of pairs."""
-    judged = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
-    keys = view.chosen(judged) if view.depth is None else judged
+    measured = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
+    keys = view.chosen(measured) if view.depth is None else measured
     modules = {} if view.depth is None else view.chosen(result.modules(view.depth))
     return {
         "schema": "ckptkit.stats/1",

@@ -372,7 +372,7 @@ def _refuse_unused(
             unused.append((f"{rule} {reason}", rule.optional))
     for message, optional in unused:
         if not optional and not allow_unused:
-            raise RuleError(message, hint="correct it, or pass --allow-unused")
+            raise RuleError(message, hint="correct it, or pass --allow-unused if the command has that option")
         notes.append(message)
 
 

@@ -20,7 +20,7 @@ CONFIG: dict[str, Any] = {
     "task_type": None, "target_parameters": None,
 }  # fmt: skip
 OUTER = "base_model.model.model"
-BASE = "an adapter: the weights of the base model 'some/base' are not inside"
+BASE = "this is an adapter: the file does not contain the weights of the base model 'some/base'"
 
 
 def lora(module: str, rank: int) -> dict[str, torch.Tensor]:
@@ -112,7 +112,7 @@ def test_without_its_configuration_the_scale_is_unknown(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").unlink()
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.warnings == (
-            "no adapter_config.json beside the weights: their scale (lora_alpha / r) is unknown",
+            "no adapter_config.json in the directory of the weights: the scale (lora_alpha / r) is unknown",
         )
 
 

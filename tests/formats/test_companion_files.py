@@ -91,7 +91,7 @@ def test_a_conversion_names_the_files_that_it_leaves_out(tmp_path: Path, capsys:
     directory = trainer_directory(tmp_path / "checkpoint-2")
     ran = run_ckpt(capsys, "convert", directory, "-o", tmp_path / "out.pt")
     assert ran.code == 0
-    assert "left out, not in the mapping that was read: config.json, generation_config.json, optimizer.pt" in ran.err
+    assert "left out, stored outside of the weights: config.json, generation_config.json, optimizer.pt" in ran.err
 
 
 def test_replacing_the_weights_keeps_the_other_files(tmp_path: Path) -> None:

@@ -53,12 +53,12 @@ def readme(directory: Path) -> Path:
 REFUSED: dict[str, Refused] = {
     "A1 empty": Refused(written(b""), "the file is empty"),
     "A2 one byte": Refused(written(b"P"), "too short to be a checkpoint: 1 bytes"),
-    "A2 the first bytes of a zip": Refused(written(b"PK\3\4"), "without a directory at its end: truncated?"),
+    "A2 the first bytes of a zip": Refused(written(b"PK\3\4"), "no directory at its end, so it is probably truncated"),
     "A3 pointer": Refused(written(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "a git-lfs pointer"),
     "A4 HTML": Refused(written(b"<!DOCTYPE html><title>404</title>"), "an HTML page, not a checkpoint"),
     "A5 zeros": Refused(written(bytes(4096)), "only zero bytes (an interrupted write?)"),
     "A6 gzip": Refused(written(gzip.compress(ZIP)), "a gzip-compressed file"),
-    "A7 text": Refused(written(b"epoch 1, loss 0.3\n"), "an unknown format; it begins with 65 70 6f 63 68"),
+    "A7 text": Refused(written(b"epoch 1, loss 0.3\n"), "unknown format: the first bytes are 65 70 6f 63 68"),
     "A7 PNG": Refused(written(b"\x89PNG\r\n\x1a\n" + bytes(20)), "a PNG picture"),
     "A7 7z": Refused(written(b"7z\xbc\xaf\x27\x1c" + bytes(20)), "a 7-zip archive"),
     "A8 an empty directory": Refused(lambda directory: directory, "a directory without a checkpoint in it"),
@@ -71,7 +71,9 @@ REFUSED: dict[str, Refused] = {
         lambda directory: linked("x.pt", "gone.pt", directory), "a symbolic link to 'gone.pt', which"
     ),
     "A11 loop": Refused(lambda directory: linked("x.pt", "x.pt", directory), "too many levels of symbolic links"),
-    "A13 unfinished zip": Refused(written(ZIP[:-100], "x.pt.incomplete"), "without a directory at its end: truncated?"),
+    "A13 unfinished zip": Refused(
+        written(ZIP[:-100], "x.pt.incomplete"), "no directory at its end, so it is probably truncated"
+    ),
     "A13 unfinished safetensors": Refused(written(SAFETENSORS[:-8], "x.crdownload"), "8 of 16 bytes are missing"),
     "A14 HDF5": Refused(written(b"\x89HDF\r\n\x1a\n" + bytes(20), "x.h5"), "an HDF5 file"),
     "A14 ONNX": Refused(written(b"\x08\x07\x12\x07pytorch\x1a\x031.8", "x.onnx"), "an ONNX model"),

@@ -134,9 +134,9 @@ def crowded(count: int, directory: Path, *, claimed: int | None = None) -> Path:
 
 FULL = 160 * BLOCK
 REFUSED: dict[str, Refused] = {
-    "B1 half": Refused(written(GOOD[: len(GOOD) // 2]), "without a directory at its end: truncated"),
-    "B1 ten bytes short": Refused(written(GOOD[:-10]), "without a directory at its end: truncated"),
-    "B2 junk before": Refused(written(b"junk" + GOOD), "an unknown format; it begins with 6a 75 6e 6b"),
+    "B1 half": Refused(written(GOOD[: len(GOOD) // 2]), "no directory at its end, so it is probably truncated"),
+    "B1 ten bytes short": Refused(written(GOOD[:-10]), "no directory at its end, so it is probably truncated"),
+    "B2 junk before": Refused(written(b"junk" + GOOD), "unknown format: the first bytes are 6a 75 6e 6b"),
     "B3 junk behind": Refused(written(GOOD + b"junk"), "4 bytes follow the end"),
     "B4 two pickles": Refused(written(twice("archive/data.pkl")), "two zip entries are called 'archive/data.pkl'"),
     "B5 two storages": Refused(written(twice("archive/data/0")), "two zip entries are called 'archive/data/0'"),

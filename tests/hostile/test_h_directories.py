@@ -282,7 +282,7 @@ ACCEPTED: dict[str, Accepted] = {
         without_weights, "empty: ZeRO-3 stores the elements in the optim_states files", "w"
     ),
     "H16 an adapter without its configuration": Accepted(
-        adapter, "no adapter_config.json beside the weights: their scale", "lora_A"
+        adapter, "no adapter_config.json in the directory of the weights: the scale", "lora_A"
     ),
     "H16 another rank than the configuration gives": Accepted(
         of_another_rank, "has rank 2, but adapter_config.json", "q.lora"

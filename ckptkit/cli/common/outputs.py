@@ -169,7 +169,7 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
         untied = find_broken_ties(plan) if options.output.format == "safetensors" else []
         messages += written_text(plan, written, untied)
     if verified is not None:
-        messages.append(f"verified: each of {plural(verified, 'tensor')} has the bytes that the plan says")
+        messages.append(f"verified: each of {plural(verified, 'tensor')} has the planned bytes")
     for message in messages:
         print_message(message)
 
