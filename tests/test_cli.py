@@ -91,7 +91,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
         ["merge", TEN, TEN, "-o", "o.pt", "--method", "lora"],
         2,
         "",
-        "has no adapter_config.json beside",
+        "no adapter_config.json in the directory",
     ),
     "remap strip": (["remap", DDP, "-o", "o.pt", "-n", "--strip", "auto"], 0, "fc1.weight", "from 10 keys\n"),
     "diff renamed": (["diff", TEN, DDP, "--rename", "module.*=*"], 0, "10 matched", ""),

@@ -234,5 +234,5 @@ def test_one_group_for_each_parameter_is_named_and_a_long_search_ends(monkeypatc
         }
 
     assert to_named(state([1] * 60, [*range(1, 61)]), shapes).names == tuple(shapes)
-    with pytest.raises(PlanError, match="too many ways in which the groups could take the parameters"):
+    with pytest.raises(PlanError, match="too many ways to assign the parameters to the groups"):
         to_named(state([15, 15, 15], [2] * 44 + [3]), dict.fromkeys(shapes, (2,)))

@@ -15,9 +15,7 @@ REPEATED_KEY = Code("repeated-key", ("warning",), "A mapping sets the same key m
 BESIDE_UNREAD = Code("beside-unread", ("warning",), "A file beside the weights cannot be read.")
 ADAPTER_CONFIG = Code("adapter-config", ("warning",), "An adapter has no configuration file, so its scale is unknown.")
 ADAPTER_RANK = Code("adapter-rank", ("warning",), "A LoRA tensor has another rank than the configuration gives.")
-ADAPTER_BASE = Code(
-    "adapter-base", ("note",), "The file is an adapter and does not contain the weights of its base model."
-)
+ADAPTER_BASE = Code("adapter-base", ("note",), "The file is an adapter, without the weights of its base model.")
 EMPTY_WEIGHTS = Code("empty-weights", ("warning",), "ZeRO-3 left weights of this file empty.")
 MASTER_WEIGHTS = Code("master-weights", ("note",), "The tensors are the fp32 weights of the optimizer.")
 NOT_IN_PARTS = Code(

@@ -39,7 +39,7 @@ GOOD = safetensors_file({"w": f32(0, 16, [4])}, bits(STATE["w"]))
 NO_CHECKPOINT = [
     pytest.param(b"", "the file is empty", id="A1 empty"),
     pytest.param(b"P", "too short to be a checkpoint: 1 bytes", id="A2 one byte"),
-    pytest.param(b"PK\3\4", "without a directory", id="A2 a zip's first bytes"),
+    pytest.param(b"PK\3\4", "no directory at its end", id="A2 a zip's first bytes"),
     pytest.param(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a git-lfs pointer", id="A3 pointer"),
     pytest.param(b"<!DOCTYPE html><html>404</html>", "an HTML page, not a checkpoint", id="A4 HTML"),
     pytest.param(b"\r\n <html lang='en'>", "an HTML page, not a checkpoint", id="A4 HTML behind blanks"),
