@@ -42,7 +42,7 @@ BAD: dict[str, tuple[MakeFile, str]] = {
     "truncated zip": (_cut("lenet_ddp.pt", 100), "truncated"),
     "truncated legacy": (_cut("lenet_10class.pth", 12), "truncated"),
     "missing shard": (_shards(lambda d: (d / "model-00002-of-00002.safetensors").unlink()), "no such file"),
-    "directory": (lambda directory: directory, "a directory without a checkpoint in it"),
+    "directory": (lambda directory: directory, "a directory without a checkpoint"),
 }
 
 

@@ -195,7 +195,7 @@ def test_a_stale_shard_is_found_by_the_index(tmp_path: Path) -> None:
     """The directory is refused; by the path of its index it is read, and the stale shard is a warning."""
     index = shard(tmp_path)
     save({"z": torch.ones(1)}, tmp_path / "model-00003-of-00003.safetensors")
-    message = "shard 'model-00003-of-00003.safetensors' is beside the index, which does not name it"
+    message = "the index does not name shard 'model-00003-of-00003.safetensors' in its directory"
     assert warnings_of(checked(index)) == [("stale-shard", "warning", message)]
 
 
@@ -205,7 +205,7 @@ def test_a_shard_that_the_index_forgot_is_found(tmp_path: Path) -> None:
     first, second, _ = NAMES["safetensors"]
     edit(index, **{"c.w": ""})
     (tmp_path / second).unlink()
-    assert ("shard-count", "warning", f"the index names 1 of 2 shards, and not '{second}'") in warnings_of(
+    assert ("shard-count", "warning", f"the index names 1 of 2 shards, but not '{second}'") in warnings_of(
         checked(tmp_path)
     )
     message = f"'{first}' is one of 2 shards, by its name: no other shard was checked"

@@ -86,7 +86,7 @@ def test_undamaged_files_pass(make: Callable[[Path], Path], tmp_path: Path, caps
     assert "values of" in document["findings"][-1]["message"]
 
 
-@pytest.mark.parametrize(("path", "text"), [("gone.safetensors", "no such file"), (".", "without a checkpoint in it")])
+@pytest.mark.parametrize(("path", "text"), [("gone.safetensors", "no such file"), (".", "without a checkpoint")])
 def test_paths_without_a_checkpoint_are_errors(
     path: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -325,7 +325,7 @@ def test_a_limit_on_file_sizes_is_an_error(case: Case, tmp_path: Path) -> None:
     write(OLD, place / out, shards)
     old = content(place / out)
     reason, path = refused(source, place / out, shards, 200)
-    assert re.fullmatch(r"no room: needs [\d.]+ k?B, [\d.]+ .?B free", reason)
+    assert re.fullmatch(r"not enough disk space: [\d.]+ k?B needed, [\d.]+ .?B free", reason)
     assert path == str(place / out)
     assert content(place / out) == old
     assert names_in(place) == [out]
@@ -350,7 +350,7 @@ def test_a_full_disk_is_an_error(out: str, shards: int | None, tmp_path: Path, s
     write(OLD, small_disk / out, shards)
     old = content(small_disk / out)
     reason, path = refused(source, small_disk / out, shards, 0)
-    assert re.fullmatch(r"no room: needs [\d.]+ kB, [\d.]+ k?B free", reason)
+    assert re.fullmatch(r"not enough disk space: [\d.]+ kB needed, [\d.]+ k?B free", reason)
     assert path == str(small_disk / out)
     assert content(small_disk / out) == old
     assert names_in(small_disk) == [out]

@@ -29,13 +29,6 @@ from ckptkit.rules.parse import as_rules
 __all__ = ["run_checks"]
 
 _MAX_PER_CODE = 32
-_HINTS = {
-    reader_codes.CODE_REFERENCE: "ckpt show lists all of them; a loader that unpickles the file may run them",
-    reader_codes.CODE_SUSPICIOUS: "do not load the file with pickle or with torch.load(weights_only=False)",
-    reader_codes.SKIPPED_DATA: "the tensors read as zeros: save the file again without skip_data",
-    reader_codes.STALE_SHARD: "remove it: programs that ignore the index read it as a shard",
-    reader_codes.SHARD_COUNT: "copy the whole directory again",
-}
 _SHARD_NAME = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 # With these warnings the reader has already said where the scale of the adapter is, or that it is unknown.
 _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTER_CONFIG.name})
@@ -143,7 +136,7 @@ def _check_headers(opened: Checkpoint, chosen: Iterable[str]) -> Iterator[Findin
 def _reader_warnings(checkpoint: Checkpoint) -> Iterator[Finding]:
     for warning in checkpoint.warnings:
         known = warning if isinstance(warning, ReaderWarning) else ReaderWarning(warning, reader_codes.READER_WARNING)
-        yield known.finding(_HINTS.get(known.code, ""))
+        yield known.finding()
 
 
 def _check_shard_name(checkpoint: Checkpoint) -> Iterator[Finding]:

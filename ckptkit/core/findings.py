@@ -36,11 +36,15 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """One kind of finding: a stable name, the possible severities (the usual severity first), and the meaning."""
+    """One kind of finding: a stable name, the possible severities (the usual severity first), and the meaning.
+
+    ``hint`` is the hint of each finding that a check makes of a reader's warning.
+    """
 
     name: str
     severities: tuple[Severity, ...]
     meaning: str
+    hint: str = ""
 
     def finding(self, key: str, message: str, hint: str = "", *, severity: Severity | None = None) -> Finding:
         """Return a finding of this kind about ``key``; without ``severity``, with the usual severity."""
@@ -67,9 +71,9 @@ class ReaderWarning(str):
         warning.code, warning.severity = code, severity or code.severities[0]
         return warning
 
-    def finding(self, hint: str = "") -> Finding:
-        """Return the finding that a check reports."""
-        return self.code.finding("", str(self), hint, severity=self.severity)
+    def finding(self) -> Finding:
+        """Return the finding that a check reports, with the hint of the code."""
+        return self.code.finding("", str(self), self.code.hint, severity=self.severity)
 
 
 @dataclass(frozen=True)

@@ -109,11 +109,11 @@ class AtomicFile:
         self._temporary = ""
 
     def __enter__(self) -> Self:
-        """Create the temporary file and reserve its size. Raises ``OutputError`` where the disk has no room."""
+        """Create the temporary file and reserve its size. Raises ``OutputError`` where the disk is full."""
         self._temporary = _temporary_path(self.target)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         if self.size >= 2**63:
-            raise OutputError(f"no room: needs {human_bytes(self.size)}", path=self.target)
+            raise OutputError(f"not enough disk space: {human_bytes(self.size)} needed", path=self.target)
         try:
             self._fd = os.open(self._temporary, flags, 0o600)
             _reserve(self._fd, self.size)
@@ -222,9 +222,9 @@ class AtomicFile:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             disk = os.statvfs(os.path.dirname(self.target))
             free = disk.f_bavail * disk.f_frsize
-            reason = f"no room: needs {human_bytes(self.size)}, {human_bytes(free)} free"
+            reason = f"not enough disk space: {human_bytes(self.size)} needed, {human_bytes(free)} free"
             if disk.f_files and not disk.f_favail:
-                reason = "no room: the disk takes no more files"
+                reason = "the disk cannot hold more files"
             return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
 

@@ -6,29 +6,54 @@ from ckptkit.core.findings import Code, codes_in
 
 __all__ = ["CODES"]
 
-CODE_SUSPICIOUS = Code("code-suspicious", ("error",), "The file asks for code that is typical of an attack.")
-CODE_REFERENCE = Code("code-reference", ("warning",), "The file names code that torch.load could run.")
-SKIPPED_DATA = Code("skipped-data", ("warning",), "The bytes of storages were not written when the file was saved.")
+CODE_SUSPICIOUS = Code(
+    "code-suspicious",
+    ("error",),
+    "The file asks for code that is typical of an attack.",
+    "do not load the file with pickle or with torch.load(weights_only=False)",
+)
+CODE_REFERENCE = Code(
+    "code-reference",
+    ("warning",),
+    "The file names code that torch.load could run.",
+    "ckpt show lists all of them; a loader that unpickles the file may run them",
+)
+SKIPPED_DATA = Code(
+    "skipped-data",
+    ("warning",),
+    "The bytes of storages were not written when the file was saved.",
+    "the tensors read as zeros: save the file again without skip_data",
+)
 UNUSED_RECORD = Code("unused-record", ("warning",), "The file stores bytes that no tensor uses.")
 SAME_NAME = Code("same-name", ("warning",), "Several entries would have the same dotted name.")
 REPEATED_KEY = Code("repeated-key", ("warning",), "A mapping sets the same key more than once.")
-BESIDE_UNREAD = Code("beside-unread", ("warning",), "A file beside the weights cannot be read.")
+BESIDE_UNREAD = Code("beside-unread", ("warning",), "A file that a trainer wrote next to the weights cannot be read.")
 ADAPTER_CONFIG = Code("adapter-config", ("warning",), "An adapter has no configuration file, so its scale is unknown.")
 ADAPTER_RANK = Code("adapter-rank", ("warning",), "A LoRA tensor has another rank than the configuration gives.")
 ADAPTER_BASE = Code("adapter-base", ("note",), "The file is an adapter, without the weights of its base model.")
 EMPTY_WEIGHTS = Code("empty-weights", ("warning",), "ZeRO-3 left weights of this file empty.")
 MASTER_WEIGHTS = Code("master-weights", ("note",), "The tensors are the fp32 weights of the optimizer.")
 NOT_IN_PARTS = Code(
-    "not-in-parts", ("warning", "note"), "A name of the state_dict is in no rank's part of a ZeRO checkpoint."
+    "not-in-parts", ("warning", "note"), "The optimizer states of a ZeRO checkpoint lack a key of the state_dict."
 )
-STALE_SHARD = Code("stale-shard", ("warning",), "A shard beside the index is not named in the index.")
-SHARD_COUNT = Code("shard-count", ("warning",), "The index names fewer shards than the file names count.")
-TOTAL_SIZE = Code("total-size", ("warning",), "The index gives another total size than the tensors have.")
+STALE_SHARD = Code(
+    "stale-shard",
+    ("warning",),
+    "The directory has a shard that the index does not name.",
+    "remove it: programs that ignore the index read it as a shard",
+)
+SHARD_COUNT = Code(
+    "shard-count",
+    ("warning",),
+    "The index names fewer shards than the file names count.",
+    "copy the whole directory again",
+)
+TOTAL_SIZE = Code("total-size", ("warning",), "The total size in the index differs from the size of the tensors.")
 LINK_OUTSIDE = Code("link-outside", ("note",), "A file of the directory is a link to a file outside the directory.")
-UNCOUNTED = Code("uncounted", ("note",), "A missing last shard of this format cannot be noticed.")
+UNCOUNTED = Code("uncounted", ("note",), "A missing last shard of this format is not detected.")
 COMPRESSED = Code("compressed", ("note",), "The archive is compressed, so reading tensors is slower.")
-NO_CHECKSUM = Code("no-checksum", ("note",), "Stored bytes have no checksum, so damage cannot be seen.")
-CONSTANTS = Code("constants", ("note",), "An exported program holds constants beside its state_dict.")
+NO_CHECKSUM = Code("no-checksum", ("note",), "Stored bytes have no checksum, so damage cannot be detected.")
+CONSTANTS = Code("constants", ("note",), "An exported program holds constants that are not in its state_dict.")
 AVERAGE_BESIDE = Code("average-beside", ("note",), "The file holds trained weights and an average of these weights.")
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 

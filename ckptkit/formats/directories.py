@@ -1,4 +1,4 @@
-"""Open the checkpoint in a directory: file names say which files to read, the content of each says how."""
+"""Open the checkpoint in a directory. File names decide which files are read, and their content decides how."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from typing import NamedTuple
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import human_bytes, plural, printable, quoted
+from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
+from ckptkit.formats.distributed.file_names import find_states_file, is_dcp, is_zero
 from ckptkit.formats.foreign import refuse_selection, unsupported_directory
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, link_warnings, open_sharded
-from ckptkit.formats.torch.checkpoint import code_warnings
 from ckptkit.formats.torch.tree import describe_entry
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = [
     "CONFIG",
-    "Companions",
+    "TrainerFiles",
     "adapter_warnings",
-    "find_companion",
-    "is_companion",
+    "find_trainer_file",
+    "is_trainer_file",
     "open_directory",
     "open_index",
-    "read_companions",
     "read_json",
+    "read_trainer_files",
 ]
 
 
@@ -60,58 +60,58 @@ _MOST_VALUES = 64  # of a JSON file
 _MOST_OUTLINED = 200_000
 
 
-class Companions(NamedTuple):
-    """One entry for each file beside the weights, or for each set of numbered files, and warnings about them."""
+class TrainerFiles(NamedTuple):
+    """The files that trainers write next to the weights: an entry for each file or set of numbered files, and warnings."""
 
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...]
 
 
-def is_companion(name: str) -> bool:
-    """Return whether trainers write a file of this name beside the weights, without weights in it."""
+def is_trainer_file(name: str) -> bool:
+    """Return whether trainers write a file of this name next to the weights. Such a file holds no weights."""
     return name in _FIRST_KEYS or _PICKLED.fullmatch(name) is not None
 
 
-def find_companion(names: Iterable[str], key: str) -> tuple[str, str] | None:
-    """Split ``key`` into the name of a file beside the weights and the rest: ``optimizer.pt`` and ``state``."""
-    matches = [name for name in names if f"{key}.".startswith(f"{name}.") and is_companion(name)]
+def find_trainer_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
+    """Split ``key`` into the name of a trainer's file and the key inside the file, or return None.
+
+    For example, ``optimizer.pt.state`` becomes ``optimizer.pt`` and ``state``.
+    """
+    matches = [name for name in names if f"{key}.".startswith(f"{name}.") and is_trainer_file(name)]
     name = max(matches, key=len, default=None)
     return None if name is None else (name, key[len(name) + 1 :])
 
 
-def read_companions(directory: str, names: Iterable[str]) -> Companions:
-    """Return the files beside the weights in a directory with these file names.
-
-    A file that cannot be read becomes a warning, never an error.
-    """
+def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:
+    """Return the trainers' files among the file names of a directory. A file that cannot be read becomes a warning."""
     families: dict[str, list[str]] = {}
-    for name in sorted(filter(is_companion, names)):
+    for name in sorted(filter(is_trainer_file, names)):
         families.setdefault(_NUMBER.sub("_*", name), []).append(name)
     entries: list[Entry] = []
     warnings: list[str] = []
     left, outlined = [_LARGEST_PICKLES], [_MOST_OUTLINED]
     for family, members in families.items():
         if len(entries) == _MOST_FILES:
-            warnings.append(f"{plural(len(families) - _MOST_FILES, 'file')} more beside the weights are not listed")
+            warnings.append(f"{plural(len(families) - _MOST_FILES, 'more file')} of the trainer are not listed")
             break
         try:
             entry = _describe(directory, members[0], left, outlined, warnings)
         except CkptkitError as error:
-            warnings.append(ReaderWarning(f"{members[0]} is not read: {error.reason}", codes.BESIDE_UNREAD))
+            warnings.append(ReaderWarning(f"{members[0]} cannot be read: {error.reason}", codes.BESIDE_UNREAD))
             entry = Entry("", "file", "not read")
         path = members[0] if len(members) == 1 else family
         kind = entry.type if len(members) == 1 else plural(len(members), "file")
         entries.append(Entry(path, kind, entry.value, is_outside=True, is_file=True))
-    return Companions(tuple(entries), tuple(warnings))
+    return TrainerFiles(tuple(entries), tuple(warnings))
 
 
 def read_json(directory: str, name: str) -> Mapping[str, object]:
-    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` where the file has none."""
+    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` if the file holds no JSON object."""
     file = LocalFile(os.path.join(directory, name))
     try:
         if file.size > _LARGEST_JSON:
-            raise FormatError(f"it has {human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")
-        return parse_json(file.read(0, file.size), "it", finite=False)
+            raise FormatError(f"{human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")
+        return parse_json(file.read(0, file.size), "the file", finite=False)
     finally:
         file.close()
 
@@ -124,6 +124,8 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
         return Entry(
             name, "json", {key: describe_entry(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]}
         )
+    from ckptkit.formats.torch.checkpoint import code_warnings
+
     file = LocalFile(os.path.join(directory, name))
     try:
         saved = read_torch(file, largest=left[0])
@@ -140,15 +142,15 @@ def _describe(directory: str, name: str, left: list[int], outlined: list[int], w
 CONFIG = "adapter_config.json"
 _PEFT_PREFIX = "base_model.model."
 _LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!lora_)\w+)?(?:\.weight)?")
-_LITERAL = re.compile(r"\^?[\w.]+")  # module names; any other key is a regular expression, which is not evaluated
+_LITERAL = re.compile(r"\^?[\w.]+")  # a module name; any other key is a regular expression, which is never evaluated
 _MOST_NAMED = 4
 _DEEPEST = 64
 
 
 def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[ReaderWarning]:
-    """Return warnings about an adapter whose configuration is ``config``, or None where it has no configuration.
+    """Return warnings about an adapter. ``config`` is the configuration of the adapter, or None if there is none.
 
-    For LoRA, each tensor is named whose rank differs from ``r`` or ``rank_pattern`` of the configuration.
+    For LoRA, there is a warning for each tensor of another rank than ``r`` or ``rank_pattern`` of the configuration.
     """
     if config is None:
         return [
@@ -166,7 +168,7 @@ def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, objec
         wrong = list(_other_ranks(infos, config))
         warnings += [ReaderWarning(text, codes.ADAPTER_RANK) for text in wrong[:_MOST_NAMED]]
         if len(wrong) > _MOST_NAMED:
-            text = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than {CONFIG} gives"
+            text = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than in {CONFIG}"
             warnings.append(ReaderWarning(text, codes.ADAPTER_RANK))
     return warnings
 
@@ -188,14 +190,14 @@ def _other_ranks(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) 
 
 
 def _rank_of(module: str, default: object, pattern: Mapping[str, object], positions: Mapping[str, int]) -> object:
-    # The first key wins that is the module's name or its last segments; after "^" the key is the whole name.
+    # A key matches the last segments of a module's name, or with "^" the whole name. The first key that matches wins.
     parts = module.split(".")
     ends = [".".join(parts[first:]) for first in range(len(parts))] if len(parts) <= _DEEPEST else [module]
     matches = [end for end in (f"^{module}", *ends) if end in positions]
     return pattern[min(matches, key=positions.__getitem__)] if matches else default
 
 
-_WHOLE = (
+_WEIGHTS = (
     "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
     "consolidated.safetensors", "consolidated.00.pth",
 )  # fmt: skip
@@ -203,13 +205,16 @@ _ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 # accelerate numbers every model after the first; global_step is the directory of a step of DeepSpeed.
 _SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
 _ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)|global_step\d+")
-_MOST_NAMES, _MOST_LOOKED_AT = 1_000_000, 1000
+_MOST_NAMES, _MOST_TESTED = 1_000_000, 1000
 _MEGATRON_METADATA = "metadata.json"
 _LATEST, _LONGEST_TAG = "latest", 1000
 
 
 def open_index(directory: str, index: str, selection: Selection, *, whole: bool = False) -> Checkpoint:
-    """Return the checkpoint whose shards the file ``index`` names; ``whole`` refuses shards that it does not name."""
+    """Return the checkpoint of the shards that the file ``index`` names.
+
+    With ``whole``, a shard in the directory that the index does not name is an error.
+    """
     refuse_selection(selection)
     return open_sharded(directory or ".", index, lambda path: open_file(path, WEIGHTS), whole=whole)
 
@@ -217,21 +222,19 @@ def open_index(directory: str, index: str, selection: Selection, *, whole: bool 
 def open_directory(directory: str, selection: Selection) -> Checkpoint:
     """Return the checkpoint in ``directory``, or the selected mapping inside it.
 
-    Files that trainers write beside the weights are among its entries. The selected key can begin with the name of such
-    a file, such as ``optimizer.pt`` or ``optimizer.pt.state``: then that file is opened. Raises ``FormatError`` where
-    the directory holds no checkpoint or several, and where a part is missing.
+    Files that trainers write next to the weights are entries of the checkpoint. A selected key that begins with the name
+    of such a file, such as ``optimizer.pt`` or ``optimizer.pt.state``, opens that file. Raises ``FormatError`` where the
+    directory holds no checkpoint or several, and where a file is missing.
     """
     names = _file_names(directory)
-    companion = find_companion(names, selection.key)
-    if companion is None and selection.key:
-        from ckptkit.formats.distributed.zero import find_states_file
-
-        companion = find_states_file(names, selection.key)
-    if companion is not None:
-        return _open_companion(directory, *companion)
+    trainer_file = find_trainer_file(names, selection.key)
+    if trainer_file is None and selection.key:
+        trainer_file = find_states_file(names, selection.key)
+    if trainer_file is not None:
+        return _open_trainer_file(directory, *trainer_file)
     checkpoint = _open_weights(directory, names, selection)
     try:
-        entries, warnings = read_companions(directory, names)
+        entries, warnings = read_trainer_files(directory, names)
     except BaseException:
         checkpoint.close()
         raise
@@ -246,11 +249,11 @@ def _file_names(directory: str) -> list[str]:
     return names
 
 
-def _open_companion(directory: str, name: str, key: str) -> Checkpoint:
+def _open_trainer_file(directory: str, name: str, key: str) -> Checkpoint:
     if name.endswith(".json"):
         raise FormatError(
             "a JSON file, which holds no tensors",
-            hint="ckpt show of the directory lists its values",
+            hint="ckpt show DIRECTORY lists the values of the file",
             path=os.path.join(directory, name),
         )
     return open_file(os.path.join(directory, name), Selection(key))
@@ -258,25 +261,14 @@ def _open_companion(directory: str, name: str, key: str) -> Checkpoint:
 
 def _open_weights(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
     index = find_index(names)
-    known = [name for name in (*_WHOLE, *_ADAPTER) if name in names]
-    if index is None:
-        from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
+    known = [name for name in (*_WEIGHTS, *_ADAPTER) if name in names]
+    if index is None and is_dcp(names):
+        from ckptkit.formats.distributed.dcp import open_dcp
 
-        if is_dcp(names):
-            return _warn_of_others(open_dcp(directory, selection), "the distributed checkpoint", known)
+        return _warn_of_others(open_dcp(directory, selection), "the distributed checkpoint", known)
     if index is None and not known:
-        from ckptkit.formats.distributed.zero import is_zero, open_zero
-
         if is_zero(names):
-            if selection.optimizer:
-                raise FormatError(
-                    "holds one optimizer state for each rank", hint="a *_states.pt file can follow the ::"
-                )
-            if selection.key:
-                raise FormatError(
-                    f"holds nothing at {quoted(selection.key)}", hint="a *_states.pt file can follow the ::"
-                )
-            return open_zero(directory, names)
+            return _open_zero(directory, names, selection)
         if _LATEST in names and os.path.isfile(os.path.join(directory, _LATEST)):
             return open_directory(_latest_save(directory), selection)
     adapter = [name for name in known if name in _ADAPTER]
@@ -301,8 +293,17 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
     return _warn_of_others(checkpoint, name, [other for other in (*known, *numbered, *indexes) if other != chosen])
 
 
+def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
+    from ckptkit.formats.distributed.zero import open_zero
+
+    if selection.optimizer or selection.key:
+        held = "one optimizer state for each rank" if selection.optimizer else f"nothing at {quoted(selection.key)}"
+        raise FormatError(f"holds {held}", hint="add :: and the name of a *_states.pt file to the path")
+    return open_zero(directory, names)
+
+
 def _warn_of_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
-    warnings = (f"{quoted(name)} is beside {chosen} and is not read" for name in others[:4])
+    warnings = (f"{quoted(name)} is in the same directory as {chosen} and is not read" for name in others[:4])
     return checkpoint.with_warnings(*warnings)
 
 
@@ -310,7 +311,7 @@ def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequen
     try:
         config = read_json(directory, CONFIG) if CONFIG in names else None
     except CkptkitError:
-        return ()  # read_companions warns of the file
+        return ()  # read_trainer_files warns about the file
     return tuple(adapter_warnings(checkpoint, config))
 
 
@@ -326,7 +327,7 @@ def _latest_save(directory: str) -> str:
         raise FormatError(f"names the unsafe directory {quoted(tag)}", path=path)
     saved = os.path.join(directory, tag)
     if not os.path.isdir(saved) or os.path.exists(os.path.join(saved, _LATEST)):
-        raise FormatError(f"names {quoted(tag)}, which is not a directory of a save here", path=path)
+        raise FormatError(f"names {quoted(tag)}, but there is no save of that name in the directory", path=path)
     return saved
 
 
@@ -340,37 +341,38 @@ def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
     if not isinstance(backend, str):
         return None
     return FormatError(
-        f"a checkpoint of Megatron in {quoted(backend)}, which is not read",
+        f"a checkpoint of Megatron in the format {quoted(backend)}, which is not read",
         hint="save it with --dist-ckpt-format torch_dist",
     )
 
 
 def _only_weights_file(directory: str, names: Sequence[str]) -> str:
-    """Return the only file with a name of a weights file. Raises ``FormatError`` where there are none or several."""
+    """Return the name of the only file of weights. Raises ``FormatError`` where there is none, or several."""
     weights = sorted(
-        name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_companion(name)
+        name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_trainer_file(name)
     )
     if not weights and CONFIG in names:
         raise FormatError(
-            f"holds {CONFIG} and no weights of the adapter",
-            hint=f"the weights are called {' or '.join(_ADAPTER)}",
+            f"holds {CONFIG}, but not the weights of the adapter",
+            hint=f"the file of weights must be called {' or '.join(_ADAPTER)}",
         )
     if not weights:
         if (foreign := unsupported_directory(names) or _megatron_error(directory, names)) is not None:
             raise foreign
-        inside = [name for name in sorted(names)[:_MOST_LOOKED_AT] if os.path.isdir(os.path.join(directory, name))]
+        inside = [name for name in sorted(names)[:_MOST_TESTED] if os.path.isdir(os.path.join(directory, name))]
         if inside:
-            listed = ", ".join(map(printable, inside[:4])) + (", …" if len(inside) > 4 else "")
             raise FormatError(
-                "a directory without a checkpoint in it", hint=f"give one of the directories inside: {listed}"
+                "a directory without a checkpoint",
+                hint=f"give one of the directories inside: {listed(inside, 4, show=printable)}",
             )
-        searched = f"searched for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WHOLE[:2])}"
-        raise FormatError("a directory without a checkpoint in it", hint=searched)
+        searched = (
+            f"ckpt searched for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WEIGHTS[:2])}"
+        )
+        raise FormatError("a directory without a checkpoint", hint=searched)
     if len(weights) > 1:
-        listed = ", ".join(map(printable, weights[:4]))
         shards = all(map(_SHARD.fullmatch, weights))
         raise FormatError(
-            f"a directory with {plural(len(weights), 'file')} of weights and no index, such as {listed}",
+            f"a directory with {plural(len(weights), 'file')} of weights and no index: {listed(weights, 4, show=printable)}",
             hint="copy the index too; its name ends in .index.json" if shards else "give the path of one file",
         )
     return weights[0]

@@ -12,6 +12,7 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats.layout import only_listed_error
 
 __all__ = ["Cursor", "Metadata", "open_gguf", "read_metadata"]
 
@@ -134,7 +135,7 @@ def read_metadata(cursor: Cursor, count: int) -> Metadata:
     Raises ``FormatError`` where a value reaches beyond the file or has an unknown type, and for a repeated key.
     """
     if count > min(_MOST_KEYS, cursor.left // _SMALLEST_PAIR):
-        raise FormatError(f"the header counts {plural(count, 'metadata key')}, more than the file has room for")
+        raise FormatError(f"the header counts {plural(count, 'metadata key')}, more than fit into the file")
     entries: dict[str, Entry] = {}
     alignment = 32
     for number in range(1, count + 1):
@@ -197,7 +198,7 @@ def _skip_items(cursor: Cursor, kind: int, count: int, key: str, depth: int) -> 
         return
     least = 8 if kind == _STRING else 12
     if count * least > cursor.left:
-        raise FormatError(f"metadata key {quoted(key)} counts {plural(count, name)}, more than the file has room for")
+        raise FormatError(f"metadata key {quoted(key)} counts {plural(count, name)}, more than fit into the file")
     cursor.items_left -= count
     if cursor.items_left < 0:
         raise FormatError(f"its metadata holds more than {_MOST_ITEMS:,} strings in arrays")
@@ -281,7 +282,7 @@ def open_gguf(file: LocalFile) -> Checkpoint:
     tensors, keys = cursor.u64(), cursor.u64()
     metadata = read_metadata(cursor, keys)
     if tensors > min(_MOST_TENSORS, cursor.left // _SMALLEST_INFO):
-        raise FormatError(f"the header counts {plural(tensors, 'tensor')}, more than the file has room for")
+        raise FormatError(f"the header counts {plural(tensors, 'tensor')}, more than fit into the file")
     stored: dict[str, _StoredTensor] = {}
     for number in range(1, tensors + 1):
         tensor = _read_tensor(cursor, number, metadata.alignment)
@@ -295,9 +296,7 @@ def open_gguf(file: LocalFile) -> Checkpoint:
 
     def payload(info: TensorInfo) -> Payload:
         if info.kind != "dense":
-            raise FormatError(
-                f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=file.path
-            )
+            raise only_listed_error(info, file.path)
         return Extent(file, base + stored[info.key].offset, info.nbytes)
 
     def span(info: TensorInfo) -> Payload | None:
@@ -305,10 +304,10 @@ def open_gguf(file: LocalFile) -> Checkpoint:
 
     def records() -> Iterator[Record]:
         order = sorted(stored.values(), key=lambda tensor: tensor.offset)
-        room = max(file.size - base, 0)
-        for (info, offset), end in zip(order, [*(tensor.offset for tensor in order), room][1:], strict=True):
+        data_size = max(file.size - base, 0)
+        for (info, offset), end in zip(order, [*(tensor.offset for tensor in order), data_size][1:], strict=True):
             # The size of an unknown type is unknown, so the record reaches to the next tensor.
-            nbytes = max(min(end, room) - offset, 0) if info.kind == "unknown" else info.nbytes
+            nbytes = max(min(end, data_size) - offset, 0) if info.kind == "unknown" else info.nbytes
             yield Record(file.path, info.key, Extent(file, base + offset, nbytes), keys=(info.key,))
 
     return Checkpoint(

@@ -24,6 +24,7 @@ __all__ = [
     "check_cover",
     "copy_runs",
     "loops_of",
+    "only_listed_error",
     "step_budget",
 ]
 
@@ -33,6 +34,11 @@ _WINDOW = 64 << 20  # a span up to this size is read as a whole
 _LARGEST_GAP = 64 << 10  # runs with a larger gap between them are read separately
 _WORDS: Final[dict[int, Literal["B", "H", "I", "Q"]]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
 _SIGN_FLIPPED: Final = bytes(byte ^ 0x80 for byte in range(256))
+
+
+def only_listed_error(info: TensorInfo, path: str) -> FormatError:
+    """Return the error for reading a tensor of another kind than ``"dense"``."""
+    return FormatError(f"{quoted(info.key)} is a {info.kind} tensor, which is listed but cannot be read", path=path)
 
 
 class Loop(NamedTuple):

@@ -1,4 +1,4 @@
-"""Read and write directories of shards with an index, whose ``weight_map`` names the file of each tensor."""
+"""Read and write directories of shards. The ``weight_map`` of the index names the file of each tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import PureWindowsPath
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import plural, printable, quoted
+from ckptkit.core.text import kind_of, listed, plural, printable, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
@@ -42,13 +42,15 @@ _NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
 def find_index(names: Sequence[str]) -> str | None:
     """Return the name of the index among the file names of a directory, or None.
 
-    An index of safetensors shards wins over other kinds. Raises ``FormatError`` where there are two of one kind.
+    An index of safetensors shards is preferred. Raises ``FormatError`` where the directory has several indexes of the
+    same kind.
     """
     for suffix in INDEX_SUFFIXES:
         found = sorted(name for name in names if name.endswith(suffix))
         if len(found) > 1:
-            listed = ", ".join(map(printable, found[:4]))
-            raise FormatError(f"holds {len(found)} indexes: {listed}", hint="give the path of one of them")
+            raise FormatError(
+                f"holds {len(found)} indexes: {listed(found, 4, show=printable)}", hint="give the path of one of them"
+            )
         if found:
             return found[0]
     return None
@@ -57,11 +59,11 @@ def find_index(names: Sequence[str]) -> str | None:
 def open_sharded(
     directory: str, index_name: str, open_shard: Callable[[str], Checkpoint], *, whole: bool
 ) -> Checkpoint:
-    """Return one Checkpoint of all shards that the index names; ``open_shard`` opens each.
+    """Return one Checkpoint of all shards that the index names; ``open_shard`` opens a shard by its path.
 
-    With ``whole``, a shard that the index does not name is an error: usually it is left from another save. Raises
-    ``FormatError`` for a missing shard, a tensor that is not in the shard that the index names, and a shard outside the
-    directory.
+    With ``whole``, a shard in the directory that the index does not name is an error, since such a shard is usually left
+    from another save. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard
+    lacks a tensor that the index places in the shard.
     """
     index_path = os.path.join(directory, index_name)
     index = _read_index(index_path)
@@ -75,7 +77,7 @@ def open_sharded(
     extra = _unnamed_shards(directory, shards)
     if whole and extra:
         raise FormatError(
-            f"shard {quoted(extra[0])} is beside the index, which does not name it: left from another save?",
+            f"the index does not name shard {quoted(extra[0])}, which is in the same directory: left from another save?",
             hint="remove the shard, or give the path of the index to ignore it",
             path=directory,
         )
@@ -114,7 +116,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
-    """Return a warning if some of these files are links out of the directory, other than links into a hub's cache."""
+    """Return a warning if some of these files are links out of the directory. Links into a hub's cache are allowed."""
     real_directory = os.path.realpath(directory)
     found = []
     for name in names:
@@ -126,21 +128,22 @@ def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
                 found.append((name, target))
     if not found:
         return []
-    (name, target), more = found[0], len(found) - 1
-    others = f", and {plural(more, 'other')} too" if more else ""
-    return [
-        ReaderWarning(f"{quoted(name)} is a link out of the directory, to {quoted(target)}{others}", codes.LINK_OUTSIDE)
-    ]
+    name, target = found[0]
+    others = f"; {plural(len(found) - 1, 'more link')} out of the directory" if found[1:] else ""
+    text = f"{quoted(name)} is a link out of the directory, to {quoted(target)}{others}"
+    return [ReaderWarning(text, codes.LINK_OUTSIDE)]
 
 
 def _check_shard_name(key: str, name: object, index_name: str, path: str) -> None:
     if not isinstance(name, str):
-        raise FormatError(f"the index maps {quoted(key)} to a {type(name).__name__}, not to a file name", path=path)
+        raise FormatError(f"the index must map {quoted(key)} to a file name, but has {kind_of(name)}", path=path)
     if not is_plain_name(name):
         raise FormatError(f"the index names the unsafe shard {quoted(name)}", path=path)
     kind = index_name.removesuffix(".index.json").rpartition(".")[2]
     if kind == "safetensors" and not name.endswith(".safetensors"):
-        raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
+        raise FormatError(
+            f"an index of safetensors shards names {quoted(name)}, which is not a .safetensors file", path=path
+        )
 
 
 def _unnamed_shards(directory: str, shards: Mapping[str, object]) -> list[str]:
@@ -152,12 +155,10 @@ def _unnamed_shards(directory: str, shards: Mapping[str, object]) -> list[str]:
 
 
 def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[ReaderWarning]:
-    """Yield a warning for shards that the index does not name, and for numbers that the index leaves out."""
+    """Yield a warning for shards that the index does not name, and for gaps in the numbers of the named shards."""
     if extra:
-        more = f" and {len(extra) - 1:,} more" if extra[1:] else ""
-        yield ReaderWarning(
-            f"shard {quoted(extra[0])}{more} is beside the index, which does not name it", codes.STALE_SHARD
-        )
+        noun = "shards" if extra[1:] else "shard"
+        yield ReaderWarning(f"the index does not name {noun} {listed(extra, 1)} in its directory", codes.STALE_SHARD)
     families: dict[tuple[str, int, str], set[int]] = {}
     for name in names:
         if (match := _NUMBERED.fullmatch(name)) is not None:
@@ -167,12 +168,12 @@ def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[Read
         if absent is not None:
             missing = f"{family}-{absent:05}-of-{count:05}.{suffix}"
             yield ReaderWarning(
-                f"the index names {len(numbers):,} of {count:,} shards, and not {quoted(missing)}", codes.SHARD_COUNT
+                f"the index names {len(numbers):,} of {count:,} shards, but not {quoted(missing)}", codes.SHARD_COUNT
             )
 
 
 def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
-    # A link may lead anywhere, as in a hub's cache: the name is plain, and the file is only read.
+    # A link may point outside the directory, as in a hub's cache. This is safe because the file is only read.
     try:
         shard = open_shard(path)
     except CkptkitError as error:
@@ -185,12 +186,10 @@ def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoi
     extra = sorted(shard.keys() - set(keys))
     if absent or extra:
         shard.close()
-        key, others = (absent or extra)[0], len(absent or extra) - 1
-        more = f" and {others} more" if others else ""
         reason = (
-            f"the index places {quoted(key)}{more} here, but the shard does not hold it"
+            f"the index places {listed(absent, 1)} in this shard, but the shard has no such tensor"
             if absent
-            else f"the shard holds {quoted(key)}{more}, but the index does not place it here"
+            else f"this shard holds {listed(extra, 1)}, but the index does not place the tensor here"
         )
         raise FormatError(reason, path=path)
     return shard
@@ -216,7 +215,9 @@ def _join(
     similar = next((name for name in order if folded[name.casefold()] != name), None)
     if similar is not None:
         other = folded[similar.casefold()]
-        warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
+        warnings.append(
+            f"shards {quoted(similar)} and {quoted(other)} differ only in case, so some systems store only one of them"
+        )
     stated_metadata = index.get("metadata")
     total = stated_metadata.get("total_size") if isinstance(stated_metadata, dict) else None
     actual = sum(info.nbytes for info in infos.values())
@@ -278,12 +279,12 @@ class Shard:
 
 
 def is_output_shard_name(name: str) -> bool:
-    """Return whether ckptkit writes files of this name; an old file of such a name is stale beside new shards."""
+    """Return whether ckptkit writes shards or an index of this name; new output replaces old files of such names."""
     return _OUTPUT_NAME.fullmatch(name) is not None
 
 
 def is_shard_name(name: str) -> bool:
-    """Return whether a reader would take a file of this name for a part of a sharded checkpoint in its directory."""
+    """Return whether a reader would treat a file of this name as a shard or an index."""
     return _SHARD_NAME.fullmatch(name) is not None
 
 

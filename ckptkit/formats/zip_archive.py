@@ -112,7 +112,7 @@ class ZipDirectory:
             warnings.append(ReaderWarning(text, codes.COMPRESSED))
         checksums = [entry.crc for entry in self.entries.values() if entry.size]
         if not any(checksums):
-            text = "no checksums in the archive (torch.serialization.set_crc32_options): damage cannot be seen"
+            text = "no checksums in the archive (torch.serialization.set_crc32_options): damage cannot be detected"
             warnings.append(ReaderWarning(text, codes.NO_CHECKSUM))
         return warnings
 

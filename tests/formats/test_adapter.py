@@ -103,7 +103,7 @@ def test_many_wrong_ranks_are_counted(tmp_path: Path) -> None:
     state = {key: tensor for n in range(50) for key, tensor in lora(f"layers.{n}.v_proj", 2).items()}
     with open_checkpoint(save(tmp_path, state)) as checkpoint:
         assert len(checkpoint.warnings) == 6
-        assert checkpoint.warnings[-1] == "96 more tensors of another rank than adapter_config.json gives"
+        assert checkpoint.warnings[-1] == "96 more tensors of another rank than in adapter_config.json"
 
 
 def test_without_its_configuration_the_scale_is_unknown(tmp_path: Path) -> None:
@@ -120,9 +120,9 @@ def test_a_broken_configuration_gets_one_warning(tmp_path: Path) -> None:
     save(tmp_path, Q)
     (tmp_path / "adapter_config.json").write_text("{")
     with open_checkpoint(tmp_path) as checkpoint:
-        assert [text.startswith("adapter_config.json is not read: it is not JSON") for text in checkpoint.warnings] == [
-            True
-        ]
+        assert [
+            text.startswith("adapter_config.json cannot be read: the file is not JSON") for text in checkpoint.warnings
+        ] == [True]
 
 
 def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
@@ -130,5 +130,5 @@ def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
     save(tmp_path, Q)
     (tmp_path / "adapter_model.safetensors").unlink()
     error = refusal(str(tmp_path))
-    assert error.reason == "holds adapter_config.json and no weights of the adapter"
+    assert error.reason == "holds adapter_config.json, but not the weights of the adapter"
     assert error.hint == "the weights are called adapter_model.safetensors or adapter_model.bin"

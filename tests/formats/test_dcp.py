@@ -32,8 +32,9 @@ from torch.distributed.checkpoint.metadata import (
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import Extent
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
+from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.dcp_metadata import read_metadata
+from ckptkit.formats.distributed.file_names import is_dcp
 from ckptkit.wrappers.envelopes import Selection
 from tests.helpers_dcp import (
     archive,

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate
 from ckptkit.core.files import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from ckptkit.formats.distributed.dcp import is_dcp, open_dcp
+from ckptkit.formats.distributed.dcp import open_dcp
+from ckptkit.formats.distributed.file_names import is_dcp
 from tests.helpers_dcp import FILE_OF, full_tensors, refusal, save_by_ranks
 from tests.helpers_formats import assert_same, random_tensor
 

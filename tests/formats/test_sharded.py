@@ -66,7 +66,9 @@ def test_an_index_wins_over_a_single_file_with_a_warning(tmp_path: Path) -> None
     save({"other": torch.ones(1)}, tmp_path / "model.safetensors")
     with open_checkpoint(tmp_path) as checkpoint:
         assert_same(checkpoint, STATE)
-        assert ["'model.safetensors' is beside the index" in text for text in checkpoint.warnings] == [True]
+        assert [
+            "'model.safetensors' is in the same directory as the index" in text for text in checkpoint.warnings
+        ] == [True]
 
 
 def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
@@ -151,9 +153,9 @@ def test_another_model_beside_the_shards_is_ignored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        pytest.param([], "a directory without a checkpoint in it", id="empty"),
-        pytest.param(["config.json", "README.md"], "a directory without a checkpoint in it", id="no weights"),
-        pytest.param(["a.pt", "b.pt"], "2 files of weights and no index, such as a.pt, b.pt", id="two files"),
+        pytest.param([], "a directory without a checkpoint", id="empty"),
+        pytest.param(["config.json", "README.md"], "a directory without a checkpoint", id="no weights"),
+        pytest.param(["a.pt", "b.pt"], "2 files of weights and no index: a.pt, b.pt", id="two files"),
         pytest.param(["a.safetensors.index.json", "b.safetensors.index.json"], "holds 2 indexes", id="two indexes"),
     ],
 )
@@ -204,7 +206,7 @@ def test_a_link_out_of_the_directory_is_followed_with_a_warning(tmp_path: Path) 
     with open_checkpoint(tmp_path / "run") as checkpoint:
         assert_same(checkpoint, STATE)
         assert checkpoint.warnings == (
-            f"'{FIRST}' is a link out of the directory, to '{tmp_path / 'disk' / FIRST}', and 1 other too",
+            f"'{FIRST}' is a link out of the directory, to '{tmp_path / 'disk' / FIRST}'; 1 more link out of the directory",
         )
     (tmp_path / "one").mkdir()
     (tmp_path / "one" / "model.safetensors").symlink_to(tmp_path / "disk" / SECOND)

@@ -129,7 +129,7 @@ def test_megatron_in_zarr_is_named(tmp_path: Path) -> None:
     (tmp_path / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr", "common_backend": "torch"}))
     torch.save({"iteration": 3}, tmp_path / "common.pt")
     error = refusal(str(tmp_path))
-    assert error.reason == "a checkpoint of Megatron in 'zarr', which is not read"
+    assert error.reason == "a checkpoint of Megatron in the format 'zarr', which is not read"
     assert error.hint == "save it with --dist-ckpt-format torch_dist"
 
 
@@ -154,6 +154,6 @@ def test_the_hint_names_the_directories_inside(tmp_path: Path, names: list[str])
     for name in names:
         (tmp_path / name).mkdir()
     error = refusal(str(tmp_path))
-    assert error.reason == "a directory without a checkpoint in it"
+    assert error.reason == "a directory without a checkpoint"
     listed = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
     assert error.hint == f"give one of the directories inside: {listed}"

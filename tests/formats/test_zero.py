@@ -403,7 +403,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, case: str) -
         ("/etc", "names the unsafe directory '/etc'"),
         ("", "names the unsafe directory ''"),
         (".", "names the unsafe directory '.'"),
-        ("global_step9", "names 'global_step9', which is not a directory of a save here"),
+        ("global_step9", "names 'global_step9', but there is no save of that name in the directory"),
         ("\x1b[2J", r"names '\x1b[2J', which is not a directory"),
     ],
 )
@@ -452,4 +452,4 @@ def test_whole_weights_win_over_a_save_with_a_warning(tmp_path: Path) -> None:
     torch.save(weights(), directory / "pytorch_model.bin")
     with open_checkpoint(directory) as checkpoint:
         assert_whole(checkpoint, weights())
-        assert checkpoint.warnings == (f"'{STEP}' is beside 'pytorch_model.bin' and is not read",)
+        assert checkpoint.warnings == (f"'{STEP}' is in the same directory as 'pytorch_model.bin' and is not read",)

@@ -131,7 +131,7 @@ ACCEPTED: dict[str, Accepted] = {
     **{f"D14 {kind}": Accepted(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
 }
 UNWRITABLE: dict[str, Refused] = {
-    "D3 expanded": Refused(converted, "no room: needs 4.4 TB, "),
+    "D3 expanded": Refused(converted, "not enough disk space: 4.4 TB needed, "),
     "D11 dtype": Refused(with_value(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
     "D14 DTensor": Refused(with_value(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
     "D14 all": Refused(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),

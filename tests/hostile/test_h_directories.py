@@ -209,17 +209,19 @@ REFUSED: dict[str, Refused] = {
         second(lambda at: at.symlink_to("gone")), "a symbolic link to 'gone', which does not"
     ),
     "H4 in the index only": Refused(
-        shards(lambda at: edit(at, x=FIRST)), "the index places 'x' here, but the shard does not hold it"
+        shards(lambda at: edit(at, x=FIRST)), "the index places 'x' in this shard, but the shard has no such tensor"
     ),
     "H4 in the wrong shard": Refused(
         shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' here, but the shard"
     ),
     "H4 in the shard only": Refused(
-        shards(lambda at: edit(at, **{"a.b": ""})), "the shard holds 'a.b', but the index does not place it here"
+        shards(lambda at: edit(at, **{"a.b": ""})),
+        "this shard holds 'a.b', but the index does not place the tensor here",
     ),
     "H4 in two shards": Refused(shards(in_two_shards), "the shard holds 'a.w', but the index does not"),
     "H4 a third shard": Refused(
-        shards(third), "shard 'model-00003-of-00003.safetensors' is beside the index, which does not"
+        shards(third),
+        "the index does not name shard 'model-00003-of-00003.safetensors', which is in the same directory",
     ),
     "H5 not JSON": Refused(index_of("{"), "the index is not JSON"),
     "H5 empty": Refused(index_of(""), "the index is not JSON"),
@@ -229,7 +231,9 @@ REFUSED: dict[str, Refused] = {
     "H5 no map": Refused(index_of("{}"), "the index has no weight_map"),
     "H5 an empty map": Refused(index_of('{"weight_map":{}}'), "the index has no weight_map"),
     "H5 a list as map": Refused(index_of('{"weight_map":[1]}'), "the index has no weight_map"),
-    "H5 a number": Refused(shards(lambda at: edit(at, **{"a.w": 1})), "maps 'a.w' to a int, not to a file name"),
+    "H5 a number": Refused(
+        shards(lambda at: edit(at, **{"a.w": 1})), "the index must map 'a.w' to a file name, but has an int"
+    ),
     "H5 an object": Refused(shards(lambda at: edit(at, **{"a.w": {"file": FIRST}})), "maps 'a.w' to a dict, not"),
     "H5 null": Refused(shards(lambda at: edit(at, **{"a.w": None})), "maps 'a.w' to a NoneType, not to a file"),
     "H5 twice": Refused(index_of('{"weight_map":{"a":"x","a":"y"}}'), "the index names 'a' twice"),
@@ -265,12 +269,14 @@ ACCEPTED: dict[str, Accepted] = {
         "c.w",
     ),
     "H8 an index and a single file": Accepted(
-        beside("model.safetensors"), "'model.safetensors' is beside the index", "3 tensors"
+        beside("model.safetensors"), "'model.safetensors' is in the same directory as the index", "3 tensors"
     ),
-    "H8 two kinds of index": Accepted(both_kinds, "'pytorch_model.bin.index.json' is beside the index", "3 tensors"),
+    "H8 two kinds of index": Accepted(
+        both_kinds, "'pytorch_model.bin.index.json' is in the same directory as the index", "3 tensors"
+    ),
     "H8 distributed and a single file": Accepted(
         distributed(lambda path: save(STATE, Path(path) / "model.safetensors")),
-        "'model.safetensors' is beside the distributed checkpoint",
+        "'model.safetensors' is in the same directory as the distributed checkpoint",
         "w",
     ),
     "H9 names that differ in case": Accepted(case_alone, "differ only in case", "2 tensors"),

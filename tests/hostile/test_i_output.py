@@ -185,7 +185,7 @@ def test_i6_a_limit_on_file_sizes_leaves_the_old_file(place: Path) -> None:
     out = with_old(place)
     ran = run_limited("convert", place / "large.safetensors", "-o", out, "--force", file_size=100_000)
     assert (ran.code, ran.out, out.read_bytes()) == (2, "", b"old")
-    assert ran.err.startswith(f"ckpt: {out}: no room: needs 4.0 MB, ")
+    assert ran.err.startswith(f"ckpt: {out}: not enough disk space: 4.0 MB needed, ")
     assert names_in(place) == ["in.safetensors", "large.safetensors", "o.safetensors"]
 
 
@@ -251,4 +251,4 @@ def test_i20_a_disk_without_free_inodes_is_named(place: Path) -> None:
     with mounted(place / "disk", "-t", "tmpfs", "-o", "size=1m,nr_inodes=1", "tmpfs"):
         ran = run_limited("convert", place / "in.safetensors", "-o", place / "disk" / "o.pt")
     assert ran.code == 2
-    assert ran.err.startswith(f"ckpt: {place}/disk/o.pt: no room: the disk takes no more files\n")
+    assert ran.err.startswith(f"ckpt: {place}/disk/o.pt: the disk cannot hold more files\n")

@@ -22,7 +22,8 @@ from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
 from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, DcpTensor, Place, read_metadata
-from ckptkit.formats.distributed.dcp_safetensors import is_dcp_shard, open_dcp_safetensors
+from ckptkit.formats.distributed.dcp_safetensors import open_dcp_safetensors
+from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
 from ckptkit.formats.file_pool import FilePool, Section
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.sharded import is_plain_name
@@ -33,21 +34,14 @@ from ckptkit.formats.torch.zip import read_torch_zip
 from ckptkit.formats.zip_archive import ZipDirectory, read_zip_directory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = ["is_dcp", "open_dcp"]
+__all__ = ["open_dcp"]
 
-_METADATA = ".metadata"
-_SUFFIX = ".distcp"
 _METADATA_OF_RANK = re.compile(r"__\d+\.metadata")
 _LARGEST_METADATA = 256 << 20
 _MOST_PLACES = 2_000_000  # in the nested state
 _LARGEST_OBJECT, _LARGEST_OBJECTS, _MOST_OBJECTS = 1 << 20, 16 << 20, 1000
 _MOST_PARTS = 1_000_000  # of all objects together
 _VERSION = "1.0.0"
-
-
-def is_dcp(names: Iterable[str]) -> bool:
-    """Return whether a directory with these file names is a distributed checkpoint, whole or not."""
-    return any(name == _METADATA or name.endswith(_SUFFIX) or is_dcp_shard(name) for name in names)
 
 
 def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
@@ -59,8 +53,8 @@ def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
     metadata.
     """
     names = os.listdir(directory)
-    if _METADATA not in names:
-        parts = sum(name.endswith(_SUFFIX) for name in names)
+    if DCP_METADATA not in names:
+        parts = sum(name.endswith(DCP_SUFFIX) for name in names)
         if not parts:
             return open_dcp_safetensors(directory, names, selection)
         if any(_METADATA_OF_RANK.fullmatch(name) for name in names):
@@ -70,13 +64,13 @@ def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
                 path=directory,
             )
         raise FormatError(
-            f"{plural(parts, f'{_SUFFIX} file')} and no {_METADATA}, which is written last: an interrupted save?",
+            f"{plural(parts, f'{DCP_SUFFIX} file')} and no {DCP_METADATA}, which is written last: an interrupted save?",
             hint="use the previous checkpoint",
             path=directory,
         )
     pool = FilePool(directory)
     try:
-        return _open(pool, selection, [name for name in names if name.endswith(_SUFFIX)])
+        return _open(pool, selection, [name for name in names if name.endswith(DCP_SUFFIX)])
     except BaseException as error:
         pool.close()
         if isinstance(error, CkptkitError) and error.path is None:
@@ -85,7 +79,7 @@ def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
 
 
 def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
-    file = pool.get(_METADATA)
+    file = pool.get(DCP_METADATA)
     if file.size > _LARGEST_METADATA:
         raise FormatError(f"{file.size:,} bytes, more than the limit of {_LARGEST_METADATA:,}", path=file.path)
     try:
@@ -126,7 +120,7 @@ def _warnings(metadata: DcpMetadata, objects: _Objects, extra: set[str]) -> Iter
     if metadata.version not in (None, _VERSION):
         yield f"written in version {quoted(str(metadata.version))} of the format; {_VERSION} is supported"
     if extra:
-        yield f"{plural(len(extra), 'file')} not named in {_METADATA}, left from another save: {quoted(min(extra))}"
+        yield f"{plural(len(extra), 'file')} not named in {DCP_METADATA}, left from another save: {quoted(min(extra))}"
     if objects.unread:
         yield f"{plural(len(objects.unread), 'stored object')} not read (too many or too large): {objects.unread[0]}"
 

@@ -8,7 +8,6 @@ zeros.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,22 +20,17 @@ from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
+from ckptkit.formats.distributed.file_names import DCP_SHARD
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.safetensors import open_safetensors, parse_json
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = ["is_dcp_shard", "open_dcp_safetensors"]
+__all__ = ["open_dcp_safetensors"]
 
-_SHARD = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
 _INFO, _VERSION = "DCP_SHARDING_INFO", "DCP_VERSION"
 _KNOWN_VERSION = "1.0"
-
-
-def is_dcp_shard(name: str) -> bool:
-    """Return whether a file has the name of a shard of one rank."""
-    return _SHARD.fullmatch(name) is not None
 
 
 class _Shard(NamedTuple):
@@ -60,7 +54,7 @@ def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Select
     cannot be noticed, and a warning says so.
     """
     refuse_selection(selection, directory)
-    found = [match for name in names if (match := _SHARD.fullmatch(name))]
+    found = [match for name in names if (match := DCP_SHARD.fullmatch(name))]
     shards = sorted(_Shard(int(match[1]), int(match[2]), int(match[3]), match[0]) for match in found)
     if not shards:
         raise FormatError("holds no shard of a distributed checkpoint", path=directory)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,6 +30,7 @@ from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
+from ckptkit.formats.distributed.file_names import ZERO_OPTIM_STATES
 from ckptkit.formats.distributed.zero_files import (
     ModelStates,
     OptimStates,
@@ -48,26 +49,11 @@ from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_ch
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.tree import describe_entry
 
-__all__ = ["find_states_file", "is_zero", "open_zero"]
+__all__ = ["open_zero"]
 
-_OPTIM = re.compile(r"([a-z0-9_]*?)zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
-_MODEL = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model_states\.pt")
 _ELSEWHERE = re.compile(r"layer_\d.*[-_](?:model|optim)_states\.pt|expp_rank_\d.*_optim_states\.pt")
 _CONVERT = "ds_to_universal.py of DeepSpeed converts it"
 _MOST_OUTLINED = 200_000
-
-
-def is_zero(names: Iterable[str]) -> bool:
-    """Return whether a directory with these file names holds parts of a ZeRO checkpoint, all or some."""
-    return any(_OPTIM.fullmatch(name) or ((match := _MODEL.fullmatch(name)) and match[1]) for name in names)
-
-
-def find_states_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
-    """Split ``key`` into the name of a file of DeepSpeed and the rest, or return None."""
-    for name in names:
-        if f"{key}.".startswith(f"{name}.") and (_OPTIM.fullmatch(name) or _MODEL.fullmatch(name)):
-            return name, key[len(name) + 1 :]
-    return None
 
 
 def open_zero(directory: str, names: Sequence[str]) -> Checkpoint:
@@ -135,7 +121,7 @@ def _optim_names(names: Sequence[str]) -> list[str]:
         raise FormatError(
             f"holds layers or experts in separate files, such as {elsewhere[0]}, which are not read", hint=_CONVERT
         )
-    found = {name: match for name in names if (match := _OPTIM.fullmatch(name))}
+    found = {name: match for name in names if (match := ZERO_OPTIM_STATES.fullmatch(name))}
     if len({match[1] for match in found.values()}) > 1:
         raise FormatError("holds optim_states of two saves: only some of them are named bf16")
     if any(int(match[3]) for match in found.values()):

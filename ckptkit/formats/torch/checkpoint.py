@@ -29,7 +29,7 @@ from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.layout import Strided
+from ckptkit.formats.layout import Strided, only_listed_error
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.modules import replace_modules
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
@@ -151,7 +151,7 @@ def build_checkpoint(
     def payload(info: TensorInfo) -> Payload:
         tensor = found.tensors[info.key]
         if info.kind != "dense" or tensor.storage is None:
-            raise FormatError(f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=path)
+            raise only_listed_error(info, path)
         region = regions[tensor.storage.key]
         has_stored_order = is_contiguous(info) and not tensor.conj and not tensor.neg
         return _span(info, region) if has_stored_order else Strided(region, info, tensor.conj, tensor.neg)

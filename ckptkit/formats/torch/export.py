@@ -26,7 +26,7 @@ from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.foreign import refuse_selection
-from ckptkit.formats.layout import Strided
+from ckptkit.formats.layout import Strided, only_listed_error
 from ckptkit.formats.safetensors import LARGEST_HEADER, parse_json
 from ckptkit.formats.zip_archive import ZipDirectory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
@@ -144,9 +144,7 @@ def open_torch_export(archive: ZipDirectory, selection: Selection = WEIGHTS) -> 
 
     def region_of(info: TensorInfo) -> Extent | Inflated:
         if info.kind != "dense":
-            raise FormatError(
-                f"{quoted(info.key)} is a {info.kind} tensor: it is listed and cannot be read", path=file.path
-            )
+            raise only_listed_error(info, file.path)
         return archive.region(chosen.records[info.key])
 
     def span(info: TensorInfo) -> Payload | None:

@@ -145,7 +145,9 @@ def test_the_states_of_accelerate_are_listed(tmp_path: Path) -> None:
         torch.save({"a": 1}, tmp_path / name)
     assert {path: entry.value for path, entry in entries_of(tmp_path).items()} == {name: {"a": 1} for name in names}
     with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.warnings == ("'model_1.safetensors' is beside 'model.safetensors' and is not read",)
+        assert checkpoint.warnings == (
+            "'model_1.safetensors' is in the same directory as 'model.safetensors' and is not read",
+        )
 
 
 def test_a_single_file_of_any_name_may_have_files_beside_it(tmp_path: Path) -> None:
@@ -162,23 +164,23 @@ def _huge_json(path: Path) -> None:
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "empty": ("optimizer.pt", lambda path: path.write_bytes(b""), "optimizer.pt is not read: the file is empty"),
+    "empty": ("optimizer.pt", lambda path: path.write_bytes(b""), "optimizer.pt cannot be read: the file is empty"),
     "truncated": (
-        "optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[:-50]), "optimizer.pt is not read: "),
+        "optimizer.pt", lambda path: path.write_bytes(path.read_bytes()[:-50]), "optimizer.pt cannot be read: "),
     "no torch file": (
-        "scheduler.pt", lambda path: path.write_bytes(b"\x80\x04}."), "scheduler.pt is not read: a bare pickle"),
-    "a directory": ("scaler.pt", Path.mkdir, "scaler.pt is not read: not a regular file"),
-    "a dangling link": ("scaler.pt", lambda path: path.symlink_to("gone"), "scaler.pt is not read: a symbolic li"),
-    "a pipe": ("scaler.pt", os.mkfifo, "scaler.pt is not read: not a regular file"),
+        "scheduler.pt", lambda path: path.write_bytes(b"\x80\x04}."), "scheduler.pt cannot be read: a bare pickle"),
+    "a directory": ("scaler.pt", Path.mkdir, "scaler.pt cannot be read: not a regular file"),
+    "a dangling link": ("scaler.pt", lambda path: path.symlink_to("gone"), "scaler.pt cannot be read: a symbolic li"),
+    "a pipe": ("scaler.pt", os.mkfifo, "scaler.pt cannot be read: not a regular file"),
     "not JSON": (
-        "trainer_state.json", lambda path: path.write_text("{"), "trainer_state.json is not read: it is not JSON"),
-    "a list": ("config.json", lambda path: path.write_text("[]"), "config.json is not read: it is a JSON list"),
-    "deep": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json is not read: it is nested too"),
-    "17 MB": ("config.json", _huge_json, "config.json is not read: it has 17.8 MB, more than the limit of 6.3 MB"),
+        "trainer_state.json", lambda path: path.write_text("{"), "trainer_state.json cannot be read: the file is not JSON"),
+    "a list": ("config.json", lambda path: path.write_text("[]"), "config.json cannot be read: the file is a JSON list"),
+    "deep": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json cannot be read: the file is nested too"),
+    "17 MB": ("config.json", _huge_json, "config.json cannot be read: 17.8 MB, more than the limit of 6.3 MB"),
     "a pickle of 9 MB": (
         "optimizer.pt",
         lambda path: path.write_bytes(torch_zip(mapping({"w": text("x" * (9 << 20))}))),
-        "optimizer.pt is not read: data.pkl has 9437201 bytes, more than the limit of 3145728",
+        "optimizer.pt cannot be read: data.pkl has 9437201 bytes, more than the limit of 3145728",
     ),
     "malicious": (
         "training_args.bin",
@@ -233,13 +235,15 @@ def test_a_warning_names_the_older_form_of_the_same_weights(tmp_path: Path) -> N
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "safetensors"
-        assert checkpoint.warnings == ("'pytorch_model.bin' is beside 'model.safetensors' and is not read",)
+        assert checkpoint.warnings == (
+            "'pytorch_model.bin' is in the same directory as 'model.safetensors' and is not read",
+        )
 
 
 def test_a_directory_without_weights_is_not_a_checkpoint(tmp_path: Path) -> None:
     trainer_directory(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    assert "a directory without a checkpoint in it" in refusal(str(tmp_path)).reason
+    assert "a directory without a checkpoint" in refusal(str(tmp_path)).reason
 
 
 class HyperParameters(dict[str, Any]):
