@@ -61,7 +61,7 @@ _MOST_OUTLINED = 200_000
 
 
 class TrainerFiles(NamedTuple):
-    """The files that trainers write next to the weights: an entry for each file or set of numbered files, and warnings."""
+    """Files that trainers write next to the weights: an entry for each file or set of numbered files, and warnings."""
 
     entries: tuple[Entry, ...]
     warnings: tuple[str, ...]
@@ -222,9 +222,9 @@ def open_index(directory: str, index: str, selection: Selection, *, whole: bool 
 def open_directory(directory: str, selection: Selection) -> Checkpoint:
     """Return the checkpoint in ``directory``, or the selected mapping inside it.
 
-    Files that trainers write next to the weights are entries of the checkpoint. A selected key that begins with the name
-    of such a file, such as ``optimizer.pt`` or ``optimizer.pt.state``, opens that file. Raises ``FormatError`` where the
-    directory holds no checkpoint or several, and where a file is missing.
+    Files that trainers write next to the weights become entries of the checkpoint. A selected key that begins with the
+    name of such a file, such as ``optimizer.pt`` or ``optimizer.pt.state``, opens that file. Raises ``FormatError`` if
+    the directory holds no checkpoint or several, or a file is missing.
     """
     names = _file_names(directory)
     trainer_file = find_trainer_file(names, selection.key)
@@ -303,7 +303,7 @@ def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Ch
 
 
 def _warn_of_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
-    warnings = (f"{quoted(name)} is in the same directory as {chosen} and is not read" for name in others[:4])
+    warnings = (f"{quoted(name)} is not read; only {chosen} is read" for name in others[:4])
     return checkpoint.with_warnings(*warnings)
 
 
@@ -372,7 +372,7 @@ def _only_weights_file(directory: str, names: Sequence[str]) -> str:
     if len(weights) > 1:
         shards = all(map(_SHARD.fullmatch, weights))
         raise FormatError(
-            f"a directory with {plural(len(weights), 'file')} of weights and no index: {listed(weights, 4, show=printable)}",
+            f"a directory with {len(weights):,} files of weights and no index: {listed(weights, 4, show=printable)}",
             hint="copy the index too; its name ends in .index.json" if shards else "give the path of one file",
         )
     return weights[0]

@@ -61,9 +61,9 @@ def open_sharded(
 ) -> Checkpoint:
     """Return one Checkpoint of all shards that the index names; ``open_shard`` opens a shard by its path.
 
-    With ``whole``, a shard in the directory that the index does not name is an error, since such a shard is usually left
-    from another save. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard
-    lacks a tensor that the index places in the shard.
+    With ``whole``, a shard in the directory that the index does not name is an error: usually another save left the
+    shard. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard lacks a
+    tensor that the index places in the shard.
     """
     index_path = os.path.join(directory, index_name)
     index = _read_index(index_path)
@@ -77,7 +77,7 @@ def open_sharded(
     extra = _unnamed_shards(directory, shards)
     if whole and extra:
         raise FormatError(
-            f"the index does not name shard {quoted(extra[0])}, which is in the same directory: left from another save?",
+            f"the index does not name shard {quoted(extra[0])} in its directory: left from another save?",
             hint="remove the shard, or give the path of the index to ignore it",
             path=directory,
         )
@@ -129,21 +129,19 @@ def link_warnings(directory: str, names: Iterable[str]) -> list[ReaderWarning]:
     if not found:
         return []
     name, target = found[0]
-    others = f"; {plural(len(found) - 1, 'more link')} out of the directory" if found[1:] else ""
+    others = f", like {plural(len(found) - 1, 'more link')}" if found[1:] else ""
     text = f"{quoted(name)} is a link out of the directory, to {quoted(target)}{others}"
     return [ReaderWarning(text, codes.LINK_OUTSIDE)]
 
 
 def _check_shard_name(key: str, name: object, index_name: str, path: str) -> None:
     if not isinstance(name, str):
-        raise FormatError(f"the index must map {quoted(key)} to a file name, but has {kind_of(name)}", path=path)
+        raise FormatError(f"the index maps {quoted(key)} to {kind_of(name)}, not to a file name", path=path)
     if not is_plain_name(name):
         raise FormatError(f"the index names the unsafe shard {quoted(name)}", path=path)
     kind = index_name.removesuffix(".index.json").rpartition(".")[2]
     if kind == "safetensors" and not name.endswith(".safetensors"):
-        raise FormatError(
-            f"an index of safetensors shards names {quoted(name)}, which is not a .safetensors file", path=path
-        )
+        raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
 
 
 def _unnamed_shards(directory: str, shards: Mapping[str, object]) -> list[str]:
@@ -215,9 +213,7 @@ def _join(
     similar = next((name for name in order if folded[name.casefold()] != name), None)
     if similar is not None:
         other = folded[similar.casefold()]
-        warnings.append(
-            f"shards {quoted(similar)} and {quoted(other)} differ only in case, so some systems store only one of them"
-        )
+        warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
     stated_metadata = index.get("metadata")
     total = stated_metadata.get("total_size") if isinstance(stated_metadata, dict) else None
     actual = sum(info.nbytes for info in infos.values())

@@ -145,9 +145,7 @@ def test_the_states_of_accelerate_are_listed(tmp_path: Path) -> None:
         torch.save({"a": 1}, tmp_path / name)
     assert {path: entry.value for path, entry in entries_of(tmp_path).items()} == {name: {"a": 1} for name in names}
     with open_checkpoint(tmp_path) as checkpoint:
-        assert checkpoint.warnings == (
-            "'model_1.safetensors' is in the same directory as 'model.safetensors' and is not read",
-        )
+        assert checkpoint.warnings == ("'model_1.safetensors' is not read; only 'model.safetensors' is read",)
 
 
 def test_a_single_file_of_any_name_may_have_files_beside_it(tmp_path: Path) -> None:
@@ -173,9 +171,12 @@ BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a dangling link": ("scaler.pt", lambda path: path.symlink_to("gone"), "scaler.pt cannot be read: a symbolic li"),
     "a pipe": ("scaler.pt", os.mkfifo, "scaler.pt cannot be read: not a regular file"),
     "not JSON": (
-        "trainer_state.json", lambda path: path.write_text("{"), "trainer_state.json cannot be read: the file is not JSON"),
-    "a list": ("config.json", lambda path: path.write_text("[]"), "config.json cannot be read: the file is a JSON list"),
-    "deep": ("config.json", lambda path: path.write_text("[" * 10**5), "config.json cannot be read: the file is nested too"),
+        "trainer_state.json", lambda path: path.write_text("{"),
+        "trainer_state.json cannot be read: the file is not JSON"),
+    "a list": (
+        "config.json", lambda path: path.write_text("[]"), "config.json cannot be read: the file is a JSON list"),
+    "deep": (
+        "config.json", lambda path: path.write_text("[" * 10**5), "config.json cannot be read: the file is nested too"),
     "17 MB": ("config.json", _huge_json, "config.json cannot be read: 17.8 MB, more than the limit of 6.3 MB"),
     "a pickle of 9 MB": (
         "optimizer.pt",
@@ -235,9 +236,7 @@ def test_a_warning_names_the_older_form_of_the_same_weights(tmp_path: Path) -> N
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     with open_checkpoint(tmp_path) as checkpoint:
         assert checkpoint.format == "safetensors"
-        assert checkpoint.warnings == (
-            "'pytorch_model.bin' is in the same directory as 'model.safetensors' and is not read",
-        )
+        assert checkpoint.warnings == ("'pytorch_model.bin' is not read; only 'model.safetensors' is read",)
 
 
 def test_a_directory_without_weights_is_not_a_checkpoint(tmp_path: Path) -> None:

@@ -452,4 +452,4 @@ def test_whole_weights_win_over_a_save_with_a_warning(tmp_path: Path) -> None:
     torch.save(weights(), directory / "pytorch_model.bin")
     with open_checkpoint(directory) as checkpoint:
         assert_whole(checkpoint, weights())
-        assert checkpoint.warnings == (f"'{STEP}' is in the same directory as 'pytorch_model.bin' and is not read",)
+        assert checkpoint.warnings == (f"'{STEP}' is not read; only 'pytorch_model.bin' is read",)
