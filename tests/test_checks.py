@@ -352,7 +352,7 @@ READER_WARNINGS: dict[str, tuple[Callable[[Path], Path], str, str, str]] = {
         "warning",
         "both be called",
     ),
-    "another suffix": (_misnamed, "reader-warning", "warning", "the name says safetensors"),
+    "another suffix": (_misnamed, "reader-warning", "warning", "the file name says safetensors"),
     "code": (_torch({"w": torch.ones(2), "net": nn.ReLU()}), "code-reference", "warning", "not run: torch.nn"),
     "malicious": (_torch({"w": torch.ones(2), "x": _Evil()}), "code-suspicious", "error", "posix.system"),
     "sparse": (_torch({"w": torch.ones(2), "s": torch.eye(3).to_sparse()}), "not-dense", "note", "1 sparse tensor"),

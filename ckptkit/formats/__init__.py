@@ -1,4 +1,4 @@
-"""Open checkpoints by path; the content of a file decides its format, not its name."""
+"""Open checkpoints by path. The content of a file decides its format, not the name."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["LIVE_PREFIX", "errors_about", "open_checkpoint", "open_inside", "open_optimizer", "split_path"]
 
-# Functions import the reader that they need, so that listing a small file does not load every reader.
+# Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Return the checkpoint at ``path``: its keys, shapes and byte ranges. No tensor is read and no code is run.
+    """Return the checkpoint at ``path``, with its keys, shapes and byte ranges. No tensor is read and no code is run.
 
     ``path`` is a file or a directory with shards. ``PATH::a.b`` opens a mapping inside a checkpoint.
-    ``py:package.module:callable`` opens a live model, and runs its code. Shapes are those of torch, sizes are in bytes.
+    ``py:package.module:callable`` opens a live model, and runs its code. Shapes are as in torch; sizes are in bytes.
     Raises ``PathError`` where the path cannot be read, and ``FormatError`` where the checkpoint is not valid or not
     whole. Raises ``ModelError`` where a live model cannot be built.
     """
@@ -38,12 +38,16 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the saved ``state_dict()`` of an optimizer at ``path``; ``PATH::a.b`` names the mapping that holds it.
 
-    Without a name, the only optimizer state of the file is found, and ``envelope`` of the result names its mapping.
+    Without ``::a.b``, the only optimizer state of the file is opened. ``envelope`` of the result is the key of the state.
     Raises what ``open_checkpoint`` raises, and ``FormatError`` where the file holds no optimizer state, or several.
     """
     name = _path_text(path)
     if name.startswith(LIVE_PREFIX):
-        raise PathError("is a live model, which has no optimizer", hint="give the file that holds its state", path=name)
+        raise PathError(
+            "is a live model, which has no optimizer",
+            hint="give the file that holds the state of the optimizer",
+            path=name,
+        )
     saved, key = split_path(name)
     if key:
         return open_checkpoint(name)
@@ -52,7 +56,7 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def open_inside(path: str, selection: Selection) -> Checkpoint:
-    """Return the selected mapping of the file ``path``, whose name is not searched for ``::``.
+    """Return the selected mapping of the file ``path``. A ``::`` in ``path`` is a part of the file name.
 
     Raises what ``open_checkpoint`` raises.
     """
@@ -83,10 +87,10 @@ def errors_about(name: str) -> Iterator[None]:
     except OSError as error:
         raise PathError((error.strerror or str(error)).lower(), path=name) from None
     except MemoryError:
-        pass  # raised below, since this exception keeps alive the objects that filled the memory
+        pass  # the new error is raised below, after this exception has released the objects that filled the memory
     else:
         return
-    raise FormatError("describing it needs more memory than this machine has", path=name)
+    raise FormatError("describing the checkpoint needs more memory than this machine has", path=name)
 
 
 def _warn_of_similar_keys(checkpoint: Checkpoint) -> Checkpoint:
@@ -96,7 +100,7 @@ def _warn_of_similar_keys(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def split_path(name: str) -> tuple[str, str]:
-    """Return the path and the key after ``::``. The longest path that exists wins, since names can hold ``::`` too."""
+    """Return the path and the key after ``::``. File names can contain ``::``, so the longest path that exists wins."""
     parts = name.split("::")
     for count in range(len(parts), 0, -1):
         path = "::".join(parts[:count])
@@ -108,7 +112,7 @@ def split_path(name: str) -> tuple[str, str]:
 
 def _open_path(name: str, selection: Selection) -> Checkpoint:
     if "://" in name and not os.path.exists(name):
-        raise PathError("remote paths are not read yet", hint="download it first", path=name)
+        raise PathError("remote paths are not supported", hint="download the checkpoint first", path=name)
     if os.path.isdir(name):
         from ckptkit.formats.directories import open_directory
 

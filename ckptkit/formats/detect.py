@@ -1,4 +1,4 @@
-"""Find the reader of a file by the first bytes of the file, never by its name."""
+"""Find the reader of a file by the first bytes of the file, never by the file name."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ __all__ = ["TORCH_SUFFIXES", "open_file", "open_zip", "read_torch"]
 
 
 def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
-    """Return the Checkpoint in a zip archive, which takes over the file.
+    """Return the Checkpoint in a zip archive; the Checkpoint closes the file.
 
-    Raises ``FormatError`` where the archive contradicts itself, or its kind is unknown.
+    Raises ``FormatError`` if the archive contradicts itself, or its kind is unknown.
     """
     from ckptkit.formats.zip_archive import read_zip_directory
 
@@ -48,7 +48,7 @@ def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
     return open_torch_zip(archive, selection)
 
 
-# Functions import the reader that they need, so that listing a small file does not load every reader.
+# Each function imports its reader, so that opening a small file does not load all readers.
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pkl", ".th", ".tar")
 _SUFFIXES = (
     (".safetensors", "safetensors"), (".pt2", "torch-export"), (".gguf", "gguf"), (".npz", "npz"), (".npy", "npy"),
@@ -62,7 +62,7 @@ _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle,
 def open_file(name: str, selection: Selection) -> Checkpoint:
     """Return the checkpoint in the file ``name``, or the selected mapping inside it.
 
-    Raises ``PathError`` where the file cannot be read, ``FormatError`` where it is not a valid and whole checkpoint.
+    Raises ``PathError`` if the file cannot be read, and ``FormatError`` if the file is not a complete, valid checkpoint.
     """
     file = LocalFile(name)
     try:
@@ -72,11 +72,11 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
         if isinstance(error, CkptkitError) and error.path is None:
             error.path = name
         if isinstance(error, FormatError) and name.endswith(_UNFINISHED):
-            error.hint = "its name is that of an unfinished download: finish the download, or start it again"
+            error.hint = "the name shows an unfinished download: finish or repeat the download"
         raise
     named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
     if named is not None and not checkpoint.format.startswith(named):
-        warning = f"the name says {named}, but the content is {checkpoint.format}"
+        warning = f"the file name says {named}, but the content is {checkpoint.format}"
         checkpoint = checkpoint.with_warnings(warning)
     return checkpoint.with_warnings(*_empty_weights_warning(checkpoint))
 
@@ -121,8 +121,8 @@ def _empty_weights_warning(checkpoint: Checkpoint) -> tuple[str, ...]:
 def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
     """Return the tree of values in a file of ``torch.save``, without running any code.
 
-    Raises ``FormatError`` where torch did not save the file, it is not whole, or its pickle is larger than ``largest``
-    bytes.
+    Raises ``FormatError`` if torch did not save the file, the file is incomplete, or the pickle is larger than
+    ``largest`` bytes.
     """
     head = _head(file)
     if head.startswith(_ZIP_MAGIC):
@@ -151,7 +151,7 @@ def _looks_like_safetensors(head: bytes) -> bool:
     size = int.from_bytes(head[:8], "little")
     if len(head) >= 9 and head[8:9] == b"{":
         return size < 2**56
-    # A plausible length of a safetensors header before a broken header gets the message of that reader.
+    # A file that begins with a plausible header length gets the error of the safetensors reader, which says more.
     return (
         0 < size <= LARGEST_HEADER
         and len(head) >= 8

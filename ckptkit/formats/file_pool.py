@@ -1,4 +1,4 @@
-"""The files of a checkpoint with many files, of which only the last used are kept open."""
+"""Read a checkpoint with many files, and keep only the most recently used files open."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _MOST_OPEN = 128  # a thousand ranks save a thousand files, which is about as ma
 
 
 class FilePool:
-    """The files of one directory by name, each opened at the first request."""
+    """The files of one directory by name. Each file is opened at the first request."""
 
     def __init__(self, directory: str) -> None:
-        """Start without any file."""
+        """Take the path of the directory, and open no file yet."""
         self.directory = directory
         self.files: dict[str, PooledFile] = {}
         self._recent: dict[PooledFile, None] = {}
@@ -29,7 +29,10 @@ class FilePool:
         return self.files[name]
 
     def use(self, file: PooledFile) -> bool:
-        """Mark ``file`` as used last and return whether it may be open; close the file that was unused longest."""
+        """Mark ``file`` as the most recently used, and return whether ``file`` may be open.
+
+        If too many files are open, the least recently used file is closed.
+        """
         self._recent.pop(file, None)
         if self._closed:
             return False
@@ -46,7 +49,7 @@ class FilePool:
             file.check_unchanged()
 
     def close(self) -> None:
-        """Close every file; reading afterwards is an error."""
+        """Close every file. Reading a closed file is an error."""
         self._closed = True
         self._recent.clear()
         for file in self.files.values():
@@ -54,7 +57,7 @@ class FilePool:
 
 
 class PooledFile(LocalFile):
-    """A file that its pool may close at any time, and that is opened again when it is read."""
+    """A file that its pool may close at any time. Reading a closed file opens the file again."""
 
     def __init__(self, path: str, pool: FilePool) -> None:
         """Open ``path`` for the first time."""
@@ -63,7 +66,7 @@ class PooledFile(LocalFile):
         pool.use(self)
 
     def fileno(self) -> int:
-        """Return the file descriptor, valid until a hundred other files of the pool have been read."""
+        """Return the file descriptor, which is valid until the pool closes the file."""
         self._ensure_open()
         return super().fileno()
 
@@ -93,10 +96,10 @@ class PooledFile(LocalFile):
 
 
 class Section(LocalFile):
-    """A range of a file that a reader sees as a file."""
+    """A range of a file that a reader can use like a whole file."""
 
     def __init__(self, file: LocalFile, offset: int, size: int) -> None:
-        """Show ``size`` bytes of ``file`` from ``offset``; the caller has checked that the file has them."""
+        """Take ``size`` bytes of ``file`` from ``offset``; the caller has checked that the range is in the file."""
         # LocalFile.__init__ is not called, since there is nothing to open.
         self.path = file.path
         self.size = size

@@ -47,17 +47,17 @@ def unsupported_directory(names: Collection[str]) -> FormatError | None:
 
 
 def is_tensorflow_shard(path: str) -> bool:
-    """Return whether TensorFlow gives such a name to a file that holds only the bytes of tensors."""
+    """Return whether TensorFlow gives this name to a file that holds only the bytes of tensors."""
     return _TENSORFLOW_SHARD.fullmatch(path) is not None
 
 
 def is_tensorflow_index(read: Callable[[int, int], bytes], size: int) -> bool:
-    """Return whether a file ends like the tables in which TensorFlow lists the tensors of a checkpoint."""
+    """Return whether a file ends like the index of a TensorFlow checkpoint."""
     return size >= 48 and read(size - 8, 8) == _TABLE_END
 
 
 def is_onnx(head: bytes, size: int, read: Callable[[int, int], bytes]) -> bool:
-    """Return whether a file of ``size`` bytes is an ONNX model: its fields are in order up to the graph."""
+    """Return whether a file of ``size`` bytes is an ONNX model, judging by the order of its fields up to the graph."""
     if len(head) < 4 or head[0] != _VERSION or not 0 < head[1] <= _NEWEST_ONNX:
         return False
     at, last = 2, _VERSION
@@ -130,7 +130,7 @@ def is_flax(head: bytes) -> bool:
 
 
 def _end_of_scalar(head: bytes, at: int) -> int | None:
-    """Return the end of the scalar at ``at``, or None where there is no scalar."""
+    """Return the end of the scalar at ``at``, or None if another kind of value begins there."""
     if at >= len(head):
         return None
     byte = head[at]
@@ -163,7 +163,7 @@ _KNOWN_MAGICS = (
 
 
 def is_torch_tar(head: bytes) -> bool:
-    """Return whether ``head`` begins a tar archive whose first member is one that torch 0.1 writes."""
+    """Return whether ``head`` begins a tar archive of torch 0.1, judging by the name of the first member."""
     return head[257:262] == b"ustar" and head[:100].rstrip(b"\0") in (name.encode() for name in TAR_MEMBERS)
 
 
@@ -181,14 +181,15 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
         return FormatError("a tar archive (torch before 0.4, or a packed directory)", hint=_UNPACK)
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return FormatError(
-            "a bare pickle, not a file of torch.save", hint="load it where it was written, and torch.save it"
+            "a bare pickle, not a file of torch.save",
+            hint="load it with the program that wrote it, and save it with torch.save",
         )
     if is_flax(head):
         return FormatError(
             "a msgpack file of flax, which is not read", hint="flax.serialization.msgpack_restore reads it"
         )
     if is_tensorflow_index(file.read, file.size) or is_tensorflow_shard(file.path):
-        return FormatError("a part of a TensorFlow checkpoint, which is not read", hint=_TENSORFLOW)
+        return FormatError("a file of a TensorFlow checkpoint, which is not read", hint=_TENSORFLOW)
     if not head.strip(b"\0") and not _has_content(file):
         return FormatError("only zero bytes (an interrupted write?)", hint="copy it again")
     if len(head) < 8:
@@ -197,15 +198,15 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
 
 
 def refuse_selection(selection: Selection, path: str | None = None) -> None:
-    """Raise ``FormatError`` unless the weights are selected, since a flat format has no mapping inside."""
+    """Raise ``FormatError`` unless the weights are selected, since this format cannot hold nested mappings."""
     if selection.optimizer:
         raise FormatError(
-            "holds only tensors and no optimizer state", hint="give the file that was saved with it", path=path
+            "holds only tensors and no optimizer state", hint="give the file that holds the optimizer state", path=path
         )
     if selection.key:
         raise FormatError(
-            f"is flat: there is no mapping {quoted(selection.key)} inside",
-            hint=f"use --keep {shell_word(selection.key + '.*')}",
+            f"holds only tensors, and not a mapping {quoted(selection.key)}",
+            hint=f"--keep {shell_word(selection.key + '.*')} selects keys by their names",
             path=path,
         )
 

@@ -1,4 +1,4 @@
-"""Open live models as checkpoints: ``py:package.module:callable`` imports and runs the user's code."""
+"""Open live models as checkpoints. ``py:package.module:callable`` imports and runs the user's code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def import_target(target: str) -> Any:
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
-    """Return the model or state_dict at ``package.module:name``; a callable is called, with ``device`` as default.
+    """Return the model or state_dict at ``package.module:name``. A callable is called with ``device`` as default device.
 
     Raises what ``import_target`` raises, and ``ModelError`` where the callable fails or returns something else.
     """
@@ -65,7 +65,7 @@ def _call(function: Callable[[], Any], name: str, device: str | None) -> Any:
             model: Any = function()
     except (Exception, SystemExit) as error:
         needs_arguments = isinstance(error, TypeError) and "missing" in str(error) and "required" in str(error)
-        hint = "it is called without arguments" if needs_arguments else None
+        hint = "ckptkit calls the callable without arguments" if needs_arguments else None
         raise ModelError(f"calling {quoted(name)} failed: {first_line(error)}", hint=hint) from error
     if not _is_model(model) and not isinstance(model, Mapping):
         raise ModelError(f"{quoted(name)} returned a {type(model).__name__}, not a model or a state_dict")
@@ -77,7 +77,10 @@ def _is_model(value: object) -> bool:
 
 
 def build_shapes(target: str) -> Any:
-    """Return the model built on the meta device, or on its own device where that fails. Raises ``ModelError``."""
+    """Return the model built on the meta device, or on its own device if building on the meta device fails.
+
+    Raises ``ModelError`` if both fail.
+    """
     try:
         return build_model(target, device="meta")
     except ModelError:
@@ -137,8 +140,8 @@ def open_live(target: str, path: str) -> Checkpoint:
             raise ModelError(f"{quoted(info.key)} differs when the model is built again", path=path)
         if info.key in moved or _offset_and_strides(other) != _offset_and_strides(info):
             raise ModelError(
-                f"{quoted(info.key)} has another layout when the model is built again",
-                hint="save its state_dict() with torch.save and give that file",
+                f"{quoted(info.key)} has other strides or shares other memory when the model is built again",
+                hint="save the state_dict() of the model with torch.save, and give that file",
                 path=path,
             )
         return built

@@ -218,8 +218,8 @@ def test_packed_elements_are_read_from_one_shard_and_refused_from_several(tmp_pa
 
 def test_it_is_flat(ranks: Path) -> None:
     error = refusal(str(ranks), "model")
-    assert error.reason == "is flat: there is no mapping 'model' inside"
-    assert error.hint == "use --keep 'model.*'"
+    assert error.reason == "holds only tensors, and not a mapping 'model'"
+    assert error.hint == "--keep 'model.*' selects keys by their names"
 
 
 def test_a_warning_names_another_version(copy: Path) -> None:

@@ -236,11 +236,11 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
             "'w.npy': not read: 1 byte after the array",
             id="a longer entry",
         ),
-        pytest.param(fields(), "x.npz", "the name says npz, but the content is npy", id="another name"),
+        pytest.param(fields(), "x.npz", "the file name says npz, but the content is npy", id="another name"),
         pytest.param(
             npz({"w": filled("<f4", (2,))}),
             "x.pt",
-            "the name says torch, but the content is npz",
+            "the file name says torch, but the content is npz",
             id=".pt",
         ),
     ],

@@ -121,7 +121,7 @@ def test_a_file_beside_the_weights_is_opened_by_its_name(tmp_path: Path) -> None
     error = refusal(f"{directory}::optimizer.pt.steak")
     assert "holds nothing at 'steak'" in error.reason
     error = refusal(f"{directory}::optimizer")
-    assert "is flat: there is no mapping 'optimizer' inside" in error.reason
+    assert "holds only tensors, and not a mapping 'optimizer'" in error.reason
 
 
 def test_states_of_many_ranks_are_one_entry(tmp_path: Path) -> None:

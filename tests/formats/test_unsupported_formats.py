@@ -40,7 +40,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "ONNX with documentation": ("x.bin", LONG_ONNX, "an ONNX model", "onnx.load"),
     "flax": ("flax_model.msgpack", FLAX, "a msgpack file of flax", "flax.serialization"),
     "flax with a step": ("checkpoint_3", FLAX_STATE, "a msgpack file of flax", "flax.serialization"),
-    "an index of TensorFlow": ("ckpt-1.index", TENSORFLOW_TABLE, "a part of a TensorFlow checkpoint", "tf.train"),
+    "an index of TensorFlow": ("ckpt-1.index", TENSORFLOW_TABLE, "a file of a TensorFlow checkpoint", "tf.train"),
     "a shard of TensorFlow": ("ckpt-1.data-00000-of-00001", b"\x01\x02" * 99, "a part of a Tens", "tf.train"),
     "the state of TensorFlow": (
         "checkpoint", b'model_checkpoint_path: "ckpt-1"\nall_model_checkpoint_paths: "ckpt-1"\n',

@@ -80,10 +80,10 @@ REFUSED: dict[str, Refused] = {
 }
 ACCEPTED: dict[str, Accepted] = {
     "A12 safetensors as .pt": Accepted(
-        written(SAFETENSORS), "the name says torch, but the content is safetensors", "F32"
+        written(SAFETENSORS), "the file name says torch, but the content is safetensors", "F32"
     ),
     "A12 zip as .safetensors": Accepted(
-        written(ZIP, "x.safetensors"), "the name says safetensors, but the content is torch-zip", "F32"
+        written(ZIP, "x.safetensors"), "the file name says safetensors, but the content is torch-zip", "F32"
     ),
 }
 OTHER = ("A9 unreadable",)

@@ -1,4 +1,4 @@
-"""Recognize the files of distributed checkpoints by their names, so that only the needed reader is loaded."""
+"""Recognise the files of distributed checkpoints by their names, so that only the needed reader is loaded."""
 
 from __future__ import annotations
 
