@@ -146,10 +146,10 @@ def test_existing_paths_are_not_replaced(make: Callable[[Path], object], reason:
 def test_the_directory_must_exist(shards: int | None, tmp_path: Path) -> None:
     """A missing directory is named and not created, because it may be a typing error."""
     out = tmp_path / "no" / ("out" if shards else "out.pt")
-    assert refusal(lambda: convert(STATE, out, shards=shards)).reason == f"its directory {out.parent} does not exist"
+    assert refusal(lambda: convert(STATE, out, shards=shards)).reason == f"the directory {out.parent} does not exist"
     if not shards:
         (tmp_path / "no").write_bytes(b"")
-        assert refusal(lambda: convert(STATE, out)).reason == f"its directory {out.parent} is not a directory"
+        assert refusal(lambda: convert(STATE, out)).reason == f"{out.parent} is not a directory"
 
 
 def test_file_modes(tmp_path: Path) -> None:

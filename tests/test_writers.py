@@ -242,7 +242,7 @@ class Nothing:
 def test_a_payload_of_another_size_is_noticed(name: str, tmp_path: Path) -> None:
     """Otherwise zeros would be written in place of the missing bytes."""
     source = Checkpoint(described(w=(2,)), Access(lambda _: Nothing()), Description("source", "test"))
-    with pytest.raises(ChangedError, match="gave 0 bytes in place of 8"):
+    with pytest.raises(ChangedError, match="has 0 bytes in place of 8"):
         execute(plan_remap(source), source, tmp_path / name)
     assert list(tmp_path.iterdir()) == []
 

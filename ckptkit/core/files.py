@@ -34,7 +34,8 @@ def _reason(error: OSError) -> str:
 class LocalFile:
     """A regular file that is open for reading.
 
-    The file is never mapped into memory: a map raises SIGBUS when the file is truncated, ``pread`` returns fewer bytes.
+    The file is never mapped into memory. If another program truncates the file, a memory map raises SIGBUS, whereas
+    ``pread`` returns fewer bytes.
     """
 
     def __init__(self, path: str) -> None:
@@ -111,7 +112,7 @@ class LocalFile:
 
 
 class Region(Payload, Protocol):
-    """A payload that can be sliced without reading the rest first."""
+    """A payload of which a range can be read alone."""
 
     def slice(self, start: int, nbytes: int) -> Payload:
         """Return the ``nbytes`` bytes from byte ``start``."""
@@ -131,21 +132,21 @@ class Extent:
         """Yield the bytes in one reused buffer."""
         buffer = memoryview(bytearray(min(self.nbytes, CHUNK)))
         for done in range(0, self.nbytes, CHUNK):
-            piece = buffer[: min(CHUNK, self.nbytes - done)]
-            self.file.read_into(piece, self.offset + done)
-            yield piece
+            chunk = buffer[: min(CHUNK, self.nbytes - done)]
+            self.file.read_into(chunk, self.offset + done)
+            yield chunk
 
     def slice(self, start: int, nbytes: int) -> Extent:
-        """Return a part of the range."""
+        """Return the ``nbytes`` bytes of the range from its byte ``start``."""
         is_whole = start == 0 and nbytes == self.nbytes
         return self if is_whole else Extent(self.file, self.offset + start, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class Inflated:
-    """A range of the content of a compressed (deflate) part of a file; nothing after the range is decompressed.
+    """A range of the decompressed bytes of ``packed``, a range of a file in deflate format.
 
-    ``size`` is the number of bytes of the whole content.
+    ``size`` is the number of all decompressed bytes. The bytes after the range are not decompressed.
     """
 
     packed: Extent
@@ -154,13 +155,13 @@ class Inflated:
     nbytes: int = 0
 
     def chunks(self) -> Iterator[bytes]:
-        """Yield the bytes; the content before the range is decompressed too."""
+        """Yield the bytes. The bytes before the range are decompressed too, but not returned."""
         skip, left = self.start, self.nbytes
         if not left:
             return
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-        for piece in self.packed.chunks():
-            data = self._inflate(inflater, piece)
+        for chunk in self.packed.chunks():
+            data = self._inflate(inflater, chunk)
             while data:
                 part = data[skip : skip + left]
                 after = len(data) - skip - len(part)
@@ -185,7 +186,7 @@ class Inflated:
             raise FormatError(f"compressed data is damaged: {error}", path=self.packed.file.path) from None
 
     def slice(self, start: int, nbytes: int) -> Inflated:
-        """Return a part of the range."""
+        """Return the ``nbytes`` bytes of the range from its byte ``start``."""
         return Inflated(self.packed, self.size, self.start + start, nbytes)
 
 
@@ -217,20 +218,20 @@ class ByteSwapped:
             yield memoryview(numbers).cast("B")
 
     def slice(self, start: int, nbytes: int) -> ByteSwapped:
-        """Return a part of the range, which must begin and end between two numbers."""
+        """Return the ``nbytes`` bytes from byte ``start``; both must be multiples of ``width``."""
         return ByteSwapped(self.source.slice(start, nbytes), self.width)
 
 
 def is_seekable(payload: Payload) -> TypeGuard[Region]:
-    """Return whether a part can be read without reading the bytes before it."""
+    """Return whether a range can be read without reading the bytes before the range."""
     return isinstance(payload.source if isinstance(payload, ByteSwapped) else payload, Extent)
 
 
 def same_bytes(first: Payload, second: Payload) -> bool:
-    """Return whether two payloads have equal bytes, reading both in pieces up to the first difference."""
+    """Return whether two payloads have equal bytes. Both are read in chunks, up to the first difference."""
     if first.nbytes != second.nbytes:
         return False
-    left, right = (_Pieces(payload.chunks()) for payload in (first, second))
+    left, right = (_ChunkReader(payload.chunks()) for payload in (first, second))
     done = 0
     while done < first.nbytes:
         count = min(len(left.current()), len(right.current()))
@@ -241,8 +242,8 @@ def same_bytes(first: Payload, second: Payload) -> bool:
     return True
 
 
-class _Pieces:
-    """The bytes of a payload, taken in lengths that the caller chooses."""
+class _ChunkReader:
+    """Read the bytes of a payload in lengths that the caller chooses."""
 
     def __init__(self, chunks: Iterator[bytes | bytearray | memoryview]) -> None:
         self._chunks = chunks
@@ -257,5 +258,5 @@ class _Pieces:
         return self._rest
 
     def take(self, count: int) -> memoryview:
-        piece, self._rest = self._rest[:count], self._rest[count:]
-        return piece
+        taken, self._rest = self._rest[:count], self._rest[count:]
+        return taken

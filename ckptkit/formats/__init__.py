@@ -38,7 +38,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
     """Return the saved ``state_dict()`` of an optimizer at ``path``; ``PATH::a.b`` names the mapping that holds it.
 
-    Without ``::a.b``, the only optimizer state of the file is opened. ``envelope`` of the result is the key of the state.
+    Without ``::a.b``, the only optimizer state of the file is opened, and ``envelope`` of the result is its key.
     Raises what ``open_checkpoint`` raises, and ``FormatError`` where the file holds no optimizer state, or several.
     """
     name = _path_text(path)

@@ -1,4 +1,4 @@
-"""Write a file or directory under a temporary name; it takes its final name only when it is whole and on disk."""
+"""Write files and directories under temporary names; only complete output on disk gets the final name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ckptkit.errors import ChangedError, OutputError
 
 __all__ = ["AtomicFile", "atomic_directory", "prepare_directory", "prepare_target"]
 
-_LONGEST_NAME = 200  # bytes of the final name in the temporary name, which must have less than 255
+_LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; file systems allow 255 bytes in total
 _NO_LINKS = (
     errno.EPERM,
     errno.EOPNOTSUPP,
@@ -30,7 +30,7 @@ _NO_LINKS = (
 def prepare_target(path: str, *, force: bool) -> str:
     """Return the real path of an output file, after following symbolic links.
 
-    Raises ``OutputError`` where the directory is missing, or the path exists and is not a regular file, or exists and
+    Raises ``OutputError`` if the directory is missing, or the path is not a regular file, or the file exists and
     ``force`` is not given.
     """
     target, status = _status(path)
@@ -76,20 +76,20 @@ def prepare_directory(path: str, *, force: bool) -> str:
 
 
 def _status(path: str) -> tuple[str, os.stat_result | None]:
-    """Return the real path of an output and the status of a file there, and raise ``OutputError`` for a bad path."""
+    """Return the real path of an output, and the status of an existing file. Raises ``OutputError`` for a bad path."""
     target = os.path.realpath(path)
     parent = os.path.dirname(target)
     try:
         above = os.stat(parent).st_mode
     except (FileNotFoundError, NotADirectoryError):
-        raise OutputError(f"its directory {printable(parent)} does not exist", path=path) from None
+        raise OutputError(f"the directory {printable(parent)} does not exist", path=path) from None
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise OutputError(f"its directory {printable(parent)}: {reason}", path=path) from None
+        raise OutputError(f"the directory {printable(parent)}: {reason}", path=path) from None
     if not stat.S_ISDIR(above):
-        raise OutputError(f"its directory {printable(parent)} is not a directory", path=path)
+        raise OutputError(f"{printable(parent)} is not a directory", path=path)
     try:
-        # Not the real path: a pipe behind /dev/stdout has no real path.
+        # The real path cannot be used here: a pipe behind /dev/stdout has none.
         return target, os.stat(path)
     except FileNotFoundError:
         return target, None
@@ -140,7 +140,7 @@ class AtomicFile:
 
     @property
     def temporary(self) -> str:
-        """Path of the temporary file, where its content can be read back."""
+        """Path of the temporary file, from which the content can be read back."""
         return self._temporary
 
     def write(self, data: bytes | bytearray | memoryview, offset: int) -> None:
@@ -164,7 +164,7 @@ class AtomicFile:
             done += len(chunk)
             yield len(chunk)
         if done != payload.nbytes:
-            raise ChangedError(f"a tensor gave {done} bytes in place of {payload.nbytes}")
+            raise ChangedError(f"a tensor has {done} bytes in place of {payload.nbytes}")
 
     def _copy_extent(self, extent: Extent, offset: int) -> Iterator[int]:
         done = 0
@@ -231,7 +231,9 @@ class AtomicFile:
 
 def _created_meanwhile(target: str) -> OutputError:
     return OutputError(
-        "another program created it during this run; it was not replaced", hint="--force replaces it", path=target
+        "another program created this path during this run; it was not replaced",
+        hint="--force replaces it",
+        path=target,
     )
 
 
@@ -250,11 +252,11 @@ def _reserve(fd: int, size: int) -> None:
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        os.ftruncate(fd, size)  # this file system cannot reserve, so a full disk fails while writing
+        os.ftruncate(fd, size)  # this file system cannot reserve space, so a full disk causes an error later
 
 
 def _keep_owner_and_mode(new: int | str, target: str) -> None:
-    """Give the new file or directory the owner and mode of the old target, or of any new file where there is none."""
+    """Give the new file or directory the owner and mode of the old target, or the defaults if there is no target."""
     try:
         old = os.stat(target)
     except FileNotFoundError:
@@ -267,7 +269,7 @@ def _keep_owner_and_mode(new: int | str, target: str) -> None:
         try:
             os.chown(new, -1, old.st_gid)
         except PermissionError:
-            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # another group must not get the rights of the old group
+            mode &= ~(stat.S_IRWXG | stat.S_ISGID)  # the new group must not get the permissions of the old group
     if current.st_uid != old.st_uid:
         with contextlib.suppress(PermissionError):
             os.chown(new, old.st_uid, -1)
@@ -275,7 +277,7 @@ def _keep_owner_and_mode(new: int | str, target: str) -> None:
 
 
 def current_umask() -> int:
-    """Return the umask, from ``/proc`` where possible: changing it for a moment would affect other threads."""
+    """Return the umask, from ``/proc`` if possible, since changing the umask would affect other threads."""
     with contextlib.suppress(OSError), open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:
             if line.startswith("Umask:"):
@@ -286,7 +288,7 @@ def current_umask() -> int:
 
 
 def sync_directory(path: str) -> None:
-    """Write the names in a directory to the disk."""
+    """Flush the names in a directory to the disk."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)
@@ -298,8 +300,8 @@ def sync_directory(path: str) -> None:
 def atomic_directory(path: str, *, force: bool, replaced: frozenset[str]) -> Iterator[str]:
     """Yield a temporary directory that replaces ``path`` as a whole at the end of the ``with`` block.
 
-    Only with ``force`` may ``path`` exist. The files in ``replaced`` of the old directory are left out; all other files
-    are kept and are in the temporary directory from the start. Raises what ``prepare_directory`` raises.
+    ``path`` may exist only with ``force``. The temporary directory begins with all files of the old directory, except
+    the files named in ``replaced``. Raises the same errors as ``prepare_directory``.
     """
     import shutil
 
@@ -346,16 +348,16 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
         return
     import ctypes
 
-    # RENAME_EXCHANGE: at every moment the name belongs to a whole directory.
+    # Exchanging both names in one call means that the path always names a complete directory.
     exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     at_cwd, flag = -100, 2
     if exchange is not None and exchange(at_cwd, os.fsencode(temporary), at_cwd, os.fsencode(target), flag) == 0:
         return
-    aside = _temporary_path(target)
-    os.rename(target, aside)
+    old_directory = _temporary_path(target)
+    os.rename(target, old_directory)
     try:
         os.rename(temporary, target)
     except BaseException:
-        os.rename(aside, target)
+        os.rename(old_directory, target)
         raise
-    os.rename(aside, temporary)
+    os.rename(old_directory, temporary)

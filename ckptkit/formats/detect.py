@@ -62,7 +62,7 @@ _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle,
 def open_file(name: str, selection: Selection) -> Checkpoint:
     """Return the checkpoint in the file ``name``, or the selected mapping inside it.
 
-    Raises ``PathError`` if the file cannot be read, and ``FormatError`` if the file is not a complete, valid checkpoint.
+    Raises ``PathError`` if the file cannot be read, and ``FormatError`` if the checkpoint is not valid or not complete.
     """
     file = LocalFile(name)
     try:

@@ -182,7 +182,7 @@ def unsupported_format(file: LocalFile, head: bytes) -> FormatError:
     if head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return FormatError(
             "a bare pickle, not a file of torch.save",
-            hint="load it with the program that wrote it, and save it with torch.save",
+            hint="load it in the program that wrote it, and use torch.save",
         )
     if is_flax(head):
         return FormatError(

@@ -1,4 +1,4 @@
-"""Copy bytes between layouts: strided views and tensors in blocks are read as contiguous bytes, bit by bit."""
+"""Read strided views, and tensors that are stored in blocks, as contiguous bytes. No bit of a value changes."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def only_listed_error(info: TensorInfo, path: str) -> FormatError:
 
 
 class Loop(NamedTuple):
-    """A dimension of a copy: the number of steps, and the bytes of a step in the target and in the source."""
+    """One loop of a copy: the number of steps, and the bytes of a step in the target and in the source."""
 
     times: int
     target: int
     source: int
 
 
-class _Piece(NamedTuple):
-    """A part of a copy: its offsets in target and source, its loops, and the bytes of a contiguous run."""
+class _Segment(NamedTuple):
+    """A segment of a copy: its offsets in target and source, its loops, and the bytes of a contiguous run."""
 
     target: int
     source: int
@@ -59,9 +59,10 @@ class _Piece(NamedTuple):
 
 
 def loops_of(sizes: Sequence[int], target: Sequence[int], source: Sequence[int], width: int) -> tuple[list[Loop], int]:
-    """Return the fewest loops, outermost first, over runs of bytes that are contiguous in both, and their length.
+    """Return the fewest loops that copy a tensor run by run, outermost first, and the bytes of a run.
 
-    ``target`` and ``source`` are strides in bytes, ``width`` the bytes of an element.
+    A run is contiguous in the target and in the source. ``target`` and ``source`` are strides in bytes; ``width`` is
+    the bytes of an element.
     """
     run = width
     loops: list[Loop] = []
@@ -79,7 +80,7 @@ def loops_of(sizes: Sequence[int], target: Sequence[int], source: Sequence[int],
 
 def copy_runs(target: memoryview, source: memoryview, loops: Sequence[Loop], run: int) -> None:
     """Copy all runs of ``run`` bytes; target and source begin with the first run."""
-    # One strided copy does a whole loop. It does the longest loop, and Python iterates over the others.
+    # A strided copy does the whole innermost loop at once, so the longest loop must be the innermost.
     _copy(target, source, sorted(loops, key=lambda loop: loop.times), run)
 
 
@@ -111,25 +112,25 @@ def _copy_loop(target: memoryview, source: memoryview, loop: Loop, run: int) -> 
         out[word :: to // unit] = data[word : last + 1 : of // unit]
 
 
-def _pieces(loops: list[Loop], run: int, side: Literal["target", "source"], most: int) -> Iterator[_Piece]:
-    """Yield the parts of a copy, in its order, each of which spans at most ``most`` bytes on one side."""
+def _segments(loops: list[Loop], run: int, side: Literal["target", "source"], most: int) -> Iterator[_Segment]:
+    """Yield the segments of a copy, in order. Each segment spans at most ``most`` bytes of the target or the source."""
     if not loops:
         for start in range(0, run, most):
-            yield _Piece(start, start, [], min(most, run - start))
+            yield _Segment(start, start, [], min(most, run - start))
         return
     first, *rest = loops
     step, span = getattr(first, side), run + sum((loop.times - 1) * getattr(loop, side) for loop in rest)
     if span > most or step - span > _LARGEST_GAP:
         for index in range(first.times):
-            for piece in _pieces(rest, run, side, most):
-                yield piece._replace(
-                    target=index * first.target + piece.target, source=index * first.source + piece.source
+            for segment in _segments(rest, run, side, most):
+                yield segment._replace(
+                    target=index * first.target + segment.target, source=index * first.source + segment.source
                 )
         return
     rows = (most - span) // step + 1
     for index in range(0, first.times, rows):
         part = first._replace(times=min(rows, first.times - index))
-        yield _Piece(index * first.target, index * first.source, [part, *rest], run)
+        yield _Segment(index * first.target, index * first.source, [part, *rest], run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,17 +151,18 @@ class Strided:
         return self.info.nbytes
 
     def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes in row-major order, in pieces of bounded size.
+        """Yield the bytes in row-major order, in chunks of bounded size.
 
-        Raises ``FormatError`` where the elements are far apart in compressed data, which would have to be inflated.
+        Raises ``FormatError`` if the elements are far apart in compressed data, since reading them would decompress too
+        many bytes.
         """
         if not self.nbytes:
             return
         data, loops, run = self._read()
         buffer = bytearray(min(self.nbytes, CHUNK))
-        for piece in _pieces(loops, run, "target", CHUNK):
-            out = memoryview(buffer)[: math.prod(loop.times for loop in piece.loops) * piece.run]
-            copy_runs(out, data[piece.source :], piece.loops, piece.run)
+        for segment in _segments(loops, run, "target", CHUNK):
+            out = memoryview(buffer)[: math.prod(loop.times for loop in segment.loops) * segment.run]
+            copy_runs(out, data[segment.source :], segment.loops, segment.run)
             self._flip_signs(buffer, len(out))
             yield out
 
@@ -173,7 +175,7 @@ class Strided:
             return memoryview(b"".join(bytes(chunk) for chunk in payload.chunks())), loops, run
         if not is_seekable(self.storage):
             raise self._too_far_apart(span)
-        # The span is mostly gaps: read the elements in the order of the storage, and pack them.
+        # The span is mostly gaps, so the elements are read in the order of the storage and packed without gaps.
         by_stride = sorted(
             (index for index, loop in enumerate(loops) if loop.source), key=lambda index: -loops[index].source
         )
@@ -181,25 +183,25 @@ class Strided:
         steps = dict(zip(by_stride, (step * run for step in row_major(sizes)), strict=True))
         packed = memoryview(bytearray(math.prod(sizes) * run))
         packing = [loops[index]._replace(target=steps[index]) for index in by_stride]
-        for piece in _pieces(packing, run, "source", CHUNK):
-            length = piece.run + sum((loop.times - 1) * loop.source for loop in piece.loops)
-            part = self.storage.slice(first + piece.source, length)
+        for segment in _segments(packing, run, "source", CHUNK):
+            length = segment.run + sum((loop.times - 1) * loop.source for loop in segment.loops)
+            part = self.storage.slice(first + segment.source, length)
             data = memoryview(b"".join(bytes(chunk) for chunk in part.chunks()))
-            copy_runs(packed[piece.target :], data, piece.loops, piece.run)
+            copy_runs(packed[segment.target :], data, segment.loops, segment.run)
         return packed, [loop._replace(source=steps.get(index, 0)) for index, loop in enumerate(loops)], run
 
     def _too_far_apart(self, span: int) -> FormatError:
         stored = self.storage.source if isinstance(self.storage, ByteSwapped) else self.storage
         return FormatError(
             f"{quoted(self.info.key)}: {human_bytes(self.nbytes)} spread over {human_bytes(span)} of compressed data",
-            hint="save it again with torch.save, which does not compress",
+            hint="save the checkpoint again with torch.save, which does not compress",
             path=stored.packed.file.path if isinstance(stored, Inflated) else None,
         )
 
     def _loops(self) -> tuple[list[Loop], int]:
         assert self.info.view is not None  # noqa: S101 - callers pass only tensors with a storage
         shape, stride, width = self.info.shape, self.info.view.stride, DTYPES[self.info.dtype].bits // 8
-        if self.info.dtype == "F4":  # the reader calls it dense only where a byte keeps its two elements
+        if self.info.dtype == "F4":  # in a dense F4 tensor, both elements of each byte stay together
             shape, stride, width = (*shape[:-1], shape[-1] // 2), (*(step // 2 for step in stride[:-1]), 1), 1
         return loops_of(shape, [step * width for step in row_major(shape)], [step * width for step in stride], width)
 
@@ -229,7 +231,7 @@ class _Slab(NamedTuple):
 
 
 def _slabs(boxes: Sequence[Box], among: list[int], dim: int, size: int) -> Iterator[_Slab]:
-    """Yield the slabs of one dimension, cut at each edge of a box: a box covers a whole slab or nothing of it."""
+    """Yield the slabs of one dimension, cut at each edge of a box. Each box covers all or nothing of a slab."""
     by_offset = sorted(among, key=lambda index: boxes[index].offsets[dim])
     edges = {0, size}
     for index in among:
@@ -247,7 +249,7 @@ def _slabs(boxes: Sequence[Box], among: list[int], dim: int, size: int) -> Itera
 
 
 def step_budget(boxes: int) -> list[int]:
-    """Return the number of steps that ``check_cover`` may take; a few boxes can overlap in very many ways."""
+    """Return the number of steps that ``check_cover`` may take, since a few boxes can overlap in very many ways."""
     return [_STEPS + _STEPS_PER_BOX * boxes]
 
 
@@ -283,13 +285,13 @@ def _check_inside(
     for start, stop, inside in _slabs(boxes, among, dim, shape[dim]):
         steps[0] -= 1 + len(inside)
         if steps[0] < 0:
-            raise FormatError(f"{quoted(key)}: its chunks overlap in too many ways to be checked")
+            raise FormatError(f"{quoted(key)}: the chunks overlap in too many ways to be checked")
         _check_inside(key, shape, boxes, inside, [*ranges, (start, stop)], steps=steps)
 
 
 def _ranges(ranges: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> str:
     if not ranges:
-        return "its only element is" if not shape else "the whole tensor is"
+        return "the only element is" if not shape else "the whole tensor is"
     parts = []
     all_single = True
     for dim, (start, stop) in enumerate(ranges):
@@ -323,7 +325,7 @@ class InMemory:
         yield self.data
 
     def slice(self, start: int, nbytes: int) -> InMemory:
-        """Return a part of the bytes."""
+        """Return the ``nbytes`` bytes from byte ``start``."""
         return InMemory(self.data[start : start + nbytes])
 
 
@@ -356,7 +358,7 @@ class BlockTensor:
         return self.blocks[0].open() if len(self.blocks) == 1 else self
 
     def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
-        """Yield the bytes in row-major order. Memory is bounded by a few pieces, not by the size of the tensor."""
+        """Yield the bytes in row-major order. Memory is bounded by a few chunks, not by the size of the tensor."""
         if self.nbytes:
             yield from _Assembly(self).emit(0, list(range(len(self.blocks))))
 
@@ -393,7 +395,7 @@ class _Assembly:
             payload = self.blocks[index].open()
             if nbytes == payload.nbytes:
                 return payload
-            # A block that cannot be read in parts, such as one of a transposed tensor, is read once and kept.
+            # A block without random access, such as a block of a transposed tensor, is read once and kept in memory.
             self.regions[index] = payload if is_seekable(payload) else InMemory(memoryview(_read_all(payload)))
         region, start = self.regions[index], self.done[index]
         self.done[index] += nbytes
@@ -402,7 +404,7 @@ class _Assembly:
         return region.slice(start, nbytes)
 
     def join_rows(self, dim: int, inside: list[int], rows: int, row: int) -> memoryview:
-        """Return ``rows`` rows, each of which is spread over several blocks, in one buffer."""
+        """Return ``rows`` rows in one buffer. The elements of each row are in several blocks."""
         if len(self.buffer) < rows * row:
             self.buffer = bytearray(rows * row)
         out = memoryview(self.buffer)[: rows * row]
@@ -418,4 +420,4 @@ class _Assembly:
 
 
 def _read_all(payload: Payload) -> bytes:
-    return b"".join(bytes(piece) for piece in payload.chunks())
+    return b"".join(bytes(chunk) for chunk in payload.chunks())

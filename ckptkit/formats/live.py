@@ -43,7 +43,7 @@ def import_target(target: str) -> Any:
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
-    """Return the model or state_dict at ``package.module:name``. A callable is called with ``device`` as default device.
+    """Return the model or state_dict at ``package.module:name``. A callable is called with ``device`` as default.
 
     Raises what ``import_target`` raises, and ``ModelError`` where the callable fails or returns something else.
     """
@@ -140,7 +140,7 @@ def open_live(target: str, path: str) -> Checkpoint:
             raise ModelError(f"{quoted(info.key)} differs when the model is built again", path=path)
         if info.key in moved or _offset_and_strides(other) != _offset_and_strides(info):
             raise ModelError(
-                f"{quoted(info.key)} has other strides or shares other memory when the model is built again",
+                f"{quoted(info.key)} has other strides or ties when the model is built again",
                 hint="save the state_dict() of the model with torch.save, and give that file",
                 path=path,
             )

@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[tuple[int, ...], list[Box], str]] = {
     "hole in the middle": ((9, 2), [Box((0, 0), (4, 2)), Box((7, 0), (2, 2))], "rows 4-6 are covered by no chunk"),
     "hole at the end": ((9, 2), [Box((0, 0), (8, 2))], "row 8 is covered by no chunk"),
     "no chunk": ((9, 2), [], "the whole tensor is covered by no chunk"),
-    "no chunk of a scalar": ((), [], "its only element is covered by no chunk"),
+    "no chunk of a scalar": ((), [], "the only element is covered by no chunk"),
     "hole in columns": ((2, 9), [Box((0, 0), (2, 3)), Box((0, 5), (2, 4))], "rows 0-1, columns 3-4 are covered by no"),
     "corner": (
         (2, 2),
@@ -123,7 +123,7 @@ REFUSED: dict[str, tuple[tuple[int, ...], list[Box], str]] = {
         [Box((0, 0), (2, 2)), Box((0, 1), (2, 2))],
         "rows 0-1, column 1 are covered by 2 chunks",
     ),
-    "twice a scalar": ((), [Box((), ()), Box((), ())], "its only element is covered by 2 chunks"),
+    "twice a scalar": ((), [Box((), ()), Box((), ())], "the only element is covered by 2 chunks"),
     "outside": ((9, 2), [Box((4, 0), (6, 2))], r"a chunk at \[4, 0\] of size \[6, 2\] reaches outside the shape"),
     "dimensions": ((9, 2), [Box((0,), (9,))], r"does not have the 2 dimensions"),
 }

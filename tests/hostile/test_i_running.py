@@ -134,7 +134,7 @@ def test_i14_the_output_of_two_runs_is_that_of_one_of_them(name: str, place: Pat
         _, err = late.communicate()
     assert late.returncode == (0 if last_wins else 2), err
     assert last_wins or err.startswith(
-        f"ckpt: {place / name}: another program created it during this run; it was not replaced"
+        f"ckpt: {place / name}: another program created this path during this run; it was not replaced"
     )
     found = place / name / "model.safetensors" if name == "set" else place / name
     state = torch.load(found, weights_only=True) if name == "new.pt" else load_file(found)

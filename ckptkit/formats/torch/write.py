@@ -330,7 +330,7 @@ def write_torch_zip(layout: TorchZipLayout, out: AtomicFile) -> Iterator[int]:
                 done += len(chunk)
                 yield len(chunk)
             if done != entry.content.nbytes:
-                raise ChangedError(f"a tensor gave {done} bytes in place of {entry.content.nbytes}")
+                raise ChangedError(f"a tensor has {done} bytes in place of {entry.content.nbytes}")
         out.write(_local_header(entry, crc), entry.header)
         directory += _central_header(entry, crc)
     out.write(directory + _end(len(layout.entries), len(directory), layout.directory), layout.directory)
