@@ -192,19 +192,19 @@ MIXED: dict[str, tuple[list[str], str, str]] = {
     # id: (keys, a piece of the reason, a piece of the hint)
     "DDP and plain": (
         ["module.a.w", "b.w", "module.c"],
-        "'module.' (DataParallel, DistributedDataParallel) is on 2 of 3 keys: on 'module.a.w', and not on 'b.w'",
-        "--keep 'module.*' takes only the keys that begin with it; --rename 'module.*=*' in place of --strip renames ",
+        "'module.' (DataParallel, DistributedDataParallel) is on 2 of 3 keys: on 'module.a.w', but not on 'b.w'",
+        "--keep 'module.*' keeps only the keys with the prefix; --rename 'module.*=*' in place of --strip renames ",
     ),
     "a counter that is not alone": (["module.a", "n_averaged", "b"], "is on 1 of 3 keys: on 'module.a'", "--keep"),
     "a compiled part and another": (
         ["a._orig_mod.w", "a.b", "c.w"],
-        "'a._orig_mod.' (torch.compile) is on some keys only: on 'a._orig_mod.w', and not on 'a.b'",
+        "'a._orig_mod.' (torch.compile) is on only some keys: on 'a._orig_mod.w', but not on 'a.b'",
         "--rename 'a._orig_mod.*=a.*' in place of --strip",
     ),
-    "compiled at the top and not": (["_orig_mod.a", "b"], "'_orig_mod.' (torch.compile) is on some keys only", "--ren"),
+    "compiled at the top and not": (["_orig_mod.a", "b"], "'_orig_mod.' (torch.compile) is on only some keys", "--ren"),
     "two models of ema-pytorch": (
         ["ema_model.w", "online_model.w", "initted", "step"],
-        "ema-pytorch, the average) is on 1 of 4 keys: on 'ema_model.w', and not on 'online_model.w'",
+        "ema-pytorch, the average) is on 1 of 4 keys: on 'ema_model.w', but not on 'online_model.w'",
         "--keep 'ema_model.*'",
     ),
     "FSDP1 flat": (
@@ -215,7 +215,7 @@ MIXED: dict[str, tuple[list[str], str, str]] = {
     "PEFT": (
         ["base_model.model.a.base_layer.weight", "base_model.model.a.lora_A.default.weight"],
         "'base_model.model.' (PeftModel) is on 1 key that renaming cannot undo",
-        "folds a saved adapter; or drop them with --drop '*.lora_*'",
+        "folds a saved adapter; or drop the keys with --drop '*.lora_*'",
     ),
     "endless": (["_orig_mod." * 40 + "w"], "is wrapped more than 32 times", ""),
 }  # fmt: skip
@@ -296,7 +296,7 @@ GIVEN: dict[str, tuple[list[str], list[str], dict[str, str] | str]] = {
     "a counter is dropped": (["module.a", "n_averaged"], ["module."], {"module.a": "a"}),
     "no dot at its end": (["lora_unet_a", "lora_unet_b"], ["lora_unet_"], {"lora_unet_a": "a", "lora_unet_b": "b"}),
     "special characters": (["a{*}=.w"], ["a{*}=."], {"a{*}=.w": "w"}),
-    "not on all": (["net.a", "b"], ["net."], "'net.' is on 1 of 2 keys: on 'net.a', and not on 'b'"),
+    "not on all": (["net.a", "b"], ["net."], "'net.' is on 1 of 2 keys: on 'net.a', but not on 'b'"),
     "on none": (["a", "b"], ["net."], "--strip 'net.' begins none of 2 keys"),
     "a dot is left": (["net.a"], ["net"], "--strip 'net' would leave a dot at the start of 'net.a'"),
     "a name is left empty": (["net."], ["net."], "leaves 'net.' without a name"),
@@ -368,7 +368,7 @@ def test_the_average_of_latent_diffusion_is_recognised() -> None:
     keys = ["model.diffusion_model.input_blocks.0.0.weight", "model_ema.diffusion_modelinput_blocks00weight"]
     made = apply_rules(parse_rules(strip=["auto"]), [*keys, "model_ema.decay", "first_stage_model.w"])
     assert dict(made.renamed)[keys[1]] == keys[1]
-    assert "the average of 'model.*', written without dots" in made.notes[1]
+    assert "averages of 'model.*', with names without dots" in made.notes[1]
 
 
 def test_diff_merge_and_load_into_strip_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ __all__ = [
     "WEIGHTS",
     "Envelope",
     "Selection",
-    "averages_beside",
     "choose_envelope",
+    "describe_averages",
     "find_optimizers",
     "is_optimizer_state",
     "is_state_dict",
@@ -27,9 +27,9 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which mapping of a file to open: the one at the dotted ``key``, the state of the only optimizer, or the weights.
+    """The mapping of a file to open: the mapping at the dotted ``key``, the only optimizer state, or the weights.
 
-    An empty ``key`` without ``optimizer`` selects the weights, which a reader finds by their content.
+    An empty ``key`` without ``optimizer`` selects the weights, which are found by their content.
     """
 
     key: str = ""
@@ -41,9 +41,9 @@ OPTIMIZER: Final = Selection(optimizer=True)
 
 
 class Envelope(NamedTuple):
-    """A key under which trainers store weights, what it holds, and which library writes it.
+    """A key under which trainers store weights, the content under that key, and the library that writes the key.
 
-    The row applies where all keys of ``siblings`` are in the same mapping.
+    The row applies only if all keys of ``siblings`` are in the same mapping.
     """
 
     key: str
@@ -53,7 +53,7 @@ class Envelope(NamedTuple):
 
 
 def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelope, Envelope]:
-    """Return the rows of an average and of the trained weights; only the presence of both tells them apart."""
+    """Return the rows of an average and of the trained weights, which apply only if both keys are present."""
     keys = frozenset({average, trained, *others})
     return (
         Envelope(average, "the average of the weights", origin, keys - {average}),
@@ -61,8 +61,8 @@ def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelo
     )
 
 
-# Any other key is considered only where none of these is present. The first row that applies wins. "ema" in a key is
-# not proof of an average: mmengine and Lightning save the average as state_dict and the trained weights as the other.
+# Any other key is considered only if none of these keys is present. The first row that applies wins. "ema" in a key
+# does not prove an average: mmengine saves the average as state_dict and the trained weights as ema_state_dict.
 ENVELOPES = (
     *_pair("WeightAveraging of Lightning", "state_dict", "current_model_state"),
     *_pair("EMAHook of mmengine", "state_dict", "ema_state_dict", "message_hub"),
@@ -98,7 +98,7 @@ _OPTIMIZER_KEYS = {"state", "param_groups"}
 
 
 def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
-    """Return whether ``value`` is a flat mapping from strings in which most values are tensors."""
+    """Return whether ``value`` is a flat mapping with string keys, and most values are tensors."""
     if not isinstance(value, Mapping) or not value or value.keys() >= _OPTIMIZER_KEYS:
         return False
     tensors = sum(is_tensor(item) for item in value.values())
@@ -108,9 +108,9 @@ def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
 def choose_envelope(
     tree: Mapping[object, object], is_tensor: Callable[[object], bool], at: str = ""
 ) -> tuple[str, ...]:
-    """Return the keys that lead to the mapping of weights in ``tree``; none where ``tree`` is that mapping.
+    """Return the keys that lead to the mapping of weights in ``tree``, or no keys if ``tree`` itself holds the weights.
 
-    ``at`` is the dotted path of ``tree``, for the error. Raises ``FormatError`` listing the candidates where there are
+    ``at`` is the dotted path of ``tree``, for the error. Raises ``FormatError`` with all candidates if there are
     several.
     """
     seen: dict[tuple[int, int], bool] = {}
@@ -122,7 +122,7 @@ def choose_envelope(
     if is_state_dict(tree, is_tensor):
         return ()
     named = {key: value for key, value in children.items() if key in _KEYS}
-    # Going deeper leaves out the tensors of this level, so only a well-known key is reason enough.
+    # Choosing a child leaves out the tensors of this level, so only a well-known key is reason enough.
     candidates = named or ({} if any(map(is_tensor, tree.values())) else children)
     if not candidates:
         return ()
@@ -139,8 +139,8 @@ def choose_envelope(
     return (key, *choose_envelope(value, is_tensor, f"{at}{key}."))
 
 
-def averages_beside(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
-    """Yield a sentence for each key of the path ``chosen`` that is an average or has its average beside it."""
+def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
+    """Yield a sentence for each key of the path ``chosen`` that has a sibling key for an average, or is an average."""
     level = tree
     for key in chosen:
         if not isinstance(level, Mapping):
@@ -155,8 +155,9 @@ def averages_beside(tree: object, chosen: Sequence[object], is_tensor: Callable[
                 and isinstance(level[other], Mapping)
                 and _holds_weights(level[other], is_tensor, {})
             ):
-                beside = f"{quoted(other)} beside it {sibling.content}"
-                yield f"{quoted(row.key)} holds {row.content}, and {beside} ({row.origin})"
+                yield (
+                    f"{quoted(row.key)} holds {row.content}, and {quoted(other)} holds {sibling.content} ({row.origin})"
+                )
         level = level.get(key)
 
 
@@ -194,7 +195,7 @@ def _holds_weights(
 FLAT_STATE: Final = "state."
 FLAT_GROUPS: Final = "param_groups."
 _DEEPEST = 4
-_MOST_LOOKED_AT = 100_000
+_MOST_VISITED = 100_000
 
 
 def is_optimizer_state(value: object) -> bool:
@@ -208,11 +209,11 @@ def is_optimizer_state(value: object) -> bool:
 
 
 def find_optimizers(tree: object) -> list[tuple[object, ...]]:
-    """Return the path of each optimizer state in a nested value, in order; the empty path is the value itself."""
+    """Return the path of each optimizer state in a nested value, in order. The path of the value itself is empty."""
     found: list[tuple[object, ...]] = []
     seen: set[int] = set()
     waiting: list[tuple[tuple[object, ...], object]] = [((), tree)]
-    left = _MOST_LOOKED_AT
+    left = _MOST_VISITED
     while waiting and left > 0:
         path, value = waiting.pop()
         left -= 1

@@ -1,4 +1,4 @@
-"""Find the wrappers that a set of keys shows, and the renames that remove their marks."""
+"""Find the wrappers whose prefixes or segments are in a set of keys, and the renames that remove them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.patterns import Template, literal, parse_pattern, parse_template
-from ckptkit.core.text import plural, quoted, shell_word
+from ckptkit.core.text import listed, plural, quoted, shell_word
 from ckptkit.errors import RuleError
 from ckptkit.wrappers.table import ATTRIBUTE, PARAMETRIZATIONS, WRAPPERS, Parametrization, Wrapper
 
@@ -15,7 +15,7 @@ __all__ = ["AUTO", "WrapperExplanation", "Wrapping", "explain_wrappers", "strip_
 
 AUTO = "auto"
 _LIGHTNING_KEY = "pytorch-lightning_version"
-_MOST_WRAPPINGS = 32  # each costs a pass over all keys, and a hostile file can nest any number
+_MOST_WRAPPINGS = 32  # each wrapping costs a pass over all keys, and a hostile file can nest any number
 _MOST_SEGMENTS = 64
 _STEM = re.compile(r"(?:weight|bias)\w*")
 
@@ -49,15 +49,15 @@ class WrapperExplanation:
     notes: tuple[str, ...]
 
 
-def explain_wrappers(keys: Collection[str], beside: Collection[str] = ()) -> WrapperExplanation:
-    """Return the known wrappers that these keys show; ``beside`` names the other entries of their file.
+def explain_wrappers(keys: Collection[str], other_entries: Collection[str] = ()) -> WrapperExplanation:
+    """Return the known wrappers that these keys show; ``other_entries`` names the other entries of the file.
 
-    Raises ``RuleError`` where a mark is missing from some keys, and where renaming cannot undo a wrapper. The error
-    names a key of each kind and what to do.
+    A mark is the prefix or segment that a wrapper adds to keys. Raises ``RuleError`` if some keys lack a mark, or if
+    renaming cannot undo a wrapper. The error names an example with the mark and an example without.
     """
     names = list(keys)
     found: list[Wrapping] = []
-    is_lightning = _LIGHTNING_KEY in beside
+    is_lightning = _LIGHTNING_KEY in other_entries
     while True:
         wrapping = _outermost(names, {wrapping.mark.strip(".") for wrapping in found})
         if wrapping is None and is_lightning:
@@ -118,15 +118,18 @@ def _prefixed(row: Wrapper, names: Sequence[str], prefix: str) -> Wrapping:
             prefix,
             (having[0], without[0]),
             f"{len(having):,} of {plural(len(names), 'key')}",
-            f"--keep {keep} takes only the keys that begin with it; --rename {rename} in place of --strip renames them "
-            "and keeps the other keys",
+            f"--keep {keep} keeps only the keys with the prefix; --rename {rename} in place of --strip renames these "
+            "keys and keeps all others",
         )
     drops = tuple(name for name in names if not name.startswith(prefix))
     return Wrapping(prefix, row.origin, len(having), (_rename(f"{prefix}*", "*", prefix),), drops)
 
 
 def _inside_keys(row: Wrapper, names: Sequence[str], having: Sequence[str]) -> Wrapping:
-    """Return the wrapping whose mark is anywhere in a key; below one module every key must have the mark, or none."""
+    """Return the wrapping by a mark that can be anywhere in a key.
+
+    Raises ``RuleError`` if only some keys of a module have the mark.
+    """
     parents = {name[:at] for name in having for at in _mark_positions(name, row.mark)}
     is_inside = parents != {""}
     for name in names:
@@ -139,7 +142,7 @@ def _inside_keys(row: Wrapper, names: Sequence[str], having: Sequence[str]) -> W
                     row,
                     marked,
                     (example, name),
-                    "some keys only",
+                    "only some keys",
                     f"give --rename {rename} in place of --strip",
                 )
     renames = [_rename(f"{row.mark}.*", "*"), _rename(f"*.{row.mark}.*", "*.*")]
@@ -161,7 +164,7 @@ def _mark_positions(name: str, mark: str) -> list[int]:
 
 
 def _segment_starts(name: str) -> Iterator[int]:
-    """Yield where each segment but the first begins, up to a limit that only hostile keys exceed."""
+    """Yield the position of each segment after the first, up to a limit that only hostile keys exceed."""
     at = name.find(".") + 1
     for _ in range(_MOST_SEGMENTS):
         if not at:
@@ -179,7 +182,7 @@ def _rename(old: str, new: str, prefix: str = "") -> Template:
 def _mixed_keys(row: Wrapper, mark: str, examples: tuple[str, str], where: str, hint: str) -> RuleError:
     origin = f" ({row.origin})" if row.origin else ""
     having, without = map(quoted, examples)
-    return RuleError(f"{quoted(mark)}{origin} is on {where}: on {having}, and not on {without}", hint=hint)
+    return RuleError(f"{quoted(mark)}{origin} is on {where}: on {having}, but not on {without}", hint=hint)
 
 
 def _check_supported(row: Wrapper, names: Sequence[str]) -> None:
@@ -208,7 +211,7 @@ def _prefix_notes(names: Sequence[str], found: Sequence[Wrapping]) -> Iterator[s
     shared = None if found else _shared_segment(names)
     if shared is not None:
         yield (
-            f"every key begins with {quoted(f'{shared}.')}, which may be a part of the model: "
+            f"every key begins with {quoted(f'{shared}.')}, which may be a module of the model: "
             f"--strip {shell_word(f'{shared}.')} removes it"
         )
 
@@ -248,11 +251,11 @@ def _parametrization_note(row: Parametrization, stems: Sequence[str]) -> str:
 
 
 def _average_notes(names: Sequence[str]) -> Iterator[str]:
-    """Yield a note where the keys hold an average of the model whose names have no dots."""
+    """Yield a note if the keys include an average of the model, with names without dots."""
     bare = {name.removeprefix("model.").replace(".", "") for name in names if name.startswith("model.")}
     found = [name for name in names if name.startswith("model_ema.") and name.removeprefix("model_ema.") in bare]
     if found:
         yield (
-            f"{quoted(found[0])} and the other {len(found) - 1:,} are the average of 'model.*', written without "
-            "dots (LitEma of latent diffusion); the keys are not changed"
+            f"{listed(found, 1)}: averages of 'model.*', with names without dots (LitEma of latent diffusion); "
+            "these keys are not changed"
         )

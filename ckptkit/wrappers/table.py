@@ -1,4 +1,4 @@
-"""Table of the prefixes and segments that wrappers add to the keys of a state_dict."""
+"""List the prefixes and segments that wrappers add to the keys of a state_dict."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["ATTRIBUTE", "PARAMETRIZATIONS", "PREFIXES", "SEGMENTS", "WRAPPERS", 
 class Wrapper:
     """One wrapper and the ``mark`` that it adds: whole segments at the start of every key, or ``anywhere`` in a key.
 
-    ``own_keys`` are keys that the wrapper adds for itself. One of them must be present, and all are dropped with the
-    mark. ``after`` is the mark that must have been removed before, where ``mark`` alone is ambiguous. A key with a
-    segment of ``unsupported`` raises an error with ``hint``, since renaming cannot undo the wrapper there.
+    ``own_keys`` are keys for values of the wrapper itself. At least one of these keys must be present, and all are
+    dropped with the mark. If ``mark`` alone is ambiguous, ``after`` is the mark that must be removed first. A key with
+    a segment in ``unsupported`` raises an error with ``hint``, since renaming cannot undo the wrapper.
     """
 
     mark: str
@@ -36,7 +36,7 @@ WRAPPERS = (
     Wrapper("_orig_mod", "torch.compile", anywhere=True),
     Wrapper(
         "_fsdp_wrapped_module", "FullyShardedDataParallel", anywhere=True, unsupported=frozenset({"_flat_param"}),
-        hint="a _flat_param is many parameters in one: save with StateDictType.FULL_STATE_DICT",
+        hint="a _flat_param holds many parameters: save with StateDictType.FULL_STATE_DICT",
     ),
     Wrapper("_fpw_module", "FullyShardedDataParallel of fairscale", anywhere=True),
     Wrapper("_checkpoint_wrapped_module", "checkpoint_wrapper, by named_parameters()", anywhere=True),
@@ -47,7 +47,7 @@ WRAPPERS = (
     Wrapper("online_model", "EMA of ema-pytorch, the trained model"),
     Wrapper(
         _PEFT, "PeftModel", unsupported=_FACTORS,
-        hint="they belong to an adapter: ckpt merge --method lora folds a saved adapter; or drop them with "
+        hint="these keys belong to an adapter: ckpt merge --method lora folds a saved adapter; or drop the keys with "
         "--drop '*.lora_*'",
     ),
     Wrapper("base_layer", "an adapted layer of a PeftModel", anywhere=True, after=_PEFT),

@@ -131,4 +131,4 @@ def test_a_configuration_without_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_model.safetensors").unlink()
     error = refusal(str(tmp_path))
     assert error.reason == "holds adapter_config.json, but not the weights of the adapter"
-    assert error.hint == "the weights are called adapter_model.safetensors or adapter_model.bin"
+    assert error.hint == "the file of weights must be called adapter_model.safetensors or adapter_model.bin"

@@ -109,8 +109,8 @@ def test_an_average_is_recognised_by_the_keys_beside_it(
     assert f"{average} (the average of the weights: " in caught.value.reason
     assert f"{trained} (the trained weights: " in caught.value.reason
     for key, first, second in (
-        (average, "the average of the weights", f"'{trained}' beside it the trained weights"),
-        (trained, "the trained weights", f"'{average}' beside it the average of the weights"),
+        (average, "the average of the weights", f"'{trained}' holds the trained weights"),
+        (trained, "the trained weights", f"'{average}' holds the average of the weights"),
     ):
         with open_checkpoint(f"{path}::{key}") as checkpoint:
             (warning,) = checkpoint.warnings

@@ -250,7 +250,7 @@ def test_frozen_parameters_that_are_not_listed_come_from_the_module(tmp_path: Pa
     )
     with open_checkpoint(directory) as checkpoint:
         assert_whole(checkpoint, expected())
-        assert "2 parameters in no rank's part" in checkpoint.warnings[1]
+        assert "2 parameters without fp32 weights" in checkpoint.warnings[1]
 
 
 def test_a_warning_names_keys_without_weights(tmp_path: Path) -> None:
@@ -301,15 +301,16 @@ _SHORT = {"frozen.bias": torch.ones(2)}
 
 BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, str]] = {
     "a rank is missing": (
-        save_stage2, lambda at: (at / optim(1)).unlink(), "1 rank of 2 have a file of optim_states here", ""),
+        save_stage2, lambda at: (at / optim(1)).unlink(), "2 ranks saved, but 1 optim_states file found", ""),
     "the first rank is missing": (
-        save_stage2, lambda at: (at / optim(0)).unlink(), "the optim_states of rank 0 are missing", ""),
+        save_stage2, lambda at: (at / optim(0)).unlink(), "the optim_states file of rank 0 is missing", ""),
     "a rank too many": (
-        save_stage2, lambda at: shutil.copy(at / optim(0), at / optim(2)), "3 ranks of 2 have a file", ""),
+        save_stage2, lambda at: shutil.copy(at / optim(0), at / optim(2)),
+        "2 ranks saved, but 3 optim_states files found", ""),
     "a file is cut off": (
         save_stage2, lambda at: (at / optim(1)).write_bytes((at / optim(1)).read_bytes()[:-99]), "truncated", optim(1)),
     "a file is empty": (save_stage2, lambda at: (at / optim(1)).write_bytes(b""), "the file is empty", optim(1)),
-    "no model file": (save_stage2, lambda at: (at / MODEL).unlink(), f"{MODEL} is missing, and it names", ""),
+    "no model file": (save_stage2, lambda at: (at / MODEL).unlink(), f"{MODEL} is missing, which holds the names", ""),
     "another step": (
         save_stage2, _inner(1, lambda states: states.update(base_optimizer_state=_base(3))),
         "rank 1 was saved at another step of the optimizer than rank 0", optim(1)),
@@ -330,24 +331,25 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
     "shapes are huge": (save_stage2, lambda at: _shape(at, 2**40, 2**40), "'l2.weight': the shape .* overflows", MODEL),
     "shapes are smaller": (save_stage2, lambda at: _shape(at, 5, 5), "125 elements of group 0, .* have 115", ""),
     "a group less of shapes": (
-        save_stage2, lambda at: change(at / MODEL, lambda states: states["param_shapes"].pop()), "has 1 group, t", ""),
+        save_stage2, lambda at: change(at / MODEL, lambda states: states["param_shapes"].pop()), "has 1 group, b", ""),
     "a shape of another kind": (
         save_stage2, lambda at: change(at / MODEL, lambda states: states["param_shapes"][0].update({"l1.weight": 7})),
         "param_shapes has no shape for 'l1.weight'", MODEL),
     "no shapes": (
-        save_stage2, lambda at: change(at / MODEL, lambda states: states.pop("param_shapes")), "no param_sh", MODEL),
+        save_stage2, lambda at: change(at / MODEL, lambda states: states.pop("param_shapes")),
+        "param_shapes is missing", MODEL),
     "no weights": (
         save_stage2, _inner(0, lambda states: states.pop("single_partition_of_fp32_groups")), "no fp32 weig", optim(0)),
     "no flat vector": (
         save_stage2, _inner(0, lambda states: states.update(single_partition_of_fp32_groups=[torch.ones(2, 2)] * 2)),
-        "its part of group 0 is F32", optim(0)),
+        "the partition of group 0 is F32", optim(0)),
     "a frozen one is short": (
         save_stage2,
         lambda at: change(at / MODEL, lambda states: states["frozen_param_fragments"].update(_SHORT)),
-        "'frozen.bias': its shape has 3 elements, its fragments have 2", ""),
+        "'frozen.bias': the shape has 3 elements, but the fragments have 2", ""),
     "a frozen one is missing": (
         save_stage2, lambda at: change(at / MODEL, lambda states: states["frozen_param_fragments"].pop("frozen.bias")),
-        "'frozen.bias' is frozen and has no fragment in this file", MODEL),
+        "'frozen.bias' is frozen, but this file has no fragment of the parameter", MODEL),
     "model-parallel": (
         save_stage2, lambda at: shutil.copy(at / optim(0), at / "zero_pp_rank_0_mp_rank_01_optim_states.pt"),
         "model-parallel: each mp rank has its own slice", ""),
@@ -404,7 +406,7 @@ def test_parts_that_do_not_fit_together_are_refused(tmp_path: Path, case: str) -
         ("", "names the unsafe directory ''"),
         (".", "names the unsafe directory '.'"),
         ("global_step9", "names 'global_step9', but there is no save of that name in the directory"),
-        ("\x1b[2J", r"names '\x1b[2J', which is not a directory"),
+        ("\x1b[2J", r"names '\x1b[2J', but there is no save of that name"),
     ],
 )
 def test_latest_must_name_a_directory_of_the_save(tmp_path: Path, tag: str, reason: str) -> None:

@@ -212,7 +212,7 @@ REFUSED: dict[str, Refused] = {
         shards(lambda at: edit(at, x=FIRST)), "the index places 'x' in this shard, but the shard has no such tensor"
     ),
     "H4 in the wrong shard": Refused(
-        shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' here, but the shard"
+        shards(lambda at: edit(at, **{"a.w": SECOND})), "places 'a.w' in this shard, but the shard"
     ),
     "H4 in the shard only": Refused(
         shards(lambda at: edit(at, **{"a.b": ""})),
@@ -257,7 +257,7 @@ REFUSED: dict[str, Refused] = {
     "H14 the first shard": Refused(pieces(1), "'w': rows 0-2 are covered by no chunk"),
     "H14 the middle shard": Refused(pieces(2), "'w': rows 3-5 are covered by no chunk"),
     "H16 an adapter beside a whole model": Refused(adapter_and_model, "holds a whole model and an adapter"),
-    "H16 a configuration without its adapter": Refused(configuration, "holds adapter_config.json and no weights"),
+    "H16 a configuration without its adapter": Refused(configuration, "holds adapter_config.json, but not the weights"),
 }
 ACCEPTED: dict[str, Accepted] = {
     "H2 a link as in a cache": Accepted(second(outside), "", "3 tensors"),

@@ -1,8 +1,8 @@
-"""Read directories of DeepSpeed ZeRO, in which each rank's file holds its part of the flattened fp32 weights.
+"""Read directories of DeepSpeed ZeRO. The file of each rank holds a partition of the flattened fp32 weights.
 
-In stages 1 and 2 the parameters of a group follow each other in one vector, which is split among the ranks. In stage 3
-each parameter is split among the ranks. Reading a tensor joins its parts without torch. The script that DeepSpeed puts
-in the directory for this is never run.
+In stages 1 and 2, the parameters of a group are concatenated to one vector, and the vector is split among the ranks. In
+stage 3, each parameter is split among the ranks. Reading a tensor joins its partitions without torch. The conversion
+script that DeepSpeed writes into the directory is never run.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from ckptkit.formats.distributed.zero_files import (
     OptimStates,
     Parameter,
     Vector,
-    join_pieces,
+    join_ranges,
     join_shares,
-    one_piece,
+    one_range,
     read_model_states,
     read_optim_states,
     split_vector,
@@ -59,8 +59,8 @@ _MOST_OUTLINED = 200_000
 def open_zero(directory: str, names: Sequence[str]) -> Checkpoint:
     """Return the Checkpoint of the fp32 weights in a directory that the ranks of DeepSpeed wrote.
 
-    The keys are those of the model's state_dict, in its order; buffers and frozen parameters keep their dtype. Raises
-    ``FormatError`` where the file of a rank is missing or from another step, or the parts do not fit the shapes.
+    Keys and their order are as in the state_dict of the model. Buffers and frozen parameters keep their dtype. Raises
+    ``FormatError`` if the file of a rank is missing or from another step, or the partitions do not fit the shapes.
     """
     pool = FilePool(directory)
     try:
@@ -74,7 +74,7 @@ def open_zero(directory: str, names: Sequence[str]) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    """The file of optimizer states of one rank, and the regions of its parts of the weights."""
+    """The file of optimizer states of one rank, with its partition of each group of weights."""
 
     path: str
     states: OptimStates
@@ -84,7 +84,7 @@ class _Rank:
 
 @dataclass(frozen=True, slots=True)
 class _Model:
-    """A file of model states, its whole tensors and its fragments of frozen parameters."""
+    """A file of model states, with unsplit tensors and with fragments of frozen parameters."""
 
     name: str
     path: str
@@ -101,7 +101,7 @@ def _open(pool: FilePool, names: Sequence[str]) -> Checkpoint:
         _check_same_save(first, rank, number)
     if first.states.count != len(ranks):
         raise FormatError(
-            f"{plural(len(ranks), 'rank')} of {first.states.count} have a file of optim_states here",
+            f"{plural(first.states.count, 'rank')} saved, but {plural(len(ranks), 'optim_states file')} found",
             hint="copy the whole directory again",
         )
     models = [_read_model(pool, name, references) for name in _model_names(names, first.states, len(ranks))]
@@ -123,7 +123,7 @@ def _optim_names(names: Sequence[str]) -> list[str]:
         )
     found = {name: match for name in names if (match := ZERO_OPTIM_STATES.fullmatch(name))}
     if len({match[1] for match in found.values()}) > 1:
-        raise FormatError("holds optim_states of two saves: only some of them are named bf16")
+        raise FormatError("holds optim_states files of two saves: only some file names begin with bf16")
     if any(int(match[3]) for match in found.values()):
         raise FormatError(
             "model-parallel: each mp rank has its own slice of the weights, which is not read", hint=_CONVERT
@@ -133,7 +133,7 @@ def _optim_names(names: Sequence[str]) -> list[str]:
     if not numbers or gap is not None:
         raise FormatError(
             "ZeRO-3: the weights are in the optim_states files, and the directory has none" if not numbers
-            else f"the optim_states of rank {gap} are missing",
+            else f"the optim_states file of rank {gap} is missing",
             hint="copy the whole directory again",
         )  # fmt: skip
     return [numbers[rank] for rank in range(len(numbers))]
@@ -146,7 +146,9 @@ def _model_names(names: Sequence[str], states: OptimStates, ranks: int) -> list[
         expected = ["mp_rank_00_model_states.pt"]
     missing = [name for name in expected if name not in names]
     if missing:
-        raise FormatError(f"{missing[0]} is missing, and it names the weights", hint="copy the whole directory again")
+        raise FormatError(
+            f"{missing[0]} is missing, which holds the names of the weights", hint="copy the whole directory again"
+        )
     return expected
 
 
@@ -184,14 +186,14 @@ def _read_model(pool: FilePool, name: str, references: dict[str, None]) -> _Mode
 
 
 def _checkpoint_of(file: TorchFile, tensors: Mapping[str, TensorRef], path: str) -> Checkpoint:
-    """Return the Checkpoint of these tensors of the file alone, by their plain names."""
+    """Return a Checkpoint of only these tensors of the file, by their names in ``tensors``."""
     return build_checkpoint(replace(file, tree=dict(tensors)), path=path)
 
 
 def _part(parts: Checkpoint, info: TensorInfo) -> tuple[TensorInfo, Region]:
     payload = parts.payload(info.key)
     if len(info.shape) != 1 or not isinstance(payload, Extent | Inflated):
-        raise FormatError(f"its part of group {info.key} is {info}, not a flat vector")
+        raise FormatError(f"the partition of group {info.key} is {info}, not a flat vector")
     return info, payload
 
 
@@ -232,8 +234,8 @@ def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[_Model]
 
     def payload(info: TensorInfo) -> Payload:
         if info.key in assembled:
-            dtype, _, pieces = assembled[info.key]
-            return join_pieces(pieces(), dtype)
+            dtype, _, ranges = assembled[info.key]
+            return join_ranges(ranges(), dtype)
         return first.whole.payload(info.key)
 
     left_out = [name for name in order if name not in infos and isinstance(first.states.module[name], TensorRef)]
@@ -268,7 +270,7 @@ def _entries(model: _Model) -> list[Entry]:
 
 
 def _warnings(model: _Model, from_module: Sequence[str], left_out: Sequence[str], stage: str) -> list[str]:
-    text = "these are the fp32 weights of the optimizer, joined from the parts of all ranks"
+    text = "these are the fp32 weights of the optimizer, joined from the partitions of all ranks"
     if stage != "3":
         text += f"; the weights of the model, in the dtype of training, are at ::{model.name}"
     warnings: list[str] = [ReaderWarning(text, codes.MASTER_WEIGHTS)]
@@ -278,11 +280,11 @@ def _warnings(model: _Model, from_module: Sequence[str], left_out: Sequence[str]
     ]
     if frozen:
         what = plural(len(frozen), "parameter")
-        text = f"{what} in no rank's part (usually frozen), read from {model.name}: {printable(frozen[0])}"
+        text = f"{what} without fp32 weights (usually frozen), read from {model.name}: {printable(frozen[0])}"
         warnings.append(ReaderWarning(text, codes.NOT_IN_PARTS, "note"))
     if left_out:
         what = plural(len(left_out), "key")
-        text = f"{what} of the state_dict in no rank's part (usually tied), left out: {printable(left_out[0])}"
+        text = f"{what} of the state_dict without fp32 weights (usually tied), left out: {printable(left_out[0])}"
         warnings.append(ReaderWarning(text, codes.NOT_IN_PARTS))
     return warnings
 
@@ -293,7 +295,7 @@ def _trained_parameters(ranks: Sequence[_Rank], model: ModelStates) -> dict[str,
     if not states.stage3:
         if len(model.groups) != len(ranks[0].parts):
             raise FormatError(
-                f"param_shapes has {plural(len(model.groups), 'group')}, the ranks have parts of {len(ranks[0].parts)}"
+                f"param_shapes has {plural(len(model.groups), 'group')}, but the ranks have {len(ranks[0].parts)}"
             )
         if paddings is not None and [len(group) for group in paddings] != [len(group) for group in model.groups]:
             raise FormatError("param_alignment_paddings and param_shapes have different lengths")
@@ -313,15 +315,19 @@ def _frozen_parameters(models: Sequence[_Model], *, stage3: bool) -> dict[str, P
         fragments = []
         for model in models:
             if name not in model.fragments:
-                raise FormatError(f"{quoted(name)} is frozen and has no fragment in this file", path=model.path)
+                raise FormatError(
+                    f"{quoted(name)} is frozen, but this file has no fragment of the parameter", path=model.path
+                )
             info = model.fragments[name]
             payload = model.fragments.payload(name)
             if not isinstance(payload, Extent | Inflated):
-                raise FormatError(f"{quoted(name)}: its fragment is not contiguous", path=model.path)
+                raise FormatError(f"{quoted(name)}: the fragment is not contiguous", path=model.path)
             fragments.append((replace(info, shape=(info.elements,)), payload))
         vector = Vector.of(fragments)
         numel = math.prod(shape)
         if vector.length < numel or (not stage3 and vector.length != numel):
-            raise FormatError(f"{quoted(name)}: its shape has {numel:,} elements, its fragments have {vector.length:,}")
-        parameters[name] = (vector.dtype, shape, partial(one_piece, vector, 0, numel))
+            raise FormatError(
+                f"{quoted(name)}: the shape has {numel:,} elements, but the fragments have {vector.length:,}"
+            )
+        parameters[name] = (vector.dtype, shape, partial(one_range, vector, 0, numel))
     return parameters

@@ -23,12 +23,12 @@ __all__ = [
     "ModelStates",
     "OptimStates",
     "Parameter",
-    "Piece",
     "Shapes",
     "Vector",
-    "join_pieces",
+    "VectorRange",
+    "join_ranges",
     "join_shares",
-    "one_piece",
+    "one_range",
     "read_model_states",
     "read_optim_states",
     "split_vector",
@@ -43,7 +43,7 @@ _MOST_DIMENSIONS = 1024
 
 @dataclass(frozen=True, slots=True)
 class ModelStates:
-    """A file of model states: the shapes of the parameters that the ranks hold in parts, and whole tensors."""
+    """A file of model states: the shapes of the parameters that are split among the ranks, and unsplit tensors."""
 
     tree: Mapping[object, object]
     module: Mapping[object, object]
@@ -57,7 +57,7 @@ class ModelStates:
 
 @dataclass(frozen=True, slots=True)
 class OptimStates:
-    """The file of optimizer states of one rank, with its part of each group of fp32 weights."""
+    """The file of optimizer states of one rank, with its partition of each group of fp32 weights."""
 
     stage3: bool
     parts: tuple[TensorRef, ...]
@@ -67,11 +67,11 @@ class OptimStates:
 
 
 def read_model_states(tree: object) -> ModelStates:
-    """Return the content of a file of model states. Raises ``FormatError`` where ZeRO did not write it."""
+    """Return the content of a file of model states. Raises ``FormatError`` if ZeRO did not write the file."""
     top = _mapping(tree, "the file")
     missing = [key for key in ("module", "param_shapes") if key not in top]
     if missing:
-        raise FormatError(f"is not a file of model states of ZeRO: it has no {missing[0]}")
+        raise FormatError(f"is not a file of model states of ZeRO: {missing[0]} is missing")
     module = _mapping(top["module"], "module")
     groups = top["param_shapes"]
     if not isinstance(groups, list | tuple):
@@ -96,7 +96,7 @@ def read_model_states(tree: object) -> ModelStates:
 
 
 def read_optim_states(tree: object) -> OptimStates:
-    """Return the content of a file of optimizer states. Raises ``FormatError`` where ZeRO did not write it."""
+    """Return the content of a file of optimizer states. Raises ``FormatError`` if ZeRO did not write the file."""
     states = _mapping(_mapping(tree, "the file").get(_PARTS), _PARTS)
     stage3 = "fp32_flat_groups" in states
     key = "fp32_flat_groups" if stage3 else "single_partition_of_fp32_groups"
@@ -110,7 +110,7 @@ def read_optim_states(tree: object) -> OptimStates:
         raise FormatError(f"{_PARTS} has no partition_count")
     if len(set(numbers)) > 1:
         raise FormatError(
-            "its groups are split among different numbers of ranks, as groups of experts are: not read",
+            "groups are split among different numbers of ranks, as for experts, which is not supported",
             hint="ds_to_universal.py of DeepSpeed converts it",
         )
     return OptimStates(stage3, tuple(parts), numbers[0], _paddings(states), dict(_steps(states)))
@@ -141,7 +141,7 @@ def _paddings(states: Mapping[object, object]) -> tuple[tuple[int, ...], ...] | 
     if not isinstance(groups, list | tuple) or not all(
         isinstance(group, list | tuple) and all(type(n) is int and 0 <= n < _LARGEST for n in group) for group in groups
     ):
-        raise FormatError("param_alignment_paddings are not lists of numbers")
+        raise FormatError("param_alignment_paddings is not a list of lists of numbers")
     return tuple(tuple(group) for group in groups)
 
 
@@ -168,7 +168,7 @@ class Vector:
         """Return the vector of these flat tensors. Raises ``FormatError`` where their dtypes differ."""
         dtypes = {info.dtype for info, _ in parts}
         if len(dtypes) != 1 or DTYPES[min(dtypes)].bits < 8:
-            raise FormatError(f"parts of one vector have the dtypes {', '.join(sorted(dtypes)) or 'none'}")
+            raise FormatError(f"partitions of one vector have the dtypes {', '.join(sorted(dtypes)) or 'none'}")
         return cls(min(dtypes), tuple(region for _, region in parts), tuple(accumulate(i.elements for i, _ in parts)))
 
     @property
@@ -177,7 +177,7 @@ class Vector:
         return self.ends[-1]
 
     def cut(self, start: int, count: int) -> Iterator[tuple[Region, int, int]]:
-        """Yield each region that holds elements of a range, with the first element in the region and their number."""
+        """Yield each region that holds elements of a range, the first such element in the region, and their number."""
         index = bisect_right(self.ends, start)
         while count:
             begin = self.ends[index - 1] if index else 0
@@ -187,25 +187,25 @@ class Vector:
             start, count, index = start + length, count - length, index + 1
 
 
-class Piece(NamedTuple):
-    """A range of a vector, which must be inside the vector."""
+class VectorRange(NamedTuple):
+    """A range of elements, which must be inside the vector."""
 
     vector: Vector
     start: int
     length: int
 
 
-# dtype, shape, and the pieces of its elements in order
-Parameter = tuple[str, tuple[int, ...], Callable[[], Iterable[Piece]]]
+# dtype, shape, and the ranges of its elements in order
+Parameter = tuple[str, tuple[int, ...], Callable[[], Iterable[VectorRange]]]
 
 
-def join_pieces(pieces: Iterable[Piece], dtype: str) -> Payload:
-    """Return the bytes of consecutive pieces; a single piece in one file becomes the range of that file."""
+def join_ranges(ranges: Iterable[VectorRange], dtype: str) -> Payload:
+    """Return the bytes of consecutive ranges; a single part in one file becomes the range of that file."""
     width = DTYPES[dtype].bits // 8
     blocks: list[Block] = []
     at = 0
-    for piece in pieces:
-        for region, start, count in piece.vector.cut(piece.start, piece.length):
+    for part in ranges:
+        for region, start, count in part.vector.cut(part.start, part.length):
             blocks.append(Block(Box((at,), (count,)), partial(region.slice, start * width, count * width)))
             at += count
     if not blocks:
@@ -213,15 +213,15 @@ def join_pieces(pieces: Iterable[Piece], dtype: str) -> Payload:
     return blocks[0].open() if len(blocks) == 1 else BlockTensor((at,), width, tuple(blocks))
 
 
-def one_piece(vector: Vector, start: int, length: int) -> tuple[Piece]:
-    """Return the only piece of a parameter whose elements are contiguous in the vector."""
-    return (Piece(vector, start, length),)
+def one_range(vector: Vector, start: int, length: int) -> tuple[VectorRange]:
+    """Return the only part of a parameter whose elements are contiguous in the vector."""
+    return (VectorRange(vector, start, length),)
 
 
-def _shares(ranks: Sequence[Vector], start: int, numel: int) -> Iterator[Piece]:
+def _shares(ranks: Sequence[Vector], start: int, numel: int) -> Iterator[VectorRange]:
     share = -(-numel // len(ranks))
     for number, vector in enumerate(ranks):
-        yield Piece(vector, start, min(share, max(numel - number * share, 0)))
+        yield VectorRange(vector, start, min(share, max(numel - number * share, 0)))
 
 
 def split_vector(
@@ -240,7 +240,7 @@ def split_vector(
             raise FormatError(
                 f"{quoted(name)}: elements {at:,} to {at + numel:,} of {what}, but the ranks hold {vector.length:,}"
             )
-        parameters[name] = (vector.dtype, shape, partial(one_piece, vector, at, numel))
+        parameters[name] = (vector.dtype, shape, partial(one_range, vector, at, numel))
         at += numel + padding
     unit = 2 * ranks
     if -(-at // unit) != -(-vector.length // unit):

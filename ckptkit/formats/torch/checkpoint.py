@@ -44,7 +44,7 @@ from ckptkit.formats.torch.tree import (
     type_name,
     unique_names,
 )
-from ckptkit.wrappers.envelopes import WEIGHTS, Selection, averages_beside
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection, describe_averages
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "build_checkpoint", "build_file_checkpoint", "code_warnings"]
 
@@ -106,7 +106,7 @@ def build_checkpoint(
     """
     tree, notes = replace_modules(file.tree, file.pickle_size)
     value, chosen = find_mapping(tree, selection)
-    averages = [ReaderWarning(text, codes.AVERAGE_BESIDE) for text in averages_beside(tree, chosen, is_tensor)]
+    averages = [ReaderWarning(text, codes.AVERAGE_BESIDE) for text in describe_averages(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
     if selection.key and not isinstance(value, Mapping | list | tuple):
