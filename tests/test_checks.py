@@ -179,7 +179,7 @@ def test_tensors_of_an_unknown_size_are_read_up_to_the_next(tmp_path: Path) -> N
 
 
 def test_files_beside_the_weights_are_listed_as_unread(tmp_path: Path) -> None:
-    """Files that trainers write beside the weights are listed, but their bytes are not read."""
+    """Files that trainers write next to the weights are listed, but their bytes are not read."""
     assert checked(_trainer(tmp_path)).findings[-1].message.endswith("other files were not read ('optimizer.pt')")
 
 

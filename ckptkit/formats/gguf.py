@@ -272,7 +272,7 @@ class _StoredTensor(NamedTuple):
 
 
 def open_gguf(file: LocalFile) -> Checkpoint:
-    """Return the Checkpoint in a GGUF file, with shapes in the order of torch. It takes over the file.
+    """Return the Checkpoint in a GGUF file, with shapes in the order of torch; the Checkpoint closes the file.
 
     Plain numbers can be read. Quantised tensors are listed with their stored size and the type name of GGUF.
     Raises ``FormatError`` where the header contradicts itself or the file, or the version is unknown.

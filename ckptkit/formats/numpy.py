@@ -61,7 +61,7 @@ _OTHER_KINDS: Final = {
 
 @dataclass(frozen=True, slots=True)
 class NpyHeader:
-    """The header of a ``.npy`` file, whose data begin at byte ``start``.
+    """The header of a ``.npy`` file. The data begin at byte ``start``.
 
     ``dtype`` is a safetensors code, or empty where the elements are not plain numbers: then ``kind`` and ``reason``
     describe the elements. ``big_endian`` is the byte order; with ``fortran`` the first dimension varies fastest.
@@ -79,7 +79,7 @@ class NpyHeader:
 def parse_npy_header(head: bytes, what: str) -> NpyHeader:
     """Return the header of a file that begins with the bytes ``head``: ``HEAD`` bytes, or the whole file.
 
-    ``what`` names the array in errors. Raises ``FormatError`` where numpy does not write such a header.
+    ``what`` names the array in errors. Raises ``FormatError`` for a header that numpy does not write.
     """
     width = _LENGTH_BYTES.get(head[6:8])
     if not head.startswith(MAGIC) or len(head) < 8:
@@ -160,7 +160,7 @@ class _Array:
 
 
 def open_npy(file: LocalFile) -> Checkpoint:
-    """Return the Checkpoint of a ``.npy`` file: one tensor with an empty key. It takes over the file.
+    """Return the Checkpoint of a ``.npy`` file: one tensor with an empty key. The Checkpoint closes the file.
 
     Raises ``FormatError`` where the array is cut off, or its elements are not plain numbers.
     """
@@ -183,7 +183,7 @@ def open_npy(file: LocalFile) -> Checkpoint:
 
 
 def open_npz(archive: ZipDirectory) -> Checkpoint:
-    """Return the Checkpoint of a ``.npz`` archive, with keys without ``.npy``. It takes over the file.
+    """Return the Checkpoint of a ``.npz`` archive, with keys without ``.npy``. The Checkpoint closes the file.
 
     Arrays of other elements than plain numbers are entries. Raises ``FormatError`` where an array is cut off.
     """

@@ -42,7 +42,7 @@ _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 
 
 def open_safetensors(file: LocalFile) -> Checkpoint:
-    """Return the Checkpoint in a safetensors file, which takes over the file.
+    """Return the Checkpoint in a safetensors file; the Checkpoint closes the file.
 
     Refuses every file that the safetensors library refuses, and also duplicate keys and a header that does not begin
     with a brace. Raises ``FormatError`` naming the tensor and the numbers.
@@ -221,7 +221,7 @@ def _check_tiling(offsets: Mapping[str, tuple[int, int]], size: int) -> None:
     reached = 0
     for begin, end in offsets.values():
         if begin != reached:
-            reached = _end_of_sorted(offsets)  # most headers have the order of their data; only others need a sort
+            reached = _end_of_sorted(offsets)  # most headers are in the order of the data, and need no sort
             break
         reached = end
     if reached > size:
@@ -259,8 +259,8 @@ class SafetensorsLayout:
 def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str]) -> SafetensorsLayout:
     """Return the layout of a file with these tensors, in their order unless alignment needs another order.
 
-    Raises ``PlanError`` for a dtype without a safetensors code, a key that is not Unicode text, the key
-    ``__metadata__``, and a header of more than 100 MB.
+    Raises ``PlanError`` for a dtype without a safetensors code, and for a header of more than 100 MB. Also raises
+    ``PlanError`` for a key that is not Unicode text, and for the key ``__metadata__``.
     """
     order = list(infos)
     refuse_unstorable(order)
@@ -314,7 +314,7 @@ def write_safetensors(layout: SafetensorsLayout, payloads: Mapping[str, Payload]
     for payload in merge_extents(payloads[info.key] for info in layout.infos):
         yield from out.copy(payload, offset)
         offset += payload.nbytes
-    # The header comes last, so that a file of a killed process is not a valid checkpoint of zeros.
+    # The header is written last, so that a killed process does not leave a valid checkpoint of zeros.
     out.write(layout.header, 0)
 
 

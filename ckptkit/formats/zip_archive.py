@@ -1,6 +1,6 @@
 """Read the directory of a zip archive strictly: every contradiction inside the file is an error.
 
-Lenient readers choose different bytes of a contradictory file, so a scanner and a loader can see different content.
+Lenient readers read different bytes of a contradictory file, so a scanner and a loader can see different content.
 """
 
 from __future__ import annotations

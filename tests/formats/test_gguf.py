@@ -349,7 +349,7 @@ def test_truncation_anywhere_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_mapping_inside_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FormatError, match="there is no mapping 'a' inside"):
+    with pytest.raises(FormatError, match="holds only tensors, and not a mapping 'a'"):
         open_checkpoint(f"{write(tmp_path, GOOD, 'x.gguf')}::a")
 
 

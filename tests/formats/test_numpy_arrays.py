@@ -158,7 +158,7 @@ def test_one_array_is_a_checkpoint_of_one_tensor(tmp_path: Path) -> None:
         assert {key: str(info) for key, info in checkpoint.items()} == {"": "I64 [2, 3]"}
         assert (checkpoint.format, checkpoint.warnings) == ("npy", ())
     error = refusal(f"{path}::a")
-    assert "there is no mapping 'a' inside" in error.reason
+    assert "holds only tensors, and not a mapping 'a'" in error.reason
 
 
 def test_it_becomes_safetensors_and_torch_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

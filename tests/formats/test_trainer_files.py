@@ -1,4 +1,4 @@
-"""Files that trainers write beside the weights are listed and can be opened by name; no code in them is run."""
+"""Files that trainers write next to the weights are listed and can be opened by name; no code in them is run."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ FILES: dict[str, tuple[str, bytes, str, str]] = {
     "flax": ("flax_model.msgpack", FLAX, "a msgpack file of flax", "flax.serialization"),
     "flax with a step": ("checkpoint_3", FLAX_STATE, "a msgpack file of flax", "flax.serialization"),
     "an index of TensorFlow": ("ckpt-1.index", TENSORFLOW_TABLE, "a file of a TensorFlow checkpoint", "tf.train"),
-    "a shard of TensorFlow": ("ckpt-1.data-00000-of-00001", b"\x01\x02" * 99, "a part of a Tens", "tf.train"),
+    "a shard of TensorFlow": ("ckpt-1.data-00000-of-00001", b"\x01\x02" * 99, "a file of a Tens", "tf.train"),
     "the state of TensorFlow": (
         "checkpoint", b'model_checkpoint_path: "ckpt-1"\nall_model_checkpoint_paths: "ckpt-1"\n',
         "the state of a TensorFlow checkpoint", "tf.train"),
@@ -155,5 +155,5 @@ def test_the_hint_names_the_directories_inside(tmp_path: Path, names: list[str])
         (tmp_path / name).mkdir()
     error = refusal(str(tmp_path))
     assert error.reason == "a directory without a checkpoint"
-    listed = ", ".join(sorted(names)[:4]) + (", …" if len(names) > 4 else "")
+    listed = ", ".join(sorted(names)[:4]) + (" and 1 more" if len(names) > 4 else "")
     assert error.hint == f"give one of the directories inside: {listed}"

@@ -356,7 +356,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], Callable[[Path], object], str, s
     "pipeline": (
         save_stage2, lambda at: (at / "layer_00-model_00-model_states.pt").touch(), "holds layers or experts", ""),
     "bf16 and not": (
-        save_stage2, lambda at: shutil.copy(at / optim(0), at / optim(0, "bf16_")), "optim_states of two saves", ""),
+        save_stage2, lambda at: shutil.copy(at / optim(0), at / optim(0, "bf16_")), "files of two saves: only", ""),
     "stage 3: a part is short": (
         save_stage3, _inner(1, lambda states: _longer(states, -4)),
         "'l1.bias': elements 65 to 69 of rank 1, which holds 66", ""),

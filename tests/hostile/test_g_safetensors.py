@@ -43,7 +43,7 @@ BROKEN: dict[str, tuple[bytes, str]] = {
     "G1 length 2^32": (GOOD[:4] + b"\1" + GOOD[5:], "4,294,967,357 bytes, more than the limit"),
     "G1 limit": ((100_000_001).to_bytes(8, "little") + GOOD[8:], "100,000,001"),
     "G1 past the end": ((1000).to_bytes(8, "little") + GOOD[8:], "1,000 bytes and the file has"),
-    "G1 length 2^64-1": (b"\xff" * 8 + GOOD[8:], "begins with ff ff"),
+    "G1 length 2^64-1": (b"\xff" * 8 + GOOD[8:], "the first bytes are ff ff"),
     "G2 not JSON": (safetensors_file("{w}"), "not JSON"),
     "G2 junk behind": (safetensors_file("{} x"), "not JSON"),
     "G2 NUL padding": (safetensors_file("{}\0\0"), "not JSON"),

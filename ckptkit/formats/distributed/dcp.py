@@ -1,7 +1,8 @@
-"""Checkpoints of ``torch.distributed.checkpoint``: ``.metadata`` beside files in which every item is a torch zip.
+"""Read checkpoints of ``torch.distributed.checkpoint`` (DCP): a ``.metadata`` file, and files of torch zip archives.
 
-DCP itself leaves uninitialised memory where no chunk is, follows ``../`` and runs code that the metadata names. Here
-nothing is run. Opening the directory checks coverage, names and ranges; the first read of a chunk checks its header.
+DCP itself leaves memory uninitialised where chunks are missing, follows ``../``, and runs code that the metadata names.
+This reader runs no code. Opening the directory checks that the chunks cover each tensor, and that names and ranges are
+valid. The first read of a chunk checks the header of the chunk.
 """
 
 from __future__ import annotations
@@ -47,10 +48,9 @@ _VERSION = "1.0.0"
 def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint in a directory that ``torch.distributed.checkpoint`` wrote, in either of its forms.
 
-    Tensors are whole: reading a tensor joins its chunks. ``selection`` can name a mapping in the saved state, such as
-    ``model``. Raises ``FormatError`` where the save was interrupted, or a file is missing or short. Raises it too where
-    chunks overlap or leave a gap, naming the tensor and the rows. Reading raises it where a chunk contradicts the
-    metadata.
+    Reading a tensor joins its chunks. ``selection`` can name a mapping in the saved state, such as ``model``. Raises
+    ``FormatError`` if the save was interrupted, a file is missing or short, or chunks overlap or leave a gap. Reading a
+    tensor raises ``FormatError`` if a chunk contradicts the metadata.
     """
     names = os.listdir(directory)
     if DCP_METADATA not in names:
@@ -165,7 +165,7 @@ def _all_places(metadata: DcpMetadata) -> Iterator[tuple[str, str, Place]]:
 
 
 class _Branch(dict[object, object]):
-    """A mapping or list of the nested state; a saved value that is a dict has another class."""
+    """A mapping or list of the nested state. Saved values that are dicts have another class."""
 
 
 def _nested(paths: Mapping[str, KeyPath], values: Mapping[str, object]) -> object:
@@ -198,7 +198,7 @@ def _with_lists(branch: _Branch) -> object:
 
 
 class StoredObject:
-    """Replaces a saved value that is listed by name only."""
+    """Stand-in for a saved value that is not read, and only listed by name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +210,7 @@ class _Objects:
 
 
 class _Items:
-    """Read the items of the files; each item is a zip archive."""
+    """Reader of the items in the files. Each item is a zip archive."""
 
     def __init__(self, pool: FilePool) -> None:
         self.pool = pool
@@ -330,7 +330,7 @@ def _read_objects(objects: Mapping[str, Place], items: _Items) -> _Objects:
 
 
 def _element_shape(dtype: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    # torch counts bytes of two elements; the safetensors dtype counts elements.
+    # The last dimension in torch counts bytes, which hold two elements each; the safetensors dtype counts elements.
     return (*shape[:-1], 2 * shape[-1]) if dtype == "F4" and shape else shape
 
 

@@ -80,9 +80,9 @@ class DcpMetadata:
 def read_metadata(data: bytes) -> DcpMetadata:
     """Return the content of a ``.metadata``, without importing or running code.
 
-    Raises ``FormatError`` where the bytes are not valid DCP metadata, or not whole, or too large. Raises it too where a
-    described item has no place or two places, and where a place has no description. The caller must check that the
-    chunks cover each tensor and that the places exist.
+    Raises ``FormatError`` if the bytes are not valid and complete DCP metadata, or too large. Also raises
+    ``FormatError`` if a described item has no place or two places, or a place has no description. The caller must check
+    that the chunks cover each tensor, and that the places exist.
     """
     interpreter = _interpreter()
     value, end = parse_pickle(data, interpreter)

@@ -1,8 +1,8 @@
-"""Read the safetensors form of DCP: each rank writes its own files, with the offset of each piece in its tensor.
+"""Read the safetensors form of DCP: each rank writes its own files, with the offset of each chunk in its tensor.
 
-The format records neither whole shapes nor the number of ranks (``-of-00002`` counts the files of one rank). A missing
-file therefore shows as a gap between pieces or a gap in the numbers. DCP's own consolidation fills such a gap with
-zeros.
+The format records neither the full shapes nor the number of ranks (``-of-00002`` counts the files of one rank). A
+missing file is found only by a gap between chunks, or a gap in the file numbers. The consolidation of DCP itself fills
+such a gap with zeros.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class _Piece:
 def open_dcp_safetensors(directory: str, names: Iterable[str], selection: Selection = WEIGHTS) -> Checkpoint:
     """Return the Checkpoint of the whole tensors in a directory of unconsolidated shards.
 
-    Raises ``FormatError`` naming the rows that no shard holds, or the number of a missing shard. A missing last shard
-    cannot be noticed, and a warning says so.
+    Raises ``FormatError`` with the missing rows, or the number of the missing shard. A missing last shard cannot be
+    detected, and a warning says so.
     """
     refuse_selection(selection, directory)
     found = [match for name in names if (match := DCP_SHARD.fullmatch(name))]
@@ -114,7 +114,7 @@ def _check_numbers(shards: Sequence[_Shard], missing: str, directory: str) -> No
     if len(totals) > 1:
         raise FormatError(f"shards of two saves: some count {totals[0]} files, some {totals[1]}", path=directory)
     if missing:
-        # A tensor that is not split is in one shard only, so a missing shard loses it without a trace.
+        # A tensor that is not split is in one shard only, so no other shard shows that the tensor is missing.
         raise FormatError(f"{missing} is missing", hint="copy the whole directory again", path=directory)
     present = {shard.model for shard in shards}
     absent = _missing(present | {totals[0] + 1}, "model-{:05}")

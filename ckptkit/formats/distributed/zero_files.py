@@ -229,8 +229,8 @@ def split_vector(
 ) -> dict[str, Parameter]:
     """Return the parameters in the vector of their group, in the layout of ZeRO stages 1 and 2.
 
-    ``paddings`` are the elements to skip after each parameter. Raises ``FormatError`` naming the first parameter that
-    reaches beyond the vector. Raises it too where more elements are left than padding to twice the number of ranks.
+    ``paddings`` are the elements to skip after each parameter. Raises ``FormatError`` for a parameter that reaches
+    beyond the vector, and if more elements are left than padding to a multiple of twice the number of ranks explains.
     """
     parameters: dict[str, Parameter] = {}
     at = 0

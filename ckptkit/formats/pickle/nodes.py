@@ -45,7 +45,7 @@ class Node:
     """An object of a pickle: the opcode that makes the object, the arguments, and the later updates.
 
     Several other nodes can refer to one node. ``updates_at_use`` is the number of updates before the first use as an
-    argument: all of them, unless the object holds itself; -1 for an object that is never an argument.
+    argument. All updates come before, unless the object holds itself. It is -1 for an object that is never an argument.
     """
 
     __slots__ = ("args", "op", "updates", "updates_at_use")
@@ -191,8 +191,8 @@ _SHORT = 2  # writing an opcode of so few bytes again costs no more than recalli
 def write_nodes(root: Part, protocol: int, most: int) -> bytes:
     """Return the pickle of ``root``: the opcodes as they were read, with shared objects shared.
 
-    The result is read back and compared with the graph. Raises ``PlanError`` if both differ, as for a pickle that
-    changes an object after a call has used it, and for a pickle of more than ``most`` parts.
+    The result is read back and compared with the graph. Raises ``PlanError`` if they differ, which happens if a pickle
+    changes an object after a call has used the object. Also raises ``PlanError`` for more than ``most`` parts.
     """
     data = _Writer(root, protocol, most).pickle()
     if not _is_same_graph(root, read_nodes(data)[0]):

@@ -139,7 +139,7 @@ class Interpreter:
             raise FormatError(f"corrupt pickle: {function} does not take the given arguments ({reason})") from None
 
 
-# Many honest checkpoints name these, so a reader gives no warning for them; nothing of them is run either.
+# Many harmless checkpoints name this code, so there is no warning about it. Like all code, it is never run.
 _HARMLESS: Final = (
     "argparse.", "types.SimpleNamespace", "pathlib.", "datetime.", "decimal.", "uuid.", "functools.partial", "enum.",
     "omegaconf.", "typing.", "collections.", "transformers.training_args.", "transformers.trainer_utils.",

@@ -18,7 +18,7 @@ _MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 
 
 class ModuleContents(NamedTuple):
-    """What one module has itself: entries of the state_dict, child modules, and the names of all other tensors."""
+    """Contents of one module: entries of the state_dict, child modules, and the names of all other tensors."""
 
     entries: list[tuple[str, object]]
     children: list[tuple[str, object]]

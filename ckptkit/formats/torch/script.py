@@ -21,7 +21,7 @@ __all__ = ["open_torchscript"]
 _CONSTANTS = "CONSTANTS"  # the name that the code of an archive uses
 _ALL_LISTED = (
     "written before torch 2.1: only the code says which tensors are plain attributes and not in the state_dict; "
-    "the code is not read, so all are listed"
+    "the code is not read, so all tensors are listed"
 )
 
 

@@ -37,7 +37,7 @@ _MOST_WARNINGS = 8
 _MOST_OPTIMIZERS = 8  # named in an error
 _MOST_ITEMS = 64  # of an entry that is shown with all its values
 _LONGEST_TEXT = 2000  # that is shown
-_LONGEST_LIST = 1000  # whose scalars are leaves of their own
+_LONGEST_LIST = 1000  # up to this length, each scalar of a list is a leaf
 _SCALARS = frozenset({int, float, bool, str, bytes, type(None)})
 _NOT_SHOWN = object()
 
@@ -64,13 +64,13 @@ def dotted_key(path: KeyPath) -> str:
 
 
 def bracketed_key(path: KeyPath) -> str:
-    """Return a key path in brackets, ``['a']['b']``, for places whose dotted keys are equal."""
+    """Return a key path in brackets, ``['a']['b']``, which tells apart places with equal dotted keys."""
     return "".join(f"[{_key_repr(key)}]" for key in path)
 
 
 @dataclass(frozen=True, slots=True)
 class UniqueNames:
-    """A unique name for each key path; ``ambiguous`` has the dotted key of each name that had to differ from it."""
+    """A unique name for each key path. ``ambiguous`` maps each name that differs from the dotted key to that key."""
 
     names: Sequence[str]
     ambiguous: dict[str, str]
@@ -104,7 +104,7 @@ def unique_names(places: Sequence[KeyPath]) -> UniqueNames:
         names.append(name)
     texts = [_same_name(dotted, members) for dotted, members in list(groups.items())[:_MOST_WARNINGS]]
     if len(groups) > _MOST_WARNINGS:
-        texts.append(f"{len(groups) - _MOST_WARNINGS:,} more names would each stand for several entries")
+        texts.append(f"{len(groups) - _MOST_WARNINGS:,} more names would each mean several entries")
     warnings: list[str] = [ReaderWarning(text, codes.SAME_NAME) for text in texts]
     return UniqueNames(names, ambiguous, warnings)
 
@@ -168,7 +168,7 @@ def _only_optimizer(tree: object) -> tuple[object, KeyPath]:
 def _descend(tree: object, wanted: str) -> tuple[object, KeyPath]:
     """Return the value at the dotted name ``wanted``, and its key path.
 
-    All readings of the name are tried: a key can have dots itself, and ``['a.b']`` names one exactly.
+    All readings of the name are tried, since a key can contain dots. ``['a.b']`` names exactly one key.
     """
     matches: list[tuple[object, KeyPath]] = []
     pending: list[tuple[object, KeyPath, str]] = [(tree, (), wanted)]
