@@ -278,7 +278,9 @@ def test_an_untrained_layer_is_found(
     assert messages["warning"].endswith(
         "1 tensor distributed as in a new model (mean, deviation, magnitudes): '2.weight'"
     )
-    assert messages["note"].endswith("of a new model (ones or zeros): '1.weight', '1.bias', '1.running_mean', '1.running_var'")
+    assert messages["note"].endswith(
+        "of a new model (ones or zeros): '1.weight', '1.bias', '1.running_mean', '1.running_var'"
+    )
 
 
 def test_tensors_equal_to_expected_are_a_note(

@@ -13,6 +13,7 @@ from ckptkit.core.findings import Finding
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.validate import validate_param_groups
+from ckptkit.readiness import preflight
 
 SPEC: dict[str, Any] = {
     "defaults": {"lr": 0.1, "weight_decay": 0.05},
@@ -131,3 +132,13 @@ def test_faults_of_the_spec_are_findings_too() -> None:
     assert [finding.code for finding in found] == ["groups.missing", "groups.missing", "groups.rule-unmatched"]
     with pytest.raises(GroupsError, match="no group"):
         validate_param_groups(model, optimizer, spec=[])
+
+
+def test_an_option_that_only_changes_speed_is_compared_by_the_validator_alone() -> None:
+    """The validator reports every option of the spec; the preflight ignores how fast a step runs."""
+    model = nn.Linear(2, 2)
+    spec = {"defaults": {"lr": 0.1, "foreach": True}, "group": [{"name": "all", "params": "*"}]}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, foreach=False)
+    report = validate_param_groups(model, optimizer, spec=spec)
+    assert [(finding.code, finding.severity) for finding in report.findings] == [("groups.options", "error")]
+    assert preflight(model, groups=spec, optimizer=optimizer).verdict == "ready"

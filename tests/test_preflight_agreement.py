@@ -38,7 +38,9 @@ def built(model: nn.Module, name: str) -> torch.optim.Optimizer:
 
 
 def another_class(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.RMSprop([{"params": group["params"], "lr": group["lr"]} for group in named(model, SGD)])
+    return torch.optim.RMSprop(
+        [{"params": group["params"], "lr": group["lr"]} for group in named(model, SGD)], foreach=False
+    )
 
 
 def another_option(model: nn.Module) -> torch.optim.Optimizer:

@@ -23,7 +23,7 @@ from ckptkit.param_groups.parameters import read_live_model
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
 from ckptkit.param_groups.properties import parameter_table
-from ckptkit.param_groups.validate import validate_param_groups
+from ckptkit.param_groups.validate import check_param_groups, validate_param_groups
 from ckptkit.readiness import codes
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
@@ -81,7 +81,11 @@ def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLi
     given = _live_optimizers(optimizer)
     if given:
         not_judged: tuple[str, ...] = () if schedulers is not None else ("schedulers: none given",)
-        found = validate_param_groups(model, _one_or_all(given), schedulers=schedulers, spec=groups).findings
+        # How fast a step runs does not decide whether the training is ready.
+        speed = options_of_kind("speed")
+        found = check_param_groups(
+            model, _one_or_all(given), schedulers=schedulers, spec=groups, ignored=speed
+        ).findings
         training = Training(frozen=frozen, findings=(*_spec_ignored(found), *found), not_judged=not_judged)
         return _with_optimizers(training, model, given)
     not_judged = ("schedulers and optimizer state: no live optimizer given",)

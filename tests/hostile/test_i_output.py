@@ -92,7 +92,9 @@ REFUSED: dict[str, Refused] = {
         of_shards(lambda at: at / "model-00009-of-00009.safetensors"), "would be read as a shard of an input"
     ),
     "I2 the directory of the input": Refused(of_shards(lambda at: at, *SHARDED), "already exists"),
-    "I2 a training checkpoint": Refused(training, "is an input that holds more than tensors: the output would lose epoch"),
+    "I2 a training checkpoint": Refused(
+        training, "is an input that holds more than tensors: the output would lose epoch"
+    ),
     "I3 missing": Refused(converting(lambda at: at / "no" / "o.pt"), "does not exist"),
     "I3 missing, for shards": Refused(converting(lambda at: at / "no" / "set", *SHARDED), "does not exist"),
     "I3 a file": Refused(converting(lambda at: at / "in.safetensors" / "o.pt"), "in.safetensors is not a directory"),

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_optim import options_of_kind, overwritten_options
+from ckptkit.core.torch_optim import overwritten_options
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.compare.groups import GroupDifference, compare_groups
 from ckptkit.param_groups.compare.locks import group_views
@@ -22,20 +22,21 @@ __all__ = ["compare_with_spec"]
 _BUILD_AGAIN = "build the groups from the spec again (build_param_groups), and load the optimizer state by name"
 
 
-def compare_with_spec(live_model: LiveModel, live: LiveGroups, spec: SpecLike) -> Iterator[Finding]:
+def compare_with_spec(
+    live_model: LiveModel, live: LiveGroups, spec: SpecLike, ignored: frozenset[str] = frozenset()
+) -> Iterator[Finding]:
     """Yield the findings of ``spec`` for the model, and each difference of the live groups from the spec.
 
     Where a group has an ``initial_lr``, it is compared instead of ``lr``, which schedulers change. Options that
-    schedulers overwrite and options that only change the speed of a step are not compared.
+    schedulers overwrite are not compared, and neither are the options in ``ignored``.
     """
     assignment = assign(live_parameter_table(live_model), spec)
     yield from assignment.report.findings
     if not assignment.report.ok:
         return
     expected, found = lock_plan(assignment.plan), lock_live(live_model, live)
-    speed = options_of_kind("speed")
     differences = compare_groups(
-        group_views(expected), group_views(found), ignored=lambda _, group: speed | overwritten_options(group.options)
+        group_views(expected), group_views(found), ignored=lambda _, group: ignored | overwritten_options(group.options)
     )
     for difference in differences.groups:
         group = expected.groups[difference.expected]

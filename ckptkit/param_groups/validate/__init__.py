@@ -29,7 +29,7 @@ from ckptkit.param_groups.validate.options import check_options
 from ckptkit.param_groups.validate.schedulers import check_schedulers, read_schedulers
 from ckptkit.param_groups.validate.state import check_state, check_state_values
 
-__all__ = ["assert_param_groups", "validate_param_groups"]
+__all__ = ["assert_param_groups", "check_param_groups", "validate_param_groups"]
 
 
 def validate_param_groups(
@@ -54,13 +54,26 @@ def validate_param_groups(
     The codes of the findings begin with ``groups.``; docs/codes.md lists them. Raises ``GroupsError`` if
     ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
     """
+    return check_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
+
+
+def check_param_groups(
+    model: Module,
+    groups: Optimizer | Iterable[Any],
+    *,
+    schedulers: Any = None,
+    spec: SpecLike | None = None,
+    lock: ParamGroupsLock | None = None,
+    ignored: frozenset[str] = frozenset(),
+) -> Report:
+    """Return the report of ``validate_param_groups``, without comparing the options in ``ignored`` with the spec."""
     with pause_gc():
         live_model, given_schedulers, live = read_live_model(model), read_schedulers(schedulers), read_groups(groups)
         findings = _check_live_groups(live_model, live, given_schedulers, groups)
         if spec is not None:
             from ckptkit.param_groups.compare.spec import compare_with_spec
 
-            findings.extend(compare_with_spec(live_model, live, spec))
+            findings.extend(compare_with_spec(live_model, live, spec, ignored))
         if lock is not None:
             from ckptkit.param_groups.compare.locks import diff_locks
 
