@@ -210,7 +210,14 @@ UNUSED_PACKAGES = {
     ),
     "convert": (
         "main(['convert', 'fixtures/lenet_10class.pth', '-o', OUT + '/shards', '--max-shard-size', '100kB'])",
-        {"comparison", "formats.distributed", "formats.torch.write", "param_groups", "tensor_ops"},
+        {
+            "comparison",
+            "formats.distributed.dcp",
+            "formats.distributed.zero",
+            "formats.torch.write",
+            "param_groups",
+            "tensor_ops",
+        },
     ),
     "groups validate": (
         "main(['groups', 'validate', '--model', 'py:fixtures.lenet:build', 'fixtures/groups.toml'])",

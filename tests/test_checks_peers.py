@@ -25,20 +25,20 @@ MALFORMED: dict[str, tuple[bytes, int, str]] = {
     "header truncated": (GOOD[:40], 2, "truncated?"),
     "not JSON": (safetensors_file("{"), 2, "the header is not JSON"),
     "empty": (b"", 2, "the file is empty"),
-    "header of 2^62 bytes": ((1 << 62).to_bytes(8, "little") + b"{}", 2, "unknown format; it begins with 00 00"),
+    "header of 2^62 bytes": ((1 << 62).to_bytes(8, "little") + b"{}", 2, "unknown format: the first bytes are 00 00"),
     "overlapping": (safetensors_file({"a": f32(0, 4), "b": f32(2, 6)}, bytes(6)), 2, "overlaps the tensor before it"),
     "a gap": (safetensors_file({"a": f32(0, 4), "b": f32(8, 12)}, bytes(12)), 2, "leaves a gap before it"),
     "shape and bytes": (safetensors_file({"a": f32(0, 4, [2])}, bytes(4)), 2, "needs 8 bytes, offsets give 4"),
     "trailing bytes": (GOOD + bytes(48), 2, "not part of a tensor: 48 bytes after the last tensor"),
     "a key twice": (safetensors_file(f'{{"a":{json.dumps(f32())},"a":{json.dumps(f32())}}}', bytes(4)), 2, "'a' twice"),
     "unknown dtype": (safetensors_file({"a": f32(dtype="Q4")}, bytes(4)), 2, "unknown dtype 'Q4'"),
-    "a list": (safetensors_file("[]"), 2, "unknown format; it begins with 02 00"),
+    "a list": (safetensors_file("[]"), 2, "unknown format: the first bytes are 02 00"),
     "no dtype": (safetensors_file({"a": {"shape": [1], "data_offsets": [0, 4]}}, bytes(4)), 2, "has no dtype"),
     "NaN in BF16": (save({"a": BROKEN.bfloat16()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
     "NaN in FP8": (save({"a": BROKEN.to(torch.float8_e4m3fn)}), 1, "are NaN"),
     "NaN beside FP8": (save({"a": BROKEN, "q": FP8}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
     "NaN in a .pt": (saved({"a": BROKEN.half()}), 1, "'a': 1 of 64 numbers are NaN, and 1 infinite"),
-    "random bytes": (b"\1" * 100, 2, "unknown format; it begins with 01 01"),
+    "random bytes": (b"\1" * 100, 2, "unknown format: the first bytes are 01 01"),
 }
 
 
