@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 
 from ckptkit import choose_output, execute, open_checkpoint, plan_remap
 from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.formats.atomic import AtomicFile
 from tests.helpers_outputs import names_in, sha256, tensor_of
 
 ROOT = Path(__file__).parent.parent
@@ -354,3 +355,14 @@ def test_a_full_disk_is_an_error(out: str, shards: int | None, tmp_path: Path, s
     assert path == str(small_disk / out)
     assert content(small_disk / out) == old
     assert names_in(small_disk) == [out]
+
+
+def test_an_output_larger_than_the_disk_takes_no_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The free space is compared first: a reservation that fails halfway would fill the disk for everybody."""
+    monkeypatch.setattr(os, "posix_fallocate", lambda *_: pytest.fail("space was reserved"))
+    with (
+        pytest.raises(OutputError, match=r"not enough disk space: .* needed, .* free"),
+        AtomicFile(str(tmp_path / "out"), 2**60),
+    ):
+        pytest.fail("the output was opened")
+    assert list(tmp_path.iterdir()) == []

@@ -247,6 +247,10 @@ def _temporary_path(target: str) -> str:
 def _reserve(fd: int, size: int) -> None:
     if not size:
         return
+    # A reservation that cannot succeed would take all free space first, and other programs would see a full disk.
+    disk = os.fstatvfs(fd)
+    if disk.f_blocks and size > disk.f_bfree * disk.f_frsize:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     try:
         os.posix_fallocate(fd, 0, size)
     except OSError as error:
