@@ -35,7 +35,7 @@ def gguf_file(
     infos: Sequence[bytes] = (), pairs: Sequence[bytes] = (), data: bytes = b"", *, version: int = 3,
     counts: tuple[int, int] | None = None, alignment: int = 32,
 ) -> bytes:  # fmt: skip
-    """A file of these parts as they are; the counts are told by them unless given."""
+    """Return a file of these parts, unchanged; without ``counts``, the header counts the given parts."""
     tensors, keys = counts or (len(infos), len(pairs))
     head = b"GGUF" + struct.pack("<IQQ", version, tensors, keys) + b"".join(pairs) + b"".join(infos)
     return head + bytes(-len(head) % alignment) + data

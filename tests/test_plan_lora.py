@@ -138,7 +138,7 @@ def test_a_saved_plan_of_two_inputs_is_applied_again() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], State, str]] = {
     # id: (changes of the config, changes of the adapter, a piece of the message)
-    "a stranger": (
+    "a module that the base lacks": (
         {},
         {f"{P}z.lora_A.weight": torch.ones(2, 4), f"{P}z.lora_B.weight": torch.ones(6, 2)},
         "z.lora_A.we",

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
 
 __all__ = ["Closing"]
 
 
-class Closing:
+class Closing(ABC):
     """Call ``close`` at the end of a ``with`` block, whether or not the block raises."""
 
     __slots__ = ()
 
+    @abstractmethod
     def close(self) -> None:
         """Release the files, threads or memory of the object."""
-        raise NotImplementedError
 
     def __enter__(self) -> Self:
         """Return the object itself."""
