@@ -17,7 +17,6 @@ __all__ = [
     "OptionKind",
     "SlotSchema",
     "initial_lr",
-    "option_kind",
     "options_of_kind",
     "overwritten_options",
     "schema_from_options",
@@ -56,6 +55,7 @@ class GroupOption:
 
 
 # Comparisons of groups, locks and the loading of optimizer state all read this table; no other module lists options.
+# An option that is not listed is compared as an option that changes training.
 OPTIONS: Mapping[str, GroupOption] = {
     option.name: option
     for option in (
@@ -82,12 +82,6 @@ OPTIONS: Mapping[str, GroupOption] = {
         GroupOption("decoupled_weight_decay", "training", is_recent=True),
     )
 }
-
-
-def option_kind(name: str) -> OptionKind:
-    """Return the kind of an option; an option that ``OPTIONS`` does not list changes training."""
-    option = OPTIONS.get(name)
-    return "training" if option is None else option.kind
 
 
 def options_of_kind(*kinds: OptionKind) -> frozenset[str]:

@@ -34,6 +34,7 @@ OnUnexpected = Literal["skip", "error"]
 OnMismatch = Literal["error", "skip"]
 # These options tell how a step is computed, not its result. What a file from a GPU has may not work on this machine.
 _SPEED_OPTIONS = options_of_kind("speed")
+_MEMBER_OPTIONS = options_of_kind("members")
 _DROP_STATE = "drop its state first: ckpt optim prune --reset PATTERN"
 
 
@@ -160,7 +161,7 @@ def _live_groups(optimizer: Optimizer, live_model: LiveModel) -> tuple[NamedGrou
                     hint="validate_param_groups(model, optimizer) tells what it was; build the optimizer again",
                 )
             names.append(parameter.name)
-        options = {key: value for key, value in group.options.items() if key not in options_of_kind("members")}
+        options = {key: value for key, value in group.options.items() if key not in _MEMBER_OPTIONS}
         groups.append(NamedGroup(tuple(names), options))
     return tuple(groups)
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_optim import OPTIONS, initial_lr, options_of_kind
+from ckptkit.core.torch_optim import OPTIONS, initial_lr
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
 from ckptkit.param_groups.parameters import LiveModel
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.param_groups.validate.options import read_number
+from ckptkit.param_groups.validate.options import BOOKKEEPING, read_number
 
 __all__ = ["check_across_groups", "check_optimizer_rules", "trained_options"]
 
@@ -142,8 +142,6 @@ def _check_kernels(
 
 
 _MULTIPLIERS = {option.name: option.multiplies for option in OPTIONS.values() if option.multiplies}
-# A group can have these options, but they do not change how it trains.
-_LABELS = options_of_kind("members", "name", "recipe", "schedule")
 # Kernels run over one group at a time: with this many groups, a step takes several times longer.
 _MANY_GROUPS = 64
 # torch's defaults are 0 and 0.01, and recipes for language models use 0.1. No common recipe uses more for vectors.
@@ -152,7 +150,8 @@ _STRONG_DECAY = 0.2
 
 def trained_options(group: LiveGroup, *without: str) -> tuple[tuple[str, str], ...]:
     """Return the options that change how a group trains, as comparable text, without those called ``without``."""
-    return tuple(sorted((key, repr(value)) for key, value in group.options.items() if key not in _LABELS | {*without}))
+    ignored = BOOKKEEPING | {*without}
+    return tuple(sorted((key, repr(value)) for key, value in group.options.items() if key not in ignored))
 
 
 def check_across_groups(

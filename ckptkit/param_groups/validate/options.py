@@ -14,7 +14,7 @@ from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
 
-__all__ = ["OptionFault", "check_options", "find_option_fault", "read_number"]
+__all__ = ["BOOKKEEPING", "OptionFault", "check_options", "find_option_fault", "read_number"]
 
 
 class OptionFault(NamedTuple):
@@ -119,7 +119,7 @@ def read_number(value: Any) -> float | None:
 
 
 # No optimizer reads these, and this is right: torch, its schedulers and common recipes store them in groups.
-_BOOKKEEPING = options_of_kind("members", "name", "recipe", "schedule")
+BOOKKEEPING = options_of_kind("members", "name", "recipe", "schedule")
 _IN_DEFAULTS_ONLY = frozenset(option.name for option in OPTIONS.values() if option.is_in_defaults_only)
 _INTENDED = {
     "learning_rate": "lr",
@@ -158,7 +158,7 @@ def _unread_options(group: LiveGroup, defaults: Mapping[str, object] | None) -> 
     read_options = defaults if defaults is not None else torch_options() if group.optimizer is None else None
     is_torch = group.optimizer is None or type(group.optimizer).__module__.startswith("torch.optim")
     for key in group.options:
-        if key in _BOOKKEEPING or (read_options is not None and key in read_options):
+        if key in BOOKKEEPING or (read_options is not None and key in read_options):
             continue
         if key == "use_muon" and group.optimizer is None:
             continue
