@@ -23,7 +23,7 @@ PACKAGE = ROOT / "ckptkit"
 LEVELS = (
     {"errors"},
     {"core"},
-    {"tensor_ops", "wrappers"},
+    {"quantized", "tensor_ops", "wrappers"},
     {"rules", "formats", "param_groups"},
     {"statistics", "integrations"},
     {"comparison"},
