@@ -114,11 +114,11 @@ def _open_path(name: str, selection: Selection) -> Checkpoint:
     if "://" in name and not os.path.exists(name):
         raise PathError("remote paths are not supported", hint="download the checkpoint first", path=name)
     if os.path.isdir(name):
-        from ckptkit.formats.directories import open_directory
+        from ckptkit.formats.directories.opening import open_directory
 
         return open_directory(name, selection)
     if name.endswith(".index.json"):
-        from ckptkit.formats.directories import open_index
+        from ckptkit.formats.directories.opening import open_index
 
         return open_index(*os.path.split(name), selection)
     from ckptkit.formats.detect import open_file

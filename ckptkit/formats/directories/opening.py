@@ -4,198 +4,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice
-from typing import NamedTuple
 
-from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.files import LocalFile
-from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import human_bytes, listed, plural, printable, quoted
+from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats import codes
-from ckptkit.formats.detect import TORCH_SUFFIXES, open_file, read_torch
+from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
+from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
+from ckptkit.formats.directories.trainer_files import (
+    find_trainer_file,
+    is_trainer_file,
+    read_json,
+    read_trainer_files,
+)
 from ckptkit.formats.distributed.file_names import find_states_file, is_dcp, is_zero
 from ckptkit.formats.foreign import refuse_selection, unsupported_directory
-from ckptkit.formats.pickle.values import is_suspicious
-from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, link_warnings, open_sharded
-from ckptkit.formats.torch.tree import describe_entry
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = [
-    "CONFIG",
-    "TrainerFiles",
-    "adapter_warnings",
-    "find_trainer_file",
-    "is_trainer_file",
-    "open_directory",
-    "open_index",
-    "read_json",
-    "read_trainer_files",
-]
-
-
-# Keys that are listed first, also where the value is a list or an object. Other numbers and texts follow.
-_FIRST_KEYS = {
-    "trainer_state.json": ("global_step", "epoch", "best_metric", "best_model_checkpoint", "max_steps"),
-    "config.json": ("model_type", "architectures", "dtype", "torch_dtype", "quantization_config"),
-    "generation_config.json": (),
-    "adapter_config.json": (
-        "peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path", "rank_pattern", "alpha_pattern",
-        "modules_to_save",
-    ),
-    "params.json": (),
-    "metadata.json": ("sharded_backend", "sharded_backend_version", "common_backend", "common_backend_version"),
-}  # fmt: skip
-_PICKLED = re.compile(
-    r"(optimizer|scheduler)(?:_(\d+))?\.(pt|bin)|(scaler|common|meta)\.pt|training_args\.bin|rng_state(?:_(\d+))?\.pth"
-    r"|(?:random_states|custom_checkpoint)_(\d+)\.pkl|(?:sampler|dl_state_dict)(?:_(\d+))?\.bin"
-)
-_NUMBER = re.compile(r"_\d+(?=\.\w+$)")
-_LARGEST_JSON = 6 << 20
-_LARGEST_PICKLES = 3 << 20  # bytes, of all files together; a byte can become seventy bytes in memory
-_MOST_FILES = 64
-_MOST_VALUES = 64  # of a JSON file
-_MOST_OUTLINED = 200_000
-
-
-class TrainerFiles(NamedTuple):
-    """Files that trainers write next to the weights: an entry for each file or set of numbered files, and warnings."""
-
-    entries: tuple[Entry, ...]
-    warnings: tuple[str, ...]
-
-
-def is_trainer_file(name: str) -> bool:
-    """Return whether trainers write a file of this name next to the weights. Such a file holds no weights."""
-    return name in _FIRST_KEYS or _PICKLED.fullmatch(name) is not None
-
-
-def find_trainer_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
-    """Split ``key`` into the name of a trainer's file and the key inside the file, or return None.
-
-    For example, ``optimizer.pt.state`` becomes ``optimizer.pt`` and ``state``.
-    """
-    matches = [name for name in names if f"{key}.".startswith(f"{name}.") and is_trainer_file(name)]
-    name = max(matches, key=len, default=None)
-    return None if name is None else (name, key[len(name) + 1 :])
-
-
-def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:
-    """Return the trainers' files among the file names of a directory. A file that cannot be read becomes a warning."""
-    families: dict[str, list[str]] = {}
-    for name in sorted(filter(is_trainer_file, names)):
-        families.setdefault(_NUMBER.sub("_*", name), []).append(name)
-    entries: list[Entry] = []
-    warnings: list[str] = []
-    left, outlined = [_LARGEST_PICKLES], [_MOST_OUTLINED]
-    for family, members in families.items():
-        if len(entries) == _MOST_FILES:
-            warnings.append(f"{plural(len(families) - _MOST_FILES, 'more file')} of the trainer are not listed")
-            break
-        try:
-            entry = _describe(directory, members[0], left, outlined, warnings)
-        except CkptkitError as error:
-            warnings.append(ReaderWarning(f"{members[0]} cannot be read: {error.reason}", codes.BESIDE_UNREAD))
-            entry = Entry("", "file", "not read")
-        path = members[0] if len(members) == 1 else family
-        kind = entry.type if len(members) == 1 else plural(len(members), "file")
-        entries.append(Entry(path, kind, entry.value, is_outside=True, is_file=True))
-    return TrainerFiles(tuple(entries), tuple(warnings))
-
-
-def read_json(directory: str, name: str) -> Mapping[str, object]:
-    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` if the file holds no JSON object."""
-    file = LocalFile(os.path.join(directory, name))
-    try:
-        if file.size > _LARGEST_JSON:
-            raise FormatError(f"{human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")
-        return parse_json(file.read(0, file.size), "the file", finite=False)
-    finally:
-        file.close()
-
-
-def _describe(directory: str, name: str, left: list[int], outlined: list[int], warnings: list[str]) -> Entry:
-    if name in _FIRST_KEYS:
-        found = read_json(directory, name)
-        chosen = [key for key in _FIRST_KEYS[name] if found.get(key) is not None]
-        chosen += [key for key, value in found.items() if key not in chosen and isinstance(value, str | int | float)]
-        return Entry(
-            name, "json", {key: describe_entry(key, found[key], outlined).value for key in chosen[:_MOST_VALUES]}
-        )
-    from ckptkit.formats.torch.checkpoint import code_warnings
-
-    file = LocalFile(os.path.join(directory, name))
-    try:
-        saved = read_torch(file, largest=left[0])
-        left[0] -= saved.pickle_size
-        suspicious = [code for code in saved.objects.interpreter.references if is_suspicious(code)]
-        warnings.extend(
-            ReaderWarning(f"{name} {text}", text.code, text.severity) for text in code_warnings([], suspicious)
-        )
-        return describe_entry(name, saved.tree, outlined)
-    finally:
-        file.close()
-
-
-CONFIG = "adapter_config.json"
-_PEFT_PREFIX = "base_model.model."
-_LOW_RANK = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<side>[AB])(?:\.(?!lora_)\w+)?(?:\.weight)?")
-_LITERAL = re.compile(r"\^?[\w.]+")  # a module name; any other key is a regular expression, which is never evaluated
-_MOST_NAMED = 4
-_DEEPEST = 64
-
-
-def adapter_warnings(infos: Mapping[str, TensorInfo], config: Mapping[str, object] | None) -> list[ReaderWarning]:
-    """Return warnings about an adapter. ``config`` is the configuration of the adapter, or None if there is none.
-
-    For LoRA, there is a warning for each tensor of another rank than ``r`` or ``rank_pattern`` of the configuration.
-    """
-    if config is None:
-        return [
-            ReaderWarning(
-                f"no {CONFIG} in the directory of the weights: the scale (lora_alpha / r) is unknown",
-                codes.ADAPTER_CONFIG,
-            )
-        ]
-    base = config.get("base_model_name_or_path")
-    base_model = f"the base model {quoted(base)}" if isinstance(base, str) and base else "its base model"
-    warnings = [
-        ReaderWarning(f"this is an adapter: the file does not contain the weights of {base_model}", codes.ADAPTER_BASE)
-    ]
-    if config.get("peft_type") == "LORA" and not config.get("target_parameters"):
-        wrong = list(_other_ranks(infos, config))
-        warnings += [ReaderWarning(text, codes.ADAPTER_RANK) for text in wrong[:_MOST_NAMED]]
-        if len(wrong) > _MOST_NAMED:
-            text = f"{plural(len(wrong) - _MOST_NAMED, 'more tensor')} of another rank than in {CONFIG}"
-            warnings.append(ReaderWarning(text, codes.ADAPTER_RANK))
-    return warnings
-
-
-def _other_ranks(infos: Mapping[str, TensorInfo], config: Mapping[str, object]) -> Iterator[str]:
-    pattern = config.get("rank_pattern")
-    pattern = pattern if isinstance(pattern, Mapping) else {}
-    if not all(_LITERAL.fullmatch(key) for key in pattern):
-        return
-    positions = {key: position for position, key in enumerate(pattern)}
-    for key, info in infos.items():
-        match = _LOW_RANK.fullmatch(key)
-        if match is None or len(info.shape) < 2:
-            continue
-        expected = _rank_of(match["module"].removeprefix(_PEFT_PREFIX), config.get("r"), pattern, positions)
-        found = info.shape[0] if match["side"] == "A" else info.shape[1]
-        if type(expected) is int and found != expected:
-            yield f"{quoted(key)} has rank {found:,}, but {CONFIG} gives {expected}"
-
-
-def _rank_of(module: str, default: object, pattern: Mapping[str, object], positions: Mapping[str, int]) -> object:
-    # A key matches the last segments of a module's name, or with "^" the whole name. The first key that matches wins.
-    parts = module.split(".")
-    ends = [".".join(parts[first:]) for first in range(len(parts))] if len(parts) <= _DEEPEST else [module]
-    matches = [end for end in (f"^{module}", *ends) if end in positions]
-    return pattern[min(matches, key=positions.__getitem__)] if matches else default
-
+__all__ = ["open_directory", "open_index"]
 
 _WEIGHTS = (
     "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
