@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,8 +21,14 @@ import torch
 from safetensors.torch import save_file
 
 from ckptkit import choose_output, execute, open_checkpoint, plan_remap
+from ckptkit.cli.common.outputs import prepare_side_file, write_small_file
 from ckptkit.errors import CkptkitError, OutputError
-from ckptkit.formats.atomic import AtomicFile
+from ckptkit.formats import open_optimizer
+from ckptkit.formats.atomic import AtomicFile, present_state
+from ckptkit.optimizer_state.forms import read_state
+from ckptkit.optimizer_state.naming import to_named
+from ckptkit.optimizer_state.write import write_optimizer_state
+from ckptkit.plans.execute import check_output
 from tests.helpers_outputs import names_in, sha256, tensor_of
 
 ROOT = Path(__file__).parent.parent
@@ -366,3 +373,156 @@ def test_an_output_larger_than_the_disk_takes_no_space(tmp_path: Path, monkeypat
     ):
         pytest.fail("the output was opened")
     assert list(tmp_path.iterdir()) == []
+
+
+def newer_file(out: Path) -> None:
+    """Do what a trainer does: write a file aside, and rename it to the path."""
+    os.replace(saved(out.with_name(f"newer{out.suffix}"), {"newer": torch.ones(4)}), out)
+
+
+def newer_bytes(out: Path) -> None:
+    with out.open("r+b") as file:
+        file.write(b"newer")
+
+
+def newer_directory(out: Path) -> None:
+    saved_directory = out.with_name("newer")
+    saved_directory.mkdir()
+    saved(saved_directory / "model.safetensors", {"newer": torch.ones(4)})
+    if out.exists():
+        out.rename(out.with_name("moved"))
+    saved_directory.rename(out)
+
+
+CHANGES: dict[str, tuple[Case, bool, Callable[[Path], object]]] = {
+    "a file is replaced": (Case("in.safetensors", "out.safetensors"), True, newer_file),
+    "a torch file is replaced": (Case("in.pt", "out.pt"), True, newer_file),
+    "a training checkpoint is replaced": (Case("run.pt", "out.pt"), True, newer_file),
+    "a file is written in place": (Case("in.pt", "out.safetensors"), True, newer_bytes),
+    "a file is removed": (Case("in.pt", "out.pt"), True, lambda out: out.unlink()),
+    "a file is created": (Case("in.pt", "out.pt"), False, newer_file),
+    "the input is edited in place": (Case("run.pt", "run.pt"), True, newer_file),
+    "the input is edited in place, and written": (Case("in.safetensors", "in.safetensors"), True, newer_bytes),
+    "a directory is replaced": (Case("in.safetensors", "out", 300), True, newer_directory),
+    "a directory is created": (Case("in.safetensors", "out", 300), False, newer_directory),
+    "a shard is replaced": (
+        Case("in.safetensors", "out", 300), True, lambda out: newer_file(out / "model-00001-of-00002.safetensors"),
+    ),
+    "a shard is added": (Case("in.safetensors", "out", 300), True, lambda out: newer_file(out / "more.safetensors")),
+    "a configuration is replaced": (
+        Case("in.safetensors", "out", 300), True, lambda out: newer_file(out / "config.json"),
+    ),
+    "a directory is removed": (Case("in.safetensors", "out", 300), True, shutil.rmtree),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "present", "change"), CHANGES.values(), ids=CHANGES.keys())
+def test_the_newer_output_of_another_program_is_kept(
+    case: Case, change: Callable[[Path], object], tmp_path: Path, *, present: bool
+) -> None:
+    """An output that changes during the run is refused with one sentence, and nothing of this run is left."""
+    name, out, shards = case
+    source = saved(tmp_path / name, NEW)
+    if present and name != out:
+        write(OLD, tmp_path / out, shards)
+        if shards:
+            (tmp_path / out / "config.json").write_text("{}")
+    after: list[Any] = []
+
+    def progress(_: int) -> None:
+        if not after:
+            change(tmp_path / out)
+            after.append((names_in(tmp_path), content(tmp_path / out)))
+
+    with open_checkpoint(source) as checkpoint:
+        output = choose_output(tmp_path / out, max_shard_size=shards, force=True)
+        refusal = outcome(lambda: execute(plan_remap(checkpoint), checkpoint, output, progress=progress))
+    assert refusal is not None
+    assert re.search("another program (created|changed|replaced)|the file changed while", refusal.reason)
+    names, newer = after[0]
+    assert content(tmp_path / out) == newer
+    assert names_in(tmp_path) == [name for name in names if ".ckptkit-" not in name]
+
+
+def test_of_two_writers_to_one_directory_the_second_is_refused(tmp_path: Path) -> None:
+    """Both have ``force``. The writer that ends last did not see the other output, and says so."""
+    source, out = saved(tmp_path / "in.safetensors", NEW), tmp_path / "out"
+    write(OLD, out, 300)
+    first: list[Any] = []
+
+    def other_writer(_: int) -> None:
+        if not first:
+            write({"other": torch.ones(100)}, out, 300)
+            first.append(content(out))
+
+    with open_checkpoint(source) as checkpoint:
+        output = choose_output(out, max_shard_size=300, force=True)
+        refusal = outcome(lambda: execute(plan_remap(checkpoint), checkpoint, output, progress=other_writer))
+    assert refusal is not None
+    assert refusal.reason == "another program changed this directory during this run; it was not replaced"
+    assert content(out) == first[0]
+    assert names_in(tmp_path) == ["in.safetensors", "out"]
+
+
+def test_a_log_that_grows_in_the_directory_is_kept(tmp_path: Path) -> None:
+    """Other files of the directory are linked, so a program that appends to its log is not disturbed."""
+    source, out = saved(tmp_path / "in.safetensors", NEW), tmp_path / "out"
+    write(OLD, out, 300)
+    with (out / "train.log").open("w") as log, open_checkpoint(source) as checkpoint:
+        output = choose_output(out, max_shard_size=300, force=True)
+        execute(plan_remap(checkpoint), checkpoint, output, progress=lambda _: print("step", file=log, flush=True))
+        print("end", file=log)
+    assert (out / "train.log").read_text().endswith("step\nend\n")
+
+
+def test_the_newer_state_of_an_optimizer_is_kept(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    out = tmp_path / "run.pt"
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, out)
+    newer: list[Any] = []
+
+    def progress(_: int) -> None:
+        if not newer:
+            newer_file(out)
+            newer.append(content(out))
+
+    with open_optimizer(out) as checkpoint:
+        state = to_named(read_state(checkpoint), ["weight", "bias"])
+        output = choose_output(out, force=True)
+        refusal = outcome(lambda: write_optimizer_state(state, output, checkpoint, progress=progress))
+    assert refusal is not None
+    assert "another program replaced the file" in refusal.reason
+    assert content(out) == newer[0]
+
+
+def test_a_target_that_changed_before_the_writing_is_refused(tmp_path: Path) -> None:
+    """The command line notes the state of the output first, before it opens inputs or builds models."""
+    out = saved(tmp_path / "out.safetensors", OLD)
+    output = replace(choose_output(out, force=True), before=present_state(str(out)))
+    newer_file(out)
+    newer = content(out)
+    for act in (lambda: check_output(plan_remap(NEW), output, {}), lambda: execute(plan_remap(NEW), NEW, output)):
+        refusal = outcome(act)
+        assert refusal is not None
+        assert "another program changed this file" in refusal.reason
+    assert content(out) == newer
+
+
+@pytest.mark.parametrize("present", [True, False])
+def test_a_small_file_of_another_program_is_kept(tmp_path: Path, *, present: bool) -> None:
+    """Files of rules, plans and locks have the same protection."""
+    path = tmp_path / "plan.json"
+    if present:
+        path.write_bytes(b"old")
+    target = prepare_side_file(str(path), [], force=True)
+    path.write_bytes(b"newer")
+    with pytest.raises(OutputError, match="another program"):
+        write_small_file(target, b"ours")
+    assert path.read_bytes() == b"newer"
+    with pytest.raises(OutputError, match="is an input"):
+        prepare_side_file(str(path), [str(path)], force=True)
+    with pytest.raises(OutputError, match="is the output too"):
+        prepare_side_file(str(path), [], f"{tmp_path}/./plan.json", force=True)

@@ -7,7 +7,7 @@ import click
 from ckptkit.align import suggest_rules
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
-from ckptkit.cli.common.outputs import write_small_file
+from ckptkit.cli.common.outputs import prepare_side_file, write_small_file
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
 from ckptkit.core.text import plural, printable
 from ckptkit.render.align import align_document, align_page
@@ -48,7 +48,7 @@ def align(
     ckpt remap pretrained.pth -o mine.safetensors --rules rules.toml
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
-        target = None if output is None else _prepared(output, force=force)
+        target = None if output is None else prepare_side_file(output, [*left.files, *right.files], force=force)
         size = sum(info.nbytes for side in (left, right) for info in side.values())
         with progress_bar(size, "reading", hidden=quiet or not digests) as progress:
             result = suggest_rules(left, right, digests=digests, progress=progress)
@@ -58,9 +58,3 @@ def align(
                 print_message(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
         echo_report(report_format, lambda: align_page(result, expand=expand), lambda: align_document(result))
     context.exit(0 if result.complete else 1)
-
-
-def _prepared(output: str, *, force: bool) -> str:
-    from ckptkit.formats.atomic import prepare_target
-
-    return prepare_target(output, force=force)

@@ -195,15 +195,16 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
     \b
     ckpt groups lock --model py:mynet:build groups.toml -o groups.lock.json
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.cli.common.outputs import write_json
+    from ckptkit.cli.common.outputs import json_bytes, prepare_side_file, write_small_file
     from ckptkit.param_groups.lock import lock_document, lock_param_groups
     from ckptkit.render.groups import lock_page
 
+    target = prepare_side_file(output, [] if source.path is None else [source.path], force=force)
     live = build_live_model(model)
     spec = source.read(live, quiet=quiet)
     with default_error_path(source.path):
         locked = lock_param_groups(live, spec)
-    write_json(output, lock_document(locked), force=force)
+    write_small_file(target, json_bytes(lock_document(locked)))
     if report_format is not ReportFormat.TEXT:
         echo_report(report_format, lambda: lock_page(locked), lambda: lock_document(locked))
     if not quiet:

@@ -10,10 +10,11 @@ from click.core import ParameterSource
 
 from ckptkit.cli.common.inputs import default_error_path, file_beside, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import path_argument
-from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan, write_json
+from ckptkit.cli.common.outputs import OutputOptions, json_bytes, plan_output_options, run_plan, write_small_file
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import PlanError
+from ckptkit.formats.atomic import Target, prepare_target
 from ckptkit.plans.merge import (
     ON_MISMATCH,
     ON_MISSING,
@@ -107,7 +108,7 @@ def merge(
         if config is not None and not options.dry_run:
             from ckptkit.plans.lora import adapter_config
 
-            write_json(config, adapter_config(plan), force=options.output.force)
+            write_small_file(config, json_bytes(adapter_config(plan)))
 
 
 def _refuse_options_of_other_methods(method: str) -> None:
@@ -119,16 +120,12 @@ def _refuse_options_of_other_methods(method: str) -> None:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
 
 
-def _config_target(options: OutputOptions) -> str:
-    """Return the path of the adapter's configuration beside the output; raises what the output itself would raise."""
-    from ckptkit.formats.atomic import prepare_target
-
+def _config_target(options: OutputOptions) -> Target:
+    """Return the target of the adapter's configuration beside the output; raises what the output itself would raise."""
     directory, name = os.path.split(options.output.path)
     if name != _WEIGHTS:
         raise click.UsageError(f"PEFT looks for {_WEIGHTS}: give -o DIRECTORY/{_WEIGHTS}")
-    path = os.path.join(directory, _CONFIG)
-    prepare_target(path, force=options.output.force)
-    return path
+    return prepare_target(os.path.join(directory, _CONFIG), force=options.output.force)
 
 
 def _plan_lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, scale: float) -> Plan:

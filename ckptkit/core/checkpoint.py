@@ -16,6 +16,7 @@ from ckptkit.core.torch_types import Tensor
 
 __all__ = [
     "Access",
+    "Check",
     "Checkpoint",
     "Container",
     "Description",
@@ -174,6 +175,14 @@ class Description:
             object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
 
 
+class Check(Protocol):
+    """A function that raises ``ChangedError`` where a file of a checkpoint changed."""
+
+    def __call__(self, *, by_path: bool = False) -> None:
+        """Check the open files. With ``by_path``, also check that each path still names the same file."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Access:
     """The functions of a reader that reach the bytes of a checkpoint; the methods of ``Checkpoint`` call them."""
@@ -181,7 +190,7 @@ class Access:
     payload: Callable[[TensorInfo], Payload]
     span: Callable[[TensorInfo], Payload | None] | None = None
     records: Callable[[], Iterable[Record]] | None = None
-    check: Callable[[], None] | None = None
+    check: Check | None = None
     close: Callable[[], None] | None = None
 
 
@@ -379,10 +388,13 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
             done += len(chunk)
         return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(shape)
 
-    def check_unchanged(self) -> None:
-        """Raise ``ChangedError`` if a file changed on disk after it was opened."""
+    def check_unchanged(self, *, by_path: bool = False) -> None:
+        """Raise ``ChangedError`` if a file changed on disk after it was opened.
+
+        With ``by_path``, also raise it if another program replaced the file. The open file still has the old bytes.
+        """
         if self._access.check is not None:
-            self._access.check()
+            self._access.check(by_path=by_path)
 
     def close(self) -> None:
         """Close the files; reading a tensor afterwards is an error."""

@@ -9,13 +9,25 @@ import stat
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeGuard
+from typing import Final, NamedTuple, Protocol, TypeGuard
 
 from ckptkit.core.checkpoint import Payload
 from ckptkit.core.text import quoted
 from ckptkit.errors import ChangedError, FormatError, PathError
 
-__all__ = ["CHUNK", "ByteSwapped", "Extent", "Inflated", "LocalFile", "Region", "is_seekable", "same_bytes"]
+__all__ = [
+    "CHUNK",
+    "ByteSwapped",
+    "Extent",
+    "FileState",
+    "Inflated",
+    "LocalFile",
+    "Region",
+    "file_state",
+    "is_same_file",
+    "is_seekable",
+    "same_bytes",
+]
 
 CHUNK = 4 << 20
 
@@ -29,6 +41,33 @@ _REASONS = {
 
 def _reason(error: OSError) -> str:
     return _REASONS.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
+
+
+class FileState(NamedTuple):
+    """The numbers that change when a file is replaced or written: device, inode, size, and modification time."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+def file_state(status: os.stat_result) -> FileState:
+    """Return the state of the file that ``status`` describes."""
+    return FileState(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+def is_same_file(first: str, second: str) -> bool:
+    """Return whether two paths name the same file or directory; a path that does not exist is another file.
+
+    Raises ``PathError`` where the state of one of both cannot be read.
+    """
+    try:
+        return os.path.samefile(first, second)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise PathError(_reason(error), path=error.filename or first) from None
 
 
 class LocalFile:
@@ -56,7 +95,7 @@ class LocalFile:
             os.close(self._fd)
             raise PathError("not a regular file", path=path)
         self.size = status.st_size
-        self._seen = (status.st_ino, status.st_size, status.st_mtime_ns)
+        self._seen = file_state(status)
 
     def fileno(self) -> int:
         """Return the file descriptor, so that the kernel can copy the bytes."""
@@ -98,11 +137,25 @@ class LocalFile:
                 raise ChangedError("the file became shorter while it was read", path=self.path)
             done += count
 
-    def check_unchanged(self) -> None:
-        """Raise ``ChangedError`` if the size or the modification time changed since the file was opened."""
-        status = os.fstat(self._fd)
-        if (status.st_ino, status.st_size, status.st_mtime_ns) != self._seen:
+    def check_unchanged(self, *, by_path: bool = False) -> None:
+        """Raise ``ChangedError`` if the size or the modification time changed since the file was opened.
+
+        With ``by_path``, also raise it if the path names another file now. A removed file can still be read.
+        """
+        if file_state(os.fstat(self._fd)) != self._seen:
             raise ChangedError("the file changed while it was read", path=self.path)
+        if not by_path:
+            return
+        try:
+            now = file_state(os.stat(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            return
+        except OSError as error:
+            raise PathError(_reason(error), path=self.path) from None
+        if now != self._seen:
+            raise ChangedError(
+                "another program replaced the file while it was read", hint="run the command again", path=self.path
+            )
 
     def close(self) -> None:
         """Close the file. Closing twice is allowed."""

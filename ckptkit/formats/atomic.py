@@ -1,4 +1,9 @@
-"""Write files and directories under temporary names; only complete output on disk gets the final name."""
+"""Write files and directories under temporary names; only complete output on disk gets the final name.
+
+Before the rename, the path is compared with its state when the output was chosen, so that the newer output of another
+program is never replaced. A file that another program renames to the path after this last comparison is still replaced:
+no system call compares and renames in one step.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +11,26 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 from ckptkit.core.checkpoint import Payload
-from ckptkit.core.files import CHUNK, Extent
+from ckptkit.core.files import CHUNK, Extent, FileState, file_state, is_same_file
 from ckptkit.core.text import human_bytes, printable, quoted
 from ckptkit.errors import ChangedError, OutputError
 
-__all__ = ["AtomicFile", "atomic_directory", "prepare_directory", "prepare_target"]
+__all__ = [
+    "AtomicFile",
+    "PathState",
+    "Target",
+    "atomic_directory",
+    "path_state",
+    "prepare_directory",
+    "prepare_target",
+    "present_state",
+]
 
 _LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; file systems allow 255 bytes in total
 _NO_LINKS = (
@@ -27,11 +42,52 @@ _NO_LINKS = (
 )  # from file systems without hard links
 
 
-def prepare_target(path: str, *, force: bool) -> str:
-    """Return the real path of an output file, after following symbolic links.
+@dataclass(frozen=True, slots=True)
+class PathState:
+    """The state of the file or directory at a path; ``file`` is None for a path that does not exist.
 
-    Raises ``OutputError`` if the directory is missing, or the path is not a regular file, or the file exists and
-    ``force`` is not given.
+    ``entries`` has the state of each entry of a directory, whose own size and time are not compared.
+    """
+
+    file: FileState | None = None
+    entries: Mapping[str, FileState] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The real path of an output, the path that the user gave, and its state when the output was chosen."""
+
+    path: str
+    given: str
+    before: PathState
+
+
+def path_state(path: str) -> PathState:
+    """Return the present state of a path, after following symbolic links. Raises ``OSError`` if it cannot be read."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return PathState()
+    if not stat.S_ISDIR(status.st_mode):
+        return PathState(file_state(status))
+    entries = {entry.name: file_state(entry.stat(follow_symlinks=False)) for entry in os.scandir(path)}
+    return PathState(FileState(status.st_dev, status.st_ino, 0, 0), entries)
+
+
+def present_state(path: str) -> PathState | None:
+    """Return the present state of a path, or None where it cannot be read; preparing the target reports the error."""
+    try:
+        return path_state(path)
+    except (OSError, ValueError):
+        return None
+
+
+def prepare_target(path: str, *, force: bool, before: PathState | None = None) -> Target:
+    """Return the target for an output file; its real path follows symbolic links.
+
+    ``before`` is the state of the path when the output was chosen; the default is its present state.
+    Raises ``OutputError`` if the directory is missing, or the path is not a regular file. It is also raised if the file
+    exists and ``force`` is not given.
     """
     target, status = _status(path)
     if status is not None and not stat.S_ISREG(status.st_mode):
@@ -39,26 +95,28 @@ def prepare_target(path: str, *, force: bool) -> str:
         raise OutputError(f"is {what}", hint="give a file name", path=path)
     if status is not None and not force:
         raise OutputError("already exists", hint="--force replaces it, completely or not at all", path=path)
-    return target
+    return _target(target, path, before, PathState(None if status is None else file_state(status)))
 
 
-def prepare_directory(path: str, *, force: bool) -> str:
-    """Return the real path of an output directory, after following symbolic links.
+def prepare_directory(path: str, *, force: bool, before: PathState | None = None) -> Target:
+    """Return the target for an output directory; its real path follows symbolic links.
 
+    ``before`` is the state of the path when the output was chosen; the default is its present state.
     Raises ``OutputError`` where the parent directory is missing, or the path is a file, the current directory or a
     directory that contains directories. Without ``force`` the directory must be empty.
     """
     target, status = _status(path)
     if status is None:
-        return target
+        return _target(target, path, before, PathState())
     if not stat.S_ISDIR(status.st_mode):
         raise OutputError("is a file, and shards need a directory", hint="give a new name", path=path)
     try:
+        now = path_state(target)
         entries = list(os.scandir(target))
     except OSError as error:
         raise OutputError((error.strerror or str(error)).lower(), path=path) from None
     subdirectory = next((entry.name for entry in entries if entry.is_dir(follow_symlinks=False)), None)
-    if os.path.samefile(target, os.getcwd()):
+    if is_same_file(target, "."):
         raise OutputError(
             "is the current directory, and replacing it would delete the current directory",
             hint="change to its parent",
@@ -72,12 +130,22 @@ def prepare_directory(path: str, *, force: bool) -> str:
         )
     if entries and not force:
         raise OutputError("already exists", hint="--force replaces its shards and keeps its other files", path=path)
-    return target
+    return _target(target, path, before, now)
+
+
+def _target(path: str, given: str, before: PathState | None, now: PathState) -> Target:
+    if before is not None and before.file != now.file:
+        kind = "directory" if now.entries else "file"
+        raise _created_meanwhile(path) if before.file is None else _changed_meanwhile(kind, path)
+    return Target(path, given, before or now)
 
 
 def _status(path: str) -> tuple[str, os.stat_result | None]:
     """Return the real path of an output, and the status of an existing file. Raises ``OutputError`` for a bad path."""
-    target = os.path.realpath(path)
+    try:
+        target = os.path.realpath(path)
+    except OSError as error:  # a relative path in a current directory that was removed
+        raise OutputError(f"the current directory: {(error.strerror or str(error)).lower()}", path=path) from None
     parent = os.path.dirname(target)
     try:
         above = os.stat(parent).st_mode
@@ -98,13 +166,16 @@ def _status(path: str) -> tuple[str, os.stat_result | None]:
 
 
 class AtomicFile:
-    """A temporary file of known size that becomes the target when the ``with`` block ends without an error."""
+    """A temporary file of known size that becomes the target when the ``with`` block ends without an error.
 
-    def __init__(self, target: str, size: int, *, replace: bool = True) -> None:
-        """Take the real path of the target, the size in bytes, and whether an existing file may be replaced."""
-        self.target = target
+    Raises ``OutputError`` at the end if another program changed the target meanwhile; the newer file is kept.
+    """
+
+    def __init__(self, target: Target | str, size: int) -> None:
+        """Take the target and the size in bytes. A target that is a string is replaced, whatever is there."""
+        self.target = target if isinstance(target, str) else target.path
+        self.before = None if isinstance(target, str) else target.before
         self.size = size
-        self.replace = replace
         self._fd = -1
         self._temporary = ""
 
@@ -189,10 +260,12 @@ class AtomicFile:
     def _commit(self) -> None:
         _keep_owner_and_mode(self._fd, self.target)
         os.fsync(self._fd)
-        if self.replace:
-            os.replace(self._temporary, self.target)
-        else:
+        if self.before is not None and self.before.file is None:
             self._take_free_name()
+        else:
+            if self.before is not None and path_state(self.target).file != self.before.file:
+                raise _changed_meanwhile("file", self.target)
+            os.replace(self._temporary, self.target)
         self._temporary = ""
         sync_directory(os.path.dirname(self.target))
 
@@ -232,8 +305,16 @@ class AtomicFile:
 def _created_meanwhile(target: str) -> OutputError:
     return OutputError(
         "another program created this path during this run; it was not replaced",
-        hint="--force replaces it",
+        hint="run the command again with --force to replace it",
         path=target,
+    )
+
+
+def _changed_meanwhile(kind: str, path: str) -> OutputError:
+    return OutputError(
+        f"another program changed this {kind} during this run; it was not replaced",
+        hint="run the command again",
+        path=path,
     )
 
 
@@ -301,33 +382,57 @@ def sync_directory(path: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(path: str, *, force: bool, replaced: frozenset[str]) -> Iterator[str]:
-    """Yield a temporary directory that replaces ``path`` as a whole at the end of the ``with`` block.
+def atomic_directory(target: Target, *, replaced: frozenset[str]) -> Iterator[str]:
+    """Yield a temporary directory that replaces the target as a whole at the end of the ``with`` block.
 
-    ``path`` may exist only with ``force``. The temporary directory begins with all files of the old directory, except
-    the files named in ``replaced``. Raises the same errors as ``prepare_directory``.
+    The temporary directory begins with all files of the old directory, except the files named in ``replaced``. Raises
+    ``OutputError`` if the directory cannot be written, or if another program changed the target meanwhile.
     """
     import shutil
 
-    target = prepare_directory(path, force=force)
-    exists = os.path.lexists(target)
-    temporary = _temporary_path(target)
+    exists = target.before.file is not None
+    temporary = _temporary_path(target.path)
     try:
         os.mkdir(temporary)
-        _keep_owner_and_mode(temporary, target)
+        _keep_owner_and_mode(temporary, target.path)
         if exists:
-            _keep_other_files(target, temporary, replaced)
+            _keep_other_files(target.path, temporary, replaced)
         yield temporary
         sync_directory(temporary)
-        _swap(temporary, target, exists=exists)
-        sync_directory(os.path.dirname(target))
+        if exists and not _is_unchanged(target, replaced):
+            raise _changed_meanwhile("directory", target.given)
+        _swap(temporary, target.path, exists=exists)
+        sync_directory(os.path.dirname(target.path))
     except OutputError as error:
-        error.path = path  # the user does not know the temporary path
+        error.path = target.given  # the user does not know the temporary path
         raise
+    except FileNotFoundError as error:
+        if exists and not _is_unchanged(target, replaced):  # the other program removed the old directory
+            raise _changed_meanwhile("directory", target.given) from None
+        raise _plain_error(error, target.given) from None
     except OSError as error:
-        raise OutputError((error.strerror or str(error)).lower(), path=path) from None
+        raise _plain_error(error, target.given) from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _plain_error(error: OSError, path: str) -> OutputError:
+    return OutputError((error.strerror or str(error)).lower(), path=path)
+
+
+def _is_unchanged(target: Target, replaced: frozenset[str]) -> bool:
+    """Return whether a directory has the same entries as before.
+
+    A file that is kept may have grown, because the new directory links to the same file.
+    """
+    before = target.before
+    now = path_state(target.path)
+    if now.file != before.file or now.entries.keys() != before.entries.keys():
+        return False
+    return all(
+        state == before.entries[name] if name in replaced else state[:2] == before.entries[name][:2]
+        for name, state in now.entries.items()
+    )
 
 
 def _keep_other_files(target: str, temporary: str, replaced: frozenset[str]) -> None:

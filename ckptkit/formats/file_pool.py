@@ -43,10 +43,10 @@ class FilePool:
             oldest.close()
         return True
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` where one of the files changed since it was first opened."""
         for file in self.files.values():
-            file.check_unchanged()
+            file.check_unchanged(by_path=by_path)
 
     def close(self) -> None:
         """Close every file. Reading a closed file is an error."""
@@ -80,10 +80,10 @@ class PooledFile(LocalFile):
         self._ensure_open()
         super().read_into(buffer, offset)
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if the size or the modification time changed since the file was first opened."""
         self._ensure_open()
-        super().check_unchanged()
+        super().check_unchanged(by_path=by_path)
 
     def _ensure_open(self) -> None:
         if not self._pool.use(self) or self._fd >= 0:
@@ -118,9 +118,9 @@ class Section(LocalFile):
         """Fill ``buffer`` from ``offset`` of the section."""
         self.file.read_into(buffer, self.offset + offset)
 
-    def check_unchanged(self) -> None:
+    def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` where the whole file changed."""
-        self.file.check_unchanged()
+        self.file.check_unchanged(by_path=by_path)
 
     def close(self) -> None:
         """Do nothing: the owner of the whole file closes it."""

@@ -231,9 +231,9 @@ def _join(
         for shard in opened.values():
             shard.close()
 
-    def check() -> None:
+    def check(*, by_path: bool = False) -> None:
         for shard in opened.values():
-            shard.check_unchanged()
+            shard.check_unchanged(by_path=by_path)
 
     def payload(info: TensorInfo) -> Payload:
         return opened[weight_map[info.key]].payload(info.key)

@@ -58,19 +58,19 @@ def write_optimizer_state(
             layout, selection = _edited_file(value, source, output)
         else:
             layout, selection = _new_file(value), OPTIMIZER
-    target = prepare_target(output.path, force=output.force)
+    target = prepare_target(output.path, force=output.force, before=output.before)
     if dry_run:
         return None
     report = progress or (lambda _: None)
-    with AtomicFile(target, layout.nbytes, replace=output.force) as file:
+    with AtomicFile(target, layout.nbytes) as file:
         for count in write_torch_zip(layout, file):
             report(count)
         for checkpoint in roles.values():
-            checkpoint.check_unchanged()
+            checkpoint.check_unchanged(by_path=True)
         _check_reads_back(file.temporary, selection, value, file.target)
     tensors = sum(1 for _ in tensors_in(value))
     envelope = source.envelope if source is not None and edits_source else ""
-    return Written(output.path, "torch", tensors, layout.nbytes, (target,), (), envelope)
+    return Written(output.path, "torch", tensors, layout.nbytes, (target.path,), (), envelope)
 
 
 def _roles(value: SlotValue, source: Checkpoint | None) -> dict[str, Checkpoint]:

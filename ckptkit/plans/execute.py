@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
-from ckptkit.core.files import same_bytes
+from ckptkit.core.files import is_same_file, same_bytes
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import listed, printable, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
-from ckptkit.formats.atomic import AtomicFile, atomic_directory, prepare_directory, prepare_target
+from ckptkit.formats.atomic import AtomicFile, Target, atomic_directory, prepare_directory, prepare_target
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
@@ -70,7 +70,8 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
             lost.append(Dropped("output", "__metadata__", "a torch file cannot hold it", is_entry=True))
     elif plan.versions:
         lost.append(Dropped("output", "_metadata", "a safetensors file cannot hold module versions", is_entry=True))
-    (prepare_target if output.max_shard_size is None else prepare_directory)(output.path, force=output.force)
+    prepare = prepare_target if output.max_shard_size is None else prepare_directory
+    prepare(output.path, force=output.force, before=output.before)
     editor = _editor(plan, output, sources)
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
@@ -103,8 +104,8 @@ def execute(
     with the checkpoint.
 
     Raises ``OutputError`` where the output exists (without ``force``), where it would replace an input or a part of
-    one, and where the disk is full. Raises ``PlanError`` where the format cannot hold a tensor, and ``ChangedError``
-    where an input changed since it was opened.
+    one, where another program changed the output during the run, and where the disk is full. Raises ``PlanError``
+    where the format cannot hold a tensor, and ``ChangedError`` where an input changed since it was opened.
     """
     output = out if isinstance(out, Output) else choose_output(out)
     roles = _checkpoints_by_role(plan, sources, output)
@@ -119,18 +120,18 @@ def execute(
     report_bytes = progress or (lambda _: None)
     if output.max_shard_size is not None:
         return _write_shards(plan, output, inputs, report_bytes)
-    target = prepare_target(output.path, force=output.force)
+    target = prepare_target(output.path, force=output.force, before=output.before)
     infos = [step.out for step in plan.steps]
     if output.format == "safetensors":
-        size = _write_safetensors(target, infos, plan.metadata, inputs, report_bytes, replace=output.force)
-        return Written(output.path, output.format, len(plan.steps), size, (target,))
+        size = _write_safetensors(target, infos, plan.metadata, inputs, report_bytes)
+        return Written(output.path, output.format, len(plan.steps), size, (target.path,))
     from ckptkit.formats.torch.write import write_torch_zip
 
     layout = _torch_layout(infos, plan, inputs, editor)
     inner = "" if editor is None else roles[plan.edited_role].envelope
-    with AtomicFile(target, layout.nbytes, replace=output.force) as file:
+    with AtomicFile(target, layout.nbytes) as file:
         _write_and_read_back(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
-    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target,), (), inner)
+    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner)
 
 
 def _refuse_unwritable(infos: Sequence[TensorInfo], format_name: str) -> None:
@@ -197,7 +198,7 @@ class _Inputs:
 
     def check_unchanged(self) -> None:
         for checkpoint in self.roles.values():
-            checkpoint.check_unchanged()
+            checkpoint.check_unchanged(by_path=True)
 
 
 def _refuse_different_bytes(step: Step, roles: Mapping[str, Checkpoint]) -> None:
@@ -240,14 +241,14 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
     """
     parent, name = os.path.split(os.path.realpath(output.path))
     for role, checkpoint in roles.items():
-        same = any(_same_file(file, output.path) for file in checkpoint.files)
+        same = any(is_same_file(file, output.path) for file in checkpoint.files)
         parents = {os.path.dirname(file) or "." for file in checkpoint.files}
         inside = output.max_shard_size is not None and any(
-            is_output_shard_name(os.path.basename(file)) and _same_file(os.path.dirname(file) or ".", output.path)
+            is_output_shard_name(os.path.basename(file)) and is_same_file(os.path.dirname(file) or ".", output.path)
             for file in checkpoint.files
         )
         if not same and not inside:
-            if len(checkpoint.files) > 1 and is_shard_name(name) and any(_same_file(at, parent) for at in parents):
+            if len(checkpoint.files) > 1 and is_shard_name(name) and any(is_same_file(at, parent) for at in parents):
                 raise OutputError("would be read as a shard of an input", hint="write elsewhere", path=output.path)
             continue
         if not output.force:
@@ -263,25 +264,16 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
             )
 
 
-def _same_file(first: str, second: str) -> bool:
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False
-
-
 def _write_safetensors(
-    target: str,
+    target: Target | str,
     infos: Sequence[TensorInfo],
     metadata: Mapping[str, str],
     inputs: _Inputs,
     progress: Progress,
-    *,
-    replace: bool,
 ) -> int:
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
-    with AtomicFile(target, layout.nbytes, replace=replace) as file:
+    with AtomicFile(target, layout.nbytes) as file:
         _write_and_read_back(write_safetensors(layout, payloads, file), file, infos, inputs, progress)
     return layout.nbytes
 
@@ -311,7 +303,6 @@ def _write_and_read_back(
 ) -> None:
     for count in work:
         progress(count)
-    inputs.check_unchanged()
     # A file that does not read back as planned never gets the name of the output.
     try:
         with open_inside(file.temporary, Selection(inner)) as written:
@@ -320,6 +311,7 @@ def _write_and_read_back(
         raise OutputError(f"could not be read back, so it was deleted: {error.reason}", path=file.target) from error
     if not as_planned:
         raise OutputError("was not written as planned, so it was deleted", path=file.target)
+    inputs.check_unchanged()
 
 
 def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
@@ -332,19 +324,21 @@ def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterab
 def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progress) -> Written:
     assert output.max_shard_size is not None  # noqa: S101 - the caller checked it
     shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
-    existing = os.listdir(output.path) if os.path.isdir(output.path) else []
+    target = prepare_directory(output.path, force=output.force, before=output.before)
+    existing = list(target.before.entries)
     ours = frozenset(name for name in existing if is_output_shard_name(name))
     total = 0
-    with atomic_directory(output.path, force=output.force, replaced=ours) as directory:
+    with atomic_directory(target, replaced=ours) as directory:
         for shard in shards:
-            target = os.path.join(directory, shard.name)
-            total += _write_safetensors(target, shard.infos, plan.metadata, inputs, progress, replace=True)
+            path = os.path.join(directory, shard.name)
+            total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress)
         name, data = weight_index(shards)
         if len(shards) > 1:
             with AtomicFile(os.path.join(directory, name), len(data)) as file:
                 file.write(data, 0)
         names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
         _check_directory(directory, plan, names)
+        inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
     return Written(output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ckptkit.core.text import quoted
 from ckptkit.errors import OutputError
+from ckptkit.formats.atomic import PathState
 
 __all__ = ["FORMATS", "Output", "choose_output"]
 
@@ -25,6 +26,9 @@ class Output:
     With ``force``, an existing output is replaced. A torch file that is made from a training checkpoint keeps the
     other entries of that file, unless ``only_tensors`` is true. It keeps references to code that torch's weights-only
     loader would refuse only where ``keep_unknown`` is true.
+
+    ``before`` is the state of the path when the output was chosen, or None for its state when the writing begins. An
+    output that another program changed since is not replaced.
     """
 
     path: str
@@ -33,6 +37,7 @@ class Output:
     force: bool = False
     only_tensors: bool = False
     keep_unknown: bool = False
+    before: PathState | None = None
 
 
 def choose_output(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import click
@@ -15,7 +17,10 @@ import click
 from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import CommandFunction, add_options, expand_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
+from ckptkit.core.files import is_same_file
 from ckptkit.core.text import plural, quoted
+from ckptkit.errors import OutputError
+from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
 if TYPE_CHECKING:
@@ -26,11 +31,13 @@ if TYPE_CHECKING:
 __all__ = [
     "OutputOptions",
     "echo_output_report",
+    "json_bytes",
     "output_options",
     "plan_from_file",
     "plan_output_options",
+    "prepare_side_file",
     "run_plan",
-    "write_json",
+    "small_file",
     "write_small_file",
 ]
 
@@ -94,6 +101,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             only_tensors=only_tensors,
             keep_unknown=keep_unknown,
         )
+        chosen = replace(chosen, before=present_state(chosen.path))
         options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify)
         return command(*args, options=options, **others)
 
@@ -146,14 +154,11 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
     from ckptkit.render.plan import plan_document, plan_page, written_text
 
     plan = check_output(plan, options.output, sources)
-    if options.plan_file is not None:
-        from ckptkit.plans.saved import plan_to_json
-
-        write_json(options.plan_file, plan_to_json(plan, sources), force=options.output.force)
     written = None
-    if not options.dry_run:
-        with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
-            written = execute(plan, sources, options.output, progress=progress)
+    with _plan_file(plan, sources, options):
+        if not options.dry_run:
+            with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
+                written = execute(plan, sources, options.output, progress=progress)
     echo_output_report(
         options,
         lambda: plan_page(plan, written, expand=options.expand),
@@ -174,6 +179,32 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
         print_message(message)
 
 
+@contextlib.contextmanager
+def _plan_file(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> Iterator[None]:
+    """Write the plan to the file that the user named, if the block that writes the output succeeds."""
+    if options.plan_file is None:
+        yield
+        return
+    from ckptkit.plans.saved import plan_to_json
+
+    inputs = [file for checkpoint in sources.values() for file in checkpoint.files]
+    target = prepare_side_file(options.plan_file, inputs, options.output.path, force=options.output.force)
+    with small_file(target, json_bytes(plan_to_json(plan, sources))):
+        yield
+
+
+def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = None, *, force: bool) -> Target:
+    """Return the target for a file that a command writes beside its result, such as a plan or rules.
+
+    Raises ``OutputError`` if the path is a file of an input or the output, and as ``prepare_target`` does.
+    """
+    if any(is_same_file(file, path) for file in inputs):
+        raise OutputError("is an input", hint="give another name", path=path)
+    if output is not None and os.path.realpath(path) == os.path.realpath(output):
+        raise OutputError("is the output too", hint="give another name", path=path)
+    return prepare_target(path, force=force)
+
+
 def echo_output_report(
     options: OutputOptions, page: Callable[[], Page], document: Callable[[], Mapping[str, object]]
 ) -> None:
@@ -191,19 +222,20 @@ def plan_from_file(path: str, sources: Mapping[str, Checkpoint], *, invert: bool
         return apply_plan(invert_plan(saved) if invert else saved, sources)
 
 
-def write_json(path: str, document: Mapping[str, object], *, force: bool) -> None:
-    """Write a JSON document to a file, completely or not at all.
-
-    Raises ``OutputError`` if the file exists and ``force`` is false, or if it cannot be written.
-    """
-    from ckptkit.formats.atomic import prepare_target
-
-    write_small_file(prepare_target(path, force=force), json.dumps(document, indent=1).encode() + b"\n")
+def json_bytes(document: Mapping[str, object]) -> bytes:
+    """Return a document as the content of a JSON file."""
+    return json.dumps(document, indent=1).encode() + b"\n"
 
 
-def write_small_file(target: str, data: bytes) -> None:
-    """Write ``data`` to a target that ``prepare_target`` has checked, completely or not at all."""
-    from ckptkit.formats.atomic import AtomicFile
-
+@contextlib.contextmanager
+def small_file(target: Target, data: bytes) -> Iterator[None]:
+    """Write ``data`` to a temporary file that becomes the target if the block succeeds."""
     with AtomicFile(target, len(data)) as file:
         file.write(data, 0)
+        yield
+
+
+def write_small_file(target: Target, data: bytes) -> None:
+    """Write ``data`` to a target that ``prepare_target`` has checked, completely or not at all."""
+    with small_file(target, data):
+        pass

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.core.checkpoint import (
     Access,
+    Check,
     Checkpoint,
     Container,
     Description,
@@ -98,7 +99,7 @@ def build_checkpoint(
     selection: Selection = WEIGHTS,
     files: Sequence[str] | None = None,
     close: Callable[[], None] | None = None,
-    check: Callable[[], None] | None = None,
+    check: Check | None = None,
 ) -> Checkpoint:
     """Return the Checkpoint of the selected mapping in a torch file.
 
