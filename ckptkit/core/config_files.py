@@ -1,19 +1,24 @@
-"""Parse the tables that users write in TOML, JSON or YAML, and write values as TOML."""
+"""Read the JSON of checkpoints strictly; parse the TOML, JSON or YAML that users write; write values as TOML."""
 
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
-from ckptkit.core.text import quoted
-from ckptkit.errors import RuleError
+from ckptkit.core.files import LocalFile
+from ckptkit.core.text import human_bytes, quoted
+from ckptkit.errors import FormatError, RuleError
 
-__all__ = ["TEXT_FORMATS", "format_of", "parse_table", "toml_key", "toml_value"]
+__all__ = ["TEXT_FORMATS", "format_of", "parse_json", "parse_table", "read_json", "toml_key", "toml_value"]
 
 TEXT_FORMATS = ("toml", "json", "yaml")
 _KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
+_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+_LARGEST_JSON = 6 << 20
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -83,3 +88,73 @@ def toml_value(value: object) -> str:
         return f"{{ {inner} }}" if inner else "{}"
     kind = "null" if value is None else quoted(type(value).__name__)
     raise RuleError(f"TOML has no {kind}", hint="leave the key out, or write JSON")
+
+
+def read_json(directory: str, name: str) -> Mapping[str, object]:
+    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` if the file holds no JSON object."""
+    file = LocalFile(os.path.join(directory, name))
+    try:
+        if file.size > _LARGEST_JSON:
+            raise FormatError(f"{human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")
+        return parse_json(file.read(0, file.size), "the file", finite=False)
+    finally:
+        file.close()
+
+
+def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, object]:
+    """Return the JSON object in ``data``; ``what`` names it in errors.
+
+    Without ``finite``, NaN and Infinity are allowed, as Python writes them. Raises ``FormatError`` for any other text,
+    and for a key that is given twice.
+    """
+    try:
+        value = json.loads(
+            data.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_no_constant if finite else None,
+            parse_float=_finite if finite else None,
+            parse_int=_integer if b"-0" in data else None,
+        )
+        if _LONE_SURROGATE.search(data):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{what} is not UTF-8 at byte {error.start}") from None
+    except UnicodeEncodeError:
+        raise FormatError(f"{what} holds half of a surrogate pair, which is not text") from None
+    except RecursionError:
+        raise FormatError(f"{what} is nested too deeply") from None
+    except _JsonError as error:
+        raise FormatError(f"{what} {error}") from None
+    except ValueError as error:
+        raise FormatError(f"{what} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is a JSON {type(value).__name__}, not an object")
+    return value
+
+
+class _JsonError(Exception):
+    """Python reads this JSON, but the standard does not allow it."""
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        seen: set[str] = set()
+        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise _JsonError(f"names {quoted(name)} twice")
+    return table
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _JsonError(f"holds {name}, which is not JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _JsonError(f"holds {text[:40]}, which is not a finite number")
+    return value
+
+
+def _integer(text: str) -> int | float:
+    return -0.0 if text == "-0" else int(text)  # the safetensors library does not read -0 as an integer

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
@@ -26,7 +26,6 @@ __all__ = [
     "layout_safetensors",
     "merge_extents",
     "open_safetensors",
-    "parse_json",
     "refuse_unstorable",
     "write_safetensors",
 ]
@@ -37,7 +36,6 @@ METADATA = "__metadata__"
 _MOST_DIMENSIONS = 1024
 _LARGEST_SIZE = 2**63  # torch uses signed 64-bit sizes
 _DEEPEST_EXTRA = 100  # the library stops at 127 levels
-_LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _BITS = {dtype.code: dtype.bits for dtype in DTYPES.values() if dtype.storable}
 
 
@@ -80,65 +78,6 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
         Access(payload, payload, records, file.check_unchanged, file.close),
         Description(file.path, "safetensors", files=[file.path], metadata=metadata, warnings=warnings),
     )
-
-
-def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, object]:
-    """Return the JSON object in ``data``; ``what`` names it in errors.
-
-    Without ``finite``, NaN and Infinity are allowed, as Python writes them. Raises ``FormatError`` for any other text,
-    and for a key that is given twice.
-    """
-    try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_without_duplicates,
-            parse_constant=_no_constant if finite else None,
-            parse_float=_finite if finite else None,
-            parse_int=_integer if b"-0" in data else None,
-        )
-        if _LONE_SURROGATE.search(data):
-            json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeDecodeError as error:
-        raise FormatError(f"{what} is not UTF-8 at byte {error.start}") from None
-    except UnicodeEncodeError:
-        raise FormatError(f"{what} holds half of a surrogate pair, which is not text") from None
-    except RecursionError:
-        raise FormatError(f"{what} is nested too deeply") from None
-    except _JsonError as error:
-        raise FormatError(f"{what} {error}") from None
-    except ValueError as error:
-        raise FormatError(f"{what} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise FormatError(f"{what} is a JSON {type(value).__name__}, not an object")
-    return value
-
-
-class _JsonError(Exception):
-    """Python reads this JSON, but the standard does not allow it."""
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    table = dict(pairs)
-    if len(table) != len(pairs):
-        seen: set[str] = set()
-        name = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise _JsonError(f"names {quoted(name)} twice")
-    return table
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise _JsonError(f"holds {name}, which is not JSON")
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise _JsonError(f"holds {text[:40]}, which is not a finite number")
-    return value
-
-
-def _integer(text: str) -> int | float:
-    return -0.0 if text == "-0" else int(text)  # the safetensors library does not read -0 as an integer
 
 
 def _metadata(value: object) -> Mapping[str, str]:

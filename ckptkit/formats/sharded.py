@@ -11,13 +11,13 @@ from itertools import chain
 from pathlib import PureWindowsPath
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.config_files import parse_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, listed, plural, printable, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
-from ckptkit.formats.safetensors import parse_json
 
 __all__ = [
     "INDEX_SUFFIXES",

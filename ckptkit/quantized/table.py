@@ -3,40 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 __all__ = ["SCHEMES", "Part", "Scheme"]
 
 Shape = tuple[int, ...]
-Fits = Callable[[Shape, Shape], bool]  # of the tensor of codes and of the companion
-
-
-def _scale_shape(codes: Shape, companion: Shape) -> bool:
-    """Return whether a companion can hold scales: for the whole tensor, or for rows, columns, groups or blocks."""
-    if all(size == 1 for size in companion):
-        return True
-    return len(companion) <= len(codes) and all(size <= whole for size, whole in zip(companion, codes, strict=False))
-
-
-def _same_columns(codes: Shape, companion: Shape) -> bool:
-    return len(codes) == len(companion) == 2 and codes[-1] == companion[-1]
-
-
-def _matrix(codes: Shape, companion: Shape) -> bool:
-    return len(codes) == len(companion) == 2
+Fits = Callable[[Shape, Shape], bool]  # of the shape of the codes and the shape of a companion
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A tensor of a quantised weight: the endings of its key after the common stem, and its dtypes and shapes.
+    """A tensor of a quantised weight: the endings of its key after the common stem, its dtypes and its shapes.
 
-    An ending that begins with a letter follows a dot or begins the key. ``fits`` compares the shape of the codes with
-    the shape of this part.
+    An ending that begins with a letter follows a dot or is the whole key. ``fits`` compares the shape of the codes with
+    the shape of this part. ``is_telling`` is true if only this scheme uses the name: without codes, codes are missing.
     """
 
     endings: tuple[str, ...]
     dtypes: frozenset[str]
     fits: Fits | None = None
+    is_telling: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,56 +30,125 @@ class Scheme:
     """One way to store a quantised weight, found by the key and dtype of ``anchor``.
 
     All parts of ``needed`` must be present, and parts of ``optional`` can be present. ``coded`` is the ending of the
-    part that holds the codes. ``weight`` is the ending of the weight that the parts store. ``methods`` are the
-    values of ``quant_method`` or ``quant_algo`` in a configuration that name the scheme. ``way_out`` says which
-    library makes plain weights.
+    part that holds the codes. ``weight`` is the ending of the weight that the parts store; with ``is_private``, the
+    stem has an underscore that the weight does not have. ``methods`` are the values of ``quant_method`` that name the
+    scheme in a configuration. ``way_out`` says which library makes plain weights. ``is_ordinary`` is true if codes
+    without scales can be ordinary numbers, as fp8 can. ``is_certain`` is true if the anchor alone shows the scheme.
     """
 
     name: str
     anchor: Part
     needed: tuple[Part, ...]
-    optional: tuple[Part, ...]
-    coded: str
-    weight: str
     way_out: str
     methods: frozenset[str] = frozenset()
+    optional: tuple[Part, ...] = ()
+    coded: str = "weight"
+    weight: str = "weight"
+    is_private: bool = False
+    is_ordinary: bool = False
+    is_certain: bool = False
 
 
-_F8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
-_FLOATS = frozenset({"F32", "BF16", "F16"})
-_SCALES = _FLOATS | {"F8_E8M0", "U8"}  # U8 holds the exponents of E8M0
-_INTEGERS = frozenset({"I8", "U8", "I16", "I32", "I64"})
-_U8, _I8, _I32 = frozenset({"U8"}), frozenset({"I8"}), frozenset({"I32"})
-_PACKED = frozenset({"U8", "I8", "I32"})
+def _is_scale(codes: Shape, companion: Shape) -> bool:
+    """Return whether a companion can hold scales: for the whole tensor, or for rows, columns, groups or blocks."""
+    if all(size == 1 for size in companion):
+        return True
+    return len(companion) <= len(codes) and all(size <= most for size, most in zip(companion, codes, strict=False))
+
+
+def _has_same_columns(codes: Shape, companion: Shape) -> bool:
+    return len(codes) == len(companion) and len(codes) in {2, 3} and codes[-1] == companion[-1]
+
+
+def _is_matrix(codes: Shape, companion: Shape) -> bool:
+    return len(codes) == len(companion) and len(codes) in {2, 3}
+
+
+def _has_same_rows(codes: Shape, companion: Shape) -> bool:
+    return len(codes) >= 2 and len(companion) >= 2 and codes[:-1] == companion[:-1]
+
+
+def _are_scales_of_blocks(codes: Shape, companion: Shape) -> bool:
+    return codes[:-1] == companion and bool(companion)
+
+
+def _dtypes(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+_F8 = _dtypes("F8_E4M3 F8_E5M2 F8_E4M3FNUZ F8_E5M2FNUZ")
+_E4M3 = _dtypes("F8_E4M3")
+_E8M0 = _dtypes("F8_E8M0 U8")  # older versions of safetensors have no dtype for exponents
+_FLOATS = _dtypes("F32 BF16 F16")
+_INTEGERS = _dtypes("I8 U8 I16 I32 I64")
+_CODES = _INTEGERS | _F8 | {"F4"}
+_ANY = _FLOATS | _INTEGERS | _F8 | _E8M0 | {"U32", "BOOL"}
 
 _OF_INPUT = Part(
     (
         "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "output_scale", "scale_input",
         "qscale_act", "pre_quant_scale", "comfy_quant",
     ),
-    _FLOATS | _INTEGERS | _F8,
+    _ANY,
 )  # fmt: skip
-_ZERO_POINT = Part(("weight_zero_point",), _INTEGERS | _F8)
-_BNB = "bitsandbytes dequantises it: bitsandbytes.functional.dequantize_4bit, or model.dequantize() of transformers"
-_COMPRESSED = "compressed-tensors decompresses it: ModelCompressor.decompress_model, or load it with transformers"
-_FP8 = "transformers dequantises it: from_pretrained with FineGrainedFP8Config(dequantize=True), then save_pretrained"
-_GPTQ = "GPTQModel or transformers loads it, and dequantises each layer with layer.dequantize_weight()"
+_OF_WEIGHT = Part(("weight_zero_point", "weight_g_idx", "weight_shape"), _ANY)
+_SCALE = Part(("weight_scale",), _FLOATS, _is_scale, is_telling=True)
 
-_FP8_METHODS = frozenset({"fp8", "fbgemm_fp8", "finegrained_fp8", "compressed-tensors", "modelopt", "quark"})
+_COMPRESSED = "load it with transformers and compressed-tensors, which decompress it, and save it with save_pretrained"
+_MODELOPT = "quantise from the original weights instead: modelopt does not write plain weights of such a checkpoint"
+_COMFY = "multiply the codes of each weight by its scale, as ComfyUI does, and save the products"
+_FP8 = "load it with transformers and FineGrainedFP8Config(dequantize=True), and save it with save_pretrained"
+_MXFP4 = "load it with transformers and Mxfp4Config(dequantize=True), and save it with save_pretrained"
+_TORCHAO = "load it with torchao, call dequantize() on each tensor, and save the state_dict"
+_DEQUANTIZE = "load it with transformers, call model.dequantize(), and save it with save_pretrained"
+
+_OF_FP8 = Scheme(
+    "fp8",
+    Part(("weight",), _F8),
+    (Part(("weight_scale_inv", "weight_scale", "scale"), _FLOATS | _E8M0, is_telling=True),),
+    _FP8,
+    _dtypes("fp8 finegrained_fp8 fbgemm_fp8 quark"),
+    (_OF_WEIGHT, _OF_INPUT),
+    is_ordinary=True,
+)
 
 
 def _bitsandbytes_4bit(kind: str) -> Scheme:
     return Scheme(
         f"bitsandbytes {kind}",
-        anchor=Part((f".quant_state.bitsandbytes__{kind}",), _U8),
-        needed=(
-            Part(("",), _U8 | _FLOATS),
-            Part((".absmax",), _U8 | {"F32"}),
-            Part((".quant_map",), frozenset({"F32"})),
+        Part((f".quant_state.bitsandbytes__{kind}",), _dtypes("U8")),
+        (
+            Part(("",), _FLOATS | {"U8"}),
+            Part((".absmax",), _dtypes("U8 F32"), is_telling=True),
+            Part((".quant_map",), _dtypes("F32"), is_telling=True),
         ),
-        optional=(Part((".nested_absmax", ".nested_quant_map"), frozenset({"F32"})),),
-        coded="", weight="", way_out=_BNB, methods=frozenset({"bitsandbytes", "bitsandbytes_4bit"}),
+        f"{_DEQUANTIZE}; or use bitsandbytes.functional.dequantize_4bit",
+        _dtypes("bitsandbytes bitsandbytes_4bit"),
+        (Part((".nested_absmax", ".nested_quant_map"), _dtypes("F32")),),
+        coded="",
+        weight="",
+        is_certain=True,
+    )
+
+
+def _torchao(anchor: str, joint: str, *, is_private: bool = False) -> Scheme:
+    scales = ("scale", "scale_and_zero", "group_scale")
+    others = (
+        "zero_point", "group_zero", "row_scale", "per_tensor_scale", "act_per_tensor_scale", "act_pre_scale",
+        "act_quant_scale", "act_quant_zero_point", "output_act_quant_scale", "sparse_metadata", "qzeros",
+        "compensation",
     )  # fmt: skip
+    return Scheme(
+        "torchao",
+        Part((f"{joint}{anchor}",), _CODES),
+        (Part(tuple(joint + name for name in scales), _ANY),),
+        _TORCHAO,
+        _dtypes("torchao"),
+        (Part(tuple(joint + name for name in others), _ANY),),
+        coded=f"{joint}{anchor}",
+        weight="",
+        is_private=is_private,
+    )
 
 
 # The first row that fits wins, unless the configuration names the method of another row that fits.
@@ -101,44 +156,182 @@ SCHEMES = (
     _bitsandbytes_4bit("nf4"),
     _bitsandbytes_4bit("fp4"),
     Scheme(
-        "bitsandbytes int8",
-        anchor=Part(("weight",), _I8),
-        needed=(Part(("SCB", "weight.SCB"), _FLOATS, _scale_shape),),
-        optional=(Part(("weight_format",), _U8),),
-        coded="weight", weight="weight",
-        way_out="bitsandbytes dequantises it: bitsandbytes.functional.int8_vectorwise_dequant",
-        methods=frozenset({"bitsandbytes", "bitsandbytes_8bit"}),
+        "bitsandbytes int8", Part(("weight",), _dtypes("I8")),
+        (Part(("SCB", "weight.SCB"), _FLOATS, _is_scale, is_telling=True),),
+        f"{_DEQUANTIZE}; or use bitsandbytes.functional.int8_vectorwise_dequant",
+        _dtypes("bitsandbytes bitsandbytes_8bit"), (Part(("weight_format",), _dtypes("U8")),),
+    ),
+    _OF_FP8,
+    replace(_OF_FP8, name="fp8 (compressed-tensors)", way_out=_COMPRESSED, methods=_dtypes("compressed-tensors")),
+    replace(_OF_FP8, name="fp8 (modelopt)", way_out=_MODELOPT, methods=_dtypes("modelopt")),
+    Scheme(
+        "fp8 (ComfyUI)", Part(("weight",), _F8), (Part(("scale_weight",), _FLOATS, is_telling=True),), _COMFY,
+        optional=(_OF_INPUT,), is_ordinary=True,
     ),
     Scheme(
-        "fp8",
-        anchor=Part(("weight",), _F8),
-        needed=(
-            Part(("weight_scale_inv", "weight_scale", "scale_weight", "qscale_weight", "scale"), _SCALES),
+        "fp8 (Mistral)", Part(("weight",), _F8), (Part(("qscale_weight",), _FLOATS, is_telling=True),), _FP8,
+        optional=(_OF_INPUT,), is_ordinary=True,
+    ),
+    # The experts of a layer are one tensor, such as experts.gate_up_proj.
+    replace(
+        _OF_FP8, anchor=Part(("",), _F8), coded="", weight="",
+        needed=(Part(("_scale_inv", "_weight_scale", "_scale"), _FLOATS | _E8M0),),
+        optional=(Part(("_input_scale", "_activation_scale"), _FLOATS),),
+    ),
+    Scheme(
+        "nvfp4", Part(("weight",), _dtypes("U8 F4")),
+        (Part(("weight_scale",), _E4M3, _has_same_rows, is_telling=True), Part(("weight_scale_2",), _FLOATS)),
+        _MODELOPT, _dtypes("modelopt modelopt_fp4"), (_OF_INPUT,),
+    ),
+    Scheme(
+        "nvfp4 (compressed-tensors)", Part(("weight_packed",), _dtypes("U8 F4")),
+        (Part(("weight_scale",), _E4M3, _has_same_rows, is_telling=True), Part(("weight_global_scale",), _FLOATS)),
+        _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+    ),
+    Scheme(
+        "mxfp4 (compressed-tensors)", Part(("weight_packed",), _dtypes("U8 F4")),
+        (Part(("weight_scale",), _E8M0, _has_same_rows, is_telling=True),),
+        _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+    ),
+    Scheme(
+        "mxfp4", Part(("weight",), _dtypes("U8 I8 F4")),
+        (Part(("weight_scale", "weight_scale_inv", "scale"), _E8M0, _has_same_rows),),
+        "dequantise it with the library that wrote it", _dtypes("mxfp4 quark fp8"), (_OF_INPUT,),
+    ),
+    Scheme(
+        "mxfp4", Part(("_blocks",), _dtypes("U8")),
+        (Part(("_scales",), _dtypes("U8"), _are_scales_of_blocks, is_telling=True),),
+        _MXFP4, _dtypes("mxfp4"), coded="_blocks", weight="",
+    ),
+    Scheme(
+        "int (compressed-tensors)", Part(("weight_packed",), _dtypes("I32")),
+        (_SCALE, Part(("weight_shape",), _dtypes("I64 I32"), is_telling=True)),
+        _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+    ),
+    Scheme(
+        "marlin-24 (compressed-tensors)", Part(("weight_packed",), _dtypes("I32")),
+        (Part(("scale_packed",), _FLOATS), Part(("meta",), _INTEGERS)),
+        _COMPRESSED, _dtypes("compressed-tensors"), (_OF_WEIGHT, _OF_INPUT), coded="weight_packed",
+    ),
+    Scheme(
+        "EETQ", Part(("weight",), _dtypes("I8")), (Part(("weight_scales",), _FLOATS, is_telling=True),),
+        "load the original weights instead: EETQ does not write plain weights", _dtypes("eetq"),
+    ),
+    Scheme(
+        "int8", Part(("weight",), _dtypes("I8")), (_SCALE,), _COMPRESSED,
+        _dtypes("compressed-tensors modelopt quark"), (_OF_WEIGHT, _OF_INPUT),
+    ),
+    Scheme(
+        "BitNet", Part(("weight",), _dtypes("U8")), (_SCALE,),
+        "load it with transformers, which unpacks the weights, and save the unpacked weights", _dtypes("bitnet"),
+    ),
+    Scheme(
+        "packed integers", Part(("weight",), _dtypes("U8 I32")), (_SCALE,),
+        "dequantise it with the library that wrote it", _dtypes("modelopt quark"), (_OF_WEIGHT, _OF_INPUT),
+    ),
+    Scheme(
+        "MLX", Part(("weight",), _dtypes("U32")),
+        (Part(("scales",), _FLOATS | {"U8"}, _has_same_rows),),
+        "dequantise it with mlx_lm.convert --dequantize", _dtypes("mlx metal"),
+        (Part(("biases", "qbiases"), _FLOATS),),
+    ),
+    Scheme(
+        "GPTQ", Part(("qweight",), _dtypes("I32")),
+        (Part(("qzeros",), _dtypes("I32"), is_telling=True), Part(("scales",), _FLOATS, _has_same_columns)),
+        "load it with GPTQModel, and dequantise the weight of each layer with dequantize_weight()",
+        _dtypes("gptq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+    ),
+    Scheme(
+        "AWQ", Part(("qweight",), _dtypes("I32 I16")),
+        (Part(("qzeros", "scaled_zeros"), _FLOATS | {"I32"}, is_telling=True), Part(("scales",), _FLOATS, _is_matrix)),
+        "load it with AutoAWQ, and dequantise the weight of each layer with dequantize_gemm",
+        _dtypes("awq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+    ),
+    Scheme(
+        "FP-Quant", Part(("qweight",), _dtypes("U8")), (Part(("scales",), _E8M0 | _E4M3, _has_same_rows),),
+        _DEQUANTIZE, _dtypes("fp_quant"),
+        (Part(("weight_global_scale", "act_global_scale", "forward_hadamard_matrix", "backward_hadamard_matrix"),
+              _FLOATS),),
+        coded="qweight",
+    ),
+    Scheme(
+        "SVDQuant", Part(("qweight",), _dtypes("I8")), (Part(("wscales",), _FLOATS | _E4M3, is_telling=True),),
+        "load the original weights instead: nunchaku does not write plain weights", _dtypes("svdquant"),
+        (
+            Part(
+                ("smooth_factor", "smooth_factor_orig", "proj_down", "proj_up", "wtscale", "wcscales", "wzeros",
+                 "lora_down", "lora_up", "smooth", "smooth_orig"),
+                _FLOATS,
+            ),
         ),
-        optional=(_ZERO_POINT, _OF_INPUT),
-        coded="weight", weight="weight", way_out=_FP8, methods=_FP8_METHODS,
+        coded="qweight",
     ),
     Scheme(
-        "fp8",
-        anchor=Part(("",), _F8),  # the experts of a layer in one tensor, such as experts.gate_up_proj
-        needed=(Part(("_scale_inv", "_scale"), _SCALES),),
-        optional=(Part(("_input_scale", "_activation_scale", "_bias_scale"), _FLOATS),),
-        coded="", weight="", way_out=_FP8, methods=_FP8_METHODS,
+        "HQQ", Part(("W_q",), _dtypes("U8 I32")),
+        (Part(("scale", "meta.scale"), _ANY), Part(("zero", "meta.zero"), _ANY)),
+        "load it with hqq, and call dequantize() on each layer", _dtypes("hqq"),
+        (
+            Part(
+                tuple(
+                    prefix + name
+                    for prefix in ("", "meta.")
+                    for name in (
+                        "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float",
+                        "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict",
+                        "stores_quant_config", "channel_wise", "optimize", "round_zero", "scale_q", "zero_q",
+                    )
+                ),
+                _ANY,
+            ),
+        ),
+        coded="W_q",
     ),
     Scheme(
-        "GPTQ",
-        anchor=Part(("qweight",), _I32),
-        needed=(Part(("qzeros",), _I32), Part(("scales",), _FLOATS, _same_columns)),
-        optional=(Part(("g_idx",), _I32),),
-        coded="qweight", weight="weight", way_out=_GPTQ, methods=frozenset({"gptq", "auto-round", "intel/auto-round"}),
+        "quanto", Part(("weight._data",), _F8 | {"I8"}), (Part(("weight._scale",), _FLOATS, is_telling=True),),
+        "load it with optimum-quanto, and call dequantize() on each weight", _dtypes("quanto"), (_OF_INPUT,),
+        coded="weight._data",
     ),
     Scheme(
-        "AWQ",
-        anchor=Part(("qweight",), _I32 | {"I16"}),
-        needed=(Part(("qzeros",), _I32 | _FLOATS), Part(("scales",), _FLOATS, _matrix)),
-        optional=(),
-        coded="qweight", weight="weight",
-        way_out="AutoAWQ or transformers loads it, and dequantises each layer with dequantize_gemm",
-        methods=frozenset({"awq", "auto-round", "intel/auto-round"}),
+        "quanto", Part(("weight._data._data",), _dtypes("U8")),
+        (Part(("weight._scale",), _FLOATS, is_telling=True), Part(("weight._shift",), _FLOATS | {"I8", "U8"})),
+        "load it with optimum-quanto, and call dequantize() on each weight", _dtypes("quanto"), (_OF_INPUT,),
+        coded="weight._data._data",
+    ),
+    _torchao("qdata", "_", is_private=True),
+    _torchao("qdata", ":"),
+    _torchao("_data", ":"),
+    Scheme(
+        "AQLM", Part(("codes",), _dtypes("I8 I16 U8 I32")),
+        (Part(("codebooks",), _FLOATS, is_telling=True), Part(("scales",), _FLOATS)),
+        "load it with aqlm, and dequantise the weight of each layer", _dtypes("aqlm"), coded="codes",
+    ),
+    Scheme(
+        "VPTQ", Part(("indices",), _dtypes("I16 U16 I32")), (Part(("centroids.weight",), _FLOATS, is_telling=True),),
+        "load it with vptq, and dequantise the weight of each layer", _dtypes("vptq"),
+        (Part(("res_centroids.weight", "weight_scale", "weight_bias", "perm", "invert_perm", "outlier_indices",
+               "outlier_centroids.weight", "res_indices"), _ANY),),
+        coded="indices",
+    ),
+    Scheme(
+        "HIGGS", Part(("weight",), _dtypes("I16")),
+        (Part(("scales",), _FLOATS), Part(("tables",), _FLOATS), Part(("tables2",), _FLOATS)),
+        _DEQUANTIZE, _dtypes("higgs"),
+    ),
+    Scheme(
+        "SpQR", Part(("dense_weights",), _dtypes("I64")),
+        (Part(("row_offsets",), _dtypes("I32 I64"), is_telling=True),),
+        "load it with spqr_quant, and dequantise the weight of each layer", _dtypes("spqr"),
+        (Part(("col_vals", "in_perm"), _ANY),), coded="dense_weights",
+    ),
+    Scheme(
+        "EXL2", Part(("q_weight",), _dtypes("I32")),
+        (Part(("q_scale",), _dtypes("I32"), is_telling=True), Part(("q_scale_max",), _FLOATS)),
+        "load the original weights instead: ExLlamaV2 does not write plain weights", _dtypes("exl2"),
+        (Part(("q_groups", "q_perm", "q_invperm", "q_group_map"), _INTEGERS),), coded="q_weight",
+    ),
+    Scheme(
+        "EXL3", Part(("trellis",), _dtypes("I16")), (Part(("suh", "su"), _ANY), Part(("svh", "sv"), _ANY)),
+        "load the original weights instead: ExLlamaV3 does not write plain weights", _dtypes("exl3"),
+        (Part(("mcg", "mul1"), _INTEGERS),), coded="trellis",
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import read_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
@@ -16,7 +17,6 @@ from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
 from ckptkit.formats.directories.trainer_files import (
     find_trainer_file,
     is_trainer_file,
-    read_json,
     read_trainer_files,
 )
 from ckptkit.formats.distributed.file_names import find_states_file, is_dcp, is_zero

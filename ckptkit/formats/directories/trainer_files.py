@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Entry
+from ckptkit.core.config_files import read_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import human_bytes, plural
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.core.text import plural
+from ckptkit.errors import CkptkitError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
 from ckptkit.formats.pickle.values import is_suspicious
-from ckptkit.formats.safetensors import parse_json
 from ckptkit.formats.torch.tree import describe_entry
 
-__all__ = ["TrainerFiles", "find_trainer_file", "is_trainer_file", "read_json", "read_trainer_files"]
+__all__ = ["TrainerFiles", "find_trainer_file", "is_trainer_file", "read_trainer_files"]
 
 
 # Keys that are listed first, also where the value is a list or an object. Other numbers and texts follow.
@@ -38,7 +38,6 @@ _PICKLED = re.compile(
     r"|(?:random_states|custom_checkpoint)_(\d+)\.pkl|(?:sampler|dl_state_dict)(?:_(\d+))?\.bin"
 )
 _NUMBER = re.compile(r"_\d+(?=\.\w+$)")
-_LARGEST_JSON = 6 << 20
 _LARGEST_PICKLES = 3 << 20  # bytes, of all files together; a byte can become seventy bytes in memory
 _MOST_FILES = 64
 _MOST_VALUES = 64  # of a JSON file
@@ -88,17 +87,6 @@ def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:
         kind = entry.type if len(members) == 1 else plural(len(members), "file")
         entries.append(Entry(path, kind, entry.value, is_outside=True, is_file=True))
     return TrainerFiles(tuple(entries), tuple(warnings))
-
-
-def read_json(directory: str, name: str) -> Mapping[str, object]:
-    """Return the JSON object in a file of the directory. Raises ``CkptkitError`` if the file holds no JSON object."""
-    file = LocalFile(os.path.join(directory, name))
-    try:
-        if file.size > _LARGEST_JSON:
-            raise FormatError(f"{human_bytes(file.size)}, more than the limit of {human_bytes(_LARGEST_JSON)}")
-        return parse_json(file.read(0, file.size), "the file", finite=False)
-    finally:
-        file.close()
 
 
 def _describe(directory: str, name: str, left: list[int], outlined: list[int], warnings: list[str]) -> Entry:

@@ -15,6 +15,7 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
+from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, quoted
@@ -24,7 +25,7 @@ from ckptkit.formats.distributed.file_names import DCP_SHARD
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
-from ckptkit.formats.safetensors import open_safetensors, parse_json
+from ckptkit.formats.safetensors import open_safetensors
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_dcp_safetensors"]

@@ -19,6 +19,7 @@ from ckptkit.core.checkpoint import (
     is_contiguous,
     storage_range,
 )
+from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, Inflated
 from ckptkit.core.findings import ReaderWarning
@@ -27,7 +28,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.foreign import refuse_selection
 from ckptkit.formats.layout import Strided, only_listed_error
-from ckptkit.formats.safetensors import LARGEST_HEADER, parse_json
+from ckptkit.formats.safetensors import LARGEST_HEADER
 from ckptkit.formats.zip_archive import ZipDirectory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
