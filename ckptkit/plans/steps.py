@@ -34,6 +34,7 @@ __all__ = [
 _WHY_NOT = {
     "meta": "it was saved from the meta device and has no values",
     "unknown": "its dtype is not known",
+    "two-type": "its storage is named with two types, and torch loads one of them for all its tensors",
     "subclass": "it is a tensor subclass, and only the code of its class can rebuild it",
 }
 

@@ -8,9 +8,11 @@ import struct
 from pathlib import Path
 
 import pytest
+import torch
 
 from ckptkit.errors import FormatError
 from tests.helpers_formats import (
+    CODE_OF,
     call,
     glob,
     mapping,
@@ -134,9 +136,12 @@ def test_a_corrupt_pickle_is_refused_with_the_place(tmp_path: Path, value: bytes
     assert len(error.reason) < 300
 
 
-def test_one_storage_may_be_seen_as_two_dtypes(tmp_path: Path) -> None:
-    """D9: two tensors may read one storage with two dtypes, as in torch."""
-    other = tensor(storage("0", 16, "torch.ByteStorage"), size=(16,), stride=(1,))
+def test_a_storage_with_two_types_has_the_first_and_is_not_read(tmp_path: Path) -> None:
+    """D9: as in torch, the first type counts for all tensors. Their values are not read, because it is a fault."""
+    other = tensor(storage("0", 16, "torch.ByteStorage"), size=(4,), stride=(1,))
     with opened(tmp_path, with_weights(v=other)) as checkpoint:
-        assert str(checkpoint["v"]) == "U8 [16]"
-        assert checkpoint.read_bytes("v") == checkpoint.read_bytes("w")
+        theirs = torch.load(checkpoint.path, weights_only=True)
+        assert {key: CODE_OF[value.dtype] for key, value in theirs.items()} == {"w": "F32", "v": "F32"}
+        assert [str(info) for info in checkpoint.values()] == ["F32 [2, 2] (two-type)", "F32 [4] (two-type)"]
+        with pytest.raises(FormatError, match="'v' is a two-type tensor"):
+            checkpoint.read_bytes("v")

@@ -30,7 +30,7 @@ def with_value(value: bytes, records: dict[str, bytes] | None = None) -> Callabl
 
 def v3(dtype: str) -> bytes:
     """Return the pickle of a tensor of four bytes, in the form for dtypes without a storage class."""
-    untyped = storage("0", 16, "torch.storage.UntypedStorage")
+    untyped = storage("1", 16, "torch.storage.UntypedStorage")
     return call(
         "torch._utils._rebuild_tensor_v3", untyped, b"K\0", several(b"K\4"), several(b"K\1"), b"\x89N", glob(dtype)
     )
@@ -69,7 +69,8 @@ def dtensor() -> bytes:
     )
 
 
-SEEN_AS_BYTES = tensor(storage("0", 16, "torch.ByteStorage"), size=(16,), stride=(1,))
+TWO = {"0": bytes(16), "1": bytes(16)}
+SEEN_AS_BYTES = tensor(storage("0", 16, "torch.ByteStorage"), size=(4,), stride=(1,))
 EXPANDED = tensor(size=(2**40,), stride=(0,))
 
 
@@ -118,11 +119,9 @@ REFUSED: dict[str, Refused] = {
 }
 ACCEPTED: dict[str, Accepted] = {
     "D3 expanded": Accepted(with_value(EXPANDED), "", "[1099511627776]   4.4 TB"),
-    "D9 two dtypes": Accepted(with_value(SEEN_AS_BYTES), "two dtypes share one storage", "U8"),
-    "D10 location": Accepted(
-        with_value(tensor(storage("1", location="cuda:9999")), {"0": bytes(16), "1": bytes(16)}), "", "v"
-    ),
-    "D11 dtype": Accepted(with_value(v3("torch.float3")), "", "torch.float3 (unknown)"),
+    "D9 two dtypes": Accepted(with_value(SEEN_AS_BYTES), "named with two types, F32 and U8: torch gives", "F32"),
+    "D10 location": Accepted(with_value(tensor(storage("1", location="cuda:9999")), TWO), "", "v"),
+    "D11 dtype": Accepted(with_value(v3("torch.float3"), TWO), "", "torch.float3 (unknown)"),
     "D12 empty": Accepted(with_value(tensor(size=(0, 5), stride=(5, 1), offset=99)), "", "[0, 5]"),
     "D12 scalar": Accepted(with_value(tensor(size=(), stride=())), "", "[]"),
     "D12 1,000 dimensions": Accepted(with_value(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
@@ -131,8 +130,9 @@ ACCEPTED: dict[str, Accepted] = {
     **{f"D14 {kind}": Accepted(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
 }
 UNWRITABLE: dict[str, Refused] = {
+    "D9 two dtypes": Refused(with_value(SEEN_AS_BYTES), "'w' cannot be copied: its storage is named with two types"),
     "D3 expanded": Refused(converted, "not enough disk space: 4.4 TB needed, "),
-    "D11 dtype": Refused(with_value(v3("torch.float3")), "'v' cannot be copied: its dtype is not known"),
+    "D11 dtype": Refused(with_value(v3("torch.float3"), TWO), "'v' cannot be copied: its dtype is not known"),
     "D14 DTensor": Refused(with_value(dtensor()), "'v' cannot be copied: it is a tensor subclass"),
     "D14 all": Refused(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),
 }

@@ -144,12 +144,21 @@ class PickleMachine:
             raise FormatError(f"corrupt pickle: values appended to a {type(target).__name__} at byte {self.pos - 1}")
 
     def build(self, target: object, state: object) -> None:
-        """Set the state of a mapping or a placeholder; ignore the state of any other value."""
+        """Set the state of a mapping or a placeholder; the interpreter decides about any other value."""
         if isinstance(target, PickledMapping):
             # Kept as separate data: torch sets these attributes on the object, where they can hide its methods.
-            target.attributes = state if isinstance(state, dict) else {"state": state}
+            target.attributes = self._merged(target.attributes, state if isinstance(state, dict) else {"state": state})
         elif isinstance(target, Placeholder):
-            target.state = state
+            target.state = self._merged(target.state, state) if isinstance(state, dict) else state
+        else:
+            self.interpreter.set_state(target, state)
+
+    def _merged(self, known: object, state: dict[object, object]) -> dict[object, object]:
+        if not isinstance(known, dict) or not known:
+            return state
+        self.interpreter.count_copy(known)
+        self.interpreter.count_copy(state)
+        return {**known, **state}
 
     def persistent(self, pid: object) -> object:
         """Return the value of a persistent id, such as a storage."""
@@ -293,12 +302,14 @@ def _reduce(machine: PickleMachine) -> None:
     machine.stack.append(machine.interpreter.call(function, args))
 
 
+def _new(machine: PickleMachine) -> None:
+    args, function = machine.pop(), machine.pop()
+    machine.stack.append(machine.interpreter.create(function, args))
+
+
 def _new_with_keywords(machine: PickleMachine) -> None:
     keywords, args, function = machine.pop(), machine.pop(), machine.pop()
-    made = machine.interpreter.call(function, args)
-    if keywords and isinstance(made, Placeholder):
-        made.pairs["keywords"] = keywords
-    machine.stack.append(made)
+    machine.stack.append(machine.interpreter.create(function, args, keywords))
 
 
 def _instance(machine: PickleMachine) -> None:
@@ -414,7 +425,7 @@ OPCODES: Final[Mapping[int, Operation]] = {
     0x5D: _empty(list),
     0x29: _constant(()),
     0x80: _protocol,
-    0x81: _reduce,
+    0x81: _new,
     0x82: _refuse("an extension registry"),
     0x83: _refuse("an extension registry"),
     0x84: _refuse("an extension registry"),

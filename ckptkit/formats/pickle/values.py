@@ -93,11 +93,17 @@ class Interpreter:
         builders: Mapping[str, Callable[..., object]],
         constants: Mapping[str, object],
         persistent: Callable[[object], object] | None = None,
+        set_state: Callable[[object, object], None] = lambda *_: None,
     ) -> None:
-        """Take the tables; ``references`` collects every other code name of the pickle."""
+        """Take the tables; ``references`` collects every other code name of the pickle.
+
+        ``persistent`` reads persistent ids. ``set_state`` gets each value that is neither a mapping nor a placeholder
+        and that the pickle gives a state, and this state.
+        """
         self.builders = builders
         self.constants = constants
         self.persistent = persistent
+        self.set_state = set_state
         self.references: dict[str, int] = {}
         self.repeated: str | None = None  # the first key that was set twice in one mapping
         self.budget = 0
@@ -138,6 +144,27 @@ class Interpreter:
             reason = printable(str(error))
             raise FormatError(f"corrupt pickle: {function} does not take the given arguments ({reason})") from None
 
+    def create(self, function: object, args: object, keywords: object = None) -> object:
+        """Return the result of ``cls.__new__(cls, *args)``, which is not always the result of ``cls(*args)``."""
+        name = f"{function.module}.{function.name}" if isinstance(function, CodeName) else ""
+        if name in self.builders:
+            if name.rpartition(".")[2].startswith(("_rebuild", "_get", "encode")):
+                raise FormatError(f"corrupt pickle: {name} is a function, and cannot make an empty object")
+            if keywords:
+                raise FormatError(f"corrupt pickle: {name} does not take the given arguments (by name)")
+            if name in _MADE_EMPTY:
+                return self.call(function, ())
+        made = self.call(function, args)
+        if keywords and isinstance(made, Placeholder):
+            made.pairs["keywords"] = keywords
+        return made
+
+
+# The method __new__ of these classes ignores its arguments: only __init__ adds items.
+_MADE_EMPTY: Final = frozenset(
+    {"collections.OrderedDict", "collections.Counter", "collections.defaultdict", "collections.deque"}
+    | {f"{module}.{name}" for module in ("builtins", "__builtin__") for name in ("dict", "list", "set")}
+)
 
 # Many harmless checkpoints name this code, so there is no warning about it. Like all code, it is never run.
 _HARMLESS: Final = (

@@ -33,12 +33,13 @@ from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided, only_listed_error
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.modules import replace_modules
-from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects, made_by_class
 from ckptkit.formats.torch.tree import (
     children,
     describe_entry,
     dotted_key,
     find_mapping,
+    find_object,
     is_tensor,
     key_name,
     leaves,
@@ -53,6 +54,7 @@ LARGEST_PICKLE = 256 << 20
 _FEWEST_PLACES = 1_000  # a pickle may have so many places, and one more for each byte: only shared values have more
 _CHARACTERS_PER_BYTE = 64  # of all names together, for each byte of the pickle
 _CHARACTERS_PER_PART = 4  # counted for each key of a path, in addition to the characters of the key
+_MOST_RETYPED = 8
 _MOST_SUMMARIZED = 1_000_000
 _MOST_ENTRIES = 100_000
 _MOST_TENSORS = 1_000_000
@@ -65,6 +67,7 @@ class TorchFile:
     ``objects`` are the builders that parsed the pickle. ``records`` returns everything stored; its argument has the
     keys of the tensors in each storage. ``pickle`` returns the bytes of the pickle, and ``other_records`` everything
     that is neither the pickle nor a storage. ``unwritable`` is the reason why the file cannot be written again.
+    Raises ``FormatError`` for a pickle that changes a tensor after building it, which torch would follow.
     """
 
     tree: object
@@ -77,6 +80,19 @@ class TorchFile:
     pickle: Callable[[], bytes] | None = None
     unwritable: str = ""
     other_records: Callable[[], Sequence[tuple[str, Payload]]] = tuple
+
+    def __post_init__(self) -> None:
+        """Refuse changed tensors."""
+        changes = {id(tensor): attribute for tensor, attribute in self.objects.changes}
+        if changes:
+            path = find_object(self.tree, changes)
+            where = "" if path is None else f"{quoted(dotted_key(path))}: "
+            attribute = next(iter(changes.values()))
+            what = "sets its state" if attribute == "state" else f"sets its attribute {quoted(attribute)}"
+            raise FormatError(
+                f"{where}after building this tensor, the pickle {what}: torch would read another tensor",
+                hint="load it with torch.load(weights_only=True), and save the state_dict again",
+            )
 
 
 def build_file_checkpoint(
@@ -126,8 +142,8 @@ def build_checkpoint(
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
     for key, tensor in found.tensors.items():
-        if tensor.kind == "dense" and file.has_unknown_byte_order(tensor):
-            tensor = replace(tensor, kind="big-endian")  # noqa: PLW2901 - it is listed, and cannot be read
+        if tensor.kind == "dense":
+            tensor = replace(tensor, kind=_stored_kind(file, tensor))  # noqa: PLW2901 - only listed if not dense
         infos[key] = _info(key, tensor, ids)
         if tensor.storage is not None and tensor.storage.key not in regions:
             regions[tensor.storage.key] = file.locate(tensor.storage)
@@ -139,7 +155,7 @@ def build_checkpoint(
     if interpreter.repeated is not None:
         text = f"a mapping sets {quoted(interpreter.repeated)} more than once: the last value counts, as in torch"
         warnings.append(ReaderWarning(text, codes.REPEATED_KEY))
-    warnings += _dtype_conflicts(infos, found.tensors)
+    warnings += _dtype_conflicts(infos, found.tensors) or _retyped(file.objects.retyped)
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
@@ -184,6 +200,23 @@ def build_checkpoint(
     )
 
 
+def _stored_kind(file: TorchFile, tensor: TensorRef) -> str:
+    """Return the kind of a dense tensor: another one if its stored bytes do not say what torch would load."""
+    key = "" if tensor.storage is None else tensor.storage.key
+    if file.has_unknown_byte_order(tensor):
+        return "big-endian"
+    if key in file.objects.retyped:
+        return "two-type"
+    return "meta" if file.objects.locations.get(key) == "meta" else "dense"
+
+
+def _retyped(storages: Mapping[str, tuple[str, str]]) -> list[str]:
+    return [
+        f"storage {quoted(key)} is named with two types, {first} and {second}: torch gives all its tensors {first}"
+        for key, (first, second) in list(storages.items())[:_MOST_RETYPED]
+    ]
+
+
 def _container(
     file: TorchFile, value: object, chosen: KeyPath, entries: Iterable[Entry], paths: Mapping[str, KeyPath]
 ) -> Container | None:
@@ -204,7 +237,7 @@ def _container(
         storage=lambda key: file.locate(storages[key]),
         other_records=file.other_records,
         references=tuple(name for name in file.objects.interpreter.references if not is_weights_only(name)),
-        unwritable=file.unwritable,
+        unwritable=file.unwritable or ("it names a storage with two types" if file.objects.retyped else ""),
     )
 
 
@@ -224,7 +257,8 @@ def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves
     found: list[tuple[KeyPath, object]] = []
     budget = _CHARACTERS_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
-    for path, leaf in leaves(value, [_FEWEST_PLACES + size]):
+    for path, found_leaf in leaves(value, [_FEWEST_PLACES + size]):
+        leaf = made_by_class(found_leaf) or found_leaf
         leaf_is_tensor = isinstance(leaf, TensorRef)
         if not leaf_is_tensor and not (path or isinstance(leaf, list | tuple)):
             continue

@@ -15,6 +15,7 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import CodeName, Interpreter, PickledMapping, Placeholder, check_key
+from ckptkit.formats.torch.changes import changing_attribute, is_autograd_state
 
 __all__ = [
     "STORAGE_TYPES",
@@ -24,6 +25,7 @@ __all__ = [
     "StorageType",
     "TensorRef",
     "TorchObjects",
+    "made_by_class",
     "tensor_view",
 ]
 
@@ -66,6 +68,14 @@ class TensorRef:
     neg: bool = False
     kind: str = "dense"
 
+    def is_same(self, other: object) -> bool:
+        """Return whether ``other`` is the same view of the same storage."""
+        return isinstance(other, TensorRef) and _is_same(self, other)
+
+
+def _is_same(first: StorageRef | TensorRef, second: StorageRef | TensorRef) -> bool:
+    return all(getattr(first, name) == getattr(second, name) for name in first.__slots__)
+
 
 _STORAGES: Final[Mapping[str, str]] = {
     "Double": "F64", "Float": "F32", "Half": "F16", "BFloat16": "BF16", "Long": "I64", "Int": "I32",
@@ -79,8 +89,10 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
 
 
 _PARAMETER = "torch.nn.parameter.Parameter"
+_TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Za-z0-9]*Tensor")
 _NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
 _MOST_DIMENSIONS = 1024
+_ONE_NAME = "storage {} shares its name or the name of its part with another storage or part"
 _COMPLEX = ("C32", "C64", "C128")
 _NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
 
@@ -120,10 +132,13 @@ class TorchObjects:
     def __init__(self, persistent: Callable[[object], object] | None = None) -> None:
         """Prepare the builders; ``persistent`` replaces the reading of persistent ids."""
         self.storages: dict[str, StorageRef] = {}
-        self._locations: dict[str, str] = {}
+        self.locations: dict[str, str] = {}  # by the key of the storage
+        self.retyped: dict[str, tuple[str, str]] = {}  # the dtypes of each storage that is named with two types
+        self.changes: list[tuple[TensorRef, str]] = []  # tensors that the pickle changes later, and what it sets
+        self._views: dict[str, StorageRef] = {}
         self.prefix = ""  # put before each storage key that the next pickle names
         self.sources: list[str] = []  # source files that a legacy pickle of a module embeds
-        self.interpreter = Interpreter(self._builders(), _CONSTANTS, persistent or self._persistent)
+        self.interpreter = Interpreter(self._builders(), _CONSTANTS, persistent or self._persistent, self._set_state)
 
     def _builders(self) -> dict[str, Callable[..., object]]:
         builders: dict[str, Callable[..., object]] = {
@@ -131,7 +146,7 @@ class TorchObjects:
             "torch._utils._rebuild_tensor_v2": _tensor_v2,
             "torch._utils._rebuild_tensor_v3": _tensor_v3,
             "torch._utils._rebuild_parameter": _parameter,
-            "torch._utils._rebuild_parameter_with_state": _parameter,
+            "torch._utils._rebuild_parameter_with_state": self._parameter_with_state,
             _PARAMETER: _old_parameter,
             "torch._utils._rebuild_qtensor": _quantized,
             "torch._utils._rebuild_sparse_tensor": _sparse,
@@ -163,6 +178,8 @@ class TorchObjects:
         if isinstance(source, dict):
             self.interpreter.count_copy(source)
             made.update(source)
+        elif kind == "Counter" and args:
+            raise TypeError("it counts items")
         elif isinstance(source, list | tuple):
             self.interpreter.count_copy(source)
             for pair in source:
@@ -188,14 +205,31 @@ class TorchObjects:
         self.interpreter.count_copy(text)
         return text.encode("latin-1")
 
-    def _from_type(self, function: object, subclass: object, args: object, _state: object = None) -> object:
+    def _set_state(self, target: object, state: object) -> None:
+        if isinstance(target, StorageRef):
+            raise FormatError(f"storage {quoted(target.key)}: the pickle changes it after building it")
+        if isinstance(target, TensorRef) and not is_autograd_state(state):
+            self.changes.append((target, "state"))
+
+    def _parameter_with_state(self, data: object, *rest: object) -> object:
+        return self._with_attributes(_parameter(data), rest[2] if len(rest) > 2 else None)
+
+    def _with_attributes(self, tensor: TensorRef, state: object) -> TensorRef:
+        attribute = changing_attribute(state, tensor.is_same)
+        if attribute:
+            self.changes.append((tensor, attribute))
+        return tensor
+
+    def _from_type(self, function: object, subclass: object, args: object, state: object = None) -> object:
         if isinstance(function, CodeName) and function.name.startswith("_rebuild_from_type"):
             raise TypeError("it calls itself")  # a thousand nested calls would exhaust the stack of Python
         made = self.interpreter.call(function, args)
         plain = subclass == "tensor" or (isinstance(subclass, CodeName) and str(subclass) == _PARAMETER)
-        if isinstance(made, TensorRef) and not plain and made.kind == "dense":
-            return replace(made, kind="subclass")
-        return made
+        if not isinstance(made, TensorRef):
+            return made
+        if plain:
+            return self._with_attributes(made, state)
+        return replace(made, kind="subclass") if made.kind == "dense" else made
 
     def _persistent(self, pid: object) -> object:
         if isinstance(pid, tuple) and pid and pid[0] == "module" and len(pid) == 4:
@@ -215,13 +249,20 @@ class TorchObjects:
         known = self.storages.setdefault(key, storage)
         if known.nbytes != storage.nbytes:
             raise FormatError(f"storage {quoted(key)} has two sizes, {known.nbytes} and {storage.nbytes} bytes")
-        if isinstance(pid[3], str) and self._locations.setdefault(key, pid[3]) != pid[3]:
+        if isinstance(pid[3], str) and self.locations.setdefault(key, pid[3]) != pid[3]:
             raise FormatError(
-                f"storage {quoted(key)} has two locations, {quoted(self._locations[key])} and {quoted(pid[3])}"
+                f"storage {quoted(key)} has two locations, {quoted(self.locations[key])} and {quoted(pid[3])}"
             )
+        if known.dtype != storage.dtype and storage.nbytes:
+            types = known.dtype or "U8", storage.dtype or "U8"  # torch counts an untyped storage in bytes
+            if types[0] != types[1]:
+                self.retyped.setdefault(key, types)
+        if key in self._views:
+            raise FormatError(_ONE_NAME.format(quoted(key)))
         if len(pid) == 6 and pid[5] is not None:
             return self._part(storage, pid[5], width)
-        return known if known.dtype == storage.dtype else storage
+        is_new_type = len(pid) == 6 and not storage.nbytes  # torch before 1.6 makes each empty storage again
+        return storage if is_new_type else known  # the first type counts, as in torch
 
     def _part(self, storage: StorageRef, view: object, width: int) -> StorageRef:
         if not isinstance(view, tuple) or len(view) != 3 or not all(map(_is_count, view[1:])):
@@ -231,7 +272,14 @@ class TorchObjects:
             raise FormatError(
                 f"storage {quoted(storage.key)}: a view ends at byte {start + length} of {storage.nbytes}"
             )
-        return replace(storage, start=start, length=length)
+        if not isinstance(view[0], str) and not _is_count(view[0]):
+            raise FormatError(f"a view of storage {quoted(storage.key)} is not valid")
+        # torch keeps views and storages by name in one table: a name that is used again keeps its first meaning.
+        part = replace(storage, start=start, length=length)
+        known = self._views.setdefault(str(view[0]), part)
+        if str(view[0]) in self.storages or not _is_same(known, part):
+            raise FormatError(_ONE_NAME.format(quoted(storage.key)))
+        return part
 
 
 def _is_count(number: object) -> bool:
@@ -284,6 +332,14 @@ def _tensor_v3(storage: object, offset: object, size: object, stride: object, *r
     return _flags(tensor_view(storage, dtype.code, offset, size, stride), rest[3] if len(rest) > 3 else None)
 
 
+def made_by_class(value: object) -> TensorRef | None:
+    """Return a tensor of unknown shape for the call of a tensor class, such as ``torch.FloatTensor``, else None."""
+    if not isinstance(value, Placeholder):
+        return None
+    name = "torch.Tensor" if value.factory == "tensor" else str(value.factory)
+    return TensorRef(name, (), kind="unknown") if name == _PARAMETER or _TENSOR_CLASS.fullmatch(name) else None
+
+
 def tensor_view(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
     """Return the tensor of a view into a storage; raises ``FormatError`` for sizes, strides or offsets out of range."""
     shape, steps = _size(size), _size(stride)
@@ -297,13 +353,13 @@ def tensor_view(storage: StorageRef, dtype: str, offset: int, size: object, stri
 def _flags(tensor: TensorRef, metadata: object) -> TensorRef:
     if not isinstance(metadata, dict):
         return tensor
-    conj, neg = bool(metadata.get("conj")), bool(metadata.get("neg"))
+    conj, neg = "conj" in metadata, "neg" in metadata  # torch ignores the values
     if (conj and tensor.dtype not in _COMPLEX) or (neg and tensor.dtype not in _NEGATABLE):
         raise FormatError(f"corrupt pickle: a {tensor.dtype} tensor is marked as conjugate or negative")
     return replace(tensor, conj=conj, neg=neg)
 
 
-def _parameter(data: object, *_: object) -> object:
+def _parameter(data: object, *_: object) -> TensorRef:
     if not isinstance(data, TensorRef):
         raise TypeError("the parameter is not a tensor")
     return data

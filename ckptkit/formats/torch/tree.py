@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.checkpoint import Entry, KeyPath
@@ -23,6 +23,7 @@ __all__ = [
     "describe_entry",
     "dotted_key",
     "find_mapping",
+    "find_object",
     "is_tensor",
     "key_name",
     "leaves",
@@ -212,6 +213,20 @@ def children(value: object) -> Mapping[object, object]:
     if isinstance(value, Placeholder) and isinstance(value.state, Mapping):
         return value.state
     return {}
+
+
+def find_object(tree: object, wanted: Container[int]) -> KeyPath | None:
+    """Return the key path of the first value in the tree whose ``id`` is wanted, or None."""
+    stack: list[tuple[object, KeyPath]] = [(tree, ())]
+    seen: set[int] = set()
+    while stack:
+        value, path = stack.pop()
+        if id(value) in wanted:
+            return path
+        if id(value) not in seen and len(path) <= _DEEPEST:
+            seen.add(id(value))
+            stack.extend((child, (*path, key)) for key, child in children(value).items())
+    return None
 
 
 def leaves(value: object, budget: list[int]) -> Iterator[tuple[KeyPath, object]]:
