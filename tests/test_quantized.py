@@ -1,49 +1,267 @@
-"""Codes and companions are recognised as one quantised weight, and ordinary tensors never are."""
+"""Codes and companions are recognised as one quantised weight, and ordinary tensors never are.
+
+The tensors are built by hand with the names, dtypes and shapes that each library writes; the libraries themselves need
+no installation.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
+from ckptkit import open_checkpoint
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.quantized import Quantized, quantized_weights
 
+State = dict[str, Tensor]
 
-def found_in(tensors: dict[str, Tensor]) -> Quantized:
+F8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+I8, U8, I32, I64 = torch.int8, torch.uint8, torch.int32, torch.int64
+F16, F32, BF16 = torch.float16, torch.float32, torch.bfloat16
+
+
+def of(dtype: torch.dtype, *shape: int) -> Tensor:
+    """Return a tensor of this dtype and shape."""
+    return torch.zeros(shape, dtype=dtype)
+
+
+def found_in(state: State) -> Quantized:
     """Return the quantised weights in a state_dict."""
-    return quantized_weights(as_checkpoint(tensors, "found"))
+    return quantized_weights(as_checkpoint(state, "found"))
 
 
-F8 = torch.float8_e4m3fn
-WEIGHT = torch.zeros(8, 8)
-SCALE = torch.ones(2, 2)
+def saved(directory: Path, state: State, config: object = None, name: str = "config.json") -> Quantized:
+    """Return the quantised weights of a file in a directory with a configuration file."""
+    path = directory / "model.safetensors"
+    save_file(state, path)
+    if config is not None:
+        (directory / name).write_text(json.dumps(config))
+    with open_checkpoint(path) as checkpoint:
+        return quantized_weights(checkpoint)
 
-QUANTIZED = {
-    "fp8, blocks": ("fp8", {"weight": WEIGHT.to(F8), "weight_scale_inv": SCALE}),
-    "fp8, one scale": ("fp8", {"weight": WEIGHT.to(F8), "weight_scale": torch.ones(1), "input_scale": torch.ones(1)}),
-    "fp8 of ComfyUI": ("fp8", {"weight": WEIGHT.to(F8), "scale_weight": torch.ones(())}),
-    "bitsandbytes int8": ("bitsandbytes int8", {"weight": WEIGHT.to(torch.int8), "SCB": torch.ones(8)}),
-}
+
+def _bitsandbytes(kind: str, dtype: torch.dtype = U8, *, nested: bool = True) -> State:
+    state = {
+        "weight": of(dtype, 4096, 1),
+        "weight.absmax": of(U8 if nested else F32, 128),
+        "weight.quant_map": of(F32, 16),
+        f"weight.quant_state.bitsandbytes__{kind}": of(U8, 168),
+    }
+    return state | ({"weight.nested_absmax": of(F32, 1), "weight.nested_quant_map": of(F32, 256)} if nested else {})
+
+
+QUANTIZED: dict[str, tuple[str, State]] = {
+    "fp8, blocks": ("fp8", {"weight": of(F8, 256, 256), "weight_scale_inv": of(F32, 2, 2)}),
+    "fp8, exponents": ("fp8", {"weight": of(F8, 256, 256), "weight_scale_inv": of(E8M0, 2, 2)}),
+    "fp8, input": ("fp8", {"weight": of(F8, 8, 8), "weight_scale": of(F32, 1), "input_scale": of(F32, 1)}),
+    "fp8, rows": ("fp8", {"weight": of(torch.float8_e5m2, 8, 4), "weight_scale": of(BF16, 8, 1)}),
+    "fp8, DeepSeek's own names": ("fp8", {"weight": of(F8, 256, 256), "scale": of(F32, 2, 2)}),
+    "fp8, ComfyUI": ("fp8 (ComfyUI)", {"weight": of(F8, 8, 8), "scale_weight": of(F32), "scale_input": of(F32)}),
+    "fp8, Mistral": ("fp8 (Mistral)", {"weight": of(F8, 8, 8), "qscale_weight": of(BF16), "qscale_act": of(BF16)}),
+    "nvfp4, modelopt": (
+        "nvfp4",
+        {"weight": of(U8, 8, 16), "weight_scale": of(F8, 8, 2), "weight_scale_2": of(F32), "input_scale": of(F32)},
+    ),
+    "nvfp4, compressed-tensors": (
+        "nvfp4 (compressed-tensors)",
+        {"weight_packed": of(U8, 8, 16), "weight_scale": of(F8, 8, 2), "weight_global_scale": of(F32, 1)},
+    ),
+    "mxfp4, compressed-tensors": (
+        "mxfp4 (compressed-tensors)", {"weight_packed": of(U8, 8, 16), "weight_scale": of(U8, 8, 1)},
+    ),
+    "mxfp4, other libraries": ("mxfp4", {"weight": of(U8, 8, 16), "weight_scale": of(U8, 8, 1)}),
+    "pack-quantized": (
+        "int (compressed-tensors)",
+        {"weight_packed": of(I32, 8, 4), "weight_scale": of(BF16, 8, 1), "weight_shape": of(I64, 2)},
+    ),
+    "pack-quantized, all parts": (
+        "int (compressed-tensors)",
+        {"weight_packed": of(I32, 8, 4), "weight_scale": of(BF16, 8, 2), "weight_shape": of(I64, 2),
+         "weight_zero_point": of(I32, 1, 2), "weight_g_idx": of(I32, 32)},
+    ),
+    "int8": ("int8", {"weight": of(I8, 8, 4), "weight_scale": of(BF16, 8, 1), "weight_zero_point": of(I8, 8, 1)}),
+    "bitsandbytes nf4": ("bitsandbytes nf4", _bitsandbytes("nf4")),
+    "bitsandbytes fp4": ("bitsandbytes fp4", _bitsandbytes("fp4", nested=False)),
+    "bitsandbytes, codes in BF16": ("bitsandbytes nf4", _bitsandbytes("nf4", BF16)),
+    "bitsandbytes int8": ("bitsandbytes int8", {"weight": of(I8, 8, 4), "SCB": of(F32, 8), "weight_format": of(U8)}),
+    "GPTQ": (
+        "GPTQ",
+        {"qweight": of(I32, 16, 64), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64), "g_idx": of(I32, 128)},
+    ),
+    "GPTQ without g_idx": ("GPTQ", {"qweight": of(I32, 16, 64), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64)}),
+    "AWQ": ("AWQ", {"qweight": of(I32, 128, 8), "qzeros": of(I32, 1, 8), "scales": of(F16, 1, 64)}),
+    "HQQ": (
+        "HQQ",
+        {"W_q": of(U8, 64, 64), "scale": of(F16, 128, 1), "zero": of(F16, 128, 1), "nbits": of(I32), "axis": of(I32)},
+    ),
+    "EETQ": ("EETQ", {"weight": of(I8, 8, 4), "weight_scales": of(F16, 4)}),
+    "quanto int8": (
+        "quanto",
+        {"weight._data": of(I8, 8, 4), "weight._scale": of(F32, 8, 1), "input_scale": of(F32), "output_scale": of(F32)},
+    ),
+    "quanto int4": (
+        "quanto", {"weight._data._data": of(U8, 4, 4), "weight._scale": of(F32, 8, 1), "weight._shift": of(F32, 8, 1)},
+    ),
+    "torchao": (
+        "torchao",
+        {"_weight_qdata": of(I8, 8, 4), "_weight_scale": of(F32, 8, 1), "_weight_zero_point": of(I8, 8, 1)},
+    ),
+    "torchao, older names": ("torchao", {"weight:qdata": of(F8, 8, 4), "weight:scale": of(F32, 8, 1)}),
+    "AQLM": ("AQLM", {"codes": of(I8, 8, 4, 2), "codebooks": of(F16, 2, 256, 1, 8), "scales": of(F16, 8, 1, 1, 1)}),
+    "MLX": ("MLX", {"weight": of(torch.uint32, 8, 4), "scales": of(BF16, 8, 1), "biases": of(BF16, 8, 1)}),
+    "SVDQuant": (
+        "SVDQuant",
+        {"qweight": of(I8, 8, 4), "wscales": of(BF16, 1, 8), "smooth_factor": of(BF16, 8), "proj_up": of(BF16, 8, 4)},
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("scheme", "parts"), QUANTIZED.values(), ids=QUANTIZED)
-def test_parts_are_one_weight(scheme: str, parts: dict[str, Tensor]) -> None:
-    """The parts of a scheme are one weight, and other tensors are not part of the weight."""
-    state = {"norm.weight": torch.ones(8)} | {f"layers.0.q.{name}": tensor for name, tensor in parts.items()}
-    (weight,) = found_in(state).weights
-    assert (weight.key, weight.scheme) == ("layers.0.q.weight", scheme)
-    assert weight.parts == tuple(key for key in state if key != "norm.weight")
+def test_parts_are_one_weight(scheme: str, parts: State) -> None:
+    """The parts of a scheme are one weight, named like the weight, and other tensors are not part of the weight."""
+    others = {"norm.weight": of(F32, 8), "layers.0.q.bias": of(F32, 8), "layers.1.q.weight": of(BF16, 8, 8)}
+    state = others | {f"layers.0.q.{name}": tensor for name, tensor in parts.items()}
+    quantized = found_in(state)
+    (weight,) = quantized.weights
+    assert (weight.key, weight.scheme, weight.missing) == ("layers.0.q.weight", scheme, ())
+    assert weight.parts == tuple(key for key in state if key not in others)
     assert weight.coded in weight.parts
+    assert quantized.by_key == dict.fromkeys(weight.parts, weight)
 
 
-ORDINARY = {
-    "a parameter named like a scale": {"weight": WEIGHT, "weight_scale": torch.ones(1)},
-    "fp8 without scales": {"weight": WEIGHT.to(F8), "bias": torch.ones(8)},
-}
+def test_experts_of_a_layer_can_be_one_tensor() -> None:
+    """Fused experts have other names: the scale follows the name of the parameter."""
+    state = {
+        "experts.gate_up_proj": of(F8, 2, 256, 256), "experts.gate_up_proj_scale_inv": of(F32, 2, 2, 2),
+        "experts.down_proj_blocks": of(U8, 2, 8, 4, 16), "experts.down_proj_scales": of(U8, 2, 8, 4),
+        "experts.down_proj_bias": of(BF16, 2, 8),
+    }  # fmt: skip
+    assert [(weight.key, weight.scheme, len(weight.parts)) for weight in found_in(state).weights] == [
+        ("experts.gate_up_proj", "fp8", 2),
+        ("experts.down_proj", "mxfp4", 2),
+    ]
+
+
+def test_keys_at_the_root_have_no_module() -> None:
+    """The parts of a single layer, without a module name before them, are found too."""
+    assert [weight.key for weight in found_in(QUANTIZED["GPTQ"][1]).weights] == ["weight"]
+
+
+ORDINARY: dict[str, State] = {
+    "a parameter named like a scale": {"weight": of(F32, 8, 8), "weight_scale": of(F32, 1), "input_scale": of(F32, 1)},
+    "fp8 with a learned scale": {"weight": of(F8, 8, 8), "scale": of(BF16, 8)},
+    "bfloat16 with a scale": {"weight": of(BF16, 8, 8), "weight_scale_inv": of(F32, 1, 1), "scale": of(BF16, 8)},
+    "fp8 without scales": {"weight": of(F8, 8, 8), "bias": of(BF16, 8), "norm": of(F8, 8)},
+    "learned tensors named like GPTQ": {"qweight": of(F32, 8, 8), "qzeros": of(F32, 8), "scales": of(F32, 8)},
+    "integers named like scales": {"scales": of(I32, 4), "codes": of(I64, 8), "zero_point": of(I64, 1)},
+    "integer buffers": {"weight": of(I64, 8, 8), "index": of(I32, 4), "mask": of(U8, 8, 8), "count": of(I64)},
+    "integers that have only a bias": {"weight": of(I8, 8, 8), "bias": of(F32, 8)},
+    "parts of two modules": {"qweight": of(I32, 16, 64), "k.scales": of(F16, 1, 64), "k.qzeros": of(I32, 1, 8)},
+    "a scale that is larger than the codes": {"weight": of(I8, 4, 4), "weight_scale": of(F32, 8, 8)},
+    "a vector quantiser": {"codebooks": of(F32, 2, 256, 8), "codes": of(F32, 8, 4), "scales": of(F32, 8)},
+    "a learned scale of a norm": {"weight": of(F32, 8), "scale": of(F32, 8), "zero": of(F32, 8)},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("state", ORDINARY.values(), ids=ORDINARY)
-def test_ordinary_tensors_are_not_quantised(state: dict[str, Tensor]) -> None:
+def test_ordinary_tensors_are_not_quantised(state: State) -> None:
     """A name alone makes no companion, and a dtype alone makes no codes."""
     assert not found_in({f"layers.0.q.{name}": tensor for name, tensor in state.items()})
+
+
+ARCHITECTURES: tuple[tuple[str, dict[str, object]], ...] = (
+    ("ResNetConfig", {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}),
+    ("SwinConfig", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32}),
+    ("MixtralConfig", {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8,
+                                  "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}),
+    ("BertConfig", {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8,
+                            "num_attention_heads": 2}),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(("config", "sizes"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES])
+def test_real_architectures_are_not_quantised(config: str, sizes: dict[str, object]) -> None:
+    """The parameters and buffers of ordinary models are never taken for codes and companions."""
+    transformers = pytest.importorskip("transformers")
+    with torch.device("meta"):
+        model = transformers.AutoModel.from_config(getattr(transformers, config)(**sizes))
+    assert not found_in(dict(model.state_dict()))
+    assert not found_in(dict(model.to(F8).state_dict()))
+
+
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
+COMPRESSED = {
+    "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {},
+    "ignore": ["lm_head", "re:.*gate$"],
+}  # fmt: skip
+GPTQ = {key: tensor for key, tensor in QUANTIZED["GPTQ"][1].items() if key != "g_idx"}
+CODES = of(F8, 256, 256)
+
+CONFIGURED: dict[str, tuple[State, object, str, list[tuple[str, str, tuple[str, ...]]]]] = {
+    "the method names the library": (
+        {"q.weight": of(F8, 8, 8), "q.weight_scale": of(F32, 1)}, {"quantization_config": COMPRESSED}, "config.json",
+        [("q.weight", "fp8 (compressed-tensors)", ())],
+    ),
+    "in the configuration of the text model": (
+        {"q.weight": of(F8, 8, 8), "q.weight_scale": of(F32, 1)},
+        {"text_config": {"quantization_config": COMPRESSED}}, "config.json",
+        [("q.weight", "fp8 (compressed-tensors)", ())],
+    ),
+    "modelopt's own file": (
+        {"q.weight": of(F8, 8, 8), "q.weight_scale": of(F32)},
+        {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8", "exclude_modules": ["lm_head*"]}},
+        "hf_quant_config.json", [("q.weight", "fp8 (modelopt)", ())],
+    ),
+    "no scale, but the configuration asks for one": (
+        {"q.weight": CODES, "lm_head.weight": of(F8, 8, 8), "norm.weight": of(BF16, 8)}, {"quantization_config": FP8},
+        "config.json", [("q.weight", "fp8", ("q.weight_scale_inv",))],
+    ),
+    "a scale without its weight": (
+        {"q.weight_scale_inv": of(F32, 2, 2), "norm.weight": of(BF16, 8)}, {"quantization_config": FP8}, "config.json",
+        [("q.weight", "fp8", ("q.weight",))],
+    ),
+    "modules that stay plain": (
+        {"lm_head.weight": of(F8, 8, 8), "layers.0.mlp.gate.weight": of(F8, 8, 8)}, {"quantization_config": COMPRESSED},
+        "config.json", [],
+    ),
+    "codes without scales": (
+        {"q.qweight": of(I32, 16, 64), "q.qzeros": of(I32, 1, 8)}, {"bits": 4, "desc_act": False, "group_size": 128},
+        "quantize_config.json", [("q.weight", "GPTQ", ("q.scales",))],
+    ),
+    "no configuration": ({"q.qweight": of(I32, 16, 64), "q.qzeros": of(I32, 1, 8)}, None, "config.json", []),
+    "another configuration": ({"q.weight": CODES}, {"quantization": {"quant_method": "gptq"}}, "config.json", []),
+    "a configuration that is not JSON": ({"q.weight": CODES}, "fp8", "config.json", []),
+    "other weights have all parts": (
+        {f"0.{name}": part for name, part in GPTQ.items()} | {"1.qweight": of(I32, 16, 64), "2.qzeros": of(I32, 1, 8)},
+        None, "config.json",
+        [("0.weight", "GPTQ", ()), ("1.weight", "GPTQ", ("1.qzeros", "1.scales")),
+         ("2.weight", "GPTQ", ("2.qweight", "2.scales"))],
+    ),
+    "only some fp8 weights have scales": (
+        {"0.weight": CODES, "0.weight_scale": of(F32, 1), "1.weight": of(F8, 8, 8)}, None, "config.json",
+        [("0.weight", "fp8", ())],
+    ),
+    "bitsandbytes without its code book": (
+        {f"q.{key}": tensor for key, tensor in _bitsandbytes("nf4").items() if key != "weight.quant_map"}, None,
+        "config.json", [("q.weight", "bitsandbytes nf4", ("q.weight.quant_map",))],
+    ),
+    "bitsandbytes without its state": (
+        {f"q.{key}": tensor for key, tensor in _bitsandbytes("nf4").items() if "quant_state" not in key},
+        {"quantization_config": {"load_in_4bit": True}}, "config.json",
+        [("q.weight", "bitsandbytes nf4", ("q.weight.quant_state.bitsandbytes__nf4",))],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("state", "config", "name", "expected"), CONFIGURED.values(), ids=CONFIGURED)
+def test_the_configuration_decides_between_schemes_and_shows_missing_parts(
+    tmp_path: Path, state: State, config: object, name: str, expected: list[tuple[str, str, tuple[str, ...]]]
+) -> None:
+    """The configuration names the library, and shows that codes lack a part; modules that it excludes stay plain."""
+    found = saved(tmp_path, state, config, name).weights
+    assert sorted((weight.key, weight.scheme, weight.missing) for weight in found) == expected

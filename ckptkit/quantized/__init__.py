@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.quantized.configuration import Configuration, read_configuration
 from ckptkit.quantized.table import SCHEMES, Part, Scheme
 
 __all__ = ["Quantized", "QuantizedWeight", "quantized_weights"]
@@ -22,8 +24,8 @@ class QuantizedWeight:
         scheme: The name of the scheme for messages and JSON, such as ``"fp8"`` or ``"bitsandbytes nf4"``.
         parts: The keys of all tensors of the weight in the order of the file, the tensor of codes included.
         coded: The key of the tensor that holds the codes.
-        way_out: The library that makes a plain weight, as a sentence for hints.
-        missing: The keys of the parts that the scheme needs and the checkpoint does not have.
+        way_out: How to get a plain weight, as a sentence for hints.
+        missing: The keys of the parts that the scheme needs and the checkpoint does not have; usually empty.
     """
 
     key: str
@@ -54,73 +56,189 @@ class Quantized:
 def quantized_weights(checkpoint: Checkpoint) -> Quantized:
     """Return the quantised weights of a checkpoint, in the order of their first parts.
 
-    Reads names, dtypes, shapes and the configuration of the model, but no values. A companion needs a tensor of codes:
-    ``weight_scale`` of an F32 ``weight`` is a parameter.
+    Reads names, dtypes, shapes and the configuration files of the model, but no values. A companion needs a tensor of
+    codes: ``weight_scale`` of an F32 ``weight`` is a parameter. A weight that lacks parts is listed with its
+    ``missing`` keys if the configuration or the other weights show that it is quantised.
     """
-    return _find(checkpoint)
-
-
-def _find(infos: Mapping[str, TensorInfo]) -> Quantized:
-    anchors = [info for info in infos.values() if info.dtype in _ROWS or info.dtype not in DTYPES]
-    if not anchors:
+    anchors = [info for info in checkpoint.values() if info.dtype in _ROWS or info.kind != "dense"]
+    if not anchors and not any(map(_is_telling, checkpoint)):
         return Quantized()
-    order = {key: number for number, key in enumerate(infos)}
-    weights: list[QuantizedWeight] = []
-    used: set[str] = set()
+    search = _Search(checkpoint)
     for info in anchors:
-        if info.key in used:
-            continue
-        if info.dtype not in DTYPES and info.kind == "quantized":
-            weights.append(QuantizedWeight(info.key, f"GGUF {info.dtype}", (info.key,), info.key, _GGUF))
-            continue
-        for scheme, stem in _candidates(info):
-            parts = _parts(scheme, stem, info, infos)
-            if parts is not None:
-                used.update(parts)
-                parts = tuple(sorted(parts, key=order.__getitem__))
-                weights.append(
-                    QuantizedWeight(stem + scheme.weight, scheme.name, parts, stem + scheme.coded, scheme.way_out)
-                )
-                break
-    return Quantized(tuple(weights))
+        search.add(info)
+    search.add_incomplete()
+    if not search.found:
+        return Quantized()
+    order = {key: number for number, key in enumerate(checkpoint)}
+    weights = [found.described(order) for found in search.found]
+    return Quantized(tuple(sorted(weights, key=lambda weight: order[weight.parts[0]])))
 
 
-_GGUF = "gguf dequantises it: gguf.quants.dequantize, or from_pretrained(..., gguf_file=...) of transformers"
+_MOST_INCOMPLETE = 2000
+_GGUF = "convert it with gguf.quants.dequantize, or load it with from_pretrained(..., gguf_file=...) of transformers"
+_TORCH = "call dequantize() on the tensor, and save the state_dict"
+_TORCHAO = "load it with torchao, call dequantize() on each tensor, and save the state_dict"
 _ROWS: Mapping[str, Sequence[tuple[Scheme, str]]] = {
     dtype: [(scheme, ending) for scheme in SCHEMES if dtype in scheme.anchor.dtypes for ending in scheme.anchor.endings]
     for dtype in {dtype for scheme in SCHEMES for dtype in scheme.anchor.dtypes}
 }
+_TELLING = [
+    (scheme, part, ending) for scheme in SCHEMES for part in scheme.needed if part.is_telling for ending in part.endings
+]
+_TELLING_ENDINGS = tuple({ending for _, _, ending in _TELLING})
 
 
-def _candidates(info: TensorInfo) -> Iterator[tuple[Scheme, str]]:
-    """Yield each scheme that can have this tensor as its anchor, with the stem of the keys."""
-    for scheme, ending in _ROWS.get(info.dtype, ()):
-        if info.key.endswith(ending):
-            stem = info.key[: len(info.key) - len(ending)]
-            if not ending[:1].isalpha() or not stem or stem[-1] == ".":
-                yield scheme, stem
+def _is_telling(key: str) -> bool:
+    return key.endswith(_TELLING_ENDINGS)
 
 
-def _parts(scheme: Scheme, stem: str, anchor: TensorInfo, infos: Mapping[str, TensorInfo]) -> tuple[str, ...] | None:
-    """Return the keys of all parts, or None if a part that the scheme needs is not there."""
-    coded = infos.get(stem + scheme.coded)
-    if coded is None:
+def _stem(key: str, ending: str) -> str | None:
+    """Return the key without the ending, or None if the key does not end with whole segments of the ending."""
+    if not key.endswith(ending):
         return None
-    found = [anchor.key]
-    for part in scheme.needed:
-        keys = _keys(part, stem, coded, infos)
-        if not keys:
+    stem = key[: len(key) - len(ending)]
+    return stem if not ending[:1].isalpha() or not stem or stem[-1] == "." else None
+
+
+class _Found(NamedTuple):
+    """A weight that is found: the row of the table, the stem of the keys, and the parts."""
+
+    scheme: Scheme
+    stem: str
+    parts: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        parent, dot, name = self.stem.rpartition(".")
+        stem = f"{parent}{dot}{name.removeprefix('_')}" if self.scheme.is_private else self.stem
+        return stem + self.scheme.weight
+
+    def described(self, order: Mapping[str, int]) -> QuantizedWeight:
+        parts = tuple(sorted(self.parts, key=order.__getitem__))
+        coded = self.stem + self.scheme.coded
+        return QuantizedWeight(self.key, self.scheme.name, parts, coded, self.scheme.way_out, self.missing)
+
+
+class _Search:
+    """The search for quantised weights in one checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.found: list[_Found] = []
+        self._first: dict[int, _Found] = {}  # the first weight of each row of the table
+        self._used: set[str] = set()
+        self._incomplete: list[_Found] = []
+        self._configuration: Configuration | None = None
+        self._is_torchao = any(name.startswith("torchao.") for name in checkpoint.references)
+
+    @property
+    def configuration(self) -> Configuration:
+        if self._configuration is None:
+            self._configuration = read_configuration(self.checkpoint)
+        return self._configuration
+
+    def add(self, anchor: TensorInfo) -> None:
+        """Add the weight of this anchor, if its parts are there; keep it for later if some are missing."""
+        if anchor.kind != "dense":
+            self._add_single(anchor)
+            return
+        best: _Found | None = None
+        for scheme, ending in _ROWS[anchor.dtype]:
+            stem = _stem(anchor.key, ending)
+            found = None if stem is None else self._match(scheme, stem)
+            if found is None:
+                continue
+            if found.missing:
+                self._incomplete.append(found)
+            elif scheme.methods & self.configuration.methods:
+                best = found
+                break
+            else:
+                best = best or found
+                if not self.configuration.methods:
+                    break
+        if best is not None and self._used.isdisjoint(best.parts):
+            self._add(best)
+
+    def _add(self, found: _Found) -> None:
+        self._used.update(found.parts)
+        self._first.setdefault(id(found.scheme), found)
+        self.found.append(found)
+
+    def _add_single(self, info: TensorInfo) -> None:
+        """Add a tensor that holds codes and scales together."""
+        if info.kind == "quantized":
+            name, way_out = (f"torch {info.dtype}", _TORCH) if info.dtype in DTYPES else (f"GGUF {info.dtype}", _GGUF)
+        elif info.kind == "subclass" and self._is_torchao:
+            name, way_out = "torchao", _TORCHAO
+        else:
+            return
+        self.found.append(_Found(Scheme(name, _WHOLE, (), way_out, coded="", weight=""), info.key, (info.key,)))
+
+    def _match(self, scheme: Scheme, stem: str) -> _Found | None:
+        """Return the parts and missing parts of a stem, or None if a tensor has the name of a part and does not fit."""
+        coded = self.checkpoint.get(stem + scheme.coded)
+        if scheme.is_private and not stem.rpartition(".")[2].startswith("_"):
             return None
-        found += keys
-    for part in scheme.optional:
-        found += _keys(part, stem, coded, infos)
-    return tuple(dict.fromkeys(found))
+        parts: list[str] = []
+        missing: list[str] = []
+        for part in (scheme.anchor, *scheme.needed):
+            named = [info for ending in part.endings if (info := self.checkpoint.get(stem + ending)) is not None]
+            fitting = [info.key for info in named if _fits(part, coded, info)]
+            if named and not fitting:
+                return None
+            parts += fitting
+            missing += [] if fitting else [stem + self._usual_ending(scheme, part)]
+        for part in scheme.optional:
+            named = [info for ending in part.endings if (info := self.checkpoint.get(stem + ending)) is not None]
+            parts += [info.key for info in named if _fits(part, coded, info)]
+        return _Found(scheme, stem, tuple(dict.fromkeys(parts)), tuple(dict.fromkeys(missing)))
+
+    def _usual_ending(self, scheme: Scheme, part: Part) -> str:
+        """Return the ending that another weight of the scheme has for this part, else the first ending."""
+        other = self._first.get(id(scheme))
+        usual = (ending for ending in part.endings if other is not None and other.stem + ending in other.parts)
+        return next(usual, part.endings[0])
+
+    def add_incomplete(self) -> None:
+        """Add the weights that lack a part, if more than the names shows that they are quantised."""
+        schemes = {found.scheme.name for found in self.found}
+        orphans = filter(_is_telling, self.checkpoint)
+        for number, found in enumerate((*self._incomplete, *self._of_orphans(orphans, schemes))):
+            if number == _MOST_INCOMPLETE:
+                break
+            scheme = found.scheme
+            is_seen = scheme.name in schemes and not scheme.is_ordinary
+            if not (scheme.is_certain or is_seen or self._is_configured(found)) or set(found.parts) & self._used:
+                continue
+            again = self._match(scheme, found.stem)  # with the endings that are usual now that all weights are known
+            if again is not None:
+                self._add(again)
+
+    def _is_configured(self, found: _Found) -> bool:
+        configuration = self.configuration
+        return bool(found.scheme.methods & configuration.methods) and not configuration.leaves_plain(found.key)
+
+    def _of_orphans(self, keys: Iterable[str], schemes: Collection[str]) -> Iterator[_Found]:
+        """Yield the weights of companions that have no codes."""
+        rows = sorted(_TELLING, key=lambda row: row[0].name not in schemes)
+        for key in keys:
+            info = self.checkpoint[key]
+            for scheme, part, ending in rows if key not in self._used else ():
+                stem = _stem(key, ending)
+                if stem is None or info.dtype not in part.dtypes:
+                    continue
+                if scheme.name not in schemes and not scheme.methods & self.configuration.methods:
+                    continue
+                found = self._match(scheme, stem)
+                if found is not None and found.missing:
+                    yield found
+                    break
 
 
-def _keys(part: Part, stem: str, coded: TensorInfo, infos: Mapping[str, TensorInfo]) -> list[str]:
-    keys = []
-    for ending in part.endings:
-        info = infos.get(stem + ending)
-        if info is not None and info.dtype in part.dtypes and (part.fits is None or part.fits(coded.shape, info.shape)):
-            keys.append(info.key)
-    return keys
+_WHOLE = Part(("",), frozenset())
+
+
+def _fits(part: Part, coded: TensorInfo | None, info: TensorInfo) -> bool:
+    return info.dtype in part.dtypes and (coded is None or part.fits is None or part.fits(coded.shape, info.shape))

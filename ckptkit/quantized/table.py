@@ -105,12 +105,13 @@ _DEQUANTIZE = "load it with transformers, call model.dequantize(), and save it w
 _OF_FP8 = Scheme(
     "fp8",
     Part(("weight",), _F8),
-    (Part(("weight_scale_inv", "weight_scale", "scale"), _FLOATS | _E8M0, is_telling=True),),
+    (Part(("weight_scale_inv", "weight_scale"), _FLOATS | _E8M0, is_telling=True),),
     _FP8,
     _dtypes("fp8 finegrained_fp8 fbgemm_fp8 quark"),
     (_OF_WEIGHT, _OF_INPUT),
     is_ordinary=True,
 )
+_BY_SCALE = replace(_OF_FP8, needed=(Part(("weight_scale", "weight_scale_inv"), _FLOATS | _E8M0, is_telling=True),))
 
 
 def _bitsandbytes_4bit(kind: str) -> Scheme:
@@ -162,8 +163,9 @@ SCHEMES = (
         _dtypes("bitsandbytes bitsandbytes_8bit"), (Part(("weight_format",), _dtypes("U8")),),
     ),
     _OF_FP8,
-    replace(_OF_FP8, name="fp8 (compressed-tensors)", way_out=_COMPRESSED, methods=_dtypes("compressed-tensors")),
-    replace(_OF_FP8, name="fp8 (modelopt)", way_out=_MODELOPT, methods=_dtypes("modelopt")),
+    replace(_BY_SCALE, name="fp8 (compressed-tensors)", way_out=_COMPRESSED, methods=_dtypes("compressed-tensors")),
+    replace(_BY_SCALE, name="fp8 (modelopt)", way_out=_MODELOPT, methods=_dtypes("modelopt")),
+    replace(_OF_FP8, needed=(Part(("scale",), _FLOATS | _E8M0, _is_matrix),)),  # the names of DeepSeek's own code
     Scheme(
         "fp8 (ComfyUI)", Part(("weight",), _F8), (Part(("scale_weight",), _FLOATS, is_telling=True),), _COMFY,
         optional=(_OF_INPUT,), is_ordinary=True,

@@ -1,0 +1,111 @@
+"""Read which quantisation the configuration files of a model name, and which modules it leaves plain."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import read_json
+from ckptkit.core.patterns import Pattern, parse_pattern
+from ckptkit.errors import CkptkitError
+
+__all__ = ["Configuration", "read_configuration"]
+
+_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+_SECTIONS = ("quantization_config", "compression_config", "quantization")
+_NESTED = ("text_config", "llm_config", "language_config", "vision_config")
+_IGNORE_LISTS = ("ignore", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
+# The method of a section that does not name its method, by a key that only this method has.
+_METHOD_BY_KEY = {
+    "config_groups": "compressed-tensors", "load_in_4bit": "bitsandbytes", "load_in_8bit": "bitsandbytes",
+    "quant_algo": "modelopt", "w_bit": "awq", "damp_percent": "gptq", "desc_act": "gptq",
+}  # fmt: skip
+_DEFAULT_METHODS = {"quantization": "mlx", "compression_config": "compressed-tensors"}
+_PLAIN_REGEX = re.compile(r"re:(?:[\w^$-]|\.\*|\\\.)*")  # a regular expression that stars can replace
+_MOST_IGNORED = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """The quantisation methods that configuration files name, and the modules that stay plain.
+
+    ``is_unclear`` is true if some modules are excluded by a regular expression, which is never evaluated.
+    """
+
+    methods: frozenset[str] = frozenset()
+    modules: frozenset[str] = frozenset()
+    patterns: tuple[Pattern, ...] = ()
+    is_unclear: bool = False
+
+    def leaves_plain(self, key: str) -> bool:
+        """Return whether the weight may be in a module that is not quantised."""
+        if self.is_unclear or any(pattern.match(module) for pattern in self.patterns for module in _modules_of(key)):
+            return True
+        return any(module in self.modules for module in _modules_of(key))
+
+
+def _modules_of(key: str) -> Iterator[str]:
+    """Yield the key and every run of whole segments that begins or ends at a module of the key."""
+    segments = key.split(".")[:64]
+    for start in range(len(segments)):
+        for stop in range(len(segments), start, -1):
+            yield ".".join(segments[start:stop])
+
+
+def read_configuration(checkpoint: Checkpoint) -> Configuration:
+    """Return what the configuration files in the directory say; a file that cannot be read is left out."""
+    methods: set[str] = set()
+    ignored: list[str] = []
+    directory = os.path.dirname(checkpoint.files[0]) or "." if checkpoint.files else ""
+    for name in _FILES if directory else ():
+        if os.path.isfile(os.path.join(directory, name)):
+            try:
+                content = read_json(directory, name)
+            except (CkptkitError, OSError):
+                continue
+            for title, section in _sections(name, content):
+                methods.add(_method(title, section))
+                for key in _IGNORE_LISTS:
+                    listed = section.get(key)
+                    ignored += [text for text in listed if isinstance(text, str)] if isinstance(listed, list) else []
+    return _configuration(frozenset(methods) - {""}, ignored[:_MOST_IGNORED])
+
+
+def _sections(name: str, content: Mapping[str, object]) -> Iterator[tuple[str, Mapping[str, object]]]:
+    """Yield each section about quantisation with its title."""
+    if name != "config.json":
+        yield name, content
+    for outer in (content, *(content.get(key) for key in _NESTED)):
+        for title in _SECTIONS:
+            section = outer.get(title) if isinstance(outer, Mapping) else None
+            if isinstance(section, Mapping):
+                yield title, section
+
+
+def _method(title: str, section: Mapping[str, object]) -> str:
+    method = section.get("quant_method")
+    if isinstance(method, str):
+        return method.lower()
+    known = next((name for key, name in _METHOD_BY_KEY.items() if section.get(key) is not None), "")
+    return known or _DEFAULT_METHODS.get(title, "")
+
+
+def _configuration(methods: frozenset[str], ignored: list[str]) -> Configuration:
+    modules: set[str] = set()
+    patterns: list[Pattern] = []
+    is_unclear = False
+    for text in ignored:
+        if text.startswith("re:"):
+            if _PLAIN_REGEX.fullmatch(text):
+                stars = text.removeprefix("re:").removeprefix("^").removesuffix("$").replace(".*", "*")
+                patterns.append(parse_pattern(stars.replace(r"\.", ".") or "*"))
+            else:
+                is_unclear = True
+        elif "*" in text and not re.search(r"[{}]", text):
+            patterns.append(parse_pattern(text))
+        else:
+            modules.add(text.strip("."))
+    return Configuration(methods, frozenset(modules), tuple(patterns), is_unclear)
