@@ -305,3 +305,35 @@ def test_names_are_escaped_in_a_notebook() -> None:
     assert "<script>" not in html
     assert "<b>&lt;" not in html
     assert "&lt;script&gt;" in html
+
+
+def test_a_quantised_init_is_not_ready() -> None:
+    """Codes with scales are no values for a plain model: an error names the scheme, and other tensors still count."""
+    model = seeded()
+    init = seeded(seed=1).state_dict()
+    init["head.weight"] = init["head.weight"].to(torch.float8_e4m3fn)
+    report = preflight(model, init=init)
+    assert report.init is not None
+    assert (report.init.loaded, "preflight.init-quantized" in str(report)) == (report.init.tensors, False)
+    init["head.weight_scale"] = torch.ones(10, 1)
+    report = preflight(model, init=init)
+    assert ("error", "preflight.init-quantized", "head.weight") in codes(report)
+    assert report.verdict.startswith("not ready: 'head.weight' is quantised (fp8), and the model has it as plain F32")
+    assert report.init is not None
+    assert report.init.loaded == report.init.tensors - 1
+    assert [kept.key for kept in report.init.kept] == ["head.weight"]
+    gptq = {key: value for key, value in init.items() if not key.startswith("head.weight")}
+    gptq |= {"head.qweight": torch.zeros(2, 10, dtype=torch.int32), "head.scales": torch.ones(1, 10)}
+    gptq["head.qzeros"] = torch.zeros(1, 2, dtype=torch.int32)
+    assert "'head.qweight' is quantised (GPTQ), and the model has 'head.weight'" in preflight(model, init=gptq).verdict
+
+
+def test_a_quantised_model_takes_its_own_parts() -> None:
+    """A model with the same parts is ready, and plain values for it are an error."""
+    init = {"weight": torch.ones(4, 4).to(torch.float8_e4m3fn), "weight_scale": torch.ones(4, 1)}
+    model = nn.Module()
+    for key, value in init.items():
+        model.register_buffer(key, value.clone())
+    assert not [finding for finding in preflight(model, init=init).findings if finding.severity == "error"]
+    plain = preflight(model, init={"weight": torch.ones(4, 4)})
+    assert "'weight' is quantised (fp8) in the model, and 'weight' of the init is plain F32" in plain.verdict

@@ -109,12 +109,16 @@ def preflight(
 
 
 def _load(live: Module, init: Checkpoint, rules: Rules) -> None:
-    """Load the tensors that match. If none does, load nothing: the report will say so."""
-    from ckptkit.comparison import diff
+    """Load the tensors that match. If none does, or a weight is quantised, load nothing: the report will say so."""
+    from ckptkit.comparison import diff_checkpoints
+    from ckptkit.core.torch_bridge import as_checkpoint
     from ckptkit.loading import load_into
+    from ckptkit.readiness.init import find_quantized_problems
+    from ckptkit.rules.apply import apply_rules
 
-    result = diff(live, init, rules)
-    if result.matched and not result.uncopyable:
+    state, key_map = as_checkpoint(live, "model"), apply_rules(rules, init)
+    result = diff_checkpoints(state, init, key_map)
+    if result.matched and not result.uncopyable and not find_quantized_problems(state, init, key_map):
         load_into(live, init, rules, on_mismatch="skip")
 
 

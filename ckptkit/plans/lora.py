@@ -13,11 +13,12 @@ from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.merge import follow_ties
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, refuse_suspicious, role_to_edit
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
 from ckptkit.rules.parse import as_rules
-from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, plan_adapter
+from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, adapted_keys, plan_adapter
 from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = ["adapter_config", "plan_extract_lora", "plan_lora"]
@@ -43,7 +44,8 @@ def plan_lora(
     dtypes of ``base``. A tensor that the adapter saves whole replaces the base's tensor, in its own shape.
 
     Raises ``RuleError`` for a tensor of the adapter without a matching key in the base. Raises ``PlanError`` where
-    two folds would change one tied tensor, and where ``scale`` is not finite.
+    the adapter changes a quantised weight, where two folds would change one tied tensor, and where ``scale`` is not
+    finite.
     """
     if not math.isfinite(scale):
         raise PlanError(f"{scale} is not a valid scale", hint="1 is the adapter as it was trained")
@@ -54,6 +56,10 @@ def plan_lora(
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
     names = {new: old for old, new in key_map.renamed.items()}
+    quantized = QuantizedInputs(roles, base, _BASE)
+    if quantized:
+        for key in adapted_keys(names):
+            quantized.refuse_change(key, "lora")
     adapter_plan = plan_adapter(
         {new: donor[old].shape for new, old in names.items()}, config, {key: info.shape for key, info in base.items()}
     )
@@ -64,7 +70,8 @@ def plan_lora(
     dropped = [*dropped_entries(base, _BASE), *dropped_entries(donor, _DONOR)]
     dropped += [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
     all_notes = (*notes, *key_map.notes)
-    return Plan(tuple(steps), tuple(dropped), base.metadata, all_notes, base.versions, role_to_edit(base, _BASE))
+    plan = Plan(tuple(steps), tuple(dropped), base.metadata, all_notes, base.versions, role_to_edit(base, _BASE))
+    return check_quantized(plan, quantized)
 
 
 def _inputs(base: StateDictLike, donor: StateDictLike) -> dict[str, Checkpoint]:
@@ -111,8 +118,8 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
     The factors have the keys that peft uses. ``rules`` rename and filter the keys of ``tuned`` first. Every other
     tensor is listed as dropped, whether it changed or not.
 
-    Raises ``PlanError`` where the base does not have a key or has it in another shape, and where no weight is left.
-    Raises ``RuleError`` where ``rank`` is larger than the rank that a weight can have.
+    Raises ``PlanError`` where the base does not have a key or has it in another shape, where a weight is quantised,
+    and where no weight is left. Raises ``RuleError`` where ``rank`` is larger than the rank that a weight can have.
     """
     roles = _inputs(base, tuned)
     base, donor = roles.values()
@@ -120,6 +127,10 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of the tuned model, not copy or compute them")
     operation = ExtractLora(rank)
+    quantized = QuantizedInputs(roles, base, _BASE)
+    for old, key in key_map.renamed.items():
+        refuse_part(quantized.weights[_DONOR], old, change_reason(operation.name))
+        quantized.refuse_change(key, operation.name)
     steps: list[Step] = []
     dropped = [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
     for old, key in key_map.renamed.items():
@@ -137,7 +148,8 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
             steps.append(complete_step(Step(out, sources, "", f"extract-lora, rank {rank}", recipe), roles))
     if not steps:
         raise PlanError("there is no weight of a module to extract a change from")
-    return Plan(tuple(steps), (*dropped, *dropped_entries(donor, _DONOR)), {"format": "pt"}, key_map.notes)
+    plan = Plan(tuple(steps), (*dropped, *dropped_entries(donor, _DONOR)), {"format": "pt"}, key_map.notes)
+    return check_quantized(plan, quantized)
 
 
 def adapter_config(plan: Plan) -> dict[str, object]:

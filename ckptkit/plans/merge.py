@@ -13,6 +13,7 @@ from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan, Step
+from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,
@@ -65,8 +66,9 @@ def plan_merge(
     as ``pad``, converts the donor's value. Every policy raises with ``error``.
 
     Raises ``RuleError`` for wrong rules. Raises ``PlanError`` where a policy is ``error``, where the operation cannot
-    make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot be copied, and
-    where a file refers to code that looks malicious.
+    make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot be copied, where
+    a quantised weight would replace a plain weight or the reverse, and where a file refers to code that looks
+    malicious.
     """
     _check_policy("on_missing", on_missing, ON_MISSING)
     _check_policy("on_unexpected", on_unexpected, ON_UNEXPECTED)
@@ -78,10 +80,10 @@ def plan_merge(
     given = list(donors) if isinstance(donors, Sequence) else [donors]
     if not given:
         raise PlanError("there is no donor to take values from")
-    overlays = []
-    for number, donor in enumerate(given, start=1):
-        role = "donor" if len(given) == 1 else f"donor{number}"
-        overlays.append(_make_overlay(base, as_checkpoint(donor, role), role, rules, policy))
+    roles = ["donor"] if len(given) == 1 else [f"donor{number}" for number in range(1, len(given) + 1)]
+    sources = {role: as_checkpoint(donor, role) for role, donor in zip(roles, given, strict=True)}
+    quantized = QuantizedInputs({"base": base, **sources}, base, "base")
+    overlays = [_make_overlay(quantized, donor, role, rules, policy) for role, donor in sources.items()]
     from_donor = {key: step for overlay in overlays for key, step in overlay.from_donor.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
     from_donor, notes = follow_ties(base, from_donor)
@@ -99,7 +101,8 @@ def plan_merge(
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
     all_steps = (*steps, *added.values())
-    return Plan(all_steps, tuple(dropped), base.metadata, tuple(notes), base.versions, role_to_edit(base, "base"))
+    plan = Plan(all_steps, tuple(dropped), base.metadata, tuple(notes), base.versions, role_to_edit(base, "base"))
+    return check_quantized(plan, quantized)
 
 
 def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str, Step], list[str]]:
@@ -142,9 +145,14 @@ class _Overlay:
     notes: Sequence[str]
 
 
-def _make_overlay(base: Checkpoint, donor: Checkpoint, role: str, rules: RulesLike | None, policy: _Policy) -> _Overlay:
+def _make_overlay(
+    quantized: QuantizedInputs, donor: Checkpoint, role: str, rules: RulesLike | None, policy: _Policy
+) -> _Overlay:
+    base = quantized.sources["base"]
     refuse_suspicious(donor, role)
     key_map = apply_rules(as_rules(rules), donor)
+    quantized.refuse_operations(role, key_map.outputs())
+    quantized.refuse_overlay(role, key_map.outputs())
     result = diff_checkpoints(base, donor, key_map)
     if result.shape_mismatched and policy.on_mismatch == "error":
         raise _mismatch_error(result, role)

@@ -10,6 +10,7 @@ from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan
+from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
     dropped_entries,
     dropped_sources,
@@ -42,22 +43,30 @@ def plan_remap(
     ``like`` is a Module, a Checkpoint or a mapping. The output then has the keys of ``like`` in the same order, with
     the same shapes and dtypes. All other tensors of ``source`` are left out.
 
+    The parts of a quantised weight can only be copied, and only together.
+
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
-    filled, where no tensor would be left, and where a tensor cannot be copied. A file that refers to code that looks
-    malicious is refused too.
+    filled, where no tensor would be left, and where a tensor cannot be copied. It is also raised where a quantised
+    weight would be cast, changed or taken apart. A file that refers to code that looks malicious is refused too.
     """
     checkpoint = as_checkpoint(source, "source")
     refuse_suspicious(checkpoint, "source")
+    expected = None if like is None else as_checkpoint(like, "like")
+    quantized = QuantizedInputs({"source": checkpoint}, expected, where="like")
     key_map = apply_rules(as_rules(rules), checkpoint)
     to_dtype = None if dtype is None else float_dtype(dtype)
     outputs = key_map.outputs()
+    quantized.refuse_operations("source", outputs)
+    if to_dtype is not None:
+        quantized.refuse_cast("source", outputs, to_dtype)
+    quantized.refuse_overlay("source", outputs)
     outs = {
         new: replace(info, key=new, dtype=to_dtype if to_dtype and is_float(info.dtype) else info.dtype)
         for new, info in key_map.describe(checkpoint).items()
     }
     surplus: list[Dropped] = []
-    if like is not None:
-        outs = _outputs_like(as_checkpoint(like, "like"), outs)
+    if expected is not None:
+        outs = _outputs_like(expected, outs)
         for key, derivation in outputs.items():
             surplus += [] if key in outs else dropped_sources("source", key, derivation, _NOT_WANTED)
     steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
@@ -67,9 +76,9 @@ def plan_remap(
     dropped += [*surplus, *dropped_entries(checkpoint, "source")]
     moved = moved_modules(checkpoint.versions, key_map.renamed)
     versions = {new: checkpoint.versions[old] for old, new in moved.items()}
-    return Plan(
-        tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, role_to_edit(checkpoint, "source")
-    )
+    edited_role = role_to_edit(checkpoint, "source")
+    plan = Plan(tuple(steps), tuple(dropped), checkpoint.metadata, key_map.notes, versions, edited_role)
+    return check_quantized(plan, quantized)
 
 
 def _outputs_like(wanted: Checkpoint, outs: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:

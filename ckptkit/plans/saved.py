@@ -12,6 +12,7 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import CkptkitError, PlanError, RuleError
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
+from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import complete_step, dropped_entries, moved_modules, refuse_suspicious, role_to_edit
 from ckptkit.rules.model import describe_output
 from ckptkit.tensor_ops.recipes import Recipe
@@ -159,7 +160,8 @@ def _text(value: object) -> str:
 def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
     """Return the plan, ready to be executed on ``sources``, which maps its roles to the inputs.
 
-    Raises ``PlanError`` where an input has other names, dtypes or shapes than the input that the plan was made from.
+    Raises ``PlanError`` where an input has other names, dtypes or shapes than the input that the plan was made from,
+    and where the plan would take a part of a quantised weight for numbers.
     """
     if set(saved.headers) != set(sources):
         raise PlanError(f"the plan reads {', '.join(saved.headers)}, and is applied to {', '.join(sources)}")
@@ -187,7 +189,8 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]
     edited = saved.plan.edited_role
     edited_role = role_to_edit(sources[edited], edited) if edited in sources else ""
-    return replace(saved.plan, steps=tuple(steps), dropped=tuple(dropped), edited_role=edited_role, kept=())
+    plan = replace(saved.plan, steps=tuple(steps), dropped=tuple(dropped), edited_role=edited_role, kept=())
+    return check_quantized(plan, QuantizedInputs(sources, sources.get("base"), "base"))
 
 
 def _difference(saved: SavedPlan, role: str, checkpoint: Checkpoint) -> str:

@@ -13,6 +13,7 @@ from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE, dtype_code
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
+from ckptkit.quantized import quantized_weights
 from ckptkit.rules.model import Derivation, describe_output
 
 if TYPE_CHECKING:  # a plan without operations does not import them
@@ -64,7 +65,11 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     found = describe_output(out.key, infos, step.recipe, step.rule)
     leave_out = f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}"
     if found.kind != "dense":
+        weight = quantized_weights(roles[sources[0].role]).by_key.get(found.key)
         why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
+        if weight is not None:
+            why = f"it is quantised ({weight.scheme})"
+            leave_out = f"{weight.way_out}; or {leave_out}"
         raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
     casts = out.dtype != found.dtype
     if casts:

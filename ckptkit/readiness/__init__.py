@@ -6,14 +6,22 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from ckptkit.comparison import StateDictDiff, diff_checkpoints
+from ckptkit.comparison import diff_checkpoints
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
-from ckptkit.readiness.init import UNLOADED, InspectedModel, check_init, check_values, compare_init
+from ckptkit.readiness.init import (
+    UNLOADED,
+    InspectedModel,
+    check_init,
+    check_quantized_init,
+    check_values,
+    compare_init,
+    find_quantized_problems,
+)
 from ckptkit.readiness.model import (
     DryStep,
     Init,
@@ -111,7 +119,8 @@ def preflight(
         from ckptkit.readiness.resume import check_resume
 
         saved_state = None if resume_optimizer is None else read_state(resume_optimizer)
-        resumed = _diff(inspected, resume, None)
+        run = as_checkpoint(resume, "found")
+        resumed = diff_checkpoints(inspected.state, run, apply_rules(Rules(), run))
         resume_section, more = check_resume(model, training, resumed, saved_state)
         filled = {pair.key for pair in resumed.matched}
         findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled] + more
@@ -158,14 +167,12 @@ def _check_init(
         not_judged.append("loading: no init given")
         return None, list(check_values(inspected, None))
     opened = as_checkpoint(init, "init")
-    result = _diff(inspected, opened, rules)
-    section = compare_init(inspected, result, opened)
-    return section, [*check_init(inspected, section, result, fresh), *check_values(inspected, section)]
-
-
-def _diff(inspected: InspectedModel, found: StateDictLike, rules: Rules | list[str] | None) -> StateDictDiff:
-    opened = as_checkpoint(found, "found")
-    return diff_checkpoints(inspected.state, opened, apply_rules(as_rules(rules), opened))
+    key_map = apply_rules(as_rules(rules), opened)
+    result = diff_checkpoints(inspected.state, opened, key_map)
+    problems = find_quantized_problems(inspected.state, opened, key_map)
+    section = compare_init(inspected, result, opened, problems)
+    findings = [*check_quantized_init(problems), *check_init(inspected, section, result, fresh)]
+    return section, [*findings, *check_values(inspected, section)]
 
 
 def _optimizers_of_copy(

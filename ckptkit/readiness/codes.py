@@ -7,6 +7,11 @@ from ckptkit.core.findings import Code, codes_in
 # The initial checkpoint.
 INIT_NOTHING = Code("preflight.init-nothing", ("error",), "The initial checkpoint fills no tensor of the model.")
 INIT_REFUSED = Code("preflight.init-refused", ("error",), "torch refuses to copy a tensor of the initial checkpoint.")
+INIT_QUANTIZED = Code(
+    "preflight.init-quantized",
+    ("error",),
+    "A weight is quantised in the initial checkpoint and plain in the model, or the reverse.",
+)
 INIT_CAST = Code("preflight.init-cast", ("warning",), "Loading casts tensors to a dtype with fewer bits.")
 NOT_FRESH = Code("preflight.not-fresh", ("error",), "The initial checkpoint fills a tensor that must stay at init.")
 KEPT = Code("preflight.kept", ("warning", "note"), "Tensors that train are not in the initial checkpoint.")

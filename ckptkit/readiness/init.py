@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,12 +18,22 @@ from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import same_values
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
+from ckptkit.plans.quantized import QuantizedInputs, QuantizedProblem
 from ckptkit.readiness import codes
 from ckptkit.readiness.fresh import Judgement, judge_values
 from ckptkit.readiness.model import Init, InModel, Kept
+from ckptkit.rules.model import KeyMap
 from ckptkit.statistics.state_dict_stats import StateDictStats, stats
 
-__all__ = ["UNLOADED", "InspectedModel", "check_init", "check_values", "compare_init"]
+__all__ = [
+    "UNLOADED",
+    "InspectedModel",
+    "check_init",
+    "check_quantized_init",
+    "check_values",
+    "compare_init",
+    "find_quantized_problems",
+]
 
 _SHOWN = 4
 _CODES = {"zero": codes.ZERO, "constant": codes.CONSTANT, "garbage": codes.GARBAGE}
@@ -67,9 +78,15 @@ class InspectedModel:
         return judge_values(self.state[key], found, module)
 
 
-def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> Init:
-    """Return which tensors the initial checkpoint fills; ``result`` compares the model with it."""
-    refused = {pair.key for pair in result.uncopyable}
+def compare_init(
+    inspected: InspectedModel, result: StateDictDiff, init: Checkpoint, problems: Sequence[QuantizedProblem] = ()
+) -> Init:
+    """Return which tensors the initial checkpoint fills; ``result`` compares the model with it.
+
+    ``problems`` are the quantised weights that do not fit the model.
+    """
+    quantized = {key for problem in problems for key in problem.outs}
+    refused = quantized.union(pair.key for pair in result.uncopyable)
     loaded = {pair.key for pair in result.matched} - refused
     for keys in tied_keys(inspected.state.values()):
         if loaded.intersection(keys):
@@ -79,6 +96,7 @@ def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpo
     for key, info in inspected.state.items():
         if key not in loaded and key not in result.filled:
             why = f"it has shape {shapes[key]} in init" if key in shapes else "init does not have it"
+            why = "only one of the model and init has it quantised" if key in quantized else why
             judgement = inspected.judgement(key)
             kept.append(Kept(key, why, info.elements, "" if judgement is None else judgement.text))
     filled = [info for key, info in inspected.state.items() if key in loaded]
@@ -89,16 +107,15 @@ def compare_init(inspected: InspectedModel, result: StateDictDiff, init: Checkpo
         sum(info.elements for info in inspected.state.values()),
         coverage_by_module(inspected.state.values(), loaded),
         tuple(kept),
-        _in_model(inspected, result, init),
+        _in_model(inspected, result, init, refused),
     )
 
 
-def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint) -> InModel:
+def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint, refused: AbstractSet[str]) -> InModel:
     """Return whether the model has the values of init; a tensor with one value everywhere proves nothing."""
     if inspected.stats is None:
         return "unknown"
     live = inspected.model.state_dict()
-    refused = {pair.key for pair in result.uncopyable}
     counts = {True: 0, False: 0}
     for pair in result.matched:
         found = inspected.stats.tensors[pair.key].numbers
@@ -113,6 +130,20 @@ def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint
     if not any(counts.values()):
         return "unknown"
     return "part" if all(counts.values()) else "all" if counts[True] else "none"
+
+
+def find_quantized_problems(state: Checkpoint, init: Checkpoint, key_map: KeyMap) -> tuple[QuantizedProblem, ...]:
+    """Return a problem for each weight that is quantised in only one of the model and init, or differently in both."""
+    inputs = QuantizedInputs({"init": init}, state, where="the model")
+    return tuple(inputs.overlay_problems("init", key_map.outputs()))
+
+
+def check_quantized_init(problems: Sequence[QuantizedProblem]) -> Iterator[Finding]:
+    """Yield a finding about the weights that are quantised in init and plain in the model, or the reverse."""
+    if problems:
+        first, others = problems[0], len(problems) - 1
+        more = f" (and {plural(others, 'more weight')})" if others else ""
+        yield codes.INIT_QUANTIZED.finding(first.key, f"{first.message}{more}", first.hint)
 
 
 def check_init(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.operation import Arithmetic, Flag, Int, Number, Shape, working_dtype
 
-__all__ = ["AdapterPlan", "ExtractLora", "Fold", "FoldLora", "plan_adapter"]
+__all__ = ["AdapterPlan", "ExtractLora", "Fold", "FoldLora", "adapted_keys", "plan_adapter"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +216,13 @@ def plan_adapter(adapter: Mapping[str, Shape], config: Mapping[str, object], bas
     return AdapterPlan(tuple(folds), replacements)
 
 
+def adapted_keys(adapter: Collection[str]) -> tuple[str, ...]:
+    """Return the keys of the base that an adapter with these keys changes; raise ``RuleError`` for other keys."""
+    parts = _parse_keys(adapter)
+    weights = [f"{module}.weight" for module in parts.factors]
+    return (*parts.replacements, *weights, *(f"{module}.bias" for module in parts.biases))
+
+
 def _refuse_unplaced(parts: _Parts, count: int, base: Mapping[str, Shape]) -> None:
     places = [(key, [name]) for key, name in parts.replacements.items()]
     places += [(f"{module}.bias", [name]) for module, name in parts.biases.items()]
@@ -284,7 +291,7 @@ class _Parts:
     replacements: dict[str, str]  # base key -> adapter key
 
 
-def _parse_keys(adapter: Mapping[str, Shape]) -> _Parts:
+def _parse_keys(adapter: Collection[str]) -> _Parts:
     parts = _Parts({}, {}, {})
     names: set[str] = set()
     for key in adapter:

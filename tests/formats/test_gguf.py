@@ -159,7 +159,8 @@ def test_quantised_tensors_are_listed_with_their_stored_size(
     assert document["summary"] == {"tensors": 2, "elements": 4 + 2048, "bytes": 16 + 1152}
     assert "Q4_K (quantized)" in run_ckpt(capsys, "show", path).out
     refusal = run_ckpt(capsys, "convert", path, "-o", tmp_path / "y.safetensors")
-    assert (refusal.code, "'blk.0.weight' cannot be copied: it is a quantized tensor" in refusal.err) == (2, True)
+    assert (refusal.code, "'blk.0.weight' cannot be copied: it is quantised (GGUF Q4_K)" in refusal.err) == (2, True)
+    assert "gguf.quants.dequantize" in refusal.err
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.span("blk.0.weight") is None
         with pytest.raises(FormatError, match="is a quantized tensor, which is listed but cannot be read"):
