@@ -14,6 +14,7 @@ from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
 from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
+from ckptkit.formats.directories.numbered import open_numbered
 from ckptkit.formats.directories.trainer_files import (
     find_trainer_file,
     is_trainer_file,
@@ -100,6 +101,8 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
             return _open_zero(directory, names, selection)
         if _LATEST in names and os.path.isfile(os.path.join(directory, _LATEST)):
             return open_directory(_latest_save(directory), selection)
+    if index is None and (joined := open_numbered(directory, names, known, selection)) is not None:
+        return joined
     adapter = [name for name in known if name in _ADAPTER]
     chosen = index or next(iter(known), None) or _only_weights_file(directory, names)
     if adapter and chosen not in adapter:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 
 __all__ = [
+    "CONSOLIDATED",
     "DCP_METADATA",
     "DCP_SHARD",
     "DCP_SUFFIX",
@@ -16,6 +17,7 @@ __all__ = [
     "is_zero",
 ]
 
+CONSOLIDATED = re.compile(r"consolidated\.(\d{2,4})\.pth")  # of Meta, one file for each rank
 DCP_METADATA = ".metadata"
 DCP_SUFFIX = ".distcp"
 DCP_SHARD = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
