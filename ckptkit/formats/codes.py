@@ -55,6 +55,13 @@ COMPRESSED = Code("compressed", ("note",), "The archive is compressed, so readin
 NO_CHECKSUM = Code("no-checksum", ("note",), "Stored bytes have no checksum, so damage cannot be detected.")
 CONSTANTS = Code("constants", ("note",), "An exported program holds constants that are not in its state_dict.")
 AVERAGE_BESIDE = Code("average-beside", ("note",), "The file holds trained weights and an average of these weights.")
+PART_OF_SEVERAL = Code(
+    "part-of-several",
+    ("warning",),
+    "The file holds a part of the model, and other files hold the rest.",
+    "open the directory, which joins the files",
+)
+RANKS_DIFFER = Code("ranks-differ", ("warning",), "A tensor that is not split differs between the files of the ranks.")
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 
 CODES = codes_in(globals())

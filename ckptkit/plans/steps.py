@@ -37,7 +37,9 @@ _WHY_NOT = {
     "unknown": "its dtype is not known",
     "two-type": "its storage is named with two types, and torch loads one of them for all its tensors",
     "subclass": "it is a tensor subclass, and only the code of its class can rebuild it",
+    "dtensor": "it is a DTensor, and the file holds only the piece of one rank",
 }
+_WAYS_OUT = {"dtensor": "give the path of the directory with the files of all ranks, which are joined"}
 
 
 def make_step(out: TensorInfo, derivation: Derivation, role: str, checkpoint: Checkpoint) -> Step:
@@ -70,7 +72,7 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
         if weight is not None:
             why = f"it is quantised ({weight.scheme})"
             leave_out = f"{weight.way_out}; or {leave_out}"
-        raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=leave_out)
+        raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=_WAYS_OUT.get(found.kind, leave_out))
     casts = out.dtype != found.dtype
     if casts:
         _refuse_cast(found, out.dtype, leave_out)

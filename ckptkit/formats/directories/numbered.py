@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import open_file
-from ckptkit.formats.distributed.file_names import CONSOLIDATED
+from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
+from ckptkit.formats.directories.trainer_files import is_trainer_file
+from ckptkit.formats.distributed.file_names import CONSOLIDATED, find_rank_files
 from ckptkit.formats.sharded import link_warnings
 from ckptkit.wrappers.envelopes import Selection
 
@@ -30,12 +31,18 @@ def open_numbered(
     if set(weights) - {_FIRST}:
         return None
     parts = [name for name in names if CONSOLIDATED.fullmatch(name)]
-    return _open_consolidated(directory, names, parts, selection) if parts else None
+    if parts:
+        return _open_consolidated(directory, names, parts, selection)
+    pickled = [name for name in names if name.endswith(TORCH_SUFFIXES) and not is_trainer_file(name)]
+    ranks = find_rank_files(pickled)
+    if ranks is None:
+        return None
+    from ckptkit.formats.distributed.rank_files import open_rank_files
+
+    return open_rank_files(directory, ranks, selection)
 
 
-def _open_consolidated(
-    directory: str, names: Sequence[str], parts: Sequence[str], selection: Selection
-) -> Checkpoint:
+def _open_consolidated(directory: str, names: Sequence[str], parts: Sequence[str], selection: Selection) -> Checkpoint:
     """Return the Checkpoint of Meta's ``consolidated.NN.pth`` files."""
     from ckptkit.formats.distributed.tensor_parallel import check_whole, open_tensor_parallel
 

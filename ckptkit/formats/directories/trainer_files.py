@@ -36,6 +36,7 @@ _FIRST_KEYS = {
 _PICKLED = re.compile(
     r"(optimizer|scheduler)(?:_(\d+))?\.(pt|bin)|(scaler|common|meta)\.pt|training_args\.bin|rng_state(?:_(\d+))?\.pth"
     r"|(?:random_states|custom_checkpoint)_(\d+)\.pkl|(?:sampler|dl_state_dict)(?:_(\d+))?\.bin"
+    r"|(optim|extra_state)_world_size_\d+_rank_\d+\.pt"
 )
 _NUMBER = re.compile(r"_\d+(?=\.\w+$)")
 _LARGEST_PICKLES = 3 << 20  # bytes, of all files together; a byte can become seventy bytes in memory

@@ -11,13 +11,23 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import plural, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
 from ckptkit.formats.file_pool import FilePool
 from ckptkit.formats.layout import Block, BlockTensor
 from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_checkpoint
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = ["JoinedTensor", "Part", "check_same_keys", "copy_of_equals", "join_blocks", "joined_checkpoint", "open_part"]
+__all__ = [
+    "JoinedTensor",
+    "Part",
+    "check_same_keys",
+    "checksum_of",
+    "copy_of_equals",
+    "join_blocks",
+    "joined_checkpoint",
+    "open_part",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +127,12 @@ def copy_of_equals(key: str, parts: Sequence[Part]) -> JoinedTensor:
     """
     first = parts[0]
     info = first.checkpoint[key]
-    crc = _checksum(first, key)
+    crc = checksum_of(first, key)
     for part in parts[1:]:
         found = part.checkpoint[key]
         if found.shape != info.shape:
             raise FormatError(f"{quoted(key)} is {info} in {first.name}, but {found} in {part.name}")
-        other = _checksum(part, key)
+        other = checksum_of(part, key)
         if crc is not None and other is not None and crc != other:
             raise different_copies_error(key, first.name, part.name)
     names = tuple(part.name for part in parts)
@@ -133,7 +143,7 @@ def copy_of_equals(key: str, parts: Sequence[Part]) -> JoinedTensor:
     return JoinedTensor(replace(info, view=None), open_copies)
 
 
-def _checksum(part: Part, key: str) -> int | None:
+def checksum_of(part: Part, key: str) -> int | None:
     """Return the CRC-32 that the file stores for the bytes of a tensor, or None if there is none."""
     return getattr(part.checkpoint.payload(key), "crc", None)
 
@@ -151,7 +161,12 @@ def joined_checkpoint(
     def payload(info: TensorInfo) -> Payload:
         return tensors[info.key].open()
 
-    inherited = dict.fromkeys(text for checkpoint in held for text in checkpoint.warnings)
+    inherited = dict.fromkeys(
+        text
+        for checkpoint in held
+        for text in checkpoint.warnings
+        if getattr(text, "code", None) is not codes.PART_OF_SEVERAL
+    )
     return Checkpoint(
         {key: tensor.info for key, tensor in tensors.items()},
         Access(payload, records=records, check=pool.check_unchanged, close=pool.close),

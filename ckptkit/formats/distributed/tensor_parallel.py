@@ -167,9 +167,7 @@ def _join(key: str, parts: Sequence[Part], sizes: _Sizes) -> JoinedTensor:
         Box(tuple(number * size if dim == dimension else 0 for dim in range(len(shape))), info.shape)
         for number in range(sizes.count)
     )
-    blocks = [
-        Block(box, partial(part.checkpoint.payload, key)) for box, part in zip(boxes, parts, strict=True)
-    ]
+    blocks = [Block(box, partial(part.checkpoint.payload, key)) for box, part in zip(boxes, parts, strict=True)]
     return join_blocks(replace(info, shape=shape, view=None), blocks)
 
 

@@ -175,6 +175,11 @@ _HARMLESS: Final = (
     "numpy.dtype", "numpy.ndarray", "numpy.bool", "numpy.int", "numpy.uint", "numpy.float", "numpy.complex",
     "numpy.core.multiarray.", "numpy._core.multiarray.", "numpy.core.numeric._frombuffer",
     "numpy._core.numeric._frombuffer", "__torch__.", "torch.jit._pickle.",
+    "torch.distributed.tensor.DTensor", "torch.distributed.tensor._api.DTensor",
+    "torch.distributed._tensor.api.DTensor",
+    "torch.distributed.tensor._dtensor_spec.", "torch.distributed._tensor._dtensor_spec.",
+    "torch.distributed.tensor.placement_types.", "torch.distributed._tensor.placement_types.",
+    "torch.distributed.device_mesh.DeviceMesh", "torch.distributed._mesh_layout.",
     "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
 )  # fmt: skip
 # No checkpoint needs these. The list only makes a warning stronger, and cannot be complete.

@@ -32,6 +32,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.layout import Strided, only_listed_error
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
+from ckptkit.formats.torch.dtensor import describe_pieces, whole_tensor
 from ckptkit.formats.torch.modules import replace_modules
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects, made_by_class
 from ckptkit.formats.torch.tree import (
@@ -156,6 +157,8 @@ def build_checkpoint(
         text = f"a mapping sets {quoted(interpreter.repeated)} more than once: the last value counts, as in torch"
         warnings.append(ReaderWarning(text, codes.REPEATED_KEY))
     warnings += _dtype_conflicts(infos, found.tensors) or _retyped(file.objects.retyped)
+    if (pieces := describe_pieces(found.tensors)) is not None:
+        warnings.append(ReaderWarning(pieces, codes.PART_OF_SEVERAL))
     if file.objects.sources:
         warnings.append(f"embeds source code of {printable(file.objects.sources[0])}")
 
@@ -279,7 +282,7 @@ def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves
             result.entries.append(describe_entry(key_name(key), attribute, summary_budget))
     for name, (path, leaf) in zip(names.names, found, strict=True):
         if isinstance(leaf, TensorRef):
-            result.tensors[name] = leaf
+            result.tensors[name] = whole_tensor(leaf)
             result.paths[name] = path
         else:
             result.entries.append(describe_entry(name, leaf, summary_budget))

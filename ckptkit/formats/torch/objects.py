@@ -57,7 +57,10 @@ class StorageRef:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class TensorRef:
-    """A tensor as a pickle describes it; ``storage`` is None for a tensor without bytes in the file."""
+    """A tensor as a pickle describes it; ``storage`` is None for a tensor without bytes in the file.
+
+    A DTensor has the shape of the whole tensor; ``local`` is the piece in the file, and ``spec`` says which piece.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -67,6 +70,8 @@ class TensorRef:
     conj: bool = False
     neg: bool = False
     kind: str = "dense"
+    local: TensorRef | None = None
+    spec: object = None
 
     def is_same(self, other: object) -> bool:
         """Return whether ``other`` is the same view of the same storage."""
@@ -91,8 +96,10 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
 _PARAMETER = "torch.nn.parameter.Parameter"
 _TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Za-z0-9]*Tensor")
 _NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
+_DTENSOR = re.compile(r"torch\.distributed\.(?:_tensor|tensor)(?:\._?api)?\.DTensor")
 _MOST_DIMENSIONS = 1024
 _ONE_NAME = "storage {} shares its name or the name of its part with another storage or part"
+_MOST_SLOTS = 64
 _COMPLEX = ("C32", "C64", "C128")
 _NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
 
@@ -224,6 +231,8 @@ class TorchObjects:
         if isinstance(function, CodeName) and function.name.startswith("_rebuild_from_type"):
             raise TypeError("it calls itself")  # a thousand nested calls would exhaust the stack of Python
         made = self.interpreter.call(function, args)
+        if isinstance(made, TensorRef) and isinstance(subclass, CodeName) and _DTENSOR.fullmatch(str(subclass)):
+            return _dtensor(made, state)
         plain = subclass == "tensor" or (isinstance(subclass, CodeName) and str(subclass) == _PARAMETER)
         if not isinstance(made, TensorRef):
             return made
@@ -348,6 +357,16 @@ def tensor_view(storage: StorageRef, dtype: str, offset: int, size: object, stri
     if not _is_count(offset):
         raise FormatError(f"corrupt pickle: the offset of a tensor is {offset}, below 0 or above 2^63")
     return TensorRef(dtype, shape, storage, offset, steps)
+
+
+def _dtensor(tensor: TensorRef, state: object) -> TensorRef:
+    slots: dict[object, object] = {}
+    for part in state if isinstance(state, tuple) else (state,):
+        slots |= part if isinstance(part, dict) and len(part) <= _MOST_SLOTS else {}
+    local = slots.get("_local_tensor")
+    if not isinstance(local, TensorRef) or local.kind != "dense":
+        return replace(tensor, kind="dtensor")
+    return replace(tensor, kind="dtensor", local=local, spec=slots.get("_spec"))
 
 
 def _flags(tensor: TensorRef, metadata: object) -> TensorRef:

@@ -1,0 +1,54 @@
+"""Files that the ranks of a run save, made in one process: each rank in turn joins a group that never communicates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.placement_types import Placement
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+Placed = Mapping[str, tuple[torch.Tensor, str, tuple[Placement, ...]]]
+
+
+@contextmanager
+def rank_of(rank: int, world: int) -> Iterator[None]:
+    """Make this process the given rank of a group whose operations do nothing."""
+    distributed.init_process_group("fake", rank=rank, world_size=world, store=FakeStore())
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def save_dtensors(
+    directory: Path,
+    shape: tuple[int, ...],
+    placed: Placed,
+    *,
+    plain: Mapping[str, torch.Tensor] = {},
+    name: str = "model_world_size_{world}_rank_{rank}.pt",
+    wrap: Callable[[dict[str, torch.Tensor]], object] = lambda state: state,
+) -> Path:
+    """Write one file for each rank of a mesh of this shape. ``placed`` has a slice of the mesh and the placements."""
+    directory.mkdir(parents=True, exist_ok=True)
+    world = int(torch.tensor(shape).prod())
+    names = ("dp", "tp")[: len(shape)]
+    for rank in range(world):
+        with rank_of(rank, world):
+            mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+            state: dict[str, torch.Tensor] = {
+                key: _local(tensor, mesh[part] if part else mesh, placements)
+                for key, (tensor, part, placements) in placed.items()
+            }
+            torch.save(wrap(state | dict(plain or {})), directory / name.format(world=world, rank=rank))
+    return directory
+
+
+def _local(tensor: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
