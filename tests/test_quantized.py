@@ -14,9 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ckptkit import open_checkpoint
+from ckptkit import open_checkpoint, run_checks, stats
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.quantized import Quantized, quantized_weights
+from tests.helpers_cli import run_ckpt
 
 State = dict[str, Tensor]
 
@@ -265,3 +266,73 @@ def test_the_configuration_decides_between_schemes_and_shows_missing_parts(
     """The configuration names the library, and shows that codes lack a part; modules that it excludes stay plain."""
     found = saved(tmp_path, state, config, name).weights
     assert sorted((weight.key, weight.scheme, weight.missing) for weight in found) == expected
+
+
+def fp8_model(directory: Path) -> Path:
+    """Write a plain layer and a quantised layer, and a configuration that leaves the first layer plain."""
+    torch.manual_seed(0)
+    plain = {"layers.0.q.weight": torch.randn(8, 8), "layers.0.q.bias": torch.randn(8)}
+    coded = {
+        "layers.1.q.weight": torch.randn(8, 8).to(F8), "layers.1.q.weight_scale_inv": torch.ones(1, 1),
+        "layers.1.q.bias": torch.randn(8),
+    }  # fmt: skip
+    saved(directory, plain | coded, {"quantization_config": FP8 | {"modules_to_not_convert": ["layers.0"]}})
+    return directory / "model.safetensors"
+
+
+def test_show_says_which_weights_are_quantised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The page and the tree have a line for each scheme, and the JSON document has the parts of each weight."""
+    path = fp8_model(tmp_path)
+    for options in ([], ["--tree"], ["--keep", "layers.1.*"]):
+        assert run_ckpt(capsys, "show", path, *options).out.splitlines()[1] == (
+            "quantised as fp8: 1 weight in 2 tensors"
+        )
+    parts = ["layers.1.q.weight_scale_inv", "layers.1.q.weight"]  # safetensors writes wide dtypes first
+    weights = [{"key": "layers.1.q.weight", "scheme": "fp8", "parts": parts}]
+    assert json.loads(run_ckpt(capsys, "show", path, "--json").out)["quantized"] == weights
+    assert json.loads(run_ckpt(capsys, "show", path, "--json", "--drop", "layers.1.*").out)["quantized"] == []
+    assert json.loads(run_ckpt(capsys, "stats", path, "--json").out)["quantized"] == weights
+
+
+def test_stats_measure_no_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Codes and scales are listed with the reason why they are not measured, and do not count in the total."""
+    path = fp8_model(tmp_path)
+    with open_checkpoint(path) as checkpoint:
+        found = stats(checkpoint, ["layers.1.*=second.*"])
+    assert found.total.count == 64 + 8 + 8
+    assert found.tensors["second.q.weight"].why == "codes of a weight, quantised as fp8"
+    assert found.tensors["second.q.weight_scale_inv"].why == "part of fp8"
+    assert "quantised as fp8: 1 weight in 2 tensors" in run_ckpt(capsys, "stats", path).out
+
+
+def findings_of(state: State) -> dict[str, str]:
+    """Return the key of the first finding of each code, without the notes that every file has."""
+    report = run_checks(state)
+    return {finding.code: finding.key for finding in report.findings if finding.code != "not-scanned"}
+
+
+def test_check_reports_nothing_about_healthy_parts(tmp_path: Path) -> None:
+    """Nothing is said about equal codes, zeros, several dtypes and plain layers; a note names the quantised weights."""
+    with open_checkpoint(fp8_model(tmp_path)) as checkpoint:
+        codes = {finding.code for finding in run_checks(checkpoint).findings}
+    assert codes == {"quantized", "no-checksum", "not-scanned"}
+    equal = {f"layers.{n}.q.{name}": part for n in range(4) for name, part in _bitsandbytes("nf4", BF16).items()}
+    assert findings_of(equal) == {"quantized": "layers.0.q.weight"}
+
+
+def test_check_reports_nan_in_scales_and_in_fp8() -> None:
+    """NaN and Inf in scales and in fp8 codes are real; other codes can have any bits."""
+    scale = {"q.weight": of(F8, 8, 8), "q.weight_scale": torch.tensor([torch.inf])}
+    assert findings_of(scale) == {"quantized": "q.weight", "inf": "q.weight_scale"}
+    codes = {"q.weight": torch.full((8, 8), torch.nan).to(F8), "q.weight_scale": torch.ones(1)}
+    assert findings_of(codes) == {"quantized": "q.weight", "nan": "q.weight"}
+    any_bits = _bitsandbytes("nf4", BF16) | {"weight": torch.full((4096, 1), torch.nan, dtype=BF16)}
+    assert findings_of(any_bits) == {"quantized": "weight"}
+
+
+def test_check_reports_missing_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A quantised weight without its scale is an error that names the missing key."""
+    saved(tmp_path, {"q.weight": CODES}, {"quantization_config": FP8})
+    ran = run_ckpt(capsys, "check", tmp_path / "model.safetensors")
+    assert ran.code == 1
+    assert "error: 'q.weight' is quantised as fp8, but lacks 'q.weight_scale_inv'" in ran.out

@@ -113,7 +113,7 @@ def test_tensors_without_stats_are_listed_with_a_reason(tmp_path: Path, capsys: 
     assert found.total.zeros == found.total.count == 4
     ran = run_ckpt(capsys, "stats", path)
     assert (ran.code, ran.err) == (0, "")
-    assert [line.split() for line in ran.out.splitlines()[5:7]] == [
+    assert [line.split() for line in ran.out.splitlines()[6:8]] == [
         ["not", "measured", "dtype", "shape", "because"], ["q", "Q4_K", "[256]", "quantized", "tensor"],
     ]  # fmt: skip
     assert repr(found) == "<StateDictStats: 1 of 2 tensors measured>"
@@ -212,7 +212,7 @@ def test_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"m.b": ODD, "m.h": torch.tensor([1e200, 1e200], dtype=torch.float64)}, path)
     document = json.loads(run_ckpt(capsys, "stats", path, "--json", "--depth", "1").out)
     assert list(document) == [
-        "schema", "path", "format", "tensors", "modules", "not_judged", "total", "summary",
+        "schema", "path", "format", "tensors", "modules", "not_judged", "quantized", "total", "summary",
     ]  # fmt: skip
     assert document["schema"] == "ckptkit.stats/1"
     second, first = document["tensors"]

@@ -14,6 +14,7 @@ from itertools import groupby
 
 from ckptkit.checks import codes
 from ckptkit.checks.adapters import check_lora
+from ckptkit.checks.quantized_weights import check_quantized
 from ckptkit.checks.reading import VALUES_UNCHECKED, Scan
 from ckptkit.checks.structure import check_structure
 from ckptkit.core.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.formats import codes as reader_codes
+from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
 from ckptkit.rules.parse import as_rules
@@ -67,7 +69,8 @@ def run_checks(
     opened = as_checkpoint(checkpoint, "checkpoint")
     key_map = apply_rules(as_rules(rules), opened)
     chosen = key_map.renamed
-    findings = list(_check_headers(opened, chosen))
+    quantized = quantized_weights(opened)
+    findings = list(_check_headers(opened, chosen, quantized))
     expected = result = None
     if like is not None:
         from ckptkit.checks.expected import check_differences
@@ -97,9 +100,9 @@ def run_checks(
 
             if not scan.stopped:
                 scan.values.read_remaining()
-            findings += check_values(opened, scan.values.stats)
+            findings += check_values(opened, scan.values.stats, quantized)
             if expected is not None and result is not None:
-                findings += check_expected_values(result, expected, scan.values)
+                findings += check_expected_values(result, expected, scan.values, quantized)
     return _report([*findings, codes.NOT_SCANNED.finding("", scan.summary())])
 
 
@@ -123,13 +126,14 @@ def _report(findings: Iterable[Finding]) -> Report:
     return Report(tuple(shown))
 
 
-def _check_headers(opened: Checkpoint, chosen: Iterable[str]) -> Iterator[Finding]:
+def _check_headers(opened: Checkpoint, chosen: Iterable[str], quantized: Quantized) -> Iterator[Finding]:
     """Yield the findings that need no byte of a tensor."""
     warnings = list(_reader_warnings(opened))
     yield from warnings
     infos = {key: opened[key] for key in chosen}
     yield from _check_shard_name(opened)
-    yield from check_structure(infos)
+    yield from check_quantized(quantized, infos)
+    yield from check_structure(infos, quantized)
     yield from check_lora(infos, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))
 
 

@@ -21,6 +21,8 @@ NOT_DENSE = Code("not-dense", ("note",), "A sparse or quantized tensor is listed
 DTYPE_MIX = Code("dtype-mix", ("note",), "The floating-point tensors have more than one dtype.")
 INDEX_HOLE = Code("index-hole", ("warning",), "A list of similar layers skips a number.")
 SIBLING_LACKS = Code("sibling-lacks", ("warning",), "A layer lacks a tensor that all its siblings have.")
+QUANTIZED = Code("quantized", ("note",), "Some tensors are the parts of quantised weights: codes, scales and others.")
+MISSING_PART = Code("missing-part", ("error",), "A quantised weight lacks a part, such as its codes or scales.")
 
 # Adapters
 LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is in the file.")

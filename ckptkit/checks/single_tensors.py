@@ -12,7 +12,7 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.statistics.value_stats import ValueStats
 
-__all__ = ["check_single_tensors", "is_mask"]
+__all__ = ["check_finite", "check_single_tensors", "is_mask"]
 
 _MASK = re.compile(r"mask|(?:^|[._])alibi")
 # Names of tensors that often are zero in a healthy model: biases and means, the second matrix of an adapter, gates,
@@ -39,13 +39,12 @@ def is_mask(key: str) -> bool:
 
 
 def check_single_tensors(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
-    """Yield the findings of every check that looks at the values of one tensor at a time."""
-    yield from _check_finite(infos, stats)
+    """Yield the findings about finite values: all zeros, one constant, subnormal numbers."""
     yield from _check_constant(infos, stats)
     yield from _check_subnormal(infos, stats)
 
 
-def _check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
+def check_finite(infos: Mapping[str, TensorInfo], stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
     """Yield an error for each tensor with NaN (``nan``), or with infinities but no NaN (``inf``).
 
     Minus infinity in a mask is a note.

@@ -10,6 +10,7 @@ from ckptkit.checks import codes
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
+from ckptkit.quantized import Quantized
 
 __all__ = ["FLOATS", "check_structure"]
 
@@ -26,11 +27,13 @@ _DIFF_HINT = "ckpt diff with the model as EXPECTED lists all keys that would not
 _NumberedModules = Mapping[str, Mapping[int, frozenset[str]]]
 
 
-def check_structure(infos: Mapping[str, TensorInfo]) -> Iterator[Finding]:
-    """Yield the findings of every check of names, shapes and dtypes."""
+def check_structure(infos: Mapping[str, TensorInfo], quantized: Quantized) -> Iterator[Finding]:
+    """Yield the findings of every check of names, shapes and dtypes; all parts of a quantised weight count as one."""
     yield from _check_not_dense(infos.values())
-    yield from _check_dtype_mix(infos.values())
-    lists = _numbered_modules(infos)
+    yield from _check_dtype_mix(info for key, info in infos.items() if key not in quantized.by_key)
+    lists = _numbered_modules(
+        dict.fromkeys(quantized.by_key[key].key if key in quantized.by_key else key for key in infos)
+    )
     yield from _check_index_holes(lists)
     yield from _check_siblings(lists)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping
 from ckptkit.checks.buffers import check_buffers
 from ckptkit.checks.duplicates import check_duplicates, check_recorded_ties, equal_groups
 from ckptkit.checks.expected import check_as_expected, check_at_init
-from ckptkit.checks.single_tensors import check_single_tensors
+from ckptkit.checks.quantized_weights import has_numbers
+from ckptkit.checks.single_tensors import check_finite, check_single_tensors
 from ckptkit.checks.value_reader import ValueReader
 from ckptkit.comparison import KeyPair, StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
@@ -15,6 +16,7 @@ from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import LIVE_PREFIX
+from ckptkit.quantized import Quantized
 from ckptkit.statistics.value_stats import ValueStats
 
 __all__ = ["check_expected_values", "check_values"]
@@ -22,8 +24,11 @@ __all__ = ["check_expected_values", "check_values"]
 _MAX_BUFFER_BYTES = 1 << 20  # larger buffers of indices are not compared number by number
 
 
-def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Iterator[Finding]:
-    """Yield the findings about the values of a checkpoint; ``stats`` are their statistics by key."""
+def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats], quantized: Quantized) -> Iterator[Finding]:
+    """Yield the findings about the values of a checkpoint; ``stats`` are their statistics by key.
+
+    Of the parts of quantised weights, only NaN and infinities in scales and in fp8 codes are reported.
+    """
 
     def have_equal_bytes(first: str, second: str) -> bool:
         return _have_equal_bytes(checkpoint, first, checkpoint, second)
@@ -35,6 +40,10 @@ def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Ite
             return b""
 
     stats = {key: stats[key] for key in checkpoint if key in stats}
+    parts = quantized.by_key
+    finite = {key: found for key, found in stats.items() if has_numbers(checkpoint[key], parts.get(key))}
+    yield from check_finite(checkpoint, finite)
+    stats = {key: found for key, found in stats.items() if key not in parts}
     yield from check_single_tensors(checkpoint, stats)
     yield from check_buffers(checkpoint, stats, read_bytes)
     yield from check_duplicates(checkpoint, equal_groups(checkpoint, stats, have_equal_bytes))
@@ -42,7 +51,9 @@ def check_values(checkpoint: Checkpoint, stats: Mapping[str, ValueStats]) -> Ite
     yield from check_recorded_ties(infos, checkpoint.metadata, have_equal_bytes)
 
 
-def check_expected_values(result: StateDictDiff, expected: Checkpoint, values: ValueReader) -> Iterator[Finding]:
+def check_expected_values(
+    result: StateDictDiff, expected: Checkpoint, values: ValueReader, quantized: Quantized
+) -> Iterator[Finding]:
     """Yield findings about tensors that equal the tensors of ``expected``, and about tensors that look untrained.
 
     A ``py:`` model is built to get its values.
@@ -65,7 +76,8 @@ def check_expected_values(result: StateDictDiff, expected: Checkpoint, values: V
     if is_live:
         fresh = ValueReader(expected, [pair.expected.key for pair in pairs], values.workspace)
         fresh.read_remaining()
-        yield from check_at_init((pair for pair in pairs if pair.key not in equal), values.stats, fresh.stats)
+        numbers = (pair for pair in pairs if pair.key not in equal and pair.found.key not in quantized.by_key)
+        yield from check_at_init(numbers, values.stats, fresh.stats)
 
 
 def _have_equal_bytes(first: Checkpoint, first_key: str, second: Checkpoint, second_key: str) -> bool:

@@ -8,8 +8,9 @@ from collections.abc import Iterable, Mapping
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
+from ckptkit.quantized import quantized_weights
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
-from ckptkit.render.summary import describe, totals
+from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals
 
 __all__ = ["show_document", "show_page", "show_tree"]
 
@@ -36,6 +37,7 @@ def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> di
             }
             for info in infos.values()
         ],
+        "quantized": quantized_document(quantized_weights(checkpoint), infos),
         "entries": [{"path": entry.path, "type": entry.type, "value": entry.value} for entry in checkpoint.entries],
         "metadata": dict(checkpoint.metadata),
         "warnings": list(checkpoint.warnings),
@@ -57,7 +59,8 @@ def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand
     cells = tuple(cell[:width] for cell in table_rows(rows, expand=expand))
     tensors = Table(headers[:width], cells, frozenset({"bytes"})) if rows else Listing(("no tensors",))
     title = Line(describe(checkpoint, totals(infos.values())))
-    return [title, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
+    quantized = quantized_lines(quantized_weights(checkpoint), infos)
+    return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
 
 
 def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
@@ -82,6 +85,7 @@ def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
         lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}")
     return [
         Line(describe(checkpoint, totals(infos.values()))),
+        *quantized_lines(quantized_weights(checkpoint), infos),
         Listing(tuple(lines or ["no tensors"])),
         *_other_entries(checkpoint),
     ]

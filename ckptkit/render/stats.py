@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
-from ckptkit.render.summary import describe, json_number, totals
+from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
 
@@ -64,7 +64,8 @@ def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, 
     named = measured if view.depth is None else result.modules(view.depth)
     listed = view.chosen(named)
     infos = [tensor.info for tensor in result.tensors.values()]
-    page: list[Block] = [Line(describe(checkpoint, totals(infos)))]
+    keys = {info.key for info in infos}
+    page: list[Block] = [Line(describe(checkpoint, totals(infos))), *quantized_lines(result.quantized, keys)]
     if listed:
         axis = _Axis.of(total)
         page += [_table(result, listed, view, axis, expand=expand), *([Line((str(axis),))] if axis else [])]
@@ -210,6 +211,7 @@ def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: StatsVi
             for key, tensor in result.tensors.items()
             if tensor.numbers is None
         ],
+        "quantized": quantized_document(result.quantized, {tensor.info.key for tensor in result.tensors.values()}),
         "total": _numbers_document(result.total),
         "summary": totals(tensor.info for tensor in result.tensors.values()),
     }

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Container, Iterable, Mapping
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import human_bytes, plural, printable
-from ckptkit.render.page import Code, as_code
+from ckptkit.quantized import Quantized
+from ckptkit.render.page import Code, Line, as_code
 
-__all__ = ["checkpoint_document", "describe", "json_number", "percent", "share_cell", "tensor_document", "totals"]
+__all__ = [
+    "checkpoint_document", "describe", "json_number", "percent", "quantized_document", "quantized_lines", "share_cell",
+    "tensor_document", "totals",
+]  # fmt: skip
 
 
 def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
@@ -39,6 +44,29 @@ def checkpoint_document(checkpoint: Checkpoint) -> dict[str, object]:
 def tensor_document(info: TensorInfo) -> dict[str, object]:
     """Return key, dtype and shape of a tensor for a JSON document."""
     return {"key": info.key, "dtype": info.dtype, "shape": list(info.shape)}
+
+
+def quantized_document(quantized: Quantized, keys: Container[str]) -> list[dict[str, object]]:
+    """Return the quantised weights that have a part among ``keys`` for a JSON document."""
+    return [
+        {"key": weight.key, "scheme": weight.scheme, "parts": list(weight.parts)}
+        for weight in quantized.weights
+        if any(part in keys for part in weight.parts)
+    ]
+
+
+def quantized_lines(quantized: Quantized, keys: Container[str]) -> list[Line]:
+    """Return one line for each scheme with the number of quantised weights, and of their parts among ``keys``."""
+    weights, tensors = Counter[str](), Counter[str]()
+    for weight in quantized.weights:
+        count = sum(part in keys for part in weight.parts)
+        weights[weight.scheme] += bool(count)
+        tensors[weight.scheme] += count
+    return [
+        Line((f"quantised as {scheme}: {plural(count, 'weight')} in {plural(tensors[scheme], 'tensor')}",))
+        for scheme, count in weights.items()
+        if count
+    ]
 
 
 def percent(share: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
@@ -11,6 +11,7 @@ from ckptkit.core.text import html_table, plural, printable, quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
+from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
 from ckptkit.rules.parse import as_rules
@@ -40,9 +41,13 @@ class TensorStats:
 
 @dataclass(frozen=True, repr=False)
 class StateDictStats:
-    """The statistics of each tensor, by key and in the order of the checkpoint. Tied tensors have equal statistics."""
+    """The statistics of each tensor, by key and in the order of the checkpoint. Tied tensors have equal statistics.
+
+    ``quantized`` are the quantised weights by the keys of the checkpoint; their parts are not measured.
+    """
 
     tensors: Mapping[str, TensorStats]
+    quantized: Quantized = field(default_factory=Quantized)
 
     def __repr__(self) -> str:
         """Return the number of measured tensors, on one line."""
@@ -102,8 +107,9 @@ def stats(
 ) -> StateDictStats:
     """Return statistics of the values of each tensor: counts, extremes, moments, norms and a histogram of magnitudes.
 
-    Each tensor is read once, in chunks of bounded size; sums are computed in float64. Quantized and sparse tensors, and
-    dtypes without arithmetic in torch, are listed with the reason why they are not measured.
+    Each tensor is read once, in chunks of bounded size; sums are computed in float64. Quantized and sparse tensors,
+    the parts of quantised weights, and dtypes without arithmetic in torch are listed with the reason why they are not
+    measured.
 
     Args:
         checkpoint: A Module, a Checkpoint or a mapping of tensors.
@@ -123,6 +129,7 @@ def stats(
         computed = quoted(next(iter(key_map.copied_or_computed)))
         raise RuleError(f"an operation would compute {computed}", hint="write the tensors first, with ckpt remap")
     first_of_tie = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
+    quantized = quantized_weights(opened)
     tensors: dict[str, TensorStats] = {}
     with Workspace() as workspace:
         for key, name in key_map.renamed.items():
@@ -130,12 +137,19 @@ def stats(
             if key in first_of_tie:
                 same = key_map.renamed[first_of_tie[key]]
                 tensors[name] = TensorStats(info, tensors[same].numbers, tensors[same].why, same)
-            elif why := why_unsupported(info):
+            elif why := why_unsupported(info) or _why_not_numbers(key, quantized):
                 tensors[name] = TensorStats(info, None, why)
             else:
                 tensors[name] = TensorStats(info, _value_stats(opened, info, workspace, progress))
     opened.check_unchanged()
-    return StateDictStats(tensors)
+    return StateDictStats(tensors, quantized)
+
+
+def _why_not_numbers(key: str, quantized: Quantized) -> str:
+    weight = quantized.by_key.get(key)
+    if weight is None:
+        return ""
+    return f"codes of a weight, quantised as {weight.scheme}" if key == weight.coded else f"part of {weight.scheme}"
 
 
 def _value_stats(

@@ -1,0 +1,43 @@
+"""Checks of quantised weights: missing parts; and which values of their parts can be judged."""
+
+from __future__ import annotations
+
+from collections.abc import Container, Iterator
+
+from ckptkit.checks import codes
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.findings import Finding
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.quantized import Quantized, QuantizedWeight
+
+__all__ = ["check_quantized", "has_numbers"]
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+
+
+def check_quantized(quantized: Quantized, keys: Container[str]) -> Iterator[Finding]:
+    """Yield a ``missing-part`` for each weight that lacks parts, and a ``quantized`` note for each scheme.
+
+    Only weights with a part among ``keys`` count.
+    """
+    by_scheme: dict[str, list[QuantizedWeight]] = {}
+    for weight in quantized.weights:
+        if not any(part in keys for part in weight.parts):
+            continue
+        if weight.missing:
+            message = f"{quoted(weight.key)} is quantised as {weight.scheme}, but lacks {listed(weight.missing)}"
+            yield codes.MISSING_PART.finding(weight.parts[0], message, "save or download the checkpoint again")
+        if weight.parts != (weight.coded,):
+            by_scheme.setdefault(weight.scheme, []).append(weight)
+    for scheme, weights in by_scheme.items():
+        parts = plural(sum(len(weight.parts) for weight in weights), "tensor")
+        count = f"{plural(len(weights), 'weight')} quantised as {scheme}, in {parts}"
+        message = f"{count}: of their values, only NaN and Inf were looked for: {listed([w.key for w in weights])}"
+        yield codes.QUANTIZED.finding(weights[0].parts[0], message)
+
+
+def has_numbers(info: TensorInfo, weight: QuantizedWeight | None) -> bool:
+    """Return whether NaN and infinities in a tensor are real: in codes of fp8 and in scales, not in other codes."""
+    if weight is None:
+        return True
+    return info.dtype.startswith("F8_") or (info.dtype in _FLOATS and info.key != weight.coded)
