@@ -518,3 +518,43 @@ def test_align_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "model.layers.{0,1}.self_attn.q_proj.weight ×2" in text.out
     assert "this preset fills all of them: --rules preset:llama-meta-to-hf" in text.out
     assert "`preset:llama-meta-to-hf`" in run_ckpt(capsys, "align", paths[1], paths[0], "--markdown").out
+
+
+def quantised(shapes: Shapes) -> dict[str, TensorInfo]:
+    """Return the descriptions with each matrix in F8, and scales for its rows."""
+    made = infos(shapes)
+    for key, shape in shapes.items():
+        if len(shape) == 2:
+            made[key] = TensorInfo(key, "F8_E4M3", shape)
+            made[f"{key}_scale"] = TensorInfo(f"{key}_scale", "F32", (shape[0], 1))
+    return made
+
+
+LAYERS: Shapes = {f"l.{i}.{name}": shape for i in range(3) for name, shape in (("q.weight", (8, 8)), ("q.bias", (8,)))}
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "x.y."])
+@pytest.mark.parametrize("swapped", [False, True], ids=["quantised is found", "quantised is expected"])
+def test_no_rule_makes_numbers_of_codes(prefix: str, swapped: bool) -> None:
+    """A matrix in F8 with scales fits no plain matrix and the reverse, and vectors are still matched."""
+    sides = [quantised({prefix + key: shape for key, shape in LAYERS.items()}), infos(LAYERS)]
+    found, expected = reversed(sides) if swapped else sides
+    result = suggest_rules(expected, found)
+    filled = {*result.same, *(key for one in result.suggestions for key in one.keys)}
+    assert filled == {key for key in expected if key.endswith("bias")}
+    assert {info.key for info in result.missing} == {key for key in expected if not key.endswith("bias")}
+    assert result.ambiguous == ()
+
+
+def test_quantised_weights_of_one_form_are_matched() -> None:
+    """All parts are renamed to the same parts, and only layers that are quantised on both sides are matched."""
+    found = quantised({f"model.{key}": shape for key, shape in LAYERS.items()})
+    result = suggest_rules(quantised(LAYERS), found)
+    assert (result.complete, [one.names for one in result.suggestions]) == (True, ["model.* = *"])
+    mixed = quantised(LAYERS) | {"l.0.q.weight": TensorInfo("l.0.q.weight", "F32", (8, 8))}
+    del mixed["l.0.q.weight_scale"]
+    assert [info.key for info in suggest_rules(quantised(LAYERS), mixed).missing] == [
+        "l.0.q.weight", "l.0.q.weight_scale",
+    ]  # fmt: skip
+    ordinary = {key: info for key, info in quantised(LAYERS).items() if not key.endswith("_scale")}
+    assert suggest_rules(infos(LAYERS), ordinary).complete

@@ -9,6 +9,7 @@ from ckptkit.align.evidence import Digests, match_modules, read_digests
 from ckptkit.align.matching import EQUAL_BYTES, Matching, match_checkpoints
 from ckptkit.align.modules import LayeredModule, group_into_modules
 from ckptkit.align.pairing import ModulePair, Undecided
+from ckptkit.align.quantized import QuantizedSides
 from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_file, rule_table, suggestions_for
 from ckptkit.comparison import count_prefixes
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
@@ -108,7 +109,7 @@ def suggest_rules(
     """Return rules that rename the keys of ``found`` to the keys of ``expected``, each with its evidence.
 
     Rules follow from the names, the shapes and the order of the keys. A tensor that fits in several ways is ambiguous
-    and gets no rule.
+    and gets no rule. A part of a quantised weight becomes only the same part of another quantised weight.
 
     Args:
         expected: A Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
@@ -124,9 +125,10 @@ def suggest_rules(
     expected, found = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
     known_digests = read_digests(expected, found, progress) if digests else Digests()
     prefix, found_infos = _apply_common_prefix(expected, found)
-    matching = match_checkpoints(expected, found_infos, known_digests)
+    sides = QuantizedSides(expected, found)
+    matching = sides.without_wrong_pairs(match_checkpoints(expected, found_infos, known_digests))
     same, suggestions = _verified_rules(matching, expected, found, found_infos, prefix)
-    return _alignment(matching, expected, found, same, tuple(_add_digests(rule, known_digests) for rule in suggestions))
+    return _alignment(matching, sides, same, tuple(_add_digests(rule, known_digests) for rule in suggestions))
 
 
 def _add_digests(suggestion: Suggestion, digests: Digests) -> Suggestion:
@@ -264,19 +266,16 @@ def _do_as_intended(
 
 
 def _alignment(
-    matching: Matching,
-    expected: Checkpoint,
-    found: Checkpoint,
-    same: tuple[str, ...],
-    suggestions: tuple[Suggestion, ...],
+    matching: Matching, sides: QuantizedSides, same: tuple[str, ...], suggestions: tuple[Suggestion, ...]
 ) -> Alignment:
+    expected, found = sides.expected, sides.found
     filled = {*same, *(key for suggestion in suggestions for key in suggestion.keys)}
     used = set(same)
     for suggestion in suggestions:
         used.update(*suggestion.keys.values())
     ambiguous = []
     for undecided in matching.undecided:
-        ambiguity = _ambiguity(undecided, filled, used)
+        ambiguity = _ambiguity(undecided, filled, used, sides)
         if ambiguity is not None:
             ambiguous.append(ambiguity)
     unequal = [pair for modules in matching.unequal for pair in _unequal_tensors(*modules) if pair[0].key not in filled]
@@ -292,7 +291,7 @@ def _alignment(
         tuple(unequal),
         missing,
         tuple(info for key, info in found.items() if key not in used and key not in listed_found),
-        fitting_presets(expected, found) if ambiguous or missing else (),
+        fitting_presets(expected, found) if (ambiguous or missing) and not sides else (),
     )
 
 
@@ -305,14 +304,17 @@ def _unequal_tensors(expected: LayeredModule, found: LayeredModule) -> Iterator[
                 yield info, others[index]
 
 
-def _ambiguity(undecided: Undecided, filled: set[str], used: set[str]) -> Ambiguity | None:
+def _ambiguity(undecided: Undecided, filled: set[str], used: set[str], sides: QuantizedSides) -> Ambiguity | None:
     expected, found = (
         tuple(info for info in _tensors(modules) if info.key not in done)
         for modules, done in ((undecided.expected, filled), (undecided.found, used))
     )
     if not expected or not found:
         return None
-    pairs = [undecided.pair] if undecided.pair else _all_pairs(undecided)
+    candidates = [undecided.pair] if undecided.pair else _all_pairs(undecided)
+    pairs = [pair for pair in map(sides.without_wrong_links, candidates) if pair is not None] if sides else candidates
+    if candidates and not pairs:
+        return None
     return Ambiguity(expected, found, undecided.why, tuple(suggestions_for(pairs, ())))
 
 
