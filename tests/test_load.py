@@ -128,7 +128,7 @@ def test_a_low_precision_model_takes_float32_with_nan(dtype: torch.dtype, seed: 
     target = torch.zeros(4, 3, 5, 5, dtype=dtype).contiguous(memory_format=layout)
     model = nn.Module()
     model.register_buffer("w", target)
-    assert load_into(model, {"w": value}).coverage == 1.0
+    assert load_into(model, {"w": value}, allow_overflow=True).coverage == 1.0
     assert torch.equal(target.float().isnan(), value.to(dtype).float().isnan())
     assert torch.equal(target.float().nan_to_num(), value.to(dtype).float().nan_to_num())
 

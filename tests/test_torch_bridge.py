@@ -14,8 +14,9 @@ from torch import nn
 
 from ckptkit import Checkpoint, TensorInfo
 from ckptkit.core.checkpoint import View
-from ckptkit.core.torch_bridge import CASTABLE, CastPayload, as_checkpoint
+from ckptkit.core.torch_bridge import CASTABLE, as_checkpoint
 from ckptkit.errors import ModelError, PlanError
+from ckptkit.tensor_ops.casting import CastPayload
 from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
 pytestmark = [

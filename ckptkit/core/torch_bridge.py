@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 __all__ = [
     "ABSENT",
     "CASTABLE",
-    "CastPayload",
     "StateDictLike",
     "TensorPayload",
     "as_checkpoint",
@@ -103,15 +102,6 @@ def _blocks(view: Tensor) -> Iterator[Tensor]:
             yield view[first : first + rows]
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    import torch
-
-    buffer = bytearray(tensor.numel() * tensor.element_size())
-    if buffer:
-        torch.frombuffer(buffer, dtype=torch.uint8).copy_(flat_bytes(tensor))
-    return memoryview(buffer)
-
-
 def flat_bytes(tensor: Tensor) -> Tensor:
     """Return the elements of a tensor in order, as a flat tensor of bytes."""
     import torch
@@ -164,36 +154,6 @@ class TensorPayload:
             if len(data):
                 torch.frombuffer(buffer, dtype=torch.uint8)[: len(data)].copy_(data)
             yield memoryview(buffer)[: len(data)]
-
-
-@dataclass(frozen=True, slots=True)
-class CastPayload:
-    """A payload that casts its elements while they are read, as ``Tensor.to`` does.
-
-    ``found`` describes the source, ``out`` the result.
-    """
-
-    source: Payload
-    found: TensorInfo
-    out: TensorInfo
-
-    @property
-    def nbytes(self) -> int:
-        """Number of bytes after the cast."""
-        return self.out.nbytes
-
-    def chunks(self) -> Iterator[memoryview]:
-        """Yield the bytes after the cast in pieces."""
-        old, new = (torch_dtype(info.dtype) for info in (self.found, self.out))
-        width = DTYPES[self.found.dtype].bits // 8
-        rest = b""  # a chunk can end within an element
-        for chunk in self.source.chunks():
-            data = rest + bytes(chunk) if rest else chunk
-            whole = len(data) // width * width
-            rest = bytes(data[whole:])
-            if whole:
-                values = tensor_of_bytes(data[:whole]).view(old)
-                yield _bytes_of(values.to(new))
 
 
 def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from ckptkit.core.text import html_table, kind_of, plural, printable, quoted
 from ckptkit.core.ties import shared_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, same_values
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.errors import ModelError
+from ckptkit.errors import ModelError, PlanError
 from ckptkit.loading import codes
 from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot, named_tensors
@@ -23,6 +23,7 @@ from ckptkit.plans.merge import OnMismatch, OnMissing, OnUnexpected, plan_merge
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import RulesLike
+from ckptkit.tensor_ops.casting import CastLoss, describe_overflow, describe_small_losses, wider_dtype
 
 __all__ = ["LoadReport", "load_into"]
 
@@ -74,22 +75,27 @@ def load_into(
     on_mismatch: OnMismatch = "error",
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
+    allow_overflow: bool = False,
 ) -> LoadReport:
     """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
     ``rules``, ``on_missing``, ``on_unexpected`` and ``on_mismatch`` mean the same as in ``plan_merge``, but
     ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every matching key of the model's
     state_dict must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's elements that must
-    be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run, and torch casts the
-    values.
+    be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run.
+
+    Values are cast to the dtype of the model as torch casts them. Values that would become inf are refused before
+    anything is copied; with ``allow_overflow`` they are loaded, and a finding has their count. A finding also counts
+    the values that become 0.
 
     Afterwards every loaded tensor has the value of the checkpoint, and every other tensor has the same bits as before.
     All parameters and buffers are the same objects and share the same memory as before. If loading fails or is
     interrupted, the model is restored from a copy. A copy of more than 256 MB is stored in a temporary file.
 
-    Raises ``PlanError`` where a policy is ``error``, and ``RuleError`` where a pattern matches no key. Raises
-    ``ModelError`` where ``require`` or ``min_coverage`` is not met, before anything is copied. ``ModelError`` is also
-    raised where a tensor of the model is on the meta device, and where the check of the result fails.
+    Raises ``PlanError`` where a policy is ``error``, and where a cast makes inf of finite values. Raises ``RuleError``
+    where a pattern matches no key. Raises ``ModelError`` where ``require`` or ``min_coverage`` is not met, before
+    anything is copied. ``ModelError`` is also raised where a tensor of the model is on the meta device, and where the
+    check of the result fails.
     """
     if on_unexpected == "add":
         raise ModelError(
@@ -103,9 +109,12 @@ def load_into(
     loaded = {step.out.key for step in from_donor}
     refuse_unmet(Requirements(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))
     _refuse_meta(model, base)
+    producer = Producer({"donor": donor})
+    if not allow_overflow:
+        _refuse_overflow(producer, from_donor, donor.path)
     with Snapshot(model) as before:
         try:
-            _load(model, base, donor, from_donor)
+            _load(model, base, producer, from_donor)
             rewritten = _check_not_loaded(model, before, loaded)
         except BaseException as error:
             failed = before.restore()
@@ -119,6 +128,7 @@ def load_into(
     findings = (
         *_kept_findings(kept, plan, shared),
         *_tied_findings(from_donor),
+        *_loss_findings([producer.losses[key] for key in base if key in producer.losses]),
         *_dropped_findings(plan),
         *_unverified_findings(before, rewritten, loaded),
     )
@@ -146,18 +156,29 @@ def _refuse_meta(model: Module, base: Checkpoint) -> None:
             )
 
 
-def _load(model: Module, base: Checkpoint, donor: Checkpoint, steps: Sequence[Step]) -> None:
+def _refuse_overflow(producer: Producer, steps: Sequence[Step], path: str) -> None:
+    """Raise ``PlanError`` where a cast to the dtype of the model would make inf of finite values."""
+    overflowed = [loss for step in steps if (loss := producer.loss(step)) is not None and loss.overflowed]
+    if overflowed:
+        wider = wider_dtype(overflowed)
+        way = f"a model of {wider} holds them; " if wider else ""
+        raise PlanError(
+            describe_overflow(overflowed), hint=f"{way}allow_overflow=True loads them all the same", path=path
+        )
+
+
+def _load(model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> None:
     before = model.state_dict(keep_vars=True)
-    versions = {} if any(step.out.key != step.sources[0].key for step in steps) else donor.versions
+    versions = {} if any(step.out.key != step.sources[0].key for step in steps) else producer.roles["donor"].versions
     batches = list(_batches(steps))
     for batch in batches:
-        _load_batch(model, before, donor, batch, versions)
+        _load_batch(model, before, producer, batch, versions)
     if len(batches) > 1:
         # A later batch may have overwritten a tensor of an earlier batch that shares memory with a later tensor.
         shared = shared_keys({step.out.key: base[step.out.key] for step in steps})
         for batch in batches:
             again = [step for step in batch if step.out.key in shared]
-            _check_loaded(model.state_dict(keep_vars=True), before, _values(donor, again))
+            _check_loaded(model.state_dict(keep_vars=True), before, _values(producer, again))
 
 
 def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
@@ -176,11 +197,11 @@ def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
 def _load_batch(
     model: Module,
     before: dict[str, Tensor],
-    donor: Checkpoint,
+    producer: Producer,
     batch: Sequence[Step],
     versions: Mapping[str, int],
 ) -> None:
-    values = _values(donor, batch)
+    values = _values(producer, batch)
     if versions:
         # A module converts values that have no version as if its oldest version had saved them.
         values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
@@ -194,8 +215,7 @@ def _load_batch(
     _check_loaded(model.state_dict(keep_vars=True), before, values)
 
 
-def _values(donor: Checkpoint, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
-    producer = Producer({"donor": donor})
+def _values(producer: Producer, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
     return OrderedDict((step.out.key, producer.tensor(step)) for step in steps)
 
 
@@ -251,6 +271,14 @@ def _tied_findings(steps: Sequence[Step]) -> Iterator[Finding]:
         if step.tied_to is not None:
             key = step.out.key
             yield codes.TIED.finding(key, f"{quoted(key)} is tied to {quoted(step.tied_to)}, which was loaded")
+
+
+def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
+    for loss in losses:
+        if loss.overflowed:
+            yield codes.OVERFLOW.finding(loss.key, describe_overflow([loss]))
+        for sentence in describe_small_losses([loss]):
+            yield codes.UNDERFLOW.finding(loss.key, sentence)
 
 
 def _kept_findings(kept: Sequence[str], plan: Plan, shared: Sequence[str]) -> Iterator[Finding]:

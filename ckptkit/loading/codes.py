@@ -4,9 +4,21 @@ from __future__ import annotations
 
 from ckptkit.core.findings import Code, codes_in
 
-__all__ = ["CODES", "DERIVED", "MISSING", "SHAPE", "SHARED", "SKIPPED", "TIED", "UNPROVED"]
+__all__ = [
+    "CODES",
+    "DERIVED",
+    "MISSING",
+    "OVERFLOW",
+    "SHAPE",
+    "SHARED",
+    "SKIPPED",
+    "TIED",
+    "UNDERFLOW",
+    "UNPROVED",
+]
 
 MISSING = Code("load.missing", ("warning",), "A tensor of the model is not in the checkpoint and keeps its value.")
+OVERFLOW = Code("load.overflow", ("warning",), "The dtype of the model cannot hold a value, which became inf.")
 SHAPE = Code("load.shape", ("warning",), "A tensor of the checkpoint has another shape and was not loaded.")
 SHARED = Code(
     "load.shared", ("warning",), "A tensor was not loaded, but it shares memory with a loaded tensor and changed."
@@ -14,6 +26,7 @@ SHARED = Code(
 SKIPPED = Code("load.skipped", ("note",), "A tensor or another entry of the checkpoint was not loaded.")
 TIED = Code("load.tied", ("note",), "A tensor was loaded because it is tied to a loaded tensor.")
 DERIVED = Code("load.derived", ("note",), "A hook of the model rewrote a buffer that is in no checkpoint.")
+UNDERFLOW = Code("load.underflow", ("note",), "The cast to the model's dtype made 0 of a value, or cut its fraction.")
 UNPROVED = Code("load.unproved", ("note",), "A value was not compared after loading.")
 
 CODES = codes_in(globals())

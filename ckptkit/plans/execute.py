@@ -21,7 +21,8 @@ from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, w
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.plans.produce import Producer
+from ckptkit.plans.produce import Producer, overflow_error
+from ckptkit.tensor_ops.casting import CastLoss, wider_dtype
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ class Written:
     """A description of the output that was written.
 
     ``beside`` names other weight files that were in the output directory before and are still there. ``envelope`` is
-    the mapping inside the file that holds the tensors.
+    the mapping inside the file that holds the tensors. ``losses`` has every cast that changed a value to inf, to 0 or
+    to an integer, with exact counts.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Written:
     files: tuple[str, ...]
     beside: tuple[str, ...] = ()
     envelope: str = ""
+    losses: tuple[CastLoss, ...] = ()
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
@@ -90,6 +93,7 @@ def execute(
     sources: Mapping[str, object] | StateDictLike,  # object: a dict of a model and a state_dict has no narrower type
     out: Output | str | os.PathLike[str],
     *,
+    allow_overflow: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
@@ -97,6 +101,7 @@ def execute(
     ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from. A
     single input may be given without its role. ``out`` is a path, with a suffix that names the format, or an
     ``Output``.
+    ``allow_overflow`` writes values that a cast makes infinite; ``Written.losses`` has their counts.
     ``progress`` is called with a number of bytes after each write.
 
     A torch file that is made from a training checkpoint is a copy of that file with new tensors.
@@ -105,7 +110,9 @@ def execute(
 
     Raises ``OutputError`` where the output exists (without ``force``), where it would replace an input or a part of
     one, where another program changed the output during the run, and where the disk is full. Raises ``PlanError``
-    where the format cannot hold a tensor, and ``ChangedError`` where an input changed since it was opened.
+    where the format cannot hold a tensor, and where a cast would make inf of finite values without
+    ``allow_overflow``. Raises ``ChangedError`` where an input changed since it was opened. After an error nothing new
+    is at the path.
     """
     output = out if isinstance(out, Output) else choose_output(out)
     roles = _checkpoints_by_role(plan, sources, output)
@@ -114,7 +121,7 @@ def execute(
     steps = {step.out.key: step for step in plan.steps}
     if len(steps) != len(plan.steps):
         raise PlanError("the plan writes two tensors with the same key")
-    inputs = _Inputs(steps, roles, Producer(roles))
+    inputs = _Inputs(steps, roles, Producer(roles), allow_overflow=allow_overflow)
     for step in plan.steps:
         _refuse_different_bytes(step, roles)
     report_bytes = progress or (lambda _: None)
@@ -124,14 +131,15 @@ def execute(
     infos = [step.out for step in plan.steps]
     if output.format == "safetensors":
         size = _write_safetensors(target, infos, plan.metadata, inputs, report_bytes)
-        return Written(output.path, output.format, len(plan.steps), size, (target.path,))
+        return Written(output.path, output.format, len(plan.steps), size, (target.path,), losses=inputs.losses())
     from ckptkit.formats.torch.write import write_torch_zip
 
     layout = _torch_layout(infos, plan, inputs, editor)
     inner = "" if editor is None else roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes) as file:
         _write_and_read_back(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
-    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner)
+    losses = inputs.losses()
+    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner, losses)
 
 
 def _refuse_unwritable(infos: Sequence[TensorInfo], format_name: str) -> None:
@@ -160,6 +168,7 @@ class _Inputs:
     steps: Mapping[str, Step]
     roles: Mapping[str, Checkpoint]
     producer: Producer
+    allow_overflow: bool
 
     def payload(self, info: TensorInfo) -> Payload:
         return self.producer.payload(self.steps[info.key])
@@ -196,9 +205,27 @@ class _Inputs:
         origin = step.sources if step.recipe else step.out.view or source.key
         return source.role, origin, step.recipe, step.out.shape, step.out.dtype, step.operation
 
+    def losses(self) -> tuple[CastLoss, ...]:
+        """Return the losses of the tensors that were read so far, in the order of the plan."""
+        return tuple(loss for key in self.steps if (loss := self.producer.losses.get(key)))
+
+    def refuse_overflow(self) -> None:
+        """Raise ``PlanError`` where a cast made inf of finite values, unless the user allowed it."""
+        overflowed = [loss for loss in self.losses() if loss.overflowed]
+        if overflowed and not self.allow_overflow:
+            role = self.steps[overflowed[0].key].sources[0].role
+            raise overflow_error(overflowed, _wider_dtype_hint(overflowed, self.roles), self.roles[role].path)
+
     def check_unchanged(self) -> None:
         for checkpoint in self.roles.values():
             checkpoint.check_unchanged(by_path=True)
+
+
+def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkpoint]) -> str:
+    wider = wider_dtype(overflowed)
+    if wider is None:
+        return ""
+    return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"--dtype {wider} holds them"
 
 
 def _refuse_different_bytes(step: Step, roles: Mapping[str, Checkpoint]) -> None:
@@ -270,11 +297,14 @@ def _write_safetensors(
     metadata: Mapping[str, str],
     inputs: _Inputs,
     progress: Progress,
+    *,
+    in_shards: bool = False,
 ) -> int:
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
     with AtomicFile(target, layout.nbytes) as file:
-        _write_and_read_back(write_safetensors(layout, payloads, file), file, infos, inputs, progress)
+        work = write_safetensors(layout, payloads, file)
+        _write_and_read_back(work, file, infos, inputs, progress, in_shards=in_shards)
     return layout.nbytes
 
 
@@ -300,6 +330,7 @@ def _write_and_read_back(
     progress: Progress,
     *,
     inner: str = "",
+    in_shards: bool = False,
 ) -> None:
     for count in work:
         progress(count)
@@ -311,6 +342,8 @@ def _write_and_read_back(
         raise OutputError(f"could not be read back, so it was deleted: {error.reason}", path=file.target) from error
     if not as_planned:
         raise OutputError("was not written as planned, so it was deleted", path=file.target)
+    if not in_shards:
+        inputs.refuse_overflow()
     inputs.check_unchanged()
 
 
@@ -331,7 +364,8 @@ def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progres
     with atomic_directory(target, replaced=ours) as directory:
         for shard in shards:
             path = os.path.join(directory, shard.name)
-            total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress)
+            total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress, in_shards=True)
+        inputs.refuse_overflow()
         name, data = weight_index(shards)
         if len(shards) > 1:
             with AtomicFile(os.path.join(directory, name), len(data)) as file:
@@ -340,7 +374,8 @@ def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progres
         _check_directory(directory, plan, names)
         inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
-    return Written(output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside))
+    losses = inputs.losses()
+    return Written(output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside), losses=losses)
 
 
 def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:

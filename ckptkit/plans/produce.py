@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import CastPayload, TensorPayload, torch_dtype
+from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan import Step
+from ckptkit.tensor_ops.casting import (
+    CastLoss,
+    CastPayload,
+    LossCounter,
+    RecipeCounter,
+    can_overflow,
+    describe_overflow,
+)
 
-__all__ = ["Producer"]
+__all__ = ["Producer", "overflow_error"]
 
 _CACHE_BYTES = 128 << 20
 
@@ -23,10 +31,13 @@ class Producer:
 
     One evaluation of a recipe gives all its outputs, and a cache of 128 MB keeps the latest ones. So the sources of a
     split are read once for all its parts, even where the plan has other steps between the parts.
+
+    ``losses`` has the losses of each tensor that was cast or computed, by its key, once the tensor was read to its end.
     """
 
     roles: Mapping[str, Checkpoint]
-    _outputs: dict[object, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)  # the latest is last
+    losses: dict[str, CastLoss] = field(default_factory=dict)
+    _outputs: dict[object, tuple[tuple[Tensor, ...], RecipeCounter]] = field(default_factory=dict, repr=False)
 
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, which are read or computed only with the chunks.
@@ -37,32 +48,63 @@ class Producer:
         if step.recipe is not None:
             return _ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
-        return payload if found.dtype == step.out.dtype else CastPayload(payload, found, step.out)
+        return payload if found.dtype == step.out.dtype else CastPayload(payload, found, step.out, self.losses)
 
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.
 
         Raises ``PlanError`` where an input changed since the plan was made.
         """
-        self._describe(step)
+        found = self._describe(step)
+        dtype = torch_dtype(step.out.dtype)
         if step.recipe is None:
             tensor = self._read(step, 0)
-        else:
-            from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
+            return tensor if found.dtype == step.out.dtype else self._cast(tensor, found, step.out)
+        from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
 
-            # The outputs of one chain over the same sources are computed together.
-            chain = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
-            outputs = self._outputs.pop(chain, None)
-            if outputs is None:
-                self._shrink_cache()
-                outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number))
-            self._outputs[chain] = outputs
-            tensor = outputs[step.recipe.part]
-        return tensor.to(torch_dtype(step.out.dtype))
+        # The outputs of one chain over the same sources are computed together; the latest chain is the last one.
+        chain = step.sources, Recipe(step.recipe.inputs, step.recipe.operations)
+        evaluated = self._outputs.pop(chain, None)
+        if evaluated is None:
+            self._shrink_cache()
+            counter = RecipeCounter()
+            outputs = evaluate_recipe(step.recipe, step.sources, lambda number: self._read(step, number), counter.add)
+            evaluated = outputs, counter
+        self._outputs[chain] = evaluated
+        outputs, counter = evaluated
+        tensor = outputs[step.recipe.part]
+        loss = counter.loss(step.out.key, tensor)
+        cast = tensor if tensor.dtype == dtype else self._cast(tensor, found, step.out)
+        self.losses[step.out.key] = loss + self.losses[step.out.key] if cast is not tensor else loss
+        return cast
+
+    def loss(self, step: Step) -> CastLoss | None:
+        """Return the losses of the step's tensor, or None for a step that cannot lose a value to inf.
+
+        A tensor that is only cast is read in bounded memory.
+        """
+        if step.recipe is not None:
+            if not step.is_cast and not step.recipe.is_lossy:
+                return None
+            self.tensor(step)
+        else:
+            payload = self.payload(step)
+            if not isinstance(payload, CastPayload) or not can_overflow(payload.found.dtype, step.out.dtype):
+                return None
+            for _ in payload.blocks():
+                pass
+        return self.losses[step.out.key]
+
+    def _cast(self, tensor: Tensor, found: TensorInfo, out: TensorInfo) -> Tensor:
+        cast = tensor.to(torch_dtype(out.dtype))
+        counter = LossCounter(found, out)
+        counter.add(tensor, cast)
+        self.losses[out.key] = counter.loss
+        return cast
 
     def _shrink_cache(self) -> None:
         rest = _CACHE_BYTES
-        for chain, outputs in reversed(list(self._outputs.items())):
+        for chain, (outputs, _) in reversed(list(self._outputs.items())):
             rest -= sum(tensor.nbytes for tensor in outputs)
             if rest < 0:
                 del self._outputs[chain]
@@ -105,3 +147,12 @@ class _ComputedPayload:
 
     def chunks(self) -> Iterator[memoryview]:
         yield from TensorPayload(self.compute(), self.nbytes).chunks()
+
+
+def overflow_error(losses: Sequence[CastLoss], hint: str = "", path: str | None = None) -> PlanError:
+    """Return the error for values that the new dtype cannot hold; ``hint`` names a dtype that holds the values."""
+    if all(loss.is_mask for loss in losses):
+        hint = "--allow-overflow writes -inf, which masks as well"
+    else:
+        hint = "; ".join([*([hint] if hint else []), "--allow-overflow writes them all the same"])
+    return PlanError(describe_overflow(losses), hint=hint, path=path)

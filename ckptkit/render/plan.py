@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.page import Code, Line, Page, Row, Table, as_code, as_text, table_rows
+from ckptkit.tensor_ops.casting import CastLoss, describe_overflow, describe_small_losses
 
 if TYPE_CHECKING:
     from ckptkit.plans.execute import Written
@@ -41,6 +42,7 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "by_source": dict(Counter(map(_roles, plan.steps))),
             "by_operation": dict(Counter(step.operation for step in plan.steps)),
         },
+        "cast_losses": None if written is None else [_cast_document(loss) for loss in written.losses],
         "output": None
         if written is None
         else {
@@ -52,13 +54,26 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
     }
 
 
+def _cast_document(loss: CastLoss) -> dict[str, object]:
+    return {
+        "key": loss.key,
+        "found": loss.found,
+        "dtype": loss.dtype,
+        "values": loss.values,
+        "overflowed": loss.overflowed,
+        "underflowed": loss.underflowed,
+        "truncated": loss.truncated,
+    }
+
+
 def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
     """Return the page of a writing command: every tensor of the output with its source, then what is left out."""
     rows = [Row(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
     left_out = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
     last = (f"{_summary(plan)}; nothing was written",) if written is None else _written(plan, written)
-    return [tensors, *left_out, *(Line((sentence,)) for sentence in _kept(plan)), Line(last)]
+    costs = [] if written is None else _losses(written)
+    return [tensors, *left_out, *(Line((sentence,)) for sentence in (*_kept(plan), *costs)), Line(last)]
 
 
 def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) -> list[str]:
@@ -69,7 +84,7 @@ def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) 
     lines = as_text([Line(_written(plan, written))])
     tensors = [drop for drop in plan.dropped if not drop.is_entry]
     entries = [drop.key for drop in plan.dropped if drop.is_entry]
-    lines += _kept(plan)
+    lines += [*_kept(plan), *_losses(written)]
     if tensors:
         lines += as_text([_left_out(tensors, expand=False)])
     if entries:
@@ -84,6 +99,12 @@ def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) 
 
 def _kept(plan: Plan) -> list[str]:
     return [f"copied unchanged: {_first_names(plan.kept, 8)}"] if plan.kept else []
+
+
+def _losses(written: Written) -> list[str]:
+    """Return sentences about the values that casts changed to inf, to 0 or to an integer."""
+    overflow = [describe_overflow(written.losses)] if any(loss.overflowed for loss in written.losses) else []
+    return [*overflow, *describe_small_losses(written.losses)]
 
 
 def _first_names(names: Sequence[str], most: int) -> str:

@@ -17,6 +17,7 @@ from ckptkit.tensor_ops.operation import (
     Int,
     Number,
     Operation,
+    Rounded,
     Shape,
     Text,
     printable_code,
@@ -57,9 +58,12 @@ class Cast(Operation):
                 raise self.refusal(f"{code} to {self.dtype} would lose the imaginary part")
         return (self.dtype,)
 
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Cast the tensor."""
-        return (tensors[0].to(torch_dtype(self.dtype)).contiguous(),)
+        cast = tensors[0].to(torch_dtype(self.dtype)).contiguous()
+        if rounded is not None:
+            rounded(tensors, tensors[0], cast)
+        return (cast,)
 
 
 @dataclass(frozen=True, slots=True)

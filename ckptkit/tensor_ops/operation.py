@@ -28,6 +28,7 @@ __all__ = [
     "Number",
     "NumberOrText",
     "Operation",
+    "Rounded",
     "Shape",
     "Text",
     "grid_text",
@@ -39,6 +40,8 @@ __all__ = [
 
 
 Shape: TypeAlias = tuple[int, ...]
+# Called with the inputs of an operation, and with an output before and after it is rounded to its dtype.
+Rounded: TypeAlias = Callable[[Sequence[Tensor], Tensor, Tensor], None]
 ARITHMETIC = frozenset({"F16", "BF16", "F32", "F64"})
 
 
@@ -77,7 +80,7 @@ class Operation(ABC):
         """Return the dtype codes of the outputs; raise ``RuleError`` for dtypes that the operation does not accept."""
 
     @abstractmethod
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Return the outputs for inputs that ``shapes`` and ``dtypes`` accepted."""
 
     def inverse(self, inputs: Sequence[Shape]) -> Operation | None:
@@ -89,14 +92,15 @@ class Operation(ABC):
         """Return the operation for optimizer state with one value per element, or None where there is none."""
         return None
 
-    def apply(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def apply(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Return contiguous outputs, which may share the memory of the inputs.
 
-        Raises ``RuleError`` for inputs that the operation does not accept.
+        ``rounded`` is called for each output that is rounded to its dtype, or cast. Raises ``RuleError`` for inputs
+        that the operation does not accept.
         """
         self.shapes([tuple(tensor.shape) for tensor in tensors])
         self.dtypes([code_of(tensor.dtype) for tensor in tensors])
-        return self.make([tensor.detach().resolve_conj().resolve_neg() for tensor in tensors])
+        return self.make([tensor.detach().resolve_conj().resolve_neg() for tensor in tensors], rounded)
 
     def params(self) -> dict[str, object]:
         """Return the parameters as JSON values; ``parse_operation({op.name: op.params()})`` equals ``op``."""
@@ -146,10 +150,11 @@ class Moving(Operation):
             raise self.refusal(f"elements of {printable_code(codes[0])} cannot be moved one by one")
         return (codes[0],) * self.outputs
 
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Move the elements as integers: torch has every kernel for integers, and none changes the bits of a NaN."""
         import torch
 
+        del rounded
         dtype = tensors[0].dtype
         # torch has no integers of 128 bits, but its copies of complex numbers keep every bit.
         width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(dtype.itemsize, dtype)
@@ -181,12 +186,16 @@ class Arithmetic(Operation):
                 )
         return (inputs[0],) * self.outputs
 
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Cast the inputs, compute, and round."""
         wide = working_dtype(tensors)
         outputs = self.compute([tensor.to(wide) for tensor in tensors])
         codes = self.dtypes([code_of(tensor.dtype) for tensor in tensors])
-        return tuple(tensor.to(torch_dtype(code)).contiguous() for tensor, code in zip(outputs, codes, strict=True))
+        made = tuple(tensor.to(torch_dtype(code)).contiguous() for tensor, code in zip(outputs, codes, strict=True))
+        if rounded is not None:
+            for before, after in zip(outputs, made, strict=True):
+                rounded(tensors, before, after)
+        return made
 
 
 def printable_code(code: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ckptkit.core.torch_types import Tensor
-from ckptkit.tensor_ops.operation import Operation, Shape
+from ckptkit.tensor_ops.operation import Operation, Rounded, Shape
 from ckptkit.tensor_ops.registry import apply_chain, chain_dtypes, chain_shapes
 
 __all__ = ["Recipe", "compose", "evaluate_recipe", "recipe_dtype", "recipe_shape"]
@@ -23,6 +23,12 @@ class Recipe:
     inputs: tuple[int | Recipe, ...]
     operations: tuple[Operation, ...]
     part: int = 0
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether an operation computes new values, so that the sources cannot be restored."""
+        inner = any(item.is_lossy for item in self.inputs if isinstance(item, Recipe))
+        return inner or any(operation.lossy for operation in self.operations)
 
     def outline(self) -> str:
         """Return the names of the operations in the order of their execution: ``stack, transpose``."""
@@ -66,20 +72,23 @@ def recipe_dtype(recipe: int | Recipe, sources: Sequence[str]) -> str:
     return chain_dtypes(recipe.operations, [recipe_dtype(item, sources) for item in recipe.inputs])[recipe.part]
 
 
-def evaluate_recipe(recipe: Recipe, sources: Sequence[object], read: Callable[[int], Tensor]) -> tuple[Tensor, ...]:
+def evaluate_recipe(
+    recipe: Recipe, sources: Sequence[object], read: Callable[[int], Tensor], rounded: Rounded | None = None
+) -> tuple[Tensor, ...]:
     """Return every output of the last operation of the recipe.
 
     ``read`` returns a source by its number. Equal elements of ``sources`` are the same tensor, and equal parts of the
-    recipe are evaluated once.
+    recipe are evaluated once. ``rounded`` is called as ``Operation.apply`` says.
     """
     first: dict[object, int] = {}
     numbers = [first.setdefault(source, number) for number, source in enumerate(sources)]
-    return _Evaluation(read).evaluate(_renumbered(recipe, numbers))
+    return _Evaluation(read, rounded).evaluate(_renumbered(recipe, numbers))
 
 
 @dataclass(frozen=True, slots=True)
 class _Evaluation:
     read: Callable[[int], Tensor]
+    rounded: Rounded | None
     outputs: dict[object, tuple[Tensor, ...]] = field(default_factory=dict)
 
     def evaluate(self, recipe: Recipe) -> tuple[Tensor, ...]:
@@ -89,7 +98,7 @@ class _Evaluation:
         inputs = [
             self.read(item) if isinstance(item, int) else self.evaluate(item)[item.part] for item in recipe.inputs
         ]
-        outputs = apply_chain(recipe.operations, inputs)
+        outputs = apply_chain(recipe.operations, inputs, self.rounded)
         if len(outputs) > 1:  # other inputs can be other outputs of this chain
             self.outputs[chain] = outputs
         return outputs

@@ -14,7 +14,7 @@ from ckptkit.tensor_ops.arithmetic import Add, Cast, FoldBatchNorm, FoldMask, Fo
 from ckptkit.tensor_ops.joining import Concat, Deinterleave, FuseQkv, Interleave, Split, SplitQkv, Stack, Unstack
 from ckptkit.tensor_ops.lora import ExtractLora, FoldLora
 from ckptkit.tensor_ops.moving import Permute, Reshape, RopePermute, Slice, Transpose
-from ckptkit.tensor_ops.operation import Operation, Shape, read_parameters
+from ckptkit.tensor_ops.operation import Operation, Rounded, Shape, read_parameters
 from ckptkit.tensor_ops.resizing import ConvInChannels, Pad, ResizePosEmbed
 
 __all__ = [
@@ -105,11 +105,16 @@ def _chain_dtypes(operations: tuple[Operation, ...], dtypes: tuple[str, ...]) ->
     return dtypes
 
 
-def apply_chain(operations: Iterable[Operation], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Return the outputs of a chain; raise ``RuleError`` where an operation refuses its inputs."""
+def apply_chain(
+    operations: Iterable[Operation], tensors: Sequence[Tensor], rounded: Rounded | None = None
+) -> tuple[Tensor, ...]:
+    """Return the outputs of a chain; raise ``RuleError`` where an operation refuses its inputs.
+
+    ``rounded`` is called as ``Operation.apply`` says.
+    """
     outputs = tuple(tensors)
     for operation in operations:
-        outputs = operation.apply(outputs)
+        outputs = operation.apply(outputs, rounded)
     return outputs
 
 

@@ -22,6 +22,7 @@ from ckptkit.tensor_ops.operation import (
     Ints,
     NumberOrText,
     Operation,
+    Rounded,
     Shape,
     Text,
     grid_text,
@@ -85,12 +86,16 @@ class Pad(Operation):
         """Return the operation with zeros, because the new rows have had no gradient yet."""
         return replace(self, fill="zeros")
 
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Add the rows."""
         (tensor,) = tensors
         dim = self.dim % tensor.dim()
         shape = [*tensor.shape[:dim], self.size - tensor.shape[dim], *tensor.shape[dim + 1 :]]
-        return Concat(dim).make([tensor, self._rows(tensor, dim, shape).to(tensor.dtype)])
+        rows = self._rows(tensor, dim, shape)
+        made = rows.to(tensor.dtype)
+        if rounded is not None and rows.dtype != made.dtype:
+            rounded(tensors, rows, made)
+        return Concat(dim).make([tensor, made])
 
     def _rows(self, tensor: Tensor, dim: int, shape: Sequence[int]) -> Tensor:
         import torch
@@ -186,14 +191,14 @@ class ResizePosEmbed(Arithmetic):
         self._old(shape)
         return ((*shape[:-2], self.prefix + math.prod(self.new), shape[-1]),)
 
-    def make(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def make(self, tensors: Sequence[Tensor], rounded: Rounded | None = None) -> tuple[Tensor, ...]:
         """Resize the grid, and put the prefix tokens in front of it."""
         (tensor,) = tensors
         dim = tensor.dim() - 2
         if self._old(tuple(tensor.shape)) == self.new:
             return (tensor.contiguous(),)
         grid = tensor.narrow(dim, self.prefix, tensor.shape[dim] - self.prefix)
-        (resized,) = Arithmetic.make(self, [grid])
+        (resized,) = Arithmetic.make(self, [grid], rounded)
         return Concat(dim).make([tensor.narrow(dim, 0, self.prefix), resized])
 
     def compute(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:

@@ -56,6 +56,7 @@ class OutputOptions:
     expand: bool
     plan_file: str | None = None
     verify: bool = False
+    allow_overflow: bool = False
 
 
 def output_options(command: CommandFunction) -> CommandFunction:
@@ -70,8 +71,8 @@ def plan_output_options(command: CommandFunction) -> CommandFunction:
     """Add the options of a command that writes what a plan says, and pass them to the command as ``options``."""
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
-        _only_tensors_option, _keep_unknown_option, _dry_run_option, _plan_option, _verify_option, expand_option,
-        report_options, quiet_option,
+        _only_tensors_option, _keep_unknown_option, _allow_overflow_option, _dry_run_option, _plan_option,
+        _verify_option, expand_option, report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -91,6 +92,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         max_shard_size: int | None = None,
         plan_file: str | None = None,
         verify: bool = False,
+        allow_overflow: bool = False,
         **others: object,
     ) -> object:
         chosen = choose_output(
@@ -102,7 +104,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             keep_unknown=keep_unknown,
         )
         chosen = replace(chosen, before=present_state(chosen.path))
-        options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify)
+        options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify, allow_overflow)
         return command(*args, options=options, **others)
 
     return with_options
@@ -137,6 +139,10 @@ _keep_unknown_option = click.option(
     "--keep-unknown", is_flag=True,
     help="Copy code references that torch.load(weights_only=True) refuses. They are never run.",
 )  # fmt: skip
+_allow_overflow_option = click.option(
+    "--allow-overflow", is_flag=True,
+    help="Write values that are too large for their new dtype as inf, and report them.",
+)  # fmt: skip
 _dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print the plan; write nothing.")
 _plan_option = click.option(
     "--plan", "plan_file", type=click.Path(), metavar="FILE",
@@ -158,7 +164,9 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
     with _plan_file(plan, sources, options):
         if not options.dry_run:
             with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
-                written = execute(plan, sources, options.output, progress=progress)
+                written = execute(
+                    plan, sources, options.output, allow_overflow=options.allow_overflow, progress=progress
+                )
     echo_output_report(
         options,
         lambda: plan_page(plan, written, expand=options.expand),
