@@ -134,7 +134,7 @@ def test_inf_made_of_finite_values_is_not_written(
     assert run_ckpt(capsys, *command, "--dry-run").code == 0
     ran = run_ckpt(capsys, *command, "--allow-overflow", "--json", "--verify")
     assert ran.code == 0, ran.err
-    losses = json.loads(ran.out)["cast_losses"]
+    losses = json.loads(ran.out)["output"]["cast_losses"]
     assert [(loss["key"], loss["overflowed"], loss["values"]) for loss in losses] == [("a", 2, 4), ("b", 3, 3)]
     assert "5 values do not fit the new dtype" in ran.err
     with open_checkpoint(tmp_path / name) as written:

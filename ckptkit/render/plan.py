@@ -42,7 +42,6 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "by_source": dict(Counter(map(_roles, plan.steps))),
             "by_operation": dict(Counter(step.operation for step in plan.steps)),
         },
-        "cast_losses": None if written is None else [_cast_document(loss) for loss in written.losses],
         "output": None
         if written is None
         else {
@@ -50,6 +49,7 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "format": written.format,
             "tensors": written.tensors,
             "bytes": written.nbytes,
+            "cast_losses": [_cast_document(loss) for loss in written.losses],
         },
     }
 
