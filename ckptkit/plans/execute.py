@@ -213,6 +213,7 @@ class _Inputs:
         """Raise ``PlanError`` where a cast made inf of finite values, unless the user allowed it."""
         overflowed = [loss for loss in self.losses() if loss.overflowed]
         if overflowed and not self.allow_overflow:
+            self.check_unchanged()  # the values of a file that changed mean nothing
             role = self.steps[overflowed[0].key].sources[0].role
             raise overflow_error(overflowed, _wider_dtype_hint(overflowed, self.roles), self.roles[role].path)
 
