@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
+from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -298,9 +298,15 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         """Return this checkpoint with more entries; both share the open files."""
         return self._with(replace(self._description, entries=(*self.entries, *entries)))
 
-    def _with(self, description: Description) -> Checkpoint:
+    def with_as_entries(self, keys: Collection[str]) -> Checkpoint:
+        """Return this checkpoint with the tensors at ``keys`` as entries; both share the open files."""
+        infos = {key: info for key, info in self._infos.items() if key not in keys}
+        entries = (Entry(key, "tensor", str(self._infos[key])) for key in keys)
+        return self._with(replace(self._description, entries=(*self.entries, *entries)), infos)
+
+    def _with(self, description: Description, infos: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
         other = Checkpoint(
-            self._infos,
+            self._infos if infos is None else infos,
             replace(self._access, close=None),
             description,
             nested=self._nested,

@@ -7,8 +7,11 @@ import os
 from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
+from ckptkit.formats import codes
+from ckptkit.wrappers.entries import describe_entries, optimizer_keys
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["LIVE_PREFIX", "errors_about", "open_checkpoint", "open_inside", "open_optimizer", "split_path"]
@@ -32,7 +35,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
         path, key = split_path(name)
-        return _warn_of_similar_keys(_open_path(path, Selection(key)))
+        return _warn_of_similar_keys(_leave_out_optimizers(_open_path(path, Selection(key)), key))
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -91,6 +94,20 @@ def errors_about(name: str) -> Iterator[None]:
     else:
         return
     raise FormatError("describing the checkpoint needs more memory than this machine has", path=name)
+
+
+def _leave_out_optimizers(checkpoint: Checkpoint, key: str) -> Checkpoint:
+    """Return the checkpoint with flattened optimizer states as entries, if other tensors remain and no key was given.
+
+    Readers of nested values have found such states already.
+    """
+    if key or checkpoint.nested is not None:
+        return checkpoint
+    found = optimizer_keys(checkpoint)
+    if not found or len(found) == len(checkpoint):
+        return checkpoint
+    warning = ReaderWarning(describe_entries(found), codes.NOT_WEIGHTS)
+    return checkpoint.with_as_entries([str(name) for name in found]).with_warnings(warning)
 
 
 def _warn_of_similar_keys(checkpoint: Checkpoint) -> Checkpoint:

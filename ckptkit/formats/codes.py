@@ -62,6 +62,7 @@ PART_OF_SEVERAL = Code(
     "open the directory, which joins the files",
 )
 RANKS_DIFFER = Code("ranks-differ", ("warning",), "A tensor that is not split differs between the files of the ranks.")
+NOT_WEIGHTS = Code("not-weights", ("note",), "The file holds values beside the weights, such as an optimizer state.")
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 
 CODES = codes_in(globals())

@@ -25,7 +25,7 @@ from ckptkit.optimizer_state.model import (
     map_tensors,
     require_named,
 )
-from ckptkit.wrappers.envelopes import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
+from ckptkit.wrappers.entries import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
 
 __all__ = ["FoundGroup", "FoundState", "as_named", "read_form", "read_state", "to_dict", "to_form"]
 

@@ -168,7 +168,8 @@ def dropped_entries(checkpoint: Checkpoint, role: str) -> list[Dropped]:
 
 
 def _entry_reason(entry: Entry) -> str:
-    where = "beside the state_dict" if entry.is_outside else "in the state_dict, and not a tensor"
+    inside = "weight" if entry.type == "tensor" else "tensor"
+    where = "beside the state_dict" if entry.is_outside else f"in the state_dict, and not a {inside}"
     return f"{where} ({printable(entry.type)})"
 
 

@@ -8,19 +8,18 @@ from typing import Final, NamedTuple
 
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.errors import FormatError
+from ckptkit.wrappers.entries import IsTensor, KnownEntry, is_optimizer_state, known_entries
 
 __all__ = [
     "ENVELOPES",
-    "FLAT_GROUPS",
-    "FLAT_STATE",
     "OPTIMIZER",
     "WEIGHTS",
     "Envelope",
     "Selection",
-    "choose_envelope",
+    "Weights",
     "describe_averages",
     "find_optimizers",
-    "is_optimizer_state",
+    "find_weights",
     "is_state_dict",
 ]
 
@@ -105,7 +104,34 @@ def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
     return tensors > 0 and 2 * tensors > len(value) and all(isinstance(key, str) for key in value)
 
 
-def choose_envelope(
+class Weights(NamedTuple):
+    """The keys that lead to the mapping of weights, and the keys in it that hold no weights.
+
+    ``beside`` names tensors next to the first of these keys that could be weights too.
+    """
+
+    path: tuple[str, ...]
+    left_out: Mapping[object, KnownEntry]
+    beside: tuple[str, ...] = ()
+
+
+def find_weights(tree: Mapping[object, object], is_tensor: IsTensor, *, keep_tensors: bool = False) -> Weights:
+    """Return where the weights in ``tree`` are. The path is empty if ``tree`` itself holds the weights.
+
+    With ``keep_tensors``, no tensor directly in ``tree`` is taken for a counter. Raises ``FormatError`` with all
+    candidates if there are several mappings of weights.
+    """
+    if not any(map(is_tensor, tree.values())) and (path := _choose_envelope(tree, is_tensor)):
+        return Weights(path, {})
+    left_out = known_entries(tree, is_tensor, keep_tensors=keep_tensors)
+    rest = {key: value for key, value in tree.items() if key not in left_out} if left_out else tree
+    path = _choose_envelope(rest, is_tensor)
+    if not path:
+        return Weights((), left_out)
+    return Weights(path, {}, tuple(str(key) for key, value in rest.items() if is_tensor(value)))
+
+
+def _choose_envelope(
     tree: Mapping[object, object], is_tensor: Callable[[object], bool], at: str = ""
 ) -> tuple[str, ...]:
     """Return the keys that lead to the mapping of weights in ``tree``, or no keys if ``tree`` itself holds the weights.
@@ -136,7 +162,7 @@ def choose_envelope(
     ((key, value),) = candidates.items()
     if is_state_dict(value, is_tensor):
         return (key,)
-    return (key, *choose_envelope(value, is_tensor, f"{at}{key}."))
+    return (key, *_choose_envelope(value, is_tensor, f"{at}{key}."))
 
 
 def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:
@@ -192,20 +218,8 @@ def _holds_weights(
     return seen[visit]
 
 
-FLAT_STATE: Final = "state."
-FLAT_GROUPS: Final = "param_groups."
 _DEEPEST = 4
 _MOST_VISITED = 100_000
-
-
-def is_optimizer_state(value: object) -> bool:
-    """Return whether ``value`` has the form of an optimizer's ``state_dict()``, nested or with flattened keys."""
-    if not isinstance(value, Mapping) or not value:
-        return False
-    if "state" in value and "param_groups" in value:
-        return isinstance(value["state"], Mapping) and isinstance(value["param_groups"], list | tuple)
-    flat = all(isinstance(key, str) and key.startswith((FLAT_STATE, FLAT_GROUPS)) for key in value)
-    return flat and any(key.startswith(FLAT_GROUPS) for key in value)
 
 
 def find_optimizers(tree: object) -> list[tuple[object, ...]]:

@@ -106,6 +106,7 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
             lambda storage: _region(metadata.tensors[storage.key], items),
             partial(_records, metadata, items),
             tuple(_warnings(metadata, objects, set(names) - pool.files.keys())),
+            is_loaded_whole=False,
         ),
         path=pool.directory,
         format="dcp",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.core.checkpoint import (
@@ -47,6 +47,7 @@ from ckptkit.formats.torch.tree import (
     type_name,
     unique_names,
 )
+from ckptkit.wrappers.entries import KnownEntry, describe_entries
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection, describe_averages
 
 __all__ = ["LARGEST_PICKLE", "TorchFile", "build_checkpoint", "build_file_checkpoint", "code_warnings"]
@@ -59,6 +60,7 @@ _MOST_RETYPED = 8
 _MOST_SUMMARIZED = 1_000_000
 _MOST_ENTRIES = 100_000
 _MOST_TENSORS = 1_000_000
+_MOST_BESIDE = 8  # named in a warning
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class TorchFile:
     ``objects`` are the builders that parsed the pickle. ``records`` returns everything stored; its argument has the
     keys of the tensors in each storage. ``pickle`` returns the bytes of the pickle, and ``other_records`` everything
     that is neither the pickle nor a storage. ``unwritable`` is the reason why the file cannot be written again.
+    ``is_loaded_whole`` is false for a file from which torch loads only the keys that the caller names.
     Raises ``FormatError`` for a pickle that changes a tensor after building it, which torch would follow.
     """
 
@@ -81,6 +84,7 @@ class TorchFile:
     pickle: Callable[[], bytes] | None = None
     unwritable: str = ""
     other_records: Callable[[], Sequence[tuple[str, Payload]]] = tuple
+    is_loaded_whole: bool = True
 
     def __post_init__(self) -> None:
         """Refuse changed tensors."""
@@ -123,7 +127,7 @@ def build_checkpoint(
     Raises ``FormatError`` for a tensor that exceeds its storage, and for a storage that contradicts the pickle.
     """
     tree, notes = replace_modules(file.tree, file.pickle_size)
-    value, chosen = find_mapping(tree, selection)
+    value, chosen, left_out, beside = find_mapping(tree, selection)
     averages = [ReaderWarning(text, codes.AVERAGE_BESIDE) for text in describe_averages(tree, chosen, is_tensor)]
     if isinstance(value, TensorRef):
         value = {"": value} if not chosen else {chosen[-1]: value}
@@ -138,7 +142,7 @@ def build_checkpoint(
             hint="save the state_dict() of the object instead",
         )
     budget = [_MOST_SUMMARIZED]
-    found = _sort_leaves(value, file.pickle_size, budget)
+    found = _sort_leaves(value, left_out, file.pickle_size, budget)
     regions: dict[str, Region] = {}  # by the key of the storage
     ids: dict[str, int] = {}
     infos: dict[str, TensorInfo] = {}
@@ -149,10 +153,13 @@ def build_checkpoint(
         if tensor.storage is not None and tensor.storage.key not in regions:
             regions[tensor.storage.key] = file.locate(tensor.storage)
     entries = _entries_outside(tree, chosen, budget) + found.entries
+    if left_out and not file.is_loaded_whole:
+        entries = [entry._replace(is_outside=True) for entry in entries]
     interpreter = file.objects.interpreter
     references = [name for name in interpreter.references if not is_harmless(name)]
     suspicious = [name for name in references if is_suspicious(name)]
     warnings = [*found.warnings, *file.warnings, *notes, *averages, *code_warnings(references, suspicious)]
+    warnings += _not_weights_warnings(left_out, beside, chosen)
     if interpreter.repeated is not None:
         text = f"a mapping sets {quoted(interpreter.repeated)} more than once: the last value counts, as in torch"
         warnings.append(ReaderWarning(text, codes.REPEATED_KEY))
@@ -255,14 +262,17 @@ class _Leaves:
     warnings: list[str]
 
 
-def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves:
-    """Return the tensors and entries of a mapping; ``size`` is the size of the pickle, which bounds their number."""
+def _sort_leaves(value: object, left_out: Collection[object], size: int, summary_budget: list[int]) -> _Leaves:
+    """Return the tensors and entries of a mapping. Each value at a key in ``left_out`` is one entry.
+
+    ``size`` is the size of the pickle, which bounds the number of places.
+    """
     found: list[tuple[KeyPath, object]] = []
     budget = _CHARACTERS_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
-    for path, found_leaf in leaves(value, [_FEWEST_PLACES + size]):
+    for path, found_leaf in leaves(value, [_FEWEST_PLACES + size], left_out):
         leaf = made_by_class(found_leaf) or found_leaf
-        leaf_is_tensor = isinstance(leaf, TensorRef)
+        leaf_is_tensor = isinstance(leaf, TensorRef) and not (left_out and path[0] in left_out)
         if not leaf_is_tensor and not (path or isinstance(leaf, list | tuple)):
             continue
         if not leaf_is_tensor and len(found) - tensors >= _MOST_ENTRIES:
@@ -281,7 +291,7 @@ def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves
         for key, attribute in value.attributes.items():
             result.entries.append(describe_entry(key_name(key), attribute, summary_budget))
     for name, (path, leaf) in zip(names.names, found, strict=True):
-        if isinstance(leaf, TensorRef):
+        if isinstance(leaf, TensorRef) and not (left_out and path[0] in left_out):
             result.tensors[name] = whole_tensor(leaf)
             result.paths[name] = path
         else:
@@ -289,6 +299,17 @@ def _sort_leaves(value: object, size: int, summary_budget: list[int]) -> _Leaves
     if unlisted:
         result.warnings.append(f"{plural(unlisted, 'entry', 'entries')} more than {_MOST_ENTRIES:,} are not listed")
     return result
+
+
+def _not_weights_warnings(
+    left_out: Mapping[object, KnownEntry], beside: Sequence[str], chosen: KeyPath
+) -> Iterator[ReaderWarning]:
+    if left_out:
+        yield ReaderWarning(describe_entries(left_out), codes.NOT_WEIGHTS)
+    if beside:
+        names = listed(beside, _MOST_BESIDE)
+        text = f"reads the weights in {quoted(dotted_key(chosen))}, and no other tensors: {names}"
+        yield ReaderWarning(text, codes.NOT_WEIGHTS)
 
 
 def _dtype_conflicts(infos: Mapping[str, TensorInfo], tensors: Mapping[str, TensorRef]) -> list[str]:

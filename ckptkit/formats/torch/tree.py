@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeGuard
 
 from ckptkit.core.checkpoint import Entry, KeyPath
 from ckptkit.core.findings import ReaderWarning
@@ -14,9 +15,11 @@ from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.pickle.values import CodeName, PickledMapping, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
-from ckptkit.wrappers.envelopes import Selection, choose_envelope, find_optimizers
+from ckptkit.wrappers.entries import KnownEntry, known_entries
+from ckptkit.wrappers.envelopes import Selection, find_optimizers, find_weights
 
 __all__ = [
+    "FoundMapping",
     "UniqueNames",
     "bracketed_key",
     "children",
@@ -127,27 +130,42 @@ def type_name(value: object) -> str:
     return "null" if value is None else type(value).__name__
 
 
-def is_tensor(value: object) -> bool:
+def is_tensor(value: object) -> TypeGuard[TensorRef]:
     """Return whether a value is a reference to a tensor."""
     return isinstance(value, TensorRef)
 
 
-def find_mapping(tree: object, selection: Selection) -> tuple[object, KeyPath]:
-    """Return the selected mapping and its path in the tree.
+class FoundMapping(NamedTuple):
+    """The selected mapping, its path in the tree, and the keys in it that hold no weights.
+
+    ``beside`` names tensors next to the first key of the path.
+    """
+
+    value: object
+    path: KeyPath
+    left_out: Mapping[object, KnownEntry]
+    beside: tuple[str, ...] = ()
+
+
+def find_mapping(tree: object, selection: Selection) -> FoundMapping:
+    """Return the selected mapping of the tree.
 
     Raises ``FormatError`` if no mapping or more than one mapping fits the selection.
     """
     if selection.optimizer:
-        return _only_optimizer(tree)
+        return FoundMapping(*_only_optimizer(tree), {})
     if selection.key:
-        return _descend(tree, selection.key)
+        return FoundMapping(*_descend(tree, selection.key), {})
     if not isinstance(tree, Mapping):
-        return tree, ()
-    path = choose_envelope(tree, is_tensor)
+        items: dict[object, object] = dict(enumerate(tree)) if isinstance(tree, list | tuple) else {}
+        return FoundMapping(tree, (), known_entries(items, is_tensor, keep_tensors=True))
+    # Modules save their state_dict as an OrderedDict, and "step" can be a buffer. A dict was put together by a script.
+    is_state_dict = isinstance(tree, PickledMapping) and tree.kind == "OrderedDict"
+    path, left_out, beside = find_weights(tree, is_tensor, keep_tensors=is_state_dict)
     value: object = tree
     for key in path:
         value = value[key] if isinstance(value, Mapping) else None
-    return value, path
+    return FoundMapping(value, path, left_out, beside)
 
 
 def _only_optimizer(tree: object) -> tuple[object, KeyPath]:
@@ -229,12 +247,12 @@ def find_object(tree: object, wanted: Container[int]) -> KeyPath | None:
     return None
 
 
-def leaves(value: object, budget: list[int]) -> Iterator[tuple[KeyPath, object]]:
+def leaves(value: object, budget: list[int], whole: Collection[object] = ()) -> Iterator[tuple[KeyPath, object]]:
     """Yield each leaf below ``value`` with its key path, in order; only dicts, lists and tuples have leaves.
 
-    A long list of scalars, such as the losses of a run, is one leaf. ``budget[0]`` is the number of places that may
-    be visited, and is counted down: a kilobyte of shared lists can expand to 2^60 places. Raises ``FormatError`` for
-    a value that is nested too deeply or has more places.
+    The value at each key of ``whole`` is one leaf, and so is a long list of scalars, such as the losses of a run.
+    ``budget[0]`` is the number of places that may be visited, and is counted down: a kilobyte of shared lists can
+    expand to 2^60 places. Raises ``FormatError`` for a value that is nested too deeply or has more places.
     """
     stack: list[Iterator[tuple[KeyPath, object]]] = [iter([((), value)])]
     while stack:
@@ -242,7 +260,8 @@ def leaves(value: object, budget: list[int]) -> Iterator[tuple[KeyPath, object]]
             budget[0] -= 1
             if budget[0] < 0:
                 raise FormatError("the structure refers to its own parts so often that it expands too far")
-            if isinstance(item, Mapping | list | tuple) and item and not _is_long_list(item, budget):
+            is_whole = len(path) == 1 and path[0] in whole
+            if isinstance(item, Mapping | list | tuple) and item and not is_whole and not _is_long_list(item, budget):
                 if len(stack) > _DEEPEST:
                     raise FormatError(f"nested too deeply: more than {_DEEPEST} levels")
                 items = item.items() if isinstance(item, Mapping) else enumerate(item)
