@@ -1,195 +1,43 @@
 """The command line: one file per command, and the exit code of each outcome.
 
 0: nothing to report. 1: differences or findings. 2: trouble. 128+n: signal n. 70: a bug, with its traceback.
+
+Importing this package imports nothing else, so that ``run`` is ready before the user can press Ctrl-C.
 """
 
 from __future__ import annotations
 
-import errno
-import gc
-import os
-import signal
-import sys
-import warnings
-from collections.abc import Sequence
-from importlib import import_module
-from types import FrameType
+from typing import TYPE_CHECKING
 
-import click
-
-from ckptkit.cli.common.printing import print_line, print_message
-from ckptkit.errors import CkptkitError
+if TYPE_CHECKING:
+    from ckptkit.cli.common.program import ckpt, main
 
 __all__ = ["ckpt", "main", "run"]
 
-
-def _version(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
-    if value and not context.resilient_parsing:
-        from importlib.metadata import version
-
-        print_line(f"ckpt {version('ckptkit')}")
-        context.exit()
-
-
-_SUMMARIES = {
-    "show": "List the tensors, other entries and warnings of a checkpoint.",
-    "check": "Read every stored byte, and report what is damaged or unusual.",
-    "stats": "Show mean, extremes, norms, zeros and NaN of each tensor.",
-    "diff": "Compare what a model expects with what a checkpoint has.",
-    "align": "Find the rules that rename one checkpoint to match another.",
-    "remap": "Rename, keep, drop and cast tensors, and write the result.",
-    "merge": "Copy the values of other checkpoints into a base where they fit.",
-    "convert": "Write another format, shards, or another dtype.",
-    "optim": "Show and edit the state of an optimizer by parameter name.",
-    "preflight": "Check a run before training: what loads, what trains, a verdict.",
-    "groups": "Check param groups against the live model.",
-}
-
-
-class _Commands(click.Group):
-    """A group whose commands are imported from their own files when they are used."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
-        return list(_SUMMARIES)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002 - click's signature
-        if cmd_name not in _SUMMARIES:
-            return None
-        command: click.Command = getattr(import_module(f"ckptkit.cli.{cmd_name}"), cmd_name)
-        return command
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002 - click's signature
-        with formatter.section("Commands"):
-            formatter.write_dl(list(_SUMMARIES.items()))
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.option("-V", "--version", is_flag=True, callback=_version, expose_value=False, is_eager=True,
-              help="Show the version and exit.")  # fmt: skip
-@click.pass_context
-def ckpt(context: click.Context) -> None:
-    """See what a checkpoint holds, see what will load, make it fit, and check what the optimizer trains.
-
-    \b
-    A PATH is a file or directory of any known format, recognised by its content.
-    PATH::a.b is a mapping inside a checkpoint. py:package.module:callable is a
-    live model; ckpt runs the code of that model.
-
-    Exit codes: 0 nothing to report, 1 differences or findings, 2 trouble.
-    """  # noqa: D301 - \b is click's mark
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        context.color = False
-
-
-class _Stopped(BaseException):
-    """A signal asked the process to end; raising it removes temporary files on the way out."""
-
-
-def _raise_stopped(number: int, _frame: FrameType | None) -> None:
-    raise _Stopped(number)
+_INTERRUPTED = 130  # 128 + SIGINT
 
 
 def run() -> None:
     """Run the program on the process's arguments and exit with its code."""
-    gc.disable()  # a command is short and makes no cycles; the collector would take half the time of a large diff
-    sys.exit(main(sys.argv[1:]))
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Run the program and return the exit code; every expected failure is one line on stderr."""
-    _replace_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a name must not crash a terminal without Unicode
-            stream.reconfigure(errors="backslashreplace")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _raise_stopped)
-    # Every live model would cause this warning where numpy is missing, and torch works without numpy.
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy", category=UserWarning)
     try:
-        code = _invoke(list(arguments))
-        sys.stdout.flush()
-    except CkptkitError as error:
-        return _report_trouble(error.reason, error.hint, error.path)
-    except click.exceptions.NoArgsIsHelpError as error:  # the message is the whole help
-        for line in error.format_message().split("\n"):
-            _print_error_line(line)
-        return 2
-    except click.UsageError as error:
-        context = error.ctx.command_path if error.ctx else "ckpt"
-        return _report_trouble(error.format_message(), f"see {context} --help", None)
-    except click.ClickException as error:
-        return _report_trouble(error.format_message(), None, None)
-    except (click.Abort, KeyboardInterrupt):
-        return 128 + signal.SIGINT
-    except _Stopped as stopped:
-        return 128 + int(stopped.args[0])
-    except BrokenPipeError:
-        return _discard_stdout(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO) and error.filename is None:
-            _discard_stdout(2)
-            return _report_trouble(f"standard output: {os.strerror(error.errno).lower()}", None, None)
-        return _report_bug()
-    except MemoryError:
-        code = None  # reported below, because the exception keeps the objects alive that filled the memory
-    except Exception:  # noqa: BLE001 - a bug must not look like a finding
-        return _report_bug()
-    return _report_trouble("the command needs more memory than this machine has", None, None) if code is None else code
+        import gc
+        import sys
+
+        gc.disable()  # a command is short and makes no cycles; the collector would take half the time of a large diff
+        from ckptkit.cli.common.program import main
+
+        code = main(sys.argv[1:])
+        import signal
+
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # the interpreter would print a traceback while it ends
+    except KeyboardInterrupt:
+        code = _INTERRUPTED
+    raise SystemExit(code)
 
 
-def _replace_closed_streams() -> None:
-    """Open /dev/null in place of each standard stream that is closed."""
-    if sys.stdout is not None and sys.stderr is not None:
-        return
-    # The next opened file would get a free descriptor below 3, and the output of torch would end up in that file.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - open until the process ends
-    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from ckptkit.cli.common import program
 
-
-def _invoke(arguments: list[str]) -> int:
-    if "_CKPT_COMPLETE" in os.environ:
-        ckpt.main(arguments, prog_name="ckpt", standalone_mode=False)
-        return 0
-    # Not click's own main, which ends a broken pipe with code 1. Here code 1 means "different".
-    try:
-        with ckpt.make_context("ckpt", arguments) as context:
-            ckpt.invoke(context)
-    except click.exceptions.Exit as leaving:
-        return leaving.exit_code
-    return 0
-
-
-def _report_trouble(reason: str, hint: str | None, path: str | None) -> int:
-    from ckptkit.core.text import printable
-
-    where = f"{printable(path)}: " if path else ""
-    _print_error_line(f"ckpt: {where}{reason}")
-    if hint:
-        _print_error_line(f"hint: {hint}")
-    return 2
-
-
-def _print_error_line(line: str) -> None:
-    try:
-        print_message(line)
-    except OSError:  # stderr is closed too
-        return
-
-
-def _discard_stdout(code: int) -> int:
-    # Python flushes stdout once more at exit. That would fail again and print a message.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return code
-
-
-def _report_bug() -> int:
-    import traceback
-
-    for line in traceback.format_exc().split("\n")[:-1]:  # line by line, because a traceback may quote names
-        _print_error_line(line)
-    _print_error_line("ckpt: this is a bug in ckptkit; please report it with the lines above")
-    return 70
+    return getattr(program, name)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 
 __all__ = [
-    "html_table", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted", "shell_word",
+    "first_line", "html_table", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted",
+    "shell_word",
 ]  # fmt: skip
 
 _MAX_CHARS = 400  # of one name
@@ -65,6 +66,15 @@ def quoted(name: str) -> str:
         return f'"{shown}"'
     inner = shown.replace("'", "\\'")
     return f"'{inner}'"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the class of an error and the first line of its text, in printable form."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:  # noqa: BLE001 - the class may be code of the user, which can fail too
+        lines = []
+    return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
 
 
 def listed(

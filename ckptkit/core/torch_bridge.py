@@ -23,7 +23,7 @@ from ckptkit.core.checkpoint import (
     storage_range,
 )
 from ckptkit.core.dtypes import DTYPES, unpack_float4
-from ckptkit.core.text import printable, quoted
+from ckptkit.core.text import first_line, printable, quoted
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 
@@ -39,7 +39,6 @@ __all__ = [
     "code_of",
     "describe_state_dict",
     "dtype_code",
-    "first_line",
     "flat_bytes",
     "same_values",
     "shape_or_none",
@@ -184,12 +183,6 @@ def _describe_module(model: Module, role: str) -> Checkpoint:
     if not isinstance(state, Mapping):
         raise ModelError(f"state_dict() of {printable(role)} returned a {type(state).__name__}, not a mapping")
     return describe_state_dict(state, role).with_entries(*_absent(model))
-
-
-def first_line(error: BaseException) -> str:
-    """Return the class of an error and the first line of its text, in printable form."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {printable(lines[0])}" if lines else type(error).__name__
 
 
 def _is_module(value: object) -> TypeGuard[Module]:

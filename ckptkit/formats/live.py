@@ -5,14 +5,15 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
-from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import as_checkpoint, first_line
+from ckptkit.core.text import first_line, quoted
+from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import CkptkitError, ModelError
 
 __all__ = ["build_model", "build_shapes", "import_target", "open_live"]
@@ -27,19 +28,36 @@ def import_target(target: str) -> Any:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ModelError(f"{quoted(target)} does not name a callable", hint="write py:package.module:callable")
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    with contextlib.suppress(OSError):  # the current directory may have been removed
+        if os.getcwd() not in sys.path:
+            sys.path.insert(0, os.getcwd())
     with contextlib.redirect_stdout(sys.stderr):
         try:
             found: Any = importlib.import_module(module_name)
-        except (Exception, SystemExit) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:
             searched = "searched in the current directory and on sys.path" if isinstance(error, ImportError) else None
             raise ModelError(f"importing {quoted(module_name)} failed: {first_line(error)}", hint=searched) from error
         for part in name.split("."):
-            if not hasattr(found, part):
-                raise ModelError(f"{quoted(module_name)} has no {quoted(name)}")
-            found = getattr(found, part)
+            with _code_of_the_user(f"looking up {quoted(name)}"):
+                if not hasattr(found, part):
+                    raise ModelError(f"{quoted(module_name)} has no {quoted(name)}")
+                found = getattr(found, part)
     return found
+
+
+@contextlib.contextmanager
+def _code_of_the_user(doing: str) -> Iterator[None]:
+    """Raise ``ModelError`` for whatever the code in the block raises, except an interrupt by the user."""
+    try:
+        yield
+    except (KeyboardInterrupt, CkptkitError):
+        raise
+    except BaseException as error:
+        needs_arguments = isinstance(error, TypeError) and re.search("missing .* required", first_line(error))
+        hint = "ckptkit calls the callable without arguments" if needs_arguments else None
+        raise ModelError(f"{doing} failed: {first_line(error)}", hint=hint) from error
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
@@ -49,7 +67,7 @@ def build_model(target: str, *, device: str | None = None) -> Any:
     """
     found = import_target(target)
     name = target.partition(":")[2]
-    with contextlib.redirect_stdout(sys.stderr):
+    with contextlib.redirect_stdout(sys.stderr), _code_of_the_user(f"calling {quoted(name)}"):
         if _is_model(found) or isinstance(found, Mapping):
             return found
         if not callable(found):
@@ -60,13 +78,8 @@ def build_model(target: str, *, device: str | None = None) -> Any:
 def _call(function: Callable[[], Any], name: str, device: str | None) -> Any:
     import torch
 
-    try:
-        with torch.device(device) if device else contextlib.nullcontext():
-            model: Any = function()
-    except (Exception, SystemExit) as error:
-        needs_arguments = isinstance(error, TypeError) and "missing" in str(error) and "required" in str(error)
-        hint = "ckptkit calls the callable without arguments" if needs_arguments else None
-        raise ModelError(f"calling {quoted(name)} failed: {first_line(error)}", hint=hint) from error
+    with torch.device(device) if device else contextlib.nullcontext():
+        model: Any = function()
     if not _is_model(model) and not isinstance(model, Mapping):
         raise ModelError(f"{quoted(name)} returned a {type(model).__name__}, not a model or a state_dict")
     return model
@@ -89,7 +102,7 @@ def build_shapes(target: str) -> Any:
 
 def _describe(target: str, path: str, device: str | None = None) -> Checkpoint:
     model = build_model(target, device=device)
-    with contextlib.redirect_stdout(sys.stderr):  # state_dict() is the user's code too
+    with contextlib.redirect_stdout(sys.stderr), _code_of_the_user("state_dict()"):
         return as_checkpoint(model, path)
 
 

@@ -30,6 +30,7 @@ from ckptkit.wrappers.entries import FLAT_GROUPS, FLAT_STATE, is_optimizer_state
 __all__ = ["FoundGroup", "FoundState", "as_named", "read_form", "read_state", "to_dict", "to_form"]
 
 _MAX_DEPTH = 100
+_MOST_BITS = 1023  # of an integer: no float can hold a larger one, and no optimizer makes one
 _EXPECTED = "give what optimizer.state_dict() or torch.distributed.checkpoint.state_dict returned"
 _PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None))
 # Returns the slot value of a leaf, given the leaf and its path.
@@ -86,6 +87,8 @@ def _leaf_reader(checkpoint: Checkpoint, nested: Nested) -> ReadLeaf:
             return LazyTensor(checkpoint[keys[path]], checkpoint)
         if isinstance(value, Placeholder) or not isinstance(value, _PLAIN_TYPES):
             return OpaqueValue(type_name(value), path, checkpoint)
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            return OpaqueValue(f"int of {value.bit_length():,} bits", path, checkpoint)
         return value
 
     return read_leaf
@@ -139,6 +142,9 @@ def _read(value: object, read_leaf: ReadLeaf, path: str) -> FoundState:
 def _read_nested(value: Mapping[str, Any], read: ReadLeaf, path: str) -> FoundState:
     groups = tuple(_read_group(number, table, read) for number, table in enumerate(value["param_groups"]))
     state: dict[object, Mapping[str, SlotValue]] = {}
+    for key in (*value["state"], *(param for group in groups for param in group.params)):
+        if isinstance(key, int) and key.bit_length() > _MOST_BITS:
+            raise FormatError(f"the key of a parameter is an integer of {key.bit_length():,} bits, not a position")
     for key, slots in value["state"].items():
         if not isinstance(slots, Mapping):
             raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")

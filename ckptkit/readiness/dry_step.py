@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import listed
-from ckptkit.core.torch_bridge import first_line, flat_bytes
+from ckptkit.core.text import first_line, listed
+from ckptkit.core.torch_bridge import flat_bytes
 from ckptkit.core.torch_types import Module, Optimizer, Parameter, Tensor
 from ckptkit.errors import CkptkitError
 from ckptkit.readiness import codes

@@ -11,8 +11,7 @@ from typing import Any
 
 from ckptkit.core.coverage import group_by_module
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import first_line
+from ckptkit.core.text import first_line, plural, quoted
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError

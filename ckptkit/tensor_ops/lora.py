@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
+from ckptkit.core.patterns.matching import compile_regex
 from ckptkit.core.text import listed, plural, printable, quoted, shell_word
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import RuleError
@@ -360,7 +361,7 @@ def _patterns(config: Mapping[str, object], name: str) -> Sequence[tuple[re.Patt
         if len(text) > 1000 or re.search(r"\)[*+{]", text) or sum(map(text.count, "*+{")) > _MAX_REPEATS:
             raise RuleError(f"the pattern {quoted(text)} of {name} has too many repetitions")
         try:
-            patterns.append((re.compile(rf"(.*\.)?({text})"), _number(config, name, value)))
+            patterns.append((compile_regex(rf"(.*\.)?({text})", 0), _number(config, name, value)))
         except (re.error, RecursionError, OverflowError, ValueError):
             raise RuleError(f"the pattern {quoted(text)} of {name} is not a valid regular expression") from None
     return patterns

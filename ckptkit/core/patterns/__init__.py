@@ -5,12 +5,24 @@ Every option and file of ckptkit that selects or renames keys uses this language
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import string
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 
+from ckptkit.core.patterns.matching import (
+    KeyMatch,
+    Token,
+    compile_regex,
+    longest_fast_key,
+    match_regex,
+    match_stars,
+    match_tokens,
+    repetitions,
+)
 from ckptkit.core.text import listed, quoted
 from ckptkit.errors import RuleError
 
@@ -39,26 +51,12 @@ _AS_REGEX = "to match a brace itself, write the pattern as a regex: re:..."
 
 
 @dataclass(frozen=True, slots=True)
-class KeyMatch:
-    """A match of a pattern that has stars and no captures; it has the interface of a regex match.
-
-    ``stars`` holds the text that each star matched.
-    """
-
-    string: str
-    stars: tuple[str, ...]
-
-    def __getitem__(self, name: str) -> str:
-        """Return the text of a star by the name of its group; ``_0`` is the first star."""
-        return self.stars[int(name[1:])]
-
-
-@dataclass(frozen=True, slots=True)
 class Pattern:
     """A parsed pattern, which matches whole keys only.
 
     ``stars`` is the number of stars. ``captures`` maps the name of each capture to whether it is an int. ``literals``
-    are the texts between stars and captures.
+    are the texts between stars and captures. ``repetitions`` is the number of parts that can match several lengths at
+    one place. The regex is fast for keys of at most ``longest`` characters.
     """
 
     text: str
@@ -66,38 +64,29 @@ class Pattern:
     captures: Mapping[str, bool] = field(default_factory=dict)
     regex: re.Pattern[str] = field(default=re.compile(""), repr=False)
     literals: tuple[str, ...] = field(default=(), repr=False)
+    tokens: tuple[Token, ...] = field(default=(), repr=False)
+    repetitions: int = field(default=0, repr=False)
+    longest: int = field(default=0, repr=False)
 
     def match(self, key: str) -> re.Match[str] | KeyMatch | None:
-        """Return the match of the whole ``key``, or None."""
-        if len(self.literals) > 2:  # a regex with several stars can take minutes for a long key
-            stars = _match_stars(self.literals, key)
+        """Return the match of the whole ``key``, or None.
+
+        Raises ``RuleError`` for a ``re:`` pattern that takes too long.
+        """
+        if len(self.literals) > 2:
+            stars = match_stars(self.literals, key)
             if stars is None or not self.captures:
                 return None if stars is None else KeyMatch(key, stars)
-        return self.regex.fullmatch(key)
+        if len(key) <= self.longest:
+            return self.regex.fullmatch(key)
+        if self.is_regex:
+            return match_regex(self.regex, self.repetitions, key, self.text)
+        return match_tokens(self.tokens, key, self.text)
 
     @property
     def is_regex(self) -> bool:
         """Whether the pattern was written as ``re:...``."""
         return self.text.startswith("re:")
-
-
-def _match_stars(literals: Sequence[str], key: str) -> tuple[str, ...] | None:
-    """Return the texts between the literals in the key, or None where the key does not match.
-
-    The literals are searched from the end of the key, so the first star is as long as possible, as in a regex.
-    """
-    first, *middle, last = literals
-    start, end = len(first), len(key) - len(last)
-    if start > end or not key.startswith(first) or not key.endswith(last):
-        return None
-    stars = []
-    for literal in reversed(middle):
-        at = key.rfind(literal, start, end)
-        if at < 0:
-            return None
-        stars.append(key[at + len(literal) : end])
-        end = at
-    return (key[start:end], *reversed(stars))
 
 
 @lru_cache(maxsize=4096)
@@ -110,14 +99,16 @@ def parse_pattern(text: str) -> Pattern:
     """
     if text.startswith("re:"):
         try:
-            return Pattern(text, regex=re.compile(text[3:], re.DOTALL))
+            regex, count = compile_regex(text[3:]), repetitions(text[3:])
         except (re.error, RecursionError, OverflowError, ValueError) as error:
             raise RuleError(f"{quoted(text)} is not a valid regular expression: {error}") from None
+        return Pattern(text, regex=regex, repetitions=count, longest=longest_fast_key(count))
     if not text:
         raise RuleError("a pattern is empty", hint="'*' matches every key")
     parts: list[str] = []
     captures: dict[str, bool] = {}
     literals = [""]
+    tokens: list[Token] = []
     stars = 0
     for token in _PATTERN_TOKEN.finditer(text):
         if token["bad"]:
@@ -125,17 +116,32 @@ def parse_pattern(text: str) -> Pattern:
         if token["literal"]:
             parts.append(re.escape(token["literal"]))
             literals[-1] = token["literal"]
+            tokens.append(Token("literal", token["literal"]))
             continue
         literals.append("")
         if token["star"]:
             parts.append(f"(?P<_{stars}>.*)")
+            tokens.append(Token("star"))
             stars += 1
         elif (name := token["name"]) in captures:
             parts.append(f"(?P={name})")
+            tokens.append(Token("repeat", name))
         else:
             captures[name] = token["int"] is not None
             parts.append(f"(?P<{name}>{'[0-9]+' if captures[name] else '[^.]+'})")
-    return Pattern(text, stars, captures, re.compile("".join(parts), re.DOTALL), tuple(literals))
+            tokens.append(Token("digits" if captures[name] else "segment", name))
+    count = 1 + sum(map(_has_several_lengths, tokens, (*tokens[1:], None)))  # the last part can have any length too
+    regex = re.compile("".join(parts), re.DOTALL)
+    return Pattern(text, stars, captures, regex, tuple(literals), tuple(tokens), count, longest_fast_key(count))
+
+
+def _has_several_lengths(token: Token, following: Token | None) -> bool:
+    """Return whether a part of a pattern can end at several positions of a key, and the next part allows this."""
+    if token.kind in ("literal", "repeat") or following is None:
+        return False
+    if token.kind == "star" or following.kind != "literal":
+        return True
+    return following.text[0] != "." if token.kind == "segment" else following.text[0] in string.digits
 
 
 def literal(key: str) -> str:
@@ -235,7 +241,7 @@ def _shift(token: re.Match[str], text: str, pattern: Pattern) -> int | None:
 def _regex_template(text: str, pattern: Pattern) -> Template:
     # The alternative (?:) matches the empty string, so the template is parsed even without a matching key.
     try:
-        re.compile(pattern.regex.pattern + "|(?:)").sub(text, "")
+        compile_regex(pattern.regex.pattern + "|(?:)").sub(text, "")
     except (re.error, IndexError) as error:
         raise RuleError(f"{quoted(text)} is not a valid template for {quoted(pattern.text)}: {error}") from None
     return Template(text, pattern)
@@ -261,8 +267,9 @@ def suggest_pattern(pattern: Pattern, names: Collection[str]) -> str:
             variant = parse_pattern(text)
         except RuleError:
             continue
-        if any(variant.match(name) for name in names):
-            return f"did you mean {quoted(text)}?"
+        with contextlib.suppress(RuleError):  # a regex that takes too long
+            if any(variant.match(name) for name in names):
+                return f"did you mean {quoted(text)}?"
     if close := difflib.get_close_matches(pattern.text, names, n=1, cutoff=0.5):
         return f"the nearest name is {quoted(close[0])}"
     return f"the model has {listed(names, 3)}"
