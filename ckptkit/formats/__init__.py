@@ -133,11 +133,17 @@ def _open_path(name: str, selection: Selection) -> Checkpoint:
     if os.path.isdir(name):
         from ckptkit.formats.directories.opening import open_directory
 
-        return open_directory(name, selection)
+        return _warn_of_parts(open_directory(name, selection), name)
     if name.endswith(".index.json"):
         from ckptkit.formats.directories.opening import open_index
 
         return open_index(*os.path.split(name), selection)
     from ckptkit.formats.detect import open_file
 
-    return open_file(name, selection)
+    return _warn_of_parts(open_file(name, selection), name)
+
+
+def _warn_of_parts(checkpoint: Checkpoint, path: str) -> Checkpoint:
+    from ckptkit.formats.part_names import part_warnings
+
+    return checkpoint.with_warnings(*part_warnings(path, checkpoint))

@@ -59,7 +59,7 @@ PART_OF_SEVERAL = Code(
     "part-of-several",
     ("warning",),
     "The file holds a part of the model, and other files hold the rest.",
-    "open the directory, which joins the files",
+    "give the path of the directory, which joins the files or says why it cannot",
 )
 RANKS_DIFFER = Code("ranks-differ", ("warning",), "A tensor that is not split differs between the files of the ranks.")
 NOT_WEIGHTS = Code("not-weights", ("note",), "The file holds values beside the weights, such as an optimizer state.")

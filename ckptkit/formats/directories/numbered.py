@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
+from ckptkit.core.text import listed, printable, shell_word
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
 from ckptkit.formats.directories.trainer_files import is_trainer_file
 from ckptkit.formats.distributed.file_names import CONSOLIDATED, find_rank_files
+from ckptkit.formats.part_names import part_name, siblings_of
 from ckptkit.formats.sharded import link_warnings
-from ckptkit.wrappers.envelopes import Selection
+from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
-__all__ = ["open_numbered"]
+__all__ = ["check_not_parts", "open_numbered"]
 
 _FIRST = "consolidated.00.pth"
 _PARAMS = "params.json"
+_LAYER = re.compile(r"layer_\d+-model_\d+-model_states\.pt")
+_MOST_COMPARED = 64
+_COPY_AGAIN = "copy the whole directory again, or give the path of the file"
 
 
 def open_numbered(
@@ -59,3 +65,47 @@ def _open_consolidated(directory: str, names: Sequence[str], parts: Sequence[str
         checkpoint.close()
         raise
     return checkpoint.with_warnings(*link_warnings(directory, parts))
+
+
+def check_not_parts(directory: str, weights: Sequence[str]) -> None:
+    """Raise ``FormatError`` if the names of the files of weights say that they are parts of one model."""
+    layers = [name for name in weights if _LAYER.fullmatch(name)]
+    if layers:
+        raise FormatError(
+            f"holds one file for each layer and rank, which are not joined: {listed(layers, 3, show=printable)}",
+            hint="convert it with the program that saved it, such as GPT-NeoX or Megatron-DeepSpeed",
+        )
+    own = part_name(weights[0])
+    if len(weights) == 1 and own is not None and own.total is not None and own.total > 1:
+        raise FormatError(
+            f"{printable(weights[0])} is one of {own.total:,} parts by its name, and the other files are missing",
+            hint=_COPY_AGAIN,
+        )
+    if own is None or len(weights) == 1 or len(siblings_of(weights[0], weights)) + 1 < len(weights):
+        return
+    numbered = f"{len(weights):,} numbered files: {listed(weights, 4, show=printable)}"
+    if _share_no_key(directory, weights[:_MOST_COMPARED]):
+        names = " ".join(shell_word(name) for name in weights[:3])
+        raise FormatError(
+            f"holds {numbered}, with different keys in each: parts of the layers of one model",
+            hint=f"join them: ckpt merge {names} --on-unexpected add -o OUT",
+        )
+    raise FormatError(
+        f"holds {numbered}, with the same keys in several: slices of one model, or copies of it, which are not joined",
+        hint="join them with the program that saved them, or give the path of one file to see what it holds",
+    )
+
+
+def _share_no_key(directory: str, names: Sequence[str]) -> bool:
+    """Return whether no key is in two of these files; False also if a file cannot be read."""
+    seen: set[str] = set()
+    for name in names:
+        try:
+            with open_file(os.path.join(directory, name), WEIGHTS) as checkpoint:
+                keys = set(checkpoint)
+        except CkptkitError:
+            return False
+        if seen & keys:
+            return False
+        seen |= keys
+    return True

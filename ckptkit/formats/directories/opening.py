@@ -14,7 +14,7 @@ from ckptkit.core.text import listed, printable, quoted
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
 from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
-from ckptkit.formats.directories.numbered import open_numbered
+from ckptkit.formats.directories.numbered import check_not_parts, open_numbered
 from ckptkit.formats.directories.trainer_files import (
     find_trainer_file,
     is_trainer_file,
@@ -201,6 +201,7 @@ def _only_weights_file(directory: str, names: Sequence[str]) -> str:
             f"ckpt searched for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WEIGHTS[:2])}"
         )
         raise FormatError("a directory without a checkpoint", hint=searched)
+    check_not_parts(directory, weights)
     if len(weights) > 1:
         shards = all(map(_SHARD.fullmatch, weights))
         raise FormatError(
