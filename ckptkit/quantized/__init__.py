@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from types import MappingProxyType
 from typing import NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.gc_pause import pause_gc
 from ckptkit.quantized.configuration import Configuration, read_configuration
 from ckptkit.quantized.table import SCHEMES, Part, Scheme
 
@@ -60,21 +62,24 @@ def quantized_weights(checkpoint: Checkpoint) -> Quantized:
     codes: ``weight_scale`` of an F32 ``weight`` is a parameter. A weight that lacks parts is listed with its
     ``missing`` keys if the configuration or the other weights show that it is quantised.
     """
-    anchors = [info for info in checkpoint.values() if info.dtype in _ROWS or info.kind != "dense"]
-    if not anchors and not any(map(_is_telling, checkpoint)):
+    dtypes, kinds = set(map(_DTYPE_OF, checkpoint.values())), set(map(_KIND_OF, checkpoint.values()))
+    if _ROWS.keys().isdisjoint(dtypes) and kinds <= {"dense"} and not read_configuration(checkpoint).methods:
         return Quantized()
-    search = _Search(checkpoint)
-    for info in anchors:
-        search.add(info)
-    search.add_incomplete()
-    if not search.found:
-        return Quantized()
-    order = {key: number for number, key in enumerate(checkpoint)}
-    weights = [found.described(order) for found in search.found]
-    return Quantized(tuple(sorted(weights, key=lambda weight: order[weight.parts[0]])))
+    with pause_gc():
+        search = _Search(checkpoint)
+        for info in search.infos.values():
+            if info.dtype in _ROWS or info.kind != "dense":
+                search.add(info)
+        search.add_incomplete()
+        if not search.found:
+            return Quantized()
+        order = {key: number for number, key in enumerate(checkpoint)}
+        weights = [found.described(order) for found in search.found]
+        return Quantized(tuple(sorted(weights, key=lambda weight: order[weight.parts[0]])))
 
 
 _MOST_INCOMPLETE = 2000
+_DTYPE_OF, _KIND_OF = attrgetter("dtype"), attrgetter("kind")
 _GGUF = "convert it with gguf.quants.dequantize, or load it with from_pretrained(..., gguf_file=...) of transformers"
 _TORCH = "call dequantize() on the tensor, and save the state_dict"
 _TORCHAO = "load it with torchao, call dequantize() on each tensor, and save the state_dict"
@@ -125,7 +130,10 @@ class _Search:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
+        self.infos = dict(checkpoint.items())
         self.found: list[_Found] = []
+        self._names = {key.rpartition(".")[2] for key in self.infos}
+        self._parts: dict[int, list[tuple[Part, tuple[str, ...], bool]]] = {}  # by row of the table
         self._first: dict[int, _Found] = {}  # the first weight of each row of the table
         self._used: set[str] = set()
         self._incomplete: list[_Found] = []
@@ -178,22 +186,35 @@ class _Search:
 
     def _match(self, scheme: Scheme, stem: str) -> _Found | None:
         """Return the parts and missing parts of a stem, or None if a tensor has the name of a part and does not fit."""
-        coded = self.checkpoint.get(stem + scheme.coded)
+        infos, coded = self.infos, self.infos.get(stem + scheme.coded)
         if scheme.is_private and not stem.rpartition(".")[2].startswith("_"):
             return None
         parts: list[str] = []
         missing: list[str] = []
-        for part in (scheme.anchor, *scheme.needed):
-            named = [info for ending in part.endings if (info := self.checkpoint.get(stem + ending)) is not None]
+        for part, endings, is_needed in self._present_parts(scheme):
+            named = [infos[stem + ending] for ending in endings if stem + ending in infos]
             fitting = [info.key for info in named if _fits(part, coded, info)]
-            if named and not fitting:
-                return None
             parts += fitting
-            missing += [] if fitting else [stem + self._usual_ending(scheme, part)]
-        for part in scheme.optional:
-            named = [info for ending in part.endings if (info := self.checkpoint.get(stem + ending)) is not None]
-            parts += [info.key for info in named if _fits(part, coded, info)]
+            if is_needed and not fitting:
+                if named:
+                    return None
+                missing.append(stem + self._usual_ending(scheme, part))
         return _Found(scheme, stem, tuple(dict.fromkeys(parts)), tuple(dict.fromkeys(missing)))
+
+    def _present_parts(self, scheme: Scheme) -> list[tuple[Part, tuple[str, ...], bool]]:
+        """Return each part of a scheme with its endings that keys of the checkpoint have, and whether it is needed."""
+        known = self._parts.get(id(scheme))
+        if known is None:
+            needed = (scheme.anchor, *scheme.needed)
+            known = [
+                (part, tuple(filter(self._is_present, part.endings)), number < len(needed))
+                for number, part in enumerate((*needed, *scheme.optional))
+            ]
+            self._parts[id(scheme)] = known
+        return known
+
+    def _is_present(self, ending: str) -> bool:
+        return not ending[:1].isalpha() or ending.rpartition(".")[2] in self._names
 
     def _usual_ending(self, scheme: Scheme, part: Part) -> str:
         """Return the ending that another weight of the scheme has for this part, else the first ending."""
@@ -204,7 +225,7 @@ class _Search:
     def add_incomplete(self) -> None:
         """Add the weights that lack a part, if more than the names shows that they are quantised."""
         schemes = {found.scheme.name for found in self.found}
-        orphans = filter(_is_telling, self.checkpoint)
+        orphans = filter(_is_telling, self.infos)
         for number, found in enumerate((*self._incomplete, *self._of_orphans(orphans, schemes))):
             if number == _MOST_INCOMPLETE:
                 break
@@ -224,7 +245,7 @@ class _Search:
         """Yield the weights of companions that have no codes."""
         rows = sorted(_TELLING, key=lambda row: row[0].name not in schemes)
         for key in keys:
-            info = self.checkpoint[key]
+            info = self.infos[key]
             for scheme, part, ending in rows if key not in self._used else ():
                 stem = _stem(key, ending)
                 if stem is None or info.dtype not in part.dtypes:
