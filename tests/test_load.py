@@ -292,3 +292,38 @@ def test_a_report_in_a_notebook_is_escaped() -> None:
     assert "<script>" not in html
     assert "&lt;script&gt;" in html
     assert "\x1b" not in html
+
+
+class Packed(nn.Module):
+    """A module in four bits as bitsandbytes makes it: its scales are an attribute, which ``state_dict()`` adds."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((8, 1), int(scale), dtype=torch.uint8), requires_grad=False)
+        self.absmax = torch.full((4,), scale)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}weight.absmax"] = self.absmax.clone()
+        destination[f"{prefix}weight.quant_map"] = torch.arange(16.0)
+        destination[f"{prefix}weight.quant_state.bitsandbytes__nf4"] = torch.zeros(9, dtype=torch.uint8)
+
+
+class PackedWithLoader(Packed):
+    """The same module with a method that loads the scales, as bitsandbytes has it for eight bits."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *others: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        self.absmax.copy_(state_dict[f"{prefix}weight.absmax"])
+
+
+def test_scales_that_no_code_loads_are_refused_before_their_codes_are_loaded() -> None:
+    """A tensor that only ``state_dict()`` makes is loaded by a method of its module, or the model stays as it was."""
+    model, donor = nn.Sequential(Packed(1)), nn.Sequential(Packed(2)).state_dict()
+    error = refusal(lambda: load_into(model, donor), ModelError)
+    assert error.reason.startswith("'0.weight.absmax' is neither a parameter nor a buffer of the model")
+    assert torch.equal(model.state_dict()["0.weight"], torch.ones(8, 1, dtype=torch.uint8))
+    assert load_into(model, nn.Sequential(Packed(1)).state_dict()).coverage == 1
+    able = nn.Sequential(PackedWithLoader(1))
+    assert load_into(able, donor).coverage == 1
+    assert same_state(able.state_dict(), donor)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ckptkit.comparison import diff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
+from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import html_table, kind_of, plural, printable, quoted
 from ckptkit.core.ties import shared_keys
@@ -110,6 +111,7 @@ def load_into(
     refuse_unmet(Requirements(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))
     _refuse_meta(model, base)
     producer = Producer({"donor": donor})
+    _refuse_unloadable(model, base, producer, from_donor)
     if not allow_overflow:
         _refuse_overflow(producer, from_donor, donor.path)
     with Snapshot(model) as before:
@@ -156,6 +158,38 @@ def _refuse_meta(model: Module, base: Checkpoint) -> None:
             )
 
 
+def _refuse_unloadable(model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> None:
+    """Raise ``ModelError`` for a new value of a tensor that ``state_dict()`` makes and ``load_state_dict`` cannot set.
+
+    The modules of bitsandbytes in four bits have such tensors: their codes would be loaded without their scales.
+    """
+    named = named_tensors(model)
+    for step in steps:
+        key = step.out.key
+        if key in named or _is_extra_state(key) or _has_loader(model, key):
+            continue
+        if base[key].kind != "dense" or not same_bytes(base.payload(key), producer.payload(step)):
+            raise ModelError(
+                f"{quoted(key)} is neither a parameter nor a buffer of the model, and load_state_dict does not set it",
+                hint="load it with the library of the module, such as from_pretrained of transformers",
+            )
+
+
+def _has_loader(model: Module, key: str) -> bool:
+    """Return whether a module on the path of ``key`` loads its tensors with code of its own."""
+    import torch
+
+    default = torch.nn.Module._load_from_state_dict  # noqa: SLF001 - modules override it to load further tensors
+    module: Module | None = model
+    for name in key.split("."):
+        if module is None:
+            break
+        if module._load_state_dict_pre_hooks or type(module)._load_from_state_dict is not default:  # noqa: SLF001
+            return True
+        module = module._modules.get(name)  # noqa: SLF001
+    return False
+
+
 def _refuse_overflow(producer: Producer, steps: Sequence[Step], path: str) -> None:
     """Raise ``PlanError`` where a cast to the dtype of the model would make inf of finite values."""
     overflowed = [loss for step in steps if (loss := producer.loss(step)) is not None and loss.overflowed]
@@ -178,7 +212,7 @@ def _load(model: Module, base: Checkpoint, producer: Producer, steps: Sequence[S
         shared = shared_keys({step.out.key: base[step.out.key] for step in steps})
         for batch in batches:
             again = [step for step in batch if step.out.key in shared]
-            _check_loaded(model.state_dict(keep_vars=True), before, _values(producer, again))
+            _check_loaded(model, before, _values(producer, again))
 
 
 def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
@@ -212,23 +246,27 @@ def _load_batch(
         if isinstance(error, KeyError):  # its text is the key alone
             message = f"there is no key {message}"
         raise ModelError(f"load_state_dict failed: {message}") from error
-    _check_loaded(model.state_dict(keep_vars=True), before, values)
+    _check_loaded(model, before, values)
 
 
 def _values(producer: Producer, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
     return OrderedDict((step.out.key, producer.tensor(step)) for step in steps)
 
 
-def _check_loaded(after: Mapping[str, Tensor], before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+def _check_loaded(model: Module, before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    after, named = model.state_dict(keep_vars=True), named_tensors(model)
     for key, value in values.items():
         if _is_extra_state(key):
             continue
-        if after[key] is not before[key]:
+        # state_dict() of a quantised module makes some tensors anew each time.
+        if key in named and after[key] is not before[key]:
             raise ModelError(f"{quoted(key)} was replaced while loading, and optimizers still hold the old tensor")
         if not same_values(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
             raise ModelError(
                 f"{quoted(key)} does not have the checkpoint's value after loading",
-                hint="a key that shares its memory was loaded after it, or a hook of the model changed it",
+                hint="a key that shares its memory was loaded after it, or a hook of the model changed it"
+                if key in named
+                else "only state_dict() of its module makes this tensor: load it with the library of the module",
             )
 
 

@@ -148,7 +148,8 @@ class _Search:
 
     def add(self, anchor: TensorInfo) -> None:
         """Add the weight of this anchor, if its parts are there; keep it for later if some are missing."""
-        if anchor.kind != "dense":
+        is_subclass = anchor.kind == "subclass" and anchor.dtype in _ROWS  # the weight of a live bitsandbytes module
+        if anchor.kind != "dense" and not is_subclass:
             self._add_single(anchor)
             return
         best: _Found | None = None
@@ -158,7 +159,7 @@ class _Search:
             if found is None:
                 continue
             if found.missing:
-                self._incomplete.append(found)
+                self._incomplete += [] if is_subclass else [found]
             elif scheme.methods & self.configuration.methods:
                 best = found
                 break
@@ -168,6 +169,8 @@ class _Search:
                     break
         if best is not None and self._used.isdisjoint(best.parts):
             self._add(best)
+        elif is_subclass:
+            self._add_single(anchor)
 
     def _add(self, found: _Found) -> None:
         self._used.update(found.parts)
