@@ -208,7 +208,7 @@ def test_a_shard_that_the_index_forgot_is_found(tmp_path: Path) -> None:
     assert ("shard-count", "warning", f"the index names 1 of 2 shards, but not '{second}'") in warnings_of(
         checked(tmp_path)
     )
-    message = f"'{first}' is one of 2 shards, by its name: no other shard was checked"
+    message = f"'{first}' is one of 2 shards, by its name: no other shard is read"
     assert warnings_of(checked(tmp_path / first)) == [("one-shard", "note", message)]
 
 

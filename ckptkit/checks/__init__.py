@@ -6,8 +6,6 @@ The report also lists everything that was not checked, so that nobody takes a sh
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -20,7 +18,7 @@ from ckptkit.checks.structure import check_structure
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, ReaderWarning, Report
 from ckptkit.core.progress import Progress
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import plural
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.formats import codes as reader_codes
 from ckptkit.quantized import Quantized, quantized_weights
@@ -31,7 +29,6 @@ from ckptkit.rules.parse import as_rules
 __all__ = ["run_checks"]
 
 _MAX_PER_CODE = 32
-_SHARD_NAME = re.compile(r".+-(\d{5})-of-(\d{5})\.\w+")
 # With these warnings the reader has already said where the scale of the adapter is, or that it is unknown.
 _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTER_CONFIG.name})
 
@@ -131,7 +128,6 @@ def _check_headers(opened: Checkpoint, chosen: Iterable[str], quantized: Quantiz
     warnings = list(_reader_warnings(opened))
     yield from warnings
     infos = {key: opened[key] for key in chosen}
-    yield from _check_shard_name(opened)
     yield from check_quantized(quantized, infos)
     yield from check_structure(infos, quantized)
     yield from check_lora(infos, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))
@@ -141,11 +137,3 @@ def _reader_warnings(checkpoint: Checkpoint) -> Iterator[Finding]:
     for warning in checkpoint.warnings:
         known = warning if isinstance(warning, ReaderWarning) else ReaderWarning(warning, reader_codes.READER_WARNING)
         yield known.finding()
-
-
-def _check_shard_name(checkpoint: Checkpoint) -> Iterator[Finding]:
-    name = os.path.basename(checkpoint.files[0]) if len(checkpoint.files) == 1 else ""
-    match = _SHARD_NAME.fullmatch(name)
-    if match is not None and int(match[2]) > 1:
-        message = f"{quoted(name)} is one of {int(match[2]):,} shards, by its name: no other shard was checked"
-        yield codes.ONE_SHARD.finding("", message, "give the path of the index or of the directory")

@@ -11,7 +11,6 @@ from ckptkit.core.findings import Code, codes_in
 UNREADABLE = Code("unreadable", ("error",), "The file, or a record of it, cannot be read.")
 CHANGED = Code("changed", ("error",), "The file changed while it was read.")
 CHECKSUM = Code("checksum", ("error",), "The bytes of a record do not match the recorded checksum.")
-ONE_SHARD = Code("one-shard", ("note",), "The file is one of several shards, and only this shard was checked.")
 NOT_SCANNED = Code(
     "not-scanned", ("note",), "Lists everything that was checked or not checked; always the last finding."
 )

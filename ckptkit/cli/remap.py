@@ -11,7 +11,6 @@ from ckptkit.cli.common.options import path_argument
 from ckptkit.cli.common.outputs import OutputOptions, plan_from_file, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.formats import open_checkpoint
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.remap import plan_remap
 from ckptkit.rules.model import Rules
@@ -55,7 +54,7 @@ def remap(
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         plan_file = invert_file if apply_file is None else apply_file
         if plan_file is None:
-            plan = _plan(checkpoint, source, rules, dtype, like)
+            plan = _plan(checkpoint, source, rules, dtype, like, quiet=options.quiet)
         else:
             if rules.stages or dtype or like or (apply_file is not None and invert_file is not None):
                 raise click.UsageError("--apply and --invert each read the whole plan from a file: give nothing else")
@@ -63,8 +62,10 @@ def remap(
         run_plan("remap", plan, {"source": checkpoint}, options)
 
 
-def _plan(checkpoint: Checkpoint, source: str, rules: Rules, dtype: str | None, like: str | None) -> Plan:
+def _plan(
+    checkpoint: Checkpoint, source: str, rules: Rules, dtype: str | None, like: str | None, *, quiet: bool
+) -> Plan:
     with contextlib.ExitStack() as stack:
-        expected = None if like is None else stack.enter_context(open_checkpoint(like))
+        expected = None if like is None else stack.enter_context(open_checkpoints(like, quiet=quiet))[0]
         with default_error_path(source):
             return plan_remap(checkpoint, rules, dtype=dtype, like=expected)

@@ -40,7 +40,7 @@ def show(
     ckpt show run.ckpt --tree --keep 'encoder.*'
     ckpt show run.ckpt::optimizer --json
     """  # noqa: D301 - \b is click's mark
-    with open_checkpoints(path, quiet=quiet) as (checkpoint,), default_error_path(path):
+    with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,), default_error_path(path):
         chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
         infos = {key: checkpoint[key] for key in chosen}
         echo_report(

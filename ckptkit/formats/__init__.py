@@ -11,10 +11,19 @@ from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import kind_of, look_alikes
 from ckptkit.errors import CkptkitError, FormatError, PathError
 from ckptkit.formats import codes
+from ckptkit.formats.shard_names import is_index, one_shard_warnings
 from ckptkit.wrappers.entries import describe_entries, optimizer_keys
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
-__all__ = ["LIVE_PREFIX", "errors_about", "open_checkpoint", "open_inside", "open_optimizer", "split_path"]
+__all__ = [
+    "LIVE_PREFIX",
+    "errors_about",
+    "open_checkpoint",
+    "open_checkpoint_or_parts",
+    "open_inside",
+    "open_optimizer",
+    "split_path",
+]
 
 # Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
@@ -28,14 +37,26 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     Raises ``PathError`` where the path cannot be read, and ``FormatError`` where the checkpoint is not valid or not
     whole. Raises ``ModelError`` where a live model cannot be built.
     """
-    name = _path_text(path)
+    return _open_checkpoint(_path_text(path), listing_parts=False)
+
+
+def open_checkpoint_or_parts(path: str | os.PathLike[str]) -> Checkpoint:
+    """Return what ``open_checkpoint`` returns, or a list of the parts of a pipeline or of a directory of checkpoints.
+
+    Such a list is a Checkpoint without tensors, with an entry for each part. ``open_checkpoint`` refuses the directory.
+    """
+    return _open_checkpoint(_path_text(path), listing_parts=True)
+
+
+def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
     with errors_about(name):
         if name.startswith(LIVE_PREFIX):
             from ckptkit.formats.live import open_live
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
         path, key = split_path(name)
-        return _warn_of_similar_keys(_leave_out_optimizers(_open_path(path, Selection(key)), key))
+        opened = _open_path(path, Selection(key), listing_parts=listing_parts)
+        return _warn_of_similar_keys(_leave_out_optimizers(opened, key))
 
 
 def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
@@ -127,20 +148,20 @@ def split_path(name: str) -> tuple[str, str]:
     return (path, key) if path else (name, "")
 
 
-def _open_path(name: str, selection: Selection) -> Checkpoint:
+def _open_path(name: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
     if "://" in name and not os.path.exists(name):
         raise PathError("remote paths are not supported", hint="download the checkpoint first", path=name)
     if os.path.isdir(name):
         from ckptkit.formats.directories.opening import open_directory
 
-        return _warn_of_parts(open_directory(name, selection), name)
-    if name.endswith(".index.json"):
+        return _warn_of_parts(open_directory(name, selection, listing_parts=listing_parts), name)
+    if name.endswith(".json") and (name.endswith(".index.json") or is_index(os.path.basename(name))):
         from ckptkit.formats.directories.opening import open_index
 
         return open_index(*os.path.split(name), selection)
     from ckptkit.formats.detect import open_file
 
-    return _warn_of_parts(open_file(name, selection), name)
+    return _warn_of_parts(open_file(name, selection).with_warnings(*one_shard_warnings(name)), name)
 
 
 def _warn_of_parts(checkpoint: Checkpoint, path: str) -> Checkpoint:

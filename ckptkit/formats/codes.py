@@ -40,13 +40,26 @@ STALE_SHARD = Code(
     "stale-shard",
     ("warning",),
     "The directory has a shard that the index does not name.",
-    "remove it: programs that ignore the index read it as a shard",
+    "find out whether the index or the shard is from another save: programs that ignore the index read the shard",
 )
 SHARD_COUNT = Code(
     "shard-count",
     ("warning",),
-    "The index names fewer shards than the file names count.",
+    "Fewer shards are read than the file names count.",
     "copy the whole directory again",
+)
+NO_INDEX = Code("no-index", ("note",), "Shards without an index are joined, because their names count them.")
+ONE_SHARD = Code(
+    "one-shard",
+    ("note",),
+    "The file is one of several shards, and no other shard is read.",
+    "give the path of the index or of the directory",
+)
+UNREAD_WEIGHTS = Code(
+    "unread-weights",
+    ("warning", "note"),
+    "The directory holds further files of weights, which are not read.",
+    "each file can be opened by its own path",
 )
 TOTAL_SIZE = Code("total-size", ("warning",), "The total size in the index differs from the size of the tensors.")
 LINK_OUTSIDE = Code("link-outside", ("note",), "A file of the directory is a link to a file outside the directory.")

@@ -17,7 +17,7 @@ from ckptkit.wrappers.envelopes import Selection
 if TYPE_CHECKING:
     from ckptkit.formats.torch.checkpoint import TorchFile
 
-__all__ = ["TORCH_SUFFIXES", "open_file", "open_zip", "read_torch"]
+__all__ = ["TORCH_SUFFIXES", "WEIGHT_SUFFIXES", "could_hold_tensors", "open_file", "open_zip", "read_torch"]
 
 
 def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
@@ -54,6 +54,9 @@ _SUFFIXES = (
     (".safetensors", "safetensors"), (".pt2", "torch-export"), (".gguf", "gguf"), (".npz", "npz"), (".npy", "npy"),
     *((suffix, "torch") for suffix in TORCH_SUFFIXES),
 )  # fmt: skip
+WEIGHT_SUFFIXES = tuple(suffix for suffix, _ in _SUFFIXES)
+_PICKLE_MAGICS = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+_LFS_MAGIC = b"version https://git-lfs"
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
 _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, after its protocol and frame
@@ -135,6 +138,25 @@ def read_torch(file: LocalFile, *, largest: int) -> TorchFile:
 
         return read_torch_legacy(file, largest=largest)
     raise unsupported_format(file, head)
+
+
+def could_hold_tensors(name: str, head: bytes) -> bool:
+    """Return whether the file ``name``, which begins with ``head``, is probably a file of weights, perhaps damaged.
+
+    A name without a suffix of weights needs bytes that cannot be of another format.
+    """
+    if name.endswith(".safetensors"):
+        return True
+    if head.startswith((b"GGUF", b"\x93NUMPY")) or _is_legacy(head) or is_torch_tar(head):
+        return True
+    if name.endswith(WEIGHT_SUFFIXES):
+        # A bare pickle that is not called .pkl is usually a whole model, and a pointer of git-lfs replaces a file.
+        magics = (_ZIP_MAGIC, _LFS_MAGIC) if name.endswith(".pkl") else (_ZIP_MAGIC, _LFS_MAGIC, *_PICKLE_MAGICS)
+        return head.startswith(magics) or _looks_like_safetensors(head)
+    if head.startswith(_ZIP_MAGIC):
+        first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
+        return first.endswith((b"data.pkl", b"constants.pkl", b".npy"))
+    return head[8:9] == b"{" and _looks_like_safetensors(head)
 
 
 def _head(file: LocalFile) -> bytes:

@@ -12,6 +12,7 @@ from ckptkit.wrappers.envelopes import Selection
 
 __all__ = [
     "TAR_MEMBERS",
+    "find_foreign_weights",
     "is_flax",
     "is_onnx",
     "is_tensorflow_index",
@@ -31,6 +32,10 @@ _IN_GRAPH = (0x0A, 0x12, 0x2A)  # nodes, name, initializers
 _TABLE_END = bytes.fromhex("57fb808b247547db")
 _TENSORFLOW_SHARD = re.compile(r".+\.data-\d{5}-of-\d{5}")
 _NEWEST_ONNX = 63
+_FOREIGN_SUFFIXES = (
+    ".h5", ".keras", ".msgpack", ".onnx", ".onnx_data", ".onnx.data", ".ot", ".tflite", ".mlmodel", ".mlpackage",
+    ".pdparams", ".nemo", ".engine",
+)  # fmt: skip
 
 
 def unsupported_directory(names: Collection[str]) -> FormatError | None:
@@ -44,6 +49,19 @@ def unsupported_directory(names: Collection[str]) -> FormatError | None:
     if any(_TENSORFLOW_SHARD.fullmatch(name) for name in names):
         return FormatError("a checkpoint of TensorFlow, which is not read", hint="tf.train.load_checkpoint reads it")
     return None
+
+
+def find_foreign_weights(names: Collection[str]) -> list[str]:
+    """Return the file names that only other frameworks give to files of weights, in order."""
+    models = {name.removesuffix(".xml") for name in names if name.endswith(".xml")}  # OpenVINO: x.xml and x.bin
+    return sorted(
+        name
+        for name in names
+        if name.endswith(_FOREIGN_SUFFIXES)
+        or (name.endswith(".bin") and name.removesuffix(".bin") in models)
+        or (name.endswith(".index.json") and name.removesuffix(".index.json").endswith(_FOREIGN_SUFFIXES))
+        or _TENSORFLOW_SHARD.fullmatch(name)
+    )
 
 
 def is_tensorflow_shard(path: str) -> bool:

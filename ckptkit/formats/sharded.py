@@ -14,46 +14,28 @@ from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Re
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
-from ckptkit.core.text import kind_of, listed, plural, printable, quoted
+from ckptkit.core.text import kind_of, listed, plural, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats import codes
+from ckptkit.formats.shard_names import NumberedShards, group_shards, index_kind, is_index
 
 __all__ = [
-    "INDEX_SUFFIXES",
     "Shard",
-    "find_index",
     "is_output_shard_name",
     "is_plain_name",
     "is_shard_name",
     "link_warnings",
     "open_sharded",
+    "open_unindexed",
     "split_into_shards",
     "weight_index",
 ]
 
 
-INDEX_SUFFIXES = (".safetensors.index.json", ".bin.index.json", ".pt.index.json")
 _LARGEST_INDEX = 256 << 20
+_WHOLE_MODEL = re.compile(r"(?!adapter_).*(?:model|consolidated).*\.(?:safetensors|bin|pt|pth)")
 _HUB_CACHE = "blobs"  # directory of a hub's cache that its snapshots link to
-_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt)")
-
-
-def find_index(names: Sequence[str]) -> str | None:
-    """Return the name of the index among the file names of a directory, or None.
-
-    An index of safetensors shards is preferred. Raises ``FormatError`` where the directory has several indexes of the
-    same kind.
-    """
-    for suffix in INDEX_SUFFIXES:
-        found = sorted(name for name in names if name.endswith(suffix))
-        if len(found) > 1:
-            raise FormatError(
-                f"holds {len(found)} indexes: {listed(found, 4, show=printable)}", hint="give the path of one of them"
-            )
-        if found:
-            return found[0]
-    return None
 
 
 def open_sharded(
@@ -61,9 +43,9 @@ def open_sharded(
 ) -> Checkpoint:
     """Return one Checkpoint of all shards that the index names; ``open_shard`` opens a shard by its path.
 
-    With ``whole``, a shard in the directory that the index does not name is an error: usually another save left the
-    shard. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard lacks a
-    tensor that the index places in the shard.
+    With ``whole``, a shard in the directory that the index does not name is an error: the index or the shard is from
+    another save. Raises ``FormatError`` for a missing shard, for a shard outside the directory, and where a shard lacks
+    a tensor that the index places in the shard.
     """
     index_path = os.path.join(directory, index_name)
     index = _read_index(index_path)
@@ -74,23 +56,56 @@ def open_sharded(
     for key, name in weight_map.items():
         _check_shard_name(key, name, index_name, index_path)
         shards.setdefault(name, []).append(key)
-    extra = _unnamed_shards(directory, shards)
+    names = sorted(os.listdir(directory))
+    _refuse_stale_index(directory, index_path, list(shards), names)
+    extra = _unnamed_shards(names, shards)
     if whole and extra:
         raise FormatError(
-            f"the index does not name shard {quoted(extra[0])} in its directory: left from another save?",
-            hint="remove the shard, or give the path of the index to ignore it",
+            f"the index does not name shard {quoted(extra[0])} in its directory: from another save?",
+            hint=f"{shell_word(index_path)} opens the shards that the index names{_ways_to_open(directory, extra)}",
             path=directory,
         )
     opened: dict[str, Checkpoint] = {}
     try:
         for name, keys in shards.items():
             opened[name] = _open_shard(os.path.join(directory, name), keys, open_shard)
-        checkpoint = _join(directory, index_path, index, weight_map, opened)
+        checkpoint = _join(directory, weight_map, opened, [index_path])
     except BaseException:
         for shard in opened.values():
             shard.close()
         raise
-    return checkpoint.with_warnings(*_shard_warnings(list(shards), extra))
+    return checkpoint.with_warnings(*_total_warning(index, checkpoint), *_shard_warnings(list(shards), extra))
+
+
+def open_unindexed(directory: str, shards: NumberedShards, open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
+    """Return one Checkpoint of numbered shards that have no index; ``open_shard`` opens a shard by its path.
+
+    Raises ``FormatError`` where two shards have the same key. A missing shard is a warning.
+    """
+    opened: dict[str, Checkpoint] = {}
+    weight_map: dict[str, str] = {}
+    try:
+        for name in shards.names:
+            path = os.path.join(directory, name)
+            opened[name] = open_shard(path)
+            twice = next((key for key in opened[name] if key in weight_map), None)
+            if twice is not None:
+                raise FormatError(
+                    f"{quoted(twice)} is in this shard and in {quoted(weight_map[twice])}",
+                    hint="give the path of one file",
+                    path=path,
+                )
+            weight_map |= dict.fromkeys(opened[name], name)
+        checkpoint = _join(directory, weight_map, opened, [])
+    except BaseException:
+        for shard in opened.values():
+            shard.close()
+        raise
+    if shards.missing:
+        text = f"{len(opened):,} of {shards.count:,} shards are read, and {quoted(shards.missing[0])} is missing"
+        return checkpoint.with_warnings(ReaderWarning(text, codes.SHARD_COUNT))
+    text = f"there is no index; {len(opened):,} numbered shards are joined"
+    return checkpoint.with_warnings(*([ReaderWarning(text, codes.NO_INDEX)] if shards.count > 1 else []))
 
 
 def _read_index(path: str) -> Mapping[str, object]:
@@ -139,17 +154,46 @@ def _check_shard_name(key: str, name: object, index_name: str, path: str) -> Non
         raise FormatError(f"the index maps {quoted(key)} to {kind_of(name)}, not to a file name", path=path)
     if not is_plain_name(name):
         raise FormatError(f"the index names the unsafe shard {quoted(name)}", path=path)
-    kind = index_name.removesuffix(".index.json").rpartition(".")[2]
-    if kind == "safetensors" and not name.endswith(".safetensors"):
+    if index_kind(index_name) == "safetensors" and not name.endswith(".safetensors"):
         raise FormatError(f"an index of safetensors shards names {quoted(name)}", path=path)
 
 
-def _unnamed_shards(directory: str, shards: Mapping[str, object]) -> list[str]:
-    """Return the files of the directory that are named like shards of the index, and that the index does not name."""
-    families = {match[1] for name in shards if (match := _NUMBERED.fullmatch(name))}
-    suffixes = {name.rpartition(".")[2] for name in shards}
-    matches = [match for name in sorted(os.listdir(directory)) if (match := _NUMBERED.fullmatch(name))]
-    return [match[0] for match in matches if match[1] in families and match[4] in suffixes and match[0] not in shards]
+def _refuse_stale_index(directory: str, index_path: str, named: Sequence[str], names: Sequence[str]) -> None:
+    """Raise ``FormatError`` if named shards are missing, and the directory has other shards: the index is stale."""
+    missing = [name for name in named if not os.path.lexists(os.path.join(directory, name))]
+    if not missing:
+        return
+    numbered = {name for shards in group_shards(names) for name in shards.names}
+    others = [name for name in names if (name in numbered or _WHOLE_MODEL.fullmatch(name)) and name not in named]
+    if others:
+        verb = "is" if len(missing) == 1 else "are"
+        raise FormatError(
+            f"the index names {listed(missing, 1)}, which {verb} missing; "
+            f"the directory has {listed(others, 2)}: is the index from another save?",
+            hint=_ways_to_open(directory, others).removeprefix("; "),
+            path=index_path,
+        )
+
+
+def _ways_to_open(directory: str, names: Sequence[str]) -> str:
+    """Return how to open these files of the directory without the index, as the end of a hint."""
+    groups = group_shards(names)
+    parts = [shards.pattern for shards in sorted(groups, key=lambda shards: len(shards.missing))]
+    parts += sorted(set(names) - {name for shards in groups for name in shards.names})
+    shown = " or ".join(shell_word(f"{directory}::{part}") for part in parts[:3])
+    return f"; {shown} opens the files that are there"
+
+
+def _unnamed_shards(names: Sequence[str], shards: Mapping[str, object]) -> list[str]:
+    """Return the file names that look like shards of the index, and that the index does not name."""
+    families = {(group.stem, group.kind) for group in group_shards(shards)}
+    return [
+        name
+        for group in group_shards(names)
+        if (group.stem, group.kind) in families
+        for name in group.names
+        if name not in shards
+    ]
 
 
 def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[ReaderWarning]:
@@ -157,17 +201,11 @@ def _shard_warnings(names: Sequence[str], extra: Sequence[str]) -> Iterator[Read
     if extra:
         noun = "shards" if extra[1:] else "shard"
         yield ReaderWarning(f"the index does not name {noun} {listed(extra, 1)} in its directory", codes.STALE_SHARD)
-    families: dict[tuple[str, int, str], set[int]] = {}
-    for name in names:
-        if (match := _NUMBERED.fullmatch(name)) is not None:
-            families.setdefault((match[1], int(match[3]), match[4]), set()).add(int(match[2]))
-    for (family, count, suffix), numbers in families.items():
-        absent = next((number for number in range(1, count + 1) if number not in numbers), None)
-        if absent is not None:
-            missing = f"{family}-{absent:05}-of-{count:05}.{suffix}"
-            yield ReaderWarning(
-                f"the index names {len(numbers):,} of {count:,} shards, but not {quoted(missing)}", codes.SHARD_COUNT
-            )
+    for group in group_shards(names):
+        if group.missing:
+            missing = quoted(group.missing[0])
+            text = f"the index names {len(group.names):,} of {group.count:,} shards, but not {missing}"
+            yield ReaderWarning(text, codes.SHARD_COUNT)
 
 
 def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoint]) -> Checkpoint:
@@ -194,11 +232,7 @@ def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoi
 
 
 def _join(
-    directory: str,
-    index_path: str,
-    index: Mapping[str, object],
-    weight_map: Mapping[str, str],
-    opened: Mapping[str, Checkpoint],
+    directory: str, weight_map: Mapping[str, str], opened: Mapping[str, Checkpoint], other_files: Sequence[str]
 ) -> Checkpoint:
     order = list(opened)
     infos: dict[str, TensorInfo] = {}
@@ -214,15 +248,6 @@ def _join(
     if similar is not None:
         other = folded[similar.casefold()]
         warnings.append(f"shards {quoted(similar)} and {quoted(other)} differ only in case: one file on some systems")
-    stated_metadata = index.get("metadata")
-    total = stated_metadata.get("total_size") if isinstance(stated_metadata, dict) else None
-    actual = sum(info.nbytes for info in infos.values())
-    # Some writers count a tied tensor once, others once for each key.
-    once = actual - sum(infos[key].nbytes for keys in tied_keys(infos.values()) for key in keys[1:])
-    if total is not None and total not in (actual, once):
-        stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
-        text = f"the index gives a total size of {stated} bytes, but the tensors have {actual}"
-        warnings.append(ReaderWarning(text, codes.TOTAL_SIZE))
     metadata: dict[str, str] = {}
     for shard in opened.values():
         metadata |= shard.metadata
@@ -251,7 +276,7 @@ def _join(
         Description(
             directory,
             f"sharded {'/'.join(sorted(formats))} ({plural(len(opened), 'shard')})",
-            files=[index_path, *(file for shard in opened.values() for file in shard.files)],
+            files=[*other_files, *(file for shard in opened.values() for file in shard.files)],
             entries=[entry for shard in opened.values() for entry in shard.entries],
             metadata=metadata,
             warnings=warnings,
@@ -261,9 +286,20 @@ def _join(
     )
 
 
+def _total_warning(index: Mapping[str, object], infos: Mapping[str, TensorInfo]) -> Iterator[ReaderWarning]:
+    stated_metadata = index.get("metadata")
+    total = stated_metadata.get("total_size") if isinstance(stated_metadata, dict) else None
+    actual = sum(info.nbytes for info in infos.values())
+    # Some writers count a tied tensor once, others once for each key.
+    once = actual - sum(infos[key].nbytes for keys in tied_keys(infos.values()) for key in keys[1:])
+    if total is not None and total not in (actual, once):
+        stated = str(total)[:40] if isinstance(total, int | float) else f"a {type(total).__name__} of"
+        text = f"the index gives a total size of {stated} bytes, but the tensors have {actual}"
+        yield ReaderWarning(text, codes.TOTAL_SIZE)
+
+
 _INDEX = "model.safetensors.index.json"
 _OUTPUT_NAME = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-_SHARD_NAME = re.compile(r".+-\d{5}-of-\d{5}\.\w+|.+\.index\.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +317,7 @@ def is_output_shard_name(name: str) -> bool:
 
 def is_shard_name(name: str) -> bool:
     """Return whether a reader would treat a file of this name as a shard or an index."""
-    return _SHARD_NAME.fullmatch(name) is not None
+    return bool(group_shards([name])) or is_index(name) or name.endswith(".index.json")
 
 
 def split_into_shards(infos: Sequence[TensorInfo], max_bytes: int) -> tuple[Shard, ...]:

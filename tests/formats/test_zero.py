@@ -454,4 +454,8 @@ def test_whole_weights_win_over_a_save_with_a_warning(tmp_path: Path) -> None:
     torch.save(weights(), directory / "pytorch_model.bin")
     with open_checkpoint(directory) as checkpoint:
         assert_whole(checkpoint, weights())
-        assert checkpoint.warnings == (f"'{STEP}' is not read; only 'pytorch_model.bin' is read",)
+        (text,) = checkpoint.warnings
+        assert text.startswith(f"the folder '{STEP}' holds a further checkpoint, not read; only 'pytorch_model.bin'")
+        assert text.endswith(f"'{directory}::{STEP}' opens it")
+    with open_checkpoint(f"{directory}::{STEP}") as checkpoint:
+        assert_whole(checkpoint, expected())

@@ -11,7 +11,7 @@ from ckptkit.cli.common.printing import print_message
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import printable
 from ckptkit.errors import CkptkitError, PathError, RuleError
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint, split_path
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_checkpoint_or_parts, split_path
 
 __all__ = [
     "default_error_path",
@@ -37,10 +37,14 @@ def default_error_path(path: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def open_checkpoints(*paths: str, quiet: bool) -> Iterator[list[Checkpoint]]:
-    """Open checkpoints, print the warnings about each unless ``quiet``, and close all of them at the end."""
+def open_checkpoints(*paths: str, quiet: bool, listing_parts: bool = False) -> Iterator[list[Checkpoint]]:
+    """Open checkpoints, print the warnings about each unless ``quiet``, and close all of them at the end.
+
+    With ``listing_parts``, a directory of several checkpoints is not an error but a list of its parts.
+    """
+    opener = open_checkpoint_or_parts if listing_parts else open_checkpoint
     with contextlib.ExitStack() as stack:
-        checkpoints = [stack.enter_context(_open(path)) for path in paths]
+        checkpoints = [stack.enter_context(_open(path, opener)) for path in paths]
         for checkpoint in checkpoints:
             _print_warnings(checkpoint, quiet=quiet)
         yield checkpoints
@@ -54,9 +58,9 @@ def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet:
         yield checkpoint
 
 
-def _open(path: str) -> Checkpoint:
+def _open(path: str, opener: Callable[[str], Checkpoint]) -> Checkpoint:
     try:
-        return open_checkpoint(path)
+        return opener(path)
     except PathError as error:
         if error.hint is None and _IMPORTABLE.fullmatch(path) and not os.path.lexists(path):
             error.hint = f"for a live model write {LIVE_PREFIX}{path}"
@@ -69,10 +73,26 @@ def _print_warnings(checkpoint: Checkpoint, *, quiet: bool) -> None:
 
 
 def file_beside(path: str, name: str) -> str | None:
-    """Return the path of the file ``name`` in the directory of a checkpoint, or None if there is no such file."""
-    file, _ = split_path(path)
-    found = os.path.join(file if os.path.isdir(file) else os.path.dirname(file), name)
-    return found if os.path.exists(file) and os.path.isfile(found) else None
+    """Return the path of the file ``name`` in the directory of a checkpoint, or None if there is no such file.
+
+    For ``DIR::unet``, the directory of the checkpoint is the folder ``unet``.
+    """
+    from ckptkit.formats.directories.keys import split_key
+
+    directory, key = split_path(path)
+    if not os.path.exists(directory):
+        return None
+    if not os.path.isdir(directory):
+        directory, key = os.path.dirname(directory), ""
+    while key and (part := split_key(_folders(directory), key)) is not None:
+        directory, key = os.path.join(directory, part[0]), part[1]
+    found = os.path.join(directory, name)
+    return found if os.path.isfile(found) else None
+
+
+def _folders(directory: str) -> list[str]:
+    with os.scandir(directory or ".") as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
 
 
 def read_text_file(path: str) -> str:

@@ -5,37 +5,33 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from itertools import islice
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
 from ckptkit.core.files import LocalFile
-from ckptkit.core.text import listed, printable, quoted
+from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, open_file
 from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
+from ckptkit.formats.directories.beside import unread_warnings
+from ckptkit.formats.directories.listing import ADAPTER_NAMES, MODEL_NAMES, Listing, list_directory
 from ckptkit.formats.directories.numbered import check_not_parts, open_numbered
+from ckptkit.formats.directories.parts import find_part, find_parts, is_pipeline, list_parts, parts_error
 from ckptkit.formats.directories.trainer_files import (
     find_trainer_file,
     is_trainer_file,
     read_trainer_files,
 )
 from ckptkit.formats.distributed.file_names import find_states_file, is_dcp, is_zero
-from ckptkit.formats.foreign import refuse_selection, unsupported_directory
-from ckptkit.formats.sharded import INDEX_SUFFIXES, find_index, is_plain_name, link_warnings, open_sharded
+from ckptkit.formats.foreign import find_foreign_weights, refuse_selection, unsupported_directory
+from ckptkit.formats.shard_names import NumberedShards, find_index, group_shards, is_variant_index, one_shard_warnings
+from ckptkit.formats.sharded import is_plain_name, link_warnings, open_sharded, open_unindexed
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_directory", "open_index"]
 
-_WEIGHTS = (
-    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
-    "consolidated.safetensors", "consolidated.00.pth",
-)  # fmt: skip
-_ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
-# accelerate numbers every model after the first; global_step is the directory of a step of DeepSpeed.
-_SHARD = re.compile(r".*-\d+-of-\d+\.(safetensors|bin)")
-_ANOTHER = re.compile(r"(pytorch_)?model_\d+\.(safetensors|bin)|global_step\d+")
-_MOST_NAMES, _MOST_TESTED = 1_000_000, 1000
+_ADDITIONAL = re.compile(r"(?:pytorch_)?model_\d+\.(?:safetensors|bin)")  # accelerate numbers later models
+_MOST_TESTED = 1000
 _MEGATRON_METADATA = "metadata.json"
 _LATEST, _LONGEST_TAG = "latest", 1000
 
@@ -49,34 +45,74 @@ def open_index(directory: str, index: str, selection: Selection, *, whole: bool 
     return open_sharded(directory or ".", index, lambda path: open_file(path, WEIGHTS), whole=whole)
 
 
-def open_directory(directory: str, selection: Selection) -> Checkpoint:
+def open_directory(directory: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
     """Return the checkpoint in ``directory``, or the selected mapping inside it.
 
     Files that trainers write next to the weights become entries of the checkpoint. A selected key that begins with the
-    name of such a file, such as ``optimizer.pt`` or ``optimizer.pt.state``, opens that file. Raises ``FormatError`` if
-    the directory holds no checkpoint or several, or a file is missing.
+    name of such a file, such as ``optimizer.pt`` or ``optimizer.pt.state``, opens that file. A key that begins with the
+    name of a folder that holds a checkpoint, such as ``unet``, opens that checkpoint. Weights that are not read are
+    named in warnings. With ``listing_parts``, a pipeline or a directory of checkpoints becomes a Checkpoint without
+    tensors, with an entry for each part. Raises ``FormatError`` if the directory holds no checkpoint or several, or a
+    file is missing.
     """
-    names = _file_names(directory)
+    listing = list_directory(directory)
+    names = listing.names
     trainer_file = find_trainer_file(names, selection.key)
     if trainer_file is None and selection.key:
         trainer_file = find_states_file(names, selection.key)
     if trainer_file is not None:
         return _open_trainer_file(directory, *trainer_file)
-    checkpoint = _open_weights(directory, names, selection)
+    part = find_part(listing, selection.key) if selection.key else None
+    if part is not None:
+        return _open_part(listing, *part, listing_parts=listing_parts)
+    try:
+        if is_pipeline(listing):
+            raise _NoWeightsError("a pipeline")
+        checkpoint = _open_weights(listing, selection)
+    except _NoWeightsError as error:
+        parts = find_parts(listing)
+        if not parts:
+            raise _without_parts(listing, error) from None
+        if not listing_parts or selection.key or selection.optimizer:
+            raise parts_error(listing, parts) from None
+        checkpoint = list_parts(listing, parts, lambda path: _open_anything(path, WEIGHTS))
+        entries, warnings = read_trainer_files(directory, names)
+        return checkpoint.with_entries(*entries).with_warnings(*warnings)
     try:
         entries, warnings = read_trainer_files(directory, names)
+        unread = tuple(unread_warnings(listing, checkpoint))
     except BaseException:
         checkpoint.close()
         raise
-    return checkpoint.with_entries(*entries).with_warnings(*warnings)
+    return checkpoint.with_entries(*entries).with_warnings(*warnings, *unread)
 
 
-def _file_names(directory: str) -> list[str]:
-    with os.scandir(directory) as listing:
-        names = [entry.name for entry in islice(listing, _MOST_NAMES + 1)]
-    if len(names) > _MOST_NAMES:
-        raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of one file")
-    return names
+class _NoWeightsError(FormatError):
+    """The directory has no weights of its own; its folders may have."""
+
+
+def _without_parts(listing: Listing, error: FormatError) -> FormatError:
+    foreign = [*find_foreign_weights(listing.names), *listing.checkpoint_folders.foreign]
+    if foreign:
+        return FormatError(f"holds weights of other frameworks only, which are not read: {listed(foreign, 4)}")
+    return FormatError(error.reason, hint=error.hint)
+
+
+def _open_part(listing: Listing, part: str | NumberedShards, key: str, *, listing_parts: bool) -> Checkpoint:
+    if isinstance(part, NumberedShards):
+        return open_unindexed(listing.path, part, lambda path: open_file(path, WEIGHTS))
+    path = listing.join(part)
+    try:
+        return _open_anything(path, Selection(key), listing_parts=listing_parts)
+    except CkptkitError as error:
+        error.path = error.path or path
+        raise
+
+
+def _open_anything(path: str, selection: Selection, *, listing_parts: bool = False) -> Checkpoint:
+    if os.path.isdir(path):
+        return open_directory(path, selection, listing_parts=listing_parts)
+    return open_file(path, selection).with_warnings(*one_shard_warnings(path))
 
 
 def _open_trainer_file(directory: str, name: str, key: str) -> Checkpoint:
@@ -89,13 +125,16 @@ def _open_trainer_file(directory: str, name: str, key: str) -> Checkpoint:
     return open_file(os.path.join(directory, name), Selection(key))
 
 
-def _open_weights(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
-    index = find_index(names)
-    known = [name for name in (*_WEIGHTS, *_ADAPTER) if name in names]
+def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
+    directory, names = listing.path, listing.names
+    index = find_index(listing.files)
+    known = [name for name in (*MODEL_NAMES, *ADAPTER_NAMES) if name in names]
+    if index is not None and is_variant_index(index) and known:
+        index = None
     if index is None and is_dcp(names):
         from ckptkit.formats.distributed.dcp import open_dcp
 
-        return _warn_of_others(open_dcp(directory, selection), "the distributed checkpoint", known)
+        return open_dcp(directory, selection)
     if index is None and not known:
         if is_zero(names):
             return _open_zero(directory, names, selection)
@@ -103,26 +142,47 @@ def _open_weights(directory: str, names: Sequence[str], selection: Selection) ->
             return open_directory(_latest_save(directory), selection)
     if index is None and (joined := open_numbered(directory, names, known, selection)) is not None:
         return joined
-    adapter = [name for name in known if name in _ADAPTER]
+    adapter = [name for name in known if name in ADAPTER_NAMES]
+    if index is None and not known and (shards := _only_numbered_shards(listing)) is not None:
+        refuse_selection(selection)
+        return open_unindexed(directory, shards, lambda path: open_file(path, WEIGHTS))
     chosen = index or next(iter(known), None) or _only_weights_file(directory, names)
     if adapter and chosen not in adapter:
         raise FormatError(
             f"holds a whole model and an adapter: {printable(chosen)}, {adapter[0]}",
             hint="give the path of one of them",
         )
-    numbered = sorted(filter(_ANOTHER.fullmatch, names))
-    indexes = sorted(name for name in names if name.endswith(INDEX_SUFFIXES))
-    checkpoint = (
-        open_index(directory, index, selection, whole=True)
-        if index
-        else open_file(os.path.join(directory, chosen), selection)
-    )
-    if not index:
-        checkpoint = checkpoint.with_warnings(*link_warnings(directory, [chosen]))
+    if index:
+        return open_index(directory, index, selection, whole=True)
+    checkpoint = open_file(os.path.join(directory, chosen), selection)
+    checkpoint = checkpoint.with_warnings(*link_warnings(directory, [chosen]))
     if chosen.startswith("adapter_model"):
         checkpoint = checkpoint.with_warnings(*_read_adapter_warnings(checkpoint, directory, names))
-    name = f"the index {quoted(chosen)}" if index else quoted(chosen)
-    return _warn_of_others(checkpoint, name, [other for other in (*known, *numbered, *indexes) if other != chosen])
+    return checkpoint
+
+
+def _only_numbered_shards(listing: Listing) -> NumberedShards | None:
+    """Return the numbered shards of a directory without an index, or None if there are no numbered shards.
+
+    Raises ``FormatError`` if shards are missing, or there are shards of several checkpoints.
+    """
+    groups = group_shards(listing.files)
+    if not groups:
+        return None
+    opens = " or ".join(shell_word(f"{listing.path}::{shards.pattern}") for shards in groups[:4])
+    if len(groups) > 1:
+        counts = [f"{printable(shards.pattern)} ({len(shards.names):,} of {shards.count:,})" for shards in groups]
+        raise FormatError(
+            f"shards of {len(groups):,} checkpoints and no index: {listed(counts, 4, show=str)}", hint=f"give {opens}"
+        )
+    (shards,) = groups
+    if shards.missing:
+        raise FormatError(
+            f"{len(shards.names):,} of {shards.count:,} shards and no index: {listed(shards.missing, 4)} "
+            f"{'is' if len(shards.missing) == 1 else 'are'} missing",
+            hint=f"copy the missing files too; {opens} opens the shards that are there",
+        )
+    return shards
 
 
 def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
@@ -132,11 +192,6 @@ def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Ch
         held = "one optimizer state for each rank" if selection.optimizer else f"nothing at {quoted(selection.key)}"
         raise FormatError(f"holds {held}", hint="add :: and the name of a *_states.pt file to the path")
     return open_zero(directory, names)
-
-
-def _warn_of_others(checkpoint: Checkpoint, chosen: str, others: Sequence[str]) -> Checkpoint:
-    warnings = (f"{quoted(name)} is not read; only {chosen} is read" for name in others[:4])
-    return checkpoint.with_warnings(*warnings)
 
 
 def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequence[str]) -> tuple[str, ...]:
@@ -180,32 +235,51 @@ def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
 
 def _only_weights_file(directory: str, names: Sequence[str]) -> str:
     """Return the name of the only file of weights. Raises ``FormatError`` where there is none, or several."""
-    weights = sorted(
-        name for name in names if name.endswith((".safetensors", *TORCH_SUFFIXES)) and not is_trainer_file(name)
-    )
+    weights = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES) and not is_trainer_file(name))
+    foreign = find_foreign_weights(names)
+    if len(weights) > 1:
+        weights = [name for name in weights if name not in foreign and not _ADDITIONAL.fullmatch(name)] or weights
     if not weights and CONFIG in names:
         raise FormatError(
             f"holds {CONFIG}, but not the weights of the adapter",
-            hint=f"the file of weights must be called {' or '.join(_ADAPTER)}",
+            hint=f"the file of weights must be called {' or '.join(ADAPTER_NAMES)}",
         )
     if not weights:
-        if (foreign := unsupported_directory(names) or _megatron_error(directory, names)) is not None:
-            raise foreign
+        if (unsupported := unsupported_directory(names) or _megatron_error(directory, names)) is not None:
+            raise unsupported
         inside = [name for name in sorted(names)[:_MOST_TESTED] if os.path.isdir(os.path.join(directory, name))]
         if inside:
-            raise FormatError(
+            raise _NoWeightsError(
                 "a directory without a checkpoint",
                 hint=f"give one of the directories inside: {listed(inside, 4, show=printable)}",
             )
-        searched = (
-            f"ckpt searched for an index (*{INDEX_SUFFIXES[0]}, *{INDEX_SUFFIXES[1]}) and for {', '.join(_WEIGHTS[:2])}"
+        raise _NoWeightsError(
+            "a directory without a checkpoint",
+            hint="ckpt searched for an index (*.safetensors.index.json, *.bin.index.json) and for "
+            + ", ".join(MODEL_NAMES[:2]),
         )
-        raise FormatError("a directory without a checkpoint", hint=searched)
     check_not_parts(directory, weights)
+    if len(weights) > 1 and (chosen := _only_variant(weights)) is not None:
+        return chosen
     if len(weights) > 1:
-        shards = all(map(_SHARD.fullmatch, weights))
         raise FormatError(
             f"a directory with {len(weights):,} files of weights and no index: {listed(weights, 4, show=printable)}",
-            hint="copy the index too; its name ends in .index.json" if shards else "give the path of one file",
+            hint="give the path of one file",
         )
     return weights[0]
+
+
+def _only_variant(weights: Sequence[str]) -> str | None:
+    """Return the preferred file if all files are the same variant, such as ``fp16``; else None."""
+    variants: dict[str, list[str]] = {}
+    for name in weights:
+        stem, _, suffix = name.rpartition(".")
+        plain, _, variant = stem.partition(".")
+        if f"{plain}.{suffix}" not in MODEL_NAMES:
+            return None
+        variants.setdefault(variant, []).append(f"{plain}.{suffix}")
+    if len(variants) > 1:
+        return None
+    ((variant, plain_names),) = variants.items()
+    stem, _, suffix = min(plain_names, key=MODEL_NAMES.index).rpartition(".")
+    return f"{stem}.{variant}.{suffix}"

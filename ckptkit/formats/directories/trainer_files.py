@@ -15,6 +15,7 @@ from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
+from ckptkit.formats.directories.keys import split_key
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.torch.tree import describe_entry
 
@@ -62,9 +63,7 @@ def find_trainer_file(names: Iterable[str], key: str) -> tuple[str, str] | None:
 
     For example, ``optimizer.pt.state`` becomes ``optimizer.pt`` and ``state``.
     """
-    matches = [name for name in names if f"{key}.".startswith(f"{name}.") and is_trainer_file(name)]
-    name = max(matches, key=len, default=None)
-    return None if name is None else (name, key[len(name) + 1 :])
+    return split_key(filter(is_trainer_file, names), key)
 
 
 def read_trainer_files(directory: str, names: Iterable[str]) -> TrainerFiles:

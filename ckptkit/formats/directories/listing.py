@@ -1,0 +1,183 @@
+"""List a directory, and find the files of weights in it and the folders that hold checkpoints. The work is bounded."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+
+from ckptkit.core.files import LocalFile
+from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors
+from ckptkit.formats.directories.trainer_files import is_trainer_file
+from ckptkit.formats.distributed.file_names import is_dcp, is_zero
+from ckptkit.formats.foreign import find_foreign_weights
+from ckptkit.formats.shard_names import is_index
+
+__all__ = [
+    "ADAPTER_NAMES",
+    "MODEL_NAMES",
+    "PIPELINE",
+    "CheckpointFolders",
+    "Listing",
+    "find_weights_files",
+    "list_directory",
+    "read_module_folders",
+]
+
+MODEL_NAMES = (
+    "model.safetensors", "pytorch_model.bin", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin",
+    "consolidated.safetensors", "consolidated.00.pth",
+)  # fmt: skip
+ADAPTER_NAMES = ("adapter_model.safetensors", "adapter_model.bin")
+PIPELINE = "model_index.json"  # of diffusers
+_MODULES = "modules.json"  # of sentence-transformers
+_LARGEST_MODULES = 1 << 20
+_MOST_NAMES, _MOST_NAMES_INSIDE = 1_000_000, 2000
+_MOST_TESTED, _MOST_ODD, _MOST_TESTED_INSIDE = 500, 100, 8  # files of which the first bytes are read
+_MOST_FOLDERS = 200  # that are listed, at any depth
+_DEEPEST = 3
+_HEAD = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFolders:
+    """Folders of a directory: those that hold checkpoints, and those that hold weights of other frameworks only."""
+
+    readable: tuple[str, ...]
+    foreign: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The names in the directory ``path``, in alphabetical order. Links to directories count as folders."""
+
+    path: str
+    files: tuple[str, ...]
+    folders: tuple[str, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the names of files and folders."""
+        return (*self.files, *self.folders)
+
+    def join(self, name: str) -> str:
+        """Return the path of a file or folder of the directory."""
+        return os.path.join(self.path, name)
+
+    @cached_property
+    def checkpoint_folders(self) -> CheckpointFolders:
+        """The folders in which a checkpoint is, at most three levels down. Hidden folders are left out."""
+        return _find_checkpoint_folders(self)
+
+
+def list_directory(path: str) -> Listing:
+    """Return the names in a directory. Raises ``FormatError`` if there are more than a million."""
+    listing = _list(path, _MOST_NAMES)
+    if len(listing.names) > _MOST_NAMES:
+        raise FormatError(f"a directory of more than {_MOST_NAMES:,} files", hint="give the path of one file")
+    return listing
+
+
+def _list(path: str, most: int) -> Listing:
+    """Return the first names in a directory: at most ``most``, and one more if there are more."""
+    files: list[str] = []
+    folders: list[str] = []
+    with os.scandir(path) as entries:
+        for entry in islice(entries, most + 1):
+            (folders if _is_folder(entry) else files).append(entry.name)
+    return Listing(path, tuple(sorted(files)), tuple(sorted(folders)))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def find_weights_files(directory: str, names: Iterable[str], most: int = _MOST_TESTED) -> list[str]:
+    """Return those of the files that hold weights, judging by their first bytes, or by their names after ``most``.
+
+    Files of trainers, indexes, and files of other frameworks are not among them.
+    """
+    names = [name for name in names if not is_trainer_file(name)]
+    foreign = set(find_foreign_weights(names))
+    named = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in foreign]
+    tested = named[:most]
+    if most == _MOST_TESTED:
+        taken = foreign.union(named)
+        tested += [name for name in names if name not in taken and not name.endswith(_TEXT_SUFFIXES)][:_MOST_ODD]
+    found = [name for name in tested if _could_hold_tensors(directory, name)]
+    return sorted([*found, *named[most:]])
+
+
+_TEXT_SUFFIXES = (".json", ".txt", ".md", ".py", ".yaml", ".yml", ".log", ".png", ".jpg")
+
+
+def _could_hold_tensors(directory: str, name: str) -> bool:
+    if name in MODEL_NAMES or name in ADAPTER_NAMES:
+        return True
+    try:
+        file = LocalFile(os.path.join(directory, name))
+    except CkptkitError:
+        return False
+    try:
+        return could_hold_tensors(name, file.read(0, min(file.size, _HEAD)))
+    except CkptkitError:
+        return False
+    finally:
+        file.close()
+
+
+def _find_checkpoint_folders(listing: Listing) -> CheckpointFolders:
+    left = [_MOST_FOLDERS]
+    kinds = {name: _kind_of_folder(listing.join(name), left, _DEEPEST) for name in _shown(listing.folders)}
+    return CheckpointFolders(
+        tuple(name for name, kind in kinds.items() if kind == "readable"),
+        tuple(name for name, kind in kinds.items() if kind == "foreign"),
+    )
+
+
+def _shown(folders: Collection[str]) -> list[str]:
+    return [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+
+
+def _kind_of_folder(path: str, left: list[int], depth: int) -> str:
+    if left[0] <= 0:
+        return ""
+    left[0] -= 1
+    try:
+        inside = _list(path, _MOST_NAMES_INSIDE)
+    except OSError:
+        return ""
+    files = inside.files
+    if is_dcp(files) or is_zero(files) or any(map(is_index, files)):
+        return "readable"
+    if find_weights_files(path, files, _MOST_TESTED_INSIDE):
+        return "readable"
+    kinds = {_kind_of_folder(inside.join(name), left, depth - 1) for name in _shown(inside.folders) if depth > 1}
+    if "readable" in kinds:
+        return "readable"
+    return "foreign" if "foreign" in kinds or find_foreign_weights(inside.names) else ""
+
+
+def read_module_folders(listing: Listing) -> list[str]:
+    """Return the folders that ``modules.json`` of sentence-transformers names as parts of the model."""
+    if _MODULES not in listing.files:
+        return []
+    try:
+        file = LocalFile(listing.join(_MODULES))
+    except CkptkitError:
+        return []
+    try:
+        rows: object = json.loads(file.read(0, min(file.size, _LARGEST_MODULES)))
+    except (CkptkitError, ValueError, RecursionError):
+        return []
+    finally:
+        file.close()
+    paths = [row.get("path") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [path for path in paths if isinstance(path, str) and path in listing.folders]
