@@ -67,7 +67,7 @@ def siblings_of(name: str, names: Iterable[str]) -> list[str]:
 def part_warnings(path: str, checkpoint: Checkpoint) -> Iterator[ReaderWarning]:
     """Yield a warning if the name of a file, or of its directory, says that the file holds a part of a model.
 
-    ``checkpoint`` is what the file holds. There is no warning about a name that the reader has explained already.
+    ``checkpoint`` is what the file holds. A name that the reader has explained already gives no warning.
     """
     if any(getattr(text, "code", None) is codes.PART_OF_SEVERAL for text in checkpoint.warnings):
         return

@@ -118,7 +118,7 @@ def test_one_file_is_not_taken_as_whole(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def resave(change: Callable[[dict[str, object]], object]) -> Callable[[Path], object]:
-    """Return a function that replaces the file of rank 1 by that of another run."""
+    """Return a function that replaces the file of rank 1 by a file of another run."""
 
     def damage(run: Path) -> None:
         placed: dict[str, Any] = dict(FLAT)

@@ -84,7 +84,7 @@ def save(directory: Path, count: int = 2, embedding: int = 1, params: object = P
 @pytest.mark.parametrize("embedding", [0, 1], ids=["Llama 3", "Llama 2"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_slices_are_joined(tmp_path: Path, count: int, embedding: int, params: object) -> None:
-    """Each tensor is the one that was cut, whatever params.json says beside it."""
+    """Each tensor equals the tensor before the cut, also without params.json."""
     directory = save(tmp_path / "llama", count, embedding, params)
     with open_checkpoint(directory) as checkpoint:
         expected = meta_model()
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
 
 @pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED.keys())
 def test_files_that_do_not_fit_are_refused(tmp_path: Path, damage: Callable[[Path], object], message: str) -> None:
-    """What the shapes and params.json do not prove is an error that names the file or the key."""
+    """A reading that shapes and params.json do not prove is an error that names the file or the key."""
     directory = save(tmp_path / "llama")
     damage(directory)
     with pytest.raises(FormatError, match=message):

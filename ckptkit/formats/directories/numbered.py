@@ -1,4 +1,4 @@
-"""Open a directory of numbered files, of which each holds a part of one model."""
+"""Open a directory of numbered files that each hold a part of one model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def open_numbered(
 ) -> Checkpoint | None:
     """Return the Checkpoint of the numbered files, joined, or None if the directory holds no such files.
 
-    ``weights`` are the files among ``names`` whose names say that they hold a whole model. Raises ``FormatError`` if a
+    ``weights`` are the files among ``names`` that usually hold a whole model. Raises ``FormatError`` if a
     file is missing, or the files do not belong together.
     """
     if set(weights) - {_FIRST}:

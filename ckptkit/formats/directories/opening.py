@@ -22,7 +22,7 @@ from ckptkit.formats.directories.trainer_files import (
     is_trainer_file,
     read_trainer_files,
 )
-from ckptkit.formats.distributed.file_names import find_states_file, is_dcp, is_zero
+from ckptkit.formats.distributed.file_names import UNIVERSAL, find_states_file, is_dcp, is_zero
 from ckptkit.formats.foreign import find_foreign_weights, refuse_selection, unsupported_directory
 from ckptkit.formats.shard_names import NumberedShards, find_index, group_shards, is_variant_index, one_shard_warnings
 from ckptkit.formats.sharded import is_plain_name, link_warnings, open_sharded, open_unindexed
@@ -33,7 +33,7 @@ __all__ = ["open_directory", "open_index"]
 _ADDITIONAL = re.compile(r"(?:pytorch_)?model_\d+\.(?:safetensors|bin)")  # accelerate numbers later models
 _MOST_TESTED = 1000
 _MEGATRON_METADATA = "metadata.json"
-_LATEST, _LONGEST_TAG = "latest", 1000
+_LATEST, _LONGEST_TAG = ("latest", "latest_universal"), 1000
 
 
 def open_index(directory: str, index: str, selection: Selection, *, whole: bool = False) -> Checkpoint:
@@ -136,10 +136,13 @@ def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
 
         return open_dcp(directory, selection)
     if index is None and not known:
+        if UNIVERSAL in names and (universal := _open_universal(directory, names, selection)) is not None:
+            return universal
         if is_zero(names):
             return _open_zero(directory, names, selection)
-        if _LATEST in names and os.path.isfile(os.path.join(directory, _LATEST)):
-            return open_directory(_latest_save(directory), selection)
+        for latest in _LATEST:
+            if latest in names and os.path.isfile(os.path.join(directory, latest)):
+                return open_directory(_latest_save(directory, latest), selection)
     if index is None and (joined := open_numbered(directory, names, known, selection)) is not None:
         return joined
     adapter = [name for name in known if name in ADAPTER_NAMES]
@@ -185,6 +188,12 @@ def _only_numbered_shards(listing: Listing) -> NumberedShards | None:
     return shards
 
 
+def _open_universal(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint | None:
+    from ckptkit.formats.distributed.universal import is_universal, open_universal
+
+    return open_universal(directory, names, selection) if is_universal(directory, names) else None
+
+
 def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
     from ckptkit.formats.distributed.zero import open_zero
 
@@ -202,9 +211,9 @@ def _read_adapter_warnings(checkpoint: Checkpoint, directory: str, names: Sequen
     return tuple(adapter_warnings(checkpoint, config))
 
 
-def _latest_save(directory: str) -> str:
+def _latest_save(directory: str, latest: str) -> str:
     """Return the directory that the file ``latest`` of DeepSpeed names: the last save."""
-    path = os.path.join(directory, _LATEST)
+    path = os.path.join(directory, latest)
     file = LocalFile(path)
     try:
         tag = file.read(0, min(file.size, _LONGEST_TAG)).decode("utf-8", "replace").strip()
@@ -213,7 +222,7 @@ def _latest_save(directory: str) -> str:
     if not is_plain_name(tag):
         raise FormatError(f"names the unsafe directory {quoted(tag)}", path=path)
     saved = os.path.join(directory, tag)
-    if not os.path.isdir(saved) or os.path.exists(os.path.join(saved, _LATEST)):
+    if not os.path.isdir(saved) or os.path.exists(os.path.join(saved, latest)):
         raise FormatError(f"names {quoted(tag)}, but there is no save of that name in the directory", path=path)
     return saved
 

@@ -14,6 +14,7 @@ __all__ = [
     "DCP_METADATA",
     "DCP_SHARD",
     "DCP_SUFFIX",
+    "UNIVERSAL",
     "ZERO_MODEL_STATES",
     "ZERO_OPTIM_STATES",
     "RankFiles",
@@ -27,6 +28,7 @@ CONSOLIDATED = re.compile(r"consolidated\.(\d{2,4})\.pth")  # of Meta, one file 
 DCP_METADATA = ".metadata"
 DCP_SUFFIX = ".distcp"
 DCP_SHARD = re.compile(r"shard-(\d{5,9})-model-(\d{5,9})-of-(\d{5,9})\.safetensors")
+UNIVERSAL = "zero"  # the directory of the parameters in a universal checkpoint of DeepSpeed
 ZERO_OPTIM_STATES = re.compile(r"([a-z0-9_]*?)zero_pp_rank_(\d{1,6})_mp_rank_(\d{1,6})_optim_states\.pt")
 ZERO_MODEL_STATES = re.compile(r"(?:zero_pp_rank_(\d{1,6})_)?mp_rank_(\d{1,6})_model_states\.pt")
 

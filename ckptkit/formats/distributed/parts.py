@@ -1,4 +1,4 @@
-"""Open the files in which several ranks saved the parts of one model, and join the pieces of each tensor."""
+"""Open files that each hold a part of one model, and join the pieces of each tensor."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def join_blocks(info: TensorInfo, blocks: Iterable[Block]) -> JoinedTensor:
 
 @dataclass(frozen=True, slots=True)
 class _EqualCopies:
-    """The bytes of a tensor of which several files hold a copy. Reading compares the copies."""
+    """The bytes of a tensor that several files hold. Reading compares the copies."""
 
     key: str
     names: tuple[str, ...]
@@ -169,7 +169,7 @@ def joined_checkpoint(
     )
     return Checkpoint(
         {key: tensor.info for key, tensor in tensors.items()},
-        Access(payload, records=records, check=pool.check_unchanged, close=pool.close),
+        Access(payload, payload, records, check=pool.check_unchanged, close=pool.close),
         Description(
             pool.directory,
             f"{printable(form)} ({plural(len(parts), 'file')})",

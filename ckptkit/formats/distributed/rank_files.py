@@ -1,4 +1,4 @@
-"""Join the files in which the ranks of a run saved one state_dict of DTensors, as FSDP2 and verl do."""
+"""Join the files of several ranks, which saved one state_dict of DTensors, as FSDP2 and verl do."""
 
 from __future__ import annotations
 

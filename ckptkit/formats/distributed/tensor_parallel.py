@@ -52,8 +52,8 @@ def open_tensor_parallel(
 ) -> Checkpoint:
     """Return the Checkpoint of the whole tensors in the ``consolidated.NN.pth`` files among ``names``.
 
-    ``params`` is the content of ``params.json``, or None. Raises ``FormatError`` if a file is missing, if the files do
-    not belong together, and for a tensor that has more than one reading or none.
+    ``params`` is the content of ``params.json``, or None. Raises ``FormatError`` if a file is missing, or the files
+    do not belong together, or a tensor does not have exactly one reading.
     """
     pool = FilePool(directory)
     try:
@@ -101,7 +101,7 @@ def _in_order(names: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Sizes:
-    """The sizes of the whole model; 0 stands for a size that nothing says."""
+    """The sizes of the whole model; 0 is an unknown size."""
 
     count: int  # of files
     dim: int

@@ -49,7 +49,7 @@ from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_ch
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.tree import describe_entry
 
-__all__ = ["open_zero"]
+__all__ = ["Model", "model_entries", "open_zero", "read_model"]
 
 _ELSEWHERE = re.compile(r"layer_\d.*[-_](?:model|optim)_states\.pt|expp_rank_\d.*_optim_states\.pt")
 _CONVERT = "ds_to_universal.py of DeepSpeed converts it"
@@ -83,7 +83,7 @@ class _Rank:
 
 
 @dataclass(frozen=True, slots=True)
-class _Model:
+class Model:
     """A file of model states, with unsplit tensors and with fragments of frozen parameters."""
 
     name: str
@@ -104,7 +104,7 @@ def _open(pool: FilePool, names: Sequence[str]) -> Checkpoint:
             f"{plural(first.states.count, 'rank')} saved, but {plural(len(ranks), 'optim_states file')} found",
             hint="copy the whole directory again",
         )
-    models = [_read_model(pool, name, references) for name in _model_names(names, first.states, len(ranks))]
+    models = [read_model(pool, name, references) for name in _model_names(names, first.states, len(ranks))]
     for model in models:
         if model.states.step != models[0].states.step:
             raise FormatError(
@@ -173,13 +173,17 @@ def _read_rank(pool: FilePool, name: str, references: dict[str, None]) -> _Rank:
         raise
 
 
-def _read_model(pool: FilePool, name: str, references: dict[str, None]) -> _Model:
+def read_model(pool: FilePool, name: str, references: dict[str, None]) -> Model:
+    """Return a file of model states, and add the code names in it to ``references``.
+
+    Raises ``FormatError`` if ZeRO did not write the file.
+    """
     path = pool.get(name).path
     try:
         file = _read(pool, name, references)
         states = read_model_states(file.tree)
         whole = _checkpoint_of(file, states.whole, path)
-        return _Model(name, path, states, whole, _checkpoint_of(file, states.fragments, path))
+        return Model(name, path, states, whole, _checkpoint_of(file, states.fragments, path))
     except FormatError as error:
         error.path = error.path or path
         raise
@@ -211,7 +215,7 @@ def _check_same_save(first: _Rank, rank: _Rank, number: int) -> None:
         raise FormatError(f"rank {number} {problem}", hint="the directory holds files of two saves", path=rank.path)
 
 
-def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[_Model], names: list[str]) -> Checkpoint:
+def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[Model], names: list[str]) -> Checkpoint:
     first = models[0]
     assembled = _trained_parameters(ranks, first.states) | _frozen_parameters(models, stage3=ranks[0].states.stage3)
     for name, other in first.states.shared.items():
@@ -250,7 +254,7 @@ def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[_Model]
             pool.directory,
             f"deepspeed zero stage {stage} ({plural(len(ranks), 'rank')})",
             files=[file.path for file in pool.files.values()],
-            entries=_entries(first),
+            entries=model_entries(first),
             versions=module_versions(table),
             warnings=[*_warnings(first, from_module, left_out, stage), *code_warnings(references, suspicious)],
             references=references,
@@ -259,7 +263,8 @@ def _checkpoint(pool: FilePool, ranks: Sequence[_Rank], models: Sequence[_Model]
     )
 
 
-def _entries(model: _Model) -> list[Entry]:
+def model_entries(model: Model) -> list[Entry]:
+    """Return an entry for each value in a file of model states that is not a weight."""
     left = [_MOST_OUTLINED]
     used = {"module", "buffer_names", "param_shapes", "frozen_param_shapes", "frozen_param_fragments", "shared_params"}
     return [
@@ -269,7 +274,7 @@ def _entries(model: _Model) -> list[Entry]:
     ]
 
 
-def _warnings(model: _Model, from_module: Sequence[str], left_out: Sequence[str], stage: str) -> list[str]:
+def _warnings(model: Model, from_module: Sequence[str], left_out: Sequence[str], stage: str) -> list[str]:
     text = "these are the fp32 weights of the optimizer, joined from the partitions of all ranks"
     if stage != "3":
         text += f"; the weights of the model, in the dtype of training, are at ::{model.name}"
@@ -309,7 +314,7 @@ def _trained_parameters(ranks: Sequence[_Rank], model: ModelStates) -> dict[str,
     return join_shares([Vector.of(rank.parts) for rank in ranks], shapes)
 
 
-def _frozen_parameters(models: Sequence[_Model], *, stage3: bool) -> dict[str, Parameter]:
+def _frozen_parameters(models: Sequence[Model], *, stage3: bool) -> dict[str, Parameter]:
     parameters: dict[str, Parameter] = {}
     for name, shape in models[0].states.frozen.items():
         fragments = []

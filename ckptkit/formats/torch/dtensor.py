@@ -30,7 +30,7 @@ __all__ = [
     "whole_tensor",
 ]
 
-DTENSOR: Final = "dtensor"  # the kind of a tensor of which the file holds a piece
+DTENSOR: Final = "dtensor"  # the kind of a tensor if the file holds only a piece
 _MOST_RANKS = 1 << 16
 _MOST_MESH_DIMENSIONS = 16
 
@@ -79,7 +79,7 @@ def whole_tensor(tensor: TensorRef) -> TensorRef:
 
 
 def describe_pieces(tensors: Mapping[str, TensorRef]) -> str | None:
-    """Return a sentence about the DTensors among ``tensors`` of which the file holds pieces, or None."""
+    """Return a sentence about the DTensors among ``tensors`` that the file holds in part, or None."""
     pieces = [key for key, tensor in tensors.items() if tensor.kind == DTENSOR]
     if not pieces:
         return None
@@ -149,7 +149,7 @@ def _read_cuts(tensor: TensorRef, mesh: Sequence[int]) -> tuple[tuple[int, ...],
 
 
 def _order_of_cuts(found: Sequence[int], placements: Sequence[_Placement], mesh: Sequence[int]) -> tuple[int, ...]:
-    """Return the mesh dimensions that cut one dimension of a tensor, in the order in which they cut."""
+    """Return the mesh dimensions that cut one dimension of a tensor, in the order of the cuts."""
     strided = [mesh_dim for mesh_dim in found if placements[mesh_dim].name == "_StridedShard"]
     if not strided or all(mesh[mesh_dim] == 1 for mesh_dim in found):
         return tuple(found)
