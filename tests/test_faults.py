@@ -20,15 +20,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ckptkit import choose_output, execute, open_checkpoint, plan_remap
+from ckptkit import Output, Plan, choose_output, execute, open_checkpoint, plan_remap
 from ckptkit.cli.common.outputs import prepare_side_file, write_small_file
-from ckptkit.errors import CkptkitError, OutputError
+from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import open_optimizer
 from ckptkit.formats.atomic import AtomicFile, present_state
 from ckptkit.optimizer_state.forms import read_state
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.write import write_optimizer_state
 from ckptkit.plans.execute import check_output
+from ckptkit.plans.saved import plan_from_json, plan_to_json
+from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import names_in, sha256, tensor_of
 
 ROOT = Path(__file__).parent.parent
@@ -326,14 +329,14 @@ def refused(source: Path, out: Path, shards: int | None, limit: int) -> list[str
 
 @each_case
 def test_a_limit_on_file_sizes_is_an_error(case: Case, tmp_path: Path) -> None:
-    """The error comes before the first byte with the needed and free sizes; the old output is kept."""
+    """The error comes before the first byte with the needed size and the limit; the old output is kept."""
     name, out, shards = case
     source, place = saved(tmp_path / name, NEW), tmp_path / "place"
     place.mkdir()
     write(OLD, place / out, shards)
     old = content(place / out)
     reason, path = refused(source, place / out, shards, 200)
-    assert re.fullmatch(r"not enough disk space: [\d.]+ k?B needed, [\d.]+ .?B free", reason)
+    assert re.fullmatch(r"a file of [\d.]+ k?B is larger than the limit of this process, 200 B", reason)
     assert path == str(place / out)
     assert content(place / out) == old
     assert names_in(place) == [out]
@@ -526,3 +529,65 @@ def test_a_small_file_of_another_program_is_kept(tmp_path: Path, *, present: boo
         prepare_side_file(str(path), [str(path)], force=True)
     with pytest.raises(OutputError, match="is the output too"):
         prepare_side_file(str(path), [], f"{tmp_path}/./plan.json", force=True)
+
+
+def refuse_to_remove(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.mark.parametrize(("out", "shards"), [("out.safetensors", None), ("out.pt", None), ("out", 300)])
+def test_a_temporary_path_that_cannot_be_removed_is_named(
+    out: str, shards: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an error the hint names what is left over; after success the description of the output does."""
+    write(OLD, tmp_path / out, shards)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", refuse_to_remove)
+        patch.setattr(os, "rmdir", refuse_to_remove)
+        patch.setattr(os, "fsync", refuse_to_remove)
+        refusal = outcome(lambda: write(NEW, tmp_path / out, shards))
+        assert refusal is not None
+        (left,) = set(names_in(tmp_path)) - {out}
+        assert f"{tmp_path / left} could not be removed" in str(refusal.hint)
+    if shards:
+        monkeypatch.setattr(os, "rmdir", refuse_to_remove)
+        written = execute(plan_remap(NEW), NEW, choose_output(tmp_path / out, max_shard_size=shards, force=True))
+        assert [Path(path).name for path in written.left] == sorted(set(names_in(tmp_path)) - {out, left})
+
+
+def test_an_error_of_the_system_names_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of stat on the target is an error, and never taken for a path that does not exist."""
+    source, real = saved(tmp_path / "in.safetensors", NEW), os.stat
+
+    def stat(path: Any, **options: Any) -> Any:
+        if path == str(tmp_path / "out"):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return real(path, **options)
+
+    for shards in (None, 300):
+        with open_checkpoint(source) as checkpoint, monkeypatch.context() as patch:
+            plan, output = plan_remap(checkpoint), Output(str(tmp_path / "out"), "safetensors", shards, force=True)
+            patch.setattr(os, "stat", stat)
+            refusal = outcome(lambda: execute(plan, checkpoint, output))  # noqa: B023 - called at once
+        assert refusal is not None
+        assert (refusal.path, refusal.reason) == (str(tmp_path / "out"), "permission denied")
+        assert names_in(tmp_path) == ["in.safetensors"]
+
+
+def test_a_plan_of_no_tensor_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="the plan writes no tensor"):
+        execute(Plan(()), {}, tmp_path / "out.pt")
+    with pytest.raises(PlanError, match="the plan writes no tensor"):
+        plan_from_json({**plan_to_json(plan_remap(NEW), {"source": as_checkpoint(NEW, "source")}), "plan": []})
+
+
+def test_the_plan_file_of_a_failed_output_is_not_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The plan gets its name after the output did, so it never describes an output that does not exist."""
+    source = saved(tmp_path / "in.safetensors", NEW)
+    saved(tmp_path / "out.safetensors", OLD)
+    arguments = ("remap", source, "--rename", "a.*=c.*", "--plan", tmp_path / "plan.json", "-o")
+    assert run_ckpt(capsys, *arguments, tmp_path / "out.safetensors").code == 2
+    assert run_ckpt(capsys, *arguments, tmp_path / "plan.json", "--format", "safetensors").code == 2
+    assert names_in(tmp_path) == ["in.safetensors", "out.safetensors"]
+    assert run_ckpt(capsys, *arguments, tmp_path / "new.safetensors").code == 0
+    assert names_in(tmp_path) == ["in.safetensors", "new.safetensors", "out.safetensors", "plan.json"]

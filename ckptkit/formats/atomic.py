@@ -11,7 +11,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
@@ -19,13 +19,14 @@ from typing import Self
 from ckptkit.core.checkpoint import Payload
 from ckptkit.core.files import CHUNK, Extent, FileState, file_state, is_same_file
 from ckptkit.core.text import human_bytes, printable, quoted
-from ckptkit.errors import ChangedError, OutputError
+from ckptkit.errors import ChangedError, CkptkitError, OutputError
 
 __all__ = [
     "AtomicFile",
     "PathState",
     "Target",
     "atomic_directory",
+    "output_errors",
     "path_state",
     "prepare_directory",
     "prepare_target",
@@ -189,9 +190,11 @@ class AtomicFile:
             self._fd = os.open(self._temporary, flags, 0o600)
             _reserve(self._fd, self.size)
         except BaseException as error:
-            self._discard()
+            left = self._discard()
             if isinstance(error, OSError):
-                raise self._output_error(error) from None
+                failure = self._output_error(error)
+                _name_leftover(failure, left)
+                raise failure from None
             raise
         return self
 
@@ -203,11 +206,15 @@ class AtomicFile:
             if kind is None:
                 self._commit()
         except OSError as failure:
-            raise self._output_error(failure) from None
-        finally:
-            self._discard()
+            error = self._output_error(failure)
+        except CkptkitError as failure:
+            error = failure
         if isinstance(error, OSError):
-            raise self._output_error(error) from None
+            error = self._output_error(error)
+        left = self._discard()
+        if isinstance(error, CkptkitError):
+            _name_leftover(error, left)
+            raise error from None
 
     @property
     def temporary(self) -> str:
@@ -282,17 +289,23 @@ class AtomicFile:
             return
         os.unlink(self._temporary)
 
-    def _discard(self) -> None:
+    def _discard(self) -> list[str]:
+        """Close the temporary file and remove it unless it has the final name; return its path if that fails."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-        if self._temporary:
-            with contextlib.suppress(OSError):
-                os.unlink(self._temporary)
-            self._temporary = ""
+        temporary, self._temporary = self._temporary, ""
+        if temporary:
+            try:
+                os.unlink(temporary)
+            except OSError:
+                return [temporary] if os.path.lexists(temporary) else []
+        return []
 
     def _output_error(self, error: OSError) -> OutputError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EFBIG:
+            return self._too_large()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             disk = os.statvfs(os.path.dirname(self.target))
             free = disk.f_bavail * disk.f_frsize
             reason = f"not enough disk space: {human_bytes(self.size)} needed, {human_bytes(free)} free"
@@ -300,6 +313,16 @@ class AtomicFile:
                 reason = "the disk cannot hold more files"
             return OutputError(reason, hint="free some space or write elsewhere", path=self.target)
         return OutputError((error.strerror or str(error)).lower(), path=self.target)
+
+    def _too_large(self) -> OutputError:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+        if limit == resource.RLIM_INFINITY or limit >= self.size:
+            reason = f"a file of {human_bytes(self.size)} is larger than this file system allows"
+            return OutputError(reason, hint="write elsewhere, or write shards", path=self.target)
+        reason = f"a file of {human_bytes(self.size)} is larger than the limit of this process, {human_bytes(limit)}"
+        return OutputError(reason, hint="raise the limit (ulimit -f), or write smaller shards", path=self.target)
 
 
 def _created_meanwhile(target: str) -> OutputError:
@@ -382,14 +405,13 @@ def sync_directory(path: str) -> None:
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Target, *, replaced: frozenset[str]) -> Iterator[str]:
+def atomic_directory(target: Target, *, replaced: frozenset[str], left: list[str]) -> Iterator[str]:
     """Yield a temporary directory that replaces the target as a whole at the end of the ``with`` block.
 
-    The temporary directory begins with all files of the old directory, except the files named in ``replaced``. Raises
-    ``OutputError`` if the directory cannot be written, or if another program changed the target meanwhile.
+    The temporary directory begins with all files of the old directory, except the files named in ``replaced``. The old
+    directory is removed at the end; if that fails, ``left`` gets its temporary path. Raises ``OutputError`` if the
+    directory cannot be written, or if another program changed the target meanwhile.
     """
-    import shutil
-
     exists = target.before.file is not None
     temporary = _temporary_path(target.path)
     try:
@@ -403,17 +425,44 @@ def atomic_directory(target: Target, *, replaced: frozenset[str]) -> Iterator[st
             raise _changed_meanwhile("directory", target.given)
         _swap(temporary, target.path, exists=exists)
         sync_directory(os.path.dirname(target.path))
-    except OutputError as error:
-        error.path = target.given  # the user does not know the temporary path
+    except CkptkitError as error:
+        if isinstance(error, OutputError):
+            error.path = target.given  # the user does not know the temporary path
+        _name_leftover(error, _remove_directory(temporary))
         raise
-    except FileNotFoundError as error:
-        if exists and not _is_unchanged(target, replaced):  # the other program removed the old directory
-            raise _changed_meanwhile("directory", target.given) from None
-        raise _plain_error(error, target.given) from None
-    except OSError as error:
-        raise _plain_error(error, target.given) from None
+    except OSError as failure:
+        refusal = _plain_error(failure, target.given)
+        # The other program may have removed the old directory.
+        if isinstance(failure, FileNotFoundError) and exists and not _is_unchanged(target, replaced):
+            refusal = _changed_meanwhile("directory", target.given)
+        _name_leftover(refusal, _remove_directory(temporary))
+        raise refusal from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        left += _remove_directory(temporary)
+
+
+def _remove_directory(path: str) -> list[str]:
+    """Remove a directory if it exists, and return its path if that fails."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+    return [path] if os.path.lexists(path) else []
+
+
+def _name_leftover(error: CkptkitError, left: Sequence[str]) -> None:
+    """Add to the hint of an error the temporary path that could not be removed."""
+    if left:
+        remove = f"{printable(left[0])} could not be removed: remove it by hand"
+        error.hint = f"{error.hint}; {remove}" if error.hint else remove
+
+
+@contextlib.contextmanager
+def output_errors(path: str) -> Iterator[None]:
+    """Turn an error of the operating system into an ``OutputError`` that names its file, or else the output."""
+    try:
+        yield
+    except OSError as error:
+        raise _plain_error(error, error.filename if isinstance(error.filename, str) else path) from None
 
 
 def _plain_error(error: OSError, path: str) -> OutputError:

@@ -12,7 +12,7 @@ from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_inside
-from ckptkit.formats.atomic import AtomicFile, prepare_target
+from ckptkit.formats.atomic import AtomicFile, output_errors, prepare_target
 from ckptkit.formats.pickle.edit import dict_part, list_part, scalar_part, text_part, tuple_part
 from ckptkit.formats.pickle.nodes import Part, plain_value
 from ckptkit.formats.torch.edit import TorchFileEditor, refuse_unknown_code
@@ -62,7 +62,7 @@ def write_optimizer_state(
     if dry_run:
         return None
     report = progress or (lambda _: None)
-    with AtomicFile(target, layout.nbytes) as file:
+    with output_errors(output.path), AtomicFile(target, layout.nbytes) as file:
         for count in write_torch_zip(layout, file):
             report(count)
         for checkpoint in roles.values():

@@ -15,7 +15,14 @@ from ckptkit.core.text import listed, printable, quoted
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
-from ckptkit.formats.atomic import AtomicFile, Target, atomic_directory, prepare_directory, prepare_target
+from ckptkit.formats.atomic import (
+    AtomicFile,
+    Target,
+    atomic_directory,
+    output_errors,
+    prepare_directory,
+    prepare_target,
+)
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
@@ -41,7 +48,7 @@ class Written:
 
     ``beside`` names other weight files that were in the output directory before and are still there. ``envelope`` is
     the mapping inside the file that holds the tensors. ``losses`` has every cast that changed a value to inf, to 0 or
-    to an integer, with exact counts.
+    to an integer, with exact counts. ``left`` is the old directory, under a temporary path, if it could not be removed.
     """
 
     path: str
@@ -52,6 +59,7 @@ class Written:
     beside: tuple[str, ...] = ()
     envelope: str = ""
     losses: tuple[CastLoss, ...] = ()
+    left: tuple[str, ...] = ()
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
@@ -115,6 +123,20 @@ def execute(
     is at the path.
     """
     output = out if isinstance(out, Output) else choose_output(out)
+    if not plan.steps:
+        raise PlanError("the plan writes no tensor", path=output.path)
+    with output_errors(output.path):
+        return _execute(plan, sources, output, progress or (lambda _: None), allow_overflow=allow_overflow)
+
+
+def _execute(
+    plan: Plan,
+    sources: Mapping[str, object] | StateDictLike,
+    output: Output,
+    report_bytes: Progress,
+    *,
+    allow_overflow: bool,
+) -> Written:
     roles = _checkpoints_by_role(plan, sources, output)
     editor = _editor(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
@@ -124,7 +146,6 @@ def execute(
     inputs = _Inputs(steps, roles, Producer(roles), allow_overflow=allow_overflow)
     for step in plan.steps:
         _refuse_different_bytes(step, roles)
-    report_bytes = progress or (lambda _: None)
     if output.max_shard_size is not None:
         return _write_shards(plan, output, inputs, report_bytes)
     target = prepare_target(output.path, force=output.force, before=output.before)
@@ -362,7 +383,8 @@ def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progres
     existing = list(target.before.entries)
     ours = frozenset(name for name in existing if is_output_shard_name(name))
     total = 0
-    with atomic_directory(target, replaced=ours) as directory:
+    left: list[str] = []
+    with atomic_directory(target, replaced=ours, left=left) as directory:
         for shard in shards:
             path = os.path.join(directory, shard.name)
             total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress, in_shards=True)
@@ -376,7 +398,9 @@ def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progres
         inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
     losses = inputs.losses()
-    return Written(output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside), losses=losses)
+    return Written(
+        output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside), "", losses, tuple(left)
+    )
 
 
 def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:

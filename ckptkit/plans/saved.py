@@ -108,6 +108,8 @@ def plan_from_json(document: Mapping[str, Any]) -> SavedPlan:
         raise PlanError(f"not a valid plan: {type(error).__name__} {quoted(str(error)[:80])}") from None
     except RuleError as error:
         raise PlanError(f"not a plan that can be executed: {error.reason}", hint=error.hint) from None
+    if not steps:
+        raise PlanError("the plan writes no tensor", hint="make a new plan")
     return SavedPlan(Plan(steps, dropped, metadata, notes, versions, edited_role, kept), headers, inputs)
 
 

@@ -91,6 +91,7 @@ def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) 
         lines.append(f"left out, stored outside of the weights: {_first_names(entries, 8)}")
     if written.beside:
         lines.append(f"the directory also holds other weights: {_first_names(written.beside, 4)}")
+    lines += [f"{printable(path)} could not be removed: remove it by hand" for path in written.left]
     lines += [
         f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}" for group in untied
     ]

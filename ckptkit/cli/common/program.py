@@ -117,7 +117,7 @@ def main(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return _discard_stdout(128 + signal.SIGPIPE)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EBADF, errno.EIO) and error.filename is None:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EBADF, errno.EIO) and error.filename is None:
             _discard_stdout(2)
             return _report_trouble(f"standard output: {os.strerror(error.errno).lower()}", None, None)
         path = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else None
