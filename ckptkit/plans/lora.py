@@ -26,6 +26,8 @@ __all__ = ["adapter_config", "plan_extract_lora", "plan_lora"]
 _BASE, _DONOR = "base", "donor"
 _REPLACED = "saved whole with the adapter"
 _PREFIX = "base_model.model."  # peft puts it before the keys of the base
+_EXTRACT = "extract-lora"
+_FOLD_ELSEWHERE = "fold into a dequantised base, here or with merge_and_unload of peft; "
 _FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
@@ -59,7 +61,7 @@ def plan_lora(
     quantized = QuantizedInputs(roles, base, _BASE)
     if quantized:
         for key in adapted_keys(names):
-            quantized.refuse_change(key, "lora")
+            quantized.refuse_change(key, "lora", _FOLD_ELSEWHERE)
     adapter_plan = plan_adapter(
         {new: donor[old].shape for new, old in names.items()}, config, {key: info.shape for key, info in base.items()}
     )
@@ -129,8 +131,8 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
     operation = ExtractLora(rank)
     quantized = QuantizedInputs(roles, base, _BASE)
     for old, key in key_map.renamed.items():
-        refuse_part(quantized.weights[_DONOR], old, change_reason(operation.name))
-        quantized.refuse_change(key, operation.name)
+        refuse_part(quantized.weights[_DONOR], old, change_reason(_EXTRACT))
+        quantized.refuse_change(key, _EXTRACT)
     steps: list[Step] = []
     dropped = [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
     for old, key in key_map.renamed.items():
@@ -145,7 +147,7 @@ def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rule
         for part, (factor, shape) in enumerate(zip(_FACTORS, operation.shapes([info.shape] * 2), strict=True)):
             out = TensorInfo(f"{_PREFIX}{key.removesuffix('weight')}{factor}", info.dtype, shape)
             recipe = Recipe((0, 1), (operation,), part)
-            steps.append(complete_step(Step(out, sources, "", f"extract-lora, rank {rank}", recipe), roles))
+            steps.append(complete_step(Step(out, sources, "", f"{_EXTRACT}, rank {rank}", recipe), roles))
     if not steps:
         raise PlanError("there is no weight of a module to extract a change from")
     plan = Plan(tuple(steps), (*dropped, *dropped_entries(donor, _DONOR)), {"format": "pt"}, key_map.notes)

@@ -86,12 +86,16 @@ class QuantizedInputs:
                 hint = f"{weight.way_out}; to cast only other tensors, use a rule of ckpt remap: {_cast_rule(dtype)}"
                 raise _problem(weight, weight.coded, (), _cast_reason(dtype), hint).error()
 
-    def refuse_change(self, key: str, doing: str) -> None:
-        """Raise ``PlanError`` if ``key`` is a quantised weight of the target, which ``doing`` would change."""
+    def refuse_change(self, key: str, doing: str, way: str = "") -> None:
+        """Raise ``PlanError`` if ``key`` is a quantised weight of the target, which ``doing`` would change.
+
+        ``way`` comes before the way out of the scheme in the hint.
+        """
         weight = self.in_target.by_key.get(key) or self.by_name.get(key)
         if weight is not None:
-            hint = f"fold into a dequantised base, with merge_and_unload of peft or here; {weight.way_out}"
-            raise _problem(weight, key, (), change_reason(doing), hint).error()
+            error = _problem(weight, key, (), change_reason(doing), f"{way}{weight.way_out}").error()
+            error.path = None if self.target is None else self.target.path
+            raise error
 
     def refuse_overlay(self, role: str, outputs: Mapping[str, Derivation]) -> None:
         """Raise ``PlanError`` for the first problem that ``overlay_problems`` finds."""
@@ -147,14 +151,16 @@ class QuantizedInputs:
     def _find_new_names(self, used: _Used) -> Quantized:
         """Return the quantised weights of the output, found by the names, dtypes and shapes of the copied parts.
 
-        A configuration has no part in this: the output may have none.
+        Configuration files are not read: the output may have none. Without renames the result is empty.
         """
+        if all(step.out.key == part for uses in used.values() for part, step in uses):
+            return Quantized()
         outs = {
             step.out.key: replace(self.sources[role][part], key=step.out.key)
             for (role, _), uses in used.items()
             for part, step in uses
         }
-        return quantized_weights(as_checkpoint(outs, "output")) if outs else Quantized()
+        return quantized_weights(as_checkpoint(outs, "output"))
 
     def _overlay_problem(self, role: str, weight: QuantizedWeight, uses: _Uses) -> QuantizedProblem | None:
         if self.target is None or role == self.target_role:
