@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ckptkit import open_checkpoint, run_checks, stats
+from ckptkit import diff, open_checkpoint, run_checks, stats
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.quantized import Quantized, quantized_weights
 from tests.helpers_cli import run_ckpt
@@ -336,3 +336,59 @@ def test_check_reports_missing_parts(tmp_path: Path, capsys: pytest.CaptureFixtu
     ran = run_ckpt(capsys, "check", tmp_path / "model.safetensors")
     assert ran.code == 1
     assert "error: 'q.weight' is quantised as fp8, but lacks 'q.weight_scale_inv'" in ran.out
+
+
+PLAIN: State = {"m.q.weight": of(F32, 256, 256), "m.q.bias": of(F32, 256)}
+DIFFERENT: dict[str, tuple[State, State, str, bool]] = {
+    "fp8 in place of numbers": (
+        PLAIN, {"m.q.weight": CODES, "m.q.weight_scale_inv": of(F32, 2, 2), "m.q.bias": of(F32, 256)}, "found", True,
+    ),
+    "numbers in place of fp8": ({"m.q.weight": CODES, "m.q.weight_scale_inv": of(F32, 2, 2)}, PLAIN, "expected", True),
+    "codes of another shape": (
+        PLAIN, {f"m.q.{name}": part for name, part in _bitsandbytes("nf4").items()}, "found", False,
+    ),
+    "codes of another name": (PLAIN, {f"m.q.{name}": part for name, part in GPTQ.items()}, "found", True),
+    "two schemes": (
+        {"m.q.weight": of(I8, 8, 4), "m.q.SCB": of(F32, 8)},
+        {"m.q.weight": of(I8, 8, 4), "m.q.weight_scale": of(BF16, 8, 1)}, "both", True,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("expected", "found", "side", "loads"), DIFFERENT.values(), ids=DIFFERENT)
+def test_diff_matches_no_codes_with_numbers(
+    expected: State, found: State, side: str, *, loads: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Codes and numbers are not matched, and a hint says so; ``loads`` says what ``load_state_dict`` would do."""
+    result = diff(expected, {f"model.{key}": tensor for key, tensor in found.items()}, ["model.*=*"])
+    (weight,) = result.quantized
+    assert (weight.key, weight.side, result.loads) == ("m.q.weight", side, loads)
+    assert "m.q.weight" not in {pair.key for pair in (*result.matched, *result.dtype_mismatched)}
+    assert (result.different, result.loads_strict) == (True, False)
+    assert "codes for numbers" in result.hints[-1].message
+    for name, state in (("expected", expected), ("found", found)):
+        save_file({key: tensor.clone() for key, tensor in state.items()}, tmp_path / name)
+    ran = run_ckpt(capsys, "diff", tmp_path / "expected", tmp_path / "found")
+    assert ran.code == 1
+    assert f"quantised as {weight.weight.scheme}, " in ran.out
+    assert "1 quantised differently" in ran.out
+    document = json.loads(run_ckpt(capsys, "diff", tmp_path / "expected", tmp_path / "found", "--json").out)
+    assert [(row["key"], row["side"]) for row in document["quantized"]] == [("m.q.weight", side)]
+    assert document["hints"][-1]["rename"] is None
+
+
+@pytest.mark.parametrize(("scheme", "parts"), QUANTIZED.values(), ids=QUANTIZED)
+def test_diff_of_equal_schemes_is_silent(scheme: str, parts: State) -> None:
+    """Two sides with the same parts match, also where a part that is not needed is absent."""
+    assert not diff(parts, parts).different, scheme
+    fewer = {name: part for name, part in parts.items() if name != "input_scale"}
+    assert diff(parts, fewer).quantized == diff(fewer, parts).quantized == ()
+
+
+def test_check_like_reports_weights_that_only_one_side_has_quantised() -> None:
+    """``check --like`` has an error with the way to a plain weight."""
+    found = {"q.weight": CODES, "q.weight_scale": of(F32, 1)}
+    report = run_checks(found, like={"q.weight": of(F32, 256, 256)})
+    (finding,) = [finding for finding in report.findings if finding.code == "quantized-mismatched"]
+    assert finding.key == "q.weight"
+    assert "FineGrainedFP8Config(dequantize=True)" in finding.hint

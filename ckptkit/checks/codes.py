@@ -58,6 +58,11 @@ UNEXPECTED = Code("unexpected", ("warning",), "The checkpoint has a key that EXP
 SHAPE_MISMATCHED = Code("shape-mismatched", ("error",), "A tensor has another shape in EXPECTED.")
 UNCOPYABLE = Code("uncopyable", ("error",), "torch cannot copy a tensor of this kind or dtype.")
 DTYPE_MISMATCHED = Code("dtype-mismatched", ("warning",), "A tensor has another dtype in EXPECTED; torch casts it.")
+QUANTIZED_MISMATCHED = Code(
+    "quantized-mismatched",
+    ("error",),
+    "Only one of the checkpoint and EXPECTED has a weight quantised.",
+)
 NO_TENSOR = Code("no-tensor", ("error",), "A key that load_state_dict reads holds no tensor.")
 EXTRA_STATE = Code("extra-state", ("warning",), "Only one side has this extra state.")
 AS_EXPECTED = Code("as-expected", ("note",), "A tensor equals the tensor of EXPECTED bit by bit.")

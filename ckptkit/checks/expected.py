@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import groupby
 
 from ckptkit.checks import codes
 from ckptkit.checks.structure import FLOATS
@@ -23,9 +24,9 @@ _MIN_IN_BIN = 10
 def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     """Yield one finding for each kind of difference that ``load_state_dict`` would report.
 
-    Errors are ``missing``, ``shape-mismatched``, ``uncopyable`` and ``no-tensor``. Warnings are ``unexpected``,
-    ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing key to a stored key)
-    and ``filled`` (a counter that torch fills in).
+    Errors are ``missing``, ``shape-mismatched``, ``quantized-mismatched``, ``uncopyable`` and ``no-tensor``. Warnings
+    are ``unexpected``, ``dtype-mismatched`` and ``extra-state``. Notes are ``missing-tied`` (EXPECTED ties the missing
+    key to a stored key) and ``filled`` (a counter that torch fills in).
     """
     hint = result.hints[0].message if result.hints else "ckpt diff lists all keys"
     matched = {pair.key for pair in result.matched}
@@ -46,6 +47,10 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     yield from _findings_of_pairs(
         codes.SHAPE_MISMATCHED, result.shape_mismatched, "with another shape than in EXPECTED"
     )
+    for remark, group in groupby(result.quantized, lambda weight: weight.remark):
+        weights = list(group)
+        text = f"{plural(len(weights), 'weight')} {remark}: {listed([weight.key for weight in weights])}"
+        yield codes.QUANTIZED_MISMATCHED.finding(weights[0].key, text, weights[0].weight.way_out)
     uncopyable = {pair.key for pair in result.uncopyable}
     yield from _findings_of_pairs(codes.UNCOPYABLE, result.uncopyable, "with a kind or dtype that torch cannot copy")
     cast = [pair for pair in result.dtype_mismatched if pair.key not in uncopyable]

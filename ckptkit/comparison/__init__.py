@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.text import html_table, printable, shell_word
@@ -49,7 +50,7 @@ class KeyPair:
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """A rename that makes more keys match: a sentence with its effect, and the rename itself."""
+    """A sentence that explains differences, and the rename that makes more keys match, or an empty string."""
 
     message: str
     rename: str
@@ -76,6 +77,8 @@ class StateDictDiff:
         filled: Missing keys that torch fills in for checkpoints from before version 0.4.1.
         notes: Remarks of the rules.
         unseen: Unexpected keys below a submodule that is None; torch ignores them.
+        quantized: Weights that only one side has quantised, or in another way. Their codes are not ``matched`` with
+            numbers, although ``load_state_dict`` copies the codes where shapes are equal.
     """
 
     expected: Mapping[str, TensorInfo]
@@ -93,6 +96,7 @@ class StateDictDiff:
     filled: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     unseen: frozenset[str] = frozenset()
+    quantized: tuple[QuantizedKey, ...] = ()
 
     def __repr__(self) -> str:
         """Return the number of keys of each kind, on one line."""
@@ -119,7 +123,7 @@ class StateDictDiff:
         """Whether the two sides differ in any key, shape or dtype."""
         return bool(
             self.missing or self.unexpected or self.shape_mismatched or self.dtype_mismatched
-            or self.uncopyable or self.blocked or self.foreign or self.extra_state
+            or self.quantized or self.uncopyable or self.blocked or self.foreign or self.extra_state
         )  # fmt: skip
 
     @property
@@ -137,6 +141,7 @@ class StateDictDiff:
             ("cannot be copied", self.uncopyable),
         ):
             rows += [(kind, pair.key, str(pair.expected), str(pair.found)) for pair in pairs]
+        rows += [(weight.remark, weight.key, "", "") for weight in self.quantized]
         rows += [("not a tensor", key, "", "") for key in (*self.blocked, *self.foreign)]
         rows += [("extra state on one side only", key, "", "") for key in self.extra_state]
         cells = [(kind, printable(key), *sides) for kind, key, *sides in rows]
@@ -145,8 +150,8 @@ class StateDictDiff:
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
-        """Renames that make the most keys match; empty if no rename helps, or if the rules already rename keys."""
-        return tuple(_hints(self))
+        """Renames that make the most keys match, unless the rules rename keys; then one hint for quantised weights."""
+        return (*_hints(self), *(Hint(message, "") for message in quantized_messages(self.quantized)))
 
 
 def diff(expected: StateDictLike, found: StateDictLike, rules: RulesLike | None = None) -> StateDictDiff:
@@ -172,6 +177,8 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
     not_tensors = _keys_without_tensor(found, by_new_name)
     expected_states = _extra_state_keys(expected, expected)
     found_states = _extra_state_keys(found, by_new_name)
+    quantized = find_quantized_keys(expected, found, by_new_name, key_map.renamed)
+    codes = {part for weight in quantized for part in weight.parts}
     absent_modules = tuple(f"{entry.path}." for entry in expected.entries if entry.type == ABSENT)
     matched: list[KeyPair] = []
     missing: list[TensorInfo] = []
@@ -190,6 +197,8 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
             shape_mismatched.append(KeyPair(info, found_info))
         else:
             pair = KeyPair(info, found_info)
+            if key in codes and found_info.kind == "dense":
+                continue
             matched.append(pair)
             if info.dtype != found_info.dtype:
                 dtype_mismatched.append(pair)
@@ -219,6 +228,7 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         filled=_filled_counters(missing, expected, found, key_map),
         notes=key_map.notes,
         unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent_modules)),
+        quantized=quantized,
     )
 
 

@@ -30,14 +30,19 @@ def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint
         "unexpected": [tensor_document(info) for info in result.unexpected],
         "shape_mismatched": [_pair_document(pair) for pair in result.shape_mismatched],
         "dtype_mismatched": [_pair_document(pair) for pair in result.dtype_mismatched],
+        "quantized": [
+            {"key": key.key, "scheme": key.weight.scheme, "side": key.side, "parts": list(key.weight.parts)}
+            for key in result.quantized
+        ],
         "values": None,
-        "hints": [{"message": hint.message, "rename": hint.rename} for hint in result.hints],
+        "hints": [{"message": hint.message, "rename": hint.rename or None} for hint in result.hints],
         "summary": {
             "matched": len(result.matched),
             "missing": len(result.missing),
             "unexpected": len(result.unexpected),
             "shape_mismatched": len(result.shape_mismatched),
             "dtype_mismatched": len(result.dtype_mismatched),
+            "quantized": len(result.quantized),
             "coverage": result.coverage,
             "loads_strict": result.loads_strict,
             "loads": result.loads,
@@ -67,6 +72,7 @@ def diff_page(
         f"{len(result.unexpected):,} unexpected",
         f"{len(result.shape_mismatched):,} shape-mismatched",
         f"{len(result.dtype_mismatched):,} dtype-mismatched",
+        *([f"{len(result.quantized):,} quantised differently"] if result.quantized else []),
     ]
     return [
         Line(("expected  ", *describe(expected, expected_totals))),
@@ -83,9 +89,15 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     if everything:
         other_dtype = {pair.key for pair in (*result.dtype_mismatched, *result.uncopyable)}
         rows += [_row("=", pair) for pair in result.matched if pair.key not in other_dtype]
-    rows += [Row(info.key, ("-", str(info), "")) for info in result.missing if info.key not in result.blocked]
+    remarks = {name: f"  {key.remark}" for key in result.quantized for name in (key.key, *key.parts)}
+    rows += [_row("≈", pair, remarks[pair.key]) for pair in _codes_for_numbers(result)]
+    rows += [
+        Row(info.key, ("-", str(info), remarks.get(info.key, "").strip()))
+        for info in result.missing
+        if info.key not in result.blocked
+    ]
     rows += [Row(info.key, ("+", "", str(info))) for info in result.unexpected]
-    rows += [_row("~", pair) for pair in result.shape_mismatched]
+    rows += [_row("~", pair, remarks.get(pair.key, "")) for pair in result.shape_mismatched]
     uncopyable = {pair.key for pair in result.uncopyable}
     rows += [_row("≈", pair) for pair in result.dtype_mismatched if pair.key not in uncopyable]
     rows += [_row("≈", pair, "  torch cannot copy it") for pair in result.uncopyable]
@@ -95,6 +107,15 @@ def _rows(result: StateDictDiff, *, expand: bool, everything: bool) -> list[tupl
     return [(mark, key, *rest) for key, mark, *rest in table_rows(rows, expand=expand)]
 
 
+def _codes_for_numbers(result: StateDictDiff) -> list[KeyPair]:
+    """Return the keys where ``load_state_dict`` would copy codes as numbers, or numbers as codes."""
+    parts = dict.fromkeys(name for key in result.quantized for name in key.parts)
+    found = {new: result.found[old] for old, new in result.names.items()} if parts else {}
+    others = {pair.key for pair in (*result.matched, *result.shape_mismatched)}
+    both = (key for key in parts if key in result.expected and key in found and key not in others)
+    return [KeyPair(result.expected[key], found[key]) for key in both]
+
+
 def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
     renamed = "" if pair.found.key == pair.key else f"  as {printable(pair.found.key)}"
     return Row(pair.key, (mark, str(pair.expected), f"{pair.found}{renamed}{remark}"))
@@ -102,7 +123,9 @@ def _row(mark: str, pair: KeyPair, remark: str = "") -> Row:
 
 def _verdict(result: StateDictDiff) -> str:
     if result.loads_strict:
-        return "load_state_dict accepts the checkpoint"
+        codes = ", but takes codes for numbers" if _codes_for_numbers(result) else ""
+        return f"load_state_dict accepts the checkpoint{codes}"
     if result.loads:
-        return "load_state_dict raises with strict=True; with strict=False it silently loads the matched keys"
+        codes = ", and takes codes for numbers" if _codes_for_numbers(result) else ""
+        return f"load_state_dict raises with strict=True; with strict=False it silently loads the matched keys{codes}"
     return "load_state_dict raises, even with strict=False"

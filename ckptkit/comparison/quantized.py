@@ -1,0 +1,86 @@
+"""Find the weights that only one of two checkpoints has quantised: codes on one side, numbers on the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import listed, plural
+from ckptkit.quantized import QuantizedWeight, quantized_weights
+
+__all__ = ["QuantizedKey", "find_quantized_keys", "quantized_messages"]
+
+Side = Literal["expected", "found", "both"]
+_PLACES: Mapping[Side, str] = {
+    "expected": "only in the expected state_dict",
+    "found": "only in the found state_dict",
+    "both": "in another way than expected",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedKey:
+    """A weight that is quantised on one side only, or in two ways: torch would take codes for numbers, or the reverse.
+
+    Attributes:
+        key: The expected name of the weight.
+        side: The side with the quantised weight; ``"both"`` if the schemes differ.
+        weight: The quantised weight, with the keys of its side; of the found side if the schemes differ.
+        parts: The expected names of its parts that are not dropped.
+    """
+
+    key: str
+    side: Side
+    weight: QuantizedWeight
+    parts: tuple[str, ...]
+
+    @property
+    def remark(self) -> str:
+        """Return a short remark for a table."""
+        return f"quantised as {self.weight.scheme}, {_PLACES[self.side]}"
+
+
+def find_quantized_keys(
+    expected: Checkpoint, found: Checkpoint, by_new_name: Mapping[str, TensorInfo], names: Mapping[str, str]
+) -> tuple[QuantizedKey, ...]:
+    """Return the weights that the two sides do not store in the same way; ``names`` are the new names of found keys."""
+    in_expected, in_found = quantized_weights(expected), quantized_weights(found)
+    by_name = {weight.key: weight for weight in in_expected.weights}
+    result: list[QuantizedKey] = []
+    for weight in in_found.weights:
+        parts = tuple(names[part] for part in weight.parts if part in names)
+        name = _new_name(weight, names)
+        other = by_name.get(name)
+        if other is not None:
+            if parts and set(parts).isdisjoint(set(other.parts) - {other.coded}) and len(other.parts) > 1:
+                result.append(QuantizedKey(name, "both", weight, parts))
+        elif parts and name in expected and name not in in_expected.by_key:
+            result.append(QuantizedKey(name, "found", weight, parts))
+    for weight in in_expected.weights:
+        info = by_new_name.get(weight.key)
+        if info is not None and info.key not in in_found.by_key:
+            result.append(QuantizedKey(weight.key, "expected", weight, weight.parts))
+    return tuple(result)
+
+
+def _new_name(weight: QuantizedWeight, names: Mapping[str, str]) -> str:
+    """Return the name that the weight has if the rename of its codes is applied to the weight."""
+    pairs = enumerate(zip(weight.key, weight.coded, strict=False))
+    shared = next((at for at, (one, other) in pairs if one != other), min(len(weight.key), len(weight.coded)))
+    new, ending = names.get(weight.coded, weight.coded), weight.coded[shared:]
+    return new.removesuffix(ending) + weight.key[shared:] if new.endswith(ending) else new
+
+
+def quantized_messages(keys: tuple[QuantizedKey, ...]) -> Iterator[str]:
+    """Yield a hint for each scheme and side."""
+    groups: dict[str, list[QuantizedKey]] = {}
+    for key in keys:
+        groups.setdefault(key.remark, []).append(key)
+    for remark, group in groups.items():
+        are = "is" if len(group) == 1 else "are"
+        yield (
+            f"{plural(len(group), 'weight')} {are} {remark}, so load_state_dict would take codes for numbers or lack "
+            f"them: {listed([key.key for key in group], 3)}; {group[0].weight.way_out}"
+        )
