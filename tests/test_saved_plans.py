@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 from ckptkit import execute, plan_merge, plan_remap
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.errors import CkptkitError, OutputError, PlanError
-from ckptkit.plans.execute import verify
+from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.plans.saved import SavedPlan, apply_plan, header_digest, invert_plan, plan_from_json, plan_to_json
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_cli import run_ckpt
@@ -269,25 +268,6 @@ def test_a_cast_of_one_output_is_named() -> None:
         invert_plan(saved(plan, source))
 
 
-def test_verify_names_each_difference(tmp_path: Path) -> None:
-    """A changed bit, an additional tensor and a missing tensor are each named."""
-    source = state()
-    plan = plan_remap(source, parse_rules(file=tomllib.loads(RULES)))
-    roles = {"source": as_checkpoint(source, "source")}
-    path = tmp_path / "o.safetensors"
-    execute(plan, source, path)
-    assert verify(plan, roles, str(path)) == len(plan.steps)
-    good = load_file(path)
-    for change, reason in (
-        ({"experts": good["experts"].neg()}, "'experts' does not have the bytes"),
-        ({"more": torch.zeros(1)}, "holds 'more'"),
-        ({"a.x": torch.zeros(1)}, r"'a.x' should be F32 \[3\]"),
-    ):
-        save_file(good | change, path)
-        with pytest.raises(OutputError, match=reason):
-            verify(plan, roles, str(path))
-
-
 def test_plans_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """``--plan`` writes a plan, ``--apply`` repeats it, ``--invert`` inverts it, ``--verify`` checks the output."""
     source, rules, plan = tmp_path / "in.safetensors", tmp_path / "rules.toml", tmp_path / "plan.json"
@@ -295,7 +275,7 @@ def test_plans_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture
     save_file(state(), source)
     rules.write_text(RULES, encoding="utf-8")
     ran = run_ckpt(capsys, "remap", source, "-o", written, "--rules", rules, "--plan", plan, "--verify")
-    assert (ran.code, "verified: each of 15 tensors" in ran.err) == (0, True), ran.err
+    assert (ran.code, "verified by safetensors" in ran.err) == (0, True), ran.err
     assert run_ckpt(capsys, "remap", source, "-o", again, "--apply", plan).code == 0
     assert again.read_bytes() == written.read_bytes()
     assert run_ckpt(capsys, "remap", written, "-o", restored, "--invert", plan).code == 0

@@ -1,10 +1,10 @@
-"""Execution of a plan: write the tensors of the output, and check them by reading them back."""
+"""Execution of a plan: write the tensors of the output, and check the output before it gets its name."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
@@ -29,6 +29,7 @@ from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, 
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Producer, overflow_error
+from ckptkit.plans.verify import Verification, verify_index, verify_safetensors, verify_torch
 from ckptkit.tensor_ops.casting import CastLoss, wider_dtype
 from ckptkit.wrappers.envelopes import Selection
 
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from ckptkit.formats.torch.write import TorchZipLayout
     from ckptkit.plans.edit_torch import PlanEditor
 
-__all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs", "verify"]
+__all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
 
 
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
@@ -49,6 +50,8 @@ class Written:
     ``beside`` names other weight files that were in the output directory before and are still there. ``envelope`` is
     the mapping inside the file that holds the tensors. ``losses`` has every cast that changed a value to inf, to 0 or
     to an integer, with exact counts. ``left`` is the old directory, under a temporary path, if it could not be removed.
+    ``verified`` names the reader that found the planned bytes of every tensor, such as ``safetensors 0.8.0``; it is
+    None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
     """
 
     path: str
@@ -60,6 +63,8 @@ class Written:
     envelope: str = ""
     losses: tuple[CastLoss, ...] = ()
     left: tuple[str, ...] = ()
+    verified: str | None = None
+    read_back: str | None = None
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
@@ -101,6 +106,7 @@ def execute(
     sources: Mapping[str, object] | StateDictLike,  # object: a dict of a model and a state_dict has no narrower type
     out: Output | str | os.PathLike[str],
     *,
+    verify: bool = False,
     allow_overflow: bool = False,
     progress: Progress | None = None,
 ) -> Written:
@@ -109,6 +115,9 @@ def execute(
     ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from. A
     single input may be given without its role. ``out`` is a path, with a suffix that names the format, or an
     ``Output``.
+
+    With ``verify``, safetensors or ``torch.load`` reads the output before it gets its name. The output must have
+    the keys, dtypes, shapes and bytes of the plan, which is computed again. ``Written.verified`` names that reader.
     ``allow_overflow`` writes values that a cast makes infinite; ``Written.losses`` has their counts.
     ``progress`` is called with a number of bytes after each write.
 
@@ -116,17 +125,19 @@ def execute(
     ``Output(only_tensors=True)`` writes only the tensors. Tensors are streamed, so the memory in use does not grow
     with the checkpoint.
 
-    Raises ``OutputError`` where the output exists (without ``force``), where it would replace an input or a part of
-    one, where another program changed the output during the run, and where the disk is full. Raises ``PlanError``
-    where the format cannot hold a tensor, and where a cast would make inf of finite values without
-    ``allow_overflow``. Raises ``ChangedError`` where an input changed since it was opened. After an error nothing new
-    is at the path.
+    Raises ``OutputError`` where the output exists (without ``force``), and where it would replace an input or a part
+    of one. It is also raised where another program changed the output during the run, where the disk is full, and
+    where ``verify`` finds a difference. Raises ``PlanError`` where the format cannot hold a tensor, and where a cast
+    would make inf of finite values without ``allow_overflow``. Raises ``ChangedError`` where an input changed since it
+    was opened. After an error nothing new is at the path.
     """
     output = out if isinstance(out, Output) else choose_output(out)
     if not plan.steps:
         raise PlanError("the plan writes no tensor", path=output.path)
     with output_errors(output.path):
-        return _execute(plan, sources, output, progress or (lambda _: None), allow_overflow=allow_overflow)
+        return _execute(
+            plan, sources, output, progress or (lambda _: None), verify=verify, allow_overflow=allow_overflow
+        )
 
 
 def _execute(
@@ -135,6 +146,7 @@ def _execute(
     output: Output,
     report_bytes: Progress,
     *,
+    verify: bool,
     allow_overflow: bool,
 ) -> Written:
     roles = _checkpoints_by_role(plan, sources, output)
@@ -147,20 +159,45 @@ def _execute(
     for step in plan.steps:
         _refuse_different_bytes(step, roles)
     if output.max_shard_size is not None:
-        return _write_shards(plan, output, inputs, report_bytes)
+        written, verified = _write_shards(plan, output, inputs, report_bytes, verify=verify)
+    else:
+        written, verified = _write_file(plan, output, inputs, report_bytes, editor, verify=verify)
+    alone = next((result for result in verified if result.alone), None)
+    return replace(
+        written,
+        losses=inputs.losses(),
+        verified=verified[0].reader if verified and alone is None else None,
+        read_back=None if alone is None else alone.alone,
+    )
+
+
+def _write_file(
+    plan: Plan, output: Output, inputs: _Inputs, progress: Progress, editor: PlanEditor | None, *, verify: bool
+) -> tuple[Written, list[Verification]]:
     target = prepare_target(output.path, force=output.force, before=output.before)
     infos = [step.out for step in plan.steps]
+    verified: list[Verification] = []
     if output.format == "safetensors":
-        size = _write_safetensors(target, infos, plan.metadata, inputs, report_bytes)
-        return Written(output.path, output.format, len(plan.steps), size, (target.path,), losses=inputs.losses())
+
+        def finish(path: str) -> None:
+            inputs.refuse_overflow()
+            if verify:
+                verified.append(verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.roles))
+            inputs.check_unchanged()
+
+        size = _write_safetensors(target, infos, plan.metadata, inputs, progress, finish=finish)
+        return Written(output.path, output.format, len(plan.steps), size, (target.path,)), verified
     from ckptkit.formats.torch.write import write_torch_zip
 
     layout = _torch_layout(infos, plan, inputs, editor)
-    inner = "" if editor is None else roles[plan.edited_role].envelope
+    inner = "" if editor is None else inputs.roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes) as file:
-        _write_and_read_back(write_torch_zip(layout, file), file, infos, inputs, report_bytes, inner=inner)
-    losses = inputs.losses()
-    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner, losses)
+        _write_and_read_back(write_torch_zip(layout, file), file, infos, progress, inner)
+        inputs.refuse_overflow()
+        if verify:
+            verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
+        inputs.check_unchanged()
+    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner), verified
 
 
 def _refuse_unwritable(infos: Sequence[TensorInfo], format_name: str) -> None:
@@ -320,13 +357,14 @@ def _write_safetensors(
     inputs: _Inputs,
     progress: Progress,
     *,
-    in_shards: bool = False,
+    finish: Callable[[str], None] = lambda _: None,
 ) -> int:
+    """Write one file and return its size; ``finish`` gets the path of the complete file before it has its name."""
     layout = layout_safetensors(infos, metadata)
     payloads = {info.key: inputs.payload(info) for info in infos}
     with AtomicFile(target, layout.nbytes) as file:
-        work = write_safetensors(layout, payloads, file)
-        _write_and_read_back(work, file, infos, inputs, progress, in_shards=in_shards)
+        _write_and_read_back(write_safetensors(layout, payloads, file), file, infos, progress)
+        finish(file.temporary)
     return layout.nbytes
 
 
@@ -345,14 +383,7 @@ def _torch_layout(
 
 
 def _write_and_read_back(
-    work: Iterator[int],
-    file: AtomicFile,
-    infos: Sequence[TensorInfo],
-    inputs: _Inputs,
-    progress: Progress,
-    *,
-    inner: str = "",
-    in_shards: bool = False,
+    work: Iterator[int], file: AtomicFile, infos: Sequence[TensorInfo], progress: Progress, inner: str = ""
 ) -> None:
     for count in work:
         progress(count)
@@ -364,9 +395,6 @@ def _write_and_read_back(
         raise OutputError(f"could not be read back, so it was deleted: {error.reason}", path=file.target) from error
     if not as_planned:
         raise OutputError("was not written as planned, so it was deleted", path=file.target)
-    if not in_shards:
-        inputs.refuse_overflow()
-    inputs.check_unchanged()
 
 
 def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:
@@ -376,7 +404,9 @@ def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterab
     return found == {info.key: (info.dtype, info.shape) for info in infos} and (names is None or files <= set(names))
 
 
-def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progress) -> Written:
+def _write_shards(
+    plan: Plan, output: Output, inputs: _Inputs, progress: Progress, *, verify: bool
+) -> tuple[Written, list[Verification]]:
     assert output.max_shard_size is not None  # noqa: S101 - the caller checked it
     shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
     target = prepare_directory(output.path, force=output.force, before=output.before)
@@ -384,23 +414,31 @@ def _write_shards(plan: Plan, output: Output, inputs: _Inputs, progress: Progres
     ours = frozenset(name for name in existing if is_output_shard_name(name))
     total = 0
     left: list[str] = []
+    verified: list[Verification] = []
     with atomic_directory(target, replaced=ours, left=left) as directory:
         for shard in shards:
             path = os.path.join(directory, shard.name)
-            total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress, in_shards=True)
+            total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress)
         inputs.refuse_overflow()
         name, data = weight_index(shards)
+        index = os.path.join(directory, name)
         if len(shards) > 1:
-            with AtomicFile(os.path.join(directory, name), len(data)) as file:
+            with AtomicFile(index, len(data)) as file:
                 file.write(data, 0)
         names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
         _check_directory(directory, plan, names)
+        if verify:
+            for shard in shards:
+                path, shown = (os.path.join(parent, shard.name) for parent in (directory, output.path))
+                steps = [inputs.steps[info.key] for info in shard.infos]
+                verified.append(verify_safetensors(path, shown, steps, plan.metadata, inputs.roles))
+            if len(shards) > 1:
+                verify_index(index, os.path.join(output.path, name), shards)
         inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
-    losses = inputs.losses()
-    return Written(
-        output.path, _describe_shards(shards), len(plan.steps), total, names, tuple(beside), "", losses, tuple(left)
-    )
+    form = _describe_shards(shards)
+    written = Written(output.path, form, len(plan.steps), total, names, tuple(beside), left=tuple(left))
+    return written, verified
 
 
 def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
@@ -417,25 +455,3 @@ def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
 
 def _describe_shards(shards: Sequence[Shard]) -> str:
     return f"sharded safetensors ({len(shards)} shards)" if len(shards) > 1 else "safetensors"
-
-
-def verify(plan: Plan, sources: Mapping[str, Checkpoint], path: str, inner: str = "") -> int:
-    """Return the number of tensors in the output at ``path``, after comparing each with the tensor of the plan.
-
-    ``inner`` is the mapping inside the file that holds the tensors. Each tensor is produced again from ``sources`` and
-    compared byte by byte, in bounded memory. Raises ``OutputError`` for the first tensor that is missing, that the plan
-    does not make, or that differs.
-    """
-    producer = Producer(sources)
-    keys = {step.out.key for step in plan.steps}
-    with open_inside(path, Selection(inner)) if inner else open_checkpoint(path) as written:
-        surplus = next((key for key in written if key not in keys), None)
-        if surplus is not None:
-            raise OutputError(f"holds {quoted(surplus)}, which the plan does not make", path=path)
-        for step in plan.steps:
-            info = written.get(step.out.key)
-            if info is None or (info.dtype, info.shape) != (step.out.dtype, step.out.shape):
-                raise OutputError(f"{quoted(step.out.key)} should be {step.out}, and is {info or 'missing'}", path=path)
-            if not same_bytes(producer.payload(step), written.payload(step.out.key)):
-                raise OutputError(f"{quoted(step.out.key)} does not have the bytes that the plan makes", path=path)
-    return len(plan.steps)

@@ -174,13 +174,13 @@ def check_init(
     yield from _cast_findings(result)
     if init.in_model == "none":
         message = "the model does not have the values of init yet"
-        yield codes.NOT_LOADED.finding("", message, "load_into(model, init) loads the values and verifies them")
+        yield codes.NOT_LOADED.finding("", message, "load_into(model, init) loads the values and compares them")
     elif init.in_model == "part":
         yield codes.PARTLY_LOADED.finding(
             "",
             "the model has the values of init in some tensors only: other code loaded it, or its values changed after "
             "the load",
-            "load_into(model, init) loads all tensors and verifies them",
+            "load_into(model, init) loads all tensors and compares them",
         )
 
 

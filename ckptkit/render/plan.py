@@ -49,6 +49,8 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "format": written.format,
             "tensors": written.tensors,
             "bytes": written.nbytes,
+            "verified": written.verified,
+            "read_back": written.read_back,
             "cast_losses": [_cast_document(loss) for loss in written.losses],
         },
     }
@@ -72,8 +74,8 @@ def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
     left_out = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
     last = (f"{_summary(plan)}; nothing was written",) if written is None else _written(plan, written)
-    costs = [] if written is None else _losses(written)
-    return [tensors, *left_out, *(Line((sentence,)) for sentence in (*_kept(plan), *costs)), Line(last)]
+    about = [*_kept(plan), *([] if written is None else [*_losses(written), *_verified(written)])]
+    return [tensors, *left_out, *(Line((sentence,)) for sentence in about), Line(last)]
 
 
 def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) -> list[str]:
@@ -95,7 +97,15 @@ def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) 
     lines += [
         f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}" for group in untied
     ]
-    return lines
+    return lines + _verified(written)
+
+
+def _verified(written: Written) -> list[str]:
+    """Return the sentence about the reader that compared the output with the plan, if one was asked to."""
+    same = f"each of {plural(written.tensors, 'tensor')} has the planned bytes"
+    if written.read_back is not None:
+        return [f"read back by ckptkit alone: {written.read_back}; {same}"]
+    return [] if written.verified is None else [f"verified by {written.verified}: {same}"]
 
 
 def _kept(plan: Plan) -> list[str]:

@@ -18,7 +18,7 @@ from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import CommandFunction, add_options, expand_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
 from ckptkit.core.files import is_same_file
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state
 from ckptkit.plans.output import FORMATS, Output, choose_output
@@ -149,13 +149,14 @@ _plan_option = click.option(
     help="Write the plan to FILE as JSON, for --apply and --invert.",
 )  # fmt: skip
 _verify_option = click.option(
-    "--verify", is_flag=True, help="Read the output back and check every tensor against the plan."
-)
+    "--verify", is_flag=True,
+    help="Let safetensors or torch.load read the output, and compare every tensor with the plan.",
+)  # fmt: skip
 
 
 def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
-    from ckptkit.plans.execute import check_output, execute, verify
+    from ckptkit.plans.execute import check_output, execute
     from ckptkit.plans.plan import find_broken_ties
     from ckptkit.render.plan import plan_document, plan_page, written_text
 
@@ -165,24 +166,24 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
         if not options.dry_run:
             with progress_bar(plan.nbytes, "writing", hidden=options.quiet) as progress:
                 written = execute(
-                    plan, sources, options.output, allow_overflow=options.allow_overflow, progress=progress
+                    plan,
+                    sources,
+                    options.output,
+                    verify=options.verify,
+                    allow_overflow=options.allow_overflow,
+                    progress=progress,
                 )
     echo_output_report(
         options,
         lambda: plan_page(plan, written, expand=options.expand),
         lambda: plan_document(command, plan, written),
     )
-    verified = None
-    if written is not None and options.verify:
-        verified = verify(plan, sources, written.path, written.envelope)
     if options.quiet:
         return
     messages = list(plan.notes)
     if written is not None:
         untied = find_broken_ties(plan) if options.output.format == "safetensors" else []
         messages += written_text(plan, written, untied)
-    if verified is not None:
-        messages.append(f"verified: each of {plural(verified, 'tensor')} has the planned bytes")
     for message in messages:
         print_message(message)
 
