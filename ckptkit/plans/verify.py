@@ -7,7 +7,6 @@ import functools
 import json
 import math
 import os
-import pickle
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -153,12 +152,12 @@ def verify_torch(
         warnings.simplefilter("ignore")  # about storage classes and dtypes that torch wants to replace
         try:
             found = torch.load(name, map_location="cpu", mmap=True, weights_only=True)
-        except pickle.UnpicklingError:
+        except Exception as error:  # torch has no common class of errors for broken files
+            if type(error).__name__ != "UnpicklingError":
+                raise file.fail(f"torch cannot load it ({first_line(error)})") from error
             holds = listed(references, 4, show=printable) if references else f"a value of a kind that {reader} refuses"
             why = f"{printable(shown)} holds {holds}"
             return Verification(reader, _read_alone(file, why, steps, producer, inner))
-        except Exception as error:  # torch has no common class of errors for broken files
-            raise file.fail(f"torch cannot load it ({first_line(error)})") from error
         mapping = _value_at(file, found, at)
         if isinstance(mapping, Mapping):
             top = {path[0]: key for key, path in paths.items() if len(path) == 1}
