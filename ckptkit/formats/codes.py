@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ckptkit.core.findings import Code, codes_in
+from collections.abc import Iterable, Iterator
 
-__all__ = ["CODES"]
+from ckptkit.core.findings import Code, Finding, ReaderWarning, codes_in
+
+__all__ = ["CODES", "unread_findings"]
 
 CODE_SUSPICIOUS = Code(
     "code-suspicious",
@@ -79,3 +81,12 @@ NOT_WEIGHTS = Code("not-weights", ("note",), "The file holds values beside the w
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 
 CODES = codes_in(globals())
+
+_UNREAD = (UNREAD_WEIGHTS, PART_OF_SEVERAL, ONE_SHARD, SHARD_COUNT, STALE_SHARD)
+
+
+def unread_findings(warnings: Iterable[str]) -> Iterator[Finding]:
+    """Yield a finding for each of a reader's warnings which says that other files hold more weights."""
+    for warning in warnings:
+        if isinstance(warning, ReaderWarning) and warning.code in _UNREAD:
+            yield warning.finding()

@@ -17,6 +17,7 @@ from ckptkit.core.ties import shared_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, same_values
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
+from ckptkit.formats.codes import unread_findings
 from ckptkit.loading import codes
 from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot, named_tensors
@@ -128,6 +129,7 @@ def load_into(
     filled = sum(info.elements for key, info in base.items() if key in loaded)
     elements = sum(info.elements for info in base.values())
     findings = (
+        *unread_findings(donor.warnings),
         *_kept_findings(kept, plan, shared),
         *_tied_findings(from_donor),
         *_loss_findings([producer.losses[key] for key in base if key in producer.losses]),

@@ -11,6 +11,7 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
+from ckptkit.formats.codes import unread_findings
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
 from ckptkit.readiness.init import (
@@ -171,7 +172,8 @@ def _check_init(
     result = diff_checkpoints(inspected.state, opened, key_map)
     problems = find_quantized_problems(inspected.state, opened, key_map)
     section = compare_init(inspected, result, opened, problems)
-    findings = [*check_quantized_init(problems), *check_init(inspected, section, result, fresh)]
+    findings = [*unread_findings(opened.warnings), *check_quantized_init(problems)]
+    findings += [*check_init(inspected, section, result, fresh)]
     return section, [*findings, *check_values(inspected, section)]
 
 

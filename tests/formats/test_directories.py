@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ckptkit import load_into, preflight
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint, open_checkpoint_or_parts
 from tests.helpers_cli import run_ckpt
@@ -186,6 +187,17 @@ def test_every_command_names_the_weights_that_it_does_not_read(
         (ran.out + ran.err).split()
     )
     assert ran.code == (1 if command == "check" and "--like" not in inputs else 0)
+
+
+def test_loading_and_the_preflight_report_the_weights_that_are_not_read(tmp_path: Path) -> None:
+    """The report of ``load_into`` has the finding too; weights of other frameworks are only a note."""
+    model = torch.nn.Linear(2, 2)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    make(tmp_path, ["tf_model.h5", "head.pt"])
+    with open_checkpoint(tmp_path) as checkpoint:
+        for report in (load_into(model, checkpoint), preflight(model, init=checkpoint)):
+            found = [(finding.severity, finding.message[:9]) for finding in report.findings if "unread" in finding.code]
+            assert found == [("warning", "'head.pt'"), ("note", "'tf_model")]
 
 
 def test_a_check_reports_weights_of_other_frameworks_as_a_note(
