@@ -17,7 +17,15 @@ from ckptkit.wrappers.envelopes import Selection
 if TYPE_CHECKING:
     from ckptkit.formats.torch.checkpoint import TorchFile
 
-__all__ = ["TORCH_SUFFIXES", "WEIGHT_SUFFIXES", "could_hold_tensors", "open_file", "open_zip", "read_torch"]
+__all__ = [
+    "TORCH_SUFFIXES",
+    "WEIGHT_SUFFIXES",
+    "could_hold_tensors",
+    "has_no_storages",
+    "open_file",
+    "open_zip",
+    "read_torch",
+]
 
 
 def open_zip(file: LocalFile, selection: Selection) -> Checkpoint:
@@ -56,6 +64,7 @@ _SUFFIXES = (
 )  # fmt: skip
 WEIGHT_SUFFIXES = tuple(suffix for suffix, _ in _SUFFIXES)
 _PICKLE_MAGICS = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
+_LARGEST_EXAMINED = 1 << 20
 _LFS_MAGIC = b"version https://git-lfs"
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
 _ZIP_MAGIC = b"PK\3\4"
@@ -157,6 +166,19 @@ def could_hold_tensors(name: str, head: bytes) -> bool:
         first = head[30 : 30 + int.from_bytes(head[26:28], "little")]
         return first.endswith((b"data.pkl", b"constants.pkl", b".npy"))
     return head[8:9] == b"{" and _looks_like_safetensors(head)
+
+
+def has_no_storages(file: LocalFile) -> bool:
+    """Return whether a small file of ``torch.save`` has no storage, and so no tensor. Larger files are not examined."""
+    if file.size > _LARGEST_EXAMINED or file.read(0, min(file.size, 4)) != _ZIP_MAGIC:
+        return False
+    from ckptkit.formats.zip_archive import read_zip_directory
+
+    try:
+        archive = read_zip_directory(file)
+    except FormatError:
+        return False
+    return bool(archive.roots("data.pkl")) and not any("/data/" in name for name in archive.entries)
 
 
 def _head(file: LocalFile) -> bytes:

@@ -227,7 +227,12 @@ def _open_shard(path: str, keys: list[str], open_shard: Callable[[str], Checkpoi
             if absent
             else f"this shard holds {listed(extra, 1)}, but the index does not place the tensor here"
         )
-        raise FormatError(reason, path=path)
+        directory, name = os.path.split(path)
+        raise FormatError(
+            reason,
+            hint=f"if the index is from another save: {_ways_to_open(directory, [name]).removeprefix('; ')}",
+            path=path,
+        )
     return shard
 
 

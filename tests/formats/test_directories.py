@@ -289,6 +289,16 @@ def test_a_stale_index_is_blamed_and_not_the_shards(
         assert any("is missing" in text for text in checkpoint.warnings) == (read == NEW[:3])
 
 
+def test_an_index_that_places_keys_elsewhere_may_be_stale(tmp_path: Path) -> None:
+    make(tmp_path, SHARDS)
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": dict(zip(SHARDS, reversed(SHARDS), strict=True))}))
+    error = refusal(str(tmp_path))
+    assert "but the shard has no such tensor" in error.reason
+    assert f"'{tmp_path}::model-*-of-00002.safetensors' opens" in str(error.hint)
+    with open_checkpoint(f"{tmp_path}::model-*-of-00002.safetensors") as checkpoint:
+        assert set(checkpoint) == set(SHARDS)
+
+
 def test_a_shard_that_is_still_to_be_copied_is_not_blamed_on_the_index(tmp_path: Path) -> None:
     make(tmp_path, [*SHARDS, INDEX, "head.safetensors"])
     (tmp_path / SHARDS[1]).unlink()
@@ -449,6 +459,22 @@ def test_weights_beside_a_distributed_checkpoint_are_named(tmp_path: Path) -> No
         assert "'average'" in checkpoint.warnings[1]
 
 
+def test_a_file_without_tensors_is_not_named(tmp_path: Path) -> None:
+    """Arguments and texts that torch.save wrote are not weights."""
+    make(tmp_path, ["model.safetensors"])
+    torch.save({"lr": 0.1, "name": "x"}, tmp_path / "arguments.pt")
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert checkpoint.warnings == ()
+
+
+def test_a_folder_of_many_folders_does_not_hide_a_checkpoint(tmp_path: Path) -> None:
+    make(tmp_path, ["model.safetensors", "z/model.safetensors"])
+    for number in range(400):
+        (tmp_path / "data" / str(number)).mkdir(parents=True)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert [text[:14] for text in checkpoint.warnings] == ["the folder 'z'"]
+
+
 def test_many_files_are_named_by_their_number(tmp_path: Path) -> None:
     """The message stays short, and the first bytes of only some files are read."""
     make(tmp_path, ["model.safetensors"])
@@ -467,15 +493,16 @@ def test_many_files_and_folders_take_bounded_work(tmp_path: Path, monkeypatch: p
     for number in range(1000):
         os.mknod(tmp_path / f"x{number}.bin")
         os.mknod(tmp_path / f"x{number}")
-    for number in range(300):
+    for number in range(400):
         (tmp_path / f"folder{number}").mkdir()
     counts = Counter[str]()
     for name in ("open", "scandir"):
         monkeypatch.setattr(os, name, counted(name, getattr(os, name), counts))
     with open_checkpoint(tmp_path) as checkpoint:
         assert "and 493 more are not read" in checkpoint.warnings[0]
+        assert checkpoint.warnings[1] == "100 folders of the directory were not searched"
     assert counts["open"] <= 700
-    assert counts["scandir"] <= 300
+    assert counts["scandir"] <= 310
 
 
 def counted(name: str, function: Callable[..., Any], counts: Counter[str]) -> Callable[..., Any]:

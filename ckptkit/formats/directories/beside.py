@@ -20,7 +20,6 @@ from ckptkit.formats.shard_names import group_shards, index_shards, is_index
 __all__ = ["unread_warnings"]
 
 _MOST_NAMED = 8
-_MANY = 4  # shards of an index that is not read; more are named together
 
 
 def unread_warnings(listing: Listing, checkpoint: Checkpoint) -> Iterator[ReaderWarning]:
@@ -78,6 +77,10 @@ def _folder_warnings(listing: Listing, read: Collection[str], what: str) -> Iter
             f"the {nouns[0]} {listed(further, _MOST_NAMED)} {nouns[1]}, not read; {what}; "
             f"{_how_to_open(listing, further)}"
         )
+        yield ReaderWarning(text, codes.UNREAD_WEIGHTS, "note")
+    if folders.unknown:
+        verb = "was" if len(folders.unknown) == 1 else "were"
+        text = f"{plural(len(folders.unknown), 'folder')} of the directory {verb} not searched"
         yield ReaderWarning(text, codes.UNREAD_WEIGHTS, "note")
     foreign = [name for name in find_foreign_weights(listing.names) if name not in read]
     foreign += [name for name in folders.foreign if name not in foreign]

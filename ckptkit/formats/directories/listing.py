@@ -11,7 +11,7 @@ from itertools import islice
 
 from ckptkit.core.files import LocalFile
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors, has_no_storages
 from ckptkit.formats.directories.trainer_files import is_trainer_file
 from ckptkit.formats.distributed.file_names import is_dcp, is_zero
 from ckptkit.formats.foreign import find_foreign_weights
@@ -38,17 +38,22 @@ _MODULES = "modules.json"  # of sentence-transformers
 _LARGEST_MODULES = 1 << 20
 _MOST_NAMES, _MOST_NAMES_INSIDE = 1_000_000, 2000
 _MOST_TESTED, _MOST_ODD, _MOST_TESTED_INSIDE = 500, 100, 8  # files of which the first bytes are read
-_MOST_FOLDERS = 200  # that are listed, at any depth
+_MOST_FOLDERS = 300  # that are listed, at any depth
 _DEEPEST = 3
 _HEAD = 512
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointFolders:
-    """Folders of a directory: those that hold checkpoints, and those that hold weights of other frameworks only."""
+    """Folders of a directory.
+
+    ``readable`` folders hold checkpoints, ``foreign`` folders hold weights of other frameworks only, and ``unknown``
+    folders were not searched, because there are too many folders.
+    """
 
     readable: tuple[str, ...]
     foreign: tuple[str, ...]
+    unknown: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,7 @@ def _could_hold_tensors(directory: str, name: str) -> bool:
     except CkptkitError:
         return False
     try:
-        return could_hold_tensors(name, file.read(0, min(file.size, _HEAD)))
+        return could_hold_tensors(name, file.read(0, min(file.size, _HEAD))) and not has_no_storages(file)
     except CkptkitError:
         return False
     finally:
@@ -134,11 +139,22 @@ def _could_hold_tensors(directory: str, name: str) -> bool:
 
 
 def _find_checkpoint_folders(listing: Listing) -> CheckpointFolders:
-    left = [_MOST_FOLDERS]
-    kinds = {name: _kind_of_folder(listing.join(name), left, _DEEPEST) for name in _shown(listing.folders)}
+    """Search level by level, so that one folder of many folders does not use up the work that is allowed."""
+    kinds: dict[str, str] = {}
+    waiting = [(name, listing.join(name)) for name in _shown(listing.folders)]
+    left = _MOST_FOLDERS
+    for _ in range(_DEEPEST):
+        deeper: list[tuple[str, str]] = []
+        for top, path in waiting[:left]:
+            if kinds.get(top) != "readable":
+                inside, kind = _list_folder(path)
+                kinds[top] = kind or kinds.get(top, "")
+                deeper += [(top, os.path.join(path, name)) for name in inside]
+        left, waiting = max(left - len(waiting), 0), deeper
     return CheckpointFolders(
-        tuple(name for name, kind in kinds.items() if kind == "readable"),
-        tuple(name for name, kind in kinds.items() if kind == "foreign"),
+        tuple(sorted(name for name, kind in kinds.items() if kind == "readable")),
+        tuple(sorted(name for name, kind in kinds.items() if kind == "foreign")),
+        tuple(name for name in _shown(listing.folders) if name not in kinds),
     )
 
 
@@ -146,23 +162,18 @@ def _shown(folders: Collection[str]) -> list[str]:
     return [name for name in folders if not name.startswith(".") and name != "__pycache__"]
 
 
-def _kind_of_folder(path: str, left: list[int], depth: int) -> str:
-    if left[0] <= 0:
-        return ""
-    left[0] -= 1
+def _list_folder(path: str) -> tuple[list[str], str]:
+    """Return the folders inside a folder, and whether its own files are ``readable``, ``foreign``, or neither."""
     try:
         inside = _list(path, _MOST_NAMES_INSIDE)
     except OSError:
-        return ""
+        return [], ""
     files = inside.files
     if is_dcp(files) or is_zero(files) or any(map(is_index, files)):
-        return "readable"
+        return [], "readable"
     if find_weights_files(path, files, _MOST_TESTED_INSIDE):
-        return "readable"
-    kinds = {_kind_of_folder(inside.join(name), left, depth - 1) for name in _shown(inside.folders) if depth > 1}
-    if "readable" in kinds:
-        return "readable"
-    return "foreign" if "foreign" in kinds or find_foreign_weights(inside.names) else ""
+        return [], "readable"
+    return _shown(inside.folders), "foreign" if find_foreign_weights(inside.names) else ""
 
 
 def read_module_folders(listing: Listing) -> list[str]:
