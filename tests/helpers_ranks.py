@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
+from torch.distributed._shard.sharded_tensor.shard import Shard
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement
@@ -48,6 +53,29 @@ def save_dtensors(
             }
             torch.save(wrap(state | dict(plain or {})), directory / name.format(world=world, rank=rank))
     return directory
+
+
+def save_sharded_tensors(directory: Path, world: int, whole: Mapping[str, torch.Tensor]) -> Path:
+    """Write one file for each rank with a ShardedTensor for each tensor, cut by rows as FSDP1 cuts it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for rank in range(world):
+        with rank_of(rank, world), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch asks for DTensor instead
+            state = {key: _sharded(tensor, rank, world) for key, tensor in whole.items()}
+            torch.save(state, directory / f"model_rank_{rank}.pt")
+    return directory
+
+
+def _sharded(tensor: torch.Tensor, rank: int, world: int) -> ShardedTensor:
+    metadata, at = [], 0
+    pieces = tensor.chunk(world)
+    for owner, piece in enumerate(pieces):
+        offsets = [at, *(0 for _ in tensor.shape[1:])]
+        metadata.append(ShardMetadata(offsets, list(piece.shape), f"rank:{owner}/cpu"))
+        at += len(piece)
+    held = [Shard(pieces[rank].clone(), metadata[rank])] if rank < len(pieces) else []
+    whole = ShardedTensorMetadata(metadata, tensor.shape, TensorProperties(dtype=tensor.dtype))
+    return ShardedTensor._init_from_local_shards_and_global_metadata(held, whole)
 
 
 def _local(tensor: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:

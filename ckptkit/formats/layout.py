@@ -38,7 +38,11 @@ _SIGN_FLIPPED: Final = bytes(byte ^ 0x80 for byte in range(256))
 
 def only_listed_error(info: TensorInfo, path: str) -> FormatError:
     """Return the error for reading a tensor of another kind than ``"dense"``."""
-    hint = "open the directory with the files of all ranks, which joins them" if info.kind == "dtensor" else None
+    hint = (
+        "open the directory with the files of all ranks, which joins them"
+        if info.kind in ("dtensor", "sharded")
+        else None
+    )
     return FormatError(
         f"{quoted(info.key)} is a {info.kind} tensor, which is listed but cannot be read", hint=hint, path=path
     )

@@ -38,8 +38,11 @@ _WHY_NOT = {
     "two-type": "its storage is named with two types, and torch loads one of them for all its tensors",
     "subclass": "it is a tensor subclass, and only the code of its class can rebuild it",
     "dtensor": "it is a DTensor, and the file holds only the piece of one rank",
+    "sharded": "it is a ShardedTensor, and the file holds only the shards of one rank",
 }
-_WAYS_OUT = {"dtensor": "give the path of the directory with the files of all ranks, which are joined"}
+_WAYS_OUT = dict.fromkeys(
+    ("dtensor", "sharded"), "give the path of the directory with the files of all ranks, which are joined"
+)
 
 
 def make_step(out: TensorInfo, derivation: Derivation, role: str, checkpoint: Checkpoint) -> Step:

@@ -22,7 +22,7 @@ from ckptkit.formats.torch.dtensor import describe_pieces, piece_of, read_layout
 from ckptkit.formats.torch.objects import StorageRef, TensorRef
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import refusal
-from tests.helpers_ranks import Placed, save_dtensors
+from tests.helpers_ranks import Placed, save_dtensors, save_sharded_tensors
 
 
 def made(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -182,6 +182,28 @@ def test_a_plain_tensor_that_differs_between_ranks_is_named(tmp_path: Path) -> N
     with open_checkpoint(run) as checkpoint:
         assert list(checkpoint.warnings) == ["'buffer' differ between the ranks: the values of rank 0 are read"]
         assert torch.equal(checkpoint.read("buffer"), PLAIN["buffer"])
+
+
+def test_sharded_tensors_are_joined(tmp_path: Path) -> None:
+    """The ShardedTensors of FSDP1 state their offsets, also where the last rank holds nothing."""
+    whole = {"w": made(7, 3), "b": made(2), "half": made(5).bfloat16()}
+    run = save_sharded_tensors(tmp_path / "run", 3, whole)
+    with open_checkpoint(run) as checkpoint:
+        assert checkpoint.format == "sharded-tensor torch-zip (3 files)"
+        assert all(torch.equal(checkpoint.read(key), tensor) for key, tensor in whole.items())
+    with open_checkpoint(run / "model_rank_1.pt") as checkpoint:
+        assert checkpoint["w"].kind == "sharded"
+        assert any("is split among ranks" in text or "are split among ranks" in text for text in checkpoint.warnings)
+        with pytest.raises(FormatError, match="is a sharded tensor"):
+            checkpoint.read("w")
+    (run / "model_rank_2.pt").unlink()
+    assert "'w': row 6 is covered by no chunk" in refusal(str(run)).reason
+
+
+def test_flat_parameters_are_refused_by_name(tmp_path: Path) -> None:
+    """LOCAL_STATE_DICT of FSDP1 stores flat parameters, which do not say which parameters they hold."""
+    run = save_sharded_tensors(tmp_path / "run", 2, {"layer._flat_param": made(8)})
+    assert "'layer._flat_param' is a flat parameter of FSDP1" in refusal(str(run)).reason
 
 
 def test_a_change_on_disk_is_found(tmp_path: Path) -> None:

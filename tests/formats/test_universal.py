@@ -77,6 +77,13 @@ def test_a_converted_checkpoint_keeps_its_ties(tmp_path: Path, capsys: pytest.Ca
     assert all(torch.equal(loaded[name], tensor) for name, tensor in weights().items())
 
 
+def test_the_directory_of_the_parameters_opens_the_checkpoint(tmp_path: Path) -> None:
+    """The path of ``zero`` means the checkpoint, and not the groups of the optimizer that are stored there."""
+    directory = save(tmp_path / "run")
+    with open_checkpoint(directory / "zero") as checkpoint, open_checkpoint(directory) as whole:
+        assert checkpoint.items() == whole.items()
+
+
 def test_without_model_states_the_names_are_sorted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The directory of parameters is enough, and the file latest_universal leads to it."""
     save(tmp_path / "run" / "step3_universal", model=False)

@@ -136,7 +136,7 @@ def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
 
         return open_dcp(directory, selection)
     if index is None and not known:
-        if UNIVERSAL in names and (universal := _open_universal(directory, names, selection)) is not None:
+        if (universal := _open_universal(directory, names, selection)) is not None:
             return universal
         if is_zero(names):
             return _open_zero(directory, names, selection)
@@ -189,9 +189,12 @@ def _only_numbered_shards(listing: Listing) -> NumberedShards | None:
 
 
 def _open_universal(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint | None:
-    from ckptkit.formats.distributed.universal import is_universal, open_universal
+    if UNIVERSAL not in (*names, os.path.basename(os.path.abspath(directory))):
+        return None
+    from ckptkit.formats.distributed.universal import find_universal, open_universal
 
-    return open_universal(directory, names, selection) if is_universal(directory, names) else None
+    found = find_universal(directory, names)
+    return None if found is None else open_universal(found, selection)
 
 
 def _open_zero(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:

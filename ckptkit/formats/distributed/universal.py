@@ -26,25 +26,35 @@ from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, build_checkpoint
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.wrappers.envelopes import Selection
 
-__all__ = ["is_universal", "open_universal"]
+__all__ = ["find_universal", "open_universal"]
 
 _WEIGHTS = "fp32"
 _PARAM = "param"
 _MODEL_STATES = "mp_rank_00_model_states.pt"
 _MOST_PARAMETERS = 100_000
+_MOST_TESTED = 16
 _MOST_STATES = 1000  # file names in the directory of one parameter
 _COPY_AGAIN = "copy the whole directory again, or run ds_to_universal.py again"
 
 
-def is_universal(directory: str, names: Sequence[str]) -> bool:
-    """Return whether a directory with these file names is a universal checkpoint of DeepSpeed."""
-    if UNIVERSAL not in names or not os.path.isdir(os.path.join(directory, UNIVERSAL)):
+def find_universal(directory: str, names: Sequence[str]) -> str | None:
+    """Return the directory of the universal checkpoint at ``directory``, which can be its part ``zero``, or None."""
+    at = os.path.abspath(directory)
+    if os.path.basename(at) == UNIVERSAL and _has_parameters(at):
+        return os.path.dirname(at)
+    return directory if UNIVERSAL in names and _has_parameters(os.path.join(directory, UNIVERSAL)) else None
+
+
+def _has_parameters(directory: str) -> bool:
+    if not os.path.isdir(directory):
         return False
-    with os.scandir(os.path.join(directory, UNIVERSAL)) as listing:
-        return any(os.path.isfile(os.path.join(entry.path, f"{_WEIGHTS}.pt")) for entry in islice(listing, 4))
+    with os.scandir(directory) as listing:
+        return any(
+            os.path.isfile(os.path.join(entry.path, f"{_WEIGHTS}.pt")) for entry in islice(listing, _MOST_TESTED)
+        )
 
 
-def open_universal(directory: str, names: Sequence[str], selection: Selection) -> Checkpoint:
+def open_universal(directory: str, selection: Selection) -> Checkpoint:
     """Return the Checkpoint of the fp32 weights, or of the state that ``selection`` names, such as ``exp_avg``.
 
     Raises ``FormatError`` if a parameter has no file of that state, or a file does not hold one tensor.
@@ -53,7 +63,7 @@ def open_universal(directory: str, names: Sequence[str], selection: Selection) -
         raise FormatError("holds one optimizer state for each parameter", hint="add ::exp_avg or another state")
     pool = FilePool(directory)
     try:
-        return _open(pool, names, selection.key or _WEIGHTS)
+        return _open(pool, os.listdir(directory), selection.key or _WEIGHTS)
     except BaseException as error:
         pool.close()
         if isinstance(error, CkptkitError) and error.path is None:
@@ -154,6 +164,10 @@ def _entries(states: Mapping[str, set[str]], chosen: str) -> list[Entry]:
         for state in sorted(held - {chosen}):
             counts[state] = counts.get(state, 0) + 1
     return [
-        Entry(f"{UNIVERSAL}/*/{state}.pt", plural(count, "file"), None, is_outside=True, is_file=True)
+        Entry(f"{UNIVERSAL}/*/{state}.pt", plural(count, "file"), _note(state), is_outside=True, is_file=True)
         for state, count in counts.items()
     ]
+
+
+def _note(state: str) -> str:
+    return "not read" if state == "step" else f"::{state} opens these tensors"

@@ -180,6 +180,13 @@ _HARMLESS: Final = (
     "torch.distributed.tensor._dtensor_spec.", "torch.distributed._tensor._dtensor_spec.",
     "torch.distributed.tensor.placement_types.", "torch.distributed._tensor.placement_types.",
     "torch.distributed.device_mesh.DeviceMesh", "torch.distributed._mesh_layout.",
+    "torch.distributed._shard.sharded_tensor.api.ShardedTensor", "torch.distributed._shard.sharded_tensor.shard.Shard",
+    "torch.distributed._shard.sharded_tensor.metadata.ShardedTensorMetadata",
+    "torch.distributed._shard.sharded_tensor.metadata.TensorProperties",
+    "torch.distributed._shard.sharded_tensor.metadata.MEM_FORMAT_ENCODING",
+    "torch.distributed._shard.metadata.ShardMetadata", "torch.distributed.remote_device._remote_device",
+    "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
+    "torch.distributed._shard.sharding_spec.api.EnumerableShardingSpec",
     "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
 )  # fmt: skip
 # No checkpoint needs these. The list only makes a warning stronger, and cannot be complete.

@@ -18,6 +18,7 @@ from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Box
 from ckptkit.formats.pickle.values import CodeName, Placeholder
 from ckptkit.formats.torch.objects import TensorRef
+from ckptkit.formats.torch.sharded_tensor import SHARDED
 
 __all__ = [
     "DTENSOR",
@@ -79,8 +80,8 @@ def whole_tensor(tensor: TensorRef) -> TensorRef:
 
 
 def describe_pieces(tensors: Mapping[str, TensorRef]) -> str | None:
-    """Return a sentence about the DTensors among ``tensors`` that the file holds in part, or None."""
-    pieces = [key for key, tensor in tensors.items() if tensor.kind == DTENSOR]
+    """Return a sentence about the DTensors and ShardedTensors that the file holds in part, or None."""
+    pieces = [key for key, tensor in tensors.items() if tensor.kind in (DTENSOR, SHARDED)]
     if not pieces:
         return None
     whose = "one rank"

@@ -59,7 +59,8 @@ class StorageRef:
 class TensorRef:
     """A tensor as a pickle describes it; ``storage`` is None for a tensor without bytes in the file.
 
-    A DTensor has the shape of the whole tensor; ``local`` is the piece in the file, and ``spec`` says which piece.
+    A DTensor has the shape of the whole tensor; ``local`` is the piece in the file, and ``spec`` says which piece. For
+    a ShardedTensor, ``spec`` has the shards.
     """
 
     dtype: str
@@ -96,6 +97,7 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
 _PARAMETER = "torch.nn.parameter.Parameter"
 _TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Za-z0-9]*Tensor")
 _NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
+_SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.api.ShardedTensor"
 _DTENSOR = re.compile(r"torch\.distributed\.(?:_tensor|tensor)(?:\._?api)?\.DTensor")
 _MOST_DIMENSIONS = 1024
 _ONE_NAME = "storage {} shares its name or the name of its part with another storage or part"
@@ -233,6 +235,9 @@ class TorchObjects:
         made = self.interpreter.call(function, args)
         if isinstance(made, TensorRef) and isinstance(subclass, CodeName) and _DTENSOR.fullmatch(str(subclass)):
             return _dtensor(made, state)
+        if isinstance(made, TensorRef) and isinstance(subclass, CodeName) and str(subclass) == _SHARDED_TENSOR:
+            shards = state[0] if isinstance(state, tuple) and state else None
+            return replace(made, kind="sharded", spec=shards)
         plain = subclass == "tensor" or (isinstance(subclass, CodeName) and str(subclass) == _PARAMETER)
         if not isinstance(made, TensorRef):
             return made
