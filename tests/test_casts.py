@@ -18,6 +18,7 @@ from ckptkit import (
     choose_output,
     execute,
     load_into,
+    load_optimizer_state,
     open_checkpoint,
     parse_rules,
     plan_lora,
@@ -255,3 +256,27 @@ def test_load_into_reports_values_that_become_0() -> None:
     assert (note.code, note.severity, note.key) == ("load.underflow", "note", "weight")
     assert "2 of 4 values become 0" in note.message
     assert not load_into(model, {"weight": torch.ones(2, 2).double(), "bias": torch.ones(2)}).findings
+
+
+def test_optimizer_state_is_cast_with_counts() -> None:
+    """torch casts the state to the dtype of its parameter: values that become 0 are reported, inf is refused."""
+    trained, model = nn.Linear(2, 2), nn.Linear(2, 2).half()
+    source, target = (torch.optim.Adam(module.parameters()) for module in (trained, model))
+    for parameter in trained.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-4)
+    source.step()
+    state = source.state_dict()
+    report = load_optimizer_state(target, model, state)
+    assert [(finding.code, finding.key) for finding in report.findings] == [
+        ("optim.underflow", "weight"),
+        ("optim.underflow", "bias"),
+    ]
+    assert "'weight.exp_avg_sq' (F32 to F16): 4 of 4 values become 0" in report.findings[0].message
+    state["state"][0]["exp_avg"][0, 0] = 1e6
+    target = torch.optim.Adam(model.parameters())
+    with pytest.raises(PlanError, match=r"'weight.exp_avg' \(F32 to F16\): 1 of 4 values become inf"):
+        load_optimizer_state(target, model, state)
+    assert not target.state
+    report = load_optimizer_state(target, model, state, allow_overflow=True)
+    assert "optim.overflow" in {finding.code for finding in report.findings}
+    assert target.state[model.weight]["exp_avg"][0, 0].isinf()

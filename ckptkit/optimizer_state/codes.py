@@ -31,6 +31,8 @@ COVERAGE = Code("optim.coverage", ("note",), "A parameter was saved without stat
 MISSING = Code("optim.missing", ("warning",), "The file has no state for a trainable parameter.")
 DROPPED = Code("optim.dropped", ("warning",), "The saved state of a parameter does not fit and was not loaded.")
 UNUSED = Code("optim.unused", ("note",), "The optimizer does not have a parameter that the file has state for.")
+OVERFLOW = Code("optim.overflow", ("warning",), "The dtype of a parameter cannot hold a value, which became inf.")
+UNDERFLOW = Code("optim.underflow", ("warning",), "The cast to the dtype of a parameter made 0 of a value.")
 INITIAL_LR = Code(
     "optim.initial-lr", ("warning",), "The loaded initial_lr is not the lr that the group was built with."
 )

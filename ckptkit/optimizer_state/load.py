@@ -15,6 +15,7 @@ from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kin
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state import codes
+from ckptkit.optimizer_state.casts import cast_findings
 from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, resplit
@@ -77,6 +78,7 @@ def load_optimizer_state(
     on_missing: OnMissing = "keep",
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    allow_overflow: bool = False,
 ) -> OptimizerLoadReport:
     """Load a state into ``optimizer`` by the names of its parameters, and compare the values afterwards.
 
@@ -91,12 +93,14 @@ def load_optimizer_state(
     - ``on_missing`` is for trainable parameters without state in the file: ``keep`` or ``error``.
     - ``on_unexpected`` is for state of parameters that the optimizer does not have: ``skip`` or ``error``.
     - ``on_mismatch`` is for state that does not fit its parameter: ``error`` or ``skip``.
+    - ``allow_overflow`` loads values that the cast to the dtype of the parameter makes inf; a finding has their count.
 
     The ``load_state_dict()`` of torch loads the state, so its hooks run, and it casts the state to the dtype and the
     device of the parameter. Single numbers keep their dtype. No step is made, gradients are not used, and no memory is
     shared with ``state``. Everything is checked before the optimizer is changed, and it is restored if loading fails.
 
     Raises ``PlanError`` if a policy demands it, if another optimizer class was saved, or if nothing would be loaded.
+    It is also raised if a cast would make inf of finite values.
     Raises ``GroupsError`` if the optimizer does not belong to ``model``, or has other values after the load.
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
@@ -123,6 +127,7 @@ def load_optimizer_state(
         *_match_findings(match, unused),
         *_initial_lr_findings(live_groups, groups),
         *unknown_decay_findings(saved, schema),
+        *cast_findings(match.state, live_model, schema, allow_overflow=allow_overflow),
     ]
     _load(inner, replace(saved, state=match.state, groups=groups), match, live_model, schema)
     return OptimizerLoadReport(

@@ -199,7 +199,7 @@ class LossCounter:
                 self._high -= float(limits[1]) > largest  # the largest value of F16 is not one of BF16
         to_integer = self._found.is_floating_point and not self._out.is_floating_point
         to_bool = self._out == torch.bool and self._found != torch.bool
-        self._can_lose = self.can_overflow or can_underflow or to_integer or to_bool
+        self.can_lose = self.can_overflow or can_underflow or to_integer or to_bool
 
     def _is_narrower(self) -> bool:
         import torch
@@ -225,7 +225,7 @@ class LossCounter:
         """Count the losses of a block: its values before and after the cast."""
         count = before.numel()
         self._loss = replace(self._loss, values=self._loss.values + count)
-        if not self._can_lose or not count:
+        if not self.can_lose or not count:
             return
         old, new = (_real_view(tensor.reshape(-1)) for tensor in (before, after))
         if new.numel() < old.numel():
