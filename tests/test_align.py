@@ -544,6 +544,7 @@ def test_no_rule_makes_numbers_of_codes(prefix: str, swapped: bool) -> None:
     assert filled == {key for key in expected if key.endswith("bias")}
     assert {info.key for info in result.missing} == {key for key in expected if not key.endswith("bias")}
     assert result.ambiguous == ()
+    assert result.note.startswith("3 weights are quantised only in " + ("expected" if swapped else "found"))
 
 
 def test_quantised_weights_of_one_form_are_matched() -> None:

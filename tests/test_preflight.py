@@ -326,6 +326,7 @@ def test_a_quantised_init_is_not_ready() -> None:
     gptq |= {"head.qweight": torch.zeros(2, 10, dtype=torch.int32), "head.scales": torch.ones(1, 10)}
     gptq["head.qzeros"] = torch.zeros(1, 2, dtype=torch.int32)
     assert "'head.qweight' is quantised (GPTQ), and the model has 'head.weight'" in preflight(model, init=gptq).verdict
+    assert ("error", "preflight.resume-quantized", "head.weight") in codes(preflight(model, resume=init))
 
 
 def test_a_quantised_model_takes_its_own_parts() -> None:
@@ -336,4 +337,6 @@ def test_a_quantised_model_takes_its_own_parts() -> None:
         model.register_buffer(key, value.clone())
     assert not [finding for finding in preflight(model, init=init).findings if finding.severity == "error"]
     plain = preflight(model, init={"weight": torch.ones(4, 4)})
-    assert "'weight' is quantised (fp8) in the model, and 'weight' of the init is plain F32" in plain.verdict
+    assert (
+        "'weight' is quantised (fp8) in the model, and 'weight' of the initial checkpoint is plain F32" in plain.verdict
+    )

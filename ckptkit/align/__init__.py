@@ -59,6 +59,7 @@ class Alignment:
         missing: Expected tensors that no found tensor fits.
         unexpected: Found tensors that fit no expected tensor.
         presets: The names of the presets that fill every expected key.
+        note: A sentence about weights that are quantised on one side only, or an empty string.
     """
 
     expected: Checkpoint
@@ -70,6 +71,7 @@ class Alignment:
     missing: tuple[TensorInfo, ...]
     unexpected: tuple[TensorInfo, ...]
     presets: tuple[str, ...] = field(default=())
+    note: str = ""
 
     @property
     def share(self) -> float:
@@ -292,6 +294,7 @@ def _alignment(
         missing,
         tuple(info for key, info in found.items() if key not in used and key not in listed_found),
         fitting_presets(expected, found) if (ambiguous or missing) and not sides else (),
+        sides.note,
     )
 
 

@@ -9,6 +9,7 @@ from ckptkit.align.evidence import ModuleMatch, TensorLink
 from ckptkit.align.matching import Matching
 from ckptkit.align.pairing import ModulePair
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.text import quoted
 from ckptkit.quantized import Quantized, quantized_weights
 
 __all__ = ["QuantizedSides"]
@@ -31,6 +32,18 @@ class QuantizedSides:
     def __bool__(self) -> bool:
         """Return whether any weight is quantised."""
         return bool(self.in_expected or self.in_found)
+
+    @property
+    def note(self) -> str:
+        """A sentence about weights that are quantised on one side only, or an empty string."""
+        if bool(self.in_expected) == bool(self.in_found):
+            return ""
+        side, weights = ("expected", self.in_expected.weights) if self.in_expected else ("found", self.in_found.weights)
+        are = "weight is" if len(weights) == 1 else "weights are"
+        return (
+            f"{len(weights):,} {are} quantised only in {side}, such as {quoted(weights[0].key)} ({weights[0].scheme}): "
+            "no rule makes numbers of codes"
+        )
 
     def without_wrong_pairs(self, matching: Matching) -> Matching:
         """Return the matching without pairs of a part of a quantised weight and any other tensor."""

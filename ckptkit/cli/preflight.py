@@ -118,7 +118,7 @@ def _load(live: Module, init: Checkpoint, rules: Rules) -> None:
 
     state, key_map = as_checkpoint(live, "model"), apply_rules(rules, init)
     result = diff_checkpoints(state, init, key_map)
-    if result.matched and not result.uncopyable and not find_quantized_problems(state, init, key_map):
+    if result.matched and not result.uncopyable and not find_quantized_problems(state, init, key_map, "init"):
         load_into(live, init, rules, on_mismatch="skip")
 
 

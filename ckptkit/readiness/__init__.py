@@ -13,12 +13,13 @@ from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.formats.codes import unread_findings
 from ckptkit.param_groups.parse import SpecLike
+from ckptkit.readiness import codes
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
 from ckptkit.readiness.init import (
     UNLOADED,
     InspectedModel,
     check_init,
-    check_quantized_init,
+    check_quantized,
     check_values,
     compare_init,
     find_quantized_problems,
@@ -121,10 +122,13 @@ def preflight(
 
         saved_state = None if resume_optimizer is None else read_state(resume_optimizer)
         run = as_checkpoint(resume, "found")
-        resumed = diff_checkpoints(inspected.state, run, apply_rules(Rules(), run))
+        key_map = apply_rules(Rules(), run)
+        resumed = diff_checkpoints(inspected.state, run, key_map)
+        problems = find_quantized_problems(inspected.state, run, key_map, "run")
         resume_section, more = check_resume(model, training, resumed, saved_state)
         filled = {pair.key for pair in resumed.matched}
-        findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled] + more
+        findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled]
+        findings += [*check_quantized(problems, codes.RESUME_QUANTIZED), *more]
         if saved_state is None:
             not_judged.append("the optimizer state of the run: none given")
     else:
@@ -170,9 +174,9 @@ def _check_init(
     opened = as_checkpoint(init, "init")
     key_map = apply_rules(as_rules(rules), opened)
     result = diff_checkpoints(inspected.state, opened, key_map)
-    problems = find_quantized_problems(inspected.state, opened, key_map)
+    problems = find_quantized_problems(inspected.state, opened, key_map, "initial checkpoint")
     section = compare_init(inspected, result, opened, problems)
-    findings = [*unread_findings(opened.warnings), *check_quantized_init(problems)]
+    findings = [*unread_findings(opened.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
     findings += [*check_init(inspected, section, result, fresh)]
     return section, [*findings, *check_values(inspected, section)]
 

@@ -43,6 +43,9 @@ EPS = Code("preflight.eps", ("error",), "The eps of the optimizer is 0 in the dt
 
 # The run to resume.
 RESUME_WEIGHTS = Code("preflight.resume-weights", ("error",), "load_state_dict refuses the weights of the run.")
+RESUME_QUANTIZED = Code(
+    "preflight.resume-quantized", ("error",), "A weight is quantised in the run and plain in the model, or the reverse."
+)
 RESUME_UNCLEAR = Code(
     "preflight.resume-unclear", ("warning", "note"), "The optimizer state of the run cannot be compared with the model."
 )

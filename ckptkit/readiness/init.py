@@ -11,7 +11,7 @@ from ckptkit.comparison import StateDictDiff
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import coverage_by_module, group_by_module
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.findings import Finding
+from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
@@ -29,7 +29,7 @@ __all__ = [
     "UNLOADED",
     "InspectedModel",
     "check_init",
-    "check_quantized_init",
+    "check_quantized",
     "check_values",
     "compare_init",
     "find_quantized_problems",
@@ -132,18 +132,23 @@ def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint
     return "part" if all(counts.values()) else "all" if counts[True] else "none"
 
 
-def find_quantized_problems(state: Checkpoint, init: Checkpoint, key_map: KeyMap) -> tuple[QuantizedProblem, ...]:
-    """Return a problem for each weight that is quantised in only one of the model and init, or differently in both."""
-    inputs = QuantizedInputs({"init": init}, state, where="the model")
-    return tuple(inputs.overlay_problems("init", key_map.outputs()))
+def find_quantized_problems(
+    state: Checkpoint, found: Checkpoint, key_map: KeyMap, role: str
+) -> tuple[QuantizedProblem, ...]:
+    """Return a problem for each weight that is quantised in only one of the model and ``found``, or differently.
+
+    Messages call ``found`` by its ``role``.
+    """
+    inputs = QuantizedInputs({role: found}, state, where="the model")
+    return tuple(inputs.overlay_problems(role, key_map.outputs()))
 
 
-def check_quantized_init(problems: Sequence[QuantizedProblem]) -> Iterator[Finding]:
-    """Yield a finding about the weights that are quantised in init and plain in the model, or the reverse."""
+def check_quantized(problems: Sequence[QuantizedProblem], code: Code) -> Iterator[Finding]:
+    """Yield one finding of this code about all the weights that are quantised on one side only, or differently."""
     if problems:
         first, others = problems[0], len(problems) - 1
         more = f" (and {plural(others, 'more weight')})" if others else ""
-        yield codes.INIT_QUANTIZED.finding(first.key, f"{first.message}{more}", first.hint)
+        yield code.finding(first.key, f"{first.message}{more}", first.hint)
 
 
 def check_init(

@@ -73,6 +73,8 @@ def align_page(result: Alignment, *, expand: bool) -> Page:
     if result.ambiguous:
         page.append(Table(("ambiguous", "could be", "because"), tuple(map(_ambiguity_row, result.ambiguous))))
     page += _unexplained(result, expand=expand)
+    if result.note:
+        page.append(Line((result.note,)))
     return [*page, *_counts(result)]
 
 
