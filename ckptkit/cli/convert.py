@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
-from ckptkit.cli.common.options import path_argument
+from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.plans.remap import plan_remap
 
@@ -16,7 +16,8 @@ __all__ = ["convert"]
 @path_argument("source")
 @plan_output_options
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
-def convert(source: str, *, options: OutputOptions, dtype: str | None) -> None:
+@skip_unread_option
+def convert(source: str, *, options: OutputOptions, dtype: str | None, skip_unread: bool) -> None:
     """Write a checkpoint in another format, in shards, or with another dtype.
 
     \b
@@ -26,5 +27,5 @@ def convert(source: str, *, options: OutputOptions, dtype: str | None) -> None:
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         with default_error_path(source):
-            plan = plan_remap(checkpoint, dtype=dtype)
+            plan = plan_remap(checkpoint, dtype=dtype, skip_unread=skip_unread)
         run_plan("convert", plan, {"source": checkpoint}, options)

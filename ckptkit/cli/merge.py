@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from ckptkit.cli.common.inputs import default_error_path, file_beside, open_checkpoints, read_table_file
-from ckptkit.cli.common.options import path_argument
+from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, json_bytes, plan_output_options, run_plan, write_small_file
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
@@ -31,7 +31,7 @@ __all__ = ["merge"]
 
 _CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
-    "overlay": ("on_missing", "on_unexpected", "on_mismatch"),
+    "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread"),
     "lora": ("scale",),
     "extract-lora": ("rank",),
 }
@@ -51,6 +51,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
               help="What to do with a key of a DONOR that BASE does not have.")  # fmt: skip
 @click.option("--on-mismatch", type=click.Choice(ON_MISMATCH), default="error", show_default=True,
               help="What to do where shapes differ: refuse, keep the value of BASE, or change the shape.")  # fmt: skip
+@skip_unread_option
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale in the adapter's configuration.")  # fmt: skip
 @click.option("--rank", type=click.IntRange(min=1), default=8, show_default=True,
@@ -65,6 +66,7 @@ def merge(
     on_missing: OnMissing,
     on_unexpected: OnUnexpected,
     on_mismatch: OnMismatch,
+    skip_unread: bool,
     scale: float,
     rank: int,
 ) -> None:
@@ -102,6 +104,7 @@ def merge(
                     on_missing=on_missing,
                     on_unexpected=on_unexpected,
                     on_mismatch=on_mismatch,
+                    skip_unread=skip_unread,
                 )
         roles = ["donor"] if len(others) == 1 else [f"donor{number}" for number in range(1, len(others) + 1)]
         run_plan("merge", plan, {"base": first, **dict(zip(roles, others, strict=True))}, options)

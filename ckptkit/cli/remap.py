@@ -7,7 +7,7 @@ import contextlib
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
-from ckptkit.cli.common.options import path_argument
+from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_from_file, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ __all__ = ["remap"]
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
 @click.option("--like", type=click.Path(), metavar="EXPECTED",
               help="Write exactly the keys, shapes and dtypes of EXPECTED, or refuse.")  # fmt: skip
+@skip_unread_option
 @click.option("--apply", "apply_file", type=click.Path(), metavar="FILE", help="Apply the plan in a --plan FILE again.")
 @click.option("--invert", "invert_file", type=click.Path(), metavar="FILE",
               help="Undo the plan in a --plan FILE; SOURCE is its output.")  # fmt: skip
@@ -37,6 +38,7 @@ def remap(
     like: str | None,
     apply_file: str | None,
     invert_file: str | None,
+    skip_unread: bool,
 ) -> None:
     """Rename, keep, drop and cast the tensors of a checkpoint, and write the result.
 
@@ -54,18 +56,25 @@ def remap(
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         plan_file = invert_file if apply_file is None else apply_file
         if plan_file is None:
-            plan = _plan(checkpoint, source, rules, dtype, like, quiet=options.quiet)
+            plan = _plan(checkpoint, source, rules, dtype, like, skip_unread=skip_unread, quiet=options.quiet)
         else:
-            if rules.stages or dtype or like or (apply_file is not None and invert_file is not None):
+            if rules.stages or dtype or like or skip_unread or (apply_file is not None and invert_file is not None):
                 raise click.UsageError("--apply and --invert each read the whole plan from a file: give nothing else")
             plan = plan_from_file(plan_file, {"source": checkpoint}, invert=apply_file is None)
         run_plan("remap", plan, {"source": checkpoint}, options)
 
 
 def _plan(
-    checkpoint: Checkpoint, source: str, rules: Rules, dtype: str | None, like: str | None, *, quiet: bool
+    checkpoint: Checkpoint,
+    source: str,
+    rules: Rules,
+    dtype: str | None,
+    like: str | None,
+    *,
+    skip_unread: bool,
+    quiet: bool,
 ) -> Plan:
     with contextlib.ExitStack() as stack:
         expected = None if like is None else stack.enter_context(open_checkpoints(like, quiet=quiet))[0]
         with default_error_path(source):
-            return plan_remap(checkpoint, rules, dtype=dtype, like=expected)
+            return plan_remap(checkpoint, rules, dtype=dtype, like=expected, skip_unread=skip_unread)

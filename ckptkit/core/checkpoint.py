@@ -298,11 +298,13 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         """Return this checkpoint with more entries; both share the open files."""
         return self._with(replace(self._description, entries=(*self.entries, *entries)))
 
+    def without(self, keys: Collection[str]) -> Checkpoint:
+        """Return this checkpoint without the tensors at ``keys``; both share the open files."""
+        return self._with(self._description, {key: info for key, info in self._infos.items() if key not in keys})
+
     def with_as_entries(self, keys: Collection[str]) -> Checkpoint:
         """Return this checkpoint with the tensors at ``keys`` as entries; both share the open files."""
-        infos = {key: info for key, info in self._infos.items() if key not in keys}
-        entries = (Entry(key, "tensor", str(self._infos[key])) for key in keys)
-        return self._with(replace(self._description, entries=(*self.entries, *entries)), infos)
+        return self.without(keys).with_entries(*(Entry(key, "tensor", str(self._infos[key])) for key in keys))
 
     def _with(self, description: Description, infos: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
         other = Checkpoint(

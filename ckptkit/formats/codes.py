@@ -77,6 +77,9 @@ PART_OF_SEVERAL = Code(
     "give the path of the directory, which joins the files or says why it cannot",
 )
 RANKS_DIFFER = Code("ranks-differ", ("warning",), "A tensor that is not split differs between the files of the ranks.")
+NUMPY_ARRAYS = Code(
+    "numpy-arrays", ("note",), "Tensors of the file are numpy arrays, which load_state_dict does not take."
+)
 NOT_WEIGHTS = Code("not-weights", ("note",), "The file holds values beside the weights, such as an optimizer state.")
 READER_WARNING = Code("reader-warning", ("warning",), "Any other warning of a reader.")
 

@@ -25,6 +25,7 @@ from ckptkit.core.files import ByteSwapped, Extent, Inflated, LocalFile
 from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.layout import Strided
+from ckptkit.formats.numpy_dtypes import DTYPE_CODES, OTHER_KINDS
 from ckptkit.formats.zip_archive import ZipDirectory
 
 __all__ = ["HEAD", "MAGIC", "NpyHeader", "open_npy", "open_npz", "parse_npy_header"]
@@ -45,18 +46,6 @@ _FIELD = re.compile(
     )(?:[ \t\n]*(?:,|\Z)[ \t\n]*|(?<=[\[(]))""",
     re.VERBOSE,
 )
-_DTYPE_CODES: Final = {
-    "b1": "BOOL", "i1": "I8", "u1": "U8", "i2": "I16", "u2": "U16", "i4": "I32", "u4": "U32", "i8": "I64", "u8": "U64",
-    "f2": "F16", "f4": "F32", "f8": "F64", "c8": "C64", "c16": "C128",
-}  # fmt: skip
-_OTHER_KINDS: Final = {
-    "O": ("object", "pickles, which are not read"),
-    "S": ("text", "bytes, not numbers"),
-    "U": ("text", "characters, not numbers"),
-    "M": ("datetime", "dates, not numbers"),
-    "m": ("datetime", "times, not numbers"),
-    "V": ("void", "bytes of an unnamed type, as numpy writes bfloat16"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,11 +118,11 @@ def _parse_fields(text: str, start: int, what: str) -> NpyHeader:
 
 def _header_of_dtype(descr: str, start: int, shape: tuple[int, ...], fortran: bool, what: str) -> NpyHeader:
     order, name = descr[:1], descr[1:]
-    code = _DTYPE_CODES.get(name, "")
+    code = DTYPE_CODES.get(name, "")
     if code and (order in ("<", ">") or (order == "|" and name.endswith("1"))):
         return NpyHeader(start, code, shape, fortran, big_endian=order == ">")
-    if order in ("<", ">", "|", "=") and name[:1] in _OTHER_KINDS:
-        kind, reason = _OTHER_KINDS[name[:1]]
+    if order in ("<", ">", "|", "=") and name[:1] in OTHER_KINDS:
+        kind, reason = OTHER_KINDS[name[:1]]
         return NpyHeader(start, "", shape, fortran, kind=kind, reason=reason)
     if order in ("<", ">") and name in ("f12", "f16", "c24", "c32"):
         reason = "numbers in a format of the machine that wrote them"

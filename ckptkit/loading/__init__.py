@@ -75,16 +75,17 @@ def load_into(
     on_missing: OnMissing = "keep",
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    skip_unread: bool = False,
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     allow_overflow: bool = False,
 ) -> LoadReport:
     """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
-    ``rules``, ``on_missing``, ``on_unexpected`` and ``on_mismatch`` mean the same as in ``plan_merge``, but
-    ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every matching key of the model's
-    state_dict must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's elements that must
-    be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run.
+    ``rules``, ``on_missing``, ``on_unexpected``, ``on_mismatch`` and ``skip_unread`` mean the same as in
+    ``plan_merge``, but ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every matching
+    key of the model's state_dict must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's
+    elements that must be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run.
 
     Values are cast to the dtype of the model as torch casts them. Values that would become inf are refused before
     anything is copied; with ``allow_overflow`` they are loaded, and a finding has their count. A finding also counts
@@ -106,7 +107,15 @@ def load_into(
     if not hasattr(model, "named_parameters"):
         raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
     base, donor = as_checkpoint(model, "model"), as_checkpoint(checkpoint, "checkpoint")
-    plan = plan_merge(base, donor, rules, on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch)
+    plan = plan_merge(
+        base,
+        donor,
+        rules,
+        on_missing=on_missing,
+        on_unexpected=on_unexpected,
+        on_mismatch=on_mismatch,
+        skip_unread=skip_unread,
+    )
     from_donor = [step for step in plan.steps if step.sources[0].role == "donor"]
     loaded = {step.out.key for step in from_donor}
     refuse_unmet(Requirements(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))

@@ -20,7 +20,9 @@ from ckptkit.plans.steps import (
     make_step,
     refuse_ambiguous,
     refuse_suspicious,
+    refuse_unread,
     role_to_edit,
+    without_unread,
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, RulesLike
@@ -54,6 +56,7 @@ def plan_merge(
     on_missing: OnMissing = "keep",
     on_unexpected: OnUnexpected = "skip",
     on_mismatch: OnMismatch = "error",
+    skip_unread: bool = False,
 ) -> Plan:
     """Return the plan of an overlay: the keys of ``base``, with the donors' values where key and shape agree.
 
@@ -64,6 +67,9 @@ def plan_merge(
     ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
     ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value. The name of a tensor operation, such
     as ``pad``, converts the donor's value. Every policy raises with ``error``.
+
+    A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
+    such tensors out, and ``dropped`` of the plan names each.
 
     Raises ``RuleError`` for wrong rules. Raises ``PlanError`` where a policy is ``error``, where the operation cannot
     make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot be copied, where
@@ -82,6 +88,10 @@ def plan_merge(
         raise PlanError("there is no donor to take values from")
     roles = ["donor"] if len(given) == 1 else [f"donor{number}" for number in range(1, len(given) + 1)]
     sources = {role: as_checkpoint(donor, role) for role, donor in zip(roles, given, strict=True)}
+    skipped: list[Dropped] = []
+    for role, donor in sources.items() if skip_unread else ():
+        sources[role], unread = without_unread(donor, role)
+        skipped += unread
     quantized = QuantizedInputs({"base": base, **sources}, base, "base")
     overlays = [_make_overlay(quantized, donor, role, rules, policy) for role, donor in sources.items()]
     from_donor = {key: step for overlay in overlays for key, step in overlay.from_donor.items()}
@@ -94,8 +104,13 @@ def plan_merge(
             f"no donor has {listed(missing, 1)}",
             hint="--on-missing keep keeps the base's own values",
         )
+    if skip_unread:
+        base, unread = without_unread(base, "base", from_donor)
+        skipped += unread
+    refuse_unread((key for key in base if key not in from_donor), base)
     steps = [from_donor.get(key) or _base_step(info, base) for key, info in base.items()]
     dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
+    dropped += skipped
     dropped += _replaced_by_later_donors(overlays, from_donor | added)
     notes += [
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
@@ -153,6 +168,7 @@ def _make_overlay(
     key_map = apply_rules(as_rules(rules), donor)
     quantized.refuse_operations(role, key_map.outputs())
     quantized.refuse_overlay(role, key_map.outputs())
+    refuse_unread((old for new, d in key_map.outputs().items() if new in base for old in d.sources), donor)
     result = diff_checkpoints(base, donor, key_map)
     if result.shape_mismatched and policy.on_mismatch == "error":
         raise _mismatch_error(result, role)

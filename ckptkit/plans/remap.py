@@ -19,7 +19,9 @@ from ckptkit.plans.steps import (
     make_step,
     moved_modules,
     refuse_suspicious,
+    refuse_unread,
     role_to_edit,
+    without_unread,
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
@@ -36,12 +38,16 @@ def plan_remap(
     *,
     dtype: str | None = None,
     like: StateDictLike | None = None,
+    skip_unread: bool = False,
 ) -> Plan:
     """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
 
     ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep their dtype.
     ``like`` is a Module, a Checkpoint or a mapping. The output then has the keys of ``like`` in the same order, with
     the same shapes and dtypes. All other tensors of ``source`` are left out.
+
+    A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
+    such tensors out, and ``dropped`` of the plan names each.
 
     The parts of a quantised weight can only be copied, and only together.
 
@@ -51,6 +57,7 @@ def plan_remap(
     """
     checkpoint = as_checkpoint(source, "source")
     refuse_suspicious(checkpoint, "source")
+    checkpoint, skipped = without_unread(checkpoint, "source") if skip_unread else (checkpoint, [])
     expected = None if like is None else as_checkpoint(like, "like")
     quantized = QuantizedInputs({"source": checkpoint}, expected, where="like")
     key_map = apply_rules(as_rules(rules), checkpoint)
@@ -69,11 +76,12 @@ def plan_remap(
         outs = _outputs_like(expected, outs)
         for key, derivation in outputs.items():
             surplus += [] if key in outs else dropped_sources("source", key, derivation, _NOT_WANTED)
+    refuse_unread((old for key in outs for old in outputs[key].sources), checkpoint)
     steps = [make_step(out, outputs[key], "source", checkpoint) for key, out in outs.items()]
     if not steps:
         raise PlanError(f"the output would have none of {plural(len(checkpoint), 'tensor')}")
     dropped = [Dropped("source", key, reason) for key, reason in key_map.dropped.items()]
-    dropped += [*surplus, *dropped_entries(checkpoint, "source")]
+    dropped += [*skipped, *surplus, *dropped_entries(checkpoint, "source")]
     moved = moved_modules(checkpoint.versions, key_map.renamed)
     versions = {new: checkpoint.versions[old] for old, new in moved.items()}
     edited_role = role_to_edit(checkpoint, "source")

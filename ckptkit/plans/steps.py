@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -29,12 +29,17 @@ __all__ = [
     "moved_modules",
     "refuse_ambiguous",
     "refuse_suspicious",
+    "refuse_unread",
     "role_to_edit",
+    "without_unread",
 ]
 
+_MOST_UNREAD = 8
 _WHY_NOT = {
     "meta": "it was saved from the meta device and has no values",
     "unknown": "its dtype is not known",
+    "unread": "only the code of its class can rebuild it",
+    "converted": "it is stored with another dtype than it has, and torch would cast it",
     "two-type": "its storage is named with two types, and torch loads one of them for all its tensors",
     "subclass": "it is a tensor subclass, and only the code of its class can rebuild it",
     "dtensor": "it is a DTensor, and the file holds only the piece of one rank",
@@ -56,6 +61,43 @@ def make_step(out: TensorInfo, derivation: Derivation, role: str, checkpoint: Ch
     return complete_step(step, {role: checkpoint})
 
 
+def refuse_unread(keys: Iterable[str], checkpoint: Checkpoint) -> None:
+    """Raise ``PlanError`` with every tensor that is listed without its values, and therefore cannot be copied."""
+    unread = [info for key in keys if (info := checkpoint[key]).kind != "dense"]
+    if not unread:
+        return
+    first = unread[0]
+    weights = quantized_weights(checkpoint).by_key
+    reasons = []
+    for info in unread[: _MOST_UNREAD + 1]:
+        weight = weights.get(info.key)
+        reasons.append(_why_not(info) if weight is None else f"it is quantised ({weight.scheme})")
+    message = f"{quoted(first.key)} cannot be copied: {reasons[0]}"
+    if len(unread) > 1:
+        named = [f"{quoted(info.key)} ({reason})" for info, reason in zip(unread, reasons, strict=False)]
+        others = f" and {len(unread) - _MOST_UNREAD:,} more" if len(unread) > _MOST_UNREAD else ""
+        message = f"{len(unread):,} tensors cannot be copied: {', '.join(named[:_MOST_UNREAD])}{others}"
+    drop = f"ckpt remap --drop {shell_word(literal(first.key))}"
+    hint = f"--skip-unread leaves out all such tensors; or leave it out: {drop}"
+    if (weight := weights.get(first.key)) is not None:
+        hint = f"{weight.way_out}; or {hint}"
+    raise PlanError(message, hint=_WAYS_OUT.get(first.kind, hint))
+
+
+def _why_not(info: TensorInfo) -> str:
+    return _WHY_NOT.get(info.kind, f"it is a {info.kind} tensor")
+
+
+def without_unread(checkpoint: Checkpoint, role: str, filled: Collection[str] = ()) -> tuple[Checkpoint, list[Dropped]]:
+    """Return a checkpoint without the tensors that cannot be copied, and a ``Dropped`` for each of these.
+
+    A tensor at a key in ``filled`` gets its values from elsewhere, and stays.
+    """
+    unread = [info for info in checkpoint.values() if info.kind != "dense" and info.key not in filled]
+    dropped = [Dropped(role, info.key, _why_not(info)) for info in unread]
+    return checkpoint.without({info.key for info in unread}) if unread else checkpoint, dropped
+
+
 def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     """Return the step with its operation named, after a check against the inputs, which ``roles`` maps by role.
 
@@ -70,12 +112,7 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     found = describe_output(out.key, infos, step.recipe, step.rule)
     leave_out = f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}"
     if found.kind != "dense":
-        weight = quantized_weights(roles[sources[0].role]).by_key.get(found.key)
-        why = _WHY_NOT.get(found.kind, f"it is a {found.kind} tensor")
-        if weight is not None:
-            why = f"it is quantised ({weight.scheme})"
-            leave_out = f"{weight.way_out}; or {leave_out}"
-        raise PlanError(f"{quoted(found.key)} cannot be copied: {why}", hint=_WAYS_OUT.get(found.kind, leave_out))
+        refuse_unread([sources[0].key], roles[sources[0].role])
     casts = out.dtype != found.dtype
     if casts:
         _refuse_cast(found, out.dtype, leave_out)

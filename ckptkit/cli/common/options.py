@@ -17,6 +17,7 @@ __all__ = [
     "path_argument",
     "quiet_option",
     "report_options",
+    "skip_unread_option",
 ]
 
 CommandFunction = Callable[..., object]
@@ -36,6 +37,11 @@ def add_options(command: CommandFunction, *options: Decorator) -> CommandFunctio
 
 
 quiet_option: Decorator = click.option("-q", "--quiet", is_flag=True, help="Print errors only on stderr.")
+skip_unread_option: Decorator = click.option(
+    "--skip-unread",
+    is_flag=True,
+    help="Leave out tensors that cannot be read, such as sparse tensors.",
+)
 expand_option: Decorator = click.option("--expand", is_flag=True, help="List every tensor; do not join layers.")
 _keep_option = click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only matching keys. Repeatable.")
 _drop_option = click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out matching keys. Repeatable.")

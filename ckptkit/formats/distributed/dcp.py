@@ -29,7 +29,7 @@ from ckptkit.formats.file_pool import FilePool, Section
 from ckptkit.formats.layout import Block, BlockTensor, Box, check_cover, step_budget
 from ckptkit.formats.sharded import is_plain_name
 from ckptkit.formats.torch.checkpoint import TorchFile, build_checkpoint
-from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
+from ckptkit.formats.torch.objects import ArrayRef, StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.torch.tree import leaves, type_name
 from ckptkit.formats.torch.zip import read_torch_zip
 from ckptkit.formats.zip_archive import ZipDirectory, read_zip_directory
@@ -322,7 +322,9 @@ def _read_objects(objects: Mapping[str, Place], items: _Items) -> _Objects:
         references.append(file.objects.interpreter.references)
         try:
             # Tensors inside a saved object are not tensors of the state, and have no key in the state.
-            has_tensors = any(isinstance(leaf, TensorRef) for _, leaf in leaves(file.tree, left))
+            has_tensors = any(
+                isinstance(leaf, TensorRef) and not isinstance(leaf, ArrayRef) for _, leaf in leaves(file.tree, left)
+            )
         except FormatError as error:
             items.refuse(key, place, error.reason)
         if not has_tensors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Collection, Mapping, Sized
 from typing import Final
 
 from ckptkit.core.text import printable
@@ -94,16 +94,19 @@ class Interpreter:
         constants: Mapping[str, object],
         persistent: Callable[[object], object] | None = None,
         set_state: Callable[[object, object], None] = lambda *_: None,
+        refused_by_torch: Collection[str] = (),
     ) -> None:
         """Take the tables; ``references`` collects every other code name of the pickle.
 
         ``persistent`` reads persistent ids. ``set_state`` gets each value that is neither a mapping nor a placeholder
-        and that the pickle gives a state, and this state.
+        and that the pickle gives a state, and this state. ``refused_by_torch`` has names that count as references
+        even if there is a builder, because torch's weights-only loader refuses these names.
         """
         self.builders = builders
         self.constants = constants
         self.persistent = persistent
         self.set_state = set_state
+        self.refused_by_torch = refused_by_torch
         self.references: dict[str, int] = {}
         self.repeated: str | None = None  # the first key that was set twice in one mapping
         self.budget = 0
@@ -127,7 +130,7 @@ class Interpreter:
             raise FormatError(f"the pickle refers to code by a name of {len(dotted)} characters")
         if dotted in self.constants:
             return self.constants[dotted]
-        if dotted not in self.builders:
+        if dotted not in self.builders or dotted in self.refused_by_torch:
             self.references[dotted] = self.references.get(dotted, 0) + 1
         return CodeName(module, name)
 
@@ -187,7 +190,7 @@ _HARMLESS: Final = (
     "torch.distributed._shard.metadata.ShardMetadata", "torch.distributed.remote_device._remote_device",
     "torch.distributed._shard.sharding_spec.chunk_sharding_spec.ChunkShardingSpec",
     "torch.distributed._shard.sharding_spec.api.EnumerableShardingSpec",
-    "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
+    "builtins.bytes", "__builtin__.bytes", "numpy.random._pickle.", "numpy.random._mt19937.", "numpy.random._pcg64.",
 )  # fmt: skip
 # No checkpoint needs these. The list only makes a warning stronger, and cannot be complete.
 _SUSPICIOUS: Final = (

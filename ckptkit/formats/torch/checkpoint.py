@@ -34,7 +34,7 @@ from ckptkit.formats.layout import Strided, only_listed_error
 from ckptkit.formats.pickle.values import PickledMapping, Placeholder, is_harmless, is_suspicious, is_weights_only
 from ckptkit.formats.torch.dtensor import describe_pieces, whole_tensor
 from ckptkit.formats.torch.modules import replace_modules
-from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects, made_by_class
+from ckptkit.formats.torch.objects import ArrayRef, StorageRef, TensorRef, TorchObjects, made_by_class
 from ckptkit.formats.torch.tree import (
     children,
     describe_entry,
@@ -151,7 +151,7 @@ def build_checkpoint(
             tensor = replace(tensor, kind=_stored_kind(file, tensor))  # noqa: PLW2901 - only listed if not dense
         infos[key] = _info(key, tensor, ids)
         if tensor.storage is not None and tensor.storage.key not in regions:
-            regions[tensor.storage.key] = file.locate(tensor.storage)
+            regions[tensor.storage.key] = tensor.storage.data or file.locate(tensor.storage)
     entries = _entries_outside(tree, chosen, budget) + found.entries
     if left_out and not file.is_loaded_whole:
         entries = [entry._replace(is_outside=True) for entry in entries]
@@ -164,6 +164,9 @@ def build_checkpoint(
         text = f"a mapping sets {quoted(interpreter.repeated)} more than once: the last value counts, as in torch"
         warnings.append(ReaderWarning(text, codes.REPEATED_KEY))
     warnings += _dtype_conflicts(infos, found.tensors) or _retyped(file.objects.retyped)
+    if arrays := [key for key, tensor in found.tensors.items() if isinstance(tensor, ArrayRef)]:
+        what = f"{plural(len(arrays), 'tensor is a numpy array', 'tensors are numpy arrays')}: {listed(arrays, 4)}"
+        warnings.append(ReaderWarning(f"{what}; load_state_dict of torch does not take an array", codes.NUMPY_ARRAYS))
     if (pieces := describe_pieces(found.tensors)) is not None:
         warnings.append(ReaderWarning(pieces, codes.PART_OF_SEVERAL))
     if file.objects.sources:
@@ -213,7 +216,8 @@ def build_checkpoint(
 def _stored_kind(file: TorchFile, tensor: TensorRef) -> str:
     """Return the kind of a dense tensor: another one if its stored bytes do not say what torch would load."""
     key = "" if tensor.storage is None else tensor.storage.key
-    if file.has_unknown_byte_order(tensor):
+    is_array = tensor.storage is not None and tensor.storage.data is not None
+    if not is_array and file.has_unknown_byte_order(tensor):
         return "big-endian"
     if key in file.objects.retyped:
         return "two-type"
@@ -272,7 +276,7 @@ def _sort_leaves(value: object, left_out: Collection[object], size: int, summary
     tensors = unlisted = 0
     for path, found_leaf in leaves(value, [_FEWEST_PLACES + size], left_out):
         leaf = made_by_class(found_leaf) or found_leaf
-        leaf_is_tensor = isinstance(leaf, TensorRef) and not (left_out and path[0] in left_out)
+        leaf_is_tensor = is_tensor(leaf) and not (left_out and path[0] in left_out)
         if not leaf_is_tensor and not (path or isinstance(leaf, list | tuple)):
             continue
         if not leaf_is_tensor and len(found) - tensors >= _MOST_ENTRIES:
@@ -291,7 +295,7 @@ def _sort_leaves(value: object, left_out: Collection[object], size: int, summary
         for key, attribute in value.attributes.items():
             result.entries.append(describe_entry(key_name(key), attribute, summary_budget))
     for name, (path, leaf) in zip(names.names, found, strict=True):
-        if isinstance(leaf, TensorRef) and not (left_out and path[0] in left_out):
+        if is_tensor(leaf) and not (left_out and path[0] in left_out):
             result.tensors[name] = whole_tensor(leaf)
             result.paths[name] = path
         else:

@@ -60,7 +60,7 @@ def _contents(state: Mapping[object, object]) -> ModuleContents:
         [(name, value) for name, value in _items(state, "_parameters") + persistent if value is not None],
         _items(state, "_modules"),
         [name for name, _ in buffers if name in skipped],
-        [str(name) for name, value in state.items() if isinstance(value, TensorRef)],
+        [str(name) for name, value in state.items() if type(value) is TensorRef],
     )
 
 

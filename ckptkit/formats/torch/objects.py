@@ -5,6 +5,7 @@ The builders take their arguments in the order of the functions in ``torch/_util
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -12,14 +13,25 @@ from functools import partial
 from typing import Final
 
 from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files import Region
 from ckptkit.core.text import quoted
 from ckptkit.errors import FormatError
+from ckptkit.formats.pickle.arrays import (
+    ARRAY_CLASSES,
+    FUNCTIONS,
+    ArrayContent,
+    ArrayDType,
+    read_buffer,
+    read_scalar,
+    read_state,
+)
 from ckptkit.formats.pickle.values import CodeName, Interpreter, PickledMapping, Placeholder, check_key
 from ckptkit.formats.torch.changes import changing_attribute, is_autograd_state
 
 __all__ = [
     "STORAGE_TYPES",
     "TENSOR_TYPES",
+    "ArrayRef",
     "DTypeRef",
     "StorageRef",
     "StorageType",
@@ -46,13 +58,17 @@ class DTypeRef:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class StorageRef:
-    """A storage as a pickle names it: the key of the record, the dtype, and the range of a legacy view."""
+    """A storage as a pickle names it: the key of the record, the dtype, and the range of a legacy view.
+
+    ``data`` has the bytes of a numpy array, which are a part of the pickle itself.
+    """
 
     key: str
     dtype: str
     nbytes: int
     start: int = 0  # in bytes; legacy files can name a part of a storage
     length: int = -1  # in bytes; -1 means the whole storage
+    data: Region | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -79,6 +95,20 @@ class TensorRef:
         return isinstance(other, TensorRef) and _is_same(self, other)
 
 
+class ArrayRef(TensorRef):
+    """A numpy array of a pickle, as a tensor. A pickle makes an array first, and gives it its content later."""
+
+    def fill(self, content: ArrayContent, key: str) -> None:
+        """Take the content; ``key`` is the key of the storage."""
+        dtype, shape = content.dtype, content.shape
+        made = TensorRef(f"numpy.{dtype.name}", shape, kind="values" if dtype.is_value else "unread")
+        if content.data is not None:
+            storage = StorageRef(key, dtype.code, content.data.nbytes, data=content.data)
+            made = TensorRef(dtype.code, shape, storage, 0, content.stride)
+        for name in TensorRef.__slots__:
+            object.__setattr__(self, name, getattr(made, name))
+
+
 def _is_same(first: StorageRef | TensorRef, second: StorageRef | TensorRef) -> bool:
     return all(getattr(first, name) == getattr(second, name) for name in first.__slots__)
 
@@ -96,12 +126,20 @@ _DTYPE_ALIASES: Final[Mapping[str, str]] = {
 
 _PARAMETER = "torch.nn.parameter.Parameter"
 _TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Za-z0-9]*Tensor")
+# Names of classes and functions that make tensors or arrays: lazy parameters, and types of other libraries.
+_LOOKS_LIKE_TENSOR = re.compile(
+    r"[\w.]*\._?(?:re)?(?:build|construct)_\w*(?:tensor|array|parameter)\w*|numpy\.[\w.]*(?:_reconstruct|_mareconstruct)"
+    r"|[\w.]*\.\w*(?:Tensor|Parameter|Params4bit|Int8Params|NDArray|Buffer)|[\w.]*\.(?:DeviceArray|ArrayImpl)"
+)
 _NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
 _SHARDED_TENSOR = "torch.distributed._shard.sharded_tensor.api.ShardedTensor"
 _DTENSOR = re.compile(r"torch\.distributed\.(?:_tensor|tensor)(?:\._?api)?\.DTensor")
 _MOST_DIMENSIONS = 1024
 _ONE_NAME = "storage {} shares its name or the name of its part with another storage or part"
 _MOST_SLOTS = 64
+_ARRAY_KEY = "\0array "  # begins the key of the storage of each array; no record of a file has such a name
+_ARRAY_NUMBERS = itertools.count()  # one checkpoint can hold arrays of many pickles
+_REFUSED_BY_TORCH = FUNCTIONS.keys() | ARRAY_CLASSES | {"builtins.bytes", "__builtin__.bytes"}
 _COMPLEX = ("C32", "C64", "C128")
 _NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
 
@@ -147,7 +185,13 @@ class TorchObjects:
         self._views: dict[str, StorageRef] = {}
         self.prefix = ""  # put before each storage key that the next pickle names
         self.sources: list[str] = []  # source files that a legacy pickle of a module embeds
-        self.interpreter = Interpreter(self._builders(), _CONSTANTS, persistent or self._persistent, self._set_state)
+        self.interpreter = Interpreter(
+            self._builders(),
+            _CONSTANTS,
+            persistent or self._persistent,
+            self._set_state,
+            FUNCTIONS.keys() | ARRAY_CLASSES,
+        )
 
     def _builders(self) -> dict[str, Callable[..., object]]:
         builders: dict[str, Callable[..., object]] = {
@@ -162,12 +206,22 @@ class TorchObjects:
             "torch._utils._rebuild_meta_tensor_no_storage": _meta,
             "torch._utils._rebuild_nested_tensor": _nested,
             "torch._utils._rebuild_wrapper_subclass": _subclass,
+            "torch._utils._rebuild_device_tensor_from_cpu_tensor": _device_tensor,
             "torch.serialization._get_layout": _name,
             "torch.Size": _size,
             "torch.device": lambda *parts: ":".join(map(_name, parts)),
             "_codecs.encode": self._encode,
             "collections.deque": self._copy(list),
         }
+        for name in ("_rebuild_device_tensor_from_numpy", "_rebuild_xla_tensor", "_rebuild_hpu_tensor",
+                     "_rebuild_mlc_tensor", "_rebuild_ort_tensor"):  # fmt: skip
+            builders[f"torch._utils.{name}"] = _device_tensor
+        for module in ("storage", "tensor_methods", "serialization"):
+            builders[f"torch_npu.utils.{module}._rebuild_npu_tensor"] = _tensor_v2
+        arrays: dict[str, Callable[..., object]] = {
+            "_reconstruct": self._array, "_frombuffer": self._array_of_buffer, "scalar": _scalar, "dtype": ArrayDType,
+        }  # fmt: skip
+        builders |= {dotted: arrays[function] for dotted, function in FUNCTIONS.items()}
         for module in ("torch._tensor", "torch.tensor"):
             builders[f"{module}._rebuild_from_type"] = self._from_type
             builders[f"{module}._rebuild_from_type_v2"] = self._from_type
@@ -178,6 +232,7 @@ class TorchObjects:
             for kind in (list, set, frozenset, tuple):
                 builders[f"{module}.{kind.__name__}"] = self._copy(kind)
             builders[f"{module}.complex"] = _complex
+            builders[f"{module}.bytes"] = _empty_bytes
             builders[f"{module}.slice"] = lambda *parts: ["slice", *parts]
         return builders
 
@@ -214,7 +269,26 @@ class TorchObjects:
         self.interpreter.count_copy(text)
         return text.encode("latin-1")
 
+    def _array(self, kind: object, *args: object) -> object:
+        if not isinstance(kind, CodeName) or str(kind) not in ARRAY_CLASSES:
+            return Placeholder(CodeName("numpy.core.multiarray", "_reconstruct"), (kind, *args))
+        return ArrayRef("numpy.ndarray", (), kind="unread")
+
+    def _array_of_buffer(self, *args: object) -> ArrayRef:
+        made = ArrayRef("numpy.ndarray", (), kind="unread")
+        self._fill(made, read_buffer(*args))
+        return made
+
+    def _fill(self, target: ArrayRef, content: ArrayContent) -> None:
+        target.fill(content, f"{_ARRAY_KEY}{next(_ARRAY_NUMBERS)}")
+
     def _set_state(self, target: object, state: object) -> None:
+        if isinstance(target, ArrayDType):
+            target.set_state(state)
+            return
+        if isinstance(target, ArrayRef) and target.storage is None and target.shape == ():
+            self._fill(target, read_state(state))
+            return
         if isinstance(target, StorageRef):
             raise FormatError(f"storage {quoted(target.key)}: the pickle changes it after building it")
         if isinstance(target, TensorRef) and not is_autograd_state(state):
@@ -257,6 +331,8 @@ class TorchObjects:
             key = str(key)
         if not isinstance(kind, StorageType) or not isinstance(key, str) or not _is_count(numel):
             raise FormatError("corrupt pickle: a persistent id names a storage with an unknown type, key or size")
+        if key.startswith(_ARRAY_KEY):
+            raise FormatError("corrupt pickle: the name of a storage begins with a null byte")
         key = self.prefix + key
         width = _width(kind.dtype)
         storage = StorageRef(key, kind.dtype, numel * width)
@@ -313,6 +389,11 @@ def _complex(real: object = 0.0, imag: object = 0.0) -> complex:
     return complex(real, imag)
 
 
+def _empty_bytes(*args: object) -> object:
+    # Protocol 2 has no bytes: numpy pickles the elements of an empty array as a call.
+    return Placeholder(CodeName("builtins", "bytes"), args) if args else b""
+
+
 def _width(dtype: str) -> int:
     return DTYPES[dtype].bits // 8 if dtype else 1
 
@@ -347,11 +428,16 @@ def _tensor_v3(storage: object, offset: object, size: object, stride: object, *r
 
 
 def made_by_class(value: object) -> TensorRef | None:
-    """Return a tensor of unknown shape for the call of a tensor class, such as ``torch.FloatTensor``, else None."""
+    """Return a tensor of unknown shape for the call of a tensor class, such as ``torch.FloatTensor``, else None.
+
+    The kind is ``unread`` for a class or a function that only code outside of torch's loader can run.
+    """
     if not isinstance(value, Placeholder):
         return None
     name = "torch.Tensor" if value.factory == "tensor" else str(value.factory)
-    return TensorRef(name, (), kind="unknown") if name == _PARAMETER or _TENSOR_CLASS.fullmatch(name) else None
+    if name == _PARAMETER or _TENSOR_CLASS.fullmatch(name):
+        return TensorRef(name, (), kind="unknown")
+    return TensorRef(name, (), kind="unread") if _LOOKS_LIKE_TENSOR.fullmatch(name) else None
 
 
 def tensor_view(storage: StorageRef, dtype: str, offset: int, size: object, stride: object) -> TensorRef:
@@ -387,6 +473,26 @@ def _parameter(data: object, *_: object) -> TensorRef:
     if not isinstance(data, TensorRef):
         raise TypeError("the parameter is not a tensor")
     return data
+
+
+def _device_tensor(data: object, dtype: object, *_: object) -> TensorRef:
+    if not isinstance(data, TensorRef) or not isinstance(dtype, DTypeRef):
+        raise TypeError("the data or the dtype has the wrong type")
+    storage = data.storage
+    if data.dtype == dtype.code or storage is None:
+        return TensorRef(*(getattr(data, name) for name in TensorRef.__slots__))
+    # torch saved bfloat16 as the float32 numbers of numpy: the upper half of each is the bfloat16 number.
+    if (data.dtype, dtype.code) == ("F32", "BF16") and storage.data is not None and data.kind == "dense":
+        raw = b"".join(map(bytes, storage.data.chunks()))
+        if not raw[0::4].strip(b"\0") and not raw[1::4].strip(b"\0"):
+            halves = replace(storage, dtype="BF16")
+            return TensorRef("BF16", data.shape, halves, 2 * data.offset + 1, tuple(2 * step for step in data.stride))
+    return TensorRef(dtype.code, data.shape, kind="converted")
+
+
+def _scalar(dtype: object, *data: object) -> object:
+    number = read_scalar(dtype, *data[:1])
+    return Placeholder(CodeName("numpy", "generic"), (dtype, *data)) if number is None else number
 
 
 def _old_parameter(*args: object) -> object:

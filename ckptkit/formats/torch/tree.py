@@ -120,7 +120,7 @@ def _same_name(dotted: str, members: Sequence[str]) -> str:
 def type_name(value: object) -> str:
     """Return the name of the class of a value, as the pickle names the class."""
     if isinstance(value, TensorRef):
-        return "tensor"
+        return "tensor" if is_tensor(value) else "numpy.ndarray"
     if isinstance(value, PickledMapping):
         return value.kind
     if isinstance(value, Placeholder):
@@ -131,8 +131,8 @@ def type_name(value: object) -> str:
 
 
 def is_tensor(value: object) -> TypeGuard[TensorRef]:
-    """Return whether a value is a reference to a tensor."""
-    return isinstance(value, TensorRef)
+    """Return whether a value is a tensor, and not an array of text, dates or objects."""
+    return isinstance(value, TensorRef) and value.kind != "values"
 
 
 class FoundMapping(NamedTuple):
