@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from types import MappingProxyType
@@ -78,7 +78,7 @@ def quantized_weights(checkpoint: Checkpoint) -> Quantized:
         return Quantized(tuple(sorted(weights, key=lambda weight: order[weight.parts[0]])))
 
 
-_MOST_INCOMPLETE = 2000
+_MOST_INCOMPLETE, _MOST_KEPT = 1000, 10_000
 _DTYPE_OF, _KIND_OF = attrgetter("dtype"), attrgetter("kind")
 _GGUF = "convert it with gguf.quants.dequantize, or load it with from_pretrained(..., gguf_file=...) of transformers"
 _TORCH = "call dequantize() on the tensor, and save the state_dict"
@@ -134,6 +134,7 @@ class _Search:
         self.found: list[_Found] = []
         self._names = {key.rpartition(".")[2] for key in self.infos}
         self._parts: dict[int, list[tuple[Part, tuple[str, ...], bool]]] = {}  # by row of the table
+        self._rows: dict[str, list[tuple[Scheme, str]]] = {}  # by dtype
         self._first: dict[int, _Found] = {}  # the first weight of each row of the table
         self._used: set[str] = set()
         self._incomplete: list[_Found] = []
@@ -153,13 +154,13 @@ class _Search:
             self._add_single(anchor)
             return
         best: _Found | None = None
-        for scheme, ending in _ROWS[anchor.dtype]:
+        for scheme, ending in self._rows_of(anchor.dtype):
             stem = _stem(anchor.key, ending)
             found = None if stem is None else self._match(scheme, stem)
             if found is None:
                 continue
             if found.missing:
-                self._incomplete += [] if is_subclass else [found]
+                self._incomplete += [] if is_subclass or len(self._incomplete) > _MOST_KEPT else [found]
             elif scheme.methods & self.configuration.methods:
                 best = found
                 break
@@ -171,6 +172,19 @@ class _Search:
             self._add(best)
         elif is_subclass:
             self._add_single(anchor)
+
+    def _rows_of(self, dtype: str) -> list[tuple[Scheme, str]]:
+        """Return the rows that can fit an anchor of this dtype, because some keys have the names of all parts."""
+        rows = self._rows.get(dtype)
+        if rows is None:
+            rows = self._rows[dtype] = [
+                (scheme, ending)
+                for scheme, ending in _ROWS[dtype]
+                if scheme.is_certain
+                or scheme.methods & self.configuration.methods
+                or all(endings for _, endings, is_needed in self._present_parts(scheme) if is_needed)
+            ]
+        return rows
 
     def _add(self, found: _Found) -> None:
         self._used.update(found.parts)
@@ -199,7 +213,7 @@ class _Search:
             fitting = [info.key for info in named if _fits(part, coded, info)]
             parts += fitting
             if is_needed and not fitting:
-                if named:
+                if named or (scheme.is_ordinary and not self.configuration.methods):
                     return None
                 missing.append(stem + self._usual_ending(scheme, part))
         return _Found(scheme, stem, tuple(dict.fromkeys(parts)), tuple(dict.fromkeys(missing)))
@@ -217,7 +231,8 @@ class _Search:
         return known
 
     def _is_present(self, ending: str) -> bool:
-        return not ending[:1].isalpha() or ending.rpartition(".")[2] in self._names
+        last = ending.rpartition(".")[2]
+        return last in self._names if last != ending or last[:1].isalpha() else any(map(_ends_with(last), self._names))
 
     def _usual_ending(self, scheme: Scheme, part: Part) -> str:
         """Return the ending that another weight of the scheme has for this part, else the first ending."""
@@ -262,6 +277,10 @@ class _Search:
 
 
 _WHOLE = Part(("",), frozenset())
+
+
+def _ends_with(ending: str) -> Callable[[str], bool]:
+    return lambda name: name.endswith(ending)
 
 
 def _fits(part: Part, coded: TensorInfo | None, info: TensorInfo) -> bool:

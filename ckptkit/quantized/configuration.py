@@ -25,7 +25,8 @@ _METHOD_BY_KEY = {
 }  # fmt: skip
 _DEFAULT_METHODS = {"quantization": "mlx", "compression_config": "compressed-tensors"}
 _PLAIN_REGEX = re.compile(r"re:(?:[\w^$-]|\.\*|\\\.)*")  # a regular expression that stars can replace
-_MOST_IGNORED = 10_000
+_MOST_IGNORED, _MOST_PATTERNS = 10_000, 64
+_DEEPEST = 16  # no model nests deeper
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +43,16 @@ class Configuration:
 
     def leaves_plain(self, key: str) -> bool:
         """Return whether the weight may be in a module that is not quantised."""
-        if self.is_unclear or any(pattern.match(module) for pattern in self.patterns for module in _modules_of(key)):
+        if self.is_unclear:
             return True
-        return any(module in self.modules for module in _modules_of(key))
-
-
-def _modules_of(key: str) -> Iterator[str]:
-    """Yield the key and every run of whole segments that begins or ends at a module of the key."""
-    segments = key.split(".")[:64]
-    for start in range(len(segments)):
-        for stop in range(len(segments), start, -1):
-            yield ".".join(segments[start:stop])
+        segments = key.split(".", _DEEPEST)
+        outer = [".".join(segments[:stop]) for stop in range(1, len(segments) + 1)]
+        if any(pattern.match(module) for pattern in self.patterns for module in outer):
+            return True
+        # A configuration can name a module without the modules around it.
+        count = len(segments) if self.modules else 0
+        runs = (segments[start:stop] for start in range(count) for stop in range(start + 1, count + 1))
+        return any(".".join(run) in self.modules for run in runs)
 
 
 def read_configuration(checkpoint: Checkpoint) -> Configuration:
@@ -108,4 +108,5 @@ def _configuration(methods: frozenset[str], ignored: list[str]) -> Configuration
             patterns.append(parse_pattern(text))
         else:
             modules.add(text.strip("."))
+    is_unclear = is_unclear or len(patterns) > _MOST_PATTERNS
     return Configuration(methods, frozenset(modules), tuple(patterns), is_unclear)

@@ -81,7 +81,7 @@ _E4M3 = _dtypes("F8_E4M3")
 _E8M0 = _dtypes("F8_E8M0 U8")  # older versions of safetensors have no dtype for exponents
 _FLOATS = _dtypes("F32 BF16 F16")
 _INTEGERS = _dtypes("I8 U8 I16 I32 I64")
-_CODES = _INTEGERS | _F8 | {"F4"}
+_CODES = _dtypes("I8 U8 I16 I32 F4") | _F8
 _ANY = _FLOATS | _INTEGERS | _F8 | _E8M0 | {"U32", "BOOL"}
 
 _OF_INPUT = Part(
@@ -320,8 +320,8 @@ SCHEMES = (
         _DEQUANTIZE, _dtypes("higgs"),
     ),
     Scheme(
-        "SpQR", Part(("dense_weights",), _dtypes("I64")),
-        (Part(("row_offsets",), _dtypes("I32 I64"), is_telling=True),),
+        "SpQR", Part(("row_offsets",), _dtypes("I32")),
+        (Part(("dense_weights",), _dtypes("I64"), is_telling=True),),
         "load it with spqr_quant, and dequantise the weight of each layer", _dtypes("spqr"),
         (Part(("col_vals", "in_perm"), _ANY),), coded="dense_weights",
     ),
