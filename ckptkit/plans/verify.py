@@ -9,7 +9,7 @@ import math
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Verification", "verify_index", "verify_safetensors", "verify_torch"]
 
-_PIECE_BYTES = 64 << 20
+_PIECE_BYTES = 32 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,21 +73,41 @@ def verify_safetensors(
         why = f"{quoted(unknown.out.key)} in {printable(shown)} is {unknown.out.dtype}"
         return Verification(reader, _read_alone(file, why, steps, producer))
     with _name_to_open(path) as name:
+
+        def opened() -> Any:  # the library has no type for its readers
+            return safetensors.safe_open(name, framework="pt", device="cpu")
+
         try:
-            opened = safetensors.safe_open(name, framework="pt", device="cpu")
+            with opened() as found:
+                _refuse_other_keys(file, found.keys(), steps)
+                if dict(found.metadata() or {}) != dict(metadata):
+                    raise file.fail("does not have the metadata of the plan")
+        except OutputError:
+            raise
         except Exception as error:  # also errors of the file system
             raise file.fail(f"safetensors cannot open it ({first_line(error)})") from error
-        with opened as found:
-            _refuse_other_keys(file, found.keys(), steps)
-            if dict(found.metadata() or {}) != dict(metadata):
-                raise file.fail("does not have the metadata of the plan")
-            for step in steps:
-                part = found.get_slice(step.out.key)
-                described = f"{part.get_dtype()} {list(part.get_shape())}"
-                if described != str(step.out):
-                    raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {described}")
-                _compare(file, step, producer, _Pieces(step.out.nbytes, _pieces_of(found, step)))
+        for batch in _batches(steps):
+            with opened() as found:
+                for step in batch:
+                    part = found.get_slice(step.out.key)
+                    described = f"{part.get_dtype()} {list(part.get_shape())}"
+                    if described != str(step.out):
+                        raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {described}")
+                    _compare(file, step, producer, _Pieces(step.out.nbytes, _pieces_of(found, opened, step)))
     return Verification(reader)
+
+
+def _batches(steps: Iterable[Step]) -> Iterator[list[Step]]:
+    """Yield the steps in batches: the pages of a mapped file stay in memory until the reader is closed."""
+    batch: list[Step] = []
+    size = 0
+    for step in steps:
+        if batch and size + step.out.nbytes > _PIECE_BYTES:
+            yield batch
+            batch, size = [], 0
+        batch.append(step)
+        size += step.out.nbytes
+    yield batch
 
 
 @functools.cache
@@ -108,14 +128,15 @@ def _is_known(code: str) -> bool:
     return True
 
 
-def _pieces_of(found: Any, step: Step) -> Iterator[Tensor]:
+def _pieces_of(found: Any, opened: Callable[[], Any], step: Step) -> Iterator[Tensor]:
+    """Yield the tensor of an open reader; the pieces of a large tensor are from readers of their own."""
     info = step.out
     if info.nbytes <= _PIECE_BYTES or DTYPES[info.dtype].bits < 8:  # the library cannot cut packed elements
         yield found.get_tensor(info.key)
         return
-    part = found.get_slice(info.key)
     for index in _indexes(info.shape, DTYPES[info.dtype].bits // 8):
-        yield part[index if len(index) > 1 else index[0]]
+        with opened() as reader:
+            yield reader.get_slice(info.key)[index if len(index) > 1 else index[0]]
 
 
 def _indexes(shape: tuple[int, ...], width: int) -> Iterator[tuple[slice, ...]]:
