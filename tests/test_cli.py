@@ -201,6 +201,26 @@ BAD_FILES: dict[str, tuple[str, str, str]] = {
     "string": ("r.json", '"a"', "holds a JSON string, not an object"),
     "invalid JSON": ("r.json", "{", "not valid JSON: "),
     "invalid TOML": ("r.toml", "a", "not valid TOML: "),
+    "deep JSON": ("r.json", "[" * 100_000, "not valid JSON: nested too deeply"),
+    "many values in JSON": ("r.json", "[" + "[]," * 2_000_001, "not valid JSON: more than 4,000,000 values"),
+    "deep TOML": ("r.toml", "a=" + "[" * 100_000, "not valid TOML: nested too deeply"),
+    "less deep TOML": ("r.toml", f"a={'[' * 101}{']' * 101}", "not valid TOML: nested more than 100 levels deep"),
+    "a key of many parts in TOML": ("r.toml", f"a{'.a' * 20_000}=1", "not valid TOML: a key has more than 100 parts"),
+    "many parts in an inline table": (
+        "r.toml",
+        f"a=[{{a{'.a' * 20_000}=1}}]",
+        "not valid TOML: a key has more than 100",
+    ),
+    "a table of many parts": ("r.toml", f"[[ a{' . a' * 20_000} ]]", "not valid TOML: a key has more than 100 parts"),
+    "a large integer in TOML": ("r.toml", "a=0x1" + "0" * 9000, "not valid TOML: an integer of 36,001 bits"),
+    "large TOML": ("r.toml", "#" * 1_000_001, "has 1.0 MB, more than the limit of 1.0 MB for a TOML file"),
+    "large YAML": ("r.yaml", "#" * 300_000, "has 300.0 kB, more than the limit of 250.0 kB for a YAML file"),
+    "deep YAML": ("r.yaml", "[" * 100_000, "not valid YAML: nested too deeply"),
+    "YAML that repeats": (
+        "r.yaml",
+        "x0: &x0 [1]\n" + "".join(f"x{n + 1}: &x{n + 1} [{f'*x{n},' * 9}]\n" for n in range(9)),
+        "not valid YAML: more than 300,000",
+    ),
 }
 
 
@@ -208,7 +228,7 @@ BAD_FILES: dict[str, tuple[str, str, str]] = {
 def test_files_of_rules_and_groups(
     name: str, content: str, err: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file without a table at the top level is refused, with the name of the file."""
+    """A file without a table at the top level, or with too much in it, is refused with the name of the file."""
     path = tmp_path / name
     path.write_text(content, encoding="utf-8")
     for arguments in (("diff", TEN, TEN, "--rules", path), ("groups", "validate", "--model", MODEL, path)):

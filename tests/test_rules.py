@@ -324,3 +324,26 @@ def test_lines_of_rules_written_below_a_stage() -> None:
 def test_more_stages_than_a_plan_can_hold_are_refused() -> None:
     with pytest.raises(RuleError, match="60 stages"):
         parse_rules(file={"stage": [{"keep": "*"}] * 60})
+
+
+def stages(number: int, start: str, target: object) -> dict[str, object]:
+    return {"stage": [{"rule": [{"from": start, "to": target}]} for _ in range(number)]}
+
+
+@pytest.mark.parametrize(
+    ("table", "reason"),
+    [
+        pytest.param(stages(40, "*", ["*.a", "*.b"]), "more than 6 stages make more tensors", id="copies"),
+        pytest.param(stages(3, "*", [f"*.{n}" for n in range(100)]), "make more than 50,004 tensors", id="many names"),
+        pytest.param(stages(40, "{x}", "{x}{x}"), "names of more than 4,000,004 characters", id="long names"),
+        pytest.param(stages(40, "re:(.*)", "\\1\\1"), "names of more than 4,000,004 characters", id="regex"),
+    ],
+)
+def test_rules_that_grow_without_end_are_refused(table: dict[str, object], reason: str) -> None:
+    with pytest.raises(RuleError, match=reason):
+        apply_rules(parse_rules(file=table), ["w"])
+
+
+def test_a_few_stages_may_make_more_tensors() -> None:
+    table = stages(6, "*", ["*.a", "*.b"])
+    assert len(apply_rules(parse_rules(file=table), ["w"]).outputs()) == 64

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -85,16 +84,22 @@ class NameSource:
 
 def _read_names(path: str) -> list[str]:
     """Return the names in a file: a JSON list, or words; raises ``RuleError`` if the list is not valid."""
+    from ckptkit.core.config_files import MOST_VALUES, json_value
+
     text = read_text_file(path)
     if not text.lstrip().startswith("["):
-        return text.split()
+        names = text.split(maxsplit=MOST_VALUES)
+        if len(names) > MOST_VALUES:
+            raise RuleError(f"more than {MOST_VALUES:,} names", path=path)
+        return names
     hint = 'write ["first.weight", "first.bias"], or one name a line'
     try:
-        names: list[object] = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        items = json_value(text)
+    except ValueError as error:
         raise RuleError(f"not a valid JSON list of names: {error}", hint=hint, path=path) from None
-    strings = [name for name in names if isinstance(name, str)]
-    if len(strings) != len(names):
+    assert isinstance(items, list)  # noqa: S101 - the text starts with a bracket
+    strings = [name for name in items if isinstance(name, str)]
+    if len(strings) != len(items):
         raise RuleError("not a valid JSON list of names: an item is not a string", hint=hint, path=path)
     return strings
 

@@ -7,18 +7,42 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from typing import Any, NoReturn
 
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import FormatError, RuleError
 
-__all__ = ["TEXT_FORMATS", "format_of", "parse_json", "parse_table", "read_json", "toml_key", "toml_value"]
+__all__ = [
+    "MOST_VALUES",
+    "TEXT_FORMATS",
+    "check_size",
+    "format_of",
+    "json_value",
+    "parse_json",
+    "parse_table",
+    "read_json",
+    "toml_key",
+    "toml_value",
+]
 
 TEXT_FORMATS = ("toml", "json", "yaml")
 _KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LARGEST_JSON = 6 << 20
+# The limits are what a few hundred megabytes and two seconds can hold: a plan of 140,000 tensors has 90 MB of JSON.
+MOST_VALUES = 4_000_000
+_MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 16_000_000}
+_MOST_WRITTEN_VALUES = 300_000  # of TOML and YAML
+_MAX_DEPTH = 100
+_MOST_BITS = 1023  # of an integer that a float can hold
+_TOML_TOKEN = re.compile(
+    r'''"""(?:[^"\\]|\\.|"(?!""))*+"{3,5}|\'\'\'(?:[^\']|\'(?!\'\'))*+\'{3,5}|#[^\n]*+|(?P<space>[ \t]++)|(?P<dot>\.)'''
+    r"""|(?P<part>[A-Za-z0-9_-]++|"(?:[^"\\\n]|\\.)*+"|\'[^\'\n]*+\')|.""",
+    re.DOTALL,
+)
+_BRACKETS = re.compile(r"[][{}]")
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -31,21 +55,82 @@ def parse_table(text: str, text_format: str) -> dict[str, Any]:
     """Return the table in ``text``, which has one of ``TEXT_FORMATS``.
 
     YAML is read as version 1.2: ``1e-5`` is a number, ``no`` is a word, and tags create no objects. A duplicate key is
-    refused in YAML and in TOML. Raises ``RuleError`` if the text is not valid or does not hold a table.
+    refused in YAML and in TOML. Raises ``RuleError`` if the text is not valid, too large or nested too deeply, or does
+    not hold a table.
     """
     import tomllib
 
-    readers: dict[str, Callable[[str], object]] = {"toml": tomllib.loads, "json": json.loads, "yaml": _parse_yaml}
+    check_size(len(text), text_format)
+    readers: dict[str, Callable[[str], object]] = {"toml": tomllib.loads, "json": json_value, "yaml": _parse_yaml}
+    name = text_format.upper()
+    if text_format == "toml" and _toml_key_depth(text) > _MAX_DEPTH:
+        raise RuleError(f"not valid {name}: a key has more than {_MAX_DEPTH} parts")
     try:
         content = readers[text_format](text)
-    except (ValueError, RecursionError) as error:
-        raise RuleError(f"not valid {text_format.upper()}: {error}") from None
+    except RecursionError:
+        raise RuleError(f"not valid {name}: nested too deeply") from None
+    except ValueError as error:
+        raise RuleError(f"not valid {name}: {error}") from None
+    if text_format != "json":
+        _refuse_unusual(content, name)
     if not isinstance(content, dict):
         kind = _KINDS.get(type(content), "number")
         raise RuleError(
             f"holds a {text_format.upper()} {kind}, not an object", hint="write the same keys as in the TOML form"
         )
     return content
+
+
+def check_size(size: int, text_format: str) -> None:
+    """Raise ``RuleError`` for a file of ``size`` bytes that is too large for its format, or ``"text"``."""
+    most = _MOST_BYTES[text_format]
+    if size > most:
+        kind = "text" if text_format == "text" else text_format.upper()
+        raise RuleError(f"has {human_bytes(size)}, more than the limit of {human_bytes(most)} for a {kind} file")
+
+
+def json_value(text: str) -> object:
+    """Return the value of a JSON text. Raises ``ValueError`` if it is not valid, or has too many values or levels."""
+    if sum(map(text.count, ",[{")) > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values")
+    try:
+        value: object = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    return value
+
+
+def _toml_key_depth(text: str) -> int:
+    """Return the most parts of a dotted key in a TOML text, or more where it counts a value as a key."""
+    deepest = depth = 0
+    is_after_dot = False
+    for token in _TOML_TOKEN.finditer(text):
+        kind = token.lastgroup
+        if kind == "part":
+            depth = depth + 1 if is_after_dot else 1
+            deepest = max(deepest, depth)
+        if kind != "space":
+            is_after_dot = kind == "dot"
+    return deepest
+
+
+def _refuse_unusual(content: object, name: str) -> None:
+    """Raise ``RuleError`` for a value that is nested too deeply, repeated too often, or a number that is too large."""
+    waiting = [(content, 0)]
+    count = 0
+    while waiting:
+        value, depth = waiting.pop()
+        count += 1
+        if depth > _MAX_DEPTH:
+            raise RuleError(f"not valid {name}: nested more than {_MAX_DEPTH} levels deep")
+        if count > _MOST_WRITTEN_VALUES:  # references of YAML can repeat a value without end
+            raise RuleError(f"not valid {name}: more than {_MOST_WRITTEN_VALUES:,} values")
+        if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+            raise RuleError(f"not valid {name}: an integer of {value.bit_length():,} bits")
+        if isinstance(value, Mapping):
+            waiting += [(inner, depth + 1) for inner in value.values()]
+        elif isinstance(value, list):
+            waiting += [(inner, depth + 1) for inner in value]
 
 
 def _parse_yaml(text: str) -> object:
@@ -57,6 +142,10 @@ def _parse_yaml(text: str) -> object:
         raise RuleError(
             "a YAML file needs ruamel.yaml, which is not installed", hint="install the extra [yaml], or write TOML"
         ) from None
+    # The reader of YAML takes quadratic time for nested brackets.
+    steps = (1 if bracket in "[{" else -1 for bracket in _BRACKETS.findall(text))
+    if max(accumulate(steps), default=0) > _MAX_DEPTH:
+        raise ValueError("nested too deeply")
     reader = YAML(pure=True)
     reader.Constructor = SafeConstructor
     try:

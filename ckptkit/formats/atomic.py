@@ -31,6 +31,7 @@ __all__ = [
     "prepare_directory",
     "prepare_target",
     "present_state",
+    "real_path",
 ]
 
 _LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; file systems allow 255 bytes in total
@@ -73,6 +74,17 @@ def path_state(path: str) -> PathState:
         return PathState(file_state(status))
     entries = {entry.name: file_state(entry.stat(follow_symlinks=False)) for entry in os.scandir(path)}
     return PathState(FileState(status.st_dev, status.st_ino, 0, 0), entries)
+
+
+def real_path(path: str) -> str:
+    """Return the absolute path of an output, after following symbolic links.
+
+    Raises ``OutputError`` for a relative path if the current directory was removed.
+    """
+    try:
+        return os.path.realpath(path)
+    except OSError as error:
+        raise OutputError(f"the current directory: {(error.strerror or str(error)).lower()}", path=path) from None
 
 
 def present_state(path: str) -> PathState | None:
@@ -143,10 +155,7 @@ def _target(path: str, given: str, before: PathState | None, now: PathState) -> 
 
 def _status(path: str) -> tuple[str, os.stat_result | None]:
     """Return the real path of an output, and the status of an existing file. Raises ``OutputError`` for a bad path."""
-    try:
-        target = os.path.realpath(path)
-    except OSError as error:  # a relative path in a current directory that was removed
-        raise OutputError(f"the current directory: {(error.strerror or str(error)).lower()}", path=path) from None
+    target = real_path(path)
     parent = os.path.dirname(target)
     try:
         above = os.stat(parent).st_mode

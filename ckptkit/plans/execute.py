@@ -22,6 +22,7 @@ from ckptkit.formats.atomic import (
     output_errors,
     prepare_directory,
     prepare_target,
+    real_path,
 )
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
@@ -325,7 +326,7 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
 
     ``edited`` is the role of the input that the output is an edited copy of, or the empty string.
     """
-    parent, name = os.path.split(os.path.realpath(output.path))
+    parent, name = os.path.split(real_path(output.path))
     for role, checkpoint in roles.items():
         same = any(is_same_file(file, output.path) for file in checkpoint.files)
         parents = {os.path.dirname(file) or "." for file in checkpoint.files}

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.patterns import KeyMatch, Pattern, literal, matches_any, parse_pattern
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["apply_rules"]
 
 _MAX_SOURCES = 100_000  # of one operation: stages that split and join in turns double the number each time
+# Stages that copy every key double the number of names, and stages that repeat a capture double their length.
+_MOST_NAMES, _MOST_CHARACTERS, _MOST_GROWING_STAGES = 50_000, 4_000_000, 6
 
 
 def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
@@ -38,9 +40,19 @@ def apply_rules(rules: Rules, keys: Iterable[str]) -> KeyMap:
     state = {key: Derivation((key,)) for key in keys}
     dropped: dict[str, str] = {}
     notes: list[str] = []
+    limits = _Limits(_MOST_NAMES + 4 * len(state), _MOST_CHARACTERS + 4 * sum(map(len, state)))
+    growing = 0
 
     def run(stage: Stage) -> dict[str, Derivation]:
-        return _Pass(stage, dropped, notes).run(state, allow_unused=rules.allow_unused)
+        nonlocal growing
+        after = _Pass(stage, limits, dropped, notes).run(state, allow_unused=rules.allow_unused)
+        growing = max(growing + (len(after) > len(state)) - (len(after) < len(state)), 0)
+        if growing > _MOST_GROWING_STAGES:
+            raise RuleError(
+                f"more than {_MOST_GROWING_STAGES} stages make more tensors than they get",
+                hint="write one rule with all names",
+            )
+        return after
 
     entries = [entry.path for entry in keys.entries] if isinstance(keys, Checkpoint) else []
     for stage in rules.stages:
@@ -106,6 +118,13 @@ class _Member:
     derivation: Derivation
 
 
+class _Limits(NamedTuple):
+    """The most names after a stage, and the most characters of all these names together."""
+
+    names: int
+    characters: int
+
+
 @dataclass(slots=True)
 class _Pass:
     """One pass of a stage over all names.
@@ -115,8 +134,10 @@ class _Pass:
     """
 
     stage: Stage
+    limits: _Limits
     dropped: dict[str, str]
     notes: list[str]
+    characters: int = 0
     claims: dict[str, _Claim] = field(default_factory=dict)
     groups: dict[tuple[int, tuple[str, ...]], list[_Member]] = field(default_factory=dict)
     sizes: dict[tuple[int, tuple[str, ...]], tuple[tuple[int, ...], str]] = field(default_factory=dict)
@@ -165,6 +186,11 @@ class _Pass:
         """Give ``name`` to the newcomer; if another key has the name already, the rules decide."""
         holder = self.claims.get(name)
         if holder is None:
+            self.characters += len(name)
+            if len(self.claims) >= self.limits.names:
+                raise RuleError(f"the rules make more than {self.limits.names:,} tensors")
+            if self.characters > self.limits.characters:
+                raise RuleError(f"the rules make names of more than {self.limits.characters:,} characters together")
             self.claims[name] = newcomer
             return
         policies = {rule.on_collision for rule in (holder.rule, newcomer.rule) if rule is not None} - {"error"}

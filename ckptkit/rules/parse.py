@@ -76,7 +76,14 @@ def rule_lines(text: str) -> tuple[int, ...]:
     """Return the line, counted from 1, on which each ``[[rule]]`` of a TOML file begins, in the order of the stages."""
     # A [[rule]] belongs to the first stage wherever it is in the file; a [[stage.rule]] does not.
     headers = sorted(_RULE_HEADER.finditer(text), key=lambda header: header["staged"] is not None)
-    return tuple(text.count("\n", 0, header.start()) + 1 for header in headers)
+    starts = sorted(header.start() for header in headers)
+    lines: dict[int, int] = {}
+    line, done = 1, 0
+    for start in starts:
+        line += text.count("\n", done, start)
+        done = start
+        lines[start] = line
+    return tuple(lines[header.start()] for header in headers)
 
 
 def rules_from_table(

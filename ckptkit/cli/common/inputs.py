@@ -95,14 +95,17 @@ def _folders(directory: str) -> list[str]:
         return [entry.name for entry in entries if entry.is_dir()]
 
 
-def read_text_file(path: str) -> str:
-    """Return the text of a small file.
+def read_text_file(path: str, text_format: str = "text") -> str:
+    """Return the text of a small file; its format limits its size.
 
-    Raises ``PathError`` if the file cannot be read, ``RuleError`` if its bytes are not UTF-8.
+    Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is too large or its bytes are not UTF-8.
     """
+    from ckptkit.core.config_files import check_size
     from ckptkit.core.files import LocalFile
 
-    with contextlib.closing(LocalFile(path)) as file:  # LocalFile refuses a FIFO, which could block forever
+    # LocalFile refuses a FIFO, which could block forever.
+    with default_error_path(path), contextlib.closing(LocalFile(path)) as file:
+        check_size(file.size, text_format)
         try:
             return file.read(0, file.size).decode()
         except OSError as error:
@@ -118,6 +121,7 @@ def read_table_file(path: str, text: str | None = None, *, as_json: bool = False
     """
     from ckptkit.core.config_files import format_of, parse_table
 
-    text = read_text_file(path) if text is None else text
+    text_format = "json" if as_json else format_of(path)
+    text = read_text_file(path, text_format) if text is None else text
     with default_error_path(path):
-        return parse_table(text, "json" if as_json else format_of(path))
+        return parse_table(text, text_format)

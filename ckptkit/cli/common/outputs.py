@@ -6,7 +6,6 @@ import contextlib
 import functools
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
 from ckptkit.core.files import is_same_file
 from ckptkit.core.text import quoted
 from ckptkit.errors import OutputError
-from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state
+from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state, real_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
 if TYPE_CHECKING:
@@ -209,7 +208,7 @@ def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = Non
     """
     if any(is_same_file(file, path) for file in inputs):
         raise OutputError("is an input", hint="give another name", path=path)
-    if output is not None and os.path.realpath(path) == os.path.realpath(output):
+    if output is not None and real_path(path) == real_path(output):
         raise OutputError("is the output too", hint="give another name", path=path)
     return prepare_target(path, force=force)
 

@@ -77,7 +77,9 @@ def _rules_text(path: str) -> str:
 
     if path.startswith(PRESET_PREFIX):
         return preset_text(path.removeprefix(PRESET_PREFIX))
-    return read_text_file(path)
+    from ckptkit.core.config_files import format_of
+
+    return read_text_file(path, format_of(path))
 
 
 def _config_reader(path: str) -> Callable[[], Mapping[str, object]] | None:
