@@ -173,6 +173,7 @@ RENAMES: dict[str, tuple[State, list[str], str]] = {  # parts, renames, the reas
         "not the parts of one weight",
     ),
     "gptq in part": (gptq(), ["a.qweight=b.qweight"], "'b.qweight'"),
+    "without the dot": (gptq(), ["a.*=a*"], "'aqweight'"),
     "another kind of part": (packed(), ["a.weight_*=a.foo_*"], "'a.foo_packed'"),
 }  # fmt: skip
 
@@ -190,6 +191,20 @@ def test_parts_are_renamed_together(state: State, renames: list[str], expected: 
     names = {step.sources[0].key: step.out.key for step in plan.steps}
     assert expected in names.values()
     assert same_state(copied(plan, state, tmp_path), {names[key]: value for key, value in state.items()})
+
+
+def test_a_scheme_that_only_a_configuration_shows_is_renamed(tmp_path: Path) -> None:
+    """Names alone may show another scheme with fewer parts: a new module keeps all parts, and one part never moves."""
+    state = {
+        "a.weight": torch.zeros(8, 4, dtype=torch.uint8),
+        "a.weight_scale": torch.ones(8, 1),
+        "a.input_scale": torch.ones(1),
+    }
+    save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "quark"}}))
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert [step.out.key[:4] for step in plan_remap(checkpoint, ["a.*=b.c.*"]).steps] == ["b.c."] * 3
+        assert "(packed integers)" in refusal(lambda: plan_remap(checkpoint, ["a.input_scale=b.input_scale"]))
 
 
 def test_copies_of_a_weight_are_whole() -> None:

@@ -300,15 +300,28 @@ def _parted_problem(weight: QuantizedWeight, uses: _Uses, names: Quantized) -> Q
     if left_out:
         reason = f"and the output would have {quoted(uses[0][0])} without {quoted(left_out[0])}"
         return _problem(weight, weight.coded, uses, reason, "keep, rename or drop all its parts together")
-    if weight.missing:
+    if weight.missing or _have_new_module(weight, outs):
         return None
-    for out, part in outs.items():
+    for out in outs:
         found = names.by_key.get(out)
-        if out != part and (found is None or {outs.get(key) for key in found.parts} != set(weight.parts)):
+        if found is None or {outs.get(key) for key in found.parts} != set(weight.parts):
             reason = f"and its parts would be called {listed(outs, 4)}, which are not the parts of one weight"
             hint = f"rename all its parts alike: --rename {shell_word(f'{_module(weight)}*=NEW.*')}"
             return _problem(weight, weight.coded, uses, reason, hint)
     return None
+
+
+def _have_new_module(weight: QuantizedWeight, outs: Mapping[str, str]) -> bool:
+    """Return whether all parts are in each new module, under the names that they have in their module now."""
+    module = _module(weight)
+    modules: dict[str, set[str]] = {}
+    for out, part in outs.items():
+        name = part.removeprefix(module)
+        new = out.removesuffix(name)
+        if not out.endswith(name) or (new and not new.endswith(".")):
+            return False
+        modules.setdefault(new, set()).add(part)
+    return all(parts == set(weight.parts) for parts in modules.values())
 
 
 def _module(weight: QuantizedWeight) -> str:
