@@ -32,6 +32,8 @@ _WORD = re.compile(
 )
 _DOTTED = re.compile(r"(?P<head>.+\.)(?P<number>\d{2,3})(?P<tail>\.(?:pth|pt|bin|ckpt|th|pkl|safetensors))")
 _LAYER = re.compile(r"(?P<head>layer_\d+-model_)(?P<number>\d+)(?P<tail>-model_states\.pt)")
+# The folder of a rank. Any other folder, such as lora_rank_1, can be one of several experiments.
+_FOLDER = re.compile(r"(?:(?:mp|tp|pp|ep|dp|rank|part|shard|slice|gpu|worker|process|of|\d++)[-_.]?+)++", re.IGNORECASE)
 # A shard of these names holds whole tensors. Each rank of ZeRO-3 has a file; the reader of ZeRO says what is missing.
 _OTHERS = re.compile(r".*-\d{5}-of-\d{5}\.\w+|.*zero_pp_rank_.*|(optim|extra_state)_.*|(rng_state|random_states)_.*")
 _MOST_LISTED = 100_000
@@ -74,7 +76,8 @@ def part_warnings(path: str, checkpoint: Checkpoint) -> Iterator[ReaderWarning]:
     places = [path] if os.path.isdir(path) else [path, os.path.dirname(os.path.abspath(path))]
     for place in places:
         directory, name = os.path.split(os.path.abspath(place))
-        if (own := part_name(name)) is None:
+        own = part_name(name)
+        if own is None or (os.path.isdir(place) and not _FOLDER.fullmatch(name)):
             continue
         try:
             with os.scandir(directory) as listing:

@@ -475,6 +475,16 @@ def test_a_folder_of_many_folders_does_not_hide_a_checkpoint(tmp_path: Path) -> 
         assert [text[:14] for text in checkpoint.warnings] == ["the folder 'z'"]
 
 
+def test_folders_of_experiments_are_not_parts_of_a_model(tmp_path: Path) -> None:
+    """Only a folder that is called like a rank and nothing else says that a model is split."""
+    names = {"lora_rank_1": 0, "lora_rank_2": 0, "mp_rank_00": 1, "mp_rank_01": 1}
+    make(tmp_path, [f"{folder}/model.safetensors" for folder in names])
+    for folder, count in names.items():
+        for path in (tmp_path / folder, tmp_path / folder / "model.safetensors"):
+            with open_checkpoint(path) as checkpoint:
+                assert len(checkpoint.warnings) == count
+
+
 def test_many_files_are_named_by_their_number(tmp_path: Path) -> None:
     """The message stays short, and the first bytes of only some files are read."""
     make(tmp_path, ["model.safetensors"])
