@@ -59,7 +59,9 @@ def siblings_of(name: str, names: Iterable[str]) -> list[str]:
     own = part_name(name)
     if own is None:
         return []
-    found = {part.number: other for other in names if (part := part_name(other)) and part.family == own.family}
+    head, tail = own.family
+    similar = (other for other in names if other.startswith(head) and other.endswith(tail))
+    found = {part.number: other for other in similar if (part := part_name(other)) and part.family == own.family}
     numbers = sorted({*found, own.number})
     if numbers[0] > 1 or numbers[-1] >= 2 * len(numbers):
         return []

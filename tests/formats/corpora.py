@@ -15,13 +15,20 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from torch.distributed.tensor import Shard
 
 from tests.helpers_dcp import metadata_of, save
 from tests.helpers_export import small
 from tests.helpers_formats import f32, rezip, safetensors_file, saved
 from tests.helpers_gguf import written
+from tests.helpers_ranks import save_dtensors, save_sharded_tensors
 from tests.helpers_tar import parts, tar
 
+# The file of each kind that is damaged; the other files of the directory stay whole.
+PARTS = {
+    "ranks": "model_world_size_2_rank_1.pt", "shards": "model_rank_1.pt", "llama": "consolidated.01.pth",
+    "universal": "zero/w/fp32.pt",
+}  # fmt: skip
 BASE = torch.arange(12, dtype=torch.float32)
 STATE = OrderedDict(
     [("a.weight", BASE.reshape(3, 4)), ("a.bias", BASE[4:8]), ("t", BASE.reshape(3, 4).T), ("n", torch.tensor(7))]
@@ -50,6 +57,9 @@ def corpus(kind: str) -> list[bytes]:
     if kind == "tar":
         tensors = (BASE.reshape(3, 4), BASE[4:8], torch.arange(5))
         return [tar(parts({"model": dict(zip("abn", tensors, strict=True)), "epoch": 3}, tensors))]
+    if kind in PARTS:
+        with tempfile.TemporaryDirectory() as directory:
+            return [write_parts(kind, Path(directory)).read_bytes()]
     if kind == "torchscript":
         return [_scripted()]
     if kind == "dcp":
@@ -91,6 +101,27 @@ def _scripted() -> bytes:
 def items(directory: Path) -> None:
     """Write the items that the metadata of the distributed checkpoints names."""
     save(directory, {"model": dict(STATE), "step": 3})
+
+
+def write_parts(kind: str, directory: Path) -> Path:
+    """Write a checkpoint of several files into the directory, and return the path of the file to damage."""
+    directory.mkdir(exist_ok=True)
+    if kind == "ranks":
+        rows, columns = (BASE.reshape(4, 3), "", (Shard(0),)), (BASE.reshape(3, 4), "", (Shard(1),))
+        save_dtensors(directory, (2,), {"rows": rows, "columns": columns}, plain={"b": BASE[:2]})
+    elif kind == "shards":
+        save_sharded_tensors(directory, 2, {"w": BASE.reshape(4, 3), "b": BASE[:2]})
+    elif kind == "llama":
+        for rank in range(2):
+            square = BASE[:8].reshape(2, 4)
+            state = {"tok_embeddings.weight": BASE[:8].reshape(4, 2), "norm.weight": BASE[:4], "output.weight": square}
+            state |= {"layers.0.attention.wq.weight": square, "layers.0.attention.wo.weight": square.reshape(4, 2)}
+            torch.save(state, directory / f"consolidated.{rank:02}.pth")
+    else:
+        for name in ("w", "v"):
+            (directory / "zero" / name).mkdir(parents=True, exist_ok=True)
+            torch.save({"param": BASE.reshape(3, 4), "cat_dim": 0}, directory / "zero" / name / "fp32.pt")
+    return directory / PARTS[kind]
 
 
 def _metadata(state: Any) -> bytes:

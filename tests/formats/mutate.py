@@ -21,12 +21,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from ckptkit.core.dtypes import DTYPES
-from tests.formats.corpora import corpus, items
+from tests.formats.corpora import PARTS, corpus, items, write_parts
 from tests.formats.oracles import Seen, by_ckptkit, by_dcp, by_gguf, by_numpy, by_safetensors, by_torch
 from tests.helpers_formats import f32, rezip, safetensors_file
 from tests.helpers_tar import tar
 
-KINDS = ("safetensors", "zip", "legacy", "tar", "index", "gguf", "pt2", "npy", "npz", "dcp", "torchscript")
+KINDS = ("safetensors", "zip", "legacy", "tar", "index", "gguf", "pt2", "npy", "npz", "dcp", "torchscript", *PARTS)
 _NUMBERS = (0, 1, 2, 4, 8, 127, 128, 255, 2**15, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**63 - 1, 2**64 - 1)
 _TOKENS = (
     *(b"-0", b"0", b"1", b"-1", b"1.0", b"1e2", b"1e999", b"18446744073709551616", b"true", b"null", b"[]", b"{}"),
@@ -140,7 +140,7 @@ def mutants(kind: str, count: int, seed: int) -> Iterator[bytes]:
             yield safetensors_file(mutate(data[8:size], files, rng), data[size:])
         elif kind == "tar" and rng.random() < 0.8:
             yield _other_member(data, files, rng)
-        elif kind in ("pt2", "npz", "torchscript") and rng.random() < 0.7:
+        elif kind in ("pt2", "npz", "torchscript", *PARTS) and rng.random() < 0.7:
             yield _other_entry(data, files, rng)
         else:
             yield mutate(data, files, rng)
@@ -153,7 +153,9 @@ def run(kind: str, count: int, seed: int, directory: Path) -> Counter[str]:
         (directory / f"{name}.safetensors").write_bytes(safetensors_file({key: f32()}, b"1234"))
     if kind == "dcp":
         items(path.parent)
-    opened = path.parent if kind == "dcp" else path
+    if kind in PARTS:
+        path = write_parts(kind, directory / "run")
+    opened = directory / "run" if kind in PARTS else path.parent if kind == "dcp" else path
     ends: Counter[str] = Counter()
     for number, data in enumerate(mutants(kind, count, seed)):
         path.write_bytes(data)

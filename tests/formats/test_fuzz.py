@@ -25,6 +25,10 @@ SEED = 20
         ("npz", 500, 60),
         ("dcp", 600, 3),
         ("torchscript", 300, 0),
+        ("ranks", 200, 0),
+        ("shards", 150, 0),
+        ("llama", 150, 0),
+        ("universal", 150, 0),
     ],
 )
 def test_damaged_files_are_refused_or_read_as_other_libraries_do(

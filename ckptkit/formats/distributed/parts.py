@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -97,6 +98,7 @@ class _EqualCopies:
     """The bytes of a tensor that several files hold. Reading compares the copies."""
 
     key: str
+    directory: str
     names: tuple[str, ...]
     copies: tuple[Payload, ...]
 
@@ -108,15 +110,15 @@ class _EqualCopies:
         """Yield the bytes. Raises ``FormatError`` if two copies differ."""
         for name, copy in zip(self.names[1:], self.copies[1:], strict=True):
             if not same_bytes(self.copies[0], copy):
-                raise different_copies_error(self.key, self.names[0], name)
+                raise _different_copies_error(self.key, self.names[0], name, self.directory)
         yield from self.copies[0].chunks()
 
 
-def different_copies_error(key: str, first: str, second: str) -> FormatError:
-    """Return the error for a tensor that should be equal in two files."""
+def _different_copies_error(key: str, first: str, second: str, directory: str) -> FormatError:
     return FormatError(
         f"{quoted(key)} must be equal in all parts, but {first} and {second} hold different values",
         hint="the directory holds files of two saves",
+        path=directory,
     )
 
 
@@ -126,6 +128,7 @@ def copy_of_equals(key: str, parts: Sequence[Part]) -> JoinedTensor:
     Raises ``FormatError`` if shapes or checksums differ. Reading the tensor compares the bytes.
     """
     first = parts[0]
+    directory = os.path.dirname(first.checkpoint.path)
     info = first.checkpoint[key]
     crc = checksum_of(first, key)
     for part in parts[1:]:
@@ -134,11 +137,11 @@ def copy_of_equals(key: str, parts: Sequence[Part]) -> JoinedTensor:
             raise FormatError(f"{quoted(key)} is {info} in {first.name}, but {found} in {part.name}")
         other = checksum_of(part, key)
         if crc is not None and other is not None and crc != other:
-            raise different_copies_error(key, first.name, part.name)
+            raise _different_copies_error(key, first.name, part.name, directory)
     names = tuple(part.name for part in parts)
 
     def open_copies() -> Payload:
-        return _EqualCopies(key, names, tuple(part.checkpoint.payload(key) for part in parts))
+        return _EqualCopies(key, directory, names, tuple(part.checkpoint.payload(key) for part in parts))
 
     return JoinedTensor(replace(info, view=None), open_copies)
 

@@ -28,11 +28,11 @@ from ckptkit.formats.torch.checkpoint import build_checkpoint
 from ckptkit.formats.torch.dtensor import DTENSOR, DTensorLayout, Mesh, piece_of, ranks_without_copies, read_layout
 from ckptkit.formats.torch.objects import TensorRef
 from ckptkit.formats.torch.sharded_tensor import SHARDED, Shard, read_shards
-from ckptkit.formats.torch.tree import children
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
 __all__ = ["open_rank_files"]
 
+_MOST_SHARDS = 200_000  # in one file
 _COPY_AGAIN = "copy the whole directory again"
 _TWO_SAVES = "the directory holds files of two saves"
 _CONVERT = "load it with as many ranks as saved it, and save full_tensor() of each parameter"
@@ -87,12 +87,16 @@ class _Rank:
         tensors = dict(_tensors_by_key(part))
         path = part.checkpoint.path
         shards: dict[str, list[Shard]] = {}
+        left = _MOST_SHARDS
         for key, tensor in tensors.items():
             if tensor.kind == SHARDED:
                 try:
                     shards[key] = read_shards(tensor)
                 except FormatError as error:
                     raise FormatError(f"{quoted(key)} is a ShardedTensor with {error.reason}", path=path) from None
+                left -= len(shards[key])
+                if left < 0:
+                    raise FormatError(f"holds more than {_MOST_SHARDS:,} shards of ShardedTensors", path=path)
         local = {_local_name(key, 0): tensor.local or tensor for key, tensor in tensors.items()}
         local |= {
             _local_name(key, number): shard.tensor
@@ -131,9 +135,15 @@ def _tensors_by_key(part: Part) -> Iterator[tuple[str, TensorRef]]:
     for key, path in nested.paths.items() if nested is not None else ():
         value = nested.value if nested is not None else None
         for step in path:
-            value = children(value).get(step)
+            value = _child(value, step)
         if isinstance(value, TensorRef):
             yield key, value
+
+
+def _child(value: object, step: object) -> object:
+    if isinstance(value, list | tuple) and isinstance(step, int):
+        return value[step]
+    return value.get(step) if isinstance(value, Mapping) else None
 
 
 def _join(pool: FilePool, ranks: Mapping[int, _Rank]) -> Checkpoint:

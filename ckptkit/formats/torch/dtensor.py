@@ -34,6 +34,7 @@ __all__ = [
 DTENSOR: Final = "dtensor"  # the kind of a tensor if the file holds only a piece
 _MOST_RANKS = 1 << 16
 _MOST_MESH_DIMENSIONS = 16
+_MOST_CUT_DIMENSIONS = 64  # of a tensor
 
 
 class _Placement(NamedTuple):
@@ -166,12 +167,12 @@ def _check_order(
     """Raise ``FormatError`` where the spec states another order of the cuts than its placements."""
     if any(placement.name == "_StridedShard" for placement in placements):
         return
-    for entry in _items(spec.get("shard_order") or ()):
+    for entry in _items(spec.get("shard_order"))[:_MOST_CUT_DIMENSIONS]:
         numbers = entry.args if isinstance(entry, Placeholder) else entry
         if isinstance(numbers, tuple) and len(numbers) == 2 and type(numbers[0]) is int:
             dim, order = numbers[0], _items(numbers[1])
-            if 0 <= dim < len(cuts) and tuple(order) != cuts[dim]:
-                raise FormatError(f"dimension {dim} is cut in the order {str(order)[:80]}, which is not read")
+            if 0 <= dim < len(cuts) and tuple(order[:_MOST_MESH_DIMENSIONS]) != cuts[dim]:
+                raise FormatError(f"dimension {dim} cut in another order than its placements, which is not read")
 
 
 def _state(value: object) -> Mapping[object, object]:
@@ -183,14 +184,19 @@ def _items(value: object) -> Sequence[object]:
     return value if isinstance(value, list | tuple) else ()
 
 
-def _integers(value: object) -> tuple[int, ...] | None:
-    """Return the integers of a list, which can be nested once; None for anything else."""
+def _integers(value: object, most: int = _MOST_MESH_DIMENSIONS) -> tuple[int, ...] | None:
+    """Return up to ``most`` integers of a list, which can be nested once; None for anything else."""
     if type(value) is int:
         return (value,)
-    if not isinstance(value, list | tuple) or len(value) > _MOST_RANKS:
+    if not isinstance(value, list | tuple) or len(value) > most:
         return None
-    flat = [number for item in value for number in (item if isinstance(item, list | tuple) else (item,))]
-    return tuple(flat) if all(type(number) is int and 0 <= number < _MOST_RANKS for number in flat) else None
+    flat: list[object] = []
+    for item in value:
+        flat.extend(item if isinstance(item, list | tuple) else (item,))
+        if len(flat) > most:
+            return None
+    numbers = tuple(number for number in flat if type(number) is int and 0 <= number < _MOST_RANKS)
+    return numbers if len(numbers) == len(flat) else None
 
 
 def _read_placement(value: object) -> _Placement:
@@ -217,7 +223,7 @@ def _read_mesh(value: object, rank: int) -> Mesh:
     state = _state(value)
     shape = _mesh_shape(value)
     has_tensor = isinstance(state.get("mesh"), TensorRef)
-    ranks = _integers(state.get("_flatten_mesh_list" if has_tensor else "_flatten_rank_map"))
+    ranks = _integers(state.get("_flatten_mesh_list" if has_tensor else "_flatten_rank_map"), _MOST_RANKS)
     if not ranks or not 0 < len(shape) <= _MOST_MESH_DIMENSIONS or not 0 < math.prod(shape) <= len(ranks):
         raise FormatError("a device mesh without its ranks, which is not read")
     own = state.get("_rank")
@@ -253,11 +259,14 @@ def _axes(layout: object) -> list[_Axis]:
     """Return the axes of a ``_MeshLayout`` of torch: a list of axes, or a shape and strides."""
     state = _state(layout)
     if "axes" in state:
-        pairs = [(axis.get("shape"), axis.get("stride")) for axis in map(_state, _items(state["axes"]))]
+        pairs = [
+            (axis.get("shape"), axis.get("stride"))
+            for axis in map(_state, _items(state["axes"])[: _MOST_MESH_DIMENSIONS + 1])
+        ]
     else:
         args = _items(layout.args) if isinstance(layout, Placeholder) else ()
         shape, stride = args if len(args) == 2 else (state.get("shape"), state.get("stride"))
-        shapes, strides = ((x,) if type(x) is int else _items(x) for x in (shape, stride))
+        shapes, strides = ((x,) if type(x) is int else _items(x)[: _MOST_MESH_DIMENSIONS + 1] for x in (shape, stride))
         pairs = list(zip(shapes, strides, strict=False)) if len(shapes) == len(strides) else []
     axes: list[_Axis] = []
     for shape, stride in pairs:
@@ -265,7 +274,10 @@ def _axes(layout: object) -> list[_Axis]:
         if sizes is None or steps is None or len(sizes) != len(steps):
             raise FormatError("a device mesh of an unknown layout, which is not read")
         axes.append(_Axis(sizes, steps))
-    if not axes or math.prod(size for axis in axes for size in axis.sizes) > _MOST_RANKS:
+    if (
+        not 0 < len(axes) <= _MOST_MESH_DIMENSIONS
+        or math.prod(size for axis in axes for size in axis.sizes) > _MOST_RANKS
+    ):
         raise FormatError("a device mesh of an unknown layout, which is not read")
     return axes
 

@@ -13,7 +13,9 @@ from ckptkit.formats.torch.objects import TensorRef
 __all__ = ["SHARDED", "Shard", "read_shards"]
 
 SHARDED: Final = "sharded"  # the kind of a tensor if the file holds only some of its shards
-_MOST_SHARDS = 1000
+_MOST_SHARDS = 64  # of one tensor in one file
+_MOST_SLOTS = 64
+_MOST_DIMENSIONS = 1024
 _LARGEST = 2**62
 
 
@@ -48,10 +50,13 @@ def _slots(value: object) -> Mapping[object, object]:
     """Return the attributes of an object, which a pickle stores as a mapping, or as two mappings for slots."""
     state = value.state if isinstance(value, Placeholder) else None
     parts = state if isinstance(state, tuple) else (state,)
-    return {key: item for part in parts if isinstance(part, Mapping) for key, item in part.items()}
+    short = (part for part in parts[:2] if isinstance(part, Mapping) and len(part) <= _MOST_SLOTS)
+    return {key: item for part in short for key, item in part.items()}
 
 
 def _numbers(value: object) -> tuple[int, ...] | None:
-    if not isinstance(value, list | tuple) or not all(type(n) is int and 0 <= n < _LARGEST for n in value):
+    if not isinstance(value, list | tuple) or len(value) > _MOST_DIMENSIONS:
+        return None
+    if not all(type(n) is int and 0 <= n < _LARGEST for n in value):
         return None
     return tuple(value)
