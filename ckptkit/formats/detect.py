@@ -67,6 +67,7 @@ _PICKLE_MAGICS = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 _LARGEST_EXAMINED = 1 << 20
 _LFS_MAGIC = b"version https://git-lfs"
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
+_PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, after its protocol and frame
 
@@ -87,7 +88,8 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
             error.hint = "the name shows an unfinished download: finish or repeat the download"
         raise
     named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
-    if named is not None and not checkpoint.format.startswith(named):
+    is_named = named is None or checkpoint.format.startswith(named)
+    if not is_named and not (checkpoint.format == "pickle" and name.endswith(".pkl")):
         warning = f"the file name says {named}, but the content is {checkpoint.format}"
         checkpoint = checkpoint.with_warnings(warning)
     return checkpoint.with_warnings(*_empty_weights_warning(checkpoint))
@@ -101,6 +103,10 @@ def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
         from ckptkit.formats.torch.legacy import open_torch_legacy
 
         return open_torch_legacy(file, selection)
+    if head.startswith(_PICKLES):
+        from ckptkit.formats.torch.bare_pickle import open_bare_pickle
+
+        return open_bare_pickle(file, head, selection)
     if head.startswith(b"GGUF"):
         from ckptkit.formats.gguf import open_gguf
 

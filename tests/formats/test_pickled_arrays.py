@@ -168,6 +168,30 @@ def test_an_edited_file_keeps_its_arrays(tmp_path: Path, capsys: pytest.CaptureF
     assert torch.equal(torch.load(out, weights_only=False)["state_dict"]["c"], torch.from_numpy(array).half())
 
 
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_bare_pickle_of_arrays_is_read(tmp_path: Path, protocol: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files of detectron2 are such pickles; large arrays are not read before their values are asked for."""
+    large = np.arange(60_000, dtype="f4").reshape(300, 200)
+    model = {**ARRAYS, "large": large, "swapped": large.astype(">f4"), "turned": np.asfortranarray(large)}
+    path, out = tmp_path / "model_final.pkl", tmp_path / "a.pt"
+    path.write_bytes(pickle.dumps({"model": model, "__author__": "zoo", "matching_heuristics": True}, protocol))
+    with open_checkpoint(path) as checkpoint:
+        assert (checkpoint.envelope, checkpoint.format, checkpoint.warnings) == ("model", "pickle", ())
+        assert {key: checkpoint.read_bytes(key) for key in checkpoint} == {key: raw(a) for key, a in model.items()}
+        assert [entry.path for entry in checkpoint.entries] == ["__author__", "matching_heuristics"]
+    assert run_ckpt(capsys, "convert", path, "-o", out).code == 0
+    assert torch.equal(torch.load(out)["turned"], torch.from_numpy(large))
+    path.write_bytes(path.read_bytes()[:-9])
+    assert run_ckpt(capsys, "show", path).code == 2
+
+
+def test_a_bare_pickle_without_arrays_is_refused(tmp_path: Path) -> None:
+    values: list[object] = [{"a": 1}, {"a": T}, [], [True] * 3_000_000]
+    for value in values:
+        with pytest.raises(FormatError, match="a bare pickle"):
+            opened(tmp_path, pickle.dumps(value))
+
+
 DAMAGED: dict[str, tuple[bytes, bytes, str]] = {
     "too few bytes": (b"K\x02K\x03\x86", b"K\x02K\x04\x86", "an array of shape"),
     "a huge shape": (b"K\x02K\x03\x86", b"\x8a\x08" + b"\xff" * 7 + b"\x7fK\x03\x86", "overflows"),

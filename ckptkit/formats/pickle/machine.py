@@ -6,13 +6,13 @@ import codecs
 import re
 import struct
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Final, Protocol, overload
 
 from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, check_key
 
-__all__ = ["MARK", "OPCODES", "Operation", "PickleMachine", "TruncatedPickleError", "parse_pickle"]
+__all__ = ["MARK", "OPCODES", "Operation", "PickleBytes", "PickleMachine", "TruncatedPickleError", "parse_pickle"]
 
 
 class TruncatedPickleError(FormatError):
@@ -23,12 +23,27 @@ MARK: Final = object()
 _MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide
 _LONGEST_TUPLE_KEY = 64
 _BUDGET_PER_BYTE = 4
+_FEWEST_KEPT = 1 << 16  # shorter byte strings are read
+
+
+class PickleBytes(Protocol):
+    """The bytes of a pickle: ``bytes``, or an object that reads them from a file on demand."""
+
+    def __len__(self) -> int: ...
+
+    @overload
+    def __getitem__(self, index: int, /) -> int: ...
+
+    @overload
+    def __getitem__(self, index: slice, /) -> bytes: ...
+
+    def find(self, part: bytes, start: int, /) -> int: ...
 
 
 class PickleMachine:
     """The stack and the memo of one run over one pickle."""
 
-    def __init__(self, data: bytes, interpreter: Interpreter, start: int) -> None:
+    def __init__(self, data: PickleBytes, interpreter: Interpreter, start: int) -> None:
         """Prepare a run that begins at byte ``start``."""
         self.data = data
         self.end = len(data)
@@ -173,7 +188,7 @@ _EMPTY_SET_COST = range(12)  # one byte of a pickle makes an empty set, which ta
 _MOST_MEMO = 2**32  # the limit of LONG_BINPUT; larger decimal indexes could be made to collide in the memo
 
 
-def parse_pickle(data: bytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
+def parse_pickle(data: PickleBytes, interpreter: Interpreter, start: int = 0) -> tuple[object, int]:
     """Return the value of the pickle at ``start`` and the offset of the next byte; no code is run.
 
     Objects that need code become placeholders. Raises ``FormatError`` for anything but one whole pickle of protocol
@@ -207,7 +222,15 @@ def _text(layout: struct.Struct) -> Operation:
 
 
 def _raw(layout: struct.Struct, kind: Callable[[bytes], object]) -> Operation:
-    return lambda machine: machine.stack.append(kind(machine.read_bytes(machine.read_number(layout))))
+    def run(machine: PickleMachine) -> None:
+        count, keep = machine.read_number(layout), machine.interpreter.keep_bytes
+        if keep is None or not _FEWEST_KEPT <= count <= machine.end - machine.pos:
+            machine.stack.append(kind(machine.read_bytes(count)))
+            return
+        machine.stack.append(keep(machine.pos, count))
+        machine.pos += count
+
+    return run
 
 
 def _old_string(data: bytes) -> object:

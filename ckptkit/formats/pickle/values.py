@@ -107,6 +107,7 @@ class Interpreter:
         self.persistent = persistent
         self.set_state = set_state
         self.refused_by_torch = refused_by_torch
+        self.keep_bytes: Callable[[int, int], object] | None = None  # makes a value of long bytes that are not read
         self.references: dict[str, int] = {}
         self.repeated: str | None = None  # the first key that was set twice in one mapping
         self.budget = 0

@@ -164,7 +164,8 @@ def build_checkpoint(
         text = f"a mapping sets {quoted(interpreter.repeated)} more than once: the last value counts, as in torch"
         warnings.append(ReaderWarning(text, codes.REPEATED_KEY))
     warnings += _dtype_conflicts(infos, found.tensors) or _retyped(file.objects.retyped)
-    if arrays := [key for key, tensor in found.tensors.items() if isinstance(tensor, ArrayRef)]:
+    arrays = [key for key, tensor in found.tensors.items() if isinstance(tensor, ArrayRef)]
+    if arrays and format != "pickle":
         what = f"{plural(len(arrays), 'tensor is a numpy array', 'tensors are numpy arrays')}: {listed(arrays, 4)}"
         warnings.append(ReaderWarning(f"{what}; load_state_dict of torch does not take an array", codes.NUMPY_ARRAYS))
     if (pieces := describe_pieces(found.tensors)) is not None:
