@@ -16,8 +16,11 @@ from torch import Tensor
 
 from ckptkit import diff, open_checkpoint, run_checks, stats
 from ckptkit.core.torch_bridge import as_checkpoint
-from ckptkit.quantized import Quantized, quantized_weights
+from ckptkit.quantized import ANCHOR_DTYPES, Quantized, quantized_weights
+from ckptkit.quantized.configuration import Configuration, read_configuration
+from ckptkit.quantized.table import SCHEMES
 from tests.helpers_cli import run_ckpt
+from tests.helpers_gguf import gguf_file, info
 
 State = dict[str, Tensor]
 
@@ -392,3 +395,39 @@ def test_check_like_reports_weights_that_only_one_side_has_quantised() -> None:
     (finding,) = [finding for finding in report.findings if finding.code == "quantized-mismatched"]
     assert finding.key == "q.weight"
     assert "FineGrainedFP8Config(dequantize=True)" in finding.hint
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation:UserWarning")
+def test_one_tensor_can_hold_codes_and_scales(tmp_path: Path) -> None:
+    """The blocks of GGUF and the quantised tensors of torch are weights with one part."""
+    path = tmp_path / "m.gguf"
+    infos = [info("q", (256,), 12), info("w", (4,), 0, 160)]
+    path.write_bytes(gguf_file(infos, data=bytes(160) + bytes(16)))
+    torch.save({"q": torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)}, tmp_path / "m.pt")
+    for name, scheme in (("m.gguf", "GGUF Q4_K"), ("m.pt", "torch QI8")):
+        with open_checkpoint(tmp_path / name) as checkpoint:
+            (weight,) = quantized_weights(checkpoint).weights
+        assert (weight.key, weight.scheme, weight.parts, weight.coded) == ("q", scheme, ("q",), "q")
+
+
+def test_the_quick_test_of_dtypes_is_complete() -> None:
+    """No scheme has an anchor of a dtype that the quick test does not know."""
+    assert {dtype for scheme in SCHEMES for dtype in scheme.anchor.dtypes} == ANCHOR_DTYPES
+
+
+def configured(directory: Path, ignored: list[str]) -> Configuration:
+    """Return the configuration of a file that leaves some modules plain."""
+    saved(directory, {"w": of(F32, 1)}, {"quantization_config": FP8 | {"modules_to_not_convert": ignored}})
+    with open_checkpoint(directory / "model.safetensors") as checkpoint:
+        return read_configuration(checkpoint)
+
+
+def test_a_hostile_configuration_costs_little(tmp_path: Path) -> None:
+    """A regular expression of a configuration is never evaluated, and only a few patterns are."""
+    for ignored in (["re:(a|a)*b"], [f"x*{number}*y" for number in range(100)]):
+        assert configured(tmp_path, ignored).leaves_plain("layers.0.q.weight")
+    clear = configured(tmp_path, ["lm_head", "re:.*mlp\\.gate$", "visual*", "a." * 5000])
+    plain = ("lm_head.weight", "model.lm_head.weight", "layers.0.mlp.gate.weight", "visual.blocks.0.q.weight")
+    assert [key for key in plain if not clear.leaves_plain(key)] == []
+    quantised = ("layers.0.mlp.gate_proj.weight", "my_lm_head.weight", "a." * 100_000)
+    assert [key for key in quantised if clear.leaves_plain(key)] == []
