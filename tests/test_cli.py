@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from ckptkit.cli import ckpt
@@ -452,3 +453,112 @@ def test_max_shard_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert len(list(out.glob("model-*-of-00003.safetensors"))) == 3
     assert run_ckpt(capsys, "diff", "fixtures/encoder_tied.pt", out).code == 0
     assert run_ckpt(capsys, *arguments, "huge").code == 2
+
+
+BUILDERS = """
+import sys
+import torch
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError
+class Loud:
+    def __getattr__(self, name):
+        raise BaseException("lookup")
+class Model(torch.nn.Module):
+    def state_dict(self, *arguments, **options):
+        sys.exit(1)
+def silent(): raise Silent
+def base(): raise BaseException("x")
+def leave(): sys.exit(0)
+def generator(): raise GeneratorExit
+def takes(this): pass
+def interrupt(): raise KeyboardInterrupt
+model, loud = Model(), Loud()
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "err"),
+    [
+        ("silent", 2, "calling 'silent' failed: Silent"),
+        ("base", 2, "calling 'base' failed: BaseException: x"),
+        ("leave", 2, "calling 'leave' failed: SystemExit: 0"),
+        ("generator", 2, "calling 'generator' failed: GeneratorExit"),
+        ("takes", 2, "hint: ckptkit calls the callable without arguments"),
+        ("model", 2, "failed: SystemExit: 1"),
+        ("loud.x", 2, "looking up 'loud.x' failed: BaseException: lookup"),
+        ("interrupt", 130, ""),
+    ],
+)
+def test_whatever_a_builder_raises_is_one_line(
+    *, name: str, code: int, err: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """The code of a live model can raise anything, and the exit code is never that of a difference or of a bug."""
+    (tmp_path / "builders_of_the_test.py").write_text(BUILDERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    ran = run_ckpt(capsys, "diff", f"py:builders_of_the_test:{name}", TEN)
+    assert (ran.code, ran.out) == (code, "")
+    assert err in ran.err
+    assert bool(ran.err) == (code == 2)
+
+
+def test_an_interrupt_during_imports_prints_no_traceback(tmp_path: Path) -> None:
+    """Ctrl-C before the first command is imported ends the program like Ctrl-C at any later moment."""
+    (tmp_path / "click.py").write_text("raise KeyboardInterrupt")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = _ckpt("show", TEN, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "err"),
+    [
+        (["show", "IN"], 0, ""),
+        (["convert", "IN", "-o", "o.pt"], 2, "ckpt: o.pt: the current directory: no such file or directory\n"),
+        (["convert", "IN", "-o", "o", "--max-shard-size", "1kB"], 2, "ckpt: o: the current directory: no such file"),
+        (["convert", "IN", "-o", "OUT", "--max-shard-size", "1kB", "--force", "-q"], 0, ""),
+        (["remap", "IN", "-o", "OUT.pt", "--rename", "*=x.*", "--plan", "p.json"], 2, "ckpt: p.json: the current"),
+        (["show", "py:no_such_module:build"], 2, "ckpt: py:no_such_module:build: importing 'no_such_module' failed"),
+        (["show", "in.safetensors"], 2, "ckpt: in.safetensors: no such file or directory\n"),
+    ],
+)  # fmt: skip
+def test_the_current_directory_may_be_removed(
+    *,
+    arguments: list[str],
+    code: int,
+    err: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Absolute paths work, and an error names a relative path."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    paths = {"IN": str(ROOT / TEN), "OUT": str(tmp_path / "out"), "OUT.pt": str(tmp_path / "out.pt")}
+    ran = run_ckpt(capsys, *[paths.get(argument, argument) for argument in arguments])
+    assert ran.code == code
+    assert ran.err.startswith(err)
+    assert bool(ran.err) == bool(err)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**5000], ids=["large", "negative", "huge"])
+@pytest.mark.parametrize("place", ["step", "lr"])
+def test_integers_that_no_float_can_hold_are_shown(
+    place: str, number: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Python refuses to turn such an integer into a float, and to print one of more than 4,300 digits."""
+    slots = {"step": number if place == "step" else 1, "exp_avg": torch.ones(2), "exp_avg_sq": torch.ones(2)}
+    group = {"params": [0], "lr": number if place == "lr" else 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
+    run = {"model": {"w": torch.ones(2)}, "optimizer": {"state": {0: slots}, "param_groups": [group]}}
+    torch.save(run, tmp_path / "run.pt")
+    for options in ((), ("--json",)):
+        ran = run_ckpt(capsys, "optim", "show", tmp_path / "run.pt", *options)
+        assert ran.code in (0, 1), ran.err
+        assert "bits" in ran.out or place == "step"
+    assert run_ckpt(capsys, "optim", "prune", tmp_path / "run.pt", "-o", tmp_path / "out.pt").code == 0
+    found = torch.load(tmp_path / "out.pt", weights_only=False)["optimizer"]  # LONG4 is for full pickles only
+    assert found["state"][0]["step"] == slots["step"]
+    assert found["param_groups"][0]["lr"] == group["lr"]
