@@ -144,7 +144,7 @@ def test_a_value_of_code_stays_in_its_file_alone(tmp_path: Path) -> None:
     import numpy as np
 
     model, content = run_file(tmp_path / "run.ckpt")
-    content["optimizer"]["param_groups"][0]["scale"] = np.float64(2.5)
+    content["optimizer"]["param_groups"][0]["since"] = np.datetime64("2020-01-01")
     torch.save(content, tmp_path / "run.ckpt")
     with open_optimizer(tmp_path / "run.ckpt") as source:
         state = to_named(source, model)
@@ -152,7 +152,7 @@ def test_a_value_of_code_stays_in_its_file_alone(tmp_path: Path) -> None:
         with pytest.raises(CkptkitError, match="can be kept only in a copy of its own file"):
             write(state, tmp_path / "alone.pt", only_tensors=True)
     loaded = torch.load(tmp_path / "new.ckpt", weights_only=False)
-    assert loaded["optimizer"]["param_groups"][0]["scale"] == 2.5
+    assert loaded["optimizer"]["param_groups"][0]["since"] == np.datetime64("2020-01-01")
 
 
 def test_remap_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

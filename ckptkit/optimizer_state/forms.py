@@ -13,8 +13,7 @@ from ckptkit.core.torch_bridge import describe_state_dict
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import FormatError, ModelError, PlanError
 from ckptkit.formats.pickle.values import Placeholder
-from ckptkit.formats.torch.objects import TensorRef
-from ckptkit.formats.torch.tree import type_name
+from ckptkit.formats.torch.tree import is_tensor, type_name
 from ckptkit.optimizer_state.model import (
     FORMS,
     LazyTensor,
@@ -83,7 +82,7 @@ def _leaf_reader(checkpoint: Checkpoint, nested: Nested) -> ReadLeaf:
     keys = {path: key for key, path in nested.paths.items()}
 
     def read_leaf(value: object, path: KeyPath) -> SlotValue:
-        if isinstance(value, TensorRef):
+        if is_tensor(value):
             return LazyTensor(checkpoint[keys[path]], checkpoint)
         if isinstance(value, Placeholder) or not isinstance(value, _PLAIN_TYPES):
             return OpaqueValue(type_name(value), path, checkpoint)
