@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator,
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from ckptkit.core.closing import Closing
 from ckptkit.core.dtypes import DTYPES, pack_float4
@@ -15,6 +15,7 @@ from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Tensor
 
 __all__ = [
+    "MOST_TENSORS",
     "Access",
     "Check",
     "Checkpoint",
@@ -32,6 +33,8 @@ __all__ = [
     "row_major",
     "storage_range",
 ]
+
+MOST_TENSORS: Final = 250_000  # of one checkpoint, which then takes 300 MB; the largest published models have 210,000
 
 
 class View(NamedTuple):

@@ -43,6 +43,9 @@ _TOML_TOKEN = re.compile(
     re.DOTALL,
 )
 _BRACKETS = re.compile(r"[][{}]")
+_ALWAYS_PARSED = 1 << 20
+_MEMORY = {b"[": 72, b"{": 64, b":": 60, b",": 16, b'"': 20}  # bytes in Python, for each such sign
+_MOST_MEMORY = 200_000_000
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -194,8 +197,10 @@ def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, obje
     """Return the JSON object in ``data``; ``what`` names it in errors.
 
     Without ``finite``, NaN and Infinity are allowed, as Python writes them. Raises ``FormatError`` for any other text,
-    and for a key that is given twice.
+    for a key that is given twice, and for text whose values would take more than 200 MB.
     """
+    if len(data) > _ALWAYS_PARSED and sum(cost * data.count(sign) for sign, cost in _MEMORY.items()) > _MOST_MEMORY:
+        raise FormatError(f"{what} holds more values than any checkpoint needs: they would not fit into 200 MB")
     try:
         value = json.loads(
             data.decode("utf-8"),

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Entry, Payload, Record, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.text import plural, quoted
@@ -212,7 +212,6 @@ def _skip_items(cursor: Cursor, kind: int, count: int, key: str, depth: int) -> 
 
 
 _VERSIONS = (2, 3)
-_MOST_TENSORS = 1_000_000
 _MOST_DIMENSIONS = 64  # the format has four, and reserves more
 _SMALLEST_INFO = 24  # a tensor without a name and without dimensions
 
@@ -281,7 +280,9 @@ def open_gguf(file: LocalFile) -> Checkpoint:
     _check_version(cursor.take(4))
     tensors, keys = cursor.u64(), cursor.u64()
     metadata = read_metadata(cursor, keys)
-    if tensors > min(_MOST_TENSORS, cursor.left // _SMALLEST_INFO):
+    if tensors > MOST_TENSORS:
+        raise FormatError(f"the header counts {tensors:,} tensors, more than the limit of {MOST_TENSORS:,}")
+    if tensors > cursor.left // _SMALLEST_INFO:
         raise FormatError(f"the header counts {plural(tensors, 'tensor')}, more than fit into the file")
     stored: dict[str, _StoredTensor] = {}
     for number in range(1, tensors + 1):

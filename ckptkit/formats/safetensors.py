@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
@@ -58,6 +58,8 @@ def open_safetensors(file: LocalFile) -> Checkpoint:
     data = file.read(8, size)
     if not data.startswith(b"{"):
         raise FormatError("the header does not begin with '{': not a safetensors file")
+    if data.count(b'"dtype"') > MOST_TENSORS:
+        raise FormatError(f"the header describes more than {MOST_TENSORS:,} tensors, the limit")
     with pause_gc():
         header = parse_json(data, "the header")
         metadata = _metadata(header.pop(METADATA, None))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import PureWindowsPath
 
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, Record, TensorInfo
+from ckptkit.core.checkpoint import MOST_TENSORS, Access, Checkpoint, Description, Payload, Record, TensorInfo
 from ckptkit.core.config_files import parse_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.findings import ReaderWarning
@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 
+_MOST_OTHER_KEYS = 1000  # of an index, beside the names of tensors
 _LARGEST_INDEX = 256 << 20
 _WHOLE_MODEL = re.compile(r"(?!adapter_).*(?:model|consolidated).*\.(?:safetensors|bin|pt|pth)")
 _HUB_CACHE = "blobs"  # directory of a hub's cache that its snapshots link to
@@ -115,8 +116,11 @@ def _read_index(path: str) -> Mapping[str, object]:
             raise FormatError(
                 f"the index has {file.size:,} bytes, more than the limit of {_LARGEST_INDEX:,}", path=path
             )
+        data = file.read(0, file.size)
+        if data.count(b'":') > MOST_TENSORS + _MOST_OTHER_KEYS:
+            raise FormatError(f"the index names more than {MOST_TENSORS:,} tensors, the limit", path=path)
         try:
-            return parse_json(file.read(0, file.size), "the index")
+            return parse_json(data, "the index")
         except FormatError as error:
             raise FormatError(error.reason, path=path) from None
     finally:

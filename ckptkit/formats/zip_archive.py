@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ckptkit.core.checkpoint import Record
+from ckptkit.core.checkpoint import MOST_TENSORS, Record
 from ckptkit.core.files import Extent, Inflated, LocalFile
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
@@ -25,7 +25,7 @@ _LOCATOR64 = struct.Struct("<4sLQL")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")
 _LOCAL = struct.Struct("<4s5H3L2H")
 _LARGEST_DIRECTORY = 256 << 20
-_MOST_ENTRIES = 500_000  # each entry needs memory and one read
+_MOST_ENTRIES = MOST_TENSORS + 10_000  # each entry needs memory and one read
 _ALWAYS_INFLATED = 1 << 20  # bytes; a larger entry must not exceed the largest ratio
 _LARGEST_RATIO = 100  # repetitive JSON is deflated seventyfold
 _LONGEST_TEXT = 1000

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import pickletools
 import re
 import struct
 import subprocess
@@ -11,7 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
+from ckptkit.formats.pickle import machine
+from ckptkit.formats.torch.objects import TorchObjects
 from tests.helpers_formats import (
     call,
     f32,
@@ -25,6 +30,7 @@ from tests.helpers_formats import (
     put,
     rezip,
     safetensors_file,
+    saved,
     several,
     storage,
     tensor,
@@ -176,3 +182,18 @@ def test_a_bomb_ends_as_a_list_or_a_refusal(tmp_path: Path, name: str) -> None:
     done = subprocess.run([sys.executable, "-c", CHILD, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.match(r"listed \d+ True|refused True \S", done.stdout), done.stdout
+
+
+def test_a_file_of_140_000_tensors_stays_far_below_the_limits() -> None:
+    """Counted in a file of a thousand tensors, because reading the large one takes seconds."""
+    data = saved({f"model.layers.{number_}.weight": torch.zeros(1) for number_ in range(1000)})
+    pickle = zipfile.ZipFile(io.BytesIO(data)).read("archive/data.pkl")
+    run = machine.PickleMachine(pickle, TorchObjects().interpreter, 0)
+    before = sys.getallocatedblocks()
+    tree = run.run(machine.OPCODES)
+    objects = sys.getallocatedblocks() - before
+    assert len(tree) == 2
+    assert 140 * sum(1 for _ in pickletools.genops(pickle)) < machine._MOST_OPCODES / 2
+    assert 140 * objects < machine._MOST_OBJECTS * 0.8
+    assert 140 * len(run.memo) < machine._MOST_REFERENCES / 2
+    assert 140 * (machine._MOST_ITEMS - run.items_left) < machine._MOST_ITEMS / 2

@@ -156,7 +156,53 @@ REFUSED: dict[str, Refused] = {
         at_once(several(text("tensor"), b"NNNN") + b"Q"), "a persistent id does not name a storage"
     ),
 }
+BESIDE = {"model": mapping({"w": WEIGHTS})}
+
+
+def beside_weights(value: bytes) -> bytes:
+    return torch_zip(mapping({**BESIDE, "x": value}))
+
+
+def batches(value: bytes, count: int) -> bytes:
+    """Return a list of ``count`` values in steps of a thousand, as Python's own pickler writes it."""
+    return b"]" + (b"(" + value * 1000 + b"e") * (count // 1000)
+
+
+def one_tensor_with_many_names() -> bytes:
+    names = b"".join(text(str(number_)) + get(7) for number_ in range(260_000))
+    return torch_zip(b"}" + text("a") + WEIGHTS + put(7) + b"s(" + names + b"u")
+
+
+def edited(value: bytes) -> Callable[[Path], list[str | Path]]:
+    """Return the command that renames a tensor in a file which also holds ``value``."""
+
+    def make(directory: Path) -> list[str | Path]:
+        path = written(beside_weights(value))(directory)
+        return ["remap", path, "--rename", "w=v", "-o", directory.parent / "out" / "o.pt"]
+
+    return make
+
+
+SMALL_FILES_THAT_BUILD_MUCH: dict[str, Refused] = {
+    "C21 lists": Refused(written(lambda: beside_weights(batches(b"]", 3_000_000))), "more than 2,500,000 objects"),
+    "C21 None": Refused(
+        written(lambda: beside_weights(b"](" + b"N" * 3_000_000 + b"e")), "more than 2,500,000 references to objects"
+    ),
+    "C21 dicts of one item": Refused(
+        written(lambda: beside_weights(batches(b"}NNs", 500_000))), "builds more than 10,000,000 items"
+    ),
+    "C21 sparse memo": Refused(
+        written(lambda: torch_zip(b"}" + b"".join(put(7 * index) for index in range(600_000)))), "numbers out of order"
+    ),
+    "C21 names": Refused(written(one_tensor_with_many_names), "holds more than 250,000 tensors"),
+    "C21 tensors": Refused(written(lambda: beside_weights(batches(WEIGHTS, 400_000))), "more than 250,000 tensors"),
+    "C21 an edit of a long list": Refused(edited(batches(b"K\5", 5_000_000)), "more objects than an edit can hold"),
+}
+REFUSED |= SMALL_FILES_THAT_BUILD_MUCH
 ACCEPTED: dict[str, Accepted] = {
+    "C21 a log of a million numbers": Accepted(
+        written(lambda: beside_weights(batches(b"G" + bytes(8), 1_000_000))), "", "1,000,000 items"
+    ),
     "C1 zip": Accepted(written(torch_zip(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
     "C1 legacy": Accepted(written(legacy_file(EVIL)), "looks malicious: it asks to call posix.system", "posix.system"),
     "C2 every way": Accepted(written(torch_zip(EVERY_WAY)), "looks malicious: it asks to call", "subprocess.Popen"),

@@ -130,7 +130,30 @@ READ = {
     "G15 unknown field": (header(',"extra":{"a":[1]}'), "1 entry with unknown fields", "F32"),
 }
 ACCEPTED = {name: Accepted(written(data, NAME), warning, shown) for name, (data, warning, shown) in READ.items()}
-OTHER = ("G13 200,000 empty tensors", "G18 truncated by another process", "G18 touched by another process")
+EMPTY = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+SMALL_FILES_THAT_BUILD_MUCH = {
+    "G19 empty tensors": (
+        lambda: safetensors_file("{" + ",".join(f'"{number}":{EMPTY}' for number in range(1_000_000)) + "}"),
+        "the header describes more than 250,000 tensors",
+    ),
+    "G19 a long shape": (
+        lambda: safetensors_file('{"a":{"dtype":"F32","shape":[' + "0," * 15_000_000 + '0],"data_offsets":[0,0]}}'),
+        "the header holds more values than any checkpoint needs",
+    ),
+    "G19 metadata": (
+        lambda: safetensors_file('{"__metadata__":{' + ",".join(f'"{n}":""' for n in range(2_000_000)) + "}}"),
+        "the header holds more values than any checkpoint needs",
+    ),
+}
+BUILD_MUCH = {
+    name: Refused(written(data, NAME), reason) for name, (data, reason) in SMALL_FILES_THAT_BUILD_MUCH.items()
+}
+OTHER = (*BUILD_MUCH, "G13 200,000 empty tensors", "G18 truncated by another process", "G18 touched by another process")
+
+
+@pytest.mark.parametrize("name", BUILD_MUCH)
+def test_a_header_that_builds_much_is_refused_before_it_is_parsed(name: str, tmp_path: Path) -> None:
+    assert_refused(tmp_path, BUILD_MUCH[name])
 
 
 @pytest.mark.parametrize("name", BROKEN)

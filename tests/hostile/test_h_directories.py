@@ -223,6 +223,10 @@ REFUSED: dict[str, Refused] = {
         shards(third),
         "the index does not name shard 'model-00003-of-00003.safetensors' in its directory",
     ),
+    "H5 names of 300,000 tensors": Refused(
+        index_of('{"weight_map":{' + ",".join(f'"{number}":"{FIRST}"' for number in range(300_000)) + "}}"),
+        "the index names more than 250,000 tensors",
+    ),
     "H5 not JSON": Refused(index_of("{"), "the index is not JSON"),
     "H5 empty": Refused(index_of(""), "the index is not JSON"),
     "H5 a list": Refused(index_of("[]"), "the index is a JSON list"),

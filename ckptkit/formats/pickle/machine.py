@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 import struct
+import sys
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol, overload
 
@@ -12,7 +13,16 @@ from ckptkit.core.text import printable
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.values import Interpreter, PickledMapping, Placeholder, check_key
 
-__all__ = ["MARK", "OPCODES", "Operation", "PickleBytes", "PickleMachine", "TruncatedPickleError", "parse_pickle"]
+__all__ = [
+    "MARK",
+    "OPCODES",
+    "Memo",
+    "Operation",
+    "PickleBytes",
+    "PickleMachine",
+    "TruncatedPickleError",
+    "parse_pickle",
+]
 
 
 class TruncatedPickleError(FormatError):
@@ -24,6 +34,15 @@ _MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide
 _LONGEST_TUPLE_KEY = 64
 _BUDGET_PER_BYTE = 4
 _FEWEST_KEPT = 1 << 16  # shorter byte strings are read
+# What one pickle may build. A file of 140,000 tensors needs half of each, and a million numbers much less.
+_MOST_OPCODES = 10_000_000
+_MOST_OBJECTS = 2_500_000
+_MOST_REFERENCES = 2_500_000  # on the stack and in the memo
+_MOST_ITEMS = 10_000_000  # of all lists, sets and mappings, where a mapping counts for more than its items
+_UPDATE_COST, _PAIR_COST, _SET_COST = 16, 3, 32
+_MOST_UNCOUNTED = 500_000
+_CHUNK = 1 << 16  # opcodes between two counts
+_TOO_MUCH = "the pickle builds more than {:,} {}, which no checkpoint needs"
 
 
 class PickleBytes(Protocol):
@@ -40,6 +59,43 @@ class PickleBytes(Protocol):
     def find(self, part: bytes, start: int, /) -> int: ...
 
 
+class Memo:
+    """The objects that a pickle can refer to by a number; nearly all pickles count these numbers from 0."""
+
+    __slots__ = ("counted", "others", "unset")
+
+    def __init__(self) -> None:
+        """Begin without objects."""
+        self.counted: list[object] = []
+        self.others: dict[int, object] = {}
+        self.unset = 0
+
+    def __len__(self) -> int:
+        """Return the number of objects."""
+        return len(self.counted) + len(self.others) - self.unset
+
+    def read(self, index: int, pos: int) -> object:
+        """Return the object of this number; raises ``FormatError`` for an unknown number."""
+        if self.unset <= index < len(self.counted):
+            return self.counted[index]
+        if index in self.others:
+            return self.others[index]
+        raise FormatError(f"corrupt pickle: memo {index} is read before it is written, at byte {pos - 1}")
+
+    def write(self, index: int, value: object) -> None:
+        """Set the object of a number; raises ``FormatError`` for too many numbers that are not counted."""
+        if index == len(self.counted) and not self.others:
+            self.counted.append(value)
+        elif self.unset <= index < len(self.counted):
+            self.counted[index] = value
+        elif index == 1 and not self.counted and not self.others:
+            self.counted, self.unset = [None, value], 1  # Python 2 counts from 1
+        else:
+            self.others[index] = value
+            if len(self.others) > _MOST_UNCOUNTED:
+                raise FormatError(_TOO_MUCH.format(_MOST_UNCOUNTED, "references with numbers out of order"))
+
+
 class PickleMachine:
     """The stack and the memo of one run over one pickle."""
 
@@ -51,24 +107,33 @@ class PickleMachine:
         self.interpreter = interpreter
         interpreter.budget += _BUDGET_PER_BYTE * len(data)
         self.stack: list[object] = []
-        self.memo: dict[int, object] = {}
+        self.memo = Memo()
+        self.items_left = _MOST_ITEMS
         self.tuple_keys = 0
 
     def run(self, operations: Mapping[int, Operation]) -> tuple[object, int]:
         """Execute opcodes until STOP; return the value and the offset of the next byte."""
-        start = self.pos
+        start, data, find_operation = self.pos, self.data, operations.get
+        objects = sys.getallocatedblocks() + _MOST_OBJECTS
         try:
-            while True:
-                opcode = self.data[self.pos]
-                self.pos += 1
-                if opcode == 0x2E:  # STOP
-                    if not self.stack:
-                        raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}")
-                    return self.pop(), self.pos
-                operation = operations.get(opcode)
-                if operation is None:
-                    raise FormatError(f"corrupt pickle: unknown opcode 0x{opcode:02x} at byte {self.pos - 1}")
-                operation(self)
+            for _ in range(_MOST_OPCODES // _CHUNK):
+                for _ in range(_CHUNK):
+                    opcode = data[self.pos]
+                    self.pos += 1
+                    if opcode == 0x2E:  # STOP
+                        if not self.stack:
+                            raise FormatError(f"corrupt pickle: nothing on the stack at byte {self.pos - 1}")
+                        return self.pop(), self.pos
+                    operation = find_operation(opcode)
+                    if operation is None:
+                        raise FormatError(f"corrupt pickle: unknown opcode 0x{opcode:02x} at byte {self.pos - 1}")
+                    operation(self)
+                self.interpreter.steps += _CHUNK
+                if sys.getallocatedblocks() > objects:
+                    raise FormatError(_TOO_MUCH.format(_MOST_OBJECTS, "objects"))
+                if len(self.stack) + len(self.memo) > _MOST_REFERENCES:
+                    raise FormatError(_TOO_MUCH.format(_MOST_REFERENCES, "references to objects"))
+            raise FormatError(f"the pickle has more than {_MOST_OPCODES:,} steps, which no checkpoint needs")
         except IndexError:
             if self.pos >= self.end:
                 raise TruncatedPickleError(f"the pickle that starts at byte {start} has no end: truncated?") from None
@@ -134,8 +199,15 @@ class PickleMachine:
         check_key(key)
         return key
 
+    def count_items(self, count: int) -> None:
+        """Count what is added to lists, sets and mappings; raises ``FormatError`` for too much of all together."""
+        self.items_left -= count
+        if self.items_left < 0:
+            raise FormatError(_TOO_MUCH.format(_MOST_ITEMS, "items"))
+
     def put_items(self, target: object, pairs: list[object]) -> None:
         """Set keys and values, which alternate in ``pairs``, in a dict or a placeholder."""
+        self.count_items(_UPDATE_COST + _PAIR_COST * len(pairs))
         if len(pairs) % 2:
             raise FormatError(f"corrupt pickle: a key without a value at byte {self.pos - 1}")
         if isinstance(target, dict):
@@ -149,6 +221,7 @@ class PickleMachine:
 
     def put_values(self, target: object, values: list[object]) -> None:
         """Append values to a list, a set or a placeholder."""
+        self.count_items(len(values))
         if isinstance(target, list):
             target.extend(values)
         elif isinstance(target, set):
@@ -211,6 +284,20 @@ def _empty(kind: Callable[[], object]) -> Operation:
 
 def _integer(layout: struct.Struct) -> Operation:
     return lambda machine: machine.stack.append(machine.read_number(layout))
+
+
+def _small_integer(machine: PickleMachine) -> None:
+    machine.stack.append(machine.data[machine.pos])
+    machine.pos += 1
+
+
+def _common_text(machine: PickleMachine) -> None:
+    data, start = machine.data, machine.pos + _U4.size
+    stop = start + int.from_bytes(data[machine.pos : start], "little")
+    if stop > machine.end:
+        machine.read_bytes(machine.read_number(_U4))  # raises the error
+    machine.pos = stop
+    machine.stack.append(data[start:stop].decode("utf-8", "surrogatepass"))
 
 
 def _text(layout: struct.Struct) -> Operation:
@@ -279,11 +366,13 @@ def _dict_from_mark(machine: PickleMachine) -> None:
 
 
 def _set(machine: PickleMachine) -> None:
+    machine.count_items(_SET_COST)
     machine.interpreter.count_copy(_EMPTY_SET_COST)
     machine.stack.append(set())
 
 
 def _frozenset_from_mark(machine: PickleMachine) -> None:
+    machine.count_items(_SET_COST)
     machine.interpreter.count_copy(_EMPTY_SET_COST)
     machine.stack.append(frozenset(machine.checked_key(item) for item in machine.pop_mark()))
 
@@ -354,9 +443,7 @@ def _build(machine: PickleMachine) -> None:
 def _get(read: Callable[[PickleMachine], int]) -> Operation:
     def run(machine: PickleMachine) -> None:
         index = read(machine)
-        if index not in machine.memo:
-            raise FormatError(f"corrupt pickle: memo {index} is read before it is written, at byte {machine.pos - 1}")
-        machine.stack.append(machine.memo[index])
+        machine.stack.append(machine.memo.read(index, machine.pos))
 
     return run
 
@@ -366,26 +453,28 @@ def _put(read: Callable[[PickleMachine], int]) -> Operation:
         index = read(machine)
         if not 0 <= index < _MOST_MEMO:
             raise FormatError(f"corrupt pickle: a memo index below 0 or beyond 2^32 before byte {machine.pos}")
-        machine.memo[index] = machine.stack[-1]
+        machine.memo.write(index, machine.stack[-1])
 
     return run
 
 
 def _binput(machine: PickleMachine) -> None:
-    machine.memo[machine.data[machine.pos]] = machine.stack[-1]
+    index, memo = machine.data[machine.pos], machine.memo
     machine.pos += 1
+    if index == len(memo.counted) and not memo.others:  # a method call would be a tenth of the time of a whole file
+        memo.counted.append(machine.stack[-1])
+    else:
+        memo.write(index, machine.stack[-1])
 
 
 def _binget(machine: PickleMachine) -> None:
     index = machine.data[machine.pos]
     machine.pos += 1
-    if index not in machine.memo:
-        raise FormatError(f"corrupt pickle: memo {index} is read before it is written, at byte {machine.pos - 1}")
-    machine.stack.append(machine.memo[index])
+    machine.stack.append(machine.memo.read(index, machine.pos))
 
 
 def _memoize(machine: PickleMachine) -> None:
-    machine.memo[len(machine.memo)] = machine.stack[-1]
+    machine.memo.write(len(machine.memo), machine.stack[-1])
 
 
 def _protocol(machine: PickleMachine) -> None:
@@ -415,7 +504,7 @@ OPCODES: Final[Mapping[int, Operation]] = {
     0x47: lambda machine: machine.stack.append(_F8.unpack(machine.read_bytes(8))[0]),
     0x49: _decimal,
     0x4A: _integer(_I4),
-    0x4B: _integer(_U1),
+    0x4B: _small_integer,
     0x4C: _decimal,
     0x4D: _integer(_U2),
     0x4E: _constant(None),
@@ -426,7 +515,7 @@ OPCODES: Final[Mapping[int, Operation]] = {
     0x54: _raw(_I4, _old_string),
     0x55: _raw(_U1, _old_string),
     0x56: lambda machine: machine.stack.append(machine.read_line().encode().decode("raw-unicode-escape")),
-    0x58: _text(_U4),
+    0x58: _common_text,
     0x61: _append,
     0x62: _build,
     0x63: _global,

@@ -111,6 +111,7 @@ class Interpreter:
         self.references: dict[str, int] = {}
         self.repeated: str | None = None  # the first key that was set twice in one mapping
         self.budget = 0
+        self.steps = 0  # the opcodes of the pickles, rounded down
 
     def count_copy(self, work: Sized) -> None:
         """Count a copy of ``work``; raises ``FormatError`` if a pickle copies many times its own size."""

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from ckptkit.core.checkpoint import (
+    MOST_TENSORS,
     Access,
     Check,
     Checkpoint,
@@ -50,17 +53,40 @@ from ckptkit.formats.torch.tree import (
 from ckptkit.wrappers.entries import KnownEntry, describe_entries
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection, describe_averages
 
-__all__ = ["LARGEST_PICKLE", "TorchFile", "build_checkpoint", "build_file_checkpoint", "code_warnings"]
+__all__ = [
+    "LARGEST_PICKLE",
+    "TorchFile",
+    "build_checkpoint",
+    "build_file_checkpoint",
+    "code_warnings",
+    "refuse_many_tensors",
+]
 
 LARGEST_PICKLE = 256 << 20
 _FEWEST_PLACES = 1_000  # a pickle may have so many places, and one more for each byte: only shared values have more
 _CHARACTERS_PER_BYTE = 64  # of all names together, for each byte of the pickle
 _CHARACTERS_PER_PART = 4  # counted for each key of a path, in addition to the characters of the key
 _MOST_RETYPED = 8
+_MOST_EDITED = 4_600_000  # opcodes of a pickle that can be edited: enough for 140,000 tensors
+_TOO_MANY_TENSORS = f"holds more than {MOST_TENSORS:,} tensors, the limit"
 _MOST_SUMMARIZED = 1_000_000
 _MOST_ENTRIES = 100_000
-_MOST_TENSORS = 1_000_000
 _MOST_BESIDE = 8  # named in a warning
+
+
+_CALL = re.compile(rb"t(?:q.|r....)?R", re.DOTALL)  # a tuple of arguments, often remembered, and the call
+_SMALLEST_CALL = 16  # bytes
+
+
+def refuse_many_tensors(pickle: bytes) -> None:
+    """Raise ``FormatError`` for a pickle that calls more functions than a file may have tensors.
+
+    Counting the calls takes a moment; building so many tensors would take long, only to refuse them.
+    """
+    if len(pickle) < _SMALLEST_CALL * MOST_TENSORS:
+        return
+    if next(islice(_CALL.finditer(pickle), MOST_TENSORS, None), None) is not None:
+        raise FormatError(f"the pickle builds more than {MOST_TENSORS:,} tensors, the limit")
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,6 +240,12 @@ def build_checkpoint(
     )
 
 
+def _why_not_edited(objects: TorchObjects) -> str:
+    if objects.retyped:
+        return "it names a storage with two types"
+    return "it describes more objects than an edit can hold" if objects.interpreter.steps > _MOST_EDITED else ""
+
+
 def _stored_kind(file: TorchFile, tensor: TensorRef) -> str:
     """Return the kind of a dense tensor: another one if its stored bytes do not say what torch would load."""
     key = "" if tensor.storage is None else tensor.storage.key
@@ -252,7 +284,7 @@ def _container(
         storage=lambda key: file.locate(storages[key]),
         other_records=file.other_records,
         references=tuple(name for name in file.objects.interpreter.references if not is_weights_only(name)),
-        unwritable=file.unwritable or ("it names a storage with two types" if file.objects.retyped else ""),
+        unwritable=file.unwritable or _why_not_edited(file.objects),
     )
 
 
@@ -272,6 +304,8 @@ def _sort_leaves(value: object, left_out: Collection[object], size: int, summary
 
     ``size`` is the size of the pickle, which bounds the number of places.
     """
+    if isinstance(value, Mapping) and sum(map(is_tensor, value.values())) > MOST_TENSORS:
+        raise FormatError(_TOO_MANY_TENSORS)  # before any name is made
     found: list[tuple[KeyPath, object]] = []
     budget = _CHARACTERS_PER_BYTE * size + 1_000_000
     tensors = unlisted = 0
@@ -287,8 +321,8 @@ def _sort_leaves(value: object, left_out: Collection[object], size: int, summary
         if budget < 0:
             raise FormatError("the structure is nested so deeply that its names take many times the size of the file")
         tensors += leaf_is_tensor
-        if tensors > _MOST_TENSORS:
-            raise FormatError(f"holds more than {_MOST_TENSORS:,} tensors")
+        if tensors > MOST_TENSORS:
+            raise FormatError(_TOO_MANY_TENSORS)
         found.append((path, leaf))
     names = unique_names([path for path, _ in found])
     result = _Leaves({}, {}, [], names.ambiguous, names.warnings)

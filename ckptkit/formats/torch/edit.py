@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ckptkit.core.checkpoint import Container, KeyPath, Payload
 from ckptkit.core.text import listed, printable, quoted
-from ckptkit.errors import PlanError
+from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats.pickle.edit import Items, child_parts, dict_items, dict_part, renumber_storages, set_dict_items
 from ckptkit.formats.pickle.nodes import LEAVE_OUT, Node, Part, edit_error, iterate_nodes, read_nodes, write_nodes
 from ckptkit.formats.torch.write import StoredTensor, TorchZipLayout, layout_torch_archive, pickle_state_dict
@@ -51,7 +51,10 @@ class TorchFileEditor:
             raise edit_error(container.unwritable)
         data = container.pickle()
         self.limit += _PARTS_PER_BYTE * len(data)
-        root, self._protocol = read_nodes(data)
+        try:
+            root, self._protocol = read_nodes(data)
+        except FormatError as error:
+            raise edit_error(error.reason) from None
         part = root
         for key in container.path:
             part = _child(child_parts(part), key)

@@ -14,7 +14,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.pickle.machine import parse_pickle
-from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_file_checkpoint
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_file_checkpoint, refuse_many_tensors
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.formats.zip_archive import ZipDirectory
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
@@ -71,6 +71,7 @@ def read_pickles(
     for folder in ("data", *others):
         objects.prefix = "" if folder == "data" else f"{folder}/"
         data = archive.read(f"{root}{folder}.pkl", largest, ratio=_MOST_COMPRESSION)
+        refuse_many_tensors(data)
         tree, end = parse_pickle(data, objects.interpreter)
         if end != len(data):
             warnings.append(f"{len(data) - end} bytes follow the pickle in {folder}.pkl")
