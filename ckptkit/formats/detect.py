@@ -103,7 +103,8 @@ def _open_by_content(file: LocalFile, selection: Selection) -> Checkpoint:
         from ckptkit.formats.torch.legacy import open_torch_legacy
 
         return open_torch_legacy(file, selection)
-    if head.startswith(_PICKLES):
+    # The length of a safetensors header can look like the first bytes of a pickle.
+    if head.startswith(_PICKLES) and not _looks_like_safetensors(head):
         from ckptkit.formats.torch.bare_pickle import open_bare_pickle
 
         return open_bare_pickle(file, head, selection)

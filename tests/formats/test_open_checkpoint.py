@@ -417,3 +417,13 @@ def test_a_live_model_that_cannot_be_built_is_refused_with_a_reason(modules: Pat
     assert caught.value.path == f"py:{target}"
     assert "\n" not in str(caught.value)
     assert modules.exists()
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_a_safetensors_header_whose_length_begins_a_pickle_is_read(protocol: int, tmp_path: Path) -> None:
+    """The first bytes of a header of 1,152 bytes are those of a pickle of protocol 4."""
+    header = b'{"w":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}'.ljust(protocol * 256 + 128)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"x")
+    with open_checkpoint(path) as checkpoint:
+        assert (checkpoint.format, list(checkpoint)) == ("safetensors", ["w"])
