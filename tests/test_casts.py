@@ -25,9 +25,10 @@ from ckptkit import (
     plan_merge,
     plan_remap,
 )
+from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.torch_bridge import CASTABLE, same_values
 from ckptkit.errors import PlanError
-from ckptkit.tensor_ops.casting import CastLoss, CastPayload
+from ckptkit.tensor_ops.casting import CastPayload
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import dtype_of, names_in, raw, same_state, tensor_of
 

@@ -8,6 +8,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from ckptkit.comparison import diff
+from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
 from ckptkit.core.files import same_bytes
@@ -25,7 +26,6 @@ from ckptkit.plans.merge import OnMismatch, OnMissing, OnUnexpected, plan_merge
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import RulesLike
-from ckptkit.tensor_ops.casting import CastLoss, describe_overflow, describe_small_losses, wider_dtype
 
 __all__ = ["LoadReport", "load_into"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import code_of
@@ -12,7 +13,7 @@ from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.model import LazyTensor, SlotValue
 from ckptkit.param_groups.parameters import LiveModel
-from ckptkit.tensor_ops.casting import CastLoss, LossCounter, describe_overflow, describe_small_losses
+from ckptkit.tensor_ops.casting import LossCounter
 
 __all__ = ["cast_findings"]
 

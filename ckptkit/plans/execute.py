@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, cast
 
+from ckptkit.core.cast_losses import CastLoss, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.files import is_same_file, same_bytes
 from ckptkit.core.progress import Progress
@@ -31,7 +32,6 @@ from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.produce import Producer, overflow_error
 from ckptkit.plans.verify import Verification, verify_index, verify_safetensors, verify_torch
-from ckptkit.tensor_ops.casting import CastLoss, wider_dtype
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:

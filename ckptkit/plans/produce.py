@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from ckptkit.core.cast_losses import CastLoss, describe_overflow
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.plans.plan import Step
-from ckptkit.tensor_ops.casting import (
-    CastLoss,
-    CastPayload,
-    LossCounter,
-    RecipeCounter,
-    can_overflow,
-    describe_overflow,
-)
+
+if TYPE_CHECKING:
+    from ckptkit.tensor_ops.casting import RecipeCounter
 
 __all__ = ["Producer", "overflow_error"]
 
@@ -48,7 +45,11 @@ class Producer:
         if step.recipe is not None:
             return _ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
-        return payload if found.dtype == step.out.dtype else CastPayload(payload, found, step.out, self.losses)
+        if found.dtype == step.out.dtype:
+            return payload
+        from ckptkit.tensor_ops.casting import CastPayload
+
+        return CastPayload(payload, found, step.out, self.losses)
 
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.
@@ -60,6 +61,7 @@ class Producer:
         if step.recipe is None:
             tensor = self._read(step, 0)
             return tensor if found.dtype == step.out.dtype else self._cast(tensor, found, step.out)
+        from ckptkit.tensor_ops.casting import RecipeCounter
         from ckptkit.tensor_ops.recipes import Recipe, evaluate_recipe
 
         # The outputs of one chain over the same sources are computed together; the latest chain is the last one.
@@ -83,6 +85,8 @@ class Producer:
 
         A tensor that is only cast is read in bounded memory.
         """
+        from ckptkit.tensor_ops.casting import CastPayload, can_overflow
+
         if step.recipe is not None:
             if not step.is_cast and not step.recipe.is_lossy:
                 return None
@@ -96,6 +100,8 @@ class Producer:
         return self.losses[step.out.key]
 
     def _cast(self, tensor: Tensor, found: TensorInfo, out: TensorInfo) -> Tensor:
+        from ckptkit.tensor_ops.casting import LossCounter
+
         cast = tensor.to(torch_dtype(out.dtype))
         counter = LossCounter(found, out)
         counter.add(tensor, cast)

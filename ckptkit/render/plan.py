@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.render.page import Code, Line, Page, Row, Table, as_code, as_text, table_rows
-from ckptkit.tensor_ops.casting import CastLoss, describe_overflow, describe_small_losses
 
 if TYPE_CHECKING:
     from ckptkit.plans.execute import Written

@@ -1,169 +1,30 @@
-"""Casts to another dtype, and the exact numbers of values that a cast changes: to inf, to 0, or to an integer."""
+"""Casts to another dtype, which count exactly the values that they change to inf, to 0, or to an integer."""
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ckptkit.core.cast_losses import CastLoss, largest_value
 from ckptkit.core.checkpoint import Payload, TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_bridge import TensorPayload, code_of, tensor_of_bytes, torch_dtype
 from ckptkit.core.torch_types import Tensor
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = [
-    "CastLoss",
-    "CastPayload",
-    "LossCounter",
-    "RecipeCounter",
-    "can_overflow",
-    "describe_overflow",
-    "describe_small_losses",
-    "wider_dtype",
-]
+__all__ = ["CastPayload", "LossCounter", "RecipeCounter", "can_overflow"]
 
 _ROW = 1024  # values in a row that is looked at as a whole first
 _FEW = 16  # of so many rows, one can be looked at value by value without a second look at all rows
-_MOST_KEYS = 4
-_WIDER = ("BF16", "F32", "F64")
-
-
-@dataclass(frozen=True, slots=True)
-class CastLoss:
-    """The numbers of values in one tensor that a cast changed in a way that rounding does not explain.
-
-    ``values`` is the number of all values. ``overflowed`` counts values that the new dtype cannot hold. They become
-    inf, NaN, the largest value of the dtype, or another integer. ``underflowed`` counts values that become 0, and
-    ``truncated`` values that lose only a part: a fraction, or all but whether a value is 0 in a BOOL.
-    ``largest`` is the largest finite magnitude among the overflowed values. ``is_mask`` is true if each of them is the
-    lowest value of a floating-point dtype, as in masks.
-    """
-
-    key: str
-    found: str
-    dtype: str
-    values: int = 0
-    overflowed: int = 0
-    underflowed: int = 0
-    truncated: int = 0
-    largest: float = 0.0
-    is_mask: bool = False
-
-    def __add__(self, later: CastLoss) -> CastLoss:
-        """Return the losses of two casts of one tensor, the second after the first."""
-        return CastLoss(
-            later.key,
-            self.found if self else later.found,
-            later.dtype,
-            later.values,
-            self.overflowed + later.overflowed,
-            self.underflowed + later.underflowed,
-            self.truncated + later.truncated,
-            max(self.largest, later.largest),
-            later.is_mask and not self.overflowed,
-        )
-
-    def __bool__(self) -> bool:
-        """Return whether any value changed in one of the counted ways."""
-        return bool(self.overflowed or self.underflowed or self.truncated)
-
-    def __str__(self) -> str:
-        """Return the tensor, its dtypes and the counts: ``'w' (F32 to F16): 2 of 4 values become inf``."""
-        parts = []
-        if self.overflowed:
-            parts.append(f"{_of(self.overflowed, self)} become {_overflowed_value(self.dtype)}")
-        if self.underflowed:
-            parts.append(f"{_of(self.underflowed, self)} become 0")
-        if self.truncated:
-            what = "become true" if self.dtype == "BOOL" else "lose a fraction"
-            parts.append(f"{_of(self.truncated, self)} {what}")
-        return f"{quoted(self.key)} ({self.found} to {self.dtype}): {', '.join(parts)}"
-
-
-def _of(count: int, loss: CastLoss) -> str:
-    return f"{count:,} of {plural(loss.values, 'value')}"
-
-
-def _overflowed_value(code: str) -> str:
-    if code.endswith("FNUZ") or code == "F8_E8M0":
-        return "NaN or another value"
-    if code == "F8_E4M3":
-        return "448 or NaN"
-    return "inf" if code.startswith(("F", "BF", "C")) else "another integer"
-
-
-def describe_overflow(losses: Iterable[CastLoss]) -> str:
-    """Return one sentence about the overflows among the losses, with the first keys and their counts."""
-    found = [loss for loss in losses if loss.overflowed]
-    named = []
-    for loss in found[:_MOST_KEYS]:
-        only = replace(loss, underflowed=0, truncated=0)
-        if loss.is_mask:
-            named.append(f"{only}, and each is the lowest value of a floating-point dtype, as in an attention mask")
-        else:
-            named.append(f"{only}, up to {loss.largest:.6g}" if loss.largest else str(only))
-    more = f" and {len(found) - _MOST_KEYS:,} more tensors" if len(found) > _MOST_KEYS else ""
-    count = sum(loss.overflowed for loss in found)
-    fit = "does not fit" if count == 1 else "do not fit"
-    return f"{plural(count, 'value')} {fit} the new dtype: {'; '.join(named)}{more}"
-
-
-def describe_small_losses(losses: Iterable[CastLoss]) -> list[str]:
-    """Return a sentence about the values that became 0 or lost a fraction, for each pair of dtypes."""
-    by_dtypes: dict[tuple[str, str], list[CastLoss]] = {}
-    for loss in losses:
-        if loss.underflowed or loss.truncated:
-            by_dtypes.setdefault((loss.found, loss.dtype), []).append(replace(loss, overflowed=0))
-    lines = []
-    for (found, dtype), several in by_dtypes.items():
-        if len(several) == 1:
-            lines.append(f"cast of {several[0]}")
-            continue
-        total = replace(_total(several), key="")
-        first = max(several, key=lambda loss: loss.underflowed + loss.truncated)
-        counts = str(total).partition("): ")[2]
-        lines.append(f"cast of {len(several):,} tensors ({found} to {dtype}): {counts}; most in {quoted(first.key)}")
-    return lines
-
-
-def _total(losses: Sequence[CastLoss]) -> CastLoss:
-    return replace(
-        losses[0],
-        values=sum(loss.values for loss in losses),
-        underflowed=sum(loss.underflowed for loss in losses),
-        truncated=sum(loss.truncated for loss in losses),
-    )
-
-
-def wider_dtype(losses: Iterable[CastLoss]) -> str | None:
-    """Return the first of BF16, F32 and F64 that holds every overflowed value of floating-point tensors, or None."""
-    overflowed = [loss for loss in losses if loss.overflowed]
-    largest = max((loss.largest for loss in overflowed), default=0.0)
-    if not all(loss.dtype.startswith(("F", "BF")) and loss.largest for loss in overflowed):
-        return None
-    dtypes = {loss.dtype for loss in overflowed}
-    return next((code for code in _WIDER if largest <= _largest(code) and code not in dtypes), None)
 
 
 def can_overflow(found: str, dtype: str) -> bool:
     """Return whether a cast between the dtypes of these codes can change a finite value to inf or to another number."""
     return LossCounter(TensorInfo("", found, ()), TensorInfo("", dtype, ())).can_overflow
-
-
-@functools.cache
-def _largest(code: str) -> float:
-    import torch
-
-    dtype = torch_dtype(code)
-    if dtype.is_floating_point or dtype.is_complex:
-        return float(torch.finfo(dtype).max)
-    return 1.0 if dtype == torch.bool else float(torch.iinfo(dtype).max)
 
 
 class LossCounter:
@@ -181,7 +42,7 @@ class LossCounter:
         self._parts = DTYPES[out.dtype].parts if DTYPES[found.dtype].parts > 1 else 1
         self._loss = CastLoss(out.key, found.dtype, out.dtype)
         self._is_mask = True
-        self._lowest = {-_largest(code) for code in ("F32", "BF16", "F64")}
+        self._lowest = {-largest_value(code) for code in ("F32", "BF16", "F64")}
         self.can_overflow = self._is_narrower()
         can_underflow = False
         self._bits: torch.dtype | None = None
@@ -271,7 +132,7 @@ class LossCounter:
             over = finite & ~torch.isfinite(new)
             if self._out == torch.float8_e4m3fn:
                 # Some versions of torch give the largest value, 448, in place of NaN; up to 464 it is the nearest one.
-                over |= (new.abs() == _largest("F8_E4M3")) & (old.abs() > 464)
+                over |= (new.abs() == largest_value("F8_E4M3")) & (old.abs() > 464)
             if self._out == torch.float8_e8m0fnu:
                 over |= (old < 0) & torch.isfinite(new)  # it has no sign
         elif self._out == torch.bool:
@@ -416,5 +277,5 @@ def _count_overflowed(tensor: Tensor) -> int:
     values = _real_view(tensor).to(torch.float64)
     overflowed = ~values.isfinite()
     if tensor.dtype == torch.float8_e4m3fn:
-        overflowed |= values.abs() == _largest("F8_E4M3")
+        overflowed |= values.abs() == largest_value("F8_E4M3")
     return int(overflowed.sum())
