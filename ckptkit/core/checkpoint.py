@@ -29,6 +29,7 @@ __all__ = [
     "TensorInfo",
     "View",
     "is_contiguous",
+    "memory_order",
     "module_versions",
     "row_major",
     "storage_range",
@@ -431,6 +432,20 @@ def is_contiguous(info: TensorInfo) -> bool:
             return False
         expected *= size
     return True
+
+
+def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the dims with several elements, from the slowest to the fastest in memory; None with gaps or overlaps.
+
+    Two dense tensors of one shape and one order have their elements at the same places of their memory.
+    """
+    order = sorted((at for at, size in enumerate(shape) if size > 1), key=lambda at: -stride[at])
+    expected = 1
+    for at in reversed(order):
+        if stride[at] != expected:
+            return None
+        expected *= shape[at]
+    return tuple(order)
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:

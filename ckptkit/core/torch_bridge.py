@@ -19,6 +19,7 @@ from ckptkit.core.checkpoint import (
     TensorInfo,
     View,
     is_contiguous,
+    memory_order,
     module_versions,
     storage_range,
 )
@@ -40,6 +41,9 @@ __all__ = [
     "describe_state_dict",
     "dtype_code",
     "flat_bytes",
+    "has_same_layout",
+    "in_layout_of",
+    "is_plain",
     "same_values",
     "shape_or_none",
     "tensor_of_bytes",
@@ -126,6 +130,31 @@ def same_values(tensor: Tensor, value: Tensor) -> bool:
     differ = (found != expected).reshape(tensor.numel(), -1).any(dim=1)
     wide = torch.complex128 if tensor.is_complex() else torch.float64
     return all(bool(side.reshape(-1).to(wide)[differ].isnan().all()) for side in (tensor, cast))
+
+
+def is_plain(value: object) -> TypeGuard[Tensor]:
+    """Return whether ``value`` is a tensor with strides, and not of a subclass such as DTensor."""
+    import torch
+
+    is_tensor = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return is_tensor and value.layout is torch.strided and not value.is_quantized  # type: ignore[attr-defined]
+
+
+def has_same_layout(tensor: Tensor, other: Tensor) -> bool:
+    """Return whether two plain tensors of one shape have their elements in the same order of memory, without gaps.
+
+    Strides of dims of size 1 do not count.
+    """
+    order = memory_order(tuple(tensor.shape), tuple(tensor.stride()))
+    return order is not None and order == memory_order(tuple(other.shape), tuple(other.stride()))
+
+
+def in_layout_of(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return ``tensor`` with the order of memory that ``torch.zeros_like(other)`` has; the shapes must be equal."""
+    import torch
+
+    like = torch.empty_like(other, dtype=tensor.dtype, device=tensor.device)
+    return tensor if has_same_layout(tensor, like) else like.copy_(tensor)
 
 
 def tensor_of_bytes(data: bytes | bytearray | memoryview) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.core.torch_bridge import same_values
+from ckptkit.core.torch_bridge import has_same_layout, in_layout_of, is_plain, same_values
 from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
@@ -277,6 +277,7 @@ def _load(
     schema: OptimizerSchema | None,
 ) -> None:
     given = to_dict(state, "indexed")
+    _follow_live_layouts(given, state, live_model, schema)
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
         if "param_names" in live:
             group["param_names"] = list(live["param_names"])
@@ -296,9 +297,46 @@ def _load(
         if schema is not None:
             _restore_scalar_dtypes(optimizer, match, live_model, schema)
         _compare_values(optimizer, match, live_model)
+        _compare_layouts(optimizer, given, state, live_model)
     except BaseException:
         restore()
         raise
+
+
+def _follow_live_layouts(
+    given: Mapping[str, Any], state: OptimizerState, live_model: LiveModel, schema: OptimizerSchema | None
+) -> None:
+    """Lay each elementwise slot out as its parameter, because a fused step reads both in the order of memory.
+
+    Nothing is known about the slots of other optimizers, so these keep the layout of the file, as in torch.
+    """
+    elementwise = {slot.name for slot in (schema.slots if schema else ()) if slot.layout == "elementwise"}
+    for place, name in enumerate(state.names):
+        parameter, slots = live_model.by_name[name].tensor, given["state"].get(place, {})
+        if is_plain(parameter):
+            for slot in elementwise & slots.keys():
+                if is_plain(slots[slot]) and slots[slot].shape == parameter.shape:
+                    slots[slot] = in_layout_of(slots[slot], parameter)
+
+
+def _compare_layouts(
+    optimizer: Optimizer, given: Mapping[str, Any], state: OptimizerState, live_model: LiveModel
+) -> None:
+    """Raise ``GroupsError`` if a slot has another memory layout than torch was given."""
+    import torch
+
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        return  # the class decides how it keeps its state
+    for place, name in enumerate(state.names):
+        loaded = optimizer.state.get(live_model.by_name[name].tensor, {})
+        for slot, value in given["state"].get(place, {}).items():
+            found = loaded.get(slot)
+            if is_plain(value) and is_plain(found) and not has_same_layout(found, value):
+                raise GroupsError(
+                    f"{slot} of {quoted(name)} has the strides {tuple(found.stride())} after loading, not the saved "
+                    f"{tuple(value.stride())}",
+                    hint="a hook of the optimizer changed its memory layout",
+                )
 
 
 def _restore_scalar_dtypes(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo, memory_order
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import html_table, kind_of, plural, printable
 from ckptkit.core.torch_bridge import TensorPayload
@@ -77,9 +77,18 @@ class LazyTensor:
         return self.source.read(self.info.key)
 
     def read(self) -> Tensor:
-        """Return the tensor on the CPU, in memory of its own; raises what ``Checkpoint.read`` does."""
+        """Return the tensor on the CPU, in memory of its own, with the saved strides unless these leave gaps.
+
+        Raises what ``Checkpoint.read`` does.
+        """
         tensor = self.read_shared()
-        return tensor.contiguous().clone() if isinstance(self.payload(), TensorPayload) else tensor
+        if isinstance(self.payload(), TensorPayload):
+            return tensor.clone()
+        view = self.info.view
+        is_as_read = view is None or tuple(tensor.shape) != self.shape or view.stride == tuple(tensor.stride())
+        if view is None or is_as_read or memory_order(self.shape, view.stride) is None:
+            return tensor
+        return tensor.new_empty_strided(tensor.shape, view.stride).copy_(tensor)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo, View, memory_order, row_major
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import SCHEMAS, schema_from_options
 from ckptkit.errors import PlanError
@@ -23,7 +23,7 @@ from ckptkit.optimizer_state.model import (
     slot_kind,
 )
 from ckptkit.plans.plan import Step
-from ckptkit.plans.produce import Producer
+from ckptkit.plans.produce import ComputedPayload, Producer
 from ckptkit.plans.steps import make_step
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, Rules, describe_output
@@ -188,7 +188,8 @@ class _SlotRemapper:
         sources = [checkpoint[source] for source in derivation.sources]
         described = describe_output(name, sources, recipe, derivation.rule)
         step = make_step(replace(described, key=name), derivation, _ROLE, checkpoint)
-        return LazyTensor(step.out, _produced_checkpoint(step, producer, checkpoint.path))
+        produced = _produced_checkpoint(step, producer, checkpoint.path, _common_order(sources, step.out))
+        return LazyTensor(produced[name], produced)
 
     def _initial_value(self, slot: str, name: str) -> float:
         """Return the value that the optimizer writes into each element of a slot before its first step."""
@@ -227,8 +228,31 @@ def _as_checkpoint(tensors: Mapping[str, LazyTensor], path: str) -> Checkpoint:
     )
 
 
-def _produced_checkpoint(step: Step, producer: Producer, path: str) -> Checkpoint:
+def _common_order(sources: Sequence[TensorInfo], out: TensorInfo) -> tuple[int, ...] | None:
+    """Return the dims from slowest to fastest that all sources have in memory, if they are not in row-major order."""
+    orders = set()
+    for info in sources:
+        if info.view is None or len(info.shape) != len(out.shape) or memory_order(info.shape, info.view.stride) is None:
+            return None
+        stride = info.view.stride
+        orders.add(tuple(sorted(range(len(stride)), key=lambda at: -stride[at])))
+    order = orders.pop() if len(orders) == 1 else ()
+    return order if list(order) != sorted(order) else None
+
+
+def _produced_checkpoint(step: Step, producer: Producer, path: str, order: tuple[int, ...] | None) -> Checkpoint:
+    """Return the tensor of a step as a Checkpoint; ``order`` has the dims from slowest to fastest in memory."""
+    out, span = step.out, None
+    if order is not None:
+        stride = [0] * len(order)
+        for at, elements in zip(order, row_major(tuple(out.shape[at] for at in order)), strict=True):
+            stride[at] = elements
+        out = replace(out, view=View(0, 0, tuple(stride)))
+
+        def span(info: TensorInfo) -> Payload:
+            return ComputedPayload(info.nbytes, lambda: producer.tensor(step).permute(order))
+
     def payload(_: TensorInfo) -> Payload:
         return producer.payload(step)
 
-    return Checkpoint({step.out.key: step.out}, Access(payload), Description(path, "optimizer state"))
+    return Checkpoint({out.key: out}, Access(payload, span), Description(path, "optimizer state"))

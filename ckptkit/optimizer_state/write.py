@@ -132,13 +132,17 @@ class _StateParts:
         for number, tensor in enumerate(by_number):
             if tensor.info.kind != "dense":
                 raise PlanError(f"{quoted(tensor.info.key)} cannot be copied: it is a {tensor.info.kind} tensor")
-            infos.append(replace(tensor.info, key=str(number), view=None))
+            view = tensor.info.view and tensor.info.view._replace(storage=number)  # sources can have equal numbers
+            infos.append(replace(tensor.info, key=str(number), view=view))
         refuse_unwritable(infos)
 
         def payload(info: TensorInfo) -> Payload:
             return by_number[int(info.key)].payload()
 
-        self.records, stored = assign_records(infos, payload, payload)
+        def span(info: TensorInfo) -> Payload | None:
+            return by_number[int(info.key)].span()
+
+        self.records, stored = assign_records(infos, payload, span)
         self._new_tensors = dict(zip(new, editor.add_tensors(stored).values(), strict=True))
 
     def of_state(self, value: Mapping[str, SlotValue]) -> dict[str, Part]:

@@ -81,6 +81,11 @@ MIXED = Code("groups.mixed", ("error",), "One fused or foreach group mixes DTens
 STATE_SHAPE = Code("groups.state-shape", ("error",), "The state of a parameter has the wrong shape.")
 STATE_DTYPE = Code("groups.state-dtype", ("error", "warning"), "The state of a parameter has another dtype.")
 STATE_DEVICE = Code("groups.state-device", ("error", "warning"), "The state of a parameter is on another device.")
+STATE_LAYOUT = Code(
+    "groups.state-layout",
+    ("error",),
+    "A fused step reads a state tensor in another order of memory than its parameter.",
+)
 STATE_INCOMPLETE = Code(
     "groups.state-incomplete", ("error", "warning"), "The state of a parameter lacks a slot that the optimizer reads."
 )

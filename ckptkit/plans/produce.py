@@ -17,7 +17,7 @@ from ckptkit.plans.plan import Step
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.casting import RecipeCounter
 
-__all__ = ["Producer", "overflow_error"]
+__all__ = ["ComputedPayload", "Producer", "overflow_error"]
 
 _CACHE_BYTES = 128 << 20
 
@@ -43,7 +43,7 @@ class Producer:
         """
         found = self._describe(step)
         if step.recipe is not None:
-            return _ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
+            return ComputedPayload(step.out.nbytes, lambda: self.tensor(step))
         payload = self.roles[step.sources[0].role].payload(step.sources[0].key)
         if found.dtype == step.out.dtype:
             return payload
@@ -147,7 +147,7 @@ class Producer:
 
 
 @dataclass(frozen=True, slots=True)
-class _ComputedPayload:
+class ComputedPayload:
     nbytes: int
     compute: Callable[[], Tensor] = field(repr=False)
 

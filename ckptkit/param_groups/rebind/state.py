@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptkit.core.text import quoted
+from ckptkit.core.torch_bridge import has_same_layout, in_layout_of, is_plain
 from ckptkit.core.torch_optim import OptimizerSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import GroupsError
@@ -152,7 +153,7 @@ def _converted(
     schema: OptimizerSchema | None,
     options: Mapping[str, Any],
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the slots in the dtype and on the device of the parameter, as torch loads them, and the changes."""
+    """Return the slots in the dtype, on the device and in the layout of the parameter, and the changes."""
     converted: dict[str, Any] = {}
     changes: dict[str, str] = {}
     tensor = live.tensor
@@ -171,16 +172,28 @@ def _converted(
             and value.device != tensor.device
             and (is_known or older is None or value.device == older.device)
         )
-        if to_dtype or moves:
-            converted[name] = value.to(
-                tensor.device if moves else value.device, tensor.dtype if to_dtype else value.dtype
-            )
+        new = value.to(tensor.device if moves else value.device, tensor.dtype if to_dtype else value.dtype)
+        if _follows_layout(name, value, older, schema) and is_plain(tensor) and value.shape == tensor.shape:
+            new = in_layout_of(new, tensor)
+        if new is not value:
+            converted[name] = new
             changes[name] = " and ".join(
                 part
                 for part in (
                     f"cast from {value.dtype} to {tensor.dtype}" if to_dtype else "",
                     f"moved from {value.device} to {tensor.device}" if moves else "",
+                    f"given the strides {tuple(new.stride())}" if new.stride() != value.stride() else "",
                 )
                 if part
             )
     return converted, changes
+
+
+def _follows_layout(name: str, value: Tensor, older: Tensor | None, schema: OptimizerSchema | None) -> bool:
+    """Return whether a slot has the layout of its parameter: a fused step reads both in the order of memory."""
+    if not is_plain(value):
+        return False
+    if schema is None:  # nothing is known about the slot, unless it had the layout of the older parameter
+        return is_plain(older) and value.shape == older.shape and has_same_layout(value, older)
+    slot = schema.slot(name)
+    return slot is not None and slot.layout == "elementwise"

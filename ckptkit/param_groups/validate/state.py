@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.text import human_bytes, plural, quoted
+from ckptkit.core.torch_bridge import has_same_layout, is_plain
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
@@ -81,6 +82,7 @@ def _check_slots(
 ) -> Iterator[Finding]:
     unread: dict[str, list[Member]] = defaultdict(list)
     converted: dict[tuple[Code, object, object], dict[Member, bool]] = defaultdict(dict)
+    other_layout: dict[str, dict[Member, tuple[int, ...]]] = defaultdict(dict)
     for member, slots in states:
         shape = member.shape
         if shape is None:
@@ -102,6 +104,8 @@ def _check_slots(
                     members[member] = members.get(member, False) or fails
                 if value.device != member.tensor.device:
                     converted[codes.STATE_DEVICE, value.device, member.tensor.device][member] = True
+                if member.group.options.get("fused") and _is_read_in_other_order(value, member.tensor):
+                    other_layout[name][member] = tuple(value.stride())
         if wrong:
             yield _wrong_shape(live_model, member, wrong, shape)
     for name, holders in unread.items():
@@ -111,8 +115,28 @@ def _check_slots(
             "state is from an optimizer of another class",
             "load the state of the same class, or start without state: optimizer.state.clear()",
         )
+    for name, strides in other_layout.items():
+        yield _other_layout(live_model, name, strides)
     for (code, of_state, of_parameter), members in converted.items():
         yield _converted(live_model, code, of_state, of_parameter, members)
+
+
+def _is_read_in_other_order(value: Tensor, parameter: Tensor) -> bool:
+    """Return whether a fused step takes elements of ``value`` for other elements of the parameter."""
+    if not is_plain(value) or not is_plain(parameter) or value.shape != parameter.shape or value.is_meta:
+        return False
+    return not has_same_layout(value, parameter)
+
+
+def _other_layout(live_model: LiveModel, slot: str, strides: Mapping[Member, tuple[int, ...]]) -> Finding:
+    members = list(strides)
+    return codes.STATE_LAYOUT.finding(
+        member_name(live_model, members[0]),
+        f"{slot} of {member_names(live_model, members)} has the strides {strides[members[0]]}, but the parameter has "
+        f"{tuple(members[0].tensor.stride())}: a fused step reads both in the order of memory, so it takes the state "
+        "of other elements",
+        "rebind(optimizer, model) lays the state out like its parameter; fused=False reads any layout",
+    )
 
 
 def _shape_of(value: object) -> tuple[int, ...] | None:
