@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from ckptkit import choose_output, execute, open_checkpoint, parse_rules, plan_remap
 from ckptkit.core.torch_bridge import CASTABLE, as_checkpoint
 from ckptkit.errors import OutputError
+from ckptkit.formats import safetensors as safetensors_reader
 from ckptkit.plans import verify
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.verify import verify_safetensors, verify_torch
@@ -77,16 +79,53 @@ def test_what_the_other_reader_refuses_is_not_called_verified(
     assert (output["verified"], output["read_back"]) == (TORCH, None)
 
 
-def test_a_dtype_that_safetensors_does_not_read_is_read_back_alone(tmp_path: Path) -> None:
-    """torch has no dtype for F6, so no tensor of the file is called verified."""
-    header = {"w": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]},
-              "v": {"dtype": "F32", "shape": [1], "data_offsets": [3, 7]}}  # fmt: skip
+def safetensors_file(path: Path, dtype: str, shape: list[int], nbytes: int) -> Path:
+    header = {"w": {"dtype": dtype, "shape": shape, "data_offsets": [0, nbytes]},
+              "v": {"dtype": "F32", "shape": [1], "data_offsets": [nbytes, nbytes + 4]}}  # fmt: skip
     text = json.dumps(header).encode()
-    source = tmp_path / "in.safetensors"
-    source.write_bytes(len(text).to_bytes(8, "little") + text + b"abcdefg")
-    with open_checkpoint(source) as checkpoint:
-        written = execute(plan_remap(checkpoint), checkpoint, tmp_path / "out.safetensors", verify=True)
-    assert (written.verified, written.read_back) == (None, f"'w' in {tmp_path / 'out.safetensors'} is F6_E2M3")
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(nbytes + 4))
+    return path
+
+
+def test_a_dtype_that_torch_does_not_have_is_read_back_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No tensor of a file is called verified if safetensors cannot give one of its tensors to this torch."""
+    monkeypatch.delattr(torch, "float8_e8m0fnu")
+    safetensors_reader._reader_refusal.cache_clear()
+    out = tmp_path / "out.safetensors"
+    with open_checkpoint(safetensors_file(tmp_path / "in.safetensors", "F8_E8M0", [4], 4)) as checkpoint:
+        written = execute(plan_remap(checkpoint), checkpoint, out, verify=True)
+    safetensors_reader._reader_refusal.cache_clear()
+    assert (written.verified, written.read_back) == (None, f"'w' in {out} is F8_E8M0")
+
+
+PACKED = {
+    "F6_E2M3": ("F6_E2M3", [4], 3, "Dtype not understood"),
+    "F6_E3M2": ("F6_E3M2", [2, 4], 6, "Dtype not understood"),
+    "odd rows": ("F4", [2, 3], 3, "last dim be divisible by 2"),
+    "empty odd rows": ("F4", [0, 3], 0, "last dim be divisible by 2"),
+    "even rows": ("F4", [3, 2], 3, ""),
+}
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_no_tensor_is_written_that_safetensors_cannot_read_again(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The installed library decides: what it reads is written and verified, and what it refuses is refused first."""
+    dtype, shape, nbytes, reason = PACKED[name]
+    source, out = safetensors_file(tmp_path / "in.safetensors", dtype, shape, nbytes), tmp_path / "out.safetensors"
+    ran = run_ckpt(capsys, "convert", source, "-o", out, "--verify")
+    with safetensors.safe_open(source, framework="pt") as file, contextlib.ExitStack() as stack:
+        if reason:
+            stack.enter_context(pytest.raises(safetensors.SafetensorError, match=reason))
+        file.get_tensor("w")
+    if not reason:
+        assert (ran.code, "verified by safetensors" in ran.err) == (0, True)
+        return
+    assert (ran.code, ran.err.count("\n"), out.exists()) == (2, 2, False)
+    assert f"'w' would be {dtype} {shape}, which the safetensors library cannot read again" in ran.err
+    assert "ckpt remap with --drop" in ran.err
+    assert run_ckpt(capsys, "remap", source, "-o", out, "--drop", "w").code == 0
 
 
 def test_large_tensors_are_compared_in_pieces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

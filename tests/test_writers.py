@@ -256,11 +256,12 @@ def test_every_name_survives(key: str, tmp_path: Path) -> None:
         assert same_state(load_file(written(state, "a.safetensors", tmp_path)), state)
 
 
-def test_a_checkpoint_without_tensors(tmp_path: Path) -> None:
-    """A file without tensors is read by both libraries."""
+def test_a_plan_without_tensors_writes_no_file(tmp_path: Path) -> None:
+    """A file without tensors would only hide that nothing matched."""
     plan = plan_merge({}, {"x": torch.ones(1)})
-    execute(plan, {"base": {}, "donor": {}}, tmp_path / "a.safetensors")
-    assert load_file(tmp_path / "a.safetensors") == {}
+    with pytest.raises(PlanError, match="the plan writes no tensor"):
+        execute(plan, {"base": {}, "donor": {}}, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 class Holes:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,7 +15,7 @@ from ckptkit.core.config_files import parse_json
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, LocalFile
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.core.text import plural, quoted
+from ckptkit.core.text import first_line, plural, quoted
 from ckptkit.errors import FormatError, PlanError
 
 if TYPE_CHECKING:
@@ -26,6 +28,7 @@ __all__ = [
     "layout_safetensors",
     "merge_extents",
     "open_safetensors",
+    "reader_refusal",
     "refuse_unstorable",
     "write_safetensors",
 ]
@@ -228,7 +231,10 @@ def layout_safetensors(infos: Iterable[TensorInfo], metadata: Mapping[str, str])
 
 
 def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
-    """Raise ``PlanError`` for a dtype without a safetensors code, and for the reserved key ``__metadata__``."""
+    """Raise ``PlanError`` for a tensor that the safetensors library could not store, or could not read again.
+
+    These are dtypes without a safetensors code, packed tensors that the library refuses, and the key ``__metadata__``.
+    """
     for info in infos:
         if info.key == METADATA:
             raise PlanError(f"a tensor is called '{METADATA}', which safetensors reserves", hint="rename it")
@@ -238,6 +244,34 @@ def refuse_unstorable(infos: Iterable[TensorInfo]) -> None:
                 f"{quoted(info.key)} would be {info.dtype}, which safetensors cannot store",
                 hint="write a .pt file, or drop the tensor: ckpt remap with --drop",
             )
+        # Only packed dtypes are questionable, and to read them again is worth an import of torch.
+        if dtype.bits < 8 and (refusal := reader_refusal(info.dtype, info.shape)):
+            raise PlanError(
+                f"{quoted(info.key)} would be {info}, which the safetensors library cannot read again: {refusal}",
+                hint="drop the tensor: ckpt remap with --drop",
+            )
+
+
+def reader_refusal(dtype: str, shape: Sequence[int]) -> str:
+    """Return why the installed safetensors and torch do not read a tensor of this dtype and shape, or ``""``."""
+    return _reader_refusal(dtype, not shape or shape[-1] % 2 == 1)
+
+
+@functools.cache
+def _reader_refusal(dtype: str, is_odd: bool) -> str:
+    import safetensors
+
+    bits = DTYPES[dtype].bits
+    header = json.dumps({"x": {"dtype": dtype, "shape": [8, 2 - is_odd], "data_offsets": [0, bits * (2 - is_odd)]}})
+    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
+        file.write(len(header).to_bytes(8, "little") + header.encode() + bytes(bits * (2 - is_odd)))
+        file.flush()
+        try:
+            with safetensors.safe_open(file.name, framework="pt", device="cpu") as found:
+                found.get_tensor("x")
+        except Exception as error:  # noqa: BLE001 - a dtype that torch lacks is an AttributeError
+            return first_line(error)
+    return ""
 
 
 def _aligned(infos: Sequence[TensorInfo]) -> bool:

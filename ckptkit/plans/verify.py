@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +19,7 @@ from ckptkit.core.torch_bridge import TensorPayload, code_of
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import OutputError
 from ckptkit.formats import open_inside
+from ckptkit.formats.safetensors import reader_refusal
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import Producer
 from ckptkit.wrappers.envelopes import Selection
@@ -68,7 +67,7 @@ def verify_safetensors(
 
     file, producer = _File(path, shown), Producer(sources)
     reader = f"safetensors {safetensors.__version__}"
-    unknown = next((step for step in steps if not _is_known(step.out.dtype)), None)
+    unknown = next((step for step in steps if reader_refusal(step.out.dtype, step.out.shape)), None)
     if unknown is not None:
         why = f"{quoted(unknown.out.key)} in {printable(shown)} is {unknown.out.dtype}"
         return Verification(reader, _read_alone(file, why, steps, producer))
@@ -108,24 +107,6 @@ def _batches(steps: Iterable[Step]) -> Iterator[list[Step]]:
         batch.append(step)
         size += step.out.nbytes
     yield batch
-
-
-@functools.cache
-def _is_known(code: str) -> bool:
-    """Return whether safetensors and torch, as they are installed, read tensors of this dtype."""
-    import safetensors
-
-    bits = DTYPES[code].bits
-    header = json.dumps({"x": {"dtype": code, "shape": [8], "data_offsets": [0, bits]}}).encode()
-    with tempfile.NamedTemporaryFile(suffix=".safetensors") as file:
-        file.write(len(header).to_bytes(8, "little") + header + bytes(bits))
-        file.flush()
-        try:
-            with safetensors.safe_open(file.name, framework="pt", device="cpu") as found:
-                found.get_tensor("x")
-        except Exception:  # noqa: BLE001 - an unknown dtype is an AttributeError or an error of the library
-            return False
-    return True
 
 
 def _pieces_of(found: Any, opened: Callable[[], Any], step: Step) -> Iterator[Tensor]:
