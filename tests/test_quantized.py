@@ -118,6 +118,33 @@ QUANTIZED: dict[str, tuple[str, State]] = {
     "torchao, older names": ("torchao", {"weight:qdata": of(F8, 8, 4), "weight:scale": of(F32, 8, 1)}),
     "AQLM": ("AQLM", {"codes": of(I8, 8, 4, 2), "codebooks": of(F16, 2, 256, 1, 8), "scales": of(F16, 8, 1, 1, 1)}),
     "MLX": ("MLX", {"weight": of(torch.uint32, 8, 4), "scales": of(BF16, 8, 1), "biases": of(BF16, 8, 1)}),
+    "fp8, TensorRT-LLM": (
+        "fp8 (TensorRT-LLM)",
+        {"weight": of(F8, 8, 8), "weights_scaling_factor": of(F32, 1), "activation_scaling_factor": of(F32, 1)},
+    ),
+    "fp8, the bound of inputs": (
+        "fp8", {"weight": of(F8, 8, 8), "weight_scale": of(F32, 8, 1), "input_scale_ub": of(F32, 1)},
+    ),
+    "int8, TensorRT-LLM": ("int8", {"weight": of(I8, 8, 4), "per_channel_scale": of(F16, 4)}),
+    "int8, gpt-fast": ("int8", {"weight": of(I8, 8, 4), "scales": of(BF16, 8)}),
+    "int4, gpt-fast": (
+        "int4 (tinygemm)", {"weight": of(I32, 8, 4, 32, 4), "scales_and_zeros": of(BF16, 2, 64, 2)},
+    ),
+    "sparse": (
+        "sparse (compressed-tensors)",
+        {"weight.compressed": of(BF16, 64), "weight.bitmask": of(U8, 16, 1), "weight.shape": of(I64, 2),
+         "weight.row_offsets": of(I64, 16)},
+    ),
+    "sparse fp8": (
+        "sparse (compressed-tensors)",
+        {"compressed": of(F8, 8, 4), "bitmask": of(U8, 8, 1), "shape": of(I64, 2), "weight_scale": of(F32, 1)},
+    ),
+    "GPTQ, symmetric": ("GPTQ", {"qweight": of(I32, 16, 64), "scales": of(F16, 1, 64), "g_idx": of(I32, 128)}),
+    "Marlin": ("GPTQ (Marlin)", {"B": of(I32, 8, 128), "s": of(F16, 1, 64), "workspace": of(I32, 16)}),
+    "HQQ, codes in BF16": (
+        "HQQ", {"W_q": of(BF16, 64, 64), "scale": of(F16, 128, 1), "zero": of(F16, 128, 1), "nbits": of(I32)},
+    ),
+    "SVDQuant, int4": ("SVDQuant", {"qweight": of(I32, 16, 32), "wscales": of(BF16, 1, 64), "wzeros": of(BF16, 1, 64)}),
     "SVDQuant": (
         "SVDQuant",
         {"qweight": of(I8, 8, 4), "wscales": of(BF16, 1, 8), "smooth_factor": of(BF16, 8), "proj_up": of(BF16, 8, 4)},
@@ -144,10 +171,14 @@ def test_experts_of_a_layer_can_be_one_tensor() -> None:
         "experts.gate_up_proj": of(F8, 2, 256, 256), "experts.gate_up_proj_scale_inv": of(F32, 2, 2, 2),
         "experts.down_proj_blocks": of(U8, 2, 8, 4, 16), "experts.down_proj_scales": of(U8, 2, 8, 4),
         "experts.down_proj_bias": of(BF16, 2, 8),
+        "mlp.mlp1_weight.blocks": of(U8, 2, 8, 4, 16), "mlp.mlp1_weight.scales": of(U8, 2, 8, 4),
+        "moe.up": of(U8, 2, 64, 8), "moe.up_weight_scale": of(F8, 2, 64, 1), "moe.up_weight_scale_2": of(F32, 2),
     }  # fmt: skip
     assert [(weight.key, weight.scheme, len(weight.parts)) for weight in found_in(state).weights] == [
         ("experts.gate_up_proj", "fp8", 2),
         ("experts.down_proj", "mxfp4", 2),
+        ("mlp.mlp1_weight", "mxfp4", 2),
+        ("moe.up", "nvfp4", 3),
     ]
 
 
@@ -168,6 +199,10 @@ ORDINARY: dict[str, State] = {
     "parts of two modules": {"qweight": of(I32, 16, 64), "k.scales": of(F16, 1, 64), "k.qzeros": of(I32, 1, 8)},
     "a scale that is larger than the codes": {"weight": of(I8, 4, 4), "weight_scale": of(F32, 8, 8)},
     "a vector quantiser": {"codebooks": of(F32, 2, 256, 8), "codes": of(F32, 8, 4), "scales": of(F32, 8)},
+    "bytes in blocks": {"pos_blocks": of(U8, 8, 4), "pos_scales": of(U8, 8), "m.blocks": of(U8, 8), "m.scales": of(U8)},
+    "fp8 vectors with a scale": {"logit": of(F8, 1), "logit_scale": of(F32, 1), "gamma": of(F8, 8)},
+    "indices of a vector quantiser": {"indices": of(I32, 8), "centroids.weight": of(F32, 16, 4)},
+    "indices beside a scale": {"relative_position_index": of(I32, 9, 9), "weight": of(I32, 9), "scale": of(F32, 9)},
     "a learned scale of a norm": {"weight": of(F32, 8), "scale": of(F32, 8), "zero": of(F32, 8)},
 }  # fmt: skip
 

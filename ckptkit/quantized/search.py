@@ -119,6 +119,7 @@ class _Search:
             rows = self._rows[dtype] = [
                 (scheme, ending)
                 for scheme, ending in _ROWS[dtype]
+                if self._names.isdisjoint(scheme.absent)
                 if scheme.is_certain
                 or scheme.methods & self.configuration.methods
                 or all(endings for _, endings, is_needed in self._present_parts(scheme) if is_needed)

@@ -34,6 +34,7 @@ class Scheme:
     stem has an underscore that the weight does not have. ``methods`` are the values of ``quant_method`` that name the
     scheme in a configuration. ``way_out`` says which library makes plain weights. ``is_ordinary`` is true if codes
     without scales can be ordinary numbers, as fp8 can. ``is_certain`` is true if the anchor alone shows the scheme.
+    ``absent`` are the last segments of keys that no tensor of the checkpoint has if it has this scheme.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Scheme:
     is_private: bool = False
     is_ordinary: bool = False
     is_certain: bool = False
+    absent: frozenset[str] = frozenset()
 
 
 def _is_scale(codes: Shape, companion: Shape) -> bool:
@@ -69,7 +71,15 @@ def _has_same_rows(codes: Shape, companion: Shape) -> bool:
 
 
 def _are_scales_of_blocks(codes: Shape, companion: Shape) -> bool:
-    return codes[:-1] == companion and bool(companion)
+    return codes[:-1] == companion and len(companion) >= 2 and codes[-1] == 16  # bytes with 32 codes
+
+
+def _is_of_matrices(codes: Shape, companion: Shape) -> bool:
+    return len(codes) >= 2 and len(companion) <= len(codes)
+
+
+def _is_of_groups(codes: Shape, companion: Shape) -> bool:
+    return len(codes) == 3 and bool(companion)
 
 
 def _dtypes(names: str) -> frozenset[str]:
@@ -87,18 +97,21 @@ _ANY = _FLOATS | _INTEGERS | _F8 | _E8M0 | {"U32", "BOOL"}
 _OF_INPUT = Part(
     (
         "input_scale", "activation_scale", "input_global_scale", "input_zero_point", "output_scale", "scale_input",
-        "qscale_act", "pre_quant_scale", "comfy_quant",
+        "qscale_act", "pre_quant_scale", "comfy_quant", "input_scale_ub", "activation_scaling_factor",
+        "prequant_scaling_factor",
     ),
     _ANY,
 )  # fmt: skip
 _OF_WEIGHT = Part(("weight_zero_point", "weight_g_idx", "weight_shape"), _ANY)
 _SCALE = Part(("weight_scale",), _FLOATS, _is_scale, is_telling=True)
 
+_WRITER = "dequantise it with the library that wrote it"
 _COMPRESSED = "load it with transformers and compressed-tensors, which decompress it, and save it with save_pretrained"
 _MODELOPT = "quantise from the original weights instead: modelopt does not write plain weights of such a checkpoint"
 _COMFY = "multiply the codes of each weight by its scale, as ComfyUI does, and save the products"
 _FP8 = "load it with transformers and FineGrainedFP8Config(dequantize=True), and save it with save_pretrained"
 _MXFP4 = "load it with transformers and Mxfp4Config(dequantize=True), and save it with save_pretrained"
+_GPTQ = "load it with GPTQModel, and dequantise the weight of each layer with dequantize_weight()"
 _TORCHAO = "load it with torchao, call dequantize() on each tensor, and save the state_dict"
 _DEQUANTIZE = "load it with transformers, call model.dequantize(), and save it with save_pretrained"
 
@@ -129,6 +142,35 @@ def _bitsandbytes_4bit(kind: str) -> Scheme:
         coded="",
         weight="",
         is_certain=True,
+    )
+
+
+def _sparse(prefix: str) -> Scheme:
+    return Scheme(
+        "sparse (compressed-tensors)",
+        Part((f"{prefix}bitmask",), _dtypes("U8")),
+        (Part((f"{prefix}compressed",), _ANY, is_telling=True), Part((f"{prefix}shape",), _INTEGERS)),
+        _COMPRESSED,
+        _dtypes("compressed-tensors"),
+        (Part((f"{prefix}row_offsets", "weight_scale"), _ANY), _OF_WEIGHT, _OF_INPUT),
+        coded=f"{prefix}compressed",
+    )
+
+
+def _hqq(anchor: Part, needed: tuple[Part, ...]) -> Scheme:
+    names = (
+        "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float", "quant_scale",
+        "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict", "stores_quant_config", "channel_wise",
+        "optimize", "round_zero", "scale_q", "zero_q",
+    )  # fmt: skip
+    return Scheme(
+        "HQQ",
+        anchor,
+        (*needed, Part(("scale", "meta.scale"), _ANY), Part(("zero", "meta.zero"), _ANY)),
+        "load it with hqq, and call dequantize() on each layer",
+        _dtypes("hqq"),
+        (Part(tuple(prefix + name for prefix in ("", "meta.") for name in names), _ANY),),
+        coded="W_q",
     )
 
 
@@ -177,8 +219,20 @@ SCHEMES = (
     # The experts of a layer are one tensor, such as experts.gate_up_proj.
     replace(
         _OF_FP8, anchor=Part(("",), _F8), coded="", weight="",
-        needed=(Part(("_scale_inv", "_weight_scale", "_scale"), _FLOATS | _E8M0),),
+        needed=(Part(("_scale_inv", "_weight_scale", "_scale"), _FLOATS | _E8M0, _is_of_matrices),),
         optional=(Part(("_input_scale", "_activation_scale"), _FLOATS),),
+    ),
+    Scheme(
+        "fp8 (TensorRT-LLM)", Part(("weight",), _F8), (Part(("weights_scaling_factor",), _FLOATS, is_telling=True),),
+        "convert the original weights instead: TensorRT-LLM does not write plain weights",
+        optional=(_OF_INPUT,), is_ordinary=True,
+    ),
+    _sparse("weight."),
+    _sparse(""),
+    Scheme(
+        "nvfp4", Part(("",), _dtypes("U8 F4")),
+        (Part(("_weight_scale",), _E4M3, _is_of_matrices), Part(("_weight_scale_2",), _FLOATS)),
+        _MODELOPT, _dtypes("modelopt modelopt_fp4"), (Part(("_input_scale",), _FLOATS),), coded="", weight="",
     ),
     Scheme(
         "nvfp4", Part(("weight",), _dtypes("U8 F4")),
@@ -198,12 +252,16 @@ SCHEMES = (
     Scheme(
         "mxfp4", Part(("weight",), _dtypes("U8 I8 F4")),
         (Part(("weight_scale", "weight_scale_inv", "scale"), _E8M0, _has_same_rows),),
-        "dequantise it with the library that wrote it", _dtypes("mxfp4 quark fp8"), (_OF_INPUT,),
+        _WRITER, _dtypes("mxfp4 quark fp8"), (_OF_INPUT,),
     ),
     Scheme(
         "mxfp4", Part(("_blocks",), _dtypes("U8")),
         (Part(("_scales",), _dtypes("U8"), _are_scales_of_blocks, is_telling=True),),
         _MXFP4, _dtypes("mxfp4"), coded="_blocks", weight="",
+    ),
+    Scheme(  # the names of OpenAI's own code
+        "mxfp4", Part((".blocks",), _dtypes("U8")), (Part((".scales",), _dtypes("U8"), _are_scales_of_blocks),),
+        _MXFP4, _dtypes("mxfp4"), coded=".blocks", weight="",
     ),
     Scheme(
         "int (compressed-tensors)", Part(("weight_packed",), _dtypes("I32")),
@@ -223,13 +281,22 @@ SCHEMES = (
         "int8", Part(("weight",), _dtypes("I8")), (_SCALE,), _COMPRESSED,
         _dtypes("compressed-tensors modelopt quark"), (_OF_WEIGHT, _OF_INPUT),
     ),
+    Scheme(  # gpt-fast, TensorRT-LLM and others
+        "int8", Part(("weight",), _dtypes("I8")),
+        (Part(("scales", "scale", "per_channel_scale", "weights_scaling_factor"), _FLOATS, _is_scale),),
+        _WRITER, optional=(Part(("zeros", "zero_point", "zero_points"), _ANY), _OF_INPUT),
+    ),
+    Scheme(
+        "int4 (tinygemm)", Part(("weight",), _dtypes("I32 U8")),
+        (Part(("scales_and_zeros",), _FLOATS, is_telling=True),), _WRITER,
+    ),
     Scheme(
         "BitNet", Part(("weight",), _dtypes("U8")), (_SCALE,),
         "load it with transformers, which unpacks the weights, and save the unpacked weights", _dtypes("bitnet"),
     ),
     Scheme(
         "packed integers", Part(("weight",), _dtypes("U8 I32")), (_SCALE,),
-        "dequantise it with the library that wrote it", _dtypes("modelopt quark"), (_OF_WEIGHT, _OF_INPUT),
+        _WRITER, _dtypes("modelopt quark"), (_OF_WEIGHT, _OF_INPUT),
     ),
     Scheme(
         "MLX", Part(("weight",), _dtypes("U32")),
@@ -240,14 +307,22 @@ SCHEMES = (
     Scheme(
         "GPTQ", Part(("qweight",), _dtypes("I32")),
         (Part(("qzeros",), _dtypes("I32"), is_telling=True), Part(("scales",), _FLOATS, _has_same_columns)),
-        "load it with GPTQModel, and dequantise the weight of each layer with dequantize_weight()",
-        _dtypes("gptq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+        _GPTQ, _dtypes("gptq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
     ),
     Scheme(
         "AWQ", Part(("qweight",), _dtypes("I32 I16")),
         (Part(("qzeros", "scaled_zeros"), _FLOATS | {"I32"}, is_telling=True), Part(("scales",), _FLOATS, _is_matrix)),
         "load it with AutoAWQ, and dequantise the weight of each layer with dequantize_gemm",
         _dtypes("awq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+    ),
+    Scheme(
+        "GPTQ", Part(("qweight",), _dtypes("I32")), (Part(("scales",), _FLOATS, _is_matrix),),
+        _GPTQ, _dtypes("gptq auto-round intel/auto-round"), (Part(("g_idx",), _dtypes("I32")),), coded="qweight",
+        absent=frozenset({"qzeros"}),  # symmetric: each zero point is known
+    ),
+    Scheme(
+        "GPTQ (Marlin)", Part(("B",), _dtypes("I32")), (Part(("s",), _FLOATS, _is_matrix, is_telling=True),),
+        _GPTQ, _dtypes("marlin gptq"), (Part(("workspace", "meta"), _INTEGERS),), coded="B",
     ),
     Scheme(
         "FP-Quant", Part(("qweight",), _dtypes("U8")), (Part(("scales",), _E8M0 | _E4M3, _has_same_rows),),
@@ -257,7 +332,7 @@ SCHEMES = (
         coded="qweight",
     ),
     Scheme(
-        "SVDQuant", Part(("qweight",), _dtypes("I8")), (Part(("wscales",), _FLOATS | _E4M3, is_telling=True),),
+        "SVDQuant", Part(("qweight",), _dtypes("I8 I32")), (Part(("wscales",), _FLOATS | _E4M3, is_telling=True),),
         "load the original weights instead: nunchaku does not write plain weights", _dtypes("svdquant"),
         (
             Part(
@@ -268,26 +343,9 @@ SCHEMES = (
         ),
         coded="qweight",
     ),
-    Scheme(
-        "HQQ", Part(("W_q",), _dtypes("U8 I32")),
-        (Part(("scale", "meta.scale"), _ANY), Part(("zero", "meta.zero"), _ANY)),
-        "load it with hqq, and call dequantize() on each layer", _dtypes("hqq"),
-        (
-            Part(
-                tuple(
-                    prefix + name
-                    for prefix in ("", "meta.")
-                    for name in (
-                        "nbits", "group_size", "shape", "axis", "packing", "unpack_view_dtype", "view_as_float",
-                        "quant_scale", "quant_zero", "compute_dtype", "offload_meta", "encoded_state_dict",
-                        "stores_quant_config", "channel_wise", "optimize", "round_zero", "scale_q", "zero_q",
-                    )
-                ),
-                _ANY,
-            ),
-        ),
-        coded="W_q",
-    ),
+    _hqq(Part(("W_q",), _dtypes("U8 I32")), ()),
+    # With view_as_float, the codes have a dtype of floating-point numbers.
+    _hqq(Part(("nbits", "meta.nbits"), _dtypes("I32")), (Part(("W_q",), _FLOATS),)),
     Scheme(
         "quanto", Part(("weight._data",), _F8 | {"I8"}), (Part(("weight._scale",), _FLOATS, is_telling=True),),
         "load it with optimum-quanto, and call dequantize() on each weight", _dtypes("quanto"), (_OF_INPUT,),
@@ -308,7 +366,8 @@ SCHEMES = (
         "load it with aqlm, and dequantise the weight of each layer", _dtypes("aqlm"), coded="codes",
     ),
     Scheme(
-        "VPTQ", Part(("indices",), _dtypes("I16 U16 I32")), (Part(("centroids.weight",), _FLOATS, is_telling=True),),
+        "VPTQ", Part(("indices",), _dtypes("I16 U16 I32")),
+        (Part(("centroids.weight",), _FLOATS, _is_of_groups, is_telling=True),),
         "load it with vptq, and dequantise the weight of each layer", _dtypes("vptq"),
         (Part(("res_centroids.weight", "weight_scale", "weight_bias", "perm", "invert_perm", "outlier_indices",
                "outlier_centroids.weight", "res_indices"), _ANY),),
