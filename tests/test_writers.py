@@ -204,6 +204,33 @@ def test_small_views_do_not_copy_a_large_storage(tmp_path: Path) -> None:
     assert same_state(loaded(out), {"a": large[:4], "b": large[-4:], "c": large[::50_000]})
 
 
+X, Z = torch.arange(12.0).reshape(4, 3), torch.arange(12.0).reshape(4, 3) * (1 + 1j)
+FLAGGED = {
+    "plain": ({"a": X, "b": X[::2], "c": X[:1], "d": X}, {"abcd"}, ()),
+    "conj rows": ({"a": Z, "b": Z, "c": Z[:2].conj()}, {"ab", "c"}, (("a", "c"),)),
+    "conj whole": ({"a": Z.conj(), "b": Z[:3], "c": Z}, {"a", "bc"}, (("a", "b"),)),
+    "neg rows": ({"a": X, "b": X[:3], "c": torch._neg_view(X[:2])}, {"ab", "c"}, (("a", "c"),)),
+    "neg joins": ({"a": X[:1], "b": X[3:], "c": torch._neg_view(X)}, {"a", "b", "c"}, (("a", "b", "c"),)),
+    "gaps": ({"a": Z[:, :1], "b": Z[1::2, 0]}, {"a", "b"}, (("a", "b"),)),
+}
+
+
+@pytest.mark.parametrize("case", FLAGGED)
+@pytest.mark.parametrize("is_live", [True, False])
+def test_views_keep_their_ties_beside_a_conj_or_neg_view(case: str, is_live: bool, tmp_path: Path) -> None:
+    """A view whose values are not the stored bytes gets a storage of its own; the result names every lost tie."""
+    state, storages, untied = FLAGGED[case]
+    torch.save(state, tmp_path / "in.pt")
+    with as_checkpoint(state, "live") if is_live else open_checkpoint(tmp_path / "in.pt") as source:
+        result = execute(plan_remap(source), source, tmp_path / "out.pt")
+    found = loaded(tmp_path / "out.pt")
+    groups: dict[int, str] = {}
+    for key, value in found.items():
+        groups[value.untyped_storage().data_ptr()] = groups.get(value.untyped_storage().data_ptr(), "") + key
+    assert (set(groups.values()), result.untied) == (storages, untied)
+    assert same_state(found, state)
+
+
 def test_views_of_two_dtypes_are_written_apart(tmp_path: Path) -> None:
     """torch gives all tensors of a typed storage one dtype, so views of two dtypes are not shared."""
     data = tensor_of("F32", (4,))

@@ -29,7 +29,7 @@ from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.plans.output import Output, choose_output
-from ckptkit.plans.plan import Dropped, Plan, Step
+from ckptkit.plans.plan import Dropped, Plan, Step, find_broken_ties
 from ckptkit.plans.produce import Producer, overflow_error
 from ckptkit.plans.verify import Verification, verify_index, verify_safetensors, verify_torch
 from ckptkit.wrappers.envelopes import Selection
@@ -53,6 +53,7 @@ class Written:
     to an integer, with exact counts. ``left`` is the old directory, under a temporary path, if it could not be removed.
     ``verified`` names the reader that found the planned bytes of every tensor, such as ``safetensors 0.8.0``; it is
     None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
+    ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
     """
 
     path: str
@@ -66,6 +67,7 @@ class Written:
     left: tuple[str, ...] = ()
     verified: str | None = None
     read_back: str | None = None
+    untied: tuple[tuple[str, ...], ...] = ()
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
@@ -166,6 +168,7 @@ def _execute(
     alone = next((result for result in verified if result.alone), None)
     return replace(
         written,
+        untied=written.untied if output.format == "torch" else tuple(find_broken_ties(plan)),
         losses=inputs.losses(),
         verified=verified[0].reader if verified and alone is None else None,
         read_back=None if alone is None else alone.alone,
@@ -193,12 +196,26 @@ def _write_file(
     layout = _torch_layout(infos, plan, inputs, editor)
     inner = "" if editor is None else inputs.roles[plan.edited_role].envelope
     with AtomicFile(target, layout.nbytes) as file:
-        _write_and_read_back(write_torch_zip(layout, file), file, infos, progress, inner)
+        found = _write_and_read_back(write_torch_zip(layout, file), file, infos, progress, inner)
         inputs.refuse_overflow()
         if verify:
             verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
         inputs.check_unchanged()
-    return Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner), verified
+    written = Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner)
+    new = plan if editor is None else replace(plan, steps=tuple(editor.changed))
+    return replace(written, untied=tuple(_separated(find_broken_ties(new), found))), verified
+
+
+def _separated(groups: Iterable[tuple[str, ...]], found: Mapping[str, TensorInfo]) -> Iterator[tuple[str, ...]]:
+    """Yield, for each group of keys that has several storages, the first key of each storage."""
+    position = {key: number for number, key in enumerate(found)}
+    for group in groups:
+        storages: dict[object, str] = {}
+        for key in sorted(group, key=position.__getitem__):
+            view = found[key].view
+            storages.setdefault(key if view is None else view.storage, key)
+        if len(storages) > 1:
+            yield tuple(storages.values())
 
 
 def _refuse_unwritable(infos: Sequence[TensorInfo], format_name: str) -> None:
@@ -385,17 +402,19 @@ def _torch_layout(
 
 def _write_and_read_back(
     work: Iterator[int], file: AtomicFile, infos: Sequence[TensorInfo], progress: Progress, inner: str = ""
-) -> None:
+) -> Mapping[str, TensorInfo]:
+    """Do the work, and return the tensors of the file that it wrote."""
     for count in work:
         progress(count)
     # A file that does not read back as planned never gets the name of the output.
     try:
         with open_inside(file.temporary, Selection(inner)) as written:
-            as_planned = _has_tensors(written, infos)
+            as_planned, found = _has_tensors(written, infos), dict(written)
     except CkptkitError as error:
         raise OutputError(f"could not be read back, so it was deleted: {error.reason}", path=file.target) from error
     if not as_planned:
         raise OutputError("was not written as planned, so it was deleted", path=file.target)
+    return found
 
 
 def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterable[str] | None = None) -> bool:

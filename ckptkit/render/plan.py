@@ -78,11 +78,8 @@ def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
     return [tensors, *left_out, *(Line((sentence,)) for sentence in about), Line(last)]
 
 
-def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) -> list[str]:
-    """Return the messages after a plan was executed: what was written, from which sources, and what was left out.
-
-    ``untied`` are groups of keys that shared memory in the source and are separate tensors in the output.
-    """
+def written_text(plan: Plan, written: Written) -> list[str]:
+    """Return the messages after a plan was executed: what was written, from which sources, and what was left out."""
     lines = as_text([Line(_written(plan, written))])
     tensors = [drop for drop in plan.dropped if not drop.is_entry]
     entries = [drop.key for drop in plan.dropped if drop.is_entry]
@@ -95,7 +92,8 @@ def written_text(plan: Plan, written: Written, untied: Iterable[Sequence[str]]) 
         lines.append(f"the directory also holds other weights: {_first_names(written.beside, 4)}")
     lines += [f"{printable(path)} could not be removed: remove it by hand" for path in written.left]
     lines += [
-        f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}" for group in untied
+        f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}"
+        for group in written.untied
     ]
     return lines + _verified(written)
 

@@ -156,7 +156,6 @@ _verify_option = click.option(
 def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
     from ckptkit.plans.execute import check_output, execute
-    from ckptkit.plans.plan import find_broken_ties
     from ckptkit.render.plan import plan_document, plan_page, written_text
 
     plan = check_output(plan, options.output, sources)
@@ -181,8 +180,7 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
         return
     messages = list(plan.notes)
     if written is not None:
-        untied = find_broken_ties(plan) if options.output.format == "safetensors" else []
-        messages += written_text(plan, written, untied)
+        messages += written_text(plan, written)
     for message in messages:
         print_message(message)
 

@@ -255,10 +255,12 @@ def assign_records(
 ) -> tuple[list[Payload], list[StoredTensor]]:
     """Return the records that hold the tensors, and for each tensor its record, offset and stride."""
     unions: dict[str, tuple[int, Payload]] = {}
-    for group in overlapping_tensors(infos):
-        shared = _union(group, span)
-        if shared is not None:
-            unions.update((info.key, shared) for info in group)
+    for overlapping in overlapping_tensors(infos):
+        # A conjugated or negated view has no span: its values are not the bytes of the storage.
+        for group in overlapping_tensors(info for info in overlapping if span(info) is not None):
+            shared = _union(group, span)
+            if shared is not None:
+                unions.update((info.key, shared) for info in group)
     records: list[Payload] = []
     first_tensors: dict[object, StoredTensor] = {}  # of each record, by the identity of its bytes
     stored = []
@@ -282,20 +284,17 @@ def assign_records(
 
 
 def _union(group: Sequence[TensorInfo], span: Callable[[TensorInfo], Payload | None]) -> tuple[int, Payload] | None:
-    """Return the first byte and the bytes of a group of views, or None if separate records are better."""
+    """Return the first byte and the bytes of a group of views with spans, or None if separate records are better."""
     if len({info.dtype for info in group}) > 1 and any(info.dtype in STORAGE_CLASSES for info in group):
         return None  # torch gives all tensors of a typed storage the dtype of the first tensor
-    spans = [span(info) for info in group]
+    spans = [part for info in group if (part := span(info)) is not None]
     first, last = min(storage_range(info)[0] for info in group), max(storage_range(info)[1] for info in group)
     distinct = {(storage_range(info), info.shape, info.dtype): info.nbytes for info in group}
     widths = {DTYPES[info.dtype].bits // 8 or 1 for info in group}
     if last - first > sum(distinct.values()) or any((last - first) % width or first % width for width in widths):
         return None
-    known = [part for part in spans if part is not None]
-    extents = [part for part in known if isinstance(part, Extent)]
-    if len(known) < len(spans):
-        return None
-    whole = max(known, key=lambda part: part.nbytes)
+    extents = [part for part in spans if isinstance(part, Extent)]
+    whole = max(spans, key=lambda part: part.nbytes)
     if whole.nbytes == last - first:
         return first, whole
     if len(extents) < len(spans):
