@@ -223,7 +223,7 @@ def test_several_optimizers_are_listed(tmp_path: Path) -> None:
 
 def test_one_group_for_each_parameter_is_named_and_a_long_search_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit of the search allows every search without backtracking, and stops one with too much of it."""
-    monkeypatch.setattr("ckptkit.optimizer_state.naming._MIN_CHOICES", 1000)
+    monkeypatch.setattr("ckptkit.optimizer_state.positions._MIN_CHOICES", 1000)
     shapes = {f"p{number}": (number + 1,) for number in range(60)}
 
     def state(groups: list[int], sizes: list[int]) -> dict[str, Any]:

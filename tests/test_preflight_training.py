@@ -242,7 +242,7 @@ RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str, str]] = {
     "Adam's decay": (
         lambda state: state["param_groups"][0].update(decoupled_weight_decay=False),
         "error",
-        "preflight.resume-options",
+        "preflight.resume-class",
     ),
     "no betas": (lambda state: state["param_groups"][0].pop("betas"), "error", "preflight.resume-lost"),
     "a position twice": (lambda state: state["param_groups"][0].update(params=[0, 0, 2, 3, 4, 5]), "error", "optim."),

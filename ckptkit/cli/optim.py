@@ -359,6 +359,9 @@ def diff(
 
     with contextlib.ExitStack() as stack:
         states = [_open_named_state(stack, path, name_source, quiet=quiet)[1] for path in (saved, live)]
+        for path, state in zip((saved, live), states, strict=True):
+            if state.evidence and not quiet:
+                print_message(f"names of {printable(path)}: {state.evidence}")
         report = optimizer_state_diff(*states)
         echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
     context.exit(exit_code(report))

@@ -19,6 +19,7 @@ __all__ = [
     "initial_lr",
     "options_of_kind",
     "overwritten_options",
+    "scheduled_options",
     "schema_from_options",
     "schema_of",
     "torch_options",
@@ -92,6 +93,23 @@ def options_of_kind(*kinds: OptionKind) -> frozenset[str]:
 def overwritten_options(options: Mapping[str, object]) -> frozenset[str]:
     """Return the options of a group that a scheduler overwrites, so that their original values are not known."""
     return frozenset(name for option in OPTIONS.values() if option.name in options for name in option.overwrites)
+
+
+def scheduled_options(live: Mapping[str, object], saved: Mapping[str, object]) -> frozenset[str]:
+    """Return the options that a scheduler of the run made different in a live and a saved group.
+
+    A live group may have no scheduler yet. Its own ``lr`` is then what a scheduler would start from. The saved ``lr``
+    was moved by the scheduler if the saved ``initial_lr`` is the same.
+    """
+    schedule_keys = options_of_kind("schedule")
+    overwritten = overwritten_options(saved)
+    if schedule_keys & live.keys():
+        overwritten &= overwritten_options(live)
+    elif "lr" in overwritten:
+        overwritten |= {"initial_lr"}
+    if "initial_lr" in saved and initial_lr(live) == initial_lr(saved):
+        overwritten |= {"lr"}
+    return overwritten
 
 
 def initial_lr(options: Mapping[str, object]) -> object:

@@ -11,6 +11,7 @@ STATE_STRAY = Code("optim.state-stray", ("error",), "There is state for a parame
 NAMES_COUNT = Code("optim.names-count", ("error",), "A group has another number of names than of parameters.")
 NAMES_TWICE = Code("optim.names-twice", ("error",), "One name is given to several parameters.")
 NO_NAMES = Code("optim.no-names", ("error", "note"), "The state has no names, or the given names do not fit.")
+UNNAMED = Code("optim.unnamed", ("note",), "The state has no names, and its parameters got them by position or order.")
 
 # What is in the state.
 NO_STATE = Code("optim.no-state", ("note",), "Only some of the parameters have state.")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.torch_optim import scheduled_options
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.groups import describe_value, equal_values
@@ -32,7 +33,7 @@ def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
 
 
 def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:
-    differences = compare_groups(_views(live), _views(saved), match="position", equal=equal_values)
+    differences = compare_groups(_views(live), _views(saved), match="position", ignored=_scheduled, equal=equal_values)
     saved_sizes, live_sizes = ([len(group.names) for group in state.groups] for state in (saved, live))
     if saved_sizes != live_sizes:
         message = f"groups of {listed(saved_sizes)} parameters were saved, and now they have {listed(live_sizes)}"
@@ -70,6 +71,10 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
         yield codes.COVERAGE.finding(without[0], message, "the parameter was frozen or never stepped")
 
 
+def _scheduled(live: GroupView, saved: GroupView) -> frozenset[str]:
+    return scheduled_options(live.options, saved.options)
+
+
 def _views(state: OptimizerState) -> list[GroupView]:
     shapes = {name: parameter_shape(slots) for name, slots in state.state.items()}
     return [
@@ -97,7 +102,7 @@ def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Ite
     for (key, now, before), names in changed.items():
         names.sort(key=position.__getitem__)
         message = f"{key} of {listed(names)} is {now}, and loading makes it {before}"
-        hint = "torch uses the saved options: set them again after the load"
+        hint = "torch uses the saved options: keep what a scheduler of the run set, or set them again after the load"
         yield codes.OPTIONS.finding(names[0], message, hint)
     for key, names in lost.items():
         names.sort(key=position.__getitem__)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 from ckptkit.core.text import kind_of, listed, plural, printable, quoted
-from ckptkit.core.torch_optim import options_of_kind
+from ckptkit.core.torch_optim import options_of_kind, scheduled_options
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.model import (
     Change,
@@ -39,8 +39,9 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
 
     ``groups`` are those of a planned spec, of a lock, of another state, or ``NamedGroup`` values. The saved options
     follow the parameters. ``hyper`` decides if the new group and the file both have an option. ``live`` takes
-    the value of the new group, and ``saved`` the value of the file. ``error`` raises if they differ. An option that
-    only one of them has is kept. A parameter that the file does not have starts without state.
+    the value of the new group, and ``saved`` the value of the file. ``error`` raises if they differ, unless a scheduler
+    of the run made the difference. An option that only one of them has is kept. A parameter that the file does not have
+    starts without state.
 
     Raises ``PlanError`` if a parameter of the file is in no new group or in two. Raises it too if a saved value would
     be taken that differs between the parameters of a new group; the message names them.
@@ -123,13 +124,17 @@ class _OptionMerger:
             of_groups = {f"group {at}": options.get(key) for at, options in enumerate(self.saved_groups)}
             return self._only_value(key, f"group {number} has no {quoted(key)}, and the groups of the file", of_groups)
         value = self._only_value(key, f"the parameters of group {number}", saved)
-        if key in group.options and self.hyper == "error" and not equal_values(value, group.options[key]):
+        is_refused = self.hyper == "error" and key in group.options and not self._is_scheduled(key, group, members)
+        if is_refused and not equal_values(value, group.options[key]):
             raise PlanError(
                 f"{quoted(key)} of group {number} was {describe_value(value)} in the file and would be "
                 f"{describe_value(group.options[key])}",
                 hint="--hyper live takes the new value, --hyper saved takes the value of the file",
             )
         return value
+
+    def _is_scheduled(self, key: str, group: NamedGroup, members: Mapping[str, Mapping[str, SlotValue]]) -> bool:
+        return all(key in scheduled_options(group.options, options) for options in members.values())
 
     def _only_value(self, key: str, owners: str, values: Mapping[str, SlotValue]) -> SlotValue:
         (first, value), *others = values.items()

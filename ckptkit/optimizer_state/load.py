@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import has_same_layout, in_layout_of, is_plain, same_values
-from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, scheduled_options, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
 from ckptkit.optimizer_state import codes
@@ -20,7 +20,7 @@ from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refus
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, resplit
 from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue
-from ckptkit.optimizer_state.naming import NamesLike, to_named
+from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
@@ -73,7 +73,7 @@ def load_optimizer_state(
     state: StateLike,
     rules: Rules | list[str] | None = None,
     *,
-    names: NamesLike | None = None,
+    names: NamesLike | Literal["model"] | None = None,
     hyper: Hyper = "saved",
     on_missing: OnMissing = "keep",
     on_unexpected: OnUnexpected = "skip",
@@ -83,9 +83,13 @@ def load_optimizer_state(
     """Load a state into ``optimizer`` by the names of its parameters, and compare the values afterwards.
 
     ``state`` is an ``OptimizerState``, an open Checkpoint of a state, or a ``state_dict()`` in any form of torch.
-    ``rules`` rename and move the state as they do the weights. If the state has no names, ``names`` gives them, as a
-    list or a model. Without ``names``, the order and the shapes of ``model`` must allow exactly one assignment. The
-    groups of the optimizer can differ from those of the file in number, order and members.
+    ``rules`` rename and move the state as they do the weights. The groups of the optimizer can differ from those of
+    the file in number, order and members.
+
+    A state without names is read by position, as torch reads it, if the sizes of the groups and all shapes agree with
+    the optimizer. If they do not, the order and the shapes of ``model`` must allow exactly one assignment. A note says
+    how the state was read. ``names`` reads it otherwise: ``"model"`` takes the order of ``model``, another model gives
+    its own order, and a list has the names in the order of the file.
 
     - ``hyper`` chooses the options: from the file (``saved``), from the optimizer (``live``), or an error if they
       differ (``error``). The optimizer keeps every option that the file does not have. It always keeps its
@@ -107,7 +111,8 @@ def load_optimizer_state(
     inner = single_optimizer(optimizer)
     live_model = read_live_model(model)
     live_groups = _live_groups(inner, live_model)
-    saved, strays = _named(state, names, model, drop_strays=on_unexpected == "skip", has_rules=rules is not None)
+    drop_strays = on_unexpected == "skip"
+    saved, strays = _named(state, names, model, live_groups, drop_strays=drop_strays, has_rules=rules is not None)
     schema = schema_of(type(inner))
     refuse_other_class(saved, inner, schema)
     if rules is not None:
@@ -124,6 +129,7 @@ def load_optimizer_state(
     match = match_state(saved, groups, live_model, schema)
     _refuse_by_policy(match, saved, on_missing, on_mismatch)
     findings = [
+        *naming_findings(saved),
         *_match_findings(match, unused),
         *_initial_lr_findings(live_groups, groups),
         *unknown_decay_findings(saved, schema),
@@ -172,7 +178,13 @@ def _live_groups(optimizer: Optimizer, live_model: LiveModel) -> tuple[NamedGrou
 
 
 def _named(
-    state: StateLike, names: NamesLike | None, model: Module, *, drop_strays: bool, has_rules: bool
+    state: StateLike,
+    names: NamesLike | Literal["model"] | None,
+    model: Module,
+    live_groups: Sequence[NamedGroup],
+    *,
+    drop_strays: bool,
+    has_rules: bool,
 ) -> tuple[OptimizerState, list[str]]:
     """Return the state by name, and the keys of its parameters that are in no group."""
     if isinstance(state, OptimizerState):
@@ -181,13 +193,12 @@ def _named(
     params = {param for group in found.groups for param in group.params}
     strays = [str(key) for key in found.state if key not in params]
     if names is not None:
-        return to_named(found, names, drop_strays=drop_strays), strays
-    try:
+        return to_named(found, model if names == "model" else names, drop_strays=drop_strays), strays
+    # The rules rename names that the live model does not have, so the model cannot name the state.
+    if found.form != "indexed" or has_rules:
         return to_named(found, drop_strays=drop_strays), strays
-    except PlanError:
-        if has_rules:  # the rules rename names that the live model does not have
-            raise
-    return to_named(found, model, drop_strays=drop_strays), strays
+    groups = [group.names for group in live_groups]
+    return to_named(found, model, groups=groups, drop_strays=drop_strays), strays
 
 
 def _with_live_names(
@@ -436,10 +447,13 @@ def _match_findings(match: StateMatch, unused: Sequence[str]) -> Iterator[Findin
 def _initial_lr_findings(live_groups: Sequence[NamedGroup], groups: Sequence[NamedGroup]) -> Iterator[Finding]:
     for number, (before, after) in enumerate(zip(live_groups, groups, strict=True)):
         lr, loaded = initial_lr(before.options), after.options.get("initial_lr")
+        if "initial_lr" in scheduled_options(before.options, after.options):
+            continue
         if isinstance(lr, int | float) and isinstance(loaded, int | float) and lr != loaded:
             yield codes.INITIAL_LR.finding(
                 "",
                 f"group {number} was built with lr={lr:g} and now has initial_lr={loaded:g} from the file: a scheduler "
                 "that is built from now on starts from that",
-                'load with hyper="live" to keep the live groups, or build the scheduler first and load its state too',
+                "for the schedule of the run, build its scheduler before the load and load its state too; for a new "
+                'schedule, load with hyper="live"',
             )

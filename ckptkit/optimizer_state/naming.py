@@ -1,11 +1,10 @@
-"""Find the name of each parameter in a state that counts parameters: given, stored, or inferred from shapes."""
+"""Find the name of each parameter in a state: given, stored, by position, or inferred from shapes."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from dataclasses import replace
 from typing import cast
 
 from ckptkit.core.checkpoint import Checkpoint
@@ -16,43 +15,27 @@ from ckptkit.errors import FormatError, PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, parameter_shape
+from ckptkit.optimizer_state.positions import GIVE_NAMES, Groups, Parameters, Shape, name_positions
 from ckptkit.param_groups.properties import parameter_table
 
 __all__ = [
     "ModelLike",
     "NamesLike",
-    "Parameters",
-    "infer_names",
     "name_by_position",
+    "naming_findings",
     "parameters_of",
     "structure_findings",
     "to_named",
 ]
 
-Shape = tuple[int, ...]
 ModelLike = StateDictLike | Mapping[str, Shape]
 NamesLike = Sequence[str] | ModelLike
 
 _MAX_SHOWN = 4
-_GIVE_NAMES = "give the names in the order of the groups: --names FILE, or a list"
+_OTHER_READINGS = (
+    'to read otherwise, give names="model" for the order of the model, or the names in the order of the file'
+)
 _GIVE_MODEL = "give the model, its checkpoint, or a list of names in the order of the groups"
-
-
-@dataclass(frozen=True, slots=True)
-class Parameters:
-    """The names and shapes of parameters, in the order of the model.
-
-    - ``frozen`` are the names of the parameters that do not train.
-    - ``is_certain`` is False if buffers can be among them, as in a checkpoint.
-    - ``source`` tells where they are from, in words for a message.
-    - ``aliases`` has the other names of tied parameters, each with the first name.
-    """
-
-    shapes: Mapping[str, Shape]
-    frozen: frozenset[str] = frozenset()
-    is_certain: bool = True
-    source: str = "the model"
-    aliases: Mapping[str, str] = field(default_factory=dict)
 
 
 def parameters_of(model: Parameters | ModelLike) -> Parameters:
@@ -82,15 +65,23 @@ def _is_shape(value: object) -> bool:
 
 
 def to_named(
-    state: FoundState | Checkpoint | Mapping[str, object], names: NamesLike | None = None, *, drop_strays: bool = False
+    state: FoundState | Checkpoint | Mapping[str, object],
+    names: NamesLike | None = None,
+    *,
+    groups: Groups | None = None,
+    drop_strays: bool = False,
 ) -> OptimizerState:
     """Return the state of an optimizer by the names of its parameters.
 
     ``state`` is an open Checkpoint of such a state, or a live ``state_dict()``, in any form of torch. If it only counts
     its parameters, ``names`` must tell which they are. ``names`` is a list of all names in the order of the groups, or
     a model: a Module, a Checkpoint or a mapping of tensors. The order and the shapes of the model must then allow
-    exactly one assignment. If the state has names of its own, they are compared with such a model. With
-    ``drop_strays``, state of parameters in no group is left out instead of refused.
+    exactly one assignment. If the state has names of its own, they are compared with such a model.
+
+    ``groups`` has the names in each group of the optimizer that will load the state, if there is one. A state without
+    names is then read by position, as ``load_state_dict`` reads it, if the sizes of the groups and all shapes agree.
+    ``names`` must be a model. The result tells in ``evidence`` how the state was read.
+    With ``drop_strays``, state of parameters in no group is left out instead of refused.
 
     Raises ``FormatError`` for positions that are used twice or missing, and for state of no group. Raises ``PlanError``
     if names are missing, do not fit the shapes, or are ambiguous; the message lists the parameters in doubt.
@@ -103,15 +94,15 @@ def to_named(
         if finding.severity == "error":
             raise FormatError(finding.message, hint=finding.hint or None, path=found.path or None)
     try:
-        return _named(found, names)
+        return _named(found, names, groups)
     except PlanError as error:
         error.path = error.path or found.path or None
         raise
 
 
-def _named(found: FoundState, names: NamesLike | None) -> OptimizerState:
+def _named(found: FoundState, names: NamesLike | None, groups: Groups | None) -> OptimizerState:
     if isinstance(names, str | bytes):
-        raise PlanError(f"the names are one string, {quoted(str(names))}", hint="give a list of strings")
+        raise PlanError(f"the names are one string, {quoted(str(names))}", hint="give a list of strings, or a model")
     given = names if isinstance(names, Sequence) else None
     model = None if names is None or isinstance(names, Sequence) else parameters_of(names)
     own = _own_names(found)
@@ -121,11 +112,17 @@ def _named(found: FoundState, names: NamesLike | None) -> OptimizerState:
         return as_named(found, own)
     if given is not None:
         params = [param for group in found.groups for param in group.params]
-        return as_named(found, _given_names(params, given), "the names were given")
+        return as_named(found, _given_names(params, given), "by the list of names")
     if model is None:
         raise PlanError("the state numbers its parameters and does not contain their names", hint=_GIVE_MODEL)
-    inferred, evidence = infer_names(found, model)
+    inferred, evidence = name_positions(found, model, groups)
     return as_named(found, inferred, evidence)
+
+
+def naming_findings(state: OptimizerState) -> Iterator[Finding]:
+    """Yield a note that tells how a state without names was read."""
+    if state.form == "indexed" and state.evidence:
+        yield codes.UNNAMED.finding("", f"the state has no names, so they were given {state.evidence}", _OTHER_READINGS)
 
 
 def name_by_position(found: FoundState) -> OptimizerState:
@@ -209,160 +206,12 @@ def _param_names_findings(found: FoundState) -> Iterator[Finding]:
         if names is None or len(names) != len(group.params) or not all(isinstance(name, str) for name in names):
             count = "no list of names" if names is None else plural(len(names), "name")
             yield codes.NAMES_COUNT.finding(
-                "", f"group {number} has {count} for {plural(len(group.params), 'parameter')}", _GIVE_NAMES
+                "", f"group {number} has {count} for {plural(len(group.params), 'parameter')}", GIVE_NAMES
             )
             return
     counts = Counter(name for group in found.groups for name in group.param_names or ())
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         yield codes.NAMES_TWICE.finding(
-            str(repeated[0]), f"param_names gives {listed(repeated, _MAX_SHOWN)} to several parameters", _GIVE_NAMES
+            str(repeated[0]), f"param_names gives {listed(repeated, _MAX_SHOWN)} to several parameters", GIVE_NAMES
         )
-
-
-def infer_names(found: FoundState, model: Parameters) -> tuple[dict[object, str], str]:
-    """Return a name for each position, and the evidence for these names in words.
-
-    The parameters of each group must be in the order of the model, because all usual code builds groups in this order.
-    The shapes must then tell which group has which parameters. Raises ``PlanError`` if there is no assignment, or more
-    than one; the message names the positions in doubt and their candidates.
-    """
-    params = [param for group in found.groups for param in group.params]
-    shapes = [parameter_shape(found.state.get(param, {})) for param in params]
-    candidates = _candidates(len(params), model)
-    starts = [0]
-    for group in found.groups:
-        starts.append(starts[-1] + len(group.params))
-    search = _Search(candidates, [model.shapes[name] for name in candidates], shapes, starts)
-    solutions = list(_first_two_solutions(search))
-    if not solutions:
-        raise PlanError(_no_solution(candidates, model, shapes), hint=_GIVE_NAMES)
-    if len(solutions) > 1:
-        raise PlanError(_ambiguous(params, shapes, *solutions), hint=_GIVE_NAMES)
-    return dict(zip(params, solutions[0], strict=True)), _evidence(found, model, len(candidates), shapes)
-
-
-def _ambiguous(
-    params: Sequence[object], shapes: Sequence[Shape | None], first: Sequence[str], second: Sequence[str]
-) -> str:
-    unclear = [number for number, pair in enumerate(zip(first, second, strict=True)) if pair[0] != pair[1]]
-    examples = "; ".join(
-        f"position {params[number]} ({_shape_text(shapes[number])}) is {quoted(first[number])} or "
-        f"{quoted(second[number])}"
-        for number in unclear[:_MAX_SHOWN]
-    )
-    more = f", and {len(unclear) - _MAX_SHOWN:,} more" if len(unclear) > _MAX_SHOWN else ""
-    return f"shapes and order do not tell which parameter is which: {examples}{more}"
-
-
-def _no_solution(candidates: Sequence[str], model: Parameters, shapes: Sequence[Shape | None]) -> str:
-    message = f"the state does not fit {model.source}, if the parameters of each group are in the order of the model"
-    if len(candidates) == len(shapes):
-        for number, (name, shape) in enumerate(zip(candidates, shapes, strict=True)):
-            if shape is not None and shape != model.shapes[name]:
-                expected = list(model.shapes[name])
-                return f"{message}: position {number} has shape {list(shape)}, but {quoted(name)} has shape {expected}"
-    return message
-
-
-def _evidence(found: FoundState, model: Parameters, candidates: int, shapes: Sequence[Shape | None]) -> str:
-    known = sum(shape is not None for shape in shapes)
-    fit = f"{known:,} of {plural(len(shapes), 'shape')} known, and all fit" if known else "no shapes to compare"
-    used = "all" if candidates == len(shapes) else f"{len(shapes):,} of {candidates:,}"
-    count = len(found.groups)
-    split = "one group in" if count == 1 else f"the only way to split them into {count} groups in"
-    return f"{used} parameters of {model.source}, {split} its order; {fit}"
-
-
-def _shape_text(shape: Shape | None) -> str:
-    return "no shape known" if shape is None else str(list(shape))
-
-
-def _candidates(count: int, model: Parameters) -> list[str]:
-    """Return the names of the trainable parameters if their number is ``count``, else of all parameters."""
-    trainable = [name for name in model.shapes if name not in model.frozen]
-    names = trainable if count == len(trainable) else list(model.shapes)
-    if count > len(names):
-        raise PlanError(
-            f"the state has {plural(count, 'parameter')}, but {model.source} has {len(names):,}",
-            hint="give the model that was trained, or the names in order",
-        )
-    return names
-
-
-# A search without backtracking makes one choice for each name and group. These bound the choices of a search with it.
-_MAX_CHOICES = 10_000_000
-_MIN_CHOICES = 2_000_000
-_CHOICES_FACTOR = 4
-
-
-@dataclass(slots=True)
-class _Search:
-    """The ways to give names, in order, to groups that take them in order, each name where its shape fits.
-
-    ``starts`` has the first position of each group, then the number of positions. A partial assignment is the number
-    of names that each group has taken; ``dead_ends`` are those that lead to no solution.
-    """
-
-    names: Sequence[str]
-    shapes: Sequence[Shape]
-    expected: Sequence[Shape | None]
-    starts: Sequence[int]
-    dead_ends: set[tuple[int, ...]] = field(default_factory=set)
-    choices: int = 0
-
-    def next_counts(self, at: int, taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        """Yield how many names each group has after the name at ``at``: one group takes the name, or, last, none."""
-        used = sum(taken)
-        self.choices += len(taken)
-        for group, count in enumerate(taken):
-            position, end = self.starts[group] + count, self.starts[group + 1]
-            if position < end and self.expected[position] in (None, self.shapes[at]):
-                yield (*taken[:group], count + 1, *taken[group + 1 :])
-        if at - used < len(self.names) - self.starts[-1]:
-            yield taken
-
-
-def _first_two_solutions(search: _Search) -> Iterator[list[str]]:
-    """Yield the name of each position, for at most two solutions; a depth-first search without recursion."""
-    if not search.names:
-        yield []
-        return
-    start = (0,) * (len(search.starts) - 1)
-    path = [start]
-    pending = [search.next_counts(0, start)]
-    has_solution = [False]  # of each step of the path
-    solutions = 0
-    limit = min(_MAX_CHOICES, max(_MIN_CHOICES, _CHOICES_FACTOR * len(search.names) * len(start)))
-    while pending:
-        if search.choices > limit:
-            raise PlanError("there are too many ways to assign the parameters to the groups", hint=_GIVE_NAMES)
-        at = len(path)
-        counts = next(pending[-1], None)
-        if counts is None:
-            last = path.pop()
-            pending.pop()
-            if not has_solution.pop():
-                search.dead_ends.add((len(path), *last))
-            continue
-        if (at, *counts) in search.dead_ends:
-            continue
-        if at == len(search.names):
-            has_solution = [True] * len(has_solution)
-            solutions += 1
-            yield _names_of_positions(search, [*path, counts])
-            if solutions == 2:
-                return
-            continue
-        path.append(counts)
-        pending.append(search.next_counts(at, counts))
-        has_solution.append(False)
-
-
-def _names_of_positions(search: _Search, path: Sequence[tuple[int, ...]]) -> list[str]:
-    names = [""] * search.starts[-1]
-    for number, (before, after) in enumerate(pairwise(path)):
-        for group, (old, new) in enumerate(zip(before, after, strict=True)):
-            if new > old:
-                names[search.starts[group] + old] = search.names[number]
-    return names

@@ -10,7 +10,8 @@ from ckptkit.core.text import kind_of, plural, printable, shell_word
 from ckptkit.errors import PlanError, RuleError
 from ckptkit.optimizer_state.groups import with_members
 from ckptkit.optimizer_state.model import Change, OptimizerState, parameter_shape, require_named
-from ckptkit.optimizer_state.naming import ModelLike, Parameters, parameters_of
+from ckptkit.optimizer_state.naming import ModelLike, parameters_of
+from ckptkit.optimizer_state.positions import Parameters
 
 __all__ = ["prune"]
 

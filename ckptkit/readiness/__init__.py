@@ -125,7 +125,7 @@ def preflight(
         key_map = apply_rules(Rules(), run)
         resumed = diff_checkpoints(inspected.state, run, key_map)
         problems = find_quantized_problems(inspected.state, run, key_map, "run")
-        resume_section, more = check_resume(model, training, resumed, saved_state)
+        resume_section, more = check_resume(model, training, resumed, saved_state, schedulers)
         filled = {pair.key for pair in resumed.matched}
         findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled]
         findings += [*check_quantized(problems, codes.RESUME_QUANTIZED), *more]

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, quoted
-from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, overwritten_options
+from ckptkit.core.torch_optim import OptimizerSchema, options_of_kind, scheduled_options
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
+from ckptkit.optimizer_state.compatibility import refuse_other_class
 from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.groups import equal_values
-from ckptkit.optimizer_state.model import SlotValue, number_of, parameter_shape
-from ckptkit.optimizer_state.naming import structure_findings, to_named
+from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, parameter_shape
+from ckptkit.optimizer_state.naming import name_by_position, naming_findings, structure_findings, to_named
 from ckptkit.param_groups.compare.groups import GroupDifference, GroupDifferences, GroupView, compare_groups
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.readiness import codes
+from ckptkit.readiness.loaded_options import options_after_load
 from ckptkit.readiness.model import Resume
 from ckptkit.readiness.training import Training
 
@@ -26,7 +29,15 @@ __all__ = ["check_resume"]
 _SHOWN = 3
 _BY_NAME = "use load_optimizer_state, which loads by name"
 _SET_AGAIN = "set the option again after load_state_dict, or keep the value of the run"
+_KEEP_SCHEDULE = (
+    "if a scheduler of the run set it, keep it: the schedule continues from it; else set it again after load_state_dict"
+)
+_NEW_SCHEDULE = (
+    "for the schedule of the run, build its scheduler and load its state too; a new schedule needs its own initial_lr"
+)
 _NO_EFFECT = options_of_kind("speed", "name")
+# Schedulers of torch and of training scripts move these options.
+_SCHEDULED = frozenset({"lr", "momentum", "betas", "weight_decay"})
 # With another value of these options, a step does something else, so the finding is an error.
 _OTHER_STEP = {
     "decoupled_weight_decay": "Adam and AdamW read the same state, but apply weight decay in two ways",
@@ -35,11 +46,12 @@ _OTHER_STEP = {
 
 
 def check_resume(
-    model: Module, training: Training, result: StateDictDiff, found: FoundState | None
+    model: Module, training: Training, result: StateDictDiff, found: FoundState | None, schedulers: Any = None
 ) -> tuple[Resume, list[Finding]]:
     """Return how far the weights and the optimizer state of a run fit, and the findings about both.
 
     ``result`` compares the model with the weights of the run. ``found`` is the optimizer state of the run, or None.
+    ``schedulers`` belong to the live optimizer.
     """
     findings = list(_weight_findings(result))
     matched = len(result.matched) - len(result.uncopyable)
@@ -54,7 +66,7 @@ def check_resume(
     elif found.form in ("named", "flattened"):
         findings += _name_findings(training, found)
     else:
-        findings += _position_findings(model, training, found)
+        findings += _position_findings(model, training, found, has_scheduler=bool(schedulers))
     count = sum(len(group.params) for group in found.groups) if training.groups else None
     return Resume(matched, len(result.expected), count, len(found.state), found.form), findings
 
@@ -77,7 +89,7 @@ def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
 def _model_findings(model: Module, found: FoundState) -> Iterator[Finding]:
     """Yield a finding where the model alone does not identify the parameters of the state."""
     try:
-        to_named(found, model)
+        yield from naming_findings(to_named(found, model))
     except PlanError as error:
         message = f"the parameters of the optimizer state of the run cannot be identified: {error.reason}"
         yield codes.RESUME_UNCLEAR.finding("", message, "give groups or an optimizer to compare with")
@@ -106,6 +118,22 @@ def _name_findings(training: Training, found: FoundState) -> Iterator[Finding]:
     yield from _changed_findings(training, differences)
 
 
+def _read_by_name(model: Module, training: Training, found: FoundState) -> OptimizerState | PlanError:
+    """Return the state as ``load_optimizer_state`` reads it, or the error that it raises."""
+    try:
+        if found.form != "indexed":
+            return to_named(found)
+        return to_named(found, model, groups=[group.names for group in training.groups])
+    except PlanError as error:
+        return error
+
+
+def _describe_reading(reading: OptimizerState | PlanError) -> str:
+    if isinstance(reading, PlanError):
+        return f"load_optimizer_state refuses the state too: {reading.reason}"
+    return f"load_optimizer_state reads the state {reading.evidence or 'by its names'}"
+
+
 @dataclass(frozen=True)
 class _Position:
     """One position of the optimizer: the live name, the key of the state in the file, and the name in the file."""
@@ -115,12 +143,15 @@ class _Position:
     saved_name: str
 
 
-def _position_findings(model: Module, training: Training, found: FoundState) -> Iterator[Finding]:
+def _position_findings(
+    model: Module, training: Training, found: FoundState, *, has_scheduler: bool
+) -> Iterator[Finding]:
     """Compare groups with a state that has its parameters by position, as torch's load_state_dict does."""
     if len(training.optimizers) > 1:
         message = "the optimizer state of the run was not compared: there are several optimizers, but only one state"
         yield codes.RESUME_UNCLEAR.finding("", message, severity="note")
         return
+    reading = _read_by_name(model, training, found)
     live_sizes = [len(group.names) for group in training.groups]
     saved_sizes = [len(group.params) for group in found.groups]
     if live_sizes != saved_sizes:
@@ -129,7 +160,7 @@ def _position_findings(model: Module, training: Training, found: FoundState) -> 
             "",
             f"load_state_dict refuses the optimizer state of the run: the saved groups have {saved_text} parameters, "
             f"and the live groups have {live_text}",
-            "make the groups that the run had; load_optimizer_state assigns its state to these groups by name",
+            f"make the groups that the run had; {_describe_reading(reading)}",
         )
         return
     schema = training.optimizers[0].schema if training.optimizers else None
@@ -144,9 +175,13 @@ def _position_findings(model: Module, training: Training, found: FoundState) -> 
     ]
     every = [position for group in positions for position in group]
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
-    differences = _compare(*_position_views(training, found, positions, shapes))
+    views = _position_views(training, found, positions, shapes)
+    differences = _compare(*views, has_scheduler=has_scheduler)
     yield from _order_findings(every)
-    yield from _shape_findings(every, differences)
+    if differences.shapes:
+        yield from _shape_findings(every, differences, reading)
+    elif isinstance(reading, OptimizerState):
+        yield from naming_findings(reading)
     yield from _coverage_findings(every, found, schema)
     if schema is not None and not schema.has_shared_state:
         yield from _class_findings(training, found, positions, schema, shapes)
@@ -160,10 +195,13 @@ def _position_views(
     positions: Sequence[Sequence[_Position]],
     shapes: Mapping[str, tuple[int, ...]],
 ) -> tuple[list[GroupView], list[GroupView]]:
-    """Return the live and the saved groups, with the position of each parameter as its name."""
+    """Return the live groups, and the groups after the load, with the position of each parameter as its name."""
     live_views, saved_views = [], []
     start = 0
-    for live, saved, group in zip(training.groups, found.groups, positions, strict=True):
+    loaded: Sequence[Mapping[str, object]] = [group.options for group in found.groups]
+    if training.optimizers:
+        loaded = options_after_load(training.optimizers[0].instance, loaded)
+    for live, options, group in zip(training.groups, loaded, positions, strict=True):
         numbers = tuple(map(str, range(start, start + len(group))))
         start += len(group)
         live_shapes = {
@@ -177,19 +215,27 @@ def _position_views(
             if (shape := parameter_shape(found.state.get(position.param, {}))) is not None
         }
         live_views.append(GroupView(live.name, numbers, live.options, live.optimizer, live_shapes))
-        saved_views.append(GroupView(live.name, numbers, saved.options, shapes=saved_shapes))
+        saved_views.append(GroupView(live.name, numbers, options, shapes=saved_shapes))
     return live_views, saved_views
 
 
-def _compare(live: Sequence[GroupView], saved: Sequence[GroupView]) -> GroupDifferences:
-    return compare_groups(live, saved, match="position", ignored=_ignored_options, equal=_equal_options)
+def _compare(live: Sequence[GroupView], saved: Sequence[GroupView], *, has_scheduler: bool = False) -> GroupDifferences:
+    def ignored(live: GroupView, saved: GroupView) -> frozenset[str]:
+        return _ignored_options(live.options, saved.options, has_scheduler=has_scheduler)
+
+    return compare_groups(live, saved, match="position", ignored=ignored, equal=_equal_options)
 
 
-def _ignored_options(live: GroupView, saved: GroupView) -> frozenset[str]:
-    """Return the options that are not compared; with a scheduler, ``initial_lr`` is compared instead of ``lr``."""
-    if "initial_lr" not in live.options or "initial_lr" not in saved.options:
-        return _NO_EFFECT | {"initial_lr"}
-    return _NO_EFFECT | {"lr"} | (overwritten_options(live.options) & overwritten_options(saved.options))
+def _ignored_options(
+    live: Mapping[str, SlotValue], saved: Mapping[str, SlotValue], *, has_scheduler: bool
+) -> frozenset[str]:
+    """Return the options that are not compared: they change no result, or a scheduler moved them."""
+    ignored = _NO_EFFECT | scheduled_options(live, saved)
+    if "initial_lr" in live and "initial_lr" in saved:
+        return ignored | {"lr"}  # initial_lr is compared
+    # Some schedulers leave no mark in the groups, such as ReduceLROnPlateau.
+    is_unmarked = has_scheduler and "initial_lr" not in live and "initial_lr" not in saved
+    return ignored | {"initial_lr"} | ({"lr"} if is_unmarked else set())
 
 
 def _order_findings(positions: Sequence[_Position]) -> Iterator[Finding]:
@@ -209,7 +255,12 @@ def _order_findings(positions: Sequence[_Position]) -> Iterator[Finding]:
         )
 
 
-def _shape_findings(positions: Sequence[_Position], differences: GroupDifferences) -> Iterator[Finding]:
+def _shape_findings(
+    positions: Sequence[_Position], differences: GroupDifferences, reading: OptimizerState | PlanError
+) -> Iterator[Finding]:
+    hint = _describe_reading(reading)
+    if isinstance(reading, OptimizerState) and reading.names == tuple(position.name for position in positions):
+        hint = 'load_optimizer_state with on_mismatch="skip" drops state of another shape'
     for difference in differences.shapes:
         position = positions[int(difference.name)]
         yield codes.RESUME_SHAPE.finding(
@@ -217,7 +268,7 @@ def _shape_findings(positions: Sequence[_Position], differences: GroupDifference
             f"position {position.param} of the optimizer state has shape {list(difference.found)}, but "
             f"{quoted(position.name)} at this position has {list(difference.expected)}: load_state_dict loads it, "
             "and the next step fails",
-            "use load_optimizer_state, which drops state of another shape",
+            hint,
         )
 
 
@@ -239,8 +290,13 @@ def _class_findings(
     schema: OptimizerSchema,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Iterator[Finding]:
-    """Yield a finding for the first parameter that has the state of another class."""
+    """Yield a finding if the options are of another class, or else for the first parameter that has such a state."""
     kind = training.optimizers[0].class_name
+    try:
+        refuse_other_class(name_by_position(found), training.optimizers[0].instance, schema)
+    except PlanError as error:
+        yield codes.RESUME_CLASS.finding("", error.reason, error.hint or "")
+        return
     for group, members in zip(training.groups, positions, strict=True):
         for position in members:
             slots = found.state.get(position.param)
@@ -248,12 +304,11 @@ def _class_findings(
                 continue
             expected = schema.slots_for(group.options, shapes[position.name])
             lacking = [slot.name for slot in expected if slot.name not in slots and not slot.is_optional]
-            unknown = [name for name in slots if schema.slot(name) is None]
-            if lacking or unknown:
-                fault = f"lacks {', '.join(lacking)}" if lacking else f"has {', '.join(unknown)}"
+            if lacking:
                 yield codes.RESUME_CLASS.finding(
                     position.name,
-                    f"the optimizer state of the run is not from {kind}: the state of {quoted(position.name)} {fault}",
+                    f"the optimizer state of the run is not from {kind}: the state of {quoted(position.name)} lacks "
+                    f"{', '.join(lacking)}",
                     "resume with the optimizer that the run had",
                 )
                 return
@@ -266,7 +321,7 @@ def _changed_findings(training: Training, differences: GroupDifferences) -> Iter
                 severity: Severity = "error" if option.key in _OTHER_STEP else "warning"
                 values = f"{option.key} = {_plain(option.expected)} becomes {_plain(option.found)}"
                 message = f"{_label(training, difference)}: {values} with the optimizer state of the run"
-                hint = _OTHER_STEP.get(option.key, _SET_AGAIN)
+                hint = _OTHER_STEP.get(option.key, _hint_of_option(option.key))
                 yield codes.RESUME_OPTIONS.finding("", message, hint, severity=severity)
 
 
@@ -275,7 +330,7 @@ def _lost_findings(training: Training, differences: GroupDifferences) -> Iterato
         return
     defaults = training.optimizers[0].instance.defaults
     for difference in differences.groups:
-        lost = sorted(_lost_options(difference))
+        lost = sorted(option.key for option in difference.options if option.is_absent)
         if lost:
             severity: Severity = "error" if defaults.keys() & set(lost) else "warning"
             names = ", ".join(map(quoted, lost))
@@ -285,17 +340,14 @@ def _lost_findings(training: Training, differences: GroupDifferences) -> Iterato
             )
 
 
+def _hint_of_option(key: str) -> str:
+    if key in options_of_kind("schedule"):
+        return _NEW_SCHEDULE
+    return _KEEP_SCHEDULE if key in _SCHEDULED else _SET_AGAIN
+
+
 def _label(training: Training, difference: GroupDifference) -> str:
     return f"group {difference.expected} ({quoted(training.groups[difference.expected].name)})"
-
-
-def _lost_options(difference: GroupDifference) -> Iterator[str]:
-    """Yield the options that the file lacks and that torch does not restore to the live value."""
-    for option in difference.options:
-        known = OPTIONS.get(option.key)
-        is_restored = known is not None and known.value_without is not None and option.expected == known.value_without
-        if option.is_absent and not is_restored:
-            yield option.key
 
 
 def _equal_options(live: SlotValue, saved: SlotValue) -> bool:

@@ -1,0 +1,189 @@
+"""A state without names is read in the order of the live optimizer, as torch reads it, or else by the model's order."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from ckptkit import load_optimizer_state, preflight
+from ckptkit.errors import PlanError
+from tests.helpers_optim import same_state
+
+Groups = list[dict[str, Any]]
+
+
+class Square(nn.Module):
+    """Layers of one shape, so that no shape tells which parameter is which."""
+
+    def __init__(self, layers: int = 4, classes: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False) for _ in range(layers)])
+        self.head = nn.Linear(4, classes, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return torch.as_tensor(self.head(x))
+
+
+def layer_wise(model: Square) -> Groups:
+    """Return one group for each layer from the top down, each with a lower rate, as fine-tuning scripts do."""
+    modules = [model.head, *reversed(list(model.layers))]
+    return [{"params": list(module.parameters()), "lr": 0.1 * 0.5**depth} for depth, module in enumerate(modules)]
+
+
+def members(model: nn.Module, *groups: tuple[int, ...]) -> Groups:
+    """Return groups of the parameters at these places of the model."""
+    parameters = list(model.parameters())
+    return [{"params": [parameters[place] for place in places]} for places in groups]
+
+
+def reverse(model: nn.Module) -> Groups:
+    return [{"params": list(model.parameters())[::-1]}]
+
+
+ORDERS: dict[str, Callable[[Any], Groups]] = {
+    "model": lambda model: [{"params": list(model.parameters())}],
+    "reversed": reverse,
+    "head first": lambda model: [{"params": [*model.head.parameters(), *model.layers.parameters()]}],
+    "layer-wise from the top": layer_wise,
+    "two groups": lambda model: [
+        {"params": list(model.layers[2:].parameters())},
+        {"params": [*model.layers[:2].parameters(), model.head.weight]},
+    ],
+    "frozen part": lambda model: members(model, (3, 1)),
+}
+
+
+def trained(model: nn.Module, groups: Groups, kind: Any = torch.optim.AdamW) -> torch.optim.Optimizer:
+    optimizer: torch.optim.Optimizer = kind(groups, lr=0.1)
+    inputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(inputs).pow(2).sum().backward()
+        optimizer.step()
+    return optimizer
+
+
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    return (optimizer.state[p]["exp_avg"] for p in model.parameters() if p in optimizer.state)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, lambda groups, lr: torch.optim.SGD(groups, lr, momentum=0.9)])
+def test_the_same_script_loads_what_torch_loads(order: str, kind: Any) -> None:
+    """The state arrives to the bit, a note says by position, and a preflight is ready."""
+    torch.manual_seed(0)
+    model = Square()
+    kept = {id(parameter) for group in ORDERS[order](model) for parameter in group["params"]}
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in kept)
+    saved = trained(model, ORDERS[order](model), kind).state_dict()
+    by_torch, by_name = (kind(ORDERS[order](model), lr=0.1) for _ in range(2))
+    report = preflight(model, optimizer=by_name, resume=model, resume_optimizer=saved)
+    assert report.verdict == "ready", report.findings
+    by_torch.load_state_dict(copy.deepcopy(saved))
+    loaded = load_optimizer_state(by_name, model, saved)
+    left, right = by_name.state_dict(), by_torch.state_dict()
+    assert same_state(left["state"], right["state"])
+    assert left["param_groups"] == right["param_groups"]
+    for findings in (report.findings, loaded.findings):
+        (note,) = [finding for finding in findings if finding.code == "optim.unnamed"]
+        assert "by position" in note.message
+        assert ("not in the order of the model" in note.message) == (order in ("reversed", "head first", "frozen part"))
+
+
+def test_names_read_otherwise() -> None:
+    """A state of another order is read by the order of the model, or by a list of names."""
+    model = Square()
+    optimizer = trained(model, ORDERS["model"](model))
+    expected = list(moments(model, optimizer))
+    names = [name for name, _ in model.named_parameters()]
+    for given in ("model", names, model):
+        other = torch.optim.AdamW(reverse(model))
+        report = load_optimizer_state(other, model, optimizer.state_dict(), names=given)
+        assert all(map(torch.equal, moments(model, other), expected))
+        assert "by position" not in report.findings[0].message
+    by_position = torch.optim.AdamW(reverse(model))
+    load_optimizer_state(by_position, model, optimizer.state_dict())
+    assert all(map(torch.equal, moments(model, by_position), expected[::-1]))
+
+
+def test_what_does_not_fit_by_position_is_read_by_the_only_order_that_does() -> None:
+    """Shapes that differ between positions show that the order changed."""
+    model = Square(layers=1, classes=2)
+    optimizer = trained(model, ORDERS["model"](model))
+    other = torch.optim.AdamW(reverse(model))
+    report = load_optimizer_state(other, model, optimizer.state_dict())
+    assert all(map(torch.equal, moments(model, other), moments(model, optimizer)))
+    assert "by the order of the model" in report.findings[0].message
+    found = preflight(model, optimizer=other, resume=model, resume_optimizer=optimizer.state_dict()).findings
+    assert [finding.code for finding in found if finding.severity == "error"] == ["preflight.resume-shape"] * 2
+    assert "load_optimizer_state reads the state by the order of the model" in found[0].hint
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Groups], Callable[[Any], Groups], str]] = {
+    "other sizes, two orders": (
+        reverse,
+        lambda model: [{"params": list(model.layers.parameters())[::-1]}, {"params": [model.head.weight]}],
+        r"position 0 \(\[4, 4\]\) is 'layers.0.weight' or 'layers.3.weight'",
+    ),
+    "other sizes, a group for each layer": (layer_wise, ORDERS["model"], "position 3 .* is 'layers.3.weight' or"),
+    "other shapes, two orders": (
+        lambda model: [
+            {"params": [model.layers[0].weight, model.head.weight]},
+            {"params": list(model.layers[1:].parameters())},
+        ],
+        lambda model: [
+            {"params": list(model.layers[:2].parameters())},
+            {"params": [*model.layers[2:].parameters(), model.head.weight]},
+        ],
+        "the optimizer has other shapes: position 1 has shape .*is 'layers.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("before", "now", "message"), REFUSED.values(), ids=REFUSED)
+def test_several_readings_are_refused(
+    before: Callable[[Any], Groups], now: Callable[[Any], Groups], message: str
+) -> None:
+    """The error shows the parameters in doubt, a list of names helps, and a preflight has the same reason."""
+    model = Square(classes=2 if "other shapes" in message else 4)
+    optimizer = trained(model, before(model))
+    saved = optimizer.state_dict()
+    other = torch.optim.AdamW(now(model))
+    with pytest.raises(PlanError, match=message) as refusal:
+        load_optimizer_state(other, model, saved)
+    found = preflight(model, optimizer=other, resume=model, resume_optimizer=saved).findings
+    assert any(refusal.value.reason in finding.hint for finding in found if finding.severity == "error")
+    name_of = {id(parameter): name for name, parameter in model.named_parameters()}
+    names = [name_of[id(parameter)] for group in before(model) for parameter in group["params"]]
+    load_optimizer_state(other, model, saved, names=names, hyper="live")
+    assert all(map(torch.equal, moments(model, other), moments(model, optimizer)))
+
+
+def test_a_new_head_in_the_same_script_is_one_parameter_that_does_not_fit() -> None:
+    """All else is read by position, and the policy decides about the state of the head."""
+    old, model = Square(classes=2), Square(classes=3)
+    optimizer = trained(old, reverse(old))
+    other = torch.optim.AdamW(reverse(model))
+    with pytest.raises(PlanError, match=r"the state of 'head.weight' has exp_avg of shape \(2, 4\)"):
+        load_optimizer_state(other, model, optimizer.state_dict())
+    report = load_optimizer_state(other, model, optimizer.state_dict(), on_mismatch="skip")
+    assert report.dropped == ("head.weight",)
+    assert all(map(torch.equal, moments(model.layers, other), moments(old.layers, optimizer)))
+
+
+def test_recorded_names_count_more_than_positions() -> None:
+    """A state with param_names is loaded by name into an optimizer of another order."""
+    model = Square()
+    optimizer = trained(model, [{"params": list(model.named_parameters())}])
+    other = torch.optim.AdamW(reverse(model))
+    report = load_optimizer_state(other, model, optimizer.state_dict())
+    assert all(map(torch.equal, moments(model, other), moments(model, optimizer)))
+    assert report.findings == ()
