@@ -110,11 +110,19 @@ SCHEDULER_INITIAL_LR = Code(
     ("warning",),
     "A new scheduler starts from an initial_lr, not from the lr of the group.",
 )
+SCHEDULER_LR = Code(
+    "groups.scheduler-lr",
+    ("error", "warning", "note"),
+    "A group has another lr than its scheduler set, as after a load in the wrong order.",
+)
+SCHEDULER_MINIMUM = Code(
+    "groups.scheduler-minimum", ("warning",), "The minimum of a scheduler is above the lr of a group."
+)
 SCHEDULER_OPTIMIZER = Code(
     "groups.scheduler-optimizer", ("error",), "A scheduler changes the lr of an optimizer that was not given."
 )
 SCHEDULER_FLAT = Code(
-    "groups.scheduler-flat", ("warning",), "A scheduler set all groups to one lr and replaced their own."
+    "groups.scheduler-flat", ("warning",), "A scheduler or a script set all groups to one lr and replaced their own."
 )
 
 # Live groups against a spec, and one lock against another.
@@ -126,7 +134,9 @@ TIES = Code("groups.ties", ("error",), "A parameter is tied to other parameters 
 MOVED = Code("groups.moved", ("error",), "A parameter is in another group than the spec or the lock says.")
 ORDER = Code("groups.order", ("error",), "The parameters have another order than in the lock.")
 THAWED = Code("groups.thawed", ("warning",), "A parameter entered the groups or left them since the lock was made.")
-OPTIONS = Code("groups.options", ("error", "warning"), "A group has other options than the spec or the lock says.")
+OPTIONS = Code(
+    "groups.options", ("error", "warning", "note"), "A group has other options than the spec or the lock says."
+)
 
 # The changes that rebind made.
 REPOINTED = Code("rebind.repointed", ("note",), "A group now holds the parameter that replaced an old one.")

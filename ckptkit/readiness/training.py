@@ -213,7 +213,7 @@ def _training_groups(model: Module, live: LiveGroups) -> tuple[TrainingGroup, ..
 
 def _spec_ignored(findings: Sequence[Finding]) -> Iterator[Finding]:
     """Yield one finding that counts the differences of the live groups from the spec among ``findings``."""
-    counts = Counter(finding.code for finding in findings)
+    counts = Counter(finding.code for finding in findings if finding.severity != "note")
     moved, options = counts[group_codes.MOVED.name], counts[group_codes.OPTIONS.name]
     if moved or options:
         parts = [

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from ckptkit.core.text import plural, quoted
@@ -14,13 +12,10 @@ from ckptkit.core.torch_optim import initial_lr
 from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.live import unwrap_optimizer
+from ckptkit.param_groups.schedules import FACTORS, active_parts, closed_form_lrs, is_torch_scheduler, with_parts
 
 __all__ = ["SchedulerExtension", "plan_extension"]
 
-# These multiply the current rate of a group, so several of them can act together in any order.
-_FACTORS = frozenset(
-    {"StepLR", "MultiStepLR", "ConstantLR", "LinearLR", "ExponentialLR", "PolynomialLR", "MultiplicativeLR"}
-)
 # Options of each group that only the constructor of the class writes, from its own arguments.
 _REQUIRED: Mapping[str, tuple[str, ...]] = {
     "OneCycleLR": ("initial_lr", "max_lr", "min_lr"),
@@ -53,7 +48,7 @@ def plan_extension(schedulers: Sequence[Any], optimizer: Optimizer, group: Mappi
     count = len(optimizer.param_groups)
     initial = initial_lr(group)
     lists: list[tuple[Any, str, list[Any]]] = []
-    every = [inner for scheduler in schedulers for inner in _with_inner(scheduler)]
+    every = [inner for scheduler in schedulers for inner in with_parts(scheduler)]
     for scheduler in every:
         _check_extensible(scheduler, optimizer, group)
         lists.extend((scheduler, name, values) for name, values in _extended_lists(scheduler, count, group, initial))
@@ -66,20 +61,13 @@ def plan_extension(schedulers: Sequence[Any], optimizer: Optimizer, group: Mappi
     return SchedulerExtension(options, tuple(lists))
 
 
-def _with_inner(scheduler: Any) -> Iterator[Any]:
-    """Yield a scheduler, then the schedulers inside a SequentialLR or ChainedScheduler."""
-    yield scheduler
-    for inner in getattr(scheduler, "_schedulers", ()):
-        yield from _with_inner(inner)
-
-
 def _check_extensible(scheduler: Any, optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     name = type(scheduler).__name__
     if unwrap_optimizer(scheduler.optimizer) is not optimizer:
         raise GroupsError(
             f"{name} is a scheduler of another optimizer", hint="pass the schedulers of this optimizer only"
         )
-    if not type(scheduler).__module__.startswith("torch.optim."):
+    if not is_torch_scheduler(scheduler):
         raise GroupsError(
             f"{name} is not a scheduler of torch: how to extend it for a new group is not known", hint=_REBUILD
         )
@@ -134,10 +122,13 @@ def _extended_lists(
 def _scheduled_options(schedulers: Sequence[Any], group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that a group would have now, if ``schedulers`` had changed them from their start."""
     active = [
-        inner for scheduler in schedulers for inner in _active(scheduler) if type(inner).__name__ != "ReduceLROnPlateau"
+        inner
+        for scheduler in schedulers
+        for inner in active_parts(scheduler)
+        if type(inner).__name__ != "ReduceLROnPlateau"
     ]
     kinds = [type(scheduler).__name__ for scheduler in active]
-    if len(active) > 1 and not all(kind in _FACTORS for kind in kinds):
+    if len(active) > 1 and not all(kind in FACTORS for kind in kinds):
         names = " and ".join(kinds)
         raise GroupsError(
             f"{names} change the same learning rate: its value for a new group is not known",
@@ -151,28 +142,14 @@ def _scheduled_options(schedulers: Sequence[Any], group: Mapping[str, Any]) -> d
     return options
 
 
-def _active(scheduler: Any) -> list[Any]:
-    """Return the schedulers that set the current rate: in a SequentialLR, only the active one."""
-    kind, inner = type(scheduler).__name__, getattr(scheduler, "_schedulers", ())
-    if kind == "SequentialLR":
-        return _active(inner[bisect_right(vars(scheduler)["_milestones"], scheduler.last_epoch)])
-    if kind == "ChainedScheduler":
-        return [active for part in inner for active in _active(part)]
-    return [scheduler]
-
-
 def _options_now(scheduler: Any, group: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that ``scheduler`` would give a group now, computed by torch on a copy of the scheduler."""
     options = dict(group)
-    probe = copy.copy(scheduler)
-    probe.optimizer = SimpleNamespace(param_groups=[options])
-    vars(probe)["_get_lr_called_within_step"] = True  # else get_lr() warns
-    for name, values in _extended_lists(scheduler, len(scheduler.optimizer.param_groups), group, group["initial_lr"]):
-        setattr(probe, name, values[-1:])
+    count = len(scheduler.optimizer.param_groups)
+    lists = {name: values[-1:] for name, values in _extended_lists(scheduler, count, group, group["initial_lr"])}
     if type(scheduler).__name__ == "MultiplicativeLR":
         for epoch in range(1, scheduler.last_epoch + 1):
-            options["lr"] = options["lr"] * probe.lr_lambdas[0](epoch)
+            options["lr"] = options["lr"] * lists["lr_lambdas"][0](epoch)
         return options
-    compute: Callable[[], list[Any]] = getattr(probe, "_get_closed_form_lr", probe.get_lr)
-    (options["lr"],) = compute()
+    (options["lr"],) = closed_form_lrs(scheduler, [options], lists)
     return options

@@ -73,11 +73,15 @@ def check_param_groups(
         if spec is not None:
             from ckptkit.param_groups.compare.spec import compare_with_spec
 
-            findings.extend(compare_with_spec(live_model, live, spec, ignored))
+            has_schedulers = bool(given_schedulers)
+            findings.extend(compare_with_spec(live_model, live, spec, ignored, has_schedulers=has_schedulers))
         if lock is not None:
             from ckptkit.param_groups.compare.locks import diff_locks
+            from ckptkit.param_groups.compare.rates import check_flat_rates
 
             findings.extend(diff_locks(lock, lock_live(live_model, live)).findings)
+            if not given_schedulers and spec is None:
+                findings.extend(check_flat_rates(lock, live_model, live, "the lock"))
         return Report(tuple(findings), GroupsError)
 
 

@@ -8,11 +8,14 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_optim import initial_lr
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, unwrap_optimizer
+from ckptkit.param_groups.schedules import with_parts
 from ckptkit.param_groups.validate.optimizer_rules import trained_options
 from ckptkit.param_groups.validate.options import read_number
+from ckptkit.param_groups.validate.rates import check_rates, flat_lr, is_close
 
 __all__ = ["check_schedulers", "read_schedulers"]
 
@@ -20,13 +23,15 @@ __all__ = ["check_schedulers", "read_schedulers"]
 _LISTS = ("base_lrs", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums", "base_values")
 # These multiply the current lr of each group by one factor, so they also work for a group that was added later.
 _MULTIPLY_CURRENT = frozenset({"StepLR", "MultiStepLR", "ExponentialLR", "PolynomialLR"})
-# These start at the lr of the group. Others start with a warm-up or with an lr of their own.
-_START_AT_GROUP_LR = frozenset(
-    {*_MULTIPLY_CURRENT, "MultiplicativeLR", "CosineAnnealingLR", "CosineAnnealingWarmRestarts"}
-)
 # The key that these schedulers write into each group. They write one value into all groups, unless given a list.
 _WRITTEN_KEYS = {"OneCycleLR": "max_lr", "CyclicLR": "max_lr", "SWALR": "swa_lr"}
-_BUILD_AGAIN = "build the scheduler again after the last add_param_group()"
+_SHOWN = 3
+# The lowest lr of all groups: of torch's cosines, and of schedulers outside torch.
+_MINIMUM_KEYS = ("eta_min", "lr_min", "min_lr")
+_BUILD_AGAIN = (
+    "rebind(optimizer, model, add_missing=..., schedulers=...) adds a group and extends the scheduler, which then "
+    "continues; a scheduler that is built again restarts"
+)
 
 
 def read_schedulers(given: Any) -> tuple[Any, ...]:
@@ -61,13 +66,15 @@ def check_schedulers(optimizers: Sequence[LiveOptimizer], schedulers: Sequence[A
             hint="pass the optimizer instead of its groups",
         )
     by_instance = {id(optimizer.instance): optimizer for optimizer in optimizers}
-    schedulers_of = Counter(id(unwrap_optimizer(scheduler.optimizer)) for scheduler in schedulers)
+    schedulers_of: dict[int, list[Any]] = {}
+    unequal: set[int] = set()  # optimizers with another initial_lr than their schedulers, which explains a wrong lr
     for scheduler in schedulers:
         optimizer = by_instance.get(id(unwrap_optimizer(scheduler.optimizer)))
         if optimizer is None:
             yield _other_optimizer(type(scheduler).__name__, scheduler.optimizer)
             continue
-        for part in _with_parts(scheduler):
+        schedulers_of.setdefault(id(optimizer.instance), []).append(scheduler)
+        for part in with_parts(scheduler):
             if by_instance.get(id(unwrap_optimizer(part.optimizer))) is not optimizer:
                 yield _other_optimizer(f"{type(part).__name__} in {type(scheduler).__name__}", part.optimizer)
                 continue
@@ -75,18 +82,16 @@ def check_schedulers(optimizers: Sequence[LiveOptimizer], schedulers: Sequence[A
             is_stepped_alone = part is scheduler or type(scheduler).__name__ == "ChainedScheduler"
             multiplies_current = is_stepped_alone and type(part).__name__ in _MULTIPLY_CURRENT
             yield from _check_lengths(optimizer, part, multiplies_current=multiplies_current)
-            yield from _check_base_lrs(optimizer, part)
+            for finding in _check_base_lrs(optimizer, part):
+                unequal.add(id(optimizer.instance))
+                yield finding
+            yield from _check_minimum(optimizer, part)
             yield from _check_flat(optimizer, part)
-        if schedulers_of[id(optimizer.instance)] == 1:
-            yield from _check_initial_lr(optimizer, scheduler)
         yield from _check_progress(optimizer, scheduler)
-
-
-def _with_parts(scheduler: Any) -> Iterator[Any]:
-    """Yield a scheduler and all schedulers inside it."""
-    yield scheduler
-    for part in getattr(scheduler, "_schedulers", ()):
-        yield from _with_parts(part)
+    for key, same_optimizer in schedulers_of.items():
+        if key not in unequal:
+            yield from check_rates(by_instance[key], same_optimizer)
+        yield from _check_flat_now(by_instance[key], same_optimizer)
 
 
 def _other_optimizer(label: str, optimizer: Any) -> Finding:
@@ -141,7 +146,7 @@ def _check_base_lrs(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
         return
     for value, group in zip(base_lrs, optimizer.groups, strict=True):
         initial_lr, base_lr = read_number(group.options.get("initial_lr")), read_number(value)
-        if initial_lr is not None and base_lr is not None and not _is_close(initial_lr, base_lr):
+        if initial_lr is not None and base_lr is not None and not is_close(initial_lr, base_lr):
             yield codes.SCHEDULER_BASE_LR.finding(
                 "",
                 f"{type(scheduler).__name__} has base lr {base_lr:g} for {group.where}, but the group has "
@@ -150,19 +155,60 @@ def _check_base_lrs(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
             )
 
 
-def _check_initial_lr(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
-    """Yield a finding if a new scheduler starts from an ``initial_lr`` of a loaded state or of an older scheduler."""
-    if type(scheduler).__name__ not in _START_AT_GROUP_LR or getattr(scheduler, "last_epoch", None) != 0:
+def _minimums(optimizer: LiveOptimizer, scheduler: Any) -> tuple[str, list[float | None]] | None:
+    """Return the name of the lowest lr in ``scheduler``, and its value for each group; None where it has none."""
+    values = getattr(scheduler, "min_lrs", None)
+    if isinstance(values, Sequence) and len(values) == len(optimizer.groups):
+        return "min_lr", [read_number(value) for value in values]
+    for key in _MINIMUM_KEYS:
+        value = getattr(scheduler, key, None)
+        if isinstance(value, int | float):
+            return key, [read_number(value)] * len(optimizer.groups)
+    return None
+
+
+def _check_minimum(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
+    """Yield a finding if the lowest lr of a scheduler is above the lr from which the schedule of a group starts."""
+    found, label = _minimums(optimizer, scheduler), type(scheduler).__name__
+    if found is None:
         return
-    for group in optimizer.groups:
-        initial_lr, lr = read_number(group.options.get("initial_lr")), read_number(group.options.get("lr"))
-        if initial_lr is not None and lr is not None and not _is_close(initial_lr, lr):
-            yield codes.SCHEDULER_INITIAL_LR.finding(
-                "",
-                f"{type(scheduler).__name__} is new and starts from initial_lr={initial_lr:g}, but {group.where} has "
-                f"lr={lr:g}: the initial_lr is from a loaded state or from an earlier scheduler",
-                'remove initial_lr before you build the scheduler: group.pop("initial_lr", None)',
-            )
+    key, minimums = found
+    lower = [
+        (group.where, minimum, lr)
+        for group, minimum in zip(optimizer.groups, minimums, strict=True)
+        if minimum and (lr := read_number(initial_lr(group.options))) is not None
+        if minimum > lr and not is_close(minimum, lr)
+    ]
+    if not lower:
+        return
+    more = f" and {plural(len(lower) - _SHOWN, 'more group')}" if len(lower) > _SHOWN else ""
+    names = ", ".join(f"{where} (lr={lr:g})" for where, _, lr in lower[:_SHOWN]) + more
+    is_plateau = hasattr(scheduler, "min_lrs")
+    effect = "never reduces it" if is_plateau else "raises it"
+    yield codes.SCHEDULER_MINIMUM.finding(
+        "",
+        f"{label} has {key}={lower[0][1]:g}, which is above the lr of {names}: {label} {effect}",
+        "give min_lr a list with one value for each group"
+        if is_plateau
+        else f"choose {key} below the lowest lr, or use LambdaLR, which multiplies the lr of each group",
+    )
+
+
+def _check_flat_now(optimizer: LiveOptimizer, schedulers: Sequence[Any]) -> Iterator[Finding]:
+    """Yield a finding if all groups have one lr now, although they started with different lrs."""
+    options = [group.options for group in optimizer.groups]
+    flat = flat_lr(options, list(map(initial_lr, options)))
+    parts = [part for scheduler in schedulers for part in with_parts(scheduler)]
+    lowest = [minimum for part in parts for minimum in (_minimums(optimizer, part) or ("", []))[1]]
+    if flat is None or any(minimum is not None and is_close(flat.lr, minimum) for minimum in lowest):
+        return
+    labels = " and ".join(dict.fromkeys(type(scheduler).__name__ for scheduler in schedulers))
+    yield codes.SCHEDULER_FLAT.finding(
+        "",
+        f"all {len(options)} groups have lr={flat.lr:g} under {labels}, although they started with lrs from "
+        f"{flat.lowest:g} to {flat.highest:g}: their own lr is lost",
+        "a schedule must multiply the base lr of each group, and not set one lr for all",
+    )
 
 
 def _check_flat(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
@@ -171,7 +217,9 @@ def _check_flat(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
     if key is None or len(optimizer.groups) < 2:
         return
     values = getattr(scheduler, f"{key}s", None) or [group.options.get(key) for group in optimizer.groups]
-    if len({read_number(value) for value in values}) > 1:
+    # CyclicLR moves each group between two lrs of its own.
+    lows = getattr(scheduler, "base_lrs", ()) if label == "CyclicLR" else ()
+    if any(len({read_number(value) for value in one}) > 1 for one in (values, lows)):
         return
     scales = {repr(group.options.get("lr_scale")) for group in optimizer.groups}
     alike = Counter(trained_options(group, "lr", "momentum", "betas") for group in optimizer.groups)
@@ -201,7 +249,3 @@ def _check_progress(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
             "was not loaded, or the loaded file had no state for these parameters",
             f"load the state, then check {quoted('len(optimizer.state)')}, the number of parameters with state",
         )
-
-
-def _is_close(left: float, right: float) -> bool:
-    return abs(left - right) <= 1e-6 * max(abs(left), abs(right))
