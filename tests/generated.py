@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 
 # The modules that list codes, and what the section of each is called.
 _CODES: dict[str, str] = {
+    "ckptkit.core.findings.codes": "Every check",
     "ckptkit.formats.codes": "Readers: warnings of ckpt show and findings of ckpt check",
     "ckptkit.loading.codes": "load_into",
     "ckptkit.param_groups.codes": "ckpt groups, validate_param_groups and rebind",
@@ -24,7 +25,12 @@ _CODES: dict[str, str] = {
 
 def files() -> dict[Path, str]:
     """Return the text of each generated file."""
-    return {ROOT / "ckptkit" / "__init__.pyi": _stub(), ROOT / "docs" / "codes.md": "\n".join(_codes_page())}
+    package = ROOT / "ckptkit"
+    return {
+        package / "__init__.pyi": _stub(),
+        package / "core" / "findings" / "code_names.py": _code_names(),
+        ROOT / "docs" / "codes.md": "\n".join(_codes_page()),
+    }
 
 
 def code_tables() -> dict[str, tuple[Code, ...]]:
@@ -39,10 +45,35 @@ def _stub() -> str:
     return "\n".join([*sorted(imports), "", "__all__ = [", *names, "]", ""])
 
 
+def _code_names() -> str:
+    """Return the module that lists all codes, so that an ignore list can be checked without importing every check."""
+    names = sorted(code.name for codes in code_tables().values() for code in codes)
+    return "\n".join(
+        [
+            '"""The codes of all findings, which ``python -m tests.generated`` writes from the declarations."""',
+            "",
+            "from __future__ import annotations",
+            "",
+            '__all__ = ["CODE_NAMES"]',
+            "",
+            "CODE_NAMES = frozenset(",
+            "    {",
+            *(f'        "{name}",' for name in names),
+            "    }",
+            ")",
+            "",
+        ]
+    )
+
+
 def _codes_page() -> Iterator[str]:
     yield "# Codes of findings"
     yield ""
     yield "Each finding has a code. Codes are stable: a script can select by them. The severity is the usual one first."
+    yield ""
+    yield "`ignore=`, `--ignore` and `ignore = [...]` at the top of a spec of param groups leave expected"
+    yield "findings out. Each entry is `CODE` or a pattern such as `groups.*`, alone or with `:KEY-PATTERN`, such as"
+    yield "`groups.decay:*.norm.*`."
     for module, title in _CODES.items():
         yield from ("", f"## {title}", "", "| code | severity | meaning |", "|---|---|---|")
         yield from (

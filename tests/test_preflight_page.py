@@ -63,7 +63,7 @@ def test_the_document_has_every_section_of_the_page(capsys: pytest.CaptureFixtur
     document = json.loads(ran.out)
     assert document["schema"] == "ckptkit.preflight/1"
     assert document["verdict"] == "ready, with 1 warning"
-    assert document["summary"] == {"errors": 0, "warnings": 1, "notes": 0}
+    assert document["summary"] == {"errors": 0, "warnings": 1, "notes": 0, "ignored": 0}
     assert set(document["findings"][0]) == {"code", "severity", "key", "message", "hint"}
     assert document["init"]["coverage"] == 61156 / 61496
     assert document["init"]["in_model"] == "all"

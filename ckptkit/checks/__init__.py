@@ -6,7 +6,7 @@ The report also lists everything that was not checked, so that nobody takes a sh
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -17,6 +17,7 @@ from ckptkit.checks.reading import VALUES_UNCHECKED, Scan
 from ckptkit.checks.structure import check_structure
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, ReaderWarning, Report
+from ckptkit.core.findings.ignoring import IgnoreEntry, IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
@@ -41,6 +42,7 @@ def run_checks(
     fast: bool = False,
     values: bool = True,
     progress: Progress | None = None,
+    ignore: IgnoreLike = (),
 ) -> Report:
     """Return a report of damaged and unusual parts of a checkpoint; the last finding lists everything unchecked.
 
@@ -56,13 +58,16 @@ def run_checks(
         fast: Read headers only.
         values: Whether values are checked. This needs torch; without torch they are not checked.
         progress: Called with the number of bytes after each chunk.
+        ignore: Expected findings, as ``CODE`` or ``CODE:KEY-PATTERN``. They are in ``ignored`` of the report, not in
+            ``findings``. An entry that matches no finding is a note.
 
     Raises:
-        RuleError: A rule cannot be applied.
+        RuleError: A rule cannot be applied, or an entry of ``ignore`` names a code that no check has.
         ModelError: ``checkpoint`` or ``like`` is not a checkpoint.
 
     A file that cannot be read is a finding, not an exception.
     """
+    entries = parse_ignore(ignore)
     opened = as_checkpoint(checkpoint, "checkpoint")
     key_map = apply_rules(as_rules(rules), opened)
     chosen = key_map.renamed
@@ -78,7 +83,7 @@ def run_checks(
         findings += check_differences(result)
     if fast:
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
-        return _report([*findings, codes.NOT_SCANNED.finding("", message)])
+        return _report([*findings, codes.NOT_SCANNED.finding("", message)], entries)
     scan = Scan(opened, None if len(chosen) == len(opened) else chosen.keys())
     with contextlib.ExitStack() as stack:
         if values and _has_torch():
@@ -100,7 +105,7 @@ def run_checks(
             findings += check_values(opened, scan.values.stats, quantized)
             if expected is not None and result is not None:
                 findings += check_expected_values(result, expected, scan.values, quantized)
-    return _report([*findings, codes.NOT_SCANNED.finding("", scan.summary())])
+    return _report([*findings, codes.NOT_SCANNED.finding("", scan.summary())], entries)
 
 
 def _has_torch() -> bool:
@@ -111,16 +116,21 @@ def _has_torch() -> bool:
     return True
 
 
-def _report(findings: Iterable[Finding]) -> Report:
-    """Return the report, with the first 32 findings of each code and a count of further findings."""
+def _report(findings: Sequence[Finding], ignore: Sequence[IgnoreEntry]) -> Report:
+    """Return the report, with the first 32 findings of each code and a count of further findings.
+
+    The findings that ``ignore`` matches are left out before.
+    """
+    report = ignore_findings(Report(tuple(findings)), ignore)
     shown: list[Finding] = []
-    for _, group in groupby(findings, key=lambda finding: (finding.code, finding.severity)):
+    last_of_all = sorted(report.findings, key=lambda finding: finding.code == codes.NOT_SCANNED.name)
+    for _, group in groupby(last_of_all, key=lambda finding: (finding.code, finding.severity)):
         same = list(group)
         shown += same[:_MAX_PER_CODE]
         if len(same) > _MAX_PER_CODE:
             message = f"{plural(len(same) - _MAX_PER_CODE, 'more finding')} of this kind"
             shown.append(replace(same[_MAX_PER_CODE], message=message, hint="--keep 'PATTERN' checks only some keys"))
-    return Report(tuple(shown))
+    return replace(report, findings=tuple(shown))
 
 
 def _check_headers(opened: Checkpoint, chosen: Iterable[str], quantized: Quantized) -> Iterator[Finding]:

@@ -73,8 +73,8 @@ def _check_alphas(pairs: Collection[_LoraPair], *, scale_reported: bool) -> Iter
     if with_alpha:
         message = f"{plural(len(without), 'LoRA pair')} without alpha, but {with_alpha:,} with alpha: {listed(without)}"
         hint = "loaders scale pairs without alpha by 1, or by another default"
-        yield codes.LORA_ALPHA.finding(without[0], message, hint)
+        yield codes.LORA_ALPHA.finding(without[0], message, hint, keys=without)
     elif not scale_reported:
         message = f"the scale of {plural(len(without), 'LoRA pair')} (alpha / rank) is not in the file"
         hint = "peft keeps the scale in adapter_config.json: give the path of the directory"
-        yield codes.LORA_ALPHA.finding(without[0], message, hint, severity="note")
+        yield codes.LORA_ALPHA.finding(without[0], message, hint, severity="note", keys=without)

@@ -49,8 +49,9 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
     )
     for remark, group in groupby(result.quantized, lambda weight: weight.remark):
         weights = list(group)
-        text = f"{plural(len(weights), 'weight')} {remark}: {listed([weight.key for weight in weights])}"
-        yield codes.QUANTIZED_MISMATCHED.finding(weights[0].key, text, weights[0].weight.way_out)
+        names = [weight.key for weight in weights]
+        text = f"{plural(len(weights), 'weight')} {remark}: {listed(names)}"
+        yield codes.QUANTIZED_MISMATCHED.finding(names[0], text, weights[0].weight.way_out, keys=names)
     uncopyable = {pair.key for pair in result.uncopyable}
     yield from _findings_of_pairs(codes.UNCOPYABLE, result.uncopyable, "with a kind or dtype that torch cannot copy")
     cast = [pair for pair in result.dtype_mismatched if pair.key not in uncopyable]
@@ -67,7 +68,7 @@ def check_differences(result: StateDictDiff) -> Iterator[Finding]:
 def _findings_of_keys(code: Code, keys: Iterable[str], text: str, hint: str = "") -> Iterator[Finding]:
     names = list(keys)
     if names:
-        yield code.finding(names[0], f"{plural(len(names), 'key')} {text}: {listed(names)}", hint)
+        yield code.finding(names[0], f"{plural(len(names), 'key')} {text}: {listed(names)}", hint, keys=names)
 
 
 def _findings_of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Iterator[Finding]:
@@ -75,7 +76,7 @@ def _findings_of_pairs(code: Code, pairs: Iterable[KeyPair], text: str) -> Itera
     if found:
         first = f"{found[0].expected} expected, {found[0].found} found"
         names = [pair.key for pair in found]
-        yield code.finding(names[0], f"{plural(len(found), 'key')} {text}: {listed(names)} ({first})")
+        yield code.finding(names[0], f"{plural(len(found), 'key')} {text}: {listed(names)} ({first})", keys=names)
 
 
 def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyPair], bool]) -> Iterator[Finding]:
@@ -83,7 +84,7 @@ def check_as_expected(pairs: Iterable[KeyPair], have_equal_bytes: Callable[[KeyP
     equal = [pair.key for pair in pairs if pair.expected.elements and have_equal_bytes(pair)]
     if equal:
         message = f"{plural(len(equal), 'tensor')} bit by bit equal to EXPECTED: {listed(equal)}"
-        yield codes.AS_EXPECTED.finding(equal[0], message)
+        yield codes.AS_EXPECTED.finding(equal[0], message, keys=equal)
 
 
 def check_at_init(
@@ -111,11 +112,11 @@ def check_at_init(
         count = plural(len(sampled), "tensor")
         message = f"{count} distributed as in a new model (mean, deviation, magnitudes): {listed(sampled)}"
         hint = "never trained, or not saved? use --drop for tensors that will be trained from scratch"
-        yield codes.AT_INIT.finding(sampled[0], message, hint)
+        yield codes.AT_INIT.finding(sampled[0], message, hint, keys=sampled)
     if constant:
         count = plural(len(constant), "tensor")
         message = f"{count} with the constant initial values of a new model (ones or zeros): {listed(constant)}"
-        yield codes.AT_INIT.finding(constant[0], message, severity="note")
+        yield codes.AT_INIT.finding(constant[0], message, severity="note", keys=constant)
 
 
 def _have_one_distribution(found: ValueStats, fresh: ValueStats, *, same_dtype: bool) -> bool:

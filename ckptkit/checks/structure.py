@@ -47,7 +47,7 @@ def _check_not_dense(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
     for kind, keys in by_kind.items():
         count = plural(len(keys), f"{kind} tensor")
         message = f"{count} listed, but the values are not read or written: {listed(keys)}"
-        yield codes.NOT_DENSE.finding(keys[0], message)
+        yield codes.NOT_DENSE.finding(keys[0], message, keys=keys)
 
 
 def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
@@ -63,7 +63,9 @@ def _check_dtype_mix(infos: Iterable[TensorInfo]) -> Iterator[Finding]:
     usual, *others = (dtype for dtype, _ in elements.most_common())
     rest = "; ".join(f"{dtype} in {len(by_dtype[dtype]):,}: {listed(by_dtype[dtype])}" for dtype in others)
     message = f"{usual} in {plural(len(by_dtype[usual]), 'tensor')}, {rest}"
-    yield codes.DTYPE_MIX.finding(by_dtype[others[0]][0], message)
+    yield codes.DTYPE_MIX.finding(
+        by_dtype[others[0]][0], message, keys=(key for dtype in others for key in by_dtype[dtype])
+    )
 
 
 def _numbered_modules(keys: Iterable[str]) -> _NumberedModules:

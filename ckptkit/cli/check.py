@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import click
@@ -12,10 +12,12 @@ import click
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
-from ckptkit.cli.common.options import path_argument, quiet_option, report_options
+from ckptkit.cli.common.options import ignore_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.findings import Report
+from ckptkit.core.findings.codes import IGNORE_UNUSED
+from ckptkit.core.findings.ignoring import IgnoreEntry, ignore_findings, parse_ignore
 from ckptkit.errors import CkptkitError, RuleError
 from ckptkit.render.findings import CheckedPath, findings_document, merged_report, paths_page
 from ckptkit.render.page import as_code
@@ -32,6 +34,7 @@ __all__ = ["check"]
 @rule_options(beside="paths")
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")
 @click.option("--no-values", is_flag=True, help="Check bytes and checksums only, not numbers; needs no torch.")
+@ignore_option
 @report_options
 @quiet_option
 @click.pass_context
@@ -43,6 +46,7 @@ def check(
     rules: Rules,
     fast: bool,
     no_values: bool,
+    ignore: tuple[str, ...],
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -58,16 +62,20 @@ def check(
     ckpt check --fast downloads/*.safetensors
     ckpt check --like py:mynet:build --strip auto run.ckpt
     """  # noqa: D301 - \b is click's mark
+    entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
         like = stack.enter_context(open_checkpoints(expected, quiet=quiet))[0] if expected is not None else None
-        run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values)
-        checked, unopened = _check_all(paths, run, hidden=fast or quiet)
+        run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values, ignore=ignore)
+        checked, unopened = _check_all(paths, run, entries, hidden=fast or quiet)
+        checked = _without_used_entries(checked)
         report = merged_report(checked)
     echo_report(report_format, lambda: paths_page(checked), lambda: findings_document(report))
     context.exit(2 if unopened else exit_code(report))
 
 
-def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bool) -> tuple[list[CheckedPath], bool]:
+def _check_all(
+    paths: tuple[str, ...], run: Callable[..., Report], ignore: Sequence[IgnoreEntry], *, hidden: bool
+) -> tuple[list[CheckedPath], bool]:
     """Return the findings at each path, and whether one of several paths could not be opened."""
     checked: list[CheckedPath] = []
     unopened = False
@@ -77,10 +85,31 @@ def _check_all(paths: tuple[str, ...], run: Callable[..., Report], *, hidden: bo
                 title = describe(checkpoint, totals(checkpoint.values()))
                 size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
                 with progress_bar(size, "reading", hidden=hidden) as progress:
-                    checked.append(CheckedPath(path, title, run(checkpoint, progress=progress).findings))
+                    report = run(checkpoint, progress=progress)
+                    checked.append(CheckedPath(path, title, report.findings, report.ignored))
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
                 raise
-            checked.append(CheckedPath(path, (as_code(path),), (unreadable_finding(error, path),)))
+            report = ignore_findings(Report((unreadable_finding(error, path),)), ignore)
+            checked.append(CheckedPath(path, (as_code(path),), report.findings, report.ignored))
             unopened = True
     return checked, unopened
+
+
+def _without_used_entries(checked: list[CheckedPath]) -> list[CheckedPath]:
+    """Return the findings without the notes about entries of --ignore that left a finding out at another path."""
+
+    def unused(at_path: CheckedPath) -> set[str]:
+        return {finding.key for finding in at_path.findings if finding.code == IGNORE_UNUSED.name}
+
+    everywhere = set.intersection(*map(unused, checked)) if checked else set()
+    return [
+        at_path._replace(
+            findings=tuple(
+                finding
+                for finding in at_path.findings
+                if finding.code != IGNORE_UNUSED.name or finding.key in everywhere
+            )
+        )
+        for at_path in checked
+    ]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, read_table_file
-from ckptkit.cli.common.options import quiet_option, report_options
+from ckptkit.cli.common.options import ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
 from ckptkit.cli.common.spec_options import (
     SpecSource,
@@ -67,36 +67,49 @@ def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet:
 @groups.command()
 @model_option
 @spec_options
+@ignore_option
 @report_options
 @quiet_option
 @click.pass_context
 def validate(
-    context: click.Context, source: SpecSource, *, model: str, report_format: ReportFormat, quiet: bool
+    context: click.Context,
+    source: SpecSource,
+    *,
+    model: str,
+    ignore: tuple[str, ...],
+    report_format: ReportFormat,
+    quiet: bool,
 ) -> None:
     """Check that a spec puts every parameter into one group.
 
     Every trainable parameter of the model must be in exactly one group. SPEC is a TOML, JSON or YAML file of ordered
-    groups; --preset replaces it. Exit code 0 if nothing was found, else 1.
+    groups; --preset replaces it. Exit code 0 if nothing was found, else 1. --ignore, and ignore = [...] at the top of
+    the spec, leave expected findings out.
 
     \b
     ckpt groups validate --model py:mynet:build groups.toml
+    ckpt groups validate --model py:mynet:build groups.toml --ignore 'groups.decay:*.norm.*'
     """  # noqa: D301 - \b is click's mark
     from ckptkit.core.findings import Report
+    from ckptkit.core.findings.ignoring import ignore_findings, parse_ignore
     from ckptkit.param_groups.build import build_planned_groups
     from ckptkit.param_groups.plan import assign
     from ckptkit.param_groups.properties import parameter_table
-    from ckptkit.param_groups.validate import validate_param_groups
+    from ckptkit.param_groups.validate import check_param_groups
     from ckptkit.render.findings import findings_document, findings_page
 
+    entries = parse_ignore(ignore)
     live = build_live_model(model)
     spec = source.read(live, quiet=quiet)
+    entries += parse_ignore(spec.ignore)
     with default_error_path(source.path):
         assignment = assign(parameter_table(live), spec)
         report, plan = assignment.report, assignment.plan
-        if report.ok:
+        if ignore_findings(report, entries).ok:
             built = [group for name in plan.optimizers for group in build_planned_groups(live, plan, optimizer=name)]
-            report = Report((*report.findings, *validate_param_groups(live, built).findings), GroupsError)
-    if report_format is ReportFormat.JSON or report.findings:
+            report = Report((*report.findings, *check_param_groups(live, built).findings), GroupsError)
+        report = ignore_findings(report, entries)
+    if report_format is ReportFormat.JSON or report.findings or report.ignored:
         echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
     elif not quiet:
         count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")

@@ -9,11 +9,12 @@ from collections.abc import Callable
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
-from ckptkit.cli.common.options import quiet_option, report_options
+from ckptkit.cli.common.options import ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import build_live_model, model_option
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.text import printable
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, ModelError
@@ -40,6 +41,7 @@ __all__ = ["preflight"]
 )
 @click.option("--shapes-only", is_flag=True, help="Build the model on the meta device, and check no values.")
 @rule_options(beside="init")
+@ignore_option
 @report_options
 @quiet_option
 @click.pass_context
@@ -56,6 +58,7 @@ def preflight(
     dry_step: str | None,
     shapes_only: bool,
     rules: Rules,
+    ignore: tuple[str, ...],
     report_format: ReportFormat,
     quiet: bool,
 ) -> None:
@@ -78,6 +81,7 @@ def preflight(
         raise click.UsageError("--resume-optimizer needs --resume")
     if init is None and (fresh or rules.stages):
         raise click.UsageError("--fresh and rules are for the keys of --init, which is not given")
+    parse_ignore(ignore)
     live = build_live_model(model, with_values=not shapes_only)
     spec = None if groups is None else read_table_file(groups)
     loss = None if dry_step is None else _import_loss(dry_step)
@@ -103,6 +107,7 @@ def preflight(
                 resume=checkpoints.get(resume or ""),
                 resume_optimizer=state,
                 dry_step=loss,
+                ignore=ignore,
             )
     echo_report(report_format, lambda: preflight_page(report), lambda: preflight_document(report))
     context.exit(exit_code(report))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ckptkit.core.findings import Finding, Report
+from ckptkit.core.findings.ignoring import IgnoreLike, parse_ignore
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
@@ -37,18 +38,24 @@ class ParamGroupsCheck:
     """The settings of a callback, and its check.
 
     Errors stop the training, and with ``strict``, warnings stop it too. With ``on_fault="warn"``, nothing stops the
-    training. ``spec`` and ``lock`` are compared with the optimizers, as in ``validate_param_groups``.
+    training. ``spec`` and ``lock`` are compared with the optimizers, and ``ignore`` leaves expected findings out, as in
+    ``validate_param_groups``.
     """
 
     strict: bool = False
     on_fault: OnFault = "raise"
     spec: SpecLike | None = None
     lock: ParamGroupsLock | None = None
+    ignore: IgnoreLike = ()
 
     def __post_init__(self) -> None:
-        """Raise ``GroupsError`` for an unknown ``on_fault``, which would let every fault pass."""
+        """Raise ``GroupsError`` for an unknown ``on_fault``, which would let every fault pass.
+
+        Raise ``RuleError`` for an entry of ``ignore`` that is not valid.
+        """
         if self.on_fault not in ("raise", "warn"):
             raise GroupsError(f"on_fault is {self.on_fault!r}", hint='on_fault must be "raise" or "warn"')
+        parse_ignore(self.ignore)
 
     def run(
         self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], *, has_stepped: bool = False
@@ -60,7 +67,9 @@ class ParamGroupsCheck:
         ``assert_param_groups`` does, unless ``on_fault`` is ``"warn"``.
         """
         groups = optimizers[0] if len(optimizers) == 1 else list(optimizers)
-        report = validate_param_groups(model, groups, schedulers=schedulers, spec=self.spec, lock=self.lock)
+        report = validate_param_groups(
+            model, groups, schedulers=schedulers, spec=self.spec, lock=self.lock, ignore=self.ignore
+        )
         if has_stepped:
             findings = tuple(finding for finding in report.findings if not _is_state_warning(finding))
             report = replace(report, findings=findings)

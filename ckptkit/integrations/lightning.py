@@ -6,6 +6,7 @@ import sys
 from importlib import import_module
 from typing import Any
 
+from ckptkit.core.findings.ignoring import IgnoreLike
 from ckptkit.core.torch_types import Module
 from ckptkit.integrations.base import OnFault, ParamGroupsCheck
 from ckptkit.param_groups.lock import ParamGroupsLock
@@ -41,6 +42,7 @@ class ParamGroupsCallback(_Callback):
     - ``strict``: warnings raise ``GroupsError`` too, not only errors.
     - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.
     - ``spec``, ``lock``: the groups must agree with them, as for ``validate_param_groups``.
+    - ``ignore``: expected findings to leave out, such as ``["groups.state-steps", "groups.decay:*.norm.*"]``.
     """
 
     def __init__(
@@ -50,9 +52,13 @@ class ParamGroupsCallback(_Callback):
         on_fault: OnFault = "raise",
         spec: SpecLike | None = None,
         lock: ParamGroupsLock | None = None,
+        ignore: IgnoreLike = (),
     ) -> None:
-        """Store the settings. Raises ``GroupsError`` for an unknown ``on_fault``."""
-        self._check = ParamGroupsCheck(strict, on_fault, spec, lock)
+        """Store the settings.
+
+        Raises ``GroupsError`` for an unknown ``on_fault``, and ``RuleError`` for an unknown code in ``ignore``.
+        """
+        self._check = ParamGroupsCheck(strict, on_fault, spec, lock, ignore)
         self._checked_epoch: int | None = None
 
     def on_train_start(self, trainer: object, pl_module: object) -> None:

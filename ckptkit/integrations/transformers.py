@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckptkit.core.findings.ignoring import IgnoreLike
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.integrations.base import OnFault, ParamGroupsCheck
 from ckptkit.param_groups.lock import ParamGroupsLock
@@ -30,6 +31,7 @@ class ParamGroupsCallback(TrainerCallback):
     - ``strict``: warnings raise ``GroupsError`` too, not only errors.
     - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.
     - ``spec``, ``lock``: the groups must agree with them, as for ``validate_param_groups``.
+    - ``ignore``: expected findings to leave out, such as ``["groups.state-steps", "groups.decay:*.norm.*"]``.
     """
 
     def __init__(
@@ -39,9 +41,13 @@ class ParamGroupsCallback(TrainerCallback):
         on_fault: OnFault = "raise",
         spec: SpecLike | None = None,
         lock: ParamGroupsLock | None = None,
+        ignore: IgnoreLike = (),
     ) -> None:
-        """Store the settings. Raises ``GroupsError`` for an unknown ``on_fault``."""
-        self._check = ParamGroupsCheck(strict, on_fault, spec, lock)
+        """Store the settings.
+
+        Raises ``GroupsError`` for an unknown ``on_fault``, and ``RuleError`` for an unknown code in ``ignore``.
+        """
+        self._check = ParamGroupsCheck(strict, on_fault, spec, lock, ignore)
 
     def on_train_begin(
         self,

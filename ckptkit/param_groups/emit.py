@@ -28,6 +28,8 @@ def spec_table(spec: ParamGroupSpec) -> dict[str, Any]:
     for policy in (*POLICIES, "lr_scale"):
         if getattr(spec, policy) != getattr(_DEFAULTS, policy):
             table[policy] = getattr(spec, policy)
+    if spec.ignore:
+        table["ignore"] = list(spec.ignore)
     for key, options in (("defaults", spec.defaults), ("optimizers", spec.optimizers)):
         if options:
             table[key] = {name: dict(value) if isinstance(value, Mapping) else value for name, value in options.items()}

@@ -21,6 +21,7 @@ __all__ = [
     "LiveGroups",
     "LiveOptimizer",
     "Member",
+    "member_keys",
     "member_name",
     "member_names",
     "read_groups",
@@ -284,6 +285,11 @@ def member_name(live_model: LiveModel, member: Member) -> str:
     """Return the FQN of a member, else the name recorded with it, else an empty string."""
     live = live_model.parameters.get(id(member.tensor))
     return live.name if live is not None else member.name or ""
+
+
+def member_keys(live_model: LiveModel, members: Iterable[Member]) -> Iterator[str]:
+    """Yield the name of each member, as ``member_name`` returns it."""
+    return (member_name(live_model, member) for member in members)
 
 
 def member_names(live_model: LiveModel, members: Sequence[Member]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.patterns import Pattern, parse_pattern
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import GroupsError, RuleError
@@ -17,7 +18,7 @@ SpecLike = ParamGroupSpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | Gro
 
 _GROUP_KEYS = ("name", "params", "match", "rest", "optional", "optimizer", "freeze")
 _MODIFIER_KEYS = ("name", "params", "match", "optional", "layers", "layer_decay", "min_scale")
-_SPEC_KEYS = ("defaults", "group", "modifier", "optimizer", "optimizers", "lr_scale", *POLICIES)
+_SPEC_KEYS = ("defaults", "group", "modifier", "optimizer", "optimizers", "lr_scale", "ignore", *POLICIES)
 _RESERVED = {
     "params": "a group selects its parameters by patterns",
     "param_names": "torch writes it from the names of the parameters",
@@ -66,9 +67,18 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
             name: dict(_options_table(options, f"optimizers.{name}", f"write [optimizers.{name}] lr = 0.001"))
             for name, options in optimizers.items()
         },
+        ignore=_ignore(table.get("ignore", ())),
         **{policy: table[policy] for policy in (*POLICIES, "lr_scale") if policy in table},
     )
     return _checked(parsed)
+
+
+def _ignore(given: Any) -> tuple[str, ...]:
+    """Return the texts of an ignore list, checked."""
+    try:
+        return tuple(entry.text for entry in parse_ignore(given))
+    except RuleError as error:
+        raise GroupsError(error.reason, hint=error.hint) from None
 
 
 def _tables(tables: object, key: str, example: str) -> Sequence[Any]:
@@ -246,6 +256,7 @@ def _checked(spec: ParamGroupSpec) -> ParamGroupSpec:
             _check_multiples(rule.multiples, {**spec.defaults_for(rule), **rule.options}, where)
     _check_modifiers(spec)
     _check_policies(spec)
+    _ignore(spec.ignore)
     return spec
 
 

@@ -104,6 +104,7 @@ class ParamGroupSpec:
       ``unmatched`` may also be the name of the rule that owns every parameter that no rule matches.
     - With ``lr_scale``, a group keeps its ``lr`` and has the product of its multiples as ``lr_scale``, for a
       scheduler that reads it.
+    - ``ignore`` lists expected findings as ``CODE`` or ``CODE:KEY-PATTERN``; checks with this spec leave them out.
     """
 
     rules: tuple[GroupRule, ...]
@@ -118,6 +119,7 @@ class ParamGroupSpec:
     merge: Merge = "rule"
     order: Order = "rule"
     lr_scale: bool = False
+    ignore: tuple[str, ...] = ()
 
     def optimizer_of(self, rule: GroupRule) -> str | None:
         """Return the optimizer class that trains the parameters of ``rule``, or None where the spec names none."""

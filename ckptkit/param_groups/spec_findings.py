@@ -61,6 +61,7 @@ class SpecFindings:
                 f"{plural(len(without), 'parameter')} {are} in no layer of modifier {quoted(name)}, "
                 f"and {keep} the full lr: {listed(without, _SHOWN)}",
                 "add them to layers, or exclude them from the modifier with params or match",
+                keys=without,
             )
         for name, numbers in self.matcher.layers.items():
             if numbers.gaps:
@@ -75,6 +76,7 @@ class SpecFindings:
                 f"only the live model can tell whether {quoted(name)} matches "
                 f"{listed(dict.fromkeys(undecided), _SHOWN)}; here it counts as no match",
                 "give the live model: --model py:MODULE:CALLABLE",
+                keys=undecided,
             )
         for assumed in self.table.assumed:
             yield codes.ASSUMED.finding("", assumed)
@@ -105,6 +107,7 @@ class SpecFindings:
             f"{plural(len(frozen), 'parameter')} {verb} requires_grad=False, "
             f'and the spec says frozen = "error": {_names(frozen)}',
             'unfreeze with requires_grad_(True), or write frozen = "skip" into the spec',
+            keys=(parameter.name for parameter in frozen),
         )
 
     def split_tie(
@@ -136,6 +139,7 @@ class SpecFindings:
             unowned[0].name,
             f"{plural(len(unowned), 'trainable parameter')} {verb} no group: {_names(unowned)}",
             'add a group that matches, or end with a group for the rest: [[group]] name = "base", rest = true',
+            keys=(parameter.name for parameter in unowned),
         )
 
     def vectors(self, owned: Sequence[tuple[int, ParameterInfo]]) -> Iterator[Finding]:
@@ -156,6 +160,7 @@ class SpecFindings:
                     f"{plural(len(vectors), 'parameter')} with fewer than two dimensions: {_names(vectors)}",
                     "write match = { ndim = 2 } for Muon, and train the others with a second optimizer, such as AdamW",
                     severity="warning",
+                    keys=(parameter.name for parameter in vectors),
                 )
 
     def _idle_patterns(self, index: int) -> Iterator[Finding]:

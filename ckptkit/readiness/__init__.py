@@ -8,11 +8,13 @@ from typing import Any
 
 from ckptkit.comparison import diff_checkpoints
 from ckptkit.core.findings import Finding
+from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.formats.codes import unread_findings
-from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.parameters import bare_name
+from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.readiness import codes
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
 from ckptkit.readiness.init import (
@@ -75,6 +77,7 @@ def preflight(
     resume: StateDictLike | None = None,
     resume_optimizer: Any = None,
     dry_step: LossFunction | None = None,
+    ignore: IgnoreLike = (),
 ) -> Preflight:
     """Return a report that says whether ``model`` is ready to train.
 
@@ -88,12 +91,14 @@ def preflight(
       ``open_optimizer`` return it.
     - ``dry_step``: a function that takes a deep copy of the model and returns the loss of one batch, a tensor of one
       number. A backward pass and a step on the copy show which parameters get a gradient and change.
+    - ``ignore``: expected findings, as ``CODE`` or ``CODE:KEY-PATTERN``. The entries of the spec count too. The verdict
+      follows what remains.
 
     The arguments are not changed, and each tensor is read once. Raises:
 
     - ``ModelError`` where ``model`` cannot be described;
     - ``GroupsError`` where the spec or the optimizer cannot be read;
-    - ``RuleError`` for rules and patterns that match nothing;
+    - ``RuleError`` for rules and patterns that match nothing, and for an entry of ``ignore`` with an unknown code;
     - any error that reading a checkpoint raises.
     """
     import torch
@@ -103,6 +108,10 @@ def preflight(
             f"the model is a {type(model).__name__}, not a torch.nn.Module",
             hint="give the live model that will train",
         )
+    entries = parse_ignore(ignore)
+    if groups is not None:
+        groups = parse_spec(groups)
+        entries += parse_ignore(groups.ignore)
     state = as_checkpoint(model, "model")
     not_judged: list[str] = []
     with restored_flags(model):
@@ -146,7 +155,7 @@ def preflight(
         step, more = run_dry_step(model, training.frozen, dry_step, optimizers_of)
         findings += more
     not_judged.append("memory of activations, and temporary memory of a step")
-    return Preflight(
+    report = Preflight(
         tuple(findings),
         GroupsError,
         init_section,
@@ -157,6 +166,7 @@ def preflight(
         step,
         tuple(not_judged),
     )
+    return ignore_findings(report, entries, bare_name=bare_name)
 
 
 def _check_init(

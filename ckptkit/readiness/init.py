@@ -148,7 +148,8 @@ def check_quantized(problems: Sequence[QuantizedProblem], code: Code) -> Iterato
     if problems:
         first, others = problems[0], len(problems) - 1
         more = f" (and {plural(others, 'more weight')})" if others else ""
-        yield code.finding(first.key, f"{first.message}{more}", first.hint)
+        keys = (problem.key for problem in problems)
+        yield code.finding(first.key, f"{first.message}{more}", first.hint, keys=keys)
 
 
 def check_init(
@@ -171,6 +172,7 @@ def check_init(
                 filled[0],
                 f"{quoted(filled[0])} must stay at init by fresh = {quoted(pattern.text)}, but init has values for it",
                 "remove it from init, or correct the pattern",
+                keys=filled,
             )
     yield from _kept_findings(inspected, by_key, patterns)
     for pair in result.uncopyable:
@@ -215,6 +217,7 @@ def _kept_findings(
                 frozen[0],
                 f"{_tensors_of(module, frozen, keys)} {verb} frozen and not in init, so {pronoun} initial values",
                 "unfreeze the tensors, or rename the keys of init so that they fill them",
+                keys=frozen,
             )
         trains = [key for key in staying if key not in inspected.frozen]
         intended = [key for key in trains if matches_any(patterns, key)]
@@ -227,6 +230,7 @@ def _kept_findings(
                 f"{_tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
                 "" if is_note else f"if this is intended, pass fresh = {pattern}",
                 severity="note" if is_note else "warning",
+                keys=trains,
             )
 
 
@@ -248,6 +252,7 @@ def _cast_findings(result: StateDictDiff) -> Iterator[Finding]:
             f"{plural(len(keys), 'tensor')} of init {verbs[0]} {found} and {verbs[1]} {expected} in the model, which "
             f"keeps fewer bits ({listed(keys, _SHOWN)})",
             "build the model in the dtype of init, and let autocast choose the dtype of the arithmetic",
+            keys=keys,
         )
 
 

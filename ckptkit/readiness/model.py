@@ -173,8 +173,8 @@ class Preflight(Report):
         return f"{first.message}{more}"
 
     def __str__(self) -> str:
-        """Return one line for each finding, and the verdict as the last line."""
-        return "\n".join([*super().__str__().split("\n")[:-1], self.verdict])
+        """Return one line for each finding, the number of ignored findings, and the verdict as the last line."""
+        return "\n".join(filter(None, [*super().__str__().split("\n")[:-1], self.ignored_counts, self.verdict]))
 
     def _repr_html_(self) -> str:
         import html

@@ -32,6 +32,7 @@ def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[Liv
             integers[0],
             f"{plural(len(integers), 'parameter')} of an integer dtype ({quoted(integers[0])}) cannot have a gradient",
             "quantised weights do not train; register a counter as a buffer",
+            keys=integers,
         )
     by_dtype: dict[str, list[str]] = {}
     for name, tensor in named:
@@ -53,6 +54,7 @@ def check_dtypes(model: Module, frozen: frozenset[str], optimizers: Sequence[Liv
             f"{plural(len(low), 'parameter')} {'is' if len(low) == 1 else 'are'} updated in bfloat16, which has 8 bits "
             "of precision: an update below 1/256 of the weight is lost",
             "keep the weights in float32 and use autocast, or an optimizer with master weights",
+            keys=low,
         )
 
 

@@ -83,7 +83,7 @@ def _weight_findings(result: StateDictDiff) -> Iterator[Finding]:
         if keys:
             verb = "is" if len(keys) == 1 else "are"
             message = f"load_state_dict refuses the weights of the run: {listed(keys, _SHOWN)} {verb} {kind}"
-            yield codes.RESUME_WEIGHTS.finding(keys[0], message, hint)
+            yield codes.RESUME_WEIGHTS.finding(keys[0], message, hint, keys=keys)
 
 
 def _model_findings(model: Module, found: FoundState) -> Iterator[Finding]:
@@ -114,7 +114,7 @@ def _name_findings(training: Training, found: FoundState) -> Iterator[Finding]:
             first, *_ = ordered = sorted(set(names))
             message = f"the optimizer state of the run {kind} {listed(ordered, _SHOWN)}"
             hint = "load_optimizer_state accepts the rules that renamed the weights"
-            yield codes.RESUME_NAMES.finding(first, message, hint)
+            yield codes.RESUME_NAMES.finding(first, message, hint, keys=ordered)
     yield from _changed_findings(training, differences)
 
 
@@ -252,6 +252,7 @@ def _order_findings(positions: Sequence[_Position]) -> Iterator[Finding]:
             f"load_state_dict loads by position and would give {quoted(first.name)} the optimizer state of "
             f"{quoted(first.saved_name)}{more}",
             _BY_NAME,
+            keys=(position.name for position in swapped),
         )
 
 
@@ -280,7 +281,7 @@ def _coverage_findings(
     if without and always_has_state:
         message = f"the run has no optimizer state for {listed(without, _SHOWN)}, so training starts without it"
         severity: Severity = "warning" if len(without) < len(positions) else "note"
-        yield codes.RESUME_NEW.finding(without[0], message, severity=severity)
+        yield codes.RESUME_NEW.finding(without[0], message, severity=severity, keys=without)
 
 
 def _class_findings(

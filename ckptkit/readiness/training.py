@@ -22,7 +22,7 @@ from ckptkit.param_groups.parameters import read_live_model
 from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
 from ckptkit.param_groups.properties import parameter_table
-from ckptkit.param_groups.validate import check_param_groups, validate_param_groups
+from ckptkit.param_groups.validate import check_param_groups
 from ckptkit.readiness import codes
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
@@ -93,7 +93,7 @@ def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLi
     if optimizer is None:
         return Training(frozen=frozen, not_judged=("param groups and their options: none given", *not_judged))
     built, faults = build_optimizers(model, None, optimizer)
-    findings = (*faults, *(validate_param_groups(model, _one_or_all(built)).findings if built else ()))
+    findings = (*faults, *(check_param_groups(model, _one_or_all(built)).findings if built else ()))
     return _with_optimizers(Training(frozen=frozen, findings=findings, not_judged=not_judged), model, built)
 
 
@@ -119,12 +119,12 @@ def _spec_training(model: Module, groups: SpecLike, optimizer: OptimizerLike | N
     built, faults = build_optimizers(model, plan, optimizer)
     findings = [*report.findings, *faults]
     if built:
-        findings += validate_param_groups(model, _one_or_all(built)).findings
+        findings += check_param_groups(model, _one_or_all(built)).findings
         training = replace(unplanned, frozen=frozen, findings=tuple(findings), plan=plan)
         return _with_optimizers(training, model, built)
     not_judged = unplanned.not_judged
     if not any(finding.severity == "error" for finding in findings):
-        findings += validate_param_groups(model, build_planned_groups(model, plan)).findings
+        findings += check_param_groups(model, build_planned_groups(model, plan)).findings
         not_judged = ("the optimizer: none given", *not_judged)
     planned = tuple(
         TrainingGroup(

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import plural, printable
+from ckptkit.core.text import printable
 from ckptkit.errors import one_line
 from ckptkit.render.page import Code, Line, Page
 
@@ -20,16 +20,18 @@ class CheckedPath(NamedTuple):
     path: str
     title: tuple[str | Code, ...]
     findings: tuple[Finding, ...]
+    ignored: tuple[Finding, ...] = ()
 
 
-def merged_report(checked: Iterable[CheckedPath]) -> Report:
+def merged_report(checked: Sequence[CheckedPath]) -> Report:
     """Return the findings at several paths as one report, with the path at the start of each message."""
     return Report(
         tuple(
             replace(finding, message=f"{printable(at_path.path)}: {finding.message}")
             for at_path in checked
             for finding in at_path.findings
-        )
+        ),
+        ignored=tuple(finding for at_path in checked for finding in at_path.ignored),
     )
 
 
@@ -47,13 +49,13 @@ def findings_document(report: Report) -> dict[str, object]:
             }
             for finding in report.findings
         ],
-        "summary": report.summary,
+        "summary": {**report.summary, "ignored": len(report.ignored)},
     }
 
 
 def findings_page(report: Report) -> Page:
     """Return one line per finding with its hint below, then the number of findings."""
-    return [*finding_lines(report.findings), _count(report)]
+    return [*finding_lines(report.findings), Line((report.counts,))]
 
 
 def paths_page(checked: Sequence[CheckedPath]) -> Page:
@@ -61,7 +63,7 @@ def paths_page(checked: Sequence[CheckedPath]) -> Page:
     lines: list[Line] = []
     for at_path in checked:
         lines += [Line(at_path.title), *finding_lines(at_path.findings), Line(())]
-    return [*lines, _count(merged_report(checked))]
+    return [*lines, Line((merged_report(checked).counts,))]
 
 
 def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
@@ -70,9 +72,3 @@ def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:
         yield Line((f"{finding.severity}: ", Code(one_line(finding.message)), f"  [{finding.code}]"))
         if finding.hint:
             yield Line((Code(one_line(finding.hint)),), indented=True)
-
-
-def _count(report: Report) -> Line:
-    count = report.summary
-    parts = [plural(count[name], name.removesuffix("s")) for name in ("errors", "warnings", "notes") if count[name]]
-    return Line((", ".join(parts) or "no findings",))

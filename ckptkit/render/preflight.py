@@ -33,6 +33,8 @@ def preflight_page(report: Preflight) -> Page:
     page += [Line(("not measured: ", Code(printable(text)))) for text in report.not_judged]
     page.append(Line(()))
     page += finding_lines(report.findings)
+    if report.ignored:
+        page.append(Line((report.ignored_counts,)))
     reason = report.not_ready_reason
     page.append(Line(("not ready: ", Code(printable(reason)))) if reason else Line((report.verdict,)))
     return page

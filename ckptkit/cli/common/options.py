@@ -14,6 +14,7 @@ __all__ = [
     "add_options",
     "expand_option",
     "filter_options",
+    "ignore_option",
     "path_argument",
     "quiet_option",
     "report_options",
@@ -41,6 +42,12 @@ skip_unread_option: Decorator = click.option(
     "--skip-unread",
     is_flag=True,
     help="Leave out tensors that cannot be read, such as sparse tensors.",
+)
+ignore_option: Decorator = click.option(
+    "--ignore",
+    multiple=True,
+    metavar="CODE[:KEY-PATTERN]",
+    help="Leave expected findings out, as in 'groups.decay:*.norm.*'. Repeatable.",
 )
 expand_option: Decorator = click.option("--expand", is_flag=True, help="List every tensor; do not join layers.")
 _keep_option = click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only matching keys. Repeatable.")

@@ -7,14 +7,15 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.core.findings import Finding, Report
+from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroups, read_groups
 from ckptkit.param_groups.lock import ParamGroupsLock, lock_live
-from ckptkit.param_groups.parameters import LiveModel, read_live_model
-from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model
+from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.validate.membership import (
     check_membership,
     check_names,
@@ -39,6 +40,7 @@ def validate_param_groups(
     schedulers: Any = None,
     spec: SpecLike | None = None,
     lock: ParamGroupsLock | None = None,
+    ignore: IgnoreLike = (),
 ) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
 
@@ -51,10 +53,25 @@ def validate_param_groups(
     also their lrs. With ``spec``, each parameter must be in the group of the spec, and each group must have the options
     of the spec. With ``lock``, nothing may differ from the lock, not even the order of the parameters.
 
-    The codes of the findings begin with ``groups.``; docs/codes.md lists them. Raises ``GroupsError`` if
-    ``model``, ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here.
+    ``ignore`` lists expected findings, as does ``ignore`` at the top of a spec: ``CODE`` or ``CODE:KEY-PATTERN``. They
+    are in ``ignored`` of the report, not in ``findings``. An entry that matches no finding is a note.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2)
+    >>> optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    >>> print(validate_param_groups(model, optimizer, ignore=["groups.missing:*bias"]))
+    no findings; 1 finding ignored (1 error)
+
+    The codes of the findings begin with ``groups.``; docs/codes.md lists them. Raises ``GroupsError`` if ``model``,
+    ``groups``, ``schedulers`` or ``spec`` is not of a type that is named here. Raises ``RuleError`` for an entry of
+    ``ignore`` that is not valid, or that names a code that no check has.
     """
-    return check_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
+    entries = parse_ignore(ignore)
+    if spec is not None:
+        spec = parse_spec(spec)
+        entries += parse_ignore(spec.ignore)
+    report = check_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
+    return ignore_findings(report, entries, bare_name=bare_name)
 
 
 def check_param_groups(
@@ -66,7 +83,10 @@ def check_param_groups(
     lock: ParamGroupsLock | None = None,
     ignored: frozenset[str] = frozenset(),
 ) -> Report:
-    """Return the report of ``validate_param_groups``, without comparing the options in ``ignored`` with the spec."""
+    """Return the report of ``validate_param_groups`` with every finding.
+
+    The options in ``ignored`` are not compared with the spec.
+    """
     with pause_gc():
         live_model, given_schedulers, live = read_live_model(model), read_schedulers(schedulers), read_groups(groups)
         findings = _check_live_groups(live_model, live, given_schedulers, groups)
@@ -121,11 +141,19 @@ def assert_param_groups(
     spec: SpecLike | None = None,
     lock: ParamGroupsLock | None = None,
     strict: bool = False,
+    ignore: IgnoreLike = (),
 ) -> Report:
     """Return the report of ``validate_param_groups``, or raise ``GroupsError`` if it has an error.
 
     The exception names the first fault and the number of the others. With ``strict``, warnings count as errors.
+    Findings that ``ignore`` or the spec lists never raise.
+
+    >>> import torch
+    >>> model = torch.nn.Linear(2, 2)
+    >>> optimizer = torch.optim.SGD([model.weight], lr=0.1)
+    >>> assert_param_groups(model, optimizer, strict=True, ignore=["groups.missing:bias"]).ok
+    True
     """
-    report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock)
+    report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock, ignore=ignore)
     report.raise_for_errors(warnings=strict)
     return report

@@ -58,6 +58,7 @@ def check_meta(live_model: LiveModel, members: Sequence[Member]) -> Iterator[Fin
             f"{group.where} holds {plural(len(names), 'parameter')} on the meta device ({_joined(names)}): they have "
             "no values, a step changes nothing, and to_empty() or load_state_dict(assign=True) will replace them",
             "give the model memory first, then build the optimizer",
+            keys=names,
         )
 
 

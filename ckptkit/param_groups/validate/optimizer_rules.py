@@ -11,7 +11,15 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import OPTIONS, initial_lr
 from ckptkit.param_groups import codes
-from ckptkit.param_groups.live import LiveGroup, LiveOptimizer, Member, member_name, member_names, unwrap_optimizer
+from ckptkit.param_groups.live import (
+    LiveGroup,
+    LiveOptimizer,
+    Member,
+    member_keys,
+    member_name,
+    member_names,
+    unwrap_optimizer,
+)
 from ckptkit.param_groups.parameters import LiveModel
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.options import BOOKKEEPING, read_number
@@ -120,6 +128,7 @@ def _check_kernels(
                 f"{group.where} has capturable=True, which {refused[0].tensor.device} does not support, for "
                 f"{plural(len(refused), 'parameter')}: {member_names(live_model, refused)}",
                 'set group["capturable"] = False; a state_dict that was saved on a GPU sets it to True',
+                keys=member_keys(live_model, refused),
             )
     if kernel is None:
         return
@@ -131,6 +140,7 @@ def _check_kernels(
             f"{group.where} has {kernel}=True and mixes {plural(len(plain), 'plain tensor')} with DTensors, which one "
             f"kernel cannot update together: {member_names(live_model, plain)}",
             f"put the plain tensors into a group of their own, or set {kernel}=False",
+            keys=member_keys(live_model, plain),
         )
     is_adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
     if is_adam and kernel == "foreach" and is_tensor(options.get("lr")) and not options.get("capturable"):
@@ -227,6 +237,7 @@ def _check_decay(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Fi
                 f"{group.where} applies weight decay {decay[id(group)]:g} to {plural(len(vectors), 'vector')} (norms, "
                 f"biases, scales), {reason}: {member_names(live_model, vectors)}",
                 "if this is not intended, put the vectors into a group with weight_decay = 0",
+                keys=member_keys(live_model, vectors),
             )
 
 

@@ -12,7 +12,7 @@ from ckptkit.core.torch_bridge import has_same_layout, is_plain
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
-from ckptkit.param_groups.live import LiveOptimizer, Member, member_name, member_names
+from ckptkit.param_groups.live import LiveOptimizer, Member, member_keys, member_name, member_names
 from ckptkit.param_groups.parameters import LiveModel, address
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.stale import REBIND_HINT
@@ -114,6 +114,7 @@ def _check_slots(
             f"{optimizer.label} keeps {quoted(name)} for {member_names(live_model, holders)} but does not read it: the "
             "state is from an optimizer of another class",
             "load the state of the same class, or start without state: optimizer.state.clear()",
+            keys=member_keys(live_model, holders),
         )
     for name, strides in other_layout.items():
         yield _other_layout(live_model, name, strides)
@@ -180,6 +181,7 @@ def _converted(
         f"{plural(len(members), 'parameter is', 'parameters are')} {of_parameter}: {effect}",
         "load the state_dict after you convert the model, because torch then converts the state too",
         severity="error" if any(fails.values()) else "warning",
+        keys=member_keys(live_model, members),
     )
 
 
@@ -196,6 +198,7 @@ def _check_steps(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequen
             f"{optimizer.label} has different step counts: {'; '.join(parts)}{more}. Parameters with a low count get "
             "the bias correction of the first steps",
             "this is right for parameters that were unfrozen or had no gradient; otherwise their state was not loaded",
+            keys=member_keys(live_model, (member for _, members in reversed(counts[1:]) for member in members)),
         )
 
 
@@ -234,6 +237,7 @@ def _check_absent(
             member_name(live_model, without[0]),
             f"{optimizer.label} has no state for {len(without)} of {total}: {member_names(live_model, without)}",
             "these parameters had no gradient so far, or their state was not loaded",
+            keys=member_keys(live_model, without),
         )
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Self
 
 from ckptkit.core.text import html_table, plural, printable
@@ -25,6 +25,7 @@ class Finding:
         key: The name of the tensor or parameter, or an empty string.
         message: What is wrong, in one sentence.
         hint: What to do about it, or an empty string.
+        keys: The names of all tensors or parameters where there are several, and ``key`` is the first; else empty.
     """
 
     code: str
@@ -32,6 +33,7 @@ class Finding:
     key: str
     message: str
     hint: str = ""
+    keys: tuple[str, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,11 +48,22 @@ class Code:
     meaning: str
     hint: str = ""
 
-    def finding(self, key: str, message: str, hint: str = "", *, severity: Severity | None = None) -> Finding:
-        """Return a finding of this kind about ``key``; without ``severity``, with the usual severity."""
+    def finding(
+        self,
+        key: str,
+        message: str,
+        hint: str = "",
+        *,
+        severity: Severity | None = None,
+        keys: Iterable[str] = (),
+    ) -> Finding:
+        """Return a finding of this kind about ``key``; without ``severity``, with the usual severity.
+
+        Give ``keys`` where the finding is about several names, so that an ignore list can match all of them.
+        """
         if severity is not None and severity not in self.severities:
             raise ValueError(f"{self.name} is declared as {' or '.join(self.severities)}, not as {severity}")
-        return Finding(self.name, severity or self.severities[0], key, message, hint)
+        return Finding(self.name, severity or self.severities[0], key, message, hint, tuple(keys))
 
 
 def codes_in(namespace: Mapping[str, object]) -> tuple[Code, ...]:
@@ -80,11 +93,13 @@ class ReaderWarning(str):
 class Report:
     """The findings of one check, in the order of their discovery.
 
-    ``error`` is the exception class that ``raise_for_errors`` raises.
+    ``error`` is the exception class that ``raise_for_errors`` raises. ``ignored`` has the findings that an ignore list
+    left out: they count neither for ``ok`` nor for ``raise_for_errors``.
     """
 
     findings: tuple[Finding, ...] = ()
     error: type[CkptkitError] = CkptkitError
+    ignored: tuple[Finding, ...] = field(default=(), kw_only=True)
 
     @property
     def ok(self) -> bool:
@@ -94,8 +109,19 @@ class Report:
     @property
     def summary(self) -> dict[str, int]:
         """The number of errors, warnings and notes."""
-        count = Counter(finding.severity for finding in self.findings)
-        return {"errors": count["error"], "warnings": count["warning"], "notes": count["note"]}
+        return _count(self.findings)
+
+    @property
+    def counts(self) -> str:
+        """The numbers of findings as text: ``1 error, 2 notes; 3 findings ignored (1 error, 2 warnings)``."""
+        return "; ".join(filter(None, (_counts_text(_count(self.findings)) or "no findings", self.ignored_counts)))
+
+    @property
+    def ignored_counts(self) -> str:
+        """The number of ignored findings as text, or an empty string."""
+        if not self.ignored:
+            return ""
+        return f"{plural(len(self.ignored), 'finding')} ignored ({_counts_text(_count(self.ignored))})"
 
     def __str__(self) -> str:
         """Return one line for each finding, with its hint, then the counts."""
@@ -103,8 +129,7 @@ class Report:
             one_line(f"{f.severity}: {f.message}  [{f.code}]" + (f" ({f.hint})" if f.hint else ""))
             for f in self.findings
         ]
-        parts = [plural(count, name.removesuffix("s")) for name, count in self.summary.items() if count]
-        return "\n".join([*lines, ", ".join(parts) or "no findings"])
+        return "\n".join([*lines, self.counts])
 
     def raise_for_errors(self, *, warnings: bool = False) -> None:
         """Raise the first error as an exception of class ``error``, with the number of further errors.
@@ -119,7 +144,17 @@ class Report:
             raise self.error(f"{errors[0].message}{more}", hint=errors[0].hint or None)
 
     def _repr_html_(self) -> str:
-        return html_table(
+        table = html_table(
             ("severity", "code", "key", "message", "hint"),
             [(f.severity, f.code, printable(f.key), one_line(f.message), one_line(f.hint)) for f in self.findings],
         )
+        return f"{table}<p>{self.ignored_counts}</p>" if self.ignored else table
+
+
+def _count(findings: Iterable[Finding]) -> dict[str, int]:
+    count = Counter(finding.severity for finding in findings)
+    return {"errors": count["error"], "warnings": count["warning"], "notes": count["note"]}
+
+
+def _counts_text(counts: Mapping[str, int]) -> str:
+    return ", ".join(plural(count, name.removesuffix("s")) for name, count in counts.items() if count)
