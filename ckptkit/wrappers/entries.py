@@ -6,7 +6,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple, Protocol, TypeGuard
 
-from ckptkit.core.text import listed, quoted
+from ckptkit.core.text import listed, quoted, shell_word
+from ckptkit.errors import FormatError
 from ckptkit.wrappers.table import WRAPPERS
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "is_optimizer_state",
     "known_entries",
     "optimizer_keys",
+    "unknown_tensors",
 ]
 
 
@@ -55,6 +57,7 @@ _SCHEDULER: Final = "the state of a scheduler"
 _RANDOM: Final = "the state of random number generators"
 _SCALER: Final = "the state of a gradient scaler"
 _AVERAGE: Final = "a second copy of the weights"
+_SAME_NAMES: Final = "other tensors with the names and shapes of the weights"
 _PROGRESS: Final = "the progress of the training"
 _TRAINER: Final = "the state of a trainer"
 
@@ -64,16 +67,20 @@ _OPTIMIZER_NAME: Final = re.compile(
 _RANDOM_NAME: Final = re.compile(r"(.+_)?(rng|rngs|random)(_(state|states|state_dict|cpu|cuda|numpy|torch|python))*")
 _NAMES: Final = (
     (_OPTIMIZER_NAME, _OPTIMIZER),
-    (re.compile(r"(.+_)?(scheduler|schedulers|sched)(_(state|states|state_dict))?"), _SCHEDULER),
-    (re.compile(r"(.+_)?(scaler|scalers|amp)(_(state|states|state_dict))?"), _SCALER),
     (
         re.compile(
             r"train_state|training_state|trainer_state|trainer|(train_|val_)?(dataloader|dataloaders|data_loader)(_state)?"
-            r"|dataset_state|sampler(_state)?|loops|callbacks|message_hub|metrics|history|logs|progress|early_stopping"
+            r"|dataset_state|sampler_state|loops|callbacks|message_hub"
         ),
         _TRAINER,
     ),
 )
+# Modules have these names too, so a name counts only if each tensor is a single number, or a series of numbers.
+_NAMES_OF_NUMBERS: Final = (
+    (re.compile(r"(.+_)?(scheduler|schedulers|sched)(_(state|states|state_dict))?"), _SCHEDULER),
+    (re.compile(r"(.+_)?(scaler|scalers|amp)(_(state|states|state_dict))?"), _SCALER),
+)
+_NAMES_OF_SERIES: Final = ((re.compile(r"sampler|metrics|history|logs|progress|early_stopping"), _TRAINER),)
 # A name alone never makes a mapping a copy: it must have the shapes of the weights too.
 _AVERAGE_NAME: Final = re.compile(
     r"(.*_)?(ema|swa|avg|average|averaged|shadow|polyak|slow|teacher|target|momentum|best|copy|backup|old|prev|previous"
@@ -102,6 +109,8 @@ _PARAMETER_NAMES: Final = frozenset({
     "weight", "bias", "running_mean", "running_var", "num_batches_tracked", "gamma", "beta", "weight_g", "weight_v",
     "in_proj_weight", "in_proj_bias",
 })  # fmt: skip
+_BUFFER_NAMES: Final = frozenset({"running_mean", "running_var", "num_batches_tracked"})
+_FEWEST_COPIED = 2
 _SCHEDULER_KEYS: Final = frozenset({"last_epoch", "_step_count", "base_lrs", "_last_lr"})
 _SCALER_KEYS: Final = ({"scale", "growth_factor"}, {"_scale", "_growth_factor"}, {"loss_scale", "unskipped"})
 _MOST_NAMED = 8
@@ -136,7 +145,8 @@ def known_entries(
 
     A mapping counts if its content or its name says what it is, and a tensor if its name does: ``step`` with a single
     number. With ``keep_tensors``, each tensor directly in ``tree`` is a weight, unless it is a slot of an optimizer.
-    Nothing is returned if no other tensor would remain.
+    Nothing is returned if no other tensor would remain. Raises ``FormatError`` for a mapping with the state of an
+    optimizer and with tensors that can be weights.
     """
     found: dict[object, KnownEntry] = optimizer_keys(tree)
     nested = [key for key, value in tree.items() if not is_tensor(value) and isinstance(value, Mapping | list | tuple)]
@@ -150,24 +160,50 @@ def known_entries(
     owned = _keys_of_wrappers(shapes)
     found |= {key: entry for key, entry in counters.items() if key not in owned}
     own = {key: shape for key, shape in shapes.items() if key not in found}
-    left = _MOST_IN_ALL
-    for key in nested:
-        if left > 0:
-            value = tree[key]
-            budget = [min(left, _MOST_VISITED)]
-            left -= budget[0]
-            leaves = list(_leaves(value, is_tensor, budget))
-            left += budget[0]
-            tensors = {name: leaf for name, leaf in leaves if is_tensor(leaf)}
-            content = _content(key if isinstance(key, str) else "", value, [name for name, _ in leaves], tensors, own)
-            if content:
-                found[key] = KnownEntry(str(key), content)
+    for key, content, _ in _described({key: tree[key] for key in nested}, is_tensor, own):
+        if content:
+            found[key] = KnownEntry(str(key), content)
     budget = [_MOST_IN_ALL]
     others = (value for key, value in tree.items() if key not in found)
     has_weights = bool(found) and any(
         is_tensor(leaf) for value in others for _, leaf in _leaves(value, is_tensor, budget)
     )
     return found if has_weights else {}
+
+
+def unknown_tensors(tree: Mapping[object, object], is_tensor: IsTensor) -> list[str]:
+    """Return the keys of ``tree`` with tensors that can be weights. Single numbers are never weights."""
+    nested = {
+        key: value for key, value in tree.items() if not is_tensor(value) and isinstance(value, Mapping | list | tuple)
+    }
+    unknown = {
+        key
+        for key, content, tensors in _described(nested, is_tensor, {})
+        if not content and not all(map(_is_single, tensors))
+    }
+    for key, value in tree.items():
+        if is_tensor(value) and not (isinstance(key, str) and _tensor_content(key, value)):
+            unknown.add(key)
+    return [str(key) for key in tree if key in unknown]
+
+
+def _described(
+    nested: Mapping[object, object], is_tensor: IsTensor, own: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[object, str | None, list[TensorLike]]]:
+    """Yield each key, what the value at the key is, and its tensors. A part of the model has None in second place.
+
+    ``own`` has the shapes of the weights.
+    """
+    left = _MOST_IN_ALL
+    for key, value in nested.items():
+        if left > 0:
+            budget = [min(left, _MOST_VISITED)]
+            left -= budget[0]
+            leaves = list(_leaves(value, is_tensor, budget))
+            left += budget[0]
+            tensors = {name: leaf for name, leaf in leaves if is_tensor(leaf)}
+            names = [name for name, _ in leaves]
+            yield key, _content(key if isinstance(key, str) else "", value, names, tensors, own), list(tensors.values())
 
 
 def _leaves(value: object, is_tensor: IsTensor, budget: list[int], depth: int = 0) -> Iterator[tuple[str, object]]:
@@ -246,17 +282,28 @@ def _content(
 
     ``names`` are the dotted names of everything in the value. ``own`` has the shapes of the weights.
     """
-    if _is_optimizer(names, tensors):
+    others = None if is_optimizer_state(value) else _beside_optimizer(names, tensors)
+    if is_optimizer_state(value) or (others is not None and not others):
         return _OPTIMIZER
+    if others and own:
+        rest = {key: tensors[key] for key in others if not _tensor_content(key.rpartition(".")[2], tensors[key])}
+        if not rest or _is_copy(rest, own):
+            return _TRAINER
+        if any("param_groups" in key.split(".") for key in names):
+            if named := _named_content(name, _NAMES):
+                return named
+            raise _two_readings(name)
     keys = value.keys() if isinstance(value, Mapping) else frozenset[object]()
     if not tensors and keys & _SCHEDULER_KEYS:
         return _SCHEDULER
-    if any(keys >= known for known in _SCALER_KEYS):
+    if any(keys >= known for known in _SCALER_KEYS) and all(map(_is_single, tensors.values())):
         return _SCALER
     if isinstance(value, tuple | list) and value and isinstance(value[0], str) and value[0] == "MT19937":
         return _RANDOM
-    if _AVERAGE_NAME.fullmatch(name) and ("shadow_params.0" in tensors or _is_copy(tensors, own)):
+    if _AVERAGE_NAME.fullmatch(name) and name not in SLOTS and ("shadow_params.0" in tensors or _is_copy(tensors, own)):
         return _AVERAGE
+    if _are_whole_copies(name, tensors, own):
+        return _OPTIMIZER if name in SLOTS else _SAME_NAMES
     last_names = {key: key.rpartition(".")[2] for key in tensors}
     if not _PARAMETER_NAMES.isdisjoint(last_names.values()):
         is_state = _OPTIMIZER_NAME.fullmatch(name) and all(_has_suffix(key, own) for key in tensors)
@@ -265,7 +312,27 @@ def _content(
         return _PROGRESS
     if _RANDOM_NAME.fullmatch(name) and all(map(_is_random_state, tensors.values())):
         return _RANDOM
-    return next((content for pattern, content in _NAMES if pattern.fullmatch(name)), None)
+    known = list(_NAMES)
+    if all(map(_is_single, tensors.values())):
+        known += _NAMES_OF_NUMBERS
+    if all(len(tensor.shape) < 2 for tensor in tensors.values()):
+        known += _NAMES_OF_SERIES
+    return _named_content(name, known)
+
+
+def _named_content(name: str, known: Iterable[tuple[re.Pattern[str], str]]) -> str | None:
+    return next((content for pattern, content in known if pattern.fullmatch(name)), None)
+
+
+def _two_readings(name: str) -> FormatError:
+    return FormatError(
+        f"holds tensors at the root, and in {quoted(name)} the state of an optimizer beside other tensors",
+        hint=f"add {shell_word(f'::{name}')} to the path for those tensors, or save the file without {quoted(name)}",
+    )
+
+
+def _is_single(tensor: TensorLike) -> bool:
+    return all(size == 1 for size in tensor.shape)
 
 
 def _has_suffix(name: str, known: Mapping[str, object]) -> bool:
@@ -273,17 +340,18 @@ def _has_suffix(name: str, known: Mapping[str, object]) -> bool:
     return any(".".join(segments[at:]) in known for at in range(len(segments)))
 
 
-def _is_optimizer(names: Sequence[str], tensors: Mapping[str, TensorLike]) -> bool:
-    """Return whether there are slots or groups among the dotted names, and no other tensor."""
+def _beside_optimizer(names: Sequence[str], tensors: Mapping[str, TensorLike]) -> list[str] | None:
+    """Return the names of the tensors that are not slots, or None if there are neither slots nor groups."""
     has_groups = any("param_groups" in name and "param_groups" in name.split(".") for name in names)
     has_slots = False
+    others = []
     for name in tensors:
         segments = name.split(".")
         if not SLOTS.isdisjoint(segments):
             has_slots = True
         elif segments[-1] not in GENERIC_SLOTS and not (has_groups and {"state", "param_groups"} & set(segments)):
-            return False
-    return has_groups or has_slots
+            others.append(name)
+    return others if has_groups or has_slots else None
 
 
 def _is_copy(tensors: Mapping[str, TensorLike], own: Mapping[str, tuple[int, ...]]) -> bool:
@@ -297,3 +365,19 @@ def _is_copy(tensors: Mapping[str, TensorLike], own: Mapping[str, tuple[int, ...
         ):
             return True
     return False
+
+
+def _are_whole_copies(name: str, tensors: Mapping[str, TensorLike], own: Mapping[str, tuple[int, ...]]) -> bool:
+    """Return whether the tensors are one or more copies of all parameters of ``own``, whatever the name is.
+
+    A numbered name, such as ``q2``, is more likely a second network of the model.
+    """
+    parameters = [key for key in own if key.rpartition(".")[2] not in _BUFFER_NAMES]
+    if name[-1:].isdigit() or len(tensors) < len(parameters) or sum("." in key for key in parameters) < _FEWEST_COPIED:
+        return False
+    groups: dict[str, dict[str, TensorLike]] = {}
+    for key, tensor in tensors.items():
+        first, _, rest = key.partition(".")
+        groups.setdefault(first, {})[rest] = tensor
+    whole = [tensors] if _is_copy(tensors, own) else list(groups.values())
+    return all(len(part) >= len(parameters) and _is_copy(part, own) for part in whole)

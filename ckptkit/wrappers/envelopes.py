@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.errors import FormatError
-from ckptkit.wrappers.entries import IsTensor, KnownEntry, is_optimizer_state, known_entries
+from ckptkit.wrappers.entries import IsTensor, KnownEntry, is_optimizer_state, known_entries, unknown_tensors
 
 __all__ = [
     "ENVELOPES",
@@ -60,6 +60,7 @@ def _pair(origin: str, average: str, trained: str, *others: str) -> tuple[Envelo
     )
 
 
+_PART: Final = "a part of the model"
 # Any other key is considered only if none of these keys is present. The first row that applies wins. "ema" in a key
 # does not prove an average: mmengine saves the average as state_dict and the trained weights as ema_state_dict.
 ENVELOPES = (
@@ -87,8 +88,8 @@ ENVELOPES = (
     Envelope("G_ema", "an average of the generator", "StyleGAN"),
     Envelope("teacher", "the teacher network", "DINO and other distillations"),
     Envelope("student", "the student network", "DINO and other distillations"),
-    Envelope("encoder", "a part of the model", "I-JEPA"),
-    *(Envelope(name, "a part of the model") for name in ("decoder", "backbone", "generator", "discriminator", "policy",
+    Envelope("encoder", _PART, "I-JEPA"),
+    *(Envelope(name, _PART) for name in ("decoder", "backbone", "generator", "discriminator", "policy",
                                                          "actor", "critic", "G", "D")),
     *(Envelope(name, "the weights") for name in ("net", "network", "params", "weights")),
 )  # fmt: skip
@@ -107,7 +108,7 @@ def is_state_dict(value: object, is_tensor: Callable[[object], bool]) -> bool:
 class Weights(NamedTuple):
     """The keys that lead to the mapping of weights, and the keys in it that hold no weights.
 
-    ``beside`` names tensors next to the first of these keys that could be weights too.
+    ``beside`` names the keys next to the first of these keys with tensors that can be weights too.
     """
 
     path: tuple[str, ...]
@@ -121,14 +122,27 @@ def find_weights(tree: Mapping[object, object], is_tensor: IsTensor, *, keep_ten
     With ``keep_tensors``, no tensor directly in ``tree`` is taken for a counter. Raises ``FormatError`` with all
     candidates if there are several mappings of weights.
     """
-    if not any(map(is_tensor, tree.values())) and (path := _choose_envelope(tree, is_tensor)):
-        return Weights(path, {})
+    has_tensors = any(map(is_tensor, tree.values()))
+    if not has_tensors and (path := _choose_envelope(tree, is_tensor)):
+        return Weights(path, {}, _beside(tree, path, is_tensor))
     left_out = known_entries(tree, is_tensor, keep_tensors=keep_tensors)
     rest = {key: value for key, value in tree.items() if key not in left_out} if left_out else tree
     path = _choose_envelope(rest, is_tensor)
-    if not path:
-        return Weights((), left_out)
-    return Weights(path, {}, tuple(str(key) for key, value in rest.items() if is_tensor(value)))
+    return Weights(path, {}, _beside(rest, path, is_tensor)) if path else Weights((), left_out)
+
+
+def _beside(tree: Mapping[object, object], path: tuple[str, ...], is_tensor: IsTensor) -> tuple[str, ...]:
+    """Return the keys next to the mapping of weights with tensors that can be weights too.
+
+    Raises ``FormatError`` if the mapping is only a part of the model, and there is another mapping of weights.
+    """
+    chosen = tree[path[0]]
+    beside = unknown_tensors({key: value for key, value in tree.items() if value is not chosen}, is_tensor)
+    row = _row(path[0], tree)
+    others = [key for key in beside if isinstance(value := tree.get(key), Mapping) and is_state_dict(value, is_tensor)]
+    if row is not None and row.content == _PART and others:
+        raise _several_error([path[0], *others], tree)
+    return tuple(beside)
 
 
 def _choose_envelope(
@@ -153,16 +167,19 @@ def _choose_envelope(
     if not candidates:
         return ()
     if len(candidates) > 1:
-        listed = ", ".join(shell_word(f"::{at}{key}") for key in candidates)
-        described = ", ".join(_describe_key(key, tree) for key in candidates)
-        raise FormatError(
-            f"holds {len(candidates)} mappings of weights: {described}",
-            hint=f"select one by adding {listed} to the path",
-        )
+        raise _several_error(list(candidates), tree, at)
     ((key, value),) = candidates.items()
     if is_state_dict(value, is_tensor):
         return (key,)
     return (key, *_choose_envelope(value, is_tensor, f"{at}{key}."))
+
+
+def _several_error(candidates: Sequence[str], tree: Mapping[object, object], at: str = "") -> FormatError:
+    listed = ", ".join(shell_word(f"::{at}{key}") for key in candidates)
+    described = ", ".join(_describe_key(key, tree) for key in candidates)
+    return FormatError(
+        f"holds {len(candidates)} mappings of weights: {described}", hint=f"select one by adding {listed} to the path"
+    )
 
 
 def describe_averages(tree: object, chosen: Sequence[object], is_tensor: Callable[[object], bool]) -> Iterator[str]:

@@ -62,6 +62,10 @@ ENTRIES: dict[str, dict[str, Any]] = {
     "an average in a wrapper": {"model_ema": {f"module.{key}": value for key, value in COPY.items()}},
     "an average with settings": {"ema": {"decay": 0.9, "num_updates": FIVE, "shadow": COPY}},
     "an average of the parameters": {"shadow": {key: SD[key] for key, _ in NET.named_parameters()}},
+    "a copy of an unknown name": {"smoothed": COPY, "snapshots": [COPY, COPY]},
+    "a copy and an optimizer": {"app": {"model": COPY, "optimizer": NAMED, "step": FIVE}},
+    "an optimizer of unknown slots": {"foo": {"state": {0: {"preconditioner": ONES}}, "param_groups": [{"lr": 0.1}]}},
+    "slots of all parameters": {"exp_avg": COPY, "grads": {key: SD[key] for key, _ in NET.named_parameters()}},
     "an average of torch_ema": {"ema": {"decay": 0.9, "num_updates": 3, "shadow_params": list(NET.parameters())}},
 }  # fmt: skip
 
@@ -87,6 +91,10 @@ MODELS: dict[str, dict[str, torch.Tensor | dict[str, torch.Tensor]]] = {
     "a part with the names of the root": {"weight": ONES, "bias": ONES, "norm": {"weight": ONES, "bias": ONES}},
     "a module called optimizer": {"conv.weight": ONES, "optimizer": {"weight": ONES, "bias": ONES}},
     "a module called scheduler": {"conv.weight": ONES, "scheduler": {"proj.weight": ONES}},
+    "a module called scaler": {"conv.weight": ONES, "scaler": {"scale": ONES, "growth_factor": ONES}},
+    "a module of buffers": {"conv.weight": ONES, "scheduler": {"betas": ONES}, "sampler": {"grid": ONES[None]}},
+    "a second network": {**SD, "q2": COPY},
+    "a module of the same class": {"lin.weight": ONES, "inner": {"lin.weight": ONES}},
     "parameters with such names": {"a.weight": ONES, "optimizer.weight": ONES, "step_embed.weight": ONES},
     "a step of other shapes": {"a.weight": ONES, "step": ONES, "epoch": torch.ones(1, 2)},
     "single numbers": {"a.weight": ONES, "logit_scale": FIVE, "scale": FIVE, "temperature": torch.ones(1)},
@@ -126,6 +134,34 @@ def test_two_parts_beside_a_tensor_are_an_error_that_lists_both(tmp_path: Path) 
     path = write(tmp_path, saved({"logit_scale": torch.tensor(1.0), "encoder": SD, "decoder": COPY}))
     with pytest.raises(FormatError, match=r"holds 2 mappings of weights: encoder .*, decoder"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("other", [COPY, {"out.weight": ONES}], ids=["same names", "other names"])
+@pytest.mark.parametrize("beside", [{}, {"step": FIVE}, {"optimizer": STATE}], ids=["alone", "step", "optimizer"])
+def test_a_part_of_the_model_beside_other_weights_is_an_error_that_lists_both(
+    tmp_path: Path, other: dict[str, Any], beside: dict[str, Any]
+) -> None:
+    path = write(tmp_path, saved({"policy": SD, "value": other, **beside}))
+    with pytest.raises(FormatError, match=r"holds 2 mappings of weights: policy .*, value"):
+        open_checkpoint(path)
+
+
+def test_other_tensors_beside_an_optimizer_are_an_error_and_can_be_selected(tmp_path: Path) -> None:
+    """The tensors of such a mapping can be weights, but its moments cannot."""
+    app = {"net": {"out.weight": ONES}, "optimizer": STATE}
+    path = write(tmp_path, saved({**SD, "app": app}))
+    with pytest.raises(FormatError, match="in 'app' the state of an optimizer beside other tensors"):
+        open_checkpoint(path)
+    with open_checkpoint(f"{path}::app.net") as checkpoint:
+        assert_same(checkpoint, app["net"])
+
+
+@pytest.mark.parametrize("key", ["head", "callbacks"])
+def test_a_mapping_of_tensors_beside_the_weights_is_named(tmp_path: Path, key: str) -> None:
+    quiet = {"optimizer": STATE, "lr_scheduler": SCHEDULER, "losses": [FIVE, FIVE], "rng": torch.get_rng_state()}
+    with open_checkpoint(write(tmp_path, saved({"model": SD, key: {"a": {"weight": ONES}}, **quiet}))) as checkpoint:
+        assert_same(checkpoint, SD)
+        assert checkpoint.warnings == (f"reads the weights in 'model', and no other tensors: '{key}'",)
 
 
 def test_a_tensor_beside_the_mapping_of_weights_is_named(tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ def is_tensor(value: object) -> TypeGuard[TensorRef]:
 class FoundMapping(NamedTuple):
     """The selected mapping, its path in the tree, and the keys in it that hold no weights.
 
-    ``beside`` names tensors next to the first key of the path.
+    ``beside`` names the keys next to the first key of the path with tensors that can be weights too.
     """
 
     value: object
