@@ -356,6 +356,8 @@ def test_check_reports_nothing_about_healthy_parts(tmp_path: Path) -> None:
     assert codes == {"quantized", "no-checksum", "not-scanned"}
     equal = {f"layers.{n}.q.{name}": part for n in range(4) for name, part in _bitsandbytes("nf4", BF16).items()}
     assert findings_of(equal) == {"quantized": "layers.0.q.weight"}
+    for name, (_, parts) in QUANTIZED.items():
+        assert run_checks({f"q.{key}": torch.ones_like(part, dtype=part.dtype) for key, part in parts.items()}).ok, name
 
 
 def test_check_reports_nan_in_scales_and_in_fp8() -> None:
@@ -374,6 +376,11 @@ def test_check_reports_missing_parts(tmp_path: Path, capsys: pytest.CaptureFixtu
     ran = run_ckpt(capsys, "check", tmp_path / "model.safetensors")
     assert ran.code == 1
     assert "error: 'q.weight' is quantised as fp8, but lacks 'q.weight_scale_inv'" in ran.out
+    shard = tmp_path / "model.safetensors"
+    ran = run_ckpt(capsys, "check", shard.rename(tmp_path / "model-00001-of-00002.safetensors"))
+    assert ran.code == 0
+    assert "note: 'q.weight' is quantised as fp8, but lacks 'q.weight_scale_inv'" in ran.out
+    assert "another shard may have it: check the index or the directory" in ran.out
 
 
 PLAIN: State = {"m.q.weight": of(F32, 256, 256), "m.q.bias": of(F32, 256)}

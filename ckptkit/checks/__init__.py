@@ -30,6 +30,7 @@ from ckptkit.rules.parse import as_rules
 __all__ = ["run_checks"]
 
 _MAX_PER_CODE = 32
+_ONE_OF_SEVERAL = frozenset({reader_codes.ONE_SHARD.name, reader_codes.PART_OF_SEVERAL.name})
 # With these warnings the reader has already said where the scale of the adapter is, or that it is unknown.
 _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTER_CONFIG.name})
 
@@ -138,9 +139,11 @@ def _check_headers(opened: Checkpoint, chosen: Iterable[str], quantized: Quantiz
     warnings = list(_reader_warnings(opened))
     yield from warnings
     infos = {key: opened[key] for key in chosen}
-    yield from check_quantized(quantized, infos)
+    is_one_shard = any(finding.code in _ONE_OF_SEVERAL for finding in warnings)
+    yield from check_quantized(quantized, infos, is_one_shard=is_one_shard)
     yield from check_structure(infos, quantized)
-    yield from check_lora(infos, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))
+    others = {key: info for key, info in infos.items() if key not in quantized.by_key}  # SVDQuant has a lora_down
+    yield from check_lora(others, scale_reported=any(finding.code in _SCALE_REPORTED for finding in warnings))
 
 
 def _reader_warnings(checkpoint: Checkpoint) -> Iterator[Finding]:

@@ -21,7 +21,11 @@ DTYPE_MIX = Code("dtype-mix", ("note",), "The floating-point tensors have more t
 INDEX_HOLE = Code("index-hole", ("warning",), "A list of similar layers skips a number.")
 SIBLING_LACKS = Code("sibling-lacks", ("warning",), "A layer lacks a tensor that all its siblings have.")
 QUANTIZED = Code("quantized", ("note",), "Some tensors are the parts of quantised weights: codes, scales and others.")
-MISSING_PART = Code("missing-part", ("error",), "A quantised weight lacks a part, such as its codes or scales.")
+MISSING_PART = Code(
+    "missing-part",
+    ("error", "note"),
+    "A quantised weight lacks a part, such as its codes or scales; a note if other shards are not read.",
+)
 
 # Adapters
 LORA_HALF = Code("lora-half", ("error",), "Only one of the two matrices of a LoRA pair is in the file.")

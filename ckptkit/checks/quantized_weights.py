@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator
 
 from ckptkit.checks import codes
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.findings import Finding
+from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.quantized import Quantized, QuantizedWeight
 
@@ -15,10 +15,10 @@ __all__ = ["check_quantized", "has_numbers"]
 _FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 
 
-def check_quantized(quantized: Quantized, keys: Container[str]) -> Iterator[Finding]:
+def check_quantized(quantized: Quantized, keys: Container[str], *, is_one_shard: bool = False) -> Iterator[Finding]:
     """Yield a ``missing-part`` for each weight that lacks parts, and a ``quantized`` note for each scheme.
 
-    Only weights with a part among ``keys`` count.
+    Only weights with a part among ``keys`` count. A part that ``is_one_shard`` lacks can be in another shard.
     """
     by_scheme: dict[str, list[QuantizedWeight]] = {}
     for weight in quantized.weights:
@@ -26,7 +26,11 @@ def check_quantized(quantized: Quantized, keys: Container[str]) -> Iterator[Find
             continue
         if weight.missing:
             message = f"{quoted(weight.key)} is quantised as {weight.scheme}, but lacks {listed(weight.missing)}"
-            yield codes.MISSING_PART.finding(weight.parts[0], message, "save or download the checkpoint again")
+            hint = "save or download the checkpoint again"
+            if is_one_shard:
+                hint = "another shard may have it: check the index or the directory"
+            severity: Severity = "note" if is_one_shard else "error"
+            yield codes.MISSING_PART.finding(weight.parts[0], message, hint, severity=severity)
         if weight.parts != (weight.coded,):
             by_scheme.setdefault(weight.scheme, []).append(weight)
     for scheme, weights in by_scheme.items():
