@@ -50,6 +50,11 @@ class CastLoss:
             later.is_mask and not self.overflowed,
         )
 
+    @property
+    def becomes_inf(self) -> bool:
+        """Whether the new dtype is one of floating-point numbers that have inf."""
+        return _overflowed_value(self.dtype) == "inf"
+
     def __bool__(self) -> bool:
         """Return whether any value changed in one of the counted ways."""
         return bool(self.overflowed or self.underflowed or self.truncated)

@@ -302,7 +302,7 @@ def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkp
     wider = wider_dtype(overflowed)
     if wider is None:
         return ""
-    return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"--dtype {wider} holds them"
+    return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"{wider} holds them"
 
 
 def _refuse_different_bytes(step: Step, roles: Mapping[str, Checkpoint]) -> None:

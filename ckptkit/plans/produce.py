@@ -157,7 +157,7 @@ class ComputedPayload:
 
 def overflow_error(losses: Sequence[CastLoss], hint: str = "", path: str | None = None) -> PlanError:
     """Return the error for values that the new dtype cannot hold; ``hint`` names a dtype that holds the values."""
-    if all(loss.is_mask for loss in losses):
+    if all(loss.is_mask and loss.becomes_inf for loss in losses):
         hint = "--allow-overflow writes -inf, which masks as well"
     else:
         hint = "; ".join([*([hint] if hint else []), "--allow-overflow writes them all the same"])
