@@ -32,6 +32,10 @@ COVERAGE = Code("optim.coverage", ("note",), "A parameter was saved without stat
 MISSING = Code("optim.missing", ("warning",), "The file has no state for a trainable parameter.")
 DROPPED = Code("optim.dropped", ("warning",), "The saved state of a parameter does not fit and was not loaded.")
 UNUSED = Code("optim.unused", ("note",), "The optimizer does not have a parameter that the file has state for.")
+OPTIONS_ONLY = Code("optim.options-only", ("note",), "The file has no state, so only the options were loaded.")
+KEY_UNREAD = Code(
+    "optim.key-unread", ("warning", "note"), "The optimizer did not take a value of the file that is of no parameter."
+)
 OVERFLOW = Code("optim.overflow", ("warning",), "The dtype of a parameter cannot hold a value, which became inf.")
 UNDERFLOW = Code("optim.underflow", ("warning",), "The cast to the dtype of a parameter made 0 of a value.")
 INITIAL_LR = Code(

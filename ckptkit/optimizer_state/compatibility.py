@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding
@@ -88,10 +88,31 @@ def unknown_decay_findings(saved: OptimizerState, schema: OptimizerSchema | None
             )
 
 
+def _stateless_names(saved: OptimizerState, live_model: LiveModel) -> set[str]:
+    """Return the parameters for which an unknown class seems to keep no state.
+
+    In the file, no parameter of the group with as many dims has state.
+    """
+    names: set[str] = set()
+    for group in saved.groups:
+        dims = {name: len(live_model.by_name[name].shape) for name in group.names}
+        with_state = {dims[name] for name in group.names if name in saved.state}
+        names.update(name for name in group.names if dims[name] not in with_state)
+    return names
+
+
 def match_state(
-    saved: OptimizerState, groups: Sequence[NamedGroup], live_model: LiveModel, schema: OptimizerSchema | None
+    saved: OptimizerState,
+    groups: Sequence[NamedGroup],
+    live_model: LiveModel,
+    schema: OptimizerSchema | None,
+    *,
+    with_state: Collection[str] = (),
 ) -> StateMatch:
     """Return the part of ``saved`` that fits the parameters of ``groups``, which have the options to train with.
+
+    ``with_state`` has the parameters that the live optimizer keeps state for.
+
 
     Raises ``PlanError`` if the optimizer keeps one state for all its parameters and the file has other parameters.
     """
@@ -100,14 +121,20 @@ def match_state(
     state: dict[str, Mapping[str, SlotValue]] = {}
     dropped: dict[str, str] = {}
     missing: list[str] = []
+    stateless = _stateless_names(saved, live_model).difference(with_state)
     for group in groups:
         for name in group.names:
             parameter = live_model.by_name[name]
             slots = saved.state.get(name)
-            if not slots:
-                has_state = schema is None or schema.slots_for(group.options, parameter.shape)
-                if parameter.trainable and has_state:
+            if schema is None:
+                needs_state = slots is None and name not in stateless
+            else:
+                needs_state = not slots and bool(schema.slots_for(group.options, parameter.shape))
+            if needs_state:
+                if parameter.trainable:
                     missing.append(name)
+            elif slots is None:
+                continue
             elif (reason := _find_mismatch(slots, parameter, group, schema)) is not None:
                 dropped[name] = reason
             else:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Nested
-from ckptkit.core.text import printable, quoted
+from ckptkit.core.text import listed, printable, quoted
 from ckptkit.core.torch_bridge import describe_state_dict
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import FormatError, ModelError, PlanError
@@ -16,7 +16,9 @@ from ckptkit.formats.pickle.values import Placeholder
 from ckptkit.formats.torch.tree import is_tensor, type_name
 from ckptkit.optimizer_state.model import (
     FORMS,
+    NO_MORE,
     LazyTensor,
+    MoreValues,
     NamedGroup,
     OpaqueValue,
     OptimizerState,
@@ -47,13 +49,17 @@ class FoundGroup:
 
 @dataclass(frozen=True, slots=True)
 class FoundState:
-    """The state of an optimizer as it was found, with the keys that it had; these can contradict each other."""
+    """The state of an optimizer as it was found, with the keys that it had; these can contradict each other.
+
+    ``more`` has the values that are of no parameter.
+    """
 
     form: str
     state: Mapping[object, Mapping[str, SlotValue]]
     groups: tuple[FoundGroup, ...]
     path: str = ""
     remarks: tuple[str, ...] = ()
+    more: MoreValues = NO_MORE
 
 
 def read_state(state: Checkpoint | Mapping[str, object]) -> FoundState:
@@ -138,13 +144,19 @@ def _read(value: object, read_leaf: ReadLeaf, path: str) -> FoundState:
         raise
 
 
-def _read_nested(value: Mapping[str, Any], read: ReadLeaf, path: str) -> FoundState:
+def _read_nested(value: Mapping[Any, Any], read: ReadLeaf, path: str) -> FoundState:
     groups = tuple(_read_group(number, table, read) for number, table in enumerate(value["param_groups"]))
     state: dict[object, Mapping[str, SlotValue]] = {}
     for key in (*value["state"], *(param for group in groups for param in group.params)):
         if isinstance(key, int) and key.bit_length() > _MOST_BITS:
             raise FormatError(f"the key of a parameter is an integer of {key.bit_length():,} bits, not a position")
+    params = [param for group in groups for param in group.params]
+    in_groups, is_named = set(params), any(isinstance(param, str) for param in params or value["state"])
+    own: dict[str, SlotValue] = {}
     for key, slots in value["state"].items():
+        if isinstance(key, str) and key not in in_groups and not (is_named and isinstance(slots, Mapping)):
+            own[key] = read(slots, ("state", key))
+            continue
         if not isinstance(slots, Mapping):
             raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
         if unnamed := [slot for slot in slots if not isinstance(slot, str)]:
@@ -152,14 +164,16 @@ def _read_nested(value: Mapping[str, Any], read: ReadLeaf, path: str) -> FoundSt
                 f"the state of {quoted(str(key))} has a slot named {printable(repr(unnamed[0]))}, which is not a string"
             )
         state[key] = {slot: read(inner, ("state", key, slot)) for slot, inner in slots.items()}
-    params = [param for group in groups for param in group.params]
     for param in (*params, *state):
         if type(param) not in (int, str):
             raise FormatError(f"the key of a parameter is a {quoted(type_name(param))}, not a position or a name")
-    if any(isinstance(param, str) for param in params or state):
-        return FoundState("named", state, groups, path)
+    keys = [key for key in value if isinstance(key, str) and key not in ("state", "param_groups")]
+    more = MoreValues({key: read(value[key], (key,)) for key in keys}, own)
+    remarks = (f"the state has values that are of no parameter: {listed(more.names)}",) if more else ()
+    if is_named:
+        return FoundState("named", state, groups, path, remarks, more)
     form = "param-names" if any(group.param_names is not None for group in groups) else "indexed"
-    return FoundState(form, state, groups, path)
+    return FoundState(form, state, groups, path, remarks, more)
 
 
 def _read_group(number: int, table: object, read: ReadLeaf) -> FoundGroup:
@@ -221,7 +235,7 @@ def as_named(found: FoundState, names: Mapping[object, str], evidence: str = "")
     groups = tuple(NamedGroup(tuple(names[param] for param in group.params), group.options) for group in found.groups)
     state = {names[key]: slots for key, slots in found.state.items()}
     ordered = {name: state[name] for group in groups for name in group.names if name in state}
-    return OptimizerState(ordered, groups, found.form, evidence, found.remarks)
+    return OptimizerState(ordered, groups, found.form, evidence, found.remarks, more=found.more)
 
 
 def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
@@ -270,6 +284,11 @@ def to_form(state: OptimizerState, form: str) -> dict[str, Any]:
     if strays:
         raise PlanError(f"there is state of {quoted(strays[0])}, which is in no group")
     if form == "flattened":
+        if state.more:
+            raise PlanError(
+                f"the flattened form has no place for {listed(state.more.names)}, which is of no parameter",
+                hint="write the form indexed, param-names or named",
+            )
         return _flattened(state)
     key_of: dict[str, object] = {name: name if form == "named" else place for place, name in enumerate(names)}
     groups: list[dict[str, SlotValue]] = []
@@ -277,7 +296,7 @@ def to_form(state: OptimizerState, form: str) -> dict[str, Any]:
         param_names = {"param_names": list(group.names)} if form == "param-names" else {}
         groups.append({**group.options, **param_names, "params": [key_of[name] for name in group.names]})
     slots = {key_of[name]: dict(state.state[name]) for name in names if name in state.state}
-    return {"state": slots, "param_groups": groups}
+    return {"state": {**slots, **state.more.state}, "param_groups": groups, **state.more.keys}
 
 
 def _flattened(state: OptimizerState) -> dict[str, SlotValue]:

@@ -101,13 +101,20 @@ class _OptionMerger:
 
     def options(self, number: int, group: NamedGroup) -> dict[str, SlotValue]:
         members = {name: self.saved[name] for name in group.names if name in self.saved}
-        sources = (*members.values(), *self.saved_groups, group.options)
+        # Groups of one optimizer can have different options, so another group has no say where there are members.
+        of_new = () if members else [dict.fromkeys(self._common_options())]
+        sources = (*members.values(), *of_new, group.options)
         keys = dict.fromkeys(key for options in sources for key in options)
         return {
             key: self._option(key, number, group, members)
             for key in keys
             if key not in _NAME_OPTIONS or key in group.options or self._has_one_value(key, members)
         }
+
+    def _common_options(self) -> list[str]:
+        """Return the options that all saved groups have."""
+        first, *others = self.saved_groups or [{}]
+        return [key for key in first if all(key in options for options in others)]
 
     def _has_one_value(self, key: str, members: Mapping[str, Mapping[str, SlotValue]]) -> bool:
         """Return whether all members, or all saved groups if no member was saved, have one value of ``key``."""

@@ -19,7 +19,7 @@ from ckptkit.optimizer_state.casts import cast_findings
 from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, resplit
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue
+from ckptkit.optimizer_state.model import LazyTensor, MoreValues, NamedGroup, OptimizerState, SlotValue, tensors_in
 from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
@@ -125,8 +125,10 @@ def load_optimizer_state(
             hint='rename it with rules, or leave it out: on_unexpected="skip"',
         )
     _refuse_moved_elements(saved, schema)
+    _refuse_moved_order(saved, live_groups)
     groups = _chosen_options(saved, live_groups, hyper)
-    match = match_state(saved, groups, live_model, schema)
+    with_state = [name for name, live in live_model.by_name.items() if inner.state.get(live.tensor)]
+    match = match_state(saved, groups, live_model, schema, with_state=with_state)
     _refuse_by_policy(match, saved, on_missing, on_mismatch)
     findings = [
         *naming_findings(saved),
@@ -135,7 +137,12 @@ def load_optimizer_state(
         *unknown_decay_findings(saved, schema),
         *cast_findings(match.state, live_model, schema, allow_overflow=allow_overflow),
     ]
-    _load(inner, replace(saved, state=match.state, groups=groups), match, live_model, schema)
+    if not saved.state and saved.names:
+        findings.append(codes.OPTIONS_ONLY.finding("", "the file has no state, so only the options were loaded"))
+    unread = _load(
+        inner, replace(saved, state=match.state, groups=groups), match, live_model, schema, on_unexpected=on_unexpected
+    )
+    findings += unread
     return OptimizerLoadReport(
         tuple(findings),
         PlanError,
@@ -240,6 +247,22 @@ def _refuse_moved_elements(saved: OptimizerState, schema: OptimizerSchema | None
         )
 
 
+def _refuse_moved_order(saved: OptimizerState, live_groups: Sequence[NamedGroup]) -> None:
+    """Raise ``PlanError`` if tensors of no parameter would be loaded into an optimizer of other parameters.
+
+    Such tensors can be of parameters after all, by their positions.
+    """
+    live = [name for group in live_groups for name in group.names]
+    values = {**saved.more.keys, **saved.more.state}
+    with_tensors = [key for key, value in values.items() if next(tensors_in(value), None) is not None]
+    if with_tensors and (live != list(saved.names) or any(change.moves_elements for change in saved.changes)):
+        raise PlanError(
+            f"the state has tensors in {quoted(with_tensors[0])}, which can be by position, and the optimizer has "
+            "other parameters or another order",
+            hint="build the optimizer with the same parameters in the same order, or remove the key from the state",
+        )
+
+
 def _chosen_options(saved: OptimizerState, live_groups: Sequence[NamedGroup], hyper: Hyper) -> tuple[NamedGroup, ...]:
     """Return the live groups with the options that ``hyper`` chooses for their parameters."""
     if hyper == "live":
@@ -286,7 +309,10 @@ def _load(
     match: StateMatch,
     live_model: LiveModel,
     schema: OptimizerSchema | None,
-) -> None:
+    *,
+    on_unexpected: OnUnexpected,
+) -> list[Finding]:
+    """Load the state, and return findings about the values of no parameter that the optimizer did not take."""
     given = to_dict(state, "indexed")
     _follow_live_layouts(given, state, live_model, schema)
     for group, live in zip(given["param_groups"], optimizer.param_groups, strict=True):
@@ -309,9 +335,53 @@ def _load(
             _restore_scalar_dtypes(optimizer, match, live_model, schema)
         _compare_values(optimizer, match, live_model)
         _compare_layouts(optimizer, given, state, live_model)
+        return _unread_values(optimizer, state.more, on_unexpected)
     except BaseException:
         restore()
         raise
+
+
+def _unread_values(optimizer: Optimizer, more: MoreValues, on_unexpected: OnUnexpected) -> list[Finding]:
+    """Return a finding for each value of no parameter that the loaded optimizer would not save again."""
+    if not more:
+        return []
+    try:
+        now: object = optimizer.state_dict()
+    except Exception:  # noqa: BLE001 - hooks of the user, and optimizers that gather their state from other processes
+        return []
+    found = now if isinstance(now, Mapping) else {}
+    in_state = found.get("state")
+    pairs = [(key, value, found) for key, value in more.keys.items()]
+    pairs += [(key, value, in_state) for key, value in more.state.items() if isinstance(in_state, Mapping)]
+    findings = []
+    for key, value, saved_again in pairs:
+        if key in saved_again and _is_same(saved_again[key], value):
+            continue
+        if key not in saved_again and on_unexpected == "error":
+            raise PlanError(
+                f"the state has {quoted(key)}, which the optimizer does not have",
+                hint='leave it out: on_unexpected="skip"',
+            )
+        if key in saved_again or not _has_own_load(optimizer):
+            reason = "is not that of the file after loading" if key in saved_again else "was not loaded"
+            hint = "torch reads it only in a hook: optimizer.register_load_state_dict_pre_hook()"
+            findings.append(codes.KEY_UNREAD.finding(key, f"{quoted(key)} of the optimizer {reason}", hint))
+        else:
+            message = f"the optimizer was given {quoted(key)} of the file, and its state_dict() has no such key"
+            findings.append(codes.KEY_UNREAD.finding(key, message, severity="note"))
+    return findings
+
+
+def _has_own_load(optimizer: Optimizer) -> bool:
+    """Return whether code outside of torch sees the state before it is loaded: a hook, or a method of the class."""
+    return _loads_by_itself(optimizer) or bool(getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None))
+
+
+def _loads_by_itself(optimizer: Optimizer) -> bool:
+    """Return whether the class has a ``load_state_dict()`` of its own, which decides how it keeps its state."""
+    import torch
+
+    return type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict
 
 
 def _follow_live_layouts(
@@ -334,10 +404,8 @@ def _compare_layouts(
     optimizer: Optimizer, given: Mapping[str, Any], state: OptimizerState, live_model: LiveModel
 ) -> None:
     """Raise ``GroupsError`` if a slot has another memory layout than torch was given."""
-    import torch
-
-    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
-        return  # the class decides how it keeps its state
+    if _loads_by_itself(optimizer):
+        return
     for place, name in enumerate(state.names):
         loaded = optimizer.state.get(live_model.by_name[name].tensor, {})
         for slot, value in given["state"].get(place, {}).items():
@@ -386,12 +454,21 @@ def _compare_values(optimizer: Optimizer, match: StateMatch, live_model: LiveMod
     """Raise ``GroupsError`` if the optimizer does not have the saved values."""
     for name, slots in match.state.items():
         loaded = optimizer.state.get(live_model.by_name[name].tensor, {})
-        for slot, value in slots.items():
+        expected = _unwrapped(slots, loaded) if _loads_by_itself(optimizer) else slots
+        for slot, value in expected.items():
             if not _is_same(loaded.get(slot), value):
                 raise GroupsError(
                     f"{slot} of {quoted(name)} does not have the saved value after loading",
                     hint="a hook of the optimizer changed it, or load_state_dict() of torch, which keeps no strings",
                 )
+
+
+def _unwrapped(slots: Mapping[str, SlotValue], loaded: Mapping[str, object]) -> dict[str, SlotValue]:
+    """Return the slots with the content of each dict that the class put in its place, as bitsandbytes does."""
+    unwrapped: dict[str, SlotValue] = {}
+    for slot, value in slots.items():
+        unwrapped |= value if isinstance(value, Mapping) and slot not in loaded else {slot: value}
+    return unwrapped
 
 
 def _is_same(loaded: object, value: SlotValue) -> bool:

@@ -18,8 +18,10 @@ from ckptkit.errors import ModelError
 __all__ = [
     "ELEMENTWISE",
     "FORMS",
+    "NO_MORE",
     "Change",
     "LazyTensor",
+    "MoreValues",
     "NamedGroup",
     "OpaqueValue",
     "OptimizerState",
@@ -108,6 +110,30 @@ SlotValue = object
 
 
 @dataclass(frozen=True, slots=True)
+class MoreValues:
+    """The values in a ``state_dict()`` that are of no parameter.
+
+    - ``keys`` are those beside ``state`` and ``param_groups``, which hooks and classes of other packages add.
+    - ``state`` are those in ``state`` under a string that is not the name of a parameter, as for a step count of all.
+    """
+
+    keys: Mapping[str, SlotValue] = field(default_factory=dict)
+    state: Mapping[str, SlotValue] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """The keys of all values."""
+        return [*self.keys, *self.state]
+
+    def __bool__(self) -> bool:
+        """Return whether there is any value."""
+        return bool(self.keys or self.state)
+
+
+NO_MORE = MoreValues()
+
+
+@dataclass(frozen=True, slots=True)
 class NamedGroup:
     """A param group: the FQNs of its parameters in order, and its options under torch's names (``lr``, ``betas``)."""
 
@@ -147,6 +173,7 @@ class OptimizerState:
     - ``evidence`` tells how the names were found, if the state did not contain them.
     - ``remarks`` are further messages about the state.
     - ``changes`` has one entry for each parameter that the last edit handled.
+    - ``more`` has the values that are of no parameter. Edits keep them.
     """
 
     state: Mapping[str, Mapping[str, SlotValue]]
@@ -155,6 +182,7 @@ class OptimizerState:
     evidence: str = ""
     remarks: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
+    more: MoreValues = NO_MORE
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -88,7 +88,7 @@ def _edited_file(
     refuse_unknown_code(container, source.path, keep_unknown=output.keep_unknown)
     editor = TorchFileEditor(container)
     found = read_state(source)
-    old_keys: set[object] = {"state", "param_groups"}
+    old_keys: set[object] = {"state", "param_groups", *found.more.keys}
     old_groups: Sequence[Mapping[str, SlotValue]] = [group.options for group in found.groups]
     if found.form == "flattened":  # every key belongs to the state, and no group is stored as a dict
         old_keys, old_groups = {plain_value(key) for key, _ in editor.items()}, ()
@@ -217,7 +217,8 @@ def _check_reads_back(path: str, selection: Selection, value: Mapping[str, SlotV
 
 def _comparable_state(found: FoundState) -> object:
     groups = [(group.params, group.param_names, _comparable(group.options)) for group in found.groups]
-    return found.form, {key: _comparable(slots) for key, slots in found.state.items()}, groups
+    more = _comparable(found.more.keys), _comparable(found.more.state)
+    return found.form, {key: _comparable(slots) for key, slots in found.state.items()}, groups, more
 
 
 def _comparable(value: SlotValue) -> object:

@@ -300,20 +300,23 @@ def _check_shared_memory(live_model: LiveModel, optimizers: Sequence[LiveOptimiz
         for optimizer in optimizers
         for member in optimizer.members
     }
-    seen: dict[tuple[object, int], str] = {}
+    seen: dict[tuple[object, int], tuple[LiveOptimizer, Member, str]] = {}
     count, first = 0, ""
     for optimizer in optimizers:
         for member, name, value in _state_tensors(optimizer):
             place = (value.device, address(value))
             if not place[1]:
                 continue
-            this = f"{name} of {member_names(live_model, [member])} in {optimizer.label}"
-            other = seen.setdefault(place, this)
-            if other == this and place in parameters:
-                other = f"the parameter {member_names(live_model, [parameters[place]])}"
-            if other != this:
+            other = seen.setdefault(place, (optimizer, member, name))
+            text = ""
+            if other != (optimizer, member, name):
+                is_table = other[0] is optimizer and other[2] == name and _is_table(value, member, other[1])
+                text = "" if is_table else _slot_text(live_model, *other)
+            elif place in parameters:
+                text = f"the parameter {member_names(live_model, [parameters[place]])}"
+            if text:
                 count += 1
-                first = first or f"{this} shares its memory with {other}"
+                first = first or f"{_slot_text(live_model, optimizer, member, name)} shares its memory with {text}"
     if count:
         more = f" (and {plural(count - 1, 'more state tensor')} in the same way)" if count > 1 else ""
         yield codes.STATE_SHARED.finding(
@@ -321,3 +324,15 @@ def _check_shared_memory(live_model: LiveModel, optimizers: Sequence[LiveOptimiz
             f"{first}{more}, so a step that changes one tensor changes both",
             "load_state_dict() keeps the tensors that it gets: give each optimizer its own copy.deepcopy() of them",
         )
+
+
+def _slot_text(live_model: LiveModel, optimizer: LiveOptimizer, member: Member, slot: str) -> str:
+    return f"{slot} of {member_names(live_model, [member])} in {optimizer.label}"
+
+
+def _is_table(value: Tensor, *members: Member) -> bool:
+    """Return whether a tensor that parameters share is a constant of the optimizer, such as the codes of 8-bit state.
+
+    A tensor that a step updates has the shape of its parameter, or is a single number.
+    """
+    return value.ndim > 0 and value.numel() > 1 and any(tuple(value.shape) != member.shape for member in members)
