@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from ckptkit import assert_param_groups, rebind, validate_param_groups
 from ckptkit.core.torch_optim import SCHEMAS, schema_of
 from tests.helpers_optimizers import OPTIMIZERS, Net, codes, message, net_for, step
 
@@ -161,7 +162,7 @@ def test_state_of_another_class() -> None:
 
 
 def test_different_step_counts() -> None:
-    """Different step counts are a warning, because the bias correction differs."""
+    """A module that was frozen is a note, which names the counts, because the bias correction differs."""
     torch.manual_seed(0)
     model = Net()
     model.body.requires_grad_(False)
@@ -169,10 +170,57 @@ def test_different_step_counts() -> None:
     step(model, optimizer, 3)
     model.body.requires_grad_(True)
     step(model, optimizer)
-    assert codes(model, optimizer) == [("state-steps", "warning", "body.weight")]
+    assert codes(model, optimizer) == [("state-steps", "note", "body.weight")]
     assert "4 for 'norm.weight', 'norm.bias', 'head.weight' and 1 more; 1 for 'body.weight'" in message(
         model, optimizer
     )
+
+
+EVERY = ("body.weight", "body.bias", "norm.weight", "norm.bias", "head.weight", "head.bias")
+# Each step trains these parameters, and the others are frozen or get no gradient.
+USUAL: dict[str, list[tuple[str, ...]]] = {
+    "a new head": [EVERY[:4], EVERY],
+    "from the head down": [EVERY[4:], EVERY[2:], EVERY],
+    "biases first": [EVERY[1::2], EVERY],
+    "biases, then a module": [EVERY[1::2], (*EVERY[1::2], "head.weight", "norm.weight"), EVERY],
+    "modules by turns": [EVERY[:2], EVERY[:4], EVERY[2:]],
+    "one weight frozen to the end": [EVERY, EVERY[1:], EVERY[1:]],
+}
+UNUSUAL: dict[str, list[tuple[str, ...]]] = {
+    "one weight": [EVERY[:4] + EVERY[5:], EVERY],
+    "one bias": [(*EVERY[:1], *EVERY[2:]), EVERY],
+}
+
+
+@pytest.mark.parametrize("parts", [*USUAL.values(), *UNUSUAL.values()], ids=[*USUAL, *UNUSUAL])
+def test_step_counts_of_whole_parts_are_a_note(parts: list[tuple[str, ...]]) -> None:
+    """A training freezes, adds and skips whole parts, so a lower count of one parameter is a warning."""
+    torch.manual_seed(0)
+    model = Net()
+    optimizer = torch.optim.Adam(model.parameters())
+    for names in parts:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in names)
+        step(model, optimizer, 1)
+        optimizer.zero_grad()
+    (found,) = [one for one in validate_param_groups(model, optimizer).findings if one.code == "groups.state-steps"]
+    assert found.severity == ("warning" if parts in UNUSUAL.values() else "note")
+
+
+def test_a_group_that_joined_later_passes_a_strict_check() -> None:
+    """Gradual unfreezing by ``rebind`` and an embedding with sparse gradients have no finding above a note."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW([{"params": list(model[1].named_parameters(prefix="1")), "name": "head"}], lr=0.1)
+    for is_later in (False, True):
+        if is_later:
+            model[0].requires_grad_(True)
+            rebind(optimizer, model, add_missing={"name": "body", "lr": 0.01})
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    report = assert_param_groups(model, optimizer, strict=True)
+    assert [finding.code for finding in report.findings] == ["groups.state-steps"]
 
 
 def test_parameters_without_state_beside_others_with_state() -> None:

@@ -49,8 +49,6 @@ class GroupOption:
     multiplies: str = ""
     # torch.optim got this option after its first release: older files do not have it.
     is_recent: bool = False
-    # load_state_dict sets this value where the file lacks the option.
-    value_without: object = None
     # load_state_dict adds this option to the defaults of the optimizer, but not to its groups.
     is_in_defaults_only: bool = False
 
@@ -79,7 +77,7 @@ OPTIONS: Mapping[str, GroupOption] = {
         GroupOption("fused", "speed", is_recent=True),
         GroupOption("capturable", "speed", is_recent=True),
         GroupOption("differentiable", "speed", is_recent=True, is_in_defaults_only=True),
-        GroupOption("maximize", "training", is_recent=True, value_without=False),
+        GroupOption("maximize", "training", is_recent=True),
         GroupOption("decoupled_weight_decay", "training", is_recent=True),
     )
 }

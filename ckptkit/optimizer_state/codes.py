@@ -15,7 +15,7 @@ UNNAMED = Code("optim.unnamed", ("note",), "The state has no names, and its para
 
 # What is in the state.
 NO_STATE = Code("optim.no-state", ("note",), "Only some of the parameters have state.")
-STEPS_DIFFER = Code("optim.steps-differ", ("warning",), "The parameters have different step counts.")
+STEPS_DIFFER = Code("optim.steps-differ", ("warning", "note"), "The parameters have different step counts.")
 SLOT_MISSING = Code("optim.slot-missing", ("error",), "A parameter lacks a slot that the others of its group have.")
 
 # Two states.

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from ckptkit.core.findings import Finding, Report
+from ckptkit.core.findings import Finding, Report, Severity
+from ckptkit.core.step_counts import have_one_count_in_each_part
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.core.torch_optim import scheduled_options
+from ckptkit.core.torch_optim import OPTIONS, scheduled_options
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.groups import describe_value, equal_values
 from ckptkit.optimizer_state.model import OptimizerState, number_of, parameter_shape
-from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, compare_groups
+from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, OptionDifference, compare_groups
 
 __all__ = ["optimizer_state_diff", "state_findings"]
 
 _SHOWN = 4
+_RECENT = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
 
 
 def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
@@ -93,9 +95,9 @@ def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Ite
     changed: dict[tuple[str, str, str], list[str]] = {}
     lost: dict[str, list[str]] = {}
     for option in (option for group in differences.groups for option in group.options):
-        if option.is_absent:
+        if option.is_absent and not _is_restored(option):
             lost.setdefault(option.key, []).extend(option.names)
-        else:
+        elif not option.is_absent:
             values = describe_value(option.expected), describe_value(option.found)
             changed.setdefault((option.key, *values), []).extend(option.names)
     position = {name: number for number, name in enumerate(live.names)}
@@ -106,8 +108,14 @@ def _option_findings(live: OptimizerState, differences: GroupDifferences) -> Ite
         yield codes.OPTIONS.finding(names[0], message, hint)
     for key, names in lost.items():
         names.sort(key=position.__getitem__)
-        message = f"{key} of {listed(names)} was not saved, and loading deletes it"
+        effect = "turns it off" if key in _RECENT else "deletes it"
+        message = f"{key} of {listed(names)} was not saved, and loading {effect}"
         yield codes.OPTIONS_LOST.finding(names[0], message, "ckpt optim resplit --as keeps it")
+
+
+def _is_restored(option: OptionDifference) -> bool:
+    """Return whether the class sets this value where an older file lacks the option, as most classes do."""
+    return option.key in _RECENT and (not option.expected or option.key == "decoupled_weight_decay")
 
 
 def state_findings(state: OptimizerState) -> Iterator[Finding]:
@@ -132,7 +140,11 @@ def state_findings(state: OptimizerState) -> Iterator[Finding]:
             f"{step:g} of {plural(len(names), 'parameter')} ({names[0]})" for step, names in counts[:_SHOWN]
         )
         hint = "some parameters were unfrozen later, or the file was edited: their bias correction differs"
-        yield codes.STEPS_DIFFER.finding(counts[-1][1][0], f"step counts differ: {shown}", hint)
+        is_usual = have_one_count_in_each_part(
+            {name: step for step, names in steps.items() for name in names}, [group.names for group in state.groups]
+        )
+        severity: Severity = "note" if is_usual else "warning"
+        yield codes.STEPS_DIFFER.finding(counts[-1][1][0], f"step counts differ: {shown}", hint, severity=severity)
 
 
 def _is_matrix(state: OptimizerState, name: str) -> bool:

@@ -91,7 +91,9 @@ STATE_INCOMPLETE = Code(
 )
 STATE_ORPHAN = Code("groups.state-orphan", ("error",), "The optimizer keeps state for a tensor that is in no group.")
 STATE_STRAY = Code("groups.state-stray", ("warning",), "The optimizer keeps state that it does not read.")
-STATE_STEPS = Code("groups.state-steps", ("warning",), "The parameters of an optimizer have different step counts.")
+STATE_STEPS = Code(
+    "groups.state-steps", ("warning", "note"), "The parameters of an optimizer have different step counts."
+)
 STATE_ABSENT = Code("groups.state-absent", ("note",), "Only some parameters of the optimizer have state.")
 STATE_EMPTY = Code("groups.state-empty", ("warning",), "The scheduler is past step 0, but the optimizer has no state.")
 STATE_VALUE = Code("groups.state-value", ("error",), "The state of a parameter holds NaN, Inf or an impossible number.")

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ckptkit.core.findings import Code, Finding
+from ckptkit.core.step_counts import have_one_count_in_each_part
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.core.torch_bridge import has_same_layout, is_plain
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
@@ -192,6 +193,12 @@ def _check_steps(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequen
     if len(by_count) > 1:
         counts = sorted(by_count.items(), key=lambda item: -len(item[1]))
         parts = [f"{count:g} for {member_names(live_model, members)}" for count, members in counts[:3]]
+        names = {id(member): member_name(live_model, member) for _, members in counts for member in members}
+        is_usual = have_one_count_in_each_part(
+            {names[id(member)]: count for count, members in counts for member in members},
+            [[names[id(m)] for m in optimizer.members_of(g) if id(m) in names] for g in optimizer.groups],
+            {names[id(m)] for _, members in counts for m in members if not m.tensor.requires_grad},
+        )
         more = f", and {plural(len(counts) - 3, 'other count')}" if len(counts) > 3 else ""
         yield codes.STATE_STEPS.finding(
             member_name(live_model, counts[-1][1][0]),
@@ -199,6 +206,7 @@ def _check_steps(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequen
             "the bias correction of the first steps",
             "this is right for parameters that were unfrozen or had no gradient; otherwise their state was not loaded",
             keys=member_keys(live_model, (member for _, members in reversed(counts[1:]) for member in members)),
+            severity="note" if is_usual else "warning",
         )
 
 
