@@ -195,7 +195,7 @@ def test_an_output_that_differs_never_gets_its_name(name: str, tmp_path: Path) -
     before = {str(path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     output = choose_output(tmp_path / name, max_shard_size=shards, force=True)
     with pytest.raises(
-        OutputError, match="'a' does not have the bytes that the plan makes, so it was deleted"
+        OutputError, match="'a' does not have the bytes that the plan makes, so the new file was deleted"
     ) as caught:
         execute(plan_remap(state), state, output, verify=True, progress=change)
     assert str(caught.value.path).startswith(str(tmp_path / name))

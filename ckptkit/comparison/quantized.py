@@ -51,7 +51,8 @@ def find_quantized_keys(
     result: list[QuantizedKey] = []
     for weight in in_found.weights:
         parts = tuple(names[part] for part in weight.parts if part in names)
-        name = _new_name(weight, names)
+        coded = names.get(weight.coded, weight.coded)
+        name = weight.renamed_key(coded) or coded
         other = by_name.get(name)
         if other is not None:
             if parts and set(parts).isdisjoint(set(other.parts) - {other.coded}) and len(other.parts) > 1:
@@ -63,14 +64,6 @@ def find_quantized_keys(
         if info is not None and info.key not in in_found.by_key:
             result.append(QuantizedKey(weight.key, "expected", weight, weight.parts))
     return tuple(result)
-
-
-def _new_name(weight: QuantizedWeight, names: Mapping[str, str]) -> str:
-    """Return the name that the weight has if the rename of its codes is applied to the weight."""
-    pairs = enumerate(zip(weight.key, weight.coded, strict=False))
-    shared = next((at for at, (one, other) in pairs if one != other), min(len(weight.key), len(weight.coded)))
-    new, ending = names.get(weight.coded, weight.coded), weight.coded[shared:]
-    return new.removesuffix(ending) + weight.key[shared:] if new.endswith(ending) else new
 
 
 def quantized_messages(keys: tuple[QuantizedKey, ...]) -> Iterator[str]:

@@ -20,8 +20,8 @@ class CastLoss:
     """The numbers of values in one tensor that a cast changed in a way that rounding does not explain.
 
     ``values`` is the number of all values. ``overflowed`` counts values that the new dtype cannot hold. They become
-    inf, NaN, the largest value of the dtype, or another integer. ``underflowed`` counts values that become 0, and
-    ``truncated`` values that lose only a part: a fraction, or all but whether a value is 0 in a BOOL.
+    inf, NaN, the largest value of the dtype, or another integer. ``underflowed`` counts values that become 0.
+    ``truncated`` counts values that lose only a part: a fraction, or all but whether the value is 0 in a BOOL.
     ``largest`` is the largest finite magnitude among the overflowed values. ``is_mask`` is true if each of them is the
     lowest value of a floating-point dtype, as in masks.
     """

@@ -411,9 +411,11 @@ def _write_and_read_back(
         with open_inside(file.temporary, Selection(inner)) as written:
             as_planned, found = _has_tensors(written, infos), dict(written)
     except CkptkitError as error:
-        raise OutputError(f"could not be read back, so it was deleted: {error.reason}", path=file.target) from error
+        raise OutputError(
+            f"could not be read back, so the new file was deleted: {error.reason}", path=file.target
+        ) from error
     if not as_planned:
-        raise OutputError("was not written as planned, so it was deleted", path=file.target)
+        raise OutputError("was not written as planned, so the new file was deleted", path=file.target)
     return found
 
 

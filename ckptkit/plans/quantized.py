@@ -203,7 +203,7 @@ class QuantizedInputs:
 
     def _other_form_problem(self, weight: QuantizedWeight, coded: str, uses: _Uses) -> QuantizedProblem | None:
         """Return the problem that the target has this weight under the name that it has without quantisation."""
-        name = _weight_key(weight, coded)
+        name = weight.renamed_key(coded)
         if name is None or name in self.in_target.by_key:
             return None
         other = self.by_name.get(name)
@@ -327,12 +327,3 @@ def _have_new_module(weight: QuantizedWeight, outs: Mapping[str, str]) -> bool:
 def _module(weight: QuantizedWeight) -> str:
     module, dot, _ = weight.key.rpartition(".")
     return module + dot
-
-
-def _weight_key(weight: QuantizedWeight, coded: str) -> str | None:
-    """Return the key that the weight would have without quantisation, if its codes have the key ``coded``."""
-    stem = 0
-    while stem < min(len(weight.key), len(weight.coded)) and weight.key[stem] == weight.coded[stem]:
-        stem += 1
-    ending = weight.coded[stem:]
-    return coded[: len(coded) - len(ending)] + weight.key[stem:] if coded.endswith(ending) else None

@@ -51,7 +51,7 @@ class _File:
     shown: str
 
     def fail(self, reason: str) -> OutputError:
-        return OutputError(f"{reason}, so it was deleted", path=self.shown)
+        return OutputError(f"{reason}, so the new file was deleted", path=self.shown)
 
 
 def verify_safetensors(

@@ -34,6 +34,14 @@ class QuantizedWeight:
     way_out: str
     missing: tuple[str, ...] = ()
 
+    def renamed_key(self, coded: str) -> str | None:
+        """Return the key that the weight has if its codes have the key ``coded``, or None if the endings differ."""
+        shared = 0
+        while shared < min(len(self.key), len(self.coded)) and self.key[shared] == self.coded[shared]:
+            shared += 1
+        ending = self.coded[shared:]
+        return coded.removesuffix(ending) + self.key[shared:] if coded.endswith(ending) else None
+
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
