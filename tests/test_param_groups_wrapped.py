@@ -84,6 +84,7 @@ class LowRank(nn.Module):
 
 def adapt(model: Any) -> Any:
     model.requires_grad_(False)
+    model.bn.eval()  # a frozen norm in train mode has a finding
     model.fc = LowRank(model.fc)
     return model
 

@@ -62,7 +62,7 @@ def _build(
             hint=f"build the groups of one class at a time: optimizer={known[0]!r}",
         )
     for parameter in plan.freeze:
-        live[parameter.name].tensor.requires_grad_(False)
+        live[parameter.name].tensor.requires_grad = False
     groups: list[dict[str, Any]] = []
     for group in plan.groups:
         if optimizer is not None and group.optimizer != optimizer:

@@ -56,6 +56,18 @@ CACHED = Code("groups.cached", ("warning",), "A wrapper has other group dicts th
 META = Code("groups.meta", ("error",), "An optimizer steps parameters on the meta device, which have no values.")
 SHARED_MEMORY = Code("groups.shared-memory", ("warning",), "Two parameters overlap in memory, so a step changes both.")
 SHARED_MODULE = Code("groups.shared-module", ("note",), "One module is registered under several names and trains once.")
+FROZEN_STATISTICS = Code(
+    "groups.frozen-statistics", ("note",), "A norm of a frozen module is in train mode, so its statistics change."
+)
+ASSIGNMENT = Code(
+    "groups.assignment",
+    ("error", "warning"),
+    "A value was assigned over a method, or to an attribute that torch does not read.",
+)
+TIE_LOST = Code(
+    "groups.tie-lost", ("error", "warning"), "Two parameters should be one tied parameter, and train apart."
+)
+SIBLINGS = Code("groups.siblings", ("warning", "note"), "The parameters of one module have several dtypes or devices.")
 NO_PARAMETERS = Code("groups.no-parameters", ("note",), "The model has modules but no parameter.")
 
 # The options of live groups.

@@ -13,6 +13,7 @@ from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.formats.codes import unread_findings
+from ckptkit.param_groups import codes as group_codes
 from ckptkit.param_groups.parameters import bare_name
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.readiness import codes
@@ -152,7 +153,9 @@ def preflight(
         def optimizers_of(model_copy: Module) -> Sequence[Optimizer]:
             return _optimizers_of_copy(model, model_copy, training, optimizer)
 
-        step, more = run_dry_step(model, training.frozen, dry_step, optimizers_of)
+        step, more, varied = run_dry_step(model, training.frozen, dry_step, optimizers_of)
+        # What the dry step showed replaces what the model alone suggests.
+        findings = [finding for finding in findings if not _is_answered(finding, varied)]
         findings += more
     not_judged.append("memory of activations, and temporary memory of a step")
     report = Preflight(
@@ -167,6 +170,12 @@ def preflight(
         tuple(not_judged),
     )
     return ignore_findings(report, entries, bare_name=bare_name)
+
+
+def _is_answered(finding: Finding, varied: frozenset[str]) -> bool:
+    """Return whether a dry step answers a finding: it shows which statistics change, and what trains from one value."""
+    is_constant = finding.code in {codes.ZERO.name, codes.CONSTANT.name}
+    return finding.code == group_codes.FROZEN_STATISTICS.name or (is_constant and finding.key in varied)
 
 
 def _check_init(

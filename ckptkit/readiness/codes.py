@@ -68,10 +68,21 @@ RESUME_LOST = Code(
 NO_COPY = Code("preflight.no-copy", ("warning",), "The model cannot be copied, so no dry step was made.")
 STEP_FAILED = Code("preflight.step-failed", ("error",), "The loss function, the backward pass or the step failed.")
 LOSS = Code("preflight.loss", ("error",), "The loss is NaN or infinite.")
-NO_GRADIENT = Code("preflight.no-gradient", ("warning",), "Parameters that train got no gradient.")
+MADE_IN_FORWARD = Code(
+    "preflight.made-in-forward", ("error", "warning"), "The forward pass made a parameter, or replaced one."
+)
+FROZEN_BUFFERS = Code(
+    "preflight.frozen-buffers", ("warning", "note"), "The forward pass changed buffers of a frozen module."
+)
+NO_GRADIENT = Code("preflight.no-gradient", ("warning", "note"), "Parameters that train got no gradient.")
 GRADIENT = Code("preflight.gradient", ("error",), "A gradient holds NaN or Inf.")
-ZERO_GRADIENT = Code("preflight.zero-gradient", ("warning",), "A gradient is 0 everywhere.")
-NOT_MOVED = Code("preflight.not-moved", ("warning",), "Parameters got a gradient, but the step did not change them.")
+ZERO_GRADIENT = Code("preflight.zero-gradient", ("warning", "note"), "A gradient is 0 everywhere.")
+WARM_UP = Code(
+    "preflight.warm-up", ("note",), "The lr is 0 at this step of a schedule, so the dry step used initial_lr."
+)
+NOT_MOVED = Code(
+    "preflight.not-moved", ("warning", "note"), "Parameters got a gradient, but the step did not change them."
+)
 FROZEN_MOVED = Code("preflight.frozen-moved", ("error",), "A frozen parameter changed.")
 
 CODES = codes_in(globals())

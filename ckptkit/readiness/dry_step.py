@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
-import math
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import first_line, listed
-from ckptkit.core.torch_bridge import flat_bytes
-from ckptkit.core.torch_types import Module, Optimizer, Parameter, Tensor
+from ckptkit.core.torch_bridge import flat_bytes, shape_or_none
+from ckptkit.core.torch_optim import initial_lr
+from ckptkit.core.torch_types import Module, Optimizer, Tensor
 from ckptkit.errors import CkptkitError
 from ckptkit.readiness import codes
 from ckptkit.readiness.model import DryStep
+from ckptkit.readiness.observation import Graph, Observation, observed
+from ckptkit.readiness.step_findings import Step, check_forward, check_gradients, check_graph, check_moves
 
 __all__ = ["LossFunction", "OptimizerFactory", "run_dry_step"]
 
 LossFunction = Callable[[Any], object]  # takes the model and returns the loss of one batch: a tensor of one number
 OptimizerFactory = Callable[[Module], Sequence[Optimizer]]  # takes the copy and returns the optimizers that step it
-_SHOWN = 4
 _LOSS_CONTRACT = "the function takes the model and returns the loss of one batch, a tensor of one number"
 
 
 def run_dry_step(
     model: Module, frozen: frozenset[str], loss: LossFunction, optimizers: OptimizerFactory
-) -> tuple[DryStep, list[Finding]]:
+) -> tuple[DryStep, list[Finding], frozenset[str]]:
     """Return the result of a forward pass, a backward pass and a step on a copy of the model.
 
-    The model itself is not changed, and the copy has the same mode (``train`` or ``eval``). The state of torch's random
-    number generators is restored. Side effects of the loss function outside the model remain.
+    The last value has the names of the parameters with different numbers in their gradient: they train even from
+    values that are all equal.
+
+
+    The model itself is not changed, and the copy has the same mode (``train`` or ``eval``). The state of the random
+    number generators of torch, numpy and Python is restored. Side effects of the loss function outside the model
+    remain.
     """
     import torch
 
     devices = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _restored_generators():
         try:
             model_copy = copy.deepcopy(model)
             for tensor in model_copy.parameters():
@@ -45,107 +54,140 @@ def run_dry_step(
             raise
         except Exception as error:  # noqa: BLE001 - a part of the model may refuse to be copied in any way
             message = f"no dry step was made, because the model cannot be copied: {first_line(error)}"
-            return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)]
+            return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)], frozenset()
         return _step(model, model_copy, frozen, loss, stepping)
+
+
+@contextlib.contextmanager
+def _restored_generators() -> Iterator[None]:
+    """Restore the random number generators of Python and, where it is imported, of numpy."""
+    numpy = sys.modules.get("numpy")
+    state = random.getstate()
+    numpy_state = None if numpy is None else numpy.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        if numpy is not None:
+            numpy.random.set_state(numpy_state)
 
 
 def _step(
     model: Module, model_copy: Module, frozen: frozenset[str], loss: LossFunction, optimizers: Sequence[Optimizer]
-) -> tuple[DryStep, list[Finding]]:
+) -> tuple[DryStep, list[Finding], frozenset[str]]:
     import torch
 
     classes = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+    original = dict(model.named_parameters())
     named = {name: tensor for name, tensor in model_copy.named_parameters() if name not in frozen}
     no_step = DryStep(None, classes, len(named), 0, 0)
+    observation = Observation(model_copy)
     try:
-        with torch.enable_grad():
+        with torch.enable_grad(), observed(observation):
             value = loss(model_copy)
     except Exception as error:  # noqa: BLE001 - the loss function of the user may raise anything
         message = f"the loss function failed: {first_line(error)}"
-        return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)]
+        return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)], frozenset()
+    written = {
+        name for name, tensor in model_copy.named_parameters() if name in frozen and _differs(tensor, original[name])
+    }
+    step = Step(model, model_copy, frozen, named, written, optimizers)
+    findings = list(check_forward(step, observation.parameters, _changed_buffers(model, model_copy)))
     if not isinstance(value, torch.Tensor) or value.numel() != 1:
         given = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-        return no_step, [codes.STEP_FAILED.finding("", f"the loss function returned {given}", _LOSS_CONTRACT)]
+        message = f"the loss function returned {given}"
+        return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT), *findings], frozenset()
     number = float(value.detach())
+    graph = Graph(value, observation)
     if not value.requires_grad:
-        message = "the loss depends on no parameter that trains"
-        hint = "remove no_grad() and detach() between the parameters and the loss"
-        return DryStep(number, classes, len(named), 0, 0), [codes.STEP_FAILED.finding("", message, hint)]
+        return DryStep(number, classes, len(named), 0, 0), [*check_graph(step, graph), *findings], frozenset()
+    versions = {name: tensor._version for name, tensor in model_copy.named_parameters() if name in frozen}  # noqa: SLF001
     try:
         value.backward()  # type: ignore[no-untyped-call]
-        grads = {name: tensor.grad for name, tensor in named.items() if tensor.grad is not None}
-        findings = [*_loss_findings(number), *_gradient_findings(named, grads)]
-        before = dict(model.named_parameters())
+        written |= {name for name, version in versions.items() if step.parameters[name]._version != version}  # noqa: SLF001
+        step.grads.update({name: tensor.grad for name, tensor in named.items() if tensor.grad is not None})
+        findings += check_gradients(step, graph, number)
+        findings += _begin_warm_up(optimizers)
         for optimizer in optimizers:
-            # step() of the class: a scheduler stores a step() in the object, and this updates the original optimizer.
-            step: Callable[..., object] = type(optimizer).step
-            closure = inspect.signature(step).parameters.get("closure")
-            if closure is not None and closure.default is closure.empty:
-                step(optimizer, lambda: value)
-            else:
-                step(optimizer)
+            _call_step(optimizer, value)
     except Exception as error:  # noqa: BLE001 - hooks and optimizers of the user may raise anything
         hint = "the step was made on a copy of the model"
-        return no_step, [codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", hint)]
-    moved = [name for name, tensor in model_copy.named_parameters() if _differs(tensor, before[name])]
+        failed = codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", _step_hint(optimizers) or hint)
+        return no_step, [failed, *findings], frozenset()
+    moved = [name for name, tensor in step.parameters.items() if name in original and _differs(tensor, original[name])]
     if optimizers:
-        findings += _change_findings(named, grads, moved, frozen)
-    return DryStep(number, classes, len(named), len(grads), sum(name in named for name in moved)), findings
+        findings += check_moves(step, moved)
+    return (
+        DryStep(number, classes, len(named), len(step.grads), sum(name in named for name in moved)),
+        findings,
+        step.varied,
+    )
 
 
-def _loss_findings(number: float) -> Iterator[Finding]:
-    if not math.isfinite(number):
-        yield codes.LOSS.finding(
-            "", f"the loss is {number}", "check the batch, and the findings about values of the model"
+def _call_step(optimizer: Optimizer, value: Tensor) -> None:
+    # step() of the class: a scheduler stores a step() in the object, and this updates the original optimizer.
+    step: Callable[..., object] = type(optimizer).step
+    closure = inspect.signature(step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        step(optimizer, lambda: value)
+    else:
+        step(optimizer)
+
+
+def _step_hint(optimizers: Sequence[Optimizer]) -> str:
+    """Return what a schedule-free optimizer needs before its step, or an empty string."""
+    waiting = any(group.get("train_mode") is False for optimizer in optimizers for group in optimizer.param_groups)
+    return (
+        "call optimizer.train() before training: a schedule-free optimizer refuses a step in eval mode"
+        if waiting
+        else ""
+    )
+
+
+def _begin_warm_up(optimizers: Sequence[Optimizer]) -> Iterator[Finding]:
+    """Set lr to initial_lr in each group that a schedule holds at 0, and yield a note about these groups."""
+    rates: dict[str, None] = {}
+    count = total = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            total += 1
+            base = initial_lr(group)
+            if _is_zero(group.get("lr")) and base is not None and not _is_zero(base):
+                count += 1
+                rates.setdefault(f"{float(base):g}")  # type: ignore[arg-type]
+                if hasattr(group["lr"], "fill_"):
+                    group["lr"].fill_(float(base))  # type: ignore[arg-type]
+                else:
+                    group["lr"] = base
+    if count:
+        groups = "all groups" if count == total else f"{count} of {total} groups"
+        yield codes.WARM_UP.finding(
+            "",
+            f"the lr of {groups} is 0 at this step of the schedule, as a warm-up begins: the dry step used their "
+            f"initial_lr ({listed(list(rates), 3, show=str)})",
         )
 
 
-def _gradient_findings(named: Mapping[str, Parameter], grads: Mapping[str, Tensor]) -> Iterator[Finding]:
-    unused = [name for name in named if name not in grads]
-    if unused:
-        pronoun = "it" if len(unused) == 1 else "them"
-        yield codes.NO_GRADIENT.finding(
-            unused[0],
-            f"{listed(unused, _SHOWN)} got no gradient: the forward pass does not use {pronoun}",
-            "freeze unused parameters (requires_grad_(False)), or use them; DDP refuses a model with unused parameters",
-        )
-    not_finite = [name for name, grad in grads.items() if not bool(_values(grad).isfinite().all())]
-    if not_finite:
-        yield codes.GRADIENT.finding(
-            not_finite[0],
-            f"the gradient of {listed(not_finite, _SHOWN)} is not finite",
-            "scale the loss down, or run in float32, to find the layer where NaN or Inf begins",
-        )
-    zero = [name for name, grad in grads.items() if not bool(_values(grad).any())]
-    if zero:
-        yield codes.ZERO_GRADIENT.finding(
-            zero[0],
-            f"the gradient of {listed(zero, _SHOWN)} is 0 everywhere, for this batch",
-            "possible causes: dead units, a constant loss, or a later layer that is all zero",
-        )
+def _is_zero(rate: Any) -> bool:
+    try:
+        return float(rate) == 0
+    except (TypeError, ValueError, RuntimeError):
+        return False
 
 
-def _change_findings(
-    named: Mapping[str, Parameter], grads: Mapping[str, Tensor], moved: Sequence[str], frozen: frozenset[str]
-) -> Iterator[Finding]:
-    still = [name for name in named if name in grads and name not in moved and bool(_values(grads[name]).any())]
-    if still:
-        yield codes.NOT_MOVED.finding(
-            still[0],
-            f"{listed(still, _SHOWN)} got a gradient, but the step did not change the values",
-            "the parameter is in no group, or lr is 0, or the update is too small for the dtype of the weight",
-        )
-    wrong = [name for name in moved if name in frozen]
-    if wrong:
-        message = f"{listed(wrong, _SHOWN)} {'is' if len(wrong) == 1 else 'are'} frozen, but changed"
-        yield codes.FROZEN_MOVED.finding(wrong[0], message, "the forward pass writes to a frozen parameter")
-
-
-def _values(grad: Tensor) -> Tensor:
-    return grad.coalesce().values() if grad.is_sparse else grad
+def _changed_buffers(model: Module, model_copy: Module) -> Iterator[str]:
+    before: Mapping[str, Tensor] = dict(model.named_buffers())
+    for name, buffer in model_copy.named_buffers():
+        if name in before and _differs(buffer, before[name]):
+            yield name
 
 
 def _differs(tensor: Tensor, other: Tensor) -> bool:
     import torch
 
-    return tensor.shape != other.shape or not torch.equal(flat_bytes(tensor), flat_bytes(other))
+    shape = shape_or_none(tensor)
+    if shape is None or shape != shape_or_none(other) or tensor.layout is not other.layout:
+        return shape != shape_or_none(other)
+    if tensor.layout is not torch.strided:
+        return False  # a sparse buffer has no flat bytes, and no layer of torch changes one
+    return not torch.equal(flat_bytes(tensor), flat_bytes(other))

@@ -66,7 +66,7 @@ def restored_flags(model: Module) -> Iterator[None]:
         yield
     finally:
         for tensor, flag in flags:
-            tensor.requires_grad_(flag)
+            tensor.requires_grad = flag  # a value can hide the method requires_grad_()
 
 
 def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLike | None, schedulers: Any) -> Training:

@@ -25,6 +25,7 @@ from ckptkit.param_groups.validate.membership import (
     group_by_tensor,
 )
 from ckptkit.param_groups.validate.model import check_empty, check_memory, check_meta, check_tied
+from ckptkit.param_groups.validate.modules import check_modules
 from ckptkit.param_groups.validate.optimizer_rules import check_across_groups, check_optimizer_rules
 from ckptkit.param_groups.validate.options import check_options
 from ckptkit.param_groups.validate.schedulers import check_schedulers, read_schedulers
@@ -130,6 +131,7 @@ def _check_live_groups(live_model: LiveModel, live: LiveGroups, schedulers: Sequ
     findings.extend(check_tied(live_model, by_tensor.first))
     findings.extend(check_memory(live_model, by_tensor.first))
     findings.extend(check_empty(live_model))
+    findings.extend(check_modules(live_model))
     return findings
 
 
