@@ -12,7 +12,7 @@ from ckptkit.errors import GroupsError, RuleError
 from ckptkit.param_groups.conditions import Layers, parse_condition
 from ckptkit.param_groups.spec import POLICIES, GroupRule, Modifier, ParamGroupSpec, number_fault
 
-__all__ = ["SpecLike", "parse_spec"]
+__all__ = ["SpecLike", "is_spec", "parse_spec"]
 
 SpecLike = ParamGroupSpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | GroupRule]
 
@@ -79,6 +79,12 @@ def _ignore(given: Any) -> tuple[str, ...]:
         return tuple(entry.text for entry in parse_ignore(given))
     except RuleError as error:
         raise GroupsError(error.reason, hint=error.hint) from None
+
+
+def is_spec(value: object) -> bool:
+    """Return whether ``value`` is a spec or has the tables of one, so that it cannot be the options of a group."""
+    tables = ("group", "modifier", "defaults", "optimizers")
+    return isinstance(value, ParamGroupSpec) or (isinstance(value, Mapping) and any(key in value for key in tables))
 
 
 def _tables(tables: object, key: str, example: str) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""What a learning rate scheduler sets: its parts, and the learning rates that it makes at its current step."""
+"""Find the parts of a learning rate scheduler, and the learning rates that it makes at its current step."""
 
 from __future__ import annotations
 

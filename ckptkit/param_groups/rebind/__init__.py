@@ -16,16 +16,15 @@ from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import Member, read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, LiveParameter, bare_name, read_live_model
+from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.rebind.placement import Place, place_by_spec, place_together
 from ckptkit.param_groups.rebind.replaced import Replacement, find_replacements
 from ckptkit.param_groups.rebind.schedulers import SchedulerExtension, plan_extension
 from ckptkit.param_groups.rebind.state import ConvertedState, OnShape, convert_state
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.param_groups.validate.options import find_option_fault
 from ckptkit.param_groups.validate.schedulers import read_schedulers
 
 __all__ = ["rebind"]
-
-_ADD_MISSING = "add_missing takes the name or index of a group, or the options of a new group"
 
 
 def rebind(
@@ -33,6 +32,7 @@ def rebind(
     model: Module,
     *,
     schedulers: Any = None,
+    spec: SpecLike | None = None,
     add_missing: str | int | Mapping[str, Any] | None = None,
     on_shape: OnShape = "drop",
     guess: bool = False,
@@ -46,25 +46,45 @@ def rebind(
     and their order stay the same, so schedulers, gradient scalers and wrappers continue to work. Nothing is changed
     before everything is decided.
 
-    - ``add_missing``: the name or index of the group that gets the trainable parameters that are in no group, or the
-      options of a new group for them. ``lr`` of a new group is its rate at the start of the schedulers. With None,
-      the parameters are only reported.
-    - ``schedulers``: one scheduler, or all of them. They are extended for a new group.
+    - ``spec`` decides the group of each trainable parameter that is in no group. This is the group of the same name,
+      or a new group with the options of the spec. New groups come last, in the order of the spec. Parameters that are
+      in a group stay there.
+    - ``add_missing`` instead puts all these parameters into one group: the name or index of a group, or the options
+      of a new group. Without both, the parameters are only reported.
+    - ``schedulers``: one scheduler, or all of them. They are extended for new groups. ``lr`` of a new group, in a
+      spec as in ``add_missing``, is its rate at the start of the schedulers.
     - ``on_shape`` decides about state with a shape that no longer fits: ``"drop"``, ``"error"``, or ``"pad"``, which
       adds rows with initial values.
     - ``guess`` allows shape and position to identify a parameter, for an optimizer without recorded names.
     - ``beside``: modules that the optimizer trains too, and other optimizers of the model. Their parameters are left
       alone.
 
+    ::
+
+        spec = {
+            "defaults": {"lr": 0.1},
+            "group": [{"name": "body", "params": "0.*", "lr": 0.01}, {"name": "head", "rest": True}],
+        }
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        model[0].requires_grad_(False)
+        head = [(f"1.{name}", parameter) for name, parameter in model[1].named_parameters()]
+        optimizer = torch.optim.SGD([{"params": head, "name": "head"}], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 10)
+        model[0].requires_grad_(True)
+        rebind(optimizer, model, spec=spec, schedulers=scheduler)  # adds the group "body", with lr=0.01
+
     Codes: ``rebind.repointed``, ``removed``, ``added``, ``renamed``, ``state-dropped``, ``state-converted``,
-    ``missing``. Raises ``GroupsError`` where something cannot be decided; nothing is changed then.
+    ``missing``. Raises ``GroupsError`` for an option that no step of the optimizer reads, and where something cannot be
+    decided. Nothing is changed then.
     """
     if on_shape not in ("drop", "pad", "error"):
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape must be "drop", "pad" or "error"')
+    if spec is not None and add_missing is not None:
+        raise GroupsError("spec and add_missing both decide the groups of new parameters", hint="pass only one of them")
     work = _Rebind(single_optimizer(optimizer), read_live_model(model), on_shape)
     work.replace_parameters(guess=guess, beside=_tensor_ids(beside))
     work.plan_state()
-    work.plan_missing(add_missing, schedulers)
+    work.plan_missing(add_missing, spec, schedulers)
     work.plan_shared_state()
     return work.apply()
 
@@ -99,7 +119,7 @@ class _Rebind:
     replacements: Mapping[int, Replacement] = field(default_factory=dict)
     params: list[list[_Slot]] = field(default_factory=list)  # the new params of each group
     moves: list[_StateMove] = field(default_factory=list)
-    new_group: dict[str, Any] | None = None
+    new_groups: list[dict[str, Any]] = field(default_factory=list)
     extension: SchedulerExtension | None = None
 
     def replace_parameters(self, *, guess: bool, beside: set[int]) -> None:
@@ -242,96 +262,85 @@ class _Rebind:
         if is_kept:
             self.moves.append(_StateMove(new=tensors[0], slots=slots))
 
-    def plan_missing(self, add_missing: str | int | Mapping[str, Any] | None, schedulers: Any) -> None:
+    def plan_missing(
+        self, add_missing: str | int | Mapping[str, Any] | None, spec: SpecLike | None, schedulers: Any
+    ) -> None:
         """Plan the group of each trainable parameter that is in no group."""
+        given_schedulers = read_schedulers(schedulers)
         held = {id(slot.tensor) for params in self.params for slot in params} | set(self.beside)
         missing = [live for live in self.live_model.trainable() if id(live.tensor) not in held]
-        if add_missing is not None and not isinstance(add_missing, Mapping):
-            self._group_index(add_missing)  # a wrong group is refused even where nothing is missing
-        if not missing:
-            return
-        names = [live.name for live in missing]
-        if add_missing is None:
-            verb = "is" if len(names) == 1 else "are"
-            self.findings.append(
-                codes.STILL_MISSING.finding(
-                    names[0],
-                    f"{listed(names)} {verb} trainable, but in no group of this optimizer",
-                    "pass add_missing= the name or index of a group, or the options of a new group; or freeze the "
-                    "parameters",
-                )
-            )
-            return
-        has_names = any("param_names" in group for group in self.optimizer.param_groups)
-        added = [_Slot(live.tensor, live.name if has_names else None) for live in missing]
-        if isinstance(add_missing, Mapping):
-            where = self._plan_new_group(dict(add_missing), added, schedulers)
+        if spec is None:
+            placement = place_together(self.optimizer, missing, add_missing)
         else:
-            target = self._group_index(add_missing)
-            self.params[target].extend(added)
-            where = f"group {target}"
-        for name in names:
-            self.findings.append(codes.ADDED.finding(name, f"{quoted(name)} was added to {where}"))
+            names = [[self._live_name(slot) for slot in params] for params in self.params]
+            placement = place_by_spec(self.optimizer, self.live_model, names, missing, spec)
+        for left, reason, hint in placement.left:
+            names_left = [live.name for live in left]
+            verb = "is" if len(names_left) == 1 else "are"
+            message = f"{listed(names_left)} {verb} trainable, but {reason}"
+            self.findings.append(codes.STILL_MISSING.finding(names_left[0], message, hint))
+        new = [place for place in placement.places if place.index is None]
+        if new:
+            self._plan_new_groups(new, schedulers, given_schedulers)
+        for place in placement.places:
+            if place.index is None:
+                number = len(self.params) + new.index(place)
+                name = place.options.get("name")
+                where = f"a new group {number}" + (f" ({quoted(name)})" if isinstance(name, str) else "")
+            else:
+                where = f"group {place.index}"
+                self._join(place, place.index)
+            for live in place.parameters:
+                self.findings.append(codes.ADDED.finding(live.name, f"{quoted(live.name)} was added to {where}"))
 
-    def _group_index(self, wanted: object) -> int:
-        groups = self.optimizer.param_groups
-        if isinstance(wanted, str):
-            names = [group.get("name", group.get("group_name")) for group in groups]
-            if names.count(wanted) != 1:
-                known = listed([name for name in names if isinstance(name, str)])
-                how_many = "no group has" if wanted not in names else "several groups have"
-                raise GroupsError(
-                    f"add_missing: {how_many} the name {quoted(wanted)}",
-                    hint=f"the names of the groups are {known}" if known else "no group has a name: use an index",
-                )
-            return names.index(wanted)
-        if not isinstance(wanted, int) or isinstance(wanted, bool):
-            raise GroupsError(f"add_missing is {kind_of(wanted)}", hint=_ADD_MISSING)
-        if not 0 <= wanted < len(groups):
-            raise GroupsError(f"add_missing: there is no group {wanted}", hint=f"the groups are 0 to {len(groups) - 1}")
-        return wanted
+    def _live_name(self, slot: _Slot) -> str:
+        live = self.live_model.parameters.get(id(slot.tensor))
+        return "" if live is None else live.name
 
-    def _plan_new_group(self, options: dict[str, Any], added: Sequence[_Slot], schedulers: Any) -> str:
-        """Plan a group with ``options`` for the parameters in ``added``, and return its description."""
-        groups = self.optimizer.param_groups
+    def _new_slot(self, live: LiveParameter) -> _Slot:
+        has_names = any("param_names" in group for group in self.optimizer.param_groups)
+        return _Slot(live.tensor, live.name if has_names else None)
+
+    def _join(self, place: Place, index: int) -> None:
+        """Put the parameters into a group: each before the first one that follows it in the order, else at the end."""
+        ranks = {name: rank for rank, name in enumerate(place.order)}
+        params = self.params[index]
+        for live in place.parameters:
+            rank = ranks.get(live.name, len(ranks))
+            later = (position for position, slot in enumerate(params) if ranks.get(self._live_name(slot), -1) > rank)
+            params.insert(next(later, len(params)), self._new_slot(live))
+
+    def _plan_new_groups(self, places: Sequence[Place], schedulers: Any, given_schedulers: Sequence[Any]) -> None:
+        """Plan a group with its options for each of ``places``."""
         schema = schema_of(type(self.optimizer))
         if schema is not None and schema.has_shared_state:
             raise GroupsError(f"{schema.name} takes one group only", hint="add_missing=0 adds to that group")
-        if "params" in options:
-            raise GroupsError(
-                "add_missing: the new group gets the missing parameters and no others", hint="leave out params"
-            )
-        if schedulers is None and any("initial_lr" in group for group in groups):
+        if schedulers is None and any("initial_lr" in group for group in self.optimizer.param_groups):
             raise GroupsError(
                 "a new group needs the schedulers of this optimizer: its groups have an initial_lr, but "
                 "schedulers is None",
                 hint="pass every scheduler as schedulers=, or schedulers=() if the optimizer has none any more",
             )
-        for key in options:
-            if not isinstance(key, str):
-                raise GroupsError(
-                    f"add_missing: {key!r} is not the name of an option",
-                    hint="use the names of torch.optim, such as lr",
-                )
-            if fault := find_option_fault(key, {**self.optimizer.defaults, **options}, type(self.optimizer)):
-                raise GroupsError(f"add_missing: {key} {fault.problem}", hint=fault.hint)
         # Copied: a scheduler would change a shared lr tensor in every group that has it.
-        options = copy.deepcopy({**self.optimizer.defaults, **options})
-        if given_schedulers := read_schedulers(schedulers):
+        options: Sequence[Mapping[str, Any]] = [
+            copy.deepcopy({**self.optimizer.defaults, **place.options}) for place in places
+        ]
+        if given_schedulers:
             self.extension = plan_extension(given_schedulers, self.optimizer, options)
-            options = dict(self.extension.options)
-        params = [slot.tensor if slot.name is None else (slot.name, slot.tensor) for slot in added]
-        self.new_group = {"params": params, **options}
-        name = options.get("name")
-        return f"a new group {len(groups)}" + (f" ({quoted(name)})" if isinstance(name, str) else "")
+            options = self.extension.options
+        for place, group in zip(places, options, strict=True):
+            slots = map(self._new_slot, place.parameters)
+            params = [slot.tensor if slot.name is None else (slot.name, slot.tensor) for slot in slots]
+            self.new_groups.append({"params": params, **group})
 
     def apply(self) -> Report:
         """Apply every planned change. Only ``add_param_group`` can fail, and it comes first."""
         groups = list(self.optimizer.param_groups)
-        if self.new_group is not None:
+        for new_group in self.new_groups:
             try:
-                self.optimizer.add_param_group(self.new_group)
+                self.optimizer.add_param_group(new_group)
             except (ValueError, TypeError, KeyError, RuntimeError) as error:
+                del self.optimizer.param_groups[len(groups) :]
                 raise GroupsError(
                     f"{type(self.optimizer).__name__} refuses a new group: {error}",
                     hint="pass add_missing= the name or index of an existing group",

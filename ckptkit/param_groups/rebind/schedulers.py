@@ -27,9 +27,9 @@ _REBUILD = "build the scheduler again after the group was added"
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SchedulerExtension:
-    """The planned extension of schedulers: the options of the new group, and the new value of each list."""
+    """The planned extension of schedulers: the options of each new group, and the new value of each list."""
 
-    options: Mapping[str, Any]
+    options: tuple[Mapping[str, Any], ...]
     lists: tuple[tuple[Any, str, list[Any]], ...]
 
     def apply(self) -> None:
@@ -38,27 +38,35 @@ class SchedulerExtension:
             setattr(scheduler, name, values)
 
 
-def plan_extension(schedulers: Sequence[Any], optimizer: Optimizer, group: Mapping[str, Any]) -> SchedulerExtension:
-    """Return how ``schedulers`` are extended for a new group, as if the group had been there from their start.
+def plan_extension(
+    schedulers: Sequence[Any], optimizer: Optimizer, groups: Sequence[Mapping[str, Any]]
+) -> SchedulerExtension:
+    """Return how ``schedulers`` are extended for new groups, as if the groups had been there from their start.
 
-    ``group`` has the options of the new group. Its ``lr`` becomes its ``initial_lr``. Its new ``lr`` is the rate
+    ``groups`` has the options of each new group. Its ``lr`` becomes its ``initial_lr``. Its new ``lr`` is the rate
     that the schedulers would have set by now, without the reductions of ``ReduceLROnPlateau``. Raises ``GroupsError``
     for a scheduler of another optimizer, for a scheduler of other groups, and where a value cannot be known.
     """
     count = len(optimizer.param_groups)
-    initial = initial_lr(group)
-    lists: list[tuple[Any, str, list[Any]]] = []
-    every = [inner for scheduler in schedulers for inner in with_parts(scheduler)]
-    for scheduler in every:
-        _check_extensible(scheduler, optimizer, group)
-        lists.extend((scheduler, name, values) for name, values in _extended_lists(scheduler, count, group, initial))
-    options = _scheduled_options(schedulers, {**group, "lr": copy.deepcopy(initial), "initial_lr": initial})
-    lists.extend(
-        (scheduler, "_last_lr", [*last[:count], copy.deepcopy(options["lr"])])
-        for scheduler in every
-        if isinstance(last := getattr(scheduler, "_last_lr", None), list)
-    )
-    return SchedulerExtension(options, tuple(lists))
+    extended: dict[tuple[int, str], tuple[Any, str, list[Any]]] = {}
+    options = []
+    every = [part for scheduler in schedulers for part in with_parts(scheduler)]
+    for group in groups:
+        initial = initial_lr(group)
+        new_values = []
+        for scheduler in every:
+            _check_extensible(scheduler, optimizer, group)
+            new_values += [(scheduler, *entry) for entry in _extended_lists(scheduler, count, group, initial)]
+        options.append(_scheduled_options(schedulers, {**group, "lr": copy.deepcopy(initial), "initial_lr": initial}))
+        new_values += [
+            (scheduler, "_last_lr", [*last[:count], copy.deepcopy(options[-1]["lr"])])
+            for scheduler in every
+            if isinstance(last := getattr(scheduler, "_last_lr", None), list)
+        ]
+        for scheduler, name, values in new_values:
+            _, _, known = extended.setdefault((id(scheduler), name), (scheduler, name, values[:-1]))
+            known.append(values[-1])
+    return SchedulerExtension(tuple(options), tuple(extended.values()))
 
 
 def _check_extensible(scheduler: Any, optimizer: Optimizer, group: Mapping[str, Any]) -> None:

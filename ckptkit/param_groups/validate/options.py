@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from ckptkit.core.findings import Finding
@@ -14,7 +16,15 @@ from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
 
-__all__ = ["BOOKKEEPING", "OptionFault", "check_options", "find_option_fault", "read_number"]
+__all__ = [
+    "BOOKKEEPING",
+    "OptionFault",
+    "check_options",
+    "find_option_fault",
+    "intended_option",
+    "is_read_by",
+    "read_number",
+]
 
 
 class OptionFault(NamedTuple):
@@ -162,9 +172,7 @@ def _unread_options(group: LiveGroup, defaults: Mapping[str, object] | None) -> 
             continue
         if key == "use_muon" and group.optimizer is None:
             continue
-        intended = _INTENDED.get(str(key).lower())
-        if read_options is not None and intended not in read_options:
-            intended = next(iter(difflib.get_close_matches(str(key), read_options, n=1, cutoff=0.7)), None)
+        intended = intended_option(key, read_options)
         # Optimizers from other packages keep counters of their own in a group, so only a likely typo is reported.
         if intended is not None or is_torch:
             reader = "torch.optim" if defaults is None else _class_name(group)
@@ -177,3 +185,58 @@ def _unread_options(group: LiveGroup, defaults: Mapping[str, object] | None) -> 
 
 def _class_name(group: LiveGroup) -> str:
     return type(group.optimizer).__name__
+
+
+def intended_option(key: object, read_options: Collection[str] | None) -> str | None:
+    """Return the option that was probably wanted where ``key`` was written, or None; ``read_options`` exist."""
+    intended = _INTENDED.get(str(key).lower())
+    if read_options is None or (intended is not None and intended in read_options):
+        return intended
+    return next(iter(difflib.get_close_matches(str(key), read_options, n=1, cutoff=0.7)), None)
+
+
+def is_read_by(kind: type, key: str) -> bool:
+    """Return whether the optimizer class ``kind``, a scheduler or a common recipe may read ``key`` in a group.
+
+    The steps of torch read the options of its constructors only. Another class may read any key that is a string in its
+    own code, or in a function that it calls. A class without Python code may read any key.
+    """
+    if key in BOOKKEEPING or key == "lr":  # schedulers read and write the lr of every class
+        return True
+    owners = [base for base in kind.__mro__ if base is not object and not base.__module__.startswith("torch.optim")]
+    functions = [function for base in owners for value in vars(base).values() if (function := _function(value))]
+    has_own_step = any("step" in vars(base) for base in owners)
+    return (has_own_step and not functions) or key in _strings_of_functions(functions)
+
+
+def _function(value: object) -> FunctionType | None:
+    inner = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    inner = inspect.unwrap(inner) if isinstance(inner, FunctionType) else None
+    return inner if isinstance(inner, FunctionType) else None
+
+
+def _strings_of_functions(functions: Sequence[FunctionType]) -> set[str]:
+    """Return the strings in the code of functions, and of the functions of their modules that they name."""
+    found: set[str] = set()
+    waiting, seen = list(functions), {id(function.__code__) for function in functions}
+    while waiting:
+        function = waiting.pop()
+        for code in _codes_in(function.__code__):
+            for constant in code.co_consts:
+                values = constant if isinstance(constant, tuple) else (constant,)
+                found.update(value for value in values if isinstance(value, str))
+            for name in code.co_names:
+                named = _function(function.__globals__.get(name))
+                is_of_torch = named is None or named.__module__.partition(".")[0] == "torch"
+                if named is not None and not is_of_torch and id(named.__code__) not in seen:
+                    seen.add(id(named.__code__))
+                    waiting.append(named)
+    return found
+
+
+def _codes_in(code: CodeType) -> Iterator[CodeType]:
+    """Yield a code object, and the code objects of the functions inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes_in(constant)

@@ -49,8 +49,8 @@ class FlatRate(NamedTuple):
 def flat_lr(groups: Sequence[Mapping[str, Any]], own_lrs: Sequence[Any]) -> FlatRate | None:
     """Return the lr of all ``groups`` if they have the same, although ``own_lrs`` differ; else None.
 
-    An lr of 0 is the start of a warm-up or the end of a schedule for every group. Groups in which a scheduler replaced
-    the lr do not have their own lr any more. None is returned for both.
+    None is returned for an lr of 0, which every group has at the start of a warm-up and at the end of a schedule. None
+    is also returned where a scheduler such as OneCycleLR replaced the lr of the groups.
     """
     lrs = [read_number(group.get("lr")) for group in groups]
     own = [number for lr in own_lrs if (number := read_number(lr)) is not None]
@@ -65,7 +65,7 @@ def flat_lr(groups: Sequence[Mapping[str, Any]], own_lrs: Sequence[Any]) -> Flat
 def check_rates(optimizer: LiveOptimizer, schedulers: Sequence[Any]) -> Iterator[Finding]:
     """Yield a finding if the groups have other lrs than the schedulers of their optimizer set last.
 
-    ``schedulers`` are all those of this optimizer. Where their lrs cannot be known, nothing is reported.
+    ``schedulers`` are all schedulers of this optimizer. Where their lrs cannot be known, nothing is reported.
     """
     live = [read_number(group.options.get("lr")) for group in optimizer.groups]
     kinds = [type(scheduler).__name__ for scheduler in schedulers]
@@ -80,7 +80,7 @@ def check_rates(optimizer: LiveOptimizer, schedulers: Sequence[Any]) -> Iterator
     last_lrs = [lrs for scheduler in judged if (lrs := _last_lrs(scheduler, len(live))) is not None]
     if not judged or len(last_lrs) < len(judged):
         return
-    # Of several schedulers, the one that was stepped last has the current lrs.
+    # The scheduler that was stepped last has the current lrs.
     if all(_different(optimizer.groups, lrs) for lrs in last_lrs):
         yield from _not_as_set(optimizer, judged[-1], last_lrs[-1])
     elif len(schedulers) == 1:
@@ -159,7 +159,7 @@ def _new_over_loaded(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findi
 
 
 def _not_as_computed(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
-    """Yield a finding if the lrs that a scheduler set are not those of its own formula."""
+    """Yield a finding if the lrs that a scheduler set differ from its own formula."""
     kind, epoch = type(scheduler).__name__, last_epoch(scheduler)
     if epoch == 0:
         yield from _new_over_loaded(optimizer, scheduler)
@@ -174,7 +174,7 @@ def _not_as_computed(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findi
         own, base = read_number(group.options.get("lr")), read_number(base_lrs[number])
         if own is None or not base or abs(own - lr) <= 1e-3 * max(lr, own) + 1e-9 * base:
             continue
-        # A factor of the start of a scheduler is no accident. Elsewhere a script may have set the lr.
+        # Exactly the start factor shows that the scheduler was built twice. Elsewhere a script may have set the lr.
         is_started_twice = start is not None and abs(own - lr * start[number] / base) <= 1e-3 * own
         severity: Severity = "warning" if _has_stepped(optimizer.instance) else "error"
         if is_built_later:
