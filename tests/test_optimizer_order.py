@@ -12,6 +12,7 @@ from torch import nn
 
 from ckptkit import load_optimizer_state, preflight
 from ckptkit.errors import PlanError
+from ckptkit.optimizer_state.naming import to_named
 from tests.helpers_optim import same_state
 
 Groups = list[dict[str, Any]]
@@ -187,3 +188,24 @@ def test_recorded_names_count_more_than_positions() -> None:
     report = load_optimizer_state(other, model, optimizer.state_dict())
     assert all(map(torch.equal, moments(model, other), moments(model, optimizer)))
     assert report.findings == ()
+
+
+def test_the_options_of_an_empty_group_are_loaded() -> None:
+    """A scheduler that is built from the state needs the initial_lr of every group, also of one without parameters."""
+    model = Square()
+    groups = members(model, (0, 1, 2, 3, 4), ())
+    optimizer = trained(model, [{**group} for group in groups])
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    other = torch.optim.AdamW([{**group} for group in groups])
+    load_optimizer_state(other, model, optimizer.state_dict())
+    torch.optim.lr_scheduler.StepLR(other, 1, last_epoch=3)
+    assert [group["initial_lr"] for group in other.param_groups] == [0.1, 0.1]
+
+
+def test_the_order_of_equal_shapes_is_said_to_be_assumed() -> None:
+    """Shapes alone prove nothing about parameters of one shape in one group."""
+    model = Square()
+    saved = trained(model, reverse(model)).state_dict()
+    assert "equal shapes in one group were taken in this order" in to_named(saved, model).evidence
+    layers = Square(layers=1, classes=2)
+    assert "equal shapes" not in to_named(trained(layers, ORDERS["model"](layers)).state_dict(), layers).evidence

@@ -98,3 +98,15 @@ def test_another_rate_is_a_warning() -> None:
     report = preflight(other, optimizer=resumed, resume=model, resume_optimizer=optimizer.state_dict())
     (warning,) = [finding for finding in report.findings if finding.severity != "note"]
     assert "initial_lr = 0.3 becomes" in warning.message
+
+
+def test_a_tensor_lr_and_a_frozen_parameter_are_no_finding() -> None:
+    """A file keeps a captured rate as a tensor, and a frozen parameter in a group never has state."""
+    model, other = Net(), Net()
+    for net in (model, other):
+        net.fc.bias.requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=torch.tensor(0.01))
+    schedule(model, optimizer, SCHEDULERS["cosine"](optimizer), 2)
+    resumed = torch.optim.AdamW(other.parameters(), lr=0.01)
+    report = preflight(other, optimizer=resumed, resume=model, resume_optimizer=optimizer.state_dict())
+    assert [finding.code for finding in report.findings if finding.severity != "note"] == ["groups.frozen"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -93,11 +93,13 @@ def overwritten_options(options: Mapping[str, object]) -> frozenset[str]:
     return frozenset(name for option in OPTIONS.values() if option.name in options for name in option.overwrites)
 
 
-def scheduled_options(live: Mapping[str, object], saved: Mapping[str, object]) -> frozenset[str]:
+def scheduled_options(
+    live: Mapping[str, object], saved: Mapping[str, object], equal: Callable[[object, object], bool]
+) -> frozenset[str]:
     """Return the options that a scheduler of the run made different in a live and a saved group.
 
     A live group may have no scheduler yet. Its own ``lr`` is then what a scheduler would start from. The saved ``lr``
-    was moved by the scheduler if the saved ``initial_lr`` is the same.
+    was moved by the scheduler if the saved ``initial_lr`` is the same. ``equal`` compares two values of an option.
     """
     schedule_keys = options_of_kind("schedule")
     overwritten = overwritten_options(saved)
@@ -105,7 +107,7 @@ def scheduled_options(live: Mapping[str, object], saved: Mapping[str, object]) -
         overwritten &= overwritten_options(live)
     elif "lr" in overwritten:
         overwritten |= {"initial_lr"}
-    if "initial_lr" in saved and initial_lr(live) == initial_lr(saved):
+    if "initial_lr" in saved and equal(initial_lr(live), initial_lr(saved)):
         overwritten |= {"lr"}
     return overwritten
 

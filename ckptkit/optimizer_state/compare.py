@@ -74,7 +74,7 @@ def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Findin
 
 
 def _scheduled(live: GroupView, saved: GroupView) -> frozenset[str]:
-    return scheduled_options(live.options, saved.options)
+    return scheduled_options(live.options, saved.options, equal_values)
 
 
 def _views(state: OptimizerState) -> list[GroupView]:

@@ -141,7 +141,7 @@ class _OptionMerger:
         return value
 
     def _is_scheduled(self, key: str, group: NamedGroup, members: Mapping[str, Mapping[str, SlotValue]]) -> bool:
-        return all(key in scheduled_options(group.options, options) for options in members.values())
+        return all(key in scheduled_options(group.options, options, equal_values) for options in members.values())
 
     def _only_value(self, key: str, owners: str, values: Mapping[str, SlotValue]) -> SlotValue:
         (first, value), *others = values.items()

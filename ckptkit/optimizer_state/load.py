@@ -18,7 +18,7 @@ from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.casts import cast_findings
 from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
-from ckptkit.optimizer_state.groups import Hyper, resplit
+from ckptkit.optimizer_state.groups import Hyper, equal_values, resplit
 from ckptkit.optimizer_state.model import LazyTensor, MoreValues, NamedGroup, OptimizerState, SlotValue, tensors_in
 from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
 from ckptkit.optimizer_state.remap import remap
@@ -275,7 +275,13 @@ def _chosen_options(saved: OptimizerState, live_groups: Sequence[NamedGroup], hy
     in_file = {name for group in groups for name in group.names}
     to_resplit = [group for group in live_groups if in_file.intersection(group.names)]
     resplit_groups = iter(resplit(replace(saved, groups=tuple(groups)), to_resplit, hyper).groups)
-    return tuple(next(resplit_groups) if in_file.intersection(group.names) else group for group in live_groups)
+    chosen = [next(resplit_groups) if in_file.intersection(group.names) else group for group in live_groups]
+    if [group.names for group in saved.groups] == [group.names for group in live_groups]:
+        pairs = zip(chosen, saved.groups, strict=True)  # a group without parameters has only its number
+        chosen = [
+            group if group.names else replace(group, options={**group.options, **same.options}) for group, same in pairs
+        ]
+    return tuple(chosen)
 
 
 def _refuse_by_policy(match: StateMatch, saved: OptimizerState, on_missing: OnMissing, on_mismatch: OnMismatch) -> None:
@@ -524,7 +530,7 @@ def _match_findings(match: StateMatch, unused: Sequence[str]) -> Iterator[Findin
 def _initial_lr_findings(live_groups: Sequence[NamedGroup], groups: Sequence[NamedGroup]) -> Iterator[Finding]:
     for number, (before, after) in enumerate(zip(live_groups, groups, strict=True)):
         lr, loaded = initial_lr(before.options), after.options.get("initial_lr")
-        if "initial_lr" in scheduled_options(before.options, after.options):
+        if "initial_lr" in scheduled_options(before.options, after.options, equal_values):
             continue
         if isinstance(lr, int | float) and isinstance(loaded, int | float) and lr != loaded:
             yield codes.INITIAL_LR.finding(

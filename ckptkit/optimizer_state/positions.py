@@ -191,7 +191,11 @@ def _by_order(saved: _Saved, model: Parameters, reading: _Reading) -> str:
         used = f"{count:,} of {plural(len(model.shapes), 'parameter')}"
     groups = len(saved.sizes)
     split = "in one group" if groups == 1 else f"the only way to split them into {groups} groups"
-    return f"by the order of {reading.order_of}: {used}, {split}; {_known_shapes(saved)}"
+    shapes = _known_shapes(saved)
+    in_groups = [saved.shapes[start:end] for start, end in pairwise(saved.starts)]
+    if any(len(set(known)) < len(known) for known in in_groups) and any(saved.shapes):
+        shapes += "; equal shapes in one group were taken in this order"
+    return f"by the order of {reading.order_of}: {used}, {split}; {shapes}"
 
 
 def _known_shapes(saved: _Saved) -> str:

@@ -15,20 +15,20 @@ __all__ = ["options_after_load"]
 _PLAIN_TYPES = (bool, int, float, complex, str, type(None))
 
 
-def options_after_load(optimizer: Optimizer, saved: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
+def options_after_load(optimizer: object, saved: Sequence[Mapping[str, object]]) -> list[Mapping[str, object]]:
     """Return the options that each group of ``optimizer`` would have after it loaded groups with the options ``saved``.
 
     torch replaces a live group by the saved group. The class then restores some of the options that an older file does
-    not have. The load is made into a copy without parameters, state and hooks, so ``optimizer`` does not change. Where
-    the class has a ``load_state_dict`` of its own, or the load fails, the result is ``saved``.
+    not have. torch's load is made into a copy without parameters, state and hooks, so ``optimizer`` does not change. If
+    the load fails, or ``optimizer`` wraps another, the result is ``saved``.
 
     >>> options_after_load(torch.optim.SGD(parameters), [{"lr": 0.1}])[0]
     {'lr': 0.1, 'nesterov': False, 'maximize': False, 'foreach': None, 'differentiable': False, 'fused': False}
     """
     import torch
 
-    is_own = "load_state_dict" in vars(optimizer)
-    if is_own or type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+    # A wrapper has the groups of another optimizer, which a load into a copy of the wrapper would change.
+    if not isinstance(optimizer, torch.optim.Optimizer) or not {"param_groups", "state"} <= vars(optimizer).keys():
         return list(saved)
     groups = [
         {**{key: value if _is_plain(value) else _StandIn(value) for key, value in options.items()}, "params": []}
@@ -36,7 +36,7 @@ def options_after_load(optimizer: Optimizer, saved: Sequence[Mapping[str, object
     ]
     try:
         copied = _copy_without_parameters(optimizer)
-        copied.load_state_dict({"state": {}, "param_groups": groups})
+        torch.optim.Optimizer.load_state_dict(copied, {"state": {}, "param_groups": groups})
     except Exception:  # noqa: BLE001 - __setstate__ of a class of the user may raise anything
         return list(saved)
     return [
@@ -59,7 +59,7 @@ def _is_plain(value: object) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN_TYPES)
 
 
-def _copy_without_parameters(optimizer: Optimizer) -> Optimizer:
+def _copy_without_parameters(optimizer: Any) -> Optimizer:
     copied: Any = object.__new__(type(optimizer))
     for name, value in vars(optimizer).items():
         is_container = isinstance(value, dict | list | set)  # __setstate__ adds to the defaults

@@ -182,7 +182,7 @@ def _position_findings(
         yield from _shape_findings(every, differences, reading)
     elif isinstance(reading, OptimizerState):
         yield from naming_findings(reading)
-    yield from _coverage_findings(every, found, schema)
+    yield from _coverage_findings([one for one in every if one.name not in training.frozen], found, schema)
     if schema is not None and not schema.has_shared_state:
         yield from _class_findings(training, found, positions, schema, shapes)
     yield from _changed_findings(training, differences)
@@ -230,7 +230,7 @@ def _ignored_options(
     live: Mapping[str, SlotValue], saved: Mapping[str, SlotValue], *, has_scheduler: bool
 ) -> frozenset[str]:
     """Return the options that are not compared: they change no result, or a scheduler moved them."""
-    ignored = _NO_EFFECT | scheduled_options(live, saved)
+    ignored = _NO_EFFECT | scheduled_options(live, saved, _equal_options)
     if "initial_lr" in live and "initial_lr" in saved:
         return ignored | {"lr"}  # initial_lr is compared
     # Some schedulers leave no mark in the groups, such as ReduceLROnPlateau.
@@ -281,7 +281,8 @@ def _coverage_findings(
     if without and always_has_state:
         message = f"the run has no optimizer state for {listed(without, _SHOWN)}, so training starts without it"
         severity: Severity = "warning" if len(without) < len(positions) else "note"
-        yield codes.RESUME_NEW.finding(without[0], message, severity=severity, keys=without)
+        hint = "" if found.state else "load_optimizer_state refuses a state without values: start without it"
+        yield codes.RESUME_NEW.finding(without[0], message, hint, severity=severity, keys=without)
 
 
 def _class_findings(
