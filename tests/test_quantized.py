@@ -452,6 +452,26 @@ def test_one_tensor_can_hold_codes_and_scales(tmp_path: Path) -> None:
         assert (weight.key, weight.scheme, weight.parts, weight.coded) == ("q", scheme, ("q",), "q")
 
 
+class Int8Tensor(Tensor):
+    """A tensor of a class that says that it belongs to torchao, which needs no installation here."""
+
+    __module__ = "torchao.quantization"
+
+
+def test_live_tensors_of_torchao_are_quantised() -> None:
+    """The class of a live tensor shows its scheme, and other classes of tensors show none."""
+    live = {"q.weight": of(BF16, 8, 8).as_subclass(Int8Tensor), "q.bias": of(BF16, 8)}
+    assert [(weight.key, weight.scheme) for weight in found_in(live).weights] == [("q.weight", "torchao")]
+    plain = {"q.weight": of(BF16, 8, 8), "q.bias": of(BF16, 8)}
+    for expected, found in ((plain, live), (live, plain)):
+        assert diff(expected, found).quantized
+    assert not found_in({"q.weight": of(BF16, 8, 8).as_subclass(Unquantised)})
+
+
+class Unquantised(Tensor):
+    """A tensor of another class."""
+
+
 def test_the_quick_test_of_dtypes_is_complete() -> None:
     """No scheme has an anchor of a dtype that the quick test does not know."""
     assert {dtype for scheme in SCHEMES for dtype in scheme.anchor.dtypes} == ANCHOR_DTYPES

@@ -6,7 +6,7 @@ torch is imported by the functions that need it, not by this module.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias, TypeGuard
 
@@ -272,8 +272,20 @@ def describe_state_dict(state: Mapping[str, object], path: str, format: str = "l
     return Checkpoint(
         infos,
         Access(payload, span),
-        Description(path, format, entries=entries, versions=module_versions(getattr(state, "_metadata", {}))),
+        Description(
+            path,
+            format,
+            entries=entries,
+            versions=module_versions(getattr(state, "_metadata", {})),
+            references=_foreign_classes(tensors[key] for key, info in infos.items() if info.kind == "subclass"),
+        ),
     )
+
+
+def _foreign_classes(tensors: Iterable[Tensor]) -> tuple[str, ...]:
+    """Return the names of the classes of tensors that are not classes of torch."""
+    classes = dict.fromkeys(map(type, tensors))
+    return tuple(f"{cls.__module__}.{cls.__qualname__}" for cls in classes if not cls.__module__.startswith("torch."))
 
 
 def _shown(value: object) -> str | int | float | None:
