@@ -22,6 +22,7 @@ __all__ = [
     "WEIGHT_SUFFIXES",
     "could_hold_tensors",
     "has_no_storages",
+    "has_suffix",
     "open_file",
     "open_zip",
     "read_torch",
@@ -63,13 +64,17 @@ _SUFFIXES = (
     *((suffix, "torch") for suffix in TORCH_SUFFIXES),
 )  # fmt: skip
 WEIGHT_SUFFIXES = tuple(suffix for suffix, _ in _SUFFIXES)
-_PICKLE_MAGICS = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 _LARGEST_EXAMINED = 1 << 20
 _LFS_MAGIC = b"version https://git-lfs"
 _UNFINISHED = (".incomplete", ".crdownload", ".part", ".partial", ".download", ".tmp", ".aria2")
 _PICKLES = (b"\x80\2", b"\x80\3", b"\x80\4", b"\x80\5")
 _ZIP_MAGIC = b"PK\3\4"
 _LEGACY_MAGIC = bytes.fromhex("8a0a6cfc9c46f9206aa850192e")  # the first pickle, after its protocol and frame
+
+
+def has_suffix(name: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Return whether a file name ends with one of the suffixes, in upper or lower case."""
+    return name.lower().endswith(suffixes)
 
 
 def open_file(name: str, selection: Selection) -> Checkpoint:
@@ -87,9 +92,9 @@ def open_file(name: str, selection: Selection) -> Checkpoint:
         if isinstance(error, FormatError) and name.endswith(_UNFINISHED):
             error.hint = "the name shows an unfinished download: finish or repeat the download"
         raise
-    named = next((known for suffix, known in _SUFFIXES if name.endswith(suffix)), None)
+    named = next((known for suffix, known in _SUFFIXES if has_suffix(name, suffix)), None)
     is_named = named is None or checkpoint.format.startswith(named)
-    if not is_named and not (checkpoint.format == "pickle" and name.endswith(".pkl")):
+    if not is_named and not (checkpoint.format == "pickle" and has_suffix(name, ".pkl")):
         warning = f"the file name says {named}, but the content is {checkpoint.format}"
         checkpoint = checkpoint.with_warnings(warning)
     return checkpoint.with_warnings(*_empty_weights_warning(checkpoint))
@@ -161,13 +166,13 @@ def could_hold_tensors(name: str, head: bytes) -> bool:
 
     A name without a suffix of weights needs bytes that cannot be of another format.
     """
-    if name.endswith(".safetensors"):
+    if has_suffix(name, ".safetensors"):
         return True
     if head.startswith((b"GGUF", b"\x93NUMPY")) or _is_legacy(head) or is_torch_tar(head):
         return True
-    if name.endswith(WEIGHT_SUFFIXES):
+    if has_suffix(name, WEIGHT_SUFFIXES):
         # A bare pickle that is not called .pkl is usually a whole model, and a pointer of git-lfs replaces a file.
-        magics = (_ZIP_MAGIC, _LFS_MAGIC) if name.endswith(".pkl") else (_ZIP_MAGIC, _LFS_MAGIC, *_PICKLE_MAGICS)
+        magics = (_ZIP_MAGIC, _LFS_MAGIC) if has_suffix(name, ".pkl") else (_ZIP_MAGIC, _LFS_MAGIC, *_PICKLES)
         return head.startswith(magics) or _looks_like_safetensors(head)
     if head.startswith(_ZIP_MAGIC):
         first = head[30 : 30 + int.from_bytes(head[26:28], "little")]

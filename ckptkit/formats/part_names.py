@@ -25,6 +25,7 @@ class PartName(NamedTuple):
 
 
 _OF = re.compile(r"(?P<head>.*?)(?P<number>\d{1,5})[-_]of[-_](?P<count>\d{1,5})(?P<tail>\.\w+)?", re.IGNORECASE)
+_WORLD = re.compile(r"(?P<head>.*world_size_(?P<count>\d{1,5})_rank_)(?P<number>\d{1,5})(?P<tail>\.\w+)")  # FSDP, verl
 _WORD = re.compile(
     r"(?P<head>(?:.*[^a-z])?(?:rank|mp|tp|pp|part|shard|slice|gpu|worker|process)[-_.]?)(?P<number>\d{1,5})"
     r"(?P<tail>(?:[^\d].*)?)",
@@ -43,7 +44,7 @@ def part_name(name: str) -> PartName | None:
     """Return what a name says about a part of a model, or None if it says nothing."""
     if _OTHERS.fullmatch(name):
         return None
-    for pattern in (_LAYER, _OF, _WORD, _DOTTED):
+    for pattern in (_LAYER, _OF, _WORLD, _WORD, _DOTTED):
         if (match := pattern.fullmatch(name)) is not None:
             found = match.groupdict()
             count = int(found["count"]) if found.get("count") else None

@@ -49,7 +49,8 @@ class NumberedShards:
         """Return the names that are missing: at most the first hundred of them."""
         first, last = self.pattern.split("*", 1)
         present = set(self.names)
-        names = (f"{first}{number:05}{last}" for number in range(1, self.count + 1))
+        start = 0 if f"{first}00000{last}" in present else 1
+        names = (f"{first}{number:05}{last}" for number in range(start, start + self.count))
         return tuple(name for name in names if name not in present)[:100]
 
 

@@ -244,6 +244,30 @@ def test_an_index_of_a_variant_is_opened_by_its_path(tmp_path: Path, name: str, 
         assert set(checkpoint) == set(shards)
 
 
+@pytest.mark.parametrize("name", ["Model.Pt", "WEIGHTS.PTH"])
+def test_a_suffix_in_upper_case_is_a_suffix(tmp_path: Path, name: str) -> None:
+    make(tmp_path, [name])
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint) == {key_of(name)}
+        assert checkpoint.warnings == ()
+
+
+def test_a_folder_with_the_name_of_a_file_is_a_folder(tmp_path: Path) -> None:
+    make(tmp_path, ["weights.pth", "model.safetensors/model.safetensors"])
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint) == {key_of("weights.pth")}
+        assert "the folder 'model.safetensors' holds a further checkpoint" in checkpoint.warnings[0]
+
+
+def test_shards_can_count_from_zero(tmp_path: Path) -> None:
+    names = [f"model-0000{number}-of-00003.safetensors" for number in range(3)]
+    make(tmp_path, names)
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert set(checkpoint) == set(map(key_of, names))
+    (tmp_path / names[2]).unlink()
+    assert refusal(str(tmp_path)).reason == f"2 of 3 shards and no index: '{names[2]}' is missing"
+
+
 def test_one_of_several_variants_must_be_chosen(tmp_path: Path) -> None:
     make(tmp_path, [*HALF, HALF_INDEX])
     (tmp_path / "model.safetensors.index.bf16.json").write_text((tmp_path / HALF_INDEX).read_text())

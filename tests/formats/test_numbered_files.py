@@ -88,9 +88,10 @@ def test_parts_with_different_keys_can_be_merged(tmp_path: Path, capsys: pytest.
     ("names", "message"),
     [
         (("consolidated.00-of-02.pth",), "is one of 2 parts by its name, and the other files are missing"),
+        (("model_world_size_2_rank_0.pt",), "is one of 2 parts by its name, and the other files are missing"),
         (("layer_00-model_00-model_states.pt", "mp_rank_00_model_states.pt"), "holds one file for each layer and rank"),
     ],
-    ids=["the other missing", "layers of GPT-NeoX"],
+    ids=["the other missing", "another rank missing", "layers of GPT-NeoX"],
 )
 def test_incomplete_parts_are_refused(tmp_path: Path, names: tuple[str, ...], message: str) -> None:
     """One part alone, and files of layers, are not a model."""
@@ -102,6 +103,6 @@ def test_incomplete_parts_are_refused(tmp_path: Path, names: tuple[str, ...], me
 def test_the_name_of_the_directory_counts(tmp_path: Path) -> None:
     """Megatron gives each rank a directory: opening it, or its file, says that there are others."""
     directory = save(tmp_path / "run", "mp_rank_00/model_optim_rng.pt", "mp_rank_01/model_optim_rng.pt")
-    for path in (directory / "mp_rank_00", directory / "mp_rank_01" / "model_optim_rng.pt"):
+    for path in (directory / "mp_rank_00", directory / "mp_rank_01" / "model_optim_rng.pt", f"{directory}::mp_rank_00"):
         with open_checkpoint(path) as checkpoint:
             assert "is one of 2 parts by its name" in checkpoint.warnings[0]

@@ -11,7 +11,7 @@ from itertools import islice
 
 from ckptkit.core.files import LocalFile
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors, has_no_storages
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, could_hold_tensors, has_no_storages, has_suffix
 from ckptkit.formats.directories.trainer_files import is_trainer_file
 from ckptkit.formats.distributed.file_names import is_dcp, is_zero
 from ckptkit.formats.foreign import find_foreign_weights
@@ -111,11 +111,11 @@ def find_weights_files(directory: str, names: Iterable[str], most: int = _MOST_T
     """
     names = [name for name in names if not is_trainer_file(name)]
     foreign = set(find_foreign_weights(names))
-    named = [name for name in names if name.endswith(WEIGHT_SUFFIXES) and name not in foreign]
+    named = [name for name in names if has_suffix(name, WEIGHT_SUFFIXES) and name not in foreign]
     tested = named[:most]
     if most == _MOST_TESTED:
         taken = foreign.union(named)
-        tested += [name for name in names if name not in taken and not name.endswith(_TEXT_SUFFIXES)][:_MOST_ODD]
+        tested += [name for name in names if name not in taken and not has_suffix(name, _TEXT_SUFFIXES)][:_MOST_ODD]
     found = [name for name in tested if _could_hold_tensors(directory, name)]
     return sorted([*found, *named[most:]])
 

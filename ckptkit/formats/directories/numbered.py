@@ -10,7 +10,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import read_json
 from ckptkit.core.text import listed, printable, shell_word
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import TORCH_SUFFIXES, open_file
+from ckptkit.formats.detect import TORCH_SUFFIXES, has_suffix, open_file
 from ckptkit.formats.directories.trainer_files import is_trainer_file
 from ckptkit.formats.distributed.file_names import CONSOLIDATED, find_rank_files
 from ckptkit.formats.part_names import part_name, siblings_of
@@ -39,7 +39,7 @@ def open_numbered(
     parts = [name for name in names if CONSOLIDATED.fullmatch(name)]
     if parts:
         return _open_consolidated(directory, names, parts, selection)
-    pickled = [name for name in names if name.endswith(TORCH_SUFFIXES) and not is_trainer_file(name)]
+    pickled = [name for name in names if has_suffix(name, TORCH_SUFFIXES) and not is_trainer_file(name)]
     ranks = find_rank_files(pickled)
     if ranks is None:
         return None

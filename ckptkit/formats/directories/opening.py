@@ -11,7 +11,7 @@ from ckptkit.core.config_files import read_json
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import listed, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
-from ckptkit.formats.detect import WEIGHT_SUFFIXES, open_file
+from ckptkit.formats.detect import WEIGHT_SUFFIXES, has_suffix, open_file
 from ckptkit.formats.directories.adapters import CONFIG, adapter_warnings
 from ckptkit.formats.directories.beside import unread_warnings
 from ckptkit.formats.directories.listing import ADAPTER_NAMES, MODEL_NAMES, Listing, list_directory
@@ -24,6 +24,7 @@ from ckptkit.formats.directories.trainer_files import (
 )
 from ckptkit.formats.distributed.file_names import UNIVERSAL, find_states_file, is_dcp, is_zero
 from ckptkit.formats.foreign import find_foreign_weights, refuse_selection, unsupported_directory
+from ckptkit.formats.part_names import part_warnings
 from ckptkit.formats.shard_names import NumberedShards, find_index, group_shards, is_variant_index, one_shard_warnings
 from ckptkit.formats.sharded import is_plain_name, link_warnings, open_sharded, open_unindexed
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
@@ -31,7 +32,6 @@ from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 __all__ = ["open_directory", "open_index"]
 
 _ADDITIONAL = re.compile(r"(?:pytorch_)?model_\d+\.(?:safetensors|bin)")  # accelerate numbers later models
-_MOST_TESTED = 1000
 _MEGATRON_METADATA = "metadata.json"
 _LATEST, _LONGEST_TAG = ("latest", "latest_universal"), 1000
 
@@ -103,7 +103,8 @@ def _open_part(listing: Listing, part: str | NumberedShards, key: str, *, listin
         return open_unindexed(listing.path, part, lambda path: open_file(path, WEIGHTS))
     path = listing.join(part)
     try:
-        return _open_anything(path, Selection(key), listing_parts=listing_parts)
+        checkpoint = _open_anything(path, Selection(key), listing_parts=listing_parts)
+        return checkpoint.with_warnings(*part_warnings(path, checkpoint))
     except CkptkitError as error:
         error.path = error.path or path
         raise
@@ -128,7 +129,7 @@ def _open_trainer_file(directory: str, name: str, key: str) -> Checkpoint:
 def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
     directory, names = listing.path, listing.names
     index = find_index(listing.files)
-    known = [name for name in (*MODEL_NAMES, *ADAPTER_NAMES) if name in names]
+    known = [name for name in (*MODEL_NAMES, *ADAPTER_NAMES) if name in listing.files]
     if index is not None and is_variant_index(index) and known:
         index = None
     if index is None and is_dcp(names):
@@ -149,7 +150,7 @@ def _open_weights(listing: Listing, selection: Selection) -> Checkpoint:
     if index is None and not known and (shards := _only_numbered_shards(listing)) is not None:
         refuse_selection(selection)
         return open_unindexed(directory, shards, lambda path: open_file(path, WEIGHTS))
-    chosen = index or next(iter(known), None) or _only_weights_file(directory, names)
+    chosen = index or next(iter(known), None) or _only_weights_file(listing)
     if adapter and chosen not in adapter:
         raise FormatError(
             f"holds a whole model and an adapter: {printable(chosen)}, {adapter[0]}",
@@ -245,9 +246,10 @@ def _megatron_error(directory: str, names: Sequence[str]) -> FormatError | None:
     )
 
 
-def _only_weights_file(directory: str, names: Sequence[str]) -> str:
+def _only_weights_file(listing: Listing) -> str:
     """Return the name of the only file of weights. Raises ``FormatError`` where there is none, or several."""
-    weights = sorted(name for name in names if name.endswith(WEIGHT_SUFFIXES) and not is_trainer_file(name))
+    directory, names = listing.path, listing.names
+    weights = [name for name in listing.files if has_suffix(name, WEIGHT_SUFFIXES) and not is_trainer_file(name)]
     foreign = find_foreign_weights(names)
     if len(weights) > 1:
         weights = [name for name in weights if name not in foreign and not _ADDITIONAL.fullmatch(name)] or weights
@@ -259,8 +261,7 @@ def _only_weights_file(directory: str, names: Sequence[str]) -> str:
     if not weights:
         if (unsupported := unsupported_directory(names) or _megatron_error(directory, names)) is not None:
             raise unsupported
-        inside = [name for name in sorted(names)[:_MOST_TESTED] if os.path.isdir(os.path.join(directory, name))]
-        if inside:
+        if inside := listing.folders:
             raise _NoWeightsError(
                 "a directory without a checkpoint",
                 hint=f"give one of the directories inside: {listed(inside, 4, show=printable)}",
