@@ -184,10 +184,16 @@ def edited(value: bytes) -> Callable[[Path], list[str | Path]]:
 
 
 SMALL_FILES_THAT_BUILD_MUCH: dict[str, Refused] = {
-    "C21 lists": Refused(written(lambda: beside_weights(batches(b"]", 3_000_000))), "more than 2,500,000 objects"),
+    "C21 lists": Refused(written(lambda: beside_weights(batches(b"]", 3_000_000))), "more than 1,600,000 objects"),
     "C21 None": Refused(
         written(lambda: beside_weights(b"](" + b"N" * 3_000_000 + b"e")), "more than 2,500,000 references to objects"
     ),
+    "C21 tuples": Refused(written(lambda: beside_weights(batches(b"N\x85", 2_000_000))), "more than 1,600,000 objects"),
+    "C21 mappings": Refused(
+        written(lambda: beside_weights(glob("collections.OrderedDict") + put(9) + batches(b"h\t)R", 900_000))),
+        "more than 1,600,000 objects",
+    ),
+    "C21 steps": Refused(written(lambda: beside_weights(b"N0" * 4_200_000 + b"N")), "more than 8,000,000 steps"),
     "C21 dicts of one item": Refused(
         written(lambda: beside_weights(batches(b"}NNs", 500_000))), "builds more than 10,000,000 items"
     ),
@@ -196,6 +202,9 @@ SMALL_FILES_THAT_BUILD_MUCH: dict[str, Refused] = {
     ),
     "C21 names": Refused(written(one_tensor_with_many_names), "holds more than 250,000 tensors"),
     "C21 tensors": Refused(written(lambda: beside_weights(batches(WEIGHTS, 400_000))), "more than 250,000 tensors"),
+    "C21 tensors of a legacy file": Refused(
+        written(lambda: legacy_file(mapping({"x": batches(WEIGHTS, 400_000)}))), "more than 250,000 tensors"
+    ),
     "C21 an edit of a long list": Refused(edited(batches(b"K\5", 5_000_000)), "more objects than an edit can hold"),
 }
 REFUSED |= SMALL_FILES_THAT_BUILD_MUCH

@@ -34,14 +34,17 @@ _MOST_TUPLE_KEYS = 4096  # tuples of integers can be made to collide
 _LONGEST_TUPLE_KEY = 64
 _BUDGET_PER_BYTE = 4
 _FEWEST_KEPT = 1 << 16  # shorter byte strings are read
-# What one pickle may build. A file of 140,000 tensors needs half of each, and a million numbers much less.
-_MOST_OPCODES = 10_000_000
-_MOST_OBJECTS = 2_500_000
+# What one pickle may build; a million numbers need much less. A tensor takes up to 42 opcodes and 13 objects, so a
+# pickle may build more where it names storages: 140,000 tensors need up to two thirds of what is then allowed.
+_MOST_OPCODES, _OPCODES_PER_STORAGE = 8_000_000, 14
+_MOST_OBJECTS, _OBJECTS_PER_STORAGE = 1_600_000, 7
+_MOST_STORAGES = 130_000  # that are counted for it
 _MOST_REFERENCES = 2_500_000  # on the stack and in the memo
 _MOST_ITEMS = 10_000_000  # of all lists, sets and mappings, where a mapping counts for more than its items
 _UPDATE_COST, _PAIR_COST, _SET_COST = 16, 3, 32
 _MOST_UNCOUNTED = 500_000
 _CHUNK = 1 << 16  # opcodes between two counts
+_STRAY_MARK = "corrupt pickle: stray MARK at byte {}"
 _TOO_MUCH = "the pickle builds more than {:,} {}, which no checkpoint needs"
 
 
@@ -109,14 +112,15 @@ class PickleMachine:
         self.stack: list[object] = []
         self.memo = Memo()
         self.items_left = _MOST_ITEMS
+        self.storages = 0
         self.tuple_keys = 0
 
     def run(self, operations: Mapping[int, Operation]) -> tuple[object, int]:
         """Execute opcodes until STOP; return the value and the offset of the next byte."""
         start, data, find_operation = self.pos, self.data, operations.get
-        objects = sys.getallocatedblocks() + _MOST_OBJECTS
+        before, steps = sys.getallocatedblocks(), 0
         try:
-            for _ in range(_MOST_OPCODES // _CHUNK):
+            while True:
                 for _ in range(_CHUNK):
                     opcode = data[self.pos]
                     self.pos += 1
@@ -128,12 +132,9 @@ class PickleMachine:
                     if operation is None:
                         raise FormatError(f"corrupt pickle: unknown opcode 0x{opcode:02x} at byte {self.pos - 1}")
                     operation(self)
+                steps += _CHUNK
                 self.interpreter.steps += _CHUNK
-                if sys.getallocatedblocks() > objects:
-                    raise FormatError(_TOO_MUCH.format(_MOST_OBJECTS, "objects"))
-                if len(self.stack) + len(self.memo) > _MOST_REFERENCES:
-                    raise FormatError(_TOO_MUCH.format(_MOST_REFERENCES, "references to objects"))
-            raise FormatError(f"the pickle has more than {_MOST_OPCODES:,} steps, which no checkpoint needs")
+                self._check_limits(steps, sys.getallocatedblocks() - before)
         except IndexError:
             if self.pos >= self.end:
                 raise TruncatedPickleError(f"the pickle that starts at byte {start} has no end: truncated?") from None
@@ -141,11 +142,21 @@ class PickleMachine:
         except (ValueError, OverflowError, struct.error) as error:
             raise FormatError(f"corrupt pickle: {printable(str(error))} at byte {self.pos}") from None
 
+    def _check_limits(self, steps: int, objects: int) -> None:
+        """Raise ``FormatError`` for a pickle that built too much."""
+        storages = min(self.storages, _MOST_STORAGES)
+        if objects > _MOST_OBJECTS + _OBJECTS_PER_STORAGE * storages:
+            raise FormatError(_TOO_MUCH.format(_MOST_OBJECTS, "objects"))
+        if len(self.stack) + len(self.memo) > _MOST_REFERENCES:
+            raise FormatError(_TOO_MUCH.format(_MOST_REFERENCES, "references to objects"))
+        if steps > _MOST_OPCODES + _OPCODES_PER_STORAGE * storages:
+            raise FormatError(f"the pickle has more than {_MOST_OPCODES:,} steps, which no checkpoint needs")
+
     def pop(self) -> object:
         """Return the top of the stack and remove it; raises ``FormatError`` for a MARK."""
         value = self.stack.pop()
         if value is MARK:
-            raise FormatError(f"corrupt pickle: stray MARK at byte {self.pos - 1}")
+            raise FormatError(_STRAY_MARK.format(self.pos - 1))
         return value
 
     def pop_mark(self) -> list[object]:
@@ -252,6 +263,7 @@ class PickleMachine:
         """Return the value of a persistent id, such as a storage."""
         if self.interpreter.persistent is None:
             raise FormatError(f"corrupt pickle: an unexpected persistent id at byte {self.pos - 1}")
+        self.storages += 1
         return self.interpreter.persistent(pid)
 
 
@@ -353,8 +365,13 @@ def _long(layout: struct.Struct) -> Operation:
 
 def _tuple(count: int) -> Operation:
     def run(machine: PickleMachine) -> None:
-        items = [machine.pop() for _ in range(count)]
-        machine.stack.append(tuple(reversed(items)))
+        stack = machine.stack
+        items = tuple(stack[-count:])
+        if len(items) < count:
+            raise IndexError
+        if MARK in items:
+            raise FormatError(_STRAY_MARK.format(machine.pos - 1))
+        stack[-count:] = (items,)
 
     return run
 
@@ -410,8 +427,11 @@ def _stack_global(machine: PickleMachine) -> None:
 
 
 def _reduce(machine: PickleMachine) -> None:
-    args, function = machine.pop(), machine.pop()
-    machine.stack.append(machine.interpreter.call(function, args))
+    stack = machine.stack
+    args, function = stack.pop(), stack.pop()
+    if args is MARK or function is MARK:
+        raise FormatError(_STRAY_MARK.format(machine.pos - 1))
+    stack.append(machine.interpreter.call(function, args))
 
 
 def _new(machine: PickleMachine) -> None:
@@ -468,9 +488,10 @@ def _binput(machine: PickleMachine) -> None:
 
 
 def _binget(machine: PickleMachine) -> None:
-    index = machine.data[machine.pos]
+    index, memo = machine.data[machine.pos], machine.memo
     machine.pos += 1
-    machine.stack.append(machine.memo.read(index, machine.pos))
+    known = memo.unset <= index < len(memo.counted)
+    machine.stack.append(memo.counted[index] if known else memo.read(index, machine.pos))
 
 
 def _memoize(machine: PickleMachine) -> None:

@@ -24,16 +24,17 @@ __all__ = [
 class CodeName:
     """The name of code, ``module.name``, to which a pickle refers; the code is never imported."""
 
-    __slots__ = ("module", "name")
+    __slots__ = ("dotted", "module", "name")
 
     def __init__(self, module: str, name: str) -> None:
         """Take the module and the name in the module."""
         self.module = module
         self.name = name
+        self.dotted = f"{module}.{name}"
 
     def __str__(self) -> str:
         """Return the dotted name."""
-        return f"{self.module}.{self.name}"
+        return self.dotted
 
 
 class Placeholder:
@@ -138,7 +139,7 @@ class Interpreter:
 
     def call(self, function: object, args: object) -> object:
         """Return the result of a builder for ``function``, or a placeholder for the call."""
-        builder = self.builders.get(f"{function.module}.{function.name}") if isinstance(function, CodeName) else None
+        builder = self.builders.get(function.dotted) if isinstance(function, CodeName) else None
         if builder is None:
             return Placeholder(function, args)
         if not isinstance(args, tuple):
@@ -151,7 +152,7 @@ class Interpreter:
 
     def create(self, function: object, args: object, keywords: object = None) -> object:
         """Return the result of ``cls.__new__(cls, *args)``, which is not always the result of ``cls(*args)``."""
-        name = f"{function.module}.{function.name}" if isinstance(function, CodeName) else ""
+        name = function.dotted if isinstance(function, CodeName) else ""
         if name in self.builders:
             if name.rpartition(".")[2].startswith(("_rebuild", "_get", "encode")):
                 raise FormatError(f"corrupt pickle: {name} is a function, and cannot make an empty object")

@@ -12,7 +12,7 @@ from ckptkit.core.text import plural, quoted
 from ckptkit.errors import FormatError
 from ckptkit.formats.pickle.machine import TruncatedPickleError, parse_pickle
 from ckptkit.formats.pickle.values import Interpreter
-from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_file_checkpoint
+from ckptkit.formats.torch.checkpoint import LARGEST_PICKLE, TorchFile, build_file_checkpoint, refuse_many_tensors
 from ckptkit.formats.torch.objects import StorageRef, TensorRef, TorchObjects
 from ckptkit.wrappers.envelopes import WEIGHTS, Selection
 
@@ -20,7 +20,9 @@ __all__ = ["open_torch_legacy", "read_pickle", "read_torch_legacy"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle holds this number, which identifies the format
 _PROTOCOL = 1001
-_FIRST_WINDOW = 1 << 20
+_FIRST_WINDOW = 16 << 20  # nearly every pickle ends inside, so it is parsed once
+_SMALL_WINDOW = 1 << 12
+_STORAGE_KEYS_WINDOW = 1 << 20
 _UNTYPED = "it was written on a big-endian machine, and the byte order of some numbers is unknown"
 _LENGTH = struct.Struct("<q")
 
@@ -40,18 +42,18 @@ def read_torch_legacy(file: LocalFile, *, largest: int = LARGEST_PICKLE) -> Torc
     """
     objects = TorchObjects()
     plain = Interpreter({}, {})
-    magic, pos = read_pickle(file, plain, 0, largest=largest)
+    magic, pos = read_pickle(file, plain, 0, largest=largest, window=_SMALL_WINDOW)
     if magic != _MAGIC:
         raise FormatError("a bare pickle, not a file of torch.save")
-    protocol, pos = read_pickle(file, plain, pos, largest=largest)
+    protocol, pos = read_pickle(file, plain, pos, largest=largest, window=_SMALL_WINDOW)
     if protocol != _PROTOCOL:
         raise FormatError(f"a legacy torch file whose protocol is not {_PROTOCOL}")
-    info, pos = read_pickle(file, plain, pos, largest=largest)
+    info, pos = read_pickle(file, plain, pos, largest=largest, window=_SMALL_WINDOW)
     big = isinstance(info, dict) and info.get("little_endian") is False
     start = pos
     tree, pos = read_pickle(file, objects.interpreter, pos, largest=largest)
     size = pos - start
-    storage_keys, pos = read_pickle(file, plain, pos, largest=largest)
+    storage_keys, pos = read_pickle(file, plain, pos, largest=largest, window=_STORAGE_KEYS_WINDOW)
     starts = _storage_starts(file, objects, storage_keys, pos)
 
     def locate(storage: StorageRef) -> Region:
@@ -101,6 +103,7 @@ def read_pickle(
     # Therefore a window is read, and a larger one only if the pickle does not end inside.
     while True:
         data = file.read(start, min(window, file.size - start))
+        refuse_many_tensors(data)
         try:
             value, end = parse_pickle(data, interpreter)
         except TruncatedPickleError as error:
