@@ -84,13 +84,13 @@ class NameSource:
 
 def _read_names(path: str) -> list[str]:
     """Return the names in a file: a JSON list, or words; raises ``RuleError`` if the list is not valid."""
-    from ckptkit.core.config_files import MOST_VALUES, json_value
+    from ckptkit.core.config_files import MOST_NAMES, json_value
 
     text = read_text_file(path)
     if not text.lstrip().startswith("["):
-        names = text.split(maxsplit=MOST_VALUES)
-        if len(names) > MOST_VALUES:
-            raise RuleError(f"more than {MOST_VALUES:,} names", path=path)
+        names = text.split(maxsplit=MOST_NAMES)
+        if len(names) > MOST_NAMES:
+            raise RuleError(f"more than {MOST_NAMES:,} names", path=path)
         return names
     hint = 'write ["first.weight", "first.bias"], or one name a line'
     try:

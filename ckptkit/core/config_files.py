@@ -15,7 +15,7 @@ from ckptkit.core.text import human_bytes, quoted
 from ckptkit.errors import FormatError, RuleError
 
 __all__ = [
-    "MOST_VALUES",
+    "MOST_NAMES",
     "TEXT_FORMATS",
     "check_size",
     "format_of",
@@ -31,8 +31,8 @@ TEXT_FORMATS = ("toml", "json", "yaml")
 _KINDS = {list: "array", str: "string", bool: "boolean", type(None): "null"}
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 _LARGEST_JSON = 6 << 20
+MOST_NAMES = 4_000_000  # of a text file of names
 # The limits are what a few hundred megabytes and two seconds can hold: a plan of 140,000 tensors has 90 MB of JSON.
-MOST_VALUES = 4_000_000
 _MOST_BYTES = {"toml": 1_000_000, "yaml": 250_000, "json": 100_000_000, "text": 16_000_000}
 _MOST_WRITTEN_VALUES = 300_000  # of TOML and YAML
 _MAX_DEPTH = 100
@@ -46,6 +46,7 @@ _BRACKETS = re.compile(r"[][{}]")
 _ALWAYS_PARSED = 1 << 20
 _MEMORY = {b"[": 72, b"{": 64, b":": 60, b",": 16, b'"': 20}  # bytes in Python, for each such sign
 _MOST_MEMORY = 200_000_000
+_MOST_WRITTEN_MEMORY = 300_000_000  # a plan of 140,000 tensors takes 174 MB: Python keeps repeated names once
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
 
 
@@ -93,9 +94,9 @@ def check_size(size: int, text_format: str) -> None:
 
 
 def json_value(text: str) -> object:
-    """Return the value of a JSON text. Raises ``ValueError`` if it is not valid, or has too many values or levels."""
-    if sum(map(text.count, ",[{")) > MOST_VALUES:
-        raise ValueError(f"more than {MOST_VALUES:,} values")
+    """Return the value of a JSON text. Raises ``ValueError`` if it is not valid, too large or nested too deeply."""
+    if _memory_of_values(text.encode("utf-8", "surrogatepass")) > _MOST_WRITTEN_MEMORY:
+        raise ValueError("its values would not fit into 300 MB")
     try:
         value: object = json.loads(text)
     except RecursionError:
@@ -199,7 +200,7 @@ def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, obje
     Without ``finite``, NaN and Infinity are allowed, as Python writes them. Raises ``FormatError`` for any other text,
     for a key that is given twice, and for text whose values would take more than 200 MB.
     """
-    if len(data) > _ALWAYS_PARSED and sum(cost * data.count(sign) for sign, cost in _MEMORY.items()) > _MOST_MEMORY:
+    if _memory_of_values(data) > _MOST_MEMORY:
         raise FormatError(f"{what} holds more values than any checkpoint needs: they would not fit into 200 MB")
     try:
         value = json.loads(
@@ -224,6 +225,11 @@ def parse_json(data: bytes, what: str, *, finite: bool = True) -> dict[str, obje
     if not isinstance(value, dict):
         raise FormatError(f"{what} is a JSON {type(value).__name__}, not an object")
     return value
+
+
+def _memory_of_values(data: bytes) -> int:
+    """Return the most bytes that the values of a JSON text take in Python, or 0 for a short text."""
+    return sum(cost * data.count(sign) for sign, cost in _MEMORY.items()) if len(data) > _ALWAYS_PARSED else 0
 
 
 class _JsonError(Exception):

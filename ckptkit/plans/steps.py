@@ -45,6 +45,7 @@ _WHY_NOT = {
     "dtensor": "it is a DTensor, and the file holds only the piece of one rank",
     "sharded": "it is a ShardedTensor, and the file holds only the shards of one rank",
 }
+_CLASS_ENDINGS = ("Tensor", "Parameter")  # of a name that stands for the unknown dtype
 _WAYS_OUT = dict.fromkeys(
     ("dtensor", "sharded"), "give the path of the directory with the files of all ranks, which are joined"
 )
@@ -85,6 +86,8 @@ def refuse_unread(keys: Iterable[str], checkpoint: Checkpoint) -> None:
 
 
 def _why_not(info: TensorInfo) -> str:
+    if info.kind == "unknown" and info.dtype.endswith(_CLASS_ENDINGS):
+        return f"a call of {printable(info.dtype)} makes it, and the file has no storage with its bytes"
     return _WHY_NOT.get(info.kind, f"it is a {info.kind} tensor")
 
 
