@@ -258,6 +258,8 @@ def test_an_lr_that_a_script_sets_is_compared_with_spec_and_lock() -> None:
         *[("groups.options", "error")] * 2,
     ]
     assert "groups.scheduler-flat" in [one.code for one in found(model, optimizer, None, lock=lock)]
+    by_script = SimpleNamespace(optimizer=optimizer, step=print)  # a scheduler that keeps no lr of its own
+    assert "groups.scheduler-flat" in [one.code for one in found(model, optimizer, by_script, spec=SPEC)]
     optimizer = two_groups(model)  # the script keeps the base lrs as initial_lr
     for group in optimizer.param_groups:
         group["initial_lr"], group["lr"] = group["lr"], 0.03

@@ -172,6 +172,7 @@ def sgd(model: Any) -> Any:
 REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "learning_rate": (sgd, {"add_missing": {"learning_rate": 1e-5}}, "no step of SGD reads 'learning_rate' .*'lr'"),
     "near": (sgd, {"add_missing": {"weight_decy": 0}}, "reads 'weight_decy' .did you mean 'weight_decay'"),
+    "upper-case": (sgd, {"add_missing": {"LR": 1e-5}}, "no step of SGD reads 'LR' .did you mean 'lr'"),
     "far": (sgd, {"add_missing": {"parms": 1}}, "reads 'parms' .the options of SGD are dampening, "),
     "of-another-class": (sgd, {"add_missing": {"betas": (0.9, 0.99)}}, "no step of SGD reads 'betas'"),
     "param-names": (sgd, {"add_missing": {"param_names": ["x"]}}, "leave out param_names"),

@@ -136,7 +136,9 @@ SCHEDULER_OPTIMIZER = Code(
     "groups.scheduler-optimizer", ("error",), "A scheduler changes the lr of an optimizer that was not given."
 )
 SCHEDULER_FLAT = Code(
-    "groups.scheduler-flat", ("warning",), "A scheduler or a script set all groups to one lr and replaced their own."
+    "groups.scheduler-flat",
+    ("warning", "note"),
+    "A scheduler or a script set all groups to one lr and replaced their own.",
 )
 
 # Live groups against a spec, and one lock against another.

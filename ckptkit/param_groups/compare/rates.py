@@ -15,14 +15,17 @@ __all__ = ["check_flat_rates"]
 
 
 def check_flat_rates(
-    expected: ParamGroupsLock, live_model: LiveModel, live: LiveGroups, source: str
+    expected: ParamGroupsLock, live_model: LiveModel, live: LiveGroups, source: str, *, has_schedulers: bool
 ) -> Iterator[Finding]:
     """Yield a finding for each optimizer with one lr in all groups, where ``expected`` has different lrs for them.
 
     ``source`` says in messages where ``expected`` is from. Groups without a parameter of ``expected`` are left out.
+    With ``has_schedulers``, groups with an ``initial_lr`` are left out, because the check of schedulers uses it.
     """
     lrs = {parameter.name: group.options.get("lr") for group in expected.groups for parameter in group.parameters}
     for optimizer in live.optimizers:
+        if has_schedulers and all("initial_lr" in group.options for group in optimizer.groups):
+            continue
         groups, own = [], []
         for group in optimizer.groups:
             found = [live_model.parameters.get(id(member.tensor)) for member in optimizer.members_of(group)]

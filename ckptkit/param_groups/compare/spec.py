@@ -35,8 +35,8 @@ def compare_with_spec(
 
     Where a group has an ``initial_lr``, it is compared instead of ``lr``, which schedulers change. Options that
     schedulers overwrite are not compared, and neither are the options in ``ignored``. Where only the lr differs and no
-    scheduler was built, a script may have set it, so the difference is a note. With ``has_schedulers``, the caller
-    looks for one lr in all groups.
+    scheduler was built, a script may have set it, so the difference is a note. ``has_schedulers`` says whether the
+    schedulers are checked too.
     """
     assignment = assign(live_parameter_table(live_model), spec)
     yield from assignment.report.findings
@@ -46,9 +46,8 @@ def compare_with_spec(
     differences = compare_groups(
         group_views(expected), group_views(found), ignored=lambda _, group: ignored | overwritten_options(group.options)
     )
-    flat = list(check_flat_rates(expected, live_model, live, "the spec"))
-    if not has_schedulers:
-        yield from flat
+    flat = list(check_flat_rates(expected, live_model, live, "the spec", has_schedulers=has_schedulers))
+    yield from flat
     follows = not flat and not any(difference.moved for difference in differences.groups)
     for difference in differences.groups:
         group = expected.groups[difference.expected]

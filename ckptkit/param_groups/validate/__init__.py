@@ -101,8 +101,9 @@ def check_param_groups(
             from ckptkit.param_groups.compare.rates import check_flat_rates
 
             findings.extend(diff_locks(lock, lock_live(live_model, live)).findings)
-            if not given_schedulers and spec is None:
-                findings.extend(check_flat_rates(lock, live_model, live, "the lock"))
+            if spec is None:
+                flat = check_flat_rates(lock, live_model, live, "the lock", has_schedulers=bool(given_schedulers))
+                findings.extend(flat)
         return Report(tuple(findings), GroupsError)
 
 

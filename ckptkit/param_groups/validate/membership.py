@@ -324,7 +324,7 @@ def _missing(live: LiveParameter, replaced: Member | None) -> Finding:
         )
     hint = "add the parameter to a group, or freeze it: requires_grad_(False)"
     if ".lora_" in f".{live.name}":
-        hint = "build the groups after you add the adapter, or add its parameters with optimizer.add_param_group()"
+        hint = "build the groups after you add the adapter, or call rebind(optimizer, model, add_missing=...)"
     return codes.MISSING.finding(
         live.name,
         f"{quoted(live.name)}{shape} is trainable but in no group: no step changes it, and its .grad grows, because "

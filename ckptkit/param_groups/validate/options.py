@@ -189,7 +189,8 @@ def _class_name(group: LiveGroup) -> str:
 
 def intended_option(key: object, read_options: Collection[str] | None) -> str | None:
     """Return the option that was probably wanted where ``key`` was written, or None; ``read_options`` exist."""
-    intended = _INTENDED.get(str(key).lower())
+    lower = str(key).lower()
+    intended = _INTENDED.get(lower, lower if read_options is not None and lower in read_options else None)
     if read_options is None or (intended is not None and intended in read_options):
         return intended
     return next(iter(difflib.get_close_matches(str(key), read_options, n=1, cutoff=0.7)), None)

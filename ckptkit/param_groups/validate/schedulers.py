@@ -231,6 +231,8 @@ def _check_flat(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Finding]:
             f"{label} has one {key} for all {len(optimizer.groups)} groups, although some of them differ only in "
             f"their lr ({names}): their own lr is lost",
             f"give {label} a list with one value for each group: {key}=[...]",
+            # The average of weights is often taken at one lr on purpose, after other schedulers had their epochs.
+            severity="note" if label == "SWALR" else "warning",
         )
 
 
