@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeGuard
 
 from ckptkit.core.checkpoint import (
     Access,
@@ -41,9 +41,11 @@ __all__ = [
     "describe_state_dict",
     "dtype_code",
     "flat_bytes",
+    "get_or_none",
     "has_same_layout",
     "in_layout_of",
     "is_plain",
+    "named_of",
     "same_values",
     "shape_or_none",
     "tensor_of_bytes",
@@ -90,6 +92,38 @@ def shape_or_none(tensor: Tensor) -> tuple[int, ...] | None:
         return None
 
 
+def get_or_none(value: object, name: str) -> Any:
+    """Return an attribute of an object of the user, or None where the object has none, or fails to give it."""
+    try:
+        return getattr(value, name, None)
+    except Exception:  # noqa: BLE001 - a property or __getattr__ of the user may raise anything
+        return None
+
+
+def named_of(model: Module, kind: Literal["parameters", "buffers", "modules"]) -> list[tuple[str, Any]]:
+    """Return every parameter, buffer or module of a model under each of its names, in order.
+
+    Raises ``ModelError`` where the model cannot list them, or where an entry is not a tensor.
+    """
+    import torch
+
+    method = f"named_{kind}"
+    try:
+        try:
+            found: list[tuple[str, Any]] = list(getattr(model, method)(remove_duplicate=False))
+        except TypeError:  # an override that was written before this argument existed
+            found = list(getattr(torch.nn.Module, method)(model, remove_duplicate=False))
+    except Exception as error:  # the methods may be code of the user
+        raise ModelError(f"{method}() of the model failed: {first_line(error)}") from error
+    wanted = torch.nn.Module if kind == "modules" else torch.Tensor
+    for name, value in found:
+        if not isinstance(value, wanted):
+            raise ModelError(
+                f"{quoted(name)} in {method}() of the model is a {type(value).__name__}, not a {wanted.__name__}"
+            )
+    return found
+
+
 def _blocks(view: Tensor) -> Iterator[Tensor]:
     """Yield a tensor in pieces along its leading dims, each of bounded size."""
     if view.dim() == 0 or view.numel() * view.element_size() <= _BLOCK_BYTES:
@@ -106,9 +140,11 @@ def _blocks(view: Tensor) -> Iterator[Tensor]:
 
 
 def flat_bytes(tensor: Tensor) -> Tensor:
-    """Return the elements of a tensor in order, as a flat tensor of bytes."""
+    """Return the elements of a tensor in order, as a flat tensor of bytes; of a quantized tensor, its integers."""
     import torch
 
+    if tensor.is_quantized:  # a view of such a tensor as bytes ends the process
+        tensor = tensor.int_repr()
     # A tensor of one element is contiguous with any stride, but view() requires the stride 1.
     return tensor.detach().contiguous().as_strided((tensor.numel(),), (1,)).view(torch.uint8)
 
@@ -137,7 +173,7 @@ def is_plain(value: object) -> TypeGuard[Tensor]:
     import torch
 
     is_tensor = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return is_tensor and value.layout is torch.strided and not value.is_quantized  # type: ignore[attr-defined]
+    return is_tensor and value.layout is torch.strided and not (value.is_quantized or value.is_nested)  # type: ignore[attr-defined]
 
 
 def has_same_layout(tensor: Tensor, other: Tensor) -> bool:
@@ -221,7 +257,7 @@ def _is_module(value: object) -> TypeGuard[Module]:
 
 
 def _absent(model: Module) -> Iterator[Entry]:
-    for path, module in model.named_modules(remove_duplicate=False):
+    for path, module in named_of(model, "modules"):
         for name, child in module._modules.items():  # noqa: SLF001 - children() leaves out modules that are None
             if child is None:
                 yield Entry(f"{path}.{name}" if path else name, ABSENT, None)

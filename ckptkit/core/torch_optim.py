@@ -190,7 +190,15 @@ class OptimizerSchema:
 
 
 def _is_enabled(slot: SlotSchema, options: Mapping[str, object]) -> bool:
-    return slot.enabled_by is None or bool(options.get(slot.enabled_by))
+    return slot.enabled_by is None or is_set(options, slot.enabled_by)
+
+
+def is_set(options: Mapping[str, object], name: str) -> bool:
+    """Return whether an option is true; one that is neither true nor false, such as an array, counts as set."""
+    try:
+        return bool(options.get(name))
+    except Exception:  # noqa: BLE001 - the value may be of any class
+        return True
 
 
 def _has_form_for(slot: SlotSchema, shape: tuple[int, ...]) -> bool:

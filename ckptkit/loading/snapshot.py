@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.closing import Closing
 from ckptkit.core.text import human_bytes
 from ckptkit.core.ties import overlapping_tensors
-from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict
+from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
 
@@ -31,8 +31,7 @@ class _Saved:
 
 def named_tensors(model: Module) -> dict[str, Tensor]:
     """Return every parameter and buffer under each of its names, also the buffers that are not persistent."""
-    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    return found | dict(model.named_buffers(remove_duplicate=False))
+    return dict(named_of(model, "parameters")) | dict(named_of(model, "buffers"))
 
 
 class Snapshot(Closing):

@@ -42,7 +42,7 @@ def refuse_other_class(saved: OptimizerState, optimizer: Optimizer, schema: Opti
     if schema is None:
         return
     live = type(optimizer).__name__
-    defaults = optimizer.defaults
+    defaults = optimizer.defaults  # a dict: single_optimizer() has checked it
     known_options = {*torch_options()} - _NEWER_OPTIONS
     for group in saved.groups:
         if not group.options:

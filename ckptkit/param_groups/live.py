@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import shape_or_none
+from ckptkit.core.text import kind_of, plural, quoted
+from ckptkit.core.torch_bridge import get_or_none, shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
@@ -21,6 +21,7 @@ __all__ = [
     "LiveGroups",
     "LiveOptimizer",
     "Member",
+    "group_dicts",
     "member_keys",
     "member_name",
     "member_names",
@@ -82,6 +83,12 @@ class LiveOptimizer:
     def schema(self) -> OptimizerSchema | None:
         """The schema of the optimizer class, or None for a class outside torch.optim."""
         return None if self.instance is None else schema_of(type(self.instance))
+
+    @cached_property
+    def defaults(self) -> Mapping[str, Any]:
+        """The default options of the optimizer; empty where the class keeps none."""
+        found = get_or_none(self.instance, "defaults")
+        return found if isinstance(found, Mapping) else {}
 
     @property
     def class_name(self) -> str:
@@ -166,8 +173,8 @@ def unwrap_optimizer(optimizer: Any) -> Any:
                 "parameters of the model",
                 hint="check the optimizer before you pass it to deepspeed.initialize or accelerator.prepare",
             )
-        inner = getattr(optimizer, "optimizer", None)
-        if inner is optimizer or not hasattr(inner, "param_groups"):
+        inner = get_or_none(optimizer, "optimizer")
+        if inner is optimizer or get_or_none(inner, "param_groups") is None:
             return optimizer
         optimizer = inner
 
@@ -175,26 +182,55 @@ def unwrap_optimizer(optimizer: Any) -> Any:
 def single_optimizer(given: Any) -> Any:
     """Return ``given`` unwrapped; raise ``GroupsError`` where it is not one torch optimizer."""
     optimizer = unwrap_optimizer(given)
-    if isinstance(optimizer, type) or not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "state"):
+    if isinstance(optimizer, type) or get_or_none(optimizer, "param_groups") is None:
         raise GroupsError(f"an optimizer cannot be a {type(given).__name__}", hint="pass one torch optimizer")
+    for name, kind in (("state", MutableMapping), ("defaults", Mapping)):
+        if not isinstance(found := get_or_none(optimizer, name), kind):
+            raise GroupsError(
+                f"the {name} of {type(optimizer).__name__} is {kind_of(found)}, not a dict",
+                hint="pass one torch optimizer",
+            )
+    for group in group_dicts(optimizer):
+        if not isinstance(group.get("params"), MutableSequence):
+            raise GroupsError(
+                f"a group of {type(optimizer).__name__} has {kind_of(group.get('params'))} as params, not a list",
+                hint="torch makes the lists: build the optimizer again",
+            )
     return optimizer
+
+
+def _is_optimizer(value: object) -> bool:
+    import torch
+
+    return isinstance(value, torch.optim.Optimizer)
+
+
+def group_dicts(optimizer: Any) -> list[dict[str, Any]]:
+    """Return the group dicts of an optimizer; raise ``GroupsError`` where ``param_groups`` is not a list of dicts."""
+    groups = get_or_none(optimizer, "param_groups")
+    is_list = isinstance(groups, Sequence) and not isinstance(groups, str | bytes)
+    if not is_list or not all(isinstance(group, Mapping) for group in groups):
+        raise GroupsError(
+            f"param_groups of {type(optimizer).__name__} is {kind_of(groups)}, not a list of dicts", hint=_ACCEPTED
+        )
+    return list(groups)
 
 
 def _given_groups(given: Any) -> Iterator[tuple[LiveGroup, Any, Any]]:
     """Yield each group with its ``params`` and its ``param_names``, both unread."""
-    if hasattr(given, "param_groups"):
+    if get_or_none(given, "param_groups") is not None or _is_optimizer(given):
         optimizer = unwrap_optimizer(given)
-        yield from _from_dicts(optimizer.param_groups, optimizer=optimizer)
+        yield from _from_dicts(group_dicts(optimizer), optimizer=optimizer)
         return
     is_other = isinstance(given, str | bytes | Mapping) or hasattr(given, "named_parameters") or is_tensor(given)
     if is_other or not isinstance(given, Iterable):
         raise GroupsError(f"param groups cannot be a {type(given).__name__}", hint=_ACCEPTED)
     items = None if _is_iterator(given) else list(given)
-    if items and hasattr(items[0], "param_groups"):
-        if not all(hasattr(item, "param_groups") for item in items):
+    if items and get_or_none(items[0], "param_groups") is not None:
+        if not all(get_or_none(item, "param_groups") is not None for item in items):
             raise GroupsError("the list holds both optimizers and other things", hint=_ACCEPTED)
         for number, optimizer in enumerate(map(unwrap_optimizer, items)):
-            yield from _from_dicts(optimizer.param_groups, f"optimizer {number}, ", optimizer)
+            yield from _from_dicts(group_dicts(optimizer), f"optimizer {number}, ", optimizer)
     elif items and any(isinstance(item, Mapping) for item in items):
         if not all(isinstance(item, Mapping) for item in items):
             raise GroupsError("the list holds both group dicts and other things", hint=_ACCEPTED)

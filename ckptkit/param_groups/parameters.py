@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.core.torch_bridge import named_of, shape_or_none
 from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.wrappers.table import SEGMENTS
@@ -31,7 +32,7 @@ class LiveParameter:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape, or ``()`` while uninitialised; under DeepSpeed ZeRO-3, the shape of the whole parameter."""
-        return () if self.lazy else tuple(getattr(self.tensor, "ds_shape", self.tensor.shape))
+        return () if self.lazy else true_shape(self.tensor) or ()
 
     @property
     def elements(self) -> int:
@@ -55,14 +56,14 @@ class LiveModel:
     def buffers(self) -> Mapping[int, tuple[str, Tensor]]:
         """Every buffer with its first registered name."""
         found: dict[int, tuple[str, Tensor]] = {}
-        for name, buffer in self.model.named_buffers(remove_duplicate=False):
+        for name, buffer in named_of(self.model, "buffers"):
             found.setdefault(id(buffer), (name, buffer))
         return found
 
     @cached_property
     def bare_buffers(self) -> frozenset[str]:
         """The names of the buffers, without the segments that wrappers add."""
-        return frozenset(bare_name(name) for name, _ in self.model.named_buffers(remove_duplicate=False))
+        return frozenset(bare_name(name) for name, _ in named_of(self.model, "buffers"))
 
     @cached_property
     def by_name(self) -> Mapping[str, LiveParameter]:
@@ -98,7 +99,7 @@ class LiveModel:
     def modules(self) -> Mapping[str, Module]:
         """Every module under each of its names, without the segments that wrappers add."""
         found: dict[str, Module] = {}
-        for name, module in self.model.named_modules(remove_duplicate=False):
+        for name, module in named_of(self.model, "modules"):
             found.setdefault(bare_name(name), module)
         return found
 
@@ -123,7 +124,8 @@ class LiveModel:
 def read_live_model(model: Module) -> LiveModel:
     """Return the parameters of ``model``, each tied parameter once.
 
-    Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``.
+    Raises ``GroupsError`` where ``model`` is not a ``torch.nn.Module``, and ``ModelError`` where it cannot list its
+    parameters.
     """
     from torch.nn import Module, Parameter
     from torch.nn.parameter import is_lazy
@@ -136,7 +138,7 @@ def read_live_model(model: Module) -> LiveModel:
     # Two flat dicts, not one list for each parameter: the garbage collector would have to visit every list.
     first: dict[int, tuple[str, Parameter]] = {}
     others: dict[int, list[str]] = {}
-    for pair in model.named_parameters(remove_duplicate=False):
+    for pair in named_of(model, "parameters"):
         key = id(pair[1])
         if key in first:
             others.setdefault(key, []).append(pair[0])
@@ -151,6 +153,12 @@ def read_live_model(model: Module) -> LiveModel:
             for key, (name, tensor) in first.items()
         },
     )
+
+
+def true_shape(tensor: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of a parameter, under DeepSpeed ZeRO-3 of the whole one; None where it has no shape."""
+    whole = getattr(tensor, "ds_shape", None)
+    return shape_or_none(tensor) if whole is None else tuple(whole)
 
 
 def bare_name(name: str) -> str:

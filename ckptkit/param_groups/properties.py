@@ -13,9 +13,9 @@ from typing import cast
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, named_of
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model
+from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model, true_shape
 
 __all__ = [
     "HEADS",
@@ -272,7 +272,7 @@ def parameter_table(model: Module | StateDictLike) -> ParameterTable:
 
 def live_parameter_table(live_model: LiveModel) -> ParameterTable:
     """Return the parameters of a live model, with roles from the classes of its modules."""
-    modules = dict(live_model.model.named_modules(remove_duplicate=False))
+    modules = dict(named_of(live_model.model, "modules"))
     heads = model_heads(live_model.model, modules)
     by_class: dict[type, tuple[frozenset[str], frozenset[str]]] = {}
 
@@ -283,7 +283,7 @@ def live_parameter_table(live_model: LiveModel) -> ParameterTable:
         if kind not in by_class:
             by_class[kind] = (class_names(kind), roles_by_class(kind))
         classes, roles = by_class[kind]
-        shape = None if lazy else tuple(getattr(tensor, "ds_shape", tensor.shape))
+        shape = None if lazy else true_shape(tensor)
         extra = roles_by_name(name, shape, module=module, head=path in heads)
         dtype = _DTYPE_CODES.get(str(tensor.dtype).removeprefix("torch."), "")
         return ParameterInfo(name, shape, dtype, trainable, classes, roles | extra)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+from ckptkit.core.torch_bridge import get_or_none
+
 __all__ = [
     "FACTORS",
     "active_parts",
@@ -34,8 +36,10 @@ _CLOSED_FORM = FACTORS - {"MultiplicativeLR"} | {
 def with_parts(scheduler: Any) -> Iterator[Any]:
     """Yield a scheduler, then the schedulers inside a SequentialLR or ChainedScheduler."""
     yield scheduler
-    for part in getattr(scheduler, "_schedulers", ()):
-        yield from with_parts(part)
+    parts = get_or_none(scheduler, "_schedulers")
+    for part in parts if isinstance(parts, list | tuple) else ():
+        if part is not scheduler and get_or_none(part, "optimizer") is not None:
+            yield from with_parts(part)
 
 
 def active_parts(scheduler: Any) -> list[Any]:
@@ -106,6 +110,6 @@ def expected_lrs(scheduler: Any, *, epoch: int | None = None) -> list[float] | N
                 float(rate) if len(active) == 1 or not base else lr * float(rate) / base
                 for lr, rate, base in zip(lrs, made, bases, strict=True)
             ]
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         return None
     return lrs if len(lrs) == len(options) else None

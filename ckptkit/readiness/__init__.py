@@ -14,7 +14,7 @@ from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.formats.codes import unread_findings
 from ckptkit.param_groups import codes as group_codes
-from ckptkit.param_groups.parameters import bare_name
+from ckptkit.param_groups.parameters import bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.readiness import codes
 from ckptkit.readiness.dry_step import LossFunction, run_dry_step
@@ -102,13 +102,7 @@ def preflight(
     - ``RuleError`` for rules and patterns that match nothing, and for an entry of ``ignore`` with an unknown code;
     - any error that reading a checkpoint raises.
     """
-    import torch
-
-    if not isinstance(model, torch.nn.Module):
-        raise GroupsError(
-            f"the model is a {type(model).__name__}, not a torch.nn.Module",
-            hint="give the live model that will train",
-        )
+    read_live_model(model)  # refuses what is not a model, or cannot list its parameters
     entries = parse_ignore(ignore)
     if groups is not None:
         groups = parse_spec(groups)

@@ -15,7 +15,7 @@ from ckptkit.core.findings import Code, Finding
 from ckptkit.core.patterns import Pattern, matches_any, parse_pattern
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import same_values
+from ckptkit.core.torch_bridge import named_of, same_values
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.plans.quantized import QuantizedInputs, QuantizedProblem
@@ -63,7 +63,7 @@ class InspectedModel:
     @cached_property
     def parameters(self) -> frozenset[str]:
         """Every name of every parameter."""
-        return frozenset(name for name, _ in self.model.named_parameters(remove_duplicate=False))
+        return frozenset(name for name, _ in named_of(self.model, "parameters"))
 
     def judgement(self, key: str) -> Judgement | None:
         """Return where the values of ``key`` probably come from, or None where the tensor has no values."""
@@ -73,7 +73,7 @@ class InspectedModel:
         path, _, _ = key.rpartition(".")
         try:
             module: Module | None = self.model.get_submodule(path)
-        except AttributeError:
+        except (AttributeError, RuntimeError):  # torch.jit refuses the call
             module = None
         return judge_values(self.state[key], found, module)
 
@@ -115,7 +115,7 @@ def _in_model(inspected: InspectedModel, result: StateDictDiff, init: Checkpoint
     """Return whether the model has the values of init; a tensor with one value everywhere proves nothing."""
     if inspected.stats is None:
         return "unknown"
-    live = inspected.model.state_dict()
+    live = inspected.model.state_dict(keep_vars=True)
     counts = {True: 0, False: 0}
     for pair in result.matched:
         found = inspected.stats.tensors[pair.key].numbers

@@ -97,7 +97,9 @@ def estimate_memory(model: Module, trainable: Iterable[Tensor], optimizers: Iter
         else:  # a sparse tensor has no single storage; its dense size is the upper bound
             known[id(tensor)] = tensor.numel() * tensor.element_size()
     buffers = sum(size for storage, size in sizes[False].items() if storage not in sizes[True])
-    gradients = sum(tensor.nbytes for tensor in {id(tensor): tensor for tensor in trainable}.values())
+    gradients = sum(
+        tensor.numel() * tensor.element_size() for tensor in {id(tensor): tensor for tensor in trainable}.values()
+    )
     return Memory(sum(sizes[True].values()), buffers, gradients, tuple(map(_state_memory, optimizers)))
 
 

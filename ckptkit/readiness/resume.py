@@ -9,6 +9,7 @@ from typing import Any
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, quoted
+from ckptkit.core.torch_bridge import named_of
 from ckptkit.core.torch_optim import OptimizerSchema, options_of_kind, scheduled_options
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
@@ -174,7 +175,7 @@ def _position_findings(
         for live, saved in zip(training.groups, found.groups, strict=True)
     ]
     every = [position for group in positions for position in group]
-    shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters(remove_duplicate=False)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in named_of(model, "parameters")}
     views = _position_views(training, found, positions, shapes)
     differences = _compare(*views, has_scheduler=has_scheduler)
     yield from _order_findings(every)
@@ -330,7 +331,7 @@ def _changed_findings(training: Training, differences: GroupDifferences) -> Iter
 def _lost_findings(training: Training, differences: GroupDifferences) -> Iterator[Finding]:
     if not training.optimizers:
         return
-    defaults = training.optimizers[0].instance.defaults
+    defaults = training.optimizers[0].defaults
     for difference in differences.groups:
         lost = sorted(option.key for option in difference.options if option.is_absent)
         if lost:

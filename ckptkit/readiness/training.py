@@ -12,6 +12,7 @@ from typing import Any
 from ckptkit.core.coverage import group_by_module
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import first_line, plural, quoted
+from ckptkit.core.torch_bridge import get_or_none, named_of
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
@@ -23,6 +24,7 @@ from ckptkit.param_groups.parse import SpecLike
 from ckptkit.param_groups.plan import ParamGroupsPlan, assign
 from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import check_param_groups
+from ckptkit.param_groups.validate.options import read_number
 from ckptkit.readiness import codes
 from ckptkit.readiness.model import ModuleTraining, TrainingGroup
 
@@ -74,9 +76,7 @@ def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLi
 
     Raises ``GroupsError`` where the spec cannot be read, or the optimizer is of a wrong type.
     """
-    frozen = frozenset(
-        name for name, tensor in model.named_parameters(remove_duplicate=False) if not tensor.requires_grad
-    )
+    frozen = frozenset(name for name, tensor in named_of(model, "parameters") if not tensor.requires_grad)
     given = _live_optimizers(optimizer)
     if given:
         not_judged: tuple[str, ...] = () if schedulers is not None else ("schedulers: none given",)
@@ -164,7 +164,7 @@ def _live_optimizers(optimizer: Any) -> tuple[Optimizer, ...]:
     if optimizer is None or isinstance(optimizer, str | type):
         return ()
     given = tuple(optimizer) if isinstance(optimizer, Sequence) else (optimizer,)
-    if not given or not all(hasattr(item, "param_groups") for item in given):
+    if not given or not all(get_or_none(item, "param_groups") is not None for item in given):
         raise GroupsError(
             f"the optimizer cannot be of type {type(optimizer).__name__}",
             hint="give a live optimizer, a list of them, a class, or the name of a class of torch.optim",
@@ -250,7 +250,7 @@ def idle_findings(training: Training, model: Module) -> Iterator[Finding]:
         yield codes.NOTHING_TRAINS.finding("", message, "unfreeze the parameters that must train: requires_grad_(True)")
     filled = [group for group in training.groups if group.names]
     # A warm-up may begin at lr = 0; its final rate is then stored as initial_lr.
-    still = [group for group in filled if initial_lr(group.options) == 0]
+    still = [group for group in filled if read_number(initial_lr(group.options)) == 0]
     if still:
         is_every = len(still) == len(filled)
         groups = "all groups" if is_every else f"group {', '.join(quoted(group.name) for group in still)}"

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from ckptkit.core.patterns import literal
-from ckptkit.core.text import kind_of, listed, plural, quoted
+from ckptkit.core.text import first_line, kind_of, listed, plural, quoted
 from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.core.torch_types import Module
-from ckptkit.errors import GroupsError
+from ckptkit.errors import GroupsError, ModelError
 from ckptkit.param_groups.presets.name_patterns import patterns_of
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
 
@@ -220,7 +220,11 @@ def _no_weight_decay(context: PresetContext) -> list[str]:
                 "only a live model has no_weight_decay(): for this checkpoint the list is empty", stacklevel=4
             )
         return []
-    return [_fnmatch_pattern(str(name)) for name in sorted(own())]
+    try:
+        names = sorted(map(str, own()))
+    except Exception as error:  # the method is code of the model
+        raise ModelError(f"no_weight_decay() of the model returned no list of names: {first_line(error)}") from error
+    return [_fnmatch_pattern(name) for name in names]
 
 
 def _fnmatch_pattern(name: str) -> str:

@@ -87,12 +87,16 @@ def _unusable(value: object, live: LiveParameter) -> str | None:
 
 def _tensors_in(value: object) -> Iterator[Tensor]:
     """Yield the tensors with dimensions in a slot; optimizers outside torch keep lists and dicts of them."""
-    if is_tensor(value):
-        if value.ndim:
-            yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(inner)
+    seen: set[int] = set()  # a list may contain itself
+    waiting = [value]
+    while waiting:
+        inner = waiting.pop()
+        if is_tensor(inner):
+            if inner.ndim:
+                yield inner
+        elif isinstance(inner, Mapping | list | tuple) and id(inner) not in seen:
+            seen.add(id(inner))
+            waiting.extend(reversed([*(inner.values() if isinstance(inner, Mapping) else inner)]))
 
 
 def _wrong_shapes(

@@ -9,7 +9,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_optim import OPTIONS, initial_lr
+from ckptkit.core.torch_optim import OPTIONS, initial_lr, is_set
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import (
     LiveGroup,
@@ -73,7 +73,7 @@ def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Itera
     if not all("use_muon" in group.options for group in optimizer.groups):
         return
     for group in optimizer.groups:
-        use_muon = bool(group.options["use_muon"])
+        use_muon = is_set(group.options, "use_muon")
         extra = sorted(str(key) for key in group.options if key not in _MUON_KEYS[use_muon])
         if extra:
             yield codes.OPTION_SET.finding(
@@ -93,12 +93,11 @@ def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Itera
 
 
 def _check_decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
-    expected = optimizer.instance.defaults.get("decoupled_weight_decay")
+    expected = optimizer.defaults.get("decoupled_weight_decay")
     if expected is None:
         return
-    wrong = [
-        group for group in optimizer.groups if bool(group.options.get("decoupled_weight_decay", expected)) != expected
-    ]
+    key = "decoupled_weight_decay"
+    wrong = [group for group in optimizer.groups if is_set({key: expected, **group.options}, key) != expected]
     if not wrong:
         return
     # The user can have set this in some of the groups. A file of the other class sets it in all of them.
@@ -118,9 +117,9 @@ def _check_decoupled(optimizer: LiveOptimizer) -> Iterator[Finding]:
 def _check_kernels(
     live_model: LiveModel, optimizer: LiveOptimizer, group: LiveGroup, members: Sequence[Member]
 ) -> Iterator[Finding]:
-    options, defaults = group.options, optimizer.instance.defaults
-    kernel = next((key for key in ("fused", "foreach") if key in defaults and options.get(key)), None)
-    if "capturable" in defaults and options.get("capturable") and kernel != "fused":
+    options, defaults = group.options, optimizer.defaults
+    kernel = next((key for key in ("fused", "foreach") if key in defaults and is_set(options, key)), None)
+    if "capturable" in defaults and is_set(options, "capturable") and kernel != "fused":
         refused = [member for member in members if member.tensor.device.type in _NOT_CAPTURABLE]
         if refused:
             yield codes.CAPTURABLE.finding(
@@ -143,7 +142,7 @@ def _check_kernels(
             keys=member_keys(live_model, plain),
         )
     is_adam = optimizer.schema is not None and optimizer.schema.name in {"Adam", "AdamW"}
-    if is_adam and kernel == "foreach" and is_tensor(options.get("lr")) and not options.get("capturable"):
+    if is_adam and kernel == "foreach" and is_tensor(options.get("lr")) and not is_set(options, "capturable"):
         yield codes.OPTION_VALUE.finding(
             "",
             f"{group.where}: lr is a tensor, which foreach=True accepts only with capturable=True",
@@ -161,7 +160,7 @@ _STRONG_DECAY = 0.2
 def trained_options(group: LiveGroup, *without: str) -> tuple[tuple[str, str], ...]:
     """Return the options that change how a group trains, as comparable text, without those called ``without``."""
     ignored = BOOKKEEPING | {*without}
-    return tuple(sorted((key, repr(value)) for key, value in group.options.items() if key not in ignored))
+    return tuple(sorted((str(key), repr(value)) for key, value in group.options.items() if key not in ignored))
 
 
 def check_across_groups(
@@ -195,7 +194,7 @@ def _applies_lr_scale(scheduler: Any) -> bool:
 
 
 def _check_multiplier(optimizer: LiveOptimizer, key: str, option: str) -> Iterator[Finding]:
-    default = read_number(optimizer.instance.defaults.get(option))
+    default = read_number(optimizer.defaults.get(option))
     unapplied: list[LiveGroup] = []
     for group in optimizer.groups:
         factor = read_number(group.options.get(key))

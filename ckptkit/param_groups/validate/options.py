@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, schema_of, torch_options
+from ckptkit.core.torch_bridge import get_or_none
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, is_set, options_of_kind, schema_of, torch_options
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup
 from ckptkit.param_groups.spec import number_fault
@@ -38,6 +39,12 @@ _ZERO_OR_MORE = "it must be a finite number, 0 or more"
 _BETAS = "they must be numbers from 0 to 1, without 1: (0.9, 0.999)"
 # Numbers of 0 or more: the first for every optimizer, the second for classes of torch.optim only.
 _NUMBERS_OF_ALL = ("lr", "weight_decay")
+_FLAGS = frozenset(
+    {
+        *("amsgrad", "capturable", "centered", "decoupled_weight_decay", "differentiable", "foreach", "fused"),
+        *("maximize", "nesterov"),
+    }
+)
 _NUMBERS_OF_TORCH = ("momentum", "lr_decay", "initial_accumulator_value", "momentum_decay")
 
 
@@ -48,6 +55,8 @@ def find_option_fault(key: str, options: Mapping[str, object], kind: type | None
     """
     value = options[key]
     schema = None if kind is None else schema_of(kind)
+    if key in _FLAGS and not _has_truth(value):
+        return OptionFault(f"is a {type(value).__name__} that is neither true nor false", "it must be True or False")
     if key in _NUMBERS_OF_ALL:
         return _fault(number_fault(value), _ZERO_OR_MORE)
     if kind is not None and schema is None:
@@ -59,6 +68,14 @@ def find_option_fault(key: str, options: Mapping[str, object], kind: type | None
     if key == "eps":
         return _eps_fault(value, schema)
     return None if schema is None else _class_fault(key, options, schema)
+
+
+def _has_truth(value: object) -> bool:
+    try:
+        bool(value)
+    except Exception:  # noqa: BLE001 - the value may be of any class
+        return False
+    return True
 
 
 def _fault(problem: str | None, hint: str) -> OptionFault | None:
@@ -84,7 +101,7 @@ def _class_fault(key: str, options: Mapping[str, object], schema: OptimizerSchem
         return _fault(_range_fault(value, -math.inf, 0), "it must be a number of 0 or less")
     if schema.name == "Adafactor" and key == "d":
         return _fault(_range_fault(value, 1, math.inf), "it must be a number of 1 or more")
-    needs_momentum = not options.get("momentum") or options.get("dampening")
+    needs_momentum = not is_set(options, "momentum") or is_set(options, "dampening")
     if schema.name == "SGD" and key == "nesterov" and value and needs_momentum:
         return OptionFault("needs momentum, and no dampening", "set momentum = 0.9 and dampening = 0")
     return None
@@ -125,7 +142,9 @@ def _etas_fault(value: object) -> str | None:
 
 def read_number(value: Any) -> float | None:
     """Return ``value`` as a float if it is a finite number of 0 or more, or None."""
-    return None if value is None or number_fault(value) is not None else float(value)
+    if value is None or number_fault(value) is not None or getattr(value, "is_meta", False):
+        return None
+    return float(value)
 
 
 # No optimizer reads these, and this is right: torch, its schedulers and common recipes store them in groups.
@@ -145,7 +164,8 @@ _INTENDED = {
 def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
     """Yield a finding for each option that is out of range, that nothing reads, or that is missing."""
     for group in groups:
-        defaults: Mapping[str, object] | None = getattr(group.optimizer, "defaults", None)
+        found = get_or_none(group.optimizer, "defaults")
+        defaults: Mapping[str, object] | None = found if isinstance(found, Mapping) else None
         for key in group.options:
             if defaults is not None and defaults.get(key, 0) is None:
                 continue

@@ -8,6 +8,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
+from ckptkit.core.torch_bridge import get_or_none
 from ckptkit.core.torch_optim import initial_lr
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
@@ -42,7 +43,7 @@ def read_schedulers(given: Any) -> tuple[Any, ...]:
     schedulers = [] if given is None else list(given) if isinstance(given, Iterable) else [given]
     schedulers = [_unwrap(scheduler) for scheduler in schedulers]
     for scheduler in schedulers:
-        if not hasattr(scheduler, "optimizer") or not callable(getattr(scheduler, "step", None)):
+        if get_or_none(scheduler, "optimizer") is None or not callable(get_or_none(scheduler, "step")):
             raise GroupsError(
                 f"a scheduler cannot be of type {type(scheduler).__name__}",
                 hint="pass one scheduler of torch.optim.lr_scheduler, or a list of them",
@@ -51,8 +52,9 @@ def read_schedulers(given: Any) -> tuple[Any, ...]:
 
 
 def _unwrap(scheduler: Any) -> Any:
-    inner = getattr(scheduler, "scheduler", None)
-    return inner if hasattr(inner, "optimizer") and not hasattr(scheduler, "optimizer") else scheduler
+    inner = get_or_none(scheduler, "scheduler")
+    has_own = get_or_none(scheduler, "optimizer") is not None
+    return scheduler if has_own or get_or_none(inner, "optimizer") is None else inner
 
 
 def check_schedulers(optimizers: Sequence[LiveOptimizer], schedulers: Sequence[Any]) -> Iterator[Finding]:

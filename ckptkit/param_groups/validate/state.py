@@ -9,13 +9,14 @@ from typing import Any, Literal
 from ckptkit.core.findings import Code, Finding
 from ckptkit.core.step_counts import have_one_count_in_each_part
 from ckptkit.core.text import human_bytes, plural, quoted
-from ckptkit.core.torch_bridge import has_same_layout, is_plain
+from ckptkit.core.torch_bridge import has_same_layout, is_plain, shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveOptimizer, Member, member_keys, member_name, member_names
 from ckptkit.param_groups.parameters import LiveModel, address
 from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.validate.options import read_number
 from ckptkit.param_groups.validate.stale import REBIND_HINT
 
 __all__ = ["check_state", "check_state_values"]
@@ -34,8 +35,8 @@ def check_state(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> I
             continue
         members = {id(member.tensor): member for member in optimizer.members}
         yield from _check_keys(optimizer, state, members)
-        states = [(member, state[member.tensor]) for member in members.values() if state.get(member.tensor)]
-        states = [(member, slots) for member, slots in states if isinstance(slots, Mapping)]
+        found = ((member, state.get(member.tensor)) for member in members.values())
+        states = [(member, slots) for member, slots in found if isinstance(slots, Mapping) and slots]
         yield from _check_dead(live_model, optimizer, states)
         if optimizer.schema is not None and not optimizer.schema.has_shared_state:
             yield from _check_slots(live_model, optimizer, optimizer.schema, states)
@@ -69,7 +70,8 @@ def _check_keys(
 def _check_dead(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequence[MemberState]) -> Iterator[Finding]:
     dead = [(member, slots) for member, slots in states if id(member.tensor) not in live_model.parameters]
     if dead:
-        size = sum(value.nbytes for _, slots in dead for value in slots.values() if is_tensor(value))
+        values = (value for _, slots in dead for value in slots.values() if is_tensor(value))
+        size = sum(value.numel() * value.element_size() for value in values)
         yield codes.STATE_DEAD.finding(
             "",
             f"{optimizer.label} still keeps {human_bytes(size)} of state for {plural(len(dead), 'tensor')} that the "
@@ -81,7 +83,7 @@ def _check_dead(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequenc
 def _check_slots(
     live_model: LiveModel, optimizer: LiveOptimizer, schema: OptimizerSchema, states: Sequence[MemberState]
 ) -> Iterator[Finding]:
-    unread: dict[str, list[Member]] = defaultdict(list)
+    unread: dict[object, list[Member]] = defaultdict(list)
     converted: dict[tuple[Code, object, object], dict[Member, bool]] = defaultdict(dict)
     other_layout: dict[str, dict[Member, tuple[int, ...]]] = defaultdict(dict)
     for member, slots in states:
@@ -109,11 +111,11 @@ def _check_slots(
                     other_layout[name][member] = tuple(value.stride())
         if wrong:
             yield _wrong_shape(live_model, member, wrong, shape)
-    for name, holders in unread.items():
+    for key, holders in unread.items():
         yield codes.STATE_STRAY.finding(
             member_name(live_model, holders[0]),
-            f"{optimizer.label} keeps {quoted(name)} for {member_names(live_model, holders)} but does not read it: the "
-            "state is from an optimizer of another class",
+            f"{optimizer.label} keeps {quoted(str(key))} for {member_names(live_model, holders)} but does not read it: "
+            "the state is from an optimizer of another class",
             "load the state of the same class, or start without state: optimizer.state.clear()",
             keys=member_keys(live_model, holders),
         )
@@ -142,7 +144,7 @@ def _other_layout(live_model: LiveModel, slot: str, strides: Mapping[Member, tup
 
 
 def _shape_of(value: object) -> tuple[int, ...] | None:
-    return tuple(value.shape) if is_tensor(value) else None
+    return shape_or_none(value) if is_tensor(value) else None
 
 
 def _check_incomplete(
@@ -218,10 +220,9 @@ def _step_counts(states: Sequence[MemberState]) -> Iterator[tuple[float, Member]
     for member, slots in states:
         step = slots.get("step")
         if isinstance(step, int | float):
-            yield float(step), member
-        elif (
-            isinstance(step, torch.Tensor) and step.numel() == 1 and not step.is_meta and not hasattr(step, "to_local")
-        ):
+            if (count := read_number(step)) is not None:
+                yield count, member
+        elif is_plain(step) and step.numel() == 1 and not step.is_meta and not step.is_complex():
             by_device[step.device].append((step.detach().reshape(()).double(), member))
     for pairs in by_device.values():
         counts = torch.stack([step for step, _ in pairs]).tolist()
@@ -288,12 +289,16 @@ def _value_fault(value: Any) -> Literal["NaN", "Inf", "negative"] | None:
     if hasattr(value, "to_local"):
         value = value.to_local()
     # A subclass of Tensor (quantised, functional) may lack this operation, or give it another meaning.
-    if type(value) not in {torch.Tensor, torch.nn.Parameter} or value.is_meta or not value.numel():
+    if type(value) not in {torch.Tensor, torch.nn.Parameter} or value.is_meta or value.is_nested or not value.numel():
         return None
     if value.is_complex():
         value = torch.view_as_real(value.resolve_conj())
     if not value.is_floating_point() or value.layout != torch.strided:
         return None
+    if not address(value):  # the memory was freed
+        return None
+    if value.element_size() == 1:
+        value = value.float()  # torch has no minimum of an 8-bit float
     low, high = (bound.item() for bound in torch.aminmax(value.detach()))
     if low != low:  # noqa: PLR0124  only NaN is not equal to itself
         return "NaN"
