@@ -293,6 +293,8 @@ def describe_state_dict(state: Mapping[str, object], path: str, format: str = "l
             raise ModelError(
                 f"{quoted(info.key)} has no values: it is a {'meta' if tensor.is_meta else info.kind} tensor"
             )
+        if info.nbytes and not tensor.untyped_storage().nbytes():  # to read it would end the process
+            raise ModelError(f"{quoted(info.key)} has no values: its memory was freed")
         return TensorPayload(tensor, info.nbytes)
 
     def span(info: TensorInfo) -> Payload | None:

@@ -7,7 +7,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "OPTIONS",
@@ -191,6 +191,15 @@ class OptimizerSchema:
 
 def _is_enabled(slot: SlotSchema, options: Mapping[str, object]) -> bool:
     return slot.enabled_by is None or is_set(options, slot.enabled_by)
+
+
+def is_equal(left: Any, right: Any) -> bool:
+    """Return whether two values of an optimizer are equal; arrays are equal where all their elements are."""
+    try:
+        same = left == right
+        return bool(same.all()) if hasattr(same, "all") else bool(same)
+    except Exception:  # noqa: BLE001 - the values may be of any class
+        return left is right
 
 
 def is_set(options: Mapping[str, object], name: str) -> bool:

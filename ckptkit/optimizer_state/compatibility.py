@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ckptkit.core.findings import Finding
+from ckptkit.core.torch_bridge import get_or_none
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, torch_options
 from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import PlanError
@@ -39,10 +40,10 @@ def refuse_other_class(saved: OptimizerState, optimizer: Optimizer, schema: Opti
     torch loads such a state. It then fails in a later step, or continues with a mixture of both classes. Nothing is
     known about classes outside of torch.optim.
     """
-    if schema is None:
+    defaults = get_or_none(optimizer, "defaults")
+    if schema is None or not isinstance(defaults, Mapping):
         return
     live = type(optimizer).__name__
-    defaults = optimizer.defaults  # a dict: single_optimizer() has checked it
     known_options = {*torch_options()} - _NEWER_OPTIONS
     for group in saved.groups:
         if not group.options:

@@ -11,7 +11,7 @@ from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo, me
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import html_table, kind_of, plural, printable
 from ckptkit.core.torch_bridge import TensorPayload
-from ckptkit.core.torch_optim import SCHEMAS
+from ckptkit.core.torch_optim import SCHEMAS, is_equal
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ModelError
 
@@ -323,4 +323,4 @@ def same_value(left: SlotValue, right: SlotValue) -> bool:
         return left.keys() == right.keys() and all(same_value(left[key], right[key]) for key in left)
     if isinstance(left, list | tuple) and isinstance(right, list | tuple):
         return len(left) == len(right) and all(map(same_value, left, right))
-    return type(left) is type(right) and bool(left == right)
+    return type(left) is type(right) and is_equal(left, right)

@@ -195,7 +195,7 @@ def _locked_planned(parameter: PlannedParameter, index: int | None) -> LockedPar
 
 
 def _plain_options(options: Mapping[str, Any]) -> dict[str, object]:
-    plain = {key: plain_option(value) for key, value in options.items() if key not in _NOT_LOCKED}
+    plain = {str(key): plain_option(value) for key, value in options.items() if key not in _NOT_LOCKED}
     if "initial_lr" in options:
         plain["lr"] = plain_option(initial_lr(options))
     return plain

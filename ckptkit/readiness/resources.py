@@ -112,7 +112,9 @@ def _state_memory(optimizer: LiveOptimizer) -> StateMemory:
     for member in optimizer.members:
         if not member.tensor.requires_grad:
             continue
-        for slot in schema.slots_for(member.group.options, tuple(member.tensor.shape)):
+        if member.shape is None:  # it has no shape yet
+            continue
+        for slot in schema.slots_for(member.group.options, member.shape):
             slots.setdefault(slot.name)
             total += _slot_bytes(slot, member.tensor)
     return StateMemory(optimizer.class_name, tuple(slots), total)

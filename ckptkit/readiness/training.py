@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -203,7 +204,7 @@ def _training_groups(model: Module, live: LiveGroups) -> tuple[TrainingGroup, ..
                 TrainingGroup(
                     f"group {number}" if group.name is None else group.name,
                     tuple("" if parameter is None else parameter.name for parameter in parameters),
-                    sum(member.tensor.numel() for member in members),
+                    sum(math.prod(member.shape) for member in members if member.shape is not None),
                     {key: value for key, value in group.options.items() if key not in _NOT_SHOWN},
                     optimizer.class_name,
                 )

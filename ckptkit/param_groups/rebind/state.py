@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import has_same_layout, in_layout_of, is_plain
+from ckptkit.core.torch_bridge import has_same_layout, in_layout_of, is_plain, shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import GroupsError
@@ -56,7 +56,7 @@ def convert_state(
     wrong = _wrong_shapes(slots, live, older, schema)
     if not wrong:
         return ConvertedState(*_converted(slots, live, older, schema, options))
-    shapes = ", ".join(f"{slot} {tuple(next(_tensors_in(slots[slot])).shape)}" for slot in wrong)
+    shapes = ", ".join(f"{slot} {shape_or_none(next(_tensors_in(slots[slot])))}" for slot in wrong)
     reason = f"{shapes} does not fit {live.shape}"
     if on_shape == "error":
         raise GroupsError(
@@ -109,7 +109,7 @@ def _wrong_shapes(
         return tuple(
             name
             for name, value in tensors.items()
-            if name in known and known[name].mismatch(value, tuple(value.shape), live.shape) is not None
+            if name in known and known[name].mismatch(value, shape_or_none(value), live.shape) is not None
         )
     # The state of an optimizer outside torch fitted the older parameter; nothing else is known about it.
     if older is None or tuple(older.shape) == live.shape:
