@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ckptkit.core.findings import Finding
-from ckptkit.core.text import first_line, listed
+from ckptkit.core.text import first_line, kind_of, listed
 from ckptkit.core.torch_bridge import flat_bytes, shape_or_none
 from ckptkit.core.torch_optim import initial_lr
 from ckptkit.core.torch_types import Module, Optimizer, Tensor
@@ -43,16 +43,20 @@ def run_dry_step(
     """
     import torch
 
+    if not callable(loss):
+        message = f"dry_step is {kind_of(loss)}, not a function"
+        return DryStep(None, "", 0, 0, 0), [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)], frozenset()
     devices = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices), _restored_generators():
         try:
             model_copy = copy.deepcopy(model)
+            _refuse_other_copy(model, model_copy)
             for tensor in model_copy.parameters():
                 tensor.grad = None
             stepping = tuple(optimizers(model_copy))
         except CkptkitError:
             raise
-        except Exception as error:  # noqa: BLE001 - a part of the model may refuse to be copied in any way
+        except (Exception, SystemExit) as error:  # noqa: BLE001 - a part of the model may refuse to be copied in any way
             message = f"no dry step was made, because the model cannot be copied: {first_line(error)}"
             return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)], frozenset()
         return _step(model, model_copy, frozen, loss, stepping)
@@ -85,7 +89,7 @@ def _step(
     try:
         with torch.enable_grad(), observed(observation):
             value = loss(model_copy)
-    except Exception as error:  # noqa: BLE001 - the loss function of the user may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - the loss function of the user may raise anything
         message = f"the loss function failed: {first_line(error)}"
         return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)], frozenset()
     written = {
@@ -93,9 +97,8 @@ def _step(
     }
     step = Step(model, model_copy, frozen, named, written, optimizers)
     findings = list(check_forward(step, observation.parameters, _changed_buffers(model, model_copy)))
-    if not isinstance(value, torch.Tensor) or value.numel() != 1:
-        given = f"a tensor {list(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
-        message = f"the loss function returned {given}"
+    if (fault := _loss_fault(value)) is not None or not isinstance(value, torch.Tensor):
+        message = f"the loss function returned {fault}"
         return no_step, [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT), *findings], frozenset()
     number = float(value.detach())
     graph = Graph(value, observation)
@@ -110,7 +113,7 @@ def _step(
         findings += _begin_warm_up(optimizers)
         for optimizer in optimizers:
             _call_step(optimizer, value)
-    except Exception as error:  # noqa: BLE001 - hooks and optimizers of the user may raise anything
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - hooks and optimizers of the user may raise anything
         hint = "the step was made on a copy of the model"
         failed = codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", _step_hint(optimizers) or hint)
         return no_step, [failed, *findings], frozenset()
@@ -122,6 +125,29 @@ def _step(
         findings,
         step.varied,
     )
+
+
+def _refuse_other_copy(model: Module, model_copy: object) -> None:
+    """Raise ``TypeError`` where ``__deepcopy__`` of the model gives something else than a model of these parameters."""
+    from torch import nn
+
+    if not isinstance(model_copy, nn.Module):
+        raise TypeError(f"its copy is {kind_of(model_copy)}, not a module")
+    if [name for name, _ in model_copy.named_parameters()] != [name for name, _ in model.named_parameters()]:
+        raise TypeError("its copy has other parameters")
+
+
+def _loss_fault(value: object) -> str | None:
+    """Return what the loss function returned instead of a tensor of one real number, or None."""
+    import torch
+
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}"
+    if value.numel() != 1:
+        return f"a tensor {list(shape_or_none(value) or ())}"
+    if value.is_meta or value.layout is not torch.strided:
+        return f"a {'meta' if value.is_meta else 'sparse'} tensor"
+    return f"a tensor of {value.dtype}" if value.is_complex() else None
 
 
 def _call_step(optimizer: Optimizer, value: Tensor) -> None:
@@ -189,5 +215,9 @@ def _differs(tensor: Tensor, other: Tensor) -> bool:
     if shape is None or shape != shape_or_none(other) or tensor.layout is not other.layout:
         return shape != shape_or_none(other)
     if tensor.layout is not torch.strided:
-        return False  # a sparse buffer has no flat bytes, and no layer of torch changes one
-    return not torch.equal(flat_bytes(tensor), flat_bytes(other))
+        tensor, other = tensor.to_dense(), other.to_dense()
+    local, other_local = (getattr(side, "to_local", lambda side=side: side)() for side in (tensor, other))
+    try:
+        return not torch.equal(flat_bytes(local), flat_bytes(other_local))
+    except (RuntimeError, AssertionError, TypeError):  # a subclass of Tensor may have no bytes, and lack operations
+        return False

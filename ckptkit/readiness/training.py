@@ -69,7 +69,8 @@ def restored_flags(model: Module) -> Iterator[None]:
         yield
     finally:
         for tensor, flag in flags:
-            tensor.requires_grad = flag  # a value can hide the method requires_grad_()
+            if tensor.requires_grad != flag:
+                tensor.requires_grad = flag  # a value can hide the method requires_grad_()
 
 
 def find_training(model: Module, groups: SpecLike | None, optimizer: OptimizerLike | None, schedulers: Any) -> Training:
