@@ -79,7 +79,7 @@ def refuse_unread(keys: Iterable[str], checkpoint: Checkpoint) -> None:
         others = f" and {len(unread) - _MOST_UNREAD:,} more" if len(unread) > _MOST_UNREAD else ""
         message = f"{len(unread):,} tensors cannot be copied: {', '.join(named[:_MOST_UNREAD])}{others}"
     drop = f"ckpt remap --drop {shell_word(literal(first.key))}"
-    hint = f"--skip-unread leaves out all such tensors; or leave it out: {drop}"
+    hint = f"--skip-unread leaves out all such tensors; or leave out this one: {drop}"
     if (weight := weights.get(first.key)) is not None:
         hint = f"{weight.way_out}; or {hint}"
     raise PlanError(message, hint=_WAYS_OUT.get(first.kind, hint))

@@ -126,11 +126,11 @@ ACCEPTED: dict[str, Accepted] = {
     "D12 scalar": Accepted(with_value(tensor(size=(), stride=())), "", "[]"),
     "D12 1,000 dimensions": Accepted(with_value(tensor(size=(1,) * 1000, stride=(1,) * 1000)), "", str([1] * 1000)),
     "D13 float8": Accepted(written(saved({"w": torch.zeros(4).to(torch.float8_e4m3fn)}, legacy=True)), "", "F8_E4M3"),
-    "D14 DTensor": Accepted(with_value(dtensor()), "", "F32 (dtensor)"),
+    "D14 DTensor": Accepted(with_value(dtensor()), "is split among ranks", "F32 (dtensor)"),
     **{f"D14 {kind}": Accepted(written(kinds), "", f"({kind})") for kind in ("sparse", "quantized", "nested")},
 }
 UNWRITABLE: dict[str, Refused] = {
-    "D9 two dtypes": Refused(with_value(SEEN_AS_BYTES), "'w' cannot be copied: its storage is named with two types"),
+    "D9 two dtypes": Refused(with_value(SEEN_AS_BYTES), "2 tensors cannot be copied: 'w' (its storage is named with"),
     "D3 expanded": Refused(converted, "not enough disk space: 4.4 TB needed, "),
     "D11 dtype": Refused(with_value(v3("torch.float3"), TWO), "'v' cannot be copied: its dtype is not known"),
     "D11 class": Refused(
@@ -138,7 +138,7 @@ UNWRITABLE: dict[str, Refused] = {
         "'v' cannot be copied: a call of torch.FloatTensor makes it, and the file has no storage with its bytes",
     ),
     "D14 DTensor": Refused(with_value(dtensor()), "'v' cannot be copied: it is a DTensor"),
-    "D14 all": Refused(written(kinds), "'meta' cannot be copied: it was saved from the meta device"),
+    "D14 all": Refused(written(kinds), "5 tensors cannot be copied: 'meta' (it was saved from the meta device"),
 }
 OTHER = tuple(f"{name} written" for name in UNWRITABLE)
 

@@ -77,7 +77,7 @@ REFUSED: dict[str, Refused] = {
     "I19 meta": Refused(
         storing(torch.ones(2, device="meta")), "'w' cannot be copied: it was saved from the meta device"
     ),
-    "I19 quantized": Refused(quantized, "'w' cannot be copied: it is a quantized tensor"),
+    "I19 quantized": Refused(quantized, "'w' cannot be copied: it is quantised (torch QU8)"),
     "I19 a giant expanded": Refused(storing(torch.ones(1).expand(2**40)), "not enough disk space: 4.4 TB needed"),
 }
 ACCEPTED: dict[str, Accepted] = {}
