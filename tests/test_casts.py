@@ -268,14 +268,12 @@ def test_optimizer_state_is_cast_with_counts() -> None:
     source.step()
     state = source.state_dict()
     report = load_optimizer_state(target, model, state)
-    assert [(finding.code, finding.key) for finding in report.findings] == [
-        ("optim.underflow", "weight"),
-        ("optim.underflow", "bias"),
-    ]
-    assert "'weight.exp_avg_sq' (F32 to F16): 4 of 4 values become 0" in report.findings[0].message
+    found = [finding for finding in report.findings if finding.code == "optim.underflow"]
+    assert [finding.key for finding in found] == ["weight", "bias"]
+    assert "'weight.exp_avg_sq' (F32 to F16): 4 of 4 values become 0" in found[0].message
     state["state"][0]["exp_avg"][0, 0] = 1e6
     target = torch.optim.Adam(model.parameters())
-    with pytest.raises(PlanError, match=r"'weight.exp_avg' \(F32 to F16\): 1 of 4 values become inf"):
+    with pytest.raises(PlanError, match=r"'weight.exp_avg' \(F32 to F16\): 1 of 4 values becomes inf"):
         load_optimizer_state(target, model, state)
     assert not target.state
     report = load_optimizer_state(target, model, state, allow_overflow=True)

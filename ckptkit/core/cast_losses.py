@@ -63,17 +63,17 @@ class CastLoss:
         """Return the tensor, its dtypes and the counts: ``'w' (F32 to F16): 2 of 4 values become inf``."""
         parts = []
         if self.overflowed:
-            parts.append(f"{_of(self.overflowed, self)} become {_overflowed_value(self.dtype)}")
+            parts.append(_clause(self.overflowed, self, "become", _overflowed_value(self.dtype)))
         if self.underflowed:
-            parts.append(f"{_of(self.underflowed, self)} become 0")
+            parts.append(_clause(self.underflowed, self, "become", "0"))
         if self.truncated:
-            what = "become true" if self.dtype == "BOOL" else "lose a fraction"
-            parts.append(f"{_of(self.truncated, self)} {what}")
+            verb, what = ("become", "true") if self.dtype == "BOOL" else ("lose", "a fraction")
+            parts.append(_clause(self.truncated, self, verb, what))
         return f"{quoted(self.key)} ({self.found} to {self.dtype}): {', '.join(parts)}"
 
 
-def _of(count: int, loss: CastLoss) -> str:
-    return f"{count:,} of {plural(loss.values, 'value')}"
+def _clause(count: int, loss: CastLoss, verb: str, what: str) -> str:
+    return f"{count:,} of {plural(loss.values, 'value')} {verb}{'s' if count == 1 else ''} {what}"
 
 
 def _overflowed_value(code: str) -> str:
