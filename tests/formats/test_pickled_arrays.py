@@ -113,6 +113,7 @@ def unread() -> dict[str, Any]:
         "quantized": torch.quantize_per_tensor(T, 0.1, 0, torch.qint8), "lazy": lazy["weight"],
         "fields": np.zeros(2, [("a", "f4"), ("b", "i4")]), "void": np.zeros(2, "V2"),
         "nested": torch.nested.nested_tensor([T, T]),
+        "jagged": torch.nested.nested_tensor([T, T], layout=torch.jagged),
     }  # fmt: skip
 
 
@@ -126,10 +127,10 @@ def test_unread_tensors_stop_every_writer_unless_they_are_skipped(
     base = {"w": torch.zeros(2), "sparse": T, "lazy": torch.ones(3, 4)}
     with open_checkpoint(path) as checkpoint:
         assert set(checkpoint) == {"w", *unread()}
-        with pytest.raises(PlanError, match="8 tensors cannot be copied: 'sparse' ") as caught:
+        with pytest.raises(PlanError, match="9 tensors cannot be copied: 'sparse' ") as caught:
             plan_remap(checkpoint)
         assert "--skip-unread" in (caught.value.hint or "")
-        with pytest.raises(PlanError, match="8 tensors cannot be copied: 'sparse' "):
+        with pytest.raises(PlanError, match="9 tensors cannot be copied: 'sparse' "):
             plan_merge(checkpoint, {"w": ONES})
         with pytest.raises(PlanError, match="2 tensors cannot be copied"):
             plan_merge(base, checkpoint)

@@ -129,6 +129,7 @@ _TENSOR_CLASS = re.compile(r"torch\.(?:cuda\.)?(?:sparse\.)?[A-Za-z0-9]*Tensor")
 # Names of classes and functions that make tensors or arrays: lazy parameters, and types of other libraries.
 _LOOKS_LIKE_TENSOR = re.compile(
     r"[\w.]*\._?(?:re)?(?:build|construct)_\w*(?:tensor|array|parameter)\w*|numpy\.[\w.]*(?:_reconstruct|_mareconstruct)"
+    r"|torch\.[\w.]*\._rebuild_\w+"
     r"|[\w.]*\.\w*(?:Tensor|Parameter|Params4bit|Int8Params|NDArray|Buffer)|[\w.]*\.(?:DeviceArray|ArrayImpl)"
 )
 _NAME = re.compile(r"[a-z][a-z0-9_]{,30}")
