@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from ckptkit import load_optimizer_state, preflight
-from ckptkit.errors import PlanError
+from ckptkit.errors import CkptkitError, PlanError
 from ckptkit.optimizer_state.naming import to_named
 from tests.helpers_optim import same_state
 
@@ -99,17 +100,20 @@ def test_the_same_script_loads_what_torch_loads(order: str, kind: Any) -> None:
         assert ("not in the order of the model" in note.message) == (order in ("reversed", "head first", "frozen part"))
 
 
-def test_names_read_otherwise() -> None:
-    """A state of another order is read by the order of the model, or by a list of names."""
+def test_names_read_otherwise(tmp_path: Path) -> None:
+    """A state of another order is read by the order of the model, or by a list or a file of names."""
     model = Square()
     optimizer = trained(model, ORDERS["model"](model))
     expected = list(moments(model, optimizer))
     names = [name for name, _ in model.named_parameters()]
-    for given in ("model", names, model):
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    for given in ("model", names, model, tmp_path / "names.txt", str(tmp_path / "names.txt")):
         other = torch.optim.AdamW(reverse(model))
         report = load_optimizer_state(other, model, optimizer.state_dict(), names=given)
         assert all(map(torch.equal, moments(model, other), expected))
         assert "by position" not in report.findings[0].message
+    with pytest.raises(CkptkitError, match="no such file"):
+        load_optimizer_state(torch.optim.AdamW(reverse(model)), model, optimizer.state_dict(), names="modle")
     by_position = torch.optim.AdamW(reverse(model))
     load_optimizer_state(by_position, model, optimizer.state_dict())
     assert all(map(torch.equal, moments(model, by_position), expected[::-1]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, open_with_warnings, read_table_file, read_text_file
+from ckptkit.cli.common.inputs import default_error_path, open_with_warnings, read_table_file
 from ckptkit.cli.common.options import (
     CommandFunction,
     add_options,
@@ -70,7 +70,9 @@ class NameSource:
         Without --model and --names, a state without names gets the weights in the same file, if the file has any.
         """
         if self.names_file is not None:
-            return _read_names(self.names_file)
+            from ckptkit.optimizer_state.names_file import read_names_file
+
+            return read_names_file(self.names_file)
         if self.model is not None:
             return _open_model(stack, self.model)
         if not checkpoint.envelope or found.form != "indexed":
@@ -80,28 +82,6 @@ class NameSource:
         except CkptkitError:
             return None
         return weights if weights.envelope != checkpoint.envelope and len(weights) else None
-
-
-def _read_names(path: str) -> list[str]:
-    """Return the names in a file: a JSON list, or words; raises ``RuleError`` if the list is not valid."""
-    from ckptkit.core.config_files import MOST_NAMES, json_value
-
-    text = read_text_file(path)
-    if not text.lstrip().startswith("["):
-        names = text.split(maxsplit=MOST_NAMES)
-        if len(names) > MOST_NAMES:
-            raise RuleError(f"more than {MOST_NAMES:,} names", path=path)
-        return names
-    hint = 'write ["first.weight", "first.bias"], or one name a line'
-    try:
-        items = json_value(text)
-    except ValueError as error:
-        raise RuleError(f"not a valid JSON list of names: {error}", hint=hint, path=path) from None
-    assert isinstance(items, list)  # noqa: S101 - the text starts with a bracket
-    strings = [name for name in items if isinstance(name, str)]
-    if len(strings) != len(items):
-        raise RuleError("not a valid JSON list of names: an item is not a string", hint=hint, path=path)
-    return strings
 
 
 _model_option = click.option(

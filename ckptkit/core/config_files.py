@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 from ckptkit.core.files import LocalFile
 from ckptkit.core.text import human_bytes, quoted
-from ckptkit.errors import FormatError, RuleError
+from ckptkit.errors import CkptkitError, FormatError, PathError, RuleError
 
 __all__ = [
     "MOST_NAMES",
@@ -23,6 +23,7 @@ __all__ = [
     "parse_json",
     "parse_table",
     "read_json",
+    "read_text_file",
     "toml_key",
     "toml_value",
 ]
@@ -91,6 +92,27 @@ def check_size(size: int, text_format: str) -> None:
     if size > most:
         kind = "text" if text_format == "text" else text_format.upper()
         raise RuleError(f"has {human_bytes(size)}, more than the limit of {human_bytes(most)} for a {kind} file")
+
+
+def read_text_file(path: str, text_format: str = "text") -> str:
+    """Return the text of a small file; its format limits its size.
+
+    Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is too large or its bytes are not UTF-8.
+    """
+    try:
+        file = LocalFile(path)  # refuses a FIFO, which could block forever
+        try:
+            check_size(file.size, text_format)
+            return file.read(0, file.size).decode()
+        except OSError as error:
+            raise PathError((error.strerror or str(error)).lower()) from None
+        except UnicodeDecodeError as error:
+            raise RuleError(f"not UTF-8 text: {error}") from None
+        finally:
+            file.close()
+    except CkptkitError as error:
+        error.path = error.path or path
+        raise
 
 
 def json_value(text: str) -> object:

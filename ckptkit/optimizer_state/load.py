@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
@@ -20,6 +21,7 @@ from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refus
 from ckptkit.optimizer_state.forms import FoundState, read_state, to_dict
 from ckptkit.optimizer_state.groups import Hyper, equal_values, resplit
 from ckptkit.optimizer_state.model import LazyTensor, MoreValues, NamedGroup, OptimizerState, SlotValue, tensors_in
+from ckptkit.optimizer_state.names_file import read_names_file
 from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
@@ -73,7 +75,7 @@ def load_optimizer_state(
     state: StateLike,
     rules: Rules | list[str] | None = None,
     *,
-    names: NamesLike | Literal["model"] | None = None,
+    names: NamesLike | str | os.PathLike[str] | None = None,
     hyper: Hyper = "saved",
     on_missing: OnMissing = "keep",
     on_unexpected: OnUnexpected = "skip",
@@ -89,7 +91,7 @@ def load_optimizer_state(
     A state without names is read by position, as torch reads it, if the sizes of the groups and all shapes agree with
     the optimizer. If they do not, the order and the shapes of ``model`` must allow exactly one assignment. A note says
     how the state was read. ``names`` reads it otherwise: ``"model"`` takes the order of ``model``, another model gives
-    its own order, and a list has the names in the order of the file.
+    its own order, and a list, or the path of a text file, has the names in the order of the state.
 
     - ``hyper`` chooses the options: from the file (``saved``), from the optimizer (``live``), or an error if they
       differ (``error``). The optimizer keeps every option that the file does not have. It always keeps its
@@ -186,7 +188,7 @@ def _live_groups(optimizer: Optimizer, live_model: LiveModel) -> tuple[NamedGrou
 
 def _named(
     state: StateLike,
-    names: NamesLike | Literal["model"] | None,
+    names: NamesLike | str | os.PathLike[str] | None,
     model: Module,
     live_groups: Sequence[NamedGroup],
     *,
@@ -199,8 +201,10 @@ def _named(
     found = state if isinstance(state, FoundState) else read_state(state)
     params = {param for group in found.groups for param in group.params}
     strays = [str(key) for key in found.state if key not in params]
+    if isinstance(names, str | os.PathLike):
+        names = model if names == "model" else read_names_file(os.fspath(names))
     if names is not None:
-        return to_named(found, model if names == "model" else names, drop_strays=drop_strays), strays
+        return to_named(found, names, drop_strays=drop_strays), strays
     # The rules rename names that the live model does not have, so the model cannot name the state.
     if found.form != "indexed" or has_rules:
         return to_named(found, drop_strays=drop_strays), strays

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from ckptkit.cli.common.printing import print_message
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import printable
-from ckptkit.errors import CkptkitError, PathError, RuleError
+from ckptkit.errors import CkptkitError, PathError
 from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_checkpoint_or_parts, split_path
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "open_checkpoints",
     "open_with_warnings",
     "read_table_file",
-    "read_text_file",
 ]
 
 _IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*")
@@ -95,31 +94,12 @@ def _folders(directory: str) -> list[str]:
         return [entry.name for entry in entries if entry.is_dir()]
 
 
-def read_text_file(path: str, text_format: str = "text") -> str:
-    """Return the text of a small file; its format limits its size.
-
-    Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is too large or its bytes are not UTF-8.
-    """
-    from ckptkit.core.config_files import check_size
-    from ckptkit.core.files import LocalFile
-
-    # LocalFile refuses a FIFO, which could block forever.
-    with default_error_path(path), contextlib.closing(LocalFile(path)) as file:
-        check_size(file.size, text_format)
-        try:
-            return file.read(0, file.size).decode()
-        except OSError as error:
-            raise PathError((error.strerror or str(error)).lower(), path=path) from None
-        except UnicodeDecodeError as error:
-            raise RuleError(f"not UTF-8 text: {error}", path=path) from None
-
-
 def read_table_file(path: str, text: str | None = None, *, as_json: bool = False) -> Mapping[str, object]:
     """Return the table in a TOML, JSON or YAML file; the suffix chooses the format, unless ``as_json``.
 
     ``text`` is the content of the file if the caller has read it. Raises ``RuleError`` if the content is not valid.
     """
-    from ckptkit.core.config_files import format_of, parse_table
+    from ckptkit.core.config_files import format_of, parse_table, read_text_file
 
     text_format = "json" if as_json else format_of(path)
     text = read_text_file(path, text_format) if text is None else text

@@ -8,7 +8,7 @@ from itertools import takewhile
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, file_beside, read_table_file, read_text_file
+from ckptkit.cli.common.inputs import default_error_path, file_beside, read_table_file
 from ckptkit.cli.common.options import CommandFunction, add_options, filter_options
 from ckptkit.cli.common.printing import print_line
 from ckptkit.rules.model import Rules
@@ -77,7 +77,7 @@ def _rules_text(path: str) -> str:
 
     if path.startswith(PRESET_PREFIX):
         return preset_text(path.removeprefix(PRESET_PREFIX))
-    from ckptkit.core.config_files import format_of
+    from ckptkit.core.config_files import format_of, read_text_file
 
     return read_text_file(path, format_of(path))
 
