@@ -11,7 +11,15 @@ from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, torch_options
 from ckptkit.core.torch_types import Optimizer
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
-from ckptkit.optimizer_state.model import LazyTensor, NamedGroup, OptimizerState, SlotValue, parameter_shape
+from ckptkit.optimizer_state.model import (
+    LazyTensor,
+    NamedGroup,
+    OptimizerState,
+    SlotValue,
+    is_less,
+    keeps_less,
+    parameter_shape,
+)
 from ckptkit.param_groups.parameters import LiveModel, LiveParameter
 
 __all__ = ["StateMatch", "match_state", "refuse_other_class", "unknown_decay_findings"]
@@ -64,7 +72,7 @@ def refuse_other_class(saved: OptimizerState, optimizer: Optimizer, schema: Opti
                 f"the state was saved from another class than {live}: one of its groups {difference}",
                 hint=_BUILD_SAVED_CLASS,
             )
-    unknown = sorted({slot for slots in saved.state.values() for slot in slots if schema.slot(slot) is None})
+    unknown = sorted({str(slot) for slots in saved.state.values() for slot in slots if schema.slot(slot) is None})
     if unknown:
         raise PlanError(
             f"the state was saved from another class than {live}: it has {', '.join(unknown)}, but {live} keeps "
@@ -122,6 +130,7 @@ def match_state(
     state: dict[str, Mapping[str, SlotValue]] = {}
     dropped: dict[str, str] = {}
     missing: list[str] = []
+    allows_less = keeps_less({name: live_model.by_name[name].shape for name in saved.state}, saved.state)
     stateless = _stateless_names(saved, live_model).difference(with_state)
     for group in groups:
         for name in group.names:
@@ -136,7 +145,7 @@ def match_state(
                     missing.append(name)
             elif slots is None:
                 continue
-            elif (reason := _find_mismatch(slots, parameter, group, schema)) is not None:
+            elif (reason := _find_mismatch(slots, parameter, group, schema, allows_less=allows_less)) is not None:
                 dropped[name] = reason
             else:
                 state[name] = slots
@@ -155,14 +164,22 @@ def _match_shared_state(saved: OptimizerState, groups: Sequence[NamedGroup], sch
 
 
 def _find_mismatch(
-    slots: Mapping[str, SlotValue], parameter: LiveParameter, group: NamedGroup, schema: OptimizerSchema | None
+    slots: Mapping[str, SlotValue],
+    parameter: LiveParameter,
+    group: NamedGroup,
+    schema: OptimizerSchema | None,
+    *,
+    allows_less: bool,
 ) -> str | None:
-    """Return why the slots do not fit this parameter, as the end of a sentence, or None if they fit."""
+    """Return why the slots do not fit this parameter, as the end of a sentence, or None if they fit.
+
+    ``allows_less`` accepts the state of an unknown class that does not have one number for each element.
+    """
     if parameter.lazy:
         return "cannot be compared with a parameter that has no shape before the first forward pass"
     if schema is None:
         shape = parameter_shape(slots)
-        if shape in {None, parameter.shape}:
+        if shape in {None, parameter.shape} or (allows_less and is_less(shape, parameter.shape)):
             return None
         return f"has shape {shape}, but the parameter has shape {parameter.shape}"
     for slot in schema.slots_for(group.options, parameter.shape):

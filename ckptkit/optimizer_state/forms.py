@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Nested
 from ckptkit.core.text import listed, printable, quoted
-from ckptkit.core.torch_bridge import describe_state_dict
+from ckptkit.core.torch_bridge import describe_state_dict, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import FormatError, ModelError, PlanError
 from ckptkit.formats.pickle.values import Placeholder
+from ckptkit.formats.torch.objects import DTypeRef
 from ckptkit.formats.torch.tree import is_tensor, type_name
 from ckptkit.optimizer_state.model import (
     FORMS,
     NO_MORE,
+    DtypeValue,
     LazyTensor,
     MoreValues,
     NamedGroup,
@@ -33,6 +35,7 @@ __all__ = ["FoundGroup", "FoundState", "as_named", "read_form", "read_state", "t
 _MAX_DEPTH = 100
 _MOST_BITS = 1023  # of an integer: no float can hold a larger one, and no optimizer makes one
 _EXPECTED = "give what optimizer.state_dict() or torch.distributed.checkpoint.state_dict returned"
+_OTHER_FORM = "write the form indexed, param-names or named"
 _PLAIN_TYPES = (int, float, complex, bool, str, bytes, type(None))
 # Returns the slot value of a leaf, given the leaf and its path.
 ReadLeaf = Callable[[object, KeyPath], SlotValue]
@@ -90,6 +93,8 @@ def _leaf_reader(checkpoint: Checkpoint, nested: Nested) -> ReadLeaf:
     def read_leaf(value: object, path: KeyPath) -> SlotValue:
         if is_tensor(value):
             return LazyTensor(checkpoint[keys[path]], checkpoint)
+        if isinstance(value, DTypeRef):
+            return DtypeValue("torch.dtype", path, checkpoint, code=value.code)
         if isinstance(value, Placeholder) or not isinstance(value, _PLAIN_TYPES):
             return OpaqueValue(type_name(value), path, checkpoint)
         if isinstance(value, int) and value.bit_length() > _MOST_BITS:
@@ -159,7 +164,7 @@ def _read_nested(value: Mapping[Any, Any], read: ReadLeaf, path: str) -> FoundSt
             continue
         if not isinstance(slots, Mapping):
             raise FormatError(f"the state of {quoted(str(key))} is a {quoted(type_name(slots))}, not a mapping")
-        if unnamed := [slot for slot in slots if not isinstance(slot, str)]:
+        if unnamed := [slot for slot in slots if type(slot) not in (str, int)]:  # heavyball numbers its slots
             raise FormatError(
                 f"the state of {quoted(str(key))} has a slot named {printable(repr(unnamed[0]))}, which is not a string"
             )
@@ -255,15 +260,24 @@ def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
             f"the state has a value of type {quoted(opaque.type)}, which only running code can rebuild",
             hint="load the file with torch.load, and give what that returns",
         )
-    read: dict[str, Any] = map_tensors(value, LazyTensor.read)
+    read: dict[str, Any] = map_tensors(_with_dtypes(value), LazyTensor.read)
     return read
+
+
+def _with_dtypes(value: SlotValue) -> SlotValue:
+    """Return the value with torch's dtypes in place of their names."""
+    if isinstance(value, DtypeValue):
+        return torch_dtype(value.code)
+    if isinstance(value, Mapping):
+        return {key: _with_dtypes(inner) for key, inner in value.items()}
+    return type(value)(map(_with_dtypes, value)) if isinstance(value, list | tuple) else value
 
 
 def _opaque_values(value: SlotValue) -> Iterator[OpaqueValue]:
     stack = [value]
     while stack:
         item = stack.pop()
-        if isinstance(item, OpaqueValue):
+        if isinstance(item, OpaqueValue) and not isinstance(item, DtypeValue):
             yield item
         elif isinstance(item, dict):
             stack.extend(item.values())
@@ -287,7 +301,7 @@ def to_form(state: OptimizerState, form: str) -> dict[str, Any]:
         if state.more:
             raise PlanError(
                 f"the flattened form has no place for {listed(state.more.names)}, which is of no parameter",
-                hint="write the form indexed, param-names or named",
+                hint=_OTHER_FORM,
             )
         return _flattened(state)
     key_of: dict[str, object] = {name: name if form == "named" else place for place, name in enumerate(names)}
@@ -300,6 +314,12 @@ def to_form(state: OptimizerState, form: str) -> dict[str, Any]:
 
 
 def _flattened(state: OptimizerState) -> dict[str, SlotValue]:
+    for name, own in state.state.items():
+        if numbers := [slot for slot in cast("Mapping[object, SlotValue]", own) if isinstance(slot, int)]:
+            raise PlanError(
+                f"the flattened form has no place for slot {numbers[0]} of {quoted(name)}, whose name is a number",
+                hint=_OTHER_FORM,
+            )
     slots = {
         f"{FLAT_STATE}{name}.{slot}": value for name in state.names for slot, value in state.state.get(name, {}).items()
     }

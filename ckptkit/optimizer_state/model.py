@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo, memory_order
 from ckptkit.core.files import same_bytes
@@ -20,6 +20,7 @@ __all__ = [
     "FORMS",
     "NO_MORE",
     "Change",
+    "DtypeValue",
     "LazyTensor",
     "MoreValues",
     "NamedGroup",
@@ -27,6 +28,8 @@ __all__ = [
     "OptimizerState",
     "SlotKind",
     "SlotValue",
+    "is_less",
+    "keeps_less",
     "map_tensors",
     "number_of",
     "parameter_shape",
@@ -103,6 +106,13 @@ class OpaqueValue:
     type: str
     place: KeyPath = ()
     source: Checkpoint | None = field(default=None, repr=False, compare=False)
+
+
+@dataclass(frozen=True, slots=True)
+class DtypeValue(OpaqueValue):
+    """A dtype of torch in a file, by its safetensors code."""
+
+    code: str = ""
 
 
 # A LazyTensor, an OpaqueValue, a number, a string, None, or a list, tuple or dict of these. A live state can have more.
@@ -215,7 +225,7 @@ class OptimizerState:
 
     def _repr_html_(self) -> str:
         rows = [
-            (printable(name), str(number), ", ".join(printable(slot) for slot in self.state.get(name, {})))
+            (printable(name), str(number), ", ".join(printable(str(slot)) for slot in self.state.get(name, {})))
             for number, group in enumerate(self.groups)
             for name in group.names
         ]
@@ -269,6 +279,7 @@ _FACTORED_NAMES: Final = frozenset(name for row, column, _ in _FACTORED for name
 _STRUCT_CODES: Final = {
     "F16": "<e", "F32": "<f", "F64": "<d", "BOOL": "<?", "U8": "<B", "I8": "<b", "I16": "<h", "I32": "<i", "I64": "<q"
 }  # fmt: skip
+K = TypeVar("K")
 SlotKind = Literal["elementwise", "scalar", "factored", "other"]
 
 
@@ -289,12 +300,30 @@ def parameter_shape(slots: Mapping[str, SlotValue], elementwise: Collection[str]
         value.shape
         for name, value in slots.items()
         if isinstance(value, LazyTensor) and slot_kind(name, value, elementwise) == "elementwise"
+        if value.shape and value.info.elements  # some optimizers keep one number here, or nothing
     }
     for row, column, keeps_dims in _FACTORED:
         rows, columns = slots.get(row), slots.get(column)
         if isinstance(rows, LazyTensor) and isinstance(columns, LazyTensor):
             shapes.add((*rows.shape[: -1 if keeps_dims else None], *columns.shape[-1:]))
     return shapes.pop() if len(shapes) == 1 else None
+
+
+def keeps_less(shapes: Mapping[K, tuple[int, ...]], state: Mapping[K, Mapping[str, SlotValue]]) -> bool:
+    """Return whether most matrices of a state have one number for several elements, as sums of rows do.
+
+    ``shapes`` has the shapes of the parameters.
+    """
+    pairs = [(parameter_shape(slots), shapes[key]) for key, slots in state.items() if len(shapes.get(key, ())) > 1]
+    known = [(shape, whole) for shape, whole in pairs if shape is not None]
+    return 2 * sum(shape != whole and is_less(shape, whole) for shape, whole in known) > len(known)
+
+
+def is_less(shape: tuple[int, ...] | None, parameter: tuple[int, ...]) -> bool:
+    """Return whether a state of this shape has one number for several elements of the parameter."""
+    if shape is None or len(shape) != len(parameter):
+        return False
+    return all(size in (1, whole) for size, whole in zip(shape, parameter, strict=True))
 
 
 def number_of(value: Any) -> float | int | None:

@@ -14,7 +14,7 @@ from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
-from ckptkit.optimizer_state.model import OptimizerState, parameter_shape
+from ckptkit.optimizer_state.model import OptimizerState, is_less, keeps_less, parameter_shape
 from ckptkit.optimizer_state.positions import GIVE_NAMES, Groups, Parameters, Shape, name_positions
 from ckptkit.param_groups.properties import parameter_table
 
@@ -152,6 +152,8 @@ def _given_names(params: Sequence[object], names: Sequence[object]) -> dict[obje
 
 
 def _compare_with_model(found: FoundState, names: Mapping[object, str], model: Parameters) -> None:
+    shapes = {param: model.shapes.get(model.aliases.get(own, own), ()) for param, own in names.items()}
+    allows_less = keeps_less(shapes, found.state)
     for param, own in names.items():
         name = model.aliases.get(own, own)
         if name not in model.shapes:
@@ -160,7 +162,7 @@ def _compare_with_model(found: FoundState, names: Mapping[object, str], model: P
                 hint="rename it first (ckpt optim remap), or drop it (ckpt optim prune)",
             )
         shape = parameter_shape(found.state.get(param, {}))
-        if shape is not None and shape != model.shapes[name]:
+        if shape is not None and shape != shapes[param] and not (allows_less and is_less(shape, shapes[param])):
             raise PlanError(
                 f"the state of {quoted(name)} has shape {list(shape)}, but the parameter has shape "
                 f"{list(model.shapes[name])}",

@@ -52,7 +52,7 @@ def _cells(slots: Mapping[str, SlotValue], group: int | None) -> tuple[str, ...]
     shape, step = parameter_shape(slots), number_of(slots.get("step"))
     return (
         "" if shape is None else str(list(shape)),
-        ", ".join(printable(slot) for slot in slots if slot != "step"),
+        ", ".join(printable(str(slot)) for slot in slots if slot != "step"),
         "" if step is None else f"{step:g}",
         "" if group is None else str(group),
     )

@@ -194,13 +194,36 @@ def _unread_options(group: LiveGroup, defaults: Mapping[str, object] | None) -> 
             continue
         intended = intended_option(key, read_options)
         # Optimizers from other packages keep counters of their own in a group, so only a likely typo is reported.
-        if intended is not None or is_torch:
+        if is_torch or (intended is not None and str(key) not in _strings_in_methods(group.optimizer)):
             reader = "torch.optim" if defaults is None else _class_name(group)
             yield codes.OPTION_UNREAD.finding(
                 "",
                 f"{group.where}: {quoted(str(key))} is not read by {reader}",
                 f"did you mean {quoted(intended)}?" if intended is not None else "remove it, or correct its name",
             )
+
+
+def _strings_in_methods(optimizer: object) -> frozenset[str]:
+    """Return the strings in the methods of a class and of its bases outside torch: among them the options they use."""
+    kind = type(optimizer)
+    found: set[str] = set()
+    pending: list[object] = [
+        inspect.unwrap(getattr(method, "__func__", method))
+        for base in kind.__mro__
+        if base is not object and not base.__module__.startswith("torch.")
+        for method in vars(base).values()
+        if callable(method) or hasattr(method, "__func__")
+    ]
+    while pending:
+        item = pending.pop()
+        if isinstance(item, str):
+            found.add(item)
+        elif isinstance(item, tuple | frozenset):
+            pending += item
+        else:
+            code = getattr(item, "__code__", item)
+            pending += getattr(code, "co_consts", ())
+    return frozenset(found)
 
 
 def _class_name(group: LiveGroup) -> str:
