@@ -12,6 +12,7 @@ from torch import nn
 
 from ckptkit import preflight, validate_param_groups
 from ckptkit.core.findings import Finding
+from ckptkit.errors import GroupsError
 
 
 def findings(model: nn.Module) -> tuple[Finding, ...]:
@@ -106,6 +107,33 @@ def test_a_tied_model_of_transformers_that_lost_its_tie() -> None:
     assert findings(model) == ()
 
 
+TIED: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
+    "one tensor": lambda saved: saved.update({"head.weight": saved["embed.weight"]}),
+    "equal values": lambda saved: saved.update({"head.weight": saved["embed.weight"].clone()}),
+}
+
+
+@pytest.mark.parametrize("tie", TIED.values(), ids=TIED.keys())
+def test_a_tie_of_init_that_the_model_lost(tie: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """A tied model, a frozen model, and a checkpoint without the tie have no such finding."""
+    model = Language(False, False)
+    saved = {key: value.clone() for key, value in model.state_dict().items()}
+    assert "preflight.tie-lost" not in [finding.code for finding in preflight(model, init=saved).findings]
+    tie(saved)
+    found = [finding.code for finding in preflight(model, init=saved).findings]
+    assert found.count("preflight.tie-lost") == 1
+    for silent in (Language(False, True), Language(False, False).requires_grad_(False)):
+        assert "preflight.tie-lost" not in [finding.code for finding in preflight(silent, init=saved).findings]
+
+
+def test_a_head_that_init_does_not_have_may_be_a_lost_tie() -> None:
+    """The hint names the embedding."""
+    model = Language(False, False)
+    report = preflight(model, init={"embed.weight": model.embed.weight.detach().clone()})
+    (kept,) = [finding for finding in report.findings if finding.code == "preflight.kept"]
+    assert "'embed.weight'" in kept.hint
+
+
 def test_parameters_of_one_module_with_two_dtypes() -> None:
     """A linear layer with a bias in another dtype fails; norms in float32 beside layers in bfloat16 are usual."""
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).bfloat16()
@@ -113,3 +141,138 @@ def test_parameters_of_one_module_with_two_dtypes() -> None:
     assert findings(model) == ()
     model[0].weight = nn.Parameter(torch.ones(4, 4))
     assert [(finding.code, finding.severity) for finding in findings(model)] == [("groups.siblings", "warning")]
+
+
+class Hidden(nn.Module):
+    """A language model with one hidden matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.layers = nn.ModuleList([nn.Linear(4, 4, bias=False)])
+        self.lm_head = nn.Linear(4, 7, bias=False)
+
+
+def test_muon_is_for_hidden_matrices() -> None:
+    """Muon steps embeddings and heads as well, but is not made for them; AdamW may have them."""
+    model = Hidden()
+    report = validate_param_groups(model, torch.optim.Muon(model.parameters()))
+    assert [(finding.code, finding.key) for finding in report.findings] == [("groups.hidden-only", "embed.weight")]
+    assert "'lm_head.weight'" in report.findings[0].message
+    outer = [model.embed.weight, model.lm_head.weight]
+    healthy = [torch.optim.Muon(model.layers.parameters()), torch.optim.AdamW(outer)]
+    assert validate_param_groups(model, healthy).findings == ()
+    keys = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.0}
+    groups = [
+        {"params": [*model.layers.parameters()], "use_muon": True, **keys},
+        {"params": outer, "use_muon": False, "lr": 0.1, "betas": (0.9, 0.9), "eps": 1e-8, "weight_decay": 0.0},
+    ]
+    assert validate_param_groups(model, groups).findings == ()
+    groups[0]["params"] = [*model.parameters()]
+    assert "groups.hidden-only" in [finding.code for finding in validate_param_groups(model, groups[:1]).findings]
+
+
+def test_step_counts_with_moments_of_zero() -> None:
+    """The moments were not loaded, or were reset without the count; one parameter with a gradient of 0 is usual."""
+    model = two_layers()
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 4)).sum().backward()
+    model[0].get_parameter("weight").grad.zero_()  # type: ignore[union-attr]
+    optimizer.step()
+    assert validate_param_groups(model, optimizer).findings == ()
+    for state in optimizer.state.values():
+        state["exp_avg"].zero_()
+        state["exp_avg_sq"].zero_()
+    (finding,) = validate_param_groups(model, optimizer).findings
+    assert (finding.code, finding.severity) == ("groups.state-zero", "warning")
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """An optimizer with the marks of the package schedulefree."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1, "train_mode": True})
+
+    def step(self) -> None:  # type: ignore[override]
+        for parameter in self.param_groups[0]["params"]:
+            self.state[parameter]["z"] = parameter.detach().clone()
+
+
+def test_a_schedule_free_optimizer_in_train_mode_while_the_model_is_evaluated() -> None:
+    """schedulefree marks its mode in each group; before the first step the two kinds of weights are equal."""
+    model = two_layers()
+    optimizer = ScheduleFree(model.parameters())
+    model.eval()
+    assert validate_param_groups(model, optimizer).findings == ()
+    optimizer.step()
+    assert [finding.code for finding in validate_param_groups(model, optimizer).findings] == ["groups.train-mode"]
+    model.train()
+    assert validate_param_groups(model, optimizer).findings == ()
+
+
+class Computed(nn.Module):
+    """A model with a tensor that was computed from a parameter, and activations that it keeps."""
+
+    def __init__(self, change: Callable[[nn.Parameter], torch.Tensor]) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.scale = change(nn.Parameter(torch.ones(4)))
+        self.kept: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.kept = self.layer(x) * self.scale
+        return self.kept
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda values: values.to(torch.float64), lambda values: values * 0.02, lambda values: values.bfloat16().float()],
+    ids=["to", "product", "casts"],
+)
+def test_a_tensor_that_was_computed_from_a_parameter_never_trains(change: Callable[..., torch.Tensor]) -> None:
+    """Kept activations have no finding, and the dry step copies both."""
+    model = Computed(change)
+    model(torch.ones(1, 4))
+    (finding,) = findings(model)
+    assert (finding.code, finding.key) == ("groups.unregistered", "scale")
+    report = preflight(model, dry_step=lambda copy: copy(torch.ones(1, 4)).sum())
+    assert report.step is not None
+    assert report.step.gradients == 2
+    model = Computed(lambda values: values)
+    model(torch.ones(1, 4))
+    assert findings(model) == ()
+
+
+LAZY: dict[str, Any] = {"live": torch.optim.AdamW, "class": "AdamW", "none": None}
+
+
+@pytest.mark.parametrize("kind", LAZY)
+def test_a_lazy_model_has_a_report(kind: str) -> None:
+    """The dry step makes the parameters on the copy; those of the model stay without a shape."""
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
+    optimizer = LAZY[kind](model.parameters()) if kind == "live" else LAZY[kind]
+    report = preflight(model, optimizer=optimizer, dry_step=lambda copy: copy(torch.randn(8, 3)).square().mean())
+    assert [(finding.code, finding.key) for finding in report.findings if finding.severity == "warning"] == [
+        ("groups.lazy", "0.weight")
+    ]
+    assert report.step is not None
+    assert report.step.gradients == 6
+    assert isinstance(model[0].weight, nn.UninitializedParameter)
+
+
+def test_a_value_over_a_method_that_lists_parameters_is_refused() -> None:
+    """Nothing can be checked without the method."""
+    for name in ("parameters", "named_modules", "state_dict"):
+        model = two_layers()
+        model[0].__dict__[name] = None
+        with pytest.raises(GroupsError, match=rf"'0' has a NoneType in place of the method {name}\(\)"):
+            preflight(model)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_a_scripted_model_gets_no_dry_step() -> None:
+    """A copy of it runs with the parameters of the original, which would get gradients."""
+    model = torch.jit.script(two_layers())
+    report = preflight(model, dry_step=lambda copy: copy(torch.ones(1, 4)).sum())
+    assert [finding.code for finding in report.findings] == ["preflight.no-copy"]
+    assert all(parameter.grad is None for parameter in model.parameters())

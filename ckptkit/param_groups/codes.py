@@ -80,6 +80,12 @@ DECAY = Code("groups.decay", ("note",), "Weight decay acts on vectors: norms, bi
 SHARED_LR = Code("groups.shared-lr", ("warning",), "Several groups share one tensor as their lr.")
 MANY = Code("groups.many", ("note",), "Many groups have the same options, which makes each step slow.")
 MATRICES_ONLY = Code("groups.matrices-only", ("error", "warning"), "Muon gets a parameter that is not a matrix.")
+HIDDEN_ONLY = Code(
+    "groups.hidden-only", ("warning",), "Muon gets the weight of an embedding or of the output layer of the model."
+)
+TRAIN_MODE = Code(
+    "groups.train-mode", ("warning",), "A schedule-free optimizer is in train mode while the model is in eval mode."
+)
 ONE_GROUP = Code("groups.one-group", ("error",), "The optimizer class takes one group only and has several.")
 DECOUPLED = Code(
     "groups.decoupled",
@@ -109,6 +115,9 @@ STATE_STEPS = Code(
 STATE_ABSENT = Code("groups.state-absent", ("note",), "Only some parameters of the optimizer have state.")
 STATE_EMPTY = Code("groups.state-empty", ("warning",), "The scheduler is past step 0, but the optimizer has no state.")
 STATE_VALUE = Code("groups.state-value", ("error",), "The state of a parameter holds NaN, Inf or an impossible number.")
+STATE_ZERO = Code(
+    "groups.state-zero", ("warning",), "Parameters have made steps, but every other value of the state is 0."
+)
 STATE_SHARED = Code("groups.state-shared", ("error",), "A state tensor shares memory with another one or a parameter.")
 STATE_DEAD = Code("groups.state-dead", ("note",), "The optimizer keeps state for tensors that the model does not have.")
 

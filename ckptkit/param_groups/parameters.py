@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import named_of, shape_or_none
 from ckptkit.core.torch_types import Module, Parameter, Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.wrappers.table import SEGMENTS
 
-__all__ = ["LiveModel", "LiveParameter", "read_live_model"]
+__all__ = ["LiveModel", "LiveParameter", "check_methods", "read_live_model"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,6 +136,7 @@ def read_live_model(model: Module) -> LiveModel:
             f"the model is a {type(model).__name__}, not a torch.nn.Module",
             hint="give the live module that will train: parameters are compared by identity",
         )
+    check_methods(model)
     # Two flat dicts, not one list for each parameter: the garbage collector would have to visit every list.
     first: dict[int, tuple[str, Parameter]] = {}
     others: dict[int, list[str]] = {}
@@ -159,6 +161,32 @@ def true_shape(tensor: Tensor) -> tuple[int, ...] | None:
     """Return the shape of a parameter, under DeepSpeed ZeRO-3 of the whole one; None where it has no shape."""
     whole = getattr(tensor, "ds_shape", None)
     return shape_or_none(tensor) if whole is None else tuple(whole)
+
+
+_READ = frozenset(
+    f"{prefix}{kind}" for kind in ("parameters", "modules", "children", "buffers") for prefix in ("", "named_")
+) | {"state_dict"}
+
+
+def check_methods(model: Module) -> None:
+    """Raise ``GroupsError`` if a value was assigned over a method that lists the parts of a module of ``model``."""
+    stack = [("", model)]
+    seen: set[int] = set()
+    while stack:
+        path, module = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        attributes = vars(module)
+        for name in attributes.keys() & _READ:
+            if not callable(attributes[name]):
+                raise GroupsError(
+                    f"{quoted(path) if path else 'the model'} has a {type(attributes[name]).__name__} in place of the "
+                    f"method {name}(): the assignment hides the method",
+                    hint=f"delete the attribute: del module.{name}",
+                )
+        children = attributes.get("_modules", {})
+        stack += [(f"{path}.{key}" if path else key, child) for key, child in children.items() if child is not None]
 
 
 def bare_name(name: str) -> str:

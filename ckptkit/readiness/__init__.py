@@ -9,7 +9,8 @@ from typing import Any
 from ckptkit.comparison import diff_checkpoints
 from ckptkit.core.findings import Finding
 from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.core.text import listed
+from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, shape_or_none
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.formats.codes import unread_findings
@@ -107,6 +108,10 @@ def preflight(
     if groups is not None:
         groups = parse_spec(groups)
         entries += parse_ignore(groups.ignore)
+    lazy = [name for name, tensor in model.named_parameters() if shape_or_none(tensor) is None]
+    if lazy:
+        report = _preflight_lazy(model, lazy, groups, optimizer, dry_step)
+        return ignore_findings(report, entries, bare_name=bare_name)
     state = as_checkpoint(model, "model")
     not_judged: list[str] = []
     with restored_flags(model):
@@ -166,6 +171,38 @@ def preflight(
     return ignore_findings(report, entries, bare_name=bare_name)
 
 
+def _preflight_lazy(
+    model: Module,
+    lazy: Sequence[str],
+    groups: SpecLike | None,
+    optimizer: OptimizerLike | None,
+    dry_step: LossFunction | None,
+) -> Preflight:
+    """Return the report on a model with parameters that have no shape yet: only a dry step can say more."""
+    not_judged = ["loading, values, dtypes and memory: the first forward pass has not made all parameters"]
+    first = group_codes.LAZY.finding(
+        lazy[0],
+        f"the first forward pass will make {listed(lazy, 4)}",
+        "run the model once on a sample batch, and then run this check and build the optimizer",
+        severity="warning",
+    )
+    findings = [first]
+    training = Training(frozen=frozenset(name for name, tensor in model.named_parameters() if not tensor.requires_grad))
+    if groups is None:
+        with restored_flags(model):
+            training = find_training(model, None, optimizer, None)
+        findings += [finding for finding in training.findings if finding.code != first.code]
+    else:
+        not_judged.append("param groups: a spec needs the shapes of the parameters")
+    step = None
+    if dry_step is not None:
+        step, more, _ = run_dry_step(
+            model, training.frozen, dry_step, lambda made: _optimizers_of_copy(model, made, training, optimizer)
+        )
+        findings += more
+    return Preflight(tuple(findings), GroupsError, groups=(), step=step, not_judged=tuple(not_judged))
+
+
 def _is_answered(finding: Finding, varied: frozenset[str]) -> bool:
     """Return whether a dry step answers a finding: it shows which statistics change, and what trains from one value."""
     is_constant = finding.code in {codes.ZERO.name, codes.CONSTANT.name}
@@ -190,7 +227,7 @@ def _check_init(
     problems = find_quantized_problems(inspected.state, opened, key_map, "initial checkpoint")
     section = compare_init(inspected, result, opened, problems)
     findings = [*unread_findings(opened.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
-    findings += [*check_init(inspected, section, result, fresh)]
+    findings += [*check_init(inspected, section, result, opened, fresh)]
     return section, [*findings, *check_values(inspected, section)]
 
 

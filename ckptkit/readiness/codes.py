@@ -18,6 +18,9 @@ KEPT = Code("preflight.kept", ("warning", "note"), "Tensors that train are not i
 FROZEN_AT_INIT = Code(
     "preflight.frozen-at-init", ("warning",), "Frozen tensors are not in the initial checkpoint, so they stay at init."
 )
+TIE_LOST = Code(
+    "preflight.tie-lost", ("warning",), "Tensors that init has tied, or equal, are separate parameters of the model."
+)
 NOT_LOADED = Code("preflight.not-loaded", ("note",), "The model does not have the values of init yet.")
 PARTLY_LOADED = Code(
     "preflight.partly-loaded", ("warning",), "The model has the values of the initial checkpoint in some tensors only."

@@ -46,10 +46,13 @@ def run_dry_step(
     if not callable(loss):
         message = f"dry_step is {kind_of(loss)}, not a function"
         return DryStep(None, "", 0, 0, 0), [codes.STEP_FAILED.finding("", message, _LOSS_CONTRACT)], frozenset()
+    if reason := _reason_not_copied(model):
+        message = f"no dry step was made, because the model cannot be copied: {reason}"
+        return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)], frozenset()
     devices = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
     with torch.random.fork_rng(devices), _restored_generators():
         try:
-            model_copy = copy.deepcopy(model)
+            model_copy = copy.deepcopy(model, _copied_tensors(model))
             _refuse_other_copy(model, model_copy)
             for tensor in model_copy.parameters():
                 tensor.grad = None
@@ -60,6 +63,27 @@ def run_dry_step(
             message = f"no dry step was made, because the model cannot be copied: {first_line(error)}"
             return DryStep(None, "", 0, 0, 0), [codes.NO_COPY.finding("", message)], frozenset()
         return _step(model, model_copy, frozen, loss, stepping)
+
+
+def _reason_not_copied(model: Module) -> str:
+    """Return why a copy would not be independent of the model, or an empty string."""
+    import torch
+
+    if any(isinstance(module, torch.jit.ScriptModule) for module in model.modules()):
+        return "the forward pass of a copied ScriptModule uses the parameters of the original"
+    return ""
+
+
+def _copied_tensors(model: Module) -> dict[int, Any]:
+    """Return copies, by ``id()``, of the tensors that deepcopy refuses: with a graph, or without a shape."""
+    import torch
+    from torch.nn.parameter import UninitializedBuffer
+
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    copies = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
+    lazy = [buffer for buffer in model.buffers() if isinstance(buffer, UninitializedBuffer)]
+    made = {id(buffer): UninitializedBuffer() for buffer in lazy}
+    return {**copies, **made}
 
 
 @contextlib.contextmanager

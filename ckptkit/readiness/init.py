@@ -153,9 +153,9 @@ def check_quantized(problems: Sequence[QuantizedProblem], code: Code) -> Iterato
 
 
 def check_init(
-    inspected: InspectedModel, init: Init, result: StateDictDiff, fresh: str | Sequence[str]
+    inspected: InspectedModel, init: Init, result: StateDictDiff, opened: Checkpoint, fresh: str | Sequence[str]
 ) -> Iterator[Finding]:
-    """Yield findings about the initial checkpoint; ``fresh`` are patterns of keys that must stay at init.
+    """Yield findings about the initial checkpoint ``opened``; ``fresh`` are patterns of keys that must stay at init.
 
     Raises ``RuleError`` for a pattern that matches no key of the model.
     """
@@ -175,6 +175,7 @@ def check_init(
                 keys=filled,
             )
     yield from _kept_findings(inspected, by_key, patterns)
+    yield from _tie_findings(inspected, result, opened)
     for pair in result.uncopyable:
         message = f"{quoted(pair.key)} is {pair.expected}, and {pair.found} in init, which torch does not copy"
         yield codes.INIT_REFUSED.finding(pair.key, message, "convert the checkpoint first: ckpt convert")
@@ -225,13 +226,64 @@ def _kept_findings(
             is_note = len(intended) == len(trains)
             verb = "stays" if len(trains) == 1 else "stay"
             pattern = quoted(trains[0] if len(trains) == 1 else f"{module}.*")
+            embedding = next((found for key in trains if (found := _embedding_like(inspected, key)) not in kept), None)
+            tie = f"if init ties it to {quoted(embedding)}, tie it in the model too; " if embedding else ""
             yield codes.KEPT.finding(
                 trains[0],
                 f"{_tensors_of(module, trains, keys)} {verb} at init: {kept[trains[0]].why}",
-                "" if is_note else f"if this is intended, pass fresh = {pattern}",
+                "" if is_note else f"{tie}if this is intended, pass fresh = {pattern}",
                 severity="note" if is_note else "warning",
                 keys=trains,
             )
+
+
+def _embedding_like(inspected: InspectedModel, key: str) -> str | None:
+    """Return the weight of an embedding that has the shape of the linear weight ``key``, or None."""
+    from torch.nn import Embedding, Linear
+
+    path, _, leaf = key.rpartition(".")
+    modules = dict(inspected.model.named_modules())
+    if leaf != "weight" or not isinstance(modules.get(path), Linear):
+        return None
+    shape = inspected.state[key].shape
+    names = (f"{name}.weight" for name, module in modules.items() if isinstance(module, Embedding))
+    return next((name for name in names if name in inspected.state and inspected.state[name].shape == shape), None)
+
+
+def _tie_findings(inspected: InspectedModel, result: StateDictDiff, opened: Checkpoint) -> Iterator[Finding]:
+    """Yield a finding for tensors that train apart in the model, and are one tensor or equal in init."""
+    found = {pair.key: pair.found for pair in result.matched if pair.key in inspected.parameters}
+    first_of = {key: keys[0] for keys in tied_keys(inspected.state.values()) for key in keys}
+    saved: dict[str, list[str]] = {}
+    for key, info in found.items():
+        saved.setdefault(info.key, []).append(key)
+    groups = [[key for name in names for key in saved.get(name, ())] for names in tied_keys(found.values())]
+    tied = {key for keys in groups for key in keys}
+    pairs = [(key, embedding) for key in found if (embedding := _embedding_like(inspected, key)) is not None]
+    equal = [
+        [embedding, key]
+        for key, embedding in pairs
+        if embedding in found
+        and not {key, embedding} <= tied
+        and _are_equal(opened, found[key].key, found[embedding].key)
+    ]
+    for keys, how in [*((keys, "one tensor") for keys in groups), *((keys, "equal") for keys in equal)]:
+        apart = list(dict.fromkeys(first_of.get(key, key) for key in keys))
+        if len(apart) > 1 and not inspected.frozen.issuperset(apart):
+            yield codes.TIE_LOST.finding(
+                apart[-1],
+                f"{listed(apart, _SHOWN)} are {how} in init, but separate parameters of the model, which train apart",
+                "tie them after the load and before the optimizer is built, as by model.tie_weights()",
+            )
+
+
+def _are_equal(opened: Checkpoint, first: str, second: str) -> bool:
+    if first not in opened or second not in opened or opened[first].shape != opened[second].shape:
+        return False
+    try:
+        return same_values(opened.read(first), opened.read(second))
+    except TypeError:  # a dtype that this torch does not have
+        return False
 
 
 def _tensors_of(module: str, some: Sequence[str], keys: Sequence[str]) -> str:

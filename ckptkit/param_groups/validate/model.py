@@ -180,6 +180,7 @@ def _joined(names: Sequence[str]) -> str:
 
 
 _MAX_DEPTH = 4
+_MAX_OPERATIONS = 8  # as in nn.Parameter(x).to(device) * 0.02
 _MAX_ITEMS = 10_000  # a module can keep a whole data set in a list
 _PLAIN_TYPES = frozenset({bool, int, float, str, bytes, type(None)})
 
@@ -209,9 +210,9 @@ def find_unregistered(live_model: LiveModel) -> list[UnregisteredTensors]:
 class _Search:
     def __init__(self, live_model: LiveModel) -> None:
         from torch import Tensor
-        from torch.nn import Module, RNNBase
+        from torch.nn import Module, Parameter, RNNBase
 
-        self._module, self._tensor, self._rnn = Module, Tensor, RNNBase
+        self._module, self._tensor, self._rnn, self._parameter = Module, Tensor, RNNBase, Parameter
         self._torch_attributes = frozenset(vars(Module()))
         self._parameters = live_model.parameters
         self._seen: set[int] = set()
@@ -257,8 +258,29 @@ class _Search:
             yield from self.search_modules(module, path)
 
     def _is_unregistered(self, tensor: Tensor) -> bool:
-        is_trainable = tensor.requires_grad and tensor.is_leaf
-        return is_trainable and id(tensor) not in self._parameters and not flat_names(tensor)
+        if not tensor.requires_grad or id(tensor) in self._parameters or flat_names(tensor):
+            return False
+        return tensor.is_leaf or self._is_of_lost_parameter(tensor)
+
+    def _is_of_lost_parameter(self, tensor: Tensor) -> bool:
+        """Return whether few operations computed ``tensor`` from parameters that are not in the model.
+
+        Activations that a module keeps come from parameters of the model, or by many operations.
+        """
+        stack, leaves, seen = [tensor.grad_fn], [], 0
+        while stack:
+            node: Any = stack.pop()
+            seen += 1
+            if node is None:
+                continue
+            if seen > _MAX_OPERATIONS:
+                return False
+            if hasattr(node, "variable"):
+                leaves.append(node.variable)
+            stack += [following for following, _ in node.next_functions]
+        return bool(leaves) and all(
+            isinstance(leaf, self._parameter) and id(leaf) not in self._parameters for leaf in leaves
+        )
 
 
 def unregistered_finding(part: UnregisteredTensors, held_ids: Collection[int]) -> Finding:
@@ -271,7 +293,15 @@ def unregistered_finding(part: UnregisteredTensors, held_ids: Collection[int]) -
         description = f"({part.kind}, {plural(count, 'trainable parameter')}, {size}) is {where}"
         hint = "register it: nn.ModuleList for a list, nn.ModuleDict for a dict"
     else:
-        shape = tuple(part.tensors[0][1].shape)
+        tensor = part.tensors[0][1]
+        shape = tuple(tensor.shape)
+        if not tensor.is_leaf:
+            return codes.UNREGISTERED.finding(
+                part.path,
+                f"{quoted(part.path)} {shape} is computed from an nn.Parameter, as by .to() or .cuda(), and is "
+                f"{where}, not a parameter: it never trains, and state_dict() does not save it",
+                "compute the values first, and make the nn.Parameter last: nn.Parameter(values.to(device))",
+            )
         description = f"{shape} is a trainable tensor {where}, not a parameter"
         hint = "make it an nn.Parameter of the module, or put several into an nn.ParameterList or nn.ParameterDict"
     if in_groups == count:

@@ -34,9 +34,10 @@ def owner_of_buffer(model: Module, name: str, frozen: Collection[str]) -> str | 
 
     The module is the nearest one around the buffer that has parameters; the model itself does not count.
     """
+    modules = dict(model.named_modules())  # a ScriptModule has no get_submodule()
     path = name.rpartition(".")[0]
     while path:
-        names = [f"{path}.{inner}" for inner, _ in model.get_submodule(path).named_parameters()]
+        names = [f"{path}.{inner}" for inner, _ in modules[path].named_parameters()]
         if names:
             return path if all(inner in frozen for inner in names) else None
         path = path.rpartition(".")[0]
@@ -48,7 +49,7 @@ def is_running_statistic(model: Module, name: str) -> bool:
     from torch.nn.modules.batchnorm import _NormBase
 
     path, _, leaf = name.rpartition(".")
-    return isinstance(model.get_submodule(path), _NormBase) or leaf.startswith(("running_", "moving_"))
+    return isinstance(dict(model.named_modules())[path], _NormBase) or leaf.startswith(("running_", "moving_"))
 
 
 def _check_frozen_norms(live_model: LiveModel) -> Iterator[Finding]:
@@ -102,6 +103,10 @@ def _check_assignments(live_model: LiveModel) -> Iterator[Finding]:
     yield from (assignment.finding(names) for assignment, names in found.items() if not assignment.is_ignored)
 
 
+def _label(name: str) -> str:
+    return quoted(name) if name else "the model"
+
+
 def _shown(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) or value is None else f"a {type(value).__name__}"
 
@@ -138,7 +143,7 @@ class _Assignment:
 
     def finding(self, names: Sequence[str]) -> Finding:
         """Return the finding about the modules or parameters ``names``, which all have this value."""
-        where, has = listed([name or "the model" for name in names], _SHOWN), "has" if len(names) == 1 else "have"
+        where, has = listed(names, _SHOWN, show=_label), "has" if len(names) == 1 else "have"
         key, kind, value = self.key, self.kind, self.value
         is_contradicted = isinstance(value, bool) and self.trains is not None and value != self.trains
         effect = ""
@@ -268,7 +273,7 @@ def _check_siblings(live_model: LiveModel) -> Iterator[Finding]:
                 parts = [f"{quoted(live.name)} is {str(value).removeprefix('torch.')}" for value, live in found.items()]
                 yield codes.SIBLINGS.finding(
                     next(reversed(found.values())).name,
-                    f"the parameters of {quoted(path or 'the model')} have several {what}s: {' and '.join(parts[:3])}",
+                    f"the parameters of {_label(path)} have several {what}s: {' and '.join(parts[:3])}",
                     f"convert the whole module: .to(), and load or replace parameters in its {what}",
                     severity="warning" if is_torch else "note",
                 )

@@ -20,7 +20,7 @@ from ckptkit.param_groups.live import (
     member_names,
     unwrap_optimizer,
 )
-from ckptkit.param_groups.parameters import LiveModel
+from ckptkit.param_groups.parameters import LiveModel, bare_name
 from ckptkit.param_groups.spec import is_tensor
 from ckptkit.param_groups.validate.options import BOOKKEEPING, read_number
 
@@ -39,9 +39,11 @@ _MUON_KEYS = {
 def check_optimizer_rules(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> Iterator[Finding]:
     """Yield a finding for each group for which a step fails, or is not the step of the optimizer class."""
     for optimizer in optimizers:
+        yield from _check_hidden(live_model, optimizer)
         if optimizer.instance is None:
             yield from _check_muon_groups(live_model, optimizer)
             continue
+        yield from _check_mode(live_model, optimizer)
         if optimizer.schema is None:
             continue
         if optimizer.schema.name == "Muon":
@@ -66,6 +68,71 @@ def _check_matrices(live_model: LiveModel, label: str, members: Sequence[Member]
                 "steps only matrices: add_param_group() accepts it, but the first step fails",
                 "give vectors, embeddings and convolutions to a second optimizer, such as AdamW",
             )
+
+
+def _is_stepped_by_muon(optimizer: LiveOptimizer, group: LiveGroup) -> bool:
+    """Return whether Muon steps a group: the classes of Muon mark the groups that they step in another way."""
+    options = group.options
+    if "use_muon" in options:
+        return bool(options["use_muon"])
+    if "algorithm" in options:
+        return str(options["algorithm"]).lower() == "muon"
+    return optimizer.instance is not None and "muon" in optimizer.class_name.lower() and not options.get("use_fallback")
+
+
+# What libraries call the layer that makes the logits.
+_HEADS = frozenset(
+    {"classifier", "embed_out", "fc", "head", "lm_head", "logits", "output", "output_layer", "score", "unembed"}
+)
+
+
+def _check_hidden(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:
+    """Yield a finding for each group of Muon that holds embeddings or the output layer."""
+    for group in optimizer.groups:
+        if not _is_stepped_by_muon(optimizer, group):
+            continue
+        found = [
+            member
+            for member in optimizer.members_of(group)
+            if len(member.shape or ()) == 2 and _is_outer_weight(live_model, member)
+        ]
+        if found:
+            weights = (
+                "the weight of an embedding or output layer"
+                if len(found) == 1
+                else (f"{len(found):,} weights of embeddings or output layers")
+            )
+            yield codes.HIDDEN_ONLY.finding(
+                member_name(live_model, found[0]),
+                f"{group.where} gives Muon {weights}: {member_names(live_model, found)}; Muon is for the matrices of "
+                "hidden layers",
+                "give embeddings, heads and vectors to a second optimizer, such as AdamW",
+            )
+
+
+def _is_outer_weight(live_model: LiveModel, member: Member) -> bool:
+    """Return whether a member is the weight of an embedding or of the layer that makes the output."""
+    live = live_model.parameters.get(id(member.tensor))
+    for name in () if live is None else (live.name, *live.aliases):
+        *path, leaf = bare_name(name).split(".")
+        module = live_model.modules.get(".".join(path))
+        if module is not None and "Embedding" in type(module).__name__ and leaf == "weight":
+            return True
+        if path and path[-1] in _HEADS and not any(part.isdigit() for part in path):
+            return True
+    return False
+
+
+def _check_mode(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:
+    """Yield a finding if a schedule-free optimizer holds the weights of training, but the model is evaluated."""
+    waiting = [group for group in optimizer.groups if group.options.get("train_mode") is True]
+    if waiting and not live_model.model.training and getattr(optimizer.instance, "state", None):
+        yield codes.TRAIN_MODE.finding(
+            "",
+            f"{optimizer.label} is in train mode, but the model is in eval mode: the parameters are the points where "
+            "gradients are taken, not the averaged weights",
+            "call optimizer.eval() before you evaluate or save the model, and optimizer.train() before you train",
+        )
 
 
 def _check_muon_groups(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:

@@ -38,6 +38,7 @@ def check_state(live_model: LiveModel, optimizers: Sequence[LiveOptimizer]) -> I
         found = ((member, state.get(member.tensor)) for member in members.values())
         states = [(member, slots) for member, slots in found if isinstance(slots, Mapping) and slots]
         yield from _check_dead(live_model, optimizer, states)
+        yield from _check_zero(live_model, optimizer, states)
         if optimizer.schema is not None and not optimizer.schema.has_shared_state:
             yield from _check_slots(live_model, optimizer, optimizer.schema, states)
             yield from _check_steps(live_model, optimizer, states)
@@ -78,6 +79,32 @@ def _check_dead(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequenc
             f"model does not have: {member_names(live_model, [member for member, _ in dead])}",
             REBIND_HINT,
         )
+
+
+def _check_zero(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequence[MemberState]) -> Iterator[Finding]:
+    """Yield a finding if every parameter has made steps, and all its other values of state are 0."""
+    counts = {id(member): count for count, member in _step_counts(states)}
+    stepped = [(member, slots) for member, slots in states if counts.get(id(member), 0) > 0]
+    if not stepped or not any(_moments(slots) for _, slots in stepped):
+        return
+    if any(bool(moment.any()) for _, slots in stepped for moment in _moments(slots)):
+        return
+    members = [member for member, _ in stepped]
+    yield codes.STATE_ZERO.finding(
+        member_name(live_model, members[0]),
+        f"{optimizer.label} counts up to {max(counts.values()):g} steps, but all other values in the state of "
+        f"{member_names(live_model, members)} are 0, so the bias correction no longer fits",
+        "load the state again from an intact file, or start without state: optimizer.state.clear()",
+    )
+
+
+def _moments(slots: Mapping[str, object]) -> list[Any]:
+    """Return the tensors of the state of a parameter that are not one number and have values."""
+    return [
+        value
+        for name, value in slots.items()
+        if name != "step" and is_tensor(value) and value.numel() > 1 and not value.is_meta
+    ]
 
 
 def _check_slots(
