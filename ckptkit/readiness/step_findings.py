@@ -244,10 +244,12 @@ def _of_other_losses(step: Step, absent: Sequence[str]) -> Iterator[str]:
 
 def _is_skipped(name: str, step: Step, graph: Graph) -> bool:
     """Return whether the forward pass left out one expert or layer of several by design, and used others."""
-    if graph.cause(name)[0] != "unused" or not (_EXPERT.search(name) or _has_layerdrop(step.model)):
-        return False
     pattern = _without_numbers(name)
-    return any(_without_numbers(other) == pattern for other in step.grads)
+    if graph.cause(name)[0] != "unused" or pattern == name:
+        return False
+    if _EXPERT.search(name):
+        return any(_without_numbers(other) == pattern for other in step.grads)
+    return _has_layerdrop(step.model)
 
 
 def _without_numbers(name: str) -> str:

@@ -80,10 +80,9 @@ def _is_stepped_by_muon(optimizer: LiveOptimizer, group: LiveGroup) -> bool:
     return optimizer.instance is not None and "muon" in optimizer.class_name.lower() and not options.get("use_fallback")
 
 
-# What libraries call the layer that makes the logits.
-_HEADS = frozenset(
-    {"classifier", "embed_out", "fc", "head", "lm_head", "logits", "output", "output_layer", "score", "unembed"}
-)
+# What libraries call the layer that makes the logits. The second set has names that small models use for any layer.
+_LOGITS = frozenset({"embed_out", "lm_head", "unembed"})
+_HEADS = frozenset({"classifier", "fc", "head", "logits", "output", "output_layer", "score"})
 
 
 def _check_hidden(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[Finding]:
@@ -111,15 +110,17 @@ def _check_hidden(live_model: LiveModel, optimizer: LiveOptimizer) -> Iterator[F
 
 
 def _is_outer_weight(live_model: LiveModel, member: Member) -> bool:
-    """Return whether a member is the weight of an embedding or of the layer that makes the output."""
+    """Return whether a member is the weight of an embedding, or of the layer that makes the output of a deep model."""
     live = live_model.parameters.get(id(member.tensor))
     for name in () if live is None else (live.name, *live.aliases):
         *path, leaf = bare_name(name).split(".")
         module = live_model.modules.get(".".join(path))
         if module is not None and "Embedding" in type(module).__name__ and leaf == "weight":
             return True
-        if path and path[-1] in _HEADS and not any(part.isdigit() for part in path):
-            return True
+        if path and not any(part.isdigit() for part in path):
+            is_deep = any(part.isdigit() for other in live_model.by_name for part in other.split("."))
+            if path[-1] in _LOGITS or (path[-1] in _HEADS and is_deep):
+                return True
     return False
 
 
