@@ -89,6 +89,7 @@ def check_forward(step: Step, before: Mapping[str, Parameter], buffers: Iterable
             f"the first forward pass made {listed(made, _SHOWN)}, which {effect}",
             "make the parameters in __init__(), or run the model once on a sample batch before you build the optimizer",
             severity=severity,
+            keys=made,
         )
     replaced = [name for name, tensor in step.parameters.items() if before.get(name, tensor) is not tensor]
     if replaced:
@@ -97,6 +98,7 @@ def check_forward(step: Step, before: Mapping[str, Parameter], buffers: Iterable
             f"the forward pass replaced {listed(replaced, _SHOWN)} by a new object, which {effect}",
             "write the values in place under no_grad(): parameter.copy_(values)",
             severity=severity,
+            keys=replaced,
         )
     yield from _check_buffers(step, buffers)
 
@@ -129,6 +131,7 @@ def _check_buffers(step: Step, buffers: Iterable[str]) -> Iterator[Finding]:
             f"the forward pass changed {listed(others, _SHOWN)}, {plural(len(others), 'buffer')} of frozen modules",
             "call .eval() on the frozen modules if these values must stay",
             severity="note",
+            keys=others,
         )
 
 
@@ -202,6 +205,7 @@ def check_gradients(step: Step, graph: Graph, loss: float) -> Iterator[Finding]:
             not_finite[0],
             f"the gradient of {listed(not_finite, _SHOWN)} is not finite",
             "scale the loss down, or run in float32, to find the layer where NaN or Inf begins",
+            keys=not_finite,
         )
     yield from _check_zero(step, graph)
 
@@ -213,13 +217,14 @@ def _check_absent(step: Step, graph: Graph) -> Iterator[Finding]:
     faults = [name for name in absent if name not in others and name not in skipped]
     for (cause, module), names in _by_cause(faults, graph).items():
         seen, hint = _cause_text(cause, module, len(names))
-        yield codes.NO_GRADIENT.finding(names[0], f"{listed(names, _SHOWN)} got no gradient: {seen}", hint)
+        yield codes.NO_GRADIENT.finding(names[0], f"{listed(names, _SHOWN)} got no gradient: {seen}", hint, keys=names)
     if skipped:
         yield codes.NO_GRADIENT.finding(
             skipped[0],
             f"{listed(skipped, _SHOWN)} got no gradient: the forward pass used other experts or layers for this batch",
             "DDP needs find_unused_parameters=True for parameters that a batch does not use",
             severity="note",
+            keys=skipped,
         )
     if others:
         first = next(name for name in absent if name in others)
@@ -282,6 +287,7 @@ def _check_zero(step: Step, graph: Graph) -> Iterator[Finding]:
             "all zero, as B of LoRA",
             "this ends with the first step, which changes that factor",
             severity="note",
+            keys=by_construction,
         )
     rest = [name for name in zero if name not in by_construction]
     if rest:
@@ -289,6 +295,7 @@ def _check_zero(step: Step, graph: Graph) -> Iterator[Finding]:
             rest[0],
             f"the gradient of {listed(rest, _SHOWN)} is 0 everywhere, for this batch",
             "possible causes: dead units, a constant loss, or a later layer that is all zero",
+            keys=rest,
         )
 
 
@@ -311,6 +318,7 @@ def check_moves(step: Step, moved: Sequence[str]) -> Iterator[Finding]:
             f"{listed(names, _SHOWN)} got a gradient, but the step did not change the values: {reason}",
             hint,
             severity="note" if is_note else "warning",
+            keys=names,
         )
     yield from _check_frozen(step, [name for name in moved if name in step.frozen])
 
@@ -346,6 +354,7 @@ def _check_frozen(step: Step, names: Sequence[str]) -> Iterator[Finding]:
             f"{_are_frozen(in_forward)}: the forward or backward pass writes to {_them(in_forward)}, before the step "
             "of the optimizer",
             "remove the code that writes to a frozen parameter, or keep the values in a buffer",
+            keys=in_forward,
         )
     trained = {address(tensor): name for name, tensor in step.parameters.items() if name not in step.frozen}
     for number, optimizer in enumerate(step.optimizers):
@@ -360,6 +369,7 @@ def _check_frozen(step: Step, names: Sequence[str]) -> Iterator[Finding]:
                 f"{_are_frozen(held)}: the step of {type(optimizer).__name__} changed {_them(held)}, because its "
                 "groups hold frozen parameters, and it steps parameters without a gradient (weight decay, momentum)",
                 "remove the frozen parameters from the groups",
+                keys=held,
             )
     rest = [name for name in names if name not in step.written and id(step.parameters[name]) not in step.groups]
     for name in rest:

@@ -101,6 +101,7 @@ def _check_shared_modules(live_model: LiveModel, tied: Sequence[LiveParameter]) 
                 others[0],
                 f"{_joined(others)} {verb} the same module as {quoted(first)}, so its {parameters} train once",
                 "copy.deepcopy() one of the modules if they must not share parameters",
+                keys=others,
             )
 
 

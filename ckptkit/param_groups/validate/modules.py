@@ -75,6 +75,7 @@ def _check_frozen_norms(live_model: LiveModel) -> Iterator[Finding]:
             f"{listed(found, _SHOWN)} {verb} frozen but in train mode: each forward pass changes {own} running "
             "statistics",
             "call .eval() on the frozen modules after each model.train()",
+            keys=found,
         )
 
 
@@ -155,6 +156,7 @@ class _Assignment:
                 f"{where} {has} the attribute {key} = {value}, which torch does not read for a {kind}{effect}",
                 f"call {kind}.requires_grad_({value})",
                 severity="warning" if key.strip("_") == "trainable" else "error",
+                keys=names,
             )
         call = f"{key}({value})" if key in {"requires_grad_", "train"} else f"{key}()"
         if key == "eval" and value is False:
@@ -164,6 +166,7 @@ class _Assignment:
             f"{where} {has} the value {value} in place of the method {key}(): the assignment hides the method"
             f"{effect}, and the next call of {key}() fails",
             f"delete the attribute, del {kind}.{key}, and call the method: {kind}.{call}",
+            keys=names,
         )
 
 

@@ -167,7 +167,7 @@ def check_options(groups: Iterable[LiveGroup]) -> Iterator[Finding]:
         found = get_or_none(group.optimizer, "defaults")
         defaults: Mapping[str, object] | None = found if isinstance(found, Mapping) else None
         for key in group.options:
-            if defaults is not None and defaults.get(key, 0) is None:
+            if defaults is not None and defaults.get(key, 0) is None and key not in _FLAGS:
                 continue
             fault = find_option_fault(key, group.options, None if group.optimizer is None else type(group.optimizer))
             if fault is not None:

@@ -167,6 +167,7 @@ def _other_layout(live_model: LiveModel, slot: str, strides: Mapping[Member, tup
         f"{tuple(members[0].tensor.stride())}: a fused step reads both in the order of memory, so it takes the state "
         "of other elements",
         "rebind(optimizer, model) lays the state out like its parameter; fused=False reads any layout",
+        keys=member_keys(live_model, members),
     )
 
 
