@@ -276,3 +276,39 @@ def test_the_hint_for_a_late_group_names_rebind() -> None:
     optimizer.add_param_group({"params": list(model[1].parameters())})
     (finding,) = [one for one in found(model, optimizer, scheduler) if one.code == "groups.scheduler-length"]
     assert "rebind(optimizer, model, add_missing=..., schedulers=...)" in finding.hint
+
+
+def set_meta_lr(scheduler: Any) -> None:
+    scheduler.optimizer.param_groups[0]["lr"] = torch.empty((), device="meta")
+
+
+ODD: dict[str, tuple[Make, Callable[[Any], object]]] = {
+    "meta-lr": (SCHEDULERS["StepLR"], set_meta_lr),
+    "last-lr-tensor": (SCHEDULERS["StepLR"], lambda s: setattr(s, "_last_lr", torch.ones(2))),
+    "last-lr-none": (SCHEDULERS["LinearLR"], lambda s: setattr(s, "_last_lr", None)),
+    "base-lrs-none": (SCHEDULERS["LinearLR"], lambda s: setattr(s, "base_lrs", None)),
+    "period-zero": (SCHEDULERS["CosineAnnealingLR"], lambda s: vars(s).update(T_max=0, last_epoch=3)),
+    "iterations-zero": (lambda o: lrs.PolynomialLR(o, total_iters=0), lambda _: None),
+    "no-milestones": (SCHEDULERS["SequentialLR"], lambda s: setattr(s, "_milestones", None)),
+    "no-parts": (SCHEDULERS["ChainedScheduler"], lambda s: setattr(s, "_schedulers", None)),
+    "only-step": (lambda o: SimpleNamespace(optimizer=o, step=print, eta_min="x", min_lr=[1, 2]), lambda _: None),
+    "fractions": (SCHEDULERS["CosineAnnealingWarmRestarts"], lambda s: [s.step(number / 3) for number in range(9)]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of `lr_scheduler.step")
+@pytest.mark.parametrize("case", ODD)
+def test_a_scheduler_that_cannot_be_judged_has_no_finding_about_its_lrs(case: str) -> None:
+    make, change = ODD[case]
+    model = net()
+    optimizer = two_groups(model)
+    scheduler = make(optimizer)
+    change(scheduler)
+    assert {one.code for one in found(model, optimizer, scheduler)} <= {"groups.state-empty"}
+
+
+def test_a_minimum_may_be_a_tensor() -> None:
+    model = net()
+    optimizer = two_groups(model)
+    scheduler = lrs.CosineAnnealingLR(optimizer, 6, eta_min=torch.tensor(0.05))  # type: ignore[arg-type]
+    assert [one.code for one in found(model, optimizer, scheduler)] == ["groups.scheduler-minimum"]

@@ -159,13 +159,14 @@ def _check_base_lrs(optimizer: LiveOptimizer, scheduler: Any) -> Iterator[Findin
 
 def _minimums(optimizer: LiveOptimizer, scheduler: Any) -> tuple[str, list[float | None]] | None:
     """Return the name of the lowest lr in ``scheduler``, and its value for each group; None where it has none."""
-    values = getattr(scheduler, "min_lrs", None)
+    # Attributes of the instance only: a property of a class outside torch would run its code.
+    attributes: Mapping[str, Any] = getattr(scheduler, "__dict__", {})
+    values = attributes.get("min_lrs")
     if isinstance(values, Sequence) and len(values) == len(optimizer.groups):
         return "min_lr", [read_number(value) for value in values]
     for key in _MINIMUM_KEYS:
-        value = getattr(scheduler, key, None)
-        if isinstance(value, int | float):
-            return key, [read_number(value)] * len(optimizer.groups)
+        if (value := read_number(attributes.get(key))) is not None:
+            return key, [value] * len(optimizer.groups)
     return None
 
 
