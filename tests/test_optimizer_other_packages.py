@@ -433,3 +433,31 @@ def test_an_option_that_the_class_sets_is_no_typo_and_a_typo_is() -> None:
     assert not validate_param_groups(model, optimizer).findings
     optimizer.param_groups[0]["betaa"] = 1
     assert [found.code for found in validate_param_groups(model, optimizer).findings] == ["groups.option-unread"]
+
+
+def test_a_tensor_that_is_made_of_others_is_copied() -> None:
+    """torchao keeps 8-bit state in such tensors; a live state can have them, and a file is refused by name."""
+    from torch.testing._internal import two_tensor
+
+    TwoTensor: Any = two_tensor.TwoTensor  # noqa: N806 - a class
+
+    model, optimizer = trained(NoState)
+    for number, parameter in enumerate(model.parameters()):
+        first, second = torch.full_like(parameter, number), torch.full_like(parameter, -number)
+        optimizer.state[parameter]["mean"] = TwoTensor(first.detach(), second.detach())
+    fresh = NoState(model.named_parameters())
+    load_optimizer_state(fresh, model, optimizer.state_dict())
+    for parameter in model.parameters():
+        ours, theirs = fresh.state[parameter]["mean"], optimizer.state[parameter]["mean"]
+        assert type(ours) is TwoTensor
+        assert torch.equal(ours.a, theirs.a)
+        assert torch.equal(ours.b, theirs.b)
+        assert ours.a.data_ptr() != theirs.a.data_ptr()
+
+
+def test_values_under_tensors_are_refused() -> None:
+    """TRAC keeps the first weights under the parameters themselves, which another process does not have."""
+    model, optimizer = trained(with_hooks)
+    optimizer.extra = dict.fromkeys(model.parameters(), 1.0)
+    with pytest.raises(PlanError, match="the state has tensors as the keys of 'extra'"):
+        load_optimizer_state(with_hooks(model.named_parameters()), model, optimizer.state_dict())

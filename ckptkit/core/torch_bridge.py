@@ -38,14 +38,17 @@ __all__ = [
     "TensorPayload",
     "as_checkpoint",
     "code_of",
+    "copy_composite",
     "describe_state_dict",
     "dtype_code",
     "flat_bytes",
     "get_or_none",
     "has_same_layout",
     "in_layout_of",
+    "is_composite",
     "is_plain",
     "named_of",
+    "same_composites",
     "same_values",
     "shape_or_none",
     "tensor_of_bytes",
@@ -174,6 +177,34 @@ def is_plain(value: object) -> TypeGuard[Tensor]:
 
     is_tensor = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
     return is_tensor and value.layout is torch.strided and not (value.is_quantized or value.is_nested)  # type: ignore[attr-defined]
+
+
+def is_composite(value: object) -> TypeGuard[Tensor]:
+    """Return whether ``value`` is a tensor made of others by torch's protocol for subclasses, as 8-bit state is."""
+    import torch
+
+    return isinstance(value, torch.Tensor) and not is_plain(value) and hasattr(value, "__tensor_flatten__")
+
+
+def copy_composite(tensor: Any) -> Tensor:
+    """Return a composite tensor in memory of its own."""
+    names, context = tensor.__tensor_flatten__()
+    parts = {name: getattr(tensor, name) for name in names}
+    copies = {name: copy_composite(part) if is_composite(part) else part.clone() for name, part in parts.items()}
+    copied: Tensor = type(tensor).__tensor_unflatten__(copies, context, tensor.size(), tensor.stride())
+    return copied
+
+
+def same_composites(one: object, other: object) -> bool:
+    """Return whether two composite tensors have one class and equal parts."""
+    import torch
+
+    if not is_composite(one) or not is_composite(other):
+        if not isinstance(one, torch.Tensor) or not isinstance(other, torch.Tensor):
+            return False
+        return one.dtype == other.dtype and torch.equal(one, other.to(one.device))
+    names = one.__tensor_flatten__()[0]  # type: ignore[attr-defined]
+    return type(one) is type(other) and all(same_composites(getattr(one, name), getattr(other, name)) for name in names)
 
 
 def has_same_layout(tensor: Tensor, other: Tensor) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Nested
 from ckptkit.core.text import listed, printable, quoted
-from ckptkit.core.torch_bridge import describe_state_dict, torch_dtype
+from ckptkit.core.torch_bridge import copy_composite, describe_state_dict, is_composite, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import FormatError, ModelError, PlanError
 from ckptkit.formats.pickle.values import Placeholder
@@ -122,7 +122,9 @@ def _live_leaf_reader(state: Mapping[str, object]) -> ReadLeaf:
     live = describe_state_dict({names[path]: tensor for path, tensor in tensors.items()}, "optimizer state")
 
     def read_leaf(value: object, path: KeyPath) -> SlotValue:
-        return LazyTensor(live[names[path]], live) if path in names else value
+        if path not in names or is_composite(value):
+            return value
+        return LazyTensor(live[names[path]], live)
 
     return read_leaf
 
@@ -260,17 +262,19 @@ def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
             f"the state has a value of type {quoted(opaque.type)}, which only running code can rebuild",
             hint="load the file with torch.load, and give what that returns",
         )
-    read: dict[str, Any] = map_tensors(_with_dtypes(value), LazyTensor.read)
+    read: dict[str, Any] = map_tensors(_with_objects(value), LazyTensor.read)
     return read
 
 
-def _with_dtypes(value: SlotValue) -> SlotValue:
-    """Return the value with torch's dtypes in place of their names."""
+def _with_objects(value: SlotValue) -> SlotValue:
+    """Return the value with torch's dtypes in place of their names, and with copies of composite tensors."""
+    if is_composite(value):
+        return copy_composite(value)
     if isinstance(value, DtypeValue):
         return torch_dtype(value.code)
     if isinstance(value, Mapping):
-        return {key: _with_dtypes(inner) for key, inner in value.items()}
-    return type(value)(map(_with_dtypes, value)) if isinstance(value, list | tuple) else value
+        return {key: _with_objects(inner) for key, inner in value.items()}
+    return type(value)(map(_with_objects, value)) if isinstance(value, list | tuple) else value
 
 
 def _opaque_values(value: SlotValue) -> Iterator[OpaqueValue]:

@@ -11,7 +11,14 @@ from typing import Any, Literal, get_args
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.core.torch_bridge import has_same_layout, in_layout_of, is_plain, same_values
+from ckptkit.core.torch_bridge import (
+    has_same_layout,
+    in_layout_of,
+    is_composite,
+    is_plain,
+    same_composites,
+    same_values,
+)
 from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, scheduled_options, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
@@ -128,7 +135,7 @@ def load_optimizer_state(
             hint='rename it with rules, or leave it out: on_unexpected="skip"',
         )
     _refuse_moved_elements(saved, schema)
-    _refuse_moved_order(saved, live_groups)
+    _refuse_hidden_parameters(saved, live_groups)
     groups = _chosen_options(saved, live_groups, hyper)
     with_state = [name for name, live in live_model.by_name.items() if inner.state.get(live.tensor)]
     match = match_state(saved, groups, live_model, schema, with_state=with_state)
@@ -274,13 +281,19 @@ def _refuse_moved_elements(saved: OptimizerState, schema: OptimizerSchema | None
         )
 
 
-def _refuse_moved_order(saved: OptimizerState, live_groups: Sequence[NamedGroup]) -> None:
-    """Raise ``PlanError`` if tensors of no parameter would be loaded into an optimizer of other parameters.
+def _refuse_hidden_parameters(saved: OptimizerState, live_groups: Sequence[NamedGroup]) -> None:
+    """Raise ``PlanError`` if values of no parameter seem to be of parameters after all: by tensor, or by position.
 
-    Such tensors can be of parameters after all, by their positions.
+    By position, they are loaded only into an optimizer of the same parameters in the same order.
     """
     live = [name for group in live_groups for name in group.names]
     values = {**saved.more.keys, **saved.more.state}
+    by_tensor = [key for key, value in values.items() if isinstance(value, Mapping) and any(map(is_tensor, value))]
+    if by_tensor:
+        raise PlanError(
+            f"the state has tensors as the keys of {quoted(by_tensor[0])}, which are not those of the optimizer",
+            hint="load it with the load_state_dict() of the optimizer",
+        )
     with_tensors = [key for key, value in values.items() if next(tensors_in(value), None) is not None]
     if with_tensors and (live != list(saved.names) or any(change.moves_elements for change in saved.changes)):
         raise PlanError(
@@ -511,6 +524,8 @@ def _is_same(loaded: object, value: SlotValue) -> bool:
         if not is_tensor(loaded) or tuple(loaded.shape) != value.shape:
             return False
         return same_values(loaded.detach().to("cpu").resolve_conj().resolve_neg(), value.read_shared())
+    if is_composite(value):
+        return same_composites(loaded, value)
     if isinstance(value, list | tuple):
         return isinstance(loaded, list | tuple) and len(loaded) == len(value) and all(map(_is_same, loaded, value))
     if isinstance(value, Mapping):
