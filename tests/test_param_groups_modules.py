@@ -188,12 +188,18 @@ def test_step_counts_with_moments_of_zero() -> None:
 
 
 class ScheduleFree(torch.optim.Optimizer):
-    """An optimizer with the marks of the package schedulefree."""
+    """An optimizer with the marks of the package schedulefree, which refuses a step in eval mode."""
 
     def __init__(self, params: Any) -> None:
-        super().__init__(params, {"lr": 0.1, "train_mode": True})
+        super().__init__(params, {"lr": 0.1, "train_mode": False, "k": 0})
+
+    def train(self) -> None:
+        self.param_groups[0]["train_mode"] = True
 
     def step(self) -> None:  # type: ignore[override]
+        if not self.param_groups[0]["train_mode"]:
+            raise ValueError("not in train mode")
+        self.param_groups[0]["k"] += 1
         for parameter in self.param_groups[0]["params"]:
             self.state[parameter]["z"] = parameter.detach().clone()
 
@@ -202,12 +208,29 @@ def test_a_schedule_free_optimizer_in_train_mode_while_the_model_is_evaluated() 
     """schedulefree marks its mode in each group; before the first step the two kinds of weights are equal."""
     model = two_layers()
     optimizer = ScheduleFree(model.parameters())
+    optimizer.train()
     model.eval()
     assert validate_param_groups(model, optimizer).findings == ()
     optimizer.step()
     assert [finding.code for finding in validate_param_groups(model, optimizer).findings] == ["groups.train-mode"]
     model.train()
     assert validate_param_groups(model, optimizer).findings == ()
+
+
+def test_a_schedule_free_optimizer_is_ready_and_resumes() -> None:
+    """The dry step puts the copy into train mode; what the class counts in its groups is no option."""
+    model = two_layers()
+    optimizer = ScheduleFree(model.parameters())
+    report = preflight(model, optimizer=optimizer, dry_step=lambda copy: copy(torch.ones(1, 4)).sum())
+    assert "preflight.step-failed" not in [finding.code for finding in report.findings]
+    assert optimizer.param_groups[0]["train_mode"] is False
+    saved = two_layers()
+    run = ScheduleFree(saved.parameters())
+    run.train()
+    run.step()
+    report = preflight(model, optimizer=optimizer, resume=saved.state_dict(), resume_optimizer=run.state_dict())
+    assert [finding.code for finding in report.findings if finding.severity != "note"] == []
+    assert "optim.train-mode" in [finding.code for finding in report.findings]
 
 
 class Computed(nn.Module):

@@ -18,6 +18,8 @@ NO_STATE = Code("optim.no-state", ("note",), "Only some of the parameters have s
 STEPS_DIFFER = Code("optim.steps-differ", ("warning", "note"), "The parameters have different step counts.")
 SLOT_MISSING = Code("optim.slot-missing", ("error",), "A parameter lacks a slot that the others of its group have.")
 
+TRAIN_MODE = Code("optim.train-mode", ("warning", "note"), "A schedule-free optimizer was saved in train mode.")
+
 # Two states.
 GROUPS = Code("optim.groups", ("error",), "The number or the sizes of the groups differ, so torch refuses to load.")
 PARAMETERS = Code("optim.parameters", ("error",), "Only one of the two states has a parameter.")

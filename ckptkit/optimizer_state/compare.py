@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.step_counts import have_one_count_in_each_part
@@ -12,10 +12,10 @@ from ckptkit.core.torch_optim import OPTIONS, scheduled_options
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.groups import describe_value, equal_values
-from ckptkit.optimizer_state.model import OptimizerState, number_of, parameter_shape
+from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, parameter_shape
 from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, OptionDifference, compare_groups
 
-__all__ = ["optimizer_state_diff", "state_findings"]
+__all__ = ["mode_findings", "optimizer_state_diff", "state_findings"]
 
 _SHOWN = 4
 _RECENT = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
@@ -118,8 +118,21 @@ def _is_restored(option: OptionDifference) -> bool:
     return option.key in _RECENT and (not option.expected or option.key == "decoupled_weight_decay")
 
 
+def mode_findings(options: Iterable[Mapping[str, SlotValue]], severity: Severity = "warning") -> Iterator[Finding]:
+    """Yield a finding if the options of a group say that a schedule-free optimizer was saved in train mode."""
+    if any(group.get("train_mode") is True for group in options):
+        yield codes.TRAIN_MODE.finding(
+            "",
+            "the schedule-free optimizer was saved in train mode, so weights that were saved with it are the points "
+            "where gradients are taken, not the averaged weights",
+            "call optimizer.eval() before you save weights that will be evaluated",
+            severity=severity,
+        )
+
+
 def state_findings(state: OptimizerState) -> Iterator[Finding]:
-    """Yield findings about parameters without state, parameters that lack a slot, and different step counts."""
+    """Yield findings about parameters without state, missing slots, different step counts, and the train mode."""
+    yield from mode_findings(group.options for group in state.groups)
     without = [name for name in state.names if not state.state.get(name)]
     if without and len(without) < len(state.names):
         message = f"{len(without):,} of {plural(len(state.names), 'parameter')} have no state: {listed(without)}"

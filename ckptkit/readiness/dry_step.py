@@ -111,6 +111,7 @@ def _step(
     no_step = DryStep(None, classes, len(named), 0, 0)
     observation = Observation(model_copy)
     try:
+        _begin_training(optimizers)
         with torch.enable_grad(), observed(observation):
             value = loss(model_copy)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - the loss function of the user may raise anything
@@ -139,7 +140,7 @@ def _step(
             _call_step(optimizer, value)
     except (Exception, SystemExit) as error:  # noqa: BLE001 - hooks and optimizers of the user may raise anything
         hint = "the step was made on a copy of the model"
-        failed = codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", _step_hint(optimizers) or hint)
+        failed = codes.STEP_FAILED.finding("", f"the step failed: {first_line(error)}", hint)
         return no_step, [failed, *findings], frozenset()
     moved = [name for name, tensor in step.parameters.items() if name in original and _differs(tensor, original[name])]
     if optimizers:
@@ -184,14 +185,12 @@ def _call_step(optimizer: Optimizer, value: Tensor) -> None:
         step(optimizer)
 
 
-def _step_hint(optimizers: Sequence[Optimizer]) -> str:
-    """Return what a schedule-free optimizer needs before its step, or an empty string."""
-    waiting = any(group.get("train_mode") is False for optimizer in optimizers for group in optimizer.param_groups)
-    return (
-        "call optimizer.train() before training: a schedule-free optimizer refuses a step in eval mode"
-        if waiting
-        else ""
-    )
+def _begin_training(optimizers: Sequence[Optimizer]) -> None:
+    """Put schedule-free optimizers into train mode, as the training loop does: they refuse a step in eval mode."""
+    for optimizer in optimizers:
+        is_waiting = any(group.get("train_mode") is False for group in optimizer.param_groups)
+        if is_waiting and callable(train := getattr(optimizer, "train", None)):
+            train()
 
 
 def _begin_warm_up(optimizers: Sequence[Optimizer]) -> Iterator[Finding]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +11,10 @@ from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, quoted
 from ckptkit.core.torch_bridge import named_of
-from ckptkit.core.torch_optim import OptimizerSchema, options_of_kind, scheduled_options
+from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, scheduled_options
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
+from ckptkit.optimizer_state.compare import mode_findings
 from ckptkit.optimizer_state.compatibility import refuse_other_class
 from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.groups import equal_values
@@ -36,6 +38,7 @@ _KEEP_SCHEDULE = (
 _NEW_SCHEDULE = (
     "for the schedule of the run, build its scheduler and load its state too; a new schedule needs its own initial_lr"
 )
+_KNOWN_OPTIONS = frozenset(OPTIONS)
 _NO_EFFECT = options_of_kind("speed", "name")
 # Schedulers of torch and of training scripts move these options.
 _SCHEDULED = frozenset({"lr", "momentum", "betas", "weight_decay"})
@@ -60,6 +63,7 @@ def check_resume(
         return Resume(matched, len(result.expected)), findings
     faults = list(structure_findings(found))
     findings += faults
+    findings += mode_findings((group.options for group in found.groups), severity="note")
     if any(finding.severity == "error" for finding in faults):
         return Resume(matched, len(result.expected), None, len(found.state), found.form), findings
     if not training.groups:
@@ -177,7 +181,7 @@ def _position_findings(
     every = [position for group in positions for position in group]
     shapes = {name: tuple(tensor.shape) for name, tensor in named_of(model, "parameters")}
     views = _position_views(training, found, positions, shapes)
-    differences = _compare(*views, has_scheduler=has_scheduler)
+    differences = _compare(*views, has_scheduler=has_scheduler, counters=_counters(training))
     yield from _order_findings(every)
     if differences.shapes:
         yield from _shape_findings(every, differences, reading)
@@ -220,9 +224,26 @@ def _position_views(
     return live_views, saved_views
 
 
-def _compare(live: Sequence[GroupView], saved: Sequence[GroupView], *, has_scheduler: bool = False) -> GroupDifferences:
+def _counters(training: Training) -> frozenset[str]:
+    """Return the defaults of the optimizer that its class sets itself, as the step count of schedule-free classes."""
+    if not training.optimizers:
+        return frozenset()
+    optimizer = training.optimizers[0].instance
+    arguments = inspect.signature(type(optimizer).__init__).parameters
+    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+        return frozenset()
+    return frozenset(getattr(optimizer, "defaults", {})) - _KNOWN_OPTIONS - arguments.keys()
+
+
+def _compare(
+    live: Sequence[GroupView],
+    saved: Sequence[GroupView],
+    *,
+    has_scheduler: bool = False,
+    counters: frozenset[str] = frozenset(),
+) -> GroupDifferences:
     def ignored(live: GroupView, saved: GroupView) -> frozenset[str]:
-        return _ignored_options(live.options, saved.options, has_scheduler=has_scheduler)
+        return counters | _ignored_options(live.options, saved.options, has_scheduler=has_scheduler)
 
     return compare_groups(live, saved, match="position", ignored=ignored, equal=_equal_options)
 

@@ -289,7 +289,15 @@ def _check_zero(step: Step, graph: Graph) -> Iterator[Finding]:
             severity="note",
             keys=by_construction,
         )
-    rest = [name for name in zero if name not in by_construction]
+    biases = [name for name in zero if name not in by_construction and _is_idle_bias(name, step, zero)]
+    if biases:
+        yield codes.ZERO_GRADIENT.finding(
+            biases[0],
+            f"the gradient of {listed(biases, _SHOWN)} is 0 everywhere, but not that of the weights beside",
+            "this is usual for a bias before a norm, and for a loss that is a difference of two outputs",
+            severity="note",
+        )
+    rest = [name for name in zero if name not in by_construction and name not in biases]
     if rest:
         yield codes.ZERO_GRADIENT.finding(
             rest[0],
@@ -297,6 +305,12 @@ def _check_zero(step: Step, graph: Graph) -> Iterator[Finding]:
             "possible causes: dead units, a constant loss, or a later layer that is all zero",
             keys=rest,
         )
+
+
+def _is_idle_bias(name: str, step: Step, zero: Collection[str]) -> bool:
+    path, _, leaf = name.rpartition(".")
+    weight = f"{path}.weight" if path else "weight"
+    return leaf == "bias" and weight in step.grads and weight not in zero
 
 
 def _has_zero_sibling(name: str, starting: Collection[str]) -> bool:

@@ -167,6 +167,7 @@ CODE_NAMES = frozenset(
         "optim.slot-missing",
         "optim.state-stray",
         "optim.steps-differ",
+        "optim.train-mode",
         "optim.underflow",
         "optim.unnamed",
         "optim.unused",
