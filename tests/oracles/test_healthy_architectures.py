@@ -1,0 +1,51 @@
+"""Tiny models of the architectures of transformers train with AdamW and get no finding above a note."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers_healthy import language_model, loud_findings
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING")
+LEAST = 33  # architectures that must be tried, so that the test does not become empty with another transformers
+
+
+def classes() -> list[Any]:
+    """Return each class with a language model head, in the order of transformers."""
+    transformers = pytest.importorskip("transformers")
+    mappings = [getattr(transformers, head) for head in HEADS]
+    found = [kind for mapping in mappings for kind in mapping.values()]
+    return list(dict.fromkeys(kind for kind in found if inspect.isclass(kind)))
+
+
+def test_the_architectures_of_transformers(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model is tried if it is small and one batch of token ids has a loss with a gradient."""
+    tried: list[str] = []
+    skipped: list[str] = []
+    loud: dict[str, list[str]] = {}
+    begin = time.monotonic()
+    for kind in classes():
+        torch.manual_seed(0)
+        try:
+            setup = language_model(kind)
+            assert setup.loss is not None
+            setup.loss(setup.model).backward()
+        except Exception as error:  # noqa: BLE001 - each config refuses in its own way
+            skipped.append(f"{kind.__name__}: {str(error).partition(chr(10))[0][:80]}")
+            continue
+        setup.model.zero_grad()
+        tried.append(kind.__name__)
+        if found := loud_findings(setup):
+            loud[kind.__name__] = found
+    with capsys.disabled():
+        lines = [f"{len(tried)} tried in {time.monotonic() - begin:.0f} s: {', '.join(tried)}"]
+        lines += [f"{len(skipped)} not tried:", *skipped]
+        print("", *lines, sep="\n  ")  # noqa: T201 - a sweep says what it tried
+    assert loud == {}
+    assert len(tried) >= LEAST
