@@ -344,6 +344,8 @@ OPTIMIZERS: dict[str, Callable[[Net], Any]] = {
     "nested slot": slots(exp_avg=lambda _: nested()),
     "quantized slot": slots(exp_avg=lambda _: quantized()),
     "sparse slot": slots(exp_avg=lambda _: torch.eye(3).to_sparse()),
+    "csr slot": slots(exp_avg=lambda _: torch.eye(3).to_sparse_csr(), exp_avg_sq=None),
+    "only freed slots": slots(exp_avg=freed_like, exp_avg_sq=freed_like),
     "float8 slot": slots(exp_avg=lambda tensor: torch.zeros_like(tensor).to(torch.float8_e4m3fn)),
     "freed slot": slots(exp_avg=freed_like),
     "slot in itself": slots(exp_avg=in_itself),
@@ -443,6 +445,20 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
     "optimizer is None": changed(optimizer=None),
     "parts are numbers": changed(_schedulers=[3, None]),
 }
+
+
+@pytest.mark.parametrize("rate", [10**400, np.ones(2), torch.empty((), device="meta"), None], ids=type)
+def test_odd_rates_of_tied_parameters(rate: Any) -> None:
+    """A rate that is not a number is not compared with the rates of other groups."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    groups: list[dict[str, Any]] = [
+        {"params": [model[0].weight]},
+        {"params": [model[0].bias, model[1].bias], "lr": 0.5},
+    ]
+    optimizer = AdamW(groups)
+    optimizer.param_groups[0]["lr"] = rate
+    assert "groups.tied" not in codes(attempt(lambda: ckptkit.validate_param_groups(model, optimizer)))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -186,7 +186,9 @@ def check_methods(model: Module) -> None:
                     hint=f"delete the attribute: del module.{name}",
                 )
         children = attributes.get("_modules", {})
-        stack += [(f"{path}.{key}" if path else key, child) for key, child in children.items() if child is not None]
+        stack += [
+            (f"{path}.{key}" if path else key, child) for key, child in children.items() if hasattr(child, "_modules")
+        ]
 
 
 def bare_name(name: str) -> str:

@@ -14,6 +14,7 @@ from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup, Member
 from ckptkit.param_groups.parameters import LiveModel, LiveParameter, address, bare_name, flat_names
+from ckptkit.param_groups.validate.options import read_number
 
 __all__ = [
     "UnregisteredTensors",
@@ -110,10 +111,7 @@ def _module_id(live_model: LiveModel, name: str) -> int:
 
 
 def _lr(group: LiveGroup) -> float | None:
-    try:
-        return float(group.options["lr"])
-    except (KeyError, TypeError, ValueError):
-        return None
+    return read_number(group.options.get("lr"))
 
 
 def check_memory(live_model: LiveModel, members_by_id: Mapping[int, Member]) -> Iterator[Finding]:

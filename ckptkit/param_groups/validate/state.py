@@ -87,7 +87,10 @@ def _check_zero(live_model: LiveModel, optimizer: LiveOptimizer, states: Sequenc
     stepped = [(member, slots) for member, slots in states if counts.get(id(member), 0) > 0]
     if not stepped or not any(_moments(slots) for _, slots in stepped):
         return
-    if any(bool(moment.any()) for _, slots in stepped for moment in _moments(slots)):
+    moments = [moment for _, slots in stepped for moment in _moments(slots)]
+    if not all(is_plain(moment) and address(moment) for moment in moments):  # the others cannot be read as they are
+        return
+    if any(bool(moment.any()) for moment in moments):
         return
     members = [member for member, _ in stepped]
     yield codes.STATE_ZERO.finding(
