@@ -109,7 +109,7 @@ CASES: dict[str, tuple[list[str], int, str, str]] = {
     "align over a file": (["align", TEN, DDP, "-o", "README.md"], 2, "", "ckpt: README.md: already exists"),
     "model without callable": (["show", "py:fixtures.lenet"], 2, "", "does not name a callable"),
     "model not there": (["show", "py:fixtures.nowhere:build"], 2, "", "importing 'fixtures.nowhere' failed"),
-    "optim show": (["optim", "show", DDP], 0, "names: all parameters of the model's checkpoint, one group in", ""),
+    "optim show": (["optim", "show", DDP], 0, "names: by the order of the model's checkpoint: all its", ""),
     "optim diff": (["optim", "diff", DDP, DDP], 0, "no findings", ""),
     "optim no state": (["optim", "show", TEN], 2, "", f"ckpt: {TEN}: holds no optimizer state"),
     "optim live": (["optim", "show", MODEL], 2, "", "is a live model, which has no optimizer"),
@@ -562,3 +562,24 @@ def test_integers_that_no_float_can_hold_are_shown(
     found = torch.load(tmp_path / "out.pt", weights_only=False)["optimizer"]  # LONG4 is for full pickles only
     assert found["state"][0]["step"] == slots["step"]
     assert found["param_groups"][0]["lr"] == group["lr"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_path_without_permission_is_not_called_a_wrong_value(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The error has the words of the reader, whether the path is a file or a directory."""
+    for path in (tmp_path / "a.pt", tmp_path / "directory"):
+        path.touch() if path.suffix else path.mkdir()
+        path.chmod(0)
+        ran = run_ckpt(capsys, "show", path)
+        path.chmod(0o700)
+        assert (ran.code, ran.err) == (2, f"ckpt: {path}: permission denied\n")
+
+
+def test_a_diff_without_a_match_says_that_nothing_is_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """With ``strict=False`` torch raises no error for such a checkpoint, and loads no tensor."""
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.pt")
+    torch.save({"b": torch.ones(2)}, tmp_path / "b.pt")
+    ran = run_ckpt(capsys, "diff", tmp_path / "a.pt", tmp_path / "b.pt")
+    assert (ran.code, "with strict=False it silently loads nothing" in ran.out) == (1, True)

@@ -6,7 +6,7 @@ import click
 
 from ckptkit.align import suggest_rules
 from ckptkit.cli.common.inputs import open_checkpoints
-from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.outputs import prepare_side_file, write_small_file
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
 from ckptkit.core.text import plural, printable
@@ -18,7 +18,7 @@ __all__ = ["align"]
 @click.command()
 @path_argument("expected")
 @path_argument("found")
-@click.option("-o", "--output", type=click.Path(), metavar="RULES", help="Write the rules to a file for --rules.")
+@click.option("-o", "--output", type=PATH_TYPE, metavar="RULES", help="Write the rules to a file for --rules.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--digests", is_flag=True, help="Read all tensors, and match equal bytes before names.")
 @expand_option

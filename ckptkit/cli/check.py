@@ -12,7 +12,7 @@ import click
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
-from ckptkit.cli.common.options import ignore_option, path_argument, quiet_option, report_options
+from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.findings import Report
@@ -29,7 +29,7 @@ __all__ = ["check"]
 
 @click.command()
 @path_argument("paths", nargs=-1, metavar="PATH...")
-@click.option("--like", "expected", type=click.Path(), metavar="EXPECTED",
+@click.option("--like", "expected", type=PATH_TYPE, metavar="EXPECTED",
               help="Also compare keys, shapes and dtypes with this model, as ckpt diff does.")  # fmt: skip
 @rule_options(beside="paths")
 @click.option("--fast", is_flag=True, help="Read headers only: no tensor, no checksum.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, read_table_file
-from ckptkit.cli.common.options import ignore_option, quiet_option, report_options
+from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
 from ckptkit.cli.common.spec_options import (
     SpecSource,
@@ -171,7 +171,7 @@ def _emitted(
 
 @groups.command()
 @model_option
-@click.argument("spec", type=click.Path())
+@click.argument("spec", type=PATH_TYPE)
 @click.argument("name")
 @report_options
 @quiet_option
@@ -195,7 +195,7 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
 @groups.command()
 @model_option
 @spec_options
-@click.option("-o", "--output", type=click.Path(), metavar="LOCK", required=True, help="The lock file to write.")
+@click.option("-o", "--output", type=PATH_TYPE, metavar="LOCK", required=True, help="The lock file to write.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @report_options
 @quiet_option
@@ -228,8 +228,8 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
 
 
 @groups.command()
-@click.argument("lock", type=click.Path())
-@click.argument("other", type=click.Path(), required=False)
+@click.argument("lock", type=PATH_TYPE)
+@click.argument("other", type=PATH_TYPE, required=False)
 @click.option("--model", metavar="py:MODULE:CALLABLE", help="The live model. If OTHER is a spec, its groups are built.")
 @report_options
 @quiet_option

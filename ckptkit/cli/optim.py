@@ -12,6 +12,7 @@ import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_with_warnings, read_table_file
 from ckptkit.cli.common.options import (
+    PATH_TYPE,
     CommandFunction,
     add_options,
     expand_option,
@@ -85,10 +86,10 @@ class NameSource:
 
 
 _model_option = click.option(
-    "--model", type=click.Path(), metavar="PATH|py:…", help="The model that the optimizer trained, or its weights."
+    "--model", type=PATH_TYPE, metavar="PATH|py:…", help="The model that the optimizer trained, or its weights."
 )
 _names_option = click.option(
-    "--names", "names_file", type=click.Path(), metavar="FILE",
+    "--names", "names_file", type=PATH_TYPE, metavar="FILE",
     help="A file with the names of all parameters, one a line, in the order of the groups.",
 )  # fmt: skip
 _form_option = click.option(
@@ -167,7 +168,7 @@ def show(
 @path_argument("path")
 @_edit_options
 @rule_options(beside="path")
-@click.option("--like", type=click.Path(), metavar="PATH|py:…",
+@click.option("--like", type=PATH_TYPE, metavar="PATH|py:…",
               help="The model that will load the state, or its weights. Positions follow its order.")  # fmt: skip
 @click.option("--elementwise", multiple=True, metavar="SLOT",
               help="Another slot that holds one number per element. Repeatable.")  # fmt: skip
@@ -209,9 +210,9 @@ def remap_command(
 @optim.command("resplit")
 @path_argument("path")
 @_edit_options
-@click.option("--groups", "spec", type=click.Path(), metavar="FILE",
+@click.option("--groups", "spec", type=PATH_TYPE, metavar="FILE",
               help="The new groups: a spec as for ckpt groups, or a lock.")  # fmt: skip
-@click.option("--as", "other", type=click.Path(), metavar="PATH",
+@click.option("--as", "other", type=PATH_TYPE, metavar="PATH",
               help="Another optimizer state, which has the new groups.")  # fmt: skip
 @click.option("--hyper", type=click.Choice(("live", "saved", "error")), default="live", show_default=True,
               help="Which options to use where they differ: of the new groups, of PATH, or refuse.")  # fmt: skip
@@ -278,7 +279,7 @@ def _shapes_in(state: OptimizerState) -> dict[str, TensorInfo]:
 @optim.command("prune")
 @path_argument("path")
 @_edit_options
-@click.option("--like", type=click.Path(), metavar="PATH|py:…",
+@click.option("--like", type=PATH_TYPE, metavar="PATH|py:…",
               help="The model that will load the state, or its weights.")  # fmt: skip
 @click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out matching parameters. Repeatable.")
 @click.option("--reset", multiple=True, metavar="PATTERN",

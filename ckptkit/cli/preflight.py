@@ -9,7 +9,7 @@ from collections.abc import Callable
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
-from ckptkit.cli.common.options import ignore_option, quiet_option, report_options
+from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import build_live_model, model_option
@@ -26,13 +26,13 @@ __all__ = ["preflight"]
 
 @click.command()
 @model_option
-@click.option("--init", type=click.Path(), metavar="PATH", help="The checkpoint that training starts from.")
+@click.option("--init", type=PATH_TYPE, metavar="PATH", help="The checkpoint that training starts from.")
 @click.option("--fresh", multiple=True, metavar="PATTERN", help="Keys that are meant to stay at init. Repeatable.")
-@click.option("--groups", type=click.Path(), metavar="FILE", help="The spec of param groups: TOML, JSON or YAML.")
+@click.option("--groups", type=PATH_TYPE, metavar="FILE", help="The spec of param groups: TOML, JSON or YAML.")
 @click.option("--optimizer", metavar="CLASS", help="A class of torch.optim, such as AdamW.")
-@click.option("--resume", type=click.Path(), metavar="PATH", help="The run to resume: weights and optimizer state.")
+@click.option("--resume", type=PATH_TYPE, metavar="PATH", help="The run to resume: weights and optimizer state.")
 @click.option(
-    "--resume-optimizer", type=click.Path(), metavar="PATH", help="Its optimizer state, if that is in another file."
+    "--resume-optimizer", type=PATH_TYPE, metavar="PATH", help="Its optimizer state, if that is in another file."
 )
 @click.option(
     "--dry-step",

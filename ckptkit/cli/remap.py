@@ -7,7 +7,7 @@ import contextlib
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
-from ckptkit.cli.common.options import path_argument, skip_unread_option
+from ckptkit.cli.common.options import PATH_TYPE, path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_from_file, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
@@ -23,11 +23,11 @@ __all__ = ["remap"]
 @plan_output_options
 @rule_options(beside="source")
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")
-@click.option("--like", type=click.Path(), metavar="EXPECTED",
+@click.option("--like", type=PATH_TYPE, metavar="EXPECTED",
               help="Write exactly the keys, shapes and dtypes of EXPECTED, or refuse.")  # fmt: skip
 @skip_unread_option
-@click.option("--apply", "apply_file", type=click.Path(), metavar="FILE", help="Apply the plan in a --plan FILE again.")
-@click.option("--invert", "invert_file", type=click.Path(), metavar="FILE",
+@click.option("--apply", "apply_file", type=PATH_TYPE, metavar="FILE", help="Apply the plan in a --plan FILE again.")
+@click.option("--invert", "invert_file", type=PATH_TYPE, metavar="FILE",
               help="Undo the plan in a --plan FILE; SOURCE is its output.")  # fmt: skip
 def remap(
     source: str,

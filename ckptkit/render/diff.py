@@ -127,5 +127,6 @@ def _verdict(result: StateDictDiff) -> str:
         return f"load_state_dict accepts the checkpoint{codes}"
     if result.loads:
         codes = ", and takes codes for numbers" if _codes_for_numbers(result) else ""
-        return f"load_state_dict raises with strict=True; with strict=False it silently loads the matched keys{codes}"
+        loaded = "the matched keys" if result.matched or codes else "nothing"
+        return f"load_state_dict raises with strict=True; with strict=False it silently loads {loaded}{codes}"
     return "load_state_dict raises, even with strict=False"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Final
 
 import click
 
 from ckptkit.cli.common.printing import ReportFormat
 
 __all__ = [
+    "PATH_TYPE",
     "CommandFunction",
     "add_options",
     "expand_option",
@@ -24,10 +26,13 @@ __all__ = [
 CommandFunction = Callable[..., object]
 Decorator = Callable[[CommandFunction], CommandFunction]
 
+# The readers and writers say which permission is missing. click would call it a wrong value.
+PATH_TYPE: Final = click.Path(readable=False)
+
 
 def path_argument(name: str, *, nargs: int = 1, required: bool = True, metavar: str | None = None) -> Decorator:
     """Return an argument that takes a PATH as ckptkit reads it; the shell completes it as a file name."""
-    return click.argument(name, type=click.Path(), nargs=nargs, required=required, metavar=metavar)
+    return click.argument(name, type=PATH_TYPE, nargs=nargs, required=required, metavar=metavar)
 
 
 def add_options(command: CommandFunction, *options: Decorator) -> CommandFunction:

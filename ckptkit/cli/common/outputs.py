@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, read_table_file
-from ckptkit.cli.common.options import CommandFunction, add_options, expand_option, quiet_option, report_options
+from ckptkit.cli.common.options import (
+    PATH_TYPE,
+    CommandFunction,
+    add_options,
+    expand_option,
+    quiet_option,
+    report_options,
+)
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
 from ckptkit.core.files import is_same_file
 from ckptkit.core.text import quoted
@@ -121,7 +128,7 @@ def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str
     return int(size)
 
 
-_output_option = click.option("-o", "--output", required=True, type=click.Path(), help="The file to write.")
+_output_option = click.option("-o", "--output", required=True, type=PATH_TYPE, help="The file to write.")
 _format_option = click.option(
     "--format", "output_format", type=click.Choice(FORMATS),
     help="Format of the output. Default: by the suffix of its name.",
@@ -140,11 +147,11 @@ _keep_unknown_option = click.option(
 )  # fmt: skip
 _allow_overflow_option = click.option(
     "--allow-overflow", is_flag=True,
-    help="Write values that are too large for their new dtype as inf, and report them.",
+    help="Write values that are too large for their new dtype as the cast makes them, mostly inf, and report them.",
 )  # fmt: skip
 _dry_run_option = click.option("-n", "--dry-run", is_flag=True, help="Print the plan; write nothing.")
 _plan_option = click.option(
-    "--plan", "plan_file", type=click.Path(), metavar="FILE",
+    "--plan", "plan_file", type=PATH_TYPE, metavar="FILE",
     help="Write the plan to FILE as JSON, for --apply and --invert.",
 )  # fmt: skip
 _verify_option = click.option(

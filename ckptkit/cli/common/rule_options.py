@@ -9,7 +9,7 @@ from itertools import takewhile
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, file_beside, read_table_file
-from ckptkit.cli.common.options import CommandFunction, add_options, filter_options
+from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options, filter_options
 from ckptkit.cli.common.printing import print_line
 from ckptkit.rules.model import Rules
 from ckptkit.rules.parse import parse_rules, rule_lines
@@ -112,7 +112,7 @@ _strip_option = click.option(
     "and says which. Repeatable.",
 )  # fmt: skip
 _rules_option = click.option(
-    "--rules", "rules_file", type=click.Path(), metavar="FILE", is_eager=True, callback=_list_presets,
+    "--rules", "rules_file", type=PATH_TYPE, metavar="FILE", is_eager=True, callback=_list_presets,
     help="Read rules from a TOML file, or from preset:NAME (preset:? lists the presets).",
 )  # fmt: skip
 _set_option = click.option(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
-from ckptkit.cli.common.options import CommandFunction, add_options
+from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError, RuleError
@@ -140,7 +140,7 @@ def _list_presets(context: click.Context, _parameter: click.Parameter, value: st
     return value
 
 
-_spec_argument = click.argument("spec", type=click.Path(), required=False)
+_spec_argument = click.argument("spec", type=PATH_TYPE, required=False)
 _preset_option = click.option(
     "--preset", metavar="NAME", callback=_list_presets, is_eager=True,
     help="Use a built-in spec instead of a file; '?' lists all.",
