@@ -293,6 +293,7 @@ def test_the_command_line_takes_presets(tmp_path: Path, capsys: pytest.CaptureFi
     assert (ran.code, ran.out) == (2, "")
     refusal = "variable heads: the value is in config.json, but there is no config.json"
     assert ran.err.startswith(f"ckpt: preset:llama-hf-to-meta: {refusal}")
+    assert "hint: set it: --set heads=VALUE" in ran.err
     assert run_ckpt(capsys, *command, "--set", "heads=4", "--set", "kv_heads=2").code == 0
     expected = load_file(out)
     config = {"num_attention_heads": HEADS, "num_key_value_heads": KV}

@@ -207,9 +207,7 @@ def _refuse_overflow(producer: Producer, steps: Sequence[Step], path: str) -> No
     if overflowed:
         wider = wider_dtype(overflowed)
         way = f"a model of {wider} holds them; " if wider else ""
-        raise PlanError(
-            describe_overflow(overflowed), hint=f"{way}allow_overflow=True loads them all the same", path=path
-        )
+        raise PlanError(describe_overflow(overflowed), hint=f"{way}allow_overflow=True loads them anyway", path=path)
 
 
 def _load(model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> None:

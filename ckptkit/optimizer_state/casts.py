@@ -35,7 +35,7 @@ def cast_findings(
     if overflowed and not allow_overflow:
         raise PlanError(
             describe_overflow(overflowed),
-            hint="keep the parameters in the dtype of the state; allow_overflow=True loads the values all the same",
+            hint="keep the parameters in the dtype of the state; allow_overflow=True loads the values anyway",
         )
     findings = []
     for name, loss in losses:

@@ -160,5 +160,5 @@ def overflow_error(losses: Sequence[CastLoss], hint: str = "", path: str | None 
     if all(loss.is_mask and loss.becomes_inf for loss in losses):
         hint = "--allow-overflow writes -inf, which masks as well"
     else:
-        hint = "; ".join([*([hint] if hint else []), "--allow-overflow writes them all the same"])
+        hint = "; ".join([*([hint] if hint else []), "--allow-overflow writes the output anyway"])
     return PlanError(describe_overflow(losses), hint=hint, path=path)

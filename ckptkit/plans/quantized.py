@@ -234,7 +234,8 @@ class QuantizedInputs:
                     f"{quoted(weight.key)} is quantised ({weight.scheme}) in {self.where}, "
                     f"and {quoted(source.key)} of the {source.role} is plain {info}"
                 )
-                yield QuantizedProblem(weight.key, (step.out.key,), message, weight.way_out)
+                hint = f"to make {self.where} plain: {weight.way_out}"
+                yield QuantizedProblem(weight.key, (step.out.key,), message, hint)
 
 
 def check_quantized(plan: Plan, inputs: QuantizedInputs) -> Plan:
@@ -287,7 +288,7 @@ def _cast_reason(dtype: str) -> str:
 
 
 def _cast_rule(dtype: str) -> str:
-    return f'from = "norm.*", to = "norm.*", op = {{ cast = {{ dtype = "{dtype}" }} }}'
+    return f'from = "*norm.*", to = "*norm.*", op = {{ cast = {{ dtype = "{dtype}" }} }}'
 
 
 def _parted_problem(weight: QuantizedWeight, uses: _Uses, names: Quantized) -> QuantizedProblem | None:

@@ -74,7 +74,7 @@ def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
     left_out = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
     last = (f"{_summary(plan)}; nothing was written",) if written is None else _written(plan, written)
-    about = [*_kept(plan), *([] if written is None else [*_losses(written), *_verified(written)])]
+    about = [*_kept(plan), *(_unread(plan) if written is None else [*_losses(written), *_verified(written)])]
     return [tensors, *left_out, *(Line((sentence,)) for sentence in about), Line(last)]
 
 
@@ -82,7 +82,7 @@ def written_text(plan: Plan, written: Written) -> list[str]:
     """Return the messages after a plan was executed: what was written, from which sources, and what was left out."""
     lines = as_text([Line(_written(plan, written))])
     tensors = [drop for drop in plan.dropped if not drop.is_entry]
-    entries = [drop.key for drop in plan.dropped if drop.is_entry]
+    entries = list(dict.fromkeys(drop.key for drop in plan.dropped if drop.is_entry))
     lines += [*_kept(plan), *_losses(written)]
     if tensors:
         lines += as_text([_left_out(tensors, expand=False)])
@@ -102,12 +102,19 @@ def _verified(written: Written) -> list[str]:
     """Return the sentence about the reader that compared the output with the plan, if one was asked to."""
     same = f"each of {plural(written.tensors, 'tensor')} has the planned bytes"
     if written.read_back is not None:
-        return [f"read back by ckptkit alone: {written.read_back}; {same}"]
+        return [f"read back by ckptkit alone, because other readers refuse it ({written.read_back}): {same}"]
     return [] if written.verified is None else [f"verified by {written.verified}: {same}"]
 
 
 def _kept(plan: Plan) -> list[str]:
     return [f"copied unchanged: {_first_names(plan.kept, 8)}"] if plan.kept else []
+
+
+def _unread(plan: Plan) -> list[str]:
+    """Return the sentence that a plan with casts was made without reading values, so that no overflow was seen."""
+    if not any(step.is_cast for step in plan.steps):
+        return []
+    return ["no value was read, so values that are too large for their new dtype were not looked for"]
 
 
 def _losses(written: Written) -> list[str]:

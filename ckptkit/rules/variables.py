@@ -41,31 +41,32 @@ class Settings:
             if not _NAME.fullmatch(name):
                 raise RuleError(f"{quoted(name)} is not a valid variable name", hint="letters, digits and underscores")
             try:
-                variables[name] = self._value(self.given.get(name, value), variables)
+                variables[name] = self._value(name, self.given.get(name, value), variables)
             except RuleError as error:
                 raise RuleError(f"variable {name}: {error.reason}", hint=error.hint) from None
         return variables
 
-    def _value(self, value: object, known: Mapping[str, int]) -> int:
+    def _value(self, name: str, value: object, known: Mapping[str, int]) -> int:
         if isinstance(value, int) and not isinstance(value, bool):
             return value
         if not isinstance(value, str):
             raise RuleError("the value is not an integer", hint='write a number, arithmetic, or "config:NAME"')
         if value.startswith(_FROM_CONFIG):
-            return self._from_config(value.removeprefix(_FROM_CONFIG))
+            return self._from_config(name, value.removeprefix(_FROM_CONFIG))
         from ckptkit.tensor_ops.expressions import evaluate_expression
 
         return evaluate_expression(value, known)
 
-    def _from_config(self, path: str) -> int:
+    def _from_config(self, name: str, path: str) -> int:
+        hint = f"set it: --set {name}=VALUE"
         if self.config is None:
-            raise RuleError("the value is in config.json, but there is no config.json", hint="set it: --set NAME=VALUE")
+            raise RuleError("the value is in config.json, but there is no config.json", hint=hint)
         found: object = self.config()
         for part in path.split("."):
             found = found.get(part) if isinstance(found, Mapping) else None
         if not isinstance(found, int) or isinstance(found, bool):
             fault = "has no" if found is None else "does not have an integer at"
-            raise RuleError(f"config.json {fault} {quoted(path)}", hint="set it: --set NAME=VALUE")
+            raise RuleError(f"config.json {fault} {quoted(path)}", hint=hint)
         return found
 
 

@@ -389,6 +389,8 @@ def test_a_pipeline_lists_its_parts_and_each_is_opened_by_name(
     assert [entry["path"] for entry in document["entries"]] == ["text_encoder", "unet", "vae"]
     shown = run_ckpt(capsys, "show", tmp_path)
     assert (shown.code, f"'{tmp_path}::unet'" in shown.err) == (0, True)
+    mistyped = run_ckpt(capsys, "show", f"{tmp_path}::une")
+    assert (mistyped.code, "has nothing called 'une': it is a " in mistyped.err) == (2, True)
     for command in (["check"], ["stats"], ["convert", "-o", tmp_path / "out.safetensors"], ["diff", tmp_path]):
         ran = run_ckpt(capsys, *command[:1], tmp_path, *command[1:])
         assert (ran.code, ran.out) == (2, "")

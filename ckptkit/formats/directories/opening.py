@@ -74,7 +74,7 @@ def open_directory(directory: str, selection: Selection, *, listing_parts: bool 
         if not parts:
             raise _without_parts(listing, error) from None
         if not listing_parts or selection.key or selection.optimizer:
-            raise parts_error(listing, parts) from None
+            raise parts_error(listing, parts, selection.key) from None
         checkpoint = list_parts(listing, parts, lambda path: _open_anything(path, WEIGHTS))
         entries, warnings = read_trainer_files(directory, names)
         return checkpoint.with_entries(*entries).with_warnings(*warnings)

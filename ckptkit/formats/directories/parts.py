@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Entry, Payload, TensorInfo
 from ckptkit.core.config_files import read_json
-from ckptkit.core.text import human_bytes, listed, plural, printable, shell_word
+from ckptkit.core.text import human_bytes, listed, plural, printable, quoted, shell_word
 from ckptkit.errors import CkptkitError, FormatError
 from ckptkit.formats.directories.keys import split_key
 from ckptkit.formats.directories.listing import MODEL_NAMES, PIPELINE, Listing, find_weights_files
@@ -51,13 +51,17 @@ def find_parts(listing: Listing) -> list[str]:
     return [*readable, *folders.foreign] if readable else []
 
 
-def parts_error(listing: Listing, parts: Sequence[str]) -> FormatError:
-    """Return the error that names the parts of a directory, because a checkpoint is only one of the parts."""
+def parts_error(listing: Listing, parts: Sequence[str], key: str = "") -> FormatError:
+    """Return the error that names the parts of a directory, because a checkpoint is only one of the parts.
+
+    ``key`` is the name that was asked for and that no part has.
+    """
+    missing = f"has nothing called {quoted(key)}: it is " if key else ""
     what = "a pipeline" if PIPELINE in listing.files else "a directory"
     shown = " or ".join(shell_word(f"{listing.path}::{part}") for part in parts[:_MOST_NAMED])
     more = ", and so on" if len(parts) > _MOST_NAMED else ""
     return FormatError(
-        f"{what} of {plural(len(parts), 'checkpoint')}: {listed(parts, 2 * _MOST_NAMED, show=printable)}",
+        f"{missing}{what} of {plural(len(parts), 'checkpoint')}: {listed(parts, 2 * _MOST_NAMED, show=printable)}",
         hint=f"give {shown}{more}",
         path=listing.path,
     )
