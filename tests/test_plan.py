@@ -119,7 +119,7 @@ def test_tensors_that_cannot_be_copied_are_refused_by_name(value: Any, why: str)
     error = refusal(lambda: plan_remap({"w": plain, "odd": value}))
     assert error.reason.startswith("'odd' cannot be copied: ")
     assert why in error.reason
-    assert str(error.hint).endswith("leave it out: ckpt remap --drop 'odd'")
+    assert str(error.hint).endswith("or leave out this one: ckpt remap --drop 'odd'")
     assert [step.out.key for step in plan_remap({"w": plain, "odd": value}, parse_rules(drop=["odd"])).steps] == ["w"]
 
 
