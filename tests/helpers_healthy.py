@@ -37,7 +37,7 @@ TOKENS: dict[str, int] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 
 class Setup:
     """A model, what trains it, and the loss of one batch. ``step`` replaces the usual step where a set-up has its own.
 
-    ``loss`` is None where no dry step can be made on a copy of the model.
+    ``loss`` is None where no dry step can be made on a copy of the model. ``ignore`` lists findings that are right.
     """
 
     model: nn.Module
@@ -45,6 +45,7 @@ class Setup:
     loss: Callable[[Any], Any] | None
     schedulers: Any = None
     step: Callable[[], object] | None = None
+    ignore: tuple[str, ...] = ()
 
     def train(self, steps: int = 2) -> None:
         for _ in range(steps):
@@ -80,7 +81,13 @@ def _loud(setup: Setup, when: str) -> list[str]:
         assert_param_groups(setup.model, setup.optimizers, schedulers=setup.schedulers, strict=True)
     except GroupsError as error:
         lines.append(f"{when}: strict: {error}")
-    result = preflight(setup.model, optimizer=setup.optimizers, schedulers=setup.schedulers, dry_step=setup.loss)
+    result = preflight(
+        setup.model,
+        optimizer=setup.optimizers,
+        schedulers=setup.schedulers,
+        dry_step=setup.loss,
+        ignore=setup.ignore,
+    )
     lines += [f"{when}: preflight: {finding}" for finding in result.findings if finding.severity != "note"]
     if result.verdict != "ready":
         lines.append(f"{when}: the verdict of preflight is {result.verdict}")

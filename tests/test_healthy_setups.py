@@ -181,6 +181,29 @@ def float_norms() -> Setup:
                          first=first, norm=nn.LayerNorm(4), last=last))  # fmt: skip
 
 
+def keeps_outputs() -> Setup:
+    """The forward pass keeps tensors of the graph, which torch cannot copy."""
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        self.hidden = self.first(x)
+        self.outputs = [self.head(self.hidden)]
+        self.named = {"last": self.outputs}
+        return self.outputs[0]
+
+    return plain(Forward(forward, first=nn.Linear(4, 4), head=nn.Linear(4, 2)))
+
+
+def empty_parameter() -> Setup:
+    """A layer without outputs, as where a width is the difference of two sizes, has a gradient without numbers."""
+
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        return torch.cat([self.layer(x), self.empty(x)], 1)
+
+    empty = nn.Linear(4, 1, bias=False)
+    empty.weight = nn.Parameter(torch.zeros(0, 4))
+    return plain(Forward(forward, layer=nn.Linear(4, 4), empty=empty))
+
+
 def checkpointed(*, reentrant: bool) -> Setup:
     def forward(self: Any, x: torch.Tensor) -> Any:
         return self.head(checkpoint(self.layer, self.first(x), use_reentrant=reentrant))
@@ -388,6 +411,8 @@ SETUPS: dict[str, Callable[[], Setup]] = {
     ),
     "a tied head": lambda: plain(Tied(), tokens),
     "float32 norms in a bfloat16 model": float_norms,
+    "a model that keeps its outputs": keeps_outputs,
+    "a parameter without numbers": empty_parameter,
     "gradient checkpointing": lambda: checkpointed(reentrant=False),
     "reentrant gradient checkpointing": lambda: checkpointed(reentrant=True),
     "LoRA": lora,
@@ -412,6 +437,8 @@ SETUPS: dict[str, Callable[[], Setup]] = {
     "LBFGS": lbfgs,
     "parameter lists": parameter_list,
     "weight_norm": lambda: plain(nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))),
+    "the old weight_norm": lambda: plain(nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 2))),
+    "the old spectral_norm": lambda: plain(nn.Sequential(nn.utils.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))),
     "spectral_norm": lambda: plain(nn.Sequential(parametrizations.spectral_norm(nn.Linear(4, 4)), nn.Linear(4, 2))),
     "orthogonal": lambda: plain(nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)), nn.Linear(4, 2))),
     "a parametrization": parametrized,

@@ -76,14 +76,27 @@ def _reason_not_copied(model: Module) -> str:
 
 def _copied_tensors(model: Module) -> dict[int, Any]:
     """Return copies, by ``id()``, of the tensors that deepcopy refuses: with a graph, or without a shape."""
-    import torch
     from torch.nn.parameter import UninitializedBuffer
 
-    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, torch.Tensor)]
+    kept = [tensor for module in model.modules() for value in vars(module).values() for tensor in _tensors_in(value)]
     copies = {id(tensor): tensor.detach().clone() for tensor in kept if not tensor.is_leaf}
     lazy = [buffer for buffer in model.buffers() if isinstance(buffer, UninitializedBuffer)]
     made = {id(buffer): UninitializedBuffer() for buffer in lazy}
     return {**copies, **made}
+
+
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """Yield ``value``, or the tensors that a list, a tuple or a dict has in itself or in a list one level below."""
+    import torch
+
+    for outer in _members(value):
+        yield from (inner for inner in _members(outer) if isinstance(inner, torch.Tensor))
+
+
+def _members(value: object) -> Sequence[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list | tuple) else [value]
 
 
 @contextlib.contextmanager

@@ -23,7 +23,9 @@ _TINY, _HUGE = -60, 40
 _STRAY = 0.005
 # Adapters start with a zero or constant factor, so that they change nothing before training: LoRA, LoHa, OFT, MiSS.
 _ADAPTER = re.compile(
-    r"(^|[._])(lora|hada|lokr|vera|ia3|oft|boft|miss_block|bone|adapter|adapters)(?=[._]|$)", re.IGNORECASE
+    r"(^|[._])((rand|vb|gra|de)?lora|hada|lokr|vera|ia3|oft|boft|hra|shira|road|c3a|fourierft|waveft|miss_block|bone"
+    r"|adapter|adapters)(?=[._]|$)",
+    re.IGNORECASE,
 )
 # The values that torch fills the tensors of a normalisation layer with.
 _NORM_VALUES: Mapping[str, int] = {

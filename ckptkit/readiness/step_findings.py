@@ -270,7 +270,7 @@ def _has_layerdrop(model: Module) -> bool:
 
 
 def _check_zero(step: Step, graph: Graph) -> Iterator[Finding]:
-    zero = [name for name, grad in step.grads.items() if not bool(_values(grad).any())]
+    zero = [name for name, grad in step.grads.items() if grad.numel() and not bool(_values(grad).any())]
     if not zero:
         return
     starting = {
