@@ -14,6 +14,12 @@ from tests.helpers_healthy import language_model, loud_findings
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 HEADS = ("MODEL_FOR_CAUSAL_LM_MAPPING", "MODEL_FOR_MASKED_LM_MAPPING", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING")
+# Findings that are right for a tiny model and a batch of eight tokens.
+EXPECTED = {
+    "DeepseekV4ForCausalLM": ("preflight.zero:*.position_bias",),  # the compressor does not work for eight tokens
+    "MraForMaskedLM": ("preflight.zero-gradient:*.attention.output.dense.weight",),  # its attention is 0 on a CPU
+    "PhimoeForCausalLM": ("preflight.zero-gradient:*.router.weight",),  # the router has no gradient for such scores
+}
 LEAST = 33  # architectures that must be tried, so that the test does not become empty with another transformers
 
 
@@ -44,7 +50,8 @@ def test_the_architectures_of_transformers(capsys: pytest.CaptureFixture[str]) -
             skipped.append(f"{kind.__name__}: {str(error).partition(chr(10))[0][:80]}")
             continue
         unused = [name for name, parameter in setup.model.named_parameters() if parameter.grad is None]
-        setup = replace(setup, ignore=tuple(f"preflight.no-gradient:{name}" for name in unused))
+        right = tuple(f"preflight.no-gradient:{name}" for name in unused)
+        setup = replace(setup, ignore=right + EXPECTED.get(kind.__name__, ()))
         setup.model.zero_grad()
         tried.append(kind.__name__)
         if found := loud_findings(setup):
