@@ -461,3 +461,13 @@ def test_values_under_tensors_are_refused() -> None:
     optimizer.extra = dict.fromkeys(model.parameters(), 1.0)
     with pytest.raises(PlanError, match="the state has tensors as the keys of 'extra'"):
         load_optimizer_state(with_hooks(model.named_parameters()), model, optimizer.state_dict())
+
+
+def test_a_wrapper_that_writes_into_the_state_of_its_optimizer_is_refused() -> None:
+    """Only the wrapper knows what its values in the state belong to; a fresh wrapper has not written them yet."""
+    model, optimizer = trained(Base)
+    saved = optimizer.state_dict()
+    saved["state"] = {**saved["state"], "reference": {0: torch.zeros(2)}}
+    fresh: Any = Wrapper(Base(model.named_parameters()), has_own_state=False)
+    with pytest.raises(PlanError, match="Wrapper keeps state of its own around Base"):
+        load_optimizer_state(fresh, model, saved)

@@ -123,6 +123,8 @@ def load_optimizer_state(
     live_groups = _live_groups(inner, live_model)
     drop_strays = on_unexpected == "skip"
     saved, strays = _named(state, names, model, live_groups, drop_strays=drop_strays, has_rules=rules is not None)
+    if optimizer is not inner and saved.more.state:  # the wrapper wrote these values into the state of the optimizer
+        raise _wrapper_error(optimizer, inner)
     schema = schema_of(type(inner))
     refuse_other_class(saved, inner, schema)
     if rules is not None:
@@ -185,11 +187,15 @@ def _refuse_state_of_wrapper(optimizer: Optimizer, inner: Optimizer) -> None:
     except Exception:  # noqa: BLE001 - accelerate and others have conditions of their own
         return
     if keys[0] != keys[1]:
-        outer = type(optimizer).__name__
-        raise PlanError(
-            f"{outer} keeps state of its own around {type(inner).__name__}, which cannot be loaded by name",
-            hint=f"load it with the load_state_dict() of {outer}",
-        )
+        raise _wrapper_error(optimizer, inner)
+
+
+def _wrapper_error(optimizer: Optimizer, inner: Optimizer) -> PlanError:
+    outer = type(optimizer).__name__
+    return PlanError(
+        f"{outer} keeps state of its own around {type(inner).__name__}, which cannot be loaded by name",
+        hint=f"load it with the load_state_dict() of {outer}",
+    )
 
 
 def _keys_of(saved: Mapping[str, Any]) -> object:
