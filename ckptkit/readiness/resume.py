@@ -10,7 +10,7 @@ from typing import Any
 from ckptkit.comparison import StateDictDiff
 from ckptkit.core.findings import Finding, Severity
 from ckptkit.core.text import listed, quoted
-from ckptkit.core.torch_bridge import named_of
+from ckptkit.core.torch_bridge import get_or_none, named_of
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, options_of_kind, scheduled_options
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import PlanError
@@ -229,10 +229,14 @@ def _counters(training: Training) -> frozenset[str]:
     if not training.optimizers:
         return frozenset()
     optimizer = training.optimizers[0].instance
-    arguments = inspect.signature(type(optimizer).__init__).parameters
-    if any(argument.kind is argument.VAR_KEYWORD for argument in arguments.values()):
+    defaults = get_or_none(optimizer, "defaults")
+    try:
+        arguments = inspect.signature(type(optimizer).__init__).parameters
+    except (TypeError, ValueError):  # a class that is not written in Python
         return frozenset()
-    return frozenset(getattr(optimizer, "defaults", {})) - _KNOWN_OPTIONS - arguments.keys()
+    if not isinstance(defaults, Mapping) or any(each.kind is each.VAR_KEYWORD for each in arguments.values()):
+        return frozenset()
+    return frozenset(defaults) - _KNOWN_OPTIONS - arguments.keys()
 
 
 def _compare(

@@ -27,7 +27,7 @@ from ckptkit.errors import CkptkitError
 MODULES = (
     "adabelief_pytorch", "adam_mini", "adan_pytorch", "adopt", "apollo_torch", "bitsandbytes.optim", "came_pytorch",
     "dadaptation", "galore_torch", "grokadamw", "heavyball", "lion_pytorch", "lomo_optim", "madgrad", "muon", "optimi",
-    "prodigyopt", "prodigyplus", "pytorch_optimizer", "ranger21", "schedulefree", "sophia", "timm.optim",
+    "prodigyopt", "prodigyplus", "pytorch_optimizer", "ranger21", "schedulefree", "sophia_opt", "timm.optim",
     "torch_optimizer", "torchao.optim", "transformers.optimization",
 )  # fmt: skip
 STEPS = 3
