@@ -8,6 +8,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterable
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -48,7 +50,8 @@ def module_name(path: Path) -> str:
 FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def imports_of(path: Path) -> set[str]:
+@cache
+def imports_of(path: Path) -> frozenset[str]:
     """Return every module that a file imports, anywhere in it."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -57,13 +60,13 @@ def imports_of(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in MODULES}
-    return found
+    return frozenset(found)
 
 
 MODULES = {f"ckptkit.{module}" if module else "ckptkit" for module in FILES}
 
 
-def own_modules(names: set[str]) -> list[str]:
+def own_modules(names: Iterable[str]) -> list[str]:
     """Return those of the imported names that are modules of ckptkit, as ``module_name`` gives them."""
     return [name.removeprefix("ckptkit").removeprefix(".") for name in names if name in MODULES]
 

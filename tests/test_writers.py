@@ -336,20 +336,6 @@ def test_records_beyond_4_gib(large: int, tmp_path: Path) -> None:
     source.close()
 
 
-def test_more_entries_than_16_bits_can_count(tmp_path: Path) -> None:
-    """An archive of 65,536 entries is read by every reader."""
-    live = as_checkpoint({"w": torch.ones(1)}, "live").payload("w")
-    infos = [TensorInfo(f"t{number}", "F32", (1,)) for number in range(0x10000 - 3)]
-    layout = layout_torch_zip(infos, lambda _: live, lambda _: None)
-    with AtomicFile(str(tmp_path / "many.pt"), layout.nbytes) as file:
-        list(write_torch_zip(layout, file))
-    with zipfile.ZipFile(tmp_path / "many.pt") as archive:
-        assert len(archive.namelist()) == 0x10000
-    found = loaded(tmp_path / "many.pt")
-    assert list(found) == [info.key for info in infos]
-    assert all(value.item() == 1 for value in found.values())
-
-
 def test_an_output_error_names_the_target(tmp_path: Path) -> None:
     """The error has the name of the output, not the temporary name."""
     with (
