@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ckptkit.core.files import LocalFile
-from ckptkit.errors import ChangedError
+from ckptkit.errors import ChangedError, CkptkitError
 
 __all__ = ["FilePool", "PooledFile", "Section"]
 
@@ -47,6 +49,17 @@ class FilePool:
         """Raise ``ChangedError`` where one of the files changed since it was first opened."""
         for file in self.files.values():
             file.check_unchanged(by_path=by_path)
+
+    @contextmanager
+    def closed_on_error(self) -> Iterator[None]:
+        """Close every file if the block raises; an error of ckptkit without a path gets the path of the directory."""
+        try:
+            yield
+        except BaseException as error:
+            self.close()
+            if isinstance(error, CkptkitError) and error.path is None:
+                error.path = self.directory
+            raise
 
     def close(self) -> None:
         """Close every file. Reading a closed file is an error."""

@@ -69,13 +69,8 @@ def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
             path=directory,
         )
     pool = FilePool(directory)
-    try:
+    with pool.closed_on_error():
         return _open(pool, selection, [name for name in names if name.endswith(DCP_SUFFIX)])
-    except BaseException as error:
-        pool.close()
-        if isinstance(error, CkptkitError) and error.path is None:
-            error.path = directory
-        raise
 
 
 def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:

@@ -10,7 +10,7 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import listed, quoted
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.distributed.file_names import RankFiles
 from ckptkit.formats.distributed.parts import (
@@ -45,7 +45,7 @@ def open_rank_files(directory: str, files: RankFiles, selection: Selection = WEI
     is missing, if the files do not belong together, and for a placement that is not read.
     """
     pool = FilePool(directory)
-    try:
+    with pool.closed_on_error():
         first = min(files.names)
         try:
             parts = {first: open_part(pool, files.names[first], selection)}
@@ -60,11 +60,6 @@ def open_rank_files(directory: str, files: RankFiles, selection: Selection = WEI
             parts[rank] = parts.get(rank) or open_part(pool, files.names[rank], selection)
         known: dict[tuple[int, ...], tuple[int, ...]] = {}
         return _join(pool, {rank: _Rank.of(rank, part, known) for rank, part in sorted(parts.items())})
-    except BaseException as error:
-        pool.close()
-        if isinstance(error, CkptkitError) and error.path is None:
-            error.path = directory
-        raise
 
 
 @dataclass(frozen=True, slots=True)

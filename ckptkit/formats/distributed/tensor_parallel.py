@@ -17,7 +17,7 @@ from typing import Final
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.text import plural, quoted
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.errors import FormatError
 from ckptkit.formats.distributed.file_names import CONSOLIDATED
 from ckptkit.formats.distributed.parts import (
     JoinedTensor,
@@ -56,17 +56,12 @@ def open_tensor_parallel(
     do not belong together, or a tensor does not have exactly one reading.
     """
     pool = FilePool(directory)
-    try:
+    with pool.closed_on_error():
         parts = [open_part(pool, name, selection) for name in _in_order(names)]
         check_same_keys(parts)
         sizes = _Sizes.of(parts, params or {})
         tensors = {key: _join(key, parts, sizes) for key in parts[0].checkpoint}
         return joined_checkpoint(pool, parts, tensors, "tensor-parallel torch-zip")
-    except BaseException as error:
-        pool.close()
-        if isinstance(error, CkptkitError) and error.path is None:
-            error.path = directory
-        raise
 
 
 def check_whole(checkpoint: Checkpoint, params: Mapping[str, object]) -> None:

@@ -62,13 +62,8 @@ def open_universal(directory: str, selection: Selection) -> Checkpoint:
     if selection.optimizer:
         raise FormatError("holds one optimizer state for each parameter", hint="add ::exp_avg or another state")
     pool = FilePool(directory)
-    try:
+    with pool.closed_on_error():
         return _open(pool, os.listdir(directory), selection.key or _WEIGHTS)
-    except BaseException as error:
-        pool.close()
-        if isinstance(error, CkptkitError) and error.path is None:
-            error.path = directory
-        raise
 
 
 def _open(pool: FilePool, names: Sequence[str], state: str) -> Checkpoint:

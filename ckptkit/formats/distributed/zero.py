@@ -27,7 +27,7 @@ from ckptkit.core.checkpoint import (
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.findings import ReaderWarning
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.errors import CkptkitError, FormatError
+from ckptkit.errors import FormatError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
 from ckptkit.formats.distributed.file_names import ZERO_OPTIM_STATES
@@ -63,13 +63,8 @@ def open_zero(directory: str, names: Sequence[str]) -> Checkpoint:
     ``FormatError`` if the file of a rank is missing or from another step, or the partitions do not fit the shapes.
     """
     pool = FilePool(directory)
-    try:
+    with pool.closed_on_error():
         return _open(pool, names)
-    except BaseException as error:
-        pool.close()
-        if isinstance(error, CkptkitError) and error.path is None:
-            error.path = directory
-        raise
 
 
 @dataclass(frozen=True, slots=True)

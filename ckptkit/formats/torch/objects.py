@@ -140,7 +140,6 @@ _ONE_NAME = "storage {} shares its name or the name of its part with another sto
 _MOST_SLOTS = 64
 _ARRAY_KEY = "\0array "  # begins the key of the storage of each array; no record of a file has such a name
 _ARRAY_NUMBERS = itertools.count()  # one checkpoint can hold arrays of many pickles
-_REFUSED_BY_TORCH = FUNCTIONS.keys() | ARRAY_CLASSES | {"builtins.bytes", "__builtin__.bytes"}
 _COMPLEX = ("C32", "C64", "C128")
 _NEGATABLE = ("F16", "BF16", "F32", "F64", *_COMPLEX)
 

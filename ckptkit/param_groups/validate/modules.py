@@ -79,10 +79,6 @@ def _check_frozen_norms(live_model: LiveModel) -> Iterator[Finding]:
         )
 
 
-def _has_moving_statistics(norm: Any) -> bool:
-    return norm.running_mean is not None and norm.momentum != 0
-
-
 # Names of methods of Module and Tensor that users also give to data of their own.
 _OWN_NAMES = re.compile(r"type|float|double|half|bfloat16|cuda|cpu|xpu|ipu|mtia|compile|share_memory|extra_repr")
 _ALIKE = 0.86  # as require_grad, requires_gradient
