@@ -15,10 +15,11 @@ from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import html_table, kind_of, plural, printable, quoted
 from ckptkit.core.ties import shared_keys
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, same_values
+from ckptkit.core.torch_bridge import as_checkpoint, same_values
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.formats.codes import unread_findings
+from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.loading import codes
 from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot, named_tensors
@@ -69,7 +70,7 @@ class LoadReport(Report):
 
 def load_into(
     model: Module,
-    checkpoint: StateDictLike,
+    checkpoint: CheckpointLike,
     rules: RulesLike | None = None,
     *,
     on_missing: OnMissing = "keep",
@@ -82,6 +83,7 @@ def load_into(
 ) -> LoadReport:
     """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
+    ``checkpoint`` is a path, a Checkpoint, a Module, or a mapping of tensors; what is opened here is closed at the end.
     ``rules``, ``on_missing``, ``on_unexpected``, ``on_mismatch`` and ``skip_unread`` mean the same as in
     ``plan_merge``, but ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every matching
     key of the model's state_dict must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's
@@ -106,19 +108,36 @@ def load_into(
         )
     if not hasattr(model, "named_parameters"):
         raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
-    base, donor = as_checkpoint(model, "model"), as_checkpoint(checkpoint, "checkpoint")
-    plan = plan_merge(
-        base,
-        donor,
-        rules,
-        on_missing=on_missing,
-        on_unexpected=on_unexpected,
-        on_mismatch=on_mismatch,
-        skip_unread=skip_unread,
-    )
+    base = as_checkpoint(model, "model")
+    requirements = Requirements(require, min_coverage)
+    with opened(checkpoint, "checkpoint") as donor:
+        plan = plan_merge(
+            base,
+            donor,
+            rules,
+            on_missing=on_missing,
+            on_unexpected=on_unexpected,
+            on_mismatch=on_mismatch,
+            skip_unread=skip_unread,
+        )
+        return _load_planned(
+            model, base, donor, plan, rules=rules, requirements=requirements, allow_overflow=allow_overflow
+        )
+
+
+def _load_planned(
+    model: Module,
+    base: Checkpoint,
+    donor: Checkpoint,
+    plan: Plan,
+    *,
+    rules: RulesLike | None,
+    requirements: Requirements,
+    allow_overflow: bool,
+) -> LoadReport:
     from_donor = [step for step in plan.steps if step.sources[0].role == "donor"]
     loaded = {step.out.key for step in from_donor}
-    refuse_unmet(Requirements(require, min_coverage), base, loaded, plan, lambda: diff(base, donor, rules))
+    refuse_unmet(requirements, base, loaded, plan, lambda: diff(base, donor, rules))
     _refuse_meta(model, base)
     producer = Producer({"donor": donor})
     _refuse_unloadable(model, base, producer, from_donor)
