@@ -484,7 +484,7 @@ model, loud = Model(), Loud()
         ("base", 2, "calling 'base' failed: BaseException: x"),
         ("leave", 2, "calling 'leave' failed: SystemExit: 0"),
         ("generator", 2, "calling 'generator' failed: GeneratorExit"),
-        ("takes", 2, "hint: ckptkit calls the callable without arguments"),
+        ("takes", 2, "hint: pass arguments as in 'py:mynet:build(num_classes=4)'"),
         ("model", 2, "failed: SystemExit: 1"),
         ("loud.x", 2, "looking up 'loud.x' failed: BaseException: lookup"),
         ("interrupt", 130, ""),

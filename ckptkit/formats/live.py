@@ -1,8 +1,13 @@
-"""Open live models as checkpoints. ``py:package.module:callable`` imports and runs the user's code."""
+"""Open live models as checkpoints. ``py:package.module:callable`` imports and runs the user's code.
+
+``py:package.module:callable(name=value)`` passes keyword arguments, whose values are Python literals.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import functools
 import importlib
 import os
 import re
@@ -20,11 +25,49 @@ __all__ = ["build_model", "build_shapes", "import_target", "open_live"]
 
 
 def import_target(target: str) -> Any:
-    """Return the object at ``package.module:name``.
+    """Return the object at ``package.module:name``; for ``name(key=value)``, the callable with these arguments set.
 
     Modules of the current directory can be imported. Output of the code goes to stderr. Raises ``ModelError`` where the
-    object cannot be imported.
+    object cannot be imported, and where the arguments are not keyword arguments with Python literals.
     """
+    path, arguments = _split_arguments(target)
+    found = _import(path)
+    if arguments is None:
+        return found
+    if _is_model(found) or not callable(found):
+        kind = "a model" if _is_model(found) else f"a {type(found).__name__}"
+        name = path.partition(":")[2]
+        raise ModelError(f"{quoted(name)} is {kind}, not a callable that takes arguments", hint=f"write py:{path}")
+    return functools.partial(found, **arguments)
+
+
+def _split_arguments(target: str) -> tuple[str, dict[str, object] | None]:
+    """Return ``package.module:name`` and the keyword arguments in parentheses, or None where there are none."""
+    path, opening, text = target.partition("(")
+    if not opening:
+        return target, None
+    form = "write py:package.module:callable(name=value), with Python literals as values"
+    try:
+        call = ast.parse(f"f({text}", mode="eval").body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        call = None
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        raise ModelError(f"{quoted(opening + text)} is not a valid list of arguments", hint=form)
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ModelError(f"{quoted(opening + text)} has arguments without a name", hint=form)
+    arguments: dict[str, object] = {}
+    for keyword in call.keywords:
+        name = str(keyword.arg)
+        if name in arguments:
+            raise ModelError(f"{quoted(opening + text)} has {quoted(name)} twice", hint=form)
+        try:
+            arguments[name] = ast.literal_eval(keyword.value)
+        except (ValueError, TypeError, RecursionError, MemoryError):
+            raise ModelError(f"the value of {quoted(name)} is not a Python literal", hint=form) from None
+    return path, arguments
+
+
+def _import(target: str) -> Any:
     module_name, _, name = target.partition(":")
     if not module_name or not name:
         raise ModelError(f"{quoted(target)} does not name a callable", hint="write py:package.module:callable")
@@ -56,12 +99,12 @@ def _code_of_the_user(doing: str) -> Iterator[None]:
         raise
     except BaseException as error:
         needs_arguments = isinstance(error, TypeError) and re.search("missing .* required", first_line(error))
-        hint = "ckptkit calls the callable without arguments" if needs_arguments else None
+        hint = "pass arguments as in 'py:mynet:build(num_classes=4)'" if needs_arguments else None
         raise ModelError(f"{doing} failed: {first_line(error)}", hint=hint) from error
 
 
 def build_model(target: str, *, device: str | None = None) -> Any:
-    """Return the model or state_dict at ``package.module:name``. A callable is called with ``device`` as default.
+    """Return the model or state_dict that ``target`` names. A callable is called with ``device`` as default.
 
     Raises what ``import_target`` raises, and ``ModelError`` where the callable fails or returns something else.
     """

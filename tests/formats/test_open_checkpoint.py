@@ -289,6 +289,19 @@ MODULE = """
 
     def demanding(size):
         return Net()
+
+    class Sized(torch.nn.Module):
+        def __init__(self, size=3):
+            super().__init__()
+            self.fc = torch.nn.Linear(2, size)
+            torch.nn.init.constant_(self.fc.weight, 2.0)
+
+        @classmethod
+        def make(cls, size):
+            return cls(size)
+
+    def sized(size=3, kind="", options=None):
+        return Sized(size)
 """
 
 
@@ -338,6 +351,24 @@ def test_extra_state_that_needs_values_comes_from_a_second_build(
     assert modules.exists()
 
 
+@pytest.mark.parametrize(
+    ("call", "shape"),
+    [
+        ("sized(size=4)", (4, 2)),
+        ("sized(size=4, kind='a)b', options={'x': [1, (2.5, None)]})", (4, 2)),
+        ("Sized(size=5)", (5, 2)),
+        ("Sized.make(size=6,)", (6, 2)),
+        ("sized()", (3, 2)),
+    ],
+)
+def test_a_callable_takes_literals_as_keyword_arguments(modules: Path, call: str, shape: tuple[int, ...]) -> None:
+    """The model is built with the arguments, on the meta device and for its values."""
+    with open_checkpoint(f"py:livemodels.nets:{call}") as checkpoint:
+        assert checkpoint["fc.weight"].shape == shape
+        assert checkpoint.read_bytes("fc.weight") == bits(torch.full(shape, 2.0))
+    assert modules.exists()
+
+
 @pytest.mark.parametrize("name", ["transposed", "shifted", "untied", "tied"])
 def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str) -> None:
     """The bytes of one layout with the views of another layout would be wrong."""
@@ -360,7 +391,7 @@ def test_a_second_build_with_another_layout_is_refused(modules: Path, name: str)
     ("target", "hint"),
     [
         ("livemodels.none:build", "searched in the current directory and on sys.path"),
-        ("livemodels.nets:demanding", "ckptkit calls the callable without arguments"),
+        ("livemodels.nets:demanding", "pass arguments as in 'py:mynet:build(num_classes=4)'"),
         ("livemodels.syntax:build", None),
         ("livemodels.nets:fails", None),
     ],
@@ -407,6 +438,18 @@ def test_names_of_links_and_files_cannot_move_the_cursor(tmp_path: Path) -> None
         pytest.param("livemodels.nets:leaves", "calling 'leaves' failed: SystemExit: 3", id="it exits"),
         pytest.param("livemodels.nets:wrong", "'wrong' returned a int, not a model", id="it returns a number"),
         pytest.param("livemodels.nets:demanding", "calling 'demanding' failed: TypeError", id="it wants arguments"),
+        pytest.param("livemodels.nets:sized(4)", "'(4)' has arguments without a name", id="a position"),
+        pytest.param("livemodels.nets:sized(**{'size': 4})", "has arguments without a name", id="a mapping"),
+        pytest.param("livemodels.nets:sized(size=open('x'))", "'size' is not a Python literal", id="a call"),
+        pytest.param("livemodels.nets:sized(size=size)", "'size' is not a Python literal", id="a name"),
+        pytest.param("livemodels.nets:sized(size=4", "'(size=4' is not a valid list of arguments", id="left open"),
+        pytest.param("livemodels.nets:sized(size=4)()", "is not a valid list of arguments", id="a call of a call"),
+        pytest.param("livemodels.nets:sized(size=4).x", "is not a valid list of arguments", id="an attribute"),
+        pytest.param("livemodels.nets:sized(a=1, a=2)", "'(a=1, a=2)' has 'a' twice", id="a name twice"),
+        pytest.param("livemodels.nets:sized(" + "[" * 9999, "is not a valid list of arguments", id="deep"),
+        pytest.param("livemodels.nets:sized(seize=4)", "unexpected keyword argument 'seize'", id="unknown name"),
+        pytest.param("livemodels.nets:instance(x=1)", "'instance' is a model, not a callable", id="an instance"),
+        pytest.param("livemodels.nets:number(x=1)", "'number' is a int, not a callable", id="a number with arguments"),
         pytest.param("..:x", "importing '..' failed", id="a relative name"),
     ],
 )

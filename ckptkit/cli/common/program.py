@@ -69,7 +69,8 @@ def ckpt(context: click.Context) -> None:
     \b
     A PATH is a file or directory of any known format, recognised by its content.
     PATH::a.b is a mapping inside a checkpoint. py:package.module:callable is a
-    live model; ckpt runs the code of that model.
+    live model; ckpt runs the code of that model. Arguments go in parentheses:
+    'py:mynet:build(num_classes=4)'.
 
     Exit codes: 0 nothing to report, 1 differences or findings, 2 trouble.
     """  # noqa: D301 - \b is click's mark
