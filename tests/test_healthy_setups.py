@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW, lr_scheduler, swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from ckptkit import rebind
-from tests.helpers_healthy import Setup, language_model, loud_findings, split_by_decay
+from tests.helpers_healthy import Setup, loud_findings, split_by_decay
 
 
 def square(model: Any, *size: int) -> torch.Tensor:
@@ -483,17 +483,3 @@ def test_a_healthy_set_up_gets_no_finding_above_a_note(name: str) -> None:
     """``validate_param_groups``, ``assert_param_groups(strict=True)`` and ``preflight`` agree that all is well."""
     torch.manual_seed(0)
     assert loud_findings(SETUPS[name]()) == []
-
-
-LANGUAGE_MODELS = (
-    "GPT2LMHeadModel", "BertForMaskedLM", "LlamaForCausalLM", "MixtralForCausalLM", "T5ForConditionalGeneration",
-)  # fmt: skip
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", LANGUAGE_MODELS)
-def test_a_tiny_model_of_transformers_gets_no_finding_above_a_note(name: str) -> None:
-    """``tests/oracles/test_healthy_architectures.py`` tries all the others."""
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    assert loud_findings(language_model(getattr(transformers, name))) == []

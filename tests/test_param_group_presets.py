@@ -149,22 +149,6 @@ def test_bert_decays_from_the_head_down_to_the_embeddings() -> None:
     )
 
 
-def test_hf_trainer_selects_the_same_names_as_transformers() -> None:
-    """There an RMSNorm named ln_1 decays and a matrix in bias_proj does not; in the preset no-decay it is reversed."""
-    trainer = pytest.importorskip("transformers.trainer").Trainer
-    model = Mixed()
-    decaying = set(trainer.get_decay_parameter_names(None, model))
-    spec = param_group_preset("hf-trainer", model, weight_decay=0.5)
-    found = {name for name, (_, decay) in rates(model, spec).items() if decay}
-    assert found == decaying
-    assert {"ln_1.weight", "bn.weight", "scale"} < decaying
-    assert "bias_proj.weight" not in decaying
-    corrected = rates(model, param_group_preset("no-decay", model, weight_decay=0.5))
-    assert {name for name, (_, decay) in corrected.items() if decay} == {
-        name for name, parameter in model.named_parameters() if parameter.ndim > 1
-    }
-
-
 def test_norms_and_biases_of_detectron2() -> None:
     """A bias of a norm counts as a bias. An RMSNorm counts as a norm only with ``norm = { role = "norm" }``."""
     model = Mixed()

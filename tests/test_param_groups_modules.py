@@ -92,21 +92,6 @@ def test_a_tie_of_the_configuration_that_the_model_lost(tie: bool, tied: bool, i
     assert [finding.code for finding in found] == (["groups.tie-lost"] if is_fault else [])
 
 
-def test_a_tied_model_of_transformers_that_lost_its_tie() -> None:
-    """to_empty() unties; tie_weights() ties again."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    config = transformers.LlamaConfig(**sizes, num_hidden_layers=1, num_key_value_heads=2, tie_word_embeddings=True)
-    model = transformers.LlamaForCausalLM(config)
-    assert findings(model) == ()
-    model.load_state_dict(transformers.LlamaForCausalLM(config).state_dict(), assign=True)
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
-    (finding,) = findings(model)
-    assert (finding.code, finding.severity, finding.key) == ("groups.tie-lost", "error", "lm_head.weight")
-    model.tie_weights()
-    assert findings(model) == ()
-
-
 TIED: dict[str, Callable[[dict[str, torch.Tensor]], None]] = {
     "one tensor": lambda saved: saved.update({"head.weight": saved["embed.weight"]}),
     "equal values": lambda saved: saved.update({"head.weight": saved["embed.weight"].clone()}),

@@ -213,26 +213,6 @@ def test_ordinary_tensors_are_not_quantised(state: State) -> None:
     assert not found_in({f"layers.0.q.{name}": tensor for name, tensor in state.items()})
 
 
-ARCHITECTURES: tuple[tuple[str, dict[str, object]], ...] = (
-    ("ResNetConfig", {"embedding_size": 4, "hidden_sizes": [4, 8], "depths": [1, 1]}),
-    ("SwinConfig", {"embed_dim": 8, "depths": [1, 1], "num_heads": [1, 2], "image_size": 32}),
-    ("MixtralConfig", {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8,
-                                  "num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 2}),
-    ("BertConfig", {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8,
-                            "num_attention_heads": 2}),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("config", "sizes"), ARCHITECTURES, ids=[row[0] for row in ARCHITECTURES])
-def test_real_architectures_are_not_quantised(config: str, sizes: dict[str, object]) -> None:
-    """The parameters and buffers of ordinary models are never taken for codes and companions."""
-    transformers = pytest.importorskip("transformers")
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(getattr(transformers, config)(**sizes))
-    assert not found_in(dict(model.state_dict()))
-    assert not found_in(dict(model.to(F8).state_dict()))
-
-
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "modules_to_not_convert": ["lm_head"]}
 COMPRESSED = {
     "quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {},

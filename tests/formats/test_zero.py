@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import math
 import os
 import re
@@ -203,19 +201,6 @@ def test_a_weight_in_one_file_is_a_range_of_that_file(tmp_path: Path) -> None:
     with open_checkpoint(save_stage2(tmp_path / "run")) as checkpoint:
         plain = {key: isinstance(checkpoint.payload(key), Extent) for key in ("emb.weight", "l1.weight", "l2.weight")}
         assert plain == {"emb.weight": True, "l1.weight": False, "l2.weight": True}
-
-
-@pytest.mark.parametrize("save", [save_stage2, save_stage3])
-def test_the_script_of_deepspeed_agrees(tmp_path: Path, save: Callable[[Path], Path]) -> None:
-    """Where DeepSpeed is installed, its script makes the same weights, cast to F32."""
-    script = pytest.importorskip("deepspeed.utils.zero_to_fp32")
-    directory = save(tmp_path / "run")
-    with contextlib.redirect_stdout(io.StringIO()):
-        converted = script.get_fp32_state_dict_from_zero_checkpoint(str(directory))
-    with open_checkpoint(directory) as checkpoint:
-        assert set(checkpoint) == set(converted)
-        for key, tensor in converted.items():
-            assert torch.equal(checkpoint.read(key).to(tensor.dtype), tensor), key
 
 
 def test_a_zero_checkpoint_can_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

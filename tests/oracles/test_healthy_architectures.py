@@ -20,6 +20,10 @@ EXPECTED = {
     "MraForMaskedLM": ("preflight.zero-gradient:*.attention.output.dense.weight",),  # its attention is 0 on a CPU
     "PhimoeForCausalLM": ("preflight.zero-gradient:*.router.weight",),  # the router has no gradient for such scores
 }
+# Well-known ones, which must be among them.
+KNOWN = {
+    "GPT2LMHeadModel", "BertForMaskedLM", "LlamaForCausalLM", "MixtralForCausalLM", "T5ForConditionalGeneration",
+}  # fmt: skip
 LEAST = 33  # architectures that must be tried, so that the test does not become empty with another transformers
 
 
@@ -62,3 +66,4 @@ def test_the_architectures_of_transformers(capsys: pytest.CaptureFixture[str]) -
         print("", *lines, sep="\n  ")  # noqa: T201 - a sweep says what it tried
     assert loud == {}
     assert len(tried) >= LEAST
+    assert set(tried) >= KNOWN
