@@ -7,7 +7,17 @@ from ckptkit.core.checkpoint import Checkpoint as Checkpoint
 from ckptkit.core.checkpoint import TensorInfo as TensorInfo
 from ckptkit.core.findings import Finding as Finding
 from ckptkit.core.findings import Report as Report
+from ckptkit.errors import ArgumentError as ArgumentError
+from ckptkit.errors import ChangedError as ChangedError
 from ckptkit.errors import CkptkitError as CkptkitError
+from ckptkit.errors import FormatError as FormatError
+from ckptkit.errors import GroupsError as GroupsError
+from ckptkit.errors import LoadError as LoadError
+from ckptkit.errors import ModelError as ModelError
+from ckptkit.errors import OutputError as OutputError
+from ckptkit.errors import PathError as PathError
+from ckptkit.errors import PlanError as PlanError
+from ckptkit.errors import RuleError as RuleError
 from ckptkit.formats import open_checkpoint as open_checkpoint
 from ckptkit.formats import open_optimizer as open_optimizer
 from ckptkit.loading import LoadReport as LoadReport
@@ -54,19 +64,29 @@ from ckptkit.statistics.state_dict_stats import stats as stats
 
 __all__ = [
     "Alignment",
+    "ArgumentError",
+    "ChangedError",
     "Checkpoint",
     "CkptkitError",
     "Explanation",
     "Finding",
+    "FormatError",
+    "GroupsError",
+    "LoadError",
     "LoadReport",
+    "ModelError",
     "OptimizerLoadReport",
     "OptimizerState",
     "Output",
+    "OutputError",
     "ParamGroupSpec",
     "ParamGroupsLock",
+    "PathError",
     "Plan",
+    "PlanError",
     "Preflight",
     "Report",
+    "RuleError",
     "Rules",
     "StateDictDiff",
     "StateDictStats",

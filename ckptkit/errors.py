@@ -3,25 +3,30 @@
 Each error has a reason in one sentence, and usually a hint that says what to do instead::
 
     CkptkitError
+    ├── ArgumentError      an argument of a Python call has a wrong type or value; also a TypeError
     ├── PathError          the path cannot be read
     ├── FormatError        the bytes are not a complete and consistent checkpoint
     │   └── ChangedError   the file changed while it was read
     ├── ModelError         a live model cannot be built, described or loaded
+    │   └── LoadError      loading stopped half way, and the model is changed in part
     ├── RuleError          a pattern or a rule is wrong
     ├── PlanError          the request would lose or mix up tensors
     ├── OutputError        the output cannot be written
     └── GroupsError        param groups do not fit the model
 
+Each class is a public name: ``ckptkit.PathError`` and so on. ``except ckptkit.CkptkitError`` catches all of them.
 Every other exception that leaves ckptkit is a bug.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "ArgumentError",
     "ChangedError",
     "CkptkitError",
     "FormatError",
     "GroupsError",
+    "LoadError",
     "ModelError",
     "OutputError",
     "PathError",
@@ -39,10 +44,18 @@ def one_line(sentence: str) -> str:
 
 
 class CkptkitError(Exception):
-    """The base class of all errors of ckptkit.
+    """Raised, as one of its subclasses, whenever ckptkit refuses a request.
 
     ``reason`` is one sentence that says why ckptkit refused, ``hint`` says what to do instead, and ``path`` is the
-    file, or None.
+    file, or None. The text of the error is all three on one line.
+
+    Example:
+        >>> import ckptkit
+        >>> try:
+        ...     ckptkit.open_checkpoint("missing.pth")
+        ... except ckptkit.CkptkitError as error:
+        ...     print(type(error).__name__, "-", error.path, "-", error.reason)
+        PathError - missing.pth - no such file or directory
     """
 
     def __init__(self, reason: str, *, hint: str | None = None, path: str | None = None) -> None:
@@ -59,33 +72,119 @@ class CkptkitError(Exception):
         return one_line(f"{where}{self.reason}{hint}")
 
 
+class ArgumentError(CkptkitError, TypeError):
+    """Raised where an argument of a Python call has a wrong type, or a value that it cannot take.
+
+    The reason names the argument and what it got, the hint what it takes. What a checkpoint, a rule or a spec holds is
+    judged by ``ModelError``, ``RuleError`` and ``GroupsError``.
+
+    Example:
+        >>> import ckptkit
+        >>> ckptkit.preset_rules(7)
+        Traceback (most recent call last):
+        ckptkit.errors.ArgumentError: name is 7 (name must be a str)
+    """
+
+
 class PathError(CkptkitError):
-    """The path does not exist, cannot be read, or is not a regular file."""
+    """Raised where a path does not exist, cannot be read, or is not a file or directory of the expected kind.
+
+    Example:
+        >>> import ckptkit
+        >>> ckptkit.open_checkpoint("missing.pth")
+        Traceback (most recent call last):
+        ckptkit.errors.PathError: missing.pth: no such file or directory...
+    """
 
 
 class FormatError(CkptkitError):
-    """The bytes are not a checkpoint, or the checkpoint is incomplete or contradicts itself."""
+    """Raised where the bytes are not a checkpoint, or the checkpoint is incomplete or contradicts itself.
+
+    Example:
+        >>> import ckptkit
+        >>> ckptkit.open_checkpoint("fixtures/groups.toml")
+        Traceback (most recent call last):
+        ckptkit.errors.FormatError: fixtures/groups.toml: ...
+    """
 
 
 class ChangedError(FormatError):
-    """The file changed while it was being read."""
+    """Raised where a file changed between opening it and reading a tensor of it.
+
+    Example:
+        >>> import ckptkit, pathlib
+        >>> file = pathlib.Path("changing.pth")
+        >>> _ = file.write_bytes(pathlib.Path("fixtures/lenet_10class.pth").read_bytes())
+        >>> with ckptkit.open_checkpoint(file) as checkpoint:
+        ...     _ = file.write_bytes(b"another file")
+        ...     checkpoint.read("conv1.weight")
+        Traceback (most recent call last):
+        ckptkit.errors.ChangedError: changing.pth: ...
+    """
 
 
 class ModelError(CkptkitError):
-    """A live model cannot be built, described or loaded."""
+    """Raised where a live model, or a mapping of tensors, cannot be built, described, loaded or read.
+
+    Example:
+        >>> import ckptkit, torch
+        >>> ckptkit.stats(torch.nn.Linear(2, 2, device="meta"))
+        Traceback (most recent call last):
+        ckptkit.errors.ModelError: 'weight' has no values: it is a meta tensor
+    """
+
+
+class LoadError(ModelError):
+    """Raised where reading failed while a model was being loaded, so that a part of the model has new values.
+
+    The reason names the tensors that were replaced before the failure.
+
+    Example:
+        >>> import ckptkit
+        >>> issubclass(ckptkit.LoadError, ckptkit.ModelError)
+        True
+    """
 
 
 class RuleError(CkptkitError):
-    """A pattern or a rule is not valid, matches nothing, or gives two keys the same name."""
+    """Raised where a pattern or a rule is not valid, matches nothing, or gives two keys the same name.
+
+    Example:
+        >>> import ckptkit
+        >>> ckptkit.parse_rules(rename=["conv1.*"])
+        Traceback (most recent call last):
+        ckptkit.errors.RuleError: ...
+    """
 
 
 class PlanError(CkptkitError):
-    """The request would lose or mix up tensors or state, so no plan was made."""
+    """Raised where a request would lose or mix up tensors or state; nothing was changed or written.
+
+    Example:
+        >>> import ckptkit, torch
+        >>> ckptkit.load_into(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2)})
+        Traceback (most recent call last):
+        ckptkit.errors.PlanError: 'weight' has shape [3, 2] in ...
+    """
 
 
 class OutputError(CkptkitError):
-    """The output cannot be written to this path, or only by overwriting something."""
+    """Raised where the output cannot be written to its path, or only by overwriting something.
+
+    Example:
+        >>> import ckptkit
+        >>> ckptkit.choose_output("fixtures/lenet_10class.pth")
+        Traceback (most recent call last):
+        ckptkit.errors.OutputError: fixtures/lenet_10class.pth: ...
+    """
 
 
 class GroupsError(CkptkitError):
-    """A spec of param groups does not fit the model, or live groups failed validation."""
+    """Raised where a spec of param groups does not fit the model, or the groups of an optimizer have faults.
+
+    Example:
+        >>> import ckptkit, torch
+        >>> ckptkit.build_param_groups(torch.nn.Linear(2, 2), {"group": [{"name": "head", "match": "fc.*"}]})
+        Traceback (most recent call last):
+        ckptkit.errors.GroupsError: ...
+    """

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ckptkit.core.findings import Finding, Report, Severity
-from ckptkit.core.step_counts import have_one_count_in_each_part
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_optim import OPTIONS, scheduled_options
+from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.groups import describe_value, equal_values

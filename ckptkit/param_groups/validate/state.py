@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from ckptkit.core.findings import Code, Finding
-from ckptkit.core.step_counts import have_one_count_in_each_part
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.core.torch_bridge import has_same_layout, is_plain, shape_or_none
 from ckptkit.core.torch_optim import OptimizerSchema, SlotSchema
+from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveOptimizer, Member, member_keys, member_name, member_names

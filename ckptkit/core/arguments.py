@@ -1,0 +1,65 @@
+"""Checks of the arguments of public functions, made at their entry: a wrong one is refused in one sentence.
+
+A checkpoint, rules and a spec have their own way in, which also says what they hold.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable
+from typing import NoReturn
+
+from ckptkit.core.text import kind_of, printable
+from ckptkit.errors import ArgumentError
+
+__all__ = ["refuse", "require_choice", "require_module", "require_number", "require_strings", "require_type"]
+
+
+def refuse(value: object, name: str, takes: str) -> NoReturn:
+    """Raise ``ArgumentError``: the argument ``name`` got ``value``, and takes what the words ``takes`` say."""
+    raise ArgumentError(f"{name} is {_shown(value)}", hint=f"{name} must be {takes}")
+
+
+def require_type(value: object, kinds: type | tuple[type, ...], name: str, takes: str) -> None:
+    """Raise ``ArgumentError`` unless ``value`` is an instance of ``kinds``."""
+    if not isinstance(value, kinds):
+        refuse(value, name, takes)
+
+
+def require_number(value: object, name: str, takes: str, *, whole: bool = False) -> None:
+    """Raise ``ArgumentError`` unless ``value`` is an int, or a float where it need not be ``whole``, and not NaN."""
+    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or math.isnan(value):
+        refuse(value, name, takes)
+
+
+def require_choice(value: object, choices: Iterable[str], name: str) -> None:
+    """Raise ``ArgumentError`` unless ``value`` is one of the strings ``choices``."""
+    known = tuple(choices)
+    if not isinstance(value, str) or value not in known:
+        refuse(value, name, " or ".join(f'"{choice}"' for choice in known))
+
+
+def require_strings(value: object, name: str, takes: str) -> tuple[str, ...]:
+    """Return the strings of a str, or of several str; raise ``ArgumentError`` for any other value."""
+    if isinstance(value, str):
+        return (value,)
+    items = tuple(value) if isinstance(value, Iterable) and not isinstance(value, bytes) else (None,)
+    if not all(isinstance(item, str) for item in items):
+        refuse(value, name, takes)
+    return items
+
+
+def require_module(value: object, name: str = "model") -> None:
+    """Raise ``ArgumentError`` unless ``value`` is a ``torch.nn.Module``."""
+    torch = sys.modules.get("torch")  # a module exists only where torch is imported
+    if torch is None or not isinstance(value, torch.nn.Module):
+        refuse(value, name, "a torch.nn.Module")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, type):
+        return f"the class {printable(value.__name__)}"
+    if value is None or (isinstance(value, int | float) and -1e15 < value < 1e15):
+        return repr(value)
+    return kind_of(value)
