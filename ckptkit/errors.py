@@ -50,7 +50,6 @@ class CkptkitError(Exception):
     file, or None. The text of the error is all three on one line.
 
     Example:
-        >>> import ckptkit
         >>> try:
         ...     ckptkit.open_checkpoint("missing.pth")
         ... except ckptkit.CkptkitError as error:
@@ -79,7 +78,6 @@ class ArgumentError(CkptkitError, TypeError):
     judged by ``ModelError``, ``RuleError`` and ``GroupsError``.
 
     Example:
-        >>> import ckptkit
         >>> ckptkit.preset_rules(7)
         Traceback (most recent call last):
         ckptkit.errors.ArgumentError: name is 7 (name must be a str)
@@ -90,7 +88,6 @@ class PathError(CkptkitError):
     """Raised where a path does not exist, cannot be read, or is not a file or directory of the expected kind.
 
     Example:
-        >>> import ckptkit
         >>> ckptkit.open_checkpoint("missing.pth")
         Traceback (most recent call last):
         ckptkit.errors.PathError: missing.pth: no such file or directory...
@@ -101,7 +98,6 @@ class FormatError(CkptkitError):
     """Raised where the bytes are not a checkpoint, or the checkpoint is incomplete or contradicts itself.
 
     Example:
-        >>> import ckptkit
         >>> ckptkit.open_checkpoint("fixtures/groups.toml")
         Traceback (most recent call last):
         ckptkit.errors.FormatError: fixtures/groups.toml: ...
@@ -112,7 +108,7 @@ class ChangedError(FormatError):
     """Raised where a file changed between opening it and reading a tensor of it.
 
     Example:
-        >>> import ckptkit, pathlib
+        >>> import pathlib
         >>> file = pathlib.Path("changing.pth")
         >>> _ = file.write_bytes(pathlib.Path("fixtures/lenet_10class.pth").read_bytes())
         >>> with ckptkit.open_checkpoint(file) as checkpoint:
@@ -127,7 +123,6 @@ class ModelError(CkptkitError):
     """Raised where a live model, or a mapping of tensors, cannot be built, described, loaded or read.
 
     Example:
-        >>> import ckptkit, torch
         >>> ckptkit.stats(torch.nn.Linear(2, 2, device="meta"))
         Traceback (most recent call last):
         ckptkit.errors.ModelError: 'weight' has no values: it is a meta tensor
@@ -140,7 +135,6 @@ class LoadError(ModelError):
     The reason names the tensors that were replaced before the failure.
 
     Example:
-        >>> import ckptkit
         >>> issubclass(ckptkit.LoadError, ckptkit.ModelError)
         True
     """
@@ -150,7 +144,6 @@ class RuleError(CkptkitError):
     """Raised where a pattern or a rule is not valid, matches nothing, or gives two keys the same name.
 
     Example:
-        >>> import ckptkit
         >>> ckptkit.parse_rules(rename=["conv1.*"])
         Traceback (most recent call last):
         ckptkit.errors.RuleError: ...
@@ -161,10 +154,9 @@ class PlanError(CkptkitError):
     """Raised where a request would lose or mix up tensors or state; nothing was changed or written.
 
     Example:
-        >>> import ckptkit, torch
         >>> ckptkit.load_into(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2)})
         Traceback (most recent call last):
-        ckptkit.errors.PlanError: 'weight' has shape [3, 2] in ...
+        ckptkit.errors.PlanError: 'weight' is [2, 2] in the base and [3, 2] in the donor ...
     """
 
 
@@ -172,10 +164,9 @@ class OutputError(CkptkitError):
     """Raised where the output cannot be written to its path, or only by overwriting something.
 
     Example:
-        >>> import ckptkit
-        >>> ckptkit.choose_output("fixtures/lenet_10class.pth")
+        >>> ckptkit.choose_output("weights.gguf")
         Traceback (most recent call last):
-        ckptkit.errors.OutputError: fixtures/lenet_10class.pth: ...
+        ckptkit.errors.OutputError: weights.gguf: the suffix does not name a known format ...
     """
 
 
@@ -183,7 +174,6 @@ class GroupsError(CkptkitError):
     """Raised where a spec of param groups does not fit the model, or the groups of an optimizer have faults.
 
     Example:
-        >>> import ckptkit, torch
         >>> ckptkit.build_param_groups(torch.nn.Linear(2, 2), {"group": [{"name": "head", "match": "fc.*"}]})
         Traceback (most recent call last):
         ckptkit.errors.GroupsError: ...

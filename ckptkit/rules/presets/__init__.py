@@ -5,7 +5,9 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from importlib.resources import files
+from types import NoneType
 
+from ckptkit.core.arguments import require_type
 from ckptkit.core.text import quoted
 from ckptkit.errors import CkptkitError, RuleError
 from ckptkit.rules.model import Rules
@@ -19,7 +21,12 @@ _SUFFIX = ".toml"
 
 
 def preset_names() -> tuple[str, ...]:
-    """Return the names of all presets, sorted."""
+    """Return the names of all presets of rules, sorted.
+
+    Example:
+        >>> "llama-meta-to-hf" in ckptkit.preset_names()
+        True
+    """
     names = (item.name for item in files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
 
@@ -40,7 +47,15 @@ def preset_rules(
     ``config`` is the configuration of the model, with numbers that shapes do not tell, such as the number of heads.
     ``variables``, such as ``{"heads": 32}``, replace values of the configuration. Raises ``RuleError`` for an unknown
     preset or variable, and where a value is neither in ``variables`` nor in ``config``.
+
+    Example:
+        >>> rules = ckptkit.preset_rules("llama-meta-to-hf", {"heads": 32, "kv_heads": 8})
+        >>> len(rules.stages[0].rules)
+        13
     """
+    require_type(name, str, "name", "a str")
+    require_type(variables, (Mapping, NoneType), "variables", 'a mapping, such as {"heads": 32}')
+    require_type(config, (Mapping, NoneType), "config", "a mapping with the content of config.json")
     text = preset_text(name)
     given = Settings(
         {variable: str(value) for variable, value in (variables or {}).items()},

@@ -1,0 +1,139 @@
+"""The examples in docstrings run as they are written, and every public function and method has one."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+import ckptkit
+from tests.helpers_cli import ROOT
+
+FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+
+
+def with_examples() -> list[str]:
+    """Return the name of each module of the package with an example."""
+    return [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in sorted((ROOT / "ckptkit").rglob("*.py"))
+        if ">>> " in path.read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("name", with_examples())
+def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each example in a module prints what it shows, in a folder with ``fixtures/``, and with its imports alone."""
+    (tmp_path / "fixtures").symlink_to(ROOT / "fixtures")
+    monkeypatch.chdir(tmp_path)
+    module = pytest.importorskip(name, exc_type=ImportError)
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
+    said: list[str] = []
+    for example in finder.find(module, extraglobs={"ckptkit": ckptkit, "torch": torch}):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            runner.run(example, out=said.append)
+    assert runner.tries > 0, f"the examples of {name} are in no docstring that doctest finds"
+    assert runner.failures == 0, "".join(said)
+
+
+def public_docstrings() -> Iterator[tuple[str, str]]:
+    """Yield the name and the docstring of every public name, and of every method with an argument of a public class."""
+    for name in ckptkit.__all__:
+        value = getattr(ckptkit, name)
+        if callable(value):
+            yield name, value.__doc__ or ""
+        if isinstance(value, type):
+            yield from _methods(value)
+
+
+def _methods(cls: type) -> Iterator[tuple[str, str]]:
+    for owner in cls.__mro__:
+        for name, value in vars(owner).items():
+            if name.startswith("_") or not owner.__module__.startswith("ckptkit."):
+                continue
+            function = getattr(value, "__func__", value)
+            if inspect.isfunction(function) and len(inspect.signature(function).parameters) > 1:
+                yield f"{owner.__name__}.{name}", function.__doc__ or ""
+
+
+# Public names whose example is not written yet.
+WITHOUT_EXAMPLE: frozenset[str] = frozenset(
+    {
+        "Alignment",
+        "Checkpoint",
+        "Checkpoint.check_unchanged",
+        "Checkpoint.payload",
+        "Checkpoint.read",
+        "Checkpoint.read_bytes",
+        "Checkpoint.span",
+        "Checkpoint.with_as_entries",
+        "Checkpoint.with_entries",
+        "Checkpoint.with_warnings",
+        "Checkpoint.without",
+        "Explanation",
+        "Finding",
+        "LoadReport",
+        "OptimizerLoadReport",
+        "OptimizerState",
+        "OptimizerState.group_of",
+        "OptimizerState.slot",
+        "Output",
+        "ParamGroupSpec",
+        "ParamGroupSpec.defaults_for",
+        "ParamGroupSpec.optimizer_of",
+        "ParamGroupsLock",
+        "Plan",
+        "Preflight",
+        "Report",
+        "Report.raise_for_errors",
+        "Rules",
+        "StateDictDiff",
+        "StateDictStats",
+        "StateDictStats.modules",
+        "TensorInfo",
+        "Written",
+        "build_param_groups",
+        "choose_output",
+        "diff",
+        "diff_locks",
+        "execute",
+        "explain_param_group",
+        "load_into",
+        "load_optimizer_state",
+        "lock_document",
+        "lock_optimizer",
+        "lock_param_groups",
+        "open_checkpoint",
+        "open_optimizer",
+        "optimizer_state_diff",
+        "param_group_phases",
+        "param_group_preset",
+        "param_group_preset_names",
+        "parse_lock",
+        "parse_rules",
+        "plan_extract_lora",
+        "plan_lora",
+        "plan_merge",
+        "plan_param_groups",
+        "plan_remap",
+        "preflight",
+        "rebind",
+        "run_checks",
+        "stats",
+        "suggest_rules",
+        "write_optimizer_state",
+    }
+)
+
+
+def test_every_public_docstring_has_an_example() -> None:
+    """Each public function, each public class, and each method that takes arguments shows how it is used."""
+    without = {name for name, text in public_docstrings() if ">>> " not in text}
+    assert sorted(without - WITHOUT_EXAMPLE) == []
