@@ -5,7 +5,6 @@ from __future__ import annotations
 import doctest
 import inspect
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 
 import pytest
