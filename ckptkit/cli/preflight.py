@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from ckptkit.cli.common.completing import complete_keys, complete_optimizers
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message
@@ -27,9 +28,11 @@ __all__ = ["preflight"]
 @click.command()
 @model_option
 @click.option("--init", type=PATH_TYPE, metavar="PATH", help="The checkpoint that training starts from.")
-@click.option("--fresh", multiple=True, metavar="PATTERN", help="Keys that are meant to stay at init. Repeatable.")
+@click.option("--fresh", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+              help="Keys that are meant to stay at init. Repeatable.")  # fmt: skip
 @click.option("--groups", type=PATH_TYPE, metavar="FILE", help="The spec of param groups: TOML, JSON or YAML.")
-@click.option("--optimizer", metavar="CLASS", help="A class of torch.optim, such as AdamW.")
+@click.option("--optimizer", metavar="CLASS", shell_complete=complete_optimizers,
+              help="A class of torch.optim, such as AdamW.")  # fmt: skip
 @click.option("--resume", type=PATH_TYPE, metavar="PATH", help="The run to resume: weights and optimizer state.")
 @click.option(
     "--resume-optimizer", type=PATH_TYPE, metavar="PATH", help="Its optimizer state, if that is in another file."

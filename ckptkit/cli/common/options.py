@@ -8,6 +8,7 @@ from typing import Final
 
 import click
 
+from ckptkit.cli.common.completing import complete_keys
 from ckptkit.cli.common.printing import ReportFormat
 
 __all__ = [
@@ -55,8 +56,14 @@ ignore_option: Decorator = click.option(
     help="Leave expected findings out, as in 'groups.decay:*.norm.*'. Repeatable.",
 )
 expand_option: Decorator = click.option("--expand", is_flag=True, help="List every tensor; do not join layers.")
-_keep_option = click.option("--keep", multiple=True, metavar="PATTERN", help="Keep only matching keys. Repeatable.")
-_drop_option = click.option("--drop", multiple=True, metavar="PATTERN", help="Leave out matching keys. Repeatable.")
+_keep_option = click.option(
+    "--keep", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    help="Keep only matching keys. Repeatable.",
+)  # fmt: skip
+_drop_option = click.option(
+    "--drop", multiple=True, metavar="PATTERN", shell_complete=complete_keys,
+    help="Leave out matching keys. Repeatable.",
+)  # fmt: skip
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 _markdown_option = click.option(
     "--markdown", "as_markdown", is_flag=True, help="Print Markdown, to paste into an issue."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -39,6 +40,8 @@ _SUMMARIES = {
     "optim": "Show and edit the state of an optimizer by parameter name.",
     "preflight": "Check a run before training: what loads, what trains, a verdict.",
     "groups": "Check param groups against the live model.",
+    "doctor": "Show the versions that ckpt runs with, and what is missing.",
+    "completion": "Print the script that completes ckpt in a shell.",
 }
 
 
@@ -148,7 +151,11 @@ def _replace_closed_streams() -> None:
 
 def _invoke(arguments: list[str]) -> int:
     if "_CKPT_COMPLETE" in os.environ:
-        ckpt.main(arguments, prog_name="ckpt", standalone_mode=False)
+        from ckptkit.cli.common.completing import use_whole_words_in_bash
+
+        use_whole_words_in_bash()
+        with contextlib.suppress(SystemExit):  # click ends the program after the completions
+            ckpt.main(arguments, prog_name="ckpt", standalone_mode=False)
         return 0
     # Not click's own main, which ends a broken pipe with code 1. Here code 1 means "different".
     try:

@@ -8,6 +8,7 @@ from itertools import takewhile
 
 import click
 
+from ckptkit.cli.common.completing import complete_renames, complete_rules
 from ckptkit.cli.common.inputs import default_error_path, file_beside, read_table_file
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options, filter_options
 from ckptkit.cli.common.printing import print_line
@@ -104,8 +105,9 @@ def _list_presets(context: click.Context, _: click.Parameter, value: str | None)
 
 
 _rename_option = click.option(
-    "--rename", multiple=True, metavar="OLD=NEW", help="Rename keys, as in 'module.*=*'. Repeatable."
-)
+    "--rename", multiple=True, metavar="OLD=NEW", shell_complete=complete_renames,
+    help="Rename keys, as in 'module.*=*'. Repeatable.",
+)  # fmt: skip
 _strip_option = click.option(
     "--strip", multiple=True, metavar="auto|PREFIX",
     help="Remove a prefix from every key. auto removes those of DataParallel, torch.compile, FSDP and other wrappers, "
@@ -113,6 +115,7 @@ _strip_option = click.option(
 )  # fmt: skip
 _rules_option = click.option(
     "--rules", "rules_file", type=PATH_TYPE, metavar="FILE", is_eager=True, callback=_list_presets,
+    shell_complete=complete_rules,
     help="Read rules from a TOML file, or from preset:NAME (preset:? lists the presets).",
 )  # fmt: skip
 _set_option = click.option(

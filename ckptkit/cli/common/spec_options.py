@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from ckptkit.cli.common.completing import complete_param_group_presets
 from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.common.printing import print_line, print_message
@@ -143,7 +144,7 @@ def _list_presets(context: click.Context, _parameter: click.Parameter, value: st
 _spec_argument = click.argument("spec", type=PATH_TYPE, required=False)
 _preset_option = click.option(
     "--preset", metavar="NAME", callback=_list_presets, is_eager=True,
-    help="Use a built-in spec instead of a file; '?' lists all.",
+    shell_complete=complete_param_group_presets, help="Use a built-in spec instead of a file; '?' lists all.",
 )  # fmt: skip
 _set_option = click.option(
     "--set", "settings", multiple=True, metavar="NAME=VALUE", help="Change a setting of the preset. Repeatable."

@@ -1,0 +1,51 @@
+"""``ckpt doctor`` names the versions in use and what is missing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.helpers_cli import ROOT, run_ckpt
+
+
+def test_the_versions_in_use(capsys: pytest.CaptureFixture[str]) -> None:
+    """The document has the version of every package that ckptkit needs, and no problem here."""
+    ran = run_ckpt(capsys, "doctor", "--json")
+    document = json.loads(ran.out)
+    assert (ran.code, document["problems"], document["schema"]) == (0, [], "ckptkit.doctor/1")
+    found = {package["name"]: package["version"] for package in document["packages"]}
+    assert found == {name: version(name) for name in ("click", "safetensors", "tabulate", "torch")}
+    assert document["torch"] == {"error": None, "devices": "cpu", "cuda": torch.version.cuda}
+    assert {"yaml", "test", "dev"} <= {extra["name"] for extra in document["extras"]}
+
+
+def test_a_torch_that_cannot_be_imported_is_a_problem() -> None:
+    """The page says so, and the exit code is 1."""
+    program = "import sys; sys.modules['torch'] = None; from ckptkit.cli import run; run()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "doctor"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "problem: torch is installed and cannot be imported" in done.stdout
+
+
+def test_another_program_of_the_same_name_is_a_problem(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another ``ckpt`` that comes first on PATH is named."""
+    ours, other = tmp_path / "ours", tmp_path / "other"
+    for folder in (ours, other):
+        folder.mkdir()
+        (folder / "ckpt").write_text("#!/bin/sh\n", encoding="utf-8")
+        (folder / "ckpt").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(ours / "python"))
+    monkeypatch.setenv("PATH", f"{other}{os.pathsep}{ours}")
+    ran = run_ckpt(capsys, "doctor")
+    assert (ran.code, f"problem: {other}/ckpt comes first on PATH" in ran.out) == (1, True)
