@@ -85,6 +85,8 @@ def merge(
     _refuse_options_of_other_methods(method)
     if method != "overlay" and len(donors) > 1:
         raise click.UsageError(f"--method {method} takes one DONOR")
+    if method == "extract-lora" and options.carry:
+        raise click.UsageError("--carry has no meaning with --method extract-lora: the output is not a model")
     config = _config_target(options) if method == "extract-lora" else None
     with open_checkpoints(base, *donors, quiet=options.quiet) as (first, *others):
         with default_error_path(

@@ -28,6 +28,7 @@ from ckptkit.formats.atomic import (
 from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
+from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, Step, find_broken_ties
 from ckptkit.plans.produce import Producer, overflow_error
@@ -54,6 +55,7 @@ class Written:
     ``verified`` names the reader that found the planned bytes of every tensor, such as ``safetensors 0.8.0``; it is
     None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
+    ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
     """
 
     path: str
@@ -68,14 +70,16 @@ class Written:
     verified: str | None = None
     read_back: str | None = None
     untied: tuple[tuple[str, ...], ...] = ()
+    carried: tuple[str, ...] = ()
+    adapted: tuple[Adapted, ...] = ()
 
 
-def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Plan:
+def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False) -> Plan:
     """Return the plan with the entries that this output keeps (``kept``) and drops (``dropped``).
 
     Raises the errors that ``execute`` would raise before it writes. ``PlanError`` is for a tensor that the format
     cannot hold and for a file that cannot be edited. ``OutputError`` is for an output that exists (without ``force``)
-    or cannot be created.
+    or cannot be created. With ``carry``, the notes of the plan say how the files that go along change.
     """
     infos = [step.out for step in plan.steps]
     lost: list[Dropped] = []
@@ -89,8 +93,10 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) 
             lost.append(Dropped("output", "__metadata__", "a torch file cannot hold it", is_entry=True))
     elif plan.versions:
         lost.append(Dropped("output", "_metadata", "a safetensors file cannot hold module versions", is_entry=True))
-    prepare = prepare_target if output.max_shard_size is None else prepare_directory
+    prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
+    if carry:
+        plan = replace(plan, notes=(*plan.notes, *plan_carried(plan, output, sources).notes))
     editor = _editor(plan, output, sources)
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
@@ -111,6 +117,7 @@ def execute(
     *,
     verify: bool = False,
     allow_overflow: bool = False,
+    carry: bool = False,
     progress: Progress | None = None,
 ) -> Written:
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
@@ -123,6 +130,13 @@ def execute(
     the keys, dtypes, shapes and bytes of the plan, which is computed again. ``Written.verified`` names that reader.
     ``allow_overflow`` writes values that a cast makes infinite; ``Written.losses`` has their counts.
     ``progress`` is called with a number of bytes after each write.
+
+    With ``carry``, files go along from the directory of the input (the base, if there is one) into that of the output:
+    ``config.json``, the generation config, the tokenizer, the processors and the chat template. In ``config.json``, the
+    dtype becomes that of the output where it is another than that of the input. The quantisation is removed where no
+    weight of the output is quantised. ``Written.adapted`` has these changes. Code (``*.py``) is never carried. An
+    existing file needs ``force``. Shards and carried files get their names together. Beside a single file, the carried
+    files get their names after the weights are complete, and immediately before the weights get theirs.
 
     A torch file that is made from a training checkpoint is a copy of that file with new tensors.
     ``Output(only_tensors=True)`` writes only the tensors. Tensors are streamed, so the memory in use does not grow
@@ -139,8 +153,9 @@ def execute(
         raise PlanError("the plan writes no tensor", path=output.path)
     with output_errors(output.path):
         return _execute(
-            plan, sources, output, progress or (lambda _: None), verify=verify, allow_overflow=allow_overflow
-        )
+            plan, sources, output, progress or (lambda _: None),
+            verify=verify, allow_overflow=allow_overflow, carry=carry,
+        )  # fmt: skip
 
 
 def _execute(
@@ -151,6 +166,7 @@ def _execute(
     *,
     verify: bool,
     allow_overflow: bool,
+    carry: bool,
 ) -> Written:
     roles = _checkpoints_by_role(plan, sources, output)
     editor = _editor(plan, output, roles)
@@ -161,10 +177,11 @@ def _execute(
     inputs = _Inputs(steps, roles, Producer(roles), allow_overflow=allow_overflow)
     for step in plan.steps:
         _refuse_different_bytes(step, roles)
-    if output.max_shard_size is not None:
-        written, verified = _write_shards(plan, output, inputs, report_bytes, verify=verify)
+    carried = plan_carried(plan, output, roles) if carry else Carried()
+    if output.is_directory:
+        written, verified = _write_shards(plan, output, inputs, report_bytes, carried=carried, verify=verify)
     else:
-        written, verified = _write_file(plan, output, inputs, report_bytes, editor, verify=verify)
+        written, verified = _write_file(plan, output, inputs, report_bytes, editor, carried=carried, verify=verify)
     alone = next((result for result in verified if result.alone), None)
     return replace(
         written,
@@ -172,13 +189,23 @@ def _execute(
         losses=inputs.losses(),
         verified=verified[0].reader if verified and alone is None else None,
         read_back=None if alone is None else alone.alone,
+        carried=carried.names,
+        adapted=carried.adapted,
     )
 
 
 def _write_file(
-    plan: Plan, output: Output, inputs: _Inputs, progress: Progress, editor: PlanEditor | None, *, verify: bool
+    plan: Plan,
+    output: Output,
+    inputs: _Inputs,
+    progress: Progress,
+    editor: PlanEditor | None,
+    *,
+    carried: Carried,
+    verify: bool,
 ) -> tuple[Written, list[Verification]]:
     target = prepare_target(output.path, force=output.force, before=output.before)
+    directory = os.path.dirname(output.path)
     infos = [step.out for step in plan.steps]
     verified: list[Verification] = []
     if output.format == "safetensors":
@@ -188,6 +215,7 @@ def _write_file(
             if verify:
                 verified.append(verify_safetensors(path, output.path, plan.steps, plan.metadata, inputs.roles))
             inputs.check_unchanged()
+            write_carried(carried, directory, force=output.force)
 
         size = _write_safetensors(target, infos, plan.metadata, inputs, progress, finish=finish)
         return Written(output.path, output.format, len(plan.steps), size, (target.path,)), verified
@@ -201,6 +229,7 @@ def _write_file(
         if verify:
             verified.append(verify_torch(file.temporary, output.path, plan.steps, inputs.roles, inner))
         inputs.check_unchanged()
+        write_carried(carried, directory, force=output.force)
     written = Written(output.path, output.format, len(plan.steps), layout.nbytes, (target.path,), (), inner)
     new = plan if editor is None else replace(plan, steps=tuple(editor.changed))
     return replace(written, untied=tuple(_separated(find_broken_ties(new), found))), verified
@@ -347,7 +376,7 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
     for role, checkpoint in roles.items():
         same = any(is_same_file(file, output.path) for file in checkpoint.files)
         parents = {os.path.dirname(file) or "." for file in checkpoint.files}
-        inside = output.max_shard_size is not None and any(
+        inside = output.is_directory and any(
             is_output_shard_name(os.path.basename(file)) and is_same_file(os.path.dirname(file) or ".", output.path)
             for file in checkpoint.files
         )
@@ -427,7 +456,7 @@ def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterab
 
 
 def _write_shards(
-    plan: Plan, output: Output, inputs: _Inputs, progress: Progress, *, verify: bool
+    plan: Plan, output: Output, inputs: _Inputs, progress: Progress, *, carried: Carried, verify: bool
 ) -> tuple[Written, list[Verification]]:
     assert output.max_shard_size is not None  # noqa: S101 - the caller checked it
     shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
@@ -437,7 +466,7 @@ def _write_shards(
     total = 0
     left: list[str] = []
     verified: list[Verification] = []
-    with atomic_directory(target, replaced=ours, left=left) as directory:
+    with atomic_directory(target, replaced=ours.union(carried.names), left=left) as directory:
         for shard in shards:
             path = os.path.join(directory, shard.name)
             total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress)
@@ -448,6 +477,7 @@ def _write_shards(
             with AtomicFile(index, len(data)) as file:
                 file.write(data, 0)
         names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
+        write_carried(carried, directory, force=output.force)
         _check_directory(directory, plan, names)
         if verify:
             for shard in shards:

@@ -39,6 +39,11 @@ class Output:
     keep_unknown: bool = False
     before: PathState | None = None
 
+    @property
+    def is_directory(self) -> bool:
+        """Whether the output is a directory of several files."""
+        return self.max_shard_size is not None
+
 
 def choose_output(
     path: str | os.PathLike[str],

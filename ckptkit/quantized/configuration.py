@@ -12,9 +12,9 @@ from ckptkit.core.config_files import read_json
 from ckptkit.core.patterns import Pattern, parse_pattern
 from ckptkit.errors import CkptkitError
 
-__all__ = ["Configuration", "read_configuration"]
+__all__ = ["CONFIGURATION_FILES", "Configuration", "read_configuration"]
 
-_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
+CONFIGURATION_FILES = ("config.json", "hf_quant_config.json", "quantize_config.json", "quant_config.json")
 _SECTIONS = ("quantization_config", "compression_config", "quantization")
 _NESTED = ("text_config", "llm_config", "language_config", "vision_config")
 _IGNORE_LISTS = ("ignore", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules", "exclude")
@@ -60,7 +60,7 @@ def read_configuration(checkpoint: Checkpoint) -> Configuration:
     methods: set[str] = set()
     ignored: list[str] = []
     directory = os.path.dirname(checkpoint.files[0]) or "." if checkpoint.files else ""
-    for name in _FILES if directory else ():
+    for name in CONFIGURATION_FILES if directory else ():
         if os.path.isfile(os.path.join(directory, name)):
             try:
                 content = read_json(directory, name)

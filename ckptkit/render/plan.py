@@ -52,6 +52,11 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "verified": written.verified,
             "read_back": written.read_back,
             "cast_losses": [_cast_document(loss) for loss in written.losses],
+            "carried": list(written.carried),
+            "adapted": [
+                {"file": change.file, "statement": change.statement, "found": change.found, "written": change.written}
+                for change in written.adapted
+            ],
         },
     }
 
@@ -88,6 +93,8 @@ def written_text(plan: Plan, written: Written) -> list[str]:
         lines += as_text([_left_out(tensors, expand=False)])
     if entries:
         lines.append(f"left out, stored outside of the weights: {_first_names(entries, 8)}")
+    if written.carried:
+        lines.append(f"carried along: {_first_names(written.carried, 16)}")
     if written.beside:
         lines.append(f"the directory also holds other weights: {_first_names(written.beside, 4)}")
     lines += [f"{printable(path)} could not be removed: remove it by hand" for path in written.left]

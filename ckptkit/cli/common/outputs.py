@@ -63,6 +63,7 @@ class OutputOptions:
     plan_file: str | None = None
     verify: bool = False
     allow_overflow: bool = False
+    carry: bool = False
 
 
 def output_options(command: CommandFunction) -> CommandFunction:
@@ -77,8 +78,8 @@ def plan_output_options(command: CommandFunction) -> CommandFunction:
     """Add the options of a command that writes what a plan says, and pass them to the command as ``options``."""
     return add_options(
         _with_output_options(command), _output_option, _format_option, _max_shard_size_option, _force_option,
-        _only_tensors_option, _keep_unknown_option, _allow_overflow_option, _dry_run_option, _plan_option,
-        _verify_option, expand_option, report_options, quiet_option,
+        _only_tensors_option, _keep_unknown_option, _carry_option, _allow_overflow_option, _dry_run_option,
+        _plan_option, _verify_option, expand_option, report_options, quiet_option,
     )  # fmt: skip
 
 
@@ -99,6 +100,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         plan_file: str | None = None,
         verify: bool = False,
         allow_overflow: bool = False,
+        carry: bool = False,
         **others: object,
     ) -> object:
         chosen = choose_output(
@@ -110,7 +112,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
             keep_unknown=keep_unknown,
         )
         chosen = replace(chosen, before=present_state(chosen.path))
-        options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify, allow_overflow)
+        options = OutputOptions(chosen, dry_run, report_format, quiet, expand, plan_file, verify, allow_overflow, carry)
         return command(*args, options=options, **others)
 
     return with_options
@@ -145,6 +147,11 @@ _keep_unknown_option = click.option(
     "--keep-unknown", is_flag=True,
     help="Copy code references that torch.load(weights_only=True) refuses. They are never run.",
 )  # fmt: skip
+_carry_option = click.option(
+    "--carry", is_flag=True,
+    help="Take config, generation config, tokenizer and processor files along from the directory of the input (merge: "
+    "of BASE). The dtype in config.json becomes that of the output.",
+)  # fmt: skip
 _allow_overflow_option = click.option(
     "--allow-overflow", is_flag=True,
     help="Write values that are too large for their new dtype as the cast makes them, mostly inf, and report them.",
@@ -165,7 +172,7 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
     from ckptkit.plans.execute import check_output, execute
     from ckptkit.render.plan import plan_document, plan_page, written_text
 
-    plan = check_output(plan, options.output, sources)
+    plan = check_output(plan, options.output, sources, carry=options.carry)
     written = None
     with _plan_file(plan, sources, options):
         if not options.dry_run:
@@ -176,6 +183,7 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
                     options.output,
                     verify=options.verify,
                     allow_overflow=options.allow_overflow,
+                    carry=options.carry,
                     progress=progress,
                 )
     echo_output_report(

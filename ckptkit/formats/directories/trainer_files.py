@@ -15,7 +15,9 @@ from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import codes
 from ckptkit.formats.detect import read_torch
+from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
 from ckptkit.formats.directories.keys import split_key
+from ckptkit.formats.directories.model_files import GENERATION_CONFIG, MODEL_CONFIG
 from ckptkit.formats.pickle.values import is_suspicious
 from ckptkit.formats.torch.tree import describe_entry
 
@@ -25,9 +27,9 @@ __all__ = ["TrainerFiles", "find_trainer_file", "is_trainer_file", "read_trainer
 # Keys that are listed first, also where the value is a list or an object. Other numbers and texts follow.
 _FIRST_KEYS = {
     "trainer_state.json": ("global_step", "epoch", "best_metric", "best_model_checkpoint", "max_steps"),
-    "config.json": ("model_type", "architectures", "dtype", "torch_dtype", "quantization_config"),
-    "generation_config.json": (),
-    "adapter_config.json": (
+    MODEL_CONFIG: ("model_type", "architectures", "dtype", "torch_dtype", "quantization_config"),
+    GENERATION_CONFIG: (),
+    ADAPTER_CONFIG: (
         "peft_type", "r", "lora_alpha", "target_modules", "base_model_name_or_path", "rank_pattern", "alpha_pattern",
         "modules_to_save",
     ),

@@ -1,0 +1,243 @@
+"""Take the files that describe a model along: its configuration and its tokenizer, from an input to an output.
+
+What is taken, and how ``config.json`` changes, is decided before anything is written. Only two statements of
+``config.json`` ever change: the dtype, where the output has another one, and the quantisation, where it is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from ckptkit.core.checkpoint import Checkpoint, Payload
+from ckptkit.core.config_files import read_json
+from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.files import Extent, LocalFile, is_same_file
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.errors import PlanError
+from ckptkit.formats import errors_about
+from ckptkit.formats.atomic import AtomicFile, Target, prepare_target
+from ckptkit.formats.directories.adapters import CONFIG as ADAPTER_CONFIG
+from ckptkit.formats.directories.listing import ADAPTER_NAMES, list_directory
+from ckptkit.formats.directories.model_files import CHAT_TEMPLATES, CODE_SUFFIX, MODEL_CONFIG, find_model_files
+from ckptkit.plans.output import Output
+from ckptkit.plans.plan import Plan
+from ckptkit.quantized import quantized_weights
+from ckptkit.quantized.configuration import CONFIGURATION_FILES
+
+__all__ = ["Adapted", "Carried", "plan_carried", "write_carried"]
+
+_FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
+_DTYPE_FIELDS = ("dtype", "torch_dtype")  # the name since transformers 4.56, and before
+_QUANTIZATION = "quantization_config"
+_SECTION = "_config"  # ends the names of the sections of a model of several parts, such as text_config
+_FOUND_BY = {
+    "transformers": ("model.safetensors", "pytorch_model.bin"),
+    "PEFT": ADAPTER_NAMES,
+    "diffusers": ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"),
+}
+_MOST_NAMED = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """A statement of a carried file that was changed to what the output holds; ``written`` is None if it is removed.
+
+    ``statement`` is a path such as ``text_config.dtype``.
+    """
+
+    file: str
+    statement: str
+    found: object
+    written: object
+
+    def __str__(self) -> str:
+        """Return the change as a sentence."""
+        if self.written is None:
+            return f"{self.file}: {self.statement} was removed, because no weight of the output is quantised"
+        return f"{self.file}: {self.statement} was {quoted(str(self.found))} and is now {quoted(str(self.written))}"
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The files to carry from one directory, the new content of those that change, and sentences about the rest."""
+
+    directory: str = ""
+    names: tuple[str, ...] = ()
+    contents: Mapping[str, bytes] = field(default_factory=dict)
+    adapted: tuple[Adapted, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_carried(plan: Plan, output: Output, sources: Mapping[str, Checkpoint]) -> Carried:
+    """Return the files that go along from the directory of an input: of the base first, then of the donors.
+
+    Raises ``PlanError`` where no input has such files, and ``FormatError`` where ``config.json`` cannot be read. Raises
+    ``OutputError`` where a file of the output directory would be replaced without ``force``.
+    """
+    role, directory, found = _find_owner(sources)
+    is_adapter = any(os.path.basename(file) in ADAPTER_NAMES for file in sources[role].files)
+    is_plain = not _is_quantized(plan, sources) and bool(quantized_weights(sources[role]))
+    names = [
+        name
+        for name in found
+        # Beside whole weights, this file would make transformers look for an adapter.
+        if (name != ADAPTER_CONFIG or is_adapter)
+        and (not is_plain or name == MODEL_CONFIG or name not in CONFIGURATION_FILES)
+    ]
+    notes = []
+    if "base" in sources and role != "base":
+        notes.append(f"carried from the directory of the {role}: that of the base has no such files")
+    contents: dict[str, bytes] = {}
+    adapted: list[Adapted] = []
+    config: Mapping[str, object] = {}
+    if MODEL_CONFIG in names:
+        with errors_about(os.path.join(directory, MODEL_CONFIG)):
+            config = read_json(directory, MODEL_CONFIG)
+        new = dict(config)
+        adapted, about_dtype = _adapt_dtype(new, plan, sources[role])
+        notes += about_dtype
+        if is_plain and _QUANTIZATION in new:
+            adapted.append(Adapted(MODEL_CONFIG, _QUANTIZATION, new.pop(_QUANTIZATION), None))
+        if adapted:
+            contents[MODEL_CONFIG] = (json.dumps(new, indent=2) + "\n").encode()
+    carried = Carried(directory, tuple(names), contents, tuple(adapted), ())
+    if not output.is_directory:
+        for name in names:
+            _target(carried, name, os.path.dirname(output.path), force=output.force)
+    notes += map(str, adapted)
+    notes += _notes_about_code(directory, config)
+    notes += _notes_about_name(output, config, is_adapter=is_adapter)
+    notes += _notes_about_keys(plan, role, sources[role])
+    return Carried(directory, tuple(names), contents, tuple(adapted), tuple(notes))
+
+
+def _find_owner(sources: Mapping[str, Checkpoint]) -> tuple[str, str, list[str]]:
+    """Return the role and the directory of the first input with files to carry, and the names of the files."""
+    for role, checkpoint in sorted(sources.items(), key=lambda item: item[0] != "base"):
+        parents = [os.path.dirname(file) or "." for file in checkpoint.files[:1]]
+        if parents and os.path.isdir(checkpoint.path):
+            parents.append(checkpoint.path)
+        for directory in parents:
+            names = find_model_files(list_directory(directory).files)
+            if names:
+                return role, directory, names
+    raise PlanError(
+        "no input has a configuration or a tokenizer beside its weights", hint="leave out --carry (carry=True)"
+    )
+
+
+def _is_quantized(plan: Plan, sources: Mapping[str, Checkpoint]) -> bool:
+    """Return whether any tensor of the output has the codes of a quantised weight."""
+    codes = {
+        (role, weight.coded): checkpoint[weight.coded].dtype
+        for role, checkpoint in sources.items()
+        for weight in quantized_weights(checkpoint).weights
+        if weight.coded in checkpoint
+    }
+    return any(codes.get((source.role, source.key)) == step.out.dtype for step in plan.steps for source in step.sources)
+
+
+def _adapt_dtype(config: dict[str, object], plan: Plan, owner: Checkpoint) -> tuple[list[Adapted], list[str]]:
+    """Change the dtype in ``config`` where the tensors of the output have another one than those of the input."""
+    before = {info.dtype for info in owner.values()} & _FLOATS
+    after = {step.out.dtype for step in plan.steps} & _FLOATS
+    if before == after:
+        return [], []
+    if len(after) != 1:
+        stated = [path for path, _, _ in _dtype_fields(config)]
+        if not stated:
+            return [], []
+        return [], [f"{MODEL_CONFIG}: {stated[0]} was kept: the output has tensors of {', '.join(sorted(after))}"]
+    name = DTYPES[after.pop()].torch_name
+    adapted = []
+    for path, section, key in list(_dtype_fields(config)):
+        found = section[key]
+        if str(found).removeprefix("torch.") != name:
+            section[key] = name
+            adapted.append(Adapted(MODEL_CONFIG, path, found, name))
+    return adapted, []
+
+
+def _dtype_fields(config: dict[str, object], prefix: str = "") -> Iterator[tuple[str, dict[str, object], str]]:
+    """Yield the path of each dtype that a configuration states, the section that holds it, and its key there."""
+    for key, value in config.items():
+        if key in _DTYPE_FIELDS and isinstance(value, str):
+            yield prefix + key, config, key
+        elif key.endswith(_SECTION) and key != _QUANTIZATION and isinstance(value, dict):
+            yield from _dtype_fields(value, f"{prefix}{key}.")
+
+
+def _notes_about_code(directory: str, config: Mapping[str, object]) -> Iterator[str]:
+    listing = list_directory(directory)
+    code = [name for name in listing.files if name.endswith(CODE_SUFFIX)]
+    if code:
+        yield f"not carried, because {'they are' if code[1:] else 'it is'} code: {listed(code, _MOST_NAMED)}"
+    if "auto_map" in config:
+        yield f"{MODEL_CONFIG} names code of its own (auto_map), which is not carried: read it before you copy it"
+    if CHAT_TEMPLATES in listing.folders:
+        yield f"not carried, because it is a folder: {quoted(CHAT_TEMPLATES)}"
+
+
+def _notes_about_name(output: Output, config: Mapping[str, object], *, is_adapter: bool) -> Iterator[str]:
+    library = "PEFT" if is_adapter else "diffusers" if "_diffusers_version" in config else "transformers"
+    expected = _FOUND_BY[library]
+    name = expected[0] if output.is_directory else os.path.basename(output.path)
+    if output.format == "dcp":
+        yield f"from_pretrained does not read a distributed checkpoint: convert it to {expected[0]} for that"
+    elif name not in expected or (output.is_directory and library != "transformers"):
+        yield f"from_pretrained of {library} does not find {quoted(name)}: it looks for {' and '.join(expected)}"
+
+
+def _notes_about_keys(plan: Plan, role: str, owner: Checkpoint) -> Iterator[str]:
+    """Yield what the configuration cannot know: tensors that have other names or shapes than in its own weights."""
+    written = {step.out.key: step.out for step in plan.steps}
+    absent = [key for key in owner if key not in written]
+    if absent:
+        yield (
+            f"{plural(len(absent), 'key')} of the {role} {'is' if len(absent) == 1 else 'are'} not in the output "
+            f"({listed(absent, _MOST_NAMED)}): if the model has them and does not tie them, from_pretrained draws new "
+            f"values"
+        )
+    other = [key for key, info in owner.items() if key in written and written[key].shape != info.shape]
+    if other:
+        yield (
+            f"{plural(len(other), 'tensor')} of another shape than in the {role}: compare {MODEL_CONFIG} with "
+            f"{listed(other, _MOST_NAMED)}"
+        )
+
+
+def _target(carried: Carried, name: str, directory: str, *, force: bool) -> Target | None:
+    """Return where a file goes, or None if it is there: the directory of the output can be that of the input."""
+    path = os.path.join(directory, name)
+    if name not in carried.contents and is_same_file(os.path.join(carried.directory, name), path):
+        return None
+    return prepare_target(path, force=force)
+
+
+def write_carried(carried: Carried, directory: str, *, force: bool) -> None:
+    """Write the files into a directory. All are complete under temporary names before the first gets its own."""
+    with contextlib.ExitStack() as stack:
+        for name in carried.names:
+            target = _target(carried, name, directory, force=force)
+            if target is not None:
+                _write(carried, name, target, stack)
+
+
+def _write(carried: Carried, name: str, target: Target, stack: contextlib.ExitStack) -> None:
+    content = carried.contents.get(name)
+    if content is not None:
+        stack.enter_context(AtomicFile(target, len(content))).write(content, 0)
+        return
+    source = LocalFile(os.path.join(carried.directory, name))
+    try:
+        payload: Payload = Extent(source, 0, source.size)
+        file = stack.enter_context(AtomicFile(target, source.size))
+        for _ in file.copy(payload, 0):
+            pass
+        source.check_unchanged(by_path=True)
+    finally:
+        source.close()
