@@ -15,8 +15,8 @@ from torch import nn
 from ckptkit import Plan, TensorInfo, execute, open_checkpoint, plan_merge, plan_remap
 from ckptkit.core.checkpoint import View
 from ckptkit.errors import CkptkitError, PlanError, RuleError
-from ckptkit.plans.merge import OnMissing
 from ckptkit.plans.plan import Source, Step, find_broken_ties
+from ckptkit.plans.policies import MissingAction
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_outputs import described
 
@@ -205,19 +205,19 @@ def test_a_mismatch_may_be_skipped() -> None:
             described(fc1__weight=(5, 4), fc3__weight=(9, 5), fc3__bias=(9,)),
             {},
             "'fc3.weight' is [2, 5] in the base and [9, 5] in the donor, and 1 more differ in shape",
-            "--on-mismatch skip",
+            "--on-mismatch 'fc3.*=skip'",
         ),
         (
             described(fc1__weight=(5, 4)),
             {"on_missing": "error"},
             "no donor has 'fc1.bias' and 2 more",
-            "--on-missing keep",
+            "--on-missing 'fc1.bias=keep'",
         ),
         (
             described(fc1__weight=(5, 4), x=(1,), y=(1,)),
             {"on_unexpected": "error"},
             "the base has no 'x' and 1 more",
-            "--on-unexpected skip",
+            "--on-unexpected 'x=skip' leaves it out, --on-unexpected 'x=add' adds it",
         ),
         (
             {f"module.{key}": TensorInfo(f"module.{key}", "F32", info.shape) for key, info in BASE.items()},
@@ -334,7 +334,7 @@ class Tied(torch.nn.Module):
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_merge_follows_the_ties_of_the_base(
-    present: str, on_missing: OnMissing, suffix: str, dtype: torch.dtype, tmp_path: Path
+    present: str, on_missing: MissingAction, suffix: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     """A donor with one of two tied keys fills both keys of the output."""
     model, donor = Tied(), {present: torch.arange(15.0).reshape(5, 3).to(dtype)}

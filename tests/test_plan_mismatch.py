@@ -39,8 +39,8 @@ def test_the_operation_is_suggested_and_applied(
     save_file({key: torch.randn(found), "same": torch.ones(2)}, donor)
     ran = run_ckpt(capsys, "merge", base, donor, "-o", out)
     assert (ran.code, out.exists()) == (2, False)
-    assert f"--on-mismatch {name}: " in ran.err
-    ran = run_ckpt(capsys, "merge", base, donor, "-o", out, "--on-mismatch", name, "--verify")
+    assert f"--on-mismatch '{key}={name}': " in ran.err
+    ran = run_ckpt(capsys, "merge", base, donor, "-o", out, "--on-mismatch", f"{key}={name}", "--verify")
     assert ran.code == 0, ran.err
     made = load_file(out)
     assert made[key].shape == expected
@@ -56,7 +56,7 @@ def test_a_wrong_operation_is_refused_with_a_suggestion() -> None:
     with pytest.raises(PlanError, match=r"and resize_pos_embed does not change one into the other") as caught:
         plan_merge(state(fc__weight=(6, 4)), state(fc__weight=(4, 6)), on_mismatch="resize_pos_embed")
     assert caught.value.hint is not None
-    assert "--on-mismatch transpose: " in caught.value.hint
+    assert "--on-mismatch 'fc.weight=transpose': " in caught.value.hint
 
 
 def test_a_model_loads_through_it() -> None:

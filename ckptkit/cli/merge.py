@@ -11,20 +11,21 @@ from click.core import ParameterSource
 from ckptkit.cli.common.inputs import default_error_path, file_beside, open_checkpoints, read_table_file
 from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, json_bytes, plan_output_options, run_plan, write_small_file
+from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.formats.atomic import Target, prepare_target
-from ckptkit.plans.merge import (
-    ON_MISMATCH,
-    ON_MISSING,
-    ON_UNEXPECTED,
+from ckptkit.plans.merge import plan_merge
+from ckptkit.plans.plan import Plan
+from ckptkit.plans.policies import (
+    MISMATCH_ACTIONS,
+    MISSING_ACTIONS,
+    UNEXPECTED_ACTIONS,
     OnMismatch,
     OnMissing,
     OnUnexpected,
-    plan_merge,
 )
-from ckptkit.plans.plan import Plan
 from ckptkit.rules.model import Rules
 
 __all__ = ["merge"]
@@ -45,12 +46,16 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 @click.option("--method", type=click.Choice(list(_METHODS)), default="overlay", show_default=True,
               help="overlay: copy the values of each DONOR. lora: add a LoRA adapter of PEFT. extract-lora: find the "
               "adapter nearest to the changes in a fine-tuned DONOR.")  # fmt: skip
-@click.option("--on-missing", type=click.Choice(ON_MISSING), default="keep", show_default=True,
-              help="What to do with a key of BASE that no DONOR has.")  # fmt: skip
-@click.option("--on-unexpected", type=click.Choice(ON_UNEXPECTED), default="skip", show_default=True,
-              help="What to do with a key of a DONOR that BASE does not have.")  # fmt: skip
-@click.option("--on-mismatch", type=click.Choice(ON_MISMATCH), default="error", show_default=True,
-              help="What to do where shapes differ: refuse, keep the value of BASE, or change the shape.")  # fmt: skip
+@policy_option("--on-missing", MISSING_ACTIONS, "keep", "What to do with a key of BASE that no DONOR has.")
+@policy_option(
+    "--on-unexpected", UNEXPECTED_ACTIONS, "skip", "What to do with a key of a DONOR that BASE does not have."
+)
+@policy_option(
+    "--on-mismatch",
+    MISMATCH_ACTIONS,
+    "error",
+    "What to do where shapes differ: refuse, keep the value of BASE, or change the shape.",
+)
 @skip_unread_option
 @click.option("--scale", type=float, default=1.0, show_default=True,
               help="lora only: multiply the scale in the adapter's configuration.")  # fmt: skip
@@ -76,8 +81,12 @@ def merge(
     several donors have a key, the last one counts. Refuses if nothing matches. With --method lora, DONOR is an adapter
     with its adapter_config.json, and every tensor of the adapter must have a target in BASE.
 
+    The three --on-... options are repeatable. PATTERN=ACTION is for the keys that match, as in 'fc.*=skip', and the
+    first pattern that matches a key decides. ACTION alone is for all other keys; without it, they are an error. A
+    pattern must decide about a key, unless --allow-unused is given.
+
     \b
-    ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch skip
+    ckpt merge py:mynet:build pretrained.pth -o init.safetensors --on-mismatch 'fc.*=skip'
     ckpt merge base.safetensors ddp.pt -o out.safetensors --strip auto --dry-run
     ckpt merge base.safetensors adapter/ -o merged.safetensors --method lora
     ckpt merge base.safetensors tuned.safetensors -o adapter/adapter_model.safetensors --method extract-lora

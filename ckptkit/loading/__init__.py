@@ -23,8 +23,9 @@ from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.loading import codes
 from ckptkit.loading.requirements import Requirements, refuse_unmet
 from ckptkit.loading.snapshot import Snapshot, named_tensors
-from ckptkit.plans.merge import OnMismatch, OnMissing, OnUnexpected, plan_merge
+from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.plan import Plan, Step
+from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnMismatch, OnMissing, OnUnexpected, parse_policy
 from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import RulesLike
 
@@ -102,7 +103,7 @@ def load_into(
     anything is copied. ``ModelError`` is also raised where a tensor of the model is on the meta device, and where the
     check of the result fails.
     """
-    if on_unexpected == "add":
+    if "add" in parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS).actions:
         raise ModelError(
             "a model cannot get keys that it does not have", hint='on_unexpected must be "skip" or "error"'
         )

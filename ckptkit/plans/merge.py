@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias, get_args
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.text import listed, quoted
+from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Plan, Step
+from ckptkit.plans.policies import (
+    MISMATCH_ACTIONS,
+    MISSING_ACTIONS,
+    UNEXPECTED_ACTIONS,
+    MismatchAction,
+    MissingAction,
+    OnMismatch,
+    OnMissing,
+    OnUnexpected,
+    Policy,
+    UnexpectedAction,
+    parse_policy,
+    pattern_for,
+)
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
     dropped_entries,
@@ -25,27 +38,11 @@ from ckptkit.plans.steps import (
     without_unread,
 )
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Derivation, RulesLike
+from ckptkit.rules.model import Derivation, Rules, RulesLike
 from ckptkit.rules.parse import as_rules
-from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES, MismatchName
+from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
-__all__ = [
-    "ON_MISMATCH",
-    "ON_MISSING",
-    "ON_UNEXPECTED",
-    "OnMismatch",
-    "OnMissing",
-    "OnUnexpected",
-    "follow_ties",
-    "plan_merge",
-]
-
-OnMissing: TypeAlias = Literal["keep", "error"]
-OnUnexpected: TypeAlias = Literal["skip", "add", "error"]
-OnMismatch: TypeAlias = Literal["error", "skip"] | MismatchName
-ON_MISSING: tuple[str, ...] = get_args(OnMissing)
-ON_UNEXPECTED: tuple[str, ...] = get_args(OnUnexpected)
-ON_MISMATCH: tuple[str, ...] = ("error", "skip", *MISMATCH_NAMES)
+__all__ = ["follow_ties", "plan_merge"]
 
 
 def plan_merge(
@@ -68,18 +65,39 @@ def plan_merge(
     ``on_mismatch`` is for a key with two shapes: ``skip`` keeps the base's value. The name of a tensor operation, such
     as ``pad``, converts the donor's value. Every policy raises with ``error``.
 
+    Each of the three is one action for every key, or a mapping of patterns to actions. The first pattern that matches
+    a key decides. The action of ``"*"`` is for all other keys, wherever it stands; without it, they are an error.
+    The patterns match the keys of the base, and those of ``on_unexpected`` match the keys in the donor's file. A
+    pattern that decides about no key is an error, as an unused rule is, unless ``rules`` allow unused rules.
+    ``Step.rule`` names the rules and the policy that decided about a tensor.
+
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
 
-    Raises ``RuleError`` for wrong rules. Raises ``PlanError`` where a policy is ``error``, where the operation cannot
-    make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot be copied, where
-    a quantised weight would replace a plain weight or the reverse, and where a file refers to code that looks
-    malicious.
+    Raises ``RuleError`` for wrong rules, and for a pattern that is not valid or decides about no key. Raises
+    ``PlanError`` where a policy is ``error``, where the operation cannot make the shapes equal, and where nothing
+    matches at all. It is also raised where a tensor cannot be copied, and where a file refers to code that looks
+    malicious. A quantised weight never replaces a plain weight, nor the reverse.
+
+    Example:
+        A new head on a body that must fit:
+
+        >>> import torch
+        >>> from ckptkit import plan_merge
+        >>> def net(classes):
+        ...     return torch.nn.ModuleDict({"body": torch.nn.Linear(4, 3), "fc": torch.nn.Linear(3, classes)})
+        >>> plan = plan_merge(net(2), net(10), on_mismatch={"fc.*": "skip"})
+        >>> {step.out.key: step.sources[0].role for step in plan.steps}
+        {'body.weight': 'donor', 'body.bias': 'donor', 'fc.weight': 'base', 'fc.bias': 'base'}
+        >>> plan.steps[-1].rule
+        "--on-mismatch 'fc.*=skip'"
     """
-    _check_policy("on_missing", on_missing, ON_MISSING)
-    _check_policy("on_unexpected", on_unexpected, ON_UNEXPECTED)
-    _check_policy("on_mismatch", on_mismatch, ON_MISMATCH)
-    policy = _Policy(on_unexpected, on_mismatch)
+    policies = _Policies(
+        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
+        parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS),
+        parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
+    )
+    parsed = as_rules(rules)
     base = as_checkpoint(base, "base")
     refuse_suspicious(base, "base")
     refuse_ambiguous(base, base)
@@ -88,27 +106,29 @@ def plan_merge(
         raise PlanError("there is no donor to take values from")
     roles = ["donor"] if len(given) == 1 else [f"donor{number}" for number in range(1, len(given) + 1)]
     sources = {role: as_checkpoint(donor, role) for role, donor in zip(roles, given, strict=True)}
+    notes = policies.unused(base, sources, allow_unused=parsed.allow_unused)
     skipped: list[Dropped] = []
     for role, donor in sources.items() if skip_unread else ():
         sources[role], unread = without_unread(donor, role)
         skipped += unread
     quantized = QuantizedInputs({"base": base, **sources}, base, "base")
-    overlays = [_make_overlay(quantized, donor, role, rules, policy) for role, donor in sources.items()]
+    overlays = [_make_overlay(quantized, donor, role, parsed, policies) for role, donor in sources.items()]
     from_donor = {key: step for overlay in overlays for key, step in overlay.from_donor.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
-    from_donor, notes = follow_ties(base, from_donor)
-    present = from_donor.keys() | {key for overlay in overlays for key in overlay.mismatched}
-    missing = [key for key in base if key not in present]
-    if missing and on_missing == "error":
-        raise PlanError(
-            f"no donor has {listed(missing, 1)}",
-            hint="--on-missing keep keeps the base's own values",
-        )
+    from_donor, tie_notes = follow_ties(base, from_donor)
+    notes += tie_notes
+    mismatched = {key for overlay in overlays for key in overlay.mismatched}
+    missing = [key for key in base if key not in from_donor and key not in mismatched]
+    _refuse_missing([key for key in missing if policies.on_missing.action(key) == "error"])
     if skip_unread:
         base, unread = without_unread(base, "base", from_donor)
         skipped += unread
     refuse_unread((key for key in base if key not in from_donor), base)
-    steps = [from_donor.get(key) or _base_step(info, base) for key, info in base.items()]
+    steps = [
+        from_donor.get(key)
+        or _base_step(info, base, (policies.on_mismatch if key in mismatched else policies.on_missing).rule(key))
+        for key, info in base.items()
+    ]
     dropped = [*dropped_entries(base, "base"), *(drop for overlay in overlays for drop in overlay.dropped)]
     dropped += skipped
     dropped += _replaced_by_later_donors(overlays, from_donor | added)
@@ -143,9 +163,20 @@ def follow_ties(base: Checkpoint, changed: Mapping[str, Step]) -> tuple[dict[str
 
 
 @dataclass(frozen=True, slots=True)
-class _Policy:
-    on_unexpected: OnUnexpected
-    on_mismatch: OnMismatch
+class _Policies:
+    on_missing: Policy[MissingAction]
+    on_unexpected: Policy[UnexpectedAction]
+    on_mismatch: Policy[MismatchAction]
+
+    def unused(self, base: Checkpoint, donors: Mapping[str, Checkpoint], *, allow_unused: bool) -> list[str]:
+        """Return a note for each pattern that decides about no key; raise ``RuleError`` unless ``allow_unused``."""
+        found = list(dict.fromkeys(key for donor in donors.values() for key in donor))
+        owner = " and ".join(f"the {role}" for role in donors)
+        return [
+            *self.on_missing.unused(base, "the base", allow_unused=allow_unused),
+            *self.on_mismatch.unused(base, "the base", allow_unused=allow_unused),
+            *self.on_unexpected.unused(found, owner, allow_unused=allow_unused),
+        ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,31 +192,31 @@ class _Overlay:
 
 
 def _make_overlay(
-    quantized: QuantizedInputs, donor: Checkpoint, role: str, rules: RulesLike | None, policy: _Policy
+    quantized: QuantizedInputs, donor: Checkpoint, role: str, rules: Rules, policies: _Policies
 ) -> _Overlay:
     base = quantized.sources["base"]
     refuse_suspicious(donor, role)
-    key_map = apply_rules(as_rules(rules), donor)
-    quantized.refuse_operations(role, key_map.outputs())
-    quantized.refuse_overlay(role, key_map.outputs())
-    refuse_unread((old for new, d in key_map.outputs().items() if new in base for old in d.sources), donor)
-    result = diff_checkpoints(base, donor, key_map)
-    if result.shape_mismatched and policy.on_mismatch == "error":
-        raise _mismatch_error(result, role)
+    key_map = apply_rules(rules, donor)
     outputs = key_map.outputs()
-    resized = {}
-    if policy.on_mismatch in MISMATCH_NAMES:
-        resized = {
-            pair.key: _resized(pair, outputs[pair.key], role, donor, policy.on_mismatch)
-            for pair in result.shape_mismatched
-        }
-    if not result.matched and not resized and base and not (result.unexpected and policy.on_unexpected == "add"):
+    quantized.refuse_operations(role, outputs)
+    quantized.refuse_overlay(role, outputs)
+    refuse_unread((old for new, d in outputs.items() if new in base for old in d.sources), donor)
+    result = diff_checkpoints(base, donor, key_map)
+    on_mismatch = policies.on_mismatch
+    refused = [pair for pair in result.shape_mismatched if on_mismatch.action(pair.key) == "error"]
+    if refused:
+        raise _mismatch_error(refused, role)
+    resized = {
+        pair.key: _resized(pair, outputs[pair.key], role, donor, on_mismatch)
+        for pair in result.shape_mismatched
+        if on_mismatch.action(pair.key) in MISMATCH_NAMES
+    }
+    unexpected = _unexpected(result, outputs, base, donor)
+    # The key in the donor's file; that of the first source where an operation makes the tensor.
+    actions = {new: policies.on_unexpected.action(outputs[new].sources[0]) for new in unexpected}
+    if not result.matched and not resized and base and "add" not in actions.values():
         raise _no_match_error(result, role)
-    if result.unexpected and policy.on_unexpected == "error":
-        raise PlanError(
-            f"the base has no {listed([info.key for info in result.unexpected], 1)}",
-            hint="--on-unexpected skip leaves such keys out, --on-unexpected add adds such keys",
-        )
+    _refuse_unexpected([outputs[new].sources[0] for new, action in actions.items() if action == "error"])
     matched = {pair.key: make_step(pair.expected, outputs[pair.key], role, donor) for pair in result.matched}
     added: dict[str, Step] = {}
     dropped = [Dropped(role, key, reason) for key, reason in key_map.dropped.items()]
@@ -193,45 +224,67 @@ def _make_overlay(
         if pair.key not in resized:
             why = f"its shape is {list(pair.found.shape)}, not {list(pair.expected.shape)}"
             dropped += dropped_sources(role, pair.key, outputs[pair.key], why, pair.key)
-    unexpected = {info.key for info in result.unexpected}
-    for new, derivation in outputs.items() if unexpected else ():
-        info = derivation.describe(new, donor)
-        if new in base or info.key not in unexpected:
-            continue
-        if policy.on_unexpected == "skip":
-            dropped += dropped_sources(role, new, derivation, "the base does not have it")
+    for new, info in unexpected.items():
+        if actions[new] == "skip":
+            dropped += dropped_sources(role, new, outputs[new], "the base does not have it")
         else:
+            derivation = _decided(outputs[new], policies.on_unexpected.rule(outputs[new].sources[0]))
             added[new] = make_step(replace(info, key=new), derivation, role, donor)
     dropped += dropped_entries(donor, role)
     mismatched = [pair.key for pair in result.shape_mismatched]
     return _Overlay(role, matched | resized, added, mismatched, dropped, key_map.notes)
 
 
-def _resized(pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint, name: str) -> Step:
-    """Return the step that gives a tensor of the donor the shape of the base, by the operation called ``name``."""
+def _unexpected(
+    result: StateDictDiff, outputs: Mapping[str, Derivation], base: Checkpoint, donor: Checkpoint
+) -> dict[str, TensorInfo]:
+    """Return the tensors of the donor that the base does not have, by their key in the output."""
+    keys = {info.key for info in result.unexpected}
+    described = {new: d.describe(new, donor) for new, d in outputs.items() if new not in base} if keys else {}
+    return {new: info for new, info in described.items() if info.key in keys}
+
+
+def _decided(derivation: Derivation, policy: str) -> Derivation:
+    """Return the derivation with ``policy`` after its rules."""
+    return replace(derivation, rule=f"{derivation.rule}, {policy}" if derivation.rule else policy)
+
+
+def _resized(
+    pair: KeyPair, derivation: Derivation, role: str, donor: Checkpoint, policy: Policy[MismatchAction]
+) -> Step:
+    """Return the step that gives a tensor of the donor the shape of the base, by the operation of ``policy``."""
     from ckptkit.tensor_ops.recipes import compose
     from ckptkit.tensor_ops.suggestions import suggest
 
     wanted, given = pair.expected.shape, pair.found.shape
+    name = policy.action(pair.key)
     operation = suggest(name, given, wanted, pair.key)
     if operation is None:
         raise PlanError(
             f"{quoted(pair.key)} is {list(wanted)} in the base and {list(given)} in the {role}, "
             f"and {name} does not change one into the other",
-            hint=_mismatch_hint(pair),
+            hint=_mismatch_hint([pair]),
         )
     (recipe,) = compose([derivation.recipe], [len(derivation.sources)], (operation,))
-    rule = f"{derivation.rule}, --on-mismatch {name}" if derivation.rule else f"--on-mismatch {name}"
-    return make_step(pair.expected, replace(derivation, recipe=recipe, rule=rule), role, donor)
+    derivation = _decided(replace(derivation, recipe=recipe), policy.rule(pair.key))
+    return make_step(pair.expected, derivation, role, donor)
 
 
-def _mismatch_hint(pair: KeyPair) -> str:
-    from ckptkit.tensor_ops.suggestions import suggestions
+def _mismatch_hint(pairs: Sequence[KeyPair]) -> str:
+    """Return the actions that would fit the first pair, each with the pattern that it fits."""
+    from ckptkit.tensor_ops.suggestions import suggest, suggestions
 
-    ways = [
-        f"--on-mismatch {name}: {why}" for name, why in suggestions(pair.found.shape, pair.expected.shape, pair.key)
-    ]
-    return "; ".join([*ways[:3], "--on-mismatch skip keeps the base's values there"])
+    first, by_key = pairs[0], {pair.key: pair for pair in pairs}
+
+    def option(action: str) -> str:
+        def fits(key: str) -> bool:
+            found, expected = by_key[key].found.shape, by_key[key].expected.shape
+            return action == "skip" or suggest(action, found, expected, key) is not None
+
+        return f"--on-mismatch {shell_word(f'{pattern_for(first.key, by_key, fits)}={action}')}"
+
+    ways = [f"{option(name)}: {why}" for name, why in suggestions(first.found.shape, first.expected.shape, first.key)]
+    return "; ".join([*ways[:3], f"{option('skip')} keeps the base's values there{_for_others(by_key)}"])
 
 
 def _replaced_by_later_donors(overlays: Sequence[_Overlay], final: Mapping[str, Step]) -> list[Dropped]:
@@ -246,22 +299,37 @@ def _replaced_by_later_donors(overlays: Sequence[_Overlay], final: Mapping[str, 
     return dropped
 
 
-def _base_step(info: TensorInfo, base: Checkpoint) -> Step:
-    return make_step(info, Derivation((info.key,)), "base", base)
+def _base_step(info: TensorInfo, base: Checkpoint, policy: str) -> Step:
+    return make_step(info, Derivation((info.key,), rule=policy), "base", base)
 
 
-def _check_policy(name: str, value: str, known: Sequence[str]) -> None:
-    if value not in known:
-        raise PlanError(f"{name} is {value!r}", hint=f"it must be one of {', '.join(known)}")
+def _refuse_missing(keys: Sequence[str]) -> None:
+    if keys:
+        option = f"--on-missing {shell_word(f'{pattern_for(keys[0], keys)}=keep')}"
+        raise PlanError(
+            f"no donor has {listed(keys, 1)}", hint=f"{option} keeps the base's own values{_for_others(keys)}"
+        )
 
 
-def _mismatch_error(result: StateDictDiff, role: str) -> PlanError:
-    first, others = result.shape_mismatched[0], len(result.shape_mismatched) - 1
+def _refuse_unexpected(keys: Sequence[str]) -> None:
+    if keys:
+        pattern = pattern_for(keys[0], keys)
+        skip, add = (f"--on-unexpected {shell_word(f'{pattern}={action}')}" for action in ("skip", "add"))
+        hint = f"{skip} leaves it out, {add} adds it{_for_others(keys)}"
+        raise PlanError(f"the base has no {listed(keys, 1)}", hint=hint)
+
+
+def _for_others(keys: Collection[str]) -> str:
+    return "; without a pattern, the action is for all other keys" if len(keys) > 1 else ""
+
+
+def _mismatch_error(pairs: Sequence[KeyPair], role: str) -> PlanError:
+    first, others = pairs[0], len(pairs) - 1
     wanted, given = list(first.expected.shape), list(first.found.shape)
     more = f", and {others} more differ in shape" if others else ""
     return PlanError(
         f"{quoted(first.key)} is {wanted} in the base and {given} in the {role}{more}",
-        hint=_mismatch_hint(first),
+        hint=_mismatch_hint(pairs),
     )
 
 

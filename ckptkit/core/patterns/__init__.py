@@ -260,8 +260,11 @@ def parse_rename(text: str) -> Template:
     return parse_template(new, parse_pattern(old))
 
 
-def suggest_pattern(pattern: Pattern, names: Collection[str]) -> str:
-    """Return a hint for a pattern that matches none of ``names``: a similar pattern that does, or some of the names."""
+def suggest_pattern(pattern: Pattern, names: Collection[str], owner: str = "the model") -> str:
+    """Return a hint for a pattern that matches none of ``names``: a similar pattern that does, or some of the names.
+
+    ``owner`` is what has the names.
+    """
     for text in _variants(pattern, names):
         try:
             variant = parse_pattern(text)
@@ -272,7 +275,7 @@ def suggest_pattern(pattern: Pattern, names: Collection[str]) -> str:
                 return f"did you mean {quoted(text)}?"
     if close := difflib.get_close_matches(pattern.text, names, n=1, cutoff=0.5):
         return f"the nearest name is {quoted(close[0])}"
-    return f"the model has {listed(names, 3)}"
+    return f"{owner} has {listed(names, 3)}"
 
 
 def _variants(pattern: Pattern, names: Collection[str]) -> Iterator[str]:

@@ -1,0 +1,249 @@
+"""Policies by pattern: what happens to each key that is missing, unexpected or of another shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from ckptkit import load_into, parse_rules, plan_merge
+from ckptkit.errors import CkptkitError, ModelError, PlanError, RuleError
+from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy, pattern_for
+from tests.helpers_cli import run_ckpt
+from tests.helpers_outputs import described
+
+
+def net(channels: int, classes: int) -> nn.ModuleDict:
+    """Return a model with a first convolution, a body and a head."""
+    names = {"conv1": nn.Conv2d(channels, 4, 3), "body": nn.Linear(4, 3), "fc": nn.Linear(3, classes)}
+    return nn.ModuleDict(names)
+
+
+BY_PATTERN = {"conv1.*": "conv_in_channels", "fc.*": "skip"}
+OPTIONS = ["--on-mismatch", "conv1.*=conv_in_channels", "--on-mismatch", "fc.*=skip"]
+BASE = described(fc__weight=(2, 5), fc__bias=(2,), body=(3,))
+
+
+def refusal(*given: Any, **policies: Any) -> CkptkitError:
+    with pytest.raises(CkptkitError) as caught:
+        plan_merge(*given, **policies)
+    return caught.value
+
+
+def rules_of(plan: Any) -> dict[str, tuple[str, str]]:
+    """Return the role and the rule of each step."""
+    return {step.out.key: (step.sources[0].role, step.rule) for step in plan.steps}
+
+
+def test_each_pattern_has_its_own_action(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The convolution is adapted, the head is the base's, and all else is the donor's; torch loads it all."""
+    model, donor = net(1, 2).state_dict(), net(3, 10).state_dict()
+    base, old, out = (tmp_path / f"{name}.safetensors" for name in ("base", "old", "out"))
+    save_file(model, base)
+    save_file(donor, old)
+    ran = run_ckpt(capsys, "merge", base, old, "-o", out, *OPTIONS, "--verify")
+    assert ran.code == 0, ran.err
+    loaded = net(1, 2)
+    loaded.load_state_dict(load_file(out), strict=True)
+    made = loaded.state_dict()
+    assert torch.equal(made["fc.weight"], model["fc.weight"])
+    assert torch.equal(made["body.weight"], donor["body.weight"])
+    assert torch.allclose(made["conv1.weight"], donor["conv1.weight"].sum(1, keepdim=True), atol=1e-6)
+    assert torch.equal(made["conv1.bias"], donor["conv1.bias"])
+    live = net(1, 2)
+    live.load_state_dict(model)
+    report = load_into(live, donor, on_mismatch={"conv1.*": "conv_in_channels", "fc.*": "skip"})
+    assert report.kept == ("fc.weight", "fc.bias")
+    for key, value in live.state_dict().items():
+        assert torch.equal(value, made[key])
+
+
+def test_the_plan_records_what_decided() -> None:
+    """A step names its policy, and one without a policy that decided names none."""
+    plan = plan_merge(net(1, 2), net(3, 10), on_mismatch=BY_PATTERN)  # type: ignore[arg-type]
+    assert rules_of(plan) == {
+        "conv1.weight": ("donor", "--on-mismatch 'conv1.*=conv_in_channels'"),
+        "conv1.bias": ("donor", ""),
+        "body.weight": ("donor", ""),
+        "body.bias": ("donor", ""),
+        "fc.weight": ("base", "--on-mismatch 'fc.*=skip'"),
+        "fc.bias": ("base", "--on-mismatch 'fc.*=skip'"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ({"fc.bias": "pad", "fc.*": "skip"}, ["skip", "pad", "error"]),
+        ({"*": "skip", "fc.bias": "pad"}, ["skip", "pad", "skip"]),
+        ({"fc.{part}": "slice", "*": "error"}, ["slice", "slice", "error"]),
+        ({"re:.*=.*|fc[.].*": "pad"}, ["pad", "pad", "error"]),
+        ({}, ["error", "error", "error"]),
+        ("skip", ["skip", "skip", "skip"]),
+    ],
+    ids=["first", "others first", "capture", "regex", "empty", "one action"],
+)
+def test_the_first_pattern_that_matches_decides(policy: Any, expected: list[str]) -> None:
+    """``"*"`` is for all other keys wherever it stands; without it, they are an error."""
+    parsed = parse_policy("on_mismatch", policy, MISMATCH_ACTIONS)
+    assert [parsed.action(key) for key in ("fc.weight", "fc.bias", "body")] == expected
+
+
+def test_a_key_that_no_pattern_matches_is_an_error() -> None:
+    """The hints show the option for the module where all its keys need it, else for the key."""
+    donor = described(fc__weight=(9, 5), fc__bias=(9,), body=(4,))
+    error = refusal(BASE, donor, on_mismatch={"body": "skip"})
+    assert error.reason == "'fc.weight' is [2, 5] in the base and [9, 5] in the donor, and 1 more differ in shape"
+    assert "--on-mismatch 'fc.*=slice': " in str(error.hint)
+    assert "--on-mismatch 'fc.*=skip' keeps the base's values there" in str(error.hint)
+    assert "--on-mismatch 'body=skip' keeps" in str(refusal(BASE, donor, on_mismatch={"fc.*": "skip"}).hint)
+
+
+def test_a_missing_key_may_be_kept_by_pattern() -> None:
+    """Only the head may be new: any other missing key is refused."""
+    plan = plan_merge(BASE, described(body=(3,)), on_missing={"fc.*": "keep"})
+    assert rules_of(plan)["fc.weight"] == ("base", "--on-missing 'fc.*=keep'")
+    error = refusal(BASE, described(fc__bias=(2,)), on_missing={"fc.*": "keep"})
+    assert error.reason == "no donor has 'body'"
+    assert error.hint == "--on-missing 'body=keep' keeps the base's own values"
+    error = refusal(BASE, described(body=(3,)), on_missing="error")
+    assert error.hint is not None
+    assert error.hint.startswith("--on-missing 'fc.*=keep' keeps the base's own values")
+
+
+def test_an_unexpected_key_may_be_added_by_pattern() -> None:
+    """The patterns match the key in the donor's file, before it is renamed."""
+    donor = described(m__body=(3,), m__head=(7,), m__other=(1,))
+    plan = plan_merge(BASE, donor, ["m.*=*"], on_unexpected={"m.head": "add", "*": "skip"})
+    assert rules_of(plan)["head"] == ("donor", "--rename 'm.*=*', --on-unexpected 'm.head=add'")
+    assert ("m.other", "the base does not have it") in {(drop.key, drop.reason) for drop in plan.dropped}
+    error = refusal(BASE, donor, ["m.*=*"], on_unexpected={"m.head": "add"})
+    assert error.reason == "the base has no 'm.other'"
+    assert error.hint == "--on-unexpected 'm.other=skip' leaves it out, --on-unexpected 'm.other=add' adds it"
+
+
+@pytest.mark.parametrize(
+    ("policies", "reason", "hint"),
+    [
+        (
+            {"on_mismatch": {"fc.weigth": "skip"}},
+            "--on-mismatch 'fc.weigth' matches none of 3 keys of the base",
+            "'fc.weight'",
+        ),
+        ({"on_missing": {"fc": "keep"}}, "--on-missing 'fc' matches none of 3 keys of the base", "'fc.*'"),
+        ({"on_unexpected": {"x": "add"}}, "--on-unexpected 'x' matches none of 2 keys of the donor", "the donor has"),
+        (
+            {"on_mismatch": {"fc.*": "skip", "fc.bias": "pad"}},
+            "--on-mismatch 'fc.bias' is shadowed: the earlier 'fc.*' matches 'fc.bias'",
+            "write the narrower pattern first",
+        ),
+    ],
+    ids=["mismatch", "missing", "unexpected", "shadowed"],
+)
+def test_a_pattern_that_decides_nothing_is_refused(policies: dict[str, Any], reason: str, hint: str) -> None:
+    """It is refused as an unused rule is, and where unused rules are allowed, a note names it."""
+    donor = described(fc__weight=(2, 5), body=(3,))
+    error = refusal(BASE, donor, **policies)
+    assert isinstance(error, RuleError)
+    assert error.reason == reason
+    assert hint in str(error.hint)
+    others: Any = {
+        name: {**policy, "*": "skip" if name != "on_missing" else "keep"} for name, policy in policies.items()
+    }
+    assert reason in plan_merge(BASE, donor, parse_rules(allow_unused=True), **others).notes
+
+
+@pytest.mark.parametrize(
+    ("policies", "reason"),
+    [
+        ({"on_mismatch": {"fc.*": "pda"}}, "on_mismatch of 'fc.*' is 'pda'"),
+        ({"on_mismatch": {"*": None}}, "on_mismatch of '*' is None"),
+        ({"on_mismatch": ["skip"]}, "on_mismatch is ['skip']"),
+        ({"on_missing": {5: "keep"}}, "a pattern of on_missing is an int"),
+        ({"on_missing": {"": "keep"}}, "a pattern is empty"),
+        ({"on_unexpected": {"re:(": "skip"}}, "'re:(' is not a valid regular expression"),
+    ],
+    ids=["action", "none", "list", "number", "empty", "regex"],
+)
+def test_wrong_policies_are_refused(policies: dict[str, Any], reason: str) -> None:
+    """The message names the argument and the possible actions."""
+    error = refusal(BASE, BASE, **policies)
+    assert error.reason.startswith(reason)
+    if reason.startswith("on_mismatch"):
+        assert "error, skip, conv_in_channels" in str(error.hint)
+
+
+def test_a_model_gets_no_new_keys_by_pattern() -> None:
+    """``load_into`` refuses ``add`` in a mapping too."""
+    with pytest.raises(ModelError, match="a model cannot get keys"):
+        load_into(net(1, 2), net(1, 2).state_dict(), on_unexpected={"head.*": "add", "*": "skip"})
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["skip"], "base --on-mismatch skip"),
+        (["error", "a=b*=skip"], "base --on-mismatch 'a=b*=skip'"),
+        (["re:.*=b.*=skip"], "base --on-mismatch 're:.*=b.*=skip'"),
+        (["a=b.w=pad", "skip"], "donor --on-mismatch 'a=b.w=pad'"),
+        (["*=skip"], "base --on-mismatch skip"),
+    ],
+    ids=["bare", "equals sign", "regex", "two", "star"],
+)
+def test_the_last_equals_sign_separates(
+    options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything before the last ``=`` is the pattern, and an action alone is for all other keys."""
+    base, donor = tmp_path / "base.safetensors", tmp_path / "donor.safetensors"
+    save_file({"a=b.w": torch.zeros(3), "c": torch.zeros(1)}, base)
+    save_file({"a=b.w": torch.ones(2), "c": torch.ones(1)}, donor)
+    given = [part for option in options for part in ("--on-mismatch", option)]
+    ran = run_ckpt(capsys, "merge", base, donor, "-o", tmp_path / "out.safetensors", "-n", *given)
+    assert ran.code == 0, ran.err
+    row = next(line for line in ran.out.splitlines() if line.startswith("a=b.w"))
+    role, rule = expected.split(" ", 1)
+    assert row.endswith(rule)
+    assert role in row
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["fc.*=pda"], "'pda' is not one of 'error', 'skip', 'conv_in_channels'"),
+        (["pda"], "'pda' is not one of 'error', 'skip', 'conv_in_channels'"),
+        (["skip", "error"], "an action for all other keys is given twice"),
+        (["fc.*=skip", "fc.*=pad"], "'fc.*' is given twice"),
+        (["=skip"], "a pattern is empty"),
+    ],
+    ids=["action", "bare action", "two bare", "twice", "empty"],
+)
+def test_wrong_options_are_refused(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A wrong action names the possible ones."""
+    path = tmp_path / "base.safetensors"
+    save_file({"fc.weight": torch.zeros(3)}, path)
+    given = [part for option in options for part in ("--on-mismatch", option)]
+    ran = run_ckpt(capsys, "merge", path, path, "-o", tmp_path / "out.safetensors", *given)
+    assert ran.code == 2
+    assert message in ran.err
+
+
+def test_hints_show_the_module_only_where_all_of_it_fits() -> None:
+    """A key with signs of the pattern language gets a pattern for itself alone."""
+    keys = ["fc.weight", "fc.bias", "a*.w", "a*.b"]
+    assert pattern_for("fc.weight", keys) == "fc.*"
+    assert pattern_for("fc.weight", keys, lambda key: key != "fc.bias") == "fc.weight"
+    assert pattern_for("fc.weight", ["fc.weight", "body"]) == "fc.weight"
+    assert pattern_for("a*.w", keys) == r"re:a\*\.w"
+    assert pattern_for("pos_embed", ["pos_embed", "x.y"]) == "pos_embed"
+
+
+def test_plans_refuse_before_anything_is_read() -> None:
+    """A wrong action is the error even where the donor is wrong too."""
+    with pytest.raises(PlanError, match="on_missing is 'skip'"):
+        plan_merge(BASE, [], on_missing="skip")  # type: ignore[arg-type]
