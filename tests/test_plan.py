@@ -237,11 +237,8 @@ def test_a_mismatch_may_be_skipped() -> None:
             "the donor has no tensor with a key and shape of the base",
             "ckpt diff BASE DONOR",
         ),
-        (BASE, {"on_missing": "skip"}, "on_missing is 'skip'", "keep, error"),
-        (BASE, {"on_unexpected": "keep"}, "on_unexpected is 'keep'", "skip, add, error"),
-        (BASE, {"on_mismatch": ""}, "on_mismatch is ''", "error, skip"),
     ],
-    ids=["mismatch", "missing", "unexpected", "prefix", "no match", "only mismatches", "word 1", "word 2", "word 3"],
+    ids=["mismatch", "missing", "unexpected", "prefix", "no match", "only mismatches"],
 )
 def test_wrong_merges_are_refused(
     donor: dict[str, TensorInfo], policies: dict[str, Any], reason: str, hint: str

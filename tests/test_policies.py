@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ckptkit import load_into, parse_rules, plan_merge
-from ckptkit.errors import CkptkitError, ModelError, PlanError, RuleError
+from ckptkit.errors import ArgumentError, CkptkitError, ModelError, RuleError
 from ckptkit.plans.policies import MISMATCH_ACTIONS, parse_policy, pattern_for
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import described
@@ -160,21 +160,22 @@ def test_a_pattern_that_decides_nothing_is_refused(policies: dict[str, Any], rea
 @pytest.mark.parametrize(
     ("policies", "reason"),
     [
-        ({"on_mismatch": {"fc.*": "pda"}}, "on_mismatch of 'fc.*' is 'pda'"),
-        ({"on_mismatch": {"*": None}}, "on_mismatch of '*' is None"),
-        ({"on_mismatch": ["skip"]}, "on_mismatch is ['skip']"),
-        ({"on_missing": {5: "keep"}}, "a pattern of on_missing is an int"),
+        ({"on_mismatch": {"fc.*": "pda"}}, "on_mismatch['fc.*'] is the string 'pda'"),
+        ({"on_mismatch": {"*": None}}, 'on_mismatch["*"] is None'),
+        ({"on_mismatch": ["skip"]}, "on_mismatch is a list"),
+        ({"on_mismatch": ""}, "on_mismatch is the string ''"),
+        ({"on_missing": {5: "keep"}}, "a pattern of on_missing is 5"),
         ({"on_missing": {"": "keep"}}, "a pattern is empty"),
         ({"on_unexpected": {"re:(": "skip"}}, "'re:(' is not a valid regular expression"),
     ],
-    ids=["action", "none", "list", "number", "empty", "regex"],
+    ids=["action", "none", "list", "no word", "number", "empty", "regex"],
 )
 def test_wrong_policies_are_refused(policies: dict[str, Any], reason: str) -> None:
     """The message names the argument and the possible actions."""
     error = refusal(BASE, BASE, **policies)
     assert error.reason.startswith(reason)
     if reason.startswith("on_mismatch"):
-        assert "error, skip, conv_in_channels" in str(error.hint)
+        assert '"error" or "skip" or "conv_in_channels"' in str(error.hint)
 
 
 def test_a_model_gets_no_new_keys_by_pattern() -> None:
@@ -243,7 +244,12 @@ def test_hints_show_the_module_only_where_all_of_it_fits() -> None:
     assert pattern_for("pos_embed", ["pos_embed", "x.y"]) == "pos_embed"
 
 
-def test_plans_refuse_before_anything_is_read() -> None:
+@pytest.mark.parametrize(
+    ("policy", "action", "hint"),
+    [("on_missing", "skip", '"keep" or "error"'), ("on_unexpected", "keep", '"skip" or "add" or "error"')],
+)
+def test_each_policy_has_its_own_actions(policy: str, action: str, hint: str) -> None:
     """A wrong action is the error even where the donor is wrong too."""
-    with pytest.raises(PlanError, match="on_missing is 'skip'"):
-        plan_merge(BASE, [], on_missing="skip")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match=f"{policy} is the string '{action}'") as caught:
+        plan_merge(BASE, [], **{policy: action})  # type: ignore[arg-type]
+    assert hint in str(caught.value.hint)

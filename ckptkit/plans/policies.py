@@ -6,9 +6,10 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, TypeAlias, TypeVar, get_args
 
+from ckptkit.core.arguments import require_choice, require_type
 from ckptkit.core.patterns import Pattern, literal, parse_pattern, suggest_pattern
-from ckptkit.core.text import kind_of, plural, quoted, shell_word
-from ckptkit.errors import PlanError, RuleError
+from ckptkit.core.text import plural, quoted, shell_word
+from ckptkit.errors import RuleError
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES, MismatchName
 
 __all__ = [
@@ -110,26 +111,24 @@ def parse_policy(name: str, given: object, actions: Sequence[_Action]) -> Policy
     """Return the policy that the argument ``name`` describes: one of ``actions``, or a mapping of patterns to them.
 
     In a mapping, the action of ``"*"`` is for every key that no other pattern matches; without it, such a key is an
-    error. Raises ``PlanError`` for any other action, and ``RuleError`` for a pattern that is not valid.
+    error. Raises ``ArgumentError`` for any other action, and ``RuleError`` for a pattern that is not valid.
     """
     if not isinstance(given, Mapping):
         return Policy(name, (), _action(name, given, actions))
-    by_pattern = []
-    for text, action in given.items():
-        if not isinstance(text, str):
-            raise PlanError(f"a pattern of {name} is {kind_of(text)}", hint='write patterns of keys: "fc.*"')
-        by_pattern.append((text, _action(f"{name} of {quoted(text)}", action, actions)))
-    other = _action(name, given.get(ALL_OTHERS, _ERROR), actions)
-    return Policy(
-        name, tuple((parse_pattern(text), action) for text, action in by_pattern if text != ALL_OTHERS), other
+    for text in given:
+        require_type(text, str, f"a pattern of {name}", 'a str, such as "fc.*"')
+    other = _action(f'{name}["{ALL_OTHERS}"]', given.get(ALL_OTHERS, _ERROR), actions)
+    by_pattern = tuple(
+        (parse_pattern(text), _action(f"{name}[{quoted(text)}]", action, actions))
+        for text, action in given.items()
+        if text != ALL_OTHERS
     )
+    return Policy(name, by_pattern, other)
 
 
 def _action(what: str, given: object, actions: Sequence[_Action]) -> _Action:
-    for action in actions:
-        if isinstance(given, str) and given == action:
-            return action
-    raise PlanError(f"{what} is {given!r}", hint=f"it must be one of {', '.join(actions)}")
+    require_choice(given, actions, what)
+    return next(action for action in actions if action == given)
 
 
 def pattern_for(key: str, others: Iterable[str], fits: Callable[[str], bool] = lambda _key: True) -> str:
