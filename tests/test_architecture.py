@@ -34,7 +34,7 @@ LEVELS = (
     {"loading", "optimizer_state"},
     {"readiness"},
     {"render"},
-    {"cli"},
+    {"cli", "testing"},
     {"", "__main__"},
 )
 LEVEL_OF = {package: level for level, packages in enumerate(LEVELS) for package in packages}

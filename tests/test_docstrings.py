@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import ckptkit
+from ckptkit import testing
 from tests.helpers_cli import ROOT
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -44,8 +45,8 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def public_docstrings() -> Iterator[tuple[str, str]]:
     """Yield the name and the docstring of every public name, and of every method with an argument of a public class."""
-    for name in ckptkit.__all__:
-        value = getattr(ckptkit, name)
+    public = {name: getattr(module, name) for module in (ckptkit, testing) for name in module.__all__}
+    for name, value in public.items():
         if callable(value):
             yield name, value.__doc__ or ""
         if isinstance(value, type):

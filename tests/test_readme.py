@@ -1,4 +1,4 @@
-"""The commands in the README run and print the output that the README shows."""
+"""The commands in the README run and print what it shows; the recipes of the page about testing pass."""
 
 from __future__ import annotations
 
@@ -8,12 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ckptkit.rules.parse import parse_rules
+from ckptkit.testing import assert_loads
+from fixtures.lenet import build
 from tests.helpers_cli import ROOT, run_ckpt
 
+TESTING = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 COMMANDS = re.findall(r"^(pip install .*)$", README, re.MULTILINE)
@@ -50,6 +54,25 @@ def test_python_example(tmp_path: Path) -> None:
         "8 matched, 2 shape-mismatched",
         "loaded 8 of 10 tensors, 99.4 % of the elements; kept 2 as they were",
     ]
+
+
+@pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TESTING, re.DOTALL))
+def test_recipes_run(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each recipe of the page about testing is a test that passes."""
+    monkeypatch.chdir(ROOT)
+    names: dict[str, Any] = {}
+    exec(compile(block, "docs/testing.md", "exec"), names)  # noqa: S102 - the page is part of this repository
+    (test,) = [value for name, value in names.items() if name.startswith("test_")]
+    test(*[tmp_path] * test.__code__.co_argcount)
+
+
+def test_recipe_shows_the_real_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The failure on the page about testing is what the first recipe prints without ``fresh``."""
+    monkeypatch.chdir(ROOT)
+    (shown,) = re.findall(r"```text\nAssertionError: (.*?)```", TESTING, re.DOTALL)
+    with pytest.raises(AssertionError) as error:
+        assert_loads(build(), "fixtures/lenet_10class.pth")
+    assert str(error.value).strip() == shown.strip()
 
 
 def test_rule_file_example(capsys: pytest.CaptureFixture[str]) -> None:

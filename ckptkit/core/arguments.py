@@ -27,9 +27,10 @@ def require_type(value: object, kinds: type | tuple[type, ...], name: str, takes
         refuse(value, name, takes)
 
 
-def require_number(value: object, name: str, takes: str, *, whole: bool = False) -> None:
-    """Raise ``ArgumentError`` unless ``value`` is an int, or a float where it need not be ``whole``, and not NaN."""
-    if isinstance(value, bool) or not isinstance(value, int if whole else int | float) or math.isnan(value):
+def require_number(value: object, name: str, takes: str, *, at_least: float = -math.inf, whole: bool = False) -> None:
+    """Raise ``ArgumentError`` unless ``value`` is a number of ``at_least`` this size; a ``whole`` one is an int."""
+    number = value if isinstance(value, int if whole else int | float) and not isinstance(value, bool) else math.nan
+    if not number >= at_least:
         refuse(value, name, takes)
 
 

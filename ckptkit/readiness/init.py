@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ckptkit.comparison import StateDictDiff
+from ckptkit.core.arguments import require_strings
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.coverage import coverage_by_module, group_by_module
 from ckptkit.core.dtypes import DTYPES
@@ -33,6 +34,7 @@ __all__ = [
     "check_values",
     "compare_init",
     "find_quantized_problems",
+    "fresh_patterns",
 ]
 
 _SHOWN = 4
@@ -159,7 +161,7 @@ def check_init(
 
     Raises ``RuleError`` for a pattern that matches no key of the model.
     """
-    patterns = _fresh_patterns(fresh, inspected.state)
+    patterns = fresh_patterns(fresh, inspected.state)
     if not init.loaded:
         hint = result.hints[0].message if result.hints else "compare the names: ckpt diff MODEL INIT"
         yield codes.INIT_NOTHING.finding("", "init fills no tensor of the model", hint)
@@ -192,8 +194,13 @@ def check_init(
         )
 
 
-def _fresh_patterns(given: str | Sequence[str], state: Mapping[str, object]) -> list[Pattern]:
-    patterns = [parse_pattern(text) for text in ([given] if isinstance(given, str) else given)]
+def fresh_patterns(given: str | Sequence[str], state: Mapping[str, object]) -> list[Pattern]:
+    """Return the patterns of the keys that must stay at init.
+
+    Raises ``RuleError`` for a pattern that matches no key of the model.
+    """
+    texts = require_strings(given, "fresh", "a pattern or a list of patterns")
+    patterns = list(map(parse_pattern, texts))
     for pattern in patterns:
         if not any(map(pattern.match, state)):
             raise RuleError(

@@ -1,0 +1,44 @@
+"""The values that differ between two checkpoints, as a page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ckptkit.comparison.values import ValueDifference
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.text import plural, printable
+from ckptkit.render.page import Line, Page, Table
+from ckptkit.render.summary import describe, totals
+
+__all__ = ["value_page"]
+
+_SHOWN = 10
+
+
+def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, found: Checkpoint) -> Page:
+    """Return both sides, a row for each of the ten tensors that differ most, and the count of all that differ."""
+    table = Table(
+        ("key", "dtype and shape", "differ", "largest", "at", "expected", "found"),
+        tuple(map(_row, differences[:_SHOWN])),
+        right=frozenset({"differ", "largest"}),
+    )
+    more = len(differences) - _SHOWN
+    return [
+        Line(("expected  ", *describe(expected, totals(expected.values())))),
+        Line(("found     ", *describe(found, totals(found.values())))),
+        table,
+        *([Line((f"and {plural(more, 'more tensor')}",))] if more > 0 else []),
+        Line((f"{plural(len(differences), 'tensor')} of {len(expected):,} differ in value",)),
+    ]
+
+
+def _row(difference: ValueDifference) -> tuple[str, ...]:
+    wanted, got = difference.expected, difference.found
+    described = str(wanted) if wanted.dtype == got.dtype else f"{wanted.dtype} and {got}"
+    if difference.count is None or difference.largest is None:
+        return printable(wanted.key), described, "the bytes", "", "", "", ""
+    largest = f"{difference.largest:.3g}" if difference.largest else "only bits"
+    return (
+        printable(wanted.key), described, f"{difference.count:,} of {wanted.elements:,}", largest,
+        "" if difference.place is None else str(list(difference.place)), *difference.values,
+    )  # fmt: skip
