@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-__all__ = ["DTYPES", "DType", "pack_float4", "unpack_float4"]
+__all__ = ["DTYPES", "DType", "dtype_code", "pack_float4", "unpack_float4"]
 
 
 class DType(NamedTuple):
@@ -65,6 +65,13 @@ DTYPES: Mapping[str, DType] = MappingProxyType(
         )
     }
 )
+
+
+def dtype_code(name: str) -> str | None:
+    """Return the safetensors code of a dtype, given its code or torch's name; None for an unknown name."""
+    short = name.removeprefix("torch.")
+    found = (known.code for known in DTYPES.values() if short.upper() == known.code or short == known.torch_name)
+    return next(found, None)
 
 
 def pack_float4(shape: tuple[int, ...]) -> tuple[int, ...]:

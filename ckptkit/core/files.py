@@ -189,6 +189,10 @@ class Extent:
             self.file.read_into(chunk, self.offset + done)
             yield chunk
 
+    def readinto(self, buffer: memoryview) -> None:
+        """Fill ``buffer``, which has ``nbytes`` items, from the file."""
+        self.file.read_into(buffer, self.offset)
+
     def slice(self, start: int, nbytes: int) -> Extent:
         """Return the ``nbytes`` bytes of the range from its byte ``start``."""
         is_whole = start == 0 and nbytes == self.nbytes

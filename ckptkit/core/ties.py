@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ckptkit.core.checkpoint import TensorInfo, View, storage_range
+from ckptkit.core.checkpoint.info import TensorInfo, View, storage_range
 
 __all__ = ["overlapping_tensors", "shared_keys", "tied_keys"]
 

@@ -15,6 +15,7 @@ from ckptkit.core.checkpoint import (
     Checkpoint,
     Description,
     Entry,
+    Part,
     Payload,
     TensorInfo,
     View,
@@ -40,7 +41,6 @@ __all__ = [
     "code_of",
     "copy_composite",
     "describe_state_dict",
-    "dtype_code",
     "flat_bytes",
     "get_or_none",
     "has_same_layout",
@@ -78,13 +78,6 @@ def torch_dtype(code: str) -> torch.dtype:
 
     dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
     return dtype
-
-
-def dtype_code(name: str) -> str | None:
-    """Return the safetensors code of a dtype, given its code or torch's name; None for an unknown name."""
-    short = name.removeprefix("torch.")
-    found = (known.code for known in DTYPES.values() if short.upper() == known.code or short == known.torch_name)
-    return next(found, None)
 
 
 def shape_or_none(tensor: Tensor) -> tuple[int, ...] | None:
@@ -249,6 +242,13 @@ class TensorPayload:
             if len(data):
                 torch.frombuffer(buffer, dtype=torch.uint8)[: len(data)].copy_(data)
             yield memoryview(buffer)[: len(data)]
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        """Return the ``nbytes`` bytes from byte ``start``; whole rows are read without the rows before them."""
+        row = self.nbytes // len(self.tensor) if self.tensor.dim() and len(self.tensor) else 0
+        if not row or start % row or nbytes % row:
+            return Part(self, start, nbytes)
+        return TensorPayload(self.tensor[start // row : (start + nbytes) // row], nbytes)
 
 
 def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Final, Literal, NamedTuple
 
-from ckptkit.core.checkpoint import Payload, TensorInfo, row_major, storage_range
+from ckptkit.core.checkpoint import Part, Payload, TensorInfo, row_major, storage_range
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import CHUNK, ByteSwapped, Inflated, Region, is_seekable
 from ckptkit.core.text import human_bytes, quoted
@@ -172,6 +172,15 @@ class Strided:
             copy_runs(out, data[segment.source :], segment.loops, segment.run)
             self._flip_signs(buffer, len(out))
             yield out
+
+    def slice(self, start: int, nbytes: int) -> Payload:
+        """Return the ``nbytes`` bytes from byte ``start``; whole rows are read without the rows before them."""
+        row = self.nbytes // self.info.shape[0] if self.info.shape else 0
+        if self.info.view is None or not row or start % row or nbytes % row:
+            return Part(self, start, nbytes)
+        offset = self.info.view.offset + start // row * self.info.view.stride[0]
+        shape = (nbytes // row, *self.info.shape[1:])
+        return replace(self, info=replace(self.info, shape=shape, view=self.info.view._replace(offset=offset)))
 
     def _read(self) -> tuple[memoryview, list[Loop], int]:
         loops, run = self._loops()
@@ -359,9 +368,9 @@ class BlockTensor:
         return math.prod(self.shape) * self.width
 
     def slice(self, start: int, nbytes: int) -> Payload:
-        """Return the whole tensor, or its only block. Raises ``ValueError`` for a part of the tensor."""
+        """Return the ``nbytes`` bytes from byte ``start``; the blocks of the bytes before them are read too."""
         if start or nbytes != self.nbytes:
-            raise ValueError(f"bytes {start}-{start + nbytes} of a tensor in blocks, which can only be read as a whole")
+            return Part(self, start, nbytes)
         return self.blocks[0].open() if len(self.blocks) == 1 else self
 
     def chunks(self) -> Iterator[bytes | bytearray | memoryview]:

@@ -7,10 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.dtypes import DTYPES, dtype_code
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import printable, quoted, shell_word
-from ckptkit.core.torch_bridge import ABSENT, CASTABLE, dtype_code
+from ckptkit.core.torch_bridge import ABSENT, CASTABLE
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.quantized import quantized_weights

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.dtypes import DTYPES, dtype_code
 from ckptkit.core.text import plural, quoted
-from ckptkit.core.torch_bridge import CASTABLE, dtype_code, torch_dtype
+from ckptkit.core.torch_bridge import CASTABLE, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.tensor_ops.operation import (
     Arithmetic,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from ckptkit.core.checkpoint.info import TensorInfo, View, is_contiguous, memory_order, row_major, storage_range
+from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
 from ckptkit.core.closing import Closing
-from ckptkit.core.dtypes import DTYPES, pack_float4
-from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Tensor
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import torch
 
 __all__ = [
     "MOST_TENSORS",
@@ -24,6 +27,7 @@ __all__ = [
     "Entry",
     "KeyPath",
     "Nested",
+    "Part",
     "Payload",
     "Record",
     "TensorInfo",
@@ -31,55 +35,13 @@ __all__ = [
     "is_contiguous",
     "memory_order",
     "module_versions",
+    "part_of",
+    "read_into",
     "row_major",
     "storage_range",
 ]
 
 MOST_TENSORS: Final = 250_000  # of one checkpoint, which then takes 300 MB; the largest published models have 210,000
-
-
-class View(NamedTuple):
-    """The part of a storage that a tensor covers; ``offset`` and ``stride`` count elements, as in torch.
-
-    Two tensors of a checkpoint share memory if their ``storage`` numbers are equal.
-    """
-
-    storage: int
-    offset: int
-    stride: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """The description of a tensor without its values: key, dtype (safetensors code) and shape.
-
-    ``kind`` is ``"dense"`` if the bytes of the tensor can be copied. A tensor of any other kind (``"sparse"``,
-    ``"quantized"``, ``"meta"``, ...) is listed but cannot be written. ``stored_bytes`` is the size in bytes for a
-    dtype that is not in ``DTYPES``, such as the block types of GGUF.
-    """
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    view: View | None = None
-    kind: str = "dense"
-    stored_bytes: int = 0
-
-    @property
-    def elements(self) -> int:
-        """Return the number of elements, which is the product of the shape."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Return the size of the elements in bytes, stored contiguously."""
-        dtype = DTYPES.get(self.dtype)
-        return self.stored_bytes if dtype is None else (self.elements * dtype.bits + 7) // 8
-
-    def __str__(self) -> str:
-        """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
-        kind = "" if self.kind == "dense" else f" ({self.kind})"
-        return f"{self.dtype} {list(self.shape)}{kind}"
 
 
 class Entry(NamedTuple):
@@ -94,19 +56,6 @@ class Entry(NamedTuple):
     value: object
     is_outside: bool = False
     is_file: bool = False
-
-
-class Payload(Protocol):
-    """The bytes of one tensor: contiguous, row-major, little-endian, and read only by ``chunks``."""
-
-    @property
-    def nbytes(self) -> int:
-        """Return the exact number of bytes that ``chunks`` yields in total."""
-        ...
-
-    def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
-        """Yield the bytes in order, in pieces of bounded size; each piece is valid until the next."""
-        ...
 
 
 class Record(NamedTuple):
@@ -373,32 +322,86 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         """Return the contiguous little-endian bytes of one tensor."""
         return b"".join(bytes(chunk) for chunk in self.payload(key).chunks())
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str, *, rows: slice | None = None) -> Tensor:
         """Return one tensor on the CPU, in memory of its own, with the shape and dtype of ``self[key]``.
 
-        Raises ``KeyError`` for an unknown key, ``TypeError`` for a dtype that this torch does not have, and
-        ``FormatError`` if the bytes contradict the header.
-        """
-        import torch
+        ``rows`` is a slice along dim 0, without a step; bounds count as in Python. Where the tensor is stored
+        contiguously, only these rows are read.
 
-        info = self._infos[key]
-        name = DTYPES[info.dtype].torch_name if info.dtype in DTYPES else ""
-        dtype = getattr(torch, name, None) if name else None
-        if info.dtype == "F4" and (not info.shape or info.shape[-1] % 2):
-            raise TypeError(
-                f"{quoted(key)}: torch stores F4 elements in pairs, and the last size of {list(info.shape)} is odd"
-            )
-        if not isinstance(dtype, torch.dtype):
-            raise TypeError(f"{quoted(key)}: this torch has no dtype for {info.dtype}")
-        shape = pack_float4(info.shape) if info.dtype == "F4" else info.shape
-        if info.elements == 0:
-            return torch.empty(shape, dtype=dtype)
-        buffer = bytearray(info.nbytes)
-        done = 0
-        for chunk in self.payload(key).chunks():
-            buffer[done : done + len(chunk)] = chunk
-            done += len(chunk)
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(shape)
+        Raises:
+            KeyError: The checkpoint has no tensor ``key``.
+            ArgumentError: This torch has no such dtype, or ``rows`` is not a slice of adjacent rows.
+            FormatError: The bytes contradict the header, or the tensor is listed but cannot be read.
+            ChangedError: The file became shorter since it was opened.
+
+        Example:
+            >>> import ckptkit
+            >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+            ...     checkpoint.read("fc3.bias", rows=slice(-3, None)).shape
+            torch.Size([3])
+        """
+        from ckptkit.core.checkpoint.reading import read_tensor
+
+        return read_tensor(self._infos[key], self._access.payload, rows)
+
+    def numpy(self, key: str, *, rows: slice | None = None) -> npt.NDArray[Any]:
+        """Return one tensor as a numpy array in memory of its own, without torch; ``rows`` as in ``read``.
+
+        numpy itself has no bfloat16 and no float8. These are arrays of the dtypes of ``ml_dtypes``, where that
+        package is installed.
+
+        Raises:
+            KeyError: The checkpoint has no tensor ``key``.
+            ArgumentError: numpy has no such dtype, or ``rows`` is not a slice of adjacent rows.
+            FormatError: The bytes contradict the header, or the tensor is listed but cannot be read.
+            ChangedError: The file became shorter since it was opened.
+
+        Example:
+            >>> import ckptkit
+            >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+            ...     checkpoint.numpy("fc3.bias").dtype
+            dtype('float32')
+        """
+        from ckptkit.core.checkpoint.reading import read_array
+
+        return read_array(self._infos[key], self._access.payload, rows)
+
+    def state_dict(
+        self,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | str | None = None,
+        keys: Iterable[str] | None = None,
+    ) -> dict[str, Tensor]:
+        """Return the tensors as a state_dict, in the order of the file, for ``load_state_dict`` and ``torch.save``.
+
+        ``device`` is the CPU unless given. ``dtype`` is a dtype of torch or its name. As with ``Module.to``, only
+        floating-point tensors are cast, and a value that is too large becomes inf. Complex tensors keep their dtype.
+        ``keys`` are the tensors to read, instead of all.
+
+        Tensors of one dtype that overlap in the file share memory, as after ``torch.load``. Every other tensor has
+        contiguous memory of its own, and so has a conjugate or negative view. Where the checkpoint has versions of
+        modules, the result has them as ``_metadata``.
+
+        Raises:
+            KeyError: The checkpoint does not have one of ``keys``.
+            ArgumentError: ``dtype`` is not a floating-point dtype, or this torch does not have the dtype of a tensor.
+            FormatError: The bytes contradict the header, or a tensor is listed but cannot be read.
+            ChangedError: A file became shorter since it was opened.
+
+        Example:
+            >>> import ckptkit, torch
+            >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+            ...     state = checkpoint.state_dict(dtype=torch.bfloat16, keys=["fc3.weight", "fc3.bias"])
+            >>> {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
+            {'fc3.weight': (torch.bfloat16, (10, 84)), 'fc3.bias': (torch.bfloat16, (10,))}
+        """
+        from ckptkit.core.checkpoint.state_dict import cast_dtype, choose, read_state_dict, with_versions
+
+        infos = choose(self._infos, keys)
+        span = self._access.span or (lambda _: None)
+        tensors = read_state_dict(infos, self._access.payload, span, device, cast_dtype(dtype))
+        return with_versions(tensors, self.versions)
 
     def check_unchanged(self, *, by_path: bool = False) -> None:
         """Raise ``ChangedError`` if a file changed on disk after it was opened.
@@ -411,51 +414,6 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
     def close(self) -> None:
         """Close the files; reading a tensor afterwards is an error."""
         self._open_files.close()
-
-
-def storage_range(info: TensorInfo) -> tuple[int, int]:
-    """Return the bytes of the storage that a view covers: the first byte, and the end (exclusive)."""
-    if info.view is None or info.elements == 0:
-        return 0, 0
-    bits = DTYPES[info.dtype].bits
-    last = info.view.offset + sum((n - 1) * step for n, step in zip(info.shape, info.view.stride, strict=True))
-    return info.view.offset * bits // 8, ((last + 1) * bits + 7) // 8
-
-
-def is_contiguous(info: TensorInfo) -> bool:
-    """Return whether the elements are stored in row-major order, without gaps."""
-    if info.view is None or info.elements == 0:
-        return True
-    expected = 1
-    for size, step in zip(reversed(info.shape), reversed(info.view.stride), strict=True):
-        if size != 1 and step != expected:
-            return False
-        expected *= size
-    return True
-
-
-def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Return the dims with several elements, from the slowest to the fastest in memory; None with gaps or overlaps.
-
-    Two dense tensors of one shape and one order have their elements at the same places of their memory.
-    """
-    order = sorted((at for at, size in enumerate(shape) if size > 1), key=lambda at: -stride[at])
-    expected = 1
-    for at in reversed(order):
-        if stride[at] != expected:
-            return None
-        expected *= shape[at]
-    return tuple(order)
-
-
-def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the strides of a contiguous tensor of this shape, in elements."""
-    strides: list[int] = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(step)
-        step *= max(size, 1)
-    return tuple(reversed(strides))
 
 
 def module_versions(metadata: object) -> dict[str, int]:

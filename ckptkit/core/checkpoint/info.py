@@ -1,0 +1,100 @@
+"""The description of a tensor: dtype, shape, and its place in a storage."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckptkit.core.dtypes import DTYPES
+
+__all__ = ["TensorInfo", "View", "is_contiguous", "memory_order", "row_major", "storage_range"]
+
+
+class View(NamedTuple):
+    """The part of a storage that a tensor covers; ``offset`` and ``stride`` count elements, as in torch.
+
+    Two tensors of a checkpoint share memory if their ``storage`` numbers are equal.
+    """
+
+    storage: int
+    offset: int
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """The description of a tensor without its values: key, dtype (safetensors code) and shape.
+
+    ``kind`` is ``"dense"`` if the bytes of the tensor can be copied. A tensor of any other kind (``"sparse"``,
+    ``"quantized"``, ``"meta"``, ...) is listed but cannot be written. ``stored_bytes`` is the size in bytes for a
+    dtype that is not in ``DTYPES``, such as the block types of GGUF.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    view: View | None = None
+    kind: str = "dense"
+    stored_bytes: int = 0
+
+    @property
+    def elements(self) -> int:
+        """Return the number of elements, which is the product of the shape."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Return the size of the elements in bytes, stored contiguously."""
+        dtype = DTYPES.get(self.dtype)
+        return self.stored_bytes if dtype is None else (self.elements * dtype.bits + 7) // 8
+
+    def __str__(self) -> str:
+        """Return dtype and shape as every table and message shows them: ``F32 [64, 3]``."""
+        kind = "" if self.kind == "dense" else f" ({self.kind})"
+        return f"{self.dtype} {list(self.shape)}{kind}"
+
+
+def storage_range(info: TensorInfo) -> tuple[int, int]:
+    """Return the bytes of the storage that a view covers: the first byte, and the end (exclusive)."""
+    if info.view is None or info.elements == 0:
+        return 0, 0
+    bits = DTYPES[info.dtype].bits
+    last = info.view.offset + sum((n - 1) * step for n, step in zip(info.shape, info.view.stride, strict=True))
+    return info.view.offset * bits // 8, ((last + 1) * bits + 7) // 8
+
+
+def is_contiguous(info: TensorInfo) -> bool:
+    """Return whether the elements are stored in row-major order, without gaps."""
+    if info.view is None or info.elements == 0:
+        return True
+    expected = 1
+    for size, step in zip(reversed(info.shape), reversed(info.view.stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True
+
+
+def memory_order(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the dims with several elements, from the slowest to the fastest in memory; None with gaps or overlaps.
+
+    Two dense tensors of one shape and one order have their elements at the same places of their memory.
+    """
+    order = sorted((at for at, size in enumerate(shape) if size > 1), key=lambda at: -stride[at])
+    expected = 1
+    for at in reversed(order):
+        if stride[at] != expected:
+            return None
+        expected *= shape[at]
+    return tuple(order)
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor of this shape, in elements."""
+    strides: list[int] = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))

@@ -1,0 +1,77 @@
+"""The bytes of a tensor, which are read only on request: as chunks, as a part, or straight into memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from ckptkit.errors import FormatError
+
+__all__ = ["Part", "Payload", "part_of", "read_into"]
+
+
+class Payload(Protocol):
+    """The bytes of one tensor: contiguous, row-major, little-endian, and read only by ``chunks``."""
+
+    @property
+    def nbytes(self) -> int:
+        """Return the exact number of bytes that ``chunks`` yields in total."""
+        ...
+
+    def chunks(self) -> Iterator[bytes | bytearray | memoryview]:
+        """Yield the bytes in order, in pieces of bounded size; each piece is valid until the next."""
+        ...
+
+
+def read_into(payload: Payload, buffer: memoryview) -> None:
+    """Fill ``buffer``, which has one item for each byte of the payload, without another copy where that is possible.
+
+    A payload with a method ``readinto(buffer)`` fills the buffer itself. The chunks of any other payload are copied.
+    Raises ``FormatError`` where the chunks have another number of bytes.
+    """
+    direct = getattr(payload, "readinto", None)
+    if direct is not None:
+        direct(buffer)
+        return
+    done = 0
+    for chunk in payload.chunks():
+        if len(chunk) > len(buffer) - done:
+            raise FormatError(f"more than the {len(buffer):,} bytes of the tensor are stored")
+        buffer[done : done + len(chunk)] = chunk
+        done += len(chunk)
+    if done < len(buffer):
+        raise FormatError(f"only {done:,} of the {len(buffer):,} bytes of the tensor are stored")
+
+
+def part_of(payload: Payload, start: int, nbytes: int) -> Payload:
+    """Return the ``nbytes`` bytes of a payload from its byte ``start``.
+
+    A payload with a method ``slice(start, nbytes)`` reads only these bytes. Any other is read up to their end.
+    """
+    take = getattr(payload, "slice", None)
+    part: Payload = Part(payload, start, nbytes) if take is None else take(start, nbytes)
+    return part
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of the bytes of a payload that can be read only from its beginning."""
+
+    source: Payload
+    start: int
+    nbytes: int
+
+    def chunks(self) -> Iterator[memoryview]:
+        """Yield the bytes of the range; the bytes before them are read too, and the bytes after them are not."""
+        skip, left = self.start, self.nbytes
+        if not left:
+            return
+        for chunk in self.source.chunks():
+            part = memoryview(chunk)[skip : skip + left]
+            skip -= min(skip, len(chunk))
+            left -= len(part)
+            if part:
+                yield part
+            if not left:
+                return
