@@ -1,4 +1,4 @@
-"""Settings for all tests: no test has a time limit, and torch uses one thread."""
+"""Settings for all tests: no time limit, one thread of torch, and named parameters for the optimizers of any torch."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("ckptkit", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ckptkit")
 
-# Small models are slower with several threads, and the tests run in parallel already.
+# Small models are slower with several threads, and the tests run in parallel already. torch reads it when it is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from tests.features import accept_names  # noqa: E402
+
+accept_names()

@@ -19,8 +19,9 @@ from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import CkptkitError
 from ckptkit.formats import open_checkpoint
+from tests.features import has_dtype
 
-CODE_OF = {getattr(torch, dtype.torch_name): dtype.code for dtype in DTYPES.values() if dtype.torch_name}
+CODE_OF = {getattr(torch, dtype.torch_name): code for code, dtype in DTYPES.items() if has_dtype(code)}
 MAGIC = 0x1950A86A20F9469CFC6C
 
 

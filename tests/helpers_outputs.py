@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.dtypes import DTYPES
+from tests.features import has_dtype
 
-CODES = tuple(code for code, dtype in DTYPES.items() if dtype.torch_name and not code.startswith(("Q", "BITS", "F4")))
+CODES = tuple(code for code in DTYPES if has_dtype(code) and not code.startswith(("Q", "BITS", "F4")))
 STORABLE = tuple(code for code in CODES if DTYPES[code].storable)
 
 

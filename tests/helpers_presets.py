@@ -25,12 +25,12 @@ def rates(model: Any, spec: ParamGroupSpec) -> dict[str, tuple[float, float]]:
 
 def numbers(groups: Any) -> dict[str, tuple[float, float]]:
     """Return the learning rate and the weight decay of each parameter in built groups."""
-    return {name: (group["lr"], group["weight_decay"]) for group in groups for name, _ in group["params"]}
+    return {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["param_names"]}
 
 
 def built(model: nn.Module, spec: ParamGroupSpec) -> list[list[str]]:
     """Return the names in each group."""
-    return [[name for name, _ in group["params"]] for group in build_param_groups(model, spec)]
+    return [group["param_names"] for group in build_param_groups(model, spec)]
 
 
 class VitBlock(nn.Module):

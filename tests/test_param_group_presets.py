@@ -260,7 +260,7 @@ def test_muon_takes_hidden_matrices_and_both_optimizers_step() -> None:
     for optimizer in made:
         optimizer.step()
     wide = build_param_groups(model, param_group_preset("muon", model, ndim=[2, 4]), optimizer="Muon")
-    assert [name for name, _ in wide[0]["params"]] == ["conv.weight", "hidden.weight"]
+    assert wide[0]["param_names"] == ["conv.weight", "hidden.weight"]
 
 
 @pytest.mark.parametrize(

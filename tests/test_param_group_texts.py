@@ -212,4 +212,4 @@ def _run(text: str) -> dict[str, Any]:
 
 
 def _plain(groups: Any) -> list[dict[str, Any]]:
-    return [{**group, "params": [name for name, _ in group["params"]]} for group in groups]
+    return [{key: value for key, value in group.items() if key != "params"} for group in groups]

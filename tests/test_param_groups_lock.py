@@ -277,7 +277,7 @@ def test_an_explanation_has_every_step_that_sets_an_option() -> None:
         ("head", "lr", 0.01, 10),
         ("no decay", "weight_decay", 0.0, None),
     ]
-    group = next(group for group in build_param_groups(model, SPEC) if "head.bias" in dict(group["params"]))
+    group = next(group for group in build_param_groups(model, SPEC) if "head.bias" in group["param_names"])
     assert {key: group[key] for key in explanation.options or ()} == explanation.options
 
 

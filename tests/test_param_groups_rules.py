@@ -59,7 +59,7 @@ REST = {"name": "base", "rest": True}
 
 def options(model: nn.Module, spec: Any, key: str) -> dict[str, Any]:
     """Return the value of option ``key`` for each parameter."""
-    return {name: group[key] for group in build_param_groups(model, spec) for name, _ in group["params"]}
+    return {name: group[key] for group in build_param_groups(model, spec) for name in group["param_names"]}
 
 
 def matched(model: Any, match: dict[str, Any]) -> set[str]:
@@ -232,7 +232,7 @@ def test_unmatched_can_be_the_name_of_a_group_or_freeze() -> None:
     assert all(parameter.requires_grad for parameter in model.parameters()), "planning changes nothing"
     groups = build_param_groups(model, {**spec, "unmatched": "freeze"})
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == {
-        name for group in groups for name, _ in group["params"]
+        name for group in groups for name in group["param_names"]
     }
     assert validate_param_groups(model, groups).findings == ()
 
@@ -242,7 +242,7 @@ def test_a_group_with_freeze_freezes_its_parameters() -> None:
     spec = {"group": [{"name": "still", "params": "embed.*", "freeze": True}, REST]}
     (group,) = build_param_groups(model, spec)
     assert not model.embed.weight.requires_grad
-    assert "embed.weight" not in [name for name, _ in group["params"]]
+    assert "embed.weight" not in group["param_names"]
     assert build_param_groups(model, spec), "a second time it is frozen already, which is as asked"
 
 

@@ -161,7 +161,7 @@ def test_the_input_is_not_changed() -> None:
     validate_param_groups(model, groups)
     assert [sorted(group) for group in groups] == [sorted(group) for group in before]
     assert all(
-        mine[1] is theirs[1]
+        mine is theirs
         for group, other in zip(groups, before, strict=True)
         for mine, theirs in zip(group["params"], other["params"], strict=True)
     )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
+from ckptkit.cli.common.command_group import CommandGroup
 from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["groups"]
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def groups() -> None:
     """Check which parameter trains with which options, against the live model."""
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
+from ckptkit.cli.common.command_group import CommandGroup
 from ckptkit.cli.common.inputs import default_error_path, open_with_warnings, read_table_file
 from ckptkit.cli.common.options import (
     PATH_TYPE,
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 __all__ = ["optim"]
 
 
-@click.group()
+@click.group(cls=CommandGroup)
 def optim() -> None:
     """Show the state of an optimizer by parameter name, and edit it as the weights were edited.
 

@@ -73,10 +73,12 @@ def code_of(dtype: torch.dtype) -> str:
 
 
 def torch_dtype(code: str) -> torch.dtype:
-    """Return the torch dtype of a safetensors code; torch must have a dtype for ``code``."""
+    """Return the torch dtype of a safetensors code; raise ``PlanError`` where this torch has no dtype for ``code``."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, DTYPES[code].torch_name)
+    dtype = getattr(torch, DTYPES[code].torch_name or "-", None)
+    if not isinstance(dtype, torch.dtype):
+        raise PlanError(f"torch {torch.__version__} has no dtype for {code}", hint="use a newer torch")
     return dtype
 
 
@@ -168,8 +170,19 @@ def is_plain(value: object) -> TypeGuard[Tensor]:
     """Return whether ``value`` is a tensor with strides, and not of a subclass such as DTensor."""
     import torch
 
-    is_tensor = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-    return is_tensor and value.layout is torch.strided and not (value.is_quantized or value.is_nested)  # type: ignore[attr-defined]
+    return (
+        isinstance(value, torch.Tensor)
+        and _is_of_torch(value)
+        and value.layout is torch.strided
+        and not (value.is_quantized or value.is_nested)
+    )
+
+
+def _is_of_torch(tensor: Tensor) -> bool:
+    """Return whether the class of a tensor is of torch itself; some versions of torch have no class for buffers."""
+    import torch
+
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, getattr(torch.nn, "Buffer", None))
 
 
 def is_composite(value: object) -> TypeGuard[Tensor]:
@@ -377,7 +390,7 @@ def _describe(key: str, tensor: Tensor) -> TensorInfo:
         kind = "sparse"
     elif tensor.is_quantized:
         kind = "quantized"
-    elif type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    elif not _is_of_torch(tensor):
         kind = "subclass"
     if tensor.is_nested:
         return TensorInfo(key, code, (), kind="nested")

@@ -22,13 +22,13 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Return new param groups for a ``torch.optim`` class, with each trainable parameter of ``model`` exactly once.
 
-    Each dict holds ``params`` as ``(FQN, parameter)`` pairs in the order of the model, the ``name`` of the group, and
-    its options. torch keeps the FQNs as ``param_names``. A tied parameter has its first registered name. Frozen
-    parameters are left out unless the spec includes them. Two calls never share an option value, such as
+    Each dict holds ``params`` in the order of the model, their FQNs as ``param_names``, the ``name`` of the group, and
+    its options. torch saves the FQNs with the state of the optimizer. A tied parameter has its first registered name.
+    Frozen parameters are left out unless the spec includes them. Two calls never share an option value, such as
     an lr tensor. ``LBFGS`` accepts one group only.
 
     Where the spec names several optimizer classes, ``optimizer`` selects one of them. With ``bare``, the dicts hold
-    plain parameters and no ``name``, for optimizers that refuse unknown keys. Parameters that the spec freezes get
+    neither ``param_names`` nor ``name``, for optimizers that refuse unknown keys. Parameters that the spec freezes get
     ``requires_grad=False`` here.
 
     Raises ``GroupsError`` as ``plan_param_groups`` does, where the spec cannot be parsed, and where ``optimizer`` is
@@ -67,11 +67,10 @@ def _build(
     for group in plan.groups:
         if optimizer is not None and group.optimizer != optimizer:
             continue
-        pairs = [(parameter.name, live[parameter.name].tensor) for parameter in group.parameters]
+        names = [parameter.name for parameter in group.parameters]
+        tensors = [live[name].tensor for name in names]
         # Copied for each group: a scheduler would change a shared lr tensor in two groups at once.
         options = copy.deepcopy(dict(group.options))
-        if bare:
-            groups.append({"params": [tensor for _, tensor in pairs], **options})
-        else:
-            groups.append({"params": pairs, "name": group.name, **options})
+        labels = {} if bare else {"param_names": names, "name": group.name}  # torch before 2.6 takes no pairs
+        groups.append({"params": tensors, **labels, **options})
     return groups

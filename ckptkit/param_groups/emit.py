@@ -159,7 +159,10 @@ def _function(
         yield "    unknown += [name for name, tensor in named.items() if tensor.requires_grad and name not in listed]"
     yield "    if unknown:"
     yield '        raise ValueError(f"these groups were written for another model: {unknown}")'
-    yield '    return [{**group, "params": [(name, named[name]) for name in group["params"]]} for group in groups]'
+    yield "    for group in groups:"
+    yield '        group["param_names"] = group["params"]'
+    yield '        group["params"] = [named[name] for name in group["params"]]'
+    yield "    return groups"
 
 
 def _literal(value: object) -> str:

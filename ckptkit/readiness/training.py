@@ -151,7 +151,7 @@ def build_optimizers(
         kinds = [(None, _optimizer_class(optimizer))]
     built: list[Optimizer] = []
     for name, kind in kinds:
-        params: list[Any] = [pair for pair in model.named_parameters() if pair[1].requires_grad]
+        params: list[Any] = [tensor for tensor in model.parameters() if tensor.requires_grad]
         if plan is not None:
             params = build_planned_groups(model, plan, optimizer=name)
         try:

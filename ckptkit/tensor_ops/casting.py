@@ -38,6 +38,8 @@ class LossCounter:
         """Start at zero; both dtypes must be castable."""
         import torch
 
+        # Powers of two, without a sign and without 0; not every torch has a dtype for them.
+        self._is_exponent = out.dtype == "F8_E8M0"
         self._found, self._out = (_real(torch_dtype(info.dtype)) for info in (found, out))
         self._parts = DTYPES[out.dtype].parts if DTYPES[found.dtype].parts > 1 else 1
         self._loss = CastLoss(out.key, found.dtype, out.dtype)
@@ -52,7 +54,7 @@ class LossCounter:
             # No larger value becomes 0. torch gives half of the right eps for float8_e5m2fnuz.
             smallest = new.smallest_normal * new.eps * (2 if self._out == torch.float8_e5m2fnuz else 1)
             can_underflow = old.smallest_normal * old.eps < smallest
-            if self._found.itemsize > 1 and self._out != torch.float8_e8m0fnu:
+            if self._found.itemsize > 1 and not self._is_exponent:
                 self._bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[self._found.itemsize]
                 largest = min(old.max, new.max)
                 limits = torch.tensor([smallest if can_underflow else 0.0, largest], dtype=self._found)
@@ -67,7 +69,7 @@ class LossCounter:
 
         if self._found == self._out or torch.bool in (self._found, self._out):
             return False
-        if self._out == torch.float8_e8m0fnu:
+        if self._is_exponent:
             return True
         if self._out.is_floating_point:
             old = torch.finfo(self._found).max if self._found.is_floating_point else torch.iinfo(self._found).max
@@ -133,8 +135,8 @@ class LossCounter:
             if self._out == torch.float8_e4m3fn:
                 # Some versions of torch give the largest value, 448, in place of NaN; up to 464 it is the nearest one.
                 over |= (new.abs() == largest_value("F8_E4M3")) & (old.abs() > 464)
-            if self._out == torch.float8_e8m0fnu:
-                over |= (old < 0) & torch.isfinite(new)  # it has no sign
+            if self._is_exponent:
+                over |= (old < 0) & torch.isfinite(new)
         elif self._out == torch.bool:
             truncated = old != new
         else:

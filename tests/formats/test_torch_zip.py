@@ -16,6 +16,7 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import shared_keys
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
+from tests.features import has_dtype
 from tests.helpers_formats import (
     assert_same,
     bits,
@@ -27,7 +28,7 @@ from tests.helpers_formats import (
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-IN_TORCH = [dtype for dtype in DTYPES.values() if dtype.torch_name and not dtype.code.startswith("Q")]
+IN_TORCH = [dtype for code, dtype in DTYPES.items() if has_dtype(code) and not code.startswith("Q")]
 STATE = {"w": torch.arange(6, dtype=torch.float32).reshape(2, 3), "n": torch.tensor(7)}
 GOOD = saved(STATE)
 

@@ -14,6 +14,7 @@ from types import FrameType
 
 import click
 
+from ckptkit.cli.common.command_group import CommandGroup, NoCommandError
 from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.errors import CkptkitError
 
@@ -45,7 +46,7 @@ _SUMMARIES = {
 }
 
 
-class _Commands(click.Group):
+class _Commands(CommandGroup):
     """A group whose commands are imported from their own files when they are used."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
@@ -105,7 +106,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stdout.flush()
     except CkptkitError as error:
         return _report_trouble(error.reason, error.hint, error.path)
-    except click.exceptions.NoArgsIsHelpError as error:  # the message is the whole help
+    except NoCommandError as error:  # the message is the whole help
         for line in error.format_message().split("\n"):
             _print_error_line(line)
         return 2

@@ -1,0 +1,115 @@
+"""What only some versions of torch have: tests ask these names, never the version of torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from ckptkit.core.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.placement_types import _StridedShard
+else:
+
+    def _found(name: str, *modules: str) -> Any:
+        for module in modules:
+            try:
+                return getattr(importlib.import_module(f"torch.distributed.{module}"), name)
+            except (ImportError, AttributeError):
+                continue
+        return None
+
+    _PLACES = ("tensor", "_tensor", "tensor.placement_types", "_tensor.placement_types")
+    DTensor, Partial, Placement, Replicate, Shard, distribute_tensor, _StridedShard = (
+        _found(name, *_PLACES)
+        for name in ("DTensor", "Partial", "Placement", "Replicate", "Shard", "distribute_tensor", "_StridedShard")
+    )
+    fully_shard = _found("fully_shard", "fsdp", "_composable.fsdp")
+
+__all__ = [
+    "DTensor",
+    "Partial",
+    "Placement",
+    "Replicate",
+    "Shard",
+    "_StridedShard",
+    "accept_names",
+    "distribute_tensor",
+    "fully_shard",
+    "has_dtype",
+    "has_module",
+    "needs",
+    "needs_dtype",
+    "needs_module",
+    "only_known",
+]
+
+
+def has_dtype(code: str) -> bool:
+    """Return whether torch has a dtype for this safetensors code."""
+    return bool(DTYPES[code].torch_name) and hasattr(torch, DTYPES[code].torch_name)
+
+
+def has_module(name: str) -> bool:
+    """Return whether torch has this module."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        return False
+    return True
+
+
+def needs(owner: object, *names: str) -> pytest.MarkDecorator:
+    """Skip a test where a module or a class of torch lacks one of these attributes."""
+    lacking = [name for name in names if not hasattr(owner, name)]
+    return pytest.mark.skipif(bool(lacking), reason=f"this torch has no {', '.join(lacking)}")
+
+
+def needs_dtype(code: str) -> pytest.MarkDecorator:
+    """Skip a test where torch has no dtype for this safetensors code."""
+    return pytest.mark.skipif(not has_dtype(code), reason=f"this torch has no dtype for {code}")
+
+
+def needs_module(name: str) -> pytest.MarkDecorator:
+    """Skip a test where torch lacks a module."""
+    return pytest.mark.skipif(not has_module(name), reason=f"this torch has no {name}")
+
+
+def only_known(owner: object, *names: str) -> list[Any]:
+    """Return the attributes with these names that a module of torch has, such as dtypes or optimizers."""
+    return [getattr(owner, name) for name in names if hasattr(owner, name)]
+
+
+@functools.cache
+def takes_names() -> bool:
+    """Return whether the optimizers of this torch take ``(name, parameter)`` pairs."""
+    try:
+        torch.optim.SGD([("weight", torch.nn.Parameter(torch.zeros(1)))], lr=0.1)
+    except TypeError:
+        return False
+    return True
+
+
+def accept_names() -> None:
+    """Let the optimizers of a torch that refuses pairs take them as groups with ``param_names``, which it accepts."""
+    if takes_names():
+        return
+    add: Any = torch.optim.Optimizer.add_param_group
+
+    @functools.wraps(add)
+    def add_param_group(self: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+        params = param_group.get("params") if isinstance(param_group, dict) else None
+        if params is not None and not isinstance(params, torch.Tensor | set):
+            params = param_group["params"] = list(params)
+            if params and all(isinstance(item, tuple) and len(item) == 2 for item in params):
+                param_group["param_names"] = [name for name, _ in params]
+                param_group["params"] = [tensor for _, tensor in params]
+        add(self, param_group)
+
+    torch.optim.Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
