@@ -103,7 +103,7 @@ def accept_names() -> None:
     add: Any = torch.optim.Optimizer.add_param_group
 
     @functools.wraps(add)
-    def add_param_group(self: torch.optim.Optimizer, param_group: dict[str, Any]) -> None:
+    def add_param_group(self: torch.optim.Optimizer, param_group: Any) -> None:
         params = param_group.get("params") if isinstance(param_group, dict) else None
         if params is not None and not isinstance(params, torch.Tensor | set):
             params = param_group["params"] = list(params)
