@@ -55,10 +55,11 @@ from ckptkit.plans.plan import Plan as Plan
 from ckptkit.plans.remap import plan_remap as plan_remap
 from ckptkit.readiness import Preflight as Preflight
 from ckptkit.readiness import preflight as preflight
+from ckptkit.rules.load import load_rules as load_rules
+from ckptkit.rules.load import preset_rules as preset_rules
 from ckptkit.rules.model import Rules as Rules
 from ckptkit.rules.parse import parse_rules as parse_rules
 from ckptkit.rules.presets import preset_names as preset_names
-from ckptkit.rules.presets import preset_rules as preset_rules
 from ckptkit.statistics.state_dict_stats import StateDictStats as StateDictStats
 from ckptkit.statistics.state_dict_stats import stats as stats
 
@@ -101,6 +102,7 @@ __all__ = [
     "explain_param_group",
     "load_into",
     "load_optimizer_state",
+    "load_rules",
     "lock_document",
     "lock_optimizer",
     "lock_param_groups",

@@ -5,13 +5,17 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
-from ckptkit.formats import open_checkpoint
+from ckptkit.core.torch_types import Module
+from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_optimizer
 
-__all__ = ["CheckpointLike", "opened"]
+if TYPE_CHECKING:
+    from ckptkit.rules.model import Rules, RulesLike
+
+__all__ = ["CheckpointLike", "opened", "opened_model", "opened_optimizer", "rules_for"]
 
 CheckpointLike: TypeAlias = str | os.PathLike[str] | StateDictLike
 
@@ -38,3 +42,64 @@ def opened(value: CheckpointLike, role: str) -> Iterator[Checkpoint]:
             yield checkpoint
     else:
         yield as_checkpoint(value, role)
+
+
+@contextlib.contextmanager
+def opened_model(value: CheckpointLike) -> Iterator[Module | Checkpoint]:
+    """Give the live Module of an argument, or the Checkpoint that has its names and shapes, for param groups.
+
+    ``py:package.module:callable`` builds the Module, on the meta device if possible. Anything that is not a live model
+    is given as by ``opened``. Raises what ``opened`` raises.
+
+    Example:
+        >>> with opened_model("py:fixtures.lenet:build") as model:
+        ...     type(model).__name__
+        'Net'
+    """
+    if isinstance(value, str) and value.startswith(LIVE_PREFIX):
+        from ckptkit.formats.live import build_module
+
+        yield build_module(value)
+    elif hasattr(value, "named_parameters"):
+        yield cast("Module", value)
+    else:
+        with opened(value, "model") as checkpoint:
+            yield checkpoint
+
+
+@contextlib.contextmanager
+def opened_optimizer(value: object) -> Iterator[object]:
+    """Give the optimizer state of an argument; a path is opened as by ``open_optimizer``, and closed at the end.
+
+    Any other value is given as it is. Raises what ``open_optimizer`` raises.
+
+    Example:
+        >>> with opened_optimizer("fixtures/lenet_ddp.pt") as state:
+        ...     state.envelope
+        'optimizer'
+    """
+    if isinstance(value, str | os.PathLike):
+        with open_optimizer(value) as checkpoint:
+            yield checkpoint
+    else:
+        yield value
+
+
+def rules_for(rules: RulesLike | None, checkpoint: Checkpoint) -> Rules:
+    """Return the rules that an argument describes, for the keys of ``checkpoint``.
+
+    A rule file may refer to the ``config.json`` in the directory of the checkpoint. Raises what ``as_rules`` raises.
+
+    Example:
+        >>> with opened("fixtures/lenet_ddp.pt", "found") as found:
+        ...     len(rules_for(["module.*=*"], found).stages)
+        1
+    """
+    from ckptkit.rules.load import as_rules
+
+    config = None
+    if isinstance(rules, str | os.PathLike) and checkpoint.files:
+        from ckptkit.formats.directories.side_files import file_beside
+
+        config = file_beside(checkpoint.path, "config.json")
+    return as_rules(rules, config=config)

@@ -15,7 +15,7 @@ from ckptkit.core.arguments import require_number, require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.patterns import matches_any
 from ckptkit.core.text import listed, plural
-from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.param_groups.validate import assert_param_groups
 from ckptkit.readiness.init import fresh_patterns
 from ckptkit.render.diff import diff_page
@@ -23,7 +23,6 @@ from ckptkit.render.page import Page, as_text
 from ckptkit.render.values import value_page
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
-from ckptkit.rules.parse import as_rules
 
 __all__ = ["assert_loads", "assert_param_groups", "assert_same_weights"]
 
@@ -62,7 +61,7 @@ def assert_loads(
     """
     __tracebackhide__ = True
     with opened(model, "model") as expected, opened(checkpoint, "checkpoint") as found:
-        result = diff_checkpoints(expected, found, apply_rules(as_rules(rules), found))
+        result = diff_checkpoints(expected, found, apply_rules(rules_for(rules, found), found))
         patterns = fresh_patterns(fresh, expected)
         loaded = _loaded(result)
         keys = [*expected, *(key for key in result.extra_state if key not in expected)]
@@ -113,7 +112,7 @@ def assert_same_weights(
         require_number(tolerance, name, "a number of at least 0", at_least=0)
     require_type(check_dtype, bool, "check_dtype", "True or False")
     with opened(a, "a") as expected, opened(b, "b") as found:
-        result = diff_checkpoints(expected, found, apply_rules(as_rules(None), found))
+        result = diff_checkpoints(expected, found, apply_rules(rules_for(None, found), found))
         _same_description(result, expected, found, check_dtype=check_dtype)
         differences = compare_values(expected, found, expected, rtol=rtol, atol=atol)
         if differences:

@@ -308,9 +308,9 @@ def test_an_argument_that_is_not_a_name_is_refused(name: Any) -> None:
         explain_param_group(Net(), SPEC, name)
 
 
-@pytest.mark.parametrize("lock", [{}, "groups.lock.json", 5], ids=repr)
+@pytest.mark.parametrize("lock", [{}, b"groups.lock.json", 5], ids=repr)
 def test_an_argument_that_is_not_a_lock_is_refused(lock: Any) -> None:
-    """A path, or a parsed JSON document, must be parsed to a lock first."""
+    """A parsed JSON document must be parsed to a lock first."""
     model = Net()
     with pytest.raises(GroupsError, match="a lock cannot be"):
         assert_param_groups(model, optimizer_of(model), lock=lock)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ckptkit import plan_extract_lora
 from ckptkit.errors import PlanError, RuleError
-from ckptkit.rules.parse import as_rules
+from ckptkit.rules.load import as_rules
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]

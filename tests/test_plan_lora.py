@@ -216,9 +216,9 @@ def test_without_its_configuration_and_with_two_an_adapter_is_refused(
 ) -> None:
     base, adapter = written(tmp_path, base_state(), adapter_state(), None)
     ran = fold(capsys, base, adapter)
-    assert (ran.code, ran.err.splitlines()[-1]) == (
-        2, f"ckpt: {adapter}: no adapter_config.json in the directory of the adapter: the scale is unknown",
-    )  # fmt: skip
+    file = f"{adapter}/adapter_model.safetensors"
+    reason = "no adapter_config.json in the directory of the adapter: the scale is unknown"
+    assert (ran.code, ran.err.splitlines()[-1]) == (2, f"ckpt: {file}: {reason}")
     ran = fold(capsys, base, adapter, adapter)
     assert "--method lora takes one DONOR" in ran.err
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.load import as_rules
 from ckptkit.rules.model import KeyMap, Rules
-from ckptkit.rules.parse import as_rules, parse_rules, rule_lines
+from ckptkit.rules.parse import parse_rules, rule_lines
 
 NET = ("module.fc.weight", "module.fc.bias", "module.bn.weight", "step")
 

@@ -15,11 +15,11 @@ from ckptkit.comparison import count_prefixes
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
+from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.load import as_rules
 from ckptkit.rules.model import Rules
-from ckptkit.rules.parse import as_rules
 
 __all__ = ["Alignment", "Ambiguity", "Suggestion", "suggest_rules"]
 
@@ -106,7 +106,7 @@ class Alignment:
 
 
 def suggest_rules(
-    expected: StateDictLike, found: StateDictLike, *, digests: bool = False, progress: Progress | None = None
+    expected: CheckpointLike, found: CheckpointLike, *, digests: bool = False, progress: Progress | None = None
 ) -> Alignment:
     """Return rules that rename the keys of ``found`` to the keys of ``expected``, each with its evidence.
 
@@ -114,7 +114,8 @@ def suggest_rules(
     and gets no rule. A part of a quantised weight becomes only the same part of another quantised weight.
 
     Args:
-        expected: A Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
+        expected: A path, a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``. What is opened here is
+            closed at the end; the Checkpoints in the result then still have keys, dtypes and shapes, but no bytes.
         found: The checkpoint to rename, in any of these forms.
         digests: Compare the bytes of the tensors first.
         progress: Called with the number of bytes after each chunk that is read for the digests.
@@ -122,9 +123,18 @@ def suggest_rules(
     Raises:
         ModelError: One side is not a state_dict.
         PlanError: Digests are asked for, but one side is a description without bytes.
+        PathError: A path cannot be read.
         FormatError: The bytes of a file cannot be read.
+
+    Example:
+        >>> suggest_rules("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt").complete
+        True
     """
-    expected, found = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
+    with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
+        return _suggest(expected_side, found_side, digests=digests, progress=progress)
+
+
+def _suggest(expected: Checkpoint, found: Checkpoint, *, digests: bool, progress: Progress | None) -> Alignment:
     known_digests = read_digests(expected, found, progress) if digests else Digests()
     prefix, found_infos = _apply_common_prefix(expected, found)
     sides = QuantizedSides(expected, found)

@@ -18,8 +18,9 @@ from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable
 from ckptkit.errors import RuleError
 from ckptkit.rules.apply import apply_rules
+from ckptkit.rules.load import preset_rules
 from ckptkit.rules.model import Rules
-from ckptkit.rules.presets import preset_names, preset_rules, preset_text
+from ckptkit.rules.presets import preset_names, preset_text
 from ckptkit.tensor_ops.operation import Operation
 
 __all__ = ["Prefix", "Suggestion", "fitting_presets", "rule_file", "rule_table", "suggestions_for"]

@@ -20,12 +20,11 @@ from ckptkit.core.findings import Finding, ReaderWarning, Report
 from ckptkit.core.findings.ignoring import IgnoreEntry, IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import plural
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.formats import codes as reader_codes
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import RulesLike
-from ckptkit.rules.parse import as_rules
+from ckptkit.rules.model import Rules, RulesLike
 
 __all__ = ["run_checks"]
 
@@ -36,10 +35,10 @@ _SCALE_REPORTED = frozenset({reader_codes.ADAPTER_BASE.name, reader_codes.ADAPTE
 
 
 def run_checks(
-    checkpoint: StateDictLike,
+    checkpoint: CheckpointLike,
     rules: RulesLike | None = None,
     *,
-    like: StateDictLike | None = None,
+    like: CheckpointLike | None = None,
     fast: bool = False,
     values: bool = True,
     progress: Progress | None = None,
@@ -51,9 +50,10 @@ def run_checks(
     checksums, and the values of all tensors are checked. ``docs/codes.md`` lists the codes of the findings.
 
     Args:
-        checkpoint: A Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
-        rules: Rules that keep and drop keys: records without a kept tensor are not read. Renames count only for the
-            comparison with ``like``.
+        checkpoint: A path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is opened here is
+            closed at the end.
+        rules: Rules that keep and drop keys, or the path of a rule file: records without a kept tensor are not read.
+            Renames count only for the comparison with ``like``.
         like: The model to compare with, as ``expected`` in ``diff``. A ``py:`` model is built with its values, and
             tensors that look newly initialised are reported.
         fast: Read headers only.
@@ -65,27 +65,47 @@ def run_checks(
     Raises:
         RuleError: A rule cannot be applied, or an entry of ``ignore`` names a code that no check has.
         ModelError: ``checkpoint`` or ``like`` is not a checkpoint.
+        PathError: A path cannot be opened.
+        FormatError: The file at a path is not a checkpoint.
 
-    A file that cannot be read is a finding, not an exception.
+    A tensor that cannot be read is a finding, not an exception.
+
+    Example:
+        >>> run_checks("fixtures/lenet_10class.pth", fast=True).ok
+        True
     """
     entries = parse_ignore(ignore)
-    opened = as_checkpoint(checkpoint, "checkpoint")
-    key_map = apply_rules(as_rules(rules), opened)
+    with contextlib.ExitStack() as stack:
+        found = stack.enter_context(opened(checkpoint, "checkpoint"))
+        expected = None if like is None else stack.enter_context(opened(like, "expected"))
+        findings = _check(found, rules_for(rules, found), expected, fast=fast, values=values, progress=progress)
+    return _report(findings, entries)
+
+
+def _check(
+    checkpoint: Checkpoint,
+    rules: Rules,
+    expected: Checkpoint | None,
+    *,
+    fast: bool,
+    values: bool,
+    progress: Progress | None,
+) -> list[Finding]:
+    key_map = apply_rules(rules, checkpoint)
     chosen = key_map.renamed
-    quantized = quantized_weights(opened)
-    findings = list(_check_headers(opened, chosen, quantized))
-    expected = result = None
-    if like is not None:
+    quantized = quantized_weights(checkpoint)
+    findings = list(_check_headers(checkpoint, chosen, quantized))
+    result = None
+    if expected is not None:
         from ckptkit.checks.expected import check_differences
         from ckptkit.comparison import diff_checkpoints
 
-        expected = as_checkpoint(like, "expected")
-        result = diff_checkpoints(expected, opened, key_map)
+        result = diff_checkpoints(expected, checkpoint, key_map)
         findings += check_differences(result)
     if fast:
         message = f"headers only: no byte of a tensor was read, no checksum compared, {VALUES_UNCHECKED}"
-        return _report([*findings, codes.NOT_SCANNED.finding("", message)], entries)
-    scan = Scan(opened, None if len(chosen) == len(opened) else chosen.keys())
+        return [*findings, codes.NOT_SCANNED.finding("", message)]
+    scan = Scan(checkpoint, None if len(chosen) == len(checkpoint) else chosen.keys())
     with contextlib.ExitStack() as stack:
         if values and _has_torch():
             from concurrent.futures import ThreadPoolExecutor
@@ -93,7 +113,7 @@ def run_checks(
             from ckptkit.checks.value_reader import ValueReader
             from ckptkit.statistics.threads import Workspace
 
-            scan.values = ValueReader(opened, chosen.keys(), stack.enter_context(Workspace()))
+            scan.values = ValueReader(checkpoint, chosen.keys(), stack.enter_context(Workspace()))
             scan.checksum_pool = stack.enter_context(ThreadPoolExecutor(1))
         findings += scan.read(progress or (lambda _: None))
         if scan.unchecked and all(finding.code != reader_codes.NO_CHECKSUM.name for finding in findings):
@@ -103,10 +123,10 @@ def run_checks(
 
             if not scan.stopped:
                 scan.values.read_remaining()
-            findings += check_values(opened, scan.values.stats, quantized)
+            findings += check_values(checkpoint, scan.values.stats, quantized)
             if expected is not None and result is not None:
                 findings += check_expected_values(result, expected, scan.values, quantized)
-    return _report([*findings, codes.NOT_SCANNED.finding("", scan.summary())], entries)
+    return [*findings, codes.NOT_SCANNED.finding("", scan.summary())]
 
 
 def _has_torch() -> bool:

@@ -11,10 +11,11 @@ import click
 
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.findings import Report
 from ckptkit.core.findings.codes import IGNORE_UNUSED
 from ckptkit.core.findings.ignoring import IgnoreEntry, ignore_findings, parse_ignore

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
+from ckptkit.core.config_files import default_error_path
 from ckptkit.plans.remap import plan_remap
 
 __all__ = ["convert"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
+from ckptkit.core.config_files import default_error_path
 from ckptkit.render.diff import diff_document, diff_page
 from ckptkit.rules.model import Rules
 

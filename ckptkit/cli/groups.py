@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, cast
 import click
 
 from ckptkit.cli.common.command_group import CommandGroup
-from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
 from ckptkit.cli.common.spec_options import (
     SpecSource,
-    build_live_model,
     model_option,
     model_or_checkpoint,
     spec_options,
 )
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError, RuleError
+from ckptkit.formats.live import build_module
 
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
@@ -100,7 +100,7 @@ def validate(
     from ckptkit.render.findings import findings_document, findings_page
 
     entries = parse_ignore(ignore)
-    live = build_live_model(model)
+    live = build_module(model)
     spec = source.read(live, quiet=quiet)
     entries += parse_ignore(spec.ignore)
     with default_error_path(source.path):
@@ -187,7 +187,7 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
     from ckptkit.param_groups.explain import explain_param_group
     from ckptkit.render.groups import explain_document, explain_page
 
-    live = build_live_model(model)
+    live = build_module(model)
     with default_error_path(spec):
         explanation = explain_param_group(live, read_table_file(spec), name)
     echo_report(report_format, lambda: explain_page(explanation), lambda: explain_document(explanation))
@@ -214,7 +214,7 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
     from ckptkit.render.groups import lock_page
 
     target = prepare_side_file(output, [] if source.path is None else [source.path], force=force)
-    live = build_live_model(model)
+    live = build_module(model)
     spec = source.read(live, quiet=quiet)
     with default_error_path(source.path):
         locked = lock_param_groups(live, spec)
@@ -278,13 +278,13 @@ def _other_lock(other: str | None, model: str | None) -> ParamGroupsLock:
             raise GroupsError("there is nothing to compare the lock with", hint="give another lock, or --model")
         from ckptkit.param_groups.properties import parameter_table
 
-        return lock_model(parameter_table(build_live_model(model)))
+        return lock_model(parameter_table(build_module(model)))
     with default_error_path(other):
         content = read_table_file(other)
         if is_lock(content):
             return parse_lock(content)
         if model is None:
             raise GroupsError("is a spec, which has no parameters of its own", hint="give the model: --model py:...")
-    live = build_live_model(model)
+    live = build_module(model)
     with default_error_path(other):
         return lock_param_groups(live, content)

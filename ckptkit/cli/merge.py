@@ -8,16 +8,14 @@ from collections.abc import Mapping, Sequence
 import click
 from click.core import ParameterSource
 
-from ckptkit.cli.common.inputs import default_error_path, file_beside, open_checkpoints, read_table_file
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, json_bytes, plan_output_options, run_plan, write_small_file
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
-from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.errors import PlanError
+from ckptkit.core.config_files import default_error_path
 from ckptkit.formats.atomic import Target, prepare_target
 from ckptkit.plans.merge import plan_merge
-from ckptkit.plans.plan import Plan
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
     MISSING_ACTIONS,
@@ -102,7 +100,9 @@ def merge(
             donors[0] if len(donors) == 1 else None
         ):  # an error does not say which of several donors
             if method == "lora":
-                plan = _plan_lora(first, others[0], donors[0], rules, scale)
+                from ckptkit.plans.lora import plan_lora
+
+                plan = plan_lora(first, others[0], None, rules, scale=scale)
             elif method == "extract-lora":
                 from ckptkit.plans.lora import plan_extract_lora
 
@@ -140,12 +140,3 @@ def _config_target(options: OutputOptions) -> Target:
     if name != _WEIGHTS:
         raise click.UsageError(f"PEFT looks for {_WEIGHTS}: give -o DIRECTORY/{_WEIGHTS}")
     return prepare_target(os.path.join(directory, _CONFIG), force=options.output.force)
-
-
-def _plan_lora(base: Checkpoint, adapter: Checkpoint, path: str, rules: Rules, scale: float) -> Plan:
-    from ckptkit.plans.lora import plan_lora
-
-    config = file_beside(path, _CONFIG)
-    if config is None:
-        raise PlanError(f"no {_CONFIG} in the directory of the adapter: the scale is unknown", path=path)
-    return plan_lora(base, adapter, read_table_file(config, as_json=True), rules, scale=scale)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from ckptkit.cli.common.command_group import CommandGroup
-from ckptkit.cli.common.inputs import default_error_path, open_with_warnings, read_table_file
+from ckptkit.cli.common.inputs import open_with_warnings
 from ckptkit.cli.common.options import (
     PATH_TYPE,
     CommandFunction,
@@ -25,6 +25,7 @@ from ckptkit.cli.common.outputs import OutputOptions, echo_output_report, output
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.findings import Report, Severity
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
@@ -344,7 +345,7 @@ def diff(
         for path, state in zip((saved, live), states, strict=True):
             if state.evidence and not quiet:
                 print_message(f"names of {printable(path)}: {state.evidence}")
-        report = optimizer_state_diff(*states)
+        report = optimizer_state_diff(states[0], states[1])
         echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
     context.exit(exit_code(report))
 

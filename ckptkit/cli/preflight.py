@@ -9,17 +9,19 @@ from collections.abc import Callable
 import click
 
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
-from ckptkit.cli.common.spec_options import build_live_model, model_option
+from ckptkit.cli.common.spec_options import model_option
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.text import printable
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import CkptkitError, ModelError
 from ckptkit.formats import LIVE_PREFIX, open_optimizer
+from ckptkit.formats.live import build_module
 from ckptkit.rules.model import Rules
 
 __all__ = ["preflight"]
@@ -85,7 +87,7 @@ def preflight(
     if init is None and (fresh or rules.stages):
         raise click.UsageError("--fresh and rules are for the keys of --init, which is not given")
     parse_ignore(ignore)
-    live = build_live_model(model, with_values=not shapes_only)
+    live = build_module(model, with_values=not shapes_only)
     spec = None if groups is None else read_table_file(groups)
     loss = None if dry_step is None else _import_loss(dry_step)
     with contextlib.ExitStack() as stack:

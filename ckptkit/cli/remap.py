@@ -6,11 +6,12 @@ import contextlib
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_from_file, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import default_error_path
 from ckptkit.plans.plan import Plan
 from ckptkit.plans.remap import plan_remap
 from ckptkit.rules.model import Rules

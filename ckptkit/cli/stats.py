@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, progress_bar
+from ckptkit.core.config_files import default_error_path
 from ckptkit.render.stats import SORT_KEYS, StatsView, stats_document, stats_page
 from ckptkit.rules.parse import parse_rules
 from ckptkit.statistics.state_dict_stats import stats as stats_of

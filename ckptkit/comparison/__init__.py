@@ -12,10 +12,10 @@ from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quan
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.patterns import literal, parse_rename
 from ckptkit.core.text import html_table, printable, shell_word
-from ckptkit.core.torch_bridge import ABSENT, CASTABLE, StateDictLike, as_checkpoint
+from ckptkit.core.torch_bridge import ABSENT, CASTABLE
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import KeyMap, RulesLike
-from ckptkit.rules.parse import as_rules
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS
 
 __all__ = ["Hint", "KeyPair", "StateDictDiff", "count_prefixes", "diff", "diff_checkpoints"]
@@ -154,20 +154,27 @@ class StateDictDiff:
         return (*_hints(self), *(Hint(message, "") for message in quantized_messages(self.quantized)))
 
 
-def diff(expected: StateDictLike, found: StateDictLike, rules: RulesLike | None = None) -> StateDictDiff:
+def diff(expected: CheckpointLike, found: CheckpointLike, rules: RulesLike | None = None) -> StateDictDiff:
     """Return the differences between two state_dicts that ``load_state_dict`` would report.
 
     Args:
-        expected: The model: a Module, a Checkpoint, or a mapping of tensors or of ``TensorInfo``.
+        expected: The model: a Module, a path, a Checkpoint, or a mapping of tensors or of ``TensorInfo``. What is
+            opened here is closed at the end.
         found: The checkpoint, in any of these forms.
-        rules: Renames and filters for the keys of ``found``, such as ``["module.*=*"]``.
+        rules: Renames and filters for the keys of ``found``, such as ``["module.*=*"]``, or the path of a rule file.
 
     Raises:
+        PathError: A path cannot be read.
+        FormatError: A file is not a valid checkpoint.
         ModelError: One side is not a state_dict.
         RuleError: A rule matches nothing, or gives two keys the same name.
+
+    Example:
+        >>> diff("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", ["module.*=*"]).missing
+        ()
     """
-    expected, found = as_checkpoint(expected, "expected"), as_checkpoint(found, "found")
-    return diff_checkpoints(expected, found, apply_rules(as_rules(rules), found))
+    with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
+        return diff_checkpoints(expected_side, found_side, apply_rules(rules_for(rules, found_side), found_side))
 
 
 def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -> StateDictDiff:

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from typing import Any, NoReturn
 
 from ckptkit.core.files import LocalFile
-from ckptkit.core.text import human_bytes, quoted
+from ckptkit.core.text import human_bytes, kind_of, quoted
 from ckptkit.errors import CkptkitError, FormatError, PathError, RuleError
 
 __all__ = [
     "MOST_NAMES",
     "TEXT_FORMATS",
     "check_size",
+    "default_error_path",
     "format_of",
     "json_value",
     "parse_json",
     "parse_table",
     "read_json",
+    "read_settings",
+    "read_table_file",
     "read_text_file",
     "toml_key",
     "toml_value",
@@ -49,6 +53,48 @@ _MEMORY = {b"[": 72, b"{": 64, b":": 60, b",": 16, b'"': 20}  # bytes in Python,
 _MOST_MEMORY = 200_000_000
 _MOST_WRITTEN_MEMORY = 300_000_000  # a plan of 140,000 tensors takes 174 MB: Python keeps repeated names once
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+")
+
+
+@contextlib.contextmanager
+def default_error_path(path: str | None) -> Iterator[None]:
+    """Set the path of every error that names no file to ``path``."""
+    try:
+        yield
+    except CkptkitError as error:
+        if error.path is None:
+            error.path = path
+        raise
+
+
+def read_table_file(path: str, text: str | None = None, *, as_json: bool = False) -> dict[str, Any]:
+    """Return the table in a TOML, JSON or YAML file; the suffix chooses the format, unless ``as_json``.
+
+    ``text`` is the content of the file if the caller has read it. Raises ``PathError`` if the file cannot be read, and
+    ``RuleError`` if the content is not valid.
+    """
+    text_format = "json" if as_json else format_of(path)
+    text = read_text_file(path, text_format) if text is None else text
+    with default_error_path(path):
+        return parse_table(text, text_format)
+
+
+def read_settings(given: object, name: str) -> Mapping[str, object]:
+    """Return the settings of a model or an adapter, which a library writes into the JSON file ``name``.
+
+    ``given`` is a mapping, an object with ``to_dict()`` such as the configurations of transformers and peft, the path
+    of the file, or the path of its directory. Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is
+    not valid or ``given`` is anything else.
+    """
+    if isinstance(given, str | os.PathLike):
+        path = os.fsdecode(given)
+        return read_table_file(os.path.join(path, name) if os.path.isdir(path) else path, as_json=True)
+    table = given.to_dict() if hasattr(given, "to_dict") and not isinstance(given, type) else given
+    if not isinstance(table, Mapping):
+        raise RuleError(
+            f"the configuration is {kind_of(given)}",
+            hint=f"give {name}, its directory, its content, or an object with to_dict()",
+        )
+    return table
 
 
 def format_of(path: str) -> str:
@@ -99,7 +145,7 @@ def read_text_file(path: str, text_format: str = "text") -> str:
 
     Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is too large or its bytes are not UTF-8.
     """
-    try:
+    with default_error_path(path):
         file = LocalFile(path)  # refuses a FIFO, which could block forever
         try:
             check_size(file.size, text_format)
@@ -110,9 +156,6 @@ def read_text_file(path: str, text_format: str = "text") -> str:
             raise RuleError(f"not UTF-8 text: {error}") from None
         finally:
             file.close()
-    except CkptkitError as error:
-        error.path = error.path or path
-        raise
 
 
 def json_value(text: str) -> object:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch import dtype as DType  # noqa: N812 - a class, named as one
     from torch.nn import Module, Parameter
     from torch.optim import Optimizer
 else:
+    DType = Annotated["__import__('torch').dtype", "torch"]
     Module = Annotated["__import__('torch').nn.Module", "torch"]
     Optimizer = Annotated["__import__('torch').optim.Optimizer", "torch"]
     Parameter = Annotated["__import__('torch').nn.Parameter", "torch"]
     Tensor = Annotated["__import__('torch').Tensor", "torch"]
 
-__all__ = ["Module", "Optimizer", "Parameter", "Tensor"]
+__all__ = ["DType", "Module", "Optimizer", "Parameter", "Tensor"]

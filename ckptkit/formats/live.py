@@ -17,11 +17,14 @@ from collections.abc import Set as AbstractSet
 from typing import Any
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.text import first_line, quoted
 from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, ModelError
+from ckptkit.formats import LIVE_PREFIX
 
-__all__ = ["build_model", "build_shapes", "import_target", "open_live"]
+__all__ = ["build_model", "build_module", "build_shapes", "import_target", "open_live"]
 
 
 def import_target(target: str) -> Any:
@@ -141,6 +144,22 @@ def build_shapes(target: str) -> Any:
         return build_model(target, device="meta")
     except ModelError:
         return build_model(target)
+
+
+def build_module(path: str, *, with_values: bool = False) -> Module:
+    """Return the module that ``py:package.module:callable`` builds, on the meta device if possible.
+
+    Builds the module with values if ``with_values``. Raises ``ModelError`` if ``path`` does not build a module.
+    """
+    if not path.startswith(LIVE_PREFIX):
+        raise ModelError("not a live model", hint="write py:package.module:callable", path=path)
+    from torch import nn
+
+    with default_error_path(path):
+        built = (build_model if with_values else build_shapes)(path.removeprefix(LIVE_PREFIX))
+        if not isinstance(built, nn.Module):
+            raise ModelError(f"returns a {type(built).__name__}, but param groups need an nn.Module")
+        return built
 
 
 def _describe(target: str, path: str, device: str | None = None) -> Checkpoint:

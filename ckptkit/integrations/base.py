@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,8 @@ from ckptkit.core.findings.ignoring import IgnoreLike, parse_ignore
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
-from ckptkit.param_groups.lock import ParamGroupsLock
-from ckptkit.param_groups.parse import SpecLike
+from ckptkit.param_groups.lock import LockLike, as_lock
+from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.validate import validate_param_groups
 
 __all__ = ["OnFault", "ParamGroupsCheck"]
@@ -39,13 +40,13 @@ class ParamGroupsCheck:
 
     Errors stop the training, and with ``strict``, warnings stop it too. With ``on_fault="warn"``, nothing stops the
     training. ``spec`` and ``lock`` are compared with the optimizers, and ``ignore`` leaves expected findings out, as in
-    ``validate_param_groups``.
+    ``validate_param_groups``. The file of a spec or of a lock is read here, once.
     """
 
     strict: bool = False
     on_fault: OnFault = "raise"
     spec: SpecLike | None = None
-    lock: ParamGroupsLock | None = None
+    lock: LockLike | None = None
     ignore: IgnoreLike = ()
 
     def __post_init__(self) -> None:
@@ -56,6 +57,10 @@ class ParamGroupsCheck:
         if self.on_fault not in ("raise", "warn"):
             raise GroupsError(f"on_fault is {self.on_fault!r}", hint='on_fault must be "raise" or "warn"')
         parse_ignore(self.ignore)
+        if isinstance(self.spec, str | os.PathLike):  # read once: the check runs in each epoch
+            object.__setattr__(self, "spec", parse_spec(self.spec))
+        if self.lock is not None:
+            object.__setattr__(self, "lock", as_lock(self.lock))
 
     def run(
         self, model: Module, optimizers: Sequence[Optimizer], schedulers: Sequence[Any], *, has_stepped: bool = False

@@ -9,7 +9,7 @@ from typing import Any
 from ckptkit.core.findings.ignoring import IgnoreLike
 from ckptkit.core.torch_types import Module
 from ckptkit.integrations.base import OnFault, ParamGroupsCheck
-from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.lock import LockLike
 from ckptkit.param_groups.parse import SpecLike
 
 __all__ = ["ParamGroupsCallback"]
@@ -41,7 +41,7 @@ class ParamGroupsCallback(_Callback):
 
     - ``strict``: warnings raise ``GroupsError`` too, not only errors.
     - ``on_fault="warn"``: errors and warnings are reported by ``warnings.warn``, and nothing is raised.
-    - ``spec``, ``lock``: the groups must agree with them, as for ``validate_param_groups``.
+    - ``spec``, ``lock``: the groups must agree with them, as for ``validate_param_groups``; paths are read at once.
     - ``ignore``: expected findings to leave out, such as ``["groups.state-steps", "groups.decay:*.norm.*"]``.
     """
 
@@ -51,7 +51,7 @@ class ParamGroupsCallback(_Callback):
         strict: bool = False,
         on_fault: OnFault = "raise",
         spec: SpecLike | None = None,
-        lock: ParamGroupsLock | None = None,
+        lock: LockLike | None = None,
         ignore: IgnoreLike = (),
     ) -> None:
         """Store the settings.

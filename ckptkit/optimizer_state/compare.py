@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeAlias, cast
 
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report, Severity
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_optim import OPTIONS, scheduled_options
 from ckptkit.core.torch_optim.step_counts import have_one_count_in_each_part
 from ckptkit.errors import PlanError
+from ckptkit.inputs import opened_optimizer
 from ckptkit.optimizer_state import codes
+from ckptkit.optimizer_state.forms import FoundState
 from ckptkit.optimizer_state.groups import describe_value, equal_values
 from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, parameter_shape
+from ckptkit.optimizer_state.naming import NamesLike, to_named
 from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, OptionDifference, compare_groups
 
 __all__ = ["mode_findings", "optimizer_state_diff", "state_findings"]
@@ -21,8 +27,15 @@ _SHOWN = 4
 _RECENT = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
 
 
-def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
+StateLike: TypeAlias = OptimizerState | FoundState | Checkpoint | Mapping[str, object] | str | os.PathLike[str]
+
+
+def optimizer_state_diff(saved: StateLike, live: StateLike, names: NamesLike | None = None) -> Report:
     """Return what would change if the optimizer with the state ``live`` loaded the state ``saved``.
+
+    Each is an ``OptimizerState``, the path of a state, an open Checkpoint of one, or a ``state_dict()`` in any form of
+    torch. A path is opened as by ``open_optimizer``, and closed at the end. ``names`` is for states without names, as
+    in ``to_named``.
 
     - ``optim.groups``: torch refuses, because the number or the sizes of the groups differ.
     - ``optim.parameters``: only one side has a parameter.
@@ -31,7 +44,14 @@ def optimizer_state_diff(saved: OptimizerState, live: OptimizerState) -> Report:
     - ``optim.shape``: the state has another shape, and the next step fails.
     - ``optim.coverage``: a parameter would start without state.
     """
-    return Report(tuple(_differences(saved, live)), PlanError)
+    with opened_optimizer(saved) as saved_side, opened_optimizer(live) as live_side:
+        return Report(tuple(_differences(_named(saved_side, names), _named(live_side, names))), PlanError)
+
+
+def _named(state: object, names: NamesLike | None) -> OptimizerState:
+    if isinstance(state, OptimizerState):
+        return state
+    return to_named(cast("FoundState | Checkpoint | Mapping[str, object]", state), names)
 
 
 def _differences(saved: OptimizerState, live: OptimizerState) -> Iterator[Finding]:

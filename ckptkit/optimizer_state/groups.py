@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from ckptkit.optimizer_state.model import (
     same_value,
 )
 from ckptkit.optimizer_state.naming import ModelLike, parameters_of
-from ckptkit.param_groups.lock import ParamGroupsLock
+from ckptkit.param_groups.lock import LockLike, ParamGroupsLock, as_lock
 from ckptkit.param_groups.plan import ParamGroupsPlan
 from ckptkit.param_groups.spec import is_tensor
 
@@ -31,17 +32,17 @@ __all__ = ["GroupsLike", "Hyper", "describe_value", "equal_values", "order_like"
 Hyper = Literal["live", "saved", "error"]
 # These options name a group and do not change how it trains. A new group has a name of its own, or none.
 _NAME_OPTIONS = options_of_kind("name")
-GroupsLike = OptimizerState | ParamGroupsPlan | ParamGroupsLock | Iterable[NamedGroup]
+GroupsLike = OptimizerState | ParamGroupsPlan | LockLike | Iterable[NamedGroup]
 
 
 def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") -> OptimizerState:
     """Return the state with its parameters in other groups: more groups, fewer groups, or another order.
 
-    ``groups`` are those of a planned spec, of a lock, of another state, or ``NamedGroup`` values. The saved options
-    follow the parameters. ``hyper`` decides if the new group and the file both have an option. ``live`` takes
-    the value of the new group, and ``saved`` the value of the file. ``error`` raises if they differ, unless a scheduler
-    of the run made the difference. An option that only one of them has is kept. A parameter that the file does not have
-    starts without state.
+    ``groups`` are those of a planned spec, of a lock or the path of its file, of another state, or ``NamedGroup``
+    values. The saved options follow the parameters. ``hyper`` decides if the new group and the file both have an
+    option. ``live`` takes the value of the new group, and ``saved`` the value of the file. ``error`` raises if they
+    differ, unless a scheduler of the run made the difference. An option that only one of them has is kept. A parameter
+    that the file does not have starts without state.
 
     Raises ``PlanError`` if a parameter of the file is in no new group or in two. Raises it too if a saved value would
     be taken that differs between the parameters of a new group; the message names them.
@@ -74,6 +75,8 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
 def _named_groups(groups: object, *, with_names: bool) -> tuple[NamedGroup, ...]:
     if isinstance(groups, OptimizerState):
         return groups.groups
+    if isinstance(groups, str | os.PathLike):
+        groups = as_lock(groups)
     if isinstance(groups, ParamGroupsPlan | ParamGroupsLock):
         return tuple(
             NamedGroup(

@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
@@ -22,6 +22,7 @@ from ckptkit.core.torch_bridge import (
 from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, scheduled_options, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
+from ckptkit.inputs import opened_optimizer
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.casts import cast_findings
 from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
@@ -34,7 +35,7 @@ from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.spec import is_tensor
-from ckptkit.rules.model import Rules
+from ckptkit.rules.model import RulesLike
 
 __all__ = ["OptimizerLoadReport", "load_optimizer_state"]
 
@@ -79,8 +80,8 @@ class OptimizerLoadReport(Report):
 def load_optimizer_state(
     optimizer: Optimizer,
     model: Module,
-    state: StateLike,
-    rules: Rules | list[str] | None = None,
+    state: StateLike | str | os.PathLike[str],
+    rules: RulesLike | None = None,
     *,
     names: NamesLike | str | os.PathLike[str] | None = None,
     hyper: Hyper = "saved",
@@ -91,9 +92,10 @@ def load_optimizer_state(
 ) -> OptimizerLoadReport:
     """Load a state into ``optimizer`` by the names of its parameters, and compare the values afterwards.
 
-    ``state`` is an ``OptimizerState``, an open Checkpoint of a state, or a ``state_dict()`` in any form of torch.
-    ``rules`` rename and move the state as they do the weights. The groups of the optimizer can differ from those of
-    the file in number, order and members.
+    ``state`` is an ``OptimizerState``, the path of a state, an open Checkpoint of one, or a ``state_dict()`` in any
+    form of torch. A path is opened as by ``open_optimizer``, and closed at the end. ``rules``, as for the weights,
+    rename and move the state as they do the weights. The groups of the optimizer can differ from those of the file in
+    number, order and members.
 
     A state without names is read by position, as torch reads it, if the sizes of the groups and all shapes agree with
     the optimizer. If they do not, the order and the shapes of ``model`` must allow exactly one assignment. A note says
@@ -117,6 +119,34 @@ def load_optimizer_state(
     Raises ``GroupsError`` if the optimizer does not belong to ``model``, or has other values after the load.
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
+    with opened_optimizer(state) as found:
+        return _load_state(
+            optimizer,
+            model,
+            cast("StateLike", found),
+            rules,
+            names=names,
+            hyper=hyper,
+            on_missing=on_missing,
+            on_unexpected=on_unexpected,
+            on_mismatch=on_mismatch,
+            allow_overflow=allow_overflow,
+        )
+
+
+def _load_state(
+    optimizer: Optimizer,
+    model: Module,
+    state: StateLike,
+    rules: RulesLike | None,
+    *,
+    names: NamesLike | str | os.PathLike[str] | None,
+    hyper: Hyper,
+    on_missing: OnMissing,
+    on_unexpected: OnUnexpected,
+    on_mismatch: OnMismatch,
+    allow_overflow: bool,
+) -> OptimizerLoadReport:
     inner = single_optimizer(optimizer)
     _refuse_state_of_wrapper(optimizer, inner)
     live_model = read_live_model(model)

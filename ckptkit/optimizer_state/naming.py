@@ -10,8 +10,9 @@ from typing import cast
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.errors import FormatError, PlanError
+from ckptkit.formats import LIVE_PREFIX
+from ckptkit.inputs import CheckpointLike
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.forms import FoundState, as_named, read_state
 from ckptkit.optimizer_state.model import OptimizerState, is_less, keeps_less, parameter_shape
@@ -28,7 +29,7 @@ __all__ = [
     "to_named",
 ]
 
-ModelLike = StateDictLike | Mapping[str, Shape]
+ModelLike = CheckpointLike | Mapping[str, Shape]
 NamesLike = Sequence[str] | ModelLike
 
 _MAX_SHOWN = 4
@@ -41,16 +42,17 @@ _GIVE_MODEL = "give the model, its checkpoint, or a list of names in the order o
 def parameters_of(model: Parameters | ModelLike) -> Parameters:
     """Return the parameters of a Module, or the tensors of a Checkpoint or a mapping that can be parameters.
 
-    ``model`` can also be a mapping of names to shapes. A tied parameter has its first name, as in
-    ``named_parameters()``, and an uninitialised one has the shape ``()``. Raises ``ModelError`` for any other type.
+    A path is opened here, and closed at the end; ``py:package.module:callable`` builds a Module. ``model`` can also be
+    a mapping of names to shapes. A tied parameter has its first name, as in ``named_parameters()``, and an
+    uninitialised one has the shape ``()``. Raises ``ModelError`` for any other type.
     """
     if isinstance(model, Parameters):
         return model
     if isinstance(model, Mapping) and not isinstance(model, Checkpoint) and all(map(_is_shape, model.values())):
         shapes = cast("Mapping[str, Shape]", model)
         return Parameters({str(name): tuple(shape) for name, shape in shapes.items()})
-    parameters = parameter_table(cast("StateDictLike", model)).parameters
-    is_live = hasattr(model, "named_parameters")
+    parameters = parameter_table(cast("CheckpointLike", model)).parameters
+    is_live = hasattr(model, "named_parameters") or (isinstance(model, str) and model.startswith(LIVE_PREFIX))
     return Parameters(
         {parameter.name: parameter.shape or () for parameter in parameters},
         frozenset(info.name for parameter in parameters if not parameter.trainable for info in parameter.named()),

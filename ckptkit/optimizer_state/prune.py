@@ -25,7 +25,7 @@ def prune(
     drop: str | Iterable[str] = (),
     reset: str | Iterable[str] = (),
 ) -> OptimizerState:
-    """Return the state without what does not fit ``like``: a Module, a Checkpoint, or a mapping of names to shapes.
+    """Return the state without what does not fit ``like``: a Module, a path, a Checkpoint, or names with shapes.
 
     A parameter that the model does not have, or that is frozen in it, is removed from its group. The state of a
     parameter with another shape is dropped, so the parameter starts without state. ``drop`` and ``reset`` are patterns

@@ -26,8 +26,8 @@ from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
 from ckptkit.plans.steps import make_step
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Derivation, Rules, describe_output
-from ckptkit.rules.parse import as_rules
+from ckptkit.rules.load import as_rules
+from ckptkit.rules.model import Derivation, RulesLike, describe_output
 from ckptkit.tensor_ops.resizing import Pad
 
 if TYPE_CHECKING:
@@ -47,9 +47,7 @@ _MUON_OPTION = "ns_steps"  # only groups of torch.optim.Muon have this option
 _RESET = "drop its state first: ckpt optim prune --reset PATTERN"
 
 
-def remap(
-    state: OptimizerState, rules: Rules | list[str] | Mapping[str, object] | None, *, elementwise: Collection[str] = ()
-) -> OptimizerState:
+def remap(state: OptimizerState, rules: RulesLike | None, *, elementwise: Collection[str] = ()) -> OptimizerState:
     """Return the state of the parameters that ``rules`` make; give the rules that remap the weights of the model.
 
     - A slot with one number for each element (``exp_avg``, ``momentum_buffer``) is split, joined, padded and transposed

@@ -22,6 +22,8 @@ def build_param_groups(
 ) -> list[dict[str, Any]]:
     """Return new param groups for a ``torch.optim`` class, with each trainable parameter of ``model`` exactly once.
 
+    ``spec`` is the path of a TOML, JSON or YAML file, its content, a list of groups, or a ``ParamGroupSpec``.
+
     Each dict holds ``params`` in the order of the model, their FQNs as ``param_names``, the ``name`` of the group, and
     its options. torch saves the FQNs with the state of the optimizer. A tied parameter has its first registered name.
     Frozen parameters are left out unless the spec includes them. Two calls never share an option value, such as
@@ -33,6 +35,14 @@ def build_param_groups(
 
     Raises ``GroupsError`` as ``plan_param_groups`` does, where the spec cannot be parsed, and where ``optimizer`` is
     missing or is not in the spec.
+
+    Example:
+        >>> import torch
+        >>> from fixtures.lenet import build
+        >>> groups = build_param_groups(build(), "fixtures/groups.toml")
+        >>> optimizer = torch.optim.SGD(groups)
+        >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
+        [('head', 0.01), ('base', 0.001)]
     """
     with pause_gc():
         live_model = read_live_model(model)

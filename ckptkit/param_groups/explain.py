@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ckptkit.core.text import kind_of, quoted
-from ckptkit.core.torch_bridge import StateDictLike
-from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
+from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.ownership import OptionStep, RuleMatcher, resolve_options
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.properties import ParameterInfo, parameter_table
@@ -40,11 +39,15 @@ class Explanation:
     options: Mapping[str, Any] | None = None
 
 
-def explain_param_group(model: Module | StateDictLike, spec: SpecLike, name: str) -> Explanation:
+def explain_param_group(model: CheckpointLike, spec: SpecLike, name: str) -> Explanation:
     """Return which rules and modifiers of ``spec`` apply to the parameter ``name`` of ``model``, and its options.
 
-    ``model`` is any argument that ``plan_param_groups`` accepts. A tied parameter is found under any of its names, and
-    is reported under the first. Raises ``GroupsError`` where the model has no parameter of that name.
+    ``model`` and ``spec`` are what ``plan_param_groups`` accepts, paths included. A tied parameter is found under any
+    of its names, and is reported under the first. Raises ``GroupsError`` where the model has no parameter of that name.
+
+    Example:
+        >>> explain_param_group("py:fixtures.lenet:build", "fixtures/groups.toml", "fc3.weight").rule
+        'head'
     """
     if not isinstance(name, str):
         raise GroupsError(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import kind_of, quoted
-from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
+from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.live import LiveGroups, read_groups
 from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike
@@ -22,9 +24,11 @@ from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedParameter, assign
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, live_parameter_table, parameter_table
 
 __all__ = [
+    "LockLike",
     "LockedGroup",
     "LockedParameter",
     "ParamGroupsLock",
+    "as_lock",
     "is_lock",
     "lock_document",
     "lock_live",
@@ -104,10 +108,18 @@ class ParamGroupsLock:
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def lock_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGroupsLock:
+LockLike: TypeAlias = ParamGroupsLock | str | os.PathLike[str]
+
+
+def lock_param_groups(model: CheckpointLike, spec: SpecLike) -> ParamGroupsLock:
     """Return the lock of the groups that ``build_param_groups`` makes from ``spec`` for ``model``.
 
-    ``model`` is any argument that ``plan_param_groups`` accepts. Raises the errors of ``plan_param_groups``.
+    ``model`` and ``spec`` are what ``plan_param_groups`` accepts, paths included. Raises the errors of
+    ``plan_param_groups``.
+
+    Example:
+        >>> len(lock_param_groups("fixtures/lenet_10class.pth", "fixtures/groups.toml").parameters)
+        10
     """
     assignment = assign(parameter_table(model), spec)
     assignment.report.raise_for_errors()
@@ -237,11 +249,33 @@ def is_lock(document: object) -> bool:
     return isinstance(document, Mapping) and document.get("schema") == SCHEMA
 
 
+def as_lock(lock: LockLike) -> ParamGroupsLock:
+    """Return the lock that an argument of the Python API describes: a lock, or the path of its file.
+
+    Raises ``GroupsError`` for any other value, and what ``parse_lock`` raises.
+    """
+    if isinstance(lock, ParamGroupsLock):
+        return lock
+    if isinstance(lock, str | os.PathLike):
+        return parse_lock(lock)
+    raise GroupsError(f"a lock cannot be {kind_of(lock)}", hint="give its path, or what parse_lock returns")
+
+
 def parse_lock(document: object) -> ParamGroupsLock:
-    """Return the lock in a parsed JSON document.
+    """Return the lock in a JSON file, given by its path, or in the parsed content of one.
 
     Raises ``GroupsError`` where the document is not a lock, has one name twice, or does not match its fingerprint.
+    Raises ``PathError`` where the file cannot be read, and ``RuleError`` where it is not valid JSON.
+
+    Example:
+        >>> lock = lock_param_groups("fixtures/lenet_10class.pth", "fixtures/groups.toml")
+        >>> parse_lock(lock_document(lock)) == lock
+        True
     """
+    if isinstance(document, str | os.PathLike):
+        path = os.fsdecode(document)
+        with default_error_path(path):
+            return parse_lock(read_table_file(path, as_json=True))
     if not isinstance(document, Mapping) or not is_lock(document):
         raise GroupsError("not a valid lock of param groups", hint="ckpt groups lock writes one")
     lock = ParamGroupsLock(

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.patterns import Pattern, parse_pattern
 from ckptkit.core.text import kind_of, quoted
-from ckptkit.errors import GroupsError, RuleError
+from ckptkit.errors import GroupsError, PathError, RuleError
 from ckptkit.param_groups.conditions import Layers, parse_condition
 from ckptkit.param_groups.spec import POLICIES, GroupRule, Modifier, ParamGroupSpec, number_fault
 
 __all__ = ["SpecLike", "is_spec", "parse_spec"]
 
-SpecLike = ParamGroupSpec | Mapping[str, Any] | Sequence[Mapping[str, Any] | GroupRule]
+# The path of a TOML, JSON or YAML file, its content, a list of groups, or a spec.
+SpecLike: TypeAlias = (
+    ParamGroupSpec | str | os.PathLike[str] | Mapping[str, Any] | Sequence[Mapping[str, Any] | GroupRule]
+)
 
 _GROUP_KEYS = ("name", "params", "match", "rest", "optional", "optimizer", "freeze")
 _MODIFIER_KEYS = ("name", "params", "match", "optional", "layers", "layer_decay", "min_scale")
@@ -40,10 +45,13 @@ _LAYERS = 'layers = [["embed.*"], "blocks.{i:int}.*", ["norm.*", "head.*"]]'
 
 
 def parse_spec(spec: SpecLike) -> ParamGroupSpec:
-    """Return the checked spec of a parsed TOML, JSON or YAML file, a list of groups, or a ``ParamGroupSpec``.
+    """Return the checked spec of a TOML, JSON or YAML file, of its content, a list of groups, or a ``ParamGroupSpec``.
 
-    Raises ``GroupsError``, which names the group, for an unknown key, a wrong pattern or a wrong option.
+    A file is given by its path. Raises ``GroupsError``, which names the group, for an unknown key, a wrong pattern or a
+    wrong option. Raises ``PathError`` where the file cannot be read, and ``RuleError`` where it is not a valid table.
     """
+    if isinstance(spec, str | os.PathLike):
+        return _parse_file(os.fsdecode(spec))
     if isinstance(spec, ParamGroupSpec):
         return _checked(spec)
     table: Mapping[Any, Any] = spec if isinstance(spec, Mapping) else {"group": spec}
@@ -71,6 +79,15 @@ def parse_spec(spec: SpecLike) -> ParamGroupSpec:
         **{policy: table[policy] for policy in (*POLICIES, "lr_scale") if policy in table},
     )
     return _checked(parsed)
+
+
+def _parse_file(path: str) -> ParamGroupSpec:
+    try:
+        with default_error_path(path):
+            return parse_spec(read_table_file(path))
+    except PathError as error:
+        error.hint = error.hint or "a spec is a file, its content, or param_group_preset(name, model)"
+        raise
 
 
 def _ignore(given: Any) -> tuple[str, ...]:

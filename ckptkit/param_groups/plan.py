@@ -9,9 +9,8 @@ from typing import Any
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import html_table, printable
-from ckptkit.core.torch_bridge import StateDictLike
-from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
+from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.ownership import AppliedModifier, RuleMatcher, resolve_options
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
@@ -100,11 +99,13 @@ class SpecAssignment:
     report: Report
 
 
-def plan_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGroupsPlan:
+def plan_param_groups(model: CheckpointLike, spec: SpecLike) -> ParamGroupsPlan:
     """Return which rule of ``spec`` owns each trainable parameter of ``model``, and its options.
 
-    ``model`` is a live ``torch.nn.Module``, a checkpoint, or a mapping of tensors. Only names and shapes of a
-    checkpoint are used: every parameter counts as trainable, and roles are read from names.
+    ``model`` is a live ``torch.nn.Module``, the path of a checkpoint, a Checkpoint, or a mapping of tensors or of
+    ``TensorInfo``. Only names and shapes of a checkpoint are used: every parameter counts as trainable, and roles are
+    read from names. ``spec`` is the path of a TOML, JSON or YAML file, its content, a list of groups, or a
+    ``ParamGroupSpec``.
 
     Raises ``GroupsError``:
 
@@ -112,6 +113,11 @@ def plan_param_groups(model: Module | StateDictLike, spec: SpecLike) -> ParamGro
     - for a trainable parameter that no rule owns;
     - for an uninitialised parameter;
     - for a tied parameter that would get different options under its names.
+
+    Example:
+        >>> plan = plan_param_groups("fixtures/lenet_10class.pth", "fixtures/groups.toml")
+        >>> [group.name for group in plan.groups]
+        ['head', 'base']
     """
     with pause_gc():
         assignment = assign(parameter_table(model), spec)

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
 
-from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, named_of
+from ckptkit.core.torch_bridge import named_of
 from ckptkit.core.torch_types import Module, Tensor
+from ckptkit.inputs import CheckpointLike, opened_model
 from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model, true_shape
 
 __all__ = [
@@ -245,14 +245,20 @@ class ParameterTable:
         return (info for info in self.parameters if info.trainable)
 
 
-def parameter_table(model: Module | StateDictLike) -> ParameterTable:
+def parameter_table(model: CheckpointLike) -> ParameterTable:
     """Return the parameters of a live ``torch.nn.Module``, or of a checkpoint by names and shapes only.
+
+    A path is opened here, and closed at the end; ``py:package.module:callable`` builds a live module.
 
     Raises ``ModelError`` where ``model`` is neither.
     """
-    if hasattr(model, "named_parameters"):
-        return live_parameter_table(read_live_model(cast("Module", model)))
-    infos = as_checkpoint(model, "model")
+    with opened_model(model) as found:
+        if isinstance(found, Checkpoint):
+            return _table_of(found)
+        return live_parameter_table(read_live_model(found))
+
+
+def _table_of(infos: Checkpoint) -> ParameterTable:
     kept = {key: info for key, info in infos.items() if not _is_buffer(info)}
     ties = {keys[0]: keys[1:] for keys in tied_keys(kept.values())}
     later = {alias for aliases in ties.values() for alias in aliases}

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any, Protocol, TypeAlias
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
+from ckptkit.formats.directories.adapters import CONFIG
+from ckptkit.formats.directories.side_files import file_beside
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.merge import follow_ties
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, refuse_suspicious, role_to_edit
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import RulesLike
-from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, adapted_keys, plan_adapter
 from ckptkit.tensor_ops.recipes import Recipe
 
@@ -31,30 +36,71 @@ _FOLD_ELSEWHERE = "fold into a dequantised base, here or with merge_and_unload o
 _FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
+class _HasToDict(Protocol):
+    """A configuration object of a library, such as ``LoraConfig``."""
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+LoraConfigLike: TypeAlias = str | os.PathLike[str] | Mapping[str, object] | _HasToDict
+
+
 def plan_lora(
-    base: StateDictLike,
-    adapter: StateDictLike,
-    config: Mapping[str, object],
+    base: CheckpointLike,
+    adapter: CheckpointLike,
+    lora_config: LoraConfigLike | None = None,
     rules: RulesLike | None = None,
     *,
     scale: float = 1.0,
 ) -> Plan:
     """Return the plan that folds a LoRA adapter of peft into ``base``: ``W + scale * B @ A``.
 
-    The sum is computed in F32 and rounded once. ``config`` is the content of ``adapter_config.json``. ``rules`` rename
-    and filter the keys of the adapter first. ``scale`` multiplies the scale of the config. The output has the keys and
-    dtypes of ``base``. A tensor that the adapter saves whole replaces the base's tensor, in its own shape.
+    The sum is computed in F32 and rounded once. ``scale`` multiplies the scale of the configuration. The output has the
+    keys and dtypes of ``base``. A tensor that the adapter saves whole replaces the base's tensor, in its own shape.
+
+    ``base`` and ``adapter`` are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
+    opened here is closed at the end; give the same paths to ``execute``. ``lora_config`` is the path of
+    ``adapter_config.json`` or of its directory, its content, or a ``LoraConfig`` of peft. The default is the
+    ``adapter_config.json`` in the directory of the adapter. ``rules`` are a list of renames, the path of a rule file,
+    its content, or ``Rules``; they rename and filter the keys of the adapter first.
 
     Raises ``RuleError`` for a tensor of the adapter without a matching key in the base. Raises ``PlanError`` where
-    the adapter changes a quantised weight, where two folds would change one tied tensor, and where ``scale`` is not
-    finite.
+    the adapter changes a quantised weight, where two folds would change one tied tensor, where ``scale`` is not
+    finite, and where there is no configuration.
+
+    Example:
+        >>> import torch
+        >>> base = {"fc.weight": torch.zeros(2, 2)}
+        >>> adapter = {"fc.lora_A.weight": torch.ones(1, 2), "fc.lora_B.weight": torch.ones(2, 1)}
+        >>> plan_lora(base, adapter, {"r": 1, "lora_alpha": 2}).steps[0].rule
+        'lora, scale 2'
     """
     if not math.isfinite(scale):
         raise PlanError(f"{scale} is not a valid scale", hint="1 is the adapter as it was trained")
-    roles = _inputs(base, adapter)
+    with _opened_inputs(base, adapter) as roles:
+        return _plan_lora(roles, _read_config(lora_config, roles[_DONOR]), rules, scale)
+
+
+def _read_config(given: LoraConfigLike | None, adapter: Checkpoint) -> Mapping[str, object]:
+    """Return the configuration of an adapter, by default from the file in its directory."""
+    if given is None:
+        found = file_beside(adapter.path, CONFIG) if adapter.files else None
+        if found is None:
+            raise PlanError(
+                f"no {CONFIG} in the directory of the adapter: the scale is unknown",
+                hint="give it as lora_config" if not adapter.files else None,
+                path=adapter.path,
+            )
+        return read_settings(found, CONFIG)
+    return read_settings(given, CONFIG)
+
+
+def _plan_lora(
+    roles: Mapping[str, Checkpoint], config: Mapping[str, object], rules: RulesLike | None, scale: float
+) -> Plan:
     base, donor = roles.values()
     refuse_ambiguous(base, base)
-    key_map = apply_rules(as_rules(rules), donor)
+    key_map = apply_rules(rules_for(rules, donor), donor)
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of an adapter, not copy or compute them")
     names = {new: old for old, new in key_map.renamed.items()}
@@ -76,11 +122,13 @@ def plan_lora(
     return check_quantized(plan, quantized)
 
 
-def _inputs(base: StateDictLike, donor: StateDictLike) -> dict[str, Checkpoint]:
-    roles = {_BASE: as_checkpoint(base, _BASE), _DONOR: as_checkpoint(donor, _DONOR)}
-    for role, checkpoint in roles.items():
-        refuse_suspicious(checkpoint, role)
-    return roles
+@contextlib.contextmanager
+def _opened_inputs(base: CheckpointLike, donor: CheckpointLike) -> Iterator[dict[str, Checkpoint]]:
+    with opened(base, _BASE) as base_side, opened(donor, _DONOR) as donor_side:
+        roles = {_BASE: base_side, _DONOR: donor_side}
+        for role, checkpoint in roles.items():
+            refuse_suspicious(checkpoint, role)
+        yield roles
 
 
 def _changed_steps(
@@ -113,19 +161,31 @@ def _refuse_two_folds(base: Checkpoint, changed: Mapping[str, Step]) -> None:
             )
 
 
-def plan_extract_lora(base: StateDictLike, tuned: StateDictLike, rank: int, rules: RulesLike | None = None) -> Plan:
+def plan_extract_lora(base: CheckpointLike, tuned: CheckpointLike, rank: int, rules: RulesLike | None = None) -> Plan:
     """Return the plan of the LoRA adapter of rank ``rank`` that is nearest to the change from ``base`` to ``tuned``.
 
     Each weight of a module with two dims or more gives two factors of its change, by singular value decomposition.
-    The factors have the keys that peft uses. ``rules`` rename and filter the keys of ``tuned`` first. Every other
-    tensor is listed as dropped, whether it changed or not.
+    The factors have the keys that peft uses. Every other tensor is listed as dropped, whether it changed or not.
+
+    ``base`` and ``tuned`` are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
+    opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
+    rule file, its content, or ``Rules``; they rename and filter the keys of ``tuned`` first.
 
     Raises ``PlanError`` where the base does not have a key or has it in another shape, where a weight is quantised,
     and where no weight is left. Raises ``RuleError`` where ``rank`` is larger than the rank that a weight can have.
+
+    Example:
+        >>> plan = plan_extract_lora("fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors", 2)
+        >>> plan.steps[0].out.key
+        'base_model.model.conv1.lora_A.weight'
     """
-    roles = _inputs(base, tuned)
+    with _opened_inputs(base, tuned) as roles:
+        return _plan_extract(roles, rank, rules)
+
+
+def _plan_extract(roles: Mapping[str, Checkpoint], rank: int, rules: RulesLike | None) -> Plan:
     base, donor = roles.values()
-    key_map = apply_rules(as_rules(rules), donor)
+    key_map = apply_rules(rules_for(rules, donor), donor)
     if key_map.copied_or_computed:
         raise PlanError("rules may rename and drop the tensors of the tuned model, not copy or compute them")
     operation = ExtractLora(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,8 +10,8 @@ from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import PlanError
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.plan import Dropped, Plan, Step
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
@@ -39,15 +40,14 @@ from ckptkit.plans.steps import (
 )
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.model import Derivation, Rules, RulesLike
-from ckptkit.rules.parse import as_rules
 from ckptkit.tensor_ops.mismatch import MISMATCH_NAMES
 
 __all__ = ["follow_ties", "plan_merge"]
 
 
 def plan_merge(
-    base: StateDictLike,
-    donors: StateDictLike | Sequence[StateDictLike],
+    base: CheckpointLike,
+    donors: CheckpointLike | Sequence[CheckpointLike],
     rules: RulesLike | None = None,
     *,
     on_missing: OnMissing = "keep",
@@ -57,8 +57,10 @@ def plan_merge(
 ) -> Plan:
     """Return the plan of an overlay: the keys of ``base``, with the donors' values where key and shape agree.
 
-    ``rules`` rename and filter the keys of the donors first. Of several donors, the last that has a key wins. Values
-    of another dtype are cast to the dtype of the base.
+    ``base`` and each donor are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
+    opened here is closed at the end; give the same paths to ``execute``. ``rules`` are a list of renames, the path of a
+    rule file, its content, or ``Rules``; they rename and filter the keys of the donors first. Of several donors, the
+    last that has a key wins. Values of another dtype are cast to the dtype of the base.
 
     ``on_missing`` says what happens to a key of the base that no donor has: ``keep`` keeps the base's value.
     ``on_unexpected`` is for a key of a donor that the base does not have: ``skip`` leaves it out, ``add`` adds it.
@@ -98,22 +100,28 @@ def plan_merge(
         parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS),
         parse_policy("on_mismatch", on_mismatch, MISMATCH_ACTIONS),
     )
-    parsed = as_rules(rules)
-    base = as_checkpoint(base, "base")
-    refuse_suspicious(base, "base")
-    refuse_ambiguous(base, base)
-    given = list(donors) if isinstance(donors, Sequence) else [donors]
+    given = list(donors) if isinstance(donors, Sequence) and not isinstance(donors, str) else [donors]
     if not given:
         raise PlanError("there is no donor to take values from")
     roles = ["donor"] if len(given) == 1 else [f"donor{number}" for number in range(1, len(given) + 1)]
-    sources = {role: as_checkpoint(donor, role) for role, donor in zip(roles, given, strict=True)}
-    notes = policies.unused(base, sources, allow_unused=parsed.allow_unused)
+    with contextlib.ExitStack() as stack:
+        opened_base = stack.enter_context(opened(base, "base"))
+        sources = {role: stack.enter_context(opened(donor, role)) for role, donor in zip(roles, given, strict=True)}
+        return _plan(opened_base, sources, rules_for(rules, sources[roles[0]]), policies, skip_unread=skip_unread)
+
+
+def _plan(
+    base: Checkpoint, sources: dict[str, Checkpoint], rules: Rules, policies: _Policies, *, skip_unread: bool
+) -> Plan:
+    refuse_suspicious(base, "base")
+    refuse_ambiguous(base, base)
+    notes = policies.unused(base, sources, allow_unused=rules.allow_unused)
     skipped: list[Dropped] = []
     for role, donor in sources.items() if skip_unread else ():
         sources[role], unread = without_unread(donor, role)
         skipped += unread
     quantized = QuantizedInputs({"base": base, **sources}, base, "base")
-    overlays = [_make_overlay(quantized, donor, role, parsed, policies) for role, donor in sources.items()]
+    overlays = [_make_overlay(quantized, donor, role, rules, policies) for role, donor in sources.items()]
     from_donor = {key: step for overlay in overlays for key, step in overlay.from_donor.items()}
     added = {key: step for overlay in overlays for key, step in overlay.added.items()}
     from_donor, tie_notes = follow_ties(base, from_donor)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.plan import Dropped, Plan
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -24,8 +26,7 @@ from ckptkit.plans.steps import (
     without_unread,
 )
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import RulesLike
-from ckptkit.rules.parse import as_rules
+from ckptkit.rules.model import Rules, RulesLike
 
 __all__ = ["plan_remap"]
 
@@ -33,18 +34,22 @@ _NOT_WANTED = "not a key of the checkpoint given as like"
 
 
 def plan_remap(
-    source: StateDictLike,
+    source: CheckpointLike,
     rules: RulesLike | None = None,
     *,
-    dtype: str | None = None,
-    like: StateDictLike | None = None,
+    dtype: str | DType | None = None,
+    like: CheckpointLike | None = None,
     skip_unread: bool = False,
 ) -> Plan:
     """Return the plan that renames and filters the tensors of ``source``, and casts floats to ``dtype`` if given.
 
-    ``dtype`` is a safetensors code or torch's name (``BF16``, ``bfloat16``); integers and booleans keep their dtype.
-    ``like`` is a Module, a Checkpoint or a mapping. The output then has the keys of ``like`` in the same order, with
-    the same shapes and dtypes. All other tensors of ``source`` are left out.
+    ``source`` and ``like`` are a path, a Checkpoint, a Module, or a mapping of tensors or of ``TensorInfo``. What is
+    opened here is closed at the end; give the same path to ``execute``. ``rules`` are a list of renames, the path of a
+    rule file, its content, or ``Rules``.
+
+    ``dtype`` is a torch dtype, torch's name for one, or a safetensors code (``torch.bfloat16``, ``bfloat16``,
+    ``BF16``); integers and booleans keep their dtype. With ``like``, the output has the keys of ``like`` in the same
+    order, with the same shapes and dtypes. All other tensors of ``source`` are left out.
 
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
@@ -54,14 +59,26 @@ def plan_remap(
     Raises ``RuleError`` where rules collide or match nothing. Raises ``PlanError`` where keys of ``like`` cannot be
     filled, where no tensor would be left, and where a tensor cannot be copied. It is also raised where a quantised
     weight would be cast, changed or taken apart. A file that refers to code that looks malicious is refused too.
+
+    Example:
+        >>> plan = plan_remap("fixtures/lenet_ddp.pt", ["module.*=*"], dtype="bfloat16")
+        >>> str(plan.steps[0].out)
+        'BF16 [6, 3, 5, 5]'
     """
-    checkpoint = as_checkpoint(source, "source")
+    with contextlib.ExitStack() as stack:
+        checkpoint = stack.enter_context(opened(source, "source"))
+        expected = None if like is None else stack.enter_context(opened(like, "like"))
+        to_dtype = None if dtype is None else float_dtype(dtype)
+        return _plan(checkpoint, rules_for(rules, checkpoint), expected, to_dtype, skip_unread=skip_unread)
+
+
+def _plan(
+    checkpoint: Checkpoint, rules: Rules, expected: Checkpoint | None, to_dtype: str | None, *, skip_unread: bool
+) -> Plan:
     refuse_suspicious(checkpoint, "source")
     checkpoint, skipped = without_unread(checkpoint, "source") if skip_unread else (checkpoint, [])
-    expected = None if like is None else as_checkpoint(like, "like")
     quantized = QuantizedInputs({"source": checkpoint}, expected, where="like")
-    key_map = apply_rules(as_rules(rules), checkpoint)
-    to_dtype = None if dtype is None else float_dtype(dtype)
+    key_map = apply_rules(rules, checkpoint)
     outputs = key_map.outputs()
     quantized.refuse_operations("source", outputs)
     if to_dtype is not None:

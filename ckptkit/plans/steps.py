@@ -11,6 +11,7 @@ from ckptkit.core.dtypes import DTYPES, dtype_code
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
+from ckptkit.core.torch_types import DType
 from ckptkit.errors import PlanError
 from ckptkit.plans.plan import Dropped, Source, Step
 from ckptkit.quantized import quantized_weights
@@ -152,11 +153,12 @@ def is_float(code: str) -> bool:
     return code.startswith(("F", "BF"))
 
 
-def float_dtype(name: str) -> str:
-    """Return the code of a floating-point dtype, given its code or torch's name.
+def float_dtype(dtype: str | DType) -> str:
+    """Return the code of a floating-point dtype, given its code, torch's name, or the torch dtype.
 
     Raises ``PlanError`` for any other dtype and for one that torch cannot cast to.
     """
+    name = str(dtype)  # of a torch dtype: torch.bfloat16
     code = dtype_code(name)
     if code is None:
         raise PlanError(f"unknown dtype {quoted(name)}", hint="for example F32, F16, BF16, or torch's names for these")

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Sequence
 from typing import Any
 
 from ckptkit.comparison import diff_checkpoints
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.text import listed
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint, shape_or_none
+from ckptkit.core.torch_bridge import as_checkpoint, shape_or_none
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.formats.codes import unread_findings
+from ckptkit.inputs import CheckpointLike, opened, opened_optimizer, rules_for
 from ckptkit.param_groups import codes as group_codes
 from ckptkit.param_groups.parameters import bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike, parse_spec
@@ -50,8 +53,7 @@ from ckptkit.readiness.training import (
     restored_flags,
 )
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import Rules
-from ckptkit.rules.parse import as_rules
+from ckptkit.rules.model import Rules, RulesLike
 
 __all__ = [
     "DryStep",
@@ -70,13 +72,13 @@ __all__ = [
 def preflight(
     model: Module,
     *,
-    init: StateDictLike | None = None,
-    rules: Rules | list[str] | None = None,
+    init: CheckpointLike | None = None,
+    rules: RulesLike | None = None,
     fresh: str | Sequence[str] = (),
     groups: SpecLike | None = None,
     optimizer: OptimizerLike | None = None,
     schedulers: Any = None,
-    resume: StateDictLike | None = None,
+    resume: CheckpointLike | None = None,
     resume_optimizer: Any = None,
     dry_step: LossFunction | None = None,
     ignore: IgnoreLike = (),
@@ -85,25 +87,63 @@ def preflight(
 
     Only ``model`` is required. Without its argument, a check is skipped, and ``not_judged`` names the check.
 
-    - ``init``: the checkpoint that the model starts from. ``rules`` rename its keys. ``fresh`` are patterns of the keys
+    - ``init``: the checkpoint that the model starts from: a path, a Checkpoint, a Module or a mapping of tensors.
+      ``rules``, or the path of a rule file, rename its keys. ``fresh`` are patterns of the keys
       that must keep their initial values, such as the keys of a new head.
-    - ``groups``: a param-group spec. ``optimizer``: a live optimizer, a list of them, a class, or the name of a class
-      of torch.optim. ``schedulers``: the schedulers of a live optimizer.
-    - ``resume``: the weights of a run to resume. ``resume_optimizer``: its optimizer state, as ``state_dict()`` or
-      ``open_optimizer`` return it.
+    - ``groups``: a param-group spec, or the path of its file. ``optimizer``: a live optimizer, a list of them, a class,
+      or the name of a class of torch.optim. ``schedulers``: the schedulers of a live optimizer.
+    - ``resume``: the weights of a run to resume, as for ``init``. ``resume_optimizer``: its optimizer state, as a path,
+      or as ``state_dict()`` or ``open_optimizer`` return it.
     - ``dry_step``: a function that takes a deep copy of the model and returns the loss of one batch, a tensor of one
       number. A backward pass and a step on the copy show which parameters get a gradient and change.
     - ``ignore``: expected findings, as ``CODE`` or ``CODE:KEY-PATTERN``. The entries of the spec count too. The verdict
       follows what remains.
 
-    The arguments are not changed, and each tensor is read once. Raises:
+    The arguments are not changed, and each tensor is read once. What is opened here is closed at the end. Raises:
 
     - ``ModelError`` where ``model`` cannot be described;
     - ``GroupsError`` where the spec or the optimizer cannot be read;
     - ``RuleError`` for rules and patterns that match nothing, and for an entry of ``ignore`` with an unknown code;
     - any error that reading a checkpoint raises.
+
+    Example:
+        >>> from fixtures.lenet import build
+        >>> weights, spec = "fixtures/lenet_10class.pth", "fixtures/groups.toml"
+        >>> report = preflight(build(), init=weights, groups=spec, optimizer="SGD")
+        >>> [group.name for group in report.groups]
+        ['head', 'base']
     """
     read_live_model(model)  # refuses what is not a model, or cannot list its parameters
+    with contextlib.ExitStack() as stack:
+        return _preflight(
+            model,
+            init=None if init is None else stack.enter_context(opened(init, "init")),
+            rules=rules,
+            fresh=fresh,
+            groups=groups,
+            optimizer=optimizer,
+            schedulers=schedulers,
+            resume=None if resume is None else stack.enter_context(opened(resume, "found")),
+            resume_optimizer=stack.enter_context(opened_optimizer(resume_optimizer)),
+            dry_step=dry_step,
+            ignore=ignore,
+        )
+
+
+def _preflight(
+    model: Module,
+    *,
+    init: Checkpoint | None,
+    rules: RulesLike | None,
+    fresh: str | Sequence[str],
+    groups: SpecLike | None,
+    optimizer: OptimizerLike | None,
+    schedulers: Any,
+    resume: Checkpoint | None,
+    resume_optimizer: Any,
+    dry_step: LossFunction | None,
+    ignore: IgnoreLike,
+) -> Preflight:
     entries = parse_ignore(ignore)
     if groups is not None:
         groups = parse_spec(groups)
@@ -130,10 +170,9 @@ def preflight(
         from ckptkit.readiness.resume import check_resume
 
         saved_state = None if resume_optimizer is None else read_state(resume_optimizer)
-        run = as_checkpoint(resume, "found")
-        key_map = apply_rules(Rules(), run)
-        resumed = diff_checkpoints(inspected.state, run, key_map)
-        problems = find_quantized_problems(inspected.state, run, key_map, "run")
+        key_map = apply_rules(Rules(), resume)
+        resumed = diff_checkpoints(inspected.state, resume, key_map)
+        problems = find_quantized_problems(inspected.state, resume, key_map, "run")
         resume_section, more = check_resume(model, training, resumed, saved_state, schedulers)
         filled = {pair.key for pair in resumed.matched}
         findings = [finding for finding in findings if finding.code not in UNLOADED or finding.key not in filled]
@@ -211,8 +250,8 @@ def _is_answered(finding: Finding, varied: frozenset[str]) -> bool:
 
 def _check_init(
     inspected: InspectedModel,
-    init: StateDictLike | None,
-    rules: Rules | list[str] | None,
+    init: Checkpoint | None,
+    rules: RulesLike | None,
     fresh: str | Sequence[str],
     not_judged: list[str],
 ) -> tuple[Init | None, list[Finding]]:
@@ -221,13 +260,12 @@ def _check_init(
     if init is None:
         not_judged.append("loading: no init given")
         return None, list(check_values(inspected, None))
-    opened = as_checkpoint(init, "init")
-    key_map = apply_rules(as_rules(rules), opened)
-    result = diff_checkpoints(inspected.state, opened, key_map)
-    problems = find_quantized_problems(inspected.state, opened, key_map, "initial checkpoint")
-    section = compare_init(inspected, result, opened, problems)
-    findings = [*unread_findings(opened.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
-    findings += [*check_init(inspected, section, result, opened, fresh)]
+    key_map = apply_rules(rules_for(rules, init), init)
+    result = diff_checkpoints(inspected.state, init, key_map)
+    problems = find_quantized_problems(inspected.state, init, key_map, "initial checkpoint")
+    section = compare_init(inspected, result, init, problems)
+    findings = [*unread_findings(init.warnings), *check_quantized(problems, codes.INIT_QUANTIZED)]
+    findings += [*check_init(inspected, section, result, init, fresh)]
     return section, [*findings, *check_values(inspected, section)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
@@ -82,7 +83,8 @@ class Rules:
     allow_unused: bool = False
 
 
-RulesLike: TypeAlias = Rules | Iterable[str] | Mapping[str, object]  # renames OLD=NEW, or the content of a rule file
+# Renames OLD=NEW, the content of a rule file, or the path of one.
+RulesLike: TypeAlias = Rules | Iterable[str] | Mapping[str, object] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Parsers of rules: options of the command line, arguments of the Python API, and rule files."""
+"""Parsers of rules: options of the command line, and the tables of rule files."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard, cast, get_args
 
 from ckptkit.core.patterns import Template, parse_pattern, parse_rename, parse_template
-from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
-from ckptkit.rules.model import OnCollision, Rule, Rules, RulesLike, Stage
+from ckptkit.rules.model import OnCollision, Rule, Rules, Stage
 from ckptkit.rules.variables import NO_VARIABLES, Settings
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.operation import Operation
 
-__all__ = ["as_rules", "parse_rules", "rule_lines", "rules_from_table"]
+__all__ = ["are_strings", "parse_rules", "rule_lines", "rules_from_table"]
 
 _MAX_STAGES = 50
 _COLLISIONS: tuple[str, ...] = get_args(OnCollision)
@@ -48,28 +48,6 @@ def parse_rules(
     if file is not None:
         stages.extend(rules_from_table(file, lines=lines, settings=settings))
     return Rules(tuple(stages), allow_unused)
-
-
-def as_rules(rules: RulesLike | None) -> Rules:
-    """Return the rules that an argument of the Python API describes.
-
-    The argument is a list of renames ``"OLD=NEW"``, a mapping with the content of a rule file, ``Rules``, or None.
-    Raises ``RuleError`` for any other value and for a rule that is not valid.
-    """
-    if isinstance(rules, Rules):
-        return rules
-    if rules is None:
-        return Rules()
-    if isinstance(rules, Mapping):
-        return parse_rules(file=rules)
-    if isinstance(rules, str):
-        raise RuleError(f"rules is the string {quoted(rules)}", hint=f"pass a list: rules=[{rules!r}]")
-    given: object = rules  # the caller may have passed anything
-    renames: list[object] = list(given) if isinstance(given, Iterable) else [given]
-    if not _are_strings(renames):
-        wrong = next(item for item in renames if not isinstance(item, str))
-        raise RuleError(f"a rule is {kind_of(wrong)}", hint='pass a list of renames: rules=["OLD=NEW"]')
-    return parse_rules(rename=renames)
 
 
 def rule_lines(text: str) -> tuple[int, ...]:
@@ -112,7 +90,7 @@ def rules_from_table(
 def _stage(table: Mapping[str, object], where: str, lines: Iterable[int], variables: Mapping[str, int]) -> Stage:
     keep = table.get("keep", [])
     keep = [keep] if isinstance(keep, str) else keep
-    if not isinstance(keep, list) or not _are_strings(keep):
+    if not isinstance(keep, list) or not are_strings(keep):
         raise RuleError(f"{where}keep must be a pattern or a list of patterns")
     rules = []
     for number, inner in enumerate(_tables(table, "rule"), start=1):
@@ -178,7 +156,7 @@ def _check_operations(
 def _texts(table: Mapping[str, object], name: str) -> list[str]:
     value = table.get(name, [])
     texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not _are_strings(texts):
+    if not isinstance(texts, list) or not are_strings(texts):
         raise RuleError(f"{name} must be a string or a list of strings")
     return texts
 
@@ -190,7 +168,8 @@ def _tables(table: Mapping[str, object], name: str) -> Sequence[Mapping[str, obj
     return inner
 
 
-def _are_strings(values: list[object]) -> TypeGuard[list[str]]:
+def are_strings(values: list[object]) -> TypeGuard[list[str]]:
+    """Return whether every value is a string."""
     return all(isinstance(value, str) for value in values)
 
 

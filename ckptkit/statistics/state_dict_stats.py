@@ -9,12 +9,11 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import html_table, plural, printable, quoted
 from ckptkit.core.ties import tied_keys
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
 from ckptkit.errors import RuleError
+from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.quantized import Quantized, quantized_weights
 from ckptkit.rules.apply import apply_rules
-from ckptkit.rules.model import RulesLike
-from ckptkit.rules.parse import as_rules
+from ckptkit.rules.model import Rules, RulesLike
 from ckptkit.statistics.accumulator import Accumulator, why_unsupported
 from ckptkit.statistics.threads import Workspace
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
@@ -100,7 +99,7 @@ def module_name(key: str, depth: int) -> str:
 
 
 def stats(
-    checkpoint: StateDictLike,
+    checkpoint: CheckpointLike,
     rules: RulesLike | None = None,
     *,
     progress: Progress | None = None,
@@ -112,8 +111,8 @@ def stats(
     measured.
 
     Args:
-        checkpoint: A Module, a Checkpoint or a mapping of tensors.
-        rules: Rules that keep, drop and rename keys.
+        checkpoint: A path, a Checkpoint, a Module or a mapping of tensors. What is opened here is closed at the end.
+        rules: Rules that keep, drop and rename keys, or the path of a rule file.
         progress: Called with the number of bytes after each chunk.
 
     Raises:
@@ -122,26 +121,34 @@ def stats(
         PlanError: ``checkpoint`` has descriptions of tensors, without bytes.
         FormatError: The stored bytes do not agree with the header.
         ChangedError: A file changes while it is read.
+
+    Example:
+        >>> stats("fixtures/lenet_10class.pth", {"keep": "fc3.*"}).total.count
+        850
     """
-    opened = as_checkpoint(checkpoint, "checkpoint")
-    key_map = apply_rules(as_rules(rules), opened)
+    with opened(checkpoint, "checkpoint") as found:
+        return _stats(found, rules_for(rules, found), progress)
+
+
+def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateDictStats:
+    key_map = apply_rules(rules, found)
     if key_map.copied_or_computed:
         computed = quoted(next(iter(key_map.copied_or_computed)))
         raise RuleError(f"an operation would compute {computed}", hint="write the tensors first, with ckpt remap")
-    first_of_tie = {key: group[0] for group in tied_keys(opened[key] for key in key_map.renamed) for key in group[1:]}
-    quantized = quantized_weights(opened)
+    first_of_tie = {key: group[0] for group in tied_keys(found[key] for key in key_map.renamed) for key in group[1:]}
+    quantized = quantized_weights(found)
     tensors: dict[str, TensorStats] = {}
     with Workspace() as workspace:
         for key, name in key_map.renamed.items():
-            info = opened[key]
+            info = found[key]
             if key in first_of_tie:
                 same = key_map.renamed[first_of_tie[key]]
                 tensors[name] = TensorStats(info, tensors[same].numbers, tensors[same].why, same)
             elif why := why_unsupported(info) or _why_not_numbers(key, quantized):
                 tensors[name] = TensorStats(info, None, why)
             else:
-                tensors[name] = TensorStats(info, _value_stats(opened, info, workspace, progress))
-    opened.check_unchanged()
+                tensors[name] = TensorStats(info, _value_stats(found, info, workspace, progress))
+    found.check_unchanged()
     return StateDictStats(tensors, quantized)
 
 

@@ -58,7 +58,8 @@ def complete_policies(context: click.Context, parameter: click.Parameter, incomp
 
 def complete_rules(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
     """Return the presets of rules, and files."""
-    from ckptkit.rules.presets import PRESET_PREFIX, preset_names
+    from ckptkit.rules.load import PRESET_PREFIX
+    from ckptkit.rules.presets import preset_names
 
     presets = [f"{PRESET_PREFIX}{name}" for name in preset_names()]
     found = [CompletionItem(preset) for preset in presets if preset.startswith(incomplete)] if incomplete else []

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ckptkit.cli.common.inputs import default_error_path, read_table_file
 from ckptkit.cli.common.options import (
     PATH_TYPE,
     CommandFunction,
@@ -23,6 +22,7 @@ from ckptkit.cli.common.options import (
     report_options,
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.files import is_same_file
 from ckptkit.core.text import quoted
 from ckptkit.errors import OutputError

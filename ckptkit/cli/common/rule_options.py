@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from itertools import takewhile
 
 import click
 
 from ckptkit.cli.common.completing import complete_renames, complete_rules
-from ckptkit.cli.common.inputs import default_error_path, file_beside, read_table_file
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options, filter_options
 from ckptkit.cli.common.printing import print_line
 from ckptkit.rules.model import Rules
-from ckptkit.rules.parse import parse_rules, rule_lines
+from ckptkit.rules.parse import parse_rules
 
 __all__ = ["rule_options"]
 
@@ -42,12 +42,10 @@ def rule_options(beside: str) -> Callable[[CommandFunction], CommandFunction]:
         ) -> object:
             if settings and rules_file is None:
                 raise click.UsageError("--set sets a variable of a rule file, so it needs --rules")
-            parse = functools.partial(
-                parse_rules, rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused
-            )
-            if rules_file is None:
-                return command(*args, rules=parse(), **others)
-            rules = _read_rules(rules_file, parse, settings, _first_path(others[beside]))
+            rules = parse_rules(rename=rename, keep=keep, drop=drop, strip=strip, allow_unused=allow_unused)
+            if rules_file is not None:
+                loaded = _load_rules(rules_file, settings, _first_path(others[beside]))
+                rules = replace(rules, stages=rules.stages + loaded.stages)
             return command(*args, rules=rules, **others)
 
         return add_options(
@@ -64,36 +62,21 @@ def _first_path(paths: object) -> str:
     return paths if isinstance(paths, str) else ""
 
 
-def _read_rules(path: str, parse: Callable[..., Rules], settings: tuple[str, ...], checkpoint: str) -> Rules:
-    from ckptkit.rules.variables import Settings, parse_setting
+def _load_rules(path: str, settings: tuple[str, ...], checkpoint: str) -> Rules:
+    """Return the rules in a file, which may refer to the configuration beside a checkpoint."""
+    from ckptkit.formats.directories.side_files import file_beside
+    from ckptkit.rules.load import load_rules
+    from ckptkit.rules.variables import parse_setting
 
-    given = Settings(dict(map(parse_setting, settings)), _config_reader(checkpoint))
-    with default_error_path(path):
-        text = _rules_text(path)
-        return parse(file=read_table_file(path, text), lines=rule_lines(text), settings=given)
-
-
-def _rules_text(path: str) -> str:
-    from ckptkit.rules.presets import PRESET_PREFIX, preset_text
-
-    if path.startswith(PRESET_PREFIX):
-        return preset_text(path.removeprefix(PRESET_PREFIX))
-    from ckptkit.core.config_files import format_of, read_text_file
-
-    return read_text_file(path, format_of(path))
-
-
-def _config_reader(path: str) -> Callable[[], Mapping[str, object]] | None:
-    """Return the function that reads the configuration beside a checkpoint, or None if there is none."""
-    config = file_beside(path, _CONFIG)
-    return None if config is None else functools.partial(read_table_file, config)
+    return load_rules(path, variables=dict(map(parse_setting, settings)), config=file_beside(checkpoint, _CONFIG))
 
 
 def _list_presets(context: click.Context, _: click.Parameter, value: str | None) -> str | None:
     """Print the name and the description of every preset, and exit, if the value is ``preset:?``."""
     if value is None:
         return None
-    from ckptkit.rules.presets import PRESET_PREFIX, preset_names, preset_text
+    from ckptkit.rules.load import PRESET_PREFIX
+    from ckptkit.rules.presets import preset_names, preset_text
 
     if value == f"{PRESET_PREFIX}?":
         for name in preset_names():

@@ -13,18 +13,19 @@ from typing import TYPE_CHECKING
 import click
 
 from ckptkit.cli.common.completing import complete_param_group_presets
-from ckptkit.cli.common.inputs import default_error_path, open_checkpoints, read_table_file
+from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.common.printing import print_line, print_message
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.torch_types import Module
-from ckptkit.errors import ModelError, RuleError
+from ckptkit.errors import RuleError
 from ckptkit.formats import LIVE_PREFIX
 
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
     from ckptkit.param_groups.spec import ParamGroupSpec
 
-__all__ = ["SpecSource", "build_live_model", "model_option", "model_or_checkpoint", "spec_options"]
+__all__ = ["SpecSource", "model_option", "model_or_checkpoint", "spec_options"]
 
 _SHAPES = "base_shapes"  # the only setting of a preset that names a file
 _SENTENCE_END = re.compile(r"(?<!et al)\. ")
@@ -32,29 +33,13 @@ _SENTENCE_END = re.compile(r"(?<!et al)\. ")
 model_option = click.option("--model", required=True, metavar="py:MODULE:CALLABLE", help="The live model.")
 
 
-def build_live_model(target: str, *, with_values: bool = False) -> Module:
-    """Return the module that ``py:MODULE:CALLABLE`` builds, on the meta device if possible.
-
-    Builds the module with values if ``with_values``. Raises ``ModelError`` if ``target`` does not build a module.
-    """
-    if not target.startswith(LIVE_PREFIX):
-        raise ModelError("not a live model", hint="write py:package.module:callable", path=target)
-    from torch import nn
-
-    from ckptkit.formats.live import build_model, build_shapes
-
-    with default_error_path(target):
-        built = (build_model if with_values else build_shapes)(target.removeprefix(LIVE_PREFIX))
-        if not isinstance(built, nn.Module):
-            raise ModelError(f"returns a {type(built).__name__}, but param groups need an nn.Module")
-        return built
-
-
 @contextlib.contextmanager
 def model_or_checkpoint(target: str, *, quiet: bool) -> Iterator[Module | Checkpoint]:
     """Yield the module that ``py:MODULE:CALLABLE`` builds, or the open checkpoint at any other path."""
     if target.startswith(LIVE_PREFIX):
-        yield build_live_model(target)
+        from ckptkit.formats.live import build_module
+
+        yield build_module(target)
         return
     with open_checkpoints(target, quiet=quiet) as (checkpoint,):
         yield checkpoint

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import kind_of, plural, printable, quoted
+from ckptkit.core.text import plural, printable, quoted
 from ckptkit.core.torch_optim import overwritten_options
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.compare.groups import GroupView, compare_groups
-from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock
+from ckptkit.param_groups.lock import LockedParameter, LockLike, ParamGroupsLock, as_lock
 
 __all__ = ["diff_locks", "group_views"]
 
@@ -18,16 +18,15 @@ _LOCK_AGAIN = "lock the groups again if the change is intended"
 _BY_NAME = "load the optimizer state by name: torch loads it by position"
 
 
-def diff_locks(expected: ParamGroupsLock, found: ParamGroupsLock) -> Report:
-    """Return the differences of ``found`` from ``expected``.
+def diff_locks(expected: LockLike, found: LockLike) -> Report:
+    """Return the differences of ``found`` from ``expected``; each is a lock, or the path of its file.
 
     Where one lock has no groups, only names, shapes, dtypes and ties are compared. Options are compared where
     ``expected`` has them. Codes of errors: ``groups.gone``, ``new``, ``shape``, ``moved``, ``order``, ``ties``; of
-    warnings: ``dtype``, ``thawed``, ``options``. Raises ``GroupsError`` where an argument is not a lock.
+    warnings: ``dtype``, ``thawed``, ``options``. Raises ``GroupsError`` where an argument is not a lock, and what
+    ``parse_lock`` raises.
     """
-    for lock in (expected, found):
-        if not isinstance(lock, ParamGroupsLock):
-            raise GroupsError(f"a lock cannot be {kind_of(lock)}", hint="parse_lock(json.load(file)) reads one")
+    expected, found = as_lock(expected), as_lock(found)
     findings: list[Finding] = []
     if expected.fingerprint != found.fingerprint:
         findings += [*_name_findings(expected, found), *_shape_findings(expected, found)]

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.resources import files
 from itertools import takewhile
 from typing import Any
 
+from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, GroupsError
+from ckptkit.inputs import CheckpointLike, opened_model
 from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.presets.from_model import COMPUTED_SETTINGS, PresetContext
 from ckptkit.param_groups.properties import parameter_table
@@ -37,15 +39,20 @@ def preset_summary(name: str) -> str:
     return " ".join(line.removeprefix("#").strip() for line in lines)
 
 
-def param_group_preset(name: str, model: Module | StateDictLike | None = None, **settings: Any) -> ParamGroupSpec:
+def param_group_preset(name: str, model: CheckpointLike | None = None, **settings: Any) -> ParamGroupSpec:
     """Return the spec of a preset: ``param_group_preset("timm-layer-decay", model, lr=1e-3, layer_decay=0.65)``.
 
     ``name`` is one of ``param_group_preset_names()``; ``settings`` are those in the file of the preset. ``model`` is a
-    live ``torch.nn.Module``, or a checkpoint or mapping of tensors where names and shapes are enough. Most presets
-    need no model.
+    live ``torch.nn.Module``, or a path, a Checkpoint or a mapping of tensors where names and shapes are enough. Most
+    presets need no model.
 
     Warns (``UserWarning``) where a preset differs from its source for this model. Raises ``GroupsError`` for an unknown
     preset or setting, for a required setting without a value, and for a model that the preset does not support.
+
+    Example:
+        >>> spec = param_group_preset("no-decay", "fixtures/lenet_10class.pth", lr=0.1)
+        >>> spec.defaults["lr"]
+        0.1
     """
     table = tomllib.loads(_read(name))
     known = table.pop("settings")
@@ -55,18 +62,18 @@ def param_group_preset(name: str, model: Module | StateDictLike | None = None, *
             f"preset {quoted(name)} has no setting {quoted(unknown[0])}",
             hint=f"its settings are {', '.join(sorted(known))}",
         )
-    try:
-        values = _compute_settings({**known, **settings}, model)
-        return parse_spec(_fill(table, values))
-    except CkptkitError as error:
-        raise GroupsError(f"preset {quoted(name)}: {error.reason}", hint=error.hint) from None
+    with nullcontext() if model is None else opened_model(model) as found:
+        try:
+            return parse_spec(_fill(table, _compute_settings({**known, **settings}, found)))
+        except CkptkitError as error:
+            raise GroupsError(f"preset {quoted(name)}: {error.reason}", hint=error.hint) from None
 
 
-def param_group_phases(name: str, model: Module | StateDictLike, **settings: Any) -> tuple[ParamGroupSpec, ...]:
+def param_group_phases(name: str, model: CheckpointLike, **settings: Any) -> tuple[ParamGroupSpec, ...]:
     """Return the specs of every phase of a preset such as ``gradual-unfreezing``, first to last.
 
     Call ``model.requires_grad_(True)`` before the groups of the next phase are built: a phase freezes parameters.
-    Raises ``GroupsError`` as ``param_group_preset`` does.
+    ``model`` is what ``param_group_preset`` accepts. Raises ``GroupsError`` as ``param_group_preset`` does.
     """
     first = param_group_preset(name, model, **settings, phase=0)
     layers = next((modifier.layers for modifier in first.modifiers if modifier.layers is not None), None)
@@ -81,7 +88,7 @@ def _read(name: str) -> str:
     return (files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
 
 
-def _compute_settings(given: Mapping[str, Any], model: Module | StateDictLike | None) -> dict[str, Any]:
+def _compute_settings(given: Mapping[str, Any], model: Module | Checkpoint | None) -> dict[str, Any]:
     """Return the settings in the order of the file, with ``model:...`` and ``made:...`` replaced by their values."""
     values: dict[str, Any] = {}
     table = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import os
 import re
 import warnings
 from collections import Counter
@@ -11,11 +12,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import format_of, read_table_file
 from ckptkit.core.patterns import literal
 from ckptkit.core.text import first_line, kind_of, listed, plural, quoted
-from ckptkit.core.torch_bridge import StateDictLike
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError, ModelError
+from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.presets.name_patterns import patterns_of
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
 
@@ -182,15 +185,18 @@ def _bases(given: object) -> tuple[Mapping[str, Sequence[int | None]], bool]:
 
     A base-shape file has null for those dimensions. Between plain shapes, a dimension of equal size does not grow.
     """
+    if isinstance(given, str | os.PathLike):
+        path = os.fsdecode(given)
+        given = path if format_of(path) == "toml" else read_table_file(path)  # any other suffix is of a checkpoint
     if isinstance(given, Mapping) and given and all(isinstance(shape, list | tuple) for shape in given.values()):
         for name, shape in given.items():
             if not all(size is None or (type(size) is int and size > 0) for size in shape):
                 raise GroupsError(f"base_shapes of {quoted(str(name))} is {list(shape)!r}", hint=f"give {_SHAPES}")
         return given, any(size is None for shape in given.values() for size in shape)
-    if not isinstance(given, Mapping) and not hasattr(given, "named_parameters"):
+    if not isinstance(given, str | Mapping) and not hasattr(given, "named_parameters"):
         raise GroupsError(f"base_shapes is {kind_of(given)}", hint=f"give {_SHAPES}")
     shapes = {
-        parameter.name: parameter.shape or () for parameter in parameter_table(cast("StateDictLike", given)).parameters
+        parameter.name: parameter.shape or () for parameter in parameter_table(cast("CheckpointLike", given)).parameters
     }
     if any(math.prod(shape) == 0 for shape in shapes.values()):
         raise GroupsError("base_shapes has a parameter with no elements", hint=f"give {_SHAPES}")
@@ -201,7 +207,7 @@ def _bases(given: object) -> tuple[Mapping[str, Sequence[int | None]], bool]:
 class PresetContext:
     """The model, its parameters, and the settings so far, for a setting that is computed from them."""
 
-    model: Module | StateDictLike | None
+    model: Module | Checkpoint | None
     table: ParameterTable
     settings: Mapping[str, Any]
 

@@ -46,9 +46,9 @@ def rebind(
     and their order stay the same, so schedulers, gradient scalers and wrappers continue to work. Nothing is changed
     before everything is decided.
 
-    - ``spec`` decides the group of each trainable parameter that is in no group. This is the group of the same name,
-      or a new group with the options of the spec. New groups come last, in the order of the spec. Parameters that are
-      in a group stay there.
+    - ``spec``, or the path of its file, decides the group of each trainable parameter that is in no group. This is the
+      group of the same name, or a new group with the options of the spec. New groups come last, in the order of the
+      spec. Parameters that are in a group stay there.
     - ``add_missing`` instead puts all these parameters into one group: the name or index of a group, or the options
       of a new group. Without both, the parameters are only reported.
     - ``schedulers``: one scheduler, or all of them. They are extended for new groups. ``lr`` of a new group, in a

@@ -13,7 +13,7 @@ from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroups, read_groups
-from ckptkit.param_groups.lock import ParamGroupsLock, lock_live
+from ckptkit.param_groups.lock import LockLike, as_lock, lock_live
 from ckptkit.param_groups.parameters import LiveModel, bare_name, read_live_model
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.validate.membership import (
@@ -40,7 +40,7 @@ def validate_param_groups(
     *,
     schedulers: Any = None,
     spec: SpecLike | None = None,
-    lock: ParamGroupsLock | None = None,
+    lock: LockLike | None = None,
     ignore: IgnoreLike = (),
 ) -> Report:
     """Report whether ``groups`` train every trainable parameter of ``model`` exactly once, and nothing else.
@@ -52,7 +52,8 @@ def validate_param_groups(
 
     For an optimizer, its options and every value of its state are checked too, and with ``schedulers`` (one or several)
     also their lrs. With ``spec``, each parameter must be in the group of the spec, and each group must have the options
-    of the spec. With ``lock``, nothing may differ from the lock, not even the order of the parameters.
+    of the spec. With ``lock``, nothing may differ from the lock, not even the order of the parameters. Both may be the
+    paths of their files.
 
     ``ignore`` lists expected findings, as does ``ignore`` at the top of a spec: ``CODE`` or ``CODE:KEY-PATTERN``. They
     are in ``ignored`` of the report, not in ``findings``. An entry that matches no finding is a note.
@@ -81,7 +82,7 @@ def check_param_groups(
     *,
     schedulers: Any = None,
     spec: SpecLike | None = None,
-    lock: ParamGroupsLock | None = None,
+    lock: LockLike | None = None,
     ignored: frozenset[str] = frozenset(),
 ) -> Report:
     """Return the report of ``validate_param_groups`` with every finding.
@@ -100,6 +101,7 @@ def check_param_groups(
             from ckptkit.param_groups.compare.locks import diff_locks
             from ckptkit.param_groups.compare.rates import check_flat_rates
 
+            lock = as_lock(lock)
             findings.extend(diff_locks(lock, lock_live(live_model, live)).findings)
             if spec is None:
                 flat = check_flat_rates(lock, live_model, live, "the lock", has_schedulers=bool(given_schedulers))
@@ -142,7 +144,7 @@ def assert_param_groups(
     *,
     schedulers: Any = None,
     spec: SpecLike | None = None,
-    lock: ParamGroupsLock | None = None,
+    lock: LockLike | None = None,
     strict: bool = False,
     ignore: IgnoreLike = (),
 ) -> Report:
