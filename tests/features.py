@@ -33,6 +33,7 @@ else:
     fully_shard = _found("fully_shard", "fsdp", "_composable.fsdp")
 
 __all__ = [
+    "FLOAT4",
     "DTensor",
     "Partial",
     "Placement",
@@ -47,8 +48,13 @@ __all__ = [
     "needs",
     "needs_dtype",
     "needs_module",
+    "needs_optimizer",
     "only_known",
 ]
+
+
+# The dtype of float4 where torch has one.
+FLOAT4: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in ("float4_e2m1fn_x2",) if hasattr(torch, name))
 
 
 def has_dtype(code: str) -> bool:
@@ -79,6 +85,11 @@ def needs_dtype(code: str) -> pytest.MarkDecorator:
 def needs_module(name: str) -> pytest.MarkDecorator:
     """Skip a test where torch lacks a module."""
     return pytest.mark.skipif(not has_module(name), reason=f"this torch has no {name}")
+
+
+def needs_optimizer(name: str) -> pytest.MarkDecorator:
+    """Skip a test where torch has no optimizer of this name."""
+    return needs(torch.optim, name)
 
 
 def only_known(owner: object, *names: str) -> list[Any]:

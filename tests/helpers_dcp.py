@@ -14,7 +14,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -24,12 +23,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.wrappers.envelopes import Selection
+from tests.features import Replicate, Shard, distribute_tensor
 
 Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 
@@ -148,6 +147,8 @@ def _rank(rank: int, directory: str) -> None:
         for key, tensor in full.items()
     }
     save_distributed({"model": state, "step": 3, "lr": [0.5, 2.0]}, checkpoint_id=f"{directory}/dcp")
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+
     writer = HuggingFaceStorageWriter(
         f"{directory}/safetensors", save_distributed=True, fqn_to_index_mapping=dict(FILE_OF)
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.features import only_known
 from tests.helpers_formats import random_tensor, rezip
 
 __all__ = ["CONSTANTS", "WEIGHTS", "changed", "config", "exported", "exported_as", "small"]
@@ -23,7 +24,7 @@ DTYPES = [
     torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16, torch.float32, torch.float64,
     torch.complex32, torch.complex64, torch.complex128, torch.bool, torch.bfloat16, torch.uint16, torch.uint32,
     torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz,
-    torch.float8_e8m0fnu,
+    *only_known(torch, "float8_e8m0fnu"),
 ]  # fmt: skip
 
 

@@ -15,6 +15,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "AdamW": lambda groups: torch.optim.AdamW(groups, lr=0.01, amsgrad=True),
     "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01),
 }
+OPTIMIZERS = {name: make for name, make in OPTIMIZERS.items() if hasattr(torch.optim, name)}
 
 
 class Net(nn.Module):

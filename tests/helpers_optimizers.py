@@ -10,13 +10,14 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler, swa_utils
 
 from ckptkit.param_groups.validate import validate_param_groups
+from tests.features import only_known
 
 Maker = Callable[[Any], Optimizer]
 
 OPTIMIZERS: dict[str, Maker] = {
     "ASGD": torch.optim.ASGD,
     "Adadelta": torch.optim.Adadelta,
-    "Adafactor": torch.optim.Adafactor,
+    **{kind.__name__: kind for kind in only_known(torch.optim, "Adafactor", "Muon")},
     "Adagrad": torch.optim.Adagrad,
     "Adam": torch.optim.Adam,
     "Adam-amsgrad": lambda groups: torch.optim.Adam(groups, amsgrad=True),
@@ -24,7 +25,6 @@ OPTIMIZERS: dict[str, Maker] = {
     "AdamW-tensor-lr": lambda groups: torch.optim.AdamW(groups, lr=torch.tensor(0.001)),
     "Adamax": torch.optim.Adamax,
     "LBFGS": torch.optim.LBFGS,
-    "Muon": torch.optim.Muon,
     "NAdam": torch.optim.NAdam,
     "RAdam": torch.optim.RAdam,
     "RMSprop": torch.optim.RMSprop,

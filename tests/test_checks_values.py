@@ -53,7 +53,7 @@ CODES: dict[str, tuple[torch.dtype, int, int | None]] = {
 
 
 @pytest.mark.parametrize("kind", ["nan", "inf"])
-@pytest.mark.parametrize("name", CODES)
+@pytest.mark.parametrize("name", [name for name in CODES if hasattr(torch, name)])
 def test_one_nan_or_inf_is_an_error_in_every_dtype(name: str, kind: str, tmp_path: Path) -> None:
     """One NaN or infinity is found as the last value of a tensor among others; torch agrees about its bits."""
     integers, nan, inf = CODES[name]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ckptkit import diff
+from tests.features import FLOAT4
 from tests.helpers_outputs import CODES, dtype_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -59,7 +60,8 @@ class Extra(nn.Module):
 def low_precision() -> nn.Module:
     module = nn.Module()
     module.register_buffer("eight", torch.zeros(3, dtype=torch.float8_e4m3fn))
-    module.register_buffer("four", torch.zeros(3, dtype=torch.uint8).view(torch.float4_e2m1fn_x2))
+    for dtype in FLOAT4:
+        module.register_buffer("four", torch.zeros(3, dtype=torch.uint8).view(dtype))
     module.register_buffer("wave", torch.zeros(3, dtype=torch.complex64))
     return module
 
@@ -149,7 +151,7 @@ def changed(draw: st.DrawFn, state: OrderedDict[str, Any], change: str) -> None:
     elif change == "scalar":
         state[key] = draw(st.sampled_from((torch.tensor(1), torch.ones(1), torch.ones(2), torch.ones(1, 1))))
     elif change == "cast":
-        code = draw(st.sampled_from((*CODES, "F4")))
+        code = draw(st.sampled_from((*CODES, *(["F4"] if FLOAT4 else []))))
         state[key] = torch.zeros(plain.shape, dtype=dtype_of(code)) if code != "F4" else packed(plain.shape)
     elif change == "sparse":
         state[key] = plain.to_sparse()
@@ -160,7 +162,7 @@ def changed(draw: st.DrawFn, state: OrderedDict[str, Any], change: str) -> None:
 
 
 def packed(shape: torch.Size) -> torch.Tensor:
-    return torch.zeros(shape, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    return torch.zeros(shape, dtype=torch.uint8).view(FLOAT4[0])
 
 
 @st.composite

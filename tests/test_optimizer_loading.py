@@ -30,6 +30,7 @@ PROVED: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.01, weight_decay=0.01),
     "Muon": lambda groups: torch.optim.Muon(groups, lr=0.01),
 }
+PROVED = {kind: make for kind, make in PROVED.items() if hasattr(torch.optim, kind)}
 WHOLE = {"Adafactor", "Muon"}
 RENAME = ["fc.*=body.inner.*", "qkv.*=attn.qkv.*"]
 SPLIT = {

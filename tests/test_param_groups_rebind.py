@@ -39,6 +39,7 @@ OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "ASGD": lambda groups: torch.optim.ASGD(groups, lr=0.1, t0=2),
     "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=0.1),
 }
+OPTIMIZERS = {kind: make for kind, make in OPTIMIZERS.items() if hasattr(torch.optim, kind)}
 
 
 def adamw(groups: Any) -> torch.optim.AdamW:

@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.utils import parametrizations, prune
 
 from ckptkit.core.findings import Finding
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.validate import validate_param_groups
+from tests.features import fully_shard
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),

@@ -129,8 +129,9 @@ TRAINS_OTHERWISE: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {
     "nesterov": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
     "dampening": (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.1, "momentum": 0.9, "dampening": 0.5}),
     "weight decay": (torch.optim.AdamW, {"weight_decay": 0.1}, {"weight_decay": 0.0}),
-    "eps": (torch.optim.Adafactor, {}, {"eps": (1e-8, 1e-3)}),
 }
+if hasattr(torch.optim, "Adafactor"):
+    TRAINS_OTHERWISE["eps"] = (torch.optim.Adafactor, {}, {"eps": (1e-8, 1e-3)})
 
 
 def run_of(kind: Any, **options: Any) -> tuple[nn.Module, dict[str, Any]]:

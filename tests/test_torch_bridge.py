@@ -17,6 +17,7 @@ from ckptkit.core.checkpoint import View
 from ckptkit.core.torch_bridge import CASTABLE, as_checkpoint
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.tensor_ops.casting import CastPayload
+from tests.features import FLOAT4, needs_dtype
 from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
 pytestmark = [
@@ -125,9 +126,10 @@ def test_conjugate_and_negative_views_are_read_resolved() -> None:
         assert checkpoint.span(key) is None
 
 
+@needs_dtype("F4")
 def test_float4_counts_elements_and_copies_bytes() -> None:
     """The shape in torch counts bytes of two elements; the description counts elements."""
-    packed = torch.arange(6, dtype=torch.uint8).view(torch.float4_e2m1fn_x2).reshape(2, 3)
+    packed = torch.arange(6, dtype=torch.uint8).view(FLOAT4[0]).reshape(2, 3)
     checkpoint = as_checkpoint({"w": packed}, "state")
     assert (checkpoint["w"].dtype, checkpoint["w"].shape, checkpoint["w"].nbytes) == ("F4", (2, 6), 6)
     assert checkpoint.read_bytes("w") == bytes(range(6))

@@ -17,14 +17,11 @@ from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.statistics.accumulator import Accumulator, why_unsupported
 from ckptkit.statistics.threads import Workspace
 from ckptkit.statistics.value_stats import ValueStats, merge_stats
+from tests.features import FLOAT4, has_dtype
 from tests.helpers_formats import bits, random_tensor
 
 F4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-SUPPORTED = [
-    code
-    for code, dtype in DTYPES.items()
-    if not code.startswith(("Q", "BITS", "F6_")) and hasattr(torch, dtype.torch_name)
-]
+SUPPORTED = [code for code in DTYPES if has_dtype(code) and not code.startswith(("Q", "BITS"))]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,7 @@ def described(tensor: torch.Tensor) -> TensorInfo:
 
 def numbers_in(tensor: torch.Tensor) -> list[float]:
     """Return every number of a tensor as an exact Python number."""
-    if tensor.dtype is torch.float4_e2m1fn_x2:
+    if tensor.dtype in FLOAT4:
         signed = [*F4, *(-value for value in F4)]
         return [signed[half] for byte in bits(tensor) for half in (byte & 15, byte >> 4)]
     flat = tensor.detach().resolve_conj().resolve_neg().reshape(-1)

@@ -14,7 +14,6 @@ import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,6 +23,7 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.parse import parse_rules
 from ckptkit.wrappers.explain import explain_wrappers
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS, WRAPPERS
+from tests.features import fully_shard
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]

@@ -15,8 +15,8 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from torch.distributed.tensor import Shard
 
+from tests.features import Shard
 from tests.helpers_dcp import metadata_of, save
 from tests.helpers_export import small
 from tests.helpers_formats import f32, rezip, safetensors_file, saved

@@ -36,6 +36,7 @@ from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.dcp_metadata import read_metadata
 from ckptkit.formats.distributed.file_names import is_dcp
 from ckptkit.wrappers.envelopes import Selection
+from tests.features import FLOAT4
 from tests.helpers_dcp import (
     archive,
     edit,
@@ -143,13 +144,13 @@ def test_every_dtype_that_dcp_can_hold(tmp_path: Path, dtype: torch.dtype) -> No
         assert_same(checkpoint, {"w": tensor})
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float4_e2m1fn_x2, torch.complex128])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, *FLOAT4, torch.complex128])
 def test_a_grid_of_chunks_is_joined_for_every_width(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = random_tensor(dtype, (5, 6))
-    view = tensor.view(torch.uint8) if dtype is torch.float4_e2m1fn_x2 else tensor
+    view = tensor.view(torch.uint8) if dtype in FLOAT4 else tensor
     cuts = [((0, 0), (2, 4)), ((0, 4), (2, 2)), ((2, 0), (3, 1)), ((2, 1), (3, 5))]
     path = write_cut(tmp_path / "run", {"w": (view, cuts)})
-    if dtype is not torch.float4_e2m1fn_x2:
+    if dtype not in FLOAT4:
         with open_dcp(path) as checkpoint:
             assert_same(checkpoint, {"w": tensor})
         return

@@ -14,16 +14,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
 
 from ckptkit.core.files import Extent
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
 from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.file_names import is_dcp
+from tests.features import needs_dtype, needs_module
 from tests.helpers_dcp import FILE_OF, full_tensors, refusal, save_by_ranks
 from tests.helpers_formats import assert_same, random_tensor
 
+pytestmark = needs_module("torch.distributed.checkpoint.hf_storage")
 NAME = "shard-{:05}-model-{:05}-of-{:05}.safetensors"
 
 
@@ -73,7 +74,10 @@ def test_two_ranks_give_whole_tensors(ranks: Path) -> None:
         checkpoint.check_unchanged()
 
 
+@needs_module("torch.distributed.checkpoint._consolidate_hf_safetensors")
 def test_it_is_what_torch_consolidates(ranks: Path, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
+
     (tmp_path / "out").mkdir()
     consolidate_safetensors_files(str(ranks), str(tmp_path / "out"), dict(FILE_OF))
     with open_checkpoint(tmp_path / "out") as whole, open_dcp(str(ranks)) as checkpoint:
@@ -207,6 +211,7 @@ def test_broken_shards_are_refused(copy: Path, case: str) -> None:
     assert re.search(reason, error.reason), error.reason
 
 
+@needs_dtype("F4")
 def test_packed_elements_are_read_from_one_shard_and_refused_from_several(tmp_path: Path) -> None:
     tensor = random_tensor(torch.float4_e2m1fn_x2, (3, 4))
     with open_dcp(str(put(tmp_path / "one", 1, {"w": (tensor, [0, 0])}))) as checkpoint:

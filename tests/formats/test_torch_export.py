@@ -15,7 +15,6 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch._export.serde.schema import ScalarType
-from torch.export.pt2_archive._package import package_pt2
 
 from ckptkit.checks import run_checks
 from ckptkit.core.ties import shared_keys
@@ -33,6 +32,8 @@ def loaded() -> torch.export.ExportedProgram:
 
 
 def several() -> bytes:
+    from torch.export.pt2_archive._package import package_pt2
+
     def save(buffer: io.BytesIO, program: torch.export.ExportedProgram) -> None:
         package_pt2(buffer, exported_programs={"one": program, "two": torch.export.export(Shift(), (torch.ones(2),))})
 

@@ -16,7 +16,7 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.ties import shared_keys
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from tests.features import has_dtype
+from tests.features import FLOAT4, has_dtype
 from tests.helpers_formats import (
     assert_same,
     bits,
@@ -74,13 +74,14 @@ VIEWS = {
     "int8": torch.arange(6, dtype=torch.int8).view(2, 3).T,
     "bool": torch.tensor([[True, False], [False, False]]).T,
     "float8": random_tensor(torch.float8_e4m3fn, (3, 4)).T,
-    "float4": random_tensor(torch.float4_e2m1fn_x2, (3, 8))[:, 1:3],
     "uint64": random_tensor(torch.uint64, (3, 4))[:, 1],
     "complex128": random_tensor(torch.complex128, (3, 2)).T,
     "many ones": BASE.view(1, 24, *[1] * 60).transpose(1, 0),
 }
+if FLOAT4:
+    VIEWS["float4"] = random_tensor(FLOAT4[0], (3, 8))[:, 1:3]
 # torch 2.13 writes these to legacy files and cannot load them again.
-UNLOADABLE = (torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.uint64, torch.complex32)
+UNLOADABLE = (*FLOAT4, torch.float8_e4m3fn, torch.uint64, torch.complex32)
 
 
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
