@@ -1,5 +1,8 @@
 """See what a checkpoint holds, see what will load, make it fit, and prove what the optimizer trains.
 
+Public are the names in ``__all__`` and the modules ``testing`` (assertions), ``optimizer_state`` (optimizer state by
+parameter name), ``integrations`` (callbacks for trainers) and ``errors``. Everything else may change without notice.
+
 Importing this costs nothing: each name is fetched from its module when it is first used, and torch only by
 the functions that need it.
 """
@@ -76,17 +79,26 @@ _HOMES = {
     "write_optimizer_state": "optimizer_state.write",
 }
 
+_MODULES = ("errors", "integrations", "optimizer_state", "testing")
+
 __all__ = sorted(_HOMES)  # noqa: PLE0605
 
 
 def __getattr__(name: str) -> object:
     """Import a public name when it is first used."""
-    if name not in _HOMES:
+    value: object
+    if name in _HOMES:
+        value = getattr(import_module(f"ckptkit.{_HOMES[name]}"), name)
+    elif name in _MODULES:
+        value = import_module(f"ckptkit.{name}")
+    elif name == "__version__":
+        value = import_module("importlib.metadata").version("ckptkit")
+    else:
         raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f"ckptkit.{_HOMES[name]}"), name)
+    globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     """List the public names."""
-    return __all__
+    return sorted(("__version__", *__all__, *_MODULES))

@@ -1,3 +1,7 @@
+from ckptkit import errors as errors
+from ckptkit import integrations as integrations
+from ckptkit import optimizer_state as optimizer_state
+from ckptkit import testing as testing
 from ckptkit.align import Alignment as Alignment
 from ckptkit.align import suggest_rules as suggest_rules
 from ckptkit.checks import run_checks as run_checks
@@ -62,6 +66,8 @@ from ckptkit.rules.parse import parse_rules as parse_rules
 from ckptkit.rules.presets import preset_names as preset_names
 from ckptkit.statistics.state_dict_stats import StateDictStats as StateDictStats
 from ckptkit.statistics.state_dict_stats import stats as stats
+
+__version__: str
 
 __all__ = [
     "Alignment",

@@ -27,6 +27,11 @@ from ckptkit.rules.model import RulesLike
 __all__ = ["assert_loads", "assert_param_groups", "assert_same_weights"]
 
 
+def __dir__() -> list[str]:
+    """List the assertions."""
+    return __all__
+
+
 def assert_loads(
     model: CheckpointLike,
     checkpoint: CheckpointLike,

@@ -41,8 +41,9 @@ def code_tables() -> dict[str, tuple[Code, ...]]:
 def _stub() -> str:
     homes: dict[str, str] = vars(ckptkit)["_HOMES"]
     imports = [f"from ckptkit.{home} import {name} as {name}" for name, home in homes.items()]
+    imports += [f"from ckptkit import {module} as {module}" for module in vars(ckptkit)["_MODULES"]]
     names = [f'    "{name}",' for name in ckptkit.__all__]
-    return "\n".join([*sorted(imports), "", "__all__ = [", *names, "]", ""])
+    return "\n".join([*sorted(imports), "", "__version__: str", "", "__all__ = [", *names, "]", ""])
 
 
 def _code_names() -> str:
