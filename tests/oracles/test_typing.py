@@ -34,7 +34,7 @@ TYPOS = {
 def mypy(script: Path, _mode: str) -> list[int]:
     """Return the line of each error that ``mypy --strict`` finds."""
     pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", script]
+    command = [sys.executable, "-m", "mypy", "--strict", "--no-error-summary", str(script)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     return [int(line) for line in re.findall(r"^\S+?:(\d+): error:", done.stdout, re.MULTILINE)]
@@ -48,7 +48,7 @@ def pyright(script: Path, mode: str) -> list[int]:
     settings = script.with_name("pyrightconfig.json")
     content = {"typeCheckingMode": mode, "include": [str(script)], "extraPaths": [str(ROOT)]}
     settings.write_text(json.dumps(content), encoding="utf-8")
-    command = [program, "--outputjson", "--pythonpath", sys.executable, "--project", settings]
+    command = [program, "--outputjson", "--pythonpath", sys.executable, "--project", str(settings)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stdout + done.stderr
     found = json.loads(done.stdout)["generalDiagnostics"]

@@ -1,4 +1,4 @@
-"""A fine-tuning script of a user, which type checkers accept; ``tests/oracles/test_typing.py`` also puts typos in it."""
+"""A fine-tuning script, as a user would write it; ``tests/oracles/test_typing.py`` type-checks it, and typos of it."""
 
 # ruff: noqa: T201
 
@@ -15,7 +15,7 @@ from fixtures.lenet import build
 
 def load(model: torch.nn.Module, path: Path) -> float:
     """Load what fits, and say what does not."""
-    found = ckptkit.diff(model, path)
+    found = ckptkit.diff(model, ckptkit.open_checkpoint(path))
     for info in found.missing:
         print(info.key, info.dtype, info.shape)
     names: list[str] = [pair.key for pair in found.matched]

@@ -1,0 +1,65 @@
+"""``dir()``, completion and ``help()`` show the public names and nothing else, and a script that uses them runs."""
+
+from __future__ import annotations
+
+import inspect
+import pydoc
+import re
+import rlcompleter
+import tomllib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+import ckptkit
+from ckptkit import testing
+from tests.helpers_cli import ROOT
+from tests.typing import user_script
+
+MODULES = {"errors", "integrations", "optimizer_state", "testing"}
+
+
+def test_version_is_that_of_the_project() -> None:
+    """``ckptkit.__version__`` is the version in pyproject.toml, which is its only source."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert ckptkit.__version__ == project["version"]
+
+
+def test_dir_and_completion_show_the_public_names() -> None:
+    """No helper of the package, and no package below it that is not public, is among the names."""
+    assert set(dir(ckptkit)) == {*ckptkit.__all__, *MODULES, "__version__"}
+    assert dir(testing) == testing.__all__
+    completed = rlcompleter.Completer({"ckptkit": ckptkit}).attr_matches("ckptkit.")
+    assert {name.removeprefix("ckptkit.").rstrip("()") for name in completed} == {*ckptkit.__all__, *MODULES}
+    assert all(isinstance(getattr(ckptkit, name), ModuleType) for name in MODULES)
+
+
+@pytest.mark.parametrize("module", [ckptkit, testing], ids=lambda module: module.__name__)
+def test_help_shows_every_public_name_with_its_docstring(module: ModuleType) -> None:
+    """``help()`` has each function and class, though the names are fetched when they are first used."""
+    text = pydoc.plain(pydoc.render_doc(module))
+    for name in module.__all__:
+        value = getattr(module, name)
+        if callable(value):
+            assert re.search(rf"^    (class )?{name}\(", text, re.MULTILINE), name
+            assert (inspect.getdoc(value) or "").splitlines()[0] in text
+    assert "import_module" not in text
+    assert "_HOMES" not in text
+
+
+def test_public_names_are_found_in_the_package_only() -> None:
+    """An unknown name is an ``AttributeError``, as for any module."""
+    with pytest.raises(AttributeError, match="module 'ckptkit' has no attribute 'nothing'"):
+        ckptkit.nothing  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_script_of_a_user_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script that type checkers accept does its work."""
+    monkeypatch.chdir(ROOT)
+    user_script.main(tmp_path)
+    said = capsys.readouterr().out
+    assert "the tensors are not the same: 2 keys missing, 2 keys unexpected" in said
+    assert "8 " in said
