@@ -19,8 +19,8 @@ from ckptkit.core.findings import Report
 from ckptkit.core.findings.code_names import CODE_NAMES
 from ckptkit.errors import CkptkitError, GroupsError, RuleError
 from ckptkit.integrations.base import ParamGroupsCheck
-from ckptkit.param_groups.emit import dump_spec, spec_table
 from ckptkit.param_groups.parse import parse_spec
+from ckptkit.param_groups.spec.writing import dump_spec, spec_table
 from tests.generated import code_tables
 from tests.helpers_cli import run_ckpt
 

@@ -15,11 +15,12 @@ from torch import nn
 from ckptkit.core.config_files import parse_table
 from ckptkit.errors import GroupsError, RuleError
 from ckptkit.param_groups.build import build_param_groups
-from ckptkit.param_groups.emit import dump_spec, write_python
+from ckptkit.param_groups.emit import write_python
 from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.plan import plan_param_groups
 from ckptkit.param_groups.presets import param_group_preset
 from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.spec.writing import dump_spec
 from ckptkit.param_groups.validate import validate_param_groups
 from tests.helpers_presets import Mixed, NextLike, VitLike
 

@@ -24,7 +24,8 @@ from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.plan import assign, plan_param_groups
 from ckptkit.param_groups.properties import parameter_table
-from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.spec.fields import GroupRule
 from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.readiness import preflight
 from ckptkit.render.groups import groups_document, groups_page, groups_rows

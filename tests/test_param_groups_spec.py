@@ -17,7 +17,8 @@ from ckptkit.core.patterns import parse_pattern
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.ownership import resolve_options
 from ckptkit.param_groups.parse import parse_spec
-from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.spec.fields import GroupRule
 
 TOML = """
 [defaults]

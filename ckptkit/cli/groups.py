@@ -134,8 +134,8 @@ def emit(source: SpecSource, *, model: str | None, language: str, report_format:
     ckpt groups emit --preset timm-layer-decay --set layer_decay=0.65 --model py:mynet:build
     ckpt groups emit groups.toml --model py:mynet:build --as python
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.param_groups.emit import spec_table
     from ckptkit.param_groups.lock import plain_option
+    from ckptkit.param_groups.spec.writing import spec_table
     from ckptkit.render.page import Listing
 
     if model is None:
@@ -153,7 +153,8 @@ def _emitted(
     source: SpecSource, model: Module | Checkpoint | None, language: str, *, quiet: bool
 ) -> tuple[ParamGroupSpec, str]:
     """Return the spec for ``model``, and its text in ``language``."""
-    from ckptkit.param_groups.emit import dump_spec, write_python
+    from ckptkit.param_groups.emit import write_python
+    from ckptkit.param_groups.spec.writing import dump_spec
 
     spec = source.read(model, quiet=quiet)
     with default_error_path(source.path):

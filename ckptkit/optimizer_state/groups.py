@@ -25,7 +25,7 @@ from ckptkit.optimizer_state.model import (
 from ckptkit.optimizer_state.naming import ModelLike, parameters_of
 from ckptkit.param_groups.lock import LockLike, ParamGroupsLock, as_lock
 from ckptkit.param_groups.plan import ParamGroupsPlan
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 
 __all__ = ["GroupsLike", "Hyper", "describe_value", "equal_values", "order_like", "resplit", "with_members"]
 

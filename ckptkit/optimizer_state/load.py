@@ -34,7 +34,7 @@ from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["OptimizerLoadReport", "load_optimizer_state"]

@@ -14,7 +14,7 @@ from ckptkit.core.torch_optim import OptimizerSchema, schema_of
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.parameters import LiveModel
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 
 __all__ = [
     "LiveGroup",

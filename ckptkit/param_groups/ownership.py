@@ -11,7 +11,8 @@ from ckptkit.core.text import quoted
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.conditions import LayerNumbers
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable
-from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec, number_fault
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.spec.fields import GroupRule, Modifier, number_fault
 
 __all__ = ["AppliedModifier", "OptionStep", "RuleMatcher", "resolve_options"]
 

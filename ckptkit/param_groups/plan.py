@@ -14,7 +14,8 @@ from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.ownership import AppliedModifier, RuleMatcher, resolve_options
 from ckptkit.param_groups.parse import SpecLike, parse_spec
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable, parameter_table
-from ckptkit.param_groups.spec import GroupRule, ParamGroupSpec, is_tensor
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.spec.fields import GroupRule, is_tensor
 from ckptkit.param_groups.spec_findings import SpecFindings
 
 __all__ = ["ParamGroupsPlan", "PlannedGroup", "PlannedParameter", "SpecAssignment", "assign", "plan_param_groups"]

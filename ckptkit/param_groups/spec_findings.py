@@ -13,7 +13,8 @@ from ckptkit.param_groups import codes
 from ckptkit.param_groups.conditions import condition_table
 from ckptkit.param_groups.ownership import RuleMatcher
 from ckptkit.param_groups.properties import ParameterInfo, ParameterTable
-from ckptkit.param_groups.spec import GroupRule, Modifier, ParamGroupSpec
+from ckptkit.param_groups.spec import ParamGroupSpec
+from ckptkit.param_groups.spec.fields import GroupRule, Modifier
 
 __all__ = ["SpecFindings"]
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock
     from ckptkit.param_groups.ownership import OptionStep
     from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter
-    from ckptkit.param_groups.spec import GroupRule
+    from ckptkit.param_groups.spec.fields import GroupRule
 
 __all__ = ["explain_document", "explain_page", "groups_document", "groups_page", "groups_rows", "lock_page"]
 

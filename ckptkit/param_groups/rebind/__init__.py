@@ -21,7 +21,7 @@ from ckptkit.param_groups.rebind.placement import Place, place_by_spec, place_to
 from ckptkit.param_groups.rebind.replaced import Replacement, find_replacements
 from ckptkit.param_groups.rebind.schedulers import SchedulerExtension, plan_extension
 from ckptkit.param_groups.rebind.state import ConvertedState, OnShape, convert_state
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 from ckptkit.param_groups.validate.schedulers import read_schedulers
 
 __all__ = ["rebind"]

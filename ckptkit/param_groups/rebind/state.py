@@ -12,7 +12,7 @@ from ckptkit.core.torch_optim import OptimizerSchema
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups.parameters import LiveParameter
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 from ckptkit.tensor_ops.resizing import Pad
 
 __all__ = ["ConvertedState", "OnShape", "convert_state"]

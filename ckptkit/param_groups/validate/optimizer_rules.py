@@ -21,7 +21,7 @@ from ckptkit.param_groups.live import (
     unwrap_optimizer,
 )
 from ckptkit.param_groups.parameters import LiveModel, bare_name
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 from ckptkit.param_groups.validate.options import BOOKKEEPING, read_number
 
 __all__ = ["check_across_groups", "check_optimizer_rules", "trained_options"]

@@ -15,7 +15,7 @@ from ckptkit.core.torch_bridge import get_or_none
 from ckptkit.core.torch_optim import OPTIONS, OptimizerSchema, is_set, options_of_kind, schema_of, torch_options
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroup
-from ckptkit.param_groups.spec import number_fault
+from ckptkit.param_groups.spec.fields import number_fault
 
 __all__ = [
     "BOOKKEEPING",

@@ -15,7 +15,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveOptimizer, Member, member_keys, member_name, member_names
 from ckptkit.param_groups.parameters import LiveModel, address
-from ckptkit.param_groups.spec import is_tensor
+from ckptkit.param_groups.spec.fields import is_tensor
 from ckptkit.param_groups.validate.options import read_number
 from ckptkit.param_groups.validate.stale import REBIND_HINT
 

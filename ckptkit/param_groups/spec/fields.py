@@ -1,4 +1,4 @@
-"""The param-group spec: rules that own parameters, modifiers that change options, defaults and policies."""
+"""The fields of a param-group spec: rules that own parameters, modifiers that change options, defaults and policies."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.conditions import Condition, Layers
 from ckptkit.param_groups.properties import ParameterInfo
 
-__all__ = ["POLICIES", "GroupRule", "Modifier", "ParamGroupSpec", "is_tensor", "number_fault"]
+__all__ = ["POLICIES", "GroupRule", "Modifier", "SpecFields", "is_tensor", "number_fault"]
 
 Overlap = Literal["first", "error"]
 Frozen = Literal["skip", "include", "error"]
@@ -93,19 +93,8 @@ class Modifier:
 
 
 @dataclass(frozen=True, slots=True)
-class ParamGroupSpec:
-    """The rules that decide the group of each parameter, and the options of each group.
-
-    - ``rules`` are ordered: the first rule that matches a parameter owns it.
-    - ``defaults`` are the options of every group; ``optimizers`` has more of them for one optimizer class.
-    - ``modifiers`` then change options, in order.
-    - ``optimizer`` is the class of every rule that names none.
-    - ``unmatched``, ``overlap``, ``frozen``, ``tied``, ``merge`` and ``order`` are policies: see ``POLICIES``.
-      ``unmatched`` may also be the name of the rule that owns every parameter that no rule matches.
-    - With ``lr_scale``, a group keeps its ``lr`` and has the product of its multiples as ``lr_scale``, for a
-      scheduler that reads it.
-    - ``ignore`` lists expected findings as ``CODE`` or ``CODE:KEY-PATTERN``; checks with this spec leave them out.
-    """
+class SpecFields:
+    """The fields of a ``ParamGroupSpec``, which describes them, for the functions that check and write a spec."""
 
     rules: tuple[GroupRule, ...]
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -122,11 +111,23 @@ class ParamGroupSpec:
     ignore: tuple[str, ...] = ()
 
     def optimizer_of(self, rule: GroupRule) -> str | None:
-        """Return the optimizer class that trains the parameters of ``rule``, or None where the spec names none."""
+        """Return the optimizer class that trains the parameters of ``rule``, or None where the spec names none.
+
+        Example:
+            >>> spec = ckptkit.param_group_preset("muon", torch.nn.Linear(2, 2))
+            >>> [spec.optimizer_of(rule) for rule in spec.rules]
+            ['Muon', 'AdamW']
+        """
         return rule.optimizer or self.optimizer
 
     def defaults_for(self, rule: GroupRule) -> dict[str, Any]:
-        """Return ``defaults``, updated with the options in ``optimizers`` for the optimizer class of ``rule``."""
+        """Return ``defaults``, updated with the options in ``optimizers`` for the optimizer class of ``rule``.
+
+        Example:
+            >>> spec = ckptkit.param_group_preset("muon", torch.nn.Linear(2, 2), lr=0.02, adamw_lr=3e-4)
+            >>> [spec.defaults_for(rule)["lr"] for rule in spec.rules]
+            [0.02, 0.0003]
+        """
         return {**self.defaults, **self.optimizers.get(self.optimizer_of(rule) or "", {})}
 
 
