@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.core.arguments import refuse
-from ckptkit.core.torch_bridge import StateDictLike
-from ckptkit.core.torch_types import Module
+from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.spec.checks import checked
 from ckptkit.param_groups.spec.combining import combined_fields
 from ckptkit.param_groups.spec.fields import SpecFields
@@ -41,7 +40,7 @@ class ParamGroupSpec(SpecFields):
         >>> model = torch.nn.ModuleDict({"body": torch.nn.Linear(4, 3), "fc": torch.nn.Linear(3, 2)})
         >>> spec = param_group_preset("no-decay", lr=0.01).with_group("head", "fc.*", lr_mult=10).freeze("body.bias")
         >>> for group in build_param_groups(model, spec):
-        ...     print(group["name"], [name for name, _ in group["params"]], group["lr"], group["weight_decay"])
+        ...     print(group["name"], group["param_names"], group["lr"], group["weight_decay"])
         head ['fc.weight'] 0.1 0.01
         head/no decay ['fc.bias'] 0.1 0.0
         base ['body.weight'] 0.01 0.01
@@ -129,7 +128,7 @@ class ParamGroupSpec(SpecFields):
             >>> spec = ckptkit.param_group_preset("no-decay", lr=0.1)
             >>> spec = spec.with_modifier("depth", layers=["0.*", "1.*"], layer_decay=0.5)
             >>> groups = ckptkit.build_param_groups(model, spec)
-            >>> {name: group["lr"] for group in groups for name, _ in group["params"] if name.endswith("weight")}
+            >>> {name: group["lr"] for group in groups for name in group["param_names"] if name.endswith("weight")}
             {'0.weight': 0.05, '1.weight': 0.1}
         """
         table = _table(name, params, match, optional=optional, options=options)
@@ -149,7 +148,7 @@ class ParamGroupSpec(SpecFields):
         """
         return checked(replace(self, defaults={**self.defaults, **options}))
 
-    def combined_with(self, other: ParamGroupSpec, model: Module | StateDictLike | None = None) -> ParamGroupSpec:
+    def combined_with(self, other: ParamGroupSpec, model: CheckpointLike | None = None) -> ParamGroupSpec:
         """Return a spec that does what both specs do: the groups and modifiers of this one, then those of ``other``.
 
         A group for all remaining parameters that sets no option gives way to one that does. A default, an optimizer
@@ -166,7 +165,7 @@ class ParamGroupSpec(SpecFields):
             >>> head = ckptkit.param_group_preset("head-lr", lr=0.01, weight_decay=0.1, head={"params": "1.*"})
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
             >>> for group in ckptkit.build_param_groups(model, no_decay.combined_with(head)):
-            ...     print([name for name, _ in group["params"]], group["lr"], group["weight_decay"])
+            ...     print(group["param_names"], group["lr"], group["weight_decay"])
             ['0.weight'] 0.01 0.1
             ['0.bias'] 0.01 0.0
             ['1.weight'] 0.1 0.1

@@ -7,9 +7,8 @@ from dataclasses import replace
 from typing import Any
 
 from ckptkit.core.text import quoted
-from ckptkit.core.torch_bridge import StateDictLike
-from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
+from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.properties import ParameterInfo, parameter_table
 from ckptkit.param_groups.spec.fields import POLICIES, GroupRule, Modifier, SpecFields
 
@@ -19,7 +18,7 @@ _SINGLE = ("optimizer", *POLICIES, "lr_scale")  # fields with one value; the def
 _NO_GROUP = SpecFields(())
 
 
-def combined_fields(first: SpecFields, second: SpecFields, model: Module | StateDictLike | None) -> dict[str, Any]:
+def combined_fields(first: SpecFields, second: SpecFields, model: CheckpointLike | None) -> dict[str, Any]:
     """Return the fields of a spec that does what two checked specs do.
 
     Raises ``GroupsError``, which names both sides, where they contradict each other, and where ``model`` is needed to
@@ -59,7 +58,7 @@ def _options(where: str, method: str, first: Mapping[str, Any], second: Mapping[
     return {**first, **second}
 
 
-def _rules(first: SpecFields, second: SpecFields, model: Module | StateDictLike | None) -> tuple[GroupRule, ...]:
+def _rules(first: SpecFields, second: SpecFields, model: CheckpointLike | None) -> tuple[GroupRule, ...]:
     mine, theirs = _owning(first), [rule for rule in _owning(second) if rule not in first.rules]
     for rule in second.rules:
         same = next((other for other in first.rules if other.name == rule.name and other != rule), None)
@@ -98,7 +97,7 @@ def _refuse_two_owners(
     first: SpecFields,
     second: SpecFields,
     owning: tuple[Sequence[GroupRule], Sequence[GroupRule]],
-    model: Module | StateDictLike | None,
+    model: CheckpointLike | None,
 ) -> None:
     """Raise ``GroupsError`` for a parameter of ``model`` that a group of each spec owns."""
     mine, theirs = owning
