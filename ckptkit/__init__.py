@@ -51,6 +51,7 @@ _HOMES = {
     "explain_param_group": "param_groups.explain",
     "load_into": "loading",
     "load_optimizer_state": "optimizer_state.load",
+    "load_plan": "plans.saved",
     "load_rules": "rules.load",
     "lock_document": "param_groups.lock",
     "lock_optimizer": "param_groups.lock",

@@ -57,6 +57,7 @@ from ckptkit.plans.output import Output as Output
 from ckptkit.plans.output import choose_output as choose_output
 from ckptkit.plans.plan import Plan as Plan
 from ckptkit.plans.remap import plan_remap as plan_remap
+from ckptkit.plans.saved import load_plan as load_plan
 from ckptkit.readiness import Preflight as Preflight
 from ckptkit.readiness import preflight as preflight
 from ckptkit.rules.load import load_rules as load_rules
@@ -108,6 +109,7 @@ __all__ = [
     "explain_param_group",
     "load_into",
     "load_optimizer_state",
+    "load_plan",
     "load_rules",
     "lock_document",
     "lock_optimizer",

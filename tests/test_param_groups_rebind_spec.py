@@ -194,7 +194,7 @@ REFUSALS: dict[str, tuple[Any, dict[str, Any], str]] = {
     ),
     "pattern-of-the-spec": (sgd, {"spec": [{"params": "hd.*"}, {"rest": True}]}, "hd"),
     "key-of-the-spec": (sgd, {"spec": {"groups": []}}, "unknown key 'groups'"),
-    "a-path": (sgd, {"spec": "spec.toml"}, "not a list of tables"),
+    "bytes": (sgd, {"spec": b"spec.toml"}, "not a list of tables"),
     "scheduler": (sgd, {"schedulers": "cosine", "add_missing": 0}, "a scheduler cannot be of type str"),
 }  # fmt: skip
 

@@ -190,7 +190,7 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
 
     live = build_module(model)
     with default_error_path(spec):
-        explanation = explain_param_group(live, read_table_file(spec), name)
+        explanation = explain_param_group(live, spec, name)
     echo_report(report_format, lambda: explain_page(explanation), lambda: explain_document(explanation))
 
 
@@ -259,8 +259,7 @@ def diff(
     from ckptkit.render.findings import findings_document, findings_page
 
     try:
-        with default_error_path(lock):
-            expected = parse_lock(read_table_file(lock, as_json=True))
+        expected = parse_lock(lock)
     except RuleError as error:
         error.hint = error.hint or "LOCK comes first, then a spec; ckpt groups lock writes a lock of a spec"
         raise

@@ -15,7 +15,7 @@ from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, pr
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import model_option
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.config_files import default_error_path, read_table_file
+from ckptkit.core.config_files import default_error_path
 from ckptkit.core.findings.ignoring import parse_ignore
 from ckptkit.core.text import printable
 from ckptkit.core.torch_types import Module, Tensor
@@ -77,6 +77,7 @@ def preflight(
     ckpt preflight --model py:mynet:build --init init.safetensors --groups groups.toml --optimizer AdamW
     ckpt preflight --model py:mynet:build --resume run.ckpt --groups groups.toml --optimizer AdamW
     """  # noqa: D301 - \b is click's mark
+    from ckptkit.param_groups.parse import parse_spec
     from ckptkit.readiness import preflight as check_run
     from ckptkit.render.preflight import preflight_document, preflight_page
 
@@ -88,7 +89,7 @@ def preflight(
         raise click.UsageError("--fresh and rules are for the keys of --init, which is not given")
     parse_ignore(ignore)
     live = build_module(model, with_values=not shapes_only)
-    spec = None if groups is None else read_table_file(groups)
+    spec = None if groups is None else parse_spec(groups)
     loss = None if dry_step is None else _import_loss(dry_step)
     with contextlib.ExitStack() as stack:
         paths = [path for path in (init, resume) if path is not None]

@@ -8,7 +8,7 @@ import click
 
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, path_argument, skip_unread_option
-from ckptkit.cli.common.outputs import OutputOptions, plan_from_file, plan_output_options, run_plan
+from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path
@@ -61,7 +61,9 @@ def remap(
         else:
             if rules.stages or dtype or like or skip_unread or (apply_file is not None and invert_file is not None):
                 raise click.UsageError("--apply and --invert each read the whole plan from a file: give nothing else")
-            plan = plan_from_file(plan_file, {"source": checkpoint}, invert=apply_file is None)
+            from ckptkit.plans.saved import load_plan
+
+            plan = load_plan(plan_file, {"source": checkpoint}, invert=apply_file is None)
         run_plan("remap", plan, {"source": checkpoint}, options)
 
 

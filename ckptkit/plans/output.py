@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from dataclasses import dataclass
 
-from ckptkit.core.text import quoted
+from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import PathState
 
@@ -15,6 +17,11 @@ FORMATS = ("safetensors", "torch")
 _SUFFIXES = {
     ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch", ".pkl": "torch",
 }  # fmt: skip
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_EXAMPLE = "write 2GB, 500MiB, or a number of bytes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,28 +56,35 @@ def choose_output(
     path: str | os.PathLike[str],
     *,
     format: str | None = None,  # noqa: A002
-    max_shard_size: int | None = None,
+    max_shard_size: int | str | None = None,
     force: bool = False,
     only_tensors: bool = False,
     keep_unknown: bool = False,
 ) -> Output:
     """Return the output for ``path``: a directory of shards if ``max_shard_size`` is given, else one file.
 
+    ``max_shard_size`` is a number of bytes, or a size such as ``"2GB"`` or ``"500MiB"``.
     ``format`` is ``safetensors`` or ``torch``; without it the suffix of ``path`` decides. Raises ``OutputError`` where
-    the format is unknown, and where shards are requested for another format than safetensors.
+    the format is unknown, where shards are requested for another format than safetensors, and where the size is not
+    valid.
+
+    Example:
+        >>> choose_output("shards", max_shard_size="2GB").max_shard_size
+        2000000000
     """
     name = os.fspath(path)
     if not name:
         raise OutputError("the output has no name", hint="give -o a file name")
     chosen = format or _SUFFIXES.get(os.path.splitext(name)[1].lower())
     if max_shard_size is not None:
+        size = _size(max_shard_size, name)
         if (format or "safetensors") != "safetensors":
             raise OutputError("shards are written as safetensors only", hint="leave out --format", path=name)
         if os.path.splitext(name)[1] in _SUFFIXES:
             raise OutputError("shards need a directory", hint="give -o a name without a suffix", path=name)
-        if max_shard_size <= 0:
-            raise OutputError(f"a shard of at most {max_shard_size} bytes cannot hold a tensor", path=name)
-        return Output(name, "safetensors", max_shard_size, force)
+        if size <= 0:
+            raise OutputError(f"a shard of at most {size} bytes cannot hold a tensor", path=name)
+        return Output(name, "safetensors", size, force)
     if chosen is None:
         raise OutputError(
             "the suffix does not name a known format", hint=f"use --format {' or '.join(FORMATS)}", path=name
@@ -78,3 +92,17 @@ def choose_output(
     if chosen not in FORMATS:
         raise OutputError(f"unknown format {quoted(chosen)}", hint=f"one of {', '.join(FORMATS)}", path=name)
     return Output(name, chosen, None, force, only_tensors, keep_unknown)
+
+
+def _size(given: object, path: str) -> int:
+    """Return the number of bytes that a size means; raise ``OutputError`` for one that is not valid."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        return given
+    match = _SIZE.fullmatch(given.strip()) if isinstance(given, str) else None
+    if match is None:
+        what = quoted(given) if isinstance(given, str) else kind_of(given)
+        raise OutputError(f"{what} is not a valid size of a shard", hint=_EXAMPLE, path=path)
+    size = float(match[1]) * _UNITS[match[2].lower().removesuffix("b")]
+    if not math.isfinite(size):
+        raise OutputError(f"{quoted(match[0])} is larger than any file can be", hint=_EXAMPLE, path=path)
+    return int(size)

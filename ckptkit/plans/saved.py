@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import CkptkitError, PlanError, RuleError
+from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import complete_step, dropped_entries, moved_modules, refuse_suspicious, role_to_edit
@@ -18,7 +22,7 @@ from ckptkit.rules.model import describe_output
 from ckptkit.tensor_ops.recipes import Recipe
 from ckptkit.tensor_ops.registry import invert_chain, parse_operation
 
-__all__ = ["SavedPlan", "apply_plan", "header_digest", "invert_plan", "plan_from_json", "plan_to_json"]
+__all__ = ["SavedPlan", "apply_plan", "header_digest", "invert_plan", "load_plan", "plan_from_json", "plan_to_json"]
 
 
 _SCHEMA = "ckptkit.plan/1"
@@ -157,6 +161,33 @@ def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError(f"{value!r} is not a string")
     return value
+
+
+def load_plan(path: str | os.PathLike[str], sources: Mapping[str, CheckpointLike], *, invert: bool = False) -> Plan:
+    """Return the plan in a file that ``--plan`` of the command line wrote, or its inverse, for ``execute``.
+
+    ``sources`` maps the roles of the plan to its inputs: paths, Checkpoints, Modules, or mappings of tensors or of
+    ``TensorInfo``. What is opened here is closed at the end. The role of an inverse is ``source``, its input the output
+    of the plan. Raises ``PathError`` and ``RuleError`` where the file cannot be read, and ``PlanError`` where it is not
+    a valid plan, or the inputs have other names, dtypes or shapes than those that the plan was made from.
+
+    Example:
+        >>> import json, os, tempfile
+        >>> sources = {"source": "fixtures/lenet_ddp.pt"}
+        >>> plan = ckptkit.plan_remap(sources["source"], ["module.*=*"])
+        >>> with tempfile.TemporaryDirectory() as directory, ckptkit.open_checkpoint(sources["source"]) as source:
+        ...     path = os.path.join(directory, "plan.json")
+        ...     with open(path, "w") as file:
+        ...         json.dump(plan_to_json(plan, {"source": source}), file)
+        ...     ckptkit.load_plan(path, sources) == plan
+        True
+    """
+    name = os.fsdecode(path)
+    with contextlib.ExitStack() as stack:
+        opened_sources = {role: stack.enter_context(opened(source, role)) for role, source in sources.items()}
+        stack.enter_context(default_error_path(name))
+        saved = plan_from_json(read_table_file(name, as_json=True))
+        return apply_plan(invert_plan(saved) if invert else saved, opened_sources)
 
 
 def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:

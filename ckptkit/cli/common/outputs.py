@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -22,9 +20,7 @@ from ckptkit.cli.common.options import (
     report_options,
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
-from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.files import is_same_file
-from ckptkit.core.text import quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state, real_path
 from ckptkit.plans.output import FORMATS, Output, choose_output
@@ -39,16 +35,12 @@ __all__ = [
     "echo_output_report",
     "json_bytes",
     "output_options",
-    "plan_from_file",
     "plan_output_options",
     "prepare_side_file",
     "run_plan",
     "small_file",
     "write_small_file",
 ]
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kMGT]?i?B?)", re.IGNORECASE)
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +88,7 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
         quiet: bool,
         expand: bool,
         output_format: str | None = None,
-        max_shard_size: int | None = None,
+        max_shard_size: str | None = None,
         plan_file: str | None = None,
         verify: bool = False,
         allow_overflow: bool = False,
@@ -118,25 +110,13 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
     return with_options
 
 
-def _parse_size(_context: click.Context, _parameter: click.Parameter, value: str | None) -> int | None:
-    if value is None:
-        return None
-    match = _SIZE.fullmatch(value.strip())
-    if match is None:
-        raise click.BadParameter(f"{quoted(value)} is not a valid size; write 2GB or 500MiB")
-    size = float(match[1]) * _UNITS[match[2].lower().removesuffix("b")]
-    if not math.isfinite(size):
-        raise click.BadParameter(f"{quoted(value)} is larger than any file can be; write 2GB or 500MiB")
-    return int(size)
-
-
 _output_option = click.option("-o", "--output", required=True, type=PATH_TYPE, help="The file to write.")
 _format_option = click.option(
     "--format", "output_format", type=click.Choice(FORMATS),
     help="Format of the output. Default: by the suffix of its name.",
 )  # fmt: skip
 _max_shard_size_option = click.option(
-    "--max-shard-size", callback=_parse_size, metavar="SIZE",
+    "--max-shard-size", metavar="SIZE",
     help="Write a directory of safetensors shards of at most SIZE (2GB, 500MiB). A larger tensor gets its own shard.",
 )  # fmt: skip
 _force_option = click.option("--force", is_flag=True, help="Replace an existing output, completely or not at all.")
@@ -232,15 +212,6 @@ def echo_output_report(
     """Print the report of a dry run, or of a finished run if the user asked for JSON or Markdown."""
     if options.dry_run or options.report_format is not ReportFormat.TEXT:
         echo_report(options.report_format, page, document)
-
-
-def plan_from_file(path: str, sources: Mapping[str, Checkpoint], *, invert: bool) -> Plan:
-    """Return the plan in a file, or its inverse, for inputs by role."""
-    from ckptkit.plans.saved import apply_plan, invert_plan, plan_from_json
-
-    with default_error_path(path):
-        saved = plan_from_json(read_table_file(path, as_json=True))
-        return apply_plan(invert_plan(saved) if invert else saved, sources)
 
 
 def json_bytes(document: Mapping[str, object]) -> bytes:

@@ -16,7 +16,6 @@ from ckptkit.cli.common.completing import complete_param_group_presets
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, CommandFunction, add_options
 from ckptkit.cli.common.printing import print_line, print_message
-from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import RuleError
 from ckptkit.formats import LIVE_PREFIX
@@ -63,29 +62,24 @@ class SpecSource:
         if self.path is not None:
             from ckptkit.param_groups.parse import parse_spec
 
-            with default_error_path(self.path):
-                return parse_spec(read_table_file(self.path))
+            return parse_spec(self.path)
         from ckptkit.param_groups.presets import param_group_preset
 
-        with contextlib.ExitStack() as stack:
-            values = {key: _setting_value(key, text, stack, quiet=quiet) for key, text in self.settings.items()}
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                spec = param_group_preset(self.preset or "", model, **values)
+        values = {key: _setting_value(key, text) for key, text in self.settings.items()}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            spec = param_group_preset(self.preset or "", model, **values)
         for warning in () if quiet else caught:
             print_message(f"ckpt: {self.label}: warning: {warning.message}")
         return spec
 
 
-def _setting_value(key: str, text: str, stack: contextlib.ExitStack, *, quiet: bool) -> object:
-    """Return the value of a setting: a TOML value, a text that is not valid TOML, or the base shapes in a file."""
-    from ckptkit.core.config_files import format_of, parse_table
-
+def _setting_value(key: str, text: str) -> object:
+    """Return the value of a setting: a TOML value, a text that is not valid TOML, or the path of the base shapes."""
     if key == _SHAPES:
-        if format_of(text) == "toml":
-            (checkpoint,) = stack.enter_context(open_checkpoints(text, quiet=quiet))
-            return checkpoint
-        return read_table_file(text)
+        return text
+    from ckptkit.core.config_files import parse_table
+
     with contextlib.suppress(RuleError, ValueError):
         return float(text) if text.startswith((".", "-.")) else parse_table(f"value = {text}", "toml")["value"]
     return text

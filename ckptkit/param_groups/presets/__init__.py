@@ -66,6 +66,8 @@ def param_group_preset(name: str, model: CheckpointLike | None = None, **setting
         try:
             return parse_spec(_fill(table, _compute_settings({**known, **settings}, found)))
         except CkptkitError as error:
+            if error.path is not None:  # the fault is in a file that a setting names
+                raise
             raise GroupsError(f"preset {quoted(name)}: {error.reason}", hint=error.hint) from None
 
 
