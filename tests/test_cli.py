@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import load_file
 
 from ckptkit.cli import ckpt
+from ckptkit.cli.common.commands import MOST_OPTIONS, Command
 from ckptkit.cli.groups import groups
 from ckptkit.errors import CkptkitError
 from tests.helpers_cli import ROOT, run_ckpt
@@ -378,31 +381,55 @@ def test_a_misspelled_option_is_found(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "did you mean 'lr'?" in ran.out
 
 
+def _commands(command: click.Command, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Yield every command below a group, with its path."""
+    if not isinstance(command, click.Group):
+        yield path, command
+        return
+    context = click.Context(command)
+    for name in command.list_commands(context):
+        inner = command.get_command(context, name)
+        assert inner is not None
+        yield from _commands(inner, (*path, name))
+
+
 def test_every_command_has_help_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
-    """Each help text has an example of the command, as a user would type it; each file of ``cli/`` is a command."""
-
-    def walk(command: click.Command, path: list[str]) -> Iterator[list[str]]:
-        if isinstance(command, click.Group):
-            context = click.Context(command)
-            for name in command.list_commands(context):
-                inner = command.get_command(context, name)
-                assert inner is not None
-                yield from walk(inner, [*path, name])
-        else:
-            yield path
-
-    paths = list(walk(ckpt, []))
+    """Each help text has examples that the command accepts as they are; each file of ``cli/`` is a command."""
+    commands = dict(_commands(ckpt))
     files = {path.stem for path in (ROOT / "ckptkit" / "cli").glob("*.py")} - {"__init__"}
-    assert {path[0] for path in paths} == files
-    assert [path for path in paths if path[0] == "groups"] == [["groups", name] for name in sorted(groups.commands)]
-    for path in paths:
+    assert {path[0] for path in commands} == files
+    assert [path for path in commands if path[0] == "groups"] == [("groups", name) for name in sorted(groups.commands)]
+    for path in commands:
         ran = run_ckpt(capsys, *path, "--help")
         assert ran.code == 0
-        assert f"ckpt {' '.join(path)} " in ran.out.split("Options:")[0].split("\n", 2)[2]
-        if path != ["completion"]:
-            assert "--json" in ran.out
-        if path[0] not in ("completion", "doctor"):  # they print no messages
-            assert "-q, --quiet" in ran.out
+        text = ran.out.split("Options:")[0]
+        examples = re.findall(r"^ +(ckpt (?!completion).*?)(?:  +.*)?$", text, re.MULTILINE)
+        assert [example for example in examples if example.startswith(f"ckpt {' '.join(path)} ")] or path in (
+            ("completion",),
+            ("doctor",),
+        )
+        for example in examples:
+            command: click.Command | None = ckpt
+            name, arguments = "ckpt", shlex.split(example)[1:]
+            while isinstance(command, click.Group):
+                command, (name, *arguments) = command.get_command(click.Context(command), arguments[0]), arguments
+            assert command is not None
+            command.make_context(name, arguments).close()
+
+
+def test_help_is_short_and_help_all_is_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    """``--help`` lists at most a dozen options, those that matter first; ``--help-all`` lists every option."""
+    for path, command in _commands(ckpt):
+        options = {max(option.opts, key=len) for option in command.params if isinstance(option, click.Option)}
+        short = run_ckpt(capsys, *path, "--help").out
+        listed = re.findall(
+            r"^ +(?:-\w, )?(--[a-z-]+)", short.partition("\nHelp:")[0].partition("\nOptions:")[2], re.MULTILINE
+        )
+        assert isinstance(command, Command)
+        assert len(listed) <= MOST_OPTIONS
+        assert listed[: len(command.first)] == list(command.first)
+        whole = short if "--help-all" not in options else run_ckpt(capsys, *path, "--help-all").out
+        assert options <= set(re.findall(r"^ +(?:-\w, )?(--[a-z-]+)", whole, re.MULTILINE))
 
 
 def _ckpt(*arguments: str, **settings: Any) -> subprocess.CompletedProcess[bytes]:

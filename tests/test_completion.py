@@ -26,6 +26,8 @@ LINES: Mapping[str, list[str]] = {
     f"ckpt diff {TEN} {DDP} --rename module.fc3.bias=fc3.": ["fc3.weight", "fc3.bias"],
     f"ckpt preflight --init {TEN} --fresh fc3": ["fc3.*", "fc3.weight", "fc3.bias"],
     f"ckpt diff 'py:fixtures.lenet:build(num_classes=4)' {TEN} --keep fc3.b": ["fc3.bias"],
+    f"ckpt merge {TEN} {DDP} --on-mismatch fc3": ["fc3.*=", "fc3.weight=", "fc3.bias="],
+    f"ckpt merge {TEN} {DDP} --on-mismatch fc3.*=s": ["skip", "slice"],
     "ckpt show nowhere.pt --keep ": [],
     "ckpt diff py:fixtures.nowhere:build nowhere.pt --keep ": [],
     "ckpt remap x --rules preset:vit-": ["vit-hf-to-timm", "vit-timm-to-hf"],

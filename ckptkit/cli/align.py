@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from ckptkit.align import suggest_rules
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.outputs import prepare_side_file, write_small_file
@@ -15,7 +16,7 @@ from ckptkit.render.align import align_document, align_page
 __all__ = ["align"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--output", "--digests"))
 @path_argument("expected")
 @path_argument("found")
 @click.option("-o", "--output", type=PATH_TYPE, metavar="RULES", help="Write the rules to a file for --rules.")

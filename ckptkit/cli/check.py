@@ -11,6 +11,7 @@ import click
 
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
@@ -28,7 +29,7 @@ from ckptkit.rules.model import Rules
 __all__ = ["check"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--like", "--no-values", "--fast"))
 @path_argument("paths", nargs=-1, metavar="PATH...")
 @click.option("--like", "expected", type=PATH_TYPE, metavar="EXPECTED",
               help="Also compare keys, shapes and dtypes with this model, as ckpt diff does.")  # fmt: skip

@@ -5,13 +5,14 @@ from __future__ import annotations
 import click
 from click.shell_completion import get_completion_class
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import use_whole_words_in_bash
 from ckptkit.cli.common.printing import print_line
 
 __all__ = ["completion"]
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:

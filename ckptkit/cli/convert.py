@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
@@ -13,7 +14,7 @@ from ckptkit.plans.remap import plan_remap
 __all__ = ["convert"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--dtype", "--format", "--max-shard-size"))
 @path_argument("source")
 @plan_output_options
 @click.option("--dtype", metavar="DTYPE", help="Cast floating-point tensors, for example to BF16 or bfloat16.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
@@ -18,7 +19,7 @@ __all__ = ["diff"]
 _COLOURS = {"+": "green", "-": "red", "~": "yellow", "≈": "yellow"}
 
 
-@click.command()
+@click.command(cls=Command, first=("--rename", "--strip", "--rules"))
 @path_argument("expected")
 @path_argument("found")
 @rule_options(beside="found")

@@ -13,6 +13,7 @@ from importlib import metadata
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.options import report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report
 from ckptkit.core.text import listed, plural
@@ -39,7 +40,7 @@ class _Package:
         return "too old" if _numbers(self.version) < _numbers(self.bound) else ""
 
 
-@click.command()
+@click.command(cls=Command)
 @report_options
 @click.pass_context
 def doctor(context: click.Context, *, report_format: ReportFormat) -> None:

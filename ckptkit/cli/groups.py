@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import click
 
-from ckptkit.cli.common.command_group import CommandGroup
+from ckptkit.cli.common.commands import CommandGroup
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
 from ckptkit.cli.common.spec_options import (

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import click
 from click.core import ParameterSource
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, json_bytes, plan_output_options, run_plan, write_small_file
@@ -36,7 +37,7 @@ _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only thi
 }
 
 
-@click.command()
+@click.command(cls=Command, first=("--on-mismatch", "--rename", "--method"))
 @path_argument("base")
 @path_argument("donors", nargs=-1)
 @plan_output_options

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from ckptkit.cli.common.command_group import CommandGroup
+from ckptkit.cli.common.commands import CommandGroup
 from ckptkit.cli.common.inputs import open_with_warnings
 from ckptkit.cli.common.options import (
     PATH_TYPE,

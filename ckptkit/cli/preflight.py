@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
@@ -27,7 +28,7 @@ from ckptkit.rules.model import Rules
 __all__ = ["preflight"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--model", "--init", "--groups"))
 @model_option
 @click.option("--init", type=PATH_TYPE, metavar="PATH", help="The checkpoint that training starts from.")
 @click.option("--fresh", multiple=True, metavar="PATTERN", shell_complete=complete_keys,

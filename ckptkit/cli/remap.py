@@ -6,6 +6,7 @@ import contextlib
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, path_argument, skip_unread_option
 from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
@@ -19,7 +20,7 @@ from ckptkit.rules.model import Rules
 __all__ = ["remap"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--rename", "--keep", "--like"))
 @path_argument("source")
 @plan_output_options
 @rule_options(beside="source")

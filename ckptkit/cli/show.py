@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report
@@ -15,7 +16,7 @@ from ckptkit.rules.parse import parse_rules
 __all__ = ["show"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--tree", "--keep", "--drop"))
 @path_argument("path")
 @filter_options
 @click.option("--tree", is_flag=True, help="Print modules as a tree, with the size of each.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import click
 
+from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
 from ckptkit.cli.common.printing import ReportFormat, echo_report, progress_bar
@@ -15,7 +16,7 @@ from ckptkit.statistics.state_dict_stats import stats as stats_of
 __all__ = ["stats"]
 
 
-@click.command()
+@click.command(cls=Command, first=("--depth", "--sort", "--top"))
 @path_argument("path")
 @filter_options
 @click.option("--depth", type=click.IntRange(0), help="List modules down to this depth instead of tensors.")

@@ -46,14 +46,12 @@ def complete_renames(context: click.Context, _parameter: click.Parameter, incomp
     return [f"{old}={pattern}" for pattern in _next_patterns(_keys_of(context, _EXPECTED), new)]
 
 
-def complete_policies(context: click.Context, parameter: click.Parameter, incomplete: str) -> list[str]:
-    """Return completions of ``VALUE`` or ``PATTERN=VALUE``; the help of the parameter's type lists the values."""
-    values = getattr(parameter.type, "values", ())
-    pattern, equals, value = incomplete.rpartition("=")
-    if equals:
-        return [f"{pattern}={known}" for known in values if known.startswith(value)]
-    patterns = _next_patterns(_keys_of(context, _EXPECTED), incomplete)
-    return [*(known for known in values if known.startswith(incomplete)), *(f"{pattern}=" for pattern in patterns)]
+def complete_policies(context: click.Context, actions: Iterable[str], incomplete: str) -> list[str]:
+    """Return completions of ``ACTION`` or ``PATTERN=ACTION``, where the pattern fits an expected key."""
+    pattern, equals, begun = incomplete.rpartition("=")
+    completed = [f"{pattern}{equals}{action}" for action in actions if action.startswith(begun)]
+    patterns = [] if equals else _next_patterns(_keys_of(context, _EXPECTED), incomplete)
+    return [*completed, *(f"{known}=" for known in patterns)]
 
 
 def complete_rules(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:

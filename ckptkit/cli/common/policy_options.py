@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import click
-from click.shell_completion import CompletionItem
 
+from ckptkit.cli.common.completing import complete_policies
 from ckptkit.cli.common.options import CommandFunction
 from ckptkit.core.text import shell_word
 from ckptkit.plans.policies import ALL_OTHERS
@@ -32,10 +32,6 @@ def policy_option(
             mapping[pattern] = action
         return mapping
 
-    def complete(_context: click.Context, _option: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        pattern, equals, begun = incomplete.rpartition("=")
-        return [CompletionItem(f"{pattern}{equals}{action}") for action in actions if action.startswith(begun)]
-
     return click.option(
         name,
         metavar="[PATTERN=]ACTION",
@@ -43,6 +39,6 @@ def policy_option(
         default=(default,),
         show_default=True,
         callback=parse,
-        shell_complete=complete,
+        shell_complete=lambda context, _option, incomplete: complete_policies(context, actions, incomplete),
         help=f"{summary} ACTION is {', '.join(actions[:-1])} or {actions[-1]}. Repeatable.",
     )

@@ -14,7 +14,7 @@ from types import FrameType
 
 import click
 
-from ckptkit.cli.common.command_group import CommandGroup, NoCommandError
+from ckptkit.cli.common.commands import CommandGroup, NoCommandError
 from ckptkit.cli.common.printing import print_line, print_message
 from ckptkit.errors import CkptkitError
 

@@ -1,0 +1,124 @@
+"""The classes of commands and groups of commands: the order of options in ``--help``, and ``--help-all``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final
+
+import click
+
+__all__ = ["MOST_OPTIONS", "Command", "CommandGroup", "NoCommandError"]
+
+MOST_OPTIONS: Final = 12  # that --help lists, beside the options for help
+
+# The sections of a help page after the options that only this command has, and their options in order.
+_SECTIONS: Final = {
+    "Rules for keys": ("--rename", "--keep", "--drop", "--strip", "--rules", "--set", "--allow-unused"),
+    "Output": (
+        "--output", "--format", "--max-shard-size", "--force", "--carry", "--only-tensors", "--keep-unknown",
+        "--allow-overflow", "--verify", "--dry-run", "--plan", "--expand", "--json", "--markdown", "--quiet",
+    ),
+}  # fmt: skip
+
+# The options that --help leaves out first where a command has too many.
+_RARE: Final = (
+    "--keep-unknown", "--only-tensors", "--allow-overflow", "--skip-unread", "--elementwise", "--allow-unused",
+    "--markdown", "--expand", "--set", "--plan", "--quiet", "--scale", "--rank", "--invert", "--apply", "--names",
+    "--form", "--on-missing", "--on-unexpected", "--format", "--verify", "--max-shard-size", "--resume-optimizer",
+    "--shapes-only", "--ignore", "--carry", "--strip",
+)  # fmt: skip
+
+
+class Command(click.Command):
+    """A command that lists the options that matter first in ``--help``, and the rare ones only in ``--help-all``.
+
+    ``first`` names the options that its help page begins with, such as ``("--like", "--rename")``.
+    """
+
+    def __init__(self, *args: Any, first: Sequence[str] = (), **settings: Any) -> None:
+        """Add ``--help-all`` where the command has more options than ``--help`` lists."""
+        super().__init__(*args, **settings)
+        self.first = tuple(first)
+        self._shows_all = False
+        if len(self._options()) > MOST_OPTIONS:
+            self.params.append(_help_all_option())
+
+    def _options(self) -> dict[str, click.Option]:
+        """Return the options by their long name, in the order of the help page."""
+        options = {_long_name(param): param for param in self.params if isinstance(param, click.Option)}
+        options.pop("--help-all", None)
+        shared = [name for names in _SECTIONS.values() for name in names]
+        own = [name for name in options if name not in shared]
+        return {name: options[name] for name in dict.fromkeys((*self.first, *own, *shared)) if name in options}
+
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """Return the words of the usage line, with the required options after the arguments."""
+        required = [option for option in self._options().values() if option.required]
+        metavars = [f"{option.opts[0]} {option.metavar or str(option.name).upper()}" for option in required]
+        return [*super().collect_usage_pieces(ctx), *metavars]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the sections: the options of this command, those for rules, those for outputs."""
+        options = self._options()
+        left_out = () if self._shows_all else _rarest(options)
+        for title, names in self._sections(options):
+            records = [options[name].get_help_record(ctx) for name in names if name not in left_out]
+            if rows := [record for record in records if record is not None]:
+                with formatter.section(title):
+                    formatter.write_dl(rows)
+        helps = [param for param in self.get_params(ctx) if _long_name(param) in ("--help", "--help-all")]
+        if rows := [record for param in helps if (record := param.get_help_record(ctx)) is not None]:
+            with formatter.section("Help"):
+                formatter.write_dl(rows)
+
+    def _sections(self, options: dict[str, click.Option]) -> Iterator[tuple[str, list[str]]]:
+        shared = [name for names in _SECTIONS.values() for name in names if name not in self.first]
+        yield "Options", [name for name in options if name not in shared]
+        for title, names in _SECTIONS.items():
+            yield title, [name for name in names if name in options and name not in self.first]
+
+    def help_with_all_options(self, ctx: click.Context) -> str:
+        """Return the help page with every option."""
+        self._shows_all = True
+        try:
+            return self.get_help(ctx)
+        finally:
+            self._shows_all = False
+
+
+def _long_name(param: click.Parameter) -> str:
+    return max(param.opts, key=len)
+
+
+def _rarest(options: dict[str, click.Option]) -> frozenset[str]:
+    """Return the options that a short help page leaves out; required options always stay."""
+    rare = [name for name in _RARE if name in options and not options[name].required]
+    return frozenset(rare[: max(len(options) - MOST_OPTIONS, 0)])
+
+
+def _help_all_option() -> click.Option:
+    def show(context: click.Context, _parameter: click.Parameter, value: bool) -> None:
+        if value and not context.resilient_parsing and isinstance(context.command, Command):
+            click.echo(context.command.help_with_all_options(context))
+            context.exit()
+
+    return click.Option(
+        ["--help-all"], is_flag=True, is_eager=True, expose_value=False, callback=show,
+        help="Show every option and exit.",
+    )  # fmt: skip
+
+
+class NoCommandError(click.UsageError):
+    """No command was given; the message is the help of the group."""
+
+
+class CommandGroup(click.Group):
+    """A group that raises ``NoCommandError`` where no command is given, with every version of click."""
+
+    command_class = Command
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Return the arguments of the command."""
+        if not args and not ctx.resilient_parsing:
+            raise NoCommandError(ctx.get_help(), ctx=ctx)
+        return super().parse_args(ctx, args)
