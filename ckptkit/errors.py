@@ -139,6 +139,20 @@ class LoadError(ModelError):
         True
     """
 
+    def __init__(
+        self,
+        reason: str,
+        *,
+        hint: str | None = None,
+        path: str | None = None,
+        replaced: tuple[str, ...] = (),
+        partly: tuple[str, ...] = (),
+    ) -> None:
+        """Set the attributes; ``replaced`` and ``partly`` are keys of the model's state_dict."""
+        super().__init__(reason, hint=hint, path=path)
+        self.replaced = replaced
+        self.partly = partly
+
 
 class RuleError(CkptkitError):
     """Raised where a pattern or a rule is not valid, matches nothing, or gives two keys the same name.

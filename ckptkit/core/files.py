@@ -22,6 +22,7 @@ __all__ = [
     "FileState",
     "Inflated",
     "LocalFile",
+    "PayloadReader",
     "Region",
     "file_state",
     "is_same_file",
@@ -297,6 +298,31 @@ def same_bytes(first: Payload, second: Payload) -> bool:
             return False
         done += count
     return True
+
+
+class PayloadReader:
+    """Read the bytes of a payload in order, into memory of the caller."""
+
+    def __init__(self, payload: Payload) -> None:
+        """Start at the first byte; nothing is read yet."""
+        self._extent = payload if isinstance(payload, Extent) else None
+        self._chunks = None if isinstance(payload, Extent) else _ChunkReader(payload.chunks())
+        self._done = 0
+
+    def read_into(self, buffer: memoryview) -> None:
+        """Fill ``buffer`` with the next bytes. Raises ``FormatError`` where the payload has fewer bytes."""
+        if self._extent is not None:  # straight from the file, without a buffer between
+            self._extent.file.read_into(buffer, self._extent.offset + self._done)
+            self._done += len(buffer)
+            return
+        assert self._chunks is not None  # noqa: S101 - one of both is set
+        done = 0
+        while done < len(buffer):
+            count = min(len(self._chunks.current()), len(buffer) - done)
+            if not count:
+                raise FormatError(f"the values end {len(buffer) - done} bytes early")
+            buffer[done : done + count] = self._chunks.take(count)
+            done += count
 
 
 class _ChunkReader:

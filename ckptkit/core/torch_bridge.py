@@ -5,6 +5,7 @@ torch is imported by the functions that need it, not by this module.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ __all__ = [
     "StateDictLike",
     "TensorPayload",
     "as_checkpoint",
+    "blocks",
     "code_of",
     "copy_composite",
     "describe_state_dict",
@@ -66,6 +68,7 @@ _BLOCK_BYTES = 4 << 20
 StateDictLike: TypeAlias = Checkpoint | Module | Mapping[str, Tensor] | Mapping[str, TensorInfo]
 
 
+@functools.cache
 def code_of(dtype: torch.dtype) -> str:
     """Return the safetensors code of a torch dtype, or torch's name in capitals where it has no code."""
     name = str(dtype).removeprefix("torch.")
@@ -122,17 +125,17 @@ def named_of(model: Module, kind: Literal["parameters", "buffers", "modules"]) -
     return found
 
 
-def _blocks(view: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor in pieces along its leading dims, each of bounded size."""
-    if view.dim() == 0 or view.numel() * view.element_size() <= _BLOCK_BYTES:
+def blocks(view: Tensor, most: int = _BLOCK_BYTES) -> Iterator[Tensor]:
+    """Yield a tensor in views along its leading dims, in row-major order, each of at most ``most`` bytes."""
+    if view.dim() == 0 or view.numel() * view.element_size() <= most:
         yield view
         return
     row = max(view[0].numel() * view.element_size(), 1)
-    if row > _BLOCK_BYTES:
+    if row > most:
         for inner in view:
-            yield from _blocks(inner)
+            yield from blocks(inner, most)
     else:
-        rows = _BLOCK_BYTES // row
+        rows = most // row
         for first in range(0, len(view), rows):
             yield view[first : first + rows]
 
@@ -250,7 +253,7 @@ class TensorPayload:
         import torch
 
         buffer = bytearray(min(self.nbytes, _BLOCK_BYTES))  # new memory for each block would cost more than the copy
-        for block in _blocks(self.tensor.detach().resolve_conj().resolve_neg()):
+        for block in blocks(self.tensor.detach().resolve_conj().resolve_neg()):
             data = flat_bytes(block.cpu())
             if len(data):
                 torch.frombuffer(buffer, dtype=torch.uint8)[: len(data)].copy_(data)

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 
 from ckptkit.comparison import diff
-from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses, wider_dtype
-from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
-from ckptkit.core.files import same_bytes
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import html_table, kind_of, plural, printable, quoted
-from ckptkit.core.ties import shared_keys
-from ckptkit.core.torch_bridge import as_checkpoint, same_values
-from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.errors import ModelError, PlanError
+from ckptkit.core.torch_bridge import as_checkpoint
+from ckptkit.core.torch_types import Module
+from ckptkit.errors import ModelError
 from ckptkit.formats.codes import unread_findings
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.loading import codes
+from ckptkit.loading.decision import (
+    Decision,
+    decide,
+    is_extra_state,
+    refuse_meta,
+    refuse_overflow,
+    uncast,
+)
+from ckptkit.loading.own_code import modules_with_own_code
+from ckptkit.loading.regions import is_dtensor
+from ckptkit.loading.rehearsal import rehearse
 from ckptkit.loading.requirements import Requirements, refuse_unmet
-from ckptkit.loading.snapshot import Snapshot, named_tensors
+from ckptkit.loading.snapshot import Snapshot
+from ckptkit.loading.transfer import Transfer, module_versions_for, optimizers_that_hold, refuse_gradients
+from ckptkit.loading.watch import Digests, Watch, named_tensors
 from ckptkit.plans.merge import plan_merge
 from ckptkit.plans.plan import Plan, Step
 from ckptkit.plans.policies import UNEXPECTED_ACTIONS, OnMismatch, OnMissing, OnUnexpected, parse_policy
@@ -30,8 +41,6 @@ from ckptkit.plans.produce import Producer
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["LoadReport", "load_into"]
-
-_BATCH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -81,27 +90,60 @@ def load_into(
     require: str | Sequence[str] = (),
     min_coverage: float = 0.0,
     allow_overflow: bool = False,
+    assign: bool = False,
+    rollback: bool = False,
 ) -> LoadReport:
     """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
-    ``checkpoint`` is a path, a Checkpoint, a Module, or a mapping of tensors; what is opened here is closed at the end.
-    ``rules``, ``on_missing``, ``on_unexpected``, ``on_mismatch`` and ``skip_unread`` mean the same as in
-    ``plan_merge``, but ``on_unexpected="add"`` raises. ``require`` is a pattern or a list of patterns: every matching
-    key of the model's state_dict must be loaded. ``min_coverage``, between 0 and 1, is the least share of the model's
-    elements that must be loaded. torch's own ``load_state_dict`` copies the values, so the hooks of the model run.
+    Everything is decided before the first change: shapes, dtypes, policies, requirements, and whether the files are
+    as they were when they were opened. Then each tensor is read straight into the memory of the model, piece by piece,
+    and each piece is compared with the bytes that were read. The model is not copied.
 
-    Values are cast to the dtype of the model as torch casts them. Values that would become inf are refused before
-    anything is copied; with ``allow_overflow`` they are loaded, and a finding has their count. A finding also counts
-    the values that become 0.
+    What is checked afterwards: every loaded tensor has the value of the checkpoint, by its bytes; every other tensor
+    did not change; all parameters and buffers are the same objects in the same memory as before.
 
-    Afterwards every loaded tensor has the value of the checkpoint, and every other tensor has the same bits as before.
-    All parameters and buffers are the same objects and share the same memory as before. If loading fails or is
-    interrupted, the model is restored from a copy. A copy of more than 256 MB is stored in a temporary file.
+    A module with hooks for loading, or with a loading method of its own, gets its tensors and those of the modules
+    below it by ``load_state_dict``, all at once and in memory, so that its code sees what it would see in torch. This
+    code is first tried on a copy of the model on the meta device, where such a copy can be made. Afterwards all
+    loaded tensors are compared with the checkpoint once more, and all others by SHA-256 with what they were. Without
+    such code, only ckptkit writes, and torch's own count of the changes of each tensor is compared instead.
 
-    Raises ``PlanError`` where a policy is ``error``, and where a cast makes inf of finite values. Raises ``RuleError``
-    where a pattern matches no key. Raises ``ModelError`` where ``require`` or ``min_coverage`` is not met, before
-    anything is copied. ``ModelError`` is also raised where a tensor of the model is on the meta device, and where the
-    check of the result fails.
+    A failure after the first change raises ``LoadError``, which names what was replaced. With ``rollback=True``, the
+    model is copied first, and restored whatever happens: in memory up to 256 MB, else in a temporary file.
+
+    Parameters of ``fully_shard`` and other DTensors are loaded too: each process reads the rows of its own shard.
+
+    Args:
+        model: The model that is loaded into.
+        checkpoint: A path, a Checkpoint, a Module, or a mapping of tensors. What is opened here is closed at the end.
+        rules: As in ``plan_merge``; they rename and filter the keys of the checkpoint.
+        on_missing: As in ``plan_merge``.
+        on_unexpected: As in ``plan_merge``; ``"add"`` raises, since a model cannot get keys that it does not have.
+        on_mismatch: As in ``plan_merge``.
+        skip_unread: As in ``plan_merge``.
+        require: A pattern or a list of patterns: every matching key of the model's state_dict must be loaded.
+        min_coverage: The least share of the model's elements that must be loaded, between 0 and 1.
+        allow_overflow: Load values that the dtype of the model cannot hold; a finding has their count. Values are
+            cast to the dtype of the model as torch casts them, and a finding also counts the values that become 0.
+        assign: Give the model new tensors on the CPU with the dtypes of the checkpoint, as ``assign=True`` of
+            ``load_state_dict`` does; each keeps ``requires_grad``, and tied parameters stay tied. A model on the meta
+            device needs it. All tensors are read before the first is assigned. A finding names each optimizer that
+            still holds replaced parameters.
+        rollback: Restore the model after a failure or an interrupt, from a copy of the model.
+
+    Raises:
+        PlanError: A policy is ``error``, or a cast makes inf of finite values.
+        RuleError: A rule is wrong, or a pattern matches no key.
+        ModelError: ``require`` or ``min_coverage`` is not met, or a tensor of the model cannot be written, such as one
+            on the meta device without ``assign``. Nothing was changed.
+        LoadError: Reading failed, the model's own code failed, or the check of the result failed, after the first
+            change. With ``rollback=True``, the error of the read itself is raised instead.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 2)
+        >>> print(load_into(model, {"weight": torch.ones(2, 2)}))
+        loaded 1 of 2 tensors, 66.7 % of the elements; kept 1 as they were
     """
     if "add" in parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS).actions:
         raise ModelError(
@@ -109,9 +151,9 @@ def load_into(
         )
     if not hasattr(model, "named_parameters"):
         raise ModelError(f"the model is {kind_of(model)}, not a torch.nn.Module", hint="pass the model that will train")
-    base = as_checkpoint(model, "model")
+    base = _describe(model)
     requirements = Requirements(require, min_coverage)
-    with opened(checkpoint, "checkpoint") as donor:
+    with opened(checkpoint, "checkpoint") as donor, ExitStack() as stack:
         plan = plan_merge(
             base,
             donor,
@@ -121,49 +163,175 @@ def load_into(
             on_mismatch=on_mismatch,
             skip_unread=skip_unread,
         )
-        return _load_planned(
-            model, base, donor, plan, rules=rules, requirements=requirements, allow_overflow=allow_overflow
+        steps = [step for step in plan.steps if step.sources[0].role == "donor"]
+        loaded = {step.out.key for step in steps}
+        refuse_unmet(requirements, base, loaded, plan, lambda: diff(base, donor, rules))
+        if assign:
+            steps = [uncast(step, donor) for step in steps]
+        loading = _Loading(model, base, Producer({"donor": donor}), steps, assign=assign)
+        if not allow_overflow:
+            refuse_overflow(loading.producer, steps, donor.path)
+        donor.check_unchanged()
+        before = stack.enter_context(Snapshot(model)) if rollback else loading.watch()
+        found = loading.run(before)
+    return _report(base, plan, steps, found, donor.warnings)
+
+
+def _describe(model: Module) -> Checkpoint:
+    """Return the description of a model; a DTensor counts as the whole tensor that it is a part of."""
+    base = as_checkpoint(model, "model")
+    if all(info.kind != "subclass" for info in base.values()):
+        return base
+    tensors = named_tensors(model)
+    infos = {
+        key: replace(info, kind="dense", view=View(id(tensors[key]), 0, row_major(info.shape)))
+        if is_dtensor(tensors.get(key))
+        else info
+        for key, info in base.items()
+    }
+    description = Description(base.path, base.format, entries=base.entries, versions=base.versions)
+    return Checkpoint(infos, Access(lambda info: base.payload(info.key)), description)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the check after loading found, for the report."""
+
+    shared: frozenset[str]
+    rewritten: tuple[str, ...]
+    not_compared: tuple[str, ...]
+    findings: tuple[Finding, ...]
+    losses: tuple[CastLoss, ...]
+
+
+class _Loading:
+    """One call of ``load_into``, from the decision of what is written to the check of the result."""
+
+    def __init__(
+        self, model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step], *, assign: bool
+    ) -> None:
+        """Decide how each tensor is loaded. Raises ``ModelError`` where one cannot be; nothing is changed."""
+        self._model = model
+        self._base = base
+        self.producer = producer
+        self._steps = steps
+        self._loaded = {step.out.key for step in steps}
+        before = Watch(model)
+        self._before = before
+        self._decision: Decision | None = None
+        if assign:
+            _refuse_assigned_shards(before, self._loaded)
+            refuse_gradients(before, steps)
+            self._runs_code = bool(modules_with_own_code(model))
+        else:
+            refuse_meta(base, before)
+            self._decision = decide(model, base, before, producer, steps)
+            self._runs_code = self._decision.runs_code
+            if self._runs_code:
+                handed = {step.out.key: step.out for step in self._decision.handed}
+                rehearse(model, handed, module_versions_for(producer, steps))
+
+    def watch(self) -> Watch:
+        """Return the watch that can tell afterwards what changed, without a copy of the model."""
+        if not self._runs_code:
+            return self._before
+        return Digests(self._model, self._before.tensors.keys() - _sharing_memory(self._before, self._loaded))
+
+    def run(self, before: Watch) -> _Found:
+        """Load and check. A failure restores the model from ``before`` if that is a snapshot."""
+        transfer = Transfer(self._model, before, self.producer, self._steps)
+        try:
+            if self._decision is None:
+                transfer.assign()
+            else:
+                transfer.copy(self._decision)
+            rewritten = self._check_not_loaded(before)
+        except BaseException as error:
+            if isinstance(before, Snapshot):
+                failed = before.restore()
+                if failed:
+                    raise ModelError(f"{quoted(failed[0])} could not be restored after the error: {error}") from error
+                raise
+            if isinstance(error, Exception) and transfer.has_begun:
+                raise transfer.half_loaded(error) from error
+            raise
+        return _Found(
+            frozenset(_sharing_memory(before, self._loaded) - self._loaded) if self._decision else frozenset(),
+            tuple(rewritten),
+            before.not_compared,
+            tuple(self._assigned_findings(before)),
+            tuple(self.producer.losses[key] for key in self._base if key in self.producer.losses),
         )
 
+    def _check_not_loaded(self, before: Watch) -> list[str]:
+        """Raise ``ModelError`` where anything but the loaded tensors changed; return the buffers that hooks rewrote.
 
-def _load_planned(
-    model: Module,
-    base: Checkpoint,
-    donor: Checkpoint,
-    plan: Plan,
-    *,
-    rules: RulesLike | None,
-    requirements: Requirements,
-    allow_overflow: bool,
-) -> LoadReport:
-    from_donor = [step for step in plan.steps if step.sources[0].role == "donor"]
-    loaded = {step.out.key for step in from_donor}
-    refuse_unmet(requirements, base, loaded, plan, lambda: diff(base, donor, rules))
-    _refuse_meta(model, base)
-    producer = Producer({"donor": donor})
-    _refuse_unloadable(model, base, producer, from_donor)
-    if not allow_overflow:
-        _refuse_overflow(producer, from_donor, donor.path)
-    with Snapshot(model) as before:
-        try:
-            _load(model, base, producer, from_donor)
-            rewritten = _check_not_loaded(model, before, loaded)
-        except BaseException as error:
-            failed = before.restore()
-            if failed:
-                raise ModelError(f"{quoted(failed[0])} could not be restored after the error: {error}") from error
-            raise
-        shared = [name for name in _sharing_memory(before, loaded) if name not in loaded]
+        Only buffers that are not persistent may be rewritten.
+        """
+        assigned = frozenset[str]() if self._decision else _sharing_memory(before, self._loaded)
+        for name in before.replaced():
+            if name not in assigned:
+                raise ModelError(f"{quoted(name)} was replaced while loading, and optimizers still hold the old tensor")
+        written = _sharing_memory(before, self._loaded)
+        changed = [name for name in before.tensors if name not in written and not before.is_unchanged(name)]
+        for name in changed:
+            if name in self._base:
+                raise ModelError(
+                    f"{quoted(name)} was not loaded, but it changed",
+                    hint="a hook of the model wrote to it while loading",
+                )
+        for tie in before.ties ^ before.ties_now() if self._runs_code and not assigned else ():
+            first, second, *_ = sorted(tie)
+            raise ModelError(f"loading changed whether {quoted(first)} and {quoted(second)} share memory")
+        return changed
+
+    def _assigned_findings(self, before: Watch) -> Iterator[Finding]:
+        if self._decision is not None:
+            return
+        old = [tensor for name, tensor in before.tensors.items() if name in self._loaded]
+        for optimizer, count in optimizers_that_hold(old):
+            name = type(optimizer).__name__
+            yield codes.REPLACED.finding(
+                "",
+                f"an optimizer ({name}) holds {plural(count, 'parameter')} that the model no longer has, "
+                "and would not train the new ones",
+                "build the optimizer after load_into(..., assign=True)",
+            )
+        for name, tensor in named_tensors(self._model).items():
+            if tensor.is_meta:
+                why = "is not in the checkpoint" if name in self._base else "is a buffer that no checkpoint has"
+                yield codes.META.finding(name, f"{quoted(name)} {why}, and is still on the meta device without a value")
+
+
+def _refuse_assigned_shards(before: Watch, loaded: AbstractSet[str]) -> None:
+    for name, tensor in before.tensors.items():
+        if name in loaded and is_dtensor(tensor):
+            raise ModelError(
+                f"{quoted(name)} is a DTensor, and assign=True would replace it by the whole tensor",
+                hint="call model.to_empty(device=...), and load without assign",
+            )
+
+
+def _sharing_memory(before: Watch, loaded: AbstractSet[str]) -> set[str]:
+    """Return the names of the loaded tensors and of all tensors that share memory with one of them."""
+    written = {id(before.tensors[name]) for name in loaded if name in before.tensors}
+    names = {name for name, tensor in before.tensors.items() if id(tensor) in written}
+    return names.union(*(tie for tie in before.ties if tie & names))
+
+
+def _report(base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, warnings: Sequence[str]) -> LoadReport:
+    loaded = {step.out.key for step in steps}
     kept = [key for key in base if key not in loaded]
     filled = sum(info.elements for key, info in base.items() if key in loaded)
     elements = sum(info.elements for info in base.values())
     findings = (
-        *unread_findings(donor.warnings),
-        *_kept_findings(kept, plan, shared),
-        *_tied_findings(from_donor),
-        *_loss_findings([producer.losses[key] for key in base if key in producer.losses]),
+        *unread_findings(warnings),
+        *found.findings,
+        *_kept_findings(kept, plan, found.shared, {finding.key for finding in found.findings}),
+        *_tied_findings(steps),
+        *_loss_findings(found.losses),
         *_dropped_findings(plan),
-        *_unverified_findings(before, rewritten, loaded),
+        *_unverified_findings(base, found, loaded),
     )
     findings = tuple(dict.fromkeys(findings))  # both inputs drop an extra state, with equal findings
     return LoadReport(
@@ -174,163 +342,6 @@ def _load_planned(
         coverage=filled / elements if elements else 1.0,
         modules=coverage_by_module(base.values(), loaded),
     )
-
-
-def _refuse_meta(model: Module, base: Checkpoint) -> None:
-    for name, tensor in named_tensors(model).items():
-        if tensor.is_meta:
-            raise ModelError(
-                f"{quoted(name)} is on the meta device and cannot hold a value"
-                if name in base
-                else f"{quoted(name)} is on the meta device, and no checkpoint has a buffer that is not persistent",
-                hint="call model.to_empty(device=...), or build the model on a real device"
-                if name in base
-                else "build the model on a real device",
-            )
-
-
-def _refuse_unloadable(model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> None:
-    """Raise ``ModelError`` for a new value of a tensor that ``state_dict()`` makes and ``load_state_dict`` cannot set.
-
-    The modules of bitsandbytes in four bits have such tensors: their codes would be loaded without their scales.
-    """
-    named = named_tensors(model)
-    for step in steps:
-        key = step.out.key
-        if key in named or _is_extra_state(key) or _has_loader(model, key):
-            continue
-        if base[key].kind != "dense" or not same_bytes(base.payload(key), producer.payload(step)):
-            raise ModelError(
-                f"{quoted(key)} is neither a parameter nor a buffer of the model, and load_state_dict does not set it",
-                hint="load it with the library of the module, such as from_pretrained of transformers",
-            )
-
-
-def _has_loader(model: Module, key: str) -> bool:
-    """Return whether a module on the path of ``key`` loads its tensors with code of its own."""
-    import torch
-
-    default = torch.nn.Module._load_from_state_dict  # noqa: SLF001 - modules override it to load further tensors
-    module: Module | None = model
-    for name in key.split("."):
-        if module is None:
-            break
-        if module._load_state_dict_pre_hooks or type(module)._load_from_state_dict is not default:  # noqa: SLF001
-            return True
-        module = module._modules.get(name)  # noqa: SLF001
-    return False
-
-
-def _refuse_overflow(producer: Producer, steps: Sequence[Step], path: str) -> None:
-    """Raise ``PlanError`` where a cast to the dtype of the model would make inf of finite values."""
-    overflowed = [loss for step in steps if (loss := producer.loss(step)) is not None and loss.overflowed]
-    if overflowed:
-        wider = wider_dtype(overflowed)
-        way = f"a model of {wider} holds them; " if wider else ""
-        raise PlanError(describe_overflow(overflowed), hint=f"{way}allow_overflow=True loads them anyway", path=path)
-
-
-def _load(model: Module, base: Checkpoint, producer: Producer, steps: Sequence[Step]) -> None:
-    before = model.state_dict(keep_vars=True)
-    versions = {} if any(step.out.key != step.sources[0].key for step in steps) else producer.roles["donor"].versions
-    batches = list(_batches(steps))
-    for batch in batches:
-        _load_batch(model, before, producer, batch, versions)
-    if len(batches) > 1:
-        # A later batch may have overwritten a tensor of an earlier batch that shares memory with a later tensor.
-        shared = shared_keys({step.out.key: base[step.out.key] for step in steps})
-        for batch in batches:
-            again = [step for step in batch if step.out.key in shared]
-            _check_loaded(model, before, _values(producer, again))
-
-
-def _batches(steps: Sequence[Step]) -> Iterator[list[Step]]:
-    batch: list[Step] = []
-    size = 0
-    for step in steps:
-        batch.append(step)
-        size += step.out.nbytes
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def _load_batch(
-    model: Module,
-    before: dict[str, Tensor],
-    producer: Producer,
-    batch: Sequence[Step],
-    versions: Mapping[str, int],
-) -> None:
-    values = _values(producer, batch)
-    if versions:
-        # A module converts values that have no version as if its oldest version had saved them.
-        values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
-    try:
-        model.load_state_dict(values, strict=False)
-    except Exception as error:  # hooks of the model can raise anything
-        message = " ".join(str(error).split())
-        if isinstance(error, KeyError):  # its text is the key alone
-            message = f"there is no key {message}"
-        raise ModelError(f"load_state_dict failed: {message}") from error
-    _check_loaded(model, before, values)
-
-
-def _values(producer: Producer, steps: Sequence[Step]) -> OrderedDict[str, Tensor]:
-    return OrderedDict((step.out.key, producer.tensor(step)) for step in steps)
-
-
-def _check_loaded(model: Module, before: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    after, named = model.state_dict(keep_vars=True), named_tensors(model)
-    for key, value in values.items():
-        if _is_extra_state(key):
-            continue
-        # state_dict() of a quantised module makes some tensors anew each time.
-        if key in named and after[key] is not before[key]:
-            raise ModelError(f"{quoted(key)} was replaced while loading, and optimizers still hold the old tensor")
-        if not same_values(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
-            raise ModelError(
-                f"{quoted(key)} does not have the checkpoint's value after loading",
-                hint="a key that shares its memory was loaded after it, or a hook of the model changed it"
-                if key in named
-                else "only state_dict() of its module makes this tensor: load it with the library of the module",
-            )
-
-
-def _is_extra_state(key: str) -> bool:
-    """Return whether the key is the extra state of a module, which only the module can interpret."""
-    return key.rpartition(".")[2] == "_extra_state"
-
-
-def _sharing_memory(before: Snapshot, loaded: AbstractSet[str]) -> set[str]:
-    """Return the names of the loaded tensors and of all tensors that share memory with one of them."""
-    written = {id(before.tensors[name]) for name in loaded if name in before.tensors}
-    names = {name for name, tensor in before.tensors.items() if id(tensor) in written}
-    return names.union(*(tie for tie in before.ties if tie & names))
-
-
-def _check_not_loaded(model: Module, before: Snapshot, loaded: AbstractSet[str]) -> list[str]:
-    """Raise ``ModelError`` where anything but the loaded tensors changed; return the buffers that hooks rewrote.
-
-    Only buffers that are not persistent may be rewritten.
-    """
-    for name in before.replaced():
-        raise ModelError(f"{quoted(name)} was replaced while loading, and optimizers still hold the old tensor")
-    written = _sharing_memory(before, loaded)
-    changed = [name for name in before.tensors if name not in written and not before.is_unchanged(name)]
-    persistent = model.state_dict(keep_vars=True).keys()
-    for name in changed:
-        if name in persistent:
-            raise ModelError(
-                f"{quoted(name)} was not loaded, but it changed",
-                hint="a hook of the model wrote to it while loading",
-            )
-    for tie in before.ties ^ before.ties_now():
-        first, second, *_ = sorted(tie)
-        raise ModelError(f"loading changed whether {quoted(first)} and {quoted(second)} share memory")
-    return changed
 
 
 def _tied_findings(steps: Sequence[Step]) -> Iterator[Finding]:
@@ -348,8 +359,10 @@ def _loss_findings(losses: Iterable[CastLoss]) -> Iterator[Finding]:
             yield codes.UNDERFLOW.finding(loss.key, sentence)
 
 
-def _kept_findings(kept: Sequence[str], plan: Plan, shared: Sequence[str]) -> Iterator[Finding]:
-    mismatched = {drop.wanted for drop in plan.dropped}
+def _kept_findings(
+    kept: Sequence[str], plan: Plan, shared: AbstractSet[str], named: AbstractSet[str]
+) -> Iterator[Finding]:
+    mismatched = {drop.wanted for drop in plan.dropped} | named
     for key in kept:
         if key in shared:
             yield codes.SHARED.finding(
@@ -365,14 +378,14 @@ def _dropped_findings(plan: Plan) -> Iterator[Finding]:
         yield code.finding(drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")
 
 
-def _unverified_findings(before: Snapshot, rewritten: Sequence[str], loaded: AbstractSet[str]) -> Iterator[Finding]:
-    for name in rewritten:
+def _unverified_findings(base: Checkpoint, found: _Found, loaded: AbstractSet[str]) -> Iterator[Finding]:
+    for name in found.rewritten:
         message = f"a hook of the model rewrote {quoted(name)}, a buffer that is in no checkpoint"
         yield codes.DERIVED.finding(name, message)
-    for name in filter(_is_extra_state, loaded):
+    for name in filter(is_extra_state, loaded):
         message = f"{quoted(name)} was passed to its module; whether the module kept it was not checked"
         yield codes.UNPROVED.finding(name, message)
-    for name in before.not_copied:
+    for name in found.not_compared:
         if name not in loaded:
-            kind = before.infos[name].kind
-            yield codes.UNPROVED.finding(name, f"{quoted(name)} is a {kind} tensor, so its bits were not compared")
+            kind = f"{base[name].kind} tensor" if name in base else "buffer without plain bytes"
+            yield codes.UNPROVED.finding(name, f"{quoted(name)} is a {kind}, so its bits were not compared")

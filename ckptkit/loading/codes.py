@@ -7,8 +7,10 @@ from ckptkit.core.findings import Code, codes_in
 __all__ = [
     "CODES",
     "DERIVED",
+    "META",
     "MISSING",
     "OVERFLOW",
+    "REPLACED",
     "SHAPE",
     "SHARED",
     "SKIPPED",
@@ -28,5 +30,7 @@ TIED = Code("load.tied", ("note",), "A tensor was loaded because it is tied to a
 DERIVED = Code("load.derived", ("note",), "A hook of the model rewrote a buffer that is in no checkpoint.")
 UNDERFLOW = Code("load.underflow", ("note",), "The cast to the model's dtype made 0 of a value, or cut its fraction.")
 UNPROVED = Code("load.unproved", ("note",), "A value was not compared after loading.")
+REPLACED = Code("load.replaced", ("warning",), "An optimizer holds parameters that assign=True replaced in the model.")
+META = Code("load.meta", ("warning",), "A tensor of the model is still on the meta device, without a value.")
 
 CODES = codes_in(globals())

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.closing import Closing
 from ckptkit.core.text import human_bytes
-from ckptkit.core.ties import overlapping_tensors
-from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of
+from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
+from ckptkit.loading.regions import is_dtensor, local_tensor
+from ckptkit.loading.watch import Watch
 
-__all__ = ["Snapshot", "named_tensors"]
+__all__ = ["Snapshot"]
 
 _IN_MEMORY = 256 << 20
 
@@ -29,24 +28,16 @@ class _Saved:
     nbytes: int
 
 
-def named_tensors(model: Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer under each of its names, also the buffers that are not persistent."""
-    return dict(named_of(model, "parameters")) | dict(named_of(model, "buffers"))
-
-
-class Snapshot(Closing):
+class Snapshot(Watch, Closing):
     """A copy of every parameter and buffer of a model; close the snapshot, or use it as a context manager.
 
-    Up to 256 MB are stored in memory, more in a temporary file without a name. ``infos`` describes the tensors by name.
-    ``not_copied`` names the tensors without plain bytes (sparse, quantized, subclasses, on the meta device), which are
-    neither compared nor restored.
+    Up to 256 MB are stored in memory, more in a temporary file without a name. Tensors without plain bytes (sparse,
+    quantized, subclasses, on the meta device) are neither compared nor restored.
     """
 
     def __init__(self, model: Module) -> None:
         """Copy all tensors of ``model``; raise ``ModelError`` where there is no space for the copy."""
-        self._model = model
-        self.tensors = named_tensors(model)
-        self.infos: Checkpoint = describe_state_dict(self.tensors, "model")
+        super().__init__(model)
         self._slots: list[tuple[dict[str, Any], dict[str, Any]]] = [
             (slots, dict(slots))
             for module in model.modules()
@@ -68,33 +59,23 @@ class Snapshot(Closing):
     def _save(self) -> None:
         offset = 0
         for name, tensor in self.tensors.items():
-            info = self.infos[name]
-            if id(tensor) in self._saved or tensor.is_meta or info.kind != "dense":
+            held = local_tensor(tensor) if is_dtensor(tensor) else tensor
+            if (
+                id(tensor) in self._saved
+                or tensor.is_meta
+                or not (self.infos[name].kind == "dense" or held is not tensor)
+            ):
                 continue
-            self._saved[id(tensor)] = _Saved(name, tensor, tensor.detach(), offset, info.nbytes)
-            for chunk in TensorPayload(tensor, info.nbytes).chunks():
+            nbytes = held.numel() * held.element_size()
+            self._saved[id(tensor)] = _Saved(name, held, held.detach(), offset, nbytes)
+            for chunk in TensorPayload(held, nbytes).chunks():
                 self._file.write(chunk)
-            offset += info.nbytes
+            offset += nbytes
 
     @property
-    def not_copied(self) -> tuple[str, ...]:
+    def not_compared(self) -> tuple[str, ...]:
         """Names of the tensors that were not copied."""
         return tuple(name for name, tensor in self.tensors.items() if id(tensor) not in self._saved)
-
-    @property
-    def ties(self) -> set[frozenset[str]]:
-        """Sets of names of tensors that share memory."""
-        return _ties(self.infos)
-
-    def ties_now(self) -> set[frozenset[str]]:
-        """Return the sets of names of tensors that share memory now; only names in the snapshot count."""
-        now = named_tensors(self._model)
-        return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
-
-    def replaced(self) -> Iterator[str]:
-        """Yield the names that no longer have the same tensor object."""
-        now = named_tensors(self._model)
-        return (name for name, tensor in self.tensors.items() if now.get(name) is not tensor)
 
     def is_unchanged(self, name: str) -> bool:
         """Return whether a tensor has the same bits as the snapshot; true for a tensor that was not copied."""
@@ -147,7 +128,3 @@ class Snapshot(Closing):
     def close(self) -> None:
         """Free the memory or the temporary file."""
         self._file.close()
-
-
-def _ties(infos: Checkpoint) -> set[frozenset[str]]:
-    return {frozenset(info.key for info in group) for group in overlapping_tensors(infos.values())}

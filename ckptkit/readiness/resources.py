@@ -10,7 +10,7 @@ from ckptkit.core.findings import Finding
 from ckptkit.core.text import plural, quoted
 from ckptkit.core.torch_optim import SlotSchema
 from ckptkit.core.torch_types import Module, Tensor
-from ckptkit.loading.snapshot import named_tensors
+from ckptkit.loading.watch import named_tensors
 from ckptkit.param_groups.live import LiveOptimizer
 from ckptkit.readiness import codes
 from ckptkit.readiness.model import Memory, StateMemory

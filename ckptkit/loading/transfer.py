@@ -1,0 +1,177 @@
+"""Phase 2 of ``load_into``: read, copy and compare, as phase 1 decided."""
+
+from __future__ import annotations
+
+import gc
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ckptkit.core.text import listed, plural, quoted
+from ckptkit.core.torch_bridge import same_values, torch_dtype
+from ckptkit.core.torch_types import Module, Tensor
+from ckptkit.errors import CkptkitError, LoadError, ModelError
+from ckptkit.loading.copying import Copier
+from ckptkit.loading.decision import Decision, is_extra_state
+from ckptkit.loading.rehearsal import load_state_dict_error
+from ckptkit.loading.watch import Watch
+from ckptkit.plans.plan import Step
+from ckptkit.plans.produce import Producer
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Transfer", "module_versions_for", "optimizers_that_hold", "refuse_gradients"]
+
+_SHOWN = 4
+
+
+class Transfer:
+    """The loading of some steps into a model; it knows at any time which tensors of the model have new values."""
+
+    def __init__(self, model: Module, watch: Watch, producer: Producer, steps: Sequence[Step]) -> None:
+        """Take what phase 1 found; nothing is read yet."""
+        self._model = model
+        self._watch = watch
+        self._producer = producer
+        self._steps = steps
+        self._replaced: dict[str, None] = {}
+        self._partly: tuple[str, ...] = ()
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a tensor of the model can have a new value."""
+        return bool(self._replaced or self._partly)
+
+    def copy(self, decision: Decision) -> None:
+        """Copy the tensors into the memory of the model, and run the model's own code for the others.
+
+        Raises ``ModelError`` where a tensor does not have the value of the checkpoint afterwards, and the errors of a
+        failed read.
+        """
+        copier = Copier()
+        for copy in decision.copies:
+            self._partly = (copy.key,)
+            if not copier.copy(copy.payload, copy.target) and copy.key not in decision.overlapping:
+                raise self._other_value(copy.key)
+            self._replaced[copy.key] = None
+        self._partly = tuple(step.out.key for step in decision.handed)
+        if decision.runs_code:
+            self._hand_over(decision.handed)
+        self._replaced |= dict.fromkeys(self._partly)
+        self._partly = ()
+        for copy in decision.copies:
+            again = decision.runs_code or copy.key in decision.overlapping
+            if again and not copier.is_equal(copy.payload, copy.target):
+                raise self._other_value(copy.key)
+        self._check_files()
+
+    def assign(self) -> None:
+        """Give the model new tensors, after all were read. Raises the same errors as ``copy``."""
+        import torch
+
+        values: OrderedDict[str, Tensor] = OrderedDict()
+        assigned: dict[int, Tensor] = {}  # by the tensor that it replaces, so that names of one tensor stay tied
+        for step in self._steps:
+            old = self._watch.tensors.get(step.out.key)
+            new = None if old is None else assigned.get(id(old))
+            if new is None:
+                new = self._producer.tensor(step)
+                if isinstance(old, torch.nn.Parameter):
+                    new = torch.nn.Parameter(new, requires_grad=old.requires_grad)
+                if old is not None:
+                    assigned[id(old)] = new
+            values[step.out.key] = new
+        self._check_files()
+        self._partly = tuple(values)
+        self._load_state_dict(values, assign=True)
+        self._replaced, self._partly = dict.fromkeys(values), ()
+        copier, after = Copier(), self._model.state_dict(keep_vars=True)
+        for step in self._steps:
+            key = step.out.key
+            if not is_extra_state(key) and not copier.is_equal(self._producer.payload(step), after[key]):
+                raise self._other_value(key)
+
+    def half_loaded(self, error: Exception) -> LoadError:
+        """Return the error for a failure after the first change: what was replaced, and what was not."""
+        keys = [step.out.key for step in self._steps]
+        replaced = tuple(self._replaced)
+        rest = tuple(key for key in keys if key not in self._replaced and key not in self._partly)
+        reason = error.reason if isinstance(error, CkptkitError) else " ".join(str(error).split())
+        parts = [f"{plural(len(replaced), 'tensor')} of {len(keys):,} replaced"]
+        parts[0] += f" ({listed(replaced, _SHOWN)})" if replaced else ""
+        if self._partly:
+            parts.append(f"perhaps a part of {listed(self._partly, _SHOWN)}")
+        parts.append(f"not replaced: {listed(rest, _SHOWN)}" if rest else "none left")
+        return LoadError(
+            f"loading stopped half way: {reason}; {', '.join(parts)}",
+            hint="load again, or pass rollback=True, which restores the model after a failure",
+            path=error.path if isinstance(error, CkptkitError) else None,
+            replaced=replaced,
+            partly=self._partly,
+        )
+
+    def _hand_over(self, steps: Sequence[Step]) -> None:
+        """Load tensors by ``load_state_dict``, all at once, so that hooks see them together."""
+        values = OrderedDict((step.out.key, self._producer.tensor(step)) for step in steps)
+        self._load_state_dict(values)
+        after = self._model.state_dict(keep_vars=True)
+        for key, value in values.items():
+            if is_extra_state(key):
+                continue
+            # state_dict() of a quantised module makes some tensors anew each time.
+            if not same_values(after[key].detach().to("cpu").resolve_conj().resolve_neg(), value):
+                raise self._other_value(key)
+
+    def _load_state_dict(self, values: OrderedDict[str, Tensor], *, assign: bool = False) -> None:
+        versions = module_versions_for(self._producer, self._steps)
+        if versions:
+            # A module converts values that have no version as if its oldest version had saved them.
+            values._metadata = {prefix: {"version": version} for prefix, version in versions.items()}  # type: ignore[attr-defined]  # noqa: SLF001
+        try:
+            self._model.load_state_dict(values, strict=False, assign=assign)
+        except Exception as error:  # hooks of the model can raise anything
+            raise load_state_dict_error(error) from error
+
+    def _check_files(self) -> None:
+        for checkpoint in self._producer.roles.values():
+            checkpoint.check_unchanged()
+
+    def _other_value(self, key: str) -> ModelError:
+        return ModelError(
+            f"{quoted(key)} does not have the checkpoint's value after loading",
+            hint="a key that shares its memory was loaded after it, or a hook of the model changed it"
+            if key in self._watch.tensors
+            else "only state_dict() of its module makes this tensor: load it with the library of the module",
+        )
+
+
+def module_versions_for(producer: Producer, steps: Sequence[Step]) -> Mapping[str, int]:
+    """Return the versions of the modules that saved the values; none where keys were renamed."""
+    renamed = any(step.out.key != step.sources[0].key for step in steps if step.tied_to is None)
+    return {} if renamed else producer.roles["donor"].versions
+
+
+def refuse_gradients(watch: Watch, steps: Sequence[Step]) -> None:
+    """Raise ``ModelError`` where a parameter that is trained would be assigned integers."""
+    for step in steps:
+        old = watch.tensors.get(step.out.key)
+        dtype = torch_dtype(step.out.dtype)
+        if old is not None and old.requires_grad and not (dtype.is_floating_point or dtype.is_complex):
+            raise ModelError(
+                f"{quoted(step.out.key)} requires a gradient, and {step.out.dtype} values cannot have one",
+                hint="without assign=True the values are cast to the dtype of the model",
+            )
+
+
+def optimizers_that_hold(tensors: Sequence[Tensor]) -> Iterator[tuple[torch.optim.Optimizer, int]]:
+    """Yield each optimizer of the process that holds some of the tensors, and how many."""
+    import torch
+
+    wanted = {id(tensor) for tensor in tensors}
+    # Only the type is asked: other attributes of foreign objects can run code.
+    for found in [one for one in gc.get_objects() if issubclass(type(one), torch.optim.Optimizer)]:
+        groups: Any = getattr(found, "param_groups", ())
+        held = {id(parameter) for group in groups for parameter in group["params"]} & wanted
+        if held:
+            yield found, len(held)

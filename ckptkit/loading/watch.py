@@ -1,0 +1,108 @@
+"""What the tensors of a model are before a load, to compare with afterwards without a copy."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.ties import overlapping_tensors
+from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of
+from ckptkit.core.torch_types import Module, Tensor
+
+__all__ = ["Digests", "Watch", "named_tensors"]
+
+
+def named_tensors(model: Module) -> dict[str, Tensor]:
+    """Return every parameter and buffer under each of its names, also the buffers that are not persistent."""
+    return dict(named_of(model, "parameters")) | dict(named_of(model, "buffers"))
+
+
+class Watch:
+    """The parameters and buffers of a model by name, with the memory and the number of changes that each has.
+
+    torch counts the changes of a tensor. The count does not see changes that go around it, as those of ``tensor.data``
+    do. So it proves something only where no code but ckptkit's has run.
+
+    ``infos`` describes the tensors by name. ``not_compared`` names the tensors that cannot be compared.
+    """
+
+    def __init__(self, model: Module) -> None:
+        """Take note of all tensors of ``model``; nothing is read."""
+        self._model = model
+        self.tensors = named_tensors(model)
+        self.infos: Checkpoint = describe_state_dict(self.tensors, "model")
+        self._before = {name: (tensor.detach(), _changes(tensor)) for name, tensor in self.tensors.items()}
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """Names of the tensors that ``is_unchanged`` cannot compare."""
+        return ()
+
+    @property
+    def ties(self) -> set[frozenset[str]]:
+        """Sets of names of tensors that share memory."""
+        return _ties(self.infos)
+
+    def ties_now(self) -> set[frozenset[str]]:
+        """Return the sets of names of tensors that share memory now; only names known from before count."""
+        now = named_tensors(self._model)
+        return _ties(describe_state_dict({name: now[name] for name in self.tensors if name in now}, "model"))
+
+    def replaced(self) -> Iterator[str]:
+        """Yield the names that no longer have the same tensor object."""
+        now = named_tensors(self._model)
+        return (name for name, tensor in self.tensors.items() if now.get(name) is not tensor)
+
+    def is_unchanged(self, name: str) -> bool:
+        """Return whether a tensor has the same memory, and torch counted no change of it."""
+        memory, changes = self._before[name]
+        tensor = self.tensors[name]
+        return _changes(tensor) == changes and (not _has_strides(tensor) or tensor.is_set_to(memory))
+
+
+class Digests(Watch):
+    """A watch that compares SHA-256 digests of the bits, for models whose own code runs while loading.
+
+    Tensors without plain bytes (sparse, quantized, subclasses, on the meta device) are not compared.
+    """
+
+    def __init__(self, model: Module, names: Iterable[str]) -> None:
+        """Read and digest the tensors at ``names``."""
+        super().__init__(model)
+        self._digests = {name: self._digest(name) for name in names if self._has_bytes(name)}
+
+    @property
+    def not_compared(self) -> tuple[str, ...]:
+        """Names of the tensors without plain bytes."""
+        return tuple(name for name in self.tensors if not self._has_bytes(name))
+
+    def is_unchanged(self, name: str) -> bool:
+        """Return whether a tensor has the bits of before; true for a tensor that cannot be compared."""
+        before = self._digests.get(name)
+        return before is None or before == self._digest(name)
+
+    def _has_bytes(self, name: str) -> bool:
+        return self.infos[name].kind == "dense" and not self.tensors[name].is_meta
+
+    def _digest(self, name: str) -> tuple[object, ...]:
+        tensor = self.tensors[name]
+        digest = hashlib.sha256()
+        for chunk in TensorPayload(tensor, tensor.numel() * tensor.element_size()).chunks():
+            digest.update(chunk)
+        return tensor.dtype, tensor.shape, digest.digest()
+
+
+def _ties(infos: Checkpoint) -> set[frozenset[str]]:
+    return {frozenset(info.key for info in group) for group in overlapping_tensors(infos.values())}
+
+
+def _changes(tensor: Tensor) -> Any:
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - the count has no public name
+
+
+def _has_strides(tensor: Tensor) -> bool:
+    import torch
+
+    return tensor.layout is torch.strided and not tensor.is_nested
