@@ -80,9 +80,9 @@ def test_a_single_source_needs_no_role(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("now", "reason"),
     [
-        ({"w": torch.ones(2, dtype=torch.int32)}, "'w' has another shape or dtype than in the plan"),
-        ({"w": torch.ones(1, 2)}, "'w' has another shape or dtype than in the plan"),
-        ({"v": torch.ones(2)}, "'w' is no longer in the source"),
+        ({"w": torch.ones(2, dtype=torch.int32)}, "'w' would be I32, and is F32 in the plan"),
+        ({"w": torch.ones(1, 2)}, "'w' would be [1, 2], and is [2] in the plan"),
+        ({"v": torch.ones(2)}, "'w' is not in the source"),
         ({"w": TensorInfo("w", "F32", (2,))}, "'w' is a description without values"),
     ],
     ids=["dtype", "shape", "gone", "no bytes"],

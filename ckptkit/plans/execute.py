@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from ckptkit.core.cast_losses import CastLoss, wider_dtype
-from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
-from ckptkit.core.files import is_same_file, same_bytes
+from ckptkit.core.cast_losses import CastLoss
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.files import is_same_file
 from ckptkit.core.progress import Progress
-from ckptkit.core.text import listed, printable, quoted
-from ckptkit.core.torch_bridge import StateDictLike, as_checkpoint
+from ckptkit.core.text import listed, printable
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
 from ckptkit.formats.atomic import (
@@ -29,9 +27,9 @@ from ckptkit.formats.detect import TORCH_SUFFIXES
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
 from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
+from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.output import Output, choose_output
-from ckptkit.plans.plan import Dropped, Plan, Step, find_broken_ties
-from ckptkit.plans.produce import Producer, overflow_error
+from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
 from ckptkit.plans.verify import Verification, verify_index, verify_safetensors, verify_torch
 from ckptkit.wrappers.envelopes import Selection
 
@@ -112,7 +110,7 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
 
 def execute(
     plan: Plan,
-    sources: Mapping[str, object] | StateDictLike,  # object: a dict of a model and a state_dict has no narrower type
+    sources: Sources,
     out: Output | str | os.PathLike[str],
     *,
     verify: bool = False,
@@ -122,9 +120,9 @@ def execute(
 ) -> Written:
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
 
-    ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from. A
-    single input may be given without its role. ``out`` is a path, with a suffix that names the format, or an
-    ``Output``.
+    ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from:
+    Checkpoints, paths, models or mappings of tensors. A single input may be given without its role. ``out`` is a path,
+    with a suffix that names the format, or an ``Output``.
 
     With ``verify``, safetensors or ``torch.load`` reads the output before it gets its name. The output must have
     the keys, dtypes, shapes and bytes of the plan, which is computed again. ``Written.verified`` names that reader.
@@ -144,39 +142,29 @@ def execute(
 
     Raises ``OutputError`` where the output exists (without ``force``), and where it would replace an input or a part
     of one. It is also raised where another program changed the output during the run, where the disk is full, and
-    where ``verify`` finds a difference. Raises ``PlanError`` where the format cannot hold a tensor, and where a cast
-    would make inf of finite values without ``allow_overflow``. Raises ``ChangedError`` where an input changed since it
+    where ``verify`` finds a difference. Raises ``PlanError`` where the plan does not fit the inputs or contradicts
+    itself, where the format cannot hold a tensor, and where a cast would make inf of finite values without
+    ``allow_overflow``. Raises ``ChangedError`` where an input changed since it
     was opened. After an error nothing new is at the path.
     """
     output = out if isinstance(out, Output) else choose_output(out)
     if not plan.steps:
         raise PlanError("the plan writes no tensor", path=output.path)
-    with output_errors(output.path):
-        return _execute(
-            plan, sources, output, progress or (lambda _: None),
-            verify=verify, allow_overflow=allow_overflow, carry=carry,
-        )  # fmt: skip
+    edited = (plan.edited_role,) if plan.edited_role and output.format == "torch" and not output.only_tensors else ()
+    with (
+        output_errors(output.path),
+        opened_inputs(plan.steps, sources, edited, allow_overflow=allow_overflow) as inputs,
+    ):
+        return _execute(plan, inputs, output, progress or (lambda _: None), verify=verify, carry=carry)
 
 
 def _execute(
-    plan: Plan,
-    sources: Mapping[str, object] | StateDictLike,
-    output: Output,
-    report_bytes: Progress,
-    *,
-    verify: bool,
-    allow_overflow: bool,
-    carry: bool,
+    plan: Plan, inputs: PlanInputs, output: Output, report_bytes: Progress, *, verify: bool, carry: bool
 ) -> Written:
-    roles = _checkpoints_by_role(plan, sources, output)
+    roles = inputs.roles
     editor = _editor(plan, output, roles)
     refuse_replacing_inputs(output, roles, "" if editor is None else plan.edited_role)
-    steps = {step.out.key: step for step in plan.steps}
-    if len(steps) != len(plan.steps):
-        raise PlanError("the plan writes two tensors with the same key")
-    inputs = _Inputs(steps, roles, Producer(roles), allow_overflow=allow_overflow)
-    for step in plan.steps:
-        _refuse_different_bytes(step, roles)
+    inputs.refuse_different_bytes()
     carried = plan_carried(plan, output, roles) if carry else Carried()
     if output.is_directory:
         written, verified = _write_shards(plan, output, inputs, report_bytes, carried=carried, verify=verify)
@@ -197,7 +185,7 @@ def _execute(
 def _write_file(
     plan: Plan,
     output: Output,
-    inputs: _Inputs,
+    inputs: PlanInputs,
     progress: Progress,
     editor: PlanEditor | None,
     *,
@@ -266,107 +254,6 @@ def _editor(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> Plan
     return editor_for(plan, output, roles)
 
 
-@dataclass(frozen=True, slots=True)
-class _Inputs:
-    """The bytes of the output's tensors, read or computed from the inputs."""
-
-    steps: Mapping[str, Step]
-    roles: Mapping[str, Checkpoint]
-    producer: Producer
-    allow_overflow: bool
-
-    def payload(self, info: TensorInfo) -> Payload:
-        return self.producer.payload(self.steps[info.key])
-
-    def span(self, info: TensorInfo) -> Payload | None:
-        step = self.steps[info.key]
-        source = step.sources[0]
-        # Only a copy can share the storage of its source; any other tensor is written as its contiguous bytes.
-        if not step.is_copy or step.out.view is None:
-            return self.payload(info)
-        return self.roles[source.role].span(source.key)
-
-    def with_views(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
-        """Return the infos with views that share a storage where their inputs do, and only there."""
-        order = {role: number for number, role in enumerate(self.roles)}
-        identities = {info.key: self._identity(self.steps[info.key]) for info in infos}
-        count = Counter(identities.values())
-        storages = {identity: -1 - number for number, identity in enumerate(count)}
-        viewed = []
-        for info in infos:
-            step, identity = self.steps[info.key], identities[info.key]
-            if info.view is not None and step.is_copy:
-                # The storages of each input have numbers of their own.
-                storage = info.view.storage * len(order) + order[step.sources[0].role]
-                view: View | None = info.view._replace(storage=storage)
-            else:
-                view = View(storages[identity], 0, row_major(info.shape)) if count[identity] > 1 else None
-            viewed.append(replace(info, view=view))
-        return viewed
-
-    def _identity(self, step: Step) -> tuple[object, ...]:
-        """Return a value that is equal for two steps that make the same tensor."""
-        source = step.sources[0]
-        origin = step.sources if step.recipe else step.out.view or source.key
-        return source.role, origin, step.recipe, step.out.shape, step.out.dtype, step.operation
-
-    def losses(self) -> tuple[CastLoss, ...]:
-        """Return the losses of the tensors that were read so far, in the order of the plan."""
-        return tuple(loss for key in self.steps if (loss := self.producer.losses.get(key)))
-
-    def refuse_overflow(self) -> None:
-        """Raise ``PlanError`` where a cast made inf of finite values, unless the user allowed it."""
-        overflowed = [loss for loss in self.losses() if loss.overflowed]
-        if overflowed and not self.allow_overflow:
-            self.check_unchanged()  # the values of a file that changed mean nothing
-            role = self.steps[overflowed[0].key].sources[0].role
-            raise overflow_error(overflowed, _wider_dtype_hint(overflowed, self.roles), self.roles[role].path)
-
-    def check_unchanged(self) -> None:
-        for checkpoint in self.roles.values():
-            checkpoint.check_unchanged(by_path=True)
-
-
-def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkpoint]) -> str:
-    wider = wider_dtype(overflowed)
-    if wider is None:
-        return ""
-    return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"{wider} holds them"
-
-
-def _refuse_different_bytes(step: Step, roles: Mapping[str, Checkpoint]) -> None:
-    first = step.sources[0]
-    for source in step.equals:
-        if not same_bytes(roles[first.role].payload(first.key), roles[source.role].payload(source.key)):
-            raise PlanError(
-                f"{quoted(first.key)} and {quoted(source.key)} would both be called {quoted(step.out.key)}, "
-                "and their bytes differ",
-                path=roles[source.role].path,
-            )
-
-
-def _checkpoints_by_role(
-    plan: Plan, sources: Mapping[str, object] | StateDictLike, output: Output
-) -> dict[str, Checkpoint]:
-    roles = [source.role for step in plan.steps for source in (*step.sources, *step.equals)]
-    if plan.edited_role and output.format == "torch" and not output.only_tensors:
-        roles.append(plan.edited_role)
-    wanted = list(dict.fromkeys(roles))
-    by_role: Mapping[str, object] | None = None
-    if isinstance(sources, Mapping) and not isinstance(sources, Checkpoint):
-        by_role = sources
-    # A state_dict can have a tensor called "source".
-    if by_role is not None and all(role in by_role and _is_state_dict_like(by_role[role]) for role in wanted):
-        return {role: as_checkpoint(cast("StateDictLike", state), role) for role, state in by_role.items()}
-    if len(wanted) != 1:
-        raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
-    return {wanted[0]: as_checkpoint(cast("StateDictLike", sources), wanted[0])}
-
-
-def _is_state_dict_like(value: object) -> bool:
-    return isinstance(value, Mapping) or callable(getattr(value, "state_dict", None))
-
-
 def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edited: str) -> None:
     """Raise ``OutputError`` where an output would replace an input without ``force``, or lose a part of an input.
 
@@ -401,7 +288,7 @@ def _write_safetensors(
     target: Target | str,
     infos: Sequence[TensorInfo],
     metadata: Mapping[str, str],
-    inputs: _Inputs,
+    inputs: PlanInputs,
     progress: Progress,
     *,
     finish: Callable[[str], None] = lambda _: None,
@@ -416,7 +303,7 @@ def _write_safetensors(
 
 
 def _torch_layout(
-    infos: Sequence[TensorInfo], plan: Plan, inputs: _Inputs, editor: PlanEditor | None
+    infos: Sequence[TensorInfo], plan: Plan, inputs: PlanInputs, editor: PlanEditor | None
 ) -> TorchZipLayout:
     from ckptkit.formats.torch.write import assign_records, layout_torch_zip
 
@@ -456,7 +343,7 @@ def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterab
 
 
 def _write_shards(
-    plan: Plan, output: Output, inputs: _Inputs, progress: Progress, *, carried: Carried, verify: bool
+    plan: Plan, output: Output, inputs: PlanInputs, progress: Progress, *, carried: Carried, verify: bool
 ) -> tuple[Written, list[Verification]]:
     assert output.max_shard_size is not None  # noqa: S101 - the caller checked it
     shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)

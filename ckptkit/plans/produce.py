@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
-from ckptkit.core.text import quoted
 from ckptkit.core.torch_bridge import TensorPayload, torch_dtype
 from ckptkit.core.torch_types import Tensor
-from ckptkit.errors import PlanError, RuleError
-from ckptkit.plans.plan import Step
+from ckptkit.errors import PlanError
+from ckptkit.plans.plan.step import Step
+from ckptkit.plans.steps import describe_step
 
 if TYPE_CHECKING:
     from ckptkit.tensor_ops.casting import RecipeCounter
@@ -39,7 +39,7 @@ class Producer:
     def payload(self, step: Step) -> Payload:
         """Return the bytes of the step's tensor, which are read or computed only with the chunks.
 
-        Raises ``PlanError`` where an input changed since the plan was made.
+        Raises ``PlanError`` where the step does not fit the inputs.
         """
         found = self._describe(step)
         if step.recipe is not None:
@@ -54,7 +54,7 @@ class Producer:
     def tensor(self, step: Step) -> Tensor:
         """Return the step's tensor; it may share memory with other tensors of this producer.
 
-        Raises ``PlanError`` where an input changed since the plan was made.
+        Raises ``PlanError`` where the step does not fit the inputs.
         """
         found = self._describe(step)
         dtype = torch_dtype(step.out.dtype)
@@ -120,30 +120,9 @@ class Producer:
         return self.roles[source.role].read(source.key)
 
     def _describe(self, step: Step) -> TensorInfo:
-        """Return the description of the tensor before the last cast.
-
-        Raises ``PlanError`` where the shape or the dtype differs from the plan.
-        """
-        infos = []
-        for source in step.sources:
-            checkpoint = self.roles[source.role]
-            if source.key not in checkpoint:
-                raise PlanError(f"{quoted(source.key)} is no longer in the {source.role}", path=checkpoint.path)
-            infos.append(checkpoint[source.key])
-        shape, dtype = infos[0].shape, infos[0].dtype
-        try:
-            if step.recipe is not None:
-                from ckptkit.tensor_ops.recipes import recipe_dtype, recipe_shape
-
-                shape = recipe_shape(step.recipe, [info.shape for info in infos])
-                dtype = recipe_dtype(step.recipe, [info.dtype for info in infos])
-            as_planned = shape == step.out.shape and (dtype == step.out.dtype or step.is_cast)
-        except RuleError:
-            as_planned = False
-        if not as_planned:
-            path = self.roles[step.sources[0].role].path
-            raise PlanError(f"{quoted(step.sources[0].key)} has another shape or dtype than in the plan", path=path)
-        return TensorInfo(step.out.key, dtype, shape)
+        """Return the description of the tensor before the last cast, under the key of the output."""
+        found = describe_step(step, self.roles)
+        return TensorInfo(step.out.key, found.dtype, found.shape)
 
 
 @dataclass(frozen=True, slots=True)

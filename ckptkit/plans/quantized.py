@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.errors import PlanError
-from ckptkit.plans.plan import Plan, Source, Step
+from ckptkit.plans.plan.step import Source, Step
 from ckptkit.quantized import Quantized, QuantizedWeight, quantized_weights
 from ckptkit.quantized.configuration import read_configuration
 from ckptkit.rules.model import Derivation
@@ -238,7 +239,17 @@ class QuantizedInputs:
                 yield QuantizedProblem(weight.key, (step.out.key,), message, hint)
 
 
-def check_quantized(plan: Plan, inputs: QuantizedInputs) -> Plan:
+class _HasSteps(Protocol):
+    """A plan, without an import of its class: a plan calls this module to check itself."""
+
+    @property
+    def steps(self) -> Sequence[Step]: ...
+
+
+_PlanT = TypeVar("_PlanT", bound=_HasSteps)
+
+
+def check_quantized(plan: _PlanT, inputs: QuantizedInputs) -> _PlanT:
     """Return ``plan``; raise ``PlanError`` where it would take a part of a quantised weight for numbers.
 
     Every function that makes a plan of inputs returns it through this check.

@@ -13,12 +13,18 @@ from typing import Any
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import listed, plural, quoted
-from ckptkit.errors import CkptkitError, PlanError, RuleError
+from ckptkit.errors import PlanError, RuleError
 from ckptkit.inputs import CheckpointLike, opened
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
-from ckptkit.plans.steps import complete_step, dropped_entries, moved_modules, refuse_suspicious, role_to_edit
-from ckptkit.rules.model import describe_output
+from ckptkit.plans.steps import (
+    check_steps,
+    complete_step,
+    dropped_entries,
+    moved_modules,
+    refuse_suspicious,
+    role_to_edit,
+)
 from ckptkit.tensor_ops.recipes import Recipe
 from ckptkit.tensor_ops.registry import invert_chain, parse_operation
 
@@ -206,17 +212,8 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
                 hint="make a new plan",
                 path=checkpoint.path,
             )
-    steps = []
-    for step in saved.plan.steps:
-        try:
-            completed = complete_step(step, sources)
-        except (CkptkitError, KeyError) as error:
-            raise PlanError(f"the plan cannot be executed for {quoted(step.out.key)}: {error}") from None
-        infos = [sources[source.role][source.key] for source in step.sources]
-        found = describe_output(step.out.key, infos, step.recipe, step.rule)
-        if completed.operation != step.operation or found.shape != step.out.shape:
-            raise PlanError(f"the plan contradicts itself: {quoted(step.out.key)} would be {found}, not {step.out}")
-        steps.append(completed)
+    check_steps(saved.plan.steps, sources)
+    steps = [complete_step(step, sources) for step in saved.plan.steps]
     # Entries that are not tensors are read from the present inputs, because the digest does not cover such entries.
     dropped = [drop for drop in saved.plan.dropped if not drop.is_entry]
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]

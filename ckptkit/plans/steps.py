@@ -12,8 +12,8 @@ from ckptkit.core.patterns import literal
 from ckptkit.core.text import printable, quoted, shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
 from ckptkit.core.torch_types import DType
-from ckptkit.errors import PlanError
-from ckptkit.plans.plan import Dropped, Source, Step
+from ckptkit.errors import PlanError, RuleError
+from ckptkit.plans.plan.step import Dropped, Source, Step
 from ckptkit.quantized import quantized_weights
 from ckptkit.rules.model import Derivation, describe_output
 
@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # a plan without operations does not import them
     from ckptkit.tensor_ops.recipes import Recipe
 
 __all__ = [
+    "check_steps",
     "complete_step",
+    "describe_step",
     "dropped_entries",
     "dropped_sources",
     "float_dtype",
@@ -108,29 +110,80 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     Raises ``PlanError`` where a tensor cannot be copied or cast, and ``RuleError`` where the recipe does not accept
     the tensors.
     """
+    found = describe_step(step, roles)
+    casts = step.out.dtype != found.dtype
+    return replace(
+        step,
+        out=replace(step.out, view=found.view, kind="dense"),
+        operation=_operation(step.recipe, casts=casts),
+        is_cast=_ends_with_cast(step.recipe, casts=casts),
+    )
+
+
+def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
+    """Return the description of the step's tensor before its last cast, under the keys of its sources.
+
+    Raises ``PlanError`` where an input lacks a source, where a tensor cannot be copied or cast, and where the tensor
+    would have another shape than the step says. Raises ``RuleError`` where the recipe does not accept the tensors.
+    """
     out, sources = step.out, step.sources
+    if not sources:
+        raise PlanError(f"{quoted(out.key)} has no source in the plan")
+    infos = [_find(source, roles) for source in sources]
     for source in sources:
         if source.key == out.key:
             refuse_ambiguous(roles[source.role], [source.key])
-    infos = [roles[source.role][source.key] for source in sources]
     found = describe_output(out.key, infos, step.recipe, step.rule)
-    leave_out = f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}"
     if found.kind != "dense":
         refuse_unread([sources[0].key], roles[sources[0].role])
-    casts = out.dtype != found.dtype
-    if casts:
-        _refuse_cast(found, out.dtype, leave_out)
-    first = roles[sources[0].role][sources[0].key]
+    if out.dtype != found.dtype:
+        _refuse_cast(found, out.dtype, f"leave it out: ckpt remap --drop {shell_word(literal(sources[0].key))}")
     for source in step.equals:
-        other = roles[source.role][source.key]
-        if (other.dtype, other.shape) != (first.dtype, first.shape):
-            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(first.key)}")
-    return replace(
-        step,
-        out=replace(out, view=found.view, kind="dense"),
-        operation=_operation(step.recipe, casts=casts),
-        is_cast=casts or (step.recipe is not None and step.recipe.operations[-1].name == "cast"),
-    )
+        other = _find(source, roles)
+        if (other.dtype, other.shape) != (infos[0].dtype, infos[0].shape):
+            raise PlanError(f"{quoted(source.key)} is {other} and cannot equal {quoted(infos[0].key)}")
+    if found.shape != out.shape:
+        raise PlanError(f"{quoted(out.key)} would be {list(found.shape)}, and is {list(out.shape)} in the plan")
+    return found
+
+
+def _find(source: Source, roles: Mapping[str, Checkpoint]) -> TensorInfo:
+    if source.role not in roles:
+        raise PlanError(f"the plan reads {quoted(source.key)} of {quoted(source.role)}, which was not given")
+    checkpoint = roles[source.role]
+    if source.key not in checkpoint:
+        raise PlanError(f"{quoted(source.key)} is not in the {source.role}", path=checkpoint.path)
+    return checkpoint[source.key]
+
+
+def check_steps(steps: Iterable[Step], roles: Mapping[str, Checkpoint]) -> None:
+    """Raise ``PlanError`` unless the steps fit the inputs, which ``roles`` maps by role, and agree with themselves.
+
+    The steps may come from a file, or may have been edited. Two steps must not make one key, and a step must name what
+    it does: its operations, and a cast where its dtype differs.
+    """
+    keys: set[str] = set()
+    for step in steps:
+        key = step.out.key
+        if key in keys:
+            raise PlanError(f"the plan writes two tensors with the same key, {quoted(key)}")
+        keys.add(key)
+        try:
+            found = describe_step(step, roles)
+        except RuleError as error:
+            raise PlanError(f"the plan cannot make {quoted(key)}: {error.reason}", hint=error.hint) from None
+        casts = found.dtype != step.out.dtype
+        if casts and not step.is_cast:
+            hint = 'for a cast, set operation="cast" and is_cast=True' if step.recipe is None else None
+            raise PlanError(f"{quoted(key)} would be {found.dtype}, and is {step.out.dtype} in the plan", hint=hint)
+        operation = _operation(step.recipe, casts=casts)
+        if operation != step.operation or step.is_cast != _ends_with_cast(step.recipe, casts=casts):
+            named = f"{quoted(step.operation)} with is_cast={step.is_cast}"
+            raise PlanError(f"the operation of {quoted(key)} is {quoted(operation)}, and the plan has {named}")
+
+
+def _ends_with_cast(recipe: Recipe | None, *, casts: bool) -> bool:
+    return casts or (recipe is not None and recipe.operations[-1].name == "cast")
 
 
 def _operation(recipe: Recipe | None, *, casts: bool) -> str:

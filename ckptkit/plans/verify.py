@@ -20,7 +20,7 @@ from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import OutputError
 from ckptkit.formats import open_inside
 from ckptkit.formats.safetensors import reader_refusal
-from ckptkit.plans.plan import Step
+from ckptkit.plans.plan.step import Step
 from ckptkit.plans.produce import Producer
 from ckptkit.wrappers.envelopes import Selection
 

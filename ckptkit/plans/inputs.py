@@ -1,0 +1,183 @@
+"""The inputs of a plan by role, and the bytes of each tensor that the plan makes from them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+from ckptkit.core.cast_losses import CastLoss, wider_dtype
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
+from ckptkit.core.checkpoint.reading import read_tensor, torch_dtype_of
+from ckptkit.core.checkpoint.state_dict import read_state_dict
+from ckptkit.core.files import same_bytes
+from ckptkit.core.text import quoted
+from ckptkit.core.torch_types import Tensor
+from ckptkit.errors import PlanError
+from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.plan.step import Step
+from ckptkit.plans.produce import Producer, overflow_error
+from ckptkit.plans.quantized import QuantizedInputs
+from ckptkit.plans.steps import check_steps
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["PlanInputs", "Sources", "materialize_steps", "opened_inputs", "stream_tensors"]
+
+Sources: TypeAlias = Mapping[str, object] | CheckpointLike  # object: a dict of a path and a model has no narrower type
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """The bytes of the output's tensors, read or computed from the inputs."""
+
+    steps: Mapping[str, Step]
+    roles: Mapping[str, Checkpoint]
+    producer: Producer
+    allow_overflow: bool
+
+    def payload(self, info: TensorInfo) -> Payload:
+        """Return the bytes of a tensor of the output."""
+        return self.producer.payload(self.steps[info.key])
+
+    def span(self, info: TensorInfo) -> Payload | None:
+        """Return the stored bytes from the first to the last element of a tensor of the output."""
+        step = self.steps[info.key]
+        source = step.sources[0]
+        # Only a copy can share the storage of its source; any other tensor is written as its contiguous bytes.
+        if not step.is_copy or step.out.view is None:
+            return self.payload(info)
+        return self.roles[source.role].span(source.key)
+
+    def with_views(self, infos: Sequence[TensorInfo]) -> list[TensorInfo]:
+        """Return the infos with views that share a storage where their inputs do, and only there."""
+        order = {role: number for number, role in enumerate(self.roles)}
+        identities = {info.key: self._identity(self.steps[info.key]) for info in infos}
+        count = Counter(identities.values())
+        storages = {identity: -1 - number for number, identity in enumerate(count)}
+        viewed = []
+        for info in infos:
+            step, identity = self.steps[info.key], identities[info.key]
+            if info.view is not None and step.is_copy:
+                # The storages of each input have numbers of their own.
+                storage = info.view.storage * len(order) + order[step.sources[0].role]
+                view: View | None = info.view._replace(storage=storage)
+            else:
+                view = View(storages[identity], 0, row_major(info.shape)) if count[identity] > 1 else None
+            viewed.append(replace(info, view=view))
+        return viewed
+
+    def _identity(self, step: Step) -> tuple[object, ...]:
+        """Return a value that is equal for two steps that make the same tensor."""
+        source = step.sources[0]
+        origin = step.sources if step.recipe else step.out.view or source.key
+        return source.role, origin, step.recipe, step.out.shape, step.out.dtype, step.operation
+
+    def losses(self, keys: Iterable[str] | None = None) -> tuple[CastLoss, ...]:
+        """Return the losses of the tensors that were read so far, or of ``keys``, in the order of the plan."""
+        return tuple(loss for key in (self.steps if keys is None else keys) if (loss := self.producer.losses.get(key)))
+
+    def refuse_overflow(self, keys: Iterable[str] | None = None) -> None:
+        """Raise ``PlanError`` where a cast made inf of finite values, unless the user allowed it."""
+        overflowed = [loss for loss in self.losses(keys) if loss.overflowed]
+        if overflowed and not self.allow_overflow:
+            self.check_unchanged()  # the values of a file that changed mean nothing
+            role = self.steps[overflowed[0].key].sources[0].role
+            raise overflow_error(overflowed, _wider_dtype_hint(overflowed, self.roles), self.roles[role].path)
+
+    def refuse_different_bytes(self) -> None:
+        """Raise ``PlanError`` where two tensors that would have one key are not equal."""
+        for step in self.steps.values():
+            first = step.sources[0]
+            for source in step.equals:
+                if not same_bytes(
+                    self.roles[first.role].payload(first.key), self.roles[source.role].payload(source.key)
+                ):
+                    raise PlanError(
+                        f"{quoted(first.key)} and {quoted(source.key)} would both be called {quoted(step.out.key)}, "
+                        "and their bytes differ",
+                        path=self.roles[source.role].path,
+                    )
+
+    def check_unchanged(self) -> None:
+        """Raise ``ChangedError`` where a file of an input changed since it was opened."""
+        for checkpoint in self.roles.values():
+            checkpoint.check_unchanged(by_path=True)
+
+
+def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkpoint]) -> str:
+    wider = wider_dtype(overflowed)
+    if wider is None:
+        return ""
+    return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"{wider} holds them"
+
+
+def _by_role(sources: Mapping[str, object] | CheckpointLike, wanted: Sequence[str]) -> dict[str, object]:
+    """Return the inputs by role; ``sources`` may be the only input, without its role."""
+    by_role = sources if isinstance(sources, Mapping) and not isinstance(sources, Checkpoint) else None
+    # A state_dict can have a tensor called "source".
+    if by_role is not None and all(role in by_role and _is_input(by_role[role]) for role in wanted):
+        return dict(by_role)
+    if len(wanted) != 1:
+        raise PlanError(f"the plan reads {', '.join(wanted)}", hint="pass sources={role: checkpoint, ...}")
+    return {wanted[0]: sources}
+
+
+def _is_input(value: object) -> bool:
+    is_path = isinstance(value, str | os.PathLike)
+    return is_path or isinstance(value, Mapping) or callable(getattr(value, "state_dict", None))
+
+
+@contextlib.contextmanager
+def opened_inputs(
+    steps: Sequence[Step], sources: Sources, others: Iterable[str] = (), *, allow_overflow: bool = False
+) -> Iterator[PlanInputs]:
+    """Give the inputs of the steps of a plan, after a check of the steps; paths are opened, and closed at the end.
+
+    ``others`` are roles that the output needs besides those that the steps read. Raises what ``check_steps`` and
+    ``opened`` raise, and ``PlanError`` where a role is missing or a quantised weight would be taken for numbers.
+    """
+    roles = [source.role for step in steps for source in (*step.sources, *step.equals)]
+    given = _by_role(sources, list(dict.fromkeys([*roles, *others])))
+    with contextlib.ExitStack() as stack:
+        inputs = {
+            role: stack.enter_context(opened(cast("CheckpointLike", value), role)) for role, value in given.items()
+        }
+        check_steps(steps, inputs)
+        for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(steps):
+            raise problem.error()
+        yield PlanInputs({step.out.key: step for step in steps}, inputs, Producer(inputs), allow_overflow)
+
+
+def stream_tensors(
+    steps: Sequence[Step], sources: Sources, *, allow_overflow: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Return an iterator over keys and tensors, as ``Plan.tensors`` says; the steps are checked before the first."""
+    with opened_inputs(steps, sources):
+        for step in steps:
+            torch_dtype_of(step.out)
+    return _stream(steps, sources, allow_overflow=allow_overflow)
+
+
+def _stream(steps: Sequence[Step], sources: Sources, *, allow_overflow: bool) -> Iterator[tuple[str, Tensor]]:
+    with opened_inputs(steps, sources, allow_overflow=allow_overflow) as inputs:
+        inputs.refuse_different_bytes()
+        for step in steps:
+            tensor = read_tensor(step.out, inputs.payload)
+            inputs.refuse_overflow([step.out.key])
+            yield step.out.key, tensor
+        inputs.check_unchanged()
+
+
+def materialize_steps(inputs: PlanInputs, device: torch.device | str | int | None) -> dict[str, Tensor]:
+    """Return the tensors by key, as ``Plan.materialize`` says."""
+    inputs.refuse_different_bytes()
+    infos = inputs.with_views([step.out for step in inputs.steps.values()])
+    tensors = read_state_dict(infos, inputs.payload, inputs.span, device, None)
+    inputs.refuse_overflow()
+    inputs.check_unchanged()
+    return tensors

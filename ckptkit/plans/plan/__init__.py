@@ -1,0 +1,131 @@
+"""A plan: the sources of each tensor of an output, and the entries that the output leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.text import html_table, printable
+from ckptkit.core.ties import overlapping_tensors
+from ckptkit.core.torch_types import Tensor
+from ckptkit.plans.plan.step import Dropped, Source, Step
+
+if TYPE_CHECKING:
+    import torch
+
+    from ckptkit.plans.inputs import Sources
+
+__all__ = ["Dropped", "Plan", "Source", "Step", "find_broken_ties"]
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The tensors of an output in order (one ``Step`` each), the entries that the output leaves out, and its metadata.
+
+    A torch output can be a copy of the file of one input, with new tensors. ``edited_role`` is the role of that input.
+    ``kept`` names the entries that the copy has too, such as the optimizer; ``check_output`` sets ``kept``.
+    ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
+    """
+
+    steps: tuple[Step, ...]
+    dropped: tuple[Dropped, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    versions: Mapping[str, int] = field(default_factory=dict)
+    edited_role: str = ""
+    kept: tuple[str, ...] = ()
+
+    @property
+    def elements(self) -> int:
+        """Number of elements of all tensors in the output."""
+        return sum(step.out.elements for step in self.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors in the output."""
+        return sum(step.out.nbytes for step in self.steps)
+
+    def tensors(self, sources: Sources, *, allow_overflow: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Yield the key and the tensor of each step, as ``execute`` would write it, one at a time and on the CPU.
+
+        ``sources`` and ``allow_overflow`` are as in ``execute``. The plan is checked against the sources at once; a
+        tensor is read and computed when it is asked for. Each has contiguous memory of its own.
+
+        Raises:
+            PlanError: The plan does not fit the sources, or contradicts itself. While the tensors are computed: a cast
+                would make inf of finite values, without ``allow_overflow``.
+            ChangedError: An input changed since it was opened.
+
+        Example:
+            >>> import ckptkit, torch
+            >>> model = torch.nn.Linear(2, 2)
+            >>> plan = ckptkit.plan_remap(model, ["*=fc.*"], dtype="bfloat16")
+            >>> for key, tensor in plan.tensors(model):
+            ...     print(key, tensor.dtype)
+            fc.weight torch.bfloat16
+            fc.bias torch.bfloat16
+        """
+        from ckptkit.plans.inputs import stream_tensors
+
+        return stream_tensors(self.steps, sources, allow_overflow=allow_overflow)
+
+    def materialize(
+        self,
+        sources: Sources,
+        *,
+        device: torch.device | str | int | None = None,
+        allow_overflow: bool = False,
+    ) -> dict[str, Tensor]:
+        """Return the state_dict of the output, with the tensors that ``execute`` would write, on ``device``.
+
+        ``sources`` and ``allow_overflow`` are as in ``execute``; the device is the CPU unless given. Keys that
+        ``execute`` would tie in a torch file share memory. The result has ``versions`` as its ``_metadata``. It has no
+        entry that is not a tensor.
+
+        Raises:
+            PlanError: The plan does not fit the sources, or contradicts itself, or a cast would make inf of finite
+                values, without ``allow_overflow``.
+            ChangedError: An input changed since it was opened.
+
+        Example:
+            >>> import ckptkit, torch
+            >>> model = torch.nn.Linear(2, 2)
+            >>> state = ckptkit.plan_remap(model, ["*=fc.*"]).materialize(model)
+            >>> torch.equal(state["fc.weight"], model.weight)
+            True
+        """
+        from ckptkit.core.checkpoint.state_dict import with_versions
+        from ckptkit.plans.inputs import materialize_steps, opened_inputs
+
+        with opened_inputs(self.steps, sources, allow_overflow=allow_overflow) as inputs:
+            return with_versions(materialize_steps(inputs, device), self.versions)
+
+    def _repr_html_(self) -> str:
+        rows = [
+            (
+                printable(step.out.key),
+                str(step.out),
+                ", ".join(f"{source.role}: {printable(source.key)}" for source in step.sources),
+                step.operation,
+                step.rule,
+            )
+            for step in self.steps
+        ]
+        left_out = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
+        tensors = html_table(("key", "tensor", "from", "operation", "rule"), rows)
+        return tensors + (html_table(("left out", "of", "because"), left_out) if left_out else "")
+
+
+def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
+    """Return each group of output keys that share memory in the input, but would not in a safetensors file."""
+    by_role: dict[str, list[TensorInfo]] = {}
+    by_source: dict[Source, list[str]] = {}
+    for step in plan.steps:
+        by_role.setdefault(step.sources[0].role, []).append(step.out)
+        if step.recipe is None:
+            by_source.setdefault(step.sources[0], []).append(step.out.key)
+    groups = [tuple(info.key for info in group) for infos in by_role.values() for group in overlapping_tensors(infos)]
+    known = {key for group in groups for key in group}
+    return groups + [tuple(keys) for keys in by_source.values() if len(keys) > 1 and keys[0] not in known]

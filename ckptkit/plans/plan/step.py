@@ -1,0 +1,60 @@
+"""One tensor of an output and its sources, and the entries that an output leaves out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ckptkit.core.checkpoint import TensorInfo
+
+if TYPE_CHECKING:
+    from ckptkit.tensor_ops.recipes import Recipe
+
+__all__ = ["Dropped", "Source", "Step"]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One tensor of an input: the role of the input (``base``, ``donor``, ``source``) and the tensor's key in it."""
+
+    role: str
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor of the output, with its sources, the operations on them and the rule that asked for it.
+
+    Without a ``recipe`` the tensor is a copy or a cast of its only source. A ``recipe`` computes the tensor from its
+    sources, and a cast follows where the dtypes differ. ``equals`` names tensors that must have the same bytes as the
+    first source; ``execute`` compares them. ``tied_to`` is the key of the output that the base ties this key to.
+    """
+
+    out: TensorInfo
+    sources: tuple[Source, ...]
+    operation: str = "copy"
+    rule: str = ""
+    recipe: Recipe | None = None
+    equals: tuple[Source, ...] = ()
+    is_cast: bool = False  # whether the last operation is a cast
+    tied_to: str | None = None  # a plan file does not record it
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the tensor has the bytes of its source."""
+        return self.recipe is None and not self.is_cast
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A tensor or another entry of an input that the output leaves out, and the reason.
+
+    If the shape is the reason, ``wanted`` is the key of the base that the tensor would have filled. ``is_entry`` is
+    true for an entry that is not a tensor.
+    """
+
+    role: str
+    key: str
+    reason: str
+    wanted: str = ""
+    is_entry: bool = False
