@@ -96,15 +96,14 @@ def _differing(left: Tensor, right: Tensor, *, exact: bool, rtol: float, atol: f
 def _pieces(expected: Checkpoint, found: Checkpoint, key: str) -> Iterable[tuple[int, Tensor, Tensor]]:
     """Yield the two tensors in pieces of whole rows, each with the number of elements before it."""
     shape = expected[key].shape
-    left, right = expected.read(key), found.read(key)
     if not shape:
-        yield 0, left, right
+        yield 0, expected.read(key), found.read(key)
         return
     row = max(math.prod(shape[1:]), 1)
     rows = max(_PIECE_ELEMENTS // row, 1)
     for first in range(0, shape[0], rows):
         part = slice(first, min(first + rows, shape[0]))
-        yield first * row, left[part], right[part]
+        yield first * row, expected.read(key, rows=part), found.read(key, rows=part)
 
 
 def _index(place: int, shape: tuple[int, ...]) -> tuple[int, ...]:
