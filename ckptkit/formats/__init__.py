@@ -36,6 +36,11 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     ``py:package.module:callable`` opens a live model, and runs its code. Shapes are as in torch; sizes are in bytes.
     Raises ``PathError`` where the path cannot be read, and ``FormatError`` where the checkpoint is not valid or not
     whole. Raises ``ModelError`` where a live model cannot be built.
+
+    Example:
+        >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+        ...     [key for key, info in checkpoint.items() if info.shape[0] == 10]
+        ['fc3.weight', 'fc3.bias']
     """
     return _open_checkpoint(_path_text(path), listing_parts=False)
 
@@ -64,6 +69,13 @@ def open_optimizer(path: str | os.PathLike[str]) -> Checkpoint:
 
     Without ``::a.b``, the only optimizer state of the file is opened, and ``envelope`` of the result is its key.
     Raises what ``open_checkpoint`` raises, and ``FormatError`` where the file holds no optimizer state, or several.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> torch.save(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), "optimizer.pt")
+        >>> with ckptkit.open_optimizer("optimizer.pt") as state:
+        ...     [entry.value for entry in state.entries if entry.path.endswith("lr")]
+        [0.1]
     """
     name = _path_text(path)
     if name.startswith(LIVE_PREFIX):

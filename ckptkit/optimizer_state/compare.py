@@ -43,6 +43,12 @@ def optimizer_state_diff(saved: StateLike, live: StateLike, names: NamesLike | N
     - ``optim.options``: loading changes an option. ``optim.options-lost``: loading deletes an option.
     - ``optim.shape``: the state has another shape, and the next step fails.
     - ``optim.coverage``: a parameter would start without state.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> one, other = (torch.optim.SGD(model.parameters(), lr=lr).state_dict() for lr in (0.1, 0.2))
+        >>> [finding.message for finding in ckptkit.optimizer_state_diff(one, other, names=["weight", "bias"]).findings]
+        ["lr of 'weight', 'bias' is 0.2, and loading makes it 0.1"]
     """
     with opened_optimizer(saved) as saved_side, opened_optimizer(live) as live_side:
         return Report(tuple(_differences(_named(saved_side, names), _named(live_side, names))), PlanError)

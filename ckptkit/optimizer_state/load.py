@@ -117,6 +117,14 @@ def load_optimizer_state(
     Raises ``PlanError`` if a policy demands it, if another optimizer class was saved, or if nothing would be loaded.
     It is also raised if a cast would make inf of finite values.
     Raises ``GroupsError`` if the optimizer does not belong to ``model``, or has other values after the load.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> old, new = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for _ in range(2))
+        >>> model(torch.ones(2)).sum().backward()
+        >>> old.step()
+        >>> ckptkit.load_optimizer_state(new, model, old.state_dict()).loaded
+        ('weight', 'bias')
     """
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
     with opened_optimizer(state) as found:

@@ -184,6 +184,13 @@ class OptimizerState:
     - ``remarks`` are further messages about the state.
     - ``changes`` has one entry for each parameter that the last edit handled.
     - ``more`` has the values that are of no parameter. Edits keep them.
+
+    Example:
+        >>> from ckptkit.optimizer_state.naming import to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> state.names, state.groups[0].options["lr"]
+        (('weight', 'bias'), 0.1)
     """
 
     state: Mapping[str, Mapping[str, SlotValue]]
@@ -210,12 +217,30 @@ class OptimizerState:
         return sum(tensor.nbytes for slots in self.state.values() for tensor in tensors_in(slots))
 
     def slot(self, name: str) -> Mapping[str, LazyTensor]:
-        """Return the tensors of the slot ``name``, by the names of the parameters that have it."""
+        """Return the tensors of the slot ``name``, by the names of the parameters that have it.
+
+        Example:
+            >>> from ckptkit.optimizer_state.naming import to_named
+            >>> model = torch.nn.Linear(2, 2)
+            >>> optimizer = torch.optim.Adam(model.parameters())
+            >>> model(torch.ones(2)).sum().backward()
+            >>> optimizer.step()
+            >>> list(to_named(optimizer.state_dict(), model).slot("exp_avg"))
+            ['weight', 'bias']
+        """
         values = {fqn: slots.get(name) for fqn, slots in self.state.items()}
         return {fqn: value for fqn, value in values.items() if isinstance(value, LazyTensor)}
 
     def group_of(self, name: str) -> NamedGroup | None:
-        """Return the group of the parameter ``name``, or None if it is in no group."""
+        """Return the group of the parameter ``name``, or None if it is in no group.
+
+        Example:
+            >>> from ckptkit.optimizer_state.naming import to_named
+            >>> model = torch.nn.Linear(2, 2)
+            >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+            >>> state.group_of("bias").options["lr"]
+            0.1
+        """
         return next((group for group in self.groups if name in group.names), None)
 
     def __str__(self) -> str:

@@ -44,6 +44,13 @@ def write_optimizer_state(
     file with the new state, unless ``output.only_tensors`` is set. ``form`` is one of ``FORMS``; the default is the
     form in which the state was found. ``dry_run`` checks everything and writes nothing. Raises ``PlanError`` for a
     value that cannot be written, and ``OutputError`` as ``execute`` does.
+
+    Example:
+        >>> from ckptkit.optimizer_state.naming import to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> ckptkit.write_optimizer_state(state, ckptkit.choose_output("optimizer.pt")).format
+        'torch'
     """
     if output.format != "torch" or output.max_shard_size is not None:
         raise OutputError(

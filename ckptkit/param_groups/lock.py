@@ -147,6 +147,12 @@ def lock_optimizer(model: Module, groups: Any) -> ParamGroupsLock:
     Parameters are identified by ``id()`` and named as in ``model``. Tensors that are not in ``model`` are left out;
     ``validate_param_groups`` reports them. The learning rate is the rate before schedulers changed it. Raises
     ``GroupsError`` as ``validate_param_groups`` does.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> lock = ckptkit.lock_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> lock.groups[0].options["lr"], [parameter.name for parameter in lock.groups[0].parameters]
+        (0.1, ['weight', 'bias'])
     """
     return lock_live(read_live_model(model), read_groups(groups))
 
@@ -214,7 +220,13 @@ def _plain_options(options: Mapping[str, Any]) -> dict[str, object]:
 
 
 def lock_document(lock: ParamGroupsLock) -> dict[str, Any]:
-    """Return the lock as the JSON document that ``parse_lock`` reads."""
+    """Return the lock as the JSON document that ``parse_lock`` reads.
+
+    Example:
+        >>> lock = ckptkit.lock_param_groups("fixtures/lenet_10class.pth", "fixtures/groups.toml")
+        >>> [group["name"] for group in ckptkit.lock_document(lock)["groups"]]
+        ['head', 'base']
+    """
     return {
         "schema": SCHEMA,
         "fingerprint": f"sha256:{lock.fingerprint}",

@@ -77,6 +77,11 @@ class Rules:
     """Stages in order; each stage sees the names that the stage before it gave.
 
     ``allow_unused`` allows that a rule or a ``keep`` pattern matches no key.
+
+    Example:
+        >>> rules = ckptkit.parse_rules(rename=["module.*=*"])
+        >>> [rule.sources[0].text for stage in rules.stages for rule in stage.rules]
+        ['module.*']
     """
 
     stages: tuple[Stage, ...] = ()

@@ -38,6 +38,12 @@ def parse_rules(
     The options apply in the order keep, drop, strip, rename; the stages of the file follow. ``lines`` holds the line
     of each rule of the file, for messages, and ``settings`` the values of its variables. Raises ``RuleError`` for a
     rule that is not valid.
+
+    Example:
+        >>> rules = ckptkit.parse_rules(drop=["fc3.*"], rename=["fc1.*=first.*"])
+        >>> result = ckptkit.diff("fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors", rules)
+        >>> [info.key for info in result.unexpected], [info.key for info in result.missing]
+        (['fc1.weight', 'fc1.bias'], ['fc1.weight', 'fc1.bias', 'fc3.weight', 'fc3.bias'])
     """
     stages: list[Stage] = []
     drops = tuple(Rule((parse_pattern(text),)) for text in drop)

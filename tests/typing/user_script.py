@@ -15,7 +15,7 @@ from fixtures.lenet import build
 
 def load(model: torch.nn.Module, path: Path) -> float:
     """Load what fits, and say what does not."""
-    found = ckptkit.diff(model, ckptkit.open_checkpoint(path))
+    found = ckptkit.diff(model, path)
     for info in found.missing:
         print(info.key, info.dtype, info.shape)
     names: list[str] = [pair.key for pair in found.matched]

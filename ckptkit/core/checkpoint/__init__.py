@@ -152,6 +152,11 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
 
     Close a Checkpoint, or use it as a context manager. A Checkpoint never changes: ``with_warnings`` and
     ``with_entries`` return a new Checkpoint that shares the open files.
+
+    Example:
+        >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+        ...     print(checkpoint["fc3.weight"], checkpoint.read("fc3.weight").dtype)
+        F32 [10, 84] torch.float32
     """
 
     __slots__ = ("__weakref__", "_access", "_container", "_description", "_infos", "_nested", "_open_files")
@@ -244,19 +249,44 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         return self._container
 
     def with_warnings(self, *warnings: str) -> Checkpoint:
-        """Return this checkpoint with more warnings; both share the open files."""
+        """Return this checkpoint with more warnings; both share the open files.
+
+        Example:
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth").with_warnings("trained on old data")
+            >>> checkpoint.warnings[-1]
+            'trained on old data'
+        """
         return self._with(replace(self._description, warnings=(*self.warnings, *warnings)))
 
     def with_entries(self, *entries: Entry) -> Checkpoint:
-        """Return this checkpoint with more entries; both share the open files."""
+        """Return this checkpoint with more entries; both share the open files.
+
+        Example:
+            >>> from ckptkit.core.checkpoint import Entry
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth").with_entries(Entry("epoch", "int", 3))
+            >>> checkpoint.entries[-1].value
+            3
+        """
         return self._with(replace(self._description, entries=(*self.entries, *entries)))
 
     def without(self, keys: Collection[str]) -> Checkpoint:
-        """Return this checkpoint without the tensors at ``keys``; both share the open files."""
+        """Return this checkpoint without the tensors at ``keys``; both share the open files.
+
+        Example:
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth")
+            >>> len(checkpoint.without(["fc3.weight", "fc3.bias"]))
+            8
+        """
         return self._with(self._description, {key: info for key, info in self._infos.items() if key not in keys})
 
     def with_as_entries(self, keys: Collection[str]) -> Checkpoint:
-        """Return this checkpoint with the tensors at ``keys`` as entries; both share the open files."""
+        """Return this checkpoint with the tensors at ``keys`` as entries; both share the open files.
+
+        Example:
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth").with_as_entries(["fc3.bias"])
+            >>> "fc3.bias" in checkpoint, checkpoint.entries[-1].path
+            (False, 'fc3.bias')
+        """
         return self.without(keys).with_entries(*(Entry(key, "tensor", str(self._infos[key])) for key in keys))
 
     def _with(self, description: Description, infos: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
@@ -299,7 +329,13 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         return f"<Checkpoint {self.path!r}: {self.format}, {len(self)} tensors>"
 
     def payload(self, key: str) -> Payload:
-        """Return the bytes of one tensor, not read yet."""
+        """Return the bytes of one tensor, not read yet.
+
+        Example:
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth")
+            >>> checkpoint.payload("fc3.bias").nbytes
+            40
+        """
         return self._access.payload(self._infos[key])
 
     def span(self, key: str) -> Payload | None:
@@ -307,6 +343,11 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
 
         A writer uses spans to write the shared bytes of two views only once. Return None for a conjugate or negative
         view and for a format without views: their values are only in ``payload``.
+
+        Example:
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth")
+            >>> checkpoint.span("fc3.bias").nbytes
+            40
         """
         span = self._access.span
         return None if span is None else span(self._infos[key])
@@ -319,7 +360,13 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         return (Record(self.path, info.key, self._access.payload(info), keys=(info.key,)) for info in stored)
 
     def read_bytes(self, key: str) -> bytes:
-        """Return the contiguous little-endian bytes of one tensor."""
+        """Return the contiguous little-endian bytes of one tensor.
+
+        Example:
+            >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+            ...     len(checkpoint.read_bytes("fc3.bias"))
+            40
+        """
         return b"".join(bytes(chunk) for chunk in self.payload(key).chunks())
 
     def read(self, key: str, *, rows: slice | None = None) -> Tensor:
@@ -407,6 +454,10 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
         """Raise ``ChangedError`` if a file changed on disk after it was opened.
 
         With ``by_path``, also raise it if another program replaced the file. The open file still has the old bytes.
+
+        Example:
+            >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
+            ...     checkpoint.check_unchanged(by_path=True)
         """
         if self._access.check is not None:
             self._access.check(by_path=by_path)

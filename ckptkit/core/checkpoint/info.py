@@ -29,6 +29,11 @@ class TensorInfo:
     ``kind`` is ``"dense"`` if the bytes of the tensor can be copied. A tensor of any other kind (``"sparse"``,
     ``"quantized"``, ``"meta"``, ...) is listed but cannot be written. ``stored_bytes`` is the size in bytes for a
     dtype that is not in ``DTYPES``, such as the block types of GGUF.
+
+    Example:
+        >>> info = ckptkit.TensorInfo("fc3.weight", "F32", (10, 84))
+        >>> str(info), info.elements, info.nbytes
+        ('F32 [10, 84]', 840, 3360)
     """
 
     key: str

@@ -25,6 +25,13 @@ def diff_locks(expected: LockLike, found: LockLike) -> Report:
     ``expected`` has them. Codes of errors: ``groups.gone``, ``new``, ``shape``, ``moved``, ``order``, ``ties``; of
     warnings: ``dtype``, ``thawed``, ``options``. Raises ``GroupsError`` where an argument is not a lock, and what
     ``parse_lock`` raises.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> before = ckptkit.lock_optimizer(model, torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> after = ckptkit.lock_optimizer(model, torch.optim.SGD([model.weight], lr=0.1))
+        >>> [finding.code for finding in ckptkit.diff_locks(before, after).findings]
+        ['groups.thawed']
     """
     expected, found = as_lock(expected), as_lock(found)
     findings: list[Finding] = []

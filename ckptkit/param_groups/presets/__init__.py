@@ -28,7 +28,12 @@ _NEEDS_MODEL = {"model": True, "made": False}  # prefixes of computed settings, 
 
 
 def param_group_preset_names() -> tuple[str, ...]:
-    """Return the names of all param-group presets, sorted."""
+    """Return the names of all param-group presets, sorted.
+
+    Example:
+        >>> "no-decay" in ckptkit.param_group_preset_names()
+        True
+    """
     names = (item.name for item in files(__name__).iterdir())
     return tuple(sorted(name.removesuffix(_SUFFIX) for name in names if name.endswith(_SUFFIX)))
 
@@ -76,6 +81,11 @@ def param_group_phases(name: str, model: CheckpointLike, **settings: Any) -> tup
 
     Call ``model.requires_grad_(True)`` before the groups of the next phase are built: a phase freezes parameters.
     ``model`` is what ``param_group_preset`` accepts. Raises ``GroupsError`` as ``param_group_preset`` does.
+
+    Example:
+        >>> phases = ckptkit.param_group_phases("gradual-unfreezing", "py:fixtures.lenet:build", lr=0.01)
+        >>> len(phases), [rule.name for rule in phases[0].rules]
+        (5, ['frozen', 'trained'])
     """
     first = param_group_preset(name, model, **settings, phase=0)
     layers = next((modifier.layers for modifier in first.modifiers if modifier.layers is not None), None)

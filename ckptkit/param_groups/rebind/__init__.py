@@ -76,6 +76,15 @@ def rebind(
     Codes: ``rebind.repointed``, ``removed``, ``added``, ``renamed``, ``state-dropped``, ``state-converted``,
     ``missing``. Raises ``GroupsError`` for an option that no step of the optimizer reads, and where something cannot be
     decided. Nothing is changed then.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model.bias = torch.nn.Parameter(torch.zeros(2))
+        >>> [finding.code for finding in ckptkit.rebind(optimizer, model, guess=True).findings]
+        ['rebind.repointed']
+        >>> optimizer.param_groups[0]["params"][1] is model.bias
+        True
     """
     if on_shape not in ("drop", "pad", "error"):
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape must be "drop", "pad" or "error"')
