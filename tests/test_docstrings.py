@@ -72,9 +72,6 @@ WITHOUT_EXAMPLE: frozenset[str] = frozenset(
         "LoadReport",
         "OptimizerLoadReport",
         "Output",
-        "ParamGroupSpec",
-        "ParamGroupSpec.defaults_for",
-        "ParamGroupSpec.optimizer_of",
         "ParamGroupsLock",
         "Plan",
         "Preflight",
@@ -84,7 +81,6 @@ WITHOUT_EXAMPLE: frozenset[str] = frozenset(
         "StateDictStats",
         "StateDictStats.modules",
         "Written",
-        "choose_output",
         "execute",
         "load_into",
     }

@@ -42,8 +42,8 @@ def parse_rules(
     Example:
         >>> rules = ckptkit.parse_rules(drop=["fc3.*"], rename=["fc1.*=first.*"])
         >>> result = ckptkit.diff("fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors", rules)
-        >>> [info.key for info in result.unexpected], [info.key for info in result.missing]
-        (['fc1.weight', 'fc1.bias'], ['fc1.weight', 'fc1.bias', 'fc3.weight', 'fc3.bias'])
+        >>> [info.key for info in result.missing]
+        ['fc1.weight', 'fc1.bias', 'fc3.weight', 'fc3.bias']
     """
     stages: list[Stage] = []
     drops = tuple(Rule((parse_pattern(text),)) for text in drop)

@@ -263,8 +263,8 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
 
         Example:
             >>> from ckptkit.core.checkpoint import Entry
-            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth").with_entries(Entry("epoch", "int", 3))
-            >>> checkpoint.entries[-1].value
+            >>> checkpoint = ckptkit.open_checkpoint("fixtures/lenet_10class.pth")
+            >>> checkpoint.with_entries(Entry("epoch", "int", 3)).entries[-1].value
             3
         """
         return self._with(replace(self._description, entries=(*self.entries, *entries)))
