@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -21,7 +22,7 @@ from ckptkit.formats.torch.write import TorchZipLayout, assign_records, refuse_u
 from ckptkit.optimizer_state.forms import FoundState, read_form, read_state, to_form
 from ckptkit.optimizer_state.model import LazyTensor, OpaqueValue, OptimizerState, SlotValue, same_value, tensors_in
 from ckptkit.plans.execute import Written, refuse_replacing_inputs
-from ckptkit.plans.output import Output
+from ckptkit.plans.output import Output, choose_output
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
 __all__ = ["write_optimizer_state"]
@@ -31,7 +32,7 @@ _PARTS_PER_VALUE = 64
 
 def write_optimizer_state(
     state: OptimizerState,
-    output: Output,
+    output: Output | str | os.PathLike[str],
     source: Checkpoint | None = None,
     *,
     form: str | None = None,
@@ -40,18 +41,20 @@ def write_optimizer_state(
 ) -> Written | None:
     """Write a state to a torch file, whole or not at all, and check that it reads back.
 
-    ``source`` is the Checkpoint that the state was read from. If it is a torch file, the output is a copy of that
-    file with the new state, unless ``output.only_tensors`` is set. ``form`` is one of ``FORMS``; the default is the
-    form in which the state was found. ``dry_run`` checks everything and writes nothing. Raises ``PlanError`` for a
-    value that cannot be written, and ``OutputError`` as ``execute`` does.
+    ``output`` is a path that ends in ``.pt`` or another suffix of torch, or an ``Output``. ``source`` is the Checkpoint
+    that the state was read from. If it is a torch file, the output is a copy of that file with the new state, unless
+    ``output.only_tensors`` is set. ``form`` is one of ``FORMS``; the default is the form in which the state was found.
+    ``dry_run`` checks everything and writes nothing. Raises ``PlanError`` for a value that cannot be written, and
+    ``OutputError`` as ``execute`` does.
 
     Example:
         >>> from ckptkit.optimizer_state.naming import to_named
         >>> model = torch.nn.Linear(2, 2)
         >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
-        >>> ckptkit.write_optimizer_state(state, ckptkit.choose_output("optimizer.pt")).format
+        >>> ckptkit.write_optimizer_state(state, "optimizer.pt").format
         'torch'
     """
+    output = output if isinstance(output, Output) else choose_output(output)
     if output.format != "torch" or output.max_shard_size is not None:
         raise OutputError(
             "optimizer state is written to a torch file", hint="give a name that ends in .pt", path=output.path
