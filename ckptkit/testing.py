@@ -12,7 +12,6 @@ from typing import NoReturn
 from ckptkit.comparison import StateDictDiff, diff_checkpoints
 from ckptkit.comparison.values import compare_values
 from ckptkit.core.arguments import require_number, require_type
-from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.patterns import matches_any
 from ckptkit.core.text import listed, plural
 from ckptkit.inputs import CheckpointLike, opened, rules_for
@@ -77,7 +76,7 @@ def assert_loads(
                 *([f"{_count(wrong, keys)} not loaded: {listed(wrong)}"] if wrong else []),
                 *([f"{_count(filled, keys)} loaded, and must stay fresh: {listed(filled)}"] if filled else []),
             ]
-            _fail("; ".join(said), diff_page(result, expected, found, expand=False, everything=False))
+            _fail("; ".join(said), diff_page(result))
 
 
 def assert_same_weights(
@@ -118,7 +117,7 @@ def assert_same_weights(
     require_type(check_dtype, bool, "check_dtype", "True or False")
     with opened(a, "a") as expected, opened(b, "b") as found:
         result = diff_checkpoints(expected, found, apply_rules(rules_for(None, found), found))
-        _same_description(result, expected, found, check_dtype=check_dtype)
+        _same_description(result, check_dtype=check_dtype)
         differences = compare_values(expected, found, expected, rtol=rtol, atol=atol)
         if differences:
             verb = "differs" if len(differences) == 1 else "differ"
@@ -138,7 +137,7 @@ def _loaded(result: StateDictDiff) -> dict[str, None]:
     return dict.fromkeys(key for key in result.expected if key in loaded)
 
 
-def _same_description(result: StateDictDiff, expected: Checkpoint, found: Checkpoint, *, check_dtype: bool) -> None:
+def _same_description(result: StateDictDiff, *, check_dtype: bool) -> None:
     __tracebackhide__ = True
     kinds = {
         "missing": result.missing,
@@ -151,7 +150,7 @@ def _same_description(result: StateDictDiff, expected: Checkpoint, found: Checkp
     if said:
         _fail(
             f"the tensors are not the same: {', '.join(said)}",
-            diff_page(result, expected, found, expand=False, everything=False),
+            diff_page(result),
         )
 
 

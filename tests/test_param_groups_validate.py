@@ -670,12 +670,13 @@ def test_an_option_that_no_optimizer_reads(key: str, hint: str | None) -> None:
         assert (finding.severity, finding.hint) == ("warning", hint)
 
 
-def test_a_report_has_one_line_for_each_finding() -> None:
+def test_a_report_has_a_line_for_each_finding_and_its_hint() -> None:
     model = Net()
     report = validate_param_groups(model, [{"params": [p for n, p in model.named_parameters() if n != "fc3.bias"]}])
-    (line, count) = str(report).splitlines()
+    line, hint, count = str(report).splitlines()
     assert line.startswith("error: 'fc3.bias' (3,) is trainable but in no group")
-    assert "  [groups.missing] (" in line
+    assert line.endswith("  [groups.missing]")
+    assert hint == f"  {report.findings[0].hint}"
     assert count == "1 error"
     assert str(validate_param_groups(model, list(model.parameters()))) == "no findings"
 

@@ -301,9 +301,8 @@ def test_names_are_escaped_in_a_notebook() -> None:
     model = nn.Module()
     model.register_module("<script>", nn.Linear(2, 2))
     html = preflight(model, groups={"group": [{"name": "<b>", "rest": True, "lr": 1}]})._repr_html_()
-    assert html.startswith("<p><b>ready</b></p><table>")
+    assert html.endswith("<p>ready</p></div>")
     assert "<script>" not in html
-    assert "<b>&lt;" not in html
     assert "&lt;script&gt;" in html
 
 

@@ -50,10 +50,9 @@ def test_python_example(tmp_path: Path) -> None:
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{block}", encoding="utf-8")
     done = subprocess.run([sys.executable, script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "8 matched, 2 shape-mismatched",
-        "loaded 8 of 10 tensors, 99.4 % of the elements; kept 2 as they were",
-    ]
+    assert done.stdout.startswith(
+        "8 matched, 2 shape-mismatched\nloaded 8 of 10 tensors, 99.4 % of the elements; kept 2 as they were\n"
+    )
 
 
 @pytest.mark.parametrize("block", re.findall(r"```python\n(.*?)```", TESTING, re.DOTALL))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
 from ckptkit.render.page import Row, Table, as_text, join_rows
-from ckptkit.render.show import show_page, show_tree
+from ckptkit.render.show import show_page
 
 
 def _spelled(cell: str) -> list[str]:
@@ -68,10 +68,10 @@ def test_a_key_of_thousands_of_segments(key: str) -> None:
     checkpoint = Checkpoint(
         {key: info}, Access(lambda _: pytest.fail("it is read")), Description("x.pt", "safetensors")
     )
-    tree = as_text(show_tree(checkpoint, {key: info}))
+    tree = as_text(show_page(checkpoint, tree=True))
     assert sum(map(len, tree)) < 20_000
     assert tree[-1].startswith("  " * 64)
-    (row,) = as_text(show_page(checkpoint, {key: info}, expand=False))[3:]
+    (row,) = as_text(show_page(checkpoint))[3:]
     assert len(row) < 500
     assert "more characters>" in row
     assert "F32" in row

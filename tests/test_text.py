@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckptkit.core.text import html_table, human_bytes, plural, printable, quoted, shell_word
+from ckptkit.core.text import human_bytes, plural, printable, quoted, shell_word
 from ckptkit.errors import one_line
 
 ANY = st.text(st.characters(exclude_categories=()))  # all of Unicode, lone surrogates and unassigned code points too
@@ -94,15 +94,6 @@ def test_the_shell_reads_a_word_back(text: str) -> None:
 
 def test_a_very_long_shell_word_is_cut() -> None:
     assert "more characters" in shell_word("a" * 1000)
-
-
-def test_html_tables_are_escaped_and_bounded() -> None:
-    """Cells are escaped, and a notebook shows at most 500 rows."""
-    table = html_table(("a", "b"), [("<img src=x onerror=1>", '"><script>')] * 600)
-    assert "<img" not in table
-    assert "<script" not in table
-    assert table.count("<tr>") == 501
-    assert table.endswith("<p>and 100 rows more</p>")
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from ckptkit.align.evidence import Digests, match_modules, read_digests
 from ckptkit.align.matching import EQUAL_BYTES, Matching, match_checkpoints
@@ -14,6 +15,7 @@ from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_fil
 from ckptkit.comparison import count_prefixes
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
+from ckptkit.core.result import Result
 from ckptkit.core.text import plural
 from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened
@@ -45,8 +47,8 @@ class Ambiguity:
     candidates: tuple[Suggestion, ...]
 
 
-@dataclass(frozen=True)
-class Alignment:
+@dataclass(frozen=True, repr=False)
+class Alignment(Result):
     """The rules that rename the found keys to the expected keys, and the tensors without a rule.
 
     Attributes:
@@ -61,6 +63,8 @@ class Alignment:
         presets: The names of the presets that fill every expected key.
         note: A sentence about weights that are quantised on one side only, or an empty string.
     """
+
+    _truth: ClassVar[str] = "ask for .complete"
 
     expected: Checkpoint
     found: Checkpoint
@@ -85,6 +89,14 @@ class Alignment:
     def complete(self) -> bool:
         """Whether every expected key keeps its name or is filled by a rule."""
         return not self.missing and not self.ambiguous and not self.unequal
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        counts = (
+            f"{plural(len(self.suggestions), 'rule')}, {len(self.ambiguous)} ambiguous, {len(self.missing)} missing"
+        )
+        return f"{len(self.same)} with the same name, {counts}"
 
     @property
     def rules(self) -> Rules:

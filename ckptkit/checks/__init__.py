@@ -14,11 +14,13 @@ from ckptkit.checks import codes
 from ckptkit.checks.adapters import check_lora
 from ckptkit.checks.quantized_weights import check_quantized
 from ckptkit.checks.reading import VALUES_UNCHECKED, Scan
+from ckptkit.checks.report import CheckReport
 from ckptkit.checks.structure import check_structure
 from ckptkit.core.checkpoint import Checkpoint
-from ckptkit.core.findings import Finding, ReaderWarning, Report
+from ckptkit.core.findings import Finding, ReaderWarning
 from ckptkit.core.findings.ignoring import IgnoreEntry, IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.progress import Progress
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import plural
 from ckptkit.formats import codes as reader_codes
 from ckptkit.inputs import CheckpointLike, opened, rules_for
@@ -43,7 +45,7 @@ def run_checks(
     values: bool = True,
     progress: Progress | None = None,
     ignore: IgnoreLike = (),
-) -> Report:
+) -> CheckReport:
     """Return a report of damaged and unusual parts of a checkpoint; the last finding lists everything unchecked.
 
     Every stored byte is read once, in bounded memory. Records are compared with their checksums if the file has
@@ -79,7 +81,7 @@ def run_checks(
         found = stack.enter_context(opened(checkpoint, "checkpoint"))
         expected = None if like is None else stack.enter_context(opened(like, "expected"))
         findings = _check(found, rules_for(rules, found), expected, fast=fast, values=values, progress=progress)
-    return _report(findings, entries)
+        return _report(findings, entries, found)
 
 
 def _check(
@@ -137,12 +139,12 @@ def _has_torch() -> bool:
     return True
 
 
-def _report(findings: Sequence[Finding], ignore: Sequence[IgnoreEntry]) -> Report:
+def _report(findings: Sequence[Finding], ignore: Sequence[IgnoreEntry], checkpoint: Checkpoint) -> CheckReport:
     """Return the report, with the first 32 findings of each code and a count of further findings.
 
     The findings that ``ignore`` matches are left out before.
     """
-    report = ignore_findings(Report(tuple(findings)), ignore)
+    report = ignore_findings(CheckReport(tuple(findings), checkpoint=CheckpointSummary.of(checkpoint)), ignore)
     shown: list[Finding] = []
     last_of_all = sorted(report.findings, key=lambda finding: finding.code == codes.NOT_SCANNED.name)
     for _, group in groupby(last_of_all, key=lambda finding: (finding.code, finding.severity)):

@@ -9,9 +9,8 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, expand_option, path_argument, quiet_option, report_options
 from ckptkit.cli.common.outputs import prepare_side_file, write_small_file
-from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.text import plural, printable
-from ckptkit.render.align import align_document, align_page
 
 __all__ = ["align"]
 
@@ -57,5 +56,5 @@ def align(
             write_small_file(target, result.toml().encode())
             if not quiet:
                 print_message(f"wrote {printable(str(output))}: {plural(len(result.suggestions), 'rule')}")
-        echo_report(report_format, lambda: align_page(result, expand=expand), lambda: align_document(result))
+        echo_result(report_format, result, expand=expand)
     context.exit(0 if result.complete else 1)

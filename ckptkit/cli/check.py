@@ -5,25 +5,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import click
 
 from ckptkit.checks import run_checks
 from ckptkit.checks.reading import unreadable_finding
+from ckptkit.checks.report import CheckReport, merge_reports
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, progress_bar
+from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.config_files import default_error_path
-from ckptkit.core.findings import Report
 from ckptkit.core.findings.codes import IGNORE_UNUSED
 from ckptkit.core.findings.ignoring import IgnoreEntry, ignore_findings, parse_ignore
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.errors import CkptkitError, RuleError
-from ckptkit.render.findings import CheckedPath, findings_document, merged_report, paths_page
-from ckptkit.render.page import as_code
-from ckptkit.render.summary import describe, totals
 from ckptkit.rules.model import Rules
 
 __all__ = ["check"]
@@ -69,49 +68,47 @@ def check(
         like = stack.enter_context(open_checkpoints(expected, quiet=quiet))[0] if expected is not None else None
         run = partial(run_checks, rules=rules, like=like, fast=fast, values=not no_values, ignore=ignore)
         checked, unopened = _check_all(paths, run, entries, hidden=fast or quiet)
-        checked = _without_used_entries(checked)
-        report = merged_report(checked)
-    echo_report(report_format, lambda: paths_page(checked), lambda: findings_document(report))
+        report = merge_reports(_without_used_entries(checked))
+    echo_result(report_format, report)
     context.exit(2 if unopened else exit_code(report))
 
 
 def _check_all(
-    paths: tuple[str, ...], run: Callable[..., Report], ignore: Sequence[IgnoreEntry], *, hidden: bool
-) -> tuple[list[CheckedPath], bool]:
+    paths: tuple[str, ...], run: Callable[..., CheckReport], ignore: Sequence[IgnoreEntry], *, hidden: bool
+) -> tuple[list[CheckReport], bool]:
     """Return the findings at each path, and whether one of several paths could not be opened."""
-    checked: list[CheckedPath] = []
+    checked: list[CheckReport] = []
     unopened = False
     for path in paths:
         try:
             with open_checkpoints(path, quiet=True) as (checkpoint,), default_error_path(path):
-                title = describe(checkpoint, totals(checkpoint.values()))
                 size = sum(os.path.getsize(file) for file in checkpoint.files if os.path.exists(file))
                 with progress_bar(size, "reading", hidden=hidden) as progress:
-                    report = run(checkpoint, progress=progress)
-                    checked.append(CheckedPath(path, title, report.findings, report.ignored))
+                    checked.append(run(checkpoint, progress=progress))
         except CkptkitError as error:
             if len(paths) == 1 or isinstance(error, RuleError):
                 raise
-            report = ignore_findings(Report((unreadable_finding(error, path),)), ignore)
-            checked.append(CheckedPath(path, (as_code(path),), report.findings, report.ignored))
+            report = CheckReport((unreadable_finding(error, path),), checkpoint=CheckpointSummary(path))
+            checked.append(ignore_findings(report, ignore))
             unopened = True
     return checked, unopened
 
 
-def _without_used_entries(checked: list[CheckedPath]) -> list[CheckedPath]:
+def _without_used_entries(checked: list[CheckReport]) -> list[CheckReport]:
     """Return the findings without the notes about entries of --ignore that left a finding out at another path."""
 
-    def unused(at_path: CheckedPath) -> set[str]:
-        return {finding.key for finding in at_path.findings if finding.code == IGNORE_UNUSED.name}
+    def unused(report: CheckReport) -> set[str]:
+        return {finding.key for finding in report.findings if finding.code == IGNORE_UNUSED.name}
 
     everywhere = set.intersection(*map(unused, checked)) if checked else set()
     return [
-        at_path._replace(
+        replace(
+            report,
             findings=tuple(
                 finding
-                for finding in at_path.findings
+                for finding in report.findings
                 if finding.code != IGNORE_UNUSED.name or finding.key in everywhere
-            )
+            ),
         )
-        for at_path in checked
+        for report in checked
     ]

@@ -7,11 +7,10 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.comparison import diff as compare
 from ckptkit.core.config_files import default_error_path
-from ckptkit.render.diff import diff_document, diff_page
 from ckptkit.rules.model import Rules
 
 __all__ = ["diff"]
@@ -52,12 +51,7 @@ def diff(
     with open_checkpoints(expected, found, quiet=quiet) as (left, right):
         with default_error_path(found):
             result = compare(left, right, rules)
-        echo_report(
-            report_format,
-            lambda: diff_page(result, left, right, expand=expand, everything=everything),
-            lambda: diff_document(result, left, right),
-            _COLOURS,
-        )
+        echo_result(report_format, result, colours=_COLOURS, expand=expand, everything=everything)
         if not quiet:
             hints = () if report_format is ReportFormat.JSON else result.hints  # the JSON document has them
             for message in (*result.notes, *(f"hint: {hint.message}" for hint in hints)):

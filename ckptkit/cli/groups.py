@@ -9,7 +9,7 @@ import click
 
 from ckptkit.cli.common.commands import CommandGroup
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_line, print_message
+from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_line, print_message
 from ckptkit.cli.common.spec_options import (
     SpecSource,
     model_option,
@@ -52,7 +52,6 @@ def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet:
     """  # noqa: D301 - \b is click's mark
     from ckptkit.param_groups.plan import assign
     from ckptkit.param_groups.properties import parameter_table
-    from ckptkit.render.groups import groups_document, groups_page
 
     with model_or_checkpoint(model, quiet=quiet) as found:
         spec = source.read(found, quiet=quiet)
@@ -60,7 +59,7 @@ def table(source: SpecSource, *, model: str, report_format: ReportFormat, quiet:
             assignment = assign(parameter_table(found), spec)
             assignment.report.raise_for_errors()
     plan = assignment.plan
-    echo_report(report_format, lambda: groups_page(plan), lambda: groups_document(plan))
+    echo_result(report_format, plan)
     for finding in () if quiet else assignment.report.findings:
         print_message(f"ckpt: {finding.severity}: {finding.message}")
 
@@ -97,7 +96,6 @@ def validate(
     from ckptkit.param_groups.plan import assign
     from ckptkit.param_groups.properties import parameter_table
     from ckptkit.param_groups.validate import check_param_groups
-    from ckptkit.render.findings import findings_document, findings_page
 
     entries = parse_ignore(ignore)
     live = build_module(model)
@@ -111,7 +109,7 @@ def validate(
             report = Report((*report.findings, *check_param_groups(live, built).findings), GroupsError)
         report = ignore_findings(report, entries)
     if report_format is ReportFormat.JSON or report.findings or report.ignored:
-        echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
+        echo_result(report_format, report)
     elif not quiet:
         count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
         print_line(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
@@ -134,10 +132,6 @@ def emit(source: SpecSource, *, model: str | None, language: str, report_format:
     ckpt groups emit --preset timm-layer-decay --set layer_decay=0.65 --model py:mynet:build
     ckpt groups emit groups.toml --model py:mynet:build --as python
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.param_groups.lock import plain_option
-    from ckptkit.param_groups.spec.writing import spec_table
-    from ckptkit.render.page import Listing
-
     if model is None:
         if language == "python":
             raise GroupsError("Python code lists the names of a model, and no model is given", hint="add --model PATH")
@@ -145,8 +139,7 @@ def emit(source: SpecSource, *, model: str | None, language: str, report_format:
     else:
         with model_or_checkpoint(model, quiet=quiet) as found:
             spec, text = _emitted(source, found, language, quiet=quiet)
-    document = {"schema": "ckptkit.groups.emit/1", "as": language, "spec": plain_option(spec_table(spec)), "text": text}
-    echo_report(report_format, lambda: [Listing(tuple(text.split("\n")))], lambda: document)
+    echo_result(report_format, spec, chosen={"language": language, "text": text})
 
 
 def _emitted(
@@ -186,12 +179,11 @@ def explain(model: str, spec: str, name: str, *, report_format: ReportFormat, qu
     ckpt groups explain --model py:mynet:build groups.toml head.bias
     """  # noqa: D301 - \b is click's mark
     from ckptkit.param_groups.explain import explain_param_group
-    from ckptkit.render.groups import explain_document, explain_page
 
     live = build_module(model)
     with default_error_path(spec):
         explanation = explain_param_group(live, spec, name)
-    echo_report(report_format, lambda: explain_page(explanation), lambda: explain_document(explanation))
+    echo_result(report_format, explanation)
 
 
 @groups.command()
@@ -212,7 +204,6 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
     """  # noqa: D301 - \b is click's mark
     from ckptkit.cli.common.outputs import json_bytes, prepare_side_file, write_small_file
     from ckptkit.param_groups.lock import lock_document, lock_param_groups
-    from ckptkit.render.groups import lock_page
 
     target = prepare_side_file(output, [] if source.path is None else [source.path], force=force)
     live = build_module(model)
@@ -221,7 +212,7 @@ def lock(source: SpecSource, *, model: str, output: str, force: bool, report_for
         locked = lock_param_groups(live, spec)
     write_small_file(target, json_bytes(lock_document(locked)))
     if report_format is not ReportFormat.TEXT:
-        echo_report(report_format, lambda: lock_page(locked), lambda: lock_document(locked))
+        echo_result(report_format, locked)
     if not quiet:
         count = sum(len(group.parameters) for group in locked.groups)
         print_message(
@@ -256,7 +247,6 @@ def diff(
     """  # noqa: D301 - \b is click's mark
     from ckptkit.param_groups.compare.locks import diff_locks
     from ckptkit.param_groups.lock import parse_lock
-    from ckptkit.render.findings import findings_document, findings_page
 
     try:
         expected = parse_lock(lock)
@@ -265,7 +255,7 @@ def diff(
         raise
     report = diff_locks(expected, _other_lock(other, model))
     if report_format is ReportFormat.JSON or report.findings or not quiet:
-        echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
+        echo_result(report_format, report)
     context.exit(exit_code(report))
 
 

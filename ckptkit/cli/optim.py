@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import click
@@ -21,12 +21,12 @@ from ckptkit.cli.common.options import (
     quiet_option,
     report_options,
 )
-from ckptkit.cli.common.outputs import OutputOptions, echo_output_report, output_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message, progress_bar
+from ckptkit.cli.common.outputs import OutputOptions, output_options
+from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message, progress_bar
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
-from ckptkit.core.findings import Report, Severity
+from ckptkit.core.findings import Severity
 from ckptkit.core.text import plural, printable
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import CkptkitError, PlanError, RuleError
@@ -40,7 +40,6 @@ from ckptkit.rules.model import Rules
 if TYPE_CHECKING:
     from ckptkit.param_groups.lock import ParamGroupsLock
     from ckptkit.param_groups.plan import ParamGroupsPlan
-    from ckptkit.plans.execute import Written
 
 __all__ = ["optim"]
 
@@ -142,27 +141,20 @@ def show(
     ckpt optim show run.ckpt
     ckpt optim show optimizer.pt --model py:mynet:build
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.optimizer_state.compare import state_findings
-    from ckptkit.render.optim import state_document, state_page, state_title
+    from ckptkit.optimizer_state.compare import state_report
 
     with contextlib.ExitStack() as stack:
         checkpoint, found = _open_state(stack, path, quiet=quiet)
-        findings = list(structure_findings(found))
         try:
             state = to_named(found, name_source.names(stack, checkpoint, found))
         except RuleError:  # a file of names that is not valid
             raise
         except CkptkitError as error:
-            state = name_by_position(found)
-            if not findings:
-                severity: Severity = "note" if name_source.is_empty else "error"
-                findings.append(codes.NO_NAMES.finding("", error.reason, error.hint or "", severity=severity))
-        report = Report((*findings, *state_findings(state)))
-        echo_report(
-            report_format,
-            lambda: state_page(state_title(checkpoint, found.form), state, report, expand=expand),
-            lambda: state_document(checkpoint.path, checkpoint.envelope, state, report=report),
-        )
+            severity: Severity = "note" if name_source.is_empty else "error"
+            no_names = codes.NO_NAMES.finding("", error.reason, error.hint or "", severity=severity)
+            state = replace(name_by_position(found), findings=tuple(structure_findings(found)) or (no_names,))
+        echo_result(report_format, state, expand=expand)
+        report = state_report(state)
     context.exit(exit_code(report))
 
 
@@ -338,7 +330,6 @@ def diff(
     ckpt optim diff run.ckpt now.ckpt
     """  # noqa: D301 - \b is click's mark
     from ckptkit.optimizer_state.compare import optimizer_state_diff
-    from ckptkit.render.findings import findings_document, findings_page
 
     with contextlib.ExitStack() as stack:
         states = [_open_named_state(stack, path, name_source, quiet=quiet)[1] for path in (saved, live)]
@@ -346,7 +337,7 @@ def diff(
             if state.evidence and not quiet:
                 print_message(f"names of {printable(path)}: {state.evidence}")
         report = optimizer_state_diff(states[0], states[1])
-        echo_report(report_format, lambda: findings_page(report), lambda: findings_document(report))
+        echo_result(report_format, report)
     context.exit(exit_code(report))
 
 
@@ -380,22 +371,16 @@ def _write(
 ) -> None:
     """Write the state and print what was written, or print what would be written for a dry run."""
     from ckptkit.optimizer_state.write import write_optimizer_state
-    from ckptkit.render.optim import changes_page, state_document, written_line
-    from ckptkit.render.page import as_text
 
     with progress_bar(state.nbytes, "writing", hidden=options.quiet or options.dry_run) as progress:
-        written: Written | None = write_optimizer_state(
+        written = write_optimizer_state(
             state, options.output, source, form=form, dry_run=options.dry_run, progress=progress
         )
-    echo_output_report(
-        options,
-        lambda: [*changes_page(state, expand=options.expand), written_line(state, written)],
-        lambda: state_document(source.path, source.envelope, state, written=written),
-    )
+    if written is None:
+        echo_result(options.report_format, state, chosen={"changes": True}, expand=options.expand)
+    elif options.report_format is not ReportFormat.TEXT:
+        echo_result(options.report_format, written, changes=True, expand=options.expand)
     if options.quiet:
         return
-    messages = [f"names: {state.evidence}"] if state.evidence else []
-    messages += [*state.remarks, *notes]
-    messages += [] if written is None else as_text([written_line(state, written)])
-    for message in messages:
+    for message in (*notes, *([] if written is None else str(written).split("\n"))):
         print_message(message)

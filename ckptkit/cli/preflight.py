@@ -12,7 +12,7 @@ from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.completing import complete_keys, complete_optimizers
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, exit_code, print_message
+from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
 from ckptkit.cli.common.rule_options import rule_options
 from ckptkit.cli.common.spec_options import model_option
 from ckptkit.core.checkpoint import Checkpoint
@@ -80,7 +80,6 @@ def preflight(
     """  # noqa: D301 - \b is click's mark
     from ckptkit.param_groups.parse import parse_spec
     from ckptkit.readiness import preflight as check_run
-    from ckptkit.render.preflight import preflight_document, preflight_page
 
     if shapes_only and dry_step is not None:
         raise click.UsageError("--dry-step needs values, and --shapes-only builds none")
@@ -116,7 +115,7 @@ def preflight(
                 dry_step=loss,
                 ignore=ignore,
             )
-    echo_report(report_format, lambda: preflight_page(report), lambda: preflight_document(report))
+    echo_result(report_format, report)
     context.exit(exit_code(report))
 
 

@@ -7,9 +7,8 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report
+from ckptkit.cli.common.printing import ReportFormat, echo_result
 from ckptkit.core.config_files import default_error_path
-from ckptkit.render.show import show_document, show_page, show_tree
 from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.parse import parse_rules
 
@@ -45,8 +44,4 @@ def show(
     with open_checkpoints(path, quiet=quiet, listing_parts=True) as (checkpoint,), default_error_path(path):
         chosen = apply_rules(parse_rules(keep=keep, drop=drop), checkpoint).renamed
         infos = {key: checkpoint[key] for key in chosen}
-        echo_report(
-            report_format,
-            lambda: show_tree(checkpoint, infos) if tree else show_page(checkpoint, infos, expand=expand),
-            lambda: show_document(checkpoint, infos),
-        )
+        echo_result(report_format, checkpoint, chosen={"infos": infos}, tree=tree, expand=expand)

@@ -7,9 +7,9 @@ import click
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import expand_option, filter_options, path_argument, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_report, progress_bar
+from ckptkit.cli.common.printing import ReportFormat, echo_result, progress_bar
 from ckptkit.core.config_files import default_error_path
-from ckptkit.render.stats import SORT_KEYS, StatsView, stats_document, stats_page
+from ckptkit.render.stats import SORT_KEYS, StatsView
 from ckptkit.rules.parse import parse_rules
 from ckptkit.statistics.state_dict_stats import stats as stats_of
 
@@ -53,8 +53,4 @@ def stats(
         with progress_bar(size, "reading", hidden=quiet) as progress:
             result = stats_of(checkpoint, parse_rules(keep=keep, drop=drop), progress=progress)
         view = StatsView(depth, sort, top)
-        echo_report(
-            report_format,
-            lambda: stats_page(result, checkpoint, view, expand=expand or sort is not None),
-            lambda: stats_document(result, checkpoint, view),
-        )
+        echo_result(report_format, result, chosen={"view": view}, expand=expand or sort is not None)

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from ckptkit.comparison.quantized import QuantizedKey, find_quantized_keys, quantized_messages
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.patterns import literal, parse_rename
-from ckptkit.core.text import html_table, printable, shell_word
+from ckptkit.core.result import Result
+from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
+from ckptkit.core.text import shell_word
 from ckptkit.core.torch_bridge import ABSENT, CASTABLE
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.rules.apply import apply_rules
@@ -57,7 +60,7 @@ class Hint:
 
 
 @dataclass(frozen=True, repr=False)
-class StateDictDiff:
+class StateDictDiff(Result):
     """The differences between two state_dicts, in torch's words.
 
     Attributes:
@@ -79,7 +82,11 @@ class StateDictDiff:
         unseen: Unexpected keys below a submodule that is None; torch ignores them.
         quantized: Weights that only one side has quantised, or in another way. Their codes are not ``matched`` with
             numbers, although ``load_state_dict`` copies the codes where shapes are equal.
+        expected_checkpoint: Path, format and size of the expected side.
+        found_checkpoint: Path, format and size of the found side.
     """
+
+    _truth: ClassVar[str] = "ask for .different, .loads or .loads_strict"
 
     expected: Mapping[str, TensorInfo]
     found: Mapping[str, TensorInfo]
@@ -97,13 +104,15 @@ class StateDictDiff:
     notes: tuple[str, ...] = ()
     unseen: frozenset[str] = frozenset()
     quantized: tuple[QuantizedKey, ...] = ()
+    expected_checkpoint: CheckpointSummary = NO_CHECKPOINT
+    found_checkpoint: CheckpointSummary = NO_CHECKPOINT
 
-    def __repr__(self) -> str:
-        """Return the number of keys of each kind, on one line."""
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
         return (
-            f"<StateDictDiff: {len(self.matched)} matched, {len(self.missing)} missing, "
-            f"{len(self.unexpected)} unexpected, {len(self.shape_mismatched)} shape-mismatched, "
-            f"{len(self.dtype_mismatched)} dtype-mismatched>"
+            f"{len(self.matched)} matched, {len(self.missing)} missing, {len(self.unexpected)} unexpected, "
+            f"{len(self.shape_mismatched)} shape-mismatched, {len(self.dtype_mismatched)} dtype-mismatched"
         )
 
     @property
@@ -131,22 +140,6 @@ class StateDictDiff:
         """The share of the expected elements that were found, between 0 and 1; 1 if nothing is expected."""
         wanted = sum(info.elements for info in self.expected.values())
         return sum(pair.expected.elements for pair in self.matched) / wanted if wanted else 1.0
-
-    def _repr_html_(self) -> str:
-        rows = [("missing", info.key, str(info), "") for info in self.missing]
-        rows += [("unexpected", info.key, "", str(info)) for info in self.unexpected]
-        for kind, pairs in (
-            ("shape-mismatched", self.shape_mismatched),
-            ("dtype-mismatched", self.dtype_mismatched),
-            ("cannot be copied", self.uncopyable),
-        ):
-            rows += [(kind, pair.key, str(pair.expected), str(pair.found)) for pair in pairs]
-        rows += [(weight.remark, weight.key, "", "") for weight in self.quantized]
-        rows += [("not a tensor", key, "", "") for key in (*self.blocked, *self.foreign)]
-        rows += [("extra state on one side only", key, "", "") for key in self.extra_state]
-        cells = [(kind, printable(key), *sides) for kind, key, *sides in rows]
-        table = html_table(("", "key", "expected", "found"), cells)
-        return f"<p>{len(self.matched):,} matched, {len(rows):,} that differ</p>{table}"
 
     @cached_property
     def hints(self) -> tuple[Hint, ...]:
@@ -236,6 +229,8 @@ def diff_checkpoints(expected: Checkpoint, found: Checkpoint, key_map: KeyMap) -
         notes=key_map.notes,
         unseen=frozenset(info.key for new, info in unexpected.items() if new.startswith(absent_modules)),
         quantized=quantized,
+        expected_checkpoint=CheckpointSummary.of(expected),
+        found_checkpoint=CheckpointSummary.of(found),
     )
 
 

@@ -1,13 +1,13 @@
-"""Text for messages: names from files made printable, counts with nouns, lists of names, sizes, HTML tables."""
+"""Text for messages: names from files made printable, counts with nouns, lists of names, sizes."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 __all__ = [
-    "first_line", "html_table", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted",
+    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted",
     "shell_word",
 ]  # fmt: skip
 
@@ -27,7 +27,6 @@ _INVISIBLE = re.compile(
 )
 # Spaces that cannot be seen in a table: at the ends of a name, and after another space.
 _HIDDEN_SPACES = re.compile(r"(?<= ) +|^ +| +$")
-_MAX_ROWS = 500
 _MAX_COMPARED = 2_000_000  # characters of all names together
 
 
@@ -165,15 +164,3 @@ def human_bytes(count: int) -> str:
         if size < 999.95:
             return f"{size:.1f} {unit}"
     return f"{size / 1000:.1f} ZB"
-
-
-def html_table(headers: Iterable[str], rows: Sequence[Iterable[str]]) -> str:
-    """Return an HTML table of printable cells, with HTML escaped; after 500 rows, a count of the other rows."""
-    import html
-
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in headers)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows[:_MAX_ROWS]
-    )
-    more = f"<p>and {plural(len(rows) - _MAX_ROWS, 'row')} more</p>" if len(rows) > _MAX_ROWS else ""
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{more}"

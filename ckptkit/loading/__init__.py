@@ -12,7 +12,7 @@ from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import html_table, kind_of, plural, printable, quoted
+from ckptkit.core.text import kind_of, plural, quoted
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
@@ -43,7 +43,7 @@ from ckptkit.rules.model import RulesLike
 __all__ = ["LoadReport", "load_into"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LoadReport(Report):
     """The result of ``load_into``: the keys of the model that were loaded, and the findings.
 
@@ -57,24 +57,12 @@ class LoadReport(Report):
     coverage: float = 0.0
     modules: tuple[ModuleCoverage, ...] = ()
 
-    def __str__(self) -> str:
-        """Return one line with the numbers of tensors and elements that were loaded."""
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
         return (
             f"loaded {len(self.loaded)} of {plural(len(self.loaded) + len(self.kept), 'tensor')}, "
             f"{100 * self.coverage:.1f} % of the elements; kept {len(self.kept)} as they were"
-        )
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (
-                printable(row.module),
-                f"{row.loaded:,} of {row.tensors:,}",
-                f"{row.loaded_elements:,} of {row.elements:,}",
-            )
-            for row in self.modules
-        ]
-        return (
-            f"<p>{self}</p>{html_table(('module', 'tensors loaded', 'elements loaded'), rows)}{super()._repr_html_()}"
         )
 
 

@@ -21,7 +21,7 @@ from ckptkit.optimizer_state.model import OptimizerState, SlotValue, number_of, 
 from ckptkit.optimizer_state.naming import NamesLike, to_named
 from ckptkit.param_groups.compare.groups import GroupDifferences, GroupView, OptionDifference, compare_groups
 
-__all__ = ["mode_findings", "optimizer_state_diff", "state_findings"]
+__all__ = ["mode_findings", "optimizer_state_diff", "state_findings", "state_report"]
 
 _SHOWN = 4
 _RECENT = frozenset(option.name for option in OPTIONS.values() if option.is_recent)
@@ -154,6 +154,11 @@ def mode_findings(options: Iterable[Mapping[str, SlotValue]], severity: Severity
             "call optimizer.eval() before you save weights that will be evaluated",
             severity=severity,
         )
+
+
+def state_report(state: OptimizerState) -> Report:
+    """Return what is unusual in a state: in its keys as they were found, and in its values."""
+    return Report((*state.findings, *state_findings(state)), PlanError)
 
 
 def state_findings(state: OptimizerState) -> Iterator[Finding]:

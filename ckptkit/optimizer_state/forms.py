@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Nested
+from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
 from ckptkit.core.text import listed, printable, quoted
 from ckptkit.core.torch_bridge import copy_composite, describe_state_dict, is_composite, torch_dtype
 from ckptkit.core.torch_types import Tensor
@@ -63,6 +64,7 @@ class FoundState:
     path: str = ""
     remarks: tuple[str, ...] = ()
     more: MoreValues = NO_MORE
+    checkpoint: CheckpointSummary = NO_CHECKPOINT
 
 
 def read_state(state: Checkpoint | Mapping[str, object]) -> FoundState:
@@ -73,7 +75,8 @@ def read_state(state: Checkpoint | Mapping[str, object]) -> FoundState:
     """
     if isinstance(state, Checkpoint):
         nested = state.nested or Nested(None, {})
-        return _read(nested.value, _leaf_reader(state, nested), state.path)
+        found = _read(nested.value, _leaf_reader(state, nested), state.path)
+        return replace(found, checkpoint=CheckpointSummary.of(state))
     if not isinstance(state, Mapping):
         raise ModelError(
             f"the optimizer state is a {type(state).__name__}",
@@ -242,7 +245,9 @@ def as_named(found: FoundState, names: Mapping[object, str], evidence: str = "")
     groups = tuple(NamedGroup(tuple(names[param] for param in group.params), group.options) for group in found.groups)
     state = {names[key]: slots for key, slots in found.state.items()}
     ordered = {name: state[name] for group in groups for name in group.names if name in state}
-    return OptimizerState(ordered, groups, found.form, evidence, found.remarks, more=found.more)
+    return OptimizerState(
+        ordered, groups, found.form, evidence, found.remarks, more=found.more, checkpoint=found.checkpoint
+    )
 
 
 def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:

@@ -49,7 +49,7 @@ _MEMBER_OPTIONS = options_of_kind("members")
 _DROP_STATE = "drop its state first: ckpt optim prune --reset PATTERN"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class OptimizerLoadReport(Report):
     """The result of a load, by FQN of the live model.
 
@@ -68,13 +68,11 @@ class OptimizerLoadReport(Report):
     unused: tuple[str, ...] = ()
     reshaped: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        """Return the number of parameters of each kind, in one line."""
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
         counts = [f"{len(getattr(self, word))} {word}" for word in ("reshaped", "dropped", "missing", "unused")]
         return f"loaded the state of {plural(len(self.loaded), 'parameter')}: {', '.join(counts)}"
-
-    def _repr_html_(self) -> str:
-        return f"<p>{self}</p>{super()._repr_html_()}"
 
 
 def load_optimizer_state(

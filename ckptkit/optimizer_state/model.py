@@ -9,7 +9,10 @@ from typing import Any, Final, Literal, TypeVar
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo, memory_order
 from ckptkit.core.files import same_bytes
-from ckptkit.core.text import html_table, kind_of, plural, printable
+from ckptkit.core.findings import Finding
+from ckptkit.core.result import Result
+from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
+from ckptkit.core.text import kind_of, plural
 from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_optim import SCHEMAS, is_equal
 from ckptkit.core.torch_types import Tensor
@@ -174,8 +177,8 @@ class Change:
         return self.operation not in {"copy", "dropped", "new", "reset"}
 
 
-@dataclass(frozen=True)
-class OptimizerState:
+@dataclass(frozen=True, repr=False)
+class OptimizerState(Result):
     """The content of ``optimizer.state_dict()`` by FQN: the slots of each parameter (``exp_avg``) and the groups.
 
     - ``state`` has no entry for a parameter without state, such as a frozen one; ``groups`` has every parameter.
@@ -184,6 +187,8 @@ class OptimizerState:
     - ``remarks`` are further messages about the state.
     - ``changes`` has one entry for each parameter that the last edit handled.
     - ``more`` has the values that are of no parameter. Edits keep them.
+    - ``checkpoint`` tells where the state was read; its path is empty for a live state.
+    - ``findings`` are the remarks about the keys of the state, as it was found.
 
     Example:
         >>> from ckptkit.optimizer_state.naming import to_named
@@ -200,6 +205,8 @@ class OptimizerState:
     remarks: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     more: MoreValues = NO_MORE
+    checkpoint: CheckpointSummary = NO_CHECKPOINT
+    findings: tuple[Finding, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -243,18 +250,11 @@ class OptimizerState:
         """
         return next((group for group in self.groups if name in group.names), None)
 
-    def __str__(self) -> str:
-        """Return the numbers of parameters, groups and bytes in one line."""
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
         counts = plural(len(self.names), "parameter"), plural(len(self.groups), "group")
         return f"{counts[0]} in {counts[1]}, {len(self.state):,} with state, {plural(self.nbytes, 'byte')}"
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (printable(name), str(number), ", ".join(printable(str(slot)) for slot in self.state.get(name, {})))
-            for number, group in enumerate(self.groups)
-            for name in group.names
-        ]
-        return html_table(("parameter", "group", "slots"), rows)
 
 
 def require_named(state: object) -> OptimizerState:

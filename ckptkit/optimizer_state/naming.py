@@ -92,11 +92,12 @@ def to_named(
     if drop_strays:
         params = {param for group in found.groups for param in group.params}
         found = replace(found, state={key: slots for key, slots in found.state.items() if key in params})
-    for finding in structure_findings(found):
+    findings = tuple(structure_findings(found))
+    for finding in findings:
         if finding.severity == "error":
             raise FormatError(finding.message, hint=finding.hint or None, path=found.path or None)
     try:
-        return _named(found, names, groups)
+        return replace(_named(found, names, groups), findings=findings)
     except PlanError as error:
         error.path = error.path or found.path or None
         raise

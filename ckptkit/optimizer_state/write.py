@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
@@ -25,9 +25,16 @@ from ckptkit.plans.execute import Written, refuse_replacing_inputs
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.wrappers.envelopes import OPTIMIZER, Selection
 
-__all__ = ["write_optimizer_state"]
+__all__ = ["WrittenState", "write_optimizer_state"]
 
 _PARTS_PER_VALUE = 64
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class WrittenState(Written):
+    """A description of the file that ``write_optimizer_state`` wrote, and the ``state`` in it."""
+
+    state: OptimizerState | None = field(default=None, compare=False)
 
 
 def write_optimizer_state(
@@ -38,7 +45,7 @@ def write_optimizer_state(
     form: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> Written | None:
+) -> WrittenState | None:
     """Write a state to a torch file, whole or not at all, and check that it reads back.
 
     ``output`` is a path that ends in ``.pt`` or another suffix of torch, or an ``Output``. ``source`` is the Checkpoint
@@ -80,7 +87,7 @@ def write_optimizer_state(
         _check_reads_back(file.temporary, selection, value, file.target)
     tensors = sum(1 for _ in tensors_in(value))
     envelope = source.envelope if source is not None and edits_source else ""
-    return Written(output.path, "torch", tensors, layout.nbytes, (target.path,), (), envelope)
+    return WrittenState(output.path, "torch", tensors, layout.nbytes, (target.path,), (), envelope, state=state)
 
 
 def _roles(value: SlotValue, source: Checkpoint | None) -> dict[str, Checkpoint]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.result import Result
+from ckptkit.core.text import kind_of, printable, quoted
 from ckptkit.errors import GroupsError
 from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.ownership import OptionStep, RuleMatcher, resolve_options
@@ -19,8 +20,8 @@ __all__ = ["Explanation", "explain_param_group"]
 Outcome = Literal["trained", "frozen", "freeze", "unowned"]
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+@dataclass(frozen=True, slots=True, repr=False)
+class Explanation(Result):
     """The effect of a spec on one parameter.
 
     - ``outcome``: ``trained``, ``frozen`` (by the model), ``freeze`` (by the spec) or ``unowned``.
@@ -37,6 +38,12 @@ class Explanation:
     layer: int | None = None
     steps: tuple[OptionStep, ...] = ()
     options: Mapping[str, Any] | None = None
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        owner = "" if self.rule is None else f", {quoted(self.rule)}"
+        return f"{printable(self.parameter.name)}, {self.outcome}{owner}"
 
 
 def explain_param_group(model: CheckpointLike, spec: SpecLike, name: str) -> Explanation:

@@ -12,7 +12,8 @@ from functools import cached_property
 from typing import Any, TypeAlias
 
 from ckptkit.core.config_files import default_error_path, read_table_file
-from ckptkit.core.text import kind_of, quoted
+from ckptkit.core.result import Result
+from ckptkit.core.text import kind_of, plural, quoted
 from ckptkit.core.torch_optim import initial_lr, options_of_kind
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import GroupsError
@@ -85,8 +86,8 @@ class LockedGroup:
     optimizer: str | None = None
 
 
-@dataclass(frozen=True)
-class ParamGroupsLock:
+@dataclass(frozen=True, repr=False)
+class ParamGroupsLock(Result):
     """The groups in the order of the optimizer; ``outside`` are the parameters in no group, such as frozen ones."""
 
     groups: tuple[LockedGroup, ...]
@@ -106,6 +107,12 @@ class ParamGroupsLock:
             for parameter in self.parameters.values()
         )
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        count = sum(len(group.parameters) for group in self.groups)
+        return f"{plural(count, 'parameter')} in {plural(len(self.groups), 'group')}, {len(self.outside):,} in none"
 
 
 LockLike: TypeAlias = ParamGroupsLock | str | os.PathLike[str]

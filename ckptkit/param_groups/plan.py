@@ -8,7 +8,8 @@ from typing import Any
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.gc_pause import pause_gc
-from ckptkit.core.text import html_table, printable
+from ckptkit.core.result import Result
+from ckptkit.core.text import plural
 from ckptkit.errors import GroupsError
 from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.ownership import AppliedModifier, RuleMatcher, resolve_options
@@ -59,8 +60,8 @@ class PlannedGroup:
         return sum(parameter.elements for parameter in self.parameters)
 
 
-@dataclass(frozen=True, slots=True)
-class ParamGroupsPlan:
+@dataclass(frozen=True, slots=True, repr=False)
+class ParamGroupsPlan(Result):
     """The planned groups in order, and the parameters that are in none of them.
 
     ``frozen`` has the parameters with ``requires_grad=False`` that no group holds. ``freeze`` has the parameters that
@@ -82,11 +83,11 @@ class ParamGroupsPlan:
         """The optimizer class of each group, without repeats; None where the spec names none."""
         return tuple(dict.fromkeys(group.optimizer for group in self.groups))
 
-    def _repr_html_(self) -> str:
-        return html_table(
-            ("group", "parameters", "elements"),
-            [(printable(group.name), f"{len(group.parameters):,}", f"{group.elements:,}") for group in self.groups],
-        )
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        count = sum(len(group.parameters) for group in self.groups)
+        return f"{plural(count, 'parameter')} in {plural(len(self.groups), 'group')}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.files import is_same_file
 from ckptkit.core.progress import Progress
-from ckptkit.core.text import listed, printable
+from ckptkit.core.result import Result
+from ckptkit.core.text import human_bytes, listed, plural, printable
 from ckptkit.errors import CkptkitError, OutputError, PlanError
 from ckptkit.formats import errors_about, open_checkpoint, open_inside
 from ckptkit.formats.atomic import (
@@ -43,8 +44,8 @@ __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
 _WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+@dataclass(frozen=True, slots=True, repr=False)
+class Written(Result):
     """A description of the output that was written.
 
     ``beside`` names other weight files that were in the output directory before and are still there. ``envelope`` is
@@ -54,6 +55,7 @@ class Written:
     None where that was not asked for. ``read_back`` is the reason why only ckptkit could compare the bytes, or None.
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
     ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
+    ``plan`` is the plan that was executed, with the entries that this output keeps and leaves out.
     """
 
     path: str
@@ -70,6 +72,12 @@ class Written:
     untied: tuple[tuple[str, ...], ...] = ()
     carried: tuple[str, ...] = ()
     adapted: tuple[Adapted, ...] = ()
+    plan: Plan | None = field(default=None, compare=False)
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        return f"{printable(self.path)}, {self.format}, {plural(self.tensors, 'tensor')}, {human_bytes(self.nbytes)}"
 
 
 def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], *, carry: bool = False) -> Plan:
@@ -79,23 +87,29 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
     cannot hold and for a file that cannot be edited. ``OutputError`` is for an output that exists (without ``force``)
     or cannot be created. With ``carry``, the notes of the plan say how the files that go along change.
     """
-    infos = [step.out for step in plan.steps]
-    lost: list[Dropped] = []
     try:
-        _refuse_unwritable(infos, output.format)
+        _refuse_unwritable([step.out for step in plan.steps], output.format)
     except PlanError as error:
         error.path = output.path
         raise
+    prepare = prepare_directory if output.is_directory else prepare_target
+    prepare(output.path, force=output.force, before=output.before)
+    if carry:
+        plan = replace(plan, notes=(*plan.notes, *plan_carried(plan, output, sources).notes))
+    return _with_kept_entries(plan, output, sources, _editor(plan, output, sources))
+
+
+def _with_kept_entries(
+    plan: Plan, output: Output, sources: Mapping[str, Checkpoint], editor: PlanEditor | None
+) -> Plan:
+    """Return the plan with the entries that this output keeps and drops; a plan that has them is unchanged."""
+    lost: list[Dropped] = []
     if output.format == "torch":
         if any(key != "format" for key in plan.metadata):
             lost.append(Dropped("output", "__metadata__", "a torch file cannot hold it", is_entry=True))
     elif plan.versions:
         lost.append(Dropped("output", "_metadata", "a safetensors file cannot hold module versions", is_entry=True))
-    prepare = prepare_directory if output.is_directory else prepare_target
-    prepare(output.path, force=output.force, before=output.before)
-    if carry:
-        plan = replace(plan, notes=(*plan.notes, *plan_carried(plan, output, sources).notes))
-    editor = _editor(plan, output, sources)
+    lost = [drop for drop in lost if drop not in plan.dropped]
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
     entries = [entry.path for entry in sources[plan.edited_role].entries if not entry.is_file]
@@ -103,7 +117,8 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
         drop for drop in plan.dropped if drop.is_entry and drop.role == plan.edited_role and drop.key in set(entries)
     }
     dropped = (*(drop for drop in plan.dropped if drop not in kept), *lost)
-    kept_entries = tuple(entry for entry in entries if entry in {drop.key for drop in kept})
+    kept_keys = {drop.key for drop in kept}.union(plan.kept)
+    kept_entries = tuple(entry for entry in entries if entry in kept_keys)
     notes = tuple(dict.fromkeys((*plan.notes, *editor.notes)))
     return replace(plan, dropped=dropped, kept=kept_entries, notes=notes)
 
@@ -179,6 +194,7 @@ def _execute(
         read_back=None if alone is None else alone.alone,
         carried=carried.names,
         adapted=carried.adapted,
+        plan=_with_kept_entries(plan, output, roles, editor),
     )
 
 

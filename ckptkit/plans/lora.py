@@ -118,7 +118,15 @@ def _plan_lora(
     dropped = [*dropped_entries(base, _BASE), *dropped_entries(donor, _DONOR)]
     dropped += [Dropped(_DONOR, key, reason) for key, reason in key_map.dropped.items()]
     all_notes = (*notes, *key_map.notes)
-    plan = Plan(tuple(steps), tuple(dropped), base.metadata, all_notes, base.versions, role_to_edit(base, _BASE))
+    plan = Plan(
+        tuple(steps),
+        tuple(dropped),
+        base.metadata,
+        all_notes,
+        base.versions,
+        role_to_edit(base, _BASE),
+        command="merge",
+    )
     return check_quantized(plan, quantized)
 
 
@@ -210,7 +218,8 @@ def _plan_extract(roles: Mapping[str, Checkpoint], rank: int, rules: RulesLike |
             steps.append(complete_step(Step(out, sources, "", f"{_EXTRACT}, rank {rank}", recipe), roles))
     if not steps:
         raise PlanError("there is no weight of a module to extract a change from")
-    plan = Plan(tuple(steps), (*dropped, *dropped_entries(donor, _DONOR)), {"format": "pt"}, key_map.notes)
+    left_out = (*dropped, *dropped_entries(donor, _DONOR))
+    plan = Plan(tuple(steps), left_out, {"format": "pt"}, key_map.notes, command="merge")
     return check_quantized(plan, quantized)
 
 

@@ -145,7 +145,15 @@ def _plan(
         f"{overlay.role}: {note}" if len(overlays) > 1 else note for overlay in overlays for note in overlay.notes
     ]
     all_steps = (*steps, *added.values())
-    plan = Plan(all_steps, tuple(dropped), base.metadata, tuple(notes), base.versions, role_to_edit(base, "base"))
+    plan = Plan(
+        all_steps,
+        tuple(dropped),
+        base.metadata,
+        tuple(notes),
+        base.versions,
+        role_to_edit(base, "base"),
+        command="merge",
+    )
     return check_quantized(plan, quantized)
 
 

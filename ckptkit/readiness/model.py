@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from ckptkit.core.coverage import ModuleCoverage
 from ckptkit.core.findings import Report
-from ckptkit.core.text import html_table, human_bytes, plural, printable
+from ckptkit.core.text import plural, printable
 
 __all__ = [
     "DryStep",
@@ -139,7 +139,7 @@ class DryStep:
     moved: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preflight(Report):
     """The findings and sections of a preflight; a section is None or empty where its argument was not given.
 
@@ -172,33 +172,7 @@ class Preflight(Report):
         more = f" (and {plural(count - 1, 'more error')})" if count > 1 else ""
         return f"{first.message}{more}"
 
-    def __str__(self) -> str:
-        """Return one line for each finding, the number of ignored findings, and the verdict as the last line."""
-        return "\n".join(filter(None, [*super().__str__().split("\n")[:-1], self.ignored_counts, self.verdict]))
-
-    def _repr_html_(self) -> str:
-        import html
-
-        parts = [f"<p><b>{html.escape(printable(self.verdict))}</b></p>"]
-        if self.init is not None:
-            rows = [
-                (printable(row.module), f"{row.loaded:,} of {row.tensors:,}", f"{row.elements:,}")
-                for row in self.init.modules
-            ]
-            parts.append(html_table(("module", "tensors loaded", "elements"), rows))
-        if self.training:
-            rows = [
-                (printable(row.module), f"{row.trainable:,} of {row.parameters:,}", f"{row.elements:,}")
-                for row in self.training
-            ]
-            parts.append(html_table(("module", "parameters that train", "elements"), rows))
-        if self.groups:
-            rows = [
-                (printable(row.name), f"{len(row.names):,}", printable(str(row.options.get("lr", ""))))
-                for row in self.groups
-            ]
-            parts.append(html_table(("group", "parameters", "lr"), rows))
-        if self.memory is not None:
-            parts.append(f"<p>{human_bytes(self.memory.total)} without activations</p>")
-        parts += [f"<p>not measured: {html.escape(printable(text))}</p>" for text in self.not_judged]
-        return "".join([*parts, super()._repr_html_()])
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        return printable(self.verdict)

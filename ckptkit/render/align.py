@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from ckptkit.align import Alignment, Ambiguity, Suggestion
 from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import plural, printable
 from ckptkit.render.page import Block, Line, Page, Row, Table, as_code, table_rows
-from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document, totals
+from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document
 
 __all__ = ["align_document", "align_page"]
 
@@ -17,8 +18,8 @@ def align_document(result: Alignment) -> dict[str, object]:
     """Return the document of ``ckpt align --json``."""
     return {
         "schema": "ckptkit.align/1",
-        "expected": checkpoint_document(result.expected),
-        "found": checkpoint_document(result.found),
+        "expected": checkpoint_document(CheckpointSummary.of(result.expected)),
+        "found": checkpoint_document(CheckpointSummary.of(result.found)),
         "rules": [_rule_document(rule) for rule in result.suggestions],
         "ambiguous": [
             {
@@ -61,11 +62,11 @@ def _rule_document(rule: Suggestion) -> dict[str, object]:
     }
 
 
-def align_page(result: Alignment, *, expand: bool) -> Page:
+def align_page(result: Alignment, *, expand: bool = False) -> Page:
     """Return the page of ``ckpt align``: the rules with their evidence, then unexplained tensors, then the counts."""
     page: list[Block] = [
-        Line(("expected  ", *describe(result.expected, totals(result.expected.values())))),
-        Line(("found     ", *describe(result.found, totals(result.found.values())))),
+        Line(("expected  ", *describe(CheckpointSummary.of(result.expected)))),
+        Line(("found     ", *describe(CheckpointSummary.of(result.found)))),
     ]
     if result.suggestions:
         headers = ("rule", "operation", "tensors", "confidence", "because")

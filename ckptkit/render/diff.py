@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from ckptkit.comparison import KeyPair, StateDictDiff
-from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural, printable
 from ckptkit.render.page import Line, Page, Row, Table, table_rows
-from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document, totals
+from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document
 
 __all__ = ["diff_document", "diff_page"]
 
 
-def diff_document(result: StateDictDiff, expected: Checkpoint, found: Checkpoint) -> dict[str, object]:
+def diff_document(result: StateDictDiff) -> dict[str, object]:
     """Return the document of ``ckpt diff --json``."""
     return {
         "schema": "ckptkit.diff/1",
-        "expected": checkpoint_document(expected),
-        "found": checkpoint_document(found),
+        "expected": checkpoint_document(result.expected_checkpoint),
+        "found": checkpoint_document(result.found_checkpoint),
         "matched": [
             {
                 "key": pair.key,
@@ -57,14 +56,11 @@ def _pair_document(pair: KeyPair) -> dict[str, object]:
     return {"key": pair.key, "found_key": pair.found.key, **tensors}
 
 
-def diff_page(
-    result: StateDictDiff, expected: Checkpoint, found: Checkpoint, *, expand: bool, everything: bool
-) -> Page:
+def diff_page(result: StateDictDiff, *, expand: bool = False, everything: bool = False) -> Page:
     """Return the page of ``ckpt diff``: one row per difference, then the counts and the verdict.
 
     A mark begins each row: ``-`` missing, ``+`` unexpected, ``~`` another shape, ``≈`` another dtype, ``=`` matched.
     """
-    expected_totals, found_totals = totals(expected.values()), totals(found.values())
     rows = _rows(result, expand=expand, everything=everything)
     counts = [
         f"{len(result.matched):,} matched",
@@ -75,11 +71,11 @@ def diff_page(
         *([f"{len(result.quantized):,} quantised differently"] if result.quantized else []),
     ]
     return [
-        Line(("expected  ", *describe(expected, expected_totals))),
-        Line(("found     ", *describe(found, found_totals))),
+        Line(("expected  ", *describe(result.expected_checkpoint))),
+        Line(("found     ", *describe(result.found_checkpoint))),
         *([Table(("", "key", "expected", "found"), tuple(rows))] if rows else []),
         Line((", ".join(counts),)),
-        Line((f"coverage {percent(result.coverage)} of {plural(expected_totals['elements'], 'element')}",)),
+        Line((f"coverage {percent(result.coverage)} of {plural(result.expected_checkpoint.elements, 'element')}",)),
         Line((_verdict(result),)),
     ]
 

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import printable
 from ckptkit.errors import one_line
 from ckptkit.render.page import Code, Line, Page
 
-__all__ = ["CheckedPath", "finding_lines", "findings_document", "findings_page", "merged_report", "paths_page"]
-
-
-class CheckedPath(NamedTuple):
-    """The findings at one of several paths, under a ``title`` that describes the checkpoint there."""
-
-    path: str
-    title: tuple[str | Code, ...]
-    findings: tuple[Finding, ...]
-    ignored: tuple[Finding, ...] = ()
-
-
-def merged_report(checked: Sequence[CheckedPath]) -> Report:
-    """Return the findings at several paths as one report, with the path at the start of each message."""
-    return Report(
-        tuple(
-            replace(finding, message=f"{printable(at_path.path)}: {finding.message}")
-            for at_path in checked
-            for finding in at_path.findings
-        ),
-        ignored=tuple(finding for at_path in checked for finding in at_path.ignored),
-    )
+__all__ = ["finding_lines", "findings_document", "findings_page"]
 
 
 def findings_document(report: Report) -> dict[str, object]:
@@ -56,14 +32,6 @@ def findings_document(report: Report) -> dict[str, object]:
 def findings_page(report: Report) -> Page:
     """Return one line per finding with its hint below, then the number of findings."""
     return [*finding_lines(report.findings), Line((report.counts,))]
-
-
-def paths_page(checked: Sequence[CheckedPath]) -> Page:
-    """Return the title of each path with its findings below, then the number of all findings."""
-    lines: list[Line] = []
-    for at_path in checked:
-        lines += [Line(at_path.title), *finding_lines(at_path.findings), Line(())]
-    return [*lines, Line((merged_report(checked).counts,))]
 
 
 def finding_lines(findings: Iterable[Finding]) -> Iterator[Line]:

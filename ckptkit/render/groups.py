@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from ckptkit.core.config_files import toml_value
 from ckptkit.core.text import plural, printable, quoted
-from ckptkit.param_groups.lock import plain_option
-from ckptkit.render.page import Code, Line, Page, Table, as_code
+from ckptkit.errors import GroupsError
+from ckptkit.param_groups.lock import lock_document, plain_option
+from ckptkit.render.page import Code, Line, Listing, Page, Table, as_code
 from ckptkit.render.summary import share_cell
 
 if TYPE_CHECKING:
@@ -17,9 +19,13 @@ if TYPE_CHECKING:
     from ckptkit.param_groups.lock import LockedParameter, ParamGroupsLock
     from ckptkit.param_groups.ownership import OptionStep
     from ckptkit.param_groups.plan import ParamGroupsPlan, PlannedGroup, PlannedParameter
+    from ckptkit.param_groups.spec import ParamGroupSpec
     from ckptkit.param_groups.spec.fields import GroupRule
 
-__all__ = ["explain_document", "explain_page", "groups_document", "groups_page", "groups_rows", "lock_page"]
+__all__ = [
+    "explain_document", "explain_page", "groups_document", "groups_page", "groups_rows", "lock_document", "lock_page",
+    "spec_document", "spec_page",
+]  # fmt: skip
 
 _RIGHT = frozenset({"parameters", "elements", "share", "lr", "weight_decay"})
 _ALWAYS = frozenset({"group", "rule", "parameters", "elements", "share", "lr", "weight_decay", "examples"})
@@ -275,3 +281,31 @@ def lock_page(lock: ParamGroupsLock) -> Page:
 def _locked_row(parameter: LockedParameter, group: str) -> tuple[str, ...]:
     index = "" if parameter.index is None else str(parameter.index)
     return index, printable(parameter.name), parameter.dtype, str(list(parameter.shape)), printable(group)
+
+
+def spec_page(spec: ParamGroupSpec, *, language: str = "toml", text: str | None = None) -> Page:
+    """Return ``text``, which is the spec in ``language``; without it, the spec as TOML.
+
+    A spec with an option that TOML cannot express, such as null or a tensor, is shown as JSON.
+    """
+    text = _spec_text(spec, language) if text is None else text
+    return [Listing(tuple(text.split("\n")))]
+
+
+def spec_document(spec: ParamGroupSpec, *, language: str = "toml", text: str | None = None) -> dict[str, object]:
+    """Return the document of ``ckpt groups emit --json``."""
+    return {
+        "schema": "ckptkit.groups.emit/1",
+        "as": language,
+        "spec": plain_option(spec.to_dict()),
+        "text": _spec_text(spec, language) if text is None else text,
+    }
+
+
+def _spec_text(spec: ParamGroupSpec, language: str) -> str:
+    from ckptkit.param_groups.spec.writing import dump_spec
+
+    try:
+        return dump_spec(spec, language)
+    except GroupsError:
+        return json.dumps(plain_option(spec.to_dict()), indent=2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.optimizer_state.compare import state_report
 from ckptkit.optimizer_state.model import (
     Change,
     LazyTensor,
@@ -17,35 +17,38 @@ from ckptkit.optimizer_state.model import (
     parameter_shape,
     tensors_in,
 )
+from ckptkit.render.findings import findings_document, findings_page
 from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
 from ckptkit.render.summary import json_number
 
 if TYPE_CHECKING:
-    from ckptkit.core.findings import Report
-    from ckptkit.plans.execute import Written
+    from ckptkit.optimizer_state.write import WrittenState
 
-__all__ = ["changes_page", "state_document", "state_page", "state_title", "written_line"]
+__all__ = ["state_document", "state_page", "written_state_document", "written_state_page"]
 
 _OPTIONS = ("lr", "weight_decay")
 
 
-def state_title(checkpoint: Checkpoint, form: str) -> Line:
-    """Return the line with the path of a state, the mapping inside the file, and the form of the state."""
-    return Line((as_code(checkpoint.path), *_inside(checkpoint.envelope), f": optimizer state, {form}"))
+def state_page(state: OptimizerState, *, changes: bool = False, expand: bool = False) -> Page:
+    """Return a row per parameter, a row per group, the totals, the origin of the names, and the findings.
 
-
-def state_page(title: Line, state: OptimizerState, report: Report, *, expand: bool) -> Page:
-    """Return a row per parameter, a row per group, the totals, the origin of the names, and the findings."""
+    With ``changes``, return the page of a dry run instead: a row per changed parameter.
+    """
+    if changes:
+        return [*_changes(state, expand=expand), Line((f"{_totals(state)}; nothing was written",))]
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     names = dict.fromkeys([*state.names, *state.state])
     rows = [Row(name, _cells(state.state.get(name, {}), group.get(name))) for name in names]
     parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(table_rows(rows, expand=expand)))
-    page: list[Block] = [title, parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
-    if report.findings:
-        from ckptkit.render.findings import findings_page
+    page: list[Block] = [_title(state), parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
+    report = state_report(state)
+    return [*page, *findings_page(report)] if report.findings else page
 
-        page += findings_page(report)
-    return page
+
+def _title(state: OptimizerState) -> Line:
+    where = state.checkpoint
+    path = (as_code(where.path), *_inside(where.envelope), ": ") if where.path else ()
+    return Line((*path, f"optimizer state, {state.form}"))
 
 
 def _cells(slots: Mapping[str, SlotValue], group: int | None) -> tuple[str, ...]:
@@ -75,7 +78,7 @@ def _groups_table(state: OptimizerState) -> Table:
     return Table(("group", "parameters", *_OPTIONS, "other options"), tuple(rows), frozenset({"parameters", *_OPTIONS}))
 
 
-def changes_page(state: OptimizerState, *, expand: bool) -> Page:
+def _changes(state: OptimizerState, *, expand: bool) -> list[Block]:
     """Return a row per changed parameter, then the totals and the origin of the names."""
     group = {name: str(number) for number, group in enumerate(state.groups) for name in group.names}
     rows = [
@@ -107,22 +110,31 @@ def _inside(envelope: str) -> Sequence[str | Code]:
     return (" at ", Code(f"::{printable(envelope)}")) if envelope else ()
 
 
-def written_line(state: OptimizerState, written: Written | None) -> Line:
-    """Return the last line of an edit: the path that was written, or that nothing was written."""
-    if written is None:
-        return Line((f"{_totals(state)}; nothing was written",))
-    return Line(("wrote ", as_code(written.path), *_inside(written.envelope), f": {_totals(state)}"))
+def written_state_page(written: WrittenState, *, changes: bool = False, expand: bool = False) -> Page:
+    """Return the origin of the names, the remarks, and what was written; with ``changes``, also the changes."""
+    state = _state_in(written)
+    line = Line(("wrote ", as_code(written.path), *_inside(written.envelope), f": {_totals(state)}"))
+    return [*(_changes(state, expand=expand) if changes else _remarks(state)), line]
 
 
-def state_document(
-    path: str, at: str, state: OptimizerState, *, report: Report | None = None, written: Written | None = None
-) -> dict[str, object]:
-    """Return the document of ``ckpt optim`` with ``--json``; only ``show`` has a ``report`` of findings."""
+def written_state_document(written: WrittenState) -> dict[str, object]:
+    """Return the document of ``ckpt optim remap``, ``resplit`` and ``prune`` with ``--json``."""
+    output = {"path": written.path, "at": written.envelope, "bytes": written.nbytes}
+    return {**state_document(_state_in(written), changes=True), "output": output}
+
+
+def _state_in(written: WrittenState) -> OptimizerState:
+    return OptimizerState({}, ()) if written.state is None else written.state
+
+
+def state_document(state: OptimizerState, *, changes: bool = False) -> dict[str, object]:
+    """Return the document of ``ckpt optim show --json``, or with ``changes``, that of a dry run, without findings."""
+    report = None if changes else state_report(state)
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     return {
         "schema": "ckptkit.optim/1",
-        "path": path,
-        "at": at,
+        "path": state.checkpoint.path,
+        "at": state.checkpoint.envelope,
         "form": state.form,
         "evidence": state.evidence or None,
         "remarks": list(state.remarks),
@@ -146,7 +158,7 @@ def state_document(
             }
             for change in state.changes
         ],
-        "findings": None if report is None else _findings(report),
+        "findings": None if report is None else findings_document(report)["findings"],
         "summary": {
             "parameters": len(state.names),
             "groups": len(state.groups),
@@ -155,14 +167,8 @@ def state_document(
             "bytes": state.nbytes,
             **({} if report is None else report.summary),
         },
-        "output": None if written is None else {"path": written.path, "at": written.envelope, "bytes": written.nbytes},
+        "output": None,
     }
-
-
-def _findings(report: Report) -> object:
-    from ckptkit.render.findings import findings_document
-
-    return findings_document(report)["findings"]
 
 
 def _slots_document(slots: Mapping[str, SlotValue]) -> dict[str, object]:

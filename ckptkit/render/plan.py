@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.plans.plan import Dropped, Plan, Step
-from ckptkit.render.page import Code, Line, Page, Row, Table, as_code, as_text, table_rows
+from ckptkit.render.page import Block, Code, Line, Page, Row, Table, as_code, table_rows
 
 if TYPE_CHECKING:
     from ckptkit.plans.execute import Written
 
-__all__ = ["plan_document", "plan_page", "written_text"]
+__all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
 
-def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str, object]:
-    """Return the document of ``ckpt merge``, ``remap`` or ``convert`` with ``--json``."""
+def plan_document(plan: Plan) -> dict[str, object]:
+    """Return the document of a dry run of ``ckpt merge``, ``remap`` or ``convert`` with ``--json``."""
     return {
-        "schema": f"ckptkit.{command}/1",
+        "schema": f"ckptkit.{plan.command}/1",
         "plan": [
             {
                 "key": step.out.key,
@@ -42,23 +42,27 @@ def plan_document(command: str, plan: Plan, written: Written | None) -> dict[str
             "by_source": dict(Counter(map(_roles, plan.steps))),
             "by_operation": dict(Counter(step.operation for step in plan.steps)),
         },
-        "output": None
-        if written is None
-        else {
-            "path": written.path,
-            "format": written.format,
-            "tensors": written.tensors,
-            "bytes": written.nbytes,
-            "verified": written.verified,
-            "read_back": written.read_back,
-            "cast_losses": [_cast_document(loss) for loss in written.losses],
-            "carried": list(written.carried),
-            "adapted": [
-                {"file": change.file, "statement": change.statement, "found": change.found, "written": change.written}
-                for change in written.adapted
-            ],
-        },
+        "output": None,
     }
+
+
+def written_document(written: Written) -> dict[str, object]:
+    """Return the document of ``ckpt merge``, ``remap`` or ``convert`` with ``--json``: the plan, and the output."""
+    output = {
+        "path": written.path,
+        "format": written.format,
+        "tensors": written.tensors,
+        "bytes": written.nbytes,
+        "verified": written.verified,
+        "read_back": written.read_back,
+        "cast_losses": [_cast_document(loss) for loss in written.losses],
+        "carried": list(written.carried),
+        "adapted": [
+            {"file": change.file, "statement": change.statement, "found": change.found, "written": change.written}
+            for change in written.adapted
+        ],
+    }
+    return {**plan_document(Plan(()) if written.plan is None else written.plan), "output": output}
 
 
 def _cast_document(loss: CastLoss) -> dict[str, object]:
@@ -73,36 +77,50 @@ def _cast_document(loss: CastLoss) -> dict[str, object]:
     }
 
 
-def plan_page(plan: Plan, written: Written | None, *, expand: bool) -> Page:
-    """Return the page of a writing command: every tensor of the output with its source, then what is left out."""
+def plan_page(plan: Plan, *, expand: bool = False) -> Page:
+    """Return the page of a dry run: every tensor of the output with its source, then what is left out."""
+    about = [*_kept(plan), *_unread(plan), f"{_summary(plan)}; nothing was written"]
+    return [*_tables(plan, expand=expand), *(Line((sentence,)) for sentence in about)]
+
+
+def _tables(plan: Plan, *, expand: bool) -> list[Block]:
     rows = [Row(step.out.key, (str(step.out), _origin(step), step.operation, step.rule)) for step in plan.steps]
     tensors = Table(("key", "tensor", "from", "operation", "rule"), tuple(table_rows(rows, expand=expand)))
-    left_out = [_left_out(plan.dropped, expand=expand)] if plan.dropped else []
-    last = (f"{_summary(plan)}; nothing was written",) if written is None else _written(plan, written)
-    about = [*_kept(plan), *(_unread(plan) if written is None else [*_losses(written), *_verified(written)])]
-    return [tensors, *left_out, *(Line((sentence,)) for sentence in about), Line(last)]
+    return [tensors, *([_left_out(plan.dropped, expand=expand)] if plan.dropped else [])]
 
 
-def written_text(plan: Plan, written: Written) -> list[str]:
-    """Return the messages after a plan was executed: what was written, from which sources, and what was left out."""
-    lines = as_text([Line(_written(plan, written))])
-    tensors = [drop for drop in plan.dropped if not drop.is_entry]
-    entries = list(dict.fromkeys(drop.key for drop in plan.dropped if drop.is_entry))
-    lines += [*_kept(plan), *_losses(written)]
+def written_page(written: Written, *, tensors: bool = False, expand: bool = False) -> Page:
+    """Return what was written, from which sources, and what was left out.
+
+    With ``tensors``, every tensor has a row, as on the page of the plan.
+    """
+    plan = Plan(()) if written.plan is None else written.plan
     if tensors:
-        lines += as_text([_left_out(tensors, expand=False)])
+        about = [*_kept(plan), *_losses(written), *_verified(written)]
+        lines = [*(Line((sentence,)) for sentence in about), Line(_written(plan, written))]
+        return [*_tables(plan, expand=expand), *lines]
+    before = [*_kept(plan), *_losses(written)]
+    page: list[Block] = [*(Line((note,)) for note in plan.notes), Line(_written(plan, written))]
+    page += [Line((sentence,)) for sentence in before]
+    dropped = [drop for drop in plan.dropped if not drop.is_entry]
+    if dropped:
+        page.append(_left_out(dropped, expand=expand))
+    return [*page, *(Line((sentence,)) for sentence in _remarks(plan, written))]
+
+
+def _remarks(plan: Plan, written: Written) -> Iterator[str]:
+    entries = list(dict.fromkeys(drop.key for drop in plan.dropped if drop.is_entry))
     if entries:
-        lines.append(f"left out, stored outside of the weights: {_first_names(entries, 8)}")
+        yield f"left out, stored outside of the weights: {_first_names(entries, 8)}"
     if written.carried:
-        lines.append(f"carried along: {_first_names(written.carried, 16)}")
+        yield f"carried along: {_first_names(written.carried, 16)}"
     if written.beside:
-        lines.append(f"the directory also holds other weights: {_first_names(written.beside, 4)}")
-    lines += [f"{printable(path)} could not be removed: remove it by hand" for path in written.left]
-    lines += [
-        f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}"
-        for group in written.untied
-    ]
-    return lines + _verified(written)
+        yield f"the directory also holds other weights: {_first_names(written.beside, 4)}"
+    for path in written.left:
+        yield f"{printable(path)} could not be removed: remove it by hand"
+    for group in written.untied:
+        yield f"written separately, but shared memory before: {', '.join(map(printable, group[:8]))}"
+    yield from _verified(written)
 
 
 def _verified(written: Written) -> list[str]:
@@ -159,4 +177,5 @@ def _summary(plan: Plan) -> str:
 
 
 def _written(plan: Plan, written: Written) -> tuple[str | Code, ...]:
-    return "wrote ", as_code(written.path), f": {written.format}, {_summary(plan)}"
+    size = _summary(plan) if plan.steps else f"{plural(written.tensors, 'tensor')}, {human_bytes(written.nbytes)}"
+    return "wrote ", as_code(written.path), f": {written.format}, {size}"

@@ -9,7 +9,7 @@ from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
 from ckptkit.render.page import Block, Code, Line, Page, Table
-from ckptkit.render.summary import json_number, share_cell
+from ckptkit.render.summary import coverage_documents, json_number, share_cell
 
 __all__ = ["preflight_document", "preflight_page"]
 
@@ -171,16 +171,7 @@ def _init_document(init: Init) -> dict[str, object]:
         "elements": init.elements,
         "coverage": init.coverage,
         "in_model": init.in_model,
-        "modules": [
-            {
-                "module": module.module,
-                "loaded": module.loaded,
-                "tensors": module.tensors,
-                "loaded_elements": module.loaded_elements,
-                "elements": module.elements,
-            }
-            for module in init.modules
-        ],
+        "modules": coverage_documents(init.modules),
         "kept": [
             {"key": tensor.key, "why": tensor.why, "elements": tensor.elements, "looks": tensor.looks}
             for tensor in init.kept

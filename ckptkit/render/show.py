@@ -6,21 +6,23 @@ import json
 from collections.abc import Iterable, Mapping
 
 from ckptkit.core.checkpoint import Checkpoint, Entry, TensorInfo
+from ckptkit.core.result.summary import CheckpointSummary, totals
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.core.ties import shared_keys
 from ckptkit.quantized import quantized_weights
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
-from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals
+from ckptkit.render.summary import describe, quantized_document, quantized_lines, totals_document
 
-__all__ = ["show_document", "show_page", "show_tree"]
+__all__ = ["show_document", "show_page"]
 
 _LONGEST_VALUE = 80
 _MOST_PARTS = 40
 _DEEPEST = 64  # a name can be all dots; segments below this depth are printed on one line
 
 
-def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> dict[str, object]:
-    """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint."""
+def show_document(checkpoint: Checkpoint, *, infos: Mapping[str, TensorInfo] | None = None) -> dict[str, object]:
+    """Return the document of ``ckpt show --json`` for the chosen tensors of a checkpoint, by default all."""
+    infos = checkpoint if infos is None else infos
     shared = shared_keys(checkpoint)
     return {
         "schema": "ckptkit.show/1",
@@ -41,12 +43,24 @@ def show_document(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> di
         "entries": [{"path": entry.path, "type": entry.type, "value": entry.value} for entry in checkpoint.entries],
         "metadata": dict(checkpoint.metadata),
         "warnings": list(checkpoint.warnings),
-        "summary": totals(infos.values()),
+        "summary": totals_document(CheckpointSummary.of(checkpoint, infos.values())),
     }
 
 
-def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand: bool) -> Page:
-    """Return the page of ``ckpt show``: the tensors, the totals, then all other entries of the file."""
+def show_page(
+    checkpoint: Checkpoint,
+    *,
+    infos: Mapping[str, TensorInfo] | None = None,
+    tree: bool = False,
+    expand: bool = False,
+) -> Page:
+    """Return the page of ``ckpt show``: the chosen tensors, the totals, then all other entries of the file.
+
+    Without ``infos``, all tensors are listed. With ``tree``, they are listed as a tree of modules.
+    """
+    infos = checkpoint if infos is None else infos
+    if tree:
+        return _tree_page(checkpoint, infos)
     shared = shared_keys(checkpoint)
     rows = []
     for info in infos.values():
@@ -58,13 +72,13 @@ def show_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo], *, expand
     width = len(headers) if any(row.cells[-1] for row in rows) else -1
     cells = tuple(cell[:width] for cell in table_rows(rows, expand=expand))
     tensors = Table(headers[:width], cells, frozenset({"bytes"})) if rows else Listing(("no tensors",))
-    title = Line(describe(checkpoint, totals(infos.values())))
+    title = Line(describe(CheckpointSummary.of(checkpoint, infos.values())))
     quantized = quantized_lines(quantized_weights(checkpoint), infos)
     return [title, *quantized, tensors, *_totals(infos.values()), *_other_entries(checkpoint)]
 
 
-def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
-    """Return the page of ``ckpt show --tree``: the modules as their names nest them, each with its size."""
+def _tree_page(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
+    """Return the modules as their names nest them, each with its size."""
     below: dict[tuple[str, ...], list[TensorInfo]] = {}
     for info in infos.values():
         path = tuple(info.key.split(".", _DEEPEST))
@@ -77,14 +91,12 @@ def show_tree(checkpoint: Checkpoint, infos: Mapping[str, TensorInfo]) -> Page:
         for depth in range(1, len(path)):
             if path[:depth] not in printed:
                 printed.add(path[:depth])
-                count = totals(below[path[:depth]])
-                what = f"{plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
-                lines.append(
-                    f"{'  ' * (depth - 1)}{printable(path[depth - 1])}  ({what}, {human_bytes(count['bytes'])})"
-                )
+                tensors, elements, nbytes = totals(below[path[:depth]])
+                what = f"{plural(tensors, 'tensor')}, {plural(elements, 'element')}, {human_bytes(nbytes)}"
+                lines.append(f"{'  ' * (depth - 1)}{printable(path[depth - 1])}  ({what})")
         lines.append(f"{'  ' * (len(path) - 1)}{printable(path[-1])}  {info}")
     return [
-        Line(describe(checkpoint, totals(infos.values()))),
+        Line(describe(CheckpointSummary.of(checkpoint, infos.values()))),
         *quantized_lines(quantized_weights(checkpoint), infos),
         Listing(tuple(lines or ["no tensors"])),
         *_other_entries(checkpoint),
@@ -103,10 +115,8 @@ def _totals(infos: Iterable[TensorInfo]) -> list[Block]:
         if 1 < len(parts) <= _MOST_PARTS and len(parts) < sum(map(len, parts.values())):
             rows = []
             for name, group in parts.items():
-                count = totals(group)
-                rows.append(
-                    (printable(name), f"{count['tensors']:,}", f"{count['elements']:,}", human_bytes(count["bytes"]))
-                )
+                tensors, elements, nbytes = totals(group)
+                rows.append((printable(name), f"{tensors:,}", f"{elements:,}", human_bytes(nbytes)))
             numbers = ("tensors", "elements", "bytes")
             tables.append(Table((f"by {title}", *numbers), tuple(rows), frozenset(numbers)))
     return tables

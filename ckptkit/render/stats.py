@@ -7,10 +7,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Final, NamedTuple
 
-from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import plural
 from ckptkit.render.page import Block, Line, Listing, Page, Row, Table, table_rows
-from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals
+from ckptkit.render.summary import describe, json_number, quantized_document, quantized_lines, totals_document
 from ckptkit.statistics.state_dict_stats import StateDictStats, module_name
 from ckptkit.statistics.value_stats import ValueStats
 
@@ -57,15 +56,17 @@ class StatsView(NamedTuple):
         return dict(items[: self.top])
 
 
-def stats_page(result: StateDictStats, checkpoint: Checkpoint, view: StatsView, *, expand: bool) -> Page:
+_WHOLE = StatsView()
+
+
+def stats_page(result: StateDictStats, *, view: StatsView = _WHOLE, expand: bool = False) -> Page:
     """Return the page of ``ckpt stats``: a row per tensor or module, then unmeasured tensors, then the total."""
     measured = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
     total = result.total
     named = measured if view.depth is None else result.modules(view.depth)
     listed = view.chosen(named)
-    infos = [tensor.info for tensor in result.tensors.values()]
-    keys = {info.key for info in infos}
-    page: list[Block] = [Line(describe(checkpoint, totals(infos))), *quantized_lines(result.quantized, keys)]
+    keys = {tensor.info.key for tensor in result.tensors.values()}
+    page: list[Block] = [Line(describe(result.checkpoint)), *quantized_lines(result.quantized, keys)]
     if listed:
         axis = _Axis.of(total)
         page += [_table(result, listed, view, axis, expand=expand), *([Line((str(axis),))] if axis else [])]
@@ -186,15 +187,15 @@ def _summary(total: ValueStats) -> str:
     return ", ".join(parts)
 
 
-def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: StatsView) -> dict[str, object]:
+def stats_document(result: StateDictStats, *, view: StatsView = _WHOLE) -> dict[str, object]:
     """Return the document of ``ckpt stats --json``: NaN and Inf are strings, a histogram is a list of pairs."""
     measured = {key: tensor.numbers for key, tensor in result.tensors.items() if tensor.numbers is not None}
     keys = view.chosen(measured) if view.depth is None else measured
     modules = {} if view.depth is None else view.chosen(result.modules(view.depth))
     return {
         "schema": "ckptkit.stats/1",
-        "path": checkpoint.path,
-        "format": checkpoint.format,
+        "path": result.checkpoint.path,
+        "format": result.checkpoint.format,
         "tensors": [
             {
                 "key": key,
@@ -213,7 +214,7 @@ def stats_document(result: StateDictStats, checkpoint: Checkpoint, view: StatsVi
         ],
         "quantized": quantized_document(result.quantized, {tensor.info.key for tensor in result.tensors.values()}),
         "total": _numbers_document(result.total),
-        "summary": totals(tensor.info for tensor in result.tensors.values()),
+        "summary": totals_document(result.checkpoint),
     }
 
 

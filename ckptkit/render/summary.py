@@ -4,41 +4,36 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable
 
-from ckptkit.core.checkpoint import Checkpoint, TensorInfo
-from ckptkit.core.dtypes import DTYPES
+from ckptkit.core.checkpoint import TensorInfo
+from ckptkit.core.coverage import ModuleCoverage
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import human_bytes, plural, printable
 from ckptkit.quantized import Quantized
 from ckptkit.render.page import Code, Line, as_code
 
 __all__ = [
-    "checkpoint_document", "describe", "json_number", "percent", "quantized_document", "quantized_lines", "share_cell",
-    "tensor_document", "totals",
+    "checkpoint_document", "coverage_documents", "describe", "json_number", "percent", "quantized_document",
+    "quantized_lines", "share_cell", "tensor_document", "totals_document",
 ]  # fmt: skip
 
 
-def totals(infos: Iterable[TensorInfo]) -> dict[str, int]:
-    """Return the number of tensors, of their elements, and of their bytes."""
-    tensors = elements = nbytes = 0
-    for info in infos:
-        count = info.elements
-        tensors += 1
-        elements += count
-        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored_bytes
-    return {"tensors": tensors, "elements": elements, "bytes": nbytes}
-
-
-def describe(checkpoint: Checkpoint, count: Mapping[str, int]) -> tuple[str | Code, ...]:
-    """Return the parts of a line with the path, the mapping inside the file, the format and the ``totals``."""
+def describe(checkpoint: CheckpointSummary) -> tuple[str | Code, ...]:
+    """Return the parts of a line with the path, the mapping inside the file, the format and the totals."""
     inside = (" at ", Code(f"::{printable(checkpoint.envelope)}")) if checkpoint.envelope else ()
-    what = f": {checkpoint.format}, {plural(count['tensors'], 'tensor')}, {plural(count['elements'], 'element')}"
-    return as_code(checkpoint.path), *inside, f"{what}, {human_bytes(count['bytes'])}"
+    what = f": {checkpoint.format}, {plural(checkpoint.tensors, 'tensor')}, {plural(checkpoint.elements, 'element')}"
+    return as_code(checkpoint.path), *inside, f"{what}, {human_bytes(checkpoint.nbytes)}"
 
 
-def checkpoint_document(checkpoint: Checkpoint) -> dict[str, object]:
+def checkpoint_document(checkpoint: CheckpointSummary) -> dict[str, object]:
     """Return path, format and totals of a checkpoint for a JSON document."""
-    return {"path": checkpoint.path, "format": checkpoint.format, **totals(checkpoint.values())}
+    return {"path": checkpoint.path, "format": checkpoint.format, **totals_document(checkpoint)}
+
+
+def totals_document(checkpoint: CheckpointSummary) -> dict[str, object]:
+    """Return the totals of a checkpoint for a JSON document."""
+    return {"tensors": checkpoint.tensors, "elements": checkpoint.elements, "bytes": checkpoint.nbytes}
 
 
 def tensor_document(info: TensorInfo) -> dict[str, object]:
@@ -66,6 +61,20 @@ def quantized_lines(quantized: Quantized, keys: Container[str]) -> list[Line]:
         Line((f"quantised as {scheme}: {plural(count, 'weight')} in {plural(tensors[scheme], 'tensor')}",))
         for scheme, count in weights.items()
         if count
+    ]
+
+
+def coverage_documents(modules: Iterable[ModuleCoverage]) -> list[dict[str, object]]:
+    """Return the coverage of modules for a JSON document."""
+    return [
+        {
+            "module": module.module,
+            "loaded": module.loaded,
+            "tensors": module.tensors,
+            "loaded_elements": module.loaded_elements,
+            "elements": module.elements,
+        }
+        for module in modules
     ]
 
 

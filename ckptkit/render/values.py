@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from ckptkit.comparison.values import ValueDifference
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.result.summary import CheckpointSummary
 from ckptkit.core.text import plural, printable
 from ckptkit.render.page import Line, Page, Table
-from ckptkit.render.summary import describe, totals
+from ckptkit.render.summary import describe
 
 __all__ = ["value_page"]
 
@@ -24,8 +25,8 @@ def value_page(differences: Sequence[ValueDifference], expected: Checkpoint, fou
     )
     more = len(differences) - _SHOWN
     return [
-        Line(("expected  ", *describe(expected, totals(expected.values())))),
-        Line(("found     ", *describe(found, totals(found.values())))),
+        Line(("expected  ", *describe(CheckpointSummary.of(expected)))),
+        Line(("found     ", *describe(CheckpointSummary.of(found)))),
         table,
         *([Line((f"and {plural(more, 'more tensor')}",))] if more > 0 else []),
         Line((f"{plural(len(differences), 'tensor')} of {len(expected):,} differ in value",)),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
-from ckptkit.core.text import html_table, plural, printable, quoted
+from ckptkit.core.result import Result
+from ckptkit.core.result.summary import NO_CHECKPOINT, CheckpointSummary
+from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
 from ckptkit.errors import RuleError
 from ckptkit.inputs import CheckpointLike, opened, rules_for
@@ -39,22 +41,22 @@ class TensorStats:
 
 
 @dataclass(frozen=True, repr=False)
-class StateDictStats:
+class StateDictStats(Result):
     """The statistics of each tensor, by key and in the order of the checkpoint. Tied tensors have equal statistics.
 
     ``quantized`` are the quantised weights by the keys of the checkpoint; their parts are not measured.
+    ``checkpoint`` has path, format and size of the tensors that are listed.
     """
 
     tensors: Mapping[str, TensorStats]
     quantized: Quantized = field(default_factory=Quantized)
-
-    def __repr__(self) -> str:
-        """Return the number of measured tensors, on one line."""
-        return f"<StateDictStats: {self._measured} of {len(self.tensors)} tensors measured>"
+    checkpoint: CheckpointSummary = NO_CHECKPOINT
 
     @property
-    def _measured(self) -> int:
-        return sum(tensor.numbers is not None for tensor in self.tensors.values())
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        measured = sum(tensor.numbers is not None for tensor in self.tensors.values())
+        return f"{measured} of {len(self.tensors)} tensors measured"
 
     @property
     def total(self) -> ValueStats:
@@ -75,22 +77,6 @@ class StateDictStats:
     def _merge(self, keys: Iterable[str]) -> ValueStats:
         once = {self.tensors[key].same_as or key: self.tensors[key].numbers for key in keys}
         return merge_stats(numbers for numbers in once.values() if numbers is not None)
-
-    def _repr_html_(self) -> str:
-        headers = ("key", "", "mean", "std", "min", "max", "l2", "zeros", "NaN", "Inf")
-        rows = [(printable(key), str(tensor.info), *_cells(tensor)) for key, tensor in self.tensors.items()]
-        return f"<p>{plural(self._measured, 'tensor')} of {len(rows):,} measured</p>{html_table(headers, rows)}"
-
-
-def _cells(tensor: TensorStats) -> Iterator[str]:
-    numbers = tensor.numbers
-    if numbers is None:
-        yield from (f"not measured: {tensor.why}", *[""] * 7)
-        return
-    for value in (numbers.mean, numbers.std, numbers.min, numbers.max, numbers.l2):
-        yield "" if value is None else f"{value:.4g}"
-    for count in (numbers.zeros, numbers.nan, numbers.posinf + numbers.neginf):
-        yield f"{count:,}"
 
 
 def module_name(key: str, depth: int) -> str:
@@ -149,7 +135,8 @@ def _stats(found: Checkpoint, rules: Rules, progress: Progress | None) -> StateD
             else:
                 tensors[name] = TensorStats(info, _value_stats(found, info, workspace, progress))
     found.check_unchanged()
-    return StateDictStats(tensors, quantized)
+    summary = CheckpointSummary.of(found, (tensor.info for tensor in tensors.values()))
+    return StateDictStats(tensors, quantized, summary)
 
 
 def _why_not_numbers(key: str, quantized: Quantized) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from ckptkit.cli.common.options import (
     quiet_option,
     report_options,
 )
-from ckptkit.cli.common.printing import ReportFormat, echo_report, print_message, progress_bar
+from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
 from ckptkit.core.files import is_same_file
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state, real_path
@@ -28,11 +28,9 @@ from ckptkit.plans.output import FORMATS, Output, choose_output
 if TYPE_CHECKING:
     from ckptkit.core.checkpoint import Checkpoint
     from ckptkit.plans.plan import Plan
-    from ckptkit.render.page import Page
 
 __all__ = [
     "OutputOptions",
-    "echo_output_report",
     "json_bytes",
     "output_options",
     "plan_output_options",
@@ -150,9 +148,8 @@ _verify_option = click.option(
 def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
     from ckptkit.plans.execute import check_output, execute
-    from ckptkit.render.plan import plan_document, plan_page, written_text
 
-    plan = check_output(plan, options.output, sources, carry=options.carry)
+    plan = check_output(replace(plan, command=command), options.output, sources, carry=options.carry)
     written = None
     with _plan_file(plan, sources, options):
         if not options.dry_run:
@@ -166,17 +163,13 @@ def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], option
                     carry=options.carry,
                     progress=progress,
                 )
-    echo_output_report(
-        options,
-        lambda: plan_page(plan, written, expand=options.expand),
-        lambda: plan_document(command, plan, written),
-    )
+    if written is None:
+        echo_result(options.report_format, plan, expand=options.expand)
+    elif options.report_format is not ReportFormat.TEXT:
+        echo_result(options.report_format, written, tensors=True, expand=options.expand)
     if options.quiet:
         return
-    messages = list(plan.notes)
-    if written is not None:
-        messages += written_text(plan, written)
-    for message in messages:
+    for message in plan.notes if written is None else str(written).split("\n"):
         print_message(message)
 
 
@@ -204,14 +197,6 @@ def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = Non
     if output is not None and real_path(path) == real_path(output):
         raise OutputError("is the output too", hint="give another name", path=path)
     return prepare_target(path, force=force)
-
-
-def echo_output_report(
-    options: OutputOptions, page: Callable[[], Page], document: Callable[[], Mapping[str, object]]
-) -> None:
-    """Print the report of a dry run, or of a finished run if the user asked for JSON or Markdown."""
-    if options.dry_run or options.report_format is not ReportFormat.TEXT:
-        echo_report(options.report_format, page, document)
 
 
 def json_bytes(document: Mapping[str, object]) -> bytes:

@@ -17,9 +17,10 @@ from ckptkit.errors import one_line
 if TYPE_CHECKING:
     from ckptkit.core.findings import Report
     from ckptkit.core.progress import Progress
+    from ckptkit.core.result import Result
     from ckptkit.render.page import Page
 
-__all__ = ["ReportFormat", "echo_report", "exit_code", "print_line", "print_message", "progress_bar"]
+__all__ = ["ReportFormat", "echo_report", "echo_result", "exit_code", "print_line", "print_message", "progress_bar"]
 
 
 class ReportFormat(Enum):
@@ -41,13 +42,35 @@ def print_message(message: str) -> None:
     click.echo(one_line(message), file=sys.stderr)
 
 
+def echo_result(
+    report_format: ReportFormat,
+    result: Result,
+    *,
+    chosen: Mapping[str, object] = MappingProxyType({}),
+    colours: Mapping[str, str] = MappingProxyType({}),
+    **layout: object,
+) -> None:
+    """Print a result in the requested format; without options, as ``print(result)`` and ``result.to_dict()`` have it.
+
+    ``chosen`` are options of the page and of the document of the result, and ``layout`` are options of the page alone.
+    """
+    from ckptkit.render.results import document_of, page_of
+
+    echo_report(
+        report_format,
+        lambda: page_of(result, **chosen, **layout),
+        lambda: document_of(result, **chosen),
+        colours,
+    )
+
+
 def echo_report(
     report_format: ReportFormat,
     page: Callable[[], Page],
     document: Callable[[], Mapping[str, object]],
     colours: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Print a result in the requested format; only the function for that format is called.
+    """Print what a page and a document say in the requested format; only the function for that format is called.
 
     JSON is printed in ASCII, so names survive every terminal. ``colours`` maps the mark at the start of a line of text
     to the colour of that line.
@@ -68,7 +91,7 @@ def echo_report(
 
 def exit_code(report: Report) -> int:
     """Return 1 if the report has an error or a warning, else 0: notes alone do not count."""
-    return 1 if report.summary["errors"] or report.summary["warnings"] else 0
+    return 1 if report.errors or report.warnings else 0
 
 
 @contextlib.contextmanager

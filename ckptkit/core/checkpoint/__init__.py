@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from ckptkit.core.checkpoint.info import TensorInfo, View, is_contiguous, memory_order, row_major, storage_range
 from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
 from ckptkit.core.closing import Closing
+from ckptkit.core.result import Result
 from ckptkit.core.torch_types import Tensor
 
 if TYPE_CHECKING:
@@ -147,7 +148,7 @@ class Access:
     close: Callable[[], None] | None = None
 
 
-class Checkpoint(Mapping[str, TensorInfo], Closing):
+class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
     """An open checkpoint: a mapping from key to ``TensorInfo`` that reads bytes only on request.
 
     Close a Checkpoint, or use it as a context manager. A Checkpoint never changes: ``with_warnings`` and
@@ -311,6 +312,10 @@ class Checkpoint(Mapping[str, TensorInfo], Closing):
     def __len__(self) -> int:
         """Return the number of tensors."""
         return len(self._infos)
+
+    def __bool__(self) -> bool:
+        """Return whether the checkpoint has a tensor, as for every mapping."""
+        return bool(self._infos)
 
     def __contains__(self, key: object) -> bool:
         """Return whether the checkpoint has a tensor with this key."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
-from ckptkit.core.text import html_table, plural, printable
-from ckptkit.errors import CkptkitError, one_line
+from ckptkit.core.result import Result
+from ckptkit.core.text import plural
+from ckptkit.errors import CkptkitError
 
 __all__ = ["Code", "Finding", "ReaderWarning", "Report", "Severity", "codes_in"]
 
@@ -89,13 +90,15 @@ class ReaderWarning(str):
         return self.code.finding("", str(self), self.code.hint, severity=self.severity)
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Result):
     """The findings of one check, in the order of their discovery.
 
     ``error`` is the exception class that ``raise_for_errors`` raises. ``ignored`` has the findings that an ignore list
     left out: they count neither for ``ok`` nor for ``raise_for_errors``.
     """
+
+    _truth: ClassVar[str] = "ask for .ok"
 
     findings: tuple[Finding, ...] = ()
     error: type[CkptkitError] = CkptkitError
@@ -104,7 +107,25 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether no finding is an error."""
-        return not any(finding.severity == "error" for finding in self.findings)
+        return not self.errors
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that are errors."""
+        return self._of("error")
+
+    @property
+    def warnings(self) -> tuple[Finding, ...]:
+        """The findings that are warnings."""
+        return self._of("warning")
+
+    @property
+    def notes(self) -> tuple[Finding, ...]:
+        """The findings that are notes."""
+        return self._of("note")
+
+    def _of(self, severity: Severity) -> tuple[Finding, ...]:
+        return tuple(finding for finding in self.findings if finding.severity == severity)
 
     @property
     def summary(self) -> dict[str, int]:
@@ -123,32 +144,20 @@ class Report:
             return ""
         return f"{plural(len(self.ignored), 'finding')} ignored ({_counts_text(_count(self.ignored))})"
 
-    def __str__(self) -> str:
-        """Return one line for each finding, with its hint, then the counts."""
-        lines = [
-            one_line(f"{f.severity}: {f.message}  [{f.code}]" + (f" ({f.hint})" if f.hint else ""))
-            for f in self.findings
-        ]
-        return "\n".join([*lines, self.counts])
-
     def raise_for_errors(self, *, warnings: bool = False) -> None:
         """Raise the first error as an exception of class ``error``, with the number of further errors.
 
         Do nothing if there is no error. With ``warnings``, warnings count as errors too, after the errors.
         """
-        errors = [finding for finding in self.findings if finding.severity == "error"]
-        if warnings:
-            errors += [finding for finding in self.findings if finding.severity == "warning"]
+        errors = (*self.errors, *self.warnings) if warnings else self.errors
         if errors:
             more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
             raise self.error(f"{errors[0].message}{more}", hint=errors[0].hint or None)
 
-    def _repr_html_(self) -> str:
-        table = html_table(
-            ("severity", "code", "key", "message", "hint"),
-            [(f.severity, f.code, printable(f.key), one_line(f.message), one_line(f.hint)) for f in self.findings],
-        )
-        return f"{table}<p>{self.ignored_counts}</p>" if self.ignored else table
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        return self.counts
 
 
 def _count(findings: Iterable[Finding]) -> dict[str, int]:

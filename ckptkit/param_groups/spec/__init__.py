@@ -17,7 +17,7 @@ from ckptkit.param_groups.spec.writing import dump_spec, spec_table
 __all__ = ["ParamGroupSpec"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class ParamGroupSpec(SpecFields):
     """The rules that decide the group of each parameter, and the options of each group.
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ckptkit.core.checkpoint import TensorInfo
-from ckptkit.core.text import html_table, printable
+from ckptkit.core.result import Result
+from ckptkit.core.text import human_bytes, plural
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_types import Tensor
 from ckptkit.plans.plan.step import Dropped, Source, Step
@@ -20,13 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["Dropped", "Plan", "Source", "Step", "find_broken_ties"]
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
+@dataclass(frozen=True, slots=True, repr=False)
+class Plan(Result):
     """The tensors of an output in order (one ``Step`` each), the entries that the output leaves out, and its metadata.
 
     A torch output can be a copy of the file of one input, with new tensors. ``edited_role`` is the role of that input.
     ``kept`` names the entries that the copy has too, such as the optimizer; ``check_output`` sets ``kept``.
     ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
+    ``command`` is the command that makes such a plan (``remap``, ``merge`` or ``convert``); its document names it.
     """
 
     steps: tuple[Step, ...]
@@ -36,6 +38,7 @@ class Plan:
     versions: Mapping[str, int] = field(default_factory=dict)
     edited_role: str = ""
     kept: tuple[str, ...] = ()
+    command: str = field(default="remap", compare=False)
 
     @property
     def elements(self) -> int:
@@ -46,6 +49,12 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of all tensors in the output."""
         return sum(step.out.nbytes for step in self.steps)
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        left_out = f", {plural(len(self.dropped), 'entry', 'entries')} left out" if self.dropped else ""
+        return f"{plural(len(self.steps), 'tensor')}, {human_bytes(self.nbytes)}{left_out}"
 
     def tensors(self, sources: Sources, *, allow_overflow: bool = False) -> Iterator[tuple[str, Tensor]]:
         """Yield the key and the tensor of each step, as ``execute`` would write it, one at a time and on the CPU.
@@ -101,21 +110,6 @@ class Plan:
 
         with opened_inputs(self.steps, sources, allow_overflow=allow_overflow) as inputs:
             return with_versions(materialize_steps(inputs, device), self.versions)
-
-    def _repr_html_(self) -> str:
-        rows = [
-            (
-                printable(step.out.key),
-                str(step.out),
-                ", ".join(f"{source.role}: {printable(source.key)}" for source in step.sources),
-                step.operation,
-                step.rule,
-            )
-            for step in self.steps
-        ]
-        left_out = [(printable(drop.key), drop.role, drop.reason) for drop in self.dropped]
-        tensors = html_table(("key", "tensor", "from", "operation", "rule"), rows)
-        return tensors + (html_table(("left out", "of", "because"), left_out) if left_out else "")
 
 
 def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:

@@ -1,0 +1,47 @@
+"""A short description of a checkpoint, which a result keeps in place of the open file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Self
+
+from ckptkit.core.checkpoint import Checkpoint, TensorInfo
+from ckptkit.core.dtypes import DTYPES
+
+__all__ = ["NO_CHECKPOINT", "CheckpointSummary", "totals"]
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSummary:
+    """Path, format, selected mapping (``envelope``), and the numbers of tensors, elements and bytes.
+
+    ``format`` is empty if the checkpoint could not be opened.
+    """
+
+    path: str = ""
+    format: str = ""
+    envelope: str = ""
+    tensors: int = 0
+    elements: int = 0
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, infos: Iterable[TensorInfo] | None = None) -> Self:
+        """Return the description of a checkpoint, with the totals of ``infos``, or of all its tensors."""
+        counts = totals(checkpoint.values() if infos is None else infos)
+        return cls(checkpoint.path, checkpoint.format, checkpoint.envelope, *counts)
+
+
+NO_CHECKPOINT = CheckpointSummary()
+
+
+def totals(infos: Iterable[TensorInfo]) -> tuple[int, int, int]:
+    """Return the number of tensors, of their elements, and of their bytes."""
+    tensors = elements = nbytes = 0
+    for info in infos:
+        count = info.elements
+        tensors += 1
+        elements += count
+        nbytes += (count * DTYPES[info.dtype].bits + 7) // 8 if info.dtype in DTYPES else info.stored_bytes
+    return tensors, elements, nbytes

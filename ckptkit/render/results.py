@@ -1,0 +1,76 @@
+"""The page and the JSON document of every result: one table, for ``print``, notebooks and the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, Final, NamedTuple
+
+from ckptkit.core.result import Result
+from ckptkit.render.page import Page, as_text
+
+__all__ = ["document_of", "html_of", "page_of", "text_of"]
+
+
+class _Renderer(NamedTuple):
+    """The module of ``render`` that has the functions ``page`` and ``document`` for a class of results."""
+
+    module: str
+    page: str
+    document: str
+
+
+# By name, so that a page loads neither the other pages nor the packages of their results.
+_RENDERERS: Final[Mapping[str, _Renderer]] = {
+    "align.Alignment": _Renderer("align", "align_page", "align_document"),
+    "checks.report.CheckReport": _Renderer("checks", "check_page", "check_document"),
+    "checks.report.CheckReports": _Renderer("checks", "checks_page", "checks_document"),
+    "comparison.StateDictDiff": _Renderer("diff", "diff_page", "diff_document"),
+    "core.checkpoint.Checkpoint": _Renderer("show", "show_page", "show_document"),
+    "core.findings.Report": _Renderer("findings", "findings_page", "findings_document"),
+    "loading.LoadReport": _Renderer("loads", "load_page", "load_document"),
+    "optimizer_state.load.OptimizerLoadReport": _Renderer("loads", "optimizer_load_page", "optimizer_load_document"),
+    "optimizer_state.model.OptimizerState": _Renderer("optim", "state_page", "state_document"),
+    "optimizer_state.write.WrittenState": _Renderer("optim", "written_state_page", "written_state_document"),
+    "param_groups.explain.Explanation": _Renderer("groups", "explain_page", "explain_document"),
+    "param_groups.lock.ParamGroupsLock": _Renderer("groups", "lock_page", "lock_document"),
+    "param_groups.plan.ParamGroupsPlan": _Renderer("groups", "groups_page", "groups_document"),
+    "param_groups.spec.ParamGroupSpec": _Renderer("groups", "spec_page", "spec_document"),
+    "plans.execute.Written": _Renderer("plan", "written_page", "written_document"),
+    "plans.plan.Plan": _Renderer("plan", "plan_page", "plan_document"),
+    "readiness.model.Preflight": _Renderer("preflight", "preflight_page", "preflight_document"),
+    "statistics.state_dict_stats.StateDictStats": _Renderer("stats", "stats_page", "stats_document"),
+}
+
+
+def page_of(result: Result, **options: object) -> Page:
+    """Return the page of a result; ``options`` are those of the page function of its class."""
+    renderer = _renderer_of(result)
+    page: Page = getattr(import_module(f"ckptkit.render.{renderer.module}"), renderer.page)(result, **options)
+    return page
+
+
+def document_of(result: Result, **options: object) -> dict[str, Any]:
+    """Return the JSON document of a result; ``options`` are those of the document function of its class."""
+    renderer = _renderer_of(result)
+    module = import_module(f"ckptkit.render.{renderer.module}")
+    document: dict[str, Any] = getattr(module, renderer.document)(result, **options)
+    return document
+
+
+def text_of(result: Result) -> str:
+    """Return the page of a result as text for a terminal."""
+    return "\n".join(as_text(page_of(result)))
+
+
+def html_of(result: Result) -> str:
+    """Return the page of a result as HTML for a notebook."""
+    from ckptkit.render.page.html import as_html
+
+    return as_html(page_of(result))
+
+
+def _renderer_of(result: Result) -> _Renderer:
+    """Return the row of the class of a result, or of the nearest base class that has a row."""
+    names = (f"{kind.__module__}.{kind.__qualname__}".removeprefix("ckptkit.") for kind in type(result).__mro__)
+    return next(_RENDERERS[name] for name in names if name in _RENDERERS)
