@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ckptkit.core.torch_types import Tensor
+
 __all__ = [
     "OPTIONS",
     "SCHEMAS",
@@ -16,6 +18,7 @@ __all__ = [
     "OptimizerSchema",
     "OptionKind",
     "SlotSchema",
+    "constructed_state",
     "initial_lr",
     "options_of_kind",
     "overwritten_options",
@@ -311,6 +314,21 @@ def schema_from_options(options: Mapping[str, object]) -> OptimizerSchema | None
     return next(
         (schema for schema in SCHEMAS.values() if schema.unique_option and schema.unique_option in options), None
     )
+
+
+def constructed_state(schema: OptimizerSchema, options: Mapping[str, Any], parameter: Tensor) -> dict[str, Any]:
+    """Return the state that the class makes for a new parameter when it is built: empty for nearly all classes.
+
+    A step of a class that makes state in its constructor fails for a parameter without state. In some versions of
+    torch, Adagrad is such a class.
+    """
+    import torch
+
+    taken = [slot.initial_value_option for slot in schema.slots if slot.initial_value_option]
+    if not taken:
+        return {}
+    built = getattr(torch.optim, schema.name)([parameter], **{name: options[name] for name in taken if name in options})
+    return dict(built.state.get(parameter, {}))
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from typing import Any
 
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import human_bytes, kind_of, listed, plural, quoted
-from ckptkit.core.torch_optim import OptimizerSchema, schema_of
+from ckptkit.core.torch_optim import OptimizerSchema, constructed_state, schema_of
 from ckptkit.core.torch_types import Module, Optimizer, Tensor
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
@@ -95,6 +95,7 @@ def rebind(
     work.plan_state()
     work.plan_missing(add_missing, spec, schedulers)
     work.plan_shared_state()
+    work.plan_constructed_state()
     return work.apply()
 
 
@@ -271,6 +272,22 @@ class _Rebind:
         if is_kept:
             self.moves.append(_StateMove(new=tensors[0], slots=slots))
 
+    def plan_constructed_state(self) -> None:
+        """Plan the state that the constructor of the class makes, for each parameter that will have no state."""
+        schema = schema_of(type(self.optimizer))
+        if schema is None:
+            return
+        kept = set(map(id, self.optimizer.state)) - {id(move.old) for move in self.moves}
+        kept |= {id(move.new) for move in self.moves}
+        groups = [
+            (group, [slot.tensor for slot in params])
+            for group, params in zip(self.optimizer.param_groups, self.params, strict=True)
+        ]
+        for group, tensors in [*groups, *((group, group["params"]) for group in self.new_groups)]:
+            for tensor in tensors:
+                if id(tensor) not in kept and (slots := constructed_state(schema, group, tensor)):
+                    self.moves.append(_StateMove(new=tensor, slots=slots))
+
     def plan_missing(
         self, add_missing: str | int | Mapping[str, Any] | None, spec: SpecLike | None, schedulers: Any
     ) -> None:
@@ -338,9 +355,10 @@ class _Rebind:
             self.extension = plan_extension(given_schedulers, self.optimizer, options)
             options = self.extension.options
         for place, group in zip(places, options, strict=True):
-            slots = map(self._new_slot, place.parameters)
-            params = [slot.tensor if slot.name is None else (slot.name, slot.tensor) for slot in slots]
-            self.new_groups.append({"params": params, **group})
+            slots = [self._new_slot(live) for live in place.parameters]
+            names = [slot.name for slot in slots if slot.name is not None]
+            named = {"param_names": names} if names else {}
+            self.new_groups.append({"params": [slot.tensor for slot in slots], **named, **group})
 
     def apply(self) -> Report:
         """Apply every planned change. Only ``add_param_group`` can fail, and it comes first."""
