@@ -26,6 +26,7 @@ from ckptkit import (
     choose_output,
     diff,
     diff_locks,
+    execute,
     explain_param_group,
     load_into,
     load_optimizer_state,
@@ -405,6 +406,24 @@ def test_an_optimizer_state_may_be_a_file(tmp_path: Path) -> None:
     assert not optimizer_state_diff(tmp_path / "state.pt", path, names=model).findings
 
 
+@pytest.mark.parametrize("form", [str, Path, dict, open_checkpoint], ids=["str", "Path", "dict", "open"])
+def test_a_plan_is_executed_on_every_form_of_its_inputs(form: Any, tmp_path: Path) -> None:
+    """The output is a path too, and each way to get the tensors of the plan opens and closes its inputs."""
+    given = torch.load(TEN, weights_only=True) if form is dict else form(TEN)
+    plan = plan_remap(given, ["fc3.*=head.*"])
+    wanted = {key.replace("fc3", "head"): tensor for key, tensor in torch.load(TEN, weights_only=True).items()}
+    with same_descriptors():
+        for number, sources in enumerate((given, {"source": given})):
+            execute(plan, sources, tmp_path / f"{number}.safetensors")
+            assert_same_weights(tmp_path / f"{number}.safetensors", wanted)
+            assert_same_weights(plan.materialize(sources), wanted)
+            assert_same_weights(dict(plan.tensors(sources)), wanted)
+        with pytest.raises(OutputError, match="exists"):
+            execute(plan, given, tmp_path / "0.safetensors")
+    if isinstance(given, ckptkit.Checkpoint):
+        given.close()
+
+
 def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
     """The plan that ``--plan`` writes is the plan that was made, and its inverse undoes it."""
     path = tmp_path / "plan.json"
@@ -416,7 +435,11 @@ def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
         inverse = load_plan(str(path), {"source": TEN}, invert=True)
         with pytest.raises(PlanError) as caught:
             load_plan(path, {"source": TEN})
+        execute(path, DDP, tmp_path / "out.pt")
+        execute(inverse, {"source": tmp_path / "out.pt"}, tmp_path / "back.pt", verify=True)
+    assert load_plan(path, DDP) == plan
     assert [step.out.key for step in inverse.steps] == list(source)
+    assert_same_weights(f"{DDP}::model", tmp_path / "back.pt")
     assert caught.value.path
 
 

@@ -124,7 +124,7 @@ def _with_kept_entries(
 
 
 def execute(
-    plan: Plan,
+    plan: Plan | str | os.PathLike[str],
     sources: Sources,
     out: Output | str | os.PathLike[str],
     *,
@@ -135,9 +135,10 @@ def execute(
 ) -> Written:
     """Write the output that ``plan`` describes, whole or not at all, and check it by reading it back.
 
-    ``sources`` maps the roles of the plan (``source``; ``base`` and ``donor``) to the inputs that it was made from:
-    Checkpoints, paths, models or mappings of tensors. A single input may be given without its role. ``out`` is a path,
-    with a suffix that names the format, or an ``Output``.
+    ``plan`` may be the path of a plan file, as for ``load_plan``. ``sources`` maps the roles of the plan (``source``;
+    ``base`` and ``donor``) to the inputs that it was made from: Checkpoints, paths, models or mappings of tensors. A
+    single input may be given without its role. ``out`` is a path, with a suffix that names the format, or an
+    ``Output``.
 
     With ``verify``, safetensors or ``torch.load`` reads the output before it gets its name. The output must have
     the keys, dtypes, shapes and bytes of the plan, which is computed again. ``Written.verified`` names that reader.
@@ -163,6 +164,10 @@ def execute(
     was opened. After an error nothing new is at the path.
     """
     output = out if isinstance(out, Output) else choose_output(out)
+    if isinstance(plan, str | os.PathLike):
+        from ckptkit.plans.saved import load_plan
+
+        plan = load_plan(plan, sources)
     if not plan.steps:
         raise PlanError("the plan writes no tensor", path=output.path)
     edited = (plan.edited_role,) if plan.edited_role and output.format == "torch" and not output.only_tensors else ()

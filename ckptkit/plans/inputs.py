@@ -26,7 +26,7 @@ from ckptkit.plans.steps import check_steps
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["PlanInputs", "Sources", "materialize_steps", "opened_inputs", "stream_tensors"]
+__all__ = ["PlanInputs", "Sources", "materialize_steps", "opened_inputs", "opened_roles", "stream_tensors"]
 
 Sources: TypeAlias = Mapping[str, object] | CheckpointLike  # object: a dict of a path and a model has no narrower type
 
@@ -133,20 +133,29 @@ def _is_input(value: object) -> bool:
 
 
 @contextlib.contextmanager
+def opened_roles(wanted: Iterable[str], sources: Sources) -> Iterator[dict[str, Checkpoint]]:
+    """Give the inputs of a plan that reads the roles ``wanted``; paths are opened, and closed at the end.
+
+    Raises what ``opened`` raises, and ``PlanError`` where a role is missing.
+    """
+    with contextlib.ExitStack() as stack:
+        yield {
+            role: stack.enter_context(opened(cast("CheckpointLike", value), role))
+            for role, value in _by_role(sources, list(dict.fromkeys(wanted))).items()
+        }
+
+
+@contextlib.contextmanager
 def opened_inputs(
     steps: Sequence[Step], sources: Sources, others: Iterable[str] = (), *, allow_overflow: bool = False
 ) -> Iterator[PlanInputs]:
     """Give the inputs of the steps of a plan, after a check of the steps; paths are opened, and closed at the end.
 
     ``others`` are roles that the output needs besides those that the steps read. Raises what ``check_steps`` and
-    ``opened`` raise, and ``PlanError`` where a role is missing or a quantised weight would be taken for numbers.
+    ``opened_roles`` raise, and ``PlanError`` where a quantised weight would be taken for numbers.
     """
     roles = [source.role for step in steps for source in (*step.sources, *step.equals)]
-    given = _by_role(sources, list(dict.fromkeys([*roles, *others])))
-    with contextlib.ExitStack() as stack:
-        inputs = {
-            role: stack.enter_context(opened(cast("CheckpointLike", value), role)) for role, value in given.items()
-        }
+    with opened_roles([*roles, *others], sources) as inputs:
         check_steps(steps, inputs)
         for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(steps):
             raise problem.error()

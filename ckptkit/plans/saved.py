@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -14,7 +13,7 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.errors import PlanError, RuleError
-from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.inputs import Sources, opened_roles
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
@@ -169,13 +168,13 @@ def _text(value: object) -> str:
     return value
 
 
-def load_plan(path: str | os.PathLike[str], sources: Mapping[str, CheckpointLike], *, invert: bool = False) -> Plan:
+def load_plan(path: str | os.PathLike[str], sources: Sources, *, invert: bool = False) -> Plan:
     """Return the plan in a file that ``--plan`` of the command line wrote, or its inverse, for ``execute``.
 
-    ``sources`` maps the roles of the plan to its inputs: paths, Checkpoints, Modules, or mappings of tensors or of
-    ``TensorInfo``. What is opened here is closed at the end. The role of an inverse is ``source``, its input the output
-    of the plan. Raises ``PathError`` and ``RuleError`` where the file cannot be read, and ``PlanError`` where it is not
-    a valid plan, or the inputs have other names, dtypes or shapes than those that the plan was made from.
+    ``sources`` is what ``execute`` takes; what is opened here is closed at the end. The input of an inverse is the
+    output of the plan, with the role ``source``. Raises ``PathError`` and ``RuleError`` where the file cannot be read,
+    and ``PlanError`` where it is not a valid plan, or the inputs have other names, dtypes or shapes than those that the
+    plan was made from.
 
     Example:
         >>> import json, os, tempfile
@@ -189,11 +188,11 @@ def load_plan(path: str | os.PathLike[str], sources: Mapping[str, CheckpointLike
         True
     """
     name = os.fsdecode(path)
-    with contextlib.ExitStack() as stack:
-        opened_sources = {role: stack.enter_context(opened(source, role)) for role, source in sources.items()}
-        stack.enter_context(default_error_path(name))
+    with default_error_path(name):
         saved = plan_from_json(read_table_file(name, as_json=True))
-        return apply_plan(invert_plan(saved) if invert else saved, opened_sources)
+        saved = invert_plan(saved) if invert else saved
+    with opened_roles(saved.headers, sources) as roles, default_error_path(name):
+        return apply_plan(saved, roles)
 
 
 def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
