@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from ckptkit.comparison import diff
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
-from ckptkit.core.checkpoint import Access, Checkpoint, Description, View, row_major
+from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import kind_of, plural, quoted
@@ -187,7 +187,7 @@ class _Found:
 
     shared: frozenset[str]
     rewritten: tuple[str, ...]
-    not_compared: tuple[str, ...]
+    not_compared: tuple[TensorInfo, ...]
     findings: tuple[Finding, ...]
     losses: tuple[CastLoss, ...]
 
@@ -246,7 +246,7 @@ class _Loading:
         return _Found(
             frozenset(_sharing_memory(before, self._loaded) - self._loaded) if self._decision else frozenset(),
             tuple(rewritten),
-            before.not_compared,
+            tuple(before.infos[name] for name in before.not_compared),
             tuple(self._assigned_findings(before)),
             tuple(self.producer.losses[key] for key in self._base if key in self.producer.losses),
         )
@@ -319,7 +319,7 @@ def _report(base: Checkpoint, plan: Plan, steps: Sequence[Step], found: _Found, 
         *_tied_findings(steps),
         *_loss_findings(found.losses),
         *_dropped_findings(plan),
-        *_unverified_findings(base, found, loaded),
+        *_unverified_findings(found, loaded),
     )
     findings = tuple(dict.fromkeys(findings))  # both inputs drop an extra state, with equal findings
     return LoadReport(
@@ -366,14 +366,14 @@ def _dropped_findings(plan: Plan) -> Iterator[Finding]:
         yield code.finding(drop.key, f"{quoted(drop.key)} was not loaded: {drop.reason}")
 
 
-def _unverified_findings(base: Checkpoint, found: _Found, loaded: AbstractSet[str]) -> Iterator[Finding]:
+def _unverified_findings(found: _Found, loaded: AbstractSet[str]) -> Iterator[Finding]:
     for name in found.rewritten:
         message = f"a hook of the model rewrote {quoted(name)}, a buffer that is in no checkpoint"
         yield codes.DERIVED.finding(name, message)
     for name in filter(is_extra_state, loaded):
         message = f"{quoted(name)} was passed to its module; whether the module kept it was not checked"
         yield codes.UNPROVED.finding(name, message)
-    for name in found.not_compared:
-        if name not in loaded:
-            kind = f"{base[name].kind} tensor" if name in base else "buffer without plain bytes"
-            yield codes.UNPROVED.finding(name, f"{quoted(name)} is a {kind}, so its bits were not compared")
+    for info in found.not_compared:
+        if info.key not in loaded:
+            message = f"{quoted(info.key)} is a {info.kind} tensor, so its bits were not compared"
+            yield codes.UNPROVED.finding(info.key, message)

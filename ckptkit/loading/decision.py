@@ -7,7 +7,7 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 
 from ckptkit.core.cast_losses import describe_overflow, wider_dtype
-from ckptkit.core.checkpoint import Checkpoint, Payload
+from ckptkit.core.checkpoint import Checkpoint, Payload, memory_order
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import shared_keys, tied_keys
@@ -15,12 +15,12 @@ from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.loading.own_code import is_below, modules_with_own_code
-from ckptkit.loading.regions import LocalPart, is_dtensor, local_part, local_tensor, region_of
+from ckptkit.loading.regions import held_memory, is_dtensor, local_part, region_of
 from ckptkit.loading.watch import Watch
 from ckptkit.plans.plan import Step
 from ckptkit.plans.produce import ComputedPayload, Producer
 
-__all__ = ["Copy", "Decision", "decide", "is_extra_state", "refuse_meta", "refuse_overflow", "uncast"]
+__all__ = ["Copy", "Decision", "decide", "is_extra_state", "local_payload", "refuse_meta", "refuse_overflow", "uncast"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,12 +66,12 @@ def decide(model: Module, base: Checkpoint, watch: Watch, producer: Producer, st
                 _refuse_unloadable(base, producer, step, own_code)
             handed.append(step)
         elif key not in followers:
-            part = local_part(tensor) if is_dtensor(tensor) else None
-            target = local_tensor(tensor) if part else tensor
+            target = held_memory(tensor)
+            assert target is not None  # noqa: S101 - _is_copied has asked for it
             _refuse_unwritable(key, target)
-            payload = moved.get(key) or _payload(producer, step, part)
-            copies.append(Copy(key, target, payload))
-    overlapping = shared_keys({copy.key: base[copy.key] for copy in copies})
+            copies.append(Copy(key, target, moved.get(key) or local_payload(producer, step, tensor)))
+    overlapping = set(shared_keys({copy.key: base[copy.key] for copy in copies}))
+    overlapping.update(copy.key for copy in copies if _may_overlap_itself(copy.target))
     return Decision(tuple(copies), tuple(handed), own_code, frozenset(overlapping))
 
 
@@ -116,10 +116,12 @@ def uncast(step: Step, donor: Checkpoint) -> Step:
 
 def _is_copied(watch: Watch, base: Checkpoint, key: str) -> bool:
     """Return whether a tensor is memory that ckptkit can write, and is what ``state_dict()`` shows at the key."""
-    if is_dtensor(watch.tensors[key]):
-        return True
-    info = watch.infos[key]
-    return info.kind == "dense" and info == base[key]
+    tensor, info = watch.tensors[key], watch.infos[key]
+    return held_memory(tensor) is not None and (is_dtensor(tensor) or info == base[key])
+
+
+def _may_overlap_itself(tensor: Tensor) -> bool:
+    return memory_order(tuple(tensor.shape), tuple(tensor.stride())) is None
 
 
 def _refuse_unwritable(key: str, tensor: Tensor) -> None:
@@ -201,9 +203,10 @@ def _moved_within(base: Checkpoint, producer: Producer, steps: Sequence[Step]) -
     return moved
 
 
-def _payload(producer: Producer, step: Step, part: LocalPart | None) -> Payload:
-    """Return the bytes of a tensor, or of the part of it that this process holds."""
+def local_payload(producer: Producer, step: Step, tensor: Tensor) -> Payload:
+    """Return the bytes for a tensor of the model; for a DTensor, those of the part that this process holds."""
     payload = producer.payload(step)
+    part = local_part(tensor) if is_dtensor(tensor) else None
     if part is None or part.sizes == step.out.shape:
         return payload
     from ckptkit.tensor_ops.casting import CastPayload

@@ -11,9 +11,10 @@ from typing import Any, TypeGuard
 from ckptkit.core.checkpoint import Payload, TensorInfo, part_of, row_major
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Region
+from ckptkit.core.torch_bridge import is_plain
 from ckptkit.core.torch_types import Tensor
 
-__all__ = ["LocalPart", "is_dtensor", "local_part", "local_tensor", "region_of"]
+__all__ = ["LocalPart", "held_memory", "is_dtensor", "like_dtensor", "local_part", "region_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +47,19 @@ def local_part(tensor: Any) -> LocalPart:
     return LocalPart(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def local_tensor(tensor: Any) -> Tensor:
-    """Return the local shard of a DTensor, in the same memory."""
-    local: Tensor = tensor._local_tensor  # noqa: SLF001 - to_local() makes a node of the graph of autograd
-    return local
+def held_memory(tensor: Tensor) -> Tensor | None:
+    """Return the plain tensor that a tensor of a model holds here: itself, or its local shard; None if it has none."""
+    if is_dtensor(tensor):
+        tensor = tensor._local_tensor  # noqa: SLF001 - to_local() makes a node of the graph of autograd
+    return tensor if is_plain(tensor) and not tensor.is_meta else None
+
+
+def like_dtensor(local: Tensor, tensor: Any) -> Tensor:
+    """Return a DTensor with the places of ``tensor``, and ``local`` as the local shard."""
+    shard: Tensor = type(tensor.detach()).from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
+    return shard
 
 
 def region_of(payload: Payload, info: TensorInfo, part: LocalPart) -> Payload | None:

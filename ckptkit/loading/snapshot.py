@@ -11,7 +11,7 @@ from ckptkit.core.text import human_bytes
 from ckptkit.core.torch_bridge import TensorPayload
 from ckptkit.core.torch_types import Module, Tensor
 from ckptkit.errors import ModelError
-from ckptkit.loading.regions import is_dtensor, local_tensor
+from ckptkit.loading.regions import held_memory
 from ckptkit.loading.watch import Watch
 
 __all__ = ["Snapshot"]
@@ -59,12 +59,8 @@ class Snapshot(Watch, Closing):
     def _save(self) -> None:
         offset = 0
         for name, tensor in self.tensors.items():
-            held = local_tensor(tensor) if is_dtensor(tensor) else tensor
-            if (
-                id(tensor) in self._saved
-                or tensor.is_meta
-                or not (self.infos[name].kind == "dense" or held is not tensor)
-            ):
+            held = held_memory(tensor)
+            if id(tensor) in self._saved or held is None:
                 continue
             nbytes = held.numel() * held.element_size()
             self._saved[id(tensor)] = _Saved(name, held, held.detach(), offset, nbytes)

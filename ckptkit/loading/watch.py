@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_bridge import TensorPayload, describe_state_dict, named_of
 from ckptkit.core.torch_types import Module, Tensor
+from ckptkit.loading.regions import held_memory
 
 __all__ = ["Digests", "Watch", "named_tensors"]
 
@@ -33,7 +33,7 @@ class Watch:
         self._model = model
         self.tensors = named_tensors(model)
         self.infos: Checkpoint = describe_state_dict(self.tensors, "model")
-        self._before = {name: (tensor.detach(), _changes(tensor)) for name, tensor in self.tensors.items()}
+        self._before = {name: _memory_and_changes(tensor) for name, tensor in self.tensors.items()}
 
     @property
     def not_compared(self) -> tuple[str, ...]:
@@ -58,8 +58,9 @@ class Watch:
     def is_unchanged(self, name: str) -> bool:
         """Return whether a tensor has the same memory, and torch counted no change of it."""
         memory, changes = self._before[name]
-        tensor = self.tensors[name]
-        return _changes(tensor) == changes and (not _has_strides(tensor) or tensor.is_set_to(memory))
+        now, changes_now = _memory_and_changes(self.tensors[name])
+        same_memory = now is memory or (now is not None and memory is not None and now.is_set_to(memory))
+        return same_memory and changes_now == changes
 
 
 class Digests(Watch):
@@ -71,23 +72,22 @@ class Digests(Watch):
     def __init__(self, model: Module, names: Iterable[str]) -> None:
         """Read and digest the tensors at ``names``."""
         super().__init__(model)
-        self._digests = {name: self._digest(name) for name in names if self._has_bytes(name)}
+        self._digests = {name: digest for name in names if (digest := self._digest(name)) is not None}
 
     @property
     def not_compared(self) -> tuple[str, ...]:
         """Names of the tensors without plain bytes."""
-        return tuple(name for name in self.tensors if not self._has_bytes(name))
+        return tuple(name for name, tensor in self.tensors.items() if held_memory(tensor) is None)
 
     def is_unchanged(self, name: str) -> bool:
         """Return whether a tensor has the bits of before; true for a tensor that cannot be compared."""
         before = self._digests.get(name)
         return before is None or before == self._digest(name)
 
-    def _has_bytes(self, name: str) -> bool:
-        return self.infos[name].kind == "dense" and not self.tensors[name].is_meta
-
-    def _digest(self, name: str) -> tuple[object, ...]:
-        tensor = self.tensors[name]
+    def _digest(self, name: str) -> tuple[object, ...] | None:
+        tensor = held_memory(self.tensors[name])
+        if tensor is None:
+            return None
         digest = hashlib.sha256()
         for chunk in TensorPayload(tensor, tensor.numel() * tensor.element_size()).chunks():
             digest.update(chunk)
@@ -98,11 +98,10 @@ def _ties(infos: Checkpoint) -> set[frozenset[str]]:
     return {frozenset(info.key for info in group) for group in overlapping_tensors(infos.values())}
 
 
-def _changes(tensor: Tensor) -> Any:
-    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - the count has no public name
-
-
-def _has_strides(tensor: Tensor) -> bool:
-    import torch
-
-    return tensor.layout is torch.strided and not tensor.is_nested
+def _memory_and_changes(tensor: Tensor) -> tuple[Tensor | None, int | None]:
+    """Return a second view of the memory of a tensor, and the number of changes that torch counted."""
+    held = held_memory(tensor)
+    counted = tensor if held is None else held
+    # An inference tensor has no count. The count has no public name.
+    changes = None if counted.is_inference() else counted._version  # noqa: SLF001
+    return None if held is None else held.detach(), changes
