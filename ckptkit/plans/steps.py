@@ -123,8 +123,9 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
 def describe_step(step: Step, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     """Return the description of the step's tensor before its last cast, under the keys of its sources.
 
-    Raises ``PlanError`` where an input lacks a source, where a tensor cannot be copied or cast, and where the tensor
-    would have another shape than the step says. Raises ``RuleError`` where the recipe does not accept the tensors.
+    Raises ``PlanError`` where an input lacks a source, and where a tensor cannot be copied or cast. It is also raised
+    where the tensor would have another shape than the step says. Raises ``RuleError`` where the recipe does not accept
+    the tensors.
     """
     out, sources = step.out, step.sources
     if not sources:

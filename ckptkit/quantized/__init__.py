@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from operator import attrgetter
-from types import MappingProxyType
 
 from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.quantized.configuration import read_configuration
 
@@ -53,7 +53,7 @@ class Quantized:
     def __post_init__(self) -> None:
         """Fill ``by_key``."""
         parts = {key: weight for weight in self.weights for key in weight.parts}
-        object.__setattr__(self, "by_key", MappingProxyType(parts))
+        object.__setattr__(self, "by_key", FrozenDict(parts))
 
     def __bool__(self) -> bool:
         """Return whether any weight is quantised."""

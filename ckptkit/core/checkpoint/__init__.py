@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, ItemsView, Iterable, Iterator, Mapping, Sequence, ValuesView
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from ckptkit.core.checkpoint.info import TensorInfo, View, is_contiguous, memory_order, row_major, storage_range
 from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
 from ckptkit.core.closing import Closing
+from ckptkit.core.frozen import FrozenDict
 from ckptkit.core.result import Result
 from ckptkit.core.torch_types import Tensor
 
@@ -126,7 +126,7 @@ class Description:
         for name in ("files", "entries", "warnings", "references"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("metadata", "versions", "ambiguous"):
-            object.__setattr__(self, name, MappingProxyType(dict(getattr(self, name))))
+            object.__setattr__(self, name, FrozenDict(getattr(self, name)))
 
 
 class Check(Protocol):
