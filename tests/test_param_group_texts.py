@@ -102,7 +102,9 @@ def specs(draw: st.DrawFn) -> ParamGroupSpec:
     groups: list[dict[str, Any]] = []
     for name in names:
         own: dict[str, Any] = {"name": name, **draw(OPTIONS)}
-        own |= draw(st.sampled_from([{}, {"optional": True}, {"optimizer": "Muon"}, {"freeze": True}]))
+        own |= draw(
+            st.sampled_from([{}, {"optional": True}, {"optimizer": "Muon"}, {"freeze": True}, {"override": True}])
+        )
         own |= {"params": draw(LISTS)} if draw(st.booleans()) else {"match": draw(CONDITIONS)}
         groups.append(own)
     if draw(st.booleans()):

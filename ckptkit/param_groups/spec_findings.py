@@ -39,7 +39,7 @@ class SpecFindings:
         ``idle`` has the indices of the rules that own nothing. ``explained`` has those with a finding already.
         """
         for index, rule in enumerate(self.spec.rules):
-            if not rule.optional and index not in explained:
+            if not rule.optional and index not in explained and not (index in idle and self._is_overridden(rule)):
                 yield from [self._idle_rule(rule)] if index in idle else self._idle_patterns(index)
         for modifier in self.spec.modifiers:
             if not modifier.optional and modifier.name not in self.matcher.applied:
@@ -85,7 +85,7 @@ class SpecFindings:
     def overlap(self, parameter: ParameterInfo) -> Iterator[Finding]:
         """Yield a finding where several rules match ``parameter``, for a spec that forbids this."""
         matching = self.matcher.matching_rules(parameter)
-        if len(matching) > 1:
+        if len(matching) > 1 and not matching[0].override:
             yield codes.OVERLAP.finding(
                 parameter.name,
                 f"{quoted(parameter.name)} matches groups {' and '.join(quoted(rule.name) for rule in matching)}",
@@ -175,6 +175,15 @@ class SpecFindings:
                     f"pattern {quoted(pattern.text)} of group {quoted(rule.name)} matches no parameter of the model",
                     suggest_pattern(pattern, names),
                 )
+
+    def _is_overridden(self, rule: GroupRule) -> bool:
+        """Return whether ``rule`` would own a parameter if no earlier rule had ``override``."""
+        return any(
+            self.spec.rules[owner].override
+            for parameter in self.table.trainable()
+            if rule.rest or rule.matches(parameter)
+            if (owner := self.matcher.owner(parameter)) is not None
+        )
 
     def _idle_rule(self, rule: GroupRule) -> Finding:
         group = f"group {quoted(rule.name)}"

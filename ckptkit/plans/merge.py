@@ -76,11 +76,12 @@ def plan_merge(
     A tensor that is listed without its values, such as a sparse tensor, cannot be copied. ``skip_unread`` leaves all
     such tensors out, and ``dropped`` of the plan names each.
 
-    Raises ``ArgumentError`` for an action that is not listed here. Raises ``RuleError`` for wrong rules, and for a
-    pattern that is not valid or decides about no key. Raises ``PlanError`` where a policy is ``error``, where the
-    operation cannot make the shapes equal, and where nothing matches at all. It is also raised where a tensor cannot
-    be copied, and where a file refers to code that looks malicious. A quantised weight never replaces a plain weight,
-    nor the reverse.
+    Raises:
+        ArgumentError: An action is not one of those above.
+        RuleError: A rule or a pattern is not valid, or it decides about no key.
+        PlanError: A policy is ``error``, an operation cannot make the shapes equal, or nothing matches at all. A tensor
+            cannot be copied, or a file refers to code that looks malicious. Or a quantised weight would replace a plain
+            weight, or the reverse.
 
     Example:
         A new head on a body that must fit:

@@ -51,7 +51,10 @@ def groups_page(plan: ParamGroupsPlan) -> Page:
         if parameters:
             elements = sum(parameter.elements for parameter in parameters)
             lines.append(Line((f"{plural(len(parameters), noun)} {what}, {plural(elements, 'element')}",)))
-    lines.extend(Line(("optional group ", Code(quoted(rule.name)), " owns nothing")) for rule in plan.idle)
+    lines.extend(
+        Line(("optional group " if rule.optional else "group ", Code(quoted(rule.name)), " owns nothing"))
+        for rule in plan.idle
+    )
     return [Table(headers, tuple(rows), _RIGHT), *([] if rates is None else [rates]), *lines]
 
 

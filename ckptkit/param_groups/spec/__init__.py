@@ -58,6 +58,8 @@ class ParamGroupSpec(SpecFields):
     ) -> ParamGroupSpec:
         """Return a spec with one more group, which comes first and so owns all parameters that it matches.
 
+        Another group may lose all its parameters to the new one: in a spec file this is ``override = true``.
+
         ``params`` is a pattern or a list of patterns, and ``match`` a table of conditions as in a spec file; where
         both are given, both must hold. ``options`` go to the optimizer; ``lr_mult=10`` multiplies the default ``lr``.
         ``optional`` allows that the group owns nothing. ``optimizer`` is the class that trains the group.
@@ -65,7 +67,8 @@ class ParamGroupSpec(SpecFields):
         The modifiers of the spec apply to the new group too. The options of the group that owned the parameters do
         not: where other groups set the weight decay, as in the preset ``hf-trainer``, ``with_modifier`` keeps it.
 
-        Raises ``GroupsError`` for a name that another group has, and for a wrong pattern or option.
+        Raises:
+            GroupsError: Another group has the name, or a pattern or an option is wrong.
 
         Example:
             >>> spec = ckptkit.param_group_preset("no-decay", lr=1e-3).with_group("head", "fc.*", lr_mult=10)
@@ -90,7 +93,8 @@ class ParamGroupSpec(SpecFields):
         group of the spec; its ``name`` is by default the first pattern. ``build_param_groups`` sets
         ``requires_grad=False`` on the parameters, and no optimizer gets them.
 
-        Raises ``GroupsError`` for a name that another group has, and for a wrong pattern.
+        Raises:
+            GroupsError: Another group has the name, or a pattern is wrong.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Embedding(5, 4), torch.nn.Linear(4, 2))
@@ -121,7 +125,8 @@ class ParamGroupSpec(SpecFields):
         the output: the learning rate is multiplied by ``layer_decay`` once for each layer above, but by no less than
         ``min_scale``.
 
-        Raises ``GroupsError`` for a name that another modifier has, and for a wrong pattern or option.
+        Raises:
+            GroupsError: Another modifier has the name, or a pattern or an option is wrong.
 
         Example:
             >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
@@ -140,7 +145,8 @@ class ParamGroupSpec(SpecFields):
     def with_defaults(self, **options: Any) -> ParamGroupSpec:
         """Return a spec with other defaults: the given options are added, or replace those of the same name.
 
-        Raises ``GroupsError`` for a wrong option.
+        Raises:
+            GroupsError: An option is wrong.
 
         Example:
             >>> ckptkit.param_group_preset("no-decay", lr=1e-3).with_defaults(lr=3e-4, eps=1e-6).defaults
@@ -157,8 +163,10 @@ class ParamGroupSpec(SpecFields):
 
         ``model`` is needed only where both specs have further groups, because no parameter may have an owner in both.
 
-        Raises ``GroupsError``, which names both sides, for a parameter with two owners, two groups of one name, two
-        modifiers with layers, and for a default or policy that both set to different values.
+        Raises:
+            GroupsError: A parameter would have an owner in both, or two groups have one name. Two modifiers have layers.
+                Or both specs set a default or a policy to different values. The message names both sides.
+            ArgumentError: ``other`` is not a ``ParamGroupSpec``.
 
         Example:
             >>> no_decay = ckptkit.param_group_preset("no-decay", lr=0.01, weight_decay=0.1)
@@ -181,7 +189,7 @@ class ParamGroupSpec(SpecFields):
         Example:
             >>> spec = ckptkit.param_group_preset("no-decay", lr=1e-3).with_group("head", "fc.*", lr_mult=10)
             >>> spec.to_dict()["group"]
-            [{'name': 'head', 'params': 'fc.*', 'lr_mult': 10}, {'name': 'base', 'rest': True}]
+            [{'name': 'head', 'params': 'fc.*', 'override': True, 'lr_mult': 10}, {'name': 'base', 'rest': True}]
         """
         return spec_table(self)
 
@@ -190,7 +198,8 @@ class ParamGroupSpec(SpecFields):
 
         TOML has lists only: a tuple, such as ``betas``, is read back as a list, which torch takes alike.
 
-        Raises ``GroupsError`` for an option that TOML cannot express: a tensor, or None.
+        Raises:
+            GroupsError: TOML cannot express an option, such as a tensor or None.
 
         Example:
             >>> print(ckptkit.param_group_preset("no-decay").with_group("head", "fc.*", lr_mult=10).to_toml())
@@ -201,13 +210,14 @@ class ParamGroupSpec(SpecFields):
             [[group]]
             name = "head"
             params = "fc.*"
+            override = true
             lr_mult = 10
             ...
         """
         return dump_spec(self, "toml")
 
     def _with_first_group(self, table: Mapping[str, Any]) -> ParamGroupSpec:
-        return checked(replace(self, rules=(parse_group(table, 1), *self.rules)))
+        return checked(replace(self, rules=(parse_group({**table, "override": True}, 1), *self.rules)))
 
 
 def _table(

@@ -20,6 +20,7 @@ _RESERVED = {
     "rest": "it belongs in one group",
     "optional": "it belongs in one group or modifier",
     "freeze": "it belongs in one group",
+    "override": "it belongs in one group",
     "optimizer": "it belongs at the top of the spec, or in one group",
     "layers": "it belongs in one [[modifier]]",
     "layer_decay": "it belongs in one [[modifier]], together with layers",

@@ -41,6 +41,7 @@ class GroupRule:
     - ``rest``: the rule has neither patterns nor a condition, and owns every parameter that no earlier rule owns.
     - ``optional``: the rule may own no parameter.
     - ``freeze``: the parameters of the rule do not train.
+    - ``override``: the rule may take all parameters of a later rule, which is an error otherwise.
     - ``options`` go to the optimizer unchanged.
     - ``multiples`` multiply the defaults: ``{"lr": 10.0}`` is written ``lr_mult = 10.0`` in a spec.
     - ``optimizer`` is the class that trains the parameters.
@@ -55,6 +56,7 @@ class GroupRule:
     multiples: Mapping[str, float] = field(default_factory=dict)
     optimizer: str | None = None
     freeze: bool = False
+    override: bool = False
 
     def condition_holds(self, parameter: ParameterInfo) -> bool | None:
         """Return whether the condition holds; True without a condition, None where only the live model could tell."""

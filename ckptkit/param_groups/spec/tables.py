@@ -14,7 +14,7 @@ from ckptkit.param_groups.spec.fields import GroupRule, Modifier, number_fault
 
 __all__ = ["EXAMPLE", "LAYERS", "LAYER_KEYS", "class_name", "ignore_list", "parse_group", "parse_modifier"]
 
-_GROUP_KEYS = ("name", "params", "match", "rest", "optional", "optimizer", "freeze")
+_GROUP_KEYS = ("name", "params", "match", "rest", "optional", "optimizer", "freeze", "override")
 _MODIFIER_KEYS = ("name", "params", "match", "optional", "layers", "layer_decay", "min_scale")
 LAYER_KEYS = ("layers", "layer_decay", "min_scale")
 _MULTIPLE = "_mult"  # lr_mult = 10 multiplies lr
@@ -38,7 +38,7 @@ def parse_group(table: Mapping[str, Any] | GroupRule, number: int) -> GroupRule:
     if isinstance(table, GroupRule):
         return table
     where, name = _where(table, "group", number)
-    for key in ("rest", "optional", "freeze"):
+    for key in ("rest", "optional", "freeze", "override"):
         _flag(table, key, where)
     rest = table.get("rest", False)
     if rest and "params" in table:
@@ -60,6 +60,7 @@ def parse_group(table: Mapping[str, Any] | GroupRule, number: int) -> GroupRule:
         multiples,
         class_name(table, where),
         table.get("freeze", False),
+        table.get("override", False),
     )
 
 

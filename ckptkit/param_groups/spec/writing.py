@@ -57,8 +57,9 @@ def _group_table(rule: GroupRule) -> dict[str, Any]:
         table["rest"] = True
     if rule.optimizer is not None:
         table["optimizer"] = rule.optimizer
-    if rule.freeze:
-        table["freeze"] = True
+    for flag in ("freeze", "override"):
+        if getattr(rule, flag):
+            table[flag] = True
     return _with_options(table, rule)
 
 
