@@ -164,8 +164,8 @@ class ParamGroupSpec(SpecFields):
         ``model`` is needed only where both specs have further groups, because no parameter may have an owner in both.
 
         Raises:
-            GroupsError: A parameter would have an owner in both, or two groups have one name. Two modifiers have layers.
-                Or both specs set a default or a policy to different values. The message names both sides.
+            GroupsError: A parameter would have an owner in both, or two groups have one name. Both specs have layers, or
+                they set a default or a policy to different values. The message names both sides.
             ArgumentError: ``other`` is not a ``ParamGroupSpec``.
 
         Example:
