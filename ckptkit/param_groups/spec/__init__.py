@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckptkit.core.arguments import refuse
+from ckptkit.core.result import Result
+from ckptkit.core.text import plural
 from ckptkit.inputs import CheckpointLike
 from ckptkit.param_groups.spec.checks import checked
 from ckptkit.param_groups.spec.combining import combined_fields
@@ -45,6 +47,11 @@ class ParamGroupSpec(SpecFields):
         head/no decay ['fc.bias'] 0.1 0.0
         base ['body.weight'] 0.01 0.01
     """
+
+    @property
+    def in_short(self) -> str:
+        """The most important numbers, on one line."""
+        return f"{plural(len(self.rules), 'group')}, {plural(len(self.modifiers), 'modifier')}"
 
     def with_group(
         self,
@@ -164,8 +171,8 @@ class ParamGroupSpec(SpecFields):
         ``model`` is needed only where both specs have further groups, because no parameter may have an owner in both.
 
         Raises:
-            GroupsError: A parameter would have an owner in both, or two groups have one name. Both specs have layers, or
-                they set a default or a policy to different values. The message names both sides.
+            GroupsError: A parameter would have an owner in both, or two groups have one name. Both specs have layers,
+                or set a default or a policy to different values. The message names both sides.
             ArgumentError: ``other`` is not a ``ParamGroupSpec``.
 
         Example:

@@ -10,8 +10,7 @@ from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
 
 from ckptkit.core.patterns import Pattern, matches_any
-from ckptkit.core.result import Result
-from ckptkit.core.text import kind_of, plural
+from ckptkit.core.text import kind_of
 from ckptkit.core.torch_types import Tensor
 from ckptkit.param_groups.conditions import Condition, Layers
 from ckptkit.param_groups.properties import ParameterInfo
@@ -95,8 +94,8 @@ class Modifier:
         return self.condition is None or self.condition.holds(parameter)
 
 
-@dataclass(frozen=True, slots=True, repr=False)
-class SpecFields(Result):
+@dataclass(frozen=True, slots=True)
+class SpecFields:
     """The fields of a ``ParamGroupSpec``, which describes them, for the functions that check and write a spec."""
 
     rules: tuple[GroupRule, ...]
@@ -112,11 +111,6 @@ class SpecFields(Result):
     order: Order = "rule"
     lr_scale: bool = False
     ignore: tuple[str, ...] = ()
-
-    @property
-    def in_short(self) -> str:
-        """The most important numbers, on one line."""
-        return f"{plural(len(self.rules), 'group')}, {plural(len(self.modifiers), 'modifier')}"
 
     def optimizer_of(self, rule: GroupRule) -> str | None:
         """Return the optimizer class that trains the parameters of ``rule``, or None where the spec names none.
