@@ -20,7 +20,7 @@ __all__ = ["ParamGroupSpec"]
 
 
 @dataclass(frozen=True, slots=True, repr=False)
-class ParamGroupSpec(SpecFields):
+class ParamGroupSpec(SpecFields, Result):
     """The rules that decide the group of each parameter, and the options of each group.
 
     - ``rules`` are ordered: the first rule that matches a parameter owns it.

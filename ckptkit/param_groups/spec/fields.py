@@ -94,7 +94,7 @@ class Modifier:
         return self.condition is None or self.condition.holds(parameter)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class SpecFields:
     """The fields of a ``ParamGroupSpec``, which describes them, for the functions that check and write a spec."""
 

@@ -43,7 +43,7 @@ def dump_spec(spec: SpecFields, form: str) -> str:
     try:
         if form == "json":
             return json.dumps(table, indent=2, allow_nan=False)
-        return "\n".join(_toml_lines(table))
+        return "\n".join(_toml_lines(table)).lstrip("\n")
     except (RuleError, TypeError, ValueError) as error:
         reason = error.reason if isinstance(error, RuleError) else str(error)
         raise GroupsError(
