@@ -202,6 +202,9 @@ def test_the_other_forms_of_a_path_work() -> None:
     with same_descriptors():
         assert diff("py:fixtures.lenet:build(num_classes=10)", f"{DDP}::model", ["module.*=*"]).loads
         live = explain_param_group("py:fixtures.lenet:build", SPEC, "fc3.bias").parameter
+    with pytest.raises(PathError) as caught:
+        diff("fixtures.lenet:build", TEN)
+    assert caught.value.hint == "for a live model write py:fixtures.lenet:build"
     assert live.classes  # only the live model has the class of the module
 
 

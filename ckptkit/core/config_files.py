@@ -81,9 +81,9 @@ def read_table_file(path: str, text: str | None = None, *, as_json: bool = False
 def read_settings(given: object, name: str) -> Mapping[str, object]:
     """Return the settings of a model or an adapter, which a library writes into the JSON file ``name``.
 
-    ``given`` is a mapping, an object with ``to_dict()`` such as the configurations of transformers and peft, the path
-    of the file, or the path of its directory. Raises ``PathError`` if the file cannot be read, ``RuleError`` if it is
-    not valid or ``given`` is anything else.
+    ``given`` is the path of the file or of its directory, its content, or an object with ``to_dict()``, such as the
+    configurations of transformers and peft. Raises ``PathError`` if the file cannot be read. Raises ``RuleError`` if it
+    is not valid, and if ``given`` is anything else.
     """
     if isinstance(given, str | os.PathLike):
         path = os.fsdecode(given)

@@ -271,19 +271,19 @@ def as_checkpoint(state: StateDictLike, role: str) -> Checkpoint:
     """Return a Checkpoint of a Module or of a mapping of tensors or ``TensorInfo``; a Checkpoint is returned as it is.
 
     A mapping of ``TensorInfo`` has no bytes to read. Messages call the argument ``role``, such as ``base``. Raises
-    ``ModelError`` for any other value, also for a path, which ``open_checkpoint`` opens.
+    ``ModelError`` for any other value, also for a path, which ``inputs.opened`` opens.
     """
     given: object = state  # the caller may have passed anything
     if isinstance(given, Checkpoint):
         return given
-    if isinstance(given, str | bytes) or hasattr(given, "__fspath__"):
-        raise ModelError(f"{role} is a path", hint="open it first: open_checkpoint(path)")
     if isinstance(given, Mapping):
         if all(isinstance(value, TensorInfo) for value in given.values()):
             return Checkpoint(given, Access(_no_bytes), Description(role, "description"))
         return describe_state_dict(given, role)
     if not callable(getattr(given, "state_dict", None)) or not _is_module(given):
-        raise ModelError(f"{role} is a {type(given).__name__}", hint="give a Module, a Checkpoint or a dict of tensors")
+        raise ModelError(
+            f"{role} is a {type(given).__name__}", hint="give a path, a Module, a Checkpoint or a dict of tensors"
+        )
     return _describe_module(given, role)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 
 from ckptkit.core.checkpoint import Checkpoint
@@ -27,6 +28,7 @@ __all__ = [
 
 # Each function imports its reader, so that opening a small file does not load all readers.
 LIVE_PREFIX = "py:"
+_IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", re.DOTALL)
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -60,7 +62,12 @@ def _open_checkpoint(name: str, *, listing_parts: bool) -> Checkpoint:
 
             return open_live(name.removeprefix(LIVE_PREFIX), name)
         path, key = split_path(name)
-        opened = _open_path(path, Selection(key), listing_parts=listing_parts)
+        try:
+            opened = _open_path(path, Selection(key), listing_parts=listing_parts)
+        except PathError as error:
+            if error.hint is None and _IMPORTABLE.fullmatch(name) and not os.path.lexists(name):
+                error.hint = f"for a live model write {LIVE_PREFIX}{name}"
+            raise
         return _warn_of_similar_keys(_leave_out_optimizers(opened, key))
 
 

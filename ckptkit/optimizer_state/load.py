@@ -22,7 +22,7 @@ from ckptkit.core.torch_bridge import (
 from ckptkit.core.torch_optim import OptimizerSchema, initial_lr, options_of_kind, scheduled_options, schema_of
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError, PlanError
-from ckptkit.inputs import opened_optimizer
+from ckptkit.inputs import opened_optimizer, rules_for
 from ckptkit.optimizer_state import codes
 from ckptkit.optimizer_state.casts import cast_findings
 from ckptkit.optimizer_state.compatibility import StateMatch, match_state, refuse_other_class, unknown_decay_findings
@@ -130,7 +130,7 @@ def load_optimizer_state(
             optimizer,
             model,
             cast("StateLike", found),
-            rules,
+            rules_for(rules, found) if rules is not None and isinstance(found, Checkpoint) else rules,
             names=names,
             hyper=hyper,
             on_missing=on_missing,

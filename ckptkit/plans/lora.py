@@ -65,8 +65,8 @@ def plan_lora(
     its content, or ``Rules``; they rename and filter the keys of the adapter first.
 
     Raises ``RuleError`` for a tensor of the adapter without a matching key in the base. Raises ``PlanError`` where
-    the adapter changes a quantised weight, where two folds would change one tied tensor, where ``scale`` is not
-    finite, and where there is no configuration.
+    the adapter changes a quantised weight, and where two folds would change one tied tensor. It is also raised where
+    ``scale`` is not finite, and where there is no configuration.
 
     Example:
         >>> import torch

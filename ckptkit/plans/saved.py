@@ -172,9 +172,8 @@ def load_plan(path: str | os.PathLike[str], sources: Sources, *, invert: bool = 
     """Return the plan in a file that ``--plan`` of the command line wrote, or its inverse, for ``execute``.
 
     ``sources`` is what ``execute`` takes; what is opened here is closed at the end. The input of an inverse is the
-    output of the plan, with the role ``source``. Raises ``PathError`` and ``RuleError`` where the file cannot be read,
-    and ``PlanError`` where it is not a valid plan, or the inputs have other names, dtypes or shapes than those that the
-    plan was made from.
+    output of the plan, with the role ``source``. Raises ``PathError`` and ``RuleError`` where the file cannot be read.
+    Raises ``PlanError`` where it is not a valid plan, and where an input has other names, dtypes or shapes than before.
 
     Example:
         >>> import json, os, tempfile

@@ -74,7 +74,7 @@ def preset_rules(name: str, variables: Mapping[str, int] | None = None, *, confi
 def as_rules(rules: RulesLike | None, *, config: object = None) -> Rules:
     """Return the rules that an argument of the Python API describes.
 
-    The argument is the path of a rule file, ``preset:NAME``, a list of renames ``"OLD=NEW"``, a mapping with the
+    The argument is the path of a rule file or ``preset:NAME``. It may also be a list of renames ``"OLD=NEW"``, the
     content of a rule file, ``Rules``, or None. ``config`` is the configuration that a file may refer to, as in
     ``load_rules``. Raises ``RuleError`` for any other value and for a rule that is not valid, and ``PathError`` for a
     file that cannot be read.

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 from collections.abc import Callable, Iterator
 
 from ckptkit.cli.common.printing import print_message
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import printable
-from ckptkit.errors import PathError
-from ckptkit.formats import LIVE_PREFIX, open_checkpoint, open_checkpoint_or_parts
+from ckptkit.formats import open_checkpoint, open_checkpoint_or_parts
 
 __all__ = ["open_checkpoints", "open_with_warnings"]
-
-_IMPORTABLE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d][\w.]*(\(.*\))?", re.DOTALL)
 
 
 @contextlib.contextmanager
@@ -26,7 +21,7 @@ def open_checkpoints(*paths: str, quiet: bool, listing_parts: bool = False) -> I
     """
     opener = open_checkpoint_or_parts if listing_parts else open_checkpoint
     with contextlib.ExitStack() as stack:
-        checkpoints = [stack.enter_context(_open(path, opener)) for path in paths]
+        checkpoints = [stack.enter_context(opener(path)) for path in paths]
         for checkpoint in checkpoints:
             _print_warnings(checkpoint, quiet=quiet)
         yield checkpoints
@@ -38,15 +33,6 @@ def open_with_warnings(path: str, opener: Callable[[str], Checkpoint], *, quiet:
     with opener(path) as checkpoint:
         _print_warnings(checkpoint, quiet=quiet)
         yield checkpoint
-
-
-def _open(path: str, opener: Callable[[str], Checkpoint]) -> Checkpoint:
-    try:
-        return opener(path)
-    except PathError as error:
-        if error.hint is None and _IMPORTABLE.fullmatch(path) and not os.path.lexists(path):
-            error.hint = f"for a live model write {LIVE_PREFIX}{path}"
-        raise
 
 
 def _print_warnings(checkpoint: Checkpoint, *, quiet: bool) -> None:
