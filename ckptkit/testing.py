@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from ckptkit.comparison import StateDictDiff, diff_checkpoints
 from ckptkit.comparison.values import compare_values
-from ckptkit.core.arguments import require_number, require_type
+from ckptkit.core.arguments import require_flags, require_number
 from ckptkit.core.patterns import matches_any
 from ckptkit.core.text import listed, plural
 from ckptkit.inputs import CheckpointLike, opened, rules_for
@@ -111,10 +111,10 @@ def assert_same_weights(
         AssertionError: 1 of 1 tensor differs by more than rtol=0.1, atol=0.0: 'w'
         ...
     """
+    require_flags(check_dtype=check_dtype)
     __tracebackhide__ = True
     for name, tolerance in (("rtol", rtol), ("atol", atol)):
         require_number(tolerance, name, "a number of at least 0", at_least=0)
-    require_type(check_dtype, bool, "check_dtype", "True or False")
     with opened(a, "a") as expected, opened(b, "b") as found:
         result = diff_checkpoints(expected, found, apply_rules(rules_for(None, found), found))
         _same_description(result, check_dtype=check_dtype)

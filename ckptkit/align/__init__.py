@@ -13,6 +13,7 @@ from ckptkit.align.pairing import ModulePair, Undecided
 from ckptkit.align.quantized import QuantizedSides
 from ckptkit.align.to_rules import Prefix, Suggestion, fitting_presets, rule_file, rule_table, suggestions_for
 from ckptkit.comparison import count_prefixes
+from ckptkit.core.arguments import require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -142,6 +143,8 @@ def suggest_rules(
         >>> suggest_rules("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt").complete
         True
     """
+    require_flags(digests=digests)
+    require_progress(progress)
     with opened(expected, "expected") as expected_side, opened(found, "found") as found_side:
         return _suggest(expected_side, found_side, digests=digests, progress=progress)
 

@@ -16,6 +16,7 @@ from ckptkit.checks.quantized_weights import check_quantized
 from ckptkit.checks.reading import VALUES_UNCHECKED, Scan
 from ckptkit.checks.report import CheckReport
 from ckptkit.checks.structure import check_structure
+from ckptkit.core.arguments import require_flags, require_progress
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, ReaderWarning
 from ckptkit.core.findings.ignoring import IgnoreEntry, IgnoreLike, ignore_findings, parse_ignore
@@ -76,6 +77,8 @@ def run_checks(
         >>> run_checks("fixtures/lenet_10class.pth", fast=True).ok
         True
     """
+    require_flags(fast=fast, values=values)
+    require_progress(progress)
     entries = parse_ignore(ignore)
     with contextlib.ExitStack() as stack:
         found = stack.enter_context(opened(checkpoint, "checkpoint"))

@@ -6,14 +6,26 @@ A checkpoint, rules and a spec have their own way in, which also says what they 
 from __future__ import annotations
 
 import math
+import os
 import sys
 from collections.abc import Iterable
+from types import UnionType
 from typing import NoReturn
 
 from ckptkit.core.text import kind_of, printable
 from ckptkit.errors import ArgumentError
 
-__all__ = ["refuse", "require_choice", "require_module", "require_number", "require_strings", "require_type"]
+__all__ = [
+    "refuse",
+    "require_choice",
+    "require_flags",
+    "require_module",
+    "require_number",
+    "require_path",
+    "require_progress",
+    "require_strings",
+    "require_type",
+]
 
 
 def refuse(value: object, name: str, takes: str) -> NoReturn:
@@ -21,7 +33,7 @@ def refuse(value: object, name: str, takes: str) -> NoReturn:
     raise ArgumentError(f"{name} is {_shown(value)}", hint=f"{name} must be {takes}")
 
 
-def require_type(value: object, kinds: type | tuple[type, ...], name: str, takes: str) -> None:
+def require_type(value: object, kinds: type | UnionType, name: str, takes: str) -> None:
     """Raise ``ArgumentError`` unless ``value`` is an instance of ``kinds``."""
     if not isinstance(value, kinds):
         refuse(value, name, takes)
@@ -32,6 +44,25 @@ def require_number(value: object, name: str, takes: str, *, at_least: float = -m
     number = value if isinstance(value, int if whole else int | float) and not isinstance(value, bool) else math.nan
     if not number >= at_least:
         refuse(value, name, takes)
+
+
+def require_flags(**flags: object) -> None:
+    """Raise ``ArgumentError`` unless each argument, given by its name, is True or False, of Python or of numpy."""
+    for name, value in flags.items():
+        kind = type(value)
+        if kind is not bool and (kind.__module__, kind.__name__.rstrip("_")) != ("numpy", "bool"):
+            refuse(value, name, "True or False")
+
+
+def require_path(value: object, name: str) -> None:
+    """Raise ``ArgumentError`` unless ``value`` is a path."""
+    require_type(value, str | os.PathLike, name, "a str or an os.PathLike")
+
+
+def require_progress(value: object) -> None:
+    """Raise ``ArgumentError`` unless the argument ``progress`` is None, or a function to call."""
+    if value is not None and (not callable(value) or isinstance(value, type)):
+        refuse(value, "progress", "a function that takes a number of bytes")
 
 
 def require_choice(value: object, choices: Iterable[str], name: str) -> None:

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
 from ckptkit.comparison import diff
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small_losses
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
@@ -133,6 +134,7 @@ def load_into(
         >>> print(load_into(model, {"weight": torch.ones(2, 2)}))
         loaded 1 of 2 tensors, 66.7 % of the elements; kept 1 as they were
     """
+    require_flags(skip_unread=skip_unread, allow_overflow=allow_overflow, assign=assign, rollback=rollback)
     if "add" in parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS).actions:
         raise ModelError(
             "a model cannot get keys that it does not have", hint='on_unexpected must be "skip" or "error"'

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import listed, plural, quoted
@@ -124,6 +125,7 @@ def load_optimizer_state(
         >>> ckptkit.load_optimizer_state(new, model, old.state_dict()).loaded
         ('weight', 'bias')
     """
+    require_flags(allow_overflow=allow_overflow)
     _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
     with opened_optimizer(state) as found:
         return _load_state(

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import cast
 
+from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.checkpoint import Checkpoint, KeyPath, Payload, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.text import quoted
@@ -61,6 +62,12 @@ def write_optimizer_state(
         >>> ckptkit.write_optimizer_state(state, "optimizer.pt").format
         'torch'
     """
+    require_type(state, OptimizerState, "state", "an OptimizerState")
+    require_type(output, Output | str | os.PathLike, "output", "a path or an Output")
+    require_type(source, Checkpoint | None, "source", "a Checkpoint")
+    require_type(form, str | None, "form", "a str")
+    require_flags(dry_run=dry_run)
+    require_progress(progress)
     output = output if isinstance(output, Output) else choose_output(output)
     if output.format != "torch" or output.max_shard_size is not None:
         raise OutputError(

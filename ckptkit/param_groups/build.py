@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Module
@@ -44,6 +45,7 @@ def build_param_groups(
         >>> [(group["name"], group["lr"]) for group in optimizer.param_groups]
         [('head', 0.01), ('base', 0.001)]
     """
+    require_flags(bare=bare)
     with pause_gc():
         live_model = read_live_model(model)
         assignment = assign(live_parameter_table(live_model), spec)

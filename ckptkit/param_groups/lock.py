@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
 
+from ckptkit.core.arguments import require_type
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.result import Result
 from ckptkit.core.text import kind_of, plural, quoted
@@ -234,6 +235,7 @@ def lock_document(lock: ParamGroupsLock) -> dict[str, Any]:
         >>> [group["name"] for group in ckptkit.lock_document(lock)["groups"]]
         ['head', 'base']
     """
+    require_type(lock, ParamGroupsLock, "lock", "a ParamGroupsLock")
     return {
         "schema": SCHEMA,
         "fingerprint": f"sha256:{lock.fingerprint}",

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ckptkit.core.arguments import require_flags, require_progress, require_type
 from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.files import is_same_file
@@ -163,6 +164,10 @@ def execute(
     ``allow_overflow``. Raises ``ChangedError`` where an input changed since it
     was opened. After an error nothing new is at the path.
     """
+    require_type(plan, Plan, "plan", "a Plan, as plan_remap and plan_merge return it")
+    require_type(out, Output | str | os.PathLike, "out", "a path or an Output")
+    require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry)
+    require_progress(progress)
     output = out if isinstance(out, Output) else choose_output(out)
     if isinstance(plan, str | os.PathLike):
         from ckptkit.plans.saved import load_plan

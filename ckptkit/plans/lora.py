@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
+from ckptkit.core.arguments import require_number
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import quoted
@@ -75,6 +76,7 @@ def plan_lora(
         >>> plan_lora(base, adapter, {"r": 1, "lora_alpha": 2}).steps[0].rule
         'lora, scale 2'
     """
+    require_number(scale, "scale", "a number")
     if not math.isfinite(scale):
         raise PlanError(f"{scale} is not a valid scale", hint="1 is the adapter as it was trained")
     with _opened_inputs(base, adapter) as roles:
@@ -187,6 +189,7 @@ def plan_extract_lora(base: CheckpointLike, tuned: CheckpointLike, rank: int, ru
         >>> plan.steps[0].out.key
         'base_model.model.conv1.lora_A.weight'
     """
+    require_number(rank, "rank", "an int of at least 1", at_least=1, whole=True)
     with _opened_inputs(base, tuned) as roles:
         return _plan_extract(roles, rank, rules)
 

@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckptkit.comparison import KeyPair, StateDictDiff, diff_checkpoints
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, quoted, shell_word
 from ckptkit.core.ties import tied_keys
@@ -96,6 +97,7 @@ def plan_merge(
         >>> plan.steps[-1].rule
         "--on-mismatch 'fc.*=skip'"
     """
+    require_flags(skip_unread=skip_unread)
     policies = _Policies(
         parse_policy("on_missing", on_missing, MISSING_ACTIONS),
         parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS),

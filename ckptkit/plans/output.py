@@ -7,6 +7,7 @@ import os
 import re
 from dataclasses import dataclass
 
+from ckptkit.core.arguments import require_flags, require_path, require_type
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import OutputError
 from ckptkit.formats.atomic import PathState
@@ -72,6 +73,9 @@ def choose_output(
         >>> choose_output("shards", max_shard_size="2GB").max_shard_size
         2000000000
     """
+    require_path(path, "path")
+    require_type(format, str | None, "format", "a str")
+    require_flags(force=force, only_tensors=only_tensors, keep_unknown=keep_unknown)
     name = os.fspath(path)
     if not name:
         raise OutputError("the output has no name", hint="give -o a file name")

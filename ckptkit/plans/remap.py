@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_types import DType
@@ -65,6 +66,7 @@ def plan_remap(
         >>> str(plan.steps[0].out)
         'BF16 [6, 3, 5, 5]'
     """
+    require_flags(skip_unread=skip_unread)
     with contextlib.ExitStack() as stack:
         checkpoint = stack.enter_context(opened(source, "source"))
         expected = None if like is None else stack.enter_context(opened(like, "like"))

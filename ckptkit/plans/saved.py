@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ckptkit.core.arguments import require_flags, require_path, require_type
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import listed, plural, quoted
@@ -186,6 +187,9 @@ def load_plan(path: str | os.PathLike[str], sources: Sources, *, invert: bool = 
         ...     ckptkit.load_plan(path, sources) == plan
         True
     """
+    require_path(path, "path")
+    require_type(sources, Mapping, "sources", "a mapping of roles to inputs")
+    require_flags(invert=invert)
     name = os.fsdecode(path)
     with default_error_path(name):
         saved = plan_from_json(read_table_file(name, as_json=True))

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from types import NoneType
 
-from ckptkit.core.arguments import require_type
+from ckptkit.core.arguments import require_path, require_strings, require_type
 from ckptkit.core.text import kind_of, quoted
 from ckptkit.errors import PathError, RuleError
 from ckptkit.rules.model import Rules, RulesLike
@@ -42,8 +41,9 @@ def load_rules(
         >>> len(rules.stages)
         1
     """
-    require_type(path, (str, os.PathLike), "path", "a path, or preset:NAME")
-    require_type(variables, (Mapping, NoneType), "variables", 'a mapping, such as {"heads": 32}')
+    require_path(path, "path")
+    require_type(variables, Mapping | None, "variables", 'a mapping, such as {"heads": 32}')
+    require_strings(variables or (), "variables", 'a mapping, such as {"heads": 32}')
     from ckptkit.core.config_files import default_error_path, read_settings, read_table_file
     from ckptkit.rules.variables import Settings
 

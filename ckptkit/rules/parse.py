@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, TypeGuard, cast, get_args
 
+from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.patterns import Template, parse_pattern, parse_rename, parse_template
 from ckptkit.core.text import quoted
 from ckptkit.errors import RuleError
@@ -45,6 +46,12 @@ def parse_rules(
         >>> [info.key for info in result.missing]
         ['fc1.weight', 'fc1.bias', 'fc3.weight', 'fc3.bias']
     """
+    rename, keep, drop, strip = (
+        require_strings(given, name, "a str or several str")
+        for name, given in (("rename", rename), ("keep", keep), ("drop", drop), ("strip", strip))
+    )
+    require_type(file, Mapping | None, "file", "a mapping with the content of a rule file")
+    require_flags(allow_unused=allow_unused)
     stages: list[Stage] = []
     drops = tuple(Rule((parse_pattern(text),)) for text in drop)
     renames = tuple(Rule((template.pattern,), ((template,),)) for template in map(parse_rename, rename))
@@ -180,6 +187,6 @@ def are_strings(values: list[object]) -> TypeGuard[list[str]]:
 
 
 def _refuse_unknown(table: Mapping[str, object], known: set[str], where: str) -> None:
-    unknown = sorted(set(table) - known)
+    unknown = sorted(map(str, set(table) - known))
     if unknown:
         raise RuleError(f"{where} has the unknown key {quoted(unknown[0])}", hint=f"known: {', '.join(sorted(known))}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
+from ckptkit.core.arguments import require_progress
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -112,6 +113,7 @@ def stats(
         >>> stats("fixtures/lenet_10class.pth", {"keep": "fc3.*"}).total.count
         850
     """
+    require_progress(progress)
     with opened(checkpoint, "checkpoint") as found:
         return _stats(found, rules_for(rules, found), progress)
 

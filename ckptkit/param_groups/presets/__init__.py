@@ -9,6 +9,7 @@ from importlib.resources import files
 from itertools import takewhile
 from typing import Any
 
+from ckptkit.core.arguments import require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_types import Module
@@ -59,6 +60,7 @@ def param_group_preset(name: str, model: CheckpointLike | None = None, **setting
         >>> spec.defaults["lr"]
         0.1
     """
+    require_type(name, str, "name", "a str")
     table = tomllib.loads(_read(name))
     known = table.pop("settings")
     unknown = [key for key in settings if key not in known]

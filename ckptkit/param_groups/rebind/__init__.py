@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.text import human_bytes, kind_of, listed, plural, quoted
 from ckptkit.core.torch_optim import OptimizerSchema, constructed_state, schema_of
@@ -86,6 +87,7 @@ def rebind(
         >>> optimizer.param_groups[0]["params"][1] is model.bias
         True
     """
+    require_flags(guess=guess)
     if on_shape not in ("drop", "pad", "error"):
         raise GroupsError(f"on_shape is {on_shape!r}", hint='on_shape must be "drop", "pad" or "error"')
     if spec is not None and add_missing is not None:

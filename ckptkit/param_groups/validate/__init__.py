@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.gc_pause import pause_gc
@@ -159,6 +160,7 @@ def assert_param_groups(
     >>> assert_param_groups(model, optimizer, strict=True, ignore=["groups.missing:bias"]).ok
     True
     """
+    require_flags(strict=strict)
     report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock, ignore=ignore)
     report.raise_for_errors(warnings=strict)
     return report

@@ -1,0 +1,184 @@
+"""A wrong argument of a public function is refused by an error of ckptkit, never by a raw error of Python."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import ckptkit
+from ckptkit import testing
+from ckptkit.cli import main
+from ckptkit.optimizer_state.naming import to_named
+from tests.helpers_cli import ROOT
+
+LENET = ROOT / "fixtures" / "lenet_10class.pth"
+
+# A value of each type that a caller may pass by mistake.
+WRONG: Mapping[str, Callable[[], object]] = {
+    "None": lambda: None,
+    "int": lambda: 7,
+    "negative": lambda: -1,
+    "float": lambda: 2.5,
+    "NaN": lambda: float("nan"),
+    "object": object,
+    "list of int": lambda: [1, 2],
+    "list of None": lambda: [None],
+    "bytes": lambda: b"bytes",
+    "empty string": lambda: "",
+    "string": lambda: "no such thing",
+    "class": lambda: int,
+    "module class": lambda: nn.Linear,
+    "function": lambda: lambda *_: None,
+    "empty mapping": dict,
+    "mapping of int": lambda: {1: 2},
+    "mapping of None": lambda: {"a": None},
+    "empty tuple": lambda: (),
+    "generator": lambda: (item for item in (1, 2)),
+    "tensor": lambda: torch.ones(2),
+    "list of tensor": lambda: [torch.ones(2)],
+    "module": lambda: nn.Linear(1, 1),
+    "optimizer": lambda: torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1),
+}
+
+
+def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+
+def _state(model: nn.Module) -> ckptkit.OptimizerState:
+    return to_named(_optimizer(model).state_dict(), model)
+
+
+SPEC = {"group": [{"name": "all", "rest": True}]}
+
+
+def _lora() -> dict[str, object]:
+    adapter = {
+        "base_model.model.fc.lora_A.weight": torch.ones(1, 2),
+        "base_model.model.fc.lora_B.weight": torch.ones(2, 1),
+    }
+    return {
+        "base": {"fc.weight": torch.ones(2, 2)},
+        "adapter": adapter,
+        "lora_config": {"peft_type": "LORA", "r": 1, "lora_alpha": 1},
+    }
+
+
+def _good(function: str, folder: Path) -> dict[str, Any]:
+    """Return arguments with which the function works."""
+    model = nn.Linear(2, 2)
+    state = {key: value.detach() for key, value in nn.Linear(2, 2).state_dict().items()}
+    lock = ckptkit.lock_optimizer(model, _optimizer(model))
+    table: dict[str, Callable[[], dict[str, Any]]] = {
+        "assert_loads": lambda: {"model": model, "checkpoint": state},
+        "assert_param_groups": lambda: {"model": model, "groups": _optimizer(model)},
+        "assert_same_weights": lambda: {"a": state, "b": dict(state)},
+        "build_param_groups": lambda: {"model": model, "spec": SPEC},
+        "choose_output": lambda: {"path": folder / "a.safetensors"},
+        "diff": lambda: {"expected": model, "found": state},
+        "diff_locks": lambda: {"expected": lock, "found": lock},
+        "execute": lambda: {
+            "plan": ckptkit.plan_remap(state),
+            "sources": state,
+            "out": ckptkit.choose_output(folder / "b.safetensors", force=True),
+        },
+        "explain_param_group": lambda: {"model": model, "spec": SPEC, "name": "bias"},
+        "load_into": lambda: {"model": model, "checkpoint": state},
+        "load_optimizer_state": lambda: {"optimizer": _optimizer(model), "model": model, "state": _trained()},
+        "load_plan": lambda: {"path": _saved_plan(folder), "sources": {"source": LENET}},
+        "load_rules": lambda: {"path": _saved_rules(folder)},
+        "lock_document": lambda: {"lock": lock},
+        "lock_optimizer": lambda: {"model": model, "groups": _optimizer(model)},
+        "lock_param_groups": lambda: {"model": model, "spec": SPEC},
+        "open_checkpoint": lambda: {"path": LENET},
+        "open_optimizer": lambda: {"path": ROOT / "fixtures" / "lenet_ddp.pt"},
+        "optimizer_state_diff": lambda: {"saved": _state(model), "live": _state(model)},
+        "param_group_phases": lambda: {"name": "gradual-unfreezing", "model": model},
+        "param_group_preset": lambda: {"name": "no-decay", "model": model},
+        "param_group_preset_names": dict,
+        "parse_lock": lambda: {"document": ckptkit.lock_document(lock)},
+        "parse_rules": dict,
+        "plan_extract_lora": lambda: {
+            "base": {"fc.weight": torch.zeros(2, 2)},
+            "tuned": {"fc.weight": torch.ones(2, 2)},
+            "rank": 1,
+        },
+        "plan_lora": _lora,
+        "plan_merge": lambda: {"base": state, "donors": state},
+        "plan_param_groups": lambda: {"model": model, "spec": SPEC},
+        "plan_remap": lambda: {"source": state},
+        "preflight": lambda: {"model": model},
+        "preset_names": dict,
+        "preset_rules": lambda: {"name": "llama-meta-to-hf", "variables": {"heads": 2, "kv_heads": 2}},
+        "rebind": lambda: {"optimizer": _optimizer(model), "model": model},
+        "run_checks": lambda: {"checkpoint": state},
+        "stats": lambda: {"checkpoint": state},
+        "suggest_rules": lambda: {"expected": model, "found": state},
+        "validate_param_groups": lambda: {"model": model, "groups": _optimizer(model)},
+        "write_optimizer_state": lambda: {
+            "state": _state(model),
+            "output": ckptkit.choose_output(folder / "o.pt", force=True),
+        },
+    }
+    return table[function]()
+
+
+def _saved_plan(folder: Path) -> Path:
+    path = folder / "plan.json"
+    if not path.exists():
+        assert main(["remap", str(LENET), "-o", str(folder / "c.safetensors"), "--plan", str(path), "-q"]) == 0
+    return path
+
+
+def _saved_rules(folder: Path) -> Path:
+    path = folder / "rules.toml"
+    path.write_text('keep = ["fc1.*"]', encoding="utf-8")
+    return path
+
+
+def _trained() -> dict[str, Any]:
+    model = nn.Linear(2, 2)
+    optimizer = _optimizer(model)
+    model(torch.ones(2)).sum().backward()
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def _functions() -> dict[str, Callable[..., object]]:
+    values = {name: getattr(module, name) for module in (ckptkit, testing) for name in module.__all__}
+    return {name: value for name, value in values.items() if inspect.isfunction(value)}
+
+
+@pytest.mark.parametrize("name", sorted(_functions()))
+def test_wrong_types_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With right arguments the function works. With one wrong argument it works, or raises an error of ckptkit."""
+    monkeypatch.chdir(tmp_path)
+    function = _functions()[name]
+    function(**_good(name, tmp_path))
+    refusals = (ckptkit.CkptkitError, AssertionError) if name.startswith("assert_") else ckptkit.CkptkitError
+    raw = []
+    for parameter, kind, wrong in _mistakes(function):
+        try:
+            function(**{**_good(name, tmp_path), parameter: wrong})
+        except refusals as error:
+            if isinstance(error, ckptkit.ArgumentError) and parameter not in str(error):
+                raw.append(f"{name}({parameter}={kind}) is refused without the name of the argument: {error}")
+        except Exception as error:  # noqa: BLE001 - every other error is what this test looks for
+            raw.append(f"{name}({parameter}={kind}): {type(error).__name__}: {error}")
+    assert "\n".join(raw) == ""
+
+
+def _mistakes(function: Callable[..., object]) -> Iterator[tuple[str, str, object]]:
+    for parameter in inspect.signature(function).parameters.values():
+        names = ["lr"] if parameter.kind is inspect.Parameter.VAR_KEYWORD else [parameter.name]
+        for name in names:
+            kinds = set(WRONG) - (
+                {"module"} if name == "progress" else set()
+            )  # a module is a function too, which fails
+            yield from ((name, kind, WRONG[kind]()) for kind in WRONG if kind in kinds)
