@@ -63,6 +63,13 @@ class Alignment(Result):
         unexpected: Found tensors that fit no expected tensor.
         presets: The names of the presets that fill every expected key.
         note: A sentence about weights that are quantised on one side only, or an empty string.
+
+    Example:
+        >>> alignment = ckptkit.suggest_rules("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt")
+        >>> alignment
+        <Alignment: 0 with the same name, 1 rule, 0 ambiguous, 0 missing>
+        >>> ckptkit.diff("fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt", alignment.rules).different
+        False
     """
 
     _truth: ClassVar[str] = "ask for .complete"

@@ -84,6 +84,13 @@ class StateDictDiff(Result):
             numbers, although ``load_state_dict`` copies the codes where shapes are equal.
         expected_checkpoint: Path, format and size of the expected side.
         found_checkpoint: Path, format and size of the found side.
+
+    Example:
+        >>> result = ckptkit.diff("py:fixtures.lenet:build", "fixtures/lenet_10class.pth")
+        >>> result
+        <StateDictDiff: 8 matched, 0 missing, 0 unexpected, 2 shape-mismatched, 0 dtype-mismatched>
+        >>> [(pair.key, pair.expected.shape, pair.found.shape) for pair in result.shape_mismatched]
+        [('fc3.weight', (4, 84), (10, 84)), ('fc3.bias', (4,), (10,))]
     """
 
     _truth: ClassVar[str] = "ask for .different, .loads or .loads_strict"

@@ -51,6 +51,11 @@ class LoadReport(Report):
     ``kept`` names the keys that were not loaded; their values change only with a loaded tensor in the same memory.
     ``coverage`` is the share of the model's elements that were loaded, between 0 and 1. ``modules`` has the coverage of
     each module; a module that was loaded in part is divided into its children.
+
+    Example:
+        >>> report = ckptkit.load_into(torch.nn.Linear(2, 2), {"weight": torch.ones(2, 2)})
+        >>> report.loaded, report.kept, round(report.coverage, 2)
+        (('weight',), ('bias',), 0.67)
     """
 
     loaded: tuple[str, ...] = ()
@@ -131,8 +136,8 @@ def load_into(
     Example:
         >>> import torch
         >>> model = torch.nn.Linear(2, 2)
-        >>> print(load_into(model, {"weight": torch.ones(2, 2)}))
-        loaded 1 of 2 tensors, 66.7 % of the elements; kept 1 as they were
+        >>> load_into(model, {"weight": torch.ones(2, 2)})
+        <LoadReport: loaded 1 of 2 tensors, 66.7 % of the elements; kept 1 as they were>
     """
     require_flags(skip_unread=skip_unread, allow_overflow=allow_overflow, assign=assign, rollback=rollback)
     if "add" in parse_policy("on_unexpected", on_unexpected, UNEXPECTED_ACTIONS).actions:

@@ -61,6 +61,15 @@ class OptimizerLoadReport(Report):
     - ``reshaped``: rules made the state from the state of other parameters, for example by a split.
 
     A parameter in ``missing`` or ``dropped`` keeps the state that the optimizer had for it, if any.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> old, new = (torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for _ in range(2))
+        >>> model(torch.ones(2)).sum().backward()
+        >>> old.step()
+        >>> report = ckptkit.load_optimizer_state(new, model, old.state_dict())
+        >>> report.loaded, report.missing
+        (('weight', 'bias'), ())
     """
 
     loaded: tuple[str, ...] = ()

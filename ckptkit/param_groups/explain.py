@@ -28,6 +28,10 @@ class Explanation(Result):
     - ``rule`` owns the parameter, or is None. ``shadowed`` are later rules that match it too.
     - ``modifiers`` apply in this order. ``layer`` is the number of the layer that the parameter is in.
     - ``steps`` are the changes that lead to ``options``, in order. ``options`` is None where nothing trains.
+
+    Example:
+        >>> ckptkit.explain_param_group("fixtures/lenet_10class.pth", "fixtures/groups.toml", "fc3.bias").options["lr"]
+        0.01
     """
 
     parameter: ParameterInfo

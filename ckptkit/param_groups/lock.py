@@ -89,7 +89,13 @@ class LockedGroup:
 
 @dataclass(frozen=True, repr=False)
 class ParamGroupsLock(Result):
-    """The groups in the order of the optimizer; ``outside`` are the parameters in no group, such as frozen ones."""
+    """The groups in the order of the optimizer; ``outside`` are the parameters in no group, such as frozen ones.
+
+    Example:
+        >>> lock = ckptkit.lock_param_groups("fixtures/lenet_10class.pth", "fixtures/groups.toml")
+        >>> [(group.name, group.options["lr"]) for group in lock.groups]
+        [('head', 0.01), ('base', 0.001)]
+    """
 
     groups: tuple[LockedGroup, ...]
     outside: tuple[LockedParameter, ...] = ()

@@ -57,6 +57,11 @@ class Written(Result):
     ``untied`` has groups of keys that shared memory in an input, and have storages of their own in the output.
     ``carried`` names the files that were taken along from an input, and ``adapted`` what changed in them.
     ``plan`` is the plan that was executed, with the entries that this output keeps and leaves out.
+
+    Example:
+        >>> written = ckptkit.execute(ckptkit.plan_remap(state := {"w": torch.ones(2)}), state, "ones.safetensors")
+        >>> written.path, written.format, written.tensors
+        ('ones.safetensors', 'safetensors', 1)
     """
 
     path: str
@@ -163,6 +168,11 @@ def execute(
     itself, where the format cannot hold a tensor, and where a cast would make inf of finite values without
     ``allow_overflow``. Raises ``ChangedError`` where an input changed since it
     was opened. After an error nothing new is at the path.
+
+    Example:
+        >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
+        >>> ckptkit.execute(plan, "fixtures/lenet_10class.pth", "renamed.safetensors", verify=True)
+        <Written: renamed.safetensors, safetensors, 10 tensors, 248.8 kB>
     """
     require_type(plan, Plan, "plan", "a Plan, as plan_remap and plan_merge return it")
     require_type(out, Output | str | os.PathLike, "out", "a path or an Output")

@@ -37,6 +37,11 @@ class Output:
 
     ``before`` is the state of the path when the output was chosen, or None for its state when the writing begins. An
     output that another program changed since is not replaced.
+
+    Example:
+        >>> output = ckptkit.choose_output("model.safetensors", force=True)
+        >>> output.format, output.force
+        ('safetensors', True)
     """
 
     path: str

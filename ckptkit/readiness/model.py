@@ -144,6 +144,12 @@ class Preflight(Report):
     """The findings and sections of a preflight; a section is None or empty where its argument was not given.
 
     ``not_judged`` names the checks that were skipped. ``ok`` is True where no finding is an error.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> ready = ckptkit.preflight(model, optimizer=torch.optim.SGD([model.weight], lr=0.1))
+        >>> ready.ok, [finding.code for finding in ready.errors]
+        (False, ['groups.missing'])
     """
 
     init: Init | None = None

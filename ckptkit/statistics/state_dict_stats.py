@@ -47,6 +47,11 @@ class StateDictStats(Result):
 
     ``quantized`` are the quantised weights by the keys of the checkpoint; their parts are not measured.
     ``checkpoint`` has path, format and size of the tensors that are listed.
+
+    Example:
+        >>> result = ckptkit.stats({"a": torch.tensor([3.0, 4.0]), "b": torch.zeros(2)})
+        >>> result.tensors["a"].numbers.l2, result.total.zero_share
+        (5.0, 0.5)
     """
 
     tensors: Mapping[str, TensorStats]
@@ -68,6 +73,10 @@ class StateDictStats(Result):
         """Return the statistics of each module, by the first ``depth`` parts of its name; tied tensors count once.
 
         The module of ``encoder.layers.0.weight`` is ``encoder`` at depth 1, and ``encoder.layers.0`` from depth 3 on.
+
+        Example:
+            >>> ckptkit.stats("fixtures/lenet_10class.pth").modules(1)["fc3"].count
+            850
         """
         keys_by_module: dict[str, list[str]] = {}
         for key, tensor in self.tensors.items():

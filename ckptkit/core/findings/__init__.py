@@ -27,6 +27,14 @@ class Finding:
         message: What is wrong, in one sentence.
         hint: What to do about it, or an empty string.
         keys: The names of all tensors or parameters where there are several, and ``key`` is the first; else empty.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> report = ckptkit.validate_param_groups(model, torch.optim.SGD([model.weight], lr=0.1))
+
+        >>> for finding in report.findings:
+        ...     print(finding.severity, finding.code, finding.key)
+        error groups.missing bias
     """
 
     code: str
@@ -96,6 +104,13 @@ class Report(Result):
 
     ``error`` is the exception class that ``raise_for_errors`` raises. ``ignored`` has the findings that an ignore list
     left out: they count neither for ``ok`` nor for ``raise_for_errors``.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> report = ckptkit.validate_param_groups(model, torch.optim.SGD([model.weight], lr=0.1))
+
+        >>> report.ok, report.counts
+        (False, '1 error')
     """
 
     _truth: ClassVar[str] = "ask for .ok"
@@ -148,6 +163,14 @@ class Report(Result):
         """Raise the first error as an exception of class ``error``, with the number of further errors.
 
         Do nothing if there is no error. With ``warnings``, warnings count as errors too, after the errors.
+
+        Example:
+            >>> model = torch.nn.Linear(2, 2)
+            >>> report = ckptkit.validate_param_groups(model, torch.optim.SGD([model.weight], lr=0.1))
+
+            >>> report.raise_for_errors()
+            Traceback (most recent call last):
+            ckptkit.errors.GroupsError: 'bias' (2,) is trainable but in no group: ...
         """
         errors = (*self.errors, *self.warnings) if warnings else self.errors
         if errors:

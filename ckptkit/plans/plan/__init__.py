@@ -29,6 +29,11 @@ class Plan(Result):
     ``kept`` names the entries that the copy has too, such as the optimizer; ``check_output`` sets ``kept``.
     ``versions`` holds the version of each module by its prefix, as in the ``_metadata`` of a state_dict.
     ``command`` is the command that makes such a plan (``remap``, ``merge`` or ``convert``); its document names it.
+
+    Example:
+        >>> plan = ckptkit.plan_remap("fixtures/lenet_10class.pth", ["fc3.*=head.*"])
+        >>> plan, plan.steps[-1].out.key
+        (<Plan: 10 tensors, 248.0 kB>, 'head.bias')
     """
 
     steps: tuple[Step, ...]
