@@ -6,6 +6,7 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,10 @@ Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 def save(path: Path, state: Mapping[str, Any]) -> str:
     """Write ``state`` as one process without a group does."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        save_distributed(dict(state), checkpoint_id=str(path), no_dist=True)
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
+        # Older torch has no such argument, and finds out by itself that there is no group of processes.
+        alone: dict[str, Any] = {"no_dist": True} if "no_dist" in signature(save_distributed).parameters else {}
+        save_distributed(dict(state), checkpoint_id=str(path), **alone)
     return str(path)
 
 
@@ -45,8 +48,9 @@ def loaded(path: str, tmp_path: Path) -> Any:
     """The whole nested state, as torch's own converter reads it."""
     target = tmp_path / "converted.pt"
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
         warnings.filterwarnings("ignore", "ComplexHalf support is experimental", UserWarning)
+        warnings.filterwarnings("ignore", "You are using `torch.load` with", FutureWarning)
         dcp_to_torch_save(path, target)
     return torch.load(target, weights_only=False)
 

@@ -26,6 +26,8 @@ def convert(source: str, *, options: OutputOptions, dtype: str | None, skip_unre
     ckpt convert pytorch_model.bin -o model.safetensors
     ckpt convert model.safetensors -o sharded --max-shard-size 2GB
     ckpt convert model.safetensors -o half.safetensors --dtype BF16
+    ckpt convert llama/ -o half/model.safetensors --dtype BF16 --carry
+    ckpt convert model.safetensors -o dcp --format dcp
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         with default_error_path(source):

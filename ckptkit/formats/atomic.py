@@ -122,7 +122,7 @@ def prepare_directory(path: str, *, force: bool, before: PathState | None = None
     if status is None:
         return _target(target, path, before, PathState())
     if not stat.S_ISDIR(status.st_mode):
-        raise OutputError("is a file, and shards need a directory", hint="give a new name", path=path)
+        raise OutputError("is a file, and the output is a directory", hint="give a new name", path=path)
     try:
         now = path_state(target)
         entries = list(os.scandir(target))
@@ -142,7 +142,9 @@ def prepare_directory(path: str, *, force: bool, before: PathState | None = None
             path=path,
         )
     if entries and not force:
-        raise OutputError("already exists", hint="--force replaces its shards and keeps its other files", path=path)
+        raise OutputError(
+            "already exists", hint="--force replaces its weights of this format and keeps its other files", path=path
+        )
     return _target(target, path, before, now)
 
 

@@ -26,13 +26,14 @@ from ckptkit.formats.atomic import (
     real_path,
 )
 from ckptkit.formats.detect import TORCH_SUFFIXES
+from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
 from ckptkit.formats.safetensors import layout_safetensors, refuse_unstorable, write_safetensors
-from ckptkit.formats.sharded import Shard, is_output_shard_name, is_shard_name, split_into_shards, weight_index
+from ckptkit.formats.sharded import is_output_shard_name, is_shard_name, split_into_shards, weight_index
 from ckptkit.plans.carry import Adapted, Carried, plan_carried, write_carried
 from ckptkit.plans.inputs import PlanInputs, Sources, opened_inputs
 from ckptkit.plans.output import Output, choose_output
 from ckptkit.plans.plan import Dropped, Plan, find_broken_ties
-from ckptkit.plans.verify import Verification, verify_index, verify_safetensors, verify_torch
+from ckptkit.plans.verify import Verification, verify_dcp, verify_index, verify_safetensors, verify_torch
 from ckptkit.wrappers.envelopes import Selection
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ if TYPE_CHECKING:
 __all__ = ["Written", "check_output", "execute", "refuse_replacing_inputs"]
 
 
-_WEIGHTS = (".safetensors", ".distcp", ".index.json", *TORCH_SUFFIXES)
+_WEIGHTS = (".safetensors", DCP_SUFFIX, ".index.json", *TORCH_SUFFIXES)
+_NOUNS = {"safetensors": "a safetensors file", "torch": "a torch file", "dcp": "a distributed checkpoint"}
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -110,11 +112,11 @@ def _with_kept_entries(
 ) -> Plan:
     """Return the plan with the entries that this output keeps and drops; a plan that has them is unchanged."""
     lost: list[Dropped] = []
-    if output.format == "torch":
-        if any(key != "format" for key in plan.metadata):
-            lost.append(Dropped("output", "__metadata__", "a torch file cannot hold it", is_entry=True))
-    elif plan.versions:
-        lost.append(Dropped("output", "_metadata", "a safetensors file cannot hold module versions", is_entry=True))
+    if output.format != "safetensors" and any(key != "format" for key in plan.metadata):
+        lost.append(Dropped("output", "__metadata__", f"{_NOUNS[output.format]} cannot hold it", is_entry=True))
+    if output.format != "torch" and plan.versions:
+        why = f"{_NOUNS[output.format]} cannot hold module versions"
+        lost.append(Dropped("output", "_metadata", why, is_entry=True))
     lost = [drop for drop in lost if drop not in plan.dropped]
     if editor is None:
         return replace(plan, dropped=(*plan.dropped, *lost))
@@ -146,8 +148,9 @@ def execute(
     single input may be given without its role. ``out`` is a path, with a suffix that names the format, or an
     ``Output``.
 
-    With ``verify``, safetensors or ``torch.load`` reads the output before it gets its name. The output must have
-    the keys, dtypes, shapes and bytes of the plan, which is computed again. ``Written.verified`` names that reader.
+    With ``verify``, safetensors, ``torch.load`` or ``torch.distributed.checkpoint`` reads the output before it gets its
+    name. The output must have the keys, dtypes, shapes and bytes of the plan, which is computed again.
+    ``Written.verified`` names that reader.
     ``allow_overflow`` writes values that a cast makes infinite; ``Written.losses`` has their counts.
     ``progress`` is called with a number of bytes after each write.
 
@@ -202,7 +205,7 @@ def _execute(
     inputs.refuse_different_bytes()
     carried = plan_carried(plan, output, roles) if carry else Carried()
     if output.is_directory:
-        written, verified = _write_shards(plan, output, inputs, report_bytes, carried=carried, verify=verify)
+        written, verified = _write_directory(plan, output, inputs, report_bytes, carried=carried, verify=verify)
     else:
         written, verified = _write_file(plan, output, inputs, report_bytes, editor, carried=carried, verify=verify)
     alone = next((result for result in verified if result.alone), None)
@@ -273,12 +276,16 @@ def _separated(groups: Iterable[tuple[str, ...]], found: Mapping[str, TensorInfo
 
 def _refuse_unwritable(infos: Sequence[TensorInfo], format_name: str) -> None:
     """Raise ``PlanError`` for a tensor that a file of this format cannot hold."""
-    if format_name != "torch":
+    if format_name == "safetensors":
         refuse_unstorable(infos)
-        return
-    from ckptkit.formats.torch.write import refuse_unwritable
+    elif format_name == "dcp":
+        from ckptkit.formats.distributed.dcp_write import refuse_unfit
 
-    refuse_unwritable(infos)
+        refuse_unfit(infos)
+    else:
+        from ckptkit.formats.torch.write import refuse_unwritable
+
+        refuse_unwritable(infos)
 
 
 def _editor(plan: Plan, output: Output, roles: Mapping[str, Checkpoint]) -> PlanEditor | None:
@@ -300,7 +307,7 @@ def refuse_replacing_inputs(output: Output, roles: Mapping[str, Checkpoint], edi
         same = any(is_same_file(file, output.path) for file in checkpoint.files)
         parents = {os.path.dirname(file) or "." for file in checkpoint.files}
         inside = output.is_directory and any(
-            is_output_shard_name(os.path.basename(file)) and is_same_file(os.path.dirname(file) or ".", output.path)
+            _is_own_name(output, os.path.basename(file)) and is_same_file(os.path.dirname(file) or ".", output.path)
             for file in checkpoint.files
         )
         if not same and not inside:
@@ -378,42 +385,100 @@ def _has_tensors(written: Checkpoint, infos: Iterable[TensorInfo], names: Iterab
     return found == {info.key: (info.dtype, info.shape) for info in infos} and (names is None or files <= set(names))
 
 
-def _write_shards(
+def _write_directory(
     plan: Plan, output: Output, inputs: PlanInputs, progress: Progress, *, carried: Carried, verify: bool
 ) -> tuple[Written, list[Verification]]:
-    assert output.max_shard_size is not None  # noqa: S101 - the caller checked it
-    shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
+    kind = _Dcp if output.format == "dcp" else _Shards
+    files = kind(plan, output, inputs)
     target = prepare_directory(output.path, force=output.force, before=output.before)
     existing = list(target.before.entries)
-    ours = frozenset(name for name in existing if is_output_shard_name(name))
-    total = 0
+    ours = frozenset(name for name in existing if _is_own_name(output, name))
     left: list[str] = []
     verified: list[Verification] = []
     with atomic_directory(target, replaced=ours.union(carried.names), left=left) as directory:
-        for shard in shards:
-            path = os.path.join(directory, shard.name)
-            total += _write_safetensors(path, shard.infos, plan.metadata, inputs, progress)
-        inputs.refuse_overflow()
-        name, data = weight_index(shards)
-        index = os.path.join(directory, name)
-        if len(shards) > 1:
-            with AtomicFile(index, len(data)) as file:
-                file.write(data, 0)
-        names = (*(shard.name for shard in shards), *((name,) if len(shards) > 1 else ()))
+        total = files.write(directory, progress)
         write_carried(carried, directory, force=output.force)
-        _check_directory(directory, plan, names)
+        _check_directory(directory, plan, files.names)
         if verify:
-            for shard in shards:
-                path, shown = (os.path.join(parent, shard.name) for parent in (directory, output.path))
-                steps = [inputs.steps[info.key] for info in shard.infos]
-                verified.append(verify_safetensors(path, shown, steps, plan.metadata, inputs.roles))
-            if len(shards) > 1:
-                verify_index(index, os.path.join(output.path, name), shards)
+            verified = files.verify(directory)
         inputs.check_unchanged()
     beside = sorted(name for name in existing if name not in ours and name.endswith(_WEIGHTS))
-    form = _describe_shards(shards)
-    written = Written(output.path, form, len(plan.steps), total, names, tuple(beside), left=tuple(left))
+    written = Written(output.path, files.format, len(plan.steps), total, files.names, tuple(beside), left=tuple(left))
     return written, verified
+
+
+def _is_own_name(output: Output, name: str) -> bool:
+    """Return whether an output directory replaces an old file of this name."""
+    return name == DCP_METADATA or name.endswith(DCP_SUFFIX) if output.format == "dcp" else is_output_shard_name(name)
+
+
+class _Shards:
+    """The shards of an output, and their index if there are several."""
+
+    def __init__(self, plan: Plan, output: Output, inputs: PlanInputs) -> None:
+        assert output.max_shard_size is not None  # noqa: S101 - choose_output gives each directory of shards a size
+        self.plan, self.output, self.inputs = plan, output, inputs
+        self.shards = split_into_shards([step.out for step in plan.steps], output.max_shard_size)
+        self.index, self.index_data = weight_index(self.shards)
+        self.has_index = len(self.shards) > 1
+        self.names = (*(shard.name for shard in self.shards), *((self.index,) if self.has_index else ()))
+        self.format = f"sharded safetensors ({len(self.shards)} shards)" if self.has_index else "safetensors"
+
+    def write(self, directory: str, progress: Progress) -> int:
+        """Write the files and return the size of all shards."""
+        total = 0
+        for shard in self.shards:
+            path = os.path.join(directory, shard.name)
+            total += _write_safetensors(path, shard.infos, self.plan.metadata, self.inputs, progress)
+        self.inputs.refuse_overflow()
+        if self.has_index:
+            _write_small(os.path.join(directory, self.index), self.index_data)
+        return total
+
+    def verify(self, directory: str) -> list[Verification]:
+        """Let safetensors read every shard, and compare the index with the shards."""
+        verified = []
+        for shard in self.shards:
+            path, shown = (os.path.join(parent, shard.name) for parent in (directory, self.output.path))
+            steps = [self.inputs.steps[info.key] for info in shard.infos]
+            verified.append(verify_safetensors(path, shown, steps, self.plan.metadata, self.inputs.roles))
+        if self.has_index:
+            verify_index(os.path.join(directory, self.index), os.path.join(self.output.path, self.index), self.shards)
+        return verified
+
+
+class _Dcp:
+    """A distributed checkpoint: one file of tensors, and the metadata that says where each is."""
+
+    format = "dcp"
+
+    def __init__(self, plan: Plan, output: Output, inputs: PlanInputs) -> None:
+        from ckptkit.formats.distributed.dcp_write import DCP_FILE, layout_dcp
+
+        self.plan, self.output, self.inputs = plan, output, inputs
+        self.layout = layout_dcp([step.out for step in plan.steps], inputs.payload)
+        self.names = (DCP_FILE, DCP_METADATA)
+
+    def write(self, directory: str, progress: Progress) -> int:
+        """Write the files and return the size of the file of tensors."""
+        from ckptkit.formats.distributed.dcp_write import write_dcp
+
+        data, metadata = (os.path.join(directory, name) for name in self.names)
+        with AtomicFile(data, self.layout.nbytes) as file:
+            for count in write_dcp(self.layout, file):
+                progress(count)
+        self.inputs.refuse_overflow()
+        _write_small(metadata, self.layout.metadata)
+        return self.layout.nbytes
+
+    def verify(self, directory: str) -> list[Verification]:
+        """Let torch load the checkpoint."""
+        return [verify_dcp(directory, self.output.path, self.plan.steps, self.inputs.roles)]
+
+
+def _write_small(path: str, data: bytes) -> None:
+    with AtomicFile(path, len(data)) as file:
+        file.write(data, 0)
 
 
 def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
@@ -422,11 +487,10 @@ def _check_directory(directory: str, plan: Plan, names: Iterable[str]) -> None:
     try:
         with open_checkpoint(directory) as written:
             as_planned = _has_tensors(written, [step.out for step in plan.steps], names)
+            for key in written if as_planned and written.format == "dcp" else ():
+                # The reader compares the header of each tensor with the metadata only when it reads the tensor.
+                next(iter(written.payload(key).chunks()), None)
     except CkptkitError as error:
-        as_planned, why = False, f"the shards cannot be read with the other files of the directory: {error.reason}"
+        as_planned, why = False, f"the weights cannot be read with the other files of the directory: {error.reason}"
     if not as_planned:
         raise OutputError(why, hint="give a new directory, or remove its other weights")
-
-
-def _describe_shards(shards: Sequence[Shard]) -> str:
-    return f"sharded safetensors ({len(shards)} shards)" if len(shards) > 1 else "safetensors"

@@ -14,7 +14,7 @@ from ckptkit.formats.atomic import PathState
 
 __all__ = ["FORMATS", "Output", "choose_output"]
 
-FORMATS = ("safetensors", "torch")
+FORMATS = ("safetensors", "torch", "dcp")
 _SUFFIXES = {
     ".safetensors": "safetensors", ".pt": "torch", ".pth": "torch", ".bin": "torch", ".ckpt": "torch", ".pkl": "torch",
 }  # fmt: skip
@@ -27,9 +27,9 @@ _EXAMPLE = "write 2GB, 500MiB, or a number of bytes"
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """The path, format and options of an output: one file, or a directory of shards.
+    """The path, format and options of an output: one file, a directory of shards, or a distributed checkpoint.
 
-    A shard has at most ``max_shard_size`` bytes.
+    A shard has at most ``max_shard_size`` bytes. A distributed checkpoint (DCP) is a directory too.
 
     With ``force``, an existing output is replaced. A torch file that is made from a training checkpoint keeps the
     other entries of that file, unless ``only_tensors`` is true. It keeps references to code that torch's weights-only
@@ -55,7 +55,7 @@ class Output:
     @property
     def is_directory(self) -> bool:
         """Whether the output is a directory of several files."""
-        return self.max_shard_size is not None
+        return self.max_shard_size is not None or self.format == "dcp"
 
 
 def choose_output(
@@ -69,10 +69,10 @@ def choose_output(
 ) -> Output:
     """Return the output for ``path``: a directory of shards if ``max_shard_size`` is given, else one file.
 
-    ``max_shard_size`` is a number of bytes, or a size such as ``"2GB"`` or ``"500MiB"``.
-    ``format`` is ``safetensors`` or ``torch``; without it the suffix of ``path`` decides. Raises ``OutputError`` where
-    the format is unknown, where shards are requested for another format than safetensors, and where the size is not
-    valid.
+    ``format`` is ``safetensors``, ``torch`` or ``dcp``; without it the suffix of ``path`` decides. ``dcp`` writes a
+    directory that ``torch.distributed.checkpoint.load`` reads, on any number of ranks. ``max_shard_size`` is a number
+    of bytes, or a size such as ``"2GB"`` or ``"500MiB"``. Raises ``OutputError`` where the format is unknown, where
+    shards are requested for another format than safetensors, and where the size is not valid.
 
     Example:
         >>> choose_output("shards", max_shard_size="2GB").max_shard_size
@@ -94,6 +94,8 @@ def choose_output(
         if size <= 0:
             raise OutputError(f"a shard of at most {size} bytes cannot hold a tensor", path=name)
         return Output(name, "safetensors", size, force)
+    if chosen == "dcp" and os.path.splitext(name)[1] in _SUFFIXES:
+        raise OutputError("a distributed checkpoint is a directory", hint="give -o a name without a suffix", path=name)
     if chosen is None:
         raise OutputError(
             "the suffix does not name a known format", hint=f"use --format {' or '.join(FORMATS)}", path=name

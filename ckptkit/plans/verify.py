@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import math
 import os
@@ -11,14 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ckptkit.core.checkpoint import Checkpoint, Payload
+from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo
 from ckptkit.core.dtypes import DTYPES, pack_float4
 from ckptkit.core.files import same_bytes
 from ckptkit.core.text import first_line, listed, printable, quoted
-from ckptkit.core.torch_bridge import TensorPayload, code_of
+from ckptkit.core.torch_bridge import TensorPayload, code_of, torch_dtype
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import OutputError
-from ckptkit.formats import open_inside
+from ckptkit.formats import open_checkpoint, open_inside
 from ckptkit.formats.safetensors import reader_refusal
 from ckptkit.plans.plan.step import Step
 from ckptkit.plans.produce import Producer
@@ -27,7 +28,7 @@ from ckptkit.wrappers.envelopes import Selection
 if TYPE_CHECKING:
     from ckptkit.formats.sharded import Shard
 
-__all__ = ["Verification", "verify_index", "verify_safetensors", "verify_torch"]
+__all__ = ["Verification", "verify_dcp", "verify_index", "verify_safetensors", "verify_torch"]
 
 _PIECE_BYTES = 32 << 20
 
@@ -171,12 +172,66 @@ def verify_torch(
             tensor = _value_at(file, mapping, paths[step.out.key])
             if not isinstance(tensor, torch.Tensor):
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is a {type(tensor).__name__}")
-            shape = pack_float4(step.out.shape) if step.out.dtype == "F4" else step.out.shape
-            if (code_of(tensor.dtype), tuple(tensor.shape)) != (step.out.dtype, shape):
+            if (code_of(tensor.dtype), tuple(tensor.shape)) != (step.out.dtype, _torch_shape(step.out)):
                 described = f"{code_of(tensor.dtype)} {list(tensor.shape)}"
                 raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {described}")
             _compare(file, step, producer, TensorPayload(tensor, step.out.nbytes))
     return Verification(reader)
+
+
+def verify_dcp(path: str, shown: str, steps: Sequence[Step], sources: Mapping[str, Checkpoint]) -> Verification:
+    """Return how the distributed checkpoint in the directory ``path`` was verified; messages name it ``shown``.
+
+    ``torch.distributed.checkpoint.load`` must find exactly the keys, dtypes, shapes and bytes of the plan. Each tensor
+    is produced again from ``sources``. A tensor is loaded whole, and small ones together. Raises ``OutputError`` for
+    the first difference.
+    """
+    import torch
+
+    file, producer = _File(path, shown), Producer(sources)
+    reader = f"torch {torch.__version__.split('+')[0]}"
+    unknown = next((step.out for step in steps if not hasattr(torch, DTYPES[step.out.dtype].torch_name)), None)
+    if unknown is not None:
+        why = f"{quoted(unknown.key)} in {printable(shown)} is {unknown.dtype}"
+        return Verification(reader, _read_alone(file, why, steps, producer))
+    if not torch.distributed.is_available():
+        why = f"{reader} was built without torch.distributed"
+        return Verification(reader, _read_alone(file, why, steps, producer))
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load as load_distributed
+
+    # Older torch has no such argument, and finds out by itself that there is no group of processes.
+    alone: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(load_distributed).parameters else {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about a load without a group of processes
+        try:
+            described = FileSystemReader(path).read_metadata().state_dict_metadata
+        except Exception as error:  # torch has no common class of errors for broken files
+            raise file.fail(f"torch cannot read its metadata ({first_line(error)})") from error
+        _refuse_other_keys(file, described, steps)
+        for step in steps:
+            found = described[step.out.key]
+            if not isinstance(found, TensorStorageMetadata):
+                raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is not a tensor")
+            if (code_of(found.properties.dtype), tuple(found.size)) != (step.out.dtype, _torch_shape(step.out)):
+                is_now = f"{code_of(found.properties.dtype)} {list(found.size)}"
+                raise file.fail(f"{quoted(step.out.key)} should be {step.out}, and is {is_now}")
+        for batch in _batches(steps):
+            tensors = {
+                step.out.key: torch.empty(_torch_shape(step.out), dtype=torch_dtype(step.out.dtype)) for step in batch
+            }
+            try:
+                load_distributed(tensors, checkpoint_id=path, **alone)
+            except Exception as error:
+                raise file.fail(f"torch cannot load it ({first_line(error)})") from error
+            for step in batch:
+                _compare(file, step, producer, TensorPayload(tensors[step.out.key], step.out.nbytes))
+    return Verification(reader)
+
+
+def _torch_shape(info: TensorInfo) -> tuple[int, ...]:
+    return pack_float4(info.shape) if info.dtype == "F4" else info.shape
 
 
 def _value_at(file: _File, value: object, path: Iterable[object]) -> object:
@@ -201,7 +256,8 @@ def verify_index(path: str, shown: str, shards: Iterable[Shard]) -> None:
 
 def _read_alone(file: _File, why: str, steps: Sequence[Step], producer: Producer, inner: str = "") -> str:
     """Compare the file with ckptkit's own reader, and return ``why``."""
-    with open_inside(file.path, Selection(inner)) as written:
+    is_directory = os.path.isdir(file.path)
+    with open_checkpoint(file.path) if is_directory else open_inside(file.path, Selection(inner)) as written:
         _refuse_other_keys(file, written, steps)
         for step in steps:
             info = written[step.out.key]

@@ -108,10 +108,10 @@ def _with_output_options(command: CommandFunction) -> CommandFunction:
     return with_options
 
 
-_output_option = click.option("-o", "--output", required=True, type=PATH_TYPE, help="The file to write.")
+_output_option = click.option("-o", "--output", required=True, type=PATH_TYPE, help="The file or directory to write.")
 _format_option = click.option(
     "--format", "output_format", type=click.Choice(FORMATS),
-    help="Format of the output. Default: by the suffix of its name.",
+    help="Format of the output. dcp: a directory for torch.distributed.checkpoint. Default: by the suffix of its name.",
 )  # fmt: skip
 _max_shard_size_option = click.option(
     "--max-shard-size", metavar="SIZE",
@@ -141,7 +141,7 @@ _plan_option = click.option(
 )  # fmt: skip
 _verify_option = click.option(
     "--verify", is_flag=True,
-    help="Let safetensors or torch.load read the output, and compare every tensor with the plan.",
+    help="Let safetensors or torch read the output, and compare every tensor with the plan.",
 )  # fmt: skip
 
 

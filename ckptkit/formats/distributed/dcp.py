@@ -22,7 +22,7 @@ from ckptkit.core.dtypes import DTYPES
 from ckptkit.core.files import Extent, Inflated, Region
 from ckptkit.core.text import human_bytes, plural, quoted
 from ckptkit.errors import ChangedError, CkptkitError, FormatError, PathError
-from ckptkit.formats.distributed.dcp_metadata import DcpMetadata, DcpTensor, Place, read_metadata
+from ckptkit.formats.distributed.dcp_metadata import DCP_VERSION, DcpMetadata, DcpTensor, Place, read_metadata
 from ckptkit.formats.distributed.dcp_safetensors import open_dcp_safetensors
 from ckptkit.formats.distributed.file_names import DCP_METADATA, DCP_SUFFIX
 from ckptkit.formats.file_pool import FilePool, Section
@@ -42,7 +42,6 @@ _LARGEST_METADATA = 256 << 20
 _MOST_PLACES = 2_000_000  # in the nested state
 _LARGEST_OBJECT, _LARGEST_OBJECTS, _MOST_OBJECTS = 1 << 20, 16 << 20, 1000
 _MOST_PARTS = 1_000_000  # of all objects together
-_VERSION = "1.0.0"
 
 
 def open_dcp(directory: str, selection: Selection = WEIGHTS) -> Checkpoint:
@@ -113,8 +112,8 @@ def _open(pool: FilePool, selection: Selection, names: list[str]) -> Checkpoint:
 
 
 def _warnings(metadata: DcpMetadata, objects: _Objects, extra: set[str]) -> Iterator[str]:
-    if metadata.version not in (None, _VERSION):
-        yield f"written in version {quoted(str(metadata.version))} of the format; {_VERSION} is supported"
+    if metadata.version not in (None, DCP_VERSION):
+        yield f"written in version {quoted(str(metadata.version))} of the format; {DCP_VERSION} is supported"
     if extra:
         yield f"{plural(len(extra), 'file')} not named in {DCP_METADATA}, left from another save: {quoted(min(extra))}"
     if objects.unread:

@@ -19,7 +19,7 @@ from ckptkit.formats.pickle.values import CodeName, Interpreter, Placeholder
 from ckptkit.formats.torch.objects import DTypeRef, TorchObjects
 from ckptkit.formats.torch.tree import type_name
 
-__all__ = ["DcpMetadata", "DcpTensor", "Place", "read_metadata"]
+__all__ = ["DCP_VERSION", "METADATA_MODULE", "STORAGE_MODULE", "DcpMetadata", "DcpTensor", "Place", "read_metadata"]
 
 _MOST_CHUNKS = 1_000_000
 _MOST_COORDINATES = 8_000_000  # chunks times dimensions, since all tensors can share one list of chunks
@@ -28,16 +28,18 @@ _LONGEST_PATH = 200
 _LONGEST_LIST = 2**32
 _LONGEST_SHOWN = 80
 
-_MODULE = "torch.distributed.checkpoint.metadata"
+DCP_VERSION = "1.0.0"
+METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+STORAGE_MODULE = "torch.distributed.checkpoint.filesystem"
 _OLD_MODULE = "torch.distributed._shard.sharded_tensor.metadata"  # before torch 2.3, for the properties
 _CLASSES: Final[Mapping[str, str]] = {
-    **{f"{_MODULE}.{name}": name for name in (
+    **{f"{METADATA_MODULE}.{name}": name for name in (
         "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties",
         "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )},
     f"{_OLD_MODULE}.TensorProperties": "TensorProperties",
     f"{_OLD_MODULE}.MEM_FORMAT_ENCODING": "_MEM_FORMAT_ENCODING",
-    "torch.distributed.checkpoint.filesystem._StorageInfo": "_StorageInfo",
+    f"{STORAGE_MODULE}._StorageInfo": "_StorageInfo",
 }  # fmt: skip
 _TORCH_NAMES = ("torch.Size", "torch.serialization._get_layout")
 _ItemIndex = tuple[str, tuple[int, ...] | None]

@@ -14,6 +14,7 @@ from ckptkit.core.text import quoted
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.errors import ChangedError, PlanError
 from ckptkit.formats.atomic import AtomicFile
+from ckptkit.formats.pickle.emit import PickleWriter
 
 __all__ = [
     "STORAGE_CLASSES",
@@ -23,6 +24,7 @@ __all__ = [
     "layout_torch_archive",
     "layout_torch_zip",
     "pickle_state_dict",
+    "pickle_tensor",
     "refuse_unwritable",
     "write_torch_zip",
 ]
@@ -49,8 +51,7 @@ class StoredTensor:
 
 def pickle_state_dict(tensors: Iterable[StoredTensor], versions: Mapping[str, int]) -> bytes:
     """Return the pickle of an ``OrderedDict`` of tensors by key, with the module versions as ``_metadata``."""
-    emit = _Emitter()
-    emit.out += b"\x80\x02"
+    emit = PickleWriter()
     emit.ordered_dict()
     emit.out += b"("
     for tensor in tensors:
@@ -63,7 +64,15 @@ def pickle_state_dict(tensors: Iterable[StoredTensor], versions: Mapping[str, in
     return bytes(emit.out)
 
 
-def _metadata(emit: _Emitter, versions: Mapping[str, int]) -> None:
+def pickle_tensor(tensor: StoredTensor) -> bytes:
+    """Return the pickle of one tensor, without a mapping around it."""
+    emit = PickleWriter()
+    _tensor(emit, tensor)
+    emit.out += b"."
+    return bytes(emit.out)
+
+
+def _metadata(emit: PickleWriter, versions: Mapping[str, int]) -> None:
     emit.out += b"}"
     emit.text("_metadata")
     emit.ordered_dict()
@@ -77,7 +86,7 @@ def _metadata(emit: _Emitter, versions: Mapping[str, int]) -> None:
     emit.out += b"usb"
 
 
-def _tensor(emit: _Emitter, tensor: StoredTensor) -> None:
+def _tensor(emit: PickleWriter, tensor: StoredTensor) -> None:
     info = tensor.info
     dtype, shape, offset, stride = info.dtype, info.shape, tensor.offset, tensor.stride
     if dtype == "F4":
@@ -102,57 +111,6 @@ def _tensor(emit: _Emitter, tensor: StoredTensor) -> None:
     if not storage:
         emit.name("torch", DTYPES[dtype].torch_name)
     emit.out += b"tR"
-
-
-class _Emitter:
-    """Write opcodes of protocol 2; code names and constants are written once and then recalled from the memo."""
-
-    def __init__(self) -> None:
-        self.out = bytearray()
-        self._memo: dict[tuple[str, ...], int] = {}
-
-    def name(self, module: str, name: str) -> None:
-        if not self._recall((module, name)):
-            self.out += f"c{module}\n{name}\n".encode("ascii")
-            self._remember((module, name))
-
-    def constant(self, text: str) -> None:
-        if not self._recall((text,)):
-            self.text(text)
-            self._remember((text,))
-
-    def text(self, text: str) -> None:
-        raw = text.encode("utf-8", "surrogatepass")
-        self.out += b"X" + struct.pack("<I", len(raw)) + raw
-
-    def integer(self, value: int) -> None:
-        if 0 <= value < 256:
-            self.out += struct.pack("<cB", b"K", value)
-        elif 0 <= value < 2**31:
-            self.out += struct.pack("<ci", b"J", value)
-        else:
-            raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-            self.out += struct.pack("<cB", b"\x8a", len(raw)) + raw
-
-    def integers(self, values: Iterable[int]) -> None:
-        self.out += b"("
-        for value in values:
-            self.integer(value)
-        self.out += b"t"
-
-    def ordered_dict(self) -> None:
-        self.name("collections", "OrderedDict")
-        self.out += b")R"
-
-    def _recall(self, key: tuple[str, ...]) -> bool:
-        if key not in self._memo:
-            return False
-        self.out += struct.pack("<cB", b"h", self._memo[key])
-        return True
-
-    def _remember(self, key: tuple[str, ...]) -> None:
-        self._memo[key] = len(self._memo)
-        self.out += struct.pack("<cB", b"q", self._memo[key])
 
 
 _LOCAL = struct.Struct("<4s5H3L2H")
@@ -313,26 +271,26 @@ def _single(
     return payload(info), row_major(info.shape)
 
 
-def write_torch_zip(layout: TorchZipLayout, out: AtomicFile) -> Iterator[int]:
-    """Write the archive to ``out``, and yield the number of bytes of each step."""
+def write_torch_zip(layout: TorchZipLayout, out: AtomicFile, at: int = 0) -> Iterator[int]:
+    """Write the archive to ``out`` from its byte ``at``, and yield the number of bytes of each step."""
     directory = bytearray()
     for entry in layout.entries:
         # Unchanged bytes keep the checksum of the source, so damage in the source stays detectable.
         crc = entry.content.crc if isinstance(entry.content, Extent) else None
         if crc is not None:
-            yield from out.copy(entry.content, entry.start)
+            yield from out.copy(entry.content, at + entry.start)
         else:
             crc, done = 0, 0
             for chunk in entry.content.chunks():
                 crc = zlib.crc32(chunk, crc)
-                out.write(chunk, entry.start + done)
+                out.write(chunk, at + entry.start + done)
                 done += len(chunk)
                 yield len(chunk)
             if done != entry.content.nbytes:
                 raise ChangedError(f"a tensor has {done} bytes in place of {entry.content.nbytes}")
-        out.write(_local_header(entry, crc), entry.header)
+        out.write(_local_header(entry, crc), at + entry.header)
         directory += _central_header(entry, crc)
-    out.write(directory + _end(len(layout.entries), len(directory), layout.directory), layout.directory)
+    out.write(directory + _end(len(layout.entries), len(directory), layout.directory), at + layout.directory)
 
 
 def _local_header(entry: _Entry, crc: int) -> bytes:
