@@ -53,6 +53,10 @@ from ckptkit.plans.execute import execute as execute
 from ckptkit.plans.lora import plan_extract_lora as plan_extract_lora
 from ckptkit.plans.lora import plan_lora as plan_lora
 from ckptkit.plans.merge import plan_merge as plan_merge
+from ckptkit.plans.one_call import convert as convert
+from ckptkit.plans.one_call import extract_lora as extract_lora
+from ckptkit.plans.one_call import merge as merge
+from ckptkit.plans.one_call import merge_lora as merge_lora
 from ckptkit.plans.output import Output as Output
 from ckptkit.plans.output import choose_output as choose_output
 from ckptkit.plans.plan import Plan as Plan
@@ -103,10 +107,12 @@ __all__ = [
     "assert_param_groups",
     "build_param_groups",
     "choose_output",
+    "convert",
     "diff",
     "diff_locks",
     "execute",
     "explain_param_group",
+    "extract_lora",
     "load_into",
     "load_optimizer_state",
     "load_plan",
@@ -114,6 +120,8 @@ __all__ = [
     "lock_document",
     "lock_optimizer",
     "lock_param_groups",
+    "merge",
+    "merge_lora",
     "open_checkpoint",
     "open_optimizer",
     "optimizer_state_diff",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 
 import click
@@ -11,12 +10,14 @@ from click.core import ParameterSource
 from ckptkit.cli.common.commands import Command
 from ckptkit.cli.common.inputs import open_checkpoints
 from ckptkit.cli.common.options import path_argument, skip_unread_option
-from ckptkit.cli.common.outputs import OutputOptions, json_bytes, plan_output_options, run_plan, write_small_file
+from ckptkit.cli.common.outputs import OutputOptions, plan_output_options, run_plan
 from ckptkit.cli.common.policy_options import policy_option
 from ckptkit.cli.common.rule_options import rule_options
-from ckptkit.core.config_files import default_error_path
-from ckptkit.formats.atomic import Target, prepare_target
+from ckptkit.core.config_files import default_error_path, json_bytes
+from ckptkit.formats.atomic import Target, write_small_file
+from ckptkit.plans.inputs import roles_of
 from ckptkit.plans.merge import plan_merge
+from ckptkit.plans.output import Output
 from ckptkit.plans.policies import (
     MISMATCH_ACTIONS,
     MISSING_ACTIONS,
@@ -29,7 +30,6 @@ from ckptkit.rules.model import Rules
 
 __all__ = ["merge"]
 
-_CONFIG, _WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _METHODS: Mapping[str, Sequence[str]] = {  # method -> the options that only this method takes
     "overlay": ("on_missing", "on_unexpected", "on_mismatch", "skip_unread"),
     "lora": ("scale",),
@@ -95,7 +95,7 @@ def merge(
         raise click.UsageError(f"--method {method} takes one DONOR")
     if method == "extract-lora" and options.carry:
         raise click.UsageError("--carry has no meaning with --method extract-lora: the output is not a model")
-    config = _config_target(options) if method == "extract-lora" else None
+    config = _config_target(options.output) if method == "extract-lora" else None
     with open_checkpoints(base, *donors, quiet=options.quiet) as (first, *others):
         with default_error_path(
             donors[0] if len(donors) == 1 else None
@@ -118,8 +118,7 @@ def merge(
                     on_mismatch=on_mismatch,
                     skip_unread=skip_unread,
                 )
-        roles = ["donor"] if len(others) == 1 else [f"donor{number}" for number in range(1, len(others) + 1)]
-        run_plan("merge", plan, {"base": first, **dict(zip(roles, others, strict=True))}, options)
+        run_plan("merge", plan, roles_of(first, others), options)
         if config is not None and not options.dry_run:
             from ckptkit.plans.lora import adapter_config
 
@@ -135,9 +134,7 @@ def _refuse_options_of_other_methods(method: str) -> None:
                 raise click.UsageError(f"--{name.replace('_', '-')} has no meaning with --method {method}")
 
 
-def _config_target(options: OutputOptions) -> Target:
-    """Return the target of the adapter's configuration beside the output; raises what the output itself would raise."""
-    directory, name = os.path.split(options.output.path)
-    if name != _WEIGHTS:
-        raise click.UsageError(f"PEFT looks for {_WEIGHTS}: give -o DIRECTORY/{_WEIGHTS}")
-    return prepare_target(os.path.join(directory, _CONFIG), force=options.output.force)
+def _config_target(output: Output) -> Target:
+    from ckptkit.plans.lora import adapter_config_target
+
+    return adapter_config_target(output)

@@ -21,6 +21,7 @@ __all__ = [
     "check_size",
     "default_error_path",
     "format_of",
+    "json_bytes",
     "json_value",
     "parse_json",
     "parse_table",
@@ -323,3 +324,8 @@ def _finite(text: str) -> float:
 
 def _integer(text: str) -> int | float:
     return -0.0 if text == "-0" else int(text)  # the safetensors library does not read -0 as an integer
+
+
+def json_bytes(document: Mapping[str, object]) -> bytes:
+    """Return a document as the content of a JSON file."""
+    return json.dumps(document, indent=1).encode() + b"\n"

@@ -32,6 +32,8 @@ __all__ = [
     "prepare_target",
     "present_state",
     "real_path",
+    "small_file",
+    "write_small_file",
 ]
 
 _LONGEST_NAME = 200  # bytes of the final name that the temporary name repeats; file systems allow 255 bytes in total
@@ -530,3 +532,17 @@ def _swap(temporary: str, target: str, *, exists: bool) -> None:
         os.rename(old_directory, target)
         raise
     os.rename(old_directory, temporary)
+
+
+@contextlib.contextmanager
+def small_file(target: Target, data: bytes) -> Iterator[None]:
+    """Write ``data`` to a temporary file that becomes the target if the block succeeds."""
+    with AtomicFile(target, len(data)) as file:
+        file.write(data, 0)
+        yield
+
+
+def write_small_file(target: Target, data: bytes) -> None:
+    """Write ``data`` to a target that ``prepare_target`` has checked, completely or not at all."""
+    with small_file(target, data):
+        pass

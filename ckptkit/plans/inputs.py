@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
 from ckptkit.core.cast_losses import CastLoss, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = ["PlanInputs", "Sources", "materialize_steps", "opened_inputs", "opened_roles", "stream_tensors"]
 
 Sources: TypeAlias = Mapping[str, object] | CheckpointLike  # object: a dict of a path and a model has no narrower type
+_Input = TypeVar("_Input")
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +115,12 @@ def _wider_dtype_hint(overflowed: Sequence[CastLoss], roles: Mapping[str, Checkp
     if wider is None:
         return ""
     return f"cast BASE first: ckpt convert BASE --dtype {wider}" if "base" in roles else f"{wider} holds them"
+
+
+def roles_of(base: _Input, donors: Sequence[_Input]) -> dict[str, _Input]:
+    """Return the inputs of a merge by the roles that its plan gives them: ``base``, and ``donor`` or ``donor1``, ..."""
+    roles = ["donor"] if len(donors) == 1 else [f"donor{number}" for number in range(1, len(donors) + 1)]
+    return {"base": base, **dict(zip(roles, donors, strict=True))}
 
 
 def _by_role(sources: Mapping[str, object] | CheckpointLike, wanted: Sequence[str]) -> dict[str, object]:

@@ -14,11 +14,13 @@ from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import quoted
 from ckptkit.core.ties import tied_keys
-from ckptkit.errors import PlanError
+from ckptkit.errors import OutputError, PlanError
+from ckptkit.formats.atomic import Target, prepare_target
 from ckptkit.formats.directories.adapters import CONFIG
 from ckptkit.formats.directories.side_files import file_beside
 from ckptkit.inputs import CheckpointLike, opened, rules_for
 from ckptkit.plans.merge import follow_ties
+from ckptkit.plans.output import Output
 from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, change_reason, check_quantized, refuse_part
 from ckptkit.plans.steps import complete_step, dropped_entries, refuse_ambiguous, refuse_suspicious, role_to_edit
@@ -27,13 +29,14 @@ from ckptkit.rules.model import RulesLike
 from ckptkit.tensor_ops.lora import AdapterPlan, ExtractLora, adapted_keys, plan_adapter
 from ckptkit.tensor_ops.recipes import Recipe
 
-__all__ = ["adapter_config", "plan_extract_lora", "plan_lora"]
+__all__ = ["LoraConfigLike", "adapter_config", "adapter_config_target", "plan_extract_lora", "plan_lora"]
 
 _BASE, _DONOR = "base", "donor"
 _REPLACED = "saved whole with the adapter"
 _PREFIX = "base_model.model."  # peft puts it before the keys of the base
 _EXTRACT = "extract-lora"
 _FOLD_ELSEWHERE = "fold into a dequantised base, here or with merge_and_unload of peft; "
+_WEIGHTS = "adapter_model.safetensors"  # the name under which peft looks for an adapter
 _FACTORS = ("lora_A.weight", "lora_B.weight")
 
 
@@ -224,6 +227,18 @@ def _plan_extract(roles: Mapping[str, Checkpoint], rank: int, rules: RulesLike |
     left_out = (*dropped, *dropped_entries(donor, _DONOR))
     plan = Plan(tuple(steps), left_out, {"format": "pt"}, key_map.notes, command="merge")
     return check_quantized(plan, quantized)
+
+
+def adapter_config_target(output: Output) -> Target:
+    """Return the target of ``adapter_config.json`` beside the output of ``plan_extract_lora``.
+
+    Raises ``OutputError`` where peft would not find the output under its name, and where the configuration exists
+    (without ``force``) or cannot be created.
+    """
+    directory, name = os.path.split(output.path)
+    if name != _WEIGHTS:
+        raise OutputError(f"PEFT looks for {_WEIGHTS}", hint=f"give -o DIRECTORY/{_WEIGHTS}", path=output.path)
+    return prepare_target(os.path.join(directory, CONFIG), force=output.force)
 
 
 def adapter_config(plan: Plan) -> dict[str, object]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,9 +19,10 @@ from ckptkit.cli.common.options import (
     report_options,
 )
 from ckptkit.cli.common.printing import ReportFormat, echo_result, print_message, progress_bar
+from ckptkit.core.config_files import json_bytes
 from ckptkit.core.files import is_same_file
 from ckptkit.errors import OutputError
-from ckptkit.formats.atomic import AtomicFile, Target, prepare_target, present_state, real_path
+from ckptkit.formats.atomic import Target, prepare_target, present_state, real_path, small_file
 from ckptkit.plans.output import FORMATS, Output, choose_output
 
 if TYPE_CHECKING:
@@ -31,13 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "OutputOptions",
-    "json_bytes",
     "output_options",
     "plan_output_options",
     "prepare_side_file",
     "run_plan",
-    "small_file",
-    "write_small_file",
 ]
 
 
@@ -197,22 +194,3 @@ def prepare_side_file(path: str, inputs: Iterable[str], output: str | None = Non
     if output is not None and real_path(path) == real_path(output):
         raise OutputError("is the output too", hint="give another name", path=path)
     return prepare_target(path, force=force)
-
-
-def json_bytes(document: Mapping[str, object]) -> bytes:
-    """Return a document as the content of a JSON file."""
-    return json.dumps(document, indent=1).encode() + b"\n"
-
-
-@contextlib.contextmanager
-def small_file(target: Target, data: bytes) -> Iterator[None]:
-    """Write ``data`` to a temporary file that becomes the target if the block succeeds."""
-    with AtomicFile(target, len(data)) as file:
-        file.write(data, 0)
-        yield
-
-
-def write_small_file(target: Target, data: bytes) -> None:
-    """Write ``data`` to a target that ``prepare_target`` has checked, completely or not at all."""
-    with small_file(target, data):
-        pass

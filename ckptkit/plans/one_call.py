@@ -1,0 +1,242 @@
+"""Convert and merge checkpoints with one call each: open the inputs, plan, write the output, and close the inputs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+
+from ckptkit.core.checkpoint import Checkpoint
+from ckptkit.core.config_files import default_error_path, json_bytes
+from ckptkit.core.progress import Progress
+from ckptkit.core.torch_types import DType
+from ckptkit.formats.atomic import write_small_file
+from ckptkit.inputs import CheckpointLike, opened
+from ckptkit.plans.execute import Written, execute
+from ckptkit.plans.inputs import roles_of
+from ckptkit.plans.lora import LoraConfigLike
+from ckptkit.plans.output import choose_output
+from ckptkit.plans.policies import OnMismatch, OnMissing, OnUnexpected
+from ckptkit.rules.model import RulesLike
+
+__all__ = ["convert", "extract_lora", "merge", "merge_lora"]
+
+
+def convert(
+    source: CheckpointLike,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | DType | None = None,
+    format: str | None = None,  # noqa: A002
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+    only_tensors: bool = False,
+    keep_unknown: bool = False,
+    skip_unread: bool = False,
+    carry: bool = False,
+    verify: bool = False,
+    allow_overflow: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write a checkpoint in another format, in shards or with another dtype, as ``ckpt convert`` does.
+
+    ``source`` is a path, a Checkpoint, a Module or a mapping of tensors. ``dtype`` and ``skip_unread`` are as in
+    ``plan_remap``; ``out``, ``format``, ``max_shard_size``, ``force``, ``only_tensors`` and ``keep_unknown`` as in
+    ``choose_output``; ``carry``, ``verify``, ``allow_overflow`` and ``progress`` as in ``execute``.
+
+    Raises:
+        PathError: The source cannot be read.
+        FormatError: The source is not a valid checkpoint.
+        PlanError: A tensor cannot be copied or cast, or the format cannot hold it.
+        OutputError: The output exists (without ``force``), or cannot be written.
+
+    Example:
+        >>> import ckptkit, os, tempfile
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     out = os.path.join(directory, "half.safetensors")
+        ...     written = ckptkit.convert("fixtures/lenet_10class.pth", out, dtype="float16", verify=True)
+        >>> written.format, written.tensors
+        ('safetensors', 10)
+    """
+    from ckptkit.plans.remap import plan_remap
+
+    output = choose_output(
+        out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
+        keep_unknown=keep_unknown,
+    )  # fmt: skip
+    with _opened({"source": source}) as sources, default_error_path(_path(source)):
+        plan = plan_remap(sources["source"], dtype=dtype, skip_unread=skip_unread)
+        return execute(
+            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
+        )
+
+
+def merge(
+    base: CheckpointLike,
+    donors: CheckpointLike | Sequence[CheckpointLike],
+    out: str | os.PathLike[str],
+    rules: RulesLike | None = None,
+    *,
+    on_missing: OnMissing = "keep",
+    on_unexpected: OnUnexpected = "skip",
+    on_mismatch: OnMismatch = "error",
+    format: str | None = None,  # noqa: A002
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+    only_tensors: bool = False,
+    keep_unknown: bool = False,
+    skip_unread: bool = False,
+    carry: bool = False,
+    verify: bool = False,
+    allow_overflow: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write ``base`` with the values of the donors where key and shape agree, as ``ckpt merge`` does.
+
+    ``base`` and each donor are a path, a Checkpoint, a Module or a mapping of tensors. ``rules``, ``skip_unread`` and
+    the policies ``on_...`` are as in ``plan_merge``; the other arguments are as in ``convert``.
+
+    Raises:
+        PathError: An input cannot be read.
+        FormatError: An input is not a valid checkpoint.
+        RuleError: A rule or a pattern is not valid, or matches nothing.
+        PlanError: Nothing fits, a policy says ``error``, or a tensor cannot be copied, cast or held by the format.
+        OutputError: The output exists (without ``force``), or cannot be written.
+
+    Example:
+        >>> import ckptkit, os, tempfile
+        >>> base, donor = "fixtures/lenet_10class.pth", "fixtures/lenet_ddp.pt"
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     out = os.path.join(directory, "merged.safetensors")
+        ...     written = ckptkit.merge(base, donor, out, ["module.*=*"])
+        >>> written.tensors
+        10
+    """
+    from ckptkit.plans.merge import plan_merge
+
+    output = choose_output(
+        out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
+        keep_unknown=keep_unknown,
+    )  # fmt: skip
+    given = [donors] if isinstance(donors, str) or not isinstance(donors, Sequence) else donors
+    with _opened(roles_of(base, given)) as sources:
+        opened_base, *opened_donors = sources.values()
+        with default_error_path(_path(given[0]) if len(given) == 1 else None):
+            plan = plan_merge(
+                opened_base, opened_donors, rules,
+                on_missing=on_missing, on_unexpected=on_unexpected, on_mismatch=on_mismatch, skip_unread=skip_unread,
+            )  # fmt: skip
+        return execute(
+            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
+        )
+
+
+def merge_lora(
+    base: CheckpointLike,
+    adapter: CheckpointLike,
+    out: str | os.PathLike[str],
+    lora_config: LoraConfigLike | None = None,
+    rules: RulesLike | None = None,
+    *,
+    scale: float = 1.0,
+    format: str | None = None,  # noqa: A002
+    max_shard_size: int | str | None = None,
+    force: bool = False,
+    only_tensors: bool = False,
+    keep_unknown: bool = False,
+    carry: bool = False,
+    verify: bool = False,
+    allow_overflow: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write ``base`` with a LoRA adapter of peft folded into its weights, as ``ckpt merge --method lora`` does.
+
+    ``base`` and ``adapter`` are a path, a Checkpoint, a Module or a mapping of tensors. ``lora_config``, ``rules`` and
+    ``scale`` are as in ``plan_lora``; the other arguments are as in ``convert``.
+
+    Raises:
+        PathError: An input cannot be read.
+        FormatError: An input is not a valid checkpoint.
+        RuleError: A tensor of the adapter has no matching key in the base, or a rule is not valid.
+        PlanError: There is no configuration of the adapter, or a weight cannot be changed.
+        OutputError: The output exists (without ``force``), or cannot be written.
+
+    Example:
+        >>> import ckptkit, os, tempfile, torch
+        >>> base = {"fc.weight": torch.zeros(2, 2)}
+        >>> adapter = {"fc.lora_A.weight": torch.ones(1, 2), "fc.lora_B.weight": torch.ones(2, 1)}
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     out = os.path.join(directory, "merged.safetensors")
+        ...     written = ckptkit.merge_lora(base, adapter, out, {"r": 1, "lora_alpha": 2})
+        ...     with ckptkit.open_checkpoint(out) as merged:
+        ...         merged.read("fc.weight").tolist()
+        [[2.0, 2.0], [2.0, 2.0]]
+    """
+    from ckptkit.plans.lora import plan_lora
+
+    output = choose_output(
+        out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
+        keep_unknown=keep_unknown,
+    )  # fmt: skip
+    with _opened(roles_of(base, [adapter])) as sources:
+        with default_error_path(_path(adapter)):
+            plan = plan_lora(sources["base"], sources["donor"], lora_config, rules, scale=scale)
+        return execute(
+            plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
+        )
+
+
+def extract_lora(
+    base: CheckpointLike,
+    tuned: CheckpointLike,
+    out: str | os.PathLike[str],
+    rank: int = 8,
+    rules: RulesLike | None = None,
+    *,
+    force: bool = False,
+    verify: bool = False,
+    allow_overflow: bool = False,
+    progress: Progress | None = None,
+) -> Written:
+    """Write the LoRA adapter nearest to a change of weights, as ``ckpt merge --method extract-lora`` does.
+
+    ``base`` and ``tuned`` are a path, a Checkpoint, a Module or a mapping of tensors. ``out`` is the path of an
+    ``adapter_model.safetensors``. ``adapter_config.json`` is written beside it, so that peft loads the directory.
+    ``rank`` and ``rules`` are as in ``plan_extract_lora``; the other arguments are as in ``convert``.
+
+    Raises:
+        PathError: An input cannot be read.
+        FormatError: An input is not a valid checkpoint.
+        RuleError: ``rank`` is larger than the rank that a weight can have, or a rule is not valid.
+        PlanError: The tensors of the two inputs cannot be compared, or a weight is quantised.
+        OutputError: One of both files exists (without ``force``), or cannot be written.
+
+    Example:
+        >>> import ckptkit, os, tempfile
+        >>> base, tuned = "fixtures/lenet_10class.pth", "fixtures/lenet_10class.safetensors"
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     written = ckptkit.extract_lora(base, tuned, os.path.join(directory, "adapter_model.safetensors"), 2)
+        ...     sorted(os.listdir(directory))
+        ['adapter_config.json', 'adapter_model.safetensors']
+    """
+    from ckptkit.plans.lora import adapter_config, adapter_config_target, plan_extract_lora
+
+    output = choose_output(out, force=force)
+    target = adapter_config_target(output)
+    with _opened(roles_of(base, [tuned])) as sources:
+        with default_error_path(_path(tuned)):
+            plan = plan_extract_lora(sources["base"], sources["donor"], rank, rules)
+        written = execute(plan, sources, output, verify=verify, allow_overflow=allow_overflow, progress=progress)
+    write_small_file(target, json_bytes(adapter_config(plan)))
+    return written
+
+
+@contextlib.contextmanager
+def _opened(inputs: Mapping[str, CheckpointLike]) -> Iterator[dict[str, Checkpoint]]:
+    with contextlib.ExitStack() as stack:
+        yield {role: stack.enter_context(opened(value, role)) for role, value in inputs.items()}
+
+
+def _path(value: CheckpointLike) -> str | None:
+    """Return the path that an error without one is about, if an argument is a path."""
+    return os.fspath(value) if isinstance(value, str | os.PathLike) else None
