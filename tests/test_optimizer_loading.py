@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 
 from ckptkit import OptimizerLoadReport, load_optimizer_state, open_checkpoint, validate_param_groups
 from ckptkit.core.text import listed
-from ckptkit.errors import FormatError, GroupsError, PlanError
+from ckptkit.errors import ArgumentError, FormatError, GroupsError, PlanError, RuleError
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.optimizer_state.remap import remap
 from ckptkit.rules.parse import parse_rules
@@ -559,8 +559,33 @@ def test_a_damaged_state_changes_nothing() -> None:
 )
 def test_an_unknown_policy_is_refused(policy: dict[str, Any]) -> None:
     model, optimizer = trained_model()
-    with pytest.raises(PlanError, match=next(iter(policy))):
+    with pytest.raises(ArgumentError, match=f"{next(iter(policy))} is the string"):
         load_optimizer_state(optimizer, model, optimizer.state_dict(), **policy)
+
+
+def test_patterns_choose_which_state_may_be_left_out() -> None:
+    """Only the replaced head starts without state; anything else that does not fit is an error."""
+    model, optimizer = trained_model()
+    saved = optimizer.state_dict()
+    model.head = nn.Linear(4, 7)
+    other = PROVED["AdamW"](model.named_parameters())
+    report = load_optimizer_state(other, model, saved, on_mismatch={"head.*": "skip"})
+    assert report.dropped == ("head.weight", "head.bias")
+    by_name = dict(model.named_parameters())
+    assert {name for name, tensor in by_name.items() if tensor in other.state} == by_name.keys() - {*report.dropped}
+    with pytest.raises(PlanError, match=r"the state of 'head.bias' .*on_mismatch=\{\"head.bias\": \"skip\"\}"):
+        load_optimizer_state(other, model, saved, on_mismatch={"head.weight": "skip"})
+    with pytest.raises(RuleError, match=r"--on-mismatch 'hed.\*' matches none of 6 keys of the optimizer"):
+        load_optimizer_state(other, model, saved, on_mismatch={"hed.*": "skip"})
+    del saved["state"][0]
+    with pytest.raises(PlanError, match="the file has no state for 'qkv.weight'"):
+        load_optimizer_state(other, model, saved, on_mismatch="skip", on_missing={"fc.bias": "keep"})
+    smaller = nn.ModuleDict({name: child for name, child in model.named_children() if name != "head"})
+    fewer = PROVED["AdamW"](smaller.named_parameters())
+    left = load_optimizer_state(fewer, smaller, optimizer.state_dict(), on_unexpected={"head.*": "skip"})
+    assert left.unused == ("head.weight", "head.bias")
+    with pytest.raises(PlanError, match=r"the state has 'head.weight', which the optimizer does not have"):
+        load_optimizer_state(fewer, smaller, optimizer.state_dict(), on_unexpected={"head.bias": "skip"})
 
 
 def test_a_hook_that_changes_values_is_detected() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, TypeAlias, cast, get_args
 
-from ckptkit.core.arguments import require_flags
+from ckptkit.core.arguments import require_choice, require_flags
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding, Report
+from ckptkit.core.patterns import literal
 from ckptkit.core.text import listed, plural, quoted
 from ckptkit.core.torch_bridge import (
     has_same_layout,
@@ -36,14 +37,17 @@ from ckptkit.optimizer_state.remap import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.spec.fields import is_tensor
+from ckptkit.plans.policies import MISSING_ACTIONS, MissingAction, OnMissing, Policy, parse_policy, pattern_for
+from ckptkit.rules.load import as_rules
 from ckptkit.rules.model import RulesLike
 
 __all__ = ["OptimizerLoadReport", "load_optimizer_state"]
 
 StateLike = OptimizerState | FoundState | Checkpoint | Mapping[str, object]
-OnMissing = Literal["keep", "error"]
-OnUnexpected = Literal["skip", "error"]
-OnMismatch = Literal["error", "skip"]
+SkipAction: TypeAlias = Literal["skip", "error"]
+SKIP_ACTIONS: tuple[SkipAction, ...] = get_args(SkipAction)
+# One action for every parameter, or an action for each pattern of names.
+OnSkip: TypeAlias = SkipAction | Mapping[str, SkipAction]
 # These options tell how a step is computed, not its result. What a file from a GPU has may not work on this machine.
 _SPEED_OPTIONS = options_of_kind("speed")
 _MEMBER_OPTIONS = options_of_kind("members")
@@ -94,8 +98,8 @@ def load_optimizer_state(
     names: NamesLike | str | os.PathLike[str] | None = None,
     hyper: Hyper = "saved",
     on_missing: OnMissing = "keep",
-    on_unexpected: OnUnexpected = "skip",
-    on_mismatch: OnMismatch = "error",
+    on_unexpected: OnSkip = "skip",
+    on_mismatch: OnSkip = "error",
     allow_overflow: bool = False,
 ) -> OptimizerLoadReport:
     """Load a state into ``optimizer`` by the names of its parameters, and compare the values afterwards.
@@ -116,12 +120,16 @@ def load_optimizer_state(
     - ``on_missing`` is for trainable parameters without state in the file: ``keep`` or ``error``.
     - ``on_unexpected`` is for state of parameters that the optimizer does not have: ``skip`` or ``error``.
     - ``on_mismatch`` is for state that does not fit its parameter: ``error`` or ``skip``.
+    - Each of these three is one action, or a mapping of patterns of names to actions as in ``plan_merge``. The patterns
+      match the names of parameters, and those of ``on_unexpected`` match the names in the state after the rules.
     - ``allow_overflow`` loads values that the cast to the dtype of the parameter makes inf; a finding has their count.
 
     The ``load_state_dict()`` of torch loads the state, so its hooks run, and it casts the state to the dtype and the
     device of the parameter. Single numbers keep their dtype. No step is made, gradients are not used, and no memory is
     shared with ``state``. Everything is checked before the optimizer is changed, and it is restored if loading fails.
 
+    Raises ``ArgumentError`` for an unknown action. Raises ``RuleError`` for a wrong rule, and for a pattern that
+    decides about no name, unless ``rules`` allow unused rules.
     Raises ``PlanError`` if a policy demands it, if another optimizer class was saved, or if nothing would be loaded.
     It is also raised if a cast would make inf of finite values.
     Raises ``GroupsError`` if the optimizer does not belong to ``model``, or has other values after the load.
@@ -135,7 +143,12 @@ def load_optimizer_state(
         ('weight', 'bias')
     """
     require_flags(allow_overflow=allow_overflow)
-    _check_policies(hyper, on_missing, on_unexpected, on_mismatch)
+    require_choice(hyper, get_args(Hyper), "hyper")
+    policies = _Policies(
+        parse_policy("on_missing", on_missing, MISSING_ACTIONS),
+        parse_policy("on_unexpected", on_unexpected, SKIP_ACTIONS),
+        parse_policy("on_mismatch", on_mismatch, SKIP_ACTIONS),
+    )
     with opened_optimizer(state) as found:
         return _load_state(
             optimizer,
@@ -144,11 +157,22 @@ def load_optimizer_state(
             rules_for(rules, found) if rules is not None and isinstance(found, Checkpoint) else rules,
             names=names,
             hyper=hyper,
-            on_missing=on_missing,
-            on_unexpected=on_unexpected,
-            on_mismatch=on_mismatch,
+            policies=policies,
             allow_overflow=allow_overflow,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Policies:
+    on_missing: Policy[MissingAction]
+    on_unexpected: Policy[SkipAction]
+    on_mismatch: Policy[SkipAction]
+
+    def refuse_unused(self, saved: Collection[str], live: Collection[str], *, allow_unused: bool) -> None:
+        """Raise ``RuleError`` for a pattern that decides about no name, unless ``allow_unused``."""
+        self.on_missing.unused(live, "the optimizer", allow_unused=allow_unused)
+        self.on_mismatch.unused(live, "the optimizer", allow_unused=allow_unused)
+        self.on_unexpected.unused(saved, "the state", allow_unused=allow_unused)
 
 
 def _load_state(
@@ -159,36 +183,33 @@ def _load_state(
     *,
     names: NamesLike | str | os.PathLike[str] | None,
     hyper: Hyper,
-    on_missing: OnMissing,
-    on_unexpected: OnUnexpected,
-    on_mismatch: OnMismatch,
+    policies: _Policies,
     allow_overflow: bool,
 ) -> OptimizerLoadReport:
     inner = single_optimizer(optimizer)
     _refuse_state_of_wrapper(optimizer, inner)
     live_model = read_live_model(model)
     live_groups = _live_groups(inner, live_model)
-    drop_strays = on_unexpected == "skip"
+    drop_strays = "skip" in policies.on_unexpected.actions
     saved, strays = _named(state, names, model, live_groups, drop_strays=drop_strays, has_rules=rules is not None)
     if optimizer is not inner and saved.more.state:  # the wrapper wrote these values into the state of the optimizer
         raise _wrapper_error(optimizer, inner)
     schema = schema_of(type(inner))
     refuse_other_class(saved, inner, schema)
+    parsed = as_rules(rules)
     if rules is not None:
-        saved = remap(saved, rules)
+        saved = remap(saved, parsed)
+    live_names = [name for group in live_groups for name in group.names]
+    policies.refuse_unused([*saved.names, *strays, *saved.more.names], live_names, allow_unused=parsed.allow_unused)
     saved, unused = _with_live_names(saved, live_model, live_groups)
     unused += strays
-    if unused and on_unexpected == "error":
-        raise PlanError(
-            f"the state has {listed(unused)}, which the optimizer does not have",
-            hint='rename it with rules, or leave it out: on_unexpected="skip"',
-        )
+    _refuse_unexpected([name for name in unused if policies.on_unexpected.action(name) == "error"])
     _refuse_moved_elements(saved, schema)
     _refuse_hidden_parameters(saved, live_groups)
     groups = _chosen_options(saved, live_groups, hyper)
     with_state = [name for name, live in live_model.by_name.items() if inner.state.get(live.tensor)]
     match = match_state(saved, groups, live_model, schema, with_state=with_state)
-    _refuse_by_policy(match, saved, on_missing, on_mismatch)
+    _refuse_by_policy(match, saved, policies)
     findings = [
         *naming_findings(saved),
         *_match_findings(match, unused),
@@ -198,9 +219,8 @@ def _load_state(
     ]
     if not saved.state and saved.names:
         findings.append(codes.OPTIONS_ONLY.finding("", "the file has no state, so only the options were loaded"))
-    unread = _load(
-        inner, replace(saved, state=match.state, groups=groups), match, live_model, schema, on_unexpected=on_unexpected
-    )
+    chosen = replace(saved, state=match.state, groups=groups)
+    unread = _load(inner, chosen, match, live_model, schema, on_unexpected=policies.on_unexpected)
     findings += unread
     return OptimizerLoadReport(
         tuple(findings),
@@ -211,18 +231,6 @@ def _load_state(
         unused=tuple(unused),
         reshaped=tuple(change.name for change in saved.changes if change.moves_elements),
     )
-
-
-def _check_policies(hyper: str, on_missing: str, on_unexpected: str, on_mismatch: str) -> None:
-    given = {
-        "hyper": (hyper, Hyper),
-        "on_missing": (on_missing, OnMissing),
-        "on_unexpected": (on_unexpected, OnUnexpected),
-        "on_mismatch": (on_mismatch, OnMismatch),
-    }
-    for name, (value, policy) in given.items():
-        if value not in get_args(policy):
-            raise PlanError(f"{name} is {quoted(str(value))}", hint=f"it must be {' or '.join(get_args(policy))}")
 
 
 def _refuse_state_of_wrapper(optimizer: Optimizer, inner: Optimizer) -> None:
@@ -377,18 +385,30 @@ def _chosen_options(saved: OptimizerState, live_groups: Sequence[NamedGroup], hy
     return tuple(chosen)
 
 
-def _refuse_by_policy(match: StateMatch, saved: OptimizerState, on_missing: OnMissing, on_mismatch: OnMismatch) -> None:
-    if match.missing and on_missing == "error":
+def _refuse_unexpected(names: Sequence[str]) -> None:
+    if names:
+        skip = f'on_unexpected={{"{pattern_for(names[0], names)}": "skip"}}'
         raise PlanError(
-            f"the file has no state for {listed(match.missing)}",
-            hint='rename with rules what has another name in the file, or start without state: on_missing="keep"',
+            f"the state has {listed(names)}, which the optimizer does not have",
+            hint=f"rename it with rules, or leave it out: {skip}",
         )
-    if match.dropped and on_mismatch == "error":
-        name, reason = next(iter(match.dropped.items()))
-        more = f" (and {len(match.dropped) - 1:,} more do not fit)" if len(match.dropped) > 1 else ""
+
+
+def _refuse_by_policy(match: StateMatch, saved: OptimizerState, policies: _Policies) -> None:
+    missing = [name for name in match.missing if policies.on_missing.action(name) == "error"]
+    if missing:
+        keep = f'on_missing={{"{pattern_for(missing[0], missing)}": "keep"}}'
         raise PlanError(
-            f"the state of {quoted(name)} {reason}{more}",
-            hint='move it with the rules that moved the weights, or start without this state: on_mismatch="skip"',
+            f"the file has no state for {listed(missing)}",
+            hint=f"rename with rules what has another name in the file, or start without state: {keep}",
+        )
+    refused = [name for name in match.dropped if policies.on_mismatch.action(name) == "error"]
+    if refused:
+        more = f" (and {len(refused) - 1:,} more do not fit)" if len(refused) > 1 else ""
+        skip = f'on_mismatch={{"{pattern_for(refused[0], refused)}": "skip"}}'
+        raise PlanError(
+            f"the state of {quoted(refused[0])} {match.dropped[refused[0]]}{more}",
+            hint=f"move it with the rules that moved the weights, or start without this state: {skip}",
         )
     if not match.state and match.missing and not saved.state and saved.names:
         raise PlanError(
@@ -409,7 +429,7 @@ def _load(
     live_model: LiveModel,
     schema: OptimizerSchema | None,
     *,
-    on_unexpected: OnUnexpected,
+    on_unexpected: Policy[SkipAction],
 ) -> list[Finding]:
     """Load the state, and return findings about the values of no parameter that the optimizer did not take."""
     given = to_dict(state, "indexed")
@@ -441,7 +461,7 @@ def _load(
         raise
 
 
-def _unread_values(optimizer: Optimizer, more: MoreValues, on_unexpected: OnUnexpected) -> list[Finding]:
+def _unread_values(optimizer: Optimizer, more: MoreValues, on_unexpected: Policy[SkipAction]) -> list[Finding]:
     """Return a finding for each value of no parameter that the loaded optimizer would not save again."""
     if not more:
         return []
@@ -457,10 +477,10 @@ def _unread_values(optimizer: Optimizer, more: MoreValues, on_unexpected: OnUnex
     for key, value, saved_again in pairs:
         if key in saved_again and _is_same(saved_again[key], value):
             continue
-        if key not in saved_again and on_unexpected == "error":
+        if key not in saved_again and on_unexpected.action(key) == "error":
             raise PlanError(
                 f"the state has {quoted(key)}, which the optimizer does not have",
-                hint='leave it out: on_unexpected="skip"',
+                hint=f'leave it out: on_unexpected={{"{literal(key)}": "skip"}}',
             )
         if key in saved_again or not _has_own_load(optimizer):
             reason = "is not that of the file after loading" if key in saved_again else "was not loaded"
