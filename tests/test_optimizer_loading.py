@@ -578,7 +578,7 @@ def test_patterns_choose_which_state_may_be_left_out() -> None:
     with pytest.raises(RuleError, match=r"--on-mismatch 'hed.\*' matches none of 6 keys of the optimizer"):
         load_optimizer_state(other, model, saved, on_mismatch={"hed.*": "skip"})
     del saved["state"][0]
-    with pytest.raises(PlanError, match="the file has no state for 'qkv.weight'"):
+    with pytest.raises(PlanError, match=r"the file has no state for 'qkv.weight'"):
         load_optimizer_state(other, model, saved, on_mismatch="skip", on_missing={"fc.bias": "keep"})
     smaller = nn.ModuleDict({name: child for name, child in model.named_children() if name != "head"})
     fewer = PROVED["AdamW"](smaller.named_parameters())
