@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_document", "plan_page", "written_document", "written_page"]
 
+_NO_PLAN = Plan(())  # of an output that was described by hand
+
 
 def plan_document(plan: Plan) -> dict[str, object]:
     """Return the document of a dry run of ``ckpt merge``, ``remap`` or ``convert`` with ``--json``."""
@@ -62,7 +64,7 @@ def written_document(written: Written) -> dict[str, object]:
             for change in written.adapted
         ],
     }
-    return {**plan_document(Plan(()) if written.plan is None else written.plan), "output": output}
+    return {**plan_document(_NO_PLAN if written.plan is None else written.plan), "output": output}
 
 
 def _cast_document(loss: CastLoss) -> dict[str, object]:
@@ -94,7 +96,7 @@ def written_page(written: Written, *, tensors: bool = False, expand: bool = Fals
 
     With ``tensors``, every tensor has a row, as on the page of the plan.
     """
-    plan = Plan(()) if written.plan is None else written.plan
+    plan = _NO_PLAN if written.plan is None else written.plan
     if tensors:
         about = [*_kept(plan), *_losses(written), *_verified(written)]
         lines = [*(Line((sentence,)) for sentence in about), Line(_written(plan, written))]
