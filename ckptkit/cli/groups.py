@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from typing import TYPE_CHECKING, cast
 
 import click
 
 from ckptkit.cli.common.commands import CommandGroup
 from ckptkit.cli.common.options import PATH_TYPE, ignore_option, quiet_option, report_options
-from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_line, print_message
+from ckptkit.cli.common.printing import ReportFormat, echo_result, exit_code, print_message
 from ckptkit.cli.common.spec_options import (
     SpecSource,
     model_option,
@@ -90,7 +91,6 @@ def validate(
     ckpt groups validate --model py:mynet:build groups.toml
     ckpt groups validate --model py:mynet:build groups.toml --ignore 'groups.decay:*.norm.*'
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.core.findings import Report
     from ckptkit.core.findings.ignoring import ignore_findings, parse_ignore
     from ckptkit.param_groups.build import build_planned_groups
     from ckptkit.param_groups.plan import assign
@@ -106,13 +106,11 @@ def validate(
         report, plan = assignment.report, assignment.plan
         if ignore_findings(report, entries).ok:
             built = [group for name in plan.optimizers for group in build_planned_groups(live, plan, optimizer=name)]
-            report = Report((*report.findings, *check_param_groups(live, built).findings), GroupsError)
+            checked = check_param_groups(live, built)
+            report = replace(checked, findings=(*report.findings, *checked.findings))
         report = ignore_findings(report, entries)
-    if report_format is ReportFormat.JSON or report.findings or report.ignored:
+    if report_format is ReportFormat.JSON or report.findings or report.ignored or not quiet:
         echo_result(report_format, report)
-    elif not quiet:
-        count = plural(sum(len(group.parameters) for group in plan.groups), "trainable parameter")
-        print_line(f"{count}, each in exactly one of {plural(len(plan.groups), 'group')}")
     context.exit(exit_code(report))
 
 

@@ -153,8 +153,8 @@ def show(
             severity: Severity = "note" if name_source.is_empty else "error"
             no_names = codes.NO_NAMES.finding("", error.reason, error.hint or "", severity=severity)
             state = replace(name_by_position(found), findings=tuple(structure_findings(found)) or (no_names,))
+        report = state_report(state)  # raises where a step count cannot be read
         echo_result(report_format, state, expand=expand)
-        report = state_report(state)
     context.exit(exit_code(report))
 
 

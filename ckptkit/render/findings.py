@@ -30,7 +30,9 @@ def findings_document(report: Report) -> dict[str, object]:
 
 
 def findings_page(report: Report) -> Page:
-    """Return one line per finding with its hint below, then the number of findings."""
+    """Return one line per finding with its hint below, then the number of findings, or what the check proved."""
+    if report.proved and not report.findings and not report.ignored:
+        return [Line((report.proved,))]
     return [*finding_lines(report.findings), Line((report.counts,))]
 
 

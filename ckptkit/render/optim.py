@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ckptkit.core.findings import Report
 from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.errors import CkptkitError
 from ckptkit.optimizer_state.compare import state_report
 from ckptkit.optimizer_state.model import (
     Change,
@@ -36,13 +38,24 @@ def state_page(state: OptimizerState, *, changes: bool = False, expand: bool = F
     """
     if changes:
         return [*_changes(state, expand=expand), Line((f"{_totals(state)}; nothing was written",))]
+    report, unread = _report(state)
     group = {name: number for number, group in enumerate(state.groups) for name in group.names}
     names = dict.fromkeys([*state.names, *state.state])
-    rows = [Row(name, _cells(state.state.get(name, {}), group.get(name))) for name in names]
+    rows = [Row(name, _cells(state.state.get(name, {}), group.get(name), is_open=not unread)) for name in names]
     parameters = Table(("parameter", "shape", "slots", "step", "group"), tuple(table_rows(rows, expand=expand)))
     page: list[Block] = [_title(state), parameters, _groups_table(state), Line((_totals(state),)), *_remarks(state)]
-    report = state_report(state)
+    page += [Line((line,)) for line in unread]
     return [*page, *findings_page(report)] if report.findings else page
+
+
+def _report(state: OptimizerState) -> tuple[Report, list[str]]:
+    """Return the findings, and a sentence where the numbers of the state cannot be read, mostly of a closed file."""
+    try:
+        return state_report(state), []
+    except CkptkitError as error:
+        return Report(state.findings), [
+            f"the file is closed or cannot be read, so step counts are unknown: {error.reason}"
+        ]
 
 
 def _title(state: OptimizerState) -> Line:
@@ -51,8 +64,8 @@ def _title(state: OptimizerState) -> Line:
     return Line((*path, f"optimizer state, {state.form}"))
 
 
-def _cells(slots: Mapping[str, SlotValue], group: int | None) -> tuple[str, ...]:
-    shape, step = parameter_shape(slots), number_of(slots.get("step"))
+def _cells(slots: Mapping[str, SlotValue], group: int | None, *, is_open: bool) -> tuple[str, ...]:
+    shape, step = parameter_shape(slots), number_of(slots.get("step")) if is_open else None
     return (
         "" if shape is None else str(list(shape)),
         ", ".join(printable(str(slot)) for slot in slots if slot != "step"),
@@ -186,7 +199,10 @@ def _slots_document(slots: Mapping[str, SlotValue]) -> dict[str, object]:
 
 
 def _value_text(value: SlotValue) -> str:
-    plain = _json_value(value)
+    try:
+        plain = _json_value(value)
+    except CkptkitError:  # the file of an option that is a tensor is closed
+        return str(value.info) if isinstance(value, LazyTensor) else ""
     return f"{plain:g}" if isinstance(plain, float) else printable(str(plain))
 
 

@@ -103,7 +103,8 @@ class Report(Result):
     """The findings of one check, in the order of their discovery.
 
     ``error`` is the exception class that ``raise_for_errors`` raises. ``ignored`` has the findings that an ignore list
-    left out: they count neither for ``ok`` nor for ``raise_for_errors``.
+    left out: they count neither for ``ok`` nor for ``raise_for_errors``. ``proved`` is what the check proves where it
+    finds nothing; the page says it then.
 
     Example:
         >>> model = torch.nn.Linear(2, 2)
@@ -118,6 +119,7 @@ class Report(Result):
     findings: tuple[Finding, ...] = ()
     error: type[CkptkitError] = CkptkitError
     ignored: tuple[Finding, ...] = field(default=(), kw_only=True)
+    proved: str = field(default="", kw_only=True, compare=False)
 
     @property
     def ok(self) -> bool:

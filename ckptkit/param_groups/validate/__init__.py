@@ -10,6 +10,7 @@ from ckptkit.core.arguments import require_flags
 from ckptkit.core.findings import Finding, Report
 from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ignore
 from ckptkit.core.gc_pause import pause_gc
+from ckptkit.core.text import plural
 from ckptkit.core.torch_types import Module, Optimizer
 from ckptkit.errors import GroupsError
 from ckptkit.param_groups import codes
@@ -107,7 +108,10 @@ def check_param_groups(
             if spec is None:
                 flat = check_flat_rates(lock, live_model, live, "the lock", has_schedulers=bool(given_schedulers))
                 findings.extend(flat)
-        return Report(tuple(findings), GroupsError)
+        count = sum(parameter.trainable for parameter in live_model.parameters.values())
+        groups_text = plural(len(live.groups), "group")
+        proved = f"{plural(count, 'trainable parameter')}, each in exactly one of {groups_text}"
+        return Report(tuple(findings), GroupsError, proved=proved)
 
 
 def _check_live_groups(live_model: LiveModel, live: LiveGroups, schedulers: Sequence[Any], given: Any) -> list[Finding]:
