@@ -173,6 +173,42 @@ def test_any_system_call_may_fail(case: Case, error: int, tmp_path: Path, faults
             return
 
 
+@pytest.mark.parametrize("kind", ["a file", "a distributed checkpoint"])
+def test_weights_are_never_there_without_the_files_that_go_along(kind: str, tmp_path: Path, faults: Faults) -> None:
+    """Whichever call fails: a directory has everything or does not exist, and a file of weights comes last."""
+    (tmp_path / "in").mkdir()
+    save_file({"w": tensor_of("F32", (3,))}, tmp_path / "in" / "model.safetensors")
+    texts = {"config.json": '{\n  "dtype": "float16"\n}\n', "tokenizer.json": "{}"}
+    for name, text in texts.items():
+        (tmp_path / "in" / name).write_text(text)
+    out = tmp_path / "out"
+    is_directory = kind != "a file"
+    path, chosen = (out, "dcp") if is_directory else (out / "model.safetensors", None)
+    for nth in itertools.count(1):
+        shutil.rmtree(out, ignore_errors=True)
+        if not is_directory:
+            out.mkdir()
+        with open_checkpoint(tmp_path / "in") as checkpoint:
+            plan, output = plan_remap(checkpoint, dtype="bf16"), choose_output(path, format=chosen)
+            faults.arm(nth, errno.EIO)
+            refusal = outcome(lambda: execute(plan, checkpoint, output, carry=True))  # noqa: B023 - called at once
+            faults.disarm()
+        found = names_in(out) if out.exists() else []
+        weights = [name for name in found if name not in texts]
+        assert weights in ([], ["model.safetensors"], [".metadata", "__0_0.distcp"]), nth
+        assert not weights or len(found) == len(weights) + len(texts), nth
+        assert all((out / name).read_text() == text.replace("float16", "bfloat16")
+                   for name, text in texts.items() if name in found)  # fmt: skip
+        assert names_in(tmp_path) == (["in", "out"] if out.exists() else ["in"])
+        if is_directory:
+            assert bool(weights) == bool(found)
+        assert weights or refusal is not None
+        if faults.count < nth:
+            assert refusal is None
+            assert nth > 20
+            return
+
+
 def test_without_renameat2_the_old_directory_is_restored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without renameat2, a failure between both renames restores the old directory."""
 
