@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ckptkit import param_group_preset, validate_param_groups
+from ckptkit import build_param_groups, param_group_preset, validate_param_groups
 from ckptkit.core.findings import Finding
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.quantized import quantized_weights
@@ -27,6 +27,31 @@ def test_hf_trainer_selects_the_same_names_as_transformers() -> None:
     assert {name for name, (_, decay) in corrected.items() if decay} == {
         name for name, parameter in model.named_parameters() if parameter.ndim > 1
     }
+
+
+def test_a_changed_preset_trains_bert_as_it_says() -> None:
+    """The Trainer's weight decay stays, the rates fall by layer, the head is faster, and the embeddings are frozen."""
+    transformers = pytest.importorskip("transformers")
+    trainer = pytest.importorskip("transformers.trainer").Trainer
+    sizes = {"vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**sizes, num_hidden_layers=3))
+    decaying = set(trainer.get_decay_parameter_names(None, model))
+    spec = (
+        param_group_preset("hf-trainer", lr=0.01, weight_decay=0.1)
+        .with_modifier("depth", layers=["bert.encoder.layer.{i:int}.*", "*"], layer_decay=0.5)
+        .with_modifier("head", "classifier.*", lr_mult=10)
+        .freeze("bert.embeddings.*")
+    )
+    optimizer = torch.optim.AdamW(build_param_groups(model, spec))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    for name, (rate, decay) in found.items():
+        layer = int(name.split(".")[3]) if ".layer." in name else 3
+        assert rate == pytest.approx(0.01 * 0.5 ** (3 - layer) * (10 if name.startswith("classifier.") else 1))
+        assert decay == (0.1 if name in decaying else 0.0)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name in names.values() if name.startswith("bert.embeddings.")}
+    assert found.keys() == set(names.values()) - frozen
 
 
 ARCHITECTURES: tuple[tuple[str, dict[str, object]], ...] = (
