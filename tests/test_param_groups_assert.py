@@ -29,8 +29,11 @@ def test_correct_groups_return_an_empty_report() -> None:
 def test_the_first_fault_is_raised_with_the_number_of_the_others() -> None:
     model = net()
     optimizer = sgd(model[0].parameters())
-    with pytest.raises(GroupsError, match=r"^'2\.weight' \(2, 4\) is trainable but in no group: .* \(and 1 more\)"):
+    with pytest.raises(
+        GroupsError, match=r"^'2\.weight' \(2, 4\) is trainable but in no group: .* \(and 1 more\)"
+    ) as error:
         assert_param_groups(model, optimizer)
+    assert error.value.__notes__ == [str(validate_param_groups(model, optimizer))]
 
 
 def test_warnings_raise_only_with_strict() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from ckptkit.core.arguments import require_progress
+from ckptkit.core.arguments import require_number, require_progress
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.progress import Progress
 from ckptkit.core.result import Result
@@ -78,6 +78,7 @@ class StateDictStats(Result):
             >>> ckptkit.stats("fixtures/lenet_10class.pth").modules(1)["fc3"].count
             850
         """
+        require_number(depth, "depth", "an int of at least 0", at_least=0, whole=True)
         keys_by_module: dict[str, list[str]] = {}
         for key, tensor in self.tensors.items():
             if tensor.numbers is not None:

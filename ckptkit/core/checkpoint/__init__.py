@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
+from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.checkpoint.info import TensorInfo, View, is_contiguous, memory_order, row_major, storage_range
 from ckptkit.core.checkpoint.payload import Part, Payload, part_of, read_into
 from ckptkit.core.closing import Closing
@@ -278,7 +279,8 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             >>> len(checkpoint.without(["fc3.weight", "fc3.bias"]))
             8
         """
-        return self._with(self._description, {key: info for key, info in self._infos.items() if key not in keys})
+        left_out = set(require_strings(keys, "keys", "keys of the checkpoint"))
+        return self._with(self._description, {key: info for key, info in self._infos.items() if key not in left_out})
 
     def with_as_entries(self, keys: Collection[str]) -> Checkpoint:
         """Return this checkpoint with the tensors at ``keys`` as entries; both share the open files.
@@ -288,7 +290,8 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             >>> "fc3.bias" in checkpoint, checkpoint.entries[-1].path
             (False, 'fc3.bias')
         """
-        return self.without(keys).with_entries(*(Entry(key, "tensor", str(self._infos[key])) for key in keys))
+        moved = require_strings(keys, "keys", "keys of the checkpoint")
+        return self.without(moved).with_entries(*(Entry(key, "tensor", str(self._infos[key])) for key in moved))
 
     def _with(self, description: Description, infos: Mapping[str, TensorInfo] | None = None) -> Checkpoint:
         other = Checkpoint(
@@ -333,6 +336,10 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         """Return path, format and number of tensors, never the contents."""
         return f"<Checkpoint {self.path!r}: {self.format}, {len(self)} tensors>"
 
+    def _info(self, key: str) -> TensorInfo:
+        require_type(key, str, "key", "a str")
+        return self._infos[key]
+
     def payload(self, key: str) -> Payload:
         """Return the bytes of one tensor, not read yet.
 
@@ -341,7 +348,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             >>> checkpoint.payload("fc3.bias").nbytes
             40
         """
-        return self._access.payload(self._infos[key])
+        return self._access.payload(self._info(key))
 
     def span(self, key: str) -> Payload | None:
         """Return the stored bytes from the first to the last element of a view.
@@ -355,7 +362,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             40
         """
         span = self._access.span
-        return None if span is None else span(self._infos[key])
+        return None if span is None else span(self._info(key))
 
     def records(self) -> Iterable[Record]:
         """Return all stored records in the order of the files, not read yet; none for a checkpoint in memory."""
@@ -394,7 +401,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         """
         from ckptkit.core.checkpoint.reading import read_tensor
 
-        return read_tensor(self._infos[key], self._access.payload, rows)
+        return read_tensor(self._info(key), self._access.payload, rows)
 
     def numpy(self, key: str, *, rows: slice | None = None) -> npt.NDArray[Any]:
         """Return one tensor as a numpy array in memory of its own, without torch; ``rows`` as in ``read``.
@@ -416,7 +423,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
         """
         from ckptkit.core.checkpoint.reading import read_array
 
-        return read_array(self._infos[key], self._access.payload, rows)
+        return read_array(self._info(key), self._access.payload, rows)
 
     def state_dict(
         self,
@@ -464,6 +471,7 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             >>> with ckptkit.open_checkpoint("fixtures/lenet_10class.pth") as checkpoint:
             ...     checkpoint.check_unchanged(by_path=True)
         """
+        require_flags(by_path=by_path)
         if self._access.check is not None:
             self._access.check(by_path=by_path)
 

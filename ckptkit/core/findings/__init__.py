@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Self
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
 from ckptkit.errors import CkptkitError
@@ -31,7 +32,6 @@ class Finding:
     Example:
         >>> model = torch.nn.Linear(2, 2)
         >>> report = ckptkit.validate_param_groups(model, torch.optim.SGD([model.weight], lr=0.1))
-
         >>> for finding in report.findings:
         ...     print(finding.severity, finding.code, finding.key)
         error groups.missing bias
@@ -109,7 +109,6 @@ class Report(Result):
     Example:
         >>> model = torch.nn.Linear(2, 2)
         >>> report = ckptkit.validate_param_groups(model, torch.optim.SGD([model.weight], lr=0.1))
-
         >>> report.ok, report.counts
         (False, '1 error')
     """
@@ -169,11 +168,11 @@ class Report(Result):
         Example:
             >>> model = torch.nn.Linear(2, 2)
             >>> report = ckptkit.validate_param_groups(model, torch.optim.SGD([model.weight], lr=0.1))
-
             >>> report.raise_for_errors()
             Traceback (most recent call last):
             ckptkit.errors.GroupsError: 'bias' (2,) is trainable but in no group: ...
         """
+        require_flags(warnings=warnings)
         errors = (*self.errors, *self.warnings) if warnings else self.errors
         if errors:
             more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptkit.core.arguments import refuse
+from ckptkit.core.arguments import refuse, require_flags
 from ckptkit.core.result import Result
 from ckptkit.core.text import plural
 from ckptkit.inputs import CheckpointLike
@@ -82,6 +82,7 @@ class ParamGroupSpec(SpecFields, Result):
             >>> [rule.name for rule in spec.rules]
             ['head', 'base']
         """
+        require_flags(optional=optional)
         table = _table(name, params, match, optional=optional, options=options)
         table |= {} if optimizer is None else {"optimizer": optimizer}
         return self._with_first_group(table)
@@ -109,8 +110,10 @@ class ParamGroupSpec(SpecFields, Result):
             >>> [group["name"] for group in ckptkit.build_param_groups(model, spec)], model[0].weight.requires_grad
             (['base', 'base/no decay'], False)
         """
-        first = params if isinstance(params, str) else next(iter(params or ()), None)
-        table = _table(name or first or "frozen", params, match, optional=optional, options={})
+        require_flags(optional=optional)
+        patterns = [params] if isinstance(params, str) else params if isinstance(params, Sequence) else []
+        default = patterns[0] if patterns else "frozen"
+        table = _table(default if name is None else name, params, match, optional=optional, options={})
         return self._with_first_group({**table, "freeze": True})
 
     def with_modifier(
@@ -143,6 +146,7 @@ class ParamGroupSpec(SpecFields, Result):
             >>> {name: group["lr"] for group in groups for name in group["param_names"] if name.endswith("weight")}
             {'0.weight': 0.05, '1.weight': 0.1}
         """
+        require_flags(optional=optional)
         table = _table(name, params, match, optional=optional, options=options)
         numbers = {"layers": layers, "layer_decay": layer_decay, "min_scale": min_scale}
         table |= {key: value for key, value in numbers.items() if value is not None}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, Literal, TypeGuard, get_args
 
+from ckptkit.core.arguments import require_type
 from ckptkit.core.patterns import Pattern, matches_any
 from ckptkit.core.text import kind_of
 from ckptkit.core.torch_types import Tensor
@@ -120,6 +121,7 @@ class SpecFields:
             >>> [spec.optimizer_of(rule) for rule in spec.rules]
             ['Muon', 'AdamW']
         """
+        require_type(rule, GroupRule, "rule", "a GroupRule of the spec")
         return rule.optimizer or self.optimizer
 
     def defaults_for(self, rule: GroupRule) -> dict[str, Any]:

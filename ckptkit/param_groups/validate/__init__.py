@@ -12,7 +12,7 @@ from ckptkit.core.findings.ignoring import IgnoreLike, ignore_findings, parse_ig
 from ckptkit.core.gc_pause import pause_gc
 from ckptkit.core.text import plural
 from ckptkit.core.torch_types import Module, Optimizer
-from ckptkit.errors import GroupsError
+from ckptkit.errors import CkptkitError, GroupsError
 from ckptkit.param_groups import codes
 from ckptkit.param_groups.live import LiveGroups, read_groups
 from ckptkit.param_groups.lock import LockLike, as_lock, lock_live
@@ -155,16 +155,21 @@ def assert_param_groups(
 ) -> Report:
     """Return the report of ``validate_param_groups``, or raise ``GroupsError`` if it has an error.
 
-    The exception names the first fault and the number of the others. With ``strict``, warnings count as errors.
-    Findings that ``ignore`` or the spec lists never raise.
+    The exception names the first fault and the number of the others; the page of all findings is a note of the
+    exception, which Python and pytest print below it. With ``strict``, warnings count as errors. Findings that
+    ``ignore`` or the spec lists never raise. The other arguments are those of ``validate_param_groups``.
 
-    >>> import torch
-    >>> model = torch.nn.Linear(2, 2)
-    >>> optimizer = torch.optim.SGD([model.weight], lr=0.1)
-    >>> assert_param_groups(model, optimizer, strict=True, ignore=["groups.missing:bias"]).ok
-    True
+    Example:
+        >>> model = torch.nn.Linear(2, 2)
+        >>> optimizer = torch.optim.SGD([model.weight], lr=0.1)
+        >>> assert_param_groups(model, optimizer, strict=True, ignore=["groups.missing:bias"]).ok
+        True
     """
     require_flags(strict=strict)
     report = validate_param_groups(model, groups, schedulers=schedulers, spec=spec, lock=lock, ignore=ignore)
-    report.raise_for_errors(warnings=strict)
+    try:
+        report.raise_for_errors(warnings=strict)
+    except CkptkitError as error:
+        error.add_note(str(report))
+        raise
     return report
