@@ -68,6 +68,10 @@ def _lora() -> dict[str, object]:
     }
 
 
+def _tuned() -> dict[str, object]:
+    return {"base": {"fc.weight": torch.zeros(2, 2)}, "tuned": {"fc.weight": torch.ones(2, 2)}}
+
+
 def _good(function: str, folder: Path) -> dict[str, Any]:
     """Return arguments with which the function works."""
     model = nn.Linear(2, 2)
@@ -78,6 +82,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "assert_same_weights": lambda: {"a": state, "b": dict(state)},
         "build_param_groups": lambda: {"model": model, "spec": SPEC},
         "choose_output": lambda: {"path": folder / "a.safetensors"},
+        "convert": lambda: {"source": state, "out": folder / "d.safetensors", "force": True},
         "diff": lambda: {"expected": model, "found": state},
         "diff_locks": lambda: {"expected": _lock(), "found": _lock()},
         "execute": lambda: {
@@ -86,6 +91,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
             "out": ckptkit.choose_output(folder / "b.safetensors", force=True),
         },
         "explain_param_group": lambda: {"model": model, "spec": SPEC, "name": "bias"},
+        "extract_lora": lambda: {**_tuned(), "out": folder / "e.safetensors", "rank": 1, "force": True},
         "load_into": lambda: {"model": model, "checkpoint": state},
         "load_optimizer_state": lambda: {"optimizer": _optimizer(model), "model": model, "state": _trained()},
         "load_plan": lambda: {"path": _saved_plan(folder), "sources": {"source": LENET}},
@@ -93,6 +99,8 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "lock_document": lambda: {"lock": _lock()},
         "lock_optimizer": lambda: {"model": model, "groups": _optimizer(model)},
         "lock_param_groups": lambda: {"model": model, "spec": SPEC},
+        "merge": lambda: {"base": state, "donors": state, "out": folder / "f.safetensors", "force": True},
+        "merge_lora": lambda: {**_lora(), "out": folder / "g.safetensors", "force": True},
         "open_checkpoint": lambda: {"path": LENET},
         "open_optimizer": lambda: {"path": ROOT / "fixtures" / "lenet_ddp.pt"},
         "optimizer_state_diff": lambda: {"saved": _state(model), "live": _state(model)},
@@ -101,11 +109,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "param_group_preset_names": dict,
         "parse_lock": lambda: {"document": ckptkit.lock_document(_lock())},
         "parse_rules": dict,
-        "plan_extract_lora": lambda: {
-            "base": {"fc.weight": torch.zeros(2, 2)},
-            "tuned": {"fc.weight": torch.ones(2, 2)},
-            "rank": 1,
-        },
+        "plan_extract_lora": lambda: {**_tuned(), "rank": 1},
         "plan_lora": _lora,
         "plan_merge": lambda: {"base": state, "donors": state},
         "plan_param_groups": lambda: {"model": model, "spec": SPEC},

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 
+from ckptkit.core.arguments import require_path
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.config_files import default_error_path, json_bytes
 from ckptkit.core.progress import Progress
@@ -58,6 +59,7 @@ def convert(
         >>> written.format, written.tensors
         ('safetensors', 10)
     """
+    require_path(out, "out")
     from ckptkit.plans.remap import plan_remap
 
     output = choose_output(
@@ -112,6 +114,7 @@ def merge(
         >>> written.tensors
         10
     """
+    require_path(out, "out")
     from ckptkit.plans.merge import plan_merge
 
     output = choose_output(
@@ -172,6 +175,7 @@ def merge_lora(
         ...         merged.read("fc.weight").tolist()
         [[2.0, 2.0], [2.0, 2.0]]
     """
+    require_path(out, "out")
     from ckptkit.plans.lora import plan_lora
 
     output = choose_output(
@@ -219,6 +223,7 @@ def extract_lora(
         ...     sorted(os.listdir(directory))
         ['adapter_config.json', 'adapter_model.safetensors']
     """
+    require_path(out, "out")
     from ckptkit.plans.lora import adapter_config, adapter_config_target, plan_extract_lora
 
     output = choose_output(out, force=force)
