@@ -109,7 +109,9 @@ def test_a_call_writes_what_the_command_writes(
 def test_live_inputs(tmp_path: Path) -> None:
     """A model and a dict of tensors are inputs too; an open Checkpoint stays open."""
     model = torch.nn.Linear(3, 2)
-    convert(model, tmp_path / "a.safetensors")
+    plan = convert(model, tmp_path / "a.safetensors").plan
+    assert plan is not None
+    assert plan.command == "convert"
     donor = {"weight": torch.ones(2, 3)}
     with open_checkpoint(tmp_path / "a.safetensors") as base:
         merge(base, [donor], tmp_path / "b.safetensors")

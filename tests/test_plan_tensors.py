@@ -19,6 +19,7 @@ from ckptkit import Plan, PlanError, execute, open_checkpoint, plan_merge, plan_
 from ckptkit.core.frozen import FrozenDict
 from ckptkit.plans.plan import Source, Step
 from ckptkit.plans.saved import apply_plan, plan_from_json, plan_to_json
+from tests.test_wrong_arguments import WRONG
 
 LENET = "fixtures/lenet_10class.pth"
 
@@ -249,3 +250,29 @@ def test_a_frozen_dict_is_a_copy_that_cannot_be_changed() -> None:
     assert (frozen, dict(frozen), len(frozen), repr(frozen)) == ({"a": 1}, {"a": 1}, 1, "{'a': 1}")
     with pytest.raises(TypeError):
         frozen["a"] = 2  # type: ignore[index]
+
+
+METHODS: dict[str, dict[str, Any]] = {
+    "state_dict": {"device": None, "dtype": None, "keys": None},
+    "read": {"key": "fc3.bias", "rows": None},
+    "numpy": {"key": "fc3.bias", "rows": None},
+    "tensors": {"sources": LENET, "allow_overflow": False},
+    "materialize": {"sources": LENET, "device": "cpu", "allow_overflow": False},
+}
+
+
+@pytest.mark.parametrize(("method", "good"), METHODS.items(), ids=METHODS.keys())
+def test_wrong_arguments_of_methods_are_refused(method: str, good: dict[str, Any]) -> None:
+    """With one wrong argument a method works, or raises an error of ckptkit; an unknown key is a ``KeyError``."""
+    raw = []
+    with open_checkpoint(LENET) as checkpoint:
+        call = getattr(plan_remap(LENET) if "sources" in good else checkpoint, method)
+        for name in good.keys() - {"key"}:
+            for kind, wrong in WRONG.items():
+                try:
+                    call(**{**good, name: wrong()})
+                except (ckptkit.CkptkitError, KeyError):
+                    pass
+                except Exception as error:  # noqa: BLE001 - every other error is what this test looks for
+                    raw.append(f"{name}={kind}: {error!r}")
+    assert raw == []

@@ -187,7 +187,7 @@ def test_only_the_bytes_of_the_rows_are_read(tmp_path: Path) -> None:
             checkpoint.read("w", rows=slice(40, 60))
 
 
-def test_every_numpy_dtype(tmp_path: Path) -> None:
+def test_every_numpy_dtype() -> None:
     """Arrays have the values, shapes and dtypes that ``Tensor.numpy`` gives."""
     dtypes = (
         "bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "float16", "float32",
@@ -195,8 +195,7 @@ def test_every_numpy_dtype(tmp_path: Path) -> None:
     )  # fmt: skip
     state = {name: torch.tensor([[1, 0], [3, 4]]).to(getattr(torch, name)) for name in dtypes}
     state |= {"scalar": torch.tensor(2.5), "empty": torch.zeros(0, 3)}
-    torch.save(state, tmp_path / "a.pt")
-    with open_checkpoint(tmp_path / "a.pt") as checkpoint:
+    with as_checkpoint(state, "live") as checkpoint:  # torch.save of older torch does not know every dtype
         for key, tensor in state.items():
             array = checkpoint.numpy(key)
             assert array.flags.writeable

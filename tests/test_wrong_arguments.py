@@ -91,7 +91,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
             "out": ckptkit.choose_output(folder / "b.safetensors", force=True),
         },
         "explain_param_group": lambda: {"model": model, "spec": SPEC, "name": "bias"},
-        "extract_lora": lambda: {**_tuned(), "out": folder / "e.safetensors", "rank": 1, "force": True},
+        "extract_lora": lambda: {**_tuned(), "out": folder / "adapter_model.safetensors", "rank": 1, "force": True},
         "load_into": lambda: {"model": model, "checkpoint": state},
         "load_optimizer_state": lambda: {"optimizer": _optimizer(model), "model": model, "state": _trained()},
         "load_plan": lambda: {"path": _saved_plan(folder), "sources": {"source": LENET}},

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias, TypeVar, cast
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.cast_losses import CastLoss, wider_dtype
 from ckptkit.core.checkpoint import Checkpoint, Payload, TensorInfo, View, row_major
 from ckptkit.core.checkpoint.reading import read_tensor, torch_dtype_of
@@ -173,6 +174,7 @@ def stream_tensors(
     steps: Sequence[Step], sources: Sources, *, allow_overflow: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
     """Return an iterator over keys and tensors, as ``Plan.tensors`` says; the steps are checked before the first."""
+    require_flags(allow_overflow=allow_overflow)
     with opened_inputs(steps, sources):
         for step in steps:
             torch_dtype_of(step.out)
@@ -189,7 +191,7 @@ def _stream(steps: Sequence[Step], sources: Sources, *, allow_overflow: bool) ->
         inputs.check_unchanged()
 
 
-def materialize_steps(inputs: PlanInputs, device: torch.device | str | int | None) -> dict[str, Tensor]:
+def materialize_steps(inputs: PlanInputs, device: torch.device | None) -> dict[str, Tensor]:
     """Return the tensors by key, as ``Plan.materialize`` says."""
     inputs.refuse_different_bytes()
     infos = inputs.with_views([step.out for step in inputs.steps.values()])

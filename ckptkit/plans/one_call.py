@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ckptkit.core.arguments import require_path
 from ckptkit.core.checkpoint import Checkpoint
@@ -62,12 +63,13 @@ def convert(
     require_path(out, "out")
     from ckptkit.plans.remap import plan_remap
 
+    require_path(out, "out")
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
     )  # fmt: skip
     with _opened({"source": source}) as sources, default_error_path(_path(source)):
-        plan = plan_remap(sources["source"], dtype=dtype, skip_unread=skip_unread)
+        plan = replace(plan_remap(sources["source"], dtype=dtype, skip_unread=skip_unread), command="convert")
         return execute(
             plan, sources, output, verify=verify, allow_overflow=allow_overflow, carry=carry, progress=progress
         )
@@ -117,6 +119,7 @@ def merge(
     require_path(out, "out")
     from ckptkit.plans.merge import plan_merge
 
+    require_path(out, "out")
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
@@ -178,6 +181,7 @@ def merge_lora(
     require_path(out, "out")
     from ckptkit.plans.lora import plan_lora
 
+    require_path(out, "out")
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
@@ -226,6 +230,7 @@ def extract_lora(
     require_path(out, "out")
     from ckptkit.plans.lora import adapter_config, adapter_config_target, plan_extract_lora
 
+    require_path(out, "out")
     output = choose_output(out, force=force)
     target = adapter_config_target(output)
     with _opened(roles_of(base, [tuned])) as sources:

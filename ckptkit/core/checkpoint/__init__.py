@@ -455,11 +455,11 @@ class Checkpoint(Result, Mapping[str, TensorInfo], Closing):
             >>> {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
             {'fc3.weight': (torch.bfloat16, (10, 84)), 'fc3.bias': (torch.bfloat16, (10,))}
         """
-        from ckptkit.core.checkpoint.state_dict import cast_dtype, choose, read_state_dict, with_versions
+        from ckptkit.core.checkpoint.state_dict import cast_dtype, choose, read_state_dict, to_device, with_versions
 
         infos = choose(self._infos, keys)
         span = self._access.span or (lambda _: None)
-        tensors = read_state_dict(infos, self._access.payload, span, device, cast_dtype(dtype))
+        tensors = read_state_dict(infos, self._access.payload, span, to_device(device), cast_dtype(dtype))
         return with_versions(tensors, self.versions)
 
     def check_unchanged(self, *, by_path: bool = False) -> None:

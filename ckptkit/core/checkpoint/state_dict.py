@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
     import torch
 
-__all__ = ["cast_dtype", "choose", "read_state_dict", "with_versions"]
+__all__ = ["cast_dtype", "choose", "read_state_dict", "to_device", "with_versions"]
 
 
 def read_state_dict(
     infos: Sequence[TensorInfo],
     open_payload: Opener,
     open_span: Callable[[TensorInfo], Payload | None],
-    device: torch.device | str | int | None,
+    device: torch.device | None,
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Return the tensors by key, as ``Checkpoint.state_dict`` says."""
@@ -127,6 +127,18 @@ def cast_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point or code == "F4":
         refuse(dtype, "dtype", "a floating-point dtype of torch, or its name")
     return found
+
+
+def to_device(device: torch.device | str | int | None) -> torch.device | None:
+    """Return the device that an argument names; raise ``ArgumentError`` where torch does not know such a device."""
+    import torch
+
+    if device is None or isinstance(device, torch.device):
+        return device
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError):
+        refuse(device, "device", 'a torch.device, or the name of one, such as "cuda"')
 
 
 def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, int]) -> dict[str, Tensor]:

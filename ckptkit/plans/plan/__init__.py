@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from ckptkit.core.arguments import require_flags
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result import Result
 from ckptkit.core.text import human_bytes, plural
@@ -110,11 +111,13 @@ class Plan(Result):
             >>> torch.equal(state["fc.weight"], model.weight)
             True
         """
-        from ckptkit.core.checkpoint.state_dict import with_versions
+        from ckptkit.core.checkpoint.state_dict import to_device, with_versions
         from ckptkit.plans.inputs import materialize_steps, opened_inputs
 
+        require_flags(allow_overflow=allow_overflow)
+        place = to_device(device)
         with opened_inputs(self.steps, sources, allow_overflow=allow_overflow) as inputs:
-            return with_versions(materialize_steps(inputs, device), self.versions)
+            return with_versions(materialize_steps(inputs, place), self.versions)
 
 
 def find_broken_ties(plan: Plan) -> list[tuple[str, ...]]:
