@@ -76,6 +76,7 @@ def test_the_dtype_becomes_that_of_the_output(tmp_path: Path) -> None:
         ("dtype", "float32", "bfloat16"),
         ("text_config.torch_dtype", "float32", "bfloat16"),
     ]
+    assert "config.json: dtype was 'float32' and is now 'bfloat16'" in str(written)
     text = {**CONFIG["text_config"], "torch_dtype": "bfloat16"}  # type: ignore[dict-item]
     assert config_in(out) == {**CONFIG, "dtype": "bfloat16", "text_config": text}
 

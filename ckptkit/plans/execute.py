@@ -103,8 +103,13 @@ def check_output(plan: Plan, output: Output, sources: Mapping[str, Checkpoint], 
     prepare = prepare_directory if output.is_directory else prepare_target
     prepare(output.path, force=output.force, before=output.before)
     if carry:
-        plan = replace(plan, notes=(*plan.notes, *plan_carried(plan, output, sources).notes))
+        plan = _with_notes(plan, plan_carried(plan, output, sources))
     return _with_kept_entries(plan, output, sources, _editor(plan, output, sources))
+
+
+def _with_notes(plan: Plan, carried: Carried) -> Plan:
+    """Return the plan with the notes about carried files; a plan that has them is unchanged."""
+    return replace(plan, notes=tuple(dict.fromkeys((*plan.notes, *carried.notes))))
 
 
 def _with_kept_entries(
@@ -217,7 +222,7 @@ def _execute(
         read_back=None if alone is None else alone.alone,
         carried=carried.names,
         adapted=carried.adapted,
-        plan=_with_kept_entries(plan, output, roles, editor),
+        plan=_with_kept_entries(_with_notes(plan, carried), output, roles, editor),
     )
 
 
