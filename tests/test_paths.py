@@ -427,6 +427,35 @@ def test_a_plan_is_executed_on_every_form_of_its_inputs(form: Any, tmp_path: Pat
         given.close()
 
 
+def test_one_call_reads_and_writes_paths(tmp_path: Path) -> None:
+    """Rules, the configuration of an adapter, sizes and dtypes may be what the plans take; all is closed."""
+    from safetensors.torch import save_file
+
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    save_file(FACTORS, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "rules.toml").write_text(RULES)
+    out = tmp_path / "out"
+    out.mkdir()
+    with same_descriptors():
+        ckptkit.convert(TEN, tmp_path / "shards", dtype=torch.float64, max_shard_size="100kB")
+        ckptkit.merge(TEN, DDP, tmp_path / "merged.pt", str(tmp_path / "rules.toml"))
+        ckptkit.merge_lora(TEN, adapter, tmp_path / "folded.pt")
+        ckptkit.extract_lora(TEN, tmp_path / "folded.pt", out / "adapter_model.safetensors", 1)
+        with pytest.raises(PathError):
+            ckptkit.merge(TEN, [DDP, MISSING], tmp_path / "other.pt")
+    assert_same_weights(TEN, tmp_path / "shards", check_dtype=False)
+    assert_same_weights(tmp_path / "merged.pt", {key.removeprefix("module."): tensor for key, tensor in _ddp().items()})
+    weight = torch.load(TEN, weights_only=True)["fc3.weight"]
+    folded = torch.load(tmp_path / "folded.pt", weights_only=True)["fc3.weight"]
+    torch.testing.assert_close(folded, weight + 2 * FACTORS["fc3.lora_B.weight"] @ FACTORS["fc3.lora_A.weight"])
+
+
+def _ddp() -> dict[str, torch.Tensor]:
+    return dict(torch.load(DDP, weights_only=True)["model"])
+
+
 def test_a_plan_is_read_from_its_file(tmp_path: Path) -> None:
     """The plan that ``--plan`` writes is the plan that was made, and its inverse undoes it."""
     path = tmp_path / "plan.json"

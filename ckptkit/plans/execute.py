@@ -182,7 +182,7 @@ def execute(
         >>> ckptkit.execute(plan, "fixtures/lenet_10class.pth", "renamed.safetensors", verify=True)
         <Written: renamed.safetensors, safetensors, 10 tensors, 248.8 kB>
     """
-    require_type(plan, Plan, "plan", "a Plan, as plan_remap and plan_merge return it")
+    require_type(plan, Plan | str | os.PathLike, "plan", "a Plan, or the path of a plan file")
     require_type(out, Output | str | os.PathLike, "out", "a path or an Output")
     require_flags(verify=verify, allow_overflow=allow_overflow, carry=carry)
     require_progress(progress)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ckptkit.core.arguments import require_flags, require_path, require_type
+from ckptkit.core.arguments import require_flags, require_path
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import default_error_path, read_table_file
 from ckptkit.core.text import listed, plural, quoted
@@ -188,7 +188,6 @@ def load_plan(path: str | os.PathLike[str], sources: Sources, *, invert: bool = 
         True
     """
     require_path(path, "path")
-    require_type(sources, Mapping, "sources", "a mapping of roles to inputs")
     require_flags(invert=invert)
     name = os.fsdecode(path)
     with default_error_path(name):
