@@ -44,11 +44,15 @@ class KeyPair:
         return self.expected.key
 
     @property
+    def is_old_scalar(self) -> bool:
+        """Whether the tensor is a scalar that torch before 0.4 saved with shape (1,), which torch reshapes."""
+        return self.expected.shape == () and self.found.shape == (1,)
+
+    @property
     def loads(self) -> bool:
         """Whether ``load_state_dict`` accepts the found shape."""
-        # torch reshapes scalars that versions before 0.4 saved with shape (1,). Extra state may have any shape.
-        is_old_scalar = self.expected.shape == () and self.found.shape == (1,)
-        return is_old_scalar or self.expected.shape == self.found.shape or _extra_state_key(self.key) is not None
+        # Extra state may have any shape.
+        return self.is_old_scalar or self.expected.shape == self.found.shape or _extra_state_key(self.key) is not None
 
 
 @dataclass(frozen=True, slots=True)

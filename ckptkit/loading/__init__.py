@@ -283,8 +283,8 @@ class _Loading:
     def _assigned_findings(self, before: Watch) -> Iterator[Finding]:
         if self._decision is not None:
             return
-        old = [tensor for name, tensor in before.tensors.items() if name in self._loaded]
-        for optimizer, count in optimizers_that_hold(old):
+        old = [tensor for name, tensor in before.tensors.items() if name in self._loaded and not tensor.is_meta]
+        for optimizer, count in optimizers_that_hold(old) if old else ():
             name = type(optimizer).__name__
             yield codes.REPLACED.finding(
                 "",

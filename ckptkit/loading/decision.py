@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
@@ -207,6 +208,12 @@ def local_payload(producer: Producer, step: Step, tensor: Tensor) -> Payload:
     """Return the bytes for a tensor of the model; for a DTensor, those of the part that this process holds."""
     payload = producer.payload(step)
     part = local_part(tensor) if is_dtensor(tensor) else None
+    held = held_memory(tensor)
+    if part is not None and held is not None and math.prod(part.sizes) != held.numel():
+        raise ModelError(
+            f"the shard of {quoted(step.out.key)} has the shape {list(held.shape)}, not {list(part.sizes)}",
+            hint="only DTensors whose placements give the shape of each shard can be loaded",
+        )
     if part is None or part.sizes == step.out.shape:
         return payload
     from ckptkit.tensor_ops.casting import CastPayload

@@ -44,6 +44,8 @@ def local_part(tensor: Any) -> LocalPart:
     from torch.distributed.checkpoint.planner_helpers import _create_chunk_from_dtensor
 
     chunk = _create_chunk_from_dtensor(tensor)
+    if len(chunk.offsets) < tensor.dim():  # this process is not in the mesh
+        return LocalPart((0,) * tensor.dim(), (0,) * tensor.dim())
     return LocalPart(tuple(chunk.offsets), tuple(chunk.sizes))
 
 

@@ -223,13 +223,13 @@ def _make_overlay(
     refuse_unread((old for new, d in outputs.items() if new in base for old in d.sources), donor)
     result = diff_checkpoints(base, donor, key_map)
     on_mismatch = policies.on_mismatch
-    refused = [pair for pair in result.shape_mismatched if on_mismatch.action(pair.key) == "error"]
+    refused = [pair for pair in result.shape_mismatched if _mismatch_action(pair, on_mismatch) == "error"]
     if refused:
         raise _mismatch_error(refused, role)
     resized = {
         pair.key: _resized(pair, outputs[pair.key], role, donor, on_mismatch)
         for pair in result.shape_mismatched
-        if on_mismatch.action(pair.key) in MISMATCH_NAMES
+        if _mismatch_action(pair, on_mismatch) in MISMATCH_NAMES
     }
     unexpected = _unexpected(result, outputs, base, donor)
     # The key in the donor's file; that of the first source where an operation makes the tensor.
@@ -277,7 +277,7 @@ def _resized(
     from ckptkit.tensor_ops.suggestions import suggest
 
     wanted, given = pair.expected.shape, pair.found.shape
-    name = policy.action(pair.key)
+    name = _mismatch_action(pair, policy)
     operation = suggest(name, given, wanted, pair.key)
     if operation is None:
         raise PlanError(
@@ -286,8 +286,13 @@ def _resized(
             hint=_mismatch_hint([pair]),
         )
     (recipe,) = compose([derivation.recipe], [len(derivation.sources)], (operation,))
-    derivation = _decided(replace(derivation, recipe=recipe), policy.rule(pair.key))
-    return make_step(pair.expected, derivation, role, donor)
+    rule = policy.rule(pair.key) if name == policy.action(pair.key) else "a scalar of torch before 0.4"
+    return make_step(pair.expected, _decided(replace(derivation, recipe=recipe), rule), role, donor)
+
+
+def _mismatch_action(pair: KeyPair, policy: Policy[MismatchAction]) -> MismatchAction:
+    action = policy.action(pair.key)
+    return "reshape" if action == "error" and pair.is_old_scalar else action
 
 
 def _mismatch_hint(pairs: Sequence[KeyPair]) -> str:

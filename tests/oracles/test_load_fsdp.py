@@ -16,12 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.multiprocessing.spawn import spawn
 
 from ckptkit import load_into
-
-try:
-    from torch.distributed.fsdp import fully_shard
-except ImportError:
-    fsdp = pytest.importorskip("torch.distributed._composable.fsdp")
-    fully_shard = fsdp.fully_shard
+from tests.features import fully_shard
 
 WORLD = 2
 FORMATS = ("model.safetensors", "model.pt", "legacy.pt")
@@ -87,8 +82,9 @@ def from_meta(directory: str) -> None:
 
 
 def with_a_hook(directory: str) -> None:
-    model, seen = shard(build()), list[set[str]]()
-    model.register_load_state_dict_pre_hook(lambda *given: seen.append(set(given[1])))  # type: ignore[no-untyped-call]
+    seen: list[set[str]] = []
+    model: Any = shard(build())
+    model._register_load_state_dict_pre_hook(lambda *given: seen.append(set(given[1])), with_module=True)
     load_into(model, f"{directory}/model.pt", rollback=True)
     assert same(model, f"{directory}/model.pt")
     assert seen[-1] == set(build().state_dict())

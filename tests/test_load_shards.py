@@ -1,0 +1,90 @@
+"""``load_into`` fills the local shard of a DTensor, for every kind of placement."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed import get_rank
+from torch.distributed.device_mesh import init_device_mesh
+
+from ckptkit import load_into, parse_rules
+from ckptkit.errors import ModelError
+from tests.features import Replicate, Shard, distribute_tensor
+from tests.helpers_outputs import raw
+from tests.helpers_ranks import rank_of
+
+pytestmark = pytest.mark.skipif(
+    "src_data_rank" not in inspect.signature(distribute_tensor).parameters,
+    reason="this torch cannot distribute a tensor without communication",
+)
+SHAPE = (5, 4, 3)
+PLACEMENTS: dict[str, tuple[tuple[int, ...], tuple[Any, ...]]] = {
+    "rows": ((2,), (Shard(0),)),
+    "columns": ((2,), (Shard(1),)),
+    "the last dim": ((2,), (Shard(2),)),
+    "a copy each": ((2,), (Replicate(),)),
+    "rows of copies": ((2, 2), (Replicate(), Shard(0))),
+    "rows and columns": ((2, 2), (Shard(0), Shard(1))),
+    "rows twice": ((2, 2), (Shard(0), Shard(0))),
+    "more ranks than rows": ((8,), (Shard(0),)),
+}  # fmt: skip
+
+
+def sharded(tensor: torch.Tensor, shape: tuple[int, ...], placements: tuple[Any, ...]) -> Any:
+    # DTensor keeps meshes in a cache by their names, and this process is another rank each time.
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=tuple(f"{get_rank()}-{dim}" for dim in range(len(shape))))
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+def holder(value: Any) -> nn.Module:
+    model = nn.Module()
+    model.w = nn.Parameter(value)
+    model.kept = nn.Parameter(torch.ones(2))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["file", "memory", "rule"])
+@pytest.mark.parametrize(("shape", "placements"), PLACEMENTS.values(), ids=PLACEMENTS)
+def test_each_rank_gets_its_part(
+    shape: tuple[int, ...], placements: tuple[Any, ...], kind: str, tmp_path: Path
+) -> None:
+    """The local shard is that of a tensor that torch distributes, from a file, from memory, and by an operation."""
+    whole = torch.arange(60, dtype=torch.float64).reshape(SHAPE)
+    rules = None
+    source: Any = {"w": whole}
+    if kind == "file":
+        save_file(source, tmp_path / "a.safetensors")
+        source = tmp_path / "a.safetensors"
+    if kind == "rule":
+        source = {"w": whole.permute(2, 0, 1).contiguous()}
+        rules = parse_rules(file={"rule": [{"from": "w", "to": "w", "op": {"permute": {"dims": [1, 2, 0]}}}]})
+    world = int(torch.tensor(shape).prod())
+    for rank in range(world):
+        with rank_of(rank, world):
+            model: Any = holder(sharded(torch.zeros(SHAPE), shape, placements))
+            report = load_into(model, source, rules)
+            assert (report.loaded, report.kept) == (("w",), ("kept",))
+            assert raw(model.w.to_local()) == raw(sharded(whole.float(), shape, placements).to_local())
+
+
+def test_assign_refuses_shards() -> None:
+    """It would put a whole tensor where a shard was."""
+    with rank_of(0, 2):
+        model = holder(sharded(torch.zeros(SHAPE), (2,), (Shard(0),)))
+        with pytest.raises(ModelError, match="'w' is a DTensor"):
+            load_into(model, {"w": torch.ones(SHAPE)}, assign=True)
+
+
+def test_a_kept_shard_keeps_its_values() -> None:
+    """A DTensor that is not loaded does not hinder the load of others."""
+    with rank_of(0, 2):
+        model: Any = holder(sharded(torch.full(SHAPE, 3.0), (2,), (Shard(0),)))
+        report = load_into(model, {"kept": torch.zeros(2)})
+        assert (report.loaded, report.kept) == (("kept",), ("w",))
+        assert model.w.to_local().eq(3).all()
