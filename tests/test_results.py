@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import ckptkit
 from ckptkit.core.result import Result
@@ -110,6 +111,21 @@ CASES: dict[str, Case] = {
         f"remap {PTH} --rename *=net.* --dtype bfloat16 -o OUT/r.pt --only-tensors --dry-run",
     ),
     "Written": Case(written, f"remap {DDP} --rename {RENAME} -o OUT/w.safetensors --force", "err"),
+    "Written of a conversion": Case(
+        lambda out: ckptkit.convert(PTH, out / "h.pt", dtype="float16", verify=True),
+        f"convert {PTH} -o OUT/h.pt --dtype float16 --verify --force",
+        "err",
+    ),
+    "Written of a merge": Case(
+        lambda out: ckptkit.merge(MODEL, DDP, out=out / "m.safetensors", rules=[RENAME], on_mismatch="skip"),
+        f"merge {MODEL} {DDP} --rename {RENAME} --on-mismatch skip -o OUT/m.safetensors --force",
+        "err",
+    ),
+    "Written with carried files": Case(
+        lambda out: ckptkit.convert(out / "hub", out / "h" / "model.safetensors", dtype="float16", carry=True),
+        "convert OUT/hub -o OUT/h/model.safetensors --dtype float16 --carry --force",
+        "err",
+    ),
     "WrittenState": Case(written_state, f"optim remap {DDP} --rename {RENAME} -o OUT/s.pt --force", "err"),
     "ParamGroupsPlan": Case(lambda _: ckptkit.plan_param_groups(MODEL, SPEC), f"groups table --model {MODEL} {SPEC}"),
     "ParamGroupSpec": Case(lambda _: ckptkit.param_group_preset("no-decay"), "groups emit OUT/spec.toml"),
@@ -141,6 +157,10 @@ def out(tmp_path: Path) -> Path:
     """A folder with the files that some commands read."""
     (tmp_path / "spec.toml").write_text(ckptkit.param_group_preset("no-decay").to_toml(), encoding="utf-8")
     (tmp_path / "all.toml").write_text("[[group]]\nrest = true\nlr = 0.1\nmomentum = 0.9\n", encoding="utf-8")
+    for folder in ("hub", "h"):
+        (tmp_path / folder).mkdir()
+    save_file({"w": torch.ones(2, 2)}, tmp_path / "hub" / "model.safetensors")
+    (tmp_path / "hub" / "config.json").write_text('{"torch_dtype": "float32"}', encoding="utf-8")
     for name, spec in (("a.json", SPEC), ("b.json", {"group": [{"rest": True, "lr": 1.0}]})):
         document = ckptkit.lock_document(ckptkit.lock_param_groups(MODEL, spec))
         (tmp_path / name).write_text(json.dumps(document), encoding="utf-8")
@@ -270,7 +290,7 @@ def test_findings_by_severity() -> None:
     assert (report.warnings, report.notes) == ((warning,), (note,))
 
 
-@pytest.mark.parametrize("name", ["StateDictDiff", "CheckReport", "LoadReport"])
+@pytest.mark.parametrize("name", ["StateDictDiff", "Plan of a merge", "CheckReport", "Written"])
 def test_a_pickled_result_prints_the_same_page(name: str, out: Path) -> None:
     """What a result needs for its page is pickled with it, without an open file."""
     result = CASES[name].make(out)

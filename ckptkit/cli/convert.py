@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from ckptkit.cli.common.commands import Command
@@ -31,5 +33,5 @@ def convert(source: str, *, options: OutputOptions, dtype: str | None, skip_unre
     """  # noqa: D301 - \b is click's mark
     with open_checkpoints(source, quiet=options.quiet) as (checkpoint,):
         with default_error_path(source):
-            plan = plan_remap(checkpoint, dtype=dtype, skip_unread=skip_unread)
-        run_plan("convert", plan, {"source": checkpoint}, options)
+            plan = replace(plan_remap(checkpoint, dtype=dtype, skip_unread=skip_unread), command="convert")
+        run_plan(plan, {"source": checkpoint}, options)

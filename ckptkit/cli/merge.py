@@ -118,7 +118,7 @@ def merge(
                     on_mismatch=on_mismatch,
                     skip_unread=skip_unread,
                 )
-        run_plan("merge", plan, roles_of(first, others), options)
+        run_plan(plan, roles_of(first, others), options)
         if config is not None and not options.dry_run:
             from ckptkit.plans.lora import adapter_config
 

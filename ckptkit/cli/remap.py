@@ -65,7 +65,7 @@ def remap(
             from ckptkit.plans.saved import load_plan
 
             plan = load_plan(plan_file, {"source": checkpoint}, invert=apply_file is None)
-        run_plan("remap", plan, {"source": checkpoint}, options)
+        run_plan(plan, {"source": checkpoint}, options)
 
 
 def _plan(

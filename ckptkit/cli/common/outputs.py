@@ -142,11 +142,11 @@ _verify_option = click.option(
 )  # fmt: skip
 
 
-def run_plan(command: str, plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
+def run_plan(plan: Plan, sources: Mapping[str, Checkpoint], options: OutputOptions) -> None:
     """Print the plan for a dry run, or execute it and print what was written."""
     from ckptkit.plans.execute import check_output, execute
 
-    plan = check_output(replace(plan, command=command), options.output, sources, carry=options.carry)
+    plan = check_output(plan, options.output, sources, carry=options.carry)
     written = None
     with _plan_file(plan, sources, options):
         if not options.dry_run:
