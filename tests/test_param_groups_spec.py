@@ -126,7 +126,6 @@ ALL = {"name": "all", "rest": True}
         pytest.param({"groups": [ALL]}, "unknown key 'groups'", "[[group]] and [[modifier]] tables", id="unknown-key"),
         pytest.param({"lr": 0.1, "group": [ALL]}, "unknown key 'lr'", "options go into", id="option-outside"),
         pytest.param({"group": ALL}, "a dict, not a list of tables", "[[group]]", id="one-table"),
-        pytest.param("fc3.*", "the string 'fc3.*', not a list", "[[group]]", id="string"),
         pytest.param(7, "an int, not a list", "[[group]]", id="int"),
         pytest.param({"group": ["fc3.*"]}, "[[group]] 1 is the string 'fc3.*'", "params", id="string-in-list"),
         pytest.param({"defaults": [1], "group": [ALL]}, "defaults is a list", "[defaults]", id="defaults-list"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol, TypeAlias
 
-from ckptkit.core.arguments import require_number
+from ckptkit.core.arguments import require_number, require_type
 from ckptkit.core.checkpoint import Checkpoint, TensorInfo
 from ckptkit.core.config_files import read_settings
 from ckptkit.core.text import quoted
@@ -79,7 +79,7 @@ def plan_lora(
         >>> plan_lora(base, adapter, {"r": 1, "lora_alpha": 2}).steps[0].rule
         'lora, scale 2'
     """
-    require_number(scale, "scale", "a number")
+    require_type(scale, int | float, "scale", "a number")
     if not math.isfinite(scale):
         raise PlanError(f"{scale} is not a valid scale", hint="1 is the adapter as it was trained")
     with _opened_inputs(base, adapter) as roles:
