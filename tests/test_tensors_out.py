@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ckptkit import CkptkitError, open_checkpoint
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, part_of, read_into
 from ckptkit.core.files import ByteSwapped, Extent, LocalFile
 from ckptkit.core.torch_bridge import TensorPayload, as_checkpoint
-from ckptkit.formats.layout import InMemory, Strided
+from ckptkit.formats.layout import Block, BlockTensor, Box, InMemory, Strided
 
 FIXTURES = Path("fixtures")
 
@@ -65,6 +66,17 @@ def test_a_state_dict_is_what_torch_loads(tmp_path: Path, *, legacy: bool) -> No
     fresh = Tied()
     fresh.load_state_dict(found)
     assert torch.equal(fresh.decoder.weight, model.encoder.weight)
+
+
+def test_a_directory_of_shards_is_one_state_dict() -> None:
+    """The shards together give what ``safe_open`` reads from each, in the order of the checkpoint."""
+    expected: dict[str, torch.Tensor] = {}
+    for path in sorted((FIXTURES / "encoder_sharded").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            expected |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - the object has no iterator
+    with open_checkpoint(FIXTURES / "encoder_sharded") as checkpoint:
+        assert_same(checkpoint.state_dict(), {key: expected[key] for key in checkpoint})
+        assert set(checkpoint) == set(expected)
 
 
 VIEWS = {
@@ -244,7 +256,9 @@ def test_a_payload_reads_into_memory(tmp_path: Path) -> None:
     extent, tensor = Extent(file, 0, 192), torch.from_numpy(data.astype(np.int16)).view(12, 8)
     transposed = torch.from_numpy(data.view(np.int16)).view(8, 12).T
     info = as_checkpoint({"t": transposed}, "live")["t"]
+    halves = [Block(Box((at,), (48,)), partial(Extent(file, 0, 192).slice, 2 * at, 96)) for at in (0, 48)]
     cases = {
+        "blocks": (BlockTensor((96,), 2, tuple(halves)), data),
         "extent": (extent, data), "swapped": (ByteSwapped(extent, 2), data.byteswap()),
         "memory": (InMemory(data.data.cast("B")), data), "tensor": (TensorPayload(tensor, 192), data),
         "strided": (Strided(extent, info), transposed.contiguous().numpy().ravel().view(np.uint16)),

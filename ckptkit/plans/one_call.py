@@ -63,7 +63,6 @@ def convert(
     require_path(out, "out")
     from ckptkit.plans.remap import plan_remap
 
-    require_path(out, "out")
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
@@ -119,7 +118,6 @@ def merge(
     require_path(out, "out")
     from ckptkit.plans.merge import plan_merge
 
-    require_path(out, "out")
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
@@ -181,7 +179,6 @@ def merge_lora(
     require_path(out, "out")
     from ckptkit.plans.lora import plan_lora
 
-    require_path(out, "out")
     output = choose_output(
         out, format=format, max_shard_size=max_shard_size, force=force, only_tensors=only_tensors,
         keep_unknown=keep_unknown,
@@ -230,7 +227,6 @@ def extract_lora(
     require_path(out, "out")
     from ckptkit.plans.lora import adapter_config, adapter_config_target, plan_extract_lora
 
-    require_path(out, "out")
     output = choose_output(out, force=force)
     target = adapter_config_target(output)
     with _opened(roles_of(base, [tuned])) as sources:
