@@ -43,9 +43,9 @@ class DcpLayout:
 
 
 def refuse_unfit(infos: Sequence[TensorInfo]) -> None:
-    """Raise ``PlanError`` for a tensor that a distributed checkpoint cannot hold, or that no weight could be called.
+    """Raise ``PlanError`` for a dtype that torch does not have, and for a name that is not read as that of a weight.
 
-    A state of DCP mixes weights and counters of a training loop, which readers tell apart by their names.
+    A state of DCP mixes weights with counters of a training loop, such as ``step``. Readers know them by their names.
     """
     refuse_unwritable(infos)
     found = known_entries({info.key: info for info in infos}, _is_info)
