@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import ckptkit
-from ckptkit import testing
+from ckptkit import optimizer_state, testing
 from tests.helpers_cli import ROOT
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
@@ -45,7 +45,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def public_docstrings() -> Iterator[tuple[str, str]]:
     """Yield the name and the docstring of every public name, and of every method with an argument of a public class."""
-    public = {name: getattr(module, name) for module in (ckptkit, testing) for name in module.__all__}
+    public = {name: getattr(module, name) for module in (ckptkit, optimizer_state, testing) for name in module.__all__}
     for name, value in public.items():
         if callable(value):
             yield name, value.__doc__ or ""

@@ -19,7 +19,7 @@ from ckptkit.formats import open_checkpoint, open_optimizer
 from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.model import OptimizerState
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.optimizer_state.write import write_optimizer_state
 from tests.helpers_cli import run_ckpt
 from tests.helpers_dcp import save as save_distributed

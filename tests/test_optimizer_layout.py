@@ -14,8 +14,8 @@ from torch import nn
 from ckptkit import load_into, load_optimizer_state, open_checkpoint, rebind, validate_param_groups
 from ckptkit.errors import GroupsError
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.prune import prune
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.pruning import prune
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.optimizer_state.write import write_optimizer_state
 from ckptkit.plans.output import Output
 

@@ -15,7 +15,7 @@ from ckptkit import OptimizerLoadReport, load_optimizer_state, open_checkpoint, 
 from ckptkit.core.text import listed
 from ckptkit.errors import ArgumentError, FormatError, GroupsError, PlanError, RuleError
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_optimizers import OPTIMIZERS as ALL
 from tests.helpers_optimizers import net_for, step

@@ -19,7 +19,7 @@ from ckptkit import load_optimizer_state, open_optimizer, preflight, validate_pa
 from ckptkit.errors import PlanError
 from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.optimizer_state.write import write_optimizer_state
 from ckptkit.plans.output import Output
 

@@ -19,8 +19,8 @@ from ckptkit.optimizer_state.forms import to_dict
 from ckptkit.optimizer_state.groups import order_like, resplit
 from ckptkit.optimizer_state.model import NamedGroup, OptimizerState
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.prune import prune
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.pruning import prune
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.param_groups.lock import lock_param_groups
 from ckptkit.rules.parse import parse_rules
 from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained

@@ -55,8 +55,8 @@ from ckptkit import (
 from ckptkit.integrations.base import ParamGroupsCheck
 from ckptkit.optimizer_state.groups import resplit
 from ckptkit.optimizer_state.naming import parameters_of, to_named
-from ckptkit.optimizer_state.prune import prune
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.pruning import prune
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.plans.saved import plan_to_json
 from ckptkit.testing import assert_loads, assert_same_weights
 from fixtures.lenet import Net

@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 import ckptkit
-from ckptkit import testing
+from ckptkit import optimizer_state, testing
 from tests.helpers_cli import ROOT
 from tests.typing import user_script
 
@@ -29,13 +29,13 @@ def test_version_is_that_of_the_project() -> None:
 def test_dir_and_completion_show_the_public_names() -> None:
     """No helper of the package, and no package below it that is not public, is among the names."""
     assert set(dir(ckptkit)) == {*ckptkit.__all__, *MODULES, "__version__"}
-    assert dir(testing) == testing.__all__
+    assert all(dir(module) == module.__all__ for module in (optimizer_state, testing))
     completed = rlcompleter.Completer({"ckptkit": ckptkit}).attr_matches("ckptkit.")
     assert {name.removeprefix("ckptkit.").rstrip("()") for name in completed} == {*ckptkit.__all__, *MODULES}
     assert all(isinstance(getattr(ckptkit, name), ModuleType) for name in MODULES)
 
 
-@pytest.mark.parametrize("module", [ckptkit, testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [ckptkit, optimizer_state, testing], ids=lambda module: module.__name__)
 def test_help_shows_every_public_name_with_its_docstring(module: ModuleType) -> None:
     """``help()`` has each function and class, though the names are fetched when they are first used."""
     text = pydoc.plain(pydoc.render_doc(module))
@@ -50,8 +50,9 @@ def test_help_shows_every_public_name_with_its_docstring(module: ModuleType) -> 
 
 def test_public_names_are_found_in_the_package_only() -> None:
     """An unknown name is an ``AttributeError``, as for any module."""
-    with pytest.raises(AttributeError, match="module 'ckptkit' has no attribute 'nothing'"):
-        ckptkit.nothing  # type: ignore[attr-defined]  # noqa: B018
+    for module in (ckptkit, optimizer_state):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
 
 
 def test_the_script_of_a_user_runs(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 import ckptkit
 from ckptkit.core.result import Result
 from ckptkit.optimizer_state.naming import to_named
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.render import results
 from ckptkit.render.page import Line, Listing, Table
 from tests.helpers_cli import ROOT, run_ckpt

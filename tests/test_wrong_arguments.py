@@ -13,9 +13,8 @@ import torch
 from torch import nn
 
 import ckptkit
-from ckptkit import testing
+from ckptkit import optimizer_state, testing
 from ckptkit.cli import main
-from ckptkit.optimizer_state.naming import to_named
 from tests.helpers_cli import ROOT
 
 LENET = ROOT / "fixtures" / "lenet_10class.pth"
@@ -50,7 +49,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _state(model: nn.Module) -> ckptkit.OptimizerState:
-    return to_named(_optimizer(model).state_dict(), model)
+    return optimizer_state.to_named(_optimizer(model).state_dict(), model)
 
 
 SPEC = {"group": [{"name": "all", "rest": True}]}
@@ -104,6 +103,7 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "open_checkpoint": lambda: {"path": LENET},
         "open_optimizer": lambda: {"path": ROOT / "fixtures" / "lenet_ddp.pt"},
         "optimizer_state_diff": lambda: {"saved": _state(model), "live": _state(model)},
+        "order_like": lambda: {"state": _state(model), "model": model},
         "param_group_phases": lambda: {"name": "gradual-unfreezing", "model": model},
         "param_group_preset": lambda: {"name": "no-decay", "model": model},
         "param_group_preset_names": dict,
@@ -117,10 +117,15 @@ def _good(function: str, folder: Path) -> dict[str, Any]:
         "preflight": lambda: {"model": model},
         "preset_names": dict,
         "preset_rules": lambda: {"name": "llama-meta-to-hf", "variables": {"heads": 2, "kv_heads": 2}},
+        "prune": lambda: {"state": _state(model), "drop": "bias"},
         "rebind": lambda: {"optimizer": _optimizer(model), "model": model},
+        "remap": lambda: {"state": _state(model), "rules": ["*=fc.*"]},
+        "resplit": lambda: {"state": _state(model), "groups": _state(model)},
         "run_checks": lambda: {"checkpoint": state},
         "stats": lambda: {"checkpoint": state},
         "suggest_rules": lambda: {"expected": model, "found": state},
+        "to_dict": lambda: {"state": _state(model)},
+        "to_named": lambda: {"state": _optimizer(model).state_dict(), "names": model},
         "validate_param_groups": lambda: {"model": model, "groups": _optimizer(model)},
         "write_optimizer_state": lambda: {
             "state": _state(model),
@@ -203,7 +208,7 @@ def _methods() -> dict[str, dict[str, Any]]:
 
 
 def _functions() -> dict[str, Callable[..., object]]:
-    values = {name: getattr(module, name) for module in (ckptkit, testing) for name in module.__all__}
+    values = {name: getattr(module, name) for module in (ckptkit, optimizer_state, testing) for name in module.__all__}
     return {name: value for name, value in values.items() if inspect.isfunction(value)}
 
 

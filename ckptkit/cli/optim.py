@@ -185,7 +185,7 @@ def remap_command(
     ckpt optim remap run.ckpt -o new.ckpt --rules rules.toml --like py:newnet:build
     """  # noqa: D301 - \b is click's mark
     from ckptkit.optimizer_state.groups import order_like
-    from ckptkit.optimizer_state.remap import remap
+    from ckptkit.optimizer_state.remapping import remap
 
     with contextlib.ExitStack() as stack:
         checkpoint, state = _open_named_state(stack, path, name_source, quiet=options.quiet)
@@ -296,7 +296,7 @@ def prune_command(
     ckpt optim prune run.ckpt -o new.ckpt --like py:newnet:build
     ckpt optim prune run.ckpt -o new.ckpt --reset 'head.*'
     """  # noqa: D301 - \b is click's mark
-    from ckptkit.optimizer_state.prune import prune
+    from ckptkit.optimizer_state.pruning import prune
 
     with contextlib.ExitStack() as stack:
         checkpoint, state = _open_named_state(stack, path, name_source, quiet=options.quiet, drop_strays=True)

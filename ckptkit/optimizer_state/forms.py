@@ -259,6 +259,12 @@ def to_dict(state: OptimizerState, form: str = "indexed") -> dict[str, Any]:
 
     Raises ``PlanError`` for an unknown form, for a name in two groups, and for state of a parameter in no group.
     Raises it too for a value that only running code can rebuild.
+
+    Example:
+        >>> from ckptkit.optimizer_state import to_dict, to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> torch.optim.SGD(model.parameters(), lr=0.5).load_state_dict(to_dict(state))
     """
     value = to_form(state, form)
     opaque = next(_opaque_values(value), None)

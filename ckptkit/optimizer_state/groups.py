@@ -46,6 +46,14 @@ def resplit(state: OptimizerState, groups: GroupsLike, hyper: Hyper = "live") ->
 
     Raises ``PlanError`` if a parameter of the file is in no new group or in two. Raises it too if a saved value would
     be taken that differs between the parameters of a new group; the message names them.
+
+    Example:
+        >>> from ckptkit.optimizer_state import resplit, to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> spec = {"group": [{"name": "decayed", "params": "weight"}, {"name": "rest", "rest": True}]}
+        >>> [group.names for group in resplit(state, ckptkit.plan_param_groups(model, spec)).groups]
+        [('weight',), ('bias',)]
     """
     if hyper not in get_args(Hyper):
         raise PlanError(f"hyper is {quoted(str(hyper))}", hint=f"it must be {' or '.join(get_args(Hyper))}")
@@ -207,6 +215,13 @@ def order_like(state: OptimizerState, model: ModelLike) -> OptimizerState:
 
     ``model`` is a Module, a Checkpoint, or a mapping of names to shapes. Raises ``PlanError`` for parameters that the
     model does not have.
+
+    Example:
+        >>> from ckptkit.optimizer_state import order_like, to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> order_like(state, {"bias": (2,), "weight": (2, 2)}).names
+        ('bias', 'weight')
     """
     parameters = parameters_of(model)
     place = {name: number for number, name in enumerate(parameters.shapes)}

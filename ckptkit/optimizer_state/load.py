@@ -33,7 +33,7 @@ from ckptkit.optimizer_state.groups import Hyper, equal_values, resplit
 from ckptkit.optimizer_state.model import LazyTensor, MoreValues, NamedGroup, OptimizerState, SlotValue, tensors_in
 from ckptkit.optimizer_state.names_file import read_names_file
 from ckptkit.optimizer_state.naming import NamesLike, naming_findings, to_named
-from ckptkit.optimizer_state.remap import remap
+from ckptkit.optimizer_state.remapping import remap
 from ckptkit.param_groups.live import read_groups, single_optimizer
 from ckptkit.param_groups.parameters import LiveModel, read_live_model
 from ckptkit.param_groups.spec.fields import is_tensor

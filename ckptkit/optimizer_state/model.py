@@ -191,7 +191,7 @@ class OptimizerState(Result):
     - ``findings`` are the remarks about the keys of the state, as it was found.
 
     Example:
-        >>> from ckptkit.optimizer_state.naming import to_named
+        >>> from ckptkit.optimizer_state import to_named
         >>> model = torch.nn.Linear(2, 2)
         >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
         >>> state.names, state.groups[0].options["lr"]
@@ -227,7 +227,7 @@ class OptimizerState(Result):
         """Return the tensors of the slot ``name``, by the names of the parameters that have it.
 
         Example:
-            >>> from ckptkit.optimizer_state.naming import to_named
+            >>> from ckptkit.optimizer_state import to_named
             >>> model = torch.nn.Linear(2, 2)
             >>> optimizer = torch.optim.Adam(model.parameters())
             >>> model(torch.ones(2)).sum().backward()
@@ -242,7 +242,7 @@ class OptimizerState(Result):
         """Return the group of the parameter ``name``, or None if it is in no group.
 
         Example:
-            >>> from ckptkit.optimizer_state.naming import to_named
+            >>> from ckptkit.optimizer_state import to_named
             >>> model = torch.nn.Linear(2, 2)
             >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
             >>> state.group_of("bias").options["lr"]

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import cast
 
+from ckptkit.core.arguments import require_flags, require_strings, require_type
 from ckptkit.core.checkpoint import Checkpoint
 from ckptkit.core.findings import Finding
 from ckptkit.core.text import listed, plural, quoted
@@ -87,7 +88,20 @@ def to_named(
 
     Raises ``FormatError`` for positions that are used twice or missing, and for state of no group. Raises ``PlanError``
     if names are missing, do not fit the shapes, or are ambiguous; the message lists the parameters in doubt.
+
+    Example:
+        >>> from ckptkit.optimizer_state import to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> state.names
+        ('weight', 'bias')
     """
+    require_flags(drop_strays=drop_strays)
+    if groups is not None:
+        takes = "a list with the names in each group"
+        require_type(groups, Sequence, "groups", takes)
+        for members in groups:
+            require_strings(members, "groups", takes)
     found = state if isinstance(state, FoundState) else read_state(state)
     if drop_strays:
         params = {param for group in found.groups for param in group.params}

@@ -56,7 +56,7 @@ def write_optimizer_state(
     ``OutputError`` as ``execute`` does.
 
     Example:
-        >>> from ckptkit.optimizer_state.naming import to_named
+        >>> from ckptkit.optimizer_state import to_named
         >>> model = torch.nn.Linear(2, 2)
         >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
         >>> ckptkit.write_optimizer_state(state, "optimizer.pt").format

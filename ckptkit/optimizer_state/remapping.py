@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from ckptkit.core.arguments import require_strings
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, Payload, TensorInfo, View, memory_order, row_major
 from ckptkit.core.text import quoted
 from ckptkit.core.torch_optim import SCHEMAS, schema_from_options
@@ -61,7 +62,15 @@ def remap(state: OptimizerState, rules: RulesLike | None, *, elementwise: Collec
 
     Raises ``RuleError`` as for weights. Raises ``PlanError`` if a rule computes new values, or if a slot cannot follow
     its weight. Raises it too if parameters with different options or different numbers become one.
+
+    Example:
+        >>> from ckptkit.optimizer_state import remap, to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> remap(state, ["*=fc.*"]).names
+        ('fc.weight', 'fc.bias')
     """
+    elementwise = require_strings(elementwise, "elementwise", "the names of slots")
     key_map = apply_rules(as_rules(rules), require_named(state).names)
     outputs = key_map.outputs()
     group_of = {name: group for group in state.groups for name in group.names}

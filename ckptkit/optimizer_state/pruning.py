@@ -32,6 +32,13 @@ def prune(
     of names for which the same is done in any case. ``changes`` tells what was done to each parameter, and why.
 
     Raises ``RuleError`` for a pattern that matches no parameter, and ``PlanError`` if no parameter would be left.
+
+    Example:
+        >>> from ckptkit.optimizer_state import prune, to_named
+        >>> model = torch.nn.Linear(2, 2)
+        >>> state = to_named(torch.optim.SGD(model.parameters(), lr=0.1).state_dict(), model)
+        >>> prune(state, drop="bias").names
+        ('weight',)
     """
     drop_patterns, reset_patterns = _parse_patterns(drop, "drop"), _parse_patterns(reset, "reset")
     _refuse_unmatched(drop_patterns, require_named(state).names, "--drop")
