@@ -131,6 +131,8 @@ def test_some_keys_on_a_device(tmp_path: Path) -> None:
             assert torch.equal(checkpoint.state_dict()["a"].cpu(), torch.ones(2, device="cpu"))
         with pytest.raises(KeyError, match="missing"):
             checkpoint.state_dict(keys=["a", "missing"])
+        with pytest.raises(CkptkitError, match="device is 'gpu', which torch cannot use here"):
+            checkpoint.state_dict(device="gpu")
         with pytest.raises(CkptkitError, match="keys"):
             checkpoint.state_dict(keys=[1])  # type: ignore[list-item]
 

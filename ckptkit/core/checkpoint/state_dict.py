@@ -12,7 +12,7 @@ from ckptkit.core.checkpoint.info import TensorInfo, storage_range
 from ckptkit.core.checkpoint.payload import Payload, read_into
 from ckptkit.core.checkpoint.reading import Opener, read_tensor, torch_bytes, torch_dtype_of
 from ckptkit.core.dtypes import DTYPES, dtype_code, pack_float4
-from ckptkit.core.text import quoted
+from ckptkit.core.text import first_line, printable, quoted
 from ckptkit.core.ties import overlapping_tensors
 from ckptkit.core.torch_types import Tensor
 from ckptkit.errors import ArgumentError
@@ -130,15 +130,16 @@ def cast_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def to_device(device: torch.device | str | int | None) -> torch.device | None:
-    """Return the device that an argument names; raise ``ArgumentError`` where torch does not know such a device."""
+    """Return the device that an argument names; raise ``ArgumentError`` where torch cannot put a tensor there."""
     import torch
 
-    if device is None or isinstance(device, torch.device):
-        return device
+    if device is None:
+        return None
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError):
-        refuse(device, "device", 'a torch.device, or the name of one, such as "cuda"')
+        return torch.empty(0, device=device).device
+    except (TypeError, RuntimeError, AssertionError) as error:  # a build without CUDA raises AssertionError
+        hint = None if isinstance(error, TypeError) else f"torch says: {first_line(error)}"
+        raise ArgumentError(f"device is {printable(repr(device))}, which torch cannot use here", hint=hint) from None
 
 
 def with_versions(tensors: Mapping[str, Tensor], versions: Mapping[str, int]) -> dict[str, Tensor]:
