@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
+import io
 import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from ckptkit.core.dtypes import DTYPES
@@ -31,7 +34,7 @@ else:
         _found(name, *_PLACES)
         for name in ("DTensor", "Partial", "Placement", "Replicate", "Shard", "distribute_tensor", "_StridedShard")
     )
-    fully_shard = _found("fully_shard", "fsdp", "_composable.fsdp")
+    fully_shard = _found("fully_shard", "fsdp")
 
 __all__ = [
     "FLOAT4",
@@ -50,7 +53,13 @@ __all__ = [
     "needs_dtype",
     "needs_module",
     "needs_optimizer",
+    "needs_option",
     "only_known",
+    "require",
+    "require_option",
+    "safetensors_has",
+    "saves",
+    "takes_names",
 ]
 
 
@@ -61,6 +70,34 @@ FLOAT4: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in ("float
 def has_dtype(code: str) -> bool:
     """Return whether torch has a dtype for this safetensors code."""
     return bool(DTYPES[code].torch_name) and hasattr(torch, DTYPES[code].torch_name)
+
+
+@functools.cache
+def saves(code: str) -> bool:
+    """Return whether torch has a dtype for this safetensors code and saves its tensors."""
+    if not has_dtype(code):
+        return False
+    try:
+        torch.save(_bytes_as(code), io.BytesIO())
+    except (KeyError, RuntimeError, TypeError):
+        return False
+    return True
+
+
+@functools.cache
+def safetensors_has(code: str) -> bool:
+    """Return whether the installed safetensors library writes and reads tensors of this code."""
+    if not has_dtype(code):
+        return False
+    try:
+        safetensors.torch.load(safetensors.torch.save({"x": _bytes_as(code)}))
+    except (KeyError, safetensors.SafetensorError):
+        return False
+    return True
+
+
+def _bytes_as(code: str) -> torch.Tensor:
+    return torch.zeros(16, dtype=torch.uint8).view(getattr(torch, DTYPES[code].torch_name))
 
 
 def has_module(name: str) -> bool:
@@ -78,6 +115,22 @@ def needs(owner: object, *names: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(bool(lacking), reason=f"this torch has no {', '.join(lacking)}")
 
 
+def require(owner: object, name: str) -> None:
+    """Skip the test that runs where a module or a class of torch lacks an attribute."""
+    if not hasattr(owner, name):
+        pytest.skip(f"this torch has no {name}")
+
+
+def require_option(optimizer: str, option: str) -> None:
+    """Skip the test that runs where a class of torch.optim does not take an option."""
+    if not _takes(optimizer, option):
+        pytest.skip(f"this {optimizer} takes no {option}")
+
+
+def _takes(optimizer: str, option: str) -> bool:
+    return option in inspect.signature(getattr(torch.optim, optimizer)).parameters
+
+
 def needs_dtype(code: str) -> pytest.MarkDecorator:
     """Skip a test where torch has no dtype for this safetensors code."""
     return pytest.mark.skipif(not has_dtype(code), reason=f"this torch has no dtype for {code}")
@@ -91,6 +144,11 @@ def needs_module(name: str) -> pytest.MarkDecorator:
 def needs_optimizer(name: str) -> pytest.MarkDecorator:
     """Skip a test where torch has no optimizer of this name."""
     return needs(torch.optim, name)
+
+
+def needs_option(optimizer: str, option: str) -> pytest.MarkDecorator:
+    """Skip a test where a class of torch.optim does not take an option."""
+    return pytest.mark.skipif(not _takes(optimizer, option), reason=f"this {optimizer} takes no {option}")
 
 
 def only_known(owner: object, *names: str) -> list[Any]:

@@ -6,7 +6,6 @@ import io
 import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from torch.multiprocessing.spawn import spawn
 from ckptkit.errors import CkptkitError
 from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.wrappers.envelopes import Selection
-from tests.features import Replicate, Shard, distribute_tensor
+from tests.features import Replicate, Shard, distribute_tensor, has_module
 
 Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 
@@ -37,10 +36,8 @@ Cut = tuple[Sequence[int], Sequence[int]]  # offsets and sizes of a chunk
 def save(path: Path, state: Mapping[str, Any]) -> str:
     """Write ``state`` as one process without a group does."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is", UserWarning)
-        # Older torch has no such argument, and finds out by itself that there is no group of processes.
-        alone: dict[str, Any] = {"no_dist": True} if "no_dist" in signature(save_distributed).parameters else {}
-        save_distributed(dict(state), checkpoint_id=str(path), **alone)
+        warnings.filterwarnings("ignore", "torch.distributed is ", UserWarning)
+        save_distributed(dict(state), checkpoint_id=str(path))
     return str(path)
 
 
@@ -105,7 +102,10 @@ def write_cut(path: Path, tensors: Mapping[str, tuple[torch.Tensor, Sequence[Cut
         described[key] = TensorStorageMetadata(TensorProperties(dtype=tensor.dtype), tensor.size(), chunks)
     for file, content in enumerate(contents):
         (path / f"__{file}_0.distcp").write_bytes(content.getvalue())
-    return put_metadata(str(path), Metadata(described, {key: (key,) for key in tensors}, places, None, "1.0.0"))
+    metadata = Metadata(described, {key: (key,) for key in tensors}, places)
+    if hasattr(metadata, "version"):
+        metadata.version = "1.0.0"
+    return put_metadata(str(path), metadata)
 
 
 def archive(thing: object) -> bytes:
@@ -151,10 +151,11 @@ def _rank(rank: int, directory: str) -> None:
         for key, tensor in full.items()
     }
     save_distributed({"model": state, "step": 3, "lr": [0.5, 2.0]}, checkpoint_id=f"{directory}/dcp")
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    if has_module("torch.distributed.checkpoint.hf_storage"):
+        from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
-    writer = HuggingFaceStorageWriter(
-        f"{directory}/safetensors", save_distributed=True, fqn_to_index_mapping=dict(FILE_OF)
-    )
-    save_distributed(dict(state), storage_writer=writer)
+        writer = HuggingFaceStorageWriter(
+            f"{directory}/safetensors", save_distributed=True, fqn_to_index_mapping=dict(FILE_OF)
+        )
+        save_distributed(dict(state), storage_writer=writer)
     dist.destroy_process_group()

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.dtypes import DTYPES
-from tests.features import has_dtype
+from tests.features import safetensors_has, saves
 
-CODES = tuple(code for code in DTYPES if has_dtype(code) and not code.startswith(("Q", "BITS", "F4")))
-STORABLE = tuple(code for code in CODES if DTYPES[code].storable)
+CODES = tuple(code for code in DTYPES if saves(code) and not code.startswith(("Q", "BITS", "F4")))
+STORABLE = tuple(code for code in CODES if DTYPES[code].storable and safetensors_has(code))
 
 
 def dtype_of(code: str) -> torch.dtype:

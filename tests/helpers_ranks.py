@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -79,4 +80,15 @@ def _sharded(tensor: torch.Tensor, rank: int, world: int) -> ShardedTensor:
 
 
 def _local(tensor: torch.Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...]) -> DTensor:
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    """Return the part of this rank, which no other rank sends."""
+    if "src_data_rank" in inspect.signature(distribute_tensor).parameters:
+        return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    part = tensor
+    for dim, placement in enumerate(placements):
+        if placement.is_shard():
+            axis: int = placement.dim  # type: ignore[attr-defined]
+            parts = part.chunk(mesh.size(dim), axis)
+            rank = mesh.get_local_rank(dim)
+            part = parts[rank] if rank < len(parts) else part.narrow(axis, 0, 0)
+    part = part.contiguous()
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())

@@ -29,6 +29,7 @@ from ckptkit.core.cast_losses import CastLoss
 from ckptkit.core.torch_bridge import CASTABLE, same_values
 from ckptkit.errors import PlanError
 from ckptkit.tensor_ops.casting import CastPayload
+from tests.features import require
 from tests.helpers_cli import run_ckpt
 from tests.helpers_outputs import dtype_of, names_in, raw, same_state, tensor_of
 
@@ -82,7 +83,7 @@ def test_overflow_and_underflow_are_counted_as_torch_casts(before: str) -> None:
         new = source.to(dtype_of(after)).double()
         overflowed = old.isfinite() & ~new.isfinite()
         if after == "F8_E4M3":  # torch gives 448, or NaN, to everything above 464
-            overflowed |= old.abs() > 464
+            overflowed |= (old.abs() > 464) & (old.isfinite() | new.isfinite())
         loss = loss_of(source, before, after)
         expected = (int(overflowed.sum()), int(((old != 0) & (new == 0)).sum()), 0, len(source))
         assert (loss.overflowed, loss.underflowed, loss.truncated, loss.values) == expected, (before, after)
@@ -232,6 +233,7 @@ def test_a_folded_adapter_that_overflows_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e5m2, torch.int8])
 def test_load_into_refuses_an_overflow_before_it_copies(dtype: torch.dtype) -> None:
     """The model is untouched to the bit, and its hooks do not run."""
+    require(nn.Module, "register_load_state_dict_pre_hook")
     model = nn.Module()
     model.register_buffer("a", torch.full((2,), 3.0).to(dtype))
     model.register_buffer("w", torch.full((2, 2), 5.0).to(dtype))

@@ -25,6 +25,7 @@ from ckptkit.core.checkpoint import Access, Checkpoint, Description
 from ckptkit.core.files import LocalFile
 from ckptkit.errors import RuleError
 from ckptkit.formats.zip_archive import read_zip_directory
+from tests.features import require
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_dcp import save, write_cut
 from tests.helpers_formats import bits, rezip, saved, write
@@ -320,6 +321,7 @@ class _Evil:
 
 
 def _without_checksums(directory: Path) -> Path:
+    require(torch.serialization, "get_crc32_options")
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -329,6 +331,7 @@ def _without_checksums(directory: Path) -> Path:
 
 
 def _skipped(directory: Path) -> Path:
+    require(torch.serialization, "skip_data")
     with torch.serialization.skip_data():
         return _torch(TIED)(directory)
 

@@ -14,6 +14,7 @@ from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.presets import param_group_preset, param_group_preset_names
 from fixtures.lenet import build
+from tests.features import needs_optimizer
 from tests.helpers_cli import ROOT, run_ckpt
 from tests.helpers_presets import numbers
 
@@ -158,6 +159,7 @@ def test_layer_decay_outside_of_a_modifier_gets_a_hint(tmp_path: Path, capsys: p
     assert "[[modifier]] layers = [" in ran.err
 
 
+@needs_optimizer("Muon")
 def test_vectors_in_a_group_for_muon_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The Muon of torch refuses vectors too."""
     spec = tmp_path / "groups.toml"

@@ -14,6 +14,7 @@ from torch.optim import SGD, AdamW, lr_scheduler, swa_utils
 from torch.utils.checkpoint import checkpoint
 
 from ckptkit import rebind
+from tests.features import require
 from tests.helpers_healthy import Setup, loud_findings, split_by_decay
 
 
@@ -78,6 +79,7 @@ def one_of_two_gan_optimizers() -> Setup:
 
 
 def muon_and_adamw() -> Setup:
+    require(torch.optim, "Muon")
     model = Forward(lambda self, x: self.head(self.layers(self.embed(x))), embed=nn.Embedding(7, 4),
                     layers=nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), head=nn.Linear(4, 3))  # fmt: skip
     others = [pair for pair in model.named_parameters() if pair[0] != "layers.0.weight"]
@@ -460,11 +462,16 @@ SETUPS: dict[str, Callable[[], Setup]] = {
     "complex parameters": complex_model,
     "a model in eval mode without dropout and BatchNorm": lambda: plain(body().eval()),
     "a lazy layer after its first forward pass": lambda: plain(initialized(nn.Sequential(nn.LazyLinear(4), nn.Tanh()))),
-    "Adafactor": lambda: with_optimizer(lambda parameters: torch.optim.Adafactor(parameters, lr=0.01)),
+    "Adafactor": lambda: with_optimizer(adafactor),
     "a tensor as lr": lambda: with_optimizer(lambda parameters: AdamW(parameters, lr=torch.tensor(0.01))),
     "foreach": lambda: with_optimizer(lambda parameters: AdamW(parameters, lr=0.01, foreach=True)),
     "momentum": lambda: with_optimizer(lambda parameters: SGD(parameters, lr=0.01, nesterov=True, momentum=0.9)),
 }
+
+
+def adafactor(parameters: Any) -> torch.optim.Optimizer:
+    require(torch.optim, "Adafactor")
+    return torch.optim.Adafactor(parameters, lr=0.01)
 
 
 def initialized(model: nn.Module) -> nn.Module:

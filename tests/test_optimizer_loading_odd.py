@@ -17,6 +17,7 @@ from ckptkit.optimizer_state.groups import resplit
 from ckptkit.optimizer_state.model import NamedGroup
 from ckptkit.optimizer_state.naming import to_named
 from ckptkit.param_groups.plan import plan_param_groups
+from tests.features import needs_option
 
 
 class Odd(torch.optim.Optimizer):
@@ -233,6 +234,7 @@ def test_an_lr_is_loaded_as_the_number_that_the_optimizer_has() -> None:
 
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW])
+@needs_option("Adam", "decoupled_weight_decay")
 def test_an_old_file_of_adam_or_adamw_is_noted(kind: Any) -> None:
     """A note tells that an old file can be from Adam or from AdamW, because both wrote the same keys."""
     model = net()

@@ -23,6 +23,7 @@ from ckptkit.optimizer_state.pruning import prune
 from ckptkit.optimizer_state.remapping import remap
 from ckptkit.param_groups.lock import lock_param_groups
 from ckptkit.rules.parse import parse_rules
+from tests.features import needs_optimizer
 from tests.helpers_optim import OPTIMIZERS, Net, same_state, trained
 
 ELEMENTWISE = ["SGD", "AdamW"]
@@ -178,6 +179,7 @@ def test_what_a_state_cannot_follow(prepare: Any, tables: list[dict[str, Any]], 
         remap(state if prepare is None else prepare(state), rules(tables))
 
 
+@needs_optimizer("Adafactor")
 def test_factored_slots_can_only_be_renamed() -> None:
     """Factored slots can be renamed but not split, because the sums of a matrix are not those of its parts."""
     state = named(model := Net(), trained(model, OPTIMIZERS["Adafactor"](model.parameters())))

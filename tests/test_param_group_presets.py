@@ -28,6 +28,7 @@ from ckptkit.param_groups.presets import (
 )
 from ckptkit.param_groups.presets.name_patterns import patterns_of
 from ckptkit.param_groups.validate import validate_param_groups
+from tests.features import needs_optimizer
 from tests.helpers_presets import Mixed, NextLike, VitLike, bert_like, built, numbers, perceptron, rates
 
 Numbers = dict[tuple[float, float], str]
@@ -239,6 +240,7 @@ def test_the_rates_of_lora_plus_and_a_warning_where_they_differ_from_peft() -> N
     assert rates(model, spec) == {**peft, "base_model.model.ln_f.modules_to_save.default.weight": (1.0, 0.0)}
 
 
+@needs_optimizer("Muon")
 def test_muon_takes_hidden_matrices_and_both_optimizers_step() -> None:
     """AdamW gets embeddings, head, vectors and convolutions; with ndim = [2, 4], only the first convolution."""
     model = nn.ModuleDict(

@@ -22,6 +22,7 @@ from ckptkit.param_groups.presets import param_group_preset
 from ckptkit.param_groups.spec import ParamGroupSpec
 from ckptkit.param_groups.spec.writing import dump_spec
 from ckptkit.param_groups.validate import validate_param_groups
+from tests.features import needs_optimizer
 from tests.helpers_presets import Mixed, NextLike, VitLike
 
 YAML = """
@@ -194,6 +195,7 @@ def test_names_of_any_alphabet_are_kept() -> None:
     assert group["name"] == spec.rules[0].name
 
 
+@needs_optimizer("Muon")
 def test_python_for_several_optimizers_is_a_function_for_each_and_refuses_another_model() -> None:
     model = nn.Sequential(nn.Embedding(4, 2), nn.Linear(2, 2), nn.Linear(2, 4))
     made = _run(write_python(plan_param_groups(model, param_group_preset("muon", model)), "preset muon"))

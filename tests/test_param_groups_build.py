@@ -30,6 +30,7 @@ from ckptkit.param_groups.validate import validate_param_groups
 from ckptkit.readiness import preflight
 from ckptkit.render.groups import groups_document, groups_page, groups_rows
 from ckptkit.render.page import as_text
+from tests.features import needs_optimizer
 from tests.helpers_cli import run_ckpt
 
 HEAD_AND_REST = {
@@ -331,6 +332,7 @@ def test_not_a_module_is_refused() -> None:
 
 
 @pytest.mark.parametrize("entry", ["validate", "table", "lock", "preflight", "preflight_live", "build", "against_spec"])
+@needs_optimizer("Muon")
 def test_a_spec_is_assigned_to_a_model_once(
     entry: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from ckptkit.param_groups.lock import (
 )
 from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import assert_param_groups, validate_param_groups
+from tests.features import needs_optimizer
 from tests.helpers_cli import ROOT, run_ckpt
 
 
@@ -217,6 +218,7 @@ def test_a_parameter_in_the_groups_twice_is_locked_once() -> None:
     assert parse_lock(json.loads(json.dumps(lock_document(lock)))) == lock
 
 
+@needs_optimizer("Muon")
 def test_positions_are_counted_for_each_optimizer() -> None:
     model = Net()
     spec = {

@@ -13,6 +13,7 @@ from torch import nn
 from ckptkit import preflight, validate_param_groups
 from ckptkit.core.findings import Finding
 from ckptkit.errors import GroupsError
+from tests.features import needs_optimizer
 
 
 def findings(model: nn.Module) -> tuple[Finding, ...]:
@@ -138,6 +139,7 @@ class Hidden(nn.Module):
         self.lm_head = nn.Linear(4, 7, bias=False)
 
 
+@needs_optimizer("Muon")
 def test_muon_is_for_hidden_matrices() -> None:
     """Muon steps embeddings and heads as well, but is not made for them; AdamW may have them."""
     model = Hidden()

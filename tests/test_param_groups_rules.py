@@ -15,6 +15,7 @@ from ckptkit.param_groups.parse import parse_spec
 from ckptkit.param_groups.plan import assign, plan_param_groups
 from ckptkit.param_groups.properties import parameter_table
 from ckptkit.param_groups.validate import validate_param_groups
+from tests.features import needs_optimizer
 
 
 class RMSNorm(nn.Module):
@@ -300,6 +301,7 @@ def test_groups_are_merged_and_ordered_by_policy(merge: str, order: str, expecte
         assert [(group["name"], len(group["params"])) for group in groups] == list(expected.items())
 
 
+@needs_optimizer("Muon")
 def test_a_spec_with_two_optimizer_classes_builds_the_groups_of_each() -> None:
     """Muon trains hidden matrices and AdamW the rest: together every parameter once, and both optimizers step."""
     spec = {

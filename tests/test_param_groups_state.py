@@ -84,6 +84,8 @@ def test_state_of_another_shape(name: str) -> None:
         step(model, optimizer)
     for parameter in model.head.parameters():  # the way out of the hint
         optimizer.state.pop(parameter)
+    if name == "Adagrad":
+        rebind(optimizer, model)  # the step of some versions of torch makes no state
     step(model, optimizer)
 
 

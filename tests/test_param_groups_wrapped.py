@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrizations, prune
 from ckptkit.core.findings import Finding
 from ckptkit.param_groups.build import build_param_groups
 from ckptkit.param_groups.validate import validate_param_groups
-from tests.features import fully_shard
+from tests.features import fully_shard, require
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed"),
@@ -106,6 +107,7 @@ def checkpointed(model: Any) -> nn.Module:
 
 
 def sharded(model: nn.Module) -> nn.Module:
+    require(fsdp, "fully_shard")
     for module in (model.get_submodule("norm"), model):
         fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
     return model

@@ -377,7 +377,7 @@ def holder(state: Mapping[str, torch.Tensor]) -> nn.Module:
 def test_a_model_with_the_same_parts_is_loaded(made: Callable[[], State]) -> None:
     """A live model that has all parts as buffers gets their bytes; a plain model gets nothing and keeps its values."""
     state = made() | NORM
-    model = holder({key: torch.zeros_like(value) for key, value in state.items()})
+    model = holder({key: torch.zeros(value.shape).to(value.dtype) for key, value in state.items()})
     assert load_into(model, state).coverage == 1
     assert same_state(model.state_dict(), state)
     plain = holder({"a.weight": torch.ones(256, 256), "norm.weight": torch.ones(32)})

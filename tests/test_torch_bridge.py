@@ -17,7 +17,7 @@ from ckptkit.core.checkpoint import View
 from ckptkit.core.torch_bridge import CASTABLE, as_checkpoint
 from ckptkit.errors import ModelError, PlanError
 from ckptkit.tensor_ops.casting import CastPayload
-from tests.features import FLOAT4, needs_dtype
+from tests.features import FLOAT4, has_dtype, needs_dtype
 from tests.helpers_outputs import dtype_of, raw, state_dicts, tensor_of
 
 pytestmark = [
@@ -52,12 +52,15 @@ def cast(tensor: torch.Tensor, before: str, after: str, size: int) -> bytes:
     return made
 
 
-@pytest.mark.parametrize("before", sorted(CASTABLE))
+KNOWN = sorted(code for code in CASTABLE if has_dtype(code))
+
+
+@pytest.mark.parametrize("before", KNOWN)
 def test_a_cast_is_that_of_tensor_to(before: str) -> None:
     """Casts between all castable dtypes equal ``Tensor.to`` for pieces of any size, except for the bits of NaN."""
     # Within the range of every integer: converting what one cannot hold is undefined, and differs between kernels.
     source = torch.linspace(0, 100, 67).to(dtype_of(before))
-    for after in sorted(CASTABLE):
+    for after in KNOWN:
         wanted = source.to(dtype_of(after))
         for size in (7, 24, 1000):
             made = torch.frombuffer(bytearray(cast(source, before, after, size)), dtype=torch.uint8).view(wanted.dtype)

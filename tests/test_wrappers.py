@@ -13,6 +13,7 @@ import torch
 import torch.distributed
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed import fsdp
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
@@ -23,7 +24,7 @@ from ckptkit.rules.apply import apply_rules
 from ckptkit.rules.parse import parse_rules
 from ckptkit.wrappers.explain import explain_wrappers
 from ckptkit.wrappers.table import PREFIXES, SEGMENTS, WRAPPERS
-from tests.features import fully_shard
+from tests.features import fully_shard, require
 from tests.helpers_cli import run_ckpt
 
 State = dict[str, torch.Tensor]
@@ -58,7 +59,8 @@ def compiled(module: nn.Module) -> nn.Module:
 
 def inside(wrap: Callable[[nn.Module], nn.Module], at: str) -> nn.Module:
     net = plain()
-    net.set_submodule(at, wrap(net.get_submodule(at)))
+    parent, _, name = at.rpartition(".")
+    setattr(net.get_submodule(parent), name, wrap(net.get_submodule(at)))
     return net
 
 
@@ -71,6 +73,7 @@ def full(state: dict[str, Any]) -> State:
 
 
 def sharded(module: nn.Module) -> nn.Module:
+    require(fsdp, "fully_shard")
     fully_shard(module)
     return module
 

@@ -84,9 +84,10 @@ def refuse_other_class(saved: OptimizerState, optimizer: Optimizer, schema: Opti
 def unknown_decay_findings(saved: OptimizerState, schema: OptimizerSchema | None) -> Iterator[Finding]:
     """Yield a note if an old file does not say whether it was saved from Adam or from AdamW.
 
-    The same weight decay has another meaning in each of these classes.
+    The same weight decay has another meaning in each of these classes. A torch that has no such option never says it:
+    its own files get no note.
     """
-    if schema is not None and schema.name in {"Adam", "AdamW"}:
+    if schema is not None and schema.name in {"Adam", "AdamW"} and "decoupled_weight_decay" in torch_options():
         groups = [group.options for group in saved.groups if group.options]
         if any(options.get("weight_decay") and "decoupled_weight_decay" not in options for options in groups):
             yield codes.DECAY_UNTOLD.finding(

@@ -102,7 +102,7 @@ class LossCounter:
         if whole:
             rows = self._rows_to_count(old[:whole])
             if len(rows):
-                self._count(*(part[:whole].view(-1, _ROW)[rows].reshape(-1) for part in (old, new)))
+                self._count(*(_rows_of(part[:whole], rows) for part in (old, new)))
         self._count(old[whole:], new[whole:])
 
     def _rows_to_count(self, values: Tensor) -> Tensor:
@@ -268,6 +268,14 @@ def _is_finite(tensor: Tensor) -> bool:
     values = _real_view(tensor)
     # The sum is fast, and finite only if all values are.
     return math.isfinite(float(values.sum())) or bool(values.isfinite().all())
+
+
+def _rows_of(values: Tensor, rows: Tensor) -> Tensor:
+    """Return the values of some rows, as bytes where an element is one: not every torch can index float8."""
+    import torch
+
+    stored = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
+    return stored.view(-1, _ROW)[rows].reshape(-1).view(values.dtype)
 
 
 def _count_overflowed(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ import torch
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
-from tests.features import has_dtype
+from tests.features import saves
 from tests.helpers_formats import (
     CODE_OF,
     assert_same,
@@ -34,7 +34,7 @@ from tests.helpers_formats import (
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 # Written through an untyped storage, for which torch does not know the width of the numbers.
 UNTYPED = {code for code in DTYPES if code.startswith(("U16", "U32", "U64", "C32", "BITS16"))}
-IN_TORCH = [dtype for code, dtype in DTYPES.items() if has_dtype(code) and not code.startswith("Q")]
+IN_TORCH = [dtype for code, dtype in DTYPES.items() if saves(code) and not code.startswith("Q")]
 
 
 def reversed_in(data: bytes, width: int) -> bytes:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.features import needs_module
 from tests.formats.mutate import run
 
 SEED = 20
@@ -20,7 +21,7 @@ SEED = 20
         ("tar", 600, 0),
         ("index", 400, 0),
         ("gguf", 600, 60),
-        ("pt2", 500, 0),
+        pytest.param("pt2", 500, 0, marks=needs_module("torch.export.pt2_archive")),
         ("npy", 500, 60),
         ("npz", 500, 60),
         ("dcp", 600, 3),

@@ -50,7 +50,7 @@ def npy(array: Array, version: tuple[int, int] | None = None) -> bytes:
 
 def npz(arrays: Mapping[str, Array], *, compressed: bool = False) -> bytes:
     buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, allow_pickle=True, **arrays)
+    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
 
 

@@ -16,6 +16,7 @@ from torch import nn
 from ckptkit import load_into, plan_merge, plan_remap
 from ckptkit.errors import FormatError, PlanError
 from ckptkit.formats import open_checkpoint
+from tests.features import needs
 from tests.helpers_cli import run_ckpt
 from tests.helpers_formats import bits, opened, saved, write
 
@@ -82,6 +83,7 @@ def test_scalars_text_and_objects_stay_entries(tmp_path: Path) -> None:
     assert [entries[key][0] for key in "fgh"] == ["numpy.ndarray"] * 3
 
 
+@needs(torch._utils, "_rebuild_device_tensor_from_cpu_tensor", "_rebuild_device_tensor_from_numpy")
 def test_tensors_of_other_devices_are_read(tmp_path: Path) -> None:
     """XLA and private backends save a CPU tensor or an array; bfloat16 was saved as float32."""
     half = torch.randn(4, 3).to(torch.bfloat16)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from ckptkit.core.dtypes import DTYPES
 from ckptkit.formats import open_checkpoint
-from tests.features import has_dtype
+from tests.features import safetensors_has
 from tests.helpers_formats import (
     assert_same,
     bits,
@@ -27,7 +27,7 @@ from tests.helpers_formats import (
 )
 
 STORABLE = [dtype for dtype in DTYPES.values() if dtype.storable]
-IN_TORCH = [dtype for dtype in STORABLE if has_dtype(dtype.code)]
+IN_TORCH = [dtype for dtype in STORABLE if safetensors_has(dtype.code)]
 GOOD = safetensors_file({"w": f32()}, b"1234")
 
 

@@ -17,11 +17,11 @@ from ckptkit.core.files import CHUNK, Extent, Inflated, LocalFile, Region
 from ckptkit.errors import FormatError
 from ckptkit.formats import layout as strided
 from ckptkit.formats.layout import InMemory, Strided
-from tests.features import has_dtype
+from tests.features import saves
 from tests.helpers_formats import CODE_OF, bits, random_tensor
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
-CODES = sorted(code for code in DTYPES if has_dtype(code) and not code.startswith(("F4", "Q")))
+CODES = sorted(code for code in DTYPES if saves(code) and not code.startswith(("F4", "Q")))
 
 
 def info_of(view: torch.Tensor) -> TensorInfo:

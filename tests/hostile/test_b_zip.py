@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ckptkit.errors import FormatError
 from ckptkit.formats import open_checkpoint
+from tests.features import require
 from tests.helpers_formats import (
     bits,
     mapping,
@@ -69,6 +70,7 @@ def damaged(data: bytes, name: str) -> bytes:
 
 
 def without_checksums() -> bytes:
+    require(torch.serialization, "get_crc32_options")
     before = torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
     try:
@@ -78,6 +80,7 @@ def without_checksums() -> bytes:
 
 
 def skipped() -> bytes:
+    require(torch.serialization, "skip_data")
     with torch.serialization.skip_data():
         return saved(STATE)
 
