@@ -36,7 +36,7 @@ from ckptkit.formats.distributed.dcp import open_dcp
 from ckptkit.formats.distributed.dcp_metadata import read_metadata
 from ckptkit.formats.distributed.file_names import is_dcp
 from ckptkit.wrappers.envelopes import Selection
-from tests.features import FLOAT4
+from tests.features import FLOAT4, require, saves
 from tests.helpers_dcp import (
     archive,
     edit,
@@ -135,7 +135,11 @@ def test_without_planner_data_the_keys_are_flat(tmp_path: Path) -> None:
         assert_same(checkpoint, {"model.a": torch.ones(2), "model.b": torch.ones(3)})
 
 
-@pytest.mark.parametrize("dtype", [dtype for dtype in CODE_OF if not str(dtype).startswith(("torch.q", "torch.bits"))])
+def _is_held(dtype: torch.dtype) -> bool:
+    return saves(CODE_OF[dtype]) and not str(dtype).startswith(("torch.q", "torch.bits"))
+
+
+@pytest.mark.parametrize("dtype", [dtype for dtype in CODE_OF if _is_held(dtype)])
 def test_every_dtype_that_dcp_can_hold(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = random_tensor(dtype, (3, 4))
     path = save(tmp_path / "run", {"w": tensor})
@@ -284,7 +288,7 @@ def test_neither_torch_nor_numpy_is_imported(ranks: Path) -> None:
             keys = [key for key in checkpoint if key not in ("transposed",)]
             assert sum(len(checkpoint.read_bytes(key)) for key in keys) > 700, keys
         print(sorted({"torch", "numpy", "pickle"} & set(sys.modules)))"""
-    paths = [str(ranks / "dcp"), str(ranks / "safetensors")]
+    paths = [str(path) for path in (ranks / "dcp", ranks / "safetensors") if path.exists()]
     done = subprocess.run([sys.executable, "-c", program, *paths], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
 
@@ -365,6 +369,8 @@ def _place(metadata: Any, key: str, number: int = 0) -> MetadataIndex:
 def _moved(key: str, **fields: Any) -> Damage:
     def change(metadata: Any) -> None:
         index = _place(metadata, key)
+        for name in fields:
+            require(metadata.storage_data[index], name)
         metadata.storage_data[index] = dataclasses.replace(metadata.storage_data[index], **fields)
 
     return change
@@ -428,7 +434,10 @@ DAMAGED: dict[str, tuple[Damage, str]] = {
     "H12 beyond printing": (_moved("step", offset=1 << 20000), r"the offset an integer of 20001 bits"),
     "H12 no numbers": (_moved("step", offset="0"), "'step': its place is not a file name with an offset and a length"),
     "H12 shared bytes": (_moved("model.rows", offset=8), r"places 'model\.rows' and '.*' in the same bytes from"),
-    "H12 shifted": (_moved("step", offset=1, length=1000), r"'step': the item at byte 1: "),
+    "H12 shifted": (
+        _moved("step", offset=1, length=1000),
+        r"'step': the item at byte 1: |'step' and 'lr' in the same bytes",
+    ),
     "extension": (
         _moved("model.rows", transform_descriptors=["zstd"]),
         r"'model\.rows' is stored through the extension .*zstd",
@@ -620,7 +629,7 @@ def test_a_list_of_chunks_shared_by_many_tensors_is_not_walked_for_each() -> Non
     shape = torch.Size((0, 3))
     chunks = [ChunkStorageMetadata(shape, shape)] * 20_000
     tensor = TensorStorageMetadata(TensorProperties(dtype=torch.float32), shape, chunks)
-    metadata = Metadata({f"w{number}": tensor for number in range(100)}, {}, {}, None, "1.0.0")
+    metadata = Metadata({f"w{number}": tensor for number in range(100)}, {}, {})
     with pytest.raises(FormatError, match="more than 1,000,000 chunks"):
         read_metadata(pickle.dumps(metadata, 4))
 

@@ -82,7 +82,7 @@ def test_a_file_without_tensors_is_a_checkpoint(tmp_path: Path) -> None:
     st.dictionaries(
         st.text(max_size=8).filter(lambda name: name != "__metadata__"),
         st.tuples(
-            st.sampled_from([torch.float32, torch.bfloat16, torch.int64, torch.bool, torch.uint8, torch.complex64]),
+            st.sampled_from([getattr(torch, one.torch_name) for one in IN_TORCH if one.code != "F4"]),
             st.lists(st.integers(0, 4), max_size=3),
         ),
         max_size=6,
