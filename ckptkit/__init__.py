@@ -97,7 +97,10 @@ def __getattr__(name: str) -> object:
     elif name in _MODULES:
         value = import_module(f"ckptkit.{name}")
     elif name == "__version__":
-        value = import_module("importlib.metadata").version("ckptkit")
+        try:
+            value = import_module("importlib.metadata").version("ckptkit")
+        except ImportError:  # a checkout on the path that is not installed
+            raise AttributeError("ckptkit is not installed, so it has no __version__") from None
     else:
         raise AttributeError(f"module 'ckptkit' has no attribute {name!r}")
     globals()[name] = value

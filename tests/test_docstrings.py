@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import doctest
-import inspect
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import ckptkit
-from ckptkit import optimizer_state, testing
 from tests.helpers_cli import ROOT
+from tests.helpers_public import public_methods, public_names
 
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
@@ -43,26 +41,7 @@ def test_examples_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert runner.failures == 0, "".join(said)
 
 
-def public_docstrings() -> Iterator[tuple[str, str]]:
-    """Yield the name and the docstring of every public name, and of every method with an argument of a public class."""
-    public = {name: getattr(module, name) for module in (ckptkit, optimizer_state, testing) for name in module.__all__}
-    for name, value in public.items():
-        if callable(value):
-            yield name, value.__doc__ or ""
-        if isinstance(value, type):
-            yield from _methods(value)
-
-
-def _methods(cls: type) -> Iterator[tuple[str, str]]:
-    for owner in cls.__mro__:
-        for name, value in vars(owner).items():
-            if name.startswith("_") or not owner.__module__.startswith("ckptkit."):
-                continue
-            function = getattr(value, "__func__", value)
-            if inspect.isfunction(function) and len(inspect.signature(function).parameters) > 1:
-                yield f"{owner.__name__}.{name}", function.__doc__ or ""
-
-
 def test_every_public_docstring_has_an_example() -> None:
     """Each public function, each public class, and each method that takes arguments shows how it is used."""
-    assert sorted({name for name, text in public_docstrings() if ">>> " not in text}) == []
+    public = public_names() | public_methods()
+    assert [name for name, value in public.items() if ">>> " not in (value.__doc__ or "")] == []

@@ -6,6 +6,8 @@ import inspect
 import pydoc
 import re
 import rlcompleter
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -13,11 +15,12 @@ from types import ModuleType
 import pytest
 
 import ckptkit
-from ckptkit import optimizer_state, testing
+from ckptkit import optimizer_state
 from tests.helpers_cli import ROOT
+from tests.helpers_public import MODULES
 from tests.typing import user_script
 
-MODULES = {"errors", "integrations", "optimizer_state", "testing"}
+SUBMODULES = {"errors", "integrations", "optimizer_state", "testing"}
 
 
 def test_version_is_that_of_the_project() -> None:
@@ -26,16 +29,24 @@ def test_version_is_that_of_the_project() -> None:
     assert ckptkit.__version__ == project["version"]
 
 
+def test_a_checkout_that_is_not_installed_has_no_version() -> None:
+    """Without metadata there is no version to give, and ``hasattr`` says so."""
+    program = "import ckptkit; print(hasattr(ckptkit, '__version__'), len(dir(ckptkit)) > 0)"
+    command = [sys.executable, "-S", "-c", program]  # -S leaves out site-packages
+    done = subprocess.run(command, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "True"]
+
+
 def test_dir_and_completion_show_the_public_names() -> None:
     """No helper of the package, and no package below it that is not public, is among the names."""
-    assert set(dir(ckptkit)) == {*ckptkit.__all__, *MODULES, "__version__"}
-    assert all(dir(module) == module.__all__ for module in (optimizer_state, testing))
+    assert set(dir(ckptkit)) == {*ckptkit.__all__, *SUBMODULES, "__version__"}
+    assert all(dir(module) == module.__all__ for module in MODULES[1:])
     completed = rlcompleter.Completer({"ckptkit": ckptkit}).attr_matches("ckptkit.")
-    assert {name.removeprefix("ckptkit.").rstrip("()") for name in completed} == {*ckptkit.__all__, *MODULES}
-    assert all(isinstance(getattr(ckptkit, name), ModuleType) for name in MODULES)
+    assert {name.removeprefix("ckptkit.").rstrip("()") for name in completed} == {*ckptkit.__all__, *SUBMODULES}
+    assert all(isinstance(getattr(ckptkit, name), ModuleType) for name in SUBMODULES)
 
 
-@pytest.mark.parametrize("module", [ckptkit, optimizer_state, testing], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_help_shows_every_public_name_with_its_docstring(module: ModuleType) -> None:
     """``help()`` has each function and class, though the names are fetched when they are first used."""
     text = pydoc.plain(pydoc.render_doc(module))

@@ -13,9 +13,10 @@ import torch
 from torch import nn
 
 import ckptkit
-from ckptkit import optimizer_state, testing
+from ckptkit import optimizer_state
 from ckptkit.cli import main
 from tests.helpers_cli import ROOT
+from tests.helpers_public import public_functions, public_methods
 
 LENET = ROOT / "fixtures" / "lenet_10class.pth"
 
@@ -207,26 +208,25 @@ def _methods() -> dict[str, dict[str, Any]]:
     return {name: {"self": owners[name.partition(".")[0]], **arguments} for name, arguments in table.items()}
 
 
-def _functions() -> dict[str, Callable[..., object]]:
-    values = {name: getattr(module, name) for module in (ckptkit, optimizer_state, testing) for name in module.__all__}
-    return {name: value for name, value in values.items() if inspect.isfunction(value)}
-
-
-@pytest.mark.parametrize("name", sorted(_functions()))
+@pytest.mark.parametrize("name", sorted(public_functions()))
 def test_wrong_types_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With right arguments the function works. With one wrong argument it works, or raises an error of ckptkit."""
     monkeypatch.chdir(tmp_path)
     refusals = (AssertionError,) if name.startswith("assert_") else ()
-    assert "\n".join(_raw_errors(_functions()[name], lambda: _good(name, tmp_path), refusals)) == ""
+    assert "\n".join(_raw_errors(public_functions()[name], lambda: _good(name, tmp_path), refusals)) == ""
 
 
 @pytest.mark.parametrize("name", sorted(_methods()))
 def test_wrong_types_are_refused_by_methods(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Methods of public classes refuse wrong arguments too; an unknown key of a mapping is a ``KeyError``."""
     monkeypatch.chdir(tmp_path)
-    cls, _, method = name.partition(".")
-    refusals = (KeyError,) if cls == "Checkpoint" else ()
-    assert "\n".join(_raw_errors(getattr(getattr(ckptkit, cls), method), lambda: _methods()[name], refusals)) == ""
+    refusals = (KeyError,) if name.startswith("Checkpoint.") else ()
+    assert "\n".join(_raw_errors(public_methods()[name], lambda: _methods()[name], refusals)) == ""
+
+
+def test_every_method_is_in_the_table() -> None:
+    """A new method with arguments needs a row, which says how it is called rightly."""
+    assert set(public_methods()) - {"Checkpoint.with_entries", "Checkpoint.with_warnings"} == set(_methods())
 
 
 def _raw_errors(

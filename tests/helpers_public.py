@@ -1,0 +1,40 @@
+"""The public functions, classes and methods, for tests that hold for all of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import ckptkit
+from ckptkit import optimizer_state, testing
+
+MODULES = (ckptkit, optimizer_state, testing)
+
+
+def public_names() -> dict[str, object]:
+    """Return every public name that can be called: functions and classes."""
+    values = {name: getattr(module, name) for module in MODULES for name in module.__all__}
+    return {name: value for name, value in values.items() if callable(value)}
+
+
+def public_functions() -> dict[str, Callable[..., object]]:
+    """Return every public function."""
+    return {name: value for name, value in public_names().items() if inspect.isfunction(value)}
+
+
+def public_methods() -> dict[str, Callable[..., object]]:
+    """Return each method with arguments of a public class as ``Class.method``, under the public class that defines it.
+
+    Methods that another library defines, such as ``Mapping.get``, are left out.
+    """
+    classes = {value for value in public_names().values() if isinstance(value, type)}
+    methods: dict[str, Callable[..., object]] = {}
+    for cls in classes:
+        for name, function in inspect.getmembers(cls, inspect.isfunction):
+            owner = next(base for base in cls.__mro__ if name in vars(base))
+            is_own = owner is cls or owner not in classes
+            if name.startswith("_") or not function.__module__.startswith("ckptkit.") or not is_own:
+                continue
+            if len(inspect.signature(function).parameters) > 1:
+                methods[f"{cls.__name__}.{name}"] = function
+    return methods
