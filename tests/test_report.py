@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo
-from ckptkit.render.page import Row, Table, as_text, join_rows
+from ckptkit.render.page import Code, Line, Page, Row, Table, as_text, join_rows
+from ckptkit.render.page.html import as_html
 from ckptkit.render.show import show_page
 
 
@@ -80,3 +81,20 @@ def test_a_key_of_thousands_of_segments(key: str) -> None:
 def test_digits_that_torch_does_not_write_are_not_an_index() -> None:
     """``1\u0663`` is 13 for ``int``, but torch does not write it."""
     assert join_rows([Row("a.1\u0663", ()), Row("a.14", ())]) == [("a.1\u0663",), ("a.14",)]
+
+
+def test_html_is_escaped_and_bounded() -> None:
+    """Names are text in a notebook, an indented line stays indented, and a table has at most 500 rows."""
+    rows = (('"><script>', "1"),) * 600
+    page: Page = [
+        Line(("of ", Code("<img src=x onerror=1>"))),
+        Line((Code("a & b"),), indented=True),
+        Table(("a", "b"), rows),
+        Table(("no", "rows"), ()),
+    ]
+    html = as_html(page)
+    assert "<img" not in html
+    assert "<script" not in html
+    assert "<p>of <code>&lt;img src=x onerror=1&gt;</code><br>  <code>a &amp; b</code></p><table>" in html
+    assert html.count("<tr>") == 501
+    assert html.endswith("<p>and 100 rows more</p></div>")

@@ -61,4 +61,4 @@ class Result:
 
     def __bool__(self) -> bool:
         """Raise ``TypeError``: a result has no truth value."""
-        raise TypeError(f"a {type(self).__name__} is neither true nor false: {self._truth}")
+        raise TypeError(f"{type(self).__name__} has no truth value: {self._truth}")
