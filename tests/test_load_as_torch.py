@@ -297,7 +297,7 @@ def test_a_kept_tensor_that_changes_by_a_hook_is_found_without_a_copy() -> None:
 
     model.register_load_state_dict_post_hook(double)  # type: ignore[no-untyped-call]
     with pytest.raises(
-        LoadError, match=r"'b.weight' was not loaded, but it changed; 1 tensor of 1 replaced \('a.weight'\)"
+        LoadError, match=r"'b.weight' was not loaded, but it changed; 1 of 1 tensor replaced \('a.weight'\)"
     ):
         load_into(model, {"a.weight": torch.ones(2, 2)})
 

@@ -90,22 +90,23 @@ def load_into(
     """Load the tensors of ``checkpoint`` that match into ``model``, in place, and check that nothing else changed.
 
     Everything is decided before the first change: shapes, dtypes, policies, requirements, and whether the files are
-    as they were when they were opened. Then each tensor is read straight into the memory of the model, piece by piece,
-    and each piece is compared with the bytes that were read. The model is not copied.
+    as they were when they were opened. Then each tensor is read in pieces of 1 MB. Each piece is copied into the memory
+    of the model, and compared there with the bytes that were read. The model is not copied.
 
     What is checked afterwards: every loaded tensor has the value of the checkpoint, by its bytes; every other tensor
     did not change; all parameters and buffers are the same objects in the same memory as before.
 
-    A module with hooks for loading, or with a loading method of its own, gets its tensors and those of the modules
-    below it by ``load_state_dict``, all at once and in memory, so that its code sees what it would see in torch. This
-    code is first tried on a copy of the model on the meta device, where such a copy can be made. Afterwards all
-    loaded tensors are compared with the checkpoint once more, and all others by SHA-256 with what they were. Without
-    such code, only ckptkit writes, and torch's own count of the changes of each tensor is compared instead.
+    Some modules have hooks for loading, or a loading method of their own. ``load_state_dict`` gives them their tensors
+    and those of the modules below, all at once and in memory, as in torch. Their code is first tried on a copy of the
+    model on the meta device, where such a copy can be made. Afterwards all loaded tensors are compared with the
+    checkpoint once more, and all others are compared by SHA-256. Without such code only ckptkit writes, and the
+    count that torch has of the changes of each tensor is compared instead.
 
-    A failure after the first change raises ``LoadError``, which names what was replaced. With ``rollback=True``, the
-    model is copied first, and restored whatever happens: in memory up to 256 MB, else in a temporary file.
+    A failure after the first change raises ``LoadError``, which names what was replaced. ``rollback=True`` restores the
+    model instead.
 
-    Parameters of ``fully_shard`` and other DTensors are loaded too: each process reads the rows of its own shard.
+    Parameters of ``fully_shard`` and other DTensors are loaded too: each process reads the rows of its own shard. Where
+    a cast could overflow, each process reads the whole tensor first, so that all of them refuse together.
 
     Args:
         model: The model that is loaded into.
@@ -123,7 +124,8 @@ def load_into(
             ``load_state_dict`` does; each keeps ``requires_grad``, and tied parameters stay tied. A model on the meta
             device needs it. All tensors are read before the first is assigned. A finding names each optimizer that
             still holds replaced parameters.
-        rollback: Restore the model after a failure or an interrupt, from a copy of the model.
+        rollback: Copy the model first, and restore it after a failure or an interrupt. The copy is in memory up to
+            256 MB, else in a temporary file. Earlier versions always made this copy.
 
     Raises:
         PlanError: A policy is ``error``, or a cast makes inf of finite values.
@@ -263,7 +265,7 @@ class _Loading:
 
         Only buffers that are not persistent may be rewritten.
         """
-        assigned = frozenset[str]() if self._decision else _sharing_memory(before, self._loaded)
+        assigned = frozenset[str]() if self._decision else _same_tensors(before, self._loaded)
         for name in before.replaced():
             if name not in assigned:
                 raise ModelError(f"{quoted(name)} was replaced while loading, and optimizers still hold the old tensor")
@@ -307,10 +309,15 @@ def _refuse_assigned_shards(before: Watch, loaded: AbstractSet[str]) -> None:
             )
 
 
+def _same_tensors(before: Watch, loaded: AbstractSet[str]) -> set[str]:
+    """Return every name of the loaded tensors."""
+    written = {id(before.tensors[name]) for name in loaded if name in before.tensors}
+    return {name for name, tensor in before.tensors.items() if id(tensor) in written}
+
+
 def _sharing_memory(before: Watch, loaded: AbstractSet[str]) -> set[str]:
     """Return the names of the loaded tensors and of all tensors that share memory with one of them."""
-    written = {id(before.tensors[name]) for name in loaded if name in before.tensors}
-    names = {name for name, tensor in before.tensors.items() if id(tensor) in written}
+    names = _same_tensors(before, loaded)
     return names.union(*(tie for tie in before.ties if tie & names))
 
 

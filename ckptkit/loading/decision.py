@@ -212,7 +212,7 @@ def local_payload(producer: Producer, step: Step, tensor: Tensor) -> Payload:
     if part is not None and held is not None and math.prod(part.sizes) != held.numel():
         raise ModelError(
             f"the shard of {quoted(step.out.key)} has the shape {list(held.shape)}, not {list(part.sizes)}",
-            hint="only DTensors whose placements give the shape of each shard can be loaded",
+            hint="load_into can load a DTensor whose placements say what each shard holds",
         )
     if part is None or part.sizes == step.out.shape:
         return payload

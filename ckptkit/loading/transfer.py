@@ -101,14 +101,16 @@ class Transfer:
         replaced = tuple(self._replaced)
         rest = tuple(key for key in keys if key not in self._replaced and key not in self._partly)
         reason = error.reason if isinstance(error, CkptkitError) else " ".join(str(error).split())
-        parts = [f"{plural(len(replaced), 'tensor')} of {len(keys):,} replaced"]
+        parts = [f"{len(replaced):,} of {plural(len(keys), 'tensor')} replaced"]
         parts[0] += f" ({listed(replaced, _SHOWN)})" if replaced else ""
         if self._partly:
             parts.append(f"perhaps a part of {listed(self._partly, _SHOWN)}")
         parts.append(f"not replaced: {listed(rest, _SHOWN)}" if rest else "none left")
+        hints = [error.hint] if isinstance(error, CkptkitError) and error.hint else []
+        hints.append("load again, or pass rollback=True, which restores the model after a failure")
         return LoadError(
             f"loading stopped half way: {reason}; {', '.join(parts)}",
-            hint="load again, or pass rollback=True, which restores the model after a failure",
+            hint="; ".join(hints),
             path=error.path if isinstance(error, CkptkitError) else None,
             replaced=replaced,
             partly=self._partly,

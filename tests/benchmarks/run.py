@@ -35,7 +35,7 @@ class Race:
     rival: list[str]
     limit: float
     memory_limit: int | None = None  # bytes
-    inside: bool = False  # both commands print their own seconds, without those for preparations
+    inside: bool = False  # both commands print their own seconds, without those for preparations, and perhaps a peak
 
 
 @dataclass(frozen=True)
@@ -48,14 +48,15 @@ class Run:
 
 def _run(command: list[str], directory: Path, *, inside: bool = False) -> Run:
     begin = time.perf_counter()
-    printed = subprocess.PIPE if inside else subprocess.DEVNULL
-    process = subprocess.Popen(command, cwd=directory, stdout=printed, stderr=subprocess.DEVNULL)
+    output = subprocess.PIPE if inside else subprocess.DEVNULL
+    process = subprocess.Popen(command, cwd=directory, stdout=output, stderr=subprocess.DEVNULL)
     text = process.stdout.read() if process.stdout is not None else b""
     _, status, usage = os.wait4(process.pid, 0)
-    seconds = float(text or "nan") if inside else time.perf_counter() - begin
+    printed = text.split() if inside else []
+    seconds = float(printed[0] if printed else "nan") if inside else time.perf_counter() - begin
     if os.waitstatus_to_exitcode(status) not in (0, 1):
         raise SystemExit(f"failed: {shlex.join(command)}")
-    return Run(seconds, usage.ru_maxrss * 1024)
+    return Run(seconds, int(printed[1]) if len(printed) > 1 else usage.ru_maxrss * 1024)
 
 
 BLOCK = tuple(f"block.{number}" for number in range(100))
@@ -126,6 +127,63 @@ print(statistics.median(times))
 GROUPS_WORK = {"validate": "validate_param_groups(model, optimizer)", "build": "build_param_groups(model, spec)"}
 
 
+# Both load the same file into the same model in memory of its own; the peak is that above the model, before the load.
+LOAD = """
+import re, statistics, time, torch
+from pathlib import Path
+from torch import nn
+torch.set_num_threads(1)
+with torch.device("meta"):
+    block = lambda: nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("q", "k", "v", "o", "up", "down")})
+    model = nn.Sequential(*(block().to(torch.DTYPE) for _ in range(BLOCKS)))
+model = model.to_empty(device="cpu").requires_grad_(False)
+for parameter in model.parameters():
+    parameter.fill_(0.5)
+status = lambda name: 1024 * int(re.search(name + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+def load():
+    WORK
+"""
+LOAD_SAVE = "torch.save(model.state_dict(), 'PATH'LEGACY)"
+LOAD_TIMES = """
+load()
+Path("/proc/self/clear_refs").write_text("5")
+before, times = status("VmRSS"), []
+for _ in range(5):
+    begin = time.perf_counter()
+    load()
+    times.append(time.perf_counter() - begin)
+print(statistics.median(times), status("VmHWM") - before)
+"""
+LOAD_OURS = "from ckptkit import load_into; load_into(model, 'PATH')"
+LOAD_SAFETENSORS = "from safetensors.torch import load_file; model.load_state_dict(load_file('PATH'))"
+LOAD_TORCH = "model.load_state_dict(torch.load('PATH', weights_only=True, mmap=MMAP))"
+
+
+def _load_races(directory: Path, gigabytes: float) -> Iterable[Race]:
+    """Yield the races of load_into; width and blocks give 126 MB, 420 MB and four times the size of the large files."""
+    rows = [
+        ("126 MB", "load.safetensors", 512, 20, "float32", LOAD_SAFETENSORS),
+        ("420 MB of BF16", "load.safetensors", 1024, 33, "bfloat16", LOAD_SAFETENSORS),
+        ("420 MB of .pt", "load.pt", 1024, 17, "float32", LOAD_TORCH.replace("MMAP", "True")),
+        ("420 MB of .pth", "load.pth", 1024, 17, "float32", LOAD_TORCH.replace("MMAP", "False")),
+        (f"{4 * gigabytes:g} GB", "load.safetensors", 4096, max(int(gigabytes * 10), 1), "float32", LOAD_SAFETENSORS),
+    ]
+    for size, name, width, blocks, dtype, rival in rows:
+        sizes = {"PATH": name, "WIDTH": str(width), "BLOCKS": str(blocks), "DTYPE": dtype}
+        save = "from safetensors.torch import save_file; save_file(model.state_dict(), 'PATH')"
+        if name != "load.safetensors":
+            legacy = ", _use_new_zipfile_serialization=False" if name == "load.pth" else ""
+            save = LOAD_SAVE.replace("LEGACY", legacy)
+        programs = [LOAD.replace("WORK", work) + after
+                    for work, after in ((save, "load()"), (LOAD_OURS, LOAD_TIMES), (rival, LOAD_TIMES))]  # fmt: skip
+        for old, new in sizes.items():
+            programs = [program.replace(old, new) for program in programs]
+        write, ours, theirs = ([PYTHON, "-c", program] for program in programs)
+        subprocess.run(write, cwd=directory, check=True)
+        yield Race(f"load_into of {size} / load_state_dict", ours, theirs, 2.5, 64 << 20, inside=True)
+        (directory / name).unlink()
+
+
 def races(directory: Path, gigabytes: float) -> Iterable[Race]:
     """Yield each race after writing the files that it needs."""
     _write_safetensors(directory / "small.safetensors", 10, 16)
@@ -159,6 +217,8 @@ def races(directory: Path, gigabytes: float) -> Iterable[Race]:
     for work, code in GROUPS_WORK.items():
         ours, rival = ([PYTHON, "-c", GROUPS.replace("WORK", one)] for one in (code, "ids()"))
         yield Race(f"{work} 16,000 parameters / their ids in a set", ours, rival, 25.0, inside=True)
+
+    yield from _load_races(directory, gigabytes)
 
     tensors = max(int(gigabytes * 64), 1)
     _write_safetensors(directory / "large.safetensors", tensors, 4 << 20, "module.")
