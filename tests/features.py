@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import io
+import json
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -54,10 +55,12 @@ __all__ = [
     "needs_module",
     "needs_optimizer",
     "needs_option",
+    "needs_safetensors",
     "only_known",
     "require",
     "require_option",
     "safetensors_has",
+    "safetensors_knows",
     "saves",
     "takes_names",
 ]
@@ -94,6 +97,24 @@ def safetensors_has(code: str) -> bool:
     except (KeyError, safetensors.SafetensorError):
         return False
     return True
+
+
+@functools.cache
+def safetensors_knows(code: str) -> bool:
+    """Return whether the installed safetensors library knows this code, also where torch has no dtype for it."""
+    bits = DTYPES[code].bits
+    header = json.dumps({"x": {"dtype": code, "shape": [8], "data_offsets": [0, bits]}}).encode()
+    try:
+        safetensors.deserialize(len(header).to_bytes(8, "little") + header + bytes(bits))  # type: ignore[no-untyped-call]
+    except safetensors.SafetensorError:
+        return False
+    return True
+
+
+def needs_safetensors(*codes: str) -> pytest.MarkDecorator:
+    """Skip a test where the installed safetensors library does not know these codes."""
+    lacking = [code for code in codes if not safetensors_knows(code)]
+    return pytest.mark.skipif(bool(lacking), reason=f"this safetensors has no {', '.join(lacking)}")
 
 
 def _bytes_as(code: str) -> torch.Tensor:

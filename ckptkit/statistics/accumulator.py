@@ -133,6 +133,8 @@ class _Counts:
             return list(_F4_VALUES)
         if self.code == "BOOL":
             return [0.0] + [1.0] * 255
+        if self.code == "F8_E8M0":  # powers of two; not every torch has a dtype for them
+            return [2.0 ** (code - 127) for code in range(255)] + [math.nan]
         codes = torch.arange(256, dtype=torch.int32, device="cpu").to(torch.uint8)
         values = codes.view(torch_dtype(self.code))
         numbers: list[float] = (values if self.code in ("U8", "I8") else values.to(torch.float64)).tolist()

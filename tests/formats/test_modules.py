@@ -53,14 +53,15 @@ torch.save(best, sys.argv[1] + "/best.pt", _use_new_zipfile_serialization=new)
 """
 
 
-@pytest.fixture(params=["zip", "legacy"])
-def saved(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module", params=["zip", "legacy"])
+def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a pickled model, whose classes only the saving process could import."""
-    (tmp_path / "detector.py").write_text(SOURCE, encoding="utf-8")
+    directory = tmp_path_factory.mktemp("saved")
+    (directory / "detector.py").write_text(SOURCE, encoding="utf-8")
     subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", SAVE, tmp_path, request.param], check=True, capture_output=True
+        [sys.executable, "-W", "ignore", "-c", SAVE, directory, request.param], check=True, capture_output=True
     )
-    return tmp_path
+    return directory
 
 
 @pytest.mark.parametrize("name", ["model.pt", "trainer.pt"])

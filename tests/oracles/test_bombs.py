@@ -39,6 +39,8 @@ from tests.helpers_formats import (
     with_weights,
     write,
 )
+from tests.hostile.contract import assert_refused
+from tests.hostile.test_c_pickle import SLOW, SMALL_FILES_THAT_BUILD_MUCH
 
 WEIGHTS = tensor()
 CHILD = """
@@ -202,3 +204,9 @@ def test_a_file_of_140_000_tensors_stays_below_the_limits(kind: type[torch.Tenso
     assert 280 * objects < most_objects * 0.75
     assert 280 * len(run.memo) < machine._MOST_REFERENCES * 0.9
     assert 280 * (machine._MOST_ITEMS - run.items_left) < machine._MOST_ITEMS / 1.5
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_a_small_pickle_that_builds_much_is_refused(name: str, tmp_path: Path) -> None:
+    """The rows that the first tier leaves out."""
+    assert_refused(tmp_path, SMALL_FILES_THAT_BUILD_MUCH[name])
