@@ -169,6 +169,7 @@ def load_into(
         if not allow_overflow:
             refuse_overflow(loading.producer, steps, donor.path)
         donor.check_unchanged()
+        loading.rehearse()
         before = stack.enter_context(Snapshot(model)) if rollback else loading.watch()
         found = loading.run(before)
     return _report(base, plan, steps, found, donor.warnings)
@@ -224,9 +225,12 @@ class _Loading:
             refuse_meta(base, before)
             self._decision = decide(model, base, before, producer, steps)
             self._runs_code = self._decision.runs_code
-            if self._runs_code:
-                handed = {step.out.key: step.out for step in self._decision.handed}
-                rehearse(model, handed, module_versions_for(producer, steps))
+
+    def rehearse(self) -> None:
+        """Try the model's own code on a copy of the model. Raises ``ModelError`` where it fails."""
+        if self._decision is not None and self._runs_code:
+            handed = {step.out.key: step.out for step in self._decision.handed}
+            rehearse(self._model, handed, module_versions_for(self.producer, self._steps))
 
     def watch(self) -> Watch:
         """Return the watch that can tell afterwards what changed, without a copy of the model."""
