@@ -203,6 +203,24 @@ def test_an_edit_that_fits_is_executed(tmp_path: Path) -> None:
     assert second.out.key not in found
 
 
+def test_a_plan_takes_views_from_the_inputs_that_it_gets(tmp_path: Path) -> None:
+    """An edited source, and an input with the same tensors at other places, give the bytes of that tensor."""
+    base = torch.arange(24.0)
+    views = {"a": base[:6].view(2, 3), "b": base[4:10].view(3, 2).T, "c": torch.arange(100.0, 106).view(3, 2).T}
+    torch.save(views, tmp_path / "views.pt")
+    save_file({key: tensor.contiguous() for key, tensor in views.items()}, tmp_path / "plain.safetensors")
+    plan = plan_remap(tmp_path / "views.pt")
+    for name in ("views.pt", "plain.safetensors"):
+        for key, wanted in views.items():
+            taken = tuple(replace(step, sources=(Source("source", key),)) for step in plan.steps)
+            found = replace(plan, steps=taken).materialize(tmp_path / name)
+            assert all(torch.equal(tensor, wanted) for tensor in found.values()), (name, key)
+            execute(replace(plan, steps=taken), tmp_path / name, ckptkit.choose_output(tmp_path / "out.pt", force=True))
+            assert all(torch.equal(tensor, wanted) for tensor in torch.load(tmp_path / "out.pt").values()), key
+        found = pickle.loads(pickle.dumps(plan)).materialize(tmp_path / name)
+        assert all(torch.equal(found[key], tensor) for key, tensor in views.items()), name
+
+
 def test_a_plan_file_is_checked_alike() -> None:
     """A contradiction in a plan file is refused with the same words as one in an edited plan."""
     with ckptkit.open_checkpoint(LENET) as source:

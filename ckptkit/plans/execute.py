@@ -198,6 +198,7 @@ def execute(
         output_errors(output.path),
         opened_inputs(plan.steps, sources, edited, allow_overflow=allow_overflow) as inputs,
     ):
+        plan = replace(plan, steps=tuple(inputs.steps.values()))
         return _execute(plan, inputs, output, progress or (lambda _: None), verify=verify, carry=carry)
 
 

@@ -164,10 +164,10 @@ def opened_inputs(
     """
     roles = [source.role for step in steps for source in (*step.sources, *step.equals)]
     with opened_roles([*roles, *others], sources) as inputs:
-        check_steps(steps, inputs)
-        for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(steps):
+        checked = check_steps(steps, inputs)
+        for problem in QuantizedInputs(inputs, inputs.get("base"), "base").problems(checked):
             raise problem.error()
-        yield PlanInputs({step.out.key: step for step in steps}, inputs, Producer(inputs), allow_overflow)
+        yield PlanInputs({step.out.key: step for step in checked}, inputs, Producer(inputs), allow_overflow)
 
 
 def stream_tensors(
@@ -184,7 +184,7 @@ def stream_tensors(
 def _stream(steps: Sequence[Step], sources: Sources, *, allow_overflow: bool) -> Iterator[tuple[str, Tensor]]:
     with opened_inputs(steps, sources, allow_overflow=allow_overflow) as inputs:
         inputs.refuse_different_bytes()
-        for step in steps:
+        for step in inputs.steps.values():
             tensor = read_tensor(step.out, inputs.payload)
             inputs.refuse_overflow([step.out.key])
             yield step.out.key, tensor

@@ -19,7 +19,6 @@ from ckptkit.plans.plan import Dropped, Plan, Source, Step
 from ckptkit.plans.quantized import QuantizedInputs, check_quantized
 from ckptkit.plans.steps import (
     check_steps,
-    complete_step,
     dropped_entries,
     moved_modules,
     refuse_suspicious,
@@ -213,8 +212,7 @@ def apply_plan(saved: SavedPlan, sources: Mapping[str, Checkpoint]) -> Plan:
                 hint="make a new plan",
                 path=checkpoint.path,
             )
-    check_steps(saved.plan.steps, sources)
-    steps = [complete_step(step, sources) for step in saved.plan.steps]
+    steps = check_steps(saved.plan.steps, sources)
     # Entries that are not tensors are read from the present inputs, because the digest does not cover such entries.
     dropped = [drop for drop in saved.plan.dropped if not drop.is_entry]
     dropped += [drop for role, checkpoint in sources.items() for drop in dropped_entries(checkpoint, role)]

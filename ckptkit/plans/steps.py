@@ -113,8 +113,7 @@ def complete_step(step: Step, roles: Mapping[str, Checkpoint]) -> Step:
     found = describe_step(step, roles)
     casts = step.out.dtype != found.dtype
     return replace(
-        step,
-        out=replace(step.out, view=found.view, kind="dense"),
+        _in_place(step, found),
         operation=_operation(step.recipe, casts=casts),
         is_cast=_ends_with_cast(step.recipe, casts=casts),
     )
@@ -157,13 +156,15 @@ def _find(source: Source, roles: Mapping[str, Checkpoint]) -> TensorInfo:
     return checkpoint[source.key]
 
 
-def check_steps(steps: Iterable[Step], roles: Mapping[str, Checkpoint]) -> None:
-    """Raise ``PlanError`` unless the steps fit the inputs, which ``roles`` maps by role, and agree with themselves.
+def check_steps(steps: Iterable[Step], roles: Mapping[str, Checkpoint]) -> list[Step]:
+    """Return the steps with the views that their tensors have in these inputs, which ``roles`` maps by role.
 
-    The steps may come from a file, or may have been edited. Two steps must not make one key, and a step must name what
-    it does: its operations, and a cast where its dtype differs.
+    The steps may come from a file, from another input of the same tensors, or may have been edited. Raises
+    ``PlanError`` unless the steps fit the inputs and agree with themselves. Two steps must not make one key, and a step
+    must name what it does: its operations, and a cast where its dtype differs.
     """
     keys: set[str] = set()
+    checked: list[Step] = []
     for step in steps:
         key = step.out.key
         if key in keys:
@@ -181,6 +182,14 @@ def check_steps(steps: Iterable[Step], roles: Mapping[str, Checkpoint]) -> None:
         if operation != step.operation or step.is_cast != _ends_with_cast(step.recipe, casts=casts):
             named = f"{quoted(step.operation)} with is_cast={step.is_cast}"
             raise PlanError(f"the operation of {quoted(key)} is {quoted(operation)}, and the plan has {named}")
+        checked.append(_in_place(step, found))
+    return checked
+
+
+def _in_place(step: Step, found: TensorInfo) -> Step:
+    """Return the step with the view of its tensor in the input, which no plan can know of another input."""
+    is_same = step.out.view == found.view and step.out.kind == "dense"
+    return step if is_same else replace(step, out=replace(step.out, view=found.view, kind="dense"))
 
 
 def _ends_with_cast(recipe: Recipe | None, *, casts: bool) -> bool:

@@ -33,7 +33,6 @@ def read_state_dict(
     dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Return the tensors by key, as ``Checkpoint.state_dict`` says."""
-    target = _device(device)
     for info in infos:
         torch_dtype_of(info)
         if info.dtype == "F4" and dtype is not None:
@@ -42,7 +41,7 @@ def read_state_dict(
             open_payload(info)  # refuses what cannot be read before any byte is read
 
     def place(tensor: Tensor) -> Tensor:
-        return tensor.to(device=target, dtype=dtype if tensor.is_floating_point() else None)
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
     blocks = {info.key: block for block in _blocks(infos, open_span) for info, _ in block.spans}
     tensors = {}
@@ -50,18 +49,6 @@ def read_state_dict(
         block = blocks.get(info.key)
         tensors[info.key] = place(read_tensor(info, open_payload)) if block is None else block.view(info, place)
     return tensors
-
-
-def _device(device: object) -> torch.device | None:
-    """Return the device that tensors are moved to; None leaves them on the CPU."""
-    import torch
-
-    if device is None or isinstance(device, torch.device):
-        return device
-    try:
-        return torch.device(device)  # type: ignore[call-overload, no-any-return]  # torch says what it accepts
-    except (RuntimeError, TypeError):
-        refuse(device, "device", "a device that torch has here, or its name")
 
 
 @dataclass(slots=True)
