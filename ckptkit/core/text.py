@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from itertools import islice
 
 __all__ = [
-    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "plural", "printable", "quoted",
+    "first_line", "human_bytes", "kind_of", "listed", "look_alikes", "percent", "plural", "printable", "quoted",
     "shell_word",
 ]  # fmt: skip
 
@@ -152,6 +152,11 @@ def kind_of(value: object) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     article = "an" if type(value).__name__[:1].lower() in "aeiou" else "a"
     return f"{article} {type(value).__name__}"
+
+
+def percent(share: float) -> str:
+    """Return a share between 0 and 1 as a percentage; only a share of exactly 1 gives 100 %."""
+    return "100 %" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
 
 
 def human_bytes(count: int) -> str:

@@ -13,7 +13,7 @@ from ckptkit.core.cast_losses import CastLoss, describe_overflow, describe_small
 from ckptkit.core.checkpoint import Access, Checkpoint, Description, TensorInfo, View, row_major
 from ckptkit.core.coverage import ModuleCoverage, coverage_by_module
 from ckptkit.core.findings import Finding, Report
-from ckptkit.core.text import kind_of, plural, quoted
+from ckptkit.core.text import kind_of, percent, plural, quoted
 from ckptkit.core.torch_bridge import as_checkpoint
 from ckptkit.core.torch_types import Module
 from ckptkit.errors import ModelError
@@ -68,7 +68,7 @@ class LoadReport(Report):
         """The most important numbers, on one line."""
         return (
             f"loaded {len(self.loaded)} of {plural(len(self.loaded) + len(self.kept), 'tensor')}, "
-            f"{100 * self.coverage:.1f} % of the elements; kept {len(self.kept)} as they were"
+            f"{percent(self.coverage)} of the elements; kept {len(self.kept)} as they were"
         )
 
 

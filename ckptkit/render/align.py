@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from ckptkit.align import Alignment, Ambiguity, Suggestion
 from ckptkit.core.checkpoint import TensorInfo
 from ckptkit.core.result.summary import CheckpointSummary
-from ckptkit.core.text import plural, printable
+from ckptkit.core.text import percent, plural, printable
 from ckptkit.render.page import Block, Line, Page, Row, Table, as_code, table_rows
-from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document
+from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["align_document", "align_page"]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ckptkit.comparison import KeyPair, StateDictDiff
-from ckptkit.core.text import plural, printable
+from ckptkit.core.text import percent, plural, printable
 from ckptkit.render.page import Line, Page, Row, Table, table_rows
-from ckptkit.render.summary import checkpoint_document, describe, percent, tensor_document
+from ckptkit.render.summary import checkpoint_document, describe, tensor_document
 
 __all__ = ["diff_document", "diff_page"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ckptkit.core.text import human_bytes, plural, printable
+from ckptkit.core.text import human_bytes, percent, plural, printable
 from ckptkit.param_groups.lock import plain_option
 from ckptkit.readiness.model import DryStep, Init, Memory, Preflight, Resume
 from ckptkit.render.findings import finding_lines, findings_document
@@ -57,7 +57,7 @@ def _init_blocks(init: Init) -> Iterator[Block]:
         "none": "",
         "unknown": "",
     }[init.in_model]
-    counts = f"{_some_of(init.loaded, init.tensors)} tensors, {100 * init.coverage:.1f} % of {init.elements:,} elements"
+    counts = f"{_some_of(init.loaded, init.tensors)} tensors, {percent(init.coverage)} of {init.elements:,} elements"
     yield Line((f"init fills {counts}{in_model}",))
     if init.kept:
         kept = init.kept[:_MOST_KEPT]

@@ -14,7 +14,7 @@ from ckptkit.quantized import Quantized
 from ckptkit.render.page import Code, Line, as_code
 
 __all__ = [
-    "checkpoint_document", "coverage_documents", "describe", "json_number", "percent", "quantized_document",
+    "checkpoint_document", "coverage_documents", "describe", "json_number", "quantized_document",
     "quantized_lines", "share_cell", "tensor_document", "totals_document",
 ]  # fmt: skip
 
@@ -76,11 +76,6 @@ def coverage_documents(modules: Iterable[ModuleCoverage]) -> list[dict[str, obje
         }
         for module in modules
     ]
-
-
-def percent(share: float) -> str:
-    """Return a share between 0 and 1 as a percentage; only a share of exactly 1 gives 100 %."""
-    return "100 %" if share == 1 else f"{min(100 * share, 99.9):.1f} %"
 
 
 def json_number(value: float | None) -> float | str | None:
